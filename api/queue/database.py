@@ -1,0 +1,362 @@
+"""Engine, transactions, and the only place that knows SQLite from PostgreSQL.
+
+`Dialect` holds the fragments of SQL in which the two differ; `store.py` puts them into its
+statements. Nothing else asks which database it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import sqlite3
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Final, Literal, cast
+
+import asyncpg
+import sqlalchemy.exc
+from pydantic import JsonValue
+from pydantic_core import from_json
+from sqlalchemy import TextClause, event, text
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from api.queue.errors import QueueUnavailable
+
+SQLITE_BUSY_SECONDS: Final = 10.0
+"""How long a SQLite statement waits for another process's write before it gives up."""
+
+SQLITE_POLL_SECONDS: Final = 0.1
+"""How often `listen` asks SQLite whether another process has committed (`PRAGMA data_version`)."""
+
+Listener = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """The words one database has for what both can do. Times are UTC, by the database's clock."""
+
+    name: Literal["sqlite", "postgresql"]
+    now: str
+    random: str
+    """A random number from 0 up to 1."""
+    least: str
+    token: str
+    """32 random hexadecimal digits, from the database's cryptographic source."""
+    skip_locked: str
+    """Locks the rows it reads and passes over those that another transaction holds."""
+    lock_rows: str
+    due_of_slot: str
+    """Joins each `slot` (type, priority) with its first `:window` due jobs, in index order."""
+
+    def after(self, seconds: str) -> str:
+        """The time `seconds` (an SQL expression) from now."""
+        if self.name == "sqlite":
+            return (
+                f"strftime('%Y-%m-%d %H:%M:%f', 'now', printf('%+.3f seconds', {seconds})) || '000'"
+            )
+        return f"({self.now} + make_interval(secs => CAST({seconds} AS double precision)))"
+
+    def seconds_until(self, time: str) -> str:
+        """How many seconds `time` (an SQL expression) is ahead; negative when it has passed."""
+        if self.name == "sqlite":
+            return f"((julianday({time}) - julianday('now')) * 86400.0)"
+        return f"CAST(EXTRACT(EPOCH FROM {time} - {self.now}) AS double precision)"
+
+    def uuid(self, parameter: str) -> str:
+        """An id, bound as `id_text` writes it."""
+        return parameter if self.name == "sqlite" else f"CAST({parameter} AS uuid)"
+
+    def json(self, expression: str) -> str:
+        """JSON text as a value of a JSON column."""
+        return expression if self.name == "sqlite" else f"CAST({expression} AS jsonb)"
+
+    def rows(self, parameter: str, columns: Mapping[str, str]) -> str:
+        """A JSON array of objects, bound to `parameter`, as a table with these typed columns.
+
+        One statement then serves one row and a thousand. JSON documents travel in it as text.
+        """
+        if self.name == "sqlite":
+            fields = ", ".join(f"json_extract(value, '$.{name}') AS {name}" for name in columns)
+            return f"(SELECT {fields} FROM json_each({parameter}))"
+        fields = ", ".join(f"{name} {kind}" for name, kind in columns.items())
+        return (
+            f"(SELECT * FROM jsonb_to_recordset(CAST({parameter} AS jsonb)) AS each_row({fields}))"
+        )
+
+    def time_text(self, time: datetime) -> str:
+        """A time as `rows` takes it: the form in which this database stores and compares times."""
+        return time.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S.%f") + (
+            "" if self.name == "sqlite" else "+00"
+        )
+
+    def time(self, value: Any) -> datetime | None:
+        """A time as this database returns it, as an aware datetime in UTC."""
+        if value is None or isinstance(value, datetime):
+            return value
+        return datetime.fromisoformat(value).replace(tzinfo=UTC)
+
+    def json_value(self, value: Any) -> JsonValue:
+        """A JSON column as this database returns it. PostgreSQL's driver has parsed it already."""
+        if self.name == "sqlite" and value is not None:
+            return read_json(value)
+        return cast(JsonValue, value)
+
+    def id(self, value: Any) -> uuid.UUID:
+        """An id as this database returns it."""
+        return value if isinstance(value, uuid.UUID) else uuid.UUID(value)
+
+
+SQLITE: Final = Dialect(
+    name="sqlite",
+    # Six digits, because SQLAlchemy reads the fraction as a count of microseconds.
+    now="(strftime('%Y-%m-%d %H:%M:%f', 'now') || '000')",
+    random="(abs(random() % 1000000) / 1000000.0)",
+    least="min",
+    token="lower(hex(randomblob(16)))",
+    # BEGIN IMMEDIATE has the whole database already.
+    skip_locked="",
+    lock_rows="",
+    due_of_slot="""
+        slot CROSS JOIN job AS due ON due.id IN (
+            SELECT job.id FROM job
+            WHERE job.status = 'queued' AND job.type = slot.type AND job.priority = slot.priority
+              AND job.next_run_at <= (strftime('%Y-%m-%d %H:%M:%f', 'now') || '000')
+            ORDER BY job.next_run_at, job.id LIMIT :window
+        )""",
+)
+
+POSTGRESQL: Final = Dialect(
+    name="postgresql",
+    # Stable within a statement, so that an index serves it, and fresh in each statement of a
+    # transaction that had to wait for a lock: now() would be the time of its BEGIN.
+    now="statement_timestamp()",
+    random="random()",
+    least="least",
+    token="replace(CAST(gen_random_uuid() AS text), '-', '')",
+    skip_locked="FOR UPDATE SKIP LOCKED",
+    lock_rows="FOR UPDATE",
+    due_of_slot="""
+        slot CROSS JOIN LATERAL (
+            SELECT job.id, job.priority, job.next_run_at FROM job
+            WHERE job.status = 'queued' AND job.type = slot.type AND job.priority = slot.priority
+              AND job.next_run_at <= statement_timestamp()
+            ORDER BY job.next_run_at, job.id LIMIT :window
+        ) AS due""",
+)
+
+
+class Database:
+    """One database, by its URL: `sqlite:///jobs.db` or `postgresql://user@host/name`.
+
+    Opened lazily; `close` ends its connections. It belongs to the event loop that first uses it.
+    """
+
+    def __init__(self, url: str, *, pool_size: int = 10) -> None:
+        self.url: URL = async_url(url)
+        sqlite = self.url.get_backend_name() == "sqlite"
+        self.dialect: Dialect = SQLITE if sqlite else POSTGRESQL
+        if sqlite:
+            self.engine: AsyncEngine = create_async_engine(
+                self.url,
+                pool_size=pool_size,
+                connect_args={"timeout": SQLITE_BUSY_SECONDS, "isolation_level": None},
+            )
+            event.listen(self.engine.sync_engine, "connect", _prepare_sqlite_connection)
+        else:
+            self.engine = create_async_engine(
+                self.url,
+                pool_size=pool_size,
+                max_overflow=0,
+                pool_timeout=10,
+                json_deserializer=read_json,
+            )
+        self._autocommit = self.engine.execution_options(isolation_level="AUTOCOMMIT")
+        # SQLite has one writer at a time. Waiting for it here, in order, is fair; waiting in
+        # SQLite's busy handler is not, so that is left to other processes' writes.
+        self._writer = asyncio.Lock() if sqlite else None
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[AsyncConnection]:
+        """A transaction that writes; committed at the end, rolled back on an exception.
+
+        READ COMMITTED on PostgreSQL. BEGIN IMMEDIATE on SQLite, where it excludes every other
+        writer from its first statement on.
+
+        Raises:
+            QueueUnavailable: the database does not answer, or cannot write (a full disk).
+        """
+        with unavailable():
+            if self._writer is None:
+                async with self.engine.begin() as connection:
+                    yield connection
+            else:
+                async with self._writer, self._autocommit.connect() as connection:
+                    await connection.exec_driver_sql("BEGIN IMMEDIATE")
+                    try:
+                        yield connection
+                    except BaseException:
+                        with suppress(sqlalchemy.exc.DBAPIError):
+                            await connection.exec_driver_sql("ROLLBACK")
+                        raise
+                    try:
+                        await connection.exec_driver_sql("COMMIT")
+                    except BaseException:
+                        with suppress(sqlalchemy.exc.DBAPIError):
+                            await connection.exec_driver_sql("ROLLBACK")
+                        raise
+
+    @asynccontextmanager
+    async def reading(self) -> AsyncIterator[AsyncConnection]:
+        """A connection on which each statement is its own transaction.
+
+        Raises:
+            QueueUnavailable: the database does not answer.
+        """
+        with unavailable():
+            async with self._autocommit.connect() as connection:
+                yield connection
+
+    async def notify(self, connection: AsyncConnection, message: str) -> None:
+        """Tells the listeners in other processes, once this transaction commits.
+
+        `message` is at most 7,900 bytes. On SQLite the commit itself tells them.
+        """
+        if self.dialect.name == "postgresql":
+            await connection.execute(_NOTIFY, {"message": message})
+
+    async def listen(self, on_message: Listener, on_gap: Callable[[], None]) -> None:
+        """Calls `on_message` with what other connections' transactions told, until cancelled.
+
+        `on_gap` is called where messages may have been missed: at the start, after a lost
+        connection, and on SQLite, which says only that something was committed, every time.
+        """
+        if self.dialect.name == "postgresql":
+            await self._listen_postgresql(on_message, on_gap)
+        else:
+            await self._listen_sqlite(on_gap)
+
+    async def _listen_postgresql(self, on_message: Listener, on_gap: Callable[[], None]) -> None:
+        pause = 0.1
+        dsn = self.url.set(drivername="postgresql").render_as_string(hide_password=False)
+        while True:
+            lost = asyncio.Event()
+            with suppress(OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+                connection = await asyncpg.connect(dsn, timeout=10)
+                try:
+                    connection.add_termination_listener(lambda _, lost=lost: lost.set())
+                    await connection.add_listener(
+                        CHANNEL, lambda _c, _pid, _channel, message: on_message(message)
+                    )
+                    pause = 0.1
+                    on_gap()
+                    await lost.wait()
+                finally:
+                    with suppress(OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+                        await connection.close(timeout=1)
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, 5.0)
+
+    async def _listen_sqlite(self, on_gap: Callable[[], None]) -> None:
+        on_gap()
+        last = -1
+        while True:
+            try:
+                async with self.reading() as connection:
+                    while True:
+                        row = (await connection.exec_driver_sql("PRAGMA data_version")).one()
+                        if row[0] != last:
+                            last = row[0]
+                            on_gap()
+                        await asyncio.sleep(SQLITE_POLL_SECONDS)
+            except QueueUnavailable:
+                await asyncio.sleep(1.0)
+
+    async def close(self) -> None:
+        """Ends every connection."""
+        await self.engine.dispose()
+
+
+CHANNEL: Final = "job_registry"
+_NOTIFY: Final = text(f"SELECT pg_notify('{CHANNEL}', :message)")
+
+
+def async_url(url: str) -> URL:
+    """The URL with the async driver this project uses, from any common spelling of it."""
+    parsed = make_url(url.replace("postgres://", "postgresql://", 1))
+    driver = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+asyncpg"}
+    return parsed.set(drivername=driver[parsed.get_backend_name()])
+
+
+def read_json(value: str) -> JsonValue:
+    """JSON text of a column, as the caller sent it.
+
+    PostgreSQL's JSONB writes 1e300 out as a 1 with 300 zeros. Integers past 64 bits never come
+    in (the registry refuses them), so one that comes out was such a float, and is one again.
+    """
+    parsed: JsonValue = from_json(value)
+    return _floats(parsed) if _LONG_INTEGER.search(value) else parsed
+
+
+def _floats(value: JsonValue) -> JsonValue:
+    match value:
+        case bool():
+            return value
+        case int():
+            return value if -(2**63) <= value < 2**63 else float(value)
+        case list():
+            return [_floats(item) for item in value]
+        case dict():
+            return {key: _floats(item) for key, item in value.items()}
+    return value
+
+
+_LONG_INTEGER: Final = re.compile(r"\d{19}")
+
+
+@lru_cache(maxsize=512)
+def statement(template: str) -> TextClause:
+    """The statement of a text, parsed once."""
+    return text(template)
+
+
+@contextmanager
+def unavailable() -> Iterator[None]:
+    """Turns what a database says when it is away, full or busy into `QueueUnavailable`."""
+    try:
+        yield
+    except (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError) as error:
+        raise QueueUnavailable(str(error.orig)) from error
+    except (sqlalchemy.exc.TimeoutError, ConnectionError, TimeoutError) as error:
+        raise QueueUnavailable(str(error) or type(error).__name__) from error
+    except sqlalchemy.exc.DBAPIError as error:
+        if error.connection_invalidated or _is_outage(error.orig):
+            raise QueueUnavailable(str(error.orig)) from error
+        raise
+    except OSError as error:
+        raise QueueUnavailable(str(error)) from error
+
+
+def _is_outage(error: BaseException | None) -> bool:
+    """Whether this is the database's trouble, by SQLSTATE class, not the statement's.
+
+    08 connection, 25006 read-only (a standby after failover), 53 resources (53100: disk full),
+    57P0x shutdown, 58 system error: https://www.postgresql.org/docs/current/errcodes-appendix.html
+    """
+    if isinstance(error, sqlite3.OperationalError):
+        return True
+    state = getattr(error, "sqlstate", None) or ""
+    return state.startswith(("08", "53", "57P", "58")) or state == "25006"
+
+
+def _prepare_sqlite_connection(connection: Any, _record: Any) -> None:
+    cursor = connection.cursor()
+    # FULL: a commit that was answered has reached the disk, see "An enqueue that was answered".
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()

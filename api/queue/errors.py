@@ -1,0 +1,85 @@
+"""What the queue refuses, and why. Data in fields; each door makes its own words of it.
+
+The registry's own refusals, `JobTypeNotFound` and `PayloadInvalid`, stand in `registry.errors`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from registry import Violation
+
+if TYPE_CHECKING:
+    from api.queue.models import JobRecord, JobStatus
+
+
+class QueueError(Exception):
+    """Base of everything the queue refuses."""
+
+
+class InputInvalid(QueueError):
+    """Raised when a value beside the payload is out of its range, `/priority` for instance.
+
+    `violations` names every fault. When the payload is faulty as well, its faults are here too,
+    below `/payload`, so that a caller learns all of them at once.
+    """
+
+    def __init__(self, violations: tuple[Violation, ...]) -> None:
+        self.violations = violations
+        super().__init__("; ".join(f"{v.path}: {v.message}" for v in violations))
+
+
+class IdempotencyConflict(QueueError):
+    """Raised when an idempotency key of this job type belongs to a job with another payload.
+
+    `differing_paths` are JSON Pointers into the payloads, where the two differ.
+    """
+
+    def __init__(self, existing_job: JobRecord, differing_paths: tuple[str, ...]) -> None:
+        self.existing_job = existing_job
+        self.differing_paths = differing_paths
+        super().__init__(
+            f"this idempotency key belongs to job {existing_job.id}, whose payload differs at "
+            + ", ".join(path or "the whole" for path in differing_paths)
+        )
+
+
+class JobNotFound(QueueError):
+    """Raised when no job has this id: it never existed, or it was pruned."""
+
+    def __init__(self, job_id: str) -> None:
+        self.job_id = job_id
+        super().__init__(f"there is no job {job_id[:100]}")
+
+
+class JobStateConflict(QueueError):
+    """Raised when a job's status does not admit what was asked, cancelling a finished job for one."""
+
+    def __init__(self, job_id: str, status: JobStatus, asked: str) -> None:
+        self.job_id = job_id
+        self.status = status
+        self.asked = asked
+        super().__init__(f"job {job_id} is {status.value} and cannot be {asked}")
+
+
+class LeaseLost(QueueError):
+    """Raised when a lease token is not, or no longer, the one of a running job.
+
+    The worker that gets it has nothing to report any more: another attempt may be under way.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(
+            "this lease is not in force: it expired, was ended, or its job was leased again"
+        )
+
+
+class QueueUnavailable(QueueError):
+    """Raised when the database does not answer or cannot write: nothing was answered as stored.
+
+    `reason` is for the log; it may name hosts and files, so no client sees it.
+    """
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__("the queue's database is not available; try again")

@@ -1,0 +1,281 @@
+"""The tables, as SQLModel classes, and `JobRecord`, a job as the doors see it.
+
+Statements stand in `store.py`; what SQLite and PostgreSQL do differently in `database.py`.
+"""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import Any, ClassVar
+
+from pydantic import JsonValue
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    CheckConstraint,
+    Column,
+    DateTime,
+    Double,
+    ForeignKey,
+    Index,
+    Integer,
+    SmallInteger,
+    Text,
+    Uuid,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlmodel import Field, SQLModel
+
+
+class JobStatus(StrEnum):
+    """The stored states of a job. Scheduled and retrying are queued jobs, see `nextRunAt`."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class AttemptOutcome(StrEnum):
+    """How an attempt ended."""
+
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    TIMED_OUT = "timed_out"
+    LOST = "lost"
+    RELEASED = "released"
+    SNOOZED = "snoozed"
+    CANCELLED = "cancelled"
+
+
+def _json() -> Any:
+    return JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
+
+
+def _time() -> Any:
+    return DateTime(timezone=True)
+
+
+def _one_of(column: str, values: type[StrEnum]) -> str:
+    listed = ", ".join(f"'{value}'" for value in values)
+    return f"{column} IN ({listed})"
+
+
+class Job(SQLModel, table=True):
+    """One row a job. A status and the columns that belong to it change in one statement."""
+
+    __tablename__: ClassVar[Any] = "job"
+    __table_args__ = (
+        CheckConstraint(_one_of("status", JobStatus), name="job_status"),
+        CheckConstraint("priority BETWEEN 0 AND 100", name="job_priority"),
+        CheckConstraint("attempt BETWEEN 0 AND max_attempts", name="job_attempt_bound"),
+        CheckConstraint(
+            "(status = 'queued') = (next_run_at IS NOT NULL)", name="job_queued_has_next_run"
+        ),
+        CheckConstraint(
+            "status <> 'running' OR (lease_token IS NOT NULL AND lease_expires_at IS NOT NULL"
+            " AND deadline_at IS NOT NULL)",
+            name="job_running_has_lease",
+        ),
+        CheckConstraint(
+            "(status IN ('queued', 'running')) = (finished_at IS NULL)",
+            name="job_finished_has_time",
+        ),
+        # The claim reads this one in order: see JobStore.lease.
+        Index(
+            "job_claim",
+            "type",
+            text("priority DESC"),
+            "next_run_at",
+            "id",
+            sqlite_where=text("status = 'queued'"),
+            postgresql_where=text("status = 'queued'"),
+        ),
+        Index(
+            "job_running",
+            "type",
+            sqlite_where=text("status = 'running'"),
+            postgresql_where=text("status = 'running'"),
+        ),
+        Index(
+            "job_lease_expiry",
+            "lease_expires_at",
+            sqlite_where=text("status = 'running'"),
+            postgresql_where=text("status = 'running'"),
+        ),
+        Index(
+            "job_idempotency_key",
+            "type",
+            "idempotency_key",
+            unique=True,
+            sqlite_where=text("idempotency_key IS NOT NULL"),
+            postgresql_where=text("idempotency_key IS NOT NULL"),
+        ),
+        Index("job_by_status", "status", "id"),
+        Index("job_by_type", "type", "id"),
+        # Pruning reads the oldest finished jobs of a status.
+        Index(
+            "job_finished",
+            "status",
+            "finished_at",
+            sqlite_where=text("finished_at IS NOT NULL"),
+            postgresql_where=text("finished_at IS NOT NULL"),
+        ),
+    )
+
+    id: uuid.UUID = Field(sa_column=Column(Uuid, primary_key=True))
+    type: str = Field(sa_column=Column(Text, nullable=False))
+    fingerprint: str = Field(sa_column=Column(Text, nullable=False))
+    status: str = Field(sa_column=Column(Text, nullable=False))
+    payload: Any = Field(sa_column=Column(_json(), nullable=False))
+    priority: int = Field(sa_column=Column(SmallInteger, nullable=False))
+    attempt: int = Field(sa_column=Column(Integer, nullable=False))
+    max_attempts: int = Field(sa_column=Column(Integer, nullable=False))
+    timeout_seconds: int = Field(sa_column=Column(Integer, nullable=False))
+    # The backoff comes along so that the database alone can end an attempt, whoever recovers it.
+    backoff_base_seconds: float = Field(sa_column=Column(Double, nullable=False))
+    backoff_cap_seconds: float = Field(sa_column=Column(Double, nullable=False))
+    idempotency_key: str | None = Field(sa_column=Column(Text))
+    created_by: str | None = Field(sa_column=Column(Text))
+    created_at: datetime = Field(sa_column=Column(_time(), nullable=False))
+    next_run_at: datetime | None = Field(sa_column=Column(_time()))
+    started_at: datetime | None = Field(sa_column=Column(_time()))
+    finished_at: datetime | None = Field(sa_column=Column(_time()))
+    lease_token: str | None = Field(sa_column=Column(Text))
+    lease_expires_at: datetime | None = Field(sa_column=Column(_time()))
+    deadline_at: datetime | None = Field(sa_column=Column(_time()))
+    cancel_requested_at: datetime | None = Field(sa_column=Column(_time()))
+    worker_id: str | None = Field(sa_column=Column(Text))
+    progress: Any = Field(sa_column=Column(_json()))
+    result: Any = Field(sa_column=Column(_json()))
+    error: Any = Field(sa_column=Column(_json()))
+
+
+class JobAttempt(SQLModel, table=True):
+    """One row a lease of a job. The open one, with no `finished_at`, is the lease in force."""
+
+    __tablename__: ClassVar[Any] = "job_attempt"
+    __table_args__ = (
+        CheckConstraint(
+            f"outcome IS NULL OR {_one_of('outcome', AttemptOutcome)}", name="job_attempt_outcome"
+        ),
+        CheckConstraint(
+            "(outcome IS NULL) = (finished_at IS NULL)", name="job_attempt_finished_has_outcome"
+        ),
+        Index("job_attempt_of_job", "job_id", "id"),
+        # At most one lease of a job is in force: the database refuses a second.
+        Index(
+            "job_attempt_open",
+            "job_id",
+            unique=True,
+            sqlite_where=text("finished_at IS NULL"),
+            postgresql_where=text("finished_at IS NULL"),
+        ),
+    )
+
+    id: int | None = Field(
+        sa_column=Column(
+            BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True
+        )
+    )
+    job_id: uuid.UUID = Field(
+        sa_column=Column(Uuid, ForeignKey("job.id", ondelete="CASCADE"), nullable=False)
+    )
+    attempt: int = Field(sa_column=Column(Integer, nullable=False))
+    worker_id: str = Field(sa_column=Column(Text, nullable=False))
+    started_at: datetime = Field(sa_column=Column(_time(), nullable=False))
+    finished_at: datetime | None = Field(sa_column=Column(_time()))
+    outcome: str | None = Field(sa_column=Column(Text))
+    error: Any = Field(sa_column=Column(_json()))
+
+
+class JobTypeState(SQLModel, table=True):
+    """One row a job type: what a claim of a limited type locks, and when a worker last asked."""
+
+    __tablename__: ClassVar[Any] = "job_type_state"
+
+    type: str = Field(sa_column=Column(Text, primary_key=True))
+    worker_seen_at: datetime | None = Field(sa_column=Column(_time()))
+
+
+class JobCount(SQLModel, table=True):
+    """Jobs per type and status, kept by triggers on `job`: a count is the sum over its rows.
+
+    On PostgreSQL each statement appends a row, where a counter to update would make commits wait
+    for each other; `maintenance.py` folds the rows together. Counting millions of jobs reads few.
+    """
+
+    __tablename__: ClassVar[Any] = "job_count"
+
+    id: int | None = Field(
+        sa_column=Column(
+            BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True
+        )
+    )
+    type: str = Field(sa_column=Column(Text, nullable=False))
+    status: str = Field(sa_column=Column(Text, nullable=False))
+    jobs: int = Field(sa_column=Column(BigInteger, nullable=False))
+
+
+@dataclass(frozen=True, slots=True)
+class JobError:
+    """Why an attempt or a job failed: a stable code, a sentence, and details where there are any."""
+
+    code: str
+    message: str
+    details: JsonValue = None
+
+
+@dataclass(frozen=True, slots=True)
+class JobRecord:
+    """A job as it was read. Times are UTC; `id` is a UUIDv7."""
+
+    id: uuid.UUID
+    type: str
+    fingerprint: str
+    status: JobStatus
+    payload: JsonValue
+    priority: int
+    attempt: int
+    max_attempts: int
+    timeout_seconds: int
+    created_at: datetime
+    idempotency_key: str | None = None
+    created_by: str | None = None
+    next_run_at: datetime | None = None
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    cancel_requested_at: datetime | None = None
+    worker_id: str | None = None
+    progress: JsonValue = None
+    result: JsonValue = None
+    error: JobError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptRecord:
+    """One lease of a job, as it was read. `outcome` is None while it is in force."""
+
+    job_id: uuid.UUID
+    attempt: int
+    worker_id: str
+    started_at: datetime
+    finished_at: datetime | None
+    outcome: AttemptOutcome | None
+    error: JobError | None
+
+
+@dataclass(frozen=True, slots=True)
+class JobCounts:
+    """How many jobs of a type there are, per status."""
+
+    queued: int = 0
+    running: int = 0
+    succeeded: int = 0
+    failed: int = 0
+    cancelled: int = 0
