@@ -146,6 +146,13 @@ def upgrade() -> None:
         sa.Column("status", sa.Text, nullable=False),
         sa.Column("jobs", sa.BigInteger, nullable=False),
     )
+    op.create_table(
+        "job_event_batch",
+        sa.Column("id", SERIAL, primary_key=True, autoincrement=True),
+        sa.Column("message", sa.Text, nullable=False),
+        sa.Column("created_at", TIME, nullable=False),
+        sqlite_autoincrement=True,
+    )
     if op.get_bind().dialect.name == "sqlite":
         _count_on_sqlite()
     else:
@@ -154,6 +161,7 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     # SQLite drops a table's triggers with it.
+    op.drop_table("job_event_batch")
     op.drop_table("job_count")
     op.drop_table("job_type_state")
     op.drop_table("job_attempt")

@@ -10,12 +10,11 @@ import asyncio
 import re
 import sqlite3
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Final, Literal, cast
 
 import asyncpg
@@ -51,6 +50,8 @@ class Dialect:
     skip_locked: str
     """Locks the rows it reads and passes over those that another transaction holds."""
     lock_rows: str
+    max_message_bytes: int
+    """How much a commit can tell other processes; 0: only that there was one."""
     due_of_slot: str
     """Joins each `slot` (type, priority) with its first `:window` due jobs, in index order."""
 
@@ -122,6 +123,7 @@ SQLITE: Final = Dialect(
     # BEGIN IMMEDIATE has the whole database already.
     skip_locked="",
     lock_rows="",
+    max_message_bytes=0,
     due_of_slot="""
         slot CROSS JOIN job AS due ON due.id IN (
             SELECT job.id FROM job
@@ -141,6 +143,8 @@ POSTGRESQL: Final = Dialect(
     token="replace(CAST(gen_random_uuid() AS text), '-', '')",
     skip_locked="FOR UPDATE SKIP LOCKED",
     lock_rows="FOR UPDATE",
+    # A notification is shorter than 8,000 bytes.
+    max_message_bytes=7_900,
     due_of_slot="""
         slot CROSS JOIN LATERAL (
             SELECT job.id, job.priority, job.next_run_at FROM job
@@ -225,9 +229,10 @@ class Database:
     async def notify(self, connection: AsyncConnection, message: str) -> None:
         """Tells the listeners in other processes, once this transaction commits.
 
-        `message` is at most 7,900 bytes. On SQLite the commit itself tells them.
+        `message` is at most `dialect.max_message_bytes` long. On SQLite it is not carried: the
+        commit itself tells that there is something to read.
         """
-        if self.dialect.name == "postgresql":
+        if self.dialect.max_message_bytes:
             await connection.execute(_NOTIFY, {"message": message})
 
     async def listen(self, on_message: Listener, on_gap: Callable[[], None]) -> None:

@@ -74,6 +74,17 @@ class LeaseLost(QueueError):
         )
 
 
+class EventsMissed(QueueError):
+    """Raised when a subscriber cannot be told of everything any more, and why.
+
+    It reads the jobs it is interested in, and subscribes again.
+    """
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(f"events were missed: {reason}; read the jobs and subscribe again")
+
+
 class QueueUnavailable(QueueError):
     """Raised when the database does not answer or cannot write: nothing was answered as stored.
 

@@ -1,22 +1,27 @@
-"""Job events, published after commit: as log lines, to workers that wait, to other processes."""
+"""Job events: announced in the transaction, published after its commit.
+
+They become log lines, wake workers that wait for jobs, and reach subscribers in every process.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import secrets
-from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from typing import Final, Literal
+from collections import deque
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Final, Literal, cast, get_args
 from uuid import UUID
 
 import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from api.queue.database import Database
+from api.queue.errors import EventsMissed, QueueUnavailable
 from api.queue.models import JobRecord, JobStatus
+from api.queue.store import JobStore
 
 EventName = Literal[
     "job.created",
@@ -28,47 +33,111 @@ EventName = Literal[
     "job.cancelled",
 ]
 
-MAX_MESSAGE_BYTES: Final = 7_900
-"""A PostgreSQL notification holds less than 8,000 bytes."""
+STATUS_AFTER: Final[dict[EventName, JobStatus]] = {
+    "job.created": JobStatus.QUEUED,
+    "job.started": JobStatus.RUNNING,
+    "job.progressed": JobStatus.RUNNING,
+    "job.succeeded": JobStatus.SUCCEEDED,
+    "job.retrying": JobStatus.QUEUED,
+    "job.failed": JobStatus.FAILED,
+    "job.cancelled": JobStatus.CANCELLED,
+}
+
+MAX_UNREAD_EVENTS: Final = 1_000
+"""How many events a subscriber may be behind before it is dropped."""
 
 log = structlog.get_logger("jobs.events")
 
 
 @dataclass(frozen=True, slots=True)
 class JobEvent:
-    """Something that happened to a job and is committed. `status` is the one it has since."""
+    """Something that happened to a job and is committed."""
 
     name: EventName
     job_id: UUID
     type: str
-    status: JobStatus
     attempt: int
+
+    @property
+    def status(self) -> JobStatus:
+        """The job's status since then."""
+        return STATUS_AFTER[self.name]
 
     @classmethod
     def of(cls, name: EventName, job: JobRecord) -> JobEvent:
         """The event `name` of a job as it stands after it."""
-        return cls(name, job.id, job.type, job.status, job.attempt)
+        return cls(name, job.id, job.type, job.attempt)
+
+
+@dataclass(eq=False)
+class Subscription:
+    """The events of one subscriber, as an async iterator.
+
+    Iterating raises `EventsMissed` once the subscriber fell too far behind, or the connection
+    over which other processes are heard was lost: what happened since has to be looked up.
+    """
+
+    job_id: UUID | None
+    types: frozenset[str] | None
+    _unread: deque[JobEvent] = field(default_factory=deque)
+    _news: asyncio.Event = field(default_factory=asyncio.Event)
+    _missed: str | None = None
+
+    def __aiter__(self) -> AsyncIterator[JobEvent]:
+        return self
+
+    async def __anext__(self) -> JobEvent:
+        while not self._unread:
+            if self._missed is not None:
+                raise EventsMissed(self._missed)
+            self._news.clear()
+            await self._news.wait()
+        return self._unread.popleft()
+
+    def offer(self, event: JobEvent) -> None:
+        """Takes an event in, if it is one that was asked for. Never waits."""
+        wanted = (self.job_id is None or event.job_id == self.job_id) and (
+            self.types is None or event.type in self.types
+        )
+        if wanted and self._missed is None:
+            if len(self._unread) >= MAX_UNREAD_EVENTS:
+                self.drop(f"the subscriber was more than {MAX_UNREAD_EVENTS} events behind")
+            else:
+                self._unread.append(event)
+                self._news.set()
+
+    def drop(self, reason: str) -> None:
+        """Lets no further event in; the iterator raises once it has given those it holds."""
+        self._missed = reason
+        self._news.set()
 
 
 class Events:
     """One process's view of what happens to jobs.
 
     `announce` goes inside the transaction and `publish` after its commit. `run` hears the other
-    processes; without it, a worker notices their jobs only when it looks.
+    processes; without it, their jobs are noticed only when a worker looks by itself.
     """
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._store = JobStore(database.dialect)
         self._process = secrets.token_hex(8)
-        self._waiting: dict[asyncio.Event, frozenset[str]] = {}
+        self._waiting: dict[asyncio.Event, tuple[frozenset[str], frozenset[str]]] = {}
+        self._subscriptions: set[Subscription] = set()
 
     async def announce(self, connection: AsyncConnection, events: Sequence[JobEvent]) -> None:
-        """Tells the other processes, in one notification, if this transaction commits."""
-        if events and self._database.dialect.name == "postgresql":
-            await self._database.notify(connection, self._message(events))
+        """Tells the other processes, in one message, if this transaction commits."""
+        if not events:
+            return
+        message = _encode(self._process, events)
+        if len(message) > self._database.dialect.max_message_bytes:
+            number = await self._store.keep_events(connection, message)
+            message = json.dumps({"process": self._process, "batch": number})
+        await self._database.notify(connection, message)
 
     def publish(self, events: Iterable[JobEvent]) -> None:
-        """Says what was committed: a log line each, and a nudge to who waits in this process."""
+        """Says what was committed: a log line each, and word to this process."""
         for event in events:
             log.info(
                 event.name,
@@ -77,16 +146,29 @@ class Events:
                 status=event.status.value,
                 attempt=event.attempt,
             )
-            self._wake(event.type)
+            self._deliver(event)
 
-    @asynccontextmanager
-    async def waiting_for(self, types: Iterable[str]) -> AsyncIterator[asyncio.Event]:
-        """An `asyncio.Event` that is set when something happens to a job of these types.
+    @contextmanager
+    def subscribe(
+        self, *, job_id: UUID | None = None, types: Collection[str] | None = None
+    ) -> Iterator[Subscription]:
+        """The events of one job, or of jobs of these types, or all, from now on."""
+        subscription = Subscription(job_id, None if types is None else frozenset(types))
+        self._subscriptions.add(subscription)
+        try:
+            yield subscription
+        finally:
+            self._subscriptions.discard(subscription)
+
+    @contextmanager
+    def waiting_for(self, types: Iterable[str], limited: Iterable[str]) -> Iterator[asyncio.Event]:
+        """An `asyncio.Event` that is set when a claim may find more than before: a job of these
+        types was queued, or one of the `limited` types ended and made room.
 
         Clear it before looking at the queue, not after: what comes in between is then kept.
         """
         woken = asyncio.Event()
-        self._waiting[woken] = frozenset(types)
+        self._waiting[woken] = (frozenset(types), frozenset(limited))
         try:
             yield woken
         finally:
@@ -94,31 +176,90 @@ class Events:
 
     async def run(self) -> None:
         """Hears what other processes announce, until cancelled."""
-        await self._database.listen(self._heard, self._wake_all)
+        heard: asyncio.Queue[str | None] = asyncio.Queue(maxsize=10_000)
 
-    def _message(self, events: Sequence[JobEvent]) -> str:
-        types = sorted({event.type for event in events})
-        message = json.dumps({"process": self._process, "types": types}, separators=(",", ":"))
-        if len(message) > MAX_MESSAGE_BYTES:
-            return json.dumps({"process": self._process, "types": None})
-        return message
+        def take(message: str | None) -> None:
+            try:
+                heard.put_nowait(message)
+            except asyncio.QueueFull:
+                self._miss("this process is too slow to hear the others")
 
-    def _heard(self, message: str) -> None:
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            heard = json.loads(message)
-            if heard["process"] == self._process:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._hear(heard))
+            tasks.create_task(self._database.listen(take, lambda: take(None)))
+
+    async def _hear(self, heard: asyncio.Queue[str | None]) -> None:
+        last: int | None = None
+        while True:
+            message = await heard.get()
+            try:
+                if message is not None:
+                    await self._receive(message)
+                elif self._database.dialect.max_message_bytes == 0:
+                    last = await self._read_kept(last)
+                else:
+                    self._miss("the connection to the database was lost for a while")
+            except QueueUnavailable:
+                self._miss("the database is not available")
+            except Exception:
+                log.exception("events.unreadable")
+
+    async def _read_kept(self, last: int | None) -> int:
+        """Delivers every batch behind `last`; with None, which is the start, none of them."""
+        async with self._database.reading() as connection:
+            if last is None:
+                return await self._store.last_event(connection)
+            while batches := await self._store.events_after(connection, last):
+                for last, message in batches.items():
+                    await self._receive(message)
+        return last
+
+    async def _receive(self, message: str) -> None:
+        content = json.loads(message)
+        if content["process"] == self._process:
+            return
+        if "batch" in content:
+            async with self._database.reading() as connection:
+                kept = await self._store.events(connection, content["batch"])
+            if kept is None:
+                self._miss("events were deleted before this process read them")
                 return
-            if heard["types"] is None:
-                self._wake_all()
-            else:
-                for job_type in heard["types"]:
-                    self._wake(job_type)
+            content = json.loads(kept)
+        for event in _decode(content):
+            self._deliver(event)
 
-    def _wake(self, job_type: str) -> None:
-        for woken, types in self._waiting.items():
-            if job_type in types:
+    def _deliver(self, event: JobEvent) -> None:
+        queued = event.status is JobStatus.QUEUED
+        ended = event.status is not JobStatus.RUNNING and event.name != "job.created"
+        for woken, (types, limited) in self._waiting.items():
+            if (queued and event.type in types) or (ended and event.type in limited):
                 woken.set()
+        for subscription in self._subscriptions:
+            subscription.offer(event)
 
-    def _wake_all(self) -> None:
+    def _miss(self, reason: str) -> None:
         for woken in self._waiting:
             woken.set()
+        for subscription in self._subscriptions:
+            subscription.drop(reason)
+
+
+_NAMES: Final = get_args(EventName)
+
+
+def _encode(process: str, events: Sequence[JobEvent]) -> str:
+    """Compact, because a notification holds less than 8,000 bytes: about 150 events."""
+    types = {event.type: None for event in events}
+    numbers = {name: number for number, name in enumerate(types)}
+    rows = [
+        [_NAMES.index(event.name), event.job_id.hex, numbers[event.type], event.attempt]
+        for event in events
+    ]
+    content = {"process": process, "types": list(types), "events": rows}
+    return json.dumps(content, separators=(",", ":"))
+
+
+def _decode(content: dict[str, list[object]]) -> Iterator[JobEvent]:
+    types = cast(list[str], content["types"])
+    for name, job_id, job_type, attempt in cast(list[tuple[int, str, int, int]], content["events"]):
+        yield JobEvent(_NAMES[name], UUID(job_id), types[job_type], attempt)

@@ -222,6 +222,27 @@ class JobCount(SQLModel, table=True):
     jobs: int = Field(sa_column=Column(BigInteger, nullable=False))
 
 
+class JobEventBatch(SQLModel, table=True):
+    """What one transaction did to jobs, for other processes to hear; kept for a minute or so.
+
+    Every transaction on SQLite, and on PostgreSQL those that do not fit into a notification.
+    """
+
+    __tablename__: ClassVar[Any] = "job_event_batch"
+    __table_args__ = (
+        # SQLite would give the highest number out again once its row is deleted.
+        {"sqlite_autoincrement": True},
+    )
+
+    id: int | None = Field(
+        sa_column=Column(
+            BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True
+        )
+    )
+    message: str = Field(sa_column=Column(Text, nullable=False))
+    created_at: datetime = Field(sa_column=Column(_time(), nullable=False))
+
+
 @dataclass(frozen=True, slots=True)
 class JobError:
     """Why an attempt or a job failed: a stable code, a sentence, and details where there are any."""

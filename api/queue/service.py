@@ -16,6 +16,16 @@ from typing import Final, cast
 
 from pydantic import JsonValue
 from pydantic_core import from_json
+from registry import (
+    JobPolicy,
+    JobRegistry,
+    JobTypeNotFound,
+    PayloadInvalid,
+    Violation,
+    json_document,
+    pointer,
+    text_fault,
+)
 from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 from uuid_utils.compat import uuid7
@@ -40,16 +50,6 @@ from api.queue.models import (
     JobStatus,
 )
 from api.queue.store import Claim, JobStore, NewJob, Report, Stored
-from registry import (
-    JobPolicy,
-    JobRegistry,
-    JobTypeNotFound,
-    PayloadInvalid,
-    Violation,
-    json_document,
-    pointer,
-    text_fault,
-)
 
 DEFAULT_PRIORITY: Final = 50
 MAX_BULK: Final = 1_000
@@ -58,6 +58,9 @@ MAX_LEASE: Final = 100
 MAX_WAIT_SECONDS: Final = 30
 MAX_DELAY_SECONDS: Final = 31_536_000
 """A year: the longest snooze or `retryAfterSeconds`."""
+
+WORKER_ABSENT_SECONDS: Final = 60.0
+"""A type that no worker asked for in this time has none."""
 
 WORKER_SEEN_SECONDS: Final = 10.0
 """How often a process notes in the database that it works a type."""
@@ -143,6 +146,38 @@ class Heartbeat:
     expires_at: datetime
     seconds_left: float
     cancel_requested: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledFor:
+    """The job's time has not come."""
+
+    next_run_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class ConcurrencyLimitReached:
+    """As many jobs of the type run as its policy allows."""
+
+    limit: int
+    running: int
+
+
+@dataclass(frozen=True, slots=True)
+class NoWorkerSeen:
+    """No worker has asked for the type in the last minute; None: none ever has."""
+
+    last_seen_seconds_ago: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class BehindInQueue:
+    """Workers are there, and this many jobs of the type go first (counted up to 1,000)."""
+
+    ahead: int
+
+
+WaitingReason = ScheduledFor | ConcurrencyLimitReached | NoWorkerSeen | BehindInQueue
 
 
 class JobService:
@@ -354,7 +389,8 @@ class JobService:
         types = tuple(dict.fromkeys(job_types))
         clock = asyncio.get_running_loop().time
         give_up = clock() + wait_seconds
-        async with self.events.waiting_for(types) as woken:
+        limited = [name for name in types if self.registry.policy(name).concurrency_limit]
+        with self.events.waiting_for(types, limited) as woken:
             while True:
                 woken.clear()
                 leases, pause = await self._claim(types, worker_id, limit)
@@ -529,7 +565,7 @@ class JobService:
             if atomic and any(_conflicts(job, stored[job.id]) for job in jobs):
                 raise _AtomicConflict([stored[job.id] for job in jobs])
             created = [
-                JobEvent("job.created", job.id, job.type, JobStatus.QUEUED, 0)
+                JobEvent("job.created", job.id, job.type, 0)
                 for job in jobs
                 if stored[job.id].existing is None
             ]
@@ -546,7 +582,7 @@ class JobService:
             for name in types
             if (concurrency := self.registry.policy(name).concurrency_limit) is not None
         }
-        await self._show_worker(types)
+        await self.show_worker(types)
         claim = Claim(types, limits, worker_id, limit, self.lease_seconds)
         async with self._database.transaction() as connection:
             recovered = await self._store.recover(connection)
@@ -566,13 +602,56 @@ class JobService:
         # Due, but not claimed: another worker is just taking it, or full types end by themselves.
         return [], max(MIN_PAUSE_SECONDS, MAX_PAUSE_SECONDS if seconds is None else seconds)
 
-    async def _show_worker(self, types: Sequence[str]) -> None:
+    async def show_worker(self, types: Sequence[str]) -> None:
+        """Notes that these types are worked here, also while no slot is free to lease more.
+
+        Writes at most every ten seconds; `waiting_reason` reads it.
+        """
         now = asyncio.get_running_loop().time()
         stale = [t for t in types if now - self._seen.get(t, -1e9) > WORKER_SEEN_SECONDS]
         if stale:
             async with self._database.transaction() as connection:
                 await self._store.see_worker(connection, sorted(stale))
             self._seen |= dict.fromkeys(stale, now)
+
+    async def waiting_reason(self, job: JobRecord) -> WaitingReason | None:
+        """Why a queued job does not run at this moment; None when it is not queued."""
+        async with self._database.reading() as connection:
+            waiting = await self._store.waiting(connection, job.id)
+        if waiting is None or job.next_run_at is None:
+            return None
+        if waiting.due_in_seconds > 0:
+            return ScheduledFor(job.next_run_at)
+        job_type = self.registry.get(job.type)
+        limit = job_type.policy.concurrency_limit if job_type else None
+        if limit is not None and waiting.running >= limit:
+            return ConcurrencyLimitReached(limit, waiting.running)
+        seen = waiting.worker_seen_seconds_ago
+        if waiting.running == 0 and (seen is None or seen > WORKER_ABSENT_SECONDS):
+            return NoWorkerSeen(seen)
+        return BehindInQueue(waiting.ahead)
+
+    # Upkeep
+
+    async def recover(self) -> list[JobRecord]:
+        """Ends the attempts whose lease has run out, and gives their jobs. Claims do it too."""
+        async with self._database.transaction() as connection:
+            recovered = await self._store.recover(connection)
+            happened = [_ended_event(job) for job in recovered]
+            await self.events.announce(connection, happened)
+        self.events.publish(happened)
+        return recovered
+
+    async def prune(self, status: JobStatus, *, keep_seconds: float, jobs: int) -> int:
+        """Deletes up to `jobs` jobs that ended with `status` longer ago than `keep_seconds`."""
+        async with self._database.transaction() as connection:
+            return await self._store.prune(connection, status, keep_seconds=keep_seconds, jobs=jobs)
+
+    async def tidy(self) -> None:
+        """Folds the rows of the counts together and deletes events that everyone has read."""
+        async with self._database.transaction() as connection:
+            await self._store.fold_counts(connection)
+            await self._store.prune_events(connection)
 
     async def _report(self, report: Report) -> JobRecord:
         job = await self._reports.submit(report)

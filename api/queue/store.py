@@ -28,6 +28,12 @@ from api.queue.models import (
 
 T = TypeVar("T")
 
+AHEAD_LIMIT: Final = 1_000
+"""How many jobs ahead are counted: beyond that, nobody reads the number."""
+
+EVENTS_KEPT_SECONDS: Final = 60
+"""How long a kept event batch waits for other processes to read it."""
+
 RECOVERY_BATCH: Final = 100
 """How many lost leases one claim recovers at most, so that no claim pays for a whole outage."""
 
@@ -97,6 +103,19 @@ class Report:
     retryable: bool = True
     delay_seconds: float | None = None
     spend: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """What a queued job waits for. `due_in_seconds` is negative when its time has come.
+
+    `ahead` counts the due jobs of its type that go first, up to 1,000 of them.
+    """
+
+    due_in_seconds: float
+    running: int
+    worker_seen_seconds_ago: float | None
+    ahead: int
 
 
 class JobStore:
@@ -264,6 +283,54 @@ class JobStore:
             SELECT seen.type, {d.now} FROM {d.rows(":types", {"type": "text"})} AS seen
             WHERE true ORDER BY seen.type
             ON CONFLICT (type) DO UPDATE SET worker_seen_at = excluded.worker_seen_at"""
+        self._waiting = f"""
+            SELECT
+                {d.seconds_until("job.next_run_at")} AS due_in_seconds,
+                (SELECT count(*) FROM job AS other
+                 WHERE other.status = 'running' AND other.type = job.type) AS running,
+                (SELECT {d.seconds_until("worker_seen_at")} FROM job_type_state
+                 WHERE job_type_state.type = job.type) AS seen_in_seconds,
+                (SELECT count(*) FROM (
+                    SELECT 1 FROM job AS other
+                    WHERE other.status = 'queued' AND other.type = job.type
+                      AND other.priority > job.priority AND other.next_run_at <= {d.now}
+                    LIMIT {AHEAD_LIMIT}
+                ) AS higher) + (SELECT count(*) FROM (
+                    SELECT 1 FROM job AS other
+                    WHERE other.status = 'queued' AND other.type = job.type
+                      AND other.priority = job.priority
+                      AND (other.next_run_at, other.id) < (job.next_run_at, job.id)
+                    LIMIT {AHEAD_LIMIT}
+                ) AS earlier) AS ahead
+            FROM job WHERE id = {d.uuid(":id")} AND status = 'queued'"""
+        self._prune = f"""
+            DELETE FROM job WHERE id IN (
+                SELECT id FROM job
+                WHERE status = :status AND finished_at < {d.after("-CAST(:keep_seconds AS double precision)")}
+                ORDER BY finished_at LIMIT :jobs {d.skip_locked}
+            )
+            RETURNING id"""
+        self._take_counts = f"""
+            DELETE FROM job_count WHERE id IN (
+                SELECT id FROM job_count ORDER BY id LIMIT :rows {d.skip_locked}
+            )
+            RETURNING type, status, jobs"""
+        self._put_counts = f"""
+            INSERT INTO job_count (type, status, jobs)
+            SELECT folded.type, folded.status, folded.jobs
+            FROM {d.rows(":folded", {"type": "text", "status": "text", "jobs": "bigint"})}
+                AS folded"""
+        self._keep_events = f"""
+            INSERT INTO job_event_batch (message, created_at) VALUES (:message, {d.now})
+            RETURNING id"""
+        self._events_after = """
+            SELECT id, message FROM job_event_batch WHERE id > :after ORDER BY id LIMIT 1000"""
+        self._last_event = "SELECT coalesce(max(id), 0) FROM job_event_batch"
+        self._events = "SELECT message FROM job_event_batch WHERE id = :id"
+        self._prune_events = f"""
+            DELETE FROM job_event_batch WHERE id IN (
+                SELECT id FROM job_event_batch ORDER BY id LIMIT 1000
+            ) AND created_at < {d.after(f"-{EVENTS_KEPT_SECONDS}")}"""
         self._counts = """
             SELECT type, status, CAST(sum(jobs) AS bigint) AS jobs
             FROM job_count GROUP BY type, status"""
@@ -534,6 +601,67 @@ class JobStore:
         for row in await self._run(connection, self._counts, {}):
             counts.setdefault(row.type, {})[row.status] = row.jobs
         return {name: JobCounts(**of_status) for name, of_status in counts.items()}
+
+    async def waiting(self, connection: AsyncConnection, job_id: uuid.UUID) -> Waiting | None:
+        """What a queued job waits for; None when it is not queued. Reads index ranges only."""
+        rows = await self._run(connection, self._waiting, {"id": job_id.hex})
+        if not rows:
+            return None
+        seen = rows[0].seen_in_seconds
+        return Waiting(
+            due_in_seconds=float(rows[0].due_in_seconds),
+            running=rows[0].running,
+            worker_seen_seconds_ago=None if seen is None else -float(seen),
+            ahead=min(rows[0].ahead, AHEAD_LIMIT),
+        )
+
+    async def prune(
+        self, connection: AsyncConnection, status: JobStatus, *, keep_seconds: float, jobs: int
+    ) -> int:
+        """Deletes up to `jobs` jobs that ended with `status` longer ago than `keep_seconds`.
+
+        The oldest first, by the index `job_finished`; their attempts go with them. A job that
+        has not ended has no `finished_at` and is out of reach. Gives how many were deleted.
+        """
+        rows = await self._run(
+            connection,
+            self._prune,
+            {"status": str(status), "keep_seconds": keep_seconds, "jobs": jobs},
+        )
+        return len(rows)
+
+    async def fold_counts(self, connection: AsyncConnection, *, rows: int = 10_000) -> None:
+        """Replaces rows of `job_count` by their sums. Rows that another is folding stay."""
+        taken = await self._run(connection, self._take_counts, {"rows": rows})
+        sums: dict[tuple[str, str], int] = {}
+        for row in taken:
+            sums[row.type, row.status] = sums.get((row.type, row.status), 0) + row.jobs
+        folded = [{"type": t, "status": s, "jobs": jobs} for (t, s), jobs in sums.items() if jobs]
+        if folded:
+            await self._run(connection, self._put_counts, {"folded": json.dumps(folded)})
+
+    async def keep_events(self, connection: AsyncConnection, message: str) -> int:
+        """Keeps a batch of events for other processes to read, and gives its number."""
+        rows = await self._run(connection, self._keep_events, {"message": message})
+        return int(rows[0][0])
+
+    async def events(self, connection: AsyncConnection, number: int) -> str | None:
+        """One kept batch; None when it was pruned already."""
+        rows = await self._run(connection, self._events, {"id": number})
+        return str(rows[0][0]) if rows else None
+
+    async def events_after(self, connection: AsyncConnection, number: int) -> dict[int, str]:
+        """The kept batches behind `number`, by their numbers, in order; 1,000 at most."""
+        rows = await self._run(connection, self._events_after, {"after": number})
+        return {row.id: row.message for row in rows}
+
+    async def last_event(self, connection: AsyncConnection) -> int:
+        """The number of the newest kept batch, 0 when there is none."""
+        return int((await self._run(connection, self._last_event, {}))[0][0])
+
+    async def prune_events(self, connection: AsyncConnection) -> None:
+        """Deletes kept batches that every process has had time to read."""
+        await self._run(connection, self._prune_events, {})
 
     async def _run(
         self, connection: AsyncConnection, template: str, parameters: Mapping[str, Any]

@@ -1,0 +1,1 @@
+"""The GraphQL schema, and the view that serves it over HTTP."""

@@ -1,0 +1,68 @@
+"""What any process does now and then for all: rescue lost leases, prune, fold the counts.
+
+No leader: each does it a little, passing over what another is at.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import structlog
+
+from api.queue.errors import QueueUnavailable
+from api.queue.models import JobStatus
+from api.queue.service import JobService
+
+DAY_SECONDS = 86_400
+PRUNE_BATCH = 200
+"""Jobs a transaction deletes: a few milliseconds, which is what a lease waits on SQLite."""
+
+log = structlog.get_logger("jobs.maintenance")
+
+
+async def maintain(
+    service: JobService,
+    *,
+    keep_succeeded_days: float,
+    keep_failed_days: float,
+    every_seconds: float = 10.0,
+) -> None:
+    """Looks after the queue until cancelled. While the database is away it waits.
+
+    Succeeded jobs are deleted `keep_succeeded_days` after they ended, failed and cancelled ones
+    after `keep_failed_days`; queued and running ones never.
+    """
+    keep_days = {
+        JobStatus.SUCCEEDED: keep_succeeded_days,
+        JobStatus.FAILED: keep_failed_days,
+        JobStatus.CANCELLED: keep_failed_days,
+    }
+    while True:
+        # Spread, so that processes started together do not all come at once.
+        await asyncio.sleep(every_seconds * random.uniform(0.5, 1.5))
+        try:
+            await service.recover()
+            await service.tidy()
+            for status, days in keep_days.items():
+                await prune(service, status, keep_days=days)
+        except QueueUnavailable as error:
+            log.warning("maintenance.postponed", reason=error.reason)
+        except Exception:
+            log.exception("maintenance.failed")
+
+
+async def prune(service: JobService, status: JobStatus, *, keep_days: float) -> int:
+    """Deletes every job that ended with `status` more than `keep_days` ago; says how many.
+
+    In small transactions with a pause between them, so that leases and enqueues go on.
+    """
+    pruned = 0
+    while True:
+        count = await service.prune(status, keep_seconds=keep_days * DAY_SECONDS, jobs=PRUNE_BATCH)
+        pruned += count
+        if count:
+            log.info("jobs.pruned", status=str(status), jobs=count)
+        if count < PRUNE_BATCH:
+            return pruned
+        await asyncio.sleep(0.02)

@@ -1,0 +1,38 @@
+"""What a job type is: its payload, its policy, its handler. No I/O, no SQL, no GraphQL."""
+
+from registry.errors import (
+    Cancel,
+    DefinitionError,
+    Fail,
+    JobTypeNotFound,
+    PayloadInvalid,
+    Retry,
+    Snooze,
+    Violation,
+)
+from registry.job_type import Backoff, JobContext, JobPolicy, JobType, Payload
+from registry.json_values import NotJson, json_document, parse_json, pointer, text_fault
+from registry.registry import AdmittedPayload, JobRegistry
+
+__all__ = [
+    "AdmittedPayload",
+    "Backoff",
+    "Cancel",
+    "DefinitionError",
+    "Fail",
+    "JobContext",
+    "JobPolicy",
+    "JobRegistry",
+    "JobType",
+    "JobTypeNotFound",
+    "NotJson",
+    "Payload",
+    "PayloadInvalid",
+    "Retry",
+    "Snooze",
+    "Violation",
+    "json_document",
+    "parse_json",
+    "pointer",
+    "text_fault",
+]

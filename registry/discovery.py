@@ -1,0 +1,96 @@
+"""Finds job types in the modules that settings name, and in installed packages.
+
+A package joins by the entry-point group `job_registry.catalog`, whose entries name a module, a
+`JobType`, or a list of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterable, Sequence
+from importlib import metadata
+from types import ModuleType
+from typing import Any, Final
+
+from registry.errors import DefinitionError, shortened
+from registry.job_type import JobType
+from registry.registry import DEFAULT_MAX_PAYLOAD_BYTES, JobRegistry
+
+ENTRY_POINT_GROUP: Final = "job_registry.catalog"
+
+
+def load_registry(
+    catalog: Sequence[str], *, max_payload_bytes: int = DEFAULT_MAX_PAYLOAD_BYTES
+) -> JobRegistry:
+    """The registry of all job types in `catalog` and the entry points; raises as `discover`."""
+    return JobRegistry(discover(catalog), max_payload_bytes=max_payload_bytes)
+
+
+def discover(catalog: Sequence[str], *, entry_points: bool = True) -> list[JobType[Any]]:
+    """The job types at the top level of these modules, of all modules of these packages, and of
+    installed packages' entry points. The same `JobType` seen twice counts once.
+
+    Raises:
+        DefinitionError: a module cannot be imported, defines a job type wrongly, or holds none;
+            or two different job types share a name. It names the module.
+    """
+    found: dict[str, tuple[JobType[Any], str]] = {}
+    sources = [(name, _in_module(name)) for name in catalog]
+    if entry_points:
+        for entry in metadata.entry_points(group=ENTRY_POINT_GROUP):
+            sources.append((f"entry point {entry.name} = {entry.value}", _in_entry_point(entry)))
+    for source, job_types in sources:
+        for job_type in job_types:
+            known, where = found.setdefault(job_type.name, (job_type, source))
+            if known is not job_type:
+                raise DefinitionError(
+                    f"{source}: the job type {job_type.name} is defined already, in {where}"
+                )
+    return [job_type for job_type, _ in found.values()]
+
+
+def _in_module(name: str) -> list[JobType[Any]]:
+    module = _import(name)
+    modules = [module]
+    if hasattr(module, "__path__"):
+        below = pkgutil.walk_packages(module.__path__, prefix=f"{name}.", onerror=_raise)
+        modules += [_import(info.name) for info in below]
+    job_types = [job_type for each in modules for job_type in _of(each)]
+    if not job_types:
+        raise DefinitionError(f"{name}: no JobType is defined at the top level of this module")
+    return job_types
+
+
+def _in_entry_point(entry: metadata.EntryPoint) -> list[JobType[Any]]:
+    where = f"entry point {entry.name} = {entry.value}"
+    try:
+        loaded = entry.load()
+    except Exception as error:
+        raise DefinitionError(f"{where}: {type(error).__name__}: {error}") from error
+    if isinstance(loaded, ModuleType):
+        return _in_module(loaded.__name__)
+    if isinstance(loaded, JobType):
+        return [loaded]
+    if isinstance(loaded, Iterable) and not isinstance(loaded, str | bytes):
+        job_types = list(loaded)
+        if job_types and all(isinstance(each, JobType) for each in job_types):
+            return job_types
+    raise DefinitionError(
+        f"{where}: expected a module, a JobType or a list of them, got {shortened(loaded)}"
+    )
+
+
+def _of(module: ModuleType) -> list[JobType[Any]]:
+    return [value for value in vars(module).values() if isinstance(value, JobType)]
+
+
+def _import(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except Exception as error:
+        raise DefinitionError(f"{name}: {type(error).__name__}: {error}") from error
+
+
+def _raise(name: str) -> None:
+    _import(name)

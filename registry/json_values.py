@@ -1,0 +1,211 @@
+"""JSON as this project takes it: what PostgreSQL, SQLite and JavaScript all keep as it came.
+
+RFC 8259, less what one of them would change or refuse: numbers that are not finite, integers past
+64 bits, NUL and lone surrogates in text, and nesting beyond any use.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, Final
+
+from pydantic import JsonValue
+from pydantic_core import PydanticSerializationError, from_json, to_json
+
+from registry.errors import Violation, shortened
+
+MAX_DEPTH: Final = 64
+MAX_VIOLATIONS: Final = 100
+
+_MAX_INT: Final = 2**63 - 1
+_MIN_INT: Final = -(2**63)
+# NUL cannot be stored in PostgreSQL's text and JSONB; a lone surrogate is no Unicode text.
+_BAD_TEXT: Final = re.compile("[\x00\ud800-\udfff]")
+
+
+class NotJson(ValueError):
+    """Raised when text is no JSON; says where."""
+
+
+def parse_json(text: str | bytes) -> JsonValue:
+    """The value of JSON text. Of an object's equal keys the last one counts.
+
+    Raises:
+        NotJson: it is no JSON, holds NaN or Infinity, or is nested too deep to be read.
+    """
+    try:
+        value: JsonValue = from_json(text, allow_inf_nan=False)
+    except ValueError as error:
+        raise NotJson(f"This is no JSON: {str(error)[:200]}") from None
+    return value
+
+
+def pointer(path: str, token: str | int) -> str:
+    """The JSON Pointer (RFC 6901) one step below `path`."""
+    if isinstance(token, int):
+        return f"{path}/{token}"
+    if "~" in token or "/" in token:
+        token = token.replace("~", "~0").replace("/", "~1")
+    return f"{path}/{token}"
+
+
+def text_fault(text: str) -> str | None:
+    """Why this text cannot be stored, as a sentence; None when it can."""
+    found = _BAD_TEXT.search(text)
+    if found is None:
+        return None
+    character = ord(found.group())
+    what = "NUL" if character == 0 else f"the lone surrogate U+{character:04X}"
+    return f"Expected Unicode text without NUL, got {what} at character {found.start()}."
+
+
+def json_document(value: object, *, max_bytes: int) -> tuple[bytes, list[Violation]]:
+    """The compact JSON text of a value, in UTF-8, and what is wrong with the value.
+
+    With violations the text is of a copy in which each faulty value is a harmless one of the same
+    kind, so that the rest can be judged as well. It is empty when the value is too large, too
+    deep, or too faulty to be judged.
+    """
+    faults = _Faults()
+    if _quickly_sound(value, 0):
+        try:
+            text = to_json(value)
+        except (PydanticSerializationError, ValueError, UnicodeEncodeError):
+            text = b""
+        if text and len(text) <= max_bytes:
+            return text, []
+        if text:
+            return b"", [_too_large(len(text), max_bytes)]
+    clean = _cleaned(value, faults, max_bytes)
+    if faults.fatal is not None:
+        return b"", [faults.fatal]
+    text = to_json(clean)
+    if len(text) > max_bytes:
+        return b"", [_too_large(len(text), max_bytes)]
+    return text, faults.violations
+
+
+def _quickly_sound(value: object, depth: int) -> bool:
+    """Whether a value has no fault at all: the common case, without building anything."""
+    kind = type(value)
+    if kind is str:
+        return _BAD_TEXT.search(value) is None  # type: ignore[arg-type]
+    if kind is int:
+        return _MIN_INT <= value <= _MAX_INT  # type: ignore[operator]
+    if kind is bool or value is None:
+        return True
+    if kind is float:
+        return math.isfinite(value)  # type: ignore[arg-type]
+    if depth >= MAX_DEPTH:
+        return False
+    if kind is dict:
+        for key, item in value.items():  # type: ignore[attr-defined]
+            if type(key) is not str or _BAD_TEXT.search(key) is not None:
+                return False
+            if not _quickly_sound(item, depth + 1):
+                return False
+        return True
+    if kind is list:
+        for item in value:  # type: ignore[attr-defined]
+            if not _quickly_sound(item, depth + 1):
+                return False
+        return True
+    return False
+
+
+class _Faults:
+    """Collects violations up to a bound; `fatal` is one beside which no other matters."""
+
+    def __init__(self) -> None:
+        self.violations: list[Violation] = []
+        self.fatal: Violation | None = None
+
+    def add(self, path: str, code: str, message: str) -> None:
+        if len(self.violations) < MAX_VIOLATIONS:
+            self.violations.append(Violation(path, code, message))
+
+
+def _cleaned(value: object, faults: _Faults, max_bytes: int) -> Any:
+    """A sound copy of a value. Iterative and bounded, so that no value is too deep or too large."""
+    root: list[Any] = [None]
+    size = 0
+    # What is still to be copied: the value, its path, its depth, and where the copy goes.
+    waiting: list[tuple[object, str, int, Any, Any]] = [(value, "", 0, root, 0)]
+    while waiting:
+        item, path, depth, target, place = waiting.pop()
+        size += 2 + (len(item) if isinstance(item, str) else 0)
+        if size > max_bytes * 2:
+            faults.fatal = _too_large(None, max_bytes)
+            return None
+        if type(item) is dict or type(item) is list:
+            if depth >= MAX_DEPTH:
+                faults.fatal = Violation(
+                    path[:200],
+                    "too_deep",
+                    f"Expected at most {MAX_DEPTH} levels of nesting, got more.",
+                )
+                return None
+            if type(item) is list:
+                copy_list: list[Any] = [None] * len(item)
+                target[place] = copy_list
+                for index in range(len(item) - 1, -1, -1):
+                    waiting.append((item[index], f"{path}/{index}", depth + 1, copy_list, index))
+            else:
+                copy: dict[str, Any] = {}
+                target[place] = copy
+                below = []
+                for key, inner in item.items():
+                    if type(key) is not str:
+                        message = f"Expected text as the name of a field, got {shortened(key)}."
+                        faults.add(path, "not_json", message)
+                    elif fault := text_fault(key):
+                        faults.add(path, "invalid_text", f"The name of a field: {fault}")
+                    else:
+                        size += len(key)
+                        copy[key] = None
+                        below.append((inner, pointer(path, key), depth + 1, copy, key))
+                waiting.extend(reversed(below))
+        else:
+            target[place] = _clean_scalar(item, path, faults)
+    return root[0]
+
+
+def _clean_scalar(value: object, path: str, faults: _Faults) -> Any:
+    if value is None or type(value) is bool:
+        return value
+    if type(value) is str:
+        fault = text_fault(value)
+        if fault is None:
+            return value
+        faults.add(path, "invalid_text", fault)
+        return "x"
+    if type(value) is int:
+        if _MIN_INT <= value <= _MAX_INT:
+            return value
+        digits = shortened(value) if value.bit_length() < 1_000 else f"{value.bit_length()} bits"
+        faults.add(path, "integer_too_large", f"Expected an integer of 64 bits, got {digits}.")
+        return 1
+    if type(value) is float:
+        if math.isfinite(value):
+            return value
+        faults.add(path, "not_finite", f"Expected a finite number, got {value}.")
+        return 1.0
+    faults.add(
+        path,
+        "not_json",
+        "Expected a JSON value (object, array, string, number, boolean or null), got a Python"
+        f" {type(value).__name__}.",
+    )
+    return None
+
+
+def _too_large(size: int | None, max_bytes: int) -> Violation:
+    came = "more" if size is None else f"{size:,}"
+    return Violation("", "too_large", f"Expected at most {max_bytes:,} bytes of JSON, got {came}.")
+
+
+def paths_of(violations: Sequence[Violation]) -> frozenset[str]:
+    """Where these violations are."""
+    return frozenset(violation.path for violation in violations)
