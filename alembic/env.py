@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from alembic import context
 from sqlmodel import SQLModel
 
 import api.queue.models  # noqa: F401  (its tables are what autogenerate compares with)
-from alembic import context
 
 connection = context.config.attributes["connection"]
 context.configure(

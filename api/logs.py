@@ -31,9 +31,17 @@ def configure_logs(
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     if console:
-        shared.append(structlog.dev.ConsoleRenderer(colors=stream.isatty()))
+        plain = structlog.dev.plain_traceback
+        shared.append(
+            structlog.dev.ConsoleRenderer(colors=stream.isatty(), exception_formatter=plain)
+        )
     else:
-        shared += [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+        # Without local variables: they hold payloads and tokens.
+        traceback = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+        shared += [
+            structlog.processors.ExceptionRenderer(traceback),
+            structlog.processors.JSONRenderer(),
+        ]
     structlog.configure(
         processors=shared,
         wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),

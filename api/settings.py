@@ -1,4 +1,4 @@
-"""Every setting, read once at the edge from `JOBS_*` variables; the rest of the code gets values."""
+"""Every setting, read once at the edge from `JOBS_*` variables; the rest of the code has values."""
 
 from __future__ import annotations
 
@@ -172,9 +172,13 @@ def load_settings(environment: Mapping[str, str] | None = None) -> Settings:
     except ValidationError as error:
         for detail in error.errors(include_url=False):
             name = str(detail["loc"][0])
-            expected = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
             came = _without_password(str(values.get(name, "")))
-            faults.append(f"{PREFIX}{name.upper()}: got {came!r}, expected {expected}")
+            expected = (
+                detail["msg"]
+                .replace("Input should be", "expected a value")
+                .removeprefix("Value error, ")
+            )
+            faults.append(f"{PREFIX}{name.upper()}: got {came!r}; {expected}")
     if faults:
         raise SettingsInvalid(faults)
     return settings

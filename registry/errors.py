@@ -75,3 +75,8 @@ def shortened(value: object, limit: int = 80) -> str:
         value = value[: limit * 4] if isinstance(value, str | bytes) else type(value).__name__
     text = repr(value)
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def shortened_text(text: str, limit: int = 300) -> str:
+    """A sentence, bounded."""
+    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -83,8 +83,7 @@ class Payload(BaseModel):
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> CoreSchema:
-        schema: CoreSchema = handler(source)
-        return _decimals_as_text(schema)
+        return cast(CoreSchema, _decimals_as_text(handler(source)))
 
 
 P = TypeVar("P", bound=Payload)
@@ -286,7 +285,9 @@ class JobType(Generic[P]):
     @cached_property
     def payload_schema(self) -> Mapping[str, Any]:
         """The payload's JSON Schema, draft 2020-12, with the names of the wire."""
-        schema = self.payload.model_json_schema(by_alias=True, schema_generator=_JsonSchema)
+        schema: dict[str, Any] = self.payload.model_json_schema(
+            by_alias=True, schema_generator=_JsonSchema
+        )
         described = {"$schema": JSON_SCHEMA_DIALECT, **schema}
         if self.description:
             described["description"] = self.description

@@ -87,31 +87,28 @@ def json_document(value: object, *, max_bytes: int) -> tuple[bytes, list[Violati
     return text, faults.violations
 
 
-def _quickly_sound(value: object, depth: int) -> bool:
+def _quickly_sound(value: Any, depth: int) -> bool:
     """Whether a value has no fault at all: the common case, without building anything."""
     kind = type(value)
     if kind is str:
-        return _BAD_TEXT.search(value) is None  # type: ignore[arg-type]
+        return _BAD_TEXT.search(value) is None
     if kind is int:
-        return _MIN_INT <= value <= _MAX_INT  # type: ignore[operator]
+        return bool(_MIN_INT <= value <= _MAX_INT)
     if kind is bool or value is None:
         return True
     if kind is float:
-        return math.isfinite(value)  # type: ignore[arg-type]
+        return math.isfinite(value)
     if depth >= MAX_DEPTH:
         return False
     if kind is dict:
-        for key, item in value.items():  # type: ignore[attr-defined]
+        for key, item in value.items():
             if type(key) is not str or _BAD_TEXT.search(key) is not None:
                 return False
             if not _quickly_sound(item, depth + 1):
                 return False
         return True
     if kind is list:
-        for item in value:  # type: ignore[attr-defined]
-            if not _quickly_sound(item, depth + 1):
-                return False
-        return True
+        return all(_quickly_sound(item, depth + 1) for item in value)
     return False
 
 
@@ -132,14 +129,14 @@ def _cleaned(value: object, faults: _Faults, max_bytes: int) -> Any:
     root: list[Any] = [None]
     size = 0
     # What is still to be copied: the value, its path, its depth, and where the copy goes.
-    waiting: list[tuple[object, str, int, Any, Any]] = [(value, "", 0, root, 0)]
+    waiting: list[tuple[Any, str, int, Any, Any]] = [(value, "", 0, root, 0)]
     while waiting:
         item, path, depth, target, place = waiting.pop()
         size += 2 + (len(item) if isinstance(item, str) else 0)
         if size > max_bytes * 2:
             faults.fatal = _too_large(None, max_bytes)
             return None
-        if type(item) is dict or type(item) is list:
+        if type(item) in (dict, list):
             if depth >= MAX_DEPTH:
                 faults.fatal = Violation(
                     path[:200],

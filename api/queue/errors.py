@@ -53,7 +53,7 @@ class JobNotFound(QueueError):
 
 
 class JobStateConflict(QueueError):
-    """Raised when a job's status does not admit what was asked, cancelling a finished job for one."""
+    """Raised when a job's status does not admit what was asked: cancelling a finished one, say."""
 
     def __init__(self, job_id: str, status: JobStatus, asked: str) -> None:
         self.job_id = job_id

@@ -210,8 +210,9 @@ class Events:
             if last is None:
                 return await self._store.last_event(connection)
             while batches := await self._store.events_after(connection, last):
-                for last, message in batches.items():
+                for message in batches.values():
                     await self._receive(message)
+                last = max(batches)
         return last
 
     async def _receive(self, message: str) -> None:

@@ -245,7 +245,7 @@ class JobEventBatch(SQLModel, table=True):
 
 @dataclass(frozen=True, slots=True)
 class JobError:
-    """Why an attempt or a job failed: a stable code, a sentence, and details where there are any."""
+    """Why an attempt or a job failed: a stable code, a sentence, and details if there are any."""
 
     code: str
     message: str

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import re
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -16,16 +16,6 @@ from typing import Final, cast
 
 from pydantic import JsonValue
 from pydantic_core import from_json
-from registry import (
-    JobPolicy,
-    JobRegistry,
-    JobTypeNotFound,
-    PayloadInvalid,
-    Violation,
-    json_document,
-    pointer,
-    text_fault,
-)
 from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 from uuid_utils.compat import uuid7
@@ -49,16 +39,26 @@ from api.queue.models import (
     JobRecord,
     JobStatus,
 )
-from api.queue.store import Claim, JobStore, NewJob, Report, Stored
+from api.queue.requests import (
+    EnqueueRequest,
+    check_lease,
+    check_seconds,
+    differing_paths,
+    input_faults,
+)
+from api.queue.store import TIMED_OUT, Claim, JobStore, NewJob, Report, Stored
+from registry import (
+    JobPolicy,
+    JobRegistry,
+    JobTypeNotFound,
+    PayloadInvalid,
+    Violation,
+    json_document,
+)
 
 DEFAULT_PRIORITY: Final = 50
 MAX_BULK: Final = 1_000
 MAX_PAGE: Final = 200
-MAX_LEASE: Final = 100
-MAX_WAIT_SECONDS: Final = 30
-MAX_DELAY_SECONDS: Final = 31_536_000
-"""A year: the longest snooze or `retryAfterSeconds`."""
-
 WORKER_ABSENT_SECONDS: Final = 60.0
 """A type that no worker asked for in this time has none."""
 
@@ -71,23 +71,6 @@ MAX_PAUSE_SECONDS: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class EnqueueRequest:
-    """A job as a caller asks for it; None where the caller said nothing.
-
-    `priority` is 0 to 100, higher first, 50 by default. `schedule_at` delays the first run.
-    `max_attempts`, 1 to 1000, overrides the policy's. `idempotency_key`, 1 to 255 characters,
-    makes a second enqueue of the same type and payload give back the first job.
-    """
-
-    type: str
-    payload: object
-    priority: int | None = None
-    schedule_at: datetime | None = None
-    max_attempts: int | None = None
-    idempotency_key: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Enqueued:
     """The stored job. `deduplicated` says that an earlier call with this key had stored it."""
 
@@ -97,7 +80,7 @@ class Enqueued:
 
 @dataclass(frozen=True, slots=True)
 class JobValid:
-    """What `enqueue` would store. `duplicate_of` is the job that has the idempotency key already."""
+    """What `enqueue` would store. `duplicate_of` is the job that has the key already."""
 
     max_attempts: int
     timeout_seconds: int
@@ -264,6 +247,7 @@ class JobService:
             message = f"At most {MAX_BULK} jobs go in one call; here are {len(requests)}."
             raise InputInvalid((Violation("", "too_long", message),))
         results: dict[int, Enqueued | Refusal] = {}
+        stored: Sequence[Stored]
         admitted: dict[int, NewJob] = {}
         for index, request in enumerate(requests):
             try:
@@ -334,7 +318,7 @@ class JobService:
         async with self._database.reading() as connection:
             return await self._store.attempts(connection, job_ids)
 
-    async def list(
+    async def list_jobs(
         self, wanted: JobFilter = JobFilter(), *, first: int = 50, after: uuid.UUID | None = None
     ) -> JobPage:
         """A page of jobs, newest first, behind the job `after`.
@@ -346,7 +330,7 @@ class JobService:
             message = f"A page holds 1 to {MAX_PAGE} jobs; {first} were asked for."
             raise InputInvalid((Violation("/first", "out_of_range", message),))
         async with self._database.reading() as connection:
-            jobs = await self._store.list(
+            jobs = await self._store.list_jobs(
                 connection,
                 types=wanted.types,
                 statuses=wanted.statuses,
@@ -375,8 +359,12 @@ class JobService:
         *,
         limit: int = 1,
         wait_seconds: float = 0.0,
+        stop: asyncio.Event | None = None,
     ) -> list[Lease]:
         """Leases up to `limit` due jobs of these types, and waits up to `wait_seconds` for one.
+
+        `stop`, once set, ends the wait. Cancelling the call instead might lose what it has just
+        leased.
 
         Waiting holds no database connection. Attempts whose lease has run out, whosever they
         were, are ended first.
@@ -385,7 +373,7 @@ class JobService:
             InputInvalid: a type is not registered, `limit` is not 1 to 100, `wait_seconds` not 0
                 to 30, or `worker_id` not 1 to 255 characters.
         """
-        _check_lease(self.registry, job_types, worker_id, limit, wait_seconds)
+        check_lease(self.registry, job_types, worker_id, limit, wait_seconds)
         types = tuple(dict.fromkeys(job_types))
         clock = asyncio.get_running_loop().time
         give_up = clock() + wait_seconds
@@ -395,10 +383,9 @@ class JobService:
                 woken.clear()
                 leases, pause = await self._claim(types, worker_id, limit)
                 left = give_up - clock()
-                if leases or left <= 0:
+                if leases or left <= 0 or (stop is not None and stop.is_set()):
                     return leases
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(woken.wait(), min(left, pause))
+                await _first(woken, stop, seconds=min(left, pause))
 
     async def heartbeat(self, token: str, progress: JsonValue = None) -> Heartbeat:
         """Renews a lease for another lease time, never past the attempt's deadline.
@@ -454,7 +441,7 @@ class JobService:
         """
         job_id, secret = _parts(token)
         if retry_after_seconds is not None:
-            _check_seconds("retryAfterSeconds", retry_after_seconds)
+            check_seconds("retryAfterSeconds", retry_after_seconds)
         error = self._error(error)
         return await self._report(
             Report(
@@ -487,10 +474,19 @@ class JobService:
             InputInvalid: `seconds` is not 0 to 31,536,000.
         """
         job_id, secret = _parts(token)
-        _check_seconds("seconds", seconds)
+        check_seconds("seconds", seconds)
         return await self._report(
             Report(job_id, secret, AttemptOutcome.SNOOZED, delay_seconds=seconds)
         )
+
+    async def time_out(self, token: str) -> JobRecord:
+        """Ends an attempt that ran into its timeout, as the queue itself would a moment later.
+
+        Raises:
+            LeaseLost: the lease is not in force any more; the queue has done it.
+        """
+        job_id, secret = _parts(token)
+        return await self._report(Report(job_id, secret, AttemptOutcome.TIMED_OUT, error=TIMED_OUT))
 
     async def stop(self, token: str, error: JobError) -> JobRecord:
         """Ends the attempt and the job as cancelled, as its handler asked.
@@ -523,7 +519,7 @@ class JobService:
 
     def _admit(self, request: EnqueueRequest, created_by: str | None) -> NewJob:
         job_type = self.registry.get_type(request.type)
-        faults = list(_input_faults(request))
+        faults = list(input_faults(request))
         try:
             admitted = self.registry.admit(request.type, request.payload)
         except PayloadInvalid as invalid:
@@ -593,7 +589,8 @@ class JobService:
         self.events.publish(happened)
         if leased:
             return [
-                Lease(l.job.id.hex + l.token, l.job, l.expires_at, l.deadline_at) for l in leased
+                Lease(each.job.id.hex + each.token, each.job, each.expires_at, each.deadline_at)
+                for each in leased
             ], 0.0
         async with self._database.reading() as connection:
             seconds = await self._store.seconds_to_next(
@@ -739,6 +736,14 @@ async def open_service(
         await database.close()
 
 
+async def _first(one: asyncio.Event, other: asyncio.Event | None, *, seconds: float) -> None:
+    """Returns when one of the events is set, or the time is over."""
+    waits = {asyncio.ensure_future(event.wait()) for event in (one, other) if event is not None}
+    await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    for wait in waits:
+        wait.cancel()
+
+
 def _enqueued(new: NewJob, request: EnqueueRequest, stored: Stored) -> Enqueued:
     if stored.existing is not None:
         paths = differing_paths(stored.existing.payload, from_json(new.payload))
@@ -770,91 +775,11 @@ def _conflicts(new: NewJob, stored: Stored) -> bool:
     )
 
 
-def differing_paths(one: JsonValue, other: JsonValue, path: str = "") -> tuple[str, ...]:
-    """JSON Pointers (RFC 6901) to where two JSON values differ; 1 and 1.0 are the same number."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        return tuple(
-            found
-            for key in sorted(one.keys() | other.keys())
-            for found in (
-                differing_paths(one[key], other[key], pointer(path, key))
-                if key in one and key in other
-                else (pointer(path, key),)
-            )
-        )
-    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
-        return tuple(
-            found
-            for index, pair in enumerate(zip(one, other, strict=True))
-            for found in differing_paths(*pair, pointer(path, index))
-        )
-    same = one == other and isinstance(one, bool) == isinstance(other, bool)
-    return () if same else (path,)
-
-
 def _not_stored(refused: list[int]) -> InputInvalid:
     named = ", ".join(str(index) for index in refused[:10])
     more = f" and {len(refused) - 10} more" if len(refused) > 10 else ""
     message = f"Not stored: the call is atomic, and it was refused at index {named}{more}."
     return InputInvalid((Violation("", "not_stored", message),))
-
-
-def _input_faults(request: EnqueueRequest) -> Iterator[Violation]:
-    for path, value, low, high in (
-        ("/priority", request.priority, 0, 100),
-        ("/maxAttempts", request.max_attempts, 1, 1_000),
-    ):
-        if value is not None and not low <= value <= high:
-            yield Violation(
-                path, "out_of_range", f"Expected a whole number from {low} to {high}, got {value}."
-            )
-    if request.schedule_at is not None and request.schedule_at.tzinfo is None:
-        yield Violation(
-            "/scheduleAt",
-            "time_zone_missing",
-            f"Expected a time with its offset from UTC, got {request.schedule_at.isoformat()}.",
-        )
-    key = request.idempotency_key
-    if key is not None:
-        if not 1 <= len(key) <= 255:
-            yield Violation(
-                "/idempotencyKey",
-                "out_of_range",
-                f"Expected 1 to 255 characters, got {len(key)}.",
-            )
-        elif fault := text_fault(key):
-            yield Violation("/idempotencyKey", "invalid_text", fault)
-
-
-def _check_lease(
-    registry: JobRegistry, job_types: Sequence[str], worker_id: str, limit: int, wait: float
-) -> None:
-    faults: list[Violation] = []
-    if not job_types:
-        faults.append(Violation("/jobTypes", "too_short", "Expected at least one job type."))
-    for index, name in enumerate(job_types):
-        try:
-            registry.get_type(name)
-        except JobTypeNotFound as unknown:
-            faults.append(Violation(f"/jobTypes/{index}", "job_type_not_found", str(unknown)))
-    if not 1 <= len(worker_id) <= 255 or text_fault(worker_id):
-        faults.append(
-            Violation("/workerId", "out_of_range", "Expected 1 to 255 printable characters.")
-        )
-    if not 1 <= limit <= MAX_LEASE:
-        message = f"Expected a whole number from 1 to {MAX_LEASE}, got {limit}."
-        faults.append(Violation("/limit", "out_of_range", message))
-    if not 0 <= wait <= MAX_WAIT_SECONDS:
-        message = f"Expected 0 to {MAX_WAIT_SECONDS} seconds, got {wait}."
-        faults.append(Violation("/waitSeconds", "out_of_range", message))
-    if faults:
-        raise InputInvalid(tuple(faults))
-
-
-def _check_seconds(field: str, seconds: float) -> None:
-    if not 0 <= seconds <= MAX_DELAY_SECONDS:
-        message = f"Expected 0 to {MAX_DELAY_SECONDS} seconds, got {seconds}."
-        raise InputInvalid((Violation(f"/{field}", "out_of_range", message),))
 
 
 def _job_id(job_id: str | uuid.UUID) -> uuid.UUID:

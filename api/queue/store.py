@@ -28,6 +28,11 @@ from api.queue.models import (
 
 T = TypeVar("T")
 
+TIMED_OUT: Final = JobError("timed_out", "The attempt ran into its timeoutSeconds.")
+LOST: Final = JobError(
+    "lost", "The worker stopped renewing its lease: it died, or lost touch with the queue."
+)
+
 AHEAD_LIMIT: Final = 1_000
 """How many jobs ahead are counted: beyond that, nobody reads the number."""
 
@@ -124,6 +129,8 @@ class JobStore:
     def __init__(self, dialect: Dialect) -> None:
         self._dialect = dialect
         d = dialect
+        lease_ends = f"{d.least}(timeout_seconds, CAST(:lease_seconds AS double precision))"
+        too_old = d.after("-CAST(:keep_seconds AS double precision)")
         self._insert = f"""
             INSERT INTO job (
                 id, type, fingerprint, status, payload, priority, attempt, max_attempts,
@@ -150,7 +157,8 @@ class JobStore:
                 SELECT id, lease_token AS token,
                     CASE WHEN deadline_at <= {d.now} THEN 'timed_out' ELSE 'lost' END AS outcome,
                     1 AS retryable, 1 AS spend, NULL AS delay_seconds, NULL AS result,
-                    CASE WHEN deadline_at <= {d.now} THEN '{_TIMED_OUT}' ELSE '{_LOST}' END AS error
+                    CASE WHEN deadline_at <= {d.now} THEN '{_error_text(TIMED_OUT)}'
+                        ELSE '{_error_text(LOST)}' END AS error
                 FROM job WHERE status = 'running' AND lease_expires_at <= {d.now}
                 ORDER BY lease_expires_at LIMIT {RECOVERY_BATCH} {d.skip_locked}
             )""",
@@ -212,7 +220,7 @@ class JobStore:
                 started_at = {d.now}, worker_id = :worker_id, progress = NULL,
                 lease_token = {d.token},
                 deadline_at = {d.after("timeout_seconds")},
-                lease_expires_at = {d.after(f"{d.least}(timeout_seconds, CAST(:lease_seconds AS double precision))")}
+                lease_expires_at = {d.after(lease_ends)}
             WHERE id IN (SELECT id FROM claimed)
             RETURNING {_JOB}, lease_token, lease_expires_at, deadline_at"""
         self._open = f"""
@@ -226,20 +234,20 @@ class JobStore:
                     THEN {d.after("CAST(:lease_seconds AS double precision)")}
                     ELSE deadline_at END,
                 progress = coalesce({d.json("CAST(:progress AS text)")}, progress)
-            WHERE id = {d.uuid(":id")} AND lease_token = :token AND status = 'running'
+            WHERE id = {d.as_id(":id")} AND lease_token = :token AND status = 'running'
               AND lease_expires_at > {d.now}
             RETURNING {_JOB}, lease_expires_at,
                 {d.seconds_until("deadline_at")} AS seconds_left"""
         self._by_token = f"""
             SELECT {_JOB} FROM job
-            WHERE id = {d.uuid(":id")} AND lease_token = :token AND status = 'succeeded'"""
+            WHERE id = {d.as_id(":id")} AND lease_token = :token AND status = 'succeeded'"""
         self._cancel = f"""
             UPDATE job SET
                 status = CASE status WHEN 'queued' THEN 'cancelled' ELSE status END,
                 finished_at = CASE status WHEN 'queued' THEN {d.now} END,
                 next_run_at = NULL,
                 cancel_requested_at = coalesce(cancel_requested_at, {d.now})
-            WHERE id = {d.uuid(":id")} AND status IN ('queued', 'running')
+            WHERE id = {d.as_id(":id")} AND status IN ('queued', 'running')
             RETURNING {_JOB}"""
         self._retry = f"""
             UPDATE job SET
@@ -247,9 +255,9 @@ class JobStore:
                 cancel_requested_at = NULL, lease_token = NULL,
                 max_attempts = CASE WHEN attempt < max_attempts THEN max_attempts
                                     ELSE attempt + 1 END
-            WHERE id = {d.uuid(":id")} AND status IN ('failed', 'cancelled')
+            WHERE id = {d.as_id(":id")} AND status IN ('failed', 'cancelled')
             RETURNING {_JOB}"""
-        self._get = f"SELECT {_JOB} FROM job WHERE id = {d.uuid(':id')}"
+        self._get = f"SELECT {_JOB} FROM job WHERE id = {d.as_id(':id')}"
         self._attempts = f"""
             SELECT job_id, attempt, worker_id, started_at, finished_at, outcome, error
             FROM job_attempt
@@ -302,11 +310,11 @@ class JobStore:
                       AND (other.next_run_at, other.id) < (job.next_run_at, job.id)
                     LIMIT {AHEAD_LIMIT}
                 ) AS earlier) AS ahead
-            FROM job WHERE id = {d.uuid(":id")} AND status = 'queued'"""
+            FROM job WHERE id = {d.as_id(":id")} AND status = 'queued'"""
         self._prune = f"""
             DELETE FROM job WHERE id IN (
                 SELECT id FROM job
-                WHERE status = :status AND finished_at < {d.after("-CAST(:keep_seconds AS double precision)")}
+                WHERE status = :status AND finished_at < {too_old}
                 ORDER BY finished_at LIMIT :jobs {d.skip_locked}
             )
             RETURNING id"""
@@ -549,7 +557,7 @@ class JobStore:
             )
         return attempts
 
-    async def list(
+    async def list_jobs(
         self,
         connection: AsyncConnection,
         *,
@@ -566,17 +574,15 @@ class JobStore:
                 conditions.append(f"{column} = :{column}")
                 parameters[column] = values[0]
             elif values:
-                wanted = self._dialect.rows(f":{column}", {"value": "text"})
-                conditions.append(f"{column} IN (SELECT value FROM {wanted} AS wanted)")
+                listed = self._dialect.rows(f":{column}", {"value": "text"})
+                conditions.append(f"{column} IN (SELECT value FROM {listed} AS listed)")
                 parameters[column] = json.dumps([{"value": value} for value in values])
         if after is not None:
-            conditions.append(f"id < {self._dialect.uuid(':after')}")
+            conditions.append(f"id < {self._dialect.as_id(':after')}")
             parameters["after"] = after.hex
-        rows = await self._run(
-            connection,
-            f"SELECT {_JOB} FROM job WHERE {' AND '.join(conditions)} ORDER BY id DESC LIMIT :first",
-            parameters,
-        )
+        wanted = " AND ".join(conditions)
+        template = f"SELECT {_JOB} FROM job WHERE {wanted} ORDER BY id DESC LIMIT :first"
+        rows = await self._run(connection, template, parameters)
         return [self._record(row) for row in rows]
 
     async def now(self, connection: AsyncConnection) -> datetime:
@@ -731,11 +737,28 @@ class JobStore:
         )
 
 
-_COLUMNS: Final = (
-    "id type fingerprint status payload priority attempt max_attempts timeout_seconds created_at"
-    " idempotency_key created_by next_run_at started_at finished_at cancel_requested_at worker_id"
-    " progress result error"
-).split()
+_COLUMNS: Final = [
+    "id",
+    "type",
+    "fingerprint",
+    "status",
+    "payload",
+    "priority",
+    "attempt",
+    "max_attempts",
+    "timeout_seconds",
+    "created_at",
+    "idempotency_key",
+    "created_by",
+    "next_run_at",
+    "started_at",
+    "finished_at",
+    "cancel_requested_at",
+    "worker_id",
+    "progress",
+    "result",
+    "error",
+]
 _JOB: Final = ", ".join(_COLUMNS)
 
 
@@ -767,11 +790,6 @@ _REPORT: Final = {
     "result": "text",
     "error": "text",
 }
-
-_TIMED_OUT: Final = '{"code":"timed_out","message":"The attempt ran into its timeoutSeconds."}'
-_LOST: Final = (
-    '{"code":"lost","message":"The worker stopped renewing its lease: it died, or lost touch."}'
-)
 
 
 def _end_attempts(d: Dialect, reports: str, still: str) -> str:

@@ -11,6 +11,8 @@ from registry import Fail, JobContext, JobPolicy, JobType, Payload
 if TYPE_CHECKING:
     from PIL import Image
 
+    from registry.catalog.thumbnail_files import ThumbnailFiles
+
 MAX_PIXELS = 100_000_000
 """Pictures with more pixels than this are refused unread: a small file can hold terabytes."""
 

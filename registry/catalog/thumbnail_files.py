@@ -6,7 +6,7 @@ import io
 import os
 import posixpath
 import warnings
-from contextlib import suppress
+from pathlib import Path
 
 import fsspec
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -66,16 +66,15 @@ class ThumbnailFiles:
         if self._local:
             self._stay_inside(posixpath.dirname(target))
             self._files.makedirs(posixpath.dirname(target), exist_ok=True)
-            partial = f"{target}.{os.getpid()}.{os.urandom(4).hex()}.partial"
+            partial = Path(f"{target}.{os.getpid()}.{os.urandom(4).hex()}.partial")
             try:
-                with open(partial, "xb") as file:
+                with partial.open("xb") as file:
                     file.write(content)
                     file.flush()
                     os.fsync(file.fileno())
-                os.replace(partial, target)
+                partial.replace(target)
             except BaseException:
-                with suppress(FileNotFoundError):
-                    os.unlink(partial)
+                partial.unlink(missing_ok=True)
                 raise
         else:
             # An object store shows an object once its upload is complete.

@@ -1,0 +1,175 @@
+"""What can be asked: job types, policies, jobs, and a dry run of `enqueueJob`."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import uuid
+from typing import Annotated
+
+import strawberry
+
+from api.graphql import errors
+from api.graphql.context import Context
+from api.graphql.errors import REFUSALS, refusal
+from api.graphql.inputs import EnqueueJobInput, JobFilter
+from api.graphql.scalars import DateTime
+from api.graphql.types import (
+    Job,
+    JobConnection,
+    JobEdge,
+    JobPolicy,
+    JobType,
+    PageInfo,
+    described,
+)
+from api.queue import service
+from api.queue.errors import InputInvalid
+from registry import Violation
+
+JobTypeResult = Annotated[
+    JobType | errors.JobTypeNotFound,
+    strawberry.union("JobTypeResult", description="The job type, or that there is none."),
+]
+JobPolicyResult = Annotated[
+    JobPolicy | errors.JobTypeNotFound,
+    strawberry.union("JobPolicyResult", description="The policy, or that there is no such type."),
+]
+JobResult = Annotated[
+    Job | errors.JobNotFound,
+    strawberry.union("JobResult", description="The job, or that there is none."),
+]
+
+
+@strawberry.type(description="`enqueueJob` would store this job.")
+class JobValid:
+    max_attempts: int = described("How often it would run at most.")
+    timeout_seconds: int = described("How long one attempt might take.")
+    priority: int = described("The priority it would have.")
+    next_run_at: DateTime = described("When it might run first.")
+    duplicate_of: Job | None = described(
+        "The job that has the idempotency key and this payload already: it would be given back."
+    )
+
+
+ValidateJobResult = Annotated[
+    JobValid
+    | errors.JobTypeNotFound
+    | errors.PayloadInvalid
+    | errors.InputInvalid
+    | errors.IdempotencyConflict,
+    strawberry.union(
+        "ValidateJobResult", description="What `enqueueJob` would say to the same input."
+    ),
+]
+
+
+@strawberry.type(description="What can be asked.")
+class Query:
+    @strawberry.field(description="Every job type of this server, by name.")
+    def job_types(self, info: strawberry.Info[Context, None]) -> list[JobType]:
+        return [JobType.of(job_type) for job_type in info.context.service.registry.values()]
+
+    @strawberry.field(description="One job type.")
+    def job_type(
+        self,
+        info: strawberry.Info[Context, None],
+        job_type: Annotated[str, strawberry.argument(description="Its name.")],
+    ) -> JobTypeResult:
+        try:
+            return JobType.of(info.context.service.registry.get_type(job_type))
+        except REFUSALS as error:
+            return refusal(error)  # type: ignore[no-any-return]
+
+    @strawberry.field(description="The limits under which jobs of a type run.")
+    def job_policy(
+        self,
+        info: strawberry.Info[Context, None],
+        job_type: Annotated[str, strawberry.argument(description="The name of the job type.")],
+    ) -> JobPolicyResult:
+        try:
+            return JobPolicy.of(job_type, info.context.service.policy(job_type))
+        except REFUSALS as error:
+            return refusal(error)  # type: ignore[no-any-return]
+
+    @strawberry.field(
+        description="A dry run of `enqueueJob`: the same checks by the same code, and nothing is"
+        " written."
+    )
+    async def validate_job(
+        self,
+        info: strawberry.Info[Context, None],
+        input: Annotated[
+            EnqueueJobInput, strawberry.argument(description="What `enqueueJob` would be given.")
+        ],
+    ) -> ValidateJobResult:
+        try:
+            valid = await info.context.service.validate(input.request())
+        except REFUSALS as error:
+            return refusal(error)  # type: ignore[no-any-return]
+        return JobValid(
+            max_attempts=valid.max_attempts,
+            timeout_seconds=valid.timeout_seconds,
+            priority=valid.priority,
+            next_run_at=DateTime(valid.next_run_at),
+            duplicate_of=Job.of(valid.duplicate_of) if valid.duplicate_of else None,
+        )
+
+    @strawberry.field(description="One job.")
+    async def job(
+        self,
+        info: strawberry.Info[Context, None],
+        id: Annotated[strawberry.ID, strawberry.argument(description="The job's id.")],
+    ) -> JobResult:
+        try:
+            return Job.of(await info.context.service.get(id))
+        except REFUSALS as error:
+            return refusal(error)  # type: ignore[no-any-return]
+
+    @strawberry.field(description="Jobs, newest first, a page at a time.")
+    async def jobs(
+        self,
+        info: strawberry.Info[Context, None],
+        filter: Annotated[
+            JobFilter | None, strawberry.argument(description="Which jobs; all unless given.")
+        ] = None,
+        first: Annotated[
+            int, strawberry.argument(description="How many on the page, 1 to 200.")
+        ] = 50,
+        after: Annotated[
+            str | None,
+            strawberry.argument(
+                description="The `endCursor` of the page before; null for the first."
+            ),
+        ] = None,
+    ) -> JobConnection:
+        wanted = service.JobFilter(
+            types=tuple(filter.types or ()) if filter else (),
+            statuses=tuple(filter.statuses or ()) if filter else (),
+        )
+        page = await info.context.service.list_jobs(
+            wanted, first=first, after=None if after is None else _id_of(after)
+        )
+        edges = [JobEdge(cursor=_cursor_of(job.id), node=Job.of(job)) for job in page.jobs]
+        return JobConnection(
+            edges=edges,
+            nodes=[edge.node for edge in edges],
+            page_info=PageInfo(
+                has_next_page=page.has_next_page,
+                has_previous_page=after is not None,
+                start_cursor=edges[0].cursor if edges else None,
+                end_cursor=edges[-1].cursor if edges else None,
+            ),
+        )
+
+
+def _cursor_of(job_id: uuid.UUID) -> str:
+    return base64.urlsafe_b64encode(job_id.bytes).decode().rstrip("=")
+
+
+def _id_of(cursor: str) -> uuid.UUID:
+    try:
+        return uuid.UUID(bytes=base64.b64decode(cursor + "==", altchars=b"-_", validate=True))
+    except (ValueError, binascii.Error):
+        message = "Expected an endCursor of an earlier page."
+        raise InputInvalid((Violation("/after", "invalid_format", message),)) from None

@@ -1,0 +1,89 @@
+"""Request bodies within a limit, and JSON responses: what GraphQL and REST share of HTTP."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from pydantic_core import to_json
+from starlette.types import Receive, Scope, Send
+
+JSON_TYPE: Final = b"application/json"
+
+
+class BodyTooLarge(Exception):
+    """Raised when a request's body is longer than the limit, as soon as that is known."""
+
+
+class ClientGone(Exception):
+    """Raised when the client hung up before its request was whole."""
+
+
+async def read_body(scope: Scope, receive: Receive, max_bytes: int) -> bytes:
+    """The body of a request.
+
+    Raises:
+        BodyTooLarge: it is longer than `max_bytes`, by its Content-Length or by what came.
+        ClientGone: the client hung up.
+    """
+    declared = header(scope, b"content-length")
+    if declared.isdigit() and int(declared) > max_bytes:
+        raise BodyTooLarge
+    message = await receive()
+    body: bytes = message.get("body", b"")
+    if message["type"] == "http.request" and not message.get("more_body", False):
+        if len(body) > max_bytes:
+            raise BodyTooLarge
+        return body
+    parts, size = [body], len(body)
+    while message["type"] == "http.request" and message.get("more_body", False):
+        if size > max_bytes:
+            raise BodyTooLarge
+        message = await receive()
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+    if message["type"] != "http.request":
+        raise ClientGone
+    if size > max_bytes:
+        raise BodyTooLarge
+    return b"".join(parts)
+
+
+def header(scope: Scope, name: bytes) -> bytes:
+    """A header's value, b"" where there is none; `name` in lower case."""
+    for key, value in scope["headers"]:
+        if key == name:
+            return bytes(value)
+    return b""
+
+
+def is_json(content_type: bytes) -> bool:
+    """Whether a Content-Type is application/json, in UTF-8, which is all that JSON comes in."""
+    media_type, *parameters = content_type.lower().replace(b" ", b"").split(b";")
+    return media_type == JSON_TYPE and all(
+        parameter.strip(b'"') in (b"", b"charset=utf-8", b'charset="utf-8')
+        for parameter in parameters
+    )
+
+
+async def respond_json(
+    send: Send,
+    status: int,
+    content: Any,
+    *,
+    content_type: bytes = JSON_TYPE,
+    headers: tuple[tuple[bytes, bytes], ...] = (),
+) -> None:
+    """Sends a JSON response."""
+    body = to_json(content)
+    await send(
+        {
+            "type": "http.response.start",
+            "status": status,
+            "headers": [
+                (b"content-type", content_type),
+                (b"content-length", str(len(body)).encode()),
+                *headers,
+            ],
+        }
+    )
+    await send({"type": "http.response.body", "body": body})

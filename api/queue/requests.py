@@ -1,0 +1,176 @@
+"""What callers ask of the queue, and what is wrong with it before the database is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final
+
+from pydantic import JsonValue
+
+from api.queue.errors import InputInvalid
+from registry import JobRegistry, JobTypeNotFound, Violation, pointer, text_fault
+from registry.errors import shortened
+
+MAX_LEASE: Final = 100
+MAX_WAIT_SECONDS: Final = 30
+MAX_DELAY_SECONDS: Final = 31_536_000
+"""A year: the longest snooze or `retryAfterSeconds`."""
+
+
+@dataclass(frozen=True, slots=True)
+class EnqueueRequest:
+    """A job as a caller asks for it; None where the caller said nothing.
+
+    `priority` is 0 to 100, higher first, 50 by default. `schedule_at` delays the first run.
+    `max_attempts`, 1 to 1000, overrides the policy's. `idempotency_key`, 1 to 255 characters,
+    makes a second enqueue of the same type and payload give back the first job.
+    """
+
+    type: str
+    payload: object
+    priority: int | None = None
+    schedule_at: datetime | None = None
+    max_attempts: int | None = None
+    idempotency_key: str | None = None
+
+
+def parse_request(value: object, *, path: str = "") -> EnqueueRequest:
+    """The request of a JSON object with the fields of `EnqueueJobInput`, as REST and files have it.
+
+    Raises:
+        InputInvalid: with every field that is missing, unknown, or of the wrong kind. Ranges, and
+            the payload, are checked where the request is used.
+    """
+    if not isinstance(value, Mapping):
+        message = f"Expected an object with type and payload, got {shortened(value)}."
+        raise InputInvalid((Violation(path, "wrong_type", message),))
+    faults: list[Violation] = []
+    for name in value:
+        if name not in _FIELDS:
+            message = f"There is no field {shortened(name)}; there are {', '.join(_FIELDS)}."
+            faults.append(Violation(pointer(path, str(name)[:200]), "unknown_field", message))
+    given: dict[str, Any] = {}
+    for name, (attribute, kind, expected) in _FIELDS.items():
+        at = pointer(path, name)
+        came = value.get(name)
+        if came is None and name not in ("type", "payload"):
+            continue
+        if name not in value:
+            faults.append(Violation(at, "required", "This field is required, and it is missing."))
+        elif not isinstance(came, kind) or (kind is int and isinstance(came, bool)):
+            message = f"Expected {expected}, got {shortened(came)}."
+            faults.append(Violation(at, "wrong_type", message))
+        elif name == "scheduleAt":
+            try:
+                given[attribute] = datetime.fromisoformat(str(came))
+            except ValueError:
+                message = f"Expected {expected}, got {shortened(came)}."
+                faults.append(Violation(at, "invalid_format", message))
+        else:
+            given[attribute] = came
+    if faults:
+        raise InputInvalid(tuple(faults))
+    return EnqueueRequest(**given)
+
+
+_FIELDS: Final[dict[str, tuple[str, Any, str]]] = {
+    "type": ("type", str, "the name of a job type"),
+    "payload": ("payload", object, "any JSON"),
+    "priority": ("priority", int, "a whole number from 0 to 100"),
+    "scheduleAt": ("schedule_at", str, 'a time with its offset, "2030-01-31T12:00:00Z"'),
+    "maxAttempts": ("max_attempts", int, "a whole number from 1 to 1000"),
+    "idempotencyKey": ("idempotency_key", str, "a string of 1 to 255 characters"),
+}
+
+
+def input_faults(request: EnqueueRequest) -> Iterator[Violation]:
+    """What is wrong with a request beside its payload."""
+    for path, value, low, high in (
+        ("/priority", request.priority, 0, 100),
+        ("/maxAttempts", request.max_attempts, 1, 1_000),
+    ):
+        if value is not None and not low <= value <= high:
+            yield Violation(
+                path, "out_of_range", f"Expected a whole number from {low} to {high}, got {value}."
+            )
+    if request.schedule_at is not None and request.schedule_at.tzinfo is None:
+        yield Violation(
+            "/scheduleAt",
+            "time_zone_missing",
+            f"Expected a time with its offset from UTC, got {request.schedule_at.isoformat()}.",
+        )
+    key = request.idempotency_key
+    if key is not None:
+        if not 1 <= len(key) <= 255:
+            yield Violation(
+                "/idempotencyKey",
+                "out_of_range",
+                f"Expected 1 to 255 characters, got {len(key)}.",
+            )
+        elif fault := text_fault(key):
+            yield Violation("/idempotencyKey", "invalid_text", fault)
+
+
+def check_lease(
+    registry: JobRegistry, job_types: Sequence[str], worker_id: str, limit: int, wait: float
+) -> None:
+    """Checks what a worker asks a lease for.
+
+    Raises:
+        InputInvalid: with every fault of it.
+    """
+    faults: list[Violation] = []
+    if not job_types:
+        faults.append(Violation("/jobTypes", "too_short", "Expected at least one job type."))
+    for index, name in enumerate(job_types):
+        try:
+            registry.get_type(name)
+        except JobTypeNotFound as unknown:
+            faults.append(Violation(f"/jobTypes/{index}", "job_type_not_found", str(unknown)))
+    if not 1 <= len(worker_id) <= 255 or text_fault(worker_id):
+        faults.append(
+            Violation("/workerId", "out_of_range", "Expected 1 to 255 printable characters.")
+        )
+    if not 1 <= limit <= MAX_LEASE:
+        message = f"Expected a whole number from 1 to {MAX_LEASE}, got {limit}."
+        faults.append(Violation("/limit", "out_of_range", message))
+    if not 0 <= wait <= MAX_WAIT_SECONDS:
+        message = f"Expected 0 to {MAX_WAIT_SECONDS} seconds, got {wait}."
+        faults.append(Violation("/waitSeconds", "out_of_range", message))
+    if faults:
+        raise InputInvalid(tuple(faults))
+
+
+def check_seconds(field: str, seconds: float) -> None:
+    """Checks a delay.
+
+    Raises:
+        InputInvalid: it is not 0 seconds to a year.
+    """
+    if not 0 <= seconds <= MAX_DELAY_SECONDS:
+        message = f"Expected 0 to {MAX_DELAY_SECONDS} seconds, got {seconds}."
+        raise InputInvalid((Violation(f"/{field}", "out_of_range", message),))
+
+
+def differing_paths(one: JsonValue, other: JsonValue, path: str = "") -> tuple[str, ...]:
+    """JSON Pointers (RFC 6901) to where two JSON values differ; 1 and 1.0 are the same number."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return tuple(
+            found
+            for key in sorted(one.keys() | other.keys())
+            for found in (
+                differing_paths(one[key], other[key], pointer(path, key))
+                if key in one and key in other
+                else (pointer(path, key),)
+            )
+        )
+    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        return tuple(
+            found
+            for index, pair in enumerate(zip(one, other, strict=True))
+            for found in differing_paths(*pair, pointer(path, index))
+        )
+    same = one == other and isinstance(one, bool) == isinstance(other, bool)
+    return () if same else (path,)
