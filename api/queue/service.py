@@ -266,10 +266,10 @@ class JobService:
                     results[index] = refusal
         refused = [index for index, result in results.items() if isinstance(result, Exception)]
         if atomic and refused:
-            not_stored = _not_stored(sorted(refused))
+            because = not_stored(sorted(refused))
             for index in admitted:
                 if not isinstance(results.get(index), Exception):
-                    results[index] = not_stored
+                    results[index] = because
         return [results[index] for index in range(len(requests))]
 
     async def validate(self, request: EnqueueRequest) -> JobValid:
@@ -775,7 +775,8 @@ def _conflicts(new: NewJob, stored: Stored) -> bool:
     )
 
 
-def _not_stored(refused: list[int]) -> InputInvalid:
+def not_stored(refused: list[int]) -> InputInvalid:
+    """Why a good job of an atomic call was not stored: those at these places were refused."""
     named = ", ".join(str(index) for index in refused[:10])
     more = f" and {len(refused) - 10} more" if len(refused) > 10 else ""
     message = f"Not stored: the call is atomic, and it was refused at index {named}{more}."

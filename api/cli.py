@@ -1,0 +1,597 @@
+"""The `jobs` command: serve, work, migrate, and the registry at hand.
+
+What a command does not need it does not import: `jobs types` knows no database and no GraphQL.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from api.settings import Settings, SettingsInvalid, load_settings
+from registry import (
+    DefinitionError,
+    JobRegistry,
+    JobTypeNotFound,
+    NotJson,
+    PayloadInvalid,
+    Violation,
+    parse_json,
+)
+from registry.discovery import load_registry
+
+if TYPE_CHECKING:
+    from api.queue.service import Enqueued, JobService, Refusal
+
+REFUSED = 1
+WRONG_USAGE = 2
+BULK = 500
+"""Jobs a transaction of `jobs enqueue` stores: large enough to be fast, small enough to show."""
+
+app = typer.Typer(
+    name="jobs",
+    help="A job queue whose jobs are typed: a bad job is refused at the door.",
+    epilog="Settings are JOBS_* variables; the README lists them. Exit codes: 0 done, 1 refused,"
+    " 2 wrong usage.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+TypeName = Annotated[str, typer.Argument(metavar="TYPE", help="A job type: thumbnail.create.")]
+File = Annotated[
+    str, typer.Argument(metavar="FILE", help="A file with the payload as JSON; - reads stdin.")
+]
+
+
+def main() -> None:
+    """Runs the command, and turns what is expected to go wrong into a sentence and a code."""
+    try:
+        app()
+    except SettingsInvalid as invalid:
+        _fail(WRONG_USAGE, "These settings are wrong:", *(f"  {each}" for each in invalid.faults))
+    except DefinitionError as wrong:
+        _fail(WRONG_USAGE, f"The job types cannot be loaded: {wrong}")
+    except BrokenPipeError:
+        # The reader has what it wanted. Python would complain again while it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        _fail_unexpectedly(error)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        out.print(f"jobs {version('job-registry')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None: ...
+
+
+@app.command()
+def serve(
+    host: Annotated[str | None, typer.Option(help="The address; JOBS_HOST otherwise.")] = None,
+    port: Annotated[int | None, typer.Option(help="The port; JOBS_PORT otherwise.")] = None,
+    worker: Annotated[bool, typer.Option(help="Run jobs in this process too.")] = True,
+    concurrency: Annotated[
+        int | None, typer.Option(help="How many jobs to run at once; JOBS_WORKER_CONCURRENCY.")
+    ] = None,
+) -> None:
+    """Serve GraphQL at /graphql and REST at /jobs, with a worker inside."""
+    settings = _settings(host=host, port=port, worker_concurrency=concurrency)
+    registry = _registry(settings)
+    _configure_logs(settings)
+    _prepare_database(settings)
+
+    import uvicorn
+
+    from api.app import create_app
+
+    config = uvicorn.Config(
+        create_app(settings, registry, worker=worker),
+        host=settings.host,
+        port=settings.port,
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        lifespan="on",
+        timeout_graceful_shutdown=int(settings.shutdown_seconds) + 10,
+    )
+    server = uvicorn.Server(config)
+    try:
+        # Bound here, so that a taken port is one sentence, and port 0 is known before the banner.
+        socket = config.bind_socket() if settings.port == 0 else _bound(settings)
+    except OSError as error:
+        _fail(REFUSED, f"{settings.host}:{settings.port} cannot be listened on: {error.strerror}.")
+    address = socket.getsockname()
+    shown = f"[{address[0]}]" if ":" in address[0] else address[0]
+    err.print(f"Job Registry serves http://{shown}:{address[1]}/graphql  (Ctrl-C ends it)")
+    with _quiet_interrupt():
+        server.run(sockets=[socket])
+    if not server.started:
+        sys.exit(REFUSED)
+
+
+@app.command()
+def worker(
+    concurrency: Annotated[
+        int | None, typer.Option(help="How many jobs to run at once; JOBS_WORKER_CONCURRENCY.")
+    ] = None,
+    types: Annotated[
+        str | None,
+        typer.Option(help="Job types to work, separated by commas; all with a handler otherwise."),
+    ] = None,
+) -> None:
+    """Run jobs until told to stop. SIGTERM lets running jobs end; a second one does not wait."""
+    settings = _settings(worker_concurrency=concurrency)
+    registry = _registry(settings)
+    wanted = [name.strip() for name in (types or "").split(",") if name.strip()]
+    for name in wanted:
+        try:
+            if not registry.get_type(name).has_handler:
+                _fail(WRONG_USAGE, f"{name} has no handler here: remote workers do it.")
+        except JobTypeNotFound as unknown:
+            _fail(WRONG_USAGE, f"--types: {unknown}")
+    if not any(job_type.has_handler for job_type in registry.values()):
+        _fail(WRONG_USAGE, "No job type has a handler here, so there is nothing to work.")
+    _configure_logs(settings)
+    _prepare_database(settings)
+    asyncio.run(_work(settings, registry, wanted))
+
+
+@app.command()
+def migrate() -> None:
+    """Bring the database to the tables this version needs. Running it again does nothing."""
+    settings = _settings()
+    from api.queue import migrations
+
+    with _database_errors():
+        before = migrations.current(settings.database_url)
+        migrations.upgrade(settings.database_url)
+        after = migrations.current(settings.database_url)
+    out.print(f"at {after} already" if before == after else f"migrated from {before} to {after}")
+
+
+@app.command()
+def types(as_json: AsJson = False) -> None:
+    """List the job types, with their policies."""
+    registry = _registry(_settings())
+    if as_json:
+        _print_json([_type_json(registry, name) for name in registry])
+        return
+    table = Table(box=None, pad_edge=False)
+    for title in ("type", "attempts", "timeout", "at once", "handler", "description"):
+        table.add_column(title, overflow="fold")
+    for name, job_type in registry.items():
+        policy = job_type.policy
+        table.add_row(
+            name,
+            str(policy.max_attempts),
+            f"{policy.timeout_seconds} s",
+            "no limit" if policy.concurrency_limit is None else str(policy.concurrency_limit),
+            "here" if job_type.has_handler else "remote",
+            escape(job_type.description.partition("\n")[0]),
+        )
+    out.print(table)
+
+
+@app.command()
+def policy(type_name: TypeName, as_json: AsJson = False) -> None:
+    """Show the policy of a job type."""
+    registry = _registry(_settings())
+    try:
+        found = registry.policy(type_name)
+    except JobTypeNotFound as unknown:
+        _refuse(unknown, as_json)
+    if as_json:
+        _print_json(_policy_json(registry, type_name))
+        return
+    limit = "no limit" if found.concurrency_limit is None else found.concurrency_limit
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_row("maxAttempts", str(found.max_attempts), "runs in all")
+    table.add_row("timeoutSeconds", str(found.timeout_seconds), "for one attempt")
+    table.add_row("concurrencyLimit", str(limit), "at once, over all workers")
+    table.add_row(
+        "backoff",
+        f"{found.backoff.base_seconds:g} s",
+        f"doubling up to {found.backoff.cap_seconds:g} s, with half jitter",
+    )
+    out.print(table)
+
+
+@app.command()
+def validate(type_name: TypeName, file: File, as_json: AsJson = False) -> None:
+    """Check a payload against its job type, as an enqueue would. Needs no database."""
+    registry = _registry(_settings())
+    try:
+        registry.admit(type_name, _payload(_read(file), file))
+    except (JobTypeNotFound, PayloadInvalid) as refusal:
+        _refuse(refusal, as_json)
+    if as_json:
+        _print_json({"valid": True})
+    else:
+        out.print("valid")
+
+
+@app.command()
+def enqueue(
+    type_name: TypeName,
+    file: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE",
+            help="A file with a payload as JSON, or many as JSON Lines; - reads stdin.",
+        ),
+    ],
+    priority: Annotated[int | None, typer.Option(help="0 to 100, higher first.")] = None,
+    schedule_at: Annotated[
+        str | None, typer.Option(help="Not before this time: 2030-01-31T12:00:00Z.")
+    ] = None,
+    max_attempts: Annotated[int | None, typer.Option(help="1 to 1000 runs in all.")] = None,
+    idempotency_key: Annotated[
+        str | None, typer.Option(help="Makes one job of repeated calls; for a single payload.")
+    ] = None,
+    atomic: Annotated[bool, typer.Option(help="Store all lines or none; up to 1,000.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Store jobs: one payload, or a line for each."""
+    settings = _settings()
+    registry = _registry(settings)
+    text = _read(file)
+    options = {
+        "priority": priority,
+        "schedule_at": _time(schedule_at),
+        "max_attempts": max_attempts,
+        "idempotency_key": idempotency_key,
+    }
+    lines = _lines(text, file)
+    if len(lines) > 1 and idempotency_key is not None:
+        _fail(WRONG_USAGE, "--idempotency-key is for a single payload; here are many.")
+    if atomic and len(lines) > 1_000:
+        _fail(WRONG_USAGE, f"--atomic stores up to 1,000 payloads; here are {len(lines):,}.")
+    _configure_logs(settings, at_least_warnings=True)
+    _prepare_database(settings)
+    with _database_errors():
+        refused = asyncio.run(
+            _enqueue(settings, registry, type_name, lines, options, atomic, as_json)
+        )
+    if refused:
+        sys.exit(REFUSED)
+
+
+@app.command()
+def schema() -> None:
+    """Print the GraphQL schema, with its documentation."""
+    from api.graphql.schema import sdl
+
+    sys.stdout.write(sdl())
+
+
+async def _work(settings: Settings, registry: JobRegistry, types: Sequence[str]) -> None:
+    from api.queue.maintenance import maintain
+    from api.queue.service import open_service
+    from api.worker import Worker
+
+    async with open_service(
+        registry,
+        settings.database_url,
+        lease_seconds=settings.lease_seconds,
+        pool_size=settings.database_pool_size,
+    ) as service:
+        worker = Worker(
+            service,
+            types=types or None,
+            concurrency=settings.worker_concurrency,
+            assets=settings.assets,
+            shutdown_seconds=settings.shutdown_seconds,
+        )
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, worker.stop)
+        upkeep = asyncio.create_task(
+            maintain(
+                service,
+                keep_succeeded_days=settings.keep_succeeded_days,
+                keep_failed_days=settings.keep_failed_days,
+            )
+        )
+        await worker.run()
+        upkeep.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await upkeep
+
+
+async def _enqueue(
+    settings: Settings,
+    registry: JobRegistry,
+    type_name: str,
+    lines: list[tuple[int, str]],
+    options: dict[str, Any],
+    atomic: bool,
+    as_json: bool,
+) -> int:
+    """Stores the payloads, says what became of each, and gives how many were refused."""
+    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    from api.queue.service import open_service
+
+    counts = {"stored": 0, "deduplicated": 0, "refused": 0}
+    size = len(lines) if atomic else BULK
+    async with open_service(
+        registry, settings.database_url, lease_seconds=settings.lease_seconds
+    ) as service:
+        progress = Progress(
+            *Progress.get_default_columns()[:2],
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=err,
+            transient=True,
+            disable=len(lines) < 2 or not err.is_terminal,
+        )
+        with progress:
+            bar = progress.add_task("enqueue", total=len(lines))
+            for start in range(0, len(lines), size):
+                batch = lines[start : start + size]
+                for number, result in await _enqueue_batch(
+                    service, type_name, batch, options, atomic
+                ):
+                    _show_enqueued(number, result, counts, len(lines) > 1, as_json)
+                progress.advance(bar, len(batch))
+    if len(lines) > 1 and not as_json:
+        out.print(", ".join(f"{count:,} {what}" for what, count in counts.items()))
+    return counts["refused"]
+
+
+async def _enqueue_batch(
+    service: JobService,
+    type_name: str,
+    batch: list[tuple[int, str]],
+    options: dict[str, Any],
+    atomic: bool,
+) -> Iterator[tuple[int, Enqueued | Refusal]]:
+    from api.queue.requests import EnqueueRequest
+    from api.queue.service import not_stored
+
+    results: dict[int, Enqueued | Refusal] = {}
+    requests: dict[int, EnqueueRequest] = {}
+    for number, text in batch:
+        try:
+            requests[number] = EnqueueRequest(type_name, parse_json(text), **options)
+        except NotJson as error:
+            violation = Violation("", "not_json", str(error))
+            results[number] = PayloadInvalid(type_name, [violation])
+    if atomic and results:
+        refusal = not_stored(sorted(results))
+        results |= dict.fromkeys(requests, refusal)
+    elif requests:
+        stored = await service.enqueue_many(list(requests.values()), atomic=atomic)
+        results |= zip(requests, stored, strict=True)
+    return iter(sorted(results.items()))
+
+
+def _show_enqueued(
+    number: int, result: Any, counts: dict[str, int], many: bool, as_json: bool
+) -> None:
+    if isinstance(result, Exception):
+        counts["refused"] += 1
+        if as_json:
+            _print_json({"line": number, **_refusal_json(result)}, lines=True)
+        else:
+            where = f"line {number}: " if many else ""
+            for text in _sentences(result):
+                err.print(f"{where}{text}", markup=False)
+        return
+    counts["deduplicated" if result.deduplicated else "stored"] += 1
+    job = result.job
+    if as_json:
+        content = {
+            "line": number,
+            "jobId": str(job.id),
+            "status": job.status.value,
+            "type": job.type,
+            "deduplicated": result.deduplicated,
+        }
+        _print_json(content, lines=True)
+    elif not many:
+        out.print(f"{job.id} {'was there already' if result.deduplicated else job.status.value}")
+
+
+def _settings(**overrides: Any) -> Settings:
+    given = {name: value for name, value in overrides.items() if value is not None}
+    environment = {**os.environ, **{f"JOBS_{n.upper()}": str(v) for n, v in given.items()}}
+    return load_settings(environment)
+
+
+def _registry(settings: Settings) -> JobRegistry:
+    # A user's own jobs.py beside the command is found, as with `python -m`.
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    return load_registry(settings.catalog, max_payload_bytes=settings.max_payload_bytes)
+
+
+def _configure_logs(settings: Settings, *, at_least_warnings: bool = False) -> None:
+    from api.logs import configure_logs
+
+    quiet = at_least_warnings and settings.log_level in ("debug", "info")
+    configure_logs("warning" if quiet else settings.log_level, settings.log_format)
+
+
+def _prepare_database(settings: Settings) -> None:
+    """Migrates the embedded database; of a shared one, only looks whether somebody has."""
+    from api.queue import migrations
+
+    with _database_errors():
+        if settings.database_url.startswith("sqlite"):
+            migrations.upgrade(settings.database_url)
+        elif not migrations.is_current(settings.database_url):
+            _fail(REFUSED, "The database has not the tables this version needs: run jobs migrate.")
+
+
+@contextlib.contextmanager
+def _database_errors() -> Iterator[None]:
+    from api.queue.errors import QueueUnavailable
+
+    try:
+        yield
+    except QueueUnavailable as error:
+        _fail(REFUSED, f"The database is not available: {error.reason}")
+
+
+@contextlib.contextmanager
+def _quiet_interrupt() -> Iterator[None]:
+    """uvicorn raises the signal again once it has shut down; that is no news."""
+    with contextlib.suppress(KeyboardInterrupt):
+        yield
+
+
+def _bound(settings: Settings) -> Any:
+    import socket
+
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bound.bind((settings.host, settings.port))
+    bound.set_inheritable(True)
+    return bound
+
+
+def _read(file: str) -> str:
+    try:
+        return sys.stdin.read() if file == "-" else Path(file).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        _fail(WRONG_USAGE, f"{file} cannot be read: {reason}")
+
+
+def _payload(text: str, file: str) -> Any:
+    try:
+        return parse_json(text)
+    except NotJson as error:
+        _fail(REFUSED, f"{file}: {error}")
+
+
+def _lines(text: str, file: str) -> list[tuple[int, str]]:
+    """The payloads of a file with their line numbers: one JSON text, or a line each."""
+    with contextlib.suppress(NotJson):
+        parse_json(text)
+        return [(1, text)]
+    lines = [(n, line) for n, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    if len(lines) < 2:
+        _payload(text, file)
+    return lines
+
+
+def _time(text: str | None) -> datetime | None:
+    try:
+        time = None if text is None else datetime.fromisoformat(text)
+    except ValueError:
+        time = None
+    if text is not None and (time is None or time.tzinfo is None):
+        _fail(WRONG_USAGE, f"--schedule-at: expected 2030-01-31T12:00:00Z, got {text!r}.")
+    return time
+
+
+def _type_json(registry: JobRegistry, name: str) -> dict[str, Any]:
+    job_type = registry[name]
+    return {
+        "name": name,
+        "description": job_type.description,
+        "hasHandler": job_type.has_handler,
+        "fingerprint": job_type.fingerprint,
+        "policy": _policy_json(registry, name),
+        "payloadSchema": dict(job_type.payload_schema),
+        "examplePayload": dict(job_type.example_payload),
+    }
+
+
+def _policy_json(registry: JobRegistry, name: str) -> dict[str, Any]:
+    found = registry.policy(name)
+    return {
+        "type": name,
+        "maxAttempts": found.max_attempts,
+        "timeoutSeconds": found.timeout_seconds,
+        "concurrencyLimit": found.concurrency_limit,
+        "backoff": {
+            "baseSeconds": found.backoff.base_seconds,
+            "capSeconds": found.backoff.cap_seconds,
+        },
+    }
+
+
+def _refuse(refusal: Exception, as_json: bool) -> NoReturn:
+    if as_json:
+        _print_json(_refusal_json(refusal))
+        sys.exit(REFUSED)
+    _fail(REFUSED, *_sentences(refusal))
+
+
+def _sentences(refusal: Exception) -> list[str]:
+    """The one place that makes sentences of the queue's refusals."""
+    violations: Sequence[Violation] = getattr(refusal, "violations", ())
+    if not violations:
+        return [str(refusal)]
+    return [f"{each.path or 'payload'}: {each.message}" for each in violations]
+
+
+def _refusal_json(refusal: Exception) -> dict[str, Any]:
+    codes = {
+        "JobTypeNotFound": "job_type_not_found",
+        "PayloadInvalid": "payload_invalid",
+        "InputInvalid": "validation_error",
+        "IdempotencyConflict": "idempotency_conflict",
+    }
+    violations: Sequence[Violation] = getattr(refusal, "violations", ())
+    return {
+        "code": codes[type(refusal).__name__],
+        "message": str(refusal),
+        "violations": [
+            {"path": each.path, "code": each.code, "message": each.message} for each in violations
+        ],
+    }
+
+
+def _print_json(content: Any, *, lines: bool = False) -> None:
+    sys.stdout.write(json.dumps(content, indent=None if lines else 2, ensure_ascii=False) + "\n")
+
+
+def _fail(code: int, *sentences: str) -> NoReturn:
+    for sentence in sentences:
+        err.print(sentence, markup=False)
+    sys.exit(code)
+
+
+def _fail_unexpectedly(error: Exception) -> NoReturn:
+    from api.logs import log_unexpected
+
+    error_id = log_unexpected("cli", error)
+    _fail(REFUSED, f"Something went wrong here. It is logged as {error_id}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""What `make run` starts: draws a sample picture, says what to try, and serves."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from api.settings import SettingsInvalid, load_settings
+
+
+def draw_sample(assets: str) -> None:
+    """Draws `sample/1.png` into the assets, a folder, unless it is there."""
+    picture = Path(assets) / "sample" / "1.png"
+    if "://" in assets or picture.exists():
+        return
+    from PIL import Image, ImageDraw
+
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.radial_gradient("L").resize((1600, 1000)).convert("RGB")
+    canvas = ImageDraw.Draw(image)
+    for step in range(12):
+        left = 60 + step * 125
+        color = (40 + step * 18, 120, 255 - step * 18)
+        canvas.ellipse((left, 400, left + 200, 600), fill=color)
+    canvas.text((60, 60), "Job Registry", fill="white", font_size=96)
+    image.save(picture)
+
+
+def what_to_try(host: str, port: int, assets: str) -> str:
+    """The first commands of a newcomer."""
+    return f"""
+In another terminal:
+
+  curl http://{host}:{port}/graphql -H 'content-type: application/json' -d '{{"query":
+    "mutation {{ enqueueJob(input: {{type: \\"thumbnail.create\\",
+       payload: {{assetId: \\"sample\\", versionNumber: 1}}}}) {{
+       __typename ... on EnqueueJobSuccess {{ job {{ id status }} }}
+       ... on Error {{ message }} }} }}"}}'
+
+  ls {assets}/sample/1/        the thumbnails, a moment later
+"""
+
+
+def main() -> None:
+    """Prepares the first minute, then does what `jobs serve` does."""
+    try:
+        settings = load_settings()
+    except SettingsInvalid:
+        pass  # `jobs serve` says what is wrong.
+    else:
+        draw_sample(settings.assets)
+        text = what_to_try(settings.host, settings.port, settings.assets)
+        Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
+    from api.cli import main as jobs
+
+    sys.argv[1:] = ["serve"]
+    jobs()
+
+
+if __name__ == "__main__":
+    main()
