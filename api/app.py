@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Final
 
 import structlog
@@ -60,14 +60,17 @@ def create_app(settings: Settings, registry: JobRegistry, *, worker: bool = Fals
                 )
             )
             app.state.service = service
+            app.state.end_now = lambda: None
+            stop = asyncio.Event()
             upkeep = maintain(
                 service,
+                stop,
                 keep_succeeded_days=settings.keep_succeeded_days,
                 keep_failed_days=settings.keep_failed_days,
             )
-            await stack.enter_async_context(_running(upkeep, "maintenance"))
+            await stack.enter_async_context(_until(stop, upkeep))
             if worker:
-                await stack.enter_async_context(_working(service, settings))
+                await stack.enter_async_context(_working(app, service, settings))
             yield
 
     return Starlette(
@@ -103,24 +106,24 @@ async def _ready(request: Request) -> JSONResponse:
 
 
 @asynccontextmanager
-async def _running(work: Coroutine[Any, Any, None], name: str) -> AsyncIterator[None]:
-    task = asyncio.create_task(work, name=name)
+async def _until(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    task = asyncio.create_task(work)
     try:
         yield
     finally:
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
+        stop.set()
+        await task
 
 
 @asynccontextmanager
-async def _working(service: JobService, settings: Settings) -> AsyncIterator[None]:
+async def _working(app: Starlette, service: JobService, settings: Settings) -> AsyncIterator[None]:
     worker = Worker(
         service,
         concurrency=settings.worker_concurrency,
         assets=settings.assets,
         shutdown_seconds=settings.shutdown_seconds,
     )
+    app.state.end_now = worker.stop
     task = asyncio.create_task(worker.run(), name="worker")
     try:
         yield

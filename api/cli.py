@@ -114,8 +114,9 @@ def serve(
 
     from api.app import create_app
 
+    application = create_app(settings, registry, worker=worker)
     config = uvicorn.Config(
-        create_app(settings, registry, worker=worker),
+        application,
         host=settings.host,
         port=settings.port,
         access_log=False,
@@ -124,7 +125,7 @@ def serve(
         lifespan="on",
         timeout_graceful_shutdown=int(settings.shutdown_seconds) + 10,
     )
-    server = uvicorn.Server(config)
+    server = _server(config, application)
     try:
         # Bound here, so that a taken port is one sentence, and port 0 is known before the banner.
         socket = config.bind_socket() if settings.port == 0 else _bound(settings)
@@ -133,8 +134,7 @@ def serve(
     address = socket.getsockname()
     shown = f"[{address[0]}]" if ":" in address[0] else address[0]
     err.print(f"Job Registry serves http://{shown}:{address[1]}/graphql  (Ctrl-C ends it)")
-    with _quiet_interrupt():
-        server.run(sockets=[socket])
+    server.run(sockets=[socket])
     if not server.started:
         sys.exit(REFUSED)
 
@@ -314,17 +314,18 @@ async def _work(settings: Settings, registry: JobRegistry, types: Sequence[str])
         )
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, worker.stop)
+        stop = asyncio.Event()
         upkeep = asyncio.create_task(
             maintain(
                 service,
+                stop,
                 keep_succeeded_days=settings.keep_succeeded_days,
                 keep_failed_days=settings.keep_failed_days,
             )
         )
         await worker.run()
-        upkeep.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await upkeep
+        stop.set()
+        await upkeep
 
 
 async def _enqueue(
@@ -463,11 +464,25 @@ def _database_errors() -> Iterator[None]:
         _fail(REFUSED, f"The database is not available: {error.reason}")
 
 
-@contextlib.contextmanager
-def _quiet_interrupt() -> Iterator[None]:
-    """uvicorn raises the signal again once it has shut down; that is no news."""
-    with contextlib.suppress(KeyboardInterrupt):
-        yield
+def _server(config: Any, application: Any) -> Any:
+    """uvicorn's server, ending quietly on SIGINT and SIGTERM: its own raises the signal again once
+    it is done, which prints a traceback. A second signal does not wait for running jobs."""
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, self.end)
+            yield
+
+        def end(self) -> None:
+            if self.should_exit:
+                application.state.end_now()
+            self.should_exit = True
+
+    return Server(config)
 
 
 def _bound(settings: Settings) -> Any:

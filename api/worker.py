@@ -147,6 +147,7 @@ class _Run:
         self._loop = asyncio.get_running_loop()
         self._asked_to_stop = asyncio.Event()
         self._handing_back = False
+        self._ended = False
         self._lost = False
         self._handler: asyncio.Future[Any] | None = None
         self._is_async = False
@@ -206,7 +207,10 @@ class _Run:
         try:
             await self._wait_for(self._handler)
         finally:
-            heartbeat.cancel()
+            # Not cancelled: it may be in the middle of a statement.
+            self._ended = True
+            self._progressed.set()
+            await heartbeat
         if self._handler.done() and not self._lost:
             await self._report_end(self._handler)
         else:
@@ -326,8 +330,9 @@ class _Run:
         every = self._service.lease_seconds / 3
         holds_until = time.monotonic() + self._service.lease_seconds
         while True:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._progressed.wait(), every)
+            await _wait(self._progressed, every)
+            if self._ended:
+                return
             self._progressed.clear()
             progress = self._progress.pop() if self._progress else None
             self._progress.clear()
@@ -344,14 +349,19 @@ class _Run:
                 if time.monotonic() > holds_until:
                     self._lose()
                     return
-                await asyncio.sleep(min(1.0, every))
+                await self._rest(min(1.0, every))
                 self._progressed.set()
                 continue
             holds_until = asked + self._service.lease_seconds
             if heartbeat.cancel_requested and not self._asked_to_stop.is_set():
                 self._log.info("job.cancelling")
                 self._ask_to_stop()
-            await asyncio.sleep(min(PROGRESS_SECONDS, every))
+            await self._rest(min(PROGRESS_SECONDS, every))
+
+    async def _rest(self, seconds: float) -> None:
+        """Sleeps, but not past the end of the handler."""
+        if self._handler is not None:
+            await asyncio.wait({self._handler}, timeout=seconds)
 
     def _lose(self) -> None:
         self._lost = True

@@ -11,12 +11,12 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import AsyncIterator, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from api.logs import configure_logs
 from api.queue import migrations
 from api.queue.database import Database
 from api.queue.service import JobService
@@ -104,11 +104,8 @@ async def service(database_url: str, registry: JobRegistry) -> AsyncIterator[Job
     """A service on a fresh database, hearing other processes as a server does."""
     database = Database(database_url)
     service = JobService(registry, database)
-    hearing = asyncio.create_task(service.events.run())
-    yield service
-    hearing.cancel()
-    with suppress(asyncio.CancelledError):
-        await hearing
+    async with service.events.hearing():
+        yield service
     await database.close()
 
 
@@ -130,6 +127,31 @@ def run_sql(url: str, *statements: str) -> list[Any]:
     return asyncio.run(run())
 
 
+async def advance(url: str, seconds: float) -> None:
+    """Lets `seconds` pass, as the queue sees it: every time in the database moves back by them."""
+    times = {
+        "job": "created_at next_run_at started_at finished_at lease_expires_at deadline_at",
+        "job_attempt": "started_at finished_at",
+        "job_type_state": "worker_seen_at",
+    }
+    database = Database(url)
+    if url.startswith("sqlite"):
+        moved = "strftime('%Y-%m-%d %H:%M:%f', {0}, '-{1:.3f} seconds') || '000'"
+    else:
+        moved = "{0} - interval '{1:.3f} seconds'"
+    async with database.transaction() as connection:
+        for table, columns in times.items():
+            changes = ", ".join(f"{c} = {moved.format(c, seconds)}" for c in columns.split())
+            await connection.exec_driver_sql(f"UPDATE {table} SET {changes}")
+    await database.close()
+
+
 def _sibling(url: str, name: str) -> str:
     base, _, query = url.partition("?")
     return base.rsplit("/", 1)[0] + "/" + name + ("?" + query if query else "")
+
+
+@pytest.fixture(autouse=True)
+def _quiet_logs() -> None:
+    """A test's report is not buried in the log lines of its jobs."""
+    configure_logs("error", "console")

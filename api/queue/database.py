@@ -11,7 +11,7 @@ import re
 import sqlite3
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -104,7 +104,8 @@ class Dialect:
 
     def json_value(self, value: Any) -> JsonValue:
         """A JSON column as this database returns it. PostgreSQL's driver has parsed it already."""
-        if self.name == "sqlite" and value is not None:
+        # SQLite makes a number of a JSON column's text that is one.
+        if self.name == "sqlite" and isinstance(value, str):
             return read_json(value)
         return cast(JsonValue, value)
 
@@ -269,17 +270,19 @@ class Database:
 
     async def _listen_sqlite(self, on_gap: Callable[[], None]) -> None:
         on_gap()
-        last = -1
+        last = None
         while True:
             try:
-                async with self.reading() as connection:
+                # On the event loop on purpose: the pragma reads a counter in shared memory, in
+                # some microseconds, where a thread's round trip would take a hundred.
+                with closing(sqlite3.connect(self.url.database or "")) as connection:
                     while True:
-                        row = (await connection.exec_driver_sql("PRAGMA data_version")).one()
-                        if row[0] != last:
-                            last = row[0]
+                        version = connection.execute("PRAGMA data_version").fetchone()
+                        if version != last:
+                            last = version
                             on_gap()
                         await asyncio.sleep(SQLITE_POLL_SECONDS)
-            except QueueUnavailable:
+            except sqlite3.Error:
                 await asyncio.sleep(1.0)
 
     async def close(self) -> None:

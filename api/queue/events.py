@@ -10,7 +10,7 @@ import json
 import secrets
 from collections import deque
 from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Final, Literal, cast, get_args
 from uuid import UUID
@@ -115,8 +115,8 @@ class Subscription:
 class Events:
     """One process's view of what happens to jobs.
 
-    `announce` goes inside the transaction and `publish` after its commit. `run` hears the other
-    processes; without it, their jobs are noticed only when a worker looks by itself.
+    `announce` goes inside the transaction and `publish` after its commit. `hearing` is for
+    the other processes; without it, their jobs are noticed only when a worker looks by itself.
     """
 
     def __init__(self, database: Database) -> None:
@@ -125,6 +125,7 @@ class Events:
         self._process = secrets.token_hex(8)
         self._waiting: dict[asyncio.Event, tuple[frozenset[str], frozenset[str]]] = {}
         self._subscriptions: set[Subscription] = set()
+        self._listening = asyncio.Event()
 
     async def announce(self, connection: AsyncConnection, events: Sequence[JobEvent]) -> None:
         """Tells the other processes, in one message, if this transaction commits."""
@@ -174,9 +175,10 @@ class Events:
         finally:
             del self._waiting[woken]
 
-    async def run(self) -> None:
-        """Hears what other processes announce, until cancelled."""
-        heard: asyncio.Queue[str | None] = asyncio.Queue(maxsize=10_000)
+    @asynccontextmanager
+    async def hearing(self) -> AsyncIterator[None]:
+        """Hears what other processes announce, while the context is open."""
+        heard: asyncio.Queue[str | Literal[False] | None] = asyncio.Queue(maxsize=10_000)
 
         def take(message: str | None) -> None:
             try:
@@ -184,21 +186,30 @@ class Events:
             except asyncio.QueueFull:
                 self._miss("this process is too slow to hear the others")
 
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._hear(heard))
-            tasks.create_task(self._database.listen(take, lambda: take(None)))
+        reading = asyncio.create_task(self._hear(heard), name="job-events")
+        listening = asyncio.create_task(self._database.listen(take, lambda: take(None)))
+        try:
+            # So that a subscriber of the first moment misses nothing; without the database, go on.
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._listening.wait(), 2.0)
+            yield
+        finally:
+            listening.cancel()
+            # Not cancelled: it may be in the middle of a statement.
+            await heard.put(False)
+            await asyncio.wait({listening, reading})
 
-    async def _hear(self, heard: asyncio.Queue[str | None]) -> None:
+    async def _hear(self, heard: asyncio.Queue[str | Literal[False] | None]) -> None:
         last: int | None = None
-        while True:
-            message = await heard.get()
+        while (message := await heard.get()) is not False:
             try:
                 if message is not None:
                     await self._receive(message)
                 elif self._database.dialect.max_message_bytes == 0:
                     last = await self._read_kept(last)
-                else:
+                elif self._listening.is_set():
                     self._miss("the connection to the database was lost for a while")
+                self._listening.set()
             except QueueUnavailable:
                 self._miss("the database is not available")
             except Exception:

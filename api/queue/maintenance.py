@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from contextlib import suppress
 
 import structlog
 
@@ -23,12 +24,13 @@ log = structlog.get_logger("jobs.maintenance")
 
 async def maintain(
     service: JobService,
+    stop: asyncio.Event,
     *,
     keep_succeeded_days: float,
     keep_failed_days: float,
     every_seconds: float = 10.0,
 ) -> None:
-    """Looks after the queue until cancelled. While the database is away it waits.
+    """Looks after the queue until `stop` is set. While the database is away it waits.
 
     Succeeded jobs are deleted `keep_succeeded_days` after they ended, failed and cancelled ones
     after `keep_failed_days`; queued and running ones never.
@@ -38,9 +40,11 @@ async def maintain(
         JobStatus.FAILED: keep_failed_days,
         JobStatus.CANCELLED: keep_failed_days,
     }
-    while True:
+    while not stop.is_set():
         # Spread, so that processes started together do not all come at once.
-        await asyncio.sleep(every_seconds * random.uniform(0.5, 1.5))
+        with suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), every_seconds * random.uniform(0.5, 1.5))
+            break
         try:
             await service.recover()
             await service.tidy()

@@ -9,7 +9,7 @@ import asyncio
 import re
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final, cast
@@ -726,13 +726,10 @@ async def open_service(
     """A service on this database, that hears other processes while it is open."""
     database = Database(database_url, pool_size=pool_size)
     service = JobService(registry, database, lease_seconds=lease_seconds)
-    hearing = asyncio.create_task(service.events.run(), name="job-events")
     try:
-        yield service
+        async with service.events.hearing():
+            yield service
     finally:
-        hearing.cancel()
-        with suppress(asyncio.CancelledError):
-            await hearing
         await database.close()
 
 
@@ -748,7 +745,7 @@ def _enqueued(new: NewJob, request: EnqueueRequest, stored: Stored) -> Enqueued:
     if stored.existing is not None:
         paths = differing_paths(stored.existing.payload, from_json(new.payload))
         if paths:
-            raise IdempotencyConflict(stored.existing, paths)
+            raise IdempotencyConflict(stored.existing, paths[:100])
         return Enqueued(stored.existing, deduplicated=True)
     return Enqueued(
         JobRecord(

@@ -1,0 +1,324 @@
+"""Enqueueing: policies applied, keys honoured, commits shared, all or none."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from api.queue.errors import IdempotencyConflict, InputInvalid, JobNotFound
+from api.queue.models import JobStatus
+from api.queue.requests import EnqueueRequest, differing_paths, parse_request
+from api.queue.service import Enqueued, JobFilter, JobService
+from api.queue.store import NewJob, Stored
+from registry import JobTypeNotFound, PayloadInvalid
+from tests.conftest import run_sql
+
+THUMBNAIL = {"assetId": "id", "versionNumber": 1}
+
+
+def ping(text: str = "hello", **options: object) -> EnqueueRequest:
+    return EnqueueRequest("test.ping", {"text": text}, **options)  # type: ignore[arg-type]
+
+
+async def test_an_enqueued_job_is_stored_with_the_limits_of_its_policy(service: JobService) -> None:
+    enqueued = await service.enqueue(EnqueueRequest("thumbnail.create", THUMBNAIL))
+
+    job = await service.get(enqueued.job.id)
+    assert job == enqueued.job
+    assert job.status is JobStatus.QUEUED
+    assert (job.attempt, job.max_attempts, job.timeout_seconds, job.priority) == (0, 3, 300, 50)
+    assert job.payload == THUMBNAIL
+    assert job.id.version == 7
+    assert job.fingerprint == service.registry["thumbnail.create"].fingerprint
+
+
+async def test_the_calls_max_attempts_override_the_policys(service: JobService) -> None:
+    job = (await service.enqueue(ping(max_attempts=10))).job
+    assert (await service.get(job.id)).max_attempts == 10
+
+
+async def test_schedule_at_delays_the_first_run(service: JobService) -> None:
+    later = datetime.now(UTC) + timedelta(hours=1)
+    job = (await service.enqueue(ping(schedule_at=later))).job
+
+    stored = await service.get(job.id)
+    assert stored.next_run_at is not None
+    assert abs(stored.next_run_at - later) < timedelta(milliseconds=1)
+    assert await service.lease(["test.ping"], "w") == []
+
+
+@pytest.mark.parametrize(
+    ("options", "path"),
+    [
+        ({"priority": 101}, "/priority"),
+        ({"priority": -1}, "/priority"),
+        ({"max_attempts": 0}, "/maxAttempts"),
+        ({"max_attempts": 1001}, "/maxAttempts"),
+        ({"idempotency_key": ""}, "/idempotencyKey"),
+        ({"idempotency_key": "x" * 256}, "/idempotencyKey"),
+        ({"idempotency_key": "a\0b"}, "/idempotencyKey"),
+        ({"schedule_at": datetime(2030, 1, 1)}, "/scheduleAt"),
+    ],
+)
+async def test_a_value_out_of_its_range_is_refused_and_nothing_is_stored(
+    service: JobService, options: dict[str, object], path: str
+) -> None:
+    with pytest.raises(InputInvalid) as refused:
+        await service.enqueue(ping(**options))
+    assert [violation.path for violation in refused.value.violations] == [path]
+    assert (await service.list_jobs()).jobs == []
+
+
+async def test_faults_of_the_input_and_of_the_payload_are_told_together(
+    service: JobService,
+) -> None:
+    with pytest.raises(InputInvalid) as refused:
+        await service.enqueue(EnqueueRequest("thumbnail.create", {}, priority=101, max_attempts=0))
+    assert {violation.path for violation in refused.value.violations} == {
+        "/priority",
+        "/maxAttempts",
+        "/payload/assetId",
+        "/payload/versionNumber",
+    }
+
+
+async def test_an_unknown_type_and_an_invalid_payload_are_refused(service: JobService) -> None:
+    with pytest.raises(JobTypeNotFound):
+        await service.enqueue(EnqueueRequest("unknown.job", {}))
+    with pytest.raises(PayloadInvalid) as refused:
+        await service.enqueue(EnqueueRequest("thumbnail.create", {"versionNumber": 1}))
+    assert [v.path for v in refused.value.violations] == ["/assetId"]
+
+
+async def test_the_same_key_and_payload_give_back_the_first_job(service: JobService) -> None:
+    first = await service.enqueue(ping(idempotency_key="k"))
+    again = await service.enqueue(ping(idempotency_key="k"))
+    other_type = await service.enqueue(
+        EnqueueRequest("test.pong", {"text": "hello"}, idempotency_key="k")
+    )
+
+    assert (again.deduplicated, again.job.id) == (True, first.job.id)
+    assert not other_type.deduplicated
+
+
+async def test_the_same_key_with_another_payload_is_a_conflict_that_says_where(
+    service: JobService,
+) -> None:
+    first = await service.enqueue(ping("one", idempotency_key="k"))
+    with pytest.raises(IdempotencyConflict) as refused:
+        await service.enqueue(ping("two", idempotency_key="k"))
+    assert refused.value.existing_job.id == first.job.id
+    assert refused.value.differing_paths == ("/text",)
+
+
+async def test_a_key_holds_whatever_became_of_its_job(service: JobService) -> None:
+    first = await service.enqueue(ping(idempotency_key="k"))
+    (lease,) = await service.lease(["test.ping"], "w")
+    await service.complete(lease.token)
+
+    again = await service.enqueue(ping(idempotency_key="k"))
+    assert (again.job.id, again.job.status) == (first.job.id, JobStatus.SUCCEEDED)
+
+
+async def test_fifty_concurrent_callers_with_one_key_make_one_job(service: JobService) -> None:
+    results = await asyncio.gather(*(service.enqueue(ping(idempotency_key="k")) for _ in range(50)))
+    assert len({result.job.id for result in results}) == 1
+    assert sum(not result.deduplicated for result in results) == 1
+
+
+async def test_concurrent_enqueues_share_commits(
+    service: JobService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given a store that notes the size of each insert
+    sizes: list[int] = []
+    insert = service._store.insert
+
+    async def noting(connection: object, jobs: Sequence[NewJob]) -> dict[object, Stored]:
+        sizes.append(len(jobs))
+        return await insert(connection, jobs)  # type: ignore[arg-type,return-value]
+
+    monkeypatch.setattr(service._store, "insert", noting)
+
+    # When a hundred callers come at once
+    await asyncio.gather(*(service.enqueue(ping(str(n))) for n in range(100)))
+
+    # I expect all of them stored, in few inserts: what came during one went with the next
+    assert sum(sizes) == 100
+    assert len(sizes) <= 3
+    assert len((await service.list_jobs(first=200)).jobs) == 100
+
+
+async def test_one_callers_bad_row_never_fails_anothers(
+    service: JobService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given a row that passes every check of ours and that the database refuses all the same
+    monkeypatch.setattr("api.queue.service.input_faults", lambda request: iter(()))
+
+    results = await asyncio.gather(
+        *(service.enqueue(ping(str(n), priority=7 if n == 3 else None)) for n in range(5)),
+        service.enqueue(ping("bad", priority=1_000)),
+        return_exceptions=True,
+    )
+
+    assert [isinstance(result, Enqueued) for result in results] == [True] * 5 + [False]
+    assert len((await service.list_jobs()).jobs) == 5
+
+
+async def test_an_enqueue_is_visible_to_others_once_it_is_answered(
+    service: JobService, database_url: str
+) -> None:
+    job = (await service.enqueue(ping())).job
+    rows = await asyncio.to_thread(run_sql, database_url, "SELECT id FROM job")
+    assert str(rows[0][0]).replace("-", "") == job.id.hex
+
+
+async def test_a_bulk_answers_each_in_order(service: JobService) -> None:
+    results = await service.enqueue_many(
+        [ping("a"), EnqueueRequest("nope", {}), ping("b", priority=999), ping("c")]
+    )
+    kinds = [type(result).__name__ for result in results]
+    assert kinds == ["Enqueued", "JobTypeNotFound", "InputInvalid", "Enqueued"]
+    jobs = (await service.list_jobs()).jobs
+    assert [job.payload for job in jobs] == [{"text": "c"}, {"text": "a"}]
+
+
+async def test_an_atomic_bulk_stores_all_or_none(service: JobService) -> None:
+    good = await service.enqueue_many([ping("a"), ping("b")], atomic=True)
+    assert all(isinstance(result, Enqueued) for result in good)
+
+    refused = await service.enqueue_many([ping("c"), EnqueueRequest("nope", {})], atomic=True)
+    assert [type(result).__name__ for result in refused] == ["InputInvalid", "JobTypeNotFound"]
+    assert isinstance(refused[0], InputInvalid)
+    assert refused[0].violations[0].code == "not_stored"
+    assert len((await service.list_jobs()).jobs) == 2
+
+
+async def test_an_atomic_bulk_is_undone_by_a_conflicting_key(service: JobService) -> None:
+    await service.enqueue(ping("one", idempotency_key="k"))
+    results = await service.enqueue_many([ping("x"), ping("two", idempotency_key="k")], atomic=True)
+    assert [type(result).__name__ for result in results] == ["InputInvalid", "IdempotencyConflict"]
+    assert len((await service.list_jobs()).jobs) == 1
+
+
+async def test_one_bulk_with_a_key_twice_stores_it_once(service: JobService) -> None:
+    results = await service.enqueue_many(
+        [ping(idempotency_key="k"), ping(idempotency_key="k"), ping("z", idempotency_key="k")]
+    )
+    assert [getattr(result, "deduplicated", None) for result in results] == [False, True, None]
+
+
+async def test_a_thousand_jobs_go_in_one_call_and_no_more(service: JobService) -> None:
+    results = await service.enqueue_many([ping(str(n)) for n in range(1_000)])
+    assert sum(isinstance(result, Enqueued) for result in results) == 1_000
+    assert (await service.counts())["test.ping"].queued == 1_000
+    with pytest.raises(InputInvalid):
+        await service.enqueue_many([ping()] * 1_001)
+
+
+async def test_a_dry_run_says_what_enqueue_would_and_writes_nothing(service: JobService) -> None:
+    valid = await service.validate(ping(max_attempts=7))
+    assert (valid.max_attempts, valid.timeout_seconds, valid.duplicate_of) == (7, 60, None)
+    assert (await service.list_jobs()).jobs == []
+
+    first = await service.enqueue(ping(idempotency_key="k"))
+    duplicate = await service.validate(ping(idempotency_key="k"))
+    assert duplicate.duplicate_of == first.job
+    with pytest.raises(IdempotencyConflict):
+        await service.validate(ping("other", idempotency_key="k"))
+
+
+async def test_pages_hold_every_job_once_newest_first(service: JobService) -> None:
+    await service.enqueue_many([ping(str(n)) for n in range(7)])
+    await service.enqueue(EnqueueRequest("test.pong", {}))
+
+    seen, after = [], None
+    while True:
+        page = await service.list_jobs(JobFilter(types=("test.ping",)), first=3, after=after)
+        seen += [job.payload for job in page.jobs]
+        after = page.jobs[-1].id
+        if not page.has_next_page:
+            break
+    assert seen == [{"text": str(n)} for n in reversed(range(7))]
+    both = JobFilter(types=("test.ping", "test.pong"), statuses=(JobStatus.QUEUED,))
+    assert len((await service.list_jobs(both)).jobs) == 8
+    for first in (0, 201):
+        with pytest.raises(InputInvalid):
+            await service.list_jobs(first=first)
+
+
+@pytest.mark.parametrize("job_id", ["", "nope", "01a20b59-007a-7389-bb53-785ecafc486c"])
+async def test_an_id_that_is_none_is_not_found(service: JobService, job_id: str) -> None:
+    with pytest.raises(JobNotFound):
+        await service.get(job_id)
+
+
+JSON_VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=20),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=8),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=12,
+)
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(progress=JSON_VALUES.filter(lambda value: value is not None))
+async def test_json_comes_back_as_it_went_in(service: JobService, progress: object) -> None:
+    job = (await service.enqueue(ping())).job
+    lease = next(
+        lease
+        for lease in await service.lease(["test.ping"], "w", limit=100)
+        if lease.job.id == job.id
+    )
+    await service.complete(lease.token, progress)  # type: ignore[arg-type]
+    assert differing_paths((await service.get(job.id)).result, progress) == ()  # type: ignore[arg-type]
+
+
+def test_requests_as_json_are_refused_with_every_fault() -> None:
+    with pytest.raises(InputInvalid) as refused:
+        parse_request(
+            {"payload": {}, "priority": "5", "maxAttempts": True, "scheduleAt": "soon", "x": 1}
+        )
+    assert {(v.path, v.code) for v in refused.value.violations} == {
+        ("/type", "required"),
+        ("/priority", "wrong_type"),
+        ("/maxAttempts", "wrong_type"),
+        ("/scheduleAt", "invalid_format"),
+        ("/x", "unknown_field"),
+    }
+    with pytest.raises(InputInvalid):
+        parse_request([1])
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "paths"),
+    [
+        ({"a": 1}, {"a": 1.0}, ()),
+        ({"a": 1}, {"a": True}, ("/a",)),
+        ({"a": [1, 2]}, {"a": [1, 3]}, ("/a/1",)),
+        ({"a": [1, 2]}, {"a": [1]}, ("/a",)),
+        ({"a/b": 1, "~": 2}, {"~": 3}, ("/a~1b", "/~0")),
+        ({"a": None}, {}, ("/a",)),
+        ([], {}, ("",)),
+    ],
+)
+def test_differing_paths_are_json_pointers(
+    one: object, other: object, paths: tuple[str, ...]
+) -> None:
+    assert differing_paths(one, other) == paths  # type: ignore[arg-type]
