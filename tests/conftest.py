@@ -24,6 +24,8 @@ from registry import Backoff, JobPolicy, JobRegistry, JobType, Payload
 from registry.catalog.payout import payout_execute
 from registry.catalog.thumbnail import thumbnail_create
 
+pytest_plugins = ["tests.http_client"]
+
 
 @pytest.fixture(scope="session")
 def postgresql_url() -> Iterator[str]:

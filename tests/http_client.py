@@ -1,0 +1,44 @@
+"""Fixtures: the application on a fresh database, over ASGI without a socket."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import httpx
+import pytest
+
+from api.app import create_app
+from api.settings import load_settings
+from registry import JobRegistry
+
+Execute = Callable[..., Any]
+
+
+@pytest.fixture
+async def http(database_url: str, registry: JobRegistry) -> AsyncIterator[httpx.AsyncClient]:
+    """An HTTP client of the application."""
+    settings = load_settings({"JOBS_DATABASE_URL": database_url, "JOBS_MAX_BODY_BYTES": "3000000"})
+    application = create_app(settings, registry)
+    async with (
+        application.router.lifespan_context(application),
+        httpx.AsyncClient(
+            transport=httpx.ASGITransport(application), base_url="http://jobs"
+        ) as client,
+    ):
+        client.application = application  # type: ignore[attr-defined]
+        yield client
+
+
+@pytest.fixture
+def execute(http: httpx.AsyncClient) -> Execute:
+    """Runs a document, expects no errors, and gives its data."""
+
+    async def run(query: str, **variables: object) -> dict[str, Any]:
+        response = await http.post("/graphql", json={"query": query, "variables": variables})
+        content = response.json()
+        assert "errors" not in content, content
+        data: dict[str, Any] = content["data"]
+        return data
+
+    return run
