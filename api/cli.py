@@ -122,6 +122,7 @@ def serve(
         access_log=False,
         log_config=None,
         server_header=False,
+        proxy_headers=False,
         lifespan="on",
         timeout_graceful_shutdown=int(settings.shutdown_seconds) + 10,
     )
