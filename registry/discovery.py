@@ -29,7 +29,8 @@ def load_registry(
 
 def discover(catalog: Sequence[str], *, entry_points: bool = True) -> list[JobType[Any]]:
     """The job types at the top level of these modules, of all modules of these packages, and of
-    installed packages' entry points. The same `JobType` seen twice counts once.
+    installed packages' entry points. The same `JobType` seen twice counts once. A package's
+    modules whose names start with `_` are not searched: handlers may keep heavy imports there.
 
     Raises:
         DefinitionError: a module cannot be imported, defines a job type wrongly, or holds none;
@@ -55,7 +56,11 @@ def _in_module(name: str) -> list[JobType[Any]]:
     modules = [module]
     if hasattr(module, "__path__"):
         below = pkgutil.walk_packages(module.__path__, prefix=f"{name}.", onerror=_raise)
-        modules += [_import(info.name) for info in below]
+        modules += [
+            _import(info.name)
+            for info in below
+            if not any(part.startswith("_") for part in info.name.split("."))
+        ]
     job_types = [job_type for each in modules for job_type in _of(each)]
     if not job_types:
         raise DefinitionError(f"{name}: no JobType is defined at the top level of this module")

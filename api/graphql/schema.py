@@ -81,7 +81,7 @@ def _direct(field: StrawberryField) -> Callable[..., Any]:
     if field.base_resolver is None:
         read = attrgetter(field.python_name)
         return lambda source, _info: read(source)
-    function = field.base_resolver.wrapped_func
+    function: Callable[..., Any] = field.base_resolver.wrapped_func  # type: ignore[assignment]
     takes_info = field.base_resolver.info_parameter is not None
     arguments = [
         (to_camel_case(argument.python_name), argument.python_name, _conversion(argument.type))

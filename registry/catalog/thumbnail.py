@@ -11,7 +11,7 @@ from registry import Fail, JobContext, JobPolicy, JobType, Payload
 if TYPE_CHECKING:
     from PIL import Image
 
-    from registry.catalog.thumbnail_files import ThumbnailFiles
+    from registry.catalog._thumbnail_files import ThumbnailFiles
 
 MAX_PIXELS = 100_000_000
 """Pictures with more pixels than this are refused unread: a small file can hold terabytes."""
@@ -66,7 +66,7 @@ thumbnail_create = JobType(
 def render(job: JobContext, payload: ThumbnailCreate) -> ThumbnailResult:
     """Renders each size: longest edge, never enlarged, turned as EXIF says, written whole."""
     # Here, because `jobs types` should not pay for an imaging library.
-    from registry.catalog.thumbnail_files import ThumbnailFiles
+    from registry.catalog._thumbnail_files import ThumbnailFiles
 
     files = ThumbnailFiles(job.assets, payload.asset_id, payload.version_number)
     picture = files.open_picture(max_pixels=MAX_PIXELS)

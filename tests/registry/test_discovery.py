@@ -1,0 +1,118 @@
+"""Users' own job types: found in the modules that are named, and in installed packages."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from registry import DefinitionError
+from registry.discovery import discover, load_registry
+
+JOBS = """
+    from registry import JobType, Payload
+
+    class Mail(Payload):
+        to: str
+
+    mail_send = JobType(name="{name}", payload=Mail)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder on the import path, whose modules are forgotten after the test."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    return tmp_path
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(textwrap.dedent(text), "utf-8")
+
+
+def test_a_module_and_all_modules_of_a_package_are_searched(folder: Path) -> None:
+    write(folder / "one_module.py", JOBS.format(name="one.mail"))
+    write(folder / "many/__init__.py", "")
+    write(folder / "many/mail.py", JOBS.format(name="many.mail"))
+    write(folder / "many/deeper/__init__.py", JOBS.format(name="many.deeper"))
+    # Importing another's job type is no second definition.
+    write(folder / "many/again.py", "from many.mail import mail_send")
+    registry = load_registry(["registry.catalog", "one_module", "many"])
+    assert list(registry) == [
+        "many.deeper", "many.mail", "one.mail", "payout.execute", "thumbnail.create"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("modules", "catalog", "message"),
+    [
+        ({}, ["not_there"], "not_there: ModuleNotFoundError"),
+        ({"broken": "1 / 0"}, ["broken"], "broken: ZeroDivisionError"),
+        ({"empty": ""}, ["empty"], "empty: no JobType is defined"),
+        (
+            {"bad": JOBS.format(name="Bad Name")},
+            ["bad"],
+            "bad: DefinitionError: job type 'Bad Name'",
+        ),
+        (
+            {"first": JOBS.format(name="mail"), "second": JOBS.format(name="mail")},
+            ["first", "second"],
+            "second: the job type mail is defined already, in first",
+        ),
+    ],
+)
+def test_what_is_wrong_stops_the_start_and_names_the_module(
+    folder: Path, modules: dict[str, str], catalog: list[str], message: str
+) -> None:
+    for name, text in modules.items():
+        write(folder / f"{name}.py", text)
+    with pytest.raises(DefinitionError, match=message):
+        discover(catalog)
+
+
+def test_an_installed_package_joins_by_its_entry_point(tmp_path: Path) -> None:
+    # Given a package of somebody's own, installed as pip would leave it
+    write(tmp_path / "acme_jobs/__init__.py", JOBS.format(name="acme.mail"))
+    write(tmp_path / "acme_jobs/more.py", JOBS.format(name="acme.more"))
+    info = tmp_path / "acme_jobs-1.0.dist-info"
+    write(info / "METADATA", "Metadata-Version: 2.1\nName: acme-jobs\nVersion: 1.0\n")
+    write(
+        info / "entry_points.txt",
+        "[job_registry.catalog]\nall = acme_jobs\none = acme_jobs.more:mail_send\n",
+    )
+
+    # When the command lists the job types
+    result = subprocess.run(
+        [sys.executable, "-m", "api.cli", "types", "--json"],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{Path.cwd()}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    # I expect the package's among them
+    assert result.returncode == 0, result.stderr
+    names = [each["name"] for each in json.loads(result.stdout)]
+    assert names == ["acme.mail", "acme.more", "payout.execute", "thumbnail.create"]
+
+
+def test_an_entry_point_to_something_else_is_refused(tmp_path: Path) -> None:
+    info = tmp_path / "odd-1.0.dist-info"
+    write(info / "METADATA", "Metadata-Version: 2.1\nName: odd\nVersion: 1.0\n")
+    write(info / "entry_points.txt", "[job_registry.catalog]\nodd = json:dumps\n")
+    result = subprocess.run(
+        [sys.executable, "-m", "api.cli", "types"],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{Path.cwd()}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert "entry point odd = json:dumps" in result.stderr

@@ -1,0 +1,253 @@
+"""Defining job types: what is right, and that what is wrong fails at once and says where."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import date, datetime
+from decimal import Decimal
+from enum import Enum
+from typing import Annotated, Any, Literal
+from uuid import UUID
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
+from pydantic import BaseModel, ConfigDict, Field
+
+from registry import (
+    Backoff,
+    DefinitionError,
+    JobContext,
+    JobPolicy,
+    JobRegistry,
+    JobType,
+    JobTypeNotFound,
+    Payload,
+)
+from registry.catalog.payout import payout_execute
+from registry.catalog.thumbnail import thumbnail_create
+
+
+class Color(Enum):
+    RED = "red"
+    BLUE = "blue"
+
+
+class Part(Payload):
+    size: int
+    price: Decimal
+
+
+class Everything(Payload):
+    """All that a payload may hold."""
+
+    text: Annotated[str, Field(min_length=3, max_length=9)]
+    count: Annotated[int, Field(ge=5, lt=9)]
+    ratio: float
+    flag: bool
+    color: Color
+    kind: Literal["a", "b"]
+    when: datetime
+    day: date
+    ident: UUID
+    amount: Annotated[Decimal, Field(gt=0, max_digits=6, decimal_places=2)]
+    part: Part
+    parts: Annotated[list[Part], Field(min_length=2)]
+    names: dict[str, int]
+    maybe: str | None = None
+    tags: list[str] = ["x"]  # noqa: RUF012  (Pydantic copies defaults)
+
+
+class Note(Payload):
+    text: str = "hello"
+
+
+@pytest.mark.parametrize(
+    "name", ["", "Thumb", "a..b", ".a", "a.", "a b", "1a", "a-b", "a" * 101, "ä", 3, None, "a\n"]
+)
+def test_a_bad_name_is_refused(name: Any) -> None:
+    with pytest.raises(DefinitionError, match="name"):
+        JobType(name=name, payload=Note)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_attempts": 0}, "max_attempts is 0"),
+        ({"max_attempts": -1}, "max_attempts is -1"),
+        ({"max_attempts": 1001}, "max_attempts is 1001"),
+        ({"max_attempts": True}, "max_attempts is True"),
+        ({"max_attempts": 1.5}, "max_attempts is 1.5"),
+        ({"timeout_seconds": 0}, "timeout_seconds is 0"),
+        ({"timeout_seconds": "60"}, "timeout_seconds is '60'"),
+        ({"concurrency_limit": 0}, "concurrency_limit is 0"),
+        ({"backoff": 2}, "backoff is 2"),
+    ],
+)
+def test_a_bad_policy_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(DefinitionError, match=message):
+        JobPolicy(**options)
+
+
+def test_every_fault_of_a_policy_is_told() -> None:
+    with pytest.raises(DefinitionError, match="max_attempts is 0.*timeout_seconds is 0"):
+        JobPolicy(max_attempts=0, timeout_seconds=0)
+
+
+@pytest.mark.parametrize("options", [{"base_seconds": -1}, {"base_seconds": 9, "cap_seconds": 8}])
+def test_a_bad_backoff_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(DefinitionError, match="Backoff"):
+        Backoff(**options)
+
+
+@pytest.mark.parametrize("payload", [dict, BaseModel, None, Note()])
+def test_a_payload_that_is_no_payload_is_refused(payload: Any) -> None:
+    with pytest.raises(DefinitionError, match="registry.Payload"):
+        JobType(name="a", payload=payload)
+
+
+def test_a_payload_that_is_not_strict_any_more_is_refused() -> None:
+    class Lax(Payload):
+        model_config = ConfigDict(extra="allow")
+
+    with pytest.raises(DefinitionError, match="extra='allow'"):
+        JobType(name="a", payload=Lax)
+
+
+def test_a_payload_with_no_json_schema_is_refused() -> None:
+    class Odd(Payload):
+        model_config = ConfigDict(arbitrary_types_allowed=True)
+        code: Callable[[int], int]
+
+    with pytest.raises(DefinitionError, match="JSON Schema"):
+        JobType(name="a", payload=Odd)
+
+
+def test_everything_is_frozen() -> None:
+    job_type = JobType(name="a", payload=Note)
+    for change in (
+        lambda: setattr(job_type, "name", "b"),
+        lambda: setattr(job_type.policy, "max_attempts", 5),
+        lambda: setattr(Note(), "text", "b"),
+        lambda: setattr(JobContext("1", "a", 1, 3, 60), "attempt", 2),
+        lambda: job_type.payload_schema.__setitem__("x", 1),  # type: ignore[attr-defined]
+        lambda: JobRegistry([job_type]).__setitem__("b", job_type),  # type: ignore[attr-defined]
+    ):
+        with pytest.raises((AttributeError, TypeError, ValueError)):
+            change()
+
+
+def test_one_handler_is_attached_and_given_back() -> None:
+    job_type = JobType(name="a", payload=Note)
+    assert not job_type.has_handler
+
+    @job_type.handler
+    def run(job: JobContext, payload: Note) -> str:
+        return payload.text
+
+    assert job_type.run is run
+    assert run(JobContext("1", "a", 1, 3, 60), Note()) == "hello"
+    with pytest.raises(DefinitionError, match=r"has a handler already.*run"):
+        job_type.handler(lambda job, payload: None)
+    with pytest.raises(DefinitionError, match=r"must take \(job, payload\)"):
+        JobType(name="b", payload=Note).handler(lambda job: None)
+
+
+def test_the_description_is_the_payloads_docstring() -> None:
+    assert JobType(name="a", payload=Everything).description == "All that a payload may hold."
+    assert JobType(name="a", payload=Note).description == ""
+    assert JobType(name="a", payload=Note, description="Other.").description == "Other."
+
+
+@pytest.mark.parametrize(
+    "job_type", [thumbnail_create, payout_execute, JobType(name="a.b", payload=Everything)]
+)
+def test_an_example_is_valid_against_the_json_schema(job_type: JobType[Any]) -> None:
+    schema, example = dict(job_type.payload_schema), dict(job_type.example_payload)
+    assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+    Draft202012Validator.check_schema(schema)
+    Draft202012Validator(schema).validate(example)
+    assert JobRegistry([job_type]).is_valid(job_type.name, example)
+
+
+def test_an_example_that_is_given_has_to_be_valid() -> None:
+    assert JobType(name="a", payload=Note, example={"text": "b"}).example_payload == {"text": "b"}
+    with pytest.raises(DefinitionError, match="example"):
+        JobType(name="a", payload=Note, example={"text": 1})
+
+
+def test_where_no_example_can_be_made_one_is_asked_for() -> None:
+    class Coded(Payload):
+        code: Annotated[str, Field(pattern=r"^[0-9]{4}$")]
+
+    with pytest.raises(DefinitionError, match=r"give JobType\(example=\.\.\.\)"):
+        JobType(name="a", payload=Coded)
+    assert JobType(name="a", payload=Coded, example={"code": "1234"})
+
+
+def test_a_fingerprint_changes_with_the_demands_and_not_with_the_words() -> None:
+    def fingerprint(**field: Any) -> str:
+        model = type(
+            "Model", (Payload,), {"__annotations__": {"title": str}, "title": Field(**field)}
+        )
+        return JobType(name="a", payload=model).fingerprint
+
+    plain = fingerprint()
+    assert fingerprint(description="Words.", examples=["x"]) == plain
+    assert fingerprint(max_length=5) != plain
+    assert len(plain) == 64
+
+
+@given(attempt=st.integers(1, 1_000), jitter=st.floats(0, 1), base=st.floats(0, 100))
+def test_backoff_doubles_up_to_its_cap_with_half_jitter(
+    attempt: int, jitter: float, base: float
+) -> None:
+    delay = Backoff(base_seconds=base, cap_seconds=3_600).delay_seconds(attempt, jitter)
+    whole = min(3_600.0, base * 2.0 ** min(attempt - 1, 40))
+    assert whole / 2 - 1e-9 <= delay <= whole + 1e-9
+
+
+def test_a_registry_finds_its_types_and_suggests_the_nearest() -> None:
+    registry = JobRegistry([thumbnail_create, payout_execute])
+    assert list(registry) == ["payout.execute", "thumbnail.create"]
+    assert registry.policy("payout.execute").max_attempts == 10
+    with pytest.raises(JobTypeNotFound) as missing:
+        registry.policy("thumbnail.creat")
+    assert missing.value.suggestions == ("thumbnail.create",)
+    with pytest.raises(JobTypeNotFound) as huge:
+        registry.validate("x" * 1_000_000, {})
+    assert len(str(huge.value)) < 300
+    with pytest.raises(DefinitionError, match="two job types are named payout.execute"):
+        JobRegistry([payout_execute, payout_execute])
+    with pytest.raises(DefinitionError, match="is no JobType"):
+        JobRegistry([Note])  # type: ignore[list-item]
+
+
+def test_the_built_in_types_are_exactly_the_tables() -> None:
+    def shape(job_type: JobType[Any]) -> tuple[set[str], dict[str, str]]:
+        schema = job_type.payload_schema
+        kinds = {name: field["type"] for name, field in schema["properties"].items()}
+        return set(schema["required"]), kinds
+
+    assert shape(thumbnail_create) == (
+        {"assetId", "versionNumber"},
+        {"assetId": "string", "versionNumber": "integer", "sizes": "array"},
+    )
+    assert shape(payout_execute) == (
+        {"batchId", "escrowId"},
+        {"batchId": "string", "escrowId": "string", "isRetry": "boolean"},
+    )
+    policies = {
+        each.name: (
+            each.policy.max_attempts,
+            each.policy.timeout_seconds,
+            each.policy.concurrency_limit,
+            each.has_handler,
+        )
+        for each in (thumbnail_create, payout_execute)
+    }
+    assert policies == {
+        "thumbnail.create": (3, 300, None, True),
+        "payout.execute": (10, 60, 5, False),
+    }
