@@ -128,8 +128,8 @@ def serve(
     )
     server = _server(config, application)
     try:
-        # Bound here, so that a taken port is one sentence, and port 0 is known before the banner.
-        socket = config.bind_socket() if settings.port == 0 else _bound(settings)
+        # Here, so that a taken port is one sentence, and the address works once it is printed.
+        socket = _listening(settings)
     except OSError as error:
         _fail(REFUSED, f"{settings.host}:{settings.port} cannot be listened on: {error.strerror}.")
     address = socket.getsockname()
@@ -486,14 +486,14 @@ def _server(config: Any, application: Any) -> Any:
     return Server(config)
 
 
-def _bound(settings: Settings) -> Any:
+def _listening(settings: Settings) -> Any:
     import socket
 
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     bound = socket.socket(family, socket.SOCK_STREAM)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     bound.bind((settings.host, settings.port))
-    bound.set_inheritable(True)
+    bound.listen(2048)
     return bound
 
 

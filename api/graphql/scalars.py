@@ -6,9 +6,9 @@ from datetime import UTC, datetime
 from typing import Final, NewType
 
 import strawberry
+from graphql import GraphQLError
 from strawberry.types.scalar import ScalarDefinition
 
-from graphql import GraphQLError
 from registry.errors import shortened
 
 JSON = NewType("JSON", object)

@@ -8,6 +8,12 @@ from pathlib import Path
 from typing import Any, Final
 
 import strawberry
+from graphql import (
+    GraphQLInterfaceType,
+    GraphQLObjectType,
+    GraphQLSchema,
+    GraphQLUnionType,
+)
 from strawberry.schema.config import StrawberryConfig
 from strawberry.types import get_object_definition
 from strawberry.types.base import StrawberryList, StrawberryOptional
@@ -17,12 +23,6 @@ from strawberry.utils.str_converters import to_camel_case
 from api.graphql.mutations import Mutation
 from api.graphql.queries import Query
 from api.graphql.scalars import SCALARS
-from graphql import (
-    GraphQLInterfaceType,
-    GraphQLObjectType,
-    GraphQLSchema,
-    GraphQLUnionType,
-)
 
 SDL_FILE: Final = Path(__file__).parent / "schema.graphql"
 """The schema as it is committed, for clients' code generators and for review."""

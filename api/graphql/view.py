@@ -7,6 +7,17 @@ from inspect import isawaitable
 from typing import Any, Final
 from urllib.parse import parse_qs
 
+from graphql import (
+    DocumentNode,
+    ExecutionResult,
+    GraphQLError,
+    GraphQLSchema,
+    OperationDefinitionNode,
+    OperationType,
+    execute,
+    parse,
+    validate,
+)
 from pydantic_core import from_json
 from starlette.types import Receive, Scope, Send
 
@@ -21,17 +32,6 @@ from api.http_messages import (
 )
 from api.logs import log_unexpected
 from api.queue.errors import InputInvalid, QueueUnavailable
-from graphql import (
-    DocumentNode,
-    ExecutionResult,
-    GraphQLError,
-    GraphQLSchema,
-    OperationDefinitionNode,
-    OperationType,
-    execute,
-    parse,
-    validate,
-)
 
 GRAPHQL_RESPONSE: Final = b"application/graphql-response+json"
 JSON: Final = b"application/json"

@@ -1,0 +1,1 @@
+"""The doors and the worker of Job Registry, over `api.queue` and `registry`."""

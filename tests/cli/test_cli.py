@@ -1,0 +1,225 @@
+"""The `jobs` command, as a process: what it prints, and its exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+GOOD = '{"assetId": "a", "versionNumber": 1}'
+
+
+class Shell:
+    """Runs `jobs` in a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.environment = {
+            **{k: v for k, v in os.environ.items() if not k.startswith("JOBS_")},
+            "PYTHONPATH": str(Path.cwd()),
+        }
+
+    def __call__(
+        self, *arguments: str, stdin: str = "", **settings: str
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "api.cli", *arguments],
+            cwd=self.folder,
+            env={**self.environment, **settings},
+            input=stdin,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+
+    def start(self, *arguments: str, **settings: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "api.cli", *arguments],
+            cwd=self.folder,
+            env={**self.environment, **settings},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+
+@pytest.fixture
+def jobs(tmp_path: Path) -> Shell:
+    return Shell(tmp_path)
+
+
+def test_help_tells_every_command_and_the_exit_codes(jobs: Shell) -> None:
+    result = jobs("--help")
+    assert result.returncode == 0
+    for word in [
+        "serve",
+        "worker",
+        "migrate",
+        "types",
+        "policy",
+        "validate",
+        "enqueue",
+        "schema",
+        "JOBS_",
+        "refused",
+    ]:
+        assert word in result.stdout
+    assert jobs("enqueue", "--help").returncode == 0
+    assert jobs("--version").stdout.startswith("jobs 0.")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["nope"], ["types", "--nope"], ["policy"], ["serve", "--port", "x"],
+     ["enqueue", "thumbnail.create", "/nope"], ["validate", "thumbnail.create", "/"],
+     ["worker", "--types", "nope"], ["worker", "--types", "payout.execute"],
+     ["enqueue", "thumbnail.create", "-", "--schedule-at", "soon"]],
+)  # fmt: skip
+def test_wrong_usage_ends_with_2_and_a_sentence(jobs: Shell, arguments: list[str]) -> None:
+    result = jobs(*arguments, stdin=GOOD)
+    assert result.returncode == 2
+    assert result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_wrong_settings_end_with_2_and_all_of_them(jobs: Shell) -> None:
+    result = jobs("types", JOBS_PROT="1", JOBS_LEASE_SECONDS="soon", JOBS_HOST="0.0.0.0")
+    assert result.returncode == 2
+    for variable in ("JOBS_PROT", "JOBS_LEASE_SECONDS", "JOBS_HOST"):
+        assert variable in result.stderr
+    assert jobs("types", JOBS_CATALOG="not_there").returncode == 2
+
+
+def test_types_and_policies_for_people_and_for_programs(jobs: Shell) -> None:
+    assert "thumbnail.create" in jobs("types").stdout
+    listed = json.loads(jobs("types", "--json").stdout)
+    assert [each["name"] for each in listed] == ["payout.execute", "thumbnail.create"]
+    assert listed[0]["policy"]["concurrencyLimit"] == 5
+    assert "5" in jobs("policy", "payout.execute").stdout
+    assert json.loads(jobs("policy", "payout.execute", "--json").stdout)["maxAttempts"] == 10
+    unknown = jobs("policy", "payout.exec")
+    assert unknown.returncode == 1
+    assert "Did you mean payout.execute?" in unknown.stderr
+
+
+def test_a_payload_is_validated_without_a_database(jobs: Shell) -> None:
+    assert jobs("validate", "thumbnail.create", "-", stdin=GOOD).stdout == "valid\n"
+    bad = jobs("validate", "thumbnail.create", "-", stdin='{"versionNumber": "1"}')
+    assert bad.returncode == 1
+    assert "/assetId: " in bad.stderr
+    assert "/versionNumber: " in bad.stderr
+    as_json = jobs("validate", "thumbnail.create", "-", "--json", stdin="{}")
+    assert json.loads(as_json.stdout)["code"] == "payload_invalid"
+    assert jobs("validate", "thumbnail.create", "-", stdin="{").returncode == 1
+    assert list(jobs.folder.iterdir()) == []
+
+
+def test_one_payload_is_enqueued_with_its_options(jobs: Shell) -> None:
+    options = ["--priority", "9", "--max-attempts", "4", "--idempotency-key", "k", "--json"]
+    result = jobs("enqueue", "thumbnail.create", "-", *options, stdin=GOOD)
+    assert result.returncode == 0, result.stderr
+    first: dict[str, Any] = json.loads(result.stdout)
+    assert (first["status"], first["deduplicated"]) == ("queued", False)
+    again = json.loads(jobs("enqueue", "thumbnail.create", "-", *options, stdin=GOOD).stdout)
+    assert (again["jobId"], again["deduplicated"]) == (first["jobId"], True)
+    other = GOOD.replace("1", "2")
+    conflict = jobs("enqueue", "thumbnail.create", "-", *options, stdin=other)
+    assert conflict.returncode == 1
+    assert json.loads(conflict.stdout)["code"] == "idempotency_conflict"
+    refused = jobs("enqueue", "thumbnail.create", "-", "--priority", "101", stdin=GOOD)
+    assert refused.returncode == 1
+    assert "/priority" in refused.stderr
+
+
+def test_many_lines_are_enqueued_and_each_refused_one_is_named(jobs: Shell) -> None:
+    lines = "\n".join([GOOD] * 1_200 + ['{"x": 1}', "", "nope", GOOD])
+    (jobs.folder / "many.jsonl").write_text(lines)
+    result = jobs("enqueue", "thumbnail.create", "many.jsonl")
+    assert result.returncode == 1
+    assert "1,201 stored, 0 deduplicated, 2 refused" in result.stdout
+    assert "line 1201: /assetId" in result.stderr
+    assert "line 1203: payload: This is no JSON" in result.stderr
+    atomic = jobs("enqueue", "thumbnail.create", "-", "--atomic", stdin=GOOD + "\n{}")
+    assert atomic.returncode == 1
+    assert "0 stored" in atomic.stdout
+
+
+def test_the_schema_is_printed_and_a_reader_that_stops_is_no_error(jobs: Shell) -> None:
+    command = f"{sys.executable} -m api.cli schema | head -1; echo ${{PIPESTATUS[0]}}"
+    result = subprocess.run(
+        ["bash", "-c", command], env=jobs.environment, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.splitlines()[-1] == "0"
+    assert "Traceback" not in result.stderr
+    assert "type Mutation" in jobs("schema").stdout
+
+
+def test_a_database_that_is_away_is_a_sentence(jobs: Shell) -> None:
+    url = "postgresql://ada:lovelace@127.0.0.1:1/jobs"
+    for command in (["migrate"], ["serve"], ["worker"], ["enqueue", "thumbnail.create", "-"]):
+        result = jobs(*command, stdin=GOOD, JOBS_DATABASE_URL=url)
+        assert result.returncode == 1
+        assert "The database is not available" in result.stderr
+        assert "lovelace" not in result.stderr
+        assert "Traceback" not in result.stderr
+
+
+def test_a_shared_database_is_migrated_as_a_step_of_its_own(
+    jobs: Shell, postgresql_url: str
+) -> None:
+    url = postgresql_url.replace("/migrated", "/template1")
+    result = jobs("serve", JOBS_DATABASE_URL=url)
+    assert result.returncode == 1
+    assert "run jobs migrate" in result.stderr
+    assert "already" in jobs("migrate", JOBS_DATABASE_URL=postgresql_url).stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_serve_migrates_answers_works_and_ends_quietly(jobs: Shell, number: int) -> None:
+    process = jobs.start("serve", "--port", "0", JOBS_LOG_LEVEL="warning")
+    assert process.stderr is not None
+    address = process.stderr.readline().split()[3]
+    try:
+        body = json.dumps({"type": "thumbnail.create", "payload": json.loads(GOOD)}).encode()
+        request = urllib.request.Request(
+            address.replace("/graphql", "/jobs"), body, {"content-type": "application/json"}
+        )
+        location = _answer(request).headers["location"]
+        until = time.monotonic() + 20
+        while True:
+            job = json.load(_answer(address.replace("/graphql", location)))
+            if job["status"] == "failed" or time.monotonic() > until:
+                break
+            time.sleep(0.05)
+        assert job["error"]["message"] == "There is no picture a/1.* in the assets."
+        assert json.load(_answer(address.replace("/graphql", "/readyz"))) == {"status": "ok"}
+    finally:
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert "Traceback" not in errors
+    assert (jobs.folder / "jobs.db").exists()
+
+
+def test_a_port_that_is_taken_is_a_sentence(jobs: Shell) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        result = jobs("serve", "--port", str(port))
+    assert result.returncode == 1
+    assert f"127.0.0.1:{port} cannot be listened on" in result.stderr
+
+
+def _answer(request: Any) -> Any:
+    return urllib.request.urlopen(request, timeout=10)

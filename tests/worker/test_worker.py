@@ -1,0 +1,338 @@
+"""The worker: runs handlers, keeps leases, reports how each attempt ended."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from api.queue.database import Database
+from api.queue.errors import QueueUnavailable
+from api.queue.models import JobRecord, JobStatus
+from api.queue.requests import EnqueueRequest
+from api.queue.service import JobService
+from api.worker import Worker
+from registry import (
+    Backoff,
+    Cancel,
+    Fail,
+    JobContext,
+    JobPolicy,
+    JobRegistry,
+    JobType,
+    Payload,
+    Retry,
+    Snooze,
+)
+from tests.conftest import run_sql
+
+LEASE_SECONDS = 1.5
+
+
+class Text(Payload):
+    text: str = ""
+
+
+@dataclass
+class House:
+    """A service with one job type, `work`, and what its handler does."""
+
+    service: JobService
+    database_url: str
+    job_type: JobType[Text]
+    ran: list[str] = field(default_factory=list)
+
+    async def enqueue(self, text: str = "", **options: Any) -> JobRecord:
+        request = EnqueueRequest("work", {"text": text}, **options)
+        return (await self.service.enqueue(request)).job
+
+    @asynccontextmanager
+    async def working(self, **options: Any) -> AsyncIterator[Worker]:
+        given = {"concurrency": 4, "assets": "assets", "shutdown_seconds": 5.0, **options}
+        worker = Worker(self.service, **given)
+        task = asyncio.create_task(worker.run())
+        try:
+            yield worker
+        finally:
+            worker.stop()
+            await asyncio.wait_for(task, 20)
+
+    async def until(self, job: JobRecord, *statuses: JobStatus) -> JobRecord:
+        async with asyncio.timeout(15):
+            while (now := await self.service.get(job.id)).status not in statuses:
+                await asyncio.sleep(0.01)
+        return now
+
+    async def run(self, text: str = "", **options: Any) -> JobRecord:
+        """One job of this text, run to its end."""
+        async with self.working():
+            return await self.until(
+                await self.enqueue(text, **options),
+                JobStatus.SUCCEEDED,
+                JobStatus.FAILED,
+                JobStatus.CANCELLED,
+            )
+
+    async def outcomes(self, job: JobRecord) -> list[str | None]:
+        return [attempt.outcome for attempt in (await self.service.attempts([job.id]))[job.id]]
+
+
+@pytest.fixture
+async def house(database_url: str) -> AsyncIterator[House]:
+    backoff = Backoff(base_seconds=0.05, cap_seconds=0.1)
+    job_type = JobType(
+        name="work",
+        payload=Text,
+        policy=JobPolicy(max_attempts=3, timeout_seconds=2, backoff=backoff),
+    )
+    remote = JobType(name="remote", payload=Text)
+    database = Database(database_url)
+    service = JobService(JobRegistry([job_type, remote]), database, lease_seconds=LEASE_SECONDS)
+    async with service.events.hearing():
+        yield House(service, database_url, job_type)
+    await database.close()
+
+
+async def test_an_async_handler_runs_with_its_parsed_payload_and_returns_the_result(
+    house: House,
+) -> None:
+    @house.job_type.handler
+    async def work(job: JobContext, payload: Text) -> dict[str, Any]:
+        return {"text": payload.text, "attempt": job.attempt, "left": job.seconds_left > 1}
+
+    done = await house.run("hello")
+    assert done.status is JobStatus.SUCCEEDED
+    assert done.result == {"text": "hello", "attempt": 1, "left": True}
+    assert await house.outcomes(done) == ["succeeded"]
+
+
+async def test_a_plain_function_runs_in_a_thread_of_its_own(house: House) -> None:
+    @house.job_type.handler
+    def work(_job: JobContext, _payload: Text) -> str:
+        return threading.current_thread().name
+
+    assert (await house.run()).result == "job"
+
+
+async def test_jobs_run_beside_each_other_up_to_the_concurrency(house: House) -> None:
+    running, most = 0, 0
+
+    @house.job_type.handler
+    async def work(_job: JobContext, _payload: Text) -> None:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(0.05)
+        running -= 1
+
+    jobs = [await house.enqueue() for _ in range(10)]
+    async with house.working(concurrency=4):
+        for job in jobs:
+            await house.until(job, JobStatus.SUCCEEDED)
+    assert most == 4
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "code", "outcomes"),
+    [
+        (lambda: RuntimeError("boom"), JobStatus.FAILED, "handler_failed", ["failed"] * 3),
+        (lambda: SystemExit(1), JobStatus.FAILED, "handler_failed", ["failed"] * 3),
+        (lambda: Retry("later", after=0), JobStatus.FAILED, "retry", ["failed"] * 3),
+        (lambda: Fail("hopeless \0"), JobStatus.FAILED, "failed", ["failed"]),
+        (lambda: Cancel("enough"), JobStatus.CANCELLED, "cancelled", ["cancelled"]),
+    ],
+)
+@pytest.mark.parametrize("kind", ["async", "thread"])
+async def test_what_a_handler_raises_says_how_its_attempt_ends(
+    house: House,
+    raised: Callable[[], BaseException],
+    status: JobStatus,
+    code: str,
+    outcomes: list[str],
+    kind: str,
+) -> None:
+    if kind == "async":
+
+        @house.job_type.handler
+        async def work(_job: JobContext, _payload: Text) -> None:
+            raise raised()
+
+    else:
+
+        @house.job_type.handler
+        def work_in_thread(_job: JobContext, _payload: Text) -> None:
+            raise raised()
+
+    ended = await house.run()
+    assert ended.status is status
+    assert ended.error is not None
+    assert ended.error.code == code
+    assert await house.outcomes(ended) == outcomes
+
+
+async def test_a_snoozed_job_runs_again_without_spending_an_attempt(house: House) -> None:
+    @house.job_type.handler
+    async def work(job: JobContext, _payload: Text) -> int:
+        house.ran.append(job.id)
+        if len(house.ran) < 5:
+            raise Snooze(0.02)
+        return job.attempt
+
+    done = await house.run()
+    assert done.result == 1
+    assert await house.outcomes(done) == ["snoozed"] * 4 + ["succeeded"]
+
+
+async def test_heartbeats_keep_a_long_job_and_carry_its_progress(house: House) -> None:
+    @house.job_type.handler
+    async def work(job: JobContext, _payload: Text) -> None:
+        for step in range(3):
+            job.progress({"step": step})
+            await asyncio.sleep(LEASE_SECONDS / 2.6)
+
+    done = await house.run()
+    assert (done.status, done.attempt) == (JobStatus.SUCCEEDED, 1)
+    assert isinstance(done.progress, dict)
+    assert done.progress["step"] >= 1  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("kind", ["async", "deaf", "thread"])
+async def test_a_timeout_ends_an_attempt_whatever_its_handler_does(house: House, kind: str) -> None:
+    if kind == "thread":
+
+        @house.job_type.handler
+        def work_in_thread(_job: JobContext, _payload: Text) -> str:
+            time.sleep(3)
+            return "too late"
+
+    else:
+
+        @house.job_type.handler
+        async def work(_job: JobContext, _payload: Text) -> str:
+            try:
+                await asyncio.sleep(30)
+            except asyncio.CancelledError:
+                if kind == "async":
+                    raise
+                await asyncio.sleep(2)
+            return "too late"
+
+    ended = await house.run(max_attempts=1)
+    assert (ended.status, ended.result) == (JobStatus.FAILED, None)
+    assert await house.outcomes(ended) == ["timed_out"]
+    await asyncio.sleep(1.2)
+    assert (await house.service.get(ended.id)).result is None
+
+
+@pytest.mark.parametrize("kind", ["async", "thread"])
+async def test_a_running_job_hears_of_its_cancellation(house: House, kind: str) -> None:
+    if kind == "async":
+
+        @house.job_type.handler
+        async def work(_job: JobContext, _payload: Text) -> None:
+            await asyncio.sleep(30)
+
+    else:
+
+        @house.job_type.handler
+        def work_in_thread(job: JobContext, _payload: Text) -> None:
+            while not job.cancel_requested:
+                time.sleep(0.01)
+            raise Cancel
+
+    async with house.working():
+        job = await house.enqueue()
+        await house.until(job, JobStatus.RUNNING)
+        await house.service.cancel(job.id)
+        ended = await house.until(job, JobStatus.CANCELLED)
+    assert await house.outcomes(ended) == ["cancelled"]
+
+
+async def test_a_stored_payload_that_todays_schema_refuses_is_not_run(house: House) -> None:
+    @house.job_type.handler
+    async def work(_job: JobContext, _payload: Text) -> None:
+        house.ran.append("ran")
+
+    job = await house.enqueue()
+    await asyncio.to_thread(
+        run_sql, house.database_url, """UPDATE job SET payload = '{"text": 1}'"""
+    )
+    async with house.working():
+        ended = await house.until(job, JobStatus.FAILED)
+    assert (ended.attempt, house.ran) == (0, [])
+    assert ended.error is not None
+    assert ended.error.code == "payload_invalid"
+    assert ended.error.details[0]["path"] == "/text"  # type: ignore[index,call-overload]
+
+
+@pytest.mark.parametrize("result", [object(), float("nan"), "a\0", "x" * 300_000])
+async def test_a_result_that_cannot_be_stored_fails_the_job_for_good(
+    house: House, result: object
+) -> None:
+    @house.job_type.handler
+    async def work(_job: JobContext, _payload: Text) -> object:
+        return result
+
+    ended = await house.run()
+    assert (ended.status, ended.attempt) == (JobStatus.FAILED, 1)
+    assert ended.error is not None
+    assert ended.error.code == "result_invalid"
+
+
+async def test_stopping_lets_running_jobs_end_and_hands_the_rest_back(house: House) -> None:
+    @house.job_type.handler
+    async def work(_job: JobContext, payload: Text) -> None:
+        await asyncio.sleep(0.4 if payload.text == "short" else 30)
+
+    async with house.working(shutdown_seconds=1.0):
+        short, long = await house.enqueue("short"), await house.enqueue("long")
+        await house.until(short, JobStatus.RUNNING)
+        await house.until(long, JobStatus.RUNNING)
+    assert (await house.service.get(short.id)).status is JobStatus.SUCCEEDED
+    back = await house.service.get(long.id)
+    assert (back.status, back.attempt) == (JobStatus.QUEUED, 0)
+    assert await house.outcomes(long) == ["released"]
+
+
+async def test_a_worker_outlives_a_database_that_goes_away(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @house.job_type.handler
+    async def work(_job: JobContext, _payload: Text) -> str:
+        return "done"
+
+    failures = 3
+    claim, end = house.service._claim, house.service._end
+
+    async def flaky_claim(*arguments: Any) -> Any:
+        nonlocal failures
+        if failures:
+            failures -= 1
+            raise QueueUnavailable("away")
+        return await claim(*arguments)
+
+    async def flaky_end(reports: Any) -> Any:
+        monkeypatch.setattr(house.service._reports, "_commit", end)
+        raise QueueUnavailable("away")
+
+    monkeypatch.setattr(house.service, "_claim", flaky_claim)
+    monkeypatch.setattr(house.service._reports, "_commit", flaky_end)
+    done = await house.run()
+    assert (done.status, done.attempt) == (JobStatus.SUCCEEDED, 1)
+
+
+async def test_types_without_a_handler_are_left_for_remote_workers(
+    house: House, tmp_path: Path
+) -> None:
+    worker = Worker(house.service, concurrency=1, assets=str(tmp_path), shutdown_seconds=1)
+    assert worker.types == ()
+    house.job_type.handler(lambda job, payload: None)
+    worker = Worker(house.service, concurrency=1, assets=str(tmp_path), shutdown_seconds=1)
+    assert worker.types == ("work",)
