@@ -12,10 +12,11 @@ from collections import deque
 from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Final, Literal, cast, get_args
+from typing import Final, Literal, NamedTuple, cast, get_args
 from uuid import UUID
 
 import structlog
+from pydantic_core import to_json
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from api.queue.database import Database
@@ -49,8 +50,7 @@ MAX_UNREAD_EVENTS: Final = 1_000
 log = structlog.get_logger("jobs.events")
 
 
-@dataclass(frozen=True, slots=True)
-class JobEvent:
+class JobEvent(NamedTuple):
     """Something that happened to a job and is committed."""
 
     name: EventName
@@ -267,8 +267,7 @@ def _encode(process: str, events: Sequence[JobEvent]) -> str:
         [_NAMES.index(event.name), event.job_id.hex, numbers[event.type], event.attempt]
         for event in events
     ]
-    content = {"process": process, "types": list(types), "events": rows}
-    return json.dumps(content, separators=(",", ":"))
+    return to_json({"process": process, "types": list(types), "events": rows}).decode()
 
 
 def _decode(content: dict[str, list[object]]) -> Iterator[JobEvent]:

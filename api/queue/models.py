@@ -9,7 +9,7 @@ import uuid
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from pydantic import JsonValue
 from sqlalchemy import (
@@ -252,9 +252,12 @@ class JobError:
     details: JsonValue = None
 
 
-@dataclass(frozen=True, slots=True)
-class JobRecord:
-    """A job as it was read. Times are UTC; `id` is a UUIDv7."""
+class JobRecord(NamedTuple):
+    """A job as it was read. Times are UTC; `id` is a UUIDv7.
+
+    A tuple, because one is made with every enqueue, and a frozen dataclass takes four times as
+    long to make.
+    """
 
     id: uuid.UUID
     type: str

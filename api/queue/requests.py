@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final, cast
+from typing import Any, Final, NamedTuple, cast
 
 from pydantic import JsonValue
 
@@ -19,8 +18,7 @@ MAX_DELAY_SECONDS: Final = 31_536_000
 """A year: the longest snooze or `retryAfterSeconds`."""
 
 
-@dataclass(frozen=True, slots=True)
-class EnqueueRequest:
+class EnqueueRequest(NamedTuple):
     """A job as a caller asks for it; None where the caller said nothing.
 
     `priority` is 0 to 100, higher first, 50 by default. `schedule_at` delays the first run.

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Final, cast
+from typing import Final, NamedTuple, cast
 
 from pydantic import JsonValue
 from pydantic_core import from_json
@@ -70,8 +70,7 @@ MAX_PAUSE_SECONDS: Final = 5.0
 """How long a waiting `lease` trusts that it was told of everything, before it looks by itself."""
 
 
-@dataclass(frozen=True, slots=True)
-class Enqueued:
+class Enqueued(NamedTuple):
     """The stored job. `deduplicated` says that an earlier call with this key had stored it."""
 
     job: JobRecord

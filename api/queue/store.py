@@ -6,13 +6,13 @@ PostgreSQL say differently comes from `database.Dialect`.
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
+from pydantic_core import to_json
 from sqlalchemy import Row
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -43,8 +43,7 @@ RECOVERY_BATCH: Final = 100
 """How many lost leases one claim recovers at most, so that no claim pays for a whole outage."""
 
 
-@dataclass(frozen=True, slots=True)
-class NewJob:
+class NewJob(NamedTuple):
     """A job to insert. `payload` is JSON text; `next_run_at` None means now."""
 
     id: uuid.UUID
@@ -61,8 +60,7 @@ class NewJob:
     created_by: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Stored:
+class Stored(NamedTuple):
     """What an insert came to: the times of a new job, or the job that has its key already."""
 
     created_at: datetime
@@ -157,8 +155,8 @@ class JobStore:
                 SELECT id, lease_token AS token,
                     CASE WHEN deadline_at <= {d.now} THEN 'timed_out' ELSE 'lost' END AS outcome,
                     1 AS retryable, 1 AS spend, NULL AS delay_seconds, NULL AS result,
-                    CASE WHEN deadline_at <= {d.now} THEN '{_error_text(TIMED_OUT)}'
-                        ELSE '{_error_text(LOST)}' END AS error
+                    CASE WHEN deadline_at <= {d.now} THEN CAST(:timed_out AS text)
+                        ELSE CAST(:lost AS text) END AS error
                 FROM job WHERE status = 'running' AND lease_expires_at <= {d.now}
                 ORDER BY lease_expires_at LIMIT {RECOVERY_BATCH} {d.skip_locked}
             )""",
@@ -352,7 +350,7 @@ class JobStore:
         waited for. Keys are taken in one order, so that two inserts cannot wait for each other.
         A new job whose key is held by a job that was deleted in between is not in the answer.
         """
-        parameters = {"jobs": json.dumps([self._new_job(job) for job in jobs])}
+        parameters = {"jobs": _text([self._new_job(job) for job in jobs])}
         rows = await self._run(connection, self._insert, parameters)
         time = self._dialect.time
         stored = {
@@ -375,7 +373,7 @@ class JobStore:
     ) -> dict[tuple[str, str], JobRecord]:
         """The jobs that hold these (type, idempotency key) pairs."""
         rows = await self._run(
-            connection, self._by_key, {"keys": json.dumps([{"type": t, "key": k} for t, k in keys])}
+            connection, self._by_key, {"keys": _text([{"type": t, "key": k} for t, k in keys])}
         )
         found = [self._record(row) for row in rows]
         return {(job.type, job.idempotency_key or ""): job for job in found}
@@ -409,7 +407,7 @@ class JobStore:
             connection,
             self._claim,
             {
-                "wanted": json.dumps(wanted),
+                "wanted": _text(wanted),
                 "jobs": claim.jobs,
                 # Others may be taking the first ones: look past them.
                 "window": 2 * claim.jobs + 32,
@@ -431,7 +429,8 @@ class JobStore:
         is left, or cancelled when that was asked. Attempts that another transaction is ending
         are passed over. Reads the index `job_lease_expiry` from its start.
         """
-        rows = await self._run(connection, self._recover, {})
+        errors = {"timed_out": _error_text(TIMED_OUT), "lost": _error_text(LOST)}
+        rows = await self._run(connection, self._recover, errors)
         jobs = [self._record(row) for row in rows]
         await self._close_attempts(
             connection,
@@ -457,7 +456,7 @@ class JobStore:
         job is not in the answer. A cancellation that was asked for wins over anything but success.
         """
         rows = await self._run(
-            connection, self._end, {"reports": json.dumps([_report_row(r) for r in reports])}
+            connection, self._end, {"reports": _text([_report_row(r) for r in reports])}
         )
         jobs = {job.id: job for job in map(self._record, rows)}
         await self._close_attempts(
@@ -576,7 +575,7 @@ class JobStore:
             elif values:
                 listed = self._dialect.rows(f":{column}", {"value": "text"})
                 conditions.append(f"{column} IN (SELECT value FROM {listed} AS listed)")
-                parameters[column] = json.dumps([{"value": value} for value in values])
+                parameters[column] = _text([{"value": value} for value in values])
         if after is not None:
             conditions.append(f"id < {self._dialect.as_id(':after')}")
             parameters["after"] = after.hex
@@ -644,7 +643,7 @@ class JobStore:
             sums[row.type, row.status] = sums.get((row.type, row.status), 0) + row.jobs
         folded = [{"type": t, "status": s, "jobs": jobs} for (t, s), jobs in sums.items() if jobs]
         if folded:
-            await self._run(connection, self._put_counts, {"folded": json.dumps(folded)})
+            await self._run(connection, self._put_counts, {"folded": _text(folded)})
 
     async def keep_events(self, connection: AsyncConnection, message: str) -> int:
         """Keeps a batch of events for other processes to read, and gives its number."""
@@ -685,7 +684,7 @@ class JobStore:
                 {"id": job.id.hex, "outcome": outcome, "error": _error_text(error)}
                 for job, outcome, error in ended
             ]
-            await self._run(connection, self._close, {"ended": json.dumps(rows)})
+            await self._run(connection, self._close, {"ended": _text(rows)})
 
     def _new_job(self, job: NewJob) -> dict[str, Any]:
         return {
@@ -842,11 +841,16 @@ def _report_row(report: Report) -> dict[str, Any]:
 
 
 def _types(types: Iterable[str]) -> str:
-    return json.dumps([{"type": name} for name in types])
+    return _text([{"type": name} for name in types])
+
+
+def _text(value: Any) -> str:
+    """JSON text. Pydantic's writer takes a third of the time of the standard library's."""
+    return to_json(value).decode()
 
 
 def _ids(ids: Iterable[uuid.UUID]) -> str:
-    return json.dumps([{"id": job_id.hex} for job_id in ids])
+    return _text([{"id": job_id.hex} for job_id in ids])
 
 
 def _error(value: Any) -> JobError | None:
@@ -856,7 +860,7 @@ def _error(value: Any) -> JobError | None:
 def _error_text(error: JobError | None) -> str | None:
     if error is None:
         return None
-    return json.dumps({"code": error.code, "message": error.message, "details": error.details})
+    return _text({"code": error.code, "message": error.message, "details": error.details})
 
 
 def _sure(value: T | None) -> T:
