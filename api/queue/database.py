@@ -202,18 +202,17 @@ class Database:
                     yield connection
             else:
                 async with self._writer, self._autocommit.connect() as connection:
-                    await connection.exec_driver_sql("BEGIN IMMEDIATE")
+                    # On the driver itself: each call on it is one trip to SQLite's thread, where
+                    # SQLAlchemy's cursor takes three.
+                    driver = (await connection.get_raw_connection()).driver_connection
+                    assert driver is not None
+                    await driver.execute("BEGIN IMMEDIATE")
                     try:
                         yield connection
+                        await driver.commit()
                     except BaseException:
-                        with suppress(sqlalchemy.exc.DBAPIError):
-                            await connection.exec_driver_sql("ROLLBACK")
-                        raise
-                    try:
-                        await connection.exec_driver_sql("COMMIT")
-                    except BaseException:
-                        with suppress(sqlalchemy.exc.DBAPIError):
-                            await connection.exec_driver_sql("ROLLBACK")
+                        with suppress(sqlite3.Error):
+                            await driver.rollback()
                         raise
 
     @asynccontextmanager
@@ -338,6 +337,8 @@ def unavailable() -> Iterator[None]:
     """Turns what a database says when it is away, full or busy into `QueueUnavailable`."""
     try:
         yield
+    except sqlite3.OperationalError as error:
+        raise QueueUnavailable(str(error)) from error
     except (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError) as error:
         raise QueueUnavailable(str(error.orig)) from error
     except (sqlalchemy.exc.TimeoutError, ConnectionError, TimeoutError) as error:

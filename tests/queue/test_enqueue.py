@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from api.queue.errors import IdempotencyConflict, InputInvalid, JobNotFound
+from api.queue.errors import IdempotencyConflict, InputInvalid, JobNotFound, QueueUnavailable
 from api.queue.models import JobStatus
 from api.queue.requests import EnqueueRequest, differing_paths, parse_request
 from api.queue.service import Enqueued, JobFilter, JobService
@@ -322,3 +322,22 @@ def test_differing_paths_are_json_pointers(
     one: object, other: object, paths: tuple[str, ...]
 ) -> None:
     assert differing_paths(one, other) == paths  # type: ignore[arg-type]
+
+
+async def test_when_the_commit_fails_each_caller_gets_the_error_and_nothing_is_stored(
+    service: JobService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    announce = service.events.announce
+
+    async def away(*_arguments: object) -> None:
+        raise ConnectionResetError("the database went away before the commit")
+
+    monkeypatch.setattr(service.events, "announce", away)
+    results = await asyncio.gather(
+        *(service.enqueue(ping(str(n))) for n in range(10)), return_exceptions=True
+    )
+    assert [type(result) for result in results] == [QueueUnavailable] * 10
+
+    monkeypatch.setattr(service.events, "announce", announce)
+    assert (await service.list_jobs()).jobs == []
+    assert (await service.enqueue(ping())).job.status is JobStatus.QUEUED
