@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -30,14 +31,20 @@ def draw_sample(assets: str) -> None:
 
 def what_to_try(host: str, port: int, assets: str) -> str:
     """The first commands of a newcomer."""
+    request = {
+        "query": "mutation ($input: EnqueueJobInput!) { enqueueJob(input: $input) { __typename"
+        " ... on EnqueueJobSuccess { job { id status } } ... on Error { message } } }",
+        "variables": {
+            "input": {
+                "type": "thumbnail.create",
+                "payload": {"assetId": "sample", "versionNumber": 1},
+            }
+        },
+    }
     return f"""
 In another terminal:
 
-  curl http://{host}:{port}/graphql -H 'content-type: application/json' -d '{{"query":
-    "mutation {{ enqueueJob(input: {{type: \\"thumbnail.create\\",
-       payload: {{assetId: \\"sample\\", versionNumber: 1}}}}) {{
-       __typename ... on EnqueueJobSuccess {{ job {{ id status }} }}
-       ... on Error {{ message }} }} }}"}}'
+  curl http://{host}:{port}/graphql -H 'content-type: application/json' -d '{json.dumps(request)}'
 
   ls {assets}/sample/1/        the thumbnails, a moment later
 """

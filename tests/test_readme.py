@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 
+from api.first_minute import what_to_try
 from registry.discovery import load_registry
 
 README = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
@@ -45,11 +45,11 @@ async def test_the_graphql_examples_run(http: httpx.AsyncClient) -> None:
 async def test_the_commands_of_the_first_minute_run(http: httpx.AsyncClient) -> None:
     bodies = re.findall(r"-d '(\{.*?\})'\n", README, re.DOTALL)
     assert len(bodies) == 2
-    graphql, rest = (_without_line_breaks(body) for body in bodies)
+    graphql, rest = map(json.loads, bodies)
     answer = (await http.post("/graphql", json=graphql)).json()
     assert answer["data"]["enqueueJob"]["__typename"] == "EnqueueJobSuccess"
     assert (await http.post("/jobs", json=rest)).status_code == 201
 
-
-def _without_line_breaks(body: str) -> Any:
-    return json.loads(body.replace("\n", " "))
+    # What `make run` prints is the same request.
+    printed = re.findall(r"-d '(.*)'", what_to_try("127.0.0.1", 8000, "assets"))
+    assert json.loads(printed[0]) == graphql
