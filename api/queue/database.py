@@ -10,7 +10,8 @@ import asyncio
 import re
 import sqlite3
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -32,6 +33,9 @@ SQLITE_BUSY_SECONDS: Final = 10.0
 
 SQLITE_POLL_SECONDS: Final = 0.1
 """How often `listen` asks SQLite whether another process has committed (`PRAGMA data_version`)."""
+
+CHANNEL: Final = "job_registry"
+"""The channel of PostgreSQL's LISTEN and NOTIFY."""
 
 Listener = Callable[[str], None]
 
@@ -68,6 +72,10 @@ class Dialect:
         if self.name == "sqlite":
             return f"((julianday({time}) - julianday('now')) * 86400.0)"
         return f"CAST(EXTRACT(EPOCH FROM {time} - {self.now}) AS double precision)"
+
+    def notify(self, message: str) -> str:
+        """An expression that tells the listeners in other processes, once this commits."""
+        return f"(SELECT pg_notify('{CHANNEL}', {message}))"
 
     def as_id(self, parameter: str) -> str:
         """An id, bound as `id_text` writes it."""
@@ -182,6 +190,7 @@ class Database:
                 json_deserializer=read_json,
             )
         self._autocommit = self.engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._thread = _SQLiteThread(self.url.database or "") if sqlite else None
         # SQLite has one writer at a time. Waiting for it here, in order, is fair; waiting in
         # SQLite's busy handler is not, so that is left to other processes' writes.
         self._writer = asyncio.Lock() if sqlite else None
@@ -225,6 +234,25 @@ class Database:
         with unavailable():
             async with self._autocommit.connect() as connection:
                 yield connection
+
+    async def commit_at_once(
+        self, statements: Sequence[str], parameters: Mapping[str, Any]
+    ) -> Sequence[Any]:
+        """Runs statements as one transaction in one trip, and gives the rows of the first.
+
+        A trip is what a small transaction costs: to PostgreSQL, which takes a single statement
+        in it, and to the thread in which SQLite may wait for the disk.
+
+        Raises:
+            QueueUnavailable: the database does not answer, or cannot write (a full disk).
+        """
+        with unavailable():
+            if self._thread is not None and self._writer is not None:
+                async with self._writer:
+                    return await self._thread.commit(statements, parameters)
+            (single,) = statements
+            async with self._autocommit.connect() as connection:
+                return (await connection.execute(statement(single), parameters)).all()
 
     async def notify(self, connection: AsyncConnection, message: str) -> None:
         """Tells the listeners in other processes, once this transaction commits.
@@ -287,10 +315,52 @@ class Database:
     async def close(self) -> None:
         """Ends every connection."""
         await self.engine.dispose()
+        if self._thread is not None:
+            await self._thread.close()
 
 
-CHANNEL: Final = "job_registry"
-_NOTIFY: Final = text(f"SELECT pg_notify('{CHANNEL}', :message)")
+class _SQLiteThread:
+    """A connection of its own and the thread that uses it, for whole transactions at a time."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="sqlite-commit")
+        self._connection: sqlite3.Connection | None = None
+
+    async def commit(
+        self, statements: Sequence[str], parameters: Mapping[str, Any]
+    ) -> Sequence[Any]:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._executor, self._commit, statements, parameters)
+
+    async def close(self) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._executor, self._close)
+        self._executor.shutdown()
+
+    def _commit(self, statements: Sequence[str], parameters: Mapping[str, Any]) -> Sequence[Any]:
+        if self._connection is None:
+            connection = sqlite3.connect(
+                self._path, timeout=SQLITE_BUSY_SECONDS, isolation_level=None
+            )
+            _prepare_sqlite_connection(connection, None)
+            self._connection = connection
+        connection = self._connection
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            rows = [connection.execute(each, parameters).fetchall() for each in statements]
+            connection.execute("COMMIT")
+        except BaseException:
+            with suppress(sqlite3.Error):
+                connection.execute("ROLLBACK")
+            raise
+        return rows[0]
+
+    def _close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+
+
+_NOTIFY: Final = text("SELECT " + POSTGRESQL.notify(":message"))
 
 
 def async_url(url: str) -> URL:

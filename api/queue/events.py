@@ -137,6 +137,13 @@ class Events:
             message = json.dumps({"process": self._process, "batch": number})
         await self._database.notify(connection, message)
 
+    def message_of(self, events: Sequence[JobEvent]) -> str | None:
+        """What tells the other processes of these events; None where it is too long to be told
+        in the statement that makes them, and has to be announced."""
+        message = _encode(self._process, events)
+        limit = self._database.dialect.max_message_bytes
+        return message if limit == 0 or len(message) <= limit else None
+
     def publish(self, events: Iterable[JobEvent]) -> None:
         """Says what was committed: a log line each, and word to this process."""
         for event in events:

@@ -551,6 +551,13 @@ class JobService:
         return list(await self._insert(jobs, atomic=atomic))
 
     async def _insert(self, jobs: Sequence[NewJob], *, atomic: bool = False) -> Sequence[Stored]:
+        if not any(job.idempotency_key for job in jobs):
+            created = [JobEvent("job.created", job.id, job.type, 0) for job in jobs]
+            message = self.events.message_of(created)
+            if message is not None:
+                stored = await self._store.insert_at_once(self._database, jobs, message)
+                self.events.publish(created)
+                return [stored[job.id] for job in jobs]
         async with self._database.transaction() as connection:
             stored = await self._store.insert(connection, jobs)
             while len(stored) < len(jobs):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from api.queue.database import Database
 from api.queue.errors import IdempotencyConflict, InputInvalid, JobNotFound, QueueUnavailable
 from api.queue.models import JobStatus
 from api.queue.requests import EnqueueRequest, differing_paths, parse_request
@@ -136,13 +138,15 @@ async def test_concurrent_enqueues_share_commits(
 ) -> None:
     # Given a store that notes the size of each insert
     sizes: list[int] = []
-    insert = service._store.insert
+    insert = service._store.insert_at_once
 
-    async def noting(connection: object, jobs: Sequence[NewJob]) -> dict[object, Stored]:
+    async def noting(
+        database: Database, jobs: Sequence[NewJob], message: str
+    ) -> dict[uuid.UUID, Stored]:
         sizes.append(len(jobs))
-        return await insert(connection, jobs)  # type: ignore[arg-type,return-value]
+        return await insert(database, jobs, message)
 
-    monkeypatch.setattr(service._store, "insert", noting)
+    monkeypatch.setattr(service._store, "insert_at_once", noting)
 
     # When a hundred callers come at once
     await asyncio.gather(*(service.enqueue(ping(str(n))) for n in range(100)))
@@ -324,20 +328,22 @@ def test_differing_paths_are_json_pointers(
     assert differing_paths(one, other) == paths  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("key", [None, "key"])
 async def test_when_the_commit_fails_each_caller_gets_the_error_and_nothing_is_stored(
-    service: JobService, monkeypatch: pytest.MonkeyPatch
+    service: JobService, monkeypatch: pytest.MonkeyPatch, key: str | None
 ) -> None:
-    announce = service.events.announce
-
+    # Given a database that goes away before the commit, which is one trip, or with keys several
     async def away(*_arguments: object) -> None:
         raise ConnectionResetError("the database went away before the commit")
 
-    monkeypatch.setattr(service.events, "announce", away)
-    results = await asyncio.gather(
-        *(service.enqueue(ping(str(n))) for n in range(10)), return_exceptions=True
-    )
+    with monkeypatch.context() as broken:
+        broken.setattr(service.events, "announce", away)
+        if key is None:
+            broken.setattr("sqlalchemy.ext.asyncio.AsyncConnection.execute", away)
+            broken.setattr("api.queue.database._SQLiteThread.commit", away)
+        jobs = [ping(idempotency_key=key and f"{key} {n}") for n in range(10)]
+        results = await asyncio.gather(*map(service.enqueue, jobs), return_exceptions=True)
     assert [type(result) for result in results] == [QueueUnavailable] * 10
 
-    monkeypatch.setattr(service.events, "announce", announce)
     assert (await service.list_jobs()).jobs == []
     assert (await service.enqueue(ping())).job.status is JobStatus.QUEUED
