@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple, cast
 
 from pydantic import JsonValue
@@ -16,6 +16,10 @@ MAX_LEASE: Final = 100
 MAX_WAIT_SECONDS: Final = 30
 MAX_DELAY_SECONDS: Final = 31_536_000
 """A year: the longest snooze or `retryAfterSeconds`."""
+
+EARLIEST: Final = datetime(1970, 1, 1, tzinfo=UTC)
+LATEST: Final = datetime(9000, 1, 1, tzinfo=UTC)
+"""`scheduleAt` lies between: in every offset and database such a time has four digits of year."""
 
 
 class EnqueueRequest(NamedTuple):
@@ -98,6 +102,13 @@ def input_faults(request: EnqueueRequest) -> Iterator[Violation]:
             "/scheduleAt",
             "time_zone_missing",
             f"Expected a time with its offset from UTC, got {request.schedule_at.isoformat()}.",
+        )
+    elif request.schedule_at is not None and not EARLIEST <= request.schedule_at < LATEST:
+        yield Violation(
+            "/scheduleAt",
+            "out_of_range",
+            f"Expected a time from {EARLIEST.year} to {LATEST.year - 1}, in UTC,"
+            f" got {request.schedule_at.isoformat()}.",
         )
     key = request.idempotency_key
     if key is not None:
