@@ -11,9 +11,10 @@ import structlog
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse
-from starlette.routing import Route
+from starlette.routing import Route, WebSocketRoute
 
 from api.graphql.schema import build_schema
+from api.graphql.streaming import StreamingView
 from api.graphql.view import GraphQLView
 from api.queue.errors import QueueUnavailable
 from api.queue.maintenance import maintain
@@ -61,6 +62,7 @@ def create_app(settings: Settings, registry: JobRegistry, *, worker: bool = Fals
             )
             app.state.service = service
             app.state.end_now = lambda: None
+            app.state.end_waits = service.end_waits
             stop = asyncio.Event()
             upkeep = maintain(
                 service,
@@ -73,12 +75,17 @@ def create_app(settings: Settings, registry: JobRegistry, *, worker: bool = Fals
                 await stack.enter_async_context(_working(app, service, settings))
             yield
 
+    schema, inner_schema = build_schema()
+    stream = StreamingView(schema)
     return Starlette(
         routes=[
             Route(
                 "/graphql",
-                GraphQLView(build_schema(), max_body_bytes=settings.max_body_bytes, page=PAGE),
+                GraphQLView(
+                    inner_schema, stream, max_body_bytes=settings.max_body_bytes, page=PAGE
+                ),
             ),
+            WebSocketRoute("/graphql", stream),
             Route("/jobs", EnqueueView(max_body_bytes=settings.max_body_bytes)),
             Route("/jobs/{id}", JobView()),
             Route("/healthz", _alive, methods=["GET"]),

@@ -492,6 +492,7 @@ def _server(config: Any, application: Any) -> Any:
             if self.should_exit:
                 application.state.end_now()
             self.should_exit = True
+            application.state.end_waits()
 
     return Server(config)
 

@@ -23,14 +23,18 @@ from strawberry.utils.str_converters import to_camel_case
 from api.graphql.mutations import Mutation
 from api.graphql.queries import Query
 from api.graphql.scalars import SCALARS
+from api.graphql.streaming import TellErrors
+from api.graphql.subscriptions import Subscription
 
 SDL_FILE: Final = Path(__file__).parent / "schema.graphql"
 """The schema as it is committed, for clients' code generators and for review."""
 
 
-def build_schema() -> GraphQLSchema:
-    """The schema that is served, as graphql-core executes it."""
-    return _without_detours(_strawberry_schema())
+def build_schema() -> tuple[strawberry.Schema, GraphQLSchema]:
+    """The schema that is served: Strawberry's, which streams, and inside it graphql-core's, which
+    executes queries and mutations."""
+    schema = _strawberry_schema()
+    return schema, _without_detours(schema)
 
 
 def sdl() -> str:
@@ -40,7 +44,11 @@ def sdl() -> str:
 
 def _strawberry_schema() -> strawberry.Schema:
     return strawberry.Schema(
-        query=Query, mutation=Mutation, config=StrawberryConfig(scalar_map=SCALARS)
+        query=Query,
+        mutation=Mutation,
+        subscription=Subscription,
+        config=StrawberryConfig(scalar_map=SCALARS),
+        extensions=[TellErrors],
     )
 
 
@@ -68,6 +76,8 @@ def _without_detours(schema: strawberry.Schema) -> GraphQLSchema:
             graphql_type.resolve_type = name_of
         elif isinstance(graphql_type, GraphQLObjectType) and graphql_type.name in names.values():
             graphql_type.is_type_of = None
+            if graphql_type is inner.subscription_type:
+                continue
             for field in graphql_type.fields.values():
                 field.resolve = _direct(field.extensions["strawberry-definition"])
     return inner

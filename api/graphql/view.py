@@ -19,9 +19,10 @@ from graphql import (
     validate,
 )
 from pydantic_core import from_json
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from api.graphql.context import Context
+from api.graphql.told import told
 from api.http_messages import (
     BodyTooLarge,
     ClientGone,
@@ -30,8 +31,6 @@ from api.http_messages import (
     read_body,
     respond_json,
 )
-from api.logs import log_unexpected
-from api.queue.errors import InputInvalid, QueueUnavailable
 
 GRAPHQL_RESPONSE: Final = b"application/graphql-response+json"
 JSON: Final = b"application/json"
@@ -102,8 +101,11 @@ class GraphQLView:
     Executes with graphql-core itself: `strawberry.Schema.execute` costs four times as much.
     """
 
-    def __init__(self, schema: GraphQLSchema, *, max_body_bytes: int, page: str) -> None:
+    def __init__(
+        self, schema: GraphQLSchema, stream: ASGIApp, *, max_body_bytes: int, page: str
+    ) -> None:
         self._schema = schema
+        self._stream = stream
         self._documents = Documents(schema)
         self._max_body_bytes = max_body_bytes
         self._page = page.encode()
@@ -111,6 +113,9 @@ class GraphQLView:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one HTTP request."""
         accept = header(scope, b"accept")
+        if b"text/event-stream" in accept:
+            await self._stream(scope, receive, send)
+            return
         if scope["method"] == "GET" and _wants_page(scope, accept):
             await self._respond_page(send)
             return
@@ -180,7 +185,8 @@ class GraphQLView:
         except GraphQLError as error:
             raise RequestRefused(400, [error], document=True) from None
         if operation.operation is OperationType.SUBSCRIPTION:
-            refused = GraphQLError("Subscriptions are not served here.")
+            message = "A subscription is served to Accept: text/event-stream, or over a WebSocket."
+            refused = GraphQLError(message)
             raise RequestRefused(400, [refused], document=True)
         if scope["method"] == "GET" and operation.operation is not OperationType.QUERY:
             raise RequestRefused(
@@ -223,38 +229,11 @@ def _formatted(result: ExecutionResult, media_type: bytes) -> tuple[dict[str, An
     """The response of a result, and its status."""
     if not result.errors:
         return {"data": result.data}, 200
-    errors = [_told(error) for error in result.errors]
+    errors = [told(error) for error in result.errors]
     if result.data is None and all(error.path is None for error in result.errors):
         # The variables do not fit: nothing was executed, so there is no data, not even null.
         return {"errors": errors}, 200 if media_type == JSON else 400
     return {"errors": errors, "data": result.data}, 200
-
-
-def _told(error: GraphQLError) -> dict[str, Any]:
-    """An error as clients see it: what nobody foresaw is logged, and only its id is told."""
-    original = error.original_error
-    extensions: dict[str, Any]
-    match original:
-        case None:
-            return dict(error.formatted)
-        case GraphQLError():
-            return dict(error.formatted)
-        case QueueUnavailable():
-            message, extensions = str(original), {"code": "queue_unavailable"}
-        case InputInvalid():
-            message = "; ".join(f"{v.path}: {v.message}" for v in original.violations)
-            extensions = {
-                "code": "validation_error",
-                "violations": [
-                    {"path": v.path, "code": v.code, "message": v.message}
-                    for v in original.violations
-                ],
-            }
-        case _:
-            error_id = log_unexpected("graphql", original)
-            message = f"Something went wrong here. It is logged as {error_id}."
-            extensions = {"code": "internal_error", "errorId": error_id}
-    return {**error.formatted, "message": message, "extensions": extensions}
 
 
 def _operation(document: DocumentNode, name: str | None) -> OperationDefinitionNode:

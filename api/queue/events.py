@@ -256,11 +256,15 @@ class Events:
         for subscription in self._subscriptions:
             subscription.offer(event)
 
+    def drop_subscribers(self, reason: str) -> None:
+        """Ends every subscription of this process with `EventsMissed`."""
+        for subscription in self._subscriptions:
+            subscription.drop(reason)
+
     def _miss(self, reason: str) -> None:
         for woken in self._waiting:
             woken.set()
-        for subscription in self._subscriptions:
-            subscription.drop(reason)
+        self.drop_subscribers(reason)
 
 
 _NAMES: Final = get_args(EventName)

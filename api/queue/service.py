@@ -186,11 +186,22 @@ class JobService:
         self._inserts = GroupCommit(self._insert)
         self._reports = GroupCommit(self._end)
         self._seen: dict[str, float] = {}
+        self._waits_ended = asyncio.Event()
 
     # Enqueue
 
-    async def enqueue(self, request: EnqueueRequest, *, created_by: str | None = None) -> Enqueued:
+    async def enqueue(
+        self,
+        request: EnqueueRequest,
+        *,
+        created_by: str | None = None,
+        session: AsyncSession | None = None,
+    ) -> Enqueued:
         """Stores a job. When this returns, the job is on disk.
+
+        With the caller's own `session`, on the queue's database, the job joins the caller's
+        transaction: it appears if and when the caller commits, together with the caller's rows,
+        and not at all if the caller rolls back.
 
         Raises:
             JobTypeNotFound: no such job type.
@@ -199,31 +210,16 @@ class JobService:
             IdempotencyConflict: the key belongs to a job of this type with another payload.
         """
         new = self._admit(request, created_by)
-        return _enqueued(new, request, await self._inserts.submit(new))
-
-    async def enqueue_in(
-        self, session: AsyncSession, request: EnqueueRequest, *, created_by: str | None = None
-    ) -> Enqueued:
-        """Stores a job in the transaction of the caller's own session, and raises as `enqueue`.
-
-        The job appears if and when the caller commits, together with the caller's own rows, and
-        not at all if the caller rolls back. The session's database must be the queue's.
-        """
-        new = self._admit(request, created_by)
+        if session is None:
+            return _enqueued(new, request, await self._inserts.submit(new))
         connection = await session.connection()
         stored = await self._store.insert(connection, [new])
         if new.id not in stored:
             raise QueueUnavailable("the holder of the idempotency key was deleted meanwhile")
         enqueued = _enqueued(new, request, stored[new.id])
         if not enqueued.deduplicated:
-            created = [JobEvent.of("job.created", enqueued.job)]
-            await self.events.announce(connection, created)
-            event.listen(
-                session.sync_session,
-                "after_commit",
-                lambda _session: self.events.publish(created),
-                once=True,
-            )
+            self._publish_after_commit(session, [JobEvent.of("job.created", enqueued.job)])
+            await self.events.announce(connection, [JobEvent.of("job.created", enqueued.job)])
         return enqueued
 
     async def enqueue_many(
@@ -307,7 +303,7 @@ class JobService:
             JobNotFound: no job has this id.
         """
         async with self._database.reading() as connection:
-            job = await self._store.get(connection, _job_id(job_id))
+            job = await self._store.get(connection, parse_job_id(job_id))
         if job is None:
             raise JobNotFound(str(job_id))
         return job
@@ -382,9 +378,10 @@ class JobService:
                 woken.clear()
                 leases, pause = await self._claim(types, worker_id, limit)
                 left = give_up - clock()
-                if leases or left <= 0 or (stop is not None and stop.is_set()):
+                ends = [self._waits_ended] if stop is None else [self._waits_ended, stop]
+                if leases or left <= 0 or any(end.is_set() for end in ends):
                     return leases
-                await _first(woken, stop, seconds=min(left, pause))
+                await _first(woken, *ends, seconds=min(left, pause))
 
     async def heartbeat(self, token: str, progress: JsonValue = None) -> Heartbeat:
         """Renews a lease for another lease time, never past the attempt's deadline.
@@ -516,6 +513,24 @@ class JobService:
         """
         return await self._change(job_id, self._store.retry, "retried")
 
+    def _publish_after_commit(self, session: AsyncSession, happened: Sequence[JobEvent]) -> None:
+        """Publishes if and when the caller's transaction commits; a rollback forgets it."""
+        target = session.sync_session
+        if _UNPUBLISHED not in target.info:
+            unpublished: list[JobEvent] = []
+            target.info[_UNPUBLISHED] = unpublished
+
+            def publish(_session: object) -> None:
+                self.events.publish(unpublished)
+                unpublished.clear()
+
+            def forget(_session: object) -> None:
+                unpublished.clear()
+
+            event.listen(target, "after_commit", publish)
+            event.listen(target, "after_rollback", forget)
+        target.info[_UNPUBLISHED].extend(happened)
+
     def _admit(self, request: EnqueueRequest, created_by: str | None) -> NewJob:
         job_type = self.registry.get_type(request.type)
         faults = list(input_faults(request))
@@ -634,6 +649,11 @@ class JobService:
             return NoWorkerSeen(seen)
         return BehindInQueue(waiting.ahead)
 
+    def end_waits(self) -> None:
+        """Ends every wait for a lease, and every subscription: the process shuts down."""
+        self._waits_ended.set()
+        self.events.drop_subscribers("the server shuts down")
+
     # Upkeep
 
     async def recover(self) -> list[JobRecord]:
@@ -692,9 +712,9 @@ class JobService:
         asked: str,
     ) -> JobRecord:
         async with self._database.transaction() as connection:
-            job = await change(connection, _job_id(job_id))
+            job = await change(connection, parse_job_id(job_id))
             if job is None:
-                there = await self._store.get(connection, _job_id(job_id))
+                there = await self._store.get(connection, parse_job_id(job_id))
                 if there is None:
                     raise JobNotFound(str(job_id))
                 raise JobStateConflict(str(job_id), there.status, asked)
@@ -739,9 +759,9 @@ async def open_service(
         await database.close()
 
 
-async def _first(one: asyncio.Event, other: asyncio.Event | None, *, seconds: float) -> None:
+async def _first(*events: asyncio.Event, seconds: float) -> None:
     """Returns when one of the events is set, or the time is over."""
-    waits = {asyncio.ensure_future(event.wait()) for event in (one, other) if event is not None}
+    waits = {asyncio.ensure_future(event.wait()) for event in events}
     await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
     for wait in waits:
         wait.cancel()
@@ -786,7 +806,12 @@ def not_stored(refused: list[int]) -> InputInvalid:
     return InputInvalid((Violation("", "not_stored", message),))
 
 
-def _job_id(job_id: str | uuid.UUID) -> uuid.UUID:
+def parse_job_id(job_id: str | uuid.UUID) -> uuid.UUID:
+    """A job's id, as clients write it.
+
+    Raises:
+        JobNotFound: it is no UUID, so no job has it.
+    """
     if isinstance(job_id, uuid.UUID):
         return job_id
     try:
@@ -801,6 +826,9 @@ def _parts(token: str) -> tuple[uuid.UUID, str]:
         raise LeaseLost
     return uuid.UUID(token[:32]), token[32:]
 
+
+_UNPUBLISHED: Final = "job_registry.unpublished"
+"""Where a caller's session keeps the events of its transaction."""
 
 _TOKEN: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
 

@@ -449,10 +449,10 @@ async def test_a_job_can_join_the_callers_own_transaction(
     request = EnqueueRequest("test.ping", {})
     with service.events.subscribe() as heard:
         async with AsyncSession(engine) as session:
-            rolled_back = await service.enqueue_in(session, request)
+            rolled_back = await service.enqueue(request, session=session)
             await session.rollback()
         async with AsyncSession(engine) as session:
-            kept = await service.enqueue_in(session, request)
+            kept = await service.enqueue(request, session=session)
             await session.execute(text("SELECT 1"))
             await session.commit()
         async with asyncio.timeout(2):

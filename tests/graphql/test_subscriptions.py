@@ -1,0 +1,107 @@
+"""Following jobs: server-sent events and graphql-transport-ws, against a real server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+from websockets.asyncio.client import connect
+
+SUBSCRIPTION = """
+subscription ($types: [String!]) {
+  jobEvents(jobTypes: $types) { name jobId type status attempt job { id status } } }"""
+JOB = {"type": "payout.execute", "payload": {"batchId": "b", "escrowId": "e"}}
+
+
+@pytest.fixture
+async def address(database_url: str) -> AsyncIterator[str]:
+    """The host and port of a `jobs serve` of its own."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "api.cli", "serve", "--no-worker", "--port", "0",
+        env={**os.environ, "JOBS_DATABASE_URL": database_url, "JOBS_LOG_LEVEL": "error"},
+        stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stderr is not None
+    banner = (await process.stderr.readline()).decode()
+    yield banner.split("http://")[1].split("/graphql")[0]
+    process.terminate()
+    # Subscriptions that are open do not hold the end up.
+    await asyncio.wait_for(process.wait(), 8)
+
+
+async def enqueue(address: str, job: dict[str, Any] = JOB) -> str:
+    async with httpx.AsyncClient() as client:
+        response = await client.post(f"http://{address}/jobs", json=job)
+    return str(response.json()["jobId"])
+
+
+async def test_events_come_over_a_websocket(address: str) -> None:
+    async with (
+        connect(f"ws://{address}/graphql", subprotocols=["graphql-transport-ws"]) as socket,
+        asyncio.timeout(10),
+    ):
+        await socket.send(json.dumps({"type": "connection_init"}))
+        assert json.loads(await socket.recv())["type"] == "connection_ack"
+        payload = {"query": SUBSCRIPTION, "variables": {"types": ["payout.execute"]}}
+        await socket.send(json.dumps({"id": "1", "type": "subscribe", "payload": payload}))
+        await asyncio.sleep(0.3)
+        await enqueue(
+            address, {"type": "thumbnail.create", "payload": {"assetId": "a", "versionNumber": 1}}
+        )
+        job_id = await enqueue(address)
+        message = json.loads(await socket.recv())
+    assert message["type"] == "next"
+    assert message["payload"]["data"]["jobEvents"] == {
+        "name": "job.created",
+        "jobId": job_id,
+        "type": "payout.execute",
+        "status": "QUEUED",
+        "attempt": 0,
+        "job": {"id": job_id, "status": "QUEUED"},
+    }
+
+
+async def test_events_come_as_server_sent_events(address: str) -> None:
+    async with (
+        httpx.AsyncClient() as client,
+        asyncio.timeout(10),
+        client.stream(
+            "POST",
+            f"http://{address}/graphql",
+            json={"query": SUBSCRIPTION},
+            headers={"accept": "text/event-stream"},
+        ) as response,
+    ):
+        assert response.headers["content-type"].startswith("text/event-stream")
+        jobs = asyncio.create_task(_enqueue_soon(address, 3))
+        seen = []
+        async for line in response.aiter_lines():
+            if line.startswith("data: ") and "jobEvents" in line:
+                seen.append(json.loads(line.removeprefix("data: "))["data"]["jobEvents"]["jobId"])
+            if len(seen) == 3:
+                break
+        assert seen == await jobs
+
+
+async def _enqueue_soon(address: str, count: int) -> list[str]:
+    await asyncio.sleep(0.3)
+    return [await enqueue(address) for _ in range(count)]
+
+
+async def test_a_wrong_subscription_is_a_clear_error(address: str) -> None:
+    async with httpx.AsyncClient() as client, asyncio.timeout(10):
+        response = await client.post(
+            f"http://{address}/graphql",
+            json={"query": SUBSCRIPTION, "variables": {"types": ["nope"]}},
+            headers={"accept": "text/event-stream"},
+        )
+        plain = await client.post(f"http://{address}/graphql", json={"query": SUBSCRIPTION})
+    assert "validation_error" in response.text
+    assert "/jobTypes/0" in response.text
+    assert "text/event-stream" in plain.json()["errors"][0]["message"]
