@@ -53,17 +53,22 @@ def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
-def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """The URL of a fresh, migrated database; the test runs once for each of the two."""
     if request.param == "sqlite":
         shutil.copy(request.getfixturevalue("sqlite_template"), tmp_path / "jobs.db")
-        yield f"sqlite:///{tmp_path / 'jobs.db'}"
-        return
-    migrated: str = request.getfixturevalue("postgresql_url")
+        return f"sqlite:///{tmp_path / 'jobs.db'}"
+    url: str = request.getfixturevalue("fresh_postgresql_url")
+    return url
+
+
+@pytest.fixture
+def fresh_postgresql_url(postgresql_url: str) -> Iterator[str]:
+    """The URL of a fresh, migrated PostgreSQL database."""
     name = f"test_{uuid.uuid4().hex}"
-    run_sql(_sibling(migrated, "postgres"), f"CREATE DATABASE {name} TEMPLATE migrated")
-    yield _sibling(migrated, name)
-    run_sql(_sibling(migrated, "postgres"), f"DROP DATABASE {name} WITH (FORCE)")
+    run_sql(_sibling(postgresql_url, "postgres"), f"CREATE DATABASE {name} TEMPLATE migrated")
+    yield _sibling(postgresql_url, name)
+    run_sql(_sibling(postgresql_url, "postgres"), f"DROP DATABASE {name} WITH (FORCE)")
 
 
 class Ping(Payload):

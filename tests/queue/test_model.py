@@ -1,0 +1,300 @@
+"""The queue against a plain-Python model of it, by random operations, on both databases.
+
+Hypothesis picks the operations. After each, what the queue says is compared with the model, and
+the promises are checked on the tables themselves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import shutil
+import uuid
+from collections.abc import Awaitable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    invariant,
+    multiple,
+    rule,
+    run_state_machine_as_test,
+)
+
+from api.queue.database import Database
+from api.queue.errors import JobStateConflict, LeaseLost
+from api.queue.models import JobError, JobStatus
+from api.queue.requests import EnqueueRequest
+from api.queue.service import JobService
+from registry import Backoff, JobPolicy, JobRegistry, JobType, Payload
+from tests.conftest import advance, run_sql
+
+T = TypeVar("T")
+
+LEASE, TIMEOUT, LIMIT = 30, 70, 2
+ERROR = JobError("broken", "It broke.")
+
+
+class Nothing(Payload):
+    """No fields."""
+
+
+def job_type(name: str, limit: int | None) -> JobType[Nothing]:
+    # A backoff without a range to jitter in, so that the model knows it.
+    policy = JobPolicy(
+        max_attempts=3,
+        timeout_seconds=TIMEOUT,
+        concurrency_limit=limit,
+        backoff=Backoff(base_seconds=0, cap_seconds=0),
+    )
+    return JobType(name=name, payload=Nothing, policy=policy)
+
+
+REGISTRY = JobRegistry([job_type("free", None), job_type("limited", LIMIT)])
+
+
+@dataclass
+class ModelJob:
+    """What the model knows of a job."""
+
+    type: str
+    max_attempts: int
+    status: str = "queued"
+    attempt: int = 0
+    due_at: float = 0.0
+    token: str | None = None
+    expires_at: float = 0.0
+    deadline_at: float = 0.0
+    cancel_requested: bool = False
+    outcomes: list[str] = field(default_factory=list)
+
+    def end(self, outcome: str, now: float, *, retryable: bool = True, delay: float = 0.0) -> None:
+        self.token = None
+        if outcome in ("released", "snoozed"):
+            self.attempt -= 1
+        if outcome == "succeeded":
+            self.status = "succeeded"
+        elif self.cancel_requested:
+            self.status, outcome = "cancelled", "cancelled"
+        elif outcome in ("released", "snoozed") or (retryable and self.attempt < self.max_attempts):
+            self.status, self.due_at = "queued", now + delay
+        else:
+            self.status = "failed"
+        self.outcomes.append(outcome)
+
+
+class QueueMachine(RuleBasedStateMachine):
+    """Random operations on the queue and on the model at once. `url` is set by the test."""
+
+    url: str
+    jobs = Bundle("jobs")
+    tokens = Bundle("tokens")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loop = asyncio.new_event_loop()
+        self.database = Database(self.url)
+        self.service = JobService(REGISTRY, self.database, lease_seconds=LEASE)
+        self.model: dict[uuid.UUID, ModelJob] = {}
+        self.tokens_of: dict[str, uuid.UUID] = {}
+        self.now = 0.0
+        self.workers = itertools.count()
+        run_sql(self.url, "DELETE FROM job", "DELETE FROM job_count")
+
+    def teardown(self) -> None:
+        self.do(self.database.close())
+        self.loop.close()
+
+    def do(self, work: Awaitable[T]) -> T:
+        async def run() -> T:
+            return await work
+
+        return self.loop.run_until_complete(run())
+
+    @rule(
+        target=jobs, name=st.sampled_from(["free", "limited"]), most=st.sampled_from([None, 1, 2])
+    )
+    def enqueue(self, name: str, most: int | None) -> uuid.UUID:
+        job = self.do(self.service.enqueue(EnqueueRequest(name, {}, max_attempts=most))).job
+        self.model[job.id] = ModelJob(name, most or 3, due_at=self.now)
+        return job.id
+
+    @rule(target=tokens, limit=st.integers(1, 4))
+    def lease(self, limit: int) -> Any:
+        leases = self.do(
+            self.service.lease(["free", "limited"], f"w{next(self.workers)}", limit=limit)
+        )
+        # Claiming recovers first.
+        self.recover_model()
+        for lease in leases:
+            job = self.model[lease.job.id]
+            assert (job.status, job.due_at <= self.now) == ("queued", True)
+            job.status, job.token, job.attempt = "running", lease.token, job.attempt + 1
+            job.expires_at, job.deadline_at = self.now + LEASE, self.now + TIMEOUT
+            self.tokens_of[lease.token] = lease.job.id
+        # And it takes all it may.
+        room = LIMIT - self.running("limited")
+        left = [j for j in self.model.values() if j.status == "queued" and j.due_at <= self.now]
+        could = [j for j in left if j.type == "free" or room > 0]
+        assert len(leases) == limit or not could
+        return multiple(*(lease.token for lease in leases))
+
+    @rule(token=tokens)
+    def heartbeat(self, token: str) -> None:
+        job = self.expect(self.service.heartbeat(token, {"at": self.now}), token)
+        if job is not None:
+            job.expires_at = min(self.now + LEASE, job.deadline_at)
+
+    @rule(token=tokens)
+    def complete(self, token: str) -> None:
+        job = self.model[self.tokens_of[token]]
+        if job.status == "succeeded" and job.outcomes[-1] == "succeeded" and self.last(token):
+            # Sent again: it succeeds, and writes nothing.
+            self.do(self.service.complete(token, {"again": True}))
+            return
+        ended = self.expect(self.service.complete(token, {"ok": True}), token)
+        if ended is not None:
+            ended.end("succeeded", self.now)
+
+    @rule(token=tokens, retryable=st.booleans(), delay=st.sampled_from([None, 5]))
+    def fail(self, token: str, retryable: bool, delay: int | None) -> None:
+        work = self.service.fail(token, ERROR, retryable=retryable, retry_after_seconds=delay)
+        job = self.expect(work, token)
+        if job is not None:
+            job.end("failed", self.now, retryable=retryable, delay=delay or 0)
+
+    @rule(token=tokens)
+    def release(self, token: str) -> None:
+        job = self.expect(self.service.release(token), token)
+        if job is not None:
+            job.end("released", self.now)
+
+    @rule(token=tokens, seconds=st.sampled_from([0, 20]))
+    def snooze(self, token: str, seconds: int) -> None:
+        job = self.expect(self.service.snooze(token, seconds), token)
+        if job is not None:
+            job.end("snoozed", self.now, delay=seconds)
+
+    @rule(job_id=jobs)
+    def cancel(self, job_id: uuid.UUID) -> None:
+        job = self.model[job_id]
+        try:
+            self.do(self.service.cancel(job_id))
+        except JobStateConflict:
+            assert job.status not in ("queued", "running")
+            return
+        assert job.status in ("queued", "running")
+        if job.status == "queued":
+            job.status = "cancelled"
+        else:
+            job.cancel_requested = True
+
+    @rule(job_id=jobs)
+    def retry(self, job_id: uuid.UUID) -> None:
+        job = self.model[job_id]
+        try:
+            self.do(self.service.retry(job_id))
+        except JobStateConflict:
+            assert job.status not in ("failed", "cancelled")
+            return
+        assert job.status in ("failed", "cancelled")
+        job.status, job.due_at, job.cancel_requested = "queued", self.now, False
+        job.max_attempts = max(job.max_attempts, job.attempt + 1)
+
+    @rule(seconds=st.sampled_from([3, 16, 31, 80]))
+    def pass_time(self, seconds: int) -> None:
+        """Also how a worker dies: it just does not renew its leases any more."""
+        self.do(advance(self.url, seconds))
+        self.now += seconds
+
+    @rule(token=consumes(tokens))
+    def forget_a_token(self, token: str) -> None:
+        """A worker that is gone for good."""
+
+    @rule()
+    def recover(self) -> None:
+        self.do(self.service.recover())
+        self.recover_model()
+
+    @invariant()
+    def tables_keep_the_promises(self) -> None:
+        rows = run_sql(
+            self.url,
+            "SELECT id, status, attempt, max_attempts FROM job ORDER BY id",
+        )
+        stored = {uuid.UUID(str(row[0])): tuple(row[1:]) for row in rows}
+        # No job is lost, and each is where the model has it; an attempt never passes its bound.
+        assert stored == {
+            job_id: (job.status, job.attempt, job.max_attempts)
+            for job_id, job in self.model.items()
+        }
+        assert all(attempt <= most for _, attempt, most in stored.values())
+        attempts = run_sql(self.url, "SELECT job_id, outcome FROM job_attempt ORDER BY id")
+        of_job: dict[uuid.UUID, list[str | None]] = {job_id: [] for job_id in self.model}
+        for job_id, outcome in attempts:
+            of_job[uuid.UUID(str(job_id))].append(outcome)
+        for job_id, job in self.model.items():
+            # One lease in force while it runs and none otherwise; each ended as it was reported.
+            running: list[str | None] = [None] if job.status == "running" else []
+            assert of_job[job_id] == [*job.outcomes, *running]
+            assert job.status != "succeeded" or of_job[job_id][-1] == "succeeded"
+        assert self.running("limited") <= LIMIT
+        counts = self.do(self.service.counts())
+        for name in ("free", "limited"):
+            for status in JobStatus:
+                wanted = [j for j in self.model.values() if (j.type, j.status) == (name, status)]
+                assert getattr(counts[name], status) == len(wanted)
+
+    def expect(self, work: Awaitable[object], token: str) -> ModelJob | None:
+        """The job if the lease is in force, and then the call works; else it is `LeaseLost`."""
+        job = self.model[self.tokens_of[token]]
+        in_force = job.status == "running" and job.token == token and self.now < job.expires_at
+        if in_force:
+            self.do(work)
+            return job
+        with pytest.raises(LeaseLost):
+            self.do(work)
+        return None
+
+    def last(self, token: str) -> bool:
+        """Whether this is the latest lease of its job."""
+        job_id = self.tokens_of[token]
+        return [t for t, i in self.tokens_of.items() if i == job_id][-1] == token
+
+    def recover_model(self) -> None:
+        for job in self.model.values():
+            if job.status == "running" and job.expires_at <= self.now:
+                outcome = "timed_out" if job.deadline_at <= self.now else "lost"
+                job.end(outcome, self.now)
+
+    def running(self, name: str) -> int:
+        return sum(j.status == "running" and j.type == name for j in self.model.values())
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_the_queue_does_what_the_model_does(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    if kind == "sqlite":
+        shutil.copy(request.getfixturevalue("sqlite_template"), tmp_path / "jobs.db")
+        url = f"sqlite:///{tmp_path / 'jobs.db'}"
+    else:
+        url = request.getfixturevalue("fresh_postgresql_url")
+    machine = type("Machine", (QueueMachine,), {"url": url})
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=12,
+            stateful_step_count=30,
+            deadline=None,
+            derandomize=True,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
