@@ -1,11 +1,12 @@
 """What an enqueue costs, beside a bare Starlette JSON route in the same run.
 
-    python benchmarks/enqueue.py [--seconds 3] [--rounds 1]
+    python benchmarks/enqueue.py [--seconds 3]
 
 Prints requests per second and the server's CPU time per request, each with its ratio to the bare
 route: `enqueueJob` on SQLite and PostgreSQL at 1, 8 and 32 connections, `enqueueJobs` of 100 and
-1,000, and, as what the databases themselves can do, single-row INSERTs with a commit each.
-One server process; the load comes from this process. What was found is in benchmarks/README.md.
+1,000, and, as what the databases themselves can do, single-row INSERTs with a commit each. The
+bare route is measured before and after the rest, and the mean taken. One server process; the load
+comes from this process. What was found is in benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 import uuid
+from dataclasses import dataclass
 from pathlib import Path
 
 import asyncpg
@@ -50,24 +52,53 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def show(name: str, measured: Measured, bare: Measured, jobs: int = 1) -> None:
-    rate = measured.requests_per_second * jobs
-    share = rate / bare.requests_per_second
-    cpu = measured.server_ms_per_request / jobs
-    print(f"{name:<46}{rate:>12,.0f}/s{share:>9.3f}{cpu:>12.3f} ms", flush=True)
+@dataclass(frozen=True)
+class Row:
+    """A line of the table; compared with the bare route at as many connections."""
+
+    name: str
+    measured: Measured
+    connections: int
+    jobs: int = 1
+    """How many jobs go in one request."""
 
 
-async def measure(database_url: str, label: str, bare: dict[int, Measured], seconds: float) -> None:
+def show(row: Row, bare: dict[int, Measured]) -> None:
+    yardstick = bare[row.connections]
+    rate = row.measured.requests_per_second * row.jobs
+    cpu = row.measured.server_ms_per_request / row.jobs
+    print(
+        f"{row.name:<44}{rate:>11,.0f}/s{rate / yardstick.requests_per_second:>10.3f}"
+        f"{cpu:>11.3f} ms{cpu / yardstick.server_ms_per_request:>10.1f}"
+    )
+
+
+async def bare_route(seconds: float) -> dict[int, Measured]:
+    port = free_port()
+    request = post("/bare", {"query": MUTATION, "variables": {"input": JOB}})
+    with server([str(HERE / "bare.py"), str(port)], port, {}) as process:
+        return {
+            connections: await load(
+                process, port, request, connections=connections, seconds=seconds
+            )
+            for connections in (1, 8, 32)
+        }
+
+
+async def enqueues(database_url: str, label: str, seconds: float) -> list[Row]:
     port = free_port()
     environment = {"JOBS_DATABASE_URL": database_url, "JOBS_LOG_LEVEL": "info"}
     command = ["-m", "api.cli", "serve", "--no-worker", "--port", str(port)]
+    rows = []
     with server(command, port, environment) as process:
         for connections in (1, 8, 32):
             measured = await load(process, port, ENQUEUE, connections=connections, seconds=seconds)
-            show(f"enqueueJob, {label}, {connections} connections", measured, bare[connections])
+            name = f"enqueueJob, {label}, {connections} connections"
+            rows.append(Row(name, measured, connections))
         for size in (100, 1_000):
-            measured = await load(process, port, bulk(size), connections=4, seconds=seconds)
-            show(f"enqueueJobs of {size:,}, {label}, jobs", measured, bare[8], jobs=size)
+            measured = await load(process, port, bulk(size), connections=8, seconds=seconds)
+            rows.append(Row(f"enqueueJobs of {size:,}, {label}, jobs", measured, 8, size))
+    return rows
 
 
 def raw_sqlite(path: Path, seconds: float) -> float:
@@ -95,23 +126,31 @@ async def raw_postgresql(url: str, seconds: float) -> float:
 
 
 async def run(seconds: float, folder: Path, postgresql_url: str) -> None:
-    print(f"{'':<46}{'rate':>14}{'ratio':>9}{'server CPU':>15}")
-    bare: dict[int, Measured] = {}
-    port = free_port()
-    with server([str(HERE / "bare.py"), str(port)], port, {}) as process:
-        request = post("/bare", {"query": MUTATION, "variables": {"input": JOB}})
-        for connections in (1, 8, 32):
-            bare[connections] = await load(
-                process, port, request, connections=connections, seconds=seconds
-            )
-            show(f"bare route, {connections} connections", bare[connections], bare[connections])
-    await measure(f"sqlite:///{folder / 'jobs.db'}", "SQLite", bare, seconds)
-    await measure(postgresql_url, "PostgreSQL", bare, seconds)
-    for name, rate in (
+    rows: list[Row] = []
+    before = await bare_route(seconds)
+    rows += await enqueues(f"sqlite:///{folder / 'jobs.db'}", "SQLite", seconds)
+    rows += await enqueues(postgresql_url, "PostgreSQL", seconds)
+    raw = [
         ("raw INSERT and commit, SQLite", raw_sqlite(folder / "raw.db", seconds)),
         ("raw INSERT and commit, PostgreSQL", await raw_postgresql(postgresql_url, seconds)),
-    ):
-        print(f"{name:<46}{rate:>12,.0f}/s{rate / bare[1].requests_per_second:>9.3f}")
+    ]
+    after = await bare_route(seconds)
+
+    bare = {
+        connections: Measured(
+            (one.requests_per_second + other.requests_per_second) / 2,
+            (one.server_ms_per_request + other.server_ms_per_request) / 2,
+        )
+        for connections, one in before.items()
+        for other in (after[connections],)
+    }
+    print(f"{'':<44}{'rate':>13}{'of bare':>10}{'server CPU':>14}{'of bare':>10}")
+    for connections, measured in bare.items():
+        show(Row(f"bare route, {connections} connections", measured, connections), bare)
+    for row in rows:
+        show(row, bare)
+    for name, rate in raw:
+        print(f"{name:<44}{rate:>11,.0f}/s{rate / bare[1].requests_per_second:>10.3f}")
 
 
 def main() -> None:
