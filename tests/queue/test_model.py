@@ -127,6 +127,9 @@ class QueueMachine(RuleBasedStateMachine):
         return job.id
 
     @rule(target=tokens, limit=st.integers(1, 4))
+    def lease_some(self, limit: int) -> Any:
+        return self.lease(limit)
+
     def lease(self, limit: int) -> Any:
         leases = self.do(
             self.service.lease(["free", "limited"], f"w{next(self.workers)}", limit=limit)
@@ -145,6 +148,12 @@ class QueueMachine(RuleBasedStateMachine):
         could = [j for j in left if j.type == "free" or room > 0]
         assert len(leases) == limit or not could
         return multiple(*(lease.token for lease in leases))
+
+    @rule(target=tokens)
+    def lose_the_workers_and_let_others_take_over(self) -> Any:
+        """The tokens of before are stale then, while their jobs run again."""
+        self.pass_time(LEASE + 1)
+        return self.lease(4)
 
     @rule(token=tokens)
     def heartbeat(self, token: str) -> None:
@@ -291,7 +300,7 @@ def test_the_queue_does_what_the_model_does(
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=12,
+            max_examples=20,
             stateful_step_count=30,
             deadline=None,
             derandomize=True,
