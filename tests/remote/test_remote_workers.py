@@ -1,0 +1,131 @@
+"""`payout.execute`, worked from end to end by workers that speak nothing but GraphQL over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+
+@pytest.fixture
+async def server(database_url: str) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of a `jobs serve` of its own."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "api.cli", "serve", "--port", "0",
+        env={**os.environ, "JOBS_DATABASE_URL": database_url, "JOBS_LOG_LEVEL": "error"},
+        stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stderr is not None
+    address = (await process.stderr.readline()).decode().split()[3].removesuffix("/graphql")
+    async with httpx.AsyncClient(base_url=address, timeout=40) as client:
+        yield client
+    process.terminate()
+    await asyncio.wait_for(process.wait(), 15)
+
+
+async def enqueue(server: httpx.AsyncClient, *batches: str) -> list[str]:
+    jobs = []
+    for batch in batches:
+        payload = {"batchId": batch, "escrowId": "e"}
+        response = await server.post("/jobs", json={"type": "payout.execute", "payload": payload})
+        jobs.append(response.json()["jobId"])
+    return jobs
+
+
+async def read(server: httpx.AsyncClient, job_id: str) -> dict[str, Any]:
+    job: dict[str, Any] = (await server.get(f"/jobs/{job_id}")).json()
+    return job
+
+
+async def graphql(server: httpx.AsyncClient, query: str, **variables: Any) -> dict[str, Any]:
+    response = await server.post("/graphql", json={"query": query, "variables": variables})
+    content = response.json()
+    assert "errors" not in content, content
+    (result,) = content["data"].values()
+    return dict(result)
+
+
+LEASE = """mutation ($types: [String!]!, $limit: Int!, $wait: Int!) {
+  leaseJobs(input: {jobTypes: $types, workerId: "python", limit: $limit, waitSeconds: $wait}) {
+    __typename
+    ... on LeaseJobsSuccess { leases { leaseToken job { id payload } } }
+    ... on InputInvalid { violations { path } } } }"""
+END = """mutation ($token: String!) {{ {0}
+  {{ __typename ... on JobChanged {{ job {{ status attempt nextRunAt }} }} }} }}"""
+
+
+async def test_a_worker_in_any_language_works_payouts(server: httpx.AsyncClient) -> None:
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("Node is not on this machine: the worker in JavaScript is not tried")
+    jobs = await enqueue(server, "b-1", "b-2", "shaky", *(f"more-{n}" for n in range(9)))
+    script = Path(__file__).with_name("worker.mjs")
+    process = await asyncio.create_subprocess_exec(node, script, f"{server.base_url}/graphql")
+    assert await asyncio.wait_for(process.wait(), 40) == 0
+
+    done = [await read(server, job_id) for job_id in jobs]
+    assert {job["status"] for job in done} == {"succeeded"}
+    assert done[0]["result"] == {"paid": "b-1", "attempt": 1}
+    assert done[0]["progress"] == {"paying": "b-1"}
+    shaky = done[2]
+    assert [attempt["outcome"] for attempt in shaky["attempts"]] == ["failed", "succeeded"]
+    assert shaky["attempts"][0]["error"]["code"] == "bank_closed"
+    assert shaky["attempts"][1]["workerId"].startswith("node:")
+
+
+async def test_a_worker_uses_every_end_that_an_attempt_can_have(
+    server: httpx.AsyncClient,
+) -> None:
+    jobs = await enqueue(server, *(f"b-{n}" for n in range(7)))
+    leased = await graphql(server, LEASE, types=["payout.execute"], limit=10, wait=0)
+    # The limit of payout.execute is 5, over all workers.
+    tokens = {each["job"]["id"]: each["leaseToken"] for each in leased["leases"]}
+    assert list(tokens) == jobs[:5]
+    assert (await graphql(server, LEASE, types=["payout.execute"], limit=1, wait=0))["leases"] == []
+
+    ends = {
+        "completeJob(leaseToken: $token, result: {ok: true})": "SUCCEEDED",
+        'failJob(leaseToken: $token, error: {message: "no"}, retryable: false)': "FAILED",
+        'failJob(leaseToken: $token, error: {message: "no"}, retryAfterSeconds: 60)': "QUEUED",
+        "releaseJob(leaseToken: $token)": "QUEUED",
+        "snoozeJob(leaseToken: $token, seconds: 60)": "QUEUED",
+    }
+    for (job_id, token), (call, status) in zip(tokens.items(), ends.items(), strict=True):
+        ended = await graphql(server, END.format(call), token=token)
+        assert ended["job"]["status"] == status
+        assert (await read(server, job_id))["status"] == status.lower()
+        again = await graphql(server, END.format(call), token=token)
+        expected = "JobChanged" if status == "SUCCEEDED" else "LeaseLost"
+        assert again["__typename"] == expected
+
+
+async def test_a_long_poll_is_answered_when_a_job_comes(server: httpx.AsyncClient) -> None:
+    waiting = asyncio.create_task(
+        graphql(server, LEASE, types=["payout.execute"], limit=1, wait=20)
+    )
+    await asyncio.sleep(0.5)
+    assert not waiting.done()
+    (job_id,) = await enqueue(server, "late")
+    leased = await asyncio.wait_for(waiting, 3)
+    assert [each["job"]["id"] for each in leased["leases"]] == [job_id]
+    assert json.dumps(leased["leases"][0]["job"]["payload"], sort_keys=True) == (
+        '{"batchId": "late", "escrowId": "e"}'
+    )
+
+
+async def test_a_worker_that_asks_wrongly_is_told_so(server: httpx.AsyncClient) -> None:
+    refused = await graphql(server, LEASE, types=["nope"], limit=101, wait=31)
+    assert refused["__typename"] == "InputInvalid"
+    assert {violation["path"] for violation in refused["violations"]} == {
+        "/jobTypes/0",
+        "/limit",
+        "/waitSeconds",
+    }

