@@ -31,9 +31,10 @@ clean:
 	rm -rf .venv build dist
 
 .venv/installed: requirements-dev.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "Job Registry needs Python 3.11 or newer; this is $$($(PYTHON) --version)." \
-		       "Name another with: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "Job Registry needs Python 3.11 or newer. $(PYTHON) is:" \
+			"$$($(PYTHON) --version 2>/dev/null || echo not there)." \
+			"Name another with: make PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .

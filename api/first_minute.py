@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
 
+from api.cli import main as jobs
 from api.settings import SettingsInvalid, load_settings
 
 
 def draw_sample(assets: str) -> None:
-    """Draws `sample/1.png` into the assets, a folder, unless it is there."""
+    """Draws `sample/1.png` into the assets, a folder, unless it is there. Whole or not at all.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
     picture = Path(assets) / "sample" / "1.png"
-    if "://" in assets or picture.exists():
+    if picture.exists():
         return
     from PIL import Image, ImageDraw
 
@@ -26,7 +32,9 @@ def draw_sample(assets: str) -> None:
         color = (40 + step * 18, 120, 255 - step * 18)
         canvas.ellipse((left, 400, left + 200, 600), fill=color)
     canvas.text((60, 60), "Job Registry", fill="white", font_size=96)
-    image.save(picture)
+    unfinished = picture.with_suffix(".part")
+    image.save(unfinished, format="PNG")
+    unfinished.replace(picture)
 
 
 def what_to_try(host: str, port: int, assets: str) -> str:
@@ -41,10 +49,11 @@ def what_to_try(host: str, port: int, assets: str) -> str:
             }
         },
     }
+    shown = f"[{host}]" if ":" in host else host
     return f"""
 In another terminal:
 
-  curl http://{host}:{port}/graphql -H 'content-type: application/json' -d '{json.dumps(request)}'
+  curl http://{shown}:{port}/graphql -H 'content-type: application/json' -d '{json.dumps(request)}'
 
   ls {assets}/sample/1/        the thumbnails, a moment later
 """
@@ -52,16 +61,17 @@ In another terminal:
 
 def main() -> None:
     """Prepares the first minute, then does what `jobs serve` does."""
-    try:
+    say = Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print
+    # `jobs serve` says what is wrong with the settings.
+    with suppress(SettingsInvalid):
         settings = load_settings()
-    except SettingsInvalid:
-        pass  # `jobs serve` says what is wrong.
-    else:
-        draw_sample(settings.assets)
-        text = what_to_try(settings.host, settings.port, settings.assets)
-        Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
-    from api.cli import main as jobs
-
+        # A bucket has pictures of its own, and on port 0 nobody knows yet where to ask.
+        if "://" not in settings.assets and settings.port:
+            try:
+                draw_sample(settings.assets)
+                say(what_to_try(settings.host, settings.port, settings.assets))
+            except OSError as error:
+                say(f"The sample picture cannot be drawn: {error.strerror}: {error.filename}")
     sys.argv[1:] = ["serve"]
     jobs()
 

