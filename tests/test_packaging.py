@@ -3,44 +3,57 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
-import zipfile
+import sysconfig
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The project's wheel, built and installed into a folder of its own."""
     folder = tmp_path_factory.mktemp("wheel")
-    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
-    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    python(ROOT, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder))
     (wheel,) = folder.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(folder / "site")
+    python(
+        folder, "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
+        "--no-deps", "--no-index", "--target", str(folder / "site"), str(wheel),
+    )  # fmt: skip
     return folder / "site"
 
 
-def jobs(installed: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    # The wheel comes first on the path, and nothing of the checkout is on it.
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("JOBS_", "PYTHON"))
-    }
-    code = "import api; assert 'site' in api.__file__; from api.cli import main; main()"
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
+def python(cwd: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python without the settings and paths of this process."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("JOBS_", "PYTHON"))}
+    done = subprocess.run(
+        [sys.executable, *arguments],
         cwd=cwd,
-        env={**environment, "PYTHONPATH": str(installed)},
+        env=clean | environment,
         capture_output=True,
         text=True,
         check=False,
     )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def jobs(installed: Path, cwd: Path, *arguments: str) -> str:
+    """What the wheel's own `jobs` prints.
+
+    Without `site` (-S) the checkout, which an editable installation names in a .pth file, is not
+    on the path: only the wheel is, and the libraries.
+    """
+    path = os.pathsep.join([str(installed), sysconfig.get_path("purelib")])
+    return python(cwd, "-S", str(installed / "bin" / "jobs"), *arguments, PYTHONPATH=path).stdout
 
 
 def test_the_wheel_carries_migrations_types_and_the_schema(installed: Path) -> None:
@@ -61,26 +74,62 @@ def test_the_wheel_carries_migrations_types_and_the_schema(installed: Path) -> N
 def test_the_wheel_migrates_enqueues_and_lists_outside_the_checkout(
     installed: Path, tmp_path: Path
 ) -> None:
-    migrated = jobs(installed, tmp_path, "migrate")
-    assert migrated.returncode == 0, migrated.stderr
-    assert "0001" in migrated.stdout
+    assert "0001" in jobs(installed, tmp_path, "migrate")
     assert (tmp_path / "jobs.db").exists()
-    assert "thumbnail.create" in jobs(installed, tmp_path, "types").stdout
+    assert "thumbnail.create" in jobs(installed, tmp_path, "types")
     (tmp_path / "payout.json").write_text('{"batchId": "b", "escrowId": "e"}')
-    stored = jobs(installed, tmp_path, "enqueue", "payout.execute", "payout.json")
-    assert stored.returncode == 0, stored.stderr
-    assert "queued" in stored.stdout
+    assert "queued" in jobs(installed, tmp_path, "enqueue", "payout.execute", "payout.json")
+    assert jobs(installed, tmp_path, "--version") == f"jobs {PROJECT['project']['version']}\n"
 
 
-def test_listing_the_types_imports_nothing_heavy(tmp_path: Path) -> None:
+def test_the_migrations_folder_does_not_hide_the_library_from_who_works_in_the_checkout() -> None:
+    # A folder is found before site-packages here, but one without __init__.py only if there is
+    # no package of that name.
+    assert not (ROOT / "alembic" / "__init__.py").exists()
+    found = python(ROOT, "-c", "import alembic.config; print(alembic.config.__file__)").stdout
+    assert Path(found.strip()).is_relative_to(sysconfig.get_path("purelib"))
+
+
+@pytest.mark.parametrize(
+    ("lock", "wanted"),
+    [
+        ("requirements.txt", PROJECT["project"]["dependencies"]),
+        (
+            "requirements-dev.txt",
+            PROJECT["project"]["dependencies"]
+            + PROJECT["dependency-groups"]["dev"]
+            + PROJECT["build-system"]["requires"],
+        ),
+    ],
+)
+def test_a_lock_has_what_the_project_needs_by_hash_and_from_any_index(
+    lock: str, wanted: list[str]
+) -> None:
+    text = (ROOT / lock).read_text("utf-8")
+    assert "://" not in text
+    assert "--index-url" not in text
+    assert "--find-links" not in text
+    pinned: dict[str, str] = {}
+    for name, version, hashes in re.findall(
+        r"^([\w.-]+)==([^\s;]+)[^\n]*\\\n((?:    --hash=sha256:\w{64}(?: \\)?\n)+)", text, re.M
+    ):
+        assert hashes
+        pinned[canonicalize_name(name)] = version
+    assert len(pinned) == len(re.findall(r"^\w", text, re.M)), "a line without version or hash"
+    for requirement in map(Requirement, wanted):
+        version = pinned.get(canonicalize_name(requirement.name), "")
+        assert version, f"{requirement.name} is not in {lock}: make lock"
+        assert requirement.specifier.contains(version), f"{lock} has {requirement} as {version}"
+
+
+def test_listing_the_types_imports_nothing_heavy() -> None:
     code = (
         "import sys; from typer.testing import CliRunner; from api.cli import app;"
         "result = CliRunner().invoke(app, ['types']); assert result.exit_code == 0;"
-        "heavy = ['sqlalchemy', 'strawberry', 'graphql', 'uvicorn', 'starlette', 'PIL', 'fsspec',"
-        " 'alembic', 'structlog'];"
-        "print([name for name in heavy if name in sys.modules])"
+        "print(*sorted(name for name in sys.modules if '.' not in name))"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
-    )
-    assert result.stdout.strip() == "[]"
+    imported = set(python(ROOT, "-c", code).stdout.split())
+    assert {"api", "registry", "pydantic"} <= imported
+    heavy = {"sqlalchemy", "sqlmodel", "strawberry", "graphql", "uvicorn", "starlette", "PIL",
+             "fsspec", "alembic", "structlog", "asyncpg", "aiosqlite"}  # fmt: skip
+    assert imported & heavy == set()
