@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import JsonValue
 
 from api.queue.database import Database
 from api.queue.errors import QueueUnavailable
@@ -31,13 +32,20 @@ from registry import (
     Retry,
     Snooze,
 )
-from tests.conftest import run_sql
+from tests.conftest import advance, run_sql
 
 LEASE_SECONDS = 1.5
 
 
 class Text(Payload):
     text: str = ""
+
+
+class Unprintable(Exception):
+    """An error whose text cannot be had."""
+
+    def __str__(self) -> str:
+        raise ValueError("no text")
 
 
 @dataclass
@@ -105,12 +113,17 @@ async def test_an_async_handler_runs_with_its_parsed_payload_and_returns_the_res
 ) -> None:
     @house.job_type.handler
     async def work(job: JobContext, payload: Text) -> dict[str, Any]:
+        house.ran.append(job.id)
         return {"text": payload.text, "attempt": job.attempt, "left": job.seconds_left > 1}
 
     done = await house.run("hello")
     assert done.status is JobStatus.SUCCEEDED
     assert done.result == {"text": "hello", "attempt": 1, "left": True}
-    assert await house.outcomes(done) == ["succeeded"]
+    assert house.ran == [str(done.id)]
+    (attempt,) = (await house.service.attempts([done.id]))[done.id]
+    assert (attempt.attempt, attempt.outcome, attempt.error) == (1, "succeeded", None)
+    assert attempt.worker_id == done.worker_id
+    assert attempt.finished_at == done.finished_at
 
 
 async def test_a_plain_function_runs_in_a_thread_of_its_own(house: House) -> None:
@@ -145,8 +158,14 @@ async def test_jobs_run_beside_each_other_up_to_the_concurrency(house: House) ->
         (lambda: RuntimeError("boom"), JobStatus.FAILED, "handler_failed", ["failed"] * 3),
         (lambda: SystemExit(1), JobStatus.FAILED, "handler_failed", ["failed"] * 3),
         (lambda: Retry("later", after=0), JobStatus.FAILED, "retry", ["failed"] * 3),
-        (lambda: Fail("hopeless \0"), JobStatus.FAILED, "failed", ["failed"]),
+        (lambda: Retry("x" * 300_000, after=0), JobStatus.FAILED, "retry", ["failed"] * 3),
+        (lambda: Retry(after=-1), JobStatus.FAILED, "handler_failed", ["failed"] * 3),
+        (lambda: Snooze(float("nan")), JobStatus.FAILED, "handler_failed", ["failed"] * 3),
+        (lambda: asyncio.CancelledError(), JobStatus.FAILED, "handler_failed", ["failed"] * 3),
+        (lambda: Unprintable(), JobStatus.FAILED, "handler_failed", ["failed"] * 3),
+        (lambda: Fail("hopeless \0\ud800"), JobStatus.FAILED, "failed", ["failed"]),
         (lambda: Cancel("enough"), JobStatus.CANCELLED, "cancelled", ["cancelled"]),
+        (lambda: Cancel("enough \0"), JobStatus.CANCELLED, "cancelled", ["cancelled"]),
     ],
 )
 @pytest.mark.parametrize("kind", ["async", "thread"])
@@ -199,8 +218,44 @@ async def test_heartbeats_keep_a_long_job_and_carry_its_progress(house: House) -
 
     done = await house.run()
     assert (done.status, done.attempt) == (JobStatus.SUCCEEDED, 1)
-    assert isinstance(done.progress, dict)
-    assert done.progress["step"] >= 1  # type: ignore[operator]
+    assert done.progress == {"step": 2}
+
+
+@pytest.mark.parametrize("kind", ["async", "thread"])
+async def test_the_last_progress_before_the_end_is_kept_as_it_was_given(
+    house: House, kind: str
+) -> None:
+    def report(job: JobContext) -> None:
+        state: dict[str, JsonValue] = {}
+        for step in range(100):
+            state["step"] = step
+            job.progress(state)
+        state["step"] = "not reported"
+        raise Fail
+
+    async def work(job: JobContext, _payload: Text) -> None:
+        report(job)
+
+    def work_in_thread(job: JobContext, _payload: Text) -> None:
+        report(job)
+
+    house.job_type.handler(work if kind == "async" else work_in_thread)
+    ended = await house.run()
+    assert (ended.status, ended.progress) == (JobStatus.FAILED, {"step": 99})
+
+
+async def test_progress_that_cannot_be_stored_is_left_out_and_the_job_goes_on(house: House) -> None:
+    @house.job_type.handler
+    async def work(job: JobContext, _payload: Text) -> str:
+        job.progress("half")
+        await asyncio.sleep(0.1)
+        for value in (object(), float("nan"), "a\0"):
+            job.progress(value)  # type: ignore[arg-type]
+            await asyncio.sleep(0.02)
+        return "done"
+
+    done = await house.run()
+    assert (done.result, done.progress) == ("done", "half")
 
 
 @pytest.mark.parametrize("kind", ["async", "deaf", "thread"])
@@ -229,6 +284,53 @@ async def test_a_timeout_ends_an_attempt_whatever_its_handler_does(house: House,
     assert await house.outcomes(ended) == ["timed_out"]
     await asyncio.sleep(1.2)
     assert (await house.service.get(ended.id)).result is None
+
+
+async def test_a_thread_that_is_given_up_keeps_no_place(house: House) -> None:
+    given_up = threading.Event()
+
+    @house.job_type.handler
+    def work(_job: JobContext, payload: Text) -> str:
+        if payload.text == "stuck":
+            given_up.wait(20)
+        return "done"
+
+    async with house.working(concurrency=1):
+        stuck = await house.enqueue("stuck", max_attempts=1)
+        next_one = await house.enqueue("next")
+        assert (await house.until(next_one, JobStatus.SUCCEEDED)).result == "done"
+        assert await house.outcomes(stuck) == ["timed_out"]
+        given_up.set()
+
+
+@pytest.mark.parametrize("kind", ["async", "thread"])
+async def test_a_handler_whose_lease_is_lost_is_told_to_stop_and_writes_nothing(
+    house: House, kind: str
+) -> None:
+    told = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    async def work(_job: JobContext, _payload: Text) -> str:
+        try:
+            await asyncio.sleep(30)
+        except asyncio.CancelledError:
+            told.set()
+        return "too late"
+
+    def work_in_thread(job: JobContext, _payload: Text) -> str:
+        while not job.cancel_requested:
+            time.sleep(0.01)
+        loop.call_soon_threadsafe(told.set)
+        return "too late"
+
+    house.job_type.handler(work if kind == "async" else work_in_thread)
+    async with house.working(types=["work"]):
+        job = await house.enqueue(max_attempts=1)
+        await house.until(job, JobStatus.RUNNING)
+        await advance(house.database_url, LEASE_SECONDS + 1)
+        await asyncio.wait_for(told.wait(), 5)
+        ended = await house.until(job, JobStatus.FAILED)
+    assert (ended.result, await house.outcomes(job)) == (None, ["lost"])
 
 
 @pytest.mark.parametrize("kind", ["async", "thread"])
@@ -299,6 +401,34 @@ async def test_stopping_lets_running_jobs_end_and_hands_the_rest_back(house: Hou
     back = await house.service.get(long.id)
     assert (back.status, back.attempt) == (JobStatus.QUEUED, 0)
     assert await house.outcomes(long) == ["released"]
+
+
+async def stop_when_asked(job: JobContext, _payload: Text) -> None:
+    try:
+        await asyncio.sleep(30)
+    except asyncio.CancelledError:
+        raise ConnectionError("closed in the middle") from None
+
+
+def stop_when_asked_in_thread(job: JobContext, _payload: Text) -> None:
+    while not job.cancel_requested:
+        time.sleep(0.001)
+    raise Cancel
+
+
+@pytest.mark.parametrize("handler", [stop_when_asked, stop_when_asked_in_thread])
+async def test_a_job_that_ends_because_the_worker_stops_is_handed_back(
+    house: House, handler: Callable[..., Any]
+) -> None:
+    house.job_type.handler(handler)
+    async with house.working(shutdown_seconds=0.0):
+        job = await house.enqueue()
+        await house.until(job, JobStatus.RUNNING)
+        # Right behind a heartbeat, and in the middle of one, it is no different.
+        await asyncio.sleep(LEASE_SECONDS / 3 + 0.05)
+    back = await house.service.get(job.id)
+    assert (back.status, back.attempt) == (JobStatus.QUEUED, 0)
+    assert await house.outcomes(job) == ["released"]
 
 
 async def test_a_worker_outlives_a_database_that_goes_away(
