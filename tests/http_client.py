@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import sys
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
@@ -42,3 +46,21 @@ def execute(http: httpx.AsyncClient) -> Execute:
         return data
 
     return run
+
+
+@asynccontextmanager
+async def serving(database_url: str, *options: str) -> AsyncIterator[tuple[str, int]]:
+    """The host and port, and the process id, of a `jobs serve` of the test's own."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "api.cli", "serve", "--port", "0", *options,
+        env={**os.environ, "JOBS_DATABASE_URL": database_url, "JOBS_LOG_LEVEL": "error"},
+        stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stderr is not None
+    banner = (await process.stderr.readline()).decode()
+    try:
+        yield banner.split("http://")[1].split("/graphql")[0], process.pid
+    finally:
+        process.terminate()
+        # Subscriptions and waits that are open do not hold the end up.
+        await asyncio.wait_for(process.wait(), 15)

