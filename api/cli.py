@@ -166,7 +166,9 @@ def worker(
         _fail(WRONG_USAGE, "No job type has a handler here, so there is nothing to work.")
     _configure_logs(settings)
     _prepare_database(settings)
-    asyncio.run(_work(settings, registry, wanted))
+    _collect_garbage_rarely()
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(_work(settings, registry, wanted))
 
 
 @app.command()
@@ -465,6 +467,15 @@ def _database_errors() -> Iterator[None]:
         yield
     except QueueUnavailable as error:
         _fail(REFUSED, f"The database is not available: {error.reason}")
+
+
+def _loop_factory() -> Any:
+    """uvloop's event loop, as uvicorn takes it; None, asyncio's own, where it is not installed."""
+    try:
+        from uvloop import new_event_loop
+    except ImportError:
+        return None
+    return new_event_loop
 
 
 def _collect_garbage_rarely() -> None:

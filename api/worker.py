@@ -31,6 +31,9 @@ from registry.errors import shortened_text
 PROGRESS_SECONDS: Final = 1.0
 """How often a handler's progress is passed on at most."""
 
+GATHER_SECONDS: Final = 0.005
+"""How long a worker whose slots were all taken waits for more of them before it leases again."""
+
 CANCEL_GRACE_SECONDS: Final = 5.0
 """How long an async handler may take to end once it was cancelled, before it is left alone."""
 
@@ -102,6 +105,8 @@ class Worker:
                 {stopping, *self._runs}, timeout=10, return_when=asyncio.FIRST_COMPLETED
             )
             stopping.cancel()
+            # Where jobs are short, several end within a moment: one claim for all of them.
+            await _wait(self._stopping, GATHER_SECONDS)
             return
         leases = await self._service.lease(
             self.types,
@@ -142,12 +147,13 @@ class _Run:
         # The database counts from the lease, so it is ahead of this by the way of the answer;
         # what it has given up by then, it refuses.
         self._deadline = time.monotonic() + lease.job.timeout_seconds
+        # What is not sent yet, at most one. Only the loop's thread touches it.
         self._progress: list[JsonValue] = []
         self._progressed = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._asked_to_stop = asyncio.Event()
         self._handing_back = False
-        self._ended = False
+        self._ended = asyncio.Event()
         self._lost = False
         self._handler: asyncio.Future[Any] | None = None
         self._is_async = False
@@ -207,8 +213,8 @@ class _Run:
         try:
             await self._wait_for(self._handler)
         finally:
-            # Not cancelled: it may be in the middle of a statement.
-            self._ended = True
+            # Not cancelled: it may be in the middle of a statement, and it has the last progress.
+            self._ended.set()
             self._progressed.set()
             await heartbeat
         if self._handler.done() and not self._lost:
@@ -233,30 +239,29 @@ class _Run:
 
     async def _report_end(self, handler: asyncio.Future[Any]) -> None:
         """Reports what became of a handler that ended."""
-        if handler.cancelled():
-            if self._handing_back:
-                await self._report(lambda: self._service.release(self._token))
-            else:
-                error = JobError("cancelled", "The job was cancelled while it ran.")
-                await self._report(lambda: self._service.stop(self._token, error))
-            return
-        match handler.exception():
+        raised = asyncio.CancelledError() if handler.cancelled() else handler.exception()
+        match raised:
             case None:
                 await self._complete(handler.result())
             case Snooze(seconds=seconds):
                 await self._report(lambda: self._service.snooze(self._token, seconds))
-            case Cancel() as raised:
-                error = JobError("cancelled", _message(raised, "The handler cancelled the job."))
-                await self._report(lambda: self._service.stop(self._token, error))
-            case Retry() as raised:
-                await self._fail(JobError("retry", str(raised)), after=raised.after)
-            case Fail() as raised:
-                error = JobError("failed", _message(raised, "The handler gave the job up."))
-                await self._fail(error, retryable=False)
-            case raised:
+            case Retry(after=after):
+                await self._fail("retry", _words(raised), after=after)
+            case Fail():
+                message = _words(raised) or "The handler gave the job up."
+                await self._fail("failed", message, retryable=False)
+            case _ if self._handing_back:
+                # It was asked to stop, and did, by whatever exception.
+                await self._report(lambda: self._service.release(self._token))
+            case Cancel():
+                await self._stop(_words(raised) or "The handler cancelled the job.")
+            case asyncio.CancelledError() if self._asked_to_stop.is_set():
+                await self._stop("The job was cancelled while it ran.")
+            case _:
+                # Also a handler that was cancelled by its own doing: nobody asked for that.
                 self._log.warning("job.attempt_failed", exc_info=raised)
-                text = f"{type(raised).__name__}: {raised}" if str(raised) else repr(raised)
-                await self._fail(JobError("handler_failed", shortened_text(text, MAX_MESSAGE)))
+                words = [type(raised).__name__, _words(raised)]
+                await self._fail("handler_failed", ": ".join(filter(None, words)))
 
     async def _report_unended(self, handler: asyncio.Future[Any]) -> None:
         """Reports an attempt whose handler goes on: it is left alone, whatever comes of it."""
@@ -267,8 +272,7 @@ class _Run:
             await self._report(lambda: self._service.release(self._token))
             return
         if time.monotonic() < self._deadline:
-            error = JobError("cancelled", "The job was cancelled; its handler did not stop.")
-            await self._report(lambda: self._service.stop(self._token, error))
+            await self._stop("The job was cancelled; its handler did not stop.")
             return
         self._ask_to_stop()
         self._log.warning("job.timed_out", timeout_seconds=self._job.timeout_seconds)
@@ -280,14 +284,10 @@ class _Run:
             await self._report(lambda: self._service.complete(self._token, value))
         except (PydanticSerializationError, ValueError) as error:
             message = f"The handler's result is no JSON: {error}"
-            await self._fail(
-                JobError("result_invalid", shortened_text(message, MAX_MESSAGE)), retryable=False
-            )
+            await self._fail("result_invalid", message, retryable=False)
         except InputInvalid as invalid:
             message = f"The handler's result cannot be stored: {invalid}"
-            await self._fail(
-                JobError("result_invalid", shortened_text(message, MAX_MESSAGE)), retryable=False
-            )
+            await self._fail("result_invalid", message, retryable=False)
 
     async def _refuse(self, invalid: PayloadInvalid) -> None:
         """The payload was admitted under an older schema, and today's refuses it."""
@@ -301,15 +301,18 @@ class _Run:
         )
 
     async def _fail(
-        self, error: JobError, *, retryable: bool = True, after: float | None = None
+        self, code: str, message: str, *, retryable: bool = True, after: float | None = None
     ) -> None:
-        # What a handler raises may hold text that cannot be stored.
-        clean = JobError(error.code, _storable(error.message), error.details)
+        error = JobError(code, _storable(message))
         await self._report(
             lambda: self._service.fail(
-                self._token, clean, retryable=retryable, retry_after_seconds=after
+                self._token, error, retryable=retryable, retry_after_seconds=after
             )
         )
+
+    async def _stop(self, message: str) -> None:
+        error = JobError("cancelled", _storable(message))
+        await self._report(lambda: self._service.stop(self._token, error))
 
     async def _report(self, report: Callable[[], Awaitable[Any]]) -> None:
         """Reports, again and again while the database is away and the lease may still hold."""
@@ -331,11 +334,10 @@ class _Run:
         holds_until = time.monotonic() + self._service.lease_seconds
         while True:
             await _wait(self._progressed, every)
-            if self._ended:
+            if self._ended.is_set() and not self._progress:
                 return
             self._progressed.clear()
             progress = self._progress.pop() if self._progress else None
-            self._progress.clear()
             asked = time.monotonic()
             try:
                 heartbeat = await self._service.heartbeat(self._token, progress)
@@ -346,22 +348,21 @@ class _Run:
                 self._log.warning("job.progress_refused", reason=str(invalid))
                 continue
             except QueueUnavailable:
+                if self._ended.is_set():
+                    return
                 if time.monotonic() > holds_until:
                     self._lose()
                     return
-                await self._rest(min(1.0, every))
+                if progress is not None and not self._progress:
+                    self._progress.append(progress)
+                await _wait(self._ended, min(1.0, every))
                 self._progressed.set()
                 continue
             holds_until = asked + self._service.lease_seconds
             if heartbeat.cancel_requested and not self._asked_to_stop.is_set():
                 self._log.info("job.cancelling")
                 self._ask_to_stop()
-            await self._rest(min(PROGRESS_SECONDS, every))
-
-    async def _rest(self, seconds: float) -> None:
-        """Sleeps, but not past the end of the handler."""
-        if self._handler is not None:
-            await asyncio.wait({self._handler}, timeout=seconds)
+            await _wait(self._ended, min(PROGRESS_SECONDS, every))
 
     def _lose(self) -> None:
         self._lost = True
@@ -374,9 +375,18 @@ class _Run:
             self._handler.cancel()
 
     def _take_progress(self, value: JsonValue) -> None:
-        self._progress[:] = [value]
+        """Called by the handler, in its thread. Copies: the handler may change the value later."""
+        try:
+            copy = to_jsonable_python(value, by_alias=True)
+        except ValueError as error:
+            self._log.warning("job.progress_refused", reason=str(error))
+            return
         with contextlib.suppress(RuntimeError):  # The loop is closed: nobody listens any more.
-            self._loop.call_soon_threadsafe(self._progressed.set)
+            self._loop.call_soon_threadsafe(self._keep_progress, copy)
+
+    def _keep_progress(self, value: JsonValue) -> None:
+        self._progress[:] = [value]
+        self._progressed.set()
 
 
 async def _guarded(work: Awaitable[Any]) -> Any:
@@ -431,12 +441,18 @@ async def _wait(event: asyncio.Event, seconds: float) -> None:
         await asyncio.wait_for(event.wait(), seconds)
 
 
-def _message(raised: Exception, otherwise: str) -> str:
-    return shortened_text(str(raised) or otherwise, MAX_MESSAGE)
+def _words(raised: BaseException) -> str:
+    """An exception's text, which is code of the handler's too."""
+    try:
+        return str(raised)
+    except Exception:
+        return "(its text cannot be had)"
 
 
 def _storable(text: str) -> str:
-    return text.replace("\x00", "\ufffd").encode("utf-8", "replace").decode()
+    """What a handler says, bounded, and without what cannot be stored."""
+    clean = text[: 2 * MAX_MESSAGE].replace("\x00", "\ufffd").encode("utf-8", "replace").decode()
+    return shortened_text(clean, MAX_MESSAGE)
 
 
 def _worker_id() -> str:

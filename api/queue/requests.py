@@ -10,12 +10,10 @@ from pydantic import JsonValue
 
 from api.queue.errors import InputInvalid
 from registry import JobRegistry, JobTypeNotFound, Violation, pointer, text_fault
-from registry.errors import shortened
+from registry.errors import MAX_DELAY_SECONDS, shortened
 
 MAX_LEASE: Final = 100
 MAX_WAIT_SECONDS: Final = 30
-MAX_DELAY_SECONDS: Final = 31_536_000
-"""A year: the longest snooze or `retryAfterSeconds`."""
 
 EARLIEST: Final = datetime(1970, 1, 1, tzinfo=UTC)
 LATEST: Final = datetime(9000, 1, 1, tzinfo=UTC)

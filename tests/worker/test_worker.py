@@ -32,7 +32,7 @@ from registry import (
     Retry,
     Snooze,
 )
-from tests.conftest import advance, run_sql
+from tests.conftest import run_sql
 
 LEASE_SECONDS = 1.5
 
@@ -327,7 +327,8 @@ async def test_a_handler_whose_lease_is_lost_is_told_to_stop_and_writes_nothing(
     async with house.working(types=["work"]):
         job = await house.enqueue(max_attempts=1)
         await house.until(job, JobStatus.RUNNING)
-        await advance(house.database_url, LEASE_SECONDS + 1)
+        expired = "UPDATE job SET lease_expires_at = created_at"
+        await asyncio.to_thread(run_sql, house.database_url, expired)
         await asyncio.wait_for(told.wait(), 5)
         ended = await house.until(job, JobStatus.FAILED)
     assert (ended.result, await house.outcomes(job)) == (None, ["lost"])
