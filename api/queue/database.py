@@ -183,7 +183,9 @@ class Database:
             event.listen(self.engine.sync_engine, "connect", _prepare_sqlite_connection)
         else:
             self.engine = create_async_engine(
-                self.url,
+                # The URL goes to asyncpg whole: it reads libpq's options, `sslmode` for one.
+                self.url.set(query={}),
+                async_creator=self._connect_postgresql,
                 pool_size=pool_size,
                 max_overflow=0,
                 pool_timeout=10,
@@ -276,11 +278,10 @@ class Database:
 
     async def _listen_postgresql(self, on_message: Listener, on_gap: Callable[[], None]) -> None:
         pause = 0.1
-        dsn = self.url.set(drivername="postgresql").render_as_string(hide_password=False)
         while True:
             lost = asyncio.Event()
             with suppress(OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
-                connection = await asyncpg.connect(dsn, timeout=10)
+                connection = await self._connect_postgresql()
                 try:
                     connection.add_termination_listener(lambda _, lost=lost: lost.set())
                     await connection.add_listener(
@@ -311,6 +312,10 @@ class Database:
                         await asyncio.sleep(SQLITE_POLL_SECONDS)
             except sqlite3.Error:
                 await asyncio.sleep(1.0)
+
+    async def _connect_postgresql(self) -> asyncpg.Connection[asyncpg.Record]:
+        dsn = self.url.set(drivername="postgresql").render_as_string(hide_password=False)
+        return await asyncpg.connect(dsn, timeout=10)
 
     async def close(self) -> None:
         """Ends every connection."""
@@ -411,6 +416,9 @@ def unavailable() -> Iterator[None]:
         raise QueueUnavailable(str(error)) from error
     except (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError) as error:
         raise QueueUnavailable(str(error.orig)) from error
+    except (asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        # Only while connecting: what a statement meets comes wrapped, below.
+        raise QueueUnavailable(str(error)) from error
     except (sqlalchemy.exc.TimeoutError, ConnectionError, TimeoutError) as error:
         raise QueueUnavailable(str(error) or type(error).__name__) from error
     except sqlalchemy.exc.DBAPIError as error:

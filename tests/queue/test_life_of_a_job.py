@@ -21,7 +21,9 @@ from api.queue.service import (
     Lease,
     NoWorkerSeen,
     ScheduledFor,
+    open_service,
 )
+from registry import JobRegistry
 from tests.conftest import advance
 
 BROKEN = JobError("broken", "It broke.")
@@ -339,6 +341,20 @@ async def test_a_waiting_lease_hears_of_a_job_from_another_process_and_of_room(
         assert clock() - started < 3
 
 
+async def test_a_postgresql_url_may_hold_options_of_libpq(
+    registry: JobRegistry, fresh_postgresql_url: str
+) -> None:
+    url = f"{fresh_postgresql_url}&sslmode=disable&application_name=jobs"
+    async with (
+        open_service(registry, url, lease_seconds=30) as service,
+        open_service(registry, url, lease_seconds=30) as other,
+    ):
+        with other.events.subscribe() as heard:
+            job = await enqueue(service)
+            async with asyncio.timeout(3):
+                assert (await anext(heard)).job_id == job.id
+
+
 async def test_stopping_ends_a_wait(service: JobService) -> None:
     stop = asyncio.Event()
     waiting = asyncio.create_task(service.lease(["test.ping"], "w", wait_seconds=20, stop=stop))
@@ -477,7 +493,5 @@ async def test_an_attempt_that_was_given_back_unspent_may_fail_for_good(
 @asynccontextmanager
 async def _other(service: JobService, database_url: str) -> AsyncIterator[JobService]:
     """What another process has: a service of its own on the same database."""
-    from api.queue.service import open_service
-
     async with open_service(service.registry, database_url, lease_seconds=30) as other:
         yield other
