@@ -21,20 +21,26 @@ from api.queue.requests import EnqueueRequest
 from api.queue.service import JobService
 from registry import JobRegistry
 from registry.discovery import discover
-from tests.conftest import advance
 
 JOBS = """
     import asyncio
-    from registry import JobContext, JobPolicy, JobType, Payload
+    import time
+    from registry import Backoff, JobContext, JobPolicy, JobType, Payload
 
     class Nap(Payload):
         seconds: float = 0
 
-    nap = JobType(name="nap", payload=Nap, policy=JobPolicy(max_attempts=3, timeout_seconds=60))
+    policy = JobPolicy(max_attempts=3, timeout_seconds=60, backoff=Backoff(base_seconds=0.1))
+    nap = JobType(name="nap", payload=Nap, policy=policy)
+    deep_sleep = JobType(name="deep_sleep", payload=Nap, policy=policy)
 
     @nap.handler
     async def sleep(job: JobContext, payload: Nap) -> None:
         await asyncio.sleep(payload.seconds)
+
+    @deep_sleep.handler
+    def sleep_in_thread(job: JobContext, payload: Nap) -> None:
+        time.sleep(payload.seconds)
 """
 
 
@@ -67,6 +73,7 @@ def worker(database_url: str, catalog: Path, **settings: object) -> Iterator[sub
         for line in process.stderr:
             if "worker.started" in line:
                 break
+        assert process.poll() is None
         yield process
     finally:
         if process.poll() is None:
@@ -74,8 +81,8 @@ def worker(database_url: str, catalog: Path, **settings: object) -> Iterator[sub
         process.communicate()
 
 
-async def enqueue(service: JobService, seconds: float = 0) -> JobRecord:
-    return (await service.enqueue(EnqueueRequest("nap", {"seconds": seconds}))).job
+async def enqueue(service: JobService, seconds: float = 0, kind: str = "nap") -> JobRecord:
+    return (await service.enqueue(EnqueueRequest(kind, {"seconds": seconds}))).job
 
 
 async def until(service: JobService, job: JobRecord, status: JobStatus) -> JobRecord:
@@ -115,6 +122,22 @@ async def test_sigterm_lets_a_running_job_end(database_url: str, catalog: Path) 
     await database.close()
 
 
+async def test_sigterm_does_not_wait_for_a_thread_longer_than_it_was_told(
+    database_url: str, catalog: Path
+) -> None:
+    database = Database(database_url)
+    service = JobService(JobRegistry(discover(["naps"])), database)
+    with worker(database_url, catalog, shutdown_seconds=0.5) as process:
+        job = await enqueue(service, 60, "deep_sleep")
+        await until(service, job, JobStatus.RUNNING)
+        process.send_signal(signal.SIGTERM)
+        await asyncio.to_thread(process.wait, 15)
+    assert process.returncode == 0
+    back = await service.get(job.id)
+    assert (back.status, back.attempt) == (JobStatus.QUEUED, 0)
+    await database.close()
+
+
 async def test_a_second_signal_hands_running_jobs_back(database_url: str, catalog: Path) -> None:
     database = Database(database_url)
     service = JobService(JobRegistry(discover(["naps"])), database)
@@ -130,22 +153,23 @@ async def test_a_second_signal_hands_running_jobs_back(database_url: str, catalo
     await database.close()
 
 
-async def test_the_job_of_a_killed_worker_runs_again_elsewhere(
+async def test_an_idle_worker_takes_over_the_job_of_one_that_was_killed(
     database_url: str, catalog: Path
 ) -> None:
     database = Database(database_url)
     service = JobService(JobRegistry(discover(["naps"])), database)
-    with worker(database_url, catalog) as process:
-        job = await enqueue(service, 2.0)
-        await until(service, job, JobStatus.RUNNING)
-        process.kill()
-        await asyncio.to_thread(process.wait, 15)
-    await advance(database_url, 31)
-    await service.recover()
-    await advance(database_url, 10)
-    with worker(database_url, catalog):
+    with (
+        worker(database_url, catalog, lease_seconds=1) as one,
+        worker(database_url, catalog, lease_seconds=1) as other,
+    ):
+        job = await enqueue(service, 1.0)
+        running = await until(service, job, JobStatus.RUNNING)
+        assert running.worker_id is not None
+        (killed,) = (each for each in (one, other) if f":{each.pid}:" in running.worker_id)
+        killed.kill()
         done = await until(service, job, JobStatus.SUCCEEDED)
     attempts = (await service.attempts([job.id]))[job.id]
     assert [attempt.outcome for attempt in attempts] == ["lost", "succeeded"]
+    assert len({attempt.worker_id for attempt in attempts}) == 2
     assert done.attempt == 2
     await database.close()
