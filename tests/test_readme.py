@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import closing
 from pathlib import Path
 
 import httpx
@@ -33,6 +39,53 @@ async def test_a_job_type_of_ones_own_takes_ten_lines(
     payload = registry.validate("mail.send", {"to": "ada@example.com"})
     assert job_type.run is not None
     assert await job_type.run(None, payload) == {"sent": "ada@example.com"}  # type: ignore[misc,arg-type]
+
+
+def test_the_commands_of_a_job_type_of_ones_own_run_in_a_shell(tmp_path: Path) -> None:
+    (code,) = examples(r"myjobs\.py", "python")
+    (tmp_path / "myjobs.py").write_text(code, "utf-8")
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    (console,) = examples("own type", "console")
+    *commands, serve = [line.removeprefix("$ ") for line in console.splitlines()]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("JOBS_", "PYTHON"))}
+
+    script = "\n".join(["set -e -o pipefail", *commands])
+    shell = ["bash", "-c", script]
+    ran = subprocess.run(
+        shell, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "mail.send" in ran.stdout
+    assert "queued" in ran.stdout
+
+    server = subprocess.Popen(
+        ["bash", "-c", f"{commands[0]}; exec {serve}"],
+        cwd=tmp_path,
+        env={**environment, "JOBS_PORT": "0", "JOBS_LOG_LEVEL": "error"},
+    )
+    try:
+        give_up = time.monotonic() + 20
+        while time.monotonic() < give_up:
+            with closing(sqlite3.connect(tmp_path / "jobs.db")) as database:
+                ((result,),) = database.execute("SELECT result FROM job").fetchall()
+            if result is not None:
+                break
+            time.sleep(0.05)
+        assert json.loads(result) == {"sent": "ada@example.com"}
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+async def test_what_is_refused_is_answered_as_shown(http: httpx.AsyncClient) -> None:
+    body = json.loads(re.findall(r"-d '(\{.*?\})'\n", README, re.DOTALL)[0])
+    del body["variables"]["input"]["payload"]["versionNumber"]
+    body["query"] = body["query"].replace(
+        "... on Error { message }", "... on PayloadInvalid { violations { path code message } }"
+    )
+    answer = (await http.post("/graphql", json=body)).json()
+    (shown,) = re.findall(r"```json\n(.*?)```", README, re.DOTALL)
+    assert answer["data"]["enqueueJob"] == json.loads(shown)
 
 
 async def test_the_graphql_examples_run(http: httpx.AsyncClient) -> None:
