@@ -300,7 +300,7 @@ def test_the_queue_does_what_the_model_does(
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=20,
+            max_examples=14,
             stateful_step_count=30,
             deadline=None,
             derandomize=True,
