@@ -216,7 +216,7 @@ _EXPECTED: Final = {
 
 def _violation(detail: ErrorDetails, payload: type[Payload]) -> Violation:
     kind, came = detail["type"], detail.get("input")
-    location = [part for part in detail["loc"] if not _is_label(part, detail["loc"])]
+    location = _fields(kind, detail["loc"])
     path = ""
     for part in location:
         path = pointer(path, part)
@@ -233,11 +233,22 @@ def _violation(detail: ErrorDetails, payload: type[Payload]) -> Violation:
     return Violation(path, code, f"Expected {expected}, got {_came(came)}.")
 
 
-def _is_label(part: int | str, location: tuple[int | str, ...]) -> bool:
-    """Whether a step of Pydantic's location names a union's member or a validator, no field."""
-    return isinstance(part, str) and (
-        "[" in part or (part in _UNION_LABELS and part != location[0]) or part.endswith("()")
-    )
+def _fields(kind: str, location: tuple[int | str, ...]) -> list[int | str]:
+    """Pydantic's location without the steps that name a union's member or a validator.
+
+    The first step is always a field, and so is the last where a field is missing or unknown: that
+    one has the name that the caller chose, which may look like anything.
+    """
+    last = len(location) - 1 if kind in ("missing", "extra_forbidden") else 0
+    return [
+        part
+        for index, part in enumerate(location)
+        if index in (0, last) or not (isinstance(part, str) and _is_label(part))
+    ]
+
+
+def _is_label(part: str) -> bool:
+    return "[" in part or part in _UNION_LABELS or part.endswith("()")
 
 
 _UNION_LABELS: Final = frozenset(

@@ -214,6 +214,14 @@ def test_junk_is_refused_with_violations_or_admitted_and_never_crashes(payload: 
     assert REGISTRY.admit("thumbnail.create", again) == admitted
 
 
+@pytest.mark.parametrize("name", ["[", "a[b]", "int", "x()", ""])
+def test_an_unknown_field_is_named_whatever_its_name_looks_like(name: str) -> None:
+    with pytest.raises(PayloadInvalid) as refused:
+        REGISTRY.admit("payout.execute", {"batchId": "b", "escrowId": "e", name: None})
+    (violation,) = refused.value.violations
+    assert (violation.path, violation.code) == (f"/{name}", "unknown_field")
+
+
 JSON_LIKE = st.fixed_dictionaries(
     {},
     optional={
