@@ -5,14 +5,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any, Final
+from typing import Any
 
+import limits
 import structlog
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route, WebSocketRoute
 
+from api import pages
+from api.auth import Authentication, Entrance, Keys, KeysInvalid, SharedSecret, read_keys
+from api.graphql.operations import Limits, Operations
 from api.graphql.schema import build_schema
 from api.graphql.streaming import StreamingView
 from api.graphql.view import GraphQLView
@@ -20,26 +26,11 @@ from api.queue.errors import QueueUnavailable
 from api.queue.maintenance import maintain
 from api.queue.service import JobService, open_service
 from api.rest import EnqueueView, JobView
-from api.settings import Settings
+from api.settings import Settings, SettingsInvalid
 from api.worker import Worker
 from registry import JobRegistry
 
 log = structlog.get_logger("jobs.app")
-
-PAGE: Final = """<!doctype html>
-<html lang="en">
-<title>Job Registry: GraphQL</title>
-<style>
-  body { font: 16px/1.5 system-ui, sans-serif; max-width: 46rem; margin: 3rem auto }
-  pre { background: #f4f4f6; padding: 1rem; overflow: auto; border-radius: .4rem }
-</style>
-<h1>Job Registry</h1>
-<p>This is the GraphQL endpoint. Send it a query as JSON:</p>
-<pre>curl http://localhost:8000/graphql --json '{"query":
-  "{ jobTypes { name description policy { maxAttempts timeoutSeconds concurrencyLimit } } }"}'</pre>
-<p><code>jobs schema</code> prints the whole schema, with its documentation.</p>
-</html>
-"""
 
 
 def create_app(settings: Settings, registry: JobRegistry, *, worker: bool = False) -> Starlette:
@@ -47,6 +38,10 @@ def create_app(settings: Settings, registry: JobRegistry, *, worker: bool = Fals
 
     The database has to be migrated. While it is away the application answers 503, and it recovers
     by itself.
+
+    Raises:
+        SettingsInvalid: the keys that tokens are to be checked with cannot be used.
+        DefinitionError: the job types cannot stand together in the GraphQL schema.
     """
 
     @asynccontextmanager
@@ -58,6 +53,8 @@ def create_app(settings: Settings, registry: JobRegistry, *, worker: bool = Fals
                     settings.database_url,
                     lease_seconds=settings.lease_seconds,
                     pool_size=settings.database_pool_size,
+                    max_page_size=settings.max_page_size,
+                    max_bulk_size=settings.max_bulk_size,
                 )
             )
             app.state.service = service
@@ -75,24 +72,78 @@ def create_app(settings: Settings, registry: JobRegistry, *, worker: bool = Fals
                 await stack.enter_async_context(_working(app, service, settings))
             yield
 
-    schema, inner_schema = build_schema()
-    stream = StreamingView(schema)
+    entrance = Entrance(
+        _authentication(settings), [limits.parse(rate) for rate in settings.rate_limit]
+    )
+    operations = Operations(
+        build_schema(registry),
+        Limits(
+            tokens=settings.max_query_tokens,
+            depth=settings.max_query_depth,
+            aliases=settings.max_query_aliases,
+            directives=settings.max_query_directives,
+            introspection=settings.introspection,
+            suggestions=settings.suggestions,
+        ),
+    )
+    view = GraphQLView(
+        operations,
+        entrance,
+        max_body_bytes=settings.max_body_bytes,
+        get_queries=settings.get_queries,
+        page=pages.graphiql() if settings.graphiql else None,
+    )
+    stream = StreamingView(operations, entrance, allowed_origins=settings.cors_origins)
     return Starlette(
         routes=[
-            Route(
-                "/graphql",
-                GraphQLView(
-                    inner_schema, stream, max_body_bytes=settings.max_body_bytes, page=PAGE
-                ),
-            ),
+            Route("/graphql", view),
             WebSocketRoute("/graphql", stream),
-            Route("/jobs", EnqueueView(max_body_bytes=settings.max_body_bytes)),
-            Route("/jobs/{id}", JobView()),
+            Route("/jobs", EnqueueView(entrance, max_body_bytes=settings.max_body_bytes)),
+            Route("/jobs/{id}", JobView(entrance)),
             Route("/healthz", _alive, methods=["GET"]),
             Route("/readyz", _ready, methods=["GET"]),
+            *(pages.assets() if settings.graphiql else ()),
         ],
+        middleware=_middleware(settings),
         lifespan=lifespan,
     )
+
+
+def _authentication(settings: Settings) -> Authentication | None:
+    keys: Keys
+    if settings.auth_hs256_secret is not None:
+        keys = SharedSecret(settings.auth_hs256_secret)
+    elif settings.auth_jwks is not None:
+        try:
+            keys = read_keys(settings.auth_jwks)
+        except KeysInvalid as invalid:
+            fault = f"JOBS_AUTH_JWKS: got {settings.auth_jwks!r}; {invalid}"
+            raise SettingsInvalid([fault]) from None
+    else:
+        return None
+    assert settings.auth_issuer is not None
+    assert settings.auth_audience is not None
+    return Authentication(
+        keys,
+        issuer=settings.auth_issuer,
+        audience=settings.auth_audience,
+        leeway_seconds=settings.auth_leeway_seconds,
+    )
+
+
+def _middleware(settings: Settings) -> list[Middleware]:
+    if not settings.cors_origins:
+        return []
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type"],
+            expose_headers=["location", "retry-after", "www-authenticate"],
+            max_age=3_600,
+        )
+    ]
 
 
 async def _alive(_request: Request) -> JSONResponse:

@@ -125,6 +125,7 @@ def serve(
         server_header=False,
         proxy_headers=False,
         lifespan="on",
+        ws_max_size=settings.max_body_bytes,
         timeout_graceful_shutdown=int(settings.shutdown_seconds) + 10,
     )
     server = _server(config, application)
@@ -293,10 +294,11 @@ def enqueue(
 
 @app.command()
 def schema() -> None:
-    """Print the GraphQL schema, with its documentation."""
+    """Print the GraphQL schema of these job types, with its documentation."""
+    registry = _registry(_settings())
     from api.graphql.schema import sdl
 
-    sys.stdout.write(sdl())
+    sys.stdout.write(sdl(registry))
 
 
 async def _work(settings: Settings, registry: JobRegistry, types: Sequence[str]) -> None:

@@ -1,10 +1,15 @@
-"""How log lines are written: structlog, as JSON or for people, on standard error."""
+"""How log lines are written: structlog, as JSON or for people, on standard error.
+
+No line holds a payload's value or a token: of an exception it has the type and the traceback, not
+the message, which may quote anything.
+"""
 
 from __future__ import annotations
 
 import logging
 import secrets
 import sys
+import traceback
 from collections.abc import MutableMapping
 from typing import Any, Final, Literal, TextIO
 
@@ -32,19 +37,12 @@ def configure_logs(
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.ExceptionRenderer(_of_exc_info),
     ]
     if console:
-        plain = structlog.dev.plain_traceback
-        shared.append(
-            structlog.dev.ConsoleRenderer(colors=stream.isatty(), exception_formatter=plain)
-        )
+        shared.append(structlog.dev.ConsoleRenderer(colors=stream.isatty()))
     else:
-        # Without local variables: they hold payloads and tokens.
-        traceback = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
-        shared += [
-            structlog.processors.ExceptionRenderer(traceback),
-            _render_json,
-        ]
+        shared.append(_render_json)
         factory = structlog.BytesLoggerFactory(stream.buffer)
     structlog.configure(
         processors=shared,
@@ -52,14 +50,43 @@ def configure_logs(
         logger_factory=factory,
         cache_logger_on_first_use=True,
     )
-    logging.basicConfig(
-        stream=stream, level=max(_LEVELS[level], logging.WARNING), format="%(message)s", force=True
-    )
+    # What libraries log: uvicorn an exception that no door has caught, for one.
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(_Formatter("%(message)s"))
+    logging.basicConfig(handlers=[handler], level=max(_LEVELS[level], logging.WARNING), force=True)
 
 
 def _render_json(_logger: Any, _method: str, line: MutableMapping[str, Any]) -> bytes:
     """A line as JSON bytes: a busy server writes thousands in a second."""
     return to_json(line, fallback=repr, inf_nan_mode="constants")
+
+
+def traceback_of(error: BaseException) -> str:
+    """Where an exception came from, and each that it came of: files, lines, types.
+
+    Of the system's own errors the words are added, which tell a full disk from a missing file.
+    """
+    parts: list[str] = []
+    seen: set[int] = set()
+    following: BaseException | None = error
+    while following is not None and id(following) not in seen:
+        seen.add(id(following))
+        name = f"{type(following).__module__}.{type(following).__qualname__}"
+        words = following.strerror if isinstance(following, OSError) else None
+        frames = "".join(traceback.format_tb(following.__traceback__))
+        parts.append(f"{frames}{name.removeprefix('builtins.')}{f': {words}' if words else ''}")
+        hidden = following.__suppress_context__
+        following = following.__cause__ or (None if hidden else following.__context__)
+    return "\n\nwhich came of\n\n".join(parts)
+
+
+def _of_exc_info(exc_info: Any) -> str:
+    return traceback_of(exc_info[1])
+
+
+class _Formatter(logging.Formatter):
+    def formatException(self, ei: Any) -> str:  # noqa: N802, logging's own name
+        return traceback_of(ei[1]) if ei[1] is not None else ""
 
 
 def log_unexpected(where: str, error: BaseException) -> str:

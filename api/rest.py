@@ -8,9 +8,18 @@ from typing import Any
 from pydantic_core import from_json
 from starlette.types import Receive, Scope, Send
 
+from api.auth import (
+    AuthenticationUnavailable,
+    Entrance,
+    Forbidden,
+    TooManyRequests,
+    Unauthenticated,
+)
 from api.http_messages import (
     BodyTooLarge,
     ClientGone,
+    address,
+    authorization,
     header,
     is_json,
     read_body,
@@ -42,10 +51,12 @@ class EnqueueView:
     """`POST /jobs` with the fields of `EnqueueJobInput`.
 
     201 with the new job's place in `Location`; 200 when its idempotency key gave back a job that
-    was there already. Errors are `{"error": {"code", "message", "details"}}`.
+    was there already. Errors are `{"error": {"code", "message", "details"}}`. Needs the scope
+    `jobs:enqueue`.
     """
 
-    def __init__(self, *, max_body_bytes: int) -> None:
+    def __init__(self, entrance: Entrance, *, max_body_bytes: int) -> None:
+        self._entrance = entrance
         self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -54,8 +65,11 @@ class EnqueueView:
         try:
             if scope["method"] != "POST":
                 raise RequestRefused(405, "method_not_allowed", "Jobs are enqueued with POST.")
+            caller = await self._entrance.admit(authorization(scope), address(scope))
+            caller.need("jobs:enqueue")
             request = parse_request(await self._read(scope, receive))
-            enqueued = await service.enqueue(request)
+            caller.need_types([request.type])
+            enqueued = await service.enqueue(request, created_by=caller.subject)
         except ClientGone:
             return
         except Exception as error:
@@ -90,7 +104,10 @@ class EnqueueView:
 
 
 class JobView:
-    """`GET /jobs/{id}`."""
+    """`GET /jobs/{id}`. Needs the scope `jobs:read`."""
+
+    def __init__(self, entrance: Entrance) -> None:
+        self._entrance = entrance
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one HTTP request."""
@@ -98,7 +115,11 @@ class JobView:
         try:
             if scope["method"] not in ("GET", "HEAD"):
                 raise RequestRefused(405, "method_not_allowed", "A job is read with GET.")
+            caller = await self._entrance.admit(authorization(scope), address(scope))
+            caller.need("jobs:read")
             job = await service.get(scope["path_params"]["id"])
+            if not caller.may_see(job.type):
+                raise JobNotFound(scope["path_params"]["id"])
             attempts = (await service.attempts([job.id]))[job.id]
         except Exception as error:
             await _respond_error(send, error, allow=b"GET, HEAD")
@@ -168,6 +189,17 @@ async def _respond_error(send: Send, error: Exception, *, allow: bytes) -> None:
         case RequestRefused():
             status, code, message = error.status, error.code, str(error)
             headers = ((b"allow", allow),) if status == 405 else ()
+        case Unauthenticated():
+            status, code, message = 401, "unauthenticated", str(error)
+            headers = ((b"www-authenticate", error.challenge.encode()),)
+        case Forbidden():
+            status, code, message = 403, "forbidden", str(error)
+        case TooManyRequests():
+            status, code, message = 429, "rate_limited", str(error)
+            headers = ((b"retry-after", str(error.retry_after).encode()),)
+        case AuthenticationUnavailable():
+            status, code, message = 503, "authentication_unavailable", str(error)
+            headers = ((b"retry-after", b"5"),)
         case QueueUnavailable():
             status, code, message = 503, "queue_unavailable", str(error)
             headers = ((b"retry-after", b"1"),)

@@ -7,10 +7,13 @@ import ipaddress
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Final, Literal
+from urllib.parse import urlsplit
 
+import limits
 from annotated_types import Ge, Le
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -106,8 +109,111 @@ class Settings(BaseSettings):
         le=36_500.0,
         description="Days until a failed or cancelled job is deleted, with its attempts' errors.",
     )
+    max_page_size: int = Field(
+        default=200,
+        ge=1,
+        le=1_000,
+        description="How many jobs a page of `jobs` holds at most.",
+    )
+    max_bulk_size: int = Field(
+        default=1_000,
+        ge=1,
+        le=10_000,
+        description="How many jobs one `enqueueJobs` stores at most.",
+    )
+    max_query_tokens: int = Field(
+        default=2_000,
+        ge=100,
+        le=100_000,
+        description="How many tokens a GraphQL document has at most: names, numbers, strings and"
+        " punctuation. Values in variables do not count.",
+    )
+    max_query_depth: int = Field(
+        default=15,
+        ge=5,
+        le=100,
+        description="How many levels of fields a GraphQL operation has at most, its fragments'"
+        " included. GraphiQL's introspection has 15.",
+    )
+    max_query_aliases: int = Field(
+        default=30,
+        ge=0,
+        le=10_000,
+        description="How many fields of a GraphQL operation have an alias, or are asked for again"
+        " in the same place, at most.",
+    )
+    max_query_directives: int = Field(
+        default=30,
+        ge=0,
+        le=10_000,
+        description="How many directives a GraphQL operation has at most.",
+    )
+    rate_limit: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description="How many requests a caller may send, `600/minute` or several such separated by"
+        " commas: each subject of a token, or each address where there is none. Each process"
+        " counts by itself. Not limited unless given.",
+    )
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description="Origins whose pages may call from a browser, separated by commas:"
+        " `https://app.example.com`. Pages of other origins cannot.",
+    )
+    production: bool = Field(
+        default=False,
+        description="`true` switches the four settings below off, unless they are set themselves.",
+    )
+    introspection: bool = Field(
+        default=None,
+        validate_default=True,
+        description="Whether GraphQL tells of its schema, as GraphiQL and code generators ask it"
+        " to. `jobs schema` prints it as well.",
+    )
+    suggestions: bool = Field(
+        default=None,
+        validate_default=True,
+        description="Whether the errors of a GraphQL document suggest names: `Did you mean ...?`.",
+    )
+    graphiql: bool = Field(
+        default=None,
+        validate_default=True,
+        description="Whether GET /graphql shows GraphiQL to a browser.",
+    )
+    get_queries: bool = Field(
+        default=None,
+        validate_default=True,
+        description="Whether GraphQL queries are taken by GET. Mutations never are.",
+    )
+    auth_hs256_secret: str | None = Field(
+        default=None,
+        repr=False,
+        description="The secret that bearer tokens are signed with by HS256, 32 bytes or more.",
+    )
+    auth_jwks: str | None = Field(
+        default=None,
+        validate_default=True,
+        description="The public keys that bearer tokens are signed with by RS256, ES256 or EdDSA:"
+        " an `https://` URL of a JSON Web Key Set, or a file with one.",
+    )
+    auth_issuer: str | None = Field(
+        default=None,
+        validate_default=True,
+        description="The `iss` of tokens that are taken. Needed with a secret or keys.",
+    )
+    auth_audience: str | None = Field(
+        default=None,
+        validate_default=True,
+        description="The `aud` of tokens that are taken. Needed with a secret or keys.",
+    )
+    auth_leeway_seconds: float = Field(
+        default=10.0,
+        ge=0.0,
+        le=300.0,
+        description="How far the clock of the tokens' issuer may be off.",
+    )
     host: str = Field(
-        default="127.0.0.1", description="The address `jobs serve` listens on; loopback only."
+        default="127.0.0.1",
+        description="The address `jobs serve` listens on. Without authentication only loopback.",
     )
     port: int = Field(
         default=8000, ge=0, le=65_535, description="The port of it; 0 takes a free one."
@@ -128,13 +234,13 @@ class Settings(BaseSettings):
     def _split(cls, value: object) -> object:
         if not isinstance(value, str):
             return value
-        names = [name.strip() for name in value.split(",") if name.strip()]
+        names = _items(value)
         for name in names:
             if not all(part.isidentifier() for part in name.split(".")):
                 raise ValueError(f"{name!r} is no module name")
         if not names:
             raise ValueError("it names no module")
-        return tuple(names)
+        return names
 
     @field_validator("database_url")
     @classmethod
@@ -160,18 +266,92 @@ class Settings(BaseSettings):
             raise ValueError("expected a port from 1 to 65,535 after HOST:")
         return value
 
+    @field_validator("rate_limit", mode="before")
+    @classmethod
+    def _check_rates(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        rates = _items(value)
+        for rate in rates:
+            try:
+                amount = limits.parse(rate).amount
+            except ValueError:
+                amount = 0
+            if amount < 1:
+                raise ValueError("expected a rate such as 600/minute or 20/second")
+        return rates
+
+    @field_validator("cors_origins", mode="before")
+    @classmethod
+    def _check_origins(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        origins = _items(value)
+        for origin in origins:
+            if not _ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    "expected origins as browsers send them, https://app.example.com, in lower"
+                    " case, without a path"
+                )
+        return origins
+
+    @field_validator("introspection", "suggestions", "graphiql", "get_queries", mode="before")
+    @classmethod
+    def _unless_in_production(cls, value: object, info: ValidationInfo) -> object:
+        return not info.data.get("production", False) if value is None else value
+
+    @field_validator("auth_hs256_secret")
+    @classmethod
+    def _check_secret(cls, value: str | None) -> str | None:
+        if value is not None and len(value.encode()) < 32:
+            # RFC 7518, section 3.2.
+            raise ValueError("expected 32 bytes or more, such as `openssl rand -base64 32` gives")
+        return value
+
+    @field_validator("auth_jwks")
+    @classmethod
+    def _check_jwks(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is None:
+            return value
+        if info.data.get("auth_hs256_secret") is not None:
+            raise ValueError("JOBS_AUTH_HS256_SECRET is set too; tokens are checked with one")
+        if re.match(r"[a-z]+://", value):
+            host = urlsplit(value).hostname or ""
+            if not value.startswith("https://") and not (
+                value.startswith("http://") and _is_loopback(host)
+            ):
+                raise ValueError("expected a file, or a URL with https:// (http:// for loopback)")
+        elif not Path(value).is_file():
+            raise ValueError("there is no such file")
+        return value
+
+    @field_validator("auth_issuer", "auth_audience")
+    @classmethod
+    def _check_claims(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value == "":
+            raise ValueError("expected a text that is not empty")
+        for name in ("auth_hs256_secret", "auth_jwks"):
+            if value is None and info.data.get(name) is not None:
+                raise ValueError(f"it is needed with {PREFIX}{name.upper()}")
+        return value
+
     @field_validator("host")
     @classmethod
-    def _check_host(cls, value: str) -> str:
-        try:
-            loopback = value == "localhost" or ipaddress.ip_address(value).is_loopback
-        except ValueError:
-            loopback = False
-        if not loopback:
+    def _check_host(cls, value: str, info: ValidationInfo) -> str:
+        # What is wrong with a key is said where it stands.
+        authenticated = any(
+            name not in info.data or info.data[name] is not None
+            for name in ("auth_hs256_secret", "auth_jwks")
+        )
+        if not _is_loopback(value) and not authenticated:
             raise ValueError(
-                "only loopback (127.0.0.1, ::1, localhost) is served, because anyone who reaches"
-                " the port may use the queue; put a proxy that authenticates in front"
+                "without authentication only loopback (127.0.0.1, ::1, localhost) is served,"
+                " because anyone who reaches the port may use the queue; set"
+                " JOBS_AUTH_HS256_SECRET or JOBS_AUTH_JWKS, with JOBS_AUTH_ISSUER and"
+                " JOBS_AUTH_AUDIENCE"
             )
+        if not _is_loopback(value) and not _is_address(value):
+            raise ValueError("expected an address, such as 0.0.0.0 or ::, or localhost")
         return value
 
 
@@ -200,8 +380,8 @@ def load_settings(environment: Mapping[str, str] | None = None) -> Settings:
     except ValidationError as error:
         for detail in error.errors(include_url=False):
             name = str(detail["loc"][0])
-            came, expected = _shown(name, values[name]), _expected(name, detail)
-            faults.append(f"{PREFIX}{name.upper()}: got {came!r}; {expected}")
+            came = f"got {_shown(name, values[name])!r}" if name in values else "not set"
+            faults.append(f"{PREFIX}{name.upper()}: {came}; {_expected(name, detail)}")
     if faults:
         raise SettingsInvalid(faults)
     return settings
@@ -210,15 +390,18 @@ def load_settings(environment: Mapping[str, str] | None = None) -> Settings:
 def settings_table() -> str:
     """The settings as a Markdown table, as it stands in the README."""
     lines = ["| variable | default | range | meaning |", "| --- | --- | --- | --- |"]
+    defaults = _Given()
     for name, field in Settings.model_fields.items():
-        default = field.default
-        match default:
+        match default := getattr(defaults, name):
             case tuple():
                 default = ",".join(default)
+            case bool():
+                default = str(default).lower()
             case float():
                 default = f"{default:g}"
+        shown = f"`{default}`" if default not in (None, "") else ""
         lines.append(
-            f"| `{PREFIX}{name.upper()}` | `{default}` | {_range(field)} | {field.description} |"
+            f"| `{PREFIX}{name.upper()}` | {shown} | {_range(field)} | {field.description} |"
         )
     return "\n".join(lines)
 
@@ -243,6 +426,8 @@ _POSTGRESQL_URL: Final = re.compile(
     r"(?P<name>/[^?#@]*)?(?P<options>\?[^#]*)?"
 )
 
+_ORIGIN: Final = re.compile(r"https?://([a-z0-9.-]+|\[[0-9a-f:]+\])(:[0-9]{1,5})?")
+
 
 def _expected(name: str, detail: ErrorDetails) -> str:
     """What a setting wants, from the fault Pydantic found in what came."""
@@ -253,6 +438,8 @@ def _expected(name: str, detail: ErrorDetails) -> str:
             return f"expected {detail['ctx']['expected']}"
         case "string_too_short":
             return "expected a text that is not empty"
+        case "bool_parsing" | "bool_type":
+            return "expected true or false"
     field = Settings.model_fields[name]
     return f"expected a {'whole ' if field.annotation is int else ''}number from {_range(field)}"
 
@@ -266,9 +453,27 @@ def _range(field: FieldInfo) -> str:
     return " to ".join(bounds)
 
 
+def _items(value: str) -> tuple[str, ...]:
+    return tuple(item.strip() for item in value.split(",") if item.strip())
+
+
+def _is_loopback(host: str) -> bool:
+    return host == "localhost" or (_is_address(host) and ipaddress.ip_address(host).is_loopback)
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
 def _shown(name: str, value: str) -> str:
     """What came, fit for a log: of a database's URL the scheme only. In one that is written wrong
     nobody can say which part is the password."""
+    if name == "auth_hs256_secret":
+        return "..."
     if name == "database_url" and not value.startswith(_SQLITE) and re.search("[:=@]", value):
         scheme = re.match(r"[a-z+]+://", value)
         return f"{scheme[0] if scheme else ''}..."

@@ -258,7 +258,8 @@ class _Run:
             case asyncio.CancelledError() if self._asked_to_stop.is_set():
                 await self._stop("The job was cancelled while it ran.")
             case _:
-                # Also a handler that was cancelled by its own doing: nobody asked for that.
+                # Also a handler that was cancelled by its own doing: nobody asked for that. What
+                # the exception says is kept with the job.
                 self._log.warning("job.attempt_failed", exc_info=raised)
                 words = [type(raised).__name__, _words(raised)]
                 await self._fail("handler_failed", ": ".join(filter(None, words)))
@@ -345,7 +346,8 @@ class _Run:
                 self._lose()
                 return
             except InputInvalid as invalid:
-                self._log.warning("job.progress_refused", reason=str(invalid))
+                codes = sorted({violation.code for violation in invalid.violations})
+                self._log.warning("job.progress_refused", reason=", ".join(codes))
                 continue
             except QueueUnavailable:
                 if self._ended.is_set():
@@ -379,7 +381,7 @@ class _Run:
         try:
             copy = to_jsonable_python(value, by_alias=True)
         except ValueError as error:
-            self._log.warning("job.progress_refused", reason=str(error))
+            self._log.warning("job.progress_refused", reason=type(error).__name__)
             return
         with contextlib.suppress(RuntimeError):  # The loop is closed: nobody listens any more.
             self._loop.call_soon_threadsafe(self._keep_progress, copy)

@@ -122,7 +122,7 @@ def refusal(error: Exception) -> Any:
             return IdempotencyConflict(
                 code="idempotency_conflict",
                 message="This idempotency key belongs to a job with another payload.",
-                existing_job=Job.of(error.existing_job),
+                existing_job=Job.of(error.existing_job, is_foreign=True),
                 differing_paths=list(error.differing_paths),
             )
         case queue.JobNotFound():

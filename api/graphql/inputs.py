@@ -14,12 +14,8 @@ def optional(text: str) -> object:
     return strawberry.field(default=None, description=text)
 
 
-@strawberry.input(description="A job to store.")
-class EnqueueJobInput:
-    type: str = strawberry.field(description="The job type, such as `thumbnail.create`.")
-    payload: JSON = strawberry.field(
-        description="An object as the type's `payloadSchema` asks for it."
-    )
+@strawberry.input(description="How a job is stored and run. What is left out is as usual.")
+class EnqueueOptions:
     priority: int | None = optional(  # type: ignore[assignment]
         "0 to 100, 50 unless given. Of due jobs the higher ones go first; when workers are swamped,"
         " the lower ones may wait for long."
@@ -35,15 +31,28 @@ class EnqueueJobInput:
         " with the same key and payload gives back the first job and stores none: safe to repeat."
     )
 
-    def request(self) -> EnqueueRequest:
+    def request_of(self, job_type: str, payload: object) -> EnqueueRequest:
+        """A job with these options, as the queue takes it."""
         return EnqueueRequest(
-            type=self.type,
-            payload=self.payload,
+            type=job_type,
+            payload=payload,
             priority=self.priority,
             schedule_at=self.schedule_at,
             max_attempts=self.max_attempts,
             idempotency_key=self.idempotency_key,
         )
+
+
+@strawberry.input(description="A job to store.")
+class EnqueueJobInput(EnqueueOptions):
+    type: str = strawberry.field(description="The job type, such as `thumbnail.create`.")
+    payload: JSON = strawberry.field(
+        description="An object as the type's `payloadSchema` asks for it."
+    )
+
+    def request(self) -> EnqueueRequest:
+        """The job as the queue takes it."""
+        return self.request_of(self.type, self.payload)
 
 
 @strawberry.input(description="Which jobs to list.")

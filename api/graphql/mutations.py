@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
 
 import strawberry
@@ -9,9 +10,13 @@ import strawberry
 from api.graphql import errors
 from api.graphql.context import Context
 from api.graphql.errors import REFUSALS, refusal
-from api.graphql.inputs import EnqueueJobInput, JobErrorInput, LeaseJobsInput
-from api.graphql.scalars import JSON, DateTime
+from api.graphql.inputs import EnqueueJobInput, EnqueueOptions, JobErrorInput, LeaseJobsInput
+from api.graphql.scalars import JSON, DateTime, TypedJob
+from api.graphql.scopes import needs
+from api.graphql.typed import sent_job
 from api.graphql.types import Job, JobLease, described
+from api.queue.models import JobRecord
+from api.queue.requests import EnqueueRequest
 from api.queue.service import Enqueued
 
 
@@ -94,25 +99,43 @@ Info = strawberry.Info[Context, None]
 
 @strawberry.type(description="What can be done.")
 class Mutation:
-    @strawberry.mutation(
+    @needs(
+        "jobs:enqueue",
         description="Stores a job, to run as its type's policy says. A payload that is not what the"
-        " type asks for is refused, with every fault of it."
+        " type asks for is refused, with every fault of it.",
     )
     async def enqueue_job(
         self,
         info: Info,
         input: Annotated[EnqueueJobInput, strawberry.argument(description="The job.")],
     ) -> EnqueueJobResult:
-        try:
-            context = info.context
-            enqueued = await context.service.enqueue(input.request(), created_by=context.created_by)
-        except REFUSALS as error:
-            return refusal(error)  # type: ignore[no-any-return]
-        return EnqueueJobSuccess(job=Job.of(enqueued.job), deduplicated=enqueued.deduplicated)
+        return await _enqueued(info.context, input.request())  # type: ignore[no-any-return]
 
-    @strawberry.mutation(
-        description="Stores up to 1,000 jobs in one transaction and answers for each, in order. A"
-        " refused one does not keep the others out, unless `atomic` asks for all or none."
+    @needs(
+        "jobs:enqueue",
+        description="Stores a job, as `enqueueJob` does, with a field for each job type: a client"
+        " that is generated from this schema has its payload checked when it is compiled.",
+    )
+    async def enqueue(
+        self,
+        info: Info,
+        job: Annotated[
+            TypedJob, strawberry.argument(description="The job: its type, and its payload.")
+        ],
+        options: Annotated[
+            EnqueueOptions | None,
+            strawberry.argument(description="How it runs, where that is not as usual."),
+        ] = None,
+    ) -> EnqueueJobResult:
+        job_type, payload = sent_job(info, job)  # type: ignore[arg-type]
+        request = (options or EnqueueOptions()).request_of(job_type, payload)
+        return await _enqueued(info.context, request)  # type: ignore[no-any-return]
+
+    @needs(
+        "jobs:enqueue",
+        description="Stores many jobs, up to 1,000 unless this server is set otherwise, in one"
+        " transaction and answers for each, in order. A refused one does not keep the others out,"
+        " unless `atomic` asks for all or none.",
     )
     async def enqueue_jobs(
         self,
@@ -126,10 +149,10 @@ class Mutation:
             ),
         ] = False,
     ) -> list[EnqueueJobResult]:
+        caller = info.context.caller
+        caller.need_types(each.type for each in inputs)
         results = await info.context.service.enqueue_many(
-            [each.request() for each in inputs],
-            atomic=atomic,
-            created_by=info.context.created_by,
+            [each.request() for each in inputs], atomic=atomic, created_by=caller.subject
         )
         return [
             EnqueueJobSuccess(job=Job.of(result.job), deduplicated=result.deduplicated)
@@ -138,24 +161,27 @@ class Mutation:
             for result in results
         ]
 
-    @strawberry.mutation(
+    @needs(
+        "jobs:admin",
         description="Cancels a queued job at once. A running one's worker is asked to stop, and it"
-        " is cancelled when it does, or when its lease runs out."
+        " is cancelled when it does, or when its lease runs out.",
     )
     async def cancel_job(self, info: Info, id: JobId) -> CancelJobResult:
-        return await _changed(info.context.service.cancel(id))  # type: ignore[no-any-return]
+        return await _changed(_seen(info.context, id, info.context.service.cancel))  # type: ignore[no-any-return]
 
-    @strawberry.mutation(
+    @needs(
+        "jobs:admin",
         description="Queues a failed or cancelled job again, to run now. When it has no attempt"
-        " left, it gets one more."
+        " left, it gets one more.",
     )
     async def retry_job(self, info: Info, id: JobId) -> RetryJobResult:
-        return await _changed(info.context.service.retry(id))  # type: ignore[no-any-return]
+        return await _changed(_seen(info.context, id, info.context.service.retry))  # type: ignore[no-any-return]
 
-    @strawberry.mutation(
+    @needs(
+        "jobs:work",
         description="Leases due jobs to a worker, the highest priority first. The worker renews"
         " each lease with `heartbeatJob` and ends it with one of `completeJob`, `failJob`,"
-        " `releaseJob` and `snoozeJob`; a lease that runs out spends the attempt."
+        " `releaseJob` and `snoozeJob`; a lease that runs out spends the attempt.",
     )
     async def lease_jobs(
         self,
@@ -164,6 +190,7 @@ class Mutation:
             LeaseJobsInput, strawberry.argument(description="Which jobs, how many, and for whom.")
         ],
     ) -> LeaseJobsResult:
+        info.context.caller.need_types(input.job_types)
         try:
             leases = await info.context.service.lease(
                 input.job_types,
@@ -175,7 +202,7 @@ class Mutation:
             return refusal(error)  # type: ignore[no-any-return]
         return LeaseJobsSuccess(leases=[JobLease.of(lease) for lease in leases])
 
-    @strawberry.mutation(description="Renews a lease, and hears whether to stop.")
+    @needs("jobs:work", description="Renews a lease, and hears whether to stop.")
     async def heartbeat_job(
         self,
         info: Info,
@@ -196,9 +223,10 @@ class Mutation:
             job=Job.of(heartbeat.job),
         )
 
-    @strawberry.mutation(
+    @needs(
+        "jobs:work",
         description="Ends the job as succeeded. Sent again with the same token, it succeeds again"
-        " and writes nothing."
+        " and writes nothing.",
     )
     async def complete_job(
         self,
@@ -210,9 +238,10 @@ class Mutation:
     ) -> CompleteJobResult:
         return await _changed(info.context.service.complete(lease_token, result))  # type: ignore
 
-    @strawberry.mutation(
+    @needs(
+        "jobs:work",
         description="Ends the attempt as failed. The job is tried again after its backoff while"
-        " attempts are left, and fails otherwise."
+        " attempts are left, and fails otherwise.",
     )
     async def fail_job(
         self,
@@ -236,14 +265,15 @@ class Mutation:
             )
         )
 
-    @strawberry.mutation(
-        description="Hands the job back, to run again at once; the attempt is not spent."
+    @needs(
+        "jobs:work",
+        description="Hands the job back, to run again at once; the attempt is not spent.",
     )
     async def release_job(self, info: Info, lease_token: LeaseToken) -> ReleaseJobResult:
         return await _changed(info.context.service.release(lease_token))  # type: ignore[no-any-return]
 
-    @strawberry.mutation(
-        description="Hands the job back, to run again later; the attempt is not spent."
+    @needs(
+        "jobs:work", description="Hands the job back, to run again later; the attempt is not spent."
     )
     async def snooze_job(
         self,
@@ -254,6 +284,24 @@ class Mutation:
         ],
     ) -> SnoozeJobResult:
         return await _changed(info.context.service.snooze(lease_token, seconds))  # type: ignore[no-any-return]
+
+
+async def _enqueued(context: Context, request: EnqueueRequest) -> Any:
+    context.caller.need_types([request.type])
+    try:
+        enqueued = await context.service.enqueue(request, created_by=context.caller.subject)
+    except REFUSALS as error:
+        return refusal(error)
+    return EnqueueJobSuccess(job=Job.of(enqueued.job), deduplicated=enqueued.deduplicated)
+
+
+async def _seen(
+    context: Context, job_id: str, change: Callable[[str], Awaitable[JobRecord]]
+) -> JobRecord:
+    """The change of a job that exists for the caller. A job's type never changes."""
+    if context.caller.job_types is not None:
+        await context.job(job_id)
+    return await change(job_id)
 
 
 async def _changed(change: Any) -> Any:

@@ -14,6 +14,7 @@ from api.graphql.context import Context
 from api.graphql.errors import REFUSALS, refusal
 from api.graphql.inputs import EnqueueJobInput, JobFilter
 from api.graphql.scalars import DateTime
+from api.graphql.scopes import needs
 from api.graphql.types import (
     Job,
     JobConnection,
@@ -66,35 +67,44 @@ ValidateJobResult = Annotated[
 
 @strawberry.type(description="What can be asked.")
 class Query:
-    @strawberry.field(description="Every job type of this server, by name.")
+    @needs("jobs:read", description="Every job type of this server, by name.")
     def job_types(self, info: strawberry.Info[Context, None]) -> list[JobType]:
-        return [JobType.of(job_type) for job_type in info.context.service.registry.values()]
+        context = info.context
+        return [
+            JobType.of(job_type)
+            for name, job_type in context.service.registry.items()
+            if context.caller.may_see(name)
+        ]
 
-    @strawberry.field(description="One job type.")
+    @needs("jobs:read", description="One job type.")
     def job_type(
         self,
         info: strawberry.Info[Context, None],
         job_type: Annotated[str, strawberry.argument(description="Its name.")],
     ) -> JobTypeResult:
+        info.context.caller.need_types([job_type])
         try:
             return JobType.of(info.context.service.registry.get_type(job_type))
         except REFUSALS as error:
             return refusal(error)  # type: ignore[no-any-return]
 
-    @strawberry.field(description="The limits under which jobs of a type run.")
+    @needs("jobs:read", description="The limits under which jobs of a type run.")
     def job_policy(
         self,
         info: strawberry.Info[Context, None],
         job_type: Annotated[str, strawberry.argument(description="The name of the job type.")],
     ) -> JobPolicyResult:
+        info.context.caller.need_types([job_type])
         try:
             return JobPolicy.of(job_type, info.context.service.policy(job_type))
         except REFUSALS as error:
             return refusal(error)  # type: ignore[no-any-return]
 
-    @strawberry.field(
+    @needs(
+        "jobs:enqueue",
+        "jobs:read",
         description="A dry run of `enqueueJob`: the same checks by the same code, and nothing is"
-        " written."
+        " written.",
     )
     async def validate_job(
         self,
@@ -103,6 +113,7 @@ class Query:
             EnqueueJobInput, strawberry.argument(description="What `enqueueJob` would be given.")
         ],
     ) -> ValidateJobResult:
+        info.context.caller.need_types([input.type])
         try:
             valid = await info.context.service.validate(input.request())
         except REFUSALS as error:
@@ -115,18 +126,18 @@ class Query:
             duplicate_of=Job.of(valid.duplicate_of) if valid.duplicate_of else None,
         )
 
-    @strawberry.field(description="One job.")
+    @needs("jobs:read", description="One job.")
     async def job(
         self,
         info: strawberry.Info[Context, None],
         id: Annotated[strawberry.ID, strawberry.argument(description="The job's id.")],
     ) -> JobResult:
         try:
-            return Job.of(await info.context.service.get(id))
+            return Job.of(await info.context.job(id))
         except REFUSALS as error:
             return refusal(error)  # type: ignore[no-any-return]
 
-    @strawberry.field(description="Jobs, newest first, a page at a time.")
+    @needs("jobs:read", description="Jobs, newest first, a page at a time.")
     async def jobs(
         self,
         info: strawberry.Info[Context, None],
@@ -134,7 +145,10 @@ class Query:
             JobFilter | None, strawberry.argument(description="Which jobs; all unless given.")
         ] = None,
         first: Annotated[
-            int, strawberry.argument(description="How many on the page, 1 to 200.")
+            int,
+            strawberry.argument(
+                description="How many on the page, 1 to 200 unless this server is set otherwise."
+            ),
         ] = 50,
         after: Annotated[
             str | None,
@@ -143,8 +157,14 @@ class Query:
             ),
         ] = None,
     ) -> JobConnection:
+        types = tuple(filter.types or ()) if filter else ()
+        caller = info.context.caller
+        caller.need_types(types)
+        if not types and caller.job_types is not None:
+            # No types is no restriction, and no job has a type without a name.
+            types = tuple(sorted(caller.job_types)) or ("",)
         wanted = service.JobFilter(
-            types=tuple(filter.types or ()) if filter else (),
+            types=types,
             statuses=tuple(filter.statuses or ()) if filter else (),
         )
         page = await info.context.service.list_jobs(

@@ -9,51 +9,98 @@ from typing import Any, Final
 
 import strawberry
 from graphql import (
+    GraphQLBoolean,
+    GraphQLField,
     GraphQLInterfaceType,
+    GraphQLNonNull,
     GraphQLObjectType,
     GraphQLSchema,
     GraphQLUnionType,
+    is_input_object_type,
+    is_introspection_type,
+    print_schema,
+    validate_schema,
 )
+from graphql.type import introspection
 from strawberry.schema.config import StrawberryConfig
 from strawberry.types import get_object_definition
 from strawberry.types.base import StrawberryList, StrawberryOptional
 from strawberry.types.field import StrawberryField
 from strawberry.utils.str_converters import to_camel_case
 
+from api.auth import AccessScope
 from api.graphql.mutations import Mutation
 from api.graphql.queries import Query
 from api.graphql.scalars import SCALARS
-from api.graphql.streaming import TellErrors
+from api.graphql.scopes import scopes_of
 from api.graphql.subscriptions import Subscription
+from api.graphql.typed import TYPED_JOB_INPUT, typed_job_input
+from registry import DefinitionError, JobRegistry
 
 SDL_FILE: Final = Path(__file__).parent / "schema.graphql"
 """The schema as it is committed, for clients' code generators and for review."""
 
 
-def build_schema() -> tuple[strawberry.Schema, GraphQLSchema]:
-    """The schema that is served: Strawberry's, which streams, and inside it graphql-core's, which
-    executes queries and mutations."""
-    schema = _strawberry_schema()
-    return schema, _without_detours(schema)
+def build_schema(registry: JobRegistry) -> GraphQLSchema:
+    """The schema that is served for these job types, as graphql-core executes it.
+
+    Raises:
+        DefinitionError: the job types cannot stand together in `TypedJobInput`.
+        LookupError: a field does not say which scope it needs.
+    """
+    inner = _with_typed_door(strawberry_schema()._schema, registry)
+    _take_detours_out(inner)
+    return inner
 
 
-def sdl() -> str:
-    """The schema in GraphQL's schema definition language."""
-    return _strawberry_schema().as_str().rstrip() + "\n"
+def sdl(registry: JobRegistry) -> str:
+    """The schema of these job types in GraphQL's schema definition language."""
+    return print_schema(build_schema(registry)).rstrip() + "\n"
 
 
-def _strawberry_schema() -> strawberry.Schema:
+def strawberry_schema() -> strawberry.Schema:
+    """The schema as it is written, with Strawberry's own resolvers, before it has job types."""
     return strawberry.Schema(
         query=Query,
         mutation=Mutation,
         subscription=Subscription,
         config=StrawberryConfig(scalar_map=SCALARS),
-        extensions=[TellErrors],
     )
 
 
-def _without_detours(schema: strawberry.Schema) -> GraphQLSchema:
-    """The graphql-core schema inside, with Strawberry's general ways replaced by direct ones.
+def _with_typed_door(inner: GraphQLSchema, registry: JobRegistry) -> GraphQLSchema:
+    """The schema with the input that is made of the registry; without the field, if it is empty."""
+    types = {
+        name: graphql_type
+        for name, graphql_type in inner.type_map.items()
+        if name != TYPED_JOB_INPUT and not is_introspection_type(graphql_type)
+    }
+    mutation = inner.mutation_type
+    assert mutation is not None
+    job = typed_job_input(registry, types)
+    if job is None:
+        del mutation.fields["enqueue"]
+    else:
+        mutation.fields["enqueue"].args["job"].type = GraphQLNonNull(job)
+    # Strawberry's own answer looks for a Strawberry type behind each one.
+    introspection.introspection_types["__Type"].fields["isOneOf"] = GraphQLField(  # type: ignore[attr-defined]
+        GraphQLBoolean,
+        resolve=lambda of, _info: of.is_one_of if is_input_object_type(of) else None,
+    )
+    made = GraphQLSchema(
+        query=inner.query_type,
+        mutation=mutation,
+        subscription=inner.subscription_type,
+        types=list(types.values()),
+        directives=inner.directives,
+    )
+    if faults := validate_schema(made):
+        raise DefinitionError("; ".join(fault.message for fault in faults))
+    return made
+
+
+def _take_detours_out(inner: GraphQLSchema) -> None:
+    """Replaces Strawberry's general ways by direct ones, and puts each field's scopes in front.
 
     Strawberry finds the member of a union by trying every type there is, checks each object's
     type again, reads a plain attribute through four calls, and looks at the types of arguments
@@ -61,7 +108,6 @@ def _without_detours(schema: strawberry.Schema) -> GraphQLSchema:
     its class names the type; and what an argument becomes is settled once.
     Measured: see benchmarks/README.md.
     """
-    inner = schema._schema
     names: dict[type, str] = {}
     for graphql_type in inner.type_map.values():
         definition = graphql_type.extensions.get("strawberry-definition")
@@ -76,11 +122,29 @@ def _without_detours(schema: strawberry.Schema) -> GraphQLSchema:
             graphql_type.resolve_type = name_of
         elif isinstance(graphql_type, GraphQLObjectType) and graphql_type.name in names.values():
             graphql_type.is_type_of = None
-            if graphql_type is inner.subscription_type:
-                continue
             for field in graphql_type.fields.values():
-                field.resolve = _direct(field.extensions["strawberry-definition"])
-    return inner
+                definition = field.extensions["strawberry-definition"]
+                resolve = _guarded(scopes_of(graphql_type.name, definition), _direct(definition))
+                if graphql_type is inner.subscription_type:
+                    field.subscribe, field.resolve = resolve, _itself
+                else:
+                    field.resolve = resolve
+
+
+def _itself(event: Any, _info: Any, **_given: Any) -> Any:
+    return event
+
+
+def _guarded(scopes: tuple[AccessScope, ...], resolve: Callable[..., Any]) -> Callable[..., Any]:
+    """A resolver behind the check that the caller has one of these scopes."""
+    if not scopes:
+        return resolve
+
+    def guarded(source: Any, info: Any, **given: Any) -> Any:
+        info.context.caller.need(*scopes)
+        return resolve(source, info, **given)
+
+    return guarded
 
 
 def _direct(field: StrawberryField) -> Callable[..., Any]:

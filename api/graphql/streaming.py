@@ -1,51 +1,176 @@
-"""Subscriptions over graphql-transport-ws and server-sent events, by Strawberry's own view."""
+"""Operations over WebSockets: the graphql-transport-ws protocol, by Strawberry's own view.
+
+https://github.com/enisdenjo/graphql-ws/blob/master/PROTOCOL.md
+"""
 
 from __future__ import annotations
 
-import strawberry
-from graphql import GraphQLError
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from graphql import ExecutionResult, GraphQLError, OperationType
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket
 from strawberry.asgi import GraphQL
-from strawberry.extensions import MaskErrors
-from strawberry.subscriptions import GRAPHQL_SSE_PROTOCOL, GRAPHQL_TRANSPORT_WS_PROTOCOL
+from strawberry.exceptions import ConnectionRejectionError
+from strawberry.schema import BaseSchema
+from strawberry.subscriptions import GRAPHQL_TRANSPORT_WS_PROTOCOL
+from strawberry.types.execution import ExecutionResult as Result
+from strawberry.types.execution import PreExecutionError
 
+from api.auth import (
+    AuthenticationUnavailable,
+    Caller,
+    Entrance,
+    TooManyRequests,
+    Unauthenticated,
+)
 from api.graphql.context import Context
+from api.graphql.operations import DocumentRefused, Operations
 from api.graphql.told import told
+from api.graphql.view import results_until_expiry
+from api.http_messages import address, authorization
+from api.logs import log_unexpected
+from api.queue.service import JobService
 
 
-class TellErrors(MaskErrors):
-    """Errors of a stream as every door tells them: what nobody foresaw by its id alone."""
+@dataclass
+class Connection:
+    """What is known of a WebSocket. `caller` is known once the client has introduced itself."""
 
-    def anonymise_error(self, error: GraphQLError) -> GraphQLError:
-        """The error that the client sees."""
-        content = told(error)
-        return GraphQLError(
-            content["message"],
-            nodes=error.nodes,
-            source=error.source,
-            positions=error.positions,
-            path=error.path,
-            extensions=content.get("extensions"),
-        )
+    service: JobService
+    address: str
+    authorization: str
+    connection_params: dict[str, Any] | None = None
+    caller: Caller | None = None
 
 
-class StreamingView(GraphQL[Context, None]):
-    """Serves WebSockets, and requests that accept `text/event-stream`."""
+class StreamingView(GraphQL[Connection, None]):
+    """Serves WebSockets.
 
-    def __init__(self, schema: strawberry.Schema) -> None:
+    The bearer token is the one of the handshake's Authorization header or, as a browser cannot
+    send one there, `Authorization` in the payload of `connection_init`. A browser's page may
+    connect from this origin and from `allowed_origins`.
+    """
+
+    def __init__(
+        self, operations: Operations, entrance: Entrance, *, allowed_origins: Sequence[str]
+    ) -> None:
         super().__init__(
-            schema,
+            cast(BaseSchema, _Streams(operations, entrance)),
             graphql_ide=None,
-            subscription_protocols=(GRAPHQL_TRANSPORT_WS_PROTOCOL, GRAPHQL_SSE_PROTOCOL),
-            # A proxy ends a connection on which nothing moves.
-            keep_alive=True,
-            keep_alive_interval=15,
+            subscription_protocols=(GRAPHQL_TRANSPORT_WS_PROTOCOL,),
+            allowed_origins=allowed_origins,
         )
+        self._entrance = entrance
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves one connection."""
+        try:
+            await super().__call__(scope, receive, send)
+        except Exception as error:
+            # A message that is nothing of the protocol's. The server closes the connection.
+            log_unexpected("websocket", error)
+            await send({"type": "websocket.close", "code": 1011})
 
     async def get_context(
         self, request: Request | WebSocket, response: Response | WebSocket
-    ) -> Context:
-        """What the resolvers are given."""
-        return Context(request.app.state.service)
+    ) -> Connection:
+        """What is known before the first message."""
+        scope = request.scope
+        return Connection(request.app.state.service, address(scope), authorization(scope))
+
+    async def on_ws_connect(self, context: Connection) -> None:
+        """Admits the client; otherwise the connection is closed with the code 4403."""
+        params = context.connection_params or {}
+        given = params.get("Authorization", params.get("authorization"))
+        try:
+            context.caller = await self._entrance.admit(
+                given if isinstance(given, str) else context.authorization, context.address
+            )
+        except (Unauthenticated, TooManyRequests, AuthenticationUnavailable):
+            raise ConnectionRejectionError from None
+        return await super().on_ws_connect(context)  # type: ignore[return-value]
+
+
+class _Streams:
+    """What Strawberry's view asks of a schema: the results of an operation, of any kind."""
+
+    def __init__(self, operations: Operations, entrance: Entrance) -> None:
+        self._operations = operations
+        self._entrance = entrance
+
+    async def stream(
+        self,
+        query: object,
+        variable_values: object,
+        context_value: Connection,
+        root_value: None,
+        operation_name: object,
+    ) -> AsyncIterator[Result]:
+        return self._results(query, variable_values, context_value, operation_name)
+
+    async def _results(
+        self, query: object, variables: object, connection: Connection, name: object
+    ) -> AsyncIterator[Result]:
+        if (
+            not isinstance(query, str)
+            or not isinstance(variables, dict | None)
+            or not isinstance(name, str | None)
+        ):
+            message = "query has to be a string, variables an object, operationName a string."
+            yield PreExecutionError(data=None, errors=[GraphQLError(message)])
+            return
+        assert connection.caller is not None
+        context = Context(connection.service, connection.caller)
+        try:
+            self._entrance.check(connection.caller, connection.address)
+            prepared = self._operations.prepare(query, name)
+        except DocumentRefused as refused:
+            # Without their class: Strawberry closes the connection on a syntax error.
+            errors = [_plain(error) for error in refused.errors]
+            yield PreExecutionError(data=None, errors=errors)
+            return
+        except (TooManyRequests, Unauthenticated) as error:
+            wrapped = GraphQLError("", original_error=error)
+            yield PreExecutionError(data=None, errors=[_told(wrapped)])
+            return
+        if prepared.operation.operation is not OperationType.SUBSCRIPTION:
+            yield _result(await self._operations.execute(prepared, variables, context))
+            return
+        results = results_until_expiry(self._operations, prepared, variables, context)
+        try:
+            async for result in results:
+                yield _result(result)
+        finally:
+            await results.aclose()  # type: ignore[attr-defined]
+
+
+def _result(result: ExecutionResult) -> Result:
+    if not result.errors:
+        return Result(data=result.data, errors=None)
+    errors = [_told(error) for error in result.errors]
+    if result.data is None and all(error.path is None for error in result.errors):
+        return PreExecutionError(data=None, errors=errors)
+    return Result(data=result.data, errors=errors)
+
+
+def _told(error: GraphQLError) -> GraphQLError:
+    content = told(error)
+    return _plain(error, content["message"], content.get("extensions"))
+
+
+def _plain(
+    error: GraphQLError, message: str | None = None, extensions: dict[str, Any] | None = None
+) -> GraphQLError:
+    return GraphQLError(
+        message or error.message,
+        nodes=error.nodes,
+        source=error.source,
+        positions=error.positions,
+        path=error.path,
+        extensions=extensions or error.extensions,
+    )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import AsyncGenerator
 from typing import Annotated
 
 import strawberry
 
 from api.graphql.context import Context
+from api.graphql.scopes import subscription
 from api.graphql.types import Job, described
 from api.queue import events
 from api.queue.errors import InputInvalid, JobNotFound
@@ -50,10 +52,11 @@ class JobEvent:
 
 @strawberry.type(description="What can be followed.")
 class Subscription:
-    @strawberry.subscription(
+    @subscription(
+        "jobs:read",
         description="What happens to jobs from now on, in every process, in the order of commits."
         " A subscriber that falls 1,000 events behind is dropped with the error `events_missed`: it"
-        " reads the jobs and subscribes again."
+        " reads the jobs and subscribes again.",
     )
     async def job_events(
         self,
@@ -65,7 +68,8 @@ class Subscription:
             list[str] | None, strawberry.argument(description="Of jobs of these types alone.")
         ] = None,
     ) -> AsyncGenerator[JobEvent, None]:
-        service = info.context.service
+        service, caller = info.context.service, info.context.caller
+        caller.need_types(job_types or ())
         faults = []
         for index, name in enumerate(job_types or ()):
             try:
@@ -79,6 +83,16 @@ class Subscription:
             faults.append(Violation("/jobId", "job_not_found", str(unknown)))
         if faults:
             raise InputInvalid(tuple(faults))
-        with service.events.subscribe(job_id=of_job, types=job_types) as subscription:
-            async for event in subscription:
-                yield JobEvent.of(event)
+        types = job_types
+        if types is None and caller.job_types is not None:
+            types = sorted(caller.job_types)
+        return _events(info.context, of_job, types)
+
+
+async def _events(
+    context: Context, job_id: uuid.UUID | None, types: list[str] | None
+) -> AsyncGenerator[JobEvent, None]:
+    with context.service.events.subscribe(job_id=job_id, types=types) as subscription:
+        async for event in subscription:
+            context.forget()
+            yield JobEvent.of(event)

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from graphql import GraphQLError
+from graphql import ExecutionResult, GraphQLError
 
+from api.auth import (
+    AuthenticationUnavailable,
+    Forbidden,
+    TooManyRequests,
+    Unauthenticated,
+)
 from api.logs import log_unexpected
 from api.queue.errors import EventsMissed, InputInvalid, QueueUnavailable
 
@@ -15,14 +21,21 @@ def told(error: GraphQLError) -> dict[str, Any]:
     original = error.original_error
     extensions: dict[str, Any]
     match original:
-        case None:
-            return dict(error.formatted)
-        case GraphQLError():
+        case None | GraphQLError():
             return dict(error.formatted)
         case EventsMissed():
             message, extensions = str(original), {"code": "events_missed"}
         case QueueUnavailable():
             message, extensions = str(original), {"code": "queue_unavailable"}
+        case Forbidden():
+            message, extensions = str(original), {"code": "forbidden"}
+        case Unauthenticated():
+            message, extensions = str(original), {"code": "unauthenticated"}
+        case AuthenticationUnavailable():
+            message, extensions = str(original), {"code": "authentication_unavailable"}
+        case TooManyRequests():
+            message = str(original)
+            extensions = {"code": "rate_limited", "retryAfterSeconds": original.retry_after}
         case InputInvalid():
             message = "; ".join(f"{v.path}: {v.message}" for v in original.violations)
             extensions = {
@@ -37,3 +50,18 @@ def told(error: GraphQLError) -> dict[str, Any]:
             message = f"Something went wrong here. It is logged as {error_id}."
             extensions = {"code": "internal_error", "errorId": error_id}
     return {**error.formatted, "message": message, "extensions": extensions}
+
+
+def told_of(error: Exception) -> dict[str, Any]:
+    """An exception that no field raised, as clients see it."""
+    return told(GraphQLError("", original_error=error))
+
+
+def told_result(result: ExecutionResult) -> dict[str, Any]:
+    """A result as clients see it. Without data, not even null, where nothing was executed."""
+    if not result.errors:
+        return {"data": result.data}
+    errors = [told(error) for error in result.errors]
+    if result.data is None and all(error.path is None for error in result.errors):
+        return {"errors": errors}
+    return {"errors": errors, "data": result.data}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import strawberry
 
+from api.auth import AccessScope
 from api.graphql.context import Context
 from api.graphql.scalars import JSON, DateTime
+from api.graphql.scopes import needs, open_to_all
 from api.queue import models, service
 from api.queue.models import AttemptOutcome, JobStatus
 from registry import JobPolicy as Policy
@@ -43,6 +45,10 @@ def _describe_values(enum: Any, descriptions: dict[str, str]) -> None:
 
 _describe_values(JobStatus, _STATUS_DESCRIPTIONS)
 _describe_values(AttemptOutcome, _OUTCOME_DESCRIPTIONS)
+
+
+READERS: Final[tuple[AccessScope, ...]] = ("jobs:read", "jobs:work")
+"""Who may read what is in a job. One who only enqueues may be given a job that was there before."""
 
 
 def described(text: str) -> Any:
@@ -212,42 +218,55 @@ WaitingReason = Annotated[
 @strawberry.type(description="A job: a payload of some type, and what became of it.")
 class Job:
     record: strawberry.Private[models.JobRecord]
-    id: strawberry.ID = described("A UUID of version 7: ids of later jobs are greater.")
-    type: str = described("The job type.")
-    status: JobStatus = described("Where it is in its life.")
-    payload: JSON = described("The payload, as it came in.")
-    priority: int = described("0 to 100; of due jobs the higher ones go first.")
-    attempt: int = described("How many attempts have begun: 0 before the first run.")
-    max_attempts: int = described("How often it runs at most, the first run included.")
-    timeout_seconds: int = described("How long one attempt may take.")
-    next_run_at: DateTime | None = described("When it may run next; null unless it is queued.")
-    created_at: DateTime = described("When it was stored.")
-    started_at: DateTime | None = described("When its latest attempt began.")
-    finished_at: DateTime | None = described("When it succeeded, failed or was cancelled.")
-    created_by: str | None = described("Who enqueued it: the `sub` of the caller's token.")
-    idempotency_key: str | None = described("The key it was enqueued with.")
-    cancel_requested_at: DateTime | None = described(
+    is_foreign: strawberry.Private[bool]
+    id: strawberry.ID = open_to_all("A UUID of version 7: ids of later jobs are greater.")
+    type: str = open_to_all("The job type.")
+    status: JobStatus = open_to_all("Where it is in its life.")
+    priority: int = open_to_all("0 to 100; of due jobs the higher ones go first.")
+    attempt: int = open_to_all("How many attempts have begun: 0 before the first run.")
+    max_attempts: int = open_to_all("How often it runs at most, the first run included.")
+    timeout_seconds: int = open_to_all("How long one attempt may take.")
+    next_run_at: DateTime | None = open_to_all("When it may run next; null unless it is queued.")
+    created_at: DateTime = open_to_all("When it was stored.")
+    started_at: DateTime | None = open_to_all("When its latest attempt began.")
+    finished_at: DateTime | None = open_to_all("When it succeeded, failed or was cancelled.")
+    created_by: str | None = open_to_all("Who enqueued it: the `sub` of the caller's token.")
+    idempotency_key: str | None = open_to_all("The key it was enqueued with.")
+    cancel_requested_at: DateTime | None = open_to_all(
         "When its cancellation was asked for. A running job's worker is told with its heartbeat."
     )
-    worker_id: str | None = described("The worker of its latest attempt.")
-    progress: JSON | None = described("What its handler last reported of its progress.")
-    result: JSON | None = described("What its handler returned.")
-    error: JobError | None = described("Why its latest attempt failed; null once it succeeded.")
+    worker_id: str | None = needs(*READERS, description="The worker of its latest attempt.")
+    progress: JSON | None = needs(
+        *READERS, description="What its handler last reported of its progress."
+    )
+    result: JSON | None = needs(*READERS, description="What its handler returned.")
+    error: JobError | None = needs(
+        *READERS, description="Why its latest attempt failed; null once it succeeded."
+    )
 
-    @strawberry.field(description="Every attempt so far, the first one first.")
+    @open_to_all(
+        "The payload, as it came in. That of the job in an `IdempotencyConflict`, which another"
+        " caller may have stored, needs the scope `jobs:read` or `jobs:work`."
+    )
+    def payload(self, info: strawberry.Info[Context, None]) -> JSON:
+        if self.is_foreign:
+            info.context.caller.need(*READERS)
+        return JSON(self.record.payload)
+
+    @needs(*READERS, description="Every attempt so far, the first one first.")
     async def attempts(self, info: strawberry.Info[Context, None]) -> list[JobAttempt]:
         attempts = await info.context.attempts.load(self.record.id)
         return [JobAttempt.of(attempt) for attempt in attempts]
 
-    @strawberry.field(
-        description="The policy of its type as it is now; null when the type is not registered"
-        " any more. What this job keeps to is its own `maxAttempts` and `timeoutSeconds`."
+    @open_to_all(
+        "The policy of its type as it is now; null when the type is not registered any more."
+        " What this job keeps to is its own `maxAttempts` and `timeoutSeconds`."
     )
     def policy(self, info: strawberry.Info[Context, None]) -> JobPolicy | None:
         registered = info.context.service.registry.get(self.type)
         return JobPolicy.of(self.type, registered.policy) if registered else None
 
-    @strawberry.field(description="Why it does not run at this moment; null unless it is queued.")
+    @open_to_all("Why it does not run at this moment; null unless it is queued.")
     async def waiting_reason(self, info: strawberry.Info[Context, None]) -> WaitingReason | None:
         match await info.context.service.waiting_reason(self.record):
             case service.ScheduledFor(next_run_at):
@@ -261,13 +280,13 @@ class Job:
         return None
 
     @classmethod
-    def of(cls, record: models.JobRecord) -> Job:
+    def of(cls, record: models.JobRecord, *, is_foreign: bool = False) -> Job:
         return cls(
             record=record,
+            is_foreign=is_foreign,
             id=strawberry.ID(str(record.id)),
             type=record.type,
             status=record.status,
-            payload=JSON(record.payload),
             priority=record.priority,
             attempt=record.attempt,
             max_attempts=record.max_attempts,

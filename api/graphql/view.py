@@ -1,31 +1,30 @@
-"""GraphQL over HTTP, as an ASGI application: https://graphql.github.io/graphql-over-http/draft/."""
+"""GraphQL over HTTP, as an ASGI application: https://graphql.github.io/graphql-over-http/draft/.
+
+Subscriptions as server-sent events, in the "distinct connections mode" of the GraphQL over SSE
+protocol: https://github.com/enisdenjo/graphql-sse/blob/master/PROTOCOL.md.
+"""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from inspect import isawaitable, iscoroutine
-from typing import Any, Final
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from typing import Any, Final, NamedTuple
 from urllib.parse import parse_qs
 
-from graphql import (
-    DocumentNode,
-    ExecutionResult,
-    Executor,
-    GraphQLError,
-    GraphQLSchema,
-    OperationDefinitionNode,
-    OperationType,
-    parse,
-    validate,
-)
-from pydantic_core import from_json
+from graphql import ExecutionResult, GraphQLError, OperationType
+from pydantic_core import from_json, to_json
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from api.auth import AuthenticationUnavailable, Entrance, TooManyRequests, Unauthenticated
 from api.graphql.context import Context
-from api.graphql.told import told
+from api.graphql.operations import DocumentRefused, Operations, Prepared
+from api.graphql.told import told_of, told_result
 from api.http_messages import (
     BodyTooLarge,
     ClientGone,
+    address,
+    authorization,
     header,
     is_json,
     read_body,
@@ -34,220 +33,244 @@ from api.http_messages import (
 
 GRAPHQL_RESPONSE: Final = b"application/graphql-response+json"
 JSON: Final = b"application/json"
-MAX_CACHED_DOCUMENTS: Final = 500
-MAX_CACHED_LENGTH: Final = 20_000
-"""A longer document is not cached, so that the cache holds 10 MB of text at most."""
-
-MAX_TOKENS: Final = 20_000
+EVENT_STREAM: Final = b"text/event-stream"
+KEEP_ALIVE_SECONDS: Final = 15.0
+"""A proxy ends a connection on which nothing moves."""
 
 
 class RequestRefused(Exception):
-    """Raised when a request is refused before anything is executed, with its HTTP status.
-
-    `document` says that the request was well formed and its GraphQL document was not.
-    """
+    """Raised when a request is refused before anything is executed, with its HTTP status."""
 
     def __init__(
         self,
         status: int,
-        errors: list[GraphQLError],
+        errors: list[dict[str, Any]],
         *,
         headers: tuple[tuple[bytes, bytes], ...] = (),
-        document: bool = False,
     ) -> None:
         self.status = status
         self.errors = errors
         self.headers = headers
-        self.document = document
-        super().__init__(str(errors[0]))
+        super().__init__(errors[0]["message"])
 
 
-class Documents:
-    """Parsed and validated documents by their text, the least recently used dropped first.
-
-    A generated client sends the same few documents over and over; parsing and validating one
-    takes longer than executing it.
-    """
-
-    def __init__(self, schema: GraphQLSchema) -> None:
-        self._schema = schema
-        self._known: OrderedDict[str, DocumentNode] = OrderedDict()
-
-    def get(self, text: str) -> DocumentNode:
-        """The document of a text.
-
-        Raises:
-            GraphQLError: it does not parse.
-            RequestRefused: it is not valid against the schema.
-        """
-        document = self._known.get(text)
-        if document is not None:
-            self._known.move_to_end(text)
-            return document
-        document = parse(text, max_tokens=MAX_TOKENS)
-        errors = validate(self._schema, document, max_errors=20)
-        if errors:
-            raise RequestRefused(400, errors, document=True)
-        if len(text) <= MAX_CACHED_LENGTH:
-            self._known[text] = document
-            if len(self._known) > MAX_CACHED_DOCUMENTS:
-                self._known.popitem(last=False)
-        return document
+class _Request(NamedTuple):
+    prepared: Prepared
+    variables: dict[str, Any] | None
+    context: Context
 
 
 class GraphQLView:
     """Serves the schema at one path: POST with JSON, and GET for queries.
 
-    Executes with graphql-core itself: `strawberry.Schema.execute` costs four times as much.
+    `page` is what a browser is shown by GET, if anything. A simple request of a browser, such as a
+    form of a foreign page can send, never executes anything but a query: POST needs a JSON
+    Content-Type, which makes a browser ask first (CORS).
     """
 
     def __init__(
-        self, schema: GraphQLSchema, stream: ASGIApp, *, max_body_bytes: int, page: str
+        self,
+        operations: Operations,
+        entrance: Entrance,
+        *,
+        max_body_bytes: int,
+        get_queries: bool,
+        page: ASGIApp | None,
     ) -> None:
-        self._schema = schema
-        self._stream = stream
-        self._documents = Documents(schema)
+        self._operations = operations
+        self._entrance = entrance
         self._max_body_bytes = max_body_bytes
-        self._page = page.encode()
+        self._get_queries = get_queries
+        self._page = page
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one HTTP request."""
         accept = header(scope, b"accept")
-        if b"text/event-stream" in accept:
-            await self._stream(scope, receive, send)
-            return
-        if scope["method"] == "GET" and _wants_page(scope, accept):
-            await self._respond_page(send)
+        if self._page is not None and _wants_page(scope, accept):
+            await self._page(scope, receive, send)
             return
         media_type = _negotiated(accept)
         if media_type is None:
-            error = GraphQLError(
-                "The response is application/graphql-response+json or application/json; the Accept"
-                " header takes neither."
+            message = (
+                "The response is application/graphql-response+json, application/json or"
+                " text/event-stream; the Accept header takes none of them."
             )
-            await respond_json(send, 406, {"errors": [error.formatted]})
+            await respond_json(send, 406, {"errors": [{"message": message}]})
             return
         headers: tuple[tuple[bytes, bytes], ...] = ()
         try:
             request = await self._read(scope, receive)
-            content, status = await self._execute(request, scope, media_type)
-        except RequestRefused as refused:
-            content = {"errors": [error.formatted for error in refused.errors]}
-            status, headers = refused.status, refused.headers
-            # A client that takes application/json alone is told of its document's faults with
-            # 200: it cannot tell a 400 of ours from one of a proxy's.
-            if status == 400 and media_type == JSON and refused.document:
-                status = 200
+            if media_type == EVENT_STREAM:
+                await _respond_events(send, receive, self._events(request))
+                return
+            if request.prepared.operation.operation is OperationType.SUBSCRIPTION:
+                message = (
+                    "A subscription is served to Accept: text/event-stream, or over a WebSocket."
+                )
+                raise DocumentRefused([GraphQLError(message)])
+            result = await self._operations.execute(*request)
+            content = told_result(result)
+            # Without data nothing was executed: the variables do not fit.
+            status = 200 if "data" in content or media_type == JSON else 400
         except ClientGone:
             return
+        except RequestRefused as refused:
+            content, status, headers = {"errors": refused.errors}, refused.status, refused.headers
+        except DocumentRefused as refused:
+            # A client that takes application/json alone is told of its document's faults with
+            # 200: it cannot tell a 400 of ours from one of a proxy's.
+            content = {"errors": [error.formatted for error in refused.errors]}
+            status = 200 if media_type == JSON else 400
+        if media_type == EVENT_STREAM:
+            media_type = JSON
         await respond_json(
             send, status, content, content_type=media_type + b"; charset=utf-8", headers=headers
         )
 
-    async def _read(self, scope: Scope, receive: Receive) -> dict[str, Any]:
-        """The parameters of a request: query, variables, operationName, extensions."""
-        if scope["method"] == "GET":
-            return _checked(_of_query_string(scope["query_string"]))
-        if scope["method"] != "POST":
-            raise RequestRefused(
-                405,
-                [GraphQLError("GraphQL takes GET and POST.")],
-                headers=((b"allow", b"GET, POST"),),
+    async def _read(self, scope: Scope, receive: Receive) -> _Request:
+        """What is asked for, by someone who may ask.
+
+        Raises:
+            RequestRefused: the request is not well formed, or its caller is not admitted.
+            DocumentRefused: its document cannot be executed.
+        """
+        method = scope["method"]
+        if method not in ("GET", "POST") or (method == "GET" and not self._get_queries):
+            allowed = "GET and POST" if self._get_queries else "POST"
+            raise _refused(
+                405, f"GraphQL takes {allowed}.", allow=allowed.replace(" and", ",").encode()
             )
+        try:
+            caller = await self._entrance.admit(authorization(scope), address(scope))
+        except Unauthenticated as error:
+            challenge = (b"www-authenticate", error.challenge.encode())
+            raise RequestRefused(401, [told_of(error)], headers=(challenge,)) from None
+        except TooManyRequests as error:
+            retry = (b"retry-after", str(error.retry_after).encode())
+            raise RequestRefused(429, [told_of(error)], headers=(retry,)) from None
+        except AuthenticationUnavailable as error:
+            retry = (b"retry-after", b"5")
+            raise RequestRefused(503, [told_of(error)], headers=(retry,)) from None
+        if method == "GET":
+            content = _checked(_of_query_string(scope["query_string"]))
+        else:
+            content = _checked(await self._read_json(scope, receive))
+        prepared = self._operations.prepare(content["query"], content.get("operationName"))
+        if method == "GET" and prepared.operation.operation is OperationType.MUTATION:
+            raise _refused(405, "A mutation is sent with POST.", allow=b"POST")
+        context = Context(scope["app"].state.service, caller)
+        return _Request(prepared, content.get("variables"), context)
+
+    async def _read_json(self, scope: Scope, receive: Receive) -> dict[str, Any]:
         if not is_json(header(scope, b"content-type")):
-            raise RequestRefused(
-                415, [GraphQLError("The Content-Type has to be application/json.")]
-            )
+            raise _refused(415, "The Content-Type has to be application/json.")
         try:
             body = await read_body(scope, receive, self._max_body_bytes)
         except BodyTooLarge:
-            message = f"A request is at most {self._max_body_bytes:,} bytes long."
-            raise RequestRefused(413, [GraphQLError(message)]) from None
+            raise _refused(
+                413, f"A request is at most {self._max_body_bytes:,} bytes long."
+            ) from None
         try:
             content = from_json(body, allow_inf_nan=False)
         except ValueError as error:
-            message = f"The body is no JSON: {str(error)[:200]}"
-            raise RequestRefused(400, [GraphQLError(message)]) from None
+            raise _refused(400, f"The body is no JSON: {str(error)[:200]}") from None
         if not isinstance(content, dict):
-            raise RequestRefused(
-                400,
-                [GraphQLError("The body has to be one object with a query; there are no batches.")],
-            )
-        return _checked(content)
+            raise _refused(400, "The body has to be one object with a query; there are no batches.")
+        return content
 
-    async def _execute(
-        self, request: dict[str, Any], scope: Scope, media_type: bytes
-    ) -> tuple[dict[str, Any], int]:
-        name = request.get("operationName")
-        try:
-            document = self._documents.get(request["query"])
-            operation = _operation(document, name)
-        except GraphQLError as error:
-            raise RequestRefused(400, [error], document=True) from None
-        if operation.operation is OperationType.SUBSCRIPTION:
-            message = "A subscription is served to Accept: text/event-stream, or over a WebSocket."
-            refused = GraphQLError(message)
-            raise RequestRefused(400, [refused], document=True)
-        if scope["method"] == "GET" and operation.operation is not OperationType.QUERY:
-            raise RequestRefused(
-                405, [GraphQLError("A mutation is sent with POST.")], headers=((b"allow", b"POST"),)
-            )
-        # Not `execute`, which prepares for @defer and @stream. All that our resolvers give to wait
-        # for is coroutines, which can be told at a glance.
-        executor = Executor.build(
-            self._schema,
-            document,
-            context_value=Context(scope["app"].state.service),
-            raw_variable_values=request.get("variables"),
-            operation_name=name,
-            is_awaitable=iscoroutine,  # type: ignore[arg-type]
-        )
-        if isinstance(executor, list):
-            return _formatted(ExecutionResult(None, executor), media_type)
-        result = executor.execute_operation()
-        if isawaitable(result):
-            result = await result
-        assert isinstance(result, ExecutionResult)
-        return _formatted(result, media_type)
-
-    async def _respond_page(self, send: Send) -> None:
-        await send(
-            {
-                "type": "http.response.start",
-                "status": 200,
-                "headers": [
-                    (b"content-type", b"text/html; charset=utf-8"),
-                    (b"content-security-policy", b"default-src 'none'; style-src 'unsafe-inline'"),
-                    (b"content-length", str(len(self._page)).encode()),
-                ],
-            }
-        )
-        await send({"type": "http.response.body", "body": self._page})
+    async def _events(self, request: _Request) -> AsyncIterator[dict[str, Any]]:
+        """The results of an operation, one for each event of a subscription."""
+        if request.prepared.operation.operation is not OperationType.SUBSCRIPTION:
+            yield told_result(await self._operations.execute(*request))
+            return
+        async for result in results_until_expiry(self._operations, *request):
+            yield told_result(result)
 
 
-def _formatted(result: ExecutionResult, media_type: bytes) -> tuple[dict[str, Any], int]:
-    """The response of a result, and its status."""
-    if not result.errors:
-        return {"data": result.data}, 200
-    errors = [told(error) for error in result.errors]
-    if result.data is None and all(error.path is None for error in result.errors):
-        # The variables do not fit: nothing was executed, so there is no data, not even null.
-        return {"errors": errors}, 200 if media_type == JSON else 400
-    return {"errors": errors, "data": result.data}, 200
+async def results_until_expiry(
+    operations: Operations,
+    prepared: Prepared,
+    variables: dict[str, Any] | None,
+    context: Context,
+) -> AsyncIterator[ExecutionResult]:
+    """The results of a subscription. When it ends for a reason of its own, such as the caller's
+    token having expired, the last one is that error."""
+    results = await operations.subscribe(prepared, variables, context)
+    if isinstance(results, ExecutionResult):
+        yield results
+        return
+    expires_at = context.caller.expires_at
+    try:
+        while True:
+            left = None if expires_at is None else expires_at - time.time()
+            try:
+                async with asyncio.timeout(left):
+                    result = await anext(results)
+            except StopAsyncIteration:
+                return
+            yield result
+    except TimeoutError:
+        expired = Unauthenticated("The token has expired.")
+        yield ExecutionResult(None, [GraphQLError("", original_error=expired)])
+    except Exception as error:
+        yield ExecutionResult(None, [GraphQLError("", original_error=error)])
+    finally:
+        await results.aclose()  # type: ignore[attr-defined]
 
 
-def _operation(document: DocumentNode, name: str | None) -> OperationDefinitionNode:
-    operations = [
-        node for node in document.definitions if isinstance(node, OperationDefinitionNode)
+async def _respond_events(
+    send: Send, receive: Receive, results: AsyncIterator[dict[str, Any]]
+) -> None:
+    """Sends results as server-sent events until they end or the client hangs up."""
+    headers = [
+        (b"content-type", b"text/event-stream; charset=utf-8"),
+        (b"cache-control", b"no-cache"),
+        (b"x-accel-buffering", b"no"),
     ]
-    if name is None and len(operations) == 1:
-        return operations[0]
-    for operation in operations:
-        if name is not None and operation.name is not None and operation.name.value == name:
-            return operation
-    if name is None:
-        raise GraphQLError("The document has several operations; operationName has to name one.")
-    raise GraphQLError(f"The document has no operation named {name[:100]!r}.")
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    gone = asyncio.ensure_future(_gone(receive))
+    following: asyncio.Future[dict[str, Any]] | None = None
+    try:
+        while True:
+            following = following or asyncio.ensure_future(anext(results))
+            await asyncio.wait(
+                (following, gone),
+                timeout=KEEP_ALIVE_SECONDS,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            if gone.done():
+                return
+            if not following.done():
+                await _send_text(send, b":\n\n")
+                continue
+            try:
+                result = following.result()
+            except StopAsyncIteration:
+                break
+            following = None
+            await _send_text(send, b"event: next\ndata: " + to_json(result) + b"\n\n")
+        await _send_text(send, b"event: complete\ndata:\n\n")
+        await send({"type": "http.response.body", "body": b""})
+    finally:
+        gone.cancel()
+        if following is not None:
+            following.cancel()
+            await asyncio.wait([following])
+        await results.aclose()  # type: ignore[attr-defined]
+
+
+async def _send_text(send: Send, text: bytes) -> None:
+    await send({"type": "http.response.body", "body": text, "more_body": True})
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _refused(status: int, message: str, *, allow: bytes | None = None) -> RequestRefused:
+    headers = ((b"allow", allow),) if allow else ()
+    return RequestRefused(status, [{"message": message}], headers=headers)
 
 
 def _of_query_string(query_string: bytes) -> dict[str, Any]:
@@ -261,7 +284,7 @@ def _of_query_string(query_string: bytes) -> dict[str, Any]:
                 content.pop(name, None)
     except ValueError:
         message = "variables and extensions have to be JSON in the query string."
-        raise RequestRefused(400, [GraphQLError(message)]) from None
+        raise _refused(400, message) from None
     if not content.get("operationName"):
         content.pop("operationName", None)
     return content
@@ -279,7 +302,7 @@ def _checked(content: dict[str, Any]) -> dict[str, Any]:
         if content.get(name) is not None and not isinstance(content[name], kind):
             faults.append(f"{name} has to be {expected} or null.")
     if faults:
-        raise RequestRefused(400, [GraphQLError(fault) for fault in faults])
+        raise RequestRefused(400, [{"message": fault} for fault in faults])
     return content
 
 
@@ -300,6 +323,7 @@ def _negotiated(accept: bytes) -> bytes | None:
         offered = {
             GRAPHQL_RESPONSE: GRAPHQL_RESPONSE,
             JSON: JSON,
+            EVENT_STREAM: EVENT_STREAM,
             b"application/*": GRAPHQL_RESPONSE,
             b"*/*": JSON,
         }.get(media_type)
@@ -309,4 +333,8 @@ def _negotiated(accept: bytes) -> bytes | None:
 
 
 def _wants_page(scope: Scope, accept: bytes) -> bool:
-    return b"text/html" in accept and b"query=" not in scope["query_string"]
+    return (
+        scope["method"] in ("GET", "HEAD")
+        and b"text/html" in accept
+        and b"query=" not in scope["query_string"]
+    )

@@ -57,8 +57,6 @@ from registry import (
 )
 
 DEFAULT_PRIORITY: Final = 50
-MAX_BULK: Final = 1_000
-MAX_PAGE: Final = 200
 WORKER_ABSENT_SECONDS: Final = 60.0
 """A type that no worker asked for in this time has none."""
 
@@ -175,10 +173,14 @@ class JobService:
         database: Database,
         *,
         lease_seconds: float = 30.0,
+        max_page_size: int = 200,
+        max_bulk_size: int = 1_000,
         new_id: Callable[[], uuid.UUID] = uuid7,
     ) -> None:
         self.registry = registry
         self.lease_seconds = lease_seconds
+        self._max_page_size = max_page_size
+        self._max_bulk_size = max_bulk_size
         self.events = Events(database)
         self._database = database
         self._store = JobStore(database.dialect)
@@ -229,17 +231,19 @@ class JobService:
         atomic: bool = False,
         created_by: str | None = None,
     ) -> list[Enqueued | Refusal]:
-        """Stores up to 1,000 jobs in one transaction and gives a result for each, in order.
+        """Stores up to `max_bulk_size` jobs in one transaction; gives a result for each, in order.
 
         A refused one is its error, given back in its place. With `atomic` one refusal leaves
         every job unstored; those that were good themselves are then `InputInvalid` with the code
         `not_stored`.
 
         Raises:
-            InputInvalid: there are more than 1,000.
+            InputInvalid: there are more of them.
         """
-        if len(requests) > MAX_BULK:
-            message = f"At most {MAX_BULK} jobs go in one call; here are {len(requests)}."
+        if len(requests) > self._max_bulk_size:
+            message = (
+                f"At most {self._max_bulk_size} jobs go in one call; here are {len(requests)}."
+            )
             raise InputInvalid((Violation("", "too_long", message),))
         results: dict[int, Enqueued | Refusal] = {}
         stored: Sequence[Stored]
@@ -319,10 +323,10 @@ class JobService:
         """A page of jobs, newest first, behind the job `after`.
 
         Raises:
-            InputInvalid: `first` is not 1 to 200.
+            InputInvalid: `first` is not 1 to `max_page_size`.
         """
-        if not 1 <= first <= MAX_PAGE:
-            message = f"A page holds 1 to {MAX_PAGE} jobs; {first} were asked for."
+        if not 1 <= first <= self._max_page_size:
+            message = f"A page holds 1 to {self._max_page_size} jobs; {first} were asked for."
             raise InputInvalid((Violation("/first", "out_of_range", message),))
         async with self._database.reading() as connection:
             jobs = await self._store.list_jobs(
@@ -747,11 +751,23 @@ class _AtomicConflict(Exception):
 
 @asynccontextmanager
 async def open_service(
-    registry: JobRegistry, database_url: str, *, lease_seconds: float, pool_size: int = 10
+    registry: JobRegistry,
+    database_url: str,
+    *,
+    lease_seconds: float,
+    pool_size: int = 10,
+    max_page_size: int = 200,
+    max_bulk_size: int = 1_000,
 ) -> AsyncIterator[JobService]:
     """A service on this database, that hears other processes while it is open."""
     database = Database(database_url, pool_size=pool_size)
-    service = JobService(registry, database, lease_seconds=lease_seconds)
+    service = JobService(
+        registry,
+        database,
+        lease_seconds=lease_seconds,
+        max_page_size=max_page_size,
+        max_bulk_size=max_bulk_size,
+    )
     try:
         async with service.events.hearing():
             yield service

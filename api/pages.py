@@ -1,0 +1,91 @@
+"""The pages for browsers, as Vite built them from `api/web/`: GraphiQL, and its assets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Mount
+from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+DIST: Final = Path(__file__).parent / "web" / "dist"
+"""Where `make install` has Vite build, if there is a Node to do it; the wheel has it."""
+
+ASSETS: Final = "graphql/assets"
+"""Below the page's own path, so that a proxy's prefix does not matter; the names have hashes."""
+
+# Nothing of another host is loaded, and nothing that was written into the page is run. Monaco, the
+# editor, writes style elements.
+_PAGE_HEADERS: Final = {
+    "Cache-Control": "no-cache",
+    "Content-Security-Policy": "; ".join(
+        (
+            "default-src 'none'",
+            "script-src 'self'",
+            "style-src 'self' 'unsafe-inline'",
+            "font-src 'self' data:",
+            "img-src 'self' data:",
+            "connect-src 'self'",
+            "worker-src 'self'",
+            "base-uri 'none'",
+            "form-action 'none'",
+            "frame-ancestors 'none'",
+        )
+    ),
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+
+_MISSING: Final = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<title>Job Registry: GraphQL</title>
+<style>
+  body { font: 16px/1.5 system-ui, sans-serif; max-width: 46rem; margin: 3rem auto }
+  pre { background: #f4f4f6; padding: 1rem; overflow: auto; border-radius: .4rem }
+</style>
+<h1>Job Registry</h1>
+<p>GraphiQL is not built here: install Node 20 or newer and run <code>make install</code>.</p>
+<p>The API works all the same. Send it a query as JSON:</p>
+<pre>curl http://localhost:8000/graphql --json '{"query":
+  "{ jobTypes { name description policy { maxAttempts timeoutSeconds concurrencyLimit } } }"}'</pre>
+<p><code>jobs schema</code> prints the whole schema, with its documentation.</p>
+</html>
+"""
+
+
+def graphiql(dist: Path = DIST) -> ASGIApp:
+    """What GET /graphql shows a browser: GraphiQL, or in one line what is missing for it."""
+    index = dist / "index.html"
+    text = index.read_text() if index.is_file() else _MISSING
+    return Response(text, media_type="text/html", headers=_PAGE_HEADERS)
+
+
+def assets(dist: Path = DIST) -> list[BaseRoute]:
+    """The routes of what the page loads; none where it was not built."""
+    folder = dist / ASSETS
+    if not folder.is_dir():
+        return []
+    return [Mount(f"/{ASSETS}", _Immutable(directory=folder))]
+
+
+class _Immutable(StaticFiles):
+    """Files whose names change with their content."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request."""
+
+        async def send_lasting(message: dict[str, object]) -> None:
+            if message["type"] == "http.response.start" and message["status"] in (200, 206, 304):
+                headers = message["headers"]
+                assert isinstance(headers, list)
+                headers += [
+                    (b"cache-control", b"public, max-age=31536000, immutable"),
+                    (b"x-content-type-options", b"nosniff"),
+                ]
+            await send(message)
+
+        await super().__call__(scope, receive, send_lasting)  # type: ignore[arg-type]
