@@ -7,9 +7,9 @@ BIN := .venv/bin
 run: install
 	@$(BIN)/python -m api.first_minute
 
-install: .venv/installed
+install: .venv/installed api/web/dist/index.html
 
-test: install
+test: install tests/frontend/node_modules
 	$(BIN)/python -m pytest
 
 check: install
@@ -28,7 +28,21 @@ lock: install
 		pyproject.toml --group dev -o requirements-dev.txt
 
 clean:
-	rm -rf .venv build dist
+	rm -rf .venv build dist api/web/dist api/web/node_modules tests/frontend/node_modules
+
+# What Node makes: GraphiQL, and the client that the tests generate. Where there is no Node 20 or
+# newer, or it cannot fetch its packages, the page and the tests say so, and all else works.
+HAS_NODE := node -e 'const [a, b] = process.versions.node.split(".").map(Number); process.exit(a > 20 || (a === 20 && b >= 19) ? 0 : 1)' 2>/dev/null
+
+api/web/dist/index.html: $(wildcard api/web/*.* api/web/src/* api/web/src/tabs/*)
+	@if ! $(HAS_NODE); then \
+		echo "GraphiQL is not built: it needs Node 20.19 or newer. The API works without it." >&2; \
+	elif ! { cd api/web && npm ci --loglevel error >/dev/null && npm run --silent build -- --logLevel error; }; then \
+		echo "GraphiQL is not built: see above. The API works without it." >&2; \
+	fi
+
+tests/frontend/node_modules: tests/frontend/package-lock.json
+	@if $(HAS_NODE) && (cd tests/frontend && npm ci --loglevel error >/dev/null); then touch $@; fi
 
 .venv/installed: requirements-dev.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \

@@ -1,0 +1,230 @@
+"""GraphiQL in a real browser that may reach this machine only, and how the page is served."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from graphql import build_schema, parse, validate
+from playwright.async_api import Page, async_playwright, expect
+
+from api import pages
+from api.app import create_app
+from api.graphql.schema import SDL_FILE
+from api.settings import load_settings
+from registry import JobRegistry
+from tests.http_client import serving
+
+ROOT = Path(__file__).parents[2]
+TABS = ROOT / "api" / "web" / "src" / "tabs"
+SCREENSHOT = ROOT / "build" / "graphiql.png"
+BROWSER = shutil.which("chromium")
+
+needs_page = pytest.mark.skipif(
+    not (pages.DIST / "index.html").is_file(),
+    reason="GraphiQL is not built: install Node 20 or newer and run `make install`",
+)
+needs_browser = pytest.mark.skipif(
+    BROWSER is None, reason="there is no browser: install Debian's package chromium"
+)
+
+
+@pytest.fixture
+async def address(sqlite_template: Path, tmp_path: Path) -> AsyncIterator[str]:
+    shutil.copy(sqlite_template, tmp_path / "jobs.db")
+    async with serving(f"sqlite:///{tmp_path / 'jobs.db'}", "--no-worker") as (address, _):
+        yield address
+
+
+@pytest.fixture
+async def page(address: str) -> AsyncIterator[Page]:
+    """A page whose browser cannot reach, and does not even try to reach, another host.
+
+    It has no console errors and no uncaught exceptions.
+    """
+    faults: list[str] = []
+    elsewhere: list[str] = []
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(
+            executable_path=BROWSER,
+            args=[
+                "--no-sandbox",
+                "--disable-gpu",
+                "--disable-quic",
+                "--no-first-run",
+                "--disable-background-networking",
+                "--disable-component-update",
+                "--disable-sync",
+                "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+            ],
+        )
+        page = await browser.new_page(viewport={"width": 1400, "height": 900})
+        page.on(
+            "console",
+            lambda said: faults.append(said.text) if said.type in ("error", "warning") else None,
+        )
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on(
+            "request",
+            lambda request: (
+                None
+                if request.url.startswith((f"http://{address}/", "data:", "blob:"))
+                else elsewhere.append(request.url)
+            ),
+        )
+        page.set_default_timeout(15_000)
+        yield page
+        await browser.close()
+    assert faults == []
+    assert elsewhere == []
+
+
+async def open_tab(page: Page, name: str) -> None:
+    await page.get_by_role("button", name=name, exact=True).click()
+    # GraphiQL hears from its worker which operation the tab has.
+    await asyncio.sleep(1)
+
+
+async def run(page: Page) -> None:
+    await page.get_by_role("button", name="Execute query").click()
+
+
+def response(page: Page) -> Any:
+    return page.locator(".result-window")
+
+
+@needs_page
+@needs_browser
+async def test_graphiql_runs_its_ready_tabs_completes_documents_and_sends_the_token(
+    page: Page, address: str
+) -> None:
+    loading = await page.goto(f"http://{address}/graphql")
+    assert loading is not None
+    assert "unsafe-eval" not in loading.headers["content-security-policy"]
+    await expect(page).to_have_title("Job Registry")
+    for name in ("Enqueue", "Policies", "Follow"):
+        await expect(page.get_by_role("button", name=name, exact=True)).to_be_visible()
+
+    # The policies.
+    await open_tab(page, "Policies")
+    await run(page)
+    await expect(response(page)).to_contain_text('"maxAttempts": 3')
+
+    # Following jobs, while one is enqueued elsewhere.
+    await open_tab(page, "Follow")
+    async with page.expect_websocket():
+        await run(page)
+    await asyncio.sleep(0.5)
+    job = {"type": "payout.execute", "payload": {"batchId": "b", "escrowId": "e"}}
+    async with httpx.AsyncClient() as client:
+        await client.post(f"http://{address}/jobs", json=job)
+    await expect(response(page)).to_contain_text('"name": "job.created"')
+    await page.get_by_role("button", name="Stop query").click()
+
+    # The token goes with what is sent from now on.
+    await page.get_by_label("Bearer token").fill("a.b.c")
+    async with page.expect_request("**/graphql") as introspection:
+        await page.get_by_role("button", name="Use").click()
+    request = await introspection.value
+    assert (await request.all_headers())["authorization"] == "Bearer a.b.c"
+
+    # Enqueueing, as the page is for; and what came of it.
+    await open_tab(page, "Enqueue")
+    async with page.expect_request("**/graphql") as enqueueing:
+        await run(page)
+    assert (await (await enqueueing.value).all_headers())["authorization"] == "Bearer a.b.c"
+    await expect(response(page)).to_contain_text('"status": "QUEUED"')
+
+    # The documentation, and completion.
+    await page.get_by_role("button", name="Show Documentation Explorer").click()
+    await expect(page.locator(".graphiql-doc-explorer")).to_contain_text("mutation: Mutation")
+    await page.get_by_role("link", name="Mutation").first.click()
+    await expect(page.locator(".graphiql-doc-explorer")).to_contain_text("enqueueJobs")
+    SCREENSHOT.parent.mkdir(exist_ok=True)
+    await page.screenshot(path=SCREENSHOT)
+    await page.get_by_role("button", name="New tab").click()
+    await page.locator(".graphiql-query-editor .view-lines").click()
+    await page.keyboard.press("Control+A")
+    await page.keyboard.type("{ jobTy")
+    await page.keyboard.press("Control+Space")
+    await expect(page.locator(".suggest-widget")).to_contain_text("jobTypes")
+
+
+@pytest.mark.parametrize("name", ["enqueue", "policies", "follow"])
+def test_the_ready_documents_are_valid(name: str) -> None:
+    schema = build_schema(SDL_FILE.read_text("utf-8"))
+    assert validate(schema, parse((TABS / f"{name}.graphql").read_text("utf-8"))) == []
+
+
+Visit = Callable[..., AbstractAsyncContextManager[httpx.AsyncClient]]
+
+
+@pytest.fixture
+def visit(registry: JobRegistry, sqlite_template: Path) -> Visit:
+    """Opens a client of the application with these settings."""
+
+    @asynccontextmanager
+    async def opened(**settings: str) -> AsyncIterator[httpx.AsyncClient]:
+        url = {"JOBS_DATABASE_URL": f"sqlite:///{sqlite_template}"}
+        application = create_app(load_settings(url | settings), registry)
+        transport = httpx.ASGITransport(application)
+        async with (
+            application.router.lifespan_context(application),
+            httpx.AsyncClient(transport=transport, base_url="http://jobs") as client,
+        ):
+            yield client
+
+    return opened
+
+
+async def test_the_page_admits_no_foreign_script_and_no_frame(visit: Visit) -> None:
+    async with visit() as client:
+        page = await client.get("/graphql", headers={"accept": "text/html"})
+    assert page.status_code == 200
+    policy = dict(
+        part.split(" ", 1) for part in page.headers["content-security-policy"].split("; ")
+    )
+    assert policy["default-src"] == "'none'"
+    assert policy["script-src"] == policy["connect-src"] == policy["worker-src"] == "'self'"
+    assert policy["frame-ancestors"] == policy["base-uri"] == policy["form-action"] == "'none'"
+    assert page.headers["x-content-type-options"] == "nosniff"
+    assert page.headers["referrer-policy"] == "no-referrer"
+    assert page.headers["cache-control"] == "no-cache"
+
+
+async def test_without_a_build_the_page_says_what_is_missing(
+    visit: Visit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pages.graphiql, "__defaults__", (tmp_path,))
+    monkeypatch.setattr(pages.assets, "__defaults__", (tmp_path,))
+    async with visit() as client:
+        page = await client.get("/graphql", headers={"accept": "text/html"})
+        answer = await client.post("/graphql", json={"query": "{ __typename }"})
+    assert "install Node 20 or newer and run <code>make install</code>" in page.text
+    assert answer.json() == {"data": {"__typename": "Query"}}
+
+
+async def test_without_graphiql_a_browser_is_treated_as_any_client(visit: Visit) -> None:
+    async with visit(JOBS_GRAPHIQL="false") as client:
+        page = await client.get("/graphql", headers={"accept": "text/html,*/*"})
+    assert page.status_code == 400
+    assert page.headers["content-type"].startswith("application/json")
+
+
+@needs_page
+async def test_what_the_page_loads_is_kept_for_good_by_its_name(visit: Visit) -> None:
+    script = next((pages.DIST / pages.ASSETS).glob("index-*.js")).name
+    async with visit() as client:
+        page = await client.get("/graphql", headers={"accept": "text/html"})
+        loaded = await client.get(f"/graphql/assets/{script}")
+        missing = await client.get("/graphql/assets/index-0.js")
+    assert f'src="./graphql/assets/{script}"' in page.text
+    assert loaded.headers["cache-control"] == "public, max-age=31536000, immutable"
+    assert missing.status_code == 404
+    assert "cache-control" not in missing.headers
