@@ -10,7 +10,7 @@ run: install
 install: .venv/installed api/web/dist/index.html
 
 test: install tests/frontend/node_modules
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
 
 check: install
 	$(BIN)/ruff check .
