@@ -6,7 +6,7 @@ import asyncio
 import os
 import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
 import httpx
@@ -17,21 +17,34 @@ from api.settings import load_settings
 from registry import JobRegistry
 
 Execute = Callable[..., Any]
+Visit = Callable[..., AbstractAsyncContextManager[httpx.AsyncClient]]
 
 
 @pytest.fixture
-async def http(database_url: str, registry: JobRegistry) -> AsyncIterator[httpx.AsyncClient]:
+async def http(visit: Visit) -> AsyncIterator[httpx.AsyncClient]:
     """An HTTP client of the application."""
-    settings = load_settings({"JOBS_DATABASE_URL": database_url, "JOBS_MAX_BODY_BYTES": "3000000"})
-    application = create_app(settings, registry)
-    async with (
-        application.router.lifespan_context(application),
-        httpx.AsyncClient(
-            transport=httpx.ASGITransport(application), base_url="http://jobs"
-        ) as client,
-    ):
-        client.application = application  # type: ignore[attr-defined]
+    async with visit(max_body_bytes="3000000") as client:
         yield client
+
+
+@pytest.fixture
+def visit(database_url: str, registry: JobRegistry) -> Visit:
+    """Opens a client of an application with these `JOBS_` settings."""
+
+    @asynccontextmanager
+    async def opened(**settings: str) -> AsyncIterator[httpx.AsyncClient]:
+        given = {"JOBS_DATABASE_URL": database_url}
+        given |= {f"JOBS_{name.upper()}": value for name, value in settings.items()}
+        application = create_app(load_settings(given), registry)
+        transport = httpx.ASGITransport(application)
+        async with (
+            application.router.lifespan_context(application),
+            httpx.AsyncClient(transport=transport, base_url="http://jobs") as client,
+        ):
+            client.application = application  # type: ignore[attr-defined]
+            yield client
+
+    return opened
 
 
 @pytest.fixture
@@ -49,11 +62,14 @@ def execute(http: httpx.AsyncClient) -> Execute:
 
 
 @asynccontextmanager
-async def serving(database_url: str, *options: str) -> AsyncIterator[tuple[str, int]]:
+async def serving(
+    database_url: str, *options: str, **settings: str
+) -> AsyncIterator[tuple[str, int]]:
     """The host and port, and the process id, of a `jobs serve` of the test's own."""
+    given = {f"JOBS_{name.upper()}": value for name, value in settings.items()}
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "api.cli", "serve", "--port", "0", *options,
-        env={**os.environ, "JOBS_DATABASE_URL": database_url, "JOBS_LOG_LEVEL": "error"},
+        env={**os.environ, "JOBS_DATABASE_URL": database_url, "JOBS_LOG_LEVEL": "error"} | given,
         stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
     assert process.stderr is not None

@@ -322,13 +322,6 @@ async def test_queries_go_by_get_and_mutations_do_not(http: httpx.AsyncClient) -
     assert (await http.post("/graphql", content=b"query={x}")).status_code == 415
 
 
-async def test_a_browser_is_told_how_to_call(http: httpx.AsyncClient) -> None:
-    response = await http.get("/graphql", headers={"accept": "text/html,*/*;q=0.8"})
-    assert response.status_code == 200
-    assert "curl" in response.text
-    assert response.headers["content-security-policy"].startswith("default-src 'none'")
-
-
 @pytest.mark.parametrize(
     ("request_options", "status", "code"),
     [

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,8 @@ from graphql import build_schema, parse, validate
 from playwright.async_api import Page, async_playwright, expect
 
 from api import pages
-from api.app import create_app
 from api.graphql.schema import SDL_FILE
-from api.settings import load_settings
-from registry import JobRegistry
-from tests.http_client import serving
+from tests.http_client import Visit, serving
 
 ROOT = Path(__file__).parents[2]
 TABS = ROOT / "api" / "web" / "src" / "tabs"
@@ -162,27 +158,6 @@ def test_the_ready_documents_are_valid(name: str) -> None:
     assert validate(schema, parse((TABS / f"{name}.graphql").read_text("utf-8"))) == []
 
 
-Visit = Callable[..., AbstractAsyncContextManager[httpx.AsyncClient]]
-
-
-@pytest.fixture
-def visit(registry: JobRegistry, sqlite_template: Path) -> Visit:
-    """Opens a client of the application with these settings."""
-
-    @asynccontextmanager
-    async def opened(**settings: str) -> AsyncIterator[httpx.AsyncClient]:
-        url = {"JOBS_DATABASE_URL": f"sqlite:///{sqlite_template}"}
-        application = create_app(load_settings(url | settings), registry)
-        transport = httpx.ASGITransport(application)
-        async with (
-            application.router.lifespan_context(application),
-            httpx.AsyncClient(transport=transport, base_url="http://jobs") as client,
-        ):
-            yield client
-
-    return opened
-
-
 async def test_the_page_admits_no_foreign_script_and_no_frame(visit: Visit) -> None:
     async with visit() as client:
         page = await client.get("/graphql", headers={"accept": "text/html"})
@@ -211,7 +186,7 @@ async def test_without_a_build_the_page_says_what_is_missing(
 
 
 async def test_without_graphiql_a_browser_is_treated_as_any_client(visit: Visit) -> None:
-    async with visit(JOBS_GRAPHIQL="false") as client:
+    async with visit(graphiql="false") as client:
         page = await client.get("/graphql", headers={"accept": "text/html,*/*"})
     assert page.status_code == 400
     assert page.headers["content-type"].startswith("application/json")

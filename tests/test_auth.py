@@ -1,0 +1,559 @@
+"""Who may do what: bearer tokens, scopes, job types, and rates, at every door."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import jwt
+import pytest
+import strawberry
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from graphql import GraphQLObjectType
+from websockets.asyncio.client import connect
+from websockets.exceptions import ConnectionClosed
+
+from api.app import create_app
+from api.auth import ACCESS_SCOPES
+from api.graphql.schema import build_schema
+from api.graphql.scopes import scopes_of
+from api.settings import SettingsInvalid, load_settings
+from registry import JobRegistry
+from tests.http_client import Visit, serving
+
+SECRET = "a secret of more than thirty-two bytes"
+ISSUER = "https://issuer.example"
+CLAIMS = {"auth_issuer": ISSUER, "auth_audience": "jobs"}
+AUTH = {"auth_hs256_secret": SECRET} | CLAIMS
+PING = {"type": "test.ping", "payload": {}}
+ENQUEUE = """mutation ($input: EnqueueJobInput!) { enqueueJob(input: $input) { __typename
+    ... on EnqueueJobSuccess { job { id createdBy } } } }"""
+
+
+def claims(*scopes: str, **changed: Any) -> dict[str, Any]:
+    whole = {
+        "iss": ISSUER,
+        "aud": "jobs",
+        "sub": "ada",
+        "exp": int(time.time()) + 60,
+        "scope": " ".join(scopes),
+    } | changed
+    return {name: value for name, value in whole.items() if value is not None}
+
+
+def token(*scopes: str, **changed: Any) -> str:
+    return jwt.encode(claims(*scopes, **changed), SECRET, "HS256")
+
+
+def bearer(*scopes: str, **changed: Any) -> dict[str, str]:
+    return {"authorization": f"Bearer {token(*scopes, **changed)}"}
+
+
+async def graphql(
+    client: httpx.AsyncClient, query: str, headers: dict[str, str], **variables: Any
+) -> httpx.Response:
+    content = {"query": query, "variables": variables}
+    return await client.post("/graphql", json=content, headers=headers)
+
+
+def codes(response: httpx.Response) -> list[str]:
+    return [error["extensions"]["code"] for error in response.json().get("errors", ())]
+
+
+# Tokens
+
+
+async def test_the_subject_of_a_token_is_who_created_a_job(visit: Visit) -> None:
+    async with visit(**AUTH) as client:
+        answer = await graphql(client, ENQUEUE, bearer("jobs:enqueue"), input=PING)
+        rest = await client.post("/jobs", json=PING, headers=bearer("jobs:enqueue", sub="bob"))
+        stored = await client.get(rest.headers["location"], headers=bearer("jobs:read"))
+    assert answer.json()["data"]["enqueueJob"]["job"]["createdBy"] == "ada"
+    assert stored.json()["createdBy"] == "bob"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "headers"),
+    [
+        ("POST", "/graphql", {}),
+        ("GET", "/graphql?query={__typename}", {}),
+        ("POST", "/graphql", {"accept": "text/event-stream"}),
+        ("POST", "/jobs", {}),
+        ("GET", "/jobs/01a20ce6-477e-756b-b37b-d94e9b09c1e9", {}),
+    ],
+)
+async def test_without_a_token_every_door_asks_for_one(
+    visit: Visit, method: str, path: str, headers: dict[str, str]
+) -> None:
+    body = {"query": "{ __typename }"} if method == "POST" else None
+    async with visit(**AUTH) as client:
+        response = await client.request(method, path, json=body, headers=headers)
+    assert response.status_code == 401
+    assert response.headers["www-authenticate"] == 'Bearer realm="jobs"'
+    content = response.json()
+    error = content["error"] if "error" in content else content["errors"][0]["extensions"]
+    assert error["code"] == "unauthenticated"
+
+
+async def test_health_and_the_page_need_no_token(visit: Visit) -> None:
+    async with visit(**AUTH) as client:
+        assert (await client.get("/healthz")).status_code == 200
+        assert (await client.get("/readyz")).status_code == 200
+        page = await client.get("/graphql", headers={"accept": "text/html"})
+    assert page.status_code == 200
+
+
+def none_algorithm(**changed: Any) -> str:
+    return jwt.encode(claims("jobs:read", **changed), None, "none")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: token(exp=int(time.time()) - 60), "The token has expired."),
+        (lambda: token(nbf=int(time.time()) + 60), "The token is not valid yet."),
+        (lambda: token(iss="https://other.example"), "The token is of another issuer."),
+        (lambda: token(aud="others"), "The token is for another audience."),
+        (lambda: token(exp=None), "The token lacks the claim exp."),
+        (lambda: token(sub=None), "The token lacks the claim sub."),
+        (lambda: token(iss=None), "The token lacks the claim iss."),
+        (lambda: token(aud=None), "The token lacks the claim aud."),
+        (lambda: token(sub=""), "The claim sub is not 1 to 255 characters of text."),
+        (lambda: token(sub=7), "The token is not valid."),
+        (lambda: token(exp="soon"), "The token is not valid."),
+        (lambda: token(**{"jobs:types": "test.ping"}), "The claim jobs:types is no list of names."),
+        (lambda: token(**{"jobs:types": [1]}), "The claim jobs:types is no list of names."),
+        (none_algorithm, "The token is signed with another algorithm than its key's."),
+        (
+            lambda: jwt.encode(claims(), SECRET * 2, "HS512"),
+            "The token is signed with another algorithm than its key's.",
+        ),
+        (lambda: jwt.encode(claims(), SECRET * 2, "HS256"), "The token's signature is wrong."),
+        (lambda: token()[:-8] + "AAAAAAAA", "The token's signature is wrong."),
+        (lambda: "a.b.c", "The token is no JSON Web Token."),
+        (lambda: "x" * 9_000, "The token is too long."),
+    ],
+)  # fmt: skip
+async def test_a_token_that_is_not_valid_is_refused_with_the_reason(
+    visit: Visit, make: Callable[[], str], reason: str
+) -> None:
+    given = make()
+    async with visit(**AUTH) as client:
+        headers = {"authorization": f"Bearer {given}"}
+        response = await graphql(client, "{ __typename }", headers)
+    assert response.status_code == 401
+    assert (
+        f'error="invalid_token", error_description="{reason}"'
+        in (response.headers["www-authenticate"])
+    )
+    assert response.json()["errors"][0]["message"] == reason
+    assert given not in response.text
+
+
+async def test_clocks_may_differ_by_the_leeway(visit: Visit) -> None:
+    late = bearer("jobs:read", exp=int(time.time()) - 5)
+    async with visit(**AUTH) as client:
+        assert (await graphql(client, "{ __typename }", late)).status_code == 200
+    async with visit(**AUTH, auth_leeway_seconds="1") as client:
+        assert (await graphql(client, "{ __typename }", late)).status_code == 401
+
+
+async def test_a_token_that_was_valid_is_refused_once_it_has_expired(visit: Visit) -> None:
+    async with visit(**AUTH, auth_leeway_seconds="0") as client:
+        headers = bearer("jobs:read", exp=time.time() + 1.2)
+        assert (await graphql(client, "{ __typename }", headers)).status_code == 200
+        await asyncio.sleep(1.3)
+        assert (await graphql(client, "{ __typename }", headers)).status_code == 401
+
+
+# Key sets
+
+PRIVATE_KEYS: dict[str, Any] = {
+    "RS256": rsa.generate_private_key(public_exponent=65537, key_size=2048),
+    "ES256": ec.generate_private_key(ec.SECP256R1()),
+    "EdDSA": ed25519.Ed25519PrivateKey.generate(),
+}
+
+
+def public_keys(**more: dict[str, Any]) -> dict[str, Any]:
+    """A key set with a key for each algorithm, named for it, and some that are no use."""
+    keys = [
+        json.loads(jwt.get_algorithm_by_name(name).to_jwk(key.public_key())) | {"kid": name}
+        for name, key in PRIVATE_KEYS.items()
+    ]
+    unusable = [
+        {"kty": "oct", "k": "c2VjcmV0LXNlY3JldC1zZWNyZXQtc2VjcmV0LXNlY3JldA", "kid": "HS256"},
+        keys[0] | {"kid": "encryption", "use": "enc"},
+        keys[0] | {"kid": "RS512", "alg": "RS512"},
+    ]
+    return {"keys": keys + unusable}
+
+
+@pytest.fixture
+def key_file(tmp_path: Path) -> dict[str, str]:
+    """The settings for a file with the public keys."""
+    path = tmp_path / "keys.json"
+    path.write_text(json.dumps(public_keys()))
+    return {"auth_jwks": str(path)} | CLAIMS
+
+
+def signed(algorithm: str, key_id: str | None, key: Any = None, **changed: Any) -> dict[str, str]:
+    header = {} if key_id is None else {"kid": key_id}
+    key = key or PRIVATE_KEYS[algorithm]
+    given = jwt.encode(claims("jobs:read", **changed), key, algorithm, headers=header)
+    return {"authorization": f"Bearer {given}"}
+
+
+@pytest.mark.parametrize("algorithm", ["RS256", "ES256", "EdDSA"])
+async def test_tokens_are_checked_with_public_keys(
+    visit: Visit, key_file: dict[str, str], algorithm: str
+) -> None:
+    async with visit(**key_file) as client:
+        response = await graphql(client, "{ jobTypes { name } }", signed(algorithm, algorithm))
+        forged = signed(algorithm, algorithm)["authorization"][:-8] + "AAAAAAAA"
+        refused = await graphql(client, "{ __typename }", {"authorization": forged})
+    assert response.json()["data"]["jobTypes"]
+    assert refused.status_code == 401
+
+
+async def test_keys_are_not_confused(visit: Visit, key_file: dict[str, str]) -> None:
+    public = PRIVATE_KEYS["RS256"].public_key()
+    pem = public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    header = {"alg": "HS256", "typ": "JWT", "kid": "RS256"}
+    signing = b".".join(
+        jwt.utils.base64url_encode(json.dumps(part).encode())
+        for part in (header, claims("jobs:admin"))
+    )
+    # PyJWT itself refuses to sign with a public key.
+    signature = jwt.get_algorithm_by_name("HS256").sign(signing, pem)
+    confused = (signing + b"." + jwt.utils.base64url_encode(signature)).decode()
+    secret = "secret-secret-secret-secret-secret"
+    attempts = [
+        {"authorization": f"Bearer {confused}"},
+        signed("HS256", "HS256", secret),
+        signed("ES256", "RS256"),
+        signed("RS512", "RS512", PRIVATE_KEYS["RS256"]),
+        signed("RS256", "encryption"),
+        signed("RS256", "unknown"),
+        signed("RS256", None),  # Which of several keys, nobody says.
+        {"authorization": f"Bearer {none_algorithm()}"},
+    ]
+    async with visit(**key_file) as client:
+        for headers in attempts:
+            assert (await graphql(client, "{ __typename }", headers)).status_code == 401
+
+
+async def test_the_only_key_needs_no_name(visit: Visit, tmp_path: Path) -> None:
+    path = tmp_path / "key.json"
+    path.write_text(json.dumps({"keys": public_keys()["keys"][:1]}))
+    async with visit(auth_jwks=str(path), **CLAIMS) as client:
+        assert (await graphql(client, "{ __typename }", signed("RS256", None))).status_code == 200
+
+
+@pytest.fixture
+def key_server() -> Iterator[str]:
+    """The URL of a key set."""
+
+    class Keys(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(public_keys()).encode())
+
+        def log_message(self, *_args: Any) -> None: ...
+
+    server = HTTPServer(("127.0.0.1", 0), Keys)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/keys"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+async def test_keys_are_fetched_from_a_url(visit: Visit, key_server: str) -> None:
+    async with visit(auth_jwks=key_server, **CLAIMS) as client:
+        assert (
+            await graphql(client, "{ __typename }", signed("ES256", "ES256"))
+        ).status_code == 200
+        assert (await graphql(client, "{ __typename }", signed("ES256", "new"))).status_code == 401
+
+
+async def test_while_the_keys_cannot_be_fetched_the_answer_is_503(visit: Visit) -> None:
+    async with visit(auth_jwks="http://127.0.0.1:1/keys", **CLAIMS) as client:
+        response = await graphql(client, "{ __typename }", signed("ES256", "ES256"))
+        rest = await client.post("/jobs", json=PING, headers=signed("ES256", "ES256"))
+    assert (response.status_code, codes(response)) == (503, ["authentication_unavailable"])
+    assert (rest.status_code, rest.headers["retry-after"]) == (503, "5")
+    assert "127.0.0.1" not in response.text + rest.text
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("no keys", "no JSON Web Key Set"),
+        ("[]", "no JSON Web Key Set"),
+        ('{"keys": []}', "no JSON Web Key Set"),
+        ('{"keys": [{"kty": "oct", "k": "c2VjcmV0"}]}', "holds no RSA, P-256 or Ed25519 key"),
+    ],
+)
+def test_a_key_file_without_a_key_stops_the_start(
+    registry: JobRegistry, tmp_path: Path, text: str, reason: str
+) -> None:
+    path = tmp_path / "keys.json"
+    path.write_text(text)
+    settings = load_settings(
+        {"JOBS_AUTH_JWKS": str(path), "JOBS_AUTH_ISSUER": ISSUER, "JOBS_AUTH_AUDIENCE": "jobs"}
+    )
+    with pytest.raises(SettingsInvalid, match=f"JOBS_AUTH_JWKS: got .*{reason}"):
+        create_app(settings, registry)
+
+
+# Scopes
+
+NEEDED = {
+    "{ jobTypes { name } }": {"jobs:read"},
+    '{ jobType(jobType: "test.ping") { __typename } }': {"jobs:read"},
+    '{ jobPolicy(jobType: "test.ping") { __typename } }': {"jobs:read"},
+    '{ validateJob(input: {type: "test.ping", payload: {}}) { __typename } }': {
+        "jobs:read",
+        "jobs:enqueue",
+    },
+    '{ job(id: "a") { __typename } }': {"jobs:read"},
+    "{ jobs { nodes { id } } }": {"jobs:read"},
+    'mutation { enqueueJob(input: {type: "test.ping", payload: {}}) { __typename } }': {
+        "jobs:enqueue"
+    },
+    "mutation { enqueueJobs(inputs: []) { __typename } }": {"jobs:enqueue"},
+    "mutation { enqueue(job: {testPing: {}}) { __typename } }": {"jobs:enqueue"},
+    'mutation { cancelJob(id: "a") { __typename } }': {"jobs:admin"},
+    'mutation { retryJob(id: "a") { __typename } }': {"jobs:admin"},
+    'mutation { leaseJobs(input: {jobTypes: ["test.pong"], workerId: "w"}) { __typename } }': {
+        "jobs:work"
+    },
+    'mutation { heartbeatJob(leaseToken: "t") { __typename } }': {"jobs:work"},
+    'mutation { completeJob(leaseToken: "t") { __typename } }': {"jobs:work"},
+    'mutation { failJob(leaseToken: "t", error: {message: "m"}) { __typename } }': {"jobs:work"},
+    'mutation { releaseJob(leaseToken: "t") { __typename } }': {"jobs:work"},
+    'mutation { snoozeJob(leaseToken: "t", seconds: 1) { __typename } }': {"jobs:work"},
+    'subscription { jobEvents(jobTypes: ["no"]) { name } }': {"jobs:read"},
+}
+
+
+def test_every_field_where_a_document_begins_is_in_the_table(registry: JobRegistry) -> None:
+    schema = build_schema(registry)
+    roots = [schema.query_type, schema.mutation_type, schema.subscription_type]
+    fields = {name for root in roots if root for name in root.fields}
+    assert fields == {document.split("{ ")[1].split("(")[0].split(" ")[0] for document in NEEDED}
+
+
+@pytest.mark.parametrize("document", NEEDED)
+async def test_a_field_is_forbidden_without_one_of_its_scopes(visit: Visit, document: str) -> None:
+    accept = "text/event-stream" if document.startswith("subscription") else "application/json"
+    async with visit(**AUTH) as client:
+        for scope in [*ACCESS_SCOPES, "", "jobs:all"]:
+            response = await graphql(client, document, bearer(scope) | {"accept": accept})
+            admitted = scope in NEEDED[document] | {"jobs:admin"}
+            assert ('"forbidden"' in response.text) == (not admitted), response.text
+            assert ("needs the scope" in response.text) == (not admitted)
+
+
+def test_a_field_that_does_not_say_its_scope_is_no_field(registry: JobRegistry) -> None:
+    silent = strawberry.field(description="Says nothing of scopes.")
+    silent.python_name = "silent"
+    for type_name in ("Query", "Mutation", "Subscription", "Job"):
+        with pytest.raises(LookupError, match=rf"{type_name}\.silent does not say which scope"):
+            scopes_of(type_name, silent)
+    for graphql_type in build_schema(registry).type_map.values():
+        if graphql_type.name in ("Query", "Mutation", "Subscription"):
+            assert isinstance(graphql_type, GraphQLObjectType)
+            for field in graphql_type.fields.values():
+                assert "Needs the scope `jobs:" in str(field.description)
+
+
+@pytest.mark.parametrize("scope", ["jobs:read", "jobs:work", ""])
+async def test_rest_answers_403_without_the_scope(visit: Visit, scope: str) -> None:
+    async with visit(**AUTH) as client:
+        enqueued = await client.post("/jobs", json=PING, headers=bearer(scope))
+        read = await client.get("/jobs/a", headers=bearer("jobs:enqueue"))
+    for response, needed in ((enqueued, "jobs:enqueue"), (read, "jobs:read")):
+        assert response.status_code == 403
+        assert response.json()["error"]["code"] == "forbidden"
+        assert needed in response.json()["error"]["message"]
+
+
+async def test_one_who_only_enqueues_is_not_told_what_others_jobs_hold(visit: Visit) -> None:
+    keyed = """mutation ($input: EnqueueJobInput!) { enqueueJob(input: $input) { __typename
+        ... on EnqueueJobSuccess { job { id payload } }
+        ... on IdempotencyConflict { differingPaths existingJob { id status %s } } } }"""
+    first = PING | {"idempotencyKey": "k", "payload": {"text": "mine"}}
+    second = PING | {"idempotencyKey": "k", "payload": {"text": "yours"}}
+    async with visit(**AUTH) as client:
+        own = await graphql(client, keyed % "", bearer("jobs:enqueue"), input=first)
+        other = bearer("jobs:enqueue", sub="bob")
+        told = await graphql(client, keyed % "", other, input=second)
+        asked = await graphql(client, keyed % "payload", other, input=second)
+        reading = bearer("jobs:enqueue", "jobs:read", sub="bob")
+        read = await graphql(client, keyed % "payload", reading, input=second)
+        for field in ("result", "progress", "error { code }", "attempts { attempt }", "workerId"):
+            document = ENQUEUE.replace("createdBy", field)
+            refused = await graphql(client, document, other, input=PING)
+            assert codes(refused) == ["forbidden"], field
+    assert own.json()["data"]["enqueueJob"]["job"]["payload"] == {"text": "mine"}
+    assert told.json()["data"]["enqueueJob"]["differingPaths"] == ["/text"]
+    assert codes(asked) == ["forbidden"]
+    assert "mine" not in asked.text
+    assert read.json()["data"]["enqueueJob"]["existingJob"]["payload"] == {"text": "mine"}
+
+
+# Job types
+
+ALL = ("jobs:enqueue", "jobs:read", "jobs:work", "jobs:admin")
+
+
+async def test_a_caller_may_be_limited_to_some_job_types(visit: Visit) -> None:
+    async with visit(**AUTH) as client:
+        ids = {}
+        for name in ("test.ping", "test.pong"):
+            made = await client.post("/jobs", json=PING | {"type": name}, headers=bearer(*ALL))
+            ids[name] = made.json()["jobId"]
+        limited = bearer(*ALL, **{"jobs:types": ["test.ping"]})
+
+        async def ask(document: str) -> httpx.Response:
+            return await graphql(client, document, limited)
+
+        for document in (
+            'mutation { enqueueJob(input: {type: "test.pong", payload: {}}) { __typename } }',
+            'mutation { enqueueJobs(inputs: [{type: "test.ping", payload: {}},'
+            ' {type: "test.pong", payload: {}}]) { __typename } }',
+            "mutation { enqueue(job: {testPong: {}}) { __typename } }",
+            'mutation { leaseJobs(input: {jobTypes: ["test.ping", "test.pong"],'
+            ' workerId: "w"}) { __typename } }',
+            '{ validateJob(input: {type: "test.pong", payload: {}}) { __typename } }',
+            '{ jobPolicy(jobType: "test.pong") { __typename } }',
+            '{ jobType(jobType: "test.pong") { __typename } }',
+            '{ jobs(filter: {types: ["test.pong"]}) { nodes { id } } }',
+        ):
+            assert codes(await ask(document)) == ["forbidden"], document
+        for document in ("{ it: job", "mutation { it: cancelJob", "mutation { it: retryJob"):
+            answer = await ask(f'{document}(id: "{ids["test.pong"]}") {{ __typename }} }}')
+            assert answer.json()["data"]["it"]["__typename"] == "JobNotFound", document
+        jobs = await ask("{ jobs { nodes { id } } jobTypes { name } }")
+        enqueued = await ask("mutation { enqueue(job: {testPing: {}}) { __typename } }")
+        leased = await ask(
+            'mutation { leaseJobs(input: {jobTypes: ["test.ping"], workerId: "w", limit: 9}) {'
+            " ... on LeaseJobsSuccess { leases { job { type } } } } }"
+        )
+        rest = await client.post("/jobs", json=PING | {"type": "test.pong"}, headers=limited)
+        read = await client.get(f"/jobs/{ids['test.pong']}", headers=limited)
+        nothing = bearer(*ALL, **{"jobs:types": []})
+        none = await graphql(client, "{ jobs { nodes { id } } jobTypes { name } }", nothing)
+    assert jobs.json()["data"] == {
+        "jobs": {"nodes": [{"id": ids["test.ping"]}]},
+        "jobTypes": [{"name": "test.ping"}],
+    }
+    assert enqueued.json()["data"]["enqueue"]["__typename"] == "EnqueueJobSuccess"
+    leases = leased.json()["data"]["leaseJobs"]["leases"]
+    assert [lease["job"]["type"] for lease in leases] == ["test.ping"] * 2
+    assert (rest.status_code, rest.json()["error"]["code"]) == (403, "forbidden")
+    assert (read.status_code, read.json()["error"]["code"]) == (404, "job_not_found")
+    assert none.json()["data"] == {"jobs": {"nodes": []}, "jobTypes": []}
+
+
+# Subscriptions
+
+EVENTS = "subscription { jobEvents { name type } }"
+
+
+async def test_a_websocket_is_admitted_by_its_first_message_or_its_header(
+    database_url: str,
+) -> None:
+    async with serving(database_url, "--no-worker", **AUTH) as (address, _):
+
+        async def opened(payload: dict[str, Any], **headers: str) -> dict[str, Any] | int:
+            """The answer to `connection_init`, or the code with which the connection closes."""
+            async with connect(
+                f"ws://{address}/graphql",
+                subprotocols=["graphql-transport-ws"],  # type: ignore[list-item]
+                additional_headers=headers,
+            ) as socket:
+                await socket.send(json.dumps({"type": "connection_init", "payload": payload}))
+                try:
+                    answer: dict[str, Any] = json.loads(await socket.recv())
+                except ConnectionClosed as closed:
+                    return closed.rcvd.code if closed.rcvd else 0
+                return answer
+
+        ack = {"type": "connection_ack"}
+        assert await opened({"Authorization": f"Bearer {token('jobs:read')}"}) == ack
+        assert await opened({}, **bearer("jobs:read")) == ack
+        assert await opened({}) == 4403
+        assert await opened({"Authorization": f"Bearer {token(exp=1)}"}) == 4403
+        assert await opened({"Authorization": 7}) == 4403
+
+
+async def test_a_subscription_tells_only_of_the_callers_job_types_and_ends_with_its_token(
+    database_url: str,
+) -> None:
+    async with (
+        serving(database_url, "--no-worker", **AUTH, auth_leeway_seconds="0") as (address, _),
+        httpx.AsyncClient(base_url=f"http://{address}") as client,
+        asyncio.timeout(20),
+    ):
+        ends = {"exp": time.time() + 3, "jobs:types": ["test.ping", "payout.execute"]}
+        headers = bearer("jobs:read", **ends) | {"accept": "text/event-stream"}
+        messages = []
+        async with client.stream(
+            "POST", "/graphql", json={"query": EVENTS}, headers=headers
+        ) as events:
+            lines = events.aiter_lines()
+            await asyncio.sleep(0.3)
+            for job in (
+                {"type": "thumbnail.create", "payload": {"assetId": "a", "versionNumber": 1}},
+                {"type": "payout.execute", "payload": {"batchId": "b", "escrowId": "e"}},
+            ):
+                await client.post("/jobs", json=job, headers=bearer("jobs:enqueue"))
+            async for line in lines:
+                messages.append(line)
+    told = [json.loads(line[6:]) for line in messages if line.startswith("data: ")]
+    assert told[0] == {"data": {"jobEvents": {"name": "job.created", "type": "payout.execute"}}}
+    assert told[1]["errors"][0]["extensions"] == {"code": "unauthenticated"}
+    assert len(told) == 2
+    assert "event: complete" in messages
+
+
+# Rates
+
+
+async def test_a_caller_is_slowed_down_and_the_others_are_not(visit: Visit) -> None:
+    async with visit(**AUTH, rate_limit="3/minute,100/hour") as client:
+        ada, bob = bearer("jobs:read"), bearer("jobs:read", sub="bob")
+        statuses = [
+            (await graphql(client, "{ __typename }", headers)).status_code
+            for headers in (ada, ada, bob, ada, ada)
+        ]
+        refused = await graphql(client, "{ __typename }", ada)
+        rest = await client.get("/jobs/a", headers=ada)
+        strangers = [(await graphql(client, "{ __typename }", {})).status_code for _ in range(5)]
+        health = await client.get("/healthz")
+    assert statuses == [200, 200, 200, 200, 429]
+    assert codes(refused) == ["rate_limited"]
+    assert refused.json()["errors"][0]["message"].startswith("At most 3 requests a minute")
+    assert 1 <= int(refused.headers["retry-after"]) <= 60
+    assert (rest.status_code, rest.json()["error"]["code"]) == (429, "rate_limited")
+    assert strangers == [401, 401, 401, 429, 429]
+    assert health.status_code == 200
+
+
+async def test_without_authentication_the_rate_is_that_of_an_address(visit: Visit) -> None:
+    async with visit(rate_limit="2/minute") as client:
+        statuses = [(await graphql(client, "{ __typename }", {})).status_code for _ in range(3)]
+    assert statuses == [200, 200, 429]
