@@ -111,7 +111,7 @@ class Settings(BaseSettings):
     )
     max_page_size: int = Field(
         default=200,
-        ge=1,
+        ge=50,
         le=1_000,
         description="How many jobs a page of `jobs` holds at most.",
     )

@@ -1,0 +1,385 @@
+"""What strangers are kept from: documents that ask for too much, forged requests, and secrets."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+from typing import Any
+
+import httpx
+import pytest
+from websockets.asyncio.client import connect
+from websockets.exceptions import InvalidStatus
+
+from api.logs import configure_logs
+from tests.http_client import Visit, serving
+
+
+async def ask(client: httpx.AsyncClient, query: str, **headers: str) -> httpx.Response:
+    return await client.post("/graphql", json={"query": query}, headers=headers)
+
+
+def messages(response: httpx.Response) -> list[str]:
+    return [error["message"] for error in response.json().get("errors", ())]
+
+
+# Documents
+
+FRAGMENTS = "fragment A on Query { ...B } fragment B on Query { %s }"
+
+
+@pytest.mark.parametrize(
+    ("setting", "fits", "one_more", "message"),
+    [
+        (
+            {"max_query_depth": "5"},
+            "{ jobs { edges { node { policy { type } } } } }",
+            "{ jobs { edges { node { policy { backoff { capSeconds } } } } } }",
+            "At most 5 levels of fields are taken",
+        ),
+        (
+            {"max_query_depth": "5"},
+            "{ ...A } fragment A on Query { jobs { nodes { ...J } } }"
+            " fragment J on Job { policy { backoff { capSeconds } } }",
+            "{ ...A } fragment A on Query { jobs { edges { node { ...J } } } }"
+            " fragment J on Job { ... on Job { policy { backoff { capSeconds } } } }",
+            "At most 5 levels of fields are taken",
+        ),
+        (
+            {"max_query_aliases": "3"},
+            "{ a: __typename b: __typename c: __typename }",
+            "{ a: __typename b: __typename c: __typename d: __typename }",
+            "At most 3 aliases and repeated fields are taken",
+        ),
+        (
+            {"max_query_aliases": "3"},
+            "{ __typename __typename __typename __typename }",
+            "{ __typename __typename __typename __typename __typename }",
+            "At most 3 aliases and repeated fields are taken",
+        ),
+        (
+            {"max_query_aliases": "3"},
+            "{ ...A } " + FRAGMENTS % "a: __typename b: __typename c: __typename",
+            "{ ...A ...A } " + FRAGMENTS % "a: __typename b: __typename",
+            "At most 3 aliases and repeated fields are taken",
+        ),
+        (
+            {"max_query_directives": "3"},
+            "query @skip(if: false) { __typename @skip(if: false) @include(if: true) }"
+            .replace("query @skip(if: false)", "query"),
+            "{ ... @skip(if: false) { a: __typename @skip(if: false) @include(if: true)"
+            " b: __typename @skip(if: false) } }",
+            "At most 3 directives are taken",
+        ),
+        (
+            {"max_query_tokens": "100"},
+            "{ jobs(filter: {types: [" + '"a" ' * 81 + "]}) { nodes { id } } }",
+            "{ jobs(filter: {types: [" + '"a" ' * 82 + "]}) { nodes { id } } }",
+            "more than 100 tokens",
+        ),
+    ],
+)  # fmt: skip
+async def test_a_document_may_ask_for_so_much_and_no_more(
+    visit: Visit, setting: dict[str, str], fits: str, one_more: str, message: str
+) -> None:
+    async with visit(**setting) as client:
+        taken, refused = await ask(client, fits), await ask(client, one_more)
+        strict = await ask(client, one_more, accept="application/graphql-response+json")
+    assert "data" in taken.json(), taken.text
+    assert message in messages(refused)[0], refused.text
+    assert "data" not in refused.json()
+    assert strict.status_code == 400
+
+
+async def test_a_document_past_a_limit_is_too_complex_by_its_code(visit: Visit) -> None:
+    async with visit(max_query_aliases="0") as client:
+        response = await ask(client, "{ a: __typename }")
+    (error,) = response.json()["errors"]
+    assert error["extensions"] == {"code": "document_too_complex"}
+
+
+async def test_fragments_that_double_each_other_are_told_at_once(visit: Visit) -> None:
+    doubling = " ".join(
+        f"fragment F{number} on Query {{ ...F{number - 1} ...F{number - 1} }}"
+        for number in range(1, 100)
+    )
+    document = f"{{ ...F99 }} fragment F0 on Query {{ a: __typename }} {doubling}"
+    cycle = "{ ...A } fragment A on Query { ...B } fragment B on Query { ...A }"
+    async with visit() as client, asyncio.timeout(5):
+        doubled, cycled = await ask(client, document), await ask(client, cycle)
+    assert "At most 30 aliases" in messages(doubled)[0]
+    assert "within itself" in messages(cycled)[0]
+
+
+async def test_the_limits_hold_on_every_way_in(database_url: str) -> None:
+    document = "subscription { a: jobEvents { name } }"
+    said = "At most 0 aliases and repeated fields are taken, and there are more."
+    async with (
+        serving(database_url, "--no-worker", max_query_aliases="0") as (address, _),
+        httpx.AsyncClient(base_url=f"http://{address}") as client,
+        connect(
+            f"ws://{address}/graphql",
+            subprotocols=["graphql-transport-ws"],  # type: ignore[list-item]
+        ) as socket,
+    ):
+        events = await ask(client, document, accept="text/event-stream")
+        got = await client.get("/graphql", params={"query": "{ a: __typename }"})
+        await socket.send(json.dumps({"type": "connection_init"}))
+        await socket.recv()
+        subscribe = {"id": "1", "type": "subscribe", "payload": {"query": document}}
+        await socket.send(json.dumps(subscribe))
+        refused = json.loads(await socket.recv())
+        # The connection lives on, also through what is no document and no request.
+        for payload in ({"query": "{"}, {"query": 7}, {"query": "{ no }", "variables": {}}):
+            await socket.send(json.dumps(subscribe | {"payload": payload}))
+            assert json.loads(await socket.recv())["type"] == "error", payload
+        await socket.send(json.dumps(subscribe | {"payload": {"query": "{ __typename }"}}))
+        answered = json.loads(await socket.recv())
+    assert messages(events) == messages(got) == [said]
+    assert (refused["type"], refused["payload"][0]["message"]) == ("error", said)
+    assert answered["payload"]["data"] == {"__typename": "Query"}
+
+
+async def test_one_fault_in_many_places_is_one_error(visit: Visit) -> None:
+    async with visit() as client:
+        response = await ask(client, "{ no } query B { no }")
+    (error,) = [each for each in response.json()["errors"] if "field 'no'" in each["message"]]
+    assert error["locations"] == [{"line": 1, "column": 3}, {"line": 1, "column": 18}]
+
+
+async def test_pages_and_bulks_are_as_large_as_the_settings_say(visit: Visit) -> None:
+    job = '{type: "test.ping", payload: {}}'
+    bulk = "mutation { enqueueJobs(inputs: [%s]) { __typename } }"
+    async with visit(max_page_size="50", max_bulk_size="2") as client:
+        page = await ask(client, "{ jobs(first: 50) { nodes { id } } }")
+        too_long = await ask(client, "{ jobs(first: 51) { nodes { id } } }")
+        stored = await ask(client, bulk % (job * 2))
+        too_many = await ask(client, bulk % (job * 3))
+    assert "errors" not in page.json()
+    assert "errors" not in stored.json()
+    assert "A page holds 1 to 50 jobs" in messages(too_long)[0]
+    assert "At most 2 jobs go in one call" in messages(too_many)[0]
+
+
+# What is switched off
+
+INTROSPECTION = "{ __schema { queryType { name } } }"
+MISSPELT = "{ jobTypess { name } }"
+
+
+@pytest.mark.parametrize(
+    ("settings", "on"),
+    [
+        ({}, True),
+        ({"production": "true"}, False),
+        (
+            {
+                "production": "true",
+                "introspection": "true",
+                "suggestions": "yes",
+                "graphiql": "1",
+                "get_queries": "on",
+            },
+            True,
+        ),
+        (
+            {
+                "introspection": "false",
+                "suggestions": "no",
+                "graphiql": "0",
+                "get_queries": "off",
+            },
+            False,
+        ),
+    ],
+)
+async def test_four_things_are_switched_off_together_or_one_by_one(
+    visit: Visit, settings: dict[str, str], on: bool
+) -> None:
+    async with visit(**settings) as client:
+        introspected = await ask(client, INTROSPECTION)
+        misspelt = await ask(client, MISSPELT)
+        page = await client.get("/graphql", headers={"accept": "text/html"})
+        got = await client.get("/graphql", params={"query": "{ __typename }"})
+    assert ("data" in introspected.json()) == on
+    assert ("Did you mean" in messages(misspelt)[0]) == on
+    assert page.headers["content-type"].startswith("text/html") == on
+    assert got.status_code == (200 if on else 405)
+
+
+ALIASES = "query cop { " + " ".join(f"alias{number}: __typename" for number in range(101)) + " }"
+CIRCULAR = (
+    "query cop { __schema { types { " + "fields { type { " * 5 + "name " + "} } " * 5 + "} } }"
+)
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        ALIASES,
+        "query cop { __typename " + "@aa " * 500 + "}",
+        "query cop { " + "__typename " * 500 + "}",
+        CIRCULAR,
+        INTROSPECTION,
+        "query cop { __schema { directive } }",
+        "query cop { systemUpdate }",
+        "query cop { __typename @tracing }",
+        "query cop { __typenameee }",
+        "queryy cop { __typename }",
+        "query cop { __typename ",
+        "@",
+    ],
+)
+async def test_in_production_what_graphql_cop_tries_comes_to_nothing(
+    visit: Visit, query: str
+) -> None:
+    """What https://github.com/dolevf/graphql-cop sends in a body of JSON, and what it looks for."""
+    async with visit(production="true") as client, asyncio.timeout(5):
+        response = await ask(client, query)
+        batch = await client.post("/graphql", json=[{"query": "query cop { __typename }"}] * 10)
+        got = await client.get("/graphql", params={"query": query})
+        mutated = await client.get("/graphql", params={"query": "mutation cop { __typename }"})
+        posted = await client.post("/graphql", data={"query": "query cop { __typename }"})
+        pages = [
+            await client.get(path, headers={"accept": "text/html"})
+            for path in ("/graphql", "/graphiql", "/playground", "/console", "/")
+        ]
+    content = response.json()
+    assert content.keys() == {"errors"}
+    assert len(content["errors"]) < 10  # One for each directive is what it looks for.
+    assert "Did you mean" not in response.text
+    assert {"exception", "stacktrace", "debug", "tracing"}.isdisjoint(
+        content["errors"][0].get("extensions", {})
+    )
+    assert isinstance(batch.json(), dict)
+    assert [each.status_code for each in (batch, got, mutated, posted)] == [400, 405, 405, 415]
+    assert not any("data" in each.text for each in (batch, got, mutated, posted))
+    assert not any("graphiql" in page.text.lower() for page in pages)
+
+
+# Requests of foreign pages
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    [
+        "text/plain",
+        "application/x-www-form-urlencoded",
+        "multipart/form-data; boundary=b",
+        "text/plain; application/json",
+        "",
+    ],
+)
+async def test_a_form_of_a_foreign_page_changes_nothing(visit: Visit, content_type: str) -> None:
+    mutation = 'mutation { enqueueJob(input: {type: "test.ping", payload: {}}) { __typename } }'
+    headers = {"content-type": content_type, "origin": "https://evil.example"}
+    async with visit() as client:
+        for path, body in (
+            ("/graphql", {"query": mutation}),
+            ("/jobs", {"type": "test.ping", "payload": {}}),
+        ):
+            for accept in ("*/*", "text/event-stream"):
+                given = headers | {"accept": accept}
+                refused = await client.post(path, content=json.dumps(body), headers=given)
+                assert refused.status_code == 415, refused.text
+        for accept in ("*/*", "text/event-stream"):
+            got = await client.get(
+                "/graphql", params={"query": mutation}, headers={"accept": accept}
+            )
+            assert got.status_code == 405
+        jobs = await ask(client, "{ jobs { nodes { id } } }")
+    assert jobs.json()["data"]["jobs"]["nodes"] == []
+
+
+async def test_only_the_pages_of_listed_origins_may_call(database_url: str, visit: Visit) -> None:
+    async def preflight(client: httpx.AsyncClient, origin: str) -> httpx.Response:
+        return await client.options(
+            "/graphql",
+            headers={
+                "origin": origin,
+                "access-control-request-method": "POST",
+                "access-control-request-headers": "content-type,authorization",
+            },
+        )
+
+    ours, evil = "https://app.example.com", "https://evil.example"
+    async with visit(cors_origins=ours) as client:
+        admitted, refused = await preflight(client, ours), await preflight(client, evil)
+        answer = await ask(client, "{ __typename }", origin=ours)
+    async with visit() as client:
+        closed = await preflight(client, ours)
+    assert admitted.headers["access-control-allow-origin"] == ours
+    assert answer.headers["access-control-allow-origin"] == ours
+    for response in (refused, closed):
+        assert "access-control-allow-origin" not in response.headers
+    async with serving(database_url, "--no-worker", cors_origins=ours) as (address, _):
+        for origin, opens in ((ours, True), (evil, False), (f"http://{address}", True)):
+            try:
+                async with connect(
+                    f"ws://{address}/graphql",
+                    origin=origin,  # type: ignore[arg-type]
+                    subprotocols=["graphql-transport-ws"],  # type: ignore[list-item]
+                ):
+                    opened = True
+            except InvalidStatus as closed_door:
+                opened = closed_door.response.status_code != 403
+            assert opened == opens, origin
+
+
+# Secrets
+
+SECRET = "4929-1234-5678-9012"
+
+
+async def test_an_unexpected_error_is_told_by_an_id_and_logged_without_what_it_quotes(
+    visit: Visit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = io.TextIOWrapper(io.BytesIO(), "utf-8")
+    configure_logs("debug", "json", log)
+
+    async def broken(*_args: Any, **_named: Any) -> None:
+        try:
+            int(SECRET)
+        except ValueError as error:
+            raise RuntimeError(f"INSERT INTO job VALUES ('{SECRET}') in /srv/jobs.py") from error
+
+    headers = {"authorization": f"Bearer {SECRET}"}
+    job = {"type": "test.ping", "payload": {"text": SECRET}, "idempotencyKey": SECRET}
+    mutation = "mutation ($input: EnqueueJobInput!) { enqueueJob(input: $input) { __typename } }"
+    async with visit(log_level="debug") as client:
+        service = client.application.state.service  # type: ignore[attr-defined]
+        monkeypatch.setattr(service, "enqueue", broken)
+        content = {"query": mutation, "variables": {"input": job}}
+        answer = await client.post("/graphql", json=content, headers=headers)
+        rest = await client.post("/jobs", json=job, headers=headers)
+    (error,) = answer.json()["errors"]
+    assert error["extensions"]["code"] == "internal_error"
+    ids = [error["extensions"]["errorId"], rest.json()["error"]["details"][0]["errorId"]]
+    assert rest.status_code == 500
+    for told in (answer.text, rest.text):
+        assert not any(leak in told for leak in ("INSERT", "Traceback", ".py", SECRET, "Runtime"))
+    log.seek(0)
+    lines = log.buffer.getvalue().decode()  # type: ignore[attr-defined]
+    assert SECRET not in lines
+    logged = [json.loads(line) for line in lines.splitlines() if "unexpected" in line]
+    assert [line["error_id"] for line in logged] == ids
+    for line in logged:
+        assert "RuntimeError" in line["exception"]
+        assert "which came of" in line["exception"]
+        assert "test_guards.py" in line["exception"]
+
+
+async def test_what_a_handlers_exception_says_is_kept_with_the_job_and_not_logged(
+    visit: Visit,
+) -> None:
+    log = io.TextIOWrapper(io.BytesIO(), "utf-8")
+    configure_logs("debug", "json", log)
+    job = {"type": "test.ping", "payload": {"text": SECRET}}
+    async with visit() as client:
+        await client.post("/jobs", json=job)
+        refused = job | {"payload": {"text": 7, SECRET: SECRET}}
+        assert (await client.post("/jobs", json=refused)).status_code == 422
+        broken = await client.post("/graphql", json={"query": "{ " + SECRET})
+        assert messages(broken)
+    assert SECRET not in log.buffer.getvalue().decode()  # type: ignore[attr-defined]
