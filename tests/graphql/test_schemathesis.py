@@ -1,6 +1,6 @@
 """Random documents that the schema allows, as schemathesis makes them, against a live server.
 
-This is the short form. The long one: `JOBS_TEST_DOCUMENTS=1000 make test`.
+This is the short form. The long one: `TEST_DOCUMENTS=1000 make test`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from schemathesis.graphql import nodes
 from tests.graphql.test_inputs import literal
 from tests.http_client import serving
 
-DOCUMENTS = int(os.environ.get("JOBS_TEST_DOCUMENTS", "15"))
+DOCUMENTS = int(os.environ.get("TEST_DOCUMENTS", "15"))
 """How many for each field of Query and Mutation."""
 
 NAMES = st.from_regex(r"[a-zA-Z][a-zA-Z0-9]{0,5}", fullmatch=True)
