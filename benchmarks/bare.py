@@ -1,14 +1,28 @@
-"""The yardstick: a Starlette route that reads JSON and answers JSON, served as the product is."""
+"""The yardstick: a Starlette route that reads JSON and answers JSON, served as the product is.
+
+    python benchmarks/bare.py PORT [DATABASE_URL]
+
+With a database there are two more, which do the same and execute an `enqueueJob` in between:
+`/executed` as the product does, on a document that is prepared, and `/strawberry` by Strawberry's
+`schema.execute`. What each costs above `/bare` is what an execution costs by itself.
+"""
 
 from __future__ import annotations
 
 import sys
 
+# Python looks beside the script first, and graphql.py there has the name of a library.
+sys.path.append(sys.path.pop(0))
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 
 
 async def echo(request: Request) -> JSONResponse:
@@ -20,7 +34,59 @@ async def alive(_request: Request) -> JSONResponse:
     return JSONResponse({})
 
 
-app = Starlette(routes=[Route("/bare", echo, methods=["POST"]), Route("/healthz", alive)])
+def application(database_url: str | None) -> Starlette:
+    routes: list[BaseRoute] = [Route("/bare", echo, methods=["POST"]), Route("/healthz", alive)]
+    if database_url is None:
+        return Starlette(routes=routes)
+
+    from api.auth import ANYONE
+    from api.cli import _collect_garbage_rarely
+    from api.graphql.context import Context
+    from api.graphql.operations import Limits, Operations
+    from api.graphql.schema import build_schema, strawberry_schema
+    from api.logs import configure_logs
+    from api.queue.service import JobService, open_service
+    from registry.discovery import load_registry
+
+    configure_logs("info", "json")
+    registry = load_registry(["registry.catalog"])
+    operations = Operations(build_schema(registry), Limits())
+    schema = strawberry_schema()
+    services: list[JobService] = []
+
+    async def executed(request: Request) -> JSONResponse:
+        content = await request.json()
+        prepared = operations.prepare(content["query"], None)
+        context = Context(services[0], ANYONE)
+        result = await operations.execute(prepared, content["variables"], context)
+        return JSONResponse({"data": result.data, **_errors(result)})
+
+    async def by_strawberry(request: Request) -> JSONResponse:
+        content = await request.json()
+        result = await schema.execute(
+            content["query"],
+            variable_values=content["variables"],
+            context_value=Context(services[0], ANYONE),
+        )
+        return JSONResponse({"data": result.data, **_errors(result)})
+
+    def _errors(result: Any) -> dict[str, Any]:
+        return {"errors": [str(error) for error in result.errors]} if result.errors else {}
+
+    @asynccontextmanager
+    async def lifespan(_app: Starlette) -> AsyncIterator[None]:
+        async with open_service(registry, database_url, lease_seconds=30) as service:
+            services.append(service)
+            _collect_garbage_rarely()
+            yield
+
+    routes += [
+        Route("/executed", executed, methods=["POST"]),
+        Route("/strawberry", by_strawberry, methods=["POST"]),
+    ]
+    return Starlette(routes=routes, lifespan=lifespan)
+
 
 if __name__ == "__main__":
+    app = application(sys.argv[2] if len(sys.argv) > 2 else None)
     uvicorn.run(app, port=int(sys.argv[1]), access_log=False, log_level="critical")
