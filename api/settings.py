@@ -472,7 +472,7 @@ def _is_address(host: str) -> bool:
 def _shown(name: str, value: str) -> str:
     """What came, fit for a log: of a database's URL the scheme only. In one that is written wrong
     nobody can say which part is the password."""
-    if name == "auth_hs256_secret":
+    if name == "auth_hs256_secret" or (name == "auth_jwks" and "@" in value):
         return "..."
     if name == "database_url" and not value.startswith(_SQLITE) and re.search("[:=@]", value):
         scheme = re.match(r"[a-z+]+://", value)

@@ -17,6 +17,7 @@ import pytest
 
 from api.first_minute import what_to_try
 from registry.discovery import load_registry
+from tests.http_client import Visit
 
 README = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
 
@@ -106,3 +107,22 @@ async def test_the_commands_of_the_first_minute_run(http: httpx.AsyncClient) -> 
     # What `make run` prints is the same request.
     printed = re.findall(r"-d '(.*)'", what_to_try("127.0.0.1", 8000, "assets"))
     assert json.loads(printed[0]) == graphql
+
+
+async def test_the_token_that_is_made_as_shown_is_taken(visit: Visit, tmp_path: Path) -> None:
+    (console,) = examples("token", "console")
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    *commands, serve = re.split(r"^\$ ", console, flags=re.M)[1:]
+    assert serve.endswith("serve --host 0.0.0.0\n")
+    script = "".join(["set -e -o pipefail\n", *commands, 'echo "$JOBS_AUTH_HS256_SECRET" "$TOKEN"'])
+    shell = ["bash", "-c", script]
+    ran = subprocess.run(shell, cwd=tmp_path, capture_output=True, text=True, check=True)
+    secret, token = ran.stdout.split()
+    settings = {"auth_hs256_secret": secret, "auth_issuer": "me", "auth_audience": "jobs"}
+    async with visit(**settings, host="0.0.0.0") as client:
+        headers = {"authorization": f"Bearer {token}"}
+        answer = await client.post("/graphql", json={"query": QUERY}, headers=headers)
+    assert answer.json()["data"]["jobPolicy"] == {"maxAttempts": 10}
+
+
+QUERY = '{ jobPolicy(jobType: "payout.execute") { ... on JobPolicy { maxAttempts } } }'

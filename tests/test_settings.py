@@ -82,6 +82,96 @@ def test_loopback_is_served_under_all_its_names(host: str) -> None:
     assert load_settings({"JOBS_HOST": host}).host == host
 
 
+SECRET = "lovelace-lovelace-lovelace-lovelace"
+AUTH = {
+    "JOBS_AUTH_HS256_SECRET": SECRET,
+    "JOBS_AUTH_ISSUER": "https://issuer.example",
+    "JOBS_AUTH_AUDIENCE": "jobs",
+}
+
+
+def refused(**environment: str) -> dict[str, str]:
+    """The faults of an environment, by variable."""
+    with pytest.raises(SettingsInvalid) as wrong:
+        load_settings(environment)
+    return {fault.partition(":")[0]: fault for fault in wrong.value.faults}
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "2001:db8::1"])
+def test_other_addresses_are_served_with_authentication_only(host: str) -> None:
+    faults = refused(JOBS_HOST=host)
+    assert faults.keys() == {"JOBS_HOST"}
+    assert (
+        "without authentication only loopback (127.0.0.1, ::1, localhost) is served"
+        in (faults["JOBS_HOST"])
+    )
+    assert "because anyone who reaches the port may use the queue" in faults["JOBS_HOST"]
+    assert load_settings(AUTH | {"JOBS_HOST": host}).host == host
+
+
+def test_all_that_authentication_lacks_is_told_at_once(tmp_path: Path) -> None:
+    faults = refused(
+        JOBS_AUTH_HS256_SECRET="short", JOBS_AUTH_JWKS=str(tmp_path / "none"), JOBS_HOST="0.0.0.0"
+    )
+    assert "expected 32 bytes or more" in faults["JOBS_AUTH_HS256_SECRET"]
+    assert "short" not in faults["JOBS_AUTH_HS256_SECRET"]
+    assert "there is no such file" in faults["JOBS_AUTH_JWKS"]
+    assert "JOBS_HOST" not in faults
+    faults = refused(JOBS_AUTH_HS256_SECRET=SECRET)
+    assert faults == {
+        name: f"{name}: not set; it is needed with JOBS_AUTH_HS256_SECRET"
+        for name in ("JOBS_AUTH_ISSUER", "JOBS_AUTH_AUDIENCE")
+    }
+
+
+@pytest.mark.parametrize(
+    ("variable", "came", "expected"),
+    [
+        ("JOBS_AUTH_JWKS", "http://issuer.example/keys", "a URL with https://"),
+        ("JOBS_AUTH_JWKS", "ftp://issuer.example/keys", "a URL with https://"),
+        ("JOBS_AUTH_JWKS", "https://issuer.example/keys", "JOBS_AUTH_HS256_SECRET is set too"),
+        ("JOBS_AUTH_ISSUER", "", "a text that is not empty"),
+        ("JOBS_AUTH_LEEWAY_SECONDS", "301", "a number from 0 to 300"),
+        ("JOBS_PRODUCTION", "perhaps", "true or false"),
+        ("JOBS_INTROSPECTION", "2", "true or false"),
+        ("JOBS_RATE_LIMIT", "many", "a rate such as 600/minute"),
+        ("JOBS_RATE_LIMIT", "600/minute,0/hour", "a rate such as 600/minute"),
+        ("JOBS_CORS_ORIGINS", "*", "origins as browsers send them"),
+        ("JOBS_CORS_ORIGINS", "https://app.example.com/", "origins as browsers send them"),
+        ("JOBS_CORS_ORIGINS", "app.example.com", "origins as browsers send them"),
+        ("JOBS_MAX_QUERY_DEPTH", "4", "a whole number from 5 to 100"),
+        ("JOBS_MAX_PAGE_SIZE", "49", "a whole number from 50 to 1,000"),
+    ],
+)
+def test_a_wrong_guard_says_what_came_and_what_is_expected(
+    variable: str, came: str, expected: str
+) -> None:
+    environment = AUTH | {variable: came}
+    if "https" in expected:
+        del environment["JOBS_AUTH_HS256_SECRET"]
+    faults = refused(**environment)
+    assert faults.keys() == {variable}
+    assert f"got {came!r}" in faults[variable]
+    assert expected in faults[variable]
+
+
+def test_secrets_are_not_printed_with_the_settings() -> None:
+    settings = load_settings(AUTH)
+    assert settings.auth_hs256_secret == SECRET
+    assert SECRET not in repr(settings)
+
+
+def test_lists_are_separated_by_commas() -> None:
+    settings = load_settings(
+        {
+            "JOBS_RATE_LIMIT": "20/second, 600/minute",
+            "JOBS_CORS_ORIGINS": "https://a.example,http://[::1]:3000",
+        }
+    )
+    assert settings.rate_limit == ("20/second", "600/minute")
+    assert settings.cors_origins == ("https://a.example", "http://[::1]:3000")
+
+
 @pytest.mark.parametrize(
     "url",
     ["sqlite:///x.db", "sqlite:////tmp/x.db", "sqlite+aiosqlite:///x.db",
