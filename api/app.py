@@ -73,7 +73,9 @@ def create_app(settings: Settings, registry: JobRegistry, *, worker: bool = Fals
             yield
 
     entrance = Entrance(
-        _authentication(settings), [limits.parse(rate) for rate in settings.rate_limit]
+        _authentication(settings),
+        [limits.parse(rate) for rate in settings.rate_limit],
+        settings.cors_origins,
     )
     operations = Operations(
         build_schema(registry),

@@ -10,16 +10,20 @@ import asyncio
 import json
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Final, Literal, Protocol, get_args
+from urllib.parse import urlsplit
 
 import jwt
 from limits import RateLimitItem
 from limits.storage import MemoryStorage
 from limits.strategies import SlidingWindowCounterRateLimiter
+from starlette.types import Scope
 
+from api.http_messages import header
 from registry import text_fault
 from registry.errors import shortened
 
@@ -189,7 +193,7 @@ class Authentication:
     """Makes callers of bearer tokens.
 
     `issuer` and `audience` are what `iss` and `aud` have to be; `leeway_seconds` is how far clocks
-    may differ. `now` gives Unix time.
+    may differ.
     """
 
     def __init__(
@@ -199,13 +203,11 @@ class Authentication:
         issuer: str,
         audience: str,
         leeway_seconds: float,
-        now: Callable[[], float] = time.time,
     ) -> None:
         self._keys = keys
         self._issuer = issuer
         self._audience = audience
         self._leeway = leeway_seconds
-        self._now = now
         self._known: OrderedDict[str, Caller] = OrderedDict()
 
     async def caller(self, authorization: str) -> Caller:
@@ -222,7 +224,7 @@ class Authentication:
         if len(token) > MAX_TOKEN_LENGTH:
             raise Unauthenticated("The token is too long.")
         known = self._known.get(token)
-        if known is not None and known.expires_at is not None and self._now() < known.expires_at:
+        if known is not None and known.expires_at is not None and time.time() < known.expires_at:
             self._known.move_to_end(token)
             return known
         caller = await self._checked(token)
@@ -250,7 +252,7 @@ class Authentication:
                 leeway=self._leeway,
                 options={"require": ["exp", "sub", "iss", "aud"]},
             )
-        except (jwt.PyJWTError, ValueError, TypeError) as error:
+        except (jwt.PyJWTError, ValueError, TypeError, OverflowError) as error:
             raise Unauthenticated(_reason(error)) from None
         subject = claims["sub"]
         if not 1 <= len(subject) <= 255 or text_fault(subject):
@@ -266,48 +268,43 @@ class Authentication:
 class Entrance:
     """What every request passes: authentication where it is configured, then the rate limit.
 
-    `rate_limit` bounds the requests of each subject, and of each address that has none.
+    `rate_limits` bound the requests of each subject, and of each address that has none. `origins`
+    are those whose pages may call.
     """
 
     def __init__(
-        self, authentication: Authentication | None, rate_limits: Sequence[RateLimitItem] = ()
+        self,
+        authentication: Authentication | None,
+        rate_limits: Sequence[RateLimitItem] = (),
+        origins: Sequence[str] = (),
     ) -> None:
         self._authentication = authentication
         self._rate_limits = rate_limits
         self._limiter = SlidingWindowCounterRateLimiter(MemoryStorage()) if rate_limits else None
+        self._hosts = frozenset(urlsplit(origin).hostname for origin in origins)
 
-    async def caller(self, authorization: str, address: str) -> Caller:
-        """The caller of a request; counts nothing.
+    async def admit(self, scope: Scope, authorization: str | None = None) -> Caller:
+        """The caller of a request, which is counted.
+
+        `authorization` is used instead of the request's own header.
 
         Raises:
-            Unauthenticated: there is no valid token. It counts against the address.
+            Unauthenticated: there is no valid token. The request counts for its address.
             AuthenticationUnavailable: the token cannot be checked now.
-            TooManyRequests: too many from this address had no valid token.
-        """
-        if self._authentication is None:
-            return ANYONE
-        try:
-            return await self._authentication.caller(authorization)
-        except Unauthenticated:
-            self.count(None, address)
-            raise
-
-    def count(self, caller: Caller | None, address: str) -> None:
-        """Counts a request.
-
-        Raises:
+            Forbidden: there is no authentication, and a page of another site may be calling.
             TooManyRequests: it is one too many.
         """
-        if self._limiter is None:
-            return
-        subject = caller.subject if caller else None
-        who = ("address", address) if subject is None else ("subject", subject)
-        for limit in self._rate_limits:
-            if not self._limiter.hit(limit, *who):
-                reset, _ = self._limiter.get_window_stats(limit, *who)
-                raise TooManyRequests(_rate(limit), max(1, round(reset - time.time())))
+        if authorization is None:
+            authorization = header(scope, b"authorization").decode("latin-1")
+        try:
+            caller = await self._caller(scope, authorization)
+        except Unauthenticated:
+            self._count(scope, None)
+            raise
+        self._count(scope, caller)
+        return caller
 
-    def check(self, caller: Caller, address: str) -> None:
+    def admit_again(self, scope: Scope, caller: Caller) -> None:
         """Counts a further request on a connection whose caller is known.
 
         Raises:
@@ -316,13 +313,31 @@ class Entrance:
         """
         if caller.expires_at is not None and time.time() >= caller.expires_at:
             raise Unauthenticated("The token has expired.")
-        self.count(caller, address)
+        self._count(scope, caller)
 
-    async def admit(self, authorization: str, address: str) -> Caller:
-        """The caller of a request, which is counted; raises as both."""
-        caller = await self.caller(authorization, address)
-        self.count(caller, address)
-        return caller
+    async def _caller(self, scope: Scope, authorization: str) -> Caller:
+        if self._authentication is not None:
+            return await self._authentication.caller(authorization)
+        # Who may give a name this machine's address makes a browser believe that their page and
+        # this server are one site (DNS rebinding). Names that anyone can register have a dot.
+        host = _host(header(scope, b"host").decode("latin-1"))
+        if "." in host and host not in self._hosts and not _is_address(host):
+            raise Forbidden(
+                f"Without authentication only this machine is served, and not as {host[:100]!r}."
+                " List its origin in JOBS_CORS_ORIGINS if that is you."
+            )
+        return ANYONE
+
+    def _count(self, scope: Scope, caller: Caller | None) -> None:
+        if self._limiter is None:
+            return
+        subject = caller.subject if caller else None
+        client = scope.get("client")  # It may be a proxy.
+        who = ("address", client[0] if client else "") if subject is None else ("subject", subject)
+        for limit in self._rate_limits:
+            if not self._limiter.hit(limit, *who):
+                reset, _ = self._limiter.get_window_stats(limit, *who)
+                raise TooManyRequests(_rate(limit), max(1, round(reset - time.time())))
 
 
 def read_keys(source: str) -> Keys:
@@ -338,6 +353,22 @@ def read_keys(source: str) -> Keys:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no text"
         raise KeysInvalid(f"the file cannot be read: {reason}") from None
+
+
+def _host(header: str) -> str:
+    """The host of a Host header without its port; all of it where it is malformed."""
+    try:
+        return urlsplit(f"//{header}").hostname or ""
+    except ValueError:
+        return header
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _algorithm(key: jwt.PyJWK) -> str | None:

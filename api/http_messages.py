@@ -56,17 +56,6 @@ def header(scope: Scope, name: bytes) -> bytes:
     return b""
 
 
-def authorization(scope: Scope) -> str:
-    """The Authorization header, "" where there is none."""
-    return header(scope, b"authorization").decode("latin-1")
-
-
-def address(scope: Scope) -> str:
-    """The address that a request came from, which may be a proxy's."""
-    client = scope.get("client")
-    return str(client[0]) if client else ""
-
-
 def is_json(content_type: bytes) -> bool:
     """Whether a Content-Type is application/json, in UTF-8, which is all that JSON comes in."""
     media_type, *parameters = content_type.lower().replace(b" ", b"").split(b";")

@@ -18,8 +18,6 @@ from api.auth import (
 from api.http_messages import (
     BodyTooLarge,
     ClientGone,
-    address,
-    authorization,
     header,
     is_json,
     read_body,
@@ -65,7 +63,7 @@ class EnqueueView:
         try:
             if scope["method"] != "POST":
                 raise RequestRefused(405, "method_not_allowed", "Jobs are enqueued with POST.")
-            caller = await self._entrance.admit(authorization(scope), address(scope))
+            caller = await self._entrance.admit(scope)
             caller.need("jobs:enqueue")
             request = parse_request(await self._read(scope, receive))
             caller.need_types([request.type])
@@ -115,7 +113,7 @@ class JobView:
         try:
             if scope["method"] not in ("GET", "HEAD"):
                 raise RequestRefused(405, "method_not_allowed", "A job is read with GET.")
-            caller = await self._entrance.admit(authorization(scope), address(scope))
+            caller = await self._entrance.admit(scope)
             caller.need("jobs:read")
             job = await service.get(scope["path_params"]["id"])
             if not caller.may_see(job.type):

@@ -25,6 +25,7 @@ from api.auth import (
     AuthenticationUnavailable,
     Caller,
     Entrance,
+    Forbidden,
     TooManyRequests,
     Unauthenticated,
 )
@@ -32,7 +33,6 @@ from api.graphql.context import Context
 from api.graphql.operations import DocumentRefused, Operations
 from api.graphql.told import told
 from api.graphql.view import results_until_expiry
-from api.http_messages import address, authorization
 from api.logs import log_unexpected
 from api.queue.service import JobService
 
@@ -42,8 +42,7 @@ class Connection:
     """What is known of a WebSocket. `caller` is known once the client has introduced itself."""
 
     service: JobService
-    address: str
-    authorization: str
+    scope: Scope
     connection_params: dict[str, Any] | None = None
     caller: Caller | None = None
 
@@ -80,8 +79,7 @@ class StreamingView(GraphQL[Connection, None]):
         self, request: Request | WebSocket, response: Response | WebSocket
     ) -> Connection:
         """What is known before the first message."""
-        scope = request.scope
-        return Connection(request.app.state.service, address(scope), authorization(scope))
+        return Connection(request.app.state.service, request.scope)
 
     async def on_ws_connect(self, context: Connection) -> None:
         """Admits the client; otherwise the connection is closed with the code 4403."""
@@ -89,9 +87,9 @@ class StreamingView(GraphQL[Connection, None]):
         given = params.get("Authorization", params.get("authorization"))
         try:
             context.caller = await self._entrance.admit(
-                given if isinstance(given, str) else context.authorization, context.address
+                context.scope, given if isinstance(given, str) else None
             )
-        except (Unauthenticated, TooManyRequests, AuthenticationUnavailable):
+        except (Unauthenticated, Forbidden, TooManyRequests, AuthenticationUnavailable):
             raise ConnectionRejectionError from None
         return await super().on_ws_connect(context)  # type: ignore[return-value]
 
@@ -127,7 +125,7 @@ class _Streams:
         assert connection.caller is not None
         context = Context(connection.service, connection.caller)
         try:
-            self._entrance.check(connection.caller, connection.address)
+            self._entrance.admit_again(connection.scope, connection.caller)
             prepared = self._operations.prepare(query, name)
         except DocumentRefused as refused:
             # Without their class: Strawberry closes the connection on a syntax error.

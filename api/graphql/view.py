@@ -16,15 +16,19 @@ from graphql import ExecutionResult, GraphQLError, OperationType
 from pydantic_core import from_json, to_json
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from api.auth import AuthenticationUnavailable, Entrance, TooManyRequests, Unauthenticated
+from api.auth import (
+    AuthenticationUnavailable,
+    Entrance,
+    Forbidden,
+    TooManyRequests,
+    Unauthenticated,
+)
 from api.graphql.context import Context
 from api.graphql.operations import DocumentRefused, Operations, Prepared
 from api.graphql.told import told_of, told_result
 from api.http_messages import (
     BodyTooLarge,
     ClientGone,
-    address,
-    authorization,
     header,
     is_json,
     read_body,
@@ -36,6 +40,10 @@ JSON: Final = b"application/json"
 EVENT_STREAM: Final = b"text/event-stream"
 KEEP_ALIVE_SECONDS: Final = 15.0
 """A proxy ends a connection on which nothing moves."""
+
+
+A_YEAR: Final = 31_536_000.0
+"""An event loop cannot wait for just any time."""
 
 
 class RequestRefused(Exception):
@@ -141,10 +149,12 @@ class GraphQLView:
                 405, f"GraphQL takes {allowed}.", allow=allowed.replace(" and", ",").encode()
             )
         try:
-            caller = await self._entrance.admit(authorization(scope), address(scope))
+            caller = await self._entrance.admit(scope)
         except Unauthenticated as error:
             challenge = (b"www-authenticate", error.challenge.encode())
             raise RequestRefused(401, [told_of(error)], headers=(challenge,)) from None
+        except Forbidden as error:
+            raise RequestRefused(403, [told_of(error)]) from None
         except TooManyRequests as error:
             retry = (b"retry-after", str(error.retry_after).encode())
             raise RequestRefused(429, [told_of(error)], headers=(retry,)) from None
@@ -202,7 +212,7 @@ async def results_until_expiry(
     expires_at = context.caller.expires_at
     try:
         while True:
-            left = None if expires_at is None else expires_at - time.time()
+            left = None if expires_at is None else min(expires_at - time.time(), A_YEAR)
             try:
                 async with asyncio.timeout(left):
                     result = await anext(results)

@@ -218,7 +218,10 @@ CIRCULAR = (
     "query",
     [
         ALIASES,
-        "query cop { __typename " + "@aa " * 500 + "}",
+        "query cop { __typename " + "@aa" * 500 + " }",
+        "query cop { __typename " + "@aa" * 10 + " }",
+        "query cop { __schema { ...A } } fragment A on __Schema { __typename ...B }"
+        " fragment B on __Schema { ...A }",
         "query cop { " + "__typename " * 500 + "}",
         CIRCULAR,
         INTROSPECTION,
@@ -241,6 +244,7 @@ async def test_in_production_what_graphql_cop_tries_comes_to_nothing(
         got = await client.get("/graphql", params={"query": query})
         mutated = await client.get("/graphql", params={"query": "mutation cop { __typename }"})
         posted = await client.post("/graphql", data={"query": "query cop { __typename }"})
+        in_address = await client.post("/graphql", params={"query": "query cop { __typename }"})
         pages = [
             await client.get(path, headers={"accept": "text/html"})
             for path in ("/graphql", "/graphiql", "/playground", "/console", "/")
@@ -254,6 +258,7 @@ async def test_in_production_what_graphql_cop_tries_comes_to_nothing(
     )
     assert isinstance(batch.json(), dict)
     assert [each.status_code for each in (batch, got, mutated, posted)] == [400, 405, 405, 415]
+    assert in_address.status_code == 415
     assert not any("data" in each.text for each in (batch, got, mutated, posted))
     assert not any("graphiql" in page.text.lower() for page in pages)
 
@@ -325,6 +330,33 @@ async def test_only_the_pages_of_listed_origins_may_call(database_url: str, visi
             except InvalidStatus as closed_door:
                 opened = closed_door.response.status_code != 403
             assert opened == opens, origin
+
+
+@pytest.mark.parametrize(
+    ("host", "served"),
+    [
+        ("127.0.0.1:8000", True),
+        ("[::1]:8000", True),
+        ("localhost:8000", True),
+        ("jobs", True),
+        ("app.example.com", True),  # Its origin is listed.
+        ("evil.example:8000", False),
+        ("127.0.0.1.evil.example", False),
+        ("[evil.example]", False),
+    ],
+)
+async def test_a_name_that_was_made_to_lead_here_is_not_served(
+    visit: Visit, host: str, served: bool
+) -> None:
+    async with visit(cors_origins="https://app.example.com") as client:
+        got = await client.get(
+            "/graphql", params={"query": "{ __typename }"}, headers={"host": host}
+        )
+        posted = await ask(client, "{ __typename }", host=host)
+        rest = await client.get("/jobs/a", headers={"host": host})
+    statuses = (got.status_code, posted.status_code, rest.status_code)
+    assert statuses == ((200, 200, 404) if served else (403, 403, 403))
+    assert served or posted.json()["errors"][0]["extensions"] == {"code": "forbidden"}
 
 
 # Secrets
