@@ -254,7 +254,7 @@ class _OfJobType:
             return anything
         if "$ref" in schema:
             return self._defined(_key(schema), place)
-        options = schema.get("anyOf")
+        options = schema.get("anyOf", schema.get("oneOf"))
         if options is not None:
             rest = [option for option in options if option != _NULL]
             if len(rest) == 1:
@@ -263,7 +263,7 @@ class _OfJobType:
         if len(schema.get("allOf", ())) == 1:
             return self._type_of(schema["allOf"][0], place)
         if "enum" in schema or "const" in schema:
-            return self._enum(place, schema), False
+            return self._enum(place, schema)
         match schema.get("type"):
             case "string":
                 return self._inputs._texts.get(schema.get("format", ""), GraphQLString), False
@@ -288,7 +288,7 @@ class _OfJobType:
         if schema.get("type") == "object":
             return self.object(name if name.endswith("Input") else f"{name}Input", schema), False
         if "enum" in schema:
-            return self._enum(name, schema), False
+            return self._enum(name, schema)
         if key in self._open:  # A list of lists of lists has no name to end it with.
             return self._inputs._json, True
         self._open.add(key)
@@ -297,16 +297,18 @@ class _OfJobType:
         finally:
             self._open.discard(key)
 
-    def _enum(self, name: str, schema: Mapping[str, Any]) -> GraphQLInputType:
+    def _enum(self, name: str, schema: Mapping[str, Any]) -> tuple[GraphQLInputType, bool]:
         """An enum; what its values are instead where GraphQL has no names for them."""
-        values = schema["enum"] if "enum" in schema else [schema["const"]]
-        if all(type(value) is int for value in values):
-            return _integer({"minimum": min(values), "maximum": max(values)})
-        if not all(isinstance(value, str) for value in values):
-            return self._inputs._json
+        every = schema["enum"] if "enum" in schema else [schema["const"]]
+        values = [value for value in every if value is not None]
+        nullable = len(values) < len(every)
+        if values and all(type(value) is int for value in values):
+            return _integer({"minimum": min(values), "maximum": max(values)}), nullable
+        if not values or not all(isinstance(value, str) for value in values):
+            return self._inputs._json, nullable
         names = [re.sub(r"\W", "_", value, flags=re.ASCII).upper() for value in values]
         if len(set(names)) < len(names) or not all(_is_name(each) for each in names):
-            return GraphQLString
+            return GraphQLString, nullable
         made, _ = self._inputs.make(
             name,
             self._content({"enum": values, "description": schema.get("description")}),
@@ -320,7 +322,7 @@ class _OfJobType:
                 description=schema.get("description") or f"`{name}` of a payload.",
             ),
         )
-        return cast(GraphQLInputType, made)
+        return cast(GraphQLInputType, made), nullable
 
     def _content(self, schema: Mapping[str, Any]) -> str:
         """A schema with every definition it leads to, as text."""

@@ -329,12 +329,27 @@ class NoNames(Payload):
     field: str = Field(default="a", alias="a-b")
 
 
+class Card(Payload):
+    """Paid by card."""
+
+    kind: Literal["card"]
+
+
+class Transfer(Payload):
+    """Paid by transfer."""
+
+    kind: Literal["transfer"]
+
+
 class Required(Payload):
     """What is required may be null, and what has a factory may be left out."""
 
     nullable: int | None
     made: list[str] = Field(default_factory=list)
     nested: Empty = Empty()
+    mixed: Literal["a", 1, None] = None
+    choice: Literal["a", None] = None
+    method: Annotated[Card | Transfer, Field(discriminator="kind")]
 
 
 def test_what_graphql_cannot_say_is_json_and_judged_by_the_registry() -> None:
@@ -361,6 +376,9 @@ def test_what_graphql_cannot_say_is_json_and_judged_by_the_registry() -> None:
         "nullable": "BigInt",
         "made": "[String!]",
         "nested": "JSON!",
+        "mixed": "JSON",
+        "choice": "RequiredChoice",
+        "method": "JSON!",
     }
 
 
