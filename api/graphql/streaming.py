@@ -5,8 +5,9 @@ https://github.com/enisdenjo/graphql-ws/blob/master/PROTOCOL.md
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, cast
 
 from graphql import ExecutionResult, GraphQLError, OperationType
@@ -14,8 +15,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket
-from strawberry.asgi import GraphQL
+from strawberry.asgi import ASGIWebSocketAdapter, GraphQL
 from strawberry.exceptions import ConnectionRejectionError
+from strawberry.http.exceptions import NonJsonMessageReceived
 from strawberry.schema import BaseSchema
 from strawberry.subscriptions import GRAPHQL_TRANSPORT_WS_PROTOCOL
 from strawberry.types.execution import ExecutionResult as Result
@@ -47,6 +49,37 @@ class Connection:
     caller: Caller | None = None
 
 
+class _Messages(ASGIWebSocketAdapter):
+    """The messages of a connection, each of the protocol's shape; others end it with 4400."""
+
+    async def iter_json(self, *, ignore_parsing_errors: bool = False) -> AsyncGenerator[object]:
+        """The messages that come in.
+
+        Raises:
+            NonJsonMessageReceived: one is none.
+        """
+        try:
+            async for message in super().iter_json(ignore_parsing_errors=ignore_parsing_errors):
+                if not _is_message(message):
+                    raise NonJsonMessageReceived
+                yield message
+        except RecursionError:
+            raise NonJsonMessageReceived from None
+
+    async def close(self, code: int, reason: str) -> None:
+        """Closes with as much of the reason as a frame can hold (RFC 6455, section 5.5)."""
+        await super().close(code, reason.encode()[:123].decode(errors="ignore"))
+
+
+def _is_message(message: object) -> bool:
+    return (
+        isinstance(message, dict)
+        and isinstance(message.get("type"), str)
+        and isinstance(message.get("id", ""), str)
+        and (message["type"] != "subscribe" or isinstance(message.get("payload"), dict))
+    )
+
+
 class StreamingView(GraphQL[Connection, None]):
     """Serves WebSockets.
 
@@ -55,6 +88,8 @@ class StreamingView(GraphQL[Connection, None]):
     connect from this origin and from `allowed_origins`.
     """
 
+    websocket_adapter_class = _Messages
+
     def __init__(
         self, operations: Operations, entrance: Entrance, *, allowed_origins: Sequence[str]
     ) -> None:
@@ -62,6 +97,7 @@ class StreamingView(GraphQL[Connection, None]):
             cast(BaseSchema, _Streams(operations, entrance)),
             graphql_ide=None,
             subscription_protocols=(GRAPHQL_TRANSPORT_WS_PROTOCOL,),
+            connection_init_wait_timeout=timedelta(seconds=10),
             allowed_origins=allowed_origins,
         )
         self._entrance = entrance
@@ -71,7 +107,6 @@ class StreamingView(GraphQL[Connection, None]):
         try:
             await super().__call__(scope, receive, send)
         except Exception as error:
-            # A message that is nothing of the protocol's. The server closes the connection.
             log_unexpected("websocket", error)
             await send({"type": "websocket.close", "code": 1011})
 

@@ -141,6 +141,60 @@ async def test_the_limits_hold_on_every_way_in(database_url: str) -> None:
     assert answered["payload"]["data"] == {"__typename": "Query"}
 
 
+@pytest.mark.parametrize(
+    ("message", "code"),
+    [
+        ("{", 4400),
+        ("[]", 4400),
+        ("null", 4400),
+        ("[" * 100_000, 4400),
+        (b"\x00", 4400),
+        ('{"type": []}', 4400),
+        ('{"type": "' + "x" * 500 + '"}', 4400),
+        ('{"type": "subscribe", "id": "1"}', 4400),
+        ('{"type": "subscribe", "id": "1", "payload": []}', 4400),
+        ('{"type": "subscribe", "id": {}, "payload": {"query": "{ __typename }"}}', 4400),
+        ('{"type": "connection_init"}', 4429),
+    ],
+)
+async def test_a_message_that_is_none_of_the_protocols_ends_the_connection_and_is_no_fault_of_ours(
+    visit: Visit, message: str | bytes, code: int
+) -> None:
+    log = io.TextIOWrapper(io.BytesIO(), "utf-8")
+    configure_logs("debug", "json", log)
+    said: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+    heard: list[dict[str, Any]] = []
+    text = {"text": message} if isinstance(message, str) else {"bytes": message}
+    for each in ({"text": '{"type": "connection_init"}'}, text):
+        said.put_nowait({"type": "websocket.receive", **each})
+
+    async def receive() -> dict[str, Any]:
+        if not heard:
+            return {"type": "websocket.connect"}
+        return await said.get()
+
+    async def send(answer: dict[str, Any]) -> None:
+        heard.append(answer)
+
+    scope = {
+        "type": "websocket",
+        "path": "/graphql",
+        "headers": [(b"host", b"127.0.0.1")],
+        "query_string": b"",
+        "subprotocols": ["graphql-transport-ws"],
+    }
+    async with visit() as client, asyncio.timeout(5):
+        await client.application(scope, receive, send)  # type: ignore[attr-defined]
+    assert [each["type"] for each in heard] == [
+        "websocket.accept",
+        "websocket.send",
+        "websocket.close",
+    ]
+    assert heard[-1]["code"] == code
+    assert len(heard[-1]["reason"].encode()) <= 123
+    assert b"error" not in log.buffer.getvalue()  # type: ignore[attr-defined]
+
+
 async def test_one_fault_in_many_places_is_one_error(visit: Visit) -> None:
     async with visit() as client:
         response = await ask(client, "{ no } query B { no }")
