@@ -11,7 +11,7 @@ import httpx
 import pytest
 from websockets.asyncio.client import connect
 
-from tests.http_client import serving
+from tests.http_client import Visit, serving
 
 SUBSCRIPTION = """
 subscription ($types: [String!]) {
@@ -83,6 +83,43 @@ async def test_events_come_as_server_sent_events(address: str) -> None:
 async def _enqueue_soon(address: str, count: int) -> list[str]:
     await asyncio.sleep(0.3)
     return [await enqueue(address) for _ in range(count)]
+
+
+async def test_who_hangs_up_is_told_nothing_more_and_costs_nothing_more(visit: Visit) -> None:
+    body = json.dumps({"query": "subscription { jobEvents { name } }"}).encode()
+    hung_up = asyncio.Event()
+    heard: list[bytes] = []
+    messages = [{"type": "http.request", "body": body}]
+
+    async def receive() -> dict[str, Any]:
+        if messages:
+            return messages.pop()
+        await hung_up.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: dict[str, Any]) -> None:
+        heard.append(message.get("body", b""))
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/graphql",
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json"), (b"accept", b"text/event-stream")],
+    }
+    async with visit() as client, asyncio.timeout(10):
+        application = client.application  # type: ignore[attr-defined]
+        following = asyncio.create_task(application(scope, receive, send))
+        await asyncio.sleep(0.3)
+        await client.post("/jobs", json={"type": "test.ping", "payload": {}})
+        while not any(b"job.created" in text for text in heard):
+            await asyncio.sleep(0.02)
+        hung_up.set()
+        await following
+        before = len(heard)
+        await client.post("/jobs", json={"type": "test.ping", "payload": {}})
+        assert not application.state.service.events._subscriptions
+    assert len(heard) == before
 
 
 async def test_a_wrong_subscription_is_a_clear_error(address: str) -> None:
