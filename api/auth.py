@@ -18,6 +18,7 @@ from typing import Any, Final, Literal, Protocol, get_args
 from urllib.parse import urlsplit
 
 import jwt
+import structlog
 from limits import RateLimitItem
 from limits.storage import MemoryStorage
 from limits.strategies import SlidingWindowCounterRateLimiter
@@ -26,6 +27,8 @@ from starlette.types import Scope
 from api.http_messages import header
 from registry import text_fault
 from registry.errors import shortened
+
+log = structlog.get_logger("jobs.auth")
 
 AccessScope = Literal["jobs:enqueue", "jobs:read", "jobs:work", "jobs:admin"]
 ACCESS_SCOPES: Final[tuple[AccessScope, ...]] = get_args(AccessScope)
@@ -63,10 +66,9 @@ class TooManyRequests(Exception):
 
 
 class AuthenticationUnavailable(Exception):
-    """Raised when the keys to check a token with cannot be fetched. `reason` is for the log."""
+    """Raised when the keys to check a token with cannot be fetched."""
 
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
+    def __init__(self) -> None:
         super().__init__("The keys that tokens are checked with cannot be fetched; try again.")
 
 
@@ -167,25 +169,32 @@ class KeyUrl:
     """Public keys of a JSON Web Key Set behind a URL, kept for five minutes.
 
     An unknown key id fetches them anew, at most every 30 seconds: an issuer may have new keys, and
-    a stranger may invent ids.
+    a stranger may invent ids. While they cannot be fetched it is tried every 5 seconds.
     """
 
     def __init__(self, url: str) -> None:
         self._client = jwt.PyJWKClient(url, timeout=5)
+        self._one_at_a_time = asyncio.Lock()
+        self._try_at = 0.0
 
     async def find(self, header: Mapping[str, Any]) -> tuple[Any, str]:
         """The key that the token names; the only one, where it names none."""
         key_id = header.get("kid")
-        try:
-            # It waits for the network.
-            if isinstance(key_id, str):
-                keys = [await asyncio.to_thread(self._client.get_signing_key, key_id)]
-            else:
-                keys = (await asyncio.to_thread(self._client.get_jwk_set)).keys
-        except jwt.PyJWKClientConnectionError as error:
-            raise AuthenticationUnavailable(str(error)) from None
-        except (jwt.PyJWTError, ValueError, TypeError):
-            raise Unauthenticated("The token is signed with an unknown key.") from None
+        async with self._one_at_a_time:
+            if time.monotonic() < self._try_at:
+                raise AuthenticationUnavailable
+            try:
+                # It waits for the network.
+                if isinstance(key_id, str):
+                    keys = [await asyncio.to_thread(self._client.get_signing_key, key_id)]
+                else:
+                    keys = (await asyncio.to_thread(self._client.get_jwk_set)).keys
+            except (jwt.PyJWKClientConnectionError, ValueError) as error:
+                self._try_at = time.monotonic() + 5
+                log.warning("keys.unavailable", reason=str(error)[:200])
+                raise AuthenticationUnavailable from None
+            except (jwt.PyJWTError, TypeError):
+                raise Unauthenticated("The token is signed with an unknown key.") from None
         return _chosen(keys, key_id)
 
 

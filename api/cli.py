@@ -109,13 +109,13 @@ def serve(
     settings = _settings(host=host, port=port, worker_concurrency=concurrency)
     registry = _registry(settings)
     _configure_logs(settings)
-    _prepare_database(settings)
 
     import uvicorn
 
     from api.app import create_app
 
     application = create_app(settings, registry, worker=worker)
+    _prepare_database(settings)
     config = uvicorn.Config(
         application,
         host=settings.host,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import ipaddress
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -321,8 +322,15 @@ class Settings(BaseSettings):
                 value.startswith("http://") and _is_loopback(host)
             ):
                 raise ValueError("expected a file, or a URL with https:// (http:// for loopback)")
-        elif not Path(value).is_file():
-            raise ValueError("there is no such file")
+            return value
+        try:
+            keys = json.loads(Path(value).read_text("utf-8"))["keys"]
+        except OSError as error:
+            raise ValueError(f"the file cannot be read: {error.strerror}") from None
+        except (ValueError, TypeError, KeyError):
+            keys = None
+        if not isinstance(keys, list):
+            raise ValueError("the file is no JSON Web Key Set")
         return value
 
     @field_validator("auth_issuer", "auth_audience")

@@ -296,16 +296,25 @@ async def test_while_the_keys_cannot_be_fetched_the_answer_is_503(visit: Visit) 
     assert "127.0.0.1" not in response.text + rest.text
 
 
+@pytest.mark.parametrize("text", ["no keys", "[]", "{}", '{"keys": {}}'])
+def test_a_file_that_is_no_key_set_is_a_wrong_setting(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "keys.json"
+    path.write_text(text)
+    with pytest.raises(SettingsInvalid, match="JOBS_AUTH_JWKS: got .*no JSON Web Key Set"):
+        load_settings(
+            {"JOBS_AUTH_JWKS": str(path), "JOBS_AUTH_ISSUER": ISSUER, "JOBS_AUTH_AUDIENCE": "jobs"}
+        )
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("no keys", "no JSON Web Key Set"),
-        ("[]", "no JSON Web Key Set"),
         ('{"keys": []}', "no JSON Web Key Set"),
+        ('{"keys": [1]}', "no JSON Web Key Set"),
         ('{"keys": [{"kty": "oct", "k": "c2VjcmV0"}]}', "holds no RSA, P-256 or Ed25519 key"),
     ],
 )
-def test_a_key_file_without_a_key_stops_the_start(
+def test_a_key_set_without_a_usable_key_stops_the_start(
     registry: JobRegistry, tmp_path: Path, text: str, reason: str
 ) -> None:
     path = tmp_path / "keys.json"

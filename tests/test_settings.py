@@ -115,7 +115,8 @@ def test_all_that_authentication_lacks_is_told_at_once(tmp_path: Path) -> None:
     )
     assert "expected 32 bytes or more" in faults["JOBS_AUTH_HS256_SECRET"]
     assert "short" not in faults["JOBS_AUTH_HS256_SECRET"]
-    assert "there is no such file" in faults["JOBS_AUTH_JWKS"]
+    assert "JOBS_AUTH_HS256_SECRET" not in faults["JOBS_AUTH_JWKS"]
+    assert "the file cannot be read: No such file" in faults["JOBS_AUTH_JWKS"]
     assert "JOBS_HOST" not in faults
     faults = refused(JOBS_AUTH_HS256_SECRET=SECRET)
     assert faults == {

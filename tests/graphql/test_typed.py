@@ -463,3 +463,4 @@ def test_a_collision_is_told_by_the_command_with_the_code_of_wrong_usage(tmp_pat
     )
     assert ran.returncode == 2
     assert "job types a.b and a_b would both be the field aB of TypedJobInput" in ran.stderr
+    assert not (tmp_path / "jobs.db").exists()
