@@ -32,7 +32,7 @@ from api.auth import (
     Unauthenticated,
 )
 from api.graphql.context import Context
-from api.graphql.operations import DocumentRefused, Operations
+from api.graphql.operations import DocumentRefused, Operations, Prepared
 from api.graphql.told import told
 from api.graphql.view import results_until_expiry
 from api.logs import log_unexpected
@@ -171,15 +171,25 @@ class _Streams:
             wrapped = GraphQLError("", original_error=error)
             yield PreExecutionError(data=None, errors=[_told(wrapped)])
             return
-        if prepared.operation.operation is not OperationType.SUBSCRIPTION:
-            yield _result(await self._operations.execute(prepared, variables, context))
-            return
-        results = results_until_expiry(self._operations, prepared, variables, context)
+        follows = prepared.operation.operation is OperationType.SUBSCRIPTION
+        results = (
+            results_until_expiry(self._operations, prepared, variables, context)
+            if follows
+            else self._result_of(prepared, variables, context)
+        )
         try:
             async for result in results:
                 yield _result(result)
+        except Exception as error:
+            wrapped = GraphQLError("", original_error=error)
+            yield PreExecutionError(data=None, errors=[_told(wrapped)])
         finally:
             await results.aclose()  # type: ignore[attr-defined]
+
+    async def _result_of(
+        self, prepared: Prepared, variables: dict[str, Any] | None, context: Context
+    ) -> AsyncIterator[ExecutionResult]:
+        yield await self._operations.execute(prepared, variables, context)
 
 
 def _result(result: ExecutionResult) -> Result:

@@ -108,18 +108,18 @@ class GraphQLView:
         headers: tuple[tuple[bytes, bytes], ...] = ()
         try:
             request = await self._read(scope, receive)
-            if media_type == EVENT_STREAM:
-                await _respond_events(send, receive, self._events(request))
-                return
-            if request.prepared.operation.operation is OperationType.SUBSCRIPTION:
+            follows = request.prepared.operation.operation is OperationType.SUBSCRIPTION
+            # Some clients list all that they take with every request.
+            streams = media_type == EVENT_STREAM or (follows and EVENT_STREAM in accept)
+            if follows and not streams:
                 message = (
                     "A subscription is served to Accept: text/event-stream, or over a WebSocket."
                 )
                 raise DocumentRefused([GraphQLError(message)])
-            result = await self._operations.execute(*request)
-            content = told_result(result)
-            # Without data nothing was executed: the variables do not fit.
-            status = 200 if "data" in content or media_type == JSON else 400
+            if not streams:
+                content = told_result(await self._operations.execute(*request))
+                # Without data nothing was executed: the variables do not fit.
+                status = 200 if "data" in content or media_type == JSON else 400
         except ClientGone:
             return
         except RequestRefused as refused:
@@ -129,6 +129,13 @@ class GraphQLView:
             # 200: it cannot tell a 400 of ours from one of a proxy's.
             content = {"errors": [error.formatted for error in refused.errors]}
             status = 200 if media_type == JSON else 400
+        except Exception as error:
+            # No field of the operation: one that fails is an error of the result.
+            content, status = {"errors": [told_of(error)]}, 500
+        else:
+            if streams:
+                await _respond_events(send, receive, self._events(request))
+                return
         if media_type == EVENT_STREAM:
             media_type = JSON
         await respond_json(
@@ -257,6 +264,8 @@ async def _respond_events(
                 result = following.result()
             except StopAsyncIteration:
                 break
+            except Exception as error:
+                result = {"errors": [told_of(error)]}
             following = None
             await _send_text(send, b"event: next\ndata: " + to_json(result) + b"\n\n")
         await _send_text(send, b"event: complete\ndata:\n\n")

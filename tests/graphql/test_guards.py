@@ -12,6 +12,7 @@ import pytest
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
+from api.graphql.operations import Operations
 from api.logs import configure_logs
 from tests.http_client import Visit, serving
 
@@ -454,6 +455,21 @@ async def test_an_unexpected_error_is_told_by_an_id_and_logged_without_what_it_q
         assert "RuntimeError" in line["exception"]
         assert "which came of" in line["exception"]
         assert "test_guards.py" in line["exception"]
+
+
+@pytest.mark.parametrize("accept", ["application/json", "text/event-stream"])
+async def test_an_error_outside_of_every_field_is_told_by_its_id_as_well(
+    visit: Visit, monkeypatch: pytest.MonkeyPatch, accept: str
+) -> None:
+    async def broken(*_args: Any) -> None:
+        raise RuntimeError(SECRET)
+
+    monkeypatch.setattr(Operations, "execute", broken)
+    async with visit() as client:
+        response = await ask(client, "{ __typename }", accept=accept)
+    assert response.status_code == (500 if accept == "application/json" else 200)
+    assert '"internal_error"' in response.text
+    assert SECRET not in response.text
 
 
 async def test_what_a_handlers_exception_says_is_kept_with_the_job_and_not_logged(

@@ -122,6 +122,19 @@ async def test_who_hangs_up_is_told_nothing_more_and_costs_nothing_more(visit: V
     assert len(heard) == before
 
 
+async def test_a_client_that_takes_everything_gets_what_fits_the_operation(address: str) -> None:
+    takes = "application/graphql-response+json, application/json, text/event-stream"
+    async with httpx.AsyncClient(base_url=f"http://{address}") as client, asyncio.timeout(10):
+        query = {"query": "{ __typename }"}
+        answer = await client.post("/graphql", json=query, headers={"accept": takes})
+        async with client.stream(
+            "POST", "/graphql", json={"query": SUBSCRIPTION}, headers={"accept": takes}
+        ) as events:
+            streamed = events.headers["content-type"]
+    assert answer.headers["content-type"].startswith("application/graphql-response+json")
+    assert streamed.startswith("text/event-stream")
+
+
 async def test_a_wrong_subscription_is_a_clear_error(address: str) -> None:
     async with httpx.AsyncClient() as client, asyncio.timeout(10):
         response = await client.post(
