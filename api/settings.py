@@ -194,7 +194,7 @@ class Settings(BaseSettings):
         default=None,
         validate_default=True,
         description="The public keys that bearer tokens are signed with by RS256, ES256 or EdDSA:"
-        " an `https://` URL of a JSON Web Key Set, or a file with one.",
+        " an `https://` URL of a JSON Web Key Set, or a file with one, which is read at the start.",
     )
     auth_issuer: str | None = Field(
         default=None,

@@ -80,6 +80,8 @@ def test_the_wheel_carries_migrations_types_and_the_schema(installed: Path) -> N
 def test_the_wheel_carries_graphiql_as_built_and_not_what_it_is_built_of(installed: Path) -> None:
     assert (installed / "api/web/dist/index.html").is_file()
     assert list((installed / "api/web/dist/graphql/assets").glob("*.worker-*.js"))
+    licenses = (installed / "api/web/dist/graphql/assets/licenses.md").read_text("utf-8")
+    assert all(f"## {name} - " in licenses for name in ("graphiql", "react", "monaco-editor"))
     assert [path.name for path in (installed / "api/web").iterdir()] == ["dist"]
 
 

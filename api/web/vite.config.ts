@@ -7,6 +7,8 @@ export default defineConfig({
   plugins: [react()],
   build: {
     assetsDir: "graphql/assets",
+    // What is bundled goes into the wheel, and its authors' notices with it.
+    license: { fileName: "graphql/assets/licenses.md" },
     // Monaco is one large file, whatever one does.
     chunkSizeWarningLimit: 6_000,
     rolldownOptions: {

@@ -4,40 +4,46 @@ import { graphql } from "../gen/graphql/gql.js";
 import type { EnqueueMutation } from "../gen/graphql/graphql.js";
 import { type Send, unreachable } from "./send.js";
 
+graphql(`
+  fragment Answer on EnqueueJobResult {
+    __typename
+    ... on EnqueueJobSuccess {
+      deduplicated
+      job {
+        id
+        status
+        payload
+      }
+    }
+    ... on JobTypeNotFound {
+      jobType
+      suggestions
+    }
+    ... on PayloadInvalid {
+      violations {
+        path
+        code
+      }
+    }
+    ... on InputInvalid {
+      violations {
+        path
+        code
+      }
+    }
+    ... on IdempotencyConflict {
+      existingJob {
+        id
+      }
+      differingPaths
+    }
+  }
+`);
+
 const ENQUEUE = graphql(`
   mutation Enqueue($input: EnqueueJobInput!) {
     result: enqueueJob(input: $input) {
-      __typename
-      ... on EnqueueJobSuccess {
-        deduplicated
-        job {
-          id
-          status
-          payload
-        }
-      }
-      ... on JobTypeNotFound {
-        jobType
-        suggestions
-      }
-      ... on PayloadInvalid {
-        violations {
-          path
-          code
-        }
-      }
-      ... on InputInvalid {
-        violations {
-          path
-          code
-        }
-      }
-      ... on IdempotencyConflict {
-        existingJob {
-          id
-        }
-        differingPaths
-      }
+      ...Answer
     }
   }
 `);
@@ -45,37 +51,7 @@ const ENQUEUE = graphql(`
 const ENQUEUE_TYPED = graphql(`
   mutation EnqueueTyped($job: TypedJobInput!, $options: EnqueueOptions) {
     result: enqueue(job: $job, options: $options) {
-      __typename
-      ... on EnqueueJobSuccess {
-        deduplicated
-        job {
-          id
-          status
-          payload
-        }
-      }
-      ... on JobTypeNotFound {
-        jobType
-        suggestions
-      }
-      ... on PayloadInvalid {
-        violations {
-          path
-          code
-        }
-      }
-      ... on InputInvalid {
-        violations {
-          path
-          code
-        }
-      }
-      ... on IdempotencyConflict {
-        existingJob {
-          id
-        }
-        differingPaths
-      }
+      ...Answer
     }
   }
 `);
