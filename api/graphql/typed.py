@@ -241,10 +241,13 @@ class _OfJobType:
         if isinstance(schema, dict) and schema.get("default") is not None:
             default = GraphQLDefaultInput(value=_external(wanted, schema["default"]))
         must_be = not nullable and (required or default is not None)
+        # What has to be given cannot be deprecated, says GraphQL.
+        is_deprecated = isinstance(schema, dict) and schema.get("deprecated") and not required
         return GraphQLInputField(
             GraphQLNonNull(cast(Any, wanted)) if must_be else wanted,
             default=default,
             description=_description(name, schema),
+            deprecation_reason="Not used any more." if is_deprecated else None,
         )
 
     def _type_of(self, schema: Any, place: str) -> tuple[GraphQLInputType, bool]:

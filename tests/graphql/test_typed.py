@@ -382,6 +382,22 @@ def test_what_graphql_cannot_say_is_json_and_judged_by_the_registry() -> None:
     }
 
 
+class Renamed(Payload):
+    """A payload whose fields are on their way out."""
+
+    old: str = Field(default="", deprecated=True)
+    needed: str = Field(deprecated=True)
+
+
+def test_a_deprecated_field_is_deprecated_in_the_schema_where_it_may_be_left_out() -> None:
+    renamed = build_schema(sdl(JobRegistry([JobType(name="renamed", payload=Renamed)]))).type_map[
+        "RenamedInput"
+    ]
+    assert isinstance(renamed, GraphQLInputObjectType)
+    assert renamed.fields["old"].deprecation_reason == "Not used any more."
+    assert renamed.fields["needed"].deprecation_reason is None
+
+
 def test_without_job_types_there_is_no_typed_door() -> None:
     text = sdl(JobRegistry([]))
     assert "TypedJobInput" not in text
