@@ -56,6 +56,8 @@ In another terminal:
   curl http://{shown}:{port}/graphql -H 'content-type: application/json' -d '{json.dumps(request)}'
 
   ls {assets}/sample/1/        the thumbnails, a moment later
+
+Or in a browser: http://{shown}:{port}/graphql
 """
 
 
