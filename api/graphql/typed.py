@@ -175,13 +175,13 @@ class _Inputs:
         schema = dict(job_type.payload_schema)
         definitions = schema.get("$defs", {})
         if "$ref" in schema:  # A model that contains itself.
-            schema = {**definitions[_key(schema)], "description": schema.get("description")}
+            schema = definitions[_key(schema)]
         title = _pascal_case(job_type.name)
         return _OfJobType(self, job_type.name, definitions).object(f"{title}Input", schema)
 
     def make(self, name: str, content: str, origin: str, make: Any) -> tuple[Any, bool]:
         """The type of this name, and whether it was made just now, with fields still to come."""
-        if name in self._known or name == TYPED_JOB_INPUT:
+        if name in self._known or name in _OURS:
             raise DefinitionError(
                 f"job type {origin} needs the name {name} in the GraphQL schema, which the schema"
                 " itself has: rename the model or the job type"
@@ -345,6 +345,7 @@ class _OfJobType:
 
 
 _NULL: Final = {"type": "null"}
+_OURS: Final = {TYPED_JOB_INPUT, BIG_INT.name, *(each.name for each in TEXT_SCALARS.values())}
 
 
 def _integer(schema: Mapping[str, Any]) -> GraphQLScalarType:

@@ -404,6 +404,31 @@ def test_without_job_types_there_is_no_typed_door() -> None:
     assert "enqueueJob(" in text
 
 
+class TreeWalk(Payload):
+    children: list[TreeWalk] = []
+
+
+@pytest.mark.parametrize("description", [None, "Walks a tree."])
+def test_a_payload_may_contain_itself(description: str | None) -> None:
+    walk = JobType(name="tree.walk", payload=TreeWalk, description=description)
+    payload = build_schema(sdl(JobRegistry([walk]))).type_map["TreeWalkInput"]
+    assert isinstance(payload, GraphQLInputObjectType)
+    assert str(payload.fields["children"].type) == "[TreeWalkInput!]!"
+
+
+class Date(Enum):
+    """Its name is that of a scalar of ours."""
+
+    TODAY = "today"
+
+
+class Dated(Payload):
+    """A payload with both."""
+
+    on: date
+    at: Date = Date.TODAY
+
+
 def address_with(field: str) -> type[Payload]:
     """A model named Address with a field of its own, inside of a payload."""
     namespace = {"__annotations__": {field: str}, "__module__": __name__}
@@ -440,6 +465,10 @@ class LeaseJobs(Payload):
         ),
         ([JobType(name="enqueue_job", payload=Address)], ["enqueue_job", "EnqueueJobInput"]),
         ([JobType(name="mode", payload=Mode)], ["mode", "LeaseJobsInput"]),
+        (
+            [JobType(name="dated", payload=Dated, example={"on": "2030-01-31", "at": "today"})],
+            ["dated", "Date"],
+        ),
     ],
 )
 def test_names_that_collide_stop_the_start(
