@@ -22,9 +22,10 @@ from pydantic_core import PydanticSerializationError, to_jsonable_python
 
 from api.logs import log_unexpected
 from api.queue.errors import InputInvalid, LeaseLost, QueueUnavailable
+from api.queue.leasing import Lease
 from api.queue.models import JobError
 from api.queue.requests import MAX_LEASE, MAX_WAIT_SECONDS
-from api.queue.service import JobService, Lease
+from api.queue.service import JobService
 from registry import Cancel, Fail, JobContext, JobType, PayloadInvalid, Retry, Snooze
 from registry.errors import shortened_text
 

@@ -16,7 +16,7 @@ from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, Literal, TypeVar, cast
 
 import asyncpg
 import sqlalchemy.exc
@@ -36,6 +36,8 @@ SQLITE_POLL_SECONDS: Final = 0.1
 
 CHANNEL: Final = "job_registry"
 """The channel of PostgreSQL's LISTEN and NOTIFY."""
+
+T = TypeVar("T")
 
 Listener = Callable[[str], None]
 
@@ -256,6 +258,32 @@ class Database:
             async with self._autocommit.connect() as connection:
                 return (await connection.execute(statement(single), parameters)).all()
 
+    timeout_seconds: float = 10.0
+
+    @property
+    def keeps_events(self) -> bool:
+        """Whether events for other processes are stored, and not sent with a notification."""
+        return self.dialect.max_message_bytes == 0
+
+    async def execute_at_once(self, sql: str, parameters: Mapping[str, Any]) -> Sequence[Any]:
+        """TEMPORARY"""
+        with unavailable():
+            async with self._autocommit.connect() as connection:
+                result = await connection.execute(statement(sql), parameters)
+                return result.all() if result.returns_rows else ()
+
+    async def retrying(self, work: Any) -> Any:
+        """TEMPORARY"""
+        return await work()
+
+    async def write(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """TEMPORARY"""
+        assert self._thread is not None and self._writer is not None
+        with unavailable():
+            async with self._writer:
+                loop = asyncio.get_running_loop()
+                return await loop.run_in_executor(self._thread._executor, self._thread.work, work)
+
     async def notify(self, connection: AsyncConnection, message: str) -> None:
         """Tells the listeners in other processes, once this transaction commits.
 
@@ -284,8 +312,11 @@ class Database:
                 connection = await self._connect_postgresql()
                 try:
                     connection.add_termination_listener(lambda _, lost=lost: lost.set())
+                    channel = await connection.fetchval(
+                        "SELECT 'job_registry_' || coalesce(to_regclass('job')::oid, 0)"
+                    )
                     await connection.add_listener(
-                        CHANNEL, lambda _c, _pid, _channel, message: on_message(message)
+                        channel, lambda _c, _pid, _channel, message: on_message(message)
                     )
                     pause = 0.1
                     on_gap()
@@ -337,6 +368,24 @@ class _SQLiteThread:
     ) -> Sequence[Any]:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._executor, self._commit, statements, parameters)
+
+    def work(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        if self._connection is None:
+            connection = sqlite3.connect(
+                self._path, timeout=SQLITE_BUSY_SECONDS, isolation_level=None
+            )
+            _prepare_sqlite_connection(connection, None)
+            self._connection = connection
+        connection = self._connection
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            result = work(connection)
+            connection.execute("COMMIT")
+        except BaseException:
+            with suppress(sqlite3.Error):
+                connection.execute("ROLLBACK")
+            raise
+        return result
 
     async def close(self) -> None:
         await asyncio.get_running_loop().run_in_executor(self._executor, self._close)

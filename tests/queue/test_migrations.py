@@ -58,14 +58,22 @@ def differences(connection: Connection) -> list[Any]:
     return compare_metadata(context, SQLModel.metadata)
 
 
-def definitions(url: str) -> set[tuple[str, str, frozenset[str]]]:
-    """Every table and index: its kind, its name, and what it is made of, in whatever order."""
+def definitions(url: str) -> set[tuple[object, ...]]:
+    """Every column, index and constraint of a SQLite database, in whatever order."""
     query = "SELECT type, name, sql FROM sqlite_master WHERE sql IS NOT NULL AND type <> 'trigger'"
-    return {
-        (kind, name, frozenset(part.strip(" ,\n\t") for part in sql.split("\n")))
-        for kind, name, sql in run_sql(url, query)
-        if name not in ("job_registry_version", "sqlite_sequence")
-    }
+    found: set[tuple[object, ...]] = set()
+    for kind, name, sql in run_sql(url, query):
+        if name in ("job_registry_version", "sqlite_sequence"):
+            continue
+        if kind == "index":
+            found.add((kind, name, sql))
+            continue
+        for _, column, type_, required, default, key in run_sql(url, f"PRAGMA table_info({name})"):
+            found.add((name, column, type_, required, default and default.strip("'"), key))
+        for part in sql.split("\n"):
+            if part.strip().startswith(("CONSTRAINT", "FOREIGN KEY", "PRIMARY KEY")):
+                found.add((name, part.strip(" ,\t")))
+    return found
 
 
 def constraints(connection: Connection) -> set[str | None]:
