@@ -24,7 +24,7 @@ from registry import Backoff, JobPolicy, JobRegistry, JobType, Payload
 from registry.catalog.payout import payout_execute
 from registry.catalog.thumbnail import thumbnail_create
 
-pytest_plugins = ["tests.http_client"]
+pytest_plugins = ["tests.http_client", "tests.proxy"]
 
 
 @pytest.fixture(scope="session")
