@@ -28,7 +28,7 @@ from registry.catalog.payout import payout_execute
 from registry.catalog.thumbnail import thumbnail_create
 from tests.postgresql_server import Server, ServerMissing, running_server
 
-pytest_plugins = ["tests.http_client"]
+pytest_plugins = ["tests.http_client", "tests.proxy"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
