@@ -47,6 +47,7 @@ from tests.proxy import Proxy
 ROOT = Path(__file__).resolve().parent.parent
 LIMITS = {"crash.limited": 5, "crash.only": 1}
 LEASE_SECONDS = 6
+CALLERS = 12
 DATABASE_TIMEOUT_SECONDS = 2
 LONG_FREEZE_SECONDS = LEASE_SECONDS + 1.0
 JOBS = """
@@ -136,7 +137,7 @@ class Crash:
     async def enqueue(self, ports: list[int], until: float, caller: int) -> None:
         """Enqueues until then; what is answered with 201 has to exist for good."""
         names = ["crash.free", "crash.keyed", *LIMITS]
-        async with httpx.AsyncClient(timeout=10) as client:
+        async with httpx.AsyncClient(timeout=4) as client:
             number = 0
             while time.monotonic() < until:
                 number += 1
@@ -276,7 +277,7 @@ async def run(seconds: float, folder: Path, server: Server) -> int:
             work = [
                 asyncio.create_task(crash.kill_or_freeze_at_random(until)),
                 asyncio.create_task(crash.spoil_the_network(proxy, until)),
-                *(asyncio.create_task(crash.enqueue(ports, until, n)) for n in range(6)),
+                *(asyncio.create_task(crash.enqueue(ports, until, n)) for n in range(CALLERS)),
             ]
             await asyncio.sleep(seconds / 2)
             print("restarting PostgreSQL without notice", flush=True)
@@ -352,7 +353,7 @@ async def _judge(crash: Crash, url: str, folder: Path, ports: list[int]) -> int:
 
 
 async def _all_well(crash: Crash, folder: Path, ports: list[int]) -> tuple[int, int]:
-    """How many servers are ready, and how many workers start jobs, once all is calm."""
+    """How many servers are ready and store jobs, and how many workers start some, in the calm."""
     ready: set[int] = set()
     working: set[int] = set()
     workers = {each.pid for name, each in crash.processes.items() if name.startswith("worker")}
@@ -363,10 +364,11 @@ async def _all_well(crash: Crash, folder: Path, ports: list[int]) -> tuple[int, 
             for port in ports:
                 try:
                     response = await client.get(f"http://127.0.0.1:{port}/readyz")
-                    if response.status_code == 200:
+                    job = {"type": "crash.free", "payload": {"milliseconds": 100}}
+                    # Ready means that a write works.
+                    if response.status_code == 200 and await crash._send(client, [port], job):
                         ready.add(port)
                         for _ in range(50):
-                            job = {"type": "crash.free", "payload": {"milliseconds": 100}}
                             await crash._send(client, [port], job)
                 except httpx.HTTPError:
                     continue
