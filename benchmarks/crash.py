@@ -48,6 +48,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LIMITS = {"crash.limited": 5, "crash.only": 1}
 LEASE_SECONDS = 6
 CALLERS = 12
+SPARED_SECONDS = 4.0
 DATABASE_TIMEOUT_SECONDS = 2
 LONG_FREEZE_SECONDS = LEASE_SECONDS + 1.0
 JOBS = """
@@ -110,6 +111,7 @@ class Crash:
     environment: dict[str, str]
     urls: dict[str, str]
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    started: dict[str, float] = field(default_factory=dict)
     killed: dict[int, float] = field(default_factory=dict)
     frozen: dict[int, list[tuple[float, float]]] = field(default_factory=lambda: defaultdict(list))
     answered: set[str] = field(default_factory=set)
@@ -118,6 +120,7 @@ class Crash:
     weather: Counter[str] = field(default_factory=Counter)
 
     def start(self, name: str) -> None:
+        self.started[name] = time.monotonic()
         kind, _, number = name.partition(" ")
         command = ["worker"] if kind == "worker" else ["serve", "--no-worker", "--port", number]
         with (self.folder / "errors.log").open("ab") as errors:
@@ -197,8 +200,14 @@ class Crash:
             stopped.discard(name)
 
         while time.monotonic() < until:
-            await asyncio.sleep(random.uniform(0.4, 1.2))
-            name = random.choice([name for name in self.processes if name not in stopped])
+            await asyncio.sleep(random.uniform(0.5, 2))
+            # Each has worked for a while, and there is a server more often than not.
+            ripe = time.monotonic() - SPARED_SECONDS
+            names = [n for n, at in self.started.items() if n not in stopped and at < ripe]
+            names = [n for n in names if n.startswith("worker") or random.random() < 0.3]
+            if not names:
+                continue
+            name = random.choice(names)
             if random.random() < 0.5 and len(stopped) < 2:
                 stopped.add(name)
                 long = random.random() < 0.4

@@ -9,6 +9,7 @@ million rows. Then, for what is left of the time, `crash.py`. Exits with 1 when 
 from __future__ import annotations
 
 import argparse
+import signal
 import subprocess
 import sys
 import time
@@ -42,7 +43,8 @@ def _run(command: list[str], *, minutes: float) -> bool:
             return process.wait(minutes * 60) == 0
         except subprocess.TimeoutExpired:
             print(f"{' '.join(command)}: not over after {minutes:.0f} minutes", flush=True)
-            process.terminate()
+            # As Ctrl-C, upon which both end what they have started.
+            process.send_signal(signal.SIGINT)
             try:
                 process.wait(30)
             except subprocess.TimeoutExpired:
