@@ -390,7 +390,8 @@ async def test_a_waiting_lease_hears_of_a_job_from_another_process_and_of_room(
 async def test_a_postgresql_url_may_hold_options_of_libpq(
     registry: JobRegistry, fresh_postgresql_url: str
 ) -> None:
-    url = f"{fresh_postgresql_url}&sslmode=disable&application_name=jobs"
+    joined = "&" if "?" in fresh_postgresql_url else "?"
+    url = f"{fresh_postgresql_url}{joined}sslmode=disable&application_name=jobs"
     async with (
         open_service(registry, url, lease_seconds=30) as service,
         open_service(registry, url, lease_seconds=30) as other,
