@@ -16,10 +16,10 @@ from typing import Final, NamedTuple, cast
 
 from pydantic import JsonValue
 from pydantic_core import from_json
-from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 from uuid_utils.compat import uuid7
 
+from api.queue.caller_transactions import publish_after_commit
 from api.queue.database import Database
 from api.queue.errors import (
     IdempotencyConflict,
@@ -220,8 +220,9 @@ class JobService:
             raise QueueUnavailable("the holder of the idempotency key was deleted meanwhile")
         enqueued = _enqueued(new, request, stored[new.id])
         if not enqueued.deduplicated:
-            self._publish_after_commit(session, [JobEvent.of("job.created", enqueued.job)])
-            await self.events.announce(connection, [JobEvent.of("job.created", enqueued.job)])
+            created = [JobEvent.of("job.created", enqueued.job)]
+            publish_after_commit(session, self.events.publish, created)
+            await self.events.announce(connection, created)
         return enqueued
 
     async def enqueue_many(
@@ -517,24 +518,6 @@ class JobService:
         """
         return await self._change(job_id, self._store.retry, "retried")
 
-    def _publish_after_commit(self, session: AsyncSession, happened: Sequence[JobEvent]) -> None:
-        """Publishes if and when the caller's transaction commits; a rollback forgets it."""
-        target = session.sync_session
-        if _UNPUBLISHED not in target.info:
-            unpublished: list[JobEvent] = []
-            target.info[_UNPUBLISHED] = unpublished
-
-            def publish(_session: object) -> None:
-                self.events.publish(unpublished)
-                unpublished.clear()
-
-            def forget(_session: object) -> None:
-                unpublished.clear()
-
-            event.listen(target, "after_commit", publish)
-            event.listen(target, "after_rollback", forget)
-        target.info[_UNPUBLISHED].extend(happened)
-
     def _admit(self, request: EnqueueRequest, created_by: str | None) -> NewJob:
         job_type = self.registry.get_type(request.type)
         faults = list(input_faults(request))
@@ -722,7 +705,7 @@ class JobService:
                 if there is None:
                     raise JobNotFound(str(job_id))
                 raise JobStateConflict(str(job_id), there.status, asked)
-            happened = [_changed_event(job)] if job.status is not JobStatus.RUNNING else []
+            happened = [_changed_event(job)]
             await self.events.announce(connection, happened)
         self.events.publish(happened)
         return job
@@ -843,9 +826,6 @@ def _parts(token: str) -> tuple[uuid.UUID, str]:
     return uuid.UUID(token[:32]), token[32:]
 
 
-_UNPUBLISHED: Final = "job_registry.unpublished"
-"""Where a caller's session keeps the events of its transaction."""
-
 _TOKEN: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 
@@ -860,6 +840,9 @@ def _ended_event(job: JobRecord) -> JobEvent:
 
 
 def _changed_event(job: JobRecord) -> JobEvent:
-    return JobEvent.of(
-        "job.cancelled" if job.status is JobStatus.CANCELLED else "job.retrying", job
-    )
+    name: dict[JobStatus, EventName] = {
+        JobStatus.QUEUED: "job.retrying",
+        JobStatus.RUNNING: "job.cancel_requested",
+        JobStatus.CANCELLED: "job.cancelled",
+    }
+    return JobEvent.of(name[job.status], job)

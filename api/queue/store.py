@@ -337,7 +337,15 @@ class JobStore:
             if d.max_message_bytes
             else (self._insert, self._keep_events)
         )
-        self._last_event = "SELECT coalesce(max(id), 0) FROM job_event_batch"
+        self._events_among = f"""
+            SELECT id, message FROM job_event_batch
+            WHERE id IN (SELECT wanted.id FROM {d.rows(":wanted", {"id": "bigint"})} AS wanted)"""
+        # SQLite's counter knows of batches that are deleted, also when none are left.
+        self._last_event = (
+            "SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'job_event_batch'"
+            if d.name == "sqlite"
+            else "SELECT coalesce(max(id), 0) FROM job_event_batch"
+        )
         self._events = "SELECT message FROM job_event_batch WHERE id = :id"
         self._prune_events = f"""
             DELETE FROM job_event_batch WHERE id IN (
@@ -670,8 +678,16 @@ class JobStore:
         rows = await self._run(connection, self._events_after, {"after": number})
         return {row.id: row.message for row in rows}
 
+    async def events_among(
+        self, connection: AsyncConnection, numbers: Sequence[int]
+    ) -> dict[int, str]:
+        """The kept batches that have these numbers."""
+        wanted = _text([{"id": number} for number in numbers])
+        rows = await self._run(connection, self._events_among, {"wanted": wanted})
+        return {row.id: row.message for row in rows}
+
     async def last_event(self, connection: AsyncConnection) -> int:
-        """The number of the newest kept batch, 0 when there is none."""
+        """The number of the newest batch, deleted ones included on SQLite; 0 without any."""
         return int((await self._run(connection, self._last_event, {}))[0][0])
 
     async def prune_events(self, connection: AsyncConnection) -> None:
