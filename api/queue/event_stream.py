@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from typing import Final
 
 import structlog
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from api.queue.database import Database
-from api.queue.store import EVENTS_KEPT_SECONDS, JobStore
+from api.queue.store import EVENTS_KEPT_SECONDS, Store
 
 POLL_SECONDS: Final = 0.25
 """How often kept batches are read on PostgreSQL, which does not tell that there are new ones."""
@@ -54,7 +53,7 @@ Take = Callable[[str | Gap], Awaitable[None]]
 class EventStream:
     """Feeds the messages that are committed from now on to one reader."""
 
-    def __init__(self, database: Database, store: JobStore) -> None:
+    def __init__(self, database: Database, store: Store) -> None:
         self._database = database
         self._kept = KeptBatches(store, gapless=database.dialect.name == "sqlite")
         self._notified: deque[str | Gap] = deque()
@@ -133,8 +132,7 @@ class EventStream:
         """Takes every new batch; returns False if the database did not answer."""
         try:
             while not self._ended:
-                async with self._database.reading() as connection:
-                    items = await self._kept.read(connection)
+                items = await self._kept.read()
                 self.begun.set()
                 if not items:
                     break
@@ -160,7 +158,7 @@ class KeptBatches:
     """
 
     def __init__(
-        self, store: JobStore, *, gapless: bool, clock: Callable[[], float] = time.monotonic
+        self, store: Store, *, gapless: bool, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._store = store
         self._gapless = gapless
@@ -170,26 +168,26 @@ class KeptBatches:
         """Ids before `_last` that had no batch yet, and when that was noticed."""
         self._read_at = clock()
 
-    async def read(self, connection: AsyncConnection) -> list[str | Gap]:
+    async def read(self) -> list[str | Gap]:
         """The next messages, in order; an empty list when there are no more, or at the start."""
-        newest = await self._store.last_event(connection)
+        newest = await self._store.last_event()
         if self._last is None:
-            await self._begin(connection, newest)
+            await self._begin(newest)
             return []
         if 0 < newest < self._last:
-            await self._begin(connection, newest)
+            await self._begin(newest)
             return [Gap("the database was replaced by an older one")]
-        batches = await self._store.events_after(connection, self._last)
+        batches = await self._store.events_after(self._last)
         if self._gapless:
             return self._in_order(newest, batches)
-        return await self._with_late_ones(connection, batches)
+        return await self._with_late_ones(batches)
 
-    async def _begin(self, connection: AsyncConnection, newest: int) -> None:
+    async def _begin(self, newest: int) -> None:
         self._last, self._late = newest, {}
         self._read_at = self._clock()
         if not self._gapless and newest:
             before = max(0, newest - BATCHES_BEFORE)
-            self._expect(before, await self._store.events_after(connection, before))
+            self._expect(before, await self._store.events_after(before))
 
     def _in_order(self, newest: int, batches: dict[int, str]) -> list[str | Gap]:
         items: list[str | Gap] = []
@@ -204,9 +202,7 @@ class KeptBatches:
             self._last = newest
         return items
 
-    async def _with_late_ones(
-        self, connection: AsyncConnection, batches: dict[int, str]
-    ) -> list[str | Gap]:
+    async def _with_late_ones(self, batches: dict[int, str]) -> list[str | Gap]:
         now = self._clock()
         items: list[str | Gap] = []
         if now - self._read_at > EVENTS_KEPT_SECONDS / 2:
@@ -214,7 +210,7 @@ class KeptBatches:
             items.append(Gap(DELETED))
         self._read_at = now
         # After `batches`: whatever one of those was committed after is then visible as well.
-        late = await self._store.events_among(connection, list(self._late)) if self._late else {}
+        late = await self._store.events_among(list(self._late)) if self._late else {}
         self._late = {
             number: since
             for number, since in self._late.items()

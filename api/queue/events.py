@@ -45,7 +45,7 @@ from api.queue.database import Database
 from api.queue.errors import EventsMissed, QueueUnavailable
 from api.queue.event_stream import EventStream, Gap
 from api.queue.models import JobRecord, JobStatus
-from api.queue.store import JobStore
+from api.queue.store import JobStore, Store
 
 EventName = Literal[
     "job.created",
@@ -97,7 +97,7 @@ class JobEvent(NamedTuple):
     @property
     def queued(self) -> bool:
         """Whether the job now waits for a worker."""
-        return self.status is JobStatus.QUEUED
+        return self.name in ("job.created", "job.retrying")
 
     @property
     def made_room(self) -> bool:
@@ -371,7 +371,7 @@ class Events:
     @asynccontextmanager
     async def hearing(self) -> AsyncIterator[None]:
         """Hears every process, this one included, while the context is open."""
-        stream = EventStream(self._database, self._store)
+        stream = EventStream(self._database, Store(self._database))
         self._loop = asyncio.get_running_loop()
         self._stream = stream
         feeding = asyncio.create_task(stream.feed(self._take), name="job-events")

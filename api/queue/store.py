@@ -902,3 +902,26 @@ def _error_text(error: JobError | None) -> str | None:
 def _sure(value: T | None) -> T:
     assert value is not None
     return value
+
+
+class Store:
+    """The kept batches of events, each read on a connection of its own."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._store = JobStore(database.dialect)
+
+    async def last_event(self) -> int:
+        """The number of the newest batch, deleted ones included on SQLite; 0 without any."""
+        async with self._database.reading() as connection:
+            return await self._store.last_event(connection)
+
+    async def events_after(self, number: int) -> dict[int, str]:
+        """The kept batches behind `number`, by their numbers, in order; 1,000 at most."""
+        async with self._database.reading() as connection:
+            return await self._store.events_after(connection, number)
+
+    async def events_among(self, numbers: Sequence[int]) -> dict[int, str]:
+        """The kept batches that have these numbers."""
+        async with self._database.reading() as connection:
+            return await self._store.events_among(connection, numbers)

@@ -11,7 +11,7 @@ import sys
 import textwrap
 import threading
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,11 @@ from typing import Any
 import httpx
 import pytest
 import structlog
+from sqlalchemy import text
 
 from api.queue.database import Database
 from api.queue.errors import EventsMissed, LeaseLost
-from api.queue.event_stream import BATCHES_BEFORE, Gap, KeptBatches
+from api.queue.event_stream import Gap, KeptBatches
 from api.queue.events import (
     MAX_UNREAD_EVENTS,
     STATUS_AFTER,
@@ -34,7 +35,7 @@ from api.queue.events import (
 from api.queue.models import JobError, JobStatus
 from api.queue.requests import EnqueueRequest
 from api.queue.service import JobService, open_service
-from api.queue.store import EVENTS_KEPT_SECONDS, JobStore
+from api.queue.store import EVENTS_KEPT_SECONDS
 from registry import JobRegistry
 
 PING = EnqueueRequest("test.ping", {})
@@ -96,43 +97,39 @@ async def test_every_process_hears_the_same_events_in_the_same_order(
     assert set(map(tuple, names.values())) == {("job.created", "job.started", "job.succeeded")}
 
 
-WORKER = """
+ENQUEUER = """
     import asyncio, os
+    from api.queue.requests import EnqueueRequest
     from api.queue.service import open_service
     from registry import JobRegistry
     from registry.catalog.thumbnail import thumbnail_create
 
     async def main():
+        request = EnqueueRequest(thumbnail_create.name, {"assetId": "a", "versionNumber": 1})
         registry = JobRegistry([thumbnail_create])
         async with open_service(registry, os.environ["URL"], lease_seconds=30) as service:
             print("ready", flush=True)
-            while True:
-                for lease in await service.lease([thumbnail_create.name], "w", wait_seconds=10):
-                    await service.complete(lease.token)
+            for _ in range(100):
+                await service.enqueue(request)
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(60)
 
     asyncio.run(main())
 """
 
 
-async def test_the_last_event_of_a_job_that_another_process_works_is_its_last(
+async def test_the_last_event_of_a_job_from_another_process_is_its_last(
     service: JobService, database_url: str
 ) -> None:
-    request = EnqueueRequest("thumbnail.create", {"assetId": "a", "versionNumber": 1})
     last: dict[uuid.UUID, str] = {}
-    async with _process(WORKER, database_url), asyncio.timeout(60):
-        with service.events.subscribe() as heard:
-            enqueued = asyncio.create_task(_enqueue_steadily(service, request, 100))
+    with service.events.subscribe() as heard:
+        async with _process(ENQUEUER, database_url), asyncio.timeout(60):
+            working = asyncio.create_task(work(service, 100, "thumbnail.create"))
             for _ in range(300):
                 event = await anext(heard)
                 last[event.job_id] = event.name
-            await enqueued
+            await working
     assert list(last.values()) == ["job.succeeded"] * 100
-
-
-async def _enqueue_steadily(service: JobService, request: EnqueueRequest, jobs: int) -> None:
-    for _ in range(jobs):
-        await service.enqueue(request)
-        await asyncio.sleep(0.01)
 
 
 async def test_a_bulk_that_no_notification_holds_keeps_its_place(
@@ -184,19 +181,18 @@ async def test_a_slow_subscriber_is_dropped_with_an_error_and_holds_nobody_up(
 
 
 async def test_nothing_is_heard_of_what_was_not_committed(
-    service: JobService, monkeypatch: pytest.MonkeyPatch
+    service: JobService, other: JobService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def broken(*_arguments: object) -> None:
-        raise RuntimeError("before the commit")
-
-    with service.events.subscribe() as heard:
-        with monkeypatch.context() as patched:
-            patched.setattr(service.events, "announce", broken)
-            with pytest.raises(RuntimeError):
-                # With a key, because what is told then depends on what the database finds.
-                await service.enqueue(EnqueueRequest("test.ping", {}, idempotency_key="lost"))
-        kept = await service.enqueue(PING)
-        assert [event.job_id for event in await take(heard, 1)] == [kept.job.id]
+    with service.events.subscribe() as here, other.events.subscribe() as there:
+        good = EnqueueRequest("test.ping", {}, idempotency_key="taken")
+        conflicting = EnqueueRequest("test.ping", {"text": "other"}, idempotency_key="taken")
+        first = (await service.enqueue(good)).job
+        # The first job is stored and taken back, because the second is refused.
+        refused = await service.enqueue_many([PING, conflicting], atomic=True)
+        assert all(isinstance(each, Exception) for each in refused)
+        kept = (await service.enqueue(PING)).job
+        for heard in (here, there):
+            assert [event.job_id for event in await take(heard, 2)] == [first.id, kept.id]
 
 
 # Nothing after a commit raises
@@ -341,8 +337,9 @@ SUBSCRIBER = """
 """
 
 
+@pytest.mark.parametrize("more", [False, True])
 async def test_a_process_that_stalls_while_events_are_deleted_is_told(
-    service: JobService, database_url: str
+    service: JobService, database_url: str, more: bool
 ) -> None:
     async with _process(SUBSCRIBER, database_url) as process, asyncio.timeout(20):
         assert process.stdout is not None
@@ -352,35 +349,10 @@ async def test_a_process_that_stalls_while_events_are_deleted_is_told(
         # More than a notification holds, so that it is kept on PostgreSQL too.
         await service.enqueue_many([PING] * 300)
         await _let_kept_events_grow_old(service, database_url)
+        if more:
+            await service.enqueue(PING)
         os.kill(process.pid, signal.SIGCONT)
         assert (await process.stdout.readline()).decode().strip() == "missed"
-
-
-async def test_a_reader_notices_that_all_it_has_not_read_was_deleted(
-    service: JobService, database_url: str
-) -> None:
-    if not database_url.startswith("sqlite"):
-        pytest.skip("ids tell of deleted events on SQLite only")
-    database = Database(database_url)
-    async with database.reading() as connection:
-        batches = KeptBatches(JobStore(database.dialect), gapless=True)
-        assert await batches.read(connection) == []
-        await service.enqueue(PING)
-        await service.enqueue(PING)
-        assert len(await batches.read(connection)) == 2
-        # Some are deleted unread, then all.
-        await service.enqueue(PING)
-        await _let_kept_events_grow_old(service, database_url)
-        await service.enqueue(PING)
-        gap, message = await batches.read(connection)
-        assert isinstance(gap, Gap)
-        assert isinstance(message, str)
-        await service.enqueue(PING)
-        await _let_kept_events_grow_old(service, database_url)
-        (gap,) = await batches.read(connection)
-        assert isinstance(gap, Gap)
-        assert await batches.read(connection) == []
-    await database.close()
 
 
 async def test_a_reader_that_starts_where_all_was_deleted_misses_nothing(
@@ -463,15 +435,11 @@ async def test_more_notifications_than_can_wait_are_told_as_missed(
     if database_url.startswith("sqlite"):
         pytest.skip("events that are kept in a table wait there")
     monkeypatch.setattr("api.queue.event_stream.MAX_UNREAD_MESSAGES", 10)
-    database = Database(database_url)
     with service.events.subscribe() as heard:
-        async with database.transaction() as connection:
-            for number in range(50):
-                event = JobEvent("job.created", uuid.UUID(int=number), "test.ping", 0)
-                await database.notify(connection, encode("another", [event]))
+        each = (_message("job.created", uuid.UUID(int=number)) for number in range(50))
+        await _tell(database_url, *each)
         with pytest.raises(EventsMissed, match="slowly"):
             await take(heard, 50)
-    await database.close()
 
 
 # Messages
@@ -488,13 +456,9 @@ def test_every_event_survives_its_message() -> None:
 
 
 def test_names_travel_as_names() -> None:
-    message = json.loads(encode("here", EVENTS[:2] + EVENTS[:1]))
-    assert message["names"] == [EVENTS[0].name, EVENTS[1].name]
     # So a process whose list of names is another one reads the same events.
-    message["names"][0] = "job.succeeded"
-    assert [event.name for event in decode(json.dumps(message)).events] == [
-        "job.succeeded", EVENTS[1].name, "job.succeeded",
-    ]  # fmt: skip
+    sent = encode("here", EVENTS).replace("job.created", "job.succeeded")
+    assert [event.name for event in decode(sent).events[:2]] == ["job.succeeded", EVENTS[1].name]
 
 
 def test_the_plain_form_is_read_too() -> None:
@@ -538,10 +502,10 @@ GARBLED = [
 ]
 
 
-@pytest.mark.parametrize("text", GARBLED)
-def test_a_garbled_message_is_refused_whole(text: str) -> None:
+@pytest.mark.parametrize("message", GARBLED)
+def test_a_garbled_message_is_refused_whole(message: str) -> None:
     with pytest.raises(ValueError):  # noqa: PT011
-        decode(text)
+        decode(message)
 
 
 async def test_a_garbled_message_is_one_log_line_and_events_missed(
@@ -749,101 +713,111 @@ async def test_events_are_polled_where_there_are_no_notifications(
 
 
 async def test_a_batch_that_commits_late_is_heard_late(polled: str, registry: JobRegistry) -> None:
-    store_events = [JobEvent("job.created", uuid.UUID(int=n), "test.ping", 0) for n in range(4)]
+    late, rolled_back, in_time, last = (uuid.UUID(int=number) for number in range(4))
     database = Database(polled)
-    store = JobStore(database.dialect)
 
-    async def keep(connection: Any, event: JobEvent) -> None:
-        await store.keep_events(connection, encode("another", [event]))
+    async def keep(connection: Any, job_id: uuid.UUID) -> None:
+        await connection.execute(_KEEP, {"message": _message("job.created", job_id)})
 
-    late, rolled_back, in_time, last = store_events
-    async with open_service(registry, polled, lease_seconds=30) as service:
-        with service.events.subscribe() as heard:
-            async with database.engine.connect() as slow, database.engine.connect() as failing:
-                await keep(slow, late)
-                await keep(failing, rolled_back)
-                async with database.transaction() as connection:
-                    await keep(connection, in_time)
-                assert await take(heard, 1) == [in_time]
-                await failing.rollback()
-                await asyncio.sleep(1)
-                await slow.commit()
-                assert await take(heard, 1) == [late]
-                async with database.transaction() as connection:
-                    await keep(connection, last)
-                assert await take(heard, 1) == [last]
+    async with database.engine.connect() as before:
+        await keep(before, late)
+        async with open_service(registry, polled, lease_seconds=30) as service:
+            with service.events.subscribe() as heard:
+                async with database.engine.connect() as slow, database.engine.connect() as failing:
+                    await keep(slow, late)
+                    await keep(failing, rolled_back)
+                    async with database.transaction() as connection:
+                        await keep(connection, in_time)
+                    assert [event.job_id for event in await take(heard, 1)] == [in_time]
+                    await failing.rollback()
+                    await asyncio.sleep(1)
+                    await slow.commit()
+                    assert [event.job_id for event in await take(heard, 1)] == [late]
+                    # One that was late when reading began, too.
+                    await before.commit()
+                    assert [event.job_id for event in await take(heard, 1)] == [late]
+                    async with database.transaction() as connection:
+                        await keep(connection, last)
+                    assert [event.job_id for event in await take(heard, 1)] == [last]
     await database.close()
 
 
-async def test_a_batch_that_was_late_when_reading_began_is_heard(polled: str) -> None:
-    database = Database(polled)
-    store = JobStore(database.dialect)
-    batches = KeptBatches(store, gapless=False)
-    async with database.engine.connect() as slow, database.reading() as reading:
-        await store.keep_events(slow, "late")
-        for number in range(BATCHES_BEFORE - 1):
-            await store.keep_events(reading, f"before {number}")
-        assert await batches.read(reading) == []
-        await slow.commit()
-        assert await batches.read(reading) == ["late"]
-        # Each is read once.
-        await store.keep_events(reading, "after")
-        assert await batches.read(reading) == ["after"]
-        assert await batches.read(reading) == []
-    await database.close()
+class Table:
+    """What is visible of `job_event_batch`, by id."""
+
+    def __init__(self) -> None:
+        self.rows: dict[int, str] = {}
+        self.looked_up: list[int] = []
+
+    async def last_event(self) -> int:
+        return max(self.rows, default=0)
+
+    async def events_after(self, number: int) -> dict[int, str]:
+        return {each: self.rows[each] for each in sorted(self.rows) if each > number}
+
+    async def events_among(self, numbers: Sequence[int]) -> dict[int, str]:
+        self.looked_up += numbers
+        return {number: self.rows[number] for number in numbers if number in self.rows}
 
 
-async def test_late_batches_come_in_the_order_of_their_ids(polled: str) -> None:
-    database = Database(polled)
-    store = JobStore(database.dialect)
-    batches = KeptBatches(store, gapless=False)
-    async with (
-        database.engine.connect() as first,
-        database.engine.connect() as second,
-        database.reading() as reading,
-    ):
-        assert await batches.read(reading) == []
-        await store.keep_events(first, "1")
-        await store.keep_events(second, "2")
-        await store.keep_events(reading, "3")
-        assert await batches.read(reading) == ["3"]
-        await store.keep_events(reading, "4")
-        await second.commit()
-        await first.commit()
-        assert await batches.read(reading) == ["1", "2", "4"]
-    await database.close()
+async def test_late_batches_come_once_and_in_the_order_of_their_ids() -> None:
+    table = Table()
+    batches = KeptBatches(table, gapless=False)  # type: ignore[arg-type]
+    assert await batches.read() == []
+    table.rows = {103: "c"}
+    assert await batches.read() == ["c"]
+    assert await batches.read() == []
+    # The first two are committed in the other order, and a third after them.
+    table.rows |= {102: "b"}
+    table.rows |= {101: "a", 104: "d"}
+    assert await batches.read() == ["a", "b", "d"]
+    assert await batches.read() == []
 
 
-async def test_a_poll_that_stalls_is_told_and_ids_that_never_come_are_given_up(
-    polled: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_poll_that_stalls_is_told_and_ids_that_never_come_are_given_up() -> None:
     now = 1_000.0
-    database = Database(polled)
-    store = JobStore(database.dialect)
-    batches = KeptBatches(store, gapless=False, clock=lambda: now)
-    async with database.engine.connect() as failing, database.reading() as reading:
-        assert await batches.read(reading) == []
-        await store.keep_events(failing, "rolled back")
-        await store.keep_events(reading, "1")
-        assert await batches.read(reading) == ["1"]
-        await failing.rollback()
-        now += EVENTS_KEPT_SECONDS / 2 + 1
-        await store.keep_events(reading, "2")
-        gap, message = await batches.read(reading)
-        assert (type(gap), message) == (Gap, "2")
+    table = Table()
+    batches = KeptBatches(table, gapless=False, clock=lambda: now)  # type: ignore[arg-type]
+    table.rows = {1: "a"}
+    assert await batches.read() == []
+    table.rows |= {3: "c"}
+    assert await batches.read() == ["c"]
+    now += EVENTS_KEPT_SECONDS / 2 + 1
+    table.rows |= {4: "d"}
+    gap, message = await batches.read()
+    assert (type(gap), message) == (Gap, "d")
+    assert 2 in table.looked_up
+    for _ in range(4):
+        now += EVENTS_KEPT_SECONDS / 4
+        assert await batches.read() == []
+    table.looked_up.clear()
+    assert await batches.read() == []
+    assert table.looked_up == []
 
-        looked_up: list[list[int]] = []
 
-        async def count(_connection: object, numbers: list[int]) -> dict[int, str]:
-            looked_up.append(numbers)
-            return {}
+async def test_more_late_ids_than_can_be_waited_for_are_told_as_missed() -> None:
+    table = Table()
+    batches = KeptBatches(table, gapless=False)  # type: ignore[arg-type]
+    table.rows = {1: "a"}
+    assert await batches.read() == []
+    table.rows |= {1_000_000: "z"}
+    gap, message = await batches.read()
+    assert (type(gap), message) == (Gap, "z")
+    assert await batches.read() == []
+    assert table.looked_up == []
 
-        monkeypatch.setattr(store, "events_among", count)
-        for _ in range(4):
-            now += EVENTS_KEPT_SECONDS / 4
-            assert await batches.read(reading) == []
-        assert len(looked_up) < 4
-    await database.close()
+
+@pytest.mark.parametrize("gapless", [False, True])
+async def test_a_database_that_was_restored_is_told_as_missed(gapless: bool) -> None:
+    table = Table()
+    batches = KeptBatches(table, gapless=gapless)  # type: ignore[arg-type]
+    table.rows = {500: "a"}
+    assert await batches.read() == []
+    table.rows = {7: "b"}
+    (gap,) = await batches.read()
+    assert isinstance(gap, Gap)
+    table.rows |= {8: "c"}
+    assert await batches.read() == ["c"]
 
 
 async def test_a_caller_waits_for_polled_jobs_no_longer_than_a_poll(
@@ -860,14 +834,26 @@ async def test_a_caller_waits_for_polled_jobs_no_longer_than_a_poll(
             assert len(await waiting) == 1
 
 
-async def _tell(url: str, message: str) -> None:
-    """Sends a message as another process would."""
+_KEEP = text(
+    "INSERT INTO job_event_batch (message, created_at) VALUES (:message, CURRENT_TIMESTAMP)"
+)
+
+
+def _message(name: str, *job_ids: uuid.UUID) -> str:
+    """A message of another process, in the plain form."""
+    rows = [[name, job_id.hex, "test.ping", 0] for job_id in job_ids]
+    return json.dumps({"process": "another", "events": rows})
+
+
+async def _tell(url: str, *messages: str) -> None:
+    """Sends messages as another process would."""
     database = Database(url)
     async with database.transaction() as connection:
-        if database.keeps_events:
-            await JobStore(database.dialect).keep_events(connection, message)
-        else:
-            await database.notify(connection, message)
+        for message in messages:
+            if database.keeps_events:
+                await connection.execute(_KEEP, {"message": message})
+            else:
+                await database.notify(connection, message)
     await database.close()
 
 
