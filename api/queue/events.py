@@ -98,7 +98,7 @@ class JobEvent(NamedTuple):
     @property
     def queued(self) -> bool:
         """Whether the job now waits for a worker."""
-        return self.status is JobStatus.QUEUED
+        return self.name in ("job.created", "job.retrying")
 
     @property
     def made_room(self) -> bool:
