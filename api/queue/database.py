@@ -199,11 +199,6 @@ class Database:
         # SQLite's busy handler is not, so that is left to other processes' writes.
         self._writer = asyncio.Lock() if sqlite else None
 
-    @property
-    def keeps_events(self) -> bool:
-        """Whether events are rows of `job_event_batch` to be read, instead of notifications."""
-        return self.dialect.max_message_bytes == 0
-
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[AsyncConnection]:
         """A transaction that writes; committed at the end, rolled back on an exception.
