@@ -20,7 +20,7 @@ from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 from uuid_utils.compat import uuid7
 
-from api.queue.database import Database
+from api.queue.database import DEFAULT_TIMEOUT_SECONDS, Database, Pooler
 from api.queue.errors import (
     IdempotencyConflict,
     InputInvalid,
@@ -39,6 +39,7 @@ from api.queue.models import (
     JobRecord,
     JobStatus,
 )
+from api.queue.readiness import Readiness
 from api.queue.requests import (
     EnqueueRequest,
     check_lease,
@@ -183,6 +184,7 @@ class JobService:
         self._max_bulk_size = max_bulk_size
         self.events = Events(database)
         self._database = database
+        self._readiness = Readiness(database)
         self._store = JobStore(database.dialect)
         self._new_id = new_id
         self._inserts = GroupCommit(self._insert)
@@ -345,9 +347,8 @@ class JobService:
         return {name: JobCounts() for name in self.registry} | counts
 
     async def ping(self) -> None:
-        """Returns when the database answers a query on the queue's tables; raises otherwise."""
-        async with self._database.reading() as connection:
-            await self._store.get(connection, uuid.UUID(int=0))
+        """Return when a job could be stored; raise `QueueUnavailable` otherwise."""
+        await self._readiness.check()
 
     # Work
 
@@ -756,11 +757,20 @@ async def open_service(
     *,
     lease_seconds: float,
     pool_size: int = 10,
+    timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
+    pooler: Pooler = "session",
+    listen_url: str | None = None,
     max_page_size: int = 200,
     max_bulk_size: int = 1_000,
 ) -> AsyncIterator[JobService]:
     """A service on this database, that hears other processes while it is open."""
-    database = Database(database_url, pool_size=pool_size)
+    database = Database(
+        database_url,
+        pool_size=pool_size,
+        timeout_seconds=timeout_seconds,
+        pooler=pooler,
+        listen_url=listen_url,
+    )
     service = JobService(
         registry,
         database,
