@@ -53,6 +53,9 @@ def create_app(settings: Settings, registry: JobRegistry, *, worker: bool = Fals
                     settings.database_url,
                     lease_seconds=settings.lease_seconds,
                     pool_size=settings.database_pool_size,
+                    timeout_seconds=settings.database_timeout_seconds,
+                    pooler=settings.database_pooler,
+                    listen_url=settings.database_listen_url,
                     max_page_size=settings.max_page_size,
                     max_bulk_size=settings.max_bulk_size,
                 )
@@ -154,14 +157,17 @@ async def _alive(_request: Request) -> JSONResponse:
 
 
 async def _ready(request: Request) -> JSONResponse:
-    """The process can do its work: the database answers, with the tables this version needs."""
+    """The process can do its work: a job could be stored at this moment."""
     try:
-        async with asyncio.timeout(2):
-            await request.app.state.service.ping()
-    except (QueueUnavailable, TimeoutError) as error:
-        log.warning("not_ready", reason=getattr(error, "reason", "no answer in 2 seconds"))
-        error_body = {"code": "queue_unavailable", "message": "The database does not answer."}
-        return JSONResponse({"status": "unavailable", "error": error_body}, status_code=503)
+        await request.app.state.service.ping()
+    except QueueUnavailable as error:
+        log.warning("not_ready", kind=error.kind, reason=error.reason)
+        body = {
+            "code": "queue_unavailable",
+            "kind": error.kind,
+            "message": "The database cannot store jobs at the moment. The server's log says why.",
+        }
+        return JSONResponse({"status": "unavailable", "error": body}, status_code=503)
     return JSONResponse({"status": "ok"})
 
 

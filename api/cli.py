@@ -311,6 +311,9 @@ async def _work(settings: Settings, registry: JobRegistry, types: Sequence[str])
         settings.database_url,
         lease_seconds=settings.lease_seconds,
         pool_size=settings.database_pool_size,
+        timeout_seconds=settings.database_timeout_seconds,
+        pooler=settings.database_pooler,
+        listen_url=settings.database_listen_url,
     ) as service:
         worker = Worker(
             service,
@@ -352,7 +355,12 @@ async def _enqueue(
     counts = {"stored": 0, "deduplicated": 0, "refused": 0}
     size = len(lines) if atomic else BULK
     async with open_service(
-        registry, settings.database_url, lease_seconds=settings.lease_seconds
+        registry,
+        settings.database_url,
+        lease_seconds=settings.lease_seconds,
+        timeout_seconds=settings.database_timeout_seconds,
+        pooler=settings.database_pooler,
+        listen_url=settings.database_listen_url,
     ) as service:
         progress = Progress(
             *Progress.get_default_columns()[:2],

@@ -75,7 +75,8 @@ LANGUAGE plpgsql AS $$
 -- than 8,000 bytes; a longer message, or any message when `keep` is set, is stored as a batch.
 -- The channel is the schema's own: deployments in two schemas do not hear each other.
 DECLARE
-    channel CONSTANT text := 'job_registry_' || to_regclass('job')::oid;
+    channel CONSTANT text := 'job_registry_' || coalesce(
+        (SELECT relnamespace::text FROM pg_class WHERE oid = to_regclass('job')), '');
     message text := jsonb_build_object('process', process, 'events', events)::text;
     batch bigint;
 BEGIN

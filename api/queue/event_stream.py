@@ -55,7 +55,7 @@ class EventStream:
 
     def __init__(self, database: Database, store: Store) -> None:
         self._database = database
-        self._kept = KeptBatches(store, gapless=database.dialect.name == "sqlite")
+        self._kept = KeptBatches(store, gapless=database.name == "sqlite")
         self._notified: deque[str | Gap] = deque()
         self._news = asyncio.Event()
         self._ended = False
@@ -94,7 +94,7 @@ class EventStream:
         """Notices that there is something to read; an error only makes it start again."""
         while True:
             try:
-                if self._database.keeps_events and self._database.dialect.name == "postgresql":
+                if self._database.keeps_events and self._database.name == "postgresql":
                     await self._poll()
                 else:
                     await self._database.listen(self._notify, self._notify_gap)

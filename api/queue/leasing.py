@@ -116,9 +116,9 @@ class Leasing:
             return []
         except asyncio.CancelledError:
             waiter.is_gone = True
-            if waiter.leases.done() and not waiter.leases.cancelled():
-                if waiter.leases.exception() is None:
-                    self.give_back(waiter.leases.result())
+            done = waiter.leases.done() and not waiter.leases.cancelled()
+            if done and waiter.leases.exception() is None:
+                self.give_back(waiter.leases.result())
             raise
         finally:
             line.leave(waiter)

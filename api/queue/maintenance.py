@@ -49,14 +49,21 @@ async def maintain(
             break
         try:
             await service.recover()
-            while await service.tidy() == EVENT_BATCHES_PRUNED and not stop.is_set():
-                await asyncio.sleep(PRUNE_PAUSE_SECONDS)
+            await tidy(service, stop)
             for status, days in keep_days.items():
                 await prune(service, status, keep_days=days, stop=stop)
         except QueueUnavailable as error:
             log.warning("maintenance.postponed", reason=error.reason)
         except Exception:
             log.exception("maintenance.failed")
+
+
+async def tidy(service: JobService, stop: asyncio.Event) -> None:
+    """Fold the counts, delete old events until none are left, and let SQLite's log shrink."""
+    while not stop.is_set():
+        if await service.tidy() < EVENT_BATCHES_PRUNED:
+            return
+        await asyncio.sleep(PRUNE_PAUSE_SECONDS)
 
 
 async def prune(

@@ -16,7 +16,7 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection
 
-from api.queue.database import Database, unavailable
+from api.queue.database import DEFAULT_TIMEOUT_SECONDS, Database, unavailable
 
 T = TypeVar("T")
 
@@ -34,7 +34,10 @@ def upgrade(url: str, revision: str = "head") -> None:
     Raises:
         QueueUnavailable: the database does not answer, or cannot write.
     """
-    _with_connection(url, lambda connection: _migrate(connection, command.upgrade, revision))
+    # However long it takes: an index of millions of rows is not built within a deadline.
+    _with_connection(
+        url, lambda connection: _migrate(connection, command.upgrade, revision), bounded=False
+    )
 
 
 def downgrade(url: str, revision: str = "base") -> None:
@@ -43,7 +46,9 @@ def downgrade(url: str, revision: str = "base") -> None:
     Raises:
         QueueUnavailable: the database does not answer, or cannot write.
     """
-    _with_connection(url, lambda connection: _migrate(connection, command.downgrade, revision))
+    _with_connection(
+        url, lambda connection: _migrate(connection, command.downgrade, revision), bounded=False
+    )
 
 
 def current(url: str) -> str | None:
@@ -83,9 +88,10 @@ def _migrate(connection: Connection, run: Callable[[Config, str], None], revisio
     run(config, revision)
 
 
-def _with_connection(url: str, work: Callable[[Connection], T]) -> T:
+def _with_connection(url: str, work: Callable[[Connection], T], *, bounded: bool = True) -> T:
     async def run() -> T:
-        database = Database(url)
+        timeout_seconds = DEFAULT_TIMEOUT_SECONDS if bounded else None
+        database = Database(url, timeout_seconds=timeout_seconds, create=True)
         try:
             async with database.transaction() as connection:
                 return await connection.run_sync(work)

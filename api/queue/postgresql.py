@@ -66,15 +66,14 @@ class PostgreSQLStore(Store):
         class Refused(Exception):
             """Rolls the transaction back."""
 
-        async def attempt() -> dict[uuid.UUID, Stored]:
-            async with self._database.transaction() as connection:
-                stored = await self.insert_within(connection, jobs)
-                if any(job.id not in stored or conflicts(job, stored[job.id]) for job in jobs):
-                    raise Refused(stored)
-                return stored
+        async def insert(connection: AsyncConnection) -> dict[uuid.UUID, Stored]:
+            stored = await self.insert_within(connection, jobs)
+            if any(job.id not in stored or conflicts(job, stored[job.id]) for job in jobs):
+                raise Refused(stored)
+            return stored
 
         try:
-            return await self._database.retrying(attempt), True
+            return await self._database.retrying(insert), True
         except Refused as refused:
             return cast("dict[uuid.UUID, Stored]", refused.args[0]), False
 

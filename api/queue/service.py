@@ -21,7 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from uuid_utils.compat import uuid7
 
 from api.queue.caller_transactions import publish_after_commit
-from api.queue.database import Database
+from api.queue.database import DEFAULT_TIMEOUT_SECONDS, Database, Pooler
 from api.queue.errors import (
     IdempotencyConflict,
     InputInvalid,
@@ -42,6 +42,7 @@ from api.queue.models import (
     JobStatus,
 )
 from api.queue.postgresql import PostgreSQLStore
+from api.queue.readiness import Readiness
 from api.queue.requests import (
     EnqueueRequest,
     check_lease,
@@ -189,10 +190,11 @@ class JobService:
         self._max_page_size = max_page_size
         self._max_bulk_size = max_bulk_size
         self._database = database
+        self._readiness = Readiness(database)
         process = secrets.token_hex(8)
         self._store: Store = (
             PostgreSQLStore(database, process)
-            if database.dialect.name == "postgresql"
+            if database.name == "postgresql"
             else SQLiteStore(database, process)
         )
         self.events = Events(database, self._store, process)
@@ -360,8 +362,8 @@ class JobService:
         return {name: JobCounts() for name in self.registry} | await self._store.counts()
 
     async def ping(self) -> None:
-        """Return when the database answers a query on the queue's tables; raise otherwise."""
-        await self._store.get(uuid.UUID(int=0))
+        """Return when a job could be stored; raise `QueueUnavailable` otherwise."""
+        await self._readiness.check()
 
     async def waiting_reasons(
         self, jobs: Iterable[JobRecord]
@@ -616,11 +618,12 @@ class JobService:
         return await self._store.prune(status, keep_seconds=keep_seconds, jobs=jobs)
 
     async def tidy(self) -> int:
-        """Keep the table of counts small; delete events that every process has had time to read.
+        """Keep the table of counts and SQLite's log small; delete events that everyone has read.
 
         Return how many batches of events were deleted, at most 10,000.
         """
         await self._store.fold_counts()
+        await self._database.checkpoint()
         return await self._store.prune_events()
 
     def _admit(self, request: EnqueueRequest, created_by: str | None) -> NewJob:
@@ -657,7 +660,9 @@ class JobService:
     ) -> tuple[list[Stored], bool]:
         """What became of each job, and whether it was committed."""
         if atomic:
-            stored, committed = await self._store.insert_all(jobs, _conflicts)
+            stored, committed = await self._patiently(
+                lambda: self._insert_all(jobs), "the holder of an idempotency key is being deleted"
+            )
             if committed:
                 self._publish_created(jobs, stored)
             return [stored[job.id] for job in jobs], committed
@@ -669,6 +674,13 @@ class JobService:
                     "another transaction holds the idempotency key",
                 )
         return [present(outcomes[job.id]) for job in jobs], True
+
+    async def _insert_all(
+        self, jobs: Sequence[NewJob]
+    ) -> tuple[dict[uuid.UUID, Stored], bool] | None:
+        """Insert every job or none; None where a key's holder was deleted in that moment."""
+        stored, committed = await self._store.insert_all(jobs, _conflicts)
+        return (stored, committed) if len(stored) == len(jobs) else None
 
     async def _insert(self, jobs: Sequence[NewJob]) -> list[Stored | None]:
         """Insert jobs in one statement; None where another transaction has the key."""
@@ -794,11 +806,20 @@ async def open_service(
     *,
     lease_seconds: float,
     pool_size: int = 10,
+    timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
+    pooler: Pooler = "session",
+    listen_url: str | None = None,
     max_page_size: int = 200,
     max_bulk_size: int = 1_000,
 ) -> AsyncIterator[JobService]:
     """A service on this database, that hears other processes while it is open."""
-    database = Database(database_url, pool_size=pool_size)
+    database = Database(
+        database_url,
+        pool_size=pool_size,
+        timeout_seconds=timeout_seconds,
+        pooler=pooler,
+        listen_url=listen_url,
+    )
     service = JobService(
         registry,
         database,
