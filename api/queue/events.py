@@ -9,7 +9,7 @@ import asyncio
 import json
 import secrets
 from collections import deque
-from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple, cast, get_args
@@ -32,6 +32,7 @@ EventName = Literal[
     "job.retrying",
     "job.failed",
     "job.cancelled",
+    "job.cancel_requested",
 ]
 
 STATUS_AFTER: Final[dict[EventName, JobStatus]] = {
@@ -42,6 +43,7 @@ STATUS_AFTER: Final[dict[EventName, JobStatus]] = {
     "job.retrying": JobStatus.QUEUED,
     "job.failed": JobStatus.FAILED,
     "job.cancelled": JobStatus.CANCELLED,
+    "job.cancel_requested": JobStatus.RUNNING,
 }
 
 MAX_UNREAD_EVENTS: Final = 1_000
@@ -125,6 +127,7 @@ class Events:
         self._process = secrets.token_hex(8)
         self._waiting: dict[asyncio.Event, tuple[frozenset[str], frozenset[str]]] = {}
         self._subscriptions: set[Subscription] = set()
+        self._on_cancel_requested: list[Callable[[UUID], None]] = []
         self._listening = asyncio.Event()
 
     async def announce(self, connection: AsyncConnection, events: Sequence[JobEvent]) -> None:
@@ -155,6 +158,14 @@ class Events:
                 attempt=event.attempt,
             )
             self._deliver(event)
+
+    def on_cancel_requested(self, callback: Callable[[UUID], None]) -> Callable[[], None]:
+        """Call `callback` with the id of each running job whose cancellation is requested.
+
+        Returns a function that ends this.
+        """
+        self._on_cancel_requested.append(callback)
+        return lambda: self._on_cancel_requested.remove(callback)
 
     @contextmanager
     def subscribe(
@@ -253,6 +264,9 @@ class Events:
         for woken, (types, limited) in self._waiting.items():
             if (queued and event.type in types) or (ended and event.type in limited):
                 woken.set()
+        if event.name == "job.cancel_requested":
+            for callback in self._on_cancel_requested:
+                callback(event.job_id)
         for subscription in self._subscriptions:
             subscription.offer(event)
 

@@ -129,6 +129,19 @@ class Heartbeat:
 
 
 @dataclass(frozen=True, slots=True)
+class Renewal:
+    """A lease to renew. `progress` is JSON text that was checked; None leaves it as it is.
+
+    `ended` says that the attempt has timed out already and its handler still runs: only its place
+    in the concurrency limit is renewed, and the answer is `LeaseLost`.
+    """
+
+    token: str
+    progress: bytes | None = None
+    ended: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class ScheduledFor:
     """The job's time has not come."""
 
@@ -410,6 +423,35 @@ class JobService:
         self.events.publish(happened)
         return Heartbeat(job, expires_at, seconds_left, job.cancel_requested_at is not None)
 
+    async def renew(self, renewals: Sequence[Renewal]) -> list[Heartbeat | LeaseLost]:
+        """Renews leases; gives an answer for each, in order. Never raises `LeaseLost`."""
+        answers: list[Heartbeat | LeaseLost] = []
+        for renewal in renewals:
+            try:
+                if renewal.ended:
+                    raise LeaseLost
+                value = None if renewal.progress is None else from_json(renewal.progress)
+                answers.append(await self.heartbeat(renewal.token, value))
+            except LeaseLost as lost:
+                answers.append(lost)
+        return answers
+
+    async def settle(self, tokens: Sequence[str]) -> None:
+        """The handlers of these timed-out attempts have ended: frees their places."""
+
+    @asynccontextmanager
+    async def in_another_loop(self, *, pool_size: int = 2) -> AsyncIterator[JobService]:
+        """A service on the same database for another event loop, with connections of its own.
+
+        It hears no other processes. To be entered in that loop.
+        """
+        url = self._database.url.render_as_string(hide_password=False)
+        database = Database(url, pool_size=pool_size)
+        try:
+            yield JobService(self.registry, database, lease_seconds=self.lease_seconds)
+        finally:
+            await database.close()
+
     async def complete(self, token: str, result: JsonValue = None) -> JobRecord:
         """Ends the attempt and the job as succeeded. Sent again, it gives the same job back.
 
@@ -479,7 +521,7 @@ class JobService:
             Report(job_id, secret, AttemptOutcome.SNOOZED, delay_seconds=seconds)
         )
 
-    async def time_out(self, token: str) -> JobRecord:
+    async def time_out(self, token: str, *, still_running: bool = False) -> JobRecord:
         """Ends an attempt that ran into its timeout, as the queue itself would a moment later.
 
         Raises:
@@ -722,7 +764,7 @@ class JobService:
                 if there is None:
                     raise JobNotFound(str(job_id))
                 raise JobStateConflict(str(job_id), there.status, asked)
-            happened = [_changed_event(job)] if job.status is not JobStatus.RUNNING else []
+            happened = [_changed_event(job)]
             await self.events.announce(connection, happened)
         self.events.publish(happened)
         return job
@@ -860,6 +902,8 @@ def _ended_event(job: JobRecord) -> JobEvent:
 
 
 def _changed_event(job: JobRecord) -> JobEvent:
-    return JobEvent.of(
-        "job.cancelled" if job.status is JobStatus.CANCELLED else "job.retrying", job
-    )
+    names: dict[JobStatus, EventName] = {
+        JobStatus.CANCELLED: "job.cancelled",
+        JobStatus.RUNNING: "job.cancel_requested",
+    }
+    return JobEvent.of(names.get(job.status, "job.retrying"), job)
