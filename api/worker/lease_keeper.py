@@ -29,7 +29,7 @@ TICK_SECONDS: Final = 1.0
 BLOCKED_SECONDS: Final = 2.0
 """An event loop that has not turned for this long is blocked."""
 
-END_SECONDS: Final = 3.0
+END_SECONDS: Final = 2.0
 """How long the keeper may take to end, and to release leases for a process that hangs."""
 
 log = structlog.get_logger("jobs.worker")
@@ -94,7 +94,7 @@ class LeaseKeeper:
         self._ending = True
         self._alarm()
         give_up = time.monotonic() + END_SECONDS
-        while self._thread is not None and self._thread.is_alive() and time.monotonic() < give_up:
+        while self._thread is not None and self._thread.is_alive() and time.monotonic() < give_up:  # noqa: ASYNC110
             await asyncio.sleep(0.005)
 
     def hold(self, hold: Hold) -> None:

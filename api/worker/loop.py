@@ -32,10 +32,10 @@ from registry import DefinitionError, WorkerExtension
 GATHER_SECONDS: Final = 0.005
 """How long a worker whose slots were all taken waits for more of them before it leases again."""
 
-CLAIM_SECONDS: Final = 2.0
+CLAIM_SECONDS: Final = 1.0
 """How long a claim that is under way may take once the worker stops."""
 
-CLOSE_SECONDS: Final = HAND_BACK_SECONDS + CLAIM_SECONDS + END_SECONDS + LEAVE_SECONDS + 2.0
+CLOSE_SECONDS: Final = HAND_BACK_SECONDS + CLAIM_SECONDS + END_SECONDS + LEAVE_SECONDS + 1.0
 """How long `Worker.run` takes at most after its `shutdown_seconds`, whatever hangs."""
 
 log = structlog.get_logger("jobs.worker")
@@ -122,6 +122,11 @@ class Worker:
             running=len(self._running),
             overdue=sum(attempt.overdue for attempt in list(self._running.values())),
         )
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether `stop` has been called."""
+        return self._stopping.is_set()
 
     def stop(self) -> None:
         """Lease nothing more, and let running jobs end. A second call hands them back at once."""
@@ -243,7 +248,7 @@ class Worker:
         for attempt in list(self._running.values()):
             attempt.hand_back()
         if tasks := self._unfinished():
-            await asyncio.wait(tasks, timeout=HAND_BACK_SECONDS + 2.0)
+            await asyncio.wait(tasks, timeout=HAND_BACK_SECONDS + 1.0)
         for task, attempt in list(self._running.items()):
             if not attempt.overdue:
                 log.warning("worker.left_behind", job_id=str(attempt.job_id))

@@ -123,7 +123,7 @@ class HandlerProcesses:
         for process in idle:
             process.send({"leave": True})
         give_up = time.monotonic() + LEAVE_SECONDS
-        while any(each.is_alive() for each in idle) and time.monotonic() < give_up:
+        while any(each.is_alive() for each in idle) and time.monotonic() < give_up:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         await asyncio.gather(*(self.end(process) for process in list(self._all)))
 
@@ -141,7 +141,7 @@ class HandlerProcesses:
 
     async def _see_off(self, process: _Process) -> None:
         give_up = time.monotonic() + LEAVE_SECONDS
-        while process.is_alive() and time.monotonic() < give_up:
+        while process.is_alive() and time.monotonic() < give_up:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
         await self.end(process)
 
@@ -313,7 +313,7 @@ class _Process:
             await asyncio.sleep(0.002)
         self.kill()
         give_up = time.monotonic() + 5
-        while self.is_alive() and time.monotonic() < give_up:
+        while self.is_alive() and time.monotonic() < give_up:  # noqa: ASYNC110
             await asyncio.sleep(0.005)
         if self._streams is not None:
             self._streams[1].close()
