@@ -46,7 +46,10 @@ CANCEL_GRACE_SECONDS: Final = 3.0
 HAND_BACK_SECONDS: Final = 2.0
 """How long a handler may take to end when its worker stops, before its job is handed back."""
 
-LATE_SECONDS: Final = 0.25
+EARLY_SECONDS: Final = 0.1
+"""How much earlier than the database's clock a timeout is noticed here."""
+
+LATE_SECONDS: Final = 0.02
 """How long an async handler may take to end once its timeout cancels it, before it is overdue."""
 
 OVERDUE_LOG_SECONDS: Final = 60.0
@@ -87,9 +90,9 @@ class Attempt:
         self._service = equipment.service
         self._token = lease.token
         self._job = lease.job
-        # The database counts from the lease, so it is ahead of this by the way of the answer;
-        # what it has given up by then, it refuses.
-        self._deadline = time.monotonic() + lease.job.timeout_seconds
+        # The database counts from the lease, so it is ahead of this by the way of the answer, and
+        # other workers' claims end what has timed out. A bit early, so that this one reports it.
+        self._deadline = time.monotonic() + lease.job.timeout_seconds - EARLY_SECONDS
         self._now = Circumstances(cancel_requested=lease.job.cancel_requested_at is not None)
         self._asked_to_stop = threading.Event()
         self._stop_by = float("inf")
@@ -166,10 +169,15 @@ class Attempt:
             self._log.warning("job.process_died", reason=how_it_died(end.exit_code))
         await self._store_last_progress()
         report = report_of(end, self._now)
+        self.overdue = isinstance(end, StillRunning) and not self._now.handing_back
         del end
         try:
             if isinstance(report, TimeOut):
-                self._log.warning("job.timed_out", timeout_seconds=self._job.timeout_seconds)
+                self._log.warning(
+                    "job.timed_out",
+                    timeout_seconds=self._job.timeout_seconds,
+                    still_running=report.still_running,
+                )
                 self._equipment.keeper.keep_place(self._token)
             if self._now.lost:
                 self._log.warning("job.lease_lost")
@@ -275,6 +283,7 @@ class Attempt:
             call.kill()
             await asyncio.wait({call.ended}, timeout=10)
         else:
+            # A second time: it may have swallowed the first.
             call.ask_to_stop()
             await asyncio.wait({call.ended}, timeout=LATE_SECONDS)
 
@@ -283,12 +292,11 @@ class Attempt:
 
         It holds its slot in this worker, and its place in the concurrency limit.
         """
-        self.overdue = True
         since = self._deadline if self._now.timed_out else time.monotonic()
         try:
+            await asyncio.wait({call.ended}, timeout=1.0)
             while not call.ended.done():
-                seconds = round(time.monotonic() - since, 1)
-                self._log.warning("job.overdue", seconds=seconds, place="holds its slot")
+                self._log.warning("job.overdue", seconds=round(time.monotonic() - since, 1))
                 await asyncio.wait({call.ended}, timeout=OVERDUE_LOG_SECONDS)
         finally:
             self.overdue = False
