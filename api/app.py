@@ -27,7 +27,7 @@ from api.queue.maintenance import maintain
 from api.queue.service import JobService, open_service
 from api.rest import EnqueueView, JobView
 from api.settings import Settings, SettingsInvalid
-from api.worker import Worker
+from api.worker import Worker, WorkerStartError
 from registry import JobRegistry
 
 log = structlog.get_logger("jobs.app")
@@ -61,7 +61,8 @@ def create_app(settings: Settings, registry: JobRegistry, *, worker: bool = Fals
                 )
             )
             app.state.service = service
-            app.state.end_now = lambda: None
+            app.state.stop_worker = lambda: None
+            app.state.abandon = lambda: None
             app.state.end_waits = service.end_waits
             stop = asyncio.Event()
             upkeep = maintain(
@@ -189,10 +190,21 @@ async def _working(app: Starlette, service: JobService, settings: Settings) -> A
         assets=settings.assets,
         shutdown_seconds=settings.shutdown_seconds,
     )
-    app.state.end_now = worker.stop
+    app.state.stop_worker = worker.stop
+    app.state.abandon = worker.abandon
     task = asyncio.create_task(worker.run(), name="worker")
+    started = asyncio.create_task(worker.started.wait())
+    await asyncio.wait({task, started}, return_when=asyncio.FIRST_COMPLETED)
+    started.cancel()
+    try:
+        if task.done():
+            task.result()
+    except WorkerStartError as error:
+        log.error("worker.start_failed", reason=str(error))
+        raise
     try:
         yield
     finally:
-        worker.stop()
+        if not worker.is_stopping:
+            worker.stop()
         await task

@@ -10,7 +10,6 @@ import contextlib
 import gc
 import json
 import os
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from datetime import datetime
@@ -113,6 +112,7 @@ def serve(
     import uvicorn
 
     from api.app import create_app
+    from api.worker.shutdown import keep_signals_from_forks
 
     application = create_app(settings, registry, worker=worker)
     _prepare_database(settings)
@@ -126,7 +126,7 @@ def serve(
         proxy_headers=False,
         lifespan="on",
         ws_max_size=settings.max_body_bytes,
-        timeout_graceful_shutdown=int(settings.shutdown_seconds) + 10,
+        timeout_graceful_shutdown=int(settings.shutdown_seconds),
     )
     server = _server(config, application)
     try:
@@ -138,6 +138,7 @@ def serve(
     shown = f"[{address[0]}]" if ":" in address[0] else address[0]
     err.print(f"Job Registry serves http://{shown}:{address[1]}/graphql  (Ctrl-C ends it)")
     _collect_garbage_rarely()
+    keep_signals_from_forks()
     server.run(sockets=[socket])
     if not server.started:
         sys.exit(REFUSED)
@@ -167,9 +168,16 @@ def worker(
         _fail(WRONG_USAGE, "No job type has a handler here, so there is nothing to work.")
     _configure_logs(settings)
     _prepare_database(settings)
+    from api.worker import WorkerStartError
+    from api.worker.shutdown import keep_signals_from_forks
+
     _collect_garbage_rarely()
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(_work(settings, registry, wanted))
+    keep_signals_from_forks()
+    try:
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            runner.run(_work(settings, registry, wanted))
+    except WorkerStartError as error:
+        _fail(REFUSED, str(error))
 
 
 @app.command()
@@ -305,6 +313,8 @@ async def _work(settings: Settings, registry: JobRegistry, types: Sequence[str])
     from api.queue.maintenance import maintain
     from api.queue.service import open_service
     from api.worker import Worker
+    from api.worker.loop import CLOSE_SECONDS
+    from api.worker.shutdown import Ending
 
     async with open_service(
         registry,
@@ -322,8 +332,9 @@ async def _work(settings: Settings, registry: JobRegistry, types: Sequence[str])
             assets=settings.assets,
             shutdown_seconds=settings.shutdown_seconds,
         )
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, worker.stop)
+        ending = Ending(seconds=settings.shutdown_seconds + CLOSE_SECONDS, abandon=worker.abandon)
+        loop = asyncio.get_running_loop()
+        ending.on_signals(lambda: loop.call_soon_threadsafe(worker.stop))
         stop = asyncio.Event()
         upkeep = asyncio.create_task(
             maintain(
@@ -333,9 +344,12 @@ async def _work(settings: Settings, registry: JobRegistry, types: Sequence[str])
                 keep_failed_days=settings.keep_failed_days,
             )
         )
-        await worker.run()
-        stop.set()
-        await upkeep
+        try:
+            await worker.run()
+        finally:
+            stop.set()
+            await asyncio.wait({upkeep}, timeout=2)
+        ending.work_is_done()
 
 
 async def _enqueue(
@@ -501,17 +515,28 @@ def _server(config: Any, application: Any) -> Any:
     it is done, which prints a traceback. A second signal does not wait for running jobs."""
     import uvicorn
 
+    from api.worker.loop import CLOSE_SECONDS
+    from api.worker.shutdown import Ending
+
+    ending = Ending(
+        seconds=config.timeout_graceful_shutdown + CLOSE_SECONDS,
+        abandon=lambda: application.state.abandon(),
+    )
+
     class Server(uvicorn.Server):
+        async def serve(self, sockets: Any = None) -> None:
+            await super().serve(sockets)
+            ending.work_is_done()
+
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:
             loop = asyncio.get_running_loop()
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(number, self.end)
+            ending.on_signals(lambda: loop.call_soon_threadsafe(self.end))
             yield
 
         def end(self) -> None:
-            if self.should_exit:
-                application.state.end_now()
+            # The first time the worker takes no further job, the second time it hands back its own.
+            application.state.stop_worker()
             self.should_exit = True
             application.state.end_waits()
 

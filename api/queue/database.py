@@ -84,6 +84,12 @@ class Database:
         listen_url: str | None = None,
         create: bool = False,
     ) -> None:
+        self._opened_with: dict[str, Any] = {
+            "url": url,
+            "timeout_seconds": timeout_seconds,
+            "pooler": pooler,
+            "listen_url": listen_url,
+        }
         self._timeout = timeout_seconds
         self._pool_size = pool_size
         self._connections: weakref.WeakSet[_Connection] = weakref.WeakSet()
@@ -142,6 +148,10 @@ class Database:
         # SQLite has one writer at a time. Waiting for it here, in order, is fair; waiting in
         # SQLite's busy handler is not, so that is left to other processes' writes.
         self._writer = asyncio.Lock()
+
+    def for_another_loop(self, *, pool_size: int) -> Database:
+        """The same database for another event loop, with connections of its own."""
+        return Database(**self._opened_with, pool_size=pool_size)
 
     @property
     def keeps_events(self) -> bool:

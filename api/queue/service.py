@@ -130,10 +130,15 @@ class Heartbeat:
 
 
 class Renewal(NamedTuple):
-    """A lease to renew, by its token. `progress` is JSON text; None leaves it as it is."""
+    """A lease to renew, by its token. `progress` is JSON text; None leaves it as it is.
+
+    `ended` says that the attempt has timed out and its handler has not stopped: only its place in
+    the concurrency limit is renewed, and the answer is `LeaseLost`.
+    """
 
     token: str
     progress: bytes | None = None
+    ended: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -474,6 +479,18 @@ class JobService:
         """The handlers of these timed-out attempts have ended: free the places they held."""
         if tokens:
             await self._store.settle([_parts(token) for token in tokens])
+
+    @asynccontextmanager
+    async def in_another_loop(self, *, pool_size: int = 2) -> AsyncIterator[JobService]:
+        """A service on the same database for another event loop, with connections of its own.
+
+        It does not hear other processes. Enter it in that loop.
+        """
+        database = self._database.for_another_loop(pool_size=pool_size)
+        try:
+            yield JobService(self.registry, database, lease_seconds=self.lease_seconds)
+        finally:
+            await database.close()
 
     async def complete(self, token: str, result: JsonValue = None) -> JobRecord:
         """End the attempt and the job as succeeded. Sent again, it returns the same job.
