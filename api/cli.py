@@ -35,6 +35,7 @@ from registry import (
 from registry.discovery import load_registry
 
 if TYPE_CHECKING:
+    from api.queue.migrations import Fit, Migrated
     from api.queue.service import Enqueued, JobService, Refusal
 
 REFUSED = 1
@@ -173,16 +174,42 @@ def worker(
 
 
 @app.command()
-def migrate() -> None:
-    """Bring the database to the tables this version needs. Running it again does nothing."""
+def migrate(
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check", help="Change nothing; exit with 1 when the database does not fit."
+        ),
+    ] = False,
+    grants: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ROLE",
+            help="Change nothing; print the GRANTs that a PostgreSQL role needs to serve and work.",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Bring the database schema up to date. Running it again does nothing."""
+    if check and grants is not None:
+        _fail(WRONG_USAGE, "--check and --grants are used one at a time.")
     settings = _settings()
+    _configure_logs(settings, at_least_warnings=True)
     from api.queue import migrations
 
-    with _database_errors():
-        before = migrations.current(settings.database_url)
-        migrations.upgrade(settings.database_url)
-        after = migrations.current(settings.database_url)
-    out.print(f"at {after} already" if before == after else f"migrated from {before} to {after}")
+    url = settings.database_url
+    if grants is not None:
+        with _database_errors():
+            _print_grants(migrations.grants(url, grants), as_json)
+    elif check:
+        with _database_errors():
+            fit = migrations.examine(url)
+        _print_fit(fit, as_json)
+        if not fit.fits:
+            sys.exit(REFUSED)
+    else:
+        with _database_errors():
+            _print_migrated(migrations.upgrade(url), as_json)
 
 
 @app.command()
@@ -457,18 +484,62 @@ def _prepare_database(settings: Settings) -> None:
     with _database_errors():
         if settings.database_url.startswith("sqlite"):
             migrations.upgrade(settings.database_url)
-        elif not migrations.is_current(settings.database_url):
-            _fail(REFUSED, "The database has not the tables this version needs: run jobs migrate.")
+            return
+        fit = migrations.examine(settings.database_url)
+    if not fit.fits:
+        _fail(REFUSED, fit.sentence)
 
 
 @contextlib.contextmanager
 def _database_errors() -> Iterator[None]:
     from api.queue.errors import QueueUnavailable
+    from api.queue.migrations import MigrationRefused
 
     try:
         yield
+    except MigrationRefused as refused:
+        _fail(REFUSED, str(refused))
     except QueueUnavailable as error:
         _fail(REFUSED, f"The database is not available: {error.reason}")
+
+
+def _print_migrated(migrated: Migrated, as_json: bool) -> None:
+    if as_json:
+        steps = [{"revision": step.revision, "title": step.title} for step in migrated.steps]
+        _print_json({"from": migrated.before, "to": migrated.after, "steps": steps})
+    elif not migrated.steps:
+        out.print(f"Nothing to do: the database schema is at revision {migrated.after}.")
+    else:
+        for step in migrated.steps:
+            out.print(f"{step.revision}  {step.title}", markup=False)
+        before = migrated.before or "an empty database"
+        out.print(f"Migrated from {before} to revision {migrated.after}.")
+
+
+def _print_fit(fit: Fit, as_json: bool) -> None:
+    if not as_json:
+        (out if fit.fits else err).print(fit.sentence, markup=False)
+        return
+    _print_json(
+        {
+            "fits": fit.fits,
+            "verdict": fit.verdict.value,
+            "revision": fit.revision,
+            "needed": fit.needed,
+            "compatibleFrom": fit.compatible_from,
+            "message": fit.sentence,
+        }
+    )
+
+
+def _print_grants(statements: Sequence[str], as_json: bool) -> None:
+    if as_json:
+        _print_json({"statements": list(statements)})
+    elif not statements:
+        err.print("SQLite has no roles: whoever may write the file may use the queue.")
+    else:
+        for statement in statements:
+            out.print(statement, markup=False)
 
 
 def _loop_factory() -> Any:
@@ -627,8 +698,13 @@ def _fail(code: int, *sentences: str) -> NoReturn:
 
 
 def _fail_unexpectedly(error: Exception) -> NoReturn:
-    from api.logs import log_unexpected
+    import structlog
 
+    from api.logs import configure_logs, log_unexpected
+
+    # Its own default prints the values of local variables, a database's password for one.
+    if not structlog.is_configured():
+        configure_logs("warning", "auto")
     error_id = log_unexpected("cli", error)
     _fail(REFUSED, f"Something went wrong here. It is logged as {error_id}.")
 
