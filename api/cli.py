@@ -10,9 +10,8 @@ import contextlib
 import gc
 import json
 import os
-import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -47,7 +46,7 @@ app = typer.Typer(
     name="jobs",
     help="A job queue whose jobs are typed: a bad job is refused at the door.",
     epilog="Settings are JOBS_* variables; the README lists them. Exit codes: 0 done, 1 refused,"
-    " 2 wrong usage.",
+    " 2 wrong usage, 3 did not end within its grace.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -127,17 +126,13 @@ def serve(
         proxy_headers=False,
         lifespan="on",
         ws_max_size=settings.max_body_bytes,
-        timeout_graceful_shutdown=int(settings.shutdown_seconds) + 10,
+        # Requests and jobs have the same grace, from the same signal.
+        timeout_graceful_shutdown=max(1, int(settings.shutdown_seconds)),
     )
-    server = _server(config, application)
-    try:
-        # Here, so that a taken port is one sentence, and the address works once it is printed.
-        socket = _listening(settings)
-    except OSError as error:
-        _fail(REFUSED, f"{settings.host}:{settings.port} cannot be listened on: {error.strerror}.")
-    address = socket.getsockname()
-    shown = f"[{address[0]}]" if ":" in address[0] else address[0]
-    err.print(f"Job Registry serves http://{shown}:{address[1]}/graphql  (Ctrl-C ends it)")
+    server = _server(config, application, settings)
+    # Here, so that a taken port is one sentence, and the address works once it is printed.
+    socket = _listening(settings.host, settings.port)
+    err.print(f"Job Registry serves http://{_address(socket)}/graphql  (Ctrl-C ends it)")
     _collect_garbage_rarely()
     server.run(sockets=[socket])
     if not server.started:
@@ -153,6 +148,15 @@ def worker(
         str | None,
         typer.Option(help="Job types to work, separated by commas; all with a handler otherwise."),
     ] = None,
+    health_port: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=65_535,
+            help="Serve /healthz, /readyz and /metrics on this port; 0 picks a free port.",
+        ),
+    ] = None,
+    health_host: Annotated[str, typer.Option(help="The address of the health port.")] = "127.0.0.1",
 ) -> None:
     """Run jobs until told to stop. SIGTERM lets running jobs end; a second one does not wait."""
     settings = _settings(worker_concurrency=concurrency)
@@ -168,18 +172,19 @@ def worker(
         _fail(WRONG_USAGE, "No job type has a handler here, so there is nothing to work.")
     _configure_logs(settings)
     _prepare_database(settings)
+    health_socket = None if health_port is None else _listening(health_host, health_port)
+    if health_socket is not None:
+        err.print(f"Health is served at http://{_address(health_socket)}/healthz")
     _collect_garbage_rarely()
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(_work(settings, registry, wanted))
+        runner.run(_work(settings, registry, wanted, health_socket))
 
 
 @app.command()
 def migrate(
     check: Annotated[
         bool,
-        typer.Option(
-            "--check", help="Change nothing; exit with 1 when the database does not fit."
-        ),
+        typer.Option("--check", help="Change nothing; exit with 1 when the database does not fit."),
     ] = False,
     grants: Annotated[
         str | None,
@@ -328,9 +333,12 @@ def schema() -> None:
     sys.stdout.write(sdl(registry))
 
 
-async def _work(settings: Settings, registry: JobRegistry, types: Sequence[str]) -> None:
+async def _work(
+    settings: Settings, registry: JobRegistry, types: Sequence[str], health_socket: Any | None
+) -> None:
     from api.queue.maintenance import maintain
     from api.queue.service import open_service
+    from api.shutdown import Shutdown
     from api.worker import Worker
 
     async with open_service(
@@ -346,20 +354,31 @@ async def _work(settings: Settings, registry: JobRegistry, types: Sequence[str])
             assets=settings.assets,
             shutdown_seconds=settings.shutdown_seconds,
         )
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, worker.stop)
         stop = asyncio.Event()
-        upkeep = asyncio.create_task(
-            maintain(
-                service,
-                stop,
-                keep_succeeded_days=settings.keep_succeeded_days,
-                keep_failed_days=settings.keep_failed_days,
+
+        def end() -> None:
+            stop.set()
+            worker.stop()
+
+        async with contextlib.AsyncExitStack() as stack:
+            stack.enter_context(Shutdown(end, grace_seconds=settings.shutdown_seconds))
+            if health_socket is not None:
+                from api.auth import open_entrance
+                from api.health import Health, health_app
+
+                health = Health(service, worker, entrance=open_entrance(settings))
+                await stack.enter_async_context(_health_served(health_app(health), health_socket))
+            upkeep = asyncio.create_task(
+                maintain(
+                    service,
+                    stop,
+                    keep_succeeded_days=settings.keep_succeeded_days,
+                    keep_failed_days=settings.keep_failed_days,
+                )
             )
-        )
-        await worker.run()
-        stop.set()
-        await upkeep
+            await worker.run()
+            stop.set()
+            await upkeep
 
 
 async def _enqueue(
@@ -559,37 +578,72 @@ def _collect_garbage_rarely() -> None:
     gc.set_threshold(50_000, 20, 50)
 
 
-def _server(config: Any, application: Any) -> Any:
-    """uvicorn's server, ending quietly on SIGINT and SIGTERM: its own raises the signal again once
-    it is done, which prints a traceback. A second signal does not wait for running jobs."""
+def _server(config: Any, application: Any, settings: Settings) -> Any:
+    """uvicorn's server with our end: its own raises the signal again once it is done, which prints
+    a traceback, and waits for the worker only after all requests."""
+    import uvicorn
+
+    from api.shutdown import Shutdown
+
+    class Server(uvicorn.Server):
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            with Shutdown(self.end, grace_seconds=settings.shutdown_seconds):
+                yield
+
+        def end(self) -> None:
+            self.should_exit = True
+            application.state.end()
+
+    return Server(config)
+
+
+@contextlib.asynccontextmanager
+async def _health_served(application: Any, socket: Any) -> AsyncIterator[None]:
+    """Serves a worker's health, in its event loop, until the worker has ended."""
     import uvicorn
 
     class Server(uvicorn.Server):
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:
-            loop = asyncio.get_running_loop()
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(number, self.end)
-            yield
+            yield  # Signals are the worker's.
 
-        def end(self) -> None:
-            if self.should_exit:
-                application.state.end_now()
-            self.should_exit = True
-            application.state.end_waits()
+    server = Server(
+        uvicorn.Config(
+            application,
+            access_log=False,
+            log_config=None,
+            server_header=False,
+            proxy_headers=False,
+            lifespan="off",
+            timeout_graceful_shutdown=1,
+        )
+    )
+    serving = asyncio.create_task(server.serve(sockets=[socket]), name="health")
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        await serving
 
-    return Server(config)
 
-
-def _listening(settings: Settings) -> Any:
+def _listening(host: str, port: int) -> Any:
     import socket
 
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     bound = socket.socket(family, socket.SOCK_STREAM)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    bound.bind((settings.host, settings.port))
-    bound.listen(2048)
+    try:
+        bound.bind((host, port))
+        bound.listen(2048)
+    except OSError as error:
+        _fail(REFUSED, f"{host}:{port} cannot be listened on: {error.strerror}.")
     return bound
+
+
+def _address(bound: Any) -> str:
+    host, port = bound.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _read(file: str) -> str:

@@ -39,6 +39,12 @@ CANCEL_GRACE_SECONDS: Final = 5.0
 
 MAX_MESSAGE: Final = 2_000
 
+STALLED_SECONDS: Final = MAX_WAIT_SECONDS + 30.0
+"""How long a turn of the loop may take before the worker counts as stalled; a long poll is one."""
+
+STALLED_LEASE_SECONDS: Final = 10.0
+"""How far beyond its lease an attempt may go unrenewed before the worker counts as stalled."""
+
 log = structlog.get_logger("jobs.worker")
 
 
@@ -69,6 +75,33 @@ class Worker:
         self._stopping = asyncio.Event()
         self._stopping_now = asyncio.Event()
         self._runs: dict[asyncio.Task[None], _Run] = {}
+        self._overdue: set[asyncio.Future[Any]] = set()
+        self._turned_at = time.monotonic()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether it leases nothing more."""
+        return self._stopping.is_set()
+
+    @property
+    def running(self) -> int:
+        """How many attempts hold a slot."""
+        return len(self._runs)
+
+    @property
+    def overdue(self) -> int:
+        """How many attempts have outlived their timeout in a thread."""
+        return len(self._overdue)
+
+    def alive(self) -> str | None:
+        """None while the loop turns and leases are renewed; otherwise what does not."""
+        now = time.monotonic()
+        if self.types and not self.stopping and (idle := now - self._turned_at) > STALLED_SECONDS:
+            return f"The worker's loop has not turned for {idle:.0f} seconds."
+        stale = max((now - run.renewed_at for run in self._runs.values()), default=0.0)
+        if stale > self._service.lease_seconds + STALLED_LEASE_SECONDS:
+            return f"A lease has not been renewed for {stale:.0f} seconds."
+        return None
 
     def stop(self) -> None:
         """Leases nothing more, and lets running jobs end. A second call hands them back at once."""
@@ -81,6 +114,7 @@ class Worker:
         log.info("worker.started", worker_id=self.worker_id, types=list(self.types))
         pause = 0.2
         while self.types and not self._stopping.is_set():
+            self._turned_at = time.monotonic()
             try:
                 await self._lease_some()
                 pause = 0.2
@@ -116,7 +150,7 @@ class Worker:
             stop=self._stopping,
         )
         for lease in leases:
-            run = _Run(self._service, lease, self._assets)
+            run = _Run(self._service, lease, self._assets, self._overdue)
             task = asyncio.create_task(run.run(), name=f"job {lease.job.id}")
             self._runs[task] = run
             task.add_done_callback(self._runs.pop)
@@ -140,8 +174,11 @@ class Worker:
 class _Run:
     """One attempt, from its lease to its report."""
 
-    def __init__(self, service: JobService, lease: Lease, assets: str) -> None:
+    def __init__(
+        self, service: JobService, lease: Lease, assets: str, overdue: set[asyncio.Future[Any]]
+    ) -> None:
         self._service = service
+        self._overdue = overdue
         self._token = lease.token
         self._job = lease.job
         # The database counts from the lease, so it is ahead of this by the way of the answer;
@@ -155,6 +192,7 @@ class _Run:
         self._handing_back = False
         self._ended = asyncio.Event()
         self._lost = False
+        self.renewed_at = time.monotonic()
         self._handler: asyncio.Future[Any] | None = None
         self._is_async = False
         self._context = JobContext(
@@ -276,6 +314,8 @@ class _Run:
             await self._stop("The job was cancelled; its handler did not stop.")
             return
         self._ask_to_stop()
+        self._overdue.add(handler)
+        handler.add_done_callback(self._overdue.discard)
         self._log.warning("job.timed_out", timeout_seconds=self._job.timeout_seconds)
         await self._report(lambda: self._service.time_out(self._token))
 
@@ -350,6 +390,7 @@ class _Run:
                 self._log.warning("job.progress_refused", reason=", ".join(codes))
                 continue
             except QueueUnavailable:
+                self._service.metrics.lease_renewal_failed()
                 if self._ended.is_set():
                     return
                 if time.monotonic() > holds_until:
@@ -360,6 +401,7 @@ class _Run:
                 await _wait(self._ended, min(1.0, every))
                 self._progressed.set()
                 continue
+            self.renewed_at = time.monotonic()
             holds_until = asked + self._service.lease_seconds
             if heartbeat.cancel_requested and not self._asked_to_stop.is_set():
                 self._log.info("job.cancelling")

@@ -191,6 +191,8 @@ class Database:
                 pool_timeout=10,
                 json_deserializer=read_json,
             )
+        self.on_unavailable: Callable[[], None] = lambda: None
+        """Called whenever an operation raises `QueueUnavailable`."""
         self._autocommit = self.engine.execution_options(isolation_level="AUTOCOMMIT")
         self._thread = _SQLiteThread(self.url.database or "") if sqlite else None
         # SQLite has one writer at a time. Waiting for it here, in order, is fair; waiting in
@@ -207,7 +209,7 @@ class Database:
         Raises:
             QueueUnavailable: the database does not answer, or cannot write (a full disk).
         """
-        with unavailable():
+        with self._unavailable():
             if self._writer is None:
                 async with self.engine.begin() as connection:
                     yield connection
@@ -233,7 +235,7 @@ class Database:
         Raises:
             QueueUnavailable: the database does not answer.
         """
-        with unavailable():
+        with self._unavailable():
             async with self._autocommit.connect() as connection:
                 yield connection
 
@@ -248,7 +250,7 @@ class Database:
         Raises:
             QueueUnavailable: the database does not answer, or cannot write (a full disk).
         """
-        with unavailable():
+        with self._unavailable():
             if self._thread is not None and self._writer is not None:
                 async with self._writer:
                     return await self._thread.commit(statements, parameters)
@@ -316,6 +318,15 @@ class Database:
     async def _connect_postgresql(self) -> asyncpg.Connection[asyncpg.Record]:
         dsn = self.url.set(drivername="postgresql").render_as_string(hide_password=False)
         return await asyncpg.connect(dsn, timeout=10)
+
+    @contextmanager
+    def _unavailable(self) -> Iterator[None]:
+        try:
+            with unavailable():
+                yield
+        except QueueUnavailable:
+            self.on_unavailable()
+            raise
 
     async def close(self) -> None:
         """Ends every connection."""

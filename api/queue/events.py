@@ -19,6 +19,7 @@ import structlog
 from pydantic_core import to_json
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from api.metrics import Metrics
 from api.queue.database import Database
 from api.queue.errors import EventsMissed, QueueUnavailable
 from api.queue.models import JobRecord, JobStatus
@@ -119,8 +120,9 @@ class Events:
     the other processes; without it, their jobs are noticed only when a worker looks by itself.
     """
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, metrics: Metrics) -> None:
         self._database = database
+        self._metrics = metrics
         self._store = JobStore(database.dialect)
         self._process = secrets.token_hex(8)
         self._waiting: dict[asyncio.Event, tuple[frozenset[str], frozenset[str]]] = {}
@@ -145,16 +147,22 @@ class Events:
         return message if limit == 0 or len(message) <= limit else None
 
     def publish(self, events: Iterable[JobEvent]) -> None:
-        """Says what was committed: a log line each, and word to this process."""
+        """Says what was committed: a log line each, and word to this process. Never raises: the
+        caller would take what is stored for refused."""
         for event in events:
-            log.info(
-                event.name,
-                job_id=str(event.job_id),
-                type=event.type,
-                status=event.status.value,
-                attempt=event.attempt,
-            )
-            self._deliver(event)
+            if event.name == "job.created":
+                self._metrics.enqueued(event.type)
+            try:
+                self._deliver(event)
+                log.info(
+                    event.name,
+                    job_id=str(event.job_id),
+                    type=event.type,
+                    status=event.status.value,
+                    attempt=event.attempt,
+                )
+            except Exception:
+                self._metrics.event_publish_failed()
 
     @contextmanager
     def subscribe(

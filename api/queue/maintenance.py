@@ -49,15 +49,19 @@ async def maintain(
             await service.recover()
             await service.tidy()
             for status, days in keep_days.items():
-                await prune(service, status, keep_days=days)
+                await prune(service, status, keep_days=days, stop=stop)
         except QueueUnavailable as error:
             log.warning("maintenance.postponed", reason=error.reason)
         except Exception:
             log.exception("maintenance.failed")
 
 
-async def prune(service: JobService, status: JobStatus, *, keep_days: float) -> int:
+async def prune(
+    service: JobService, status: JobStatus, *, keep_days: float, stop: asyncio.Event | None = None
+) -> int:
     """Deletes every job that ended with `status` more than `keep_days` ago; says how many.
+
+    `stop`, once set, leaves the rest for another time.
 
     In small transactions with a pause between them, so that leases and enqueues go on.
     """
@@ -67,6 +71,6 @@ async def prune(service: JobService, status: JobStatus, *, keep_days: float) -> 
         pruned += count
         if count:
             log.info("jobs.pruned", status=str(status), jobs=count)
-        if count < PRUNE_BATCH:
+        if count < PRUNE_BATCH or (stop is not None and stop.is_set()):
             return pruned
         await asyncio.sleep(0.02)

@@ -1,4 +1,4 @@
-"""Brings a database to the schema that this version needs, with alembic. Synchronous: used at the edge.
+"""Brings a database to the schema that this version needs, with alembic. Synchronous, for the edge.
 
 The scripts are in `alembic/` of a checkout, and in `api/_alembic` of an installed wheel.
 
@@ -61,7 +61,7 @@ class Verdict(StrEnum):
 class Fit:
     """What revision a database is at, what this version needs, and whether the two fit.
 
-    `compatible_from` is what the database says of itself: the oldest revision whose code can use it.
+    `compatible_from` is what the database records: the oldest revision whose code can use it.
     """
 
     verdict: Verdict

@@ -20,6 +20,7 @@ from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 from uuid_utils.compat import uuid7
 
+from api.metrics import Metrics
 from api.queue.database import Database
 from api.queue.errors import (
     IdempotencyConflict,
@@ -181,8 +182,10 @@ class JobService:
         self.lease_seconds = lease_seconds
         self._max_page_size = max_page_size
         self._max_bulk_size = max_bulk_size
-        self.events = Events(database)
+        self.metrics = Metrics(registry)
+        self.events = Events(database, self.metrics)
         self._database = database
+        database.on_unavailable = self.metrics.database_unavailable
         self._store = JobStore(database.dialect)
         self._new_id = new_id
         self._inserts = GroupCommit(self._insert)
@@ -612,6 +615,7 @@ class JobService:
             happened += [JobEvent.of("job.started", lease.job) for lease in leased]
             await self.events.announce(connection, happened)
         self.events.publish(happened)
+        self._count_recovered(recovered)
         if leased:
             return [
                 Lease(each.job.id.hex + each.token, each.job, each.expires_at, each.deadline_at)
@@ -667,7 +671,15 @@ class JobService:
             happened = [_ended_event(job) for job in recovered]
             await self.events.announce(connection, happened)
         self.events.publish(happened)
+        self._count_recovered(recovered)
         return recovered
+
+    def _count_recovered(self, recovered: Sequence[JobRecord]) -> None:
+        for job in recovered:
+            outcome = AttemptOutcome.CANCELLED.value
+            if job.status is not JobStatus.CANCELLED and job.error is not None:
+                outcome = job.error.code
+            self.metrics.attempt_ended(job.type, outcome)
 
     async def prune(self, status: JobStatus, *, keep_seconds: float, jobs: int) -> int:
         """Deletes up to `jobs` jobs that ended with `status` longer ago than `keep_seconds`."""
@@ -689,6 +701,7 @@ class JobService:
     async def _end(self, reports: Sequence[Report]) -> Sequence[JobRecord | None]:
         """Ends attempts, several in one transaction; None where the lease is not in force."""
         ended: dict[int, JobRecord | None] = {}
+        outcomes: list[tuple[str, AttemptOutcome]] = []
         async with self._database.transaction() as connection:
             waiting = dict(enumerate(reports))
             happened: list[JobEvent] = []
@@ -700,6 +713,10 @@ class JobService:
                 happened += [_ended_event(job) for job in jobs.values()]
                 for report in these:
                     job = jobs.get(report.job_id)
+                    if job is not None:
+                        cancelled = job.status is JobStatus.CANCELLED
+                        outcome = AttemptOutcome.CANCELLED if cancelled else report.outcome
+                        outcomes.append((job.type, outcome))
                     if job is None and report.outcome is AttemptOutcome.SUCCEEDED:
                         job = await self._store.find_succeeded(
                             connection, report.job_id, report.token
@@ -707,6 +724,8 @@ class JobService:
                     ended[turn[report.job_id]] = job
             await self.events.announce(connection, happened)
         self.events.publish(happened)
+        for job_type, outcome in outcomes:
+            self.metrics.attempt_ended(job_type, outcome.value)
         return [ended[index] for index in range(len(reports))]
 
     async def _change(
