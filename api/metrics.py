@@ -60,7 +60,7 @@ class Metrics:
         )
         self._overdue = Gauge(
             "job_registry_overdue_attempts",
-            "Attempts that outlived their timeout in a thread of this process and still run.",
+            "Attempts that have ended (by their timeout, or their lease was lost) and still run here.",
             registry=self._registry,
         )
         self._jobs = Gauge(

@@ -305,6 +305,9 @@ class _Run:
     async def _report_unended(self, handler: asyncio.Future[Any]) -> None:
         """Reports an attempt whose handler goes on: it is left alone, whatever comes of it."""
         handler.add_done_callback(_consume)
+        if not self._handing_back:
+            self._overdue.add(handler)
+            handler.add_done_callback(self._overdue.discard)
         if self._lost:
             raise LeaseLost
         if self._handing_back:
@@ -314,8 +317,6 @@ class _Run:
             await self._stop("The job was cancelled; its handler did not stop.")
             return
         self._ask_to_stop()
-        self._overdue.add(handler)
-        handler.add_done_callback(self._overdue.discard)
         self._log.warning("job.timed_out", timeout_seconds=self._job.timeout_seconds)
         await self._report(lambda: self._service.time_out(self._token))
 
