@@ -151,6 +151,6 @@ async def _working(service: JobService, settings: Settings) -> AsyncIterator[Wor
         yield worker
     finally:
         # A second call would hand running jobs back at once.
-        if not worker.stopping:
+        if not worker.is_stopping:
             worker.stop()
         await task

@@ -338,7 +338,7 @@ async def _work(
 ) -> None:
     from api.queue.maintenance import maintain
     from api.queue.service import open_service
-    from api.shutdown import Shutdown
+    from api.shutdown import MARGIN_SECONDS, Shutdown
     from api.worker import Worker
 
     async with open_service(
@@ -361,7 +361,9 @@ async def _work(
             worker.stop()
 
         async with contextlib.AsyncExitStack() as stack:
-            stack.enter_context(Shutdown(end, grace_seconds=settings.shutdown_seconds))
+            shutdown = stack.enter_context(
+                Shutdown(end, seconds=settings.shutdown_seconds + MARGIN_SECONDS)
+            )
             if health_socket is not None:
                 from api.auth import open_entrance
                 from api.health import Health, health_app
@@ -379,6 +381,7 @@ async def _work(
             await worker.run()
             stop.set()
             await upkeep
+        shutdown.work_has_ended()
 
 
 async def _enqueue(
@@ -583,13 +586,14 @@ def _server(config: Any, application: Any, settings: Settings) -> Any:
     a traceback, and waits for the worker only after all requests."""
     import uvicorn
 
-    from api.shutdown import Shutdown
+    from api.shutdown import MARGIN_SECONDS, Shutdown
 
     class Server(uvicorn.Server):
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:
-            with Shutdown(self.end, grace_seconds=settings.shutdown_seconds):
+            with Shutdown(self.end, seconds=settings.shutdown_seconds + MARGIN_SECONDS) as shutdown:
                 yield
+            shutdown.work_has_ended()
 
         def end(self) -> None:
             self.should_exit = True

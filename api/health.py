@@ -33,18 +33,34 @@ READY_SECONDS: Final = 2.0
 COUNTS_SECONDS: Final = 5.0
 """How old the counts of jobs on `/metrics` may be: several scrapers cost one query."""
 
+STALLED_SECONDS: Final = 30.0
+"""How long a worker may stand still before a restart is better than patience."""
+
 log = structlog.get_logger("jobs.health")
 
 
-class Worker(Attempts, Protocol):
+class WorkerHealth(Attempts, Protocol):
+    """How a worker is at this moment."""
+
+    @property
+    def loop_blocked_seconds(self) -> float:
+        """How long its loop has not turned, beyond its longest wait for a job."""
+
+    @property
+    def renewals_behind_seconds(self) -> float:
+        """How long renewals of its leases have been overdue."""
+
+
+class Worker(Protocol):
     """What health needs to know of a worker."""
 
     @property
-    def stopping(self) -> bool:
+    def is_stopping(self) -> bool:
         """Whether it leases nothing more."""
 
-    def alive(self) -> str | None:
-        """None while its loop turns and its leases are renewed; otherwise what does not."""
+    @property
+    def health(self) -> WorkerHealth:
+        """How it is at this moment."""
 
 
 class Health:
@@ -63,11 +79,11 @@ class Health:
         self._counting = asyncio.Lock()
         self.stopping = asyncio.Event()
         if worker is not None:
-            service.metrics.watch(worker)
+            service.metrics.watch(lambda: worker.health)
 
     async def live(self, _request: Request) -> Response:
         """200 while the process answers and its worker, if any, turns; 503 with the reason."""
-        reason = self._worker.alive() if self._worker is not None else None
+        reason = _stalled(self._worker.health) if self._worker is not None else None
         if reason is None:
             return JSONResponse({"status": "ok"})
         log.error("not_alive", reason=reason)
@@ -75,7 +91,7 @@ class Health:
 
     async def ready(self, _request: Request) -> Response:
         """200 while a write to the queue would work and the process is not about to end."""
-        if self.stopping.is_set() or (self._worker is not None and self._worker.stopping):
+        if self.stopping.is_set() or (self._worker is not None and self._worker.is_stopping):
             return _unavailable("stopping", "The process is shutting down.")
         try:
             async with asyncio.timeout(READY_SECONDS):
@@ -147,6 +163,15 @@ def health_routes(find: Callable[[Request], Health]) -> Sequence[BaseRoute]:
 def health_app(health: Health) -> Starlette:
     """An application with these routes only, for a worker's health port."""
     return Starlette(routes=health_routes(lambda _request: health))
+
+
+def _stalled(health: WorkerHealth) -> str | None:
+    if health.loop_blocked_seconds > STALLED_SECONDS:
+        return f"The worker's loop has not turned for {health.loop_blocked_seconds:.0f} seconds."
+    if health.renewals_behind_seconds > STALLED_SECONDS:
+        behind = health.renewals_behind_seconds
+        return f"Renewals of leases have been overdue for {behind:.0f} seconds."
+    return None
 
 
 def _is_local(request: Request) -> bool:

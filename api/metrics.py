@@ -6,7 +6,7 @@ in one process. Labels are bounded: a job type that is not registered here is co
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Final, Protocol
 
 from prometheus_client import (
@@ -60,7 +60,7 @@ class Metrics:
         )
         self._overdue = Gauge(
             "job_registry_overdue_attempts",
-            "Attempts that have ended (by their timeout, or their lease was lost) and still run here.",
+            "Attempts that have ended, by their timeout or with their lease, and still run here.",
             registry=self._registry,
         )
         self._jobs = Gauge(
@@ -110,10 +110,10 @@ class Metrics:
         """Count an operation that the database did not answer."""
         self._database_unavailable.inc()
 
-    def watch(self, worker: Attempts) -> None:
-        """Show the attempts of this worker from now on."""
-        self._running.set_function(lambda: worker.running)
-        self._overdue.set_function(lambda: worker.overdue)
+    def watch(self, attempts: Callable[[], Attempts]) -> None:
+        """Show the attempts of a worker from now on."""
+        self._running.set_function(lambda: attempts().running)
+        self._overdue.set_function(lambda: attempts().overdue)
 
     def show_jobs(self, counts: Mapping[str, Mapping[str, int]] | None) -> None:
         """Show how many jobs there are, per type and status; None when the database is away."""

@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import structlog
@@ -39,13 +40,22 @@ CANCEL_GRACE_SECONDS: Final = 5.0
 
 MAX_MESSAGE: Final = 2_000
 
-STALLED_SECONDS: Final = MAX_WAIT_SECONDS + 30.0
-"""How long a turn of the loop may take before the worker counts as stalled; a long poll is one."""
-
-STALLED_LEASE_SECONDS: Final = 10.0
-"""How far beyond its lease an attempt may go unrenewed before the worker counts as stalled."""
-
 log = structlog.get_logger("jobs.worker")
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerHealth:
+    """How a worker is: for health checks and metrics.
+
+    `loop_blocked_seconds` is how long its loop has not turned beyond its longest wait,
+    `renewals_behind_seconds` how long renewals of leases have been overdue. `overdue` counts
+    handlers that go on after their attempt has ended.
+    """
+
+    loop_blocked_seconds: float
+    renewals_behind_seconds: float
+    running: int
+    overdue: int
 
 
 class Worker:
@@ -79,29 +89,23 @@ class Worker:
         self._turned_at = time.monotonic()
 
     @property
-    def stopping(self) -> bool:
+    def is_stopping(self) -> bool:
         """Whether it leases nothing more."""
         return self._stopping.is_set()
 
     @property
-    def running(self) -> int:
-        """How many attempts hold a slot."""
-        return len(self._runs)
-
-    @property
-    def overdue(self) -> int:
-        """How many attempts have outlived their timeout in a thread."""
-        return len(self._overdue)
-
-    def alive(self) -> str | None:
-        """None while the loop turns and leases are renewed; otherwise what does not."""
+    def health(self) -> WorkerHealth:
+        """How the worker is at this moment."""
         now = time.monotonic()
-        if self.types and not self.stopping and (idle := now - self._turned_at) > STALLED_SECONDS:
-            return f"The worker's loop has not turned for {idle:.0f} seconds."
-        stale = max((now - run.renewed_at for run in self._runs.values()), default=0.0)
-        if stale > self._service.lease_seconds + STALLED_LEASE_SECONDS:
-            return f"A lease has not been renewed for {stale:.0f} seconds."
-        return None
+        turns = bool(self.types) and not self.is_stopping
+        every = self._service.lease_seconds / 3
+        unrenewed = max((now - run.renewed_at for run in self._runs.values()), default=0.0)
+        return WorkerHealth(
+            loop_blocked_seconds=max(0.0, now - self._turned_at - MAX_WAIT_SECONDS) if turns else 0,
+            renewals_behind_seconds=max(0.0, unrenewed - every),
+            running=len(self._runs),
+            overdue=len(self._overdue),
+        )
 
     def stop(self) -> None:
         """Leases nothing more, and lets running jobs end. A second call hands them back at once."""

@@ -12,6 +12,7 @@ import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -179,37 +180,55 @@ def test_a_health_port_that_is_taken_is_a_sentence(tmp_path: Path) -> None:
     assert result.stderr == f"127.0.0.1:{port} cannot be listened on: Address already in use.\n"
 
 
-class Stalled:
-    """A worker whose loop does not turn any more."""
+@dataclass(frozen=True)
+class Standing:
+    """The health of a worker that stands still."""
 
-    running = 3
-    overdue = 2
-    stopping = False
-
-    def alive(self) -> str | None:
-        return "The worker's loop has not turned for 61 seconds."
+    loop_blocked_seconds: float = 0.0
+    renewals_behind_seconds: float = 0.0
+    running: int = 3
+    overdue: int = 2
 
 
-async def test_a_stalled_worker_is_not_alive_and_the_reason_is_told(service: JobService) -> None:
-    app = health_app(Health(service, Stalled(), entrance=Entrance(None)))
+@dataclass(frozen=True)
+class FakeWorker:
+    health: Standing
+    is_stopping: bool = False
+
+
+@pytest.mark.parametrize(
+    ("health", "reason"),
+    [
+        (Standing(), None),
+        (Standing(loop_blocked_seconds=29.0, renewals_behind_seconds=29.0), None),
+        (
+            Standing(loop_blocked_seconds=31.0),
+            "The worker's loop has not turned for 31 seconds.",
+        ),
+        (
+            Standing(renewals_behind_seconds=44.0),
+            "Renewals of leases have been overdue for 44 seconds.",
+        ),
+    ],
+)
+async def test_a_worker_that_stands_still_is_not_alive_and_the_reason_is_told(
+    service: JobService, health: Standing, reason: str | None
+) -> None:
+    app = health_app(Health(service, FakeWorker(health), entrance=Entrance(None)))
     async with httpx.AsyncClient(
         transport=httpx.ASGITransport(app), base_url="http://127.0.0.1"
     ) as client:
         response = await client.get("/healthz")
-        assert response.status_code == 503
-        assert response.json()["error"] == {
-            "code": "worker_stalled",
-            "message": "The worker's loop has not turned for 61 seconds.",
-        }
+        if reason is None:
+            assert response.status_code == 200
+        else:
+            assert response.status_code == 503
+            assert response.json()["error"] == {"code": "worker_stalled", "message": reason}
         found = Samples((await client.get("/metrics")).text)
         assert (found("running_attempts"), found("overdue_attempts")) == (3, 2)
 
 
-def a_worker(service: JobService) -> Worker:
-    return Worker(service, concurrency=2, assets="assets", shutdown_seconds=0)
-
-
-async def test_a_worker_whose_lease_call_hangs_is_not_alive(
+async def test_a_worker_whose_claim_hangs_says_for_how_long(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry = JobRegistry([napping()])
@@ -221,19 +240,20 @@ async def test_a_worker_whose_lease_call_hangs_is_not_alive(
             return []
 
         monkeypatch.setattr(service, "lease", hang)
-        monkeypatch.setattr(worker_module, "STALLED_SECONDS", 0.2)
-        worker = a_worker(service)
+        monkeypatch.setattr(worker_module, "MAX_WAIT_SECONDS", 0.1)
+        worker = Worker(service, concurrency=2, assets="assets", shutdown_seconds=0)
+        assert worker.health.loop_blocked_seconds == 0
         task = asyncio.create_task(worker.run())
         async with asyncio.timeout(10):
-            while worker.alive() is None:
+            while worker.health.loop_blocked_seconds == 0:
                 await asyncio.sleep(0.01)
-        assert "loop has not turned for" in (worker.alive() or "")
         worker.stop()
+        assert worker.health.loop_blocked_seconds == 0
         hung.set()
         await task
 
 
-async def test_a_lease_that_is_not_renewed_is_counted_and_the_worker_is_not_alive(
+async def test_a_lease_that_is_not_renewed_is_counted_and_told(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry = JobRegistry([napping()])
@@ -243,15 +263,12 @@ async def test_a_lease_that_is_not_renewed_is_counted_and_the_worker_is_not_aliv
             raise QueueUnavailable("gone")
 
         monkeypatch.setattr(service, "heartbeat", fail)
-        monkeypatch.setattr(worker_module, "STALLED_LEASE_SECONDS", -0.9)
         await service.enqueue(EnqueueRequest("nap", {}))
-        worker = a_worker(service)
+        worker = Worker(service, concurrency=2, assets="assets", shutdown_seconds=0)
         task = asyncio.create_task(worker.run())
         async with asyncio.timeout(10):
-            while worker.alive() is None:
+            while worker.health.renewals_behind_seconds == 0:
                 await asyncio.sleep(0.01)
-        assert "A lease has not been renewed" in (worker.alive() or "")
-        async with asyncio.timeout(10):
             while Samples(service.metrics.text().decode())("lease_renewal_failures_total") < 1:
                 await asyncio.sleep(0.01)
         worker.stop()

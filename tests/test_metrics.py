@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import subprocess
 import sys
 import urllib.request
@@ -163,7 +164,7 @@ async def test_a_database_in_trouble_is_counted_and_the_scrape_answers(
     sqlite_template: Path, tmp_path: Path, registry: JobRegistry
 ) -> None:
     path = tmp_path / "jobs.db"
-    path.write_bytes(sqlite_template.read_bytes())
+    await asyncio.to_thread(shutil.copy, sqlite_template, path)
     url = f"sqlite:///{path}"
     application = create_app(load_settings({"JOBS_DATABASE_URL": url}), registry)
     async with (
