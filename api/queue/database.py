@@ -144,6 +144,8 @@ class Database:
             event.listen(self.engine.sync_engine, "checkin", _check_in)
             event.listen(self.engine.sync_engine, "before_cursor_execute", _before_statement)
             event.listen(self.engine.sync_engine, "after_cursor_execute", _after_statement)
+        self.on_unavailable: Callable[[], None] = lambda: None
+        """Called whenever an operation raises `QueueUnavailable`."""
         self._autocommit = self.engine.execution_options(isolation_level="AUTOCOMMIT")
         # SQLite has one writer at a time. Waiting for it here, in order, is fair; waiting in
         # SQLite's busy handler is not, so that is left to other processes' writes.
@@ -185,8 +187,9 @@ class Database:
             begun = self._pooled_transaction(deadline)
         else:
             begun = self._postgresql_transaction(deadline)
-        async with begun as connection:
-            yield connection
+        with self._counting():
+            async with begun as connection:
+                yield connection
 
     @asynccontextmanager
     async def reading(self) -> AsyncIterator[AsyncConnection]:
@@ -198,11 +201,13 @@ class Database:
             QueueUnavailable: the database does not answer.
         """
         deadline = self._deadline()
-        if self._pooled:
-            async with self._pooled_transaction(deadline) as connection:
-                yield connection
-        else:
-            async with self._connection(self._autocommit, deadline, each=True) as connection:
+        opened = (
+            self._pooled_transaction(deadline)
+            if self._pooled
+            else self._connection(self._autocommit, deadline, each=True)
+        )
+        with self._counting():
+            async with opened as connection:
                 yield connection
 
     async def retrying(
@@ -248,7 +253,8 @@ class Database:
                 result = await connection.execute(statement(sql), parameters)
                 return result.all() if result.returns_rows else ()
 
-        return await _again(once)
+        with self._counting():
+            return await _again(once)
 
     async def write(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """SQLite: run `work` on the writer's thread between BEGIN IMMEDIATE and COMMIT.
@@ -263,7 +269,7 @@ class Database:
         if self._thread is None:
             raise TypeError("on PostgreSQL a write is a statement: see Database.execute_at_once")
         deadline = self._deadline()
-        with _unavailable_sqlite():
+        with self._counting(), _unavailable_sqlite():
             await self._acquire_writer(deadline)
             loop = asyncio.get_running_loop()
             left = None if deadline is None else max(0.0, deadline - loop.time())
@@ -366,6 +372,14 @@ class Database:
             connection.terminate()
         if self._thread is not None:
             await self._thread.close()
+
+    @contextmanager
+    def _counting(self) -> Iterator[None]:
+        try:
+            yield
+        except QueueUnavailable:
+            self.on_unavailable()
+            raise
 
     def _deadline(self, timeout_seconds: float | None = None) -> float | None:
         seconds = min(_seconds(self._timeout), _seconds(timeout_seconds))

@@ -39,6 +39,7 @@ from uuid import UUID
 import structlog
 from pydantic_core import from_json
 
+from api.metrics import Metrics
 from api.queue.database import Database
 from api.queue.errors import EventsMissed, QueueUnavailable
 from api.queue.event_stream import EventStream, Gap
@@ -236,13 +237,14 @@ class Events:
     callback is called on the loop on which it was registered.
     """
 
-    def __init__(self, database: Database, store: Store, process: str) -> None:
+    def __init__(self, database: Database, store: Store, process: str, metrics: Metrics) -> None:
         self.process: Final = process
         """The id of this process in messages."""
         self.failures = 0
         """How many log lines, deliveries and callbacks have failed since the start."""
         self._database = database
         self._store = store
+        self._metrics = metrics
         self._waiting: dict[asyncio.Event, tuple[frozenset[str], frozenset[str]]] = {}
         self._work: dict[_Callback, frozenset[str]] = {}
         self._cancellations: dict[_Callback, None] = {}
@@ -267,6 +269,8 @@ class Events:
         """
         happened = tuple(events)
         for event in happened:
+            if event.name == "job.created":
+                self._metrics.enqueued(event.type)
             self._guard(_log, event)
         self._guard(self._hand_over, happened)
 
@@ -466,6 +470,7 @@ class Events:
             call(*arguments)
         except Exception:
             self.failures += 1
+            self._metrics.event_publish_failed()
             # The log itself may be what fails.
             with suppress(Exception):
                 log.exception("events.not_told")

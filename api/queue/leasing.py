@@ -61,7 +61,11 @@ _AFTER_ATTEMPT: Final[dict[JobStatus, EventName]] = {
 
 
 class Leasing:
-    """The claims of one process. `give_back` releases leases that their caller cannot take."""
+    """The claims of one process.
+
+    `give_back` releases leases that their caller cannot take; `on_recovered` is called with the
+    jobs whose lost attempts a claim has ended.
+    """
 
     def __init__(
         self,
@@ -71,12 +75,14 @@ class Leasing:
         *,
         lease_seconds: float,
         give_back: Callable[[Sequence[Lease]], Awaitable[None]],
+        on_recovered: Callable[[Sequence[JobRecord]], None],
     ) -> None:
         self._store = store
         self._registry = registry
         self._events = events
         self._lease_seconds = lease_seconds
         self._give_back = give_back
+        self._on_recovered = on_recovered
         self._lines: dict[frozenset[str], _Line] = {}
         self._seen: dict[str, float] = {}
         self._served: dict[str, int] = {}
@@ -146,6 +152,7 @@ class Leasing:
         happened = [ended_event(job) for job in claimed.recovered]
         happened += [JobEvent.of("job.started", each.job) for each in claimed.leased]
         self._events.publish(happened)
+        self._on_recovered(claimed.recovered)
         leases = [
             Lease(each.job.id.hex + each.token, each.job, each.expires_at, each.deadline_at)
             for each in claimed.leased

@@ -20,6 +20,7 @@ from pydantic_core import from_json
 from sqlalchemy.ext.asyncio import AsyncSession
 from uuid_utils.compat import uuid7
 
+from api.metrics import Metrics
 from api.queue.caller_transactions import publish_after_commit
 from api.queue.database import DEFAULT_TIMEOUT_SECONDS, Database, Pooler
 from api.queue.errors import (
@@ -202,7 +203,9 @@ class JobService:
             if database.name == "postgresql"
             else SQLiteStore(database, process)
         )
-        self.events = Events(database, self._store, process)
+        self.metrics = Metrics(registry)
+        database.on_unavailable = self.metrics.database_unavailable
+        self.events = Events(database, self._store, process, self.metrics)
         self._new_id = new_id
         # Apart, so that jobs without a key never share a statement with one that has to wait.
         self._inserts = GroupCommit(self._insert)
@@ -214,6 +217,7 @@ class JobService:
             self.events,
             lease_seconds=lease_seconds,
             give_back=self._give_back,
+            on_recovered=self._count_recovered,
         )
 
     # Enqueue
@@ -628,6 +632,7 @@ class JobService:
         """End the attempts whose lease has run out, and return their jobs. Claims do it too."""
         recovered = await self._store.recover(self.lease_seconds)
         self.events.publish([ended_event(job) for job in recovered])
+        self._count_recovered(recovered)
         return recovered
 
     async def prune(self, status: JobStatus, *, keep_seconds: float, jobs: int) -> int:
@@ -642,6 +647,13 @@ class JobService:
         await self._store.fold_counts()
         await self._database.checkpoint()
         return await self._store.prune_events()
+
+    def _count_recovered(self, recovered: Sequence[JobRecord]) -> None:
+        for job in recovered:
+            outcome = AttemptOutcome.CANCELLED.value
+            if job.status is not JobStatus.CANCELLED and job.error is not None:
+                outcome = job.error.code
+            self.metrics.attempt_ended(job.type, outcome)
 
     def _admit(self, request: EnqueueRequest, created_by: str | None) -> NewJob:
         job_type = self.registry.get_type(request.type)
@@ -744,6 +756,11 @@ class JobService:
             these = [waiting.pop(index) for index in sorted(turn.values())]
             jobs = await self._store.end(these)
             self.events.publish([ended_event(job) for job in jobs.values()])
+            for report in these:
+                if (job := jobs.get(report.job_id)) is not None:
+                    cancelled = job.status is JobStatus.CANCELLED
+                    outcome = AttemptOutcome.CANCELLED if cancelled else report.outcome
+                    self.metrics.attempt_ended(job.type, outcome.value)
             missing = [report for report in these if report.job_id not in jobs]
             states = await self._store.lease_states(missing) if missing else {}
             repeated = [

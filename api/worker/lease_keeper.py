@@ -278,6 +278,7 @@ class LeaseKeeper:
             leases=len(holds),
             exc_info=None if unavailable else error,
         )
+        self._service.metrics.lease_renewal_failed()
         now = time.monotonic()
         with self._lock:
             for hold, renewal in zip(holds, renewals, strict=True):
