@@ -15,9 +15,8 @@ down_revision = "0001"
 branch_labels = None
 depends_on = None
 
-# Processes of the release before go on: every column is optional, and no statement of theirs
-# reads what changed.
-additive = True
+# Claims of the release before take other locks: beside them no concurrency limit would hold.
+additive = False
 
 TIME = sa.DateTime(timezone=True)
 
