@@ -50,7 +50,18 @@ QUEUE_STAGES: Final = (
     ("tests/queue",),
 )
 AREAS: Final = (
-    Area("registry", ("registry/**/*.py",), (("tests/registry",),)),
+    Area(
+        "registry",
+        ("registry/**/*.py",),
+        (
+            ("tests/registry",),
+            (
+                "tests/queue/test_enqueue.py",
+                "tests/graphql/test_inputs.py",
+                "tests/graphql/test_typed.py",
+            ),
+        ),
+    ),
     Area("auth", ("api/auth.py",), (("tests/test_auth.py",), ("tests/graphql/test_guards.py",))),
     Area("worker", ("api/worker.py", "api/worker/**/*.py"), (("tests/worker",),)),
     Area("queue", ("api/queue/**/*.py",), QUEUE_STAGES),
