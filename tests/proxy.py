@@ -103,7 +103,8 @@ class Proxy:
 
     def _call(self, function: Callable[[], None]) -> None:
         done = threading.Event()
-        self._loop.call_soon_threadsafe(lambda: (function(), done.set()))
+        self._loop.call_soon_threadsafe(function)
+        self._loop.call_soon_threadsafe(done.set)
         assert done.wait(5)
 
     def _run(self) -> None:
@@ -117,8 +118,10 @@ class Proxy:
         self._started.set()
         await self._end.wait()
         server.close()
-        for connection in list(self._open):
-            connection.apply("cut")
+        while self._open:
+            for connection in list(self._open):
+                connection.apply("cut")
+            await asyncio.sleep(0.01)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1

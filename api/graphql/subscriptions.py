@@ -21,8 +21,9 @@ from registry import JobTypeNotFound, Violation
 @strawberry.type(description="Something that happened to a job, told once it is committed.")
 class JobEvent:
     name: str = described(
-        "`job.created`, `job.started`, `job.progressed`, `job.succeeded`, `job.retrying` (queued"
-        " again, for another attempt), `job.failed` or `job.cancelled`."
+        "`job.created`, `job.started`, `job.progressed`, `job.cancel_requested` (of a running job,"
+        " which its worker now stops), `job.succeeded`, `job.retrying` (queued again, for another"
+        " attempt), `job.failed` or `job.cancelled`. More names may be added."
     )
     job_id: strawberry.ID = described("The job.")
     type: str = described("Its job type.")

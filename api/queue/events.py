@@ -1,51 +1,84 @@
-"""Job events: announced in the transaction, published after its commit.
+"""Job events: announced in the transaction that makes them, published after its commit.
 
 They become log lines, wake workers that wait for jobs, and reach subscribers in every process.
+
+Between processes they travel as messages, one per transaction: JSON objects, in PostgreSQL's
+notifications or in the rows of `job_event_batch`. `process` is the id of the process that made
+the events. Each event is a row of its name, its job's id, the job's type and the attempt:
+
+    {"process": "5f0c…", "events": [["job.created", "01a20b59007a…", "payout.execute", 0]]}
+
+Names and types may also be written once, as tables, and rows then hold their indexes:
+
+    {"process": "5f0c…", "names": ["job.created"], "types": ["payout.execute"],
+     "events": [[0, "01a20b59007a…", 0, 0]]}
+
+Events that do not fit into a notification are kept as a row of `job_event_batch`, and the
+notification is `{"process": "5f0c…", "batch": 17}`, the id of that row. Readers skip names, keys
+and further columns that they do not know, so that newer processes may add some.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
-import secrets
 from collections import deque
-from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Final, Literal, NamedTuple, cast, get_args
+from typing import Any, Final, Literal, NamedTuple, cast
 from uuid import UUID
 
 import structlog
-from pydantic_core import to_json
-from sqlalchemy.ext.asyncio import AsyncConnection
+from pydantic_core import from_json
 
+from api.metrics import Metrics
 from api.queue.database import Database
 from api.queue.errors import EventsMissed, QueueUnavailable
+from api.queue.event_stream import EventStream, Gap
 from api.queue.models import JobRecord, JobStatus
-from api.queue.store import JobStore
+from api.queue.store import Store
 
 EventName = Literal[
     "job.created",
     "job.started",
     "job.progressed",
+    "job.cancel_requested",
     "job.succeeded",
     "job.retrying",
     "job.failed",
     "job.cancelled",
+    "job.settled",
 ]
 
 STATUS_AFTER: Final[dict[EventName, JobStatus]] = {
     "job.created": JobStatus.QUEUED,
     "job.started": JobStatus.RUNNING,
     "job.progressed": JobStatus.RUNNING,
+    "job.cancel_requested": JobStatus.RUNNING,
     "job.succeeded": JobStatus.SUCCEEDED,
     "job.retrying": JobStatus.QUEUED,
     "job.failed": JobStatus.FAILED,
     "job.cancelled": JobStatus.CANCELLED,
+    # The handler of an attempt that had timed out has ended. It makes room, and is not shown.
+    "job.settled": JobStatus.QUEUED,
 }
 
 MAX_UNREAD_EVENTS: Final = 1_000
 """How many events a subscriber may be behind before it is dropped."""
+
+MAX_ECHOES: Final = 10_000
+"""How many own events may be expected back from the database at a time."""
+
+STOP_SECONDS: Final = 5.0
+"""How long `hearing` waits at its end for a statement that is under way."""
 
 log = structlog.get_logger("jobs.events")
 
@@ -63,10 +96,62 @@ class JobEvent(NamedTuple):
         """The job's status since then."""
         return STATUS_AFTER[self.name]
 
+    @property
+    def queued(self) -> bool:
+        """Whether the job now waits for a worker."""
+        return self.name in ("job.created", "job.retrying")
+
+    @property
+    def made_room(self) -> bool:
+        """Whether an attempt ended, or a job left the queue: its type may have room for others."""
+        return self.status is not JobStatus.RUNNING and self.name != "job.created"
+
     @classmethod
     def of(cls, name: EventName, job: JobRecord) -> JobEvent:
         """The event `name` of a job as it stands after it."""
         return cls(name, job.id, job.type, job.attempt)
+
+
+class Message(NamedTuple):
+    """What a process announced: its events, or the number of the batch that holds them."""
+
+    process: str
+    events: tuple[JobEvent, ...]
+    batch: int | None = None
+
+
+def decode(text: str | bytes) -> Message:
+    """Reads a message in either form.
+
+    Raises:
+        ValueError: it is garbled.
+    """
+    message = from_json(text)
+    try:
+        process, batch = message["process"], message.get("batch")
+        if not isinstance(process, str) or not (batch is None or isinstance(batch, int)):
+            raise TypeError
+        names, types = message.get("names", ()), message.get("types", ())
+        events = []
+        for name, job_id, job_type, attempt, *_ in message.get("events", ()):
+            known = cast(EventName, _text(name, names))
+            event = JobEvent(known, UUID(job_id), _text(job_type, types), int(attempt))
+            if known in STATUS_AFTER:
+                events.append(event)
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError) as error:
+        raise ValueError("the message does not have the form of a message") from error
+    return Message(process, tuple(events), batch)
+
+
+def _text(value: Any, table: Sequence[Any]) -> str:
+    """A name or type: itself, or its index in the message's own table."""
+    if isinstance(value, int):
+        if value < 0:
+            raise IndexError
+        value = table[value]
+    if not isinstance(value, str):
+        raise TypeError
+    return value
 
 
 @dataclass(eq=False)
@@ -79,6 +164,7 @@ class Subscription:
 
     job_id: UUID | None
     types: frozenset[str] | None
+    _skipped: dict[JobEvent, int] = field(default_factory=dict)
     _unread: deque[JobEvent] = field(default_factory=deque)
     _news: asyncio.Event = field(default_factory=asyncio.Event)
     _missed: str | None = None
@@ -94,12 +180,22 @@ class Subscription:
             await self._news.wait()
         return self._unread.popleft()
 
-    def offer(self, event: JobEvent) -> None:
-        """Takes an event in, if it is one that was asked for. Never waits."""
-        wanted = (self.job_id is None or event.job_id == self.job_id) and (
+    def wants(self, event: JobEvent) -> bool:
+        """Whether this is an event that was asked for."""
+        return (self.job_id is None or event.job_id == self.job_id) and (
             self.types is None or event.type in self.types
         )
-        if wanted and self._missed is None:
+
+    def skip(self, earlier: Mapping[JobEvent, int]) -> None:
+        """Leaves these events out, each this often: they are from before the subscription."""
+        self._skipped |= {e: count for e, count in earlier.items() if count and self.wants(e)}
+
+    def offer(self, event: JobEvent) -> None:
+        """Takes an event in, if it is one that was asked for. Never waits."""
+        if event in self._skipped:
+            self.skip({event: self._skipped.pop(event) - 1})
+            return
+        if self._missed is None and self.wants(event):
             if len(self._unread) >= MAX_UNREAD_EVENTS:
                 self.drop(f"the subscriber was more than {MAX_UNREAD_EVENTS} events behind")
             else:
@@ -108,60 +204,90 @@ class Subscription:
 
     def drop(self, reason: str) -> None:
         """Lets no further event in; the iterator raises once it has given those it holds."""
-        self._missed = reason
+        self._missed = self._missed or reason
         self._news.set()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Callback:
+    """Something to call, on the event loop on which it was registered."""
+
+    call: Callable[..., None]
+    loop: asyncio.AbstractEventLoop
+
+    def __call__(self, argument: Any) -> None:
+        if _running_loop() is self.loop:
+            self.call(argument)
+        elif not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(self.call, argument)
 
 
 class Events:
     """One process's view of what happens to jobs.
 
-    `announce` goes inside the transaction and `publish` after its commit. `hearing` is for
-    the other processes; without it, their jobs are noticed only when a worker looks by itself.
+    The statements that change jobs announce it to other processes; `publish` comes after the
+    commit, in the process that made it.
+
+    While `hearing` is entered, subscribers are fed from one stream that holds the events of every
+    process in the order of commits, own ones included. Without it they get this process's events
+    when those are published, and other processes' jobs are noticed only when a worker looks by
+    itself. Workers that wait for jobs are woken at once by own events either way.
+
+    `publish` may be called from any thread. The rest belongs to one event loop, except that a
+    callback is called on the loop on which it was registered.
     """
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, store: Store, process: str, metrics: Metrics) -> None:
+        self.process: Final = process
+        """The id of this process in messages."""
+        self.failures = 0
+        """How many log lines, deliveries and callbacks have failed since the start."""
         self._database = database
-        self._store = JobStore(database.dialect)
-        self._process = secrets.token_hex(8)
+        self._store = store
+        self._metrics = metrics
         self._waiting: dict[asyncio.Event, tuple[frozenset[str], frozenset[str]]] = {}
+        self._work: dict[_Callback, frozenset[str]] = {}
+        self._cancellations: dict[_Callback, None] = {}
         self._subscriptions: set[Subscription] = set()
-        self._listening = asyncio.Event()
+        self._stream: EventStream | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._echoes: dict[JobEvent, int] = {}
+        """Own events that were published and are yet to come from the stream; negative: the other
+        way round."""
+        self._shut: str | None = None
 
-    async def announce(self, connection: AsyncConnection, events: Sequence[JobEvent]) -> None:
-        """Tells the other processes, in one message, if this transaction commits."""
-        if not events:
-            return
-        message = _encode(self._process, events)
-        if len(message) > self._database.dialect.max_message_bytes:
-            number = await self._store.keep_events(connection, message)
-            message = json.dumps({"process": self._process, "batch": number})
-        await self._database.notify(connection, message)
-
-    def message_of(self, events: Sequence[JobEvent]) -> str | None:
-        """What tells the other processes of these events; None where it is too long to be told
-        in the statement that makes them, and has to be announced."""
-        message = _encode(self._process, events)
-        limit = self._database.dialect.max_message_bytes
-        return message if limit == 0 or len(message) <= limit else None
+    @property
+    def subscribers(self) -> int:
+        """How many subscriptions are open in this process."""
+        return len(self._subscriptions)
 
     def publish(self, events: Iterable[JobEvent]) -> None:
-        """Says what was committed: a log line each, and word to this process."""
-        for event in events:
-            log.info(
-                event.name,
-                job_id=str(event.job_id),
-                type=event.type,
-                status=event.status.value,
-                attempt=event.attempt,
-            )
-            self._deliver(event)
+        """Logs what was committed and tells this process. Never raises.
+
+        What is committed stays committed, and the caller has to learn of that. What fails here
+        is counted in `failures`.
+        """
+        happened = tuple(events)
+        for event in happened:
+            if event.name == "job.created":
+                self._metrics.enqueued(event.type)
+            self._guard(_log, event)
+        self._guard(self._hand_over, happened)
 
     @contextmanager
     def subscribe(
         self, *, job_id: UUID | None = None, types: Collection[str] | None = None
     ) -> Iterator[Subscription]:
-        """The events of one job, or of jobs of these types, or all, from now on."""
+        """The events of one job, or of jobs of these types, or all, from now on.
+
+        Everything that is committed after this call is in it, and nothing that this process has
+        published before. What another process committed just before may be in it.
+        """
+        self._loop = _running_loop()
         subscription = Subscription(job_id, None if types is None else frozenset(types))
+        subscription.skip({event: count for event, count in self._echoes.items() if count > 0})
+        if self._shut is not None:
+            subscription.drop(self._shut)
         self._subscriptions.add(subscription)
         try:
             yield subscription
@@ -171,10 +297,11 @@ class Events:
     @contextmanager
     def waiting_for(self, types: Iterable[str], limited: Iterable[str]) -> Iterator[asyncio.Event]:
         """An `asyncio.Event` that is set when a claim may find more than before: a job of these
-        types was queued, or one of the `limited` types ended and made room.
+        types was queued, one of the `limited` types ended and made room, or events were missed.
 
         Clear it before looking at the queue, not after: what comes in between is then kept.
         """
+        self._loop = _running_loop()
         woken = asyncio.Event()
         self._waiting[woken] = (frozenset(types), frozenset(limited))
         try:
@@ -182,106 +309,185 @@ class Events:
         finally:
             del self._waiting[woken]
 
+    @contextmanager
+    def on_work(
+        self, callback: Callable[[str | None], None], *, limited: Collection[str] = ()
+    ) -> Iterator[None]:
+        """Calls `callback` with a job type each time a claim may find one more job of that type.
+
+        That is once for each job that is queued, and for each of the `limited` types once for
+        each job that ends and makes room. None says that it may be any number of any type:
+        events were missed, or the connection was gained.
+        """
+        registered = _Callback(callback, asyncio.get_running_loop())
+        self._work[registered] = frozenset(limited)
+        try:
+            yield
+        finally:
+            del self._work[registered]
+
+    @contextmanager
+    def on_cancel_requested(self, callback: Callable[[UUID], None]) -> Iterator[None]:
+        """Calls `callback` with a running job's id as soon as its cancellation is requested.
+
+        In this process or another; the callback has to ignore jobs it does not know. While events
+        are missed it is not called: the next heartbeat says the same.
+        """
+        registered = _Callback(callback, asyncio.get_running_loop())
+        self._cancellations[registered] = None
+        try:
+            yield
+        finally:
+            del self._cancellations[registered]
+
     @asynccontextmanager
     async def hearing(self) -> AsyncIterator[None]:
-        """Hears what other processes announce, while the context is open."""
-        heard: asyncio.Queue[str | Literal[False] | None] = asyncio.Queue(maxsize=10_000)
-
-        def take(message: str | None) -> None:
-            try:
-                heard.put_nowait(message)
-            except asyncio.QueueFull:
-                self._miss("this process is too slow to hear the others")
-
-        reading = asyncio.create_task(self._hear(heard), name="job-events")
-        listening = asyncio.create_task(self._database.listen(take, lambda: take(None)))
+        """Hears every process, this one included, while the context is open."""
+        stream = EventStream(self._database, self._store)
+        self._loop = asyncio.get_running_loop()
+        self._stream = stream
+        feeding = asyncio.create_task(stream.feed(self._take), name="job-events")
         try:
             # So that a subscriber of the first moment misses nothing; without the database, go on.
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._listening.wait(), 2.0)
+                async with asyncio.timeout(2.0):
+                    await stream.begun.wait()
             yield
         finally:
-            listening.cancel()
-            # Not cancelled: it may be in the middle of a statement.
-            await heard.put(False)
-            await asyncio.wait({listening, reading})
-
-    async def _hear(self, heard: asyncio.Queue[str | Literal[False] | None]) -> None:
-        last: int | None = None
-        while (message := await heard.get()) is not False:
+            stream.end()
             try:
-                if message is not None:
-                    await self._receive(message)
-                elif self._database.dialect.max_message_bytes == 0:
-                    last = await self._read_kept(last)
-                elif self._listening.is_set():
-                    self._miss("the connection to the database was lost for a while")
-                self._listening.set()
-            except QueueUnavailable:
-                self._miss("the database is not available")
-            except Exception:
-                log.exception("events.unreadable")
-
-    async def _read_kept(self, last: int | None) -> int:
-        """Delivers every batch behind `last`; with None, which is the start, none of them."""
-        async with self._database.reading() as connection:
-            if last is None:
-                return await self._store.last_event(connection)
-            while batches := await self._store.events_after(connection, last):
-                for message in batches.values():
-                    await self._receive(message)
-                last = max(batches)
-        return last
-
-    async def _receive(self, message: str) -> None:
-        content = json.loads(message)
-        if content["process"] == self._process:
-            return
-        if "batch" in content:
-            async with self._database.reading() as connection:
-                kept = await self._store.events(connection, content["batch"])
-            if kept is None:
-                self._miss("events were deleted before this process read them")
-                return
-            content = json.loads(kept)
-        for event in _decode(content):
-            self._deliver(event)
-
-    def _deliver(self, event: JobEvent) -> None:
-        queued = event.status is JobStatus.QUEUED
-        ended = event.status is not JobStatus.RUNNING and event.name != "job.created"
-        for woken, (types, limited) in self._waiting.items():
-            if (queued and event.type in types) or (ended and event.type in limited):
-                woken.set()
-        for subscription in self._subscriptions:
-            subscription.offer(event)
+                # Cancelled only if it hangs: it may be in the middle of a statement.
+                await asyncio.wait({feeding}, timeout=STOP_SECONDS)
+            finally:
+                feeding.cancel()
+                self._stream = None
+                self._echoes.clear()
+            await asyncio.wait({feeding})
 
     def drop_subscribers(self, reason: str) -> None:
-        """Ends every subscription of this process with `EventsMissed`."""
+        """Ends every subscription with `EventsMissed`, and those that are opened later."""
+        self._shut = reason
+        self._drop(reason)
+
+    async def _take(self, item: str | Gap) -> None:
+        """Takes the next message from the stream, or notes that some are missing."""
+        if isinstance(item, Gap):
+            self._miss(item.reason)
+            return
+        try:
+            message = decode(item)
+            if message.batch is not None:
+                kept = await self._store.events(message.batch)
+                if kept is None:
+                    self._miss("events were deleted before this process read them")
+                    return
+                message = decode(kept)
+        except QueueUnavailable:
+            self._miss("the database is not available")
+            return
+        except Exception:
+            with suppress(Exception):
+                log.exception("events.unreadable")
+            self._miss("a message could not be read")
+            return
+        own = message.process == self.process
+        for event in message.events:
+            if not own or self._is_first(event, published=False):
+                self._wake(event)
+            self._offer(event)
+        # Subscribers take what they were given before they are given more.
+        await asyncio.sleep(0)
+
+    def _hand_over(self, events: Sequence[JobEvent]) -> None:
+        """Tells this process on its own loop, whatever thread has committed."""
+        loop = self._loop
+        if loop is None or loop.is_closed() or loop is _running_loop():
+            self._tell(events)
+        else:
+            loop.call_soon_threadsafe(self._tell, events)
+
+    def _tell(self, events: Sequence[JobEvent]) -> None:
+        for event in events:
+            if self._is_first(event, published=True):
+                self._wake(event)
+            if self._stream is None:
+                self._offer(event)
+        if self._stream is not None and self._subscriptions:
+            self._stream.look()
+
+    def _is_first(self, event: JobEvent, *, published: bool) -> bool:
+        """Whether an own event is told for the first time.
+
+        It is published here and comes from the stream, in either order, and sometimes only from
+        the stream: a caller that is cancelled during the commit publishes nothing.
+        """
+        if self._stream is None:
+            return True
+        step = 1 if published else -1
+        count = self._echoes.pop(event, 0)
+        if count + step:
+            if len(self._echoes) >= MAX_ECHOES:
+                del self._echoes[next(iter(self._echoes))]
+            self._echoes[event] = count + step
+        return count * step >= 0
+
+    def _wake(self, event: JobEvent) -> None:
+        """Wakes those that wait for work or for cancellations."""
+        if event.name == "job.cancel_requested":
+            for callback in tuple(self._cancellations):
+                self._guard(callback, event.job_id)
+        if not (event.queued or event.made_room):
+            return
+        for woken, (types, limited) in self._waiting.items():
+            if (event.queued and event.type in types) or (
+                event.made_room and event.type in limited
+            ):
+                woken.set()
+        for callback, limited in tuple(self._work.items()):
+            if event.queued or event.type in limited:
+                self._guard(callback, event.type)
+
+    def _offer(self, event: JobEvent) -> None:
+        if event.name == "job.settled":
+            return
         for subscription in self._subscriptions:
-            subscription.drop(reason)
+            self._guard(subscription.offer, event)
 
     def _miss(self, reason: str) -> None:
+        self._echoes.clear()
         for woken in self._waiting:
             woken.set()
-        self.drop_subscribers(reason)
+        for callback in tuple(self._work):
+            self._guard(callback, None)
+        self._drop(reason)
+
+    def _drop(self, reason: str) -> None:
+        for subscription in self._subscriptions:
+            self._guard(subscription.drop, reason)
+
+    def _guard(self, call: Callable[..., None], *arguments: Any) -> None:
+        try:
+            call(*arguments)
+        except Exception:
+            self.failures += 1
+            self._metrics.event_publish_failed()
+            # The log itself may be what fails.
+            with suppress(Exception):
+                log.exception("events.not_told")
 
 
-_NAMES: Final = get_args(EventName)
+def _log(event: JobEvent) -> None:
+    log.info(
+        event.name,
+        job_id=str(event.job_id),
+        type=event.type,
+        status=event.status.value,
+        attempt=event.attempt,
+    )
 
 
-def _encode(process: str, events: Sequence[JobEvent]) -> str:
-    """Compact, because a notification holds less than 8,000 bytes: about 150 events."""
-    types = {event.type: None for event in events}
-    numbers = {name: number for number, name in enumerate(types)}
-    rows = [
-        [_NAMES.index(event.name), event.job_id.hex, numbers[event.type], event.attempt]
-        for event in events
-    ]
-    return to_json({"process": process, "types": list(types), "events": rows}).decode()
-
-
-def _decode(content: dict[str, list[object]]) -> Iterator[JobEvent]:
-    types = cast(list[str], content["types"])
-    for name, job_id, job_type, attempt in cast(list[tuple[int, str, int, int]], content["events"]):
-        yield JobEvent(_NAMES[name], UUID(job_id), types[job_type], attempt)
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None

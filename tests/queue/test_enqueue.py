@@ -11,7 +11,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from api.queue.database import Database
 from api.queue.errors import IdempotencyConflict, InputInvalid, JobNotFound, QueueUnavailable
 from api.queue.models import JobStatus
 from api.queue.requests import EnqueueRequest, differing_paths, parse_request
@@ -138,15 +137,13 @@ async def test_concurrent_enqueues_share_commits(
 ) -> None:
     # Given a store that notes the size of each insert
     sizes: list[int] = []
-    insert = service._store.insert_at_once
+    insert = service._store.insert
 
-    async def noting(
-        database: Database, jobs: Sequence[NewJob], message: str
-    ) -> dict[uuid.UUID, Stored]:
+    async def noting(jobs: Sequence[NewJob]) -> dict[uuid.UUID, Stored]:
         sizes.append(len(jobs))
-        return await insert(database, jobs, message)
+        return await insert(jobs)
 
-    monkeypatch.setattr(service._store, "insert_at_once", noting)
+    monkeypatch.setattr(service._store, "insert", noting)
 
     # When a hundred callers come at once
     await asyncio.gather(*(service.enqueue(ping(str(n))) for n in range(100)))

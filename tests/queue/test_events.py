@@ -1,59 +1,640 @@
-"""Subscribers: what they hear, and that a slow one is dropped."""
+"""Events: one order for every subscriber, no error after a commit, and no silent loss."""
 
 from __future__ import annotations
 
 import asyncio
+import gc
+import json
+import os
+import signal
+import sys
+import textwrap
+import threading
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
+import structlog
+from sqlalchemy import text
 
-from api.queue.errors import EventsMissed
-from api.queue.events import MAX_UNREAD_EVENTS
+from api.queue.database import Database
+from api.queue.errors import EventsMissed, LeaseLost
+from api.queue.event_stream import Gap, KeptBatches
+from api.queue.events import (
+    MAX_UNREAD_EVENTS,
+    STATUS_AFTER,
+    JobEvent,
+    Subscription,
+    decode,
+)
+from api.queue.models import JobError, JobStatus
 from api.queue.requests import EnqueueRequest
-from api.queue.service import JobService
+from api.queue.service import JobService, open_service
+from api.queue.store import EVENTS_KEPT_SECONDS, message_of
+from registry import JobRegistry
+
+PING = EnqueueRequest("test.ping", {})
+LIMITED = EnqueueRequest("test.limited", {})
+
+BROKEN = JobError("broken", "It broke.")
+JOB = uuid.UUID("01a20b59-007a-7389-bb53-785ecafc486c")
+
+
+@pytest.fixture
+async def other(
+    service: JobService, database_url: str, registry: JobRegistry
+) -> AsyncIterator[JobService]:
+    """What another process has: a service of its own on the same database."""
+    async with open_service(registry, database_url, lease_seconds=30) as other:
+        yield other
+
+
+async def take(subscription: Subscription, count: int) -> list[JobEvent]:
+    """The next events, or an error after ten seconds."""
+    async with asyncio.timeout(10):
+        return [await anext(subscription) for _ in range(count)]
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+async def work(service: JobService, jobs: int, job_type: str = "test.ping") -> None:
+    """Leases and completes this many jobs."""
+    async with asyncio.timeout(30):
+        done = 0
+        while done < jobs:
+            for lease in await service.lease([job_type], "w", limit=5, wait_seconds=5):
+                await service.complete(lease.token)
+                done += 1
+
+
+# One order
+
+
+async def test_every_process_hears_the_same_events_in_the_same_order(
+    service: JobService, other: JobService
+) -> None:
+    with service.events.subscribe() as here, other.events.subscribe() as there:
+        await asyncio.gather(
+            *(each.enqueue(PING) for each in (service, other) for _ in range(30)),
+            work(service, 30),
+            work(other, 30),
+        )
+        heard_here, heard_there = await take(here, 180), await take(there, 180)
+    assert heard_here == heard_there
+    names: dict[uuid.UUID, list[str]] = {}
+    for event in heard_here:
+        names.setdefault(event.job_id, []).append(event.name)
+    assert len(names) == 60
+    assert set(map(tuple, names.values())) == {("job.created", "job.started", "job.succeeded")}
+
+
+ENQUEUER = """
+    import asyncio, os
+    from api.queue.requests import EnqueueRequest
+    from api.queue.service import open_service
+    from registry import JobRegistry
+    from registry.catalog.thumbnail import thumbnail_create
+
+    async def main():
+        request = EnqueueRequest(thumbnail_create.name, {"assetId": "a", "versionNumber": 1})
+        registry = JobRegistry([thumbnail_create])
+        async with open_service(registry, os.environ["URL"], lease_seconds=30) as service:
+            print("ready", flush=True)
+            for _ in range(100):
+                await service.enqueue(request)
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(60)
+
+    asyncio.run(main())
+"""
+
+
+async def test_the_last_event_of_a_job_from_another_process_is_its_last(
+    service: JobService, database_url: str
+) -> None:
+    last: dict[uuid.UUID, str] = {}
+    with service.events.subscribe() as heard:
+        async with _process(ENQUEUER, database_url), asyncio.timeout(60):
+            working = asyncio.create_task(work(service, 100, "thumbnail.create"))
+            for _ in range(300):
+                event = await anext(heard)
+                last[event.job_id] = event.name
+            await working
+    assert list(last.values()) == ["job.succeeded"] * 100
+
+
+async def test_a_bulk_that_no_notification_holds_keeps_its_place(
+    service: JobService, other: JobService
+) -> None:
+    with service.events.subscribe() as here, other.events.subscribe() as there:
+        before = (await other.enqueue(PING)).job
+        bulk = await service.enqueue_many([PING] * 300)
+        after = (await other.enqueue(PING)).job
+        heard = [event.job_id for event in await take(here, 302)]
+        assert heard[0] == before.id
+        assert heard[-1] == after.id
+        assert set(heard[1:-1]) == {each.job.id for each in bulk}  # type: ignore[union-attr]
+        assert [event.job_id for event in await take(there, 302)] == heard
+
+
+async def test_own_subscribers_hear_own_events_where_nobody_listens(
+    database_url: str, registry: JobRegistry
+) -> None:
+    database = Database(database_url)
+    service = JobService(registry, database)
+    with service.events.subscribe() as heard:
+        job = (await service.enqueue(PING)).job
+        assert [event.job_id for event in await take(heard, 1)] == [job.id]
+    await database.close()
+
+
+async def test_a_subscriber_hears_nothing_that_its_process_did_before(service: JobService) -> None:
+    first = (await service.enqueue(PING)).job
+    with service.events.subscribe(job_id=first.id) as heard:
+        await service.enqueue(PING)
+        await service.cancel(first.id)
+        (event,) = await take(heard, 1)
+        assert (event.name, event.job_id) == ("job.cancelled", first.id)
 
 
 async def test_a_slow_subscriber_is_dropped_with_an_error_and_holds_nobody_up(
     service: JobService,
 ) -> None:
-    ping = EnqueueRequest("test.ping", {})
     with service.events.subscribe() as slow, service.events.subscribe() as other:
-        await service.enqueue_many([ping] * 900)
-        for _ in range(900):
-            await anext(other)
-        await service.enqueue_many([ping] * 900)
-        for _ in range(MAX_UNREAD_EVENTS):
-            await anext(slow)
+        await service.enqueue_many([PING] * 900)
+        await take(other, 900)
+        await service.enqueue_many([PING] * 900)
+        # The other one reads in time, and misses nothing.
+        await take(other, 900)
+        await take(slow, MAX_UNREAD_EVENTS)
         with pytest.raises(EventsMissed, match="behind"):
             await anext(slow)
-        # The other one read in time, and misses nothing.
-        for _ in range(900):
-            await anext(other)
-
-
-async def test_only_what_was_asked_for_is_heard(service: JobService) -> None:
-    first = (await service.enqueue(EnqueueRequest("test.ping", {}))).job
-    with service.events.subscribe(job_id=first.id) as heard:
-        await service.enqueue(EnqueueRequest("test.ping", {}))
-        await service.cancel(first.id)
-        event = await anext(heard)
-        assert (event.name, event.job_id) == ("job.cancelled", first.id)
 
 
 async def test_nothing_is_heard_of_what_was_not_committed(
+    service: JobService, other: JobService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with service.events.subscribe() as here, other.events.subscribe() as there:
+        good = EnqueueRequest("test.ping", {}, idempotency_key="taken")
+        conflicting = EnqueueRequest("test.ping", {"text": "other"}, idempotency_key="taken")
+        first = (await service.enqueue(good)).job
+        # The first job is stored and taken back, because the second is refused.
+        refused = await service.enqueue_many([PING, conflicting], atomic=True)
+        assert all(isinstance(each, Exception) for each in refused)
+        kept = (await service.enqueue(PING)).job
+        for heard in (here, there):
+            assert [event.job_id for event in await take(heard, 2)] == [first.id, kept.id]
+
+
+# Nothing after a commit raises
+
+
+def _unwritable(*_arguments: object) -> Any:
+    raise BrokenPipeError(32, "Broken pipe")
+
+
+def _logger(processor: Any) -> Any:
+    return structlog.wrap_logger(
+        structlog.PrintLogger(), processors=[processor], wrapper_class=structlog.BoundLogger
+    )
+
+
+@pytest.mark.parametrize("heard", [True, False])
+async def test_a_log_that_cannot_be_written_fails_no_operation(
+    database_url: str, registry: JobRegistry, monkeypatch: pytest.MonkeyPatch, heard: bool
+) -> None:
+    broken = _logger(_unwritable)
+    monkeypatch.setattr("api.queue.events.log", broken)
+    database = Database(database_url)
+    service = JobService(registry, database)
+    async with AsyncExitStack() as stack:
+        if heard:
+            await stack.enter_async_context(service.events.hearing())
+        with service.events.subscribe() as subscription:
+            job = (await service.enqueue(PING)).job
+            keyed = EnqueueRequest("test.ping", {}, idempotency_key="once")
+            assert not (await service.enqueue(keyed)).deduplicated
+            (lease, _) = await service.lease(["test.ping"], "w", limit=2)
+            await service.heartbeat(lease.token, {"half": True})
+            await service.complete(lease.token)
+            await service.cancel((await service.enqueue_many([PING]))[0].job.id)  # type: ignore[union-attr]
+            # Everyone hears of it all the same.
+            names = [event.name for event in await take(subscription, 8)]
+            assert names.count("job.created") == 3
+            assert names[-1] == "job.cancelled"
+    assert job.status is JobStatus.QUEUED
+    assert (await service.counts())["test.ping"].queued == 0
+    assert service.events.failures == 8
+    await database.close()
+
+
+async def test_a_reader_of_standard_error_that_has_gone_fails_no_call(database_url: str) -> None:
+    # What `jobs serve 2>&1 | head -1` does.
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "api.cli", "serve", "--port", "0",
+        env={**os.environ, "JOBS_DATABASE_URL": database_url, "JOBS_LOG_FORMAT": "json"},
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=(pipe := os.pipe())[1],
+    )  # fmt: skip
+    os.close(pipe[1])
+    with open(pipe[0], "rb", buffering=0) as reading:  # noqa: ASYNC230, PTH123
+        banner = b""
+        while b"http://" not in banner or not banner.endswith(b"\n"):
+            banner += await asyncio.to_thread(reading.read, 1)
+    address = banner.decode().split("http://")[1].split("/graphql")[0].strip()
+    try:
+        async with httpx.AsyncClient(base_url=f"http://{address}", timeout=20) as client:
+            payload = {"assetId": "a", "versionNumber": 1}
+            created = [
+                await client.post("/jobs", json={"type": "thumbnail.create", "payload": payload})
+                for _ in range(5)
+            ]
+            assert [response.status_code for response in created] == [201] * 5
+            query = "{ jobs { nodes { status } } }"
+            async with asyncio.timeout(20):
+                while True:
+                    answer = await client.post("/graphql", json={"query": query})
+                    assert answer.status_code == 200
+                    statuses = {job["status"] for job in answer.json()["data"]["jobs"]["nodes"]}
+                    # Its worker goes on as well: the asset does not exist, so the jobs fail.
+                    if "RUNNING" not in statuses and len(statuses) == 1:
+                        break
+                    await asyncio.sleep(0.1)
+            assert len(answer.json()["data"]["jobs"]["nodes"]) == 5
+    finally:
+        process.terminate()
+        await asyncio.wait_for(process.wait(), 15)
+
+
+async def test_a_broken_subscriber_harms_neither_the_caller_nor_the_others(
     service: JobService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def broken(*_arguments: object) -> None:
-        raise RuntimeError("before the commit")
+    with service.events.subscribe() as broken, service.events.subscribe() as sound:
+        monkeypatch.setattr(broken, "offer", _unwritable)
+        job = (await service.enqueue(PING)).job
+        assert [event.job_id for event in await take(sound, 1)] == [job.id]
+    assert service.events.failures == 1
 
+
+async def test_broken_callbacks_harm_neither_the_caller_nor_the_others(
+    service: JobService,
+) -> None:
+    heard: list[object] = []
+    events = service.events
+    with (
+        events.on_work(_unwritable),
+        events.on_cancel_requested(_unwritable),
+        events.on_work(heard.append),
+        events.on_cancel_requested(heard.append),
+    ):
+        job = (await service.enqueue(PING)).job
+        assert await service.lease(["test.ping"], "w")
+        await service.cancel(job.id)
+        assert heard == ["test.ping", job.id]
+    assert events.failures == 2
+
+
+async def test_publishing_from_another_thread_reaches_this_loop(service: JobService) -> None:
+    threads: list[int] = []
+    event = JobEvent("job.cancel_requested", JOB, "test.ping", 1)
+    with service.events.on_cancel_requested(lambda _: threads.append(threading.get_ident())):
+        await asyncio.to_thread(service.events.publish, [event])
+        await until(lambda: threads)
+    assert threads == [threading.get_ident()]
+
+
+# What is missed is told
+
+
+SUBSCRIBER = """
+    import asyncio, os
+    from api.queue.errors import EventsMissed
+    from api.queue.service import open_service
+    from registry import JobRegistry
+    from registry.catalog.thumbnail import thumbnail_create
+
+    async def main():
+        registry = JobRegistry([thumbnail_create])
+        async with open_service(registry, os.environ["URL"], lease_seconds=30) as service:
+            with service.events.subscribe() as heard:
+                print("ready", flush=True)
+                try:
+                    async for event in heard:
+                        print(event.job_id, flush=True)
+                except EventsMissed:
+                    print("missed", flush=True)
+
+    asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("more", [False, True])
+async def test_a_process_that_stalls_while_events_are_deleted_is_told(
+    service: JobService, database_url: str, more: bool
+) -> None:
+    async with _process(SUBSCRIBER, database_url) as process, asyncio.timeout(20):
+        assert process.stdout is not None
+        job = (await service.enqueue(PING)).job
+        assert (await process.stdout.readline()).decode().strip() == str(job.id)
+        os.kill(process.pid, signal.SIGSTOP)
+        # More than a notification holds, so that it is kept on PostgreSQL too.
+        await service.enqueue_many([PING] * 300)
+        await _let_kept_events_grow_old(service, database_url)
+        if more:
+            await service.enqueue(PING)
+        os.kill(process.pid, signal.SIGCONT)
+        assert (await process.stdout.readline()).decode().strip() == "missed"
+
+
+async def test_a_reader_that_starts_where_all_was_deleted_misses_nothing(
+    service: JobService, database_url: str, registry: JobRegistry
+) -> None:
+    await service.enqueue_many([PING] * 300)
+    await _let_kept_events_grow_old(service, database_url)
+    async with open_service(registry, database_url, lease_seconds=30) as late:
+        with late.events.subscribe() as heard:
+            job = (await service.enqueue(PING)).job
+            assert [event.job_id for event in await take(heard, 1)] == [job.id]
+
+
+async def test_subscriptions_survive_the_deletion_of_events_they_have_read(
+    service: JobService, other: JobService, database_url: str
+) -> None:
+    with other.events.subscribe() as heard:
+        for _ in range(3):
+            bulk = await service.enqueue_many([PING] * 300)
+            events = await take(heard, 300)
+            assert {event.job_id for event in events} == {each.job.id for each in bulk}  # type: ignore[union-attr]
+            await _let_kept_events_grow_old(service, database_url)
+        job = (await service.enqueue(PING)).job
+        assert [event.job_id for event in await take(heard, 1)] == [job.id]
+
+
+async def test_a_database_that_cannot_be_read_for_a_while_loses_no_events(
+    service: JobService, other: JobService, monkeypatch: pytest.MonkeyPatch, database_url: str
+) -> None:
+    if not database_url.startswith("sqlite"):
+        pytest.skip("on PostgreSQL the connection that listens is lost with the database")
+    failed = asyncio.Event()
+
+    @asynccontextmanager
+    async def away(_database: Database) -> AsyncIterator[None]:
+        failed.set()
+        raise OSError("disk I/O error")
+        yield
+
+    with other.events.subscribe() as heard, monkeypatch.context() as patched:
+        patched.setattr(Database, "reading", away)
+        job = (await service.enqueue(PING)).job
+        async with asyncio.timeout(5):
+            await failed.wait()
+        patched.undo()
+        # Nothing is committed meanwhile that would make it look again.
+        assert [event.job_id for event in await take(heard, 1)] == [job.id]
+
+
+async def test_a_lost_connection_is_told_to_subscribers_and_to_those_that_wait(
+    service: JobService, database_url: str
+) -> None:
+    if database_url.startswith("sqlite"):
+        pytest.skip("SQLite has no connection to lose")
+    work: list[str | None] = []
+    with (
+        service.events.subscribe() as heard,
+        service.events.waiting_for(["test.pong"], []) as woken,
+        service.events.on_work(work.append),
+    ):
+        database = Database(database_url)
+        async with database.reading() as connection:
+            await connection.exec_driver_sql(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE query LIKE 'LISTEN%' AND datname = current_database()"
+            )
+        await database.close()
+        with pytest.raises(EventsMissed, match="connection"):
+            await take(heard, 1)
+        assert woken.is_set()
+        assert work == [None]
     with service.events.subscribe() as heard:
-        with monkeypatch.context() as patched:
-            patched.setattr(service.events, "announce", broken)
-            with pytest.raises(RuntimeError):
-                # With a key, because what is told then depends on what the database finds.
-                await service.enqueue(EnqueueRequest("test.ping", {}, idempotency_key="lost"))
-        kept = await service.enqueue(EnqueueRequest("test.ping", {}))
-        async with asyncio.timeout(2):
-            assert (await anext(heard)).job_id == kept.job.id
+        job = (await service.enqueue(PING)).job
+        assert [event.job_id for event in await take(heard, 1)] == [job.id]
+
+
+async def test_more_notifications_than_can_wait_are_told_as_missed(
+    service: JobService, monkeypatch: pytest.MonkeyPatch, database_url: str
+) -> None:
+    if database_url.startswith("sqlite"):
+        pytest.skip("events that are kept in a table wait there")
+    monkeypatch.setattr("api.queue.event_stream.MAX_UNREAD_MESSAGES", 10)
+    with service.events.subscribe() as heard:
+        each = (_message("job.created", uuid.UUID(int=number)) for number in range(50))
+        await _tell(database_url, *each)
+        with pytest.raises(EventsMissed, match="slowly"):
+            await take(heard, 50)
+
+
+# Messages
+
+
+EVENTS = [JobEvent(name, JOB, f"type.{name}", number) for number, name in enumerate(STATUS_AFTER)]
+
+
+def test_every_event_survives_its_message() -> None:
+    message = decode(
+        message_of("here", [(e.name, e.job_id.hex, e.type, e.attempt) for e in EVENTS])
+    )
+    assert message.process == "here"
+    assert list(message.events) == EVENTS
+    assert message.batch is None
+
+
+def test_names_travel_as_names() -> None:
+    # So a process whose list of names is another one reads the same events.
+    sent = message_of("here", [(e.name, e.job_id.hex, e.type, e.attempt) for e in EVENTS]).replace(
+        "job.created", "job.succeeded"
+    )
+    assert [event.name for event in decode(sent).events[:2]] == ["job.succeeded", EVENTS[1].name]
+
+
+def test_the_plain_form_is_read_too() -> None:
+    rows = [["job.succeeded", str(JOB), "test.ping", 1], ["job.started", JOB.hex, "test.pong", 2]]
+    assert decode(json.dumps({"process": "there", "events": rows})).events == (
+        JobEvent("job.succeeded", JOB, "test.ping", 1),
+        JobEvent("job.started", JOB, "test.pong", 2),
+    )
+
+
+def test_what_a_newer_process_adds_is_skipped() -> None:
+    rows = [
+        ["job.paused", JOB.hex, "test.ping", 1],
+        ["job.started", JOB.hex, "test.ping", 1, {"added": "column"}],
+    ]
+    message = {"process": "there", "added": ["key"], "events": rows}
+    started = JobEvent("job.started", JOB, "test.ping", 1)
+    assert decode(json.dumps(message)).events == (started,)
+    message = {"process": "there", "names": ["job.paused", "job.started"], "types": ["test.ping"]}
+    message["events"] = [[0, JOB.hex, 0, 1], [1, JOB.hex, 0, 1]]
+    assert decode(json.dumps(message)).events == (started,)
+    assert decode('{"process": "there", "queue.paused": true}').events == ()
+
+
+GARBLED = [
+    "nope",
+    "",
+    "[]",
+    "7",
+    '{"events": []}',
+    '{"process": 7, "events": []}',
+    '{"process": "x", "batch": "y"}',
+    '{"process": "x", "events": 7}',
+    '{"process": "x", "events": [["job.created"]]}',
+    '{"process": "x", "events": [["job.created", "no id", "t", 1]]}',
+    f'{{"process": "x", "events": [["job.created", "{JOB.hex}", "t", "no"]]}}',
+    f'{{"process": "x", "events": [["job.created", "{JOB.hex}", 0, 1]]}}',
+    f'{{"process": "x", "names": ["job.created"], "events": [[-1, "{JOB.hex}", "t", 1]]}}',
+    f'{{"process": "x", "names": [7], "events": [[0, "{JOB.hex}", "t", 1]]}}',
+    '{"process": "x", "events": [[{}, [], {}, {}]]}',
+]
+
+
+@pytest.mark.parametrize("message", GARBLED)
+def test_a_garbled_message_is_refused_whole(message: str) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011
+        decode(message)
+
+
+async def test_a_garbled_message_is_one_log_line_and_events_missed(
+    service: JobService, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+
+    def keep(_logger: object, _method: str, line: Any) -> Any:
+        lines.append(line["event"])
+        raise structlog.DropEvent
+
+    monkeypatch.setattr("api.queue.events.log", _logger(keep))
+    with service.events.subscribe() as heard, service.events.waiting_for([], []) as woken:
+        await _tell(database_url, '{"process": "x", "events": [["job.created"]]}')
+        with pytest.raises(EventsMissed):
+            await take(heard, 1)
+        assert woken.is_set()
+    assert lines == ["events.unreadable"]
+    with service.events.subscribe() as heard:
+        job = (await service.enqueue(PING)).job
+        assert [event.job_id for event in await take(heard, 1)] == [job.id]
+
+
+# Who waits for work, and for cancellations
+
+
+async def test_work_is_told_once_for_each_job_by_this_process_and_others(
+    service: JobService, other: JobService
+) -> None:
+    work: list[str | None] = []
+    with (
+        service.events.on_work(work.append, limited=["test.limited"]),
+        service.events.subscribe() as heard,
+    ):
+        for each in (service, other):
+            await each.enqueue_many([PING] * 3)
+            await each.enqueue(LIMITED)
+        # Own jobs are told at once, and not again when they are heard.
+        assert work[:4] == ["test.ping"] * 3 + ["test.limited"]
+        await take(heard, 8)
+        assert work == (["test.ping"] * 3 + ["test.limited"]) * 2
+
+        work.clear()
+        for each in (service, other):
+            (ping,) = await each.lease(["test.ping"], "w")
+            (limited,) = await each.lease(["test.limited"], "w")
+            # That a ping ends makes room for nobody.
+            await each.complete(ping.token)
+            await each.complete(limited.token)
+        await take(heard, 8)
+        assert work == ["test.limited"] * 2
+    await service.enqueue(PING)
+    assert len(work) == 2
+
+
+@pytest.mark.parametrize("where", ["this process", "another"])
+async def test_a_requested_cancellation_is_told_at_once(
+    service: JobService, other: JobService, where: str
+) -> None:
+    told: list[uuid.UUID] = []
+    canceller = service if where == "this process" else other
+    job = (await service.enqueue(PING)).job
+    (lease,) = await service.lease(["test.ping"], "w")
+    with (
+        service.events.on_cancel_requested(told.append),
+        service.events.subscribe(job_id=job.id) as heard,
+    ):
+        started = asyncio.get_running_loop().time()
+        await canceller.cancel(job.id)
+        await until(lambda: told)
+        assert asyncio.get_running_loop().time() - started < 2
+        (event,) = await take(heard, 1)
+        assert (event.name, event.status) == ("job.cancel_requested", JobStatus.RUNNING)
+        assert told == [job.id]
+        # One that is queued needs no worker to stop.
+        await canceller.cancel((await canceller.enqueue(PING)).job.id)
+        await service.complete(lease.token)
+        await take(heard, 1)
+    assert told == [job.id]
+    with pytest.raises(LeaseLost):
+        await service.fail(lease.token, error=BROKEN)
+
+
+async def test_a_callback_is_called_on_the_loop_where_it_was_registered(
+    service: JobService, other: JobService
+) -> None:
+    job = (await service.enqueue(PING)).job
+    assert await service.lease(["test.ping"], "w")
+    told: list[tuple[uuid.UUID, int]] = []
+    registered, done = threading.Event(), threading.Event()
+
+    async def keep() -> None:
+        heard = asyncio.Event()
+
+        def tell(job_id: uuid.UUID) -> None:
+            told.append((job_id, threading.get_ident()))
+            heard.set()
+
+        with service.events.on_cancel_requested(tell):
+            registered.set()
+            async with asyncio.timeout(10):
+                await heard.wait()
+        done.set()
+
+    keeper = threading.Thread(target=lambda: asyncio.run(keep()))
+    keeper.start()
+    await asyncio.to_thread(registered.wait, 5)
+    await other.cancel(job.id)
+    await asyncio.to_thread(keeper.join, 15)
+    assert told == [(job.id, keeper.ident)]
+
+
+async def test_a_job_whose_caller_was_cancelled_during_the_commit_is_worked_at_once(
+    service: JobService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting = asyncio.create_task(service.lease(["test.ping"], "w", wait_seconds=20))
+    await asyncio.sleep(0.2)
+    # Such a caller stores its job, and comes to nothing after that.
+    monkeypatch.setattr(service.events, "publish", lambda _events: None)
+    job = (await service.enqueue(PING)).job
+    async with asyncio.timeout(2):
+        (lease,) = await waiting
+    assert lease.job.id == job.id
+
+
+# Ends
 
 
 async def test_the_end_of_the_server_ends_subscriptions_and_waits(service: JobService) -> None:
@@ -65,3 +646,248 @@ async def test_the_end_of_the_server_ends_subscriptions_and_waits(service: JobSe
             assert await waiting == []
             with pytest.raises(EventsMissed, match="shuts down"):
                 await anext(heard)
+    # One that comes later does not hold the end up either.
+    with service.events.subscribe() as heard:
+        async with asyncio.timeout(2):
+            with pytest.raises(EventsMissed, match="shuts down"):
+                await anext(heard)
+
+
+async def test_abandoned_subscriptions_leave_nothing_behind(service: JobService) -> None:
+    async def following() -> AsyncGenerator[JobEvent, None]:
+        with service.events.subscribe() as heard:
+            async for event in heard:
+                yield event
+
+    tasks = len(asyncio.all_tasks())
+    for number in range(1_000):
+        generator = following()
+        waiting = asyncio.create_task(anext(generator))
+        await asyncio.sleep(0)
+        assert service.events.subscribers >= 1
+        if number % 2:
+            # It waits for an event when its client goes.
+            waiting.cancel()
+            await asyncio.wait({waiting})
+        else:
+            # It has given one, and is never asked for another.
+            await service.enqueue(PING)
+            await asyncio.wait_for(waiting, 5)
+        del generator, waiting
+    gc.collect()
+    await until(lambda: service.events.subscribers == 0)
+    await until(lambda: len(asyncio.all_tasks()) <= tasks)
+
+
+async def test_hearing_leaves_no_task_behind(database_url: str, registry: JobRegistry) -> None:
+    tasks = asyncio.all_tasks()
+    async with open_service(registry, database_url, lease_seconds=30) as service:
+        assert asyncio.all_tasks() > tasks
+        await service.enqueue(PING)
+    assert asyncio.all_tasks() == tasks
+
+
+# Kept events on PostgreSQL, behind a pooler that has no LISTEN
+
+
+@pytest.fixture
+def polled(monkeypatch: pytest.MonkeyPatch, fresh_postgresql_url: str) -> str:
+    monkeypatch.setattr(Database, "keeps_events", True)
+    return fresh_postgresql_url
+
+
+async def test_events_are_polled_where_there_are_no_notifications(
+    polled: str, registry: JobRegistry
+) -> None:
+    async with (
+        open_service(registry, polled, lease_seconds=30) as one,
+        open_service(registry, polled, lease_seconds=30) as other,
+    ):
+        with one.events.subscribe() as here, other.events.subscribe() as there:
+            await asyncio.gather(*(each.enqueue(PING) for each in (one, other) for _ in range(20)))
+            await work(one, 40)
+            heard_here, heard_there = await take(here, 120), await take(there, 120)
+    for heard in (heard_here, heard_there):
+        names: dict[uuid.UUID, list[str]] = {}
+        for event in heard:
+            names.setdefault(event.job_id, []).append(event.name)
+        assert set(map(tuple, names.values())) == {("job.created", "job.started", "job.succeeded")}
+        assert len(names) == 40
+
+
+async def test_a_batch_that_commits_late_is_heard_late(polled: str, registry: JobRegistry) -> None:
+    late, rolled_back, in_time, last = (uuid.UUID(int=number) for number in range(4))
+    database = Database(polled)
+
+    async def keep(connection: Any, job_id: uuid.UUID) -> None:
+        await connection.execute(_KEEP, {"message": _message("job.created", job_id)})
+
+    async with database.engine.connect() as before:
+        await keep(before, late)
+        async with open_service(registry, polled, lease_seconds=30) as service:
+            with service.events.subscribe() as heard:
+                async with database.engine.connect() as slow, database.engine.connect() as failing:
+                    await keep(slow, late)
+                    await keep(failing, rolled_back)
+                    async with database.transaction() as connection:
+                        await keep(connection, in_time)
+                    assert [event.job_id for event in await take(heard, 1)] == [in_time]
+                    await failing.rollback()
+                    await asyncio.sleep(1)
+                    await slow.commit()
+                    assert [event.job_id for event in await take(heard, 1)] == [late]
+                    # One that was late when reading began, too.
+                    await before.commit()
+                    assert [event.job_id for event in await take(heard, 1)] == [late]
+                    async with database.transaction() as connection:
+                        await keep(connection, last)
+                    assert [event.job_id for event in await take(heard, 1)] == [last]
+    await database.close()
+
+
+class Table:
+    """What is visible of `job_event_batch`, by id."""
+
+    def __init__(self) -> None:
+        self.rows: dict[int, str] = {}
+        self.looked_up: list[int] = []
+
+    async def last_event(self) -> int:
+        return max(self.rows, default=0)
+
+    async def events_after(self, number: int) -> dict[int, str]:
+        return {each: self.rows[each] for each in sorted(self.rows) if each > number}
+
+    async def events_among(self, numbers: Sequence[int]) -> dict[int, str]:
+        self.looked_up += numbers
+        return {number: self.rows[number] for number in numbers if number in self.rows}
+
+
+async def test_late_batches_come_once_and_in_the_order_of_their_ids() -> None:
+    table = Table()
+    batches = KeptBatches(table, gapless=False)  # type: ignore[arg-type]
+    assert await batches.read() == []
+    table.rows = {103: "c"}
+    assert await batches.read() == ["c"]
+    assert await batches.read() == []
+    # The first two are committed in the other order, and a third after them.
+    table.rows |= {102: "b"}
+    table.rows |= {101: "a", 104: "d"}
+    assert await batches.read() == ["a", "b", "d"]
+    assert await batches.read() == []
+
+
+async def test_a_poll_that_stalls_is_told_and_ids_that_never_come_are_given_up() -> None:
+    now = 1_000.0
+    table = Table()
+    batches = KeptBatches(table, gapless=False, clock=lambda: now)  # type: ignore[arg-type]
+    table.rows = {1: "a"}
+    assert await batches.read() == []
+    table.rows |= {3: "c"}
+    assert await batches.read() == ["c"]
+    now += EVENTS_KEPT_SECONDS / 2 + 1
+    table.rows |= {4: "d"}
+    gap, message = await batches.read()
+    assert (type(gap), message) == (Gap, "d")
+    assert 2 in table.looked_up
+    for _ in range(4):
+        now += EVENTS_KEPT_SECONDS / 4
+        assert await batches.read() == []
+    table.looked_up.clear()
+    assert await batches.read() == []
+    assert table.looked_up == []
+
+
+async def test_more_late_ids_than_can_be_waited_for_are_told_as_missed() -> None:
+    table = Table()
+    batches = KeptBatches(table, gapless=False)  # type: ignore[arg-type]
+    table.rows = {1: "a"}
+    assert await batches.read() == []
+    table.rows |= {1_000_000: "z"}
+    gap, message = await batches.read()
+    assert (type(gap), message) == (Gap, "z")
+    assert await batches.read() == []
+    assert table.looked_up == []
+
+
+@pytest.mark.parametrize("gapless", [False, True])
+async def test_a_database_that_was_restored_is_told_as_missed(gapless: bool) -> None:
+    table = Table()
+    batches = KeptBatches(table, gapless=gapless)  # type: ignore[arg-type]
+    table.rows = {500: "a"}
+    assert await batches.read() == []
+    table.rows = {7: "b"}
+    (gap,) = await batches.read()
+    assert isinstance(gap, Gap)
+    table.rows |= {8: "c"}
+    assert await batches.read() == ["c"]
+
+
+async def test_a_caller_waits_for_polled_jobs_no_longer_than_a_poll(
+    polled: str, registry: JobRegistry
+) -> None:
+    async with (
+        open_service(registry, polled, lease_seconds=30) as one,
+        open_service(registry, polled, lease_seconds=30) as other,
+    ):
+        waiting = asyncio.create_task(one.lease(["test.ping"], "w", wait_seconds=20))
+        await asyncio.sleep(0.2)
+        await other.enqueue(PING)
+        async with asyncio.timeout(2):
+            assert len(await waiting) == 1
+
+
+_KEEP = text(
+    "INSERT INTO job_event_batch (message, created_at) VALUES (:message, CURRENT_TIMESTAMP)"
+)
+
+
+def _message(name: str, *job_ids: uuid.UUID) -> str:
+    """A message of another process, in the plain form."""
+    rows = [[name, job_id.hex, "test.ping", 0] for job_id in job_ids]
+    return json.dumps({"process": "another", "events": rows})
+
+
+async def _tell(url: str, *messages: str) -> None:
+    """Sends messages as another process would."""
+    database = Database(url)
+    async with database.transaction() as connection:
+        for message in messages:
+            if database.keeps_events:
+                await connection.execute(_KEEP, {"message": message})
+            else:
+                await database.notify(connection, message)
+    await database.close()
+
+
+async def _let_kept_events_grow_old(service: JobService, url: str) -> None:
+    """Deletes every batch that is kept, as upkeep does once they are old enough."""
+    database = Database(url)
+    async with database.transaction() as connection:
+        await connection.exec_driver_sql(
+            "UPDATE job_event_batch SET created_at = '2020-01-01 00:00:00.000000'"
+        )
+    await service.tidy()
+    async with database.reading() as connection:
+        left = (await connection.exec_driver_sql("SELECT count(*) FROM job_event_batch")).scalar()
+    await database.close()
+    assert left == 0
+
+
+@asynccontextmanager
+async def _process(script: str, url: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    """A Python process that has printed `ready`; killed at the end."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", textwrap.dedent(script),
+        env={**os.environ, "URL": url, "PYTHONPATH": str(Path.cwd())},
+        stdout=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        async with asyncio.timeout(20):
+            assert await process.stdout.readline() == b"ready\n"
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()

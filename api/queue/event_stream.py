@@ -1,0 +1,239 @@
+"""The event messages of every process, own ones included, in one order.
+
+PostgreSQL delivers notifications in the order of its commits. Where there are none (SQLite, and
+PostgreSQL behind a pooler), messages are rows of `job_event_batch`, read in the order of their
+ids. A `Gap` marks each place where messages may be missing, so that none is lost in silence.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Final
+
+import structlog
+
+from api.queue.database import Database
+from api.queue.store import EVENTS_KEPT_SECONDS, Store
+
+POLL_SECONDS: Final = 0.25
+"""How often kept batches are read on PostgreSQL, which does not tell that there are new ones."""
+
+RETRY_SECONDS: Final = 0.5
+"""How long to wait before reading kept batches again after the database did not answer."""
+
+MAX_UNREAD_MESSAGES: Final = 10_000
+"""How many notifications may wait to be read before all of them are given up as missed."""
+
+MAX_LATE_BATCHES: Final = 10_000
+"""How many ids may be without a batch at a time before they are given up as missed."""
+
+BATCHES_BEFORE: Final = 100
+"""How far behind the newest id a batch may still be uncommitted when reading starts."""
+
+DELETED: Final = "events were deleted before this process read them"
+
+log = structlog.get_logger("jobs.events")
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """A place in the stream where messages may be missing, and why."""
+
+    reason: str
+
+
+Take = Callable[[str | Gap], Awaitable[None]]
+
+
+class EventStream:
+    """Feeds the messages that are committed from now on to one reader."""
+
+    def __init__(self, database: Database, store: Store) -> None:
+        self._database = database
+        self._kept = KeptBatches(store, gapless=database.name == "sqlite")
+        self._notified: deque[str | Gap] = deque()
+        self._news = asyncio.Event()
+        self._ended = False
+        self.begun = asyncio.Event()
+        """Set once messages that are committed from now on are in the stream."""
+
+    async def feed(self, take: Take) -> None:
+        """Calls `take` with each message and gap, one after another, until `end` is called."""
+        listening = asyncio.create_task(self._listen(), name="job-events-listening")
+        try:
+            while not self._ended:
+                self._news.clear()
+                pause: float | None = None
+                if not self._database.keeps_events:
+                    await self._take_notified(take)
+                elif not await self._take_kept(take):
+                    pause = RETRY_SECONDS
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(pause):
+                        await self._news.wait()
+        finally:
+            listening.cancel()
+            await asyncio.wait({listening})
+
+    def look(self) -> None:
+        """Reads kept batches now, because this process has just committed one."""
+        if self._database.keeps_events:
+            self._news.set()
+
+    def end(self) -> None:
+        """Ends `feed` after the message it is at."""
+        self._ended = True
+        self._news.set()
+
+    async def _listen(self) -> None:
+        """Notices that there is something to read; an error only makes it start again."""
+        while True:
+            try:
+                if self._database.keeps_events and self._database.name == "postgresql":
+                    await self._poll()
+                else:
+                    await self._database.listen(self._notify, self._notify_gap)
+            except Exception:
+                with suppress(Exception):
+                    log.exception("events.listening_failed")
+            await asyncio.sleep(1.0)
+
+    async def _poll(self) -> None:
+        while True:
+            await asyncio.sleep(POLL_SECONDS)
+            self._news.set()
+
+    def _notify(self, message: str) -> None:
+        if len(self._notified) >= MAX_UNREAD_MESSAGES:
+            self._notified.clear()
+            self._notified.append(Gap("this process reads events too slowly"))
+        self._notified.append(message)
+        self._news.set()
+
+    def _notify_gap(self) -> None:
+        # With kept batches their ids tell whether any is missing.
+        if not self._database.keeps_events:
+            self._notified.append(Gap("the connection to the database was lost for a while"))
+        self._news.set()
+
+    async def _take_notified(self, take: Take) -> None:
+        while self._notified and not self._ended:
+            item = self._notified.popleft()
+            await take(item)
+            if isinstance(item, Gap):
+                self.begun.set()
+
+    async def _take_kept(self, take: Take) -> bool:
+        """Takes every new batch; returns False if the database did not answer."""
+        try:
+            while not self._ended:
+                items = await self._kept.read()
+                self.begun.set()
+                if not items:
+                    break
+                for item in items:
+                    await take(item)
+        except Exception as error:
+            # Nothing is missed by that: the next read goes on from the same batch.
+            with suppress(Exception):
+                log.warning("events.unread", error=type(error).__name__)
+            return False
+        return True
+
+
+class KeptBatches:
+    """Reads the table `job_event_batch` on from the batch it read last.
+
+    `gapless` says that ids have no gaps and become visible in order, as on SQLite, which has one
+    writer at a time: an id that is absent was deleted unread. On PostgreSQL an absent id may be
+    a transaction that rolled back or that is not committed yet. Those are looked up again for as
+    long as batches are kept, and messages that come late are delivered late. Of two transactions
+    that change one job, the second takes its id after the first is committed, so the events of a
+    job are in order even then.
+    """
+
+    def __init__(
+        self, store: Store, *, gapless: bool, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._store = store
+        self._gapless = gapless
+        self._clock = clock
+        self._last: int | None = None
+        self._late: dict[int, float] = {}
+        """Ids before `_last` that had no batch yet, and when that was noticed."""
+        self._read_at = clock()
+
+    async def read(self) -> list[str | Gap]:
+        """The next messages, in order; an empty list when there are no more, or at the start."""
+        newest = await self._store.last_event()
+        if self._last is None:
+            await self._begin(newest)
+            return []
+        if 0 < newest < self._last:
+            await self._begin(newest)
+            return [Gap("the database was replaced by an older one")]
+        batches = await self._store.events_after(self._last)
+        if self._gapless:
+            return self._in_order(newest, batches)
+        return await self._with_late_ones(batches)
+
+    async def _begin(self, newest: int) -> None:
+        self._last, self._late = newest, {}
+        self._read_at = self._clock()
+        if not self._gapless and newest:
+            before = max(0, newest - BATCHES_BEFORE)
+            self._expect(before, await self._store.events_after(before))
+
+    def _in_order(self, newest: int, batches: dict[int, str]) -> list[str | Gap]:
+        items: list[str | Gap] = []
+        for number, message in batches.items():
+            # 0: the table was empty at the start, so that its first id is not known.
+            if self._last and number != self._last + 1:
+                items.append(Gap(DELETED))
+            items.append(message)
+            self._last = number
+        if not batches and self._last is not None and newest > self._last:
+            items.append(Gap(DELETED))
+            self._last = newest
+        return items
+
+    async def _with_late_ones(self, batches: dict[int, str]) -> list[str | Gap]:
+        now = self._clock()
+        items: list[str | Gap] = []
+        if now - self._read_at > EVENTS_KEPT_SECONDS / 2:
+            # Ids do not tell deleted batches from transactions that rolled back.
+            items.append(Gap(DELETED))
+        self._read_at = now
+        # After `batches`: whatever one of those was committed after is then visible as well.
+        late = await self._store.events_among(list(self._late)) if self._late else {}
+        self._late = {
+            number: since
+            for number, since in self._late.items()
+            if number not in late and now - since <= EVENTS_KEPT_SECONDS
+        }
+        if batches:
+            before = self._last or max(0, min(batches) - 1 - BATCHES_BEFORE)
+            if not self._expect(before, batches):
+                items.append(Gap("more events were late than this process can wait for"))
+        items += [message for _, message in sorted({**late, **batches}.items())]
+        return items
+
+    def _expect(self, before: int, batches: dict[int, str]) -> bool:
+        """Notes the ids between `before` and the last of `batches` that are still absent.
+
+        Returns False, and expects none of them, if there are too many.
+        """
+        now = self._clock()
+        last = max([before, self._last or 0, *batches])
+        self._last = last
+        if last - before - len(batches) + len(self._late) > MAX_LATE_BATCHES:
+            self._late = {}
+            return False
+        absent = (number for number in range(before + 1, last) if number not in batches)
+        self._late |= dict.fromkeys(absent, now)
+        return True

@@ -1,0 +1,448 @@
+"""Jobs in a caller's own transaction: exactly the events of what was committed are published."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import uuid
+import weakref
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
+from typing import Any
+
+import pytest
+import structlog
+from sqlalchemy import create_engine, event, text
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+
+from api.queue.caller_transactions import publish_after_commit
+from api.queue.database import async_url
+from api.queue.events import JobEvent, Subscription
+from api.queue.requests import EnqueueRequest
+from api.queue.service import JobService, open_service
+from registry import JobRegistry
+
+PING = EnqueueRequest("test.ping", {})
+
+
+@pytest.fixture
+async def engine(database_url: str) -> AsyncIterator[AsyncEngine]:
+    """The caller's own engine on the queue's database."""
+    engine = create_async_engine(async_url(database_url))
+    if database_url.startswith("sqlite"):
+        _begin_explicitly(engine.sync_engine)
+    yield engine
+    await engine.dispose()
+
+
+class Told:
+    """What was published in this process, and what another process heard."""
+
+    def __init__(self, service: JobService, there: Subscription) -> None:
+        self._service = service
+        self._there = there
+        self.published: list[uuid.UUID] = []
+
+    async def jobs(self) -> list[uuid.UUID]:
+        """The jobs whose events were told since the last call, the same here and there."""
+        # What comes before this one's event is all there is to come.
+        last = (await self._service.enqueue(PING)).job.id
+        heard: list[uuid.UUID] = []
+        async with asyncio.timeout(10):
+            while (job_id := (await anext(self._there)).job_id) != last:
+                heard.append(job_id)
+        published = self.published[:-1]
+        assert self.published[-1] == last
+        self.published.clear()
+        assert heard == published
+        return published
+
+
+@pytest.fixture
+async def told(
+    service: JobService,
+    database_url: str,
+    registry: JobRegistry,
+    monkeypatch: pytest.MonkeyPatch,
+) -> AsyncIterator[Told]:
+    async with open_service(registry, database_url, lease_seconds=30) as other:
+        with other.events.subscribe() as there:
+            told = Told(service, there)
+
+            def keep(_logger: object, _method: str, line: Any) -> Any:
+                if line["event"].startswith("job."):
+                    told.published.append(uuid.UUID(line["job_id"]))
+                raise structlog.DropEvent
+
+            logger = structlog.wrap_logger(
+                structlog.PrintLogger(), processors=[keep], wrapper_class=structlog.BoundLogger
+            )
+            monkeypatch.setattr("api.queue.events.log", logger)
+            yield told
+
+
+async def enqueue(service: JobService, session: AsyncSession) -> uuid.UUID:
+    return (await service.enqueue(PING, session=session)).job.id
+
+
+async def stored(service: JobService, *job_ids: uuid.UUID) -> list[bool]:
+    found = {job.id for job in (await service.list_jobs(first=200)).jobs}
+    return [job_id in found for job_id in job_ids]
+
+
+async def test_a_job_is_told_when_the_caller_commits_and_not_before(
+    service: JobService, engine: AsyncEngine, told: Told
+) -> None:
+    async with AsyncSession(engine) as session:
+        job = await enqueue(service, session)
+        assert told.published == []
+        await session.commit()
+    assert await told.jobs() == [job]
+    assert await stored(service, job) == [True]
+
+
+async def test_a_rollback_tells_nothing(
+    service: JobService, engine: AsyncEngine, told: Told
+) -> None:
+    async with AsyncSession(engine) as session:
+        job = await enqueue(service, session)
+        await session.rollback()
+    assert await told.jobs() == []
+    assert await stored(service, job) == [False]
+
+
+async def test_a_session_that_is_closed_without_a_commit_tells_nothing(
+    service: JobService, engine: AsyncEngine, told: Told
+) -> None:
+    session = AsyncSession(engine)
+    await enqueue(service, session)
+    await session.close()
+    # It can be used again, and the new transaction knows nothing of the old one.
+    job = await enqueue(service, session)
+    await session.commit()
+    await session.close()
+    assert await told.jobs() == [job]
+
+
+async def test_a_savepoint_that_is_rolled_back_tells_nothing_and_the_rest_is_told(
+    service: JobService, engine: AsyncEngine, told: Told
+) -> None:
+    async with AsyncSession(engine) as session:
+        before = await enqueue(service, session)
+        savepoint = await session.begin_nested()
+        lost = await enqueue(service, session)
+        await savepoint.rollback()
+        after = await enqueue(service, session)
+        await session.commit()
+    assert await told.jobs() == [before, after]
+    assert await stored(service, before, lost, after) == [True, False, True]
+
+
+async def test_a_released_savepoint_is_told_with_the_commit_around_it(
+    service: JobService, engine: AsyncEngine, told: Told
+) -> None:
+    async with AsyncSession(engine) as session:
+        async with session.begin_nested():
+            inside = await enqueue(service, session)
+        assert told.published == []
+        after = await enqueue(service, session)
+        assert told.published == []
+        await session.commit()
+    assert await told.jobs() == [inside, after]
+
+
+async def test_a_released_savepoint_is_lost_with_the_rollback_around_it(
+    service: JobService, engine: AsyncEngine, told: Told
+) -> None:
+    async with AsyncSession(engine) as session:
+        async with session.begin_nested():
+            job = await enqueue(service, session)
+        await session.rollback()
+        kept = await enqueue(service, session)
+        await session.commit()
+    assert await told.jobs() == [kept]
+    assert await stored(service, job, kept) == [False, True]
+
+
+async def test_savepoints_within_savepoints_are_told_apart(
+    service: JobService, engine: AsyncEngine, told: Told
+) -> None:
+    async with AsyncSession(engine) as session:
+        first = await enqueue(service, session)
+        async with session.begin_nested():
+            second = await enqueue(service, session)
+            inner = await session.begin_nested()
+            await enqueue(service, session)
+            async with session.begin_nested():
+                await enqueue(service, session)
+            # The released one in it is lost as well.
+            await inner.rollback()
+            async with session.begin_nested():
+                third = await enqueue(service, session)
+        outer = await session.begin_nested()
+        async with session.begin_nested():
+            await enqueue(service, session)
+        await outer.rollback()
+        assert told.published == []
+        await session.commit()
+    assert await told.jobs() == [first, second, third]
+
+
+async def test_a_commit_releases_the_savepoints_that_are_still_open(
+    service: JobService, engine: AsyncEngine, told: Told
+) -> None:
+    async with AsyncSession(engine) as session:
+        first = await enqueue(service, session)
+        await session.begin_nested()
+        second = await enqueue(service, session)
+        await session.begin_nested()
+        third = await enqueue(service, session)
+        await session.commit()
+    assert await told.jobs() == [first, second, third]
+
+
+async def test_a_failed_statement_in_a_savepoint_loses_only_what_the_savepoint_holds(
+    service: JobService, engine: AsyncEngine, told: Told
+) -> None:
+    async with AsyncSession(engine) as session:
+        first = await enqueue(service, session)
+        with suppress(SQLAlchemyError):
+            async with session.begin_nested():
+                await enqueue(service, session)
+                await session.execute(text("SELECT nothing FROM nowhere"))
+        last = await enqueue(service, session)
+        await session.commit()
+    assert await told.jobs() == [first, last]
+
+
+async def test_a_session_serves_one_transaction_after_another(
+    service: JobService, engine: AsyncEngine, told: Told
+) -> None:
+    kept = []
+    async with AsyncSession(engine) as session:
+        for number in range(6):
+            job = await enqueue(service, session)
+            if number % 2:
+                await session.rollback()
+            else:
+                await session.commit()
+                kept.append(job)
+                assert told.published == kept
+    assert await told.jobs() == kept
+
+
+async def test_a_deduplicated_job_is_not_told_again(
+    service: JobService, engine: AsyncEngine, told: Told
+) -> None:
+    request = EnqueueRequest("test.ping", {}, idempotency_key="once")
+    async with AsyncSession(engine) as session:
+        first = await service.enqueue(request, session=session)
+        again = await service.enqueue(request, session=session)
+        await session.commit()
+    assert again.deduplicated
+    assert await told.jobs() == [first.job.id]
+
+
+async def test_a_commit_is_a_commit_whatever_publishing_does(
+    service: JobService, engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_events: object) -> None:
+        raise RuntimeError("after the commit")
+
+    monkeypatch.setattr(service.events, "publish", broken)
+    async with AsyncSession(engine) as session:
+        job = await enqueue(service, session)
+        await session.commit()
+        other = await enqueue(service, session)
+        await session.commit()
+    assert await stored(service, job, other) == [True, True]
+
+
+async def test_a_waiting_worker_gets_a_job_of_a_callers_transaction_at_once(
+    service: JobService, engine: AsyncEngine
+) -> None:
+    waiting = asyncio.create_task(service.lease(["test.ping"], "w", wait_seconds=20))
+    await asyncio.sleep(0.2)
+    async with AsyncSession(engine) as session:
+        async with session.begin_nested():
+            job = await enqueue(service, session)
+        await session.commit()
+    async with asyncio.timeout(2):
+        (lease,) = await waiting
+    assert lease.job.id == job
+
+
+# The tracking itself, on sessions of any kind
+
+
+@pytest.fixture
+def published() -> list[str]:
+    return []
+
+
+def _begin_explicitly(engine: Any) -> None:
+    """Savepoints on SQLite need an explicit BEGIN, as SQLAlchemy's documentation says."""
+
+    @event.listens_for(engine, "connect")
+    def leave_it_to_us(connection: Any, _record: object) -> None:
+        connection.isolation_level = None
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Any) -> None:
+        connection.exec_driver_sql("BEGIN")
+
+
+def _sqlite() -> Any:
+    engine = create_engine("sqlite://")
+    _begin_explicitly(engine)
+    return engine
+
+
+def note(published: list[str], session: Session, name: str) -> None:
+    """Has the event of a job named `name` published after the commit."""
+
+    def publish(events: Sequence[JobEvent]) -> None:
+        published.extend(each.type for each in events)
+
+    session.connection()
+    publish_after_commit(session, publish, [JobEvent("job.created", uuid.uuid4(), name, 0)])
+
+
+def test_two_sessions_at_once_are_told_apart(published: list[str]) -> None:
+    one_engine, other_engine = _sqlite(), _sqlite()
+    with Session(one_engine) as one, Session(other_engine) as other:
+        note(published, one, "one")
+        note(published, other, "other")
+        with other.begin_nested():
+            note(published, other, "other, in a savepoint")
+        one.rollback()
+        assert published == []
+        note(published, one, "one again")
+        other.commit()
+        assert published == ["other", "other, in a savepoint"]
+        one.commit()
+    assert published == ["other", "other, in a savepoint", "one again"]
+    one_engine.dispose()
+    other_engine.dispose()
+
+
+def test_two_queues_in_one_transaction_publish_each_their_own() -> None:
+    here: list[str] = []
+    there: list[str] = []
+    engine = _sqlite()
+    with Session(engine) as session:
+        note(here, session, "here")
+        note(there, session, "there")
+        session.commit()
+    assert (here, there) == (["here"], ["there"])
+    engine.dispose()
+
+
+def test_a_savepoint_may_be_open_before_the_first_job(published: list[str]) -> None:
+    engine = _sqlite()
+    with Session(engine) as session:
+        session.begin_nested()
+        inner = session.begin_nested()
+        note(published, session, "lost")
+        inner.rollback()
+        note(published, session, "kept")
+        session.commit()
+    assert published == ["kept"]
+    engine.dispose()
+
+
+def test_a_session_within_somebody_elses_transaction_publishes_nothing(
+    published: list[str],
+) -> None:
+    # A test suite that rolls everything back wraps sessions in this way.
+    engine = _sqlite()
+    for mode in ("create_savepoint", "rollback_only", "conditional_savepoint"):
+        with engine.connect() as connection:
+            outer = connection.begin()
+            with Session(connection, join_transaction_mode=mode) as session:
+                note(published, session, "one")
+                with session.begin_nested():
+                    note(published, session, "two")
+                session.commit()
+            outer.rollback()
+    assert published == []
+    engine.dispose()
+
+
+class Base(DeclarativeBase):
+    """The caller's own tables."""
+
+
+class Thing(Base):
+    """A row of the caller's."""
+
+    __tablename__ = "thing"
+    id: Mapped[int] = mapped_column(primary_key=True)
+
+
+def test_flushes_do_not_count_as_commits(published: list[str]) -> None:
+    engine = _sqlite()
+    Base.metadata.create_all(engine)
+    with Session(engine) as session:
+
+        @event.listens_for(session, "before_flush")
+        def enqueue_in_a_flush(session: Session, *_: object) -> None:
+            note(published, session, "in a flush")
+
+        session.add(Thing())
+        session.flush()
+        assert published == []
+        session.rollback()
+        assert published == []
+        session.add(Thing())
+        session.commit()
+    assert published == ["in a flush"]
+    engine.dispose()
+
+
+async def test_a_commit_in_another_thread_is_told_on_the_queues_own_loop(
+    service: JobService,
+) -> None:
+    told: list[int] = []
+
+    def commit() -> None:
+        engine = _sqlite()
+        with Session(engine) as session:
+            session.connection()
+            created = JobEvent("job.created", uuid.uuid4(), "test.pong", 0)
+            publish_after_commit(session, service.events.publish, [created])
+            session.commit()
+        engine.dispose()
+
+    with (
+        service.events.waiting_for(["test.pong"], []) as woken,
+        service.events.on_work(lambda _: told.append(threading.get_ident())),
+    ):
+        await asyncio.to_thread(commit)
+        async with asyncio.timeout(5):
+            await woken.wait()
+    assert told == [threading.get_ident()]
+
+
+def test_sessions_leave_nothing_behind(published: list[str]) -> None:
+    engine = _sqlite()
+    sessions: list[weakref.ref[Session]] = []
+    for number in range(1_000):
+        session = Session(engine)
+        note(published, session, "job")
+        savepoint = session.begin_nested()
+        note(published, session, "in a savepoint")
+        if number % 3 == 0:
+            session.commit()
+        elif number % 3 == 1:
+            savepoint.rollback()
+        session.close()
+        sessions.append(weakref.ref(session))
+    del session, savepoint
+    gc.collect()
+    assert len(published) == 2 * 334
+    assert not any(reference() for reference in sessions)
+    engine.dispose()
