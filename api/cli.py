@@ -401,7 +401,7 @@ async def _enqueue(
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
     counts = {"stored": 0, "deduplicated": 0, "refused": 0}
-    size = len(lines) if atomic else BULK
+    size = len(lines) if atomic else min(BULK, settings.max_bulk_size)
     async with _open_service(settings, registry) as service:
         progress = Progress(
             *Progress.get_default_columns()[:2],

@@ -206,18 +206,18 @@ def run_sql(url: str, *statements: str) -> list[Any]:
 async def advance(url: str, seconds: float) -> None:
     """Lets `seconds` pass, as the queue sees it: every time in the database moves back by them."""
     times = {
-        "job": "created_at next_run_at started_at finished_at lease_expires_at deadline_at",
-        "job_attempt": "started_at finished_at",
+        "job": "created_at next_run_at started_at finished_at lease_expires_at deadline_at held_until",
+        "job_attempt": "started_at finished_at held_until",
         "job_type_state": "worker_seen_at",
     }
     database = Database(url)
     if url.startswith("sqlite"):
-        moved = "strftime('%Y-%m-%d %H:%M:%f', {0}, '-{1:.3f} seconds') || '000'"
+        moved = "strftime('%Y-%m-%d %H:%M:%f', {0}, '{2:+.3f} seconds') || '000'"
     else:
         moved = "{0} - interval '{1:.3f} seconds'"
     async with database.transaction() as connection:
         for table, columns in times.items():
-            changes = ", ".join(f"{c} = {moved.format(c, seconds)}" for c in columns.split())
+            changes = ", ".join(f"{c} = {moved.format(c, seconds, -seconds)}" for c in columns.split())
             await connection.exec_driver_sql(f"UPDATE {table} SET {changes}")
     await database.close()
 

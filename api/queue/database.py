@@ -445,7 +445,7 @@ class Database:
                         driver.expire_at(deadline)
                 yield connection
         except (sqlalchemy.exc.SQLAlchemyError, sqlite3.Error, asyncpg.PostgresError,
-                asyncpg.InterfaceError) as error:  # fmt: skip
+                asyncpg.InterfaceError, ConnectionError) as error:  # fmt: skip
             if driver is not None and driver.expired:
                 seconds = _seconds(self._timeout) if each or deadline is None else deadline - began
                 raise QueueUnavailable(
