@@ -217,7 +217,9 @@ async def advance(url: str, seconds: float) -> None:
         moved = "{0} - interval '{1:.3f} seconds'"
     async with database.transaction() as connection:
         for table, columns in times.items():
-            changes = ", ".join(f"{c} = {moved.format(c, seconds, -seconds)}" for c in columns.split())
+            changes = ", ".join(
+                f"{c} = {moved.format(c, seconds, -seconds)}" for c in columns.split()
+            )
             await connection.exec_driver_sql(f"UPDATE {table} SET {changes}")
     await database.close()
 
