@@ -206,7 +206,8 @@ def run_sql(url: str, *statements: str) -> list[Any]:
 async def advance(url: str, seconds: float) -> None:
     """Lets `seconds` pass, as the queue sees it: every time in the database moves back by them."""
     times = {
-        "job": "created_at next_run_at started_at finished_at lease_expires_at deadline_at held_until",
+        "job": "created_at next_run_at started_at finished_at lease_expires_at deadline_at"
+        " held_until",
         "job_attempt": "started_at finished_at held_until",
         "job_type_state": "worker_seen_at",
     }
