@@ -140,6 +140,8 @@ class Crash:
     async def enqueue(self, ports: list[int], until: float, caller: int) -> None:
         """Enqueues until then; what is answered with 201 has to exist for good."""
         names = ["crash.free", "crash.keyed", *LIMITS]
+        # Half of the callers for each server, so that one that hangs takes no work from the other.
+        own = [ports[caller % len(ports)]]
         async with httpx.AsyncClient(timeout=4) as client:
             number = 0
             while time.monotonic() < until:
@@ -152,10 +154,10 @@ class Crash:
                 if kind == "crash.keyed":
                     job["idempotencyKey"] = f"{caller}.{number}"
                     # Once more, as a client does that did not see the answer, perhaps elsewhere.
-                    await self._send_until_answered(client, ports, job)
+                    await self._send_until_answered(client, own, job)
                     await self._send_until_answered(client, ports, job)
                 else:
-                    await self._send(client, ports, job)
+                    await self._send(client, own, job)
                 await asyncio.sleep(random.uniform(0, 0.05))
 
     async def _send_until_answered(

@@ -34,9 +34,9 @@ pytest_plugins = ["tests.http_client", "tests.proxy"]
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--postgresql",
-        choices=["bundled", "debian"],
         default="bundled",
-        help="the PostgreSQL of the tests: PyPI's, without LLVM, or the system's, with LLVM",
+        help="the PostgreSQL of the tests: `bundled` is PyPI's, without LLVM; `debian` the"
+        " system's, with LLVM; or the URL of a running one, as superuser",
     )
     parser.addoption(
         "--soak",
@@ -75,11 +75,18 @@ def debian_url(debian_server: Server) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def postgresql_url(request: pytest.FixtureRequest) -> Iterator[str]:
     """A running PostgreSQL with a migrated database named `migrated`, as a URL of that."""
-    if request.config.getoption("--postgresql") == "debian":
-        server = request.getfixturevalue("debian_server")
-        yield _sibling(server.url, "migrated")
-        return
-    yield from _bundled()
+    match request.config.getoption("--postgresql"):
+        case "bundled":
+            yield from _bundled()
+        case "debian":
+            server = request.getfixturevalue("debian_server")
+            yield _sibling(server.url, "migrated")
+        case url:
+            name = f"migrated_{uuid.uuid4().hex}"
+            run_sql(url, f"CREATE DATABASE {name}")
+            migrations.upgrade(_sibling(url, name))
+            yield _sibling(url, name)
+            run_sql(url, f"DROP DATABASE {name} WITH (FORCE)")
 
 
 def _bundled() -> Iterator[str]:
@@ -125,7 +132,8 @@ def fresh_postgresql_url(postgresql_url: str) -> Iterator[str]:
 @contextmanager
 def _cloned(migrated_url: str) -> Iterator[str]:
     name, server = f"test_{uuid.uuid4().hex}", _sibling(migrated_url, "postgres")
-    run_sql(server, f"CREATE DATABASE {name} TEMPLATE migrated")
+    template = migrated_url.partition("?")[0].rpartition("/")[2]
+    run_sql(server, f"CREATE DATABASE {name} TEMPLATE {template}")
     try:
         yield _sibling(migrated_url, name)
     finally:
@@ -198,7 +206,8 @@ def run_sql(url: str, *statements: str) -> list[Any]:
 async def advance(url: str, seconds: float) -> None:
     """Lets `seconds` pass, as the queue sees it: every time in the database moves back by them."""
     times = {
-        "job": "created_at next_run_at started_at finished_at lease_expires_at deadline_at held_until",
+        "job": "created_at next_run_at started_at finished_at lease_expires_at deadline_at"
+        " held_until",
         "job_attempt": "started_at finished_at held_until",
         "job_type_state": "worker_seen_at",
     }
@@ -209,7 +218,9 @@ async def advance(url: str, seconds: float) -> None:
         moved = "{0} - interval '{1:.3f} seconds'"
     async with database.transaction() as connection:
         for table, columns in times.items():
-            changes = ", ".join(f"{c} = {moved.format(c, seconds, -seconds)}" for c in columns.split())
+            changes = ", ".join(
+                f"{c} = {moved.format(c, seconds, -seconds)}" for c in columns.split()
+            )
             await connection.exec_driver_sql(f"UPDATE {table} SET {changes}")
     await database.close()
 

@@ -6,17 +6,47 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.crash import LONG_FREEZE_SECONDS, Crash, _most_at_once, _runs
+
 ROOT = Path(__file__).parent.parent
 
 
-def test_no_promise_breaks_when_processes_are_killed_and_postgresql_restarts() -> None:
+def test_no_promise_breaks_when_processes_and_the_network_fail_and_postgresql_restarts() -> None:
     result = subprocess.run(
         [sys.executable, "benchmarks/crash.py", "--minutes", "0.2"],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
-        timeout=180,
+        timeout=240,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "every promise was kept" in result.stdout
+
+
+def most(folder: Path, log: str, **done: object) -> int:
+    (folder / "handlers.log").write_text(log, "utf-8")
+    crash = Crash(folder, {}, {}, **done)  # type: ignore[arg-type]
+    return _most_at_once(list(_runs(folder / "handlers.log", crash)))
+
+
+def test_the_judge_sees_two_runs_at_once(tmp_path: Path) -> None:
+    apart = "start t a 1 1.0\nend t a 1 2.0\nstart t b 2 2.0\nend t b 2 3.0\n"
+    assert most(tmp_path, apart) == 1
+    assert most(tmp_path, apart.replace("2 2.0", "2 1.9")) == 2
+    # One that never ended goes on.
+    assert most(tmp_path, "start t a 1 1.0\nstart t b 2 5.0\nend t b 2 6.0\n") == 2
+
+
+def test_a_killed_process_runs_nothing_any_more(tmp_path: Path) -> None:
+    log = "start t a 1 1.0\nstart t b 2 5.0\nend t b 2 6.0\n"
+    assert most(tmp_path, log, killed={1: 4.0}) == 1
+    assert most(tmp_path, log, killed={1: 5.5}) == 2
+
+
+def test_a_frozen_process_has_lost_what_it_ran_once_its_leases_are_over(tmp_path: Path) -> None:
+    log = "start t a 1 1.0\nstart t b 2 8.9\nend t b 2 9.5\nend t a 1 20.0\n"
+    long, short = LONG_FREEZE_SECONDS + 1, 0.9
+    assert most(tmp_path, log, frozen={1: [(1.5, 1.5 + long)]}) == 1
+    # A short freeze ends no lease: such a run still counts.
+    assert most(tmp_path, log, frozen={1: [(1.5, 1.5 + short)]}) == 2

@@ -69,7 +69,8 @@ async def test_a_former_attempts_token_cannot_touch_the_attempt_that_runs_now(
     assert (await service.complete(second.token)).status is JobStatus.SUCCEEDED
 
 
-@every_report
+# A worker whose clock is ahead of the queue's ends an attempt at its timeout all the same.
+@pytest.mark.parametrize("report", [v for k, v in REPORTS.items() if k != "time_out"])
 async def test_a_lease_that_ran_out_is_lost_before_anybody_recovers_it(
     service: JobService, database_url: str, report: Callable[[JobService, str], Awaitable[object]]
 ) -> None:

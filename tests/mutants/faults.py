@@ -1,0 +1,183 @@
+"""The faults: Python's come from Cosmic Ray's operators, those of SQL from a mutator of our own."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+# One replacement for each operator: eleven of a `+` notice the same fault eleven times. Those of
+# `|` are left out: nearly all are of type annotations, which no test can notice.
+PYTHON_OPERATORS: Final = (
+    "core/AddNot",
+    "core/ExceptionReplacer",
+    "core/NumberReplacer",
+    "core/RemoveDecorator",
+    "core/ReplaceAndWithOr",
+    "core/ReplaceOrWithAnd",
+    "core/ReplaceBreakWithContinue",
+    "core/ReplaceContinueWithBreak",
+    "core/ReplaceFalseWithTrue",
+    "core/ReplaceTrueWithFalse",
+    "core/ReplaceUnaryOperator_Delete_Not",
+    "core/ReplaceBinaryOperator_Add_Sub",
+    "core/ReplaceBinaryOperator_Sub_Add",
+    "core/ReplaceBinaryOperator_Mul_Div",
+    "core/ReplaceBinaryOperator_Div_Mul",
+    "core/ReplaceComparisonOperator_Eq_NotEq",
+    "core/ReplaceComparisonOperator_NotEq_Eq",
+    "core/ReplaceComparisonOperator_Lt_LtE",
+    "core/ReplaceComparisonOperator_LtE_Lt",
+    "core/ReplaceComparisonOperator_Gt_GtE",
+    "core/ReplaceComparisonOperator_GtE_Gt",
+    "core/ReplaceComparisonOperator_Is_IsNot",
+    "core/ReplaceComparisonOperator_IsNot_Is",
+    "core/ZeroIterationForLoop",
+)
+
+_OPERAND: Final = r"(?:CAST\([^()]*\)|[\w.]+\([^()]*\)|\{[^{}]*\}|'[^']*'|[:\w.]+)"
+_COMPARISON: Final = (
+    rf"(?:{_OPERAND}\s*(?:<=|>=|<>|=|<|>)\s*{_OPERAND}|[\w.]+ IS (?:NOT )?NULL"
+    rf"|[\w.]+ IN \([^()]*\))"
+)
+
+# What is replaced, and by what; each place is a fault of its own. `{...}` is a placeholder of an
+# f-string, such as `{d.skip_locked}`.
+SQL_RULES: Final[tuple[tuple[str, str, str], ...]] = (
+    ("SKIP LOCKED dropped", r"\s+SKIP LOCKED\b", ""),
+    ("lock dropped", r"\s+FOR (?:NO KEY )?UPDATE(?: OF \w+)?(?: SKIP LOCKED| NOWAIT)?\b", ""),
+    ("lock dropped", r"\s*\{d\.(?:skip_locked|lock_rows)\}", ""),
+    ("advisory lock dropped", r"pg_(?:try_)?advisory_xact_lock(?:_shared)?\(", "pg_typeof("),
+    ("condition dropped", rf"\s*\b(?:AND|OR)\s+{_COMPARISON}(?=\s|\)|$|;|\")", ""),
+    ("condition dropped", rf"(?<=\bWHERE )\s*{_COMPARISON}(?=\s|\)|$|;|\")", "true"),
+    ("condition dropped", rf"(?<=\bON )\s*{_COMPARISON}(?=\s|\)|$|;|\")", "true"),
+    ("comparison turned", r"(?<= )<=(?= )", ">"),
+    ("comparison turned", r"(?<= )>=(?= )", "<"),
+    ("comparison turned", r"(?<= )<>(?= )", "="),
+    ("comparison turned", r"(?<= )<(?= )", ">="),
+    ("comparison turned", r"(?<= )>(?= )", "<="),
+    ("comparison turned", r"\bIS NOT NULL\b", "IS NULL"),
+    ("comparison turned", r"\bIS NULL\b", "IS NOT NULL"),
+    ("boundary moved", r"(?<= )<=(?= )", "<"),
+    ("boundary moved", r"(?<= )>=(?= )", ">"),
+    ("order turned", r"\bDESC\b", "ASC"),
+    ("order dropped", r"\bORDER BY [^\n()]*?(?=\s+LIMIT\b|\s*\)|\n|\")", ""),
+    ("bound dropped", r"\s+LIMIT (?::\w+|\{\w+\}|\d+|\w+)", ""),
+    ("assignment dropped", r"\b\w+ = NULL,\s*", ""),
+    ("sign turned", r"(?<=\w) \+ 1\b", " - 1"),
+    ("sign turned", r"(?<=\w) - 1\b", " + 1"),
+    ("default dropped", r"\bcoalesce\(([\w.]+), ", r"nullif(\1, "),
+    ("bound turned", r"\bleast\(", "greatest("),
+    ("bound turned", r"\bmin\(", "max("),
+    ("bound turned", r"\bmax\(", "min("),
+)
+
+_IS_SQL: Final = re.compile(r"\b(?:SELECT|UPDATE|INSERT INTO|DELETE FROM|WHERE|WHEN)\b")
+_COMMENT: Final = re.compile(r"--[^\n]*")
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A file with one fault in it. `key` is the same as long as the file and the fault are.
+
+    `make` gives the file's text with the fault; None where it cannot be put in after all.
+    """
+
+    path: Path
+    line: int
+    fault: str
+    key: str
+    make: Callable[[], str | None]
+
+
+def python_mutants(path: Path, text: str) -> Iterator[Mutant]:
+    """The file with each of Cosmic Ray's faults."""
+    from cosmic_ray.ast import ast_nodes, get_ast
+    from cosmic_ray.plugins import get_operator
+
+    nodes = list(ast_nodes(get_ast(text)))
+    for name in PYTHON_OPERATORS:
+        operator = get_operator(name)()
+        places = [place for node in nodes for place in operator.mutation_positions(node)]
+        for occurrence, ((line, column), (end_line, end)) in enumerate(places):
+            # Whether a bound is 8,000 or 8,001 is nobody's promise; whether it is 0 or 1 is.
+            if name == "core/NumberReplacer" and (end_line != line or end - column > 1):
+                continue
+            fault = f"{name.removeprefix('core/').removeprefix('Replace')} #{occurrence}"
+            make = partial(_mutated_python, text, name, occurrence)
+            yield Mutant(path, line, fault, _key(path, text, fault), make)
+
+
+def _mutated_python(text: str, name: str, occurrence: int) -> str | None:
+    from cosmic_ray.mutating import mutate_code
+    from cosmic_ray.plugins import get_operator
+
+    try:
+        mutated: str | None = mutate_code(text, get_operator(name)(), occurrence)
+    except AttributeError:
+        # Cosmic Ray's replacement of exceptions knows no dotted names.
+        return None
+    return mutated
+
+
+def sql_mutants(path: Path, text: str) -> Iterator[Mutant]:
+    """The file with each of our own faults in its SQL: all of a .sql, the strings of a .py."""
+    spans = [(0, len(text))] if path.suffix == ".sql" else list(_sql_strings(text))
+    seen: set[str] = set()
+    for start, end in spans:
+        comments = [found.span() for found in _COMMENT.finditer(text, start, end)]
+        for fault, pattern, replacement in SQL_RULES:
+            for found in re.compile(pattern, re.M).finditer(text, start, end):
+                if any(a <= found.start() < b for a, b in comments):
+                    continue
+                mutated = text[: found.start()] + found.expand(replacement) + text[found.end() :]
+                if mutated not in seen:
+                    seen.add(mutated)
+                    line = text.count("\n", 0, found.end() - len(found[0].lstrip())) + 1
+                    told = f"{fault}: {' '.join(found[0].split())}"
+                    key = _key(path, text, f"{fault} at {found.start()}")
+                    yield Mutant(path, line, told, key, partial(str, mutated))
+
+
+def _sql_strings(text: str) -> Iterator[tuple[int, int]]:
+    """Where the strings of a Python file stand that hold SQL; docstrings do not count."""
+    starts = [0]
+    for each in text.splitlines(keepends=True):
+        starts.append(starts[-1] + len(each.encode()))
+    encoded = text.encode()
+    tree = ast.parse(text)
+    described = {
+        id(node.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    }
+    inner = {
+        id(child)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.JoinedStr)
+        for child in ast.walk(node)
+        if child is not node
+    }
+    for node in ast.walk(tree):
+        is_text = isinstance(node, ast.JoinedStr) or (
+            isinstance(node, ast.Constant) and isinstance(node.value, str)
+        )
+        if not is_text or id(node) in described or id(node) in inner:
+            continue
+        assert isinstance(node, ast.expr)
+        assert node.end_lineno is not None
+        assert node.end_col_offset is not None
+        first = starts[node.lineno - 1] + node.col_offset
+        last = starts[node.end_lineno - 1] + node.end_col_offset
+        start, end = len(encoded[:first].decode()), len(encoded[:last].decode())
+        if _IS_SQL.search(text, start, end):
+            yield start, end
+
+
+def _key(path: Path, text: str, fault: str) -> str:
+    return hashlib.sha256(f"{path}\0{text}\0{fault}".encode()).hexdigest()[:16]

@@ -1,0 +1,68 @@
+"""The mutator of SQL finds what it says, in .sql files and in the strings of Python files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.mutants.faults import python_mutants, sql_mutants
+
+CLAIM = """\
+-- Take a job WHERE nobody <= somebody: a comment is no fault's place.
+UPDATE job SET progress = NULL, attempt = attempt + 1
+WHERE id = (
+    SELECT id FROM job WHERE status = 'queued' AND next_run_at <= now()
+    ORDER BY priority DESC LIMIT 1 FOR UPDATE SKIP LOCKED
+)
+"""
+
+
+def faults_of(path: str, text: str) -> dict[str, str]:
+    return {mutant.fault: mutant.make() or "" for mutant in sql_mutants(Path(path), text)}
+
+
+def test_locks_conditions_comparisons_and_bounds_are_mutated_one_at_a_time() -> None:
+    faults = faults_of("claim.sql", CLAIM)
+    assert "FOR UPDATE\n" in faults["SKIP LOCKED dropped: SKIP LOCKED"]
+    assert "FOR UPDATE" not in faults["lock dropped: FOR UPDATE SKIP LOCKED"]
+    assert "'queued'\n" in faults["condition dropped: AND next_run_at <= now()"]
+    assert "WHERE true AND" in faults["condition dropped: status = 'queued'"]
+    assert "next_run_at > now()" in faults["comparison turned: <="]
+    assert "next_run_at < now()" in faults["boundary moved: <="]
+    assert "priority ASC" in faults["order turned: DESC"]
+    assert "SET attempt" in faults["assignment dropped: progress = NULL,"]
+    assert "attempt - 1" in faults["sign turned: + 1"]
+    # Each differs from the original in one place, and leaves the comment alone.
+    comment = CLAIM.splitlines()[0]
+    assert all(text.startswith(comment) and text != CLAIM for text in faults.values())
+    assert len(set(faults.values())) == len(faults)
+
+
+def test_in_python_only_strings_that_hold_sql_are_mutated() -> None:
+    source = (
+        '"""SELECT is a word of docstrings too: a AND b = c."""\n'
+        "lock = 'FOR UPDATE'\n"
+        "if 1 <= 2: pass\n"
+        'get = f"SELECT {columns} FROM job WHERE id = :id AND token = :token"\n'
+    )
+    faults = faults_of("store.py", source)
+    assert set(faults) == {
+        "condition dropped: AND token = :token", "condition dropped: id = :id",
+    }  # fmt: skip
+    lines = {mutant.line for mutant in sql_mutants(Path("store.py"), source)}
+    assert lines == {4}
+
+
+def test_a_fault_has_the_same_key_until_its_file_changes() -> None:
+    def keys(text: str) -> set[str]:
+        return {mutant.key for mutant in sql_mutants(Path("claim.sql"), text)}
+
+    assert keys(CLAIM) == keys(CLAIM)
+    assert not keys(CLAIM) & keys(CLAIM + "-- changed\n")
+
+
+def test_python_gets_the_faults_of_cosmic_ray() -> None:
+    source = "def room(limit, running):\n    return limit - running if limit > 0 else 1\n"
+    mutated = {mutant.make() for mutant in python_mutants(Path("room.py"), source)}
+    assert source.replace("limit - running", "limit + running") in mutated
+    assert source.replace("limit > 0", "limit >= 0") in mutated
+    assert source not in mutated
