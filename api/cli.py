@@ -139,7 +139,11 @@ def serve(
     err.print(f"Job Registry serves http://{shown}:{address[1]}/graphql  (Ctrl-C ends it)")
     _collect_garbage_rarely()
     keep_signals_from_forks()
-    server.run(sockets=[socket])
+    try:
+        server.run(sockets=[socket])
+    except SystemExit:
+        # uvicorn's own code for an application that does not start is 3.
+        sys.exit(REFUSED)
     if not server.started:
         sys.exit(REFUSED)
 
