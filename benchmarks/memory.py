@@ -84,7 +84,7 @@ async def main() -> None:
     sizes: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         url = f"sqlite:///{folder}/jobs.db"
-        migrations.upgrade(url)
+        await asyncio.to_thread(migrations.upgrade, url)
         registry = JobRegistry([load, load_in_thread])
         async with open_service(registry, url, lease_seconds=30) as service:
             worker = Worker(service, concurrency=8, assets=folder, shutdown_seconds=5)
