@@ -134,7 +134,11 @@ def serve(
     socket = _listening(settings.host, settings.port)
     err.print(f"Job Registry serves http://{_address(socket)}/graphql  (Ctrl-C ends it)")
     _collect_garbage_rarely()
-    server.run(sockets=[socket])
+    try:
+        server.run(sockets=[socket])
+    except SystemExit:
+        # uvicorn's own code for an application that does not start is 3.
+        sys.exit(REFUSED)
     if not server.started:
         sys.exit(REFUSED)
 

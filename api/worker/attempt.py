@@ -27,6 +27,7 @@ from api.worker.outcomes import (
     FailAttempt,
     HandBack,
     Nothing,
+    NotStarted,
     Raised,
     Report,
     SnoozeFor,
@@ -156,12 +157,16 @@ class Attempt:
         if registered.run is None:
             await self._report(HandBack())
             return
-        call = self._call = self._start(registered, payload)
-        if self._asked_to_stop.is_set():
-            call.ask_to_stop()
-        elif self._now.cancel_requested:
-            self._ask_to_stop(CANCEL_GRACE_SECONDS)
+        address = self._process_address(registered)
+        if address is not None:
+            call: HandlerCall | ProcessCall = self._start_in_process(registered, address)
+        else:
+            call = self._start_here(registered, payload)
         end = await self._end_of(call)
+        if isinstance(end, NotStarted) and registered.run_in != "process":
+            self._log.warning("job.cannot_be_isolated")
+            call = self._start_here(registered, payload)
+            end = await self._end_of(call)
         self._reporting = True
         asked = self._asked_to_stop.is_set()
         if isinstance(end, Raised) and end.kind in _UNFORESEEN and not asked:
@@ -187,41 +192,28 @@ class Attempt:
             if not call.ended.done() and not self._now.handing_back:
                 await self._outlive(call)
 
-    def _start(self, registered: JobType[Any], payload: Any) -> HandlerCall | ProcessCall:
-        job = {
-            "id": str(self._job.id),
-            "type": self._job.type,
-            "attempt": self._job.attempt,
-            "max_attempts": self._job.max_attempts,
-            "timeout_seconds": self._job.timeout_seconds,
-            "created_by": self._job.created_by,
-        }
-        keeper, token = self._equipment.keeper, self._token
+    def _start_in_process(self, registered: JobType[Any], address: str) -> ProcessCall:
+        return self._equipment.processes.call(
+            address,
+            registered,
+            self._facts(),
+            self._job.payload,
+            deadline=self._deadline,
+            on_progress=self._progress_sink(),
+        )
 
-        def pass_on(text: bytes) -> None:
-            keeper.progress(token, text)
-
-        address = self._process_address(registered)
-        if address is not None:
-            return self._equipment.processes.call(
-                address,
-                registered,
-                job,
-                self._job.payload,
-                deadline=self._deadline,
-                on_progress=pass_on,
-            )
+    def _start_here(self, registered: JobType[Any], payload: Any) -> HandlerCall:
         assert registered.run is not None
         max_bytes = self._service.registry.max_payload_bytes
         handler_log = structlog.get_logger("jobs.handler").bind(
-            job_id=job["id"], type=job["type"], attempt=job["attempt"]
+            job_id=str(self._job.id), type=self._job.type, attempt=self._job.attempt
         )
         context = JobContext(
-            **job,  # type: ignore[arg-type]
+            **self._facts(),
             assets=self._equipment.assets,
             state=self._equipment.state,
             log=handler_log,
-            _report=Progress(pass_on, handler_log, max_bytes=max_bytes).report,
+            _report=Progress(self._progress_sink(), handler_log, max_bytes=max_bytes).report,
             _cancelled=self._asked_to_stop.is_set,
             _deadline=self._deadline,
         )
@@ -229,10 +221,26 @@ class Attempt:
             registered.run,
             context,
             payload,
-            in_thread=registered.runs_in != "loop",
+            in_thread=registered.runs_in == "thread",
             middleware=self._equipment.middleware,
             max_bytes=max_bytes,
         )
+
+    def _facts(self) -> dict[str, Any]:
+        """What a `JobContext` says of the job."""
+        return {
+            "id": str(self._job.id),
+            "type": self._job.type,
+            "attempt": self._job.attempt,
+            "max_attempts": self._job.max_attempts,
+            "timeout_seconds": self._job.timeout_seconds,
+            "created_by": self._job.created_by,
+        }
+
+    def _progress_sink(self) -> Callable[[bytes], None]:
+        # Not a method of this: a handler may keep its context, and the attempt with it.
+        keeper, token = self._equipment.keeper, self._token
+        return lambda text: keeper.progress(token, text)
 
     def _process_address(self, registered: JobType[Any]) -> str | None:
         """From where a process imports the handler; None: it runs in this process.
@@ -251,6 +259,11 @@ class Attempt:
 
     async def _end_of(self, call: HandlerCall | ProcessCall) -> End:
         """How the handler ended, or that it still runs when it must not be waited for."""
+        self._call = call
+        if self._asked_to_stop.is_set():
+            call.ask_to_stop()
+        elif self._now.cancel_requested:
+            self._ask_to_stop(CANCEL_GRACE_SECONDS)
         ended = call.ended
         ended.add_done_callback(self._notice)
         while not ended.done():

@@ -1,0 +1,113 @@
+"""What jobs leave behind in a worker: its resident size over many failing and succeeding jobs.
+
+    .venv/bin/python benchmarks/memory.py [--megabytes 20] [--failing 1000] [--succeeding 10000]
+
+Each failing attempt holds so many megabytes in its frame; each succeeding one has a payload and a
+result of 50 kB. Runs on a fresh SQLite file, with the garbage collector as `jobs worker` sets it.
+The size must level off: the last line says whether it did.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from api.logs import configure_logs
+from api.queue import migrations
+from api.queue.requests import EnqueueRequest
+from api.queue.service import JobService, open_service
+from api.worker import Worker
+from registry import JobContext, JobPolicy, JobRegistry, JobType, Payload
+
+
+class Load(Payload):
+    fails: bool
+    text: str = ""
+
+
+megabytes = 20
+load = JobType(name="load", payload=Load, policy=JobPolicy(max_attempts=1))
+load_in_thread = JobType(name="load_in_thread", payload=Load, policy=JobPolicy(max_attempts=1))
+
+
+@load.handler
+async def work(job: JobContext, payload: Load) -> Any:
+    return do(payload)
+
+
+@load_in_thread.handler
+def work_in_thread(job: JobContext, payload: Load) -> Any:
+    return do(payload)
+
+
+def do(payload: Load) -> str:
+    if payload.fails:
+        held = bytearray(megabytes * 1_000_000)
+        raise ValueError(len(held))
+    return payload.text
+
+
+async def run(service: JobService, kind: str, jobs: int, fails: bool) -> None:
+    for start in range(0, jobs, 500):
+        text = "" if fails else "x" * 50_000
+        requests = [
+            EnqueueRequest(kind, {"fails": fails, "text": text})
+            for _ in range(min(500, jobs - start))
+        ]
+        await service.enqueue_many(requests)
+        while True:
+            counts = (await service.counts())[kind]
+            if not counts.queued and not counts.running:
+                break
+            await asyncio.sleep(0.05)
+
+
+async def main() -> None:
+    global megabytes
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--megabytes", type=int, default=20)
+    parser.add_argument("--failing", type=int, default=1_000)
+    parser.add_argument("--succeeding", type=int, default=10_000)
+    options = parser.parse_args()
+    megabytes = options.megabytes
+    configure_logs("error", "console")
+    process = psutil.Process()
+    sizes: list[float] = []
+    with tempfile.TemporaryDirectory() as folder:
+        url = f"sqlite:///{folder}/jobs.db"
+        await asyncio.to_thread(migrations.upgrade, url)
+        registry = JobRegistry([load, load_in_thread])
+        async with open_service(registry, url, lease_seconds=30) as service:
+            worker = Worker(service, concurrency=8, assets=folder, shutdown_seconds=5)
+            task = asyncio.create_task(worker.run())
+            gc.collect()
+            gc.freeze()
+            gc.set_threshold(50_000, 20, 50)
+            print(f"{'jobs':>28}  resident")
+            for part in range(5):
+                for fails, jobs in ((True, options.failing), (False, options.succeeding)):
+                    for kind in ("load", "load_in_thread"):
+                        await run(service, kind, jobs // 10, fails)
+                    name = f"{jobs // 5:,} {'failing' if fails else 'succeeding'}"
+                    size = process.memory_info().rss / 1e6
+                    sizes.append(size)
+                    print(f"{part + 1}. {name:>25}  {size:6.0f} MB", flush=True)
+            worker.stop()
+            await task
+    growth = sizes[-1] - sizes[3]
+    print(f"From the second fifth to the last: {growth:+.0f} MB. ", end="")
+    print("It levels off." if growth < 50 else "IT GROWS.")
+    sys.exit(growth >= 50)
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

@@ -1,0 +1,86 @@
+"""Job types whose handlers do to their process what should not end or stop it."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from registry import Backoff, JobContext, JobPolicy, JobType, Payload
+
+POLICY = JobPolicy(max_attempts=3, timeout_seconds=60, backoff=Backoff(0.05, 0.1))
+
+
+class Act(Payload):
+    """What the handler does, and the file in which it says that it is there."""
+
+    act: str
+    file: str = ""
+
+
+hang = JobType(name="hang", payload=Act, policy=POLICY)
+hang_in_thread = JobType(name="hang_in_thread", payload=Act, policy=POLICY)
+
+
+@hang.handler
+async def do(job: JobContext, payload: Act) -> Any:
+    """Do what the payload says, on the event loop."""
+    match payload.act:
+        case "exit in a task":
+            task = asyncio.create_task(leave())
+            await asyncio.wait({task})
+            return repr(task.exception())
+        case "swallow":
+            Path(payload.file).write_text("here")
+            while True:
+                try:
+                    await asyncio.sleep(60)
+                except asyncio.CancelledError:
+                    continue
+        case "block":
+            Path(payload.file).write_text("here")
+            time.sleep(60)  # noqa: ASYNC251
+        case "pool":
+            Path(payload.file).write_text("here")
+            await asyncio.to_thread(time.sleep, 60)
+        case "fork":
+            return fork(payload)
+    return os.getpid()
+
+
+@hang_in_thread.handler
+def do_in_thread(job: JobContext, payload: Act) -> Any:
+    """Do what the payload says, in a thread."""
+    match payload.act:
+        case "thread":
+            threading.Thread(target=time.sleep, args=(60,)).start()
+        case "leave a child":
+            child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+            child.start()
+            Path(payload.file).write_text(str(child.pid))
+        case "fork":
+            return fork(payload)
+    return os.getpid()
+
+
+async def leave() -> None:
+    """End a task as a program ends."""
+    await asyncio.sleep(0)
+    sys.exit(7)
+
+
+def fork(payload: Act) -> dict[str, Any]:
+    """Start a process by a fork, terminate it, and say how it ended."""
+    context = multiprocessing.get_context("fork")
+    child = context.Process(target=time.sleep, args=(60,))
+    child.start()
+    time.sleep(0.2)
+    child.terminate()
+    child.join(10)
+    return {"child": child.exitcode, "is": -signal.SIGTERM}

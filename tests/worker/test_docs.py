@@ -1,0 +1,54 @@
+"""docs/workers.md stays true: what it shows runs."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from api.queue.database import Database
+from api.queue.models import JobStatus
+from api.queue.requests import EnqueueRequest
+from api.queue.service import JobService
+from api.worker import Worker
+from registry.discovery import load_registry
+
+TEXT = (Path(__file__).parents[2] / "docs/workers.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("example", "job_type", "payload", "result"),
+    [
+        ("run_in", "report.render", {"rows": 5}, {"total": 30}),
+        ("extension", "ping", {}, True),
+    ],
+)
+async def test_the_examples_run(
+    database_url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    example: str,
+    job_type: str,
+    payload: dict[str, object],
+    result: object,
+) -> None:
+    pattern = rf"<!-- example: {example} -->\n```python\n(.*?)```"
+    (code,) = re.findall(pattern, TEXT, re.DOTALL)
+    (tmp_path / f"docs_{example}.py").write_text(code, "utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    database = Database(database_url)
+    service = JobService(load_registry([f"docs_{example}"]), database)
+    worker = Worker(service, concurrency=1, assets="", shutdown_seconds=2)
+    task = asyncio.create_task(worker.run())
+    job = (await service.enqueue(EnqueueRequest(job_type, payload))).job
+    async with asyncio.timeout(20):
+        while (done := await service.get(job.id)).status is not JobStatus.SUCCEEDED:
+            await asyncio.sleep(0.02)
+    worker.stop()
+    await asyncio.wait_for(task, 10)
+    await database.close()
+    assert done.result == result
