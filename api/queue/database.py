@@ -443,8 +443,9 @@ def unavailable() -> Iterator[None]:
 def _is_outage(error: BaseException | None) -> bool:
     """Whether this is the database's trouble, by SQLSTATE class, not the statement's.
 
-    08 connection, 28 and 3D role or database (refused while connecting), 25006 read-only (a standby after failover), 53 resources (53100: disk full),
-    57P0x shutdown, 58 system error: https://www.postgresql.org/docs/current/errcodes-appendix.html
+    08 connection, 25006 read-only (a standby after failover), 28 and 3D no such role or database,
+    53 resources (53100: disk full), 57P0x shutdown, 58 system error:
+    https://www.postgresql.org/docs/current/errcodes-appendix.html
     """
     if isinstance(error, sqlite3.OperationalError):
         return True
