@@ -165,7 +165,8 @@ class JobService:
     """The queue's operations. Each either happens whole, or raises and changed nothing.
 
     Each raises, beside what it names, `QueueUnavailable` when the database does not answer.
-    `new_id` makes the ids of new jobs, UUIDv7; tests may bring their own.
+    `new_id` makes the ids of new jobs, UUIDv7; tests may bring their own. `metrics` are those of the
+    process, where it has several services.
     """
 
     def __init__(
@@ -177,12 +178,13 @@ class JobService:
         max_page_size: int = 200,
         max_bulk_size: int = 1_000,
         new_id: Callable[[], uuid.UUID] = uuid7,
+        metrics: Metrics | None = None,
     ) -> None:
         self.registry = registry
         self.lease_seconds = lease_seconds
         self._max_page_size = max_page_size
         self._max_bulk_size = max_bulk_size
-        self.metrics = Metrics(registry)
+        self.metrics = Metrics(registry) if metrics is None else metrics
         self.events = Events(database, self.metrics)
         self._database = database
         database.on_unavailable = self.metrics.database_unavailable
