@@ -165,8 +165,8 @@ class JobService:
     """The queue's operations. Each either happens whole, or raises and changed nothing.
 
     Each raises, beside what it names, `QueueUnavailable` when the database does not answer.
-    `new_id` makes the ids of new jobs, UUIDv7; tests may bring their own. `metrics` are those of the
-    process, where it has several services.
+    `new_id` makes the ids of new jobs, UUIDv7; tests may bring their own. `metrics` are those of
+    the process, where it has several services.
     """
 
     def __init__(
