@@ -178,7 +178,8 @@ class JobService:
     """The queue's operations. Each either happens whole, or raises and changed nothing.
 
     Each raises, beside what it names, `QueueUnavailable` when the database does not answer.
-    `new_id` makes the ids of new jobs, UUIDv7; tests may bring their own.
+    `new_id` makes the ids of new jobs, UUIDv7; tests may bring their own. `metrics` are those of
+    the process, where it has several services.
     """
 
     def __init__(
@@ -190,6 +191,7 @@ class JobService:
         max_page_size: int = 200,
         max_bulk_size: int = 1_000,
         new_id: Callable[[], uuid.UUID] = uuid7,
+        metrics: Metrics | None = None,
     ) -> None:
         self.registry = registry
         self.lease_seconds = lease_seconds
@@ -203,7 +205,7 @@ class JobService:
             if database.name == "postgresql"
             else SQLiteStore(database, process)
         )
-        self.metrics = Metrics(registry)
+        self.metrics = Metrics(registry) if metrics is None else metrics
         database.on_unavailable = self.metrics.database_unavailable
         self.events = Events(database, self._store, process, self.metrics)
         self._new_id = new_id
@@ -492,7 +494,9 @@ class JobService:
         """
         database = self._database.for_another_loop(pool_size=pool_size)
         try:
-            yield JobService(self.registry, database, lease_seconds=self.lease_seconds)
+            yield JobService(
+                self.registry, database, lease_seconds=self.lease_seconds, metrics=self.metrics
+            )
         finally:
             await database.close()
 

@@ -1,0 +1,399 @@
+"""Each setting and option reaches what it is for; one that is read and not passed on is noticed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from jwt.algorithms import ECAlgorithm
+
+from api.settings import Settings
+from tests.cli.test_cli import Shell
+from tests.conftest import run_sql
+from tests.http_client import Visit
+from tests.test_auth import AUTH, CLAIMS, bearer
+
+Test = TypeVar("Test", bound=Callable[..., Any])
+TRIED: set[str] = set()
+
+
+def reaches(*settings: str) -> Callable[[Test], Test]:
+    """Marks a test that fails if one of these settings is read and not passed on."""
+
+    def mark(test: Test) -> Test:
+        TRIED.update(settings)
+        return test
+
+    return mark
+
+
+def test_every_setting_is_tried_here() -> None:
+    assert Settings.model_fields.keys() == TRIED
+
+
+@pytest.fixture
+def jobs(tmp_path: Path) -> Shell:
+    return Shell(tmp_path)
+
+
+PING = {"type": "test.ping", "payload": {}}
+
+
+async def ask(client: httpx.AsyncClient, query: str, **headers: str) -> dict[str, Any]:
+    response = await client.post("/graphql", json={"query": query}, headers=headers)
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def codes(answer: dict[str, Any]) -> list[str]:
+    return [error["extensions"]["code"] for error in answer.get("errors", ())]
+
+
+# Guards of requests
+
+
+@reaches("max_body_bytes")
+async def test_a_body_may_be_as_large_as_set(visit: Visit) -> None:
+    body = {"type": "test.ping", "payload": {"text": "x" * 2_000}}
+    for limit, status in (("1024", 413), ("4096", 201)):
+        async with visit(max_body_bytes=limit) as client:
+            assert (await client.post("/jobs", json=body)).status_code == status
+            answer = await client.post("/graphql", json={"query": "{ __typename }" + " " * 2_000})
+            assert answer.status_code == (200 if status == 201 else 413)
+
+
+@reaches("max_page_size")
+async def test_a_page_may_be_as_large_as_set(visit: Visit) -> None:
+    for limit, refused in (("50", True), ("51", False)):
+        async with visit(max_page_size=limit) as client:
+            answer = await ask(client, "{ jobs(first: 51) { nodes { id } } }")
+            assert ("errors" in answer) == refused
+
+
+@reaches("max_bulk_size")
+async def test_a_bulk_may_be_as_large_as_set(visit: Visit) -> None:
+    job = '{type: "test.ping", payload: {}}'
+    query = f"mutation {{ enqueueJobs(inputs: [{job}, {job}]) {{ __typename }} }}"
+    for limit, refused in (("1", True), ("2", False)):
+        async with visit(max_bulk_size=limit) as client:
+            assert ("errors" in await ask(client, query)) == refused
+
+
+@reaches("max_query_tokens", "max_query_depth", "max_query_aliases", "max_query_directives")
+@pytest.mark.parametrize(
+    ("setting", "limit", "query"),
+    [
+        ("max_query_tokens", "100", "{ " + "__typename " * 200 + "}"),
+        ("max_query_depth", "5", "{ jobs { nodes { policy { backoff { a { b { c } } } } } } }"),
+        ("max_query_aliases", "0", "{ a: __typename }"),
+        ("max_query_directives", "0", "{ __typename @include(if: true) }"),
+    ],
+)
+async def test_a_document_may_be_as_complex_as_set(
+    visit: Visit, setting: str, limit: str, query: str
+) -> None:
+    async with visit(**{setting: limit}) as strict:
+        told = json.dumps(await ask(strict, query))
+    many = "10000"
+    generous = {"max_query_tokens": many, "max_query_depth": "100", "max_query_aliases": many}
+    async with visit(**generous, max_query_directives=many) as client:
+        assert json.dumps(await ask(client, query)) != told
+    assert "errors" in told
+
+
+@reaches("rate_limit")
+async def test_callers_may_call_as_often_as_set(visit: Visit) -> None:
+    async with visit(rate_limit="2/hour") as client:
+        statuses = [(await client.post("/jobs", json=PING)).status_code for _ in range(3)]
+    assert statuses == [201, 201, 429]
+
+
+@reaches("cors_origins")
+async def test_pages_of_the_origins_that_are_set_may_call(visit: Visit) -> None:
+    origin = "https://app.example.com"
+    for settings, allowed in (({}, None), ({"cors_origins": origin}, origin)):
+        async with visit(**settings) as client:
+            response = await client.post("/jobs", json=PING, headers={"origin": origin})
+            assert response.headers.get("access-control-allow-origin") == allowed
+
+
+@reaches("production", "introspection", "suggestions", "graphiql", "get_queries")
+async def test_what_is_switched_off_is_off_alone_and_in_production_together(visit: Visit) -> None:
+    async def switched_on(**settings: str) -> dict[str, bool]:
+        async with visit(**settings) as client:
+            introspected = await ask(client, "{ __schema { queryType { name } } }")
+            mistaken = await ask(client, "{ jobType }")
+            page = await client.get("/graphql", headers={"accept": "text/html"})
+            got = await client.get("/graphql", params={"query": "{ __typename }"})
+            return {
+                "introspection": "errors" not in introspected,
+                "suggestions": "Did you mean" in json.dumps(await ask(client, "{ jobTypess }")),
+                "graphiql": page.headers["content-type"].startswith("text/html"),
+                "get_queries": got.status_code == 200 and "errors" in mistaken,
+            }
+
+    everything = await switched_on()
+    # GraphiQL is there where Node has built it.
+    assert all(on for name, on in everything.items() if name != "graphiql")
+    for name in everything:
+        assert await switched_on(**{name: "false"}) == everything | {name: False}
+    assert not any((await switched_on(production="true")).values())
+
+
+@reaches("auth_hs256_secret", "auth_issuer", "auth_audience", "auth_leeway_seconds")
+async def test_tokens_are_checked_against_all_that_is_set(visit: Visit) -> None:
+    late = bearer("jobs:enqueue", exp=int(time.time()) - 100)
+    good = bearer("jobs:enqueue")
+    for changed, headers, status in (
+        ({}, good, 201),
+        ({}, late, 401),
+        ({"auth_leeway_seconds": "200"}, late, 201),
+        ({"auth_issuer": "another"}, good, 401),
+        ({"auth_audience": "another"}, good, 401),
+        ({"auth_hs256_secret": "another secret, also of 32 bytes or more"}, good, 401),
+    ):
+        async with visit(**AUTH | changed) as client:
+            assert (await client.post("/jobs", json=PING, headers=headers)).status_code == status
+
+
+@reaches("auth_jwks")
+async def test_tokens_are_checked_with_the_keys_that_are_set(visit: Visit, tmp_path: Path) -> None:
+    import jwt
+
+    from tests.test_auth import claims
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    public = json.loads(ECAlgorithm.to_jwk(key.public_key())) | {"kid": "k", "alg": "ES256"}
+    (tmp_path / "keys.json").write_text(json.dumps({"keys": [public]}), "utf-8")
+    async with visit(auth_jwks=str(tmp_path / "keys.json"), **CLAIMS) as client:
+        token = jwt.encode(claims("jobs:enqueue"), key, "ES256", headers={"kid": "k"})
+        headers = {"authorization": f"Bearer {token}"}
+        assert (await client.post("/jobs", json=PING, headers=headers)).status_code == 201
+        assert (await client.post("/jobs", json=PING, headers=bearer("jobs:enqueue"))).is_error
+
+
+# The command
+
+
+@reaches("catalog")
+def test_job_types_come_from_the_catalog_that_is_set(jobs: Shell, house: Path) -> None:
+    names = [each["name"] for each in json.loads(jobs("types", "--json", **HOUSE).stdout)]
+    assert names == ["look"]
+
+
+@reaches("max_payload_bytes")
+@pytest.mark.parametrize("command", ["validate", "enqueue"])
+def test_a_payload_may_be_as_large_as_set(jobs: Shell, command: str) -> None:
+    payload = json.dumps({"batchId": "b" * 1_200, "escrowId": "e"})
+    refused = jobs(
+        command, "payout.execute", "-", "--json", stdin=payload, JOBS_MAX_PAYLOAD_BYTES="1024"
+    )
+    assert refused.returncode == 1
+    codes = [each["code"] for each in json.loads(refused.stdout)["violations"]]
+    assert "too_large" in codes or "too_long" in codes
+    text = json.dumps({"batchId": "b" * 100, "escrowId": "e"})
+    assert jobs(command, "payout.execute", "-", stdin=text).returncode == 0
+
+
+@reaches("database_url")
+@pytest.mark.parametrize("command", [["migrate"], ["enqueue", "payout.execute", "-"]])
+def test_the_database_that_is_set_is_used(jobs: Shell, command: list[str]) -> None:
+    payload = '{"batchId": "b", "escrowId": "e"}'
+    url = "sqlite:///elsewhere.db"
+    assert jobs(*command, stdin=payload, JOBS_DATABASE_URL=url).returncode == 0
+    assert sorted(path.name for path in jobs.folder.glob("*.db")) == ["elsewhere.db"]
+
+
+# Processes
+
+HOUSE = {"JOBS_CATALOG": "house"}
+
+CATALOG = """
+    import asyncio
+    import json
+    from pathlib import Path
+    from api.queue import database
+    from registry import JobContext, JobPolicy, JobType, Payload
+
+    class Empty(Payload):
+        pass
+
+    look = JobType(
+        name="look", payload=Empty, policy=JobPolicy(max_attempts=2, timeout_seconds=600)
+    )
+
+    @look.handler
+    async def look_around(job: JobContext, payload: Empty) -> None:
+        job.progress({"assets": job.assets})
+        await asyncio.sleep(600)
+
+    class Seen(database.Database):
+        def __init__(self, url, **options):
+            with Path("databases.jsonl").open("a") as file:
+                file.write(json.dumps(options, default=str) + "\\n")
+            super().__init__(url, **options)
+
+    from api.queue import service
+    service.Database = Seen
+"""
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> Path:
+    (tmp_path / "house.py").write_text(textwrap.dedent(CATALOG), "utf-8")
+    return tmp_path
+
+
+@contextmanager
+def running(folder: Path, *command: str, **settings: str) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "api.cli", *command],
+        cwd=folder,
+        env={
+            **os.environ,
+            **HOUSE,
+            "PYTHONPATH": f"{folder}{os.pathsep}{Path.cwd()}",
+            **{f"JOBS_{name.upper()}": value for name, value in settings.items()},
+        },
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate(timeout=10)
+
+
+def eventually(rows: Callable[[], Any], expected: Any) -> None:
+    give_up = time.monotonic() + 40
+    while (found := rows()) != expected and time.monotonic() < give_up:
+        time.sleep(0.05)
+    assert found == expected
+
+
+OLD = """INSERT INTO job (id, type, fingerprint, status, payload, priority, attempt, max_attempts,
+    timeout_seconds, backoff_base_seconds, backoff_cap_seconds, created_at, finished_at)
+    SELECT printf('%032x', {number}), 'look', 'f', '{status}', '{{}}', 50, 1, 3, 60, 2, 60,
+        strftime('%Y-%m-%d %H:%M:%f', 'now', '-{days} days') || '000',
+        strftime('%Y-%m-%d %H:%M:%f', 'now', '-{days} days') || '000'"""
+
+
+@reaches(
+    "assets",
+    "lease_seconds",
+    "worker_concurrency",
+    "keep_succeeded_days",
+    "keep_failed_days",
+    "database_pool_size",
+    "shutdown_seconds",
+)
+@pytest.mark.parametrize("option", [False, True], ids=["variable", "option"])
+@pytest.mark.parametrize("command", ["serve", "worker"])
+def test_what_is_set_for_a_worker_reaches_it(
+    sqlite_template: Path, house: Path, command: str, option: bool
+) -> None:
+    shutil.copy(sqlite_template, house / "jobs.db")
+    url = f"sqlite:///{house / 'jobs.db'}"
+    for number, (status, days) in enumerate(
+        [("succeeded", 2), ("succeeded", 4), ("failed", 4), ("failed", 6)], start=1
+    ):
+        run_sql(url, OLD.format(number=number, status=status, days=days))
+    Shell(house)("enqueue", "look", "-", stdin="{}\n" * 5, **HOUSE)
+    arguments = ["--concurrency", "3"] if option else []
+    arguments += ["--port", "0"] if command == "serve" else []
+    settings = {
+        "worker_concurrency": "2" if option else "3",
+        "assets": "pictures",
+        "lease_seconds": "77",
+        "keep_succeeded_days": "3",
+        "keep_failed_days": "5",
+        "database_pool_size": "7",
+        "shutdown_seconds": "0",
+        "log_level": "error",
+    }
+    (house / "databases.jsonl").unlink()
+    with running(house, command, *arguments, **settings) as process:
+        running_jobs = "SELECT json_extract(progress, '$.assets') FROM job WHERE status = 'running'"
+        eventually(lambda: run_sql(url, running_jobs), [("pictures",)] * 3)
+        lease = """SELECT DISTINCT round((julianday(lease_expires_at) - julianday(started_at))
+            * 86400 / 10) FROM job WHERE status = 'running'"""
+        assert run_sql(url, lease) == [(8,)]
+        finished = "SELECT status, count(*) FROM job WHERE finished_at NOT NULL GROUP BY status"
+        eventually(lambda: run_sql(url, finished), [("failed", 1), ("succeeded", 1)])
+        pools = [json.loads(line) for line in (house / "databases.jsonl").read_text().splitlines()]
+        assert pools[0]["pool_size"] == 7
+        asked = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        # The default would let the jobs run on for 20 seconds.
+        process.wait(15)
+        assert time.monotonic() - asked < 15
+        assert process.returncode == 0
+    assert run_sql(url, "SELECT DISTINCT status FROM job WHERE finished_at IS NULL") == [
+        ("queued",)
+    ]
+
+
+@reaches("host", "port")
+@pytest.mark.parametrize("option", [False, True], ids=["variable", "option"])
+def test_the_server_listens_where_it_is_set_to(house: Path, option: bool) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.2", 0))
+        port = str(free.getsockname()[1])
+    arguments = ["--host", "127.0.0.2", "--port", port] if option else []
+    settings = {} if option else {"host": "127.0.0.2", "port": port}
+    with running(house, "serve", "--no-worker", *arguments, **settings) as process:
+        assert process.stderr is not None
+        assert f"http://127.0.0.2:{port}/graphql" in process.stderr.readline()
+        answer = urllib.request.urlopen(f"http://127.0.0.2:{port}/readyz", timeout=20)
+        assert answer.status == 200
+
+
+@reaches("log_level", "log_format")
+def test_the_log_is_written_as_set(sqlite_template: Path, house: Path) -> None:
+    def lines(**settings: str) -> list[str]:
+        shutil.copy(sqlite_template, house / "jobs.db")
+        with running(house, "worker", **settings) as process:
+            url = f"sqlite:///{house / 'jobs.db'}"
+            seen = "SELECT count(*) FROM job_type_state"
+            eventually(lambda: run_sql(url, seen), [(1,)])
+            process.terminate()
+            assert process.wait(20) == 0
+            assert process.stderr is not None
+            return process.stderr.read().splitlines()
+
+    events = [json.loads(line)["event"] for line in lines(log_format="json")]
+    assert events == ["worker.started", "worker.stopped"]
+    (first, _last) = lines(log_format="console")
+    assert "worker.started" in first
+    assert not first.startswith("{")
+    assert lines(log_format="json", log_level="error") == []
+
+
+def test_a_worker_works_the_types_it_is_told_to(sqlite_template: Path, house: Path) -> None:
+    (house / "more.py").write_text(
+        "from house import Empty, JobPolicy, JobType\n"
+        "other = JobType(name='other', payload=Empty, policy=JobPolicy(timeout_seconds=600))\n"
+        "@other.handler\n"
+        "async def do(job, payload): pass\n",
+        "utf-8",
+    )
+    shutil.copy(sqlite_template, house / "jobs.db")
+    url = f"sqlite:///{house / 'jobs.db'}"
+    with running(house, "worker", "--types", "other", catalog="house,more"):
+        eventually(lambda: run_sql(url, "SELECT type FROM job_type_state"), [("other",)])
