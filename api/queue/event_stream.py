@@ -35,6 +35,9 @@ MAX_LATE_BATCHES: Final = 10_000
 BATCHES_BEFORE: Final = 100
 """How far behind the newest id a batch may still be uncommitted when reading starts."""
 
+BATCHES_AT_ONCE: Final = 1_000
+"""How many batches `Store.events_after` returns at most."""
+
 DELETED: Final = "events were deleted before this process read them"
 
 log = structlog.get_logger("jobs.events")
@@ -134,10 +137,11 @@ class EventStream:
             while not self._ended:
                 items = await self._kept.read()
                 self.begun.set()
-                if not items:
-                    break
                 for item in items:
                     await take(item)
+                # More than these would have set `_news` again.
+                if len(items) < BATCHES_AT_ONCE:
+                    break
         except Exception as error:
             # Nothing is missed by that: the next read goes on from the same batch.
             with suppress(Exception):
@@ -170,16 +174,23 @@ class KeptBatches:
 
     async def read(self) -> list[str | Gap]:
         """The next messages, in order; an empty list when there are no more, or at the start."""
-        newest = await self._store.last_event()
         if self._last is None:
-            await self._begin(newest)
+            await self._begin(await self._store.last_event())
             return []
-        if 0 < newest < self._last:
-            await self._begin(newest)
-            return [Gap("the database was replaced by an older one")]
+        deleted = False
         batches = await self._store.events_after(self._last)
+        if not batches:
+            newest = await self._store.last_event()
+            if 0 < newest < self._last:
+                await self._begin(newest)
+                return [Gap("the database was replaced by an older one")]
+            if newest > self._last:
+                # Committed in between, or deleted by now.
+                batches = await self._store.events_after(self._last)
+                deleted = not batches and self._gapless
+                self._last = newest if deleted else self._last
         if self._gapless:
-            return self._in_order(newest, batches)
+            return [Gap(DELETED)] if deleted else self._in_order(batches)
         return await self._with_late_ones(batches)
 
     async def _begin(self, newest: int) -> None:
@@ -189,7 +200,7 @@ class KeptBatches:
             before = max(0, newest - BATCHES_BEFORE)
             self._expect(before, await self._store.events_after(before))
 
-    def _in_order(self, newest: int, batches: dict[int, str]) -> list[str | Gap]:
+    def _in_order(self, batches: dict[int, str]) -> list[str | Gap]:
         items: list[str | Gap] = []
         for number, message in batches.items():
             # 0: the table was empty at the start, so that its first id is not known.
@@ -197,9 +208,6 @@ class KeptBatches:
                 items.append(Gap(DELETED))
             items.append(message)
             self._last = number
-        if not batches and self._last is not None and newest > self._last:
-            items.append(Gap(DELETED))
-            self._last = newest
         return items
 
     async def _with_late_ones(self, batches: dict[int, str]) -> list[str | Gap]:
