@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run install test check lock clean
+.PHONY: run install test test-postgresql soak mutants check lock clean
 
 run: install
 	@$(BIN)/python -m api.first_minute
@@ -11,6 +11,21 @@ install: .venv/installed api/web/dist/index.html
 
 test: install tests/frontend/node_modules
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
+
+# The queue's tests once more, on the system's PostgreSQL: with LLVM, unlike the one from PyPI.
+test-postgresql: install
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup --postgresql=debian \
+		-k "not sqlite" tests/queue
+
+# Races and storms, for so many minutes.
+SOAK_MINUTES ?= 10
+soak: install
+	$(BIN)/python benchmarks/soak.py --minutes $(SOAK_MINUTES)
+
+# Mutation testing: small faults in the core, and whether a test notices. SAMPLE limits their number.
+SAMPLE ?=
+mutants: install
+	$(BIN)/python -m tests.mutants $(if $(SAMPLE),--sample $(SAMPLE))
 
 check: install
 	$(BIN)/ruff check .

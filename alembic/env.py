@@ -7,13 +7,15 @@ from sqlmodel import SQLModel
 
 import api.queue.models  # noqa: F401  (its tables are what autogenerate compares with)
 
-connection = context.config.attributes["connection"]
+given = context.config.attributes
+connection = given["connection"]
 context.configure(
     connection=connection,
     target_metadata=SQLModel.metadata,
     render_as_batch=connection.dialect.name == "sqlite",
-    # Other tables of the user's database may have migrations of their own.
-    version_table="job_registry_version",
+    version_table=given["version_table"],
+    # Records the oldest revision whose code can use the result.
+    on_version_apply=given["on_version_apply"],
 )
 with context.begin_transaction():
     context.run_migrations()

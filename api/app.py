@@ -5,29 +5,26 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any
+from typing import Any, cast
 
-import limits
 import structlog
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
-from starlette.responses import JSONResponse
 from starlette.routing import Route, WebSocketRoute
 
 from api import pages
-from api.auth import Authentication, Entrance, Keys, KeysInvalid, SharedSecret, read_keys
+from api.auth import open_entrance
 from api.graphql.operations import Limits, Operations
 from api.graphql.schema import build_schema
 from api.graphql.streaming import StreamingView
 from api.graphql.view import GraphQLView
-from api.queue.errors import QueueUnavailable
+from api.health import Health, health_routes
 from api.queue.maintenance import maintain
 from api.queue.service import JobService, open_service
 from api.rest import EnqueueView, JobView
-from api.settings import Settings, SettingsInvalid
-from api.worker import Worker
+from api.settings import Settings
+from api.worker import Worker, WorkerStartError
 from registry import JobRegistry
 
 log = structlog.get_logger("jobs.app")
@@ -37,7 +34,8 @@ def create_app(settings: Settings, registry: JobRegistry, *, worker: bool = Fals
     """The application. With `worker`, jobs that have a handler run in this process as well.
 
     The database has to be migrated. While it is away the application answers 503, and it recovers
-    by itself.
+    by itself. `app.state.end`, once the application has started, begins its end: waits and
+    subscriptions end, and its worker leases nothing more; a second call does not wait for jobs.
 
     Raises:
         SettingsInvalid: the keys that tokens are to be checked with cannot be used.
@@ -53,13 +51,14 @@ def create_app(settings: Settings, registry: JobRegistry, *, worker: bool = Fals
                     settings.database_url,
                     lease_seconds=settings.lease_seconds,
                     pool_size=settings.database_pool_size,
+                    timeout_seconds=settings.database_timeout_seconds,
+                    pooler=settings.database_pooler,
+                    listen_url=settings.database_listen_url,
                     max_page_size=settings.max_page_size,
                     max_bulk_size=settings.max_bulk_size,
                 )
             )
             app.state.service = service
-            app.state.end_now = lambda: None
-            app.state.end_waits = service.end_waits
             stop = asyncio.Event()
             upkeep = maintain(
                 service,
@@ -68,15 +67,25 @@ def create_app(settings: Settings, registry: JobRegistry, *, worker: bool = Fals
                 keep_failed_days=settings.keep_failed_days,
             )
             await stack.enter_async_context(_until(stop, upkeep))
+            working = None
             if worker:
-                await stack.enter_async_context(_working(app, service, settings))
+                working = await stack.enter_async_context(_working(service, settings))
+            health = Health(service, working, entrance=entrance)
+            app.state.health = health
+
+            def end() -> None:
+                health.stopping.set()
+                stop.set()
+                service.end_waits()
+                if working is not None:
+                    working.stop()
+
+            app.state.end = end
+            if working is not None:
+                app.state.abandon = working.abandon
             yield
 
-    entrance = Entrance(
-        _authentication(settings),
-        [limits.parse(rate) for rate in settings.rate_limit],
-        settings.cors_origins,
-    )
+    entrance = open_entrance(settings)
     operations = Operations(
         build_schema(registry),
         Limits(
@@ -96,41 +105,21 @@ def create_app(settings: Settings, registry: JobRegistry, *, worker: bool = Fals
         page=pages.graphiql() if settings.graphiql else None,
     )
     stream = StreamingView(operations, entrance, allowed_origins=settings.cors_origins)
-    return Starlette(
+    application = Starlette(
         routes=[
             Route("/graphql", view),
             WebSocketRoute("/graphql", stream),
             Route("/jobs", EnqueueView(entrance, max_body_bytes=settings.max_body_bytes)),
             Route("/jobs/{id}", JobView(entrance)),
-            Route("/healthz", _alive, methods=["GET"]),
-            Route("/readyz", _ready, methods=["GET"]),
+            *health_routes(lambda request: cast(Health, request.app.state.health)),
             *(pages.assets() if settings.graphiql else ()),
         ],
         middleware=_middleware(settings),
         lifespan=lifespan,
     )
-
-
-def _authentication(settings: Settings) -> Authentication | None:
-    keys: Keys
-    if settings.auth_hs256_secret is not None:
-        keys = SharedSecret(settings.auth_hs256_secret)
-    elif settings.auth_jwks is not None:
-        try:
-            keys = read_keys(settings.auth_jwks)
-        except KeysInvalid as invalid:
-            fault = f"JOBS_AUTH_JWKS: got {settings.auth_jwks!r}; {invalid}"
-            raise SettingsInvalid([fault]) from None
-    else:
-        return None
-    assert settings.auth_issuer is not None
-    assert settings.auth_audience is not None
-    return Authentication(
-        keys,
-        issuer=settings.auth_issuer,
-        audience=settings.auth_audience,
-        leeway_seconds=settings.auth_leeway_seconds,
-    )
+    # Nothing has started yet.
+    application.state.end = application.state.abandon = lambda: None
+    return application
 
 
 def _middleware(settings: Settings) -> list[Middleware]:
@@ -148,23 +137,6 @@ def _middleware(settings: Settings) -> list[Middleware]:
     ]
 
 
-async def _alive(_request: Request) -> JSONResponse:
-    """The process answers."""
-    return JSONResponse({"status": "ok"})
-
-
-async def _ready(request: Request) -> JSONResponse:
-    """The process can do its work: the database answers, with the tables this version needs."""
-    try:
-        async with asyncio.timeout(2):
-            await request.app.state.service.ping()
-    except (QueueUnavailable, TimeoutError) as error:
-        log.warning("not_ready", reason=getattr(error, "reason", "no answer in 2 seconds"))
-        error_body = {"code": "queue_unavailable", "message": "The database does not answer."}
-        return JSONResponse({"status": "unavailable", "error": error_body}, status_code=503)
-    return JSONResponse({"status": "ok"})
-
-
 @asynccontextmanager
 async def _until(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
     task = asyncio.create_task(work)
@@ -176,17 +148,27 @@ async def _until(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> AsyncI
 
 
 @asynccontextmanager
-async def _working(app: Starlette, service: JobService, settings: Settings) -> AsyncIterator[None]:
+async def _working(service: JobService, settings: Settings) -> AsyncIterator[Worker]:
     worker = Worker(
         service,
         concurrency=settings.worker_concurrency,
         assets=settings.assets,
         shutdown_seconds=settings.shutdown_seconds,
     )
-    app.state.end_now = worker.stop
     task = asyncio.create_task(worker.run(), name="worker")
+    started = asyncio.create_task(worker.started.wait())
+    await asyncio.wait({task, started}, return_when=asyncio.FIRST_COMPLETED)
+    started.cancel()
     try:
-        yield
+        if task.done():
+            task.result()
+    except WorkerStartError as error:
+        log.error("worker.start_failed", reason=str(error))
+        raise
+    try:
+        yield worker
     finally:
-        worker.stop()
+        # A second call would hand running jobs back at once.
+        if not worker.is_stopping:
+            worker.stop()
         await task

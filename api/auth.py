@@ -20,11 +20,13 @@ from urllib.parse import urlsplit
 import jwt
 import structlog
 from limits import RateLimitItem
+from limits import parse as parse_rate
 from limits.storage import MemoryStorage
 from limits.strategies import SlidingWindowCounterRateLimiter
 from starlette.types import Scope
 
 from api.http_messages import header
+from api.settings import Settings, SettingsInvalid
 from registry import text_fault
 from registry.errors import shortened
 
@@ -349,6 +351,19 @@ class Entrance:
                 raise TooManyRequests(_rate(limit), max(1, round(reset - time.time())))
 
 
+def open_entrance(settings: Settings) -> Entrance:
+    """The entrance that the settings describe.
+
+    Raises:
+        SettingsInvalid: the keys that tokens are checked with cannot be used.
+    """
+    return Entrance(
+        _authentication(settings),
+        [parse_rate(rate) for rate in settings.rate_limit],
+        settings.cors_origins,
+    )
+
+
 def read_keys(source: str) -> Keys:
     """The keys of a JWKS URL or file.
 
@@ -362,6 +377,28 @@ def read_keys(source: str) -> Keys:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no text"
         raise KeysInvalid(f"the file cannot be read: {reason}") from None
+
+
+def _authentication(settings: Settings) -> Authentication | None:
+    keys: Keys
+    if settings.auth_hs256_secret is not None:
+        keys = SharedSecret(settings.auth_hs256_secret)
+    elif settings.auth_jwks is not None:
+        try:
+            keys = read_keys(settings.auth_jwks)
+        except KeysInvalid as invalid:
+            fault = f"JOBS_AUTH_JWKS: got {settings.auth_jwks!r}; {invalid}"
+            raise SettingsInvalid([fault]) from None
+    else:
+        return None
+    assert settings.auth_issuer is not None
+    assert settings.auth_audience is not None
+    return Authentication(
+        keys,
+        issuer=settings.auth_issuer,
+        audience=settings.auth_audience,
+        leeway_seconds=settings.auth_leeway_seconds,
+    )
 
 
 def _host(header: str) -> str:

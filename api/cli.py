@@ -10,9 +10,8 @@ import contextlib
 import gc
 import json
 import os
-import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -35,6 +34,7 @@ from registry import (
 from registry.discovery import load_registry
 
 if TYPE_CHECKING:
+    from api.queue.migrations import Fit, Migrated
     from api.queue.service import Enqueued, JobService, Refusal
 
 REFUSED = 1
@@ -46,7 +46,7 @@ app = typer.Typer(
     name="jobs",
     help="A job queue whose jobs are typed: a bad job is refused at the door.",
     epilog="Settings are JOBS_* variables; the README lists them. Exit codes: 0 done, 1 refused,"
-    " 2 wrong usage.",
+    " 2 wrong usage, 3 did not end within its grace.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -126,17 +126,13 @@ def serve(
         proxy_headers=False,
         lifespan="on",
         ws_max_size=settings.max_body_bytes,
-        timeout_graceful_shutdown=int(settings.shutdown_seconds) + 10,
+        # Requests and jobs have the same grace, from the same signal.
+        timeout_graceful_shutdown=max(1, int(settings.shutdown_seconds)),
     )
-    server = _server(config, application)
-    try:
-        # Here, so that a taken port is one sentence, and the address works once it is printed.
-        socket = _listening(settings)
-    except OSError as error:
-        _fail(REFUSED, f"{settings.host}:{settings.port} cannot be listened on: {error.strerror}.")
-    address = socket.getsockname()
-    shown = f"[{address[0]}]" if ":" in address[0] else address[0]
-    err.print(f"Job Registry serves http://{shown}:{address[1]}/graphql  (Ctrl-C ends it)")
+    server = _server(config, application, settings)
+    # Here, so that a taken port is one sentence, and the address works once it is printed.
+    socket = _listening(settings.host, settings.port)
+    err.print(f"Job Registry serves http://{_address(socket)}/graphql  (Ctrl-C ends it)")
     _collect_garbage_rarely()
     server.run(sockets=[socket])
     if not server.started:
@@ -152,6 +148,15 @@ def worker(
         str | None,
         typer.Option(help="Job types to work, separated by commas; all with a handler otherwise."),
     ] = None,
+    health_port: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=65_535,
+            help="Serve /healthz, /readyz and /metrics on this port; 0 picks a free port.",
+        ),
+    ] = None,
+    health_host: Annotated[str, typer.Option(help="The address of the health port.")] = "127.0.0.1",
 ) -> None:
     """Run jobs until told to stop. SIGTERM lets running jobs end; a second one does not wait."""
     settings = _settings(worker_concurrency=concurrency)
@@ -167,22 +172,54 @@ def worker(
         _fail(WRONG_USAGE, "No job type has a handler here, so there is nothing to work.")
     _configure_logs(settings)
     _prepare_database(settings)
+    health_socket = None if health_port is None else _listening(health_host, health_port)
+    if health_socket is not None:
+        err.print(f"Health is served at http://{_address(health_socket)}/healthz")
+    from api.worker import WorkerStartError
+
     _collect_garbage_rarely()
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(_work(settings, registry, wanted))
+    try:
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            runner.run(_work(settings, registry, wanted, health_socket))
+    except WorkerStartError as error:
+        _fail(REFUSED, str(error))
 
 
 @app.command()
-def migrate() -> None:
-    """Bring the database to the tables this version needs. Running it again does nothing."""
+def migrate(
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Change nothing; exit with 1 when the database does not fit."),
+    ] = False,
+    grants: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ROLE",
+            help="Change nothing; print the GRANTs that a PostgreSQL role needs to serve and work.",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Bring the database schema up to date. Running it again does nothing."""
+    if check and grants is not None:
+        _fail(WRONG_USAGE, "--check and --grants are used one at a time.")
     settings = _settings()
+    _configure_logs(settings, at_least_warnings=True)
     from api.queue import migrations
 
-    with _database_errors():
-        before = migrations.current(settings.database_url)
-        migrations.upgrade(settings.database_url)
-        after = migrations.current(settings.database_url)
-    out.print(f"at {after} already" if before == after else f"migrated from {before} to {after}")
+    url, pooler = settings.database_url, settings.database_pooler
+    if grants is not None:
+        with _database_errors():
+            _print_grants(migrations.grants(url, grants, pooler=pooler), as_json)
+    elif check:
+        with _database_errors():
+            fit = migrations.examine(url, pooler=pooler)
+        _print_fit(fit, as_json)
+        if not fit.fits:
+            sys.exit(REFUSED)
+    else:
+        with _database_errors():
+            _print_migrated(migrations.upgrade(url, pooler=pooler), as_json)
 
 
 @app.command()
@@ -301,17 +338,15 @@ def schema() -> None:
     sys.stdout.write(sdl(registry))
 
 
-async def _work(settings: Settings, registry: JobRegistry, types: Sequence[str]) -> None:
+async def _work(
+    settings: Settings, registry: JobRegistry, types: Sequence[str], health_socket: Any | None
+) -> None:
     from api.queue.maintenance import maintain
-    from api.queue.service import open_service
+    from api.shutdown import Shutdown
     from api.worker import Worker
+    from api.worker.loop import CLOSE_SECONDS
 
-    async with open_service(
-        registry,
-        settings.database_url,
-        lease_seconds=settings.lease_seconds,
-        pool_size=settings.database_pool_size,
-    ) as service:
+    async with _open_service(settings, registry) as service:
         worker = Worker(
             service,
             types=types or None,
@@ -319,20 +354,38 @@ async def _work(settings: Settings, registry: JobRegistry, types: Sequence[str])
             assets=settings.assets,
             shutdown_seconds=settings.shutdown_seconds,
         )
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, worker.stop)
         stop = asyncio.Event()
-        upkeep = asyncio.create_task(
-            maintain(
-                service,
-                stop,
-                keep_succeeded_days=settings.keep_succeeded_days,
-                keep_failed_days=settings.keep_failed_days,
+
+        def end() -> None:
+            stop.set()
+            worker.stop()
+
+        async with contextlib.AsyncExitStack() as stack:
+            shutdown = stack.enter_context(
+                Shutdown(
+                    end,
+                    seconds=settings.shutdown_seconds + CLOSE_SECONDS,
+                    abandon=worker.abandon,
+                )
             )
-        )
-        await worker.run()
-        stop.set()
-        await upkeep
+            if health_socket is not None:
+                from api.auth import open_entrance
+                from api.health import Health, health_app
+
+                health = Health(service, worker, entrance=open_entrance(settings))
+                await stack.enter_async_context(_health_served(health_app(health), health_socket))
+            upkeep = asyncio.create_task(
+                maintain(
+                    service,
+                    stop,
+                    keep_succeeded_days=settings.keep_succeeded_days,
+                    keep_failed_days=settings.keep_failed_days,
+                )
+            )
+            await worker.run()
+            stop.set()
+            await upkeep
+        shutdown.work_has_ended()
 
 
 async def _enqueue(
@@ -347,13 +400,9 @@ async def _enqueue(
     """Stores the payloads, says what became of each, and gives how many were refused."""
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    from api.queue.service import open_service
-
     counts = {"stored": 0, "deduplicated": 0, "refused": 0}
-    size = len(lines) if atomic else BULK
-    async with open_service(
-        registry, settings.database_url, lease_seconds=settings.lease_seconds
-    ) as service:
+    size = len(lines) if atomic else min(BULK, settings.max_bulk_size)
+    async with _open_service(settings, registry) as service:
         progress = Progress(
             *Progress.get_default_columns()[:2],
             MofNCompleteColumn(),
@@ -450,6 +499,24 @@ def _configure_logs(settings: Settings, *, at_least_warnings: bool = False) -> N
     configure_logs("warning" if quiet else settings.log_level, settings.log_format)
 
 
+def _open_service(
+    settings: Settings, registry: JobRegistry
+) -> contextlib.AbstractAsyncContextManager[JobService]:
+    from api.queue.service import open_service
+
+    return open_service(
+        registry,
+        settings.database_url,
+        lease_seconds=settings.lease_seconds,
+        pool_size=settings.database_pool_size,
+        timeout_seconds=settings.database_timeout_seconds,
+        pooler=settings.database_pooler,
+        listen_url=settings.database_listen_url,
+        max_page_size=settings.max_page_size,
+        max_bulk_size=settings.max_bulk_size,
+    )
+
+
 def _prepare_database(settings: Settings) -> None:
     """Migrates the embedded database; of a shared one, only looks whether somebody has."""
     from api.queue import migrations
@@ -457,18 +524,62 @@ def _prepare_database(settings: Settings) -> None:
     with _database_errors():
         if settings.database_url.startswith("sqlite"):
             migrations.upgrade(settings.database_url)
-        elif not migrations.is_current(settings.database_url):
-            _fail(REFUSED, "The database has not the tables this version needs: run jobs migrate.")
+            return
+        fit = migrations.examine(settings.database_url, pooler=settings.database_pooler)
+    if not fit.fits:
+        _fail(REFUSED, fit.sentence)
 
 
 @contextlib.contextmanager
 def _database_errors() -> Iterator[None]:
     from api.queue.errors import QueueUnavailable
+    from api.queue.migrations import MigrationRefused
 
     try:
         yield
+    except MigrationRefused as refused:
+        _fail(REFUSED, str(refused))
     except QueueUnavailable as error:
         _fail(REFUSED, f"The database is not available: {error.reason}")
+
+
+def _print_migrated(migrated: Migrated, as_json: bool) -> None:
+    if as_json:
+        steps = [{"revision": step.revision, "title": step.title} for step in migrated.steps]
+        _print_json({"from": migrated.before, "to": migrated.after, "steps": steps})
+    elif not migrated.steps:
+        out.print(f"Nothing to do: the database schema is at revision {migrated.after}.")
+    else:
+        for step in migrated.steps:
+            out.print(f"{step.revision}  {step.title}", markup=False)
+        before = migrated.before or "an empty database"
+        out.print(f"Migrated from {before} to revision {migrated.after}.")
+
+
+def _print_fit(fit: Fit, as_json: bool) -> None:
+    if not as_json:
+        (out if fit.fits else err).print(fit.sentence, markup=False)
+        return
+    _print_json(
+        {
+            "fits": fit.fits,
+            "verdict": fit.verdict.value,
+            "revision": fit.revision,
+            "needed": fit.needed,
+            "compatibleFrom": fit.compatible_from,
+            "message": fit.sentence,
+        }
+    )
+
+
+def _print_grants(statements: Sequence[str], as_json: bool) -> None:
+    if as_json:
+        _print_json({"statements": list(statements)})
+    elif not statements:
+        err.print("SQLite has no roles: whoever may write the file may use the queue.")
+    else:
+        for statement in statements:
+            out.print(statement, markup=False)
 
 
 def _loop_factory() -> Any:
@@ -488,37 +599,78 @@ def _collect_garbage_rarely() -> None:
     gc.set_threshold(50_000, 20, 50)
 
 
-def _server(config: Any, application: Any) -> Any:
-    """uvicorn's server, ending quietly on SIGINT and SIGTERM: its own raises the signal again once
-    it is done, which prints a traceback. A second signal does not wait for running jobs."""
+def _server(config: Any, application: Any, settings: Settings) -> Any:
+    """uvicorn's server with our end: its own raises the signal again once it is done, which prints
+    a traceback, and waits for the worker only after all requests."""
+    import uvicorn
+
+    from api.shutdown import Shutdown
+    from api.worker.loop import CLOSE_SECONDS
+
+    class Server(uvicorn.Server):
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            with Shutdown(
+                self.end,
+                seconds=settings.shutdown_seconds + CLOSE_SECONDS,
+                abandon=lambda: application.state.abandon(),
+            ) as shutdown:
+                yield
+            shutdown.work_has_ended()
+
+        def end(self) -> None:
+            self.should_exit = True
+            application.state.end()
+
+    return Server(config)
+
+
+@contextlib.asynccontextmanager
+async def _health_served(application: Any, socket: Any) -> AsyncIterator[None]:
+    """Serves a worker's health, in its event loop, until the worker has ended."""
     import uvicorn
 
     class Server(uvicorn.Server):
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:
-            loop = asyncio.get_running_loop()
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(number, self.end)
-            yield
+            yield  # Signals are the worker's.
 
-        def end(self) -> None:
-            if self.should_exit:
-                application.state.end_now()
-            self.should_exit = True
-            application.state.end_waits()
+    server = Server(
+        uvicorn.Config(
+            application,
+            access_log=False,
+            log_config=None,
+            server_header=False,
+            proxy_headers=False,
+            lifespan="off",
+            timeout_graceful_shutdown=1,
+        )
+    )
+    serving = asyncio.create_task(server.serve(sockets=[socket]), name="health")
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        await serving
 
-    return Server(config)
 
-
-def _listening(settings: Settings) -> Any:
+def _listening(host: str, port: int) -> Any:
     import socket
 
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     bound = socket.socket(family, socket.SOCK_STREAM)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    bound.bind((settings.host, settings.port))
-    bound.listen(2048)
+    try:
+        bound.bind((host, port))
+        bound.listen(2048)
+    except OSError as error:
+        _fail(REFUSED, f"{host}:{port} cannot be listened on: {error.strerror}.")
     return bound
+
+
+def _address(bound: Any) -> str:
+    host, port = bound.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _read(file: str) -> str:
@@ -627,8 +779,13 @@ def _fail(code: int, *sentences: str) -> NoReturn:
 
 
 def _fail_unexpectedly(error: Exception) -> NoReturn:
-    from api.logs import log_unexpected
+    import structlog
 
+    from api.logs import configure_logs, log_unexpected
+
+    # Its own default prints the values of local variables, a database's password for one.
+    if not structlog.is_configured():
+        configure_logs("warning", "auto")
     error_id = log_unexpected("cli", error)
     _fail(REFUSED, f"Something went wrong here. It is logged as {error_id}.")
 

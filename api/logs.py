@@ -30,7 +30,13 @@ def configure_logs(
     style: Literal["auto", "console", "json"],
     stream: TextIO | None = None,
 ) -> None:
-    """Writes lines of `level` and above to `stream`, standard error unless given."""
+    """Write lines of `level` and above to `stream`, standard error unless given.
+
+    Lines of the standard library's `logging` look the same, and carry the same context. Of
+    libraries that this project itself uses, only warnings and errors are written.
+    """
+    global _configuration
+    _configuration = (level, style)
     stream = stream or sys.stderr
     factory: Any = structlog.WriteLoggerFactory(cast(TextIO, _Unfailing(stream)))
     console = style == "console" or (style == "auto" and stream.isatty())
@@ -40,21 +46,59 @@ def configure_logs(
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.ExceptionRenderer(_of_exc_info),
     ]
+    render: structlog.typing.Processor
+    render_text: structlog.typing.Processor
     if console:
-        shared.append(structlog.dev.ConsoleRenderer(colors=stream.isatty()))
+        render = render_text = structlog.dev.ConsoleRenderer(colors=stream.isatty())
     else:
-        shared.append(_render_json)
+        render, render_text = _render_json, _render_json_text
         factory = structlog.BytesLoggerFactory(cast(BinaryIO, _Unfailing(stream.buffer)))
     structlog.configure(
-        processors=shared,
+        processors=[*shared, render],
         wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
         logger_factory=factory,
         cache_logger_on_first_use=True,
     )
-    # What libraries log: uvicorn an exception that no door has caught, for one.
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(_Formatter("%(message)s"))
-    logging.basicConfig(handlers=[handler], level=max(_LEVELS[level], logging.WARNING), force=True)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[
+                *shared[:1],
+                structlog.stdlib.add_log_level,
+                structlog.stdlib.add_logger_name,
+                structlog.stdlib.ExtraAdder(),
+                *shared[2:],
+            ],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, render_text],
+        )
+    )
+    logging.basicConfig(handlers=[handler], level=_LEVELS[level], force=True)
+    for name in _QUIET:
+        logging.getLogger(name).setLevel(max(_LEVELS[level], logging.WARNING))
+
+
+def configuration() -> tuple[str, str] | None:
+    """The level and style that were configured, for another process; None: nobody has."""
+    return _configuration
+
+
+_configuration: tuple[str, str] | None = None
+
+_QUIET: Final = (
+    "aiosqlite",
+    "alembic",
+    "asyncio",
+    "asyncpg",
+    "fsspec",
+    "PIL",
+    "sqlalchemy",
+    "uvicorn",
+)
+"""Libraries that this project itself uses, and that write lines about themselves."""
+
+
+def _render_json_text(logger: Any, method: str, line: MutableMapping[str, Any]) -> str:
+    return _render_json(logger, method, line).decode()
 
 
 class _Unfailing:
@@ -103,11 +147,6 @@ def traceback_of(error: BaseException) -> str:
 
 def _of_exc_info(exc_info: Any) -> str:
     return traceback_of(exc_info[1])
-
-
-class _Formatter(logging.Formatter):
-    def formatException(self, ei: Any) -> str:  # noqa: N802, logging's own name
-        return traceback_of(ei[1]) if ei[1] is not None else ""
 
 
 def log_unexpected(where: str, error: BaseException) -> str:

@@ -19,6 +19,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from api import postgresql_url
+
 PREFIX: Final = "JOBS_"
 
 
@@ -51,6 +53,24 @@ class Settings(BaseSettings):
         le=200,
         description="Database connections a process holds at most. PostgreSQL has to allow the sum"
         " over all processes, and one more for each; with too few, calls wait for each other.",
+    )
+    database_timeout_seconds: float = Field(
+        default=10.0,
+        ge=1.0,
+        le=300.0,
+        description="How long a call waits for the database: for a connection, a lock and the"
+        " answer together. Then it fails as `queue_unavailable`, and its connection is dropped.",
+    )
+    database_pooler: Literal["session", "transaction"] = Field(
+        default="session",
+        description="`transaction` when the URL leads through PgBouncer in transaction mode:"
+        " nothing then outlives a transaction. `session` everywhere else.",
+    )
+    database_listen_url: str | None = Field(
+        default=None,
+        repr=False,  # It may hold a password.
+        description="A URL that leads past PgBouncer, for notifications (LISTEN). Without it,"
+        " behind a `transaction` pooler, other processes' events are polled for twice a second.",
     )
     catalog: Annotated[tuple[str, ...], NoDecode] = Field(
         default=("registry.catalog",),
@@ -252,19 +272,19 @@ class Settings(BaseSettings):
                 raise ValueError("a database in memory is gone with its connection; name a file")
             if "?" in file or file.startswith("file:"):
                 raise ValueError("expected sqlite:///FILE, a path without options")
-        elif not value.startswith(_POSTGRESQL):
+        elif not value.startswith(postgresql_url.SCHEMES):
             raise ValueError("expected sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME")
-        elif not (parts := _POSTGRESQL_URL.fullmatch(value)):
-            raise ValueError(
-                "expected postgresql://USER:PASSWORD@HOST/NAME, where a user, password or name"
-                " writes : / ? # @ as %3A %2F %3F %23 %40"
-            )
-        elif not any(parts.groups()):
-            raise ValueError("expected postgresql://USER:PASSWORD@HOST/NAME, and it names nothing")
-        elif parts["port"] and not (
-            re.fullmatch(r":[0-9]{1,5}", parts["port"]) and 0 < int(parts["port"][1:]) < 65_536
-        ):
-            raise ValueError("expected a port from 1 to 65,535 after HOST:")
+        else:
+            postgresql_url.parse(value)
+        return value
+
+    @field_validator("database_listen_url")
+    @classmethod
+    def _check_listen_url(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None:
+            if info.data.get("database_url", "").startswith(_SQLITE):
+                raise ValueError("it is for PostgreSQL, and JOBS_DATABASE_URL names SQLite")
+            postgresql_url.parse(value)
         return value
 
     @field_validator("rate_limit", mode="before")
@@ -424,15 +444,8 @@ class _Given(Settings):
 
 
 _SQLITE: Final = ("sqlite:///", "sqlite+aiosqlite:///")
-_POSTGRESQL: Final = ("postgresql://", "postgres://", "postgresql+asyncpg://")
 
-# RFC 3986: what would end a part of the URL is percent-encoded inside of it. Drivers disagree on
-# where the password of any other text ends.
-_POSTGRESQL_URL: Final = re.compile(
-    r"[a-z+]+://(?:[^:/?#@]*(?::[^/?#@]*)?@)?"
-    r"(?P<host>\[[^/?#@]*\]|[^:/?#@]*)(?P<port>:[^/?#@]*)?"
-    r"(?P<name>/[^?#@]*)?(?P<options>\?[^#]*)?"
-)
+_URLS: Final = ("database_url", "database_listen_url")
 
 _ORIGIN: Final = re.compile(r"https?://([a-z0-9.-]+|\[[0-9a-f:]+\])(:[0-9]{1,5})?")
 
@@ -482,7 +495,7 @@ def _shown(name: str, value: str) -> str:
     nobody can say which part is the password."""
     if name == "auth_hs256_secret" or (name == "auth_jwks" and "@" in value):
         return "..."
-    if name == "database_url" and not value.startswith(_SQLITE) and re.search("[:=@]", value):
+    if name in _URLS and not value.startswith(_SQLITE) and re.search("[:=@]", value):
         scheme = re.match(r"[a-z+]+://", value)
         return f"{scheme[0] if scheme else ''}..."
     return value[:200]

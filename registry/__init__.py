@@ -10,6 +10,7 @@ from registry.errors import (
     Snooze,
     Violation,
 )
+from registry.extension import CallNext, WorkerExtension
 from registry.job_type import Backoff, JobContext, JobPolicy, JobType, Payload
 from registry.json_values import NotJson, json_document, parse_json, pointer, text_fault
 from registry.registry import AdmittedPayload, JobRegistry
@@ -17,6 +18,7 @@ from registry.registry import AdmittedPayload, JobRegistry
 __all__ = [
     "AdmittedPayload",
     "Backoff",
+    "CallNext",
     "Cancel",
     "DefinitionError",
     "Fail",
@@ -31,6 +33,7 @@ __all__ = [
     "Retry",
     "Snooze",
     "Violation",
+    "WorkerExtension",
     "json_document",
     "parse_json",
     "pointer",

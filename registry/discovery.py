@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import metadata
 from types import ModuleType
 from typing import Any, Final
 
 from registry.errors import DefinitionError, shortened
+from registry.extension import WorkerExtension
 from registry.job_type import JobType
 from registry.registry import DEFAULT_MAX_PAYLOAD_BYTES, JobRegistry
 
@@ -23,8 +25,16 @@ ENTRY_POINT_GROUP: Final = "job_registry.catalog"
 def load_registry(
     catalog: Sequence[str], *, max_payload_bytes: int = DEFAULT_MAX_PAYLOAD_BYTES
 ) -> JobRegistry:
-    """The registry of all job types in `catalog` and the entry points; raises as `discover`."""
-    return JobRegistry(discover(catalog), max_payload_bytes=max_payload_bytes)
+    """The registry of all job types and worker extensions in `catalog` and the entry points.
+
+    Raises:
+        DefinitionError: as `discover`.
+    """
+    return JobRegistry(
+        discover(catalog),
+        max_payload_bytes=max_payload_bytes,
+        extensions=discover_extensions(catalog),
+    )
 
 
 def discover(catalog: Sequence[str], *, entry_points: bool = True) -> list[JobType[Any]]:
@@ -51,17 +61,71 @@ def discover(catalog: Sequence[str], *, entry_points: bool = True) -> list[JobTy
     return [job_type for job_type, _ in found.values()]
 
 
-def _in_module(name: str) -> list[JobType[Any]]:
+def discover_extensions(
+    catalog: Sequence[str], *, entry_points: bool = True
+) -> list[WorkerExtension]:
+    """The worker extensions at the top level of these modules, of all modules of these packages,
+    and of the modules of installed packages' entry points. One seen twice counts once.
+
+    Raises:
+        DefinitionError: a module cannot be imported.
+    """
+    names = list(catalog)
+    if entry_points:
+        names += [entry.module for entry in metadata.entry_points(group=ENTRY_POINT_GROUP)]
+    found = {
+        id(value): value
+        for name in names
+        for module in _modules(name)
+        for value in vars(module).values()
+        if isinstance(value, WorkerExtension)
+    }
+    return list(found.values())
+
+
+def locate(thing: JobType[Any] | WorkerExtension, *hints: str | None) -> str | None:
+    """Where another process can import this from: `module:name`, or None.
+
+    The modules `hints` come first, then every other imported module. A job type may also be an
+    item of a list at the top level of a module.
+    """
+    for name in (*hints, *list(sys.modules)):
+        module = sys.modules.get(name or "")
+        # `__main__` is another module in every process.
+        if name is None or module is None or name in ("__main__", "__mp_main__"):
+            continue
+        for attribute, value in list(getattr(module, "__dict__", {}).items()):
+            if value is thing or (
+                type(value) in (list, tuple) and any(item is thing for item in value)
+            ):
+                return f"{name}:{attribute}"
+    return None
+
+
+def import_from(address: str) -> Any:
+    """What is at this address, `module:name`, which `locate` has made.
+
+    Raises:
+        DefinitionError: the module cannot be imported, or has nothing of this name.
+    """
+    module, _, attribute = address.partition(":")
+    try:
+        return getattr(_import(module), attribute)
+    except AttributeError:
+        raise DefinitionError(f"{module}: there is no {attribute} in this module") from None
+
+
+def _modules(name: str) -> Iterator[ModuleType]:
     module = _import(name)
-    modules = [module]
+    yield module
     if hasattr(module, "__path__"):
-        below = pkgutil.walk_packages(module.__path__, prefix=f"{name}.", onerror=_raise)
-        modules += [
-            _import(info.name)
-            for info in below
-            if not any(part.startswith("_") for part in info.name.split("."))
-        ]
-    job_types = [job_type for each in modules for job_type in _of(each)]
+        for info in pkgutil.walk_packages(module.__path__, prefix=f"{name}.", onerror=_raise):
+            if not any(part.startswith("_") for part in info.name.split(".")):
+                yield _import(info.name)
+
+
+def _in_module(name: str) -> list[JobType[Any]]:
+    job_types = [job_type for each in _modules(name) for job_type in _of(each)]
     if not job_types:
         raise DefinitionError(f"{name}: no JobType is defined at the top level of this module")
     return job_types

@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import logging
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from functools import cached_property
-from types import MappingProxyType
-from typing import Any, Final, Generic, TypeVar, cast
+from types import MappingProxyType, SimpleNamespace
+from typing import Any, Final, Generic, Literal, Protocol, TypeVar, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 from pydantic.alias_generators import to_camel
@@ -149,11 +150,51 @@ class JobPolicy:
             raise DefinitionError(f"JobPolicy: {'; '.join(faults)}")
 
 
+class JobLogger(Protocol):
+    """A logger that says of each line which job, type and attempt wrote it.
+
+    An event is a short name; what it is about comes as named values.
+    """
+
+    def debug(self, event: str, **values: Any) -> Any:
+        """Write a line for developers."""
+
+    def info(self, event: str, **values: Any) -> Any:
+        """Write a line for operators."""
+
+    def warning(self, event: str, **values: Any) -> Any:
+        """Write a line about something that somebody should look at."""
+
+    def error(self, event: str, **values: Any) -> Any:
+        """Write a line about something that went wrong."""
+
+
+class _PlainLogger:
+    """The logger of a context that no worker made: the standard library's, with the values."""
+
+    def debug(self, event: str, **values: Any) -> None:
+        _plain_log.debug(_PLAIN, event, values)
+
+    def info(self, event: str, **values: Any) -> None:
+        _plain_log.info(_PLAIN, event, values)
+
+    def warning(self, event: str, **values: Any) -> None:
+        _plain_log.warning(_PLAIN, event, values)
+
+    def error(self, event: str, **values: Any) -> None:
+        _plain_log.error(_PLAIN, event, values)
+
+
+_plain_log: Final = logging.getLogger("jobs.handler")
+_PLAIN: Final = "%s %s"
+
+
 @dataclass(frozen=True, slots=True)
 class JobContext:
-    """What a handler is told about the job it runs, and how it talks back.
+    """What a handler knows about the job it runs, and how it talks back.
 
-    `assets` is where the files of jobs are, a folder or an fsspec URL (`JOBS_ASSETS`).
+    `assets` is where the files of jobs are, a folder or an fsspec URL (`JOBS_ASSETS`). `state`
+    has the resources that the worker's lifespan yields. `log` writes lines that name the job.
     """
 
     id: str
@@ -163,18 +204,26 @@ class JobContext:
     timeout_seconds: float
     assets: str = "assets"
     created_by: str | None = None
+    state: SimpleNamespace = field(default_factory=SimpleNamespace)
+    log: JobLogger = field(default_factory=_PlainLogger, repr=False)
     _report: Callable[[JsonValue], None] = field(default=lambda _value: None, repr=False)
     _cancelled: Callable[[], bool] = field(default=lambda: False, repr=False)
     _deadline: float = field(default=float("inf"), repr=False)
 
     def progress(self, value: JsonValue) -> None:
-        """Shows how far the job is: any JSON. Returns at once; the next heartbeat carries it."""
+        """Show how far the job is: any JSON.
+
+        Returns at once. The worker stores the newest value about once per second, and the last
+        one before the attempt ends. A value that cannot be stored is one warning in the log.
+        """
         self._report(value)
 
     @property
     def cancel_requested(self) -> bool:
-        """Whether to stop: the job was cancelled, or its lease is lost. Handlers that run in a
-        thread look here now and then; async ones are cancelled by themselves."""
+        """Whether to stop: the job was cancelled, or its lease is lost, or the worker stops.
+
+        Plain functions look here now and then. Async handlers are cancelled instead.
+        """
         return self._cancelled()
 
     @property
@@ -182,6 +231,9 @@ class JobContext:
         """Seconds until this attempt's timeout."""
         return max(0.0, self._deadline - time.monotonic())
 
+
+RunIn = Literal["loop", "thread", "process"]
+"""Where a handler runs: on the worker's event loop, in a thread, or in a process of its own."""
 
 Handler = Callable[[JobContext, Any], Awaitable[Any] | Any]
 
@@ -193,6 +245,12 @@ class JobType(Generic[P]):
     `description` is the payload's docstring unless given. `example` is a payload, as JSON; where
     it is left out one is made from the fields' defaults and `examples`. A type with no handler
     is worked by remote workers.
+
+    `run_in` says where the handler runs: "loop", on the worker's event loop, for `async def`;
+    "thread", for plain functions that wait; "process", a process of its own, for what computes,
+    may crash, or has to be stopped for certain. Unless given, `async def` runs on the loop and
+    everything else in a thread. With "process" the job type must be at the top level of a module,
+    because its process imports it from there.
 
     Raises:
         DefinitionError: the definition is wrong, and says what and where.
@@ -206,6 +264,7 @@ class JobType(Generic[P]):
         policy: JobPolicy | None = None,
         description: str | None = None,
         example: Mapping[str, JsonValue] | None = None,
+        run_in: RunIn | None = None,
     ) -> None:
         if not isinstance(name, str) or len(name) > _MAX_NAME or not _NAME.fullmatch(name):
             raise DefinitionError(
@@ -221,7 +280,12 @@ class JobType(Generic[P]):
             raise DefinitionError(
                 f"{where}: policy is {shortened(policy)}, expected a registry.JobPolicy"
             )
+        if run_in not in (None, *get_args(RunIn)):
+            raise DefinitionError(
+                f"{where}: run_in is {shortened(run_in)}, expected loop, thread, process or None"
+            )
         set_ = object.__setattr__
+        set_(self, "run_in", run_in)
         set_(self, "name", name)
         set_(self, "payload", payload)
         set_(self, "policy", policy or JobPolicy())
@@ -237,6 +301,7 @@ class JobType(Generic[P]):
     payload: type[P]
     policy: JobPolicy
     description: str
+    run_in: RunIn | None
     _handler: Handler | None
     _example: dict[str, JsonValue] | None
 
@@ -252,13 +317,14 @@ class JobType(Generic[P]):
     HandlerT = TypeVar("HandlerT", bound=Callable[..., Any])
 
     def handler(self, function: HandlerT) -> HandlerT:
-        """Decorator: this function runs the jobs of this type. It gives the function back.
+        """Decorator: this function runs the jobs of this type. It returns the function.
 
         The function takes the `JobContext` and the parsed payload; what it returns is the job's
-        result, as JSON. An `async def` runs on the worker's event loop, a plain one in a thread.
+        result, as JSON. `run_in` says where it runs.
 
         Raises:
-            DefinitionError: there is a handler already, or this is no function of two arguments.
+            DefinitionError: there is a handler already, or this is not a function of two
+                arguments, or it cannot run where `run_in` says.
         """
         where = f"job type {self.name}"
         if self._handler is not None:
@@ -269,6 +335,11 @@ class JobType(Generic[P]):
             raise DefinitionError(
                 f"{where}: the handler {_named(function)} must take (job, payload)"
             ) from None
+        if self.run_in == "thread" and is_async(function):
+            raise DefinitionError(
+                f"{where}: the handler {_named(function)} is async and cannot run in a thread;"
+                ' leave run_in out, or use "process"'
+            )
         object.__setattr__(self, "_handler", function)
         return function
 
@@ -281,6 +352,13 @@ class JobType(Generic[P]):
     def run(self) -> Handler | None:
         """The handler; None where remote workers do the work."""
         return self._handler
+
+    @property
+    def runs_in(self) -> RunIn | None:
+        """Where the handler runs, also where `run_in` leaves it open; None without a handler."""
+        if self._handler is None:
+            return None
+        return self.run_in or ("loop" if is_async(self._handler) else "thread")
 
     @cached_property
     def payload_schema(self) -> Mapping[str, Any]:
@@ -351,6 +429,12 @@ class JobType(Generic[P]):
                 f"job type {self.name}: its example payload {shortened(example, 200)} is invalid:"
                 f" {reason}{advice}"
             )
+
+
+def is_async(function: object) -> bool:
+    """Whether calling this makes a coroutine, as far as its definition says."""
+    call = getattr(function, "__call__", None)  # noqa: B004 (an object whose call is async)
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
 
 
 def _range_fault(

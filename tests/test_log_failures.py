@@ -31,9 +31,12 @@ def test_a_line_that_cannot_be_written_is_dropped(style: Literal["console", "jso
     disk = FullDisk()
     stream = io.TextIOWrapper(disk, write_through=True)  # type: ignore[arg-type]
     configure_logs("info", style, stream)
-    log = structlog.get_logger("test")
-    for _ in range(3):
-        log.info("nobody reads this")
-    assert disk.refused >= 3
-    disk.close()
-    log.info("nor this")
+    try:
+        log = structlog.get_logger("test")
+        for _ in range(3):
+            log.info("nobody reads this")
+        assert disk.refused >= 3
+        disk.close()
+        log.info("nor this")
+    finally:
+        configure_logs("error", "console")

@@ -187,7 +187,7 @@ def test_common_spellings_of_a_database_url_are_taken_and_understood(url: str) -
 @pytest.mark.parametrize(
     "url",
     ["", "jobs.db", "sqlite://", "sqlite:///", "sqlite:///:memory:", "sqlite:///x.db?timeout=5",
-     "sqlite:///file:x.db", "mysql://h/d", "postgresql://", "postgresql://h:abc/d",
+     "sqlite:///file:x.db", "mysql://h/d", "postgresql://h:abc/d",
      "postgresql://h:0/d", "postgresql://h:65536/d", "postgres+asyncpg://h/d"],
 )  # fmt: skip
 def test_other_database_urls_are_refused(url: str) -> None:

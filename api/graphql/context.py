@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from uuid import UUID
 
+from starlette.types import Receive
 from strawberry.dataloader import DataLoader
 
 from api.auth import Caller
 from api.queue.errors import JobNotFound
 from api.queue.models import AttemptRecord, JobCounts, JobRecord
-from api.queue.service import JobService
+from api.queue.service import JobService, WaitingReason
 
 
 @dataclass
@@ -20,8 +23,15 @@ class Context:
 
     service: JobService
     caller: Caller
+    receive: Receive | None = field(default=None, repr=False)
+    """The request's ASGI channel, once its body has been read; None over a WebSocket."""
+    _gone: asyncio.Event | None = field(default=None, repr=False)
+    _watching: asyncio.Task[None] | None = field(default=None, repr=False)
     _counts: asyncio.Future[dict[str, JobCounts]] | None = field(default=None, repr=False)
     _attempts: DataLoader[UUID, list[AttemptRecord]] | None = field(default=None, repr=False)
+    _waiting_reasons: DataLoader[JobRecord, WaitingReason | None] | None = field(
+        default=None, repr=False
+    )
 
     async def counts(self) -> dict[str, JobCounts]:
         """Jobs per type and status, read once a request."""
@@ -29,12 +39,39 @@ class Context:
             self._counts = asyncio.ensure_future(self.service.counts())
         return await self._counts
 
+    @asynccontextmanager
+    async def client_gone(self) -> AsyncIterator[asyncio.Event]:
+        """An event that is set when the client hangs up before it is answered.
+
+        For operations that wait: what is done for nobody may have to be undone.
+        """
+        if self._gone is None:
+            self._gone = asyncio.Event()
+        if self.receive is None or self._watching is not None:
+            yield self._gone
+            return
+        self._watching = asyncio.create_task(_watch(self.receive, self._gone))
+        try:
+            yield self._gone
+        finally:
+            self._watching.cancel()
+            self._watching = None
+
     @property
     def attempts(self) -> DataLoader[UUID, list[AttemptRecord]]:
         """The attempts of jobs, with one query for all jobs of a page."""
         if self._attempts is None:
             self._attempts = DataLoader(load_fn=self._load_attempts)
         return self._attempts
+
+    @property
+    def waiting_reasons(self) -> DataLoader[JobRecord, WaitingReason | None]:
+        """Why jobs wait, with one query for all jobs of a page."""
+        if self._waiting_reasons is None:
+            self._waiting_reasons = DataLoader(
+                load_fn=self._load_waiting_reasons, cache_key_fn=_id_of
+            )
+        return self._waiting_reasons
 
     async def job(self, job_id: str) -> JobRecord:
         """A job that exists for the caller.
@@ -49,8 +86,22 @@ class Context:
 
     def forget(self) -> None:
         """Drops what was loaded: each event of a subscription is told as things are then."""
-        self._counts = self._attempts = None
+        self._counts = self._attempts = self._waiting_reasons = None
 
     async def _load_attempts(self, job_ids: list[UUID]) -> list[list[AttemptRecord]]:
         attempts = await self.service.attempts(job_ids)
         return [attempts[job_id] for job_id in job_ids]
+
+    async def _load_waiting_reasons(self, jobs: list[JobRecord]) -> list[WaitingReason | None]:
+        reasons = await self.service.waiting_reasons(jobs)
+        return [reasons.get(job.id) for job in jobs]
+
+
+async def _watch(receive: Receive, gone: asyncio.Event) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    gone.set()
+
+
+def _id_of(job: JobRecord) -> UUID:
+    return job.id

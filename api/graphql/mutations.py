@@ -191,13 +191,20 @@ class Mutation:
         ],
     ) -> LeaseJobsResult:
         info.context.caller.need_types(input.job_types)
+        service = info.context.service
         try:
-            leases = await info.context.service.lease(
-                input.job_types,
-                input.worker_id,
-                limit=input.limit,
-                wait_seconds=input.wait_seconds,
-            )
+            async with info.context.client_gone() as gone:
+                leases = await service.lease(
+                    input.job_types,
+                    input.worker_id,
+                    limit=input.limit,
+                    wait_seconds=input.wait_seconds,
+                    stop=gone,
+                )
+                if gone.is_set():
+                    # Nobody would hear of them, and their attempts would be spent.
+                    service.give_back(leases)
+                    leases = []
         except REFUSALS as error:
             return refusal(error)  # type: ignore[no-any-return]
         return LeaseJobsSuccess(leases=[JobLease.of(lease) for lease in leases])

@@ -10,7 +10,7 @@ from api.auth import AccessScope
 from api.graphql.context import Context
 from api.graphql.scalars import JSON, DateTime
 from api.graphql.scopes import needs, open_to_all
-from api.queue import models, service
+from api.queue import leasing, models, service
 from api.queue.models import AttemptOutcome, JobStatus
 from registry import JobPolicy as Policy
 from registry import JobType as RegisteredType
@@ -172,6 +172,10 @@ class JobAttempt:
     started_at: DateTime = described("When it was leased.")
     finished_at: DateTime | None = described("When it ended; null while it runs.")
     outcome: AttemptOutcome | None = described("How it ended; null while it runs.")
+    still_running: bool = described(
+        "Whether the attempt has timed out and its handler has not stopped yet. It counts towards"
+        " the concurrency limit of its type until it has."
+    )
     error: JobError | None = described("Why it failed, if it did.")
 
     @classmethod
@@ -182,6 +186,7 @@ class JobAttempt:
             started_at=DateTime(attempt.started_at),
             finished_at=DateTime(attempt.finished_at) if attempt.finished_at else None,
             outcome=attempt.outcome,
+            still_running=attempt.still_running,
             error=JobError.of(attempt.error),
         )
 
@@ -268,7 +273,7 @@ class Job:
 
     @open_to_all("Why it does not run at this moment; null unless it is queued.")
     async def waiting_reason(self, info: strawberry.Info[Context, None]) -> WaitingReason | None:
-        match await info.context.service.waiting_reason(self.record):
+        match await info.context.waiting_reasons.load(self.record):
             case service.ScheduledFor(next_run_at):
                 return ScheduledFor(next_run_at=DateTime(next_run_at))
             case service.ConcurrencyLimitReached(limit, running):
@@ -343,7 +348,7 @@ class JobLease:
     )
 
     @classmethod
-    def of(cls, lease: service.Lease) -> JobLease:
+    def of(cls, lease: leasing.Lease) -> JobLease:
         return cls(
             lease_token=lease.token,
             job=Job.of(lease.job),

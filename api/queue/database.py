@@ -1,376 +1,905 @@
-"""Engine, transactions, and the only place that knows SQLite from PostgreSQL.
+"""Engine, transactions, deadlines, and the only place that knows SQLite from PostgreSQL.
 
-`Dialect` holds the fragments of SQL in which the two differ; `store.py` puts them into its
-statements. Nothing else asks which database it is.
+The statements of the two stand in `statements/`, and `postgresql.py` and `sqlite.py` run them.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
+import random
 import re
+import socket
 import sqlite3
-import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import lru_cache
-from typing import Any, Final, Literal, cast
+from pathlib import Path
+from typing import Any, Final, Literal, NamedTuple, TypeVar, cast
+from urllib.parse import quote
 
 import asyncpg
 import sqlalchemy.exc
+import structlog
 from pydantic import JsonValue
 from pydantic_core import from_json
-from sqlalchemy import TextClause, event, text
+from sqlalchemy import Row, TextClause, event, text
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-from api.queue.errors import QueueUnavailable
+from api import postgresql_url
+from api.postgresql_url import PostgresqlUrl
+from api.queue.errors import QueueUnavailable, UnavailableKind
 
-SQLITE_BUSY_SECONDS: Final = 10.0
-"""How long a SQLite statement waits for another process's write before it gives up."""
+DEFAULT_TIMEOUT_SECONDS: Final = 10.0
 
 SQLITE_POLL_SECONDS: Final = 0.1
 """How often `listen` asks SQLite whether another process has committed (`PRAGMA data_version`)."""
 
-CHANNEL: Final = "job_registry"
-"""The channel of PostgreSQL's LISTEN and NOTIFY."""
+POLL_SECONDS: Final = 0.5
+"""How often `listen` reports a gap where PostgreSQL's notifications cannot reach this process."""
+
+MAX_WAL_BYTES: Final = 4 * 1024 * 1024
+"""SQLite's write-ahead log is truncated to this size whenever it starts over."""
+
+ATTEMPTS: Final = 5
+"""How often a transaction runs that PostgreSQL ends as the victim of a deadlock."""
+
+CHANNEL_NAME: Final = (
+    "'job_registry_' || coalesce((SELECT CAST(relnamespace AS text) FROM pg_class"
+    " WHERE oid = to_regclass('job')), '')"
+)
+"""SQL for the channel of PostgreSQL's LISTEN and NOTIFY. Channels belong to a database, so the
+schema of the queue's tables is part of its name."""
 
 Listener = Callable[[str], None]
+Pooler = Literal["session", "transaction"]
+T = TypeVar("T")
 
-
-@dataclass(frozen=True, slots=True)
-class Dialect:
-    """The words one database has for what both can do. Times are UTC, by the database's clock."""
-
-    name: Literal["sqlite", "postgresql"]
-    now: str
-    random: str
-    """A random number from 0 up to 1."""
-    least: str
-    token: str
-    """32 random hexadecimal digits, from the database's cryptographic source."""
-    skip_locked: str
-    """Locks the rows it reads and passes over those that another transaction holds."""
-    lock_rows: str
-    max_message_bytes: int
-    """How much a commit can tell other processes; 0: only that there was one."""
-    due_of_slot: str
-    """Joins each `slot` (type, priority) with its first `:window` due jobs, in index order."""
-
-    def after(self, seconds: str) -> str:
-        """The time `seconds` (an SQL expression) from now."""
-        if self.name == "sqlite":
-            return (
-                f"strftime('%Y-%m-%d %H:%M:%f', 'now', printf('%+.3f seconds', {seconds})) || '000'"
-            )
-        return f"({self.now} + make_interval(secs => CAST({seconds} AS double precision)))"
-
-    def seconds_until(self, time: str) -> str:
-        """How many seconds `time` (an SQL expression) is ahead; negative when it has passed."""
-        if self.name == "sqlite":
-            return f"((julianday({time}) - julianday('now')) * 86400.0)"
-        return f"CAST(EXTRACT(EPOCH FROM {time} - {self.now}) AS double precision)"
-
-    def notify(self, message: str) -> str:
-        """An expression that tells the listeners in other processes, once this commits."""
-        return f"(SELECT pg_notify('{CHANNEL}', {message}))"
-
-    def as_id(self, parameter: str) -> str:
-        """An id, bound as `id_text` writes it."""
-        return parameter if self.name == "sqlite" else f"CAST({parameter} AS uuid)"
-
-    def json(self, expression: str) -> str:
-        """JSON text as a value of a JSON column."""
-        return expression if self.name == "sqlite" else f"CAST({expression} AS jsonb)"
-
-    def rows(self, parameter: str, columns: Mapping[str, str]) -> str:
-        """A JSON array of objects, bound to `parameter`, as a table with these typed columns.
-
-        One statement then serves one row and a thousand. JSON documents travel in it as text.
-        """
-        if self.name == "sqlite":
-            fields = ", ".join(f"json_extract(value, '$.{name}') AS {name}" for name in columns)
-            return f"(SELECT {fields} FROM json_each({parameter}))"
-        fields = ", ".join(f"{name} {kind}" for name, kind in columns.items())
-        return (
-            f"(SELECT * FROM jsonb_to_recordset(CAST({parameter} AS jsonb)) AS each_row({fields}))"
-        )
-
-    def time_text(self, time: datetime) -> str:
-        """A time as `rows` takes it: the form in which this database stores and compares times."""
-        return time.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S.%f") + (
-            "" if self.name == "sqlite" else "+00"
-        )
-
-    def time(self, value: Any) -> datetime | None:
-        """A time as this database returns it, as an aware datetime in UTC."""
-        if value is None or isinstance(value, datetime):
-            return value
-        return datetime.fromisoformat(value).replace(tzinfo=UTC)
-
-    def json_value(self, value: Any) -> JsonValue:
-        """A JSON column as this database returns it. PostgreSQL's driver has parsed it already."""
-        # SQLite makes a number of a JSON column's text that is one.
-        if self.name == "sqlite" and isinstance(value, str):
-            return read_json(value)
-        return cast(JsonValue, value)
-
-    def id(self, value: Any) -> uuid.UUID:
-        """An id as this database returns it."""
-        return value if isinstance(value, uuid.UUID) else uuid.UUID(value)
-
-
-SQLITE: Final = Dialect(
-    name="sqlite",
-    # Six digits, because SQLAlchemy reads the fraction as a count of microseconds.
-    now="(strftime('%Y-%m-%d %H:%M:%f', 'now') || '000')",
-    random="(abs(random() % 1000000) / 1000000.0)",
-    least="min",
-    token="lower(hex(randomblob(16)))",
-    # BEGIN IMMEDIATE has the whole database already.
-    skip_locked="",
-    lock_rows="",
-    max_message_bytes=0,
-    due_of_slot="""
-        slot CROSS JOIN job AS due ON due.id IN (
-            SELECT job.id FROM job
-            WHERE job.status = 'queued' AND job.type = slot.type AND job.priority = slot.priority
-              AND job.next_run_at <= (strftime('%Y-%m-%d %H:%M:%f', 'now') || '000')
-            ORDER BY job.next_run_at, job.id LIMIT :window
-        )""",
-)
-
-POSTGRESQL: Final = Dialect(
-    name="postgresql",
-    # Stable within a statement, so that an index serves it, and fresh in each statement of a
-    # transaction that had to wait for a lock: now() would be the time of its BEGIN.
-    now="statement_timestamp()",
-    random="random()",
-    least="least",
-    token="replace(CAST(gen_random_uuid() AS text), '-', '')",
-    skip_locked="FOR UPDATE SKIP LOCKED",
-    lock_rows="FOR UPDATE",
-    # A notification is shorter than 8,000 bytes.
-    max_message_bytes=7_900,
-    due_of_slot="""
-        slot CROSS JOIN LATERAL (
-            SELECT job.id, job.priority, job.next_run_at FROM job
-            WHERE job.status = 'queued' AND job.type = slot.type AND job.priority = slot.priority
-              AND job.next_run_at <= statement_timestamp()
-            ORDER BY job.next_run_at, job.id LIMIT :window
-        ) AS due""",
-)
+log = structlog.get_logger("jobs.database")
 
 
 class Database:
     """One database, by its URL: `sqlite:///jobs.db` or `postgresql://user@host/name`.
 
     Opened lazily; `close` ends its connections. It belongs to the event loop that first uses it.
+
+    What is not answered within `timeout_seconds` raises `QueueUnavailable`, and its connection is
+    dropped without another word to the network. None waits as long as it takes, for migrations.
+
+    With the `pooler` "transaction" (PgBouncer's mode) nothing outlives a transaction on
+    PostgreSQL: no prepared statement and no setting. LISTEN then needs `listen_url`, which leads
+    past the pooler. `create` makes a SQLite file that is not there.
     """
 
-    def __init__(self, url: str, *, pool_size: int = 10) -> None:
-        self.url: URL = async_url(url)
-        sqlite = self.url.get_backend_name() == "sqlite"
-        self.dialect: Dialect = SQLITE if sqlite else POSTGRESQL
-        if sqlite:
+    def __init__(
+        self,
+        url: str,
+        *,
+        pool_size: int = 10,
+        timeout_seconds: float | None = DEFAULT_TIMEOUT_SECONDS,
+        pooler: Pooler = "session",
+        listen_url: str | None = None,
+        create: bool = False,
+    ) -> None:
+        self._opened_with: dict[str, Any] = {
+            "url": url,
+            "timeout_seconds": timeout_seconds,
+            "pooler": pooler,
+            "listen_url": listen_url,
+        }
+        self._timeout = timeout_seconds
+        self._pool_size = pool_size
+        self._connections: weakref.WeakSet[_Connection] = weakref.WeakSet()
+        self._file: _SQLiteFile | None = None
+        self._thread: _SQLiteThread | None = None
+        if url.startswith("sqlite"):
+            self._pooled = False
+            self.name: Literal["sqlite", "postgresql"] = "sqlite"
+            path = make_url(url).database or ""
+            self._file = _SQLiteFile(path, create=create, timeout_seconds=timeout_seconds)
+            self._thread = _SQLiteThread(self._file)
             self.engine: AsyncEngine = create_async_engine(
-                self.url,
+                URL.create("sqlite+aiosqlite", database=self._file.uri, query={"uri": "true"}),
                 pool_size=pool_size,
-                connect_args={"timeout": SQLITE_BUSY_SECONDS, "isolation_level": None},
+                pool_timeout=min(_seconds(timeout_seconds), _HOUR),
+                connect_args={
+                    "timeout": self._file.busy_seconds,
+                    "isolation_level": None,
+                },
             )
-            event.listen(self.engine.sync_engine, "connect", _prepare_sqlite_connection)
+            event.listen(self.engine.sync_engine, "connect", self._file.prepare)
+            event.listen(self.engine.sync_engine, "checkout", self._file.check_out)
         else:
+            self._pooled = pooler == "transaction"
+            self._url = postgresql_url.parse(url)
+            self._listen_url = (
+                postgresql_url.parse(listen_url)
+                if listen_url is not None
+                else None
+                if self._pooled
+                else self._url
+            )
+            self.name = "postgresql"
             self.engine = create_async_engine(
-                # The URL goes to asyncpg whole: it reads libpq's options, `sslmode` for one.
-                self.url.set(query={}),
-                async_creator=self._connect_postgresql,
+                # asyncpg reads the URL, not SQLAlchemy: it knows lists of hosts and PG* variables.
+                "postgresql+asyncpg://",
                 pool_size=pool_size,
                 max_overflow=0,
-                pool_timeout=10,
+                # A little sooner than the deadline, which cannot say what it was that was slow.
+                pool_timeout=0.95 * min(_seconds(timeout_seconds), _HOUR),
                 json_deserializer=read_json,
+                connect_args={"async_creator_fn": self._connect_postgresql}
+                | (
+                    # The unnamed statement, which the next one replaces.
+                    {"prepared_statement_cache_size": 0, "prepared_statement_name_func": str}
+                    if self._pooled
+                    else {}
+                ),
             )
+            event.listen(self.engine.sync_engine, "connect", _connected)
+            event.listen(self.engine.sync_engine, "checkout", _check_out)
+            event.listen(self.engine.sync_engine, "checkin", _check_in)
+            event.listen(self.engine.sync_engine, "before_cursor_execute", _before_statement)
+            event.listen(self.engine.sync_engine, "after_cursor_execute", _after_statement)
+        self.on_unavailable: Callable[[], None] = lambda: None
+        """Called whenever an operation raises `QueueUnavailable`."""
         self._autocommit = self.engine.execution_options(isolation_level="AUTOCOMMIT")
-        self._thread = _SQLiteThread(self.url.database or "") if sqlite else None
         # SQLite has one writer at a time. Waiting for it here, in order, is fair; waiting in
         # SQLite's busy handler is not, so that is left to other processes' writes.
-        self._writer = asyncio.Lock() if sqlite else None
+        self._writer = asyncio.Lock()
+
+    def for_another_loop(self, *, pool_size: int) -> Database:
+        """The same database for another event loop, with connections of its own."""
+        return Database(**self._opened_with, pool_size=pool_size)
 
     @property
     def keeps_events(self) -> bool:
-        """Whether events are rows of `job_event_batch` to be read, instead of notifications."""
-        return self.dialect.max_message_bytes == 0
+        """Whether other processes read events from `job_event_batch`: on SQLite, and where
+        PostgreSQL's notifications cannot be heard."""
+        return self.name == "sqlite" or self._listen_url is None
+
+    @property
+    def timeout_seconds(self) -> float:
+        """How long a call may wait for the database; infinite where there is no bound."""
+        return _seconds(self._timeout)
 
     @asynccontextmanager
-    async def transaction(self) -> AsyncIterator[AsyncConnection]:
+    async def transaction(
+        self, *, timeout_seconds: float | None = None
+    ) -> AsyncIterator[AsyncConnection]:
         """A transaction that writes; committed at the end, rolled back on an exception.
 
         READ COMMITTED on PostgreSQL. BEGIN IMMEDIATE on SQLite, where it excludes every other
-        writer from its first statement on.
+        writer from its first statement on. `timeout_seconds` may shorten the database's own; it
+        bounds the whole transaction.
 
         Raises:
-            QueueUnavailable: the database does not answer, or cannot write (a full disk).
+            QueueUnavailable: the database does not answer, cannot write (a full disk), or ended
+                the transaction because of a deadlock (`retrying` runs it again instead).
         """
-        with unavailable():
-            if self._writer is None:
-                async with self.engine.begin() as connection:
-                    yield connection
-            else:
-                async with self._writer, self._autocommit.connect() as connection:
-                    # On the driver itself: each call on it is one trip to SQLite's thread, where
-                    # SQLAlchemy's cursor takes three.
-                    driver = (await connection.get_raw_connection()).driver_connection
-                    assert driver is not None
-                    await driver.execute("BEGIN IMMEDIATE")
-                    try:
-                        yield connection
-                        await driver.commit()
-                    except BaseException:
-                        with suppress(sqlite3.Error):
-                            await driver.rollback()
-                        raise
+        deadline = self._deadline(timeout_seconds)
+        if self._file is not None:
+            begun = self._sqlite_transaction(self._file, deadline)
+        elif self._pooled:
+            begun = self._pooled_transaction(deadline)
+        else:
+            begun = self._postgresql_transaction(deadline)
+        with self._counting():
+            async with begun as connection:
+                yield connection
 
     @asynccontextmanager
     async def reading(self) -> AsyncIterator[AsyncConnection]:
-        """A connection on which each statement is its own transaction.
+        """A connection on which each statement is its own transaction, with a deadline of its own.
+
+        Behind a pooler the whole block is one READ COMMITTED transaction, with one deadline.
 
         Raises:
             QueueUnavailable: the database does not answer.
         """
-        with unavailable():
-            async with self._autocommit.connect() as connection:
+        deadline = self._deadline()
+        opened = (
+            self._pooled_transaction(deadline)
+            if self._pooled
+            else self._connection(self._autocommit, deadline, each=True)
+        )
+        with self._counting():
+            async with opened as connection:
                 yield connection
 
-    async def commit_at_once(
-        self, statements: Sequence[str], parameters: Mapping[str, Any]
-    ) -> Sequence[Any]:
-        """Runs statements as one transaction in one trip, and gives the rows of the first.
-
-        A trip is what a small transaction costs: to PostgreSQL, which takes a single statement
-        in it, and to the thread in which SQLite may wait for the disk.
+    async def retrying(
+        self,
+        work: Callable[[AsyncConnection], Awaitable[T]],
+        *,
+        timeout_seconds: float | None = None,
+    ) -> T:
+        """Run `work` in a transaction, and again from its start when PostgreSQL ends it because of
+        a deadlock or a serialization failure. `work` must be able to run twice.
 
         Raises:
-            QueueUnavailable: the database does not answer, or cannot write (a full disk).
+            QueueUnavailable: as in `transaction`, or it failed `ATTEMPTS` times.
         """
-        with unavailable():
-            if self._thread is not None and self._writer is not None:
-                async with self._writer:
-                    return await self._thread.commit(statements, parameters)
-            (single,) = statements
-            async with self._autocommit.connect() as connection:
-                return (await connection.execute(statement(single), parameters)).all()
+
+        async def once() -> T:
+            async with self.transaction(timeout_seconds=timeout_seconds) as connection:
+                return await work(connection)
+
+        return await _again(once)
+
+    async def execute_at_once(self, sql: str, parameters: Mapping[str, Any]) -> Sequence[Row[Any]]:
+        """PostgreSQL: run one statement as a transaction of its own, and return its rows.
+
+        A process that freezes in it holds no lock that a single statement would not hold. Run
+        again, whole, after a deadlock or a serialization failure.
+
+        Raises:
+            QueueUnavailable: the database does not answer or cannot write, or it failed
+                `ATTEMPTS` times.
+        """
+        if self._file is not None:
+            raise TypeError("on SQLite a write is a function: see Database.write")
+        deadline = self._deadline()
+
+        async def once() -> Sequence[Row[Any]]:
+            begun = (
+                self._pooled_transaction(deadline)
+                if self._pooled
+                else self._connection(self._autocommit, deadline)
+            )
+            async with begun as connection:
+                result = await connection.execute(statement(sql), parameters)
+                return result.all() if result.returns_rows else ()
+
+        with self._counting():
+            return await _again(once)
+
+    async def write(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """SQLite: run `work` on the writer's thread between BEGIN IMMEDIATE and COMMIT.
+
+        Whole or not at all. When the caller is cancelled the transaction ends by itself: it is
+        committed if `work` returns.
+
+        Raises:
+            QueueUnavailable: another process holds the database, it cannot be written (a full
+                disk), or its file was deleted or replaced.
+        """
+        if self._thread is None:
+            raise TypeError("on PostgreSQL a write is a statement: see Database.execute_at_once")
+        deadline = self._deadline()
+        with self._counting(), _unavailable_sqlite():
+            await self._acquire_writer(deadline)
+            loop = asyncio.get_running_loop()
+            left = None if deadline is None else max(0.0, deadline - loop.time())
+            try:
+                future = self._thread.run(work, left)
+            except BaseException:
+                self._writer.release()
+                raise
+            future.add_done_callback(self._written)
+            # Not `wait_for`: neither a cancelled caller nor a late answer ends the transaction.
+            done, _ = await asyncio.wait({future}, timeout=left)
+            if not done:
+                raise QueueUnavailable(f"no commit within {self._timeout:g} seconds", "timeout")
+            return future.result()
+
+    def _written(self, future: asyncio.Future[Any]) -> None:
+        self._writer.release()
+        if not future.cancelled():
+            future.exception()  # Its caller may be gone; the transaction was rolled back.
+
+    async def check_writes(
+        self,
+        work: Callable[[AsyncConnection], Awaitable[None]],
+        *,
+        tables: Sequence[str],
+        timeout_seconds: float,
+    ) -> None:
+        """Run `work`, which writes, and roll it back; on PostgreSQL, look for missing grants too.
+
+        SQLite writes nothing to its files before a commit, so there a page that stays as it is is
+        committed: only that finds a full disk.
+
+        Raises:
+            QueueUnavailable: a write would not work.
+        """
+
+        async def rolled_back(connection: AsyncConnection) -> None:
+            await connection.exec_driver_sql("SAVEPOINT readiness")
+            await work(connection)
+            await connection.exec_driver_sql("ROLLBACK TO SAVEPOINT readiness")
+            if self._file is not None:
+                version = (await connection.exec_driver_sql("PRAGMA user_version")).scalar_one()
+                await connection.exec_driver_sql(f"PRAGMA user_version = {int(version)}")
+            else:
+                rows = await connection.execute(_MISSING_GRANTS, {"tables": list(tables)})
+                if missing := ", ".join(row.missing for row in rows):
+                    reason = f"the role lacks {missing}. {_GRANT}"
+                    raise QueueUnavailable(reason, "permission_denied")
+
+        await self.retrying(rolled_back, timeout_seconds=timeout_seconds)
+
+    async def checkpoint(self) -> bool:
+        """SQLite: copy the write-ahead log into the database and truncate it, if nobody reads
+        from it at this moment; return whether that was so. Never makes a writer wait.
+
+        Raises:
+            QueueUnavailable: the database's files cannot be read or written.
+        """
+        if self._file is None:
+            return True
+        with _unavailable_sqlite():
+            return await asyncio.to_thread(self._file.checkpoint)
 
     async def notify(self, connection: AsyncConnection, message: str) -> None:
-        """Tells the listeners in other processes, once this transaction commits.
+        """Tell the listeners in other processes, once this transaction commits.
 
-        `message` is at most `dialect.max_message_bytes` long. On SQLite it is not carried: the
-        commit itself tells that there is something to read.
+        `message` is shorter than 8,000 bytes. Where events are kept in the table
+        instead (`keeps_events`) it is not carried.
         """
-        if self.dialect.max_message_bytes:
+        if not self.keeps_events:
             await connection.execute(_NOTIFY, {"message": message})
 
     async def listen(self, on_message: Listener, on_gap: Callable[[], None]) -> None:
-        """Calls `on_message` with what other connections' transactions told, until cancelled.
+        """Call `on_message` with what other connections' transactions notified, until cancelled.
 
         `on_gap` is called where messages may have been missed: at the start, after a lost
-        connection, and on SQLite, which says only that something was committed, every time.
+        connection, and where events are kept in the table (`keeps_events`) whenever there may be
+        new ones.
         """
-        if self.dialect.name == "postgresql":
-            await self._listen_postgresql(on_message, on_gap)
+        if self._file is not None:
+            await self._listen_sqlite(self._file, on_gap)
+        elif self._listen_url is None:
+            log.warning(
+                "database.polling",
+                reason="PgBouncer in transaction mode carries no notifications; events of other"
+                " processes are polled for. Set JOBS_DATABASE_LISTEN_URL to a direct URL.",
+            )
+            while True:
+                on_gap()
+                await asyncio.sleep(POLL_SECONDS)
         else:
-            await self._listen_sqlite(on_gap)
+            await self._listen_postgresql(self._listen_url, on_message, on_gap)
 
-    async def _listen_postgresql(self, on_message: Listener, on_gap: Callable[[], None]) -> None:
+    async def close(self) -> None:
+        """End every connection, those in use included. Takes two seconds at most."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(2):
+                await self.engine.dispose()
+        for connection in list(self._connections):
+            connection.terminate()
+        if self._thread is not None:
+            await self._thread.close()
+
+    @contextmanager
+    def _counting(self) -> Iterator[None]:
+        try:
+            yield
+        except QueueUnavailable:
+            self.on_unavailable()
+            raise
+
+    def _deadline(self, timeout_seconds: float | None = None) -> float | None:
+        seconds = min(_seconds(self._timeout), _seconds(timeout_seconds))
+        return None if seconds == _NEVER else asyncio.get_running_loop().time() + seconds
+
+    # PostgreSQL
+
+    @asynccontextmanager
+    async def _postgresql_transaction(
+        self, deadline: float | None
+    ) -> AsyncIterator[AsyncConnection]:
+        async with self._connection(self.engine, deadline) as connection, connection.begin():
+            yield connection
+
+    @asynccontextmanager
+    async def _pooled_transaction(self, deadline: float | None) -> AsyncIterator[AsyncConnection]:
+        """A transaction whose settings are its own, begun and ended in one trip each."""
+        async with self._connection(self._autocommit, deadline) as connection:
+            driver = (await connection.get_raw_connection()).driver_connection
+            assert isinstance(driver, _Connection)
+            try:
+                settings = "".join(
+                    f"; SET LOCAL {name} = '{value}'"
+                    for name, value in self._server_settings(self._url).items()
+                    if name != "default_transaction_isolation"
+                )
+                await driver.execute("BEGIN ISOLATION LEVEL READ COMMITTED" + settings)
+                yield connection
+                await driver.execute("COMMIT")
+            except asyncio.CancelledError:
+                driver.terminate()
+                raise
+            except BaseException:
+                if not driver.is_closed():
+                    with suppress(asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
+                        await driver.execute("ROLLBACK")
+                raise
+
+    @asynccontextmanager
+    async def _connection(
+        self, engine: AsyncEngine, deadline: float | None, *, each: bool = False
+    ) -> AsyncIterator[AsyncConnection]:
+        """A connection of the pool that is dropped at the deadline; with `each`, each statement
+        has the database's timeout for itself."""
+        opened = engine.connect()
+        began = asyncio.get_running_loop().time()
+        try:
+            async with asyncio.timeout_at(deadline):
+                connection = await opened
+        except QueueUnavailable:
+            raise
+        except Exception as error:
+            raise self._connecting_failed(error) from error
+        driver: Any = None
+        try:
+            # Closes in a task of its own, so that a cancelled caller gives its connection back.
+            async with _closing(connection):
+                if self._file is None:
+                    driver = (await connection.get_raw_connection()).driver_connection
+                    if each:
+                        driver.seconds_per_statement = self._timeout
+                    else:
+                        driver.expire_at(deadline)
+                yield connection
+        except (sqlalchemy.exc.SQLAlchemyError, sqlite3.Error, asyncpg.PostgresError,
+                asyncpg.InterfaceError, ConnectionError) as error:  # fmt: skip
+            if driver is not None and driver.expired:
+                seconds = _seconds(self._timeout) if each or deadline is None else deadline - began
+                raise QueueUnavailable(
+                    f"the database did not answer within {seconds:.3g} seconds", "timeout"
+                ) from error
+            if (unavailable := as_unavailable(error)) is not None:
+                raise unavailable from error
+            raise
+
+    def _connecting_failed(self, error: Exception) -> QueueUnavailable:
+        match error:
+            case sqlalchemy.exc.TimeoutError():
+                return QueueUnavailable(
+                    f"all {self._pool_size} connections (JOBS_DATABASE_POOL_SIZE) are in use",
+                    "timeout",
+                )
+            case TimeoutError():
+                return QueueUnavailable(
+                    f"no connection to the database within {_seconds(self._timeout):g} seconds",
+                    "timeout",
+                )
+        return as_unavailable(error) or QueueUnavailable(str(error) or type(error).__name__)
+
+    async def _connect_postgresql(self) -> _Connection:
+        return await self._open(self._url, direct=not self._pooled)
+
+    async def _open(self, url: PostgresqlUrl, *, direct: bool) -> _Connection:
+        """Connect to one of the hosts of a URL, each with its share of the time."""
+        seconds = min(_seconds(self._timeout or DEFAULT_TIMEOUT_SECONDS),
+                      _seconds(url.connect_seconds))  # fmt: skip
+        hosts: list[tuple[str | None, int | None]] = list(url.hosts) or [(None, None)]
+        if url.shuffle_hosts:
+            random.shuffle(hosts)
+        settings = dict(url.server_settings) | (self._server_settings(url) if direct else {})
+        # Each host in turn, so that one that swallows packets does not use up all of the time.
+        wanted = ["standby", "any"] if url.session == "prefer-standby" else [url.session]
+        tries = [(host, port, session) for session in wanted for host, port in hosts]
+        last: Exception | None = None
+        for host, port, session in tries:
+            try:
+                connection = await asyncpg.connect(
+                    url.dsn,
+                    host=host,
+                    port=port,
+                    timeout=seconds / len(tries),
+                    connection_class=_Connection,
+                    server_settings=settings,
+                    target_session_attrs=session,
+                    servicefile=url.service_file,
+                    statement_cache_size=100 if direct else 0,
+                )
+            except (OSError, TimeoutError, asyncpg.TargetServerAttributeNotMatched,
+                    asyncpg.CannotConnectNowError) as error:  # fmt: skip
+                last = error
+                continue
+            except (asyncpg.PostgresError, asyncpg.InterfaceError, ValueError) as error:
+                raise QueueUnavailable(str(error), _kind(error)) from error
+            connection.keep_alive(url, _seconds(self._timeout or DEFAULT_TIMEOUT_SECONDS))
+            self._connections.add(connection)
+            # Until the pool has it, nothing else would end a connection that falls silent.
+            connection.expire_at(asyncio.get_running_loop().time() + seconds)
+            return cast(_Connection, connection)
+        if isinstance(last, TimeoutError):
+            reason = f"no connection to the database within {seconds:g} seconds"
+            raise QueueUnavailable(reason, "timeout") from last
+        raise QueueUnavailable(str(last) or type(last).__name__) from last
+
+    def _server_settings(self, url: PostgresqlUrl) -> dict[str, str]:
+        """What a session is to have, except where the URL's options say otherwise.
+
+        The server gives up a little earlier than this process, which then keeps its connection.
+        """
+        # READ COMMITTED is what the statements rely on: the options cannot change it.
+        settings = {"default_transaction_isolation": "read committed"}
+        optional = {"jit": "off"}
+        if self._timeout is not None:
+            milliseconds = int(self._timeout * 1_000)
+            optional |= {
+                "lock_timeout": f"{milliseconds * 8 // 10}ms",
+                "statement_timeout": f"{milliseconds * 9 // 10}ms",
+                "idle_in_transaction_session_timeout": f"{milliseconds}ms",
+            }
+        return settings | {name: v for name, v in optional.items() if not url.sets(name)}
+
+    async def _listen_postgresql(
+        self, url: PostgresqlUrl, on_message: Listener, on_gap: Callable[[], None]
+    ) -> None:
         pause = 0.1
         while True:
-            lost = asyncio.Event()
-            with suppress(OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
-                connection = await self._connect_postgresql()
+            with suppress(QueueUnavailable, OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+                connection = await self._open(url, direct=True)
                 try:
+                    lost = asyncio.Event()
                     connection.add_termination_listener(lambda _, lost=lost: lost.set())
+                    channel = await connection.fetchval(f"SELECT {CHANNEL_NAME}")
                     await connection.add_listener(
-                        CHANNEL, lambda _c, _pid, _channel, message: on_message(message)
+                        channel, lambda _c, _pid, _channel, message: on_message(message)
                     )
+                    connection.expire_at(None)
                     pause = 0.1
                     on_gap()
-                    await lost.wait()
+                    await self._watch(connection, lost)
                 finally:
-                    with suppress(OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
-                        await connection.close(timeout=1)
-            await asyncio.sleep(pause)
+                    connection.terminate()
+            await asyncio.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(pause * 2, 5.0)
 
-    async def _listen_sqlite(self, on_gap: Callable[[], None]) -> None:
+    async def _watch(self, connection: _Connection, lost: asyncio.Event) -> None:
+        """Return when the connection is lost. A peer that is gone without a word is found out by a
+        query after each silence."""
+        seconds = min(_seconds(self._timeout), DEFAULT_TIMEOUT_SECONDS)
+        loop = asyncio.get_running_loop()
+        while not lost.is_set():
+            with suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await lost.wait()
+                return
+            connection.expire_at(loop.time() + seconds)
+            await connection.execute("SELECT 1")
+            connection.expire_at(None)
+
+    # SQLite
+
+    @asynccontextmanager
+    async def _sqlite_transaction(
+        self, file: _SQLiteFile, deadline: float | None
+    ) -> AsyncIterator[AsyncConnection]:
+        with _unavailable_sqlite():
+            await self._acquire_writer(deadline)
+            try:
+                async with self._connection(self._autocommit, deadline) as connection:
+                    # On the driver itself: each call on it is one trip to SQLite's thread, where
+                    # SQLAlchemy's cursor takes three.
+                    raw = await connection.get_raw_connection()
+                    driver = raw.driver_connection
+                    assert driver is not None
+                    try:
+                        await driver.execute("BEGIN IMMEDIATE")
+                        yield connection
+                        await driver.commit()
+                    except BaseException:
+                        # A statement that was cancelled has taken its connection with it.
+                        if not connection.invalidated:
+                            with suppress(sqlite3.Error, ValueError):
+                                await driver.rollback()
+                        raise
+                    file.check(raw.info["identity"])
+            finally:
+                self._writer.release()
+
+    async def _acquire_writer(self, deadline: float | None) -> None:
+        try:
+            async with asyncio.timeout_at(deadline):
+                await self._writer.acquire()
+        except TimeoutError as error:
+            reason = f"the database was busy for {_seconds(self._timeout):g} seconds"
+            raise QueueUnavailable(reason, "timeout") from error
+
+    async def _listen_sqlite(self, file: _SQLiteFile, on_gap: Callable[[], None]) -> None:
         on_gap()
         last = None
         while True:
             try:
                 # On the event loop on purpose: the pragma reads a counter in shared memory, in
                 # some microseconds, where a thread's round trip would take a hundred.
-                with closing(sqlite3.connect(self.url.database or "")) as connection:
+                with closing(file.connect()) as connection:
+                    identity = file.identity()
                     while True:
+                        file.check(identity)
                         version = connection.execute("PRAGMA data_version").fetchone()
                         if version != last:
                             last = version
                             on_gap()
                         await asyncio.sleep(SQLITE_POLL_SECONDS)
-            except sqlite3.Error:
+            except (sqlite3.Error, QueueUnavailable):
+                last = None
                 await asyncio.sleep(1.0)
 
-    async def _connect_postgresql(self) -> asyncpg.Connection[asyncpg.Record]:
-        dsn = self.url.set(drivername="postgresql").render_as_string(hide_password=False)
-        return await asyncpg.connect(dsn, timeout=10)
 
-    async def close(self) -> None:
-        """Ends every connection."""
-        await self.engine.dispose()
-        if self._thread is not None:
-            await self._thread.close()
+class _Connection(asyncpg.Connection):  # type: ignore[misc]
+    """A connection that can be given a deadline, at which it is dropped without waiting.
+
+    Cancelling a query would open a second connection to cancel it on the server, and wait for
+    that: on a dead network, for ever. Dropping ends the query here at once, with an error; the
+    server ends it by its own timeouts.
+    """
+
+    def __init__(self, protocol: Any, transport: asyncio.Transport, *rest: Any) -> None:
+        super().__init__(protocol, transport, *rest)
+        self.expired = False
+        self.seconds_per_statement: float | None = None
+        self._socket_transport = transport
+        self._expiry: asyncio.TimerHandle | None = None
+
+    def expire_at(self, when: float | None) -> None:
+        """Drop this connection at that time of the loop's clock; None: not any more."""
+        if self._expiry is not None:
+            self._expiry.cancel()
+            self._expiry = None
+        if when is not None:
+            self._expiry = asyncio.get_running_loop().call_at(when, self._expire)
+
+    def keep_alive(self, url: PostgresqlUrl, seconds: float) -> None:
+        """Have the operating system notice a peer that is gone."""
+        transport = self._socket_transport.get_extra_info("socket")
+        if transport is None or transport.family not in (socket.AF_INET, socket.AF_INET6):
+            return
+        probe = max(1, int(seconds / 3))
+        options = {
+            "TCP_KEEPIDLE": url.keepalive_idle_seconds or probe,
+            "TCP_KEEPINTVL": url.keepalive_interval_seconds or probe,
+            "TCP_KEEPCNT": url.keepalive_count or 3,
+            "TCP_USER_TIMEOUT": url.tcp_user_timeout_ms or int(seconds * 1_000),
+        }
+        # A duplicate of the descriptor shares its options; uvloop's sockets set none.
+        with socket.socket(fileno=os.dup(transport.fileno())) as shared:
+            shared.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, int(url.keepalives))
+            for name, value in options.items():
+                # Not every platform has each of them.
+                if (number := getattr(socket, name, None)) is not None:
+                    shared.setsockopt(socket.IPPROTO_TCP, number, value)
+
+    async def close(self, *, timeout: float | None = None) -> None:
+        """Close the connection, with a word to the server if it takes less than a second.
+
+        SQLAlchemy names a timeout when it drops a connection that failed: there is nobody to
+        wait for.
+        """
+        if timeout is not None:
+            self.terminate()
+        else:
+            with suppress(TimeoutError, OSError, asyncpg.PostgresError):
+                await super().close(timeout=1)
+
+    def terminate(self) -> None:
+        """Drop the connection at once."""
+        if self._expiry is not None:
+            self._expiry.cancel()
+        super().terminate()
+
+    def _expire(self) -> None:
+        if not self.is_closed():
+            self.expired = True
+            self.terminate()
+
+
+def _connected(dbapi_connection: Any, _record: Any) -> None:
+    dbapi_connection.driver_connection.expire_at(None)
+
+
+def _check_out(dbapi_connection: Any, _record: Any, _proxy: Any) -> None:
+    if dbapi_connection.driver_connection.is_closed():
+        # The server ended it while nobody used it. The pool opens another.
+        raise sqlalchemy.exc.DisconnectionError
+
+
+def _check_in(dbapi_connection: Any, _record: Any) -> None:
+    if dbapi_connection is not None:
+        dbapi_connection.driver_connection.expire_at(None)
+        dbapi_connection.driver_connection.seconds_per_statement = None
+
+
+def _before_statement(connection: Any, *_: Any) -> None:
+    driver = connection.connection.driver_connection
+    if (seconds := driver.seconds_per_statement) is not None:
+        driver.expire_at(asyncio.get_running_loop().time() + seconds)
+
+
+def _after_statement(connection: Any, *_: Any) -> None:
+    driver = connection.connection.driver_connection
+    if driver.seconds_per_statement is not None:
+        driver.expire_at(None)
+
+
+@asynccontextmanager
+async def _closing(connection: AsyncConnection) -> AsyncIterator[None]:
+    try:
+        yield
+    finally:
+        await asyncio.shield(asyncio.ensure_future(connection.close()))
+
+
+class _Identity(NamedTuple):
+    """Which file it is, whatever its name."""
+
+    device: int
+    inode: int
+
+
+class _SQLiteFile:
+    """The file of a SQLite database, opened again and again, and whether it is still the same.
+
+    A file that was deleted stays writable for who has it open, and everything written is lost.
+    """
+
+    def __init__(self, path: str, *, create: bool, timeout_seconds: float | None) -> None:
+        self._path = Path(path)
+        # `rwc` is for migrations: elsewhere a file that vanished must not become an empty one.
+        self.uri = f"file:{quote(path)}?mode={'rwc' if create else 'rw'}"
+        self.busy_seconds = 0.9 * min(_seconds(timeout_seconds), _HOUR)
+
+    def connect(self) -> sqlite3.Connection:
+        """Open the file."""
+        connection = sqlite3.connect(
+            self.uri, uri=True, timeout=self.busy_seconds, isolation_level=None
+        )
+        try:
+            _set_pragmas(connection)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def identity(self) -> _Identity:
+        """The file that has this database's name now.
+
+        Raises:
+            QueueUnavailable: there is none.
+        """
+        try:
+            found = self._path.stat()
+        except OSError as error:
+            reason = f"the database's file {self._path}: {error.strerror}"
+            raise QueueUnavailable(reason, "file_missing") from error
+        return _Identity(found.st_dev, found.st_ino)
+
+    def check(self, opened: _Identity) -> None:
+        """Raise unless the file opened then is the one that has the database's name now.
+
+        Raises:
+            QueueUnavailable: it was deleted or replaced.
+        """
+        if self.identity() != opened:
+            raise QueueUnavailable(f"the database's file {self._path} was replaced", "file_missing")
+
+    def prepare(self, dbapi_connection: Any, record: Any) -> None:
+        """Set up a connection of the pool."""
+        record.info["identity"] = self.identity()
+        _set_pragmas(dbapi_connection)
+
+    def check_out(self, _dbapi_connection: Any, record: Any, _proxy: Any) -> None:
+        """Have the pool open another connection when this one's file is no more the database."""
+        try:
+            self.check(record.info["identity"])
+        except QueueUnavailable as error:
+            raise sqlalchemy.exc.DisconnectionError from error
+
+    def checkpoint(self) -> bool:
+        """See `Database.checkpoint`."""
+        with closing(self.connect()) as connection:
+            connection.execute("PRAGMA busy_timeout = 0")
+            # PASSIVE copies without locking anyone out; what is left for TRUNCATE, which does, is
+            # the end of the log.
+            _, pages, copied = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+            if pages != copied:
+                return False
+            busy, *_ = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            return not busy
 
 
 class _SQLiteThread:
-    """A connection of its own and the thread that uses it, for whole transactions at a time."""
+    """The writer: a connection of its own and the thread that uses it, a transaction at a time."""
 
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="sqlite-commit")
-        self._connection: sqlite3.Connection | None = None
+    def __init__(self, file: _SQLiteFile) -> None:
+        self._file = file
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="sqlite-writer")
+        self._opened: tuple[sqlite3.Connection, _Identity] | None = None
 
-    async def commit(
-        self, statements: Sequence[str], parameters: Mapping[str, Any]
-    ) -> Sequence[Any]:
+    def run(
+        self, work: Callable[[sqlite3.Connection], T], seconds: float | None
+    ) -> asyncio.Future[T]:
+        """Start a transaction of `work`. Other processes' writes are waited for up to `seconds`."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor, self._commit, statements, parameters)
+        return loop.run_in_executor(self._executor, self._commit, work, seconds)
 
     async def close(self) -> None:
+        """End the thread once the transaction under way is done."""
         await asyncio.get_running_loop().run_in_executor(self._executor, self._close)
         self._executor.shutdown()
 
-    def _commit(self, statements: Sequence[str], parameters: Mapping[str, Any]) -> Sequence[Any]:
-        if self._connection is None:
-            connection = sqlite3.connect(
-                self._path, timeout=SQLITE_BUSY_SECONDS, isolation_level=None
-            )
-            _prepare_sqlite_connection(connection, None)
-            self._connection = connection
-        connection = self._connection
+    def _commit(self, work: Callable[[sqlite3.Connection], T], seconds: float | None) -> T:
+        connection, identity = self._connection()
+        busy = 0.9 * min(_seconds(seconds), _HOUR)
+        connection.execute(f"PRAGMA busy_timeout = {int(busy * 1_000)}")
         connection.execute("BEGIN IMMEDIATE")
         try:
-            rows = [connection.execute(each, parameters).fetchall() for each in statements]
+            result = work(connection)
             connection.execute("COMMIT")
         except BaseException:
             with suppress(sqlite3.Error):
                 connection.execute("ROLLBACK")
             raise
-        return rows[0]
+        # Deleted meanwhile, the file took with it what was written.
+        self._file.check(identity)
+        return result
+
+    def _connection(self) -> tuple[sqlite3.Connection, _Identity]:
+        if self._opened is not None:
+            try:
+                self._file.check(self._opened[1])
+            except QueueUnavailable:
+                self._close()
+        if self._opened is None:
+            identity = self._file.identity() if "mode=rwc" not in self._file.uri else None
+            connection = self._file.connect()
+            self._opened = connection, identity or self._file.identity()
+        return self._opened
 
     def _close(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
+        if self._opened is not None:
+            self._opened[0].close()
+            self._opened = None
 
 
-_NOTIFY: Final = text("SELECT " + POSTGRESQL.notify(":message"))
+_NEVER: Final = float("inf")
+_HOUR: Final = 3_600.0
+
+
+def _seconds(timeout: float | None) -> float:
+    return _NEVER if timeout is None else timeout
+
+
+class _Transient(QueueUnavailable):
+    """A transaction that PostgreSQL ended for another's sake: it may well work the next time."""
+
+
+async def _again(once: Callable[[], Awaitable[T]]) -> T:
+    """Run a transaction until it is not a transient failure, `ATTEMPTS` times at most."""
+    for attempt in range(1, ATTEMPTS):
+        try:
+            return await once()
+        except _Transient:
+            # Full jitter, or the same transactions meet again.
+            await asyncio.sleep(random.uniform(0, 0.02 * 2**attempt))
+    return await once()
+
+
+_MISSING_GRANTS: Final = text(
+    """
+    SELECT privilege || ' on table ' || name AS missing
+    FROM unnest(CAST(:tables AS text[])) AS name,
+         unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS privilege
+    WHERE NOT has_table_privilege(to_regclass(name), privilege)
+    UNION ALL
+    SELECT 'USAGE on sequence ' || sequence
+    FROM unnest(CAST(:tables AS text[])) AS name
+    JOIN pg_attribute ON attrelid = to_regclass(name) AND attnum > 0 AND NOT attisdropped
+        AND attidentity = ''
+    CROSS JOIN LATERAL pg_get_serial_sequence(name, attname) AS sequence
+    WHERE sequence IS NOT NULL AND NOT has_sequence_privilege(sequence, 'USAGE')
+    """
+)
+
+_NOTIFY: Final = text(f"SELECT pg_notify({CHANNEL_NAME}, :message)")
 
 
 def async_url(url: str) -> URL:
@@ -414,41 +943,176 @@ def statement(template: str) -> TextClause:
 
 @contextmanager
 def unavailable() -> Iterator[None]:
-    """Turns what a database says when it is away, full or busy into `QueueUnavailable`."""
+    """Turn what a database reports when it is away, full or busy into `QueueUnavailable`."""
     try:
         yield
-    except sqlite3.OperationalError as error:
-        raise QueueUnavailable(str(error)) from error
-    except (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError) as error:
-        raise QueueUnavailable(str(error.orig)) from error
-    except (asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-        # Only while connecting: what a statement meets comes wrapped, below.
-        raise QueueUnavailable(str(error)) from error
-    except (sqlalchemy.exc.TimeoutError, ConnectionError, TimeoutError) as error:
-        raise QueueUnavailable(str(error) or type(error).__name__) from error
-    except sqlalchemy.exc.DBAPIError as error:
-        if error.connection_invalidated or _is_outage(error.orig):
-            raise QueueUnavailable(str(error.orig)) from error
+    except (sqlalchemy.exc.SQLAlchemyError, sqlite3.Error, asyncpg.PostgresError,
+            asyncpg.InterfaceError, OSError) as error:  # fmt: skip
+        if (as_error := as_unavailable(error)) is not None:
+            raise as_error from error
         raise
-    except OSError as error:
-        raise QueueUnavailable(str(error)) from error
 
 
-def _is_outage(error: BaseException | None) -> bool:
-    """Whether this is the database's trouble, by SQLSTATE class, not the statement's.
+@contextmanager
+def _unavailable_sqlite() -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        if (as_error := as_unavailable(error)) is not None:
+            raise as_error from error
+        raise
 
-    08 connection, 25006 read-only (a standby after failover), 53 resources (53100: disk full),
-    57P0x shutdown, 58 system error: https://www.postgresql.org/docs/current/errcodes-appendix.html
-    """
-    if isinstance(error, sqlite3.OperationalError):
-        return True
+
+def as_unavailable(error: BaseException | None) -> QueueUnavailable | None:
+    """The `QueueUnavailable` of an error that is the database's state; None for one that is the
+    statement's own fault (a violated constraint, say)."""
+    match error:
+        case QueueUnavailable():
+            return error
+        case sqlite3.Error():
+            return _sqlite_unavailable(error)
+        case sqlalchemy.exc.DBAPIError():
+            if isinstance(error.orig, sqlite3.Error):
+                return _sqlite_unavailable(error.orig)
+            if error.connection_invalidated:
+                return QueueUnavailable(_first_line(error.orig))
+            return _postgresql_unavailable(error.orig)
+        case asyncpg.PostgresError() | asyncpg.InterfaceError():
+            return _postgresql_unavailable(error)
+        case OSError() | sqlalchemy.exc.TimeoutError():
+            return QueueUnavailable(_first_line(error))
+    return None
+
+
+_MIGRATE: Final = "Run `jobs migrate`."
+_GRANT: Final = "The role lacks a grant: `jobs migrate --grants ROLE` prints those it needs."
+
+
+def _postgresql_unavailable(error: BaseException | None) -> QueueUnavailable | None:
+    """https://www.postgresql.org/docs/current/errcodes-appendix.html"""
     state = getattr(error, "sqlstate", None) or ""
-    return state.startswith(("08", "53", "57P", "58")) or state == "25006"
+    reason = _first_line(error)
+    if state in _TRANSIENT or _is_stale_plan(error):
+        return _Transient(f"{reason} ({state})", "busy")
+    kind = _kind(error)
+    match kind:
+        case "schema_outdated":
+            return QueueUnavailable(f"{reason}. {_MIGRATE}", kind)
+        case "permission_denied":
+            return QueueUnavailable(f"{reason}. {_GRANT}", kind)
+    if state in _OUTAGES or state[:2] in _OUTAGES or _is_lost(error):
+        return QueueUnavailable(f"{reason} ({state})" if state else reason, kind)
+    return None
 
 
-def _prepare_sqlite_connection(connection: Any, _record: Any) -> None:
+_TRANSIENT: Final = frozenset({"40001", "40P01"})
+"""Serialization failure, deadlock."""
+
+_OUTAGES: Final = frozenset(
+    {
+        "08",  # connection
+        "53",  # resources: 53100 disk full, 53300 too many connections
+        "57",  # operator: 57014 statement_timeout, 57P01 shutdown
+        "58",  # the server's system
+        "25006",  # read-only: a standby after a failover
+        "25P02",  # the transaction failed before
+        "25P03",  # idle_in_transaction_session_timeout
+        "55P03",  # lock_timeout
+        "28",  # authorization
+        "3D000",  # no such database
+        "XX",  # a damaged page, a bug of the server
+    }
+)
+
+_KINDS: Final[Mapping[str, UnavailableKind]] = {
+    "42501": "permission_denied",
+    "28000": "permission_denied",
+    "28P01": "permission_denied",
+    "42P01": "schema_outdated",
+    "42703": "schema_outdated",
+    "42883": "schema_outdated",
+    "42704": "schema_outdated",
+    "3F000": "schema_outdated",
+    "25006": "read_only",
+    "53100": "disk_full",
+    "55P03": "timeout",
+    "57014": "timeout",
+    "25P03": "timeout",
+}
+
+
+def _kind(error: BaseException | None) -> UnavailableKind:
+    return _KINDS.get(getattr(error, "sqlstate", None) or "", "unreachable")
+
+
+def _is_stale_plan(error: BaseException | None) -> bool:
+    """Whether a migration changed the columns of a statement this connection had prepared."""
+    return any(isinstance(each, asyncpg.InvalidCachedStatementError) for each in _causes(error))
+
+
+def _is_lost(error: BaseException | None) -> bool:
+    """Whether asyncpg itself ended the connection, or found it ended."""
+    lost = (asyncpg.PostgresConnectionError, asyncpg.InterfaceError, asyncpg.InternalClientError)
+    return any(
+        isinstance(each, lost) and not isinstance(each, asyncpg.DataError)
+        for each in _causes(error)
+    )
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _sqlite_unavailable(error: sqlite3.Error) -> QueueUnavailable | None:
+    code = getattr(error, "sqlite_errorcode", None)
+    reason = _first_line(error)
+    if code is None:
+        # From the module itself: the connection was closed under the statement.
+        return QueueUnavailable(reason) if isinstance(error, sqlite3.OperationalError) else None
+    # https://www.sqlite.org/rescode.html: the low byte is the primary code.
+    primary = code & 0xFF
+    if primary == sqlite3.SQLITE_ERROR:
+        if re.match(r"no such (table|column|function|index)|table \w+ has no column", reason):
+            return QueueUnavailable(f"{reason}. {_MIGRATE}", "schema_outdated")
+        return None
+    kind = _SQLITE_KINDS.get(primary)
+    return None if kind is None else QueueUnavailable(reason, kind)
+
+
+_SQLITE_KINDS: Final[Mapping[int, UnavailableKind]] = {
+    sqlite3.SQLITE_BUSY: "timeout",
+    sqlite3.SQLITE_LOCKED: "timeout",
+    sqlite3.SQLITE_PROTOCOL: "timeout",
+    sqlite3.SQLITE_FULL: "disk_full",
+    sqlite3.SQLITE_READONLY: "read_only",
+    sqlite3.SQLITE_PERM: "permission_denied",
+    sqlite3.SQLITE_AUTH: "permission_denied",
+    sqlite3.SQLITE_CANTOPEN: "unreachable",
+    sqlite3.SQLITE_IOERR: "unreachable",
+    sqlite3.SQLITE_NOMEM: "unreachable",
+    sqlite3.SQLITE_INTERRUPT: "unreachable",
+    sqlite3.SQLITE_CORRUPT: "unreachable",
+    sqlite3.SQLITE_NOTADB: "unreachable",
+    sqlite3.SQLITE_SCHEMA: "unreachable",
+}
+
+
+def _first_line(error: BaseException | None) -> str:
+    # SQLAlchemy's adapter puts the class of the driver's error before what it says.
+    lines = re.sub(r"^<class '[^']*'>: ", "", str(error)).splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _set_pragmas(connection: Any) -> None:
     cursor = connection.cursor()
     # FULL: a commit that was answered has reached the disk, see "An enqueue that was answered".
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+    for pragma in (
+        "journal_mode=WAL",
+        "synchronous=FULL",
+        "foreign_keys=ON",
+        f"journal_size_limit={MAX_WAL_BYTES}",
+    ):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()

@@ -5,7 +5,7 @@ The registry's own refusals, `JobTypeNotFound` and `PayloadInvalid`, stand in `r
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from registry import Violation
 
@@ -85,12 +85,26 @@ class EventsMissed(QueueError):
         super().__init__(f"events were missed: {reason}; read the jobs and subscribe again")
 
 
+UnavailableKind = Literal[
+    "unreachable",
+    "timeout",
+    "busy",
+    "disk_full",
+    "read_only",
+    "file_missing",
+    "schema_outdated",
+    "permission_denied",
+]
+"""What is wrong with the database, as far as anyone may know."""
+
+
 class QueueUnavailable(QueueError):
     """Raised when the database does not answer or cannot write: nothing was answered as stored.
 
-    `reason` is for the log; it may name hosts and files, so no client sees it.
+    `reason` is for the log; it may name hosts and files, so no client sees it. `kind` may be shown.
     """
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, kind: UnavailableKind = "unreachable") -> None:
         self.reason = reason
+        self.kind: UnavailableKind = kind
         super().__init__("the queue's database is not available; try again")

@@ -58,7 +58,7 @@ class EventStream:
 
     def __init__(self, database: Database, store: Store) -> None:
         self._database = database
-        self._kept = KeptBatches(store, gapless=database.dialect.name == "sqlite")
+        self._kept = KeptBatches(store, gapless=database.name == "sqlite")
         self._notified: deque[str | Gap] = deque()
         self._news = asyncio.Event()
         self._ended = False
@@ -87,7 +87,7 @@ class EventStream:
 
     @property
     def _is_polled(self) -> bool:
-        return self._database.keeps_events and self._database.dialect.name == "postgresql"
+        return self._database.keeps_events and self._database.name == "postgresql"
 
     def look(self) -> None:
         """Read kept batches now, because this process has just committed one."""

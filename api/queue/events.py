@@ -8,7 +8,7 @@ the events. Each event is a row of its name, its job's id, the job's type and th
 
     {"process": "5f0c…", "events": [["job.created", "01a20b59007a…", "payout.execute", 0]]}
 
-`encode` writes names and types once, as tables, and rows hold their indexes:
+Names and types may also be written once, as tables, and rows then hold their indexes:
 
     {"process": "5f0c…", "names": ["job.created"], "types": ["payout.execute"],
      "events": [[0, "01a20b59007a…", 0, 0]]}
@@ -21,7 +21,6 @@ and further columns that they do not know, so that newer processes may add some.
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections import deque
 from collections.abc import (
     AsyncIterator,
@@ -38,14 +37,14 @@ from typing import Any, Final, Literal, NamedTuple, cast
 from uuid import UUID
 
 import structlog
-from pydantic_core import from_json, to_json
-from sqlalchemy.ext.asyncio import AsyncConnection
+from pydantic_core import from_json
 
+from api.metrics import Metrics
 from api.queue.database import Database
 from api.queue.errors import EventsMissed, QueueUnavailable
 from api.queue.event_stream import EventStream, Gap
 from api.queue.models import JobRecord, JobStatus
-from api.queue.store import JobStore, Store
+from api.queue.store import Store
 
 EventName = Literal[
     "job.created",
@@ -56,6 +55,7 @@ EventName = Literal[
     "job.retrying",
     "job.failed",
     "job.cancelled",
+    "job.settled",
 ]
 
 STATUS_AFTER: Final[dict[EventName, JobStatus]] = {
@@ -67,6 +67,8 @@ STATUS_AFTER: Final[dict[EventName, JobStatus]] = {
     "job.retrying": JobStatus.QUEUED,
     "job.failed": JobStatus.FAILED,
     "job.cancelled": JobStatus.CANCELLED,
+    # The handler of an attempt that had timed out has ended. It makes room, and is not shown.
+    "job.settled": JobStatus.QUEUED,
 }
 
 MAX_UNREAD_EVENTS: Final = 1_000
@@ -116,15 +118,6 @@ class Message(NamedTuple):
     process: str
     events: tuple[JobEvent, ...]
     batch: int | None = None
-
-
-def encode(process: str, events: Sequence[JobEvent]) -> str:
-    """The message of these events; about 150 of them fit into a notification."""
-    names = {name: number for number, name in enumerate(dict.fromkeys(e.name for e in events))}
-    types = {name: number for number, name in enumerate(dict.fromkeys(e.type for e in events))}
-    rows = [[names[e.name], e.job_id.hex, types[e.type], e.attempt] for e in events]
-    message = {"process": process, "names": list(names), "types": list(types), "events": rows}
-    return to_json(message).decode()
 
 
 def decode(text: str | bytes) -> Message:
@@ -232,7 +225,8 @@ class _Callback:
 class Events:
     """One process's view of what happens to jobs.
 
-    `announce` goes inside the transaction and `publish` after its commit.
+    The statements that change jobs announce it to other processes; `publish` comes after the
+    commit, in the process that made it.
 
     While `hearing` is entered, subscribers are fed from one stream that holds the events of every
     process in the order of commits, own ones included. Without it they get this process's events
@@ -243,13 +237,14 @@ class Events:
     callback is called on the loop on which it was registered.
     """
 
-    def __init__(self, database: Database) -> None:
-        self.process: Final = secrets.token_hex(8)
+    def __init__(self, database: Database, store: Store, process: str, metrics: Metrics) -> None:
+        self.process: Final = process
         """The id of this process in messages."""
         self.failures = 0
         """How many log lines, deliveries and callbacks have failed since the start."""
         self._database = database
-        self._store = JobStore(database.dialect)
+        self._store = store
+        self._metrics = metrics
         self._waiting: dict[asyncio.Event, tuple[frozenset[str], frozenset[str]]] = {}
         self._work: dict[_Callback, frozenset[str]] = {}
         self._cancellations: dict[_Callback, None] = {}
@@ -266,31 +261,6 @@ class Events:
         """How many subscriptions are open in this process."""
         return len(self._subscriptions)
 
-    async def announce(self, connection: AsyncConnection, events: Sequence[JobEvent]) -> None:
-        """Send every process one message, if this transaction commits."""
-        if not events:
-            return
-        message = encode(self.process, events)
-        if self._database.keeps_events:
-            await self._store.keep_events(connection, message)
-            return
-        if len(message.encode()) > self._database.dialect.max_message_bytes:
-            number = await self._store.keep_events(connection, message)
-            message = to_json({"process": self.process, "batch": number}).decode()
-        await self._database.notify(connection, message)
-
-    def message_of(self, events: Sequence[JobEvent]) -> str | None:
-        """The message of these events, for a statement that makes and announces them in one.
-
-        None if they have to be announced by themselves: on PostgreSQL if the message does not fit
-        into a notification, or if there are no notifications.
-        """
-        message = encode(self.process, events)
-        limit = self._database.dialect.max_message_bytes
-        if limit and (self._database.keeps_events or len(message.encode()) > limit):
-            return None
-        return message
-
     def publish(self, events: Iterable[JobEvent]) -> None:
         """Log what was committed and wake who waits for it in this process. Never raises.
 
@@ -299,6 +269,8 @@ class Events:
         """
         happened = tuple(events)
         for event in happened:
+            if event.name == "job.created":
+                self._metrics.enqueued(event.type)
             self._guard(_log, event)
         self._guard(self._hand_over, happened)
 
@@ -371,7 +343,7 @@ class Events:
     @asynccontextmanager
     async def hearing(self) -> AsyncIterator[None]:
         """Hear every process, this one included, while the context is open."""
-        stream = EventStream(self._database, Store(self._database))
+        stream = EventStream(self._database, self._store)
         self._loop = asyncio.get_running_loop()
         self._stream = stream
         feeding = asyncio.create_task(stream.feed(self._take), name="job-events")
@@ -405,8 +377,7 @@ class Events:
         try:
             message = decode(item)
             if message.batch is not None:
-                async with self._database.reading() as connection:
-                    kept = await self._store.events(connection, message.batch)
+                kept = await self._store.events(message.batch)
                 if kept is None:
                     self._miss("events were deleted before this process read them")
                     return
@@ -482,6 +453,8 @@ class Events:
                 self._guard(callback, event.type)
 
     def _offer(self, event: JobEvent) -> None:
+        if event.name == "job.settled":
+            return
         for subscription in self._subscriptions:
             self._guard(subscription.offer, event)
 
@@ -502,6 +475,7 @@ class Events:
             call(*arguments)
         except Exception:
             self.failures += 1
+            self._metrics.event_publish_failed()
             # The log itself may be what fails.
             with suppress(Exception):
                 log.exception("events.not_told")

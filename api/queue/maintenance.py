@@ -14,8 +14,10 @@ import structlog
 from api.queue.errors import QueueUnavailable
 from api.queue.models import JobStatus
 from api.queue.service import JobService
+from api.queue.store import EVENT_BATCHES_PRUNED
 
 DAY_SECONDS = 86_400
+PRUNE_PAUSE_SECONDS = 0.02
 PRUNE_BATCH = 200
 """Jobs a transaction deletes: a few milliseconds, which is what a lease waits on SQLite."""
 
@@ -47,17 +49,33 @@ async def maintain(
             break
         try:
             await service.recover()
-            await service.tidy()
+            await tidy(service, stop)
             for status, days in keep_days.items():
-                await prune(service, status, keep_days=days)
+                await prune(service, status, keep_days=days, stop=stop)
         except QueueUnavailable as error:
             log.warning("maintenance.postponed", reason=error.reason)
         except Exception:
             log.exception("maintenance.failed")
 
 
-async def prune(service: JobService, status: JobStatus, *, keep_days: float) -> int:
-    """Deletes every job that ended with `status` more than `keep_days` ago; says how many.
+async def tidy(service: JobService, stop: asyncio.Event) -> None:
+    """Fold the counts, delete old events until none are left, and let SQLite's log shrink."""
+    while not stop.is_set():
+        if await service.tidy() < EVENT_BATCHES_PRUNED:
+            return
+        await asyncio.sleep(PRUNE_PAUSE_SECONDS)
+
+
+async def prune(
+    service: JobService,
+    status: JobStatus,
+    *,
+    keep_days: float,
+    stop: asyncio.Event | None = None,
+) -> int:
+    """Delete every job that ended with `status` more than `keep_days` ago; return how many.
+
+    `stop`, once set, ends it after the transaction that is under way.
 
     In small transactions with a pause between them, so that leases and enqueues go on.
     """
@@ -67,6 +85,6 @@ async def prune(service: JobService, status: JobStatus, *, keep_days: float) -> 
         pruned += count
         if count:
             log.info("jobs.pruned", status=str(status), jobs=count)
-        if count < PRUNE_BATCH:
+        if count < PRUNE_BATCH or (stop is not None and stop.is_set()):
             return pruned
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(PRUNE_PAUSE_SECONDS)

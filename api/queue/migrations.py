@@ -1,67 +1,320 @@
-"""Brings a database to the tables this version needs, with alembic. Synchronous: used at the edge.
+"""Brings a database to the schema that this version needs, with alembic. Synchronous, for the edge.
 
-The scripts stand in `alembic/` of a checkout, and in `api/_alembic` of an installed wheel.
+The scripts are in `alembic/` of a checkout, and in `api/_alembic` of an installed wheel.
+
+A script that only adds to the schema says `additive = True`. Every migration records, beside the
+revision, the oldest revision whose code can use the result (`compatible_from`). That is how a
+process finds out whether it can use a database that a newer version has migrated.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
+import sqlalchemy.exc
 from alembic import command
 from alembic.config import Config
-from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection
+from sqlalchemy import Connection, inspect, text
+from sqlmodel import SQLModel
 
-from api.queue.database import Database, unavailable
+import api.queue.models  # noqa: F401  (its tables are in SQLModel's metadata)
+from api.queue.database import DEFAULT_TIMEOUT_SECONDS, Database, Pooler, async_url, unavailable
 
 T = TypeVar("T")
+
+VERSION_TABLE: Final = "job_registry_version"
+"""Of our own name: other tables of the user's database may have migrations of their own."""
 
 _PACKAGE: Final = Path(__file__).resolve().parent.parent
 _INSTALLED: Final = _PACKAGE / "_alembic"
 _SCRIPTS: Final = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parent / "alembic"
 
+INSUFFICIENT_PRIVILEGE: Final = "42501"
+
 _LOCK: Final = 0x6A6F6273
 """Advisory lock, "jobs" in ASCII: two `jobs migrate` at once would both create the tables."""
 
 
-def upgrade(url: str, revision: str = "head") -> None:
-    """Runs the migrations up to `revision`. Whole or not at all; running it again does nothing.
+class MigrationRefused(Exception):
+    """Raised when a migration cannot run. Its text is a sentence for the operator."""
+
+
+class Verdict(StrEnum):
+    """How a database fits this version."""
+
+    CURRENT = "current"
+    COMPATIBLE = "compatible"
+    """A newer version has migrated it, and has only added to what this version needs."""
+    EMPTY = "empty"
+    OUTDATED = "outdated"
+    TOO_NEW = "too_new"
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """What revision a database is at, what this version needs, and whether the two fit.
+
+    `compatible_from` is what the database records: the oldest revision whose code can use it.
+    """
+
+    verdict: Verdict
+    revision: str | None
+    needed: str
+    compatible_from: str | None = None
+
+    @property
+    def fits(self) -> bool:
+        """Whether this version can use the database as it is."""
+        return self.verdict in (Verdict.CURRENT, Verdict.COMPATIBLE)
+
+    @property
+    def sentence(self) -> str:
+        """The verdict in a sentence, with what to do."""
+        match self.verdict:
+            case Verdict.CURRENT:
+                return f"The database schema is up to date, at revision {self.revision}."
+            case Verdict.COMPATIBLE:
+                return (
+                    f"The database schema is at revision {self.revision}, newer than this version's"
+                    f" {self.needed} and compatible with it."
+                )
+            case Verdict.EMPTY:
+                return "The database has no Job Registry tables yet. Run `jobs migrate`."
+            case Verdict.OUTDATED:
+                return (
+                    f"The database schema is out of date: it is at revision {self.revision}, and"
+                    f" this version needs {self.needed}. Run `jobs migrate`."
+                )
+        return (
+            f"The database schema is at revision {self.revision}, which this version (revision"
+            f" {self.needed}) cannot use. Upgrade Job Registry on this machine."
+        )
+
+
+class Step(NamedTuple):
+    """One migration that ran."""
+
+    revision: str
+    title: str
+
+
+@dataclass(frozen=True, slots=True)
+class Migrated:
+    """What a migration did: nothing when there are no `steps`."""
+
+    before: str | None
+    after: str | None
+    steps: tuple[Step, ...] = ()
+
+
+def upgrade(url: str, revision: str = "head", *, pooler: Pooler = "session") -> Migrated:
+    """Run the migrations up to `revision`, whole or not at all. Running it again does nothing.
+
+    A database that a newer version has migrated is left as it is when it is compatible.
+
+    Raises:
+        MigrationRefused: the database is too new, a table of ours exists and is not ours, or the
+            role may not create tables.
+        QueueUnavailable: the database does not answer, or cannot write.
+    """
+
+    def run(connection: Connection) -> Migrated:
+        _lock(connection)
+        fit = _examine(connection)
+        if fit.verdict is Verdict.TOO_NEW:
+            raise MigrationRefused(fit.sentence)
+        if fit.verdict is Verdict.COMPATIBLE:
+            return Migrated(fit.revision, fit.revision)
+        if fit.verdict is Verdict.EMPTY:
+            _refuse_collisions(connection)
+        return _migrate(connection, command.upgrade, revision)
+
+    # However long it takes: an index of millions of rows is not built within a deadline.
+    return _with_connection(url, run, bounded=False, pooler=pooler)
+
+
+def downgrade(url: str, revision: str = "base") -> Migrated:
+    """Take the migrations back down to `revision`. Below the first one the jobs are gone.
 
     Raises:
         QueueUnavailable: the database does not answer, or cannot write.
     """
-    _with_connection(url, lambda connection: _migrate(connection, command.upgrade, revision))
+
+    def run(connection: Connection) -> Migrated:
+        _lock(connection)
+        return _migrate(connection, command.downgrade, revision)
+
+    return _with_connection(url, run, bounded=False)
 
 
-def downgrade(url: str, revision: str = "base") -> None:
-    """Takes the migrations back down to `revision`. Below the first one the jobs are gone.
-
-    Raises:
-        QueueUnavailable: the database does not answer, or cannot write.
-    """
-    _with_connection(url, lambda connection: _migrate(connection, command.downgrade, revision))
-
-
-def current(url: str) -> str | None:
-    """The revision the database is at; None when no migration has run.
+def examine(url: str, *, pooler: Pooler = "session") -> Fit:
+    """Say whether the database fits this version. Changes nothing.
 
     Raises:
         QueueUnavailable: the database does not answer.
     """
-    return _with_connection(url, _revision)
+    path = async_url(url).database if url.startswith("sqlite") else None
+    if path is not None and not Path(path).exists():
+        # To connect would make the file.
+        return Fit(Verdict.EMPTY, None, _head())
+    return _with_connection(url, _examine, reading=True, pooler=pooler)
 
 
-def is_current(url: str) -> bool:
-    """Whether the database has exactly the tables this version needs.
+def grants(url: str, role: str, *, pooler: Pooler = "session") -> list[str]:
+    """The SQL that gives `role` what serving and working need on PostgreSQL, and no more.
+
+    Only looks the names up. On SQLite, which has no roles, there is nothing to grant.
 
     Raises:
+        MigrationRefused: the database has no tables of this version to grant.
         QueueUnavailable: the database does not answer.
     """
-    return current(url) == ScriptDirectory.from_config(_config()).get_current_head()
+
+    if url.startswith("sqlite"):
+        return []
+
+    def find(connection: Connection) -> list[str]:
+        fit = _examine(connection)
+        if not fit.fits:
+            raise MigrationRefused(fit.sentence)
+        return list(connection.execute(_GRANTS, {"role": role, **_ours()}).scalars())
+
+    return _with_connection(url, find, reading=True, pooler=pooler)
+
+
+def _examine(connection: Connection) -> Fit:
+    scripts = ScriptDirectory.from_config(_config())
+    needed = _head()
+    revision, compatible_from = _recorded(connection)
+    if revision is None:
+        return Fit(Verdict.EMPTY, None, needed)
+    known = {script.revision for script in scripts.walk_revisions()}
+    if revision == needed:
+        verdict = Verdict.CURRENT
+    elif revision in known:
+        verdict = Verdict.OUTDATED
+    else:
+        verdict = Verdict.COMPATIBLE if compatible_from in known else Verdict.TOO_NEW
+    return Fit(verdict, revision, needed, compatible_from)
+
+
+def _recorded(connection: Connection) -> tuple[str | None, str | None]:
+    """The revision of the database, and the oldest revision whose code can use it."""
+    columns = _version_columns(connection)
+    if "version_num" not in columns:
+        return None, None
+    compatible_from = "compatible_from" if "compatible_from" in columns else "NULL"
+    query = f"SELECT version_num, {compatible_from} FROM {VERSION_TABLE}"
+    try:
+        row = connection.exec_driver_sql(query).first()
+    except sqlalchemy.exc.DBAPIError as error:
+        if getattr(error.orig, "sqlstate", None) != INSUFFICIENT_PRIVILEGE:
+            raise
+        raise MigrationRefused(
+            f"The database role may not read the table {VERSION_TABLE}. Grant it what"
+            " `jobs migrate --grants ROLE` prints."
+        ) from error
+    return (None, None) if row is None else (row[0], row[1])
+
+
+def _version_columns(connection: Connection) -> set[str]:
+    inspector = inspect(connection)
+    if not inspector.has_table(VERSION_TABLE):
+        return set()
+    return {column["name"] for column in inspector.get_columns(VERSION_TABLE)}
+
+
+@dataclass(slots=True)
+class _Recorder:
+    """Called by alembic after each step, in its transaction."""
+
+    scripts: ScriptDirectory
+    steps: list[Step] = field(default_factory=list)
+
+    def __call__(self, *, ctx: Any, step: Any, **_others: Any) -> None:
+        script = self.scripts.get_revision(step.up_revision_id)
+        self.steps.append(Step(script.revision, (script.doc or "").rstrip(".")))
+        destination = step.destination_revision_ids
+        if destination:
+            _record_compatibility(ctx.connection, self._compatible_from(destination[0]))
+
+    def _compatible_from(self, revision: str) -> str:
+        script = self.scripts.get_revision(revision)
+        while getattr(script.module, "additive", False) and isinstance(script.down_revision, str):
+            script = self.scripts.get_revision(script.down_revision)
+        return script.revision
+
+
+def _record_compatibility(connection: Connection, revision: str) -> None:
+    # In alembic's own table: it has one row, which alembic updates by its column `version_num`.
+    if "compatible_from" not in _version_columns(connection):
+        connection.exec_driver_sql(f"ALTER TABLE {VERSION_TABLE} ADD COLUMN compatible_from TEXT")
+    connection.execute(
+        text(f"UPDATE {VERSION_TABLE} SET compatible_from = :revision"), {"revision": revision}
+    )
+
+
+def _lock(connection: Connection) -> None:
+    if connection.dialect.name == "postgresql":
+        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_LOCK})")
+
+
+def _migrate(connection: Connection, run: Callable[[Config, str], None], revision: str) -> Migrated:
+    config = _config()
+    recorder = _Recorder(ScriptDirectory.from_config(config))
+    config.attributes["connection"] = connection
+    config.attributes["version_table"] = VERSION_TABLE
+    config.attributes["on_version_apply"] = recorder
+    before, _ = _recorded(connection)
+    with _refusals():
+        run(config, revision)
+    after, _ = _recorded(connection)
+    return Migrated(before, after, tuple(recorder.steps))
+
+
+def _refuse_collisions(connection: Connection) -> None:
+    inspector = inspect(connection)
+    there = {*inspector.get_table_names(), *inspector.get_view_names()}
+    taken = sorted(there & SQLModel.metadata.tables.keys())
+    if taken:
+        raise MigrationRefused(
+            f"The database already has a table named {taken[0]} that is not Job Registry's. Use a"
+            " database of its own for Job Registry, or rename that table."
+        )
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Turn what an operator can mend into a sentence; other errors stay what they are."""
+    try:
+        yield
+    except sqlalchemy.exc.DBAPIError as error:
+        state = getattr(error.orig, "sqlstate", None) or ""
+        words = str(error.orig)
+        reason = words.partition(">: ")[2] or words
+        # 42P06, 42P07, 42710, 42723: a schema, table, object or function of this name exists.
+        if state in ("42P06", "42P07", "42710", "42723") or " already exists" in reason:
+            raise MigrationRefused(
+                f"The database already has something of the same name that is not Job Registry's:"
+                f" {reason}. Use a database of its own for Job Registry, or rename it."
+            ) from error
+        if state == INSUFFICIENT_PRIVILEGE:
+            raise MigrationRefused(
+                f"The database role may not change the schema: {reason}. Run `jobs migrate` as the"
+                " owner of the database, and see `jobs migrate --grants ROLE`."
+            ) from error
+        raise
+
+
+def _head() -> str:
+    return ScriptDirectory.from_config(_config()).get_current_head() or ""
 
 
 def _config() -> Config:
@@ -70,24 +323,65 @@ def _config() -> Config:
     return config
 
 
-def _revision(connection: Connection) -> str | None:
-    options = {"version_table": "job_registry_version"}
-    return MigrationContext.configure(connection, opts=options).get_current_revision()
+def _ours() -> dict[str, Any]:
+    return {"tables": [*SQLModel.metadata.tables], "version_table": VERSION_TABLE}
 
 
-def _migrate(connection: Connection, run: Callable[[Config, str], None], revision: str) -> None:
-    if connection.dialect.name == "postgresql":
-        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_LOCK})")
-    config = _config()
-    config.attributes["connection"] = connection
-    run(config, revision)
+_GRANTS: Final = text("""
+WITH ours AS (
+    SELECT oid, relnamespace FROM pg_class
+    WHERE relnamespace = (
+            SELECT relnamespace FROM pg_class WHERE oid = to_regclass(CAST(:version_table AS text)))
+      AND relkind IN ('r', 'p') AND relname = ANY(CAST(:tables AS text[]))
+), home AS (
+    SELECT oid, nspname FROM pg_namespace
+    WHERE oid = (SELECT relnamespace FROM pg_class
+                 WHERE oid = to_regclass(CAST(:version_table AS text)))
+)
+SELECT statement FROM (
+    SELECT 1 AS part, nspname AS name, format('GRANT USAGE ON SCHEMA %I TO %I;',
+        nspname, CAST(:role AS text)) AS statement FROM home
+    UNION ALL
+    SELECT 2, relname, format('GRANT SELECT, INSERT, UPDATE, DELETE ON TABLE %I.%I TO %I;',
+        nspname, relname, CAST(:role AS text))
+    FROM ours JOIN pg_class USING (oid) JOIN home ON home.oid = pg_class.relnamespace
+    UNION ALL
+    SELECT 3, CAST(:version_table AS text), format('GRANT SELECT ON TABLE %I.%I TO %I;',
+        nspname, CAST(:version_table AS text), CAST(:role AS text)) FROM home
+    UNION ALL
+    SELECT 4, sequence.relname, format('GRANT USAGE, SELECT ON SEQUENCE %I.%I TO %I;',
+        nspname, sequence.relname, CAST(:role AS text))
+    FROM pg_depend
+    JOIN pg_class AS sequence ON sequence.oid = pg_depend.objid AND sequence.relkind = 'S'
+    JOIN ours ON ours.oid = pg_depend.refobjid
+    JOIN home ON home.oid = sequence.relnamespace
+    WHERE pg_depend.deptype IN ('a', 'i')
+    UNION ALL
+    SELECT 5, proname, format('GRANT EXECUTE ON FUNCTION %I.%I(%s) TO %I;',
+        nspname, proname, pg_get_function_identity_arguments(pg_proc.oid), CAST(:role AS text))
+    FROM pg_proc JOIN home ON home.oid = pg_proc.pronamespace
+    WHERE proname LIKE 'job\\_%'
+) AS statements
+ORDER BY part, name, statement
+""")
+"""Names come from the catalogs, so that a table, sequence or function that a later migration adds
+is granted without a change here; `format` quotes them, and the role's."""
 
 
-def _with_connection(url: str, work: Callable[[Connection], T]) -> T:
+def _with_connection(
+    url: str,
+    work: Callable[[Connection], T],
+    *,
+    reading: bool = False,
+    bounded: bool = True,
+    pooler: Pooler = "session",
+) -> T:
     async def run() -> T:
-        database = Database(url)
+        timeout_seconds = DEFAULT_TIMEOUT_SECONDS if bounded else None
+        database = Database(url, timeout_seconds=timeout_seconds, pooler=pooler, create=not reading)
         try:
-            async with database.transaction() as connection:
+            opened = database.reading() if reading else database.transaction()
+            async with opened as connection:
                 return await connection.run_sync(work)
         finally:
             await database.close()

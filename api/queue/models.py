@@ -118,6 +118,7 @@ class Job(SQLModel, table=True):
         ),
         Index("job_by_status", "status", "id"),
         Index("job_by_type", "type", "id"),
+        Index("job_by_type_and_status", "type", "status", "id"),
         # Pruning reads the oldest finished jobs of a status.
         Index(
             "job_finished",
@@ -147,6 +148,10 @@ class Job(SQLModel, table=True):
     started_at: datetime | None = Field(sa_column=Column(_time()))
     finished_at: datetime | None = Field(sa_column=Column(_time()))
     lease_token: str | None = Field(sa_column=Column(Text))
+    # How long a lease lasts without a heartbeat, and until when its worker is believed alive:
+    # unlike `lease_expires_at`, not bounded by the attempt's deadline.
+    lease_seconds: float | None = Field(sa_column=Column(Double))
+    held_until: datetime | None = Field(sa_column=Column(_time()))
     lease_expires_at: datetime | None = Field(sa_column=Column(_time()))
     deadline_at: datetime | None = Field(sa_column=Column(_time()))
     cancel_requested_at: datetime | None = Field(sa_column=Column(_time()))
@@ -154,6 +159,9 @@ class Job(SQLModel, table=True):
     progress: Any = Field(sa_column=Column(_json()))
     result: Any = Field(sa_column=Column(_json()))
     error: Any = Field(sa_column=Column(_json()))
+    # How often the job was released or snoozed, and how often in a row within seconds.
+    returns: int = Field(sa_column=Column(Integer, nullable=False, server_default="0"))
+    quick_returns: int = Field(sa_column=Column(Integer, nullable=False, server_default="0"))
 
 
 class JobAttempt(SQLModel, table=True):
@@ -168,6 +176,13 @@ class JobAttempt(SQLModel, table=True):
             "(outcome IS NULL) = (finished_at IS NULL)", name="job_attempt_finished_has_outcome"
         ),
         Index("job_attempt_of_job", "job_id", "id"),
+        # Attempts that have timed out and may still run: a handful at most.
+        Index(
+            "job_attempt_held",
+            "held_until",
+            sqlite_where=text("held_until IS NOT NULL AND finished_at IS NOT NULL"),
+            postgresql_where=text("held_until IS NOT NULL AND finished_at IS NOT NULL"),
+        ),
         # At most one lease of a job is in force: the database refuses a second.
         Index(
             "job_attempt_open",
@@ -192,10 +207,14 @@ class JobAttempt(SQLModel, table=True):
     finished_at: datetime | None = Field(sa_column=Column(_time()))
     outcome: str | None = Field(sa_column=Column(Text))
     error: Any = Field(sa_column=Column(_json()))
+    # Until when a timed-out attempt holds its place in the type's concurrency limit, and the lease
+    # by which its worker holds it.
+    held_until: datetime | None = Field(sa_column=Column(_time()))
+    lease_token: str | None = Field(sa_column=Column(Text))
 
 
 class JobTypeState(SQLModel, table=True):
-    """One row a job type: what a claim of a limited type locks, and when a worker last asked."""
+    """One row per job type: when a worker last asked for it."""
 
     __tablename__: ClassVar[Any] = "job_type_state"
 
@@ -283,7 +302,11 @@ class JobRecord(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class AttemptRecord:
-    """One lease of a job, as it was read. `outcome` is None while it is in force."""
+    """One lease of a job, as it was read. `outcome` is None while it is in force.
+
+    `still_running` says that the attempt has timed out and its handler has not stopped yet: it
+    holds its place in the type's concurrency limit until it does.
+    """
 
     job_id: uuid.UUID
     attempt: int
@@ -292,6 +315,7 @@ class AttemptRecord:
     finished_at: datetime | None
     outcome: AttemptOutcome | None
     error: JobError | None
+    still_running: bool = False
 
 
 @dataclass(frozen=True, slots=True)

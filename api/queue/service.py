@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import asyncio
 import re
+import secrets
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Final, NamedTuple, cast
+from typing import Final, NamedTuple, TypeVar, cast
 
 from pydantic import JsonValue
 from pydantic_core import from_json
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
+from sqlalchemy.ext.asyncio import AsyncSession
 from uuid_utils.compat import uuid7
 
+from api.metrics import Metrics
 from api.queue.caller_transactions import publish_after_commit
-from api.queue.database import Database
+from api.queue.database import DEFAULT_TIMEOUT_SECONDS, Database, Pooler
 from api.queue.errors import (
     IdempotencyConflict,
     InputInvalid,
@@ -29,8 +31,9 @@ from api.queue.errors import (
     LeaseLost,
     QueueUnavailable,
 )
-from api.queue.events import EventName, Events, JobEvent
+from api.queue.events import Events, JobEvent
 from api.queue.group_commit import GroupCommit
+from api.queue.leasing import Lease, Leasing, ended_event
 from api.queue.models import (
     AttemptOutcome,
     AttemptRecord,
@@ -39,6 +42,8 @@ from api.queue.models import (
     JobRecord,
     JobStatus,
 )
+from api.queue.postgresql import PostgreSQLStore
+from api.queue.readiness import Readiness
 from api.queue.requests import (
     EnqueueRequest,
     check_lease,
@@ -46,7 +51,18 @@ from api.queue.requests import (
     differing_paths,
     input_faults,
 )
-from api.queue.store import TIMED_OUT, Claim, JobStore, NewJob, Report, Stored
+from api.queue.sqlite import SQLiteStore
+from api.queue.store import (
+    TIMED_OUT,
+    LeaseRenewal,
+    NewJob,
+    Renewed,
+    Report,
+    Store,
+    Stored,
+    Waiting,
+    present,
+)
 from registry import (
     JobPolicy,
     JobRegistry,
@@ -56,16 +72,15 @@ from registry import (
     json_document,
 )
 
+T = TypeVar("T")
+
 DEFAULT_PRIORITY: Final = 50
 WORKER_ABSENT_SECONDS: Final = 60.0
 """A type that no worker asked for in this time has none."""
 
-WORKER_SEEN_SECONDS: Final = 10.0
-"""How often a process notes in the database that it works a type."""
-
-MIN_PAUSE_SECONDS: Final = 0.02
-MAX_PAUSE_SECONDS: Final = 5.0
-"""How long a waiting `lease` trusts that it was told of everything, before it looks by itself."""
+LOCKED_PAUSE_SECONDS: Final = 0.02
+"""How long to wait before a row is tried again that another transaction has locked; doubled up to
+half a second."""
 
 
 class Enqueued(NamedTuple):
@@ -106,19 +121,6 @@ class JobPage:
 
 
 @dataclass(frozen=True, slots=True)
-class Lease:
-    """A job that is this worker's until `expires_at`, and with heartbeats until `deadline_at`.
-
-    `token` is secret to the worker and proves the lease in every later call.
-    """
-
-    token: str
-    job: JobRecord
-    expires_at: datetime
-    deadline_at: datetime
-
-
-@dataclass(frozen=True, slots=True)
 class Heartbeat:
     """A renewed lease: until when, how long the attempt may still run, and whether to stop."""
 
@@ -126,6 +128,18 @@ class Heartbeat:
     expires_at: datetime
     seconds_left: float
     cancel_requested: bool
+
+
+class Renewal(NamedTuple):
+    """A lease to renew, by its token. `progress` is JSON text; None leaves it as it is.
+
+    `ended` says that the attempt has timed out and its handler has not stopped: only its place in
+    the concurrency limit is renewed, and the answer is `LeaseLost`.
+    """
+
+    token: str
+    progress: bytes | None = None
+    ended: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,14 +195,30 @@ class JobService:
         self.lease_seconds = lease_seconds
         self._max_page_size = max_page_size
         self._max_bulk_size = max_bulk_size
-        self.events = Events(database)
         self._database = database
-        self._store = JobStore(database.dialect)
+        self._readiness = Readiness(database)
+        process = secrets.token_hex(8)
+        self._store: Store = (
+            PostgreSQLStore(database, process)
+            if database.name == "postgresql"
+            else SQLiteStore(database, process)
+        )
+        self.metrics = Metrics(registry)
+        database.on_unavailable = self.metrics.database_unavailable
+        self.events = Events(database, self._store, process, self.metrics)
         self._new_id = new_id
+        # Apart, so that jobs without a key never share a statement with one that has to wait.
         self._inserts = GroupCommit(self._insert)
+        self._keyed_inserts = GroupCommit(self._insert)
         self._reports = GroupCommit(self._end)
-        self._seen: dict[str, float] = {}
-        self._waits_ended = asyncio.Event()
+        self._leasing = Leasing(
+            self._store,
+            registry,
+            self.events,
+            lease_seconds=lease_seconds,
+            give_back=self._give_back,
+            on_recovered=self._count_recovered,
+        )
 
     # Enqueue
 
@@ -199,7 +229,7 @@ class JobService:
         created_by: str | None = None,
         session: AsyncSession | None = None,
     ) -> Enqueued:
-        """Stores a job. When this returns, the job is on disk.
+        """Store a job. When this returns, the job is on disk.
 
         With the caller's own `session`, on the queue's database, the job joins the caller's
         transaction: it appears if and when the caller commits, together with the caller's rows,
@@ -212,17 +242,28 @@ class JobService:
             IdempotencyConflict: the key belongs to a job of this type with another payload.
         """
         new = self._admit(request, created_by)
-        if session is None:
-            return _enqueued(new, request, await self._inserts.submit(new))
+        if session is not None:
+            return await self._enqueue_within(session, new, request)
+        inserts = self._inserts if new.idempotency_key is None else self._keyed_inserts
+        stored = await self._patiently(
+            lambda: inserts.submit(new), "another transaction holds the idempotency key"
+        )
+        return _enqueued(new, request, stored)
+
+    async def _enqueue_within(
+        self, session: AsyncSession, new: NewJob, request: EnqueueRequest
+    ) -> Enqueued:
         connection = await session.connection()
-        stored = await self._store.insert(connection, [new])
-        if new.id not in stored:
+        for _ in range(10):
+            stored = await self._store.insert_within(connection, [new])
+            if new.id in stored:
+                break
+        else:
             raise QueueUnavailable("the holder of the idempotency key was deleted meanwhile")
         enqueued = _enqueued(new, request, stored[new.id])
         if not enqueued.deduplicated:
             created = [JobEvent.of("job.created", enqueued.job)]
             publish_after_commit(session, self.events.publish, created)
-            await self.events.announce(connection, created)
         return enqueued
 
     async def enqueue_many(
@@ -232,9 +273,9 @@ class JobService:
         atomic: bool = False,
         created_by: str | None = None,
     ) -> list[Enqueued | Refusal]:
-        """Stores up to `max_bulk_size` jobs in one transaction; gives a result for each, in order.
+        """Store up to `max_bulk_size` jobs; return a result for each, in order.
 
-        A refused one is its error, given back in its place. With `atomic` one refusal leaves
+        A refused one is its error, returned in its place. With `atomic` one refusal leaves
         every job unstored; those that were good themselves are then `InputInvalid` with the code
         `not_stored`.
 
@@ -242,28 +283,22 @@ class JobService:
             InputInvalid: there are more of them.
         """
         if len(requests) > self._max_bulk_size:
-            message = (
-                f"At most {self._max_bulk_size} jobs go in one call; here are {len(requests)}."
-            )
+            message = f"Expected at most {self._max_bulk_size} jobs per call, got {len(requests)}."
             raise InputInvalid((Violation("", "too_long", message),))
         results: dict[int, Enqueued | Refusal] = {}
-        stored: Sequence[Stored]
         admitted: dict[int, NewJob] = {}
         for index, request in enumerate(requests):
             try:
                 admitted[index] = self._admit(request, created_by)
             except (JobTypeNotFound, PayloadInvalid, InputInvalid) as refusal:
                 results[index] = refusal
-        if not (atomic and results):
-            try:
-                stored = await self._insert_or_each(list(admitted.values()), atomic=atomic)
-            except _AtomicConflict as conflict:
-                stored = conflict.stored
+        if admitted and not (atomic and results):
+            stored, committed = await self._insert_bulk(list(admitted.values()), atomic=atomic)
             for (index, new), outcome in zip(admitted.items(), stored, strict=True):
                 try:
                     results[index] = _enqueued(new, requests[index], outcome)
                 except IdempotencyConflict as refusal:
-                    results[index] = refusal
+                    results[index] = refusal if committed else _conflict_within(refusal, admitted)
         refused = [index for index, result in results.items() if isinstance(result, Exception)]
         if atomic and refused:
             because = not_stored(sorted(refused))
@@ -275,12 +310,11 @@ class JobService:
     async def validate(self, request: EnqueueRequest) -> JobValid:
         """What `enqueue` would do with this request; it raises the same and writes nothing."""
         new = self._admit(request, None)
+        now = await self._store.now()
         duplicate: JobRecord | None = None
-        async with self._database.reading() as connection:
-            now = await self._store.now(connection)
-            if new.idempotency_key is not None:
-                key = (new.type, new.idempotency_key)
-                duplicate = (await self._store.find_by_key(connection, [key])).get(key)
+        if new.idempotency_key is not None:
+            key = (new.type, new.idempotency_key)
+            duplicate = (await self._store.find_by_key([key])).get(key)
         if duplicate is not None:
             _enqueued(new, request, Stored(now, now, duplicate))
         return JobValid(
@@ -307,16 +341,14 @@ class JobService:
         Raises:
             JobNotFound: no job has this id.
         """
-        async with self._database.reading() as connection:
-            job = await self._store.get(connection, parse_job_id(job_id))
+        job = await self._store.get(parse_job_id(job_id))
         if job is None:
             raise JobNotFound(str(job_id))
         return job
 
     async def attempts(self, job_ids: Sequence[uuid.UUID]) -> dict[uuid.UUID, list[AttemptRecord]]:
         """Every attempt of each of these jobs, the first one first; one query for all."""
-        async with self._database.reading() as connection:
-            return await self._store.attempts(connection, job_ids)
+        return await self._store.attempts(job_ids)
 
     async def list_jobs(
         self, wanted: JobFilter = JobFilter(), *, first: int = 50, after: uuid.UUID | None = None
@@ -327,28 +359,35 @@ class JobService:
             InputInvalid: `first` is not 1 to `max_page_size`.
         """
         if not 1 <= first <= self._max_page_size:
-            message = f"A page holds 1 to {self._max_page_size} jobs; {first} were asked for."
+            message = f"Expected 1 to {self._max_page_size} jobs per page, got {first}."
             raise InputInvalid((Violation("/first", "out_of_range", message),))
-        async with self._database.reading() as connection:
-            jobs = await self._store.list_jobs(
-                connection,
-                types=wanted.types,
-                statuses=wanted.statuses,
-                first=first + 1,
-                after=after,
-            )
+        jobs = await self._store.list_jobs(
+            types=wanted.types, statuses=wanted.statuses, first=first + 1, after=after
+        )
         return JobPage(jobs[:first], has_next_page=len(jobs) > first)
 
     async def counts(self) -> dict[str, JobCounts]:
         """Jobs per type and status, also of types that are no longer registered."""
-        async with self._database.reading() as connection:
-            counts = await self._store.counts(connection)
-        return {name: JobCounts() for name in self.registry} | counts
+        return {name: JobCounts() for name in self.registry} | await self._store.counts()
 
     async def ping(self) -> None:
-        """Returns when the database answers a query on the queue's tables; raises otherwise."""
-        async with self._database.reading() as connection:
-            await self._store.get(connection, uuid.UUID(int=0))
+        """Return when a job could be stored; raise `QueueUnavailable` otherwise."""
+        await self._readiness.check()
+
+    async def waiting_reasons(
+        self, jobs: Iterable[JobRecord]
+    ) -> dict[uuid.UUID, WaitingReason | None]:
+        """Why each of these jobs does not run now; None where it is not queued. One query."""
+        queued = {job.id: job for job in jobs if job.next_run_at is not None}
+        waiting = await self._store.waiting(queued) if queued else {}
+        return {
+            job_id: self._reason(job, waiting[job_id]) if job_id in waiting else None
+            for job_id, job in queued.items()
+        }
+
+    async def waiting_reason(self, job: JobRecord) -> WaitingReason | None:
+        """Why a queued job does not run at this moment; None when it is not queued."""
+        return (await self.waiting_reasons([job])).get(job.id)
 
     # Work
 
@@ -361,62 +400,108 @@ class JobService:
         wait_seconds: float = 0.0,
         stop: asyncio.Event | None = None,
     ) -> list[Lease]:
-        """Leases up to `limit` due jobs of these types, and waits up to `wait_seconds` for one.
+        """Lease up to `limit` due jobs of these types; wait up to `wait_seconds` for the first.
 
-        `stop`, once set, ends the wait. Cancelling the call instead might lose what it has just
-        leased.
+        `stop`, once set, ends the wait. So does cancelling the call; what was leased for it in
+        that moment is given back.
 
-        Waiting holds no database connection. Attempts whose lease has run out, whosever they
-        were, are ended first.
+        Waiting holds no database connection. Attempts whose lease has run out, of any worker,
+        are ended first.
 
         Raises:
             InputInvalid: a type is not registered, `limit` is not 1 to 100, `wait_seconds` not 0
                 to 30, or `worker_id` not 1 to 255 characters.
         """
         check_lease(self.registry, job_types, worker_id, limit, wait_seconds)
-        types = tuple(dict.fromkeys(job_types))
-        clock = asyncio.get_running_loop().time
-        give_up = clock() + wait_seconds
-        limited = [name for name in types if self.registry.policy(name).concurrency_limit]
-        with self.events.waiting_for(types, limited) as woken:
-            while True:
-                woken.clear()
-                leases, pause = await self._claim(types, worker_id, limit)
-                left = give_up - clock()
-                ends = [self._waits_ended] if stop is None else [self._waits_ended, stop]
-                if leases or left <= 0 or any(end.is_set() for end in ends):
-                    return leases
-                await _first(woken, *ends, seconds=min(left, pause))
+        return await self._leasing.lease(
+            tuple(dict.fromkeys(job_types)),
+            worker_id,
+            limit=limit,
+            wait_seconds=wait_seconds,
+            stop=stop,
+        )
+
+    def give_back(self, leases: Sequence[Lease]) -> None:
+        """Release leases whose caller is gone, in the background; their attempts are not spent."""
+        self._leasing.give_back(leases)
+
+    async def show_worker(self, types: Sequence[str]) -> None:
+        """Note that these types are worked here, also while no slot is free to lease more.
+
+        Written at most every ten seconds; `waiting_reason` reads it.
+        """
+        await self._leasing.show_worker(types)
 
     async def heartbeat(self, token: str, progress: JsonValue = None) -> Heartbeat:
-        """Renews a lease for another lease time, never past the attempt's deadline.
+        """Renew a lease for another lease time, never past the attempt's deadline.
 
         `progress`, any JSON, is shown with the job; None leaves it as it is.
 
         Raises:
             LeaseLost: the lease is not in force any more.
-            InputInvalid: `progress` is no JSON, or larger than a payload may be.
+            InputInvalid: `progress` is not JSON, or larger than a payload may be.
         """
-        job_id, secret = _parts(token)
+        job_id, _ = _parts(token)
         text = None if progress is None else self._document("progress", progress)
-        async with self._database.transaction() as connection:
-            renewed = await self._store.heartbeat(
-                connection, job_id, secret, lease_seconds=self.lease_seconds, progress=text
+        (renewed,) = await self.renew([Renewal(token, text)])
+        if isinstance(renewed, LeaseLost):
+            raise renewed
+        job = await self._store.get(job_id)
+        if job is None:
+            raise LeaseLost
+        return Heartbeat(job, renewed.expires_at, renewed.seconds_left, renewed.cancel_requested)
+
+    async def renew(self, renewals: Sequence[Renewal]) -> list[Renewed | LeaseLost]:
+        """Renew leases, all in one statement; return what became of each, in order.
+
+        An attempt that has timed out is `LeaseLost`, and goes on holding its place in the
+        concurrency limit of its type.
+        """
+        keys = [_parts(renewal.token) for renewal in renewals]
+        renewed = await self._store.renew(
+            [
+                LeaseRenewal(job_id, secret, renewal.progress)
+                for (job_id, secret), renewal in zip(keys, renewals, strict=True)
+            ],
+            self.lease_seconds,
+        )
+        progressed = [
+            job_id
+            for (job_id, secret), renewal in zip(keys, renewals, strict=True)
+            if renewal.progress is not None and renewed.get((job_id, secret)) is not None
+        ]
+        if progressed:
+            self.events.publish(
+                [
+                    JobEvent.of("job.progressed", job)
+                    for job in (await self._store.get_many(progressed)).values()
+                ]
             )
-            if renewed is None:
-                raise LeaseLost
-            job, expires_at, seconds_left = renewed
-            happened = [JobEvent.of("job.progressed", job)] if progress is not None else []
-            await self.events.announce(connection, happened)
-        self.events.publish(happened)
-        return Heartbeat(job, expires_at, seconds_left, job.cancel_requested_at is not None)
+        return [renewed.get(key) or LeaseLost() for key in keys]
+
+    async def settle(self, tokens: Sequence[str]) -> None:
+        """The handlers of these timed-out attempts have ended: free the places they held."""
+        if tokens:
+            await self._store.settle([_parts(token) for token in tokens])
+
+    @asynccontextmanager
+    async def in_another_loop(self, *, pool_size: int = 2) -> AsyncIterator[JobService]:
+        """A service on the same database for another event loop, with connections of its own.
+
+        It does not hear other processes. Enter it in that loop.
+        """
+        database = self._database.for_another_loop(pool_size=pool_size)
+        try:
+            yield JobService(self.registry, database, lease_seconds=self.lease_seconds)
+        finally:
+            await database.close()
 
     async def complete(self, token: str, result: JsonValue = None) -> JobRecord:
-        """Ends the attempt and the job as succeeded. Sent again, it gives the same job back.
+        """End the attempt and the job as succeeded. Sent again, it returns the same job.
 
         Raises:
             LeaseLost: the lease is not in force any more.
-            InputInvalid: `result` is no JSON, or larger than a payload may be.
+            InputInvalid: `result` is not JSON, or larger than a payload may be.
         """
         job_id, secret = _parts(token)
         text = None if result is None else self._document("result", result)
@@ -431,10 +516,10 @@ class JobService:
         retry_after_seconds: float | None = None,
         spend_attempt: bool = True,
     ) -> JobRecord:
-        """Ends the attempt as failed: queued again after its backoff, or failed for good.
+        """End the attempt as failed: queued again after its backoff, or failed for good.
 
         `retry_after_seconds`, 0 to 31,536,000, replaces the backoff. `retryable` False fails the
-        job at once. A job whose cancellation was asked for is cancelled.
+        job at once. A job whose cancellation was requested is cancelled.
 
         Raises:
             LeaseLost: the lease is not in force any more.
@@ -457,7 +542,9 @@ class JobService:
         )
 
     async def release(self, token: str) -> JobRecord:
-        """Hands the job back, to run again at once; the attempt is not spent.
+        """Hand the job back, to run again at once; the attempt is not spent.
+
+        A job that is handed back again and again within seconds waits longer each time.
 
         Raises:
             LeaseLost: the lease is not in force any more.
@@ -468,7 +555,7 @@ class JobService:
         )
 
     async def snooze(self, token: str, seconds: float) -> JobRecord:
-        """Hands the job back, to run again in `seconds`; the attempt is not spent.
+        """Hand the job back, to run again in `seconds`; the attempt is not spent.
 
         Raises:
             LeaseLost: the lease is not in force any more.
@@ -480,17 +567,28 @@ class JobService:
             Report(job_id, secret, AttemptOutcome.SNOOZED, delay_seconds=seconds)
         )
 
-    async def time_out(self, token: str) -> JobRecord:
-        """Ends an attempt that ran into its timeout, as the queue itself would a moment later.
+    async def time_out(self, token: str, *, still_running: bool = False) -> JobRecord:
+        """End an attempt at its timeout. With `still_running` its handler has not stopped.
+
+        The attempt then holds its place in the concurrency limit for one lease, and for as long
+        as `renew` goes on naming it, until `settle`.
 
         Raises:
-            LeaseLost: the lease is not in force any more; the queue has done it.
+            LeaseLost: the queue has ended the attempt already.
         """
         job_id, secret = _parts(token)
-        return await self._report(Report(job_id, secret, AttemptOutcome.TIMED_OUT, error=TIMED_OUT))
+        return await self._report(
+            Report(
+                job_id,
+                secret,
+                AttemptOutcome.TIMED_OUT,
+                error=TIMED_OUT,
+                still_running=still_running,
+            )
+        )
 
     async def stop(self, token: str, error: JobError) -> JobRecord:
-        """Ends the attempt and the job as cancelled, as its handler asked.
+        """End the attempt and the job as cancelled, as its handler asked.
 
         Raises:
             LeaseLost: the lease is not in force any more.
@@ -501,7 +599,7 @@ class JobService:
         )
 
     async def cancel(self, job_id: str | uuid.UUID) -> JobRecord:
-        """Cancels a queued job at once; asks the worker of a running one to stop.
+        """Cancel a queued job at once; ask the worker of a running one to stop.
 
         Raises:
             JobNotFound: no job has this id.
@@ -510,13 +608,52 @@ class JobService:
         return await self._change(job_id, self._store.cancel, "cancelled")
 
     async def retry(self, job_id: str | uuid.UUID) -> JobRecord:
-        """Queues a failed or cancelled job again, to run now, with at least one attempt left.
+        """Queue a failed or cancelled job again, to run now, with at least one attempt left.
 
         Raises:
             JobNotFound: no job has this id.
             JobStateConflict: the job is neither failed nor cancelled.
         """
         return await self._change(job_id, self._store.retry, "retried")
+
+    def end_waits(self) -> None:
+        """End every wait for a lease, and every subscription: the process shuts down."""
+        self._leasing.end()
+        self.events.drop_subscribers("the server shuts down")
+
+    async def close(self) -> None:
+        """Finish what goes on in the background."""
+        self.end_waits()
+        await self._leasing.close()
+
+    # Upkeep
+
+    async def recover(self) -> list[JobRecord]:
+        """End the attempts whose lease has run out, and return their jobs. Claims do it too."""
+        recovered = await self._store.recover(self.lease_seconds)
+        self.events.publish([ended_event(job) for job in recovered])
+        self._count_recovered(recovered)
+        return recovered
+
+    async def prune(self, status: JobStatus, *, keep_seconds: float, jobs: int) -> int:
+        """Delete up to `jobs` jobs that ended with `status` longer ago than `keep_seconds`."""
+        return await self._store.prune(status, keep_seconds=keep_seconds, jobs=jobs)
+
+    async def tidy(self) -> int:
+        """Keep the table of counts and SQLite's log small; delete events that everyone has read.
+
+        Return how many batches of events were deleted, at most 10,000.
+        """
+        await self._store.fold_counts()
+        await self._database.checkpoint()
+        return await self._store.prune_events()
+
+    def _count_recovered(self, recovered: Sequence[JobRecord]) -> None:
+        for job in recovered:
+            outcome = AttemptOutcome.CANCELLED.value
+            if job.status is not JobStatus.CANCELLED and job.error is not None:
+                outcome = job.error.code
+            self.metrics.attempt_ended(job.type, outcome)
 
     def _admit(self, request: EnqueueRequest, created_by: str | None) -> NewJob:
         job_type = self.registry.get_type(request.type)
@@ -547,85 +684,50 @@ class JobService:
             created_by=created_by,
         )
 
-    async def _insert_or_each(self, jobs: Sequence[NewJob], *, atomic: bool) -> list[Stored]:
-        if not jobs:
-            return []
-        return list(await self._insert(jobs, atomic=atomic))
+    async def _insert_bulk(
+        self, jobs: Sequence[NewJob], *, atomic: bool
+    ) -> tuple[list[Stored], bool]:
+        """What became of each job, and whether it was committed."""
+        if atomic:
+            stored, committed = await self._patiently(
+                lambda: self._insert_all(jobs), "the holder of an idempotency key is being deleted"
+            )
+            if committed:
+                self._publish_created(jobs, stored)
+            return [stored[job.id] for job in jobs], committed
+        outcomes = dict(zip((job.id for job in jobs), await self._insert(jobs), strict=True))
+        for job in jobs:
+            if outcomes[job.id] is None:
+                outcomes[job.id] = await self._patiently(
+                    lambda job=job: self._keyed_inserts.submit(job),  # type: ignore[misc]
+                    "another transaction holds the idempotency key",
+                )
+        return [present(outcomes[job.id]) for job in jobs], True
 
-    async def _insert(self, jobs: Sequence[NewJob], *, atomic: bool = False) -> Sequence[Stored]:
-        if not any(job.idempotency_key for job in jobs):
-            created = [JobEvent("job.created", job.id, job.type, 0) for job in jobs]
-            message = self.events.message_of(created)
-            if message is not None:
-                stored = await self._store.insert_at_once(self._database, jobs, message)
-                self.events.publish(created)
-                return [stored[job.id] for job in jobs]
-        async with self._database.transaction() as connection:
-            stored = await self._store.insert(connection, jobs)
-            while len(stored) < len(jobs):
-                # The holder of a key was deleted between two statements: the key is free now.
-                rest = [job for job in jobs if job.id not in stored]
-                stored |= await self._store.insert(connection, rest)
-            if atomic and any(_conflicts(job, stored[job.id]) for job in jobs):
-                raise _AtomicConflict([stored[job.id] for job in jobs])
-            created = [
+    async def _insert_all(
+        self, jobs: Sequence[NewJob]
+    ) -> tuple[dict[uuid.UUID, Stored], bool] | None:
+        """Insert every job or none; None where a key's holder was deleted in that moment."""
+        stored, committed = await self._store.insert_all(jobs, _conflicts)
+        return (stored, committed) if len(stored) == len(jobs) else None
+
+    async def _insert(self, jobs: Sequence[NewJob]) -> list[Stored | None]:
+        """Insert jobs in one statement; None where another transaction has the key."""
+        stored = await self._store.insert(jobs)
+        self._publish_created(jobs, stored)
+        return [stored.get(job.id) for job in jobs]
+
+    def _publish_created(self, jobs: Sequence[NewJob], stored: Mapping[uuid.UUID, Stored]) -> None:
+        self.events.publish(
+            [
                 JobEvent("job.created", job.id, job.type, 0)
                 for job in jobs
-                if stored[job.id].existing is None
+                if (outcome := stored.get(job.id)) is not None and outcome.existing is None
             ]
-            await self.events.announce(connection, created)
-        self.events.publish(created)
-        return [stored[job.id] for job in jobs]
+        )
 
-    async def _claim(
-        self, types: tuple[str, ...], worker_id: str, limit: int
-    ) -> tuple[list[Lease], float]:
-        """The leased jobs and, where there are none, how many seconds to wait for a change."""
-        limits = {
-            name: concurrency
-            for name in types
-            if (concurrency := self.registry.policy(name).concurrency_limit) is not None
-        }
-        await self.show_worker(types)
-        claim = Claim(types, limits, worker_id, limit, self.lease_seconds)
-        async with self._database.transaction() as connection:
-            recovered = await self._store.recover(connection)
-            leased, full = await self._store.lease(connection, claim)
-            happened = [_ended_event(job) for job in recovered]
-            happened += [JobEvent.of("job.started", lease.job) for lease in leased]
-            await self.events.announce(connection, happened)
-        self.events.publish(happened)
-        if leased:
-            return [
-                Lease(each.job.id.hex + each.token, each.job, each.expires_at, each.deadline_at)
-                for each in leased
-            ], 0.0
-        async with self._database.reading() as connection:
-            seconds = await self._store.seconds_to_next(
-                connection, [name for name in types if name not in full]
-            )
-        # Due, but not claimed: another worker is just taking it, or full types end by themselves.
-        return [], max(MIN_PAUSE_SECONDS, MAX_PAUSE_SECONDS if seconds is None else seconds)
-
-    async def show_worker(self, types: Sequence[str]) -> None:
-        """Notes that these types are worked here, also while no slot is free to lease more.
-
-        Writes at most every ten seconds; `waiting_reason` reads it.
-        """
-        now = asyncio.get_running_loop().time()
-        stale = [t for t in types if now - self._seen.get(t, -1e9) > WORKER_SEEN_SECONDS]
-        if stale:
-            async with self._database.transaction() as connection:
-                await self._store.see_worker(connection, sorted(stale))
-            self._seen |= dict.fromkeys(stale, now)
-
-    async def waiting_reason(self, job: JobRecord) -> WaitingReason | None:
-        """Why a queued job does not run at this moment; None when it is not queued."""
-        async with self._database.reading() as connection:
-            waiting = await self._store.waiting(connection, job.id)
-        if waiting is None or job.next_run_at is None:
-            return None
-        if waiting.due_in_seconds > 0:
+    def _reason(self, job: JobRecord, waiting: Waiting) -> WaitingReason | None:
+        if waiting.due_in_seconds > 0 and job.next_run_at is not None:
             return ScheduledFor(job.next_run_at)
         job_type = self.registry.get(job.type)
         limit = job_type.policy.concurrency_limit if job_type else None
@@ -636,79 +738,85 @@ class JobService:
             return NoWorkerSeen(seen)
         return BehindInQueue(waiting.ahead)
 
-    def end_waits(self) -> None:
-        """Ends every wait for a lease, and every subscription: the process shuts down."""
-        self._waits_ended.set()
-        self.events.drop_subscribers("the server shuts down")
-
-    # Upkeep
-
-    async def recover(self) -> list[JobRecord]:
-        """Ends the attempts whose lease has run out, and gives their jobs. Claims do it too."""
-        async with self._database.transaction() as connection:
-            recovered = await self._store.recover(connection)
-            happened = [_ended_event(job) for job in recovered]
-            await self.events.announce(connection, happened)
-        self.events.publish(happened)
-        return recovered
-
-    async def prune(self, status: JobStatus, *, keep_seconds: float, jobs: int) -> int:
-        """Deletes up to `jobs` jobs that ended with `status` longer ago than `keep_seconds`."""
-        async with self._database.transaction() as connection:
-            return await self._store.prune(connection, status, keep_seconds=keep_seconds, jobs=jobs)
-
-    async def tidy(self) -> None:
-        """Folds the rows of the counts together and deletes events that everyone has read."""
-        async with self._database.transaction() as connection:
-            await self._store.fold_counts(connection)
-            await self._store.prune_events(connection)
-
     async def _report(self, report: Report) -> JobRecord:
-        job = await self._reports.submit(report)
-        if job is None:
-            raise LeaseLost
-        return job
+        outcome: JobRecord | LeaseLost = await self._patiently(
+            lambda: self._reports.submit(report), "another transaction has locked the job"
+        )
+        if isinstance(outcome, LeaseLost):
+            raise outcome
+        return outcome
 
-    async def _end(self, reports: Sequence[Report]) -> Sequence[JobRecord | None]:
-        """Ends attempts, several in one transaction; None where the lease is not in force."""
-        ended: dict[int, JobRecord | None] = {}
-        async with self._database.transaction() as connection:
-            waiting = dict(enumerate(reports))
-            happened: list[JobEvent] = []
-            while waiting:
-                # One report a job and statement: of two for one lease, the first to come counts.
-                turn = {report.job_id: index for index, report in reversed(waiting.items())}
-                these = [waiting.pop(index) for index in sorted(turn.values())]
-                jobs = await self._store.end(connection, these)
-                happened += [_ended_event(job) for job in jobs.values()]
-                for report in these:
-                    job = jobs.get(report.job_id)
-                    if job is None and report.outcome is AttemptOutcome.SUCCEEDED:
-                        job = await self._store.find_succeeded(
-                            connection, report.job_id, report.token
-                        )
-                    ended[turn[report.job_id]] = job
-            await self.events.announce(connection, happened)
-        self.events.publish(happened)
+    async def _end(self, reports: Sequence[Report]) -> Sequence[JobRecord | LeaseLost | None]:
+        """End attempts, several in one statement; None where another transaction has the row."""
+        ended: dict[int, JobRecord | LeaseLost | None] = {}
+        waiting = dict(enumerate(reports))
+        while waiting:
+            # One report per job and statement: of two for one lease, the first to come counts.
+            turn = {report.job_id: index for index, report in reversed(waiting.items())}
+            these = [waiting.pop(index) for index in sorted(turn.values())]
+            jobs = await self._store.end(these)
+            self.events.publish([ended_event(job) for job in jobs.values()])
+            for report in these:
+                if (job := jobs.get(report.job_id)) is not None:
+                    cancelled = job.status is JobStatus.CANCELLED
+                    outcome = AttemptOutcome.CANCELLED if cancelled else report.outcome
+                    self.metrics.attempt_ended(job.type, outcome.value)
+            missing = [report for report in these if report.job_id not in jobs]
+            states = await self._store.lease_states(missing) if missing else {}
+            repeated = [
+                report.job_id
+                for report in missing
+                if report.outcome is AttemptOutcome.SUCCEEDED
+                and (state := states.get(report.job_id)) is not None
+                and state.succeeded
+            ]
+            jobs |= await self._store.get_many(repeated) if repeated else {}
+            for report in these:
+                state = states.get(report.job_id)
+                if report.job_id in jobs:
+                    ended[turn[report.job_id]] = jobs[report.job_id]
+                elif state is not None and state.in_force:
+                    ended[turn[report.job_id]] = None
+                else:
+                    ended[turn[report.job_id]] = LeaseLost()
         return [ended[index] for index in range(len(reports))]
+
+    async def _give_back(self, leases: Sequence[Lease]) -> None:
+        """Release leases that their caller did not wait for."""
+        for lease in leases:
+            with suppress(LeaseLost):
+                await self.release(lease.token)
 
     async def _change(
         self,
         job_id: str | uuid.UUID,
-        change: Callable[[AsyncConnection, uuid.UUID], Awaitable[JobRecord | None]],
+        change: Callable[[uuid.UUID], Awaitable[JobRecord | None]],
         asked: str,
     ) -> JobRecord:
-        async with self._database.transaction() as connection:
-            job = await change(connection, parse_job_id(job_id))
-            if job is None:
-                there = await self._store.get(connection, parse_job_id(job_id))
-                if there is None:
-                    raise JobNotFound(str(job_id))
-                raise JobStateConflict(str(job_id), there.status, asked)
-            happened = [_changed_event(job)]
-            await self.events.announce(connection, happened)
-        self.events.publish(happened)
+        job = await change(parse_job_id(job_id))
+        if job is None:
+            there = await self._store.get(parse_job_id(job_id))
+            if there is None:
+                raise JobNotFound(str(job_id))
+            raise JobStateConflict(str(job_id), there.status, asked)
+        self.events.publish([_changed_event(job)])
         return job
+
+    async def _patiently(self, attempt: Callable[[], Awaitable[T | None]], locked: str) -> T:
+        """Try until nobody else's transaction is in the way, without holding a connection.
+
+        Raises:
+            QueueUnavailable: it still is at the end of the database's timeout.
+        """
+        clock = asyncio.get_running_loop().time
+        give_up = clock() + self._database.timeout_seconds
+        pause = LOCKED_PAUSE_SECONDS
+        while (outcome := await attempt()) is None:
+            if clock() + pause > give_up:
+                raise QueueUnavailable(locked)
+            await asyncio.sleep(pause)
+            pause = min(0.5, pause * 2)
+        return outcome
 
     def _document(self, field: str, value: JsonValue) -> bytes:
         text, faults = json_document(value, max_bytes=self.registry.max_payload_bytes)
@@ -725,13 +833,6 @@ class JobService:
         return error
 
 
-class _AtomicConflict(Exception):
-    """Rolls an atomic bulk insert back, and carries what it had come to."""
-
-    def __init__(self, stored: list[Stored]) -> None:
-        self.stored = stored
-
-
 @asynccontextmanager
 async def open_service(
     registry: JobRegistry,
@@ -739,11 +840,20 @@ async def open_service(
     *,
     lease_seconds: float,
     pool_size: int = 10,
+    timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
+    pooler: Pooler = "session",
+    listen_url: str | None = None,
     max_page_size: int = 200,
     max_bulk_size: int = 1_000,
 ) -> AsyncIterator[JobService]:
     """A service on this database, that hears other processes while it is open."""
-    database = Database(database_url, pool_size=pool_size)
+    database = Database(
+        database_url,
+        pool_size=pool_size,
+        timeout_seconds=timeout_seconds,
+        pooler=pooler,
+        listen_url=listen_url,
+    )
     service = JobService(
         registry,
         database,
@@ -754,16 +864,9 @@ async def open_service(
     try:
         async with service.events.hearing():
             yield service
+            await service.close()
     finally:
         await database.close()
-
-
-async def _first(*events: asyncio.Event, seconds: float) -> None:
-    """Returns when one of the events is set, or the time is over."""
-    waits = {asyncio.ensure_future(event.wait()) for event in events}
-    await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-    for wait in waits:
-        wait.cancel()
 
 
 def _enqueued(new: NewJob, request: EnqueueRequest, stored: Stored) -> Enqueued:
@@ -795,6 +898,17 @@ def _conflicts(new: NewJob, stored: Stored) -> bool:
     return stored.existing is not None and bool(
         differing_paths(stored.existing.payload, from_json(new.payload))
     )
+
+
+def _conflict_within(
+    conflict: IdempotencyConflict, admitted: Mapping[int, NewJob]
+) -> IdempotencyConflict | InputInvalid:
+    """The conflict, unless it is with a job of the same call, which was not stored either."""
+    for index, other in admitted.items():
+        if other.id == conflict.existing_job.id:
+            message = f"The job at index {index} of this call has this key with another payload."
+            return InputInvalid((Violation("/idempotencyKey", "duplicate_key", message),))
+    return conflict
 
 
 def not_stored(refused: list[int]) -> InputInvalid:
@@ -829,20 +943,10 @@ def _parts(token: str) -> tuple[uuid.UUID, str]:
 _TOKEN: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 
-def _ended_event(job: JobRecord) -> JobEvent:
-    name: dict[JobStatus, EventName] = {
-        JobStatus.QUEUED: "job.retrying",
-        JobStatus.SUCCEEDED: "job.succeeded",
-        JobStatus.FAILED: "job.failed",
-        JobStatus.CANCELLED: "job.cancelled",
-    }
-    return JobEvent.of(name[job.status], job)
-
-
 def _changed_event(job: JobRecord) -> JobEvent:
-    name: dict[JobStatus, EventName] = {
-        JobStatus.QUEUED: "job.retrying",
-        JobStatus.RUNNING: "job.cancel_requested",
-        JobStatus.CANCELLED: "job.cancelled",
-    }
-    return JobEvent.of(name[job.status], job)
+    match job.status:
+        case JobStatus.RUNNING:
+            return JobEvent.of("job.cancel_requested", job)
+        case JobStatus.CANCELLED:
+            return JobEvent.of("job.cancelled", job)
+    return JobEvent.of("job.retrying", job)

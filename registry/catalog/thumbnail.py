@@ -59,6 +59,9 @@ thumbnail_create = JobType(
     name="thumbnail.create",
     payload=ThumbnailCreate,
     policy=JobPolicy(max_attempts=3, timeout_seconds=300),
+    # It computes, and it reads pictures of strangers with a library in C: a crash or a picture
+    # that takes forever then costs one process, and every core renders.
+    run_in="process",
 )
 
 

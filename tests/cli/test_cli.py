@@ -174,16 +174,6 @@ def test_a_database_that_is_away_is_a_sentence(jobs: Shell) -> None:
         assert "Traceback" not in result.stderr
 
 
-def test_a_shared_database_is_migrated_as_a_step_of_its_own(
-    jobs: Shell, postgresql_url: str
-) -> None:
-    url = postgresql_url.replace("/migrated", "/template1")
-    result = jobs("serve", JOBS_DATABASE_URL=url)
-    assert result.returncode == 1
-    assert "run jobs migrate" in result.stderr
-    assert "already" in jobs("migrate", JOBS_DATABASE_URL=postgresql_url).stdout
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_serve_migrates_answers_works_and_ends_quietly(jobs: Shell, number: int) -> None:
     process = jobs.start("serve", "--port", "0", JOBS_LOG_LEVEL="warning")

@@ -1,15 +1,20 @@
-"""The cost of a claim does not grow with the queue: it reads an index in order."""
+"""What an operation costs does not grow with the queue: each reads an index in order."""
 
 from __future__ import annotations
 
-import json
+import re
+import shutil
+from pathlib import Path
 from typing import Any
 
+import pytest
 from sqlalchemy import text
 
 from api.queue.database import Database
 from api.queue.requests import EnqueueRequest
 from api.queue.service import JobService
+from api.queue.store import statements
+from registry import JobRegistry
 
 FILL = {
     "postgresql": """
@@ -36,55 +41,95 @@ FILL = {
 
 async def fill(database: Database, jobs: int) -> None:
     async with database.transaction() as connection:
-        statement = FILL[database.dialect.name].format(jobs=jobs)
-        await connection.exec_driver_sql(statement)
+        await connection.exec_driver_sql(FILL[database.name].format(jobs=jobs))
     async with database.reading() as connection:
         await connection.exec_driver_sql("ANALYZE")
 
 
-def nodes(plan: dict[str, Any]) -> list[dict[str, Any]]:
-    return [plan, *(node for child in plan.get("Plans", ()) for node in nodes(child))]
+PARAMETERS: dict[str, dict[str, Any]] = {
+    "next_level": {"type": "test.ping", "below": 101},
+    "due": {"type": "test.ping", "priority": 60, "now": "2030", "jobs": 10},
+    "expired": {"now": "2030", "most": 100},
+    "ahead": {"lease_end": "2030", "lease": 30, "most": 100},
+    "set_due": {"now": "2030", "newest": "f", "most": 100},
+    "running": {"now": "2030", "type": "test.ping"},
+    "next_end": {"now": "2030"},
+    "list": {"after": None, "first": 50},
+    "list_types": {"types": '["test.ping"]', "after": None, "first": 50},
+    "list_statuses": {"statuses": '["failed", "queued"]', "after": None, "first": 50},
+    "list_types_and_statuses": {
+        "types": '["test.ping"]',
+        "statuses": '["failed", "queued"]',
+        "after": None,
+        "first": 50,
+    },
+    "prune": {"status": "succeeded", "before": "2030", "jobs": 200},
+    "waiting": {"ids": '["f"]', "most": 1_000},
+}
 
 
-async def test_a_claim_reads_the_index_in_order_and_few_rows_of_it(
-    service: JobService, database_url: str
+@pytest.mark.parametrize("name", PARAMETERS)
+async def test_on_sqlite_a_statement_reads_an_index_and_sorts_no_more_than_a_page(
+    tmp_path: Path, sqlite_template: Path, name: str
 ) -> None:
-    database = Database(database_url)
-    await fill(database, 20_000)
-    parameters = {
-        "wanted": json.dumps([{"type": "test.ping", "room": 10}]),
-        "jobs": 10,
-        "window": 52,
-        "worker_id": "w",
-        "lease_seconds": 30.0,
-    }
-    claim = service._store._claim
+    shutil.copy(sqlite_template, tmp_path / "jobs.db")
+    database = Database(f"sqlite:///{tmp_path / "jobs.db"}", timeout_seconds=None)
+    await fill(database, 2_000)
     async with database.reading() as connection:
-        if database.dialect.name == "sqlite":
-            rows = await connection.execute(text(f"EXPLAIN QUERY PLAN {claim}"), parameters)
-            steps = [row[-1] for row in rows]
-            # The jobs of a slot come from the index, in its order: nothing of them is sorted.
-            assert any("USING" in s and "job_claim (type=? AND priority=? AND next_run_at<?)" in s
-                       for s in steps), steps  # fmt: skip
-            assert not [s for s in steps if s.startswith("SCAN job")], steps
-        else:
-            explain = f"EXPLAIN (ANALYZE, FORMAT JSON) {claim}"
-            ((plans,),) = (await connection.execute(text(explain), parameters)).all()
-            found = nodes(plans[0]["Plan"])
-            scans = [node for node in found if node.get("Index Name") == "job_claim"]
-            assert scans
-            assert not [
-                n for n in found if n["Node Type"] == "Seq Scan" and n.get("Relation Name") == "job"
-            ]
-            # 7 priorities, 52 at most of each, of 20,000 queued jobs and as many finished ones.
-            assert sum(n["Actual Rows"] * n["Actual Loops"] for n in scans) <= 7 * (52 + 2)
+        explained = text(f"EXPLAIN QUERY PLAN {statements('sqlite')[name]}")
+        steps = [row[-1] for row in await connection.execute(explained, PARAMETERS[name])]
     await database.close()
+    # Without a filter the primary key is read, in its order.
+    scans = [s for s in steps if re.match(r"SCAN (job|found|other|due)\b(?!.* USING)", s)]
+    assert not scans, steps
+    if not name.startswith("list_"):
+        assert not [step for step in steps if "TEMP B-TREE" in step], steps
+
+
+async def test_on_postgresql_what_an_operation_reads_does_not_grow_with_the_queue(
+    fresh_postgresql_url: str, registry: JobRegistry
+) -> None:
+    database = Database(fresh_postgresql_url, timeout_seconds=None)
+    service = JobService(registry, database)
+    read: dict[int, dict[str, int]] = {}
+    for jobs in (2_000, 20_000):
+        await fill(database, jobs)
+        await service.lease(["test.ping", "test.limited"], "w", limit=10)
+        read[jobs] = {
+            "claim": await blocks(database, CLAIM),
+            "list of a type and status": await blocks(database, "list_types_and_statuses"),
+            "list of statuses": await blocks(database, "list_statuses"),
+            "list of a type": await blocks(database, "list_types"),
+            "next due": await blocks(database, NEXT_DUE),
+        }
+    await database.close()
+    small, large = read.values()
+    # An index has a level more, perhaps; nothing else.
+    grown = {name: (small[name], large[name]) for name in small if large[name] > small[name] + 60}
+    assert not grown
+
+
+CLAIM = (
+    """SELECT * FROM job_claim('[{"type": "test.ping"}, {"type": "test.limited", "limit": 2}]',"""
+    " 10, 'w', 30, 'p', true, NULL, NULL, NULL)"
+)
+NEXT_DUE = """SELECT job_next_due('[{"type": "test.ping"}]')"""
+
+
+async def blocks(database: Database, statement: str) -> int:
+    """How many blocks of tables and indexes a statement reads, of its functions as well."""
+    sql = statements("postgresql").get(statement, statement)
+    async with database.transaction() as connection:
+        explained = text(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {sql}")
+        rows = await connection.execute(explained, PARAMETERS.get(statement, {}))
+        plan = rows.scalar_one()[0]["Plan"]
+    return int(plan["Shared Hit Blocks"] + plan["Shared Read Blocks"])
 
 
 async def test_a_filled_queue_gives_the_highest_and_oldest_first(
     service: JobService, database_url: str
 ) -> None:
-    database = Database(database_url)
+    database = Database(database_url, timeout_seconds=None)
     await fill(database, 2_000)
     leases = await service.lease(["test.ping"], "w", limit=10)
     assert {lease.job.priority for lease in leases} == {60}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import uuid
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
@@ -11,7 +12,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from api.queue.database import Database
 from api.queue.errors import IdempotencyConflict, InputInvalid, JobNotFound, QueueUnavailable
 from api.queue.models import JobStatus
 from api.queue.requests import EnqueueRequest, differing_paths, parse_request
@@ -138,15 +138,13 @@ async def test_concurrent_enqueues_share_commits(
 ) -> None:
     # Given a store that notes the size of each insert
     sizes: list[int] = []
-    insert = service._store.insert_at_once
+    insert = service._store.insert
 
-    async def noting(
-        database: Database, jobs: Sequence[NewJob], message: str
-    ) -> dict[uuid.UUID, Stored]:
+    async def noting(jobs: Sequence[NewJob]) -> dict[uuid.UUID, Stored]:
         sizes.append(len(jobs))
-        return await insert(database, jobs, message)
+        return await insert(jobs)
 
-    monkeypatch.setattr(service._store, "insert_at_once", noting)
+    monkeypatch.setattr(service._store, "insert", noting)
 
     # When a hundred callers come at once
     await asyncio.gather(*(service.enqueue(ping(str(n))) for n in range(100)))
@@ -332,18 +330,43 @@ def test_differing_paths_are_json_pointers(
 async def test_when_the_commit_fails_each_caller_gets_the_error_and_nothing_is_stored(
     service: JobService, monkeypatch: pytest.MonkeyPatch, key: str | None
 ) -> None:
-    # Given a database that goes away before the commit, which is one trip, or with keys several
+    # Given a database that goes away before the commit
     async def away(*_arguments: object) -> None:
         raise ConnectionResetError("the database went away before the commit")
 
+    def lost(*_arguments: object) -> None:
+        raise sqlite3.OperationalError("the database went away before the commit")
+
     with monkeypatch.context() as broken:
-        broken.setattr(service.events, "announce", away)
-        if key is None:
-            broken.setattr("sqlalchemy.ext.asyncio.AsyncConnection.execute", away)
-            broken.setattr("api.queue.database._SQLiteThread.commit", away)
+        broken.setattr("sqlalchemy.ext.asyncio.AsyncConnection.execute", away)
+        broken.setattr("api.queue.sqlite._Transaction.announce", lost)
         jobs = [ping(idempotency_key=key and f"{key} {n}") for n in range(10)]
         results = await asyncio.gather(*map(service.enqueue, jobs), return_exceptions=True)
     assert [type(result) for result in results] == [QueueUnavailable] * 10
 
     assert (await service.list_jobs()).jobs == []
     assert (await service.enqueue(ping())).job.status is JobStatus.QUEUED
+
+
+async def test_an_atomic_bulk_with_one_key_for_two_payloads_names_no_job_that_was_not_stored(
+    service: JobService,
+) -> None:
+    bulk = [ping("one", idempotency_key="k"), ping("two", idempotency_key="k"), ping("three")]
+    results = await service.enqueue_many(bulk, atomic=True)
+    assert (await service.list_jobs()).jobs == []
+    first, second, third = results
+    assert isinstance(second, InputInvalid)
+    (violation,) = second.violations
+    assert (violation.path, violation.code) == ("/idempotencyKey", "duplicate_key")
+    assert "index 0" in violation.message
+    for other in (first, third):
+        assert isinstance(other, InputInvalid)
+        assert other.violations[0].code == "not_stored"
+
+
+async def test_an_atomic_bulk_with_one_key_and_payload_twice_stores_it_once(
+    service: JobService,
+) -> None:
+    results = await service.enqueue_many([ping("one", idempotency_key="k")] * 2, atomic=True)
+    assert [getattr(result, "deduplicated", None) for result in results] == [False, True]
+    assert len((await service.list_jobs()).jobs) == 1

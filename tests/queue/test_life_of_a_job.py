@@ -129,6 +129,7 @@ async def test_releases_and_snoozes_give_the_attempt_back(
         lease = await lease_one(service)
         assert lease.job.attempt == 1
         assert (await service.release(lease.token)).attempt == 0
+        await advance(database_url, 60)
     lease = await lease_one(service)
     snoozed = await service.snooze(lease.token, 50)
     assert (snoozed.attempt, snoozed.status) == (0, JobStatus.QUEUED)
@@ -270,19 +271,64 @@ async def test_failed_and_cancelled_jobs_are_retried_with_an_attempt_left(
         await service.retry("01a20b59-007a-7389-bb53-785ecafc486c")
 
 
-async def test_due_jobs_go_by_priority_then_time_then_id(
-    service: JobService, database_url: str
-) -> None:
+async def test_due_jobs_go_by_priority_then_time_then_id(service: JobService) -> None:
     low = await enqueue(service, priority=10)
     first = await enqueue(service)
-    second = await enqueue(service, "test.pong")
-    third = await enqueue(service)
+    second = await enqueue(service)
     high = await enqueue(service, priority=100)
     order = []
-    for _ in range(5):
+    for _ in range(4):
         (lease,) = await service.lease(["test.ping", "test.pong"], "w")
         order.append(lease.job.id)
-    assert order == [high.id, first.id, second.id, third.id, low.id]
+    assert order == [high.id, first.id, second.id, low.id]
+
+
+async def test_types_of_one_priority_take_turns(service: JobService) -> None:
+    # Given a flood of one type, and then some jobs of another
+    for _ in range(20):
+        await enqueue(service, "test.ping")
+    for _ in range(3):
+        await enqueue(service, "test.pong")
+
+    # When jobs are leased one by one, and when they are leased together
+    singly = [(await service.lease(["test.ping", "test.pong"], "w"))[0].job.type for _ in range(4)]
+    together = await service.lease(["test.ping", "test.pong"], "w", limit=6)
+
+    # I expect the other type to have every second turn, for as long as it has jobs
+    assert singly in (["test.ping", "test.pong"] * 2, ["test.pong", "test.ping"] * 2)
+    assert sorted(lease.job.type for lease in together) == ["test.ping"] * 5 + ["test.pong"]
+
+
+async def test_a_job_that_is_handed_back_again_and_again_waits_longer_each_time(
+    service: JobService, database_url: str
+) -> None:
+    job = await enqueue(service)
+    waits = []
+    for _ in range(10):
+        lease = await lease_one(service)
+        returned = await service.snooze(lease.token, 0)
+        assert returned.next_run_at is not None
+        waits.append((returned.next_run_at - await service._store.now()).total_seconds())
+        await advance(database_url, 61)
+    assert waits[0] <= 0
+    assert [round(wait) for wait in waits[1:]] == [1, 2, 4, 8, 16, 32, 60, 60, 60]
+
+    # An attempt that is spent begins anew
+    await service.fail((await lease_one(service)).token, BROKEN)
+    await advance(database_url, 61)
+    lease = await lease_one(service)
+    assert (await service.release(lease.token)).next_run_at is not None
+    assert (await lease_one(service)).job.id == job.id
+
+
+async def test_attempts_that_were_handed_back_are_kept_up_to_a_bound(
+    service: JobService, database_url: str
+) -> None:
+    job = await enqueue(service)
+    for _ in range(70):
+        await service.release((await lease_one(service)).token)
+        await advance(database_url, 61)
+    assert 32 <= len(await outcomes(service, job)) <= 64
 
 
 async def test_a_limit_is_never_passed_and_a_full_type_holds_up_no_other(
@@ -344,7 +390,8 @@ async def test_a_waiting_lease_hears_of_a_job_from_another_process_and_of_room(
 async def test_a_postgresql_url_may_hold_options_of_libpq(
     registry: JobRegistry, fresh_postgresql_url: str
 ) -> None:
-    url = f"{fresh_postgresql_url}&sslmode=disable&application_name=jobs"
+    joined = "&" if "?" in fresh_postgresql_url else "?"
+    url = f"{fresh_postgresql_url}{joined}sslmode=disable&application_name=jobs"
     async with (
         open_service(registry, url, lease_seconds=30) as service,
         open_service(registry, url, lease_seconds=30) as other,

@@ -90,3 +90,29 @@ async def test_a_pruned_jobs_idempotency_key_is_free_again(
     assert await prune(service, JobStatus.SUCCEEDED, keep_days=0.5) == 1
     again = await service.enqueue(keyed)
     assert (again.deduplicated, again.job.id == first.job.id) == (False, False)
+
+
+async def test_upkeep_deletes_old_events_however_many_there_are(
+    service: JobService, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given more stored batches than one transaction deletes
+    monkeypatch.setattr("api.queue.maintenance.EVENT_BATCHES_PRUNED", 10)
+    monkeypatch.setattr("api.queue.sqlite.EVENT_BATCHES_PRUNED", 10)
+    monkeypatch.setattr("api.queue.postgresql.EVENT_BATCHES_PRUNED", 10)
+    batch = "INSERT INTO job_event_batch (message, created_at) VALUES ('{}', '2026-01-01')"
+    await asyncio.to_thread(run_sql, database_url, *[batch] * 35)
+
+    await maintenance.tidy(service, asyncio.Event())
+
+    rows = await asyncio.to_thread(run_sql, database_url, "SELECT count(*) FROM job_event_batch")
+    assert rows == [(0,)]
+
+
+async def test_pruning_ends_with_the_transaction_that_is_under_way_when_the_process_stops(
+    service: JobService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(maintenance, "PRUNE_BATCH", 5)
+    await finish(service, 30)
+    stop = asyncio.Event()
+    stop.set()
+    assert await prune(service, JobStatus.SUCCEEDED, keep_days=0, stop=stop) == 5

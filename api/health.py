@@ -1,0 +1,191 @@
+"""`/healthz`, `/readyz` and `/metrics`, the same on the server and on a worker's health port."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from ipaddress import ip_address
+from typing import Final, Protocol
+
+import structlog
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from api.auth import (
+    AuthenticationUnavailable,
+    Entrance,
+    Forbidden,
+    TooManyRequests,
+    Unauthenticated,
+)
+from api.metrics import CONTENT_TYPE, Attempts
+from api.queue.errors import QueueUnavailable
+from api.queue.service import JobService
+
+READY_SECONDS: Final = 2.0
+"""How long the database may take to answer `/readyz` or a count of the jobs."""
+
+COUNTS_SECONDS: Final = 5.0
+"""How old the counts of jobs on `/metrics` may be: several scrapers cost one query."""
+
+STALLED_SECONDS: Final = 30.0
+"""How long a worker may stand still before a restart is better than patience."""
+
+log = structlog.get_logger("jobs.health")
+
+
+class WorkerHealth(Attempts, Protocol):
+    """How a worker is at this moment."""
+
+    @property
+    def loop_blocked_seconds(self) -> float:
+        """How long its loop has not turned, beyond its longest wait for a job."""
+
+    @property
+    def renewals_behind_seconds(self) -> float:
+        """How long renewals of its leases have been overdue."""
+
+
+class Worker(Protocol):
+    """What health needs to know of a worker."""
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether it leases nothing more."""
+
+    @property
+    def health(self) -> WorkerHealth:
+        """How it is at this moment."""
+
+
+class Health:
+    """The health of one process: its service and, where it has one, its worker.
+
+    `stopping`, once set, makes the process not ready.
+    """
+
+    def __init__(
+        self, service: JobService, worker: Worker | None = None, *, entrance: Entrance
+    ) -> None:
+        self._service = service
+        self._worker = worker
+        self._entrance = entrance
+        self._counted_at = -COUNTS_SECONDS
+        self._counting = asyncio.Lock()
+        self.stopping = asyncio.Event()
+        if worker is not None:
+            service.metrics.watch(lambda: worker.health)
+
+    async def live(self, _request: Request) -> Response:
+        """200 while the process answers and its worker, if any, turns; 503 with the reason."""
+        reason = _stalled(self._worker.health) if self._worker is not None else None
+        if reason is None:
+            return JSONResponse({"status": "ok"})
+        log.error("not_alive", reason=reason)
+        return _unavailable("worker_stalled", reason)
+
+    async def ready(self, _request: Request) -> Response:
+        """200 while a write to the queue would work and the process is not about to end."""
+        if self.stopping.is_set() or (self._worker is not None and self._worker.is_stopping):
+            return _unavailable("stopping", "The process is shutting down.")
+        try:
+            async with asyncio.timeout(READY_SECONDS):
+                await self._service.ping()
+        except (QueueUnavailable, TimeoutError) as error:
+            reason = getattr(error, "reason", f"no answer in {READY_SECONDS:g} seconds")
+            log.warning("not_ready", reason=reason)
+            return _unavailable("queue_unavailable", "The database does not answer.")
+        return JSONResponse({"status": "ok"})
+
+    async def metrics(self, request: Request) -> Response:
+        """The metrics, for whoever may read all jobs."""
+        refusal = await self._refusal(request)
+        if refusal is not None:
+            return refusal
+        await self._count_jobs()
+        return Response(self._service.metrics.text(), media_type=CONTENT_TYPE)
+
+    async def _refusal(self, request: Request) -> Response | None:
+        try:
+            caller = await self._entrance.admit(request.scope)
+            caller.need("jobs:read")
+            if caller.job_types is not None:
+                raise Forbidden("Metrics are of all job types, and this token is for some.")
+            if caller.subject is None and not _is_local(request):
+                raise Forbidden("Without authentication only this machine may read the metrics.")
+        except Unauthenticated as error:
+            headers = {"www-authenticate": error.challenge}
+            return _error(401, "unauthenticated", str(error), headers)
+        except Forbidden as error:
+            return _error(403, "forbidden", str(error))
+        except TooManyRequests as error:
+            headers = {"retry-after": str(error.retry_after)}
+            return _error(429, "rate_limited", str(error), headers)
+        except AuthenticationUnavailable as error:
+            return _error(503, "authentication_unavailable", str(error))
+        return None
+
+    async def _count_jobs(self) -> None:
+        async with self._counting:
+            if time.monotonic() - self._counted_at < COUNTS_SECONDS:
+                return
+            shown: dict[str, dict[str, int]] | None = None
+            with suppress(QueueUnavailable, TimeoutError):
+                async with asyncio.timeout(READY_SECONDS):
+                    counts = await self._service.counts()
+                    shown = {name: asdict(each) for name, each in counts.items()}
+            # Of an outage too: scrapers do not add to the load of a database in trouble.
+            self._counted_at = time.monotonic()
+            self._service.metrics.show_jobs(shown)
+
+
+def health_routes(find: Callable[[Request], Health]) -> Sequence[BaseRoute]:
+    """The routes of health; `find` gives the `Health` of the application of a request."""
+
+    def of(answer: Callable[[Health, Request], Awaitable[Response]]) -> Callable[..., object]:
+        async def endpoint(request: Request) -> Response:
+            return await answer(find(request), request)
+
+        return endpoint
+
+    return [
+        Route("/healthz", of(Health.live), methods=["GET"]),
+        Route("/readyz", of(Health.ready), methods=["GET"]),
+        Route("/metrics", of(Health.metrics), methods=["GET"]),
+    ]
+
+
+def health_app(health: Health) -> Starlette:
+    """An application with these routes only, for a worker's health port."""
+    return Starlette(routes=health_routes(lambda _request: health))
+
+
+def _stalled(health: WorkerHealth) -> str | None:
+    if health.loop_blocked_seconds > STALLED_SECONDS:
+        return f"The worker's loop has not turned for {health.loop_blocked_seconds:.0f} seconds."
+    if health.renewals_behind_seconds > STALLED_SECONDS:
+        behind = health.renewals_behind_seconds
+        return f"Renewals of leases have been overdue for {behind:.0f} seconds."
+    return None
+
+
+def _is_local(request: Request) -> bool:
+    try:
+        return request.client is not None and ip_address(request.client.host).is_loopback
+    except ValueError:
+        return False
+
+
+def _unavailable(code: str, message: str) -> Response:
+    error = {"code": code, "message": message}
+    return JSONResponse({"status": "unavailable", "error": error}, status_code=503)
+
+
+def _error(status: int, code: str, message: str, headers: dict[str, str] | None = None) -> Response:
+    body = {"error": {"code": code, "message": message}}
+    return JSONResponse(body, status_code=status, headers=headers)

@@ -1,0 +1,131 @@
+"""Prometheus metrics of one process: what is counted, under which names and labels.
+
+Each `JobService` has a `Metrics` with a registry of its own, so that several applications can stand
+in one process. Labels are bounded: a job type that is not registered here is counted as `other`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Final, Protocol
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    ProcessCollector,
+    generate_latest,
+)
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+CONTENT_TYPE: Final = CONTENT_TYPE_LATEST
+OTHER: Final = "other"
+
+
+class Attempts(Protocol):
+    """The attempts of a worker, as counted at this moment."""
+
+    @property
+    def running(self) -> int:
+        """How many attempts hold a slot."""
+
+    @property
+    def overdue(self) -> int:
+        """How many of them have outlived their timeout in a thread."""
+
+
+class Metrics:
+    """The metrics of one process. No method raises, so that each may follow a commit."""
+
+    def __init__(self, job_types: Iterable[str]) -> None:
+        self._types = frozenset(job_types)
+        self._registry = CollectorRegistry()
+        ProcessCollector(registry=self._registry)
+        self._enqueued = Counter(
+            "job_registry_enqueued",
+            "Jobs stored by this process.",
+            ["type"],
+            registry=self._registry,
+        )
+        self._attempts = Counter(
+            "job_registry_attempts",
+            "Attempts whose end this process recorded, by outcome.",
+            ["type", "outcome"],
+            registry=self._registry,
+        )
+        self._running = Gauge(
+            "job_registry_running_attempts",
+            "Attempts that hold a slot of this process's worker.",
+            registry=self._registry,
+        )
+        self._overdue = Gauge(
+            "job_registry_overdue_attempts",
+            "Attempts that have ended, by their timeout or with their lease, and still run here.",
+            registry=self._registry,
+        )
+        self._jobs = Gauge(
+            "job_registry_jobs",
+            "Jobs in the database, the same in every process: use max, not sum.",
+            ["type", "status"],
+            registry=self._registry,
+        )
+        self._database_up = Gauge(
+            "job_registry_database_up",
+            "Whether the database answered when the jobs were last counted: 1 or 0.",
+            registry=self._registry,
+        )
+        self._database_unavailable = Counter(
+            "job_registry_database_unavailable",
+            "Operations that failed because the database did not answer or could not write.",
+            registry=self._registry,
+        )
+        self._renewal_failures = Counter(
+            "job_registry_lease_renewal_failures",
+            "Renewals of leases that failed.",
+            registry=self._registry,
+        )
+        self._publish_failures = Counter(
+            "job_registry_event_publish_failures",
+            "Committed events that could not be published in this process.",
+            registry=self._registry,
+        )
+
+    def enqueued(self, job_type: str) -> None:
+        """Count a stored job."""
+        self._enqueued.labels(self._label(job_type)).inc()
+
+    def attempt_ended(self, job_type: str, outcome: str) -> None:
+        """Count the end of an attempt."""
+        self._attempts.labels(self._label(job_type), outcome).inc()
+
+    def lease_renewal_failed(self) -> None:
+        """Count a renewal that failed."""
+        self._renewal_failures.inc()
+
+    def event_publish_failed(self) -> None:
+        """Count a committed event that could not be published."""
+        self._publish_failures.inc()
+
+    def database_unavailable(self) -> None:
+        """Count an operation that the database did not answer."""
+        self._database_unavailable.inc()
+
+    def watch(self, attempts: Callable[[], Attempts]) -> None:
+        """Show the attempts of a worker from now on."""
+        self._running.set_function(lambda: attempts().running)
+        self._overdue.set_function(lambda: attempts().overdue)
+
+    def show_jobs(self, counts: Mapping[str, Mapping[str, int]] | None) -> None:
+        """Show how many jobs there are, per type and status; None when the database is away."""
+        self._database_up.set(counts is not None)
+        self._jobs.clear()
+        for job_type, statuses in (counts or {}).items():
+            for status, jobs in statuses.items():
+                self._jobs.labels(self._label(job_type), status).inc(jobs)
+
+    def text(self) -> bytes:
+        """All metrics in the text format of Prometheus."""
+        return generate_latest(self._registry)
+
+    def _label(self, job_type: str) -> str:
+        return job_type if job_type in self._types else OTHER

@@ -1,0 +1,387 @@
+"""The queue's operations on PostgreSQL, each one statement in autocommit.
+
+The statements stand in `statements/postgresql.sql`; those that change jobs call functions that the
+migrations made, see `alembic/versions/0002_claims.py`.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any, Final, cast
+
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from api.queue.database import Database, statement
+from api.queue.models import JobRecord, JobStatus
+from api.queue.store import (
+    EVENT_BATCHES_PRUNED,
+    EVENTS_KEPT_SECONDS,
+    LOST,
+    RECOVERY_BATCH,
+    TIMED_OUT,
+    Claim,
+    Claimed,
+    Leased,
+    LeaseRenewal,
+    LeaseState,
+    NewJob,
+    Renewed,
+    Report,
+    Store,
+    Stored,
+    error_of,
+    error_text,
+    json_text,
+    statements,
+)
+
+SLOW_LOOK_SECONDS: Final = 0.05
+"""A claim that takes this much longer than its jobs explain is reading dead rows."""
+
+SLOW_LOOKS: Final = 3
+SECONDS_PER_JOB: Final = 0.002
+LOOK_SHARE: Final = 0.05
+LONGEST_FAST_SECONDS: Final = 2.0
+
+
+class PostgreSQLStore(Store):
+    """The operations on PostgreSQL. `process` names the sender of events."""
+
+    def __init__(self, database: Database, process: str) -> None:
+        self._database = database
+        self._sql = statements("postgresql")
+        self._told = {"process": process, "keep": database.keeps_events}
+        self._heads = QueueHeads()
+
+    async def insert(self, jobs: Sequence[NewJob]) -> dict[uuid.UUID, Stored]:
+        rows = await self._run("insert", {"jobs": _new_jobs(jobs), "wait": False})
+        return await self._with_holders(jobs, _stored(rows))
+
+    async def insert_all(
+        self, jobs: Sequence[NewJob], conflicts: Callable[[NewJob, Stored], bool]
+    ) -> tuple[dict[uuid.UUID, Stored], bool]:
+        class Refused(Exception):
+            """Rolls the transaction back."""
+
+        async def insert(connection: AsyncConnection) -> dict[uuid.UUID, Stored]:
+            stored = await self.insert_within(connection, jobs)
+            if any(job.id not in stored or conflicts(job, stored[job.id]) for job in jobs):
+                raise Refused(stored)
+            return stored
+
+        try:
+            return await self._database.retrying(insert), True
+        except Refused as refused:
+            return cast("dict[uuid.UUID, Stored]", refused.args[0]), False
+
+    async def insert_within(
+        self, connection: AsyncConnection, jobs: Sequence[NewJob]
+    ) -> dict[uuid.UUID, Stored]:
+        parameters = {"jobs": _new_jobs(jobs), "wait": True, **self._told}
+        result = await connection.execute(statement(self._sql["insert"]), parameters)
+        stored = _stored([dict(row) for row in result.mappings()])
+        keys = _keys(jobs, stored)
+        if keys:
+            wanted = json_text([{"type": job_type, "key": key} for job_type, key in keys])
+            found = await connection.execute(statement(self._sql["by_key"]), {"keys": wanted})
+            holders = [self._record(dict(row)) for row in found.mappings()]
+            _add_holders(jobs, stored, {(h.type, h.idempotency_key or ""): h for h in holders})
+        return stored
+
+    async def claim(self, claim: Claim) -> Claimed:
+        claimed = await self._look(claim, *self._heads.known(time.monotonic()))
+        if claim.thorough and not (claimed.leased or claimed.everything):
+            return await self._look(claim, None, None)
+        return claimed
+
+    async def _look(
+        self, claim: Claim, heads: Mapping[str, Any] | None, look_back: float | None
+    ) -> Claimed:
+        started = time.monotonic()
+        rows = await self._run(
+            "claim",
+            {
+                "wanted": json_text(
+                    [
+                        {
+                            "type": name,
+                            "limit": claim.limits.get(name),
+                            "heads": None if heads is None else heads.get(name),
+                        }
+                        for name in claim.types
+                    ]
+                ),
+                "most": claim.jobs,
+                "worker": claim.worker_id,
+                "lease": claim.lease_seconds,
+                "look_back": look_back,
+                "timed_out": error_text(TIMED_OUT),
+                "lost": error_text(LOST),
+            },
+        )
+        ended = time.monotonic()
+        recovered = await self._jobs([row for row in rows if row["status"] != "running"])
+        taken = [row for row in rows if row["status"] == "running"]
+        jobs = {job.id: job for job in await self._jobs(taken)}
+        leased = [
+            Leased(
+                job=jobs[row["id"]]._replace(next_run_at=None),
+                token=row["lease_token"],
+                expires_at=row["lease_expires_at"],
+                deadline_at=row["deadline_at"],
+            )
+            for row in taken
+            if row["id"] in jobs
+        ]
+        for row in taken:
+            self._heads.learn(row["type"], row["priority"], row["next_run_at"])
+        if heads is None:
+            self._heads.looked(started, ended, len(rows))
+        return Claimed(leased, recovered, everything=heads is None)
+
+    async def recover(self, lease_seconds: float) -> list[JobRecord]:
+        parameters = {
+            "most": RECOVERY_BATCH,
+            "lease": lease_seconds,
+            "timed_out": error_text(TIMED_OUT),
+            "lost": error_text(LOST),
+        }
+        return await self._jobs(await self._run("recover", parameters))
+
+    async def end(self, reports: Sequence[Report]) -> dict[uuid.UUID, JobRecord]:
+        rows = await self._run(
+            "end",
+            {
+                "reports": json_text(
+                    [
+                        {
+                            "id": report.job_id.hex,
+                            "token": report.token,
+                            "outcome": report.outcome,
+                            "retryable": report.retryable,
+                            "spend": report.spend,
+                            "delay_seconds": report.delay_seconds,
+                            "result": report.result.decode() if report.result is not None else None,
+                            "error": error_text(report.error),
+                            "still_running": report.still_running,
+                        }
+                        for report in reports
+                    ]
+                )
+            },
+        )
+        return {job.id: job for job in await self._jobs(rows)}
+
+    async def lease_states(self, reports: Sequence[Report]) -> dict[uuid.UUID, LeaseState]:
+        rows = await self._read("lease_states", {"leases": lease_texts(reports)})
+        return {row["id"]: LeaseState(row["in_force"], row["succeeded"]) for row in rows}
+
+    async def renew(
+        self, renewals: Sequence[LeaseRenewal], lease_seconds: float
+    ) -> dict[tuple[uuid.UUID, str], Renewed | None]:
+        asked = [
+            {
+                "id": renewal.job_id.hex,
+                "token": renewal.token,
+                "progress": renewal.progress.decode() if renewal.progress is not None else None,
+            }
+            for renewal in renewals
+        ]
+        rows = await self._run("renew", {"renewals": json_text(asked), "lease": lease_seconds})
+        return {
+            (row["job_id"], row["token"]): None
+            if row["state"] == "lost"
+            else Renewed(row["expires_at"], float(row["seconds_left"]), row["cancel_requested"])
+            for row in rows
+        }
+
+    async def settle(self, leases: Sequence[tuple[uuid.UUID, str]]) -> None:
+        ended = json_text([{"id": job_id.hex, "token": token} for job_id, token in leases])
+        await self._run("settle", {"ended": ended})
+
+    async def cancel(self, job_id: uuid.UUID) -> JobRecord | None:
+        rows = await self._run("cancel", {"id": job_id.hex})
+        return self._record(rows[0]) if rows else None
+
+    async def retry(self, job_id: uuid.UUID) -> JobRecord | None:
+        rows = await self._run("retry", {"id": job_id.hex})
+        return self._record(rows[0]) if rows else None
+
+    async def next_due(self, types: Sequence[str], limits: Mapping[str, int]) -> float | None:
+        wanted = json_text([{"type": name, "limit": limits.get(name)} for name in types])
+        (row,) = await self._read("next_due", {"wanted": wanted})
+        seconds = next(iter(row.values()))
+        return None if seconds is None else float(seconds)
+
+    async def see_worker(self, types: Sequence[str]) -> None:
+        await self._run("see_worker", {"types": json_text(sorted(types))})
+
+    async def prune(self, status: JobStatus, *, keep_seconds: float, jobs: int) -> int:
+        parameters = {"status": str(status), "keep_seconds": keep_seconds, "jobs": jobs}
+        return int(next(iter((await self._run("prune", parameters))[0].values())))
+
+    async def fold_counts(self) -> None:
+        await self._run("fold_counts", {"rows": 10_000})
+
+    async def prune_events(self) -> int:
+        parameters = {"keep_seconds": EVENTS_KEPT_SECONDS, "batches": EVENT_BATCHES_PRUNED}
+        return int(next(iter((await self._run("prune_events", parameters))[0].values())))
+
+    async def _run(self, name: str, parameters: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+        """Run a statement that changes something."""
+        sql = self._sql[name]
+        told = self._told if ":process" in sql else {}
+        rows = await self._database.execute_at_once(sql, {**told, **parameters})
+        return [dict(row._mapping) for row in rows]
+
+    async def _read(self, name: str, parameters: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+        async with self._database.reading() as connection:
+            result = await connection.execute(statement(self._sql[name]), parameters)
+            return [dict(row) for row in result.mappings()]
+
+    async def _jobs(self, rows: Sequence[Mapping[str, Any]]) -> list[JobRecord]:
+        """The jobs of rows whose large documents the statement may have left out."""
+        narrow = [row["id"] for row in rows if row["payload"] is None]
+        whole = await self.get_many(narrow) if narrow else {}
+        # A row that is gone by now was deleted: nobody may act on it.
+        return [
+            self._record(row) if row["payload"] is not None else whole[row["id"]]
+            for row in rows
+            if row["payload"] is not None or row["id"] in whole
+        ]
+
+    async def _with_holders(
+        self, jobs: Sequence[NewJob], stored: dict[uuid.UUID, Stored]
+    ) -> dict[uuid.UUID, Stored]:
+        keys = _keys(jobs, stored)
+        if keys:
+            _add_holders(jobs, stored, await self.find_by_key(keys))
+        return stored
+
+    def _record(self, row: Mapping[str, Any]) -> JobRecord:
+        return JobRecord(
+            id=row["id"],
+            type=row["type"],
+            fingerprint=row["fingerprint"],
+            status=JobStatus(row["status"]),
+            payload=row["payload"],
+            priority=row["priority"],
+            attempt=row["attempt"],
+            max_attempts=row["max_attempts"],
+            timeout_seconds=row["timeout_seconds"],
+            created_at=row["created_at"],
+            idempotency_key=row["idempotency_key"],
+            created_by=row["created_by"],
+            next_run_at=row["next_run_at"],
+            started_at=row["started_at"],
+            finished_at=row["finished_at"],
+            cancel_requested_at=row["cancel_requested_at"],
+            worker_id=row["worker_id"],
+            progress=row["progress"],
+            result=row["result"],
+            error=error_of(row["error"]),
+        )
+
+    def _time(self, value: Any) -> datetime | None:
+        return cast("datetime | None", value)
+
+    def _id(self, value: Any) -> uuid.UUID:
+        return cast(uuid.UUID, value)
+
+    def _json(self, value: Any) -> Any:
+        return value
+
+
+class QueueHeads:
+    """Where each type's queue begins, per priority, as far as this process has seen.
+
+    PostgreSQL cannot remove the index entries of jobs that are done while an older transaction
+    might still read them, and every claim would pass over all of them: 50,000 jobs after a
+    report has begun to run, that is 100 ms per claim. So when looking at everything has become
+    slow, three times in a row, it is done for a twentieth of the time at most, every two seconds at
+    least. Claims in between begin where the last one took its jobs. What they do not find (a job
+    whose transaction took long to commit, a priority not seen before) the next full look does.
+    """
+
+    def __init__(self) -> None:
+        self._heads: dict[str, dict[int, datetime]] = {}
+        self._full_look_at = 0.0
+        self._looked_at = 0.0
+        self._slow_looks = 0
+
+    def known(self, now: float) -> tuple[dict[str, list[tuple[int, str]]] | None, float | None]:
+        """What a claim may skip: the heads and how many seconds to look back for lost leases.
+        None: it looks at everything."""
+        if now >= self._full_look_at:
+            return None, None
+        heads = {
+            name: [(priority, at.isoformat()) for priority, at in levels.items()]
+            for name, levels in self._heads.items()
+        }
+        return heads, now - self._looked_at + 1.0
+
+    def learn(self, name: str, priority: int, due_at: datetime) -> None:
+        """A job was taken: what was due before it, in its type and priority, is taken as well."""
+        levels = self._heads.setdefault(name, {})
+        levels[priority] = max(due_at, levels.get(priority, _EARLIEST))
+
+    def looked(self, started: float, ended: float, rows: int) -> None:
+        """A claim looked at everything, in this time."""
+        took = ended - started
+        self._looked_at = started
+        slow = took - rows * SECONDS_PER_JOB > SLOW_LOOK_SECONDS
+        self._slow_looks = self._slow_looks + 1 if slow else 0
+        if self._slow_looks >= SLOW_LOOKS and rows < RECOVERY_BATCH:
+            self._full_look_at = ended + min(LONGEST_FAST_SECONDS, took / LOOK_SHARE)
+
+
+_EARLIEST: Final = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def lease_texts(reports: Sequence[Report]) -> str:
+    """Leases as the statement `lease_states` takes them."""
+    return json_text(
+        [
+            {"id": r.job_id.hex, "token": r.token, "late": str(r.outcome) == "timed_out"}
+            for r in reports
+        ]
+    )
+
+
+def _new_jobs(jobs: Sequence[NewJob]) -> str:
+    return json_text(
+        [
+            {
+                **job._asdict(),
+                "id": job.id.hex,
+                "payload": job.payload.decode(),
+                "next_run_at": job.next_run_at.astimezone(UTC).isoformat()
+                if job.next_run_at
+                else None,
+            }
+            for job in jobs
+        ]
+    )
+
+
+def _stored(rows: Sequence[Mapping[str, Any]]) -> dict[uuid.UUID, Stored]:
+    return {row["id"]: Stored(row["created_at"], row["next_run_at"]) for row in rows}
+
+
+def _keys(jobs: Sequence[NewJob], stored: Mapping[uuid.UUID, Stored]) -> list[tuple[str, str]]:
+    keys = [(job.type, job.idempotency_key) for job in jobs if job.id not in stored]
+    return [(job_type, key) for job_type, key in dict.fromkeys(keys) if key is not None]
+
+
+def _add_holders(
+    jobs: Sequence[NewJob],
+    stored: dict[uuid.UUID, Stored],
+    holders: Mapping[tuple[str, str], JobRecord],
+) -> None:
+    for job in jobs:
+        holder = holders.get((job.type, job.idempotency_key or ""))
+        if job.id not in stored and holder is not None:
+            stored[job.id] = Stored(holder.created_at, holder.created_at, holder)

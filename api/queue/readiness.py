@@ -1,0 +1,94 @@
+"""Whether the queue can do its work at this moment: a write that is tried and taken back."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from datetime import UTC, datetime
+from typing import Final
+
+from sqlalchemy import insert
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from api.queue.database import Database
+from api.queue.errors import QueueUnavailable
+from api.queue.models import (
+    Job,
+    JobAttempt,
+    JobCount,
+    JobEventBatch,
+    JobStatus,
+    JobTypeState,
+)
+
+READY_SECONDS: Final = 2.0
+"""How long the attempt may take: probes give up after a few seconds themselves."""
+
+FRESH_SECONDS: Final = 0.9
+"""How long an answer holds: however many ask, the database is asked about once per second."""
+
+_TABLES: Final = tuple(
+    str(model.__tablename__) for model in (Job, JobAttempt, JobCount, JobEventBatch, JobTypeState)
+)
+
+
+class Readiness:
+    """Answers whether a write would work. Concurrent callers share one attempt."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._turn = asyncio.Lock()
+        self._tried_at: float | None = None
+        self._refusal: QueueUnavailable | None = None
+
+    async def check(self) -> None:
+        """Return when a job could be stored.
+
+        Raises:
+            QueueUnavailable: it could not; the reason is for the log.
+        """
+        clock = asyncio.get_running_loop().time
+        asked_at = clock()
+        async with self._turn:
+            # An attempt that began after this call, or just before it, answers it as well.
+            if self._tried_at is None or self._tried_at < asked_at - FRESH_SECONDS:
+                self._refusal = None
+                tried_at = clock()
+                try:
+                    await self._database.check_writes(
+                        _store_a_job, tables=_TABLES, timeout_seconds=READY_SECONDS
+                    )
+                except QueueUnavailable as refusal:
+                    self._refusal = refusal
+                self._tried_at = tried_at
+            if self._refusal is not None:
+                raise QueueUnavailable(self._refusal.reason, self._refusal.kind)
+
+
+async def _store_a_job(connection: AsyncConnection) -> None:
+    """Insert a job with an attempt, as the queue does.
+
+    The job is a finished one: claims would have to pass over the dead entries of queued ones in
+    their index until the next vacuum.
+    """
+    job_id, now = uuid.uuid4(), datetime.now(UTC)
+    await connection.execute(
+        insert(Job).values(
+            id=job_id,
+            type="readiness",
+            fingerprint="",
+            status=JobStatus.CANCELLED.value,
+            payload={},
+            priority=0,
+            attempt=0,
+            max_attempts=1,
+            timeout_seconds=1,
+            backoff_base_seconds=1.0,
+            backoff_cap_seconds=1.0,
+            created_at=now,
+            finished_at=now,
+        )
+    )
+    await connection.execute(
+        insert(JobAttempt).values(job_id=job_id, attempt=1, worker_id="readiness", started_at=now)
+    )

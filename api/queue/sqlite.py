@@ -1,0 +1,525 @@
+"""The queue's operations on SQLite, each a function that runs in one BEGIN IMMEDIATE.
+
+That transaction excludes every other writer, in this process and in others, so each operation
+reads, decides and writes without locks of its own. The statements stand in `statements/sqlite.sql`.
+"""
+
+from __future__ import annotations
+
+import random
+import secrets
+import sqlite3
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final, TypeVar
+
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from api.queue.database import Database, read_json, statement
+from api.queue.models import AttemptOutcome, JobRecord, JobStatus
+from api.queue.store import (
+    EVENT_BATCHES_PRUNED,
+    EVENTS_KEPT_SECONDS,
+    LOST,
+    RECOVERY_BATCH,
+    TIMED_OUT,
+    Claim,
+    Claimed,
+    Leased,
+    LeaseRenewal,
+    LeaseState,
+    NewJob,
+    Renewed,
+    Report,
+    Store,
+    Stored,
+    error_of,
+    error_text,
+    json_text,
+    message_of,
+    present,
+    statements,
+)
+
+SQL: Final = statements("sqlite")
+
+T = TypeVar("T")
+Row = Mapping[str, Any]
+
+CLOCK_SLACK_SECONDS: Final = 1.0
+"""How far ahead of the clock a time may be before the clock is taken to have stepped back."""
+
+RETURNED: Final = (AttemptOutcome.RELEASED, AttemptOutcome.SNOOZED)
+
+
+class SQLiteStore(Store):
+    """The operations on SQLite. `process` names the sender of events."""
+
+    def __init__(self, database: Database, process: str) -> None:
+        self._database = database
+        self._process = process
+
+    async def insert(self, jobs: Sequence[NewJob]) -> dict[uuid.UUID, Stored]:
+        return await self._write(lambda t: t.insert(jobs))
+
+    async def insert_all(
+        self, jobs: Sequence[NewJob], conflicts: Callable[[NewJob, Stored], bool]
+    ) -> tuple[dict[uuid.UUID, Stored], bool]:
+        class Refused(Exception):
+            """Rolls the transaction back."""
+
+        refused: dict[uuid.UUID, Stored] = {}
+
+        def insert(transaction: _Transaction) -> dict[uuid.UUID, Stored]:
+            stored = transaction.insert(jobs)
+            if any(conflicts(job, stored[job.id]) for job in jobs):
+                refused.update(stored)
+                raise Refused
+            return stored
+
+        try:
+            return await self._write(insert), True
+        except Refused:
+            return refused, False
+
+    async def insert_within(
+        self, connection: AsyncConnection, jobs: Sequence[NewJob]
+    ) -> dict[uuid.UUID, Stored]:
+        async def run(name: str, parameters: Mapping[str, Any]) -> list[Row]:
+            result = await connection.execute(statement(SQL[name]), parameters)
+            return [dict(row) for row in result.mappings()] if result.returns_rows else []
+
+        stored: dict[uuid.UUID, Stored] = {}
+        created: list[tuple[str, str, str, int]] = []
+        now = str(next(iter((await run("now", {}))[0].values())))
+        for job in jobs:
+            result = await connection.execute(statement(SQL["insert"]), _new_job(job, now))
+            if result.rowcount:
+                stored[job.id] = _stored(job, now)
+                created.append(("job.created", job.id.hex, job.type, 0))
+            else:
+                (holder,) = map(self._record, await run("by_key", {"keys": _key_text(job)}))
+                stored[job.id] = Stored(holder.created_at, holder.created_at, holder)
+        if created:
+            message = message_of(self._process, created)
+            await run("keep_events", {"message": message, "now": now})
+        return stored
+
+    async def claim(self, claim: Claim) -> Claimed:
+        def work(transaction: _Transaction) -> tuple[list[Row], list[Row]]:
+            recovered = transaction.recover(claim.lease_seconds)
+            return transaction.claim(claim), recovered
+
+        leased, recovered = await self._write(work)
+        return Claimed(
+            [
+                Leased(
+                    job=self._record(row),
+                    token=row["lease_token"],
+                    expires_at=present(self._time(row["lease_expires_at"])),
+                    deadline_at=present(self._time(row["deadline_at"])),
+                )
+                for row in leased
+            ],
+            [self._record(row) for row in recovered],
+        )
+
+    async def recover(self, lease_seconds: float) -> list[JobRecord]:
+        rows = await self._write(lambda t: t.recover(lease_seconds))
+        return [self._record(row) for row in rows]
+
+    async def end(self, reports: Sequence[Report]) -> dict[uuid.UUID, JobRecord]:
+        rows = await self._write(lambda t: [row for r in reports if (row := t.end(r)) is not None])
+        return {job.id: job for job in map(self._record, rows)}
+
+    async def lease_states(self, reports: Sequence[Report]) -> dict[uuid.UUID, LeaseState]:
+        leases = json_text(
+            [
+                {
+                    "id": report.job_id.hex,
+                    "token": report.token,
+                    "late": report.outcome is AttemptOutcome.TIMED_OUT,
+                }
+                for report in reports
+            ]
+        )
+        rows = await self._read("lease_states", {"leases": leases})
+        return {
+            self._id(row["id"]): LeaseState(bool(row["in_force"]), bool(row["succeeded"]))
+            for row in rows
+        }
+
+    async def renew(
+        self, renewals: Sequence[LeaseRenewal], lease_seconds: float
+    ) -> dict[tuple[uuid.UUID, str], Renewed | None]:
+        def work(transaction: _Transaction) -> dict[tuple[uuid.UUID, str], Renewed | None]:
+            return {(r.job_id, r.token): transaction.renew(r, lease_seconds) for r in renewals}
+
+        return await self._write(work)
+
+    async def settle(self, leases: Sequence[tuple[uuid.UUID, str]]) -> None:
+        await self._write(lambda t: t.settle(leases))
+
+    async def cancel(self, job_id: uuid.UUID) -> JobRecord | None:
+        row = await self._write(lambda t: t.cancel(job_id))
+        return self._record(row) if row else None
+
+    async def retry(self, job_id: uuid.UUID) -> JobRecord | None:
+        row = await self._write(lambda t: t.retry(job_id))
+        return self._record(row) if row else None
+
+    async def next_due(self, types: Sequence[str], limits: Mapping[str, int]) -> float | None:
+        # It only reads, in many small statements, which is what the writer's thread is good at.
+        return await self._write(lambda t: t.next_due(types, limits))
+
+    async def see_worker(self, types: Sequence[str]) -> None:
+        await self._write(lambda t: t.see_worker(types))
+
+    async def prune(self, status: JobStatus, *, keep_seconds: float, jobs: int) -> int:
+        return await self._write(
+            lambda t: t.change("prune", status=str(status), before=t.at(-keep_seconds), jobs=jobs)
+        )
+
+    async def fold_counts(self) -> None:
+        await self._write(lambda t: t.change("fold_counts"))
+
+    async def prune_events(self) -> int:
+        return await self._write(
+            lambda t: t.change(
+                "prune_events", before=t.at(-EVENTS_KEPT_SECONDS), batches=EVENT_BATCHES_PRUNED
+            )
+        )
+
+    async def _write(self, work: Callable[[_Transaction], T]) -> T:
+        def run(connection: sqlite3.Connection) -> T:
+            transaction = _Transaction(connection, self._record)
+            result = work(transaction)
+            transaction.announce(self._process)
+            return result
+
+        return await self._database.write(run)
+
+    async def _read(self, name: str, parameters: Mapping[str, Any]) -> Sequence[Row]:
+        async with self._database.reading() as connection:
+            result = await connection.execute(statement(SQL[name]), parameters)
+            return [dict(row) for row in result.mappings()]
+
+    def _record(self, row: Row) -> JobRecord:
+        return JobRecord(
+            id=uuid.UUID(row["id"]),
+            type=row["type"],
+            fingerprint=row["fingerprint"],
+            status=JobStatus(row["status"]),
+            payload=self._json(row["payload"]),
+            priority=row["priority"],
+            attempt=row["attempt"],
+            max_attempts=row["max_attempts"],
+            timeout_seconds=row["timeout_seconds"],
+            created_at=_time(row["created_at"]),
+            idempotency_key=row["idempotency_key"],
+            created_by=row["created_by"],
+            next_run_at=self._time(row["next_run_at"]),
+            started_at=self._time(row["started_at"]),
+            finished_at=self._time(row["finished_at"]),
+            cancel_requested_at=self._time(row["cancel_requested_at"]),
+            worker_id=row["worker_id"],
+            progress=self._json(row["progress"]),
+            result=self._json(row["result"]),
+            error=error_of(self._json(row["error"])),
+        )
+
+    def _time(self, value: Any) -> datetime | None:
+        return None if value is None else _time(value)
+
+    def _id(self, value: Any) -> uuid.UUID:
+        return uuid.UUID(value)
+
+    def _json(self, value: Any) -> Any:
+        # SQLite makes a number of a JSON column's text that is one.
+        return read_json(value) if isinstance(value, str) else value
+
+
+class _Transaction:
+    """One transaction: its time, its statements, and the events that it announces at its end."""
+
+    def __init__(self, connection: sqlite3.Connection, record: Callable[[Row], JobRecord]) -> None:
+        self._cursor = connection.cursor()
+        self._cursor.row_factory = sqlite3.Row
+        self._record = record
+        self._events: list[tuple[str, str, str, int]] = []
+        self.now: str = self._cursor.execute(SQL["now"]).fetchone()[0]
+        self._now = _time(self.now)
+
+    def at(self, seconds: float) -> str:
+        """The time `seconds` from now, as it is stored."""
+        return time_text(self._now + timedelta(seconds=seconds))
+
+    def rows(self, name: str, **parameters: Any) -> list[Any]:
+        """The rows of a statement."""
+        return self._cursor.execute(SQL[name], {"now": self.now, **parameters}).fetchall()
+
+    def change(self, name: str, **parameters: Any) -> int:
+        """Run a statement and return how many rows it changed."""
+        return self._cursor.execute(SQL[name], {"now": self.now, **parameters}).rowcount
+
+    def announce(self, process: str) -> None:
+        """Store the events, for other processes to read."""
+        if self._events:
+            self.change("keep_events", message=message_of(process, self._events))
+
+    def insert(self, jobs: Sequence[NewJob]) -> dict[uuid.UUID, Stored]:
+        stored: dict[uuid.UUID, Stored] = {}
+        for job in jobs:
+            if self._cursor.execute(SQL["insert"], _new_job(job, self.now)).rowcount:
+                stored[job.id] = _stored(job, self.now)
+                self._events.append(("job.created", job.id.hex, job.type, 0))
+            else:
+                holder = self._record(self.rows("by_key", keys=_key_text(job))[0])
+                stored[job.id] = Stored(holder.created_at, holder.created_at, holder)
+        return stored
+
+    def recover(self, lease_seconds: float) -> list[Row]:
+        self._follow_clock(lease_seconds)
+        ended: list[Row] = []
+        for row in self.rows("expired", most=RECOVERY_BATCH):
+            late = bool(row["timed_out"])
+            report = Report(
+                job_id=uuid.UUID(row["id"]),
+                token=row["lease_token"],
+                outcome=AttemptOutcome.TIMED_OUT if late else AttemptOutcome.LOST,
+                error=TIMED_OUT if late else LOST,
+            )
+            job = self.end(report, recovering=True)
+            if job is not None:
+                ended.append(job)
+        return ended
+
+    def _follow_clock(self, lease_seconds: float) -> None:
+        """Start leases anew that end later than a lease can: the clock has stepped back.
+
+        Otherwise a dead worker would go unnoticed for as long as the clock stepped.
+        """
+        most = {"most": RECOVERY_BATCH}
+        lease_end = self.at(lease_seconds + CLOCK_SLACK_SECONDS)
+        for row in self.rows("ahead", lease_end=lease_end, lease=lease_seconds, **most):
+            deadline = min(row["deadline_at"], self.at(row["timeout_seconds"]))
+            self.change(
+                "set_lease",
+                id=row["id"],
+                deadline_at=deadline,
+                held_until=self.at(row["lease_seconds"]),
+                lease_expires_at=min(self.at(row["lease_seconds"]), deadline),
+            )
+        newest = int((self._now.timestamp() + CLOCK_SLACK_SECONDS) * 1_000)
+        self.change("set_due", newest=f"{newest:012x}", **most)
+
+    def claim(self, claim: Claim) -> list[Row]:
+        """Lease jobs: level by level of priority, the types of a level in turns."""
+        rooms = dict.fromkeys(claim.types, claim.jobs)
+        for name in claim.types:
+            if name in claim.limits:
+                rooms[name] = claim.limits[name] - self.rows("running", type=name)[0][0]
+        tops = {
+            name: level
+            for name, room in rooms.items()
+            if room > 0 and (level := self._next_level(name, 101)) is not None
+        }
+        leased: list[Row] = []
+        while tops and len(leased) < claim.jobs:
+            level = max(tops.values())
+            lanes = [name for name in claim.types if tops.get(name) == level]
+            share = -(-(claim.jobs - len(leased)) // len(lanes))
+            for name in lanes:
+                most = min(share, rooms[name], claim.jobs - len(leased))
+                if most == 0:
+                    break
+                taken = self.rows("due", type=name, priority=level, jobs=most)
+                leased += [self._lease(row["id"], claim) for row in taken]
+                rooms[name] -= len(taken)
+                if len(taken) < most:
+                    below = self._next_level(name, level)
+                    tops.pop(name)
+                    if below is not None:
+                        tops[name] = below
+                elif rooms[name] == 0:
+                    tops.pop(name)
+        return leased
+
+    def _next_level(self, name: str, below: int) -> int | None:
+        """The highest priority below `below` at which the type has a job that is due."""
+        while rows := self.rows("next_level", type=name, below=below):
+            level: int = rows[0]["priority"]
+            if rows[0]["next_run_at"] <= self.now:
+                return level
+            below = level
+        return None
+
+    def _lease(self, job_id: str, claim: Claim) -> Row:
+        timeout = self.rows("timeout_of", id=job_id)[0][0]
+        lease = {"id": job_id, "worker": claim.worker_id, "token": secrets.token_hex(16)}
+        (row,) = self.rows(
+            "lease",
+            **lease,
+            lease=claim.lease_seconds,
+            held_until=self.at(claim.lease_seconds),
+            deadline_at=self.at(timeout),
+            lease_expires_at=self.at(min(timeout, claim.lease_seconds)),
+        )
+        self.change("open_attempt", attempt=row["attempt"], **lease)
+        self._note("job.started", row)
+        return dict(row)
+
+    def end(self, report: Report, *, recovering: bool = False) -> Row | None:
+        """End an attempt where its lease is in force; see `job_end` in the migrations."""
+        late = report.outcome in (AttemptOutcome.TIMED_OUT, AttemptOutcome.LOST)
+        rows = self.rows("running_lease", id=report.job_id.hex, token=report.token, late=late)
+        if not rows:
+            return None
+        job = dict(rows[0])
+        returned = report.outcome in RETURNED
+        quickly = returned and job["started_at"] > self.at(-10)
+        if report.outcome is AttemptOutcome.SUCCEEDED:
+            status = "succeeded"
+        elif report.outcome is AttemptOutcome.CANCELLED or job["cancel_requested_at"] is not None:
+            status = "cancelled"
+        elif returned or (report.retryable and job["attempt"] < job["max_attempts"]):
+            status = "queued"
+        else:
+            status = "failed"
+        error = error_text(report.error)
+        held_until = None
+        if report.still_running:
+            held_until = self.at(job["lease_seconds"] or 30)
+        elif recovering and report.outcome is AttemptOutcome.TIMED_OUT:
+            # Its worker is alive, and may still run it.
+            held_until = job["held_until"] if (job["held_until"] or "") > self.now else None
+        outcome = "cancelled" if status == "cancelled" else str(report.outcome)
+        self.change(
+            "close_attempt", id=job["id"], outcome=outcome, error=error, held_until=held_until
+        )
+        succeeded = status == "succeeded"
+        spent = not returned and report.spend
+        (ended,) = self.rows(
+            "end",
+            id=job["id"],
+            status=status,
+            next_run_at=self.at(_delay(report, job, quickly)) if status == "queued" else None,
+            finished_at=self.now if status != "queued" else None,
+            attempt=job["attempt"] if spent else job["attempt"] - 1,
+            returns=job["returns"] + returned,
+            quick_returns=job["quick_returns"] + 1 if quickly else 0,
+            result=_text(report.result) if succeeded else job["result"],
+            error=None if succeeded else error or job["error"],
+            lease_token=report.token if succeeded else None,
+        )
+        if returned and ended["returns"] % 32 == 0:
+            self.change("forget_returned", id=job["id"])
+        self._note("job.retrying" if status == "queued" else f"job.{status}", ended)
+        return dict(ended)
+
+    def renew(self, renewal: LeaseRenewal, lease_seconds: float) -> Renewed | None:
+        lease = {"id": renewal.job_id.hex, "token": renewal.token}
+        rows = self.rows("running_lease", late=False, **lease)
+        if not rows:
+            self.change("hold", held_until=self.at(lease_seconds), **lease)
+            return None
+        job = rows[0]
+        expires_at = min(self.at(lease_seconds), job["deadline_at"])
+        self.change(
+            "renew",
+            id=job["id"],
+            lease=lease_seconds,
+            lease_expires_at=expires_at,
+            held_until=self.at(lease_seconds),
+            progress=_text(renewal.progress),
+        )
+        if renewal.progress is not None:
+            self._note("job.progressed", job)
+        seconds_left = (_time(job["deadline_at"]) - self._now).total_seconds()
+        return Renewed(_time(expires_at), seconds_left, job["cancel_requested_at"] is not None)
+
+    def settle(self, leases: Iterable[tuple[uuid.UUID, str]]) -> None:
+        for job_id, token in leases:
+            for row in self.rows("settle", id=job_id.hex, token=token):
+                self._events.append(("job.settled", job_id.hex, row["type"], row["attempt"]))
+
+    def cancel(self, job_id: uuid.UUID) -> Row | None:
+        for row in self.rows("cancel", id=job_id.hex):
+            running = row["status"] == "running"
+            self._note("job.cancel_requested" if running else "job.cancelled", row)
+            return dict(row)
+        return None
+
+    def retry(self, job_id: uuid.UUID) -> Row | None:
+        for row in self.rows("retry", id=job_id.hex):
+            self._note("job.retrying", row)
+            return dict(row)
+        return None
+
+    def next_due(self, types: Sequence[str], limits: Mapping[str, int]) -> float | None:
+        soonest: list[str] = []
+        for name in types:
+            if name in limits and self.rows("running", type=name)[0][0] >= limits[name]:
+                continue
+            below = 101
+            while rows := self.rows("next_level", type=name, below=below):
+                soonest.append(rows[0]["next_run_at"])
+                below = rows[0]["priority"]
+        soonest += [row[0] for row in self.rows("next_end") if row[0] is not None]
+        return (_time(min(soonest)) - self._now).total_seconds() if soonest else None
+
+    def see_worker(self, types: Sequence[str]) -> None:
+        for name in types:
+            self.change("see_worker", type=name)
+
+    def _note(self, name: str, row: Any) -> None:
+        self._events.append((name, row["id"], row["type"], row["attempt"]))
+
+
+def time_text(time: datetime) -> str:
+    """A time in the form in which it is stored and compared."""
+    return time.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S.%f")
+
+
+def _time(value: str) -> datetime:
+    return datetime.fromisoformat(value).replace(tzinfo=UTC)
+
+
+def _delay(report: Report, job: Row, quickly: bool) -> float:
+    """Seconds until the job runs again: what was asked, or the backoff with half jitter.
+
+    The first quick return is free; then the pause doubles, so that a job that is handed back
+    again and again does not spin.
+    """
+    if report.delay_seconds is not None:
+        delay = report.delay_seconds
+    else:
+        whole = job["backoff_base_seconds"] * 2.0 ** min(job["attempt"] - 1, 40)
+        delay = min(job["backoff_cap_seconds"], whole) * random.uniform(0.5, 1.0)
+    if quickly and job["quick_returns"] > 0:
+        delay = max(delay, min(60.0, 2.0 ** min(job["quick_returns"] - 1, 6)))
+    return delay
+
+
+def _new_job(job: NewJob, now: str) -> dict[str, Any]:
+    return {
+        **job._asdict(),
+        "id": job.id.hex,
+        "payload": job.payload.decode(),
+        "next_run_at": time_text(job.next_run_at) if job.next_run_at else None,
+        "now": now,
+    }
+
+
+def _stored(job: NewJob, now: str) -> Stored:
+    created_at = _time(now)
+    return Stored(created_at, job.next_run_at.astimezone(UTC) if job.next_run_at else created_at)
+
+
+def _key_text(job: NewJob) -> str:
+    return json_text([{"type": job.type, "key": job.idempotency_key}])
+
+
+def _text(document: bytes | None) -> str | None:
+    return None if document is None else document.decode()

@@ -1,0 +1,218 @@
+-- The statements of the queue on PostgreSQL, each with its name and its purpose.
+--
+-- Those that change jobs call the functions that migration 0002 made, so that each is one
+-- statement in autocommit: a client that freezes holds no lock. `:keep` stores the events of the
+-- transaction instead of sending them with the notification.
+
+-- name: insert
+-- Store new jobs. A job whose key is held, or being inserted by another, is not in the answer.
+SELECT job_id AS id, job_created_at AS created_at, job_next_run_at AS next_run_at
+FROM job_insert(
+    CAST(:jobs AS jsonb), CAST(:process AS text), CAST(:keep AS boolean), CAST(:wait AS boolean))
+
+-- name: claim
+-- Lease due jobs, and end the attempts whose lease has run out.
+SELECT * FROM job_claim(
+    CAST(:wanted AS jsonb), CAST(:most AS integer), CAST(:worker AS text),
+    CAST(:lease AS double precision), CAST(:process AS text), CAST(:keep AS boolean),
+    CAST(:look_back AS double precision), CAST(:timed_out AS text), CAST(:lost AS text))
+
+-- name: recover
+-- End the attempts whose lease has run out.
+SELECT * FROM job_recover(
+    CAST(:process AS text), CAST(:keep AS boolean), CAST(:most AS integer), NULL,
+    CAST(:lease AS double precision), CAST(:timed_out AS text), CAST(:lost AS text))
+
+-- name: end
+-- End attempts as their workers report.
+SELECT * FROM job_end(
+    CAST(:reports AS jsonb), CAST(:process AS text), CAST(:keep AS boolean))
+
+-- name: renew
+-- Renew leases, and the places of attempts that have timed out.
+SELECT * FROM job_renew(
+    CAST(:renewals AS jsonb), CAST(:lease AS double precision), CAST(:process AS text),
+    CAST(:keep AS boolean))
+
+-- name: settle
+-- Free the places that timed-out attempts held.
+SELECT job_settle(CAST(:ended AS jsonb), CAST(:process AS text), CAST(:keep AS boolean))
+
+-- name: cancel
+-- Cancel a queued job, or note that a running one is to stop.
+SELECT * FROM job_cancel(CAST(:id AS uuid), CAST(:process AS text), CAST(:keep AS boolean))
+
+-- name: retry
+-- Queue a failed or cancelled job again.
+SELECT * FROM job_retry(CAST(:id AS uuid), CAST(:process AS text), CAST(:keep AS boolean))
+
+-- name: next_due
+-- Seconds until a claim may find more than now.
+SELECT job_next_due(CAST(:wanted AS jsonb))
+
+-- name: see_worker
+-- Note that a worker asks for these types. In one order, so that two cannot wait for each other.
+INSERT INTO job_type_state (type, worker_seen_at)
+SELECT seen.type, clock_timestamp()
+FROM jsonb_array_elements_text(CAST(:types AS jsonb)) AS seen (type)
+ORDER BY seen.type
+ON CONFLICT (type) DO UPDATE SET worker_seen_at = excluded.worker_seen_at
+
+-- name: get
+-- Jobs by their primary keys.
+SELECT job.* FROM job
+WHERE job.id IN (
+    SELECT CAST(wanted.id AS uuid)
+    FROM jsonb_array_elements_text(CAST(:ids AS jsonb)) AS wanted (id))
+
+-- name: by_key
+-- The jobs that hold these idempotency keys.
+SELECT job.* FROM jsonb_to_recordset(CAST(:keys AS jsonb)) AS wanted (type text, key text)
+JOIN job ON job.type = wanted.type AND job.idempotency_key = wanted.key
+
+-- name: lease_states
+-- What has become of leases: still in force, succeeded by that very lease, or neither.
+SELECT job.id,
+    job.status = 'running' AND job.lease_token = lease.token
+        AND (lease.late OR job.lease_expires_at > clock_timestamp()) AS in_force,
+    job.status = 'succeeded' AND job.lease_token = lease.token AS succeeded
+FROM jsonb_to_recordset(CAST(:leases AS jsonb)) AS lease (id uuid, token text, late boolean)
+JOIN job ON job.id = lease.id
+
+-- name: attempts
+-- Every attempt of these jobs, the first one first.
+SELECT job_id, attempt, worker_id, started_at, finished_at, outcome, error,
+    finished_at IS NOT NULL AND held_until IS NOT NULL AND held_until > clock_timestamp()
+        AS still_running
+FROM job_attempt
+WHERE job_id IN (
+    SELECT CAST(wanted.id AS uuid)
+    FROM jsonb_array_elements_text(CAST(:ids AS jsonb)) AS wanted (id))
+ORDER BY id
+
+-- name: list
+-- Jobs, newest first, behind `:after`. Without a filter the primary key is read backwards.
+SELECT job.* FROM job
+WHERE job.id < CAST(coalesce(:after, 'ffffffff-ffff-ffff-ffff-ffffffffffff') AS uuid)
+ORDER BY job.id DESC LIMIT :first
+
+-- name: list_types
+-- The same, of some types. The head of each type's part of the index `job_by_type` is read.
+SELECT found.* FROM jsonb_array_elements_text(CAST(:types AS jsonb)) AS wanted (type)
+CROSS JOIN LATERAL (
+    SELECT job.* FROM job
+    WHERE job.type = wanted.type
+      AND job.id < CAST(coalesce(:after, 'ffffffff-ffff-ffff-ffff-ffffffffffff') AS uuid)
+    ORDER BY job.id DESC LIMIT :first
+) AS found
+ORDER BY found.id DESC LIMIT :first
+
+-- name: list_statuses
+-- The same, of some statuses, by the index `job_by_status`.
+SELECT found.* FROM jsonb_array_elements_text(CAST(:statuses AS jsonb)) AS wanted (status)
+CROSS JOIN LATERAL (
+    SELECT job.* FROM job
+    WHERE job.status = wanted.status
+      AND job.id < CAST(coalesce(:after, 'ffffffff-ffff-ffff-ffff-ffffffffffff') AS uuid)
+    ORDER BY job.id DESC LIMIT :first
+) AS found
+ORDER BY found.id DESC LIMIT :first
+
+-- name: list_types_and_statuses
+-- The same, of some types and statuses, by the index `job_by_type_and_status`.
+SELECT found.* FROM jsonb_array_elements_text(CAST(:types AS jsonb)) AS of_type (type)
+CROSS JOIN jsonb_array_elements_text(CAST(:statuses AS jsonb)) AS of_status (status)
+CROSS JOIN LATERAL (
+    SELECT job.* FROM job
+    WHERE job.type = of_type.type AND job.status = of_status.status
+      AND job.id < CAST(coalesce(:after, 'ffffffff-ffff-ffff-ffff-ffffffffffff') AS uuid)
+    ORDER BY job.id DESC LIMIT :first
+) AS found
+ORDER BY found.id DESC LIMIT :first
+
+-- name: waiting
+-- What queued jobs wait for. Each count reads one range of an index, up to a bound.
+SELECT job.id,
+    CAST(EXTRACT(EPOCH FROM job.next_run_at - clock_timestamp()) AS double precision)
+        AS due_in_seconds,
+    (SELECT count(*) FROM job AS other WHERE other.status = 'running' AND other.type = job.type)
+        + (SELECT count(*) FROM job_attempt JOIN job AS held ON held.id = job_attempt.job_id
+           WHERE job_attempt.held_until > clock_timestamp()
+             AND job_attempt.finished_at IS NOT NULL AND held.type = job.type) AS running,
+    CAST((SELECT EXTRACT(EPOCH FROM clock_timestamp() - job_type_state.worker_seen_at)
+          FROM job_type_state WHERE job_type_state.type = job.type) AS double precision)
+        AS worker_seen_seconds_ago,
+    (SELECT count(*) FROM (
+        SELECT 1 FROM job AS other
+        WHERE other.status = 'queued' AND other.type = job.type
+          AND other.priority > job.priority AND other.next_run_at <= clock_timestamp()
+        LIMIT :most
+    ) AS higher) + (SELECT count(*) FROM (
+        SELECT 1 FROM job AS other
+        WHERE other.status = 'queued' AND other.type = job.type
+          AND other.priority = job.priority
+          AND (other.next_run_at, other.id) < (job.next_run_at, job.id)
+        LIMIT :most
+    ) AS earlier) AS ahead
+FROM job
+WHERE job.status = 'queued' AND job.id IN (
+    SELECT CAST(wanted.id AS uuid)
+    FROM jsonb_array_elements_text(CAST(:ids AS jsonb)) AS wanted (id))
+
+-- name: now
+-- The database's time.
+SELECT clock_timestamp()
+
+-- name: counts
+-- Jobs per type and status: the sums of what the triggers on `job` noted.
+SELECT type, status, CAST(sum(jobs) AS bigint) AS jobs FROM job_count GROUP BY type, status
+
+-- name: prune
+-- Delete jobs that ended long ago, the oldest first. Rows that are locked are left for later.
+WITH pruned AS (
+    DELETE FROM job WHERE id IN (
+        SELECT id FROM job
+        WHERE status = :status AND finished_at <
+            clock_timestamp() - make_interval(secs => CAST(:keep_seconds AS double precision))
+        ORDER BY finished_at LIMIT :jobs FOR UPDATE SKIP LOCKED)
+    RETURNING id)
+SELECT count(*) FROM pruned
+
+-- name: fold_counts
+-- Replace rows of `job_count` by their sums. Rows that another is folding stay.
+WITH taken AS (
+    DELETE FROM job_count WHERE id IN (
+        SELECT id FROM job_count ORDER BY id LIMIT :rows FOR UPDATE SKIP LOCKED)
+    RETURNING type, status, jobs)
+INSERT INTO job_count (type, status, jobs)
+SELECT type, status, sum(jobs) FROM taken GROUP BY type, status HAVING sum(jobs) <> 0
+
+-- name: events
+-- One stored batch of events.
+SELECT message FROM job_event_batch WHERE id = :id
+
+-- name: events_after
+-- The stored batches behind a number.
+SELECT id, message FROM job_event_batch WHERE id > :after ORDER BY id LIMIT 1000
+
+-- name: events_among
+-- The stored batches that have these numbers.
+SELECT id, message FROM job_event_batch
+WHERE id IN (
+    SELECT CAST(wanted.id AS bigint)
+    FROM jsonb_array_elements_text(CAST(:numbers AS jsonb)) AS wanted (id))
+
+-- name: last_event
+-- The number of the newest stored batch.
+SELECT coalesce(max(id), 0) FROM job_event_batch
+
+-- name: prune_events
+-- Delete stored batches that every process has had time to read.
+WITH pruned AS (
+    DELETE FROM job_event_batch WHERE id IN (
+        SELECT id FROM job_event_batch
+        WHERE created_at <
+            clock_timestamp() - make_interval(secs => CAST(:keep_seconds AS double precision))
+        ORDER BY id LIMIT :batches FOR UPDATE SKIP LOCKED)
+    RETURNING id)
+SELECT count(*) FROM pruned

@@ -1,0 +1,287 @@
+-- The statements of the queue on SQLite, each with its name and its purpose.
+--
+-- Those that change jobs run in one BEGIN IMMEDIATE, which excludes every other writer, so what one
+-- statement reads the next may rely on. `:now` is the transaction's time, read from SQLite.
+
+-- name: now
+-- The database's time, in the form in which times are stored and compared.
+SELECT strftime('%Y-%m-%d %H:%M:%f', 'now') || '000'
+
+-- name: insert
+-- Store a new job, unless its type has the idempotency key already.
+INSERT INTO job (
+    id, type, fingerprint, status, payload, priority, attempt, max_attempts, timeout_seconds,
+    backoff_base_seconds, backoff_cap_seconds, idempotency_key, created_by, created_at,
+    next_run_at)
+VALUES (
+    :id, :type, :fingerprint, 'queued', :payload, :priority, 0, :max_attempts, :timeout_seconds,
+    :backoff_base_seconds, :backoff_cap_seconds, :idempotency_key, :created_by, :now,
+    coalesce(:next_run_at, :now))
+ON CONFLICT (type, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING
+
+-- name: keep_events
+-- Store what this transaction did, for other processes to read.
+INSERT INTO job_event_batch (message, created_at) VALUES (:message, :now)
+
+-- name: expired
+-- Attempts whose lease has run out.
+SELECT id, lease_token, deadline_at, deadline_at <= :now AS timed_out FROM job
+WHERE status = 'running' AND lease_expires_at <= :now ORDER BY lease_expires_at LIMIT :most
+
+-- name: ahead
+-- Leases that end later than a lease can: the clock has stepped back.
+SELECT id, lease_seconds, timeout_seconds, deadline_at FROM job
+WHERE status = 'running' AND lease_expires_at > :lease_end AND lease_seconds <= :lease
+LIMIT :most
+
+-- name: set_lease
+-- Set both clocks of a running attempt.
+UPDATE job SET lease_expires_at = :lease_expires_at, held_until = :held_until,
+    deadline_at = :deadline_at
+WHERE id = :id
+
+-- name: set_due
+-- Jobs that were due at once when they were stored, at a time that has not come: the clock has
+-- stepped back since. Their ids begin with that time, so the end of the primary key is read.
+UPDATE job SET next_run_at = :now
+WHERE id IN (
+    SELECT id FROM job WHERE id > :newest AND status = 'queued' AND next_run_at = created_at
+      AND created_at > :now
+    LIMIT :most)
+
+-- name: next_level
+-- The highest priority below `:below` at which the type has a queued job, and its first job's time.
+SELECT priority, next_run_at FROM job
+WHERE status = 'queued' AND type = :type AND priority < :below
+ORDER BY priority DESC, next_run_at, id LIMIT 1
+
+-- name: running
+-- How many jobs of the type run, and how many places timed-out attempts still hold.
+SELECT (SELECT count(*) FROM job WHERE status = 'running' AND type = :type)
+    + (SELECT count(*) FROM job_attempt CROSS JOIN job ON job.id = job_attempt.job_id
+       WHERE job_attempt.held_until > :now AND job_attempt.finished_at IS NOT NULL
+         AND job.type = :type)
+
+-- name: due
+-- The due jobs of a type and priority, the oldest first.
+SELECT id, next_run_at FROM job
+WHERE status = 'queued' AND type = :type AND priority = :priority AND next_run_at <= :now
+ORDER BY next_run_at, id LIMIT :jobs
+
+-- name: lease
+-- Lease a job.
+UPDATE job SET
+    status = 'running', attempt = attempt + 1, next_run_at = NULL, started_at = :now,
+    worker_id = :worker, progress = NULL, lease_token = :token, lease_seconds = :lease,
+    held_until = :held_until, deadline_at = :deadline_at, lease_expires_at = :lease_expires_at
+WHERE id = :id
+RETURNING *
+
+-- name: open_attempt
+-- Note the attempt of a lease.
+INSERT INTO job_attempt (job_id, attempt, worker_id, started_at, lease_token)
+VALUES (:id, :attempt, :worker, :now, :token)
+
+-- name: timeout_of
+-- How long one attempt of a job may take.
+SELECT timeout_seconds FROM job WHERE id = :id
+
+-- name: running_lease
+-- The running job of a lease. `:late` admits one that has run out.
+SELECT * FROM job
+WHERE id = :id AND lease_token = :token AND status = 'running'
+  AND (:late OR lease_expires_at > :now)
+
+-- name: end
+-- End a job's attempt.
+UPDATE job SET
+    status = :status, next_run_at = :next_run_at, finished_at = :finished_at, attempt = :attempt,
+    returns = :returns, quick_returns = :quick_returns, result = :result, error = :error,
+    lease_token = :lease_token, lease_expires_at = NULL, deadline_at = NULL, held_until = NULL
+WHERE id = :id
+RETURNING *
+
+-- name: close_attempt
+-- Note how the attempt ended.
+UPDATE job_attempt
+SET finished_at = :now, outcome = :outcome, error = :error, held_until = :held_until
+WHERE job_id = :id AND finished_at IS NULL
+
+-- name: forget_returned
+-- Attempts that were handed back are kept up to a bound.
+DELETE FROM job_attempt
+WHERE job_id = :id AND outcome IN ('released', 'snoozed') AND id <= (
+    SELECT id FROM job_attempt WHERE job_id = :id AND outcome IN ('released', 'snoozed')
+    ORDER BY id DESC LIMIT 1 OFFSET 32)
+
+-- name: renew
+-- Renew a lease.
+UPDATE job SET
+    lease_expires_at = :lease_expires_at, held_until = :held_until, lease_seconds = :lease,
+    progress = coalesce(:progress, progress)
+WHERE id = :id
+
+-- name: hold
+-- Go on holding the place of an attempt that has timed out.
+UPDATE job_attempt SET held_until = :held_until
+WHERE job_id = :id AND lease_token = :token AND finished_at IS NOT NULL
+  AND held_until IS NOT NULL
+
+-- name: settle
+-- Free the place of an attempt that has timed out.
+UPDATE job_attempt SET held_until = NULL
+WHERE job_id = :id AND lease_token = :token AND finished_at IS NOT NULL
+  AND held_until IS NOT NULL
+RETURNING attempt, (SELECT type FROM job WHERE job.id = job_attempt.job_id) AS type
+
+-- name: cancel
+-- Cancel a queued job, or note that a running one is to stop.
+UPDATE job SET
+    status = CASE status WHEN 'queued' THEN 'cancelled' ELSE status END,
+    finished_at = CASE status WHEN 'queued' THEN :now END,
+    next_run_at = NULL,
+    cancel_requested_at = coalesce(cancel_requested_at, :now)
+WHERE id = :id AND status IN ('queued', 'running')
+RETURNING *
+
+-- name: retry
+-- Queue a failed or cancelled job at once; where no attempt is left it gets one more.
+UPDATE job SET
+    status = 'queued', next_run_at = :now, finished_at = NULL, cancel_requested_at = NULL,
+    lease_token = NULL, progress = NULL, quick_returns = 0,
+    max_attempts = max(max_attempts, attempt + 1)
+WHERE id = :id AND status IN ('failed', 'cancelled')
+RETURNING *
+
+-- name: next_end
+-- When the next lease, or the next place of a timed-out attempt, runs out.
+SELECT min(ends) FROM (
+    SELECT min(lease_expires_at) AS ends FROM job WHERE status = 'running'
+    UNION ALL
+    SELECT min(held_until) FROM job_attempt
+    WHERE held_until > :now AND finished_at IS NOT NULL)
+
+-- name: see_worker
+-- Note that a worker asks for a type.
+INSERT INTO job_type_state (type, worker_seen_at) VALUES (:type, :now)
+ON CONFLICT (type) DO UPDATE SET worker_seen_at = excluded.worker_seen_at
+
+-- name: get
+-- Jobs by their primary keys.
+SELECT job.* FROM job WHERE id IN (SELECT value FROM json_each(:ids))
+
+-- name: by_key
+-- The jobs that hold these idempotency keys.
+SELECT job.* FROM json_each(:keys) AS wanted
+CROSS JOIN job ON job.type = json_extract(wanted.value, '$.type')
+    AND job.idempotency_key = json_extract(wanted.value, '$.key')
+
+-- name: lease_states
+-- What has become of leases: still in force, succeeded by that very lease, or neither.
+SELECT job.id,
+    job.status = 'running' AND job.lease_token = json_extract(lease.value, '$.token')
+        AND (json_extract(lease.value, '$.late')
+             OR job.lease_expires_at > strftime('%Y-%m-%d %H:%M:%f', 'now') || '000') AS in_force,
+    job.status = 'succeeded' AND job.lease_token = json_extract(lease.value, '$.token')
+        AS succeeded
+FROM json_each(:leases) AS lease
+CROSS JOIN job ON job.id = json_extract(lease.value, '$.id')
+
+-- name: attempts
+-- Every attempt of these jobs, the first one first.
+SELECT job_id, attempt, worker_id, started_at, finished_at, outcome, error,
+    finished_at IS NOT NULL AND held_until IS NOT NULL
+        AND held_until > strftime('%Y-%m-%d %H:%M:%f', 'now') || '000' AS still_running
+FROM job_attempt WHERE job_id IN (SELECT value FROM json_each(:ids)) ORDER BY id
+
+-- name: list
+-- Jobs, newest first, behind `:after`. Without a filter the primary key is read backwards.
+SELECT job.* FROM job WHERE job.id < coalesce(:after, 'g') ORDER BY job.id DESC LIMIT :first
+
+-- name: list_types
+-- The same, of some types. The head of each type's part of the index `job_by_type` is read.
+SELECT job.* FROM json_each(:types) AS wanted
+CROSS JOIN job ON job.id IN (
+    SELECT found.id FROM job AS found
+    WHERE found.type = wanted.value AND found.id < coalesce(:after, 'g')
+    ORDER BY found.id DESC LIMIT :first)
+ORDER BY job.id DESC LIMIT :first
+
+-- name: list_statuses
+-- The same, of some statuses, by the index `job_by_status`.
+SELECT job.* FROM json_each(:statuses) AS wanted
+CROSS JOIN job ON job.id IN (
+    SELECT found.id FROM job AS found
+    WHERE found.status = wanted.value AND found.id < coalesce(:after, 'g')
+    ORDER BY found.id DESC LIMIT :first)
+ORDER BY job.id DESC LIMIT :first
+
+-- name: list_types_and_statuses
+-- The same, of some types and statuses, by the index `job_by_type_and_status`.
+SELECT job.* FROM json_each(:types) AS of_type CROSS JOIN json_each(:statuses) AS of_status
+CROSS JOIN job ON job.id IN (
+    SELECT found.id FROM job AS found
+    WHERE found.type = of_type.value AND found.status = of_status.value
+      AND found.id < coalesce(:after, 'g')
+    ORDER BY found.id DESC LIMIT :first)
+ORDER BY job.id DESC LIMIT :first
+
+-- name: waiting
+-- What queued jobs wait for. Each count reads one range of an index, up to a bound.
+SELECT job.id,
+    (julianday(job.next_run_at) - julianday('now')) * 86400.0 AS due_in_seconds,
+    (SELECT count(*) FROM job AS other WHERE other.status = 'running' AND other.type = job.type)
+        + (SELECT count(*) FROM job_attempt CROSS JOIN job AS held ON held.id = job_attempt.job_id
+           WHERE job_attempt.held_until > strftime('%Y-%m-%d %H:%M:%f', 'now') || '000'
+             AND job_attempt.finished_at IS NOT NULL AND held.type = job.type) AS running,
+    (SELECT (julianday('now') - julianday(job_type_state.worker_seen_at)) * 86400.0
+     FROM job_type_state WHERE job_type_state.type = job.type) AS worker_seen_seconds_ago,
+    (SELECT count(*) FROM (
+        SELECT 1 FROM job AS other
+        WHERE other.status = 'queued' AND other.type = job.type
+          AND other.priority > job.priority
+          AND other.next_run_at <= strftime('%Y-%m-%d %H:%M:%f', 'now') || '000'
+        LIMIT :most
+    )) + (SELECT count(*) FROM (
+        SELECT 1 FROM job AS other
+        WHERE other.status = 'queued' AND other.type = job.type
+          AND other.priority = job.priority
+          AND (other.next_run_at, other.id) < (job.next_run_at, job.id)
+        LIMIT :most
+    )) AS ahead
+FROM job WHERE status = 'queued' AND id IN (SELECT value FROM json_each(:ids))
+
+-- name: counts
+-- Jobs per type and status: the sums of what the triggers on `job` noted.
+SELECT type, status, sum(jobs) AS jobs FROM job_count GROUP BY type, status
+
+-- name: prune
+-- Delete jobs that ended long ago, the oldest first.
+DELETE FROM job WHERE id IN (
+    SELECT id FROM job WHERE status = :status AND finished_at < :before
+    ORDER BY finished_at LIMIT :jobs)
+
+-- name: fold_counts
+-- Delete the counts of types that have no jobs any more.
+DELETE FROM job_count WHERE jobs = 0
+
+-- name: events
+-- One stored batch of events.
+SELECT message FROM job_event_batch WHERE id = :id
+
+-- name: events_after
+-- The stored batches behind a number.
+SELECT id, message FROM job_event_batch WHERE id > :after ORDER BY id LIMIT 1000
+
+-- name: events_among
+-- The stored batches that have these numbers.
+SELECT id, message FROM job_event_batch WHERE id IN (SELECT value FROM json_each(:numbers))
+
+-- name: last_event
+-- The number of the newest stored batch, also of one that was deleted.
+SELECT coalesce((SELECT seq FROM sqlite_sequence WHERE name = 'job_event_batch'), 0)
+
+-- name: prune_events
+-- Delete stored batches that every process has had time to read.
+DELETE FROM job_event_batch WHERE id IN (
+    SELECT id FROM job_event_batch WHERE created_at < :before ORDER BY id LIMIT :batches)

@@ -1,0 +1,149 @@
+"""Ends a process on SIGTERM and SIGINT within its grace, whatever hangs.
+
+The first signal lets running work end. The second ends it at once. What does not end by then is
+ended from a thread that no handler, database or event loop can hold up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from types import FrameType, TracebackType
+from typing import Final
+
+import structlog
+
+FORCED: Final = 3
+"""The exit code of a process that did not end by itself in time."""
+
+AT_ONCE_SECONDS: Final = 3.0
+"""How long a process may take after a second signal: long enough to hand its jobs back."""
+
+LEFTOVER_SECONDS: Final = 2.0
+"""How long tasks and threads that do not end may hold up a process whose work has ended."""
+
+LAST_SECONDS: Final = 2.0
+"""How long the last log line and `abandon` may take: nobody may be reading, or answering."""
+
+log = structlog.get_logger("jobs.shutdown")
+
+
+class Shutdown:
+    """While the context is open, SIGTERM and SIGINT call `end` on the running event loop.
+
+    `end` is called once for each of the first two signals. `seconds` after the first, or shortly
+    after the second, `abandon` is called in a thread, and the process is ended with the exit code
+    `FORCED`. A third signal does not wait. All that still holds after the context, because closing
+    connections may hang too.
+
+    Enter it in the main thread. A forked child has the default handling of signals: a SIGTERM of
+    its own ends it, and does not reach its parent.
+    """
+
+    def __init__(
+        self,
+        end: Callable[[], None],
+        *,
+        seconds: float,
+        abandon: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._end = end
+        self._seconds = seconds
+        self._abandon = abandon
+        # Its `put` is reentrant, so a signal handler may call it. None: the work has ended.
+        self._told: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._asked = False
+
+    def __enter__(self) -> Shutdown:
+        self._loop = asyncio.get_running_loop()
+        # Started now: a signal handler that started it could interrupt the start of a thread, and
+        # wait for a lock which that holds.
+        threading.Thread(target=self._watch, name="shutdown", daemon=True).start()
+        os.register_at_fork(after_in_child=_forget_signals)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._receive)
+        return self
+
+    def __exit__(
+        self,
+        _kind: type[BaseException] | None,
+        _error: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None:
+        # The handlers stay: a signal that arrives while connections close still counts.
+        return
+
+    def work_has_ended(self) -> None:
+        """Allow what is left, such as a task that never ends, a moment; then exit with 0."""
+        self._told.put(None)
+
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        if not self._asked:
+            self._asked = True
+            # The kernel ends even a process whose threads cannot run, because a library holds the
+            # interpreter's lock.
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.setitimer(signal.ITIMER_REAL, self._seconds + 2 * LAST_SECONDS)
+        self._told.put(number)
+
+    def _watch(self) -> None:
+        allowed = [self._seconds, AT_ONCE_SECONDS]
+        deadline, code = math.inf, FORCED
+        while (left := deadline - time.monotonic()) > 0:
+            try:
+                told = self._told.get(timeout=None if left == math.inf else left)
+            except queue.Empty:
+                break
+            if told is None:
+                _kill_children()
+                seconds, code = LEFTOVER_SECONDS, 0
+            elif allowed:
+                seconds = allowed.pop(0)
+                with suppress(RuntimeError):  # The loop is closed: only the rest has to end.
+                    self._loop.call_soon_threadsafe(self._end)
+            else:
+                break
+            deadline = min(deadline, time.monotonic() + seconds)
+        if code:
+            last = threading.Thread(target=self._give_up, daemon=True)
+            last.start()
+            last.join(LAST_SECONDS)
+        _kill_children()
+        os._exit(code)
+
+    def _give_up(self) -> None:
+        abandoning = threading.Thread(target=self._abandon, daemon=True)
+        abandoning.start()
+        main = sys._current_frames().get(threading.main_thread().ident or 0)
+        log.error(
+            "shutdown.forced",
+            threads=sorted(thread.name for thread in threading.enumerate()),
+            main_thread="".join(traceback.format_stack(main)) if main else None,
+        )
+        sys.stdout.flush()
+        sys.stderr.flush()
+        abandoning.join()
+
+
+def _forget_signals() -> None:
+    """In a forked child: it inherits the handlers, and the descriptor that wakes the event loop."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _kill_children() -> None:
+    """What handlers started with `multiprocessing` would live on as orphans."""
+    multiprocessing = sys.modules.get("multiprocessing")
+    if multiprocessing is not None:
+        for child in multiprocessing.active_children():
+            child.kill()

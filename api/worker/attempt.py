@@ -1,0 +1,406 @@
+"""One attempt, from its lease to its report."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any, Final
+
+import structlog
+
+from api.logs import log_unexpected
+from api.queue.errors import InputInvalid, LeaseLost, QueueUnavailable
+from api.queue.leasing import Lease
+from api.queue.models import JobError
+from api.queue.service import JobService, Renewal
+from api.worker.lease_keeper import Hold, LeaseKeeper
+from api.worker.outcomes import (
+    Circumstances,
+    Complete,
+    Died,
+    End,
+    FailAttempt,
+    HandBack,
+    Nothing,
+    Raised,
+    Report,
+    SnoozeFor,
+    StillRunning,
+    Stop,
+    TimeOut,
+    how_it_died,
+    report_of,
+)
+from api.worker.processes import HandlerProcesses, ProcessCall, address_of
+from api.worker.progress import Progress
+from api.worker.running import HandlerCall
+from registry import JobContext, JobType, PayloadInvalid
+
+CANCEL_GRACE_SECONDS: Final = 3.0
+"""How long a handler in a process may take to end once it is cancelled, before it is killed."""
+
+HAND_BACK_SECONDS: Final = 2.0
+"""How long a handler may take to end when its worker stops, before its job is handed back."""
+
+EARLY_SECONDS: Final = 0.1
+"""How much earlier than the database's clock a timeout is noticed here."""
+
+LATE_SECONDS: Final = 0.02
+"""How long an async handler may take to end once its timeout cancels it, before it is overdue."""
+
+OVERDUE_LOG_SECONDS: Final = 60.0
+"""How often the log names a handler that goes on after its timeout."""
+
+REPORT_SECONDS: Final = 10.0
+"""How long a report is repeated after the lease may have run out: the database decides."""
+
+AFTER_CRASH: Final = ("lost", "process_died")
+"""The errors of a former attempt after which the next one runs in a process of its own."""
+
+_UNFORESEEN: Final = ("error", "stopped")
+
+log = structlog.get_logger("jobs.worker")
+
+
+@dataclass(frozen=True, slots=True)
+class Equipment:
+    """What all attempts of a worker share."""
+
+    service: JobService
+    keeper: LeaseKeeper
+    processes: HandlerProcesses
+    middleware: tuple[Any, ...]
+    state: SimpleNamespace
+    assets: str
+
+
+class Attempt:
+    """Runs one leased job and reports how it ended. `run` raises nothing.
+
+    `check_at_once` renews the lease at once, because its job's cancellation may be requested.
+    """
+
+    def __init__(self, equipment: Equipment, lease: Lease, *, check_at_once: bool = False) -> None:
+        self._check_at_once = check_at_once
+        self._equipment = equipment
+        self._service = equipment.service
+        self._token = lease.token
+        self._job = lease.job
+        # The database counts from the lease, so it is ahead of this by the way of the answer, and
+        # other workers' claims end what has timed out. A bit early, so that this one reports it.
+        self._deadline = time.monotonic() + lease.job.timeout_seconds - EARLY_SECONDS
+        self._now = Circumstances(cancel_requested=lease.job.cancel_requested_at is not None)
+        self._asked_to_stop = threading.Event()
+        self._stop_by = float("inf")
+        self._news = asyncio.Event()
+        self._call: HandlerCall | ProcessCall | None = None
+        self._reporting = False
+        self.overdue = False
+        self._log = log.bind(
+            job_id=str(lease.job.id), type=lease.job.type, attempt=lease.job.attempt
+        )
+
+    @property
+    def job_id(self) -> Any:
+        """The job's id."""
+        return self._job.id
+
+    def cancel(self) -> None:
+        """The job's cancellation is requested: ask the handler to stop."""
+        if not self._now.cancel_requested and not self._reporting:
+            self._log.info("job.cancelling")
+            self._ask_to_stop(CANCEL_GRACE_SECONDS, cancel_requested=True)
+
+    def hand_back(self) -> None:
+        """End the attempt without spending it: the process shuts down."""
+        self._ask_to_stop(HAND_BACK_SECONDS, handing_back=True)
+
+    async def run(self) -> None:
+        """Run the attempt and report it."""
+        registered: JobType[Any] = self._service.registry.get_type(self._job.type)
+        hold = Hold(
+            token=self._token,
+            name=f"{self._job.type} {self._job.id}",
+            on_cancel=self.cancel,
+            on_lost=self._lose,
+            on_out_of_touch=self._lose_touch,
+            blocks_loop=registered.runs_in == "loop",
+        )
+        self._equipment.keeper.hold(hold)
+        if self._check_at_once:
+            self._equipment.keeper.renew_at_once(self._token)
+        try:
+            await self._attempt(registered)
+        except LeaseLost:
+            self._log.warning("job.lease_lost")
+        except QueueUnavailable as error:
+            self._log.warning("job.not_reported", reason=error.reason)
+        except Exception as error:
+            log_unexpected("worker", error)
+        finally:
+            self._equipment.keeper.drop(self._token)
+            # The keeper and the handler's context refer to this: leave no cycle behind.
+            self._call = None
+
+    async def _attempt(self, registered: JobType[Any]) -> None:
+        try:
+            payload = self._service.registry.admit(registered.name, self._job.payload).payload
+        except PayloadInvalid as invalid:
+            await self._refuse(invalid)
+            return
+        if registered.run is None:
+            await self._report(HandBack())
+            return
+        call = self._call = self._start(registered, payload)
+        if self._asked_to_stop.is_set():
+            call.ask_to_stop()
+        elif self._now.cancel_requested:
+            self._ask_to_stop(CANCEL_GRACE_SECONDS)
+        end = await self._end_of(call)
+        self._reporting = True
+        asked = self._asked_to_stop.is_set()
+        if isinstance(end, Raised) and end.kind in _UNFORESEEN and not asked:
+            self._log.warning("job.attempt_failed", exception=end.traceback)
+        elif isinstance(end, Died) and not asked:
+            self._log.warning("job.process_died", reason=how_it_died(end.exit_code))
+        await self._store_last_progress()
+        report = report_of(end, self._now)
+        self.overdue = isinstance(end, StillRunning) and not self._now.handing_back
+        del end
+        try:
+            if isinstance(report, TimeOut):
+                self._log.warning(
+                    "job.timed_out",
+                    timeout_seconds=self._job.timeout_seconds,
+                    still_running=report.still_running,
+                )
+                self._equipment.keeper.keep_place(self._token)
+            if self._now.lost:
+                self._log.warning("job.lease_lost")
+            await self._report(report)
+        finally:
+            if not call.ended.done() and not self._now.handing_back:
+                await self._outlive(call)
+
+    def _start(self, registered: JobType[Any], payload: Any) -> HandlerCall | ProcessCall:
+        job = {
+            "id": str(self._job.id),
+            "type": self._job.type,
+            "attempt": self._job.attempt,
+            "max_attempts": self._job.max_attempts,
+            "timeout_seconds": self._job.timeout_seconds,
+            "created_by": self._job.created_by,
+        }
+        keeper, token = self._equipment.keeper, self._token
+
+        def pass_on(text: bytes) -> None:
+            keeper.progress(token, text)
+
+        address = self._process_address(registered)
+        if address is not None:
+            return self._equipment.processes.call(
+                address,
+                registered,
+                job,
+                self._job.payload,
+                deadline=self._deadline,
+                on_progress=pass_on,
+            )
+        assert registered.run is not None
+        max_bytes = self._service.registry.max_payload_bytes
+        handler_log = structlog.get_logger("jobs.handler").bind(
+            job_id=job["id"], type=job["type"], attempt=job["attempt"]
+        )
+        context = JobContext(
+            **job,  # type: ignore[arg-type]
+            assets=self._equipment.assets,
+            state=self._equipment.state,
+            log=handler_log,
+            _report=Progress(pass_on, handler_log, max_bytes=max_bytes).report,
+            _cancelled=self._asked_to_stop.is_set,
+            _deadline=self._deadline,
+        )
+        return HandlerCall(
+            registered.run,
+            context,
+            payload,
+            in_thread=registered.runs_in != "loop",
+            middleware=self._equipment.middleware,
+            max_bytes=max_bytes,
+        )
+
+    def _process_address(self, registered: JobType[Any]) -> str | None:
+        """From where a process imports the handler; None: it runs in this process.
+
+        The next attempt after one that was lost with its worker runs in a process of its own: the
+        handler may have ended the worker, and its neighbours would pay for that again.
+        """
+        if registered.run_in == "process":
+            return address_of(registered)
+        error = self._job.error
+        if error is None or error.code not in AFTER_CRASH or self._job.attempt < 2:
+            return None
+        address = address_of(registered) if self._equipment.processes.can_start else None
+        self._log.info("job.runs_isolated" if address else "job.cannot_be_isolated")
+        return address
+
+    async def _end_of(self, call: HandlerCall | ProcessCall) -> End:
+        """How the handler ended, or that it still runs when it must not be waited for."""
+        ended = call.ended
+        ended.add_done_callback(self._notice)
+        while not ended.done():
+            self._news.clear()
+            until = self._deadline
+            if call.can_be_killed or self._now.handing_back:
+                until = min(until, self._stop_by)
+            left = until - time.monotonic()
+            if left > 0:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(left):
+                        await self._news.wait()
+            else:
+                await self._give_up_on(call)
+                break
+        if not ended.done():
+            return StillRunning()
+        if ended.cancelled():
+            return Raised("stopped", "CancelledError", "")
+        return ended.result()
+
+    def _notice(self, _ended: asyncio.Task[End]) -> None:
+        self._news.set()
+
+    async def _give_up_on(self, call: HandlerCall | ProcessCall) -> None:
+        """The handler's time is over, or it does not stop."""
+        if time.monotonic() >= self._deadline:
+            self._now = replace(self._now, timed_out=True)
+        self._asked_to_stop.set()
+        if call.can_be_killed:
+            call.kill()
+            await asyncio.wait({call.ended}, timeout=10)
+        else:
+            # A second time: it may have swallowed the first.
+            call.ask_to_stop()
+            await asyncio.wait({call.ended}, timeout=LATE_SECONDS)
+
+    async def _outlive(self, call: HandlerCall | ProcessCall) -> None:
+        """Wait for a handler that goes on after its attempt has ended.
+
+        It holds its slot in this worker, and its place in the concurrency limit.
+        """
+        since = self._deadline if self._now.timed_out else time.monotonic()
+        try:
+            await asyncio.wait({call.ended}, timeout=1.0)
+            while not call.ended.done():
+                self._log.warning("job.overdue", seconds=round(time.monotonic() - since, 1))
+                await asyncio.wait({call.ended}, timeout=OVERDUE_LOG_SECONDS)
+        finally:
+            self.overdue = False
+        self._log.warning("job.overdue_ended", seconds=round(time.monotonic() - since, 1))
+        self._equipment.keeper.drop(self._token)
+        if self._now.timed_out:
+            with contextlib.suppress(Exception):
+                # Failing this, the place is free a lease's time from now.
+                await self._repeat(lambda: self._service.settle([self._token]))
+
+    async def _store_last_progress(self) -> None:
+        """Store what the keeper has not stored yet, so that the attempt ends with it."""
+        text = await self._equipment.keeper.take_progress(self._token)
+        if text is None or self._now.lost:
+            return
+        try:
+            async with asyncio.timeout(5):
+                await self._service.renew([Renewal(self._token, text)])
+        except Exception as error:
+            self._log.warning("job.progress_lost", reason=type(error).__name__)
+
+    async def _report(self, report: Report) -> None:
+        service, token = self._service, self._token
+        match report:
+            case Complete(result):
+                try:
+                    await self._repeat(lambda: service.complete(token, result))
+                except InputInvalid as invalid:
+                    message = f"The handler's result cannot be stored: {invalid}"
+                    await self._report(FailAttempt("result_invalid", message, retryable=False))
+            case FailAttempt(code, message, retryable, after):
+                error = JobError(code, message)
+                await self._repeat(
+                    lambda: service.fail(
+                        token, error, retryable=retryable, retry_after_seconds=after
+                    )
+                )
+            case Stop(message):
+                stopped = JobError("cancelled", message)
+                await self._repeat(lambda: service.stop(token, stopped))
+            case HandBack():
+                await self._repeat(lambda: service.release(token))
+            case SnoozeFor(seconds):
+                await self._repeat(lambda: service.snooze(token, seconds))
+            case TimeOut(still_running):
+                await self._repeat(lambda: service.time_out(token, still_running=still_running))
+            case Nothing():
+                pass
+
+    async def _refuse(self, invalid: PayloadInvalid) -> None:
+        """The payload was admitted under an older schema, and today's refuses it."""
+        error = JobError(
+            "payload_invalid",
+            "The stored payload is not what the job type asks for today.",
+            [{"path": v.path, "code": v.code, "message": v.message} for v in invalid.violations],
+        )
+        await self._repeat(
+            lambda: self._service.fail(self._token, error, retryable=False, spend_attempt=False)
+        )
+
+    async def _repeat(self, report: Callable[[], Awaitable[Any]]) -> None:
+        """Report, again and again while it fails and the lease may hold.
+
+        Of finished work nothing is lost to an outage, a lock or a deadlock. Only the database says
+        that it comes too late.
+        """
+        pause, failures = 0.05, 0
+        give_up = max(time.monotonic() + self._service.lease_seconds, self._deadline)
+        give_up += REPORT_SECONDS
+        while True:
+            try:
+                await report()
+                return
+            except (LeaseLost, InputInvalid):
+                raise
+            except Exception as error:
+                if time.monotonic() + pause > give_up:
+                    raise
+                failures += 1
+                if failures == 1:
+                    unavailable = isinstance(error, QueueUnavailable)
+                    self._log.warning(
+                        "job.report_repeated",
+                        reason=error.reason if isinstance(error, QueueUnavailable) else None,
+                        exc_info=None if unavailable else error,
+                    )
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, 2.0)
+
+    def _lose(self) -> None:
+        # Within the last second this is the timeout, as the database's clock has it.
+        if not self._reporting and time.monotonic() < self._deadline - 1.0:
+            self._ask_to_stop(CANCEL_GRACE_SECONDS, lost=True)
+
+    def _lose_touch(self) -> None:
+        if not self._reporting:
+            self._log.warning("job.out_of_touch")
+            self._ask_to_stop(CANCEL_GRACE_SECONDS, out_of_touch=True)
+
+    def _ask_to_stop(self, grace: float, **why: bool) -> None:
+        self._now = replace(self._now, **why)
+        self._asked_to_stop.set()
+        self._stop_by = min(self._stop_by, time.monotonic() + grace)
+        if self._call is not None:
+            self._call.ask_to_stop()
+        self._news.set()

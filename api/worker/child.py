@@ -1,0 +1,208 @@
+"""The process in which handlers with `run_in="process"` run, one at a time.
+
+Its worker talks to it over a socket in frames of JSON: `start` once, `run` for each job, `cancel`,
+and `leave`. It answers `ready` or `failed` once, and per job `begun`, `progress` and `ended`. It
+ends with its worker: when the socket closes, it kills its process group, and so whatever its
+handlers have started.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, Final, cast
+
+import structlog
+from pydantic import JsonValue
+from pydantic_core import from_json, to_json
+
+from api.logs import configure_logs, log_unexpected
+from api.worker.extensions import WorkerStartError, lifespans
+from api.worker.outcomes import End, NotStarted, Raised, end_as_json
+from api.worker.progress import Progress
+from api.worker.running import HandlerCall, tasks_of_handlers_contained
+from registry import DefinitionError, JobContext, JobType, WorkerExtension
+from registry.discovery import import_from
+
+HEADER: Final = struct.Struct("!I")
+"""Before each frame: how many bytes it has."""
+
+
+def frame(message: dict[str, Any]) -> bytes:
+    """A message as it travels."""
+    body = to_json(message)
+    return HEADER.pack(len(body)) + body
+
+
+def main(descriptor: int) -> None:
+    """Serve the worker at the other end of this socket until it leaves."""
+    link = _Link(socket.socket(fileno=descriptor))
+    # What a handler forks shares nothing with the worker: the socket would not close otherwise.
+    link.socket.set_inheritable(False)
+    os.register_at_fork(after_in_child=link.socket.close)
+    start = link.receive()
+    if start is None:
+        return
+    if start["logs"] is not None:
+        configure_logs(*start["logs"])
+    try:
+        with contextlib.suppress(asyncio.CancelledError):
+            asyncio.run(_serve(link, start))
+    except WorkerStartError as error:
+        log_unexpected("handler process", error)
+        link.send({"failed": str(error)})
+    except DefinitionError as error:
+        link.send({"failed": f"The handler's process cannot load its job types: {error}"})
+
+
+def job_type_at(address: str, name: str, handler_module: str | None) -> JobType[Any]:
+    """The job type of this name at an address, with the handler that `handler_module` gives it.
+
+    Raises:
+        DefinitionError: it is not there, or has no handler.
+    """
+    if handler_module is not None:
+        # A handler may stand in another module than its job type.
+        import_from(f"{handler_module}:__name__")
+    found = import_from(address)
+    candidates = found if isinstance(found, list | tuple) else [found]
+    for each in candidates:
+        if isinstance(each, JobType) and each.name == name:
+            if each.run is None:
+                raise DefinitionError(f"{address}: {name} has no handler once this is imported")
+            return each
+    raise DefinitionError(f"{address}: this is not the job type {name}")
+
+
+class _Link:
+    """The socket, read by one thread and written by any."""
+
+    def __init__(self, to_worker: socket.socket) -> None:
+        self.socket = to_worker
+        self._reader = to_worker.makefile("rb")
+        self._lock = threading.Lock()
+
+    def receive(self) -> dict[str, Any] | None:
+        """The next message; None once the worker is gone."""
+        try:
+            header = self._reader.read(HEADER.size)
+            if len(header) < HEADER.size:
+                return None
+            body = self._reader.read(HEADER.unpack(header)[0])
+        except OSError:
+            return None
+        return cast(dict[str, Any], from_json(body))
+
+    def send(self, message: dict[str, Any]) -> None:
+        with self._lock, contextlib.suppress(OSError):
+            self.socket.sendall(frame(message))
+
+
+class _Current:
+    """The job that runs, for the thread that hears of its cancellation."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.cancelled = threading.Event()
+        self.ask_to_stop: Callable[[], None] | None = None
+
+
+async def _serve(link: _Link, start: dict[str, Any]) -> None:
+    loop = asyncio.get_running_loop()
+    jobs: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+    current = _Current()
+    arguments = (link, loop, jobs, current)
+    threading.Thread(target=_listen, args=arguments, name="worker-link", daemon=True).start()
+    extensions: list[WorkerExtension] = [import_from(each) for each in start["extensions"]]
+    middleware = [each for extension in extensions for each in extension.middleware]
+    async with lifespans(extensions) as state:
+        link.send({"ready": True})
+        with tasks_of_handlers_contained():
+            while (run := await jobs.get()) is not None:
+                end = await _run(link, run, current, start, middleware, state)
+                link.send({"ended": run["number"], **end_as_json(end)})
+
+
+async def _run(
+    link: _Link,
+    run: dict[str, Any],
+    current: _Current,
+    start: dict[str, Any],
+    middleware: list[Any],
+    state: SimpleNamespace,
+) -> End:
+    job = run["job"]
+    log = structlog.get_logger("jobs.handler").bind(
+        job_id=job["id"], type=job["type"], attempt=job["attempt"]
+    )
+    try:
+        job_type = job_type_at(run["address"], job["type"], run["handler_module"])
+        payload = job_type.payload.model_validate_json(
+            to_json(run["payload"]), by_alias=True, by_name=False
+        )
+    except (DefinitionError, ValueError) as error:
+        return NotStarted(f"The handler's process cannot load it: {error}")
+
+    def pass_on(text: bytes) -> None:
+        link.send({"progress": run["number"], "text": text.decode()})
+
+    progress = Progress(pass_on, log, max_bytes=start["max_bytes"])
+    context = JobContext(
+        **job,
+        assets=start["assets"],
+        state=state,
+        log=log,
+        _report=progress.report,
+        _cancelled=current.cancelled.is_set,
+        _deadline=time.monotonic() + run["seconds_left"],
+    )
+    call = HandlerCall(
+        job_type.run,  # type: ignore[arg-type]  # job_type_at has looked
+        context,
+        payload,
+        in_thread=False,
+        middleware=middleware,
+        max_bytes=start["max_bytes"],
+    )
+    current.ask_to_stop = call.ask_to_stop
+    if current.cancelled.is_set():
+        call.ask_to_stop()
+    await asyncio.wait({call.ended})
+    current.ask_to_stop = None
+    if call.ended.cancelled():
+        return Raised("stopped", "CancelledError", "")
+    return call.ended.result()
+
+
+def _listen(
+    link: _Link,
+    loop: asyncio.AbstractEventLoop,
+    jobs: asyncio.Queue[dict[str, Any] | None],
+    current: _Current,
+) -> None:
+    """Take the worker's messages, also while a handler occupies the main thread."""
+    while (message := link.receive()) is not None:
+        if "run" in message:
+            current.number = message["run"]["number"]
+            current.cancelled.clear()
+            link.send({"begun": current.number})
+            loop.call_soon_threadsafe(jobs.put_nowait, message["run"])
+        elif message.get("cancel") == current.number:
+            current.cancelled.set()
+            loop.call_soon_threadsafe(_ask_to_stop, current, current.number)
+        elif "leave" in message:
+            loop.call_soon_threadsafe(jobs.put_nowait, None)
+    os.killpg(os.getpgrp(), signal.SIGKILL)
+
+
+def _ask_to_stop(current: _Current, number: JsonValue) -> None:
+    if current.number == number and current.ask_to_stop is not None:
+        current.ask_to_stop()

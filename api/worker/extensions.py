@@ -1,0 +1,79 @@
+"""Enters the lifespans of a worker's extensions, and chains their middleware."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from types import SimpleNamespace
+from typing import Any
+
+from api.logs import log_unexpected
+from registry import JobContext, WorkerExtension
+from registry.errors import shortened_text
+
+
+class WorkerStartError(Exception):
+    """Raised when a worker cannot start: its lifespan failed."""
+
+
+@asynccontextmanager
+async def lifespans(extensions: Sequence[WorkerExtension]) -> AsyncIterator[SimpleNamespace]:
+    """What the lifespans yield, for `job.state`; they end in the opposite order.
+
+    An error at the end is logged.
+
+    Raises:
+        WorkerStartError: a lifespan failed to start, or yields something else than a mapping of
+            names that are free.
+    """
+    state = SimpleNamespace()
+    stack = AsyncExitStack()
+    try:
+        for extension in extensions:
+            if extension.lifespan is not None:
+                name = getattr(extension.lifespan, "__qualname__", repr(extension.lifespan))
+                await _enter(stack, extension.lifespan, name, state)
+        yield state
+    finally:
+        try:
+            await stack.aclose()
+        except Exception as error:
+            log_unexpected("lifespan", error)
+
+
+def around(
+    middleware: Sequence[Callable[[JobContext, Any], Awaitable[Any]]],
+    job: JobContext,
+    handler: Callable[[], Awaitable[Any]],
+) -> Callable[[], Awaitable[Any]]:
+    """The handler inside its middleware, the first of which is the outermost."""
+    call = handler
+    for each in reversed(middleware):
+        call = _wrapped(each, job, call)
+    return call
+
+
+def _wrapped(
+    middleware: Callable[[JobContext, Any], Awaitable[Any]],
+    job: JobContext,
+    call_next: Callable[[], Awaitable[Any]],
+) -> Callable[[], Awaitable[Any]]:
+    return lambda: middleware(job, call_next)
+
+
+async def _enter(stack: AsyncExitStack, lifespan: Any, name: str, state: SimpleNamespace) -> None:
+    try:
+        yielded = await stack.enter_async_context(lifespan())
+        values = {} if yielded is None else dict(yielded)
+    except Exception as error:
+        words = shortened_text(str(error), 500)
+        raise WorkerStartError(
+            f"The lifespan {name} failed to start: {type(error).__name__}: {words}"
+        ) from error
+    for key, value in values.items():
+        if not isinstance(key, str) or not key.isidentifier() or hasattr(state, key):
+            raise WorkerStartError(
+                f"The lifespan {name} yields {key!r}: expected a name that is an identifier and"
+                " that no other lifespan yields"
+            )
+        setattr(state, key, value)

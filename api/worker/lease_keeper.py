@@ -1,0 +1,344 @@
+"""Renews the leases of a process, on a thread with an event loop and a connection of its own.
+
+Nothing that a handler does to the worker's event loop delays it. It renews all leases in one
+statement, carries progress, hears cancellations, and notices when the worker's loop is blocked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import structlog
+
+from api.logs import log_unexpected
+from api.queue.errors import LeaseLost, QueueUnavailable
+from api.queue.service import JobService, Renewal
+from api.queue.store import Renewed
+
+PROGRESS_SECONDS: Final = 1.0
+"""How often the progress of a job is stored at most."""
+
+TICK_SECONDS: Final = 1.0
+"""How often the keeper looks whether the worker's event loop turns, while it holds leases."""
+
+BLOCKED_SECONDS: Final = 2.0
+"""An event loop that has not turned for this long is blocked."""
+
+END_SECONDS: Final = 2.0
+"""How long the keeper may take to end, and to release leases for a process that hangs."""
+
+log = structlog.get_logger("jobs.worker")
+
+Callback = Callable[[], None]
+
+
+@dataclass(slots=True, eq=False)
+class Hold:
+    """A lease that is kept. The callbacks run on the worker's event loop, each at most once."""
+
+    token: str
+    name: str
+    on_cancel: Callback
+    on_lost: Callback
+    on_out_of_touch: Callback
+    blocks_loop: bool
+    renewed_at: float = field(default_factory=time.monotonic)
+    progressed_at: float = float("-inf")
+    progress: bytes | None = None
+    sending_progress: bool = False
+    landed: asyncio.Future[None] | None = None
+    """Set once the progress that is on its way has arrived, or failed to."""
+    ended: bool = False
+    """The attempt has ended in the queue; only its place in the concurrency limit is kept."""
+    told_cancel: bool = False
+    told_out_of_touch: bool = False
+
+
+class LeaseKeeper:
+    """Keeps the leases of one worker. Its methods belong to the worker's loop, if they say nothing.
+
+    It never dies of an exception: a renewal that fails is tried again, as long as it takes. Only
+    the database says that a lease is lost.
+    """
+
+    def __init__(self, service: JobService) -> None:
+        self._service = service
+        self._every = service.lease_seconds / 3
+        self._holds: dict[str, Hold] = {}
+        self._lock = threading.Lock()
+        self._worker_loop: asyncio.AbstractEventLoop | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._wake: asyncio.Event | None = None
+        self._ending = False
+        self._thread: threading.Thread | None = None
+        self._ended = threading.Event()
+        self._turned_at = time.monotonic()
+        self._asked_to_turn = False
+        self._blocked_warned = 0.0
+        self._answered_at = time.monotonic()
+
+    def start(self) -> None:
+        """Start the thread. Call it on the worker's event loop."""
+        self._worker_loop = asyncio.get_running_loop()
+        self._turned_at = self._answered_at = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="lease-keeper", daemon=True)
+        self._thread.start()
+
+    async def end(self) -> None:
+        """End the thread, within a bounded time."""
+        self._ending = True
+        self._alarm()
+        give_up = time.monotonic() + END_SECONDS
+        while self._thread is not None and self._thread.is_alive() and time.monotonic() < give_up:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+
+    def hold(self, hold: Hold) -> None:
+        """Keep a lease from now on."""
+        with self._lock:
+            if not self._holds:
+                # Nobody looked while there was nothing to hold.
+                self._turned_at = self._answered_at = time.monotonic()
+            self._holds[hold.token] = hold
+            first = len(self._holds) == 1
+        if first:
+            self._alarm()
+
+    def renew_at_once(self, token: str) -> None:
+        """Renew a lease now, to hear whether its job's cancellation is requested."""
+        with self._lock:
+            if token in self._holds:
+                self._holds[token].renewed_at = float("-inf")
+        self._alarm()
+
+    def keep_place(self, token: str) -> None:
+        """Keep only the place in the concurrency limit: the attempt has timed out."""
+        with self._lock:
+            if token in self._holds:
+                self._holds[token].ended = True
+
+    def drop(self, token: str) -> None:
+        """Keep a lease no longer."""
+        with self._lock:
+            self._holds.pop(token, None)
+
+    def progress(self, token: str, text: bytes) -> None:
+        """Store a job's progress soon; a newer value replaces one that waits. For any thread."""
+        with self._lock:
+            hold = self._holds.get(token)
+            if hold is None:
+                return
+            alarm = hold.progress is None
+            hold.progress = text
+        if alarm:
+            self._alarm()
+
+    async def take_progress(self, token: str) -> bytes | None:
+        """The progress that is not stored yet, for the attempt's end to store.
+
+        Waits for progress that is on its way, so that it does not arrive after the end.
+        """
+        landed: asyncio.Future[None] | None = None
+        with self._lock:
+            hold = self._holds.get(token)
+            if hold is not None and hold.sending_progress:
+                landed = hold.landed = asyncio.get_running_loop().create_future()
+        if landed is not None:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(landed, END_SECONDS)
+        with self._lock:
+            if hold is None:
+                return None
+            text, hold.progress = hold.progress, None
+            return text
+
+    @property
+    def seconds_behind(self) -> float:
+        """How long ago the database last answered a renewal that was due; 0 when none is."""
+        if not self._holds:
+            return 0.0
+        return max(0.0, time.monotonic() - self._answered_at - self._every)
+
+    @property
+    def loop_blocked_seconds(self) -> float:
+        """How long the worker's event loop has not turned. For any thread."""
+        return time.monotonic() - self._turned_at if self._asked_to_turn else 0.0
+
+    def release_all(self) -> None:
+        """Release every lease, for a process whose event loop hangs. For any other thread."""
+        loop = self._loop
+        if loop is None or loop.is_closed():
+            return
+        with self._lock:
+            tokens = [hold.token for hold in self._holds.values() if not hold.ended]
+        with contextlib.suppress(Exception):
+            asyncio.run_coroutine_threadsafe(self._release(tokens), loop).result(END_SECONDS)
+
+    async def _release(self, tokens: Sequence[str]) -> None:
+        assert self._own is not None
+        await asyncio.gather(*map(self._own.release, tokens), return_exceptions=True)
+
+    _own: JobService | None = None
+    """The service of this thread."""
+
+    def _run(self) -> None:
+        while not self._ending:
+            try:
+                with asyncio.Runner() as runner:
+                    runner.run(self._keep())
+            except BaseException as error:
+                log_unexpected("lease keeper", error)
+                time.sleep(0.5)
+
+    async def _keep(self) -> None:
+        self._loop, self._wake = asyncio.get_running_loop(), asyncio.Event()
+        pause, not_before = 0.1, 0.0
+        async with self._service.in_another_loop(pool_size=2) as self._own:
+            while not self._ending:
+                due_in = self._due_in()
+                if due_in is not None:
+                    due_in = max(due_in, not_before - time.monotonic())
+                    due_in = min(due_in, TICK_SECONDS)
+                await _wait(self._wake, due_in)
+                self._wake.clear()
+                self._watch_loop()
+                if time.monotonic() < not_before or self._ending:
+                    continue
+                holds, renewals = self._collect()
+                if not holds:
+                    continue
+                try:
+                    async with asyncio.timeout(max(5.0, self._every)):
+                        answers = await self._own.renew(renewals)
+                except Exception as error:
+                    self._failed(holds, renewals, error)
+                    not_before = time.monotonic() + pause
+                    pause = min(pause * 2, 2.0, self._every)
+                else:
+                    pause = 0.1
+                    self._answered(holds, answers)
+
+    def _due_in(self) -> float | None:
+        """Seconds until something is to be renewed; None: nothing is held."""
+        now = time.monotonic()
+        with self._lock:
+            if not self._holds:
+                return None
+            return max(0.0, min(self._due_at(hold) for hold in self._holds.values()) - now)
+
+    def _due_at(self, hold: Hold) -> float:
+        due_at = hold.renewed_at + self._every
+        if hold.progress is not None:
+            due_at = min(due_at, hold.progressed_at + PROGRESS_SECONDS)
+        return due_at
+
+    def _collect(self) -> tuple[list[Hold], list[Renewal]]:
+        """What is to be renewed now: when one is due, all that are due soon."""
+        now = time.monotonic()
+        holds, renewals = [], []
+        with self._lock:
+            lease_due = any(hold.renewed_at + self._every <= now for hold in self._holds.values())
+            for hold in self._holds.values():
+                soon = lease_due and hold.renewed_at + self._every / 2 <= now
+                if not soon and self._due_at(hold) > now:
+                    continue
+                holds.append(hold)
+                renewals.append(Renewal(hold.token, hold.progress, hold.ended))
+                if hold.progress is not None:
+                    hold.progress, hold.progressed_at = None, now
+                    hold.sending_progress = True
+                hold.renewed_at = now
+        return holds, renewals
+
+    def _answered(self, holds: Sequence[Hold], answers: Sequence[Renewed | LeaseLost]) -> None:
+        self._answered_at = time.monotonic()
+        with self._lock:
+            for hold, answer in zip(holds, answers, strict=True):
+                self._landed(hold)
+                if isinstance(answer, LeaseLost):
+                    if not hold.ended:
+                        hold.ended = True
+                        self._tell(hold.on_lost)
+                elif answer.cancel_requested and not hold.told_cancel:
+                    hold.told_cancel = True
+                    self._tell(hold.on_cancel)
+                hold.told_out_of_touch = False
+
+    def _failed(self, holds: Sequence[Hold], renewals: Sequence[Renewal], error: Exception) -> None:
+        unavailable = isinstance(error, QueueUnavailable | TimeoutError)
+        reason = getattr(error, "reason", None) or type(error).__name__
+        log.warning(
+            "worker.renewal_failed",
+            reason=reason,
+            leases=len(holds),
+            exc_info=None if unavailable else error,
+        )
+        self._service.metrics.lease_renewal_failed()
+        now = time.monotonic()
+        with self._lock:
+            for hold, renewal in zip(holds, renewals, strict=True):
+                # Due at once; when it was last renewed is known from the last answer.
+                hold.renewed_at = min(hold.renewed_at, now - self._every)
+                if hold.progress is None:
+                    hold.progress = renewal.progress
+                self._landed(hold)
+                expired = now - self._answered_at > self._service.lease_seconds
+                if expired and not hold.told_out_of_touch and not hold.ended:
+                    hold.told_out_of_touch = True
+                    self._tell(hold.on_out_of_touch)
+
+    def _landed(self, hold: Hold) -> None:
+        hold.sending_progress = False
+        if hold.landed is not None:
+            landed, hold.landed = hold.landed, None
+            self._tell(lambda: None if landed.done() else landed.set_result(None))
+
+    def _tell(self, callback: Callback) -> None:
+        assert self._worker_loop is not None
+        with contextlib.suppress(RuntimeError):  # The worker's loop is closed.
+            self._worker_loop.call_soon_threadsafe(callback)
+
+    def _alarm(self) -> None:
+        loop, wake = self._loop, self._wake
+        if loop is not None and wake is not None:
+            with contextlib.suppress(RuntimeError):  # It is just ending.
+                loop.call_soon_threadsafe(wake.set)
+
+    # The worker's event loop
+
+    def _watch_loop(self) -> None:
+        now = time.monotonic()
+        with self._lock:
+            running = [hold.name for hold in self._holds.values() if hold.blocks_loop]
+        if not self._asked_to_turn:
+            if self._holds and now - self._turned_at >= TICK_SECONDS:
+                self._turned_at, self._asked_to_turn = now, True
+                self._tell(self._turned)
+            return
+        seconds = now - self._turned_at
+        if seconds >= max(BLOCKED_SECONDS, 2 * self._blocked_warned):
+            self._blocked_warned = seconds
+            names = ", ".join(running[:20]) or "none of the async handlers"
+            log.warning(
+                f"event loop blocked for {seconds:.0f} s while running {names}",
+                seconds=round(seconds, 1),
+            )
+
+    def _turned(self) -> None:
+        """Runs on the worker's event loop."""
+        seconds = time.monotonic() - self._turned_at
+        if self._blocked_warned:
+            log.warning("worker.loop_turns_again", seconds=round(seconds, 1))
+        self._blocked_warned = 0.0
+        self._turned_at, self._asked_to_turn = time.monotonic(), False
+
+
+async def _wait(event: asyncio.Event, seconds: float | None) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()

@@ -1,0 +1,268 @@
+"""`Worker`: leases due jobs for its free slots, runs them, and ends within a bounded time.
+
+It holds no state that matters: whatever happens to it, the lease runs out and the job goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+from uuid import UUID
+
+import structlog
+
+from api.logs import log_unexpected
+from api.queue.errors import QueueUnavailable
+from api.queue.requests import MAX_LEASE, MAX_WAIT_SECONDS
+from api.queue.service import JobService
+from api.worker.attempt import HAND_BACK_SECONDS, Attempt, Equipment
+from api.worker.extensions import lifespans
+from api.worker.lease_keeper import END_SECONDS, LeaseKeeper
+from api.worker.processes import LEAVE_SECONDS, HandlerProcesses, address_of
+from api.worker.running import tasks_of_handlers_contained
+from registry import DefinitionError, WorkerExtension
+
+GATHER_SECONDS: Final = 0.005
+"""How long a worker whose slots were all taken waits for more of them before it leases again."""
+
+CLAIM_SECONDS: Final = 1.0
+"""How long a claim that is under way may take once the worker stops."""
+
+CLOSE_SECONDS: Final = HAND_BACK_SECONDS + CLAIM_SECONDS + END_SECONDS + LEAVE_SECONDS + 1.0
+"""How long `Worker.run` takes at most after its `shutdown_seconds`, whatever hangs."""
+
+log = structlog.get_logger("jobs.worker")
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerHealth:
+    """How a worker is: for health checks and metrics.
+
+    `loop_blocked_seconds` is how long its event loop has not turned, `renewals_behind_seconds` how
+    long renewals of leases have been overdue. `overdue` counts handlers that go on after their
+    attempt has ended.
+    """
+
+    loop_blocked_seconds: float
+    renewals_behind_seconds: float
+    running: int
+    overdue: int
+
+
+class Worker:
+    """Runs up to `concurrency` jobs at once, each handler where its job type says.
+
+    `types` are the job types to work, all that have a handler here unless given. `worker_id`
+    names it in attempts. After `stop`, running jobs have `shutdown_seconds` to end. `extensions`
+    are those of the registry unless given.
+
+    Raises:
+        DefinitionError: a handler is to run in a process, which cannot import it.
+    """
+
+    def __init__(
+        self,
+        service: JobService,
+        *,
+        types: Sequence[str] | None = None,
+        concurrency: int,
+        assets: str,
+        shutdown_seconds: float,
+        worker_id: str | None = None,
+        extensions: Sequence[WorkerExtension] | None = None,
+    ) -> None:
+        registry = service.registry
+        self.types = tuple(types or (name for name in registry if registry[name].has_handler))
+        self.worker_id = worker_id or _worker_id()
+        self.started = asyncio.Event()
+        """Set once the lifespans have started."""
+        self._service = service
+        self._concurrency = concurrency
+        self._assets = assets
+        self._shutdown_seconds = shutdown_seconds
+        self._extensions = tuple(registry.extensions if extensions is None else extensions)
+        self._stopping = asyncio.Event()
+        self._stopping_now = asyncio.Event()
+        self._running: dict[asyncio.Task[None], Attempt] = {}
+        self._ended = asyncio.Event()
+        self._cancelled: set[UUID] = set()
+        self._keeper = LeaseKeeper(service)
+        in_processes = [n for n in self.types if registry.get_type(n).run_in == "process"]
+        for name in in_processes:
+            if address_of(registry[name]) is None:
+                raise DefinitionError(
+                    f'job type {name}: with run_in="process" it must be at the top level of an'
+                    " importable module, because its process imports it from there"
+                )
+        self._processes = HandlerProcesses(
+            assets=assets,
+            extensions=self._extensions,
+            max_bytes=registry.max_payload_bytes,
+            needed=bool(in_processes),
+        )
+
+    @property
+    def overdue(self) -> int:
+        """How many handlers go on after their attempt has ended. Each holds a slot."""
+        return sum(attempt.overdue for attempt in self._running.values())
+
+    @property
+    def health(self) -> WorkerHealth:
+        """How the worker is at this moment. For any thread."""
+        return WorkerHealth(
+            loop_blocked_seconds=self._keeper.loop_blocked_seconds,
+            renewals_behind_seconds=self._keeper.seconds_behind,
+            running=len(self._running),
+            overdue=sum(attempt.overdue for attempt in list(self._running.values())),
+        )
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether `stop` has been called."""
+        return self._stopping.is_set()
+
+    def stop(self) -> None:
+        """Lease nothing more, and let running jobs end. A second call hands them back at once."""
+        if self._stopping.is_set():
+            self._stopping_now.set()
+        self._stopping.set()
+        self._ended.set()
+
+    def abandon(self) -> None:
+        """Release every lease and kill every handler's process: the event loop hangs, and the
+        process is about to end. For any other thread; returns within seconds."""
+        self._processes.kill_all()
+        self._keeper.release_all()
+
+    async def run(self) -> None:
+        """Work until `stop`, and then end within `shutdown_seconds` and `CLOSE_SECONDS`.
+
+        Outlives the database: while that is away it waits.
+
+        Raises:
+            WorkerStartError: a lifespan failed to start.
+        """
+        async with lifespans(self._extensions) as state:
+            equipment = Equipment(
+                self._service,
+                self._keeper,
+                self._processes,
+                tuple(each for extension in self._extensions for each in extension.middleware),
+                state,
+                self._assets,
+            )
+            self._keeper.start()
+            self.started.set()
+            log.info("worker.started", worker_id=self.worker_id, types=list(self.types))
+            try:
+                with (
+                    self._service.events.on_cancel_requested(self._cancel),
+                    tasks_of_handlers_contained(),
+                ):
+                    await self._work(equipment)
+            finally:
+                await self._processes.close()
+                await self._keeper.end()
+        log.info("worker.stopped", worker_id=self.worker_id)
+
+    async def _work(self, equipment: Equipment) -> None:
+        leasing = asyncio.create_task(self._lease_until_stop(equipment), name="leasing")
+        await self._stopping.wait()
+        # Not cancelled at once: what a claim has just leased would be lost.
+        await asyncio.wait({leasing}, timeout=CLAIM_SECONDS)
+        leasing.cancel()
+        await self._finish()
+
+    async def _lease_until_stop(self, equipment: Equipment) -> None:
+        pause = 0.2
+        while self.types and not self._stopping.is_set():
+            try:
+                await self._lease_some(equipment)
+                pause = 0.2
+            except QueueUnavailable as error:
+                log.warning("worker.waiting", reason=error.reason, seconds=pause)
+                await _wait(self._stopping, pause)
+                pause = min(pause * 2, 5.0)
+            except Exception as error:
+                log_unexpected("worker", error)
+                await _wait(self._stopping, 1.0)
+
+    async def _lease_some(self, equipment: Equipment) -> None:
+        free = self._concurrency - len(self._running)
+        if free == 0:
+            # Jobs of these types are worked here, though none is leased for a while.
+            await self._service.show_worker(self.types)
+            self._ended.clear()
+            if len(self._running) == self._concurrency and not self._stopping.is_set():
+                await _wait(self._ended, 10)
+            # Where jobs are short, several end within a moment: one claim for all of them.
+            await _wait(self._stopping, GATHER_SECONDS)
+            return
+        self._cancelled.clear()
+        leases = await self._service.lease(
+            self.types,
+            self.worker_id,
+            limit=min(free, MAX_LEASE),
+            wait_seconds=MAX_WAIT_SECONDS,
+            stop=self._stopping,
+        )
+        for lease in leases:
+            attempt = Attempt(equipment, lease, check_at_once=lease.job.id in self._cancelled)
+            task = asyncio.create_task(attempt.run(), name=f"job {lease.job.id}")
+            self._running[task] = attempt
+            task.add_done_callback(self._forget)
+
+    def _forget(self, task: asyncio.Task[None]) -> None:
+        del self._running[task]
+        self._ended.set()
+
+    def _cancel(self, job_id: UUID) -> None:
+        """The cancellation of a running job, here or elsewhere, is requested."""
+        for attempt in self._running.values():
+            if attempt.job_id == job_id:
+                attempt.cancel()
+                return
+        # A claim that is under way may have leased it, and its answer be older than this.
+        if len(self._cancelled) < 1_000:
+            self._cancelled.add(job_id)
+
+    async def _finish(self) -> None:
+        """Let running jobs end, then hand the rest back, and leave alone what does not end."""
+        until = time.monotonic() + self._shutdown_seconds
+        if self._unfinished():
+            log.info("worker.finishing", worker_id=self.worker_id, jobs=len(self._running))
+        now = asyncio.create_task(self._stopping_now.wait())
+        while (
+            (tasks := self._unfinished())
+            and not now.done()
+            and (left := until - time.monotonic()) > 0
+        ):
+            await asyncio.wait({now, *tasks}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        now.cancel()
+        for attempt in list(self._running.values()):
+            attempt.hand_back()
+        if tasks := self._unfinished():
+            await asyncio.wait(tasks, timeout=HAND_BACK_SECONDS + 1.0)
+        for task, attempt in list(self._running.items()):
+            if not attempt.overdue:
+                log.warning("worker.left_behind", job_id=str(attempt.job_id))
+            task.cancel()
+
+    def _unfinished(self) -> list[asyncio.Task[None]]:
+        return [task for task, attempt in self._running.items() if not attempt.overdue]
+
+
+async def _wait(event: asyncio.Event, seconds: float) -> None:
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(event.wait(), seconds)
+
+
+def _worker_id() -> str:
+    return f"{socket.gethostname()[:100]}:{os.getpid()}:{secrets.token_hex(3)}"

@@ -1,0 +1,229 @@
+"""From how a handler ended to what the queue is told: data, and one pure function."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Final, Literal
+
+from pydantic import JsonValue
+
+from api.logs import traceback_of
+from registry import Cancel, Fail, Retry, Snooze
+from registry.errors import shortened_text
+
+MAX_MESSAGE: Final = 2_000
+
+
+@dataclass(frozen=True, slots=True)
+class Returned:
+    """The handler returned, and this is its result as JSON."""
+
+    result: JsonValue
+
+
+@dataclass(frozen=True, slots=True)
+class ResultRefused:
+    """The handler returned something that cannot be stored."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Raised:
+    """The handler raised an exception. `seconds` is what `Retry` or `Snooze` asks for.
+
+    `kind` "stopped" is a cancelled handler. `traceback` is for the log: files, lines and types.
+    """
+
+    kind: Literal["error", "retry", "fail", "cancel", "snooze", "stopped"]
+    name: str
+    message: str
+    seconds: float | None = None
+    traceback: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Died:
+    """The handler's process ended: by its exit code, or where that is negative, by a signal."""
+
+    exit_code: int
+
+
+@dataclass(frozen=True, slots=True)
+class NotStarted:
+    """The handler's process could not load the handler or enter a lifespan."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class StillRunning:
+    """The handler did not end in time. It cannot be ended from outside."""
+
+
+End = Returned | ResultRefused | Raised | Died | NotStarted | StillRunning
+
+
+@dataclass(frozen=True, slots=True)
+class Circumstances:
+    """What happened to the attempt meanwhile.
+
+    `lost`: the database says that the lease is not in force. `out_of_touch`: the lease may have
+    run out, because the database has not answered for a lease's time.
+    """
+
+    timed_out: bool = False
+    cancel_requested: bool = False
+    handing_back: bool = False
+    lost: bool = False
+    out_of_touch: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Complete:
+    """Report success."""
+
+    result: JsonValue
+
+
+@dataclass(frozen=True, slots=True)
+class FailAttempt:
+    """Report a failed attempt. `after` seconds replace the backoff."""
+
+    code: str
+    message: str
+    retryable: bool = True
+    after: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HandBack:
+    """Release the job; its attempt is not spent."""
+
+
+@dataclass(frozen=True, slots=True)
+class SnoozeFor:
+    """Snooze the job; its attempt is not spent."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Report the job as cancelled."""
+
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class TimeOut:
+    """Report that the attempt ran into its timeout, and whether its handler goes on."""
+
+    still_running: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Nothing:
+    """Report nothing: the attempt belongs to somebody else, or ends when its lease runs out."""
+
+
+Report = Complete | FailAttempt | HandBack | SnoozeFor | Stop | TimeOut | Nothing
+
+
+def report_of(end: End, now: Circumstances) -> Report:
+    """What the queue is told about a handler that ended so, in these circumstances."""
+    if now.lost:
+        return Nothing()
+    if now.timed_out:
+        return TimeOut(still_running=isinstance(end, StillRunning))
+    match end:
+        case Returned(result):
+            return Complete(result)
+        case ResultRefused(reason):
+            return FailAttempt("result_invalid", reason, retryable=False)
+        case Raised("snooze", seconds=float() | int() as seconds):
+            return SnoozeFor(seconds)
+        case Raised("retry", message=message, seconds=after):
+            return FailAttempt("retry", message, after=after)
+        case Raised("fail", message=message):
+            return FailAttempt("failed", message or "The handler raised Fail.", retryable=False)
+    if now.handing_back:
+        # It was asked to stop, and did, by whatever exception, or was stopped.
+        return HandBack()
+    match end:
+        case Raised("cancel", message=message):
+            return Stop(message or "The handler cancelled the job.")
+        case Raised("stopped") if now.cancel_requested:
+            return Stop("The job was cancelled while it ran.")
+        case Died() if now.cancel_requested:
+            return Stop("The job was cancelled while it ran. Its process was killed.")
+        case Raised("stopped") | Died() | StillRunning() if now.out_of_touch:
+            return Nothing()
+        case Raised(name=name, message=message):
+            # Also a handler that cancels itself: nobody asked it to.
+            return FailAttempt("handler_failed", ": ".join(filter(None, (name, message))))
+        case Died(exit_code):
+            return FailAttempt("process_died", how_it_died(exit_code))
+        case NotStarted(reason):
+            return FailAttempt("process_not_started", reason)
+    return Nothing()
+
+
+def raised(error: BaseException) -> Raised:
+    """What a handler's exception says, without the exception: it holds on to every frame."""
+    name, message = type(error).__name__, _storable(_words(error))
+    match error:
+        case Snooze(seconds=seconds):
+            return Raised("snooze", name, message, seconds)
+        case Retry(after=after):
+            return Raised("retry", name, message, after)
+        case Fail():
+            return Raised("fail", name, message)
+        case Cancel():
+            return Raised("cancel", name, message)
+        case asyncio.CancelledError():
+            return Raised("stopped", name, message, traceback=traceback_of(error))
+    return Raised("error", name, message, traceback=traceback_of(error))
+
+
+def how_it_died(exit_code: int) -> str:
+    """A sentence about a process that ended without a report."""
+    if exit_code >= 0:
+        return f"The handler's process ended with exit code {exit_code}."
+    try:
+        name = f" ({signal.Signals(-exit_code).name})"
+    except ValueError:
+        name = ""
+    advice = " The system kills processes when memory runs out." if exit_code == -9 else ""
+    return f"The handler's process was killed by signal {-exit_code}{name}.{advice}"
+
+
+def end_as_json(end: End) -> dict[str, Any]:
+    """An end, as a process sends it to its worker."""
+    return {"end": type(end).__name__, **asdict(end)}
+
+
+def end_from_json(content: Mapping[str, Any]) -> End:
+    """An end, as `end_as_json` wrote it."""
+    kinds: dict[str, type[End]] = {
+        kind.__name__: kind for kind in (Returned, ResultRefused, Raised, Died, NotStarted)
+    }
+    values = dict(content)
+    return kinds[values.pop("end")](**values)
+
+
+def _words(error: BaseException) -> str:
+    """An exception's text, which is code of the handler's too."""
+    try:
+        return str(error)
+    except Exception:
+        return "(message unavailable)"
+
+
+def _storable(text: str) -> str:
+    """A text, bounded, and without what cannot be stored."""
+    clean = text[: 2 * MAX_MESSAGE].replace("\x00", "\ufffd").encode("utf-8", "replace").decode()
+    return shortened_text(clean, MAX_MESSAGE)

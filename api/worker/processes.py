@@ -1,0 +1,326 @@
+"""The processes in which handlers run that must be killable: started, kept warm, and ended.
+
+Each is a fresh interpreter (nothing is forked), in a session of its own, so that a kill takes along
+what its handler has started and Ctrl-C at a terminal does not reach it. It serves one job after
+another, and ends after a minute without one. Written on `subprocess` and a socket: Pebble's pool
+has no way to pass progress and cancellations, kills a single process with SIGTERM first, and looks
+at timeouts every 0.1 s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, cast
+
+import structlog
+from pydantic_core import from_json
+
+from api.logs import configuration
+from api.worker.child import HEADER, frame
+from api.worker.outcomes import Died, End, NotStarted, end_from_json
+from registry import DefinitionError, JobType, WorkerExtension
+from registry.discovery import locate
+
+IDLE_SECONDS: Final = 60.0
+"""How long a process waits for its next job before it ends."""
+
+LEAVE_SECONDS: Final = 1.0
+"""How long a process that is to end may take to leave its lifespans."""
+
+log = structlog.get_logger("jobs.worker")
+
+
+def address_of(job_type: JobType[Any]) -> str | None:
+    """From where another process can import this job type with its handler; None: it cannot."""
+    handler = getattr(job_type.run, "__module__", None)
+    return locate(job_type, handler, job_type.payload.__module__)
+
+
+class HandlerProcesses:
+    """The processes of one worker.
+
+    Raises:
+        DefinitionError: an extension of `extensions` cannot be imported by another process, and
+            `needed` says that one will be.
+    """
+
+    def __init__(
+        self,
+        *,
+        assets: str,
+        extensions: Sequence[WorkerExtension],
+        max_bytes: int,
+        needed: bool,
+    ) -> None:
+        addresses = [locate(each) for each in extensions]
+        self.can_start = None not in addresses
+        if needed and not self.can_start:
+            raise DefinitionError(
+                "a WorkerExtension must be at the top level of an importable module when handlers"
+                " run in processes, because each process imports it from there"
+            )
+        self._start = {"assets": assets, "extensions": addresses, "max_bytes": max_bytes}
+        self._idle: list[_Process] = []
+        self._all: set[_Process] = set()
+        self._closed = False
+
+    def call(
+        self,
+        address: str,
+        job_type: JobType[Any],
+        job: Mapping[str, Any],
+        payload: Any,
+        *,
+        deadline: float,
+        on_progress: Callable[[bytes], None],
+    ) -> ProcessCall:
+        """Run a job's handler in a process: one that waits for a job, or a new one."""
+        run = {
+            "address": address,
+            "handler_module": getattr(job_type.run, "__module__", None),
+            "job": dict(job),
+            "payload": payload,
+        }
+        return ProcessCall(self, run, deadline=deadline, on_progress=on_progress)
+
+    def take(self) -> _Process:
+        """A process that is free, started if need be."""
+        while self._idle:
+            process = self._idle.pop()
+            if process.stop_waiting():
+                return process
+            self._discard(process)
+        process = _Process({**self._start, "logs": configuration()})
+        self._all.add(process)
+        return process
+
+    def give_back(self, process: _Process) -> None:
+        """Keep a process for the next job."""
+        if self._closed:
+            self._discard(process)
+        else:
+            self._idle.append(process)
+            process.wait_for_job(lambda: self._retire(process))
+
+    async def end(self, process: _Process) -> int:
+        """Kill a process with all it has started, and return its exit code."""
+        self._all.discard(process)
+        return await process.end()
+
+    async def close(self) -> None:
+        """End every process: those that wait for a job leave their lifespans."""
+        self._closed = True
+        idle, self._idle = self._idle, []
+        for process in idle:
+            process.send({"leave": True})
+        give_up = time.monotonic() + LEAVE_SECONDS
+        while any(each.is_alive() for each in idle) and time.monotonic() < give_up:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        await asyncio.gather(*(self.end(process) for process in list(self._all)))
+
+    def kill_all(self) -> None:
+        """Kill every process now. Any thread may call it."""
+        for process in list(self._all):
+            process.kill()
+
+    def _retire(self, process: _Process) -> None:
+        if process in self._idle:
+            self._idle.remove(process)
+            process.send({"leave": True})
+            task = asyncio.create_task(self._see_off(process))
+            process.seeing_off = task
+
+    async def _see_off(self, process: _Process) -> None:
+        give_up = time.monotonic() + LEAVE_SECONDS
+        while process.is_alive() and time.monotonic() < give_up:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+        await self.end(process)
+
+    def _discard(self, process: _Process) -> None:
+        process.seeing_off = asyncio.create_task(self.end(process))
+
+
+class ProcessCall:
+    """One call of a handler in a process. `ended` is a task whose result is the `End`."""
+
+    can_be_killed = True
+
+    def __init__(
+        self,
+        processes: HandlerProcesses,
+        run: dict[str, Any],
+        *,
+        deadline: float,
+        on_progress: Callable[[bytes], None],
+    ) -> None:
+        self._processes = processes
+        self._run = run
+        self._deadline = deadline
+        self._on_progress = on_progress
+        self._asked_to_stop = False
+        self._killed = False
+        self._process: _Process | None = None
+        self.ended: asyncio.Task[End] = asyncio.create_task(self._work())
+
+    def ask_to_stop(self) -> None:
+        """Cancel an async handler; a plain one sees it in `job.cancel_requested`."""
+        self._asked_to_stop = True
+        if self._process is not None:
+            self._process.cancel()
+
+    def kill(self) -> None:
+        """End the handler for certain, with every process it has started."""
+        self._killed = True
+        if self._process is not None:
+            self._process.kill()
+
+    async def _work(self) -> End:
+        # A process that waits for a job may be killed by the system just before it gets one.
+        for _ in range(3):
+            process = self._process = self._processes.take()
+            if self._killed:
+                process.kill()
+            end = await self._run_in(process)
+            if end is None:
+                exit_code = await self._processes.end(process)
+                if process.is_begun or not process.was_used or self._killed:
+                    return Died(exit_code)
+                continue
+            if isinstance(end, NotStarted) and not process.is_ready:
+                await self._processes.end(process)
+            else:
+                self._processes.give_back(process)
+            return end
+        return NotStarted("The handler's process ended before it took the job, three times.")
+
+    async def _run_in(self, process: _Process) -> End | None:
+        """The end that the process tells; None: it has died."""
+        if not process.is_ready:
+            message = await process.receive()
+            if message is None:
+                return None
+            if "failed" in message:
+                return NotStarted(message["failed"])
+            process.is_ready = True
+        process.run({**self._run, "seconds_left": self._deadline - time.monotonic()})
+        if self._asked_to_stop:
+            process.cancel()
+        while (message := await process.receive()) is not None:
+            if message.get("begun") == process.number:
+                process.is_begun = True
+            elif message.get("progress") == process.number:
+                self._on_progress(message["text"].encode())
+            elif message.pop("ended", None) == process.number:
+                process.was_used = True
+                return end_from_json(message)
+        return None
+
+
+class _Process:
+    """One process and the socket to it."""
+
+    def __init__(self, start: dict[str, Any]) -> None:
+        self.is_ready = False
+        self.is_begun = False
+        self.was_used = False
+        self.number = 0
+        self.seeing_off: asyncio.Task[Any] | None = None
+        self._idle_timer: asyncio.TimerHandle | None = None
+        self._ours, theirs = socket.socketpair()
+        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        self._unsent = [{**start}]
+        # The child finds modules where this process does, the user's own beside the command too.
+        code = f"import sys; sys.path[:] = {json.dumps(sys.path)}\n" + _MAIN.format(theirs.fileno())
+        try:
+            self._popen = subprocess.Popen(
+                [sys.executable, "-c", code],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+        except BaseException:
+            self._ours.close()
+            raise
+        finally:
+            theirs.close()
+
+    def run(self, run: dict[str, Any]) -> None:
+        """Hand over a job."""
+        self.number += 1
+        self.is_begun = False
+        self.send({"run": {**run, "number": self.number}})
+
+    def cancel(self) -> None:
+        """Ask the handler that runs to stop."""
+        if self.is_ready:
+            self.send({"cancel": self.number})
+
+    def send(self, message: dict[str, Any]) -> None:
+        if self._streams is None:
+            self._unsent.append(message)
+        else:
+            self._streams[1].write(frame(message))
+
+    async def receive(self) -> dict[str, Any] | None:
+        """The next message; None once the process is gone."""
+        try:
+            if self._streams is None:
+                self._streams = await asyncio.open_unix_connection(sock=self._ours)
+                for message in self._unsent:
+                    self._streams[1].write(frame(message))
+                self._unsent.clear()
+            reader = self._streams[0]
+            size = HEADER.unpack(await reader.readexactly(HEADER.size))[0]
+            return cast(dict[str, Any], from_json(await reader.readexactly(size)))
+        except (asyncio.IncompleteReadError, OSError):
+            return None
+
+    def wait_for_job(self, retire: Callable[[], None]) -> None:
+        """Call `retire` unless a job comes within a minute."""
+        self._idle_timer = asyncio.get_running_loop().call_later(IDLE_SECONDS, retire)
+
+    def stop_waiting(self) -> bool:
+        """End that wait; whether the process still lives."""
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+            self._idle_timer = None
+        return self.is_alive()
+
+    def is_alive(self) -> bool:
+        return self._popen.returncode is None and self._popen.poll() is None
+
+    def kill(self) -> None:
+        """Kill the process and all it has started."""
+        # Its number is its group's. A group may outlive its first process.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._popen.pid, signal.SIGKILL)
+
+    async def end(self) -> int:
+        """Kill what is left of the process, and return its exit code."""
+        # When it ends by itself, its socket closes a moment before it can be waited for.
+        for _ in range(10):
+            if not self.is_alive():
+                break
+            await asyncio.sleep(0.002)
+        self.kill()
+        give_up = time.monotonic() + 5
+        while self.is_alive() and time.monotonic() < give_up:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+        if self._streams is not None:
+            self._streams[1].close()
+        else:
+            self._ours.close()
+        code = self._popen.returncode
+        return -signal.SIGKILL if code is None else code
+
+
+_MAIN: Final = "from api.worker.child import main\nmain({})"

@@ -1,0 +1,102 @@
+"""A handler's result as JSON: what is too large is refused before all of it is walked."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from typing import Any, Final
+
+from pydantic import JsonValue
+from pydantic_core import to_jsonable_python
+
+from api.worker.outcomes import ResultRefused, Returned
+from registry import Violation, json_document
+from registry.errors import shortened_text
+
+SMALL_BYTES: Final = 16_384
+"""Up to this size plain JSON is converted at once, in about a millisecond; more takes a thread."""
+
+
+def is_small(value: object) -> bool:
+    """Whether converting this is a matter of a millisecond at most."""
+    size, plain = _walk(value, SMALL_BYTES)
+    return plain and size <= SMALL_BYTES
+
+
+def result_of(value: object, *, max_bytes: int) -> Returned | ResultRefused:
+    """The JSON of a handler's result, or why it cannot be stored. Raises nothing.
+
+    Converting runs code of the handler's: a model's computed fields, for one.
+    """
+    if value is None:
+        return Returned(None)
+    try:
+        if _walk(value, max_bytes)[0] > max_bytes:
+            return _too_large(max_bytes)
+        converted: JsonValue = to_jsonable_python(value, by_alias=True)
+        # What a model holds is known only now.
+        if _walk(converted, max_bytes)[0] > max_bytes:
+            return _too_large(max_bytes)
+        _, faults = json_document(converted, max_bytes=max_bytes)
+    except _NotOneValue as error:
+        return ResultRefused(f"The handler's result is not JSON: it holds a {error.kind}.")
+    except Exception as error:
+        words = shortened_text(_words(error), 500)
+        return ResultRefused(
+            f"The handler's result cannot be converted to JSON: {type(error).__name__}: {words}"
+        )
+    if faults:
+        return ResultRefused(f"The handler's result cannot be stored: {_sentences(faults)}")
+    return Returned(converted)
+
+
+class _NotOneValue(Exception):
+    """Raised for what can be read only once, and may never end."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+
+def _walk(value: object, limit: int) -> tuple[int, bool]:
+    """The least number of bytes of a value's JSON, counted up to just above `limit`, and whether
+    it is plain JSON throughout. What is not plain counts as one byte."""
+    size, plain = 0, True
+    waiting: list[Any] = [value]
+    while waiting and size <= limit:
+        item = waiting.pop()
+        kind = type(item)
+        if kind is str:
+            size += len(item) + 2
+        elif kind is dict:
+            size += 4 * len(item)
+            if size <= limit:
+                waiting.extend(item.values())
+                waiting.extend(key for key in item if type(key) is str)
+        elif kind is list or kind is tuple:
+            size += 2 * len(item)
+            if size <= limit:
+                waiting.extend(item)
+        else:
+            size += 1
+            if not (item is None or kind in (bool, int, float)):
+                plain = False
+                if isinstance(item, Iterator | AsyncIterator):
+                    raise _NotOneValue(kind.__name__)
+    return size, plain
+
+
+def _too_large(max_bytes: int) -> ResultRefused:
+    return ResultRefused(
+        f"The handler's result cannot be stored: expected at most {max_bytes:,} bytes of JSON,"
+        " got more. Store large results in the assets, and return their names."
+    )
+
+
+def _sentences(faults: list[Violation]) -> str:
+    return " ".join(f"{fault.path or '/'}: {fault.message}" for fault in faults[:5])
+
+
+def _words(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:
+        return "(message unavailable)"

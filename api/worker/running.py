@@ -1,0 +1,219 @@
+"""How handlers run in this process: as a task on the event loop, or in a thread.
+
+Whatever a handler does ends as an `End`, which is data: no exception, no frame and no reference to
+the attempt outlives the handler.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import inspect
+import threading
+import traceback
+from collections.abc import Callable, Coroutine, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import structlog
+
+from api.worker.extensions import around
+from api.worker.outcomes import End, raised
+from api.worker.results import is_small, result_of
+from registry import CallNext, JobContext
+
+_in_handler: contextvars.ContextVar[bool] = contextvars.ContextVar("in_handler", default=False)
+
+
+class HandlerCall:
+    """One call of a handler with its middleware. `ended` is its task, whose result is the `End`.
+
+    With `in_thread` the handler runs in a thread of its own, otherwise on the event loop; what it
+    returns is awaited on the loop if it can be. A thread cannot be stopped from outside.
+    """
+
+    can_be_killed = False
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        job: JobContext,
+        payload: Any,
+        *,
+        in_thread: bool,
+        middleware: Sequence[Any] = (),
+        max_bytes: int,
+    ) -> None:
+        self._in_thread = False
+        self._returned = False
+        handler = self._in_a_thread if in_thread else self._on_the_loop
+        call = around(middleware, job, lambda: handler(function, job, payload))
+        self.ended: asyncio.Task[End] = asyncio.create_task(
+            self._run(call, job, max_bytes), name=f"handler of job {job.id}"
+        )
+
+    def ask_to_stop(self) -> None:
+        """Cancel an async handler. One in a thread sees it in `job.cancel_requested`."""
+        if not self._in_thread and not self._returned:
+            self.ended.cancel()
+
+    def kill(self) -> None:
+        """End the handler for certain, which cannot be done here."""
+
+    async def _run(self, call: CallNext, job: JobContext, max_bytes: int) -> End:
+        _in_handler.set(True)
+        structlog.contextvars.bind_contextvars(job_id=job.id, type=job.type, attempt=job.attempt)
+        try:
+            result = await call()
+            self._returned = True
+        except BaseException as error:
+            end = raised(error)
+            _forget(error)
+            return end
+        if is_small_enough(result):
+            return result_of(result, max_bytes=max_bytes)
+        converted: End = await in_thread(lambda: result_of(result, max_bytes=max_bytes))
+        return converted
+
+    async def _on_the_loop(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            answer = function(*arguments)
+            return await answer if inspect.isawaitable(answer) else answer
+        except (SystemExit, KeyboardInterrupt, GeneratorExit) as error:
+            raise RuntimeError(f"the handler raised {type(error).__name__}") from error
+
+    async def _in_a_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        self._in_thread = True
+        try:
+            answer = await in_thread(lambda: function(*arguments))
+        finally:
+            self._in_thread = False
+        if inspect.isawaitable(answer):
+            return await self._on_the_loop(lambda: answer)
+        return answer
+
+
+def is_small_enough(result: object) -> bool:
+    """Whether a result may be converted on the event loop."""
+    try:
+        return is_small(result)
+    except Exception:
+        return True  # It is refused at once.
+
+
+async def in_thread(function: Callable[[], Any]) -> Any:
+    """Run a plain function in a thread of its own, with this task's context variables.
+
+    Not in a pool: a thread cannot be ended, so one that is given up would keep its place there.
+    A daemon, so that it does not keep the process alive either.
+    """
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[Any] = loop.create_future()
+    context = contextvars.copy_context()
+
+    def deliver(result: Any, error: BaseException | None) -> None:
+        with contextlib.suppress(RuntimeError):  # The loop is closed: nobody waits any more.
+            loop.call_soon_threadsafe(_settle, future, result, error)
+
+    def run() -> None:
+        try:
+            result = context.run(function)
+        except (Exception, asyncio.CancelledError) as error:
+            if isinstance(error, StopIteration):
+                deliver(None, RuntimeError("the handler raised StopIteration"))
+            else:
+                deliver(None, error)
+        except BaseException as error:
+            deliver(None, RuntimeError(f"the handler raised {type(error).__name__}"))
+        else:
+            deliver(result, None)
+
+    threading.Thread(target=run, name="job", daemon=True).start()
+    return await future
+
+
+def _settle(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
+    if not future.done():
+        if error is None:
+            future.set_result(result)
+        else:
+            future.set_exception(error)
+
+
+def _forget(error: BaseException) -> None:
+    """Empty the frames of an exception, and of each that it came from.
+
+    They refer to each other in cycles, through the job, its task and the handler's own variables,
+    and cycles wait for a garbage collection that is rare (see `api.cli`).
+    """
+    waiting: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while waiting:
+        each = waiting.pop()
+        if each is None or id(each) in seen:
+            continue
+        seen.add(id(each))
+        if each.__traceback__ is not None:
+            traceback.clear_frames(each.__traceback__)
+            each.__traceback__ = None
+        waiting += [each.__cause__, each.__context__]
+        if isinstance(each, BaseExceptionGroup):
+            waiting += each.exceptions
+
+
+@contextmanager
+def tasks_of_handlers_contained() -> Iterator[None]:
+    """While this is open, `sys.exit` in a task that a handler started ends only that task.
+
+    asyncio ends the loop, and so the process, when a task raises SystemExit or KeyboardInterrupt.
+    """
+    loop = asyncio.get_running_loop()
+    former = loop.get_task_factory()
+
+    def factory(
+        loop: asyncio.AbstractEventLoop,
+        work: Coroutine[Any, Any, Any] | Generator[Any, None, Any],
+        **options: Any,
+    ) -> Any:
+        if _in_handler.get() and inspect.iscoroutine(work):
+            work = _Contained(work)
+        if former is not None:
+            return former(loop, work, **options)
+        return asyncio.Task(work, loop=loop, **options)
+
+    loop.set_task_factory(factory)
+    try:
+        yield
+    finally:
+        loop.set_task_factory(former)
+
+
+class _Contained(Coroutine[Any, Any, Any]):
+    """A coroutine that raises RuntimeError where the one inside raises SystemExit or its like."""
+
+    def __init__(self, work: Coroutine[Any, Any, Any]) -> None:
+        self._work = work
+
+    def send(self, value: Any) -> Any:
+        with _no_exit():
+            return self._work.send(value)
+
+    def throw(self, *error: Any) -> Any:
+        with _no_exit():
+            return self._work.throw(*error)
+
+    def close(self) -> None:
+        self._work.close()
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        with _no_exit():
+            return (yield from self._work.__await__())
+
+
+@contextmanager
+def _no_exit() -> Iterator[None]:
+    try:
+        yield
+    except (SystemExit, KeyboardInterrupt) as error:
+        raise RuntimeError(f"a task of the handler raised {type(error).__name__}") from error

@@ -1,0 +1,74 @@
+"""Waiting over GraphQL: for leases whose client hangs up, and why the jobs of a page wait."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import httpx
+import pytest
+
+from api.queue.models import JobStatus
+from api.queue.requests import EnqueueRequest
+from api.queue.service import JobService
+from api.queue.store import Store
+from tests.http_client import Execute, serving
+
+LEASE = """mutation { leaseJobs(input: {
+    jobTypes: ["payout.execute"], workerId: "gone", waitSeconds: 30
+}) { __typename ... on LeaseJobsSuccess { leases { token } } } }"""
+
+
+async def test_a_long_poll_whose_client_has_hung_up_is_given_no_job(
+    service: JobService, database_url: str
+) -> None:
+    async with serving(database_url, "--no-worker") as (address, _):
+        # Given ten clients that wait for a lease, and hang up
+        host, port = address.split(":")
+        body = json.dumps({"query": LEASE}).encode()
+        request = (
+            b"POST /graphql HTTP/1.1\r\nHost: %b\r\nContent-Type: application/json\r\n"
+            b"Content-Length: %d\r\n\r\n%b" % (address.encode(), len(body), body)
+        )
+        for _ in range(10):
+            _, writer = await asyncio.open_connection(host, int(port))
+            writer.write(request)
+            await writer.drain()
+            await asyncio.sleep(0.05)
+            writer.close()
+        await asyncio.sleep(0.3)
+
+        # When a job comes
+        payload = {"batchId": "b", "escrowId": "e"}
+        async with httpx.AsyncClient() as client:
+            job = await client.post(
+                f"http://{address}/jobs", json={"type": "payout.execute", "payload": payload}
+            )
+        await asyncio.sleep(1.0)
+
+    # I expect it queued, with no attempt
+    found = await service.get(job.json()["jobId"])
+    assert (found.status, found.attempt) == (JobStatus.QUEUED, 0)
+    assert await service.attempts([found.id]) == {found.id: []}
+
+
+async def test_why_the_jobs_of_a_page_wait_is_one_query(
+    execute: Execute, http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service: JobService = http.application.state.service  # type: ignore[attr-defined]
+    await service.enqueue_many([EnqueueRequest("test.ping", {})] * 30)
+    asked: list[int] = []
+    waiting = Store.waiting
+
+    async def noting(self: Store, job_ids: dict[object, object]) -> object:
+        asked.append(len(job_ids))
+        return await waiting(self, job_ids)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Store, "waiting", noting)
+    data = await execute(
+        "query { jobs(first: 30) { nodes { waitingReason { __typename"
+        " ... on NoWorkerSeen { lastSeenSecondsAgo } } } } }"
+    )
+    assert asked == [30]
+    reasons = [node["waitingReason"] for node in data["jobs"]["nodes"]]
+    assert reasons == [{"__typename": "NoWorkerSeen", "lastSeenSecondsAgo": None}] * 30

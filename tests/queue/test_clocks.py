@@ -1,0 +1,53 @@
+"""A clock that steps back hides no dead worker and no job that is due."""
+
+from __future__ import annotations
+
+from api.queue.models import JobStatus
+from api.queue.requests import EnqueueRequest
+from api.queue.service import JobService
+from tests.conftest import advance
+
+HOUR = 3_600
+
+
+async def test_a_dead_worker_is_noticed_in_a_lease_after_the_clock_has_stepped_back(
+    service: JobService, database_url: str
+) -> None:
+    await service.enqueue(EnqueueRequest("test.ping", {}))
+    (lease,) = await service.lease(["test.ping"], "dead")
+    # Every stored time is an hour ahead of the clock now.
+    await advance(database_url, -HOUR)
+
+    assert await service.recover() == []
+    await advance(database_url, 31)
+    (recovered,) = await service.recover()
+    assert (recovered.id, recovered.error and recovered.error.code) == (lease.job.id, "lost")
+
+
+async def test_a_worker_that_is_alive_keeps_its_lease_when_the_clock_steps_back(
+    service: JobService, database_url: str
+) -> None:
+    await service.enqueue(EnqueueRequest("test.ping", {}))
+    (lease,) = await service.lease(["test.ping"], "alive")
+    await advance(database_url, -HOUR)
+    await service.recover()
+    await service.heartbeat(lease.token)
+    await advance(database_url, 20)
+    await service.heartbeat(lease.token)
+    assert (await service.complete(lease.token)).status is JobStatus.SUCCEEDED
+
+
+async def test_an_attempt_times_out_in_its_time_after_the_clock_has_stepped_back(
+    service: JobService, database_url: str
+) -> None:
+    await service.enqueue(EnqueueRequest("test.ping", {}))
+    (lease,) = await service.lease(["test.ping"], "w")
+    await advance(database_url, -HOUR)
+    await service.recover()
+    for _ in range(2):
+        await advance(database_url, 25)
+        await service.heartbeat(lease.token)
+    await advance(database_url, 15)
+    (recovered,) = await service.recover()
+    assert recovered.error is not None
+    assert recovered.error.code == "timed_out"

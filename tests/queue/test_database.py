@@ -1,0 +1,499 @@
+"""Connections: deadlines, dead networks, retries, and what a database's errors become."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy.exc
+from sqlalchemy import text
+
+from api.queue.database import Database
+from api.queue.errors import QueueUnavailable
+from api.queue.requests import EnqueueRequest
+from api.queue.service import JobService
+from registry import JobRegistry
+from tests.conftest import run_sql
+from tests.proxy import Proxy
+
+PING = EnqueueRequest("test.ping", {})
+SHORT = 1.0
+"""The deadline of these tests, in seconds."""
+
+
+@asynccontextmanager
+async def opened(url: str, **options: Any) -> AsyncIterator[Database]:
+    database = Database(url, **({"timeout_seconds": SHORT} | options))
+    try:
+        yield database
+    finally:
+        await database.close()
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    began = time.monotonic()
+    yield
+    assert time.monotonic() - began < seconds
+
+
+def tasks() -> set[str]:
+    return {task.get_name() for task in asyncio.all_tasks()} - {
+        task.get_name() for task in [asyncio.current_task()] if task
+    }
+
+
+async def until(condition: Any, seconds: float = 10) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
+# A network that swallows packets
+
+
+@pytest.mark.parametrize("kind", ["reading", "transaction", "execute_at_once"])
+async def test_a_black_hole_ends_a_call_at_its_deadline(proxied: Proxy, kind: str) -> None:
+    async with opened(proxied.url) as database:
+
+        async def call() -> None:
+            if kind == "execute_at_once":
+                await database.execute_at_once("SELECT 1 AS n", {})
+            else:
+                async with getattr(database, kind)() as connection:
+                    await connection.execute(text("SELECT 1"))
+
+        await call()
+        proxied.black_hole()
+        with within(SHORT + 0.8), pytest.raises(QueueUnavailable) as refused:
+            await call()
+        assert refused.value.kind == "timeout"
+        # No second connection to cancel the first one's query, and nothing that waits for it.
+        assert proxied.connections == 1
+        proxied.resume()
+        await call()
+        assert not tasks()
+
+
+async def test_a_black_hole_ends_connecting_at_the_deadline(proxied: Proxy) -> None:
+    proxied.black_hole()
+    async with opened(proxied.url) as database:
+        with within(SHORT + 0.8), pytest.raises(QueueUnavailable) as refused:
+            await database.execute_at_once("SELECT 1", {})
+        assert refused.value.kind == "timeout"
+
+
+async def test_idle_connections_that_died_cost_one_call_one_deadline(proxied: Proxy) -> None:
+    async with opened(proxied.url, pool_size=4) as database:
+        calls = [database.execute_at_once("SELECT pg_sleep(0.2)", {}) for _ in range(4)]
+        await asyncio.gather(*calls)
+        assert proxied.connections == 4
+        proxied.black_hole()
+        with pytest.raises(QueueUnavailable):
+            await database.execute_at_once("SELECT 1", {})
+        proxied.resume()
+        with within(0.8):
+            await database.execute_at_once("SELECT 1", {})
+
+
+async def test_connections_that_the_server_closed_are_not_handed_out(proxied: Proxy) -> None:
+    async with opened(proxied.url) as database:
+        await database.execute_at_once("SELECT 1", {})
+        proxied.cut()
+        proxied.resume()
+        await asyncio.sleep(0.1)
+        await database.execute_at_once("SELECT 1", {})
+
+
+async def test_an_enqueue_through_a_black_hole_fails_and_later_ones_work(
+    proxied: Proxy, registry: JobRegistry
+) -> None:
+    async with opened(proxied.url) as database:
+        service = JobService(registry, database)
+        await service.enqueue(PING)
+        proxied.black_hole()
+        with within(SHORT + 0.8):
+            calls = [service.enqueue(PING) for _ in range(20)]
+            results = await asyncio.gather(*calls, return_exceptions=True)
+        assert {type(result) for result in results} == {QueueUnavailable}
+        with pytest.raises(QueueUnavailable):
+            await service.ping()
+        proxied.resume()
+        await service.enqueue(PING)
+        await asyncio.sleep(1)
+        await service.ping()
+
+
+async def test_a_cancelled_caller_is_cancelled_at_once_and_leaves_nothing(proxied: Proxy) -> None:
+    async with opened(proxied.url, timeout_seconds=30) as database:
+        await database.execute_at_once("SELECT 1", {})
+        proxied.black_hole()
+        call = asyncio.create_task(database.execute_at_once("SELECT 1", {}))
+        await asyncio.sleep(0.1)
+        call.cancel()
+        with within(0.5), pytest.raises(asyncio.CancelledError):
+            await call
+        proxied.resume()
+        await database.execute_at_once("SELECT 1", {})
+        assert not tasks()
+
+
+async def test_closing_does_not_wait_for_a_dead_network(proxied: Proxy) -> None:
+    database = Database(proxied.url, timeout_seconds=30)
+    calls = [database.execute_at_once("SELECT pg_sleep(0.1)", {}) for _ in range(5)]
+    await asyncio.gather(*calls)
+    hung = asyncio.create_task(database.execute_at_once("SELECT pg_sleep(60)", {}))
+    await asyncio.sleep(0.1)
+    proxied.black_hole()
+    with within(4):
+        await database.close()
+        with pytest.raises(QueueUnavailable):
+            await hung
+
+
+async def test_a_transaction_that_its_caller_holds_too_long_is_ended(
+    fresh_postgresql_url: str,
+) -> None:
+    async with opened(fresh_postgresql_url) as database:
+        with within(SHORT + 0.8), pytest.raises(QueueUnavailable):
+            async with database.transaction() as connection:
+                await connection.execute(text("LOCK TABLE job"))
+                await asyncio.sleep(SHORT + 0.2)
+                await connection.execute(text("SELECT 1"))
+
+
+async def test_the_pool_is_waited_for_no_longer_than_the_deadline(
+    fresh_postgresql_url: str,
+) -> None:
+    async with opened(fresh_postgresql_url, pool_size=2) as database:
+        async with database.reading(), database.reading():
+            with within(SHORT + 0.5), pytest.raises(QueueUnavailable) as refused:
+                await database.execute_at_once("SELECT 1", {})
+        assert "JOBS_DATABASE_POOL_SIZE" in refused.value.reason
+        await database.execute_at_once("SELECT 1", {})
+
+
+async def test_sessions_have_timeouts_keepalive_and_read_committed(proxied: Proxy) -> None:
+    async with opened(proxied.url, timeout_seconds=10) as database:
+        rows = await database.execute_at_once(
+            "SELECT name, setting FROM pg_settings WHERE name = ANY(CAST(:names AS text[]))",
+            {
+                "names": [
+                    "default_transaction_isolation", "jit", "statement_timeout", "lock_timeout",
+                    "idle_in_transaction_session_timeout",
+                ]
+            },
+        )  # fmt: skip
+        assert {row.name: row.setting for row in rows} == {
+            "default_transaction_isolation": "read committed",
+            "jit": "off",
+            "statement_timeout": "9000",
+            "lock_timeout": "8000",
+            "idle_in_transaction_session_timeout": "10000",
+        }
+
+
+@pytest.mark.parametrize("uvloop", [False, True], ids=["asyncio", "uvloop"])
+def test_tcp_connections_have_keepalive(proxied: Proxy, uvloop: bool) -> None:
+    from uvloop import new_event_loop
+
+    async def run() -> list[str]:
+        async with opened(proxied.url) as database:
+            await database.execute_at_once("SELECT 1", {})
+            # The last column of an established connection's timer: 2 is keepalive.
+            port = f"{proxied.port:04X}"
+            table = Path("/proc/net/tcp").read_text("utf-8")
+            rows = [line.split() for line in table.splitlines()]
+            return [row[5] for row in rows if row[2].endswith(":" + port) and row[3] == "01"]
+
+    with asyncio.Runner(loop_factory=new_event_loop if uvloop else None) as runner:
+        assert [timer[:2] for timer in runner.run(run())] == ["02"]
+
+
+# LISTEN
+
+
+async def test_the_listener_notices_a_dead_connection_and_hears_again(proxied: Proxy) -> None:
+    gaps: list[float] = []
+    heard: list[str] = []
+    async with opened(proxied.url) as database:
+        listening = asyncio.create_task(
+            database.listen(heard.append, lambda: gaps.append(time.monotonic()))
+        )
+        await until(lambda: len(gaps) == 1)
+        proxied.black_hole()
+        await asyncio.sleep(SHORT)
+        proxied.resume()
+        await until(lambda: len(gaps) == 2, 4 * SHORT + 1)
+        async with opened(proxied.url) as other, other.transaction() as connection:
+            await other.notify(connection, "hello")
+        await until(lambda: heard == ["hello"])
+        listening.cancel()
+        with pytest.raises(asyncio.CancelledError), within(1):
+            await listening
+
+
+async def test_two_schemas_of_one_database_do_not_hear_each_other(
+    fresh_postgresql_url: str,
+) -> None:
+    other_url = fresh_postgresql_url + (
+        ("&" if "?" in fresh_postgresql_url else "?") + "options=-csearch_path%3Dother"
+    )
+    heard: list[str] = []
+    gaps: list[int] = []
+    async with opened(fresh_postgresql_url) as database:
+        async with database.reading() as connection:
+            await connection.execute(text("CREATE SCHEMA other"))
+            await connection.execute(text("CREATE TABLE other.job (LIKE public.job)"))
+        listening = asyncio.create_task(database.listen(heard.append, lambda: gaps.append(1)))
+        await until(lambda: gaps)
+        async with opened(other_url) as other, other.transaction() as connection:
+            await other.notify(connection, "not for you")
+        async with database.transaction() as connection:
+            await database.notify(connection, "for you")
+        await until(lambda: heard)
+        assert heard == ["for you"]
+        listening.cancel()
+        await asyncio.wait({listening})
+
+
+# Retries
+
+
+async def deadlock(database: Database, *, retried: bool) -> list[Any]:
+    """Two transactions that take two rows in opposite order."""
+    both = [asyncio.Event(), asyncio.Event()]
+
+    async def take(mine: int) -> str:
+        async def work(connection: Any) -> str:
+            await connection.execute(
+                text("UPDATE job_type_state SET worker_seen_at = now() WHERE type = :t"),
+                {"t": str(mine)},
+            )
+            both[mine].set()
+            await both[1 - mine].wait()
+            await connection.execute(
+                text("UPDATE job_type_state SET worker_seen_at = now() WHERE type = :t"),
+                {"t": str(1 - mine)},
+            )
+            return "done"
+
+        if retried:
+            return await database.retrying(work)
+        async with database.transaction() as connection:
+            return await work(connection)
+
+    return await asyncio.gather(take(0), take(1), return_exceptions=True)
+
+
+@pytest.mark.parametrize("retried", [True, False])
+async def test_deadlocks_are_run_again_and_never_reach_the_caller_raw(
+    fresh_postgresql_url: str, retried: bool
+) -> None:
+    async with opened(fresh_postgresql_url, timeout_seconds=10) as database:
+        await database.execute_at_once("INSERT INTO job_type_state VALUES ('0'), ('1')", {})
+        results = await deadlock(database, retried=retried)
+    if retried:
+        assert results == ["done", "done"]
+    else:
+        (victim,) = [result for result in results if result != "done"]
+        assert isinstance(victim, QueueUnavailable)
+        assert "40P01" in victim.reason
+
+
+async def test_a_statement_survives_serialization_failures(fresh_postgresql_url: str) -> None:
+    run_again = """
+        CREATE SEQUENCE tries;
+        CREATE FUNCTION fails_twice() RETURNS int LANGUAGE plpgsql AS $$
+        BEGIN
+            IF nextval('tries') < 3 THEN RAISE EXCEPTION 'again' USING ERRCODE = '40001'; END IF;
+            RETURN 7;
+        END $$"""
+    async with opened(fresh_postgresql_url) as database:
+        for sql in run_again.split(";\n        CREATE F"):
+            async with database.transaction() as connection:
+                whole = sql if "SEQUENCE" in sql else "CREATE F" + sql
+                await connection.exec_driver_sql(whole)
+        ((answer,),) = await database.execute_at_once("SELECT fails_twice()", {})
+        assert answer == 7
+
+
+async def test_a_statement_that_always_fails_is_given_up(fresh_postgresql_url: str) -> None:
+    function = """CREATE FUNCTION fails() RETURNS int LANGUAGE plpgsql AS
+        $$ BEGIN RAISE EXCEPTION 'again' USING ERRCODE = '40001'; END $$"""
+    async with opened(fresh_postgresql_url, timeout_seconds=10) as database:
+        async with database.transaction() as connection:
+            await connection.exec_driver_sql(function)
+        with within(3), pytest.raises(QueueUnavailable) as refused:
+            await database.execute_at_once("SELECT fails()", {})
+        assert refused.value.kind == "busy"
+
+
+async def test_a_column_that_a_migration_adds_does_not_break_prepared_statements(
+    fresh_postgresql_url: str,
+) -> None:
+    async with opened(fresh_postgresql_url, pool_size=2) as database:
+        await database.execute_at_once("SELECT * FROM job_type_state", {})
+        await asyncio.to_thread(
+            run_sql, fresh_postgresql_url, "ALTER TABLE job_type_state ADD COLUMN more int"
+        )
+        await database.execute_at_once("INSERT INTO job_type_state (type) VALUES ('x')", {})
+        (row,) = await database.execute_at_once("SELECT * FROM job_type_state", {})
+        assert row.more is None
+
+
+# What errors become
+
+
+async def test_locks_and_slow_statements_are_given_up_by_the_server(
+    fresh_postgresql_url: str,
+) -> None:
+    async with (
+        opened(fresh_postgresql_url, timeout_seconds=3) as database,
+        opened(fresh_postgresql_url, timeout_seconds=30) as holder,
+    ):
+        await database.execute_at_once("SELECT 1", {})
+        with within(3), pytest.raises(QueueUnavailable) as slow:
+            await database.execute_at_once("SELECT pg_sleep(60)", {})
+        assert "57014" in slow.value.reason
+        async with holder.transaction() as connection:
+            await connection.execute(text("LOCK TABLE job"))
+            with within(3), pytest.raises(QueueUnavailable) as locked:
+                await database.execute_at_once("UPDATE job SET priority = 1", {})
+        assert "55P03" in locked.value.reason
+        assert {slow.value.kind, locked.value.kind} == {"timeout"}
+
+
+@pytest.mark.parametrize(
+    ("sql", "kind", "named"),
+    [
+        ("DROP TABLE job_count", "schema_outdated", "job_count"),
+        ("ALTER TABLE job RENAME COLUMN payload TO content", "schema_outdated", "payload"),
+        ("DROP TABLE job CASCADE", "schema_outdated", "job"),
+    ],
+)
+async def test_a_schema_that_does_not_fit_says_to_run_migrate(
+    database_url: str, registry: JobRegistry, sql: str, kind: str, named: str
+) -> None:
+    if database_url.startswith("sqlite"):
+        sql = sql.replace(" CASCADE", "")
+    await asyncio.to_thread(run_sql, database_url, sql)
+    async with opened(database_url) as database:
+        service = JobService(registry, database)
+        for call in (service.enqueue(PING), service.ping()):
+            with pytest.raises(QueueUnavailable) as refused:
+                await call
+            assert (refused.value.kind, named in refused.value.reason) == (kind, True)
+            assert "jobs migrate" in refused.value.reason
+
+
+@pytest.fixture
+def dml_only(fresh_postgresql_url: str) -> Iterator[str]:
+    """The database by the URL of a role that may use the tables, but not the sequences."""
+    role = f"dml_{time.monotonic_ns()}"
+    run_sql(
+        fresh_postgresql_url,
+        f"CREATE ROLE {role} LOGIN PASSWORD 'x'",
+        f"GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO {role}",
+    )
+    base, _, query = fresh_postgresql_url.partition("?")
+    yield f"postgresql://{role}:x@/{base.rsplit('/', 1)[1]}?{query}"
+    run_sql(fresh_postgresql_url, f"DROP OWNED BY {role}", f"DROP ROLE {role}")
+
+
+async def test_a_missing_grant_is_named(dml_only: str, registry: JobRegistry) -> None:
+    async with opened(dml_only) as database:
+        service = JobService(registry, database)
+        for call in (service.enqueue(PING), service.ping()):
+            with pytest.raises(QueueUnavailable) as refused:
+                await call
+            assert refused.value.kind == "permission_denied"
+            assert "sequence" in refused.value.reason
+            assert "job_count_id_seq" in refused.value.reason
+            assert "jobs migrate --grants" in refused.value.reason
+
+
+async def test_a_violated_constraint_is_the_statements_own_fault(database_url: str) -> None:
+    async with opened(database_url) as database:
+        with pytest.raises(sqlalchemy.exc.IntegrityError):
+            async with database.transaction() as connection:
+                insert = text("INSERT INTO job_type_state (type) VALUES ('x')")
+                await connection.execute(insert)
+                await connection.execute(insert)
+        with pytest.raises(sqlalchemy.exc.DBAPIError):
+            async with database.reading() as connection:
+                await connection.execute(text("SELECT FROM FROM"))
+
+
+async def test_a_callers_own_error_passes_through_a_transaction(database_url: str) -> None:
+    async with opened(database_url) as database:
+        with pytest.raises(OSError, match="mine"):
+            async with database.transaction() as connection:
+                await connection.execute(text("INSERT INTO job_type_state (type) VALUES ('x')"))
+                raise OSError("mine")
+        async with database.reading() as connection:
+            assert not (await connection.execute(text("SELECT * FROM job_type_state"))).all()
+
+
+@pytest.mark.parametrize("moment", [0.0, 0.001, 0.005, 0.02, 0.1])
+async def test_a_cancelled_transaction_raises_the_cancellation_and_leaves_no_trace(
+    database_url: str, moment: float
+) -> None:
+    async with opened(database_url, timeout_seconds=10) as database:
+
+        async def work(number: int) -> None:
+            async with database.transaction() as connection:
+                for turn in range(200):
+                    await connection.execute(
+                        text("INSERT INTO job_type_state (type) VALUES (:t)"),
+                        {"t": f"{number}-{turn}"},
+                    )
+                await asyncio.sleep(60)
+
+        for number in range(5):
+            call = asyncio.create_task(work(number))
+            await asyncio.sleep(moment)
+            call.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await call
+        async with database.transaction() as connection:
+            rows = await connection.execute(text("SELECT * FROM job_type_state"))
+            assert not rows.all()
+    gc.collect()
+    with suppress(StopIteration):
+        assert not tasks()
+
+
+# Readiness
+
+
+async def test_a_probe_leaves_no_trace_and_is_shared(
+    database_url: str, service: JobService
+) -> None:
+    await asyncio.gather(*(service.ping() for _ in range(50)))
+    assert (await service.counts()).get("readiness") is None
+    rows = await asyncio.to_thread(run_sql, database_url, "SELECT count(*) FROM job")
+    assert rows[0][0] == 0
+
+
+async def test_a_read_only_server_is_not_ready(
+    fresh_postgresql_url: str, registry: JobRegistry
+) -> None:
+    name = fresh_postgresql_url.partition("?")[0].rsplit("/", 1)[1]
+    await asyncio.to_thread(
+        run_sql,
+        fresh_postgresql_url,
+        f"ALTER DATABASE {name} SET default_transaction_read_only = on",
+    )
+    async with opened(fresh_postgresql_url) as database:
+        service = JobService(registry, database)
+        for call in (service.enqueue(PING), service.ping()):
+            with pytest.raises(QueueUnavailable) as refused:
+                await call
+            assert refused.value.kind == "read_only"

@@ -1,0 +1,184 @@
+"""Waiting for a lease: as many claims as there are jobs, and nothing for callers that have gone."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from api.queue.errors import QueueUnavailable
+from api.queue.models import JobStatus
+from api.queue.requests import EnqueueRequest
+from api.queue.service import JobService
+from api.queue.store import Claim, Claimed
+
+PING = EnqueueRequest("test.ping", {})
+
+
+class Claims:
+    """Counts the claims of a service, and may hold one up."""
+
+    def __init__(self, service: JobService, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.made = 0
+        self.entered = asyncio.Event()
+        self.go_on = asyncio.Event()
+        self.go_on.set()
+        self._claim = service._store.claim
+        monkeypatch.setattr(service._store, "claim", self.claim)
+
+    async def claim(self, claim: Claim) -> Claimed:
+        self.made += 1
+        claimed = await self._claim(claim)
+        self.entered.set()
+        await self.go_on.wait()
+        return claimed
+
+
+@pytest.fixture
+def claims(service: JobService, monkeypatch: pytest.MonkeyPatch) -> Claims:
+    return Claims(service, monkeypatch)
+
+
+async def polls(service: JobService, count: int, **options: Any) -> list[asyncio.Task[Any]]:
+    waiting = [
+        asyncio.create_task(
+            service.lease(["test.ping"], f"w{n}", **{"wait_seconds": 30.0, **options})
+        )
+        for n in range(count)
+    ]
+    await asyncio.sleep(0.2)
+    return waiting
+
+
+async def end(waiting: list[asyncio.Task[Any]]) -> None:
+    for task in waiting:
+        task.cancel()
+    await asyncio.wait(waiting)
+
+
+async def test_two_hundred_waiting_polls_make_a_claim_per_job_and_not_one_each(
+    service: JobService, claims: Claims
+) -> None:
+    waiting = await polls(service, 200)
+    idle = claims.made
+    assert idle <= 5
+
+    for _ in range(10):
+        await service.enqueue(PING)
+    async with asyncio.timeout(5):
+        while len([task for task in waiting if task.done()]) < 10:
+            await asyncio.sleep(0.01)
+
+    # A claim for each job, and at most one more after each that finds nothing left.
+    assert claims.made - idle <= 25
+    leased = [task.result()[0].job.id for task in waiting if task.done()]
+    assert len(set(leased)) == 10
+    await end([task for task in waiting if not task.done()])
+
+
+async def test_those_who_wait_longest_are_served_first(service: JobService) -> None:
+    first = await polls(service, 1)
+    second = await polls(service, 1)
+    await service.enqueue(PING)
+    assert (await asyncio.wait_for(first[0], 5))[0].job.status is JobStatus.RUNNING
+    assert not second[0].done()
+    await end(second)
+
+
+async def test_a_poll_that_waits_takes_a_job_without_a_noticeable_delay(
+    service: JobService,
+) -> None:
+    (waiting,) = await polls(service, 1)
+    started = asyncio.get_running_loop().time()
+    await service.enqueue(PING)
+    await waiting
+    assert asyncio.get_running_loop().time() - started < 1.0
+
+
+async def test_a_job_leased_for_a_caller_that_was_cancelled_goes_to_the_next_at_once(
+    service: JobService, claims: Claims
+) -> None:
+    # Given a claim that has just leased a job for a caller
+    job = (await service.enqueue(PING)).job
+    claims.go_on.clear()
+    (waiting,) = await polls(service, 1)
+    await claims.entered.wait()
+
+    # When the caller is cancelled before it hears of that
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    claims.go_on.set()
+
+    # I expect the job with another caller, and no attempt spent
+    (lease,) = await service.lease(["test.ping"], "other", wait_seconds=5)
+    assert (lease.job.id, lease.job.attempt) == (job.id, 1)
+
+
+async def test_a_wait_that_ends_during_a_claim_still_gets_what_was_leased_for_it(
+    service: JobService, claims: Claims
+) -> None:
+    await service.enqueue(PING)
+    claims.go_on.clear()
+    stop = asyncio.Event()
+    (waiting,) = await polls(service, 1, stop=stop)
+    await claims.entered.wait()
+    stop.set()
+    await asyncio.sleep(0.1)
+    claims.go_on.set()
+    assert len(await asyncio.wait_for(waiting, 5)) == 1
+
+
+async def test_a_wait_that_ends_during_a_claim_that_finds_nothing_ends_with_nothing(
+    service: JobService, claims: Claims
+) -> None:
+    claims.go_on.clear()
+    (waiting,) = await polls(service, 1, wait_seconds=0.3)
+    await claims.entered.wait()
+    await asyncio.sleep(0.4)
+    claims.go_on.set()
+    assert await asyncio.wait_for(waiting, 5) == []
+
+
+async def test_cancelled_waits_leave_no_task_behind(service: JobService) -> None:
+    before = asyncio.all_tasks()
+    for _ in range(20):
+        await end(await polls_at_once(service, 10))
+    async with asyncio.timeout(5):
+        while asyncio.all_tasks() - before:
+            await asyncio.sleep(0.05)
+
+
+async def polls_at_once(service: JobService, count: int) -> list[asyncio.Task[Any]]:
+    stop = asyncio.Event()
+    waiting = [
+        asyncio.create_task(service.lease(["test.ping"], "w", wait_seconds=30, stop=stop))
+        for _ in range(count)
+    ]
+    await asyncio.sleep(0)
+    return waiting
+
+
+async def test_everybody_in_line_hears_that_the_database_is_away(
+    service: JobService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting = await polls(service, 3)
+
+    async def away(_claim: Claim) -> Claimed:
+        raise QueueUnavailable("it is away")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(service._store, "claim", away)
+        await service.enqueue(PING)
+        results = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 10)
+    assert [type(result) for result in results] == [QueueUnavailable] * 3
+    # And a line formed anew works.
+    assert len(await service.lease(["test.ping"], "w", wait_seconds=5)) == 1
+
+
+async def test_the_end_of_the_process_sends_those_who_wait_away(service: JobService) -> None:
+    waiting = await polls(service, 3)
+    service.end_waits()
+    assert await asyncio.wait_for(asyncio.gather(*waiting), 5) == [[], [], []]
+    assert await service.lease(["test.ping"], "w", wait_seconds=30) == []

@@ -1,0 +1,211 @@
+"""What others hold locked in PostgreSQL delays what needs it, and nothing else.
+
+SQLite has one writer at a time and one lock for all, so these are about PostgreSQL alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+
+from api.queue.database import async_url
+from api.queue.models import JobError, JobStatus
+from api.queue.requests import EnqueueRequest
+from api.queue.service import Enqueued, JobService
+from tests.conftest import advance, run_sql
+from tests.queue.race_jobs import services
+from tests.queue.test_races import complete_all, fill, locked
+
+PROMPT_SECONDS = 1.5
+"""What nothing holds up takes some milliseconds; the machine of the tests does other work too."""
+
+BROKEN = JobError("broken", "It broke.")
+
+
+async def test_a_callers_open_transaction_that_holds_a_key_stops_no_other_enqueue(
+    fresh_postgresql_url: str,
+) -> None:
+    held = EnqueueRequest("race.free", {}, idempotency_key="held")
+    engine = create_async_engine(async_url(fresh_postgresql_url))
+    async with services(fresh_postgresql_url, 2) as (caller, other):
+        async with AsyncSession(engine) as session:
+            first = await caller.enqueue(held, session=session)
+            # This one has to wait for the caller's decision. Those behind it need not.
+            same_key = asyncio.create_task(other.enqueue(held))
+            await asyncio.sleep(0.2)
+            started = time.monotonic()
+            async with asyncio.timeout(20):
+                stored = await asyncio.gather(
+                    *(
+                        other.enqueue(
+                            EnqueueRequest(
+                                "race.free", {}, idempotency_key=f"k{n}" if n % 2 else None
+                            )
+                        )
+                        for n in range(20)
+                    )
+                )
+            assert time.monotonic() - started < PROMPT_SECONDS
+            assert len({each.job.id for each in stored}) == 20
+            assert not same_key.done()
+            await session.commit()
+        async with asyncio.timeout(10):
+            answered = await same_key
+        assert (answered.deduplicated, answered.job.id) == (True, first.job.id)
+    await engine.dispose()
+
+
+async def test_a_bulk_that_waits_for_a_key_stops_no_other_enqueue(
+    fresh_postgresql_url: str,
+) -> None:
+    held = EnqueueRequest("race.free", {}, idempotency_key="held")
+    engine = create_async_engine(async_url(fresh_postgresql_url))
+    async with services(fresh_postgresql_url, 2) as (caller, other):
+        async with AsyncSession(engine) as session:
+            await caller.enqueue(held, session=session)
+            bulk = asyncio.create_task(other.enqueue_many([held, EnqueueRequest("race.free", {})]))
+            await asyncio.sleep(0.2)
+            started = time.monotonic()
+            async with asyncio.timeout(20):
+                await asyncio.gather(
+                    *(other.enqueue(EnqueueRequest("race.free", {})) for _ in range(20))
+                )
+            assert time.monotonic() - started < PROMPT_SECONDS
+            await session.rollback()
+        async with asyncio.timeout(10):
+            results = await bulk
+        # The caller's job never was: the bulk's own has the key.
+        assert [isinstance(each, Enqueued) and each.deduplicated for each in results] == [
+            False, False,
+        ]  # fmt: skip
+    await engine.dispose()
+
+
+@pytest.mark.parametrize("how", ["complete", "fail", "release", "snooze"])
+async def test_a_locked_running_job_stops_nobody_elses_report(
+    fresh_postgresql_url: str, how: str
+) -> None:
+    async def report(service: JobService, token: str) -> object:
+        match how:
+            case "complete":
+                return await service.complete(token)
+            case "fail":
+                return await service.fail(token, BROKEN)
+            case "release":
+                return await service.release(token)
+        return await service.snooze(token, 1)
+
+    async with services(fresh_postgresql_url, 1) as (service,):
+        await fill(service, "race.free", 10)
+        leases = await service.lease(["race.free"], "w", limit=10)
+        held, rest = leases[4], leases[:4] + leases[5:]
+        lock = f"SELECT id FROM job WHERE id = '{held.job.id}' FOR UPDATE"
+        async with locked(fresh_postgresql_url, lock):
+            started = time.monotonic()
+            # All at once, so that they come together in one group.
+            reports = [asyncio.create_task(report(service, each.token)) for each in leases]
+            waiting = reports.pop(4)
+            async with asyncio.timeout(20):
+                await asyncio.gather(*reports)
+            assert time.monotonic() - started < PROMPT_SECONDS
+            assert not waiting.done()
+            started = time.monotonic()
+            await fill(service, "race.free", 1)
+            (late,) = await service.lease(["race.free"], "w")
+            await report(service, late.token)
+            assert time.monotonic() - started < PROMPT_SECONDS
+        async with asyncio.timeout(10):
+            await waiting
+        for lease in rest:
+            assert (await service.get(lease.job.id)).status is not JobStatus.RUNNING
+
+
+async def test_a_locked_running_job_stops_nobody_elses_heartbeat_or_cancellation(
+    fresh_postgresql_url: str,
+) -> None:
+    async with services(fresh_postgresql_url, 1) as (service,):
+        await fill(service, "race.free", 3)
+        held, beating, cancelled = await service.lease(["race.free"], "w", limit=3)
+        lock = f"SELECT id FROM job WHERE id = '{held.job.id}' FOR UPDATE"
+        async with locked(fresh_postgresql_url, lock):
+            waiting = asyncio.create_task(service.heartbeat(held.token))
+            await asyncio.sleep(0.1)
+            async with asyncio.timeout(PROMPT_SECONDS):
+                await service.heartbeat(beating.token, {"at": 1})
+                await service.cancel(cancelled.job.id)
+            assert not waiting.done()
+        async with asyncio.timeout(10):
+            assert (await waiting).job.id == held.job.id
+
+
+async def test_recovery_passes_over_a_lost_job_that_another_holds_locked(
+    fresh_postgresql_url: str,
+) -> None:
+    async with services(fresh_postgresql_url, 1) as (service,):
+        await fill(service, "race.free", 3)
+        held, *rest = await service.lease(["race.free"], "w", limit=3)
+        await advance(fresh_postgresql_url, 31)
+        lock = f"SELECT id FROM job WHERE id = '{held.job.id}' FOR UPDATE"
+        async with locked(fresh_postgresql_url, lock):
+            async with asyncio.timeout(PROMPT_SECONDS):
+                recovered = await service.recover()
+            assert {job.id for job in recovered} == {lease.job.id for lease in rest}
+            # Nor does it stop claims, which recover first.
+            await fill(service, "race.other", 1)
+            async with asyncio.timeout(PROMPT_SECONDS):
+                assert len(await service.lease(["race.other"], "w")) == 1
+        assert {job.id for job in await service.recover()} == {held.job.id}
+
+
+async def test_pruning_passes_over_a_job_that_another_holds_locked(
+    fresh_postgresql_url: str,
+) -> None:
+    async with services(fresh_postgresql_url, 1) as (service,):
+        await fill(service, "race.free", 10)
+        leases = await service.lease(["race.free"], "w", limit=10)
+        await complete_all(service, leases)
+        lock = f"SELECT id FROM job WHERE id = '{leases[0].job.id}' FOR UPDATE"
+        async with locked(fresh_postgresql_url, lock):
+            async with asyncio.timeout(PROMPT_SECONDS):
+                pruned = await service.prune(JobStatus.SUCCEEDED, keep_seconds=0, jobs=100)
+            assert pruned == 9
+            async with asyncio.timeout(PROMPT_SECONDS):
+                await service.tidy()
+        assert await service.prune(JobStatus.SUCCEEDED, keep_seconds=0, jobs=100) == 1
+
+
+async def test_counts_are_folded_past_rows_that_another_is_folding(
+    fresh_postgresql_url: str,
+) -> None:
+    async with services(fresh_postgresql_url, 1) as (service,):
+        for _ in range(5):
+            await fill(service, "race.free", 2)
+        lock = "SELECT id FROM job_count ORDER BY id LIMIT 2 FOR UPDATE"
+        async with locked(fresh_postgresql_url, lock), asyncio.timeout(PROMPT_SECONDS):
+            await service.tidy()
+        assert (await service.counts())["race.free"].queued == 10
+        rows = await asyncio.to_thread(
+            run_sql, fresh_postgresql_url, "SELECT jobs FROM job_count ORDER BY jobs"
+        )
+        # The two that were locked, and the sum of the others.
+        assert rows == [(2,), (2,), (6,)]
+
+
+async def test_a_limited_type_whose_row_is_locked_stops_no_claim_of_other_types(
+    fresh_postgresql_url: str,
+) -> None:
+    async with services(fresh_postgresql_url, 1) as (service,):
+        await service.lease(["race.free", "race.only_0"], "w")
+        await fill(service, "race.free", 1)
+        await fill(service, "race.only_0", 1)
+        lock = "SELECT type FROM job_type_state WHERE type = 'race.only_0' FOR UPDATE"
+        async with locked(fresh_postgresql_url, lock):
+            # Its own jobs have to wait; how long a claim waits for it is bounded.
+            async with asyncio.timeout(5):
+                leases = await service.lease(["race.free", "race.only_0"], "w", limit=2)
+            assert [lease.job.type for lease in leases] == ["race.free"]
+        (lease,) = await service.lease(["race.only_0"], "w", wait_seconds=5)
+        assert lease.job.type == "race.only_0"

@@ -1,0 +1,143 @@
+"""No statement of the queue is estimated so dear that PostgreSQL compiles it.
+
+From `jit_above_cost` (100,000) on, PostgreSQL with LLVM compiles a statement each time it runs,
+which takes 50 to 1,600 ms for what runs in one. Only the estimate counts, and an estimate depends
+on how many rows PostgreSQL believes there are. The plans come from `auto_explain` in the server's
+log, with those of statements inside functions, so this holds whatever the statements are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import Iterator
+from typing import Any, Final, NamedTuple
+
+import pytest
+
+from api.queue.models import JobError, JobStatus
+from api.queue.requests import EnqueueRequest
+from api.queue.service import JobFilter, JobService
+from registry import JobPolicy, JobRegistry, JobType
+from tests.conftest import run_sql
+from tests.postgresql_server import Server
+from tests.queue.race_jobs import Nap, services
+
+MAX_COST: Final = 10_000.0
+"""A tenth of `jit_above_cost`."""
+
+EXPLAIN_ALL: Final = (
+    "ALTER DATABASE {name} SET session_preload_libraries = 'auto_explain'",
+    "ALTER DATABASE {name} SET auto_explain.log_min_duration = 0",
+    "ALTER DATABASE {name} SET auto_explain.log_nested_statements = on",
+    "ALTER DATABASE {name} SET auto_explain.log_format = 'json'",
+)
+
+FILL: Final = """
+    INSERT INTO job (id, type, fingerprint, status, payload, priority, attempt, max_attempts,
+        timeout_seconds, backoff_base_seconds, backoff_cap_seconds, created_at, next_run_at,
+        finished_at)
+    SELECT gen_random_uuid(), 'plan.type_' || (n % {types}), 'f', status, '{{}}', 10 * (n % 7), 0,
+        3, 60, 1, 8, now(),
+        CASE status WHEN 'queued' THEN now() - (n % 100) * interval '1 minute' END,
+        CASE status WHEN 'succeeded' THEN now() END
+    FROM generate_series(1, {jobs}) AS n, (VALUES ('queued'), ('succeeded')) AS s (status)"""
+
+BROKEN = JobError("broken", "It broke.")
+
+
+def registry_of(types: int) -> JobRegistry:
+    """Types of which every second has a limit; a single one has one as well."""
+    return JobRegistry(
+        [
+            JobType(
+                name=f"plan.type_{n}",
+                payload=Nap,
+                policy=JobPolicy(max_attempts=100, concurrency_limit=None if n % 2 else 50),
+            )
+            for n in range(types)
+        ]
+    )
+
+
+class Plan(NamedTuple):
+    """What `auto_explain` says of one statement."""
+
+    statement: str
+    cost: float
+    compiled: bool
+
+
+def plans(log: str, database: str) -> Iterator[Plan]:
+    """The plans in a server's log, of the statements that ran in this database."""
+    entry = re.compile(
+        rf"^\S+ \S+ \S+ \[\d+\] {database} LOG:  duration: \S+ ms  plan:\n((?:\t.*\n)+)", re.M
+    )
+    for found in entry.finditer(log):
+        plan: dict[str, Any] = json.loads(found[1].replace("\n\t", "\n"), strict=False)
+        yield Plan(plan["Query Text"], plan["Plan"]["Total Cost"], "JIT" in plan)
+
+
+async def work(service: JobService, types: list[str]) -> None:
+    """Every operation that a busy queue runs, and each often enough for a generic plan."""
+    for turn in range(8):
+        name = types[turn % len(types)]
+        request = EnqueueRequest(name, {})
+        job = (await service.enqueue(request)).job
+        await service.enqueue(request._replace(idempotency_key=f"k{turn // 2}"))
+        await service.enqueue_many([request] * 20)
+        keyed = [request._replace(idempotency_key=f"b{turn}.{n}") for n in range(20)]
+        await service.enqueue_many(keyed)
+        await service.validate(request._replace(idempotency_key=f"k{turn}"))
+        leases = await service.lease(types, "w", limit=10)
+        leases += await service.lease(types, "w", limit=100)
+        assert len(leases) > 5
+        await service.heartbeat(leases[0].token, {"done": turn})
+        await asyncio.gather(*(service.complete(lease.token) for lease in leases[5:]))
+        await service.fail(leases[0].token, BROKEN)
+        await service.release(leases[1].token)
+        await service.snooze(leases[2].token, 30)
+        await service.recover()
+        await service.cancel(leases[3].job.id)
+        await service.fail(leases[3].token, BROKEN)
+        await service.retry(leases[3].job.id)
+        await service.get(job.id)
+        await service.attempts([each.job.id for each in leases])
+        await service.waiting_reason(job)
+        await service.counts()
+        await service.list_jobs(JobFilter(types=(name,)))
+        await service.list_jobs(JobFilter(statuses=(JobStatus.QUEUED, JobStatus.RUNNING)))
+        await service.list_jobs(JobFilter((name,), (JobStatus.SUCCEEDED,)), after=job.id)
+        await service.prune(JobStatus.SUCCEEDED, keep_seconds=3_600, jobs=100)
+        await service.tidy()
+
+
+@pytest.mark.parametrize("analyzed", [False, True], ids=["unanalyzed", "analyzed"])
+@pytest.mark.parametrize("jobs", [0, 1_000, pytest.param(500_000, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("types", [1, 100])
+async def test_no_statement_is_estimated_near_what_postgresql_compiles(
+    debian_server: Server, debian_url: str, types: int, jobs: int, analyzed: bool
+) -> None:
+    name = debian_url.rsplit("/", 1)[1]
+    # Each is as many queued jobs as finished ones: 1,000,000 rows at the most.
+    settings = [statement.format(name=name) for statement in EXPLAIN_ALL]
+    filling = [FILL.format(types=types, jobs=jobs)] + ["ANALYZE"] * analyzed
+    if not analyzed:
+        # Nor does autovacuum, halfway through.
+        filling.insert(0, "ALTER TABLE job SET (autovacuum_enabled = off)")
+    await asyncio.to_thread(run_sql, debian_url, *filling, *settings)
+    registry = registry_of(types)
+    start = debian_server.log.stat().st_size
+    async with services(debian_url, 1, registry) as (service,):
+        await work(service, list(registry))
+    with debian_server.log.open("rb") as stream:
+        stream.seek(start)
+        found = list(plans(stream.read().decode("utf-8", "replace"), name))
+    assert len(found) > 100
+    dear = {plan.statement: plan.cost for plan in found if plan.cost >= MAX_COST}
+    assert not dear, [
+        f"{cost:,.0f}: {' '.join(text.split())[:200]}"
+        for text, cost in sorted(dear.items(), key=lambda each: -each[1])
+    ]
+    assert not [plan for plan in found if plan.compiled]

@@ -1,0 +1,399 @@
+"""Claims that race: limits hold, nobody starves, nobody spins, and a frozen process stops nobody.
+
+Each race goes through `JobService`, with several databases' pools or several processes, while jobs
+arrive; it is judged by what the handlers logged and by the tables.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import event
+
+from api.queue.database import Database
+from api.queue.models import JobStatus
+from api.queue.requests import EnqueueRequest
+from api.queue.service import JobService, Lease
+from registry import JobPolicy, JobRegistry, JobType
+from tests.conftest import run_sql
+from tests.queue.race_jobs import ONLY, REGISTRY, Nap, most_at_once, read_log, services
+
+ROOT = Path(__file__).parent.parent.parent
+
+FIRST_DUE = """
+    SELECT id FROM job WHERE type = '{type}' AND status = 'queued'
+    ORDER BY priority DESC, next_run_at, id LIMIT {jobs} FOR UPDATE"""
+
+
+@contextmanager
+def processes(*commands: list[str], log: Path, **environment: str) -> Iterator[list[int]]:
+    """Runs Python processes, and ends them; gives their process ids."""
+    log.touch()
+    given = {
+        **os.environ,
+        "RACE_LOG": str(log),
+        "JOBS_LOG_LEVEL": "error",
+        "PYTHONPATH": str(ROOT),
+    } | environment
+    errors = log.with_suffix(".errors")
+    with errors.open("ab") as stream:
+        running = [
+            subprocess.Popen(
+                [sys.executable, "-m", *command], env=given, cwd=log.parent, stderr=stream
+            )
+            for command in commands
+        ]
+    try:
+        yield [process.pid for process in running]
+    finally:
+        for process in running:
+            if process.poll() is None:
+                process.send_signal(signal.SIGCONT)
+                process.kill()
+            process.wait()
+    assert not errors.read_text("utf-8"), errors.read_text("utf-8")[-4_000:]
+
+
+@asynccontextmanager
+async def locked(url: str, statement: str) -> AsyncIterator[None]:
+    """Another application's transaction, open and idle, that holds the rows of `statement`."""
+    database = Database(url)
+    try:
+        async with database.engine.connect() as connection:
+            await connection.exec_driver_sql(statement)
+            yield
+            await connection.rollback()
+    finally:
+        await database.close()
+
+
+async def fill(service: JobService, job_type: str, jobs: int, **options: Any) -> None:
+    request = EnqueueRequest(job_type, {}, **options)
+    for _ in range(0, jobs, 1_000):
+        await service.enqueue_many([request] * min(jobs, 1_000))
+
+
+async def complete_all(service: JobService, leases: list[Lease]) -> None:
+    await asyncio.gather(*(service.complete(lease.token) for lease in leases))
+
+
+async def test_types_of_limit_one_never_run_twice_at_once_while_jobs_arrive(
+    database_url: str, tmp_path: Path
+) -> None:
+    names = [job_type.name for job_type in ONLY]
+    handed = 0
+
+    async def arrive(service: JobService, until: float) -> None:
+        """A type that was empty a moment ago fills while the workers are claiming."""
+        nonlocal handed
+        while time.monotonic() < until:
+            await service.enqueue(EnqueueRequest(random.choice(names), {"milliseconds": 20}))
+            handed += 1
+            await asyncio.sleep(random.uniform(0, 0.1))
+
+    with processes(
+        *[["api.cli", "worker"]] * 4,
+        log=tmp_path / "race.log",
+        JOBS_DATABASE_URL=database_url,
+        JOBS_CATALOG="tests.queue.race_jobs",
+    ):
+        async with services(database_url, 5) as crowd:
+            await crowd[0].enqueue(EnqueueRequest("race.free", {}))
+            handed += 1
+            async with asyncio.timeout(30):
+                while (await crowd[0].counts())["race.free"].succeeded == 0:
+                    await asyncio.sleep(0.05)
+            until = time.monotonic() + 5
+            await asyncio.gather(*(arrive(service, until) for service in crowd))
+            async with asyncio.timeout(30):
+                while sum(c.succeeded for c in (await crowd[0].counts()).values()) < handed:
+                    await asyncio.sleep(0.05)
+    lines = read_log(tmp_path / "race.log")
+    assert len([line for line in lines if line.what == "start"]) == handed
+    assert {most for name, most in most_at_once(lines).items() if name in names} == {1}
+    # Nor do the tables know of two attempts of one job.
+    rows = await asyncio.to_thread(run_sql, database_url, "SELECT DISTINCT attempt FROM job")
+    assert rows == [(1,)]
+
+
+async def test_of_many_simultaneous_claims_each_gets_a_job(database_url: str) -> None:
+    async with services(database_url, 4) as crowd:
+        await fill(crowd[0], "race.free", 500)
+        claims = await asyncio.gather(
+            *(service.lease(["race.free"], f"w{place}") for place, service in enumerate(crowd * 10))
+        )
+    jobs = [lease.job.id for claim in claims for lease in claim]
+    assert len(jobs) == len(claims) == 40
+    assert len(set(jobs)) == 40
+
+
+@pytest.mark.parametrize("job_type", ["race.free", "race.roomy"])
+async def test_claims_of_one_job_each_are_hardly_ever_empty(
+    fresh_postgresql_url: str, job_type: str
+) -> None:
+    empty = worked = 0
+
+    async def work(service: JobService, name: str) -> None:
+        nonlocal empty, worked
+        while worked < 300:
+            leases = await service.lease([job_type], name)
+            worked += len(leases)
+            empty += not leases
+            await complete_all(service, leases)
+
+    async with services(fresh_postgresql_url, 4) as crowd:
+        # More than are taken: no claim is empty because the queue is.
+        await fill(crowd[0], job_type, 400)
+        async with asyncio.timeout(60):
+            await asyncio.gather(
+                *(work(service, f"w{place}") for place, service in enumerate(crowd * 2))
+            )
+    assert empty <= 3, f"{empty} empty claims beside {worked}"
+
+
+@pytest.mark.parametrize("job_type", ["race.free", "race.roomy"])
+async def test_jobs_that_others_hold_locked_do_not_starve_the_rest(
+    fresh_postgresql_url: str, job_type: str
+) -> None:
+    async with services(fresh_postgresql_url, 2) as (service, other):
+        await fill(service, job_type, 300)
+        async with locked(fresh_postgresql_url, FIRST_DUE.format(type=job_type, jobs=100)):
+            leased: list[Lease] = []
+            async with asyncio.timeout(10):
+                for each in itertools.islice(itertools.cycle((service, other)), 20):
+                    leased += await each.lease([job_type], "w", limit=10)
+            assert len({lease.job.id for lease in leased}) == 200
+        # What was locked is there once it is free.
+        rest = await service.lease([job_type], "w", limit=100)
+        assert len(rest) == 100
+
+
+async def test_a_locked_due_job_does_not_make_an_idle_worker_spin(
+    fresh_postgresql_url: str,
+) -> None:
+    database = Database(fresh_postgresql_url)
+    service = JobService(REGISTRY, database)
+    statements = 0
+
+    def count(*_: object) -> None:
+        nonlocal statements
+        statements += 1
+
+    async with service.events.hearing():
+        await service.lease(["race.free"], "w")
+        await fill(service, "race.free", 1)
+        async with locked(fresh_postgresql_url, FIRST_DUE.format(type="race.free", jobs=1)):
+            event.listen(database.engine.sync_engine, "before_cursor_execute", count)
+            assert await service.lease(["race.free"], "w", wait_seconds=3) == []
+            spent = statements
+        (lease,) = await service.lease(["race.free"], "w", wait_seconds=10)
+        assert lease.job.attempt == 1
+    await database.close()
+    # One look at the start, one at the end, and one or two a second between.
+    assert spent <= 30, f"{spent} statements in 3 s"
+
+
+@pytest.mark.parametrize("freezes", [20, pytest.param(100, marks=pytest.mark.soak)])
+async def test_a_process_frozen_in_mid_claim_stops_nobody_elses_claims(
+    fresh_postgresql_url: str, tmp_path: Path, freezes: int
+) -> None:
+    types = ["race.free", *(job_type.name for job_type in ONLY)]
+    command = ["tests.queue.race_jobs", fresh_postgresql_url, "--seconds", "600", "--limit", "20"]
+    async with services(fresh_postgresql_url, 1) as (service,):
+
+        async def arrive() -> None:
+            while True:
+                await service.enqueue_many([EnqueueRequest(name, {}) for name in types])
+                await asyncio.sleep(0.002)
+
+        arriving = asyncio.create_task(arrive())
+        with processes(command, log=tmp_path / "race.log") as (claimer,):
+            async with asyncio.timeout(20):
+                while not (tmp_path / "race.log").stat().st_size:
+                    await asyncio.sleep(0.02)
+            for _ in range(freezes):
+                await asyncio.sleep(random.uniform(0.01, 0.06))
+                os.kill(claimer, signal.SIGSTOP)
+                try:
+                    # Whatever the frozen process has leased keeps its place; the claim goes on.
+                    for name in types:
+                        async with asyncio.timeout(3):
+                            await complete_all(service, await service.lease([name], "w"))
+                    async with asyncio.timeout(3):
+                        free = await service.lease(types, "w", limit=5)
+                    await complete_all(service, free)
+                finally:
+                    os.kill(claimer, signal.SIGCONT)
+        arriving.cancel()
+
+
+async def test_keyed_bulks_that_overlap_never_fail_while_holders_of_keys_are_pruned(
+    database_url: str,
+) -> None:
+    stop = asyncio.Event()
+    failures: list[BaseException] = []
+
+    async def bulks(service: JobService, seed: int) -> None:
+        chance = random.Random(seed)
+        while not stop.is_set():
+            keys = chance.sample(range(60), 40)
+            requests = [EnqueueRequest("race.free", {}, idempotency_key=f"k{k}") for k in keys]
+            for result in await service.enqueue_many(requests):
+                assert not isinstance(result, Exception), result
+
+    async def finish(service: JobService) -> None:
+        while not stop.is_set():
+            leases = await service.lease(["race.free"], "w", limit=20)
+            await complete_all(service, leases)
+
+    async def retain(service: JobService) -> None:
+        while not stop.is_set():
+            await service.prune(JobStatus.SUCCEEDED, keep_seconds=0, jobs=50)
+
+    async with services(database_url, 5) as crowd:
+        work = [
+            bulks(crowd[0], 1), bulks(crowd[1], 2), finish(crowd[2]), retain(crowd[3]),
+            retain(crowd[4]),
+        ]  # fmt: skip
+        tasks = [asyncio.create_task(each) for each in work]
+        await asyncio.wait(tasks, timeout=6, return_when=asyncio.FIRST_EXCEPTION)
+        stop.set()
+        for result in await asyncio.gather(*tasks, return_exceptions=True):
+            if isinstance(result, BaseException):
+                failures.append(result)
+    assert not failures, failures[0]
+
+
+async def test_a_flood_of_one_type_does_not_hold_up_others_of_its_priority(
+    database_url: str,
+) -> None:
+    types = ["race.free", "race.other", "race.roomy"]
+    async with services(database_url, 1) as (service,):
+        await fill(service, "race.free", 1_000)
+        await fill(service, "race.other", 5)
+        await fill(service, "race.roomy", 5)
+        first = await service.lease(types, "w", limit=30)
+        # The turns of three types: ten each, and what two of them have not is the third's.
+        assert Counter(lease.job.type for lease in first) == {
+            "race.free": 20, "race.other": 5, "race.roomy": 5,
+        }  # fmt: skip
+        await fill(service, "race.other", 5)
+        singly = [lease for _ in range(20) for lease in await service.lease(types, "w")]
+        assert Counter(lease.job.type for lease in singly)["race.other"] >= 1
+
+
+async def test_within_a_type_the_oldest_goes_first_and_a_higher_priority_before_all(
+    database_url: str,
+) -> None:
+    types = ["race.free", "race.other"]
+    async with services(database_url, 1) as (service,):
+        await fill(service, "race.free", 50)
+        await fill(service, "race.other", 50)
+        stored = run_in_order(await asyncio.to_thread(run_sql, database_url, ORDER))
+        await fill(service, "race.other", 3, priority=51)
+        urgent = await service.lease(types, "w", limit=3)
+        assert {(lease.job.type, lease.job.priority) for lease in urgent} == {("race.other", 51)}
+        leased: dict[str, list[str]] = {name: [] for name in types}
+        for _ in range(10):
+            claim = await service.lease(types, "w", limit=8)
+            claim.sort(key=lambda lease: (lease.job.created_at, lease.job.id))
+            for lease in claim:
+                leased[lease.job.type].append(lease.job.id.hex)
+    for name in types:
+        assert leased[name] == stored[name][: len(leased[name])]
+        assert leased[name]
+
+
+ORDER = "SELECT type, id FROM job ORDER BY next_run_at, id"
+
+
+def run_in_order(rows: list[Any]) -> dict[str, list[str]]:
+    ordered: dict[str, list[str]] = {}
+    for job_type, job_id in rows:
+        ordered.setdefault(job_type, []).append(str(job_id).replace("-", ""))
+    return ordered
+
+
+@pytest.mark.parametrize("jobs", [5_000, pytest.param(30_000, marks=pytest.mark.soak)])
+async def test_a_snapshot_held_open_bounds_what_a_claim_reads(
+    fresh_postgresql_url: str, jobs: int, record_property: Any
+) -> None:
+    # The dead versions of every job that passes stay, as long as somebody may still read them.
+    hold = "BEGIN ISOLATION LEVEL REPEATABLE READ"
+    async with services(fresh_postgresql_url, 1) as (service,):
+        await fill(service, "race.free", 1_000)
+    before = await cost_of_a_claim(fresh_postgresql_url)
+    database = Database(fresh_postgresql_url)
+    async with database.reading() as connection:
+        await connection.exec_driver_sql(hold)
+        await connection.exec_driver_sql("SELECT count(*) FROM job")
+        async with services(fresh_postgresql_url, 1) as (service,):
+            for _ in range(jobs // 1_000):
+                await fill(service, "race.free", 1_000)
+                for _ in range(10):
+                    leases = await service.lease(["race.free"], "w", limit=100)
+                    await complete_all(service, leases)
+        after = await cost_of_a_claim(fresh_postgresql_url)
+        await connection.exec_driver_sql("ROLLBACK")
+    await database.close()
+    record_property("entries_and_ms_of_a_claim", [before, after])
+    # Ten times as much where 30,000 jobs passed, for tables that are larger; never each of them.
+    bound = 5 if jobs < 10_000 else 10
+    assert after[0] <= bound * before[0] + 50, (before, after)
+
+
+async def cost_of_a_claim(url: str) -> tuple[float, float]:
+    """How many index entries a claim of one job reads, and how many milliseconds it takes."""
+    claims = 20
+    read = "SELECT sum(idx_tup_read) FROM pg_stat_user_indexes WHERE relname = 'job'"
+    ((so_far,),) = await asyncio.to_thread(run_sql, url, read)
+    times = []
+    async with services(url, 1) as (service,):
+        for _ in range(claims):
+            started = time.perf_counter()
+            assert len(await service.lease(["race.free"], "w")) == 1
+            times.append((time.perf_counter() - started) * 1_000)
+    # A connection hands in what it has counted when it ends.
+    async with asyncio.timeout(10):
+        entries = -1
+        while (now := (await asyncio.to_thread(run_sql, url, read))[0][0]) != entries:
+            entries = now
+            await asyncio.sleep(0.3)
+    return float(entries - so_far) / claims, statistics.median(times)
+
+
+async def test_a_hundred_types_are_claimed_in_turn(database_url: str) -> None:
+    names = [f"race.many_{n}" for n in range(100)]
+    registry = JobRegistry(
+        [
+            JobType(
+                name=name,
+                payload=Nap,
+                policy=JobPolicy(concurrency_limit=1 if place % 2 else None),
+            )
+            for place, name in enumerate(names)
+        ]
+    )
+    async with services(database_url, 2, registry) as (service, other):
+        for name in names:
+            await fill(service, name, 3)
+        one, two = await asyncio.gather(
+            service.lease(names, "w1", limit=100), other.lease(names, "w2", limit=100)
+        )
+    taken = Counter(lease.job.type for lease in [*one, *two])
+    assert all(taken[name] <= 1 for name in names[1::2])
+    assert len(taken) == 100

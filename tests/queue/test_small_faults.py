@@ -1,0 +1,316 @@
+"""Rules that one dropped condition would break: each test notices one small fault of the core."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from api.queue.database import Database
+from api.queue.errors import EventsMissed, JobStateConflict, LeaseLost
+from api.queue.events import MAX_UNREAD_EVENTS, Subscription
+from api.queue.models import JobError, JobStatus
+from api.queue.requests import EnqueueRequest
+from api.queue.service import (
+    BehindInQueue,
+    ConcurrencyLimitReached,
+    JobService,
+    NoWorkerSeen,
+    ScheduledFor,
+)
+from registry import JobRegistry
+from tests.conftest import advance, run_sql
+
+BROKEN = JobError("broken", "It broke.")
+PING = EnqueueRequest("test.ping", {})
+
+REPORTS: dict[str, Callable[[JobService, str], Awaitable[object]]] = {
+    "heartbeat": lambda service, token: service.heartbeat(token, {"from": "an intruder"}),
+    "complete": lambda service, token: service.complete(token, {"from": "an intruder"}),
+    "fail": lambda service, token: service.fail(token, BROKEN),
+    "release": lambda service, token: service.release(token),
+    "snooze": lambda service, token: service.snooze(token, 10),
+    "time_out": lambda service, token: service.time_out(token),
+    "stop": lambda service, token: service.stop(token, BROKEN),
+}
+
+every_report = pytest.mark.parametrize("report", REPORTS.values(), ids=REPORTS)
+
+
+@every_report
+async def test_a_token_with_another_secret_is_refused_and_changes_nothing(
+    service: JobService, database_url: str, report: Callable[[JobService, str], Awaitable[object]]
+) -> None:
+    await service.enqueue(PING)
+    (lease,) = await service.lease(["test.ping"], "w")
+    before = await asyncio.to_thread(run_sql, database_url, "SELECT * FROM job")
+    # A token names its job, whose id everybody may know, and proves it by the rest.
+    forged = lease.token[:32] + secrets.token_hex(16)
+    with pytest.raises(LeaseLost):
+        await report(service, forged)
+    assert await asyncio.to_thread(run_sql, database_url, "SELECT * FROM job") == before
+    assert (await service.complete(lease.token)).status is JobStatus.SUCCEEDED
+
+
+@every_report
+async def test_a_former_attempts_token_cannot_touch_the_attempt_that_runs_now(
+    service: JobService, database_url: str, report: Callable[[JobService, str], Awaitable[object]]
+) -> None:
+    await service.enqueue(PING)
+    (first,) = await service.lease(["test.ping"], "w1")
+    await service.release(first.token)
+    (second,) = await service.lease(["test.ping"], "w2")
+    before = await asyncio.to_thread(run_sql, database_url, "SELECT * FROM job")
+    with pytest.raises(LeaseLost):
+        await report(service, first.token)
+    assert await asyncio.to_thread(run_sql, database_url, "SELECT * FROM job") == before
+    assert (await service.complete(second.token)).status is JobStatus.SUCCEEDED
+
+
+@every_report
+async def test_a_lease_that_ran_out_is_lost_before_anybody_recovers_it(
+    service: JobService, database_url: str, report: Callable[[JobService, str], Awaitable[object]]
+) -> None:
+    await service.enqueue(PING)
+    (lease,) = await service.lease(["test.ping"], "w")
+    await advance(database_url, 31)
+    with pytest.raises(LeaseLost):
+        await report(service, lease.token)
+    job = await service.get(lease.job.id)
+    assert (job.status, job.progress) == (JobStatus.RUNNING, None)
+
+
+async def test_a_lease_that_holds_is_not_recovered(service: JobService, database_url: str) -> None:
+    await service.enqueue_many([PING, PING])
+    (kept,) = await service.lease(["test.ping"], "w1")
+    await advance(database_url, 20)
+    await service.heartbeat(kept.token)
+    (other,) = await service.lease(["test.ping"], "w2")
+    await advance(database_url, 29)
+    assert await service.recover() == []
+    assert await service.lease(["test.ping"], "w3") == []
+    await service.complete(kept.token)
+    await service.complete(other.token)
+
+
+async def test_an_enqueue_whose_caller_is_cancelled_leaves_those_beside_it_answered(
+    service: JobService,
+) -> None:
+    for cancelled_places in ({0}, {3}, {0, 4, 9}, set(range(9))):
+        calls = [asyncio.create_task(service.enqueue(PING)) for _ in range(10)]
+        # Once with the group still waiting, and once with its commit under way.
+        await asyncio.sleep(0 if 3 in cancelled_places else 0.001)
+        for place in cancelled_places:
+            calls[place].cancel()
+        async with asyncio.timeout(10):
+            results = await asyncio.gather(*calls, return_exceptions=True)
+        for place, result in enumerate(results):
+            if place not in cancelled_places:
+                assert not isinstance(result, BaseException), result
+                assert (await service.get(result.job.id)).status is JobStatus.QUEUED
+        # Nor does the next group hang.
+        async with asyncio.timeout(10):
+            await service.enqueue(PING)
+
+
+async def test_a_report_whose_caller_is_cancelled_leaves_those_beside_it_answered(
+    service: JobService,
+) -> None:
+    await service.enqueue_many([PING] * 10)
+    leases = await service.lease(["test.ping"], "w", limit=10)
+    calls = [asyncio.create_task(service.complete(lease.token)) for lease in leases]
+    await asyncio.sleep(0.001)
+    for place in (0, 5):
+        calls[place].cancel()
+    async with asyncio.timeout(10):
+        results = await asyncio.gather(*calls, return_exceptions=True)
+    answered = [result for place, result in enumerate(results) if place not in (0, 5)]
+    assert all(not isinstance(result, BaseException) for result in answered), answered
+    # Sent again, the others' are answered as well, whether or not they had been written.
+    for place in (0, 5):
+        assert (await service.complete(leases[place].token)).status is JobStatus.SUCCEEDED
+
+
+async def test_a_retried_job_is_not_marked_as_cancelled_any_more(service: JobService) -> None:
+    job = (await service.enqueue(PING)).job
+    (lease,) = await service.lease(["test.ping"], "w")
+    assert (await service.cancel(job.id)).cancel_requested_at is not None
+    assert (await service.heartbeat(lease.token)).cancel_requested
+    assert (await service.fail(lease.token, BROKEN)).status is JobStatus.CANCELLED
+
+    retried = await service.retry(job.id)
+    assert (retried.status, retried.cancel_requested_at) == (JobStatus.QUEUED, None)
+    (again,) = await service.lease(["test.ping"], "w")
+    assert again.job.cancel_requested_at is None
+    assert not (await service.heartbeat(again.token)).cancel_requested
+    # Its failure is a failure, and no late answer to the cancellation of before.
+    assert (await service.fail(again.token, BROKEN)).status is JobStatus.QUEUED
+
+
+async def test_a_job_that_was_cancelled_while_queued_and_retried_runs_like_any_other(
+    service: JobService,
+) -> None:
+    job = (await service.enqueue(PING)).job
+    cancelled = await service.cancel(job.id)
+    assert (cancelled.status, cancelled.next_run_at) == (JobStatus.CANCELLED, None)
+    assert await service.lease(["test.ping"], "w") == []
+    with pytest.raises(JobStateConflict):
+        await service.cancel(job.id)
+    await service.retry(job.id)
+    (lease,) = await service.lease(["test.ping"], "w")
+    assert not (await service.heartbeat(lease.token)).cancel_requested
+    done = await service.complete(lease.token)
+    assert (done.status, done.cancel_requested_at) == (JobStatus.SUCCEEDED, None)
+
+
+@pytest.mark.parametrize("ending", ["fail", "release", "snooze", "lost"])
+async def test_a_new_attempt_does_not_show_the_progress_of_the_former(
+    service: JobService, database_url: str, ending: str
+) -> None:
+    job = (await service.enqueue(PING)).job
+    (lease,) = await service.lease(["test.ping"], "w")
+    await service.heartbeat(lease.token, {"done": 0.5})
+    # A heartbeat without progress leaves it as it is.
+    await service.heartbeat(lease.token)
+    assert (await service.get(job.id)).progress == {"done": 0.5}
+    match ending:
+        case "fail":
+            await service.fail(lease.token, BROKEN, retry_after_seconds=0)
+        case "release":
+            await service.release(lease.token)
+        case "snooze":
+            await service.snooze(lease.token, 0)
+        case "lost":
+            await advance(database_url, 31)
+            await service.recover()
+            await advance(database_url, 10)
+    (again,) = await service.lease(["test.ping"], "w")
+    assert again.job.progress is None
+    assert (await service.get(job.id)).progress is None
+
+
+async def test_waiting_for_its_time_comes_before_every_other_reason(
+    service: JobService, database_url: str
+) -> None:
+    job = (await service.enqueue(PING)).job
+    (lease,) = await service.lease(["test.ping"], "w")
+    later = await service.snooze(lease.token, 100)
+    assert later.next_run_at is not None
+    assert await service.waiting_reason(later) == ScheduledFor(later.next_run_at)
+    await advance(database_url, 101)
+    due = await service.get(job.id)
+    assert isinstance(await service.waiting_reason(due), NoWorkerSeen)
+
+
+async def test_waiting_for_room_is_told_with_the_limit_and_what_runs(service: JobService) -> None:
+    limited = EnqueueRequest("test.limited", {})
+    jobs = [(await service.enqueue(limited)).job for _ in range(3)]
+    leases = await service.lease(["test.limited"], "w", limit=2)
+    assert await service.waiting_reason(jobs[2]) == ConcurrencyLimitReached(2, 2)
+    await service.complete(leases[0].token)
+    # There is room again, and a worker that works this type.
+    assert await service.waiting_reason(jobs[2]) == BehindInQueue(0)
+
+
+async def test_waiting_for_a_worker_says_how_long_ago_one_was_seen(
+    service: JobService, database_url: str
+) -> None:
+    job = (await service.enqueue(PING)).job
+    assert await service.waiting_reason(job) == NoWorkerSeen(None)
+    # A worker for another type is none for this one.
+    await service.lease(["test.pong"], "w")
+    assert await service.waiting_reason(job) == NoWorkerSeen(None)
+    (lease,) = await service.lease(["test.ping"], "w")
+    job = await service.release(lease.token)
+    assert await service.waiting_reason(job) == BehindInQueue(0)
+    await advance(database_url, 59)
+    assert await service.waiting_reason(job) == BehindInQueue(0)
+    await advance(database_url, 10)
+    reason = await service.waiting_reason(job)
+    assert isinstance(reason, NoWorkerSeen)
+    assert reason.last_seen_seconds_ago is not None
+    assert 69 <= reason.last_seen_seconds_ago < 80
+
+
+async def test_waiting_behind_others_counts_those_due_before_it(service: JobService) -> None:
+    first, second = (await service.enqueue(PING)).job, (await service.enqueue(PING)).job
+    high = (await service.enqueue(PING._replace(priority=90))).job
+    low = (await service.enqueue(PING._replace(priority=10))).job
+    # Neither another type nor what is not due goes before.
+    await service.enqueue(EnqueueRequest("test.pong", {}, priority=99))
+    soon = first.created_at.replace(year=first.created_at.year + 1)
+    await service.enqueue(PING._replace(schedule_at=soon, priority=99))
+    await service.show_worker(["test.ping"])
+    reasons = [await service.waiting_reason(job) for job in (high, first, second, low)]
+    assert reasons == [BehindInQueue(0), BehindInQueue(1), BehindInQueue(2), BehindInQueue(3)]
+
+
+async def test_a_job_that_does_not_wait_has_no_reason(service: JobService) -> None:
+    job = (await service.enqueue(PING)).job
+    (lease,) = await service.lease(["test.ping"], "w")
+    assert await service.waiting_reason(await service.get(job.id)) is None
+    await service.complete(lease.token)
+    assert await service.waiting_reason(await service.get(job.id)) is None
+
+
+async def test_a_subscriber_that_missed_events_is_told_after_those_it_has(
+    service: JobService,
+) -> None:
+    with service.events.subscribe() as slow, service.events.subscribe() as quick:
+        heard = asyncio.create_task(_count(quick, MAX_UNREAD_EVENTS + 200))
+        for _ in range(6):
+            await service.enqueue_many([PING] * 200)
+            await asyncio.sleep(0)
+        async with asyncio.timeout(10):
+            assert await heard == MAX_UNREAD_EVENTS + 200
+            # What it holds it still gives, in full.
+            assert await _count(slow, MAX_UNREAD_EVENTS) == MAX_UNREAD_EVENTS
+            with pytest.raises(EventsMissed):
+                await _count(slow, 1)
+
+
+async def _count(subscription: Subscription, wanted: int) -> int:
+    seen = 0
+    async for _ in subscription:
+        seen += 1
+        if seen == wanted:
+            break
+    return seen
+
+
+async def test_events_of_another_process_that_were_deleted_unread_are_missed_and_said_so(
+    service: JobService, registry: JobRegistry, database_url: str
+) -> None:
+    # A batch too large for a notification is kept in a table, and only its number is told.
+    sqlite = database_url.startswith("sqlite")
+    database = Database(database_url)
+    other = JobService(registry, database)
+    with service.events.subscribe() as subscription:
+        delete = DELETE_EVERY_BATCH["sqlite" if sqlite else "postgresql"]
+        await asyncio.to_thread(run_sql, database_url, *delete)
+        await other.enqueue_many([PING] * 300)
+        stop = "DROP TRIGGER forget" + ("" if sqlite else " ON job_event_batch")
+        await asyncio.to_thread(run_sql, database_url, stop)
+        # On SQLite it is the next batch that shows the gap.
+        await other.enqueue(PING)
+        async with asyncio.timeout(10):
+            with pytest.raises(EventsMissed):
+                await _count(subscription, 1_000)
+    await database.close()
+
+
+DELETE_EVERY_BATCH = {
+    "sqlite": [
+        "CREATE TRIGGER forget AFTER INSERT ON job_event_batch"
+        " BEGIN DELETE FROM job_event_batch WHERE id = NEW.id; END"
+    ],
+    "postgresql": [
+        "CREATE FUNCTION forget() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$ BEGIN DELETE FROM job_event_batch; RETURN NULL; END $$",
+        "CREATE TRIGGER forget AFTER INSERT ON job_event_batch"
+        " FOR EACH STATEMENT EXECUTE FUNCTION forget()",
+    ],
+}
+"""Statements after which every kept batch is deleted as soon as it is there."""

@@ -1,0 +1,60 @@
+"""The house of each test: a fresh database, a service on it, and one job type."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import structlog
+
+from api.queue.database import Database
+from api.queue.service import JobService
+from api.worker import attempt, lease_keeper, loop, processes
+from registry import Backoff, JobPolicy, JobRegistry, JobType
+from tests.worker.house import House, Text
+
+
+@pytest.fixture
+def lease_seconds() -> float:
+    """The default lease. A test about leases overrides it by its parameter of this name."""
+    return 30.0
+
+
+@pytest.fixture
+def timeout_seconds() -> int:
+    """How long an attempt may take. A test about timeouts overrides it by its parameter."""
+    return 60
+
+
+@pytest.fixture
+def lines(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The lines that the worker and its handlers log, as data."""
+    capture = structlog.testing.LogCapture()
+    structlog.configure(
+        processors=[structlog.contextvars.merge_contextvars, capture],
+        wrapper_class=structlog.make_filtering_bound_logger(0),
+        cache_logger_on_first_use=False,
+    )
+    for module in (attempt, lease_keeper, loop, processes):
+        # Their loggers keep the configuration that they were first used with.
+        monkeypatch.setattr(module, "log", structlog.get_logger())
+    return capture.entries  # type: ignore[return-value]
+
+
+@pytest.fixture
+async def house(
+    database_url: str, lease_seconds: float, timeout_seconds: int
+) -> AsyncIterator[House]:
+    backoff = Backoff(base_seconds=0.05, cap_seconds=0.1)
+    job_type = JobType(
+        name="work",
+        payload=Text,
+        policy=JobPolicy(max_attempts=3, timeout_seconds=timeout_seconds, backoff=backoff),
+    )
+    remote = JobType(name="remote", payload=Text)
+    database = Database(database_url)
+    service = JobService(JobRegistry([job_type, remote]), database, lease_seconds=lease_seconds)
+    async with service.events.hearing():
+        yield House(service, database_url, job_type)
+    await database.close()

@@ -1,0 +1,63 @@
+"""A service with one job type, `work`, whose handler each test defines, and workers for it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from api.queue.models import JobRecord, JobStatus
+from api.queue.requests import EnqueueRequest
+from api.queue.service import JobService
+from api.worker import Worker
+from registry import JobType, Payload
+
+
+class Text(Payload):
+    text: str = ""
+
+
+@dataclass
+class House:
+    """A service with one job type, `work`, and what its handler does."""
+
+    service: JobService
+    database_url: str
+    job_type: JobType[Text]
+    ran: list[str] = field(default_factory=list)
+
+    async def enqueue(self, text: str = "", **options: Any) -> JobRecord:
+        request = EnqueueRequest("work", {"text": text}, **options)
+        return (await self.service.enqueue(request)).job
+
+    @asynccontextmanager
+    async def working(self, **options: Any) -> AsyncIterator[Worker]:
+        given = {"concurrency": 4, "assets": "assets", "shutdown_seconds": 5.0, **options}
+        worker = Worker(self.service, **given)
+        task = asyncio.create_task(worker.run())
+        try:
+            yield worker
+        finally:
+            worker.stop()
+            await asyncio.wait_for(task, 20)
+
+    async def until(self, job: JobRecord, *statuses: JobStatus) -> JobRecord:
+        async with asyncio.timeout(15):
+            while (now := await self.service.get(job.id)).status not in statuses:
+                await asyncio.sleep(0.01)
+        return now
+
+    async def run(self, text: str = "", **options: Any) -> JobRecord:
+        """One job of this text, run to its end."""
+        async with self.working():
+            return await self.until(
+                await self.enqueue(text, **options),
+                JobStatus.SUCCEEDED,
+                JobStatus.FAILED,
+                JobStatus.CANCELLED,
+            )
+
+    async def outcomes(self, job: JobRecord) -> list[str | None]:
+        return [attempt.outcome for attempt in (await self.service.attempts([job.id]))[job.id]]

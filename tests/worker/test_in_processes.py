@@ -1,0 +1,263 @@
+"""Handlers in processes of their own: what they can, how they are ended, and what a crash costs."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import statistics
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from api.queue.database import Database
+from api.queue.models import JobRecord, JobStatus
+from api.queue.requests import EnqueueRequest
+from api.queue.service import JobService
+from api.worker import Worker
+from registry import DefinitionError, JobPolicy, JobRegistry, JobType, Payload, WorkerExtension
+from tests.worker import crowd
+
+ENDED = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED)
+
+
+@dataclass
+class Crowd:
+    """A worker of the job types of `crowd`."""
+
+    service: JobService
+    worker: Worker
+
+    async def enqueue(self, act: str, argument: str = "", kind: str = "crowd") -> JobRecord:
+        payload = {"act": act, "argument": argument}
+        return (await self.service.enqueue(EnqueueRequest(kind, payload))).job
+
+    async def until(self, job: JobRecord, *statuses: JobStatus) -> JobRecord:
+        async with asyncio.timeout(30):
+            while (now := await self.service.get(job.id)).status not in statuses:
+                await asyncio.sleep(0.01)
+        return now
+
+    async def run(self, act: str, argument: str = "", kind: str = "crowd") -> JobRecord:
+        return await self.until(await self.enqueue(act, argument, kind), *ENDED)
+
+    async def outcomes(self, job: JobRecord) -> list[str | None]:
+        return [attempt.outcome for attempt in (await self.service.attempts([job.id]))[job.id]]
+
+
+@asynccontextmanager
+async def crowd_of(database_url: str, concurrency: int = 4) -> AsyncIterator[Crowd]:
+    database = Database(database_url)
+    types = [crowd.crowd, crowd.deaf, crowd.gentle]
+    service = JobService(JobRegistry(types, extensions=[crowd.extension]), database)
+    async with service.events.hearing():
+        worker = Worker(service, concurrency=concurrency, assets="assets", shutdown_seconds=2)
+        task = asyncio.create_task(worker.run())
+        try:
+            yield Crowd(service, worker)
+        finally:
+            worker.stop()
+            await asyncio.wait_for(task, 20)
+    await database.close()
+
+
+@pytest.fixture
+async def house(database_url: str) -> AsyncIterator[Crowd]:
+    async with crowd_of(database_url) as house:
+        yield house
+
+
+async def written(path: Path) -> list[int]:
+    """The process ids that a handler wrote to a file."""
+    async with asyncio.timeout(20):
+        while not path.exists() or not path.read_text():
+            await asyncio.sleep(0.01)
+    return [int(pid) for pid in path.read_text().split()]
+
+
+async def gone(pids: list[int]) -> bool:
+    async with asyncio.timeout(10):
+        while any(
+            psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+            for pid in pids
+        ):
+            await asyncio.sleep(0.02)
+    return True
+
+
+async def test_a_process_is_warm_and_has_its_lifespan_middleware_and_context(house: Crowd) -> None:
+    first = (await house.run("describe")).result
+    assert isinstance(first, dict)
+    assert first["pid"] != os.getpid()
+    assert first == {
+        "pid": first["pid"],
+        "leader": True,
+        "seen": "crowd 1",
+        "opened_in": first["pid"],
+        "attempt": 1,
+        "middleware": True,
+    }
+    took = []
+    for _ in range(10):
+        begun = time.monotonic()
+        again = (await house.run("describe")).result
+        took.append(time.monotonic() - begun)
+        assert again == first
+    # A new interpreter takes ten times as long.
+    assert statistics.median(took) < 0.25
+
+
+@pytest.mark.parametrize(
+    ("act", "status", "code", "message", "outcomes"),
+    [
+        ("raise", "failed", "handler_failed", "ValueError: from a process", ["failed"] * 3),
+        ("fail", "failed", "failed", "for good", ["failed"]),
+        ("sys.exit", "failed", "handler_failed", "the handler raised SystemExit", ["failed"] * 3),
+        ("large", "failed", "result_invalid", "at most 262,144 bytes", ["failed"]),
+        ("generator", "failed", "result_invalid", "generator", ["failed"]),
+        ("segfault", "failed", "process_died", "killed by signal 11 (SIGSEGV)", ["failed"] * 3),
+        ("exit", "failed", "process_died", "ended with exit code 3", ["failed"] * 3),
+    ],
+)
+async def test_how_a_handler_ends_in_a_process_is_told(
+    house: Crowd, act: str, status: str, code: str, message: str, outcomes: list[str]
+) -> None:
+    ended = await house.run(act)
+    assert ended.error is not None
+    assert (ended.status, ended.error.code) == (status, code)
+    assert message in ended.error.message
+    assert await house.outcomes(ended) == outcomes
+
+
+async def test_a_snooze_and_progress_work_in_a_process(house: Crowd, tmp_path: Path) -> None:
+    snoozed = await house.run("snooze", str(tmp_path / "snoozed"))
+    assert await house.outcomes(snoozed) == ["snoozed", "succeeded"]
+    done = await house.run("progress", "kept")
+    assert (done.result, done.progress) == ("kept", {"step": 2})
+
+
+async def test_a_timeout_kills_the_process_with_what_it_started(
+    house: Crowd, tmp_path: Path
+) -> None:
+    job = await house.enqueue("wait", str(tmp_path / "pids"), "deaf")
+    pids = await written(tmp_path / "pids")
+    begun = time.monotonic()
+    await house.until(job, JobStatus.FAILED)
+    assert await house.outcomes(job) == ["timed_out"]
+    assert await gone(pids)
+    assert time.monotonic() - begun < 4
+    assert house.worker.overdue == 0
+
+
+async def test_a_cancellation_kills_a_process_that_does_not_listen(
+    house: Crowd, tmp_path: Path
+) -> None:
+    job = await house.enqueue("wait", str(tmp_path / "pids"))
+    pids = await written(tmp_path / "pids")
+    await house.service.cancel(job.id)
+    begun = time.monotonic()
+    await house.until(job, JobStatus.CANCELLED)
+    assert time.monotonic() - begun < 6
+    assert await house.outcomes(job) == ["cancelled"]
+    assert await gone(pids)
+
+
+@pytest.mark.parametrize("kind", ["crowd", "gentle"])
+async def test_a_handler_in_a_process_hears_its_cancellation_at_once(
+    house: Crowd, tmp_path: Path, kind: str
+) -> None:
+    act = "until cancelled" if kind == "crowd" else "wait"
+    job = await house.enqueue(act, str(tmp_path / "pids"), kind)
+    (pid,) = await written(tmp_path / "pids")
+    begun = time.monotonic()
+    await house.service.cancel(job.id)
+    await house.until(job, JobStatus.CANCELLED)
+    assert time.monotonic() - begun < 1.5
+    # The process lives on, for the next job.
+    assert psutil.pid_exists(pid)
+    if kind == "gentle":
+        assert (tmp_path / "pids").read_text() == "cancelled"
+
+
+async def test_a_crash_costs_no_other_job_anything(house: Crowd, tmp_path: Path) -> None:
+    waiting = await house.enqueue("until cancelled", str(tmp_path / "pids"))
+    await written(tmp_path / "pids")
+    assert (await house.run("segfault")).status is JobStatus.FAILED
+    assert (await house.service.get(waiting.id)).status is JobStatus.RUNNING
+    await house.service.cancel(waiting.id)
+    await house.until(waiting, JobStatus.CANCELLED)
+    assert await house.outcomes(waiting) == ["cancelled"]
+
+
+async def test_a_process_that_is_killed_while_it_waits_costs_no_attempt(house: Crowd) -> None:
+    result = (await house.run("describe")).result
+    assert isinstance(result, dict)
+    os.kill(int(result["pid"]), signal.SIGKILL)  # type: ignore[call-overload]
+    done = await house.run("describe")
+    assert await house.outcomes(done) == ["succeeded"]
+
+
+async def test_handlers_that_compute_use_several_cores(database_url: str) -> None:
+    async with crowd_of(database_url, concurrency=2) as house:
+        # Warm both, so that the start of an interpreter is not measured.
+        await asyncio.gather(house.run("compute"), house.run("compute"))
+        jobs = await asyncio.gather(house.enqueue("compute"), house.enqueue("compute"))
+        done = [await house.until(job, JobStatus.SUCCEEDED) for job in jobs]
+    assert len({str(job.result) for job in done}) == 2
+
+
+async def test_the_processes_end_with_their_worker(database_url: str, tmp_path: Path) -> None:
+    async with crowd_of(database_url) as house:
+        idle = (await house.run("describe")).result
+        assert isinstance(idle, dict)
+        job = await house.enqueue("wait", str(tmp_path / "pids"))
+        pids = await written(tmp_path / "pids")
+    assert await gone([*pids, int(idle["pid"])])  # type: ignore[call-overload]
+    assert await house.outcomes(job) == ["released"]
+
+
+def test_a_job_type_that_no_process_can_import_stops_the_start(service: JobService) -> None:
+    class Here(Payload):
+        pass
+
+    local = JobType(name="local", payload=Here, run_in="process")
+    local.handler(lambda job, payload: None)
+    database = service._database
+    with pytest.raises(DefinitionError, match="job type local: .* top level of an importable"):
+        Worker(
+            JobService(JobRegistry([local]), database),
+            concurrency=1,
+            assets="",
+            shutdown_seconds=1,
+        )
+    with pytest.raises(DefinitionError, match="WorkerExtension must be at the top level"):
+        Worker(
+            JobService(JobRegistry([crowd.crowd]), database),
+            concurrency=1,
+            assets="",
+            shutdown_seconds=1,
+            extensions=[WorkerExtension()],
+        )
+
+
+@pytest.mark.parametrize("run_in", ["Process", "", 1])
+def test_where_a_handler_runs_is_checked_at_its_definition(run_in: Any) -> None:
+    class Here(Payload):
+        pass
+
+    with pytest.raises(DefinitionError, match="expected loop, thread, process or None"):
+        JobType(name="here", payload=Here, policy=JobPolicy(), run_in=run_in)
+
+    async def work(_job: Any, _payload: Any) -> None: ...
+
+    in_thread = JobType(name="here", payload=Here, run_in="thread")
+    with pytest.raises(DefinitionError, match="is async and cannot run in a thread"):
+        in_thread.handler(work)
+    assert in_thread.runs_in is None
+    assert [JobType(name="here", payload=Here).handler(work)] == [work]

@@ -1,0 +1,374 @@
+"""Leases, progress and reports: what keeps a job its worker's, and what never may lose it.
+
+The lease is the default one of 30 seconds unless a test says otherwise, so that whatever waits for
+a heartbeat takes ten.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import asyncpg
+import pytest
+import sqlalchemy.exc
+from pydantic import BaseModel, JsonValue, computed_field
+
+from api.queue.errors import LeaseLost, QueueUnavailable
+from api.queue.models import JobStatus
+from api.queue.service import JobService
+from registry import Cancel, JobContext
+from tests.worker.house import House, Text
+
+short_lease = pytest.mark.parametrize("lease_seconds", [1.5])
+
+
+async def test_progress_shortly_before_the_end_does_not_hold_the_end_up(house: House) -> None:
+    @house.job_type.handler
+    async def work(job: JobContext, _payload: Text) -> str:
+        job.progress("half")
+        await asyncio.sleep(0.3)
+        job.progress("nearly")
+        return "done"
+
+    begun = time.monotonic()
+    done = await house.run()
+    assert time.monotonic() - begun < 4
+    assert (done.result, done.progress) == ("done", "nearly")
+    assert await house.outcomes(done) == ["succeeded"]
+
+
+async def test_progress_is_stored_while_a_job_runs_at_most_once_per_second(house: House) -> None:
+    go_on = asyncio.Event()
+
+    @house.job_type.handler
+    async def work(job: JobContext, _payload: Text) -> None:
+        for step in range(200):
+            job.progress({"step": step})
+            await asyncio.sleep(0.005)
+        await go_on.wait()
+
+    async with house.working():
+        job = await house.enqueue()
+        with house.service.events.subscribe(job_id=job.id) as events:
+            async with asyncio.timeout(5):
+                while (await house.service.get(job.id)).progress != {"step": 199}:
+                    await asyncio.sleep(0.01)
+            go_on.set()
+            await house.until(job, JobStatus.SUCCEEDED)
+            names = []
+            async with asyncio.timeout(5):
+                while "job.succeeded" not in names:
+                    names.append((await anext(events)).name)
+    assert 1 <= names.count("job.progressed") <= 4
+
+
+@short_lease
+@pytest.mark.parametrize("kind", ["async", "thread"])
+async def test_refused_progress_is_one_warning_and_the_lease_is_renewed(
+    house: House, kind: str, lines: list[dict[str, Any]]
+) -> None:
+    refused: tuple[Any, ...] = (float("nan"), "x" * 300_000, object())
+
+    async def work(job: JobContext, _payload: Text) -> str:
+        for value in refused:
+            job.progress(value)
+        await asyncio.sleep(1.9)
+        return "done"
+
+    def work_in_thread(job: JobContext, _payload: Text) -> str:
+        for value in refused:
+            job.progress(value)
+        time.sleep(1.9)
+        return "done"
+
+    house.job_type.handler(work if kind == "async" else work_in_thread)
+    done = await house.run()
+    assert await house.outcomes(done) == ["succeeded"]
+    warnings = [line for line in lines if line["event"] == "job.progress_refused"]
+    assert [line["reason"] for line in warnings] == ["not_finite"]
+    assert warnings[0]["job_id"] == str(done.id)
+
+
+def failures() -> list[Exception]:
+    """What a database says: a lock, a statement's time, a deadlock, a conflict, nothing; a bug."""
+    raised: list[Exception] = [
+        sqlalchemy.exc.DBAPIError("UPDATE", {}, error("simulated"))
+        for error in (
+            asyncpg.exceptions.LockNotAvailableError,
+            asyncpg.exceptions.QueryCanceledError,
+            asyncpg.exceptions.DeadlockDetectedError,
+            asyncpg.exceptions.SerializationError,
+        )
+    ]
+    return [*raised, QueueUnavailable("away"), RuntimeError("a bug")]
+
+
+@short_lease
+@pytest.mark.parametrize("error", failures(), ids=lambda error: type(error).__name__)
+async def test_an_error_of_a_renewal_does_not_end_the_renewals(
+    house: House, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    @house.job_type.handler
+    async def work(_job: JobContext, _payload: Text) -> str:
+        await asyncio.sleep(1.9)
+        return "done"
+
+    failed = 0
+    # The one way by which any version of the worker renews a lease.
+    heartbeat = JobService.heartbeat
+
+    async def flaky(self: JobService, token: str, progress: JsonValue = None) -> Any:
+        nonlocal failed
+        failed += 1
+        if failed <= 2:
+            raise error
+        return await heartbeat(self, token, progress)
+
+    monkeypatch.setattr(JobService, "heartbeat", flaky)
+    done = await house.run()
+    assert failed > 2
+    assert (done.result, await house.outcomes(done)) == ("done", ["succeeded"])
+
+
+@pytest.mark.parametrize("error", failures(), ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("report", ["complete", "fail", "snooze"])
+async def test_an_error_of_a_report_does_not_lose_it(
+    house: House, monkeypatch: pytest.MonkeyPatch, error: Exception, report: str
+) -> None:
+    ran = 0
+
+    @house.job_type.handler
+    async def work(_job: JobContext, payload: Text) -> str:
+        nonlocal ran
+        ran += 1
+        if ran == 1 and payload.text == "fail":
+            raise ValueError
+        if ran == 1 and payload.text == "snooze":
+            from registry import Snooze
+
+            raise Snooze(0.01)
+        return "done"
+
+    failed = 0
+    real: Callable[..., Any] = getattr(house.service, report)
+
+    async def flaky(*arguments: Any, **options: Any) -> Any:
+        nonlocal failed
+        failed += 1
+        if failed <= 3:
+            raise error
+        return await real(*arguments, **options)
+
+    monkeypatch.setattr(house.service, report, flaky)
+    done = await house.run(report)
+    former = {"complete": [], "fail": ["failed"], "snooze": ["snoozed"]}[report]
+    assert await house.outcomes(done) == [*former, "succeeded"]
+
+
+async def test_a_report_that_comes_too_late_is_not_repeated(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @house.job_type.handler
+    async def work(_job: JobContext, _payload: Text) -> str:
+        return "done"
+
+    reported = 0
+
+    async def lost(_token: str, _result: JsonValue = None) -> Any:
+        nonlocal reported
+        reported += 1
+        raise LeaseLost
+
+    monkeypatch.setattr(house.service, "complete", lost)
+    async with house.working() as worker:
+        job = await house.enqueue()
+        await house.until(job, JobStatus.RUNNING)
+        async with asyncio.timeout(5):
+            while worker.health.running or not reported:
+                await asyncio.sleep(0.01)
+    assert reported == 1
+
+
+@short_lease
+async def test_a_blocked_event_loop_loses_no_lease_and_the_log_names_the_job(
+    house: House, lines: list[dict[str, Any]]
+) -> None:
+    @house.job_type.handler
+    async def work(_job: JobContext, payload: Text) -> str:
+        if payload.text == "blocks":
+            # Long enough for the lease to end twice, and for the loop to be called blocked.
+            time.sleep(3.4)  # noqa: ASYNC251
+        else:
+            await asyncio.sleep(0.5)
+        return "done"
+
+    monitor = threading.Event()
+
+    def recover() -> None:
+        """Another process, which ends the attempts whose lease has run out."""
+        from api.queue.database import Database
+
+        async def watch() -> None:
+            database = Database(house.database_url)
+            other = JobService(house.service.registry, database)
+            while not monitor.is_set():
+                await other.recover()
+                await asyncio.sleep(0.05)
+            await database.close()
+
+        asyncio.run(watch())
+
+    watching = threading.Thread(target=recover)
+    watching.start()
+    try:
+        async with house.working():
+            # Leased together, so that the neighbour runs while the loop is blocked.
+            neighbour, blocks = await asyncio.gather(
+                house.enqueue("neighbour"), house.enqueue("blocks")
+            )
+            for job in (neighbour, blocks):
+                await house.until(job, JobStatus.SUCCEEDED, JobStatus.FAILED)
+    finally:
+        monitor.set()
+        watching.join()
+    assert await house.outcomes(neighbour) == ["succeeded"]
+    assert await house.outcomes(blocks) == ["succeeded"]
+    (named,) = [
+        line["event"] for line in lines if line["event"].startswith("event loop blocked for")
+    ][:1]
+    assert f"work {blocks.id}" in named.partition("while running ")[2]
+
+
+@pytest.mark.parametrize("kind", ["async", "thread"])
+@pytest.mark.parametrize("caller", ["this process", "another process"])
+async def test_a_cancellation_is_heard_at_once(house: House, kind: str, caller: str) -> None:
+    async def work(_job: JobContext, _payload: Text) -> None:
+        await asyncio.sleep(8)
+
+    def work_in_thread(job: JobContext, _payload: Text) -> None:
+        while not job.cancel_requested:
+            time.sleep(0.01)
+        raise Cancel
+
+    house.job_type.handler(work if kind == "async" else work_in_thread)
+    async with house.working():
+        job = await house.enqueue()
+        await house.until(job, JobStatus.RUNNING)
+        if caller == "this process":
+            await house.service.cancel(job.id)
+        else:
+            from api.queue.database import Database
+
+            database = Database(house.database_url)
+            await JobService(house.service.registry, database).cancel(job.id)
+            await database.close()
+        asked = time.monotonic()
+        ended = await house.until(job, JobStatus.CANCELLED, JobStatus.SUCCEEDED, JobStatus.FAILED)
+    assert time.monotonic() - asked < 1
+    assert await house.outcomes(ended) == ["cancelled"]
+
+
+class DividesByZero(BaseModel):
+    total: int = 1
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def share(self) -> float:
+        return self.total / 0
+
+
+def numbers() -> Iterator[int]:
+    yield from range(3)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (DividesByZero, "ZeroDivisionError"),
+        (lambda: {"deep": [DividesByZero()]}, "ZeroDivisionError"),
+        (numbers, "generator"),
+        (lambda: {"deep": [numbers()]}, "generator"),
+        (lambda: iter([1]), "list_iterator"),
+        (lambda: (loop := [], loop.append(loop)) and loop, ""),
+    ],
+)
+@pytest.mark.parametrize("kind", ["async", "thread"])
+async def test_a_result_that_cannot_be_converted_fails_the_job_for_good(
+    house: House, make: Callable[[], Any], words: str, kind: str
+) -> None:
+    async def work(_job: JobContext, _payload: Text) -> Any:
+        return make()
+
+    def work_in_thread(_job: JobContext, _payload: Text) -> Any:
+        return make()
+
+    house.job_type.handler(work if kind == "async" else work_in_thread)
+    ended = await house.run()
+    assert (ended.status, await house.outcomes(ended)) == (JobStatus.FAILED, ["failed"])
+    assert ended.error is not None
+    assert ended.error.code == "result_invalid"
+    assert words in ended.error.message
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: [[1.5] * 10 for _ in range(400_000)], lambda: "x" * 10**8]
+)
+async def test_an_oversized_result_is_refused_without_stopping_the_event_loop(
+    house: House, make: Callable[[], Any]
+) -> None:
+    longest = 0.0
+    result = make()
+
+    @house.job_type.handler
+    async def work(_job: JobContext, _payload: Text) -> Any:
+        return result
+
+    async def measure() -> None:
+        nonlocal longest
+        while True:
+            before = time.perf_counter()
+            await asyncio.sleep(0.001)
+            longest = max(longest, time.perf_counter() - before)
+
+    measuring = asyncio.create_task(measure())
+    ended = await house.run()
+    measuring.cancel()
+    assert ended.error is not None
+    assert ended.error.code == "result_invalid"
+    assert longest < 0.4
+
+
+async def test_an_async_handler_behind_a_plain_decorator_is_awaited(house: House) -> None:
+    def logged(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def wrapper(*arguments: Any) -> Any:
+            return function(*arguments)
+
+        return wrapper
+
+    @house.job_type.handler
+    @logged
+    async def work(_job: JobContext, payload: Text) -> dict[str, Any]:
+        await asyncio.sleep(0)
+        return {"text": payload.text, "in": threading.current_thread().name}
+
+    done = await house.run("hello")
+    assert done.result == {"text": "hello", "in": "MainThread"}
+
+
+async def test_the_worker_leases_again_at_once_when_a_slot_is_free(house: House) -> None:
+    @house.job_type.handler
+    async def work(_job: JobContext, _payload: Text) -> None:
+        await asyncio.sleep(0.05)
+
+    jobs = [await house.enqueue() for _ in range(20)]
+    begun = time.monotonic()
+    async with house.working(concurrency=1):
+        for job in jobs:
+            await house.until(job, JobStatus.SUCCEEDED)
+    assert time.monotonic() - begun < 6

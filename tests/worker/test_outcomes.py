@@ -1,0 +1,128 @@
+"""What the queue is told, for every way in which a handler can end."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from api.worker.outcomes import (
+    Circumstances,
+    Complete,
+    Died,
+    End,
+    FailAttempt,
+    HandBack,
+    Nothing,
+    NotStarted,
+    Report,
+    ResultRefused,
+    Returned,
+    SnoozeFor,
+    StillRunning,
+    Stop,
+    TimeOut,
+    end_as_json,
+    end_from_json,
+    how_it_died,
+    raised,
+    report_of,
+)
+from registry import Cancel, Fail, Retry, Snooze
+
+AS_USUAL = Circumstances()
+CANCELLED = Circumstances(cancel_requested=True)
+STOPPING = Circumstances(handing_back=True)
+TIMED_OUT = Circumstances(timed_out=True)
+LOST = Circumstances(lost=True, timed_out=True)
+OUT_OF_TOUCH = Circumstances(out_of_touch=True)
+
+DONE = Returned({"a": 1})
+BOOM = raised(RuntimeError("boom"))
+STOPPED = raised(asyncio.CancelledError())
+FAILED = FailAttempt("handler_failed", "RuntimeError: boom")
+WHILE_RUNNING = Stop("The job was cancelled while it ran.")
+KILLED = Stop("The job was cancelled while it ran. Its process was killed.")
+SEGFAULT = "The handler's process was killed by signal 11 (SIGSEGV)."
+
+
+@pytest.mark.parametrize(
+    ("end", "circumstances", "report"),
+    [
+        (DONE, AS_USUAL, Complete({"a": 1})),
+        (DONE, CANCELLED, Complete({"a": 1})),
+        (DONE, STOPPING, Complete({"a": 1})),
+        (DONE, OUT_OF_TOUCH, Complete({"a": 1})),
+        (DONE, TIMED_OUT, TimeOut(still_running=False)),
+        (DONE, LOST, Nothing()),
+        (ResultRefused("no"), AS_USUAL, FailAttempt("result_invalid", "no", retryable=False)),
+        (ResultRefused("no"), STOPPING, FailAttempt("result_invalid", "no", retryable=False)),
+        (raised(Snooze(3)), AS_USUAL, SnoozeFor(3)),
+        (raised(Snooze(3)), STOPPING, SnoozeFor(3)),
+        (raised(Retry("r", after=2)), AS_USUAL, FailAttempt("retry", "r", after=2)),
+        (raised(Retry("r")), STOPPING, FailAttempt("retry", "r")),
+        (raised(Fail("f")), AS_USUAL, FailAttempt("failed", "f", retryable=False)),
+        (raised(Fail("f")), STOPPING, FailAttempt("failed", "f", retryable=False)),
+        (raised(Fail()), AS_USUAL, FailAttempt("failed", "The handler raised Fail.", False)),
+        (raised(Cancel("c")), AS_USUAL, Stop("c")),
+        (raised(Cancel()), AS_USUAL, Stop("The handler cancelled the job.")),
+        (raised(Cancel("c")), STOPPING, HandBack()),
+        (BOOM, AS_USUAL, FAILED),
+        (BOOM, CANCELLED, FAILED),
+        (BOOM, OUT_OF_TOUCH, FAILED),
+        (BOOM, STOPPING, HandBack()),
+        (BOOM, TIMED_OUT, TimeOut(still_running=False)),
+        (STOPPED, AS_USUAL, FailAttempt("handler_failed", "CancelledError")),
+        (STOPPED, CANCELLED, WHILE_RUNNING),
+        (STOPPED, STOPPING, HandBack()),
+        (STOPPED, OUT_OF_TOUCH, Nothing()),
+        (STOPPED, TIMED_OUT, TimeOut(still_running=False)),
+        (Died(-11), AS_USUAL, FailAttempt("process_died", SEGFAULT)),
+        (Died(-9), CANCELLED, KILLED),
+        (Died(-9), STOPPING, HandBack()),
+        (Died(-9), TIMED_OUT, TimeOut(still_running=False)),
+        (Died(-9), OUT_OF_TOUCH, Nothing()),
+        (Died(-9), LOST, Nothing()),
+        (NotStarted("why"), AS_USUAL, FailAttempt("process_not_started", "why")),
+        (NotStarted("why"), STOPPING, HandBack()),
+        (StillRunning(), TIMED_OUT, TimeOut(still_running=True)),
+        (StillRunning(), STOPPING, HandBack()),
+        (StillRunning(), LOST, Nothing()),
+        (StillRunning(), OUT_OF_TOUCH, Nothing()),
+    ],
+)
+def test_the_report_follows_from_the_end_and_the_circumstances(
+    end: End, circumstances: Circumstances, report: Report
+) -> None:
+    assert report_of(end, circumstances) == report
+
+
+@pytest.mark.parametrize("end", [DONE, ResultRefused("no"), BOOM, STOPPED, raised(Snooze(3))])
+def test_an_end_travels_between_processes_as_it_is(end: Any) -> None:
+    assert end_from_json(end_as_json(end)) == end
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "sentence"),
+    [
+        (3, "The handler's process ended with exit code 3."),
+        (-11, SEGFAULT),
+        (-64, "The handler's process was killed by signal 64 (SIGRTMAX)."),
+        (-33, "The handler's process was killed by signal 33."),
+    ],
+)
+def test_a_process_that_dies_is_told_with_its_signal_or_exit_code(
+    exit_code: int, sentence: str
+) -> None:
+    assert how_it_died(exit_code) == sentence
+
+
+def test_an_exception_is_told_by_name_and_words_and_its_traceback_has_no_words() -> None:
+    try:
+        raise ValueError("secret")
+    except ValueError as error:
+        told = raised(error)
+    assert (told.kind, told.name, told.message) == ("error", "ValueError", "secret")
+    assert "test_outcomes.py" in told.traceback
+    assert "secret" not in told.traceback.replace('raise ValueError("secret")', "")
