@@ -11,7 +11,8 @@ import secrets
 import sys
 import traceback
 from collections.abc import MutableMapping
-from typing import Any, Final, Literal, TextIO
+from contextlib import suppress
+from typing import Any, BinaryIO, Final, Literal, TextIO, cast
 
 import structlog
 from pydantic_core import to_json
@@ -37,7 +38,7 @@ def configure_logs(
     global _configuration
     _configuration = (level, style)
     stream = stream or sys.stderr
-    factory: Any = structlog.WriteLoggerFactory(stream)
+    factory: Any = structlog.WriteLoggerFactory(cast(TextIO, _Unfailing(stream)))
     console = style == "console" or (style == "auto" and stream.isatty())
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
@@ -51,7 +52,7 @@ def configure_logs(
         render = render_text = structlog.dev.ConsoleRenderer(colors=stream.isatty())
     else:
         render, render_text = _render_json, _render_json_text
-        factory = structlog.BytesLoggerFactory(stream.buffer)
+        factory = structlog.BytesLoggerFactory(cast(BinaryIO, _Unfailing(stream.buffer)))
     structlog.configure(
         processors=[*shared, render],
         wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
@@ -98,6 +99,26 @@ _QUIET: Final = (
 
 def _render_json_text(logger: Any, method: str, line: MutableMapping[str, Any]) -> str:
     return _render_json(logger, method, line).decode()
+
+
+class _Unfailing:
+    """A stream that drops what it cannot write: its reader has gone, or its disk is full.
+
+    A line is often written after a commit or in an error's handler, where an error of its own
+    would be taken for that of the work. `logging` does the same for the standard library's lines.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, line: str | bytes) -> None:
+        # ValueError: the stream is closed.
+        with suppress(OSError, ValueError):
+            self._stream.write(line)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self._stream.flush()
 
 
 def _render_json(_logger: Any, _method: str, line: MutableMapping[str, Any]) -> bytes:

@@ -1,8 +1,8 @@
 """Publishes the events of a caller's own transaction if and when the caller commits it.
 
-Only what the caller's SQLAlchemy session reports is used, so it serves `AsyncSession` and
-`Session` alike. Events that other processes hear are announced inside the transaction and need
-none of this: a rollback takes them back together with the jobs.
+It relies on the events of SQLAlchemy's session alone and so serves `AsyncSession` and `Session`.
+Other processes do not depend on it: what they hear is written inside the transaction, and a
+rollback undoes it together with the jobs.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ Publish = Callable[[Sequence[JobEvent]], None]
 def publish_after_commit(
     session: AsyncSession | Session, publish: Publish, events: Sequence[JobEvent]
 ) -> None:
-    """Calls `publish` with these events once the session's present transaction is committed.
+    """Call `publish` with these events once the session's current transaction is committed.
 
-    In a savepoint they wait for the commit of the transaction around it, and a rollback to the
-    savepoint forgets them. A session that joins a transaction somebody else began on its
-    connection does not commit it, so its events are left to `Events.hearing`.
+    Events of a savepoint wait for the commit of the transaction around it; a rollback of either
+    forgets them. A session may join a transaction that was begun on its connection. It does not
+    commit that one, so nothing is published, and `Events.hearing` delivers the events.
     """
     target = session if isinstance(session, Session) else session.sync_session
     unpublished = target.info.get(_UNPUBLISHED)
@@ -50,7 +50,7 @@ class _Unpublished:
             self._events.setdefault(transaction, []).append((publish, tuple(events)))
 
     def committed(self, session: Session) -> None:
-        """A savepoint was released, or the transaction itself is committed."""
+        """Hand over what a released savepoint held, or publish what the transaction held."""
         transaction = _innermost(session)
         happened = self._events.pop(transaction, []) if transaction is not None else []
         if transaction is None or not happened:
@@ -65,7 +65,7 @@ class _Unpublished:
                     publish(events)
 
     def ended(self, _session: Session, transaction: SessionTransaction) -> None:
-        """Forgets what was not committed: it was rolled back, or the session was closed."""
+        """Forget what was not committed: it was rolled back, or the session was closed."""
         self._events.pop(transaction, None)
 
 
@@ -74,7 +74,7 @@ def _innermost(session: Session) -> SessionTransaction | None:
 
 
 def _savepoint_or_root(transaction: SessionTransaction | None) -> SessionTransaction | None:
-    """Passes over the session's internal markers, such as that of a flush."""
+    """Pass over the session's internal transactions, such as that of a flush."""
     while transaction is not None and not transaction.nested and transaction.parent is not None:
         transaction = transaction.parent
     return transaction

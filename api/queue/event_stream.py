@@ -35,6 +35,9 @@ MAX_LATE_BATCHES: Final = 10_000
 BATCHES_BEFORE: Final = 100
 """How far behind the newest id a batch may still be uncommitted when reading starts."""
 
+BATCHES_AT_ONCE: Final = 1_000
+"""How many batches `Store.events_after` returns at most."""
+
 DELETED: Final = "events were deleted before this process read them"
 
 log = structlog.get_logger("jobs.events")
@@ -59,16 +62,18 @@ class EventStream:
         self._notified: deque[str | Gap] = deque()
         self._news = asyncio.Event()
         self._ended = False
+        self._is_failing = False
         self.begun = asyncio.Event()
         """Set once messages that are committed from now on are in the stream."""
 
     async def feed(self, take: Take) -> None:
-        """Calls `take` with each message and gap, one after another, until `end` is called."""
+        """Call `take` with each message and gap, one after another, until `end` is called."""
         listening = asyncio.create_task(self._listen(), name="job-events-listening")
         try:
             while not self._ended:
                 self._news.clear()
-                pause: float | None = None
+                # SQLite tells of every commit; on PostgreSQL nothing tells of kept batches.
+                pause = POLL_SECONDS if self._is_polled else None
                 if not self._database.keeps_events:
                     await self._take_notified(take)
                 elif not await self._take_kept(take):
@@ -80,35 +85,33 @@ class EventStream:
             listening.cancel()
             await asyncio.wait({listening})
 
+    @property
+    def _is_polled(self) -> bool:
+        return self._database.keeps_events and self._database.name == "postgresql"
+
     def look(self) -> None:
-        """Reads kept batches now, because this process has just committed one."""
+        """Read kept batches now, because this process has just committed one."""
         if self._database.keeps_events:
             self._news.set()
 
     def end(self) -> None:
-        """Ends `feed` after the message it is at."""
+        """End `feed` after the current message."""
         self._ended = True
         self._news.set()
 
     async def _listen(self) -> None:
-        """Notices that there is something to read; an error only makes it start again."""
+        """Notice that there is something to read; after an error, start again."""
         while True:
             try:
-                if self._database.keeps_events and self._database.name == "postgresql":
-                    await self._poll()
-                else:
-                    await self._database.listen(self._notify, self._notify_gap)
+                await self._database.listen(self._notify, self._notify_gap)
             except Exception:
                 with suppress(Exception):
                     log.exception("events.listening_failed")
             await asyncio.sleep(1.0)
 
-    async def _poll(self) -> None:
-        while True:
-            await asyncio.sleep(POLL_SECONDS)
-            self._news.set()
-
     def _notify(self, message: str) -> None:
+        if self._database.keeps_events:
+            return
         if len(self._notified) >= MAX_UNREAD_MESSAGES:
             self._notified.clear()
             self._notified.append(Gap("this process reads events too slowly"))
@@ -129,25 +132,29 @@ class EventStream:
                 self.begun.set()
 
     async def _take_kept(self, take: Take) -> bool:
-        """Takes every new batch; returns False if the database did not answer."""
+        """Take every new batch; return False if the database did not answer."""
         try:
             while not self._ended:
                 items = await self._kept.read()
                 self.begun.set()
-                if not items:
-                    break
                 for item in items:
                     await take(item)
+                # More than these would have set `_news` again.
+                if len(items) < BATCHES_AT_ONCE:
+                    break
         except Exception as error:
             # Nothing is missed by that: the next read goes on from the same batch.
-            with suppress(Exception):
-                log.warning("events.unread", error=type(error).__name__)
+            if not self._is_failing:
+                with suppress(Exception):
+                    log.warning("events.unread", error=type(error).__name__)
+            self._is_failing = True
             return False
+        self._is_failing = False
         return True
 
 
 class KeptBatches:
-    """Reads the table `job_event_batch` on from the batch it read last.
+    """Reads the table `job_event_batch`, each time on from the last batch it read.
 
     `gapless` says that ids have no gaps and become visible in order, as on SQLite, which has one
     writer at a time: an id that is absent was deleted unread. On PostgreSQL an absent id may be
@@ -169,17 +176,24 @@ class KeptBatches:
         self._read_at = clock()
 
     async def read(self) -> list[str | Gap]:
-        """The next messages, in order; an empty list when there are no more, or at the start."""
-        newest = await self._store.last_event()
+        """Return the next messages, in order; none at the first call, which finds the end."""
         if self._last is None:
-            await self._begin(newest)
+            await self._begin(await self._store.last_event())
             return []
-        if 0 < newest < self._last:
-            await self._begin(newest)
-            return [Gap("the database was replaced by an older one")]
+        deleted = False
         batches = await self._store.events_after(self._last)
+        if not batches:
+            newest = await self._store.last_event()
+            if 0 < newest < self._last:
+                await self._begin(newest)
+                return [Gap("the database was replaced by an older one")]
+            if newest > self._last:
+                # Committed in between, or deleted by now.
+                batches = await self._store.events_after(self._last)
+                deleted = not batches and self._gapless
+                self._last = newest if deleted else self._last
         if self._gapless:
-            return self._in_order(newest, batches)
+            return [Gap(DELETED)] if deleted else self._in_order(batches)
         return await self._with_late_ones(batches)
 
     async def _begin(self, newest: int) -> None:
@@ -189,7 +203,7 @@ class KeptBatches:
             before = max(0, newest - BATCHES_BEFORE)
             self._expect(before, await self._store.events_after(before))
 
-    def _in_order(self, newest: int, batches: dict[int, str]) -> list[str | Gap]:
+    def _in_order(self, batches: dict[int, str]) -> list[str | Gap]:
         items: list[str | Gap] = []
         for number, message in batches.items():
             # 0: the table was empty at the start, so that its first id is not known.
@@ -197,9 +211,6 @@ class KeptBatches:
                 items.append(Gap(DELETED))
             items.append(message)
             self._last = number
-        if not batches and self._last is not None and newest > self._last:
-            items.append(Gap(DELETED))
-            self._last = newest
         return items
 
     async def _with_late_ones(self, batches: dict[int, str]) -> list[str | Gap]:
@@ -224,9 +235,9 @@ class KeptBatches:
         return items
 
     def _expect(self, before: int, batches: dict[int, str]) -> bool:
-        """Notes the ids between `before` and the last of `batches` that are still absent.
+        """Note the ids between `before` and the last of `batches` that are still absent.
 
-        Returns False, and expects none of them, if there are too many.
+        Return False, and note none of them, if there are too many.
         """
         now = self._clock()
         last = max([before, self._last or 0, *batches])

@@ -121,7 +121,7 @@ class Message(NamedTuple):
 
 
 def decode(text: str | bytes) -> Message:
-    """Reads a message in either form.
+    """Read a message in either form.
 
     Raises:
         ValueError: it is garbled.
@@ -187,11 +187,11 @@ class Subscription:
         )
 
     def skip(self, earlier: Mapping[JobEvent, int]) -> None:
-        """Leaves these events out, each this often: they are from before the subscription."""
+        """Leave these events out, each this often: they are from before the subscription."""
         self._skipped |= {e: count for e, count in earlier.items() if count and self.wants(e)}
 
     def offer(self, event: JobEvent) -> None:
-        """Takes an event in, if it is one that was asked for. Never waits."""
+        """Take an event in, if it is one that was asked for. Never waits."""
         if event in self._skipped:
             self.skip({event: self._skipped.pop(event) - 1})
             return
@@ -203,7 +203,7 @@ class Subscription:
                 self._news.set()
 
     def drop(self, reason: str) -> None:
-        """Lets no further event in; the iterator raises once it has given those it holds."""
+        """Let no further event in; the iterator raises after those it holds."""
         self._missed = self._missed or reason
         self._news.set()
 
@@ -262,10 +262,10 @@ class Events:
         return len(self._subscriptions)
 
     def publish(self, events: Iterable[JobEvent]) -> None:
-        """Logs what was committed and tells this process. Never raises.
+        """Log what was committed and wake who waits for it in this process. Never raises.
 
-        What is committed stays committed, and the caller has to learn of that. What fails here
-        is counted in `failures`.
+        An error here would reach the caller as one of the commit, and a retry would store the job
+        twice. What fails is counted in `failures`.
         """
         happened = tuple(events)
         for event in happened:
@@ -283,7 +283,7 @@ class Events:
         Everything that is committed after this call is in it, and nothing that this process has
         published before. What another process committed just before may be in it.
         """
-        self._loop = _running_loop()
+        self._settle()
         subscription = Subscription(job_id, None if types is None else frozenset(types))
         subscription.skip({event: count for event, count in self._echoes.items() if count > 0})
         if self._shut is not None:
@@ -301,7 +301,7 @@ class Events:
 
         Clear it before looking at the queue, not after: what comes in between is then kept.
         """
-        self._loop = _running_loop()
+        self._settle()
         woken = asyncio.Event()
         self._waiting[woken] = (frozenset(types), frozenset(limited))
         try:
@@ -313,11 +313,11 @@ class Events:
     def on_work(
         self, callback: Callable[[str | None], None], *, limited: Collection[str] = ()
     ) -> Iterator[None]:
-        """Calls `callback` with a job type each time a claim may find one more job of that type.
+        """Call `callback` with a job type each time a claim may find one more job of that type.
 
-        That is once for each job that is queued, and for each of the `limited` types once for
-        each job that ends and makes room. None says that it may be any number of any type:
-        events were missed, or the connection was gained.
+        That is once for each job that is queued and, for the `limited` types, once for each job
+        that ends and makes room. None stands for any number of jobs of any type: events were
+        missed, or the connection was gained or regained.
         """
         registered = _Callback(callback, asyncio.get_running_loop())
         self._work[registered] = frozenset(limited)
@@ -328,10 +328,10 @@ class Events:
 
     @contextmanager
     def on_cancel_requested(self, callback: Callable[[UUID], None]) -> Iterator[None]:
-        """Calls `callback` with a running job's id as soon as its cancellation is requested.
+        """Call `callback` with a running job's id as soon as its cancellation is requested.
 
-        In this process or another; the callback has to ignore jobs it does not know. While events
-        are missed it is not called: the next heartbeat says the same.
+        The request may come from any process and concern any job. Requests that are missed
+        together with other events are not made up for: the next heartbeat reports them.
         """
         registered = _Callback(callback, asyncio.get_running_loop())
         self._cancellations[registered] = None
@@ -342,7 +342,7 @@ class Events:
 
     @asynccontextmanager
     async def hearing(self) -> AsyncIterator[None]:
-        """Hears every process, this one included, while the context is open."""
+        """Hear every process, this one included, while the context is open."""
         stream = EventStream(self._database, self._store)
         self._loop = asyncio.get_running_loop()
         self._stream = stream
@@ -365,12 +365,12 @@ class Events:
             await asyncio.wait({feeding})
 
     def drop_subscribers(self, reason: str) -> None:
-        """Ends every subscription with `EventsMissed`, and those that are opened later."""
+        """End every subscription with `EventsMissed`, and those that are opened later."""
         self._shut = reason
         self._drop(reason)
 
     async def _take(self, item: str | Gap) -> None:
-        """Takes the next message from the stream, or notes that some are missing."""
+        """Take the next message from the stream, or note that some are missing."""
         if isinstance(item, Gap):
             self._miss(item.reason)
             return
@@ -398,8 +398,13 @@ class Events:
         # Subscribers take what they were given before they are given more.
         await asyncio.sleep(0)
 
+    def _settle(self) -> None:
+        """Belong to the loop that listens or, where nobody does, to the one that calls."""
+        if self._stream is None:
+            self._loop = _running_loop()
+
     def _hand_over(self, events: Sequence[JobEvent]) -> None:
-        """Tells this process on its own loop, whatever thread has committed."""
+        """Wake and deliver on this process's own loop, from any thread."""
         loop = self._loop
         if loop is None or loop.is_closed() or loop is _running_loop():
             self._tell(events)
@@ -416,10 +421,10 @@ class Events:
             self._stream.look()
 
     def _is_first(self, event: JobEvent, *, published: bool) -> bool:
-        """Whether an own event is told for the first time.
+        """Return whether an own event is new here, so that it wakes once.
 
-        It is published here and comes from the stream, in either order, and sometimes only from
-        the stream: a caller that is cancelled during the commit publishes nothing.
+        It is published and comes from the stream, in either order, and sometimes only from the
+        stream: a caller that is cancelled during its commit publishes nothing.
         """
         if self._stream is None:
             return True
@@ -432,7 +437,7 @@ class Events:
         return count * step >= 0
 
     def _wake(self, event: JobEvent) -> None:
-        """Wakes those that wait for work or for cancellations."""
+        """Wake those that wait for work or for cancellations."""
         if event.name == "job.cancel_requested":
             for callback in tuple(self._cancellations):
                 self._guard(callback, event.job_id)

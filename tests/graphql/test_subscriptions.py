@@ -118,8 +118,80 @@ async def test_who_hangs_up_is_told_nothing_more_and_costs_nothing_more(visit: V
         await following
         before = len(heard)
         await client.post("/jobs", json={"type": "test.ping", "payload": {}})
-        assert not application.state.service.events._subscriptions
+        assert application.state.service.events.subscribers == 0
     assert len(heard) == before
+
+
+async def test_a_thousand_clients_that_hang_up_leave_nothing_behind(visit: Visit) -> None:
+    body = json.dumps({"query": "subscription { jobEvents { name } }"}).encode()
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/graphql",
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json"), (b"accept", b"text/event-stream")],
+    }
+
+    async def follow(application: Any, hang_up: asyncio.Event) -> None:
+        messages = [{"type": "http.request", "body": body}]
+
+        async def receive() -> dict[str, Any]:
+            if messages:
+                return messages.pop()
+            await hang_up.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(_message: dict[str, Any]) -> None:
+            pass
+
+        await application(scope, receive, send)
+
+    async with visit() as client, asyncio.timeout(60):
+        application = client.application  # type: ignore[attr-defined]
+        events = application.state.service.events
+        await client.post("/jobs", json={"type": "test.ping", "payload": {}})
+        before = len(asyncio.all_tasks())
+        for _ in range(10):
+            hang_up = asyncio.Event()
+            following = [asyncio.create_task(follow(application, hang_up)) for _ in range(100)]
+            while events.subscribers < 100:
+                await asyncio.sleep(0.01)
+            await client.post("/jobs", json={"type": "test.ping", "payload": {}})
+            hang_up.set()
+            await asyncio.gather(*following)
+            assert events.subscribers == 0
+        while len(asyncio.all_tasks()) > before:
+            await asyncio.sleep(0.01)
+
+
+CANCELLATION = """
+mutation ($id: ID!) {
+  leaseJobs(input: {jobTypes: ["payout.execute"], workerId: "w"}) { __typename }
+  cancelJob(id: $id) { __typename } }"""
+
+
+async def test_a_requested_cancellation_is_an_event_of_a_running_job(address: str) -> None:
+    async with (
+        connect(f"ws://{address}/graphql", subprotocols=["graphql-transport-ws"]) as socket,
+        httpx.AsyncClient(base_url=f"http://{address}") as client,
+        asyncio.timeout(10),
+    ):
+        await socket.send(json.dumps({"type": "connection_init"}))
+        assert json.loads(await socket.recv())["type"] == "connection_ack"
+        await socket.send(
+            json.dumps({"id": "1", "type": "subscribe", "payload": {"query": SUBSCRIPTION}})
+        )
+        await asyncio.sleep(0.3)
+        job_id = await enqueue(address)
+        query = {"query": CANCELLATION, "variables": {"id": job_id}}
+        assert "errors" not in (await client.post("/graphql", json=query)).json()
+        events = [json.loads(await socket.recv())["payload"]["data"]["jobEvents"] for _ in range(3)]
+    assert [(event["name"], event["status"]) for event in events] == [
+        ("job.created", "QUEUED"),
+        ("job.started", "RUNNING"),
+        ("job.cancel_requested", "RUNNING"),
+    ]
+    assert {event["jobId"] for event in events} == {job_id}
 
 
 async def test_a_client_that_takes_everything_gets_what_fits_the_operation(address: str) -> None:
