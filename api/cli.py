@@ -179,9 +179,9 @@ def migrate() -> None:
     from api.queue import migrations
 
     with _database_errors():
-        before = migrations.current(settings.database_url)
-        migrations.upgrade(settings.database_url)
-        after = migrations.current(settings.database_url)
+        before = migrations.current(settings.database_url, pooler=settings.database_pooler)
+        migrations.upgrade(settings.database_url, pooler=settings.database_pooler)
+        after = migrations.current(settings.database_url, pooler=settings.database_pooler)
     out.print(f"at {after} already" if before == after else f"migrated from {before} to {after}")
 
 
@@ -465,7 +465,7 @@ def _prepare_database(settings: Settings) -> None:
     with _database_errors():
         if settings.database_url.startswith("sqlite"):
             migrations.upgrade(settings.database_url)
-        elif not migrations.is_current(settings.database_url):
+        elif not migrations.is_current(settings.database_url, pooler=settings.database_pooler):
             _fail(REFUSED, "The database has not the tables this version needs: run jobs migrate.")
 
 

@@ -16,7 +16,7 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection
 
-from api.queue.database import DEFAULT_TIMEOUT_SECONDS, Database, unavailable
+from api.queue.database import DEFAULT_TIMEOUT_SECONDS, Database, Pooler, unavailable
 
 T = TypeVar("T")
 
@@ -28,7 +28,7 @@ _LOCK: Final = 0x6A6F6273
 """Advisory lock, "jobs" in ASCII: two `jobs migrate` at once would both create the tables."""
 
 
-def upgrade(url: str, revision: str = "head") -> None:
+def upgrade(url: str, revision: str = "head", *, pooler: Pooler = "session") -> None:
     """Runs the migrations up to `revision`. Whole or not at all; running it again does nothing.
 
     Raises:
@@ -36,7 +36,10 @@ def upgrade(url: str, revision: str = "head") -> None:
     """
     # However long it takes: an index of millions of rows is not built within a deadline.
     _with_connection(
-        url, lambda connection: _migrate(connection, command.upgrade, revision), bounded=False
+        url,
+        lambda connection: _migrate(connection, command.upgrade, revision),
+        pooler=pooler,
+        bounded=False,
     )
 
 
@@ -51,22 +54,22 @@ def downgrade(url: str, revision: str = "base") -> None:
     )
 
 
-def current(url: str) -> str | None:
+def current(url: str, *, pooler: Pooler = "session") -> str | None:
     """The revision the database is at; None when no migration has run.
 
     Raises:
         QueueUnavailable: the database does not answer.
     """
-    return _with_connection(url, _revision)
+    return _with_connection(url, _revision, pooler=pooler)
 
 
-def is_current(url: str) -> bool:
+def is_current(url: str, *, pooler: Pooler = "session") -> bool:
     """Whether the database has exactly the tables this version needs.
 
     Raises:
         QueueUnavailable: the database does not answer.
     """
-    return current(url) == ScriptDirectory.from_config(_config()).get_current_head()
+    return current(url, pooler=pooler) == ScriptDirectory.from_config(_config()).get_current_head()
 
 
 def _config() -> Config:
@@ -88,10 +91,12 @@ def _migrate(connection: Connection, run: Callable[[Config, str], None], revisio
     run(config, revision)
 
 
-def _with_connection(url: str, work: Callable[[Connection], T], *, bounded: bool = True) -> T:
+def _with_connection(
+    url: str, work: Callable[[Connection], T], *, pooler: Pooler = "session", bounded: bool = True
+) -> T:
     async def run() -> T:
         timeout_seconds = DEFAULT_TIMEOUT_SECONDS if bounded else None
-        database = Database(url, timeout_seconds=timeout_seconds, create=True)
+        database = Database(url, timeout_seconds=timeout_seconds, pooler=pooler, create=True)
         try:
             async with database.transaction() as connection:
                 return await connection.run_sync(work)
