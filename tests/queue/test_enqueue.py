@@ -334,13 +334,13 @@ async def test_when_the_commit_fails_each_caller_gets_the_error_and_nothing_is_s
 ) -> None:
     # Given a database that goes away before the commit, which is one trip, or with keys several
     async def away(*_arguments: object) -> None:
-        raise ConnectionResetError("the database went away before the commit")
+        raise QueueUnavailable("the database went away before the commit")
 
     with monkeypatch.context() as broken:
         broken.setattr(service.events, "announce", away)
         if key is None:
             broken.setattr("sqlalchemy.ext.asyncio.AsyncConnection.execute", away)
-            broken.setattr("api.queue.database._SQLiteThread.commit", away)
+            broken.setattr("api.queue.database.Database.write", away)
         jobs = [ping(idempotency_key=key and f"{key} {n}") for n in range(10)]
         results = await asyncio.gather(*map(service.enqueue, jobs), return_exceptions=True)
     assert [type(result) for result in results] == [QueueUnavailable] * 10
