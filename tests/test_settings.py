@@ -217,6 +217,23 @@ def test_a_password_is_never_told(url: str) -> None:
     assert "lovelace" not in str(wrong.value)
 
 
+def test_a_pooler_is_for_postgresql_and_takes_no_options() -> None:
+    assert refused(JOBS_DATABASE_POOLER="transaction").keys() == {"JOBS_DATABASE_POOLER"}
+    url = "postgresql://h/d?options=-c%20jit%3Don"
+    faults = refused(JOBS_DATABASE_POOLER="transaction", JOBS_DATABASE_URL=url)
+    assert "`options`" in faults["JOBS_DATABASE_POOLER"]
+    settings = load_settings(
+        {
+            "JOBS_DATABASE_URL": "postgresql://pool/d",
+            "JOBS_DATABASE_POOLER": "transaction",
+            "JOBS_DATABASE_LISTEN_URL": "postgresql://ada:lovelace@direct/d",
+            "JOBS_DATABASE_TIMEOUT_SECONDS": "5",
+        }
+    )
+    assert (settings.database_pooler, settings.database_timeout_seconds) == ("transaction", 5.0)
+    assert "lovelace" not in repr(settings)
+
+
 def test_settings_are_printed_without_the_password() -> None:
     settings = load_settings({"JOBS_DATABASE_URL": "postgresql://ada:lovelace@h/d"})
     assert "lovelace" not in repr(settings)

@@ -519,7 +519,12 @@ class Database:
         self, deadline: float | None
     ) -> AsyncIterator[AsyncConnection]:
         async with self._connection(self.engine, deadline) as connection, connection.begin():
-            yield connection
+            try:
+                yield connection
+            except asyncio.CancelledError:
+                # A rollback would wait for the network. The server rolls back by itself.
+                await connection.invalidate()
+                raise
 
     @asynccontextmanager
     async def _pooled_transaction(self, deadline: float | None) -> AsyncIterator[AsyncConnection]:
