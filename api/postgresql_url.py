@@ -29,7 +29,7 @@ class PostgresqlUrl:
     """
 
     dsn: str = field(repr=False)
-    hosts: tuple[tuple[str, int | None], ...] = ()
+    hosts: tuple[tuple[str, int | None], ...] = field(default=(), repr=False)
     shuffle_hosts: bool = False
     session: str = "any"
     """`target_session_attrs`."""

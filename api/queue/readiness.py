@@ -24,9 +24,6 @@ from api.queue.models import (
 READY_SECONDS: Final = 2.0
 """How long the attempt may take: probes give up after a few seconds themselves."""
 
-FRESH_SECONDS: Final = 0.9
-"""How long an answer holds: however many ask, the database is asked about once per second."""
-
 _TABLES: Final = tuple(
     str(model.__tablename__) for model in (Job, JobAttempt, JobCount, JobEventBatch, JobTypeState)
 )
@@ -50,8 +47,8 @@ class Readiness:
         clock = asyncio.get_running_loop().time
         asked_at = clock()
         async with self._turn:
-            # An attempt that began after this call, or just before it, answers it as well.
-            if self._tried_at is None or self._tried_at < asked_at - FRESH_SECONDS:
+            # An attempt that began after this call answers it as well.
+            if self._tried_at is None or self._tried_at < asked_at:
                 self._refusal = None
                 tried_at = clock()
                 try:

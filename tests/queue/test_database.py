@@ -144,6 +144,27 @@ async def test_a_cancelled_caller_is_cancelled_at_once_and_leaves_nothing(proxie
         assert not tasks()
 
 
+async def test_a_cancelled_transaction_does_not_wait_for_its_rollback(proxied: Proxy) -> None:
+    async with opened(proxied.url, timeout_seconds=30) as database:
+        inside = asyncio.Event()
+
+        async def work() -> None:
+            async with database.transaction() as connection:
+                await connection.execute(text("INSERT INTO job_type_state (type) VALUES ('x')"))
+                inside.set()
+                await asyncio.sleep(60)
+
+        call = asyncio.create_task(work())
+        await asyncio.wait_for(inside.wait(), 10)
+        proxied.black_hole()
+        call.cancel()
+        with within(0.5), pytest.raises(asyncio.CancelledError):
+            await call
+        proxied.resume()
+        await database.execute_at_once("SELECT 1", {})
+        assert not tasks()
+
+
 async def test_closing_does_not_wait_for_a_dead_network(proxied: Proxy) -> None:
     database = Database(proxied.url, timeout_seconds=30)
     calls = [database.execute_at_once("SELECT pg_sleep(0.1)", {}) for _ in range(5)]

@@ -58,7 +58,7 @@ def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 
 def look(url: str, work: Any) -> Any:
     async def run() -> Any:
-        database = Database(url)
+        database = Database(url, create=True)
         try:
             async with database.engine.begin() as connection:
                 return await connection.run_sync(work)

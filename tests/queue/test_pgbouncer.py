@@ -1,0 +1,216 @@
+"""PgBouncer in transaction mode: every transaction may be on another server connection."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pwd
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+from sqlalchemy import text
+
+from api.queue.database import Database
+from api.queue.errors import QueueUnavailable
+from api.queue.requests import EnqueueRequest
+from api.queue.service import JobService
+from registry import JobRegistry
+from tests.conftest import run_sql
+from tests.http_client import serving
+
+PGBOUNCER = shutil.which("pgbouncer") or shutil.which("pgbouncer", path="/usr/sbin")
+
+pytestmark = pytest.mark.skipif(
+    PGBOUNCER is None, reason="pgbouncer is not installed: apt-get install pgbouncer"
+)
+
+PING = EnqueueRequest("test.ping", {})
+
+
+@pytest.fixture
+def pooled_url(fresh_postgresql_url: str, tmp_path: Path) -> Iterator[str]:
+    """The URL of a fresh, migrated database by way of a PgBouncer in transaction mode."""
+    parts = urlsplit(fresh_postgresql_url)
+    host = parse_qs(parts.query).get("host", [parts.hostname])[0]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    configuration = tmp_path / "pgbouncer.ini"
+    configuration.write_text(
+        f"""
+        [databases]
+        * = host={host} port={parts.port or 5432} user={parts.username}
+        [pgbouncer]
+        listen_addr = 127.0.0.1
+        listen_port = {port}
+        unix_socket_dir =
+        auth_type = any
+        pool_mode = transaction
+        default_pool_size = 3
+        """.replace("\n        ", "\n"),
+        "utf-8",
+    )
+    command = [str(PGBOUNCER), str(configuration)]
+    if os.geteuid() == 0:
+        # PgBouncer refuses root.
+        owner = pwd.getpwuid(Path(str(host)).stat().st_uid).pw_name
+        user = owner if owner != "root" else "nobody"
+        for folder in (tmp_path, *tmp_path.parents):
+            if folder.stat().st_uid == os.geteuid() and str(folder) not in ("/", "/tmp"):
+                folder.chmod(folder.stat().st_mode | 0o055)
+        command[1:1] = ["-u", user]
+    log = (tmp_path / "pgbouncer.log").open("wb")
+    process = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        give_up = time.monotonic() + 10
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), 1).close()
+                break
+            except OSError:
+                assert process.poll() is None, (tmp_path / "pgbouncer.log").read_text()
+                assert time.monotonic() < give_up
+                time.sleep(0.05)
+        yield f"postgresql://{parts.username}@127.0.0.1:{port}{parts.path}"
+    finally:
+        process.terminate()
+        process.wait(10)
+        log.close()
+
+
+async def test_two_services_share_its_connections(pooled_url: str, registry: JobRegistry) -> None:
+    async with AsyncExitStack() as stack:
+        services = []
+        for _ in range(2):
+            database = Database(pooled_url, pooler="transaction")
+            stack.push_async_callback(database.close)
+            services.append(JobService(registry, database))
+        enqueued = await asyncio.gather(
+            *(services[n % 2].enqueue(PING) for n in range(40)),
+            *(services[n % 2].enqueue_many([PING] * 5) for n in range(10)),
+            *(services[n % 2].ping() for n in range(10)),
+        )
+        assert len(enqueued) == 60
+        done = 0
+        while leases := await services[done % 2].lease(["test.ping"], "w", limit=20):
+            await asyncio.gather(
+                *(services[n % 2].complete(each.token) for n, each in enumerate(leases))
+            )
+            done += len(leases)
+        assert done == 90
+        counts = (await services[0].counts())["test.ping"]
+        assert (counts.queued, counts.succeeded) == (0, 90)
+
+
+async def test_nothing_of_a_session_outlives_a_transaction(
+    pooled_url: str, fresh_postgresql_url: str
+) -> None:
+    database = Database(pooled_url, pooler="transaction", timeout_seconds=7)
+    names = "'statement_timeout', 'lock_timeout', 'jit', 'transaction_isolation'"
+    inside = await database.execute_at_once(
+        f"SELECT name, setting FROM pg_settings WHERE name IN ({names})", {}
+    )
+    assert {row.name: row.setting for row in inside} == {
+        "statement_timeout": "6300",
+        "lock_timeout": "5600",
+        "jit": "off",
+        "transaction_isolation": "read committed",
+    }
+    async with database.transaction() as connection:
+        await connection.execute(text("SELECT 1"))
+    async with database.reading() as connection:
+        prepared = await connection.execute(text("SELECT name FROM pg_prepared_statements"))
+        assert [row.name for row in prepared if row.name] == []
+    with pytest.raises(QueueUnavailable):
+        await database.execute_at_once("SELECT nothing FROM nowhere", {})
+    await database.close()
+    # Straight through PgBouncer, on the connections that were used: none is in a transaction.
+    states = await asyncio.to_thread(
+        run_sql,
+        fresh_postgresql_url,
+        "SELECT state FROM pg_stat_activity WHERE datname = current_database()"
+        " AND pid <> pg_backend_pid()",
+    )
+    assert {state for (state,) in states} == {"idle"}
+
+
+async def test_a_failed_and_a_cancelled_transaction_are_rolled_back(pooled_url: str) -> None:
+    database = Database(pooled_url, pooler="transaction")
+    insert = text("INSERT INTO job_type_state (type) VALUES ('x')")
+
+    async def wait_inside() -> None:
+        async with database.transaction() as connection:
+            await connection.execute(insert)
+            await asyncio.sleep(60)
+
+    with pytest.raises(KeyError):
+        async with database.transaction() as connection:
+            await connection.execute(insert)
+            raise KeyError
+    call = asyncio.create_task(wait_inside())
+    await asyncio.sleep(0.3)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    assert not await database.execute_at_once("SELECT * FROM job_type_state", {})
+    await database.close()
+
+
+async def test_without_a_direct_url_events_of_others_are_polled_for(
+    pooled_url: str, registry: JobRegistry
+) -> None:
+    first, second = (Database(pooled_url, pooler="transaction") for _ in range(2))
+    assert first.keeps_events
+    one, other = JobService(registry, first), JobService(registry, second)
+    async with one.events.hearing(), other.events.hearing():
+        with other.events.subscribe() as subscription:
+            enqueued = await one.enqueue(PING)
+            event = await asyncio.wait_for(anext(subscription), 5)
+            assert (event.name, event.job_id) == ("job.created", enqueued.job.id)
+    await first.close()
+    await second.close()
+
+
+async def test_a_direct_url_carries_notifications(
+    pooled_url: str, fresh_postgresql_url: str, registry: JobRegistry
+) -> None:
+    first, second = (
+        Database(pooled_url, pooler="transaction", listen_url=fresh_postgresql_url)
+        for _ in range(2)
+    )
+    assert not first.keeps_events
+    one, other = JobService(registry, first), JobService(registry, second)
+    async with one.events.hearing(), other.events.hearing():
+        with other.events.subscribe() as subscription:
+            enqueued = await one.enqueue(PING)
+            event = await asyncio.wait_for(anext(subscription), 5)
+            assert (event.name, event.job_id) == ("job.created", enqueued.job.id)
+        kept = await first.execute_at_once("SELECT * FROM job_event_batch", {})
+        assert not kept
+    await first.close()
+    await second.close()
+
+
+async def test_two_servers_start_one_after_the_other(pooled_url: str) -> None:
+    import httpx
+
+    for _ in range(2):
+        async with (
+            serving(pooled_url, "--no-worker", database_pooler="transaction") as (address, _pid),
+            httpx.AsyncClient(base_url=f"http://{address}", timeout=30) as client,
+        ):
+            for _ in range(3):
+                job = {
+                    "type": "payout.execute",
+                    "payload": {"batchId": "b", "escrowId": "e"},
+                }
+                assert (await client.post("/jobs", json=job)).status_code == 201
+            ready = await client.get("/readyz")
+            assert (ready.status_code, ready.json()) == (200, {"status": "ok"})

@@ -1,0 +1,283 @@
+"""The file of a SQLite database: one writer, a log that shrinks, and a file that vanishes."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import sqlite3
+import threading
+import time
+from collections.abc import AsyncIterator
+from contextlib import closing
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+from sqlalchemy import text
+
+from api.queue.database import MAX_WAL_BYTES, Database
+from api.queue.errors import QueueUnavailable
+from api.queue.requests import EnqueueRequest
+from api.queue.service import JobService
+from registry import JobRegistry
+
+PING = EnqueueRequest("test.ping", {})
+
+
+@pytest.fixture
+def path(sqlite_template: Path, tmp_path: Path) -> Path:
+    shutil.copy(sqlite_template, tmp_path / "jobs.db")
+    return tmp_path / "jobs.db"
+
+
+@pytest.fixture
+async def database(path: Path) -> AsyncIterator[Database]:
+    database = Database(f"sqlite:///{path}", timeout_seconds=2)
+    yield database
+    await database.close()
+
+
+def store(name: str, seconds: float = 0.0) -> object:
+    def work(connection: sqlite3.Connection) -> str:
+        connection.execute("INSERT INTO job_type_state (type) VALUES (?)", (name,))
+        time.sleep(seconds)
+        return name
+
+    return work
+
+
+async def stored(database: Database) -> set[str]:
+    async with database.reading() as connection:
+        rows = await connection.execute(text("SELECT type FROM job_type_state"))
+        return {row.type for row in rows}
+
+
+async def test_writes_are_whole_or_not_at_all(database: Database) -> None:
+    def broken(connection: sqlite3.Connection) -> None:
+        store("half")(connection)  # type: ignore[operator]
+        raise KeyError("half")
+
+    assert await database.write(store("one")) == "one"  # type: ignore[arg-type]
+    with pytest.raises(KeyError):
+        await database.write(broken)
+    assert await stored(database) == {"one"}
+
+
+async def test_writes_are_one_at_a_time_with_transactions_between_them(database: Database) -> None:
+    async def transaction(number: int) -> None:
+        async with database.transaction() as connection:
+            before = await connection.execute(text("SELECT count(*) FROM job_type_state"))
+            await asyncio.sleep(0.001)
+            await connection.execute(
+                text("INSERT INTO job_type_state (type) VALUES (:t)"),
+                {"t": f"t{number}-{before.scalar_one()}"},
+            )
+
+    writes = [database.write(store(f"w{n}")) for n in range(20)]  # type: ignore[arg-type]
+    await asyncio.gather(*writes, *(transaction(n) for n in range(20)))
+    counted = {int(name.partition("-")[2]) for name in await stored(database) if "-" in name}
+    assert len(counted) == 20
+
+
+async def test_a_cancelled_write_is_cancelled_at_once_and_ends_by_itself(
+    database: Database,
+) -> None:
+    call = asyncio.create_task(database.write(store("slow", 0.5)))  # type: ignore[arg-type]
+    await asyncio.sleep(0.1)
+    call.cancel()
+    began = time.monotonic()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    assert time.monotonic() - began < 0.2
+    await database.write(store("next"))  # type: ignore[arg-type]
+    assert await stored(database) == {"slow", "next"}
+
+
+async def test_a_write_that_is_cancelled_before_its_turn_never_begins(database: Database) -> None:
+    first = asyncio.create_task(database.write(store("first", 0.3)))  # type: ignore[arg-type]
+    await asyncio.sleep(0.05)
+    second = asyncio.create_task(database.write(store("second")))  # type: ignore[arg-type]
+    await asyncio.sleep(0.05)
+    second.cancel()
+    await asyncio.wait({first, second})
+    assert second.cancelled()
+    assert await stored(database) == {"first"}
+
+
+async def test_another_processs_write_is_waited_for_until_the_deadline(
+    path: Path, database: Database
+) -> None:
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        began = time.monotonic()
+        with pytest.raises(QueueUnavailable) as refused:
+            await database.write(store("late"))  # type: ignore[arg-type]
+        assert refused.value.kind == "timeout"
+        async with asyncio.TaskGroup() as group:
+            for call in (database.write(store("x")), begin(database)):  # type: ignore[arg-type]
+                group.create_task(refuse(call))
+        assert time.monotonic() - began < 2 * 2 + 1
+        other.execute("ROLLBACK")
+    await database.write(store("now"))  # type: ignore[arg-type]
+    assert await stored(database) == {"now"}
+
+
+async def begin(database: Database) -> None:
+    async with database.transaction():
+        pass
+
+
+async def refuse(call: object) -> None:
+    with pytest.raises(QueueUnavailable):
+        await call  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("how", ["deleted", "replaced"])
+async def test_a_file_that_vanishes_is_noticed_and_one_that_comes_back_is_used(
+    path: Path, database: Database, registry: JobRegistry, sqlite_template: Path, how: str
+) -> None:
+    service = JobService(registry, database)
+    job = (await service.enqueue(PING)).job
+    # The files as they are, to be put back later.
+    saved = path.with_name("saved")
+    saved.mkdir()
+    await service.ping()
+    for each in path.parent.glob("jobs.db*"):
+        shutil.move(each, saved)
+    if how == "replaced":
+        path.write_bytes(b"")
+    else:
+        for call in (service.enqueue(PING), service.get(job.id), service.ping()):
+            with pytest.raises(QueueUnavailable) as refused:
+                await call
+            assert refused.value.kind == "file_missing" or "unable to open" in refused.value.reason
+        assert not path.exists()
+    if how == "replaced":
+        for call in (service.enqueue(PING), service.get(job.id), service.ping()):
+            with pytest.raises(QueueUnavailable) as refused:
+                await call
+            assert "jobs migrate" in refused.value.reason
+        for each in path.parent.glob("jobs.db*"):
+            each.unlink()
+    for each in saved.glob("jobs.db*"):
+        shutil.move(each, path.parent)
+    assert (await service.get(job.id)).id == job.id
+    again = (await service.enqueue(PING)).job
+    with closing(sqlite3.connect(path)) as other:
+        rows = other.execute("SELECT id FROM job").fetchall()
+    assert {row[0] for row in rows} == {job.id.hex, again.id.hex}
+    await service.ping()
+
+
+async def test_a_file_deleted_during_a_write_is_not_answered_as_stored(
+    path: Path, database: Database
+) -> None:
+    def work(connection: sqlite3.Connection) -> None:
+        store("gone")(connection)  # type: ignore[operator]
+        path.unlink()
+
+    with pytest.raises(QueueUnavailable):
+        await database.write(work)
+
+
+async def test_a_missing_file_is_not_created(tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path / 'none.db'}")
+    for call in (database.write(store("x")), stored(database)):  # type: ignore[arg-type]
+        with pytest.raises(QueueUnavailable):
+            await call
+    await database.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_a_path_with_characters_of_urls_is_that_path(
+    sqlite_template: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "a b%20?#c.db"
+    shutil.copy(sqlite_template, path)
+    database = Database(f"sqlite:///{quote(str(path))}")
+    await database.write(store("x"))  # type: ignore[arg-type]
+    assert await stored(database) == {"x"}
+    await database.close()
+
+
+async def test_the_listener_hears_commits_of_a_file_that_came_back(
+    path: Path, database: Database
+) -> None:
+    gaps: list[int] = []
+    listening = asyncio.create_task(database.listen(lambda _: None, lambda: gaps.append(1)))
+    saved = path.with_name("saved.db")
+    async with asyncio.timeout(10):
+        while len(gaps) < 2:
+            await asyncio.sleep(0.02)
+        path.rename(saved)
+        await asyncio.sleep(0.3)
+        assert not path.exists()
+        saved.rename(path)
+        heard = len(gaps)
+        while len(gaps) == heard:
+            await asyncio.sleep(0.05)
+        heard = len(gaps)
+        await database.write(store("x"))  # type: ignore[arg-type]
+        while len(gaps) == heard:
+            await asyncio.sleep(0.02)
+    listening.cancel()
+    await asyncio.wait({listening})
+
+
+def grow_log(path: Path, megabytes: int) -> None:
+    with closing(sqlite3.connect(path, isolation_level=None)) as writer:
+        writer.execute("BEGIN")
+        for number in range(megabytes):
+            writer.execute(
+                "INSERT INTO job_type_state (type) VALUES (?)", (f"{number}" + "x" * 1_000_000,)
+            )
+        writer.execute("COMMIT")
+        writer.execute("DELETE FROM job_type_state")
+
+
+async def test_the_log_shrinks_by_itself_to_its_limit(path: Path, database: Database) -> None:
+    await database.write(store("first"))  # type: ignore[arg-type]
+    await asyncio.to_thread(grow_log, path, 16)
+    log = path.with_name("jobs.db-wal")
+    assert log.stat().st_size > 2 * MAX_WAL_BYTES
+    for number in range(20):
+        await database.write(store(f"after {number}"))  # type: ignore[arg-type]
+    assert log.stat().st_size <= MAX_WAL_BYTES
+
+
+async def test_a_checkpoint_empties_the_log_and_holds_up_no_writer(
+    path: Path, database: Database
+) -> None:
+    await database.write(store("first"))  # type: ignore[arg-type]
+    await asyncio.to_thread(grow_log, path, 8)
+    log = path.with_name("jobs.db-wal")
+    with closing(sqlite3.connect(path, isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT count(*) FROM job_type_state").fetchone()
+        await database.write(store("second"))  # type: ignore[arg-type]
+        began = time.monotonic()
+        assert not await database.checkpoint()
+        assert time.monotonic() - began < 1
+        reader.execute("ROLLBACK")
+    stop = threading.Event()
+    slowest = 0.0
+
+    async def write_all_the_time() -> None:
+        nonlocal slowest
+        number = 0
+        while not stop.is_set():
+            began = time.monotonic()
+            await database.write(store(f"w{number}"))  # type: ignore[arg-type]
+            slowest = max(slowest, time.monotonic() - began)
+            number += 1
+            await asyncio.sleep(0.001)
+
+    writing = asyncio.create_task(write_all_the_time())
+    async with asyncio.timeout(10):
+        while not await database.checkpoint():
+            await asyncio.sleep(0.01)
+    stop.set()
+    await writing
+    assert slowest < 1
+    assert await database.checkpoint()
+    assert log.stat().st_size == 0
