@@ -73,7 +73,7 @@ async def test_on_sqlite_a_statement_reads_an_index_and_sorts_no_more_than_a_pag
     tmp_path: Path, sqlite_template: Path, name: str
 ) -> None:
     shutil.copy(sqlite_template, tmp_path / "jobs.db")
-    database = Database(f"sqlite:///{tmp_path / "jobs.db"}", timeout_seconds=None)
+    database = Database(f"sqlite:///{tmp_path / 'jobs.db'}", timeout_seconds=None)
     await fill(database, 2_000)
     async with database.reading() as connection:
         explained = text(f"EXPLAIN QUERY PLAN {statements('sqlite')[name]}")
