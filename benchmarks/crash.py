@@ -379,6 +379,10 @@ async def _judge(crash: Crash, url: str, folder: Path, ports: list[int]) -> int:
 
 async def _all_well(crash: Crash, folder: Path, ports: list[int]) -> tuple[int, int]:
     """How many servers are ready and store jobs, and how many workers start some, in the calm."""
+    # A process that finds no database when it starts ends, and its manager starts it again.
+    for name, process in list(crash.processes.items()):
+        if process.poll() is not None:
+            crash.start(name)
     ready: set[int] = set()
     working: set[int] = set()
     workers = {each.pid for name, each in crash.processes.items() if name.startswith("worker")}
