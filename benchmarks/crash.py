@@ -48,7 +48,6 @@ ROOT = Path(__file__).resolve().parent.parent
 LIMITS = {"crash.limited": 5, "crash.only": 1}
 LEASE_SECONDS = 6
 CALLERS = 12
-SPARED_SECONDS = 4.0
 DATABASE_TIMEOUT_SECONDS = 2
 LONG_FREEZE_SECONDS = LEASE_SECONDS + 1.0
 JOBS = """
@@ -111,6 +110,7 @@ class Crash:
     environment: dict[str, str]
     urls: dict[str, str]
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    spared_seconds: float = 4.0
     started: dict[str, float] = field(default_factory=dict)
     killed: dict[int, float] = field(default_factory=dict)
     frozen: dict[int, list[tuple[float, float]]] = field(default_factory=lambda: defaultdict(list))
@@ -204,7 +204,7 @@ class Crash:
         while time.monotonic() < until:
             await asyncio.sleep(random.uniform(0.5, 2))
             # Each has worked for a while, and there is a server more often than not.
-            ripe = time.monotonic() - SPARED_SECONDS
+            ripe = time.monotonic() - self.spared_seconds
             names = [n for n, at in self.started.items() if n not in stopped and at < ripe]
             names = [n for n in names if n.startswith("worker") or random.random() < 0.3]
             if not names:
@@ -283,7 +283,7 @@ async def run(seconds: float, folder: Path, server: Server) -> int:
         try:
             for name in names:
                 crash.start(name)
-            await asyncio.sleep(3)
+            crash.spared_seconds = 3 + await _until_ready(ports)
             until = time.monotonic() + seconds
             work = [
                 asyncio.create_task(crash.kill_or_freeze_at_random(until)),
@@ -300,6 +300,20 @@ async def run(seconds: float, folder: Path, server: Server) -> int:
                 if process.poll() is None:
                     process.kill()
                 process.wait()
+
+
+async def _until_ready(ports: list[int]) -> float:
+    """How long the servers took to be ready, which is how long they take when started again."""
+    started = time.monotonic()
+    async with httpx.AsyncClient(timeout=5) as client:
+        for port in ports:
+            while time.monotonic() < started + 60:
+                try:
+                    if (await client.get(f"http://127.0.0.1:{port}/readyz")).status_code == 200:
+                        break
+                except httpx.HTTPError:
+                    await asyncio.sleep(0.1)
+    return time.monotonic() - started
 
 
 async def _judge(crash: Crash, url: str, folder: Path, ports: list[int]) -> int:
@@ -365,6 +379,10 @@ async def _judge(crash: Crash, url: str, folder: Path, ports: list[int]) -> int:
 
 async def _all_well(crash: Crash, folder: Path, ports: list[int]) -> tuple[int, int]:
     """How many servers are ready and store jobs, and how many workers start some, in the calm."""
+    # A process that finds no database when it starts ends, and its manager starts it again.
+    for name, process in list(crash.processes.items()):
+        if process.poll() is not None:
+            crash.start(name)
     ready: set[int] = set()
     working: set[int] = set()
     workers = {each.pid for name, each in crash.processes.items() if name.startswith("worker")}
