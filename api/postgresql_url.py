@@ -71,13 +71,14 @@ def parse(url: str, environment: Mapping[str, str] | None = None) -> PostgresqlU
         if alias in options:
             value = options.pop(alias)
             options.setdefault(name, values.get(value, value))
+    # Before the options: where a password has a ?, what stands before it is not a port.
+    hosts = _hosts(parts["hosts"], options)
     for name, value in options.items():
         check = _OPTIONS.get(name)
         if check is None:
             raise UrlInvalid(_unknown(name, query))
         if fault := check(value):
             raise UrlInvalid(f"option {name}: {fault}")
-    hosts = _hosts(parts["hosts"], options)
     whole = {name: int(options[name]) for name in _NUMBERS if options.get(name)}
     settings = {
         name: options[name] for name in ("application_name", "options") if options.get(name)
@@ -264,7 +265,7 @@ def _from_environment(given: Mapping[str, str], environment: Mapping[str, str]) 
 
 def _unknown(name: str, query: str) -> str:
     # A raw @ means that this is a password with a ? in it, whose parts are not to be shown.
-    if "@" in query or not re.fullmatch(r"[a-z_]{2,40}", name):
+    if "@" in query or f"{name}=" not in query or not re.fullmatch(r"[a-z_]{2,40}", name):
         return "expected options as NAME=VALUE behind the ?, and writes ? in a password as %3F"
     return (
         f"there is no option {name}; a setting of the server is written as"
@@ -280,6 +281,8 @@ def _hosts(authority: str, options: Mapping[str, str]) -> tuple[tuple[str, int |
             parts = _HOST.fullmatch(each)
             if parts is None:
                 raise UrlInvalid("expected HOST:PORT, several of them separated by commas")
+            if parts["port"] == "":
+                raise UrlInvalid(_PORT)
             listed.append((unquote(parts["host"].strip("[]")), parts["port"]))
     if addresses := options.get("hostaddr"):
         if options.get("sslmode") == "verify-full":
@@ -300,9 +303,12 @@ def _hosts(authority: str, options: Mapping[str, str]) -> tuple[tuple[str, int |
     return tuple((host or "localhost", _port(port)) for host, port in listed)
 
 
+_PORT: Final = "expected a port from 1 to 65,535 after HOST:"
+
+
 def _port(text: str | None) -> int | None:
     if not text:
         return None
     if not re.fullmatch(r"[0-9]{1,5}", text) or not 0 < int(text) < 65_536:
-        raise UrlInvalid("expected a port from 1 to 65,535 after HOST:")
+        raise UrlInvalid(_PORT)
     return int(text)
