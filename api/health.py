@@ -94,12 +94,11 @@ class Health:
         if self.stopping.is_set() or (self._worker is not None and self._worker.is_stopping):
             return _unavailable("stopping", "The process is shutting down.")
         try:
-            async with asyncio.timeout(READY_SECONDS):
-                await self._service.ping()
-        except (QueueUnavailable, TimeoutError) as error:
-            reason = getattr(error, "reason", f"no answer in {READY_SECONDS:g} seconds")
-            log.warning("not_ready", reason=reason)
-            return _unavailable("queue_unavailable", "The database does not answer.")
+            await self._service.ping()
+        except QueueUnavailable as error:
+            log.warning("not_ready", kind=error.kind, reason=error.reason)
+            message = "The database cannot store jobs at the moment. The log says why."
+            return _unavailable("queue_unavailable", message, kind=error.kind)
         return JSONResponse({"status": "ok"})
 
     async def metrics(self, request: Request) -> Response:
@@ -181,8 +180,8 @@ def _is_local(request: Request) -> bool:
         return False
 
 
-def _unavailable(code: str, message: str) -> Response:
-    error = {"code": code, "message": message}
+def _unavailable(code: str, message: str, **details: str) -> Response:
+    error = {"code": code, "message": message, **details}
     return JSONResponse({"status": "unavailable", "error": error}, status_code=503)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from api import worker as worker_module
+from api.worker import loop as worker_module
 from api.auth import Entrance
 from api.health import Health, health_app
 from api.queue.errors import QueueUnavailable
@@ -262,7 +262,7 @@ async def test_a_lease_that_is_not_renewed_is_counted_and_told(
         async def fail(*_arguments: object) -> None:
             raise QueueUnavailable("gone")
 
-        monkeypatch.setattr(service, "heartbeat", fail)
+        monkeypatch.setattr(JobService, "renew", fail)
         await service.enqueue(EnqueueRequest("nap", {}))
         worker = Worker(service, concurrency=2, assets="assets", shutdown_seconds=0)
         task = asyncio.create_task(worker.run())

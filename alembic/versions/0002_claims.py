@@ -553,6 +553,47 @@ BEGIN
     RETURN EXTRACT(EPOCH FROM least(soonest, head) - now);
 END $$"""
 
+WAITING = f"""
+CREATE FUNCTION job_waiting(ids jsonb, most integer)
+RETURNS TABLE (
+    id uuid, due_in_seconds double precision, running bigint,
+    worker_seen_seconds_ago double precision, ahead bigint)
+LANGUAGE plpgsql {PLANNING} AS $$
+-- What queued jobs wait for. Each count reads one range of an index, up to `most` rows.
+DECLARE
+    now CONSTANT timestamptz := clock_timestamp();
+    waiting job;
+BEGIN
+    FOR waiting IN
+        SELECT job.* FROM jsonb_array_elements_text(ids) AS wanted (id)
+        JOIN job ON job.id = CAST(wanted.id AS uuid) WHERE job.status = 'queued'
+    LOOP
+        id := waiting.id;
+        due_in_seconds := EXTRACT(EPOCH FROM waiting.next_run_at - now);
+        running :=
+            (SELECT count(*) FROM job WHERE job.status = 'running' AND job.type = waiting.type)
+            + (SELECT count(*) FROM job_attempt JOIN job ON job.id = job_attempt.job_id
+               WHERE job_attempt.held_until > now AND job_attempt.finished_at IS NOT NULL
+                 AND job.type = waiting.type);
+        worker_seen_seconds_ago :=
+            (SELECT EXTRACT(EPOCH FROM now - job_type_state.worker_seen_at)
+             FROM job_type_state WHERE job_type_state.type = waiting.type);
+        ahead :=
+            (SELECT count(*) FROM (
+                SELECT 1 FROM job
+                WHERE job.status = 'queued' AND job.type = waiting.type
+                  AND job.priority > waiting.priority AND job.next_run_at <= now
+                LIMIT most) AS higher)
+            + (SELECT count(*) FROM (
+                SELECT 1 FROM job
+                WHERE job.status = 'queued' AND job.type = waiting.type
+                  AND job.priority = waiting.priority
+                  AND (job.next_run_at, job.id) < (waiting.next_run_at, waiting.id)
+                LIMIT most) AS earlier);
+        RETURN NEXT;
+    END LOOP;
+END $$"""
+
 RENEW = f"""
 CREATE FUNCTION job_renew(
     renewals jsonb, lease double precision, process text, keep boolean)
@@ -696,11 +737,11 @@ END $$"""
 
 POSTGRESQL_FUNCTIONS = (
     ANNOUNCE, SMALL, KEY_LOCKED, INSERT, END_ATTEMPTS, RECOVER, HEAD, NEXT_LEVEL, CLAIM,
-    NEXT_DUE, RENEW, SETTLE, CANCEL, RETRY,
+    NEXT_DUE, WAITING, RENEW, SETTLE, CANCEL, RETRY,
 )  # fmt: skip
 
 DROPPED_FUNCTIONS = (
-    "job_retry", "job_cancel", "job_settle", "job_renew", "job_next_due", "job_claim", "job_next_level",
-    "job_head", "job_recover", "job_end", "job_insert", "job_key_locked", "job_small",
+    "job_retry", "job_cancel", "job_settle", "job_renew", "job_waiting", "job_next_due",
+    "job_claim", "job_next_level", "job_head", "job_recover", "job_end", "job_insert", "job_key_locked", "job_small",
     "job_announce",
 )  # fmt: skip

@@ -6,6 +6,7 @@ GraphQL, REST, the CLI and the worker call it and nothing below it.
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 import secrets
 import uuid
@@ -815,11 +816,17 @@ class JobService:
         clock = asyncio.get_running_loop().time
         give_up = clock() + self._database.timeout_seconds
         pause = LOCKED_PAUSE_SECONDS
-        while (outcome := await attempt()) is None:
-            if clock() + pause > give_up:
-                raise QueueUnavailable(locked)
-            await asyncio.sleep(pause)
-            pause = min(0.5, pause * 2)
+        try:
+            # Those in a group that waits for the next one have the same deadline.
+            async with asyncio.timeout_at(None if math.isinf(give_up) else give_up):
+                while (outcome := await attempt()) is None:
+                    if clock() + pause > give_up:
+                        raise QueueUnavailable(locked, "busy")
+                    await asyncio.sleep(pause)
+                    pause = min(0.5, pause * 2)
+        except TimeoutError as error:
+            reason = f"no answer within {self._database.timeout_seconds:g} seconds"
+            raise QueueUnavailable(reason, "timeout") from error
         return outcome
 
     def _document(self, field: str, value: JsonValue) -> bytes:

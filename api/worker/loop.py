@@ -45,7 +45,8 @@ log = structlog.get_logger("jobs.worker")
 class WorkerHealth:
     """How a worker is: for health checks and metrics.
 
-    `loop_blocked_seconds` is how long its event loop has not turned, `renewals_behind_seconds` how
+    `loop_blocked_seconds` is how long its event loop has not turned, or a claim has taken longer than
+    its longest wait for a job; `renewals_behind_seconds` how
     long renewals of leases have been overdue. `overdue` counts handlers that go on after their
     attempt has ended.
     """
@@ -93,6 +94,7 @@ class Worker:
         self._running: dict[asyncio.Task[None], Attempt] = {}
         self._ended = asyncio.Event()
         self._cancelled: set[UUID] = set()
+        self._turned_at: float | None = None
         self._keeper = LeaseKeeper(service)
         in_processes = [n for n in self.types if registry.get_type(n).run_in == "process"]
         for name in in_processes:
@@ -117,11 +119,17 @@ class Worker:
     def health(self) -> WorkerHealth:
         """How the worker is at this moment. For any thread."""
         return WorkerHealth(
-            loop_blocked_seconds=self._keeper.loop_blocked_seconds,
+            loop_blocked_seconds=max(self._keeper.loop_blocked_seconds, self._claim_hangs_seconds()),
             renewals_behind_seconds=self._keeper.seconds_behind,
             running=len(self._running),
             overdue=sum(attempt.overdue for attempt in list(self._running.values())),
         )
+
+    def _claim_hangs_seconds(self) -> float:
+        turned_at = self._turned_at
+        if turned_at is None or self._stopping.is_set():
+            return 0.0
+        return max(0.0, time.monotonic() - turned_at - MAX_WAIT_SECONDS)
 
     @property
     def is_stopping(self) -> bool:
@@ -183,6 +191,7 @@ class Worker:
     async def _lease_until_stop(self, equipment: Equipment) -> None:
         pause = 0.2
         while self.types and not self._stopping.is_set():
+            self._turned_at = time.monotonic()
             try:
                 await self._lease_some(equipment)
                 pause = 0.2

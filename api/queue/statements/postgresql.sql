@@ -136,33 +136,8 @@ CROSS JOIN LATERAL (
 ORDER BY found.id DESC LIMIT :first
 
 -- name: waiting
--- What queued jobs wait for. Each count reads one range of an index, up to a bound.
-SELECT job.id,
-    CAST(EXTRACT(EPOCH FROM job.next_run_at - clock_timestamp()) AS double precision)
-        AS due_in_seconds,
-    (SELECT count(*) FROM job AS other WHERE other.status = 'running' AND other.type = job.type)
-        + (SELECT count(*) FROM job_attempt JOIN job AS held ON held.id = job_attempt.job_id
-           WHERE job_attempt.held_until > clock_timestamp()
-             AND job_attempt.finished_at IS NOT NULL AND held.type = job.type) AS running,
-    CAST((SELECT EXTRACT(EPOCH FROM clock_timestamp() - job_type_state.worker_seen_at)
-          FROM job_type_state WHERE job_type_state.type = job.type) AS double precision)
-        AS worker_seen_seconds_ago,
-    (SELECT count(*) FROM (
-        SELECT 1 FROM job AS other
-        WHERE other.status = 'queued' AND other.type = job.type
-          AND other.priority > job.priority AND other.next_run_at <= clock_timestamp()
-        LIMIT :most
-    ) AS higher) + (SELECT count(*) FROM (
-        SELECT 1 FROM job AS other
-        WHERE other.status = 'queued' AND other.type = job.type
-          AND other.priority = job.priority
-          AND (other.next_run_at, other.id) < (job.next_run_at, job.id)
-        LIMIT :most
-    ) AS earlier) AS ahead
-FROM job
-WHERE job.status = 'queued' AND job.id IN (
-    SELECT CAST(wanted.id AS uuid)
-    FROM unnest(ARRAY(SELECT jsonb_array_elements_text(CAST(:ids AS jsonb)))) AS wanted (id))
+-- What queued jobs wait for.
+SELECT * FROM job_waiting(CAST(:ids AS jsonb), CAST(:most AS integer))
 
 -- name: now
 -- The database's time.
