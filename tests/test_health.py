@@ -18,13 +18,13 @@ from pathlib import Path
 import httpx
 import pytest
 
-from api.worker import loop as worker_module
 from api.auth import Entrance
 from api.health import Health, health_app
 from api.queue.errors import QueueUnavailable
 from api.queue.requests import EnqueueRequest
 from api.queue.service import JobService, open_service
 from api.worker import Worker
+from api.worker import loop as worker_module
 from registry import JobPolicy, JobRegistry, JobType, Payload
 from tests.conftest import run_sql
 from tests.test_auth import AUTH, bearer

@@ -45,10 +45,9 @@ log = structlog.get_logger("jobs.worker")
 class WorkerHealth:
     """How a worker is: for health checks and metrics.
 
-    `loop_blocked_seconds` is how long its event loop has not turned, or a claim has taken longer than
-    its longest wait for a job; `renewals_behind_seconds` how
-    long renewals of leases have been overdue. `overdue` counts handlers that go on after their
-    attempt has ended.
+    `loop_blocked_seconds` is how long its event loop has not turned, or how long a claim has taken
+    beyond its longest wait for a job; `renewals_behind_seconds` how long renewals of leases have
+    been overdue. `overdue` counts handlers that go on after their attempt has ended.
     """
 
     loop_blocked_seconds: float
@@ -118,8 +117,9 @@ class Worker:
     @property
     def health(self) -> WorkerHealth:
         """How the worker is at this moment. For any thread."""
+        blocked = max(self._keeper.loop_blocked_seconds, self._claim_hangs_seconds())
         return WorkerHealth(
-            loop_blocked_seconds=max(self._keeper.loop_blocked_seconds, self._claim_hangs_seconds()),
+            loop_blocked_seconds=blocked,
             renewals_behind_seconds=self._keeper.seconds_behind,
             running=len(self._running),
             overdue=sum(attempt.overdue for attempt in list(self._running.values())),
