@@ -301,6 +301,7 @@ OLD = """INSERT INTO job (id, type, fingerprint, status, payload, priority, atte
     "keep_succeeded_days",
     "keep_failed_days",
     "database_pool_size",
+    "database_timeout_seconds",
     "shutdown_seconds",
 )
 @pytest.mark.parametrize("option", [False, True], ids=["variable", "option"])
@@ -324,6 +325,7 @@ def test_what_is_set_for_a_worker_reaches_it(
         "keep_succeeded_days": "3",
         "keep_failed_days": "5",
         "database_pool_size": "7",
+        "database_timeout_seconds": "12",
         "shutdown_seconds": "0",
         "log_level": "error",
     }
@@ -337,7 +339,7 @@ def test_what_is_set_for_a_worker_reaches_it(
         finished = "SELECT status, count(*) FROM job WHERE finished_at NOT NULL GROUP BY status"
         eventually(lambda: run_sql(url, finished), [("failed", 1), ("succeeded", 1)])
         pools = [json.loads(line) for line in (house / "databases.jsonl").read_text().splitlines()]
-        assert pools[0]["pool_size"] == 7
+        assert (pools[0]["pool_size"], pools[0]["timeout_seconds"]) == (7, 12.0)
         asked = time.monotonic()
         process.send_signal(signal.SIGTERM)
         # The default would let the jobs run on for 20 seconds.
@@ -347,6 +349,34 @@ def test_what_is_set_for_a_worker_reaches_it(
     assert run_sql(url, "SELECT DISTINCT status FROM job WHERE finished_at IS NULL") == [
         ("queued",)
     ]
+
+
+@reaches("database_pooler", "database_listen_url")
+@pytest.mark.parametrize("command", ["serve", "worker", "enqueue", "migrate"])
+def test_how_the_database_is_reached_is_what_every_command_uses(
+    fresh_postgresql_url: str, house: Path, command: str
+) -> None:
+    settings = {
+        "JOBS_DATABASE_URL": fresh_postgresql_url,
+        "JOBS_DATABASE_POOLER": "transaction",
+        "JOBS_DATABASE_LISTEN_URL": fresh_postgresql_url,
+    }
+    opened = house / "databases.jsonl"
+    if command in ("serve", "worker"):
+        arguments = ["--port", "0"] if command == "serve" else ["--health-port", "0"]
+        variables = {name.removeprefix("JOBS_").lower(): value for name, value in settings.items()}
+        with running(house, command, *arguments, **variables) as process:
+            assert process.stderr is not None
+            process.stderr.readline()
+            eventually(lambda: opened.exists() and "transaction" in opened.read_text(), True)
+    else:
+        arguments = ["look", "-"] if command == "enqueue" else ["--check"]
+        Shell(house)(command, *arguments, stdin="{}", **HOUSE | settings)
+    if command == "migrate":
+        return  # It needs no job types, so the spy is not loaded: that it succeeds is enough.
+    used = [json.loads(line) for line in opened.read_text().splitlines()]
+    assert used[-1]["pooler"] == "transaction"
+    assert used[-1]["listen_url"] == fresh_postgresql_url
 
 
 @reaches("host", "port")

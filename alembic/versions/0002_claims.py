@@ -196,7 +196,13 @@ BEGIN
                 job.started_at > now - interval '10 seconds' AS quickly
             FROM report JOIN job ON job.id = report.id
             WHERE job.lease_token = report.token AND job.status = 'running'
-              AND (report.outcome IN ('timed_out', 'lost') OR job.lease_expires_at > now)
+              AND (
+                CASE report.outcome
+                    WHEN 'lost' THEN job.lease_expires_at <= now
+                    -- Its worker may be a moment late.
+                    WHEN 'timed_out' THEN job.lease_expires_at > now OR job.deadline_at <= now
+                    ELSE job.lease_expires_at > now
+                END)
             ORDER BY job.id
             FOR UPDATE OF job SKIP LOCKED
         ), decided AS MATERIALIZED (
@@ -742,6 +748,6 @@ POSTGRESQL_FUNCTIONS = (
 
 DROPPED_FUNCTIONS = (
     "job_retry", "job_cancel", "job_settle", "job_renew", "job_waiting", "job_next_due",
-    "job_claim", "job_next_level", "job_head", "job_recover", "job_end", "job_insert", "job_key_locked", "job_small",
-    "job_announce",
+    "job_claim", "job_next_level", "job_head", "job_recover", "job_end", "job_insert",
+    "job_key_locked", "job_small", "job_announce",
 )  # fmt: skip

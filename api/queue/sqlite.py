@@ -372,7 +372,7 @@ class _Transaction:
 
     def end(self, report: Report, *, recovering: bool = False) -> Row | None:
         """End an attempt where its lease is in force; see `job_end` in the migrations."""
-        late = report.outcome in (AttemptOutcome.TIMED_OUT, AttemptOutcome.LOST)
+        late = str(report.outcome)
         rows = self.rows("running_lease", id=report.job_id.hex, token=report.token, late=late)
         if not rows:
             return None
@@ -420,7 +420,7 @@ class _Transaction:
 
     def renew(self, renewal: LeaseRenewal, lease_seconds: float) -> Renewed | None:
         lease = {"id": renewal.job_id.hex, "token": renewal.token}
-        rows = self.rows("running_lease", late=False, **lease)
+        rows = self.rows("running_lease", late="", **lease)
         if not rows:
             self.change("hold", held_until=self.at(lease_seconds), **lease)
             return None

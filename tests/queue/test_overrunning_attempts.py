@@ -132,3 +132,13 @@ async def test_a_timeout_is_accepted_after_the_deadline_if_the_queue_has_not_end
     assert (timed_out.id, timed_out.status) == (job.id, JobStatus.QUEUED)
     with pytest.raises(LeaseLost):
         await service.time_out(lease_.token)
+
+
+async def test_a_timeout_is_refused_once_the_lease_is_lost_and_before_the_deadline(
+    service: JobService, database_url: str
+) -> None:
+    await service.enqueue(EnqueueRequest("test.ping", {}))
+    (lease_,) = await service.lease(["test.ping"], "w")
+    await advance(database_url, 31)
+    with pytest.raises(LeaseLost):
+        await service.time_out(lease_.token)

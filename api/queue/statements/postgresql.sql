@@ -74,7 +74,8 @@ JOIN job ON job.type = wanted.type AND job.idempotency_key = wanted.key
 -- What has become of leases: still in force, succeeded by that very lease, or neither.
 SELECT job.id,
     job.status = 'running' AND job.lease_token = lease.token
-        AND (lease.late OR job.lease_expires_at > clock_timestamp()) AS in_force,
+        AND (job.lease_expires_at > clock_timestamp()
+             OR lease.late AND job.deadline_at <= clock_timestamp()) AS in_force,
     job.status = 'succeeded' AND job.lease_token = lease.token AS succeeded
 FROM jsonb_to_recordset(CAST(:leases AS jsonb)) AS lease (id uuid, token text, late boolean)
 JOIN job ON job.id = lease.id

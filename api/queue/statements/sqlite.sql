@@ -87,10 +87,11 @@ VALUES (:id, :attempt, :worker, :now, :token)
 SELECT timeout_seconds FROM job WHERE id = :id
 
 -- name: running_lease
--- The running job of a lease. `:late` admits one that has run out.
+-- The running job of a lease. `:late` admits one that has run out: `timed_out` at the attempt's
+-- deadline only, `lost` in any case.
 SELECT * FROM job
 WHERE id = :id AND lease_token = :token AND status = 'running'
-  AND (:late OR lease_expires_at > :now)
+  AND (lease_expires_at > :now OR :late = 'lost' OR :late = 'timed_out' AND deadline_at <= :now)
 
 -- name: end
 -- End a job's attempt.
@@ -180,8 +181,10 @@ CROSS JOIN job ON job.type = json_extract(wanted.value, '$.type')
 -- What has become of leases: still in force, succeeded by that very lease, or neither.
 SELECT job.id,
     job.status = 'running' AND job.lease_token = json_extract(lease.value, '$.token')
-        AND (json_extract(lease.value, '$.late')
-             OR job.lease_expires_at > strftime('%Y-%m-%d %H:%M:%f', 'now') || '000') AS in_force,
+        AND (job.lease_expires_at > strftime('%Y-%m-%d %H:%M:%f', 'now') || '000'
+             OR json_extract(lease.value, '$.late')
+                AND job.deadline_at <= strftime('%Y-%m-%d %H:%M:%f', 'now') || '000')
+        AS in_force,
     job.status = 'succeeded' AND job.lease_token = json_extract(lease.value, '$.token')
         AS succeeded
 FROM json_each(:leases) AS lease
