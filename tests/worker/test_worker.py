@@ -419,7 +419,7 @@ async def test_a_worker_outlives_a_database_that_goes_away(
         return "done"
 
     failures = 3
-    claim, end = house.service._claim, house.service._end
+    claim, end = house.service._store.claim, house.service._end
 
     async def flaky_claim(*arguments: Any) -> Any:
         nonlocal failures
@@ -432,7 +432,7 @@ async def test_a_worker_outlives_a_database_that_goes_away(
         monkeypatch.setattr(house.service._reports, "_commit", end)
         raise QueueUnavailable("away")
 
-    monkeypatch.setattr(house.service, "_claim", flaky_claim)
+    monkeypatch.setattr(house.service._store, "claim", flaky_claim)
     monkeypatch.setattr(house.service._reports, "_commit", flaky_end)
     done = await house.run()
     assert (done.status, done.attempt) == (JobStatus.SUCCEEDED, 1)
