@@ -9,6 +9,7 @@ made.
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import tempfile
 import uuid
@@ -234,3 +235,15 @@ def _sibling(url: str, name: str) -> str:
 def _quiet_logs() -> None:
     """A test's report is not buried in the log lines of its jobs."""
     configure_logs("error", "console")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Writes the ids of the tests that failed to the file that FAILED_TESTS names, a line each."""
+    path = os.environ.get("FAILED_TESTS")
+    if path:
+        failed = [
+            report.nodeid
+            for outcome in ("failed", "error")
+            for report in terminalreporter.stats.get(outcome, ())
+        ]
+        Path(path).write_text("".join(f"{each}\n" for each in dict.fromkeys(failed)), "utf-8")
