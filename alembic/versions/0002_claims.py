@@ -633,8 +633,8 @@ BEGIN
                 lease_seconds = lease,
                 progress = coalesce(CAST(held.progress AS jsonb), job.progress)
             FROM held WHERE job.id = held.id
-            RETURNING job.id, job.type, job.attempt, job.lease_expires_at, job.deadline_at,
-                job.cancel_requested_at
+            RETURNING job.id, job.lease_token, job.type, job.attempt, job.lease_expires_at,
+                job.deadline_at, job.cancel_requested_at
         ), kept AS (
             UPDATE job_attempt SET held_until = now + make_interval(secs => lease)
             FROM asked
@@ -644,7 +644,9 @@ BEGIN
         SELECT asked.id, asked.token, asked.progress, renewed.type, renewed.attempt,
             renewed.id IS NOT NULL AS renewed, renewed.lease_expires_at, renewed.deadline_at,
             renewed.cancel_requested_at
-        FROM asked LEFT JOIN renewed ON renewed.id = asked.id
+        -- One process may name two leases of a job: one that it lost, and the one in force.
+        FROM asked LEFT JOIN renewed
+            ON renewed.id = asked.id AND renewed.lease_token = asked.token
     LOOP
         job_id := renewal.id;
         token := renewal.token;
