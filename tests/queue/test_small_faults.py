@@ -5,23 +5,25 @@ from __future__ import annotations
 import asyncio
 import secrets
 import uuid
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 import pytest
 
 from api.queue.database import Database
-from api.queue.errors import EventsMissed, JobStateConflict, LeaseLost
+from api.queue.errors import EventsMissed, JobStateConflict, LeaseLost, QueueUnavailable
 from api.queue.events import MAX_UNREAD_EVENTS, Subscription
 from api.queue.models import JobError, JobRecord, JobStatus
 from api.queue.requests import EnqueueRequest
 from api.queue.service import (
     BehindInQueue,
     ConcurrencyLimitReached,
+    JobFilter,
     JobService,
     NoWorkerSeen,
     Renewal,
     ScheduledFor,
 )
+from api.queue.store import LeaseState, Report
 from registry import JobRegistry
 from tests.conftest import advance, run_sql
 
@@ -121,6 +123,51 @@ async def test_a_large_job_that_is_handed_back_is_told_as_it_was_handed_back(
     assert returned.payload == payload
     for other in leased:
         assert other.job.payload == payload
+
+
+async def test_a_report_is_answered_though_what_became_of_another_cannot_be_read(
+    service: JobService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await service.enqueue_many([PING, PING])
+    lost, held = await service.lease(["test.ping"], "w", limit=2)
+    await service.release(lost.token)
+    lease_states = service._store.lease_states
+
+    async def unavailable(reports: Sequence[Report]) -> dict[uuid.UUID, LeaseState]:
+        monkeypatch.setattr(service._store, "lease_states", lease_states)
+        raise QueueUnavailable("it is away for a moment")
+
+    monkeypatch.setattr(service._store, "lease_states", unavailable)
+    # Both are in one group.
+    answers = await asyncio.gather(
+        service.complete(lost.token), service.fail(held.token, BROKEN), return_exceptions=True
+    )
+    assert isinstance(answers[0], LeaseLost)
+    assert isinstance(answers[1], JobRecord)
+    assert answers[1].status is JobStatus.QUEUED
+
+
+async def test_a_renewal_is_answered_though_its_event_cannot_be_told_here(
+    service: JobService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = (await service.enqueue(PING)).job
+    (lease,) = await service.lease(["test.ping"], "w")
+
+    async def unavailable(ids: Iterable[uuid.UUID]) -> dict[uuid.UUID, JobRecord]:
+        raise QueueUnavailable("it is away for a moment")
+
+    with monkeypatch.context() as away:
+        away.setattr(service._store, "get_many", unavailable)
+        (renewed,) = await service.renew([Renewal(lease.token, b'{"done": 1}')])
+    assert not isinstance(renewed, LeaseLost)
+    assert (await service.get(job.id)).progress == {"done": 1}
+
+
+@pytest.mark.parametrize("name", ["\x00", "\ud800", "a\"b'c:d", "\\u0000"])
+async def test_jobs_of_a_type_that_cannot_be_are_none(service: JobService, name: str) -> None:
+    await service.enqueue(PING)
+    assert (await service.list_jobs(JobFilter(types=(name,)))).jobs == []
+    assert len((await service.list_jobs(JobFilter(types=(name, "test.ping")))).jobs) == 1
 
 
 # A worker whose clock is ahead of the queue's ends an attempt at its timeout all the same.
