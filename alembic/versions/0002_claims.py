@@ -188,25 +188,31 @@ BEGIN
                 id uuid, token text, outcome text, retryable boolean, spend boolean,
                 delay_seconds double precision, result text, error text, still_running boolean)
         ), held AS MATERIALIZED (
-            SELECT report.*, job.attempt, job.max_attempts, job.backoff_base_seconds,
-                job.backoff_cap_seconds, job.lease_seconds, job.held_until, job.lease_token,
-                job.returns, job.quick_returns,
-                job.cancel_requested_at IS NOT NULL AS cancel_requested,
-                report.outcome IN ('released', 'snoozed') AS returned,
-                job.started_at > now - interval '10 seconds' AS quickly
-            FROM report JOIN job ON job.id = report.id
-            WHERE job.lease_token = report.token AND job.status = 'running'
-              AND (
-                CASE report.outcome
-                    WHEN 'lost' THEN job.lease_expires_at <= now
-                    -- Its worker may be a moment late.
-                    WHEN 'timed_out' THEN job.lease_expires_at > now OR job.deadline_at <= now
-                    ELSE job.lease_expires_at > now
-                END)
-            ORDER BY job.id
-            FOR UPDATE OF job SKIP LOCKED
+            -- By the primary key: other indexes are full of dead entries under a long snapshot.
+            SELECT report.*, running.*,
+                report.outcome IN ('released', 'snoozed') AS returned
+            FROM report CROSS JOIN LATERAL (
+                SELECT job.attempt, job.max_attempts, job.backoff_base_seconds,
+                    job.backoff_cap_seconds, job.lease_seconds, job.held_until, job.returns,
+                    job.quick_returns, job.cancel_requested_at IS NOT NULL AS cancel_requested,
+                    job.started_at > now - interval '10 seconds' AS quickly
+                FROM job
+                WHERE job.id = report.id AND job.lease_token = report.token
+                  AND (
+                    CASE
+                        WHEN job.status <> 'running' THEN false
+                        WHEN report.outcome = 'lost' THEN job.lease_expires_at <= now
+                        -- Its worker may be a moment late.
+                        WHEN report.outcome = 'timed_out'
+                            THEN job.lease_expires_at > now OR job.deadline_at <= now
+                        ELSE job.lease_expires_at > now
+                    END)
+                FOR UPDATE SKIP LOCKED
+            ) AS running
         ), decided AS MATERIALIZED (
             SELECT held.*,
+                (SELECT open.id FROM job_attempt AS open
+                 WHERE open.job_id = held.id AND open.finished_at IS NULL) AS attempt_id,
                 CASE
                     WHEN outcome = 'succeeded' THEN 'succeeded'
                     WHEN outcome = 'cancelled' OR cancel_requested THEN 'cancelled'
@@ -255,8 +261,7 @@ BEGIN
                     WHEN decided.still_running IS NULL AND decided.outcome = 'timed_out'
                         AND decided.held_until > now THEN decided.held_until
                     END
-            FROM decided
-            WHERE job_attempt.job_id = decided.id AND job_attempt.finished_at IS NULL
+            FROM decided WHERE job_attempt.id = decided.attempt_id
         )
         SELECT * FROM changed
     LOOP
@@ -405,9 +410,11 @@ BEGIN
             rooms[lane] := limits[lane]
                 - (SELECT count(*) FROM job
                    WHERE job.status = 'running' AND job.type = names[lane])
-                - (SELECT count(*) FROM job_attempt JOIN job ON job.id = job_attempt.job_id
+                -- Not a join: without statistics its plan reads every job of the type.
+                - (SELECT count(*) FROM job_attempt
                    WHERE job_attempt.held_until > now AND job_attempt.finished_at IS NOT NULL
-                     AND job.type = names[lane]);
+                     AND names[lane] =
+                         (SELECT job.type FROM job WHERE job.id = job_attempt.job_id));
             IF rooms[lane] <= 0 THEN
                 tops[lane] := NULL;
             END IF;
@@ -537,9 +544,9 @@ BEGIN
     LOOP
         CONTINUE WHEN want.most IS NOT NULL AND want.most <=
             (SELECT count(*) FROM job WHERE job.status = 'running' AND job.type = want.name)
-            + (SELECT count(*) FROM job_attempt JOIN job ON job.id = job_attempt.job_id
+            + (SELECT count(*) FROM job_attempt
                WHERE job_attempt.held_until > now AND job_attempt.finished_at IS NOT NULL
-                 AND job.type = want.name);
+                 AND (SELECT job.type FROM job WHERE job.id = job_attempt.job_id) = want.name);
         below := 101;
         LOOP
             SELECT job.priority, job.next_run_at INTO level, head FROM job
@@ -569,18 +576,22 @@ LANGUAGE plpgsql {PLANNING} AS $$
 DECLARE
     now CONSTANT timestamptz := clock_timestamp();
     waiting job;
+    level smallint;
 BEGIN
     FOR waiting IN
-        SELECT job.* FROM jsonb_array_elements_text(ids) AS wanted (id)
-        JOIN job ON job.id = CAST(wanted.id AS uuid) WHERE job.status = 'queued'
+        SELECT found.* FROM jsonb_array_elements_text(ids) AS wanted (id)
+        CROSS JOIN LATERAL (
+            SELECT job.* FROM job WHERE job.id = CAST(wanted.id AS uuid) OFFSET 0) AS found
     LOOP
+        -- Not above: the plan would read all that is queued.
+        CONTINUE WHEN waiting.status <> 'queued';
         id := waiting.id;
         due_in_seconds := EXTRACT(EPOCH FROM waiting.next_run_at - now);
         running :=
             (SELECT count(*) FROM job WHERE job.status = 'running' AND job.type = waiting.type)
-            + (SELECT count(*) FROM job_attempt JOIN job ON job.id = job_attempt.job_id
+            + (SELECT count(*) FROM job_attempt
                WHERE job_attempt.held_until > now AND job_attempt.finished_at IS NOT NULL
-                 AND job.type = waiting.type);
+                 AND (SELECT job.type FROM job WHERE job.id = job_attempt.job_id) = waiting.type);
         worker_seen_seconds_ago :=
             (SELECT EXTRACT(EPOCH FROM now - job_type_state.worker_seen_at)
              FROM job_type_state WHERE job_type_state.type = waiting.type);
@@ -588,14 +599,20 @@ BEGIN
             (SELECT count(*) FROM (
                 SELECT 1 FROM job
                 WHERE job.status = 'queued' AND job.type = waiting.type
-                  AND job.priority > waiting.priority AND job.next_run_at <= now
-                LIMIT most) AS higher)
-            + (SELECT count(*) FROM (
-                SELECT 1 FROM job
-                WHERE job.status = 'queued' AND job.type = waiting.type
                   AND job.priority = waiting.priority
                   AND (job.next_run_at, job.id) < (waiting.next_run_at, waiting.id)
-                LIMIT most) AS earlier);
+                ORDER BY job.next_run_at, job.id LIMIT most) AS earlier);
+        -- Priority by priority: jobs that are scheduled for later would be read otherwise.
+        level := job_next_level(waiting.type, 101::smallint, now, NULL);
+        WHILE level > waiting.priority AND ahead < most LOOP
+            ahead := ahead +
+                (SELECT count(*) FROM (
+                    SELECT 1 FROM job
+                    WHERE job.status = 'queued' AND job.type = waiting.type
+                      AND job.priority = level AND job.next_run_at <= now
+                    ORDER BY job.next_run_at, job.id LIMIT most) AS higher);
+            level := job_next_level(waiting.type, level, now, NULL);
+        END LOOP;
         RETURN NEXT;
     END LOOP;
 END $$"""
@@ -621,10 +638,14 @@ BEGIN
             SELECT * FROM jsonb_to_recordset(renewals)
                 AS each_renewal (id uuid, token text, progress text)
         ), held AS MATERIALIZED (
-            SELECT asked.*, job.deadline_at FROM asked JOIN job ON job.id = asked.id
-            WHERE job.lease_token = asked.token AND job.status = 'running'
-              AND job.lease_expires_at > now
-            ORDER BY job.id FOR UPDATE OF job SKIP LOCKED
+            -- By the primary key, as in `job_end`.
+            SELECT asked.*, running.deadline_at FROM asked CROSS JOIN LATERAL (
+                SELECT job.deadline_at FROM job
+                WHERE job.id = asked.id AND job.lease_token = asked.token
+                  AND CASE WHEN job.status = 'running' THEN job.lease_expires_at > now
+                      ELSE false END
+                FOR UPDATE SKIP LOCKED
+            ) AS running
         ), renewed AS (
             UPDATE job SET
                 lease_expires_at =
@@ -633,8 +654,8 @@ BEGIN
                 lease_seconds = lease,
                 progress = coalesce(CAST(held.progress AS jsonb), job.progress)
             FROM held WHERE job.id = held.id
-            RETURNING job.id, job.type, job.attempt, job.lease_expires_at, job.deadline_at,
-                job.cancel_requested_at
+            RETURNING job.id, job.lease_token, job.type, job.attempt, job.lease_expires_at,
+                job.deadline_at, job.cancel_requested_at
         ), kept AS (
             UPDATE job_attempt SET held_until = now + make_interval(secs => lease)
             FROM asked
@@ -644,7 +665,9 @@ BEGIN
         SELECT asked.id, asked.token, asked.progress, renewed.type, renewed.attempt,
             renewed.id IS NOT NULL AS renewed, renewed.lease_expires_at, renewed.deadline_at,
             renewed.cancel_requested_at
-        FROM asked LEFT JOIN renewed ON renewed.id = asked.id
+        -- One process may name two leases of a job: one that it lost, and the one in force.
+        FROM asked LEFT JOIN renewed
+            ON renewed.id = asked.id AND renewed.lease_token = asked.token
     LOOP
         job_id := renewal.id;
         token := renewal.token;

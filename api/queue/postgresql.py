@@ -244,14 +244,25 @@ class PostgreSQLStore(Store):
 
     async def _jobs(self, rows: Sequence[Mapping[str, Any]]) -> list[JobRecord]:
         """The jobs of rows whose large documents the statement may have left out."""
-        narrow = [row["id"] for row in rows if row["payload"] is None]
+        narrow = {row["id"] for row in rows if row["payload"] is None}
         whole = await self.get_many(narrow) if narrow else {}
-        # A row that is gone by now was deleted: nobody may act on it.
-        return [
-            self._record(row) if row["payload"] is not None else whole[row["id"]]
-            for row in rows
-            if row["payload"] is not None or row["id"] in whole
-        ]
+        jobs = []
+        for row in rows:
+            job = self._record(row)
+            if job.id in narrow:
+                if job.id not in whole:
+                    # It was deleted meanwhile: nobody may act on it.
+                    continue
+                # The documents alone: by now the job may be another worker's.
+                there = whole[job.id]
+                job = job._replace(
+                    payload=there.payload,
+                    progress=there.progress,
+                    result=there.result,
+                    error=there.error,
+                )
+            jobs.append(job)
+        return jobs
 
     async def _with_holders(
         self, jobs: Sequence[NewJob], stored: dict[uuid.UUID, Stored]

@@ -56,6 +56,7 @@ from api.queue.sqlite import SQLiteStore
 from api.queue.store import (
     TIMED_OUT,
     LeaseRenewal,
+    LeaseState,
     NewJob,
     Renewed,
     Report,
@@ -71,6 +72,7 @@ from registry import (
     PayloadInvalid,
     Violation,
     json_document,
+    text_fault,
 )
 
 T = TypeVar("T")
@@ -364,8 +366,12 @@ class JobService:
         if not 1 <= first <= self._max_page_size:
             message = f"Expected 1 to {self._max_page_size} jobs per page, got {first}."
             raise InputInvalid((Violation("/first", "out_of_range", message),))
+        # No job has a type that the database could not even be asked for.
+        types = tuple(name for name in wanted.types if text_fault(name) is None)
+        if wanted.types and not types:
+            return JobPage([], has_next_page=False)
         jobs = await self._store.list_jobs(
-            types=wanted.types, statuses=wanted.statuses, first=first + 1, after=after
+            types=types, statuses=wanted.statuses, first=first + 1, after=after
         )
         return JobPage(jobs[:first], has_next_page=len(jobs) > first)
 
@@ -474,12 +480,10 @@ class JobService:
             if renewal.progress is not None and renewed.get((job_id, secret)) is not None
         ]
         if progressed:
-            self.events.publish(
-                [
-                    JobEvent.of("job.progressed", job)
-                    for job in (await self._store.get_many(progressed)).values()
-                ]
-            )
+            # The leases are renewed by now, and other processes hear of it, whatever happens here.
+            with suppress(QueueUnavailable):
+                jobs = await self._store.get_many(progressed)
+                self.events.publish([JobEvent.of("job.progressed", j) for j in jobs.values()])
         return [renewed.get(key) or LeaseLost() for key in keys]
 
     async def settle(self, tokens: Sequence[str]) -> None:
@@ -767,20 +771,28 @@ class JobService:
                     outcome = AttemptOutcome.CANCELLED if cancelled else report.outcome
                     self.metrics.attempt_ended(job.type, outcome.value)
             missing = [report for report in these if report.job_id not in jobs]
-            states = await self._store.lease_states(missing) if missing else {}
-            repeated = [
-                report.job_id
-                for report in missing
-                if report.outcome is AttemptOutcome.SUCCEEDED
-                and (state := states.get(report.job_id)) is not None
-                and state.succeeded
-            ]
-            jobs |= await self._store.get_many(repeated) if repeated else {}
+            states: dict[uuid.UUID, LeaseState] | None = {}
+            try:
+                states = await self._store.lease_states(missing) if missing else {}
+                repeated = [
+                    report.job_id
+                    for report in missing
+                    if report.outcome is AttemptOutcome.SUCCEEDED
+                    and (state := states.get(report.job_id)) is not None
+                    and state.succeeded
+                ]
+                jobs |= await self._store.get_many(repeated) if repeated else {}
+            except QueueUnavailable:
+                # The others are committed, and answered. These are sent again.
+                if not (jobs or ended):
+                    raise
+                states = None
             for report in these:
-                state = states.get(report.job_id)
                 if report.job_id in jobs:
                     ended[turn[report.job_id]] = jobs[report.job_id]
-                elif state is not None and state.in_force:
+                elif states is None or (
+                    (state := states.get(report.job_id)) is not None and state.in_force
+                ):
                     ended[turn[report.job_id]] = None
                 else:
                     ended[turn[report.job_id]] = LeaseLost()

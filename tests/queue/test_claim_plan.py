@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import pytest
 from sqlalchemy import text
 
 from api.queue.database import Database
+from api.queue.models import JobStatus
 from api.queue.requests import EnqueueRequest
-from api.queue.service import JobService
-from api.queue.store import statements
+from api.queue.service import BehindInQueue, JobService
+from api.queue.store import json_text, statements
 from registry import JobRegistry
+from tests.queue.test_races import outsider
 
 FILL = {
     "postgresql": """
@@ -109,6 +112,93 @@ async def test_on_postgresql_what_an_operation_reads_does_not_grow_with_the_queu
     assert not grown
 
 
+async def test_on_postgresql_a_filled_table_without_statistics_costs_no_more(
+    fresh_postgresql_url: str, registry: JobRegistry
+) -> None:
+    """A table that has just been filled was not analyzed yet, and estimates are far off."""
+    database = Database(fresh_postgresql_url, timeout_seconds=None)
+    service = JobService(registry, database)
+    job = (await service.enqueue(EnqueueRequest("test.limited", {}, priority=0))).job
+    async with database.transaction() as connection:
+        await connection.exec_driver_sql(
+            FILL["postgresql"].format(jobs=20_000).replace("test.ping", "test.limited")
+        )
+        await connection.exec_driver_sql(
+            "INSERT INTO job_attempt (job_id, attempt, worker_id, started_at, finished_at, outcome)"
+            " SELECT id, 1, 'w', now(), now(), 'failed' FROM job WHERE status = 'succeeded'"
+        )
+    read = {
+        "claim": await blocks(database, CLAIM),
+        "next due": await blocks(database, NEXT_DUE.replace("test.ping", "test.limited")),
+        "waiting": await blocks(database, WAITING.format(job.id)),
+    }
+    await database.close()
+    assert max(read.values()) < FEW_BLOCKS, read
+
+
+async def test_jobs_of_higher_priority_that_are_scheduled_for_later_cost_nothing(
+    service: JobService, database_url: str
+) -> None:
+    job = (await service.enqueue(EnqueueRequest("test.ping", {}))).job
+    later = datetime.now(UTC) + timedelta(days=1)
+    scheduled = [EnqueueRequest("test.ping", {}, priority=60, schedule_at=later)] * 1_000
+    for _ in range(10):
+        await service.enqueue_many(scheduled)
+    await service.enqueue_many([EnqueueRequest("test.ping", {}, priority=p) for p in (90, 60, 60)])
+    await service.show_worker(["test.ping"])
+    assert await service.waiting_reason(job) == BehindInQueue(3)
+    if database_url.startswith("sqlite"):
+        return
+    database = Database(database_url, timeout_seconds=None)
+    assert await blocks(database, WAITING.format(job.id)) < FEW_BLOCKS
+    await database.close()
+
+
+async def test_on_postgresql_a_report_reads_nothing_of_the_jobs_done_since_a_long_snapshot_began(
+    fresh_postgresql_url: str, registry: JobRegistry
+) -> None:
+    database = Database(fresh_postgresql_url, timeout_seconds=None)
+    service = JobService(registry, database)
+    async with outsider(fresh_postgresql_url, "REPEATABLE READ") as report:
+        await report.exec_driver_sql("SELECT count(*) FROM job")
+        for statement in RAN:
+            async with database.reading() as connection:
+                await connection.exec_driver_sql(statement)
+        await service.enqueue(EnqueueRequest("test.ping", {}))
+        (lease,) = await service.lease(["test.ping"], "w")
+        named = {"id": lease.job.id.hex, "token": lease.token[32:]}
+        renewals = json_text([named])
+        reports = json_text([named | {"outcome": "succeeded", "retryable": True, "spend": True}])
+        read = {
+            "renew": await blocks(
+                database, f"SELECT * FROM job_renew('{renewals}', 30, 'p', true)"
+            ),
+            "end": await blocks(database, f"SELECT * FROM job_end('{reports}', 'p', true)"),
+        }
+    assert (await service.get(lease.job.id)).status is JobStatus.SUCCEEDED
+    await database.close()
+    assert max(read.values()) < FEW_BLOCKS, read
+
+
+FEW_BLOCKS = 2_500
+"""A new connection reads a thousand of the catalog alone; each job a call passes over is one more.
+"""
+
+RAN = (
+    """INSERT INTO job (id, type, fingerprint, status, payload, priority, attempt, max_attempts,
+           timeout_seconds, backoff_base_seconds, backoff_cap_seconds, created_at, lease_token,
+           lease_expires_at, deadline_at)
+       SELECT gen_random_uuid(), 'test.ping', 'f', 'running', '{}', 50, 1, 3, 60, 1, 8, now(), 't',
+           now() + interval '1 minute', now() + interval '1 minute'
+       FROM generate_series(1, 10000)""",
+    """INSERT INTO job_attempt (job_id, attempt, worker_id, started_at)
+       SELECT id, 1, 'w', now() FROM job""",
+    """UPDATE job SET status = 'succeeded', finished_at = now(), lease_expires_at = NULL,
+           deadline_at = NULL""",
+    "UPDATE job_attempt SET finished_at = now(), outcome = 'succeeded'",
+    "ANALYZE",
+)
+WAITING = """SELECT * FROM job_waiting('["{}"]', 1000)"""
 CLAIM = (
     """SELECT * FROM job_claim('[{"type": "test.ping"}, {"type": "test.limited", "limit": 2}]',"""
     " 10, 'w', 30, 'p', true, NULL, NULL, NULL)"
@@ -119,9 +209,14 @@ NEXT_DUE = """SELECT job_next_due('[{"type": "test.ping"}]')"""
 async def blocks(database: Database, statement: str) -> int:
     """How many blocks of tables and indexes a statement reads, of its functions as well."""
     sql = statements("postgresql").get(statement, statement)
+    explain = f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {sql}"
+    parameters = PARAMETERS.get(statement)
     async with database.transaction() as connection:
-        explained = text(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {sql}")
-        rows = await connection.execute(explained, PARAMETERS.get(statement, {}))
+        rows = (
+            await connection.exec_driver_sql(explain)
+            if parameters is None
+            else await connection.execute(text(explain), parameters)
+        )
         plan = rows.scalar_one()[0]["Plan"]
     return int(plan["Shared Hit Blocks"] + plan["Shared Read Blocks"])
 

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Awaitable, Callable
+import uuid
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 import pytest
 
 from api.queue.database import Database
-from api.queue.errors import EventsMissed, JobStateConflict, LeaseLost
+from api.queue.errors import EventsMissed, JobStateConflict, LeaseLost, QueueUnavailable
 from api.queue.events import MAX_UNREAD_EVENTS, Subscription
-from api.queue.models import JobError, JobStatus
+from api.queue.models import JobError, JobRecord, JobStatus
 from api.queue.requests import EnqueueRequest
 from api.queue.service import (
     BehindInQueue,
     ConcurrencyLimitReached,
+    JobFilter,
     JobService,
     NoWorkerSeen,
+    Renewal,
     ScheduledFor,
 )
+from api.queue.store import LeaseState, Report
 from registry import JobRegistry
 from tests.conftest import advance, run_sql
 
@@ -67,6 +71,103 @@ async def test_a_former_attempts_token_cannot_touch_the_attempt_that_runs_now(
         await report(service, first.token)
     assert await asyncio.to_thread(run_sql, database_url, "SELECT * FROM job") == before
     assert (await service.complete(second.token)).status is JobStatus.SUCCEEDED
+
+
+async def test_a_lost_lease_is_told_so_beside_the_one_that_its_process_has_now(
+    service: JobService, database_url: str
+) -> None:
+    # Given a process that lost a job for a while, and leased it anew
+    job = (await service.enqueue(PING)).job
+    (lost,) = await service.lease(["test.ping"], "w")
+    await advance(database_url, 31)
+    await service.recover()
+    await advance(database_url, 2)
+    (held,) = await service.lease(["test.ping"], "w")
+
+    # When it renews both together, as it does for all of its attempts
+    for renewals in (
+        [Renewal(lost.token, b'{"from": "before"}'), Renewal(held.token)],
+        [Renewal(held.token), Renewal(lost.token, b'{"from": "before"}')],
+    ):
+        answers = dict(zip(renewals, await service.renew(renewals), strict=True))
+
+        # I expect the former attempt to hear that it must stop
+        for renewal, answer in answers.items():
+            assert isinstance(answer, LeaseLost) == (renewal.token == lost.token)
+    assert (await service.get(job.id)).progress is None
+
+
+@pytest.mark.parametrize("how", ["release", "fail"])
+async def test_a_large_job_that_is_handed_back_is_told_as_it_was_handed_back(
+    service: JobService, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """What an answer leaves out is read afterwards, when another worker may have the job."""
+    payload = {"text": secrets.token_hex(20_000)}
+    job = (await service.enqueue(EnqueueRequest("test.ping", payload))).job
+    (lease,) = await service.lease(["test.ping"], "w")
+    get_many = service._store.get_many
+    leased = []
+
+    async def get_many_later(ids: Iterable[uuid.UUID]) -> dict[uuid.UUID, JobRecord]:
+        monkeypatch.undo()
+        leased.extend(await service.lease(["test.ping"], "other"))
+        return await get_many(ids)
+
+    monkeypatch.setattr(service._store, "get_many", get_many_later)
+    if how == "release":
+        returned = await service.release(lease.token)
+    else:
+        returned = await service.fail(lease.token, BROKEN, retry_after_seconds=0)
+        assert returned.error == BROKEN
+    assert (returned.id, returned.status) == (job.id, JobStatus.QUEUED)
+    assert returned.payload == payload
+    for other in leased:
+        assert other.job.payload == payload
+
+
+async def test_a_report_is_answered_though_what_became_of_another_cannot_be_read(
+    service: JobService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await service.enqueue_many([PING, PING])
+    lost, held = await service.lease(["test.ping"], "w", limit=2)
+    await service.release(lost.token)
+    lease_states = service._store.lease_states
+
+    async def unavailable(reports: Sequence[Report]) -> dict[uuid.UUID, LeaseState]:
+        monkeypatch.setattr(service._store, "lease_states", lease_states)
+        raise QueueUnavailable("it is away for a moment")
+
+    monkeypatch.setattr(service._store, "lease_states", unavailable)
+    # Both are in one group.
+    answers = await asyncio.gather(
+        service.complete(lost.token), service.fail(held.token, BROKEN), return_exceptions=True
+    )
+    assert isinstance(answers[0], LeaseLost)
+    assert isinstance(answers[1], JobRecord)
+    assert answers[1].status is JobStatus.QUEUED
+
+
+async def test_a_renewal_is_answered_though_its_event_cannot_be_told_here(
+    service: JobService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = (await service.enqueue(PING)).job
+    (lease,) = await service.lease(["test.ping"], "w")
+
+    async def unavailable(ids: Iterable[uuid.UUID]) -> dict[uuid.UUID, JobRecord]:
+        raise QueueUnavailable("it is away for a moment")
+
+    with monkeypatch.context() as away:
+        away.setattr(service._store, "get_many", unavailable)
+        (renewed,) = await service.renew([Renewal(lease.token, b'{"done": 1}')])
+    assert not isinstance(renewed, LeaseLost)
+    assert (await service.get(job.id)).progress == {"done": 1}
+
+
+@pytest.mark.parametrize("name", ["\x00", "\ud800", "a\"b'c:d", "\\u0000"])
+async def test_jobs_of_a_type_that_cannot_be_are_none(service: JobService, name: str) -> None:
+    await service.enqueue(PING)
+    assert (await service.list_jobs(JobFilter(types=(name,)))).jobs == []
+    assert len((await service.list_jobs(JobFilter(types=(name, "test.ping")))).jobs) == 1
 
 
 # A worker whose clock is ahead of the queue's ends an attempt at its timeout all the same.

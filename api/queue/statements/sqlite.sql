@@ -230,7 +230,8 @@ CROSS JOIN job ON job.id IN (
 ORDER BY job.id DESC LIMIT :first
 
 -- name: waiting
--- What queued jobs wait for. Each count reads one range of an index, up to a bound.
+-- What queued jobs wait for. Each count reads one range of an index, up to a bound. The priorities
+-- above are gone through one by one: jobs that are scheduled for later would be read otherwise.
 SELECT job.id,
     (julianday(job.next_run_at) - julianday('now')) * 86400.0 AS due_in_seconds,
     (SELECT count(*) FROM job AS other WHERE other.status = 'running' AND other.type = job.type)
@@ -239,13 +240,24 @@ SELECT job.id,
              AND job_attempt.finished_at IS NOT NULL AND held.type = job.type) AS running,
     (SELECT (julianday('now') - julianday(job_type_state.worker_seen_at)) * 86400.0
      FROM job_type_state WHERE job_type_state.type = job.type) AS worker_seen_seconds_ago,
-    (SELECT count(*) FROM (
+    (WITH RECURSIVE level (priority) AS (
+        SELECT (SELECT other.priority FROM job AS other
+                WHERE other.status = 'queued' AND other.type = job.type
+                  AND other.priority > job.priority
+                ORDER BY other.priority DESC LIMIT 1)
+        UNION ALL
+        SELECT (SELECT other.priority FROM job AS other
+                WHERE other.status = 'queued' AND other.type = job.type
+                  AND other.priority > job.priority AND other.priority < level.priority
+                ORDER BY other.priority DESC LIMIT 1)
+        FROM level WHERE level.priority IS NOT NULL)
+     SELECT coalesce(sum((SELECT count(*) FROM (
         SELECT 1 FROM job AS other
         WHERE other.status = 'queued' AND other.type = job.type
-          AND other.priority > job.priority
+          AND other.priority = level.priority
           AND other.next_run_at <= strftime('%Y-%m-%d %H:%M:%f', 'now') || '000'
-        LIMIT :most
-    )) + (SELECT count(*) FROM (
+        LIMIT :most))), 0) FROM level
+    ) + (SELECT count(*) FROM (
         SELECT 1 FROM job AS other
         WHERE other.status = 'queued' AND other.type = job.type
           AND other.priority = job.priority
