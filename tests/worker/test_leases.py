@@ -10,7 +10,7 @@ import asyncio
 import functools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import asyncpg
@@ -20,7 +20,7 @@ from pydantic import BaseModel, JsonValue, computed_field
 
 from api.queue.errors import LeaseLost, QueueUnavailable
 from api.queue.models import JobStatus
-from api.queue.service import JobService
+from api.queue.service import JobService, Renewal
 from registry import Cancel, JobContext
 from tests.worker.house import House, Text
 
@@ -119,17 +119,16 @@ async def test_an_error_of_a_renewal_does_not_end_the_renewals(
         return "done"
 
     failed = 0
-    # The one way by which any version of the worker renews a lease.
-    heartbeat = JobService.heartbeat
+    renew = JobService.renew
 
-    async def flaky(self: JobService, token: str, progress: JsonValue = None) -> Any:
+    async def flaky(self: JobService, renewals: Sequence[Renewal]) -> Any:
         nonlocal failed
         failed += 1
         if failed <= 2:
             raise error
-        return await heartbeat(self, token, progress)
+        return await renew(self, renewals)
 
-    monkeypatch.setattr(JobService, "heartbeat", flaky)
+    monkeypatch.setattr(JobService, "renew", flaky)
     done = await house.run()
     assert failed > 2
     assert (done.result, await house.outcomes(done)) == ("done", ["succeeded"])
@@ -372,3 +371,41 @@ async def test_the_worker_leases_again_at_once_when_a_slot_is_free(house: House)
         for job in jobs:
             await house.until(job, JobStatus.SUCCEEDED)
     assert time.monotonic() - begun < 6
+
+
+@short_lease
+async def test_short_jobs_one_after_another_are_no_sign_that_renewals_are_overdue(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None of them lives to be renewed; the worker always holds a lease, and is in good health."""
+
+    @house.job_type.handler
+    async def work(_job: JobContext, payload: Text) -> str:
+        await asyncio.sleep(float(payload.text))
+        return "done"
+
+    renew, away = JobService.renew, False
+
+    async def flaky(self: JobService, renewals: Sequence[Renewal]) -> Any:
+        nonlocal away
+        if away:
+            away = False
+            raise QueueUnavailable("away for a moment")
+        return await renew(self, renewals)
+
+    monkeypatch.setattr(JobService, "renew", flaky)
+    async with house.working() as worker:
+        behind = 0.0
+        jobs = []
+        begun = time.monotonic()
+        while time.monotonic() - begun < 3:
+            jobs.append(await house.enqueue("0.35"))
+            await asyncio.sleep(0.1)
+            behind = max(behind, worker.health.renewals_behind_seconds)
+        away = True
+        jobs.append(await house.enqueue("0.8"))
+        for job in jobs:
+            await house.until(job, JobStatus.SUCCEEDED, JobStatus.FAILED)
+        assert not away
+        assert behind < 0.5
+        assert [await house.outcomes(job) for job in jobs] == [["succeeded"]] * len(jobs)
