@@ -26,7 +26,7 @@ from pydantic_core import from_json, to_json
 
 from api.logs import configure_logs, log_unexpected
 from api.worker.extensions import WorkerStartError, lifespans
-from api.worker.outcomes import End, NotStarted, Raised, end_as_json
+from api.worker.outcomes import End, NotStarted, end_as_json, end_of
 from api.worker.progress import Progress
 from api.worker.running import HandlerCall, tasks_of_handlers_contained
 from registry import DefinitionError, JobContext, JobType, WorkerExtension
@@ -148,7 +148,7 @@ async def _run(
         payload = job_type.payload.model_validate_json(
             to_json(run["payload"]), by_alias=True, by_name=False
         )
-    except (DefinitionError, ValueError) as error:
+    except Exception as error:
         return NotStarted(f"The handler's process cannot load it: {error}")
 
     def pass_on(text: bytes) -> None:
@@ -177,9 +177,7 @@ async def _run(
         call.ask_to_stop()
     await asyncio.wait({call.ended})
     current.ask_to_stop = None
-    if call.ended.cancelled():
-        return Raised("stopped", "CancelledError", "")
-    return call.ended.result()
+    return end_of(call.ended)
 
 
 def _listen(

@@ -174,7 +174,7 @@ def report_of(end: End, now: Circumstances) -> Report:
 
 def raised(error: BaseException) -> Raised:
     """What a handler's exception says, without the exception: it holds on to every frame."""
-    name, message = type(error).__name__, _storable(_words(error))
+    name, message = type(error).__name__, storable(words_of(error))
     match error:
         case Snooze(seconds=seconds):
             return Raised("snooze", name, message, seconds)
@@ -187,6 +187,14 @@ def raised(error: BaseException) -> Raised:
         case asyncio.CancelledError():
             return Raised("stopped", name, message, traceback=traceback_of(error))
     return Raised("error", name, message, traceback=traceback_of(error))
+
+
+def end_of(ended: asyncio.Task[End]) -> End:
+    """The end that the task of a handler tells, also where what runs the handler has failed."""
+    if ended.cancelled():
+        return Raised("stopped", "CancelledError", "")
+    error = ended.exception()
+    return ended.result() if error is None else raised(error)
 
 
 def how_it_died(exit_code: int) -> str:
@@ -215,15 +223,15 @@ def end_from_json(content: Mapping[str, Any]) -> End:
     return kinds[values.pop("end")](**values)
 
 
-def _words(error: BaseException) -> str:
-    """An exception's text, which is code of the handler's too."""
+def words_of(error: BaseException) -> str:
+    """An exception's text, which is code of the handler's too: it may even exit."""
     try:
         return str(error)
-    except Exception:
+    except BaseException:
         return "(message unavailable)"
 
 
-def _storable(text: str) -> str:
+def storable(text: str) -> str:
     """A text, bounded, and without what cannot be stored."""
     clean = text[: 2 * MAX_MESSAGE].replace("\x00", "\ufffd").encode("utf-8", "replace").decode()
     return shortened_text(clean, MAX_MESSAGE)

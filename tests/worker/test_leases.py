@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -281,6 +282,20 @@ class DividesByZero(BaseModel):
         return self.total / 0
 
 
+class Exits(BaseModel):
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def code(self) -> int:
+        sys.exit(3)
+
+
+class SaysNul(BaseModel):
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def text(self) -> str:
+        raise ValueError("\0 \ud800")
+
+
 def numbers() -> Iterator[int]:
     yield from range(3)
 
@@ -290,6 +305,8 @@ def numbers() -> Iterator[int]:
     [
         (DividesByZero, "ZeroDivisionError"),
         (lambda: {"deep": [DividesByZero()]}, "ZeroDivisionError"),
+        (Exits, "SystemExit"),
+        (SaysNul, "ValueError: \ufffd"),
         (numbers, "generator"),
         (lambda: {"deep": [numbers()]}, "generator"),
         (lambda: iter([1]), "list_iterator"),
