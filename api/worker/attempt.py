@@ -160,9 +160,9 @@ class Attempt:
             return
         except Exception as error:
             # A validator of the job type's raises what no validator should.
-            end = raised(error)
-            self._log.warning("job.attempt_failed", exception=end.traceback)
-            await self._report(report_of(end, self._now))
+            failure = raised(error)
+            self._log.warning("job.attempt_failed", exception=failure.traceback)
+            await self._report(report_of(failure, self._now))
             return
         if registered.run is None:
             await self._report(HandBack())
@@ -180,7 +180,7 @@ class Attempt:
         self._reporting = True
         asked = self._asked_to_stop.is_set()
         if isinstance(end, Raised) and end.kind in _UNFORESEEN and not asked:
-            self._log.warning("job.attempt_failed", exception=end.traceback)
+            self._log.warning("job.attempt_failed", exception=failure.traceback)
         elif isinstance(end, Died) and not asked:
             self._log.warning("job.process_died", reason=how_it_died(end.exit_code))
         await self._store_last_progress()

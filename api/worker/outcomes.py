@@ -154,6 +154,8 @@ def report_of(end: End, now: Circumstances) -> Report:
         # It was asked to stop, and did, by whatever exception, or was stopped.
         return HandBack()
     match end:
+        case Raised("cancel") if now.out_of_touch and not now.cancel_requested:
+            return Nothing()  # It was asked to stop, and nobody cancelled the job.
         case Raised("cancel", message=message):
             return Stop(message or "The handler cancelled the job.")
         case Raised("stopped") if now.cancel_requested:
