@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import os
 import signal
 import socket
 import struct
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -44,10 +46,10 @@ def frame(message: dict[str, Any]) -> bytes:
 
 def main(descriptor: int) -> None:
     """Serve the worker at the other end of this socket until it leaves."""
+    _end_with_worker()
     link = _Link(socket.socket(fileno=descriptor))
-    # What a handler forks shares nothing with the worker: the socket would not close otherwise.
     link.socket.set_inheritable(False)
-    os.register_at_fork(after_in_child=link.socket.close)
+    os.register_at_fork(after_in_child=lambda: _replace(descriptor))
     start = link.receive()
     if start is None:
         return
@@ -61,6 +63,29 @@ def main(descriptor: int) -> None:
         link.send({"failed": str(error)})
     except DefinitionError as error:
         link.send({"failed": f"The handler's process cannot load its job types: {error}"})
+
+
+def _end_with_worker() -> None:
+    """Have the kernel end this process when its worker ends, where the kernel can.
+
+    The socket tells of that too, but not while a library holds the interpreter's lock.
+    """
+    if sys.platform == "linux":
+        # The one that is meant is the thread that started this process: the worker's event loop.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+
+
+def _replace(descriptor: int) -> None:
+    """In a forked child: leave the socket to its parent, whose end would not be seen otherwise.
+
+    Replaced, not closed: the objects that use the socket are copied too.
+    """
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, descriptor, inheritable=False)
+    os.close(null)
+
+
+_PR_SET_PDEATHSIG: Final = 1
 
 
 def job_type_at(address: str, name: str, handler_module: str | None) -> JobType[Any]:

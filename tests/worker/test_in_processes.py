@@ -206,6 +206,26 @@ async def test_a_process_that_is_killed_while_it_waits_costs_no_attempt(house: C
     assert await house.outcomes(done) == ["succeeded"]
 
 
+async def test_a_crash_is_noticed_though_a_forked_child_lives_on(
+    house: Crowd, tmp_path: Path
+) -> None:
+    job = await house.enqueue("fork and exit", str(tmp_path / "pids"))
+    async with asyncio.timeout(10):
+        ended = await house.until(job, *ENDED)
+    assert ended.error is not None
+    assert ended.error.code == "process_died"
+    assert "exit code 3" in ended.error.message
+    assert await gone(await written(tmp_path / "pids"))
+
+
+async def test_a_forked_child_that_goes_on_as_the_handler_reports_nothing(
+    house: Crowd, tmp_path: Path
+) -> None:
+    path = tmp_path / "pids"
+    done = await house.run("fork and return twice", str(path))
+    assert (done.result, await house.outcomes(done)) == (str(path), ["succeeded"])
+
+
 async def test_a_process_that_cannot_be_started_fails_the_attempt_at_once(
     house: Crowd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
