@@ -180,7 +180,7 @@ class Attempt:
         self._reporting = True
         asked = self._asked_to_stop.is_set()
         if isinstance(end, Raised) and end.kind in _UNFORESEEN and not asked:
-            self._log.warning("job.attempt_failed", exception=failure.traceback)
+            self._log.warning("job.attempt_failed", exception=end.traceback)
         elif isinstance(end, Died) and not asked:
             self._log.warning("job.process_died", reason=how_it_died(end.exit_code))
         await self._store_last_progress()
