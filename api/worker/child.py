@@ -33,6 +33,7 @@ from api.worker.progress import Progress
 from api.worker.running import HandlerCall, tasks_of_handlers_contained
 from registry import DefinitionError, JobContext, JobType, WorkerExtension
 from registry.discovery import import_from
+from registry.job_type import is_async
 
 HEADER: Final = struct.Struct("!I")
 """Before each frame: how many bytes it has."""
@@ -68,11 +69,16 @@ def main(descriptor: int) -> None:
 def _end_with_worker() -> None:
     """Have the kernel end this process when its worker ends, where the kernel can.
 
-    The socket tells of that too, but not while a library holds the interpreter's lock.
+    The socket tells of that too, but not while a library holds the interpreter's lock. It goes
+    first, because it ends what the handler has started as well.
     """
     if sys.platform == "linux":
-        # The one that is meant is the thread that started this process: the worker's event loop.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+        libc = ctypes.CDLL(None)
+        # The C function is called with the signal's number: an alarm in one second, which ends the
+        # process. No code of Python's has to run for it.
+        libc.signal(int(signal.SIGHUP), ctypes.cast(libc.alarm, ctypes.c_void_p))
+        # What the kernel watches is the thread that started this process: the worker's event loop.
+        libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGHUP))
 
 
 def _replace(descriptor: int) -> None:
@@ -189,11 +195,13 @@ async def _run(
         _cancelled=current.cancelled.is_set,
         _deadline=time.monotonic() + run["seconds_left"],
     )
+    assert job_type.run is not None  # job_type_at has looked.
     call = HandlerCall(
-        job_type.run,  # type: ignore[arg-type]  # job_type_at has looked
+        job_type.run,
         context,
         payload,
-        in_thread=False,
+        # A plain function has no event loop around it, here as elsewhere: it may run one itself.
+        in_thread=not is_async(job_type.run),
         middleware=middleware,
         max_bytes=start["max_bytes"],
     )

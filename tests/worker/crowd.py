@@ -99,6 +99,8 @@ def act(job: JobContext, payload: Act) -> Any:
         case "hold the interpreter's lock":
             Path(payload.argument).write_text(str(os.getpid()))
             re.match("(a+)+$", "a" * 60 + "b")
+        case "run a coroutine":
+            return asyncio.run(asyncio.sleep(0, "done"))
         case "raise":
             raise ValueError("from a process")
         case "fail":

@@ -206,6 +206,11 @@ async def test_a_process_that_is_killed_while_it_waits_costs_no_attempt(house: C
     assert await house.outcomes(done) == ["succeeded"]
 
 
+async def test_a_plain_function_may_run_an_event_loop_of_its_own(house: Crowd) -> None:
+    """As it may in a thread: the next attempt after a crash runs in a process."""
+    assert (await house.run("run a coroutine")).result == "done"
+
+
 async def test_a_crash_is_noticed_though_a_forked_child_lives_on(
     house: Crowd, tmp_path: Path
 ) -> None:
