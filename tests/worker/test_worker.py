@@ -467,6 +467,26 @@ def stop_when_asked_in_thread(job: JobContext, _payload: Text) -> None:
     raise Cancel
 
 
+async def test_a_worker_that_is_cancelled_hands_its_jobs_back_and_leases_no_more(
+    house: House,
+) -> None:
+    @house.job_type.handler
+    async def work(_job: JobContext, _payload: Text) -> None:
+        await asyncio.sleep(30)
+
+    worker = Worker(house.service, concurrency=2, assets="", shutdown_seconds=5)
+    running = asyncio.create_task(worker.run())
+    first = await house.enqueue()
+    await house.until(first, JobStatus.RUNNING)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(running, 10)
+    assert await house.outcomes(first) == ["released"]
+    second = await house.enqueue()
+    await asyncio.sleep(0.3)
+    assert (await house.service.get(second.id)).status is JobStatus.QUEUED
+
+
 @about_leases
 @pytest.mark.parametrize("handler", [stop_when_asked, stop_when_asked_in_thread])
 async def test_a_job_that_ends_because_the_worker_stops_is_handed_back(
