@@ -68,7 +68,11 @@ class Fail(Exception):
 
 
 class Cancel(Exception):
-    """Raised by a handler: the job is to be cancelled."""
+    """Raised by a handler: the job is to be cancelled.
+
+    Also for a handler that stops because of `job.cancel_requested`. If that was because its worker
+    stops, and not because the job was cancelled, the job runs again.
+    """
 
 
 class Snooze(Exception):

@@ -222,7 +222,8 @@ class JobContext:
     def cancel_requested(self) -> bool:
         """Whether to stop: the job was cancelled, or its lease is lost, or the worker stops.
 
-        Plain functions look here now and then. Async handlers are cancelled instead.
+        Plain functions look here now and then, and raise `Cancel`. Async handlers are cancelled
+        instead.
         """
         return self._cancelled()
 

@@ -34,13 +34,17 @@ from api.worker.outcomes import (
     StillRunning,
     Stop,
     TimeOut,
+    end_of,
     how_it_died,
+    raised,
     report_of,
+    storable,
 )
 from api.worker.processes import HandlerProcesses, ProcessCall, address_of
 from api.worker.progress import Progress
 from api.worker.running import HandlerCall
 from registry import JobContext, JobType, PayloadInvalid
+from registry.errors import shortened_text
 
 CANCEL_GRACE_SECONDS: Final = 3.0
 """How long a handler in a process may take to end once it is cancelled, before it is killed."""
@@ -153,6 +157,12 @@ class Attempt:
             payload = self._service.registry.admit(registered.name, self._job.payload).payload
         except PayloadInvalid as invalid:
             await self._refuse(invalid)
+            return
+        except Exception as error:
+            # A validator of the job type's raises what no validator should.
+            failure = raised(error)
+            self._log.warning("job.attempt_failed", exception=failure.traceback)
+            await self._report(report_of(failure, self._now))
             return
         if registered.run is None:
             await self._report(HandBack())
@@ -281,9 +291,7 @@ class Attempt:
                 break
         if not ended.done():
             return StillRunning()
-        if ended.cancelled():
-            return Raised("stopped", "CancelledError", "")
-        return ended.result()
+        return end_of(ended)
 
     def _notice(self, _ended: asyncio.Task[End]) -> None:
         self._news.set()
@@ -342,15 +350,17 @@ class Attempt:
                     message = f"The handler's result cannot be stored: {invalid}"
                     await self._report(FailAttempt("result_invalid", message, retryable=False))
             case FailAttempt(code, message, retryable, after):
-                error = JobError(code, message)
-                await self._repeat(
-                    lambda: service.fail(
+                await self._tell(
+                    JobError(code, storable(message)),
+                    lambda error: service.fail(
                         token, error, retryable=retryable, retry_after_seconds=after
-                    )
+                    ),
                 )
             case Stop(message):
-                stopped = JobError("cancelled", message)
-                await self._repeat(lambda: service.stop(token, stopped))
+                await self._tell(
+                    JobError("cancelled", storable(message)),
+                    lambda error: service.stop(token, error),
+                )
             case HandBack():
                 await self._repeat(lambda: service.release(token))
             case SnoozeFor(seconds):
@@ -367,9 +377,20 @@ class Attempt:
             "The stored payload is not what the job type asks for today.",
             [{"path": v.path, "code": v.code, "message": v.message} for v in invalid.violations],
         )
-        await self._repeat(
-            lambda: self._service.fail(self._token, error, retryable=False, spend_attempt=False)
+        await self._tell(
+            error,
+            lambda error: self._service.fail(
+                self._token, error, retryable=False, spend_attempt=False
+            ),
         )
+
+    async def _tell(self, error: JobError, send: Callable[[JobError], Awaitable[Any]]) -> None:
+        """Report with an error; with its first words where all of it is too large to store."""
+        try:
+            await self._repeat(lambda: send(error))
+        except InputInvalid:
+            short = JobError(error.code, shortened_text(error.message, 100))
+            await self._repeat(lambda: send(short))
 
     async def _repeat(self, report: Callable[[], Awaitable[Any]]) -> None:
         """Report, again and again while it fails and the lease may hold.

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import os
 import signal
 import socket
 import struct
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -26,11 +28,12 @@ from pydantic_core import from_json, to_json
 
 from api.logs import configure_logs, log_unexpected
 from api.worker.extensions import WorkerStartError, lifespans
-from api.worker.outcomes import End, NotStarted, Raised, end_as_json
+from api.worker.outcomes import End, NotStarted, end_as_json, end_of
 from api.worker.progress import Progress
 from api.worker.running import HandlerCall, tasks_of_handlers_contained
 from registry import DefinitionError, JobContext, JobType, WorkerExtension
 from registry.discovery import import_from
+from registry.job_type import is_async
 
 HEADER: Final = struct.Struct("!I")
 """Before each frame: how many bytes it has."""
@@ -44,10 +47,10 @@ def frame(message: dict[str, Any]) -> bytes:
 
 def main(descriptor: int) -> None:
     """Serve the worker at the other end of this socket until it leaves."""
+    _end_with_worker()
     link = _Link(socket.socket(fileno=descriptor))
-    # What a handler forks shares nothing with the worker: the socket would not close otherwise.
     link.socket.set_inheritable(False)
-    os.register_at_fork(after_in_child=link.socket.close)
+    os.register_at_fork(after_in_child=lambda: _replace(descriptor))
     start = link.receive()
     if start is None:
         return
@@ -61,6 +64,34 @@ def main(descriptor: int) -> None:
         link.send({"failed": str(error)})
     except DefinitionError as error:
         link.send({"failed": f"The handler's process cannot load its job types: {error}"})
+
+
+def _end_with_worker() -> None:
+    """Have the kernel end this process when its worker ends, where the kernel can.
+
+    The socket tells of that too, but not while a library holds the interpreter's lock. It goes
+    first, because it ends what the handler has started as well.
+    """
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        # The C function is called with the signal's number: an alarm in one second, which ends the
+        # process. No code of Python's has to run for it.
+        libc.signal(int(signal.SIGHUP), ctypes.cast(libc.alarm, ctypes.c_void_p))
+        # What the kernel watches is the thread that started this process: the worker's event loop.
+        libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGHUP))
+
+
+def _replace(descriptor: int) -> None:
+    """In a forked child: leave the socket to its parent, whose end would not be seen otherwise.
+
+    Replaced, not closed: the objects that use the socket are copied too.
+    """
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, descriptor, inheritable=False)
+    os.close(null)
+
+
+_PR_SET_PDEATHSIG: Final = 1
 
 
 def job_type_at(address: str, name: str, handler_module: str | None) -> JobType[Any]:
@@ -148,7 +179,7 @@ async def _run(
         payload = job_type.payload.model_validate_json(
             to_json(run["payload"]), by_alias=True, by_name=False
         )
-    except (DefinitionError, ValueError) as error:
+    except Exception as error:
         return NotStarted(f"The handler's process cannot load it: {error}")
 
     def pass_on(text: bytes) -> None:
@@ -164,11 +195,13 @@ async def _run(
         _cancelled=current.cancelled.is_set,
         _deadline=time.monotonic() + run["seconds_left"],
     )
+    assert job_type.run is not None  # job_type_at has looked.
     call = HandlerCall(
-        job_type.run,  # type: ignore[arg-type]  # job_type_at has looked
+        job_type.run,
         context,
         payload,
-        in_thread=False,
+        # A plain function has no event loop around it, here as elsewhere: it may run one itself.
+        in_thread=not is_async(job_type.run),
         middleware=middleware,
         max_bytes=start["max_bytes"],
     )
@@ -177,9 +210,7 @@ async def _run(
         call.ask_to_stop()
     await asyncio.wait({call.ended})
     current.ask_to_stop = None
-    if call.ended.cancelled():
-        return Raised("stopped", "CancelledError", "")
-    return call.ended.result()
+    return end_of(call.ended)
 
 
 def _listen(

@@ -49,6 +49,8 @@ class Hold:
     on_out_of_touch: Callback
     blocks_loop: bool
     renewed_at: float = field(default_factory=time.monotonic)
+    answered_at: float = field(default_factory=time.monotonic)
+    """When the database last confirmed the lease. Short jobs end before their first renewal."""
     progressed_at: float = float("-inf")
     progress: bytes | None = None
     sending_progress: bool = False
@@ -81,12 +83,11 @@ class LeaseKeeper:
         self._turned_at = time.monotonic()
         self._asked_to_turn = False
         self._blocked_warned = 0.0
-        self._answered_at = time.monotonic()
 
     def start(self) -> None:
         """Start the thread. Call it on the worker's event loop."""
         self._worker_loop = asyncio.get_running_loop()
-        self._turned_at = self._answered_at = time.monotonic()
+        self._turned_at = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="lease-keeper", daemon=True)
         self._thread.start()
 
@@ -103,7 +104,7 @@ class LeaseKeeper:
         with self._lock:
             if not self._holds:
                 # Nobody looked while there was nothing to hold.
-                self._turned_at = self._answered_at = time.monotonic()
+                self._turned_at = time.monotonic()
             self._holds[hold.token] = hold
             first = len(self._holds) == 1
         if first:
@@ -159,10 +160,12 @@ class LeaseKeeper:
 
     @property
     def seconds_behind(self) -> float:
-        """How long ago the database last answered a renewal that was due; 0 when none is."""
-        if not self._holds:
+        """How long the renewal that is most overdue has been due; 0 when none is."""
+        with self._lock:
+            longest_ago = min((hold.answered_at for hold in self._holds.values()), default=None)
+        if longest_ago is None:
             return 0.0
-        return max(0.0, time.monotonic() - self._answered_at - self._every)
+        return max(0.0, time.monotonic() - longest_ago - self._every)
 
     @property
     def loop_blocked_seconds(self) -> float:
@@ -256,9 +259,10 @@ class LeaseKeeper:
         return holds, renewals
 
     def _answered(self, holds: Sequence[Hold], answers: Sequence[Renewed | LeaseLost]) -> None:
-        self._answered_at = time.monotonic()
+        now = time.monotonic()
         with self._lock:
             for hold, answer in zip(holds, answers, strict=True):
+                hold.answered_at = now
                 self._landed(hold)
                 if isinstance(answer, LeaseLost):
                     if not hold.ended:
@@ -282,12 +286,12 @@ class LeaseKeeper:
         now = time.monotonic()
         with self._lock:
             for hold, renewal in zip(holds, renewals, strict=True):
-                # Due at once; when it was last renewed is known from the last answer.
+                # Due at once.
                 hold.renewed_at = min(hold.renewed_at, now - self._every)
                 if hold.progress is None:
                     hold.progress = renewal.progress
                 self._landed(hold)
-                expired = now - self._answered_at > self._service.lease_seconds
+                expired = now - hold.answered_at > self._service.lease_seconds
                 if expired and not hold.told_out_of_touch and not hold.ended:
                     hold.told_out_of_touch = True
                     self._tell(hold.on_out_of_touch)

@@ -182,11 +182,19 @@ class Worker:
 
     async def _work(self, equipment: Equipment) -> None:
         leasing = asyncio.create_task(self._lease_until_stop(equipment), name="leasing")
-        await self._stopping.wait()
-        # Not cancelled at once: what a claim has just leased would be lost.
-        await asyncio.wait({leasing}, timeout=CLAIM_SECONDS)
-        leasing.cancel()
-        await self._finish()
+        try:
+            await self._stopping.wait()
+            # Not cancelled at once: what a claim has just leased would be lost.
+            await asyncio.wait({leasing}, timeout=CLAIM_SECONDS)
+            leasing.cancel()
+            await self._finish()
+        except asyncio.CancelledError:
+            # Nothing may go on without its lease being renewed.
+            leasing.cancel()
+            self._stopping.set()
+            self._stopping_now.set()
+            await self._finish()
+            raise
 
     async def _lease_until_stop(self, equipment: Equipment) -> None:
         pause = 0.2

@@ -154,6 +154,8 @@ def report_of(end: End, now: Circumstances) -> Report:
         # It was asked to stop, and did, by whatever exception, or was stopped.
         return HandBack()
     match end:
+        case Raised("cancel") if now.out_of_touch and not now.cancel_requested:
+            return Nothing()  # It was asked to stop, and nobody cancelled the job.
         case Raised("cancel", message=message):
             return Stop(message or "The handler cancelled the job.")
         case Raised("stopped") if now.cancel_requested:
@@ -174,7 +176,7 @@ def report_of(end: End, now: Circumstances) -> Report:
 
 def raised(error: BaseException) -> Raised:
     """What a handler's exception says, without the exception: it holds on to every frame."""
-    name, message = type(error).__name__, _storable(_words(error))
+    name, message = type(error).__name__, storable(words_of(error))
     match error:
         case Snooze(seconds=seconds):
             return Raised("snooze", name, message, seconds)
@@ -187,6 +189,14 @@ def raised(error: BaseException) -> Raised:
         case asyncio.CancelledError():
             return Raised("stopped", name, message, traceback=traceback_of(error))
     return Raised("error", name, message, traceback=traceback_of(error))
+
+
+def end_of(ended: asyncio.Task[End]) -> End:
+    """The end that the task of a handler tells, also where what runs the handler has failed."""
+    if ended.cancelled():
+        return Raised("stopped", "CancelledError", "")
+    error = ended.exception()
+    return ended.result() if error is None else raised(error)
 
 
 def how_it_died(exit_code: int) -> str:
@@ -215,15 +225,15 @@ def end_from_json(content: Mapping[str, Any]) -> End:
     return kinds[values.pop("end")](**values)
 
 
-def _words(error: BaseException) -> str:
-    """An exception's text, which is code of the handler's too."""
+def words_of(error: BaseException) -> str:
+    """An exception's text, which is code of the handler's too: it may even exit."""
     try:
         return str(error)
-    except Exception:
+    except BaseException:
         return "(message unavailable)"
 
 
-def _storable(text: str) -> str:
+def storable(text: str) -> str:
     """A text, bounded, and without what cannot be stored."""
     clean = text[: 2 * MAX_MESSAGE].replace("\x00", "\ufffd").encode("utf-8", "replace").decode()
     return shortened_text(clean, MAX_MESSAGE)

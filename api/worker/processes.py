@@ -186,7 +186,11 @@ class ProcessCall:
     async def _work(self) -> End:
         # A process that waits for a job may be killed by the system just before it gets one.
         for _ in range(3):
-            process = self._process = self._processes.take()
+            try:
+                process = self._process = self._processes.take()
+            except OSError as error:
+                reason = f"{type(error).__name__}: {error.strerror}"
+                return NotStarted(f"A process for the handler cannot be started: {reason}.")
             if self._killed:
                 process.kill()
             end = await self._run_in(process)
@@ -267,7 +271,7 @@ class _Process:
     def send(self, message: dict[str, Any]) -> None:
         if self._streams is None:
             self._unsent.append(message)
-        else:
+        elif not self._streams[1].is_closing():  # uvloop raises when the process is gone.
             self._streams[1].write(frame(message))
 
     async def receive(self) -> dict[str, Any] | None:
@@ -281,8 +285,8 @@ class _Process:
             reader = self._streams[0]
             size = HEADER.unpack(await reader.readexactly(HEADER.size))[0]
             return cast(dict[str, Any], from_json(await reader.readexactly(size)))
-        except (asyncio.IncompleteReadError, OSError):
-            return None
+        except (asyncio.IncompleteReadError, OSError, ValueError):
+            return None  # ValueError: the handler has written to the socket itself.
 
     def wait_for_job(self, retire: Callable[[], None]) -> None:
         """Call `retire` unless a job comes within a minute."""

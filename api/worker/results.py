@@ -8,7 +8,7 @@ from typing import Any, Final
 from pydantic import JsonValue
 from pydantic_core import to_jsonable_python
 
-from api.worker.outcomes import ResultRefused, Returned
+from api.worker.outcomes import ResultRefused, Returned, storable, words_of
 from registry import Violation, json_document
 from registry.errors import shortened_text
 
@@ -39,8 +39,8 @@ def result_of(value: object, *, max_bytes: int) -> Returned | ResultRefused:
         _, faults = json_document(converted, max_bytes=max_bytes)
     except _NotOneValue as error:
         return ResultRefused(f"The handler's result is not JSON: it holds a {error.kind}.")
-    except Exception as error:
-        words = shortened_text(_words(error), 500)
+    except BaseException as error:  # Also SystemExit, which would end the process.
+        words = shortened_text(storable(words_of(error)), 500)
         return ResultRefused(
             f"The handler's result cannot be converted to JSON: {type(error).__name__}: {words}"
         )
@@ -93,10 +93,3 @@ def _too_large(max_bytes: int) -> ResultRefused:
 
 def _sentences(faults: list[Violation]) -> str:
     return " ".join(f"{fault.path or '/'}: {fault.message}" for fault in faults[:5])
-
-
-def _words(error: BaseException) -> str:
-    try:
-        return str(error)
-    except Exception:
-        return "(message unavailable)"

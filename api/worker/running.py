@@ -45,7 +45,7 @@ class HandlerCall:
         middleware: Sequence[Any] = (),
         max_bytes: int,
     ) -> None:
-        self._in_thread = False
+        self._threads: set[asyncio.Future[None]] = set()
         self._returned = False
         handler = self._in_a_thread if in_thread else self._on_the_loop
         call = around(middleware, job, lambda: handler(function, job, payload))
@@ -55,7 +55,7 @@ class HandlerCall:
 
     def ask_to_stop(self) -> None:
         """Cancel an async handler. One in a thread sees it in `job.cancel_requested`."""
-        if not self._in_thread and not self._returned:
+        if not self._threads and not self._returned:
             self.ended.cancel()
 
     def kill(self) -> None:
@@ -64,6 +64,13 @@ class HandlerCall:
     async def _run(self, call: CallNext, job: JobContext, max_bytes: int) -> End:
         _in_handler.set(True)
         structlog.contextvars.bind_contextvars(job_id=job.id, type=job.type, attempt=job.attempt)
+        end = await self._end_of(call, max_bytes)
+        while self._threads:
+            # Its middleware did not wait for the handler. The attempt has not ended before it.
+            await asyncio.wait(self._threads)
+        return end
+
+    async def _end_of(self, call: CallNext, max_bytes: int) -> End:
         try:
             result = await call()
             self._returned = True
@@ -84,11 +91,10 @@ class HandlerCall:
             raise RuntimeError(f"the handler raised {type(error).__name__}") from error
 
     async def _in_a_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        self._in_thread = True
-        try:
-            answer = await in_thread(lambda: function(*arguments))
-        finally:
-            self._in_thread = False
+        thread: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._threads.add(thread)
+        thread.add_done_callback(self._threads.discard)
+        answer = await in_thread(lambda: function(*arguments), thread)
         if inspect.isawaitable(answer):
             return await self._on_the_loop(lambda: answer)
         return answer
@@ -102,8 +108,10 @@ def is_small_enough(result: object) -> bool:
         return True  # It is refused at once.
 
 
-async def in_thread(function: Callable[[], Any]) -> Any:
+async def in_thread(function: Callable[[], Any], ended: asyncio.Future[None] | None = None) -> Any:
     """Run a plain function in a thread of its own, with this task's context variables.
+
+    `ended` is set once it has ended, also when this call has been cancelled before.
 
     Not in a pool: a thread cannot be ended, so one that is given up would keep its place there.
     A daemon, so that it does not keep the process alive either.
@@ -115,6 +123,8 @@ async def in_thread(function: Callable[[], Any]) -> Any:
     def deliver(result: Any, error: BaseException | None) -> None:
         with contextlib.suppress(RuntimeError):  # The loop is closed: nobody waits any more.
             loop.call_soon_threadsafe(_settle, future, result, error)
+            if ended is not None:
+                loop.call_soon_threadsafe(_settle, ended, None, None)
 
     def run() -> None:
         try:
@@ -129,7 +139,12 @@ async def in_thread(function: Callable[[], Any]) -> Any:
         else:
             deliver(result, None)
 
-    threading.Thread(target=run, name="job", daemon=True).start()
+    try:
+        threading.Thread(target=run, name="job", daemon=True).start()
+    except BaseException:
+        if ended is not None:
+            ended.set_result(None)
+        raise
     return await future
 
 

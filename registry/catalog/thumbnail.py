@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from registry import Fail, JobContext, JobPolicy, JobType, Payload
+from registry import Cancel, JobContext, JobPolicy, JobType, Payload
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -76,7 +76,8 @@ def render(job: JobContext, payload: ThumbnailCreate) -> ThumbnailResult:
     thumbnails = []
     for done, size in enumerate(dict.fromkeys(payload.sizes), start=1):
         if job.cancel_requested:
-            raise Fail("The job was cancelled before every size was rendered.")
+            # Not Fail: when its worker stops, the job is to run again.
+            raise Cancel("The job was cancelled before every size was rendered.")
         thumbnails.append(_render_size(files, picture, size))
         job.progress({"rendered": done, "of": len(payload.sizes)})
     return ThumbnailResult(thumbnails=thumbnails)

@@ -10,7 +10,7 @@ import fsspec
 import pytest
 from PIL import Image
 
-from registry import Fail, JobContext
+from registry import Cancel, Fail, JobContext
 from registry.catalog import _thumbnail_files, thumbnail
 from registry.catalog.thumbnail import ThumbnailCreate, render
 
@@ -161,6 +161,6 @@ def test_a_cancelled_job_stops_between_two_sizes_and_tells_its_progress(tmp_path
     told: list[Any] = []
     payload = ThumbnailCreate(asset_id="a", version_number=1, sizes=[4, 8])
     job = context(tmp_path, _report=told.append, _cancelled=lambda: bool(told))
-    with pytest.raises(Exception, match="cancelled"):
+    with pytest.raises(Cancel, match="cancelled"):
         render(job, payload)
     assert told == [{"rendered": 1, "of": 2}]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -83,6 +85,22 @@ def act(job: JobContext, payload: Act) -> Any:
             os._exit(3)
         case "sys.exit":
             sys.exit(1)
+        case "fork and exit":
+            forked = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+            forked.start()
+            Path(payload.argument).write_text(str(forked.pid))
+            os._exit(3)
+        case "fork and return twice":
+            child_pid = os.fork()
+            Path(payload.argument).write_text(str(child_pid or os.getpid()))
+            if child_pid == 0:
+                return "the forked child's"
+            time.sleep(0.5)
+        case "hold the interpreter's lock":
+            Path(payload.argument).write_text(str(os.getpid()))
+            re.match("(a+)+$", "a" * 60 + "b")
+        case "run a coroutine":
+            return asyncio.run(asyncio.sleep(0, "done"))
         case "raise":
             raise ValueError("from a process")
         case "fail":

@@ -6,6 +6,7 @@ import asyncio
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,9 +15,20 @@ from api.queue.models import JobStatus
 from api.queue.requests import EnqueueRequest
 from api.queue.service import JobService
 from api.worker import Worker
+from registry import Cancel, JobContext
 from registry.discovery import load_registry
 
 TEXT = (Path(__file__).parents[2] / "docs/workers.md").read_text("utf-8")
+
+
+async def test_the_handler_of_the_first_example_that_is_stopped_is_not_done() -> None:
+    """Its worker stops: a result would make the job succeed with half of its work."""
+    (code,) = re.findall(r"<!-- example: run_in -->\n```python\n(.*?)```", TEXT, re.DOTALL)
+    names: dict[str, Any] = {"__name__": "docs_run_in"}
+    exec(compile(code, "workers.md", "exec", dont_inherit=True), names)
+    job = JobContext("1", "report.render", 1, 1, 60, _cancelled=lambda: True)
+    with pytest.raises(Cancel):
+        names["render"](job, names["ReportRender"](rows=5))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import textwrap
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
@@ -89,6 +90,34 @@ async def test_middleware_sees_exceptions_and_may_raise_its_own(house: House, ki
     assert ended.error is not None
     assert (ended.error.code, ended.error.message) == ("failed", "not again")
     assert await house.outcomes(ended) == ["failed"]
+
+
+@pytest.mark.parametrize("way", ["timeout", "left behind"])
+async def test_a_thread_that_its_middleware_gives_up_never_runs_beside_the_next_attempt(
+    house: House, way: str
+) -> None:
+    async def impatient(_job: JobContext, call_next: CallNext) -> Any:
+        if way == "timeout":
+            async with asyncio.timeout(0.1):
+                return await call_next()
+        await asyncio.wait({asyncio.ensure_future(call_next())}, timeout=0.1)
+        raise TimeoutError
+
+    running, most = 0, 0
+
+    @house.job_type.handler
+    def work(_job: JobContext, _payload: Text) -> None:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        time.sleep(0.6)
+        running -= 1
+
+    async with house.working(extensions=[WorkerExtension(middleware=[impatient])]):
+        ended = await house.until(await house.enqueue(), JobStatus.FAILED)
+    assert ended.error is not None
+    assert ended.error.message == "TimeoutError"
+    assert (await house.outcomes(ended), most) == (["failed"] * 3, 1)
 
 
 async def test_middleware_may_leave_the_handler_out(house: House) -> None:

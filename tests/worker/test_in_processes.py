@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import statistics
+import subprocess
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,12 +17,13 @@ from typing import Any
 
 import psutil
 import pytest
+import uvloop
 
 from api.queue.database import Database
 from api.queue.models import JobRecord, JobStatus
 from api.queue.requests import EnqueueRequest
 from api.queue.service import JobService
-from api.worker import Worker
+from api.worker import Worker, processes
 from registry import DefinitionError, JobPolicy, JobRegistry, JobType, Payload, WorkerExtension
 from tests.worker import crowd
 
@@ -201,6 +204,65 @@ async def test_a_process_that_is_killed_while_it_waits_costs_no_attempt(house: C
     os.kill(int(result["pid"]), signal.SIGKILL)  # type: ignore[call-overload]
     done = await house.run("describe")
     assert await house.outcomes(done) == ["succeeded"]
+
+
+async def test_a_plain_function_may_run_an_event_loop_of_its_own(house: Crowd) -> None:
+    """As it may in a thread: the next attempt after a crash runs in a process."""
+    assert (await house.run("run a coroutine")).result == "done"
+
+
+async def test_a_crash_is_noticed_though_a_forked_child_lives_on(
+    house: Crowd, tmp_path: Path
+) -> None:
+    job = await house.enqueue("fork and exit", str(tmp_path / "pids"))
+    async with asyncio.timeout(10):
+        ended = await house.until(job, *ENDED)
+    assert ended.error is not None
+    assert ended.error.code == "process_died"
+    assert "exit code 3" in ended.error.message
+    assert await gone(await written(tmp_path / "pids"))
+
+
+async def test_a_forked_child_that_goes_on_as_the_handler_reports_nothing(
+    house: Crowd, tmp_path: Path
+) -> None:
+    path = tmp_path / "pids"
+    done = await house.run("fork and return twice", str(path))
+    assert (done.result, await house.outcomes(done)) == (str(path), ["succeeded"])
+
+
+async def test_a_process_that_cannot_be_started_fails_the_attempt_at_once(
+    house: Crowd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_arguments: Any, **_options: Any) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    ended = await house.run("describe")
+    assert ended.error is not None
+    assert ended.error.code == "process_not_started"
+    assert "Too many open files" in ended.error.message
+    assert await house.outcomes(ended) == ["failed"] * 3
+
+
+def test_a_process_that_is_gone_may_be_talked_to_on_any_event_loop() -> None:
+    async def talk() -> None:
+        process = processes._Process(
+            {"assets": "", "extensions": [], "max_bytes": 1_000, "logs": None}
+        )
+        assert await process.receive() == {"ready": True}
+        process.is_ready = True
+        process.kill()
+        assert await process.receive() is None
+        for _ in range(5):
+            process.cancel()
+            await asyncio.sleep(0.01)
+        await process.end()
+        process.cancel()
+
+    for factory in (asyncio.new_event_loop, uvloop.new_event_loop):
+        with asyncio.Runner(loop_factory=factory) as runner:
+            runner.run(talk())
 
 
 async def test_handlers_that_compute_use_several_cores(database_url: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -281,6 +282,20 @@ class DividesByZero(BaseModel):
         return self.total / 0
 
 
+class Exits(BaseModel):
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def code(self) -> int:
+        sys.exit(3)
+
+
+class SaysNul(BaseModel):
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def text(self) -> str:
+        raise ValueError("\0 \ud800")
+
+
 def numbers() -> Iterator[int]:
     yield from range(3)
 
@@ -290,6 +305,8 @@ def numbers() -> Iterator[int]:
     [
         (DividesByZero, "ZeroDivisionError"),
         (lambda: {"deep": [DividesByZero()]}, "ZeroDivisionError"),
+        (Exits, "SystemExit"),
+        (SaysNul, "ValueError: \ufffd"),
         (numbers, "generator"),
         (lambda: {"deep": [numbers()]}, "generator"),
         (lambda: iter([1]), "list_iterator"),
@@ -371,3 +388,41 @@ async def test_the_worker_leases_again_at_once_when_a_slot_is_free(house: House)
         for job in jobs:
             await house.until(job, JobStatus.SUCCEEDED)
     assert time.monotonic() - begun < 6
+
+
+@short_lease
+async def test_short_jobs_one_after_another_are_no_sign_that_renewals_are_overdue(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None of them lives to be renewed; the worker always holds a lease, and is in good health."""
+
+    @house.job_type.handler
+    async def work(_job: JobContext, payload: Text) -> str:
+        await asyncio.sleep(float(payload.text))
+        return "done"
+
+    renew, away = JobService.renew, False
+
+    async def flaky(self: JobService, renewals: Sequence[Renewal]) -> Any:
+        nonlocal away
+        if away:
+            away = False
+            raise QueueUnavailable("away for a moment")
+        return await renew(self, renewals)
+
+    monkeypatch.setattr(JobService, "renew", flaky)
+    async with house.working() as worker:
+        behind = 0.0
+        jobs = []
+        begun = time.monotonic()
+        while time.monotonic() - begun < 3:
+            jobs.append(await house.enqueue("0.35"))
+            await asyncio.sleep(0.1)
+            behind = max(behind, worker.health.renewals_behind_seconds)
+        away = True
+        jobs.append(await house.enqueue("0.8"))
+        for job in jobs:
+            await house.until(job, JobStatus.SUCCEEDED, JobStatus.FAILED)
+        assert not away
+        assert behind < 0.5
+        assert [await house.outcomes(job) for job in jobs] == [["succeeded"]] * len(jobs)

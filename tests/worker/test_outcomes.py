@@ -68,6 +68,8 @@ SEGFAULT = "The handler's process was killed by signal 11 (SIGSEGV)."
         (raised(Cancel("c")), AS_USUAL, Stop("c")),
         (raised(Cancel()), AS_USUAL, Stop("The handler cancelled the job.")),
         (raised(Cancel("c")), STOPPING, HandBack()),
+        (raised(Cancel("c")), OUT_OF_TOUCH, Nothing()),
+        (raised(Cancel("c")), Circumstances(out_of_touch=True, cancel_requested=True), Stop("c")),
         (BOOM, AS_USUAL, FAILED),
         (BOOM, CANCELLED, FAILED),
         (BOOM, OUT_OF_TOUCH, FAILED),

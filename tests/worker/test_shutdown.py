@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
@@ -188,6 +189,22 @@ async def test_the_processes_of_handlers_end_with_a_worker_that_is_killed(
                 for pid in pids
             ):
                 await asyncio.sleep(0.02)
+
+
+async def test_a_process_ends_with_its_worker_though_its_threads_cannot_run(
+    database_url: str, service: JobService, tmp_path: Path
+) -> None:
+    with process("worker", database_url, catalog="tests.worker.crowd") as running:
+        file = tmp_path / "pid"
+        await enqueue(service, "hold the interpreter's lock", file, kind="crowd")
+        handler = psutil.Process(int(await there(file)))
+        running.kill()
+        running.wait(10)
+        try:
+            handler.wait(5)
+        finally:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                handler.kill()
 
 
 @pytest.mark.parametrize("act", ["segfault", "kill"])

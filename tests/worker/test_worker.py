@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -10,15 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import JsonValue
+from pydantic import JsonValue, field_validator
 
+from api.queue.database import Database
 from api.queue.errors import QueueUnavailable
 from api.queue.models import JobRecord, JobStatus
+from api.queue.requests import EnqueueRequest
+from api.queue.service import JobService
 from api.worker import Worker
 from registry import (
+    Backoff,
     Cancel,
     Fail,
     JobContext,
+    JobPolicy,
+    JobRegistry,
+    JobType,
+    Payload,
     Retry,
     Snooze,
 )
@@ -353,6 +362,69 @@ async def test_a_stored_payload_that_todays_schema_refuses_is_not_run(house: Hou
     assert ended.error.details[0]["path"] == "/text"  # type: ignore[index,call-overload]
 
 
+async def test_a_validator_that_raises_anything_fails_the_attempt(database_url: str) -> None:
+    broken = False
+
+    class Checked(Payload):
+        @field_validator("*", mode="before")
+        @classmethod
+        def check(cls, value: object) -> object:
+            if broken:
+                raise ConnectionError("a service that the validator asks")
+            return value
+
+        name: str = ""
+
+    policy = JobPolicy(max_attempts=2, timeout_seconds=60, backoff=Backoff(0.05, 0.1))
+    job_type = JobType(name="checked", payload=Checked, policy=policy)
+    job_type.handler(lambda job, payload: None)
+    database = Database(database_url)
+    service = JobService(JobRegistry([job_type]), database)
+    async with service.events.hearing():
+        house = House(service, database_url, job_type)
+        job = (await service.enqueue(EnqueueRequest("checked", {"name": "a"}))).job
+        broken = True
+        async with house.working():
+            ended = await house.until(job, JobStatus.FAILED)
+        assert ended.error is not None
+        assert ended.error.code == "handler_failed"
+        assert await house.outcomes(job) == ["failed", "failed"]
+    await database.close()
+
+
+class Exits(Exception):
+    def __str__(self) -> str:
+        sys.exit(4)
+
+
+async def test_an_exception_that_exits_when_it_is_read_fails_the_attempt(house: House) -> None:
+    @house.job_type.handler
+    async def work(_job: JobContext, _payload: Text) -> None:
+        raise Exits
+
+    ended = await house.run(max_attempts=1)
+    assert ended.error is not None
+    assert ended.error.message == "Exits: (message unavailable)"
+
+
+@pytest.mark.parametrize("error", [RuntimeError, Cancel])
+async def test_an_error_that_is_too_large_to_store_is_told_with_its_first_words(
+    database_url: str, house: House, error: type[Exception]
+) -> None:
+    @house.job_type.handler
+    async def work(_job: JobContext, _payload: Text) -> None:
+        raise error("word " * 1_000)
+
+    registry = JobRegistry([house.job_type], max_payload_bytes=1_024)
+    database = Database(database_url)
+    service = JobService(registry, database)
+    async with service.events.hearing():
+        ended = await House(service, database_url, house.job_type).run(max_attempts=1)
+    await database.close()
+    assert ended.error is not None
+    assert "word word" in ended.error.message
+
+
 @pytest.mark.parametrize("result", [object(), float("nan"), "a\0", "x" * 300_000])
 async def test_a_result_that_cannot_be_stored_fails_the_job_for_good(
     house: House, result: object
@@ -393,6 +465,26 @@ def stop_when_asked_in_thread(job: JobContext, _payload: Text) -> None:
     while not job.cancel_requested:
         time.sleep(0.001)
     raise Cancel
+
+
+async def test_a_worker_that_is_cancelled_hands_its_jobs_back_and_leases_no_more(
+    house: House,
+) -> None:
+    @house.job_type.handler
+    async def work(_job: JobContext, _payload: Text) -> None:
+        await asyncio.sleep(30)
+
+    worker = Worker(house.service, concurrency=2, assets="", shutdown_seconds=5)
+    running = asyncio.create_task(worker.run())
+    first = await house.enqueue()
+    await house.until(first, JobStatus.RUNNING)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(running, 10)
+    assert await house.outcomes(first) == ["released"]
+    second = await house.enqueue()
+    await asyncio.sleep(0.3)
+    assert (await house.service.get(second.id)).status is JobStatus.QUEUED
 
 
 @about_leases
