@@ -437,7 +437,8 @@ class Database:
         except QueueUnavailable:
             raise
         except Exception as error:
-            raise self._connecting_failed(error) from error
+            waited = _seconds(self._timeout) if deadline is None else deadline - began
+            raise self._connecting_failed(error, waited) from error
         driver: Any = None
         try:
             # Closes in a task of its own, so that a cancelled caller gives its connection back.
@@ -460,7 +461,13 @@ class Database:
                 raise unavailable from error
             raise
 
-    def _connecting_failed(self, error: Exception) -> QueueUnavailable:
+    def _connecting_failed(self, error: Exception, seconds: float) -> QueueUnavailable:
+        if self._file is not None:
+            try:
+                self._file.identity()
+            except QueueUnavailable as missing:
+                # SQLite says only that it cannot open the file.
+                return missing
         match error:
             case sqlalchemy.exc.TimeoutError():
                 return QueueUnavailable(
@@ -469,8 +476,7 @@ class Database:
                 )
             case TimeoutError():
                 return QueueUnavailable(
-                    f"no connection to the database within {_seconds(self._timeout):g} seconds",
-                    "timeout",
+                    f"no connection to the database within {seconds:.3g} seconds", "timeout"
                 )
         return as_unavailable(error) or QueueUnavailable(str(error) or type(error).__name__)
 
