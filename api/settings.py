@@ -258,7 +258,7 @@ class Settings(BaseSettings):
         names = _items(value)
         for name in names:
             if not all(part.isidentifier() for part in name.split(".")):
-                raise ValueError(f"{name!r} is no module name")
+                raise ValueError(f"{name!r} is not a module name")
         if not names:
             raise ValueError("it names no module")
         return names
@@ -367,7 +367,7 @@ class Settings(BaseSettings):
         except (ValueError, TypeError, KeyError):
             keys = None
         if not isinstance(keys, list):
-            raise ValueError("the file is no JSON Web Key Set")
+            raise ValueError("the file is not a JSON Web Key Set")
         return value
 
     @field_validator("auth_issuer", "auth_audience")
@@ -416,9 +416,9 @@ def load_settings(environment: Mapping[str, str] | None = None) -> Settings:
         if name in Settings.model_fields and variable == variable.upper():
             values[name] = value
         else:
-            known = [PREFIX + field.upper() for field in Settings.model_fields]
-            near = difflib.get_close_matches(variable.upper(), known, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
+            # Without the prefix, which would make every setting look alike.
+            near = difflib.get_close_matches(name, Settings.model_fields, n=1)
+            hint = f" Did you mean {PREFIX}{near[0].upper()}?" if near else ""
             faults.append(f"{variable}: there is no such setting.{hint}")
     try:
         settings = _Given(**values)
