@@ -109,3 +109,13 @@ class QueueUnavailable(QueueError):
         self.reason = reason
         self.kind: UnavailableKind = kind
         super().__init__("The queue's database is not available. Try again.")
+
+
+def reason_of(error: Exception) -> str:
+    """Return why a call to the database failed, for a log line. It quotes no value."""
+    match error:
+        case QueueUnavailable():
+            return error.reason
+        case TimeoutError():
+            return "no answer in time"
+    return type(error).__name__
