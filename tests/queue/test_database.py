@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import socket
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -99,6 +100,17 @@ async def test_an_outage_is_told_with_the_time_that_was_waited(proxied: Proxy) -
         with within(SHORT), pytest.raises(QueueUnavailable) as refused:
             await database.retrying(read, timeout_seconds=0.2)
     assert refused.value.reason == "no connection to the database within 0.2 seconds"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+async def test_a_server_that_does_not_listen_is_told_in_words(host: str) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        async with opened(f"postgresql://ada@{host}:{port}/jobs?sslmode=disable") as database:
+            with pytest.raises(QueueUnavailable) as refused:
+                await database.execute_at_once("SELECT 1", {})
+    assert refused.value.reason == f"{host}: Connection refused"
 
 
 async def test_idle_connections_that_died_cost_one_call_one_deadline(proxied: Proxy) -> None:
