@@ -150,14 +150,14 @@ class KeyFile:
     """Public keys of a JSON Web Key Set (RFC 7517) in a file, read once.
 
     Raises:
-        KeysInvalid: the text is no key set, or holds no usable key.
+        KeysInvalid: the text is not a key set, or holds no usable key.
     """
 
     def __init__(self, text: str) -> None:
         try:
             keys = jwt.PyJWKSet.from_dict(json.loads(text)).keys
         except (ValueError, AttributeError, TypeError, jwt.PyJWTError) as error:
-            raise KeysInvalid(f"it is no JSON Web Key Set: {shortened(str(error))}") from None
+            raise KeysInvalid(f"it is not a JSON Web Key Set: {shortened(str(error))}") from None
         self._keys = [key for key in keys if _algorithm(key) is not None]
         if not self._keys:
             raise KeysInvalid("it holds no RSA, P-256 or Ed25519 key for signatures")
@@ -249,7 +249,7 @@ class Authentication:
         try:
             header = jwt.get_unverified_header(token)
         except (jwt.PyJWTError, ValueError):
-            raise Unauthenticated("The token is no JSON Web Token.") from None
+            raise Unauthenticated("The token is not a JSON Web Token.") from None
         key, algorithm = await self._keys.find(header)
         try:
             # The algorithm is the key's, never the token's: `none`, and an HMAC made with a
@@ -375,7 +375,7 @@ def read_keys(source: str) -> Keys:
     try:
         return KeyFile(Path(source).read_text())
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
         raise KeysInvalid(f"the file cannot be read: {reason}") from None
 
 
@@ -469,7 +469,7 @@ def _job_types(claims: Mapping[str, Any]) -> frozenset[str] | None:
         return None
     if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
         # A limit that cannot be read is no reason to have none.
-        raise Unauthenticated(f"The claim {JOB_TYPES_CLAIM} is no list of names.")
+        raise Unauthenticated(f"The claim {JOB_TYPES_CLAIM} is not a list of names.")
     return frozenset(given)
 
 

@@ -44,7 +44,7 @@ BULK = 500
 
 app = typer.Typer(
     name="jobs",
-    help="A job queue whose jobs are typed: a bad job is refused at the door.",
+    help="A typed job queue: an invalid job is rejected when it is enqueued.",
     epilog="Settings are JOBS_* variables; the README lists them. Exit codes: 0 done, 1 refused,"
     " 2 wrong usage, 3 did not end within its grace.",
     no_args_is_help=True,

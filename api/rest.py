@@ -97,7 +97,7 @@ class EnqueueView:
             return from_json(body, allow_inf_nan=False)
         except ValueError as error:
             raise RequestRefused(
-                400, "not_json", f"The body is no JSON: {str(error)[:200]}"
+                400, "not_json", f"The body is not valid JSON: {str(error)[:200]}"
             ) from None
 
 
@@ -160,6 +160,10 @@ def _job(job: JobRecord) -> dict[str, Any]:
     }
 
 
+def _counted(what: str, faults: int) -> str:
+    return f"{what} has {faults} fault{'s' if faults != 1 else ''}; see details."
+
+
 async def _respond_error(send: Send, error: Exception, *, allow: bytes) -> None:
     """The one place that makes HTTP answers of exceptions."""
     headers: tuple[tuple[bytes, bytes], ...] = ()
@@ -170,11 +174,11 @@ async def _respond_error(send: Send, error: Exception, *, allow: bytes) -> None:
             details = [{"suggestion": name} for name in error.suggestions]
         case PayloadInvalid():
             status, code = 422, "payload_invalid"
-            message = f"The payload has {len(error.violations)} faults; see details."
+            message = _counted("The payload", len(error.violations))
             details = _details(error.violations)
         case InputInvalid():
             status, code = 422, "validation_error"
-            message = f"The request has {len(error.violations)} faults; see details."
+            message = _counted("The request", len(error.violations))
             details = _details(error.violations)
         case IdempotencyConflict():
             status, code = 409, "idempotency_conflict"

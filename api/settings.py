@@ -51,7 +51,7 @@ class Settings(BaseSettings):
         default=10,
         ge=2,
         le=200,
-        description="Database connections a process holds at most. PostgreSQL has to allow the sum"
+        description="The most database connections per process. PostgreSQL has to allow the sum"
         " over all processes, and one more for each; with too few, calls wait for each other.",
     )
     database_timeout_seconds: float = Field(
@@ -88,7 +88,7 @@ class Settings(BaseSettings):
         ge=1_024,
         le=67_108_864,
         description="How large a payload, a result or a progress report may be, in bytes of compact"
-        " JSON. What is larger belongs into the assets, and its name into the payload.",
+        " JSON. Store what is larger in the assets, and put its name in the payload.",
     )
     max_body_bytes: int = Field(
         default=8_388_608,
@@ -100,8 +100,9 @@ class Settings(BaseSettings):
         default=30.0,
         ge=1.0,
         le=3_600.0,
-        description="How long a lease lasts without a heartbeat. Shorter notices a dead worker"
-        " sooner; too short takes a slow network for one, and runs its job twice.",
+        description="How long a lease lasts without a heartbeat. With a shorter one, a dead worker"
+        " is noticed sooner; with one that is too short, a slow network looks like a dead worker,"
+        " and jobs run twice.",
     )
     shutdown_seconds: float = Field(
         default=20.0,
@@ -114,8 +115,8 @@ class Settings(BaseSettings):
         default=8,
         ge=1,
         le=1_000,
-        description="How many jobs a worker process runs at once. Raise it for handlers that"
-        " wait for others; those that compute then only take turns, and may time out.",
+        description="How many jobs a worker process runs at once. Raise it for I/O-bound handlers."
+        " CPU-bound handlers gain nothing and may time out.",
     )
     keep_succeeded_days: float = Field(
         default=7.0,
@@ -134,40 +135,40 @@ class Settings(BaseSettings):
         default=200,
         ge=50,
         le=1_000,
-        description="How many jobs a page of `jobs` holds at most.",
+        description="The most jobs per page of `jobs`.",
     )
     max_bulk_size: int = Field(
         default=1_000,
         ge=1,
         le=10_000,
-        description="How many jobs one `enqueueJobs` stores at most.",
+        description="The most jobs that one `enqueueJobs` stores.",
     )
     max_query_tokens: int = Field(
         default=2_000,
         ge=100,
         le=100_000,
-        description="How many tokens a GraphQL document has at most: names, numbers, strings and"
-        " punctuation. Values in variables do not count.",
+        description="The most tokens per GraphQL document: names, numbers, strings and punctuation."
+        " Values in variables do not count.",
     )
     max_query_depth: int = Field(
         default=15,
         ge=5,
         le=100,
-        description="How many levels of fields a GraphQL operation has at most, its fragments'"
+        description="The most levels of fields per GraphQL operation, those of its fragments"
         " included. GraphiQL's introspection has 15.",
     )
     max_query_aliases: int = Field(
         default=30,
         ge=0,
         le=10_000,
-        description="How many fields of a GraphQL operation have an alias, or are asked for again"
-        " in the same place, at most.",
+        description="The most fields per GraphQL operation that have an alias or are repeated in"
+        " the same place.",
     )
     max_query_directives: int = Field(
         default=30,
         ge=0,
         le=10_000,
-        description="How many directives a GraphQL operation has at most.",
+        description="The most directives per GraphQL operation.",
     )
     rate_limit: Annotated[tuple[str, ...], NoDecode] = Field(
         default=(),
@@ -187,8 +188,8 @@ class Settings(BaseSettings):
     introspection: bool = Field(
         default=None,
         validate_default=True,
-        description="Whether GraphQL tells of its schema, as GraphiQL and code generators ask it"
-        " to. `jobs schema` prints it as well.",
+        description="Whether clients can introspect the GraphQL schema, as GraphiQL and code"
+        " generators do. `jobs schema` prints it in any case.",
     )
     suggestions: bool = Field(
         default=None,
@@ -203,7 +204,7 @@ class Settings(BaseSettings):
     get_queries: bool = Field(
         default=None,
         validate_default=True,
-        description="Whether GraphQL queries are taken by GET. Mutations never are.",
+        description="Whether GET accepts GraphQL queries. It never accepts mutations.",
     )
     auth_hs256_secret: str | None = Field(
         default=None,
@@ -219,30 +220,33 @@ class Settings(BaseSettings):
     auth_issuer: str | None = Field(
         default=None,
         validate_default=True,
-        description="The `iss` of tokens that are taken. Needed with a secret or keys.",
+        description="The `iss` that tokens must have. Required with a secret or keys.",
     )
     auth_audience: str | None = Field(
         default=None,
         validate_default=True,
-        description="The `aud` of tokens that are taken. Needed with a secret or keys.",
+        description="The `aud` that tokens must have. Required with a secret or keys.",
     )
     auth_leeway_seconds: float = Field(
         default=10.0,
         ge=0.0,
         le=300.0,
-        description="How far the clock of the tokens' issuer may be off.",
+        description="How far the clock of the tokens' issuer may differ from this machine's.",
     )
     host: str = Field(
         default="127.0.0.1",
-        description="The address `jobs serve` listens on. Without authentication only loopback.",
+        description="Address that `jobs serve` listens on. Without authentication, loopback only.",
     )
     port: int = Field(
-        default=8000, ge=0, le=65_535, description="The port of it; 0 takes a free one."
+        default=8000,
+        ge=0,
+        le=65_535,
+        description="Port that `jobs serve` listens on. 0 picks a free port.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info",
-        description="The least important log lines to write: `debug`, `info` (an event of a job is"
-        " one line), `warning` or `error`.",
+        description="The lowest level to log: `debug`, `info` (one line per event of a job),"
+        " `warning` or `error`.",
     )
     log_format: Literal["auto", "console", "json"] = Field(
         default="auto",
@@ -258,7 +262,7 @@ class Settings(BaseSettings):
         names = _items(value)
         for name in names:
             if not all(part.isidentifier() for part in name.split(".")):
-                raise ValueError(f"{name!r} is no module name")
+                raise ValueError(f"{name!r} is not a module name")
         if not names:
             raise ValueError("it names no module")
         return names
@@ -367,7 +371,7 @@ class Settings(BaseSettings):
         except (ValueError, TypeError, KeyError):
             keys = None
         if not isinstance(keys, list):
-            raise ValueError("the file is no JSON Web Key Set")
+            raise ValueError("the file is not a JSON Web Key Set")
         return value
 
     @field_validator("auth_issuer", "auth_audience")
@@ -416,9 +420,9 @@ def load_settings(environment: Mapping[str, str] | None = None) -> Settings:
         if name in Settings.model_fields and variable == variable.upper():
             values[name] = value
         else:
-            known = [PREFIX + field.upper() for field in Settings.model_fields]
-            near = difflib.get_close_matches(variable.upper(), known, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
+            # Without the prefix, which would make every setting look alike.
+            near = difflib.get_close_matches(name, Settings.model_fields, n=1)
+            hint = f" Did you mean {PREFIX}{near[0].upper()}?" if near else ""
             faults.append(f"{variable}: there is no such setting.{hint}")
     try:
         settings = _Given(**values)

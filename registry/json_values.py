@@ -26,19 +26,19 @@ _BAD_TEXT: Final = re.compile("[\x00\ud800-\udfff]")
 
 
 class NotJson(ValueError):
-    """Raised when text is no JSON; says where."""
+    """Raised when text is not valid JSON; says where."""
 
 
 def parse_json(text: str | bytes) -> JsonValue:
     """The value of JSON text. Of an object's equal keys the last one counts.
 
     Raises:
-        NotJson: it is no JSON, holds NaN or Infinity, or is nested too deep to be read.
+        NotJson: it is not valid JSON, holds NaN or Infinity, or is nested too deep to be read.
     """
     try:
         value: JsonValue = from_json(text, allow_inf_nan=False)
     except ValueError as error:
-        raise NotJson(f"This is no JSON: {str(error)[:200]}") from None
+        raise NotJson(f"This is not valid JSON: {str(error)[:200]}") from None
     return value
 
 

@@ -59,7 +59,7 @@ class JobRegistry(Mapping[str, JobType[Any]]):
         by_name: dict[str, JobType[Any]] = {}
         for job_type in job_types:
             if not isinstance(job_type, JobType):
-                raise DefinitionError(f"JobRegistry: {shortened(job_type)} is no JobType")
+                raise DefinitionError(f"JobRegistry: {shortened(job_type)} is not a JobType")
             if job_type.name in by_name:
                 raise DefinitionError(f"JobRegistry: two job types are named {job_type.name}")
             by_name[job_type.name] = job_type

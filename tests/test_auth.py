@@ -129,8 +129,8 @@ def none_algorithm(**changed: Any) -> str:
         (lambda: token(sub=""), "The claim sub is not 1 to 255 characters of text."),
         (lambda: token(sub=7), "The token is not valid."),
         (lambda: token(exp="soon"), "The token is not valid."),
-        (lambda: token(**{"jobs:types": "test.ping"}), "The claim jobs:types is no list of names."),
-        (lambda: token(**{"jobs:types": [1]}), "The claim jobs:types is no list of names."),
+        (lambda: token(**{"jobs:types": "x"}), "The claim jobs:types is not a list of names."),
+        (lambda: token(**{"jobs:types": [1]}), "The claim jobs:types is not a list of names."),
         (none_algorithm, "The token is signed with another algorithm than its key's."),
         (
             lambda: jwt.encode(claims(), SECRET * 2, "HS512"),
@@ -138,7 +138,7 @@ def none_algorithm(**changed: Any) -> str:
         ),
         (lambda: jwt.encode(claims(), SECRET * 2, "HS256"), "The token's signature is wrong."),
         (lambda: token()[:-8] + "AAAAAAAA", "The token's signature is wrong."),
-        (lambda: "a.b.c", "The token is no JSON Web Token."),
+        (lambda: "a.b.c", "The token is not a JSON Web Token."),
         (lambda: "x" * 9_000, "The token is too long."),
     ],
 )  # fmt: skip
@@ -300,7 +300,7 @@ async def test_while_the_keys_cannot_be_fetched_the_answer_is_503(visit: Visit) 
 def test_a_file_that_is_no_key_set_is_a_wrong_setting(tmp_path: Path, text: str) -> None:
     path = tmp_path / "keys.json"
     path.write_text(text)
-    with pytest.raises(SettingsInvalid, match="JOBS_AUTH_JWKS: got .*no JSON Web Key Set"):
+    with pytest.raises(SettingsInvalid, match="JOBS_AUTH_JWKS: got .*not a JSON Web Key Set"):
         load_settings(
             {"JOBS_AUTH_JWKS": str(path), "JOBS_AUTH_ISSUER": ISSUER, "JOBS_AUTH_AUDIENCE": "jobs"}
         )
@@ -309,8 +309,8 @@ def test_a_file_that_is_no_key_set_is_a_wrong_setting(tmp_path: Path, text: str)
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ('{"keys": []}', "no JSON Web Key Set"),
-        ('{"keys": [1]}', "no JSON Web Key Set"),
+        ('{"keys": []}', "not a JSON Web Key Set"),
+        ('{"keys": [1]}', "not a JSON Web Key Set"),
         ('{"keys": [{"kty": "oct", "k": "c2VjcmV0"}]}', "holds no RSA, P-256 or Ed25519 key"),
     ],
 )

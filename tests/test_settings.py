@@ -27,6 +27,13 @@ def test_variables_are_read_and_others_left_alone() -> None:
     assert settings.port == 0
 
 
+def test_a_setting_that_resembles_no_other_suggests_none() -> None:
+    with pytest.raises(SettingsInvalid) as wrong:
+        load_settings({"JOBS_FOO": "1"})
+    assert "JOBS_FOO: there is no such setting." in str(wrong.value)
+    assert "Did you mean" not in str(wrong.value)
+
+
 def test_every_fault_is_told_at_once_and_names_its_variable() -> None:
     with pytest.raises(SettingsInvalid) as wrong:
         load_settings(

@@ -190,7 +190,7 @@ class GraphQLView:
         try:
             content = from_json(body, allow_inf_nan=False)
         except ValueError as error:
-            raise _refused(400, f"The body is no JSON: {str(error)[:200]}") from None
+            raise _refused(400, f"The body is not valid JSON: {str(error)[:200]}") from None
         if not isinstance(content, dict):
             raise _refused(400, "The body has to be one object with a query; there are no batches.")
         return content

@@ -437,7 +437,8 @@ class Database:
         except QueueUnavailable:
             raise
         except Exception as error:
-            raise self._connecting_failed(error) from error
+            waited = _seconds(self._timeout) if deadline is None else deadline - began
+            raise self._connecting_failed(error, waited) from error
         driver: Any = None
         try:
             # Closes in a task of its own, so that a cancelled caller gives its connection back.
@@ -460,7 +461,13 @@ class Database:
                 raise unavailable from error
             raise
 
-    def _connecting_failed(self, error: Exception) -> QueueUnavailable:
+    def _connecting_failed(self, error: Exception, seconds: float) -> QueueUnavailable:
+        if self._file is not None:
+            try:
+                self._file.identity()
+            except QueueUnavailable as missing:
+                # SQLite says only that it cannot open the file.
+                return missing
         match error:
             case sqlalchemy.exc.TimeoutError():
                 return QueueUnavailable(
@@ -469,8 +476,7 @@ class Database:
                 )
             case TimeoutError():
                 return QueueUnavailable(
-                    f"no connection to the database within {_seconds(self._timeout):g} seconds",
-                    "timeout",
+                    f"no connection to the database within {seconds:.3g} seconds", "timeout"
                 )
         return as_unavailable(error) or QueueUnavailable(str(error) or type(error).__name__)
 
@@ -489,6 +495,7 @@ class Database:
         wanted = ["standby", "any"] if url.session == "prefer-standby" else [url.session]
         tries = [(host, port, session) for session in wanted for host, port in hosts]
         last: Exception | None = None
+        last_host: str | None = None
         for host, port, session in tries:
             try:
                 connection = await asyncpg.connect(
@@ -504,7 +511,7 @@ class Database:
                 )
             except (OSError, TimeoutError, asyncpg.TargetServerAttributeNotMatched,
                     asyncpg.CannotConnectNowError) as error:  # fmt: skip
-                last = error
+                last, last_host = error, host
                 continue
             except (asyncpg.PostgresError, asyncpg.InterfaceError, ValueError) as error:
                 raise QueueUnavailable(str(error), _kind(error)) from error
@@ -516,7 +523,8 @@ class Database:
         if isinstance(last, TimeoutError):
             reason = f"no connection to the database within {seconds:g} seconds"
             raise QueueUnavailable(reason, "timeout") from last
-        raise QueueUnavailable(str(last) or type(last).__name__) from last
+        where = f"{last_host}: " if last_host else ""
+        raise QueueUnavailable(where + _connecting_failed_by(last)) from last
 
     def _server_settings(self, url: PostgresqlUrl) -> dict[str, str]:
         """What a session is to have, except where the URL's options say otherwise.
@@ -1108,6 +1116,19 @@ _SQLITE_KINDS: Final[Mapping[int, UnavailableKind]] = {
     sqlite3.SQLITE_NOTADB: "unreachable",
     sqlite3.SQLITE_SCHEMA: "unreachable",
 }
+
+
+def _connecting_failed_by(error: Exception | None) -> str:
+    """What a person needs of an error while connecting.
+
+    asyncio quotes Python's values: `[Errno 111] Connect call failed ('::1', 5432, 0, 0)`, and with
+    several addresses one after another.
+    """
+    if not isinstance(error, socket.gaierror) and isinstance(error, OSError):
+        number = error.errno or next(iter(re.findall(r"\[Errno (\d+)\]", str(error))), None)
+        if number is not None:
+            return os.strerror(int(number))
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def _first_line(error: BaseException | None) -> str:

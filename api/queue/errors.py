@@ -39,8 +39,9 @@ class IdempotencyConflict(QueueError):
         self.existing_job = existing_job
         self.differing_paths = differing_paths
         super().__init__(
-            f"this idempotency key belongs to job {existing_job.id}, whose payload differs at "
+            f"This idempotency key belongs to job {existing_job.id}, whose payload differs at "
             + ", ".join(path or "the whole" for path in differing_paths)
+            + "."
         )
 
 
@@ -49,7 +50,7 @@ class JobNotFound(QueueError):
 
     def __init__(self, job_id: str) -> None:
         self.job_id = job_id
-        super().__init__(f"there is no job {job_id[:100]}")
+        super().__init__(f"There is no job {job_id[:100]}.")
 
 
 class JobStateConflict(QueueError):
@@ -59,7 +60,7 @@ class JobStateConflict(QueueError):
         self.job_id = job_id
         self.status = status
         self.asked = asked
-        super().__init__(f"job {job_id} is {status.value} and cannot be {asked}")
+        super().__init__(f"Job {job_id} is {status.value} and cannot be {asked}.")
 
 
 class LeaseLost(QueueError):
@@ -70,7 +71,7 @@ class LeaseLost(QueueError):
 
     def __init__(self) -> None:
         super().__init__(
-            "this lease is not in force: it expired, was ended, or its job was leased again"
+            "This lease is not in force: it expired, was ended, or its job was leased again."
         )
 
 
@@ -82,7 +83,7 @@ class EventsMissed(QueueError):
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
-        super().__init__(f"events were missed: {reason}; read the jobs and subscribe again")
+        super().__init__(f"Events were missed: {reason}. Read the jobs and subscribe again.")
 
 
 UnavailableKind = Literal[
@@ -107,4 +108,14 @@ class QueueUnavailable(QueueError):
     def __init__(self, reason: str, kind: UnavailableKind = "unreachable") -> None:
         self.reason = reason
         self.kind: UnavailableKind = kind
-        super().__init__("the queue's database is not available; try again")
+        super().__init__("The queue's database is not available. Try again.")
+
+
+def reason_of(error: Exception) -> str:
+    """Return why a call to the database failed, for a log line. It quotes no value."""
+    match error:
+        case QueueUnavailable():
+            return error.reason
+        case TimeoutError():
+            return "no answer in time"
+    return type(error).__name__

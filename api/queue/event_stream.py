@@ -18,6 +18,7 @@ from typing import Final
 import structlog
 
 from api.queue.database import Database
+from api.queue.errors import reason_of
 from api.queue.store import EVENTS_KEPT_SECONDS, Store
 
 POLL_SECONDS: Final = 0.25
@@ -146,7 +147,7 @@ class EventStream:
             # Nothing is missed by that: the next read goes on from the same batch.
             if not self._is_failing:
                 with suppress(Exception):
-                    log.warning("events.unread", error=type(error).__name__)
+                    log.warning("events.unread", reason=reason_of(error))
             self._is_failing = True
             return False
         self._is_failing = False

@@ -14,7 +14,7 @@ from typing import Any, Final
 import structlog
 
 from api.logs import log_unexpected
-from api.queue.errors import InputInvalid, LeaseLost, QueueUnavailable
+from api.queue.errors import InputInvalid, LeaseLost, QueueUnavailable, reason_of
 from api.queue.leasing import Lease
 from api.queue.models import JobError
 from api.queue.service import JobService, Renewal
@@ -30,6 +30,7 @@ from api.worker.outcomes import (
     NotStarted,
     Raised,
     Report,
+    ResultRefused,
     SnoozeFor,
     StillRunning,
     Stop,
@@ -185,6 +186,11 @@ class Attempt:
             self._log.warning("job.process_died", reason=how_it_died(end.exit_code))
         await self._store_last_progress()
         report = report_of(end, self._now)
+        if isinstance(report, FailAttempt):
+            if isinstance(end, ResultRefused):
+                self._log.warning("job.attempt_failed", code=report.code)
+            elif isinstance(end, Raised) and end.kind not in _UNFORESEEN:
+                self._log.info("job.attempt_failed", code=report.code)
         self.overdue = isinstance(end, StillRunning) and not self._now.handing_back
         del end
         try:
@@ -338,7 +344,7 @@ class Attempt:
             async with asyncio.timeout(5):
                 await self._service.renew([Renewal(self._token, text)])
         except Exception as error:
-            self._log.warning("job.progress_lost", reason=type(error).__name__)
+            self._log.warning("job.progress_lost", reason=reason_of(error))
 
     async def _report(self, report: Report) -> None:
         service, token = self._service, self._token

@@ -17,7 +17,7 @@ from typing import Final
 import structlog
 
 from api.logs import log_unexpected
-from api.queue.errors import LeaseLost, QueueUnavailable
+from api.queue.errors import LeaseLost, QueueUnavailable, reason_of
 from api.queue.service import JobService, Renewal
 from api.queue.store import Renewed
 
@@ -275,10 +275,9 @@ class LeaseKeeper:
 
     def _failed(self, holds: Sequence[Hold], renewals: Sequence[Renewal], error: Exception) -> None:
         unavailable = isinstance(error, QueueUnavailable | TimeoutError)
-        reason = getattr(error, "reason", None) or type(error).__name__
         log.warning(
             "worker.renewal_failed",
-            reason=reason,
+            reason=reason_of(error),
             leases=len(holds),
             exc_info=None if unavailable else error,
         )

@@ -35,6 +35,10 @@ GATHER_SECONDS: Final = 0.005
 CLAIM_SECONDS: Final = 1.0
 """How long a claim that is under way may take once the worker stops."""
 
+SHORTEST_PAUSE: Final = 0.2
+LONGEST_PAUSE: Final = 5.0
+"""How long a worker waits between claims while the database is away. The pauses double."""
+
 CLOSE_SECONDS: Final = HAND_BACK_SECONDS + CLAIM_SECONDS + END_SECONDS + LEAVE_SECONDS + 1.0
 """How long `Worker.run` takes at most after its `shutdown_seconds`, whatever hangs."""
 
@@ -197,19 +201,34 @@ class Worker:
             raise
 
     async def _lease_until_stop(self, equipment: Equipment) -> None:
-        pause = 0.2
+        pause = SHORTEST_PAUSE
         while self.types and not self._stopping.is_set():
             self._turned_at = time.monotonic()
             try:
                 await self._lease_some(equipment)
-                pause = 0.2
+                pause = SHORTEST_PAUSE
             except QueueUnavailable as error:
                 log.warning("worker.waiting", reason=error.reason, seconds=pause)
-                await _wait(self._stopping, pause)
-                pause = min(pause * 2, 5.0)
+                await self._pause(pause)
+                pause = min(pause * 2, LONGEST_PAUSE)
             except Exception as error:
                 log_unexpected("worker", error)
                 await _wait(self._stopping, 1.0)
+
+    async def _pause(self, seconds: float) -> None:
+        """Wait before the next claim, less long if there is news of jobs: the database is back."""
+        with self._service.events.waiting_for(self.types, ()) as news:
+            await _wait(self._stopping, SHORTEST_PAUSE)
+            waits = [asyncio.create_task(each.wait()) for each in (self._stopping, news)]
+            try:
+                await asyncio.wait(
+                    waits,
+                    timeout=max(0.0, seconds - SHORTEST_PAUSE),
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+            finally:
+                for wait in waits:
+                    wait.cancel()
 
     async def _lease_some(self, equipment: Equipment) -> None:
         free = self._concurrency - len(self._running)

@@ -51,7 +51,7 @@ class ThumbnailFiles:
                 upright = ImageOps.exif_transpose(picture)
                 upright.load()
         except UnidentifiedImageError:
-            raise Fail(f"{shown} is no picture in a format that is known here.") from None
+            raise Fail(f"{shown} is not a picture in a known format.") from None
         except Image.DecompressionBombError as error:
             raise Fail(f"{shown} is too large: {error}") from None
         # Decoding happens in memory, so whatever goes wrong in it is the file's fault.

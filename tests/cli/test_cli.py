@@ -148,7 +148,7 @@ def test_many_lines_are_enqueued_and_each_refused_one_is_named(jobs: Shell) -> N
     assert result.returncode == 1
     assert "1,201 stored, 0 deduplicated, 2 refused" in result.stdout
     assert "line 1201: /assetId" in result.stderr
-    assert "line 1203: payload: This is no JSON" in result.stderr
+    assert "line 1203: payload: This is not valid JSON" in result.stderr
     atomic = jobs("enqueue", "thumbnail.create", "-", "--atomic", stdin=GOOD + "\n{}")
     assert atomic.returncode == 1
     assert "0 stored" in atomic.stdout

@@ -343,8 +343,16 @@ async def test_rest_answers_what_is_wrong_with_its_status(
     assert response.json()["error"].keys() == {"code", "message", "details"}
 
 
+async def test_rest_counts_the_faults(http: httpx.AsyncClient) -> None:
+    one = await http.post("/jobs", json={**PING, "color": "red"})
+    assert one.json()["error"]["message"] == "The request has 1 fault; see details."
+    two = await http.post("/jobs", json={**PING, "color": "red", "size": 2})
+    assert two.json()["error"]["message"] == "The request has 2 faults; see details."
+
+
 async def test_rest_knows_no_such_job_and_no_such_method(http: httpx.AsyncClient) -> None:
     missing = await http.get("/jobs/nope")
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "job_not_found")
+    assert missing.json()["error"]["message"] == "There is no job nope."
     assert (await http.get("/jobs")).status_code == 405
     assert (await http.delete("/jobs/nope")).headers["allow"] == "GET, HEAD"

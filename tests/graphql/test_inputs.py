@@ -120,7 +120,7 @@ async def test_a_body_that_is_no_json_is_400(http: httpx.AsyncClient, payload: s
     )
     assert (rest.status_code, rest.json()["error"]["code"]) == (400, "not_json")
     assert graphql.status_code == 400
-    assert graphql.json()["errors"][0]["message"].startswith("The body is no JSON")
+    assert graphql.json()["errors"][0]["message"].startswith("The body is not valid JSON")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import socket
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import sqlalchemy.exc
 from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from api.queue.database import Database
 from api.queue.errors import QueueUnavailable
@@ -87,6 +89,28 @@ async def test_a_black_hole_ends_connecting_at_the_deadline(proxied: Proxy) -> N
         with within(SHORT + 0.8), pytest.raises(QueueUnavailable) as refused:
             await database.execute_at_once("SELECT 1", {})
         assert refused.value.kind == "timeout"
+
+
+async def test_an_outage_is_told_with_the_time_that_was_waited(proxied: Proxy) -> None:
+    async def read(connection: AsyncConnection) -> None:
+        await connection.execute(text("SELECT 1"))
+
+    proxied.black_hole()
+    async with opened(proxied.url, timeout_seconds=30) as database:
+        with within(SHORT), pytest.raises(QueueUnavailable) as refused:
+            await database.retrying(read, timeout_seconds=0.2)
+    assert refused.value.reason == "no connection to the database within 0.2 seconds"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+async def test_a_server_that_does_not_listen_is_told_in_words(host: str) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        async with opened(f"postgresql://ada@{host}:{port}/jobs?sslmode=disable") as database:
+            with pytest.raises(QueueUnavailable) as refused:
+                await database.execute_at_once("SELECT 1", {})
+    assert refused.value.reason == f"{host}: Connection refused"
 
 
 async def test_idle_connections_that_died_cost_one_call_one_deadline(proxied: Proxy) -> None:

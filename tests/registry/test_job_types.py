@@ -220,7 +220,7 @@ def test_a_registry_finds_its_types_and_suggests_the_nearest() -> None:
     assert len(str(huge.value)) < 300
     with pytest.raises(DefinitionError, match="two job types are named payout.execute"):
         JobRegistry([payout_execute, payout_execute])
-    with pytest.raises(DefinitionError, match="is no JobType"):
+    with pytest.raises(DefinitionError, match="is not a JobType"):
         JobRegistry([Note])  # type: ignore[list-item]
 
 

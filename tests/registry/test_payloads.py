@@ -244,7 +244,7 @@ def test_the_json_schema_says_the_same_as_the_registry(payload: dict[str, Any]) 
     "text", ["", "{", "nope", "[NaN]", "[Infinity]", b"\xff", "[" * 100_000, "{}{}"]
 )
 def test_what_is_no_json_is_told_so(text: str | bytes) -> None:
-    with pytest.raises(NotJson, match="no JSON"):
+    with pytest.raises(NotJson, match="not valid JSON"):
         parse_json(text)
 
 

@@ -100,7 +100,7 @@ def test_what_cannot_get_better_fails_for_good_with_words_that_help(tmp_path: Pa
         ("none", "There is no picture none/1"),
         ("many", "more than one picture many/1"),
         ("cut", "cut/1.png is broken"),
-        ("text", "text/1.png is no picture"),
+        ("text", "text/1.png is not a picture"),
     ):
         with pytest.raises(Fail, match=words) as failed:
             thumbnails(tmp_path, 8, asset=asset)

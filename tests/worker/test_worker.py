@@ -427,7 +427,7 @@ async def test_an_error_that_is_too_large_to_store_is_told_with_its_first_words(
 
 @pytest.mark.parametrize("result", [object(), float("nan"), "a\0", "x" * 300_000])
 async def test_a_result_that_cannot_be_stored_fails_the_job_for_good(
-    house: House, result: object
+    house: House, result: object, lines: list[dict[str, Any]]
 ) -> None:
     @house.job_type.handler
     async def work(_job: JobContext, _payload: Text) -> object:
@@ -437,6 +437,22 @@ async def test_a_result_that_cannot_be_stored_fails_the_job_for_good(
     assert (ended.status, ended.attempt) == (JobStatus.FAILED, 1)
     assert ended.error is not None
     assert ended.error.code == "result_invalid"
+    [line] = [line for line in lines if line["event"] == "job.attempt_failed"]
+    assert (line["log_level"], line["code"]) == ("warning", "result_invalid")
+
+
+@pytest.mark.parametrize(("outcome", "code"), [(Fail("no: 4242"), "failed"), (Retry(), "retry")])
+async def test_the_log_names_the_code_of_a_failed_attempt_and_not_its_message(
+    house: House, outcome: Exception, code: str, lines: list[dict[str, Any]]
+) -> None:
+    @house.job_type.handler
+    async def work(_job: JobContext, _payload: Text) -> None:
+        raise outcome
+
+    await house.run(max_attempts=1)
+    [line] = [line for line in lines if line["event"] == "job.attempt_failed"]
+    assert (line["log_level"], line["code"], line["type"]) == ("info", code, "work")
+    assert "4242" not in repr(lines)
 
 
 async def test_stopping_lets_running_jobs_end_and_hands_the_rest_back(house: House) -> None:
@@ -511,23 +527,48 @@ async def test_a_worker_outlives_a_database_that_goes_away(
         return "done"
 
     failures = 3
-    claim, end = house.service._store.claim, house.service._end
+    lease, end = house.service.lease, house.service._end
 
-    async def flaky_claim(*arguments: Any) -> Any:
+    async def flaky_lease(*arguments: Any, **options: Any) -> Any:
         nonlocal failures
         if failures:
             failures -= 1
             raise QueueUnavailable("away")
-        return await claim(*arguments)
+        return await lease(*arguments, **options)
 
     async def flaky_end(reports: Any) -> Any:
         monkeypatch.setattr(house.service._reports, "_commit", end)
         raise QueueUnavailable("away")
 
-    monkeypatch.setattr(house.service._store, "claim", flaky_claim)
+    monkeypatch.setattr(house.service, "lease", flaky_lease)
     monkeypatch.setattr(house.service._reports, "_commit", flaky_end)
     done = await house.run()
     assert (done.status, done.attempt) == (JobStatus.SUCCEEDED, 1)
+
+
+async def test_news_of_a_job_ends_the_wait_for_a_database_that_was_away(
+    house: House, monkeypatch: pytest.MonkeyPatch, lines: list[dict[str, Any]]
+) -> None:
+    @house.job_type.handler
+    async def work(_job: JobContext, _payload: Text) -> str:
+        return "done"
+
+    lease, away = house.service.lease, True
+
+    async def flaky_lease(*arguments: Any, **options: Any) -> Any:
+        if away:
+            raise QueueUnavailable("away")
+        return await lease(*arguments, **options)
+
+    monkeypatch.setattr(house.service, "lease", flaky_lease)
+    async with house.working():
+        async with asyncio.timeout(15):
+            while not any(line.get("seconds") == 3.2 for line in lines):
+                await asyncio.sleep(0.01)
+        away = False
+        began = time.monotonic()
+        await house.until(await house.enqueue(), JobStatus.SUCCEEDED)
+        assert time.monotonic() - began < 2
 
 
 async def test_types_without_a_handler_are_left_for_remote_workers(
