@@ -95,7 +95,16 @@ LANGUAGE plpgsql AS $$
 -- that has stopped reading.
 BEGIN
     IF pg_column_size(whole.payload) > 8192 OR pg_column_size(whole.error) > 8192
-        OR pg_column_size(whole.result) > 8192 OR pg_column_size(whole.progress) > 8192 THEN
+        OR pg_column_size(whole.result) > 8192 OR pg_column_size(whole.progress) > 8192
+        -- Those are the sizes as stored: what was compressed is sent in full.
+        OR pg_column_compression(whole.payload) IS NOT NULL
+            AND octet_length(CAST(whole.payload AS text)) > 8192
+        OR pg_column_compression(whole.error) IS NOT NULL
+            AND octet_length(CAST(whole.error AS text)) > 8192
+        OR pg_column_compression(whole.result) IS NOT NULL
+            AND octet_length(CAST(whole.result AS text)) > 8192
+        OR pg_column_compression(whole.progress) IS NOT NULL
+            AND octet_length(CAST(whole.progress AS text)) > 8192 THEN
         whole.payload := NULL;
         whole.error := NULL;
         whole.result := NULL;

@@ -207,8 +207,8 @@ class KeptBatches:
     def _in_order(self, batches: dict[int, str]) -> list[str | Gap]:
         items: list[str | Gap] = []
         for number, message in batches.items():
-            # 0: the table was empty at the start, so that its first id is not known.
-            if self._last and number != self._last + 1:
+            # Of a table that never had a batch the first one is 1.
+            if number != (self._last or 0) + 1:
                 items.append(Gap(DELETED))
             items.append(message)
             self._last = number

@@ -11,10 +11,11 @@ import time
 import pytest
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
-from api.queue.database import async_url
+from api.queue.database import Database, async_url
 from api.queue.models import JobError, JobStatus
 from api.queue.requests import EnqueueRequest
 from api.queue.service import Enqueued, JobService
+from registry import JobRegistry, JobType, Payload
 from tests.conftest import advance, run_sql
 from tests.queue.race_jobs import services
 from tests.queue.test_races import complete_all, fill, locked
@@ -210,3 +211,29 @@ async def test_a_limited_type_whose_row_is_locked_stops_no_claim_of_other_types(
         if "race.only_0" not in leased:
             (lease,) = await service.lease(["race.only_0"], "w", wait_seconds=5)
             assert lease.job.type == "race.only_0"
+
+
+async def test_no_lock_is_held_while_a_large_document_is_sent_however_small_it_is_stored(
+    fresh_postgresql_url: str,
+) -> None:
+    """A client that has frozen would stop the answer, and with it the statement that holds."""
+    payload = {"text": "a" * 200_000}
+    database = Database(fresh_postgresql_url)
+    service = JobService(JobRegistry([JobType(name="race.text", payload=Text)]), database)
+    await service.enqueue(EnqueueRequest("race.text", payload))
+    claimed = await database.execute_at_once(
+        """SELECT payload FROM job_claim('[{"type": "race.text"}]', 1, 'w', 30, 'p', false, NULL,"""
+        " NULL, NULL)",
+        {},
+    )
+    assert [row[0] for row in claimed] == [None]
+    await service.enqueue(EnqueueRequest("race.text", payload))
+    (lease,) = await service.lease(["race.text"], "w")
+    assert lease.job.payload == payload
+    await database.close()
+
+
+class Text(Payload):
+    """A job of any size."""
+
+    text: str

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import shutil
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from pathlib import Path
 
 import pytest
 
 from api.queue.database import Database
 from api.queue.errors import EventsMissed, JobStateConflict, LeaseLost, QueueUnavailable
+from api.queue.event_stream import Gap, KeptBatches
 from api.queue.events import MAX_UNREAD_EVENTS, Subscription
 from api.queue.models import JobError, JobRecord, JobStatus
 from api.queue.requests import EnqueueRequest
@@ -400,6 +403,26 @@ async def test_events_of_another_process_that_were_deleted_unread_are_missed_and
         async with asyncio.timeout(10):
             with pytest.raises(EventsMissed):
                 await _count(subscription, 1_000)
+    await database.close()
+
+
+async def test_the_very_first_batch_that_is_deleted_unread_is_missed_as_well(
+    tmp_path: Path, sqlite_template: Path, registry: JobRegistry
+) -> None:
+    shutil.copy(sqlite_template, tmp_path / "jobs.db")
+    url = f"sqlite:///{tmp_path / 'jobs.db'}"
+    database = Database(url)
+    service = JobService(registry, database)
+    kept = KeptBatches(service._store, gapless=True)
+    assert await kept.read() == []
+    await service.enqueue(PING)
+    await asyncio.to_thread(run_sql, url, "DELETE FROM job_event_batch")
+    await service.enqueue(PING)
+    gap, message = await kept.read()
+    assert isinstance(gap, Gap)
+    assert isinstance(message, str)
+    await service.enqueue(PING)
+    assert [type(item) for item in await kept.read()] == [str]
     await database.close()
 
 
