@@ -124,13 +124,14 @@ class Shutdown:
         abandoning = threading.Thread(target=self._abandon, daemon=True)
         abandoning.start()
         main = sys._current_frames().get(threading.main_thread().ident or 0)
-        log.error(
-            "shutdown.forced",
-            threads=sorted(thread.name for thread in threading.enumerate()),
-            main_thread="".join(traceback.format_stack(main)) if main else None,
-        )
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with suppress(Exception):  # A handler may have closed these.
+            log.error(
+                "shutdown.forced",
+                threads=sorted(thread.name for thread in threading.enumerate()),
+                main_thread="".join(traceback.format_stack(main)) if main else None,
+            )
+            sys.stdout.flush()
+            sys.stderr.flush()
         abandoning.join()
 
 

@@ -359,3 +359,32 @@ def test_a_forked_child_is_ended_by_its_own_signal_and_its_parent_is_not(
         assert process.popen.poll() is None
         process.end(within=GRACE + SOON)
         assert process.popen.returncode == 0
+
+
+CLOSES_STDOUT = """
+    import asyncio, os, signal, sys, time
+    from pathlib import Path
+    from api.shutdown import Shutdown
+
+    def abandon():
+        time.sleep(0.5)
+        Path(sys.argv[1]).write_text("released")
+
+    async def main():
+        with Shutdown(lambda: None, seconds=0.2, abandon=abandon):
+            sys.stdout.close()
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(30)
+
+    asyncio.run(main())
+"""
+
+
+def test_leases_are_released_though_a_handler_has_closed_the_standard_output(
+    tmp_path: Path,
+) -> None:
+    code = textwrap.dedent(CLOSES_STDOUT)
+    command = [sys.executable, "-c", code, str(tmp_path / "told")]
+    ended = subprocess.run(command, capture_output=True, timeout=20, check=False)
+    assert ended.returncode == 3
+    assert (tmp_path / "told").read_text() == "released"
