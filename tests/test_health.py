@@ -145,7 +145,8 @@ def test_a_worker_without_its_tables_is_not_ready_and_goes_on_living(
         error = eventually(address, "/readyz", 503).json()["error"]
         assert error == {
             "code": "queue_unavailable",
-            "message": "The database does not answer.",
+            "message": "The database cannot store jobs at the moment. The log says why.",
+            "kind": "schema_outdated",
         }
         assert httpx.get(address + "/healthz").status_code == 200
         run_sql(url, "ALTER TABLE gone RENAME TO job")
