@@ -194,7 +194,12 @@ class PostgreSQLStore(Store):
         return {
             (row["job_id"], row["token"]): None
             if row["state"] == "lost"
-            else Renewed(row["expires_at"], float(row["seconds_left"]), row["cancel_requested"])
+            else Renewed(
+                row["expires_at"],
+                float(row["seconds_left"]),
+                row["cancel_requested"],
+                renewed=row["state"] == "renewed",
+            )
             for row in rows
         }
 

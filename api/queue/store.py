@@ -151,11 +151,16 @@ class LeaseRenewal(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Renewed:
-    """A lease in force: until when, how long the attempt may still run, and whether to stop."""
+    """A lease in force: until when, how long the attempt may still run, and whether to stop.
+
+    `renewed` is False where another transaction has the row locked: the lease is as it was, and
+    its progress was not stored.
+    """
 
     expires_at: datetime
     seconds_left: float
     cancel_requested: bool
+    renewed: bool = True
 
 
 @dataclass(frozen=True, slots=True)

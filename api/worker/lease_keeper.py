@@ -224,7 +224,7 @@ class LeaseKeeper:
                     pause = min(pause * 2, 2.0, self._every)
                 else:
                     pause = 0.1
-                    self._answered(holds, answers)
+                    self._answered(holds, renewals, answers)
 
     def _due_in(self) -> float | None:
         """Seconds until something is to be renewed; None: nothing is held."""
@@ -258,11 +258,22 @@ class LeaseKeeper:
                 hold.renewed_at = now
         return holds, renewals
 
-    def _answered(self, holds: Sequence[Hold], answers: Sequence[Renewed | LeaseLost]) -> None:
+    def _answered(
+        self,
+        holds: Sequence[Hold],
+        renewals: Sequence[Renewal],
+        answers: Sequence[Renewed | LeaseLost],
+    ) -> None:
         now = time.monotonic()
         with self._lock:
-            for hold, answer in zip(holds, answers, strict=True):
-                hold.answered_at = now
+            for hold, renewal, answer in zip(holds, renewals, answers, strict=True):
+                if isinstance(answer, Renewed) and not answer.renewed:
+                    # Somebody has the row locked: try again soon.
+                    hold.renewed_at = now - self._every * 3 / 4
+                    if hold.progress is None:
+                        hold.progress = renewal.progress
+                else:
+                    hold.answered_at = now
                 self._landed(hold)
                 if isinstance(answer, LeaseLost):
                     if not hold.ended:

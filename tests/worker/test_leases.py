@@ -23,6 +23,7 @@ from api.queue.errors import LeaseLost, QueueUnavailable
 from api.queue.models import JobStatus
 from api.queue.service import JobService, Renewal
 from registry import Cancel, JobContext
+from tests.queue.test_races import locked
 from tests.worker.house import House, Text
 
 short_lease = pytest.mark.parametrize("lease_seconds", [1.5])
@@ -192,6 +193,30 @@ async def test_a_report_that_comes_too_late_is_not_repeated(
             while worker.health.running or not reported:
                 await asyncio.sleep(0.01)
     assert reported == 1
+
+
+@short_lease
+async def test_a_job_whose_row_is_locked_during_two_renewals_keeps_its_lease_and_progress(
+    house: House, database_url: str
+) -> None:
+    if database_url.startswith("sqlite"):
+        pytest.skip("SQLite locks no rows")
+
+    @house.job_type.handler
+    async def work(job: JobContext, _payload: Text) -> str:
+        job.progress("half")
+        await asyncio.sleep(2.5)
+        return "done"
+
+    job = await house.enqueue()
+    async with house.working():
+        await house.until(job, JobStatus.RUNNING)
+        async with locked(database_url, f"SELECT 1 FROM job WHERE id = '{job.id}' FOR UPDATE"):
+            await asyncio.sleep(1.1)
+        await asyncio.sleep(0.7)
+        assert (await house.service.get(job.id)).progress == "half"
+        done = await house.until(job, JobStatus.SUCCEEDED)
+    assert (done.result, await house.outcomes(done)) == ("done", ["succeeded"])
 
 
 @short_lease
