@@ -133,8 +133,18 @@ class Leasing:
 
     async def claim(self, types: Sequence[str], worker_id: str, limit: int) -> list[Lease]:
         """Lease what is due now, at once."""
-        leases, _ = await self.look(types, worker_id, limit, thorough=True)
+        # In a task of its own: a caller that is cancelled in mid-claim must not take leases along.
+        looking = asyncio.create_task(self.look(types, worker_id, limit, thorough=True))
+        try:
+            leases, _ = await asyncio.shield(looking)
+        except asyncio.CancelledError:
+            looking.add_done_callback(self._give_back_result)
+            raise
         return leases
+
+    def _give_back_result(self, looking: asyncio.Task[tuple[list[Lease], bool]]) -> None:
+        if not looking.cancelled() and looking.exception() is None:
+            self.give_back(looking.result()[0])
 
     async def look(
         self, types: Sequence[str], worker_id: str, limit: int, *, thorough: bool = False

@@ -9,13 +9,15 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, Final, cast
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from api.queue.database import Database, statement
-from api.queue.models import JobRecord, JobStatus
+from api.queue.errors import QueueUnavailable
+from api.queue.models import AttemptOutcome, JobRecord, JobStatus
 from api.queue.store import (
     EVENT_BATCHES_PRUNED,
     EVENTS_KEPT_SECONDS,
@@ -123,9 +125,15 @@ class PostgreSQLStore(Store):
             },
         )
         ended = time.monotonic()
-        recovered = await self._jobs([row for row in rows if row["status"] != "running"])
         taken = [row for row in rows if row["status"] == "running"]
-        jobs = {job.id: job for job in await self._jobs(taken)}
+        try:
+            recovered = await self._jobs([row for row in rows if row["status"] != "running"])
+            jobs = {job.id: job for job in await self._jobs(taken)}
+        except BaseException:
+            # The claim is committed, and its caller will not hear of it.
+            with suppress(QueueUnavailable):
+                await self._release(taken)
+            raise
         leased = [
             Leased(
                 job=jobs[row["id"]]._replace(next_run_at=None),
@@ -141,6 +149,15 @@ class PostgreSQLStore(Store):
         if heads is None:
             self._heads.looked(started, ended, len(rows))
         return Claimed(leased, recovered, everything=heads is None)
+
+    async def _release(self, taken: Sequence[Mapping[str, Any]]) -> None:
+        """Hand back what a claim has leased for nobody; failing that, the leases run out."""
+        returned = [
+            Report(row["id"], row["lease_token"], AttemptOutcome.RELEASED, delay_seconds=0.0)
+            for row in taken
+        ]
+        if returned:
+            await self.end(returned)
 
     async def recover(self, lease_seconds: float) -> list[JobRecord]:
         parameters = {

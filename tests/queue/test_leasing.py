@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 
+from api.queue.database import Database
 from api.queue.errors import QueueUnavailable
 from api.queue.models import JobStatus
 from api.queue.requests import EnqueueRequest
 from api.queue.service import JobService
 from api.queue.store import Claim, Claimed
+from registry import JobRegistry
 
 PING = EnqueueRequest("test.ping", {})
 
@@ -182,3 +184,39 @@ async def test_the_end_of_the_process_sends_those_who_wait_away(service: JobServ
     service.end_waits()
     assert await asyncio.wait_for(asyncio.gather(*waiting), 5) == [[], [], []]
     assert await service.lease(["test.ping"], "w", wait_seconds=30) == []
+
+
+async def test_a_claim_whose_caller_is_cancelled_without_waiting_leaves_no_lease_behind(
+    service: JobService, claims: Claims
+) -> None:
+    job = (await service.enqueue(PING)).job
+    claims.go_on.clear()
+    (claiming,) = await polls(service, 1, wait_seconds=0.0)
+    await claims.entered.wait()
+    claiming.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await claiming
+    claims.go_on.set()
+    (lease,) = await service.lease(["test.ping"], "other", wait_seconds=5)
+    assert (lease.job.id, lease.job.attempt) == (job.id, 1)
+
+
+async def test_jobs_whose_documents_cannot_be_read_after_the_claim_are_handed_back(
+    fresh_postgresql_url: str, registry: JobRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given a job that is too large to be in the answer of a claim
+    database = Database(fresh_postgresql_url)
+    service = JobService(registry, database)
+    large = EnqueueRequest("test.ping", {"text": "".join(map(str, range(20_000)))})
+    job = (await service.enqueue(large)).job
+
+    async def away(_ids: object) -> dict[object, object]:
+        raise QueueUnavailable("it is away")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(service._store, "get_many", away)
+        with pytest.raises(QueueUnavailable):
+            await service.lease(["test.ping"], "w")
+    (lease,) = await service.lease(["test.ping"], "w")
+    assert (lease.job.id, lease.job.attempt) == (job.id, 1)
+    await database.close()
