@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run install test test-postgresql soak mutants check lock clean
+.PHONY: run install test test-slow test-postgresql soak mutants check lock clean
 
 run: install
 	@$(BIN)/python -m api.first_minute
@@ -11,6 +11,10 @@ install: .venv/installed api/web/dist/index.html
 
 test: install tests/frontend/node_modules
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
+
+# What starts and ends many processes: shutdown, crashes, upgrades, every command's errors.
+test-slow: install
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup --slow -m slow
 
 # The queue's tests once more, on the system's PostgreSQL: with LLVM, unlike the one from PyPI.
 test-postgresql: install

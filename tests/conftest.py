@@ -44,14 +44,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="run the tests marked `soak` as well, which take minutes",
     )
+    parser.addoption(
+        "--slow",
+        action="store_true",
+        help="run the tests marked `slow` as well, most of which start and end many processes",
+    )
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--soak"):
-        skip = pytest.mark.skip(reason="takes minutes; run with --soak, as `make soak` does")
-        for item in items:
-            if item.get_closest_marker("soak"):
-                item.add_marker(skip)
+    for item in items:
+        if item.get_closest_marker("any_database") and "postgresql" in item.name:
+            item.add_marker(pytest.mark.slow)
+    for marker, option, target in (
+        ("soak", "--soak", "make soak"),
+        ("slow", "--slow", "make test-slow"),
+    ):
+        if not config.getoption(option):
+            skip = pytest.mark.skip(reason=f"runs with {option}, as `{target}` does")
+            for item in items:
+                if item.get_closest_marker(marker):
+                    item.add_marker(skip)
 
 
 @pytest.fixture(scope="session")

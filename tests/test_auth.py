@@ -29,6 +29,8 @@ from api.settings import SettingsInvalid, load_settings
 from registry import JobRegistry
 from tests.http_client import Visit, serving
 
+pytestmark = pytest.mark.any_database
+
 SECRET = "a secret of more than thirty-two bytes"
 ISSUER = "https://issuer.example"
 CLAIMS = {"auth_issuer": ISSUER, "auth_audience": "jobs"}

@@ -6,11 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from benchmarks.crash import LONG_FREEZE_SECONDS, Crash, _most_at_once, _runs
 
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 def test_no_promise_breaks_when_processes_and_the_network_fail_and_postgresql_restarts() -> None:
     result = subprocess.run(
         [sys.executable, "benchmarks/crash.py", "--minutes", "0.2"],

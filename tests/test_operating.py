@@ -72,8 +72,7 @@ def test_the_grants_and_the_sql_for_postgresql_run(
         assert len(statements) > 10
         for block in re.findall(r"```sql\n(.*?)```", GUIDE, re.DOTALL):
             statements += [each for each in block.split(";\n") if each.strip()]
-        (jit,) = re.findall(r"`(ALTER ROLE jobs_app SET jit = off;)`", GUIDE)
-        run_sql(fresh_postgresql_url, *statements, jit)
+        run_sql(fresh_postgresql_url, *statements)
     finally:
         run_sql(fresh_postgresql_url, "DROP OWNED BY jobs_app", "DROP ROLE jobs_app")
 

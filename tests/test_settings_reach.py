@@ -294,6 +294,7 @@ OLD = """INSERT INTO job (id, type, fingerprint, status, payload, priority, atte
         strftime('%Y-%m-%d %H:%M:%f', 'now', '-{days} days') || '000'"""
 
 
+@pytest.mark.slow
 @reaches(
     "assets",
     "lease_seconds",

@@ -121,6 +121,7 @@ ALL_THAT_CONNECT = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mistyped", ["host", "port", "name", "user"])
 def test_a_mistyped_url_is_one_sentence_without_the_password(
     jobs: Shell, postgresql_url: str, mistyped: str
@@ -141,6 +142,7 @@ def test_a_mistyped_url_is_one_sentence_without_the_password(
         assert PASSWORD not in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "url",
     [
@@ -182,6 +184,7 @@ BROKEN = f"""
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [["migrate"], ["migrate", "--check"], ["types"], ["policy", "payout.execute"], ["schema"],

@@ -16,6 +16,8 @@ from api.graphql.operations import Operations
 from api.logs import configure_logs
 from tests.http_client import Visit, serving
 
+pytestmark = pytest.mark.any_database
+
 
 async def ask(client: httpx.AsyncClient, query: str, **headers: str) -> httpx.Response:
     return await client.post("/graphql", json={"query": query}, headers=headers)

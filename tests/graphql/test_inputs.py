@@ -16,6 +16,8 @@ from api.graphql.context import Context
 from api.graphql.schema import strawberry_schema
 from tests.http_client import Execute
 
+pytestmark = pytest.mark.any_database
+
 NAMES = st.from_regex(r"[a-zA-Z_][a-zA-Z0-9_]{0,8}", fullmatch=True)
 JSON_VALUES = st.recursive(
     st.none()

@@ -27,6 +27,8 @@ from registry import DefinitionError, JobRegistry, JobType, Payload
 from tests.graphql.test_inputs import literal
 from tests.http_client import Execute
 
+pytestmark = pytest.mark.any_database
+
 
 class Color(Enum):
     """The color of a thing."""

@@ -323,6 +323,7 @@ def at_revision(url: str) -> Any:
     return run_sql(url, "SELECT version_num, compatible_from FROM job_registry_version")
 
 
+@pytest.mark.slow
 def test_a_newer_database_that_only_gained_is_used_as_it_is(
     database_url: str, tmp_path: Path
 ) -> None:
@@ -366,6 +367,7 @@ async def serve_a_request(url: str) -> None:
         assert (await client.get("/readyz")).status_code == 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to_come", [[("Reshape", False)], [("Reshape", False), ("Add", True)]])
 def test_a_newer_database_that_changed_otherwise_is_one_plain_sentence(
     database_url: str, tmp_path: Path, to_come: list[tuple[str, bool]]

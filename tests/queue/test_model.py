@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import shutil
+import time
 import uuid
 from collections.abc import Awaitable
 from dataclasses import dataclass, field
@@ -72,6 +73,9 @@ class ModelJob:
     token: str | None = None
     expires_at: float = 0.0
     deadline_at: float = 0.0
+    leased_at: float = 0.0
+    held_until: float = 0.0
+    quick_returns: int = 0
     cancel_requested: bool = False
     outcomes: list[str] = field(default_factory=list)
 
@@ -79,6 +83,12 @@ class ModelJob:
         self.token = None
         if outcome in ("released", "snoozed"):
             self.attempt -= 1
+            quickly = self.leased_at > now - 10
+            if quickly and self.quick_returns:
+                delay = max(delay, min(60, 2 ** (self.quick_returns - 1)))
+            self.quick_returns = self.quick_returns + 1 if quickly else 0
+        else:
+            self.quick_returns = 0
         if outcome == "succeeded":
             self.status = "succeeded"
         elif self.cancel_requested:
@@ -107,6 +117,9 @@ class QueueMachine(RuleBasedStateMachine):
         self.model: dict[uuid.UUID, ModelJob] = {}
         self.tokens_of: dict[str, uuid.UUID] = {}
         self.now = 0.0
+        self.began = time.monotonic()
+        # Until when attempts hold a place that have timed out while their workers were alive.
+        self.places: list[float] = []
         self.workers = itertools.count()
         run_sql(self.url, "DELETE FROM job", "DELETE FROM job_count")
 
@@ -146,12 +159,16 @@ class QueueMachine(RuleBasedStateMachine):
         self.recover_model()
         for lease in leases:
             job = self.model[lease.job.id]
-            assert (job.status, job.due_at <= self.now) == ("queued", True)
+            # The model's clock stands still while the test runs.
+            passed = time.monotonic() - self.began
+            assert (job.status, job.due_at <= self.now + passed) == ("queued", True)
             job.status, job.token, job.attempt = "running", lease.token, job.attempt + 1
             job.expires_at, job.deadline_at = self.now + LEASE, self.now + TIMEOUT
+            job.leased_at, job.held_until = self.now, self.now + LEASE
             self.tokens_of[lease.token] = lease.job.id
         # And it takes all it may.
-        room = LIMIT - self.running("limited")
+        held = [until for until in self.places if until > self.now]
+        room = LIMIT - self.running("limited") - len(held)
         left = [j for j in self.model.values() if j.status == "queued" and j.due_at <= self.now]
         could = [j for j in left if j.type == "free" or room > 0]
         assert len(leases) == limit or not could
@@ -168,6 +185,7 @@ class QueueMachine(RuleBasedStateMachine):
         job = self.expect(self.service.heartbeat(token, {"at": self.now}), token)
         if job is not None:
             job.expires_at = min(self.now + LEASE, job.deadline_at)
+            job.held_until = self.now + LEASE
 
     @rule(token=tokens)
     def complete(self, token: str) -> None:
@@ -223,6 +241,7 @@ class QueueMachine(RuleBasedStateMachine):
             return
         assert job.status in ("failed", "cancelled")
         job.status, job.due_at, job.cancel_requested = "queued", self.now, False
+        job.quick_returns = 0
         job.max_attempts = max(job.max_attempts, job.attempt + 1)
 
     @rule(seconds=st.sampled_from([3, 16, 31, 80]))
@@ -293,6 +312,9 @@ class QueueMachine(RuleBasedStateMachine):
         for job in self.model.values():
             if job.status == "running" and job.expires_at <= self.now:
                 outcome = "timed_out" if job.deadline_at <= self.now else "lost"
+                if outcome == "timed_out" and job.type == "limited":
+                    # Its worker may be alive, and may still run it.
+                    self.places.append(job.held_until)
                 job.end(outcome, self.now)
 
     def running(self, name: str) -> int:

@@ -94,6 +94,7 @@ async def test_what_a_handler_holds_is_freed_when_its_attempt_ends(
         assert alive == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["async", "thread"])
 @pytest.mark.usefixtures("no_collections")
 async def test_the_resident_size_levels_off(house: House, kind: str) -> None:

@@ -25,6 +25,8 @@ from registry import JobRegistry
 from registry.discovery import discover
 from tests.worker import crowd, hangs
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 async def service(database_url: str) -> AsyncIterator[JobService]:
