@@ -28,7 +28,8 @@ def main() -> None:
     arguments = parser.parse_args()
     started = time.monotonic()
     # Each failure ends them at once, so an end by the clock is one without a failure.
-    tests = [sys.executable, "-m", "pytest", "--soak", "-m", "soak", "-x", "-n", "2"]
+    tests = [sys.executable, "-m", "pytest", "--soak", "-m", "soak", "-x"]
+    tests += ["-n", "2", "--dist", "loadfile"]
     good = _run(tests, minutes=arguments.minutes / 2) is not False
     left = arguments.minutes - (time.monotonic() - started) / 60 - JUDGING_MINUTES
     storm = max(LEAST_CRASH_MINUTES, left)
