@@ -25,7 +25,7 @@ from tests.postgresql_server import Server
 from tests.queue.race_jobs import Nap, services
 
 MAX_COST: Final = 20_000.0
-"""A fifth of `jit_above_cost`. A page of `jobs` filtered by several types and statuses comes nearest:
+"""A fifth of `jit_above_cost`. Pages of `jobs` filtered by types and statuses come nearest, with
 10,500 at a million rows."""
 
 EXPLAIN_ALL: Final = (
