@@ -28,13 +28,11 @@ from api.queue.store import (
     Claimed,
     Leased,
     LeaseRenewal,
-    LeaseState,
     NewJob,
     Renewed,
     Report,
     Store,
     Stored,
-    error_of,
     error_text,
     json_text,
     statements,
@@ -192,10 +190,6 @@ class PostgreSQLStore(Store):
         )
         return {job.id: job for job in await self._jobs(rows)}
 
-    async def lease_states(self, reports: Sequence[Report]) -> dict[uuid.UUID, LeaseState]:
-        rows = await self._read("lease_states", {"leases": lease_texts(reports)})
-        return {row["id"]: LeaseState(row["in_force"], row["succeeded"]) for row in rows}
-
     async def renew(
         self, renewals: Sequence[LeaseRenewal], lease_seconds: float
     ) -> dict[tuple[uuid.UUID, str], Renewed | None]:
@@ -294,30 +288,6 @@ class PostgreSQLStore(Store):
             _add_holders(jobs, stored, await self.find_by_key(keys))
         return stored
 
-    def _record(self, row: Mapping[str, Any]) -> JobRecord:
-        return JobRecord(
-            id=row["id"],
-            type=row["type"],
-            fingerprint=row["fingerprint"],
-            status=JobStatus(row["status"]),
-            payload=row["payload"],
-            priority=row["priority"],
-            attempt=row["attempt"],
-            max_attempts=row["max_attempts"],
-            timeout_seconds=row["timeout_seconds"],
-            created_at=row["created_at"],
-            idempotency_key=row["idempotency_key"],
-            created_by=row["created_by"],
-            next_run_at=row["next_run_at"],
-            started_at=row["started_at"],
-            finished_at=row["finished_at"],
-            cancel_requested_at=row["cancel_requested_at"],
-            worker_id=row["worker_id"],
-            progress=row["progress"],
-            result=row["result"],
-            error=error_of(row["error"]),
-        )
-
     def _time(self, value: Any) -> datetime | None:
         return cast("datetime | None", value)
 
@@ -372,16 +342,6 @@ class QueueHeads:
 
 
 _EARLIEST: Final = datetime(1970, 1, 1, tzinfo=UTC)
-
-
-def lease_texts(reports: Sequence[Report]) -> str:
-    """Leases as the statement `lease_states` takes them."""
-    return json_text(
-        [
-            {"id": r.job_id.hex, "token": r.token, "late": str(r.outcome) == "timed_out"}
-            for r in reports
-        ]
-    )
 
 
 def _new_jobs(jobs: Sequence[NewJob]) -> str:

@@ -28,13 +28,11 @@ from api.queue.store import (
     Claimed,
     Leased,
     LeaseRenewal,
-    LeaseState,
     NewJob,
     Renewed,
     Report,
     Store,
     Stored,
-    error_of,
     error_text,
     json_text,
     message_of,
@@ -133,23 +131,6 @@ class SQLiteStore(Store):
         rows = await self._write(lambda t: [row for r in reports if (row := t.end(r)) is not None])
         return {job.id: job for job in map(self._record, rows)}
 
-    async def lease_states(self, reports: Sequence[Report]) -> dict[uuid.UUID, LeaseState]:
-        leases = json_text(
-            [
-                {
-                    "id": report.job_id.hex,
-                    "token": report.token,
-                    "late": report.outcome is AttemptOutcome.TIMED_OUT,
-                }
-                for report in reports
-            ]
-        )
-        rows = await self._read("lease_states", {"leases": leases})
-        return {
-            self._id(row["id"]): LeaseState(bool(row["in_force"]), bool(row["succeeded"]))
-            for row in rows
-        }
-
     async def renew(
         self, renewals: Sequence[LeaseRenewal], lease_seconds: float
     ) -> dict[tuple[uuid.UUID, str], Renewed | None]:
@@ -204,30 +185,6 @@ class SQLiteStore(Store):
         async with self._database.reading() as connection:
             result = await connection.execute(statement(SQL[name]), parameters)
             return [dict(row) for row in result.mappings()]
-
-    def _record(self, row: Row) -> JobRecord:
-        return JobRecord(
-            id=uuid.UUID(row["id"]),
-            type=row["type"],
-            fingerprint=row["fingerprint"],
-            status=JobStatus(row["status"]),
-            payload=self._json(row["payload"]),
-            priority=row["priority"],
-            attempt=row["attempt"],
-            max_attempts=row["max_attempts"],
-            timeout_seconds=row["timeout_seconds"],
-            created_at=_time(row["created_at"]),
-            idempotency_key=row["idempotency_key"],
-            created_by=row["created_by"],
-            next_run_at=self._time(row["next_run_at"]),
-            started_at=self._time(row["started_at"]),
-            finished_at=self._time(row["finished_at"]),
-            cancel_requested_at=self._time(row["cancel_requested_at"]),
-            worker_id=row["worker_id"],
-            progress=self._json(row["progress"]),
-            result=self._json(row["result"]),
-            error=error_of(self._json(row["error"])),
-        )
 
     def _time(self, value: Any) -> datetime | None:
         return None if value is None else _time(value)

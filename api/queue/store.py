@@ -234,10 +234,6 @@ class Store(ABC):
         """
 
     @abstractmethod
-    async def lease_states(self, reports: Sequence[Report]) -> dict[uuid.UUID, LeaseState]:
-        """What has become of the leases of these reports."""
-
-    @abstractmethod
     async def renew(
         self, renewals: Sequence[LeaseRenewal], lease_seconds: float
     ) -> dict[tuple[uuid.UUID, str], Renewed | None]:
@@ -296,10 +292,6 @@ class Store(ABC):
         """Run a statement that only reads."""
 
     @abstractmethod
-    def _record(self, row: Mapping[str, Any]) -> JobRecord:
-        """A job, of its row."""
-
-    @abstractmethod
     def _time(self, value: Any) -> datetime | None:
         """A time as this database returns it, as an aware datetime in UTC."""
 
@@ -311,7 +303,49 @@ class Store(ABC):
     def _json(self, value: Any) -> Any:
         """A JSON column as this database returns it."""
 
+    def _record(self, row: Mapping[str, Any]) -> JobRecord:
+        """A job, of its row."""
+        return JobRecord(
+            id=self._id(row["id"]),
+            type=row["type"],
+            fingerprint=row["fingerprint"],
+            status=JobStatus(row["status"]),
+            payload=self._json(row["payload"]),
+            priority=row["priority"],
+            attempt=row["attempt"],
+            max_attempts=row["max_attempts"],
+            timeout_seconds=row["timeout_seconds"],
+            created_at=present(self._time(row["created_at"])),
+            idempotency_key=row["idempotency_key"],
+            created_by=row["created_by"],
+            next_run_at=self._time(row["next_run_at"]),
+            started_at=self._time(row["started_at"]),
+            finished_at=self._time(row["finished_at"]),
+            cancel_requested_at=self._time(row["cancel_requested_at"]),
+            worker_id=row["worker_id"],
+            progress=self._json(row["progress"]),
+            result=self._json(row["result"]),
+            error=error_of(self._json(row["error"])),
+        )
+
     # Reading. The statements have the same names and columns on both databases.
+
+    async def lease_states(self, reports: Sequence[Report]) -> dict[uuid.UUID, LeaseState]:
+        """What has become of the leases of these reports."""
+        leases = json_text(
+            [
+                {
+                    "id": report.job_id.hex,
+                    "token": report.token,
+                    "late": report.outcome is AttemptOutcome.TIMED_OUT,
+                }
+                for report in reports
+            ]
+        )
+        return {
+            self._id(row["id"]): LeaseState(bool(row["in_force"]), bool(row["succeeded"]))
+            for row in await self._read("lease_states", {"leases": leases})
+        }
 
     async def get(self, job_id: uuid.UUID) -> JobRecord | None:
         """One job by its primary key."""
