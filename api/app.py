@@ -20,8 +20,9 @@ from api.graphql.schema import build_schema
 from api.graphql.streaming import StreamingView
 from api.graphql.view import GraphQLView
 from api.health import Health, health_routes
+from api.opening import open_queue
 from api.queue.maintenance import maintain
-from api.queue.service import JobService, open_service
+from api.queue.service import JobService
 from api.rest import EnqueueView, JobView
 from api.settings import Settings
 from api.worker import Worker, WorkerStartError
@@ -45,19 +46,7 @@ def create_app(settings: Settings, registry: JobRegistry, *, worker: bool = Fals
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
-            service = await stack.enter_async_context(
-                open_service(
-                    registry,
-                    settings.database_url,
-                    lease_seconds=settings.lease_seconds,
-                    pool_size=settings.database_pool_size,
-                    timeout_seconds=settings.database_timeout_seconds,
-                    pooler=settings.database_pooler,
-                    listen_url=settings.database_listen_url,
-                    max_page_size=settings.max_page_size,
-                    max_bulk_size=settings.max_bulk_size,
-                )
-            )
+            service = await stack.enter_async_context(open_queue(settings, registry))
             app.state.service = service
             stop = asyncio.Event()
             upkeep = maintain(

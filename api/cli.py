@@ -345,12 +345,13 @@ def schema() -> None:
 async def _work(
     settings: Settings, registry: JobRegistry, types: Sequence[str], health_socket: Any | None
 ) -> None:
+    from api.opening import open_queue
     from api.queue.maintenance import maintain
     from api.shutdown import Shutdown
     from api.worker import Worker
     from api.worker.loop import CLOSE_SECONDS
 
-    async with _open_service(settings, registry) as service:
+    async with open_queue(settings, registry) as service:
         worker = Worker(
             service,
             types=types or None,
@@ -404,9 +405,11 @@ async def _enqueue(
     """Stores the payloads, says what became of each, and gives how many were refused."""
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
+    from api.opening import open_queue
+
     counts = {"stored": 0, "deduplicated": 0, "refused": 0}
     size = len(lines) if atomic else min(BULK, settings.max_bulk_size)
-    async with _open_service(settings, registry) as service:
+    async with open_queue(settings, registry) as service:
         progress = Progress(
             *Progress.get_default_columns()[:2],
             MofNCompleteColumn(),
@@ -501,24 +504,6 @@ def _configure_logs(settings: Settings, *, at_least_warnings: bool = False) -> N
 
     quiet = at_least_warnings and settings.log_level in ("debug", "info")
     configure_logs("warning" if quiet else settings.log_level, settings.log_format)
-
-
-def _open_service(
-    settings: Settings, registry: JobRegistry
-) -> contextlib.AbstractAsyncContextManager[JobService]:
-    from api.queue.service import open_service
-
-    return open_service(
-        registry,
-        settings.database_url,
-        lease_seconds=settings.lease_seconds,
-        pool_size=settings.database_pool_size,
-        timeout_seconds=settings.database_timeout_seconds,
-        pooler=settings.database_pooler,
-        listen_url=settings.database_listen_url,
-        max_page_size=settings.max_page_size,
-        max_bulk_size=settings.max_bulk_size,
-    )
 
 
 def _prepare_database(settings: Settings) -> None:

@@ -801,7 +801,7 @@ class _SQLiteFile:
         _set_pragmas(dbapi_connection)
 
     def check_out(self, _dbapi_connection: Any, record: Any, _proxy: Any) -> None:
-        """Have the pool open another connection when this one's file is no more the database."""
+        """Have the pool replace a connection whose file is not the database any more."""
         try:
             self.check(record.info["identity"])
         except QueueUnavailable as error:
@@ -873,7 +873,7 @@ class _SQLiteThread:
 
 def _busy(deadline: float | None) -> int:
     """How many milliseconds to wait for other processes' writes: a little less than what is left,
-    so that SQLite gives up first and nothing is committed after its caller was told."""
+    so that SQLite gives up first and commits nothing after the caller got an error."""
     if deadline is None:
         return int(_HOUR * 1_000)
     return max(0, int(900 * (deadline - asyncio.get_running_loop().time())))

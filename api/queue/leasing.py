@@ -28,7 +28,7 @@ WORKER_SEEN_SECONDS: Final = 10.0
 MIN_PAUSE_SECONDS: Final = 0.02
 MAX_LOCKED_PAUSE_SECONDS: Final = 1.0
 MAX_PAUSE_SECONDS: Final = 5.0
-"""How long a line relies on being told of everything, before it looks by itself. Only a message
+"""How long a line relies on events before it looks at the queue without one. Only a message
 that was lost without notice makes a job wait for it."""
 
 log = structlog.get_logger("jobs.leasing")

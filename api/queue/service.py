@@ -716,7 +716,7 @@ class JobService:
     async def _insert_all(
         self, jobs: Sequence[NewJob]
     ) -> tuple[dict[uuid.UUID, Stored], bool] | None:
-        """Insert every job or none; None where a key's holder was deleted in that moment."""
+        """Insert every job or none. Return None if the holder of a key was deleted meanwhile."""
         stored, committed = await self._store.insert_all(jobs, _conflicts)
         return (stored, committed) if len(stored) == len(jobs) else None
 

@@ -1,0 +1,26 @@
+"""Opens the queue as the settings say, for the application and for the commands."""
+
+from __future__ import annotations
+
+from contextlib import AbstractAsyncContextManager
+
+from api.queue import service
+from api.settings import Settings
+from registry import JobRegistry
+
+
+def open_queue(
+    settings: Settings, registry: JobRegistry
+) -> AbstractAsyncContextManager[service.JobService]:
+    """Open a service on the settings' database, with every setting that the queue has."""
+    return service.open_service(
+        registry,
+        settings.database_url,
+        lease_seconds=settings.lease_seconds,
+        pool_size=settings.database_pool_size,
+        timeout_seconds=settings.database_timeout_seconds,
+        pooler=settings.database_pooler,
+        listen_url=settings.database_listen_url,
+        max_page_size=settings.max_page_size,
+        max_bulk_size=settings.max_bulk_size,
+    )
