@@ -206,18 +206,19 @@ def migrate(
 ) -> None:
     """Bring the database schema up to date. Running it again does nothing."""
     if check and grants is not None:
-        _fail(WRONG_USAGE, "--check and --grants are used one at a time.")
+        _fail(WRONG_USAGE, "Name --check or --grants, not both.")
     settings = _settings()
     _configure_logs(settings, at_least_warnings=True)
     from api.queue import migrations
 
     url, pooler = settings.database_url, settings.database_pooler
+    seconds = settings.database_timeout_seconds
     if grants is not None:
         with _database_errors():
             _print_grants(migrations.grants(url, grants, pooler=pooler), as_json)
     elif check:
         with _database_errors():
-            fit = migrations.examine(url, pooler=pooler)
+            fit = migrations.examine(url, pooler=pooler, timeout_seconds=seconds)
         _print_fit(fit, as_json)
         if not fit.fits:
             sys.exit(REFUSED)
@@ -514,7 +515,11 @@ def _prepare_database(settings: Settings) -> None:
         if settings.database_url.startswith("sqlite"):
             migrations.upgrade(settings.database_url)
             return
-        fit = migrations.examine(settings.database_url, pooler=settings.database_pooler)
+        fit = migrations.examine(
+            settings.database_url,
+            pooler=settings.database_pooler,
+            timeout_seconds=settings.database_timeout_seconds,
+        )
     if not fit.fits:
         _fail(REFUSED, fit.sentence)
 

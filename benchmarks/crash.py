@@ -48,6 +48,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LIMITS = {"crash.limited": 5, "crash.only": 1}
 LEASE_SECONDS = 6
 CALLERS = 12
+WORKERS = 4
 DATABASE_TIMEOUT_SECONDS = 2
 LONG_FREEZE_SECONDS = LEASE_SECONDS + 1.0
 JOBS = """
@@ -276,7 +277,7 @@ async def run(seconds: float, folder: Path, server: Server) -> int:
         capture_output=True,
     )
     ports = [_free_port(), _free_port()]
-    names = [*(f"serve {port}" for port in ports), *(f"worker {n}" for n in range(4))]
+    names = [*(f"serve {port}" for port in ports), *(f"worker {n}" for n in range(WORKERS))]
     with Proxy(server.url) as proxy:
         urls = {name: (proxy.url if n % 2 else server.url) for n, name in enumerate(names)}
         crash = Crash(folder, environment, urls)
@@ -355,7 +356,7 @@ async def _judge(crash: Crash, url: str, folder: Path, ports: list[int]) -> int:
         "completed twice": twice,
         "over the limit": [name for name, limit in LIMITS.items() if most[name] > limit],
         "servers that are not ready again": len(ports) - ready,
-        "workers that do not work again": 4 - again,
+        "workers that do not work again": WORKERS - again,
         "processes that did not end on SIGTERM": stuck,
     }
     report = {
@@ -379,17 +380,18 @@ async def _judge(crash: Crash, url: str, folder: Path, ports: list[int]) -> int:
 
 async def _all_well(crash: Crash, folder: Path, ports: list[int]) -> tuple[int, int]:
     """How many servers are ready and store jobs, and how many workers start some, in the calm."""
-    # A process that finds no database when it starts ends, and its manager starts it again.
-    for name, process in list(crash.processes.items()):
-        if process.poll() is not None:
-            crash.start(name)
     ready: set[int] = set()
     working: set[int] = set()
-    workers = {each.pid for name, each in crash.processes.items() if name.startswith("worker")}
+    workers: set[int] = set()
     read = (folder / "handlers.log").stat().st_size
     until = time.monotonic() + 45
     async with httpx.AsyncClient(timeout=5) as client:
-        while time.monotonic() < until and (len(ready) < len(ports) or working != workers):
+        while time.monotonic() < until and (len(ready) < len(ports) or len(working) < WORKERS):
+            # A process that finds no database when it starts ends, and its manager starts it again.
+            for name, process in list(crash.processes.items()):
+                if process.poll() is not None:
+                    crash.start(name)
+            workers = {p.pid for name, p in crash.processes.items() if name.startswith("worker")}
             for port in ports:
                 try:
                     response = await client.get(f"http://127.0.0.1:{port}/readyz")

@@ -137,7 +137,7 @@ def upgrade(url: str, revision: str = "head", *, pooler: Pooler = "session") -> 
         return _migrate(connection, command.upgrade, revision)
 
     # However long it takes: an index of millions of rows is not built within a deadline.
-    return _with_connection(url, run, bounded=False, pooler=pooler)
+    return _with_connection(url, run, timeout_seconds=None, pooler=pooler)
 
 
 def downgrade(url: str, revision: str = "base") -> Migrated:
@@ -151,10 +151,12 @@ def downgrade(url: str, revision: str = "base") -> Migrated:
         _lock(connection)
         return _migrate(connection, command.downgrade, revision)
 
-    return _with_connection(url, run, bounded=False)
+    return _with_connection(url, run, timeout_seconds=None)
 
 
-def examine(url: str, *, pooler: Pooler = "session") -> Fit:
+def examine(
+    url: str, *, pooler: Pooler = "session", timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS
+) -> Fit:
     """Say whether the database fits this version. Changes nothing.
 
     Raises:
@@ -164,7 +166,9 @@ def examine(url: str, *, pooler: Pooler = "session") -> Fit:
     if path is not None and not Path(path).exists():
         # To connect would make the file.
         return Fit(Verdict.EMPTY, None, _head())
-    return _with_connection(url, _examine, reading=True, pooler=pooler)
+    return _with_connection(
+        url, _examine, reading=True, pooler=pooler, timeout_seconds=timeout_seconds
+    )
 
 
 def grants(url: str, role: str, *, pooler: Pooler = "session") -> list[str]:
@@ -373,11 +377,10 @@ def _with_connection(
     work: Callable[[Connection], T],
     *,
     reading: bool = False,
-    bounded: bool = True,
     pooler: Pooler = "session",
+    timeout_seconds: float | None = DEFAULT_TIMEOUT_SECONDS,
 ) -> T:
     async def run() -> T:
-        timeout_seconds = DEFAULT_TIMEOUT_SECONDS if bounded else None
         database = Database(url, timeout_seconds=timeout_seconds, pooler=pooler, create=not reading)
         try:
             opened = database.reading() if reading else database.transaction()

@@ -27,37 +27,43 @@ pytestmark = [
         not (HERE / "node_modules" / ".bin").is_dir(),
         reason="Node's packages are not there: `make test` fetches them with Node 20.19 or newer",
     ),
-    # One process for all: they write into one folder.
+    # One process for all: the client is generated once.
     pytest.mark.xdist_group("frontend"),
 ]
 
 
-def node(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Runs a package's program, or a script of ours."""
-    command = [str(HERE / "node_modules" / ".bin" / program)]
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A frontend of this test run's own: its sources, its packages and the committed schema."""
+    folder = tmp_path_factory.mktemp("frontend")
+    shutil.copytree(
+        HERE, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("node_modules", "gen")
+    )
+    (folder / "node_modules").symlink_to(HERE / "node_modules")
+    (folder / "gen").mkdir()
+    shutil.copy(SDL_FILE, folder / "gen")
+    return folder
+
+
+def node(project: Path, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs a package's program in the project, or a script of ours."""
+    command = [str(project / "node_modules" / ".bin" / program)]
     if program.endswith((".js", ".mjs")):
         command = ["node", program]
     return subprocess.run(
-        [*command, *arguments], cwd=HERE, capture_output=True, text=True, timeout=120, check=False
-    )
+        [*command, *arguments], cwd=project, capture_output=True, text=True, timeout=120,
+        check=False,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def schema() -> Path:
-    """The committed schema, where the tools may read it."""
-    shutil.rmtree(HERE / "gen", ignore_errors=True)
-    (HERE / "gen").mkdir()
-    return Path(shutil.copy(SDL_FILE, HERE / "gen"))
-
-
-@pytest.fixture(scope="module")
-def client(schema: Path) -> Path:
+def client(project: Path) -> str:
     """The client, generated and compiled by `tsc --strict`."""
-    generated = node("graphql-codegen", "--config", "codegen.yml")
+    generated = node(project, "graphql-codegen", "--config", "codegen.yml")
     assert generated.returncode == 0, generated.stdout + generated.stderr
-    compiled = node("tsc", "-p", "tsconfig.json", "--pretty", "false")
+    compiled = node(project, "tsc", "-p", "tsconfig.json", "--pretty", "false")
     assert compiled.returncode == 0, compiled.stdout
-    return HERE / "gen" / "js" / "client" / "main.js"
+    return "gen/js/client/main.js"
 
 
 @pytest.fixture
@@ -68,15 +74,15 @@ async def url(sqlite_template: Path, tmp_path: Path) -> AsyncIterator[str]:
         yield f"http://{address}/graphql"
 
 
-def test_the_schema_passes_the_recommended_lint(schema: Path) -> None:
-    linted = node("eslint", "--max-warnings", "0", f"gen/{schema.name}")
+def test_the_schema_passes_the_recommended_lint(project: Path) -> None:
+    linted = node(project, "eslint", "--max-warnings", "0", f"gen/{SDL_FILE.name}")
     assert linted.returncode == 0, linted.stdout + linted.stderr
 
 
 async def test_a_generated_client_is_told_everything_as_its_types_say(
-    client: Path, url: str
+    project: Path, client: str, url: str
 ) -> None:
-    ran = node(str(client.relative_to(HERE)), url)
+    ran = node(project, client, url)
     assert ran.returncode == 0, ran.stderr
     assert json.loads(ran.stdout) == {
         "policies": ["10 60 s", "payout.execute"],
@@ -96,16 +102,20 @@ async def test_a_generated_client_is_told_everything_as_its_types_say(
 
 
 @pytest.mark.usefixtures("client")
-def test_a_client_that_forgets_an_answer_or_gets_a_payload_wrong_does_not_compile() -> None:
-    compiled = node("tsc", "-p", "tsconfig.refused.json", "--pretty", "false")
+def test_a_client_that_forgets_an_answer_or_gets_a_payload_wrong_does_not_compile(
+    project: Path,
+) -> None:
+    compiled = node(project, "tsc", "-p", "tsconfig.refused.json", "--pretty", "false")
     faults = [line.split(":")[0].split("(")[0] for line in compiled.stdout.splitlines()]
     assert faults == ["refused/missing_member.ts", "refused/wrong_payload.ts"], compiled.stdout
     assert '__typename: "JobStateConflict"' in compiled.stdout
     assert "'string' is not assignable to type 'number'" in compiled.stdout
 
 
-async def test_every_audit_of_graphql_over_http_is_passed_the_optional_ones_too(url: str) -> None:
-    audited = node("audit.mjs", url)
+async def test_every_audit_of_graphql_over_http_is_passed_the_optional_ones_too(
+    project: Path, url: str
+) -> None:
+    audited = node(project, "audit.mjs", url)
     assert audited.returncode == 0, audited.stderr
     results = [json.loads(line) for line in audited.stdout.splitlines()]
     assert len(results) > 50
