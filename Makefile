@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: run install test test-slow test-postgresql soak mutants check lock clean
 
 run: install
-	@$(BIN)/python -m api.first_minute
+	@$(BIN)/python -m job_registry_api.first_minute
 
 install: .venv/installed api/web/dist/index.html
 

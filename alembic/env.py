@@ -1,11 +1,11 @@
-"""Runs the migrations on the connection that `api.queue.migrations` hands over."""
+"""Runs the migrations on the connection that `job_registry_api.queue.migrations` hands over."""
 
 from __future__ import annotations
 
 from alembic import context
 from sqlmodel import SQLModel
 
-import api.queue.models  # noqa: F401  (its tables are what autogenerate compares with)
+import job_registry_api.queue.models  # noqa: F401  (its tables are what autogenerate compares with)
 
 given = context.config.attributes
 connection = given["connection"]

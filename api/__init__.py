@@ -1,1 +1,1 @@
-"""The doors and the worker of Job Registry, over `api.queue` and `registry`."""
+"""The doors and the worker of Job Registry, over `job_registry_api.queue` and `registry`."""

@@ -1,4 +1,4 @@
-"""The Starlette application: the doors, health, and the worker inside `jobs serve`."""
+"""The Starlette application: the doors, health, and the worker inside `job-registry serve`."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route, WebSocketRoute
 
-from api import pages
-from api.auth import open_entrance
-from api.graphql.operations import Limits, Operations
-from api.graphql.schema import build_schema
-from api.graphql.streaming import StreamingView
-from api.graphql.view import GraphQLView
-from api.health import Health, health_routes
-from api.opening import open_queue
-from api.queue.maintenance import maintain
-from api.queue.service import JobService
-from api.rest import EnqueueView, JobView
-from api.settings import Settings
-from api.worker import Worker, WorkerStartError
-from registry import JobRegistry
+from job_registry import JobRegistry
+from job_registry_api import pages
+from job_registry_api.auth import open_entrance
+from job_registry_api.graphql.operations import Limits, Operations
+from job_registry_api.graphql.schema import build_schema
+from job_registry_api.graphql.streaming import StreamingView
+from job_registry_api.graphql.view import GraphQLView
+from job_registry_api.health import Health, health_routes
+from job_registry_api.opening import open_queue
+from job_registry_api.queue.maintenance import maintain
+from job_registry_api.queue.service import JobService
+from job_registry_api.rest import EnqueueView, JobView
+from job_registry_api.settings import Settings
+from job_registry_api.worker import Worker, WorkerStartError
 
 log = structlog.get_logger("jobs.app")
 

@@ -25,10 +25,10 @@ from limits.storage import MemoryStorage
 from limits.strategies import SlidingWindowCounterRateLimiter
 from starlette.types import Scope
 
-from api.http_messages import header
-from api.settings import Settings, SettingsInvalid
-from registry import text_fault
-from registry.errors import shortened
+from job_registry import text_fault
+from job_registry.errors import shortened
+from job_registry_api.http_messages import header
+from job_registry_api.settings import Settings, SettingsInvalid
 
 log = structlog.get_logger("jobs.auth")
 

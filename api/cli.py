@@ -1,6 +1,6 @@
-"""The `jobs` command: serve, work, migrate, and the registry at hand.
+"""The `job-registry` command: serve, work, migrate, and the registry at hand.
 
-What a command does not need it does not import: `jobs types` knows no database and no GraphQL.
+What a command does not need it does not import: `types` knows no database and no GraphQL.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from api.settings import Settings, SettingsInvalid, load_settings
-from registry import (
+from job_registry import (
     DefinitionError,
     JobRegistry,
     JobTypeNotFound,
@@ -31,19 +30,20 @@ from registry import (
     Violation,
     parse_json,
 )
-from registry.discovery import load_registry
+from job_registry.discovery import load_registry
+from job_registry_api.settings import Settings, SettingsInvalid, load_settings
 
 if TYPE_CHECKING:
-    from api.queue.migrations import Fit, Migrated
-    from api.queue.service import Enqueued, JobService, Refusal
+    from job_registry_api.queue.migrations import Fit, Migrated
+    from job_registry_api.queue.service import Enqueued, JobService, Refusal
 
 REFUSED = 1
 WRONG_USAGE = 2
 BULK = 500
-"""Jobs a transaction of `jobs enqueue` stores: large enough to be fast, small enough to show."""
+"""Jobs that `enqueue` stores in one transaction: enough to be fast, few enough to show progress."""
 
 app = typer.Typer(
-    name="jobs",
+    name="job-registry",
     help="A typed job queue: an invalid job is rejected when it is enqueued.",
     epilog="Settings are JOBS_* variables; the README lists them. Exit codes: 0 done, 1 refused,"
     " 2 wrong usage, 3 did not end within its grace.",
@@ -84,7 +84,7 @@ def _version(wanted: bool) -> None:
     if wanted:
         from importlib.metadata import version
 
-        out.print(f"jobs {version('job-registry')}")
+        out.print(f"job-registry {version('job-registry')}")
         raise typer.Exit
 
 
@@ -112,7 +112,7 @@ def serve(
 
     import uvicorn
 
-    from api.app import create_app
+    from job_registry_api.app import create_app
 
     application = create_app(settings, registry, worker=worker)
     _prepare_database(settings)
@@ -179,7 +179,7 @@ def worker(
     health_socket = None if health_port is None else _listening(health_host, health_port)
     if health_socket is not None:
         err.print(f"Health is served at http://{_address(health_socket)}/healthz")
-    from api.worker import WorkerStartError
+    from job_registry_api.worker import WorkerStartError
 
     _collect_garbage_rarely()
     try:
@@ -209,7 +209,7 @@ def migrate(
         _fail(WRONG_USAGE, "Name --check or --grants, not both.")
     settings = _settings()
     _configure_logs(settings, at_least_warnings=True)
-    from api.queue import migrations
+    from job_registry_api.queue import migrations
 
     url, pooler = settings.database_url, settings.database_pooler
     seconds = settings.database_timeout_seconds
@@ -338,7 +338,7 @@ def enqueue(
 def schema() -> None:
     """Print the GraphQL schema of these job types, with its documentation."""
     registry = _registry(_settings())
-    from api.graphql.schema import sdl
+    from job_registry_api.graphql.schema import sdl
 
     sys.stdout.write(sdl(registry))
 
@@ -346,11 +346,11 @@ def schema() -> None:
 async def _work(
     settings: Settings, registry: JobRegistry, types: Sequence[str], health_socket: Any | None
 ) -> None:
-    from api.opening import open_queue
-    from api.queue.maintenance import maintain
-    from api.shutdown import Shutdown
-    from api.worker import Worker
-    from api.worker.loop import CLOSE_SECONDS
+    from job_registry_api.opening import open_queue
+    from job_registry_api.queue.maintenance import maintain
+    from job_registry_api.shutdown import Shutdown
+    from job_registry_api.worker import Worker
+    from job_registry_api.worker.loop import CLOSE_SECONDS
 
     async with open_queue(settings, registry) as service:
         worker = Worker(
@@ -375,8 +375,8 @@ async def _work(
                 )
             )
             if health_socket is not None:
-                from api.auth import open_entrance
-                from api.health import Health, health_app
+                from job_registry_api.auth import open_entrance
+                from job_registry_api.health import Health, health_app
 
                 health = Health(service, worker, entrance=open_entrance(settings))
                 await stack.enter_async_context(_health_served(health_app(health), health_socket))
@@ -406,7 +406,7 @@ async def _enqueue(
     """Stores the payloads, says what became of each, and gives how many were refused."""
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    from api.opening import open_queue
+    from job_registry_api.opening import open_queue
 
     counts = {"stored": 0, "deduplicated": 0, "refused": 0}
     size = len(lines) if atomic else min(BULK, settings.max_bulk_size)
@@ -440,8 +440,8 @@ async def _enqueue_batch(
     options: dict[str, Any],
     atomic: bool,
 ) -> Iterator[tuple[int, Enqueued | Refusal]]:
-    from api.queue.requests import EnqueueRequest
-    from api.queue.service import not_stored
+    from job_registry_api.queue.requests import EnqueueRequest
+    from job_registry_api.queue.service import not_stored
 
     results: dict[int, Enqueued | Refusal] = {}
     requests: dict[int, EnqueueRequest] = {}
@@ -501,7 +501,7 @@ def _registry(settings: Settings) -> JobRegistry:
 
 
 def _configure_logs(settings: Settings, *, at_least_warnings: bool = False) -> None:
-    from api.logs import configure_logs
+    from job_registry_api.logs import configure_logs
 
     quiet = at_least_warnings and settings.log_level in ("debug", "info")
     configure_logs("warning" if quiet else settings.log_level, settings.log_format)
@@ -509,7 +509,7 @@ def _configure_logs(settings: Settings, *, at_least_warnings: bool = False) -> N
 
 def _prepare_database(settings: Settings) -> None:
     """Migrates the embedded database; of a shared one, only looks whether somebody has."""
-    from api.queue import migrations
+    from job_registry_api.queue import migrations
 
     with _database_errors():
         if settings.database_url.startswith("sqlite"):
@@ -526,8 +526,8 @@ def _prepare_database(settings: Settings) -> None:
 
 @contextlib.contextmanager
 def _database_errors() -> Iterator[None]:
-    from api.queue.errors import QueueUnavailable
-    from api.queue.migrations import MigrationRefused
+    from job_registry_api.queue.errors import QueueUnavailable
+    from job_registry_api.queue.migrations import MigrationRefused
 
     try:
         yield
@@ -598,8 +598,8 @@ def _server(config: Any, application: Any, settings: Settings) -> Any:
     a traceback, and waits for the worker only after all requests."""
     import uvicorn
 
-    from api.shutdown import Shutdown
-    from api.worker.loop import CLOSE_SECONDS
+    from job_registry_api.shutdown import Shutdown
+    from job_registry_api.worker.loop import CLOSE_SECONDS
 
     class Server(uvicorn.Server):
         @contextlib.contextmanager
@@ -775,7 +775,7 @@ def _fail(code: int, *sentences: str) -> NoReturn:
 def _fail_unexpectedly(error: Exception) -> NoReturn:
     import structlog
 
-    from api.logs import configure_logs, log_unexpected
+    from job_registry_api.logs import configure_logs, log_unexpected
 
     # Its own default prints the values of local variables, a database's password for one.
     if not structlog.is_configured():

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from api.cli import main as jobs
-from api.settings import SettingsInvalid, load_settings
+from job_registry_api.cli import main as jobs
+from job_registry_api.settings import SettingsInvalid, load_settings
 
 
 def draw_sample(assets: str) -> None:
@@ -62,9 +62,9 @@ Or in a browser: http://{shown}:{port}/graphql
 
 
 def main() -> None:
-    """Prepares the first minute, then does what `jobs serve` does."""
+    """Prepares the first minute, then does what `job-registry serve` does."""
     say = Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print
-    # `jobs serve` says what is wrong with the settings.
+    # `job-registry serve` says what is wrong with the settings.
     with suppress(SettingsInvalid):
         settings = load_settings()
         # A bucket has pictures of its own, and on port 0 nobody knows yet where to ask.

@@ -16,16 +16,16 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from api.auth import (
+from job_registry_api.auth import (
     AuthenticationUnavailable,
     Entrance,
     Forbidden,
     TooManyRequests,
     Unauthenticated,
 )
-from api.metrics import CONTENT_TYPE, Attempts
-from api.queue.errors import QueueUnavailable
-from api.queue.service import JobService
+from job_registry_api.metrics import CONTENT_TYPE, Attempts
+from job_registry_api.queue.errors import QueueUnavailable
+from job_registry_api.queue.service import JobService
 
 READY_SECONDS: Final = 2.0
 """How long the database may take to answer `/readyz` or a count of the jobs."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from contextlib import AbstractAsyncContextManager
 
-from api.queue import service
-from api.settings import Settings
-from registry import JobRegistry
+from job_registry import JobRegistry
+from job_registry_api.queue import service
+from job_registry_api.settings import Settings
 
 
 def open_queue(

@@ -52,7 +52,7 @@ _MISSING: Final = """<!doctype html>
 <p>The API works all the same. Send it a query as JSON:</p>
 <pre>curl http://localhost:8000/graphql --json '{"query":
   "{ jobTypes { name description policy { maxAttempts timeoutSeconds concurrencyLimit } } }"}'</pre>
-<p><code>jobs schema</code> prints the whole schema, with its documentation.</p>
+<p><code>job-registry schema</code> prints the whole schema, with its documentation.</p>
 </html>
 """
 

@@ -8,14 +8,15 @@ from typing import Any
 from pydantic_core import from_json
 from starlette.types import Receive, Scope, Send
 
-from api.auth import (
+from job_registry import JobTypeNotFound, PayloadInvalid, Violation
+from job_registry_api.auth import (
     AuthenticationUnavailable,
     Entrance,
     Forbidden,
     TooManyRequests,
     Unauthenticated,
 )
-from api.http_messages import (
+from job_registry_api.http_messages import (
     BodyTooLarge,
     ClientGone,
     header,
@@ -23,17 +24,16 @@ from api.http_messages import (
     read_body,
     respond_json,
 )
-from api.logs import log_unexpected
-from api.queue.errors import (
+from job_registry_api.logs import log_unexpected
+from job_registry_api.queue.errors import (
     IdempotencyConflict,
     InputInvalid,
     JobNotFound,
     QueueUnavailable,
 )
-from api.queue.models import JobRecord
-from api.queue.requests import parse_request
-from api.queue.service import JobService
-from registry import JobTypeNotFound, PayloadInvalid, Violation
+from job_registry_api.queue.models import JobRecord
+from job_registry_api.queue.requests import parse_request
+from job_registry_api.queue.service import JobService
 
 
 class RequestRefused(Exception):

@@ -19,7 +19,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from api import postgresql_url
+from job_registry_api import postgresql_url
 
 PREFIX: Final = "JOBS_"
 
@@ -73,9 +73,9 @@ class Settings(BaseSettings):
         " behind a `transaction` pooler, other processes' events are polled for twice a second.",
     )
     catalog: Annotated[tuple[str, ...], NoDecode] = Field(
-        default=("registry.catalog",),
+        default=("job_registry.catalog",),
         description="Modules and packages with job types, separated by commas:"
-        " `registry.catalog,myapp.jobs`.",
+        " `job_registry.catalog,myapp.jobs`.",
     )
     assets: str = Field(
         default="assets",
@@ -189,7 +189,7 @@ class Settings(BaseSettings):
         default=None,
         validate_default=True,
         description="Whether clients can introspect the GraphQL schema, as GraphiQL and code"
-        " generators do. `jobs schema` prints it in any case.",
+        " generators do. `job-registry schema` prints it in any case.",
     )
     suggestions: bool = Field(
         default=None,
@@ -235,13 +235,14 @@ class Settings(BaseSettings):
     )
     host: str = Field(
         default="127.0.0.1",
-        description="Address that `jobs serve` listens on. Without authentication, loopback only.",
+        description="Address that `job-registry serve` listens on. Without authentication,"
+        " loopback only.",
     )
     port: int = Field(
         default=8000,
         ge=0,
         le=65_535,
-        description="Port that `jobs serve` listens on. 0 picks a free port.",
+        description="Port that `job-registry serve` listens on. 0 picks a free port.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info",

@@ -39,17 +39,17 @@ def application(database_url: str | None) -> Starlette:
     if database_url is None:
         return Starlette(routes=routes)
 
-    from api.auth import ANYONE
-    from api.cli import _collect_garbage_rarely
-    from api.graphql.context import Context
-    from api.graphql.operations import Limits, Operations
-    from api.graphql.schema import build_schema, strawberry_schema
-    from api.logs import configure_logs
-    from api.queue.service import JobService, open_service
-    from registry.discovery import load_registry
+    from job_registry.discovery import load_registry
+    from job_registry_api.auth import ANYONE
+    from job_registry_api.cli import _collect_garbage_rarely
+    from job_registry_api.graphql.context import Context
+    from job_registry_api.graphql.operations import Limits, Operations
+    from job_registry_api.graphql.schema import build_schema, strawberry_schema
+    from job_registry_api.logs import configure_logs
+    from job_registry_api.queue.service import JobService, open_service
 
     configure_logs("info", "json")
-    registry = load_registry(["registry.catalog"])
+    registry = load_registry(["job_registry.catalog"])
     operations = Operations(build_schema(registry), Limits())
     schema = strawberry_schema()
     services: list[JobService] = []

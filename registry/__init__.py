@@ -1,6 +1,6 @@
 """What a job type is: its payload, its policy, its handler. No I/O, no SQL, no GraphQL."""
 
-from registry.errors import (
+from job_registry.errors import (
     Cancel,
     DefinitionError,
     Fail,
@@ -10,10 +10,10 @@ from registry.errors import (
     Snooze,
     Violation,
 )
-from registry.extension import CallNext, WorkerExtension
-from registry.job_type import Backoff, JobContext, JobPolicy, JobType, Payload
-from registry.json_values import NotJson, json_document, parse_json, pointer, text_fault
-from registry.registry import AdmittedPayload, JobRegistry
+from job_registry.extension import CallNext, WorkerExtension
+from job_registry.job_type import Backoff, JobContext, JobPolicy, JobType, Payload
+from job_registry.json_values import NotJson, json_document, parse_json, pointer, text_fault
+from job_registry.registry import AdmittedPayload, JobRegistry
 
 __all__ = [
     "AdmittedPayload",

@@ -14,10 +14,10 @@ from importlib import metadata
 from types import ModuleType
 from typing import Any, Final
 
-from registry.errors import DefinitionError, shortened
-from registry.extension import WorkerExtension
-from registry.job_type import JobType
-from registry.registry import DEFAULT_MAX_PAYLOAD_BYTES, JobRegistry
+from job_registry.errors import DefinitionError, shortened
+from job_registry.extension import WorkerExtension
+from job_registry.job_type import JobType
+from job_registry.registry import DEFAULT_MAX_PAYLOAD_BYTES, JobRegistry
 
 ENTRY_POINT_GROUP: Final = "job_registry.catalog"
 

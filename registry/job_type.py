@@ -21,8 +21,8 @@ from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticKnownError, core_schema
 
-from registry.errors import DefinitionError, shortened
-from registry.json_values import json_document
+from job_registry.errors import DefinitionError, shortened
+from job_registry.json_values import json_document
 
 JSON_SCHEMA_DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
 

@@ -14,7 +14,7 @@ from typing import Any, Final
 from pydantic import JsonValue
 from pydantic_core import PydanticSerializationError, from_json, to_json
 
-from registry.errors import Violation, shortened
+from job_registry.errors import Violation, shortened
 
 MAX_DEPTH: Final = 64
 MAX_VIOLATIONS: Final = 100

@@ -11,7 +11,7 @@ from typing import Any, Final
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from registry.errors import (
+from job_registry.errors import (
     DefinitionError,
     JobTypeNotFound,
     PayloadInvalid,
@@ -19,9 +19,9 @@ from registry.errors import (
     shortened,
     shortened_text,
 )
-from registry.extension import WorkerExtension
-from registry.job_type import JobPolicy, JobType, Payload
-from registry.json_values import MAX_VIOLATIONS, json_document, paths_of, pointer
+from job_registry.extension import WorkerExtension
+from job_registry.job_type import JobPolicy, JobType, Payload
+from job_registry.json_values import MAX_VIOLATIONS, json_document, paths_of, pointer
 
 DEFAULT_MAX_PAYLOAD_BYTES: Final = 262_144
 

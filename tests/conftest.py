@@ -20,13 +20,13 @@ from typing import Any
 
 import pytest
 
-from api.logs import configure_logs
-from api.queue import migrations
-from api.queue.database import Database
-from api.queue.service import JobService
-from registry import Backoff, JobPolicy, JobRegistry, JobType, Payload
-from registry.catalog.payout import payout_execute
-from registry.catalog.thumbnail import thumbnail_create
+from job_registry import Backoff, JobPolicy, JobRegistry, JobType, Payload
+from job_registry.catalog.payout import payout_execute
+from job_registry.catalog.thumbnail import thumbnail_create
+from job_registry_api.logs import configure_logs
+from job_registry_api.queue import migrations
+from job_registry_api.queue.database import Database
+from job_registry_api.queue.service import JobService
 from tests.postgresql_server import Server, ServerMissing, running_server
 
 pytest_plugins = ["tests.http_client", "tests.proxy"]

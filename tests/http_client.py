@@ -12,9 +12,9 @@ from typing import Any
 import httpx
 import pytest
 
-from api.app import create_app
-from api.settings import load_settings
-from registry import JobRegistry
+from job_registry import JobRegistry
+from job_registry_api.app import create_app
+from job_registry_api.settings import load_settings
 
 Execute = Callable[..., Any]
 Visit = Callable[..., AbstractAsyncContextManager[httpx.AsyncClient]]
@@ -65,10 +65,10 @@ def execute(http: httpx.AsyncClient) -> Execute:
 async def serving(
     database_url: str, *options: str, **settings: str
 ) -> AsyncIterator[tuple[str, int]]:
-    """The host and port, and the process id, of a `jobs serve` of the test's own."""
+    """The host and port, and the process id, of a `job-registry serve` of the test's own."""
     given = {f"JOBS_{name.upper()}": value for name, value in settings.items()}
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "api.cli", "serve", "--port", "0", *options,
+        sys.executable, "-m", "job_registry_api.cli", "serve", "--port", "0", *options,
         env={**os.environ, "JOBS_DATABASE_URL": database_url, "JOBS_LOG_LEVEL": "error"} | given,
         stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip

@@ -21,12 +21,12 @@ from graphql import GraphQLObjectType
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
-from api.app import create_app
-from api.auth import ACCESS_SCOPES
-from api.graphql.schema import build_schema
-from api.graphql.scopes import scopes_of
-from api.settings import SettingsInvalid, load_settings
-from registry import JobRegistry
+from job_registry import JobRegistry
+from job_registry_api.app import create_app
+from job_registry_api.auth import ACCESS_SCOPES
+from job_registry_api.graphql.schema import build_schema
+from job_registry_api.graphql.scopes import scopes_of
+from job_registry_api.settings import SettingsInvalid, load_settings
 from tests.http_client import Visit, serving
 
 pytestmark = pytest.mark.any_database

@@ -18,21 +18,22 @@ from pathlib import Path
 import httpx
 import pytest
 
-from api.auth import Entrance
-from api.health import Health, health_app
-from api.queue.errors import QueueUnavailable
-from api.queue.requests import EnqueueRequest
-from api.queue.service import JobService, open_service
-from api.worker import Worker
-from api.worker import loop as worker_module
-from registry import JobPolicy, JobRegistry, JobType, Payload
+from job_registry import JobPolicy, JobRegistry, JobType, Payload
+from job_registry_api.auth import Entrance
+from job_registry_api.health import Health, health_app
+from job_registry_api.queue.errors import QueueUnavailable
+from job_registry_api.queue.requests import EnqueueRequest
+from job_registry_api.queue.service import JobService, open_service
+from job_registry_api.worker import Worker
+from job_registry_api.worker import loop as worker_module
+from tests import CODE
 from tests.conftest import run_sql
 from tests.test_auth import AUTH, bearer
 from tests.test_metrics import Samples
 
 JOBS = """
     import time
-    from registry import JobContext, JobPolicy, JobType, Payload
+    from job_registry import JobContext, JobPolicy, JobType, Payload
 
     class Empty(Payload):
         pass
@@ -58,14 +59,14 @@ REGISTRY = JobRegistry(
 
 @contextmanager
 def worker(url: str, folder: Path, *options: str, **settings: str) -> Iterator[tuple[str, int]]:
-    """A `jobs worker` with a health port: its address, and its process id."""
+    """A `job-registry worker` with a health port: its address, and its process id."""
     (folder / "hanging.py").write_text(textwrap.dedent(JOBS), "utf-8")
     given = {"database_url": url, "catalog": "hanging", "log_level": "error"} | settings
     process = subprocess.Popen(
-        [sys.executable, "-m", "api.cli", "worker", "--health-port", "0", *options],
+        [sys.executable, "-m", "job_registry_api.cli", "worker", "--health-port", "0", *options],
         env={
             **os.environ,
-            "PYTHONPATH": f"{folder}{os.pathsep}{Path.cwd()}",
+            "PYTHONPATH": f"{folder}{os.pathsep}{CODE}",
             **{f"JOBS_{name.upper()}": value for name, value in given.items()},
         },
         stderr=subprocess.PIPE,
@@ -169,9 +170,9 @@ def test_a_health_port_that_is_taken_is_a_sentence(tmp_path: Path) -> None:
         taken.listen()
         port = str(taken.getsockname()[1])
         result = subprocess.run(
-            [sys.executable, "-m", "api.cli", "worker", "--health-port", port],
+            [sys.executable, "-m", "job_registry_api.cli", "worker", "--health-port", port],
             cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(Path.cwd())},
+            env={**os.environ, "PYTHONPATH": CODE},
             capture_output=True,
             text=True,
             check=False,

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import pytest
 import structlog
 
-from api.logs import configure_logs
+from job_registry_api.logs import configure_logs
 
 
 class FullDisk(io.RawIOBase):

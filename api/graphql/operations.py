@@ -31,7 +31,7 @@ from graphql import (
     validate,
 )
 
-from api.graphql.context import Context
+from job_registry_api.graphql.context import Context
 
 MAX_CACHED_DOCUMENTS: Final = 500
 MAX_CACHED_LENGTH: Final = 20_000

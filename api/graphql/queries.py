@@ -9,13 +9,14 @@ from typing import Annotated
 
 import strawberry
 
-from api.graphql import errors
-from api.graphql.context import Context
-from api.graphql.errors import REFUSALS, refusal
-from api.graphql.inputs import EnqueueJobInput, JobFilter
-from api.graphql.scalars import DateTime
-from api.graphql.scopes import needs
-from api.graphql.types import (
+from job_registry import Violation
+from job_registry_api.graphql import errors
+from job_registry_api.graphql.context import Context
+from job_registry_api.graphql.errors import REFUSALS, refusal
+from job_registry_api.graphql.inputs import EnqueueJobInput, JobFilter
+from job_registry_api.graphql.scalars import DateTime
+from job_registry_api.graphql.scopes import needs
+from job_registry_api.graphql.types import (
     Job,
     JobConnection,
     JobEdge,
@@ -24,9 +25,8 @@ from api.graphql.types import (
     PageInfo,
     described,
 )
-from api.queue import service
-from api.queue.errors import InputInvalid
-from registry import Violation
+from job_registry_api.queue import service
+from job_registry_api.queue.errors import InputInvalid
 
 JobTypeResult = Annotated[
     JobType | errors.JobTypeNotFound,

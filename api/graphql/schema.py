@@ -28,14 +28,14 @@ from strawberry.types.base import StrawberryList, StrawberryOptional
 from strawberry.types.field import StrawberryField
 from strawberry.utils.str_converters import to_camel_case
 
-from api.auth import AccessScope
-from api.graphql.mutations import Mutation
-from api.graphql.queries import Query
-from api.graphql.scalars import SCALARS
-from api.graphql.scopes import scopes_of
-from api.graphql.subscriptions import Subscription
-from api.graphql.typed import TYPED_JOB_INPUT, typed_job_input
-from registry import DefinitionError, JobRegistry
+from job_registry import DefinitionError, JobRegistry
+from job_registry_api.auth import AccessScope
+from job_registry_api.graphql.mutations import Mutation
+from job_registry_api.graphql.queries import Query
+from job_registry_api.graphql.scalars import SCALARS
+from job_registry_api.graphql.scopes import scopes_of
+from job_registry_api.graphql.subscriptions import Subscription
+from job_registry_api.graphql.typed import TYPED_JOB_INPUT, typed_job_input
 
 SDL_FILE: Final = Path(__file__).parent / "schema.graphql"
 """The schema as it is committed, for clients' code generators and for review."""

@@ -7,7 +7,7 @@ from typing import Any, Final
 import strawberry
 from strawberry.types.field import StrawberryField
 
-from api.auth import AccessScope
+from job_registry_api.auth import AccessScope
 
 SCOPES: Final = "scopes"
 """The key of a field's metadata; its value is a tuple of scopes, one of which is needed."""

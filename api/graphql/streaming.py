@@ -23,7 +23,7 @@ from strawberry.subscriptions import GRAPHQL_TRANSPORT_WS_PROTOCOL
 from strawberry.types.execution import ExecutionResult as Result
 from strawberry.types.execution import PreExecutionError
 
-from api.auth import (
+from job_registry_api.auth import (
     AuthenticationUnavailable,
     Caller,
     Entrance,
@@ -31,12 +31,12 @@ from api.auth import (
     TooManyRequests,
     Unauthenticated,
 )
-from api.graphql.context import Context
-from api.graphql.operations import DocumentRefused, Operations, Prepared
-from api.graphql.told import told
-from api.graphql.view import results_until_expiry
-from api.logs import log_unexpected
-from api.queue.service import JobService
+from job_registry_api.graphql.context import Context
+from job_registry_api.graphql.operations import DocumentRefused, Operations, Prepared
+from job_registry_api.graphql.told import told
+from job_registry_api.graphql.view import results_until_expiry
+from job_registry_api.logs import log_unexpected
+from job_registry_api.queue.service import JobService
 
 
 @dataclass

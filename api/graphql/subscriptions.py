@@ -8,14 +8,14 @@ from typing import Annotated
 
 import strawberry
 
-from api.graphql.context import Context
-from api.graphql.scopes import subscription
-from api.graphql.types import Job, described
-from api.queue import events
-from api.queue.errors import InputInvalid, JobNotFound
-from api.queue.models import JobStatus
-from api.queue.service import parse_job_id
-from registry import JobTypeNotFound, Violation
+from job_registry import JobTypeNotFound, Violation
+from job_registry_api.graphql.context import Context
+from job_registry_api.graphql.scopes import subscription
+from job_registry_api.graphql.types import Job, described
+from job_registry_api.queue import events
+from job_registry_api.queue.errors import InputInvalid, JobNotFound
+from job_registry_api.queue.models import JobStatus
+from job_registry_api.queue.service import parse_job_id
 
 
 @strawberry.type(description="Something that happened to a job, told once it is committed.")

@@ -6,14 +6,14 @@ from typing import Any
 
 from graphql import ExecutionResult, GraphQLError
 
-from api.auth import (
+from job_registry_api.auth import (
     AuthenticationUnavailable,
     Forbidden,
     TooManyRequests,
     Unauthenticated,
 )
-from api.logs import log_unexpected
-from api.queue.errors import EventsMissed, InputInvalid, QueueUnavailable
+from job_registry_api.logs import log_unexpected
+from job_registry_api.queue.errors import EventsMissed, InputInvalid, QueueUnavailable
 
 
 def told(error: GraphQLError) -> dict[str, Any]:

@@ -38,8 +38,8 @@ from graphql import (
     VariableNode,
 )
 
-from api.graphql.scalars import BIG_INT, TEXT_SCALARS
-from registry import DefinitionError, JobRegistry, JobType
+from job_registry import DefinitionError, JobRegistry, JobType
+from job_registry_api.graphql.scalars import BIG_INT, TEXT_SCALARS
 
 TYPED_JOB_INPUT: Final = "TypedJobInput"
 JOB_TYPE: Final = "job_type"

@@ -6,14 +6,14 @@ from typing import Annotated, Any, Final
 
 import strawberry
 
-from api.auth import AccessScope
-from api.graphql.context import Context
-from api.graphql.scalars import JSON, DateTime
-from api.graphql.scopes import needs, open_to_all
-from api.queue import leasing, models, service
-from api.queue.models import AttemptOutcome, JobStatus
-from registry import JobPolicy as Policy
-from registry import JobType as RegisteredType
+from job_registry import JobPolicy as Policy
+from job_registry import JobType as RegisteredType
+from job_registry_api.auth import AccessScope
+from job_registry_api.graphql.context import Context
+from job_registry_api.graphql.scalars import JSON, DateTime
+from job_registry_api.graphql.scopes import needs, open_to_all
+from job_registry_api.queue import leasing, models, service
+from job_registry_api.queue.models import AttemptOutcome, JobStatus
 
 strawberry.enum(JobStatus, name="JobStatus", description="Where a job is in its life.")
 strawberry.enum(AttemptOutcome, name="AttemptOutcome", description="How an attempt ended.")

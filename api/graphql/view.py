@@ -16,17 +16,17 @@ from graphql import ExecutionResult, GraphQLError, OperationType
 from pydantic_core import from_json, to_json
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from api.auth import (
+from job_registry_api.auth import (
     AuthenticationUnavailable,
     Entrance,
     Forbidden,
     TooManyRequests,
     Unauthenticated,
 )
-from api.graphql.context import Context
-from api.graphql.operations import DocumentRefused, Operations, Prepared
-from api.graphql.told import told_of, told_result
-from api.http_messages import (
+from job_registry_api.graphql.context import Context
+from job_registry_api.graphql.operations import DocumentRefused, Operations, Prepared
+from job_registry_api.graphql.told import told_of, told_result
+from job_registry_api.http_messages import (
     BodyTooLarge,
     ClientGone,
     header,

@@ -15,7 +15,7 @@ from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 
-from api.queue.events import JobEvent
+from job_registry_api.queue.events import JobEvent
 
 Publish = Callable[[Sequence[JobEvent]], None]
 

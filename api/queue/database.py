@@ -29,9 +29,9 @@ from sqlalchemy import Row, TextClause, event, text
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-from api import postgresql_url
-from api.postgresql_url import PostgresqlUrl
-from api.queue.errors import QueueUnavailable, UnavailableKind
+from job_registry_api import postgresql_url
+from job_registry_api.postgresql_url import PostgresqlUrl
+from job_registry_api.queue.errors import QueueUnavailable, UnavailableKind
 
 DEFAULT_TIMEOUT_SECONDS: Final = 10.0
 
@@ -1003,8 +1003,10 @@ def as_unavailable(error: BaseException | None) -> QueueUnavailable | None:
     return None
 
 
-_MIGRATE: Final = "Run `jobs migrate`."
-_GRANT: Final = "The role lacks a grant: `jobs migrate --grants ROLE` prints those it needs."
+_MIGRATE: Final = "Run `job-registry migrate`."
+_GRANT: Final = (
+    "The role lacks a grant: `job-registry migrate --grants ROLE` prints those it needs."
+)
 
 
 def _postgresql_unavailable(error: BaseException | None) -> QueueUnavailable | None:

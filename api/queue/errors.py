@@ -1,16 +1,16 @@
 """What the queue refuses, and why. Data in fields; each door makes its own words of it.
 
-The registry's own refusals, `JobTypeNotFound` and `PayloadInvalid`, stand in `registry.errors`.
+The registry's own refusals, `JobTypeNotFound` and `PayloadInvalid`, stand in `job_registry.errors`.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from registry import Violation
+from job_registry import Violation
 
 if TYPE_CHECKING:
-    from api.queue.models import JobRecord, JobStatus
+    from job_registry_api.queue.models import JobRecord, JobStatus
 
 
 class QueueError(Exception):

@@ -17,9 +17,9 @@ from typing import Final
 
 import structlog
 
-from api.queue.database import Database
-from api.queue.errors import reason_of
-from api.queue.store import EVENTS_KEPT_SECONDS, Store
+from job_registry_api.queue.database import Database
+from job_registry_api.queue.errors import reason_of
+from job_registry_api.queue.store import EVENTS_KEPT_SECONDS, Store
 
 POLL_SECONDS: Final = 0.25
 """How often kept batches are read on PostgreSQL, which does not tell that there are new ones."""

@@ -39,12 +39,12 @@ from uuid import UUID
 import structlog
 from pydantic_core import from_json
 
-from api.metrics import Metrics
-from api.queue.database import Database
-from api.queue.errors import EventsMissed, QueueUnavailable
-from api.queue.event_stream import EventStream, Gap
-from api.queue.models import JobRecord, JobStatus
-from api.queue.store import Store
+from job_registry_api.metrics import Metrics
+from job_registry_api.queue.database import Database
+from job_registry_api.queue.errors import EventsMissed, QueueUnavailable
+from job_registry_api.queue.event_stream import EventStream, Gap
+from job_registry_api.queue.models import JobRecord, JobStatus
+from job_registry_api.queue.store import Store
 
 EventName = Literal[
     "job.created",

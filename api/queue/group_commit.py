@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, TypeVar
 
-from api.queue.errors import QueueUnavailable
+from job_registry_api.queue.errors import QueueUnavailable
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

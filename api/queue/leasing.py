@@ -17,10 +17,10 @@ from typing import Any, Final
 
 import structlog
 
-from api.queue.events import EventName, Events, JobEvent
-from api.queue.models import JobRecord, JobStatus
-from api.queue.store import Claim, Store
-from registry import JobRegistry
+from job_registry import JobRegistry
+from job_registry_api.queue.events import EventName, Events, JobEvent
+from job_registry_api.queue.models import JobRecord, JobStatus
+from job_registry_api.queue.store import Claim, Store
 
 WORKER_SEEN_SECONDS: Final = 10.0
 """How often a process notes in the database that it works a type."""

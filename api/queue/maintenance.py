@@ -11,10 +11,10 @@ from contextlib import suppress
 
 import structlog
 
-from api.queue.errors import QueueUnavailable
-from api.queue.models import JobStatus
-from api.queue.service import JobService
-from api.queue.store import EVENT_BATCHES_PRUNED
+from job_registry_api.queue.errors import QueueUnavailable
+from job_registry_api.queue.models import JobStatus
+from job_registry_api.queue.service import JobService
+from job_registry_api.queue.store import EVENT_BATCHES_PRUNED
 
 DAY_SECONDS = 86_400
 PRUNE_PAUSE_SECONDS = 0.02

@@ -24,8 +24,14 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, inspect, text
 from sqlmodel import SQLModel
 
-import api.queue.models  # noqa: F401  (its tables are in SQLModel's metadata)
-from api.queue.database import DEFAULT_TIMEOUT_SECONDS, Database, Pooler, async_url, unavailable
+import job_registry_api.queue.models  # noqa: F401  (its tables are in SQLModel's metadata)
+from job_registry_api.queue.database import (
+    DEFAULT_TIMEOUT_SECONDS,
+    Database,
+    Pooler,
+    async_url,
+    unavailable,
+)
 
 T = TypeVar("T")
 
@@ -39,7 +45,7 @@ _SCRIPTS: Final = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parent / "alem
 INSUFFICIENT_PRIVILEGE: Final = "42501"
 
 _LOCK: Final = 0x6A6F6273
-"""Advisory lock, "jobs" in ASCII: two `jobs migrate` at once would both create the tables."""
+"""Advisory lock, "jobs" in ASCII: two migrations at once would both create the tables."""
 
 
 class MigrationRefused(Exception):
@@ -86,11 +92,11 @@ class Fit:
                     f" {self.needed} and compatible with it."
                 )
             case Verdict.EMPTY:
-                return "The database has no Job Registry tables yet. Run `jobs migrate`."
+                return "The database has no Job Registry tables yet. Run `job-registry migrate`."
             case Verdict.OUTDATED:
                 return (
                     f"The database schema is out of date: it is at revision {self.revision}, and"
-                    f" this version needs {self.needed}. Run `jobs migrate`."
+                    f" this version needs {self.needed}. Run `job-registry migrate`."
                 )
         return (
             f"The database schema is at revision {self.revision}, which this version (revision"
@@ -223,7 +229,7 @@ def _recorded(connection: Connection) -> tuple[str | None, str | None]:
             raise
         raise MigrationRefused(
             f"The database role may not read the table {VERSION_TABLE}. Grant it what"
-            " `jobs migrate --grants ROLE` prints."
+            " `job-registry migrate --grants ROLE` prints."
         ) from error
     return (None, None) if row is None else (row[0], row[1])
 
@@ -311,8 +317,8 @@ def _refusals() -> Iterator[None]:
             ) from error
         if state == INSUFFICIENT_PRIVILEGE:
             raise MigrationRefused(
-                f"The database role may not change the schema: {reason}. Run `jobs migrate` as the"
-                " owner of the database, and see `jobs migrate --grants ROLE`."
+                f"The database role may not change the schema: {reason}. Run `job-registry migrate`"
+                " as the owner of the database, and see `job-registry migrate --grants ROLE`."
             ) from error
         raise
 

@@ -15,10 +15,10 @@ from typing import Any, Final, cast
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from api.queue.database import Database, statement
-from api.queue.errors import QueueUnavailable
-from api.queue.models import AttemptOutcome, JobRecord, JobStatus
-from api.queue.store import (
+from job_registry_api.queue.database import Database, statement
+from job_registry_api.queue.errors import QueueUnavailable
+from job_registry_api.queue.models import AttemptOutcome, JobRecord, JobStatus
+from job_registry_api.queue.store import (
     EVENT_BATCHES_PRUNED,
     EVENTS_KEPT_SECONDS,
     LOST,

@@ -10,9 +10,9 @@ from typing import Final
 from sqlalchemy import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from api.queue.database import Database
-from api.queue.errors import QueueUnavailable
-from api.queue.models import (
+from job_registry_api.queue.database import Database
+from job_registry_api.queue.errors import QueueUnavailable
+from job_registry_api.queue.models import (
     Job,
     JobAttempt,
     JobCount,

@@ -8,9 +8,9 @@ from typing import Any, Final, NamedTuple, cast
 
 from pydantic import JsonValue
 
-from api.queue.errors import InputInvalid
-from registry import JobRegistry, JobTypeNotFound, Violation, pointer, text_fault
-from registry.errors import MAX_DELAY_SECONDS, shortened
+from job_registry import JobRegistry, JobTypeNotFound, Violation, pointer, text_fault
+from job_registry.errors import MAX_DELAY_SECONDS, shortened
+from job_registry_api.queue.errors import InputInvalid
 
 MAX_LEASE: Final = 100
 MAX_WAIT_SECONDS: Final = 30

@@ -21,10 +21,19 @@ from pydantic_core import from_json
 from sqlalchemy.ext.asyncio import AsyncSession
 from uuid_utils.compat import uuid7
 
-from api.metrics import Metrics
-from api.queue.caller_transactions import publish_after_commit
-from api.queue.database import DEFAULT_TIMEOUT_SECONDS, Database, Pooler
-from api.queue.errors import (
+from job_registry import (
+    JobPolicy,
+    JobRegistry,
+    JobTypeNotFound,
+    PayloadInvalid,
+    Violation,
+    json_document,
+    text_fault,
+)
+from job_registry_api.metrics import Metrics
+from job_registry_api.queue.caller_transactions import publish_after_commit
+from job_registry_api.queue.database import DEFAULT_TIMEOUT_SECONDS, Database, Pooler
+from job_registry_api.queue.errors import (
     IdempotencyConflict,
     InputInvalid,
     JobNotFound,
@@ -32,10 +41,10 @@ from api.queue.errors import (
     LeaseLost,
     QueueUnavailable,
 )
-from api.queue.events import Events, JobEvent
-from api.queue.group_commit import GroupCommit
-from api.queue.leasing import Lease, Leasing, ended_event
-from api.queue.models import (
+from job_registry_api.queue.events import Events, JobEvent
+from job_registry_api.queue.group_commit import GroupCommit
+from job_registry_api.queue.leasing import Lease, Leasing, ended_event
+from job_registry_api.queue.models import (
     AttemptOutcome,
     AttemptRecord,
     JobCounts,
@@ -43,17 +52,17 @@ from api.queue.models import (
     JobRecord,
     JobStatus,
 )
-from api.queue.postgresql import PostgreSQLStore
-from api.queue.readiness import Readiness
-from api.queue.requests import (
+from job_registry_api.queue.postgresql import PostgreSQLStore
+from job_registry_api.queue.readiness import Readiness
+from job_registry_api.queue.requests import (
     EnqueueRequest,
     check_lease,
     check_seconds,
     differing_paths,
     input_faults,
 )
-from api.queue.sqlite import SQLiteStore
-from api.queue.store import (
+from job_registry_api.queue.sqlite import SQLiteStore
+from job_registry_api.queue.store import (
     TIMED_OUT,
     LeaseRenewal,
     LeaseState,
@@ -64,15 +73,6 @@ from api.queue.store import (
     Stored,
     Waiting,
     present,
-)
-from registry import (
-    JobPolicy,
-    JobRegistry,
-    JobTypeNotFound,
-    PayloadInvalid,
-    Violation,
-    json_document,
-    text_fault,
 )
 
 T = TypeVar("T")

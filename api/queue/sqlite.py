@@ -16,9 +16,9 @@ from typing import Any, Final, TypeVar
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from api.queue.database import Database, read_json, statement
-from api.queue.models import AttemptOutcome, JobRecord, JobStatus
-from api.queue.store import (
+from job_registry_api.queue.database import Database, read_json, statement
+from job_registry_api.queue.models import AttemptOutcome, JobRecord, JobStatus
+from job_registry_api.queue.store import (
     EVENT_BATCHES_PRUNED,
     EVENTS_KEPT_SECONDS,
     LOST,

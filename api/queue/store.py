@@ -19,7 +19,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 from pydantic_core import to_json
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from api.queue.models import (
+from job_registry_api.queue.models import (
     AttemptOutcome,
     AttemptRecord,
     JobCounts,
@@ -454,7 +454,9 @@ def statements(database: str) -> Mapping[str, str]:
 
     Each begins with a line `-- name: ...` and lines of comment that say what it is for.
     """
-    text = (resources.files("api.queue") / "statements" / f"{database}.sql").read_text("utf-8")
+    text = (resources.files("job_registry_api.queue") / "statements" / f"{database}.sql").read_text(
+        "utf-8"
+    )
     _, *parts = re.split(r"^-- name: *(\w+)\n", text, flags=re.MULTILINE)
     return {
         name: re.sub(r"^--.*\n", "", body, flags=re.MULTILINE).strip()

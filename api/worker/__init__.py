@@ -9,19 +9,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from api.worker.extensions import WorkerStartError
-    from api.worker.loop import Worker
+    from job_registry_api.worker.extensions import WorkerStartError
+    from job_registry_api.worker.loop import Worker
 
 __all__ = ["Worker", "WorkerStartError"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "Worker":
-        from api.worker.loop import Worker
+        from job_registry_api.worker.loop import Worker
 
         return Worker
     if name == "WorkerStartError":
-        from api.worker.extensions import WorkerStartError
+        from job_registry_api.worker.extensions import WorkerStartError
 
         return WorkerStartError
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,13 +13,15 @@ from typing import Any, Final
 
 import structlog
 
-from api.logs import log_unexpected
-from api.queue.errors import InputInvalid, LeaseLost, QueueUnavailable, reason_of
-from api.queue.leasing import Lease
-from api.queue.models import JobError
-from api.queue.service import JobService, Renewal
-from api.worker.lease_keeper import Hold, LeaseKeeper
-from api.worker.outcomes import (
+from job_registry import JobContext, JobType, PayloadInvalid
+from job_registry.errors import shortened_text
+from job_registry_api.logs import log_unexpected
+from job_registry_api.queue.errors import InputInvalid, LeaseLost, QueueUnavailable, reason_of
+from job_registry_api.queue.leasing import Lease
+from job_registry_api.queue.models import JobError
+from job_registry_api.queue.service import JobService, Renewal
+from job_registry_api.worker.lease_keeper import Hold, LeaseKeeper
+from job_registry_api.worker.outcomes import (
     Circumstances,
     Complete,
     Died,
@@ -41,11 +43,9 @@ from api.worker.outcomes import (
     report_of,
     storable,
 )
-from api.worker.processes import HandlerProcesses, ProcessCall, address_of
-from api.worker.progress import Progress
-from api.worker.running import HandlerCall
-from registry import JobContext, JobType, PayloadInvalid
-from registry.errors import shortened_text
+from job_registry_api.worker.processes import HandlerProcesses, ProcessCall, address_of
+from job_registry_api.worker.progress import Progress
+from job_registry_api.worker.running import HandlerCall
 
 CANCEL_GRACE_SECONDS: Final = 3.0
 """How long a handler in a process may take to end once it is cancelled, before it is killed."""

@@ -26,14 +26,14 @@ import structlog
 from pydantic import JsonValue
 from pydantic_core import from_json, to_json
 
-from api.logs import configure_logs, log_unexpected
-from api.worker.extensions import WorkerStartError, lifespans
-from api.worker.outcomes import End, NotStarted, end_as_json, end_of
-from api.worker.progress import Progress
-from api.worker.running import HandlerCall, tasks_of_handlers_contained
-from registry import DefinitionError, JobContext, JobType, WorkerExtension
-from registry.discovery import import_from
-from registry.job_type import is_async
+from job_registry import DefinitionError, JobContext, JobType, WorkerExtension
+from job_registry.discovery import import_from
+from job_registry.job_type import is_async
+from job_registry_api.logs import configure_logs, log_unexpected
+from job_registry_api.worker.extensions import WorkerStartError, lifespans
+from job_registry_api.worker.outcomes import End, NotStarted, end_as_json, end_of
+from job_registry_api.worker.progress import Progress
+from job_registry_api.worker.running import HandlerCall, tasks_of_handlers_contained
 
 HEADER: Final = struct.Struct("!I")
 """Before each frame: how many bytes it has."""

@@ -7,9 +7,9 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from types import SimpleNamespace
 from typing import Any
 
-from api.logs import log_unexpected
-from registry import JobContext, WorkerExtension
-from registry.errors import shortened_text
+from job_registry import JobContext, WorkerExtension
+from job_registry.errors import shortened_text
+from job_registry_api.logs import log_unexpected
 
 
 class WorkerStartError(Exception):

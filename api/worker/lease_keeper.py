@@ -16,10 +16,10 @@ from typing import Final
 
 import structlog
 
-from api.logs import log_unexpected
-from api.queue.errors import LeaseLost, QueueUnavailable, reason_of
-from api.queue.service import JobService, Renewal
-from api.queue.store import Renewed
+from job_registry_api.logs import log_unexpected
+from job_registry_api.queue.errors import LeaseLost, QueueUnavailable, reason_of
+from job_registry_api.queue.service import JobService, Renewal
+from job_registry_api.queue.store import Renewed
 
 PROGRESS_SECONDS: Final = 1.0
 """How often the progress of a job is stored at most."""

@@ -18,16 +18,16 @@ from uuid import UUID
 
 import structlog
 
-from api.logs import log_unexpected
-from api.queue.errors import QueueUnavailable
-from api.queue.requests import MAX_LEASE, MAX_WAIT_SECONDS
-from api.queue.service import JobService
-from api.worker.attempt import HAND_BACK_SECONDS, Attempt, Equipment
-from api.worker.extensions import lifespans
-from api.worker.lease_keeper import END_SECONDS, LeaseKeeper
-from api.worker.processes import LEAVE_SECONDS, HandlerProcesses, address_of
-from api.worker.running import tasks_of_handlers_contained
-from registry import DefinitionError, WorkerExtension
+from job_registry import DefinitionError, WorkerExtension
+from job_registry_api.logs import log_unexpected
+from job_registry_api.queue.errors import QueueUnavailable
+from job_registry_api.queue.requests import MAX_LEASE, MAX_WAIT_SECONDS
+from job_registry_api.queue.service import JobService
+from job_registry_api.worker.attempt import HAND_BACK_SECONDS, Attempt, Equipment
+from job_registry_api.worker.extensions import lifespans
+from job_registry_api.worker.lease_keeper import END_SECONDS, LeaseKeeper
+from job_registry_api.worker.processes import LEAVE_SECONDS, HandlerProcesses, address_of
+from job_registry_api.worker.running import tasks_of_handlers_contained
 
 GATHER_SECONDS: Final = 0.005
 """How long a worker whose slots were all taken waits for more of them before it leases again."""

@@ -10,9 +10,9 @@ from typing import Any, Final, Literal
 
 from pydantic import JsonValue
 
-from api.logs import traceback_of
-from registry import Cancel, Fail, Retry, Snooze
-from registry.errors import shortened_text
+from job_registry import Cancel, Fail, Retry, Snooze
+from job_registry.errors import shortened_text
+from job_registry_api.logs import traceback_of
 
 MAX_MESSAGE: Final = 2_000
 

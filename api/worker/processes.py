@@ -24,11 +24,11 @@ from typing import Any, Final, cast
 import structlog
 from pydantic_core import from_json
 
-from api.logs import configuration
-from api.worker.child import HEADER, frame
-from api.worker.outcomes import Died, End, NotStarted, end_from_json
-from registry import DefinitionError, JobType, WorkerExtension
-from registry.discovery import locate
+from job_registry import DefinitionError, JobType, WorkerExtension
+from job_registry.discovery import locate
+from job_registry_api.logs import configuration
+from job_registry_api.worker.child import HEADER, frame
+from job_registry_api.worker.outcomes import Died, End, NotStarted, end_from_json
 
 IDLE_SECONDS: Final = 60.0
 """How long a process waits for its next job before it ends."""
@@ -327,4 +327,4 @@ class _Process:
         return -signal.SIGKILL if code is None else code
 
 
-_MAIN: Final = "from api.worker.child import main\nmain({})"
+_MAIN: Final = "from job_registry_api.worker.child import main\nmain({})"

@@ -8,9 +8,9 @@ from typing import Any, Final
 from pydantic import JsonValue
 from pydantic_core import to_jsonable_python
 
-from api.worker.outcomes import ResultRefused, Returned, storable, words_of
-from registry import Violation, json_document
-from registry.errors import shortened_text
+from job_registry import Violation, json_document
+from job_registry.errors import shortened_text
+from job_registry_api.worker.outcomes import ResultRefused, Returned, storable, words_of
 
 SMALL_BYTES: Final = 16_384
 """Up to this size plain JSON is converted at once, in about a millisecond; more takes a thread."""

@@ -18,10 +18,10 @@ from typing import Any
 
 import structlog
 
-from api.worker.extensions import around
-from api.worker.outcomes import End, raised
-from api.worker.results import is_small, result_of
-from registry import CallNext, JobContext
+from job_registry import CallNext, JobContext
+from job_registry_api.worker.extensions import around
+from job_registry_api.worker.outcomes import End, raised
+from job_registry_api.worker.results import is_small, result_of
 
 _in_handler: contextvars.ContextVar[bool] = contextvars.ContextVar("in_handler", default=False)
 
@@ -160,7 +160,7 @@ def _forget(error: BaseException) -> None:
     """Empty the frames of an exception, and of each that it came from.
 
     They refer to each other in cycles, through the job, its task and the handler's own variables,
-    and cycles wait for a garbage collection that is rare (see `api.cli`).
+    and cycles wait for a garbage collection that is rare (see `job_registry_api.cli`).
     """
     waiting: list[BaseException | None] = [error]
     seen: set[int] = set()

@@ -11,7 +11,7 @@ from pathlib import Path
 import fsspec
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from registry import Fail
+from job_registry import Fail
 
 
 class ThumbnailFiles:

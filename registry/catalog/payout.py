@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from registry import JobPolicy, JobType, Payload
+from job_registry import JobPolicy, JobType, Payload
 
 Identifier = Annotated[str, Field(min_length=1, max_length=200)]
 

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from registry import Cancel, JobContext, JobPolicy, JobType, Payload
+from job_registry import Cancel, JobContext, JobPolicy, JobType, Payload
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from registry.catalog._thumbnail_files import ThumbnailFiles
+    from job_registry.catalog._thumbnail_files import ThumbnailFiles
 
 MAX_PIXELS = 100_000_000
 """Pictures with more pixels than this are refused unread: a small file can hold terabytes."""
@@ -68,8 +68,8 @@ thumbnail_create = JobType(
 @thumbnail_create.handler
 def render(job: JobContext, payload: ThumbnailCreate) -> ThumbnailResult:
     """Renders each size: longest edge, never enlarged, turned as EXIF says, written whole."""
-    # Here, because `jobs types` should not pay for an imaging library.
-    from registry.catalog._thumbnail_files import ThumbnailFiles
+    # Here, because `job-registry types` should not pay for an imaging library.
+    from job_registry.catalog._thumbnail_files import ThumbnailFiles
 
     files = ThumbnailFiles(job.assets, payload.asset_id, payload.version_number)
     picture = files.open_picture(max_pixels=MAX_PIXELS)

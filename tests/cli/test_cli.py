@@ -1,4 +1,4 @@
-"""The `jobs` command, as a process: what it prints, and its exit codes."""
+"""The `job-registry` command, as a process: what it prints, and its exit codes."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from tests import CODE
+
 GOOD = '{"assetId": "a", "versionNumber": 1}'
 
 
@@ -25,14 +27,14 @@ class Shell:
         self.folder = folder
         self.environment = {
             **{k: v for k, v in os.environ.items() if not k.startswith("JOBS_")},
-            "PYTHONPATH": str(Path.cwd()),
+            "PYTHONPATH": CODE,
         }
 
     def __call__(
         self, *arguments: str, stdin: str = "", **settings: str
     ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "api.cli", *arguments],
+            [sys.executable, "-m", "job_registry_api.cli", *arguments],
             cwd=self.folder,
             env={**self.environment, **settings},
             input=stdin,
@@ -44,7 +46,7 @@ class Shell:
 
     def start(self, *arguments: str, **settings: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-m", "api.cli", *arguments],
+            [sys.executable, "-m", "job_registry_api.cli", *arguments],
             cwd=self.folder,
             env={**self.environment, **settings},
             stdout=subprocess.PIPE,
@@ -75,7 +77,7 @@ def test_help_tells_every_command_and_the_exit_codes(jobs: Shell) -> None:
     ]:
         assert word in result.stdout
     assert jobs("enqueue", "--help").returncode == 0
-    assert jobs("--version").stdout.startswith("jobs 0.")
+    assert jobs("--version").stdout.startswith("job-registry 0.")
 
 
 @pytest.mark.parametrize(
@@ -155,7 +157,7 @@ def test_many_lines_are_enqueued_and_each_refused_one_is_named(jobs: Shell) -> N
 
 
 def test_the_schema_is_printed_and_a_reader_that_stops_is_no_error(jobs: Shell) -> None:
-    command = f"{sys.executable} -m api.cli schema | head -1; echo ${{PIPESTATUS[0]}}"
+    command = f"{sys.executable} -m job_registry_api.cli schema | head -1; echo ${{PIPESTATUS[0]}}"
     result = subprocess.run(
         ["bash", "-c", command], env=jobs.environment, capture_output=True, text=True, check=True
     )

@@ -1,4 +1,4 @@
-"""`jobs migrate` from outside, and what every command says when the database or the code fails."""
+"""`migrate` from outside, and what every command says when the database or the code fails."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ def test_migrate_tells_programs_the_same(jobs: Shell) -> None:
 def test_a_check_exits_with_1_until_the_database_fits(jobs: Shell) -> None:
     before = jobs("migrate", "--check")
     assert (before.returncode, before.stdout) == (1, "")
-    assert before.stderr == ("The database has no Job Registry tables yet. Run `jobs migrate`.\n")
+    assert before.stderr == (
+        "The database has no Job Registry tables yet. Run `job-registry migrate`.\n"
+    )
     as_json = jobs("migrate", "--check", "--json")
     assert as_json.returncode == 1
     assert json.loads(as_json.stdout)["verdict"] == "empty"
@@ -81,7 +83,7 @@ def test_grants_of_a_database_without_tables_say_what_to_do(
     url = postgresql_url.replace("/migrated", "/template1")
     result = jobs("migrate", "--grants", "web", JOBS_DATABASE_URL=url)
     assert (result.returncode, result.stdout) == (1, "")
-    assert "Run `jobs migrate`" in result.stderr
+    assert "Run `job-registry migrate`" in result.stderr
 
 
 def test_sqlite_has_no_roles_to_grant_to(jobs: Shell) -> None:
@@ -171,16 +173,16 @@ def test_a_url_that_is_written_wrong_is_one_sentence_without_the_password(
 
 
 BROKEN = f"""
-    import api.queue.migrations
-    import registry.discovery
+    import job_registry_api.queue.migrations
+    import job_registry.discovery
 
     def fail(*arguments, **options):
         password = "{PASSWORD}"
         raise RuntimeError(password)
 
-    registry.discovery.load_registry = fail
-    api.queue.migrations.upgrade = fail
-    api.queue.migrations.examine = fail
+    job_registry.discovery.load_registry = fail
+    job_registry_api.queue.migrations.upgrade = fail
+    job_registry_api.queue.migrations.examine = fail
 """
 
 
@@ -215,5 +217,5 @@ def test_migrating_a_shared_database_is_a_step_of_its_own(jobs: Shell, postgresq
     for command in (["serve"], ["worker"], ["enqueue", "thumbnail.create", "-"]):
         result = jobs(*command, stdin=GOOD, JOBS_DATABASE_URL=url)
         assert result.returncode == 1
-        assert "Run `jobs migrate`" in result.stderr
+        assert "Run `job-registry migrate`" in result.stderr
     assert run_sql(url, "SELECT count(*) FROM pg_class WHERE relname = 'job'") == [(0,)]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from api.graphql.schema import SDL_FILE
+from job_registry_api.graphql.schema import SDL_FILE
 from tests.http_client import serving
 
 HERE = Path(__file__).parent

@@ -8,20 +8,20 @@ import httpx
 import pytest
 from graphql import GraphQLEnumType, GraphQLInputObjectType, GraphQLObjectType, build_schema
 
-from api.graphql.schema import SDL_FILE, sdl
-from api.queue.errors import QueueUnavailable
-from registry.discovery import load_registry
+from job_registry.discovery import load_registry
+from job_registry_api.graphql.schema import SDL_FILE, sdl
+from job_registry_api.queue.errors import QueueUnavailable
 from tests.http_client import Execute
 
 JSON = {"content-type": "application/json"}
 PING = {"type": "test.ping", "payload": {"text": "hi"}}
 
 
-BUILT_IN_TYPES = load_registry(["registry.catalog"])
+BUILT_IN_TYPES = load_registry(["job_registry.catalog"])
 
 
 def test_the_committed_schema_is_the_one_that_is_served() -> None:
-    again = "run: jobs schema > api/graphql/schema.graphql"
+    again = "run: job-registry schema > api/graphql/schema.graphql"
     assert SDL_FILE.read_text("utf-8") == sdl(BUILT_IN_TYPES), again
 
 

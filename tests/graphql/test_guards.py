@@ -12,8 +12,8 @@ import pytest
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
-from api.graphql.operations import Operations
-from api.logs import configure_logs
+from job_registry_api.graphql.operations import Operations
+from job_registry_api.logs import configure_logs
 from tests.http_client import Visit, serving
 
 pytestmark = pytest.mark.any_database

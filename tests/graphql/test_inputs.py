@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from api.auth import ANYONE
-from api.graphql.context import Context
-from api.graphql.schema import strawberry_schema
+from job_registry_api.auth import ANYONE
+from job_registry_api.graphql.context import Context
+from job_registry_api.graphql.schema import strawberry_schema
 from tests.http_client import Execute
 
 pytestmark = pytest.mark.any_database

@@ -21,7 +21,7 @@ JOB = {"type": "payout.execute", "payload": {"batchId": "b", "escrowId": "e"}}
 
 @pytest.fixture
 async def address(database_url: str) -> AsyncIterator[str]:
-    """The host and port of a `jobs serve` of its own."""
+    """The host and port of a `job-registry serve` of its own."""
     async with serving(database_url, "--no-worker") as (address, _):
         yield address
 

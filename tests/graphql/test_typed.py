@@ -21,9 +21,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import Field
 
-from api.graphql.schema import sdl
-from api.queue.service import JobService
-from registry import DefinitionError, JobRegistry, JobType, Payload
+from job_registry import DefinitionError, JobRegistry, JobType, Payload
+from job_registry_api.graphql.schema import sdl
+from job_registry_api.queue.service import JobService
 from tests.graphql.test_inputs import literal
 from tests.http_client import Execute
 
@@ -501,7 +501,7 @@ def test_a_collision_is_told_by_the_command_with_the_code_of_wrong_usage(tmp_pat
         "JOBS_DATABASE_URL": f"sqlite:///{tmp_path / 'jobs.db'}",
     }
     ran = subprocess.run(
-        [sys.executable, "-m", "api.cli", "serve", "--port", "0"],
+        [sys.executable, "-m", "job_registry_api.cli", "serve", "--port", "0"],
         env=environment,
         capture_output=True,
         text=True,

@@ -8,10 +8,10 @@ import json
 import httpx
 import pytest
 
-from api.queue.models import JobStatus
-from api.queue.requests import EnqueueRequest
-from api.queue.service import JobService
-from api.queue.store import Store
+from job_registry_api.queue.models import JobStatus
+from job_registry_api.queue.requests import EnqueueRequest
+from job_registry_api.queue.service import JobService
+from job_registry_api.queue.store import Store
 from tests.http_client import Execute, serving
 
 LEASE = """mutation { leaseJobs(input: {

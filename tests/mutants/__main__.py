@@ -172,7 +172,10 @@ def _copy(folder: Path) -> Path:
         capture_output=True,
     ).stdout.decode()
     for name in filter(None, listed.split("\0")):
-        if (ROOT / name).is_file():
+        if (ROOT / name).is_symlink():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).symlink_to((ROOT / name).readlink())
+        elif (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
     return folder
@@ -183,7 +186,7 @@ def _test(copy: Path, area: Area, postgresql: str) -> str:
     environment = {
         **os.environ,
         # Before the environment's own, which leads to the project and not to the copy.
-        "PYTHONPATH": str(copy),
+        "PYTHONPATH": os.pathsep.join([str(copy / "src"), str(copy)]),
         "PYTHONDONTWRITEBYTECODE": "1",
     }
     for stage, seconds in zip(area.stages, STAGE_SECONDS, strict=False):

@@ -18,10 +18,10 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from api.logs import configure_logs
-from api.queue.errors import LeaseLost
-from api.queue.service import JobService, open_service
-from registry import Backoff, JobContext, JobPolicy, JobRegistry, JobType, Payload
+from job_registry import Backoff, JobContext, JobPolicy, JobRegistry, JobType, Payload
+from job_registry_api.logs import configure_logs
+from job_registry_api.queue.errors import LeaseLost
+from job_registry_api.queue.service import JobService, open_service
 
 
 class Nap(Payload):

@@ -16,12 +16,12 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-from api.logs import configure_logs
-from api.queue.errors import JobNotFound, JobStateConflict, LeaseLost
-from api.queue.models import JobError
-from api.queue.requests import EnqueueRequest
-from api.queue.service import Enqueued, JobService, Lease, open_service
-from registry import Backoff, JobPolicy, JobRegistry, JobType, Payload
+from job_registry import Backoff, JobPolicy, JobRegistry, JobType, Payload
+from job_registry_api.logs import configure_logs
+from job_registry_api.queue.errors import JobNotFound, JobStateConflict, LeaseLost
+from job_registry_api.queue.models import JobError
+from job_registry_api.queue.requests import EnqueueRequest
+from job_registry_api.queue.service import Enqueued, JobService, Lease, open_service
 
 LIMITS: Final = {"model.free": None, "model.three": 3, "model.one": 1, "model.only": 1}
 MAX_ATTEMPTS: Final = 4

@@ -18,12 +18,12 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from api.queue.caller_transactions import publish_after_commit
-from api.queue.database import async_url
-from api.queue.events import JobEvent, Subscription
-from api.queue.requests import EnqueueRequest
-from api.queue.service import JobService, open_service
-from registry import JobRegistry
+from job_registry import JobRegistry
+from job_registry_api.queue.caller_transactions import publish_after_commit
+from job_registry_api.queue.database import async_url
+from job_registry_api.queue.events import JobEvent, Subscription
+from job_registry_api.queue.requests import EnqueueRequest
+from job_registry_api.queue.service import JobService, open_service
 
 PING = EnqueueRequest("test.ping", {})
 
@@ -80,7 +80,7 @@ async def told(
             logger = structlog.wrap_logger(
                 structlog.PrintLogger(), processors=[keep], wrapper_class=structlog.BoundLogger
             )
-            monkeypatch.setattr("api.queue.events.log", logger)
+            monkeypatch.setattr("job_registry_api.queue.events.log", logger)
             yield told
 
 

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from api.queue.database import Database
-from api.queue.models import JobStatus
-from api.queue.requests import EnqueueRequest
-from api.queue.service import BehindInQueue, JobService
-from api.queue.store import json_text, statements
-from registry import JobRegistry
+from job_registry import JobRegistry
+from job_registry_api.queue.database import Database
+from job_registry_api.queue.models import JobStatus
+from job_registry_api.queue.requests import EnqueueRequest
+from job_registry_api.queue.service import BehindInQueue, JobService
+from job_registry_api.queue.store import json_text, statements
 from tests.queue.test_races import outsider
 
 FILL = {

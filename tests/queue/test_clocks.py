@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from api.queue.models import JobStatus
-from api.queue.requests import EnqueueRequest
-from api.queue.service import JobService
+from job_registry_api.queue.models import JobStatus
+from job_registry_api.queue.requests import EnqueueRequest
+from job_registry_api.queue.service import JobService
 from tests.conftest import advance
 
 HOUR = 3_600

@@ -16,11 +16,11 @@ import sqlalchemy.exc
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from api.queue.database import Database
-from api.queue.errors import QueueUnavailable
-from api.queue.requests import EnqueueRequest
-from api.queue.service import JobService
-from registry import JobRegistry
+from job_registry import JobRegistry
+from job_registry_api.queue.database import Database
+from job_registry_api.queue.errors import QueueUnavailable
+from job_registry_api.queue.requests import EnqueueRequest
+from job_registry_api.queue.service import JobService
 from tests.conftest import run_sql
 from tests.proxy import Proxy
 
@@ -435,7 +435,7 @@ async def test_a_schema_that_does_not_fit_says_to_run_migrate(
             with pytest.raises(QueueUnavailable) as refused:
                 await call
             assert (refused.value.kind, named in refused.value.reason) == (kind, True)
-            assert "jobs migrate" in refused.value.reason
+            assert "job-registry migrate" in refused.value.reason
 
 
 @pytest.fixture
@@ -461,7 +461,7 @@ async def test_a_missing_grant_is_named(dml_only: str, registry: JobRegistry) ->
             assert refused.value.kind == "permission_denied"
             assert "sequence" in refused.value.reason
             assert "job_count_id_seq" in refused.value.reason
-            assert "jobs migrate --grants" in refused.value.reason
+            assert "job-registry migrate --grants" in refused.value.reason
 
 
 async def test_a_violated_constraint_is_the_statements_own_fault(database_url: str) -> None:

@@ -12,12 +12,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from api.queue.errors import IdempotencyConflict, InputInvalid, JobNotFound, QueueUnavailable
-from api.queue.models import JobStatus
-from api.queue.requests import EnqueueRequest, differing_paths, parse_request
-from api.queue.service import Enqueued, JobFilter, JobService
-from api.queue.store import NewJob, Stored
-from registry import JobTypeNotFound, PayloadInvalid
+from job_registry import JobTypeNotFound, PayloadInvalid
+from job_registry_api.queue.errors import (
+    IdempotencyConflict,
+    InputInvalid,
+    JobNotFound,
+    QueueUnavailable,
+)
+from job_registry_api.queue.models import JobStatus
+from job_registry_api.queue.requests import EnqueueRequest, differing_paths, parse_request
+from job_registry_api.queue.service import Enqueued, JobFilter, JobService
+from job_registry_api.queue.store import NewJob, Stored
 from tests.conftest import run_sql
 
 THUMBNAIL = {"assetId": "id", "versionNumber": 1}
@@ -159,7 +164,7 @@ async def test_one_callers_bad_row_never_fails_anothers(
     service: JobService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Given a row that passes every check of ours and that the database refuses all the same
-    monkeypatch.setattr("api.queue.service.input_faults", lambda request: iter(()))
+    monkeypatch.setattr("job_registry_api.queue.service.input_faults", lambda request: iter(()))
 
     results = await asyncio.gather(
         *(service.enqueue(ping(str(n), priority=7 if n == 3 else None)) for n in range(5)),
@@ -339,7 +344,7 @@ async def test_when_the_commit_fails_each_caller_gets_the_error_and_nothing_is_s
 
     with monkeypatch.context() as broken:
         broken.setattr("sqlalchemy.ext.asyncio.AsyncConnection.execute", away)
-        broken.setattr("api.queue.sqlite._Transaction.announce", lost)
+        broken.setattr("job_registry_api.queue.sqlite._Transaction.announce", lost)
         jobs = [ping(idempotency_key=key and f"{key} {n}") for n in range(10)]
         results = await asyncio.gather(*map(service.enqueue, jobs), return_exceptions=True)
     assert [type(result) for result in results] == [QueueUnavailable] * 10

@@ -13,7 +13,6 @@ import threading
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -21,21 +20,22 @@ import pytest
 import structlog
 from sqlalchemy import text
 
-from api.queue.database import Database
-from api.queue.errors import EventsMissed, LeaseLost
-from api.queue.event_stream import Gap, KeptBatches
-from api.queue.events import (
+from job_registry import JobRegistry
+from job_registry_api.queue.database import Database
+from job_registry_api.queue.errors import EventsMissed, LeaseLost
+from job_registry_api.queue.event_stream import Gap, KeptBatches
+from job_registry_api.queue.events import (
     MAX_UNREAD_EVENTS,
     STATUS_AFTER,
     JobEvent,
     Subscription,
     decode,
 )
-from api.queue.models import JobError, JobStatus
-from api.queue.requests import EnqueueRequest
-from api.queue.service import JobService, open_service
-from api.queue.store import EVENTS_KEPT_SECONDS, message_of
-from registry import JobRegistry
+from job_registry_api.queue.models import JobError, JobStatus
+from job_registry_api.queue.requests import EnqueueRequest
+from job_registry_api.queue.service import JobService, open_service
+from job_registry_api.queue.store import EVENTS_KEPT_SECONDS, message_of
+from tests import CODE
 
 PING = EnqueueRequest("test.ping", {})
 LIMITED = EnqueueRequest("test.limited", {})
@@ -98,10 +98,10 @@ async def test_every_process_hears_the_same_events_in_the_same_order(
 
 ENQUEUER = """
     import asyncio, os
-    from api.queue.requests import EnqueueRequest
-    from api.queue.service import open_service
-    from registry import JobRegistry
-    from registry.catalog.thumbnail import thumbnail_create
+    from job_registry_api.queue.requests import EnqueueRequest
+    from job_registry_api.queue.service import open_service
+    from job_registry import JobRegistry
+    from job_registry.catalog.thumbnail import thumbnail_create
 
     async def main():
         request = EnqueueRequest(thumbnail_create.name, {"assetId": "a", "versionNumber": 1})
@@ -212,7 +212,7 @@ async def test_a_log_that_cannot_be_written_fails_no_operation(
     database_url: str, registry: JobRegistry, monkeypatch: pytest.MonkeyPatch, heard: bool
 ) -> None:
     broken = _logger(_unwritable)
-    monkeypatch.setattr("api.queue.events.log", broken)
+    monkeypatch.setattr("job_registry_api.queue.events.log", broken)
     database = Database(database_url)
     service = JobService(registry, database)
     async with AsyncExitStack() as stack:
@@ -237,9 +237,9 @@ async def test_a_log_that_cannot_be_written_fails_no_operation(
 
 
 async def test_a_reader_of_standard_error_that_has_gone_fails_no_call(database_url: str) -> None:
-    # What `jobs serve 2>&1 | head -1` does.
+    # What `job-registry serve 2>&1 | head -1` does.
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "api.cli", "serve", "--port", "0",
+        sys.executable, "-m", "job_registry_api.cli", "serve", "--port", "0",
         env={**os.environ, "JOBS_DATABASE_URL": database_url, "JOBS_LOG_FORMAT": "json"},
         stdout=asyncio.subprocess.DEVNULL,
         stderr=(pipe := os.pipe())[1],
@@ -316,10 +316,10 @@ async def test_publishing_from_another_thread_reaches_this_loop(service: JobServ
 
 SUBSCRIBER = """
     import asyncio, os
-    from api.queue.errors import EventsMissed
-    from api.queue.service import open_service
-    from registry import JobRegistry
-    from registry.catalog.thumbnail import thumbnail_create
+    from job_registry_api.queue.errors import EventsMissed
+    from job_registry_api.queue.service import open_service
+    from job_registry import JobRegistry
+    from job_registry.catalog.thumbnail import thumbnail_create
 
     async def main():
         registry = JobRegistry([thumbnail_create])
@@ -433,7 +433,7 @@ async def test_more_notifications_than_can_wait_are_told_as_missed(
 ) -> None:
     if database_url.startswith("sqlite"):
         pytest.skip("events that are kept in a table wait there")
-    monkeypatch.setattr("api.queue.event_stream.MAX_UNREAD_MESSAGES", 10)
+    monkeypatch.setattr("job_registry_api.queue.event_stream.MAX_UNREAD_MESSAGES", 10)
     with service.events.subscribe() as heard:
         each = (_message("job.created", uuid.UUID(int=number)) for number in range(50))
         await _tell(database_url, *each)
@@ -520,7 +520,7 @@ async def test_a_garbled_message_is_one_log_line_and_events_missed(
         lines.append(line["event"])
         raise structlog.DropEvent
 
-    monkeypatch.setattr("api.queue.events.log", _logger(keep))
+    monkeypatch.setattr("job_registry_api.queue.events.log", _logger(keep))
     with service.events.subscribe() as heard, service.events.waiting_for([], []) as woken:
         await _tell(database_url, '{"process": "x", "events": [["job.created"]]}')
         with pytest.raises(EventsMissed):
@@ -879,7 +879,7 @@ async def _process(script: str, url: str) -> AsyncIterator[asyncio.subprocess.Pr
     """A Python process that has printed `ready`; killed at the end."""
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-c", textwrap.dedent(script),
-        env={**os.environ, "URL": url, "PYTHONPATH": str(Path.cwd())},
+        env={**os.environ, "URL": url, "PYTHONPATH": CODE},
         stdout=asyncio.subprocess.PIPE,
     )  # fmt: skip
     try:

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from api.queue.database import Database
-from api.queue.errors import QueueUnavailable
-from api.queue.models import JobStatus
-from api.queue.requests import EnqueueRequest
-from api.queue.service import JobService
-from api.queue.store import Claim, Claimed
-from registry import JobRegistry
+from job_registry import JobRegistry
+from job_registry_api.queue.database import Database
+from job_registry_api.queue.errors import QueueUnavailable
+from job_registry_api.queue.models import JobStatus
+from job_registry_api.queue.requests import EnqueueRequest
+from job_registry_api.queue.service import JobService
+from job_registry_api.queue.store import Claim, Claimed
 
 PING = EnqueueRequest("test.ping", {})
 

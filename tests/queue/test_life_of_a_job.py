@@ -10,11 +10,12 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
-from api.queue.database import async_url
-from api.queue.errors import InputInvalid, JobNotFound, JobStateConflict, LeaseLost
-from api.queue.models import AttemptOutcome, JobError, JobRecord, JobStatus
-from api.queue.requests import EnqueueRequest
-from api.queue.service import (
+from job_registry import JobRegistry
+from job_registry_api.queue.database import async_url
+from job_registry_api.queue.errors import InputInvalid, JobNotFound, JobStateConflict, LeaseLost
+from job_registry_api.queue.models import AttemptOutcome, JobError, JobRecord, JobStatus
+from job_registry_api.queue.requests import EnqueueRequest
+from job_registry_api.queue.service import (
     BehindInQueue,
     ConcurrencyLimitReached,
     JobService,
@@ -23,7 +24,6 @@ from api.queue.service import (
     ScheduledFor,
     open_service,
 )
-from registry import JobRegistry
 from tests.conftest import advance
 
 BROKEN = JobError("broken", "It broke.")

@@ -11,11 +11,11 @@ import time
 import pytest
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
-from api.queue.database import Database, async_url
-from api.queue.models import JobError, JobStatus
-from api.queue.requests import EnqueueRequest
-from api.queue.service import Enqueued, JobService
-from registry import JobRegistry, JobType, Payload
+from job_registry import JobRegistry, JobType, Payload
+from job_registry_api.queue.database import Database, async_url
+from job_registry_api.queue.models import JobError, JobStatus
+from job_registry_api.queue.requests import EnqueueRequest
+from job_registry_api.queue.service import Enqueued, JobService
 from tests.conftest import advance, run_sql
 from tests.queue.race_jobs import services
 from tests.queue.test_races import complete_all, fill, locked

@@ -6,11 +6,11 @@ import asyncio
 
 import pytest
 
-from api.queue import maintenance
-from api.queue.maintenance import maintain, prune
-from api.queue.models import JobError, JobStatus
-from api.queue.requests import EnqueueRequest
-from api.queue.service import JobService
+from job_registry_api.queue import maintenance
+from job_registry_api.queue.maintenance import maintain, prune
+from job_registry_api.queue.models import JobError, JobStatus
+from job_registry_api.queue.requests import EnqueueRequest
+from job_registry_api.queue.service import JobService
 from tests.conftest import advance, run_sql
 
 DAY = 86_400
@@ -96,9 +96,9 @@ async def test_upkeep_deletes_old_events_however_many_there_are(
     service: JobService, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Given more stored batches than one transaction deletes
-    monkeypatch.setattr("api.queue.maintenance.EVENT_BATCHES_PRUNED", 10)
-    monkeypatch.setattr("api.queue.sqlite.EVENT_BATCHES_PRUNED", 10)
-    monkeypatch.setattr("api.queue.postgresql.EVENT_BATCHES_PRUNED", 10)
+    monkeypatch.setattr("job_registry_api.queue.maintenance.EVENT_BATCHES_PRUNED", 10)
+    monkeypatch.setattr("job_registry_api.queue.sqlite.EVENT_BATCHES_PRUNED", 10)
+    monkeypatch.setattr("job_registry_api.queue.postgresql.EVENT_BATCHES_PRUNED", 10)
     batch = "INSERT INTO job_event_batch (message, created_at) VALUES ('{}', '2026-01-01')"
     await asyncio.to_thread(run_sql, database_url, *[batch] * 35)
 

@@ -25,13 +25,13 @@ from sqlalchemy import Connection, inspect
 from sqlalchemy.engine import make_url
 from sqlmodel import SQLModel
 
-from api.queue import migrations
-from api.queue.database import Database
-from api.queue.errors import QueueUnavailable
-from api.queue.models import JobStatus
-from api.queue.requests import EnqueueRequest
-from api.queue.service import open_service
-from registry import JobRegistry
+from job_registry import JobRegistry
+from job_registry_api.queue import migrations
+from job_registry_api.queue.database import Database
+from job_registry_api.queue.errors import QueueUnavailable
+from job_registry_api.queue.models import JobStatus
+from job_registry_api.queue.requests import EnqueueRequest
+from job_registry_api.queue.service import open_service
 from tests.conftest import run_sql
 from tests.http_client import serving
 
@@ -159,7 +159,7 @@ def test_a_migration_says_what_it_did(empty_url: str) -> None:
 def test_a_check_changes_nothing(empty_url: str) -> None:
     fit = migrations.examine(empty_url)
     assert (fit.fits, fit.revision) == (False, None)
-    assert "Run `jobs migrate`" in fit.sentence
+    assert "Run `job-registry migrate`" in fit.sentence
     if empty_url.startswith("sqlite"):
         assert not Path(empty_url.removeprefix("sqlite:///")).exists()
     else:
@@ -285,6 +285,7 @@ class NewerVersion:
         for name in ("api", "registry", "alembic"):
             ignored = shutil.ignore_patterns("__pycache__", "web")
             shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+        shutil.copytree(ROOT / "src", folder / "src", symlinks=True)
         down = migrations_head()
         for number, (title, additive) in enumerate(migrations_to_come, start=1):
             revision = f"9{number:03}"
@@ -308,9 +309,9 @@ def migrations_head() -> str:
 def jobs(folder: Path, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
     """Runs the command of the program in `folder`."""
     return subprocess.run(
-        [sys.executable, "-m", "api.cli", *arguments],
+        [sys.executable, "-m", "job_registry_api.cli", *arguments],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(folder), **settings},
+        env={**os.environ, "PYTHONPATH": str(folder / "src"), **settings},
         input='{"batchId": "b", "escrowId": "e"}',
         capture_output=True,
         text=True,
@@ -343,7 +344,7 @@ def test_a_newer_database_that_only_gained_is_used_as_it_is(
     assert (enqueued.returncode, enqueued.stderr) == (0, "")
     asyncio.run(serve_a_request(database_url))
     worker = subprocess.Popen(
-        [sys.executable, "-m", "api.cli", "worker"],
+        [sys.executable, "-m", "job_registry_api.cli", "worker"],
         cwd=ROOT,
         env={**os.environ, "JOBS_DATABASE_URL": database_url, "JOBS_LOG_FORMAT": "json"},
         stderr=subprocess.PIPE,

@@ -29,12 +29,12 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from api.queue.database import Database
-from api.queue.errors import JobStateConflict, LeaseLost
-from api.queue.models import JobError, JobStatus
-from api.queue.requests import EnqueueRequest
-from api.queue.service import JobService
-from registry import Backoff, JobPolicy, JobRegistry, JobType, Payload
+from job_registry import Backoff, JobPolicy, JobRegistry, JobType, Payload
+from job_registry_api.queue.database import Database
+from job_registry_api.queue.errors import JobStateConflict, LeaseLost
+from job_registry_api.queue.models import JobError, JobStatus
+from job_registry_api.queue.requests import EnqueueRequest
+from job_registry_api.queue.service import JobService
 from tests.conftest import advance, run_sql
 
 T = TypeVar("T")

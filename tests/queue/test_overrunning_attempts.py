@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from api.queue.errors import LeaseLost
-from api.queue.leasing import Lease
-from api.queue.models import JobStatus
-from api.queue.requests import EnqueueRequest
-from api.queue.service import ConcurrencyLimitReached, JobService, Renewal
+from job_registry_api.queue.errors import LeaseLost
+from job_registry_api.queue.leasing import Lease
+from job_registry_api.queue.models import JobStatus
+from job_registry_api.queue.requests import EnqueueRequest
+from job_registry_api.queue.service import ConcurrencyLimitReached, JobService, Renewal
 from tests.conftest import advance
 
 LIMITED = EnqueueRequest("test.limited", {})  # Two at once, for 60 seconds each.

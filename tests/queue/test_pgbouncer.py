@@ -17,11 +17,11 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from sqlalchemy import text
 
-from api.queue.database import Database
-from api.queue.errors import QueueUnavailable
-from api.queue.requests import EnqueueRequest
-from api.queue.service import JobService
-from registry import JobRegistry
+from job_registry import JobRegistry
+from job_registry_api.queue.database import Database
+from job_registry_api.queue.errors import QueueUnavailable
+from job_registry_api.queue.requests import EnqueueRequest
+from job_registry_api.queue.service import JobService
 from tests.conftest import run_sql
 from tests.http_client import serving
 

@@ -16,10 +16,10 @@ from typing import Any, Final, NamedTuple
 
 import pytest
 
-from api.queue.models import JobError, JobStatus
-from api.queue.requests import EnqueueRequest
-from api.queue.service import JobFilter, JobService
-from registry import JobPolicy, JobRegistry, JobType
+from job_registry import JobPolicy, JobRegistry, JobType
+from job_registry_api.queue.models import JobError, JobStatus
+from job_registry_api.queue.requests import EnqueueRequest
+from job_registry_api.queue.service import JobFilter, JobService
 from tests.conftest import run_sql
 from tests.postgresql_server import Server
 from tests.queue.race_jobs import Nap, services

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 
-from api.queue.postgresql import SLOW_LOOKS, QueueHeads
+from job_registry_api.queue.postgresql import SLOW_LOOKS, QueueHeads
 
 NOON = datetime(2030, 1, 1, 12, tzinfo=UTC)
 

@@ -25,11 +25,12 @@ import pytest
 from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
-from api.queue.database import Database, async_url
-from api.queue.models import JobStatus
-from api.queue.requests import EnqueueRequest
-from api.queue.service import JobService, Lease
-from registry import JobPolicy, JobRegistry, JobType
+from job_registry import JobPolicy, JobRegistry, JobType
+from job_registry_api.queue.database import Database, async_url
+from job_registry_api.queue.models import JobStatus
+from job_registry_api.queue.requests import EnqueueRequest
+from job_registry_api.queue.service import JobService, Lease
+from tests import CODE
 from tests.conftest import run_sql
 from tests.queue.race_jobs import ONLY, REGISTRY, Nap, most_at_once, read_log, services
 
@@ -48,7 +49,7 @@ def processes(*commands: list[str], log: Path, **environment: str) -> Iterator[l
         **os.environ,
         "RACE_LOG": str(log),
         "JOBS_LOG_LEVEL": "error",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": CODE,
     } | environment
     errors = log.with_suffix(".errors")
     with errors.open("ab") as stream:
@@ -114,7 +115,7 @@ async def test_types_of_limit_one_never_run_twice_at_once_while_jobs_arrive(
             await asyncio.sleep(random.uniform(0, 0.1))
 
     with processes(
-        *[["api.cli", "worker"]] * 4,
+        *[["job_registry_api.cli", "worker"]] * 4,
         log=tmp_path / "race.log",
         JOBS_DATABASE_URL=database_url,
         JOBS_CATALOG="tests.queue.race_jobs",

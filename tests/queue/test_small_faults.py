@@ -11,13 +11,19 @@ from pathlib import Path
 
 import pytest
 
-from api.queue.database import Database
-from api.queue.errors import EventsMissed, JobStateConflict, LeaseLost, QueueUnavailable
-from api.queue.event_stream import Gap, KeptBatches
-from api.queue.events import MAX_UNREAD_EVENTS, Subscription
-from api.queue.models import JobError, JobRecord, JobStatus
-from api.queue.requests import EnqueueRequest
-from api.queue.service import (
+from job_registry import JobRegistry
+from job_registry_api.queue.database import Database
+from job_registry_api.queue.errors import (
+    EventsMissed,
+    JobStateConflict,
+    LeaseLost,
+    QueueUnavailable,
+)
+from job_registry_api.queue.event_stream import Gap, KeptBatches
+from job_registry_api.queue.events import MAX_UNREAD_EVENTS, Subscription
+from job_registry_api.queue.models import JobError, JobRecord, JobStatus
+from job_registry_api.queue.requests import EnqueueRequest
+from job_registry_api.queue.service import (
     BehindInQueue,
     ConcurrencyLimitReached,
     JobFilter,
@@ -26,8 +32,7 @@ from api.queue.service import (
     Renewal,
     ScheduledFor,
 )
-from api.queue.store import LeaseState, Report
-from registry import JobRegistry
+from job_registry_api.queue.store import LeaseState, Report
 from tests.conftest import advance, run_sql
 
 BROKEN = JobError("broken", "It broke.")

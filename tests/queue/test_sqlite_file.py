@@ -15,11 +15,11 @@ from urllib.parse import quote
 import pytest
 from sqlalchemy import text
 
-from api.queue.database import MAX_WAL_BYTES, Database
-from api.queue.errors import QueueUnavailable
-from api.queue.requests import EnqueueRequest
-from api.queue.service import JobService
-from registry import JobRegistry
+from job_registry import JobRegistry
+from job_registry_api.queue.database import MAX_WAL_BYTES, Database
+from job_registry_api.queue.errors import QueueUnavailable
+from job_registry_api.queue.requests import EnqueueRequest
+from job_registry_api.queue.service import JobService
 
 PING = EnqueueRequest("test.ping", {})
 
@@ -157,7 +157,7 @@ async def test_a_file_that_vanishes_is_noticed_and_one_that_comes_back_is_used(
         for call in (service.enqueue(PING), service.get(job.id), service.ping()):
             with pytest.raises(QueueUnavailable) as refused:
                 await call
-            assert "jobs migrate" in refused.value.reason
+            assert "job-registry migrate" in refused.value.reason
         for each in path.parent.glob("jobs.db*"):
             each.unlink()
     for each in saved.glob("jobs.db*"):

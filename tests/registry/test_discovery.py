@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from registry import DefinitionError
-from registry.discovery import discover, load_registry
+from job_registry import DefinitionError
+from job_registry.discovery import discover, load_registry
+from tests import CODE
 
 JOBS = """
-    from registry import JobType, Payload
+    from job_registry import JobType, Payload
 
     class Mail(Payload):
         to: str
@@ -44,7 +45,7 @@ def test_a_module_and_all_modules_of_a_package_are_searched(folder: Path) -> Non
     write(folder / "many/deeper/__init__.py", JOBS.format(name="many.deeper"))
     # Importing another's job type is no second definition.
     write(folder / "many/again.py", "from many.mail import mail_send")
-    registry = load_registry(["registry.catalog", "one_module", "many"])
+    registry = load_registry(["job_registry.catalog", "one_module", "many"])
     assert list(registry) == [
         "many.deeper", "many.mail", "one.mail", "payout.execute", "thumbnail.create"
     ]  # fmt: skip
@@ -90,8 +91,8 @@ def test_an_installed_package_joins_by_its_entry_point(tmp_path: Path) -> None:
 
     # When the command lists the job types
     result = subprocess.run(
-        [sys.executable, "-m", "api.cli", "types", "--json"],
-        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{Path.cwd()}"},
+        [sys.executable, "-m", "job_registry_api.cli", "types", "--json"],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{CODE}"},
         capture_output=True,
         text=True,
         check=False,
@@ -108,8 +109,8 @@ def test_an_entry_point_to_something_else_is_refused(tmp_path: Path) -> None:
     write(info / "METADATA", "Metadata-Version: 2.1\nName: odd\nVersion: 1.0\n")
     write(info / "entry_points.txt", "[job_registry.catalog]\nodd = json:dumps\n")
     result = subprocess.run(
-        [sys.executable, "-m", "api.cli", "types"],
-        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{Path.cwd()}"},
+        [sys.executable, "-m", "job_registry_api.cli", "types"],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{CODE}"},
         capture_output=True,
         text=True,
         check=False,

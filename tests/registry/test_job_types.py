@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from pydantic import BaseModel, ConfigDict, Field
 
-from registry import (
+from job_registry import (
     Backoff,
     DefinitionError,
     JobContext,
@@ -25,8 +25,8 @@ from registry import (
     JobTypeNotFound,
     Payload,
 )
-from registry.catalog.payout import payout_execute
-from registry.catalog.thumbnail import thumbnail_create
+from job_registry.catalog.payout import payout_execute
+from job_registry.catalog.thumbnail import thumbnail_create
 
 
 class Color(Enum):

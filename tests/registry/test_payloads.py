@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from pydantic import field_validator
 
-from registry import (
+from job_registry import (
     JobRegistry,
     JobType,
     JobTypeNotFound,
@@ -22,9 +22,9 @@ from registry import (
     json_document,
     parse_json,
 )
-from registry.catalog.payout import payout_execute
-from registry.catalog.thumbnail import ThumbnailCreate, thumbnail_create
-from registry.json_values import MAX_VIOLATIONS
+from job_registry.catalog.payout import payout_execute
+from job_registry.catalog.thumbnail import ThumbnailCreate, thumbnail_create
+from job_registry.json_values import MAX_VIOLATIONS
 from tests.registry.test_job_types import Everything
 
 EVERYTHING = JobType(name="test.everything", payload=Everything)

@@ -10,9 +10,9 @@ import fsspec
 import pytest
 from PIL import Image
 
-from registry import Cancel, Fail, JobContext
-from registry.catalog import _thumbnail_files, thumbnail
-from registry.catalog.thumbnail import ThumbnailCreate, render
+from job_registry import Cancel, Fail, JobContext
+from job_registry.catalog import _thumbnail_files, thumbnail
+from job_registry.catalog.thumbnail import ThumbnailCreate, render
 
 
 def context(assets: object, **options: Any) -> JobContext:

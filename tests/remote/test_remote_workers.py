@@ -17,7 +17,7 @@ from tests.http_client import serving
 
 @pytest.fixture
 async def server(database_url: str) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of a `jobs serve` of its own."""
+    """A client of a `job-registry serve` of its own."""
     async with (
         serving(database_url) as (address, _),
         httpx.AsyncClient(base_url=f"http://{address}", timeout=40) as client,

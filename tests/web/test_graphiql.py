@@ -13,8 +13,8 @@ import pytest
 from graphql import build_schema, parse, validate
 from playwright.async_api import Page, async_playwright, expect
 
-from api import pages
-from api.graphql.schema import SDL_FILE
+from job_registry_api import pages
+from job_registry_api.graphql.schema import SDL_FILE
 from tests.http_client import Visit, serving
 
 ROOT = Path(__file__).parents[2]

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import structlog
 
-from api.queue.database import Database
-from api.queue.service import JobService
-from api.worker import attempt, lease_keeper, loop, processes
-from registry import Backoff, JobPolicy, JobRegistry, JobType
+from job_registry import Backoff, JobPolicy, JobRegistry, JobType
+from job_registry_api.queue.database import Database
+from job_registry_api.queue.service import JobService
+from job_registry_api.worker import attempt, lease_keeper, loop, processes
 from tests.worker.house import House, Text
 
 

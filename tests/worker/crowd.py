@@ -17,7 +17,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from registry import (
+from job_registry import (
     Backoff,
     CallNext,
     Fail,

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from registry import Backoff, JobContext, JobPolicy, JobType, Payload
+from job_registry import Backoff, JobContext, JobPolicy, JobType, Payload
 
 POLICY = JobPolicy(max_attempts=3, timeout_seconds=60, backoff=Backoff(0.05, 0.1))
 

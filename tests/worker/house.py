@@ -8,11 +8,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from api.queue.models import JobRecord, JobStatus
-from api.queue.requests import EnqueueRequest
-from api.queue.service import JobService
-from api.worker import Worker
-from registry import JobType, Payload
+from job_registry import JobType, Payload
+from job_registry_api.queue.models import JobRecord, JobStatus
+from job_registry_api.queue.requests import EnqueueRequest
+from job_registry_api.queue.service import JobService
+from job_registry_api.worker import Worker
 
 
 class Text(Payload):

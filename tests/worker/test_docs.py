@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from api.queue.database import Database
-from api.queue.models import JobStatus
-from api.queue.requests import EnqueueRequest
-from api.queue.service import JobService
-from api.worker import Worker
-from registry import Cancel, JobContext
-from registry.discovery import load_registry
+from job_registry import Cancel, JobContext
+from job_registry.discovery import load_registry
+from job_registry_api.queue.database import Database
+from job_registry_api.queue.models import JobStatus
+from job_registry_api.queue.requests import EnqueueRequest
+from job_registry_api.queue.service import JobService
+from job_registry_api.worker import Worker
 
 TEXT = (Path(__file__).parents[2] / "docs/workers.md").read_text("utf-8")
 

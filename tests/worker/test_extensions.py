@@ -16,10 +16,7 @@ from typing import Any
 
 import pytest
 
-from api.logs import configure_logs
-from api.queue.models import JobStatus
-from api.worker import Worker, WorkerStartError
-from registry import (
+from job_registry import (
     CallNext,
     DefinitionError,
     Fail,
@@ -27,7 +24,10 @@ from registry import (
     Snooze,
     WorkerExtension,
 )
-from registry.discovery import load_registry
+from job_registry.discovery import load_registry
+from job_registry_api.logs import configure_logs
+from job_registry_api.queue.models import JobStatus
+from job_registry_api.worker import Worker, WorkerStartError
 from tests.worker.house import House, Text
 
 tenant: ContextVar[str] = ContextVar("tenant", default="")
@@ -220,7 +220,7 @@ async def test_lines_of_a_handler_say_which_job_wrote_them(house: House, kind: s
 
 
 CATALOG = """
-    from registry import JobType, Payload, WorkerExtension
+    from job_registry import JobType, Payload, WorkerExtension
 
     class Here(Payload):
         pass
@@ -242,7 +242,7 @@ def test_extensions_are_found_in_the_catalog_in_their_order(
 ) -> None:
     (tmp_path / "my_extension.py").write_text(textwrap.dedent(CATALOG), "utf-8")
     monkeypatch.syspath_prepend(tmp_path)
-    registry = load_registry(["registry.catalog", "my_extension", "my_extension"])
+    registry = load_registry(["job_registry.catalog", "my_extension", "my_extension"])
     names = [each.middleware[0].__name__ for each in registry.extensions]  # type: ignore[attr-defined]
     assert names == ["first", "second"]
 

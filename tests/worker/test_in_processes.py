@@ -19,12 +19,12 @@ import psutil
 import pytest
 import uvloop
 
-from api.queue.database import Database
-from api.queue.models import JobRecord, JobStatus
-from api.queue.requests import EnqueueRequest
-from api.queue.service import JobService
-from api.worker import Worker, processes
-from registry import DefinitionError, JobPolicy, JobRegistry, JobType, Payload, WorkerExtension
+from job_registry import DefinitionError, JobPolicy, JobRegistry, JobType, Payload, WorkerExtension
+from job_registry_api.queue.database import Database
+from job_registry_api.queue.models import JobRecord, JobStatus
+from job_registry_api.queue.requests import EnqueueRequest
+from job_registry_api.queue.service import JobService
+from job_registry_api.worker import Worker, processes
 from tests.conftest import run_sql
 from tests.worker import crowd
 

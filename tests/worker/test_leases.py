@@ -19,10 +19,10 @@ import pytest
 import sqlalchemy.exc
 from pydantic import BaseModel, JsonValue, computed_field
 
-from api.queue.errors import LeaseLost, QueueUnavailable
-from api.queue.models import JobStatus
-from api.queue.service import JobService, Renewal
-from registry import Cancel, JobContext
+from job_registry import Cancel, JobContext
+from job_registry_api.queue.errors import LeaseLost, QueueUnavailable
+from job_registry_api.queue.models import JobStatus
+from job_registry_api.queue.service import JobService, Renewal
 from tests.queue.test_races import locked
 from tests.worker.house import House, Text
 
@@ -150,7 +150,7 @@ async def test_an_error_of_a_report_does_not_lose_it(
         if ran == 1 and payload.text == "fail":
             raise ValueError
         if ran == 1 and payload.text == "snooze":
-            from registry import Snooze
+            from job_registry import Snooze
 
             raise Snooze(0.01)
         return "done"
@@ -236,7 +236,7 @@ async def test_a_blocked_event_loop_loses_no_lease_and_the_log_names_the_job(
 
     def recover() -> None:
         """Another process, which ends the attempts whose lease has run out."""
-        from api.queue.database import Database
+        from job_registry_api.queue.database import Database
 
         async def watch() -> None:
             database = Database(house.database_url)
@@ -287,7 +287,7 @@ async def test_a_cancellation_is_heard_at_once(house: House, kind: str, caller: 
         if caller == "this process":
             await house.service.cancel(job.id)
         else:
-            from api.queue.database import Database
+            from job_registry_api.queue.database import Database
 
             database = Database(house.database_url)
             await JobService(house.service.registry, database).cancel(job.id)

@@ -1,6 +1,6 @@
 """What an attempt leaves behind: nothing, and without waiting for a garbage collection.
 
-Collections are rare in a process that serves (see `api.cli`), so what waits for one piles up.
+Collections are rare in a process that serves (see `job_registry_api.cli`): what waits piles up.
 `benchmarks/memory.py` shows the same at full size.
 """
 
@@ -15,8 +15,8 @@ from typing import Any
 import psutil
 import pytest
 
-from api.queue.models import JobStatus
-from registry import Fail, JobContext
+from job_registry import Fail, JobContext
+from job_registry_api.queue.models import JobStatus
 from tests.worker.house import House, Text
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from api.worker.outcomes import (
+from job_registry import Cancel, Fail, Retry, Snooze
+from job_registry_api.worker.outcomes import (
     Circumstances,
     Complete,
     Died,
@@ -29,7 +30,6 @@ from api.worker.outcomes import (
     raised,
     report_of,
 )
-from registry import Cancel, Fail, Retry, Snooze
 
 AS_USUAL = Circumstances()
 CANCELLED = Circumstances(cancel_requested=True)

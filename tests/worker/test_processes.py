@@ -15,17 +15,18 @@ from pathlib import Path
 
 import pytest
 
-from api.queue.database import Database
-from api.queue.models import JobRecord, JobStatus
-from api.queue.requests import EnqueueRequest
-from api.queue.service import JobService
-from registry import JobRegistry
-from registry.discovery import discover
+from job_registry import JobRegistry
+from job_registry.discovery import discover
+from job_registry_api.queue.database import Database
+from job_registry_api.queue.models import JobRecord, JobStatus
+from job_registry_api.queue.requests import EnqueueRequest
+from job_registry_api.queue.service import JobService
+from tests import CODE
 
 JOBS = """
     import asyncio
     import time
-    from registry import Backoff, JobContext, JobPolicy, JobType, Payload
+    from job_registry import Backoff, JobContext, JobPolicy, JobType, Payload
 
     class Nap(Payload):
         seconds: float = 0
@@ -59,11 +60,11 @@ def worker(database_url: str, catalog: Path, **settings: object) -> Iterator[sub
         "JOBS_DATABASE_URL": database_url,
         "JOBS_CATALOG": "naps",
         "JOBS_LOG_FORMAT": "json",
-        "PYTHONPATH": f"{catalog}{os.pathsep}{Path.cwd()}",
+        "PYTHONPATH": f"{catalog}{os.pathsep}{CODE}",
         **{f"JOBS_{name.upper()}": str(value) for name, value in settings.items()},
     }
     process = subprocess.Popen(
-        [sys.executable, "-m", "api.cli", "worker"],
+        [sys.executable, "-m", "job_registry_api.cli", "worker"],
         env=environment,
         stderr=subprocess.PIPE,
         text=True,

@@ -17,12 +17,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from api.queue.database import Database
-from api.queue.models import JobRecord, JobStatus
-from api.queue.requests import EnqueueRequest
-from api.queue.service import JobService
-from registry import JobRegistry
-from registry.discovery import discover
+from job_registry import JobRegistry
+from job_registry.discovery import discover
+from job_registry_api.queue.database import Database
+from job_registry_api.queue.models import JobRecord, JobStatus
+from job_registry_api.queue.requests import EnqueueRequest
+from job_registry_api.queue.service import JobService
+from tests import CODE
 from tests.worker import crowd, hangs
 
 pytestmark = pytest.mark.slow
@@ -41,18 +42,18 @@ async def service(database_url: str) -> AsyncIterator[JobService]:
 def process(
     command: str, database_url: str, catalog: str = "tests.worker.hangs", **settings: object
 ) -> Iterator[subprocess.Popen[str]]:
-    """A `jobs worker` or `jobs serve` that takes jobs, and is gone afterwards."""
+    """A `job-registry worker` or `job-registry serve` that takes jobs, and is gone afterwards."""
     environment = {
         **os.environ,
         "JOBS_DATABASE_URL": database_url,
         "JOBS_CATALOG": catalog,
         "JOBS_LOG_FORMAT": "json",
         "JOBS_PORT": "0",
-        "PYTHONPATH": str(Path.cwd()),
+        "PYTHONPATH": CODE,
         **{f"JOBS_{name.upper()}": str(value) for name, value in settings.items()},
     }
     running = subprocess.Popen(
-        [sys.executable, "-m", "api.cli", command],
+        [sys.executable, "-m", "job_registry_api.cli", command],
         env=environment,
         stderr=subprocess.PIPE,
         text=True,
@@ -250,7 +251,7 @@ async def test_a_job_whose_worker_died_runs_in_a_process_with_its_lifespan_and_m
 
 FAILING = """
     from contextlib import asynccontextmanager
-    from registry import JobType, Payload, WorkerExtension
+    from job_registry import JobType, Payload, WorkerExtension
 
     class Nothing(Payload):
         pass
@@ -277,10 +278,10 @@ def test_a_lifespan_that_fails_to_start_is_one_sentence_and_an_exit_code(
         "JOBS_DATABASE_URL": database_url,
         "JOBS_CATALOG": "failing",
         "JOBS_PORT": "0",
-        "PYTHONPATH": f"{tmp_path}{os.pathsep}{Path.cwd()}",
+        "PYTHONPATH": f"{tmp_path}{os.pathsep}{CODE}",
     }
     ran = subprocess.run(
-        [sys.executable, "-m", "api.cli", command],
+        [sys.executable, "-m", "job_registry_api.cli", command],
         env=environment,
         capture_output=True,
         text=True,

@@ -13,13 +13,7 @@ from typing import Any
 import pytest
 from pydantic import JsonValue, field_validator
 
-from api.queue.database import Database
-from api.queue.errors import QueueUnavailable
-from api.queue.models import JobRecord, JobStatus
-from api.queue.requests import EnqueueRequest
-from api.queue.service import JobService
-from api.worker import Worker
-from registry import (
+from job_registry import (
     Backoff,
     Cancel,
     Fail,
@@ -31,6 +25,12 @@ from registry import (
     Retry,
     Snooze,
 )
+from job_registry_api.queue.database import Database
+from job_registry_api.queue.errors import QueueUnavailable
+from job_registry_api.queue.models import JobRecord, JobStatus
+from job_registry_api.queue.requests import EnqueueRequest
+from job_registry_api.queue.service import JobService
+from job_registry_api.worker import Worker
 from tests.conftest import run_sql
 from tests.worker.house import House, Text
 
