@@ -23,7 +23,7 @@ from job_registry_api.graphql.view import GraphQLView
 from job_registry_api.health import Health, health_routes
 from job_registry_api.opening import open_queue
 from job_registry_api.queue.maintenance import maintain
-from job_registry_api.queue.service import JobService
+from job_registry_api.queue.queue import JobQueue
 from job_registry_api.rest import EnqueueView, JobView
 from job_registry_api.settings import Settings
 from job_registry_api.worker import Worker, WorkerStartError
@@ -46,11 +46,11 @@ def create_app(settings: Settings, registry: JobRegistry, *, worker: bool = Fals
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
-            service = await stack.enter_async_context(open_queue(settings, registry))
-            app.state.service = service
+            queue = await stack.enter_async_context(open_queue(settings, registry))
+            app.state.queue = queue
             stop = asyncio.Event()
             upkeep = maintain(
-                service,
+                queue,
                 stop,
                 keep_succeeded_days=settings.keep_succeeded_days,
                 keep_failed_days=settings.keep_failed_days,
@@ -58,14 +58,14 @@ def create_app(settings: Settings, registry: JobRegistry, *, worker: bool = Fals
             await stack.enter_async_context(_until(stop, upkeep))
             working = None
             if worker:
-                working = await stack.enter_async_context(_working(service, settings))
-            health = Health(service, working, entrance=entrance)
+                working = await stack.enter_async_context(_working(queue, settings))
+            health = Health(queue, working, entrance=entrance)
             app.state.health = health
 
             def end() -> None:
                 health.stopping.set()
                 stop.set()
-                service.end_waits()
+                queue.end_waits()
                 if working is not None:
                     working.stop()
 
@@ -137,9 +137,9 @@ async def _until(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> AsyncI
 
 
 @asynccontextmanager
-async def _working(service: JobService, settings: Settings) -> AsyncIterator[Worker]:
+async def _working(queue: JobQueue, settings: Settings) -> AsyncIterator[Worker]:
     worker = Worker(
-        service,
+        queue,
         concurrency=settings.worker_concurrency,
         assets=settings.assets,
         shutdown_seconds=settings.shutdown_seconds,

@@ -35,7 +35,7 @@ from job_registry_api.settings import Settings, SettingsInvalid, load_settings
 
 if TYPE_CHECKING:
     from job_registry_api.queue.migrations import Fit, Migrated
-    from job_registry_api.queue.service import Enqueued, JobService, Refusal
+    from job_registry_api.queue.queue import Enqueued, JobQueue, Refusal
 
 REFUSED = 1
 WRONG_USAGE = 2
@@ -352,9 +352,9 @@ async def _work(
     from job_registry_api.worker import Worker
     from job_registry_api.worker.loop import CLOSE_SECONDS
 
-    async with open_queue(settings, registry) as service:
+    async with open_queue(settings, registry) as queue:
         worker = Worker(
-            service,
+            queue,
             types=types or None,
             concurrency=settings.worker_concurrency,
             assets=settings.assets,
@@ -378,11 +378,11 @@ async def _work(
                 from job_registry_api.auth import open_entrance
                 from job_registry_api.health import Health, health_app
 
-                health = Health(service, worker, entrance=open_entrance(settings))
+                health = Health(queue, worker, entrance=open_entrance(settings))
                 await stack.enter_async_context(_health_served(health_app(health), health_socket))
             upkeep = asyncio.create_task(
                 maintain(
-                    service,
+                    queue,
                     stop,
                     keep_succeeded_days=settings.keep_succeeded_days,
                     keep_failed_days=settings.keep_failed_days,
@@ -410,7 +410,7 @@ async def _enqueue(
 
     counts = {"stored": 0, "deduplicated": 0, "refused": 0}
     size = len(lines) if atomic else min(BULK, settings.max_bulk_size)
-    async with open_queue(settings, registry) as service:
+    async with open_queue(settings, registry) as queue:
         progress = Progress(
             *Progress.get_default_columns()[:2],
             MofNCompleteColumn(),
@@ -424,7 +424,7 @@ async def _enqueue(
             for start in range(0, len(lines), size):
                 batch = lines[start : start + size]
                 for number, result in await _enqueue_batch(
-                    service, type_name, batch, options, atomic
+                    queue, type_name, batch, options, atomic
                 ):
                     _show_enqueued(number, result, counts, len(lines) > 1, as_json)
                 progress.advance(bar, len(batch))
@@ -434,14 +434,14 @@ async def _enqueue(
 
 
 async def _enqueue_batch(
-    service: JobService,
+    queue: JobQueue,
     type_name: str,
     batch: list[tuple[int, str]],
     options: dict[str, Any],
     atomic: bool,
 ) -> Iterator[tuple[int, Enqueued | Refusal]]:
+    from job_registry_api.queue.queue import not_stored
     from job_registry_api.queue.requests import EnqueueRequest
-    from job_registry_api.queue.service import not_stored
 
     results: dict[int, Enqueued | Refusal] = {}
     requests: dict[int, EnqueueRequest] = {}
@@ -455,7 +455,7 @@ async def _enqueue_batch(
         refusal = not_stored(sorted(results))
         results |= dict.fromkeys(requests, refusal)
     elif requests:
-        stored = await service.enqueue_many(list(requests.values()), atomic=atomic)
+        stored = await queue.enqueue_many(list(requests.values()), atomic=atomic)
         results |= zip(requests, stored, strict=True)
     return iter(sorted(results.items()))
 

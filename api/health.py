@@ -25,7 +25,7 @@ from job_registry_api.auth import (
 )
 from job_registry_api.metrics import CONTENT_TYPE, Attempts
 from job_registry_api.queue.errors import QueueUnavailable
-from job_registry_api.queue.service import JobService
+from job_registry_api.queue.queue import JobQueue
 
 READY_SECONDS: Final = 2.0
 """How long the database may take to answer `/readyz` or a count of the jobs."""
@@ -64,22 +64,22 @@ class Worker(Protocol):
 
 
 class Health:
-    """The health of one process: its service and, where it has one, its worker.
+    """The health of one process: its queue and, where it has one, its worker.
 
     `stopping`, once set, makes the process not ready.
     """
 
     def __init__(
-        self, service: JobService, worker: Worker | None = None, *, entrance: Entrance
+        self, queue: JobQueue, worker: Worker | None = None, *, entrance: Entrance
     ) -> None:
-        self._service = service
+        self._queue = queue
         self._worker = worker
         self._entrance = entrance
         self._counted_at = -COUNTS_SECONDS
         self._counting = asyncio.Lock()
         self.stopping = asyncio.Event()
         if worker is not None:
-            service.metrics.watch(lambda: worker.health)
+            queue.metrics.watch(lambda: worker.health)
 
     async def live(self, _request: Request) -> Response:
         """200 while the process answers and its worker, if any, turns; 503 with the reason."""
@@ -94,7 +94,7 @@ class Health:
         if self.stopping.is_set() or (self._worker is not None and self._worker.is_stopping):
             return _unavailable("stopping", "The process is shutting down.")
         try:
-            await self._service.ping()
+            await self._queue.ping()
         except QueueUnavailable as error:
             log.warning("not_ready", kind=error.kind, reason=error.reason)
             message = "The database cannot store jobs at the moment. The log says why."
@@ -107,7 +107,7 @@ class Health:
         if refusal is not None:
             return refusal
         await self._count_jobs()
-        return Response(self._service.metrics.text(), media_type=CONTENT_TYPE)
+        return Response(self._queue.metrics.text(), media_type=CONTENT_TYPE)
 
     async def _refusal(self, request: Request) -> Response | None:
         try:
@@ -136,11 +136,11 @@ class Health:
             shown: dict[str, dict[str, int]] | None = None
             with suppress(QueueUnavailable, TimeoutError):
                 async with asyncio.timeout(READY_SECONDS):
-                    counts = await self._service.counts()
+                    counts = await self._queue.counts()
                     shown = {name: asdict(each) for name, each in counts.items()}
             # Of an outage too: scrapers do not add to the load of a database in trouble.
             self._counted_at = time.monotonic()
-            self._service.metrics.show_jobs(shown)
+            self._queue.metrics.show_jobs(shown)
 
 
 def health_routes(find: Callable[[Request], Health]) -> Sequence[BaseRoute]:

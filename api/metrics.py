@@ -1,6 +1,6 @@
 """Prometheus metrics of one process: what is counted, under which names and labels.
 
-Each `JobService` has a `Metrics` with a registry of its own, so that several applications can stand
+Each `JobQueue` has a `Metrics` with a registry of its own, so that several applications can stand
 in one process. Labels are bounded: a job type that is not registered here is counted as `other`.
 """
 

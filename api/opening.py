@@ -5,15 +5,15 @@ from __future__ import annotations
 from contextlib import AbstractAsyncContextManager
 
 from job_registry import JobRegistry
-from job_registry_api.queue import service
+from job_registry_api.queue import queue
 from job_registry_api.settings import Settings
 
 
 def open_queue(
     settings: Settings, registry: JobRegistry
-) -> AbstractAsyncContextManager[service.JobService]:
-    """Open a service on the settings' database, with every setting that the queue has."""
-    return service.open_service(
+) -> AbstractAsyncContextManager[queue.JobQueue]:
+    """Open the queue on the settings' database, with every setting that the queue has."""
+    return queue.open_queue(
         registry,
         settings.database_url,
         lease_seconds=settings.lease_seconds,

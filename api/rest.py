@@ -1,4 +1,4 @@
-"""REST: `POST /jobs` and `GET /jobs/{id}`, the same service with HTTP's own status codes."""
+"""REST: `POST /jobs` and `GET /jobs/{id}`, the same queue with HTTP's own status codes."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from job_registry_api.queue.errors import (
     QueueUnavailable,
 )
 from job_registry_api.queue.models import JobRecord
+from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.requests import parse_request
-from job_registry_api.queue.service import JobService
 
 
 class RequestRefused(Exception):
@@ -59,7 +59,7 @@ class EnqueueView:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one HTTP request."""
-        service: JobService = scope["app"].state.service
+        queue: JobQueue = scope["app"].state.queue
         try:
             if scope["method"] != "POST":
                 raise RequestRefused(405, "method_not_allowed", "Jobs are enqueued with POST.")
@@ -67,7 +67,7 @@ class EnqueueView:
             caller.need("jobs:enqueue")
             request = parse_request(await self._read(scope, receive))
             caller.need_types([request.type])
-            enqueued = await service.enqueue(request, created_by=caller.subject)
+            enqueued = await queue.enqueue(request, created_by=caller.subject)
         except ClientGone:
             return
         except Exception as error:
@@ -109,16 +109,16 @@ class JobView:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one HTTP request."""
-        service: JobService = scope["app"].state.service
+        queue: JobQueue = scope["app"].state.queue
         try:
             if scope["method"] not in ("GET", "HEAD"):
                 raise RequestRefused(405, "method_not_allowed", "A job is read with GET.")
             caller = await self._entrance.admit(scope)
             caller.need("jobs:read")
-            job = await service.get(scope["path_params"]["id"])
+            job = await queue.get(scope["path_params"]["id"])
             if not caller.may_see(job.type):
                 raise JobNotFound(scope["path_params"]["id"])
-            attempts = (await service.attempts([job.id]))[job.id]
+            attempts = (await queue.attempts([job.id]))[job.id]
         except Exception as error:
             await _respond_error(send, error, allow=b"GET, HEAD")
             return

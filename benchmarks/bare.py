@@ -46,18 +46,18 @@ def application(database_url: str | None) -> Starlette:
     from job_registry_api.graphql.operations import Limits, Operations
     from job_registry_api.graphql.schema import build_schema, strawberry_schema
     from job_registry_api.logs import configure_logs
-    from job_registry_api.queue.service import JobService, open_service
+    from job_registry_api.queue.queue import JobQueue, open_queue
 
     configure_logs("info", "json")
     registry = load_registry(["job_registry.catalog"])
     operations = Operations(build_schema(registry), Limits())
     schema = strawberry_schema()
-    services: list[JobService] = []
+    queues: list[JobQueue] = []
 
     async def executed(request: Request) -> JSONResponse:
         content = await request.json()
         prepared = operations.prepare(content["query"], None)
-        context = Context(services[0], ANYONE)
+        context = Context(queues[0], ANYONE)
         result = await operations.execute(prepared, content["variables"], context)
         return JSONResponse({"data": result.data, **_errors(result)})
 
@@ -66,7 +66,7 @@ def application(database_url: str | None) -> Starlette:
         result = await schema.execute(
             content["query"],
             variable_values=content["variables"],
-            context_value=Context(services[0], ANYONE),
+            context_value=Context(queues[0], ANYONE),
         )
         return JSONResponse({"data": result.data, **_errors(result)})
 
@@ -75,8 +75,8 @@ def application(database_url: str | None) -> Starlette:
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
-        async with open_service(registry, database_url, lease_seconds=30) as service:
-            services.append(service)
+        async with open_queue(registry, database_url, lease_seconds=30) as queue:
+            queues.append(queue)
             _collect_garbage_rarely()
             yield
 

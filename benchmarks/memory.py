@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from job_registry import JobContext, JobPolicy, JobRegistry, JobType, Payload
 from job_registry_api.logs import configure_logs
 from job_registry_api.queue import migrations
+from job_registry_api.queue.queue import JobQueue, open_queue
 from job_registry_api.queue.requests import EnqueueRequest
-from job_registry_api.queue.service import JobService, open_service
 from job_registry_api.worker import Worker
 
 
@@ -56,16 +56,16 @@ def do(payload: Load) -> str:
     return payload.text
 
 
-async def run(service: JobService, kind: str, jobs: int, fails: bool) -> None:
+async def run(queue: JobQueue, kind: str, jobs: int, fails: bool) -> None:
     for start in range(0, jobs, 500):
         text = "" if fails else "x" * 50_000
         requests = [
             EnqueueRequest(kind, {"fails": fails, "text": text})
             for _ in range(min(500, jobs - start))
         ]
-        await service.enqueue_many(requests)
+        await queue.enqueue_many(requests)
         while True:
-            counts = (await service.counts())[kind]
+            counts = (await queue.counts())[kind]
             if not counts.queued and not counts.running:
                 break
             await asyncio.sleep(0.05)
@@ -86,8 +86,8 @@ async def main() -> None:
         url = f"sqlite:///{folder}/jobs.db"
         await asyncio.to_thread(migrations.upgrade, url)
         registry = JobRegistry([load, load_in_thread])
-        async with open_service(registry, url, lease_seconds=30) as service:
-            worker = Worker(service, concurrency=8, assets=folder, shutdown_seconds=5)
+        async with open_queue(registry, url, lease_seconds=30) as queue:
+            worker = Worker(queue, concurrency=8, assets=folder, shutdown_seconds=5)
             task = asyncio.create_task(worker.run())
             gc.collect()
             gc.freeze()
@@ -96,7 +96,7 @@ async def main() -> None:
             for part in range(5):
                 for fails, jobs in ((True, options.failing), (False, options.succeeding)):
                     for kind in ("load", "load_in_thread"):
-                        await run(service, kind, jobs // 10, fails)
+                        await run(queue, kind, jobs // 10, fails)
                     name = f"{jobs // 5:,} {'failing' if fails else 'succeeding'}"
                     size = process.memory_info().rss / 1e6
                     sizes.append(size)

@@ -35,8 +35,8 @@ from job_registry_api.logs import configure_logs
 from job_registry_api.queue import migrations
 from job_registry_api.queue.database import Database
 from job_registry_api.queue.models import JobStatus
+from job_registry_api.queue.queue import JobQueue, open_queue
 from job_registry_api.queue.requests import EnqueueRequest
-from job_registry_api.queue.service import JobService, open_service
 from tests import CODE
 from tests.postgresql_server import ServerMissing, running_server
 
@@ -94,17 +94,17 @@ def workers(count: int, url: str, folder: Path, concurrency: int = 100) -> Itera
 
 async def rate_of(url: str, folder: Path, count: int, jobs: int, concurrency: int = 100) -> float:
     """Jobs per second that so many workers do, from the moment at which all the jobs are due."""
-    async with open_service(REGISTRY, url, lease_seconds=30) as service:
-        done = (await service.counts())["bench.nothing"].succeeded
+    async with open_queue(REGISTRY, url, lease_seconds=30) as queue:
+        done = (await queue.counts())["bench.nothing"].succeeded
         with workers(count, url, folder, concurrency):
             # All of them are due at the same moment, when every worker waits for them.
             due = datetime.now(UTC) + timedelta(seconds=3)
             job = EnqueueRequest("bench.nothing", {}, schedule_at=due)
             for start in range(0, jobs, 1_000):
-                await service.enqueue_many([job] * min(1_000, jobs - start))
+                await queue.enqueue_many([job] * min(1_000, jobs - start))
             await asyncio.sleep((due - datetime.now(UTC)).total_seconds())
             started = time.monotonic()
-            while (now := await service.counts())["bench.nothing"].succeeded < done + jobs:
+            while (now := await queue.counts())["bench.nothing"].succeeded < done + jobs:
                 await asyncio.sleep(0.05)
             elapsed = time.monotonic() - started
     return (now["bench.nothing"].succeeded - done) / elapsed
@@ -119,13 +119,13 @@ async def throughput(label: str, url: str, folder: Path, jobs: int) -> None:
 
 
 async def latency(label: str, url: str, folder: Path) -> None:
-    async with open_service(REGISTRY, url, lease_seconds=30) as service:
+    async with open_queue(REGISTRY, url, lease_seconds=30) as queue:
         with workers(1, url, folder):
             delays = []
             for _ in range(100):
                 await asyncio.sleep(0.02)
-                job = (await service.enqueue(JOB)).job
-                while (now := await service.get(job.id)).status is not JobStatus.SUCCEEDED:
+                job = (await queue.enqueue(JOB)).job
+                while (now := await queue.get(job.id)).status is not JobStatus.SUCCEEDED:
                     await asyncio.sleep(0.005)
                 assert now.started_at is not None
                 delays.append((now.started_at - now.created_at).total_seconds() * 1_000)
@@ -135,7 +135,7 @@ async def latency(label: str, url: str, folder: Path) -> None:
 
 async def lease_cost(url: str, rows: int) -> None:
     database = Database(url)
-    service = JobService(REGISTRY, database)
+    queue = JobQueue(REGISTRY, database)
     first, filled = 0.0, 0
     for size in (1_000, 100_000, rows):
         async with database.transaction() as connection:
@@ -154,11 +154,11 @@ async def lease_cost(url: str, rows: int) -> None:
         async with database.reading() as connection:
             await connection.exec_driver_sql("VACUUM ANALYZE job")
         for _ in range(20):
-            await service.lease(["bench.nothing"], "warm", limit=10)
+            await queue.lease(["bench.nothing"], "warm", limit=10)
         times = []
         for _ in range(60):
             started = time.perf_counter()
-            assert len(await service.lease(["bench.nothing"], "w", limit=10)) == 10
+            assert len(await queue.lease(["bench.nothing"], "w", limit=10)) == 10
             times.append((time.perf_counter() - started) * 1_000)
         cost = statistics.median(times)
         first = first or cost

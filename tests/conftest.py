@@ -26,7 +26,7 @@ from job_registry.catalog.thumbnail import thumbnail_create
 from job_registry_api.logs import configure_logs
 from job_registry_api.queue import migrations
 from job_registry_api.queue.database import Database
-from job_registry_api.queue.service import JobService
+from job_registry_api.queue.queue import JobQueue
 from tests.postgresql_server import Server, ServerMissing, running_server
 
 pytest_plugins = ["tests.http_client", "tests.proxy"]
@@ -193,12 +193,12 @@ def registry() -> JobRegistry:
 
 
 @pytest.fixture
-async def service(database_url: str, registry: JobRegistry) -> AsyncIterator[JobService]:
-    """A service on a fresh database, hearing other processes as a server does."""
+async def queue(database_url: str, registry: JobRegistry) -> AsyncIterator[JobQueue]:
+    """A queue on a fresh database, hearing other processes as a server does."""
     database = Database(database_url)
-    service = JobService(registry, database)
-    async with service.events.hearing():
-        yield service
+    queue = JobQueue(registry, database)
+    async with queue.events.hearing():
+        yield queue
     await database.close()
 
 

@@ -22,8 +22,8 @@ from job_registry import JobPolicy, JobRegistry, JobType, Payload
 from job_registry_api.auth import Entrance
 from job_registry_api.health import Health, health_app
 from job_registry_api.queue.errors import QueueUnavailable
+from job_registry_api.queue.queue import JobQueue, open_queue
 from job_registry_api.queue.requests import EnqueueRequest
-from job_registry_api.queue.service import JobService, open_service
 from job_registry_api.worker import Worker
 from job_registry_api.worker import loop as worker_module
 from tests import CODE
@@ -104,8 +104,8 @@ def eventually_counted(address: str, name: str, value: float) -> Samples:
 
 def enqueue(url: str, job_type: str) -> None:
     async def run() -> None:
-        async with open_service(REGISTRY, url, lease_seconds=30) as service:
-            await service.enqueue(EnqueueRequest(job_type, {}))
+        async with open_queue(REGISTRY, url, lease_seconds=30) as queue:
+            await queue.enqueue(EnqueueRequest(job_type, {}))
 
     asyncio.run(run())
 
@@ -214,9 +214,9 @@ class FakeWorker:
     ],
 )
 async def test_a_worker_that_stands_still_is_not_alive_and_the_reason_is_told(
-    service: JobService, health: Standing, reason: str | None
+    queue: JobQueue, health: Standing, reason: str | None
 ) -> None:
-    app = health_app(Health(service, FakeWorker(health), entrance=Entrance(None)))
+    app = health_app(Health(queue, FakeWorker(health), entrance=Entrance(None)))
     async with httpx.AsyncClient(
         transport=httpx.ASGITransport(app), base_url="http://127.0.0.1"
     ) as client:
@@ -234,16 +234,16 @@ async def test_a_worker_whose_claim_hangs_says_for_how_long(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry = JobRegistry([napping()])
-    async with open_service(registry, database_url, lease_seconds=30) as service:
+    async with open_queue(registry, database_url, lease_seconds=30) as queue:
         hung = asyncio.Event()
 
         async def hang(*_arguments: object, **_options: object) -> list[object]:
             await hung.wait()
             return []
 
-        monkeypatch.setattr(service, "lease", hang)
+        monkeypatch.setattr(queue, "lease", hang)
         monkeypatch.setattr(worker_module, "MAX_WAIT_SECONDS", 0.1)
-        worker = Worker(service, concurrency=2, assets="assets", shutdown_seconds=0)
+        worker = Worker(queue, concurrency=2, assets="assets", shutdown_seconds=0)
         assert worker.health.loop_blocked_seconds == 0
         task = asyncio.create_task(worker.run())
         async with asyncio.timeout(10):
@@ -259,19 +259,19 @@ async def test_a_lease_that_is_not_renewed_is_counted_and_told(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry = JobRegistry([napping()])
-    async with open_service(registry, database_url, lease_seconds=1) as service:
+    async with open_queue(registry, database_url, lease_seconds=1) as queue:
 
         async def fail(*_arguments: object) -> None:
             raise QueueUnavailable("gone")
 
-        monkeypatch.setattr(JobService, "renew", fail)
-        await service.enqueue(EnqueueRequest("nap", {}))
-        worker = Worker(service, concurrency=2, assets="assets", shutdown_seconds=0)
+        monkeypatch.setattr(JobQueue, "renew", fail)
+        await queue.enqueue(EnqueueRequest("nap", {}))
+        worker = Worker(queue, concurrency=2, assets="assets", shutdown_seconds=0)
         task = asyncio.create_task(worker.run())
         async with asyncio.timeout(10):
             while worker.health.renewals_behind_seconds == 0:
                 await asyncio.sleep(0.01)
-            while Samples(service.metrics.text().decode())("lease_renewal_failures_total") < 1:
+            while Samples(queue.metrics.text().decode())("lease_renewal_failures_total") < 1:
                 await asyncio.sleep(0.01)
         worker.stop()
         worker.stop()

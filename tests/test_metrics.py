@@ -16,8 +16,8 @@ from job_registry import JobPolicy, JobRegistry, JobType
 from job_registry_api.app import create_app
 from job_registry_api.queue.database import Database
 from job_registry_api.queue.models import JobError
+from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.requests import EnqueueRequest
-from job_registry_api.queue.service import JobService
 from job_registry_api.settings import load_settings
 from tests.conftest import Ping, advance, run_sql
 from tests.http_client import Visit
@@ -50,9 +50,9 @@ async def scrape(client: httpx.AsyncClient, **headers: str) -> Samples:
     return Samples(response.text)
 
 
-def service_of(client: httpx.AsyncClient) -> JobService:
-    service: JobService = client.application.state.service  # type: ignore[attr-defined]
-    return service
+def queue_of(client: httpx.AsyncClient) -> JobQueue:
+    queue: JobQueue = client.application.state.queue  # type: ignore[attr-defined]
+    return queue
 
 
 async def test_enqueued_jobs_are_counted_by_type_and_repeated_ones_are_not(visit: Visit) -> None:
@@ -75,22 +75,22 @@ async def test_enqueued_jobs_are_counted_by_type_and_repeated_ones_are_not(visit
 
 async def test_attempts_are_counted_by_how_they_ended(visit: Visit, database_url: str) -> None:
     async with visit() as client:
-        service = service_of(client)
-        await service.enqueue_many([PING] * 8)
-        leases = await service.lease(["test.ping"], "w", limit=8)
+        queue = queue_of(client)
+        await queue.enqueue_many([PING] * 8)
+        leases = await queue.lease(["test.ping"], "w", limit=8)
         done, again, failed, released, snoozed, stopped, _lost, _also_lost = (
             lease.token for lease in leases
         )
         error = JobError("broken", "It broke.")
-        await service.complete(done)
-        await service.complete(done)  # A retry over HTTP: it ends nothing.
-        await service.complete(again)
-        await service.fail(failed, error)
-        await service.release(released)
-        await service.snooze(snoozed, 60)
-        await service.stop(stopped, error)
+        await queue.complete(done)
+        await queue.complete(done)  # A retry over HTTP: it ends nothing.
+        await queue.complete(again)
+        await queue.fail(failed, error)
+        await queue.release(released)
+        await queue.snooze(snoozed, 60)
+        await queue.stop(stopped, error)
         await advance(database_url, 31)
-        await service.recover()
+        await queue.recover()
         found = await scrape(client)
         ended = {
             outcome: found("attempts_total", type="test.ping", outcome=outcome)
@@ -105,9 +105,9 @@ async def test_attempts_are_counted_by_how_they_ended(visit: Visit, database_url
             "lost": 2,
         }
         # A claim recovers lost attempts too.
-        await service.lease(["test.ping"], "w", limit=1)
+        await queue.lease(["test.ping"], "w", limit=1)
         await advance(database_url, 61)
-        await service.lease(["test.pong"], "w", limit=1)
+        await queue.lease(["test.pong"], "w", limit=1)
         found = await scrape(client)
         assert found("attempts_total", type="test.ping", outcome="timed_out") == 1
 
@@ -120,15 +120,15 @@ async def test_jobs_in_the_database_are_shown_by_type_and_status(
     others = JobRegistry(
         JobType(name=name, payload=Ping, policy=policy) for name in ("retired.one", "retired.two")
     )
-    elsewhere = JobService(others, database)
+    elsewhere = JobQueue(others, database)
     for name in others:
         await elsewhere.enqueue(EnqueueRequest(name, {}))
     await database.close()
     async with visit() as client:
-        service = service_of(client)
-        await service.enqueue_many([PING] * 3)
-        (lease,) = await service.lease(["test.ping"], "w")
-        await service.complete(lease.token)
+        queue = queue_of(client)
+        await queue.enqueue_many([PING] * 3)
+        (lease,) = await queue.lease(["test.ping"], "w")
+        await queue.complete(lease.token)
         found = await scrape(client)
     assert found("jobs", type="test.ping", status="queued") == 2
     assert found("jobs", type="test.ping", status="succeeded") == 1
@@ -141,16 +141,16 @@ async def test_scrapers_share_one_count_of_the_jobs(
     visit: Visit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with visit() as client:
-        service = service_of(client)
+        queue = queue_of(client)
         counted = 0
-        count = service.counts
+        count = queue.counts
 
         async def counts() -> Any:
             nonlocal counted
             counted += 1
             return await count()
 
-        monkeypatch.setattr(service, "counts", counts)
+        monkeypatch.setattr(queue, "counts", counts)
         await asyncio.gather(*(scrape(client) for _ in range(20)))
         assert counted == 1
 
@@ -182,7 +182,7 @@ async def test_a_database_in_trouble_is_counted_and_the_scrape_answers(
 
 async def test_the_metrics_are_of_one_application_and_in_no_global_registry(visit: Visit) -> None:
     async with visit() as one, visit() as other:
-        await service_of(one).enqueue(PING)
+        await queue_of(one).enqueue(PING)
         assert (await scrape(one))("enqueued_total", type="test.ping") == 1
         assert (await scrape(other))("enqueued_total", type="test.ping") == 0
     assert "job_registry" not in prometheus_client.generate_latest().decode()

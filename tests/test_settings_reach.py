@@ -249,8 +249,8 @@ CATALOG = """
                 file.write(json.dumps(options, default=str) + "\\n")
             super().__init__(url, **options)
 
-    from job_registry_api.queue import service
-    service.Database = Seen
+    from job_registry_api.queue import queue
+    queue.Database = Seen
 """
 
 

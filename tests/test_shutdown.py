@@ -29,8 +29,8 @@ from job_registry import JobPolicy, JobRegistry, JobType, Payload
 from job_registry_api.queue import migrations
 from job_registry_api.queue.database import Database
 from job_registry_api.queue.models import JobRecord, JobStatus
+from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.requests import EnqueueRequest
-from job_registry_api.queue.service import JobService
 from job_registry_api.shutdown import AT_ONCE_SECONDS, FORCED
 from job_registry_api.worker.loop import CLOSE_SECONDS
 from tests import CODE
@@ -177,16 +177,16 @@ def started(command: str, url: str, catalog: Path, **settings: object) -> Iterat
 def running(command: str, url: str, catalog: Path, job: str, **settings: object) -> Iterator[Any]:
     """The process, while a job of this type runs in it, and how to look at the job."""
     with started(command, url, catalog, **settings) as process:
-        created = ask(url, lambda service: service.enqueue(EnqueueRequest(job, {}))).job
+        created = ask(url, lambda queue: queue.enqueue(EnqueueRequest(job, {}))).job
         process.wait_for_line("job.started")
-        yield process, lambda: ask(url, lambda service: service.get(created.id))
+        yield process, lambda: ask(url, lambda queue: queue.get(created.id))
 
 
 def ask(url: str, question: Any) -> Any:
     async def run() -> Any:
         database = Database(url)
         try:
-            return await question(JobService(REGISTRY, database))
+            return await question(JobQueue(REGISTRY, database))
         finally:
             await database.close()
 

@@ -14,14 +14,14 @@ from strawberry.dataloader import DataLoader
 from job_registry_api.auth import Caller
 from job_registry_api.queue.errors import JobNotFound
 from job_registry_api.queue.models import AttemptRecord, JobCounts, JobRecord
-from job_registry_api.queue.service import JobService, WaitingReason
+from job_registry_api.queue.queue import JobQueue, WaitingReason
 
 
 @dataclass
 class Context:
     """What resolvers are given: the queue, who calls, and what this request has loaded."""
 
-    service: JobService
+    queue: JobQueue
     caller: Caller
     receive: Receive | None = field(default=None, repr=False)
     """The request's ASGI channel, once its body has been read; None over a WebSocket."""
@@ -36,7 +36,7 @@ class Context:
     async def counts(self) -> dict[str, JobCounts]:
         """Jobs per type and status, read once a request."""
         if self._counts is None:
-            self._counts = asyncio.ensure_future(self.service.counts())
+            self._counts = asyncio.ensure_future(self.queue.counts())
         return await self._counts
 
     @asynccontextmanager
@@ -79,7 +79,7 @@ class Context:
         Raises:
             JobNotFound: there is none, or it is of a type that the caller's token is not for.
         """
-        job = await self.service.get(job_id)
+        job = await self.queue.get(job_id)
         if not self.caller.may_see(job.type):
             raise JobNotFound(job_id)
         return job
@@ -89,11 +89,11 @@ class Context:
         self._counts = self._attempts = self._waiting_reasons = None
 
     async def _load_attempts(self, job_ids: list[UUID]) -> list[list[AttemptRecord]]:
-        attempts = await self.service.attempts(job_ids)
+        attempts = await self.queue.attempts(job_ids)
         return [attempts[job_id] for job_id in job_ids]
 
     async def _load_waiting_reasons(self, jobs: list[JobRecord]) -> list[WaitingReason | None]:
-        reasons = await self.service.waiting_reasons(jobs)
+        reasons = await self.queue.waiting_reasons(jobs)
         return [reasons.get(job.id) for job in jobs]
 
 

@@ -21,8 +21,8 @@ from job_registry_api.graphql.scopes import needs
 from job_registry_api.graphql.typed import sent_job
 from job_registry_api.graphql.types import Job, JobLease, described
 from job_registry_api.queue.models import JobRecord
+from job_registry_api.queue.queue import Enqueued
 from job_registry_api.queue.requests import EnqueueRequest
-from job_registry_api.queue.service import Enqueued
 
 
 @strawberry.type(description="The job is stored, and on disk.")
@@ -156,7 +156,7 @@ class Mutation:
     ) -> list[EnqueueJobResult]:
         caller = info.context.caller
         caller.need_types(each.type for each in inputs)
-        results = await info.context.service.enqueue_many(
+        results = await info.context.queue.enqueue_many(
             [each.request() for each in inputs], atomic=atomic, created_by=caller.subject
         )
         return [
@@ -172,7 +172,7 @@ class Mutation:
         " is cancelled when it does, or when its lease runs out.",
     )
     async def cancel_job(self, info: Info, id: JobId) -> CancelJobResult:
-        return await _changed(_seen(info.context, id, info.context.service.cancel))  # type: ignore[no-any-return]
+        return await _changed(_seen(info.context, id, info.context.queue.cancel))  # type: ignore[no-any-return]
 
     @needs(
         "jobs:admin",
@@ -180,7 +180,7 @@ class Mutation:
         " left, it gets one more.",
     )
     async def retry_job(self, info: Info, id: JobId) -> RetryJobResult:
-        return await _changed(_seen(info.context, id, info.context.service.retry))  # type: ignore[no-any-return]
+        return await _changed(_seen(info.context, id, info.context.queue.retry))  # type: ignore[no-any-return]
 
     @needs(
         "jobs:work",
@@ -196,10 +196,10 @@ class Mutation:
         ],
     ) -> LeaseJobsResult:
         info.context.caller.need_types(input.job_types)
-        service = info.context.service
+        queue = info.context.queue
         try:
             async with info.context.client_gone() as gone:
-                leases = await service.lease(
+                leases = await queue.lease(
                     input.job_types,
                     input.worker_id,
                     limit=input.limit,
@@ -208,7 +208,7 @@ class Mutation:
                 )
                 if gone.is_set():
                     # Nobody would hear of them, and their attempts would be spent.
-                    service.give_back(leases)
+                    queue.give_back(leases)
                     leases = []
         except REFUSALS as error:
             return refusal(error)  # type: ignore[no-any-return]
@@ -225,7 +225,7 @@ class Mutation:
         ] = None,
     ) -> HeartbeatJobResult:
         try:
-            heartbeat = await info.context.service.heartbeat(lease_token, progress)  # type: ignore[arg-type]
+            heartbeat = await info.context.queue.heartbeat(lease_token, progress)  # type: ignore[arg-type]
         except REFUSALS as error:
             return refusal(error)  # type: ignore[no-any-return]
         return HeartbeatJobSuccess(
@@ -248,7 +248,7 @@ class Mutation:
             JSON | None, strawberry.argument(description="What came of it, any JSON.")
         ] = None,
     ) -> CompleteJobResult:
-        return await _changed(info.context.service.complete(lease_token, result))  # type: ignore
+        return await _changed(info.context.queue.complete(lease_token, result))  # type: ignore
 
     @needs(
         "jobs:work",
@@ -269,7 +269,7 @@ class Mutation:
         ] = None,
     ) -> FailJobResult:
         return await _changed(  # type: ignore[no-any-return]
-            info.context.service.fail(
+            info.context.queue.fail(
                 lease_token,
                 error.error(),
                 retryable=retryable,
@@ -282,7 +282,7 @@ class Mutation:
         description="Hands the job back, to run again at once; the attempt is not spent.",
     )
     async def release_job(self, info: Info, lease_token: LeaseToken) -> ReleaseJobResult:
-        return await _changed(info.context.service.release(lease_token))  # type: ignore[no-any-return]
+        return await _changed(info.context.queue.release(lease_token))  # type: ignore[no-any-return]
 
     @needs(
         "jobs:work", description="Hands the job back, to run again later; the attempt is not spent."
@@ -295,13 +295,13 @@ class Mutation:
             int, strawberry.argument(description="How much later, 0 to 31,536,000 seconds.")
         ],
     ) -> SnoozeJobResult:
-        return await _changed(info.context.service.snooze(lease_token, seconds))  # type: ignore[no-any-return]
+        return await _changed(info.context.queue.snooze(lease_token, seconds))  # type: ignore[no-any-return]
 
 
 async def _enqueued(context: Context, request: EnqueueRequest) -> Any:
     context.caller.need_types([request.type])
     try:
-        enqueued = await context.service.enqueue(request, created_by=context.caller.subject)
+        enqueued = await context.queue.enqueue(request, created_by=context.caller.subject)
     except REFUSALS as error:
         return refusal(error)
     return EnqueueJobSuccess(job=Job.of(enqueued.job), deduplicated=enqueued.deduplicated)

@@ -25,7 +25,7 @@ from job_registry_api.graphql.types import (
     PageInfo,
     described,
 )
-from job_registry_api.queue import service
+from job_registry_api.queue import queue
 from job_registry_api.queue.errors import InputInvalid
 
 JobTypeResult = Annotated[
@@ -72,7 +72,7 @@ class Query:
         context = info.context
         return [
             JobType.of(job_type)
-            for name, job_type in context.service.registry.items()
+            for name, job_type in context.queue.registry.items()
             if context.caller.may_see(name)
         ]
 
@@ -84,7 +84,7 @@ class Query:
     ) -> JobTypeResult:
         info.context.caller.need_types([job_type])
         try:
-            return JobType.of(info.context.service.registry.get_type(job_type))
+            return JobType.of(info.context.queue.registry.get_type(job_type))
         except REFUSALS as error:
             return refusal(error)  # type: ignore[no-any-return]
 
@@ -96,7 +96,7 @@ class Query:
     ) -> JobPolicyResult:
         info.context.caller.need_types([job_type])
         try:
-            return JobPolicy.of(job_type, info.context.service.policy(job_type))
+            return JobPolicy.of(job_type, info.context.queue.policy(job_type))
         except REFUSALS as error:
             return refusal(error)  # type: ignore[no-any-return]
 
@@ -115,7 +115,7 @@ class Query:
     ) -> ValidateJobResult:
         info.context.caller.need_types([input.type])
         try:
-            valid = await info.context.service.validate(input.request())
+            valid = await info.context.queue.validate(input.request())
         except REFUSALS as error:
             return refusal(error)  # type: ignore[no-any-return]
         return JobValid(
@@ -163,11 +163,11 @@ class Query:
         if not types and caller.job_types is not None:
             # No types is no restriction, and no job has a type without a name.
             types = tuple(sorted(caller.job_types)) or ("",)
-        wanted = service.JobFilter(
+        wanted = queue.JobFilter(
             types=types,
             statuses=tuple(filter.statuses or ()) if filter else (),
         )
-        page = await info.context.service.list_jobs(
+        page = await info.context.queue.list_jobs(
             wanted, first=first, after=None if after is None else _id_of(after)
         )
         edges = [JobEdge(cursor=_cursor_of(job.id), node=Job.of(job)) for job in page.jobs]

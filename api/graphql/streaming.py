@@ -36,14 +36,14 @@ from job_registry_api.graphql.operations import DocumentRefused, Operations, Pre
 from job_registry_api.graphql.told import told
 from job_registry_api.graphql.view import results_until_expiry
 from job_registry_api.logs import log_unexpected
-from job_registry_api.queue.service import JobService
+from job_registry_api.queue.queue import JobQueue
 
 
 @dataclass
 class Connection:
     """What is known of a WebSocket. `caller` is known once the client has introduced itself."""
 
-    service: JobService
+    queue: JobQueue
     scope: Scope
     connection_params: dict[str, Any] | None = None
     caller: Caller | None = None
@@ -114,7 +114,7 @@ class StreamingView(GraphQL[Connection, None]):
         self, request: Request | WebSocket, response: Response | WebSocket
     ) -> Connection:
         """What is known before the first message."""
-        return Connection(request.app.state.service, request.scope)
+        return Connection(request.app.state.queue, request.scope)
 
     async def on_ws_connect(self, context: Connection) -> None:
         """Admits the client; otherwise the connection is closed with the code 4403."""
@@ -158,7 +158,7 @@ class _Streams:
             yield PreExecutionError(data=None, errors=[GraphQLError(message)])
             return
         assert connection.caller is not None
-        context = Context(connection.service, connection.caller)
+        context = Context(connection.queue, connection.caller)
         try:
             self._entrance.admit_again(connection.scope, connection.caller)
             prepared = self._operations.prepare(query, name)

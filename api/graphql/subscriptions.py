@@ -15,7 +15,7 @@ from job_registry_api.graphql.types import Job, described
 from job_registry_api.queue import events
 from job_registry_api.queue.errors import InputInvalid, JobNotFound
 from job_registry_api.queue.models import JobStatus
-from job_registry_api.queue.service import parse_job_id
+from job_registry_api.queue.queue import parse_job_id
 
 
 @strawberry.type(description="Something that happened to a job, told once it is committed.")
@@ -36,7 +36,7 @@ class JobEvent:
     )
     async def job(self, info: strawberry.Info[Context, None]) -> Job | None:
         try:
-            return Job.of(await info.context.service.get(self.job_id))
+            return Job.of(await info.context.queue.get(self.job_id))
         except JobNotFound:
             return None
 
@@ -69,12 +69,12 @@ class Subscription:
             list[str] | None, strawberry.argument(description="Of jobs of these types alone.")
         ] = None,
     ) -> AsyncGenerator[JobEvent, None]:
-        service, caller = info.context.service, info.context.caller
+        queue, caller = info.context.queue, info.context.caller
         caller.need_types(job_types or ())
         faults = []
         for index, name in enumerate(job_types or ()):
             try:
-                service.registry.get_type(name)
+                queue.registry.get_type(name)
             except JobTypeNotFound as unknown:
                 path = f"/jobTypes/{index}"
                 faults.append(Violation(path, "job_type_not_found", str(unknown)))
@@ -93,7 +93,7 @@ class Subscription:
 async def _events(
     context: Context, job_id: uuid.UUID | None, types: list[str] | None
 ) -> AsyncGenerator[JobEvent, None]:
-    with context.service.events.subscribe(job_id=job_id, types=types) as subscription:
+    with context.queue.events.subscribe(job_id=job_id, types=types) as subscription:
         async for event in subscription:
             context.forget()
             yield JobEvent.of(event)

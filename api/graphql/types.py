@@ -12,7 +12,7 @@ from job_registry_api.auth import AccessScope
 from job_registry_api.graphql.context import Context
 from job_registry_api.graphql.scalars import JSON, DateTime
 from job_registry_api.graphql.scopes import needs, open_to_all
-from job_registry_api.queue import leasing, models, service
+from job_registry_api.queue import leasing, models, queue
 from job_registry_api.queue.models import AttemptOutcome, JobStatus
 
 strawberry.enum(JobStatus, name="JobStatus", description="Where a job is in its life.")
@@ -268,19 +268,19 @@ class Job:
         " What this job keeps to is its own `maxAttempts` and `timeoutSeconds`."
     )
     def policy(self, info: strawberry.Info[Context, None]) -> JobPolicy | None:
-        registered = info.context.service.registry.get(self.type)
+        registered = info.context.queue.registry.get(self.type)
         return JobPolicy.of(self.type, registered.policy) if registered else None
 
     @open_to_all("Why it does not run at this moment; null unless it is queued.")
     async def waiting_reason(self, info: strawberry.Info[Context, None]) -> WaitingReason | None:
         match await info.context.waiting_reasons.load(self.record):
-            case service.ScheduledFor(next_run_at):
+            case queue.ScheduledFor(next_run_at):
                 return ScheduledFor(next_run_at=DateTime(next_run_at))
-            case service.ConcurrencyLimitReached(limit, running):
+            case queue.ConcurrencyLimitReached(limit, running):
                 return ConcurrencyLimitReached(limit=limit, running=running)
-            case service.NoWorkerSeen(seconds):
+            case queue.NoWorkerSeen(seconds):
                 return NoWorkerSeen(last_seen_seconds_ago=seconds)
-            case service.BehindInQueue(ahead):
+            case queue.BehindInQueue(ahead):
                 return BehindInQueue(ahead=ahead)
         return None
 

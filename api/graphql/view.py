@@ -175,7 +175,7 @@ class GraphQLView:
         prepared = self._operations.prepare(content["query"], content.get("operationName"))
         if method == "GET" and prepared.operation.operation is OperationType.MUTATION:
             raise _refused(405, "A mutation is sent with POST.", allow=b"POST")
-        context = Context(scope["app"].state.service, caller, receive)
+        context = Context(scope["app"].state.queue, caller, receive)
         return _Request(prepared, content.get("variables"), context)
 
     async def _read_json(self, scope: Scope, receive: Receive) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import structlog
 
 from job_registry_api.queue.errors import QueueUnavailable
 from job_registry_api.queue.models import JobStatus
-from job_registry_api.queue.service import JobService
+from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.store import EVENT_BATCHES_PRUNED
 
 DAY_SECONDS = 86_400
@@ -25,7 +25,7 @@ log = structlog.get_logger("jobs.maintenance")
 
 
 async def maintain(
-    service: JobService,
+    queue: JobQueue,
     stop: asyncio.Event,
     *,
     keep_succeeded_days: float,
@@ -48,26 +48,26 @@ async def maintain(
             await asyncio.wait_for(stop.wait(), every_seconds * random.uniform(0.5, 1.5))
             break
         try:
-            await service.recover()
-            await tidy(service, stop)
+            await queue.recover()
+            await tidy(queue, stop)
             for status, days in keep_days.items():
-                await prune(service, status, keep_days=days, stop=stop)
+                await prune(queue, status, keep_days=days, stop=stop)
         except QueueUnavailable as error:
             log.warning("maintenance.postponed", reason=error.reason)
         except Exception:
             log.exception("maintenance.failed")
 
 
-async def tidy(service: JobService, stop: asyncio.Event) -> None:
+async def tidy(queue: JobQueue, stop: asyncio.Event) -> None:
     """Fold the counts, delete old events until none are left, and let SQLite's log shrink."""
     while not stop.is_set():
-        if await service.tidy() < EVENT_BATCHES_PRUNED:
+        if await queue.tidy() < EVENT_BATCHES_PRUNED:
             return
         await asyncio.sleep(PRUNE_PAUSE_SECONDS)
 
 
 async def prune(
-    service: JobService,
+    queue: JobQueue,
     status: JobStatus,
     *,
     keep_days: float,
@@ -81,7 +81,7 @@ async def prune(
     """
     pruned = 0
     while True:
-        count = await service.prune(status, keep_seconds=keep_days * DAY_SECONDS, jobs=PRUNE_BATCH)
+        count = await queue.prune(status, keep_seconds=keep_days * DAY_SECONDS, jobs=PRUNE_BATCH)
         pruned += count
         if count:
             log.info("jobs.pruned", status=str(status), jobs=count)

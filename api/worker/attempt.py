@@ -19,7 +19,7 @@ from job_registry_api.logs import log_unexpected
 from job_registry_api.queue.errors import InputInvalid, LeaseLost, QueueUnavailable, reason_of
 from job_registry_api.queue.leasing import Lease
 from job_registry_api.queue.models import JobError
-from job_registry_api.queue.service import JobService, Renewal
+from job_registry_api.queue.queue import JobQueue, Renewal
 from job_registry_api.worker.lease_keeper import Hold, LeaseKeeper
 from job_registry_api.worker.outcomes import (
     Circumstances,
@@ -77,7 +77,7 @@ log = structlog.get_logger("jobs.worker")
 class Equipment:
     """What all attempts of a worker share."""
 
-    service: JobService
+    queue: JobQueue
     keeper: LeaseKeeper
     processes: HandlerProcesses
     middleware: tuple[Any, ...]
@@ -94,7 +94,7 @@ class Attempt:
     def __init__(self, equipment: Equipment, lease: Lease, *, check_at_once: bool = False) -> None:
         self._check_at_once = check_at_once
         self._equipment = equipment
-        self._service = equipment.service
+        self._queue = equipment.queue
         self._token = lease.token
         self._job = lease.job
         # The database counts from the lease, so it is ahead of this by the way of the answer, and
@@ -128,7 +128,7 @@ class Attempt:
 
     async def run(self) -> None:
         """Run the attempt and report it."""
-        registered: JobType[Any] = self._service.registry.get_type(self._job.type)
+        registered: JobType[Any] = self._queue.registry.get_type(self._job.type)
         hold = Hold(
             token=self._token,
             name=f"{self._job.type} {self._job.id}",
@@ -155,7 +155,7 @@ class Attempt:
 
     async def _attempt(self, registered: JobType[Any]) -> None:
         try:
-            payload = self._service.registry.admit(registered.name, self._job.payload).payload
+            payload = self._queue.registry.admit(registered.name, self._job.payload).payload
         except PayloadInvalid as invalid:
             await self._refuse(invalid)
             return
@@ -220,7 +220,7 @@ class Attempt:
 
     def _start_here(self, registered: JobType[Any], payload: Any) -> HandlerCall:
         assert registered.run is not None
-        max_bytes = self._service.registry.max_payload_bytes
+        max_bytes = self._queue.registry.max_payload_bytes
         handler_log = structlog.get_logger("jobs.handler").bind(
             job_id=str(self._job.id), type=self._job.type, attempt=self._job.attempt
         )
@@ -333,7 +333,7 @@ class Attempt:
         if self._now.timed_out:
             with contextlib.suppress(Exception):
                 # Failing this, the place is free a lease's time from now.
-                await self._repeat(lambda: self._service.settle([self._token]))
+                await self._repeat(lambda: self._queue.settle([self._token]))
 
     async def _store_last_progress(self) -> None:
         """Store what the keeper has not stored yet, so that the attempt ends with it."""
@@ -342,37 +342,37 @@ class Attempt:
             return
         try:
             async with asyncio.timeout(5):
-                await self._service.renew([Renewal(self._token, text)])
+                await self._queue.renew([Renewal(self._token, text)])
         except Exception as error:
             self._log.warning("job.progress_lost", reason=reason_of(error))
 
     async def _report(self, report: Report) -> None:
-        service, token = self._service, self._token
+        queue, token = self._queue, self._token
         match report:
             case Complete(result):
                 try:
-                    await self._repeat(lambda: service.complete(token, result))
+                    await self._repeat(lambda: queue.complete(token, result))
                 except InputInvalid as invalid:
                     message = f"The handler's result cannot be stored: {invalid}"
                     await self._report(FailAttempt("result_invalid", message, retryable=False))
             case FailAttempt(code, message, retryable, after):
                 await self._tell(
                     JobError(code, storable(message)),
-                    lambda error: service.fail(
+                    lambda error: queue.fail(
                         token, error, retryable=retryable, retry_after_seconds=after
                     ),
                 )
             case Stop(message):
                 await self._tell(
                     JobError("cancelled", storable(message)),
-                    lambda error: service.stop(token, error),
+                    lambda error: queue.stop(token, error),
                 )
             case HandBack():
-                await self._repeat(lambda: service.release(token))
+                await self._repeat(lambda: queue.release(token))
             case SnoozeFor(seconds):
-                await self._repeat(lambda: service.snooze(token, seconds))
+                await self._repeat(lambda: queue.snooze(token, seconds))
             case TimeOut(still_running):
-                await self._repeat(lambda: service.time_out(token, still_running=still_running))
+                await self._repeat(lambda: queue.time_out(token, still_running=still_running))
             case Nothing():
                 pass
 
@@ -385,7 +385,7 @@ class Attempt:
         )
         await self._tell(
             error,
-            lambda error: self._service.fail(
+            lambda error: self._queue.fail(
                 self._token, error, retryable=False, spend_attempt=False
             ),
         )
@@ -405,7 +405,7 @@ class Attempt:
         that it comes too late.
         """
         pause, failures = 0.05, 0
-        give_up = max(time.monotonic() + self._service.lease_seconds, self._deadline)
+        give_up = max(time.monotonic() + self._queue.lease_seconds, self._deadline)
         give_up += REPORT_SECONDS
         while True:
             try:

@@ -18,7 +18,7 @@ import structlog
 
 from job_registry_api.logs import log_unexpected
 from job_registry_api.queue.errors import LeaseLost, QueueUnavailable, reason_of
-from job_registry_api.queue.service import JobService, Renewal
+from job_registry_api.queue.queue import JobQueue, Renewal
 from job_registry_api.queue.store import Renewed
 
 PROGRESS_SECONDS: Final = 1.0
@@ -69,9 +69,9 @@ class LeaseKeeper:
     the database says that a lease is lost.
     """
 
-    def __init__(self, service: JobService) -> None:
-        self._service = service
-        self._every = service.lease_seconds / 3
+    def __init__(self, queue: JobQueue) -> None:
+        self._queue = queue
+        self._every = queue.lease_seconds / 3
         self._holds: dict[str, Hold] = {}
         self._lock = threading.Lock()
         self._worker_loop: asyncio.AbstractEventLoop | None = None
@@ -186,8 +186,8 @@ class LeaseKeeper:
         assert self._own is not None
         await asyncio.gather(*map(self._own.release, tokens), return_exceptions=True)
 
-    _own: JobService | None = None
-    """The service of this thread."""
+    _own: JobQueue | None = None
+    """The queue of this thread."""
 
     def _run(self) -> None:
         while not self._ending:
@@ -201,7 +201,7 @@ class LeaseKeeper:
     async def _keep(self) -> None:
         self._loop, self._wake = asyncio.get_running_loop(), asyncio.Event()
         pause, not_before = 0.1, 0.0
-        async with self._service.in_another_loop(pool_size=2) as self._own:
+        async with self._queue.in_another_loop(pool_size=2) as self._own:
             while not self._ending:
                 due_in = self._due_in()
                 if due_in is not None:
@@ -292,7 +292,7 @@ class LeaseKeeper:
             leases=len(holds),
             exc_info=None if unavailable else error,
         )
-        self._service.metrics.lease_renewal_failed()
+        self._queue.metrics.lease_renewal_failed()
         now = time.monotonic()
         with self._lock:
             for hold, renewal in zip(holds, renewals, strict=True):
@@ -301,7 +301,7 @@ class LeaseKeeper:
                 if hold.progress is None:
                     hold.progress = renewal.progress
                 self._landed(hold)
-                expired = now - hold.answered_at > self._service.lease_seconds
+                expired = now - hold.answered_at > self._queue.lease_seconds
                 if expired and not hold.told_out_of_touch and not hold.ended:
                     hold.told_out_of_touch = True
                     self._tell(hold.on_out_of_touch)

@@ -21,8 +21,8 @@ import structlog
 from job_registry import DefinitionError, WorkerExtension
 from job_registry_api.logs import log_unexpected
 from job_registry_api.queue.errors import QueueUnavailable
+from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.requests import MAX_LEASE, MAX_WAIT_SECONDS
-from job_registry_api.queue.service import JobService
 from job_registry_api.worker.attempt import HAND_BACK_SECONDS, Attempt, Equipment
 from job_registry_api.worker.extensions import lifespans
 from job_registry_api.worker.lease_keeper import END_SECONDS, LeaseKeeper
@@ -73,7 +73,7 @@ class Worker:
 
     def __init__(
         self,
-        service: JobService,
+        queue: JobQueue,
         *,
         types: Sequence[str] | None = None,
         concurrency: int,
@@ -82,12 +82,12 @@ class Worker:
         worker_id: str | None = None,
         extensions: Sequence[WorkerExtension] | None = None,
     ) -> None:
-        registry = service.registry
+        registry = queue.registry
         self.types = tuple(types or (name for name in registry if registry[name].has_handler))
         self.worker_id = worker_id or _worker_id()
         self.started = asyncio.Event()
         """Set once the lifespans have started."""
-        self._service = service
+        self._queue = queue
         self._concurrency = concurrency
         self._assets = assets
         self._shutdown_seconds = shutdown_seconds
@@ -98,7 +98,7 @@ class Worker:
         self._ended = asyncio.Event()
         self._cancelled: set[UUID] = set()
         self._turned_at: float | None = None
-        self._keeper = LeaseKeeper(service)
+        self._keeper = LeaseKeeper(queue)
         in_processes = [n for n in self.types if registry.get_type(n).run_in == "process"]
         for name in in_processes:
             if address_of(registry[name]) is None:
@@ -163,7 +163,7 @@ class Worker:
         """
         async with lifespans(self._extensions) as state:
             equipment = Equipment(
-                self._service,
+                self._queue,
                 self._keeper,
                 self._processes,
                 tuple(each for extension in self._extensions for each in extension.middleware),
@@ -175,7 +175,7 @@ class Worker:
             log.info("worker.started", worker_id=self.worker_id, types=list(self.types))
             try:
                 with (
-                    self._service.events.on_cancel_requested(self._cancel),
+                    self._queue.events.on_cancel_requested(self._cancel),
                     tasks_of_handlers_contained(),
                 ):
                     await self._work(equipment)
@@ -217,7 +217,7 @@ class Worker:
 
     async def _pause(self, seconds: float) -> None:
         """Wait before the next claim, less long if there is news of jobs: the database is back."""
-        with self._service.events.waiting_for(self.types, ()) as news:
+        with self._queue.events.waiting_for(self.types, ()) as news:
             await _wait(self._stopping, SHORTEST_PAUSE)
             waits = [asyncio.create_task(each.wait()) for each in (self._stopping, news)]
             try:
@@ -234,7 +234,7 @@ class Worker:
         free = self._concurrency - len(self._running)
         if free == 0:
             # Jobs of these types are worked here, though none is leased for a while.
-            await self._service.show_worker(self.types)
+            await self._queue.show_worker(self.types)
             self._ended.clear()
             if len(self._running) == self._concurrency and not self._stopping.is_set():
                 await _wait(self._ended, 10)
@@ -242,7 +242,7 @@ class Worker:
             await _wait(self._stopping, GATHER_SECONDS)
             return
         self._cancelled.clear()
-        leases = await self._service.lease(
+        leases = await self._queue.lease(
             self.types,
             self.worker_id,
             limit=min(free, MAX_LEASE),

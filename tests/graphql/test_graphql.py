@@ -151,15 +151,15 @@ async def test_the_attempts_of_a_page_are_read_at_once(
     http: httpx.AsyncClient, execute: Execute, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await execute(ENQUEUE_MANY, inputs=[PING] * 10)
-    service = http.application.state.service  # type: ignore[attr-defined]
+    queue = http.application.state.queue  # type: ignore[attr-defined]
     asked: list[int] = []
-    attempts = service.attempts
+    attempts = queue.attempts
 
     async def noting(job_ids: list[Any]) -> Any:
         asked.append(len(job_ids))
         return await attempts(job_ids)
 
-    monkeypatch.setattr(service, "attempts", noting)
+    monkeypatch.setattr(queue, "attempts", noting)
     await execute("{ jobs { nodes { attempts { attempt } } } }")
     assert asked == [10]
 
@@ -229,13 +229,13 @@ async def test_jobs_are_cancelled_and_retried(execute: Execute) -> None:
 async def test_an_unforeseen_fault_is_told_by_its_id_alone(
     http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    service = http.application.state.service  # type: ignore[attr-defined]
+    queue = http.application.state.queue  # type: ignore[attr-defined]
 
     async def broken(*_arguments: object, **_options: object) -> None:
         raise RuntimeError("secret of the house")
 
     for name in ("get", "enqueue"):
-        monkeypatch.setattr(service, name, broken)
+        monkeypatch.setattr(queue, name, broken)
     query = '{ job(id: "x") { __typename } }'
     graphql = await http.post("/graphql", json={"query": query})
     rest = await http.post("/jobs", json=PING)
@@ -247,13 +247,13 @@ async def test_an_unforeseen_fault_is_told_by_its_id_alone(
 async def test_a_database_that_is_away_is_said_so(
     http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    service = http.application.state.service  # type: ignore[attr-defined]
+    queue = http.application.state.queue  # type: ignore[attr-defined]
 
     async def away(*_arguments: object, **_options: object) -> None:
         raise QueueUnavailable("connection refused at 10.0.0.7")
 
     for name in ("enqueue", "ping"):
-        monkeypatch.setattr(service, name, away)
+        monkeypatch.setattr(queue, name, away)
     mutation = 'mutation { enqueueJob(input: {type: "test.ping", payload: {}}) { __typename } }'
     graphql = await http.post("/graphql", json={"query": mutation})
     rest = await http.post("/jobs", json=PING)

@@ -437,8 +437,8 @@ async def test_an_unexpected_error_is_told_by_an_id_and_logged_without_what_it_q
     job = {"type": "test.ping", "payload": {"text": SECRET}, "idempotencyKey": SECRET}
     mutation = "mutation ($input: EnqueueJobInput!) { enqueueJob(input: $input) { __typename } }"
     async with visit(log_level="debug") as client:
-        service = client.application.state.service  # type: ignore[attr-defined]
-        monkeypatch.setattr(service, "enqueue", broken)
+        queue = client.application.state.queue  # type: ignore[attr-defined]
+        monkeypatch.setattr(queue, "enqueue", broken)
         content = {"query": mutation, "variables": {"input": job}}
         answer = await client.post("/graphql", json=content, headers=headers)
         rest = await client.post("/jobs", json=job, headers=headers)

@@ -260,9 +260,9 @@ async def test_the_direct_resolvers_answer_as_strawberrys_own_do(
             for number in range(5)
         ],
     )
-    service = http.application.state.service  # type: ignore[attr-defined]
+    queue = http.application.state.queue  # type: ignore[attr-defined]
     expected = await strawberry_schema().execute(
-        query, variable_values=variables, context_value=Context(service, ANYONE)
+        query, variable_values=variables, context_value=Context(queue, ANYONE)
     )
     assert expected.errors is None
     assert await execute(query, **variables) == expected.data

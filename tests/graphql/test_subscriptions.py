@@ -118,7 +118,7 @@ async def test_who_hangs_up_is_told_nothing_more_and_costs_nothing_more(visit: V
         await following
         before = len(heard)
         await client.post("/jobs", json={"type": "test.ping", "payload": {}})
-        assert application.state.service.events.subscribers == 0
+        assert application.state.queue.events.subscribers == 0
     assert len(heard) == before
 
 
@@ -148,7 +148,7 @@ async def test_a_thousand_clients_that_hang_up_leave_nothing_behind(visit: Visit
 
     async with visit() as client, asyncio.timeout(60):
         application = client.application  # type: ignore[attr-defined]
-        events = application.state.service.events
+        events = application.state.queue.events
         await client.post("/jobs", json={"type": "test.ping", "payload": {}})
         before = len(asyncio.all_tasks())
         for _ in range(10):

@@ -23,7 +23,7 @@ from pydantic import Field
 
 from job_registry import DefinitionError, JobRegistry, JobType, Payload
 from job_registry_api.graphql.schema import sdl
-from job_registry_api.queue.service import JobService
+from job_registry_api.queue.queue import JobQueue
 from tests.graphql.test_inputs import literal
 from tests.http_client import Execute
 
@@ -184,9 +184,9 @@ async def stored(http: httpx.AsyncClient, answer: dict[str, Any]) -> Any:
     """The text that the database holds for a stored job, or else the answer."""
     if answer["__typename"] != "EnqueueJobSuccess":
         return answer
-    service: JobService = http.application.state.service  # type: ignore[attr-defined]
+    queue: JobQueue = http.application.state.queue  # type: ignore[attr-defined]
     query = "SELECT CAST(payload AS text) FROM job ORDER BY id DESC LIMIT 1"
-    async with service._database.reading() as connection:
+    async with queue._database.reading() as connection:
         return (await connection.exec_driver_sql(query)).scalar_one()
 
 

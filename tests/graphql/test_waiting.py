@@ -9,8 +9,8 @@ import httpx
 import pytest
 
 from job_registry_api.queue.models import JobStatus
+from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.requests import EnqueueRequest
-from job_registry_api.queue.service import JobService
 from job_registry_api.queue.store import Store
 from tests.http_client import Execute, serving
 
@@ -20,7 +20,7 @@ LEASE = """mutation { leaseJobs(input: {
 
 
 async def test_a_long_poll_whose_client_has_hung_up_is_given_no_job(
-    service: JobService, database_url: str
+    queue: JobQueue, database_url: str
 ) -> None:
     async with serving(database_url, "--no-worker") as (address, _):
         # Given ten clients that wait for a lease, and hang up
@@ -47,16 +47,16 @@ async def test_a_long_poll_whose_client_has_hung_up_is_given_no_job(
         await asyncio.sleep(1.0)
 
     # I expect it queued, with no attempt
-    found = await service.get(job.json()["jobId"])
+    found = await queue.get(job.json()["jobId"])
     assert (found.status, found.attempt) == (JobStatus.QUEUED, 0)
-    assert await service.attempts([found.id]) == {found.id: []}
+    assert await queue.attempts([found.id]) == {found.id: []}
 
 
 async def test_why_the_jobs_of_a_page_wait_is_one_query(
     execute: Execute, http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    service: JobService = http.application.state.service  # type: ignore[attr-defined]
-    await service.enqueue_many([EnqueueRequest("test.ping", {})] * 30)
+    queue: JobQueue = http.application.state.queue  # type: ignore[attr-defined]
+    await queue.enqueue_many([EnqueueRequest("test.ping", {})] * 30)
     asked: list[int] = []
     waiting = Store.waiting
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 from job_registry import Backoff, JobContext, JobPolicy, JobRegistry, JobType, Payload
 from job_registry_api.logs import configure_logs
 from job_registry_api.queue.errors import LeaseLost
-from job_registry_api.queue.service import JobService, open_service
+from job_registry_api.queue.queue import JobQueue, open_queue
 
 
 class Nap(Payload):
@@ -58,13 +58,13 @@ REGISTRY = JobRegistry([free, other, roomy, *ONLY])
 
 
 @asynccontextmanager
-async def services(
+async def queues(
     url: str, count: int, registry: JobRegistry = REGISTRY
-) -> AsyncIterator[list[JobService]]:
+) -> AsyncIterator[list[JobQueue]]:
     """Services with a `Database` of their own each, as so many processes have them."""
     async with AsyncExitStack() as stack:
         yield [
-            await stack.enter_async_context(open_service(registry, url, lease_seconds=30))
+            await stack.enter_async_context(open_queue(registry, url, lease_seconds=30))
             for _ in range(count)
         ]
 
@@ -109,16 +109,16 @@ def most_at_once(lines: Iterable[Line]) -> dict[str, int]:
 async def claim_and_complete(url: str, types: list[str], limit: int, seconds: float) -> None:
     """Claim and complete until the time is over."""
     until = time.monotonic() + seconds
-    async with open_service(REGISTRY, url, lease_seconds=30) as service:
+    async with open_queue(REGISTRY, url, lease_seconds=30) as queue:
         while time.monotonic() < until:
-            leases = await service.lease(types, f"claimer {os.getpid()}", limit=limit)
+            leases = await queue.lease(types, f"claimer {os.getpid()}", limit=limit)
             for lease in leases:
                 log("start", lease.job.type, lease.job.id)
             for lease in leases:
                 log("end", lease.job.type, lease.job.id)
                 # The lease of a process that was frozen for long enough is over.
                 try:
-                    await service.complete(lease.token)
+                    await queue.complete(lease.token)
                 except LeaseLost:
                     continue
             if not leases:

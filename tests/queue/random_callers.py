@@ -20,8 +20,8 @@ from job_registry import Backoff, JobPolicy, JobRegistry, JobType, Payload
 from job_registry_api.logs import configure_logs
 from job_registry_api.queue.errors import JobNotFound, JobStateConflict, LeaseLost
 from job_registry_api.queue.models import JobError
+from job_registry_api.queue.queue import Enqueued, JobQueue, Lease, open_queue
 from job_registry_api.queue.requests import EnqueueRequest
-from job_registry_api.queue.service import Enqueued, JobService, Lease, open_service
 
 LIMITS: Final = {"model.free": None, "model.three": 3, "model.one": 1, "model.only": 1}
 MAX_ATTEMPTS: Final = 4
@@ -49,8 +49,8 @@ BROKEN: Final = JobError("broken", "It broke.")
 class Caller:
     """One task of a process: it enqueues, works and meddles, as its dice say."""
 
-    def __init__(self, service: JobService, seed: int, log: int, name: str) -> None:
-        self._service = service
+    def __init__(self, queue: JobQueue, seed: int, log: int, name: str) -> None:
+        self._queue = queue
         self._chance = random.Random(seed)
         self._log = log
         self._name = name
@@ -69,13 +69,13 @@ class Caller:
     async def enqueue(self) -> None:
         asked = time.monotonic()
         request = self._request()
-        enqueued = await self._service.enqueue(request)
+        enqueued = await self._queue.enqueue(request)
         self._enqueued(asked, [request], [enqueued])
 
     async def enqueue_many(self) -> None:
         asked = time.monotonic()
         requests = [self._request() for _ in range(self._chance.randint(1, 5))]
-        results = await self._service.enqueue_many(requests)
+        results = await self._queue.enqueue_many(requests)
         enqueued = [each for each in results if isinstance(each, Enqueued)]
         assert len(enqueued) == len(requests), results
         self._enqueued(asked, requests, enqueued)
@@ -101,7 +101,7 @@ class Caller:
         names = self._chance.sample(list(LIMITS), self._chance.randint(1, len(LIMITS)))
         limit = self._chance.randint(1, 4)
         wait = self._chance.choice([0, 0, 0.05])
-        for lease in await self._service.lease(names, self._name, limit=limit, wait_seconds=wait):
+        for lease in await self._queue.lease(names, self._name, limit=limit, wait_seconds=wait):
             self._held.append(lease)
             self._known.append(str(lease.job.id))
             self._note(
@@ -113,7 +113,7 @@ class Caller:
         for lease in self._held:
             asked = time.monotonic()
             # Nobody else's doing ends a lease of 30 s: not in the seconds that this takes.
-            heartbeat = await self._service.heartbeat(lease.token, {"at": asked})
+            heartbeat = await self._queue.heartbeat(lease.token, {"at": asked})
             self._note("beat", asked, job=str(lease.job.id), cancel=heartbeat.cancel_requested)
 
     async def end(self) -> None:
@@ -126,24 +126,24 @@ class Caller:
         )[0]
         match how:
             case "complete":
-                job = await self._service.complete(lease.token, {"by": self._name})
+                job = await self._queue.complete(lease.token, {"by": self._name})
             case "fail":
-                job = await self._service.fail(lease.token, BROKEN)
+                job = await self._queue.fail(lease.token, BROKEN)
             case "give up":
-                job = await self._service.fail(lease.token, BROKEN, retryable=False)
+                job = await self._queue.fail(lease.token, BROKEN, retryable=False)
             case "release":
-                job = await self._service.release(lease.token)
+                job = await self._queue.release(lease.token)
             case _:
-                job = await self._service.snooze(lease.token, 0)
+                job = await self._queue.snooze(lease.token, 0)
         self._note(
             "ended", asked, job=str(lease.job.id), type=lease.job.type, token=lease.token, how=how,
             status=str(job.status),
         )  # fmt: skip
         if how == "complete" and self._chance.random() < 0.2:
-            await self._service.complete(lease.token, {"by": "a retry over HTTP"})
+            await self._queue.complete(lease.token, {"by": "a retry over HTTP"})
         if self._chance.random() < 0.2:
             try:
-                await self._service.heartbeat(lease.token)
+                await self._queue.heartbeat(lease.token)
             except LeaseLost:
                 return
             raise AssertionError("an ended lease was renewed")
@@ -153,7 +153,7 @@ class Caller:
             return
         asked, job = time.monotonic(), self._chance.choice(self._known)
         what = self._chance.choice(["cancel", "retry"])
-        change = self._service.cancel if what == "cancel" else self._service.retry
+        change = self._queue.cancel if what == "cancel" else self._queue.retry
         try:
             changed = await change(job)
         except (JobStateConflict, JobNotFound):
@@ -166,11 +166,11 @@ class Caller:
 
 
 async def call(url: str, log: Path, seed: int, seconds: float, callers: int) -> None:
-    """Runs some callers on two services of this process."""
+    """Runs some callers on two queues of this process."""
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     async with (
-        open_service(REGISTRY, url, lease_seconds=30) as one,
-        open_service(REGISTRY, url, lease_seconds=30) as two,
+        open_queue(REGISTRY, url, lease_seconds=30) as one,
+        open_queue(REGISTRY, url, lease_seconds=30) as two,
     ):
         until = time.monotonic() + seconds
         await asyncio.gather(

@@ -22,8 +22,8 @@ from job_registry import JobRegistry
 from job_registry_api.queue.caller_transactions import publish_after_commit
 from job_registry_api.queue.database import async_url
 from job_registry_api.queue.events import JobEvent, Subscription
+from job_registry_api.queue.queue import JobQueue, open_queue
 from job_registry_api.queue.requests import EnqueueRequest
-from job_registry_api.queue.service import JobService, open_service
 
 PING = EnqueueRequest("test.ping", {})
 
@@ -41,15 +41,15 @@ async def engine(database_url: str) -> AsyncIterator[AsyncEngine]:
 class Told:
     """What was published in this process, and what another process heard."""
 
-    def __init__(self, service: JobService, there: Subscription) -> None:
-        self._service = service
+    def __init__(self, queue: JobQueue, there: Subscription) -> None:
+        self._queue = queue
         self._there = there
         self.published: list[uuid.UUID] = []
 
     async def jobs(self) -> list[uuid.UUID]:
         """The jobs whose events were told since the last call, the same here and there."""
         # What comes before this one's event is all there is to come.
-        last = (await self._service.enqueue(PING)).job.id
+        last = (await self._queue.enqueue(PING)).job.id
         heard: list[uuid.UUID] = []
         async with asyncio.timeout(10):
             while (job_id := (await anext(self._there)).job_id) != last:
@@ -63,14 +63,14 @@ class Told:
 
 @pytest.fixture
 async def told(
-    service: JobService,
+    queue: JobQueue,
     database_url: str,
     registry: JobRegistry,
     monkeypatch: pytest.MonkeyPatch,
 ) -> AsyncIterator[Told]:
-    async with open_service(registry, database_url, lease_seconds=30) as other:
+    async with open_queue(registry, database_url, lease_seconds=30) as other:
         with other.events.subscribe() as there:
-            told = Told(service, there)
+            told = Told(queue, there)
 
             def keep(_logger: object, _method: str, line: Any) -> Any:
                 if line["event"].startswith("job."):
@@ -84,107 +84,105 @@ async def told(
             yield told
 
 
-async def enqueue(service: JobService, session: AsyncSession) -> uuid.UUID:
-    return (await service.enqueue(PING, session=session)).job.id
+async def enqueue(queue: JobQueue, session: AsyncSession) -> uuid.UUID:
+    return (await queue.enqueue(PING, session=session)).job.id
 
 
-async def stored(service: JobService, *job_ids: uuid.UUID) -> list[bool]:
-    found = {job.id for job in (await service.list_jobs(first=200)).jobs}
+async def stored(queue: JobQueue, *job_ids: uuid.UUID) -> list[bool]:
+    found = {job.id for job in (await queue.list_jobs(first=200)).jobs}
     return [job_id in found for job_id in job_ids]
 
 
 async def test_a_job_is_told_when_the_caller_commits_and_not_before(
-    service: JobService, engine: AsyncEngine, told: Told
+    queue: JobQueue, engine: AsyncEngine, told: Told
 ) -> None:
     async with AsyncSession(engine) as session:
-        job = await enqueue(service, session)
+        job = await enqueue(queue, session)
         assert told.published == []
         await session.commit()
     assert await told.jobs() == [job]
-    assert await stored(service, job) == [True]
+    assert await stored(queue, job) == [True]
 
 
-async def test_a_rollback_tells_nothing(
-    service: JobService, engine: AsyncEngine, told: Told
-) -> None:
+async def test_a_rollback_tells_nothing(queue: JobQueue, engine: AsyncEngine, told: Told) -> None:
     async with AsyncSession(engine) as session:
-        job = await enqueue(service, session)
+        job = await enqueue(queue, session)
         await session.rollback()
     assert await told.jobs() == []
-    assert await stored(service, job) == [False]
+    assert await stored(queue, job) == [False]
 
 
 async def test_a_session_that_is_closed_without_a_commit_tells_nothing(
-    service: JobService, engine: AsyncEngine, told: Told
+    queue: JobQueue, engine: AsyncEngine, told: Told
 ) -> None:
     session = AsyncSession(engine)
-    await enqueue(service, session)
+    await enqueue(queue, session)
     await session.close()
     # It can be used again, and the new transaction knows nothing of the old one.
-    job = await enqueue(service, session)
+    job = await enqueue(queue, session)
     await session.commit()
     await session.close()
     assert await told.jobs() == [job]
 
 
 async def test_a_savepoint_that_is_rolled_back_tells_nothing_and_the_rest_is_told(
-    service: JobService, engine: AsyncEngine, told: Told
+    queue: JobQueue, engine: AsyncEngine, told: Told
 ) -> None:
     async with AsyncSession(engine) as session:
-        before = await enqueue(service, session)
+        before = await enqueue(queue, session)
         savepoint = await session.begin_nested()
-        lost = await enqueue(service, session)
+        lost = await enqueue(queue, session)
         await savepoint.rollback()
-        after = await enqueue(service, session)
+        after = await enqueue(queue, session)
         await session.commit()
     assert await told.jobs() == [before, after]
-    assert await stored(service, before, lost, after) == [True, False, True]
+    assert await stored(queue, before, lost, after) == [True, False, True]
 
 
 async def test_a_released_savepoint_is_told_with_the_commit_around_it(
-    service: JobService, engine: AsyncEngine, told: Told
+    queue: JobQueue, engine: AsyncEngine, told: Told
 ) -> None:
     async with AsyncSession(engine) as session:
         async with session.begin_nested():
-            inside = await enqueue(service, session)
+            inside = await enqueue(queue, session)
         assert told.published == []
-        after = await enqueue(service, session)
+        after = await enqueue(queue, session)
         assert told.published == []
         await session.commit()
     assert await told.jobs() == [inside, after]
 
 
 async def test_a_released_savepoint_is_lost_with_the_rollback_around_it(
-    service: JobService, engine: AsyncEngine, told: Told
+    queue: JobQueue, engine: AsyncEngine, told: Told
 ) -> None:
     async with AsyncSession(engine) as session:
         async with session.begin_nested():
-            job = await enqueue(service, session)
+            job = await enqueue(queue, session)
         await session.rollback()
-        kept = await enqueue(service, session)
+        kept = await enqueue(queue, session)
         await session.commit()
     assert await told.jobs() == [kept]
-    assert await stored(service, job, kept) == [False, True]
+    assert await stored(queue, job, kept) == [False, True]
 
 
 async def test_savepoints_within_savepoints_are_told_apart(
-    service: JobService, engine: AsyncEngine, told: Told
+    queue: JobQueue, engine: AsyncEngine, told: Told
 ) -> None:
     async with AsyncSession(engine) as session:
-        first = await enqueue(service, session)
+        first = await enqueue(queue, session)
         async with session.begin_nested():
-            second = await enqueue(service, session)
+            second = await enqueue(queue, session)
             inner = await session.begin_nested()
-            await enqueue(service, session)
+            await enqueue(queue, session)
             async with session.begin_nested():
-                await enqueue(service, session)
+                await enqueue(queue, session)
             # The released one in it is lost as well.
             await inner.rollback()
             async with session.begin_nested():
-                third = await enqueue(service, session)
+                third = await enqueue(queue, session)
         outer = await session.begin_nested()
         async with session.begin_nested():
-            await enqueue(service, session)
+            await enqueue(queue, session)
         await outer.rollback()
         assert told.published == []
         await session.commit()
@@ -192,39 +190,39 @@ async def test_savepoints_within_savepoints_are_told_apart(
 
 
 async def test_a_commit_releases_the_savepoints_that_are_still_open(
-    service: JobService, engine: AsyncEngine, told: Told
+    queue: JobQueue, engine: AsyncEngine, told: Told
 ) -> None:
     async with AsyncSession(engine) as session:
-        first = await enqueue(service, session)
+        first = await enqueue(queue, session)
         await session.begin_nested()
-        second = await enqueue(service, session)
+        second = await enqueue(queue, session)
         await session.begin_nested()
-        third = await enqueue(service, session)
+        third = await enqueue(queue, session)
         await session.commit()
     assert await told.jobs() == [first, second, third]
 
 
 async def test_a_failed_statement_in_a_savepoint_loses_only_what_the_savepoint_holds(
-    service: JobService, engine: AsyncEngine, told: Told
+    queue: JobQueue, engine: AsyncEngine, told: Told
 ) -> None:
     async with AsyncSession(engine) as session:
-        first = await enqueue(service, session)
+        first = await enqueue(queue, session)
         with suppress(SQLAlchemyError):
             async with session.begin_nested():
-                await enqueue(service, session)
+                await enqueue(queue, session)
                 await session.execute(text("SELECT nothing FROM nowhere"))
-        last = await enqueue(service, session)
+        last = await enqueue(queue, session)
         await session.commit()
     assert await told.jobs() == [first, last]
 
 
 async def test_a_session_serves_one_transaction_after_another(
-    service: JobService, engine: AsyncEngine, told: Told
+    queue: JobQueue, engine: AsyncEngine, told: Told
 ) -> None:
     kept = []
     async with AsyncSession(engine) as session:
         for number in range(6):
-            job = await enqueue(service, session)
+            job = await enqueue(queue, session)
             if number % 2:
                 await session.rollback()
             else:
@@ -235,40 +233,40 @@ async def test_a_session_serves_one_transaction_after_another(
 
 
 async def test_a_deduplicated_job_is_not_told_again(
-    service: JobService, engine: AsyncEngine, told: Told
+    queue: JobQueue, engine: AsyncEngine, told: Told
 ) -> None:
     request = EnqueueRequest("test.ping", {}, idempotency_key="once")
     async with AsyncSession(engine) as session:
-        first = await service.enqueue(request, session=session)
-        again = await service.enqueue(request, session=session)
+        first = await queue.enqueue(request, session=session)
+        again = await queue.enqueue(request, session=session)
         await session.commit()
     assert again.deduplicated
     assert await told.jobs() == [first.job.id]
 
 
 async def test_a_commit_is_a_commit_whatever_publishing_does(
-    service: JobService, engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+    queue: JobQueue, engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(_events: object) -> None:
         raise RuntimeError("after the commit")
 
-    monkeypatch.setattr(service.events, "publish", broken)
+    monkeypatch.setattr(queue.events, "publish", broken)
     async with AsyncSession(engine) as session:
-        job = await enqueue(service, session)
+        job = await enqueue(queue, session)
         await session.commit()
-        other = await enqueue(service, session)
+        other = await enqueue(queue, session)
         await session.commit()
-    assert await stored(service, job, other) == [True, True]
+    assert await stored(queue, job, other) == [True, True]
 
 
 async def test_a_waiting_worker_gets_a_job_of_a_callers_transaction_at_once(
-    service: JobService, engine: AsyncEngine
+    queue: JobQueue, engine: AsyncEngine
 ) -> None:
-    waiting = asyncio.create_task(service.lease(["test.ping"], "w", wait_seconds=20))
+    waiting = asyncio.create_task(queue.lease(["test.ping"], "w", wait_seconds=20))
     await asyncio.sleep(0.2)
     async with AsyncSession(engine) as session:
         async with session.begin_nested():
-            job = await enqueue(service, session)
+            job = await enqueue(queue, session)
         await session.commit()
     async with asyncio.timeout(2):
         (lease,) = await waiting
@@ -404,7 +402,7 @@ def test_flushes_do_not_count_as_commits(published: list[str]) -> None:
 
 
 async def test_a_commit_in_another_thread_is_told_on_the_queues_own_loop(
-    service: JobService,
+    queue: JobQueue,
 ) -> None:
     told: list[int] = []
 
@@ -413,13 +411,13 @@ async def test_a_commit_in_another_thread_is_told_on_the_queues_own_loop(
         with Session(engine) as session:
             session.connection()
             created = JobEvent("job.created", uuid.uuid4(), "test.pong", 0)
-            publish_after_commit(session, service.events.publish, [created])
+            publish_after_commit(session, queue.events.publish, [created])
             session.commit()
         engine.dispose()
 
     with (
-        service.events.waiting_for(["test.pong"], []) as woken,
-        service.events.on_work(lambda _: told.append(threading.get_ident())),
+        queue.events.waiting_for(["test.pong"], []) as woken,
+        queue.events.on_work(lambda _: told.append(threading.get_ident())),
     ):
         await asyncio.to_thread(commit)
         async with asyncio.timeout(5):

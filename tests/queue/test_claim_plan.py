@@ -14,8 +14,8 @@ from sqlalchemy import text
 from job_registry import JobRegistry
 from job_registry_api.queue.database import Database
 from job_registry_api.queue.models import JobStatus
+from job_registry_api.queue.queue import BehindInQueue, JobQueue
 from job_registry_api.queue.requests import EnqueueRequest
-from job_registry_api.queue.service import BehindInQueue, JobService
 from job_registry_api.queue.store import json_text, statements
 from tests.queue.test_races import outsider
 
@@ -93,11 +93,11 @@ async def test_on_postgresql_what_an_operation_reads_does_not_grow_with_the_queu
     fresh_postgresql_url: str, registry: JobRegistry
 ) -> None:
     database = Database(fresh_postgresql_url, timeout_seconds=None)
-    service = JobService(registry, database)
+    queue = JobQueue(registry, database)
     read: dict[int, dict[str, int]] = {}
     for jobs in (2_000, 20_000):
         await fill(database, jobs)
-        await service.lease(["test.ping", "test.limited"], "w", limit=10)
+        await queue.lease(["test.ping", "test.limited"], "w", limit=10)
         read[jobs] = {
             "claim": await blocks(database, CLAIM),
             "list of a type and status": await blocks(database, "list_types_and_statuses"),
@@ -117,8 +117,8 @@ async def test_on_postgresql_a_filled_table_without_statistics_costs_no_more(
 ) -> None:
     """A table that has just been filled was not analyzed yet, and estimates are far off."""
     database = Database(fresh_postgresql_url, timeout_seconds=None)
-    service = JobService(registry, database)
-    job = (await service.enqueue(EnqueueRequest("test.limited", {}, priority=0))).job
+    queue = JobQueue(registry, database)
+    job = (await queue.enqueue(EnqueueRequest("test.limited", {}, priority=0))).job
     async with database.transaction() as connection:
         await connection.exec_driver_sql(
             FILL["postgresql"].format(jobs=20_000).replace("test.ping", "test.limited")
@@ -137,16 +137,16 @@ async def test_on_postgresql_a_filled_table_without_statistics_costs_no_more(
 
 
 async def test_jobs_of_higher_priority_that_are_scheduled_for_later_cost_nothing(
-    service: JobService, database_url: str
+    queue: JobQueue, database_url: str
 ) -> None:
-    job = (await service.enqueue(EnqueueRequest("test.ping", {}))).job
+    job = (await queue.enqueue(EnqueueRequest("test.ping", {}))).job
     later = datetime.now(UTC) + timedelta(days=1)
     scheduled = [EnqueueRequest("test.ping", {}, priority=60, schedule_at=later)] * 1_000
     for _ in range(10):
-        await service.enqueue_many(scheduled)
-    await service.enqueue_many([EnqueueRequest("test.ping", {}, priority=p) for p in (90, 60, 60)])
-    await service.show_worker(["test.ping"])
-    assert await service.waiting_reason(job) == BehindInQueue(3)
+        await queue.enqueue_many(scheduled)
+    await queue.enqueue_many([EnqueueRequest("test.ping", {}, priority=p) for p in (90, 60, 60)])
+    await queue.show_worker(["test.ping"])
+    assert await queue.waiting_reason(job) == BehindInQueue(3)
     if database_url.startswith("sqlite"):
         return
     database = Database(database_url, timeout_seconds=None)
@@ -158,14 +158,14 @@ async def test_on_postgresql_a_report_reads_nothing_of_the_jobs_done_since_a_lon
     fresh_postgresql_url: str, registry: JobRegistry
 ) -> None:
     database = Database(fresh_postgresql_url, timeout_seconds=None)
-    service = JobService(registry, database)
+    queue = JobQueue(registry, database)
     async with outsider(fresh_postgresql_url, "REPEATABLE READ") as report:
         await report.exec_driver_sql("SELECT count(*) FROM job")
         for statement in RAN:
             async with database.reading() as connection:
                 await connection.exec_driver_sql(statement)
-        await service.enqueue(EnqueueRequest("test.ping", {}))
-        (lease,) = await service.lease(["test.ping"], "w")
+        await queue.enqueue(EnqueueRequest("test.ping", {}))
+        (lease,) = await queue.lease(["test.ping"], "w")
         named = {"id": lease.job.id.hex, "token": lease.token[32:]}
         renewals = json_text([named])
         reports = json_text([named | {"outcome": "succeeded", "retryable": True, "spend": True}])
@@ -175,7 +175,7 @@ async def test_on_postgresql_a_report_reads_nothing_of_the_jobs_done_since_a_lon
             ),
             "end": await blocks(database, f"SELECT * FROM job_end('{reports}', 'p', true)"),
         }
-    assert (await service.get(lease.job.id)).status is JobStatus.SUCCEEDED
+    assert (await queue.get(lease.job.id)).status is JobStatus.SUCCEEDED
     await database.close()
     assert max(read.values()) < FEW_BLOCKS, read
 
@@ -222,13 +222,13 @@ async def blocks(database: Database, statement: str) -> int:
 
 
 async def test_a_filled_queue_gives_the_highest_and_oldest_first(
-    service: JobService, database_url: str
+    queue: JobQueue, database_url: str
 ) -> None:
     database = Database(database_url, timeout_seconds=None)
     await fill(database, 2_000)
-    leases = await service.lease(["test.ping"], "w", limit=10)
+    leases = await queue.lease(["test.ping"], "w", limit=10)
     assert {lease.job.priority for lease in leases} == {60}
-    high = (await service.enqueue(EnqueueRequest("test.ping", {}, priority=99))).job
-    (first,) = await service.lease(["test.ping"], "w")
+    high = (await queue.enqueue(EnqueueRequest("test.ping", {}, priority=99))).job
+    (first,) = await queue.lease(["test.ping"], "w")
     assert first.job.id == high.id
     await database.close()

@@ -3,51 +3,51 @@
 from __future__ import annotations
 
 from job_registry_api.queue.models import JobStatus
+from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.requests import EnqueueRequest
-from job_registry_api.queue.service import JobService
 from tests.conftest import advance
 
 HOUR = 3_600
 
 
 async def test_a_dead_worker_is_noticed_in_a_lease_after_the_clock_has_stepped_back(
-    service: JobService, database_url: str
+    queue: JobQueue, database_url: str
 ) -> None:
-    await service.enqueue(EnqueueRequest("test.ping", {}))
-    (lease,) = await service.lease(["test.ping"], "dead")
+    await queue.enqueue(EnqueueRequest("test.ping", {}))
+    (lease,) = await queue.lease(["test.ping"], "dead")
     # Every stored time is an hour ahead of the clock now.
     await advance(database_url, -HOUR)
 
-    assert await service.recover() == []
+    assert await queue.recover() == []
     await advance(database_url, 31)
-    (recovered,) = await service.recover()
+    (recovered,) = await queue.recover()
     assert (recovered.id, recovered.error and recovered.error.code) == (lease.job.id, "lost")
 
 
 async def test_a_worker_that_is_alive_keeps_its_lease_when_the_clock_steps_back(
-    service: JobService, database_url: str
+    queue: JobQueue, database_url: str
 ) -> None:
-    await service.enqueue(EnqueueRequest("test.ping", {}))
-    (lease,) = await service.lease(["test.ping"], "alive")
+    await queue.enqueue(EnqueueRequest("test.ping", {}))
+    (lease,) = await queue.lease(["test.ping"], "alive")
     await advance(database_url, -HOUR)
-    await service.recover()
-    await service.heartbeat(lease.token)
+    await queue.recover()
+    await queue.heartbeat(lease.token)
     await advance(database_url, 20)
-    await service.heartbeat(lease.token)
-    assert (await service.complete(lease.token)).status is JobStatus.SUCCEEDED
+    await queue.heartbeat(lease.token)
+    assert (await queue.complete(lease.token)).status is JobStatus.SUCCEEDED
 
 
 async def test_an_attempt_times_out_in_its_time_after_the_clock_has_stepped_back(
-    service: JobService, database_url: str
+    queue: JobQueue, database_url: str
 ) -> None:
-    await service.enqueue(EnqueueRequest("test.ping", {}))
-    (lease,) = await service.lease(["test.ping"], "w")
+    await queue.enqueue(EnqueueRequest("test.ping", {}))
+    (lease,) = await queue.lease(["test.ping"], "w")
     await advance(database_url, -HOUR)
-    await service.recover()
+    await queue.recover()
     for _ in range(2):
         await advance(database_url, 25)
-        await service.heartbeat(lease.token)
+        await queue.heartbeat(lease.token)
     await advance(database_url, 15)
-    (recovered,) = await service.recover()
+    (recovered,) = await queue.recover()
     assert recovered.error is not None
     assert recovered.error.code == "timed_out"

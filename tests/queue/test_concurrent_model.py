@@ -1,4 +1,4 @@
-"""The queue under random operations of several services and processes at once.
+"""The queue under random operations of several queues and processes at once.
 
 The sequential model (`test_model.py`) knows what each call must answer. Here the calls race, so
 what is checked is what holds in whatever order they came: from what the processes noted, and from

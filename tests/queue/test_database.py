@@ -19,8 +19,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from job_registry import JobRegistry
 from job_registry_api.queue.database import Database
 from job_registry_api.queue.errors import QueueUnavailable
+from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.requests import EnqueueRequest
-from job_registry_api.queue.service import JobService
 from tests.conftest import run_sql
 from tests.proxy import Proxy
 
@@ -139,19 +139,19 @@ async def test_an_enqueue_through_a_black_hole_fails_and_later_ones_work(
     proxied: Proxy, registry: JobRegistry
 ) -> None:
     async with opened(proxied.url) as database:
-        service = JobService(registry, database)
-        await service.enqueue(PING)
+        queue = JobQueue(registry, database)
+        await queue.enqueue(PING)
         proxied.black_hole()
         with within(SHORT + 0.8):
-            calls = [service.enqueue(PING) for _ in range(20)]
+            calls = [queue.enqueue(PING) for _ in range(20)]
             results = await asyncio.gather(*calls, return_exceptions=True)
         assert {type(result) for result in results} == {QueueUnavailable}
         with pytest.raises(QueueUnavailable):
-            await service.ping()
+            await queue.ping()
         proxied.resume()
-        await service.enqueue(PING)
+        await queue.enqueue(PING)
         await asyncio.sleep(1)
-        await service.ping()
+        await queue.ping()
 
 
 async def test_a_cancelled_caller_is_cancelled_at_once_and_leaves_nothing(proxied: Proxy) -> None:
@@ -430,8 +430,8 @@ async def test_a_schema_that_does_not_fit_says_to_run_migrate(
         sql = sql.replace(" CASCADE", "")
     await asyncio.to_thread(run_sql, database_url, sql)
     async with opened(database_url) as database:
-        service = JobService(registry, database)
-        for call in (service.enqueue(PING), service.ping()):
+        queue = JobQueue(registry, database)
+        for call in (queue.enqueue(PING), queue.ping()):
             with pytest.raises(QueueUnavailable) as refused:
                 await call
             assert (refused.value.kind, named in refused.value.reason) == (kind, True)
@@ -454,8 +454,8 @@ def dml_only(fresh_postgresql_url: str) -> Iterator[str]:
 
 async def test_a_missing_grant_is_named(dml_only: str, registry: JobRegistry) -> None:
     async with opened(dml_only) as database:
-        service = JobService(registry, database)
-        for call in (service.enqueue(PING), service.ping()):
+        queue = JobQueue(registry, database)
+        for call in (queue.enqueue(PING), queue.ping()):
             with pytest.raises(QueueUnavailable) as refused:
                 await call
             assert refused.value.kind == "permission_denied"
@@ -518,11 +518,9 @@ async def test_a_cancelled_transaction_raises_the_cancellation_and_leaves_no_tra
 # Readiness
 
 
-async def test_a_probe_leaves_no_trace_and_is_shared(
-    database_url: str, service: JobService
-) -> None:
-    await asyncio.gather(*(service.ping() for _ in range(50)))
-    assert (await service.counts()).get("readiness") is None
+async def test_a_probe_leaves_no_trace_and_is_shared(database_url: str, queue: JobQueue) -> None:
+    await asyncio.gather(*(queue.ping() for _ in range(50)))
+    assert (await queue.counts()).get("readiness") is None
     rows = await asyncio.to_thread(run_sql, database_url, "SELECT count(*) FROM job")
     assert rows[0][0] == 0
 
@@ -537,8 +535,8 @@ async def test_a_read_only_server_is_not_ready(
         f"ALTER DATABASE {name} SET default_transaction_read_only = on",
     )
     async with opened(fresh_postgresql_url) as database:
-        service = JobService(registry, database)
-        for call in (service.enqueue(PING), service.ping()):
+        queue = JobQueue(registry, database)
+        for call in (queue.enqueue(PING), queue.ping()):
             with pytest.raises(QueueUnavailable) as refused:
                 await call
             assert refused.value.kind == "read_only"

@@ -20,8 +20,8 @@ from job_registry_api.queue.errors import (
     QueueUnavailable,
 )
 from job_registry_api.queue.models import JobStatus
+from job_registry_api.queue.queue import Enqueued, JobFilter, JobQueue
 from job_registry_api.queue.requests import EnqueueRequest, differing_paths, parse_request
-from job_registry_api.queue.service import Enqueued, JobFilter, JobService
 from job_registry_api.queue.store import NewJob, Stored
 from tests.conftest import run_sql
 
@@ -32,31 +32,31 @@ def ping(text: str = "hello", **options: object) -> EnqueueRequest:
     return EnqueueRequest("test.ping", {"text": text}, **options)  # type: ignore[arg-type]
 
 
-async def test_an_enqueued_job_is_stored_with_the_limits_of_its_policy(service: JobService) -> None:
-    enqueued = await service.enqueue(EnqueueRequest("thumbnail.create", THUMBNAIL))
+async def test_an_enqueued_job_is_stored_with_the_limits_of_its_policy(queue: JobQueue) -> None:
+    enqueued = await queue.enqueue(EnqueueRequest("thumbnail.create", THUMBNAIL))
 
-    job = await service.get(enqueued.job.id)
+    job = await queue.get(enqueued.job.id)
     assert job == enqueued.job
     assert job.status is JobStatus.QUEUED
     assert (job.attempt, job.max_attempts, job.timeout_seconds, job.priority) == (0, 3, 300, 50)
     assert job.payload == THUMBNAIL
     assert job.id.version == 7
-    assert job.fingerprint == service.registry["thumbnail.create"].fingerprint
+    assert job.fingerprint == queue.registry["thumbnail.create"].fingerprint
 
 
-async def test_the_calls_max_attempts_override_the_policys(service: JobService) -> None:
-    job = (await service.enqueue(ping(max_attempts=10))).job
-    assert (await service.get(job.id)).max_attempts == 10
+async def test_the_calls_max_attempts_override_the_policys(queue: JobQueue) -> None:
+    job = (await queue.enqueue(ping(max_attempts=10))).job
+    assert (await queue.get(job.id)).max_attempts == 10
 
 
-async def test_schedule_at_delays_the_first_run(service: JobService) -> None:
+async def test_schedule_at_delays_the_first_run(queue: JobQueue) -> None:
     later = datetime.now(UTC) + timedelta(hours=1)
-    job = (await service.enqueue(ping(schedule_at=later))).job
+    job = (await queue.enqueue(ping(schedule_at=later))).job
 
-    stored = await service.get(job.id)
+    stored = await queue.get(job.id)
     assert stored.next_run_at is not None
     assert abs(stored.next_run_at - later) < timedelta(milliseconds=1)
-    assert await service.lease(["test.ping"], "w") == []
+    assert await queue.lease(["test.ping"], "w") == []
 
 
 @pytest.mark.parametrize(
@@ -73,19 +73,19 @@ async def test_schedule_at_delays_the_first_run(service: JobService) -> None:
     ],
 )
 async def test_a_value_out_of_its_range_is_refused_and_nothing_is_stored(
-    service: JobService, options: dict[str, object], path: str
+    queue: JobQueue, options: dict[str, object], path: str
 ) -> None:
     with pytest.raises(InputInvalid) as refused:
-        await service.enqueue(ping(**options))
+        await queue.enqueue(ping(**options))
     assert [violation.path for violation in refused.value.violations] == [path]
-    assert (await service.list_jobs()).jobs == []
+    assert (await queue.list_jobs()).jobs == []
 
 
 async def test_faults_of_the_input_and_of_the_payload_are_told_together(
-    service: JobService,
+    queue: JobQueue,
 ) -> None:
     with pytest.raises(InputInvalid) as refused:
-        await service.enqueue(EnqueueRequest("thumbnail.create", {}, priority=101, max_attempts=0))
+        await queue.enqueue(EnqueueRequest("thumbnail.create", {}, priority=101, max_attempts=0))
     assert {violation.path for violation in refused.value.violations} == {
         "/priority",
         "/maxAttempts",
@@ -94,18 +94,18 @@ async def test_faults_of_the_input_and_of_the_payload_are_told_together(
     }
 
 
-async def test_an_unknown_type_and_an_invalid_payload_are_refused(service: JobService) -> None:
+async def test_an_unknown_type_and_an_invalid_payload_are_refused(queue: JobQueue) -> None:
     with pytest.raises(JobTypeNotFound):
-        await service.enqueue(EnqueueRequest("unknown.job", {}))
+        await queue.enqueue(EnqueueRequest("unknown.job", {}))
     with pytest.raises(PayloadInvalid) as refused:
-        await service.enqueue(EnqueueRequest("thumbnail.create", {"versionNumber": 1}))
+        await queue.enqueue(EnqueueRequest("thumbnail.create", {"versionNumber": 1}))
     assert [v.path for v in refused.value.violations] == ["/assetId"]
 
 
-async def test_the_same_key_and_payload_give_back_the_first_job(service: JobService) -> None:
-    first = await service.enqueue(ping(idempotency_key="k"))
-    again = await service.enqueue(ping(idempotency_key="k"))
-    other_type = await service.enqueue(
+async def test_the_same_key_and_payload_give_back_the_first_job(queue: JobQueue) -> None:
+    first = await queue.enqueue(ping(idempotency_key="k"))
+    again = await queue.enqueue(ping(idempotency_key="k"))
+    other_type = await queue.enqueue(
         EnqueueRequest("test.pong", {"text": "hello"}, idempotency_key="k")
     )
 
@@ -114,154 +114,154 @@ async def test_the_same_key_and_payload_give_back_the_first_job(service: JobServ
 
 
 async def test_the_same_key_with_another_payload_is_a_conflict_that_says_where(
-    service: JobService,
+    queue: JobQueue,
 ) -> None:
-    first = await service.enqueue(ping("one", idempotency_key="k"))
+    first = await queue.enqueue(ping("one", idempotency_key="k"))
     with pytest.raises(IdempotencyConflict) as refused:
-        await service.enqueue(ping("two", idempotency_key="k"))
+        await queue.enqueue(ping("two", idempotency_key="k"))
     assert refused.value.existing_job.id == first.job.id
     assert refused.value.differing_paths == ("/text",)
 
 
-async def test_a_key_holds_whatever_became_of_its_job(service: JobService) -> None:
-    first = await service.enqueue(ping(idempotency_key="k"))
-    (lease,) = await service.lease(["test.ping"], "w")
-    await service.complete(lease.token)
+async def test_a_key_holds_whatever_became_of_its_job(queue: JobQueue) -> None:
+    first = await queue.enqueue(ping(idempotency_key="k"))
+    (lease,) = await queue.lease(["test.ping"], "w")
+    await queue.complete(lease.token)
 
-    again = await service.enqueue(ping(idempotency_key="k"))
+    again = await queue.enqueue(ping(idempotency_key="k"))
     assert (again.job.id, again.job.status) == (first.job.id, JobStatus.SUCCEEDED)
 
 
-async def test_fifty_concurrent_callers_with_one_key_make_one_job(service: JobService) -> None:
-    results = await asyncio.gather(*(service.enqueue(ping(idempotency_key="k")) for _ in range(50)))
+async def test_fifty_concurrent_callers_with_one_key_make_one_job(queue: JobQueue) -> None:
+    results = await asyncio.gather(*(queue.enqueue(ping(idempotency_key="k")) for _ in range(50)))
     assert len({result.job.id for result in results}) == 1
     assert sum(not result.deduplicated for result in results) == 1
 
 
 async def test_concurrent_enqueues_share_commits(
-    service: JobService, monkeypatch: pytest.MonkeyPatch
+    queue: JobQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Given a store that notes the size of each insert
     sizes: list[int] = []
-    insert = service._store.insert
+    insert = queue._store.insert
 
     async def noting(jobs: Sequence[NewJob]) -> dict[uuid.UUID, Stored]:
         sizes.append(len(jobs))
         return await insert(jobs)
 
-    monkeypatch.setattr(service._store, "insert", noting)
+    monkeypatch.setattr(queue._store, "insert", noting)
 
     # When a hundred callers come at once
-    await asyncio.gather(*(service.enqueue(ping(str(n))) for n in range(100)))
+    await asyncio.gather(*(queue.enqueue(ping(str(n))) for n in range(100)))
 
     # I expect all of them stored, in few inserts: what came during one went with the next
     assert sum(sizes) == 100
     assert len(sizes) <= 3
-    assert len((await service.list_jobs(first=200)).jobs) == 100
+    assert len((await queue.list_jobs(first=200)).jobs) == 100
 
 
 async def test_one_callers_bad_row_never_fails_anothers(
-    service: JobService, monkeypatch: pytest.MonkeyPatch
+    queue: JobQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Given a row that passes every check of ours and that the database refuses all the same
-    monkeypatch.setattr("job_registry_api.queue.service.input_faults", lambda request: iter(()))
+    monkeypatch.setattr("job_registry_api.queue.queue.input_faults", lambda request: iter(()))
 
     results = await asyncio.gather(
-        *(service.enqueue(ping(str(n), priority=7 if n == 3 else None)) for n in range(5)),
-        service.enqueue(ping("bad", priority=1_000)),
+        *(queue.enqueue(ping(str(n), priority=7 if n == 3 else None)) for n in range(5)),
+        queue.enqueue(ping("bad", priority=1_000)),
         return_exceptions=True,
     )
 
     assert [isinstance(result, Enqueued) for result in results] == [True] * 5 + [False]
-    assert len((await service.list_jobs()).jobs) == 5
+    assert len((await queue.list_jobs()).jobs) == 5
 
 
 async def test_an_enqueue_is_visible_to_others_once_it_is_answered(
-    service: JobService, database_url: str
+    queue: JobQueue, database_url: str
 ) -> None:
-    job = (await service.enqueue(ping())).job
+    job = (await queue.enqueue(ping())).job
     rows = await asyncio.to_thread(run_sql, database_url, "SELECT id FROM job")
     assert str(rows[0][0]).replace("-", "") == job.id.hex
 
 
-async def test_a_bulk_answers_each_in_order(service: JobService) -> None:
-    results = await service.enqueue_many(
+async def test_a_bulk_answers_each_in_order(queue: JobQueue) -> None:
+    results = await queue.enqueue_many(
         [ping("a"), EnqueueRequest("nope", {}), ping("b", priority=999), ping("c")]
     )
     kinds = [type(result).__name__ for result in results]
     assert kinds == ["Enqueued", "JobTypeNotFound", "InputInvalid", "Enqueued"]
-    jobs = (await service.list_jobs()).jobs
+    jobs = (await queue.list_jobs()).jobs
     assert [job.payload for job in jobs] == [{"text": "c"}, {"text": "a"}]
 
 
-async def test_an_atomic_bulk_stores_all_or_none(service: JobService) -> None:
-    good = await service.enqueue_many([ping("a"), ping("b")], atomic=True)
+async def test_an_atomic_bulk_stores_all_or_none(queue: JobQueue) -> None:
+    good = await queue.enqueue_many([ping("a"), ping("b")], atomic=True)
     assert all(isinstance(result, Enqueued) for result in good)
 
-    refused = await service.enqueue_many([ping("c"), EnqueueRequest("nope", {})], atomic=True)
+    refused = await queue.enqueue_many([ping("c"), EnqueueRequest("nope", {})], atomic=True)
     assert [type(result).__name__ for result in refused] == ["InputInvalid", "JobTypeNotFound"]
     assert isinstance(refused[0], InputInvalid)
     assert refused[0].violations[0].code == "not_stored"
-    assert len((await service.list_jobs()).jobs) == 2
+    assert len((await queue.list_jobs()).jobs) == 2
 
 
-async def test_an_atomic_bulk_is_undone_by_a_conflicting_key(service: JobService) -> None:
-    await service.enqueue(ping("one", idempotency_key="k"))
-    results = await service.enqueue_many([ping("x"), ping("two", idempotency_key="k")], atomic=True)
+async def test_an_atomic_bulk_is_undone_by_a_conflicting_key(queue: JobQueue) -> None:
+    await queue.enqueue(ping("one", idempotency_key="k"))
+    results = await queue.enqueue_many([ping("x"), ping("two", idempotency_key="k")], atomic=True)
     assert [type(result).__name__ for result in results] == ["InputInvalid", "IdempotencyConflict"]
-    assert len((await service.list_jobs()).jobs) == 1
+    assert len((await queue.list_jobs()).jobs) == 1
 
 
-async def test_one_bulk_with_a_key_twice_stores_it_once(service: JobService) -> None:
-    results = await service.enqueue_many(
+async def test_one_bulk_with_a_key_twice_stores_it_once(queue: JobQueue) -> None:
+    results = await queue.enqueue_many(
         [ping(idempotency_key="k"), ping(idempotency_key="k"), ping("z", idempotency_key="k")]
     )
     assert [getattr(result, "deduplicated", None) for result in results] == [False, True, None]
 
 
-async def test_a_thousand_jobs_go_in_one_call_and_no_more(service: JobService) -> None:
-    results = await service.enqueue_many([ping(str(n)) for n in range(1_000)])
+async def test_a_thousand_jobs_go_in_one_call_and_no_more(queue: JobQueue) -> None:
+    results = await queue.enqueue_many([ping(str(n)) for n in range(1_000)])
     assert sum(isinstance(result, Enqueued) for result in results) == 1_000
-    assert (await service.counts())["test.ping"].queued == 1_000
+    assert (await queue.counts())["test.ping"].queued == 1_000
     with pytest.raises(InputInvalid):
-        await service.enqueue_many([ping()] * 1_001)
+        await queue.enqueue_many([ping()] * 1_001)
 
 
-async def test_a_dry_run_says_what_enqueue_would_and_writes_nothing(service: JobService) -> None:
-    valid = await service.validate(ping(max_attempts=7))
+async def test_a_dry_run_says_what_enqueue_would_and_writes_nothing(queue: JobQueue) -> None:
+    valid = await queue.validate(ping(max_attempts=7))
     assert (valid.max_attempts, valid.timeout_seconds, valid.duplicate_of) == (7, 60, None)
-    assert (await service.list_jobs()).jobs == []
+    assert (await queue.list_jobs()).jobs == []
 
-    first = await service.enqueue(ping(idempotency_key="k"))
-    duplicate = await service.validate(ping(idempotency_key="k"))
+    first = await queue.enqueue(ping(idempotency_key="k"))
+    duplicate = await queue.validate(ping(idempotency_key="k"))
     assert duplicate.duplicate_of == first.job
     with pytest.raises(IdempotencyConflict):
-        await service.validate(ping("other", idempotency_key="k"))
+        await queue.validate(ping("other", idempotency_key="k"))
 
 
-async def test_pages_hold_every_job_once_newest_first(service: JobService) -> None:
-    await service.enqueue_many([ping(str(n)) for n in range(7)])
-    await service.enqueue(EnqueueRequest("test.pong", {}))
+async def test_pages_hold_every_job_once_newest_first(queue: JobQueue) -> None:
+    await queue.enqueue_many([ping(str(n)) for n in range(7)])
+    await queue.enqueue(EnqueueRequest("test.pong", {}))
 
     seen, after = [], None
     while True:
-        page = await service.list_jobs(JobFilter(types=("test.ping",)), first=3, after=after)
+        page = await queue.list_jobs(JobFilter(types=("test.ping",)), first=3, after=after)
         seen += [job.payload for job in page.jobs]
         after = page.jobs[-1].id
         if not page.has_next_page:
             break
     assert seen == [{"text": str(n)} for n in reversed(range(7))]
     both = JobFilter(types=("test.ping", "test.pong"), statuses=(JobStatus.QUEUED,))
-    assert len((await service.list_jobs(both)).jobs) == 8
+    assert len((await queue.list_jobs(both)).jobs) == 8
     for first in (0, 201):
         with pytest.raises(InputInvalid):
-            await service.list_jobs(first=first)
+            await queue.list_jobs(first=first)
 
 
 @pytest.mark.parametrize("job_id", ["", "nope", "01a20b59-007a-7389-bb53-785ecafc486c"])
-async def test_an_id_that_is_none_is_not_found(service: JobService, job_id: str) -> None:
+async def test_an_id_that_is_none_is_not_found(queue: JobQueue, job_id: str) -> None:
     with pytest.raises(JobNotFound):
-        await service.get(job_id)
+        await queue.get(job_id)
 
 
 JSON_VALUES = st.recursive(
@@ -286,15 +286,15 @@ JSON_VALUES = st.recursive(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(progress=JSON_VALUES.filter(lambda value: value is not None))
-async def test_json_comes_back_as_it_went_in(service: JobService, progress: object) -> None:
-    job = (await service.enqueue(ping())).job
+async def test_json_comes_back_as_it_went_in(queue: JobQueue, progress: object) -> None:
+    job = (await queue.enqueue(ping())).job
     lease = next(
         lease
-        for lease in await service.lease(["test.ping"], "w", limit=100)
+        for lease in await queue.lease(["test.ping"], "w", limit=100)
         if lease.job.id == job.id
     )
-    await service.complete(lease.token, progress)  # type: ignore[arg-type]
-    assert differing_paths((await service.get(job.id)).result, progress) == ()  # type: ignore[arg-type]
+    await queue.complete(lease.token, progress)  # type: ignore[arg-type]
+    assert differing_paths((await queue.get(job.id)).result, progress) == ()  # type: ignore[arg-type]
 
 
 def test_requests_as_json_are_refused_with_every_fault() -> None:
@@ -333,7 +333,7 @@ def test_differing_paths_are_json_pointers(
 
 @pytest.mark.parametrize("key", [None, "key"])
 async def test_when_the_commit_fails_each_caller_gets_the_error_and_nothing_is_stored(
-    service: JobService, monkeypatch: pytest.MonkeyPatch, key: str | None
+    queue: JobQueue, monkeypatch: pytest.MonkeyPatch, key: str | None
 ) -> None:
     # Given a database that goes away before the commit
     async def away(*_arguments: object) -> None:
@@ -346,19 +346,19 @@ async def test_when_the_commit_fails_each_caller_gets_the_error_and_nothing_is_s
         broken.setattr("sqlalchemy.ext.asyncio.AsyncConnection.execute", away)
         broken.setattr("job_registry_api.queue.sqlite._Transaction.announce", lost)
         jobs = [ping(idempotency_key=key and f"{key} {n}") for n in range(10)]
-        results = await asyncio.gather(*map(service.enqueue, jobs), return_exceptions=True)
+        results = await asyncio.gather(*map(queue.enqueue, jobs), return_exceptions=True)
     assert [type(result) for result in results] == [QueueUnavailable] * 10
 
-    assert (await service.list_jobs()).jobs == []
-    assert (await service.enqueue(ping())).job.status is JobStatus.QUEUED
+    assert (await queue.list_jobs()).jobs == []
+    assert (await queue.enqueue(ping())).job.status is JobStatus.QUEUED
 
 
 async def test_an_atomic_bulk_with_one_key_for_two_payloads_names_no_job_that_was_not_stored(
-    service: JobService,
+    queue: JobQueue,
 ) -> None:
     bulk = [ping("one", idempotency_key="k"), ping("two", idempotency_key="k"), ping("three")]
-    results = await service.enqueue_many(bulk, atomic=True)
-    assert (await service.list_jobs()).jobs == []
+    results = await queue.enqueue_many(bulk, atomic=True)
+    assert (await queue.list_jobs()).jobs == []
     first, second, third = results
     assert isinstance(second, InputInvalid)
     (violation,) = second.violations
@@ -370,8 +370,8 @@ async def test_an_atomic_bulk_with_one_key_for_two_payloads_names_no_job_that_wa
 
 
 async def test_an_atomic_bulk_with_one_key_and_payload_twice_stores_it_once(
-    service: JobService,
+    queue: JobQueue,
 ) -> None:
-    results = await service.enqueue_many([ping("one", idempotency_key="k")] * 2, atomic=True)
+    results = await queue.enqueue_many([ping("one", idempotency_key="k")] * 2, atomic=True)
     assert [getattr(result, "deduplicated", None) for result in results] == [False, True]
-    assert len((await service.list_jobs()).jobs) == 1
+    assert len((await queue.list_jobs()).jobs) == 1

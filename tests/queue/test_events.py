@@ -32,8 +32,8 @@ from job_registry_api.queue.events import (
     decode,
 )
 from job_registry_api.queue.models import JobError, JobStatus
+from job_registry_api.queue.queue import JobQueue, open_queue
 from job_registry_api.queue.requests import EnqueueRequest
-from job_registry_api.queue.service import JobService, open_service
 from job_registry_api.queue.store import EVENTS_KEPT_SECONDS, message_of
 from tests import CODE
 
@@ -46,10 +46,10 @@ JOB = uuid.UUID("01a20b59-007a-7389-bb53-785ecafc486c")
 
 @pytest.fixture
 async def other(
-    service: JobService, database_url: str, registry: JobRegistry
-) -> AsyncIterator[JobService]:
-    """What another process has: a service of its own on the same database."""
-    async with open_service(registry, database_url, lease_seconds=30) as other:
+    queue: JobQueue, database_url: str, registry: JobRegistry
+) -> AsyncIterator[JobQueue]:
+    """What another process has: a queue of its own on the same database."""
+    async with open_queue(registry, database_url, lease_seconds=30) as other:
         yield other
 
 
@@ -65,13 +65,13 @@ async def until(condition: Callable[[], Any]) -> None:
             await asyncio.sleep(0.01)
 
 
-async def work(service: JobService, jobs: int, job_type: str = "test.ping") -> None:
+async def work(queue: JobQueue, jobs: int, job_type: str = "test.ping") -> None:
     """Leases and completes this many jobs."""
     async with asyncio.timeout(30):
         done = 0
         while done < jobs:
-            for lease in await service.lease([job_type], "w", limit=5, wait_seconds=5):
-                await service.complete(lease.token)
+            for lease in await queue.lease([job_type], "w", limit=5, wait_seconds=5):
+                await queue.complete(lease.token)
                 done += 1
 
 
@@ -79,12 +79,12 @@ async def work(service: JobService, jobs: int, job_type: str = "test.ping") -> N
 
 
 async def test_every_process_hears_the_same_events_in_the_same_order(
-    service: JobService, other: JobService
+    queue: JobQueue, other: JobQueue
 ) -> None:
-    with service.events.subscribe() as here, other.events.subscribe() as there:
+    with queue.events.subscribe() as here, other.events.subscribe() as there:
         await asyncio.gather(
-            *(each.enqueue(PING) for each in (service, other) for _ in range(30)),
-            work(service, 30),
+            *(each.enqueue(PING) for each in (queue, other) for _ in range(30)),
+            work(queue, 30),
             work(other, 30),
         )
         heard_here, heard_there = await take(here, 180), await take(there, 180)
@@ -99,17 +99,17 @@ async def test_every_process_hears_the_same_events_in_the_same_order(
 ENQUEUER = """
     import asyncio, os
     from job_registry_api.queue.requests import EnqueueRequest
-    from job_registry_api.queue.service import open_service
+    from job_registry_api.queue.queue import open_queue
     from job_registry import JobRegistry
     from job_registry.catalog.thumbnail import thumbnail_create
 
     async def main():
         request = EnqueueRequest(thumbnail_create.name, {"assetId": "a", "versionNumber": 1})
         registry = JobRegistry([thumbnail_create])
-        async with open_service(registry, os.environ["URL"], lease_seconds=30) as service:
+        async with open_queue(registry, os.environ["URL"], lease_seconds=30) as queue:
             print("ready", flush=True)
             for _ in range(100):
-                await service.enqueue(request)
+                await queue.enqueue(request)
                 await asyncio.sleep(0.01)
         await asyncio.sleep(60)
 
@@ -118,12 +118,12 @@ ENQUEUER = """
 
 
 async def test_the_last_event_of_a_job_from_another_process_is_its_last(
-    service: JobService, database_url: str
+    queue: JobQueue, database_url: str
 ) -> None:
     last: dict[uuid.UUID, str] = {}
-    with service.events.subscribe() as heard:
+    with queue.events.subscribe() as heard:
         async with _process(ENQUEUER, database_url), asyncio.timeout(60):
-            working = asyncio.create_task(work(service, 100, "thumbnail.create"))
+            working = asyncio.create_task(work(queue, 100, "thumbnail.create"))
             for _ in range(300):
                 event = await anext(heard)
                 last[event.job_id] = event.name
@@ -132,11 +132,11 @@ async def test_the_last_event_of_a_job_from_another_process_is_its_last(
 
 
 async def test_a_bulk_that_no_notification_holds_keeps_its_place(
-    service: JobService, other: JobService
+    queue: JobQueue, other: JobQueue
 ) -> None:
-    with service.events.subscribe() as here, other.events.subscribe() as there:
+    with queue.events.subscribe() as here, other.events.subscribe() as there:
         before = (await other.enqueue(PING)).job
-        bulk = await service.enqueue_many([PING] * 300)
+        bulk = await queue.enqueue_many([PING] * 300)
         after = (await other.enqueue(PING)).job
         heard = [event.job_id for event in await take(here, 302)]
         assert heard[0] == before.id
@@ -149,29 +149,29 @@ async def test_own_subscribers_hear_own_events_where_nobody_listens(
     database_url: str, registry: JobRegistry
 ) -> None:
     database = Database(database_url)
-    service = JobService(registry, database)
-    with service.events.subscribe() as heard:
-        job = (await service.enqueue(PING)).job
+    queue = JobQueue(registry, database)
+    with queue.events.subscribe() as heard:
+        job = (await queue.enqueue(PING)).job
         assert [event.job_id for event in await take(heard, 1)] == [job.id]
     await database.close()
 
 
-async def test_a_subscriber_hears_nothing_that_its_process_did_before(service: JobService) -> None:
-    first = (await service.enqueue(PING)).job
-    with service.events.subscribe(job_id=first.id) as heard:
-        await service.enqueue(PING)
-        await service.cancel(first.id)
+async def test_a_subscriber_hears_nothing_that_its_process_did_before(queue: JobQueue) -> None:
+    first = (await queue.enqueue(PING)).job
+    with queue.events.subscribe(job_id=first.id) as heard:
+        await queue.enqueue(PING)
+        await queue.cancel(first.id)
         (event,) = await take(heard, 1)
         assert (event.name, event.job_id) == ("job.cancelled", first.id)
 
 
 async def test_a_slow_subscriber_is_dropped_with_an_error_and_holds_nobody_up(
-    service: JobService,
+    queue: JobQueue,
 ) -> None:
-    with service.events.subscribe() as slow, service.events.subscribe() as other:
-        await service.enqueue_many([PING] * 900)
+    with queue.events.subscribe() as slow, queue.events.subscribe() as other:
+        await queue.enqueue_many([PING] * 900)
         await take(other, 900)
-        await service.enqueue_many([PING] * 900)
+        await queue.enqueue_many([PING] * 900)
         # The other one reads in time, and misses nothing.
         await take(other, 900)
         await take(slow, MAX_UNREAD_EVENTS)
@@ -180,16 +180,16 @@ async def test_a_slow_subscriber_is_dropped_with_an_error_and_holds_nobody_up(
 
 
 async def test_nothing_is_heard_of_what_was_not_committed(
-    service: JobService, other: JobService, monkeypatch: pytest.MonkeyPatch
+    queue: JobQueue, other: JobQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with service.events.subscribe() as here, other.events.subscribe() as there:
+    with queue.events.subscribe() as here, other.events.subscribe() as there:
         good = EnqueueRequest("test.ping", {}, idempotency_key="taken")
         conflicting = EnqueueRequest("test.ping", {"text": "other"}, idempotency_key="taken")
-        first = (await service.enqueue(good)).job
+        first = (await queue.enqueue(good)).job
         # The first job is stored and taken back, because the second is refused.
-        refused = await service.enqueue_many([PING, conflicting], atomic=True)
+        refused = await queue.enqueue_many([PING, conflicting], atomic=True)
         assert all(isinstance(each, Exception) for each in refused)
-        kept = (await service.enqueue(PING)).job
+        kept = (await queue.enqueue(PING)).job
         for heard in (here, there):
             assert [event.job_id for event in await take(heard, 2)] == [first.id, kept.id]
 
@@ -214,25 +214,25 @@ async def test_a_log_that_cannot_be_written_fails_no_operation(
     broken = _logger(_unwritable)
     monkeypatch.setattr("job_registry_api.queue.events.log", broken)
     database = Database(database_url)
-    service = JobService(registry, database)
+    queue = JobQueue(registry, database)
     async with AsyncExitStack() as stack:
         if heard:
-            await stack.enter_async_context(service.events.hearing())
-        with service.events.subscribe() as subscription:
-            job = (await service.enqueue(PING)).job
+            await stack.enter_async_context(queue.events.hearing())
+        with queue.events.subscribe() as subscription:
+            job = (await queue.enqueue(PING)).job
             keyed = EnqueueRequest("test.ping", {}, idempotency_key="once")
-            assert not (await service.enqueue(keyed)).deduplicated
-            (lease, _) = await service.lease(["test.ping"], "w", limit=2)
-            await service.heartbeat(lease.token, {"half": True})
-            await service.complete(lease.token)
-            await service.cancel((await service.enqueue_many([PING]))[0].job.id)  # type: ignore[union-attr]
+            assert not (await queue.enqueue(keyed)).deduplicated
+            (lease, _) = await queue.lease(["test.ping"], "w", limit=2)
+            await queue.heartbeat(lease.token, {"half": True})
+            await queue.complete(lease.token)
+            await queue.cancel((await queue.enqueue_many([PING]))[0].job.id)  # type: ignore[union-attr]
             # Everyone hears of it all the same.
             names = [event.name for event in await take(subscription, 8)]
             assert names.count("job.created") == 3
             assert names[-1] == "job.cancelled"
     assert job.status is JobStatus.QUEUED
-    assert (await service.counts())["test.ping"].queued == 0
-    assert service.events.failures == 8
+    assert (await queue.counts())["test.ping"].queued == 0
+    assert queue.events.failures == 8
     await database.close()
 
 
@@ -275,38 +275,38 @@ async def test_a_reader_of_standard_error_that_has_gone_fails_no_call(database_u
 
 
 async def test_a_broken_subscriber_harms_neither_the_caller_nor_the_others(
-    service: JobService, monkeypatch: pytest.MonkeyPatch
+    queue: JobQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with service.events.subscribe() as broken, service.events.subscribe() as sound:
+    with queue.events.subscribe() as broken, queue.events.subscribe() as sound:
         monkeypatch.setattr(broken, "offer", _unwritable)
-        job = (await service.enqueue(PING)).job
+        job = (await queue.enqueue(PING)).job
         assert [event.job_id for event in await take(sound, 1)] == [job.id]
-    assert service.events.failures == 1
+    assert queue.events.failures == 1
 
 
 async def test_broken_callbacks_harm_neither_the_caller_nor_the_others(
-    service: JobService,
+    queue: JobQueue,
 ) -> None:
     heard: list[object] = []
-    events = service.events
+    events = queue.events
     with (
         events.on_work(_unwritable),
         events.on_cancel_requested(_unwritable),
         events.on_work(heard.append),
         events.on_cancel_requested(heard.append),
     ):
-        job = (await service.enqueue(PING)).job
-        assert await service.lease(["test.ping"], "w")
-        await service.cancel(job.id)
+        job = (await queue.enqueue(PING)).job
+        assert await queue.lease(["test.ping"], "w")
+        await queue.cancel(job.id)
         assert heard == ["test.ping", job.id]
     assert events.failures == 2
 
 
-async def test_publishing_from_another_thread_reaches_this_loop(service: JobService) -> None:
+async def test_publishing_from_another_thread_reaches_this_loop(queue: JobQueue) -> None:
     threads: list[int] = []
     event = JobEvent("job.cancel_requested", JOB, "test.ping", 1)
-    with service.events.on_cancel_requested(lambda _: threads.append(threading.get_ident())):
-        await asyncio.to_thread(service.events.publish, [event])
+    with queue.events.on_cancel_requested(lambda _: threads.append(threading.get_ident())):
+        await asyncio.to_thread(queue.events.publish, [event])
         await until(lambda: threads)
     assert threads == [threading.get_ident()]
 
@@ -317,14 +317,14 @@ async def test_publishing_from_another_thread_reaches_this_loop(service: JobServ
 SUBSCRIBER = """
     import asyncio, os
     from job_registry_api.queue.errors import EventsMissed
-    from job_registry_api.queue.service import open_service
+    from job_registry_api.queue.queue import open_queue
     from job_registry import JobRegistry
     from job_registry.catalog.thumbnail import thumbnail_create
 
     async def main():
         registry = JobRegistry([thumbnail_create])
-        async with open_service(registry, os.environ["URL"], lease_seconds=30) as service:
-            with service.events.subscribe() as heard:
+        async with open_queue(registry, os.environ["URL"], lease_seconds=30) as queue:
+            with queue.events.subscribe() as heard:
                 print("ready", flush=True)
                 try:
                     async for event in heard:
@@ -338,48 +338,48 @@ SUBSCRIBER = """
 
 @pytest.mark.parametrize("more", [False, True])
 async def test_a_process_that_stalls_while_events_are_deleted_is_told(
-    service: JobService, database_url: str, more: bool
+    queue: JobQueue, database_url: str, more: bool
 ) -> None:
     async with _process(SUBSCRIBER, database_url) as process, asyncio.timeout(20):
         assert process.stdout is not None
-        job = (await service.enqueue(PING)).job
+        job = (await queue.enqueue(PING)).job
         assert (await process.stdout.readline()).decode().strip() == str(job.id)
         os.kill(process.pid, signal.SIGSTOP)
         # More than a notification holds, so that it is kept on PostgreSQL too.
-        await service.enqueue_many([PING] * 300)
-        await _let_kept_events_grow_old(service, database_url)
+        await queue.enqueue_many([PING] * 300)
+        await _let_kept_events_grow_old(queue, database_url)
         if more:
-            await service.enqueue(PING)
+            await queue.enqueue(PING)
         os.kill(process.pid, signal.SIGCONT)
         assert (await process.stdout.readline()).decode().strip() == "missed"
 
 
 async def test_a_reader_that_starts_where_all_was_deleted_misses_nothing(
-    service: JobService, database_url: str, registry: JobRegistry
+    queue: JobQueue, database_url: str, registry: JobRegistry
 ) -> None:
-    await service.enqueue_many([PING] * 300)
-    await _let_kept_events_grow_old(service, database_url)
-    async with open_service(registry, database_url, lease_seconds=30) as late:
+    await queue.enqueue_many([PING] * 300)
+    await _let_kept_events_grow_old(queue, database_url)
+    async with open_queue(registry, database_url, lease_seconds=30) as late:
         with late.events.subscribe() as heard:
-            job = (await service.enqueue(PING)).job
+            job = (await queue.enqueue(PING)).job
             assert [event.job_id for event in await take(heard, 1)] == [job.id]
 
 
 async def test_subscriptions_survive_the_deletion_of_events_they_have_read(
-    service: JobService, other: JobService, database_url: str
+    queue: JobQueue, other: JobQueue, database_url: str
 ) -> None:
     with other.events.subscribe() as heard:
         for _ in range(3):
-            bulk = await service.enqueue_many([PING] * 300)
+            bulk = await queue.enqueue_many([PING] * 300)
             events = await take(heard, 300)
             assert {event.job_id for event in events} == {each.job.id for each in bulk}  # type: ignore[union-attr]
-            await _let_kept_events_grow_old(service, database_url)
-        job = (await service.enqueue(PING)).job
+            await _let_kept_events_grow_old(queue, database_url)
+        job = (await queue.enqueue(PING)).job
         assert [event.job_id for event in await take(heard, 1)] == [job.id]
 
 
 async def test_a_database_that_cannot_be_read_for_a_while_loses_no_events(
-    service: JobService, other: JobService, monkeypatch: pytest.MonkeyPatch, database_url: str
+    queue: JobQueue, other: JobQueue, monkeypatch: pytest.MonkeyPatch, database_url: str
 ) -> None:
     if not database_url.startswith("sqlite"):
         pytest.skip("on PostgreSQL the connection that listens is lost with the database")
@@ -393,7 +393,7 @@ async def test_a_database_that_cannot_be_read_for_a_while_loses_no_events(
 
     with other.events.subscribe() as heard, monkeypatch.context() as patched:
         patched.setattr(Database, "reading", away)
-        job = (await service.enqueue(PING)).job
+        job = (await queue.enqueue(PING)).job
         async with asyncio.timeout(5):
             await failed.wait()
         patched.undo()
@@ -402,15 +402,15 @@ async def test_a_database_that_cannot_be_read_for_a_while_loses_no_events(
 
 
 async def test_a_lost_connection_is_told_to_subscribers_and_to_those_that_wait(
-    service: JobService, database_url: str
+    queue: JobQueue, database_url: str
 ) -> None:
     if database_url.startswith("sqlite"):
         pytest.skip("SQLite has no connection to lose")
     work: list[str | None] = []
     with (
-        service.events.subscribe() as heard,
-        service.events.waiting_for(["test.pong"], []) as woken,
-        service.events.on_work(work.append),
+        queue.events.subscribe() as heard,
+        queue.events.waiting_for(["test.pong"], []) as woken,
+        queue.events.on_work(work.append),
     ):
         database = Database(database_url)
         async with database.reading() as connection:
@@ -423,18 +423,18 @@ async def test_a_lost_connection_is_told_to_subscribers_and_to_those_that_wait(
             await take(heard, 1)
         assert woken.is_set()
         assert work == [None]
-    with service.events.subscribe() as heard:
-        job = (await service.enqueue(PING)).job
+    with queue.events.subscribe() as heard:
+        job = (await queue.enqueue(PING)).job
         assert [event.job_id for event in await take(heard, 1)] == [job.id]
 
 
 async def test_more_notifications_than_can_wait_are_told_as_missed(
-    service: JobService, monkeypatch: pytest.MonkeyPatch, database_url: str
+    queue: JobQueue, monkeypatch: pytest.MonkeyPatch, database_url: str
 ) -> None:
     if database_url.startswith("sqlite"):
         pytest.skip("events that are kept in a table wait there")
     monkeypatch.setattr("job_registry_api.queue.event_stream.MAX_UNREAD_MESSAGES", 10)
-    with service.events.subscribe() as heard:
+    with queue.events.subscribe() as heard:
         each = (_message("job.created", uuid.UUID(int=number)) for number in range(50))
         await _tell(database_url, *each)
         with pytest.raises(EventsMissed, match="slowly"):
@@ -512,7 +512,7 @@ def test_a_garbled_message_is_refused_whole(message: str) -> None:
 
 
 async def test_a_garbled_message_is_one_log_line_and_events_missed(
-    service: JobService, database_url: str, monkeypatch: pytest.MonkeyPatch
+    queue: JobQueue, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines: list[str] = []
 
@@ -521,14 +521,14 @@ async def test_a_garbled_message_is_one_log_line_and_events_missed(
         raise structlog.DropEvent
 
     monkeypatch.setattr("job_registry_api.queue.events.log", _logger(keep))
-    with service.events.subscribe() as heard, service.events.waiting_for([], []) as woken:
+    with queue.events.subscribe() as heard, queue.events.waiting_for([], []) as woken:
         await _tell(database_url, '{"process": "x", "events": [["job.created"]]}')
         with pytest.raises(EventsMissed):
             await take(heard, 1)
         assert woken.is_set()
     assert lines == ["events.unreadable"]
-    with service.events.subscribe() as heard:
-        job = (await service.enqueue(PING)).job
+    with queue.events.subscribe() as heard:
+        job = (await queue.enqueue(PING)).job
         assert [event.job_id for event in await take(heard, 1)] == [job.id]
 
 
@@ -536,14 +536,14 @@ async def test_a_garbled_message_is_one_log_line_and_events_missed(
 
 
 async def test_work_is_told_once_for_each_job_by_this_process_and_others(
-    service: JobService, other: JobService
+    queue: JobQueue, other: JobQueue
 ) -> None:
     work: list[str | None] = []
     with (
-        service.events.on_work(work.append, limited=["test.limited"]),
-        service.events.subscribe() as heard,
+        queue.events.on_work(work.append, limited=["test.limited"]),
+        queue.events.subscribe() as heard,
     ):
-        for each in (service, other):
+        for each in (queue, other):
             await each.enqueue_many([PING] * 3)
             await each.enqueue(LIMITED)
         # Own jobs are told at once, and not again when they are heard.
@@ -552,7 +552,7 @@ async def test_work_is_told_once_for_each_job_by_this_process_and_others(
         assert work == (["test.ping"] * 3 + ["test.limited"]) * 2
 
         work.clear()
-        for each in (service, other):
+        for each in (queue, other):
             (ping,) = await each.lease(["test.ping"], "w")
             (limited,) = await each.lease(["test.limited"], "w")
             # That a ping ends makes room for nobody.
@@ -560,21 +560,21 @@ async def test_work_is_told_once_for_each_job_by_this_process_and_others(
             await each.complete(limited.token)
         await take(heard, 8)
         assert work == ["test.limited"] * 2
-    await service.enqueue(PING)
+    await queue.enqueue(PING)
     assert len(work) == 2
 
 
 @pytest.mark.parametrize("where", ["this process", "another"])
 async def test_a_requested_cancellation_is_told_at_once(
-    service: JobService, other: JobService, where: str
+    queue: JobQueue, other: JobQueue, where: str
 ) -> None:
     told: list[uuid.UUID] = []
-    canceller = service if where == "this process" else other
-    job = (await service.enqueue(PING)).job
-    (lease,) = await service.lease(["test.ping"], "w")
+    canceller = queue if where == "this process" else other
+    job = (await queue.enqueue(PING)).job
+    (lease,) = await queue.lease(["test.ping"], "w")
     with (
-        service.events.on_cancel_requested(told.append),
-        service.events.subscribe(job_id=job.id) as heard,
+        queue.events.on_cancel_requested(told.append),
+        queue.events.subscribe(job_id=job.id) as heard,
     ):
         started = asyncio.get_running_loop().time()
         await canceller.cancel(job.id)
@@ -585,18 +585,18 @@ async def test_a_requested_cancellation_is_told_at_once(
         assert told == [job.id]
         # One that is queued needs no worker to stop.
         await canceller.cancel((await canceller.enqueue(PING)).job.id)
-        await service.complete(lease.token)
+        await queue.complete(lease.token)
         await take(heard, 1)
     assert told == [job.id]
     with pytest.raises(LeaseLost):
-        await service.fail(lease.token, error=BROKEN)
+        await queue.fail(lease.token, error=BROKEN)
 
 
 async def test_a_callback_is_called_on_the_loop_where_it_was_registered(
-    service: JobService, other: JobService
+    queue: JobQueue, other: JobQueue
 ) -> None:
-    job = (await service.enqueue(PING)).job
-    assert await service.lease(["test.ping"], "w")
+    job = (await queue.enqueue(PING)).job
+    assert await queue.lease(["test.ping"], "w")
     told: list[tuple[uuid.UUID, int]] = []
     registered, done = threading.Event(), threading.Event()
 
@@ -607,7 +607,7 @@ async def test_a_callback_is_called_on_the_loop_where_it_was_registered(
             told.append((job_id, threading.get_ident()))
             heard.set()
 
-        with service.events.on_cancel_requested(tell):
+        with queue.events.on_cancel_requested(tell):
             registered.set()
             async with asyncio.timeout(10):
                 await heard.wait()
@@ -622,13 +622,13 @@ async def test_a_callback_is_called_on_the_loop_where_it_was_registered(
 
 
 async def test_a_job_whose_caller_was_cancelled_during_the_commit_is_worked_at_once(
-    service: JobService, monkeypatch: pytest.MonkeyPatch
+    queue: JobQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    waiting = asyncio.create_task(service.lease(["test.ping"], "w", wait_seconds=20))
+    waiting = asyncio.create_task(queue.lease(["test.ping"], "w", wait_seconds=20))
     await asyncio.sleep(0.2)
     # Such a caller stores its job, and comes to nothing after that.
-    monkeypatch.setattr(service.events, "publish", lambda _events: None)
-    job = (await service.enqueue(PING)).job
+    monkeypatch.setattr(queue.events, "publish", lambda _events: None)
+    job = (await queue.enqueue(PING)).job
     async with asyncio.timeout(2):
         (lease,) = await waiting
     assert lease.job.id == job.id
@@ -637,25 +637,25 @@ async def test_a_job_whose_caller_was_cancelled_during_the_commit_is_worked_at_o
 # Ends
 
 
-async def test_the_end_of_the_server_ends_subscriptions_and_waits(service: JobService) -> None:
-    with service.events.subscribe() as heard:
-        waiting = asyncio.create_task(service.lease(["test.ping"], "w", wait_seconds=20))
+async def test_the_end_of_the_server_ends_subscriptions_and_waits(queue: JobQueue) -> None:
+    with queue.events.subscribe() as heard:
+        waiting = asyncio.create_task(queue.lease(["test.ping"], "w", wait_seconds=20))
         await asyncio.sleep(0.1)
-        service.end_waits()
+        queue.end_waits()
         async with asyncio.timeout(2):
             assert await waiting == []
             with pytest.raises(EventsMissed, match="shuts down"):
                 await anext(heard)
     # One that comes later does not hold the end up either.
-    with service.events.subscribe() as heard:
+    with queue.events.subscribe() as heard:
         async with asyncio.timeout(2):
             with pytest.raises(EventsMissed, match="shuts down"):
                 await anext(heard)
 
 
-async def test_abandoned_subscriptions_leave_nothing_behind(service: JobService) -> None:
+async def test_abandoned_subscriptions_leave_nothing_behind(queue: JobQueue) -> None:
     async def following() -> AsyncGenerator[JobEvent, None]:
-        with service.events.subscribe() as heard:
+        with queue.events.subscribe() as heard:
             async for event in heard:
                 yield event
 
@@ -664,26 +664,26 @@ async def test_abandoned_subscriptions_leave_nothing_behind(service: JobService)
         generator = following()
         waiting = asyncio.create_task(anext(generator))
         await asyncio.sleep(0)
-        assert service.events.subscribers >= 1
+        assert queue.events.subscribers >= 1
         if number % 2:
             # It waits for an event when its client goes.
             waiting.cancel()
             await asyncio.wait({waiting})
         else:
             # It has given one, and is never asked for another.
-            await service.enqueue(PING)
+            await queue.enqueue(PING)
             await asyncio.wait_for(waiting, 5)
         del generator, waiting
     gc.collect()
-    await until(lambda: service.events.subscribers == 0)
+    await until(lambda: queue.events.subscribers == 0)
     await until(lambda: len(asyncio.all_tasks()) <= tasks)
 
 
 async def test_hearing_leaves_no_task_behind(database_url: str, registry: JobRegistry) -> None:
     tasks = asyncio.all_tasks()
-    async with open_service(registry, database_url, lease_seconds=30) as service:
+    async with open_queue(registry, database_url, lease_seconds=30) as queue:
         assert asyncio.all_tasks() > tasks
-        await service.enqueue(PING)
+        await queue.enqueue(PING)
     assert asyncio.all_tasks() == tasks
 
 
@@ -700,8 +700,8 @@ async def test_events_are_polled_where_there_are_no_notifications(
     polled: str, registry: JobRegistry
 ) -> None:
     async with (
-        open_service(registry, polled, lease_seconds=30) as one,
-        open_service(registry, polled, lease_seconds=30) as other,
+        open_queue(registry, polled, lease_seconds=30) as one,
+        open_queue(registry, polled, lease_seconds=30) as other,
     ):
         with one.events.subscribe() as here, other.events.subscribe() as there:
             await asyncio.gather(*(each.enqueue(PING) for each in (one, other) for _ in range(20)))
@@ -724,8 +724,8 @@ async def test_a_batch_that_commits_late_is_heard_late(polled: str, registry: Jo
 
     async with database.engine.connect() as before:
         await keep(before, late)
-        async with open_service(registry, polled, lease_seconds=30) as service:
-            with service.events.subscribe() as heard:
+        async with open_queue(registry, polled, lease_seconds=30) as queue:
+            with queue.events.subscribe() as heard:
                 async with database.engine.connect() as slow, database.engine.connect() as failing:
                     await keep(slow, late)
                     await keep(failing, rolled_back)
@@ -827,8 +827,8 @@ async def test_a_caller_waits_for_polled_jobs_no_longer_than_a_poll(
     polled: str, registry: JobRegistry
 ) -> None:
     async with (
-        open_service(registry, polled, lease_seconds=30) as one,
-        open_service(registry, polled, lease_seconds=30) as other,
+        open_queue(registry, polled, lease_seconds=30) as one,
+        open_queue(registry, polled, lease_seconds=30) as other,
     ):
         waiting = asyncio.create_task(one.lease(["test.ping"], "w", wait_seconds=20))
         await asyncio.sleep(0.2)
@@ -860,14 +860,14 @@ async def _tell(url: str, *messages: str) -> None:
     await database.close()
 
 
-async def _let_kept_events_grow_old(service: JobService, url: str) -> None:
+async def _let_kept_events_grow_old(queue: JobQueue, url: str) -> None:
     """Deletes every batch that is kept, as upkeep does once they are old enough."""
     database = Database(url)
     async with database.transaction() as connection:
         await connection.exec_driver_sql(
             "UPDATE job_event_batch SET created_at = '2020-01-01 00:00:00.000000'"
         )
-    await service.tidy()
+    await queue.tidy()
     async with database.reading() as connection:
         left = (await connection.exec_driver_sql("SELECT count(*) FROM job_event_batch")).scalar()
     await database.close()

@@ -11,23 +11,23 @@ from job_registry import JobRegistry
 from job_registry_api.queue.database import Database
 from job_registry_api.queue.errors import QueueUnavailable
 from job_registry_api.queue.models import JobStatus
+from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.requests import EnqueueRequest
-from job_registry_api.queue.service import JobService
 from job_registry_api.queue.store import Claim, Claimed
 
 PING = EnqueueRequest("test.ping", {})
 
 
 class Claims:
-    """Counts the claims of a service, and may hold one up."""
+    """Counts the claims of a queue, and may hold one up."""
 
-    def __init__(self, service: JobService, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, queue: JobQueue, monkeypatch: pytest.MonkeyPatch) -> None:
         self.made = 0
         self.entered = asyncio.Event()
         self.go_on = asyncio.Event()
         self.go_on.set()
-        self._claim = service._store.claim
-        monkeypatch.setattr(service._store, "claim", self.claim)
+        self._claim = queue._store.claim
+        monkeypatch.setattr(queue._store, "claim", self.claim)
 
     async def claim(self, claim: Claim) -> Claimed:
         self.made += 1
@@ -38,14 +38,14 @@ class Claims:
 
 
 @pytest.fixture
-def claims(service: JobService, monkeypatch: pytest.MonkeyPatch) -> Claims:
-    return Claims(service, monkeypatch)
+def claims(queue: JobQueue, monkeypatch: pytest.MonkeyPatch) -> Claims:
+    return Claims(queue, monkeypatch)
 
 
-async def polls(service: JobService, count: int, **options: Any) -> list[asyncio.Task[Any]]:
+async def polls(queue: JobQueue, count: int, **options: Any) -> list[asyncio.Task[Any]]:
     waiting = [
         asyncio.create_task(
-            service.lease(["test.ping"], f"w{n}", **{"wait_seconds": 30.0, **options})
+            queue.lease(["test.ping"], f"w{n}", **{"wait_seconds": 30.0, **options})
         )
         for n in range(count)
     ]
@@ -60,14 +60,14 @@ async def end(waiting: list[asyncio.Task[Any]]) -> None:
 
 
 async def test_two_hundred_waiting_polls_make_a_claim_per_job_and_not_one_each(
-    service: JobService, claims: Claims
+    queue: JobQueue, claims: Claims
 ) -> None:
-    waiting = await polls(service, 200)
+    waiting = await polls(queue, 200)
     idle = claims.made
     assert idle <= 5
 
     for _ in range(10):
-        await service.enqueue(PING)
+        await queue.enqueue(PING)
     async with asyncio.timeout(5):
         while len([task for task in waiting if task.done()]) < 10:
             await asyncio.sleep(0.01)
@@ -79,32 +79,32 @@ async def test_two_hundred_waiting_polls_make_a_claim_per_job_and_not_one_each(
     await end([task for task in waiting if not task.done()])
 
 
-async def test_those_who_wait_longest_are_served_first(service: JobService) -> None:
-    first = await polls(service, 1)
-    second = await polls(service, 1)
-    await service.enqueue(PING)
+async def test_those_who_wait_longest_are_served_first(queue: JobQueue) -> None:
+    first = await polls(queue, 1)
+    second = await polls(queue, 1)
+    await queue.enqueue(PING)
     assert (await asyncio.wait_for(first[0], 5))[0].job.status is JobStatus.RUNNING
     assert not second[0].done()
     await end(second)
 
 
 async def test_a_poll_that_waits_takes_a_job_without_a_noticeable_delay(
-    service: JobService,
+    queue: JobQueue,
 ) -> None:
-    (waiting,) = await polls(service, 1)
+    (waiting,) = await polls(queue, 1)
     started = asyncio.get_running_loop().time()
-    await service.enqueue(PING)
+    await queue.enqueue(PING)
     await waiting
     assert asyncio.get_running_loop().time() - started < 1.0
 
 
 async def test_a_job_leased_for_a_caller_that_was_cancelled_goes_to_the_next_at_once(
-    service: JobService, claims: Claims
+    queue: JobQueue, claims: Claims
 ) -> None:
     # Given a claim that has just leased a job for a caller
-    job = (await service.enqueue(PING)).job
+    job = (await queue.enqueue(PING)).job
     claims.go_on.clear()
-    (waiting,) = await polls(service, 1)
+    (waiting,) = await polls(queue, 1)
     await claims.entered.wait()
 
     # When the caller is cancelled before it hears of that
@@ -114,17 +114,17 @@ async def test_a_job_leased_for_a_caller_that_was_cancelled_goes_to_the_next_at_
     claims.go_on.set()
 
     # I expect the job with another caller, and no attempt spent
-    (lease,) = await service.lease(["test.ping"], "other", wait_seconds=5)
+    (lease,) = await queue.lease(["test.ping"], "other", wait_seconds=5)
     assert (lease.job.id, lease.job.attempt) == (job.id, 1)
 
 
 async def test_a_wait_that_ends_during_a_claim_still_gets_what_was_leased_for_it(
-    service: JobService, claims: Claims
+    queue: JobQueue, claims: Claims
 ) -> None:
-    await service.enqueue(PING)
+    await queue.enqueue(PING)
     claims.go_on.clear()
     stop = asyncio.Event()
-    (waiting,) = await polls(service, 1, stop=stop)
+    (waiting,) = await polls(queue, 1, stop=stop)
     await claims.entered.wait()
     stop.set()
     await asyncio.sleep(0.1)
@@ -133,29 +133,29 @@ async def test_a_wait_that_ends_during_a_claim_still_gets_what_was_leased_for_it
 
 
 async def test_a_wait_that_ends_during_a_claim_that_finds_nothing_ends_with_nothing(
-    service: JobService, claims: Claims
+    queue: JobQueue, claims: Claims
 ) -> None:
     claims.go_on.clear()
-    (waiting,) = await polls(service, 1, wait_seconds=0.3)
+    (waiting,) = await polls(queue, 1, wait_seconds=0.3)
     await claims.entered.wait()
     await asyncio.sleep(0.4)
     claims.go_on.set()
     assert await asyncio.wait_for(waiting, 5) == []
 
 
-async def test_cancelled_waits_leave_no_task_behind(service: JobService) -> None:
+async def test_cancelled_waits_leave_no_task_behind(queue: JobQueue) -> None:
     before = asyncio.all_tasks()
     for _ in range(20):
-        await end(await polls_at_once(service, 10))
+        await end(await polls_at_once(queue, 10))
     async with asyncio.timeout(5):
         while asyncio.all_tasks() - before:
             await asyncio.sleep(0.05)
 
 
-async def polls_at_once(service: JobService, count: int) -> list[asyncio.Task[Any]]:
+async def polls_at_once(queue: JobQueue, count: int) -> list[asyncio.Task[Any]]:
     stop = asyncio.Event()
     waiting = [
-        asyncio.create_task(service.lease(["test.ping"], "w", wait_seconds=30, stop=stop))
+        asyncio.create_task(queue.lease(["test.ping"], "w", wait_seconds=30, stop=stop))
         for _ in range(count)
     ]
     await asyncio.sleep(0)
@@ -163,41 +163,41 @@ async def polls_at_once(service: JobService, count: int) -> list[asyncio.Task[An
 
 
 async def test_everybody_in_line_hears_that_the_database_is_away(
-    service: JobService, monkeypatch: pytest.MonkeyPatch
+    queue: JobQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    waiting = await polls(service, 3)
+    waiting = await polls(queue, 3)
 
     async def away(_claim: Claim) -> Claimed:
         raise QueueUnavailable("it is away")
 
     with monkeypatch.context() as broken:
-        broken.setattr(service._store, "claim", away)
-        await service.enqueue(PING)
+        broken.setattr(queue._store, "claim", away)
+        await queue.enqueue(PING)
         results = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 10)
     assert [type(result) for result in results] == [QueueUnavailable] * 3
     # And a line formed anew works.
-    assert len(await service.lease(["test.ping"], "w", wait_seconds=5)) == 1
+    assert len(await queue.lease(["test.ping"], "w", wait_seconds=5)) == 1
 
 
-async def test_the_end_of_the_process_sends_those_who_wait_away(service: JobService) -> None:
-    waiting = await polls(service, 3)
-    service.end_waits()
+async def test_the_end_of_the_process_sends_those_who_wait_away(queue: JobQueue) -> None:
+    waiting = await polls(queue, 3)
+    queue.end_waits()
     assert await asyncio.wait_for(asyncio.gather(*waiting), 5) == [[], [], []]
-    assert await service.lease(["test.ping"], "w", wait_seconds=30) == []
+    assert await queue.lease(["test.ping"], "w", wait_seconds=30) == []
 
 
 async def test_a_claim_whose_caller_is_cancelled_without_waiting_leaves_no_lease_behind(
-    service: JobService, claims: Claims
+    queue: JobQueue, claims: Claims
 ) -> None:
-    job = (await service.enqueue(PING)).job
+    job = (await queue.enqueue(PING)).job
     claims.go_on.clear()
-    (claiming,) = await polls(service, 1, wait_seconds=0.0)
+    (claiming,) = await polls(queue, 1, wait_seconds=0.0)
     await claims.entered.wait()
     claiming.cancel()
     with pytest.raises(asyncio.CancelledError):
         await claiming
     claims.go_on.set()
-    (lease,) = await service.lease(["test.ping"], "other", wait_seconds=5)
+    (lease,) = await queue.lease(["test.ping"], "other", wait_seconds=5)
     assert (lease.job.id, lease.job.attempt) == (job.id, 1)
 
 
@@ -206,17 +206,17 @@ async def test_jobs_whose_documents_cannot_be_read_after_the_claim_are_handed_ba
 ) -> None:
     # Given a job that is too large to be in the answer of a claim
     database = Database(fresh_postgresql_url)
-    service = JobService(registry, database)
+    queue = JobQueue(registry, database)
     large = EnqueueRequest("test.ping", {"text": "".join(map(str, range(20_000)))})
-    job = (await service.enqueue(large)).job
+    job = (await queue.enqueue(large)).job
 
     async def away(_ids: object) -> dict[object, object]:
         raise QueueUnavailable("it is away")
 
     with monkeypatch.context() as broken:
-        broken.setattr(service._store, "get_many", away)
+        broken.setattr(queue._store, "get_many", away)
         with pytest.raises(QueueUnavailable):
-            await service.lease(["test.ping"], "w")
-    (lease,) = await service.lease(["test.ping"], "w")
+            await queue.lease(["test.ping"], "w")
+    (lease,) = await queue.lease(["test.ping"], "w")
     assert (lease.job.id, lease.job.attempt) == (job.id, 1)
     await database.close()

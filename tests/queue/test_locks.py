@@ -14,10 +14,10 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from job_registry import JobRegistry, JobType, Payload
 from job_registry_api.queue.database import Database, async_url
 from job_registry_api.queue.models import JobError, JobStatus
+from job_registry_api.queue.queue import Enqueued, JobQueue
 from job_registry_api.queue.requests import EnqueueRequest
-from job_registry_api.queue.service import Enqueued, JobService
 from tests.conftest import advance, run_sql
-from tests.queue.race_jobs import services
+from tests.queue.race_jobs import queues
 from tests.queue.test_races import complete_all, fill, locked
 
 PROMPT_SECONDS = 1.5
@@ -31,7 +31,7 @@ async def test_a_callers_open_transaction_that_holds_a_key_stops_no_other_enqueu
 ) -> None:
     held = EnqueueRequest("race.free", {}, idempotency_key="held")
     engine = create_async_engine(async_url(fresh_postgresql_url))
-    async with services(fresh_postgresql_url, 2) as (caller, other):
+    async with queues(fresh_postgresql_url, 2) as (caller, other):
         async with AsyncSession(engine) as session:
             first = await caller.enqueue(held, session=session)
             # This one has to wait for the caller's decision. Those behind it need not.
@@ -64,7 +64,7 @@ async def test_a_bulk_that_waits_for_a_key_stops_no_other_enqueue(
 ) -> None:
     held = EnqueueRequest("race.free", {}, idempotency_key="held")
     engine = create_async_engine(async_url(fresh_postgresql_url))
-    async with services(fresh_postgresql_url, 2) as (caller, other):
+    async with queues(fresh_postgresql_url, 2) as (caller, other):
         async with AsyncSession(engine) as session:
             await caller.enqueue(held, session=session)
             bulk = asyncio.create_task(other.enqueue_many([held, EnqueueRequest("race.free", {})]))
@@ -89,54 +89,54 @@ async def test_a_bulk_that_waits_for_a_key_stops_no_other_enqueue(
 async def test_a_locked_running_job_stops_nobody_elses_report(
     fresh_postgresql_url: str, how: str
 ) -> None:
-    async def report(service: JobService, token: str) -> object:
+    async def report(queue: JobQueue, token: str) -> object:
         match how:
             case "complete":
-                return await service.complete(token)
+                return await queue.complete(token)
             case "fail":
-                return await service.fail(token, BROKEN)
+                return await queue.fail(token, BROKEN)
             case "release":
-                return await service.release(token)
-        return await service.snooze(token, 1)
+                return await queue.release(token)
+        return await queue.snooze(token, 1)
 
-    async with services(fresh_postgresql_url, 1) as (service,):
-        await fill(service, "race.free", 10)
-        leases = await service.lease(["race.free"], "w", limit=10)
+    async with queues(fresh_postgresql_url, 1) as (queue,):
+        await fill(queue, "race.free", 10)
+        leases = await queue.lease(["race.free"], "w", limit=10)
         held, rest = leases[4], leases[:4] + leases[5:]
         lock = f"SELECT id FROM job WHERE id = '{held.job.id}' FOR UPDATE"
         async with locked(fresh_postgresql_url, lock):
             started = time.monotonic()
             # All at once, so that they come together in one group.
-            reports = [asyncio.create_task(report(service, each.token)) for each in leases]
+            reports = [asyncio.create_task(report(queue, each.token)) for each in leases]
             waiting = reports.pop(4)
             async with asyncio.timeout(20):
                 await asyncio.gather(*reports)
             assert time.monotonic() - started < PROMPT_SECONDS
             assert not waiting.done()
             started = time.monotonic()
-            await fill(service, "race.free", 1)
-            (late,) = await service.lease(["race.free"], "w")
-            await report(service, late.token)
+            await fill(queue, "race.free", 1)
+            (late,) = await queue.lease(["race.free"], "w")
+            await report(queue, late.token)
             assert time.monotonic() - started < PROMPT_SECONDS
         async with asyncio.timeout(10):
             await waiting
         for lease in rest:
-            assert (await service.get(lease.job.id)).status is not JobStatus.RUNNING
+            assert (await queue.get(lease.job.id)).status is not JobStatus.RUNNING
 
 
 async def test_a_locked_running_job_stops_nobody_elses_heartbeat_or_cancellation(
     fresh_postgresql_url: str,
 ) -> None:
-    async with services(fresh_postgresql_url, 1) as (service,):
-        await fill(service, "race.free", 3)
-        held, beating, cancelled = await service.lease(["race.free"], "w", limit=3)
+    async with queues(fresh_postgresql_url, 1) as (queue,):
+        await fill(queue, "race.free", 3)
+        held, beating, cancelled = await queue.lease(["race.free"], "w", limit=3)
         lock = f"SELECT id FROM job WHERE id = '{held.job.id}' FOR UPDATE"
         async with locked(fresh_postgresql_url, lock):
-            waiting = asyncio.create_task(service.heartbeat(held.token))
+            waiting = asyncio.create_task(queue.heartbeat(held.token))
             await asyncio.sleep(0.1)
             async with asyncio.timeout(PROMPT_SECONDS):
-                await service.heartbeat(beating.token, {"at": 1})
-                await service.cancel(cancelled.job.id)
+                await queue.heartbeat(beating.token, {"at": 1})
+                await queue.cancel(cancelled.job.id)
         async with asyncio.timeout(10):
             assert (await waiting).job.id == held.job.id
 
@@ -144,49 +144,49 @@ async def test_a_locked_running_job_stops_nobody_elses_heartbeat_or_cancellation
 async def test_recovery_passes_over_a_lost_job_that_another_holds_locked(
     fresh_postgresql_url: str,
 ) -> None:
-    async with services(fresh_postgresql_url, 1) as (service,):
-        await fill(service, "race.free", 3)
-        held, *rest = await service.lease(["race.free"], "w", limit=3)
+    async with queues(fresh_postgresql_url, 1) as (queue,):
+        await fill(queue, "race.free", 3)
+        held, *rest = await queue.lease(["race.free"], "w", limit=3)
         await advance(fresh_postgresql_url, 31)
         lock = f"SELECT id FROM job WHERE id = '{held.job.id}' FOR UPDATE"
         async with locked(fresh_postgresql_url, lock):
             async with asyncio.timeout(PROMPT_SECONDS):
-                recovered = await service.recover()
+                recovered = await queue.recover()
             assert {job.id for job in recovered} == {lease.job.id for lease in rest}
             # Nor does it stop claims, which recover first.
-            await fill(service, "race.other", 1)
+            await fill(queue, "race.other", 1)
             async with asyncio.timeout(PROMPT_SECONDS):
-                assert len(await service.lease(["race.other"], "w")) == 1
-        assert {job.id for job in await service.recover()} == {held.job.id}
+                assert len(await queue.lease(["race.other"], "w")) == 1
+        assert {job.id for job in await queue.recover()} == {held.job.id}
 
 
 async def test_pruning_passes_over_a_job_that_another_holds_locked(
     fresh_postgresql_url: str,
 ) -> None:
-    async with services(fresh_postgresql_url, 1) as (service,):
-        await fill(service, "race.free", 10)
-        leases = await service.lease(["race.free"], "w", limit=10)
-        await complete_all(service, leases)
+    async with queues(fresh_postgresql_url, 1) as (queue,):
+        await fill(queue, "race.free", 10)
+        leases = await queue.lease(["race.free"], "w", limit=10)
+        await complete_all(queue, leases)
         lock = f"SELECT id FROM job WHERE id = '{leases[0].job.id}' FOR UPDATE"
         async with locked(fresh_postgresql_url, lock):
             async with asyncio.timeout(PROMPT_SECONDS):
-                pruned = await service.prune(JobStatus.SUCCEEDED, keep_seconds=0, jobs=100)
+                pruned = await queue.prune(JobStatus.SUCCEEDED, keep_seconds=0, jobs=100)
             assert pruned == 9
             async with asyncio.timeout(PROMPT_SECONDS):
-                await service.tidy()
-        assert await service.prune(JobStatus.SUCCEEDED, keep_seconds=0, jobs=100) == 1
+                await queue.tidy()
+        assert await queue.prune(JobStatus.SUCCEEDED, keep_seconds=0, jobs=100) == 1
 
 
 async def test_counts_are_folded_past_rows_that_another_is_folding(
     fresh_postgresql_url: str,
 ) -> None:
-    async with services(fresh_postgresql_url, 1) as (service,):
+    async with queues(fresh_postgresql_url, 1) as (queue,):
         for _ in range(5):
-            await fill(service, "race.free", 2)
+            await fill(queue, "race.free", 2)
         lock = "SELECT id FROM job_count ORDER BY id LIMIT 2 FOR UPDATE"
         async with locked(fresh_postgresql_url, lock), asyncio.timeout(PROMPT_SECONDS):
-            await service.tidy()
-        assert (await service.counts())["race.free"].queued == 10
+            await queue.tidy()
+        assert (await queue.counts())["race.free"].queued == 10
         rows = await asyncio.to_thread(
             run_sql, fresh_postgresql_url, "SELECT jobs FROM job_count ORDER BY jobs"
         )
@@ -197,19 +197,19 @@ async def test_counts_are_folded_past_rows_that_another_is_folding(
 async def test_a_limited_type_whose_row_is_locked_stops_no_claim_of_other_types(
     fresh_postgresql_url: str,
 ) -> None:
-    async with services(fresh_postgresql_url, 1) as (service,):
-        await service.lease(["race.free", "race.only_0"], "w")
-        await fill(service, "race.free", 1)
-        await fill(service, "race.only_0", 1)
+    async with queues(fresh_postgresql_url, 1) as (queue,):
+        await queue.lease(["race.free", "race.only_0"], "w")
+        await fill(queue, "race.free", 1)
+        await fill(queue, "race.only_0", 1)
         lock = "SELECT type FROM job_type_state WHERE type = 'race.only_0' FOR UPDATE"
         async with locked(fresh_postgresql_url, lock):
             # Its own jobs have to wait; how long a claim waits for it is bounded.
             async with asyncio.timeout(5):
-                leases = await service.lease(["race.free", "race.only_0"], "w", limit=2)
+                leases = await queue.lease(["race.free", "race.only_0"], "w", limit=2)
             leased = {lease.job.type for lease in leases}
             assert "race.free" in leased
         if "race.only_0" not in leased:
-            (lease,) = await service.lease(["race.only_0"], "w", wait_seconds=5)
+            (lease,) = await queue.lease(["race.only_0"], "w", wait_seconds=5)
             assert lease.job.type == "race.only_0"
 
 
@@ -219,16 +219,16 @@ async def test_no_lock_is_held_while_a_large_document_is_sent_however_small_it_i
     """A client that has frozen would stop the answer, and with it the statement that holds."""
     payload = {"text": "a" * 200_000}
     database = Database(fresh_postgresql_url)
-    service = JobService(JobRegistry([JobType(name="race.text", payload=Text)]), database)
-    await service.enqueue(EnqueueRequest("race.text", payload))
+    queue = JobQueue(JobRegistry([JobType(name="race.text", payload=Text)]), database)
+    await queue.enqueue(EnqueueRequest("race.text", payload))
     claimed = await database.execute_at_once(
         """SELECT payload FROM job_claim('[{"type": "race.text"}]', 1, 'w', 30, 'p', false, NULL,"""
         " NULL, NULL)",
         {},
     )
     assert [row[0] for row in claimed] == [None]
-    await service.enqueue(EnqueueRequest("race.text", payload))
-    (lease,) = await service.lease(["race.text"], "w")
+    await queue.enqueue(EnqueueRequest("race.text", payload))
+    (lease,) = await queue.lease(["race.text"], "w")
     assert lease.job.payload == payload
     await database.close()
 

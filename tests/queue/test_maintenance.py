@@ -9,39 +9,39 @@ import pytest
 from job_registry_api.queue import maintenance
 from job_registry_api.queue.maintenance import maintain, prune
 from job_registry_api.queue.models import JobError, JobStatus
+from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.requests import EnqueueRequest
-from job_registry_api.queue.service import JobService
 from tests.conftest import advance, run_sql
 
 DAY = 86_400
 PING = EnqueueRequest("test.ping", {})
 
 
-async def finish(service: JobService, count: int, *, failed: bool = False) -> None:
-    await service.enqueue_many([PING] * count)
-    while leases := await service.lease(["test.ping"], "w", limit=100):
+async def finish(queue: JobQueue, count: int, *, failed: bool = False) -> None:
+    await queue.enqueue_many([PING] * count)
+    while leases := await queue.lease(["test.ping"], "w", limit=100):
         error = JobError("broken", "It broke.")
         await asyncio.gather(
             *(
-                service.fail(lease.token, error, retryable=False)
+                queue.fail(lease.token, error, retryable=False)
                 if failed
-                else service.complete(lease.token)
+                else queue.complete(lease.token)
                 for lease in leases
             )
         )
 
 
 async def test_finished_jobs_are_deleted_in_batches_and_others_never(
-    service: JobService, database_url: str, monkeypatch: pytest.MonkeyPatch
+    queue: JobQueue, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(maintenance, "PRUNE_BATCH", 20)
-    await finish(service, 50)
+    await finish(queue, 50)
     await advance(database_url, 8 * DAY)
-    await finish(service, 5)
-    waiting = (await service.enqueue(PING)).job
+    await finish(queue, 5)
+    waiting = (await queue.enqueue(PING)).job
 
-    assert await prune(service, JobStatus.SUCCEEDED, keep_days=7) == 50
-    counts = (await service.counts())["test.ping"]
+    assert await prune(queue, JobStatus.SUCCEEDED, keep_days=7) == 50
+    counts = (await queue.counts())["test.ping"]
     assert (counts.succeeded, counts.queued) == (5, 1)
     # Their attempts went with them.
     rows = await asyncio.to_thread(run_sql, database_url, "SELECT count(*) FROM job_attempt")
@@ -49,51 +49,51 @@ async def test_finished_jobs_are_deleted_in_batches_and_others_never(
 
     await advance(database_url, 1_000 * DAY)
     for status in (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED):
-        await prune(service, status, keep_days=0)
-    assert (await service.get(waiting.id)).status is JobStatus.QUEUED
+        await prune(queue, status, keep_days=0)
+    assert (await queue.get(waiting.id)).status is JobStatus.QUEUED
 
 
 async def test_upkeep_prunes_by_each_setting_and_ends_lost_leases(
-    service: JobService, database_url: str
+    queue: JobQueue, database_url: str
 ) -> None:
-    await finish(service, 3)
-    await finish(service, 2, failed=True)
-    lost = (await service.enqueue(PING)).job
-    await service.lease(["test.ping"], "w")
+    await finish(queue, 3)
+    await finish(queue, 2, failed=True)
+    lost = (await queue.enqueue(PING)).job
+    await queue.lease(["test.ping"], "w")
     await advance(database_url, 8 * DAY)
 
     stop = asyncio.Event()
     upkeep = asyncio.create_task(
-        maintain(service, stop, keep_succeeded_days=7, keep_failed_days=90, every_seconds=0.05)
+        maintain(queue, stop, keep_succeeded_days=7, keep_failed_days=90, every_seconds=0.05)
     )
     async with asyncio.timeout(10):
-        while (await service.counts())["test.ping"].succeeded:
+        while (await queue.counts())["test.ping"].succeeded:
             await asyncio.sleep(0.02)
-        while (await service.get(lost.id)).status is not JobStatus.QUEUED:
+        while (await queue.get(lost.id)).status is not JobStatus.QUEUED:
             await asyncio.sleep(0.02)
     stop.set()
     await upkeep
-    assert (await service.counts())["test.ping"].failed == 2
-    (attempt,) = (await service.attempts([lost.id]))[lost.id]
+    assert (await queue.counts())["test.ping"].failed == 2
+    (attempt,) = (await queue.attempts([lost.id]))[lost.id]
     # A week is past its timeout as well.
     assert attempt.outcome == "timed_out"
 
 
 async def test_a_pruned_jobs_idempotency_key_is_free_again(
-    service: JobService, database_url: str
+    queue: JobQueue, database_url: str
 ) -> None:
     keyed = EnqueueRequest("test.ping", {}, idempotency_key="k")
-    first = await service.enqueue(keyed)
-    (lease,) = await service.lease(["test.ping"], "w")
-    await service.complete(lease.token)
+    first = await queue.enqueue(keyed)
+    (lease,) = await queue.lease(["test.ping"], "w")
+    await queue.complete(lease.token)
     await advance(database_url, DAY)
-    assert await prune(service, JobStatus.SUCCEEDED, keep_days=0.5) == 1
-    again = await service.enqueue(keyed)
+    assert await prune(queue, JobStatus.SUCCEEDED, keep_days=0.5) == 1
+    again = await queue.enqueue(keyed)
     assert (again.deduplicated, again.job.id == first.job.id) == (False, False)
 
 
 async def test_upkeep_deletes_old_events_however_many_there_are(
-    service: JobService, database_url: str, monkeypatch: pytest.MonkeyPatch
+    queue: JobQueue, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Given more stored batches than one transaction deletes
     monkeypatch.setattr("job_registry_api.queue.maintenance.EVENT_BATCHES_PRUNED", 10)
@@ -102,17 +102,17 @@ async def test_upkeep_deletes_old_events_however_many_there_are(
     batch = "INSERT INTO job_event_batch (message, created_at) VALUES ('{}', '2026-01-01')"
     await asyncio.to_thread(run_sql, database_url, *[batch] * 35)
 
-    await maintenance.tidy(service, asyncio.Event())
+    await maintenance.tidy(queue, asyncio.Event())
 
     rows = await asyncio.to_thread(run_sql, database_url, "SELECT count(*) FROM job_event_batch")
     assert rows == [(0,)]
 
 
 async def test_pruning_ends_with_the_transaction_that_is_under_way_when_the_process_stops(
-    service: JobService, monkeypatch: pytest.MonkeyPatch
+    queue: JobQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(maintenance, "PRUNE_BATCH", 5)
-    await finish(service, 30)
+    await finish(queue, 30)
     stop = asyncio.Event()
     stop.set()
-    assert await prune(service, JobStatus.SUCCEEDED, keep_days=0, stop=stop) == 5
+    assert await prune(queue, JobStatus.SUCCEEDED, keep_days=0, stop=stop) == 5

@@ -30,8 +30,8 @@ from job_registry_api.queue import migrations
 from job_registry_api.queue.database import Database
 from job_registry_api.queue.errors import QueueUnavailable
 from job_registry_api.queue.models import JobStatus
+from job_registry_api.queue.queue import open_queue
 from job_registry_api.queue.requests import EnqueueRequest
-from job_registry_api.queue.service import open_service
 from tests.conftest import run_sql
 from tests.http_client import serving
 
@@ -221,20 +221,20 @@ def test_the_printed_grants_are_all_that_serving_and_working_need(
 
 
 async def use_everything(registry: JobRegistry, url: str) -> None:
-    async with open_service(registry, url, lease_seconds=30) as service:
-        await service.ping()
-        job = (await service.enqueue(EnqueueRequest("test.limited", {}))).job
+    async with open_queue(registry, url, lease_seconds=30) as queue:
+        await queue.ping()
+        job = (await queue.enqueue(EnqueueRequest("test.limited", {}))).job
         keyed = EnqueueRequest("test.ping", {}, idempotency_key="k")
-        await service.enqueue(keyed)
-        assert (await service.enqueue(keyed)).deduplicated
-        for lease in await service.lease(["test.limited", "test.ping"], "w", limit=2):
-            await service.heartbeat(lease.token, {"done": 1})
-            await service.complete(lease.token, {})
-        assert (await service.get(job.id)).status is JobStatus.SUCCEEDED
-        await service.recover()
-        await service.tidy()
-        assert await service.prune(JobStatus.SUCCEEDED, keep_seconds=0, jobs=10) == 2
-        assert (await service.counts())["test.ping"].succeeded == 0
+        await queue.enqueue(keyed)
+        assert (await queue.enqueue(keyed)).deduplicated
+        for lease in await queue.lease(["test.limited", "test.ping"], "w", limit=2):
+            await queue.heartbeat(lease.token, {"done": 1})
+            await queue.complete(lease.token, {})
+        assert (await queue.get(job.id)).status is JobStatus.SUCCEEDED
+        await queue.recover()
+        await queue.tidy()
+        assert await queue.prune(JobStatus.SUCCEEDED, keep_seconds=0, jobs=10) == 2
+        assert (await queue.counts())["test.ping"].succeeded == 0
 
 
 def test_printing_the_grants_changes_nothing(fresh_postgresql_url: str) -> None:

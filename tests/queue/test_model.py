@@ -33,8 +33,8 @@ from job_registry import Backoff, JobPolicy, JobRegistry, JobType, Payload
 from job_registry_api.queue.database import Database
 from job_registry_api.queue.errors import JobStateConflict, LeaseLost
 from job_registry_api.queue.models import JobError, JobStatus
+from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.requests import EnqueueRequest
-from job_registry_api.queue.service import JobService
 from tests.conftest import advance, run_sql
 
 T = TypeVar("T")
@@ -112,8 +112,8 @@ class QueueMachine(RuleBasedStateMachine):
         self.loop = asyncio.new_event_loop()
         # Two, as two processes have them: whichever an operation meets, the answer is the same.
         self.databases = [Database(self.url), Database(self.url)]
-        services = [JobService(REGISTRY, each, lease_seconds=LEASE) for each in self.databases]
-        self.turns = itertools.cycle(services)
+        queues = [JobQueue(REGISTRY, each, lease_seconds=LEASE) for each in self.databases]
+        self.turns = itertools.cycle(queues)
         self.model: dict[uuid.UUID, ModelJob] = {}
         self.tokens_of: dict[str, uuid.UUID] = {}
         self.now = 0.0
@@ -124,8 +124,8 @@ class QueueMachine(RuleBasedStateMachine):
         run_sql(self.url, "DELETE FROM job", "DELETE FROM job_count")
 
     @property
-    def service(self) -> JobService:
-        """The service whose turn it is."""
+    def queue(self) -> JobQueue:
+        """The queue whose turn it is."""
         return next(self.turns)
 
     def teardown(self) -> None:
@@ -143,7 +143,7 @@ class QueueMachine(RuleBasedStateMachine):
         target=jobs, name=st.sampled_from(["free", "limited"]), most=st.sampled_from([None, 1, 2])
     )
     def enqueue(self, name: str, most: int | None) -> uuid.UUID:
-        job = self.do(self.service.enqueue(EnqueueRequest(name, {}, max_attempts=most))).job
+        job = self.do(self.queue.enqueue(EnqueueRequest(name, {}, max_attempts=most))).job
         self.model[job.id] = ModelJob(name, most or 3, due_at=self.now)
         return job.id
 
@@ -153,7 +153,7 @@ class QueueMachine(RuleBasedStateMachine):
 
     def lease(self, limit: int) -> Any:
         leases = self.do(
-            self.service.lease(["free", "limited"], f"w{next(self.workers)}", limit=limit)
+            self.queue.lease(["free", "limited"], f"w{next(self.workers)}", limit=limit)
         )
         # Claiming recovers first.
         self.recover_model()
@@ -182,7 +182,7 @@ class QueueMachine(RuleBasedStateMachine):
 
     @rule(token=tokens)
     def heartbeat(self, token: str) -> None:
-        job = self.expect(self.service.heartbeat(token, {"at": self.now}), token)
+        job = self.expect(self.queue.heartbeat(token, {"at": self.now}), token)
         if job is not None:
             job.expires_at = min(self.now + LEASE, job.deadline_at)
             job.held_until = self.now + LEASE
@@ -192,28 +192,28 @@ class QueueMachine(RuleBasedStateMachine):
         job = self.model[self.tokens_of[token]]
         if job.status == "succeeded" and job.outcomes[-1] == "succeeded" and self.last(token):
             # Sent again: it succeeds, and writes nothing.
-            self.do(self.service.complete(token, {"again": True}))
+            self.do(self.queue.complete(token, {"again": True}))
             return
-        ended = self.expect(self.service.complete(token, {"ok": True}), token)
+        ended = self.expect(self.queue.complete(token, {"ok": True}), token)
         if ended is not None:
             ended.end("succeeded", self.now)
 
     @rule(token=tokens, retryable=st.booleans(), delay=st.sampled_from([None, 5]))
     def fail(self, token: str, retryable: bool, delay: int | None) -> None:
-        work = self.service.fail(token, ERROR, retryable=retryable, retry_after_seconds=delay)
+        work = self.queue.fail(token, ERROR, retryable=retryable, retry_after_seconds=delay)
         job = self.expect(work, token)
         if job is not None:
             job.end("failed", self.now, retryable=retryable, delay=delay or 0)
 
     @rule(token=tokens)
     def release(self, token: str) -> None:
-        job = self.expect(self.service.release(token), token)
+        job = self.expect(self.queue.release(token), token)
         if job is not None:
             job.end("released", self.now)
 
     @rule(token=tokens, seconds=st.sampled_from([0, 20]))
     def snooze(self, token: str, seconds: int) -> None:
-        job = self.expect(self.service.snooze(token, seconds), token)
+        job = self.expect(self.queue.snooze(token, seconds), token)
         if job is not None:
             job.end("snoozed", self.now, delay=seconds)
 
@@ -221,7 +221,7 @@ class QueueMachine(RuleBasedStateMachine):
     def cancel(self, job_id: uuid.UUID) -> None:
         job = self.model[job_id]
         try:
-            self.do(self.service.cancel(job_id))
+            self.do(self.queue.cancel(job_id))
         except JobStateConflict:
             assert job.status not in ("queued", "running")
             return
@@ -235,7 +235,7 @@ class QueueMachine(RuleBasedStateMachine):
     def retry(self, job_id: uuid.UUID) -> None:
         job = self.model[job_id]
         try:
-            self.do(self.service.retry(job_id))
+            self.do(self.queue.retry(job_id))
         except JobStateConflict:
             assert job.status not in ("failed", "cancelled")
             return
@@ -256,7 +256,7 @@ class QueueMachine(RuleBasedStateMachine):
 
     @rule()
     def recover(self) -> None:
-        self.do(self.service.recover())
+        self.do(self.queue.recover())
         self.recover_model()
 
     @invariant()
@@ -279,7 +279,7 @@ class QueueMachine(RuleBasedStateMachine):
             assert of_job[job_id] == [*job.outcomes, *running]
             assert job.status != "succeeded" or of_job[job_id][-1] == "succeeded"
         assert self.running("limited") <= LIMIT
-        counts = self.do(self.service.counts())
+        counts = self.do(self.queue.counts())
         for name in ("free", "limited"):
             for status in JobStatus:
                 wanted = [j for j in self.model.values() if (j.type, j.status) == (name, status)]

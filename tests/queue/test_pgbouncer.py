@@ -20,8 +20,8 @@ from sqlalchemy import text
 from job_registry import JobRegistry
 from job_registry_api.queue.database import Database
 from job_registry_api.queue.errors import QueueUnavailable
+from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.requests import EnqueueRequest
-from job_registry_api.queue.service import JobService
 from tests.conftest import run_sql
 from tests.http_client import serving
 
@@ -85,27 +85,27 @@ def pooled_url(fresh_postgresql_url: str, tmp_path: Path) -> Iterator[str]:
         log.close()
 
 
-async def test_two_services_share_its_connections(pooled_url: str, registry: JobRegistry) -> None:
+async def test_two_queues_share_its_connections(pooled_url: str, registry: JobRegistry) -> None:
     async with AsyncExitStack() as stack:
-        services = []
+        queues = []
         for _ in range(2):
             database = Database(pooled_url, pooler="transaction")
             stack.push_async_callback(database.close)
-            services.append(JobService(registry, database))
+            queues.append(JobQueue(registry, database))
         enqueued = await asyncio.gather(
-            *(services[n % 2].enqueue(PING) for n in range(40)),
-            *(services[n % 2].enqueue_many([PING] * 5) for n in range(10)),
-            *(services[n % 2].ping() for n in range(10)),
+            *(queues[n % 2].enqueue(PING) for n in range(40)),
+            *(queues[n % 2].enqueue_many([PING] * 5) for n in range(10)),
+            *(queues[n % 2].ping() for n in range(10)),
         )
         assert len(enqueued) == 60
         done = 0
-        while leases := await services[done % 2].lease(["test.ping"], "w", limit=20):
+        while leases := await queues[done % 2].lease(["test.ping"], "w", limit=20):
             await asyncio.gather(
-                *(services[n % 2].complete(each.token) for n, each in enumerate(leases))
+                *(queues[n % 2].complete(each.token) for n, each in enumerate(leases))
             )
             done += len(leases)
         assert done == 90
-        counts = (await services[0].counts())["test.ping"]
+        counts = (await queues[0].counts())["test.ping"]
         assert (counts.queued, counts.succeeded) == (0, 90)
 
 
@@ -168,7 +168,7 @@ async def test_without_a_direct_url_events_of_others_are_polled_for(
 ) -> None:
     first, second = (Database(pooled_url, pooler="transaction") for _ in range(2))
     assert first.keeps_events
-    one, other = JobService(registry, first), JobService(registry, second)
+    one, other = JobQueue(registry, first), JobQueue(registry, second)
     async with one.events.hearing(), other.events.hearing():
         with other.events.subscribe() as subscription:
             enqueued = await one.enqueue(PING)
@@ -186,7 +186,7 @@ async def test_a_direct_url_carries_notifications(
         for _ in range(2)
     )
     assert not first.keeps_events
-    one, other = JobService(registry, first), JobService(registry, second)
+    one, other = JobQueue(registry, first), JobQueue(registry, second)
     async with one.events.hearing(), other.events.hearing():
         with other.events.subscribe() as subscription:
             enqueued = await one.enqueue(PING)

@@ -18,11 +18,11 @@ import pytest
 
 from job_registry import JobPolicy, JobRegistry, JobType
 from job_registry_api.queue.models import JobError, JobStatus
+from job_registry_api.queue.queue import JobFilter, JobQueue
 from job_registry_api.queue.requests import EnqueueRequest
-from job_registry_api.queue.service import JobFilter, JobService
 from tests.conftest import run_sql
 from tests.postgresql_server import Server
-from tests.queue.race_jobs import Nap, services
+from tests.queue.race_jobs import Nap, queues
 
 MAX_COST: Final = 20_000.0
 """A fifth of `jit_above_cost`. Pages of `jobs` filtered by types and statuses come nearest, with
@@ -80,38 +80,38 @@ def plans(log: str, database: str) -> Iterator[Plan]:
         yield Plan(plan["Query Text"], plan["Plan"]["Total Cost"], "JIT" in plan)
 
 
-async def work(service: JobService, types: list[str]) -> None:
+async def work(queue: JobQueue, types: list[str]) -> None:
     """Every operation that a busy queue runs, and each often enough for a generic plan."""
     for turn in range(8):
         name = types[turn % len(types)]
         request = EnqueueRequest(name, {})
-        job = (await service.enqueue(request)).job
-        await service.enqueue(request._replace(idempotency_key=f"k{turn // 2}"))
-        await service.enqueue_many([request] * 20)
+        job = (await queue.enqueue(request)).job
+        await queue.enqueue(request._replace(idempotency_key=f"k{turn // 2}"))
+        await queue.enqueue_many([request] * 20)
         keyed = [request._replace(idempotency_key=f"b{turn}.{n}") for n in range(20)]
-        await service.enqueue_many(keyed)
-        await service.validate(request._replace(idempotency_key=f"k{turn}"))
-        leases = await service.lease(types, "w", limit=10)
-        leases += await service.lease(types, "w", limit=100)
+        await queue.enqueue_many(keyed)
+        await queue.validate(request._replace(idempotency_key=f"k{turn}"))
+        leases = await queue.lease(types, "w", limit=10)
+        leases += await queue.lease(types, "w", limit=100)
         assert len(leases) > 5
-        await service.heartbeat(leases[0].token, {"done": turn})
-        await asyncio.gather(*(service.complete(lease.token) for lease in leases[5:]))
-        await service.fail(leases[0].token, BROKEN)
-        await service.release(leases[1].token)
-        await service.snooze(leases[2].token, 30)
-        await service.recover()
-        await service.cancel(leases[3].job.id)
-        await service.fail(leases[3].token, BROKEN)
-        await service.retry(leases[3].job.id)
-        await service.get(job.id)
-        await service.attempts([each.job.id for each in leases])
-        await service.waiting_reason(job)
-        await service.counts()
-        await service.list_jobs(JobFilter(types=(name,)))
-        await service.list_jobs(JobFilter(statuses=(JobStatus.QUEUED, JobStatus.RUNNING)))
-        await service.list_jobs(JobFilter((name,), (JobStatus.SUCCEEDED,)), after=job.id)
-        await service.prune(JobStatus.SUCCEEDED, keep_seconds=3_600, jobs=100)
-        await service.tidy()
+        await queue.heartbeat(leases[0].token, {"done": turn})
+        await asyncio.gather(*(queue.complete(lease.token) for lease in leases[5:]))
+        await queue.fail(leases[0].token, BROKEN)
+        await queue.release(leases[1].token)
+        await queue.snooze(leases[2].token, 30)
+        await queue.recover()
+        await queue.cancel(leases[3].job.id)
+        await queue.fail(leases[3].token, BROKEN)
+        await queue.retry(leases[3].job.id)
+        await queue.get(job.id)
+        await queue.attempts([each.job.id for each in leases])
+        await queue.waiting_reason(job)
+        await queue.counts()
+        await queue.list_jobs(JobFilter(types=(name,)))
+        await queue.list_jobs(JobFilter(statuses=(JobStatus.QUEUED, JobStatus.RUNNING)))
+        await queue.list_jobs(JobFilter((name,), (JobStatus.SUCCEEDED,)), after=job.id)
+        await queue.prune(JobStatus.SUCCEEDED, keep_seconds=3_600, jobs=100)
+        await queue.tidy()
 
 
 @pytest.mark.parametrize("analyzed", [False, True], ids=["unanalyzed", "analyzed"])
@@ -130,8 +130,8 @@ async def test_no_statement_is_estimated_near_what_postgresql_compiles(
     await asyncio.to_thread(run_sql, debian_url, *filling, *settings)
     registry = registry_of(types)
     start = debian_server.log.stat().st_size
-    async with services(debian_url, 1, registry) as (service,):
-        await work(service, list(registry))
+    async with queues(debian_url, 1, registry) as (queue,):
+        await work(queue, list(registry))
     with debian_server.log.open("rb") as stream:
         stream.seek(start)
         found = list(plans(stream.read().decode("utf-8", "replace"), name))

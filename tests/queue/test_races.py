@@ -1,6 +1,6 @@
 """Claims that race: limits hold, nobody starves, nobody spins, and a frozen process stops nobody.
 
-Each race goes through `JobService`, with several databases' pools or several processes, while jobs
+Each race goes through `JobQueue`, with several databases' pools or several processes, while jobs
 arrive; it is judged by what the handlers logged and by the tables.
 """
 
@@ -28,11 +28,11 @@ from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from job_registry import JobPolicy, JobRegistry, JobType
 from job_registry_api.queue.database import Database, async_url
 from job_registry_api.queue.models import JobStatus
+from job_registry_api.queue.queue import JobQueue, Lease
 from job_registry_api.queue.requests import EnqueueRequest
-from job_registry_api.queue.service import JobService, Lease
 from tests import CODE
 from tests.conftest import run_sql
-from tests.queue.race_jobs import ONLY, REGISTRY, Nap, most_at_once, read_log, services
+from tests.queue.race_jobs import ONLY, REGISTRY, Nap, most_at_once, queues, read_log
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -90,14 +90,14 @@ async def outsider(url: str, isolation: str = "READ COMMITTED") -> AsyncIterator
         await engine.dispose()
 
 
-async def fill(service: JobService, job_type: str, jobs: int, **options: Any) -> None:
+async def fill(queue: JobQueue, job_type: str, jobs: int, **options: Any) -> None:
     request = EnqueueRequest(job_type, {}, **options)
     for _ in range(0, jobs, 1_000):
-        await service.enqueue_many([request] * min(jobs, 1_000))
+        await queue.enqueue_many([request] * min(jobs, 1_000))
 
 
-async def complete_all(service: JobService, leases: list[Lease]) -> None:
-    await asyncio.gather(*(service.complete(lease.token) for lease in leases))
+async def complete_all(queue: JobQueue, leases: list[Lease]) -> None:
+    await asyncio.gather(*(queue.complete(lease.token) for lease in leases))
 
 
 async def test_types_of_limit_one_never_run_twice_at_once_while_jobs_arrive(
@@ -106,11 +106,11 @@ async def test_types_of_limit_one_never_run_twice_at_once_while_jobs_arrive(
     names = [job_type.name for job_type in ONLY]
     handed = 0
 
-    async def arrive(service: JobService, until: float) -> None:
+    async def arrive(queue: JobQueue, until: float) -> None:
         """A type that was empty a moment ago fills while the workers are claiming."""
         nonlocal handed
         while time.monotonic() < until:
-            await service.enqueue(EnqueueRequest(random.choice(names), {"milliseconds": 20}))
+            await queue.enqueue(EnqueueRequest(random.choice(names), {"milliseconds": 20}))
             handed += 1
             await asyncio.sleep(random.uniform(0, 0.1))
 
@@ -120,14 +120,14 @@ async def test_types_of_limit_one_never_run_twice_at_once_while_jobs_arrive(
         JOBS_DATABASE_URL=database_url,
         JOBS_CATALOG="tests.queue.race_jobs",
     ):
-        async with services(database_url, 5) as crowd:
+        async with queues(database_url, 5) as crowd:
             await crowd[0].enqueue(EnqueueRequest("race.free", {}))
             handed += 1
             async with asyncio.timeout(60):
                 while (await crowd[0].counts())["race.free"].succeeded == 0:
                     await asyncio.sleep(0.05)
             until = time.monotonic() + 5
-            await asyncio.gather(*(arrive(service, until) for service in crowd))
+            await asyncio.gather(*(arrive(queue, until) for queue in crowd))
             async with asyncio.timeout(30):
                 while sum(c.succeeded for c in (await crowd[0].counts()).values()) < handed:
                     await asyncio.sleep(0.05)
@@ -140,10 +140,10 @@ async def test_types_of_limit_one_never_run_twice_at_once_while_jobs_arrive(
 
 
 async def test_of_many_simultaneous_claims_each_gets_a_job(database_url: str) -> None:
-    async with services(database_url, 4) as crowd:
+    async with queues(database_url, 4) as crowd:
         await fill(crowd[0], "race.free", 500)
         claims = await asyncio.gather(
-            *(service.lease(["race.free"], f"w{place}") for place, service in enumerate(crowd * 10))
+            *(queue.lease(["race.free"], f"w{place}") for place, queue in enumerate(crowd * 10))
         )
     jobs = [lease.job.id for claim in claims for lease in claim]
     assert len(jobs) == len(claims) == 40
@@ -156,20 +156,20 @@ async def test_claims_of_one_job_each_are_hardly_ever_empty(
 ) -> None:
     empty = worked = 0
 
-    async def work(service: JobService, name: str) -> None:
+    async def work(queue: JobQueue, name: str) -> None:
         nonlocal empty, worked
         while worked < 300:
-            leases = await service.lease([job_type], name)
+            leases = await queue.lease([job_type], name)
             worked += len(leases)
             empty += not leases
-            await complete_all(service, leases)
+            await complete_all(queue, leases)
 
-    async with services(fresh_postgresql_url, 4) as crowd:
+    async with queues(fresh_postgresql_url, 4) as crowd:
         # More than are taken: no claim is empty because the queue is.
         await fill(crowd[0], job_type, 400)
         async with asyncio.timeout(60):
             await asyncio.gather(
-                *(work(service, f"w{place}") for place, service in enumerate(crowd * 2))
+                *(work(queue, f"w{place}") for place, queue in enumerate(crowd * 2))
             )
     assert empty <= 3, f"{empty} empty claims beside {worked}"
 
@@ -178,16 +178,16 @@ async def test_claims_of_one_job_each_are_hardly_ever_empty(
 async def test_jobs_that_others_hold_locked_do_not_starve_the_rest(
     fresh_postgresql_url: str, job_type: str
 ) -> None:
-    async with services(fresh_postgresql_url, 2) as (service, other):
-        await fill(service, job_type, 300)
+    async with queues(fresh_postgresql_url, 2) as (queue, other):
+        await fill(queue, job_type, 300)
         async with locked(fresh_postgresql_url, FIRST_DUE.format(type=job_type, jobs=100)):
             leased: list[Lease] = []
             async with asyncio.timeout(10):
-                for each in itertools.islice(itertools.cycle((service, other)), 20):
+                for each in itertools.islice(itertools.cycle((queue, other)), 20):
                     leased += await each.lease([job_type], "w", limit=10)
             assert len({lease.job.id for lease in leased}) == 200
         # What was locked is there once it is free.
-        rest = await service.lease([job_type], "w", limit=100)
+        rest = await queue.lease([job_type], "w", limit=100)
         assert len(rest) == 100
 
 
@@ -195,21 +195,21 @@ async def test_a_locked_due_job_does_not_make_an_idle_worker_spin(
     fresh_postgresql_url: str,
 ) -> None:
     database = Database(fresh_postgresql_url)
-    service = JobService(REGISTRY, database)
+    queue = JobQueue(REGISTRY, database)
     statements = 0
 
     def count(*_: object) -> None:
         nonlocal statements
         statements += 1
 
-    async with service.events.hearing():
-        await service.lease(["race.free"], "w")
-        await fill(service, "race.free", 1)
+    async with queue.events.hearing():
+        await queue.lease(["race.free"], "w")
+        await fill(queue, "race.free", 1)
         async with locked(fresh_postgresql_url, FIRST_DUE.format(type="race.free", jobs=1)):
             event.listen(database.engine.sync_engine, "before_cursor_execute", count)
-            assert await service.lease(["race.free"], "w", wait_seconds=3) == []
+            assert await queue.lease(["race.free"], "w", wait_seconds=3) == []
             spent = statements
-        (lease,) = await service.lease(["race.free"], "w", wait_seconds=10)
+        (lease,) = await queue.lease(["race.free"], "w", wait_seconds=10)
         assert lease.job.attempt == 1
     await database.close()
     # One look at the start, one at the end, and one or two a second between.
@@ -222,11 +222,11 @@ async def test_a_process_frozen_in_mid_claim_stops_nobody_elses_claims(
 ) -> None:
     types = ["race.free", *(job_type.name for job_type in ONLY)]
     command = ["tests.queue.race_jobs", fresh_postgresql_url, "--seconds", "600", "--limit", "20"]
-    async with services(fresh_postgresql_url, 1) as (service,):
+    async with queues(fresh_postgresql_url, 1) as (queue,):
 
         async def arrive() -> None:
             while True:
-                await service.enqueue_many([EnqueueRequest(name, {}) for name in types])
+                await queue.enqueue_many([EnqueueRequest(name, {}) for name in types])
                 await asyncio.sleep(0.002)
 
         arriving = asyncio.create_task(arrive())
@@ -241,10 +241,10 @@ async def test_a_process_frozen_in_mid_claim_stops_nobody_elses_claims(
                     # Whatever the frozen process has leased keeps its place; the claim goes on.
                     for name in types:
                         async with asyncio.timeout(3):
-                            await complete_all(service, await service.lease([name], "w"))
+                            await complete_all(queue, await queue.lease([name], "w"))
                     async with asyncio.timeout(3):
-                        free = await service.lease(types, "w", limit=5)
-                    await complete_all(service, free)
+                        free = await queue.lease(types, "w", limit=5)
+                    await complete_all(queue, free)
                 finally:
                     os.kill(claimer, signal.SIGCONT)
         arriving.cancel()
@@ -256,24 +256,24 @@ async def test_keyed_bulks_that_overlap_never_fail_while_holders_of_keys_are_pru
     stop = asyncio.Event()
     failures: list[BaseException] = []
 
-    async def bulks(service: JobService, seed: int) -> None:
+    async def bulks(queue: JobQueue, seed: int) -> None:
         chance = random.Random(seed)
         while not stop.is_set():
             keys = chance.sample(range(60), 40)
             requests = [EnqueueRequest("race.free", {}, idempotency_key=f"k{k}") for k in keys]
-            for result in await service.enqueue_many(requests):
+            for result in await queue.enqueue_many(requests):
                 assert not isinstance(result, Exception), result
 
-    async def finish(service: JobService) -> None:
+    async def finish(queue: JobQueue) -> None:
         while not stop.is_set():
-            leases = await service.lease(["race.free"], "w", limit=20)
-            await complete_all(service, leases)
+            leases = await queue.lease(["race.free"], "w", limit=20)
+            await complete_all(queue, leases)
 
-    async def retain(service: JobService) -> None:
+    async def retain(queue: JobQueue) -> None:
         while not stop.is_set():
-            await service.prune(JobStatus.SUCCEEDED, keep_seconds=0, jobs=50)
+            await queue.prune(JobStatus.SUCCEEDED, keep_seconds=0, jobs=50)
 
-    async with services(database_url, 5) as crowd:
+    async with queues(database_url, 5) as crowd:
         work = [
             bulks(crowd[0], 1), bulks(crowd[1], 2), finish(crowd[2]), retain(crowd[3]),
             retain(crowd[4]),
@@ -291,17 +291,17 @@ async def test_a_flood_of_one_type_does_not_hold_up_others_of_its_priority(
     database_url: str,
 ) -> None:
     types = ["race.free", "race.other", "race.roomy"]
-    async with services(database_url, 1) as (service,):
-        await fill(service, "race.free", 1_000)
-        await fill(service, "race.other", 5)
-        await fill(service, "race.roomy", 5)
-        first = await service.lease(types, "w", limit=30)
+    async with queues(database_url, 1) as (queue,):
+        await fill(queue, "race.free", 1_000)
+        await fill(queue, "race.other", 5)
+        await fill(queue, "race.roomy", 5)
+        first = await queue.lease(types, "w", limit=30)
         # The turns of three types: ten each, and what two of them have not is the third's.
         assert Counter(lease.job.type for lease in first) == {
             "race.free": 20, "race.other": 5, "race.roomy": 5,
         }  # fmt: skip
-        await fill(service, "race.other", 5)
-        singly = [lease for _ in range(20) for lease in await service.lease(types, "w")]
+        await fill(queue, "race.other", 5)
+        singly = [lease for _ in range(20) for lease in await queue.lease(types, "w")]
         assert Counter(lease.job.type for lease in singly)["race.other"] >= 1
 
 
@@ -309,16 +309,16 @@ async def test_within_a_type_the_oldest_goes_first_and_a_higher_priority_before_
     database_url: str,
 ) -> None:
     types = ["race.free", "race.other"]
-    async with services(database_url, 1) as (service,):
-        await fill(service, "race.free", 50)
-        await fill(service, "race.other", 50)
+    async with queues(database_url, 1) as (queue,):
+        await fill(queue, "race.free", 50)
+        await fill(queue, "race.other", 50)
         stored = run_in_order(await asyncio.to_thread(run_sql, database_url, ORDER))
-        await fill(service, "race.other", 3, priority=51)
-        urgent = await service.lease(types, "w", limit=3)
+        await fill(queue, "race.other", 3, priority=51)
+        urgent = await queue.lease(types, "w", limit=3)
         assert {(lease.job.type, lease.job.priority) for lease in urgent} == {("race.other", 51)}
         leased: dict[str, list[str]] = {name: [] for name in types}
         for _ in range(10):
-            claim = await service.lease(types, "w", limit=8)
+            claim = await queue.lease(types, "w", limit=8)
             claim.sort(key=lambda lease: (lease.job.created_at, lease.job.id))
             for lease in claim:
                 leased[lease.job.type].append(lease.job.id.hex)
@@ -342,18 +342,18 @@ async def test_a_snapshot_held_open_bounds_what_a_claim_costs(
     fresh_postgresql_url: str, record_property: Any
 ) -> None:
     jobs = 50_000
-    async with services(fresh_postgresql_url, 1) as (service,):
-        await fill(service, "race.free", 1_000)
+    async with queues(fresh_postgresql_url, 1) as (queue,):
+        await fill(queue, "race.free", 1_000)
     before = await cost_of_a_claim(fresh_postgresql_url)
     # The dead versions of every job that passes stay, as long as somebody may still read them.
     async with outsider(fresh_postgresql_url, "REPEATABLE READ") as connection:
         await connection.exec_driver_sql("SELECT count(*) FROM job")
-        async with services(fresh_postgresql_url, 1) as (service,):
+        async with queues(fresh_postgresql_url, 1) as (queue,):
             for _ in range(jobs // 1_000):
-                await fill(service, "race.free", 1_000)
+                await fill(queue, "race.free", 1_000)
                 for _ in range(10):
-                    leases = await service.lease(["race.free"], "w", limit=100)
-                    await complete_all(service, leases)
+                    leases = await queue.lease(["race.free"], "w", limit=100)
+                    await complete_all(queue, leases)
         after = await cost_of_a_claim(fresh_postgresql_url)
         await connection.rollback()
     record_property("claim_ms", [before, after])
@@ -364,10 +364,10 @@ async def test_a_snapshot_held_open_bounds_what_a_claim_costs(
 async def cost_of_a_claim(url: str) -> float:
     """How many milliseconds a claim of one job takes in a process that has claimed for a while."""
     times = []
-    async with services(url, 1) as (service,):
+    async with queues(url, 1) as (queue,):
         for _ in range(60):
             started = time.perf_counter()
-            assert len(await service.lease(["race.free"], "w")) == 1
+            assert len(await queue.lease(["race.free"], "w")) == 1
             times.append((time.perf_counter() - started) * 1_000)
     return statistics.median(times[20:])
 
@@ -384,11 +384,11 @@ async def test_a_hundred_types_are_claimed_in_turn(database_url: str) -> None:
             for place, name in enumerate(names)
         ]
     )
-    async with services(database_url, 2, registry) as (service, other):
+    async with queues(database_url, 2, registry) as (queue, other):
         for name in names:
-            await fill(service, name, 3)
+            await fill(queue, name, 3)
         one, two = await asyncio.gather(
-            service.lease(names, "w1", limit=100), other.lease(names, "w2", limit=100)
+            queue.lease(names, "w1", limit=100), other.lease(names, "w2", limit=100)
         )
     taken = Counter(lease.job.type for lease in [*one, *two])
     assert all(taken[name] <= 1 for name in names[1::2])

@@ -22,30 +22,30 @@ from job_registry_api.queue.errors import (
 from job_registry_api.queue.event_stream import Gap, KeptBatches
 from job_registry_api.queue.events import MAX_UNREAD_EVENTS, Subscription
 from job_registry_api.queue.models import JobError, JobRecord, JobStatus
-from job_registry_api.queue.requests import EnqueueRequest
-from job_registry_api.queue.service import (
+from job_registry_api.queue.queue import (
     BehindInQueue,
     ConcurrencyLimitReached,
     JobFilter,
-    JobService,
+    JobQueue,
     NoWorkerSeen,
     Renewal,
     ScheduledFor,
 )
+from job_registry_api.queue.requests import EnqueueRequest
 from job_registry_api.queue.store import LeaseState, Report
 from tests.conftest import advance, run_sql
 
 BROKEN = JobError("broken", "It broke.")
 PING = EnqueueRequest("test.ping", {})
 
-REPORTS: dict[str, Callable[[JobService, str], Awaitable[object]]] = {
-    "heartbeat": lambda service, token: service.heartbeat(token, {"from": "an intruder"}),
-    "complete": lambda service, token: service.complete(token, {"from": "an intruder"}),
-    "fail": lambda service, token: service.fail(token, BROKEN),
-    "release": lambda service, token: service.release(token),
-    "snooze": lambda service, token: service.snooze(token, 10),
-    "time_out": lambda service, token: service.time_out(token),
-    "stop": lambda service, token: service.stop(token, BROKEN),
+REPORTS: dict[str, Callable[[JobQueue, str], Awaitable[object]]] = {
+    "heartbeat": lambda queue, token: queue.heartbeat(token, {"from": "an intruder"}),
+    "complete": lambda queue, token: queue.complete(token, {"from": "an intruder"}),
+    "fail": lambda queue, token: queue.fail(token, BROKEN),
+    "release": lambda queue, token: queue.release(token),
+    "snooze": lambda queue, token: queue.snooze(token, 10),
+    "time_out": lambda queue, token: queue.time_out(token),
+    "stop": lambda queue, token: queue.stop(token, BROKEN),
 }
 
 every_report = pytest.mark.parametrize("report", REPORTS.values(), ids=REPORTS)
@@ -53,79 +53,79 @@ every_report = pytest.mark.parametrize("report", REPORTS.values(), ids=REPORTS)
 
 @every_report
 async def test_a_token_with_another_secret_is_refused_and_changes_nothing(
-    service: JobService, database_url: str, report: Callable[[JobService, str], Awaitable[object]]
+    queue: JobQueue, database_url: str, report: Callable[[JobQueue, str], Awaitable[object]]
 ) -> None:
-    await service.enqueue(PING)
-    (lease,) = await service.lease(["test.ping"], "w")
+    await queue.enqueue(PING)
+    (lease,) = await queue.lease(["test.ping"], "w")
     before = await asyncio.to_thread(run_sql, database_url, "SELECT * FROM job")
     # A token names its job, whose id everybody may know, and proves it by the rest.
     forged = lease.token[:32] + secrets.token_hex(16)
     with pytest.raises(LeaseLost):
-        await report(service, forged)
+        await report(queue, forged)
     assert await asyncio.to_thread(run_sql, database_url, "SELECT * FROM job") == before
-    assert (await service.complete(lease.token)).status is JobStatus.SUCCEEDED
+    assert (await queue.complete(lease.token)).status is JobStatus.SUCCEEDED
 
 
 @every_report
 async def test_a_former_attempts_token_cannot_touch_the_attempt_that_runs_now(
-    service: JobService, database_url: str, report: Callable[[JobService, str], Awaitable[object]]
+    queue: JobQueue, database_url: str, report: Callable[[JobQueue, str], Awaitable[object]]
 ) -> None:
-    await service.enqueue(PING)
-    (first,) = await service.lease(["test.ping"], "w1")
-    await service.release(first.token)
-    (second,) = await service.lease(["test.ping"], "w2")
+    await queue.enqueue(PING)
+    (first,) = await queue.lease(["test.ping"], "w1")
+    await queue.release(first.token)
+    (second,) = await queue.lease(["test.ping"], "w2")
     before = await asyncio.to_thread(run_sql, database_url, "SELECT * FROM job")
     with pytest.raises(LeaseLost):
-        await report(service, first.token)
+        await report(queue, first.token)
     assert await asyncio.to_thread(run_sql, database_url, "SELECT * FROM job") == before
-    assert (await service.complete(second.token)).status is JobStatus.SUCCEEDED
+    assert (await queue.complete(second.token)).status is JobStatus.SUCCEEDED
 
 
 async def test_a_lost_lease_is_told_so_beside_the_one_that_its_process_has_now(
-    service: JobService, database_url: str
+    queue: JobQueue, database_url: str
 ) -> None:
     # Given a process that lost a job for a while, and leased it anew
-    job = (await service.enqueue(PING)).job
-    (lost,) = await service.lease(["test.ping"], "w")
+    job = (await queue.enqueue(PING)).job
+    (lost,) = await queue.lease(["test.ping"], "w")
     await advance(database_url, 31)
-    await service.recover()
+    await queue.recover()
     await advance(database_url, 2)
-    (held,) = await service.lease(["test.ping"], "w")
+    (held,) = await queue.lease(["test.ping"], "w")
 
     # When it renews both together, as it does for all of its attempts
     for renewals in (
         [Renewal(lost.token, b'{"from": "before"}'), Renewal(held.token)],
         [Renewal(held.token), Renewal(lost.token, b'{"from": "before"}')],
     ):
-        answers = dict(zip(renewals, await service.renew(renewals), strict=True))
+        answers = dict(zip(renewals, await queue.renew(renewals), strict=True))
 
         # I expect the former attempt to hear that it must stop
         for renewal, answer in answers.items():
             assert isinstance(answer, LeaseLost) == (renewal.token == lost.token)
-    assert (await service.get(job.id)).progress is None
+    assert (await queue.get(job.id)).progress is None
 
 
 @pytest.mark.parametrize("how", ["release", "fail"])
 async def test_a_large_job_that_is_handed_back_is_told_as_it_was_handed_back(
-    service: JobService, monkeypatch: pytest.MonkeyPatch, how: str
+    queue: JobQueue, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     """What an answer leaves out is read afterwards, when another worker may have the job."""
     payload = {"text": secrets.token_hex(20_000)}
-    job = (await service.enqueue(EnqueueRequest("test.ping", payload))).job
-    (lease,) = await service.lease(["test.ping"], "w")
-    get_many = service._store.get_many
+    job = (await queue.enqueue(EnqueueRequest("test.ping", payload))).job
+    (lease,) = await queue.lease(["test.ping"], "w")
+    get_many = queue._store.get_many
     leased = []
 
     async def get_many_later(ids: Iterable[uuid.UUID]) -> dict[uuid.UUID, JobRecord]:
         monkeypatch.undo()
-        leased.extend(await service.lease(["test.ping"], "other"))
+        leased.extend(await queue.lease(["test.ping"], "other"))
         return await get_many(ids)
 
-    monkeypatch.setattr(service._store, "get_many", get_many_later)
+    monkeypatch.setattr(queue._store, "get_many", get_many_later)
     if how == "release":
-        returned = await service.release(lease.token)
+        returned = await queue.release(lease.token)
     else:
-        returned = await service.fail(lease.token, BROKEN, retry_after_seconds=0)
+        returned = await queue.fail(lease.token, BROKEN, retry_after_seconds=0)
         assert returned.error == BROKEN
     assert (returned.id, returned.status) == (job.id, JobStatus.QUEUED)
     assert returned.payload == payload
@@ -134,21 +134,21 @@ async def test_a_large_job_that_is_handed_back_is_told_as_it_was_handed_back(
 
 
 async def test_a_report_is_answered_though_what_became_of_another_cannot_be_read(
-    service: JobService, monkeypatch: pytest.MonkeyPatch
+    queue: JobQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await service.enqueue_many([PING, PING])
-    lost, held = await service.lease(["test.ping"], "w", limit=2)
-    await service.release(lost.token)
-    lease_states = service._store.lease_states
+    await queue.enqueue_many([PING, PING])
+    lost, held = await queue.lease(["test.ping"], "w", limit=2)
+    await queue.release(lost.token)
+    lease_states = queue._store.lease_states
 
     async def unavailable(reports: Sequence[Report]) -> dict[uuid.UUID, LeaseState]:
-        monkeypatch.setattr(service._store, "lease_states", lease_states)
+        monkeypatch.setattr(queue._store, "lease_states", lease_states)
         raise QueueUnavailable("it is away for a moment")
 
-    monkeypatch.setattr(service._store, "lease_states", unavailable)
+    monkeypatch.setattr(queue._store, "lease_states", unavailable)
     # Both are in one group.
     answers = await asyncio.gather(
-        service.complete(lost.token), service.fail(held.token, BROKEN), return_exceptions=True
+        queue.complete(lost.token), queue.fail(held.token, BROKEN), return_exceptions=True
     )
     assert isinstance(answers[0], LeaseLost)
     assert isinstance(answers[1], JobRecord)
@@ -156,60 +156,60 @@ async def test_a_report_is_answered_though_what_became_of_another_cannot_be_read
 
 
 async def test_a_renewal_is_answered_though_its_event_cannot_be_told_here(
-    service: JobService, monkeypatch: pytest.MonkeyPatch
+    queue: JobQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = (await service.enqueue(PING)).job
-    (lease,) = await service.lease(["test.ping"], "w")
+    job = (await queue.enqueue(PING)).job
+    (lease,) = await queue.lease(["test.ping"], "w")
 
     async def unavailable(ids: Iterable[uuid.UUID]) -> dict[uuid.UUID, JobRecord]:
         raise QueueUnavailable("it is away for a moment")
 
     with monkeypatch.context() as away:
-        away.setattr(service._store, "get_many", unavailable)
-        (renewed,) = await service.renew([Renewal(lease.token, b'{"done": 1}')])
+        away.setattr(queue._store, "get_many", unavailable)
+        (renewed,) = await queue.renew([Renewal(lease.token, b'{"done": 1}')])
     assert not isinstance(renewed, LeaseLost)
-    assert (await service.get(job.id)).progress == {"done": 1}
+    assert (await queue.get(job.id)).progress == {"done": 1}
 
 
 @pytest.mark.parametrize("name", ["\x00", "\ud800", "a\"b'c:d", "\\u0000"])
-async def test_jobs_of_a_type_that_cannot_be_are_none(service: JobService, name: str) -> None:
-    await service.enqueue(PING)
-    assert (await service.list_jobs(JobFilter(types=(name,)))).jobs == []
-    assert len((await service.list_jobs(JobFilter(types=(name, "test.ping")))).jobs) == 1
+async def test_jobs_of_a_type_that_cannot_be_are_none(queue: JobQueue, name: str) -> None:
+    await queue.enqueue(PING)
+    assert (await queue.list_jobs(JobFilter(types=(name,)))).jobs == []
+    assert len((await queue.list_jobs(JobFilter(types=(name, "test.ping")))).jobs) == 1
 
 
 # A worker whose clock is ahead of the queue's ends an attempt at its timeout all the same.
 @pytest.mark.parametrize("report", [v for k, v in REPORTS.items() if k != "time_out"])
 async def test_a_lease_that_ran_out_is_lost_before_anybody_recovers_it(
-    service: JobService, database_url: str, report: Callable[[JobService, str], Awaitable[object]]
+    queue: JobQueue, database_url: str, report: Callable[[JobQueue, str], Awaitable[object]]
 ) -> None:
-    await service.enqueue(PING)
-    (lease,) = await service.lease(["test.ping"], "w")
+    await queue.enqueue(PING)
+    (lease,) = await queue.lease(["test.ping"], "w")
     await advance(database_url, 31)
     with pytest.raises(LeaseLost):
-        await report(service, lease.token)
-    job = await service.get(lease.job.id)
+        await report(queue, lease.token)
+    job = await queue.get(lease.job.id)
     assert (job.status, job.progress) == (JobStatus.RUNNING, None)
 
 
-async def test_a_lease_that_holds_is_not_recovered(service: JobService, database_url: str) -> None:
-    await service.enqueue_many([PING, PING])
-    (kept,) = await service.lease(["test.ping"], "w1")
+async def test_a_lease_that_holds_is_not_recovered(queue: JobQueue, database_url: str) -> None:
+    await queue.enqueue_many([PING, PING])
+    (kept,) = await queue.lease(["test.ping"], "w1")
     await advance(database_url, 20)
-    await service.heartbeat(kept.token)
-    (other,) = await service.lease(["test.ping"], "w2")
+    await queue.heartbeat(kept.token)
+    (other,) = await queue.lease(["test.ping"], "w2")
     await advance(database_url, 29)
-    assert await service.recover() == []
-    assert await service.lease(["test.ping"], "w3") == []
-    await service.complete(kept.token)
-    await service.complete(other.token)
+    assert await queue.recover() == []
+    assert await queue.lease(["test.ping"], "w3") == []
+    await queue.complete(kept.token)
+    await queue.complete(other.token)
 
 
 async def test_an_enqueue_whose_caller_is_cancelled_leaves_those_beside_it_answered(
-    service: JobService,
+    queue: JobQueue,
 ) -> None:
     for cancelled_places in ({0}, {3}, {0, 4, 9}, set(range(9))):
-        calls = [asyncio.create_task(service.enqueue(PING)) for _ in range(10)]
+        calls = [asyncio.create_task(queue.enqueue(PING)) for _ in range(10)]
         # Once with the group still waiting, and once with its commit under way.
         await asyncio.sleep(0 if 3 in cancelled_places else 0.001)
         for place in cancelled_places:
@@ -219,18 +219,18 @@ async def test_an_enqueue_whose_caller_is_cancelled_leaves_those_beside_it_answe
         for place, result in enumerate(results):
             if place not in cancelled_places:
                 assert not isinstance(result, BaseException), result
-                assert (await service.get(result.job.id)).status is JobStatus.QUEUED
+                assert (await queue.get(result.job.id)).status is JobStatus.QUEUED
         # Nor does the next group hang.
         async with asyncio.timeout(10):
-            await service.enqueue(PING)
+            await queue.enqueue(PING)
 
 
 async def test_a_report_whose_caller_is_cancelled_leaves_those_beside_it_answered(
-    service: JobService,
+    queue: JobQueue,
 ) -> None:
-    await service.enqueue_many([PING] * 10)
-    leases = await service.lease(["test.ping"], "w", limit=10)
-    calls = [asyncio.create_task(service.complete(lease.token)) for lease in leases]
+    await queue.enqueue_many([PING] * 10)
+    leases = await queue.lease(["test.ping"], "w", limit=10)
+    calls = [asyncio.create_task(queue.complete(lease.token)) for lease in leases]
     await asyncio.sleep(0.001)
     for place in (0, 5):
         calls[place].cancel()
@@ -240,138 +240,138 @@ async def test_a_report_whose_caller_is_cancelled_leaves_those_beside_it_answere
     assert all(not isinstance(result, BaseException) for result in answered), answered
     # Sent again, the others' are answered as well, whether or not they had been written.
     for place in (0, 5):
-        assert (await service.complete(leases[place].token)).status is JobStatus.SUCCEEDED
+        assert (await queue.complete(leases[place].token)).status is JobStatus.SUCCEEDED
 
 
-async def test_a_retried_job_is_not_marked_as_cancelled_any_more(service: JobService) -> None:
-    job = (await service.enqueue(PING)).job
-    (lease,) = await service.lease(["test.ping"], "w")
-    assert (await service.cancel(job.id)).cancel_requested_at is not None
-    assert (await service.heartbeat(lease.token)).cancel_requested
-    assert (await service.fail(lease.token, BROKEN)).status is JobStatus.CANCELLED
+async def test_a_retried_job_is_not_marked_as_cancelled_any_more(queue: JobQueue) -> None:
+    job = (await queue.enqueue(PING)).job
+    (lease,) = await queue.lease(["test.ping"], "w")
+    assert (await queue.cancel(job.id)).cancel_requested_at is not None
+    assert (await queue.heartbeat(lease.token)).cancel_requested
+    assert (await queue.fail(lease.token, BROKEN)).status is JobStatus.CANCELLED
 
-    retried = await service.retry(job.id)
+    retried = await queue.retry(job.id)
     assert (retried.status, retried.cancel_requested_at) == (JobStatus.QUEUED, None)
-    (again,) = await service.lease(["test.ping"], "w")
+    (again,) = await queue.lease(["test.ping"], "w")
     assert again.job.cancel_requested_at is None
-    assert not (await service.heartbeat(again.token)).cancel_requested
+    assert not (await queue.heartbeat(again.token)).cancel_requested
     # Its failure is a failure, and no late answer to the cancellation of before.
-    assert (await service.fail(again.token, BROKEN)).status is JobStatus.QUEUED
+    assert (await queue.fail(again.token, BROKEN)).status is JobStatus.QUEUED
 
 
 async def test_a_job_that_was_cancelled_while_queued_and_retried_runs_like_any_other(
-    service: JobService,
+    queue: JobQueue,
 ) -> None:
-    job = (await service.enqueue(PING)).job
-    cancelled = await service.cancel(job.id)
+    job = (await queue.enqueue(PING)).job
+    cancelled = await queue.cancel(job.id)
     assert (cancelled.status, cancelled.next_run_at) == (JobStatus.CANCELLED, None)
-    assert await service.lease(["test.ping"], "w") == []
+    assert await queue.lease(["test.ping"], "w") == []
     with pytest.raises(JobStateConflict):
-        await service.cancel(job.id)
-    await service.retry(job.id)
-    (lease,) = await service.lease(["test.ping"], "w")
-    assert not (await service.heartbeat(lease.token)).cancel_requested
-    done = await service.complete(lease.token)
+        await queue.cancel(job.id)
+    await queue.retry(job.id)
+    (lease,) = await queue.lease(["test.ping"], "w")
+    assert not (await queue.heartbeat(lease.token)).cancel_requested
+    done = await queue.complete(lease.token)
     assert (done.status, done.cancel_requested_at) == (JobStatus.SUCCEEDED, None)
 
 
 @pytest.mark.parametrize("ending", ["fail", "release", "snooze", "lost"])
 async def test_a_new_attempt_does_not_show_the_progress_of_the_former(
-    service: JobService, database_url: str, ending: str
+    queue: JobQueue, database_url: str, ending: str
 ) -> None:
-    job = (await service.enqueue(PING)).job
-    (lease,) = await service.lease(["test.ping"], "w")
-    await service.heartbeat(lease.token, {"done": 0.5})
+    job = (await queue.enqueue(PING)).job
+    (lease,) = await queue.lease(["test.ping"], "w")
+    await queue.heartbeat(lease.token, {"done": 0.5})
     # A heartbeat without progress leaves it as it is.
-    await service.heartbeat(lease.token)
-    assert (await service.get(job.id)).progress == {"done": 0.5}
+    await queue.heartbeat(lease.token)
+    assert (await queue.get(job.id)).progress == {"done": 0.5}
     match ending:
         case "fail":
-            await service.fail(lease.token, BROKEN, retry_after_seconds=0)
+            await queue.fail(lease.token, BROKEN, retry_after_seconds=0)
         case "release":
-            await service.release(lease.token)
+            await queue.release(lease.token)
         case "snooze":
-            await service.snooze(lease.token, 0)
+            await queue.snooze(lease.token, 0)
         case "lost":
             await advance(database_url, 31)
-            await service.recover()
+            await queue.recover()
             await advance(database_url, 10)
-    (again,) = await service.lease(["test.ping"], "w")
+    (again,) = await queue.lease(["test.ping"], "w")
     assert again.job.progress is None
-    assert (await service.get(job.id)).progress is None
+    assert (await queue.get(job.id)).progress is None
 
 
 async def test_waiting_for_its_time_comes_before_every_other_reason(
-    service: JobService, database_url: str
+    queue: JobQueue, database_url: str
 ) -> None:
-    job = (await service.enqueue(PING)).job
-    (lease,) = await service.lease(["test.ping"], "w")
-    later = await service.snooze(lease.token, 100)
+    job = (await queue.enqueue(PING)).job
+    (lease,) = await queue.lease(["test.ping"], "w")
+    later = await queue.snooze(lease.token, 100)
     assert later.next_run_at is not None
-    assert await service.waiting_reason(later) == ScheduledFor(later.next_run_at)
+    assert await queue.waiting_reason(later) == ScheduledFor(later.next_run_at)
     await advance(database_url, 101)
-    due = await service.get(job.id)
-    assert isinstance(await service.waiting_reason(due), NoWorkerSeen)
+    due = await queue.get(job.id)
+    assert isinstance(await queue.waiting_reason(due), NoWorkerSeen)
 
 
-async def test_waiting_for_room_is_told_with_the_limit_and_what_runs(service: JobService) -> None:
+async def test_waiting_for_room_is_told_with_the_limit_and_what_runs(queue: JobQueue) -> None:
     limited = EnqueueRequest("test.limited", {})
-    jobs = [(await service.enqueue(limited)).job for _ in range(3)]
-    leases = await service.lease(["test.limited"], "w", limit=2)
-    assert await service.waiting_reason(jobs[2]) == ConcurrencyLimitReached(2, 2)
-    await service.complete(leases[0].token)
+    jobs = [(await queue.enqueue(limited)).job for _ in range(3)]
+    leases = await queue.lease(["test.limited"], "w", limit=2)
+    assert await queue.waiting_reason(jobs[2]) == ConcurrencyLimitReached(2, 2)
+    await queue.complete(leases[0].token)
     # There is room again, and a worker that works this type.
-    assert await service.waiting_reason(jobs[2]) == BehindInQueue(0)
+    assert await queue.waiting_reason(jobs[2]) == BehindInQueue(0)
 
 
 async def test_waiting_for_a_worker_says_how_long_ago_one_was_seen(
-    service: JobService, database_url: str
+    queue: JobQueue, database_url: str
 ) -> None:
-    job = (await service.enqueue(PING)).job
-    assert await service.waiting_reason(job) == NoWorkerSeen(None)
+    job = (await queue.enqueue(PING)).job
+    assert await queue.waiting_reason(job) == NoWorkerSeen(None)
     # A worker for another type is none for this one.
-    await service.lease(["test.pong"], "w")
-    assert await service.waiting_reason(job) == NoWorkerSeen(None)
-    (lease,) = await service.lease(["test.ping"], "w")
-    job = await service.release(lease.token)
-    assert await service.waiting_reason(job) == BehindInQueue(0)
+    await queue.lease(["test.pong"], "w")
+    assert await queue.waiting_reason(job) == NoWorkerSeen(None)
+    (lease,) = await queue.lease(["test.ping"], "w")
+    job = await queue.release(lease.token)
+    assert await queue.waiting_reason(job) == BehindInQueue(0)
     await advance(database_url, 59)
-    assert await service.waiting_reason(job) == BehindInQueue(0)
+    assert await queue.waiting_reason(job) == BehindInQueue(0)
     await advance(database_url, 10)
-    reason = await service.waiting_reason(job)
+    reason = await queue.waiting_reason(job)
     assert isinstance(reason, NoWorkerSeen)
     assert reason.last_seen_seconds_ago is not None
     assert 69 <= reason.last_seen_seconds_ago < 80
 
 
-async def test_waiting_behind_others_counts_those_due_before_it(service: JobService) -> None:
-    first, second = (await service.enqueue(PING)).job, (await service.enqueue(PING)).job
-    high = (await service.enqueue(PING._replace(priority=90))).job
-    low = (await service.enqueue(PING._replace(priority=10))).job
+async def test_waiting_behind_others_counts_those_due_before_it(queue: JobQueue) -> None:
+    first, second = (await queue.enqueue(PING)).job, (await queue.enqueue(PING)).job
+    high = (await queue.enqueue(PING._replace(priority=90))).job
+    low = (await queue.enqueue(PING._replace(priority=10))).job
     # Neither another type nor what is not due goes before.
-    await service.enqueue(EnqueueRequest("test.pong", {}, priority=99))
+    await queue.enqueue(EnqueueRequest("test.pong", {}, priority=99))
     soon = first.created_at.replace(year=first.created_at.year + 1)
-    await service.enqueue(PING._replace(schedule_at=soon, priority=99))
-    await service.show_worker(["test.ping"])
-    reasons = [await service.waiting_reason(job) for job in (high, first, second, low)]
+    await queue.enqueue(PING._replace(schedule_at=soon, priority=99))
+    await queue.show_worker(["test.ping"])
+    reasons = [await queue.waiting_reason(job) for job in (high, first, second, low)]
     assert reasons == [BehindInQueue(0), BehindInQueue(1), BehindInQueue(2), BehindInQueue(3)]
 
 
-async def test_a_job_that_does_not_wait_has_no_reason(service: JobService) -> None:
-    job = (await service.enqueue(PING)).job
-    (lease,) = await service.lease(["test.ping"], "w")
-    assert await service.waiting_reason(await service.get(job.id)) is None
-    await service.complete(lease.token)
-    assert await service.waiting_reason(await service.get(job.id)) is None
+async def test_a_job_that_does_not_wait_has_no_reason(queue: JobQueue) -> None:
+    job = (await queue.enqueue(PING)).job
+    (lease,) = await queue.lease(["test.ping"], "w")
+    assert await queue.waiting_reason(await queue.get(job.id)) is None
+    await queue.complete(lease.token)
+    assert await queue.waiting_reason(await queue.get(job.id)) is None
 
 
 async def test_a_subscriber_that_missed_events_is_told_after_those_it_has(
-    service: JobService,
+    queue: JobQueue,
 ) -> None:
-    with service.events.subscribe() as slow, service.events.subscribe() as quick:
+    with queue.events.subscribe() as slow, queue.events.subscribe() as quick:
         heard = asyncio.create_task(_count(quick, MAX_UNREAD_EVENTS + 200))
         for _ in range(6):
-            await service.enqueue_many([PING] * 200)
+            await queue.enqueue_many([PING] * 200)
             await asyncio.sleep(0)
         async with asyncio.timeout(10):
             assert await heard == MAX_UNREAD_EVENTS + 200
@@ -391,13 +391,13 @@ async def _count(subscription: Subscription, wanted: int) -> int:
 
 
 async def test_events_of_another_process_that_were_deleted_unread_are_missed_and_said_so(
-    service: JobService, registry: JobRegistry, database_url: str
+    queue: JobQueue, registry: JobRegistry, database_url: str
 ) -> None:
     # A batch too large for a notification is kept in a table, and only its number is told.
     sqlite = database_url.startswith("sqlite")
     database = Database(database_url)
-    other = JobService(registry, database)
-    with service.events.subscribe() as subscription:
+    other = JobQueue(registry, database)
+    with queue.events.subscribe() as subscription:
         delete = DELETE_EVERY_BATCH["sqlite" if sqlite else "postgresql"]
         await asyncio.to_thread(run_sql, database_url, *delete)
         await other.enqueue_many([PING] * 300)
@@ -417,16 +417,16 @@ async def test_the_very_first_batch_that_is_deleted_unread_is_missed_as_well(
     shutil.copy(sqlite_template, tmp_path / "jobs.db")
     url = f"sqlite:///{tmp_path / 'jobs.db'}"
     database = Database(url)
-    service = JobService(registry, database)
-    kept = KeptBatches(service._store, gapless=True)
+    queue = JobQueue(registry, database)
+    kept = KeptBatches(queue._store, gapless=True)
     assert await kept.read() == []
-    await service.enqueue(PING)
+    await queue.enqueue(PING)
     await asyncio.to_thread(run_sql, url, "DELETE FROM job_event_batch")
-    await service.enqueue(PING)
+    await queue.enqueue(PING)
     gap, message = await kept.read()
     assert isinstance(gap, Gap)
     assert isinstance(message, str)
-    await service.enqueue(PING)
+    await queue.enqueue(PING)
     assert [type(item) for item in await kept.read()] == [str]
     await database.close()
 

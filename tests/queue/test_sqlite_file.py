@@ -18,8 +18,8 @@ from sqlalchemy import text
 from job_registry import JobRegistry
 from job_registry_api.queue.database import MAX_WAL_BYTES, Database
 from job_registry_api.queue.errors import QueueUnavailable
+from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.requests import EnqueueRequest
-from job_registry_api.queue.service import JobService
 
 PING = EnqueueRequest("test.ping", {})
 
@@ -136,25 +136,25 @@ async def refuse(call: object) -> None:
 async def test_a_file_that_vanishes_is_noticed_and_one_that_comes_back_is_used(
     path: Path, database: Database, registry: JobRegistry, sqlite_template: Path, how: str
 ) -> None:
-    service = JobService(registry, database)
-    job = (await service.enqueue(PING)).job
+    queue = JobQueue(registry, database)
+    job = (await queue.enqueue(PING)).job
     # The files as they are, to be put back later.
     saved = path.with_name("saved")
     saved.mkdir()
-    await service.ping()
+    await queue.ping()
     for each in path.parent.glob("jobs.db*"):
         shutil.move(each, saved)
     if how == "replaced":
         path.write_bytes(b"")
     else:
-        for call in (service.enqueue(PING), service.get(job.id), service.ping()):
+        for call in (queue.enqueue(PING), queue.get(job.id), queue.ping()):
             with pytest.raises(QueueUnavailable) as refused:
                 await call
             assert refused.value.kind == "file_missing"
             assert "No such file or directory" in refused.value.reason
         assert not path.exists()
     if how == "replaced":
-        for call in (service.enqueue(PING), service.get(job.id), service.ping()):
+        for call in (queue.enqueue(PING), queue.get(job.id), queue.ping()):
             with pytest.raises(QueueUnavailable) as refused:
                 await call
             assert "job-registry migrate" in refused.value.reason
@@ -162,12 +162,12 @@ async def test_a_file_that_vanishes_is_noticed_and_one_that_comes_back_is_used(
             each.unlink()
     for each in saved.glob("jobs.db*"):
         shutil.move(each, path.parent)
-    assert (await service.get(job.id)).id == job.id
-    again = (await service.enqueue(PING)).job
+    assert (await queue.get(job.id)).id == job.id
+    again = (await queue.enqueue(PING)).job
     with closing(sqlite3.connect(path)) as other:
         rows = other.execute("SELECT id FROM job").fetchall()
     assert {row[0] for row in rows} == {job.id.hex, again.id.hex}
-    await service.ping()
+    await queue.ping()
 
 
 async def test_a_file_deleted_during_a_write_is_not_answered_as_stored(

@@ -1,4 +1,4 @@
-"""The house of each test: a fresh database, a service on it, and one job type."""
+"""The house of each test: a fresh database, a queue on it, and one job type."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import structlog
 
 from job_registry import Backoff, JobPolicy, JobRegistry, JobType
 from job_registry_api.queue.database import Database
-from job_registry_api.queue.service import JobService
+from job_registry_api.queue.queue import JobQueue
 from job_registry_api.worker import attempt, lease_keeper, loop, processes
 from tests.worker.house import House, Text
 
@@ -54,7 +54,7 @@ async def house(
     )
     remote = JobType(name="remote", payload=Text)
     database = Database(database_url)
-    service = JobService(JobRegistry([job_type, remote]), database, lease_seconds=lease_seconds)
-    async with service.events.hearing():
-        yield House(service, database_url, job_type)
+    queue = JobQueue(JobRegistry([job_type, remote]), database, lease_seconds=lease_seconds)
+    async with queue.events.hearing():
+        yield House(queue, database_url, job_type)
     await database.close()

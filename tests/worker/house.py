@@ -1,4 +1,4 @@
-"""A service with one job type, `work`, whose handler each test defines, and workers for it."""
+"""A queue with one job type, `work`, whose handler each test defines, and workers for it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 from job_registry import JobType, Payload
 from job_registry_api.queue.models import JobRecord, JobStatus
+from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.requests import EnqueueRequest
-from job_registry_api.queue.service import JobService
 from job_registry_api.worker import Worker
 
 
@@ -21,21 +21,21 @@ class Text(Payload):
 
 @dataclass
 class House:
-    """A service with one job type, `work`, and what its handler does."""
+    """A queue with one job type, `work`, and what its handler does."""
 
-    service: JobService
+    queue: JobQueue
     database_url: str
     job_type: JobType[Text]
     ran: list[str] = field(default_factory=list)
 
     async def enqueue(self, text: str = "", **options: Any) -> JobRecord:
         request = EnqueueRequest("work", {"text": text}, **options)
-        return (await self.service.enqueue(request)).job
+        return (await self.queue.enqueue(request)).job
 
     @asynccontextmanager
     async def working(self, **options: Any) -> AsyncIterator[Worker]:
         given = {"concurrency": 4, "assets": "assets", "shutdown_seconds": 5.0, **options}
-        worker = Worker(self.service, **given)
+        worker = Worker(self.queue, **given)
         task = asyncio.create_task(worker.run())
         try:
             yield worker
@@ -45,7 +45,7 @@ class House:
 
     async def until(self, job: JobRecord, *statuses: JobStatus) -> JobRecord:
         async with asyncio.timeout(15):
-            while (now := await self.service.get(job.id)).status not in statuses:
+            while (now := await self.queue.get(job.id)).status not in statuses:
                 await asyncio.sleep(0.01)
         return now
 
@@ -60,4 +60,4 @@ class House:
             )
 
     async def outcomes(self, job: JobRecord) -> list[str | None]:
-        return [attempt.outcome for attempt in (await self.service.attempts([job.id]))[job.id]]
+        return [attempt.outcome for attempt in (await self.queue.attempts([job.id]))[job.id]]

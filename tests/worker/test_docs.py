@@ -14,8 +14,8 @@ from job_registry import Cancel, JobContext
 from job_registry.discovery import load_registry
 from job_registry_api.queue.database import Database
 from job_registry_api.queue.models import JobStatus
+from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.requests import EnqueueRequest
-from job_registry_api.queue.service import JobService
 from job_registry_api.worker import Worker
 
 TEXT = (Path(__file__).parents[2] / "docs/workers.md").read_text("utf-8")
@@ -53,12 +53,12 @@ async def test_the_examples_run(
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "modules", dict(sys.modules))
     database = Database(database_url)
-    service = JobService(load_registry([f"docs_{example}"]), database)
-    worker = Worker(service, concurrency=1, assets="", shutdown_seconds=2)
+    queue = JobQueue(load_registry([f"docs_{example}"]), database)
+    worker = Worker(queue, concurrency=1, assets="", shutdown_seconds=2)
     task = asyncio.create_task(worker.run())
-    job = (await service.enqueue(EnqueueRequest(job_type, payload))).job
+    job = (await queue.enqueue(EnqueueRequest(job_type, payload))).job
     async with asyncio.timeout(20):
-        while (done := await service.get(job.id)).status is not JobStatus.SUCCEEDED:
+        while (done := await queue.get(job.id)).status is not JobStatus.SUCCEEDED:
             await asyncio.sleep(0.02)
     worker.stop()
     await asyncio.wait_for(task, 10)

@@ -184,7 +184,7 @@ async def test_a_lifespan_that_fails_to_start_ends_the_worker(
 ) -> None:
     house.job_type.handler(handler_of("async", lambda _job: None))
     worker = Worker(
-        house.service,
+        house.queue,
         concurrency=1,
         assets="",
         shutdown_seconds=1,

@@ -22,8 +22,8 @@ import uvloop
 from job_registry import DefinitionError, JobPolicy, JobRegistry, JobType, Payload, WorkerExtension
 from job_registry_api.queue.database import Database
 from job_registry_api.queue.models import JobRecord, JobStatus
+from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.requests import EnqueueRequest
-from job_registry_api.queue.service import JobService
 from job_registry_api.worker import Worker, processes
 from tests.conftest import run_sql
 from tests.worker import crowd
@@ -35,16 +35,16 @@ ENDED = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED)
 class Crowd:
     """A worker of the job types of `crowd`."""
 
-    service: JobService
+    queue: JobQueue
     worker: Worker
 
     async def enqueue(self, act: str, argument: str = "", kind: str = "crowd") -> JobRecord:
         payload = {"act": act, "argument": argument}
-        return (await self.service.enqueue(EnqueueRequest(kind, payload))).job
+        return (await self.queue.enqueue(EnqueueRequest(kind, payload))).job
 
     async def until(self, job: JobRecord, *statuses: JobStatus) -> JobRecord:
         async with asyncio.timeout(30):
-            while (now := await self.service.get(job.id)).status not in statuses:
+            while (now := await self.queue.get(job.id)).status not in statuses:
                 await asyncio.sleep(0.01)
         return now
 
@@ -52,19 +52,19 @@ class Crowd:
         return await self.until(await self.enqueue(act, argument, kind), *ENDED)
 
     async def outcomes(self, job: JobRecord) -> list[str | None]:
-        return [attempt.outcome for attempt in (await self.service.attempts([job.id]))[job.id]]
+        return [attempt.outcome for attempt in (await self.queue.attempts([job.id]))[job.id]]
 
 
 @asynccontextmanager
 async def crowd_of(database_url: str, concurrency: int = 4) -> AsyncIterator[Crowd]:
     database = Database(database_url)
     types = [crowd.crowd, crowd.deaf, crowd.gentle]
-    service = JobService(JobRegistry(types, extensions=[crowd.extension]), database)
-    async with service.events.hearing():
-        worker = Worker(service, concurrency=concurrency, assets="assets", shutdown_seconds=2)
+    queue = JobQueue(JobRegistry(types, extensions=[crowd.extension]), database)
+    async with queue.events.hearing():
+        worker = Worker(queue, concurrency=concurrency, assets="assets", shutdown_seconds=2)
         task = asyncio.create_task(worker.run())
         try:
-            yield Crowd(service, worker)
+            yield Crowd(queue, worker)
         finally:
             worker.stop()
             await asyncio.wait_for(task, 20)
@@ -164,7 +164,7 @@ async def test_a_cancellation_kills_a_process_that_does_not_listen(
 ) -> None:
     job = await house.enqueue("wait", str(tmp_path / "pids"))
     pids = await written(tmp_path / "pids")
-    await house.service.cancel(job.id)
+    await house.queue.cancel(job.id)
     begun = time.monotonic()
     await house.until(job, JobStatus.CANCELLED)
     assert time.monotonic() - begun < 6
@@ -180,7 +180,7 @@ async def test_a_handler_in_a_process_hears_its_cancellation_at_once(
     job = await house.enqueue(act, str(tmp_path / "pids"), kind)
     (pid,) = await written(tmp_path / "pids")
     begun = time.monotonic()
-    await house.service.cancel(job.id)
+    await house.queue.cancel(job.id)
     await house.until(job, JobStatus.CANCELLED)
     assert time.monotonic() - begun < 1.5
     # The process lives on, for the next job.
@@ -193,8 +193,8 @@ async def test_a_crash_costs_no_other_job_anything(house: Crowd, tmp_path: Path)
     waiting = await house.enqueue("until cancelled", str(tmp_path / "pids"))
     await written(tmp_path / "pids")
     assert (await house.run("segfault")).status is JobStatus.FAILED
-    assert (await house.service.get(waiting.id)).status is JobStatus.RUNNING
-    await house.service.cancel(waiting.id)
+    assert (await house.queue.get(waiting.id)).status is JobStatus.RUNNING
+    await house.queue.cancel(waiting.id)
     await house.until(waiting, JobStatus.CANCELLED)
     assert await house.outcomes(waiting) == ["cancelled"]
 
@@ -288,23 +288,23 @@ async def test_the_processes_end_with_their_worker(database_url: str, tmp_path: 
     assert rows == [("released",)]
 
 
-def test_a_job_type_that_no_process_can_import_stops_the_start(service: JobService) -> None:
+def test_a_job_type_that_no_process_can_import_stops_the_start(queue: JobQueue) -> None:
     class Here(Payload):
         pass
 
     local = JobType(name="local", payload=Here, run_in="process")
     local.handler(lambda job, payload: None)
-    database = service._database
+    database = queue._database
     with pytest.raises(DefinitionError, match="job type local: .* top level of an importable"):
         Worker(
-            JobService(JobRegistry([local]), database),
+            JobQueue(JobRegistry([local]), database),
             concurrency=1,
             assets="",
             shutdown_seconds=1,
         )
     with pytest.raises(DefinitionError, match="WorkerExtension must be at the top level"):
         Worker(
-            JobService(JobRegistry([crowd.crowd]), database),
+            JobQueue(JobRegistry([crowd.crowd]), database),
             concurrency=1,
             assets="",
             shutdown_seconds=1,

@@ -22,7 +22,7 @@ from pydantic import BaseModel, JsonValue, computed_field
 from job_registry import Cancel, JobContext
 from job_registry_api.queue.errors import LeaseLost, QueueUnavailable
 from job_registry_api.queue.models import JobStatus
-from job_registry_api.queue.service import JobService, Renewal
+from job_registry_api.queue.queue import JobQueue, Renewal
 from tests.queue.test_races import locked
 from tests.worker.house import House, Text
 
@@ -56,9 +56,9 @@ async def test_progress_is_stored_while_a_job_runs_at_most_once_per_second(house
 
     async with house.working():
         job = await house.enqueue()
-        with house.service.events.subscribe(job_id=job.id) as events:
+        with house.queue.events.subscribe(job_id=job.id) as events:
             async with asyncio.timeout(5):
-                while (await house.service.get(job.id)).progress != {"step": 199}:
+                while (await house.queue.get(job.id)).progress != {"step": 199}:
                     await asyncio.sleep(0.01)
             go_on.set()
             await house.until(job, JobStatus.SUCCEEDED)
@@ -121,16 +121,16 @@ async def test_an_error_of_a_renewal_does_not_end_the_renewals(
         return "done"
 
     failed = 0
-    renew = JobService.renew
+    renew = JobQueue.renew
 
-    async def flaky(self: JobService, renewals: Sequence[Renewal]) -> Any:
+    async def flaky(self: JobQueue, renewals: Sequence[Renewal]) -> Any:
         nonlocal failed
         failed += 1
         if failed <= 2:
             raise error
         return await renew(self, renewals)
 
-    monkeypatch.setattr(JobService, "renew", flaky)
+    monkeypatch.setattr(JobQueue, "renew", flaky)
     done = await house.run()
     assert failed > 2
     assert (done.result, await house.outcomes(done)) == ("done", ["succeeded"])
@@ -156,7 +156,7 @@ async def test_an_error_of_a_report_does_not_lose_it(
         return "done"
 
     failed = 0
-    real: Callable[..., Any] = getattr(house.service, report)
+    real: Callable[..., Any] = getattr(house.queue, report)
 
     async def flaky(*arguments: Any, **options: Any) -> Any:
         nonlocal failed
@@ -165,7 +165,7 @@ async def test_an_error_of_a_report_does_not_lose_it(
             raise error
         return await real(*arguments, **options)
 
-    monkeypatch.setattr(house.service, report, flaky)
+    monkeypatch.setattr(house.queue, report, flaky)
     done = await house.run(report)
     former = {"complete": [], "fail": ["failed"], "snooze": ["snoozed"]}[report]
     assert await house.outcomes(done) == [*former, "succeeded"]
@@ -185,7 +185,7 @@ async def test_a_report_that_comes_too_late_is_not_repeated(
         reported += 1
         raise LeaseLost
 
-    monkeypatch.setattr(house.service, "complete", lost)
+    monkeypatch.setattr(house.queue, "complete", lost)
     async with house.working() as worker:
         job = await house.enqueue()
         await house.until(job, JobStatus.RUNNING)
@@ -214,7 +214,7 @@ async def test_a_job_whose_row_is_locked_during_two_renewals_keeps_its_lease_and
         async with locked(database_url, f"SELECT 1 FROM job WHERE id = '{job.id}' FOR UPDATE"):
             await asyncio.sleep(1.1)
         await asyncio.sleep(0.7)
-        assert (await house.service.get(job.id)).progress == "half"
+        assert (await house.queue.get(job.id)).progress == "half"
         done = await house.until(job, JobStatus.SUCCEEDED)
     assert (done.result, await house.outcomes(done)) == ("done", ["succeeded"])
 
@@ -240,7 +240,7 @@ async def test_a_blocked_event_loop_loses_no_lease_and_the_log_names_the_job(
 
         async def watch() -> None:
             database = Database(house.database_url)
-            other = JobService(house.service.registry, database)
+            other = JobQueue(house.queue.registry, database)
             while not monitor.is_set():
                 await other.recover()
                 await asyncio.sleep(0.05)
@@ -285,12 +285,12 @@ async def test_a_cancellation_is_heard_at_once(house: House, kind: str, caller: 
         job = await house.enqueue()
         await house.until(job, JobStatus.RUNNING)
         if caller == "this process":
-            await house.service.cancel(job.id)
+            await house.queue.cancel(job.id)
         else:
             from job_registry_api.queue.database import Database
 
             database = Database(house.database_url)
-            await JobService(house.service.registry, database).cancel(job.id)
+            await JobQueue(house.queue.registry, database).cancel(job.id)
             await database.close()
         asked = time.monotonic()
         ended = await house.until(job, JobStatus.CANCELLED, JobStatus.SUCCEEDED, JobStatus.FAILED)
@@ -426,16 +426,16 @@ async def test_short_jobs_one_after_another_are_no_sign_that_renewals_are_overdu
         await asyncio.sleep(float(payload.text))
         return "done"
 
-    renew, away = JobService.renew, False
+    renew, away = JobQueue.renew, False
 
-    async def flaky(self: JobService, renewals: Sequence[Renewal]) -> Any:
+    async def flaky(self: JobQueue, renewals: Sequence[Renewal]) -> Any:
         nonlocal away
         if away:
             away = False
             raise QueueUnavailable("away for a moment")
         return await renew(self, renewals)
 
-    monkeypatch.setattr(JobService, "renew", flaky)
+    monkeypatch.setattr(JobQueue, "renew", flaky)
     async with house.working() as worker:
         behind = 0.0
         jobs = []

@@ -81,7 +81,7 @@ async def test_what_a_handler_holds_is_freed_when_its_attempt_ends(
         if text == "is cancelled":
             for job in jobs:
                 await house.until(job, JobStatus.RUNNING)
-                await house.service.cancel(job.id)
+                await house.queue.cancel(job.id)
         for job in jobs:
             await house.until(job, JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED)
         async with asyncio.timeout(5):

@@ -19,8 +19,8 @@ from job_registry import JobRegistry
 from job_registry.discovery import discover
 from job_registry_api.queue.database import Database
 from job_registry_api.queue.models import JobRecord, JobStatus
+from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.requests import EnqueueRequest
-from job_registry_api.queue.service import JobService
 from tests import CODE
 
 JOBS = """
@@ -82,26 +82,26 @@ def worker(database_url: str, catalog: Path, **settings: object) -> Iterator[sub
         process.communicate()
 
 
-async def enqueue(service: JobService, seconds: float = 0, kind: str = "nap") -> JobRecord:
-    return (await service.enqueue(EnqueueRequest(kind, {"seconds": seconds}))).job
+async def enqueue(queue: JobQueue, seconds: float = 0, kind: str = "nap") -> JobRecord:
+    return (await queue.enqueue(EnqueueRequest(kind, {"seconds": seconds}))).job
 
 
-async def until(service: JobService, job: JobRecord, status: JobStatus) -> JobRecord:
+async def until(queue: JobQueue, job: JobRecord, status: JobStatus) -> JobRecord:
     async with asyncio.timeout(20):
-        while (now := await service.get(job.id)).status is not status:
+        while (now := await queue.get(job.id)).status is not status:
             await asyncio.sleep(0.005)
     return now
 
 
 async def test_an_idle_worker_starts_a_new_job_at_once(database_url: str, catalog: Path) -> None:
     database = Database(database_url)
-    service = JobService(JobRegistry(discover(["naps"])), database)
+    queue = JobQueue(JobRegistry(discover(["naps"])), database)
     delays = []
     with worker(database_url, catalog):
-        await until(service, await enqueue(service), JobStatus.SUCCEEDED)
+        await until(queue, await enqueue(queue), JobStatus.SUCCEEDED)
         for _ in range(7):
             await asyncio.sleep(0.3)
-            job = await until(service, await enqueue(service), JobStatus.SUCCEEDED)
+            job = await until(queue, await enqueue(queue), JobStatus.SUCCEEDED)
             assert job.started_at is not None
             delays.append((job.started_at - job.created_at).total_seconds())
     await database.close()
@@ -112,14 +112,14 @@ async def test_an_idle_worker_starts_a_new_job_at_once(database_url: str, catalo
 
 async def test_sigterm_lets_a_running_job_end(database_url: str, catalog: Path) -> None:
     database = Database(database_url)
-    service = JobService(JobRegistry(discover(["naps"])), database)
+    queue = JobQueue(JobRegistry(discover(["naps"])), database)
     with worker(database_url, catalog) as process:
-        job = await enqueue(service, 1.0)
-        await until(service, job, JobStatus.RUNNING)
+        job = await enqueue(queue, 1.0)
+        await until(queue, job, JobStatus.RUNNING)
         process.send_signal(signal.SIGTERM)
         await asyncio.to_thread(process.wait, 15)
     assert process.returncode == 0
-    assert (await service.get(job.id)).status is JobStatus.SUCCEEDED
+    assert (await queue.get(job.id)).status is JobStatus.SUCCEEDED
     await database.close()
 
 
@@ -127,29 +127,29 @@ async def test_sigterm_does_not_wait_for_a_thread_longer_than_it_was_told(
     database_url: str, catalog: Path
 ) -> None:
     database = Database(database_url)
-    service = JobService(JobRegistry(discover(["naps"])), database)
+    queue = JobQueue(JobRegistry(discover(["naps"])), database)
     with worker(database_url, catalog, shutdown_seconds=0.5) as process:
-        job = await enqueue(service, 60, "deep_sleep")
-        await until(service, job, JobStatus.RUNNING)
+        job = await enqueue(queue, 60, "deep_sleep")
+        await until(queue, job, JobStatus.RUNNING)
         process.send_signal(signal.SIGTERM)
         await asyncio.to_thread(process.wait, 15)
     assert process.returncode == 0
-    back = await service.get(job.id)
+    back = await queue.get(job.id)
     assert (back.status, back.attempt) == (JobStatus.QUEUED, 0)
     await database.close()
 
 
 async def test_a_second_signal_hands_running_jobs_back(database_url: str, catalog: Path) -> None:
     database = Database(database_url)
-    service = JobService(JobRegistry(discover(["naps"])), database)
+    queue = JobQueue(JobRegistry(discover(["naps"])), database)
     with worker(database_url, catalog) as process:
-        job = await enqueue(service, 30)
-        await until(service, job, JobStatus.RUNNING)
+        job = await enqueue(queue, 30)
+        await until(queue, job, JobStatus.RUNNING)
         process.send_signal(signal.SIGINT)
         await asyncio.sleep(0.5)
         process.send_signal(signal.SIGINT)
         await asyncio.to_thread(process.wait, 15)
-    back = await service.get(job.id)
+    back = await queue.get(job.id)
     assert (back.status, back.attempt) == (JobStatus.QUEUED, 0)
     await database.close()
 
@@ -158,18 +158,18 @@ async def test_an_idle_worker_takes_over_the_job_of_one_that_was_killed(
     database_url: str, catalog: Path
 ) -> None:
     database = Database(database_url)
-    service = JobService(JobRegistry(discover(["naps"])), database)
+    queue = JobQueue(JobRegistry(discover(["naps"])), database)
     with (
         worker(database_url, catalog, lease_seconds=1) as one,
         worker(database_url, catalog, lease_seconds=1) as other,
     ):
-        job = await enqueue(service, 1.0)
-        running = await until(service, job, JobStatus.RUNNING)
+        job = await enqueue(queue, 1.0)
+        running = await until(queue, job, JobStatus.RUNNING)
         assert running.worker_id is not None
         (killed,) = (each for each in (one, other) if f":{each.pid}:" in running.worker_id)
         killed.kill()
-        done = await until(service, job, JobStatus.SUCCEEDED)
-    attempts = (await service.attempts([job.id]))[job.id]
+        done = await until(queue, job, JobStatus.SUCCEEDED)
+    attempts = (await queue.attempts([job.id]))[job.id]
     assert [attempt.outcome for attempt in attempts] == ["lost", "succeeded"]
     assert len({attempt.worker_id for attempt in attempts}) == 2
     assert done.attempt == 2

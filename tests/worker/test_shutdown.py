@@ -21,8 +21,8 @@ from job_registry import JobRegistry
 from job_registry.discovery import discover
 from job_registry_api.queue.database import Database
 from job_registry_api.queue.models import JobRecord, JobStatus
+from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.requests import EnqueueRequest
-from job_registry_api.queue.service import JobService
 from tests import CODE
 from tests.worker import crowd, hangs
 
@@ -30,11 +30,11 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-async def service(database_url: str) -> AsyncIterator[JobService]:
+async def queue(database_url: str) -> AsyncIterator[JobQueue]:
     database = Database(database_url)
     types = [hangs.hang, hangs.hang_in_thread, *discover(["tests.worker.crowd"])]
-    service = JobService(JobRegistry(types), database)
-    yield service
+    queue = JobQueue(JobRegistry(types), database)
+    yield queue
     await database.close()
 
 
@@ -73,17 +73,17 @@ def process(
 
 
 async def enqueue(
-    service: JobService, act: str, file: Path | None = None, kind: str = "hang"
+    queue: JobQueue, act: str, file: Path | None = None, kind: str = "hang"
 ) -> JobRecord:
     payload = {"act": act, "file": str(file or "")}
     if kind not in ("hang", "hang_in_thread"):
         payload = {"act": act, "argument": str(file or "")}
-    return (await service.enqueue(EnqueueRequest(kind, payload))).job
+    return (await queue.enqueue(EnqueueRequest(kind, payload))).job
 
 
-async def until(service: JobService, job: JobRecord, *statuses: JobStatus) -> JobRecord:
+async def until(queue: JobQueue, job: JobRecord, *statuses: JobStatus) -> JobRecord:
     async with asyncio.timeout(30):
-        while (now := await service.get(job.id)).status not in statuses:
+        while (now := await queue.get(job.id)).status not in statuses:
             await asyncio.sleep(0.02)
     return now
 
@@ -95,8 +95,8 @@ async def there(file: Path) -> str:
     return file.read_text()
 
 
-async def outcomes(service: JobService, job: JobRecord) -> list[str | None]:
-    return [attempt.outcome for attempt in (await service.attempts([job.id]))[job.id]]
+async def outcomes(queue: JobQueue, job: JobRecord) -> list[str | None]:
+    return [attempt.outcome for attempt in (await queue.attempts([job.id]))[job.id]]
 
 
 commands = pytest.mark.parametrize("command", ["worker", "serve"])
@@ -105,25 +105,25 @@ commands = pytest.mark.parametrize("command", ["worker", "serve"])
 @commands
 @pytest.mark.parametrize("kind", ["hang", "hang_in_thread"])
 async def test_a_handler_may_fork_and_terminate_its_child(
-    database_url: str, service: JobService, command: str, kind: str
+    database_url: str, queue: JobQueue, command: str, kind: str
 ) -> None:
     with process(command, database_url) as running:
-        job = await enqueue(service, "fork", kind=kind)
-        done = await until(service, job, JobStatus.SUCCEEDED, JobStatus.FAILED)
+        job = await enqueue(queue, "fork", kind=kind)
+        done = await until(queue, job, JobStatus.SUCCEEDED, JobStatus.FAILED)
         assert done.result == {"child": -signal.SIGTERM, "is": -signal.SIGTERM}
         assert running.poll() is None
         # It still takes jobs: nothing has told it to stop.
-        again = await enqueue(service, "nothing")
-        await until(service, again, JobStatus.SUCCEEDED)
+        again = await enqueue(queue, "nothing")
+        await until(queue, again, JobStatus.SUCCEEDED)
 
 
 @commands
 async def test_sys_exit_in_a_task_of_a_handler_ends_only_that_task(
-    database_url: str, service: JobService, command: str
+    database_url: str, queue: JobQueue, command: str
 ) -> None:
     with process(command, database_url) as running:
-        job = await enqueue(service, "exit in a task")
-        done = await until(service, job, JobStatus.SUCCEEDED)
+        job = await enqueue(queue, "exit in a task")
+        done = await until(queue, job, JobStatus.SUCCEEDED)
         assert done.result == "RuntimeError('a task of the handler raised SystemExit')"
         assert running.poll() is None
 
@@ -131,10 +131,10 @@ async def test_sys_exit_in_a_task_of_a_handler_ends_only_that_task(
 @commands
 @pytest.mark.parametrize("act", ["swallow", "pool", "block"])
 async def test_a_process_ends_within_its_grace_whatever_its_handlers_do(
-    database_url: str, service: JobService, tmp_path: Path, command: str, act: str
+    database_url: str, queue: JobQueue, tmp_path: Path, command: str, act: str
 ) -> None:
     with process(command, database_url, shutdown_seconds=0.5) as running:
-        job = await enqueue(service, act, tmp_path / "there")
+        job = await enqueue(queue, act, tmp_path / "there")
         await there(tmp_path / "there")
         begun = time.monotonic()
         running.send_signal(signal.SIGTERM)
@@ -142,16 +142,16 @@ async def test_a_process_ends_within_its_grace_whatever_its_handlers_do(
         took = time.monotonic() - begun
     # 10 seconds are what a process manager grants beyond `JOBS_SHUTDOWN_SECONDS`.
     assert took < 10.5
-    back = await service.get(job.id)
+    back = await queue.get(job.id)
     assert (back.status, back.attempt) == (JobStatus.QUEUED, 0)
-    assert await outcomes(service, job) == ["released"]
+    assert await outcomes(queue, job) == ["released"]
 
 
 async def test_a_second_signal_ends_a_process_that_hangs_soon(
-    database_url: str, service: JobService, tmp_path: Path
+    database_url: str, queue: JobQueue, tmp_path: Path
 ) -> None:
     with process("worker", database_url, shutdown_seconds=60) as running:
-        await enqueue(service, "swallow", tmp_path / "there")
+        await enqueue(queue, "swallow", tmp_path / "there")
         await there(tmp_path / "there")
         begun = time.monotonic()
         running.send_signal(signal.SIGTERM)
@@ -162,13 +162,13 @@ async def test_a_second_signal_ends_a_process_that_hangs_soon(
 
 
 async def test_threads_and_children_that_handlers_leave_do_not_outlive_the_process(
-    database_url: str, service: JobService, tmp_path: Path
+    database_url: str, queue: JobQueue, tmp_path: Path
 ) -> None:
     with process("worker", database_url, shutdown_seconds=1) as running:
-        thread = await enqueue(service, "thread", kind="hang_in_thread")
-        child = await enqueue(service, "leave a child", tmp_path / "pid", "hang_in_thread")
+        thread = await enqueue(queue, "thread", kind="hang_in_thread")
+        child = await enqueue(queue, "leave a child", tmp_path / "pid", "hang_in_thread")
         for job in (thread, child):
-            await until(service, job, JobStatus.SUCCEEDED)
+            await until(queue, job, JobStatus.SUCCEEDED)
         pid = int((tmp_path / "pid").read_text())
         assert psutil.pid_exists(pid)
         running.send_signal(signal.SIGTERM)
@@ -180,10 +180,10 @@ async def test_threads_and_children_that_handlers_leave_do_not_outlive_the_proce
 
 
 async def test_the_processes_of_handlers_end_with_a_worker_that_is_killed(
-    database_url: str, service: JobService, tmp_path: Path
+    database_url: str, queue: JobQueue, tmp_path: Path
 ) -> None:
     with process("worker", database_url, "tests.worker.crowd") as running:
-        await enqueue(service, "wait", tmp_path / "pids", "crowd")
+        await enqueue(queue, "wait", tmp_path / "pids", "crowd")
         pids = [int(pid) for pid in (await there(tmp_path / "pids")).split()]
         running.kill()
         async with asyncio.timeout(5):
@@ -195,11 +195,11 @@ async def test_the_processes_of_handlers_end_with_a_worker_that_is_killed(
 
 
 async def test_a_process_ends_with_its_worker_though_its_threads_cannot_run(
-    database_url: str, service: JobService, tmp_path: Path
+    database_url: str, queue: JobQueue, tmp_path: Path
 ) -> None:
     with process("worker", database_url, catalog="tests.worker.crowd") as running:
         file = tmp_path / "pid"
-        await enqueue(service, "hold the interpreter's lock", file, kind="crowd")
+        await enqueue(queue, "hold the interpreter's lock", file, kind="crowd")
         handler = psutil.Process(int(await there(file)))
         running.kill()
         running.wait(10)
@@ -212,23 +212,23 @@ async def test_a_process_ends_with_its_worker_though_its_threads_cannot_run(
 
 @pytest.mark.parametrize("act", ["segfault", "kill"])
 async def test_a_handler_that_ends_its_process_costs_its_neighbours_one_attempt_at_most(
-    database_url: str, service: JobService, act: str
+    database_url: str, queue: JobQueue, act: str
 ) -> None:
     # About leases: a lost worker is noticed when they run out.
     catalog, settings = "tests.worker.crowd", {"lease_seconds": 1}
     with process("worker", database_url, catalog, **settings) as first:
-        poison = await enqueue(service, act, kind="poison")
-        neighbour = await enqueue(service, "", kind="neighbour")
+        poison = await enqueue(queue, act, kind="poison")
+        neighbour = await enqueue(queue, "", kind="neighbour")
         await asyncio.to_thread(first.wait, 20)
     with process("worker", database_url, catalog, **settings) as second:
-        ended = await until(service, poison, JobStatus.FAILED)
-        beside = await enqueue(service, "", kind="neighbour")
+        ended = await until(queue, poison, JobStatus.FAILED)
+        beside = await enqueue(queue, "", kind="neighbour")
         for job in (neighbour, beside):
-            await until(service, job, JobStatus.SUCCEEDED)
+            await until(queue, job, JobStatus.SUCCEEDED)
         assert second.poll() is None
-    assert await outcomes(service, poison) == ["lost", "failed", "failed"]
-    assert await outcomes(service, neighbour) in (["lost", "succeeded"], ["succeeded"])
-    assert await outcomes(service, beside) == ["succeeded"]
+    assert await outcomes(queue, poison) == ["lost", "failed", "failed"]
+    assert await outcomes(queue, neighbour) in (["lost", "succeeded"], ["succeeded"])
+    assert await outcomes(queue, beside) == ["succeeded"]
     assert ended.error is not None
     assert ended.error.code == "process_died"
     name = "signal 11 (SIGSEGV)" if act == "segfault" else "signal 9 (SIGKILL)"
@@ -236,14 +236,14 @@ async def test_a_handler_that_ends_its_process_costs_its_neighbours_one_attempt_
 
 
 async def test_a_job_whose_worker_died_runs_in_a_process_with_its_lifespan_and_middleware(
-    database_url: str, service: JobService
+    database_url: str, queue: JobQueue
 ) -> None:
     catalog, settings = "tests.worker.crowd", {"lease_seconds": 1}
     with process("worker", database_url, catalog, **settings) as first:
-        job = await enqueue(service, "once", kind="poison")
+        job = await enqueue(queue, "once", kind="poison")
         await asyncio.to_thread(first.wait, 20)
     with process("worker", database_url, catalog, **settings) as second:
-        done = await until(service, job, JobStatus.SUCCEEDED, JobStatus.FAILED)
+        done = await until(queue, job, JobStatus.SUCCEEDED, JobStatus.FAILED)
     assert isinstance(done.result, dict)
     assert done.result["pid"] != second.pid
     assert (done.result["seen"], done.result["middleware"]) == ("poison 2", True)

@@ -28,8 +28,8 @@ from job_registry import (
 from job_registry_api.queue.database import Database
 from job_registry_api.queue.errors import QueueUnavailable
 from job_registry_api.queue.models import JobRecord, JobStatus
+from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.requests import EnqueueRequest
-from job_registry_api.queue.service import JobService
 from job_registry_api.worker import Worker
 from tests.conftest import run_sql
 from tests.worker.house import House, Text
@@ -58,7 +58,7 @@ async def test_an_async_handler_runs_with_its_parsed_payload_and_returns_the_res
     assert done.status is JobStatus.SUCCEEDED
     assert done.result == {"text": "hello", "attempt": 1, "left": True}
     assert house.ran == [str(done.id)]
-    (attempt,) = (await house.service.attempts([done.id]))[done.id]
+    (attempt,) = (await house.queue.attempts([done.id]))[done.id]
     assert (attempt.attempt, attempt.outcome, attempt.error) == (1, "succeeded", None)
     assert attempt.worker_id == done.worker_id
     assert attempt.finished_at is not None
@@ -224,7 +224,7 @@ async def test_a_timeout_ends_an_attempt_whatever_its_handler_does(house: House,
     assert (ended.status, ended.result) == (JobStatus.FAILED, None)
     assert await house.outcomes(ended) == ["timed_out"]
     await asyncio.sleep(1.2)
-    assert (await house.service.get(ended.id)).result is None
+    assert (await house.queue.get(ended.id)).result is None
 
 
 @about_timeouts
@@ -233,7 +233,7 @@ async def test_a_thread_that_outlives_its_timeout_holds_its_slot_until_it_ends(
 ) -> None:
     given_up, settled = threading.Event(), asyncio.Event()
     told: list[bool] = []
-    time_out = house.service.time_out
+    time_out = house.queue.time_out
 
     async def spy_time_out(token: str, *, still_running: bool = False) -> JobRecord:
         told.append(still_running)
@@ -243,8 +243,8 @@ async def test_a_thread_that_outlives_its_timeout_holds_its_slot_until_it_ends(
         assert len(tokens) == 1
         settled.set()
 
-    monkeypatch.setattr(house.service, "time_out", spy_time_out)
-    monkeypatch.setattr(house.service, "settle", spy_settle)
+    monkeypatch.setattr(house.queue, "time_out", spy_time_out)
+    monkeypatch.setattr(house.queue, "settle", spy_settle)
 
     @house.job_type.handler
     def work(_job: JobContext, payload: Text) -> str:
@@ -260,11 +260,11 @@ async def test_a_thread_that_outlives_its_timeout_holds_its_slot_until_it_ends(
                 await asyncio.sleep(0.01)
         # On a busy machine the queue itself has to end the attempt.
         await asyncio.sleep(0.3)
-        await house.service.recover()
+        await house.queue.recover()
         await house.until(stuck, JobStatus.FAILED)
         assert await house.outcomes(stuck) == ["timed_out"]
         assert (told[0], worker.overdue, worker.health.overdue) == (True, 1, 1)
-        assert (await house.service.get(next_one.id)).status is JobStatus.QUEUED
+        assert (await house.queue.get(next_one.id)).status is JobStatus.QUEUED
         given_up.set()
         assert (await house.until(next_one, JobStatus.SUCCEEDED)).result == "done"
         await asyncio.wait_for(settled.wait(), 5)
@@ -340,7 +340,7 @@ async def test_a_running_job_hears_of_its_cancellation(house: House, kind: str) 
     async with house.working():
         job = await house.enqueue()
         await house.until(job, JobStatus.RUNNING)
-        await house.service.cancel(job.id)
+        await house.queue.cancel(job.id)
         ended = await house.until(job, JobStatus.CANCELLED)
     assert await house.outcomes(ended) == ["cancelled"]
 
@@ -379,10 +379,10 @@ async def test_a_validator_that_raises_anything_fails_the_attempt(database_url: 
     job_type = JobType(name="checked", payload=Checked, policy=policy)
     job_type.handler(lambda job, payload: None)
     database = Database(database_url)
-    service = JobService(JobRegistry([job_type]), database)
-    async with service.events.hearing():
-        house = House(service, database_url, job_type)
-        job = (await service.enqueue(EnqueueRequest("checked", {"name": "a"}))).job
+    queue = JobQueue(JobRegistry([job_type]), database)
+    async with queue.events.hearing():
+        house = House(queue, database_url, job_type)
+        job = (await queue.enqueue(EnqueueRequest("checked", {"name": "a"}))).job
         broken = True
         async with house.working():
             ended = await house.until(job, JobStatus.FAILED)
@@ -417,9 +417,9 @@ async def test_an_error_that_is_too_large_to_store_is_told_with_its_first_words(
 
     registry = JobRegistry([house.job_type], max_payload_bytes=1_024)
     database = Database(database_url)
-    service = JobService(registry, database)
-    async with service.events.hearing():
-        ended = await House(service, database_url, house.job_type).run(max_attempts=1)
+    queue = JobQueue(registry, database)
+    async with queue.events.hearing():
+        ended = await House(queue, database_url, house.job_type).run(max_attempts=1)
     await database.close()
     assert ended.error is not None
     assert "word word" in ended.error.message
@@ -464,8 +464,8 @@ async def test_stopping_lets_running_jobs_end_and_hands_the_rest_back(house: Hou
         short, long = await house.enqueue("short"), await house.enqueue("long")
         await house.until(short, JobStatus.RUNNING)
         await house.until(long, JobStatus.RUNNING)
-    assert (await house.service.get(short.id)).status is JobStatus.SUCCEEDED
-    back = await house.service.get(long.id)
+    assert (await house.queue.get(short.id)).status is JobStatus.SUCCEEDED
+    back = await house.queue.get(long.id)
     assert (back.status, back.attempt) == (JobStatus.QUEUED, 0)
     assert await house.outcomes(long) == ["released"]
 
@@ -490,7 +490,7 @@ async def test_a_worker_that_is_cancelled_hands_its_jobs_back_and_leases_no_more
     async def work(_job: JobContext, _payload: Text) -> None:
         await asyncio.sleep(30)
 
-    worker = Worker(house.service, concurrency=2, assets="", shutdown_seconds=5)
+    worker = Worker(house.queue, concurrency=2, assets="", shutdown_seconds=5)
     running = asyncio.create_task(worker.run())
     first = await house.enqueue()
     await house.until(first, JobStatus.RUNNING)
@@ -500,7 +500,7 @@ async def test_a_worker_that_is_cancelled_hands_its_jobs_back_and_leases_no_more
     assert await house.outcomes(first) == ["released"]
     second = await house.enqueue()
     await asyncio.sleep(0.3)
-    assert (await house.service.get(second.id)).status is JobStatus.QUEUED
+    assert (await house.queue.get(second.id)).status is JobStatus.QUEUED
 
 
 @about_leases
@@ -514,7 +514,7 @@ async def test_a_job_that_ends_because_the_worker_stops_is_handed_back(
         await house.until(job, JobStatus.RUNNING)
         # Right behind a heartbeat, and in the middle of one, it is no different.
         await asyncio.sleep(LEASE_SECONDS / 3 + 0.05)
-    back = await house.service.get(job.id)
+    back = await house.queue.get(job.id)
     assert (back.status, back.attempt) == (JobStatus.QUEUED, 0)
     assert await house.outcomes(job) == ["released"]
 
@@ -527,7 +527,7 @@ async def test_a_worker_outlives_a_database_that_goes_away(
         return "done"
 
     failures = 3
-    lease, end = house.service.lease, house.service._end
+    lease, end = house.queue.lease, house.queue._end
 
     async def flaky_lease(*arguments: Any, **options: Any) -> Any:
         nonlocal failures
@@ -537,11 +537,11 @@ async def test_a_worker_outlives_a_database_that_goes_away(
         return await lease(*arguments, **options)
 
     async def flaky_end(reports: Any) -> Any:
-        monkeypatch.setattr(house.service._reports, "_commit", end)
+        monkeypatch.setattr(house.queue._reports, "_commit", end)
         raise QueueUnavailable("away")
 
-    monkeypatch.setattr(house.service, "lease", flaky_lease)
-    monkeypatch.setattr(house.service._reports, "_commit", flaky_end)
+    monkeypatch.setattr(house.queue, "lease", flaky_lease)
+    monkeypatch.setattr(house.queue._reports, "_commit", flaky_end)
     done = await house.run()
     assert (done.status, done.attempt) == (JobStatus.SUCCEEDED, 1)
 
@@ -553,14 +553,14 @@ async def test_news_of_a_job_ends_the_wait_for_a_database_that_was_away(
     async def work(_job: JobContext, _payload: Text) -> str:
         return "done"
 
-    lease, away = house.service.lease, True
+    lease, away = house.queue.lease, True
 
     async def flaky_lease(*arguments: Any, **options: Any) -> Any:
         if away:
             raise QueueUnavailable("away")
         return await lease(*arguments, **options)
 
-    monkeypatch.setattr(house.service, "lease", flaky_lease)
+    monkeypatch.setattr(house.queue, "lease", flaky_lease)
     async with house.working():
         async with asyncio.timeout(15):
             while not any(line.get("seconds") == 3.2 for line in lines):
@@ -574,8 +574,8 @@ async def test_news_of_a_job_ends_the_wait_for_a_database_that_was_away(
 async def test_types_without_a_handler_are_left_for_remote_workers(
     house: House, tmp_path: Path
 ) -> None:
-    worker = Worker(house.service, concurrency=1, assets=str(tmp_path), shutdown_seconds=1)
+    worker = Worker(house.queue, concurrency=1, assets=str(tmp_path), shutdown_seconds=1)
     assert worker.types == ()
     house.job_type.handler(lambda job, payload: None)
-    worker = Worker(house.service, concurrency=1, assets=str(tmp_path), shutdown_seconds=1)
+    worker = Worker(house.queue, concurrency=1, assets=str(tmp_path), shutdown_seconds=1)
     assert worker.types == ("work",)

@@ -1,4 +1,4 @@
-"""`JobService`, the one door to the queue: validate, apply the policy, store, publish.
+"""`JobQueue`, the one door to the queue: validate, apply the policy, store, publish.
 
 GraphQL, REST, the CLI and the worker call it and nothing below it.
 """
@@ -177,12 +177,12 @@ class BehindInQueue:
 WaitingReason = ScheduledFor | ConcurrencyLimitReached | NoWorkerSeen | BehindInQueue
 
 
-class JobService:
+class JobQueue:
     """The queue's operations. Each either happens whole, or raises and changed nothing.
 
     Each raises, beside what it names, `QueueUnavailable` when the database does not answer.
     `new_id` makes the ids of new jobs, UUIDv7; tests may bring their own. `metrics` are those of
-    the process, where it has several services.
+    the process, where it opens several.
     """
 
     def __init__(
@@ -492,14 +492,14 @@ class JobService:
             await self._store.settle([_parts(token) for token in tokens])
 
     @asynccontextmanager
-    async def in_another_loop(self, *, pool_size: int = 2) -> AsyncIterator[JobService]:
-        """A service on the same database for another event loop, with connections of its own.
+    async def in_another_loop(self, *, pool_size: int = 2) -> AsyncIterator[JobQueue]:
+        """The queue on the same database for another event loop, with connections of its own.
 
         It does not hear other processes. Enter it in that loop.
         """
         database = self._database.for_another_loop(pool_size=pool_size)
         try:
-            yield JobService(
+            yield JobQueue(
                 self.registry, database, lease_seconds=self.lease_seconds, metrics=self.metrics
             )
         finally:
@@ -857,7 +857,7 @@ class JobService:
 
 
 @asynccontextmanager
-async def open_service(
+async def open_queue(
     registry: JobRegistry,
     database_url: str,
     *,
@@ -868,8 +868,8 @@ async def open_service(
     listen_url: str | None = None,
     max_page_size: int = 200,
     max_bulk_size: int = 1_000,
-) -> AsyncIterator[JobService]:
-    """A service on this database, that hears other processes while it is open."""
+) -> AsyncIterator[JobQueue]:
+    """The queue on this database, which hears other processes while it is open."""
     database = Database(
         database_url,
         pool_size=pool_size,
@@ -877,7 +877,7 @@ async def open_service(
         pooler=pooler,
         listen_url=listen_url,
     )
-    service = JobService(
+    queue = JobQueue(
         registry,
         database,
         lease_seconds=lease_seconds,
@@ -885,9 +885,9 @@ async def open_service(
         max_bulk_size=max_bulk_size,
     )
     try:
-        async with service.events.hearing():
-            yield service
-            await service.close()
+        async with queue.events.hearing():
+            yield queue
+            await queue.close()
     finally:
         await database.close()
 
