@@ -96,7 +96,7 @@ def test_sqlite_has_no_roles_to_grant_to(jobs: Shell) -> None:
 def test_check_and_grants_together_are_wrong_usage(jobs: Shell) -> None:
     result = jobs("migrate", "--check", "--grants", "web")
     assert result.returncode == 2
-    assert "--check and --grants" in result.stderr
+    assert "--check or --grants" in result.stderr
 
 
 @pytest.mark.parametrize(
