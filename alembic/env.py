@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from alembic import context
-from sqlmodel import SQLModel
 
-import job_registry_api.queue.models  # noqa: F401  (its tables are what autogenerate compares with)
+from job_registry_api.queue.models import METADATA
 
 given = context.config.attributes
 connection = given["connection"]
 context.configure(
     connection=connection,
-    target_metadata=SQLModel.metadata,
+    target_metadata=METADATA,
     render_as_batch=connection.dialect.name == "sqlite",
     version_table=given["version_table"],
     # Records the oldest revision whose code can use the result.

@@ -211,20 +211,22 @@ def migrate(
     _configure_logs(settings, at_least_warnings=True)
     from job_registry_api.queue import migrations
 
-    url, pooler = settings.database_url, settings.database_pooler
-    seconds = settings.database_timeout_seconds
+    url = settings.database_url
+    where: Any = {"pooler": settings.database_pooler, "schema": settings.database_schema}
     if grants is not None:
         with _database_errors():
-            _print_grants(migrations.grants(url, grants, pooler=pooler), as_json)
+            _print_grants(migrations.grants(url, grants, **where), as_json)
     elif check:
         with _database_errors():
-            fit = migrations.examine(url, pooler=pooler, timeout_seconds=seconds)
+            fit = migrations.examine(
+                url, timeout_seconds=settings.database_timeout_seconds, **where
+            )
         _print_fit(fit, as_json)
         if not fit.fits:
             sys.exit(REFUSED)
     else:
         with _database_errors():
-            _print_migrated(migrations.upgrade(url, pooler=pooler), as_json)
+            _print_migrated(migrations.upgrade(url, **where), as_json)
 
 
 @app.command()
@@ -518,6 +520,7 @@ def _prepare_database(settings: Settings) -> None:
         fit = migrations.examine(
             settings.database_url,
             pooler=settings.database_pooler,
+            schema=settings.database_schema,
             timeout_seconds=settings.database_timeout_seconds,
         )
     if not fit.fits:

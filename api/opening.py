@@ -21,6 +21,7 @@ def open_queue(
         timeout_seconds=settings.database_timeout_seconds,
         pooler=settings.database_pooler,
         listen_url=settings.database_listen_url,
+        schema=settings.database_schema,
         max_page_size=settings.max_page_size,
         max_bulk_size=settings.max_bulk_size,
     )

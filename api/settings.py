@@ -72,6 +72,12 @@ class Settings(BaseSettings):
         description="A URL that leads past PgBouncer, for notifications (LISTEN). Without it,"
         " behind a `transaction` pooler, other processes' events are polled for twice a second.",
     )
+    database_schema: str = Field(
+        default="job_registry",
+        pattern=r"^[a-z_][a-z0-9_]{0,62}$",
+        description="The PostgreSQL schema of the tables, which `migrate` makes. Deployments that"
+        " share a database each need one of their own.",
+    )
     catalog: Annotated[tuple[str, ...], NoDecode] = Field(
         default=("job_registry.catalog",),
         description="Modules and packages with job types, separated by commas:"
@@ -298,6 +304,13 @@ class Settings(BaseSettings):
                 "PgBouncer refuses the option `options` of JOBS_DATABASE_URL (or PGOPTIONS);"
                 " use ALTER ROLE ... SET instead"
             )
+        return value
+
+    @field_validator("database_schema")
+    @classmethod
+    def _check_schema(cls, value: str) -> str:
+        if value.startswith("pg_"):
+            raise ValueError("PostgreSQL keeps names that begin with pg_ to itself")
         return value
 
     @field_validator("database_listen_url")

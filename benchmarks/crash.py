@@ -319,7 +319,7 @@ async def _until_ready(ports: list[int]) -> float:
 
 async def _judge(crash: Crash, url: str, folder: Path, ports: list[int]) -> int:
     ready, again = await _all_well(crash, folder, ports)
-    connection = await asyncpg.connect(url)
+    connection = await asyncpg.connect(url, server_settings={"search_path": "job_registry"})
     try:
         until = time.monotonic() + 90
         while left := await connection.fetchval(

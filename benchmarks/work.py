@@ -140,7 +140,8 @@ async def lease_cost(url: str, rows: int) -> None:
     for size in (1_000, 100_000, rows):
         async with database.transaction() as connection:
             await connection.exec_driver_sql(
-                f"""INSERT INTO job (id, type, fingerprint, status, payload, priority, attempt,
+                f"""INSERT INTO job_registry.job (
+                    id, type, fingerprint, status, payload, priority, attempt,
                     max_attempts, timeout_seconds, backoff_base_seconds, backoff_cap_seconds,
                     created_at, next_run_at, finished_at)
                 SELECT gen_random_uuid(), 'bench.nothing', 'f', status, '{{}}', 10 * (n % 5), 0, 3,

@@ -27,7 +27,7 @@ from job_registry_api.logs import configure_logs
 from job_registry_api.queue import migrations
 from job_registry_api.queue.database import Database
 from job_registry_api.queue.queue import JobQueue
-from tests.postgresql_server import Server, ServerMissing, running_server
+from tests.postgresql_server import SEARCH_PATH, Server, ServerMissing, running_server
 
 pytest_plugins = ["tests.http_client", "tests.proxy"]
 
@@ -112,7 +112,8 @@ def _bundled() -> Iterator[str]:
         url = server.get_uri()
         # Tests lose nothing when the machine loses its power.
         quick = [f"ALTER SYSTEM SET {name} = off" for name in ("fsync", "full_page_writes")]
-        run_sql(url, *quick, "SELECT pg_reload_conf()", "CREATE DATABASE migrated")
+        path = f"ALTER SYSTEM SET search_path = {SEARCH_PATH}"
+        run_sql(url, *quick, path, "SELECT pg_reload_conf()", "CREATE DATABASE migrated")
         migrated = server.get_uri(database="migrated")
         migrations.upgrade(migrated)
         yield migrated
@@ -195,11 +196,18 @@ def registry() -> JobRegistry:
 @pytest.fixture
 async def queue(database_url: str, registry: JobRegistry) -> AsyncIterator[JobQueue]:
     """A queue on a fresh database, hearing other processes as a server does."""
-    database = Database(database_url)
+    database = Database(with_foreign_search_path(database_url))
     queue = JobQueue(registry, database)
     async with queue.events.hearing():
         yield queue
     await database.close()
+
+
+def with_foreign_search_path(url: str) -> str:
+    """The same database; unless a statement names the queue's schema, it does not find a table."""
+    if url.startswith("sqlite"):
+        return url
+    return url + ("&" if "?" in url else "?") + "options=-csearch_path%3Dpg_catalog"
 
 
 def run_sql(url: str, *statements: str) -> list[Any]:

@@ -22,11 +22,16 @@ from typing import Any, Final
 START_SECONDS: Final = 60.0
 
 # Tests lose nothing when the machine loses its power. Everything else stays as Debian has it.
+SEARCH_PATH: Final = "job_registry, public"
+"""So that the statements of tests need not name the schema. What is tested may not rely on it: see
+`with_foreign_search_path`."""
+
 TEST_SETTINGS: Final[Mapping[str, str]] = {
     "fsync": "off",
     "full_page_writes": "off",
     "max_connections": "200",
     "log_line_prefix": "%m [%p] %d ",
+    "search_path": SEARCH_PATH,
 }
 
 

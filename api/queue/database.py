@@ -47,12 +47,8 @@ MAX_WAL_BYTES: Final = 4 * 1024 * 1024
 ATTEMPTS: Final = 5
 """How often a transaction runs that PostgreSQL ends as the victim of a deadlock."""
 
-CHANNEL_NAME: Final = (
-    "'job_registry_' || coalesce((SELECT CAST(relnamespace AS text) FROM pg_class"
-    " WHERE oid = to_regclass('job')), '')"
-)
-"""SQL for the channel of PostgreSQL's LISTEN and NOTIFY. Channels belong to a database, so the
-schema of the queue's tables is part of its name."""
+DEFAULT_SCHEMA: Final = "job_registry"
+"""PostgreSQL's schema with the queue's tables and functions."""
 
 Listener = Callable[[str], None]
 Pooler = Literal["session", "transaction"]
@@ -72,6 +68,9 @@ class Database:
     With the `pooler` "transaction" (PgBouncer's mode) nothing outlives a transaction on
     PostgreSQL: no prepared statement and no setting. LISTEN then needs `listen_url`, which leads
     past the pooler. `create` makes a SQLite file that is not there.
+
+    On PostgreSQL the tables are in `schema`. Every statement names it, whatever the session's
+    search path is, and the channel of LISTEN and NOTIFY has its name.
     """
 
     def __init__(
@@ -82,10 +81,12 @@ class Database:
         timeout_seconds: float | None = DEFAULT_TIMEOUT_SECONDS,
         pooler: Pooler = "session",
         listen_url: str | None = None,
+        schema: str = DEFAULT_SCHEMA,
         create: bool = False,
     ) -> None:
         self._opened_with: dict[str, Any] = {
             "url": url,
+            "schema": schema,
             "timeout_seconds": timeout_seconds,
             "pooler": pooler,
             "listen_url": listen_url,
@@ -98,6 +99,7 @@ class Database:
         if url.startswith("sqlite"):
             self._pooled = False
             self.name: Literal["sqlite", "postgresql"] = "sqlite"
+            self.schema: str | None = None
             path = make_url(url).database or ""
             self._file = _SQLiteFile(path, create=create, timeout_seconds=timeout_seconds)
             self._thread = _SQLiteThread(self._file)
@@ -123,6 +125,7 @@ class Database:
                 else self._url
             )
             self.name = "postgresql"
+            self.schema = schema
             self.engine = create_async_engine(
                 # asyncpg reads the URL, not SQLAlchemy: it knows lists of hosts and PG* variables.
                 "postgresql+asyncpg://",
@@ -131,6 +134,8 @@ class Database:
                 # A little sooner than the deadline, which cannot say what it was that was slow.
                 pool_timeout=0.95 * min(_seconds(timeout_seconds), _HOUR),
                 json_deserializer=read_json,
+                # The tables of `models.py` name no schema, because SQLite has none.
+                execution_options={"schema_translate_map": {None: schema}},
                 connect_args={"async_creator_fn": self._connect_postgresql}
                 | (
                     # The unnamed statement, which the next one replaces.
@@ -314,7 +319,8 @@ class Database:
                 version = (await connection.exec_driver_sql("PRAGMA user_version")).scalar_one()
                 await connection.exec_driver_sql(f"PRAGMA user_version = {int(version)}")
             else:
-                rows = await connection.execute(_MISSING_GRANTS, {"tables": list(tables)})
+                named = [f"{quoted(self.schema or '')}.{table}" for table in tables]
+                rows = await connection.execute(_MISSING_GRANTS, {"tables": named})
                 if missing := ", ".join(row.missing for row in rows):
                     reason = f"the role lacks {missing}. {_GRANT}"
                     raise QueueUnavailable(reason, "permission_denied")
@@ -332,15 +338,6 @@ class Database:
             return True
         with _unavailable_sqlite():
             return await asyncio.to_thread(self._file.checkpoint)
-
-    async def notify(self, connection: AsyncConnection, message: str) -> None:
-        """Tell the listeners in other processes, once this transaction commits.
-
-        `message` is shorter than 8,000 bytes. Where events are kept in the table
-        instead (`keeps_events`) it is not carried.
-        """
-        if not self.keeps_events:
-            await connection.execute(_NOTIFY, {"message": message})
 
     async def listen(self, on_message: Listener, on_gap: Callable[[], None]) -> None:
         """Call `on_message` with what other connections' transactions notified, until cancelled.
@@ -553,9 +550,8 @@ class Database:
                 try:
                     lost = asyncio.Event()
                     connection.add_termination_listener(lambda _, lost=lost: lost.set())
-                    channel = await connection.fetchval(f"SELECT {CHANNEL_NAME}")
                     await connection.add_listener(
-                        channel, lambda _c, _pid, _channel, message: on_message(message)
+                        self.schema, lambda _c, _pid, _channel, message: on_message(message)
                     )
                     connection.expire_at(None)
                     pause = 0.1
@@ -918,7 +914,10 @@ _MISSING_GRANTS: Final = text(
     """
 )
 
-_NOTIFY: Final = text(f"SELECT pg_notify({CHANNEL_NAME}, :message)")
+
+def quoted(name: str) -> str:
+    """A name as SQL text takes it."""
+    return '"' + name.replace('"', '""') + '"'
 
 
 def async_url(url: str) -> URL:

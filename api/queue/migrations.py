@@ -22,21 +22,25 @@ from alembic import command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, inspect, text
-from sqlmodel import SQLModel
 
-import job_registry_api.queue.models  # noqa: F401  (its tables are in SQLModel's metadata)
 from job_registry_api.queue.database import (
+    DEFAULT_SCHEMA,
     DEFAULT_TIMEOUT_SECONDS,
     Database,
     Pooler,
     async_url,
+    quoted,
     unavailable,
 )
+from job_registry_api.queue.models import METADATA
 
 T = TypeVar("T")
 
 VERSION_TABLE: Final = "job_registry_version"
 """Of our own name: other tables of the user's database may have migrations of their own."""
+
+WITHOUT_SCHEMA: Final = "0001"
+"""The revision of the release that made its tables wherever the search path led."""
 
 _PACKAGE: Final = Path(__file__).resolve().parent.parent
 _INSTALLED: Final = _PACKAGE / "_alembic"
@@ -120,33 +124,43 @@ class Migrated:
     steps: tuple[Step, ...] = ()
 
 
-def upgrade(url: str, revision: str = "head", *, pooler: Pooler = "session") -> Migrated:
+def upgrade(
+    url: str,
+    revision: str = "head",
+    *,
+    pooler: Pooler = "session",
+    schema: str = DEFAULT_SCHEMA,
+) -> Migrated:
     """Run the migrations up to `revision`, whole or not at all. Running it again does nothing.
 
-    A database that a newer version has migrated is left as it is when it is compatible.
+    On PostgreSQL the schema is made if it does not exist. Tables of the release that had none are
+    moved there. A database that a newer version has migrated is left as it is when it is
+    compatible.
 
     Raises:
-        MigrationRefused: the database is too new, a table of ours exists and is not ours, or the
-            role may not create tables.
+        MigrationRefused: the database is too new, the schema has a table of the same name that is
+            not Job Registry's, or the role may not create tables.
         QueueUnavailable: the database does not answer, or cannot write.
     """
 
     def run(connection: Connection) -> Migrated:
         _lock(connection)
-        fit = _examine(connection)
+        with _refusals():
+            _enter(connection, schema)
+        fit = _examine(connection, schema)
         if fit.verdict is Verdict.TOO_NEW:
             raise MigrationRefused(fit.sentence)
         if fit.verdict is Verdict.COMPATIBLE:
             return Migrated(fit.revision, fit.revision)
         if fit.verdict is Verdict.EMPTY:
-            _refuse_collisions(connection)
-        return _migrate(connection, command.upgrade, revision)
+            _refuse_collisions(connection, schema)
+        return _migrate(connection, command.upgrade, revision, schema)
 
     # However long it takes: an index of millions of rows is not built within a deadline.
-    return _with_connection(url, run, timeout_seconds=None, pooler=pooler)
+    return _with_connection(url, schema, run, timeout_seconds=None, pooler=pooler)
 
 
-def downgrade(url: str, revision: str = "base") -> Migrated:
+def downgrade(url: str, revision: str = "base", *, schema: str = DEFAULT_SCHEMA) -> Migrated:
     """Take the migrations back down to `revision`. Below the first one the jobs are gone.
 
     Raises:
@@ -155,13 +169,18 @@ def downgrade(url: str, revision: str = "base") -> Migrated:
 
     def run(connection: Connection) -> Migrated:
         _lock(connection)
-        return _migrate(connection, command.downgrade, revision)
+        _enter(connection, schema)
+        return _migrate(connection, command.downgrade, revision, schema)
 
-    return _with_connection(url, run, timeout_seconds=None)
+    return _with_connection(url, schema, run, timeout_seconds=None)
 
 
 def examine(
-    url: str, *, pooler: Pooler = "session", timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS
+    url: str,
+    *,
+    pooler: Pooler = "session",
+    timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
+    schema: str = DEFAULT_SCHEMA,
 ) -> Fit:
     """Say whether the database fits this version. Changes nothing.
 
@@ -173,11 +192,18 @@ def examine(
         # To connect would make the file.
         return Fit(Verdict.EMPTY, None, _head())
     return _with_connection(
-        url, _examine, reading=True, pooler=pooler, timeout_seconds=timeout_seconds
+        url,
+        schema,
+        lambda connection: _examine(connection, schema),
+        reading=True,
+        pooler=pooler,
+        timeout_seconds=timeout_seconds,
     )
 
 
-def grants(url: str, role: str, *, pooler: Pooler = "session") -> list[str]:
+def grants(
+    url: str, role: str, *, pooler: Pooler = "session", schema: str = DEFAULT_SCHEMA
+) -> list[str]:
     """The SQL that gives `role` what serving and working need on PostgreSQL, and no more.
 
     Only looks the names up. On SQLite, which has no roles, there is nothing to grant.
@@ -191,18 +217,22 @@ def grants(url: str, role: str, *, pooler: Pooler = "session") -> list[str]:
         return []
 
     def find(connection: Connection) -> list[str]:
-        fit = _examine(connection)
+        fit = _examine(connection, schema)
         if not fit.fits:
             raise MigrationRefused(fit.sentence)
-        return list(connection.execute(_GRANTS, {"role": role, **_ours()}).scalars())
+        names = {"tables": [*METADATA.tables], "version_table": VERSION_TABLE}
+        found = connection.execute(_GRANTS, {"role": role, "schema": schema, **names})
+        return list(found.scalars())
 
-    return _with_connection(url, find, reading=True, pooler=pooler)
+    return _with_connection(url, schema, find, reading=True, pooler=pooler)
 
 
-def _examine(connection: Connection) -> Fit:
+def _examine(connection: Connection, schema: str) -> Fit:
     scripts = ScriptDirectory.from_config(_config())
     needed = _head()
-    revision, compatible_from = _recorded(connection)
+    revision, compatible_from = _recorded(connection, schema)
+    if revision is None and (earlier := _earlier_schema(connection)) is not None:
+        revision, compatible_from = _recorded(connection, earlier)
     if revision is None:
         return Fit(Verdict.EMPTY, None, needed)
     known = {script.revision for script in scripts.walk_revisions()}
@@ -215,13 +245,16 @@ def _examine(connection: Connection) -> Fit:
     return Fit(verdict, revision, needed, compatible_from)
 
 
-def _recorded(connection: Connection) -> tuple[str | None, str | None]:
+def _recorded(connection: Connection, schema: str) -> tuple[str | None, str | None]:
     """The revision of the database, and the oldest revision whose code can use it."""
-    columns = _version_columns(connection)
+    columns = _version_columns(connection, schema)
     if "version_num" not in columns:
         return None, None
     compatible_from = "compatible_from" if "compatible_from" in columns else "NULL"
-    query = f"SELECT version_num, {compatible_from} FROM {VERSION_TABLE}"
+    table = VERSION_TABLE
+    if connection.dialect.name == "postgresql":
+        table = f"{quoted(schema)}.{VERSION_TABLE}"
+    query = f"SELECT version_num, {compatible_from} FROM {table}"
     try:
         row = connection.exec_driver_sql(query).first()
     except sqlalchemy.exc.DBAPIError as error:
@@ -234,11 +267,45 @@ def _recorded(connection: Connection) -> tuple[str | None, str | None]:
     return (None, None) if row is None else (row[0], row[1])
 
 
-def _version_columns(connection: Connection) -> set[str]:
+def _version_columns(connection: Connection, schema: str) -> set[str]:
     inspector = inspect(connection)
-    if not inspector.has_table(VERSION_TABLE):
+    home = schema if connection.dialect.name == "postgresql" else None
+    if not inspector.has_table(VERSION_TABLE, schema=home):
         return set()
-    return {column["name"] for column in inspector.get_columns(VERSION_TABLE)}
+    return {column["name"] for column in inspector.get_columns(VERSION_TABLE, schema=home)}
+
+
+def _earlier_schema(connection: Connection) -> str | None:
+    """The schema on the search path in which the release without one has made its tables.
+
+    Tables of a later revision are another deployment's, in the schema that it has chosen.
+    """
+    if connection.dialect.name != "postgresql":
+        return None
+    found = connection.execute(_SCHEMA_OF_VERSION_TABLE, {"table": VERSION_TABLE}).scalar()
+    if found is None or _recorded(connection, str(found))[0] != WITHOUT_SCHEMA:
+        return None
+    return str(found)
+
+
+def _enter(connection: Connection, schema: str) -> None:
+    """PostgreSQL: make the schema, move an earlier release's tables there, and work in it."""
+    if connection.dialect.name != "postgresql":
+        return
+    earlier, home = _earlier_schema(connection), quoted(schema)
+    # Not CREATE SCHEMA IF NOT EXISTS: a role that may not create schemas may use one that exists.
+    if connection.execute(text("SELECT to_regnamespace(:name)"), {"name": home}).scalar() is None:
+        connection.exec_driver_sql(f"CREATE SCHEMA {home}")
+    if earlier not in (None, schema) and not _version_columns(connection, schema):
+        there = inspect(connection).get_table_names(schema=earlier)
+        for table in {*METADATA.tables, VERSION_TABLE} & {*there}:
+            connection.exec_driver_sql(f"ALTER TABLE {quoted(earlier)}.{table} SET SCHEMA {home}")
+        for function in ("job_count_inserted", "job_count_updated", "job_count_deleted"):
+            connection.exec_driver_sql(
+                f"ALTER FUNCTION {quoted(earlier)}.{function}() SET SCHEMA {home}"
+            )
+    # Until the transaction ends. Temporary tables come last: nobody can shadow ours.
+    connection.exec_driver_sql(f"SET LOCAL search_path TO {home}, pg_temp")
 
 
 @dataclass(slots=True)
@@ -246,6 +313,7 @@ class _Recorder:
     """Called by alembic after each step, in its transaction."""
 
     scripts: ScriptDirectory
+    schema: str
     steps: list[Step] = field(default_factory=list)
 
     def __call__(self, *, ctx: Any, step: Any, **_others: Any) -> None:
@@ -253,7 +321,8 @@ class _Recorder:
         self.steps.append(Step(script.revision, (script.doc or "").rstrip(".")))
         destination = step.destination_revision_ids
         if destination:
-            _record_compatibility(ctx.connection, self._compatible_from(destination[0]))
+            compatible_from = self._compatible_from(destination[0])
+            _record_compatibility(ctx.connection, self.schema, compatible_from)
 
     def _compatible_from(self, revision: str) -> str:
         script = self.scripts.get_revision(revision)
@@ -262,9 +331,9 @@ class _Recorder:
         return script.revision
 
 
-def _record_compatibility(connection: Connection, revision: str) -> None:
+def _record_compatibility(connection: Connection, schema: str, revision: str) -> None:
     # In alembic's own table: it has one row, which alembic updates by its column `version_num`.
-    if "compatible_from" not in _version_columns(connection):
+    if "compatible_from" not in _version_columns(connection, schema):
         connection.exec_driver_sql(f"ALTER TABLE {VERSION_TABLE} ADD COLUMN compatible_from TEXT")
     connection.execute(
         text(f"UPDATE {VERSION_TABLE} SET compatible_from = :revision"), {"revision": revision}
@@ -276,27 +345,30 @@ def _lock(connection: Connection) -> None:
         connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_LOCK})")
 
 
-def _migrate(connection: Connection, run: Callable[[Config, str], None], revision: str) -> Migrated:
+def _migrate(
+    connection: Connection, run: Callable[[Config, str], None], revision: str, schema: str
+) -> Migrated:
     config = _config()
-    recorder = _Recorder(ScriptDirectory.from_config(config))
+    recorder = _Recorder(ScriptDirectory.from_config(config), schema)
     config.attributes["connection"] = connection
     config.attributes["version_table"] = VERSION_TABLE
     config.attributes["on_version_apply"] = recorder
-    before, _ = _recorded(connection)
+    before, _ = _recorded(connection, schema)
     with _refusals():
         run(config, revision)
-    after, _ = _recorded(connection)
+    after, _ = _recorded(connection, schema)
     return Migrated(before, after, tuple(recorder.steps))
 
 
-def _refuse_collisions(connection: Connection) -> None:
+def _refuse_collisions(connection: Connection, schema: str) -> None:
     inspector = inspect(connection)
-    there = {*inspector.get_table_names(), *inspector.get_view_names()}
-    taken = sorted(there & SQLModel.metadata.tables.keys())
+    home = schema if connection.dialect.name == "postgresql" else None
+    there = {*inspector.get_table_names(schema=home), *inspector.get_view_names(schema=home)}
+    taken = sorted(there & METADATA.tables.keys())
     if taken:
         raise MigrationRefused(
-            f"The database already has a table named {taken[0]} that is not Job Registry's. Use a"
-            " database of its own for Job Registry, or rename that table."
+            f"The database already has a table named {taken[0]} that is not Job Registry's. Use"
+            f" {_ELSEWHERE} for Job Registry, or rename that table."
         )
 
 
@@ -313,7 +385,7 @@ def _refusals() -> Iterator[None]:
         if state in ("42P06", "42P07", "42710", "42723") or " already exists" in reason:
             raise MigrationRefused(
                 f"The database already has something of the same name that is not Job Registry's:"
-                f" {reason}. Use a database of its own for Job Registry, or rename it."
+                f" {reason}. Use {_ELSEWHERE} for Job Registry, or rename it."
             ) from error
         if state == INSUFFICIENT_PRIVILEGE:
             raise MigrationRefused(
@@ -333,20 +405,19 @@ def _config() -> Config:
     return config
 
 
-def _ours() -> dict[str, Any]:
-    return {"tables": [*SQLModel.metadata.tables], "version_table": VERSION_TABLE}
+_ELSEWHERE: Final = "another database or, on PostgreSQL, another JOBS_DATABASE_SCHEMA"
 
+_SCHEMA_OF_VERSION_TABLE: Final = text(
+    "SELECT nspname FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace"
+    " WHERE pg_class.oid = to_regclass(:table)"
+)
 
 _GRANTS: Final = text("""
-WITH ours AS (
-    SELECT oid, relnamespace FROM pg_class
-    WHERE relnamespace = (
-            SELECT relnamespace FROM pg_class WHERE oid = to_regclass(CAST(:version_table AS text)))
-      AND relkind IN ('r', 'p') AND relname = ANY(CAST(:tables AS text[]))
-), home AS (
-    SELECT oid, nspname FROM pg_namespace
-    WHERE oid = (SELECT relnamespace FROM pg_class
-                 WHERE oid = to_regclass(CAST(:version_table AS text)))
+WITH home AS (
+    SELECT oid, nspname FROM pg_namespace WHERE nspname = CAST(:schema AS text)
+), ours AS (
+    SELECT pg_class.oid, relnamespace FROM pg_class JOIN home ON home.oid = relnamespace
+    WHERE relkind IN ('r', 'p') AND relname = ANY(CAST(:tables AS text[]))
 )
 SELECT statement FROM (
     SELECT 1 AS part, nspname AS name, format('GRANT USAGE ON SCHEMA %I TO %I;',
@@ -380,6 +451,7 @@ is granted without a change here; `format` quotes them, and the role's."""
 
 def _with_connection(
     url: str,
+    schema: str,
     work: Callable[[Connection], T],
     *,
     reading: bool = False,
@@ -387,7 +459,13 @@ def _with_connection(
     timeout_seconds: float | None = DEFAULT_TIMEOUT_SECONDS,
 ) -> T:
     async def run() -> T:
-        database = Database(url, timeout_seconds=timeout_seconds, pooler=pooler, create=not reading)
+        database = Database(
+            url,
+            timeout_seconds=timeout_seconds,
+            pooler=pooler,
+            schema=schema,
+            create=not reading,
+        )
         try:
             opened = database.reading() if reading else database.transaction()
             async with opened as connection:

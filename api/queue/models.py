@@ -9,7 +9,7 @@ import uuid
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Final, NamedTuple
 
 from pydantic import JsonValue
 from sqlalchemy import (
@@ -22,13 +22,18 @@ from sqlalchemy import (
     ForeignKey,
     Index,
     Integer,
+    MetaData,
     SmallInteger,
     Text,
     Uuid,
     text,
 )
 from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.orm import registry
 from sqlmodel import Field, SQLModel
+
+METADATA: Final = MetaData()
+"""The queue's tables, apart from `SQLModel.metadata`, which belongs to the application."""
 
 
 class JobStatus(StrEnum):
@@ -66,7 +71,13 @@ def _one_of(column: str, values: type[StrEnum]) -> str:
     return f"{column} IN ({listed})"
 
 
-class Job(SQLModel, table=True):
+class Table(SQLModel, registry=registry(metadata=METADATA)):
+    """Base of the tables. With a registry of its own, `Job` may also be a model of the user's."""
+
+    metadata: ClassVar[MetaData] = METADATA
+
+
+class Job(Table, table=True):
     """One row a job. A status and the columns that belong to it change in one statement."""
 
     __tablename__: ClassVar[Any] = "job"
@@ -164,7 +175,7 @@ class Job(SQLModel, table=True):
     quick_returns: int = Field(sa_column=Column(Integer, nullable=False, server_default="0"))
 
 
-class JobAttempt(SQLModel, table=True):
+class JobAttempt(Table, table=True):
     """One row a lease of a job. The open one, with no `finished_at`, is the lease in force."""
 
     __tablename__: ClassVar[Any] = "job_attempt"
@@ -213,7 +224,7 @@ class JobAttempt(SQLModel, table=True):
     lease_token: str | None = Field(sa_column=Column(Text))
 
 
-class JobTypeState(SQLModel, table=True):
+class JobTypeState(Table, table=True):
     """One row per job type: when a worker last asked for it."""
 
     __tablename__: ClassVar[Any] = "job_type_state"
@@ -222,7 +233,7 @@ class JobTypeState(SQLModel, table=True):
     worker_seen_at: datetime | None = Field(sa_column=Column(_time()))
 
 
-class JobCount(SQLModel, table=True):
+class JobCount(Table, table=True):
     """Jobs per type and status, kept by triggers on `job`: a count is the sum over its rows.
 
     On PostgreSQL each statement appends a row, where a counter to update would make commits wait
@@ -241,7 +252,7 @@ class JobCount(SQLModel, table=True):
     jobs: int = Field(sa_column=Column(BigInteger, nullable=False))
 
 
-class JobEventBatch(SQLModel, table=True):
+class JobEventBatch(Table, table=True):
     """What one transaction did to jobs, for other processes to hear; kept for a minute or so.
 
     Every transaction on SQLite, and on PostgreSQL those that do not fit into a notification.

@@ -1,7 +1,7 @@
 """The queue's operations on PostgreSQL, each one statement in autocommit.
 
 The statements stand in `statements/postgresql.sql`; those that change jobs call functions that the
-migrations made, see `alembic/versions/0002_claims.py`.
+migrations made, see `alembic/versions/0002_claims.sql`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class PostgreSQLStore(Store):
 
     def __init__(self, database: Database, process: str) -> None:
         self._database = database
-        self._sql = statements("postgresql")
+        self._sql = statements("postgresql", database.schema)
         self._told = {"process": process, "keep": database.keeps_events}
         self._heads = QueueHeads()
 

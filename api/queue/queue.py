@@ -32,7 +32,12 @@ from job_registry import (
 )
 from job_registry_api.metrics import Metrics
 from job_registry_api.queue.caller_transactions import publish_after_commit
-from job_registry_api.queue.database import DEFAULT_TIMEOUT_SECONDS, Database, Pooler
+from job_registry_api.queue.database import (
+    DEFAULT_SCHEMA,
+    DEFAULT_TIMEOUT_SECONDS,
+    Database,
+    Pooler,
+)
 from job_registry_api.queue.errors import (
     IdempotencyConflict,
     InputInvalid,
@@ -866,6 +871,7 @@ async def open_queue(
     timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
     pooler: Pooler = "session",
     listen_url: str | None = None,
+    schema: str = DEFAULT_SCHEMA,
     max_page_size: int = 200,
     max_bulk_size: int = 1_000,
 ) -> AsyncIterator[JobQueue]:
@@ -876,6 +882,7 @@ async def open_queue(
         timeout_seconds=timeout_seconds,
         pooler=pooler,
         listen_url=listen_url,
+        schema=schema,
     )
     queue = JobQueue(
         registry,

@@ -19,6 +19,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 from pydantic_core import to_json
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from job_registry_api.queue.database import DEFAULT_SCHEMA, quoted
 from job_registry_api.queue.models import (
     AttemptOutcome,
     AttemptRecord,
@@ -449,14 +450,16 @@ class Store(ABC):
 
 
 @lru_cache
-def statements(database: str) -> Mapping[str, str]:
+def statements(database: str, schema: str | None = None) -> Mapping[str, str]:
     """The statements of `statements/<database>.sql` by their names.
 
-    Each begins with a line `-- name: ...` and lines of comment that say what it is for.
+    Each begins with a line `-- name: ...` and lines of comment that say what it is for. They name
+    the default schema, which `schema` replaces.
     """
-    text = (resources.files("job_registry_api.queue") / "statements" / f"{database}.sql").read_text(
-        "utf-8"
-    )
+    file = resources.files("job_registry_api.queue") / "statements" / f"{database}.sql"
+    text = file.read_text("utf-8")
+    if schema is not None:
+        text = text.replace(f"{DEFAULT_SCHEMA}.", f"{quoted(schema)}.")
     _, *parts = re.split(r"^-- name: *(\w+)\n", text, flags=re.MULTILINE)
     return {
         name: re.sub(r"^--.*\n", "", body, flags=re.MULTILINE).strip()

@@ -68,7 +68,12 @@ AREAS: Final = (
     Area("queue", ("api/queue/**/*.py",), QUEUE_STAGES),
     Area(
         "SQL of the queue",
-        ("api/queue/**/*.sql", "api/queue/**/*.py", "alembic/versions/*.py"),
+        (
+            "api/queue/**/*.sql",
+            "api/queue/**/*.py",
+            "alembic/versions/*.sql",
+            "alembic/versions/*.py",
+        ),
         QUEUE_STAGES,
         sql=True,
     ),

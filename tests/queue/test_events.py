@@ -837,6 +837,7 @@ async def test_a_caller_waits_for_polled_jobs_no_longer_than_a_poll(
             assert len(await waiting) == 1
 
 
+_NOTIFY = text("SELECT pg_notify('job_registry', :message)")
 _KEEP = text(
     "INSERT INTO job_event_batch (message, created_at) VALUES (:message, CURRENT_TIMESTAMP)"
 )
@@ -856,7 +857,7 @@ async def _tell(url: str, *messages: str) -> None:
             if database.keeps_events:
                 await connection.execute(_KEEP, {"message": message})
             else:
-                await database.notify(connection, message)
+                await connection.execute(_NOTIFY, {"message": message})
     await database.close()
 
 

@@ -23,19 +23,21 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import Connection, inspect
 from sqlalchemy.engine import make_url
-from sqlmodel import SQLModel
+from sqlmodel import Field, SQLModel
 
 from job_registry import JobRegistry
 from job_registry_api.queue import migrations
 from job_registry_api.queue.database import Database
 from job_registry_api.queue.errors import QueueUnavailable
-from job_registry_api.queue.models import JobStatus
+from job_registry_api.queue.models import METADATA, JobStatus
 from job_registry_api.queue.queue import open_queue
 from job_registry_api.queue.requests import EnqueueRequest
-from tests.conftest import run_sql
+from tests.conftest import run_sql, with_foreign_search_path
 from tests.http_client import serving
+from tests.postgresql_server import SEARCH_PATH
 
 ROOT = Path(__file__).parent.parent.parent
+PUBLIC = "options=-csearch_path%3Dpublic"
 
 
 @pytest.fixture(params=["sqlite", "postgresql 16", "postgresql 18"])
@@ -50,15 +52,17 @@ def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
         folder, cleanup_mode="stop", postgres_version=int(version)
     )
     try:
-        yield server.get_uri()
+        url = server.get_uri()
+        run_sql(url, f"ALTER SYSTEM SET search_path = {SEARCH_PATH}", "SELECT pg_reload_conf()")
+        yield url
     finally:
         server.cleanup()
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def look(url: str, work: Any) -> Any:
+def look(url: str, work: Any, *, schema: str = "job_registry") -> Any:
     async def run() -> Any:
-        database = Database(url, create=True)
+        database = Database(url, schema=schema, create=True)
         try:
             async with database.engine.begin() as connection:
                 return await connection.run_sync(work)
@@ -72,7 +76,7 @@ def differences(connection: Connection) -> list[Any]:
     context = MigrationContext.configure(
         connection, opts={"version_table": "job_registry_version", "compare_type": True}
     )
-    return compare_metadata(context, SQLModel.metadata)
+    return compare_metadata(context, METADATA)
 
 
 def definitions(url: str) -> set[tuple[object, ...]]:
@@ -96,7 +100,7 @@ def definitions(url: str) -> set[tuple[object, ...]]:
 def constraints(connection: Connection) -> set[str | None]:
     return {
         check["name"]
-        for table in SQLModel.metadata.tables
+        for table in METADATA.tables
         for check in inspect(connection).get_check_constraints(table)
     }
 
@@ -110,13 +114,13 @@ def test_the_migrations_give_what_the_models_say_and_run_both_ways(empty_url: st
     if empty_url.startswith("sqlite"):
         # Alembic cannot compare SQLite's indexes on expressions, so the definitions are compared.
         made = f"{empty_url}.made"
-        look(made, SQLModel.metadata.create_all)
+        look(made, METADATA.create_all)
         assert definitions(empty_url) == definitions(made)
     else:
         assert look(empty_url, differences) == []
     assert look(empty_url, constraints) == {
         constraint.name
-        for table in SQLModel.metadata.tables.values()
+        for table in METADATA.tables.values()
         for constraint in table.constraints
         if constraint.name and "sqltext" in vars(constraint)
     }
@@ -175,6 +179,8 @@ def test_two_migrations_at_once_make_the_tables_once(empty_url: str) -> None:
 
 @pytest.mark.parametrize("name", ["job", "job_event_batch"])
 def test_a_table_of_somebody_else_is_refused_and_kept(empty_url: str, name: str) -> None:
+    if empty_url.startswith("postgresql"):
+        run_sql(empty_url, "CREATE SCHEMA job_registry")
     run_sql(empty_url, f"CREATE TABLE {name} (mine integer)", f"INSERT INTO {name} VALUES (7)")
     with pytest.raises(migrations.MigrationRefused, match=f"a table named {name} that is not"):
         migrations.upgrade(empty_url)
@@ -185,17 +191,97 @@ def test_a_table_of_somebody_else_is_refused_and_kept(empty_url: str, name: str)
 def test_a_function_of_somebody_else_is_refused_and_kept(fresh_postgresql_url: str) -> None:
     migrations.downgrade(fresh_postgresql_url)
     body = "RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'"
-    run_sql(fresh_postgresql_url, f"CREATE FUNCTION job_count_inserted() {body}")
+    run_sql(fresh_postgresql_url, f"CREATE FUNCTION job_registry.job_count_inserted() {body}")
     with pytest.raises(migrations.MigrationRefused, match="job_count_inserted"):
         migrations.upgrade(fresh_postgresql_url)
     assert migrations.examine(fresh_postgresql_url).verdict == "empty"
 
 
+def test_tables_of_the_application_may_have_the_same_names(
+    fresh_postgresql_url: str, registry: JobRegistry
+) -> None:
+    class Job(SQLModel, table=True):
+        """A model of the application's own, for its own table `job`."""
+
+        id: int = Field(primary_key=True)
+
+    theirs = SQLModel.metadata.tables["job"]
+
+    def autogenerated(connection: Connection) -> list[Any]:
+        context = MigrationContext.configure(connection)
+        return list(compare_metadata(context, SQLModel.metadata))
+
+    run_sql(fresh_postgresql_url, "CREATE TABLE public.job (id integer PRIMARY KEY)")
+    asyncio.run(use_everything(registry, fresh_postgresql_url))
+    assert run_sql(fresh_postgresql_url, "SELECT * FROM public.job") == []
+    # As an application has it, whose search path does not name our schema.
+    url = f"{fresh_postgresql_url}{'&' if '?' in fresh_postgresql_url else '?'}{PUBLIC}"
+    try:
+        assert look(url, autogenerated, schema="public") == []
+    finally:
+        SQLModel.metadata.remove(theirs)
+    assert theirs.columns.keys() == ["id"]
+
+
+def test_two_deployments_share_a_database_in_schemas_of_their_own(
+    fresh_postgresql_url: str, registry: JobRegistry
+) -> None:
+    migrations.upgrade(fresh_postgresql_url, schema="order")
+    assert migrations.examine(fresh_postgresql_url, schema="order").fits
+
+    async def use_both() -> None:
+        await use_everything(registry, fresh_postgresql_url, schema="order")
+        options: dict[str, Any] = {"lease_seconds": 30}
+        async with (
+            open_queue(registry, fresh_postgresql_url, **options) as one,
+            open_queue(registry, fresh_postgresql_url, schema="order", **options) as other,
+        ):
+            with one.events.subscribe() as heard_by_one, other.events.subscribe() as heard:
+                theirs = (await other.enqueue(EnqueueRequest("test.limited", {}))).job
+                ours = (await one.enqueue(EnqueueRequest("test.limited", {}))).job
+                assert (await anext(aiter(heard_by_one))).job_id == ours.id
+                assert (await anext(aiter(heard))).job_id == theirs.id
+            assert [job.id for job in (await other.list_jobs()).jobs] == [theirs.id]
+            # Each has a limit of its own, of two.
+            for queue in (one, other):
+                await queue.enqueue_many([EnqueueRequest("test.limited", {})] * 3)
+                assert len(await queue.lease(["test.limited"], "w", limit=4)) == 2
+
+    asyncio.run(use_both())
+
+
+def test_tables_without_a_schema_of_their_own_are_moved_with_their_jobs(empty_url: str) -> None:
+    if empty_url.startswith("sqlite"):
+        pytest.skip("SQLite has no schemas")
+    migrations.upgrade(empty_url, "0001", schema="public")
+    columns = (
+        "id, type, fingerprint, status, payload, priority, attempt, max_attempts, timeout_seconds,"
+        " backoff_base_seconds, backoff_cap_seconds, created_at, next_run_at"
+    )
+    values = "'t', 'f', 'queued', '{}', 50, 0, 3, 60, 2, 60, now(), now()"
+    run_sql(
+        empty_url,
+        f"INSERT INTO public.job ({columns}) VALUES (gen_random_uuid(), {values})",
+        "CREATE TABLE public.mine (id integer)",
+    )
+    fit = migrations.examine(empty_url)
+    assert (fit.verdict, fit.revision) == ("outdated", "0001")
+
+    migrations.upgrade(empty_url)
+    tables = "SELECT table_name FROM information_schema.tables WHERE table_schema = 'public'"
+    assert run_sql(empty_url, tables) == [("mine",)]
+    assert run_sql(empty_url, "SELECT type FROM job_registry.job") == [("t",)]
+    run_sql(with_foreign_search_path(empty_url), "DELETE FROM job_registry.job")
+    assert run_sql(empty_url, "SELECT sum(jobs) FROM job_registry.job_count") == [(0,)]
+
+
 def test_a_role_that_may_not_create_tables_is_a_sentence(fresh_postgresql_url: str) -> None:
     migrations.downgrade(fresh_postgresql_url)
-    run_sql(fresh_postgresql_url, "DROP TABLE job_registry_version")
+    run_sql(fresh_postgresql_url, "DROP SCHEMA job_registry CASCADE")
     with role(fresh_postgresql_url, f"strict_{uuid.uuid4().hex[:8]}") as url:
-        run_sql(fresh_postgresql_url, "REVOKE CREATE ON SCHEMA public FROM PUBLIC")
+        with pytest.raises(migrations.MigrationRefused, match="owner of the database"):
+            migrations.upgrade(url)
+        run_sql(fresh_postgresql_url, "CREATE SCHEMA job_registry")
         with pytest.raises(migrations.MigrationRefused, match="owner of the database"):
             migrations.upgrade(url)
 
@@ -210,7 +296,7 @@ def test_the_printed_grants_are_all_that_serving_and_working_need(
         run_sql(
             fresh_postgresql_url,
             "REVOKE ALL ON SCHEMA public FROM PUBLIC",
-            "REVOKE EXECUTE ON ALL FUNCTIONS IN SCHEMA public FROM PUBLIC",
+            "REVOKE EXECUTE ON ALL FUNCTIONS IN SCHEMA job_registry FROM PUBLIC",
             *statements,
         )
         assert migrations.examine(url).fits
@@ -220,8 +306,8 @@ def test_the_printed_grants_are_all_that_serving_and_working_need(
         assert "must be owner of table job" in refused.value.reason
 
 
-async def use_everything(registry: JobRegistry, url: str) -> None:
-    async with open_queue(registry, url, lease_seconds=30) as queue:
+async def use_everything(registry: JobRegistry, url: str, *, schema: str = "job_registry") -> None:
+    async with open_queue(registry, url, lease_seconds=30, schema=schema) as queue:
         await queue.ping()
         job = (await queue.enqueue(EnqueueRequest("test.limited", {}))).job
         keyed = EnqueueRequest("test.ping", {}, idempotency_key="k")

@@ -59,8 +59,9 @@ def pooled_url(fresh_postgresql_url: str, tmp_path: Path) -> Iterator[str]:
     )
     command = [str(PGBOUNCER), str(configuration)]
     if os.geteuid() == 0:
-        # PgBouncer refuses root.
-        owner = pwd.getpwuid(Path(str(host)).stat().st_uid).pw_name
+        # PgBouncer refuses root; who owns a server's socket may use it.
+        is_socket = str(host).startswith("/")
+        owner = pwd.getpwuid(Path(str(host)).stat().st_uid).pw_name if is_socket else "root"
         user = owner if owner != "root" else "nobody"
         for folder in (tmp_path, *tmp_path.parents):
             if folder.stat().st_uid == os.geteuid() and str(folder) not in ("/", "/tmp"):

@@ -7,52 +7,52 @@
 -- name: insert
 -- Store new jobs. A job whose key is held, or being inserted by another, is not in the answer.
 SELECT job_id AS id, job_created_at AS created_at, job_next_run_at AS next_run_at
-FROM job_insert(
+FROM job_registry.job_insert(
     CAST(:jobs AS jsonb), CAST(:process AS text), CAST(:keep AS boolean), CAST(:wait AS boolean))
 
 -- name: claim
 -- Lease due jobs, and end the attempts whose lease has run out.
-SELECT * FROM job_claim(
+SELECT * FROM job_registry.job_claim(
     CAST(:wanted AS jsonb), CAST(:most AS integer), CAST(:worker AS text),
     CAST(:lease AS double precision), CAST(:process AS text), CAST(:keep AS boolean),
     CAST(:look_back AS double precision), CAST(:timed_out AS text), CAST(:lost AS text))
 
 -- name: recover
 -- End the attempts whose lease has run out.
-SELECT * FROM job_recover(
+SELECT * FROM job_registry.job_recover(
     CAST(:process AS text), CAST(:keep AS boolean), CAST(:most AS integer), NULL,
     CAST(:lease AS double precision), CAST(:timed_out AS text), CAST(:lost AS text))
 
 -- name: end
 -- End attempts as their workers report.
-SELECT * FROM job_end(
+SELECT * FROM job_registry.job_end(
     CAST(:reports AS jsonb), CAST(:process AS text), CAST(:keep AS boolean))
 
 -- name: renew
 -- Renew leases, and the places of attempts that have timed out.
-SELECT * FROM job_renew(
+SELECT * FROM job_registry.job_renew(
     CAST(:renewals AS jsonb), CAST(:lease AS double precision), CAST(:process AS text),
     CAST(:keep AS boolean))
 
 -- name: settle
 -- Free the places that timed-out attempts held.
-SELECT job_settle(CAST(:ended AS jsonb), CAST(:process AS text), CAST(:keep AS boolean))
+SELECT job_registry.job_settle(CAST(:ended AS jsonb), CAST(:process AS text), CAST(:keep AS boolean))
 
 -- name: cancel
 -- Cancel a queued job, or note that a running one is to stop.
-SELECT * FROM job_cancel(CAST(:id AS uuid), CAST(:process AS text), CAST(:keep AS boolean))
+SELECT * FROM job_registry.job_cancel(CAST(:id AS uuid), CAST(:process AS text), CAST(:keep AS boolean))
 
 -- name: retry
 -- Queue a failed or cancelled job again.
-SELECT * FROM job_retry(CAST(:id AS uuid), CAST(:process AS text), CAST(:keep AS boolean))
+SELECT * FROM job_registry.job_retry(CAST(:id AS uuid), CAST(:process AS text), CAST(:keep AS boolean))
 
 -- name: next_due
 -- Seconds until a claim may find more than now.
-SELECT job_next_due(CAST(:wanted AS jsonb))
+SELECT job_registry.job_next_due(CAST(:wanted AS jsonb))
 
 -- name: see_worker
 -- Note that a worker asks for these types. In one order, so that two cannot wait for each other.
-INSERT INTO job_type_state (type, worker_seen_at)
+INSERT INTO job_registry.job_type_state (type, worker_seen_at)
 SELECT seen.type, clock_timestamp()
 FROM jsonb_array_elements_text(CAST(:types AS jsonb)) AS seen (type)
 ORDER BY seen.type
@@ -60,7 +60,7 @@ ON CONFLICT (type) DO UPDATE SET worker_seen_at = excluded.worker_seen_at
 
 -- name: get
 -- Jobs by their primary keys.
-SELECT job.* FROM job
+SELECT job.* FROM job_registry.job
 WHERE job.id IN (
     SELECT CAST(wanted.id AS uuid)
     FROM jsonb_array_elements_text(CAST(:ids AS jsonb)) AS wanted (id))
@@ -68,7 +68,7 @@ WHERE job.id IN (
 -- name: by_key
 -- The jobs that hold these idempotency keys.
 SELECT job.* FROM jsonb_to_recordset(CAST(:keys AS jsonb)) AS wanted (type text, key text)
-JOIN job ON job.type = wanted.type AND job.idempotency_key = wanted.key
+JOIN job_registry.job ON job.type = wanted.type AND job.idempotency_key = wanted.key
 
 -- name: lease_states
 -- What has become of leases: still in force, succeeded by that very lease, or neither.
@@ -78,14 +78,14 @@ SELECT job.id,
              OR lease.late AND job.deadline_at <= clock_timestamp()) AS in_force,
     job.status = 'succeeded' AND job.lease_token = lease.token AS succeeded
 FROM jsonb_to_recordset(CAST(:leases AS jsonb)) AS lease (id uuid, token text, late boolean)
-JOIN job ON job.id = lease.id
+JOIN job_registry.job ON job.id = lease.id
 
 -- name: attempts
 -- Every attempt of these jobs, the first one first.
 SELECT job_id, attempt, worker_id, started_at, finished_at, outcome, error,
     finished_at IS NOT NULL AND held_until IS NOT NULL AND held_until > clock_timestamp()
         AS still_running
-FROM job_attempt
+FROM job_registry.job_attempt
 WHERE job_id IN (
     SELECT CAST(wanted.id AS uuid)
     FROM jsonb_array_elements_text(CAST(:ids AS jsonb)) AS wanted (id))
@@ -93,7 +93,7 @@ ORDER BY id
 
 -- name: list
 -- Jobs, newest first, behind `:after`. Without a filter the primary key is read backwards.
-SELECT job.* FROM job
+SELECT job.* FROM job_registry.job
 WHERE job.id < CAST(coalesce(:after, 'ffffffff-ffff-ffff-ffff-ffffffffffff') AS uuid)
 ORDER BY job.id DESC LIMIT :first
 
@@ -103,7 +103,7 @@ ORDER BY job.id DESC LIMIT :first
 SELECT found.* FROM unnest(ARRAY(
     SELECT jsonb_array_elements_text(CAST(:types AS jsonb)))) AS wanted (type)
 CROSS JOIN LATERAL (
-    SELECT job.* FROM job
+    SELECT job.* FROM job_registry.job
     WHERE job.type = wanted.type
       AND job.id < CAST(coalesce(:after, 'ffffffff-ffff-ffff-ffff-ffffffffffff') AS uuid)
     ORDER BY job.id DESC LIMIT :first
@@ -115,7 +115,7 @@ ORDER BY found.id DESC LIMIT :first
 SELECT found.* FROM unnest(ARRAY(
     SELECT jsonb_array_elements_text(CAST(:statuses AS jsonb)))) AS wanted (status)
 CROSS JOIN LATERAL (
-    SELECT job.* FROM job
+    SELECT job.* FROM job_registry.job
     WHERE job.status = wanted.status
       AND job.id < CAST(coalesce(:after, 'ffffffff-ffff-ffff-ffff-ffffffffffff') AS uuid)
     ORDER BY job.id DESC LIMIT :first
@@ -129,7 +129,7 @@ SELECT found.* FROM unnest(ARRAY(
 CROSS JOIN unnest(ARRAY(
     SELECT jsonb_array_elements_text(CAST(:statuses AS jsonb)))) AS of_status (status)
 CROSS JOIN LATERAL (
-    SELECT job.* FROM job
+    SELECT job.* FROM job_registry.job
     WHERE job.type = of_type.type AND job.status = of_status.status
       AND job.id < CAST(coalesce(:after, 'ffffffff-ffff-ffff-ffff-ffffffffffff') AS uuid)
     ORDER BY job.id DESC LIMIT :first
@@ -138,7 +138,7 @@ ORDER BY found.id DESC LIMIT :first
 
 -- name: waiting
 -- What queued jobs wait for.
-SELECT * FROM job_waiting(CAST(:ids AS jsonb), CAST(:most AS integer))
+SELECT * FROM job_registry.job_waiting(CAST(:ids AS jsonb), CAST(:most AS integer))
 
 -- name: now
 -- The database's time.
@@ -146,13 +146,13 @@ SELECT clock_timestamp()
 
 -- name: counts
 -- Jobs per type and status: the sums of what the triggers on `job` noted.
-SELECT type, status, CAST(sum(jobs) AS bigint) AS jobs FROM job_count GROUP BY type, status
+SELECT type, status, CAST(sum(jobs) AS bigint) AS jobs FROM job_registry.job_count GROUP BY type, status
 
 -- name: prune
 -- Delete jobs that ended long ago, the oldest first. Rows that are locked are left for later.
 WITH pruned AS (
-    DELETE FROM job WHERE id IN (
-        SELECT id FROM job
+    DELETE FROM job_registry.job WHERE id IN (
+        SELECT id FROM job_registry.job
         WHERE status = :status AND finished_at <
             clock_timestamp() - make_interval(secs => CAST(:keep_seconds AS double precision))
         ORDER BY finished_at LIMIT :jobs FOR UPDATE SKIP LOCKED)
@@ -162,36 +162,36 @@ SELECT count(*) FROM pruned
 -- name: fold_counts
 -- Replace rows of `job_count` by their sums. Rows that another is folding stay.
 WITH taken AS (
-    DELETE FROM job_count WHERE id IN (
-        SELECT id FROM job_count ORDER BY id LIMIT :rows FOR UPDATE SKIP LOCKED)
+    DELETE FROM job_registry.job_count WHERE id IN (
+        SELECT id FROM job_registry.job_count ORDER BY id LIMIT :rows FOR UPDATE SKIP LOCKED)
     RETURNING type, status, jobs)
-INSERT INTO job_count (type, status, jobs)
+INSERT INTO job_registry.job_count (type, status, jobs)
 SELECT type, status, sum(jobs) FROM taken GROUP BY type, status HAVING sum(jobs) <> 0
 
 -- name: events
 -- One stored batch of events.
-SELECT message FROM job_event_batch WHERE id = :id
+SELECT message FROM job_registry.job_event_batch WHERE id = :id
 
 -- name: events_after
 -- The stored batches behind a number.
-SELECT id, message FROM job_event_batch WHERE id > :after ORDER BY id LIMIT 1000
+SELECT id, message FROM job_registry.job_event_batch WHERE id > :after ORDER BY id LIMIT 1000
 
 -- name: events_among
 -- The stored batches that have these numbers.
-SELECT id, message FROM job_event_batch
+SELECT id, message FROM job_registry.job_event_batch
 WHERE id IN (
     SELECT CAST(wanted.id AS bigint)
     FROM jsonb_array_elements_text(CAST(:numbers AS jsonb)) AS wanted (id))
 
 -- name: last_event
 -- The number of the newest stored batch.
-SELECT coalesce(max(id), 0) FROM job_event_batch
+SELECT coalesce(max(id), 0) FROM job_registry.job_event_batch
 
 -- name: prune_events
 -- Delete stored batches that every process has had time to read.
 WITH pruned AS (
-    DELETE FROM job_event_batch WHERE id IN (
-        SELECT id FROM job_event_batch
+    DELETE FROM job_registry.job_event_batch WHERE id IN (
+        SELECT id FROM job_registry.job_event_batch
         WHERE created_at <
             clock_timestamp() - make_interval(secs => CAST(:keep_seconds AS double precision))
         ORDER BY id LIMIT :batches FOR UPDATE SKIP LOCKED)
