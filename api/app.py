@@ -22,8 +22,8 @@ from job_registry_api.graphql.streaming import StreamingView
 from job_registry_api.graphql.view import GraphQLView
 from job_registry_api.health import Health, health_routes
 from job_registry_api.opening import open_queue
-from job_registry_api.queue.maintenance import maintain
 from job_registry_api.queue.queue import JobQueue
+from job_registry_api.queue.upkeep import maintain
 from job_registry_api.rest import EnqueueView, JobView
 from job_registry_api.settings import Settings
 from job_registry_api.worker import Worker, WorkerStartError

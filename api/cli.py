@@ -34,8 +34,9 @@ from job_registry.discovery import load_registry
 from job_registry_api.settings import Settings, SettingsInvalid, load_settings
 
 if TYPE_CHECKING:
+    from job_registry_api.queue.enqueueing import Enqueued, Refusal
     from job_registry_api.queue.migrations import Fit, Migrated
-    from job_registry_api.queue.queue import Enqueued, JobQueue, Refusal
+    from job_registry_api.queue.queue import JobQueue
 
 REFUSED = 1
 WRONG_USAGE = 2
@@ -349,7 +350,7 @@ async def _work(
     settings: Settings, registry: JobRegistry, types: Sequence[str], health_socket: Any | None
 ) -> None:
     from job_registry_api.opening import open_queue
-    from job_registry_api.queue.maintenance import maintain
+    from job_registry_api.queue.upkeep import maintain
     from job_registry_api.shutdown import Shutdown
     from job_registry_api.worker import Worker
     from job_registry_api.worker.loop import CLOSE_SECONDS
@@ -442,7 +443,7 @@ async def _enqueue_batch(
     options: dict[str, Any],
     atomic: bool,
 ) -> Iterator[tuple[int, Enqueued | Refusal]]:
-    from job_registry_api.queue.queue import not_stored
+    from job_registry_api.queue.enqueueing import not_stored
     from job_registry_api.queue.requests import EnqueueRequest
 
     results: dict[int, Enqueued | Refusal] = {}

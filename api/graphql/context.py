@@ -14,7 +14,8 @@ from strawberry.dataloader import DataLoader
 from job_registry_api.auth import Caller
 from job_registry_api.queue.errors import JobNotFound
 from job_registry_api.queue.models import AttemptRecord, JobCounts, JobRecord
-from job_registry_api.queue.queue import JobQueue, WaitingReason
+from job_registry_api.queue.queue import JobQueue
+from job_registry_api.queue.reading import WaitingReason
 
 
 @dataclass

@@ -20,8 +20,8 @@ from job_registry_api.graphql.scalars import JSON, DateTime, TypedJob
 from job_registry_api.graphql.scopes import needs
 from job_registry_api.graphql.typed import sent_job
 from job_registry_api.graphql.types import Job, JobLease, described
+from job_registry_api.queue.enqueueing import Enqueued
 from job_registry_api.queue.models import JobRecord
-from job_registry_api.queue.queue import Enqueued
 from job_registry_api.queue.requests import EnqueueRequest
 
 

@@ -25,7 +25,7 @@ from job_registry_api.graphql.types import (
     PageInfo,
     described,
 )
-from job_registry_api.queue import queue
+from job_registry_api.queue import reading
 from job_registry_api.queue.errors import InputInvalid
 
 JobTypeResult = Annotated[
@@ -163,7 +163,7 @@ class Query:
         if not types and caller.job_types is not None:
             # No types is no restriction, and no job has a type without a name.
             types = tuple(sorted(caller.job_types)) or ("",)
-        wanted = queue.JobFilter(
+        wanted = reading.JobFilter(
             types=types,
             statuses=tuple(filter.statuses or ()) if filter else (),
         )

@@ -15,7 +15,7 @@ from job_registry_api.graphql.types import Job, described
 from job_registry_api.queue import events
 from job_registry_api.queue.errors import InputInvalid, JobNotFound
 from job_registry_api.queue.models import JobStatus
-from job_registry_api.queue.queue import parse_job_id
+from job_registry_api.queue.requests import parse_job_id
 
 
 @strawberry.type(description="Something that happened to a job, told once it is committed.")

@@ -12,7 +12,7 @@ from job_registry_api.auth import AccessScope
 from job_registry_api.graphql.context import Context
 from job_registry_api.graphql.scalars import JSON, DateTime
 from job_registry_api.graphql.scopes import needs, open_to_all
-from job_registry_api.queue import leasing, models, queue
+from job_registry_api.queue import claiming, models, reading
 from job_registry_api.queue.models import AttemptOutcome, JobStatus
 
 strawberry.enum(JobStatus, name="JobStatus", description="Where a job is in its life.")
@@ -274,13 +274,13 @@ class Job:
     @open_to_all("Why it does not run at this moment; null unless it is queued.")
     async def waiting_reason(self, info: strawberry.Info[Context, None]) -> WaitingReason | None:
         match await info.context.waiting_reasons.load(self.record):
-            case queue.ScheduledFor(next_run_at):
+            case reading.ScheduledFor(next_run_at):
                 return ScheduledFor(next_run_at=DateTime(next_run_at))
-            case queue.ConcurrencyLimitReached(limit, running):
+            case reading.ConcurrencyLimitReached(limit, running):
                 return ConcurrencyLimitReached(limit=limit, running=running)
-            case queue.NoWorkerSeen(seconds):
+            case reading.NoWorkerSeen(seconds):
                 return NoWorkerSeen(last_seen_seconds_ago=seconds)
-            case queue.BehindInQueue(ahead):
+            case reading.BehindInQueue(ahead):
                 return BehindInQueue(ahead=ahead)
         return None
 
@@ -348,7 +348,7 @@ class JobLease:
     )
 
     @classmethod
-    def of(cls, lease: leasing.Lease) -> JobLease:
+    def of(cls, lease: claiming.Lease) -> JobLease:
         return cls(
             lease_token=lease.token,
             job=Job.of(lease.job),

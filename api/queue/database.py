@@ -6,6 +6,7 @@ The statements of the two stand in `statements/`, and `postgresql.py` and `sqlit
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import random
 import re
@@ -52,6 +53,10 @@ DEFAULT_SCHEMA: Final = "job_registry"
 
 Listener = Callable[[str], None]
 Pooler = Literal["session", "transaction"]
+LOCKED_PAUSE_SECONDS: Final = 0.02
+"""How long to wait before a row is tried again that another transaction has locked; doubled up to
+half a second."""
+
 T = TypeVar("T")
 
 log = structlog.get_logger("jobs.database")
@@ -233,6 +238,30 @@ class Database:
                 return await work(connection)
 
         return await _again(once)
+
+    async def patiently(self, attempt: Callable[[], Awaitable[T | None]], locked: str) -> T:
+        """Try until no other transaction has `locked` what `attempt` needs: until it is not None.
+
+        Between the attempts no connection is held.
+
+        Raises:
+            QueueUnavailable: it still is at the end of the database's timeout.
+        """
+        clock = asyncio.get_running_loop().time
+        give_up = clock() + self.timeout_seconds
+        pause = LOCKED_PAUSE_SECONDS
+        try:
+            # Those in a group that waits for the next one have the same deadline.
+            async with asyncio.timeout_at(None if math.isinf(give_up) else give_up):
+                while (outcome := await attempt()) is None:
+                    if clock() + pause > give_up:
+                        raise QueueUnavailable(locked, "busy")
+                    await asyncio.sleep(pause)
+                    pause = min(0.5, pause * 2)
+        except TimeoutError as error:
+            reason = f"no answer within {self.timeout_seconds:g} seconds"
+            raise QueueUnavailable(reason, "timeout") from error
+        return outcome
 
     async def execute_at_once(self, sql: str, parameters: Mapping[str, Any]) -> Sequence[Row[Any]]:
         """PostgreSQL: run one statement as a transaction of its own, and return its rows.

@@ -1,336 +1,343 @@
-"""Leasing jobs: claims for those who wait, with as few of them as there is work.
-
-Callers that wait for the same types form one line. For a job that arrives, its first caller gets a
-claim, not each of them; while nothing is due, one look by one of them serves all.
-"""
+"""Leasing: lease jobs, renew leases, and end attempts as their workers report."""
 
 from __future__ import annotations
 
 import asyncio
-import itertools
-from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+import re
+import uuid
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final
+from typing import Final, NamedTuple
 
-import structlog
+from pydantic import JsonValue
 
-from job_registry import JobRegistry
-from job_registry_api.queue.events import EventName, Events, JobEvent
-from job_registry_api.queue.models import JobRecord, JobStatus
-from job_registry_api.queue.store import Claim, Store
-
-WORKER_SEEN_SECONDS: Final = 10.0
-"""How often a process notes in the database that it works a type."""
-
-MIN_PAUSE_SECONDS: Final = 0.02
-MAX_LOCKED_PAUSE_SECONDS: Final = 1.0
-MAX_PAUSE_SECONDS: Final = 5.0
-"""How long a line relies on events before it looks at the queue without one. Only a message
-that was lost without notice makes a job wait for it."""
-
-log = structlog.get_logger("jobs.leasing")
+from job_registry import JobRegistry, Violation, json_document
+from job_registry_api.metrics import Metrics
+from job_registry_api.queue.claiming import Claiming, Lease, ended_event
+from job_registry_api.queue.database import Database
+from job_registry_api.queue.errors import InputInvalid, LeaseLost, QueueUnavailable
+from job_registry_api.queue.events import Events, JobEvent
+from job_registry_api.queue.group_commit import GroupCommit
+from job_registry_api.queue.models import AttemptOutcome, JobError, JobRecord, JobStatus
+from job_registry_api.queue.requests import check_lease, check_seconds
+from job_registry_api.queue.store import TIMED_OUT, LeaseRenewal, LeaseState, Renewed, Report, Store
 
 
 @dataclass(frozen=True, slots=True)
-class Lease:
-    """A job that is this worker's until `expires_at`, and with heartbeats until `deadline_at`.
+class Heartbeat:
+    """A renewed lease: until when, how long the attempt may still run, and whether to stop."""
 
-    `token` is secret to the worker and proves the lease in every later call.
+    job: JobRecord
+    expires_at: datetime
+    seconds_left: float
+    cancel_requested: bool
+
+
+class Renewal(NamedTuple):
+    """A lease to renew, by its token. `progress` is JSON text; None leaves it as it is.
+
+    `ended` says that the attempt has timed out and its handler has not stopped: only its place in
+    the concurrency limit is renewed, and the answer is `LeaseLost`.
     """
 
     token: str
-    job: JobRecord
-    expires_at: datetime
-    deadline_at: datetime
-
-
-def ended_event(job: JobRecord) -> JobEvent:
-    """The event of a job whose attempt has ended."""
-    return JobEvent.of(_AFTER_ATTEMPT[job.status], job)
-
-
-_AFTER_ATTEMPT: Final[dict[JobStatus, EventName]] = {
-    JobStatus.QUEUED: "job.retrying",
-    JobStatus.SUCCEEDED: "job.succeeded",
-    JobStatus.FAILED: "job.failed",
-    JobStatus.CANCELLED: "job.cancelled",
-}
+    progress: bytes | None = None
+    ended: bool = False
 
 
 class Leasing:
-    """The claims of one process.
+    """The part of `JobQueue` that workers use."""
 
-    `give_back` releases leases that their caller cannot take; `on_recovered` is called with the
-    jobs whose lost attempts a claim has ended.
-    """
+    registry: JobRegistry
+    events: Events
+    lease_seconds: float
+    metrics: Metrics
+    _database: Database
+    _store: Store
 
-    def __init__(
-        self,
-        store: Store,
-        registry: JobRegistry,
-        events: Events,
-        *,
-        lease_seconds: float,
-        give_back: Callable[[Sequence[Lease]], Awaitable[None]],
-        on_recovered: Callable[[Sequence[JobRecord]], None],
-    ) -> None:
-        self._store = store
-        self._registry = registry
-        self._events = events
-        self._lease_seconds = lease_seconds
-        self._give_back = give_back
-        self._on_recovered = on_recovered
-        self._lines: dict[frozenset[str], _Line] = {}
-        self._seen: dict[str, float] = {}
-        self._served: dict[str, int] = {}
-        self._turn = itertools.count(1)
-        self._ending = False
-        self._returning: set[asyncio.Task[None]] = set()
+    def __init__(self) -> None:
+        self._reports = GroupCommit(self._end)
+        self._claiming = Claiming(
+            self._store,
+            self.registry,
+            self.events,
+            lease_seconds=self.lease_seconds,
+            give_back=self._give_back,
+            metrics=self.metrics,
+        )
 
     async def lease(
         self,
-        types: Sequence[str],
+        job_types: Sequence[str],
         worker_id: str,
         *,
-        limit: int,
-        wait_seconds: float,
-        stop: asyncio.Event | None,
+        limit: int = 1,
+        wait_seconds: float = 0.0,
+        stop: asyncio.Event | None = None,
     ) -> list[Lease]:
         """Lease up to `limit` due jobs of these types; wait up to `wait_seconds` for the first.
 
-        `stop`, once set, ends the wait. A caller that is cancelled takes nothing: what was leased
-        for it in that moment is given back.
+        `stop`, once set, ends the wait. So does cancelling the call; what was leased for it in
+        that moment is given back.
+
+        Waiting holds no database connection. Attempts whose lease has run out, of any worker,
+        are ended first.
+
+        Raises:
+            InputInvalid: a type is not registered, `limit` is not 1 to 100, `wait_seconds` not 0
+                to 30, or `worker_id` not 1 to 255 characters.
         """
-        if wait_seconds <= 0 or self._ending or (stop is not None and stop.is_set()):
-            return await self.claim(types, worker_id, limit)
-        line = self._lines.setdefault(frozenset(types), _Line(self, tuple(types)))
-        waiter = _Waiter(worker_id, limit, asyncio.get_running_loop().create_future())
-        line.join(waiter)
-        stopped = None if stop is None else asyncio.create_task(stop.wait())
-        ends: set[asyncio.Future[Any]] = {waiter.leases}
-        if stopped is not None:
-            ends.add(stopped)
-        try:
-            await asyncio.wait(ends, timeout=wait_seconds, return_when=asyncio.FIRST_COMPLETED)
-            if waiter.leases.done() or waiter.is_served:
-                # A claim for it is under way: its jobs are this caller's.
-                waiter.is_leaving = True
-                return await waiter.leases
-            return []
-        except asyncio.CancelledError:
-            waiter.is_gone = True
-            done = waiter.leases.done() and not waiter.leases.cancelled()
-            if done and waiter.leases.exception() is None:
-                self.give_back(waiter.leases.result())
-            raise
-        finally:
-            line.leave(waiter)
-            if stopped is not None:
-                stopped.cancel()
-
-    async def claim(self, types: Sequence[str], worker_id: str, limit: int) -> list[Lease]:
-        """Lease what is due now, at once."""
-        # In a task of its own: a caller that is cancelled in mid-claim must not take leases along.
-        looking = asyncio.create_task(self.look(types, worker_id, limit, thorough=True))
-        try:
-            leases, _ = await asyncio.shield(looking)
-        except asyncio.CancelledError:
-            looking.add_done_callback(self._give_back_result)
-            raise
-        return leases
-
-    def _give_back_result(self, looking: asyncio.Task[tuple[list[Lease], bool]]) -> None:
-        if not looking.cancelled() and looking.exception() is None:
-            self.give_back(looking.result()[0])
-
-    async def look(
-        self, types: Sequence[str], worker_id: str, limit: int, *, thorough: bool = False
-    ) -> tuple[list[Lease], bool]:
-        """The same, and whether everything that is due was looked at."""
-        await self.show_worker(types)
-        limits = self.limits(types)
-        # Types of one priority take turns: first those whose last turn is longest ago.
-        turns = tuple(sorted(types, key=lambda name: self._served.get(name, 0)))
-        claimed = await self._store.claim(
-            Claim(turns, limits, worker_id, limit, self._lease_seconds, thorough)
+        check_lease(self.registry, job_types, worker_id, limit, wait_seconds)
+        return await self._claiming.lease(
+            tuple(dict.fromkeys(job_types)),
+            worker_id,
+            limit=limit,
+            wait_seconds=wait_seconds,
+            stop=stop,
         )
-        for each in claimed.leased:
-            self._served[each.job.type] = next(self._turn)
-        happened = [ended_event(job) for job in claimed.recovered]
-        happened += [JobEvent.of("job.started", each.job) for each in claimed.leased]
-        self._events.publish(happened)
-        self._on_recovered(claimed.recovered)
-        leases = [
-            Lease(each.job.id.hex + each.token, each.job, each.expires_at, each.deadline_at)
-            for each in claimed.leased
-        ]
-        leases.sort(key=lambda lease: -lease.job.priority)
-        return leases, claimed.everything
 
-    def limits(self, types: Sequence[str]) -> dict[str, int]:
-        """The concurrency limits of those types that have one."""
-        return {
-            name: limit
-            for name in types
-            if (limit := self._registry.policy(name).concurrency_limit) is not None
-        }
+    def give_back(self, leases: Sequence[Lease]) -> None:
+        """Release leases whose caller is gone, in the background; their attempts are not spent."""
+        self._claiming.give_back(leases)
 
     async def show_worker(self, types: Sequence[str]) -> None:
         """Note that these types are worked here, also while no slot is free to lease more.
 
-        Written at most every ten seconds per type.
+        Written at most every ten seconds; `waiting_reason` reads it.
         """
-        now = asyncio.get_running_loop().time()
-        stale = [t for t in types if now - self._seen.get(t, -1e9) > WORKER_SEEN_SECONDS]
-        if stale:
-            self._seen |= dict.fromkeys(stale, now)
-            await self._store.see_worker(stale)
+        await self._claiming.show_worker(types)
 
-    async def seconds_to_next(self, types: Sequence[str]) -> float | None:
-        """Seconds until a claim of these types may find more than now; None: no time is known."""
-        return await self._store.next_due(types, self.limits(types))
+    async def heartbeat(self, token: str, progress: JsonValue = None) -> Heartbeat:
+        """Renew a lease for another lease time, never past the attempt's deadline.
 
-    def give_back(self, leases: Sequence[Lease]) -> None:
-        """Release leases whose caller is gone, in the background."""
-        if leases:
-            task = asyncio.create_task(self._release(leases), name="give leases back")
-            self._returning.add(task)
-            task.add_done_callback(self._returning.discard)
+        `progress`, any JSON, is shown with the job; None leaves it as it is.
 
-    async def _release(self, leases: Sequence[Lease]) -> None:
-        try:
-            await self._give_back(leases)
-        except Exception as error:
-            # They run out by themselves.
-            log.warning("leases.not_returned", leases=len(leases), reason=str(error)[:200])
+        Raises:
+            LeaseLost: the lease is not in force any more.
+            InputInvalid: `progress` is not JSON, or larger than a payload may be.
+        """
+        job_id, _ = _parts(token)
+        text = None if progress is None else self._document("progress", progress)
+        (renewed,) = await self.renew([Renewal(token, text)])
+        if isinstance(renewed, LeaseLost):
+            raise renewed
+        job = await self._store.get(job_id)
+        if job is None:
+            raise LeaseLost
+        return Heartbeat(job, renewed.expires_at, renewed.seconds_left, renewed.cancel_requested)
 
-    @property
-    def events(self) -> Events:
-        """The events that wake lines."""
-        return self._events
+    async def renew(self, renewals: Sequence[Renewal]) -> list[Renewed | LeaseLost]:
+        """Renew leases, all in one statement; return what became of each, in order.
 
-    def end(self) -> None:
-        """End every wait: the process shuts down."""
-        self._ending = True
-        for line in self._lines.values():
-            line.end()
+        An attempt that has timed out is `LeaseLost`, and goes on holding its place in the
+        concurrency limit of its type.
+        """
+        keys = [_parts(renewal.token) for renewal in renewals]
+        renewed = await self._store.renew(
+            [
+                LeaseRenewal(job_id, secret, renewal.progress)
+                for (job_id, secret), renewal in zip(keys, renewals, strict=True)
+            ],
+            self.lease_seconds,
+        )
+        progressed = [
+            job_id
+            for (job_id, secret), renewal in zip(keys, renewals, strict=True)
+            if renewal.progress is not None and renewed.get((job_id, secret)) is not None
+        ]
+        if progressed:
+            # The leases are renewed by now, and other processes hear of it, whatever happens here.
+            with suppress(QueueUnavailable):
+                jobs = await self._store.get_many(progressed)
+                self.events.publish([JobEvent.of("job.progressed", j) for j in jobs.values()])
+        return [renewed.get(key) or LeaseLost() for key in keys]
 
-    def drop(self, line: _Line) -> None:
-        """Forget a line in which nobody waits any more."""
-        self._lines.pop(frozenset(line.types), None)
+    async def settle(self, tokens: Sequence[str]) -> None:
+        """The handlers of these timed-out attempts have ended: free the places they held."""
+        if tokens:
+            await self._store.settle([_parts(token) for token in tokens])
 
-    async def close(self) -> None:
-        """Wait until leases that nobody took are given back."""
-        if self._returning:
-            await asyncio.wait(self._returning, timeout=self._lease_seconds)
+    async def complete(self, token: str, result: JsonValue = None) -> JobRecord:
+        """End the attempt and the job as succeeded. Sent again, it returns the same job.
 
+        Raises:
+            LeaseLost: the lease is not in force any more.
+            InputInvalid: `result` is not JSON, or larger than a payload may be.
+        """
+        job_id, secret = _parts(token)
+        text = None if result is None else self._document("result", result)
+        return await self._report(Report(job_id, secret, AttemptOutcome.SUCCEEDED, result=text))
 
-@dataclass(eq=False, slots=True)
-class _Waiter:
-    """A caller in a line."""
+    async def fail(
+        self,
+        token: str,
+        error: JobError,
+        *,
+        retryable: bool = True,
+        retry_after_seconds: float | None = None,
+        spend_attempt: bool = True,
+    ) -> JobRecord:
+        """End the attempt as failed: queued again after its backoff, or failed for good.
 
-    worker_id: str
-    limit: int
-    leases: asyncio.Future[list[Lease]]
-    is_served: bool = False
-    is_leaving: bool = False
-    is_gone: bool = False
+        `retry_after_seconds`, 0 to 31,536,000, replaces the backoff. `retryable` False fails the
+        job at once. A job whose cancellation was requested is cancelled.
 
+        Raises:
+            LeaseLost: the lease is not in force any more.
+            InputInvalid: a value is out of its range.
+        """
+        job_id, secret = _parts(token)
+        if retry_after_seconds is not None:
+            check_seconds("retryAfterSeconds", retry_after_seconds)
+        error = self._error(error)
+        return await self._report(
+            Report(
+                job_id,
+                secret,
+                AttemptOutcome.FAILED,
+                error=error,
+                retryable=retryable,
+                delay_seconds=retry_after_seconds,
+                spend=spend_attempt,
+            )
+        )
 
-class _Line:
-    """Those who wait for jobs of the same types, first come first served."""
+    async def release(self, token: str) -> JobRecord:
+        """Hand the job back, to run again at once; the attempt is not spent.
 
-    def __init__(self, leasing: Leasing, types: tuple[str, ...]) -> None:
-        self.types = types
-        self._leasing = leasing
-        self._waiters: deque[_Waiter] = deque()
-        self._woken = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
+        A job that is handed back again and again within seconds waits longer each time.
 
-    def join(self, waiter: _Waiter) -> None:
-        """Take a place at the end, and look at the queue once for it."""
-        self._waiters.append(waiter)
-        self._woken.set()
-        if self._task is None:
-            self._task = asyncio.create_task(self._run(), name="leases")
+        Raises:
+            LeaseLost: the lease is not in force any more.
+        """
+        job_id, secret = _parts(token)
+        return await self._report(
+            Report(job_id, secret, AttemptOutcome.RELEASED, delay_seconds=0.0)
+        )
 
-    def leave(self, waiter: _Waiter) -> None:
-        """Give the place up. A line that has emptied ends."""
-        with suppress(ValueError):
-            self._waiters.remove(waiter)
-        if not self._waiters:
-            self._woken.set()
+    async def snooze(self, token: str, seconds: float) -> JobRecord:
+        """Hand the job back, to run again in `seconds`; the attempt is not spent.
 
-    def end(self) -> None:
-        """Send everybody away with nothing."""
-        for waiter in self._waiters:
-            if not waiter.is_served and not waiter.leases.done():
-                waiter.leases.set_result([])
+        Raises:
+            LeaseLost: the lease is not in force any more.
+            InputInvalid: `seconds` is not 0 to 31,536,000.
+        """
+        job_id, secret = _parts(token)
+        check_seconds("seconds", seconds)
+        return await self._report(
+            Report(job_id, secret, AttemptOutcome.SNOOZED, delay_seconds=seconds)
+        )
 
-    async def _run(self) -> None:
-        leasing = self._leasing
-        limited = list(leasing.limits(self.types))
-        locked = 0
-        try:
-            with leasing.events.waiting_for(self.types, limited) as self._woken:
-                while self._waiters:
-                    self._woken.clear()
-                    everything = await self._serve()
-                    if not self._waiters:
-                        break
-                    seconds = await leasing.seconds_to_next(self.types) if everything else 0.25
-                    if seconds is not None and seconds <= 0:
-                        # Due, and not claimed: another transaction has the row locked.
-                        seconds = min(MAX_LOCKED_PAUSE_SECONDS, MIN_PAUSE_SECONDS * 2**locked)
-                        locked = min(locked + 1, 10)
-                    pause = MAX_PAUSE_SECONDS if seconds is None else seconds
-                    with suppress(TimeoutError):
-                        async with asyncio.timeout(
-                            min(MAX_PAUSE_SECONDS, max(MIN_PAUSE_SECONDS, pause))
-                        ):
-                            await self._woken.wait()
-                            locked = 0
-        except Exception as error:
-            self._fail(error)
-        finally:
-            self._task = None
-            leasing.drop(self)
-            for waiter in self._waiters:
-                if not waiter.leases.done():
-                    waiter.leases.cancel()
+    async def time_out(self, token: str, *, still_running: bool = False) -> JobRecord:
+        """End an attempt at its timeout. With `still_running` its handler has not stopped.
 
-    async def _serve(self) -> bool:
-        """Claim for one waiter after the other, until a claim finds nothing more."""
-        everything = True
-        while self._waiters:
-            waiter = self._waiters[0]
-            if waiter.leases.done() or waiter.is_gone:
-                self._waiters.popleft()
-                continue
-            waiter.is_served = True
+        The attempt then holds its place in the concurrency limit for one lease, and for as long
+        as `renew` goes on naming it, until `settle`.
+
+        Raises:
+            LeaseLost: the queue has ended the attempt already.
+        """
+        job_id, secret = _parts(token)
+        return await self._report(
+            Report(
+                job_id,
+                secret,
+                AttemptOutcome.TIMED_OUT,
+                error=TIMED_OUT,
+                still_running=still_running,
+            )
+        )
+
+    async def stop(self, token: str, error: JobError) -> JobRecord:
+        """End the attempt and the job as cancelled, as its handler asked.
+
+        Raises:
+            LeaseLost: the lease is not in force any more.
+        """
+        job_id, secret = _parts(token)
+        return await self._report(
+            Report(job_id, secret, AttemptOutcome.CANCELLED, error=self._error(error))
+        )
+
+    async def _report(self, report: Report) -> JobRecord:
+        outcome: JobRecord | LeaseLost = await self._database.patiently(
+            lambda: self._reports.submit(report), "another transaction has locked the job"
+        )
+        if isinstance(outcome, LeaseLost):
+            raise outcome
+        return outcome
+
+    async def _end(self, reports: Sequence[Report]) -> Sequence[JobRecord | LeaseLost | None]:
+        """End attempts, several in one statement; None where another transaction has the row."""
+        ended: dict[int, JobRecord | LeaseLost | None] = {}
+        waiting = dict(enumerate(reports))
+        while waiting:
+            # One report per job and statement: of two for one lease, the first to come counts.
+            turn = {report.job_id: index for index, report in reversed(waiting.items())}
+            these = [waiting.pop(index) for index in sorted(turn.values())]
+            jobs = await self._store.end(these)
+            self.events.publish([ended_event(job) for job in jobs.values()])
+            for report in these:
+                if (job := jobs.get(report.job_id)) is not None:
+                    cancelled = job.status is JobStatus.CANCELLED
+                    outcome = AttemptOutcome.CANCELLED if cancelled else report.outcome
+                    self.metrics.attempt_ended(job.type, outcome.value)
+            missing = [report for report in these if report.job_id not in jobs]
+            states: dict[uuid.UUID, LeaseState] | None = {}
             try:
-                leases, everything = await self._leasing.look(
-                    self.types, waiter.worker_id, waiter.limit
-                )
-            finally:
-                waiter.is_served = False
-            if not leases:
-                if waiter.is_leaving and not waiter.leases.done():
-                    waiter.leases.set_result([])
-                if waiter.leases.done() or waiter.is_gone:
-                    continue
-                break
-            if waiter.is_gone or waiter.leases.done():
-                self._leasing.give_back(leases)
-            else:
-                waiter.leases.set_result(leases)
-        return everything
+                states = await self._store.lease_states(missing) if missing else {}
+                repeated = [
+                    report.job_id
+                    for report in missing
+                    if report.outcome is AttemptOutcome.SUCCEEDED
+                    and (state := states.get(report.job_id)) is not None
+                    and state.succeeded
+                ]
+                jobs |= await self._store.get_many(repeated) if repeated else {}
+            except QueueUnavailable:
+                # The others are committed, and answered. These are sent again.
+                if not (jobs or ended):
+                    raise
+                states = None
+            for report in these:
+                if report.job_id in jobs:
+                    ended[turn[report.job_id]] = jobs[report.job_id]
+                elif states is None or (
+                    (state := states.get(report.job_id)) is not None and state.in_force
+                ):
+                    ended[turn[report.job_id]] = None
+                else:
+                    ended[turn[report.job_id]] = LeaseLost()
+        return [ended[index] for index in range(len(reports))]
 
-    def _fail(self, error: Exception) -> None:
-        """The database did not answer: so learns everybody in the line."""
-        for waiter in self._waiters:
-            if not waiter.leases.done():
-                waiter.leases.set_exception(error)
+    async def _give_back(self, leases: Sequence[Lease]) -> None:
+        """Release leases that their caller did not wait for."""
+        for lease in leases:
+            with suppress(LeaseLost):
+                await self.release(lease.token)
+
+    def _document(self, field: str, value: JsonValue) -> bytes:
+        text, faults = json_document(value, max_bytes=self.registry.max_payload_bytes)
+        if faults:
+            raise InputInvalid(
+                tuple(Violation(f"/{field}{v.path}", v.code, v.message) for v in faults)
+            )
+        return text
+
+    def _error(self, error: JobError) -> JobError:
+        self._document("error", {"code": error.code, "message": error.message})
+        if error.details is not None:
+            self._document("error/details", error.details)
+        return error
+
+
+def _parts(token: str) -> tuple[uuid.UUID, str]:
+    """A lease token is the job's id, so that the primary key finds it, and a random secret."""
+    if not _TOKEN.fullmatch(token):
+        raise LeaseLost
+    return uuid.UUID(token[:32]), token[32:]
+
+
+_TOKEN: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)

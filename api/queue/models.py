@@ -237,7 +237,7 @@ class JobCount(Table, table=True):
     """Jobs per type and status, kept by triggers on `job`: a count is the sum over its rows.
 
     On PostgreSQL each statement appends a row, where a counter to update would make commits wait
-    for each other; `maintenance.py` folds the rows together. Counting millions of jobs reads few.
+    for each other; `upkeep.py` folds the rows together. Counting millions of jobs reads few.
     """
 
     __tablename__: ClassVar[Any] = "job_count"

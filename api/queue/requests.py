@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple, cast
@@ -10,7 +11,7 @@ from pydantic import JsonValue
 
 from job_registry import JobRegistry, JobTypeNotFound, Violation, pointer, text_fault
 from job_registry.errors import MAX_DELAY_SECONDS, shortened
-from job_registry_api.queue.errors import InputInvalid
+from job_registry_api.queue.errors import InputInvalid, JobNotFound
 
 MAX_LEASE: Final = 100
 MAX_WAIT_SECONDS: Final = 30
@@ -188,3 +189,17 @@ def differing_paths(one: JsonValue, other: JsonValue, path: str = "") -> tuple[s
 
 def _are_numbers(*values: object) -> bool:
     return all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+
+
+def parse_job_id(job_id: str | uuid.UUID) -> uuid.UUID:
+    """A job's id, as clients write it.
+
+    Raises:
+        JobNotFound: it is no UUID, so no job has it.
+    """
+    if isinstance(job_id, uuid.UUID):
+        return job_id
+    try:
+        return uuid.UUID(job_id)
+    except ValueError:
+        raise JobNotFound(job_id) from None

@@ -16,10 +16,11 @@ import structlog
 from job_registry import JobContext, JobType, PayloadInvalid
 from job_registry.errors import shortened_text
 from job_registry_api.logs import log_unexpected
+from job_registry_api.queue.claiming import Lease
 from job_registry_api.queue.errors import InputInvalid, LeaseLost, QueueUnavailable, reason_of
-from job_registry_api.queue.leasing import Lease
+from job_registry_api.queue.leasing import Renewal
 from job_registry_api.queue.models import JobError
-from job_registry_api.queue.queue import JobQueue, Renewal
+from job_registry_api.queue.queue import JobQueue
 from job_registry_api.worker.lease_keeper import Hold, LeaseKeeper
 from job_registry_api.worker.outcomes import (
     Circumstances,

@@ -18,7 +18,8 @@ import structlog
 
 from job_registry_api.logs import log_unexpected
 from job_registry_api.queue.errors import LeaseLost, QueueUnavailable, reason_of
-from job_registry_api.queue.queue import JobQueue, Renewal
+from job_registry_api.queue.leasing import Renewal
+from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.store import Renewed
 
 PROGRESS_SECONDS: Final = 1.0

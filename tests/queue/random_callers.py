@@ -18,9 +18,11 @@ from typing import Any, Final
 
 from job_registry import Backoff, JobPolicy, JobRegistry, JobType, Payload
 from job_registry_api.logs import configure_logs
+from job_registry_api.queue.claiming import Lease
+from job_registry_api.queue.enqueueing import Enqueued
 from job_registry_api.queue.errors import JobNotFound, JobStateConflict, LeaseLost
 from job_registry_api.queue.models import JobError
-from job_registry_api.queue.queue import Enqueued, JobQueue, Lease, open_queue
+from job_registry_api.queue.queue import JobQueue, open_queue
 from job_registry_api.queue.requests import EnqueueRequest
 
 LIMITS: Final = {"model.free": None, "model.three": 3, "model.one": 1, "model.only": 1}

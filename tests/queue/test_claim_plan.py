@@ -14,7 +14,8 @@ from sqlalchemy import text
 from job_registry import JobRegistry
 from job_registry_api.queue.database import Database
 from job_registry_api.queue.models import JobStatus
-from job_registry_api.queue.queue import BehindInQueue, JobQueue
+from job_registry_api.queue.queue import JobQueue
+from job_registry_api.queue.reading import BehindInQueue
 from job_registry_api.queue.requests import EnqueueRequest
 from job_registry_api.queue.store import json_text, statements
 from tests.queue.test_races import outsider

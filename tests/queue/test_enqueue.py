@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from job_registry import JobTypeNotFound, PayloadInvalid
+from job_registry_api.queue.enqueueing import Enqueued
 from job_registry_api.queue.errors import (
     IdempotencyConflict,
     InputInvalid,
@@ -20,7 +21,8 @@ from job_registry_api.queue.errors import (
     QueueUnavailable,
 )
 from job_registry_api.queue.models import JobStatus
-from job_registry_api.queue.queue import Enqueued, JobFilter, JobQueue
+from job_registry_api.queue.queue import JobQueue
+from job_registry_api.queue.reading import JobFilter
 from job_registry_api.queue.requests import EnqueueRequest, differing_paths, parse_request
 from job_registry_api.queue.store import NewJob, Stored
 from tests.conftest import run_sql
@@ -164,7 +166,7 @@ async def test_one_callers_bad_row_never_fails_anothers(
     queue: JobQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Given a row that passes every check of ours and that the database refuses all the same
-    monkeypatch.setattr("job_registry_api.queue.queue.input_faults", lambda request: iter(()))
+    monkeypatch.setattr("job_registry_api.queue.enqueueing.input_faults", lambda request: iter(()))
 
     results = await asyncio.gather(
         *(queue.enqueue(ping(str(n), priority=7 if n == 3 else None)) for n in range(5)),

@@ -11,17 +11,16 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
 from job_registry import JobRegistry
+from job_registry_api.queue.claiming import Lease
 from job_registry_api.queue.database import async_url
 from job_registry_api.queue.errors import InputInvalid, JobNotFound, JobStateConflict, LeaseLost
 from job_registry_api.queue.models import AttemptOutcome, JobError, JobRecord, JobStatus
-from job_registry_api.queue.queue import (
+from job_registry_api.queue.queue import JobQueue, open_queue
+from job_registry_api.queue.reading import (
     BehindInQueue,
     ConcurrencyLimitReached,
-    JobQueue,
-    Lease,
     NoWorkerSeen,
     ScheduledFor,
-    open_queue,
 )
 from job_registry_api.queue.requests import EnqueueRequest
 from tests.conftest import advance

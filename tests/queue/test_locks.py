@@ -13,8 +13,9 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
 from job_registry import JobRegistry, JobType, Payload
 from job_registry_api.queue.database import Database, async_url
+from job_registry_api.queue.enqueueing import Enqueued
 from job_registry_api.queue.models import JobError, JobStatus
-from job_registry_api.queue.queue import Enqueued, JobQueue
+from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.requests import EnqueueRequest
 from tests.conftest import advance, run_sql
 from tests.queue.race_jobs import queues

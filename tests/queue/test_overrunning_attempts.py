@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from job_registry_api.queue.claiming import Lease
 from job_registry_api.queue.errors import LeaseLost
-from job_registry_api.queue.leasing import Lease
+from job_registry_api.queue.leasing import Renewal
 from job_registry_api.queue.models import JobStatus
-from job_registry_api.queue.queue import ConcurrencyLimitReached, JobQueue, Renewal
+from job_registry_api.queue.queue import JobQueue
+from job_registry_api.queue.reading import ConcurrencyLimitReached
 from job_registry_api.queue.requests import EnqueueRequest
 from tests.conftest import advance
 

@@ -18,7 +18,8 @@ import pytest
 
 from job_registry import JobPolicy, JobRegistry, JobType
 from job_registry_api.queue.models import JobError, JobStatus
-from job_registry_api.queue.queue import JobFilter, JobQueue
+from job_registry_api.queue.queue import JobQueue
+from job_registry_api.queue.reading import JobFilter
 from job_registry_api.queue.requests import EnqueueRequest
 from tests.conftest import run_sql
 from tests.postgresql_server import Server

@@ -26,9 +26,10 @@ from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
 from job_registry import JobPolicy, JobRegistry, JobType
+from job_registry_api.queue.claiming import Lease
 from job_registry_api.queue.database import Database, async_url
 from job_registry_api.queue.models import JobStatus
-from job_registry_api.queue.queue import JobQueue, Lease
+from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.requests import EnqueueRequest
 from tests import CODE
 from tests.conftest import run_sql

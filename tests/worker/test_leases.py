@@ -21,8 +21,9 @@ from pydantic import BaseModel, JsonValue, computed_field
 
 from job_registry import Cancel, JobContext
 from job_registry_api.queue.errors import LeaseLost, QueueUnavailable
+from job_registry_api.queue.leasing import Renewal
 from job_registry_api.queue.models import JobStatus
-from job_registry_api.queue.queue import JobQueue, Renewal
+from job_registry_api.queue.queue import JobQueue
 from tests.queue.test_races import locked
 from tests.worker.house import House, Text
 

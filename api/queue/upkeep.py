@@ -1,6 +1,6 @@
-"""What any process does now and then for all: rescue lost leases, prune, fold the counts.
+"""Upkeep: rescue lost leases, prune, fold the counts.
 
-No leader: each does it a little, passing over what another is at.
+Every process does a little of it, and passes over what another is doing. There is no leader.
 """
 
 from __future__ import annotations
@@ -11,21 +11,60 @@ from contextlib import suppress
 
 import structlog
 
+from job_registry_api.metrics import Metrics
+from job_registry_api.queue.claiming import count_recovered, ended_event
+from job_registry_api.queue.database import Database
 from job_registry_api.queue.errors import QueueUnavailable
-from job_registry_api.queue.models import JobStatus
-from job_registry_api.queue.queue import JobQueue
-from job_registry_api.queue.store import EVENT_BATCHES_PRUNED
+from job_registry_api.queue.events import Events
+from job_registry_api.queue.models import JobRecord, JobStatus
+from job_registry_api.queue.readiness import Readiness
+from job_registry_api.queue.store import EVENT_BATCHES_PRUNED, Store
 
 DAY_SECONDS = 86_400
 PRUNE_PAUSE_SECONDS = 0.02
 PRUNE_BATCH = 200
 """Jobs a transaction deletes: a few milliseconds, which is what a lease waits on SQLite."""
 
-log = structlog.get_logger("jobs.maintenance")
+log = structlog.get_logger("jobs.upkeep")
+
+
+class Upkeep:
+    """The part of `JobQueue` that keeps the queue working and its tables small."""
+
+    events: Events
+    lease_seconds: float
+    metrics: Metrics
+    _database: Database
+    _store: Store
+    _readiness: Readiness
+
+    async def ping(self) -> None:
+        """Return when a job could be stored; raise `QueueUnavailable` otherwise."""
+        await self._readiness.check()
+
+    async def recover(self) -> list[JobRecord]:
+        """End the attempts whose lease has run out, and return their jobs. Claims do it too."""
+        recovered = await self._store.recover(self.lease_seconds)
+        self.events.publish([ended_event(job) for job in recovered])
+        count_recovered(self.metrics, recovered)
+        return recovered
+
+    async def prune(self, status: JobStatus, *, keep_seconds: float, jobs: int) -> int:
+        """Delete up to `jobs` jobs that ended with `status` longer ago than `keep_seconds`."""
+        return await self._store.prune(status, keep_seconds=keep_seconds, jobs=jobs)
+
+    async def tidy(self) -> int:
+        """Keep the table of counts and SQLite's log small; delete events that everyone has read.
+
+        Return how many batches of events were deleted, at most 10,000.
+        """
+        await self._store.fold_counts()
+        await self._database.checkpoint()
+        return await self._store.prune_events()
 
 
 async def maintain(
-    queue: JobQueue,
+    queue: Upkeep,
     stop: asyncio.Event,
     *,
     keep_succeeded_days: float,
@@ -53,12 +92,12 @@ async def maintain(
             for status, days in keep_days.items():
                 await prune(queue, status, keep_days=days, stop=stop)
         except QueueUnavailable as error:
-            log.warning("maintenance.postponed", reason=error.reason)
+            log.warning("upkeep.postponed", reason=error.reason)
         except Exception:
-            log.exception("maintenance.failed")
+            log.exception("upkeep.failed")
 
 
-async def tidy(queue: JobQueue, stop: asyncio.Event) -> None:
+async def tidy(queue: Upkeep, stop: asyncio.Event) -> None:
     """Fold the counts, delete old events until none are left, and let SQLite's log shrink."""
     while not stop.is_set():
         if await queue.tidy() < EVENT_BATCHES_PRUNED:
@@ -67,7 +106,7 @@ async def tidy(queue: JobQueue, stop: asyncio.Event) -> None:
 
 
 async def prune(
-    queue: JobQueue,
+    queue: Upkeep,
     status: JobStatus,
     *,
     keep_days: float,

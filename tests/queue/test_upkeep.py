@@ -6,11 +6,11 @@ import asyncio
 
 import pytest
 
-from job_registry_api.queue import maintenance
-from job_registry_api.queue.maintenance import maintain, prune
+from job_registry_api.queue import upkeep
 from job_registry_api.queue.models import JobError, JobStatus
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.requests import EnqueueRequest
+from job_registry_api.queue.upkeep import maintain, prune
 from tests.conftest import advance, run_sql
 
 DAY = 86_400
@@ -34,7 +34,7 @@ async def finish(queue: JobQueue, count: int, *, failed: bool = False) -> None:
 async def test_finished_jobs_are_deleted_in_batches_and_others_never(
     queue: JobQueue, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(maintenance, "PRUNE_BATCH", 20)
+    monkeypatch.setattr(upkeep, "PRUNE_BATCH", 20)
     await finish(queue, 50)
     await advance(database_url, 8 * DAY)
     await finish(queue, 5)
@@ -63,7 +63,7 @@ async def test_upkeep_prunes_by_each_setting_and_ends_lost_leases(
     await advance(database_url, 8 * DAY)
 
     stop = asyncio.Event()
-    upkeep = asyncio.create_task(
+    running = asyncio.create_task(
         maintain(queue, stop, keep_succeeded_days=7, keep_failed_days=90, every_seconds=0.05)
     )
     async with asyncio.timeout(10):
@@ -72,7 +72,7 @@ async def test_upkeep_prunes_by_each_setting_and_ends_lost_leases(
         while (await queue.get(lost.id)).status is not JobStatus.QUEUED:
             await asyncio.sleep(0.02)
     stop.set()
-    await upkeep
+    await running
     assert (await queue.counts())["test.ping"].failed == 2
     (attempt,) = (await queue.attempts([lost.id]))[lost.id]
     # A week is past its timeout as well.
@@ -96,13 +96,13 @@ async def test_upkeep_deletes_old_events_however_many_there_are(
     queue: JobQueue, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Given more stored batches than one transaction deletes
-    monkeypatch.setattr("job_registry_api.queue.maintenance.EVENT_BATCHES_PRUNED", 10)
+    monkeypatch.setattr("job_registry_api.queue.upkeep.EVENT_BATCHES_PRUNED", 10)
     monkeypatch.setattr("job_registry_api.queue.sqlite.EVENT_BATCHES_PRUNED", 10)
     monkeypatch.setattr("job_registry_api.queue.postgresql.EVENT_BATCHES_PRUNED", 10)
     batch = "INSERT INTO job_event_batch (message, created_at) VALUES ('{}', '2026-01-01')"
     await asyncio.to_thread(run_sql, database_url, *[batch] * 35)
 
-    await maintenance.tidy(queue, asyncio.Event())
+    await upkeep.tidy(queue, asyncio.Event())
 
     rows = await asyncio.to_thread(run_sql, database_url, "SELECT count(*) FROM job_event_batch")
     assert rows == [(0,)]
@@ -111,7 +111,7 @@ async def test_upkeep_deletes_old_events_however_many_there_are(
 async def test_pruning_ends_with_the_transaction_that_is_under_way_when_the_process_stops(
     queue: JobQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(maintenance, "PRUNE_BATCH", 5)
+    monkeypatch.setattr(upkeep, "PRUNE_BATCH", 5)
     await finish(queue, 30)
     stop = asyncio.Event()
     stop.set()

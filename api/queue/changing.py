@@ -1,0 +1,61 @@
+"""Cancelling jobs, and running finished ones again."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Awaitable, Callable
+
+from job_registry_api.queue.errors import JobNotFound, JobStateConflict
+from job_registry_api.queue.events import Events, JobEvent
+from job_registry_api.queue.models import JobRecord, JobStatus
+from job_registry_api.queue.requests import parse_job_id
+from job_registry_api.queue.store import Store
+
+
+class Changing:
+    """The part of `JobQueue` that changes jobs on request."""
+
+    events: Events
+    _store: Store
+
+    async def cancel(self, job_id: str | uuid.UUID) -> JobRecord:
+        """Cancel a queued job at once; ask the worker of a running one to stop.
+
+        Raises:
+            JobNotFound: no job has this id.
+            JobStateConflict: the job has ended.
+        """
+        return await self._change(job_id, self._store.cancel, "cancelled")
+
+    async def retry(self, job_id: str | uuid.UUID) -> JobRecord:
+        """Queue a failed or cancelled job again, to run now, with at least one attempt left.
+
+        Raises:
+            JobNotFound: no job has this id.
+            JobStateConflict: the job is neither failed nor cancelled.
+        """
+        return await self._change(job_id, self._store.retry, "retried")
+
+    async def _change(
+        self,
+        job_id: str | uuid.UUID,
+        change: Callable[[uuid.UUID], Awaitable[JobRecord | None]],
+        asked: str,
+    ) -> JobRecord:
+        job = await change(parse_job_id(job_id))
+        if job is None:
+            there = await self._store.get(parse_job_id(job_id))
+            if there is None:
+                raise JobNotFound(str(job_id))
+            raise JobStateConflict(str(job_id), there.status, asked)
+        self.events.publish([_changed_event(job)])
+        return job
+
+
+def _changed_event(job: JobRecord) -> JobEvent:
+    match job.status:
+        case JobStatus.RUNNING:
+            return JobEvent.of("job.cancel_requested", job)
+        case JobStatus.CANCELLED:
+            return JobEvent.of("job.cancelled", job)
+    return JobEvent.of("job.retrying", job)

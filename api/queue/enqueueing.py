@@ -1,0 +1,291 @@
+"""Enqueueing: validate, apply the policy, store, publish.
+
+One job, many, or as part of the caller's own transaction.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Final, NamedTuple, TypeVar, cast
+
+from pydantic import JsonValue
+from pydantic_core import from_json
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from job_registry import JobRegistry, JobTypeNotFound, PayloadInvalid, Violation
+from job_registry_api.queue.caller_transactions import publish_after_commit
+from job_registry_api.queue.database import Database
+from job_registry_api.queue.errors import IdempotencyConflict, InputInvalid, QueueUnavailable
+from job_registry_api.queue.events import Events, JobEvent
+from job_registry_api.queue.group_commit import GroupCommit
+from job_registry_api.queue.models import JobRecord, JobStatus
+from job_registry_api.queue.requests import EnqueueRequest, differing_paths, input_faults
+from job_registry_api.queue.store import NewJob, Store, Stored, present
+
+T = TypeVar("T")
+
+DEFAULT_PRIORITY: Final = 50
+
+
+class Enqueued(NamedTuple):
+    """The stored job. `deduplicated` says that an earlier call with this key had stored it."""
+
+    job: JobRecord
+    deduplicated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class JobValid:
+    """What `enqueue` would store. `duplicate_of` is the job that has the key already."""
+
+    max_attempts: int
+    timeout_seconds: int
+    priority: int
+    next_run_at: datetime
+    duplicate_of: JobRecord | None
+
+
+Refusal = JobTypeNotFound | PayloadInvalid | InputInvalid | IdempotencyConflict
+
+
+class Enqueueing:
+    """The part of `JobQueue` that stores jobs."""
+
+    registry: JobRegistry
+    events: Events
+    _database: Database
+    _store: Store
+    _max_bulk_size: int
+    _new_id: Callable[[], uuid.UUID]
+
+    def __init__(self) -> None:
+        # Apart, so that jobs without a key never share a statement with one that has to wait.
+        self._inserts = GroupCommit(self._insert)
+        self._keyed_inserts = GroupCommit(self._insert)
+
+    async def enqueue(
+        self,
+        request: EnqueueRequest,
+        *,
+        created_by: str | None = None,
+        session: AsyncSession | None = None,
+    ) -> Enqueued:
+        """Store a job. When this returns, the job is on disk.
+
+        With the caller's own `session`, on the queue's database, the job joins the caller's
+        transaction: it appears if and when the caller commits, together with the caller's rows,
+        and not at all if the caller rolls back.
+
+        Raises:
+            JobTypeNotFound: no such job type.
+            PayloadInvalid: the payload, with every fault of it.
+            InputInvalid: another value is out of its range; payload faults are then here too.
+            IdempotencyConflict: the key belongs to a job of this type with another payload.
+        """
+        new = self._admit(request, created_by)
+        if session is not None:
+            return await self._enqueue_within(session, new, request)
+        inserts = self._inserts if new.idempotency_key is None else self._keyed_inserts
+        stored = await self._database.patiently(
+            lambda: inserts.submit(new), "another transaction holds the idempotency key"
+        )
+        return _enqueued(new, request, stored)
+
+    async def enqueue_many(
+        self,
+        requests: Sequence[EnqueueRequest],
+        *,
+        atomic: bool = False,
+        created_by: str | None = None,
+    ) -> list[Enqueued | Refusal]:
+        """Store up to `max_bulk_size` jobs; return a result for each, in order.
+
+        A refused one is its error, returned in its place. With `atomic` one refusal leaves
+        every job unstored; those that were good themselves are then `InputInvalid` with the code
+        `not_stored`.
+
+        Raises:
+            InputInvalid: there are more of them.
+        """
+        if len(requests) > self._max_bulk_size:
+            message = f"Expected at most {self._max_bulk_size} jobs per call, got {len(requests)}."
+            raise InputInvalid((Violation("", "too_long", message),))
+        results: dict[int, Enqueued | Refusal] = {}
+        admitted: dict[int, NewJob] = {}
+        for index, request in enumerate(requests):
+            try:
+                admitted[index] = self._admit(request, created_by)
+            except (JobTypeNotFound, PayloadInvalid, InputInvalid) as refusal:
+                results[index] = refusal
+        if admitted and not (atomic and results):
+            stored, committed = await self._insert_bulk(list(admitted.values()), atomic=atomic)
+            for (index, new), outcome in zip(admitted.items(), stored, strict=True):
+                try:
+                    results[index] = _enqueued(new, requests[index], outcome)
+                except IdempotencyConflict as refusal:
+                    results[index] = refusal if committed else _conflict_within(refusal, admitted)
+        refused = [index for index, result in results.items() if isinstance(result, Exception)]
+        if atomic and refused:
+            because = not_stored(sorted(refused))
+            for index in admitted:
+                if not isinstance(results.get(index), Exception):
+                    results[index] = because
+        return [results[index] for index in range(len(requests))]
+
+    async def validate(self, request: EnqueueRequest) -> JobValid:
+        """What `enqueue` would do with this request; it raises the same and writes nothing."""
+        new = self._admit(request, None)
+        now = await self._store.now()
+        duplicate: JobRecord | None = None
+        if new.idempotency_key is not None:
+            key = (new.type, new.idempotency_key)
+            duplicate = (await self._store.find_by_key([key])).get(key)
+        if duplicate is not None:
+            _enqueued(new, request, Stored(now, now, duplicate))
+        return JobValid(
+            max_attempts=new.max_attempts,
+            timeout_seconds=new.timeout_seconds,
+            priority=new.priority,
+            next_run_at=max(now, new.next_run_at or now),
+            duplicate_of=duplicate,
+        )
+
+    async def _enqueue_within(
+        self, session: AsyncSession, new: NewJob, request: EnqueueRequest
+    ) -> Enqueued:
+        connection = await session.connection()
+        for _ in range(10):
+            stored = await self._store.insert_within(connection, [new])
+            if new.id in stored:
+                break
+        else:
+            raise QueueUnavailable("the holder of the idempotency key was deleted meanwhile")
+        enqueued = _enqueued(new, request, stored[new.id])
+        if not enqueued.deduplicated:
+            created = [JobEvent.of("job.created", enqueued.job)]
+            publish_after_commit(session, self.events.publish, created)
+        return enqueued
+
+    def _admit(self, request: EnqueueRequest, created_by: str | None) -> NewJob:
+        job_type = self.registry.get_type(request.type)
+        faults = list(input_faults(request))
+        try:
+            admitted = self.registry.admit(request.type, request.payload)
+        except PayloadInvalid as invalid:
+            if not faults:
+                raise
+            faults += [
+                Violation("/payload" + v.path, v.code, v.message) for v in invalid.violations
+            ]
+        if faults:
+            raise InputInvalid(tuple(faults))
+        policy = job_type.policy
+        return NewJob(
+            id=self._new_id(),
+            type=job_type.name,
+            fingerprint=job_type.fingerprint,
+            payload=admitted.json,
+            priority=DEFAULT_PRIORITY if request.priority is None else request.priority,
+            max_attempts=request.max_attempts or policy.max_attempts,
+            timeout_seconds=policy.timeout_seconds,
+            backoff_base_seconds=policy.backoff.base_seconds,
+            backoff_cap_seconds=policy.backoff.cap_seconds,
+            next_run_at=request.schedule_at,
+            idempotency_key=request.idempotency_key,
+            created_by=created_by,
+        )
+
+    async def _insert_bulk(
+        self, jobs: Sequence[NewJob], *, atomic: bool
+    ) -> tuple[list[Stored], bool]:
+        """What became of each job, and whether it was committed."""
+        if atomic:
+            stored, committed = await self._database.patiently(
+                lambda: self._insert_all(jobs), "the holder of an idempotency key is being deleted"
+            )
+            if committed:
+                self._publish_created(jobs, stored)
+            return [stored[job.id] for job in jobs], committed
+        outcomes = dict(zip((job.id for job in jobs), await self._insert(jobs), strict=True))
+        for job in jobs:
+            if outcomes[job.id] is None:
+                outcomes[job.id] = await self._database.patiently(
+                    lambda job=job: self._keyed_inserts.submit(job),  # type: ignore[misc]
+                    "another transaction holds the idempotency key",
+                )
+        return [present(outcomes[job.id]) for job in jobs], True
+
+    async def _insert_all(
+        self, jobs: Sequence[NewJob]
+    ) -> tuple[dict[uuid.UUID, Stored], bool] | None:
+        """Insert every job or none. Return None if the holder of a key was deleted meanwhile."""
+        stored, committed = await self._store.insert_all(jobs, _conflicts)
+        return (stored, committed) if len(stored) == len(jobs) else None
+
+    async def _insert(self, jobs: Sequence[NewJob]) -> list[Stored | None]:
+        """Insert jobs in one statement; None where another transaction has the key."""
+        stored = await self._store.insert(jobs)
+        self._publish_created(jobs, stored)
+        return [stored.get(job.id) for job in jobs]
+
+    def _publish_created(self, jobs: Sequence[NewJob], stored: Mapping[uuid.UUID, Stored]) -> None:
+        self.events.publish(
+            [
+                JobEvent("job.created", job.id, job.type, 0)
+                for job in jobs
+                if (outcome := stored.get(job.id)) is not None and outcome.existing is None
+            ]
+        )
+
+
+def _enqueued(new: NewJob, request: EnqueueRequest, stored: Stored) -> Enqueued:
+    if stored.existing is not None:
+        paths = differing_paths(stored.existing.payload, from_json(new.payload))
+        if paths:
+            raise IdempotencyConflict(stored.existing, paths[:100])
+        return Enqueued(stored.existing, deduplicated=True)
+    return Enqueued(
+        JobRecord(
+            id=new.id,
+            type=new.type,
+            fingerprint=new.fingerprint,
+            status=JobStatus.QUEUED,
+            payload=cast(JsonValue, request.payload),
+            priority=new.priority,
+            attempt=0,
+            max_attempts=new.max_attempts,
+            timeout_seconds=new.timeout_seconds,
+            created_at=stored.created_at,
+            idempotency_key=new.idempotency_key,
+            created_by=new.created_by,
+            next_run_at=stored.next_run_at,
+        )
+    )
+
+
+def _conflicts(new: NewJob, stored: Stored) -> bool:
+    return stored.existing is not None and bool(
+        differing_paths(stored.existing.payload, from_json(new.payload))
+    )
+
+
+def _conflict_within(
+    conflict: IdempotencyConflict, admitted: Mapping[int, NewJob]
+) -> IdempotencyConflict | InputInvalid:
+    """The conflict, unless it is with a job of the same call, which was not stored either."""
+    for index, other in admitted.items():
+        if other.id == conflict.existing_job.id:
+            message = f"The job at index {index} of this call has this key with another payload."
+            return InputInvalid((Violation("/idempotencyKey", "duplicate_key", message),))
+    return conflict
+
+
+def not_stored(refused: list[int]) -> InputInvalid:
+    """Why a good job of an atomic call was not stored: those at these places were refused."""
+    named = ", ".join(str(index) for index in refused[:10])
+    more = f" and {len(refused) - 10} more" if len(refused) > 10 else ""
+    message = f"Not stored: the call is atomic, and it was refused at index {named}{more}."
+    return InputInvalid((Violation("", "not_stored", message),))

@@ -1,0 +1,148 @@
+"""Reading: jobs, their attempts, counts, and why a job waits."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Final
+
+from job_registry import JobPolicy, JobRegistry, Violation, text_fault
+from job_registry_api.queue.errors import InputInvalid, JobNotFound
+from job_registry_api.queue.models import AttemptRecord, JobCounts, JobRecord, JobStatus
+from job_registry_api.queue.requests import parse_job_id
+from job_registry_api.queue.store import Store, Waiting
+
+WORKER_ABSENT_SECONDS: Final = 60.0
+"""A type that no worker asked for in this time has none."""
+
+
+@dataclass(frozen=True, slots=True)
+class JobFilter:
+    """Which jobs to list; an empty tuple is no restriction."""
+
+    types: tuple[str, ...] = ()
+    statuses: tuple[JobStatus, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class JobPage:
+    """A page of jobs, newest first. The cursor of a job is its id."""
+
+    jobs: list[JobRecord]
+    has_next_page: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledFor:
+    """The job's time has not come."""
+
+    next_run_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class ConcurrencyLimitReached:
+    """As many jobs of the type run as its policy allows."""
+
+    limit: int
+    running: int
+
+
+@dataclass(frozen=True, slots=True)
+class NoWorkerSeen:
+    """No worker has asked for the type in the last minute; None: none ever has."""
+
+    last_seen_seconds_ago: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class BehindInQueue:
+    """Workers are there, and this many jobs of the type go first (counted up to 1,000)."""
+
+    ahead: int
+
+
+WaitingReason = ScheduledFor | ConcurrencyLimitReached | NoWorkerSeen | BehindInQueue
+
+
+class Reading:
+    """The part of `JobQueue` that reads."""
+
+    registry: JobRegistry
+    _store: Store
+    _max_page_size: int
+
+    def policy(self, job_type: str) -> JobPolicy:
+        """The policy of a job type.
+
+        Raises:
+            JobTypeNotFound: no such job type.
+        """
+        return self.registry.policy(job_type)
+
+    async def get(self, job_id: str | uuid.UUID) -> JobRecord:
+        """One job.
+
+        Raises:
+            JobNotFound: no job has this id.
+        """
+        job = await self._store.get(parse_job_id(job_id))
+        if job is None:
+            raise JobNotFound(str(job_id))
+        return job
+
+    async def attempts(self, job_ids: Sequence[uuid.UUID]) -> dict[uuid.UUID, list[AttemptRecord]]:
+        """Every attempt of each of these jobs, the first one first; one query for all."""
+        return await self._store.attempts(job_ids)
+
+    async def list_jobs(
+        self, wanted: JobFilter = JobFilter(), *, first: int = 50, after: uuid.UUID | None = None
+    ) -> JobPage:
+        """A page of jobs, newest first, behind the job `after`.
+
+        Raises:
+            InputInvalid: `first` is not 1 to `max_page_size`.
+        """
+        if not 1 <= first <= self._max_page_size:
+            message = f"Expected 1 to {self._max_page_size} jobs per page, got {first}."
+            raise InputInvalid((Violation("/first", "out_of_range", message),))
+        # No job has a type that the database could not even be asked for.
+        types = tuple(name for name in wanted.types if text_fault(name) is None)
+        if wanted.types and not types:
+            return JobPage([], has_next_page=False)
+        jobs = await self._store.list_jobs(
+            types=types, statuses=wanted.statuses, first=first + 1, after=after
+        )
+        return JobPage(jobs[:first], has_next_page=len(jobs) > first)
+
+    async def counts(self) -> dict[str, JobCounts]:
+        """Jobs per type and status, also of types that are no longer registered."""
+        return {name: JobCounts() for name in self.registry} | await self._store.counts()
+
+    async def waiting_reasons(
+        self, jobs: Iterable[JobRecord]
+    ) -> dict[uuid.UUID, WaitingReason | None]:
+        """Why each of these jobs does not run now; None where it is not queued. One query."""
+        queued = {job.id: job for job in jobs if job.next_run_at is not None}
+        waiting = await self._store.waiting(queued) if queued else {}
+        return {
+            job_id: self._reason(job, waiting[job_id]) if job_id in waiting else None
+            for job_id, job in queued.items()
+        }
+
+    async def waiting_reason(self, job: JobRecord) -> WaitingReason | None:
+        """Why a queued job does not run at this moment; None when it is not queued."""
+        return (await self.waiting_reasons([job])).get(job.id)
+
+    def _reason(self, job: JobRecord, waiting: Waiting) -> WaitingReason | None:
+        if waiting.due_in_seconds > 0 and job.next_run_at is not None:
+            return ScheduledFor(job.next_run_at)
+        job_type = self.registry.get(job.type)
+        limit = job_type.policy.concurrency_limit if job_type else None
+        if limit is not None and waiting.running >= limit:
+            return ConcurrencyLimitReached(limit, waiting.running)
+        seen = waiting.worker_seen_seconds_ago
+        if waiting.running == 0 and (seen is None or seen > WORKER_ABSENT_SECONDS):
+            return NoWorkerSeen(seen)
+        return BehindInQueue(waiting.ahead)
