@@ -220,6 +220,23 @@ def test_the_database_that_is_set_is_used(jobs: Shell, command: list[str]) -> No
     assert sorted(path.name for path in jobs.folder.glob("*.db")) == ["elsewhere.db"]
 
 
+@reaches("database_schema")
+def test_the_schema_that_is_set_is_used(fresh_postgresql_url: str, jobs: Shell) -> None:
+    payload = '{"batchId": "b", "escrowId": "e"}'
+    settings = {"JOBS_DATABASE_URL": fresh_postgresql_url, "JOBS_DATABASE_SCHEMA": "elsewhere"}
+    assert jobs("enqueue", "payout.execute", "-", stdin=payload, **settings).returncode == 1
+    assert jobs("migrate", **settings).returncode == 0
+    assert jobs("migrate", "--check", **settings).returncode == 0
+    assert "SCHEMA elsewhere TO web" in jobs("migrate", "--grants", "web", **settings).stdout
+    assert jobs("enqueue", "payout.execute", "-", stdin=payload, **settings).returncode == 0
+    assert run_sql(fresh_postgresql_url, "SELECT count(*) FROM elsewhere.job") == [(1,)]
+    assert run_sql(fresh_postgresql_url, "SELECT count(*) FROM job_registry.job") == [(0,)]
+    for wrong in ("pg_mine", "Mine", 'my"schema', "x" * 64):
+        refused = jobs("migrate", **settings | {"JOBS_DATABASE_SCHEMA": wrong})
+        assert refused.returncode == 2
+        assert "JOBS_DATABASE_SCHEMA" in refused.stderr
+
+
 # Processes
 
 HOUSE = {"JOBS_CATALOG": "house"}

@@ -112,6 +112,7 @@ class Database:
                 URL.create("sqlite+aiosqlite", database=self._file.uri, query={"uri": "true"}),
                 pool_size=pool_size,
                 pool_timeout=min(_seconds(timeout_seconds), _HOUR),
+                json_deserializer=read_json,
                 connect_args={
                     "timeout": self._file.busy_seconds,
                     "isolation_level": None,
@@ -170,6 +171,12 @@ class Database:
         """Whether other processes read events from `job_event_batch`: on SQLite, and where
         PostgreSQL's notifications cannot be heard."""
         return self.name == "sqlite" or self._listen_url is None
+
+    @property
+    def notices_commits(self) -> bool:
+        """Whether `listen` notices each commit of another process, in the order of the numbers in
+        `job_event_batch`, which then have no gaps: on SQLite, with its one writer."""
+        return self.name == "sqlite"
 
     @property
     def timeout_seconds(self) -> float:

@@ -59,7 +59,7 @@ class EventStream:
 
     def __init__(self, database: Database, store: Store) -> None:
         self._database = database
-        self._kept = KeptBatches(store, gapless=database.name == "sqlite")
+        self._kept = KeptBatches(store, gapless=database.notices_commits)
         self._notified: deque[str | Gap] = deque()
         self._news = asyncio.Event()
         self._ended = False
@@ -73,9 +73,9 @@ class EventStream:
         try:
             while not self._ended:
                 self._news.clear()
-                # SQLite tells of every commit; on PostgreSQL nothing tells of kept batches.
-                pause = POLL_SECONDS if self._is_polled else None
-                if not self._database.keeps_events:
+                keeps = self._database.keeps_events
+                pause = POLL_SECONDS if keeps and not self._database.notices_commits else None
+                if not keeps:
                     await self._take_notified(take)
                 elif not await self._take_kept(take):
                     pause = RETRY_SECONDS
@@ -85,10 +85,6 @@ class EventStream:
         finally:
             listening.cancel()
             await asyncio.wait({listening})
-
-    @property
-    def _is_polled(self) -> bool:
-        return self._database.keeps_events and self._database.name == "postgresql"
 
     def look(self) -> None:
         """Read kept batches now, because this process has just committed one."""

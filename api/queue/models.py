@@ -6,8 +6,9 @@ Statements stand in `store.py`; what SQLite and PostgreSQL do differently in `da
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any, ClassVar, Final, NamedTuple
 
@@ -18,6 +19,7 @@ from sqlalchemy import (
     CheckConstraint,
     Column,
     DateTime,
+    Dialect,
     Double,
     ForeignKey,
     Index,
@@ -25,6 +27,7 @@ from sqlalchemy import (
     MetaData,
     SmallInteger,
     Text,
+    TypeDecorator,
     Uuid,
     text,
 )
@@ -62,8 +65,23 @@ def _json() -> Any:
     return JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
 
 
+class UtcTime(TypeDecorator[datetime]):
+    """A moment, in UTC. SQLite keeps it as text without an offset, so that texts compare."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Convert to UTC, which SQLite's text does not name."""
+        return None if value is None else value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Return an aware time on both databases."""
+        return value.replace(tzinfo=UTC) if value is not None and value.tzinfo is None else value
+
+
 def _time() -> Any:
-    return DateTime(timezone=True)
+    return UtcTime()
 
 
 def _one_of(column: str, values: type[StrEnum]) -> str:
@@ -283,7 +301,9 @@ class JobError:
 
 
 class JobRecord(NamedTuple):
-    """A job as it was read. Times are UTC; `id` is a UUIDv7.
+    """A job as it was read: the columns of `Job` that callers may see, by the same names.
+
+    Times are UTC; `id` is a UUIDv7.
 
     A tuple, because one is made with every enqueue, and a frozen dataclass takes four times as
     long to make.
@@ -309,6 +329,19 @@ class JobRecord(NamedTuple):
     progress: JsonValue = None
     result: JsonValue = None
     error: JobError | None = None
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> JobRecord:
+        """The job of a row of `job`, whose values are as the columns' types return them."""
+        values = {name: row[name] for name in cls._fields}
+        values["status"] = JobStatus(row["status"])
+        values["error"] = error_of(row["error"])
+        return cls(**values)
+
+
+def error_of(value: Any) -> JobError | None:
+    """The error of a JSON column."""
+    return None if value is None else JobError(**value)
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,7 +87,7 @@ class PostgreSQLStore(Store):
         if keys:
             wanted = json_text([{"type": job_type, "key": key} for job_type, key in keys])
             found = await connection.execute(statement(self._sql["by_key"]), {"keys": wanted})
-            holders = [self._record(dict(row)) for row in found.mappings()]
+            holders = [JobRecord.of(dict(row)) for row in found.mappings()]
             _add_holders(jobs, stored, {(h.type, h.idempotency_key or ""): h for h in holders})
         return stored
 
@@ -220,11 +220,11 @@ class PostgreSQLStore(Store):
 
     async def cancel(self, job_id: uuid.UUID) -> JobRecord | None:
         rows = await self._run("cancel", {"id": job_id.hex})
-        return self._record(rows[0]) if rows else None
+        return JobRecord.of(rows[0]) if rows else None
 
     async def retry(self, job_id: uuid.UUID) -> JobRecord | None:
         rows = await self._run("retry", {"id": job_id.hex})
-        return self._record(rows[0]) if rows else None
+        return JobRecord.of(rows[0]) if rows else None
 
     async def next_due(self, types: Sequence[str], limits: Mapping[str, int]) -> float | None:
         wanted = json_text([{"type": name, "limit": limits.get(name)} for name in types])
@@ -264,7 +264,7 @@ class PostgreSQLStore(Store):
         whole = await self.get_many(narrow) if narrow else {}
         jobs = []
         for row in rows:
-            job = self._record(row)
+            job = JobRecord.of(row)
             if job.id in narrow:
                 if job.id not in whole:
                     # It was deleted meanwhile: nobody may act on it.
@@ -287,15 +287,6 @@ class PostgreSQLStore(Store):
         if keys:
             _add_holders(jobs, stored, await self.find_by_key(keys))
         return stored
-
-    def _time(self, value: Any) -> datetime | None:
-        return cast("datetime | None", value)
-
-    def _id(self, value: Any) -> uuid.UUID:
-        return cast(uuid.UUID, value)
-
-    def _json(self, value: Any) -> Any:
-        return value
 
 
 class QueueHeads:

@@ -14,6 +14,9 @@ from job_registry_api.queue.models import AttemptRecord, JobCounts, JobRecord, J
 from job_registry_api.queue.requests import parse_job_id
 from job_registry_api.queue.store import Store, Waiting
 
+MAX_FILTER_TYPES: Final = 100
+"""A page is merged from one of each type and status, and SQLite merges 500 at most."""
+
 WORKER_ABSENT_SECONDS: Final = 60.0
 """A type that no worker asked for in this time has none."""
 
@@ -102,11 +105,17 @@ class Reading:
         """A page of jobs, newest first, behind the job `after`.
 
         Raises:
-            InputInvalid: `first` is not 1 to `max_page_size`.
+            InputInvalid: `first` is not 1 to `max_page_size`, or more than 100 types are named.
         """
+        faults = []
         if not 1 <= first <= self._max_page_size:
             message = f"Expected 1 to {self._max_page_size} jobs per page, got {first}."
-            raise InputInvalid((Violation("/first", "out_of_range", message),))
+            faults.append(Violation("/first", "out_of_range", message))
+        if len(wanted.types) > MAX_FILTER_TYPES:
+            message = f"Expected at most {MAX_FILTER_TYPES} job types, got {len(wanted.types)}."
+            faults.append(Violation("/filter/types", "too_long", message))
+        if faults:
+            raise InputInvalid(tuple(faults))
         # No job has a type that the database could not even be asked for.
         types = tuple(name for name in wanted.types if text_fault(name) is None)
         if wanted.types and not types:

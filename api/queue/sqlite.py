@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, TypeVar
 
+from sqlalchemy import JSON, Uuid
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from job_registry_api.queue.database import Database, read_json, statement
-from job_registry_api.queue.models import AttemptOutcome, JobRecord, JobStatus
+from job_registry_api.queue.models import METADATA, AttemptOutcome, JobRecord, JobStatus, UtcTime
 from job_registry_api.queue.store import (
     EVENT_BATCHES_PRUNED,
     EVENTS_KEPT_SECONDS,
@@ -36,7 +37,6 @@ from job_registry_api.queue.store import (
     error_text,
     json_text,
     message_of,
-    present,
     statements,
 )
 
@@ -97,7 +97,7 @@ class SQLiteStore(Store):
                 stored[job.id] = _stored(job, now)
                 created.append(("job.created", job.id.hex, job.type, 0))
             else:
-                (holder,) = map(self._record, await run("by_key", {"keys": _key_text(job)}))
+                (holder,) = map(_job, await run("by_key", {"keys": _key_text(job)}))
                 stored[job.id] = Stored(holder.created_at, holder.created_at, holder)
         if created:
             message = message_of(self._process, created)
@@ -113,23 +113,23 @@ class SQLiteStore(Store):
         return Claimed(
             [
                 Leased(
-                    job=self._record(row),
+                    job=_job(row),
                     token=row["lease_token"],
-                    expires_at=present(self._time(row["lease_expires_at"])),
-                    deadline_at=present(self._time(row["deadline_at"])),
+                    expires_at=_time(row["lease_expires_at"]),
+                    deadline_at=_time(row["deadline_at"]),
                 )
                 for row in leased
             ],
-            [self._record(row) for row in recovered],
+            [_job(row) for row in recovered],
         )
 
     async def recover(self, lease_seconds: float) -> list[JobRecord]:
         rows = await self._write(lambda t: t.recover(lease_seconds))
-        return [self._record(row) for row in rows]
+        return [_job(row) for row in rows]
 
     async def end(self, reports: Sequence[Report]) -> dict[uuid.UUID, JobRecord]:
         rows = await self._write(lambda t: [row for r in reports if (row := t.end(r)) is not None])
-        return {job.id: job for job in map(self._record, rows)}
+        return {job.id: job for job in map(_job, rows)}
 
     async def renew(
         self, renewals: Sequence[LeaseRenewal], lease_seconds: float
@@ -144,11 +144,11 @@ class SQLiteStore(Store):
 
     async def cancel(self, job_id: uuid.UUID) -> JobRecord | None:
         row = await self._write(lambda t: t.cancel(job_id))
-        return self._record(row) if row else None
+        return _job(row) if row else None
 
     async def retry(self, job_id: uuid.UUID) -> JobRecord | None:
         row = await self._write(lambda t: t.retry(job_id))
-        return self._record(row) if row else None
+        return _job(row) if row else None
 
     async def next_due(self, types: Sequence[str], limits: Mapping[str, int]) -> float | None:
         # It only reads, in many small statements, which is what the writer's thread is good at.
@@ -174,7 +174,7 @@ class SQLiteStore(Store):
 
     async def _write(self, work: Callable[[_Transaction], T]) -> T:
         def run(connection: sqlite3.Connection) -> T:
-            transaction = _Transaction(connection, self._record)
+            transaction = _Transaction(connection)
             result = work(transaction)
             transaction.announce(self._process)
             return result
@@ -184,26 +184,15 @@ class SQLiteStore(Store):
     async def _read(self, name: str, parameters: Mapping[str, Any]) -> Sequence[Row]:
         async with self._database.reading() as connection:
             result = await connection.execute(statement(SQL[name]), parameters)
-            return [dict(row) for row in result.mappings()]
-
-    def _time(self, value: Any) -> datetime | None:
-        return None if value is None else _time(value)
-
-    def _id(self, value: Any) -> uuid.UUID:
-        return uuid.UUID(value)
-
-    def _json(self, value: Any) -> Any:
-        # SQLite makes a number of a JSON column's text that is one.
-        return read_json(value) if isinstance(value, str) else value
+            return [_typed(dict(row)) for row in result.mappings()]
 
 
 class _Transaction:
     """One transaction: its time, its statements, and the events that it announces at its end."""
 
-    def __init__(self, connection: sqlite3.Connection, record: Callable[[Row], JobRecord]) -> None:
+    def __init__(self, connection: sqlite3.Connection) -> None:
         self._cursor = connection.cursor()
         self._cursor.row_factory = sqlite3.Row
-        self._record = record
         self._events: list[tuple[str, str, str, int]] = []
         self.now: str = self._cursor.execute(SQL["now"]).fetchone()[0]
         self._now = _time(self.now)
@@ -232,7 +221,7 @@ class _Transaction:
                 stored[job.id] = _stored(job, self.now)
                 self._events.append(("job.created", job.id.hex, job.type, 0))
             else:
-                holder = self._record(self.rows("by_key", keys=_key_text(job))[0])
+                holder = _job(self.rows("by_key", keys=_key_text(job))[0])
                 stored[job.id] = Stored(holder.created_at, holder.created_at, holder)
         return stored
 
@@ -434,6 +423,19 @@ class _Transaction:
         self._events.append((name, row["id"], row["type"], row["attempt"]))
 
 
+def _job(row: Row) -> JobRecord:
+    return JobRecord.of(_typed(row))
+
+
+def _typed(row: Row) -> dict[str, Any]:
+    """A row of one of our statements, with the values that the columns' types return."""
+    values = dict(row)
+    for name in values.keys() & CONVERSIONS.keys():
+        if values[name] is not None:
+            values[name] = CONVERSIONS[name](values[name])
+    return values
+
+
 def time_text(time: datetime) -> str:
     """A time in the form in which it is stored and compared."""
     return time.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S.%f")
@@ -441,6 +443,21 @@ def time_text(time: datetime) -> str:
 
 def _time(value: str) -> datetime:
     return datetime.fromisoformat(value).replace(tzinfo=UTC)
+
+
+def _document(value: Any) -> Any:
+    # SQLite makes a number of a JSON column's text that is one.
+    return read_json(value) if isinstance(value, str) else value
+
+
+CONVERSIONS: Final[Mapping[str, Callable[[Any], Any]]] = {
+    column.name: convert
+    for table in METADATA.tables.values()
+    for column in table.columns
+    for kind, convert in ((Uuid, uuid.UUID), (UtcTime, _time), (JSON, _document))
+    if isinstance(column.type, kind)
+} | {"now": _time}
+"""What the values of a column become, by its name, whatever table it is of."""
 
 
 def _delay(report: Report, job: Row, quickly: bool) -> float:

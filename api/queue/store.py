@@ -14,19 +14,27 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
 from importlib import resources
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar, cast
 
+import sqlalchemy
 from pydantic_core import to_json
+from sqlalchemy import Executable, func, union_all
 from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlmodel import col, select
+from sqlmodel.sql.expression import SelectOfScalar
 
-from job_registry_api.queue.database import DEFAULT_SCHEMA, quoted
+from job_registry_api.queue.database import DEFAULT_SCHEMA, Database, quoted
 from job_registry_api.queue.models import (
     AttemptOutcome,
     AttemptRecord,
+    Job,
+    JobCount,
     JobCounts,
     JobError,
+    JobEventBatch,
     JobRecord,
     JobStatus,
+    error_of,
 )
 
 T = TypeVar("T")
@@ -184,6 +192,8 @@ class Store(ABC):
     events of `process`. Each raises `QueueUnavailable` when the database does not answer in time.
     """
 
+    _database: Database
+
     @abstractmethod
     async def insert(self, jobs: Sequence[NewJob]) -> dict[uuid.UUID, Stored]:
         """Insert jobs, except where a job of the type has the idempotency key already.
@@ -290,46 +300,14 @@ class Store(ABC):
 
     @abstractmethod
     async def _read(self, name: str, parameters: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-        """Run a statement that only reads."""
+        """Run a statement that only reads; its values are as the columns' types return them."""
 
-    @abstractmethod
-    def _time(self, value: Any) -> datetime | None:
-        """A time as this database returns it, as an aware datetime in UTC."""
+    async def _select(self, query: Executable) -> list[dict[str, Any]]:
+        """Run an ordinary query."""
+        async with self._database.reading() as connection:
+            return [dict(row) for row in (await connection.execute(query)).mappings()]
 
-    @abstractmethod
-    def _id(self, value: Any) -> uuid.UUID:
-        """An id as this database returns it."""
-
-    @abstractmethod
-    def _json(self, value: Any) -> Any:
-        """A JSON column as this database returns it."""
-
-    def _record(self, row: Mapping[str, Any]) -> JobRecord:
-        """A job, of its row."""
-        return JobRecord(
-            id=self._id(row["id"]),
-            type=row["type"],
-            fingerprint=row["fingerprint"],
-            status=JobStatus(row["status"]),
-            payload=self._json(row["payload"]),
-            priority=row["priority"],
-            attempt=row["attempt"],
-            max_attempts=row["max_attempts"],
-            timeout_seconds=row["timeout_seconds"],
-            created_at=present(self._time(row["created_at"])),
-            idempotency_key=row["idempotency_key"],
-            created_by=row["created_by"],
-            next_run_at=self._time(row["next_run_at"]),
-            started_at=self._time(row["started_at"]),
-            finished_at=self._time(row["finished_at"]),
-            cancel_requested_at=self._time(row["cancel_requested_at"]),
-            worker_id=row["worker_id"],
-            progress=self._json(row["progress"]),
-            result=self._json(row["result"]),
-            error=error_of(self._json(row["error"])),
-        )
-
-    # Reading. The statements have the same names and columns on both databases.
+    # Reading. Statements of the file have the same names and columns on both databases.
 
     async def lease_states(self, reports: Sequence[Report]) -> dict[uuid.UUID, LeaseState]:
         """What has become of the leases of these reports."""
@@ -344,7 +322,7 @@ class Store(ABC):
             ]
         )
         return {
-            self._id(row["id"]): LeaseState(bool(row["in_force"]), bool(row["succeeded"]))
+            row["id"]: LeaseState(bool(row["in_force"]), bool(row["succeeded"]))
             for row in await self._read("lease_states", {"leases": leases})
         }
 
@@ -354,31 +332,31 @@ class Store(ABC):
 
     async def get_many(self, job_ids: Iterable[uuid.UUID]) -> dict[uuid.UUID, JobRecord]:
         """Jobs by their primary keys."""
-        rows = await self._read("get", {"ids": ids_text(job_ids)})
-        return {job.id: job for job in map(self._record, rows)}
+        rows = await self._select(select(Job).where(col(Job.id).in_(list(job_ids))))
+        return {job.id: job for job in map(JobRecord.of, rows)}
 
     async def find_by_key(
         self, keys: Iterable[tuple[str, str]]
     ) -> dict[tuple[str, str], JobRecord]:
         """The jobs that hold these (type, idempotency key) pairs."""
         wanted = json_text([{"type": job_type, "key": key} for job_type, key in keys])
-        found = [self._record(row) for row in await self._read("by_key", {"keys": wanted})]
+        found = [JobRecord.of(row) for row in await self._read("by_key", {"keys": wanted})]
         return {(job.type, job.idempotency_key or ""): job for job in found}
 
     async def attempts(self, job_ids: Sequence[uuid.UUID]) -> dict[uuid.UUID, list[AttemptRecord]]:
         """Every attempt of these jobs, the first one first."""
         attempts: dict[uuid.UUID, list[AttemptRecord]] = {job_id: [] for job_id in job_ids}
         for row in await self._read("attempts", {"ids": ids_text(job_ids)}):
-            job_id = self._id(row["job_id"])
+            job_id = row["job_id"]
             attempts[job_id].append(
                 AttemptRecord(
                     job_id=job_id,
                     attempt=row["attempt"],
                     worker_id=row["worker_id"],
-                    started_at=present(self._time(row["started_at"])),
-                    finished_at=self._time(row["finished_at"]),
+                    started_at=row["started_at"],
+                    finished_at=row["finished_at"],
                     outcome=AttemptOutcome(row["outcome"]) if row["outcome"] else None,
-                    error=error_of(self._json(row["error"])),
+                    error=error_of(row["error"]),
                     still_running=bool(row["still_running"]),
                 )
             )
@@ -394,20 +372,14 @@ class Store(ABC):
     ) -> list[JobRecord]:
         """Jobs, newest first, starting behind `after`: a keyset page, whose cost does not grow
         with how far it is. Ids are UUIDv7, so their order is that of creation."""
-        name = "list" + ("_types" if types else "") + ("_and" if types and statuses else "")
-        name += "_statuses" if statuses else ""
-        parameters: dict[str, Any] = {"first": first, "after": after.hex if after else None}
-        if types:
-            parameters["types"] = json_text(list(dict.fromkeys(types)))
-        if statuses:
-            parameters["statuses"] = json_text([str(s) for s in dict.fromkeys(statuses)])
-        return [self._record(row) for row in await self._read(name, parameters)]
+        newest = _newest(types, statuses, first=first, after=after)
+        return [JobRecord.of(row) for row in await self._select(newest)]
 
     async def waiting(self, job_ids: Iterable[uuid.UUID]) -> dict[uuid.UUID, Waiting]:
         """What queued jobs wait for; jobs that are not queued are not in the answer."""
         rows = await self._read("waiting", {"ids": ids_text(job_ids), "most": AHEAD_LIMIT})
         return {
-            self._id(row["id"]): Waiting(
+            row["id"]: Waiting(
                 due_in_seconds=float(row["due_in_seconds"]),
                 running=row["running"],
                 worker_seen_seconds_ago=row["worker_seen_seconds_ago"],
@@ -419,34 +391,64 @@ class Store(ABC):
     async def now(self) -> datetime:
         """The database's time."""
         (row,) = await self._read("now", {})
-        return present(self._time(next(iter(row.values()))))
+        now: datetime = row["now"]
+        return now
 
     async def counts(self) -> dict[str, JobCounts]:
         """Jobs per type and status. A type that never had a job is not in the answer."""
         counts: dict[str, dict[str, int]] = {}
-        for row in await self._read("counts", {}):
+        jobs = func.sum(JobCount.jobs).label("jobs")
+        by_type = select(JobCount.type, JobCount.status, jobs).group_by(
+            col(JobCount.type), col(JobCount.status)
+        )
+        for row in await self._select(by_type):
             counts.setdefault(row["type"], {})[row["status"]] = int(row["jobs"])
         return {name: JobCounts(**of_status) for name, of_status in counts.items()}
 
     async def events(self, number: int) -> str | None:
         """One stored batch of events; None when it was deleted already."""
-        rows = await self._read("events", {"id": number})
+        rows = await self._select(select(JobEventBatch).where(JobEventBatch.id == number))
         return str(rows[0]["message"]) if rows else None
 
     async def events_after(self, number: int) -> dict[int, str]:
         """The stored batches behind `number`, by their numbers, in order; 1,000 at most."""
-        rows = await self._read("events_after", {"after": number})
-        return {int(row["id"]): str(row["message"]) for row in rows}
+        behind = select(JobEventBatch).where(col(JobEventBatch.id) > number)
+        rows = await self._select(behind.order_by(col(JobEventBatch.id)).limit(1_000))
+        return {row["id"]: row["message"] for row in rows}
 
     async def events_among(self, numbers: Sequence[int]) -> dict[int, str]:
         """The stored batches that have these numbers."""
-        rows = await self._read("events_among", {"numbers": json_text(numbers)})
-        return {int(row["id"]): str(row["message"]) for row in rows}
+        among = select(JobEventBatch).where(col(JobEventBatch.id).in_(numbers))
+        return {row["id"]: row["message"] for row in await self._select(among)}
 
     async def last_event(self) -> int:
         """The number of the newest batch that was ever stored, 0 when there was none."""
         (row,) = await self._read("last_event", {})
         return int(next(iter(row.values())))
+
+
+def _newest(
+    types: Sequence[str], statuses: Sequence[JobStatus], *, first: int, after: uuid.UUID | None
+) -> SelectOfScalar[Job]:
+    """The query of a page. Each type and status has an index in the order of ids.
+
+    Of several, the newest ids of each are read and merged: no index has them in one order.
+    """
+
+    def newest(query: Any) -> Any:
+        return query.order_by(col(Job.id).desc()).limit(first)
+
+    behind = [] if after is None else [col(Job.id) < after]
+    of_types = [[col(Job.type) == name] for name in dict.fromkeys(types)] or [[]]
+    of_statuses = [[col(Job.status) == str(status)] for status in dict.fromkeys(statuses)] or [[]]
+    conditions = [[*one, *other, *behind] for one in of_types for other in of_statuses]
+    if len(conditions) == 1:
+        return cast("SelectOfScalar[Job]", newest(select(Job).where(*conditions[0])))
+    found = union_all(
+        *(newest(select(Job.id).where(*each)).subquery().select() for each in conditions)
+    ).subquery()
+    ids = sqlalchemy.select(found.c.id).order_by(found.c.id.desc()).limit(first)
+    return select(Job).where(col(Job.id).in_(ids)).order_by(col(Job.id).desc())
 
 
 @lru_cache
@@ -480,11 +482,6 @@ def json_text(value: Any) -> str:
 def ids_text(ids: Iterable[uuid.UUID]) -> str:
     """A JSON array of ids, each in the form in which SQLite stores it."""
     return json_text([job_id.hex for job_id in ids])
-
-
-def error_of(value: Any) -> JobError | None:
-    """The error of a JSON column."""
-    return None if value is None else JobError(**value)
 
 
 def error_text(error: JobError | None) -> str | None:

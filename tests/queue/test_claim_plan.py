@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from datetime import UTC, datetime, timedelta
@@ -9,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import event, text
 
 from job_registry import JobRegistry
 from job_registry_api.queue.database import Database
+from job_registry_api.queue.errors import InputInvalid
 from job_registry_api.queue.models import JobStatus
 from job_registry_api.queue.queue import JobQueue
-from job_registry_api.queue.reading import BehindInQueue
+from job_registry_api.queue.reading import BehindInQueue, JobFilter
 from job_registry_api.queue.requests import EnqueueRequest
 from job_registry_api.queue.store import json_text, statements
 from tests.queue.test_races import outsider
@@ -58,15 +60,6 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "set_due": {"now": "2030", "newest": "f", "most": 100},
     "running": {"now": "2030", "type": "test.ping"},
     "next_end": {"now": "2030"},
-    "list": {"after": None, "first": 50},
-    "list_types": {"types": '["test.ping"]', "after": None, "first": 50},
-    "list_statuses": {"statuses": '["failed", "queued"]', "after": None, "first": 50},
-    "list_types_and_statuses": {
-        "types": '["test.ping"]',
-        "statuses": '["failed", "queued"]',
-        "after": None,
-        "first": 50,
-    },
     "prune": {"status": "succeeded", "before": "2030", "jobs": 200},
     "waiting": {"ids": '["f"]', "most": 1_000},
 }
@@ -80,14 +73,58 @@ async def test_on_sqlite_a_statement_reads_an_index_and_sorts_no_more_than_a_pag
     database = Database(f"sqlite:///{tmp_path / 'jobs.db'}", timeout_seconds=None)
     await fill(database, 2_000)
     async with database.reading() as connection:
-        explained = text(f"EXPLAIN QUERY PLAN {statements('sqlite')[name]}")
-        steps = [row[-1] for row in await connection.execute(explained, PARAMETERS[name])]
+        query = text(f"EXPLAIN QUERY PLAN {statements('sqlite')[name]}")
+        steps = [row[-1] for row in await connection.execute(query, PARAMETERS[name])]
     await database.close()
-    # Without a filter the primary key is read, in its order.
-    scans = [s for s in steps if re.match(r"SCAN (job|found|other|due)\b(?!.* USING)", s)]
+    scans = [s for s in steps if re.match(r"SCAN (job|other|due)\b(?!.* USING)", s)]
     assert not scans, steps
-    if not name.startswith("list_"):
+    assert not [step for step in steps if "TEMP B-TREE" in step], steps
+
+
+LISTS = {
+    "all": JobFilter(),
+    "a type": JobFilter(types=("test.ping",)),
+    "types": JobFilter(types=("test.ping", "test.limited")),
+    "statuses": JobFilter(statuses=(JobStatus.FAILED, JobStatus.QUEUED)),
+    "a type and status": JobFilter(("test.ping",), (JobStatus.SUCCEEDED,)),
+    "types and statuses": JobFilter(
+        ("test.ping", "test.limited"), (JobStatus.FAILED, JobStatus.QUEUED)
+    ),
+}
+
+
+@pytest.mark.parametrize("wanted", LISTS.values(), ids=LISTS.keys())
+async def test_on_sqlite_a_page_of_jobs_reads_indexes_and_sorts_no_more_than_pages(
+    tmp_path: Path, sqlite_template: Path, registry: JobRegistry, wanted: JobFilter
+) -> None:
+    shutil.copy(sqlite_template, tmp_path / "jobs.db")
+    database = Database(f"sqlite:///{tmp_path / 'jobs.db'}", timeout_seconds=None)
+    await fill(database, 2_000)
+    steps = [row[-1] for row in await explained(database, registry, wanted, "EXPLAIN QUERY PLAN")]
+    await database.close()
+    # Without a filter the primary key is read, in its order. `anon` are the ids of some pages.
+    scans = [s for s in steps if re.match(r"SCAN (?!anon|\(subquery)(?!.* USING)", s)]
+    assert not scans, steps
+    if len(wanted.types) < 2 and len(wanted.statuses) < 2:
         assert not [step for step in steps if "TEMP B-TREE" in step], steps
+
+
+async def explained(
+    database: Database, registry: JobRegistry, wanted: JobFilter, explain: str
+) -> list[Any]:
+    """The plan of the query that `list_jobs` runs."""
+    ran: list[tuple[str, Any]] = []
+
+    def note(_connection: Any, _cursor: Any, sql: str, parameters: Any, *_: Any) -> None:
+        ran.append((sql, parameters))
+
+    event.listen(database.engine.sync_engine, "before_cursor_execute", note)
+    await JobQueue(registry, database).list_jobs(wanted)
+    event.remove(database.engine.sync_engine, "before_cursor_execute", note)
+    ((sql, parameters),) = ran
+    async with database.reading() as connection:
+        rows = await connection.exec_driver_sql(f"{explain} {sql}", parameters)
+        return list(rows.all())
 
 
 async def test_on_postgresql_what_an_operation_reads_does_not_grow_with_the_queue(
@@ -101,15 +138,15 @@ async def test_on_postgresql_what_an_operation_reads_does_not_grow_with_the_queu
         await queue.lease(["test.ping", "test.limited"], "w", limit=10)
         read[jobs] = {
             "claim": await blocks(database, CLAIM),
-            "list of a type and status": await blocks(database, "list_types_and_statuses"),
-            "list of statuses": await blocks(database, "list_statuses"),
-            "list of a type": await blocks(database, "list_types"),
             "next due": await blocks(database, NEXT_DUE),
         }
+        for name, wanted in LISTS.items():
+            ((plan,),) = await explained(database, registry, wanted, EXPLAIN)
+            read[jobs][f"list of {name}"] = blocks_of(plan)
     await database.close()
     small, large = read.values()
-    # An index has a level more, perhaps; nothing else.
-    grown = {name: (small[name], large[name]) for name in small if large[name] > small[name] + 60}
+    # An index has a level more, perhaps, for each job of a page and of the pages it is made of.
+    grown = {name: (small[name], large[name]) for name in small if large[name] > small[name] + 110}
     assert not grown
 
 
@@ -207,19 +244,19 @@ CLAIM = (
 NEXT_DUE = """SELECT job_next_due('[{"type": "test.ping"}]')"""
 
 
+EXPLAIN = "EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON)"
+
+
 async def blocks(database: Database, statement: str) -> int:
     """How many blocks of tables and indexes a statement reads, of its functions as well."""
-    sql = statements("postgresql").get(statement, statement)
-    explain = f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {sql}"
-    parameters = PARAMETERS.get(statement)
     async with database.transaction() as connection:
-        rows = (
-            await connection.exec_driver_sql(explain)
-            if parameters is None
-            else await connection.execute(text(explain), parameters)
-        )
-        plan = rows.scalar_one()[0]["Plan"]
-    return int(plan["Shared Hit Blocks"] + plan["Shared Read Blocks"])
+        plan = (await connection.exec_driver_sql(f"{EXPLAIN} {statement}")).scalar_one()
+    return blocks_of(plan)
+
+
+def blocks_of(plan: Any) -> int:
+    read = (json.loads(plan) if isinstance(plan, str) else plan)[0]["Plan"]
+    return int(read["Shared Hit Blocks"] + read["Shared Read Blocks"])
 
 
 async def test_a_filled_queue_gives_the_highest_and_oldest_first(
@@ -233,3 +270,17 @@ async def test_a_filled_queue_gives_the_highest_and_oldest_first(
     (first,) = await queue.lease(["test.ping"], "w")
     assert first.job.id == high.id
     await database.close()
+
+
+async def test_a_page_is_merged_of_as_many_types_and_statuses_as_are_named(queue: JobQueue) -> None:
+    request = EnqueueRequest("test.ping", {})
+    ids = [(await queue.enqueue(request)).job.id for _ in range(5)]
+    unknown = tuple(f"unknown.type{n}" for n in range(99))
+    every = JobFilter(("test.ping", *unknown), tuple(JobStatus))
+    page = await queue.list_jobs(every, first=3)
+    assert [job.id for job in page.jobs] == ids[:1:-1]
+    assert page.has_next_page
+    rest = await queue.list_jobs(every, first=3, after=page.jobs[-1].id)
+    assert [job.id for job in rest.jobs] == ids[1::-1]
+    with pytest.raises(InputInvalid, match=r"/filter/types: Expected at most 100"):
+        await queue.list_jobs(JobFilter((*unknown, "test.ping", "test.pong")))

@@ -109,6 +109,7 @@ async def work(queue: JobQueue, types: list[str]) -> None:
         await queue.waiting_reason(job)
         await queue.counts()
         await queue.list_jobs(JobFilter(types=(name,)))
+        await queue.list_jobs(JobFilter(types=tuple(types)))
         await queue.list_jobs(JobFilter(statuses=(JobStatus.QUEUED, JobStatus.RUNNING)))
         await queue.list_jobs(JobFilter((name,), (JobStatus.SUCCEEDED,)), after=job.id)
         await queue.prune(JobStatus.SUCCEEDED, keep_seconds=3_600, jobs=100)

@@ -1,4 +1,5 @@
--- The statements of the queue on PostgreSQL, each with its name and its purpose.
+-- The statements of the queue on PostgreSQL, each with its name and its purpose. Ordinary reads are
+-- queries in store.py.
 --
 -- Those that change jobs call the functions that migration 0002 made, so that each is one
 -- statement in autocommit: a client that freezes holds no lock. `:keep` stores the events of the
@@ -58,13 +59,6 @@ FROM jsonb_array_elements_text(CAST(:types AS jsonb)) AS seen (type)
 ORDER BY seen.type
 ON CONFLICT (type) DO UPDATE SET worker_seen_at = excluded.worker_seen_at
 
--- name: get
--- Jobs by their primary keys.
-SELECT job.* FROM job_registry.job
-WHERE job.id IN (
-    SELECT CAST(wanted.id AS uuid)
-    FROM jsonb_array_elements_text(CAST(:ids AS jsonb)) AS wanted (id))
-
 -- name: by_key
 -- The jobs that hold these idempotency keys.
 SELECT job.* FROM jsonb_to_recordset(CAST(:keys AS jsonb)) AS wanted (type text, key text)
@@ -91,62 +85,13 @@ WHERE job_id IN (
     FROM jsonb_array_elements_text(CAST(:ids AS jsonb)) AS wanted (id))
 ORDER BY id
 
--- name: list
--- Jobs, newest first, behind `:after`. Without a filter the primary key is read backwards.
-SELECT job.* FROM job_registry.job
-WHERE job.id < CAST(coalesce(:after, 'ffffffff-ffff-ffff-ffff-ffffffffffff') AS uuid)
-ORDER BY job.id DESC LIMIT :first
-
--- name: list_types
--- The same, of some types. As an array, because PostgreSQL estimates 10 elements of one and 100 of
--- jsonb_array_elements: from a cost of 100,000 on it would compile the statement. The head of each type's part of the index `job_by_type` is read.
-SELECT found.* FROM unnest(ARRAY(
-    SELECT jsonb_array_elements_text(CAST(:types AS jsonb)))) AS wanted (type)
-CROSS JOIN LATERAL (
-    SELECT job.* FROM job_registry.job
-    WHERE job.type = wanted.type
-      AND job.id < CAST(coalesce(:after, 'ffffffff-ffff-ffff-ffff-ffffffffffff') AS uuid)
-    ORDER BY job.id DESC LIMIT :first
-) AS found
-ORDER BY found.id DESC LIMIT :first
-
--- name: list_statuses
--- The same, of some statuses, by the index `job_by_status`.
-SELECT found.* FROM unnest(ARRAY(
-    SELECT jsonb_array_elements_text(CAST(:statuses AS jsonb)))) AS wanted (status)
-CROSS JOIN LATERAL (
-    SELECT job.* FROM job_registry.job
-    WHERE job.status = wanted.status
-      AND job.id < CAST(coalesce(:after, 'ffffffff-ffff-ffff-ffff-ffffffffffff') AS uuid)
-    ORDER BY job.id DESC LIMIT :first
-) AS found
-ORDER BY found.id DESC LIMIT :first
-
--- name: list_types_and_statuses
--- The same, of some types and statuses, by the index `job_by_type_and_status`.
-SELECT found.* FROM unnest(ARRAY(
-    SELECT jsonb_array_elements_text(CAST(:types AS jsonb)))) AS of_type (type)
-CROSS JOIN unnest(ARRAY(
-    SELECT jsonb_array_elements_text(CAST(:statuses AS jsonb)))) AS of_status (status)
-CROSS JOIN LATERAL (
-    SELECT job.* FROM job_registry.job
-    WHERE job.type = of_type.type AND job.status = of_status.status
-      AND job.id < CAST(coalesce(:after, 'ffffffff-ffff-ffff-ffff-ffffffffffff') AS uuid)
-    ORDER BY job.id DESC LIMIT :first
-) AS found
-ORDER BY found.id DESC LIMIT :first
-
 -- name: waiting
 -- What queued jobs wait for.
 SELECT * FROM job_registry.job_waiting(CAST(:ids AS jsonb), CAST(:most AS integer))
 
 -- name: now
 -- The database's time.
-SELECT clock_timestamp()
-
--- name: counts
--- Jobs per type and status: the sums of what the triggers on `job` noted.
-SELECT type, status, CAST(sum(jobs) AS bigint) AS jobs FROM job_registry.job_count GROUP BY type, status
+SELECT clock_timestamp() AS now
 
 -- name: prune
 -- Delete jobs that ended long ago, the oldest first. Rows that are locked are left for later.
@@ -167,21 +112,6 @@ WITH taken AS (
     RETURNING type, status, jobs)
 INSERT INTO job_registry.job_count (type, status, jobs)
 SELECT type, status, sum(jobs) FROM taken GROUP BY type, status HAVING sum(jobs) <> 0
-
--- name: events
--- One stored batch of events.
-SELECT message FROM job_registry.job_event_batch WHERE id = :id
-
--- name: events_after
--- The stored batches behind a number.
-SELECT id, message FROM job_registry.job_event_batch WHERE id > :after ORDER BY id LIMIT 1000
-
--- name: events_among
--- The stored batches that have these numbers.
-SELECT id, message FROM job_registry.job_event_batch
-WHERE id IN (
-    SELECT CAST(wanted.id AS bigint)
-    FROM jsonb_array_elements_text(CAST(:numbers AS jsonb)) AS wanted (id))
 
 -- name: last_event
 -- The number of the newest stored batch.

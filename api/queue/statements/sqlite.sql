@@ -1,11 +1,12 @@
--- The statements of the queue on SQLite, each with its name and its purpose.
+-- The statements of the queue on SQLite, each with its name and its purpose. Ordinary reads are
+-- queries in store.py.
 --
 -- Those that change jobs run in one BEGIN IMMEDIATE, which excludes every other writer, so what one
 -- statement reads the next may rely on. `:now` is the transaction's time, read from SQLite.
 
 -- name: now
 -- The database's time, in the form in which times are stored and compared.
-SELECT strftime('%Y-%m-%d %H:%M:%f', 'now') || '000'
+SELECT strftime('%Y-%m-%d %H:%M:%f', 'now') || '000' AS now
 
 -- name: insert
 -- Store a new job, unless its type has the idempotency key already.
@@ -167,10 +168,6 @@ SELECT min(ends) FROM (
 INSERT INTO job_type_state (type, worker_seen_at) VALUES (:type, :now)
 ON CONFLICT (type) DO UPDATE SET worker_seen_at = excluded.worker_seen_at
 
--- name: get
--- Jobs by their primary keys.
-SELECT job.* FROM job WHERE id IN (SELECT value FROM json_each(:ids))
-
 -- name: by_key
 -- The jobs that hold these idempotency keys.
 SELECT job.* FROM json_each(:keys) AS wanted
@@ -196,38 +193,6 @@ SELECT job_id, attempt, worker_id, started_at, finished_at, outcome, error,
     finished_at IS NOT NULL AND held_until IS NOT NULL
         AND held_until > strftime('%Y-%m-%d %H:%M:%f', 'now') || '000' AS still_running
 FROM job_attempt WHERE job_id IN (SELECT value FROM json_each(:ids)) ORDER BY id
-
--- name: list
--- Jobs, newest first, behind `:after`. Without a filter the primary key is read backwards.
-SELECT job.* FROM job WHERE job.id < coalesce(:after, 'g') ORDER BY job.id DESC LIMIT :first
-
--- name: list_types
--- The same, of some types. The head of each type's part of the index `job_by_type` is read.
-SELECT job.* FROM json_each(:types) AS wanted
-CROSS JOIN job ON job.id IN (
-    SELECT found.id FROM job AS found
-    WHERE found.type = wanted.value AND found.id < coalesce(:after, 'g')
-    ORDER BY found.id DESC LIMIT :first)
-ORDER BY job.id DESC LIMIT :first
-
--- name: list_statuses
--- The same, of some statuses, by the index `job_by_status`.
-SELECT job.* FROM json_each(:statuses) AS wanted
-CROSS JOIN job ON job.id IN (
-    SELECT found.id FROM job AS found
-    WHERE found.status = wanted.value AND found.id < coalesce(:after, 'g')
-    ORDER BY found.id DESC LIMIT :first)
-ORDER BY job.id DESC LIMIT :first
-
--- name: list_types_and_statuses
--- The same, of some types and statuses, by the index `job_by_type_and_status`.
-SELECT job.* FROM json_each(:types) AS of_type CROSS JOIN json_each(:statuses) AS of_status
-CROSS JOIN job ON job.id IN (
-    SELECT found.id FROM job AS found
-    WHERE found.type = of_type.value AND found.status = of_status.value
-      AND found.id < coalesce(:after, 'g')
-    ORDER BY found.id DESC LIMIT :first)
-ORDER BY job.id DESC LIMIT :first
 
 -- name: waiting
 -- What queued jobs wait for. Each count reads one range of an index, up to a bound. The priorities
@@ -266,10 +231,6 @@ SELECT job.id,
     )) AS ahead
 FROM job WHERE status = 'queued' AND id IN (SELECT value FROM json_each(:ids))
 
--- name: counts
--- Jobs per type and status: the sums of what the triggers on `job` noted.
-SELECT type, status, sum(jobs) AS jobs FROM job_count GROUP BY type, status
-
 -- name: prune
 -- Delete jobs that ended long ago, the oldest first.
 DELETE FROM job WHERE id IN (
@@ -279,18 +240,6 @@ DELETE FROM job WHERE id IN (
 -- name: fold_counts
 -- Delete the counts of types that have no jobs any more.
 DELETE FROM job_count WHERE jobs = 0
-
--- name: events
--- One stored batch of events.
-SELECT message FROM job_event_batch WHERE id = :id
-
--- name: events_after
--- The stored batches behind a number.
-SELECT id, message FROM job_event_batch WHERE id > :after ORDER BY id LIMIT 1000
-
--- name: events_among
--- The stored batches that have these numbers.
-SELECT id, message FROM job_event_batch WHERE id IN (SELECT value FROM json_each(:numbers))
 
 -- name: last_event
 -- The number of the newest stored batch, also of one that was deleted.
