@@ -96,7 +96,8 @@ class Claiming:
         self._seen: dict[str, float] = {}
         self._served: dict[str, int] = {}
         self._turn = itertools.count(1)
-        self._ending = False
+        self.is_ending = False
+        """Whether the process shuts down: nobody waits any more."""
         self._returning: set[asyncio.Task[None]] = set()
 
     async def lease(
@@ -113,7 +114,7 @@ class Claiming:
         `stop`, once set, ends the wait. A caller that is cancelled takes nothing: what was leased
         for it in that moment is given back.
         """
-        if wait_seconds <= 0 or self._ending or (stop is not None and stop.is_set()):
+        if wait_seconds <= 0 or self.is_ending or (stop is not None and stop.is_set()):
             return await self.claim(types, worker_id, limit)
         line = self._lines.setdefault(frozenset(types), _Line(self, tuple(types)))
         waiter = _Waiter(worker_id, limit, asyncio.get_running_loop().create_future())
@@ -223,7 +224,7 @@ class Claiming:
 
     def end(self) -> None:
         """End every wait: the process shuts down."""
-        self._ending = True
+        self.is_ending = True
         for line in self._lines.values():
             line.end()
 
@@ -274,7 +275,7 @@ class _Line:
             self._woken.set()
 
     def end(self) -> None:
-        """Send everybody away with nothing."""
+        """End every wait without a lease; a claim that is under way ends its own."""
         for waiter in self._waiters:
             if not waiter.is_served and not waiter.leases.done():
                 waiter.leases.set_result([])
@@ -327,7 +328,8 @@ class _Line:
             finally:
                 waiter.is_served = False
             if not leases:
-                if waiter.is_leaving and not waiter.leases.done():
+                leaves = waiter.is_leaving or self._claiming.is_ending
+                if leaves and not waiter.leases.done():
                     waiter.leases.set_result([])
                 if waiter.leases.done() or waiter.is_gone:
                     continue
@@ -339,7 +341,7 @@ class _Line:
         return everything
 
     def _fail(self, error: Exception) -> None:
-        """The database did not answer: so learns everybody in the line."""
+        """Raise the error in every caller: the database did not answer."""
         for waiter in self._waiters:
             if not waiter.leases.done():
                 waiter.leases.set_exception(error)

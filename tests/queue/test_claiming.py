@@ -220,3 +220,16 @@ async def test_jobs_whose_documents_cannot_be_read_after_the_claim_are_handed_ba
     (lease,) = await queue.lease(["test.ping"], "w")
     assert (lease.job.id, lease.job.attempt) == (job.id, 1)
     await database.close()
+
+
+async def test_the_end_of_the_process_ends_a_wait_whose_claim_is_under_way(
+    queue: JobQueue, claims: Claims
+) -> None:
+    claims.go_on.clear()
+    (waiting,) = await polls(queue, 1)
+    async with asyncio.timeout(5):
+        await claims.entered.wait()
+    queue.end_waits()
+    claims.go_on.set()
+    async with asyncio.timeout(5):
+        assert await waiting == []
