@@ -8,7 +8,7 @@ import pytest
 
 from job_registry_api.settings import SettingsInvalid, load_settings, settings_table
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs/settings.md"
 
 
 def test_defaults_serve_loopback_on_an_embedded_database() -> None:
@@ -246,7 +246,7 @@ def test_settings_are_printed_without_the_password() -> None:
     assert "lovelace" not in repr(settings)
 
 
-def test_the_readme_has_the_table_of_settings_as_it_is() -> None:
-    text = README.read_text("utf-8")
+def test_the_guide_has_the_table_of_settings_as_it_is() -> None:
+    text = PAGE.read_text("utf-8")
     table = text.split("<!-- settings -->\n")[1].split("\n<!-- /settings -->")[0]
     assert table == settings_table()
