@@ -114,7 +114,7 @@ def test_other_addresses_are_served_with_authentication_only(host: str) -> None:
     faults = refused(JOBS_HOST=host)
     assert faults.keys() == {"JOBS_HOST"}
     assert (
-        "without authentication only loopback (127.0.0.1, ::1, localhost) is served"
+        "without authentication only loopback (127.0.0.1, ::1, localhost) is allowed"
         in (faults["JOBS_HOST"])
     )
     assert "because anyone who reaches the port may use the queue" in faults["JOBS_HOST"]
