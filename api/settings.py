@@ -108,8 +108,8 @@ class Settings(BaseSettings):
         ge=1.0,
         le=3_600.0,
         description="How long a lease lasts without a heartbeat. With a shorter lease, a dead"
-        " worker is noticed sooner. If it is too short, a slow network looks like a dead worker, and"
-        " jobs run twice.",
+        " worker is noticed sooner. If it is too short, a slow network looks like a dead worker,"
+        " and jobs run twice.",
     )
     shutdown_seconds: float = Field(
         default=20.0,

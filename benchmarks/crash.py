@@ -11,8 +11,8 @@ restarted without notice halfway.
 
 Afterwards: every job whose enqueue was answered exists; every key made one job; every job is
 finished; no job was completed twice; the handlers' log shows that no more jobs of a limited type
-ran at once than its limit allows; every server is ready and every worker runs jobs again; and all of
-them end on SIGTERM. Exits with 1 if one of these is false.
+ran at once than its limit allows; every server is ready and every worker runs jobs again; and all
+of them end on SIGTERM. Exits with 1 if one of these is false.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/memory.py [--megabytes 20] [--failing 1000] [--succeeding 10000]
 
 Each failing attempt holds that many megabytes in its frame. Each succeeding attempt has a payload
-and a result of 50 kB. Runs on a new SQLite file, with the garbage collector configured as in a worker.
+and a result of 50 kB. Runs on a new SQLite file, with the garbage collector set as in a worker.
 The size must level off; the last line says whether it does.
 """
 
