@@ -76,8 +76,8 @@ class Settings(BaseSettings):
     database_schema: str = Field(
         default="job_registry",
         pattern=r"^[a-z_][a-z0-9_]{0,62}$",
-        description="The PostgreSQL schema of the tables, which `migrate` makes. Deployments that"
-        " share a database each need one of their own.",
+        description="The PostgreSQL schema of the tables, which `migrate` creates. Deployments that"
+        " share a database each need their own schema.",
     )
     catalog: Annotated[tuple[str, ...], NoDecode] = Field(
         default=("job_registry.catalog",),
@@ -310,7 +310,9 @@ class Settings(BaseSettings):
     @classmethod
     def _check_schema(cls, value: str) -> str:
         if value.startswith("pg_"):
-            raise ValueError("PostgreSQL keeps names that begin with pg_ to itself")
+            raise ValueError(
+                "expected a name that does not start with pg_, which PostgreSQL reserves"
+            )
         return value
 
     @field_validator("database_listen_url")
@@ -496,6 +498,10 @@ def _expected(name: str, detail: ErrorDetails) -> str:
             return f"expected {detail['ctx']['expected']}"
         case "string_too_short":
             return "expected a text that is not empty"
+        case "string_pattern_mismatch":
+            return (
+                "expected 1 to 63 lower-case letters, digits and underscores, the first not a digit"
+            )
         case "bool_parsing" | "bool_type":
             return "expected true or false"
     field = Settings.model_fields[name]

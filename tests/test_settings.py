@@ -145,6 +145,8 @@ def test_all_that_authentication_lacks_is_told_at_once(tmp_path: Path) -> None:
         ("JOBS_AUTH_JWKS", "https://issuer.example/keys", "JOBS_AUTH_HS256_SECRET is set too"),
         ("JOBS_AUTH_ISSUER", "", "a text that is not empty"),
         ("JOBS_AUTH_LEEWAY_SECONDS", "301", "a number from 0 to 300"),
+        ("JOBS_DATABASE_SCHEMA", "Jobs", "lower-case letters, digits and underscores"),
+        ("JOBS_DATABASE_SCHEMA", "pg_jobs", "a name that does not start with pg_"),
         ("JOBS_PRODUCTION", "perhaps", "true or false"),
         ("JOBS_INTROSPECTION", "2", "true or false"),
         ("JOBS_RATE_LIMIT", "many", "a rate such as 600/minute"),
