@@ -117,7 +117,7 @@ _URL: Final = re.compile(
 _HOST: Final = re.compile(r"(?P<host>\[[0-9A-Fa-f:.%]+\]|[^:\[\]]*)(?::(?P<port>[^:]*))?")
 
 _Check = Callable[[str], str | None]
-"""Returns the fault of an option's value, or None."""
+"""Return the fault of an option's value, or None."""
 
 
 def _anything(_value: str) -> None:

@@ -107,7 +107,7 @@ async def run(seconds: float, rounds: int, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--seconds", type=float, default=2.0, help="for each measurement")
-    parser.add_argument("--rounds", type=int, default=3, help="turns that each takes")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each variant is measured")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="jobs-benchmark-"))
     try:
