@@ -35,6 +35,7 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m tests.docs
 	$(BIN)/lint-imports
 
 # Hashes and no addresses: the locks serve any index.

@@ -1,4 +1,4 @@
-"""The Starlette application: the doors, health, and the worker inside `job-registry serve`."""
+"""The Starlette application: GraphQL, REST, health, and the worker inside `job-registry serve`."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ log = structlog.get_logger("jobs.app")
 
 
 def create_app(settings: Settings, registry: JobRegistry, *, worker: bool = False) -> Starlette:
-    """The application. With `worker`, jobs that have a handler run in this process as well.
+    """Create the application. With `worker`, jobs that have a handler run in this process as well.
 
-    The database has to be migrated. While it is away the application answers 503, and it recovers
-    by itself. `app.state.end`, once the application has started, begins its end: waits and
-    subscriptions end, and its worker leases nothing more; a second call does not wait for jobs.
+    The database must be migrated. During an outage of the database the application answers 503, and
+    it recovers by itself. After the start, `app.state.end()` begins the shutdown: waiting requests
+    and subscriptions end, and the worker leases no more jobs. A second call does not wait for jobs.
 
     Raises:
-        SettingsInvalid: the keys that tokens are to be checked with cannot be used.
-        DefinitionError: the job types cannot stand together in the GraphQL schema.
+        SettingsInvalid: the keys for the tokens cannot be used.
+        DefinitionError: the names of two job types collide in the GraphQL schema.
     """
 
     @asynccontextmanager
@@ -106,7 +106,7 @@ def create_app(settings: Settings, registry: JobRegistry, *, worker: bool = Fals
         middleware=_middleware(settings),
         lifespan=lifespan,
     )
-    # Nothing has started yet.
+    # Until the application has started there is nothing to end.
     application.state.end = application.state.abandon = lambda: None
     return application
 
@@ -157,7 +157,7 @@ async def _working(queue: JobQueue, settings: Settings) -> AsyncIterator[Worker]
     try:
         yield worker
     finally:
-        # A second call would hand running jobs back at once.
+        # A second call would release running jobs at once.
         if not worker.is_stopping:
             worker.stop()
         await task

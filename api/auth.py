@@ -1,7 +1,7 @@
-"""Who calls, what they may do, and how often.
+"""Authentication, scopes and rate limits.
 
-JWT bearer tokens (RFC 7519, RFC 6750), their scopes, and rates of requests. Every door asks
-`Entrance` for the `Caller` and gives it to what it calls.
+JWT bearer tokens (RFC 7519, RFC 6750). GraphQL, REST and health get the `Caller` of each request
+from `Entrance`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ log = structlog.get_logger("jobs.auth")
 AccessScope = Literal["jobs:enqueue", "jobs:read", "jobs:work", "jobs:admin"]
 ACCESS_SCOPES: Final[tuple[AccessScope, ...]] = get_args(AccessScope)
 ADMIN: Final = "jobs:admin"
-"""Implies the others."""
+"""The scope that includes the others."""
 
 JOB_TYPES_CLAIM: Final = "jobs:types"
 MAX_KNOWN_TOKENS: Final = 1_000
@@ -43,7 +43,7 @@ MAX_TOKEN_LENGTH: Final = 8_192
 
 
 class Unauthenticated(Exception):
-    """Raised when nobody can tell who calls: there is no token, or it is not valid.
+    """Raised when a request has no token, or one that is not valid.
 
     `challenge` is the value of the WWW-Authenticate header (RFC 6750, section 3).
     """
@@ -56,34 +56,34 @@ class Unauthenticated(Exception):
 
 
 class Forbidden(Exception):
-    """Raised when a caller's token does not admit what it asks; says what would."""
+    """Raised when a token does not allow a request. The message names the scope that does."""
 
 
 class TooManyRequests(Exception):
-    """Raised when a caller exceeds its rate; `retry_after` is in whole seconds, at least 1."""
+    """Raised when a caller exceeds a rate limit. `retry_after` is in whole seconds, at least 1."""
 
     def __init__(self, limit: str, retry_after: int) -> None:
         self.retry_after = retry_after
-        super().__init__(f"At most {limit} are taken; try again in {retry_after} s.")
+        super().__init__(f"At most {limit} are allowed; try again in {retry_after} s.")
 
 
 class AuthenticationUnavailable(Exception):
-    """Raised when the keys to check a token with cannot be fetched."""
+    """Raised when the keys to check a token cannot be fetched."""
 
     def __init__(self) -> None:
-        super().__init__("The keys that tokens are checked with cannot be fetched; try again.")
+        super().__init__("The keys to check the token cannot be fetched; try again.")
 
 
 class KeysInvalid(Exception):
-    """Raised when a JSON Web Key Set holds no key that tokens could be checked with."""
+    """Raised when a JSON Web Key Set has no usable key."""
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who calls, and what they may do.
+    """The sender of a request, and what it may do.
 
-    `subject` becomes `createdBy`. `job_types` are those the caller is limited to; None is no
-    limit. `expires_at` is when that ends, in seconds of Unix time.
+    `subject` becomes `createdBy`. `job_types` are the job types that the caller is limited to; None
+    means all. `expires_at` is when the token expires, in seconds of Unix time.
     """
 
     subject: str | None
@@ -92,65 +92,65 @@ class Caller:
     expires_at: float | None = None
 
     def need(self, *scopes: AccessScope) -> None:
-        """Returns when the caller has one of these scopes.
+        """Check that the caller has one of these scopes.
 
         Raises:
-            Forbidden: it has none of them.
+            Forbidden: the caller has none of them.
         """
         if not self.has(*scopes):
             raise Forbidden(f"This needs the scope {' or '.join(scopes)}.")
 
     def has(self, *scopes: AccessScope) -> bool:
-        """Whether the caller has one of these scopes."""
+        """Return whether the caller has one of these scopes."""
         return not self.scopes.isdisjoint(scopes) or ADMIN in self.scopes
 
     def need_types(self, job_types: Iterable[str]) -> None:
-        """Returns when the caller may name each of these job types.
+        """Check that the caller may use each of these job types.
 
         Raises:
-            Forbidden: its token is limited to others.
+            Forbidden: the token is limited to other types.
         """
         for job_type in job_types:
             if not self.may_see(job_type):
-                raise Forbidden(f"This token is not for jobs of type {shortened(job_type)}.")
+                raise Forbidden(f"This token does not allow jobs of type {shortened(job_type)}.")
 
     def may_see(self, job_type: str) -> bool:
-        """Whether jobs of this type exist for the caller."""
+        """Return whether the caller may see jobs of this type."""
         return self.job_types is None or job_type in self.job_types
 
 
 ANYONE: Final = Caller(subject=None, scopes=frozenset(ACCESS_SCOPES))
-"""Who calls where no authentication is configured, and only this machine is served."""
+"""The caller of every request without authentication, when only this machine is served."""
 
 
 class Keys(Protocol):
-    """Where the key that a token is checked with comes from."""
+    """A source of keys to check tokens."""
 
     async def find(self, header: Mapping[str, Any]) -> tuple[Any, str]:
-        """The key and its algorithm for a token with this header.
+        """Return the key and its algorithm for a token with this header.
 
         Raises:
-            Unauthenticated: no key is known that could have signed it.
+            Unauthenticated: no known key fits.
             AuthenticationUnavailable: the keys cannot be fetched.
         """
 
 
 class SharedSecret:
-    """HS256 with a secret that the issuer of the tokens has as well."""
+    """HS256 with a secret that is shared with the issuer of the tokens."""
 
     def __init__(self, secret: str) -> None:
         self._secret = secret.encode()
 
     async def find(self, header: Mapping[str, Any]) -> tuple[Any, str]:
-        """The secret, whatever the header says: the algorithm is ours to say (RFC 8725, 3.1)."""
+        """Return the secret and HS256. The token does not choose the algorithm (RFC 8725, 3.1)."""
         return self._secret, "HS256"
 
 
 class KeyFile:
-    """Public keys of a JSON Web Key Set (RFC 7517) in a file, read once.
+    """The public keys of a JSON Web Key Set (RFC 7517) in a file, read once.
 
     Raises:
-        KeysInvalid: the text is not a key set, or holds no usable key.
+        KeysInvalid: the text is not a key set, or has no usable key.
     """
 
     def __init__(self, text: str) -> None:
@@ -160,18 +160,18 @@ class KeyFile:
             raise KeysInvalid(f"it is not a JSON Web Key Set: {shortened(str(error))}") from None
         self._keys = [key for key in keys if _algorithm(key) is not None]
         if not self._keys:
-            raise KeysInvalid("it holds no RSA, P-256 or Ed25519 key for signatures")
+            raise KeysInvalid("it has no RSA, P-256 or Ed25519 key for signatures")
 
     async def find(self, header: Mapping[str, Any]) -> tuple[Any, str]:
-        """The key that the token names; the only one, where it names none."""
+        """Return the key that the token names; without a name, the only key."""
         return _chosen(self._keys, header.get("kid"))
 
 
 class KeyUrl:
-    """Public keys of a JSON Web Key Set behind a URL, kept for five minutes.
+    """The public keys of a JSON Web Key Set at a URL, cached for five minutes.
 
-    An unknown key id fetches them anew, at most every 30 seconds: an issuer may have new keys, and
-    a stranger may invent ids. While they cannot be fetched it is tried every 5 seconds.
+    An unknown key id fetches the set again, at most every 30 seconds: the issuer may have new keys,
+    and a stranger may invent ids. During an outage the fetch is repeated every 5 seconds.
     """
 
     def __init__(self, url: str) -> None:
@@ -180,13 +180,13 @@ class KeyUrl:
         self._try_at = 0.0
 
     async def find(self, header: Mapping[str, Any]) -> tuple[Any, str]:
-        """The key that the token names; the only one, where it names none."""
+        """Return the key that the token names; without a name, the only key."""
         key_id = header.get("kid")
         async with self._one_at_a_time:
             if time.monotonic() < self._try_at:
                 raise AuthenticationUnavailable
             try:
-                # It waits for the network.
+                # In a thread, because the client blocks.
                 if isinstance(key_id, str):
                     keys = [await asyncio.to_thread(self._client.get_signing_key, key_id)]
                 else:
@@ -201,10 +201,10 @@ class KeyUrl:
 
 
 class Authentication:
-    """Makes callers of bearer tokens.
+    """Checks bearer tokens.
 
-    `issuer` and `audience` are what `iss` and `aud` have to be; `leeway_seconds` is how far clocks
-    may differ.
+    `issuer` and `audience` are the required `iss` and `aud`. `leeway_seconds` is how far clocks may
+    differ.
     """
 
     def __init__(
@@ -222,11 +222,11 @@ class Authentication:
         self._known: OrderedDict[str, Caller] = OrderedDict()
 
     async def caller(self, authorization: str) -> Caller:
-        """The caller of an Authorization header, "" where there is none.
+        """Return the caller of an Authorization header; "" is a missing header.
 
         Raises:
-            Unauthenticated: there is no token, or it is not valid.
-            AuthenticationUnavailable: it cannot be checked now.
+            Unauthenticated: the token is missing or not valid.
+            AuthenticationUnavailable: the token cannot be checked now.
         """
         scheme, _, token = authorization.partition(" ")
         token = token.strip()
@@ -239,7 +239,7 @@ class Authentication:
             self._known.move_to_end(token)
             return known
         caller = await self._checked(token)
-        # A signature is checked once: an elliptic one takes longer than storing a job's row.
+        # Cached, because checking an elliptic curve signature takes longer than storing a job.
         self._known[token] = caller
         if len(self._known) > MAX_KNOWN_TOKENS:
             self._known.popitem(last=False)
@@ -252,8 +252,8 @@ class Authentication:
             raise Unauthenticated("The token is not a JSON Web Token.") from None
         key, algorithm = await self._keys.find(header)
         try:
-            # The algorithm is the key's, never the token's: `none`, and an HMAC made with a
-            # public key, are refused here (RFC 8725, sections 2.1 and 3.1).
+            # The algorithm comes from the key, never from the token. This refuses `none`, and an
+            # HMAC made with a public key (RFC 8725, sections 2.1 and 3.1).
             claims = jwt.decode(
                 token,
                 key,
@@ -277,10 +277,10 @@ class Authentication:
 
 
 class Entrance:
-    """What every request passes: authentication where it is configured, then the rate limit.
+    """Authenticates every request, then counts it for the rate limits.
 
-    `rate_limits` bound the requests of each subject, and of each address that has none. `origins`
-    are those whose pages may call.
+    `rate_limits` bound the requests per subject, or per address without a subject. Pages of
+    `origins` may send requests.
     """
 
     def __init__(
@@ -295,15 +295,15 @@ class Entrance:
         self._hosts = frozenset(urlsplit(origin).hostname for origin in origins)
 
     async def admit(self, scope: Scope, authorization: str | None = None) -> Caller:
-        """The caller of a request, which is counted.
+        """Count a request, and return its caller.
 
-        `authorization` is used instead of the request's own header.
+        `authorization` replaces the header of the request.
 
         Raises:
-            Unauthenticated: there is no valid token. The request counts for its address.
+            Unauthenticated: the token is missing or not valid. The request counts for its address.
             AuthenticationUnavailable: the token cannot be checked now.
-            Forbidden: there is no authentication, and a page of another site may be calling.
-            TooManyRequests: it is one too many.
+            Forbidden: without authentication, the request may come from a page of another site.
+            TooManyRequests: the request exceeds a rate limit.
         """
         if authorization is None:
             authorization = header(scope, b"authorization").decode("latin-1")
@@ -316,11 +316,11 @@ class Entrance:
         return caller
 
     def admit_again(self, scope: Scope, caller: Caller) -> None:
-        """Counts a further request on a connection whose caller is known.
+        """Count a further request on a connection whose caller is known.
 
         Raises:
             Unauthenticated: the caller's token has expired.
-            TooManyRequests: it is one too many.
+            TooManyRequests: the request exceeds a rate limit.
         """
         if caller.expires_at is not None and time.time() >= caller.expires_at:
             raise Unauthenticated("The token has expired.")
@@ -329,13 +329,13 @@ class Entrance:
     async def _caller(self, scope: Scope, authorization: str) -> Caller:
         if self._authentication is not None:
             return await self._authentication.caller(authorization)
-        # Who may give a name this machine's address makes a browser believe that their page and
-        # this server are one site (DNS rebinding). Names that anyone can register have a dot.
+        # DNS rebinding: a page whose host name resolves to this machine is same-origin with this
+        # server for a browser. Names that anyone can register contain a dot.
         host = _host(header(scope, b"host").decode("latin-1"))
         if "." in host and host not in self._hosts and not _is_address(host):
             raise Forbidden(
-                f"Without authentication only this machine is served, and not as {host[:100]!r}."
-                " List its origin in JOBS_CORS_ORIGINS if that is you."
+                "Without authentication, expected a host that is this machine, such as localhost;"
+                f" got {host[:100]}. If it is yours, add its origin to JOBS_CORS_ORIGINS."
             )
         return ANYONE
 
@@ -343,7 +343,7 @@ class Entrance:
         if self._limiter is None:
             return
         subject = caller.subject if caller else None
-        client = scope.get("client")  # It may be a proxy.
+        client = scope.get("client")  # This may be a proxy.
         who = ("address", client[0] if client else "") if subject is None else ("subject", subject)
         for limit in self._rate_limits:
             if not self._limiter.hit(limit, *who):
@@ -352,10 +352,10 @@ class Entrance:
 
 
 def open_entrance(settings: Settings) -> Entrance:
-    """The entrance that the settings describe.
+    """Create the entrance of the settings.
 
     Raises:
-        SettingsInvalid: the keys that tokens are checked with cannot be used.
+        SettingsInvalid: the keys for the tokens cannot be used.
     """
     return Entrance(
         _authentication(settings),
@@ -365,10 +365,10 @@ def open_entrance(settings: Settings) -> Entrance:
 
 
 def read_keys(source: str) -> Keys:
-    """The keys of a JWKS URL or file.
+    """Return the keys of a JWKS URL or file.
 
     Raises:
-        KeysInvalid: the file cannot be read, or holds no usable key.
+        KeysInvalid: the file cannot be read, or has no usable key.
     """
     if source.startswith(("http://", "https://")):
         return KeyUrl(source)
@@ -402,7 +402,7 @@ def _authentication(settings: Settings) -> Authentication | None:
 
 
 def _host(header: str) -> str:
-    """The host of a Host header without its port; all of it where it is malformed."""
+    """Return the host of a Host header without its port; a malformed header as it is."""
     try:
         return urlsplit(f"//{header}").hostname or ""
     except ValueError:
@@ -418,9 +418,9 @@ def _is_address(host: str) -> bool:
 
 
 def _algorithm(key: jwt.PyJWK) -> str | None:
-    """The one algorithm that a public key signs with here; None for keys that are not for us.
+    """Return the algorithm of a public key; None for keys that are not used for tokens.
 
-    Symmetric keys have no place among public ones.
+    Symmetric keys in a public set are ignored.
     """
     name = key.algorithm_name if key.public_key_use in (None, "sig") else None
     return name if name in ("RS256", "ES256", "EdDSA") else None
@@ -437,7 +437,7 @@ def _chosen(keys: Sequence[jwt.PyJWK], key_id: object) -> tuple[Any, str]:
 
 
 def _reason(error: Exception) -> str:
-    """Why a token is not valid, as a sentence for its bearer. PyJWT's own may quote the token."""
+    """Describe why a token is not valid. PyJWT's own messages may quote the token."""
     match error:
         case jwt.ExpiredSignatureError():
             return "The token has expired."
@@ -446,7 +446,7 @@ def _reason(error: Exception) -> str:
         case jwt.InvalidAudienceError():
             return "The token is for another audience."
         case jwt.InvalidIssuerError():
-            return "The token is of another issuer."
+            return "The token is from another issuer."
         case jwt.InvalidAlgorithmError():
             return "The token is signed with another algorithm than its key's."
         case jwt.MissingRequiredClaimError():
@@ -457,7 +457,7 @@ def _reason(error: Exception) -> str:
 
 
 def _scopes(claims: Mapping[str, Any]) -> frozenset[str]:
-    """The scopes of `scope` (RFC 8693, a string) or `scp` (a list, as some issuers write it)."""
+    """Return the scopes of `scope` (RFC 8693, a string) or `scp` (a list, from some issuers)."""
     given = claims.get("scope", claims.get("scp", ""))
     names = given.split() if isinstance(given, str) else given if isinstance(given, list) else []
     return frozenset(name for name in names if name in ACCESS_SCOPES)
@@ -468,12 +468,12 @@ def _job_types(claims: Mapping[str, Any]) -> frozenset[str] | None:
     if given is None:
         return None
     if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
-        # A limit that cannot be read is no reason to have none.
+        # Refuse the token: ignoring the claim would remove a limit.
         raise Unauthenticated(f"The claim {JOB_TYPES_CLAIM} is not a list of names.")
     return frozenset(given)
 
 
 def _rate(limit: RateLimitItem) -> str:
     unit = limit.GRANULARITY.name
-    every = f"a {unit}" if limit.multiples == 1 else f"in {limit.multiples} {unit}s"
+    every = f"per {unit}" if limit.multiples == 1 else f"per {limit.multiples} {unit}s"
     return f"{limit.amount} requests {every}"

@@ -1,6 +1,6 @@
-"""The `job-registry` command: serve, work, migrate, and the registry at hand.
+"""The `job-registry` command.
 
-What a command does not need it does not import: `types` knows no database and no GraphQL.
+Each command imports only what it needs: `types` imports no database and no GraphQL.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ if TYPE_CHECKING:
 REFUSED = 1
 WRONG_USAGE = 2
 BULK = 500
-"""Jobs that `enqueue` stores in one transaction: enough to be fast, few enough to show progress."""
+"""Jobs per transaction of `enqueue`: enough to be fast, few enough to show progress."""
 
 app = typer.Typer(
     name="job-registry",
     help="A typed job queue: an invalid job is rejected when it is enqueued.",
-    epilog="Settings are JOBS_* variables; the README lists them. Exit codes: 0 done, 1 refused,"
-    " 2 wrong usage, 3 did not end within its grace.",
+    epilog="Settings are JOBS_* variables; docs/settings.md lists them. Exit codes: 0 done,"
+    " 1 refused, 2 wrong usage or settings, 3 did not end in time.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -57,14 +57,17 @@ out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
-TypeName = Annotated[str, typer.Argument(metavar="TYPE", help="A job type: thumbnail.create.")]
+TypeName = Annotated[
+    str, typer.Argument(metavar="TYPE", help="A job type, such as thumbnail.create.")
+]
 File = Annotated[
-    str, typer.Argument(metavar="FILE", help="A file with the payload as JSON; - reads stdin.")
+    str,
+    typer.Argument(metavar="FILE", help="A file with the payload as JSON. - reads standard input."),
 ]
 
 
 def main() -> None:
-    """Runs the command, and turns what is expected to go wrong into a sentence and a code."""
+    """Run the command. Expected errors become a message and an exit code."""
     try:
         app()
     except SettingsInvalid as invalid:
@@ -72,7 +75,7 @@ def main() -> None:
     except DefinitionError as wrong:
         _fail(WRONG_USAGE, f"The job types cannot be loaded: {wrong}")
     except BrokenPipeError:
-        # The reader has what it wanted. Python would complain again while it closes stdout.
+        # The reader has closed the pipe. Python would report it again when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except KeyboardInterrupt:
@@ -99,11 +102,16 @@ def _options(
 
 @app.command()
 def serve(
-    host: Annotated[str | None, typer.Option(help="The address; JOBS_HOST otherwise.")] = None,
-    port: Annotated[int | None, typer.Option(help="The port; JOBS_PORT otherwise.")] = None,
-    worker: Annotated[bool, typer.Option(help="Run jobs in this process too.")] = True,
+    host: Annotated[
+        str | None, typer.Option(help="Address to listen on. Defaults to JOBS_HOST.")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(help="Port to listen on. Defaults to JOBS_PORT.")
+    ] = None,
+    worker: Annotated[bool, typer.Option(help="Run jobs in this process.")] = True,
     concurrency: Annotated[
-        int | None, typer.Option(help="How many jobs to run at once; JOBS_WORKER_CONCURRENCY.")
+        int | None,
+        typer.Option(help="Jobs to run at once. Defaults to JOBS_WORKER_CONCURRENCY."),
     ] = None,
 ) -> None:
     """Serve GraphQL at /graphql and REST at /jobs, with a worker inside."""
@@ -127,18 +135,18 @@ def serve(
         proxy_headers=False,
         lifespan="on",
         ws_max_size=settings.max_body_bytes,
-        # Requests and jobs have the same grace, from the same signal.
+        # Requests and jobs have the same time to end, from the same signal.
         timeout_graceful_shutdown=max(1, int(settings.shutdown_seconds)),
     )
     server = _server(config, application, settings)
-    # Here, so that a taken port is one sentence, and the address works once it is printed.
+    # Listen before the start: a taken port is one message, and the printed address works.
     socket = _listening(settings.host, settings.port)
     err.print(f"Job Registry serves http://{_address(socket)}/graphql  (Ctrl-C ends it)")
     _collect_garbage_rarely()
     try:
         server.run(sockets=[socket])
     except SystemExit:
-        # uvicorn's own code for an application that does not start is 3.
+        # uvicorn exits with 3 if the application does not start.
         sys.exit(REFUSED)
     if not server.started:
         sys.exit(REFUSED)
@@ -147,34 +155,35 @@ def serve(
 @app.command()
 def worker(
     concurrency: Annotated[
-        int | None, typer.Option(help="How many jobs to run at once; JOBS_WORKER_CONCURRENCY.")
+        int | None,
+        typer.Option(help="Jobs to run at once. Defaults to JOBS_WORKER_CONCURRENCY."),
     ] = None,
     types: Annotated[
         str | None,
-        typer.Option(help="Job types to work, separated by commas; all with a handler otherwise."),
+        typer.Option(help="Job types to run, separated by commas. Defaults to all with a handler."),
     ] = None,
     health_port: Annotated[
         int | None,
         typer.Option(
             min=0,
             max=65_535,
-            help="Serve /healthz, /readyz and /metrics on this port; 0 picks a free port.",
+            help="Port for /healthz, /readyz and /metrics. 0 picks a free port.",
         ),
     ] = None,
-    health_host: Annotated[str, typer.Option(help="The address of the health port.")] = "127.0.0.1",
+    health_host: Annotated[str, typer.Option(help="Address of the health port.")] = "127.0.0.1",
 ) -> None:
-    """Run jobs until told to stop. SIGTERM lets running jobs end; a second one does not wait."""
+    """Run jobs until SIGTERM, which lets running jobs end. A second SIGTERM does not wait."""
     settings = _settings(worker_concurrency=concurrency)
     registry = _registry(settings)
     wanted = [name.strip() for name in (types or "").split(",") if name.strip()]
     for name in wanted:
         try:
             if not registry.get_type(name).has_handler:
-                _fail(WRONG_USAGE, f"{name} has no handler here: remote workers do it.")
+                _fail(WRONG_USAGE, f"{name} has no handler. Its jobs are run by remote workers.")
         except JobTypeNotFound as unknown:
             _fail(WRONG_USAGE, f"--types: {unknown}")
     if not any(job_type.has_handler for job_type in registry.values()):
-        _fail(WRONG_USAGE, "No job type has a handler here, so there is nothing to work.")
+        _fail(WRONG_USAGE, "No job type has a handler, so there is nothing to run.")
     _configure_logs(settings)
     _prepare_database(settings)
     health_socket = None if health_port is None else _listening(health_host, health_port)
@@ -194,20 +203,20 @@ def worker(
 def migrate(
     check: Annotated[
         bool,
-        typer.Option("--check", help="Change nothing; exit with 1 when the database does not fit."),
+        typer.Option("--check", help="Change nothing. Exit with 1 if the database does not fit."),
     ] = False,
     grants: Annotated[
         str | None,
         typer.Option(
             metavar="ROLE",
-            help="Change nothing; print the GRANTs that a PostgreSQL role needs to serve and work.",
+            help="Change nothing. Print the GRANTs that a PostgreSQL role needs.",
         ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Bring the database schema up to date. Running it again does nothing."""
+    """Bring the database schema up to date. Safe to run again."""
     if check and grants is not None:
-        _fail(WRONG_USAGE, "Name --check or --grants, not both.")
+        _fail(WRONG_USAGE, "Use --check or --grants, not both.")
     settings = _settings()
     _configure_logs(settings, at_least_warnings=True)
     from job_registry_api.queue import migrations
@@ -279,7 +288,7 @@ def policy(type_name: TypeName, as_json: AsJson = False) -> None:
 
 @app.command()
 def validate(type_name: TypeName, file: File, as_json: AsJson = False) -> None:
-    """Check a payload against its job type, as an enqueue would. Needs no database."""
+    """Check a payload against its job type, as enqueue does. Needs no database."""
     registry = _registry(_settings())
     try:
         registry.admit(type_name, _payload(_read(file), file))
@@ -298,21 +307,25 @@ def enqueue(
         str,
         typer.Argument(
             metavar="FILE",
-            help="A file with a payload as JSON, or many as JSON Lines; - reads stdin.",
+            help="A file with one payload as JSON, or many as JSON Lines. - reads standard input.",
         ),
     ],
-    priority: Annotated[int | None, typer.Option(help="0 to 100, higher first.")] = None,
+    priority: Annotated[
+        int | None, typer.Option(help="0 to 100, higher first. Defaults to 50.")
+    ] = None,
     schedule_at: Annotated[
-        str | None, typer.Option(help="Not before this time: 2030-01-31T12:00:00Z.")
+        str | None, typer.Option(help="Earliest time of the first run: 2030-01-31T12:00:00Z.")
     ] = None,
-    max_attempts: Annotated[int | None, typer.Option(help="1 to 1000 runs in all.")] = None,
+    max_attempts: Annotated[
+        int | None, typer.Option(help="1 to 1,000. Defaults to the policy.")
+    ] = None,
     idempotency_key: Annotated[
-        str | None, typer.Option(help="Makes one job of repeated calls; for a single payload.")
+        str | None, typer.Option(help="Makes it safe to repeat the command. For a single payload.")
     ] = None,
-    atomic: Annotated[bool, typer.Option(help="Store all lines or none; up to 1,000.")] = False,
+    atomic: Annotated[bool, typer.Option(help="Store all payloads or none, up to 1,000.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Store jobs: one payload, or a line for each."""
+    """Store one job, or one per line."""
     settings = _settings()
     registry = _registry(settings)
     text = _read(file)
@@ -324,9 +337,9 @@ def enqueue(
     }
     lines = _lines(text, file)
     if len(lines) > 1 and idempotency_key is not None:
-        _fail(WRONG_USAGE, "--idempotency-key is for a single payload; here are many.")
+        _fail(WRONG_USAGE, f"--idempotency-key is for a single payload; got {len(lines):,}.")
     if atomic and len(lines) > 1_000:
-        _fail(WRONG_USAGE, f"--atomic stores up to 1,000 payloads; here are {len(lines):,}.")
+        _fail(WRONG_USAGE, f"--atomic stores up to 1,000 payloads; got {len(lines):,}.")
     _configure_logs(settings, at_least_warnings=True)
     _prepare_database(settings)
     with _database_errors():
@@ -339,7 +352,7 @@ def enqueue(
 
 @app.command()
 def schema() -> None:
-    """Print the GraphQL schema of these job types, with its documentation."""
+    """Print the GraphQL schema of the job types in JOBS_CATALOG, with its documentation."""
     registry = _registry(_settings())
     from job_registry_api.graphql.schema import sdl
 
@@ -406,7 +419,7 @@ async def _enqueue(
     atomic: bool,
     as_json: bool,
 ) -> int:
-    """Stores the payloads, says what became of each, and gives how many were refused."""
+    """Store the payloads, print the result of each, and return how many were refused."""
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
     from job_registry_api.opening import open_queue
@@ -497,7 +510,7 @@ def _settings(**overrides: Any) -> Settings:
 
 
 def _registry(settings: Settings) -> JobRegistry:
-    # A user's own jobs.py beside the command is found, as with `python -m`.
+    # Find modules in the current folder, as `python -m` does.
     if "" not in sys.path:
         sys.path.insert(0, "")
     return load_registry(settings.catalog, max_payload_bytes=settings.max_payload_bytes)
@@ -511,7 +524,7 @@ def _configure_logs(settings: Settings, *, at_least_warnings: bool = False) -> N
 
 
 def _prepare_database(settings: Settings) -> None:
-    """Migrates the embedded database; of a shared one, only looks whether somebody has."""
+    """Migrate an SQLite database. Check that a PostgreSQL database is migrated."""
     from job_registry_api.queue import migrations
 
     with _database_errors():
@@ -574,14 +587,14 @@ def _print_grants(statements: Sequence[str], as_json: bool) -> None:
     if as_json:
         _print_json({"statements": list(statements)})
     elif not statements:
-        err.print("SQLite has no roles: whoever may write the file may use the queue.")
+        err.print("SQLite has no roles: everyone who may write to the file may use the queue.")
     else:
         for statement in statements:
             out.print(statement, markup=False)
 
 
 def _loop_factory() -> Any:
-    """uvloop's event loop, as uvicorn takes it; None, asyncio's own, where it is not installed."""
+    """Return uvloop's event loop, as uvicorn uses it; None without uvloop."""
     try:
         from uvloop import new_event_loop
     except ImportError:
@@ -590,16 +603,22 @@ def _loop_factory() -> Any:
 
 
 def _collect_garbage_rarely() -> None:
-    """The schema and the modules are a million objects that stay; looking through them again and
-    again took a third of the time of an enqueue (measured, see benchmarks/README.md)."""
+    """Exclude the objects of the schema and the modules from garbage collection.
+
+    They are a million objects that stay. Visiting them again and again took a third of the time of
+    an enqueue (measured, see benchmarks/README.md).
+    """
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
 
 
 def _server(config: Any, application: Any, settings: Settings) -> Any:
-    """uvicorn's server with our end: its own raises the signal again once it is done, which prints
-    a traceback, and waits for the worker only after all requests."""
+    """Create a uvicorn server that ends with `Shutdown`.
+
+    uvicorn's own shutdown raises the signal again at its end, which prints a traceback, and starts
+    to stop the worker only after all requests.
+    """
     import uvicorn
 
     from job_registry_api.shutdown import Shutdown
@@ -625,13 +644,13 @@ def _server(config: Any, application: Any, settings: Settings) -> Any:
 
 @contextlib.asynccontextmanager
 async def _health_served(application: Any, socket: Any) -> AsyncIterator[None]:
-    """Serves a worker's health, in its event loop, until the worker has ended."""
+    """Serve the health of a worker on its event loop until the context is left."""
     import uvicorn
 
     class Server(uvicorn.Server):
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:
-            yield  # Signals are the worker's.
+            yield  # The worker handles signals.
 
     server = Server(
         uvicorn.Config(
@@ -662,7 +681,7 @@ def _listening(host: str, port: int) -> Any:
         bound.bind((host, port))
         bound.listen(2048)
     except OSError as error:
-        _fail(REFUSED, f"{host}:{port} cannot be listened on: {error.strerror}.")
+        _fail(REFUSED, f"Cannot listen on {host}:{port}: {error.strerror}.")
     return bound
 
 
@@ -676,7 +695,7 @@ def _read(file: str) -> str:
         return sys.stdin.read() if file == "-" else Path(file).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        _fail(WRONG_USAGE, f"{file} cannot be read: {reason}")
+        _fail(WRONG_USAGE, f"Cannot read {file}: {reason}.")
 
 
 def _payload(text: str, file: str) -> Any:
@@ -687,7 +706,7 @@ def _payload(text: str, file: str) -> Any:
 
 
 def _lines(text: str, file: str) -> list[tuple[int, str]]:
-    """The payloads of a file with their line numbers: one JSON text, or a line each."""
+    """Return the payloads of a file with their line numbers: one JSON text, or one per line."""
     with contextlib.suppress(NotJson):
         parse_json(text)
         return [(1, text)]
@@ -703,7 +722,11 @@ def _time(text: str | None) -> datetime | None:
     except ValueError:
         time = None
     if text is not None and (time is None or time.tzinfo is None):
-        _fail(WRONG_USAGE, f"--schedule-at: expected 2030-01-31T12:00:00Z, got {text!r}.")
+        _fail(
+            WRONG_USAGE,
+            "--schedule-at: expected a time with its offset, such as 2030-01-31T12:00:00Z;"
+            f" got {text}.",
+        )
     return time
 
 
@@ -742,7 +765,7 @@ def _refuse(refusal: Exception, as_json: bool) -> NoReturn:
 
 
 def _sentences(refusal: Exception) -> list[str]:
-    """The one place that makes sentences of the queue's refusals."""
+    """Return the messages of a refusal."""
     violations: Sequence[Violation] = getattr(refusal, "violations", ())
     if not violations:
         return [str(refusal)]
@@ -781,7 +804,7 @@ def _fail_unexpectedly(error: Exception) -> NoReturn:
 
     from job_registry_api.logs import configure_logs, log_unexpected
 
-    # Its own default prints the values of local variables, a database's password for one.
+    # structlog's default prints the values of local variables, such as a database password.
     if not structlog.is_configured():
         configure_logs("warning", "auto")
     error_id = log_unexpected("cli", error)

@@ -1,4 +1,4 @@
-"""What `make run` starts: draws a sample picture, says what to try, and serves."""
+"""The program behind `make run`: draws a sample picture, prints what to try, and serves."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from job_registry_api.settings import SettingsInvalid, load_settings
 
 
 def draw_sample(assets: str) -> None:
-    """Draws `sample/1.png` into the assets, a folder, unless it is there. Whole or not at all.
+    """Draw `sample/1.png` into the folder of assets, unless it exists.
 
     Raises:
-        OSError: the folder cannot be written.
+        OSError: the folder is not writable.
     """
     picture = Path(assets) / "sample" / "1.png"
     if picture.exists():
@@ -38,7 +38,7 @@ def draw_sample(assets: str) -> None:
 
 
 def what_to_try(host: str, port: int, assets: str) -> str:
-    """The first commands of a newcomer."""
+    """Return the first commands to try."""
     request = {
         "query": "mutation ($input: EnqueueJobInput!) { enqueueJob(input: $input) { __typename"
         " ... on EnqueueJobSuccess { job { id status } } ... on Error { message } } }",
@@ -62,12 +62,12 @@ Or in a browser: http://{shown}:{port}/graphql
 
 
 def main() -> None:
-    """Prepares the first minute, then does what `job-registry serve` does."""
+    """Draw the sample, print what to try, then run `job-registry serve`."""
     say = Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print
-    # `job-registry serve` says what is wrong with the settings.
+    # `job-registry serve` prints the faults of the settings.
     with suppress(SettingsInvalid):
         settings = load_settings()
-        # A bucket has pictures of its own, and on port 0 nobody knows yet where to ask.
+        # Not for a bucket, which is not ours to fill, nor for port 0, which is not known yet.
         if "://" not in settings.assets and settings.port:
             try:
                 draw_sample(settings.assets)

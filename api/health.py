@@ -31,42 +31,42 @@ READY_SECONDS: Final = 2.0
 """How long the database may take to answer `/readyz` or a count of the jobs."""
 
 COUNTS_SECONDS: Final = 5.0
-"""How old the counts of jobs on `/metrics` may be: several scrapers cost one query."""
+"""How old the counts of jobs on `/metrics` may be, so that several scrapers cost one query."""
 
 STALLED_SECONDS: Final = 30.0
-"""How long a worker may stand still before a restart is better than patience."""
+"""How long a worker may be stalled before `/healthz` answers 503."""
 
 log = structlog.get_logger("jobs.health")
 
 
 class WorkerHealth(Attempts, Protocol):
-    """How a worker is at this moment."""
+    """The state of a worker at this moment."""
 
     @property
     def loop_blocked_seconds(self) -> float:
-        """How long its loop has not turned, beyond its longest wait for a job."""
+        """How long its event loop has not responded, or a claim has hung."""
 
     @property
     def renewals_behind_seconds(self) -> float:
-        """How long renewals of its leases have been overdue."""
+        """By how many seconds renewals of its leases are late."""
 
 
 class Worker(Protocol):
-    """What health needs to know of a worker."""
+    """The part of a worker that health checks use."""
 
     @property
     def is_stopping(self) -> bool:
-        """Whether it leases nothing more."""
+        """Whether it leases no more jobs."""
 
     @property
     def health(self) -> WorkerHealth:
-        """How it is at this moment."""
+        """Its state at this moment."""
 
 
 class Health:
-    """The health of one process: its queue and, where it has one, its worker.
+    """The health of one process: its queue, and its worker if it has one.
 
-    `stopping`, once set, makes the process not ready.
+    Once `stopping` is set, the process is not ready.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Health:
             queue.metrics.watch(lambda: worker.health)
 
     async def live(self, _request: Request) -> Response:
-        """200 while the process answers and its worker, if any, turns; 503 with the reason."""
+        """Answer 200 while the worker, if any, makes progress; otherwise 503 with the reason."""
         reason = _stalled(self._worker.health) if self._worker is not None else None
         if reason is None:
             return JSONResponse({"status": "ok"})
@@ -90,7 +90,7 @@ class Health:
         return _unavailable("worker_stalled", reason)
 
     async def ready(self, _request: Request) -> Response:
-        """200 while a write to the queue would work and the process is not about to end."""
+        """Answer 200 while a job could be stored and the process is not shutting down."""
         if self.stopping.is_set() or (self._worker is not None and self._worker.is_stopping):
             return _unavailable("stopping", "The process is shutting down.")
         try:
@@ -102,7 +102,7 @@ class Health:
         return JSONResponse({"status": "ok"})
 
     async def metrics(self, request: Request) -> Response:
-        """The metrics, for whoever may read all jobs."""
+        """Answer with the metrics, if the caller may read all jobs."""
         refusal = await self._refusal(request)
         if refusal is not None:
             return refusal
@@ -114,9 +114,9 @@ class Health:
             caller = await self._entrance.admit(request.scope)
             caller.need("jobs:read")
             if caller.job_types is not None:
-                raise Forbidden("Metrics are of all job types, and this token is for some.")
+                raise Forbidden("The metrics cover all job types; this token is limited to some.")
             if caller.subject is None and not _is_local(request):
-                raise Forbidden("Without authentication only this machine may read the metrics.")
+                raise Forbidden("Without authentication, only this machine may read the metrics.")
         except Unauthenticated as error:
             headers = {"www-authenticate": error.challenge}
             return _error(401, "unauthenticated", str(error), headers)
@@ -138,13 +138,13 @@ class Health:
                 async with asyncio.timeout(READY_SECONDS):
                     counts = await self._queue.counts()
                     shown = {name: asdict(each) for name, each in counts.items()}
-            # Of an outage too: scrapers do not add to the load of a database in trouble.
+            # After a failure too, so that scrapers add no load to a database in trouble.
             self._counted_at = time.monotonic()
             self._queue.metrics.show_jobs(shown)
 
 
 def health_routes(find: Callable[[Request], Health]) -> Sequence[BaseRoute]:
-    """The routes of health; `find` gives the `Health` of the application of a request."""
+    """Return the routes of health. `find` returns the `Health` for a request."""
 
     def of(answer: Callable[[Health, Request], Awaitable[Response]]) -> Callable[..., object]:
         async def endpoint(request: Request) -> Response:
@@ -160,16 +160,16 @@ def health_routes(find: Callable[[Request], Health]) -> Sequence[BaseRoute]:
 
 
 def health_app(health: Health) -> Starlette:
-    """An application with these routes only, for a worker's health port."""
+    """Return an application with only these routes, for the health port of a worker."""
     return Starlette(routes=health_routes(lambda _request: health))
 
 
 def _stalled(health: WorkerHealth) -> str | None:
     if health.loop_blocked_seconds > STALLED_SECONDS:
-        return f"The worker's loop has not turned for {health.loop_blocked_seconds:.0f} seconds."
+        return f"The worker has been stalled for {health.loop_blocked_seconds:.0f} seconds."
     if health.renewals_behind_seconds > STALLED_SECONDS:
         behind = health.renewals_behind_seconds
-        return f"Renewals of leases have been overdue for {behind:.0f} seconds."
+        return f"Renewals of leases are {behind:.0f} seconds late."
     return None
 
 

@@ -1,4 +1,4 @@
-"""Request bodies within a limit, and JSON responses: what GraphQL and REST share of HTTP."""
+"""Bounded request bodies and JSON responses, shared by GraphQL and REST."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ JSON_TYPE: Final = b"application/json"
 
 
 class BodyTooLarge(Exception):
-    """Raised when a request's body is longer than the limit, as soon as that is known."""
+    """Raised when a request body exceeds the limit, as soon as that is known."""
 
 
 class ClientGone(Exception):
-    """Raised when the client hung up before its request was whole."""
+    """Raised when the client disconnected before it sent its whole request."""
 
 
 async def read_body(scope: Scope, receive: Receive, max_bytes: int) -> bytes:
-    """The body of a request.
+    """Read the body of a request.
 
     Raises:
-        BodyTooLarge: it is longer than `max_bytes`, by its Content-Length or by what came.
-        ClientGone: the client hung up.
+        BodyTooLarge: the Content-Length or the received body exceeds `max_bytes`.
+        ClientGone: the client disconnected.
     """
     declared = header(scope, b"content-length")
     if declared.isdigit() and int(declared) > max_bytes:
@@ -49,7 +49,7 @@ async def read_body(scope: Scope, receive: Receive, max_bytes: int) -> bytes:
 
 
 def header(scope: Scope, name: bytes) -> bytes:
-    """A header's value, b"" where there is none; `name` in lower case."""
+    """Return the value of a header, b"" if it is missing. `name` is in lower case."""
     for key, value in scope["headers"]:
         if key == name:
             return bytes(value)
@@ -57,7 +57,7 @@ def header(scope: Scope, name: bytes) -> bytes:
 
 
 def is_json(content_type: bytes) -> bool:
-    """Whether a Content-Type is application/json, in UTF-8, which is all that JSON comes in."""
+    """Return whether a Content-Type is application/json in UTF-8."""
     media_type, *parameters = content_type.lower().replace(b" ", b"").split(b";")
     return media_type == JSON_TYPE and all(
         parameter.strip(b'"') in (b"", b"charset=utf-8", b'charset="utf-8')
@@ -73,7 +73,7 @@ async def respond_json(
     content_type: bytes = JSON_TYPE,
     headers: tuple[tuple[bytes, bytes], ...] = (),
 ) -> None:
-    """Sends a JSON response."""
+    """Send a JSON response."""
     body = to_json(content)
     await send(
         {

@@ -1,7 +1,7 @@
-"""How log lines are written: structlog, as JSON or for people, on standard error.
+"""Configures log lines: structlog, as JSON or for people, on standard error.
 
-No line holds a payload's value or a token: of an exception it has the type and the traceback, not
-the message, which may quote anything.
+No line contains a value of a payload or a token. An exception is logged with its type and
+traceback, without its message, which may quote anything.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ def configure_logs(
     style: Literal["auto", "console", "json"],
     stream: TextIO | None = None,
 ) -> None:
-    """Write lines of `level` and above to `stream`, standard error unless given.
+    """Write lines of `level` and above to `stream`, by default standard error.
 
-    Lines of the standard library's `logging` look the same, and carry the same context. Of
-    libraries that this project itself uses, only warnings and errors are written.
+    Lines of the standard library's `logging` have the same format and context. Libraries that this
+    project uses log only warnings and errors.
     """
     global _configuration
     _configuration = (level, style)
@@ -78,7 +78,7 @@ def configure_logs(
 
 
 def configuration() -> tuple[str, str] | None:
-    """The level and style that were configured, for another process; None: nobody has."""
+    """Return the configured level and style, for another process; None if there are none."""
     return _configuration
 
 
@@ -94,7 +94,7 @@ _QUIET: Final = (
     "sqlalchemy",
     "uvicorn",
 )
-"""Libraries that this project itself uses, and that write lines about themselves."""
+"""Libraries that this project uses and that log their own activity."""
 
 
 def _render_json_text(logger: Any, method: str, line: MutableMapping[str, Any]) -> str:
@@ -102,10 +102,10 @@ def _render_json_text(logger: Any, method: str, line: MutableMapping[str, Any]) 
 
 
 class _Unfailing:
-    """A stream that drops what it cannot write: its reader has gone, or its disk is full.
+    """A stream that drops lines it cannot write, because its reader is gone or the disk is full.
 
-    A line is often written after a commit or in an error's handler, where an error of its own
-    would be taken for that of the work. `logging` does the same for the standard library's lines.
+    Lines are written after commits and while errors are handled. An exception from the stream would
+    be taken for a failure of the work. `logging` drops lines for the same reason.
     """
 
     def __init__(self, stream: Any) -> None:
@@ -122,14 +122,14 @@ class _Unfailing:
 
 
 def _render_json(_logger: Any, _method: str, line: MutableMapping[str, Any]) -> bytes:
-    """A line as JSON bytes: a busy server writes thousands in a second."""
+    """Render a line as JSON bytes: a busy server writes thousands per second."""
     return to_json(line, fallback=repr, inf_nan_mode="constants")
 
 
 def traceback_of(error: BaseException) -> str:
-    """Where an exception came from, and each that it came of: files, lines, types.
+    """Format an exception and its causes: files, lines and types, without messages.
 
-    Of the system's own errors the words are added, which tell a full disk from a missing file.
+    Errors of the operating system keep their text, which tells a full disk from a missing file.
     """
     parts: list[str] = []
     seen: set[int] = set()
@@ -142,7 +142,7 @@ def traceback_of(error: BaseException) -> str:
         parts.append(f"{frames}{name.removeprefix('builtins.')}{f': {words}' if words else ''}")
         hidden = following.__suppress_context__
         following = following.__cause__ or (None if hidden else following.__context__)
-    return "\n\nwhich came of\n\n".join(parts)
+    return "\n\ncaused by\n\n".join(parts)
 
 
 def _of_exc_info(exc_info: Any) -> str:
@@ -150,7 +150,7 @@ def _of_exc_info(exc_info: Any) -> str:
 
 
 def log_unexpected(where: str, error: BaseException) -> str:
-    """Logs an error nobody foresaw, with its traceback, and gives the id it is logged under."""
+    """Log an unexpected error with its traceback, and return the id of the log line."""
     error_id = secrets.token_hex(8)
     structlog.get_logger("jobs.errors").error(
         "unexpected", error_id=error_id, where=where, exc_info=error

@@ -1,7 +1,7 @@
-"""Prometheus metrics of one process: what is counted, under which names and labels.
+"""Prometheus metrics of one process: their names and labels.
 
-Each `JobQueue` has a `Metrics` with a registry of its own, so that several applications can stand
-in one process. Labels are bounded: a job type that is not registered here is counted as `other`.
+Each `JobQueue` has its own `Metrics` with its own registry, so that one process can run several
+applications. Labels are bounded: a job type that is not registered counts as `other`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ OTHER: Final = "other"
 
 
 class Attempts(Protocol):
-    """The attempts of a worker, as counted at this moment."""
+    """The attempts of a worker at this moment."""
 
     @property
     def running(self) -> int:
@@ -31,11 +31,11 @@ class Attempts(Protocol):
 
     @property
     def overdue(self) -> int:
-        """How many of them have outlived their timeout in a thread."""
+        """How many attempts have ended while their handler runs on."""
 
 
 class Metrics:
-    """The metrics of one process. No method raises, so that each may follow a commit."""
+    """The metrics of one process. No method raises, because they are called after commits."""
 
     def __init__(self, job_types: Iterable[str]) -> None:
         self._types = frozenset(job_types)
@@ -60,7 +60,7 @@ class Metrics:
         )
         self._overdue = Gauge(
             "job_registry_overdue_attempts",
-            "Attempts that have ended, by their timeout or with their lease, and still run here.",
+            "Attempts that have ended, by timeout or with their lease, and whose thread runs on.",
             registry=self._registry,
         )
         self._jobs = Gauge(
@@ -116,7 +116,7 @@ class Metrics:
         self._overdue.set_function(lambda: attempts().overdue)
 
     def show_jobs(self, counts: Mapping[str, Mapping[str, int]] | None) -> None:
-        """Show how many jobs there are, per type and status; None when the database is away."""
+        """Show the number of jobs per type and status; None if the database does not answer."""
         self._database_up.set(counts is not None)
         self._jobs.clear()
         for job_type, statuses in (counts or {}).items():
@@ -124,7 +124,7 @@ class Metrics:
                 self._jobs.labels(self._label(job_type), status).inc(jobs)
 
     def text(self) -> bytes:
-        """All metrics in the text format of Prometheus."""
+        """Return all metrics in the text format of Prometheus."""
         return generate_latest(self._registry)
 
     def _label(self, job_type: str) -> str:

@@ -1,4 +1,4 @@
-"""Opens the queue as the settings say, for the application and for the commands."""
+"""Opens the queue of the settings, for the application and the commands."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from job_registry_api.settings import Settings
 def open_queue(
     settings: Settings, registry: JobRegistry
 ) -> AbstractAsyncContextManager[queue.JobQueue]:
-    """Open the queue on the settings' database, with every setting that the queue has."""
+    """Open the queue on the database of the settings, with every setting of the queue."""
     return queue.open_queue(
         registry,
         settings.database_url,

@@ -1,4 +1,4 @@
-"""The pages for browsers, as Vite built them from `api/web/`: GraphiQL, and its assets."""
+"""The pages for browsers, built by Vite from `api/web/`: GraphiQL and its assets."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 DIST: Final = Path(__file__).parent / "web" / "dist"
-"""Where `make install` has Vite build, if there is a Node to do it; the wheel has it."""
+"""Where `make install` builds the pages if Node is installed. The wheel contains them."""
 
 ASSETS: Final = "graphql/assets"
-"""Below the page's own path, so that a proxy's prefix does not matter; the names have hashes."""
+"""Relative to the page, so that it works below any prefix of a proxy. File names have hashes."""
 
-# Nothing of another host is loaded, and nothing that was written into the page is run. Monaco, the
-# editor, writes style elements.
+# The page loads nothing from other hosts and runs no inline script. Monaco, the editor, adds style
+# elements.
 _PAGE_HEADERS: Final = {
     "Cache-Control": "no-cache",
     "Content-Security-Policy": "; ".join(
@@ -48,8 +48,8 @@ _MISSING: Final = """<!doctype html>
   pre { background: #f4f4f6; padding: 1rem; overflow: auto; border-radius: .4rem }
 </style>
 <h1>Job Registry</h1>
-<p>GraphiQL is not built here: install Node 20 or newer and run <code>make install</code>.</p>
-<p>The API works all the same. Send it a query as JSON:</p>
+<p>GraphiQL is not built: install Node 20.19 or newer and run <code>make install</code>.</p>
+<p>The API works without it. Send it a query as JSON:</p>
 <pre>curl http://localhost:8000/graphql --json '{"query":
   "{ jobTypes { name description policy { maxAttempts timeoutSeconds concurrencyLimit } } }"}'</pre>
 <p><code>job-registry schema</code> prints the whole schema, with its documentation.</p>
@@ -58,14 +58,14 @@ _MISSING: Final = """<!doctype html>
 
 
 def graphiql(dist: Path = DIST) -> ASGIApp:
-    """What GET /graphql shows a browser: GraphiQL, or in one line what is missing for it."""
+    """Return the page of GET /graphql: GraphiQL, or how to build it."""
     index = dist / "index.html"
     text = index.read_text() if index.is_file() else _MISSING
     return Response(text, media_type="text/html", headers=_PAGE_HEADERS)
 
 
 def assets(dist: Path = DIST) -> list[BaseRoute]:
-    """The routes of what the page loads; none where it was not built."""
+    """Return the routes of the page's assets; none if the page is not built."""
     folder = dist / ASSETS
     if not folder.is_dir():
         return []
@@ -76,7 +76,7 @@ class _Immutable(StaticFiles):
     """Files whose names change with their content."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers one request."""
+        """Answer one request."""
 
         async def send_lasting(message: dict[str, object]) -> None:
             if message["type"] == "http.response.start" and message["status"] in (200, 206, 304):

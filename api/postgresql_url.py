@@ -1,6 +1,6 @@
-"""A PostgreSQL URL as libpq reads it, for a driver that knows fewer of libpq's options.
+"""Reads a PostgreSQL URL as libpq does, for a driver that supports fewer options.
 
-Each option is honoured, accepted without effect where that is harmless, or refused by its name.
+Each option is supported, ignored if that is harmless, or refused by name.
 https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-PARAMKEYWORDS
 """
 
@@ -17,15 +17,15 @@ SCHEMES: Final = ("postgresql://", "postgres://", "postgresql+asyncpg://")
 
 
 class UrlInvalid(ValueError):
-    """Raised when a URL cannot be used. The sentence holds no part of the URL but option names."""
+    """Raised when a URL cannot be used. The message quotes nothing of the URL but option names."""
 
 
 @dataclass(frozen=True, slots=True)
 class PostgresqlUrl:
     """Where a database is and how to connect to it.
 
-    `dsn` holds what asyncpg reads by itself: user, password, database, TLS, `service`, `passfile`.
-    Without `hosts`, asyncpg finds the server by the service or in the usual places.
+    `dsn` has the parts that asyncpg reads: user, password, database, TLS, `service`, `passfile`.
+    Without `hosts`, asyncpg finds the server by the service or in the default places.
     """
 
     dsn: str = field(repr=False)
@@ -40,20 +40,20 @@ class PostgresqlUrl:
     keepalive_count: int | None = None
     tcp_user_timeout_ms: int | None = None
     server_settings: Mapping[str, str] = field(default_factory=dict)
-    """Parameters of the session, such as `application_name` and `options`."""
+    """Parameters of the session, for example `application_name` and `options`."""
     service_file: str | None = None
 
     def sets(self, name: str) -> bool:
-        """Whether the URL's `options` give the server setting `name` a value of their own."""
+        """Return whether the `options` of the URL set the server setting `name`."""
         options = self.server_settings.get("options", "")
         return re.search(rf"(-c\s*|--){re.escape(name)}\s*=", options) is not None
 
 
 def parse(url: str, environment: Mapping[str, str] | None = None) -> PostgresqlUrl:
-    """Read a URL. What it leaves out comes from the PG* variables of `environment`.
+    """Read a URL. Missing parts come from the PG* variables of `environment`.
 
     Raises:
-        UrlInvalid: the URL is malformed, or an option is unknown or cannot be honoured.
+        UrlInvalid: the URL is malformed, or an option is unknown or not supported.
     """
     environment = os.environ if environment is None else environment
     if not url.startswith(SCHEMES):
@@ -71,7 +71,7 @@ def parse(url: str, environment: Mapping[str, str] | None = None) -> PostgresqlU
         if alias in options:
             value = options.pop(alias)
             options.setdefault(name, values.get(value, value))
-    # Before the options: where a password has a ?, what stands before it is not a port.
+    # Before the options: if a password contains a ?, the text before it is not a port.
     hosts = _hosts(parts["hosts"], options)
     for name, value in options.items():
         check = _OPTIONS.get(name)
@@ -95,7 +95,7 @@ def parse(url: str, environment: Mapping[str, str] | None = None) -> PostgresqlU
         hosts=hosts,
         shuffle_hosts=options.get("load_balance_hosts") == "random",
         session=options.get("target_session_attrs") or "any",
-        # libpq waits at least two seconds, and for ever with zero or less.
+        # As libpq: at least two seconds, and no limit for zero or less.
         connect_seconds=max(2.0, connect_seconds) if connect_seconds > 0 else None,
         keepalives=options.get("keepalives") != "0",
         keepalive_idle_seconds=whole.get("keepalives_idle") or None,
@@ -107,8 +107,8 @@ def parse(url: str, environment: Mapping[str, str] | None = None) -> PostgresqlU
     )
 
 
-# RFC 3986: what would end a part of the URL is percent-encoded inside it. Drivers disagree on
-# where the password of any other text ends.
+# RFC 3986: a delimiter inside a part is percent-encoded. For other texts, drivers disagree on where
+# the password ends.
 _URL: Final = re.compile(
     r"[a-z+]+://(?P<credentials>[^:/?#@]*(?::[^/?#@]*)?@)?"
     r"(?P<hosts>[^/?#@]*)(?P<name>/[^?#@/]*)?(?:\?(?P<options>[^#]*))?"
@@ -117,7 +117,7 @@ _URL: Final = re.compile(
 _HOST: Final = re.compile(r"(?P<host>\[[0-9A-Fa-f:.%]+\]|[^:\[\]]*)(?::(?P<port>[^:]*))?")
 
 _Check = Callable[[str], str | None]
-"""What is wrong with an option's value; None when nothing is."""
+"""Return the fault of an option's value, or None."""
 
 
 def _anything(_value: str) -> None:
@@ -134,13 +134,13 @@ def _one_of(*values: str) -> _Check:
 
 
 def _without_effect(*values: str) -> _Check:
-    """An option that may only ask for what happens anyway."""
+    """Accept only the values that describe what happens anyway."""
     expected = " or ".join(values)
 
     def check(value: str) -> str | None:
         if value in values or not value:
             return None
-        return f"only {expected} can be honoured; anything else is not supported by this driver"
+        return f"expected {expected}; other values are not supported by this driver"
 
     return check
 
@@ -153,7 +153,7 @@ _SSL_MODES: Final = ("disable", "allow", "prefer", "require", "verify-ca", "veri
 _TLS: Final = ("TLSv1", "TLSv1.1", "TLSv1.2", "TLSv1.3")
 
 _OPTIONS: Final[Mapping[str, _Check]] = {
-    # Where and who.
+    # The server and the user.
     "host": _anything,
     "hostaddr": _anything,
     "port": _anything,
@@ -168,7 +168,7 @@ _OPTIONS: Final[Mapping[str, _Check]] = {
         "any", "primary", "standby", "prefer-standby", "read-write", "read-only"
     ),
     "load_balance_hosts": _one_of("disable", "random"),
-    # How long.
+    # Timeouts.
     "connect_timeout": _whole_number,
     "keepalives": _one_of("0", "1"),
     "keepalives_idle": _whole_number,
@@ -183,7 +183,7 @@ _OPTIONS: Final[Mapping[str, _Check]] = {
     "replication": _without_effect("false", "off", "no", "0"),
     "min_protocol_version": _without_effect("3.0"),
     "max_protocol_version": _without_effect("3.0", "latest"),
-    # Security: what cannot be honoured must not be ignored.
+    # Security: an unsupported option must not be ignored.
     "sslmode": _one_of(*_SSL_MODES),
     "sslcert": _anything,
     "sslkey": _anything,
@@ -227,7 +227,7 @@ _PASSED: Final = frozenset(
 """Options that asyncpg reads from its DSN as libpq does."""
 
 _ALIASES: Final[Mapping[str, tuple[str, Mapping[str, str]]]] = {
-    # libpq takes ssl=true from JDBC's URLs; asyncpg's own users write ssl=require.
+    # libpq accepts ssl=true from JDBC URLs; users of asyncpg write ssl=require.
     "ssl": ("sslmode", {"true": "require"}),
     "requiressl": ("sslmode", {"1": "require", "0": "prefer"}),
 }
@@ -251,8 +251,8 @@ _VARIABLES: Final[Mapping[str, str]] = {
     "PGSSLMINPROTOCOLVERSION": "ssl_min_protocol_version",
     "PGSSLMAXPROTOCOLVERSION": "ssl_max_protocol_version",
 }
-"""libpq's variables that asyncpg does not read. It reads PGHOST, PGUSER, PGPASSWORD, PGDATABASE,
-PGPASSFILE, PGSERVICE, PGSSLMODE and those of certificates by itself."""
+"""The variables of libpq that asyncpg does not read. It reads PGHOST, PGUSER, PGPASSWORD,
+PGDATABASE, PGPASSFILE, PGSERVICE, PGSSLMODE and those for certificates."""
 
 
 def _from_environment(given: Mapping[str, str], environment: Mapping[str, str]) -> dict[str, str]:
@@ -264,9 +264,9 @@ def _from_environment(given: Mapping[str, str], environment: Mapping[str, str]) 
 
 
 def _unknown(name: str, query: str) -> str:
-    # A raw @ means that this is a password with a ? in it, whose parts are not to be shown.
+    # A raw @ means that this is part of a password with a ?, which must not be shown.
     if "@" in query or f"{name}=" not in query or not re.fullmatch(r"[a-z_]{2,40}", name):
-        return "expected options as NAME=VALUE behind the ?, and writes ? in a password as %3F"
+        return "expected options as NAME=VALUE after the ?, and %3F for a ? in a password"
     return (
         f"there is no option {name}; a setting of the server is written as"
         f" options=-c%20{name}%3DVALUE"
@@ -274,7 +274,7 @@ def _unknown(name: str, query: str) -> str:
 
 
 def _hosts(authority: str, options: Mapping[str, str]) -> tuple[tuple[str, int | None], ...]:
-    """Hosts and ports, from before the path or from the options; those in the options win."""
+    """Return the hosts and ports. Those in the options win over those before the path."""
     listed: list[tuple[str, str | None]] = []
     if authority:
         for each in authority.split(","):

@@ -1,4 +1,4 @@
-"""Every setting, read once at the edge from `JOBS_*` variables; the rest of the code has values."""
+"""All settings, read once from `JOBS_*` variables. The rest of the code gets values."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ PREFIX: Final = "JOBS_"
 class SettingsInvalid(Exception):
     """Raised when variables are wrong.
 
-    `faults` has a sentence for each: the variable, what came, and what is expected. A password in
-    the URL of a database is in none of them.
+    `faults` has one sentence per variable: its name, its value, and what was expected. No sentence
+    contains the password of a database URL.
     """
 
     def __init__(self, faults: list[str]) -> None:
@@ -37,46 +37,47 @@ class SettingsInvalid(Exception):
 
 
 class Settings(BaseSettings):
-    """The settings, each a variable `JOBS_` with the field's name in capitals."""
+    """The settings. Each is read from a variable: `JOBS_` and the name of the field in capitals."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
 
     database_url: str = Field(
         default="sqlite:///jobs.db",
         repr=False,  # It may hold a password.
-        description="Where jobs are kept: `sqlite:///FILE`, or `postgresql://USER:PASSWORD@HOST/NAME`"
+        description="The database: `sqlite:///FILE`, or `postgresql://USER:PASSWORD@HOST/NAME`"
         " for more than one machine.",
     )
     database_pool_size: int = Field(
         default=10,
         ge=2,
         le=200,
-        description="The most database connections per process. PostgreSQL has to allow the sum"
-        " over all processes, and one more for each; with too few, calls wait for each other.",
+        description="The most database connections per process, beside the one that listens for"
+        " notifications. PostgreSQL must allow the sum over all processes. If it is too low,"
+        " requests wait for each other.",
     )
     database_timeout_seconds: float = Field(
         default=10.0,
         ge=1.0,
         le=300.0,
-        description="How long a call waits for the database: for a connection, a lock and the"
-        " answer together. Then it fails as `queue_unavailable`, and its connection is dropped.",
+        description="How long an operation waits for the database: for a connection, a lock and"
+        " the answer together. After that it fails as `queue_unavailable`.",
     )
     database_pooler: Literal["session", "transaction"] = Field(
         default="session",
-        description="`transaction` when the URL leads through PgBouncer in transaction mode:"
-        " nothing then outlives a transaction. `session` everywhere else.",
+        description="`transaction` if the URL leads through PgBouncer in transaction mode."
+        " `session` otherwise.",
     )
     database_listen_url: str | None = Field(
         default=None,
         repr=False,  # It may hold a password.
-        description="A URL that leads past PgBouncer, for notifications (LISTEN). Without it,"
-        " behind a `transaction` pooler, other processes' events are polled for twice a second.",
+        description="A URL that bypasses PgBouncer, for notifications (LISTEN). Without it, behind"
+        " a `transaction` pooler, the events of other processes are polled twice per second.",
     )
     database_schema: str = Field(
         default="job_registry",
         pattern=r"^[a-z_][a-z0-9_]{0,62}$",
-        description="The PostgreSQL schema of the tables, which `migrate` makes. Deployments that"
-        " share a database each need one of their own.",
+        description="The PostgreSQL schema of the tables, which `migrate` creates. Deployments that"
+        " share a database each need their own schema.",
     )
     catalog: Annotated[tuple[str, ...], NoDecode] = Field(
         default=("job_registry.catalog",),
@@ -86,56 +87,55 @@ class Settings(BaseSettings):
     assets: str = Field(
         default="assets",
         min_length=1,
-        description="Where jobs find and leave files: a folder, or an fsspec URL such as"
+        description="Where jobs read and write files: a folder, or an fsspec URL such as"
         " `s3://bucket/assets`.",
     )
     max_payload_bytes: int = Field(
         default=262_144,
         ge=1_024,
         le=67_108_864,
-        description="How large a payload, a result or a progress report may be, in bytes of compact"
-        " JSON. Store what is larger in the assets, and put its name in the payload.",
+        description="The largest payload, result or progress report, in bytes of compact JSON."
+        " Store larger data in the assets, and put its name into the payload.",
     )
     max_body_bytes: int = Field(
         default=8_388_608,
         ge=1_024,
         le=1_073_741_824,
-        description="How large a request may be, in bytes. A bulk enqueue has to fit.",
+        description="The largest request, in bytes. A bulk enqueue has to fit.",
     )
     lease_seconds: float = Field(
         default=30.0,
         ge=1.0,
         le=3_600.0,
-        description="How long a lease lasts without a heartbeat. With a shorter one, a dead worker"
-        " is noticed sooner; with one that is too short, a slow network looks like a dead worker,"
+        description="How long a lease lasts without a heartbeat. With a shorter lease, a dead"
+        " worker is noticed sooner. If it is too short, a slow network looks like a dead worker,"
         " and jobs run twice.",
     )
     shutdown_seconds: float = Field(
         default=20.0,
         ge=0.0,
         le=3_600.0,
-        description="How long running jobs may go on after SIGTERM before they are handed back."
-        " Keep it below what the process manager grants.",
+        description="How long running jobs may run on after SIGTERM before they are released. The"
+        " process manager must wait 15 seconds longer before it sends SIGKILL.",
     )
     worker_concurrency: int = Field(
         default=8,
         ge=1,
         le=1_000,
-        description="How many jobs a worker process runs at once. Raise it for I/O-bound handlers."
+        description="How many jobs a worker runs at once. Raise it for I/O-bound handlers."
         " CPU-bound handlers gain nothing and may time out.",
     )
     keep_succeeded_days: float = Field(
         default=7.0,
         ge=0.0,
         le=36_500.0,
-        description="Days until a succeeded job is deleted. Its idempotency key is free from then"
-        " on.",
+        description="Days until a succeeded job is deleted. Its idempotency key is then free.",
     )
     keep_failed_days: float = Field(
         default=90.0,
         ge=0.0,
         le=36_500.0,
-        description="Days until a failed or cancelled job is deleted, with its attempts' errors.",
+        description="Days until a failed or cancelled job is deleted, with its attempts.",
     )
     max_page_size: int = Field(
         default=200,
@@ -147,7 +147,7 @@ class Settings(BaseSettings):
         default=1_000,
         ge=1,
         le=10_000,
-        description="The most jobs that one `enqueueJobs` stores.",
+        description="The most jobs per `enqueueJobs`.",
     )
     max_query_tokens: int = Field(
         default=2_000,
@@ -160,15 +160,15 @@ class Settings(BaseSettings):
         default=15,
         ge=5,
         le=100,
-        description="The most levels of fields per GraphQL operation, those of its fragments"
-        " included. GraphiQL's introspection has 15.",
+        description="The most levels of fields per GraphQL operation, including its fragments."
+        " GraphiQL's introspection has 15.",
     )
     max_query_aliases: int = Field(
         default=30,
         ge=0,
         le=10_000,
-        description="The most fields per GraphQL operation that have an alias or are repeated in"
-        " the same place.",
+        description="The most fields per GraphQL operation that have an alias or occur again in the"
+        " same place.",
     )
     max_query_directives: int = Field(
         default=30,
@@ -178,18 +178,18 @@ class Settings(BaseSettings):
     )
     rate_limit: Annotated[tuple[str, ...], NoDecode] = Field(
         default=(),
-        description="How many requests a caller may send, `600/minute` or several such separated by"
-        " commas: each subject of a token, or each address where there is none. Each process"
-        " counts by itself. Not limited unless given.",
+        description="The most requests per subject of a token, or per address without tokens:"
+        " `600/minute`, or several limits separated by commas. Each process counts separately."
+        " Not limited by default.",
     )
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         default=(),
-        description="Origins whose pages may call from a browser, separated by commas:"
-        " `https://app.example.com`. Pages of other origins cannot.",
+        description="Origins whose pages may send requests from a browser, separated by commas:"
+        " `https://app.example.com`.",
     )
     production: bool = Field(
         default=False,
-        description="`true` switches the four settings below off, unless they are set themselves.",
+        description="`true` changes the default of the four settings below to `false`.",
     )
     introspection: bool = Field(
         default=None,
@@ -215,34 +215,34 @@ class Settings(BaseSettings):
     auth_hs256_secret: str | None = Field(
         default=None,
         repr=False,
-        description="The secret that bearer tokens are signed with by HS256, 32 bytes or more.",
+        description="The secret of bearer tokens signed with HS256, 32 bytes or more.",
     )
     auth_jwks: str | None = Field(
         default=None,
         validate_default=True,
-        description="The public keys that bearer tokens are signed with by RS256, ES256 or EdDSA:"
-        " an `https://` URL of a JSON Web Key Set, or a file with one, which is read at the start.",
+        description="The public keys of bearer tokens signed with RS256, ES256 or EdDSA: the"
+        " `https://` URL of a JSON Web Key Set, or a file with one, which is read at the start.",
     )
     auth_issuer: str | None = Field(
         default=None,
         validate_default=True,
-        description="The `iss` that tokens must have. Required with a secret or keys.",
+        description="The required `iss` of tokens. Must be set with a secret or keys.",
     )
     auth_audience: str | None = Field(
         default=None,
         validate_default=True,
-        description="The `aud` that tokens must have. Required with a secret or keys.",
+        description="The required `aud` of tokens. Must be set with a secret or keys.",
     )
     auth_leeway_seconds: float = Field(
         default=10.0,
         ge=0.0,
         le=300.0,
-        description="How far the clock of the tokens' issuer may differ from this machine's.",
+        description="How far the clock of the issuer of tokens may differ from this machine's.",
     )
     host: str = Field(
         default="127.0.0.1",
-        description="Address that `job-registry serve` listens on. Without authentication,"
-        " loopback only.",
+        description="Address that `job-registry serve` listens on. Without authentication, only"
+        " loopback is allowed.",
     )
     port: int = Field(
         default=8000,
@@ -257,8 +257,8 @@ class Settings(BaseSettings):
     )
     log_format: Literal["auto", "console", "json"] = Field(
         default="auto",
-        description="`json`, a line an event; `console`, for people; `auto` is `console` on a"
-        " terminal and `json` elsewhere.",
+        description="`json`, one object per line; `console`, for people; `auto`, which is `console`"
+        " on a terminal and `json` elsewhere.",
     )
 
     @field_validator("catalog", mode="before")
@@ -269,9 +269,9 @@ class Settings(BaseSettings):
         names = _items(value)
         for name in names:
             if not all(part.isidentifier() for part in name.split(".")):
-                raise ValueError(f"{name!r} is not a module name")
+                raise ValueError(f"expected module names separated by commas; {name} is not one")
         if not names:
-            raise ValueError("it names no module")
+            raise ValueError("expected at least one module")
         return names
 
     @field_validator("database_url")
@@ -280,7 +280,7 @@ class Settings(BaseSettings):
         if value.startswith(_SQLITE):
             file = value.partition(":///")[2]
             if not file or file.endswith(":memory:"):
-                raise ValueError("a database in memory is gone with its connection; name a file")
+                raise ValueError("expected a file; a database in memory ends with its connection")
             if "?" in file or file.startswith("file:"):
                 raise ValueError("expected sqlite:///FILE, a path without options")
         elif not value.startswith(postgresql_url.SCHEMES):
@@ -310,7 +310,9 @@ class Settings(BaseSettings):
     @classmethod
     def _check_schema(cls, value: str) -> str:
         if value.startswith("pg_"):
-            raise ValueError("PostgreSQL keeps names that begin with pg_ to itself")
+            raise ValueError(
+                "expected a name that does not start with pg_, which PostgreSQL reserves"
+            )
         return value
 
     @field_validator("database_listen_url")
@@ -361,7 +363,9 @@ class Settings(BaseSettings):
     def _check_secret(cls, value: str | None) -> str | None:
         if value is not None and len(value.encode()) < 32:
             # RFC 7518, section 3.2.
-            raise ValueError("expected 32 bytes or more, such as `openssl rand -base64 32` gives")
+            raise ValueError(
+                "expected 32 bytes or more, for example from `openssl rand -base64 32`"
+            )
         return value
 
     @field_validator("auth_jwks")
@@ -370,7 +374,7 @@ class Settings(BaseSettings):
         if value is None:
             return value
         if info.data.get("auth_hs256_secret") is not None:
-            raise ValueError("JOBS_AUTH_HS256_SECRET is set too; tokens are checked with one")
+            raise ValueError("JOBS_AUTH_HS256_SECRET is set too; set one of the two")
         if re.match(r"[a-z]+://", value):
             host = urlsplit(value).hostname or ""
             if not value.startswith("https://") and not (
@@ -401,14 +405,14 @@ class Settings(BaseSettings):
     @field_validator("host")
     @classmethod
     def _check_host(cls, value: str, info: ValidationInfo) -> str:
-        # What is wrong with a key is said where it stands.
+        # A faulty key has its own message.
         authenticated = any(
             name not in info.data or info.data[name] is not None
             for name in ("auth_hs256_secret", "auth_jwks")
         )
         if not _is_loopback(value) and not authenticated:
             raise ValueError(
-                "without authentication only loopback (127.0.0.1, ::1, localhost) is served,"
+                "without authentication only loopback (127.0.0.1, ::1, localhost) is allowed,"
                 " because anyone who reaches the port may use the queue; set"
                 " JOBS_AUTH_HS256_SECRET or JOBS_AUTH_JWKS, with JOBS_AUTH_ISSUER and"
                 " JOBS_AUTH_AUDIENCE"
@@ -419,10 +423,10 @@ class Settings(BaseSettings):
 
 
 def load_settings(environment: Mapping[str, str] | None = None) -> Settings:
-    """The settings of the process's environment, or of the one given.
+    """Read the settings from the environment, by default that of the process.
 
     Raises:
-        SettingsInvalid: with every wrong or unknown `JOBS_` variable.
+        SettingsInvalid: a `JOBS_` variable is wrong or unknown. It names all of them.
     """
     environment = os.environ if environment is None else environment
     values: dict[str, Any] = {}
@@ -434,7 +438,7 @@ def load_settings(environment: Mapping[str, str] | None = None) -> Settings:
         if name in Settings.model_fields and variable == variable.upper():
             values[name] = value
         else:
-            # Without the prefix, which would make every setting look alike.
+            # Without the prefix, which would make all names similar.
             near = difflib.get_close_matches(name, Settings.model_fields, n=1)
             hint = f" Did you mean {PREFIX}{near[0].upper()}?" if near else ""
             faults.append(f"{variable}: there is no such setting.{hint}")
@@ -451,7 +455,7 @@ def load_settings(environment: Mapping[str, str] | None = None) -> Settings:
 
 
 def settings_table() -> str:
-    """The settings as a Markdown table, as it stands in the README."""
+    """Return the settings as the Markdown table of docs/settings.md."""
     lines = ["| variable | default | range | meaning |", "| --- | --- | --- | --- |"]
     defaults = _Given()
     for name, field in Settings.model_fields.items():
@@ -470,11 +474,11 @@ def settings_table() -> str:
 
 
 class _Given(Settings):
-    """Settings of the values that are handed in, so that only `load_settings` reads variables."""
+    """Settings from arguments only, so that only `load_settings` reads variables."""
 
     @classmethod
     def settings_customise_sources(cls, *_sources: Any, **named: Any) -> tuple[Any, ...]:
-        """Takes the values of the call and nothing else."""
+        """Use only the arguments."""
         return (named["init_settings"],)
 
 
@@ -486,7 +490,7 @@ _ORIGIN: Final = re.compile(r"https?://([a-z0-9.-]+|\[[0-9a-f:]+\])(:[0-9]{1,5})
 
 
 def _expected(name: str, detail: ErrorDetails) -> str:
-    """What a setting wants, from the fault Pydantic found in what came."""
+    """Describe what a setting expects, from the fault that Pydantic found."""
     match detail["type"]:
         case "value_error":
             return str(detail["ctx"]["error"])
@@ -494,6 +498,10 @@ def _expected(name: str, detail: ErrorDetails) -> str:
             return f"expected {detail['ctx']['expected']}"
         case "string_too_short":
             return "expected a text that is not empty"
+        case "string_pattern_mismatch":
+            return (
+                "expected 1 to 63 lower-case letters, digits and underscores, the first not a digit"
+            )
         case "bool_parsing" | "bool_type":
             return "expected true or false"
     field = Settings.model_fields[name]
@@ -526,8 +534,8 @@ def _is_address(host: str) -> bool:
 
 
 def _shown(name: str, value: str) -> str:
-    """What came, fit for a log: of a database's URL the scheme only. In one that is written wrong
-    nobody can say which part is the password."""
+    """Return a value without secrets. Of a database URL only the scheme is shown, because in a
+    malformed URL any part may be the password."""
     if name == "auth_hs256_secret" or (name == "auth_jwks" and "@" in value):
         return "..."
     if name in _URLS and not value.startswith(_SQLITE) and re.search("[:=@]", value):

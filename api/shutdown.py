@@ -1,7 +1,7 @@
-"""Ends a process on SIGTERM and SIGINT within its grace, whatever hangs.
+"""Ends a process on SIGTERM and SIGINT within a bounded time, even if something hangs.
 
-The first signal lets running work end. The second ends it at once. What does not end by then is
-ended from a thread that no handler, database or event loop can hold up.
+The first signal lets running work end. The second ends it at once. If the process does not end in
+time, a thread that no handler, database or event loop can block ends it.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ from typing import Final
 import structlog
 
 FORCED: Final = 3
-"""The exit code of a process that did not end by itself in time."""
+"""The exit code of a process that did not end in time."""
 
 AT_ONCE_SECONDS: Final = 3.0
-"""How long a process may take after a second signal: long enough to hand its jobs back."""
+"""How long a process may take after a second signal, to release its jobs."""
 
 LEFTOVER_SECONDS: Final = 2.0
-"""How long tasks and threads that do not end may hold up a process whose work has ended."""
+"""How long remaining tasks and threads may delay the end of a process after its work."""
 
 LAST_SECONDS: Final = 2.0
-"""How long the last log line and `abandon` may take: nobody may be reading, or answering."""
+"""How long the last log line and `abandon` may take. Both may block."""
 
 log = structlog.get_logger("jobs.shutdown")
 
 
 class Shutdown:
-    """While the context is open, SIGTERM and SIGINT call `end` on the running event loop.
+    """A context in which SIGTERM and SIGINT call `end` on the running event loop.
 
-    `end` is called once for each of the first two signals. `seconds` after the first, or shortly
-    after the second, `abandon` is called in a thread, and the process is ended with the exit code
-    `FORCED`. A third signal does not wait. All that still holds after the context, because closing
-    connections may hang too.
+    `end` is called once for each of the first two signals. `seconds` after the first signal, or
+    shortly after the second, `abandon` is called in a thread, and the process exits with the code
+    `FORCED`. A third signal ends the process at once. This still applies after the context is left,
+    because closing connections may hang too.
 
-    Enter it in the main thread. A forked child has the default handling of signals: a SIGTERM of
-    its own ends it, and does not reach its parent.
+    Enter it in the main thread. Forked children get the default handling of signals: a SIGTERM to a
+    child ends the child and does not reach its parent.
     """
 
     def __init__(
@@ -59,14 +59,14 @@ class Shutdown:
         self._end = end
         self._seconds = seconds
         self._abandon = abandon
-        # Its `put` is reentrant, so a signal handler may call it. None: the work has ended.
+        # `put` is reentrant, so a signal handler may call it. None means that the work has ended.
         self._told: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._asked = False
 
     def __enter__(self) -> Shutdown:
         self._loop = asyncio.get_running_loop()
-        # Started now: a signal handler that started it could interrupt the start of a thread, and
-        # wait for a lock which that holds.
+        # Started now: a signal handler that starts a thread may interrupt the start of another one,
+        # and wait for the lock that the other one holds.
         threading.Thread(target=self._watch, name="shutdown", daemon=True).start()
         os.register_at_fork(after_in_child=_forget_signals)
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -79,18 +79,18 @@ class Shutdown:
         _error: BaseException | None,
         _traceback: TracebackType | None,
     ) -> None:
-        # The handlers stay: a signal that arrives while connections close still counts.
+        # The signal handlers stay: signals still count while connections close.
         return
 
     def work_has_ended(self) -> None:
-        """Allow what is left, such as a task that never ends, a moment; then exit with 0."""
+        """Give remaining tasks and threads a moment, then exit with 0."""
         self._told.put(None)
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         if not self._asked:
             self._asked = True
-            # The kernel ends even a process whose threads cannot run, because a library holds the
-            # interpreter's lock.
+            # The kernel can end the process even if no thread can run, because a library holds the
+            # interpreter lock.
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.setitimer(signal.ITIMER_REAL, self._seconds + 2 * LAST_SECONDS)
         self._told.put(number)
@@ -108,7 +108,7 @@ class Shutdown:
                 seconds, code = LEFTOVER_SECONDS, 0
             elif allowed:
                 seconds = allowed.pop(0)
-                with suppress(RuntimeError):  # The loop is closed: only the rest has to end.
+                with suppress(RuntimeError):  # The loop is closed already.
                     self._loop.call_soon_threadsafe(self._end)
             else:
                 break
@@ -124,7 +124,7 @@ class Shutdown:
         abandoning = threading.Thread(target=self._abandon, daemon=True)
         abandoning.start()
         main = sys._current_frames().get(threading.main_thread().ident or 0)
-        with suppress(Exception):  # A handler may have closed these.
+        with suppress(Exception):  # A handler may have closed the streams.
             log.error(
                 "shutdown.forced",
                 threads=sorted(thread.name for thread in threading.enumerate()),
@@ -136,14 +136,14 @@ class Shutdown:
 
 
 def _forget_signals() -> None:
-    """In a forked child: it inherits the handlers, and the descriptor that wakes the event loop."""
+    """Reset the inherited signal handlers and the wakeup descriptor in a forked child."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _kill_children() -> None:
-    """What handlers started with `multiprocessing` would live on as orphans."""
+    """Kill the `multiprocessing` children of handlers, which would live on as orphans."""
     multiprocessing = sys.modules.get("multiprocessing")
     if multiprocessing is not None:
         for child in multiprocessing.active_children():

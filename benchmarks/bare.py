@@ -1,17 +1,17 @@
-"""The yardstick: a Starlette route that reads JSON and answers JSON, served as the product is.
+"""The baseline: a Starlette route that reads and answers JSON, served as the product is.
 
     python benchmarks/bare.py PORT [DATABASE_URL]
 
-With a database there are two more, which do the same and execute an `enqueueJob` in between:
-`/executed` as the product does, on a document that is prepared, and `/strawberry` by Strawberry's
-`schema.execute`. What each costs above `/bare` is what an execution costs by itself.
+With a database it has two more routes, which also execute an `enqueueJob`: `/executed` in the same
+way as the product, on a prepared document, and `/strawberry` by Strawberry's `schema.execute`. The
+difference to `/bare` is the cost of the execution alone.
 """
 
 from __future__ import annotations
 
 import sys
 
-# Python looks beside the script first, and graphql.py there has the name of a library.
+# Python looks in the script's folder first, where graphql.py hides the library of that name.
 sys.path.append(sys.path.pop(0))
 
 from collections.abc import AsyncIterator

@@ -1,18 +1,18 @@
-"""Kills and freezes processes of the queue, breaks its network, and checks that no promise broke.
+"""Kills and freezes processes of the queue, breaks its network, and checks every guarantee.
 
     python benchmarks/crash.py [--minutes 10] [--seed 1] [--postgresql debian|bundled]
 
-4 workers and 2 servers share one PostgreSQL, half of them by way of a proxy. Short jobs are
-enqueued over HTTP: of a type without a limit, of one with the limit 5, of one with the limit 1, and
-keyed ones, whose key is sent again until it is answered and once more after that. Meanwhile random
-processes get SIGKILL and are started again, or SIGSTOP and, after less than a second or after more
-than a lease, SIGCONT; the proxy stalls, resets and swallows what goes through it; and PostgreSQL is
-restarted without notice in the middle.
+4 workers and 2 servers share one PostgreSQL, half of them through a proxy. Short jobs are enqueued
+over HTTP: of a type without a limit, of one with the limit 5, of one with the limit 1, and with
+idempotency keys, where each request is repeated until it is answered and once more after that.
+Meanwhile random processes get SIGKILL and are started again, or get SIGSTOP and, after less than a
+second or more than a lease, SIGCONT. The proxy stalls, resets and drops connections. PostgreSQL is
+restarted without notice halfway.
 
-Afterwards: every enqueue that was answered exists; every key made one job; every job is finished;
-none was completed twice; never did more jobs of a limited type run than its limit admits, by the
-log that the handlers write; every server is ready and every worker works again; and all of them
-end on SIGTERM. Exits with 1 if any of it is not so.
+Afterwards: every job whose enqueue was answered exists; every key made one job; every job is
+finished; no job was completed twice; the handlers' log shows that no more jobs of a limited type
+ran at once than its limit allows; every server is ready and every worker runs jobs again; and all
+of them end on SIGTERM. Exits with 1 if one of these is false.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Nap(Payload):
     milliseconds: int = 5
 
 def log(what, job):
-    # One write of one line, appended: whole, whoever else writes.
+    # One appended write per line, so that lines of several processes do not mix.
     line = f"{what} {job.type} {job.id} {os.getpid()} {time.monotonic()}\\n".encode()
     os.write(LOG, line)
 
@@ -87,7 +87,7 @@ only = job_type("crash.only", 1)
 
 
 class Server(Protocol):
-    """A PostgreSQL to restart without notice."""
+    """A PostgreSQL that can be restarted without notice."""
 
     @property
     def url(self) -> str: ...
@@ -96,7 +96,7 @@ class Server(Protocol):
 
 
 class Run(NamedTuple):
-    """One handler's run, from its `start` in the log to its end, by whatever ended it."""
+    """One run of a handler, from its `start` in the log to its end or the end of its process."""
 
     type: str
     start: float
@@ -105,7 +105,7 @@ class Run(NamedTuple):
 
 @dataclass
 class Crash:
-    """One run: its processes, what was answered, and what was done to whom and when."""
+    """One run of the benchmark: its processes, the answers, and the faults with their times."""
 
     folder: Path
     environment: dict[str, str]
@@ -139,9 +139,9 @@ class Crash:
         self.killed[process.pid] = time.monotonic()
 
     async def enqueue(self, ports: list[int], until: float, caller: int) -> None:
-        """Enqueues until then; what is answered with 201 has to exist for good."""
+        """Enqueue jobs until then, and remember those that were answered with 201."""
         names = ["crash.free", "crash.keyed", *LIMITS]
-        # Half of the callers for each server, so that one that hangs takes no work from the other.
+        # Half of the clients per server, so that a hanging server does not slow the other one down.
         own = [ports[caller % len(ports)]]
         async with httpx.AsyncClient(timeout=4) as client:
             number = 0
@@ -154,7 +154,7 @@ class Crash:
                 }
                 if kind == "crash.keyed":
                     job["idempotencyKey"] = f"{caller}.{number}"
-                    # Once more, as a client does that did not see the answer, perhaps elsewhere.
+                    # Once more, as a client that got no answer, perhaps to the other server.
                     await self._send_until_answered(client, own, job)
                     await self._send_until_answered(client, ports, job)
                 else:
@@ -204,7 +204,7 @@ class Crash:
 
         while time.monotonic() < until:
             await asyncio.sleep(random.uniform(0.5, 2))
-            # Each has worked for a while, and there is a server more often than not.
+            # Each process runs for a while, and usually one server is up.
             ripe = time.monotonic() - self.spared_seconds
             names = [n for n, at in self.started.items() if n not in stopped and at < ripe]
             names = [n for n in names if n.startswith("worker") or random.random() < 0.3]
@@ -243,7 +243,7 @@ class Crash:
             proxy.resume()
 
     def terminate(self) -> int:
-        """Asks every process to end, and tells how many did not."""
+        """Send SIGTERM to every process, and return how many did not end."""
         for process in self.processes.values():
             process.send_signal(signal.SIGCONT)
             process.terminate()
@@ -304,7 +304,7 @@ async def run(seconds: float, folder: Path, server: Server) -> int:
 
 
 async def _until_ready(ports: list[int]) -> float:
-    """How long the servers took to be ready, which is how long they take when started again."""
+    """Return how long the servers took to be ready."""
     started = time.monotonic()
     async with httpx.AsyncClient(timeout=5) as client:
         for port in ports:
@@ -379,7 +379,7 @@ async def _judge(crash: Crash, url: str, folder: Path, ports: list[int]) -> int:
 
 
 async def _all_well(crash: Crash, folder: Path, ports: list[int]) -> tuple[int, int]:
-    """How many servers are ready and store jobs, and how many workers start some, in the calm."""
+    """Return how many servers store jobs and how many workers start jobs after the faults."""
     ready: set[int] = set()
     working: set[int] = set()
     workers: set[int] = set()
@@ -387,7 +387,7 @@ async def _all_well(crash: Crash, folder: Path, ports: list[int]) -> tuple[int, 
     until = time.monotonic() + 45
     async with httpx.AsyncClient(timeout=5) as client:
         while time.monotonic() < until and (len(ready) < len(ports) or len(working) < WORKERS):
-            # A process that finds no database when it starts ends, and its manager starts it again.
+            # A process that finds no database at its start exits, and its manager starts it again.
             for name, process in list(crash.processes.items()):
                 if process.poll() is not None:
                     crash.start(name)
@@ -412,11 +412,11 @@ async def _all_well(crash: Crash, folder: Path, ports: list[int]) -> tuple[int, 
 
 
 def _runs(log: Path, crash: Crash) -> Iterator[Run]:
-    """The handlers' runs that count against a limit.
+    """Return the runs of handlers that count against a limit.
 
-    A killed process runs nothing any more. One that was frozen for longer than a lease has lost
-    what it ran, and cannot know: such a run counts up to the freeze, and not at all where it began
-    in the moment after it, by a lease that was over.
+    The runs of a killed process end with it. A process that was frozen for longer than a lease has
+    lost its jobs without knowing: those runs count up to the freeze, and not at all if they began
+    just after it, with an expired lease.
     """
     open_: dict[tuple[str, int], tuple[str, float]] = {}
     runs: list[tuple[Run, int]] = []
@@ -443,7 +443,7 @@ def _runs(log: Path, crash: Crash) -> Iterator[Run]:
 
 
 def _most_at_once(runs: list[Run]) -> int:
-    # At one moment an end comes before a start.
+    # At the same time, ends are counted before starts.
     changes = sorted([(run.start, 1) for run in runs] + [(run.end, -1) for run in runs])
     now = most = 0
     for _, step in changes:
@@ -460,7 +460,7 @@ class _Bundled:
         self.url = self._server.get_uri()
 
     def restart(self) -> None:
-        """As after a power failure: the server recovers from its log."""
+        """Restart as after a power failure: the server recovers from its log."""
         data, log = str(self._server.pgdata), str(self._server.log)
         pgexec(
             "pg_ctl",
@@ -503,12 +503,14 @@ def _default_postgresql() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=None, help="repeats the choices of a run")
+    parser.add_argument(
+        "--seed", type=int, default=None, help="repeats the random choices of a run"
+    )
     parser.add_argument(
         "--postgresql",
         choices=["debian", "bundled"],
         default=_default_postgresql(),
-        help="the system's server, with LLVM, where it is installed; else the bundled one",
+        help="the system's server, with LLVM, if it is installed; otherwise the bundled one",
     )
     arguments = parser.parse_args()
     seed = arguments.seed if arguments.seed is not None else random.randrange(1_000_000)

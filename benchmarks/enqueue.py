@@ -1,12 +1,12 @@
-"""What an enqueue costs, beside a bare Starlette JSON route in the same run.
+"""Measures the cost of an enqueue, relative to a bare Starlette JSON route in the same run.
 
     python benchmarks/enqueue.py [--seconds 3]
 
 Prints requests per second and the server's CPU time per request, each with its ratio to the bare
-route: `enqueueJob` on SQLite and PostgreSQL at 1, 8 and 32 connections, `enqueueJobs` of 100 and
-1,000, and, as what the databases themselves can do, single-row INSERTs with a commit each. The
-bare route is measured before and after the rest, and the mean taken. One server process; the load
-comes from this process. What was found is in benchmarks/README.md.
+route: `enqueueJob` on SQLite and PostgreSQL with 1, 8 and 32 connections, `enqueueJobs` of 100 and
+1,000, and, as an upper bound, single-row INSERTs with a commit each. The bare route is measured
+before and after the rest; its figure is the mean. There is one server process, and this process
+generates the load. benchmarks/README.md has the results.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ def free_port() -> int:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table; compared with the bare route at as many connections."""
+    """One line of the table, compared with the bare route at the same number of connections."""
 
     name: str
     measured: Measured
     connections: int
     jobs: int = 1
-    """How many jobs go in one request."""
+    """The number of jobs per request."""
 
 
 def show(row: Row, bare: dict[int, Measured]) -> None:

@@ -1,20 +1,20 @@
-"""What stands around the execution of an `enqueueJob` costs: HTTP, authentication, guards.
+"""Measures the cost of an `enqueueJob` outside its execution: HTTP, authentication, limits.
 
     python benchmarks/graphql.py [--seconds 2] [--rounds 3]
 
-CPU time of the server per request, 32 connections, SQLite, in one run whose measurements take
-turns. An execution alone is a bare Starlette route that executes, less the bare route that does
-not: as the product executes, and by Strawberry's `schema.execute`. The product's server is shown
-open, and with tokens, a rate limit and CORS. "Above" is what it takes on top of its execution
-alone; that is to be no more than the bare route twice over. What was found is in
-benchmarks/README.md.
+Prints the server's CPU time per request with 32 connections on SQLite. The measurements take turns
+in one run. The cost of an execution alone is that of a bare Starlette route that executes, minus
+that of the bare route that does not: once as the product executes, once by Strawberry's
+`schema.execute`. The server of the product is measured without authentication, and with tokens, a
+rate limit and CORS. "Above" is its cost without the execution, which should be at most twice that
+of the bare route. benchmarks/README.md has the results.
 """
 
 from __future__ import annotations
 
 import sys
 
-# Python looks beside the script first, and this one has the name of a library.
+# Python looks in the script's folder first, where this file hides the library of its name.
 sys.path.append(sys.path.pop(0))
 
 import argparse
@@ -44,7 +44,7 @@ CONTENT = {"query": MUTATION, "variables": {"input": JOB}}
 async def measure(
     command: list[str], port: int, environment: dict[str, str], request: bytes, seconds: float
 ) -> float:
-    """Milliseconds of the server's CPU time per request."""
+    """Return the server's CPU time per request in milliseconds."""
     with server(command, port, environment) as process:
         measured = await load(process, port, request, connections=CONNECTIONS, seconds=seconds)
     return measured.server_ms_per_request
@@ -107,7 +107,7 @@ async def run(seconds: float, rounds: int, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--seconds", type=float, default=2.0, help="for each measurement")
-    parser.add_argument("--rounds", type=int, default=3, help="turns that each takes")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each variant is measured")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="jobs-benchmark-"))
     try:

@@ -1,6 +1,6 @@
-"""A load generator that costs little: raw sockets, keep-alive, one process beside the server's.
+"""A cheap load generator: raw sockets with keep-alive, in one process beside the server's.
 
-Used by the benchmarks; bounded in time, and only ever pointed at loopback.
+Used by the other benchmarks. It is bounded in time and only used on loopback.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import psutil
 
 @dataclass(frozen=True)
 class Measured:
-    """What a run came to."""
+    """The result of a run."""
 
     requests_per_second: float
     server_ms_per_request: float
@@ -31,7 +31,7 @@ class Measured:
 
 @contextmanager
 def server(command: list[str], port: int, environment: dict[str, str]) -> Iterator[psutil.Process]:
-    """A server process on loopback, ended when the context closes."""
+    """Run a server process on loopback until the context is left."""
     process = subprocess.Popen(
         [sys.executable, *command],
         env={**os.environ, **environment},
@@ -57,10 +57,10 @@ def server(command: list[str], port: int, environment: dict[str, str]) -> Iterat
 async def load(
     process: psutil.Process, port: int, request: bytes, *, connections: int, seconds: float
 ) -> Measured:
-    """Sends `request` over and over on each of `connections`, for `seconds`.
+    """Send `request` again and again on each of `connections`, for `seconds`.
 
     Raises:
-        RuntimeError: an answer was not 200 or 201, or holds GraphQL errors.
+        RuntimeError: an answer was not 200 or 201, or has GraphQL errors.
     """
     counts = [0] * connections
     await _send(port, request, counts, 0, time.monotonic() + 0.3)
@@ -89,7 +89,7 @@ async def _send(port: int, request: bytes, counts: list[int], place: int, until:
 
 
 def post(path: str, content: object) -> bytes:
-    """The bytes of an HTTP request with a JSON body."""
+    """Return the bytes of an HTTP request with a JSON body."""
     body = json.dumps(content).encode()
     head = (
         f"POST {path} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"

@@ -1,10 +1,10 @@
-"""What jobs leave behind in a worker: its resident size over many failing and succeeding jobs.
+"""Measures the resident size of a worker over many failing and succeeding jobs.
 
     .venv/bin/python benchmarks/memory.py [--megabytes 20] [--failing 1000] [--succeeding 10000]
 
-Each failing attempt holds so many megabytes in its frame; each succeeding one has a payload and a
-result of 50 kB. Runs on a fresh SQLite file, with the garbage collector as a worker sets it.
-The size must level off: the last line says whether it did.
+Each failing attempt holds that many megabytes in its frame. Each succeeding attempt has a payload
+and a result of 50 kB. Runs on a new SQLite file, with the garbage collector set as in a worker.
+The size must level off; the last line says whether it does.
 """
 
 from __future__ import annotations

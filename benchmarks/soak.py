@@ -1,10 +1,10 @@
-"""Races and storms for some minutes: what the tests do briefly, longer, and all that crash.py does.
+"""Runs the long tests and `crash.py` for some minutes.
 
     python benchmarks/soak.py [--minutes 10]
 
-First the tests marked `soak`: long races, an open snapshot under many jobs, statements' costs at a
-million rows. They have the first half of the time; what they do not reach is left out, and said so.
-Then, for what is left of the time, `crash.py`. Exits with 1 when a promise broke.
+The tests marked `soak` come first: long races, an open snapshot under many jobs, the costs of
+statements at a million rows. They have the first half of the time; the output names the tests that
+were not reached. `crash.py` has the rest of the time. Exits with 1 if a guarantee does not hold.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LEAST_CRASH_MINUTES = 0.5
 JUDGING_MINUTES = 1.0
-"""How long `crash.py` takes, beside its storm, to start, to judge and to end."""
+"""How long `crash.py` takes to start, to check and to end, beside its run."""
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10.0)
     arguments = parser.parse_args()
     started = time.monotonic()
-    # Each failure ends them at once, so an end by the clock is one without a failure.
+    # The first failure ends the tests, so if the time runs out, none has failed.
     tests = [sys.executable, "-m", "pytest", "--soak", "-m", "soak", "-x"]
     tests += ["-n", "2", "--dist", "loadfile"]
     good = _run(tests, minutes=arguments.minutes / 2) is not False
@@ -40,13 +40,13 @@ def main() -> None:
 
 
 def _run(command: list[str], *, minutes: float) -> bool | None:
-    """Runs a program, which ends what it started: whether it ended well; None: not in time."""
+    """Run a program, and return whether it succeeded; None if it did not end in time."""
     with subprocess.Popen(command, cwd=ROOT) as process:
         try:
             return process.wait(minutes * 60) == 0
         except subprocess.TimeoutExpired:
-            print(f"{' '.join(command)}: not over after {minutes:.0f} minutes", flush=True)
-            # As Ctrl-C, upon which both end what they have started.
+            print(f"{' '.join(command)}: not finished after {minutes:.0f} minutes", flush=True)
+            # Like Ctrl-C, on which both programs end the processes they have started.
             process.send_signal(signal.SIGINT)
             try:
                 process.wait(30)

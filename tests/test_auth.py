@@ -122,7 +122,7 @@ def none_algorithm(**changed: Any) -> str:
     [
         (lambda: token(exp=int(time.time()) - 60), "The token has expired."),
         (lambda: token(nbf=int(time.time()) + 60), "The token is not valid yet."),
-        (lambda: token(iss="https://other.example"), "The token is of another issuer."),
+        (lambda: token(iss="https://other.example"), "The token is from another issuer."),
         (lambda: token(aud="others"), "The token is for another audience."),
         (lambda: token(exp=None), "The token lacks the claim exp."),
         (lambda: token(sub=None), "The token lacks the claim sub."),
@@ -313,7 +313,7 @@ def test_a_file_that_is_no_key_set_is_a_wrong_setting(tmp_path: Path, text: str)
     [
         ('{"keys": []}', "not a JSON Web Key Set"),
         ('{"keys": [1]}', "not a JSON Web Key Set"),
-        ('{"keys": [{"kty": "oct", "k": "c2VjcmV0"}]}', "holds no RSA, P-256 or Ed25519 key"),
+        ('{"keys": [{"kty": "oct", "k": "c2VjcmV0"}]}', "has no RSA, P-256 or Ed25519 key"),
     ],
 )
 def test_a_key_set_without_a_usable_key_stops_the_start(
@@ -557,7 +557,7 @@ async def test_a_caller_is_slowed_down_and_the_others_are_not(visit: Visit) -> N
         health = await client.get("/healthz")
     assert statuses == [200, 200, 200, 200, 429]
     assert codes(refused) == ["rate_limited"]
-    assert refused.json()["errors"][0]["message"].startswith("At most 3 requests a minute")
+    assert refused.json()["errors"][0]["message"].startswith("At most 3 requests per minute")
     assert 1 <= int(refused.headers["retry-after"]) <= 60
     assert (rest.status_code, rest.json()["error"]["code"]) == (429, "rate_limited")
     assert strangers == [401, 401, 401, 429, 429]

@@ -179,7 +179,7 @@ def test_a_health_port_that_is_taken_is_a_sentence(tmp_path: Path) -> None:
             timeout=60,
         )
     assert result.returncode == 1
-    assert result.stderr == f"127.0.0.1:{port} cannot be listened on: Address already in use.\n"
+    assert result.stderr == f"Cannot listen on 127.0.0.1:{port}: Address already in use.\n"
 
 
 @dataclass(frozen=True)
@@ -205,11 +205,11 @@ class FakeWorker:
         (Standing(loop_blocked_seconds=29.0, renewals_behind_seconds=29.0), None),
         (
             Standing(loop_blocked_seconds=31.0),
-            "The worker's loop has not turned for 31 seconds.",
+            "The worker has been stalled for 31 seconds.",
         ),
         (
             Standing(renewals_behind_seconds=44.0),
-            "Renewals of leases have been overdue for 44 seconds.",
+            "Renewals of leases are 44 seconds late.",
         ),
     ],
 )

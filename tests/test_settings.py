@@ -8,7 +8,7 @@ import pytest
 
 from job_registry_api.settings import SettingsInvalid, load_settings, settings_table
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs/settings.md"
 
 
 def test_defaults_serve_loopback_on_an_embedded_database() -> None:
@@ -114,7 +114,7 @@ def test_other_addresses_are_served_with_authentication_only(host: str) -> None:
     faults = refused(JOBS_HOST=host)
     assert faults.keys() == {"JOBS_HOST"}
     assert (
-        "without authentication only loopback (127.0.0.1, ::1, localhost) is served"
+        "without authentication only loopback (127.0.0.1, ::1, localhost) is allowed"
         in (faults["JOBS_HOST"])
     )
     assert "because anyone who reaches the port may use the queue" in faults["JOBS_HOST"]
@@ -145,6 +145,8 @@ def test_all_that_authentication_lacks_is_told_at_once(tmp_path: Path) -> None:
         ("JOBS_AUTH_JWKS", "https://issuer.example/keys", "JOBS_AUTH_HS256_SECRET is set too"),
         ("JOBS_AUTH_ISSUER", "", "a text that is not empty"),
         ("JOBS_AUTH_LEEWAY_SECONDS", "301", "a number from 0 to 300"),
+        ("JOBS_DATABASE_SCHEMA", "Jobs", "lower-case letters, digits and underscores"),
+        ("JOBS_DATABASE_SCHEMA", "pg_jobs", "a name that does not start with pg_"),
         ("JOBS_PRODUCTION", "perhaps", "true or false"),
         ("JOBS_INTROSPECTION", "2", "true or false"),
         ("JOBS_RATE_LIMIT", "many", "a rate such as 600/minute"),
@@ -246,7 +248,7 @@ def test_settings_are_printed_without_the_password() -> None:
     assert "lovelace" not in repr(settings)
 
 
-def test_the_readme_has_the_table_of_settings_as_it_is() -> None:
-    text = README.read_text("utf-8")
+def test_the_guide_has_the_table_of_settings_as_it_is() -> None:
+    text = PAGE.read_text("utf-8")
     table = text.split("<!-- settings -->\n")[1].split("\n<!-- /settings -->")[0]
     assert table == settings_table()

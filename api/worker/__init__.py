@@ -1,7 +1,7 @@
 """The worker: leases due jobs, runs their handlers, and reports how each attempt ended.
 
-`Worker` is imported when it is first used: the processes in which handlers run import this package
-as well, and need neither the queue nor a database.
+`Worker` is imported on first use: the processes in which handlers run also import this package, and
+need neither the queue nor a database.
 """
 
 from __future__ import annotations

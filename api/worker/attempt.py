@@ -49,25 +49,25 @@ from job_registry_api.worker.progress import Progress
 from job_registry_api.worker.running import HandlerCall
 
 CANCEL_GRACE_SECONDS: Final = 3.0
-"""How long a handler in a process may take to end once it is cancelled, before it is killed."""
+"""How long a cancelled handler in a process may take to end before it is killed."""
 
 HAND_BACK_SECONDS: Final = 2.0
-"""How long a handler may take to end when its worker stops, before its job is handed back."""
+"""How long a handler may take to end when its worker stops, before its job is released."""
 
 EARLY_SECONDS: Final = 0.1
-"""How much earlier than the database's clock a timeout is noticed here."""
+"""How much earlier than the database the worker ends an attempt at its timeout."""
 
 LATE_SECONDS: Final = 0.02
-"""How long an async handler may take to end once its timeout cancels it, before it is overdue."""
+"""How long an async handler may take to end after its timeout before it counts as overdue."""
 
 OVERDUE_LOG_SECONDS: Final = 60.0
-"""How often the log names a handler that goes on after its timeout."""
+"""How often the log names a handler that runs on after its timeout."""
 
 REPORT_SECONDS: Final = 10.0
-"""How long a report is repeated after the lease may have run out: the database decides."""
+"""How long to repeat a report after the lease may have expired. The database decides."""
 
 AFTER_CRASH: Final = ("lost", "process_died")
-"""The errors of a former attempt after which the next one runs in a process of its own."""
+"""The error codes after which the next attempt runs in a separate process."""
 
 _UNFORESEEN: Final = ("error", "stopped")
 
@@ -76,7 +76,7 @@ log = structlog.get_logger("jobs.worker")
 
 @dataclass(frozen=True, slots=True)
 class Equipment:
-    """What all attempts of a worker share."""
+    """The parts of a worker that all its attempts share."""
 
     queue: JobQueue
     keeper: LeaseKeeper
@@ -87,9 +87,9 @@ class Equipment:
 
 
 class Attempt:
-    """Runs one leased job and reports how it ended. `run` raises nothing.
+    """One attempt at a leased job. `run` runs the handler and reports the end, and never raises.
 
-    `check_at_once` renews the lease at once, because its job's cancellation may be requested.
+    `check_at_once` renews the lease at once, because the job may already be cancelled.
     """
 
     def __init__(self, equipment: Equipment, lease: Lease, *, check_at_once: bool = False) -> None:
@@ -98,8 +98,8 @@ class Attempt:
         self._queue = equipment.queue
         self._token = lease.token
         self._job = lease.job
-        # The database counts from the lease, so it is ahead of this by the way of the answer, and
-        # other workers' claims end what has timed out. A bit early, so that this one reports it.
+        # The database counts from the lease, which is earlier by the latency of its answer, and the
+        # claims of other workers end attempts that timed out. End early, to report it first.
         self._deadline = time.monotonic() + lease.job.timeout_seconds - EARLY_SECONDS
         self._now = Circumstances(cancel_requested=lease.job.cancel_requested_at is not None)
         self._asked_to_stop = threading.Event()
@@ -114,17 +114,17 @@ class Attempt:
 
     @property
     def job_id(self) -> Any:
-        """The job's id."""
+        """The id of the job."""
         return self._job.id
 
     def cancel(self) -> None:
-        """The job's cancellation is requested: ask the handler to stop."""
+        """Stop the handler, because the job is cancelled."""
         if not self._now.cancel_requested and not self._reporting:
             self._log.info("job.cancelling")
             self._ask_to_stop(CANCEL_GRACE_SECONDS, cancel_requested=True)
 
     def hand_back(self) -> None:
-        """End the attempt without spending it: the process shuts down."""
+        """Stop the handler and release the job, because the worker shuts down."""
         self._ask_to_stop(HAND_BACK_SECONDS, handing_back=True)
 
     async def run(self) -> None:
@@ -151,7 +151,7 @@ class Attempt:
             log_unexpected("worker", error)
         finally:
             self._equipment.keeper.drop(self._token)
-            # The keeper and the handler's context refer to this: leave no cycle behind.
+            # The keeper and the handler's context refer to this attempt: break the cycle.
             self._call = None
 
     async def _attempt(self, registered: JobType[Any]) -> None:
@@ -161,7 +161,7 @@ class Attempt:
             await self._refuse(invalid)
             return
         except Exception as error:
-            # A validator of the job type's raises what no validator should.
+            # A validator of the job type raised something other than a validation error.
             failure = raised(error)
             self._log.warning("job.attempt_failed", exception=failure.traceback)
             await self._report(report_of(failure, self._now))
@@ -244,7 +244,7 @@ class Attempt:
         )
 
     def _facts(self) -> dict[str, Any]:
-        """What a `JobContext` says of the job."""
+        """Return the fields of the `JobContext` that describe the job."""
         return {
             "id": str(self._job.id),
             "type": self._job.type,
@@ -255,15 +255,15 @@ class Attempt:
         }
 
     def _progress_sink(self) -> Callable[[bytes], None]:
-        # Not a method of this: a handler may keep its context, and the attempt with it.
+        # Not a method: a handler may keep its context, and with it the attempt.
         keeper, token = self._equipment.keeper, self._token
         return lambda text: keeper.progress(token, text)
 
     def _process_address(self, registered: JobType[Any]) -> str | None:
-        """From where a process imports the handler; None: it runs in this process.
+        """Return the address from which a process imports the handler; None to run it here.
 
-        The next attempt after one that was lost with its worker runs in a process of its own: the
-        handler may have ended the worker, and its neighbours would pay for that again.
+        The attempt after a lost one runs in a separate process: the handler may have crashed the
+        worker, and would cost the jobs beside it another attempt.
         """
         if registered.run_in == "process":
             return address_of(registered)
@@ -275,7 +275,7 @@ class Attempt:
         return address
 
     async def _end_of(self, call: HandlerCall | ProcessCall) -> End:
-        """How the handler ended, or that it still runs when it must not be waited for."""
+        """Wait for the end of the handler; `StillRunning` if it does not end in time."""
         self._call = call
         if self._asked_to_stop.is_set():
             call.ask_to_stop()
@@ -304,7 +304,7 @@ class Attempt:
         self._news.set()
 
     async def _give_up_on(self, call: HandlerCall | ProcessCall) -> None:
-        """The handler's time is over, or it does not stop."""
+        """Kill a handler that ran out of time or does not stop, or cancel it again."""
         if time.monotonic() >= self._deadline:
             self._now = replace(self._now, timed_out=True)
         self._asked_to_stop.set()
@@ -312,14 +312,14 @@ class Attempt:
             call.kill()
             await asyncio.wait({call.ended}, timeout=10)
         else:
-            # A second time: it may have swallowed the first.
+            # Again: it may have swallowed the first cancellation.
             call.ask_to_stop()
             await asyncio.wait({call.ended}, timeout=LATE_SECONDS)
 
     async def _outlive(self, call: HandlerCall | ProcessCall) -> None:
-        """Wait for a handler that goes on after its attempt has ended.
+        """Wait for a handler that runs on after its attempt has ended.
 
-        It holds its slot in this worker, and its place in the concurrency limit.
+        Until then it keeps its slot in this worker and its place in the concurrency limit.
         """
         since = self._deadline if self._now.timed_out else time.monotonic()
         try:
@@ -333,11 +333,11 @@ class Attempt:
         self._equipment.keeper.drop(self._token)
         if self._now.timed_out:
             with contextlib.suppress(Exception):
-                # Failing this, the place is free a lease's time from now.
+                # If this fails, the place is free when the lease has expired.
                 await self._repeat(lambda: self._queue.settle([self._token]))
 
     async def _store_last_progress(self) -> None:
-        """Store what the keeper has not stored yet, so that the attempt ends with it."""
+        """Store the progress that the keeper has not stored yet."""
         text = await self._equipment.keeper.take_progress(self._token)
         if text is None or self._now.lost:
             return
@@ -378,10 +378,10 @@ class Attempt:
                 pass
 
     async def _refuse(self, invalid: PayloadInvalid) -> None:
-        """The payload was admitted under an older schema, and today's refuses it."""
+        """Fail the job: the current schema refuses a payload that an older one accepted."""
         error = JobError(
             "payload_invalid",
-            "The stored payload is not what the job type asks for today.",
+            "The stored payload does not match the current schema of the job type.",
             [{"path": v.path, "code": v.code, "message": v.message} for v in invalid.violations],
         )
         await self._tell(
@@ -392,7 +392,7 @@ class Attempt:
         )
 
     async def _tell(self, error: JobError, send: Callable[[JobError], Awaitable[Any]]) -> None:
-        """Report with an error; with its first words where all of it is too large to store."""
+        """Report with an error; truncate its message if the whole error is too large to store."""
         try:
             await self._repeat(lambda: send(error))
         except InputInvalid:
@@ -400,10 +400,10 @@ class Attempt:
             await self._repeat(lambda: send(short))
 
     async def _repeat(self, report: Callable[[], Awaitable[Any]]) -> None:
-        """Report, again and again while it fails and the lease may hold.
+        """Send a report, and repeat it while it fails and the lease may still be in force.
 
-        Of finished work nothing is lost to an outage, a lock or a deadlock. Only the database says
-        that it comes too late.
+        An outage, a lock or a deadlock must not lose finished work. Only the database decides that
+        a report is too late.
         """
         pause, failures = 0.05, 0
         give_up = max(time.monotonic() + self._queue.lease_seconds, self._deadline)
@@ -429,7 +429,7 @@ class Attempt:
             pause = min(pause * 2, 2.0)
 
     def _lose(self) -> None:
-        # Within the last second this is the timeout, as the database's clock has it.
+        # Within the last second, this is the timeout by the database's clock.
         if not self._reporting and time.monotonic() < self._deadline - 1.0:
             self._ask_to_stop(CANCEL_GRACE_SECONDS, lost=True)
 

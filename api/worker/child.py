@@ -1,8 +1,8 @@
 """The process in which handlers with `run_in="process"` run, one at a time.
 
-Its worker talks to it over a socket in frames of JSON: `start` once, `run` for each job, `cancel`,
-and `leave`. It answers `ready` or `failed` once, and per job `begun`, `progress` and `ended`. It
-ends with its worker: when the socket closes, it kills its process group, and so whatever its
+The worker sends frames of JSON over a socket: `start` once, `run` for each job, `cancel`, and
+`leave`. The process answers `ready` or `failed` once, and `begun`, `progress` and `ended` per job.
+When the socket closes, the process kills its process group, which includes all processes that the
 handlers have started.
 """
 
@@ -36,17 +36,17 @@ from job_registry_api.worker.progress import Progress
 from job_registry_api.worker.running import HandlerCall, tasks_of_handlers_contained
 
 HEADER: Final = struct.Struct("!I")
-"""Before each frame: how many bytes it has."""
+"""The header of each frame: the number of bytes that follow."""
 
 
 def frame(message: dict[str, Any]) -> bytes:
-    """A message as it travels."""
+    """Encode a message."""
     body = to_json(message)
     return HEADER.pack(len(body)) + body
 
 
 def main(descriptor: int) -> None:
-    """Serve the worker at the other end of this socket until it leaves."""
+    """Run jobs for the worker at the other end of this socket until it sends `leave`."""
     _end_with_worker()
     link = _Link(socket.socket(fileno=descriptor))
     link.socket.set_inheritable(False)
@@ -67,24 +67,24 @@ def main(descriptor: int) -> None:
 
 
 def _end_with_worker() -> None:
-    """Have the kernel end this process when its worker ends, where the kernel can.
+    """Let the kernel end this process when its worker ends, on Linux.
 
-    The socket tells of that too, but not while a library holds the interpreter's lock. It goes
-    first, because it ends what the handler has started as well.
+    The socket closes then too, but no thread notices while a library holds the interpreter lock.
+    The alarm leaves the socket a second, because that way ends the handler's own processes as well.
     """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
-        # The C function is called with the signal's number: an alarm in one second, which ends the
-        # process. No code of Python's has to run for it.
+        # The kernel calls alarm(SIGHUP), whose argument of 1 is one second, and SIGALRM ends the
+        # process. No Python code has to run.
         libc.signal(int(signal.SIGHUP), ctypes.cast(libc.alarm, ctypes.c_void_p))
-        # What the kernel watches is the thread that started this process: the worker's event loop.
+        # The kernel watches the thread that started this process: that of the worker's event loop.
         libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGHUP))
 
 
 def _replace(descriptor: int) -> None:
-    """In a forked child: leave the socket to its parent, whose end would not be seen otherwise.
+    """Replace the socket in a forked child, so that it closes when the parent ends.
 
-    Replaced, not closed: the objects that use the socket are copied too.
+    Replaced, not closed, because the objects that use the socket are copied too.
     """
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, descriptor, inheritable=False)
@@ -95,13 +95,13 @@ _PR_SET_PDEATHSIG: Final = 1
 
 
 def job_type_at(address: str, name: str, handler_module: str | None) -> JobType[Any]:
-    """The job type of this name at an address, with the handler that `handler_module` gives it.
+    """Import the job type of this name from an address, and its handler from `handler_module`.
 
     Raises:
-        DefinitionError: it is not there, or has no handler.
+        DefinitionError: the job type is not there, or has no handler.
     """
     if handler_module is not None:
-        # A handler may stand in another module than its job type.
+        # A handler may be in another module than its job type.
         import_from(f"{handler_module}:__name__")
     found = import_from(address)
     candidates = found if isinstance(found, list | tuple) else [found]
@@ -114,7 +114,7 @@ def job_type_at(address: str, name: str, handler_module: str | None) -> JobType[
 
 
 class _Link:
-    """The socket, read by one thread and written by any."""
+    """The socket to the worker. One thread reads it, any thread may write to it."""
 
     def __init__(self, to_worker: socket.socket) -> None:
         self.socket = to_worker
@@ -122,7 +122,7 @@ class _Link:
         self._lock = threading.Lock()
 
     def receive(self) -> dict[str, Any] | None:
-        """The next message; None once the worker is gone."""
+        """Return the next message; None once the worker has ended."""
         try:
             header = self._reader.read(HEADER.size)
             if len(header) < HEADER.size:
@@ -138,7 +138,7 @@ class _Link:
 
 
 class _Current:
-    """The job that runs, for the thread that hears of its cancellation."""
+    """The running job, for the thread that receives its cancellation."""
 
     def __init__(self) -> None:
         self.number = 0
@@ -195,12 +195,12 @@ async def _run(
         _cancelled=current.cancelled.is_set,
         _deadline=time.monotonic() + run["seconds_left"],
     )
-    assert job_type.run is not None  # job_type_at has looked.
+    assert job_type.run is not None  # Checked by job_type_at.
     call = HandlerCall(
         job_type.run,
         context,
         payload,
-        # A plain function has no event loop around it, here as elsewhere: it may run one itself.
+        # In a thread, as in a worker: a plain function may run an event loop itself.
         in_thread=not is_async(job_type.run),
         middleware=middleware,
         max_bytes=start["max_bytes"],
@@ -219,7 +219,7 @@ def _listen(
     jobs: asyncio.Queue[dict[str, Any] | None],
     current: _Current,
 ) -> None:
-    """Take the worker's messages, also while a handler occupies the main thread."""
+    """Receive the messages of the worker, even while a handler occupies the main thread."""
     while (message := link.receive()) is not None:
         if "run" in message:
             current.number = message["run"]["number"]

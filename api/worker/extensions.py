@@ -13,18 +13,18 @@ from job_registry_api.logs import log_unexpected
 
 
 class WorkerStartError(Exception):
-    """Raised when a worker cannot start: its lifespan failed."""
+    """Raised when a worker cannot start, because a lifespan failed."""
 
 
 @asynccontextmanager
 async def lifespans(extensions: Sequence[WorkerExtension]) -> AsyncIterator[SimpleNamespace]:
-    """What the lifespans yield, for `job.state`; they end in the opposite order.
+    """Enter the lifespans, and yield the namespace that becomes `job.state`.
 
-    An error at the end is logged.
+    They are left in reverse order. An error on leaving is logged.
 
     Raises:
-        WorkerStartError: a lifespan failed to start, or yields something else than a mapping of
-            names that are free.
+        WorkerStartError: a lifespan failed to start, or yields something other than a mapping of
+            unused names.
     """
     state = SimpleNamespace()
     stack = AsyncExitStack()
@@ -46,7 +46,7 @@ def around(
     job: JobContext,
     handler: Callable[[], Awaitable[Any]],
 ) -> Callable[[], Awaitable[Any]]:
-    """The handler inside its middleware, the first of which is the outermost."""
+    """Wrap the handler in its middleware. The first middleware is the outermost."""
     call = handler
     for each in reversed(middleware):
         call = _wrapped(each, job, call)

@@ -1,7 +1,7 @@
-"""Renews the leases of a process, on a thread with an event loop and a connection of its own.
+"""Renews the leases of a worker, in a thread with its own event loop and database connection.
 
-Nothing that a handler does to the worker's event loop delays it. It renews all leases in one
-statement, carries progress, hears cancellations, and notices when the worker's loop is blocked.
+A handler that blocks the worker's event loop does not delay it. It renews all leases in one
+statement, stores progress, receives cancellations, and notices when the worker's loop is blocked.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.store import Renewed
 
 PROGRESS_SECONDS: Final = 1.0
-"""How often the progress of a job is stored at most."""
+"""The shortest time between two writes of a job's progress."""
 
 TICK_SECONDS: Final = 1.0
-"""How often the keeper looks whether the worker's event loop turns, while it holds leases."""
+"""How often the keeper checks the worker's event loop while it holds leases."""
 
 BLOCKED_SECONDS: Final = 2.0
-"""An event loop that has not turned for this long is blocked."""
+"""How long an event loop may not respond before it counts as blocked."""
 
 END_SECONDS: Final = 2.0
 """How long the keeper may take to end, and to release leases for a process that hangs."""
@@ -41,7 +41,7 @@ Callback = Callable[[], None]
 
 @dataclass(slots=True, eq=False)
 class Hold:
-    """A lease that is kept. The callbacks run on the worker's event loop, each at most once."""
+    """A lease to renew. The callbacks run on the worker's event loop, each at most once."""
 
     token: str
     name: str
@@ -51,23 +51,24 @@ class Hold:
     blocks_loop: bool
     renewed_at: float = field(default_factory=time.monotonic)
     answered_at: float = field(default_factory=time.monotonic)
-    """When the database last confirmed the lease. Short jobs end before their first renewal."""
+    """When the database last confirmed the lease."""
     progressed_at: float = float("-inf")
     progress: bytes | None = None
     sending_progress: bool = False
     landed: asyncio.Future[None] | None = None
-    """Set once the progress that is on its way has arrived, or failed to."""
+    """Set once the write of the progress that is being sent has succeeded or failed."""
     ended: bool = False
-    """The attempt has ended in the queue; only its place in the concurrency limit is kept."""
+    """Whether the attempt has ended in the queue. Only its place in the limit is then renewed."""
     told_cancel: bool = False
     told_out_of_touch: bool = False
 
 
 class LeaseKeeper:
-    """Keeps the leases of one worker. Its methods belong to the worker's loop, if they say nothing.
+    """Renews the leases of one worker.
 
-    It never dies of an exception: a renewal that fails is tried again, as long as it takes. Only
-    the database says that a lease is lost.
+    Call its methods on the worker's event loop, unless their docstring says otherwise. No exception
+    ends it: it repeats a failed renewal until it succeeds. Only the database decides that a lease
+    is lost.
     """
 
     def __init__(self, queue: JobQueue) -> None:
@@ -101,10 +102,10 @@ class LeaseKeeper:
             await asyncio.sleep(0.005)
 
     def hold(self, hold: Hold) -> None:
-        """Keep a lease from now on."""
+        """Renew a lease from now on."""
         with self._lock:
             if not self._holds:
-                # Nobody looked while there was nothing to hold.
+                # The loop is not checked while there are no leases.
                 self._turned_at = time.monotonic()
             self._holds[hold.token] = hold
             first = len(self._holds) == 1
@@ -112,25 +113,25 @@ class LeaseKeeper:
             self._alarm()
 
     def renew_at_once(self, token: str) -> None:
-        """Renew a lease now, to hear whether its job's cancellation is requested."""
+        """Renew a lease now, to learn whether its job is cancelled."""
         with self._lock:
             if token in self._holds:
                 self._holds[token].renewed_at = float("-inf")
         self._alarm()
 
     def keep_place(self, token: str) -> None:
-        """Keep only the place in the concurrency limit: the attempt has timed out."""
+        """Renew only the place in the concurrency limit, because the attempt has timed out."""
         with self._lock:
             if token in self._holds:
                 self._holds[token].ended = True
 
     def drop(self, token: str) -> None:
-        """Keep a lease no longer."""
+        """Stop renewing a lease."""
         with self._lock:
             self._holds.pop(token, None)
 
     def progress(self, token: str, text: bytes) -> None:
-        """Store a job's progress soon; a newer value replaces one that waits. For any thread."""
+        """Store a job's progress soon; a newer value replaces one that waits. Thread-safe."""
         with self._lock:
             hold = self._holds.get(token)
             if hold is None:
@@ -141,9 +142,9 @@ class LeaseKeeper:
             self._alarm()
 
     async def take_progress(self, token: str) -> bytes | None:
-        """The progress that is not stored yet, for the attempt's end to store.
+        """Return the progress that is not stored yet, and forget it.
 
-        Waits for progress that is on its way, so that it does not arrive after the end.
+        Waits for a write under way, so that it does not arrive after the end of the attempt.
         """
         landed: asyncio.Future[None] | None = None
         with self._lock:
@@ -161,7 +162,7 @@ class LeaseKeeper:
 
     @property
     def seconds_behind(self) -> float:
-        """How long the renewal that is most overdue has been due; 0 when none is."""
+        """By how many seconds the most overdue renewal is late; 0 if none is. Thread-safe."""
         with self._lock:
             longest_ago = min((hold.answered_at for hold in self._holds.values()), default=None)
         if longest_ago is None:
@@ -170,11 +171,11 @@ class LeaseKeeper:
 
     @property
     def loop_blocked_seconds(self) -> float:
-        """How long the worker's event loop has not turned. For any thread."""
+        """How long the worker's event loop has not responded. Thread-safe."""
         return time.monotonic() - self._turned_at if self._asked_to_turn else 0.0
 
     def release_all(self) -> None:
-        """Release every lease, for a process whose event loop hangs. For any other thread."""
+        """Release every lease, because the event loop hangs. Call it from another thread."""
         loop = self._loop
         if loop is None or loop.is_closed():
             return
@@ -188,7 +189,7 @@ class LeaseKeeper:
         await asyncio.gather(*map(self._own.release, tokens), return_exceptions=True)
 
     _own: JobQueue | None = None
-    """The queue of this thread."""
+    """The queue as opened on this thread's loop."""
 
     def _run(self) -> None:
         while not self._ending:
@@ -228,7 +229,7 @@ class LeaseKeeper:
                     self._answered(holds, renewals, answers)
 
     def _due_in(self) -> float | None:
-        """Seconds until something is to be renewed; None: nothing is held."""
+        """Return the seconds until the next renewal; None without leases."""
         now = time.monotonic()
         with self._lock:
             if not self._holds:
@@ -242,7 +243,7 @@ class LeaseKeeper:
         return due_at
 
     def _collect(self) -> tuple[list[Hold], list[Renewal]]:
-        """What is to be renewed now: when one is due, all that are due soon."""
+        """Return what to renew now: if one lease is due, all leases that are due soon."""
         now = time.monotonic()
         holds, renewals = [], []
         with self._lock:
@@ -269,7 +270,7 @@ class LeaseKeeper:
         with self._lock:
             for hold, renewal, answer in zip(holds, renewals, answers, strict=True):
                 if isinstance(answer, Renewed) and not answer.renewed:
-                    # Somebody has the row locked: try again soon.
+                    # Another transaction has locked the row: try again soon.
                     hold.renewed_at = now - self._every * 3 / 4
                     if hold.progress is None:
                         hold.progress = renewal.progress
@@ -321,7 +322,7 @@ class LeaseKeeper:
     def _alarm(self) -> None:
         loop, wake = self._loop, self._wake
         if loop is not None and wake is not None:
-            with contextlib.suppress(RuntimeError):  # It is just ending.
+            with contextlib.suppress(RuntimeError):  # The thread is ending.
                 loop.call_soon_threadsafe(wake.set)
 
     # The worker's event loop
@@ -345,7 +346,7 @@ class LeaseKeeper:
             )
 
     def _turned(self) -> None:
-        """Runs on the worker's event loop."""
+        """Note that the worker's event loop responds. Runs on that loop."""
         seconds = time.monotonic() - self._turned_at
         if self._blocked_warned:
             log.warning("worker.loop_turns_again", seconds=round(seconds, 1))

@@ -1,6 +1,6 @@
-"""`Worker`: leases due jobs for its free slots, runs them, and ends within a bounded time.
+"""`Worker`: leases due jobs for its free slots, runs them, and stops within a bounded time.
 
-It holds no state that matters: whatever happens to it, the lease runs out and the job goes on.
+It holds no state that must survive: if it dies, its leases expire and the jobs run elsewhere.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ from job_registry_api.worker.processes import LEAVE_SECONDS, HandlerProcesses, a
 from job_registry_api.worker.running import tasks_of_handlers_contained
 
 GATHER_SECONDS: Final = 0.005
-"""How long a worker whose slots were all taken waits for more of them before it leases again."""
+"""How long a worker with a free slot waits for more free slots after it was full."""
 
 CLAIM_SECONDS: Final = 1.0
-"""How long a claim that is under way may take once the worker stops."""
+"""How long a claim under way may take once the worker stops."""
 
 SHORTEST_PAUSE: Final = 0.2
 LONGEST_PAUSE: Final = 5.0
-"""How long a worker waits between claims while the database is away. The pauses double."""
+"""How long a worker waits between claims during an outage. The pauses double."""
 
 CLOSE_SECONDS: Final = HAND_BACK_SECONDS + CLAIM_SECONDS + END_SECONDS + LEAVE_SECONDS + 1.0
-"""How long `Worker.run` takes at most after its `shutdown_seconds`, whatever hangs."""
+"""How long `Worker.run` may take after its `shutdown_seconds`, even if something hangs."""
 
 log = structlog.get_logger("jobs.worker")
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerHealth:
-    """How a worker is: for health checks and metrics.
+    """The state of a worker, for health checks and metrics.
 
-    `loop_blocked_seconds` is how long its event loop has not turned, or how long a claim has taken
-    beyond its longest wait for a job; `renewals_behind_seconds` how long renewals of leases have
-    been overdue. `overdue` counts handlers that go on after their attempt has ended.
+    `loop_blocked_seconds` is how long its event loop has not responded, or how long a claim has
+    taken beyond its longest wait for a job. `renewals_behind_seconds` is by how much renewals of
+    leases are late. `overdue` counts handlers that run on after their attempt has ended.
     """
 
     loop_blocked_seconds: float
@@ -61,14 +61,14 @@ class WorkerHealth:
 
 
 class Worker:
-    """Runs up to `concurrency` jobs at once, each handler where its job type says.
+    """Runs up to `concurrency` jobs at once.
 
-    `types` are the job types to work, all that have a handler here unless given. `worker_id`
-    names it in attempts. After `stop`, running jobs have `shutdown_seconds` to end. `extensions`
-    are those of the registry unless given.
+    `types` are the job types to work; by default, all with a handler. `worker_id` names the worker
+    in attempts. After `stop`, running jobs have `shutdown_seconds` to end. `extensions` default to
+    those of the registry.
 
     Raises:
-        DefinitionError: a handler is to run in a process, which cannot import it.
+        DefinitionError: a handler with `run_in="process"` cannot be imported by its process.
     """
 
     def __init__(
@@ -115,12 +115,12 @@ class Worker:
 
     @property
     def overdue(self) -> int:
-        """How many handlers go on after their attempt has ended. Each holds a slot."""
+        """How many handlers run on after their attempt has ended. Each keeps a slot."""
         return sum(attempt.overdue for attempt in self._running.values())
 
     @property
     def health(self) -> WorkerHealth:
-        """How the worker is at this moment. For any thread."""
+        """The state of the worker at this moment. Thread-safe."""
         blocked = max(self._keeper.loop_blocked_seconds, self._claim_hangs_seconds())
         return WorkerHealth(
             loop_blocked_seconds=blocked,
@@ -141,22 +141,24 @@ class Worker:
         return self._stopping.is_set()
 
     def stop(self) -> None:
-        """Lease nothing more, and let running jobs end. A second call hands them back at once."""
+        """Lease no more jobs, and let running jobs end. A second call releases them at once."""
         if self._stopping.is_set():
             self._stopping_now.set()
         self._stopping.set()
         self._ended.set()
 
     def abandon(self) -> None:
-        """Release every lease and kill every handler's process: the event loop hangs, and the
-        process is about to end. For any other thread; returns within seconds."""
+        """Release every lease and kill every handler's process, before the process is ended.
+
+        Call it from another thread than the hanging event loop. It returns within seconds.
+        """
         self._processes.kill_all()
         self._keeper.release_all()
 
     async def run(self) -> None:
-        """Work until `stop`, and then end within `shutdown_seconds` and `CLOSE_SECONDS`.
+        """Run jobs until `stop`, then return within `shutdown_seconds` and `CLOSE_SECONDS`.
 
-        Outlives the database: while that is away it waits.
+        During an outage of the database it waits.
 
         Raises:
             WorkerStartError: a lifespan failed to start.
@@ -188,12 +190,12 @@ class Worker:
         leasing = asyncio.create_task(self._lease_until_stop(equipment), name="leasing")
         try:
             await self._stopping.wait()
-            # Not cancelled at once: what a claim has just leased would be lost.
+            # Not cancelled at once: the jobs that a claim has just leased would be lost.
             await asyncio.wait({leasing}, timeout=CLAIM_SECONDS)
             leasing.cancel()
             await self._finish()
         except asyncio.CancelledError:
-            # Nothing may go on without its lease being renewed.
+            # No handler may run on while its lease is not renewed.
             leasing.cancel()
             self._stopping.set()
             self._stopping_now.set()
@@ -216,7 +218,7 @@ class Worker:
                 await _wait(self._stopping, 1.0)
 
     async def _pause(self, seconds: float) -> None:
-        """Wait before the next claim, less long if there is news of jobs: the database is back."""
+        """Wait before the next claim. An event of a job ends the wait: the database is back."""
         with self._queue.events.waiting_for(self.types, ()) as news:
             await _wait(self._stopping, SHORTEST_PAUSE)
             waits = [asyncio.create_task(each.wait()) for each in (self._stopping, news)]
@@ -233,12 +235,12 @@ class Worker:
     async def _lease_some(self, equipment: Equipment) -> None:
         free = self._concurrency - len(self._running)
         if free == 0:
-            # Jobs of these types are worked here, though none is leased for a while.
+            # The worker is busy, not gone: renew what `NoWorkerSeen` is derived from.
             await self._queue.show_worker(self.types)
             self._ended.clear()
             if len(self._running) == self._concurrency and not self._stopping.is_set():
                 await _wait(self._ended, 10)
-            # Where jobs are short, several end within a moment: one claim for all of them.
+            # Short jobs end within a moment of each other: make one claim for all of them.
             await _wait(self._stopping, GATHER_SECONDS)
             return
         self._cancelled.clear()
@@ -260,17 +262,17 @@ class Worker:
         self._ended.set()
 
     def _cancel(self, job_id: UUID) -> None:
-        """The cancellation of a running job, here or elsewhere, is requested."""
+        """Cancel a job if it runs here. Called for every cancellation, in any process."""
         for attempt in self._running.values():
             if attempt.job_id == job_id:
                 attempt.cancel()
                 return
-        # A claim that is under way may have leased it, and its answer be older than this.
+        # A claim under way may have leased the job before it was cancelled.
         if len(self._cancelled) < 1_000:
             self._cancelled.add(job_id)
 
     async def _finish(self) -> None:
-        """Let running jobs end, then hand the rest back, and leave alone what does not end."""
+        """Let running jobs end, release the rest, and abandon handlers that do not stop."""
         until = time.monotonic() + self._shutdown_seconds
         if self._unfinished():
             log.info("worker.finishing", worker_id=self.worker_id, jobs=len(self._running))

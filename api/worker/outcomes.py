@@ -1,4 +1,4 @@
-"""From how a handler ended to what the queue is told: data, and one pure function."""
+"""How a handler ended, and the report that follows from it: data, and one pure function."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ class Returned:
 
 @dataclass(frozen=True, slots=True)
 class ResultRefused:
-    """The handler returned something that cannot be stored."""
+    """The handler returned something that cannot be stored as JSON."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Raised:
-    """The handler raised an exception. `seconds` is what `Retry` or `Snooze` asks for.
+    """The handler raised an exception. `seconds` is the argument of `Retry` or `Snooze`.
 
-    `kind` "stopped" is a cancelled handler. `traceback` is for the log: files, lines and types.
+    The `kind` of a cancelled handler is "stopped". `traceback`, for the log, has no messages.
     """
 
     kind: Literal["error", "retry", "fail", "cancel", "snooze", "stopped"]
@@ -47,7 +47,7 @@ class Raised:
 
 @dataclass(frozen=True, slots=True)
 class Died:
-    """The handler's process ended: by its exit code, or where that is negative, by a signal."""
+    """The handler's process ended without a report. A negative exit code is a signal."""
 
     exit_code: int
 
@@ -61,7 +61,7 @@ class NotStarted:
 
 @dataclass(frozen=True, slots=True)
 class StillRunning:
-    """The handler did not end in time. It cannot be ended from outside."""
+    """The handler did not end in time, and cannot be killed."""
 
 
 End = Returned | ResultRefused | Raised | Died | NotStarted | StillRunning
@@ -69,10 +69,10 @@ End = Returned | ResultRefused | Raised | Died | NotStarted | StillRunning
 
 @dataclass(frozen=True, slots=True)
 class Circumstances:
-    """What happened to the attempt meanwhile.
+    """What happened to the attempt while its handler ran.
 
-    `lost`: the database says that the lease is not in force. `out_of_touch`: the lease may have
-    run out, because the database has not answered for a lease's time.
+    `lost`: the lease is not in force, by the answer of the database. `out_of_touch`: the lease may
+    have expired, because the database has not answered for as long as a lease lasts.
     """
 
     timed_out: bool = False
@@ -101,12 +101,12 @@ class FailAttempt:
 
 @dataclass(frozen=True, slots=True)
 class HandBack:
-    """Release the job; its attempt is not spent."""
+    """Release the job. Its attempt is not spent."""
 
 
 @dataclass(frozen=True, slots=True)
 class SnoozeFor:
-    """Snooze the job; its attempt is not spent."""
+    """Snooze the job. Its attempt is not spent."""
 
     seconds: float
 
@@ -120,21 +120,21 @@ class Stop:
 
 @dataclass(frozen=True, slots=True)
 class TimeOut:
-    """Report that the attempt ran into its timeout, and whether its handler goes on."""
+    """Report that the attempt timed out, and whether its handler runs on."""
 
     still_running: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Nothing:
-    """Report nothing: the attempt belongs to somebody else, or ends when its lease runs out."""
+    """Report nothing: the lease is lost, or the attempt ends when the lease expires."""
 
 
 Report = Complete | FailAttempt | HandBack | SnoozeFor | Stop | TimeOut | Nothing
 
 
 def report_of(end: End, now: Circumstances) -> Report:
-    """What the queue is told about a handler that ended so, in these circumstances."""
+    """Return the report for a handler that ended like this, in these circumstances."""
     if now.lost:
         return Nothing()
     if now.timed_out:
@@ -151,11 +151,11 @@ def report_of(end: End, now: Circumstances) -> Report:
         case Raised("fail", message=message):
             return FailAttempt("failed", message or "The handler raised Fail.", retryable=False)
     if now.handing_back:
-        # It was asked to stop, and did, by whatever exception, or was stopped.
+        # The handler stopped because it had to, by whatever exception, or was stopped.
         return HandBack()
     match end:
         case Raised("cancel") if now.out_of_touch and not now.cancel_requested:
-            return Nothing()  # It was asked to stop, and nobody cancelled the job.
+            return Nothing()  # It stopped because of the outage; the job is not cancelled.
         case Raised("cancel", message=message):
             return Stop(message or "The handler cancelled the job.")
         case Raised("stopped") if now.cancel_requested:
@@ -165,7 +165,7 @@ def report_of(end: End, now: Circumstances) -> Report:
         case Raised("stopped") | Died() | StillRunning() if now.out_of_touch:
             return Nothing()
         case Raised(name=name, message=message):
-            # Also a handler that cancels itself: nobody asked it to.
+            # This includes a handler that cancels itself.
             return FailAttempt("handler_failed", ": ".join(filter(None, (name, message))))
         case Died(exit_code):
             return FailAttempt("process_died", how_it_died(exit_code))
@@ -175,7 +175,7 @@ def report_of(end: End, now: Circumstances) -> Report:
 
 
 def raised(error: BaseException) -> Raised:
-    """What a handler's exception says, without the exception: it holds on to every frame."""
+    """Convert a handler's exception to data: the exception itself would keep every frame alive."""
     name, message = type(error).__name__, storable(words_of(error))
     match error:
         case Snooze(seconds=seconds):
@@ -192,7 +192,7 @@ def raised(error: BaseException) -> Raised:
 
 
 def end_of(ended: asyncio.Task[End]) -> End:
-    """The end that the task of a handler tells, also where what runs the handler has failed."""
+    """Return the end of a handler from its task, even if the code around the handler failed."""
     if ended.cancelled():
         return Raised("stopped", "CancelledError", "")
     error = ended.exception()
@@ -200,7 +200,7 @@ def end_of(ended: asyncio.Task[End]) -> End:
 
 
 def how_it_died(exit_code: int) -> str:
-    """A sentence about a process that ended without a report."""
+    """Describe how a process ended that sent no report."""
     if exit_code >= 0:
         return f"The handler's process ended with exit code {exit_code}."
     try:
@@ -212,12 +212,12 @@ def how_it_died(exit_code: int) -> str:
 
 
 def end_as_json(end: End) -> dict[str, Any]:
-    """An end, as a process sends it to its worker."""
+    """Encode an end, for a process to send to its worker."""
     return {"end": type(end).__name__, **asdict(end)}
 
 
 def end_from_json(content: Mapping[str, Any]) -> End:
-    """An end, as `end_as_json` wrote it."""
+    """Decode an end from `end_as_json`."""
     kinds: dict[str, type[End]] = {
         kind.__name__: kind for kind in (Returned, ResultRefused, Raised, Died, NotStarted)
     }
@@ -226,7 +226,7 @@ def end_from_json(content: Mapping[str, Any]) -> End:
 
 
 def words_of(error: BaseException) -> str:
-    """An exception's text, which is code of the handler's too: it may even exit."""
+    """Return the text of an exception. Its `__str__` is user code, and may raise or exit."""
     try:
         return str(error)
     except BaseException:
@@ -234,6 +234,6 @@ def words_of(error: BaseException) -> str:
 
 
 def storable(text: str) -> str:
-    """A text, bounded, and without what cannot be stored."""
+    """Truncate a text, and replace the characters that cannot be stored."""
     clean = text[: 2 * MAX_MESSAGE].replace("\x00", "\ufffd").encode("utf-8", "replace").decode()
     return shortened_text(clean, MAX_MESSAGE)

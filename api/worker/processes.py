@@ -1,10 +1,10 @@
-"""The processes in which handlers run that must be killable: started, kept warm, and ended.
+"""Starts, reuses and ends the processes in which handlers with `run_in="process"` run.
 
-Each is a fresh interpreter (nothing is forked), in a session of its own, so that a kill takes along
-what its handler has started and Ctrl-C at a terminal does not reach it. It serves one job after
-another, and ends after a minute without one. Written on `subprocess` and a socket: Pebble's pool
-has no way to pass progress and cancellations, kills a single process with SIGTERM first, and looks
-at timeouts every 0.1 s.
+Each is a fresh interpreter, not a fork, in its own session: a kill ends the processes that its
+handler has started as well, and Ctrl-C at a terminal does not reach it. It runs one job at a time,
+and ends after a minute without one. Written on `subprocess` and a socket, because Pebble's pool
+cannot pass progress and cancellations, sends SIGTERM to a single process first, and checks timeouts
+every 0.1 s.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ IDLE_SECONDS: Final = 60.0
 """How long a process waits for its next job before it ends."""
 
 LEAVE_SECONDS: Final = 1.0
-"""How long a process that is to end may take to leave its lifespans."""
+"""How long a process may take to leave its lifespans before it is killed."""
 
 log = structlog.get_logger("jobs.worker")
 
 
 def address_of(job_type: JobType[Any]) -> str | None:
-    """From where another process can import this job type with its handler; None: it cannot."""
+    """Return the address from which another process can import this job type; None if it cannot."""
     handler = getattr(job_type.run, "__module__", None)
     return locate(job_type, handler, job_type.payload.__module__)
 
@@ -49,8 +49,7 @@ class HandlerProcesses:
     """The processes of one worker.
 
     Raises:
-        DefinitionError: an extension of `extensions` cannot be imported by another process, and
-            `needed` says that one will be.
+        DefinitionError: another process cannot import one of `extensions`, and `needed` is true.
     """
 
     def __init__(
@@ -83,7 +82,7 @@ class HandlerProcesses:
         deadline: float,
         on_progress: Callable[[bytes], None],
     ) -> ProcessCall:
-        """Run a job's handler in a process: one that waits for a job, or a new one."""
+        """Run a job's handler in an idle process, or in a new one."""
         run = {
             "address": address,
             "handler_module": getattr(job_type.run, "__module__", None),
@@ -93,7 +92,7 @@ class HandlerProcesses:
         return ProcessCall(self, run, deadline=deadline, on_progress=on_progress)
 
     def take(self) -> _Process:
-        """A process that is free, started if need be."""
+        """Return an idle process; start one if there is none."""
         while self._idle:
             process = self._idle.pop()
             if process.stop_waiting():
@@ -112,12 +111,12 @@ class HandlerProcesses:
             process.wait_for_job(lambda: self._retire(process))
 
     async def end(self, process: _Process) -> int:
-        """Kill a process with all it has started, and return its exit code."""
+        """Kill a process and all it has started, and return the exit code."""
         self._all.discard(process)
         return await process.end()
 
     async def close(self) -> None:
-        """End every process: those that wait for a job leave their lifespans."""
+        """End every process. Idle ones leave their lifespans first."""
         self._closed = True
         idle, self._idle = self._idle, []
         for process in idle:
@@ -128,7 +127,7 @@ class HandlerProcesses:
         await asyncio.gather(*(self.end(process) for process in list(self._all)))
 
     def kill_all(self) -> None:
-        """Kill every process now. Any thread may call it."""
+        """Kill every process now. Thread-safe."""
         for process in list(self._all):
             process.kill()
 
@@ -172,19 +171,19 @@ class ProcessCall:
         self.ended: asyncio.Task[End] = asyncio.create_task(self._work())
 
     def ask_to_stop(self) -> None:
-        """Cancel an async handler; a plain one sees it in `job.cancel_requested`."""
+        """Cancel an async handler; a plain one sees `job.cancel_requested`."""
         self._asked_to_stop = True
         if self._process is not None:
             self._process.cancel()
 
     def kill(self) -> None:
-        """End the handler for certain, with every process it has started."""
+        """Kill the handler and every process it has started."""
         self._killed = True
         if self._process is not None:
             self._process.kill()
 
     async def _work(self) -> End:
-        # A process that waits for a job may be killed by the system just before it gets one.
+        # The system may kill an idle process just before it gets a job.
         for _ in range(3):
             try:
                 process = self._process = self._processes.take()
@@ -207,7 +206,7 @@ class ProcessCall:
         return NotStarted("The handler's process ended before it took the job, three times.")
 
     async def _run_in(self, process: _Process) -> End | None:
-        """The end that the process tells; None: it has died."""
+        """Run the job and return its end; None if the process died."""
         if not process.is_ready:
             message = await process.receive()
             if message is None:
@@ -242,7 +241,7 @@ class _Process:
         self._ours, theirs = socket.socketpair()
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         self._unsent = [{**start}]
-        # The child finds modules where this process does, the user's own beside the command too.
+        # The child finds modules where this process does, including the current folder.
         code = f"import sys; sys.path[:] = {json.dumps(sys.path)}\n" + _MAIN.format(theirs.fileno())
         try:
             self._popen = subprocess.Popen(
@@ -258,24 +257,24 @@ class _Process:
             theirs.close()
 
     def run(self, run: dict[str, Any]) -> None:
-        """Hand over a job."""
+        """Send a job."""
         self.number += 1
         self.is_begun = False
         self.send({"run": {**run, "number": self.number}})
 
     def cancel(self) -> None:
-        """Ask the handler that runs to stop."""
+        """Send a cancellation of the running job."""
         if self.is_ready:
             self.send({"cancel": self.number})
 
     def send(self, message: dict[str, Any]) -> None:
         if self._streams is None:
             self._unsent.append(message)
-        elif not self._streams[1].is_closing():  # uvloop raises when the process is gone.
+        elif not self._streams[1].is_closing():  # uvloop raises if the process has ended.
             self._streams[1].write(frame(message))
 
     async def receive(self) -> dict[str, Any] | None:
-        """The next message; None once the process is gone."""
+        """Return the next message; None once the process has ended."""
         try:
             if self._streams is None:
                 self._streams = await asyncio.open_unix_connection(sock=self._ours)
@@ -286,14 +285,14 @@ class _Process:
             size = HEADER.unpack(await reader.readexactly(HEADER.size))[0]
             return cast(dict[str, Any], from_json(await reader.readexactly(size)))
         except (asyncio.IncompleteReadError, OSError, ValueError):
-            return None  # ValueError: the handler has written to the socket itself.
+            return None  # ValueError: the handler wrote to the socket.
 
     def wait_for_job(self, retire: Callable[[], None]) -> None:
         """Call `retire` unless a job comes within a minute."""
         self._idle_timer = asyncio.get_running_loop().call_later(IDLE_SECONDS, retire)
 
     def stop_waiting(self) -> bool:
-        """End that wait; whether the process still lives."""
+        """Stop the idle timer, and return whether the process is alive."""
         if self._idle_timer is not None:
             self._idle_timer.cancel()
             self._idle_timer = None
@@ -304,13 +303,13 @@ class _Process:
 
     def kill(self) -> None:
         """Kill the process and all it has started."""
-        # Its number is its group's. A group may outlive its first process.
+        # Its id is that of its group. A group may outlive its first process.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._popen.pid, signal.SIGKILL)
 
     async def end(self) -> int:
-        """Kill what is left of the process, and return its exit code."""
-        # When it ends by itself, its socket closes a moment before it can be waited for.
+        """Kill the process and its group, and return the exit code."""
+        # A process that exits closes its socket a moment before its exit code is available.
         for _ in range(10):
             if not self.is_alive():
                 break

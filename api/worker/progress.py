@@ -1,4 +1,4 @@
-"""Takes a handler's progress: checks it where it is given, and passes its JSON text on."""
+"""Checks the progress that a handler reports, and passes it on as JSON text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from job_registry import json_document
 
 
 class Progress:
-    """The progress of one attempt. `pass_on` takes JSON text that can be stored, in any thread."""
+    """The progress of one attempt. `pass_on` receives valid JSON text, in any thread."""
 
     def __init__(self, pass_on: Callable[[bytes], None], log: Any, *, max_bytes: int) -> None:
         self._pass_on = pass_on
@@ -21,9 +21,9 @@ class Progress:
         self._warned = False
 
     def report(self, value: JsonValue) -> None:
-        """Pass a value on, as it is now: the handler may change it later. Raises nothing.
+        """Pass on a copy of a value. Never raises.
 
-        The first value of an attempt that cannot be stored is a warning in the log.
+        The first value of an attempt that cannot be stored is logged as a warning.
         """
         try:
             text, faults = json_document(

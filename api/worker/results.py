@@ -1,4 +1,4 @@
-"""A handler's result as JSON: what is too large is refused before all of it is walked."""
+"""Converts a handler's result to JSON. A result that is too large is refused early."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from job_registry.errors import shortened_text
 from job_registry_api.worker.outcomes import ResultRefused, Returned, storable, words_of
 
 SMALL_BYTES: Final = 16_384
-"""Up to this size plain JSON is converted at once, in about a millisecond; more takes a thread."""
+"""The size up to which plain JSON is converted on the event loop, in about a millisecond."""
 
 
 def is_small(value: object) -> bool:
-    """Whether converting this is a matter of a millisecond at most."""
+    """Return whether converting this value takes at most a millisecond."""
     size, plain = _walk(value, SMALL_BYTES)
     return plain and size <= SMALL_BYTES
 
 
 def result_of(value: object, *, max_bytes: int) -> Returned | ResultRefused:
-    """The JSON of a handler's result, or why it cannot be stored. Raises nothing.
+    """Convert a handler's result to JSON, or return why it cannot be stored. Never raises.
 
-    Converting runs code of the handler's: a model's computed fields, for one.
+    The conversion runs user code, for example the computed fields of a model.
     """
     if value is None:
         return Returned(None)
@@ -33,13 +33,13 @@ def result_of(value: object, *, max_bytes: int) -> Returned | ResultRefused:
         if _walk(value, max_bytes)[0] > max_bytes:
             return _too_large(max_bytes)
         converted: JsonValue = to_jsonable_python(value, by_alias=True)
-        # What a model holds is known only now.
+        # The size of a model is known only now.
         if _walk(converted, max_bytes)[0] > max_bytes:
             return _too_large(max_bytes)
         _, faults = json_document(converted, max_bytes=max_bytes)
     except _NotOneValue as error:
         return ResultRefused(f"The handler's result is not JSON: it holds a {error.kind}.")
-    except BaseException as error:  # Also SystemExit, which would end the process.
+    except BaseException as error:  # Including SystemExit, which would end the process.
         words = shortened_text(storable(words_of(error)), 500)
         return ResultRefused(
             f"The handler's result cannot be converted to JSON: {type(error).__name__}: {words}"
@@ -50,15 +50,17 @@ def result_of(value: object, *, max_bytes: int) -> Returned | ResultRefused:
 
 
 class _NotOneValue(Exception):
-    """Raised for what can be read only once, and may never end."""
+    """Raised for an iterator, which can be read only once and may never end."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
 
 
 def _walk(value: object, limit: int) -> tuple[int, bool]:
-    """The least number of bytes of a value's JSON, counted up to just above `limit`, and whether
-    it is plain JSON throughout. What is not plain counts as one byte."""
+    """Return a lower bound of the bytes of a value's JSON, and whether all of it is plain JSON.
+
+    The count ends just above `limit`. A value that is not plain JSON counts as one byte.
+    """
     size, plain = 0, True
     waiting: list[Any] = [value]
     while waiting and size <= limit:

@@ -1,7 +1,7 @@
-"""How handlers run in this process: as a task on the event loop, or in a thread.
+"""Runs handlers in this process: as a task on the event loop, or in a thread.
 
-Whatever a handler does ends as an `End`, which is data: no exception, no frame and no reference to
-the attempt outlives the handler.
+Every handler ends as an `End`, which is data: no exception, frame or reference to the attempt
+outlives the handler.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _in_handler: contextvars.ContextVar[bool] = contextvars.ContextVar("in_handler",
 class HandlerCall:
     """One call of a handler with its middleware. `ended` is its task, whose result is the `End`.
 
-    With `in_thread` the handler runs in a thread of its own, otherwise on the event loop; what it
-    returns is awaited on the loop if it can be. A thread cannot be stopped from outside.
+    With `in_thread` the handler runs in its own thread, otherwise on the event loop. If it returns
+    an awaitable, that is awaited on the loop.
     """
 
     can_be_killed = False
@@ -54,19 +54,19 @@ class HandlerCall:
         )
 
     def ask_to_stop(self) -> None:
-        """Cancel an async handler. One in a thread sees it in `job.cancel_requested`."""
+        """Cancel an async handler. One in a thread sees `job.cancel_requested`."""
         if not self._threads and not self._returned:
             self.ended.cancel()
 
     def kill(self) -> None:
-        """End the handler for certain, which cannot be done here."""
+        """Do nothing: a handler in this process cannot be killed."""
 
     async def _run(self, call: CallNext, job: JobContext, max_bytes: int) -> End:
         _in_handler.set(True)
         structlog.contextvars.bind_contextvars(job_id=job.id, type=job.type, attempt=job.attempt)
         end = await self._end_of(call, max_bytes)
         while self._threads:
-            # Its middleware did not wait for the handler. The attempt has not ended before it.
+            # The middleware did not wait for the handler. The attempt ends with the handler.
             await asyncio.wait(self._threads)
         return end
 
@@ -101,27 +101,27 @@ class HandlerCall:
 
 
 def is_small_enough(result: object) -> bool:
-    """Whether a result may be converted on the event loop."""
+    """Return whether a result may be converted on the event loop."""
     try:
         return is_small(result)
     except Exception:
-        return True  # It is refused at once.
+        return True  # `result_of` refuses it at once.
 
 
 async def in_thread(function: Callable[[], Any], ended: asyncio.Future[None] | None = None) -> Any:
-    """Run a plain function in a thread of its own, with this task's context variables.
+    """Run a plain function in its own thread, with the context variables of this task.
 
-    `ended` is set once it has ended, also when this call has been cancelled before.
+    `ended` is set once the function has ended, even if this call was cancelled before.
 
-    Not in a pool: a thread cannot be ended, so one that is given up would keep its place there.
-    A daemon, so that it does not keep the process alive either.
+    Not in a pool: a thread cannot be stopped, and an abandoned one would keep its place there. The
+    thread is a daemon, so that it does not keep the process alive.
     """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[Any] = loop.create_future()
     context = contextvars.copy_context()
 
     def deliver(result: Any, error: BaseException | None) -> None:
-        with contextlib.suppress(RuntimeError):  # The loop is closed: nobody waits any more.
+        with contextlib.suppress(RuntimeError):  # The loop is closed: no caller waits.
             loop.call_soon_threadsafe(_settle, future, result, error)
             if ended is not None:
                 loop.call_soon_threadsafe(_settle, ended, None, None)
@@ -157,10 +157,10 @@ def _settle(future: asyncio.Future[Any], result: Any, error: BaseException | Non
 
 
 def _forget(error: BaseException) -> None:
-    """Empty the frames of an exception, and of each that it came from.
+    """Clear the frames of an exception, and of the exceptions that caused it.
 
-    They refer to each other in cycles, through the job, its task and the handler's own variables,
-    and cycles wait for a garbage collection that is rare (see `job_registry_api.cli`).
+    Frames form reference cycles through the job, its task and the handler's variables, and cycles
+    wait for the garbage collector, which runs rarely (see `job_registry_api.cli`).
     """
     waiting: list[BaseException | None] = [error]
     seen: set[int] = set()
@@ -179,9 +179,10 @@ def _forget(error: BaseException) -> None:
 
 @contextmanager
 def tasks_of_handlers_contained() -> Iterator[None]:
-    """While this is open, `sys.exit` in a task that a handler started ends only that task.
+    """Let `sys.exit` in a task that a handler started end only that task.
 
-    asyncio ends the loop, and so the process, when a task raises SystemExit or KeyboardInterrupt.
+    asyncio stops the loop, and with it the process, if a task raises SystemExit or
+    KeyboardInterrupt.
     """
     loop = asyncio.get_running_loop()
     former = loop.get_task_factory()
@@ -205,7 +206,7 @@ def tasks_of_handlers_contained() -> Iterator[None]:
 
 
 class _Contained(Coroutine[Any, Any, Any]):
-    """A coroutine that raises RuntimeError where the one inside raises SystemExit or its like."""
+    """A coroutine that raises RuntimeError instead of SystemExit and KeyboardInterrupt."""
 
     def __init__(self, work: Coroutine[Any, Any, Any]) -> None:
         self._work = work

@@ -210,7 +210,7 @@ def test_a_port_that_is_taken_is_a_sentence(jobs: Shell) -> None:
         port = taken.getsockname()[1]
         result = jobs("serve", "--port", str(port))
     assert result.returncode == 1
-    assert f"127.0.0.1:{port} cannot be listened on" in result.stderr
+    assert f"Cannot listen on 127.0.0.1:{port}" in result.stderr
 
 
 def _answer(request: Any) -> Any:

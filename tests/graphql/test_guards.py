@@ -455,7 +455,7 @@ async def test_an_unexpected_error_is_told_by_an_id_and_logged_without_what_it_q
     assert [line["error_id"] for line in logged] == ids
     for line in logged:
         assert "RuntimeError" in line["exception"]
-        assert "which came of" in line["exception"]
+        assert "caused by" in line["exception"]
         assert "test_guards.py" in line["exception"]
 
 

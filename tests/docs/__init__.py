@@ -1,0 +1,1 @@
+"""The README and the guides in docs/: every example in them is tested."""

@@ -1,0 +1,86 @@
+"""What holds for every page: each example has a marker, names are right, links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from job_registry_api.settings import Settings
+from tests import ROOT
+from tests.docs.pages import MARKERS, PAGES, Block, blocks, blocks_of
+
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+@every_page
+def test_every_block_has_a_marker_or_answers_the_block_before_it(page: Path) -> None:
+    fences = len(re.findall(r"^ *```", page.read_text("utf-8"), re.M))
+    found = blocks_of(page)
+    assert fences == 2 * (len(found) + sum(block.answer is not None for block in found))
+    for block in found:
+        assert block.kind is not None, f"{block}: this {block.language} block has no marker"
+        assert MARKERS.get(block.kind) == block.language, f"{block}: {block.kind}"
+
+
+def test_a_block_without_a_marker_is_noticed(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "<!-- graphql -->\n```graphql\n{a}\n```\n\n```json\n1\n```\n\n```json\n2\n```\n"
+        "Text.\n\n```console\n$ true\n```\n"
+    )
+    answered, second, untested = blocks_of(page)
+    assert (answered.kind, answered.answer) == ("graphql", "1\n")
+    assert (second.kind, untested.kind) == (None, None)
+
+
+@every_page
+def test_every_marker_stands_right_before_a_block(page: Path) -> None:
+    text = page.read_text("utf-8")
+    names = "|".join(MARKERS)
+    assert len(re.findall(rf"<!-- (?:{names})\b", text)) == len(blocks_of(page))
+
+
+@every_page
+def test_every_setting_that_is_named_exists(page: Path) -> None:
+    named = set(re.findall(r"\bJOBS_[A-Z_0-9]*[A-Z0-9]\b", page.read_text("utf-8")))
+    settings = {f"JOBS_{name.upper()}" for name in Settings.model_fields}
+    # A group of settings, and the example of one that does not exist.
+    assert named - settings <= {"JOBS_AUTH", "JOBS_LEASE_SECS"}
+
+
+@every_page
+def test_every_link_leads_to_a_file_and_a_heading(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8")):
+        if target.startswith("https://"):
+            continue
+        file, _, heading = target.partition("#")
+        path = (page.parent / file).resolve() if file else page
+        assert path.exists(), target
+        assert path.is_relative_to(ROOT), target
+        if heading:
+            headings = re.findall(r"^#+ (.*)$", path.read_text("utf-8"), re.M)
+            assert heading in {_anchor(each) for each in headings}, target
+
+
+def _anchor(heading: str) -> str:
+    return re.sub(r"[^a-z0-9 _-]", "", heading.lower()).replace(" ", "-")
+
+
+@every_page
+def test_no_page_calls_the_command_by_its_former_name(page: Path) -> None:
+    shown = "\n".join(block.text for block in blocks_of(page) if block.language == "console")
+    assert not re.search(r"(bin/|\$ )jobs ", shown)
+    assert not re.search(
+        r"`jobs (serve|worker|migrate|types|policy|validate|enqueue|schema)", page.read_text()
+    )
+
+
+@pytest.mark.parametrize("block", blocks("entry point"), ids=str)
+def test_an_entry_point_as_shown_names_a_module_of_the_page(block: Block) -> None:
+    entries = tomllib.loads(block.text)["project"]["entry-points"]
+    modules = {each.argument for each in blocks("module", block.page)}
+    assert entries.keys() == {"job_registry.catalog"}
+    assert {f"{name}.py" for name in entries["job_registry.catalog"].values()} <= modules
