@@ -92,13 +92,13 @@ def eventually(address: str, path: str, status: int) -> httpx.Response:
         time.sleep(0.05)
 
 
-def eventually_counted(address: str, name: str, value: float, **labels: str) -> None:
+def eventually_counted(address: str, name: str, value: float, **labels: str) -> Samples:
     give_up = time.monotonic() + 20
     while True:
         found = Samples(httpx.get(address + "/metrics", timeout=10).text)
         if found(name, **labels) == value or time.monotonic() > give_up:
             assert found(name, **labels) == value
-            return
+            return found
         time.sleep(0.05)
 
 
