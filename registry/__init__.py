@@ -2,6 +2,7 @@
 
 from job_registry.errors import (
     Cancel,
+    CodedError,
     DefinitionError,
     Fail,
     JobTypeNotFound,
@@ -20,6 +21,7 @@ __all__ = [
     "Backoff",
     "CallNext",
     "Cancel",
+    "CodedError",
     "DefinitionError",
     "Fail",
     "JobContext",

@@ -1,13 +1,15 @@
 """What the registry refuses, and what a handler raises to say how its attempt ends.
 
-Data in fields; each door makes its own words of it.
+An exception that clients see is a `CodedError`. GraphQL, REST and the CLI add only their status.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import ClassVar, Final
+
+from pydantic import JsonValue
 
 MAX_DELAY_SECONDS: Final = 31_536_000
 """How far ahead an attempt may be put off: a year."""
@@ -24,13 +26,37 @@ class Violation:
     code: str
     message: str
 
+    def as_json(self) -> dict[str, JsonValue]:
+        """Return the violation as a JSON object."""
+        return {"path": self.path, "code": self.code, "message": self.message}
+
+
+class CodedError(Exception):
+    """Base of the exceptions that clients see.
+
+    `code` is snake_case and stable. `str(error)` is the whole sentence, for logs and terminals.
+    """
+
+    code: ClassVar[str]
+
+    def details(self) -> dict[str, JsonValue]:
+        """Return what a program needs to know beside the code, as a JSON object in camelCase."""
+        return {}
+
+    @property
+    def summary(self) -> str:
+        """The sentence for clients that also receive `details()`."""
+        return str(self)
+
 
 class DefinitionError(Exception):
     """Raised when a job type, a policy or a registry is defined wrongly. It stops the start."""
 
 
-class JobTypeNotFound(Exception):
+class JobTypeNotFound(CodedError):
     """Raised when no job type has this name. `suggestions` are the nearest names, best first."""
+
+    code = "job_type_not_found"
 
     def __init__(self, job_type: str, suggestions: tuple[str, ...] = ()) -> None:
         self.job_type = job_type
@@ -38,15 +64,30 @@ class JobTypeNotFound(Exception):
         hint = f" Did you mean {' or '.join(suggestions)}?" if suggestions else ""
         super().__init__(f"There is no job type {shortened(job_type)}.{hint}")
 
+    def details(self) -> dict[str, JsonValue]:
+        """Return the name, up to 200 characters of it, and the suggestions."""
+        return {"jobType": str(self.job_type)[:200], "suggestions": list(self.suggestions)}
 
-class PayloadInvalid(Exception):
-    """Raised when a payload is not what its job type asks for; `violations` are all its faults."""
+
+class PayloadInvalid(CodedError):
+    """Raised when a payload does not fit its job type. `violations` are all its faults."""
+
+    code = "payload_invalid"
 
     def __init__(self, job_type: str, violations: Sequence[Violation]) -> None:
         self.job_type = job_type
         self.violations = tuple(violations)
         faults = "; ".join(f"{v.path or 'payload'}: {v.message}" for v in self.violations)
         super().__init__(f"The payload of {job_type} is invalid: {faults}")
+
+    def details(self) -> dict[str, JsonValue]:
+        """Return the job type and the violations."""
+        return {"jobType": self.job_type, "violations": [v.as_json() for v in self.violations]}
+
+    @property
+    def summary(self) -> str:
+        """How many faults there are."""
+        return counted_faults("The payload", len(self.violations))
 
 
 class Retry(Exception):
@@ -86,6 +127,11 @@ class Snooze(Exception):
         _check_delay("Snooze: seconds", seconds)
         self.seconds = seconds
         super().__init__(f"The handler asked to run again in {seconds} seconds.")
+
+
+def counted_faults(what: str, faults: int) -> str:
+    """Return the sentence that stands beside a list of faults."""
+    return f"{what} has {faults} fault{'s' if faults != 1 else ''}; see details."
 
 
 def _check_delay(name: str, seconds: float) -> None:

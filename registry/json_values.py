@@ -14,7 +14,7 @@ from typing import Any, Final
 from pydantic import JsonValue
 from pydantic_core import PydanticSerializationError, from_json, to_json
 
-from job_registry.errors import Violation, shortened
+from job_registry.errors import CodedError, Violation, shortened
 
 MAX_DEPTH: Final = 64
 MAX_VIOLATIONS: Final = 100
@@ -25,8 +25,10 @@ _MIN_INT: Final = -(2**63)
 _BAD_TEXT: Final = re.compile("[\x00\ud800-\udfff]")
 
 
-class NotJson(ValueError):
+class NotJson(CodedError, ValueError):
     """Raised when text is not valid JSON; says where."""
+
+    code = "not_json"
 
 
 def parse_json(text: str | bytes) -> JsonValue:

@@ -380,9 +380,9 @@ class Attempt:
     async def _refuse(self, invalid: PayloadInvalid) -> None:
         """The payload was admitted under an older schema, and today's refuses it."""
         error = JobError(
-            "payload_invalid",
+            invalid.code,
             "The stored payload is not what the job type asks for today.",
-            [{"path": v.path, "code": v.code, "message": v.message} for v in invalid.violations],
+            [violation.as_json() for violation in invalid.violations],
         )
         await self._tell(
             error,
