@@ -5,7 +5,9 @@ An exception that clients see is a `CodedError`. GraphQL, REST and the CLI add o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
@@ -139,12 +141,64 @@ def _check_delay(name: str, seconds: float) -> None:
         raise ValueError(f"{name} is {seconds}, expected 0 to {MAX_DELAY_SECONDS:,}")
 
 
+def near(name: str, names: Iterable[str], *, count: int = 1) -> tuple[str, ...]:
+    """Return the names that are nearest to one that does not exist, best first."""
+    return tuple(difflib.get_close_matches(name[:100], names, n=count, cutoff=0.6))
+
+
+def suggestion(name: str, names: Iterable[str]) -> str:
+    """Return " Did you mean x?" for the nearest of the names, or nothing."""
+    return "".join(f" Did you mean {found}?" for found in near(name, names))
+
+
 def shortened(value: object, limit: int = 80) -> str:
-    """A value as a sentence can hold it: its repr, cut in the middle of nowhere if need be."""
-    if isinstance(value, str | bytes | list | dict) and len(value) > limit * 4:
-        value = value[: limit * 4] if isinstance(value, str | bytes) else type(value).__name__
-    text = repr(value)
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+    """Return a value as JSON text, for a sentence: `"abc"`, 10, true. Longer text ends with …
+
+    Characters that a terminal could act on are escaped. What is not JSON is named by its kind.
+    """
+    text = ""
+    for piece in _json_pieces(value, limit):
+        text += piece
+        if len(text) > limit:
+            return text[: limit - 1] + "…"
+    return text
+
+
+def _json_pieces(value: object, limit: int) -> Iterator[str]:
+    """Yield a value's JSON text in pieces, so that no more of it is made than is used."""
+    match value:
+        case None | bool():
+            yield {None: "null", True: "true", False: "false"}[value]
+        case str():
+            yield f'"{_printable(value[:limit])}"'
+        case int() if value.bit_length() > 1_000:
+            yield f"an integer of {value.bit_length():,} bits"
+        case int() | float():
+            yield json.dumps(value)
+        case list():
+            yield "["
+            for index, item in enumerate(value):
+                yield ", " if index else ""
+                yield from _json_pieces(item, limit)
+            yield "]"
+        case dict():
+            yield "{"
+            for index, (key, item) in enumerate(value.items()):
+                yield ", " if index else ""
+                yield from _json_pieces(key, limit)
+                yield ": "
+                yield from _json_pieces(item, limit)
+            yield "}"
+        case _:
+            name = getattr(value, "__qualname__", None)
+            yield name if isinstance(name, str) else f"a Python {type(value).__name__}"
+
+
+def _printable(text: str) -> str:
+    if text.isprintable() and '"' not in text and "\\" not in text:
+        return text
+    # A terminal may act on characters that JSON itself lets through.
+    return "".join(c if c.isprintable() and c not in '"\\' else json.dumps(c)[1:-1] for c in text)
 
 
 def shortened_text(text: str, limit: int = 300) -> str:

@@ -8,8 +8,9 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any
 
+from job_registry.context import JobContext
 from job_registry.errors import DefinitionError, shortened
-from job_registry.job_type import JobContext, is_async
+from job_registry.job_type import is_async
 
 CallNext = Callable[[], Awaitable[Any]]
 """Runs the next middleware, and in the end the handler; its answer is the handler's result."""
