@@ -16,12 +16,18 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails, SchemaError, SchemaValidator
 
 from job_registry.errors import Violation, near, shortened, shortened_text, suggestion
-from job_registry.json_values import MAX_VIOLATIONS, pointer_of
+from job_registry.json_values import MAX_VIOLATIONS, json_document, pointer_of
+
+MAX_COLLECTED: Final = 20_000
+"""Faults that are asked of Pydantic at once. 256 KiB of `{}` may have a million, in 2 GB."""
 
 MAX_EXAMINED: Final = 1_000
-"""Faults of one payload that are read. Pydantic may find one per byte."""
+"""Faults of one payload that are read."""
 
 _MAX_LISTED: Final = 10
+_OBJECTS: Final = ("model-fields", "typed-dict", "dataclass-args", "dict")
+_ARRAYS: Final = ("list", "tuple", "set", "frozenset", "generator")
+_UNBOUNDED: Final = 1 << 62
 _MAX_COMPARED: Final = 1_000
 _MISSING: Final = object()
 
@@ -30,6 +36,7 @@ class PayloadShape:
     """What a payload model says about the parts of a location: field, index or label."""
 
     def __init__(self, model: type[BaseModel]) -> None:
+        self._model = model
         self._schema: Any = TypeAdapter(model).core_schema
         self._definitions: dict[str, Any] = {}
         if self._schema["type"] == "definitions":
@@ -45,9 +52,13 @@ class PayloadShape:
         Of a union only the branch that fits best is reported. The violations `known` are included,
         and hide Pydantic's own at their paths.
         """
-        details = error.errors(include_url=False, include_input=False)
+        smaller = self._with_fewer_faults(error, sent)
+        if smaller is None:
+            message = f"The payload has {error.error_count():,} faults, too many to list."
+            return [Violation("", "more", message), *known]
+        unexamined = smaller.error_count() > MAX_EXAMINED or smaller is not error
+        details = smaller.errors(include_url=False, include_input=False)
         faults = [self._fault(detail, sent) for detail in islice(details, MAX_EXAMINED)]
-        unexamined = len(details) > MAX_EXAMINED
         hidden = {violation.path for violation in known}
         found: dict[tuple[str, str, object], _Fault] = {}
         for fault in _best_fitting(faults, 0):
@@ -66,6 +77,23 @@ class PayloadShape:
             text = f"More than {more.replace(' more', ' other')}" if unexamined else more
             violations.append(Violation("", "more", f"{text} are not listed."))
         return violations
+
+    def _with_fewer_faults(self, error: ValidationError, sent: object) -> ValidationError | None:
+        """Return the error; of a flood of faults that of the first items of each array.
+
+        Pydantic can only list all faults of an error at once.
+        """
+        for kept in (100, 10, 1):
+            if error.error_count() <= MAX_COLLECTED:
+                break
+            text, _ = json_document(_first_items(sent, kept), max_bytes=_UNBOUNDED)
+            try:
+                self._model.model_validate_json(text, by_alias=True, by_name=False)
+            except ValidationError as fewer:
+                error = fewer
+            else:
+                return None
+        return error if error.error_count() <= MAX_COLLECTED else None
 
     def _fault(self, detail: ErrorDetails, sent: object) -> _Fault:
         place = self._place(detail["loc"], sent)
@@ -108,8 +136,10 @@ class PayloadShape:
             if kind in ("union", "tagged-union"):
                 label = str(parts.pop(0))
                 if kind == "union":
-                    unions.append(_Branch(tuple(path), label))
-                schema = self._branch(schema, label)
+                    number, schema = self._branch(schema, label, parts)
+                    unions.append(_Branch(tuple(path), number))
+                else:
+                    schema = _tagged(schema, label)
                 continue
             if kind == "json":
                 # The parts go on inside the text of a string.
@@ -171,21 +201,32 @@ class PayloadShape:
                     return schema
         return None
 
-    def _branch(self, schema: Any, label: str) -> Any:
-        """Return the branch of a union that Pydantic calls by this label."""
-        if schema["type"] == "tagged-union":
-            for tag, choice in schema["choices"].items():
-                if label in (str(tag), str(getattr(tag, "value", tag))):
-                    return choice
-            return None
+    def _branch(self, schema: Any, label: str, below: Sequence[int | str]) -> tuple[int, Any]:
+        """Return the branch of a union that Pydantic calls by this label, and its number.
+
+        Two branches may share a label, such as models of one name. Then the parts `below` decide.
+        """
         labels = self._labels.get(id(schema))
         if labels is None:
             labels = [self._label(choice) for choice in schema["choices"]]
             self._labels[id(schema)] = labels
-        if label not in labels:
-            return None
-        choice = schema["choices"][labels.index(label)]
-        return choice[0] if isinstance(choice, tuple) else choice
+        numbers = [number for number, each in enumerate(labels) if each == label]
+        if not numbers:
+            return -1, None
+        choices = [c[0] if isinstance(c, tuple) else c for c in schema["choices"]]
+        best = max(numbers, key=lambda number: self._admits(choices[number], below))
+        return best, choices[best]
+
+    def _admits(self, schema: Any, below: Sequence[int | str]) -> int:
+        """Return how well a location goes on below this schema."""
+        schema = self._settled(schema)
+        kind = schema["type"] if schema else ""
+        if not below:
+            return int(kind not in _OBJECTS + _ARRAYS)
+        if isinstance(below[0], int):
+            return int(kind in _ARRAYS)
+        names, _, _ = self._below(schema, below)
+        return int(kind in _OBJECTS) * (2 if kind != "dict" and not names else 1)
 
     def _label(self, choice: Any) -> str:
         if isinstance(choice, tuple):
@@ -201,10 +242,10 @@ class PayloadShape:
 
 @dataclass(frozen=True, slots=True)
 class _Branch:
-    """A branch that a location takes: where the union is, and the label of the branch."""
+    """A branch that a location takes: where the union is, and the number of the branch."""
 
     path: tuple[int | str, ...]
-    label: str
+    number: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,16 +292,24 @@ class _Fault:
         )
 
 
+def _tagged(schema: Any, label: str) -> Any:
+    """Return the branch of a discriminated union that has this tag."""
+    for tag, choice in schema["choices"].items():
+        if label in (str(tag), str(getattr(tag, "value", tag))):
+            return choice
+    return None
+
+
 def _best_fitting(faults: list[_Fault], depth: int) -> list[_Fault]:
     """Return the faults without those of branches that fit worse than another of their union."""
     kept: list[_Fault] = []
-    unions: dict[tuple[int | str, ...], dict[str, list[_Fault]]] = {}
+    unions: dict[tuple[int | str, ...], dict[int, list[_Fault]]] = {}
     for fault in faults:
         if len(fault.unions) <= depth:
             kept.append(fault)
         else:
             branch = fault.unions[depth]
-            unions.setdefault(branch.path, {}).setdefault(branch.label, []).append(fault)
+            unions.setdefault(branch.path, {}).setdefault(branch.number, []).append(fault)
     for path, branches in unions.items():
         best = [_best_fitting(branch, depth + 1) for branch in branches.values()]
         fits = [(_misfit(branch, len(path)), branch) for branch in best]
@@ -330,6 +379,16 @@ def _within(sent: object, path: Sequence[int | str], *, keep_last: bool) -> tupl
             parent = value_at(sent, path[:index])
             return tuple(path[: index + (is_field and isinstance(parent, dict | list))])
     return tuple(path)
+
+
+def _first_items(value: object, kept: int) -> object:
+    """Return a document with the first items of each array, and ten times as many fields."""
+    if isinstance(value, dict):
+        fields = islice(value.items(), kept * 10)
+        return {name: _first_items(item, kept) for name, item in fields}
+    if isinstance(value, list):
+        return [_first_items(item, kept) for item in islice(value, kept)]
+    return value
 
 
 def value_at(document: object, path: Iterable[int | str]) -> object:
