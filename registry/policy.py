@@ -1,29 +1,39 @@
-"""`JobPolicy` and `Backoff`: what the queue enforces for the jobs of a type."""
+"""`JobPolicy` and `Backoff`: what the queue enforces for the jobs of a type.
+
+A field is one line with its default and its range, and a sentence below it.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from job_registry.errors import DefinitionError, shortened
 
 
+def _ranged(default: float | None, low: int, high: int) -> Any:
+    """Declare a number from `low` to `high`: a whole number if the default is, or if it is None."""
+    return field(default=default, metadata={"range": (low, high)})
+
+
 @dataclass(frozen=True, slots=True)
 class Backoff:
-    """How long a job waits after a failed attempt: `base * 2^(n-1)` seconds, at most the cap.
+    """How long a job waits after a failed attempt: `base * 2^(n-1)` seconds, up to the cap.
 
-    With half jitter: a random share of the second half is left out, so that jobs that failed
-    together do not come back together. `base_seconds` is 0 to 86,400, `cap_seconds` 0 to 31
-    days and not below the base.
+    Half of the wait is random, so that jobs that failed together do not return together.
+
+    Raises:
+        DefinitionError: a value is out of its range, or the cap is below the base.
     """
 
-    base_seconds: float = 2.0
-    cap_seconds: float = 3_600.0
+    base_seconds: float = _ranged(2.0, 0, 86_400)
+    """Wait after the first attempt: 0 seconds to a day."""
+
+    cap_seconds: float = _ranged(3_600.0, 0, 31 * 86_400)
+    """Longest wait: 0 seconds to 31 days."""
 
     def __post_init__(self) -> None:
-        faults = [
-            *_range_fault("base_seconds", self.base_seconds, 0, 86_400, (int, float)),
-            *_range_fault("cap_seconds", self.cap_seconds, 0, 31 * 86_400, (int, float)),
-        ]
+        faults = _range_faults(self)
         if not faults and self.cap_seconds < self.base_seconds:
             faults = [f"cap_seconds {self.cap_seconds} is below base_seconds {self.base_seconds}"]
         if faults:
@@ -32,36 +42,43 @@ class Backoff:
 
 @dataclass(frozen=True, slots=True)
 class JobPolicy:
-    """What the queue enforces for jobs of a type.
+    """What the queue enforces for the jobs of a type.
 
-    `max_attempts`, 1 to 1000: how often a job runs at most, the first run included.
-    `timeout_seconds`, 1 to 604,800: how long one attempt may take.
-    `concurrency_limit`, 1 to 100,000 or None: how many jobs of the type run at once, over all
-    workers on all machines. None is no limit.
+    Raises:
+        DefinitionError: a value is out of its range. The message names every fault.
     """
 
-    max_attempts: int = 3
-    timeout_seconds: int = 300
-    concurrency_limit: int | None = None
+    max_attempts: int = _ranged(3, 1, 1_000)
+    """Highest number of runs, including the first: 1 to 1,000."""
+
+    timeout_seconds: int = _ranged(300, 1, 604_800)
+    """Longest duration of one attempt: 1 second to a week."""
+
+    concurrency_limit: int | None = _ranged(None, 1, 100_000)
+    """Highest number of jobs that run at once, over all workers on all machines: 1 to 100,000.
+    None is no limit."""
+
     backoff: Backoff = field(default_factory=Backoff)
+    """Wait between attempts."""
 
     def __post_init__(self) -> None:
-        faults = [
-            *_range_fault("max_attempts", self.max_attempts, 1, 1_000, (int,)),
-            *_range_fault("timeout_seconds", self.timeout_seconds, 1, 604_800, (int,)),
-        ]
-        if self.concurrency_limit is not None:
-            faults += _range_fault("concurrency_limit", self.concurrency_limit, 1, 100_000, (int,))
+        faults = _range_faults(self)
         if not isinstance(self.backoff, Backoff):
             faults.append(f"backoff is {shortened(self.backoff)}, expected a Backoff")
         if faults:
             raise DefinitionError(f"JobPolicy: {'; '.join(faults)}")
 
 
-def _range_fault(
-    name: str, value: object, low: float, high: float, kinds: tuple[type, ...]
-) -> list[str]:
-    expected = "a whole number" if kinds == (int,) else "a number"
-    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:  # type: ignore[operator]
-        return [f"{name} is {shortened(value)}, expected {expected} from {low:,} to {high:,}"]
-    return []
+def _range_faults(policy: JobPolicy | Backoff) -> list[str]:
+    faults = []
+    for each in fields(policy):
+        value = getattr(policy, each.name)
+        if "range" not in each.metadata or (value is None and each.default is None):
+            continue
+        low, high = each.metadata["range"]
+        fractions = isinstance(each.default, float)
+        kinds = (int, float) if fractions else (int,)
+        if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+            expected = f"a{'' if fractions else ' whole'} number from {low:,} to {high:,}"
+            faults.append(f"{each.name} is {shortened(value)}, expected {expected}")
+    return faults
