@@ -13,9 +13,9 @@ from pydantic import JsonValue
 
 
 class JobLogger(Protocol):
-    """A logger that says of each line which job, type and attempt wrote it.
+    """A logger that adds the job, its type and the attempt to each line.
 
-    An event is a short name; what it is about comes as named values.
+    An event is a short name. The data of the event are named values.
     """
 
     def debug(self, event: str, **values: Any) -> Any:
@@ -25,14 +25,14 @@ class JobLogger(Protocol):
         """Write a line for operators."""
 
     def warning(self, event: str, **values: Any) -> Any:
-        """Write a line about something that somebody should look at."""
+        """Write a line about something that needs attention."""
 
     def error(self, event: str, **values: Any) -> Any:
-        """Write a line about something that went wrong."""
+        """Write a line about a failure."""
 
 
 class _PlainLogger:
-    """The logger of a context that no worker made: the standard library's, with the values."""
+    """The logger of a context outside a worker: the standard library's."""
 
     def debug(self, event: str, **values: Any) -> None:
         _plain_log.debug(_PLAIN, event, values)
@@ -53,7 +53,7 @@ _PLAIN: Final = "%s %s"
 
 @dataclass(frozen=True, slots=True)
 class JobContext:
-    """What a handler knows about the job it runs, and how it talks back.
+    """The job that a handler runs, and ways to report progress and to see a cancellation.
 
     `assets` is where the files of jobs are, a folder or an fsspec URL (`JOBS_ASSETS`). `state`
     has the resources that the worker's lifespan yields. `log` writes lines that name the job.
@@ -73,7 +73,7 @@ class JobContext:
     _deadline: float = field(default=float("inf"), repr=False)
 
     def progress(self, value: JsonValue) -> None:
-        """Show how far the job is: any JSON.
+        """Report the progress of the job: any JSON.
 
         Returns at once. The worker stores the newest value about once per second, and the last
         one before the attempt ends. A value that cannot be stored is one warning in the log.

@@ -1,4 +1,4 @@
-"""What the registry refuses, and what a handler raises to say how its attempt ends.
+"""What the registry refuses, and what a handler raises to end its attempt.
 
 An exception that clients see is a `CodedError`. GraphQL, REST and the CLI add only their status.
 """
@@ -14,12 +14,12 @@ from typing import ClassVar, Final
 from pydantic import JsonValue
 
 MAX_DELAY_SECONDS: Final = 31_536_000
-"""How far ahead an attempt may be put off: a year."""
+"""Longest delay of an attempt: a year."""
 
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """One fault of a value: where, which, and a sentence about what was expected and what came.
+    """One fault of a value: its path, its code, and a sentence for people.
 
     `path` is a JSON Pointer (RFC 6901), "" for the whole. `code` is stable, `message` is not.
     """
@@ -42,7 +42,7 @@ class CodedError(Exception):
     code: ClassVar[str]
 
     def details(self) -> dict[str, JsonValue]:
-        """Return what a program needs to know beside the code, as a JSON object in camelCase."""
+        """Return what a program needs besides the code: a JSON object with camelCase keys."""
         return {}
 
     @property
@@ -52,11 +52,11 @@ class CodedError(Exception):
 
 
 class DefinitionError(Exception):
-    """Raised when a job type, a policy or a registry is defined wrongly. It stops the start."""
+    """Raised when a job type, a policy or a registry is not valid. The process does not start."""
 
 
 class JobTypeNotFound(CodedError):
-    """Raised when no job type has this name. `suggestions` are the nearest names, best first."""
+    """Raised when no job type has this name. `suggestions` are similar names, the best first."""
 
     code = "job_type_not_found"
 
@@ -93,7 +93,7 @@ class PayloadInvalid(CodedError):
 
 
 class Retry(Exception):
-    """Raised by a handler: this attempt failed, try again; `after` seconds replace the backoff.
+    """Raised by a handler to fail this attempt. `after` seconds replace the backoff.
 
     Raises:
         ValueError: `after` is not 0 to 31,536,000.
@@ -107,19 +107,19 @@ class Retry(Exception):
 
 
 class Fail(Exception):
-    """Raised by a handler: the job failed for good, and another attempt would not help."""
+    """Raised by a handler to fail the job without another attempt."""
 
 
 class Cancel(Exception):
-    """Raised by a handler: the job is to be cancelled.
+    """Raised by a handler to cancel the job.
 
-    Also for a handler that stops because of `job.cancel_requested`. If that was because its worker
-    stops, and not because the job was cancelled, the job runs again.
+    Also raised by a handler that stops because of `job.cancel_requested`. If the reason is that
+    the worker stops, the job runs again.
     """
 
 
 class Snooze(Exception):
-    """Raised by a handler: run the job again in `seconds`; this attempt does not count.
+    """Raised by a handler to run the job again in `seconds`. This attempt does not count.
 
     Raises:
         ValueError: `seconds` is not 0 to 31,536,000.
@@ -132,7 +132,7 @@ class Snooze(Exception):
 
 
 def counted_faults(what: str, faults: int) -> str:
-    """Return the sentence that stands beside a list of faults."""
+    """Return the sentence that goes with a list of faults."""
     return f"{what} has {faults} fault{'s' if faults != 1 else ''}; see details."
 
 
@@ -142,12 +142,12 @@ def _check_delay(name: str, seconds: float) -> None:
 
 
 def near(name: str, names: Iterable[str], *, count: int = 1) -> tuple[str, ...]:
-    """Return the names that are nearest to one that does not exist, best first."""
+    """Return the names that are similar to a name that does not exist, the best first."""
     return tuple(difflib.get_close_matches(name[:100], names, n=count, cutoff=0.6))
 
 
 def suggestion(name: str, names: Iterable[str]) -> str:
-    """Return " Did you mean x?" for the nearest of the names, or nothing."""
+    """Return " Did you mean x?" for the most similar name, or an empty string."""
     return "".join(f" Did you mean {found}?" for found in near(name, names))
 
 
@@ -202,5 +202,5 @@ def _printable(text: str) -> str:
 
 
 def shortened_text(text: str, limit: int = 300) -> str:
-    """A sentence, bounded."""
+    """Truncate a sentence."""
     return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -32,7 +32,7 @@ Handler = Callable[[JobContext, Any], Awaitable[Any] | Any]
 
 
 class JobType(Generic[P]):
-    """A type of job: its name, the model of its payload, its policy, and what runs it.
+    """A type of job: its name, the model of its payload, its policy and its handler.
 
     `name` is lower-case words joined by dots, `thumbnail.create`, at most 100 characters.
     `description` is the payload's docstring unless given. `example` is a payload, as JSON; where
@@ -108,7 +108,7 @@ class JobType(Generic[P]):
     HandlerT = TypeVar("HandlerT", bound=Callable[..., Any])
 
     def handler(self, function: HandlerT) -> HandlerT:
-        """Decorator: this function runs the jobs of this type. It returns the function.
+        """Register a function as the handler of this type. Use it as a decorator.
 
         The function takes the `JobContext` and the parsed payload; what it returns is the job's
         result, as JSON. `run_in` says where it runs.
@@ -136,29 +136,29 @@ class JobType(Generic[P]):
 
     @property
     def has_handler(self) -> bool:
-        """Whether jobs of this type can be run in this process."""
+        """Whether this process has a handler for the type."""
         return self._handler is not None
 
     @property
     def run(self) -> Handler | None:
-        """The handler; None where remote workers do the work."""
+        """The handler. None if remote workers run the jobs."""
         return self._handler
 
     @property
     def runs_in(self) -> RunIn | None:
-        """Where the handler runs, also where `run_in` leaves it open; None without a handler."""
+        """Where the handler runs, also if `run_in` is not given. None without a handler."""
         if self._handler is None:
             return None
         return self.run_in or ("loop" if is_async(self._handler) else "thread")
 
     @cached_property
     def payload_schema(self) -> Mapping[str, Any]:
-        """The payload's JSON Schema, draft 2020-12, with the names of the wire."""
+        """The payload's JSON Schema, draft 2020-12, with camelCase names."""
         return MappingProxyType(json_schema_of(self.payload, self.description))
 
     @cached_property
     def example_payload(self) -> Mapping[str, JsonValue]:
-        """A payload that is valid, as JSON: the one given, or one made from the schema.
+        """A valid payload, as JSON: the given example, or one generated from the schema.
 
         Raises:
             DefinitionError: none was given, and none could be made.
@@ -179,11 +179,11 @@ class JobType(Generic[P]):
 
     @cached_property
     def payload_shape(self) -> PayloadShape:
-        """What turns Pydantic's faults of a payload into violations."""
+        """Turns Pydantic's faults of a payload into violations."""
         return PayloadShape(self.payload)
 
     def _check_payload_model(self) -> None:
-        """Refuses a payload model that cannot be what it says: not strict, or with no schema."""
+        """Check that the payload model is strict and has a JSON Schema."""
         where = f"job type {self.name}: payload {self.payload.__name__}"
         config = self.payload.model_config
         for option, wanted in (("strict", True), ("frozen", True), ("extra", "forbid")):
@@ -214,7 +214,7 @@ class JobType(Generic[P]):
 
 
 def is_async(function: object) -> bool:
-    """Whether calling this makes a coroutine, as far as its definition says."""
+    """Return whether a function, or an object with `__call__`, is defined with `async def`."""
     call = getattr(function, "__call__", None)  # noqa: B004 (an object whose call is async)
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
 

@@ -1,4 +1,4 @@
-"""JSON as this project takes it: what PostgreSQL, SQLite and JavaScript all keep as it came.
+"""JSON that PostgreSQL, SQLite and JavaScript all store without a change.
 
 RFC 8259, less what one of them would change or refuse: numbers that are not finite, integers past
 64 bits, NUL and lone surrogates in text, and nesting beyond any use.
@@ -33,7 +33,7 @@ class NotJson(CodedError, ValueError):
 
 
 def parse_json(text: str | bytes) -> JsonValue:
-    """The value of JSON text. Of an object's equal keys the last one counts.
+    """Parse JSON text. If an object has a key twice, the last value counts.
 
     Raises:
         NotJson: it is not valid JSON, holds NaN or Infinity, or is nested too deep to be read.
@@ -46,7 +46,7 @@ def parse_json(text: str | bytes) -> JsonValue:
 
 
 def pointer(path: str, token: str | int) -> str:
-    """The JSON Pointer (RFC 6901) one step below `path`."""
+    """Return the JSON Pointer (RFC 6901) one step below `path`."""
     if isinstance(token, int):
         return f"{path}/{token}"
     if "~" in token or "/" in token:
@@ -55,7 +55,7 @@ def pointer(path: str, token: str | int) -> str:
 
 
 def pointer_of(path: Iterable[str | int]) -> str:
-    """The JSON Pointer (RFC 6901) of these keys and indexes, up to 2,000 characters.
+    """Return the JSON Pointer (RFC 6901) of these keys and indexes, up to 2,000 characters.
 
     A longer one ends at the last parent that fits, so that it still points into the document.
     """
@@ -71,7 +71,7 @@ def pointer_of(path: Iterable[str | int]) -> str:
 
 
 def text_fault(text: str) -> str | None:
-    """Why this text cannot be stored, as a sentence; None when it can."""
+    """Return why this text cannot be stored, as a sentence. None if it can be stored."""
     found = _BAD_TEXT.search(text)
     if found is None:
         return None
@@ -81,7 +81,7 @@ def text_fault(text: str) -> str | None:
 
 
 def json_document(value: object, *, max_bytes: int) -> tuple[bytes, list[Violation]]:
-    """The compact JSON text of a value, in UTF-8, and what is wrong with the value.
+    """Return the compact JSON text of a value, in UTF-8, and the faults of the value.
 
     With violations the text is of a copy in which each faulty value is a harmless one of the same
     kind, so that the rest can be judged as well. It is empty when the value is too large, too
@@ -107,7 +107,7 @@ def json_document(value: object, *, max_bytes: int) -> tuple[bytes, list[Violati
 
 
 def _quickly_sound(value: Any, depth: int) -> bool:
-    """Whether a value has no fault at all: the common case, without building anything."""
+    """Return whether a value has no fault, without building anything: the common case."""
     kind = type(value)
     if kind is str:
         return _BAD_TEXT.search(value) is None
@@ -138,7 +138,7 @@ class _Path(NamedTuple):
     token: str | int
 
     def pointer(self) -> str:
-        """The JSON Pointer of this place."""
+        """Return the JSON Pointer of this place."""
         tokens: list[str | int] = []
         at = self
         while at.parent is not None:
@@ -148,7 +148,7 @@ class _Path(NamedTuple):
 
 
 class _Faults:
-    """Collects violations up to a bound; `fatal` is one beside which no other matters."""
+    """Violations up to a bound. `fatal` is one that makes all others irrelevant."""
 
     def __init__(self) -> None:
         self.violations: list[Violation] = []
@@ -160,7 +160,7 @@ class _Faults:
 
 
 def _cleaned(value: object, faults: _Faults, max_bytes: int) -> Any:
-    """A sound copy of a value. Iterative and bounded, so that no value is too deep or too large."""
+    """Return a copy of a value without faults. Iterative, so that depth cannot overflow it."""
     root: list[Any] = [None]
     size = 0
     # What is still to be copied: the value, its path, its depth, and where the copy goes.

@@ -12,7 +12,7 @@ from pydantic_core import CoreSchema, PydanticKnownError, core_schema
 
 # Above its user, because making the class below calls them.
 def _decimals_as_text(schema: Any) -> Any:
-    """The core schema in which every decimal comes as a JSON string, wherever it stands."""
+    """Return the core schema with every decimal read from a JSON string, at any depth."""
     if isinstance(schema, dict):
         walked = {
             key: value if key in ("metadata", "default") else _decimals_as_text(value)
@@ -44,9 +44,9 @@ def _decimal_text(value: object) -> object:
 class Payload(BaseModel):
     """Base of every payload: strict, frozen, camelCase on the wire, unknown fields refused.
 
-    Strict means that "1" is no number, 1 is no string, and true is no number. A payload is always
-    validated as JSON, so dates, times, UUIDs and decimals come as JSON strings; a decimal as a
-    JSON number is refused, because a number has lost digits before it gets here.
+    Strict means that "1" is not a number, 1 is not a string, and true is not a number. A payload is
+    always validated as JSON, so dates, times, UUIDs and decimals are JSON strings. A decimal as a
+    JSON number is refused, because a parser may have lost some of its digits.
     """
 
     model_config = ConfigDict(

@@ -27,7 +27,7 @@ DEFAULT_MAX_PAYLOAD_BYTES: Final = 262_144
 
 @dataclass(frozen=True, slots=True)
 class AdmittedPayload:
-    """A payload that is what its job type asks for.
+    """A payload that fits its job type.
 
     `payload` is the parsed model. `json` is the compact JSON text, in UTF-8, of what came in:
     that is what is stored, and parsed again before the job runs.
@@ -68,12 +68,12 @@ class JobRegistry(Mapping[str, JobType[Any]]):
 
     @property
     def extensions(self) -> tuple[WorkerExtension, ...]:
-        """What workers put around the handlers: middleware and lifespans, the outermost first."""
+        """Middleware and lifespans that workers run around the handlers, the outermost first."""
         return self._extensions
 
     @property
     def max_payload_bytes(self) -> int:
-        """How long a payload's compact JSON text may be, in bytes."""
+        """Maximum length of a payload's compact JSON text, in bytes."""
         return self._max_payload_bytes
 
     def __getitem__(self, name: str) -> JobType[Any]:
@@ -86,7 +86,7 @@ class JobRegistry(Mapping[str, JobType[Any]]):
         return len(self._job_types)
 
     def get_type(self, job_type: str) -> JobType[Any]:
-        """The job type of this name.
+        """Return the job type of this name.
 
         Raises:
             JobTypeNotFound: there is none; the error suggests the nearest names.
@@ -97,7 +97,7 @@ class JobRegistry(Mapping[str, JobType[Any]]):
         return found
 
     def policy(self, job_type: str) -> JobPolicy:
-        """The policy of this job type.
+        """Return the policy of a job type.
 
         Raises:
             JobTypeNotFound: there is no such job type.
@@ -105,7 +105,7 @@ class JobRegistry(Mapping[str, JobType[Any]]):
         return self.get_type(job_type).policy
 
     def admit(self, job_type: str, payload: object) -> AdmittedPayload:
-        """Checks a payload, a JSON value as Python has it, against its job type.
+        """Check a payload, a JSON value in Python, against its job type.
 
         Raises:
             JobTypeNotFound: there is no such job type.
@@ -125,5 +125,5 @@ class JobRegistry(Mapping[str, JobType[Any]]):
         raise PayloadInvalid(found.name, violations)
 
     def validate(self, job_type: str, payload: object) -> Payload:
-        """The parsed payload of a job type; raises as `admit`."""
+        """Return the parsed payload. Raises as `admit` does."""
         return self.admit(job_type, payload).payload
