@@ -23,9 +23,10 @@ from limits import RateLimitItem
 from limits import parse as parse_rate
 from limits.storage import MemoryStorage
 from limits.strategies import SlidingWindowCounterRateLimiter
+from pydantic import JsonValue
 from starlette.types import Scope
 
-from job_registry import text_fault
+from job_registry import CodedError, text_fault
 from job_registry.errors import shortened
 from job_registry_api.http_messages import header
 from job_registry_api.settings import Settings, SettingsInvalid
@@ -42,11 +43,13 @@ MAX_KNOWN_TOKENS: Final = 1_000
 MAX_TOKEN_LENGTH: Final = 8_192
 
 
-class Unauthenticated(Exception):
+class Unauthenticated(CodedError):
     """Raised when a request has no token, or one that is not valid.
 
     `challenge` is the value of the WWW-Authenticate header (RFC 6750, section 3).
     """
+
+    code = "unauthenticated"
 
     def __init__(self, reason: str | None) -> None:
         self.challenge = 'Bearer realm="jobs"'
@@ -55,20 +58,30 @@ class Unauthenticated(Exception):
         super().__init__(reason or "A bearer token is needed: Authorization: Bearer <token>.")
 
 
-class Forbidden(Exception):
+class Forbidden(CodedError):
     """Raised when a token does not allow a request. The message names the scope that does."""
 
+    code = "forbidden"
 
-class TooManyRequests(Exception):
+
+class TooManyRequests(CodedError):
     """Raised when a caller exceeds a rate limit. `retry_after` is in whole seconds, at least 1."""
+
+    code = "rate_limited"
 
     def __init__(self, limit: str, retry_after: int) -> None:
         self.retry_after = retry_after
         super().__init__(f"At most {limit} are allowed; try again in {retry_after} s.")
 
+    def details(self) -> dict[str, JsonValue]:
+        """Return when to try again."""
+        return {"retryAfterSeconds": self.retry_after}
 
-class AuthenticationUnavailable(Exception):
+
+class AuthenticationUnavailable(CodedError):
     """Raised when the keys to check a token cannot be fetched."""
+
+    code = "authentication_unavailable"
 
     def __init__(self) -> None:
         super().__init__("The keys to check the token cannot be fetched; try again.")

@@ -22,6 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from job_registry import (
+    CodedError,
     DefinitionError,
     JobRegistry,
     JobTypeNotFound,
@@ -479,7 +480,7 @@ async def _enqueue_batch(
 def _show_enqueued(
     number: int, result: Any, counts: dict[str, int], many: bool, as_json: bool
 ) -> None:
-    if isinstance(result, Exception):
+    if isinstance(result, CodedError):
         counts["refused"] += 1
         if as_json:
             _print_json({"line": number, **_refusal_json(result)}, lines=True)
@@ -757,14 +758,14 @@ def _policy_json(registry: JobRegistry, name: str) -> dict[str, Any]:
     }
 
 
-def _refuse(refusal: Exception, as_json: bool) -> NoReturn:
+def _refuse(refusal: CodedError, as_json: bool) -> NoReturn:
     if as_json:
         _print_json(_refusal_json(refusal))
         sys.exit(REFUSED)
     _fail(REFUSED, *_sentences(refusal))
 
 
-def _sentences(refusal: Exception) -> list[str]:
+def _sentences(refusal: CodedError) -> list[str]:
     """Return the messages of a refusal."""
     violations: Sequence[Violation] = getattr(refusal, "violations", ())
     if not violations:
@@ -772,21 +773,10 @@ def _sentences(refusal: Exception) -> list[str]:
     return [f"{each.path or 'payload'}: {each.message}" for each in violations]
 
 
-def _refusal_json(refusal: Exception) -> dict[str, Any]:
-    codes = {
-        "JobTypeNotFound": "job_type_not_found",
-        "PayloadInvalid": "payload_invalid",
-        "InputInvalid": "validation_error",
-        "IdempotencyConflict": "idempotency_conflict",
-    }
-    violations: Sequence[Violation] = getattr(refusal, "violations", ())
-    return {
-        "code": codes[type(refusal).__name__],
-        "message": str(refusal),
-        "violations": [
-            {"path": each.path, "code": each.code, "message": each.message} for each in violations
-        ],
-    }
+def _refusal_json(refusal: CodedError) -> dict[str, Any]:
+    # `violations` is there for every refusal, so that a program can read it without a test.
+    content = {"code": refusal.code, "message": str(refusal), "violations": []}
+    return content | refusal.details()
 
 
 def _print_json(content: Any, *, lines: bool = False) -> None:

@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
+from job_registry import CodedError
 from job_registry_api.auth import (
     AuthenticationUnavailable,
     Entrance,
@@ -98,7 +99,7 @@ class Health:
         except QueueUnavailable as error:
             log.warning("not_ready", kind=error.kind, reason=error.reason)
             message = "The database cannot store jobs at the moment. The log says why."
-            return _unavailable("queue_unavailable", message, kind=error.kind)
+            return _unavailable(error.code, message, kind=error.kind)
         return JSONResponse({"status": "ok"})
 
     async def metrics(self, request: Request) -> Response:
@@ -118,15 +119,13 @@ class Health:
             if caller.subject is None and not _is_local(request):
                 raise Forbidden("Without authentication, only this machine may read the metrics.")
         except Unauthenticated as error:
-            headers = {"www-authenticate": error.challenge}
-            return _error(401, "unauthenticated", str(error), headers)
+            return _error(401, error, {"www-authenticate": error.challenge})
         except Forbidden as error:
-            return _error(403, "forbidden", str(error))
+            return _error(403, error)
         except TooManyRequests as error:
-            headers = {"retry-after": str(error.retry_after)}
-            return _error(429, "rate_limited", str(error), headers)
+            return _error(429, error, {"retry-after": str(error.retry_after)})
         except AuthenticationUnavailable as error:
-            return _error(503, "authentication_unavailable", str(error))
+            return _error(503, error)
         return None
 
     async def _count_jobs(self) -> None:
@@ -185,6 +184,6 @@ def _unavailable(code: str, message: str, **details: str) -> Response:
     return JSONResponse({"status": "unavailable", "error": error}, status_code=503)
 
 
-def _error(status: int, code: str, message: str, headers: dict[str, str] | None = None) -> Response:
-    body = {"error": {"code": code, "message": message}}
+def _error(status: int, error: CodedError, headers: dict[str, str] | None = None) -> Response:
+    body = {"error": {"code": error.code, "message": error.summary}}
     return JSONResponse(body, status_code=status, headers=headers)

@@ -7,11 +7,37 @@ from typing import Any, Final
 from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
 
+from job_registry import CodedError
+
 JSON_TYPE: Final = b"application/json"
 
 
-class BodyTooLarge(Exception):
+class BodyTooLarge(CodedError):
     """Raised when a request body exceeds the limit, as soon as that is known."""
+
+    code = "too_large"
+
+    def __init__(self, max_bytes: int) -> None:
+        super().__init__(f"Expected a body of at most {max_bytes:,} bytes.")
+
+
+class MethodNotAllowed(CodedError):
+    """Raised when a path does not take the method. `allowed` are the methods that it takes."""
+
+    code = "method_not_allowed"
+
+    def __init__(self, *allowed: str) -> None:
+        self.allowed = allowed
+        super().__init__(f"This path accepts only {' and '.join(allowed)}.")
+
+
+class UnsupportedMediaType(CodedError):
+    """Raised when a request's body is not declared as JSON."""
+
+    code = "unsupported_media_type"
+
+    def __init__(self) -> None:
+        super().__init__("The Content-Type must be application/json.")
 
 
 class ClientGone(Exception):
@@ -27,24 +53,24 @@ async def read_body(scope: Scope, receive: Receive, max_bytes: int) -> bytes:
     """
     declared = header(scope, b"content-length")
     if declared.isdigit() and int(declared) > max_bytes:
-        raise BodyTooLarge
+        raise BodyTooLarge(max_bytes)
     message = await receive()
     body: bytes = message.get("body", b"")
     if message["type"] == "http.request" and not message.get("more_body", False):
         if len(body) > max_bytes:
-            raise BodyTooLarge
+            raise BodyTooLarge(max_bytes)
         return body
     parts, size = [body], len(body)
     while message["type"] == "http.request" and message.get("more_body", False):
         if size > max_bytes:
-            raise BodyTooLarge
+            raise BodyTooLarge(max_bytes)
         message = await receive()
         parts.append(message.get("body", b""))
         size += len(parts[-1])
     if message["type"] != "http.request":
         raise ClientGone
     if size > max_bytes:
-        raise BodyTooLarge
+        raise BodyTooLarge(max_bytes)
     return b"".join(parts)
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Final
 
-from pydantic_core import from_json
 from starlette.types import Receive, Scope, Send
 
-from job_registry import JobTypeNotFound, PayloadInvalid, Violation
+from job_registry import CodedError, JobTypeNotFound, NotJson, PayloadInvalid, parse_json
 from job_registry_api.auth import (
     AuthenticationUnavailable,
     Entrance,
@@ -19,6 +19,8 @@ from job_registry_api.auth import (
 from job_registry_api.http_messages import (
     BodyTooLarge,
     ClientGone,
+    MethodNotAllowed,
+    UnsupportedMediaType,
     header,
     is_json,
     read_body,
@@ -35,14 +37,22 @@ from job_registry_api.queue.models import JobRecord
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.requests import parse_request
 
-
-class RequestRefused(Exception):
-    """Raised when a request is refused before it reaches the queue, with its HTTP status."""
-
-    def __init__(self, status: int, code: str, message: str) -> None:
-        self.status = status
-        self.code = code
-        super().__init__(message)
+_STATUSES: Final[Mapping[type[CodedError], int]] = {
+    NotJson: 400,
+    Unauthenticated: 401,
+    Forbidden: 403,
+    JobTypeNotFound: 404,
+    JobNotFound: 404,
+    MethodNotAllowed: 405,
+    IdempotencyConflict: 409,
+    BodyTooLarge: 413,
+    UnsupportedMediaType: 415,
+    PayloadInvalid: 422,
+    InputInvalid: 422,
+    TooManyRequests: 429,
+    AuthenticationUnavailable: 503,
+    QueueUnavailable: 503,
+}
 
 
 class EnqueueView:
@@ -62,7 +72,7 @@ class EnqueueView:
         queue: JobQueue = scope["app"].state.queue
         try:
             if scope["method"] != "POST":
-                raise RequestRefused(405, "method_not_allowed", "Jobs are enqueued with POST.")
+                raise MethodNotAllowed("POST")
             caller = await self._entrance.admit(scope)
             caller.need("jobs:enqueue")
             request = parse_request(await self._read(scope, receive))
@@ -71,7 +81,7 @@ class EnqueueView:
         except ClientGone:
             return
         except Exception as error:
-            await _respond_error(send, error, allow=b"POST")
+            await _respond_error(send, error)
             return
         job = enqueued.job
         content = {
@@ -86,19 +96,8 @@ class EnqueueView:
 
     async def _read(self, scope: Scope, receive: Receive) -> Any:
         if not is_json(header(scope, b"content-type")):
-            message = "The Content-Type has to be application/json."
-            raise RequestRefused(415, "unsupported_media_type", message)
-        try:
-            body = await read_body(scope, receive, self._max_body_bytes)
-        except BodyTooLarge:
-            message = f"A request is at most {self._max_body_bytes:,} bytes long."
-            raise RequestRefused(413, "too_large", message) from None
-        try:
-            return from_json(body, allow_inf_nan=False)
-        except ValueError as error:
-            raise RequestRefused(
-                400, "not_json", f"The body is not valid JSON: {str(error)[:200]}"
-            ) from None
+            raise UnsupportedMediaType
+        return parse_json(await read_body(scope, receive, self._max_body_bytes))
 
 
 class JobView:
@@ -112,7 +111,7 @@ class JobView:
         queue: JobQueue = scope["app"].state.queue
         try:
             if scope["method"] not in ("GET", "HEAD"):
-                raise RequestRefused(405, "method_not_allowed", "A job is read with GET.")
+                raise MethodNotAllowed("GET", "HEAD")
             caller = await self._entrance.admit(scope)
             caller.need("jobs:read")
             job = await queue.get(scope["path_params"]["id"])
@@ -120,7 +119,7 @@ class JobView:
                 raise JobNotFound(scope["path_params"]["id"])
             attempts = (await queue.attempts([job.id]))[job.id]
         except Exception as error:
-            await _respond_error(send, error, allow=b"GET, HEAD")
+            await _respond_error(send, error)
             return
         content = _job(job) | {
             "attempts": [
@@ -160,62 +159,46 @@ def _job(job: JobRecord) -> dict[str, Any]:
     }
 
 
-def _counted(what: str, faults: int) -> str:
-    return f"{what} has {faults} fault{'s' if faults != 1 else ''}; see details."
-
-
-async def _respond_error(send: Send, error: Exception, *, allow: bytes) -> None:
-    """The one place that makes HTTP answers of exceptions."""
-    headers: tuple[tuple[bytes, bytes], ...] = ()
-    details: list[Any] = []
-    match error:
-        case JobTypeNotFound():
-            status, code, message = 404, "job_type_not_found", str(error)
-            details = [{"suggestion": name} for name in error.suggestions]
-        case PayloadInvalid():
-            status, code = 422, "payload_invalid"
-            message = _counted("The payload", len(error.violations))
-            details = _details(error.violations)
-        case InputInvalid():
-            status, code = 422, "validation_error"
-            message = _counted("The request", len(error.violations))
-            details = _details(error.violations)
-        case IdempotencyConflict():
-            status, code = 409, "idempotency_conflict"
-            message = "This idempotency key belongs to a job with another payload."
-            details = [{"jobId": str(error.existing_job.id)}] + [
-                {"path": path, "code": "differs"} for path in error.differing_paths
-            ]
-        case JobNotFound():
-            status, code, message = 404, "job_not_found", str(error)
-        case RequestRefused():
-            status, code, message = error.status, error.code, str(error)
-            headers = ((b"allow", allow),) if status == 405 else ()
-        case Unauthenticated():
-            status, code, message = 401, "unauthenticated", str(error)
-            headers = ((b"www-authenticate", error.challenge.encode()),)
-        case Forbidden():
-            status, code, message = 403, "forbidden", str(error)
-        case TooManyRequests():
-            status, code, message = 429, "rate_limited", str(error)
-            headers = ((b"retry-after", str(error.retry_after).encode()),)
-        case AuthenticationUnavailable():
-            status, code, message = 503, "authentication_unavailable", str(error)
-            headers = ((b"retry-after", b"5"),)
-        case QueueUnavailable():
-            status, code, message = 503, "queue_unavailable", str(error)
-            headers = ((b"retry-after", b"1"),)
-        case _:
-            error_id = log_unexpected("rest", error)
-            status, code = 500, "internal_error"
-            message = f"Something went wrong here. It is logged as {error_id}."
-            details = [{"errorId": error_id}]
+async def _respond_error(send: Send, error: Exception) -> None:
+    """Answer with an exception's status, code, message and details."""
+    details: list[Any]
+    if isinstance(error, CodedError) and type(error) in _STATUSES:
+        status, code, message = _STATUSES[type(error)], error.code, error.summary
+        details = _listed(error.details())
+    else:
+        error_id = log_unexpected("rest", error)
+        status, code = 500, "internal_error"
+        message = f"Something went wrong here. It is logged as {error_id}."
+        details = [{"errorId": error_id}]
     content = {"error": {"code": code, "message": message, "details": details}}
-    await respond_json(send, status, content, headers=headers)
+    await respond_json(send, status, content, headers=_headers(error))
 
 
-def _details(violations: tuple[Violation, ...]) -> list[Any]:
-    return [{"path": v.path, "code": v.code, "message": v.message} for v in violations]
+def _listed(details: dict[str, Any]) -> list[Any]:
+    """Return details as REST has them: a list with one object per fault or suggestion."""
+    match details:
+        case {"violations": violations}:
+            return list(violations)
+        case {"suggestions": names}:
+            return [{"suggestion": name} for name in names]
+        case {"existingJobId": job_id, "differingPaths": paths}:
+            return [{"jobId": job_id}, *({"path": path, "code": "differs"} for path in paths)]
+    return [details] if details else []
+
+
+def _headers(error: Exception) -> tuple[tuple[bytes, bytes], ...]:
+    match error:
+        case MethodNotAllowed():
+            return ((b"allow", ", ".join(error.allowed).encode()),)
+        case Unauthenticated():
+            return ((b"www-authenticate", error.challenge.encode()),)
+        case TooManyRequests():
+            return ((b"retry-after", str(error.retry_after).encode()),)
+        case AuthenticationUnavailable():
+            return ((b"retry-after", b"5"),)
+        case QueueUnavailable():
+            return ((b"retry-after", b"1"),)
+    return ()
 
 
 def _time(time: datetime | None) -> str | None:

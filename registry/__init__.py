@@ -1,7 +1,9 @@
 """What a job type is: its payload, its policy, its handler. No I/O, no SQL, no GraphQL."""
 
+from job_registry.context import JobContext
 from job_registry.errors import (
     Cancel,
+    CodedError,
     DefinitionError,
     Fail,
     JobTypeNotFound,
@@ -11,8 +13,10 @@ from job_registry.errors import (
     Violation,
 )
 from job_registry.extension import CallNext, WorkerExtension
-from job_registry.job_type import Backoff, JobContext, JobPolicy, JobType, Payload
+from job_registry.job_type import JobType
 from job_registry.json_values import NotJson, json_document, parse_json, pointer, text_fault
+from job_registry.payload import Payload
+from job_registry.policy import Backoff, JobPolicy
 from job_registry.registry import AdmittedPayload, JobRegistry
 
 __all__ = [
@@ -20,6 +24,7 @@ __all__ = [
     "Backoff",
     "CallNext",
     "Cancel",
+    "CodedError",
     "DefinitionError",
     "Fail",
     "JobContext",

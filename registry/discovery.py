@@ -1,4 +1,4 @@
-"""Finds job types in the modules that settings name, and in installed packages.
+"""Find job types in the modules that settings name, and in installed packages.
 
 A package joins by the entry-point group `job_registry.catalog`, whose entries name a module, a
 `JobType`, or a list of them.
@@ -25,7 +25,7 @@ ENTRY_POINT_GROUP: Final = "job_registry.catalog"
 def load_registry(
     catalog: Sequence[str], *, max_payload_bytes: int = DEFAULT_MAX_PAYLOAD_BYTES
 ) -> JobRegistry:
-    """The registry of all job types and worker extensions in `catalog` and the entry points.
+    """Return the registry of all job types and extensions in `catalog` and the entry points.
 
     Raises:
         DefinitionError: as `discover`.
@@ -38,9 +38,10 @@ def load_registry(
 
 
 def discover(catalog: Sequence[str], *, entry_points: bool = True) -> list[JobType[Any]]:
-    """The job types at the top level of these modules, of all modules of these packages, and of
-    installed packages' entry points. The same `JobType` seen twice counts once. A package's
-    modules whose names start with `_` are not searched: handlers may keep heavy imports there.
+    """Return the job types in modules, in all modules of packages, and in entry points.
+
+    They stand at the top level of a module. The same `JobType` seen twice counts once. Modules of
+    a package whose names start with `_` are not searched: handlers may keep heavy imports there.
 
     Raises:
         DefinitionError: a module cannot be imported, defines a job type wrongly, or holds none;
@@ -64,8 +65,9 @@ def discover(catalog: Sequence[str], *, entry_points: bool = True) -> list[JobTy
 def discover_extensions(
     catalog: Sequence[str], *, entry_points: bool = True
 ) -> list[WorkerExtension]:
-    """The worker extensions at the top level of these modules, of all modules of these packages,
-    and of the modules of installed packages' entry points. One seen twice counts once.
+    """Return the worker extensions in modules, in all modules of packages, and in entry points.
+
+    They stand at the top level of a module. One seen twice counts once.
 
     Raises:
         DefinitionError: a module cannot be imported.
@@ -84,7 +86,7 @@ def discover_extensions(
 
 
 def locate(thing: JobType[Any] | WorkerExtension, *hints: str | None) -> str | None:
-    """Where another process can import this from: `module:name`, or None.
+    """Return where another process can import this from: `module:name`, or None.
 
     The modules `hints` come first, then every other imported module. A job type may also be an
     item of a list at the top level of a module.
@@ -103,7 +105,7 @@ def locate(thing: JobType[Any] | WorkerExtension, *hints: str | None) -> str | N
 
 
 def import_from(address: str) -> Any:
-    """What is at this address, `module:name`, which `locate` has made.
+    """Return what is at an address, `module:name`, that `locate` returned.
 
     Raises:
         DefinitionError: the module cannot be imported, or has nothing of this name.

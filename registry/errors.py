@@ -1,21 +1,25 @@
-"""What the registry refuses, and what a handler raises to say how its attempt ends.
+"""What the registry refuses, and what a handler raises to end its attempt.
 
-Data in fields; each door makes its own words of it.
+An exception that clients see is a `CodedError`. GraphQL, REST and the CLI add only their status.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import ClassVar, Final
+
+from pydantic import JsonValue
 
 MAX_DELAY_SECONDS: Final = 31_536_000
-"""How far ahead an attempt may be put off: a year."""
+"""Longest delay of an attempt: a year."""
 
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """One fault of a value: where, which, and a sentence about what was expected and what came.
+    """One fault of a value: its path, its code, and a sentence for people.
 
     `path` is a JSON Pointer (RFC 6901), "" for the whole. `code` is stable, `message` is not.
     """
@@ -24,13 +28,37 @@ class Violation:
     code: str
     message: str
 
+    def as_json(self) -> dict[str, JsonValue]:
+        """Return the violation as a JSON object."""
+        return {"path": self.path, "code": self.code, "message": self.message}
+
+
+class CodedError(Exception):
+    """Base of the exceptions that clients see.
+
+    `code` is snake_case and stable. `str(error)` is the whole sentence, for logs and terminals.
+    """
+
+    code: ClassVar[str]
+
+    def details(self) -> dict[str, JsonValue]:
+        """Return what a program needs besides the code: a JSON object with camelCase keys."""
+        return {}
+
+    @property
+    def summary(self) -> str:
+        """The sentence for clients that also receive `details()`."""
+        return str(self)
+
 
 class DefinitionError(Exception):
-    """Raised when a job type, a policy or a registry is defined wrongly. It stops the start."""
+    """Raised when a job type, a policy or a registry is not valid. The process does not start."""
 
 
-class JobTypeNotFound(Exception):
-    """Raised when no job type has this name. `suggestions` are the nearest names, best first."""
+class JobTypeNotFound(CodedError):
+    """Raised when no job type has this name. `suggestions` are similar names, the best first."""
+
+    code = "job_type_not_found"
 
     def __init__(self, job_type: str, suggestions: tuple[str, ...] = ()) -> None:
         self.job_type = job_type
@@ -38,9 +66,15 @@ class JobTypeNotFound(Exception):
         hint = f" Did you mean {' or '.join(suggestions)}?" if suggestions else ""
         super().__init__(f"There is no job type {shortened(job_type)}.{hint}")
 
+    def details(self) -> dict[str, JsonValue]:
+        """Return the name, up to 200 characters of it, and the suggestions."""
+        return {"jobType": str(self.job_type)[:200], "suggestions": list(self.suggestions)}
 
-class PayloadInvalid(Exception):
-    """Raised when a payload is not what its job type asks for; `violations` are all its faults."""
+
+class PayloadInvalid(CodedError):
+    """Raised when a payload does not fit its job type. `violations` are all its faults."""
+
+    code = "payload_invalid"
 
     def __init__(self, job_type: str, violations: Sequence[Violation]) -> None:
         self.job_type = job_type
@@ -48,9 +82,18 @@ class PayloadInvalid(Exception):
         faults = "; ".join(f"{v.path or 'payload'}: {v.message}" for v in self.violations)
         super().__init__(f"The payload of {job_type} is invalid: {faults}")
 
+    def details(self) -> dict[str, JsonValue]:
+        """Return the job type and the violations."""
+        return {"jobType": self.job_type, "violations": [v.as_json() for v in self.violations]}
+
+    @property
+    def summary(self) -> str:
+        """How many faults there are."""
+        return counted_faults("The payload", len(self.violations))
+
 
 class Retry(Exception):
-    """Raised by a handler: this attempt failed, try again; `after` seconds replace the backoff.
+    """Raised by a handler to fail this attempt. `after` seconds replace the backoff.
 
     Raises:
         ValueError: `after` is not 0 to 31,536,000.
@@ -64,19 +107,19 @@ class Retry(Exception):
 
 
 class Fail(Exception):
-    """Raised by a handler: the job failed for good, and another attempt would not help."""
+    """Raised by a handler to fail the job without another attempt."""
 
 
 class Cancel(Exception):
-    """Raised by a handler: the job is to be cancelled.
+    """Raised by a handler to cancel the job.
 
-    Also for a handler that stops because of `job.cancel_requested`. If that was because its worker
-    stops, and not because the job was cancelled, the job runs again.
+    Also raised by a handler that stops because of `job.cancel_requested`. If the reason is that
+    the worker stops, the job runs again.
     """
 
 
 class Snooze(Exception):
-    """Raised by a handler: run the job again in `seconds`; this attempt does not count.
+    """Raised by a handler to run the job again in `seconds`. This attempt does not count.
 
     Raises:
         ValueError: `seconds` is not 0 to 31,536,000.
@@ -88,19 +131,76 @@ class Snooze(Exception):
         super().__init__(f"The handler asked to run again in {seconds} seconds.")
 
 
+def counted_faults(what: str, faults: int) -> str:
+    """Return the sentence that goes with a list of faults."""
+    return f"{what} has {faults} fault{'s' if faults != 1 else ''}; see details."
+
+
 def _check_delay(name: str, seconds: float) -> None:
     if not 0 <= seconds <= MAX_DELAY_SECONDS:
         raise ValueError(f"{name} is {seconds}, expected 0 to {MAX_DELAY_SECONDS:,}")
 
 
+def near(name: str, names: Iterable[str], *, count: int = 1) -> tuple[str, ...]:
+    """Return the names that are similar to a name that does not exist, the best first."""
+    return tuple(difflib.get_close_matches(name[:100], names, n=count, cutoff=0.6))
+
+
+def suggestion(name: str, names: Iterable[str]) -> str:
+    """Return " Did you mean x?" for the most similar name, or an empty string."""
+    return "".join(f" Did you mean {found}?" for found in near(name, names))
+
+
 def shortened(value: object, limit: int = 80) -> str:
-    """A value as a sentence can hold it: its repr, cut in the middle of nowhere if need be."""
-    if isinstance(value, str | bytes | list | dict) and len(value) > limit * 4:
-        value = value[: limit * 4] if isinstance(value, str | bytes) else type(value).__name__
-    text = repr(value)
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+    """Return a value as JSON text, for a sentence: `"abc"`, 10, true. Longer text ends with …
+
+    Characters that a terminal could act on are escaped. What is not JSON is named by its kind.
+    """
+    text = ""
+    for piece in _json_pieces(value, limit):
+        text += piece
+        if len(text) > limit:
+            return text[: limit - 1] + "…"
+    return text
+
+
+def _json_pieces(value: object, limit: int) -> Iterator[str]:
+    """Yield a value's JSON text in pieces, so that no more of it is made than is used."""
+    match value:
+        case None | bool():
+            yield {None: "null", True: "true", False: "false"}[value]
+        case str():
+            yield f'"{_printable(value[:limit])}"'
+        case int() if value.bit_length() > 1_000:
+            yield f"an integer of {value.bit_length():,} bits"
+        case int() | float():
+            yield json.dumps(value)
+        case list():
+            yield "["
+            for index, item in enumerate(value):
+                yield ", " if index else ""
+                yield from _json_pieces(item, limit)
+            yield "]"
+        case dict():
+            yield "{"
+            for index, (key, item) in enumerate(value.items()):
+                yield ", " if index else ""
+                yield from _json_pieces(key, limit)
+                yield ": "
+                yield from _json_pieces(item, limit)
+            yield "}"
+        case _:
+            name = getattr(value, "__qualname__", None)
+            yield name if isinstance(name, str) else f"a Python {type(value).__name__}"
+
+
+def _printable(text: str) -> str:
+    if text.isprintable() and '"' not in text and "\\" not in text:
+        return text
+    # A terminal may act on characters that JSON itself lets through.
+    return "".join(c if c.isprintable() and c not in '"\\' else json.dumps(c)[1:-1] for c in text)
 
 
 def shortened_text(text: str, limit: int = 300) -> str:
-    """A sentence, bounded."""
+    """Truncate a sentence."""
     return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -8,17 +8,18 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any
 
+from job_registry.context import JobContext
 from job_registry.errors import DefinitionError, shortened
-from job_registry.job_type import JobContext, is_async
+from job_registry.job_type import is_async
 
 CallNext = Callable[[], Awaitable[Any]]
-"""Runs the next middleware, and in the end the handler; its answer is the handler's result."""
+"""Runs the next middleware, or the handler. It returns the handler's result."""
 
 Middleware = Callable[[JobContext, CallNext], Awaitable[Any]]
-"""`async def middleware(job, call_next)`: it awaits `call_next()` and returns its answer."""
+"""`async def middleware(job, call_next)`: it awaits `call_next()` and returns its result."""
 
 Lifespan = Callable[[], AbstractAsyncContextManager[Mapping[str, Any] | None]]
-"""An async context manager that yields what handlers reach through `job.state`, by name."""
+"""An async context manager that yields the attributes of `job.state`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

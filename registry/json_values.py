@@ -1,4 +1,4 @@
-"""JSON as this project takes it: what PostgreSQL, SQLite and JavaScript all keep as it came.
+"""JSON that PostgreSQL, SQLite and JavaScript all store without a change.
 
 RFC 8259, less what one of them would change or refuse: numbers that are not finite, integers past
 64 bits, NUL and lone surrogates in text, and nesting beyond any use.
@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from typing import Any, Final
+from collections.abc import Iterable
+from typing import Any, Final, NamedTuple
 
 from pydantic import JsonValue
 from pydantic_core import PydanticSerializationError, from_json, to_json
 
-from job_registry.errors import Violation, shortened
+from job_registry.errors import CodedError, Violation, shortened
 
 MAX_DEPTH: Final = 64
 MAX_VIOLATIONS: Final = 100
+MAX_POINTER: Final = 2_000
 
 _MAX_INT: Final = 2**63 - 1
 _MIN_INT: Final = -(2**63)
@@ -25,12 +26,14 @@ _MIN_INT: Final = -(2**63)
 _BAD_TEXT: Final = re.compile("[\x00\ud800-\udfff]")
 
 
-class NotJson(ValueError):
+class NotJson(CodedError, ValueError):
     """Raised when text is not valid JSON; says where."""
+
+    code = "not_json"
 
 
 def parse_json(text: str | bytes) -> JsonValue:
-    """The value of JSON text. Of an object's equal keys the last one counts.
+    """Parse JSON text. If an object has a key twice, the last value counts.
 
     Raises:
         NotJson: it is not valid JSON, holds NaN or Infinity, or is nested too deep to be read.
@@ -43,7 +46,7 @@ def parse_json(text: str | bytes) -> JsonValue:
 
 
 def pointer(path: str, token: str | int) -> str:
-    """The JSON Pointer (RFC 6901) one step below `path`."""
+    """Return the JSON Pointer (RFC 6901) one step below `path`."""
     if isinstance(token, int):
         return f"{path}/{token}"
     if "~" in token or "/" in token:
@@ -51,18 +54,34 @@ def pointer(path: str, token: str | int) -> str:
     return f"{path}/{token}"
 
 
+def pointer_of(path: Iterable[str | int]) -> str:
+    """Return the JSON Pointer (RFC 6901) of these keys and indexes, up to 2,000 characters.
+
+    A longer one ends at the last parent that fits, so that it still points into the document.
+    """
+    found = ""
+    for token in path:
+        if isinstance(token, str) and len(token) > MAX_POINTER:
+            break
+        longer = pointer(found, token)
+        if len(longer) > MAX_POINTER:
+            break
+        found = longer
+    return found
+
+
 def text_fault(text: str) -> str | None:
-    """Why this text cannot be stored, as a sentence; None when it can."""
+    """Return why this text cannot be stored, as a sentence. None if it can be stored."""
     found = _BAD_TEXT.search(text)
     if found is None:
         return None
     character = ord(found.group())
     what = "NUL" if character == 0 else f"the lone surrogate U+{character:04X}"
-    return f"Expected Unicode text without NUL, got {what} at character {found.start()}."
+    return f"Expected Unicode text without NUL; got {what} at character {found.start()}."
 
 
 def json_document(value: object, *, max_bytes: int) -> tuple[bytes, list[Violation]]:
-    """The compact JSON text of a value, in UTF-8, and what is wrong with the value.
+    """Return the compact JSON text of a value, in UTF-8, and the faults of the value.
 
     With violations the text is of a copy in which each faulty value is a harmless one of the same
     kind, so that the rest can be judged as well. It is empty when the value is too large, too
@@ -88,7 +107,7 @@ def json_document(value: object, *, max_bytes: int) -> tuple[bytes, list[Violati
 
 
 def _quickly_sound(value: Any, depth: int) -> bool:
-    """Whether a value has no fault at all: the common case, without building anything."""
+    """Return whether a value has no fault, without building anything: the common case."""
     kind = type(value)
     if kind is str:
         return _BAD_TEXT.search(value) is None
@@ -112,24 +131,40 @@ def _quickly_sound(value: Any, depth: int) -> bool:
     return False
 
 
+class _Path(NamedTuple):
+    """A place in a document, linked to its parent: its text is only built for a fault."""
+
+    parent: _Path | None
+    token: str | int
+
+    def pointer(self) -> str:
+        """Return the JSON Pointer of this place."""
+        tokens: list[str | int] = []
+        at = self
+        while at.parent is not None:
+            tokens.append(at.token)
+            at = at.parent
+        return pointer_of(reversed(tokens))
+
+
 class _Faults:
-    """Collects violations up to a bound; `fatal` is one beside which no other matters."""
+    """Violations up to a bound. `fatal` is one that makes all others irrelevant."""
 
     def __init__(self) -> None:
         self.violations: list[Violation] = []
         self.fatal: Violation | None = None
 
-    def add(self, path: str, code: str, message: str) -> None:
+    def add(self, path: _Path, code: str, message: str) -> None:
         if len(self.violations) < MAX_VIOLATIONS:
-            self.violations.append(Violation(path, code, message))
+            self.violations.append(Violation(path.pointer(), code, message))
 
 
 def _cleaned(value: object, faults: _Faults, max_bytes: int) -> Any:
-    """A sound copy of a value. Iterative and bounded, so that no value is too deep or too large."""
+    """Return a copy of a value without faults. Iterative, so that depth cannot overflow it."""
     root: list[Any] = [None]
     size = 0
     # What is still to be copied: the value, its path, its depth, and where the copy goes.
-    waiting: list[tuple[Any, str, int, Any, Any]] = [(value, "", 0, root, 0)]
+    waiting: list[tuple[Any, _Path, int, Any, Any]] = [(value, _Path(None, ""), 0, root, 0)]
     while waiting:
         item, path, depth, target, place = waiting.pop()
         size += 2 + (len(item) if isinstance(item, str) else 0)
@@ -139,37 +174,37 @@ def _cleaned(value: object, faults: _Faults, max_bytes: int) -> Any:
         if type(item) in (dict, list):
             if depth >= MAX_DEPTH:
                 faults.fatal = Violation(
-                    path[:200],
+                    path.pointer(),
                     "too_deep",
-                    f"Expected at most {MAX_DEPTH} levels of nesting, got more.",
+                    f"Expected at most {MAX_DEPTH} levels of nesting; got more.",
                 )
                 return None
             if type(item) is list:
                 copy_list: list[Any] = [None] * len(item)
                 target[place] = copy_list
                 for index in range(len(item) - 1, -1, -1):
-                    waiting.append((item[index], f"{path}/{index}", depth + 1, copy_list, index))
+                    waiting.append((item[index], _Path(path, index), depth + 1, copy_list, index))
             else:
                 copy: dict[str, Any] = {}
                 target[place] = copy
                 below = []
                 for key, inner in item.items():
                     if type(key) is not str:
-                        message = f"Expected text as the name of a field, got {shortened(key)}."
+                        message = f"Expected text as the name of a field; got {shortened(key)}."
                         faults.add(path, "not_json", message)
                     elif fault := text_fault(key):
                         faults.add(path, "invalid_text", f"The name of a field: {fault}")
                     else:
                         size += len(key)
                         copy[key] = None
-                        below.append((inner, pointer(path, key), depth + 1, copy, key))
+                        below.append((inner, _Path(path, key), depth + 1, copy, key))
                 waiting.extend(reversed(below))
         else:
             target[place] = _clean_scalar(item, path, faults)
     return root[0]
 
 
-def _clean_scalar(value: object, path: str, faults: _Faults) -> Any:
+def _clean_scalar(value: object, path: _Path, faults: _Faults) -> Any:
     if value is None or type(value) is bool:
         return value
     if type(value) is str:
@@ -181,28 +216,23 @@ def _clean_scalar(value: object, path: str, faults: _Faults) -> Any:
     if type(value) is int:
         if _MIN_INT <= value <= _MAX_INT:
             return value
-        digits = shortened(value) if value.bit_length() < 1_000 else f"{value.bit_length()} bits"
-        faults.add(path, "integer_too_large", f"Expected an integer of 64 bits, got {digits}.")
+        message = f"Expected an integer of 64 bits; got {shortened(value)}."
+        faults.add(path, "integer_too_large", message)
         return 1
     if type(value) is float:
         if math.isfinite(value):
             return value
-        faults.add(path, "not_finite", f"Expected a finite number, got {value}.")
+        faults.add(path, "not_finite", f"Expected a finite number; got {shortened(value)}.")
         return 1.0
     faults.add(
         path,
         "not_json",
-        "Expected a JSON value (object, array, string, number, boolean or null), got a Python"
-        f" {type(value).__name__}.",
+        "Expected a JSON value (object, array, string, number, boolean or null);"
+        f" got a Python {type(value).__name__}.",
     )
     return None
 
 
 def _too_large(size: int | None, max_bytes: int) -> Violation:
     came = "more" if size is None else f"{size:,}"
-    return Violation("", "too_large", f"Expected at most {max_bytes:,} bytes of JSON, got {came}.")
-
-
-def paths_of(violations: Sequence[Violation]) -> frozenset[str]:
-    """Where these violations are."""
-    return frozenset(violation.path for violation in violations)
+    return Violation("", "too_large", f"Expected at most {max_bytes:,} bytes of JSON; got {came}.")

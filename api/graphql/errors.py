@@ -96,53 +96,51 @@ REFUSALS: Final = (
 
 def refusal(error: Exception) -> Any:
     """The GraphQL object of one of `REFUSALS`."""
-    message = str(error)
+    if not isinstance(error, job_registry.CodedError):
+        raise error
+    message = error.summary
     match error:
         case job_registry.JobTypeNotFound():
             return JobTypeNotFound(
-                code="job_type_not_found",
+                code=error.code,
                 message=message,
                 job_type=error.job_type[:200],
                 suggestions=list(error.suggestions),
             )
         case job_registry.PayloadInvalid():
             return PayloadInvalid(
-                code="payload_invalid",
-                message=_counted("The payload", len(error.violations)),
+                code=error.code,
+                message=message,
                 job_type=error.job_type,
                 violations=_violations(error.violations),
             )
         case queue.InputInvalid():
             return InputInvalid(
-                code="validation_error",
-                message=_counted("The input", len(error.violations)),
+                code=error.code,
+                message=message,
                 violations=_violations(error.violations),
             )
         case queue.IdempotencyConflict():
             return IdempotencyConflict(
-                code="idempotency_conflict",
-                message="This idempotency key belongs to a job with another payload.",
+                code=error.code,
+                message=message,
                 existing_job=Job.of(error.existing_job, is_foreign=True),
                 differing_paths=list(error.differing_paths),
             )
         case queue.JobNotFound():
             return JobNotFound(
-                code="job_not_found", message=message, job_id=strawberry.ID(error.job_id[:200])
+                code=error.code, message=message, job_id=strawberry.ID(error.job_id[:200])
             )
         case queue.JobStateConflict():
             return JobStateConflict(
-                code="job_state_conflict",
+                code=error.code,
                 message=message,
                 job_id=strawberry.ID(error.job_id),
                 status=error.status,
             )
         case queue.LeaseLost():
-            return LeaseLost(code="lease_lost", message=message)
+            return LeaseLost(code=error.code, message=message)
     raise error
-
-
-def _counted(what: str, faults: int) -> str:
-    return f"{what} has {faults} fault{'s' if faults != 1 else ''}; see violations."
 
 
 def _violations(violations: tuple[job_registry.Violation, ...]) -> list[Violation]:

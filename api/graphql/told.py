@@ -6,14 +6,8 @@ from typing import Any
 
 from graphql import ExecutionResult, GraphQLError
 
-from job_registry_api.auth import (
-    AuthenticationUnavailable,
-    Forbidden,
-    TooManyRequests,
-    Unauthenticated,
-)
+from job_registry import CodedError
 from job_registry_api.logs import log_unexpected
-from job_registry_api.queue.errors import EventsMissed, InputInvalid, QueueUnavailable
 
 
 def told(error: GraphQLError) -> dict[str, Any]:
@@ -23,28 +17,8 @@ def told(error: GraphQLError) -> dict[str, Any]:
     match original:
         case None | GraphQLError():
             return dict(error.formatted)
-        case EventsMissed():
-            message, extensions = str(original), {"code": "events_missed"}
-        case QueueUnavailable():
-            message, extensions = str(original), {"code": "queue_unavailable"}
-        case Forbidden():
-            message, extensions = str(original), {"code": "forbidden"}
-        case Unauthenticated():
-            message, extensions = str(original), {"code": "unauthenticated"}
-        case AuthenticationUnavailable():
-            message, extensions = str(original), {"code": "authentication_unavailable"}
-        case TooManyRequests():
-            message = str(original)
-            extensions = {"code": "rate_limited", "retryAfterSeconds": original.retry_after}
-        case InputInvalid():
-            message = "; ".join(f"{v.path}: {v.message}" for v in original.violations)
-            extensions = {
-                "code": "validation_error",
-                "violations": [
-                    {"path": v.path, "code": v.code, "message": v.message}
-                    for v in original.violations
-                ],
-            }
+        case CodedError():
+            message, extensions = str(original), {"code": original.code, **original.details()}
         case _:
             error_id = log_unexpected("graphql", original)
             message = f"Something went wrong here. It is logged as {error_id}."

@@ -1,19 +1,22 @@
-"""What the queue refuses, and why. Data in fields; each door makes its own words of it.
+"""What the queue refuses, and why. Each exception has its code and its details.
 
-The registry's own refusals, `JobTypeNotFound` and `PayloadInvalid`, stand in `job_registry.errors`.
+`JobTypeNotFound` and `PayloadInvalid`, the registry's own, stand in `job_registry.errors`.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from job_registry import Violation
+from pydantic import JsonValue
+
+from job_registry import CodedError, Violation
+from job_registry.errors import counted_faults
 
 if TYPE_CHECKING:
     from job_registry_api.queue.models import JobRecord, JobStatus
 
 
-class QueueError(Exception):
+class QueueError(CodedError):
     """Base of everything the queue refuses."""
 
 
@@ -24,9 +27,20 @@ class InputInvalid(QueueError):
     below `/payload`, so that a caller learns all of them at once.
     """
 
+    code = "validation_error"
+
     def __init__(self, violations: tuple[Violation, ...]) -> None:
         self.violations = violations
         super().__init__("; ".join(f"{v.path}: {v.message}" for v in violations))
+
+    def details(self) -> dict[str, JsonValue]:
+        """Return the violations."""
+        return {"violations": [v.as_json() for v in self.violations]}
+
+    @property
+    def summary(self) -> str:
+        """How many faults there are."""
+        return counted_faults("The request", len(self.violations))
 
 
 class IdempotencyConflict(QueueError):
@@ -34,6 +48,8 @@ class IdempotencyConflict(QueueError):
 
     `differing_paths` are JSON Pointers into the payloads, where the two differ.
     """
+
+    code = "idempotency_conflict"
 
     def __init__(self, existing_job: JobRecord, differing_paths: tuple[str, ...]) -> None:
         self.existing_job = existing_job
@@ -44,17 +60,37 @@ class IdempotencyConflict(QueueError):
             + "."
         )
 
+    def details(self) -> dict[str, JsonValue]:
+        """Return the id of the job that has the key, and where the payloads differ."""
+        return {
+            "existingJobId": str(self.existing_job.id),
+            "differingPaths": list(self.differing_paths),
+        }
+
+    @property
+    def summary(self) -> str:
+        """What is in conflict."""
+        return "This idempotency key belongs to a job with another payload."
+
 
 class JobNotFound(QueueError):
     """Raised when no job has this id: it never existed, or it was pruned."""
+
+    code = "job_not_found"
 
     def __init__(self, job_id: str) -> None:
         self.job_id = job_id
         super().__init__(f"There is no job {job_id[:100]}.")
 
+    def details(self) -> dict[str, JsonValue]:
+        """Return the id, up to 200 characters of it."""
+        return {"jobId": self.job_id[:200]}
+
 
 class JobStateConflict(QueueError):
-    """Raised when a job's status does not admit what was asked: cancelling a finished one, say."""
+    """Raised when a job's status does not allow an operation, such as cancelling a finished job."""
+
+    code = "job_state_conflict"
 
     def __init__(self, job_id: str, status: JobStatus, asked: str) -> None:
         self.job_id = job_id
@@ -62,12 +98,18 @@ class JobStateConflict(QueueError):
         self.asked = asked
         super().__init__(f"Job {job_id} is {status.value} and cannot be {asked}.")
 
+    def details(self) -> dict[str, JsonValue]:
+        """Return the job's id and its status."""
+        return {"jobId": self.job_id, "status": self.status.value}
+
 
 class LeaseLost(QueueError):
     """Raised when a lease token is not, or no longer, the one of a running job.
 
     The worker that gets it has nothing to report any more: another attempt may be under way.
     """
+
+    code = "lease_lost"
 
     def __init__(self) -> None:
         super().__init__(
@@ -80,6 +122,8 @@ class EventsMissed(QueueError):
 
     It reads the jobs it is interested in, and subscribes again.
     """
+
+    code = "events_missed"
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
@@ -105,10 +149,16 @@ class QueueUnavailable(QueueError):
     `reason` is for the log; it may name hosts and files, so no client sees it. `kind` may be shown.
     """
 
+    code = "queue_unavailable"
+
     def __init__(self, reason: str, kind: UnavailableKind = "unreachable") -> None:
         self.reason = reason
         self.kind: UnavailableKind = kind
         super().__init__("The queue's database is not available. Try again.")
+
+    def details(self) -> dict[str, JsonValue]:
+        """Return the kind of failure."""
+        return {"kind": self.kind}
 
 
 def reason_of(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""What callers ask of the queue, and what is wrong with it before the database is asked."""
+"""What a request to the queue holds, and the checks that need no database."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any, Final, NamedTuple, cast
 from pydantic import JsonValue
 
 from job_registry import JobRegistry, JobTypeNotFound, Violation, pointer, text_fault
-from job_registry.errors import MAX_DELAY_SECONDS, shortened
+from job_registry.errors import MAX_DELAY_SECONDS, shortened, suggestion
+from job_registry.json_values import MAX_POINTER, MAX_VIOLATIONS
 from job_registry_api.queue.errors import InputInvalid, JobNotFound
 
 MAX_LEASE: Final = 100
@@ -18,11 +19,14 @@ MAX_WAIT_SECONDS: Final = 30
 
 EARLIEST: Final = datetime(1970, 1, 1, tzinfo=UTC)
 LATEST: Final = datetime(9000, 1, 1, tzinfo=UTC)
-"""`scheduleAt` lies between: in every offset and database such a time has four digits of year."""
+"""`scheduleAt` lies between them. In every offset and database its year then has four digits."""
+
+
+_TIME: Final = "a date and time with an offset from UTC"
 
 
 class EnqueueRequest(NamedTuple):
-    """A job as a caller asks for it; None where the caller said nothing.
+    """A job to enqueue. None is a field that the caller omitted.
 
     `priority` is 0 to 100, higher first, 50 by default. `schedule_at` delays the first run.
     `max_attempts`, 1 to 1000, overrides the policy's. `idempotency_key`, 1 to 255 characters,
@@ -38,20 +42,24 @@ class EnqueueRequest(NamedTuple):
 
 
 def parse_request(value: object, *, path: str = "") -> EnqueueRequest:
-    """The request of a JSON object with the fields of `EnqueueJobInput`, as REST and files have it.
+    """Return the request that a JSON object describes, with the fields of `EnqueueJobInput`.
 
     Raises:
-        InputInvalid: with every field that is missing, unknown, or of the wrong kind. Ranges, and
-            the payload, are checked where the request is used.
+        InputInvalid: a field is missing, unknown or of the wrong type. Ranges and the payload are
+            checked when the job is enqueued.
     """
     if not isinstance(value, Mapping):
-        message = f"Expected an object with type and payload, got {shortened(value)}."
+        message = f"Expected an object with type and payload; got {shortened(value)}."
         raise InputInvalid((Violation(path, "wrong_type", message),))
     faults: list[Violation] = []
-    for name in value:
-        if name not in _FIELDS:
-            message = f"There is no field {shortened(name)}; there are {', '.join(_FIELDS)}."
-            faults.append(Violation(pointer(path, str(name)[:200]), "unknown_field", message))
+    unknown = [str(name) for name in value if name not in _FIELDS]
+    for name in unknown[:MAX_VIOLATIONS]:
+        message = f"There is no field {shortened(name)}.{suggestion(name, tuple(_FIELDS))}"
+        at = pointer(path, name) if len(name) <= MAX_POINTER else path
+        faults.append(Violation(at, "unknown_field", message))
+    if len(unknown) > MAX_VIOLATIONS:
+        more = len(unknown) - MAX_VIOLATIONS
+        faults.append(Violation(path, "more", f"{more:,} more faults are not listed."))
     given: dict[str, Any] = {}
     for name, (attribute, kind, expected) in _FIELDS.items():
         at = pointer(path, name)
@@ -59,15 +67,17 @@ def parse_request(value: object, *, path: str = "") -> EnqueueRequest:
         if came is None and name not in ("type", "payload"):
             continue
         if name not in value:
-            faults.append(Violation(at, "required", "This field is required, and it is missing."))
+            faults.append(
+                Violation(at, "required", f"The required field {shortened(name)} is missing.")
+            )
         elif not isinstance(came, kind) or (kind is int and isinstance(came, bool)):
-            message = f"Expected {expected}, got {shortened(came)}."
+            message = f"Expected {expected}; got {shortened(came)}."
             faults.append(Violation(at, "wrong_type", message))
         elif name == "scheduleAt":
             try:
                 given[attribute] = datetime.fromisoformat(str(came))
             except ValueError:
-                message = f"Expected {expected}, got {shortened(came)}."
+                message = f"Expected {expected}; got {shortened(came)}."
                 faults.append(Violation(at, "invalid_format", message))
         else:
             given[attribute] = came
@@ -80,33 +90,36 @@ _FIELDS: Final[dict[str, tuple[str, Any, str]]] = {
     "type": ("type", str, "the name of a job type"),
     "payload": ("payload", object, "any JSON"),
     "priority": ("priority", int, "a whole number from 0 to 100"),
-    "scheduleAt": ("schedule_at", str, 'a time with its offset, "2030-01-31T12:00:00Z"'),
-    "maxAttempts": ("max_attempts", int, "a whole number from 1 to 1000"),
+    "scheduleAt": ("schedule_at", str, f"{_TIME} in ISO 8601, such as 2030-01-31T12:00:00Z"),
+    "maxAttempts": ("max_attempts", int, "a whole number from 1 to 1,000"),
     "idempotencyKey": ("idempotency_key", str, "a string of 1 to 255 characters"),
 }
 
 
 def input_faults(request: EnqueueRequest) -> Iterator[Violation]:
-    """What is wrong with a request beside its payload."""
+    """Yield the faults of a request outside its payload."""
     for path, value, low, high in (
         ("/priority", request.priority, 0, 100),
         ("/maxAttempts", request.max_attempts, 1, 1_000),
     ):
         if value is not None and not low <= value <= high:
             yield Violation(
-                path, "out_of_range", f"Expected a whole number from {low} to {high}, got {value}."
+                path,
+                "out_of_range",
+                f"Expected a whole number from {low} to {high:,}; got {value}.",
             )
     if request.schedule_at is not None and request.schedule_at.tzinfo is None:
         yield Violation(
             "/scheduleAt",
             "time_zone_missing",
-            f"Expected a time with its offset from UTC, got {request.schedule_at.isoformat()}.",
+            f"Expected {_TIME}, such as 2030-01-31T12:00:00Z;"
+            f" got {request.schedule_at.isoformat()}.",
         )
     elif request.schedule_at is not None and not EARLIEST <= request.schedule_at < LATEST:
         yield Violation(
             "/scheduleAt",
             "out_of_range",
-            f"Expected a time from {EARLIEST.year} to {LATEST.year - 1}, in UTC,"
+            f"Expected a time from {EARLIEST.year} to {LATEST.year - 1} in UTC;"
             f" got {request.schedule_at.isoformat()}.",
         )
     key = request.idempotency_key
@@ -115,7 +128,7 @@ def input_faults(request: EnqueueRequest) -> Iterator[Violation]:
             yield Violation(
                 "/idempotencyKey",
                 "out_of_range",
-                f"Expected 1 to 255 characters, got {len(key)}.",
+                f"Expected a string of 1 to 255 characters; got {len(key):,} characters.",
             )
         elif fault := text_fault(key):
             yield Violation("/idempotencyKey", "invalid_text", fault)
@@ -124,46 +137,52 @@ def input_faults(request: EnqueueRequest) -> Iterator[Violation]:
 def check_lease(
     registry: JobRegistry, job_types: Sequence[str], worker_id: str, limit: int, wait: float
 ) -> None:
-    """Checks what a worker asks a lease for.
+    """Check the arguments of a lease.
 
     Raises:
-        InputInvalid: with every fault of it.
+        InputInvalid: with every fault.
     """
     faults: list[Violation] = []
     if not job_types:
-        faults.append(Violation("/jobTypes", "too_short", "Expected at least one job type."))
+        faults.append(
+            Violation(
+                "/jobTypes", "too_short", "Expected an array of at least 1 job type; got none."
+            )
+        )
     for index, name in enumerate(job_types):
         try:
             registry.get_type(name)
         except JobTypeNotFound as unknown:
-            faults.append(Violation(f"/jobTypes/{index}", "job_type_not_found", str(unknown)))
+            faults.append(Violation(f"/jobTypes/{index}", unknown.code, str(unknown)))
     if not 1 <= len(worker_id) <= 255 or text_fault(worker_id):
         faults.append(
-            Violation("/workerId", "out_of_range", "Expected 1 to 255 printable characters.")
+            Violation(
+                "/workerId", "out_of_range", "Expected a string of 1 to 255 characters without NUL."
+            )
         )
     if not 1 <= limit <= MAX_LEASE:
-        message = f"Expected a whole number from 1 to {MAX_LEASE}, got {limit}."
+        message = f"Expected a whole number from 1 to {MAX_LEASE}; got {limit}."
         faults.append(Violation("/limit", "out_of_range", message))
     if not 0 <= wait <= MAX_WAIT_SECONDS:
-        message = f"Expected 0 to {MAX_WAIT_SECONDS} seconds, got {wait}."
+        message = f"Expected a number of seconds from 0 to {MAX_WAIT_SECONDS}; got {wait}."
         faults.append(Violation("/waitSeconds", "out_of_range", message))
     if faults:
         raise InputInvalid(tuple(faults))
 
 
 def check_seconds(field: str, seconds: float) -> None:
-    """Checks a delay.
+    """Check a delay.
 
     Raises:
-        InputInvalid: it is not 0 seconds to a year.
+        InputInvalid: the delay is negative or longer than a year.
     """
     if not 0 <= seconds <= MAX_DELAY_SECONDS:
-        message = f"Expected 0 to {MAX_DELAY_SECONDS} seconds, got {seconds}."
+        message = f"Expected a number of seconds from 0 to {MAX_DELAY_SECONDS:,}; got {seconds}."
         raise InputInvalid((Violation(f"/{field}", "out_of_range", message),))
 
 
 def differing_paths(one: JsonValue, other: JsonValue, path: str = "") -> tuple[str, ...]:
-    """JSON Pointers (RFC 6901) to where two JSON values differ; 1 and 1.0 are the same number."""
+    """Return JSON Pointers (RFC 6901) to where two JSON values differ. 1 equals 1.0."""
     if isinstance(one, dict) and isinstance(other, dict):
         return tuple(
             found

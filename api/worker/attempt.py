@@ -380,9 +380,9 @@ class Attempt:
     async def _refuse(self, invalid: PayloadInvalid) -> None:
         """Fail the job: the current schema refuses a payload that an older one accepted."""
         error = JobError(
-            "payload_invalid",
+            invalid.code,
             "The stored payload does not match the current schema of the job type.",
-            [{"path": v.path, "code": v.code, "message": v.message} for v in invalid.violations],
+            [violation.as_json() for violation in invalid.violations],
         )
         await self._tell(
             error,

@@ -10,8 +10,6 @@ from typing import Annotated, Any, Literal
 from uuid import UUID
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -77,10 +75,10 @@ def test_a_bad_name_is_refused(name: Any) -> None:
         ({"max_attempts": 0}, "max_attempts is 0"),
         ({"max_attempts": -1}, "max_attempts is -1"),
         ({"max_attempts": 1001}, "max_attempts is 1001"),
-        ({"max_attempts": True}, "max_attempts is True"),
+        ({"max_attempts": True}, "max_attempts is true"),
         ({"max_attempts": 1.5}, "max_attempts is 1.5"),
         ({"timeout_seconds": 0}, "timeout_seconds is 0"),
-        ({"timeout_seconds": "60"}, "timeout_seconds is '60'"),
+        ({"timeout_seconds": "60"}, 'timeout_seconds is "60"'),
         ({"concurrency_limit": 0}, "concurrency_limit is 0"),
         ({"backoff": 2}, "backoff is 2"),
     ],
@@ -103,7 +101,7 @@ def test_a_bad_backoff_is_refused(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("payload", [dict, BaseModel, None, Note()])
 def test_a_payload_that_is_no_payload_is_refused(payload: Any) -> None:
-    with pytest.raises(DefinitionError, match="registry.Payload"):
+    with pytest.raises(DefinitionError, match="expected a subclass of Payload"):
         JobType(name="a", payload=payload)
 
 
@@ -168,7 +166,7 @@ def test_an_example_is_valid_against_the_json_schema(job_type: JobType[Any]) -> 
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     Draft202012Validator.check_schema(schema)
     Draft202012Validator(schema).validate(example)
-    assert JobRegistry([job_type]).is_valid(job_type.name, example)
+    assert JobRegistry([job_type]).admit(job_type.name, example)
 
 
 def test_an_example_that_is_given_has_to_be_valid() -> None:
@@ -197,15 +195,6 @@ def test_a_fingerprint_changes_with_the_demands_and_not_with_the_words() -> None
     assert fingerprint(description="Words.", examples=["x"]) == plain
     assert fingerprint(max_length=5) != plain
     assert len(plain) == 64
-
-
-@given(attempt=st.integers(1, 1_000), jitter=st.floats(0, 1), base=st.floats(0, 100))
-def test_backoff_doubles_up_to_its_cap_with_half_jitter(
-    attempt: int, jitter: float, base: float
-) -> None:
-    delay = Backoff(base_seconds=base, cap_seconds=3_600).delay_seconds(attempt, jitter)
-    whole = min(3_600.0, base * 2.0 ** min(attempt - 1, 40))
-    assert whole / 2 - 1e-9 <= delay <= whole + 1e-9
 
 
 def test_a_registry_finds_its_types_and_suggests_the_nearest() -> None:

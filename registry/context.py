@@ -1,0 +1,95 @@
+"""`JobContext`: what a handler is given beside its payload."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any, Final, Protocol
+
+from pydantic import JsonValue
+
+
+class JobLogger(Protocol):
+    """A logger that adds the job, its type and the attempt to each line.
+
+    An event is a short name. The data of the event are named values.
+    """
+
+    def debug(self, event: str, **values: Any) -> Any:
+        """Write a line for developers."""
+
+    def info(self, event: str, **values: Any) -> Any:
+        """Write a line for operators."""
+
+    def warning(self, event: str, **values: Any) -> Any:
+        """Write a line about something that needs attention."""
+
+    def error(self, event: str, **values: Any) -> Any:
+        """Write a line about a failure."""
+
+
+class _PlainLogger:
+    """The logger of a context outside a worker: the standard library's."""
+
+    def debug(self, event: str, **values: Any) -> None:
+        _plain_log.debug(_PLAIN, event, values)
+
+    def info(self, event: str, **values: Any) -> None:
+        _plain_log.info(_PLAIN, event, values)
+
+    def warning(self, event: str, **values: Any) -> None:
+        _plain_log.warning(_PLAIN, event, values)
+
+    def error(self, event: str, **values: Any) -> None:
+        _plain_log.error(_PLAIN, event, values)
+
+
+_plain_log: Final = logging.getLogger("jobs.handler")
+_PLAIN: Final = "%s %s"
+
+
+@dataclass(frozen=True, slots=True)
+class JobContext:
+    """The job that a handler runs, and ways to report progress and to see a cancellation.
+
+    `assets` is where the files of jobs are, a folder or an fsspec URL (`JOBS_ASSETS`). `state`
+    has the resources that the worker's lifespan yields. `log` writes lines that name the job.
+    """
+
+    id: str
+    type: str
+    attempt: int
+    max_attempts: int
+    timeout_seconds: float
+    assets: str = "assets"
+    created_by: str | None = None
+    state: SimpleNamespace = field(default_factory=SimpleNamespace)
+    log: JobLogger = field(default_factory=_PlainLogger, repr=False)
+    _report: Callable[[JsonValue], None] = field(default=lambda _value: None, repr=False)
+    _cancelled: Callable[[], bool] = field(default=lambda: False, repr=False)
+    _deadline: float = field(default=float("inf"), repr=False)
+
+    def progress(self, value: JsonValue) -> None:
+        """Report the progress of the job: any JSON.
+
+        Returns at once. The worker stores the newest value about once per second, and the last
+        one before the attempt ends. A value that cannot be stored is one warning in the log.
+        """
+        self._report(value)
+
+    @property
+    def cancel_requested(self) -> bool:
+        """Whether to stop: the job was cancelled, or its lease is lost, or the worker stops.
+
+        Plain functions look here now and then, and raise `Cancel`. Async handlers are cancelled
+        instead.
+        """
+        return self._cancelled()
+
+    @property
+    def seconds_left(self) -> float:
+        """Seconds until this attempt's timeout."""
+        return max(0.0, self._deadline - time.monotonic())

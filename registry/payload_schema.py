@@ -1,0 +1,132 @@
+"""The JSON Schema of a payload model, its fingerprint, and an example made from it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, Final, cast
+
+from pydantic import BaseModel, JsonValue
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+from pydantic_core import core_schema
+
+JSON_SCHEMA_DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
+
+
+def json_schema_of(model: type[BaseModel], description: str) -> dict[str, Any]:
+    """Return a model's JSON Schema, draft 2020-12, with the names of the wire."""
+    schema: dict[str, Any] = model.model_json_schema(by_alias=True, schema_generator=_JsonSchema)
+    described = {"$schema": JSON_SCHEMA_DIALECT, **schema}
+    if description:
+        described["description"] = description
+    else:
+        described.pop("description", None)
+    return described
+
+
+def fingerprint_of(schema: Mapping[str, Any]) -> str:
+    """Return a hash of what a schema demands: 64 hexadecimal digits of SHA-256.
+
+    Titles, descriptions and examples are left out: a better sentence is not another type.
+    """
+    text = json.dumps(_demands(dict(schema)), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def example_of(schema: Mapping[str, Any]) -> dict[str, JsonValue]:
+    """Return an object of this schema, made from its examples and defaults."""
+    return cast(dict[str, JsonValue], _example_of(dict(schema), schema.get("$defs", {}), 0))
+
+
+class _JsonSchema(GenerateJsonSchema):
+    """Pydantic's JSON Schema, made true where strictness narrows what it says."""
+
+    def decimal_schema(self, schema: core_schema.DecimalSchema) -> JsonSchemaValue:
+        """Decimals come as strings only."""
+        described = super().decimal_schema(schema)
+        for option in described.get("anyOf", ()):
+            if option.get("type") == "string":
+                return {**option, "format": "decimal"}
+        return {"type": "string", "format": "decimal"}
+
+
+def _demands(schema: Any) -> Any:
+    """A schema without what is only said to people."""
+    if isinstance(schema, list):
+        return [_demands(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: (
+            {name: _demands(inner) for name, inner in value.items()}
+            if key in ("properties", "$defs") and isinstance(value, dict)
+            else _demands(value)
+        )
+        for key, value in schema.items()
+        if key not in ("title", "description", "examples", "$schema")
+    }
+
+
+def _example_of(schema: Any, definitions: Mapping[str, Any], depth: int) -> JsonValue:
+    """A value of this JSON Schema, from its examples and defaults where it has any."""
+    if depth > 20 or schema is True:
+        return None
+    if "$ref" in schema:
+        name = schema["$ref"].rsplit("/", 1)[-1]
+        return _example_of(definitions[name], definitions, depth + 1)
+    for key in ("examples", "enum"):
+        if schema.get(key):
+            return cast(JsonValue, schema[key][0])
+    for key in ("const", "default"):
+        if key in schema:
+            return cast(JsonValue, schema[key])
+    for key in ("anyOf", "oneOf"):
+        if key in schema:
+            return _example_of(schema[key][0], definitions, depth + 1)
+    if "allOf" in schema:
+        return _example_of(schema["allOf"][0], definitions, depth + 1)
+    match schema.get("type"):
+        case "object":
+            required = schema.get("required", ())
+            return {
+                name: _example_of(inner, definitions, depth + 1)
+                for name, inner in schema.get("properties", {}).items()
+                if name in required or "default" in inner
+            }
+        case "array":
+            if "prefixItems" in schema:
+                return [_example_of(item, definitions, depth + 1) for item in schema["prefixItems"]]
+            count = schema.get("minItems", 1)
+            return [_example_of(schema.get("items", True), definitions, depth + 1)] * count
+        case "integer" | "number":
+            return _example_number(schema)
+        case "boolean":
+            return True
+        case "null":
+            return None
+        case "string":
+            formats = _FORMATS.get(schema.get("format", ""), "example")
+            text = formats.ljust(schema.get("minLength", 0), "x")
+            return text[: schema.get("maxLength", len(text))]
+    return None
+
+
+def _example_number(schema: Mapping[str, Any]) -> int | float:
+    step = schema.get("multipleOf", 1)
+    value = schema.get("minimum", schema.get("exclusiveMinimum", 0) + step)
+    if "minimum" not in schema and "exclusiveMinimum" not in schema:
+        value = min(step, schema.get("maximum", schema.get("exclusiveMaximum", step + 1) - step))
+    return cast("int | float", value)
+
+
+_FORMATS: Final = {
+    "decimal": "1.00",
+    "date": "2030-01-31",
+    "date-time": "2030-01-31T12:00:00Z",
+    "time": "12:00:00Z",
+    "duration": "PT1H",
+    "uuid": "3f2504e0-4f89-41d3-9a0c-0305e82c3301",
+    "email": "someone@example.com",
+    "uri": "https://example.com/",
+}

@@ -1,0 +1,281 @@
+"""Violations point into what the caller sent, whatever the payload model and its names are."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from datetime import date, timedelta
+from enum import Enum
+from typing import Annotated, Any, Literal
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import AliasPath, Field, create_model, field_validator
+from pydantic import Json as JsonText
+
+from job_registry import JobRegistry, JobType, Payload, PayloadInvalid, Violation
+from job_registry.catalog.thumbnail import thumbnail_create
+
+
+class Card(Payload):
+    kind: Literal["card"]
+    token: str
+
+
+class Iban(Payload):
+    kind: Literal["iban"]
+    iban: str
+
+
+class Slot(Payload):
+    day: date = Field(alias="date")
+    at: list[int] = Field(default=[], alias="list")
+
+
+class Color(Enum):
+    RED = "red"
+    BLUE = "blue"
+
+
+class Node(Payload):
+    size: int = 0
+    below: list[Node] = []  # noqa: RUF012  (Pydantic copies defaults)
+
+
+class Order(Payload):
+    method: Annotated[Card | Iban, Field(discriminator="kind")] | None = None
+    slot: Slot | None = None
+    way: Card | Iban | int | None = None
+    sizes: list[int] | list[str] = []  # noqa: RUF012
+    when: Literal["now", "later"] | Annotated[int, Field(ge=10)] = "now"
+    color: Color = Color.RED
+    tree: Node | None = None
+    ways: list[Card | Iban | int] = []  # noqa: RUF012
+    counts: dict[Annotated[str, Field(max_length=3)], int] = {}  # noqa: RUF012
+    nested: dict[str, dict[str, int]] = {}  # noqa: RUF012
+    wait: timedelta = timedelta(0)
+    pair: tuple[int, str] = (1, "")
+    text: JsonText[dict[str, int]] | None = None
+    words: list[int] = []  # noqa: RUF012
+    inside: int = Field(default=0, validation_alias=AliasPath("outer", "inner"))
+
+    @field_validator("words", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return value.split(",") if isinstance(value, str) else value
+
+
+# Pydantic's JSON Schema has no place for a field with a path.
+ORDER = JobRegistry([thumbnail_create, JobType(name="order", payload=Order, example={})])
+
+
+def violations(payload: object) -> list[Violation]:
+    with pytest.raises(PayloadInvalid) as refused:
+        ORDER.admit("order", payload)
+    return list(refused.value.violations)
+
+
+@pytest.mark.parametrize(
+    ("payload", "expected"),
+    [
+        ({"method": {"kind": "card", "token": 1}}, [("/method/token", "wrong_type")]),
+        ({"method": {"kind": "card"}}, [("/method/token", "required")]),
+        (
+            {"method": {"kind": "card", "token": "x", "card": 1}},
+            [("/method/card", "unknown_field")],
+        ),
+        ({"method": {"kind": "cash"}}, [("/method/kind", "not_one_of")]),
+        ({"method": {}}, [("/method/kind", "required")]),
+        ({"method": []}, [("/method", "wrong_type")]),
+        ({"slot": {"date": 1}}, [("/slot/date", "wrong_type")]),
+        ({"slot": {}}, [("/slot/date", "required")]),
+        ({"slot": {"date": "2030-01-31", "list": ["x"]}}, [("/slot/list/0", "wrong_type")]),
+        ({"way": {"kind": "iban", "iban": 5}}, [("/way/iban", "wrong_type")]),
+        ({"way": {"kind": "card", "token": "t", "x": 1}}, [("/way/x", "unknown_field")]),
+        ({"way": "x"}, [("/way", "wrong_type")]),
+        ({"sizes": [1, 2, "x"]}, [("/sizes/2", "wrong_type")]),
+        ({"sizes": 1}, [("/sizes", "wrong_type")]),
+        ({"when": 5}, [("/when", "out_of_range")]),
+        ({"when": "soon"}, [("/when", "wrong_type")]),
+        (
+            {"tree": {"below": [{"below": [{"size": "x"}]}]}},
+            [("/tree/below/0/below/0/size", "wrong_type")],
+        ),
+        ({"counts": {"a/~b": 1}}, [("/counts/a~1~0b", "too_long")]),
+        ({"counts": {"~/": "x"}}, [("/counts/~0~1", "wrong_type")]),
+        ({"nested": {"str": {"[key]": "x"}}}, [("/nested/str/[key]", "wrong_type")]),
+        ({"wait": 10}, [("/wait", "wrong_type")]),
+        ({"pair": [1]}, [("/pair/1", "required")]),
+        ({"pair": [1, 2]}, [("/pair/1", "wrong_type")]),
+        ({"text": '{"a": "x"}'}, [("/text", "wrong_type")]),
+        ({"words": "1,x"}, [("/words", "wrong_type")]),
+        ({"outer": {"inner": "x"}}, [("/outer/inner", "wrong_type")]),
+    ],
+)
+def test_a_violation_points_into_what_was_sent(
+    payload: object, expected: list[tuple[str, str]]
+) -> None:
+    assert [(v.path, v.code) for v in violations(payload)] == expected
+
+
+@pytest.mark.parametrize(
+    ("payload", "message"),
+    [
+        ({"wait": 10}, "Expected a duration in ISO 8601, such as PT30S; got 10."),
+        ({"wait": "soon"}, 'Expected a duration in ISO 8601, such as PT30S; got "soon".'),
+        ({"slot": {"date": True}}, "Expected a date in ISO 8601, such as 2030-01-31; got true."),
+        ({"slot": {"date": None}}, "Expected a date in ISO 8601, such as 2030-01-31; got null."),
+        ({"color": "rde"}, 'Expected "red" or "blue"; got "rde". Did you mean "red"?'),
+        ({"when": 5}, "Expected a value of at least 10; got 5."),
+        (
+            {"when": "latr"},
+            'Expected "now", "later" or a whole number; got "latr". Did you mean "later"?',
+        ),
+        ({"way": "x"}, 'Expected an object or a whole number; got "x".'),
+        ({"method": {"kind": "crd"}}, 'Expected "card" or "iban"; got "crd". Did you mean "card"?'),
+        ({"method": {"kind": "card"}}, 'The required field "token" is missing.'),
+        (
+            {"method": {"kind": "card", "token": "x", "tokn": 1}},
+            'There is no field "tokn". Did you mean token?',
+        ),
+        ({"tree": {"below": [{"siez": 1}]}}, 'There is no field "siez". Did you mean size?'),
+        ({"slot": {"date": "2030-01-31", "at": []}}, 'There is no field "at". Did you mean date?'),
+        (
+            {"way": {"kind": "card", "token": "x", "tokn": 1}},
+            'There is no field "tokn". Did you mean token?',
+        ),
+        ({"sizes": 'a"\x1b'}, 'Expected an array; got "a\\"\\u001b".'),
+        ({"wait": "x" * 500}, f'Expected a duration in ISO 8601, such as PT30S; got "{"x" * 78}….'),
+    ],
+)
+def test_a_message_says_what_was_expected_and_what_came(payload: object, message: str) -> None:
+    assert [v.message for v in violations(payload)] == [message]
+
+
+NAMES = ["str", "int", "list[int]", "date", "time", "list", "function-after", "card", "a/b", "m~n",
+         "[key]", "Model", "nullable", "dict[str,int]", "0", "~1", " ", "json"]  # fmt: skip
+WRONG = 1.5
+"""A value that no type below admits."""
+
+Path = tuple[str | int, ...]
+
+
+@st.composite
+def typed(draw: st.DrawFn, depth: int = 3) -> tuple[Any, Any]:
+    """A type and a value of it."""
+    kinds = ["int", "str", "null"]
+    if depth:
+        kinds += ["list", "dict", "model", "tagged", "union", "after"] * 2
+    match draw(st.sampled_from(kinds)):
+        case "int":
+            return int, draw(st.integers(0, 9))
+        case "str":
+            return str, draw(st.sampled_from(NAMES))
+        case "null":
+            return int | None, draw(st.sampled_from([1, None]))
+        case "list":
+            inner, value = draw(typed(depth - 1))
+            return list[inner], [value] * draw(st.integers(1, 2))
+        case "dict":
+            inner, value = draw(typed(depth - 1))
+            return dict[str, inner], {draw(st.sampled_from(NAMES)): value}
+        case "model":
+            return draw(modelled(depth))
+        case "after":
+            inner, value = draw(typed(depth - 1))
+            return Annotated[inner, Field(description="Words.")], value
+        case "tagged":
+            one, value = draw(modelled(depth, tag="one"))
+            other, _ = draw(modelled(depth, tag="[key]"))
+            return Annotated[one | other, Field(discriminator="tag")], value
+    inner, value = draw(modelled(depth))
+    below, items = draw(typed(depth - 1))
+    value = draw(st.sampled_from([value, [items], "text"]))
+    return inner | list[below] | str, value
+
+
+@st.composite
+def modelled(draw: st.DrawFn, depth: int, tag: str | None = None) -> tuple[Any, dict[str, Any]]:
+    """A payload model, its fields named like Pydantic's labels, and a value of it."""
+    names = draw(st.lists(st.sampled_from(NAMES), min_size=1, max_size=3, unique=True))
+    fields: dict[str, Any] = {}
+    value: dict[str, Any] = {}
+    if tag is not None:
+        fields["tag"] = (Literal[tag], ...)
+        value["tag"] = tag
+    for number, name in enumerate(names):
+        inner, value[name] = draw(typed(depth - 1))
+        fields[f"field{number}"] = (inner, Field(alias=name))
+    title = draw(st.sampled_from(["Model", "str", "card", "int"]))
+    return create_model(title, __base__=Payload, **fields), value
+
+
+def places(value: Any, path: Path = ()) -> list[Path]:
+    found = [path]
+    if isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            found += places(inner, (*path, key))
+    return found
+
+
+def changed(value: Any, path: Sequence[str | int], change: Any) -> Any:
+    """A copy of a document with `change` applied to what is at this path."""
+    if not path:
+        return change(value)
+    copy = value.copy()
+    copy[path[0]] = changed(value[path[0]], path[1:], change)
+    return copy
+
+
+def pointed(path: Path) -> str:
+    return "".join("/" + str(p).replace("~", "~0").replace("/", "~1") for p in path)
+
+
+def faults(model: type[Payload], example: Any, payload: object) -> set[tuple[str, str]]:
+    try:
+        JobRegistry([JobType(name="test", payload=model, example=example)]).admit("test", payload)
+    except PayloadInvalid as refused:
+        return {(violation.path, violation.code) for violation in refused.violations}
+    return set()
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), made=modelled(3))
+def test_one_fault_is_found_where_it_was_made(data: st.DataObject, made: tuple[Any, Any]) -> None:
+    model, value = made
+    assert faults(model, value, value) == set()
+    path = data.draw(st.sampled_from(places(value)[1:]))
+    wrong = faults(model, value, changed(value, path, lambda _: WRONG))
+    assert {where for where, _ in wrong} == {pointed(path)}
+    # A wrong name in place of the right one: unknown, and the right one missing.
+    *parent, last = path
+    if isinstance(last, str):
+        renamed = faults(
+            model,
+            value,
+            changed(value, parent, lambda old: {k if k != last else "~/": old[k] for k in old}),
+        )
+        for where, code in renamed:
+            assert code in ("unknown_field", "required")
+            assert where == pointed((*parent, "~/" if code == "unknown_field" else last))
+
+
+def test_a_flood_of_faults_is_cheap_and_bounded() -> None:
+    good = {"assetId": "a", "versionNumber": 1}
+    for name, payload in (
+        ("thumbnail.create", {**good, **{f"assetI{number}": 1 for number in range(16_000)}}),
+        ("thumbnail.create", {**good, **{f"{number}" + "x" * 2_400: 1 for number in range(100)}}),
+        ("thumbnail.create", {**good, "x" * 100_000: ["\0", *([1] * 70_000)]}),
+        ("order", {"nested": {"k" * 100_000: dict.fromkeys(map(str, range(15_000)), "x")}}),
+        ("order", {"sizes": [None] * 50_000}),
+        ("order", {"ways": [{}] * 80_000}),
+        ("order", {"ways": [[{}]] * 60_000}),
+    ):
+        start = time.process_time()
+        with pytest.raises(PayloadInvalid) as refused:
+            ORDER.admit(name, payload)
+        assert time.process_time() - start < 2.0
+        found = refused.value.violations
+        assert len(found) <= 101
+        assert sum(len(v.path) + len(v.message) for v in found) < 300_000
