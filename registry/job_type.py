@@ -439,10 +439,10 @@ def is_async(function: object) -> bool:
 
 
 def _range_fault(
-    name: str, value: object, low: float, high: float, kinds: tuple[type, ...]
+    name: str, value: object, low: float, high: float, kinds: tuple[type[int | float], ...]
 ) -> list[str]:
     expected = "a whole number" if kinds == (int,) else "a number"
-    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:  # type: ignore[operator]
+    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
         return [f"{name} is {shortened(value)}, expected {expected} from {low:,} to {high:,}"]
     return []
 
