@@ -1,7 +1,7 @@
 """Who calls, what they may do, and how often.
 
-JWT bearer tokens (RFC 7519, RFC 6750), their scopes, and rates of requests. Every door asks
-`Entrance` for the `Caller` and gives it to what it calls.
+JWT bearer tokens (RFC 7519, RFC 6750), their access scopes, and rates of requests. HTTP, REST and
+WebSockets all use `Authenticator`, which returns the `Caller` of a request.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ MAX_TOKEN_LENGTH: Final = 8_192
 
 
 class Unauthenticated(Exception):
-    """Raised when nobody can tell who calls: there is no token, or it is not valid.
+    """Raised when the caller is not known: there is no token, or it is not valid.
 
     `challenge` is the value of the WWW-Authenticate header (RFC 6750, section 3).
     """
@@ -56,7 +56,7 @@ class Unauthenticated(Exception):
 
 
 class Forbidden(Exception):
-    """Raised when a caller's token does not admit what it asks; says what would."""
+    """Raised when a caller's token does not allow the request; says what would."""
 
 
 class TooManyRequests(Exception):
@@ -87,25 +87,21 @@ class Caller:
     """
 
     subject: str | None
-    scopes: frozenset[str]
+    access_scopes: frozenset[str]
     job_types: frozenset[str] | None = None
     expires_at: float | None = None
 
-    def need(self, *scopes: AccessScope) -> None:
-        """Returns when the caller has one of these scopes.
+    def need(self, *access_scopes: AccessScope) -> None:
+        """Return when the caller has one of these access scopes.
 
         Raises:
             Forbidden: it has none of them.
         """
-        if not self.has(*scopes):
-            raise Forbidden(f"This needs the scope {' or '.join(scopes)}.")
-
-    def has(self, *scopes: AccessScope) -> bool:
-        """Whether the caller has one of these scopes."""
-        return not self.scopes.isdisjoint(scopes) or ADMIN in self.scopes
+        if ADMIN not in self.access_scopes and self.access_scopes.isdisjoint(access_scopes):
+            raise Forbidden(f"This needs the scope {' or '.join(access_scopes)}.")
 
     def need_types(self, job_types: Iterable[str]) -> None:
-        """Returns when the caller may name each of these job types.
+        """Return when the caller may name each of these job types.
 
         Raises:
             Forbidden: its token is limited to others.
@@ -119,8 +115,8 @@ class Caller:
         return self.job_types is None or job_type in self.job_types
 
 
-ANYONE: Final = Caller(subject=None, scopes=frozenset(ACCESS_SCOPES))
-"""Who calls where no authentication is configured, and only this machine is served."""
+ANYONE: Final = Caller(subject=None, access_scopes=frozenset(ACCESS_SCOPES))
+"""The caller where no authentication is configured, and only this machine is served."""
 
 
 class Keys(Protocol):
@@ -200,8 +196,8 @@ class KeyUrl:
         return _chosen(keys, key_id)
 
 
-class Authentication:
-    """Makes callers of bearer tokens.
+class TokenVerifier:
+    """Verifies bearer tokens.
 
     `issuer` and `audience` are what `iss` and `aud` have to be; `leeway_seconds` is how far clocks
     may differ.
@@ -221,8 +217,8 @@ class Authentication:
         self._leeway = leeway_seconds
         self._known: OrderedDict[str, Caller] = OrderedDict()
 
-    async def caller(self, authorization: str) -> Caller:
-        """The caller of an Authorization header, "" where there is none.
+    async def verify(self, authorization: str) -> Caller:
+        """Return the caller of an Authorization header, "" where there is none.
 
         Raises:
             Unauthenticated: there is no token, or it is not valid.
@@ -270,32 +266,32 @@ class Authentication:
             raise Unauthenticated("The claim sub is not 1 to 255 characters of text.")
         return Caller(
             subject=subject,
-            scopes=_scopes(claims),
+            access_scopes=_access_scopes(claims),
             job_types=_job_types(claims),
             expires_at=float(claims["exp"]) + self._leeway,
         )
 
 
-class Entrance:
-    """What every request passes: authentication where it is configured, then the rate limit.
+class Authenticator:
+    """Authenticates every request, where that is configured, and counts it for the rate limits.
 
     `rate_limits` bound the requests of each subject, and of each address that has none. `origins`
-    are those whose pages may call.
+    are those whose pages may call. A request is an ASGI connection scope.
     """
 
     def __init__(
         self,
-        authentication: Authentication | None,
+        verifier: TokenVerifier | None,
         rate_limits: Sequence[RateLimitItem] = (),
         origins: Sequence[str] = (),
     ) -> None:
-        self._authentication = authentication
+        self._verifier = verifier
         self._rate_limits = rate_limits
         self._limiter = SlidingWindowCounterRateLimiter(MemoryStorage()) if rate_limits else None
         self._hosts = frozenset(urlsplit(origin).hostname for origin in origins)
 
-    async def admit(self, scope: Scope, authorization: str | None = None) -> Caller:
-        """The caller of a request, which is counted.
+    async def authenticate(self, request: Scope, authorization: str | None = None) -> Caller:
+        """Return the caller of a request, and count it.
 
         `authorization` is used instead of the request's own header.
 
@@ -306,17 +302,17 @@ class Entrance:
             TooManyRequests: it is one too many.
         """
         if authorization is None:
-            authorization = header(scope, b"authorization").decode("latin-1")
+            authorization = header(request, b"authorization").decode("latin-1")
         try:
-            caller = await self._caller(scope, authorization)
+            caller = await self._caller(request, authorization)
         except Unauthenticated:
-            self._count(scope, None)
+            self._count(request, None)
             raise
-        self._count(scope, caller)
+        self._count(request, caller)
         return caller
 
-    def admit_again(self, scope: Scope, caller: Caller) -> None:
-        """Counts a further request on a connection whose caller is known.
+    def check_again(self, request: Scope, caller: Caller) -> None:
+        """Count a further request on a connection whose caller is known.
 
         Raises:
             Unauthenticated: the caller's token has expired.
@@ -324,14 +320,14 @@ class Entrance:
         """
         if caller.expires_at is not None and time.time() >= caller.expires_at:
             raise Unauthenticated("The token has expired.")
-        self._count(scope, caller)
+        self._count(request, caller)
 
-    async def _caller(self, scope: Scope, authorization: str) -> Caller:
-        if self._authentication is not None:
-            return await self._authentication.caller(authorization)
-        # Who may give a name this machine's address makes a browser believe that their page and
-        # this server are one site (DNS rebinding). Names that anyone can register have a dot.
-        host = _host(header(scope, b"host").decode("latin-1"))
+    async def _caller(self, request: Scope, authorization: str) -> Caller:
+        if self._verifier is not None:
+            return await self._verifier.verify(authorization)
+        # A page whose name resolves to this machine's address is, for a browser, of the same site
+        # as this server (DNS rebinding). Names that anyone can register have a dot.
+        host = _host(header(request, b"host").decode("latin-1"))
         if "." in host and host not in self._hosts and not _is_address(host):
             raise Forbidden(
                 f"Without authentication only this machine is served, and not as {host[:100]!r}."
@@ -339,11 +335,11 @@ class Entrance:
             )
         return ANYONE
 
-    def _count(self, scope: Scope, caller: Caller | None) -> None:
+    def _count(self, request: Scope, caller: Caller | None) -> None:
         if self._limiter is None:
             return
         subject = caller.subject if caller else None
-        client = scope.get("client")  # It may be a proxy.
+        client = request.get("client")  # It may be a proxy.
         who = ("address", client[0] if client else "") if subject is None else ("subject", subject)
         for limit in self._rate_limits:
             if not self._limiter.hit(limit, *who):
@@ -351,14 +347,14 @@ class Entrance:
                 raise TooManyRequests(_rate(limit), max(1, round(reset - time.time())))
 
 
-def open_entrance(settings: Settings) -> Entrance:
-    """The entrance that the settings describe.
+def create_authenticator(settings: Settings) -> Authenticator:
+    """Create the authenticator that the settings describe.
 
     Raises:
         SettingsInvalid: the keys that tokens are checked with cannot be used.
     """
-    return Entrance(
-        _authentication(settings),
+    return Authenticator(
+        _token_verifier(settings),
         [parse_rate(rate) for rate in settings.rate_limit],
         settings.cors_origins,
     )
@@ -379,7 +375,7 @@ def read_keys(source: str) -> Keys:
         raise KeysInvalid(f"the file cannot be read: {reason}") from None
 
 
-def _authentication(settings: Settings) -> Authentication | None:
+def _token_verifier(settings: Settings) -> TokenVerifier | None:
     keys: Keys
     if settings.auth_hs256_secret is not None:
         keys = SharedSecret(settings.auth_hs256_secret)
@@ -393,7 +389,7 @@ def _authentication(settings: Settings) -> Authentication | None:
         return None
     assert settings.auth_issuer is not None
     assert settings.auth_audience is not None
-    return Authentication(
+    return TokenVerifier(
         keys,
         issuer=settings.auth_issuer,
         audience=settings.auth_audience,
@@ -456,8 +452,8 @@ def _reason(error: Exception) -> str:
     return "The token is not valid."
 
 
-def _scopes(claims: Mapping[str, Any]) -> frozenset[str]:
-    """The scopes of `scope` (RFC 8693, a string) or `scp` (a list, as some issuers write it)."""
+def _access_scopes(claims: Mapping[str, Any]) -> frozenset[str]:
+    """Return those of `scope` (RFC 8693, a string) or `scp` (a list, as some issuers write it)."""
     given = claims.get("scope", claims.get("scp", ""))
     names = given.split() if isinstance(given, str) else given if isinstance(given, list) else []
     return frozenset(name for name in names if name in ACCESS_SCOPES)

@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 from job_registry import JobTypeNotFound, PayloadInvalid, Violation
 from job_registry_api.auth import (
     AuthenticationUnavailable,
-    Entrance,
+    Authenticator,
     Forbidden,
     TooManyRequests,
     Unauthenticated,
@@ -53,8 +53,8 @@ class EnqueueView:
     `jobs:enqueue`.
     """
 
-    def __init__(self, entrance: Entrance, *, max_body_bytes: int) -> None:
-        self._entrance = entrance
+    def __init__(self, authenticator: Authenticator, *, max_body_bytes: int) -> None:
+        self._authenticator = authenticator
         self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -63,7 +63,7 @@ class EnqueueView:
         try:
             if scope["method"] != "POST":
                 raise RequestRefused(405, "method_not_allowed", "Jobs are enqueued with POST.")
-            caller = await self._entrance.admit(scope)
+            caller = await self._authenticator.authenticate(scope)
             caller.need("jobs:enqueue")
             request = parse_request(await self._read(scope, receive))
             caller.need_types([request.type])
@@ -104,8 +104,8 @@ class EnqueueView:
 class JobView:
     """`GET /jobs/{id}`. Needs the scope `jobs:read`."""
 
-    def __init__(self, entrance: Entrance) -> None:
-        self._entrance = entrance
+    def __init__(self, authenticator: Authenticator) -> None:
+        self._authenticator = authenticator
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one HTTP request."""
@@ -113,7 +113,7 @@ class JobView:
         try:
             if scope["method"] not in ("GET", "HEAD"):
                 raise RequestRefused(405, "method_not_allowed", "A job is read with GET.")
-            caller = await self._entrance.admit(scope)
+            caller = await self._authenticator.authenticate(scope)
             caller.need("jobs:read")
             job = await queue.get(scope["path_params"]["id"])
             if not caller.may_see(job.type):

@@ -1,4 +1,4 @@
-"""Errors of a request as clients see them."""
+"""The `errors` of a response: known exceptions by their code, unexpected ones only by an id."""
 
 from __future__ import annotations
 
@@ -16,8 +16,27 @@ from job_registry_api.logs import log_unexpected
 from job_registry_api.queue.errors import EventsMissed, InputInvalid, QueueUnavailable
 
 
-def told(error: GraphQLError) -> dict[str, Any]:
-    """An error as clients see it: what nobody foresaw is logged, and only its id is told."""
+def format_result(result: ExecutionResult) -> dict[str, Any]:
+    """Format a result for a response. It has no `data`, not even null, if nothing was executed."""
+    if not result.errors:
+        return {"data": result.data}
+    errors = [format_error(error) for error in result.errors]
+    if result.data is None and all(error.path is None for error in result.errors):
+        return {"errors": errors}
+    return {"errors": errors, "data": result.data}
+
+
+def format_exception(exception: Exception) -> dict[str, Any]:
+    """Format an exception that no field raised."""
+    return format_error(GraphQLError("", original_error=exception))
+
+
+def format_error(error: GraphQLError) -> dict[str, Any]:
+    """Format an error for a response.
+
+    An unexpected exception is logged, and the client gets the id of that log line: the message of
+    an exception may quote a payload, a path or a statement.
+    """
     original = error.original_error
     extensions: dict[str, Any]
     match original:
@@ -50,18 +69,3 @@ def told(error: GraphQLError) -> dict[str, Any]:
             message = f"Something went wrong here. It is logged as {error_id}."
             extensions = {"code": "internal_error", "errorId": error_id}
     return {**error.formatted, "message": message, "extensions": extensions}
-
-
-def told_of(error: Exception) -> dict[str, Any]:
-    """An exception that no field raised, as clients see it."""
-    return told(GraphQLError("", original_error=error))
-
-
-def told_result(result: ExecutionResult) -> dict[str, Any]:
-    """A result as clients see it. Without data, not even null, where nothing was executed."""
-    if not result.errors:
-        return {"data": result.data}
-    errors = [told(error) for error in result.errors]
-    if result.data is None and all(error.path is None for error in result.errors):
-        return {"errors": errors}
-    return {"errors": errors, "data": result.data}
