@@ -284,7 +284,7 @@ class _OfJobType:
         names = [_enum_name(value) for value in values]
         # Python has its own use for names such as `_A_`.
         if len(set(names)) < len(names) or not all(
-            _is_name(each) and not each.endswith("_") for each in names
+            _is_name(each) and not (each[0] == each[-1] == "_") for each in names
         ):
             return str, nullable
         members = {
