@@ -15,11 +15,12 @@ from starlette.routing import Route, WebSocketRoute
 
 from job_registry import JobRegistry
 from job_registry_api import pages
-from job_registry_api.auth import open_entrance
-from job_registry_api.graphql.operations import Limits, Operations
+from job_registry_api.auth import create_authenticator
+from job_registry_api.graphql.document_limits import Limits
+from job_registry_api.graphql.execution import Executor
+from job_registry_api.graphql.http import GraphQLOverHTTP
 from job_registry_api.graphql.schema import build_schema
-from job_registry_api.graphql.streaming import StreamingView
-from job_registry_api.graphql.view import GraphQLView
+from job_registry_api.graphql.websocket import GraphQLOverWebSocket
 from job_registry_api.health import Health, health_routes
 from job_registry_api.opening import open_queue
 from job_registry_api.queue.queue import JobQueue
@@ -59,7 +60,7 @@ def create_app(settings: Settings, registry: JobRegistry, *, worker: bool = Fals
             working = None
             if worker:
                 working = await stack.enter_async_context(_working(queue, settings))
-            health = Health(queue, working, entrance=entrance)
+            health = Health(queue, working, authenticator=authenticator)
             app.state.health = health
 
             def end() -> None:
@@ -74,8 +75,8 @@ def create_app(settings: Settings, registry: JobRegistry, *, worker: bool = Fals
                 app.state.abandon = working.abandon
             yield
 
-    entrance = open_entrance(settings)
-    operations = Operations(
+    authenticator = create_authenticator(settings)
+    executor = Executor(
         build_schema(registry),
         Limits(
             tokens=settings.max_query_tokens,
@@ -86,20 +87,22 @@ def create_app(settings: Settings, registry: JobRegistry, *, worker: bool = Fals
             suggestions=settings.suggestions,
         ),
     )
-    view = GraphQLView(
-        operations,
-        entrance,
+    graphql_http = GraphQLOverHTTP(
+        executor,
+        authenticator,
         max_body_bytes=settings.max_body_bytes,
         get_queries=settings.get_queries,
         page=pages.graphiql() if settings.graphiql else None,
     )
-    stream = StreamingView(operations, entrance, allowed_origins=settings.cors_origins)
+    graphql_websocket = GraphQLOverWebSocket(
+        executor, authenticator, allowed_origins=settings.cors_origins
+    )
     application = Starlette(
         routes=[
-            Route("/graphql", view),
-            WebSocketRoute("/graphql", stream),
-            Route("/jobs", EnqueueView(entrance, max_body_bytes=settings.max_body_bytes)),
-            Route("/jobs/{id}", JobView(entrance)),
+            Route("/graphql", graphql_http),
+            WebSocketRoute("/graphql", graphql_websocket),
+            Route("/jobs", EnqueueView(authenticator, max_body_bytes=settings.max_body_bytes)),
+            Route("/jobs/{id}", JobView(authenticator)),
             *health_routes(lambda request: cast(Health, request.app.state.health)),
             *(pages.assets() if settings.graphiql else ()),
         ],

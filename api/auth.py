@@ -1,7 +1,7 @@
 """Authentication, scopes and rate limits.
 
-JWT bearer tokens (RFC 7519, RFC 6750). GraphQL, REST and health get the `Caller` of each request
-from `Entrance`.
+JWT bearer tokens (RFC 7519, RFC 6750), their access scopes, and rates of requests. HTTP, REST and
+WebSockets all use `Authenticator`, which returns the `Caller` of a request.
 """
 
 from __future__ import annotations
@@ -100,22 +100,22 @@ class Caller:
     """
 
     subject: str | None
-    scopes: frozenset[str]
+    access_scopes: frozenset[str]
     job_types: frozenset[str] | None = None
     expires_at: float | None = None
 
-    def need(self, *scopes: AccessScope) -> None:
-        """Check that the caller has one of these scopes.
+    def need(self, *access_scopes: AccessScope) -> None:
+        """Check that the caller has one of these access scopes.
 
         Raises:
             Forbidden: the caller has none of them.
         """
-        if not self.has(*scopes):
-            raise Forbidden(f"This needs the scope {' or '.join(scopes)}.")
+        if not self.has(*access_scopes):
+            raise Forbidden(f"This needs the scope {' or '.join(access_scopes)}.")
 
-    def has(self, *scopes: AccessScope) -> bool:
-        """Return whether the caller has one of these scopes."""
-        return not self.scopes.isdisjoint(scopes) or ADMIN in self.scopes
+    def has(self, *access_scopes: AccessScope) -> bool:
+        """Return whether the caller has one of these access scopes."""
+        return not self.access_scopes.isdisjoint(access_scopes) or ADMIN in self.access_scopes
 
     def need_types(self, job_types: Iterable[str]) -> None:
         """Check that the caller may use each of these job types.
@@ -132,7 +132,7 @@ class Caller:
         return self.job_types is None or job_type in self.job_types
 
 
-ANYONE: Final = Caller(subject=None, scopes=frozenset(ACCESS_SCOPES))
+ANYONE: Final = Caller(subject=None, access_scopes=frozenset(ACCESS_SCOPES))
 """The caller of every request without authentication, when only this machine is served."""
 
 
@@ -213,8 +213,8 @@ class KeyUrl:
         return _chosen(keys, key_id)
 
 
-class Authentication:
-    """Checks bearer tokens.
+class TokenVerifier:
+    """Verifies bearer tokens.
 
     `issuer` and `audience` are the required `iss` and `aud`. `leeway_seconds` is how far clocks may
     differ.
@@ -234,7 +234,7 @@ class Authentication:
         self._leeway = leeway_seconds
         self._known: OrderedDict[str, Caller] = OrderedDict()
 
-    async def caller(self, authorization: str) -> Caller:
+    async def verify(self, authorization: str) -> Caller:
         """Return the caller of an Authorization header; "" is a missing header.
 
         Raises:
@@ -283,32 +283,32 @@ class Authentication:
             raise Unauthenticated("The claim sub is not 1 to 255 characters of text.")
         return Caller(
             subject=subject,
-            scopes=_scopes(claims),
+            access_scopes=_access_scopes(claims),
             job_types=_job_types(claims),
             expires_at=float(claims["exp"]) + self._leeway,
         )
 
 
-class Entrance:
+class Authenticator:
     """Authenticates every request, then counts it for the rate limits.
 
     `rate_limits` bound the requests per subject, or per address without a subject. Pages of
-    `origins` may send requests.
+    `origins` may send requests. A request is an ASGI connection scope.
     """
 
     def __init__(
         self,
-        authentication: Authentication | None,
+        verifier: TokenVerifier | None,
         rate_limits: Sequence[RateLimitItem] = (),
         origins: Sequence[str] = (),
     ) -> None:
-        self._authentication = authentication
+        self._verifier = verifier
         self._rate_limits = rate_limits
         self._limiter = SlidingWindowCounterRateLimiter(MemoryStorage()) if rate_limits else None
         self._hosts = frozenset(urlsplit(origin).hostname for origin in origins)
 
-    async def admit(self, scope: Scope, authorization: str | None = None) -> Caller:
-        """Count a request, and return its caller.
+    async def authenticate(self, request: Scope, authorization: str | None = None) -> Caller:
+        """Return the caller of a request, and count it.
 
         `authorization` replaces the header of the request.
 
@@ -319,16 +319,16 @@ class Entrance:
             TooManyRequests: the request exceeds a rate limit.
         """
         if authorization is None:
-            authorization = header(scope, b"authorization").decode("latin-1")
+            authorization = header(request, b"authorization").decode("latin-1")
         try:
-            caller = await self._caller(scope, authorization)
+            caller = await self._caller(request, authorization)
         except Unauthenticated:
-            self._count(scope, None)
+            self._count(request, None)
             raise
-        self._count(scope, caller)
+        self._count(request, caller)
         return caller
 
-    def admit_again(self, scope: Scope, caller: Caller) -> None:
+    def check_again(self, request: Scope, caller: Caller) -> None:
         """Count a further request on a connection whose caller is known.
 
         Raises:
@@ -337,14 +337,14 @@ class Entrance:
         """
         if caller.expires_at is not None and time.time() >= caller.expires_at:
             raise Unauthenticated("The token has expired.")
-        self._count(scope, caller)
+        self._count(request, caller)
 
-    async def _caller(self, scope: Scope, authorization: str) -> Caller:
-        if self._authentication is not None:
-            return await self._authentication.caller(authorization)
+    async def _caller(self, request: Scope, authorization: str) -> Caller:
+        if self._verifier is not None:
+            return await self._verifier.verify(authorization)
         # DNS rebinding: a page whose host name resolves to this machine is same-origin with this
         # server for a browser. Names that anyone can register contain a dot.
-        host = _host(header(scope, b"host").decode("latin-1"))
+        host = _host(header(request, b"host").decode("latin-1"))
         if "." in host and host not in self._hosts and not _is_address(host):
             raise Forbidden(
                 "Without authentication, expected a host that is this machine, such as localhost;"
@@ -352,11 +352,11 @@ class Entrance:
             )
         return ANYONE
 
-    def _count(self, scope: Scope, caller: Caller | None) -> None:
+    def _count(self, request: Scope, caller: Caller | None) -> None:
         if self._limiter is None:
             return
         subject = caller.subject if caller else None
-        client = scope.get("client")  # This may be a proxy.
+        client = request.get("client")  # This may be a proxy.
         who = ("address", client[0] if client else "") if subject is None else ("subject", subject)
         for limit in self._rate_limits:
             if not self._limiter.hit(limit, *who):
@@ -364,14 +364,14 @@ class Entrance:
                 raise TooManyRequests(_rate(limit), max(1, round(reset - time.time())))
 
 
-def open_entrance(settings: Settings) -> Entrance:
-    """Create the entrance of the settings.
+def create_authenticator(settings: Settings) -> Authenticator:
+    """Create the authenticator that the settings describe.
 
     Raises:
         SettingsInvalid: the keys for the tokens cannot be used.
     """
-    return Entrance(
-        _authentication(settings),
+    return Authenticator(
+        _token_verifier(settings),
         [parse_rate(rate) for rate in settings.rate_limit],
         settings.cors_origins,
     )
@@ -392,7 +392,7 @@ def read_keys(source: str) -> Keys:
         raise KeysInvalid(f"the file cannot be read: {reason}") from None
 
 
-def _authentication(settings: Settings) -> Authentication | None:
+def _token_verifier(settings: Settings) -> TokenVerifier | None:
     keys: Keys
     if settings.auth_hs256_secret is not None:
         keys = SharedSecret(settings.auth_hs256_secret)
@@ -406,7 +406,7 @@ def _authentication(settings: Settings) -> Authentication | None:
         return None
     assert settings.auth_issuer is not None
     assert settings.auth_audience is not None
-    return Authentication(
+    return TokenVerifier(
         keys,
         issuer=settings.auth_issuer,
         audience=settings.auth_audience,
@@ -469,7 +469,7 @@ def _reason(error: Exception) -> str:
     return "The token is not valid."
 
 
-def _scopes(claims: Mapping[str, Any]) -> frozenset[str]:
+def _access_scopes(claims: Mapping[str, Any]) -> frozenset[str]:
     """Return the scopes of `scope` (RFC 8693, a string) or `scp` (a list, from some issuers)."""
     given = claims.get("scope", claims.get("scp", ""))
     names = given.split() if isinstance(given, str) else given if isinstance(given, list) else []

@@ -392,10 +392,10 @@ async def _work(
                 )
             )
             if health_socket is not None:
-                from job_registry_api.auth import open_entrance
+                from job_registry_api.auth import create_authenticator
                 from job_registry_api.health import Health, health_app
 
-                health = Health(queue, worker, entrance=open_entrance(settings))
+                health = Health(queue, worker, authenticator=create_authenticator(settings))
                 await stack.enter_async_context(_health_served(health_app(health), health_socket))
             upkeep = asyncio.create_task(
                 maintain(

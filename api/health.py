@@ -19,7 +19,7 @@ from starlette.routing import BaseRoute, Route
 from job_registry import CodedError
 from job_registry_api.auth import (
     AuthenticationUnavailable,
-    Entrance,
+    Authenticator,
     Forbidden,
     TooManyRequests,
     Unauthenticated,
@@ -71,11 +71,11 @@ class Health:
     """
 
     def __init__(
-        self, queue: JobQueue, worker: Worker | None = None, *, entrance: Entrance
+        self, queue: JobQueue, worker: Worker | None = None, *, authenticator: Authenticator
     ) -> None:
         self._queue = queue
         self._worker = worker
-        self._entrance = entrance
+        self._authenticator = authenticator
         self._counted_at = -COUNTS_SECONDS
         self._counting = asyncio.Lock()
         self.stopping = asyncio.Event()
@@ -112,7 +112,7 @@ class Health:
 
     async def _refusal(self, request: Request) -> Response | None:
         try:
-            caller = await self._entrance.admit(request.scope)
+            caller = await self._authenticator.authenticate(request.scope)
             caller.need("jobs:read")
             if caller.job_types is not None:
                 raise Forbidden("The metrics cover all job types; this token is limited to some.")

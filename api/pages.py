@@ -8,7 +8,7 @@ from typing import Final
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Mount
 from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 DIST: Final = Path(__file__).parent / "web" / "dist"
 """Where `make install` builds the pages if Node is installed. The wheel contains them."""
@@ -78,14 +78,12 @@ class _Immutable(StaticFiles):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
 
-        async def send_lasting(message: dict[str, object]) -> None:
+        async def send_lasting(message: Message) -> None:
             if message["type"] == "http.response.start" and message["status"] in (200, 206, 304):
-                headers = message["headers"]
-                assert isinstance(headers, list)
-                headers += [
+                message["headers"] += [
                     (b"cache-control", b"public, max-age=31536000, immutable"),
                     (b"x-content-type-options", b"nosniff"),
                 ]
             await send(message)
 
-        await super().__call__(scope, receive, send_lasting)  # type: ignore[arg-type]
+        await super().__call__(scope, receive, send_lasting)

@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 from job_registry import CodedError, JobTypeNotFound, NotJson, PayloadInvalid, parse_json
 from job_registry_api.auth import (
     AuthenticationUnavailable,
-    Entrance,
+    Authenticator,
     Forbidden,
     TooManyRequests,
     Unauthenticated,
@@ -63,8 +63,8 @@ class EnqueueView:
     `jobs:enqueue`.
     """
 
-    def __init__(self, entrance: Entrance, *, max_body_bytes: int) -> None:
-        self._entrance = entrance
+    def __init__(self, authenticator: Authenticator, *, max_body_bytes: int) -> None:
+        self._authenticator = authenticator
         self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -73,7 +73,7 @@ class EnqueueView:
         try:
             if scope["method"] != "POST":
                 raise MethodNotAllowed("POST")
-            caller = await self._entrance.admit(scope)
+            caller = await self._authenticator.authenticate(scope)
             caller.need("jobs:enqueue")
             request = parse_request(await self._read(scope, receive))
             caller.need_types([request.type])
@@ -103,8 +103,8 @@ class EnqueueView:
 class JobView:
     """`GET /jobs/{id}`. Needs the scope `jobs:read`."""
 
-    def __init__(self, entrance: Entrance) -> None:
-        self._entrance = entrance
+    def __init__(self, authenticator: Authenticator) -> None:
+        self._authenticator = authenticator
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one HTTP request."""
@@ -112,7 +112,7 @@ class JobView:
         try:
             if scope["method"] not in ("GET", "HEAD"):
                 raise MethodNotAllowed("GET", "HEAD")
-            caller = await self._entrance.admit(scope)
+            caller = await self._authenticator.authenticate(scope)
             caller.need("jobs:read")
             job = await queue.get(scope["path_params"]["id"])
             if not caller.may_see(job.type):

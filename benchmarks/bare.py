@@ -43,22 +43,23 @@ def application(database_url: str | None) -> Starlette:
     from job_registry_api.auth import ANYONE
     from job_registry_api.cli import _collect_garbage_rarely
     from job_registry_api.graphql.context import Context
-    from job_registry_api.graphql.operations import Limits, Operations
-    from job_registry_api.graphql.schema import build_schema, strawberry_schema
+    from job_registry_api.graphql.document_limits import Limits
+    from job_registry_api.graphql.execution import Executor
+    from job_registry_api.graphql.schema import build_schema
     from job_registry_api.logs import configure_logs
     from job_registry_api.queue.queue import JobQueue, open_queue
 
     configure_logs("info", "json")
     registry = load_registry(["job_registry.catalog"])
-    operations = Operations(build_schema(registry), Limits())
-    schema = strawberry_schema()
+    schema = build_schema(registry)
+    executor = Executor(schema, Limits())
     queues: list[JobQueue] = []
 
     async def executed(request: Request) -> JSONResponse:
         content = await request.json()
-        prepared = operations.prepare(content["query"], None)
+        prepared = executor.prepare(content["query"], None)
         context = Context(queues[0], ANYONE)
-        result = await operations.execute(prepared, content["variables"], context)
+        result = await executor.execute(prepared, content["variables"], context)
         return JSONResponse({"data": result.data, **_errors(result)})
 
     async def by_strawberry(request: Request) -> JSONResponse:

@@ -58,9 +58,9 @@ class WorkerExtension:
             )
 
 
-def _takes(function: object, arguments: int) -> bool:
+def _takes(function: Callable[..., object], arguments: int) -> bool:
     try:
-        inspect.signature(function).bind(*[None] * arguments)  # type: ignore[arg-type]
+        inspect.signature(function).bind(*[None] * arguments)
     except (TypeError, ValueError):
         return False
     return True

@@ -24,8 +24,8 @@ from websockets.exceptions import ConnectionClosed
 from job_registry import JobRegistry
 from job_registry_api.app import create_app
 from job_registry_api.auth import ACCESS_SCOPES
-from job_registry_api.graphql.schema import build_schema
-from job_registry_api.graphql.scopes import scopes_of
+from job_registry_api.graphql.access_scopes import check_access_scope
+from job_registry_api.graphql.schema import build_schema, executable
 from job_registry_api.settings import SettingsInvalid, load_settings
 from tests.http_client import Visit, serving
 
@@ -360,7 +360,7 @@ NEEDED = {
 
 
 def test_every_field_where_a_document_begins_is_in_the_table(registry: JobRegistry) -> None:
-    schema = build_schema(registry)
+    schema = executable(build_schema(registry))
     roots = [schema.query_type, schema.mutation_type, schema.subscription_type]
     fields = {name for root in roots if root for name in root.fields}
     assert fields == {document.split("{ ")[1].split("(")[0].split(" ")[0] for document in NEEDED}
@@ -377,13 +377,13 @@ async def test_a_field_is_forbidden_without_one_of_its_scopes(visit: Visit, docu
             assert ("needs the scope" in response.text) == (not admitted)
 
 
-def test_a_field_that_does_not_say_its_scope_is_no_field(registry: JobRegistry) -> None:
-    silent = strawberry.field(description="Says nothing of scopes.")
+def test_a_field_must_declare_its_access_scope(registry: JobRegistry) -> None:
+    silent = strawberry.field(description="Declares no access scope.")
     silent.python_name = "silent"
     for type_name in ("Query", "Mutation", "Subscription", "Job"):
-        with pytest.raises(LookupError, match=rf"{type_name}\.silent does not say which scope"):
-            scopes_of(type_name, silent)
-    for graphql_type in build_schema(registry).type_map.values():
+        with pytest.raises(LookupError, match=rf"{type_name}\.silent does not declare its access"):
+            check_access_scope(type_name, silent)
+    for graphql_type in executable(build_schema(registry)).type_map.values():
         if graphql_type.name in ("Query", "Mutation", "Subscription"):
             assert isinstance(graphql_type, GraphQLObjectType)
             for field in graphql_type.fields.values():
@@ -484,7 +484,7 @@ async def test_a_caller_may_be_limited_to_some_job_types(visit: Visit) -> None:
 EVENTS = "subscription { jobEvents { name type } }"
 
 
-async def test_a_websocket_is_admitted_by_its_first_message_or_its_header(
+async def test_a_websocket_is_authenticated_by_its_first_message_or_its_header(
     database_url: str,
 ) -> None:
     async with serving(database_url, "--no-worker", **AUTH) as (address, _):

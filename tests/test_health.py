@@ -19,7 +19,7 @@ import httpx
 import pytest
 
 from job_registry import JobPolicy, JobRegistry, JobType, Payload
-from job_registry_api.auth import Entrance
+from job_registry_api.auth import Authenticator
 from job_registry_api.health import Health, health_app
 from job_registry_api.queue.errors import QueueUnavailable
 from job_registry_api.queue.queue import JobQueue, open_queue
@@ -216,7 +216,7 @@ class FakeWorker:
 async def test_a_worker_that_stands_still_is_not_alive_and_the_reason_is_told(
     queue: JobQueue, health: Standing, reason: str | None
 ) -> None:
-    app = health_app(Health(queue, FakeWorker(health), entrance=Entrance(None)))
+    app = health_app(Health(queue, FakeWorker(health), authenticator=Authenticator(None)))
     async with httpx.AsyncClient(
         transport=httpx.ASGITransport(app), base_url="http://127.0.0.1"
     ) as client:

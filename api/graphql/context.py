@@ -1,4 +1,4 @@
-"""What resolvers are given with each request."""
+"""The context of a request, which its resolvers share."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from job_registry_api.queue.reading import WaitingReason
 
 @dataclass
 class Context:
-    """What resolvers are given: the queue, who calls, and what this request has loaded."""
+    """The queue, the caller, and the data that this request has loaded."""
 
     queue: JobQueue
     caller: Caller
@@ -35,16 +35,16 @@ class Context:
     )
 
     async def counts(self) -> dict[str, JobCounts]:
-        """Jobs per type and status, read once a request."""
+        """Return the number of jobs per type and status, read once per request."""
         if self._counts is None:
             self._counts = asyncio.ensure_future(self.queue.counts())
         return await self._counts
 
     @asynccontextmanager
     async def client_gone(self) -> AsyncIterator[asyncio.Event]:
-        """An event that is set when the client hangs up before it is answered.
+        """Yield an event that is set when the client hangs up before the response.
 
-        For operations that wait: what is done for nobody may have to be undone.
+        For operations that wait: their effect may have to be undone.
         """
         if self._gone is None:
             self._gone = asyncio.Event()
@@ -60,14 +60,14 @@ class Context:
 
     @property
     def attempts(self) -> DataLoader[UUID, list[AttemptRecord]]:
-        """The attempts of jobs, with one query for all jobs of a page."""
+        """Load the attempts of jobs, with one query for all jobs of a page."""
         if self._attempts is None:
             self._attempts = DataLoader(load_fn=self._load_attempts)
         return self._attempts
 
     @property
     def waiting_reasons(self) -> DataLoader[JobRecord, WaitingReason | None]:
-        """Why jobs wait, with one query for all jobs of a page."""
+        """Load why jobs wait, with one query for all jobs of a page."""
         if self._waiting_reasons is None:
             self._waiting_reasons = DataLoader(
                 load_fn=self._load_waiting_reasons, cache_key_fn=_id_of
@@ -75,10 +75,10 @@ class Context:
         return self._waiting_reasons
 
     async def job(self, job_id: str) -> JobRecord:
-        """A job that exists for the caller.
+        """Return a job that the caller may see.
 
         Raises:
-            JobNotFound: there is none, or it is of a type that the caller's token is not for.
+            JobNotFound: no job has this id, or the caller's token excludes its type.
         """
         job = await self.queue.get(job_id)
         if not self.caller.may_see(job.type):
@@ -86,7 +86,7 @@ class Context:
         return job
 
     def forget(self) -> None:
-        """Drops what was loaded: each event of a subscription is told as things are then."""
+        """Drop the loaded data. Each event of a subscription reads its own."""
         self._counts = self._attempts = self._waiting_reasons = None
 
     async def _load_attempts(self, job_ids: list[UUID]) -> list[list[AttemptRecord]]:

@@ -1,146 +1,180 @@
-"""The refusals clients see, and the one place that makes them of the queue's exceptions."""
+"""The errors that clients read as data, and how each is made from an exception.
+
+A resolver raises. Where its union has the error's type, Strawberry's exception handlers return the
+error as data; elsewhere it becomes an error of the request: see `request_errors`.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Final
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, Generic, TypeVar
 
 import strawberry
+from strawberry.types.field import StrawberryField
 
 import job_registry
-from job_registry_api.graphql.types import Job, described
+from job_registry_api.graphql.types import Job, JobStatus
 from job_registry_api.queue import errors as queue
-from job_registry_api.queue.models import JobStatus
-
-CODE = "A stable code in snake_case, to branch on."
-MESSAGE = "A sentence for people. It may change."
 
 
-@strawberry.interface(description="What every refusal has.")
+@strawberry.interface(description="The fields of every error.")
 class Error:
-    code: str = described(CODE)
-    message: str = described(MESSAGE)
+    code: str = strawberry.field(description="A stable code in snake_case, for programs.")
+    message: str = strawberry.field(description="A sentence for people. It may change.")
 
 
 @strawberry.type(description="One fault of a value.")
 class Violation:
-    path: str = described(
-        'Where: a JSON Pointer (RFC 6901) into the value, `/sizes/1`; "" is the whole value.'
+    path: str = strawberry.field(
+        description="The place of the fault: a JSON Pointer (RFC 6901) into the value, such as"
+        ' `/sizes/1`. "" is the whole value.'
     )
-    code: str = described("Which fault: a stable code, such as `required` or `wrong_type`.")
-    message: str = described("What was expected, and what came.")
+    code: str = strawberry.field(
+        description="A stable code of the fault, such as `required` or `wrong_type`."
+    )
+    message: str = strawberry.field(description="The expected value, and the value that came.")
 
 
-@strawberry.type(description="There is no job type of this name.")
+@strawberry.type(description="No job type has this name.")
 class JobTypeNotFound(Error):
-    job_type: str = described("The name that was given.")
-    suggestions: list[str] = described("The nearest names there are, best first.")
-
-
-@strawberry.type(description="The payload is not what the job type asks for. Nothing was stored.")
-class PayloadInvalid(Error):
-    job_type: str = described("The job type.")
-    violations: list[Violation] = described(
-        "Every fault of the payload, with paths into the payload."
+    job_type: str = strawberry.field(description="The name in the request.")
+    suggestions: list[str] = strawberry.field(
+        description="The names of similar job types, the most similar first."
     )
+
+    @classmethod
+    def of(cls, error: job_registry.JobTypeNotFound) -> JobTypeNotFound:
+        return cls(
+            code=error.code,
+            message=error.summary,
+            job_type=error.job_type[:200],
+            suggestions=list(error.suggestions),
+        )
 
 
 @strawberry.type(
-    description="A value beside the payload is missing or out of its range. Nothing was stored."
+    description="The payload is not valid by the schema of its job type. Nothing was stored."
+)
+class PayloadInvalid(Error):
+    job_type: str = strawberry.field(description="The job type.")
+    violations: list[Violation] = strawberry.field(
+        description="Every fault of the payload, with paths into the payload."
+    )
+
+    @classmethod
+    def of(cls, error: job_registry.PayloadInvalid) -> PayloadInvalid:
+        return cls(
+            code=error.code,
+            message=error.summary,
+            job_type=error.job_type,
+            violations=_violations(error.violations),
+        )
+
+
+@strawberry.type(
+    description="A value beside the payload is missing or out of range. Nothing was stored."
 )
 class InputInvalid(Error):
-    violations: list[Violation] = described(
-        "Every fault, with paths into the input; those of the payload start with `/payload`."
+    violations: list[Violation] = strawberry.field(
+        description="Every fault, with paths into the input. Paths of faults of the payload start"
+        " with `/payload`."
     )
+
+    @classmethod
+    def of(cls, error: queue.InputInvalid) -> InputInvalid:
+        return cls(
+            code=error.code,
+            message=error.summary,
+            violations=_violations(error.violations),
+        )
 
 
 @strawberry.type(
     description="The idempotency key belongs to a job of this type with another payload."
 )
 class IdempotencyConflict(Error):
-    existing_job: Job = described("The job that has the key.")
-    differing_paths: list[str] = described(
-        "JSON Pointers to where the two payloads differ, up to 100."
+    existing_job: Job = strawberry.field(description="The job that has the key.")
+    differing_paths: list[str] = strawberry.field(
+        description="JSON Pointers to the places where the two payloads differ, up to 100."
     )
+
+    @classmethod
+    def of(cls, error: queue.IdempotencyConflict) -> IdempotencyConflict:
+        return cls(
+            code=error.code,
+            message=error.summary,
+            existing_job=Job.of(error.existing_job, is_foreign=True),
+            differing_paths=list(error.differing_paths),
+        )
 
 
 @strawberry.type(description="No job has this id: it never existed, or it was deleted.")
 class JobNotFound(Error):
-    job_id: strawberry.ID = described("The id that was given.")
+    job_id: strawberry.ID = strawberry.field(description="The id in the request.")
+
+    @classmethod
+    def of(cls, error: queue.JobNotFound) -> JobNotFound:
+        return cls(
+            code=error.code,
+            message=error.summary,
+            job_id=strawberry.ID(error.job_id[:200]),
+        )
 
 
-@strawberry.type(description="The job's status does not admit this.")
+@strawberry.type(description="The job's status does not allow this.")
 class JobStateConflict(Error):
-    job_id: strawberry.ID = described("The job.")
-    status: JobStatus = described("The status it has.")
+    job_id: strawberry.ID = strawberry.field(description="The job.")
+    status: JobStatus = strawberry.field(description="Its status.")
+
+    @classmethod
+    def of(cls, error: queue.JobStateConflict) -> JobStateConflict:
+        return cls(
+            code=error.code,
+            message=error.summary,
+            job_id=strawberry.ID(error.job_id),
+            status=JobStatus[error.status.name],
+        )
 
 
 @strawberry.type(
-    description="The lease is not in force: it expired, was ended, or the job was leased again."
-    " The worker drops the job and reports nothing more."
+    description="The lease is not in force: it expired or ended, or the job was leased again. The"
+    " worker must drop the job and report nothing more."
 )
 class LeaseLost(Error):
-    pass
+    @classmethod
+    def of(cls, error: queue.LeaseLost) -> LeaseLost:
+        return cls(code=error.code, message=error.summary)
 
 
-REFUSALS: Final = (
-    job_registry.JobTypeNotFound,
-    job_registry.PayloadInvalid,
-    queue.InputInvalid,
-    queue.IdempotencyConflict,
-    queue.JobNotFound,
-    queue.JobStateConflict,
-    queue.LeaseLost,
+Raised = TypeVar("Raised", bound=Exception)
+Returned = TypeVar("Returned", bound=Error)
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorAsData(Generic[Raised, Returned]):
+    """A `strawberry.ExceptionHandler`: returns exceptions of one class as GraphQL errors."""
+
+    exception_type: type[Raised]
+    error_type: type[Returned]
+    of: Callable[[Raised], Returned]
+
+    def handle(
+        self, exception: Raised, *, field: StrawberryField, info: strawberry.Info
+    ) -> Returned:
+        """Return the error for the client."""
+        return self.of(exception)
+
+
+EXCEPTION_HANDLERS: Final = (
+    ErrorAsData(job_registry.JobTypeNotFound, JobTypeNotFound, JobTypeNotFound.of),
+    ErrorAsData(job_registry.PayloadInvalid, PayloadInvalid, PayloadInvalid.of),
+    ErrorAsData(queue.InputInvalid, InputInvalid, InputInvalid.of),
+    ErrorAsData(queue.IdempotencyConflict, IdempotencyConflict, IdempotencyConflict.of),
+    ErrorAsData(queue.JobNotFound, JobNotFound, JobNotFound.of),
+    ErrorAsData(queue.JobStateConflict, JobStateConflict, JobStateConflict.of),
+    ErrorAsData(queue.LeaseLost, LeaseLost, LeaseLost.of),
 )
-"""What a resolver catches to give it as data. Anything else is an error of the request."""
-
-
-def refusal(error: Exception) -> Any:
-    """The GraphQL object of one of `REFUSALS`."""
-    if not isinstance(error, job_registry.CodedError):
-        raise error
-    message = error.summary
-    match error:
-        case job_registry.JobTypeNotFound():
-            return JobTypeNotFound(
-                code=error.code,
-                message=message,
-                job_type=error.job_type[:200],
-                suggestions=list(error.suggestions),
-            )
-        case job_registry.PayloadInvalid():
-            return PayloadInvalid(
-                code=error.code,
-                message=message,
-                job_type=error.job_type,
-                violations=_violations(error.violations),
-            )
-        case queue.InputInvalid():
-            return InputInvalid(
-                code=error.code,
-                message=message,
-                violations=_violations(error.violations),
-            )
-        case queue.IdempotencyConflict():
-            return IdempotencyConflict(
-                code=error.code,
-                message=message,
-                existing_job=Job.of(error.existing_job, is_foreign=True),
-                differing_paths=list(error.differing_paths),
-            )
-        case queue.JobNotFound():
-            return JobNotFound(
-                code=error.code, message=message, job_id=strawberry.ID(error.job_id[:200])
-            )
-        case queue.JobStateConflict():
-            return JobStateConflict(
-                code=error.code,
-                message=message,
-                job_id=strawberry.ID(error.job_id),
-                status=error.status,
-            )
-        case queue.LeaseLost():
-            return LeaseLost(code=error.code, message=message)
-    raise error
 
 
 def _violations(violations: tuple[job_registry.Violation, ...]) -> list[Violation]:

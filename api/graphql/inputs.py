@@ -1,43 +1,47 @@
-"""What clients give: the inputs of queries and mutations."""
+"""The inputs of queries and mutations, except the typed one: see `typed_input`."""
 
 from __future__ import annotations
 
 import strawberry
+from pydantic import JsonValue
 
-from job_registry_api.graphql.scalars import JSON, DateTime
-from job_registry_api.queue.models import JobError, JobStatus
+from job_registry_api.graphql.scalars import TimeText, parse_time
+from job_registry_api.graphql.types import JobStatus
+from job_registry_api.queue.models import JobError
 from job_registry_api.queue.requests import EnqueueRequest
 
 
-def optional(text: str) -> object:
-    """A field that may be left out, with its description."""
-    return strawberry.field(default=None, description=text)
-
-
-@strawberry.input(description="How a job is stored and run. What is left out is as usual.")
+@strawberry.input(description="How a job is stored and run. Omitted fields use their defaults.")
 class EnqueueOptions:
-    priority: int | None = optional(  # type: ignore[assignment]
-        "0 to 100, 50 unless given. Of due jobs the higher ones go first; when workers are swamped,"
-        " the lower ones may wait for long."
+    priority: int | None = strawberry.field(
+        default=None,
+        description="0 to 100, higher first. Among due jobs the higher priority runs first; while"
+        " workers are swamped, lower ones may wait long. Defaults to 50.",
     )
-    schedule_at: DateTime | None = optional(  # type: ignore[assignment]
-        "Not to run before this time. In the past, or left out: at once."
+    schedule_at: TimeText | None = strawberry.field(
+        default=None,
+        description="The earliest time of the first run. Defaults to now, as does a time in the"
+        " past.",
     )
-    max_attempts: int | None = optional(  # type: ignore[assignment]
-        "How often the job runs at most, 1 to 1000. Left out: the type's policy decides."
+    max_attempts: int | None = strawberry.field(
+        default=None,
+        description="How often the job runs at most, the first run included, 1 to 1000. Defaults"
+        " to the policy of the job type.",
     )
-    idempotency_key: str | None = optional(  # type: ignore[assignment]
-        "1 to 255 characters, unique per job type for as long as the job is kept. A second call"
-        " with the same key and payload gives back the first job and stores none: safe to repeat."
+    idempotency_key: str | None = strawberry.field(
+        default=None,
+        description="1 to 255 characters, unique per job type for as long as the job is kept. A"
+        " second request with the same key and payload returns the first job and stores nothing,"
+        " so it is safe to repeat.",
     )
 
-    def request_of(self, job_type: str, payload: object) -> EnqueueRequest:
-        """A job with these options, as the queue takes it."""
+    def request_for(self, job_type: str, payload: JsonValue) -> EnqueueRequest:
+        """Return the request to the queue for a job with these options."""
         return EnqueueRequest(
             type=job_type,
             payload=payload,
             priority=self.priority,
-            schedule_at=self.schedule_at,
+            schedule_at=None if self.schedule_at is None else parse_time(self.schedule_at),
             max_attempts=self.max_attempts,
             idempotency_key=self.idempotency_key,
         )
@@ -46,33 +50,34 @@ class EnqueueOptions:
 @strawberry.input(description="A job to store.")
 class EnqueueJobInput(EnqueueOptions):
     type: str = strawberry.field(description="The job type, such as `thumbnail.create`.")
-    payload: JSON = strawberry.field(
-        description="An object as the type's `payloadSchema` asks for it."
+    payload: JsonValue = strawberry.field(
+        description="An object that is valid by the `payloadSchema` of the job type."
     )
 
     def request(self) -> EnqueueRequest:
-        """The job as the queue takes it."""
-        return self.request_of(self.type, self.payload)
+        """Return the request to the queue."""
+        return self.request_for(self.type, self.payload)
 
 
-@strawberry.input(description="Which jobs to list.")
-class JobFilter:
-    types: list[str] | None = optional("Jobs of these types; all unless given.")  # type: ignore[assignment]
-    statuses: list[JobStatus] | None = optional(  # type: ignore[assignment]
-        "Jobs with one of these statuses; all unless given."
+@strawberry.input(name="JobFilter", description="Which jobs to list. All fields must match.")
+class JobFilterInput:
+    types: list[str] | None = strawberry.field(
+        default=None, description="Jobs of these types. Defaults to all types."
+    )
+    statuses: list[JobStatus] | None = strawberry.field(
+        default=None, description="Jobs with one of these statuses. Defaults to all statuses."
     )
 
 
-@strawberry.input(description="What a worker asks for.")
+@strawberry.input(description="The jobs a worker wants to lease.")
 class LeaseJobsInput:
-    job_types: list[str] = strawberry.field(description="The job types the worker can do.")
+    job_types: list[str] = strawberry.field(description="The job types the worker can run.")
     worker_id: str = strawberry.field(
-        description="Names the worker in attempts and logs, 1 to 255 characters."
+        description="The worker's name in attempts and logs, 1 to 255 characters."
     )
-    limit: int = strawberry.field(default=1, description="How many jobs at most, 1 to 100.")
+    limit: int = strawberry.field(default=1, description="The most jobs to lease, 1 to 100.")
     wait_seconds: int = strawberry.field(
-        default=0,
-        description="When no job is due: how long to wait for one, 0 to 30 seconds.",
+        default=0, description="How long to wait while no job is due, 0 to 30 seconds."
     )
 
 
@@ -82,7 +87,10 @@ class JobErrorInput:
     code: str = strawberry.field(
         default="worker_failed", description="A stable code for programs, in snake_case."
     )
-    details: JSON | None = optional("More about it, any JSON.")  # type: ignore[assignment]
+    details: JsonValue | None = strawberry.field(
+        default=None, description="More about the error, as any JSON."
+    )
 
     def error(self) -> JobError:
-        return JobError(self.code, self.message, self.details)  # type: ignore[arg-type]
+        """Return the error as the queue stores it."""
+        return JobError(self.code, self.message, self.details)

@@ -1,57 +1,68 @@
-"""What can be done: enqueue, cancel and retry jobs, and work them from anywhere."""
+"""Mutations: enqueue, cancel and retry jobs, and work them remotely.
+
+`enqueue`, whose input depends on the job types, is in `typed_mutation`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Annotated, Any
+from datetime import datetime
+from typing import Annotated, Final
 
 import strawberry
+from pydantic import JsonValue
 
+import job_registry
 from job_registry_api.graphql import errors
+from job_registry_api.graphql.access_scopes import Requires
 from job_registry_api.graphql.context import Context
-from job_registry_api.graphql.errors import REFUSALS, refusal
-from job_registry_api.graphql.inputs import (
-    EnqueueJobInput,
-    EnqueueOptions,
-    JobErrorInput,
-    LeaseJobsInput,
-)
-from job_registry_api.graphql.scalars import JSON, DateTime, TypedJob
-from job_registry_api.graphql.scopes import needs
-from job_registry_api.graphql.typed import sent_job
-from job_registry_api.graphql.types import Job, JobLease, described
-from job_registry_api.queue.enqueueing import Enqueued
+from job_registry_api.graphql.inputs import EnqueueJobInput, JobErrorInput, LeaseJobsInput
+from job_registry_api.graphql.types import Job, JobLease
+from job_registry_api.queue.enqueueing import Enqueued, Refusal
+from job_registry_api.queue.errors import IdempotencyConflict, InputInvalid
 from job_registry_api.queue.models import JobRecord
-from job_registry_api.queue.requests import EnqueueRequest
 
 
-@strawberry.type(description="The job is stored, and on disk.")
+@strawberry.type(description="The job is stored on disk.")
 class EnqueueJobSuccess:
-    job: Job = described("The job.")
-    deduplicated: bool = described(
-        "Whether an earlier call with this idempotency key had stored it; this one stored nothing."
+    job: Job = strawberry.field(description="The job.")
+    deduplicated: bool = strawberry.field(
+        description="Whether an earlier request with this idempotency key stored the job, and this"
+        " request stored nothing."
     )
 
+    @classmethod
+    def of(cls, enqueued: Enqueued) -> EnqueueJobSuccess:
+        return cls(job=Job.of(enqueued.job), deduplicated=enqueued.deduplicated)
 
-@strawberry.type(description="Leased jobs; none when none was due.")
+
+@strawberry.type(description="The leased jobs. The list is empty when no job was due.")
 class LeaseJobsSuccess:
-    leases: list[JobLease] = described("The jobs that are now this worker's.")
+    leases: list[JobLease] = strawberry.field(description="The leases of this worker.")
 
 
 @strawberry.type(description="The lease is renewed.")
 class HeartbeatJobSuccess:
-    expires_at: DateTime = described("Until when the lease holds without another heartbeat.")
-    seconds_left: float = described("Until the attempt times out; no heartbeat extends that.")
-    cancel_requested: bool = described(
-        "Whether the worker is to stop. It then reports with `failJob` or `releaseJob`, and the job"
-        " is cancelled."
+    expires_at: datetime = strawberry.field(
+        description="When the lease ends without another heartbeat."
     )
-    job: Job = described("The job.")
+    seconds_left: float = strawberry.field(
+        description="The time until the attempt times out. Heartbeats do not extend it."
+    )
+    cancel_requested: bool = strawberry.field(
+        description="Whether the worker must stop. It then reports with `failJob` or `releaseJob`,"
+        " and the job is cancelled."
+    )
+    job: Job = strawberry.field(description="The job.")
 
 
-@strawberry.type(description="The change was made.")
+@strawberry.type(description="The job was changed.")
 class JobChanged:
-    job: Job = described("The job as it stands now.")
+    job: Job = strawberry.field(description="The job after the change.")
+
+    @classmethod
+    def of(cls, job: JobRecord) -> JobChanged:
+        return cls(job=Job.of(job))
 
 
 EnqueueJobResult = Annotated[
@@ -72,75 +83,61 @@ RetryJobResult = Annotated[
 ]
 LeaseJobsResult = Annotated[
     LeaseJobsSuccess | errors.InputInvalid,
-    strawberry.union("LeaseJobsResult", description="The leased jobs, or why none could be."),
+    strawberry.union("LeaseJobsResult", description="The leased jobs, or why none was leased."),
 ]
 HeartbeatJobResult = Annotated[
     HeartbeatJobSuccess | errors.LeaseLost | errors.InputInvalid,
-    strawberry.union("HeartbeatJobResult", description="The renewed lease, or that it is lost."),
+    strawberry.union(
+        "HeartbeatJobResult", description="The renewed lease, or why it was not renewed."
+    ),
 ]
 CompleteJobResult = Annotated[
     JobChanged | errors.LeaseLost | errors.InputInvalid,
-    strawberry.union("CompleteJobResult", description="The job, or that the lease is lost."),
+    strawberry.union("CompleteJobResult", description="The job, or why it was not completed."),
 ]
 FailJobResult = Annotated[
     JobChanged | errors.LeaseLost | errors.InputInvalid,
-    strawberry.union("FailJobResult", description="The job, or that the lease is lost."),
+    strawberry.union("FailJobResult", description="The job, or why the attempt was not ended."),
 ]
 ReleaseJobResult = Annotated[
     JobChanged | errors.LeaseLost,
-    strawberry.union("ReleaseJobResult", description="The job, or that the lease is lost."),
+    strawberry.union("ReleaseJobResult", description="The job, or why it was not released."),
 ]
 SnoozeJobResult = Annotated[
     JobChanged | errors.LeaseLost | errors.InputInvalid,
-    strawberry.union("SnoozeJobResult", description="The job, or that the lease is lost."),
+    strawberry.union("SnoozeJobResult", description="The job, or why it was not snoozed."),
 ]
 
 JobId = Annotated[strawberry.ID, strawberry.argument(description="The job's id.")]
-LeaseToken = Annotated[
-    str, strawberry.argument(description="The `leaseToken` that `leaseJobs` gave.")
-]
+LeaseToken = Annotated[str, strawberry.argument(description="The `leaseToken` from `leaseJobs`.")]
 Info = strawberry.Info[Context, None]
 
 
-@strawberry.type(description="What can be done.")
+MUTATIONS: Final = "Mutations: enqueue, cancel and retry jobs, and work them as a remote worker."
+
+
+@strawberry.type(description=MUTATIONS)
 class Mutation:
-    @needs(
-        "jobs:enqueue",
-        description="Stores a job, to run as its type's policy says. A payload that is not what the"
-        " type asks for is refused, with every fault of it.",
+    @strawberry.mutation(
+        extensions=[Requires("jobs:enqueue")],
+        description="Store a job, to run by the policy of its type. A payload that is not valid is"
+        " refused, with every fault.",
     )
     async def enqueue_job(
         self,
         info: Info,
         input: Annotated[EnqueueJobInput, strawberry.argument(description="The job.")],
     ) -> EnqueueJobResult:
-        return await _enqueued(info.context, input.request())  # type: ignore[no-any-return]
+        caller = info.context.caller
+        caller.need_types([input.type])
+        enqueued = await info.context.queue.enqueue(input.request(), created_by=caller.subject)
+        return EnqueueJobSuccess.of(enqueued)
 
-    @needs(
-        "jobs:enqueue",
-        description="Stores a job, as `enqueueJob` does, with a field for each job type: a client"
-        " that is generated from this schema has its payload checked when it is compiled.",
-    )
-    async def enqueue(
-        self,
-        info: Info,
-        job: Annotated[
-            TypedJob, strawberry.argument(description="The job: its type, and its payload.")
-        ],
-        options: Annotated[
-            EnqueueOptions | None,
-            strawberry.argument(description="How it runs, where that is not as usual."),
-        ] = None,
-    ) -> EnqueueJobResult:
-        job_type, payload = sent_job(info, job)  # type: ignore[arg-type]
-        request = (options or EnqueueOptions()).request_of(job_type, payload)
-        return await _enqueued(info.context, request)  # type: ignore[no-any-return]
-
-    @needs(
-        "jobs:enqueue",
-        description="Stores many jobs, up to 1,000 unless this server is set otherwise, in one"
-        " transaction and answers for each, in order. A refused one does not keep the others out,"
-        " unless `atomic` asks for all or none.",
+    @strawberry.mutation(
+        extensions=[Requires("jobs:enqueue")],
+        description="Store many jobs, up to 1,000 unless the server is configured otherwise, in one"
+        " transaction. The results are in the order of the inputs. A refused job does not affect"
+        " the others, unless `atomic` is set.",
     )
     async def enqueue_jobs(
         self,
@@ -149,7 +146,7 @@ class Mutation:
         atomic: Annotated[
             bool,
             strawberry.argument(
-                description="Store all or none: when one is refused, so are the others, as"
+                description="Store all jobs or none. When one is refused, the others are refused as"
                 " `InputInvalid` with the code `not_stored`."
             ),
         ] = False,
@@ -159,101 +156,97 @@ class Mutation:
         results = await info.context.queue.enqueue_many(
             [each.request() for each in inputs], atomic=atomic, created_by=caller.subject
         )
-        return [
-            EnqueueJobSuccess(job=Job.of(result.job), deduplicated=result.deduplicated)
-            if isinstance(result, Enqueued)
-            else refusal(result)
-            for result in results
-        ]
+        return [_enqueued_or_refused(result) for result in results]
 
-    @needs(
-        "jobs:admin",
-        description="Cancels a queued job at once. A running one's worker is asked to stop, and it"
-        " is cancelled when it does, or when its lease runs out.",
+    @strawberry.mutation(
+        extensions=[Requires("jobs:admin")],
+        description="Cancel a job. A queued job is cancelled at once. The worker of a running"
+        " job is requested to stop; the job is cancelled when it stops or its lease expires.",
     )
     async def cancel_job(self, info: Info, id: JobId) -> CancelJobResult:
-        return await _changed(_seen(info.context, id, info.context.queue.cancel))  # type: ignore[no-any-return]
+        return await _changed_if_visible(info.context, id, info.context.queue.cancel)
 
-    @needs(
-        "jobs:admin",
-        description="Queues a failed or cancelled job again, to run now. When it has no attempt"
-        " left, it gets one more.",
+    @strawberry.mutation(
+        extensions=[Requires("jobs:admin")],
+        description="Queue a failed or cancelled job again, to run now. A job without attempts left"
+        " gets one more.",
     )
     async def retry_job(self, info: Info, id: JobId) -> RetryJobResult:
-        return await _changed(_seen(info.context, id, info.context.queue.retry))  # type: ignore[no-any-return]
+        return await _changed_if_visible(info.context, id, info.context.queue.retry)
 
-    @needs(
-        "jobs:work",
-        description="Leases due jobs to a worker, the highest priority first. The worker renews"
-        " each lease with `heartbeatJob` and ends it with one of `completeJob`, `failJob`,"
-        " `releaseJob` and `snoozeJob`; a lease that runs out spends the attempt.",
+    @strawberry.mutation(
+        extensions=[Requires("jobs:work")],
+        description="Lease due jobs to a worker, the highest priority first. The worker renews each"
+        " lease with `heartbeatJob` and ends it with `completeJob`, `failJob`, `releaseJob` or"
+        " `snoozeJob`. A lease that expires spends the attempt.",
     )
     async def lease_jobs(
         self,
         info: Info,
         input: Annotated[
-            LeaseJobsInput, strawberry.argument(description="Which jobs, how many, and for whom.")
+            LeaseJobsInput,
+            strawberry.argument(description="The job types, the worker, and how many jobs."),
         ],
     ) -> LeaseJobsResult:
         info.context.caller.need_types(input.job_types)
         queue = info.context.queue
-        try:
-            async with info.context.client_gone() as gone:
-                leases = await queue.lease(
-                    input.job_types,
-                    input.worker_id,
-                    limit=input.limit,
-                    wait_seconds=input.wait_seconds,
-                    stop=gone,
-                )
-                if gone.is_set():
-                    # Nobody would hear of them, and their attempts would be spent.
-                    queue.give_back(leases)
-                    leases = []
-        except REFUSALS as error:
-            return refusal(error)  # type: ignore[no-any-return]
+        async with info.context.client_gone() as gone:
+            leases = await queue.lease(
+                input.job_types,
+                input.worker_id,
+                limit=input.limit,
+                wait_seconds=input.wait_seconds,
+                stop=gone,
+            )
+            if gone.is_set():
+                # Nobody receives these leases, and their attempts would be spent.
+                queue.give_back(leases)
+                leases = []
         return LeaseJobsSuccess(leases=[JobLease.of(lease) for lease in leases])
 
-    @needs("jobs:work", description="Renews a lease, and hears whether to stop.")
+    @strawberry.mutation(
+        extensions=[Requires("jobs:work")],
+        description="Renew a lease, and learn whether to stop.",
+    )
     async def heartbeat_job(
         self,
         info: Info,
         lease_token: LeaseToken,
         progress: Annotated[
-            JSON | None,
-            strawberry.argument(description="How far the job is; null leaves what was said last."),
+            JsonValue | None,
+            strawberry.argument(
+                description="The progress of the job, as any JSON. Null keeps the last one."
+            ),
         ] = None,
     ) -> HeartbeatJobResult:
-        try:
-            heartbeat = await info.context.queue.heartbeat(lease_token, progress)  # type: ignore[arg-type]
-        except REFUSALS as error:
-            return refusal(error)  # type: ignore[no-any-return]
+        heartbeat = await info.context.queue.heartbeat(lease_token, progress)
         return HeartbeatJobSuccess(
-            expires_at=DateTime(heartbeat.expires_at),
+            expires_at=heartbeat.expires_at,
             seconds_left=heartbeat.seconds_left,
             cancel_requested=heartbeat.cancel_requested,
             job=Job.of(heartbeat.job),
         )
 
-    @needs(
-        "jobs:work",
-        description="Ends the job as succeeded. Sent again with the same token, it succeeds again"
-        " and writes nothing.",
+    @strawberry.mutation(
+        extensions=[Requires("jobs:work")],
+        description="End the job as succeeded. The same request sent again succeeds again and"
+        " writes nothing.",
     )
     async def complete_job(
         self,
         info: Info,
         lease_token: LeaseToken,
         result: Annotated[
-            JSON | None, strawberry.argument(description="What came of it, any JSON.")
+            JsonValue | None,
+            strawberry.argument(description="The result of the job, as any JSON."),
         ] = None,
     ) -> CompleteJobResult:
-        return await _changed(info.context.queue.complete(lease_token, result))  # type: ignore
+        return JobChanged.of(await info.context.queue.complete(lease_token, result))
 
-    @needs(
-        "jobs:work",
-        description="Ends the attempt as failed. The job is tried again after its backoff while"
-        " attempts are left, and fails otherwise.",
+    @strawberry.mutation(
+        extensions=[Requires("jobs:work")],
+        description="End the attempt as failed. While attempts are left, the job runs again after"
+        " its backoff. Otherwise it fails.",
     )
     async def fail_job(
         self,
@@ -261,63 +254,66 @@ class Mutation:
         lease_token: LeaseToken,
         error: Annotated[JobErrorInput, strawberry.argument(description="Why it failed.")],
         retryable: Annotated[
-            bool, strawberry.argument(description="False: another attempt would not help.")
+            bool, strawberry.argument(description="False when another attempt would not help.")
         ] = True,
         retry_after_seconds: Annotated[
             int | None,
-            strawberry.argument(description="How long to wait instead of the type's backoff."),
+            strawberry.argument(
+                description="The wait before the next attempt. Defaults to the backoff of the type."
+            ),
         ] = None,
     ) -> FailJobResult:
-        return await _changed(  # type: ignore[no-any-return]
-            info.context.queue.fail(
-                lease_token,
-                error.error(),
-                retryable=retryable,
-                retry_after_seconds=retry_after_seconds,
-            )
+        job = await info.context.queue.fail(
+            lease_token,
+            error.error(),
+            retryable=retryable,
+            retry_after_seconds=retry_after_seconds,
         )
+        return JobChanged.of(job)
 
-    @needs(
-        "jobs:work",
-        description="Hands the job back, to run again at once; the attempt is not spent.",
+    @strawberry.mutation(
+        extensions=[Requires("jobs:work")],
+        description="Return the job to the queue, to run again at once. The attempt is not spent.",
     )
     async def release_job(self, info: Info, lease_token: LeaseToken) -> ReleaseJobResult:
-        return await _changed(info.context.queue.release(lease_token))  # type: ignore[no-any-return]
+        return JobChanged.of(await info.context.queue.release(lease_token))
 
-    @needs(
-        "jobs:work", description="Hands the job back, to run again later; the attempt is not spent."
+    @strawberry.mutation(
+        extensions=[Requires("jobs:work")],
+        description="Return the job to the queue, to run again later. The attempt is not spent.",
     )
     async def snooze_job(
         self,
         info: Info,
         lease_token: LeaseToken,
         seconds: Annotated[
-            int, strawberry.argument(description="How much later, 0 to 31,536,000 seconds.")
+            int,
+            strawberry.argument(
+                description="The wait before the next run, 0 to 31,536,000 seconds."
+            ),
         ],
     ) -> SnoozeJobResult:
-        return await _changed(info.context.queue.snooze(lease_token, seconds))  # type: ignore[no-any-return]
+        return JobChanged.of(await info.context.queue.snooze(lease_token, seconds))
 
 
-async def _enqueued(context: Context, request: EnqueueRequest) -> Any:
-    context.caller.need_types([request.type])
-    try:
-        enqueued = await context.queue.enqueue(request, created_by=context.caller.subject)
-    except REFUSALS as error:
-        return refusal(error)
-    return EnqueueJobSuccess(job=Job.of(enqueued.job), deduplicated=enqueued.deduplicated)
+def _enqueued_or_refused(result: Enqueued | Refusal) -> EnqueueJobResult:
+    match result:
+        case Enqueued():
+            return EnqueueJobSuccess.of(result)
+        case job_registry.JobTypeNotFound():
+            return errors.JobTypeNotFound.of(result)
+        case job_registry.PayloadInvalid():
+            return errors.PayloadInvalid.of(result)
+        case InputInvalid():
+            return errors.InputInvalid.of(result)
+        case IdempotencyConflict():
+            return errors.IdempotencyConflict.of(result)
 
 
-async def _seen(
+async def _changed_if_visible(
     context: Context, job_id: str, change: Callable[[str], Awaitable[JobRecord]]
-) -> JobRecord:
-    """The change of a job that exists for the caller. A job's type never changes."""
+) -> JobChanged:
+    """Change a job that the caller may see. The type of a job never changes."""
     if context.caller.job_types is not None:
         await context.job(job_id)
-    return await change(job_id)
-
-
-async def _changed(change: Any) -> Any:
-    try:
-        return JobChanged(job=Job.of(await change))
-    except REFUSALS as error:
-        return refusal(error)
+    return JobChanged.of(await change(job_id))

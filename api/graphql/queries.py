@@ -1,21 +1,20 @@
-"""What can be asked: job types, policies, jobs, and a dry run of `enqueueJob`."""
+"""Queries: job types, policies, jobs, and a dry run of `enqueueJob`."""
 
 from __future__ import annotations
 
 import base64
 import binascii
 import uuid
+from datetime import datetime
 from typing import Annotated
 
 import strawberry
 
 from job_registry import Violation
 from job_registry_api.graphql import errors
+from job_registry_api.graphql.access_scopes import Requires
 from job_registry_api.graphql.context import Context
-from job_registry_api.graphql.errors import REFUSALS, refusal
-from job_registry_api.graphql.inputs import EnqueueJobInput, JobFilter
-from job_registry_api.graphql.scalars import DateTime
-from job_registry_api.graphql.scopes import needs
+from job_registry_api.graphql.inputs import EnqueueJobInput, JobFilterInput
 from job_registry_api.graphql.types import (
     Job,
     JobConnection,
@@ -23,33 +22,33 @@ from job_registry_api.graphql.types import (
     JobPolicy,
     JobType,
     PageInfo,
-    described,
 )
-from job_registry_api.queue import reading
+from job_registry_api.queue import models, reading
 from job_registry_api.queue.errors import InputInvalid
 
 JobTypeResult = Annotated[
     JobType | errors.JobTypeNotFound,
-    strawberry.union("JobTypeResult", description="The job type, or that there is none."),
+    strawberry.union("JobTypeResult", description="The job type, or why there is none."),
 ]
 JobPolicyResult = Annotated[
     JobPolicy | errors.JobTypeNotFound,
-    strawberry.union("JobPolicyResult", description="The policy, or that there is no such type."),
+    strawberry.union("JobPolicyResult", description="The policy, or why there is none."),
 ]
 JobResult = Annotated[
     Job | errors.JobNotFound,
-    strawberry.union("JobResult", description="The job, or that there is none."),
+    strawberry.union("JobResult", description="The job, or why there is none."),
 ]
 
 
 @strawberry.type(description="`enqueueJob` would store this job.")
 class JobValid:
-    max_attempts: int = described("How often it would run at most.")
-    timeout_seconds: int = described("How long one attempt might take.")
-    priority: int = described("The priority it would have.")
-    next_run_at: DateTime = described("When it might run first.")
-    duplicate_of: Job | None = described(
-        "The job that has the idempotency key and this payload already: it would be given back."
+    max_attempts: int = strawberry.field(description="How often the job would run at most.")
+    timeout_seconds: int = strawberry.field(description="How long one attempt could take.")
+    priority: int = strawberry.field(description="The priority of the job.")
+    next_run_at: datetime = strawberry.field(description="The earliest time of the first run.")
+    duplicate_of: Job | None = strawberry.field(
+        description="The job that already has the idempotency key and this payload. `enqueueJob`"
+        " would return it."
     )
 
 
@@ -60,15 +59,22 @@ ValidateJobResult = Annotated[
     | errors.InputInvalid
     | errors.IdempotencyConflict,
     strawberry.union(
-        "ValidateJobResult", description="What `enqueueJob` would say to the same input."
+        "ValidateJobResult",
+        description="The job that `enqueueJob` would store for the same input, or why it would"
+        " refuse it.",
     ),
 ]
 
+Info = strawberry.Info[Context, None]
 
-@strawberry.type(description="What can be asked.")
+
+@strawberry.type(description="Queries: job types, policies, jobs, and a dry run of `enqueueJob`.")
 class Query:
-    @needs("jobs:read", description="Every job type of this server, by name.")
-    def job_types(self, info: strawberry.Info[Context, None]) -> list[JobType]:
+    @strawberry.field(
+        extensions=[Requires("jobs:read")],
+        description="Every job type of this server, sorted by name.",
+    )
+    def job_types(self, info: Info) -> list[JobType]:
         context = info.context
         return [
             JobType.of(job_type)
@@ -76,84 +82,76 @@ class Query:
             if context.caller.may_see(name)
         ]
 
-    @needs("jobs:read", description="One job type.")
+    @strawberry.field(extensions=[Requires("jobs:read")], description="One job type.")
     def job_type(
         self,
-        info: strawberry.Info[Context, None],
-        job_type: Annotated[str, strawberry.argument(description="Its name.")],
+        info: Info,
+        job_type: Annotated[str, strawberry.argument(description="The name of the job type.")],
     ) -> JobTypeResult:
         info.context.caller.need_types([job_type])
-        try:
-            return JobType.of(info.context.queue.registry.get_type(job_type))
-        except REFUSALS as error:
-            return refusal(error)  # type: ignore[no-any-return]
+        return JobType.of(info.context.queue.registry.get_type(job_type))
 
-    @needs("jobs:read", description="The limits under which jobs of a type run.")
+    @strawberry.field(
+        extensions=[Requires("jobs:read")], description="The limits of the jobs of a type."
+    )
     def job_policy(
         self,
-        info: strawberry.Info[Context, None],
+        info: Info,
         job_type: Annotated[str, strawberry.argument(description="The name of the job type.")],
     ) -> JobPolicyResult:
         info.context.caller.need_types([job_type])
-        try:
-            return JobPolicy.of(job_type, info.context.queue.policy(job_type))
-        except REFUSALS as error:
-            return refusal(error)  # type: ignore[no-any-return]
+        return JobPolicy.of(job_type, info.context.queue.policy(job_type))
 
-    @needs(
-        "jobs:enqueue",
-        "jobs:read",
-        description="A dry run of `enqueueJob`: the same checks by the same code, and nothing is"
-        " written.",
+    @strawberry.field(
+        extensions=[Requires("jobs:enqueue", "jobs:read")],
+        description="A dry run of `enqueueJob`: makes the same checks and stores nothing.",
     )
     async def validate_job(
         self,
-        info: strawberry.Info[Context, None],
+        info: Info,
         input: Annotated[
-            EnqueueJobInput, strawberry.argument(description="What `enqueueJob` would be given.")
+            EnqueueJobInput, strawberry.argument(description="The input for `enqueueJob`.")
         ],
     ) -> ValidateJobResult:
         info.context.caller.need_types([input.type])
-        try:
-            valid = await info.context.queue.validate(input.request())
-        except REFUSALS as error:
-            return refusal(error)  # type: ignore[no-any-return]
+        valid = await info.context.queue.validate(input.request())
         return JobValid(
             max_attempts=valid.max_attempts,
             timeout_seconds=valid.timeout_seconds,
             priority=valid.priority,
-            next_run_at=DateTime(valid.next_run_at),
+            next_run_at=valid.next_run_at,
             duplicate_of=Job.of(valid.duplicate_of) if valid.duplicate_of else None,
         )
 
-    @needs("jobs:read", description="One job.")
+    @strawberry.field(extensions=[Requires("jobs:read")], description="One job.")
     async def job(
         self,
-        info: strawberry.Info[Context, None],
+        info: Info,
         id: Annotated[strawberry.ID, strawberry.argument(description="The job's id.")],
     ) -> JobResult:
-        try:
-            return Job.of(await info.context.job(id))
-        except REFUSALS as error:
-            return refusal(error)  # type: ignore[no-any-return]
+        return Job.of(await info.context.job(id))
 
-    @needs("jobs:read", description="Jobs, newest first, a page at a time.")
+    @strawberry.field(
+        extensions=[Requires("jobs:read")], description="A page of jobs, newest first."
+    )
     async def jobs(
         self,
-        info: strawberry.Info[Context, None],
+        info: Info,
         filter: Annotated[
-            JobFilter | None, strawberry.argument(description="Which jobs; all unless given.")
+            JobFilterInput | None,
+            strawberry.argument(description="Which jobs to list. Defaults to all jobs."),
         ] = None,
         first: Annotated[
             int,
             strawberry.argument(
-                description="How many on the page, 1 to 200 unless this server is set otherwise."
+                description="The number of jobs on the page, 1 to 200 unless the server is"
+                " configured otherwise."
             ),
         ] = 50,
         after: Annotated[
             str | None,
             strawberry.argument(
-                description="The `endCursor` of the page before; null for the first."
+                description="The `endCursor` of the previous page. Null for the first page."
             ),
         ] = None,
     ) -> JobConnection:
@@ -163,9 +161,9 @@ class Query:
         if not types and caller.job_types is not None:
             # No types is no restriction, and no job has a type without a name.
             types = tuple(sorted(caller.job_types)) or ("",)
+        statuses = (filter.statuses or []) if filter else []
         wanted = reading.JobFilter(
-            types=types,
-            statuses=tuple(filter.statuses or ()) if filter else (),
+            types=types, statuses=tuple(models.JobStatus[each.name] for each in statuses)
         )
         page = await info.context.queue.list_jobs(
             wanted, first=first, after=None if after is None else _id_of(after)
@@ -191,5 +189,5 @@ def _id_of(cursor: str) -> uuid.UUID:
     try:
         return uuid.UUID(bytes=base64.b64decode(cursor + "==", altchars=b"-_", validate=True))
     except (ValueError, binascii.Error):
-        message = "Expected an endCursor of an earlier page."
+        message = "Expected the endCursor of another page."
         raise InputInvalid((Violation("/after", "invalid_format", message),)) from None

@@ -1,4 +1,4 @@
-"""What can be followed: the events of jobs."""
+"""Subscriptions: the events of jobs."""
 
 from __future__ import annotations
 
@@ -9,30 +9,29 @@ from typing import Annotated
 import strawberry
 
 from job_registry import JobTypeNotFound, Violation
+from job_registry_api.graphql.access_scopes import Requires
 from job_registry_api.graphql.context import Context
-from job_registry_api.graphql.scopes import subscription
-from job_registry_api.graphql.types import Job, described
+from job_registry_api.graphql.types import Job, JobStatus
 from job_registry_api.queue import events
 from job_registry_api.queue.errors import InputInvalid, JobNotFound
-from job_registry_api.queue.models import JobStatus
 from job_registry_api.queue.requests import parse_job_id
 
 
-@strawberry.type(description="Something that happened to a job, told once it is committed.")
+@strawberry.type(description="A change of a job, sent once it is committed.")
 class JobEvent:
-    name: str = described(
-        "`job.created`, `job.started`, `job.progressed`, `job.cancel_requested` (of a running job,"
-        " which its worker now stops), `job.succeeded`, `job.retrying` (queued again, for another"
-        " attempt), `job.failed` or `job.cancelled`. More names may be added."
+    name: str = strawberry.field(
+        description="`job.created`, `job.started`, `job.progressed`, `job.cancel_requested` (of a"
+        " running job, whose worker now stops), `job.succeeded`, `job.retrying` (queued again for"
+        " another attempt), `job.failed` or `job.cancelled`. More names may be added."
     )
-    job_id: strawberry.ID = described("The job.")
-    type: str = described("Its job type.")
-    status: JobStatus = described("The status it has since then.")
-    attempt: int = described("How many attempts had begun.")
+    job_id: strawberry.ID = strawberry.field(description="The job.")
+    type: str = strawberry.field(description="Its job type.")
+    status: JobStatus = strawberry.field(description="Its status after the event.")
+    attempt: int = strawberry.field(description="How many attempts had begun.")
 
     @strawberry.field(
-        description="The job as it is when this is read, which may be later; null once it was"
-        " deleted."
+        description="The job when this field is read, which may be later than the event. Null once"
+        " the job was deleted."
     )
     async def job(self, info: strawberry.Info[Context, None]) -> Job | None:
         try:
@@ -46,27 +45,28 @@ class JobEvent:
             name=event.name,
             job_id=strawberry.ID(str(event.job_id)),
             type=event.type,
-            status=event.status,
+            status=JobStatus[event.status.name],
             attempt=event.attempt,
         )
 
 
-@strawberry.type(description="What can be followed.")
+@strawberry.type(description="Subscriptions: the events of jobs.")
 class Subscription:
-    @subscription(
-        "jobs:read",
-        description="What happens to jobs from now on, in every process, in the order of commits."
-        " A subscriber that falls 1,000 events behind is dropped with the error `events_missed`: it"
-        " reads the jobs and subscribes again.",
+    @strawberry.subscription(
+        extensions=[Requires("jobs:read")],
+        description="The events of jobs from now on, of every process, in the order of commits. A"
+        " subscriber that falls 1,000 events behind is dropped with the error `events_missed`. It"
+        " must read the jobs and subscribe again.",
     )
     async def job_events(
         self,
         info: strawberry.Info[Context, None],
         job_id: Annotated[
-            strawberry.ID | None, strawberry.argument(description="Of this job alone.")
+            strawberry.ID | None, strawberry.argument(description="Only events of this job.")
         ] = None,
         job_types: Annotated[
-            list[str] | None, strawberry.argument(description="Of jobs of these types alone.")
+            list[str] | None,
+            strawberry.argument(description="Only events of jobs of these types."),
         ] = None,
     ) -> AsyncGenerator[JobEvent, None]:
         queue, caller = info.context.queue, info.context.caller

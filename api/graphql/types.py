@@ -1,80 +1,92 @@
-"""What clients read: job types, policies, jobs, attempts, leases."""
+"""The objects that clients read: job types, policies, jobs, attempts, leases."""
 
 from __future__ import annotations
 
+from datetime import datetime
+from enum import Enum
 from typing import Annotated, Any, Final
 
 import strawberry
+from pydantic import JsonValue
 
 from job_registry import JobPolicy as Policy
 from job_registry import JobType as RegisteredType
 from job_registry_api.auth import AccessScope
+from job_registry_api.graphql.access_scopes import OPEN, Requires
 from job_registry_api.graphql.context import Context
-from job_registry_api.graphql.scalars import JSON, DateTime
-from job_registry_api.graphql.scopes import needs, open_to_all
 from job_registry_api.queue import claiming, models, reading
-from job_registry_api.queue.models import AttemptOutcome, JobStatus
-
-strawberry.enum(JobStatus, name="JobStatus", description="Where a job is in its life.")
-strawberry.enum(AttemptOutcome, name="AttemptOutcome", description="How an attempt ended.")
-
-_STATUS_DESCRIPTIONS = {
-    "QUEUED": "Waiting to run. Scheduled for later, or waiting for another attempt, when"
-    " `nextRunAt` is ahead.",
-    "RUNNING": "A worker has leased it.",
-    "SUCCEEDED": "It ran and succeeded. Final.",
-    "FAILED": "No attempt is left, or another would not help. `retryJob` queues it again.",
-    "CANCELLED": "It was cancelled. `retryJob` queues it again.",
-}
-_OUTCOME_DESCRIPTIONS = {
-    "SUCCEEDED": "The job was done.",
-    "FAILED": "The handler, or the remote worker, reported an error.",
-    "TIMED_OUT": "It ran into the job's `timeoutSeconds`.",
-    "LOST": "The worker stopped renewing its lease: it died, or lost touch.",
-    "RELEASED": "The worker handed the job back, usually because it shut down. The attempt is not"
-    " spent.",
-    "SNOOZED": "The job was put off. The attempt is not spent.",
-    "CANCELLED": "The job was cancelled while it ran.",
-}
-
-
-def _describe_values(enum: Any, descriptions: dict[str, str]) -> None:
-    for value in enum.__strawberry_definition__.values:
-        value.description = descriptions[value.name]
-
-
-_describe_values(JobStatus, _STATUS_DESCRIPTIONS)
-_describe_values(AttemptOutcome, _OUTCOME_DESCRIPTIONS)
-
 
 READERS: Final[tuple[AccessScope, ...]] = ("jobs:read", "jobs:work")
-"""Who may read what is in a job. One who only enqueues may be given a job that was there before."""
+"""Who may read the content of a job. A caller who may only enqueue can reach a job that another
+caller stored: the one of an idempotency conflict."""
 
 
-def described(text: str) -> Any:
-    """A field that is read off its object, with its description."""
-    return strawberry.field(description=text)
+@strawberry.enum(description="Where a job is in its life.")
+class JobStatus(Enum):
+    QUEUED = strawberry.enum_value(
+        "queued",
+        description="Waiting to run. When `nextRunAt` is in the future, the job is scheduled or"
+        " waits for its next attempt.",
+    )
+    RUNNING = strawberry.enum_value("running", description="Leased by a worker.")
+    SUCCEEDED = strawberry.enum_value("succeeded", description="It ran and succeeded. Final.")
+    FAILED = strawberry.enum_value(
+        "failed",
+        description="No attempt is left, or another would not help. `retryJob` queues it again.",
+    )
+    CANCELLED = strawberry.enum_value(
+        "cancelled", description="It was cancelled. `retryJob` queues it again."
+    )
+
+
+@strawberry.enum(description="How an attempt ended.")
+class AttemptOutcome(Enum):
+    SUCCEEDED = strawberry.enum_value("succeeded", description="The job is done.")
+    FAILED = strawberry.enum_value(
+        "failed", description="The handler, or the remote worker, reported an error."
+    )
+    TIMED_OUT = strawberry.enum_value(
+        "timed_out", description="The attempt exceeded the job's `timeoutSeconds`."
+    )
+    LOST = strawberry.enum_value(
+        "lost",
+        description="The worker stopped renewing its lease: it died, or lost its connection.",
+    )
+    RELEASED = strawberry.enum_value(
+        "released",
+        description="The worker returned the job, usually because it shut down. The attempt is"
+        " not spent.",
+    )
+    SNOOZED = strawberry.enum_value(
+        "snoozed", description="The job was postponed. The attempt is not spent."
+    )
+    CANCELLED = strawberry.enum_value(
+        "cancelled", description="The job was cancelled while it ran."
+    )
 
 
 @strawberry.type(description="How long a failed job waits before its next attempt.")
 class Backoff:
-    base_seconds: float = described(
-        "The wait after the first attempt; it doubles with each further one."
+    base_seconds: float = strawberry.field(
+        description="The wait after the first attempt. It doubles with each further attempt."
     )
-    cap_seconds: float = described("The longest wait.")
+    cap_seconds: float = strawberry.field(description="The longest wait.")
 
 
 @strawberry.type(
-    description="What the queue enforces for the jobs of a type, while they run, over all workers."
+    description="The limits that the queue enforces for the jobs of a type, over all workers."
 )
 class JobPolicy:
-    type: str = described("The job type.")
-    max_attempts: int = described("How often a job runs at most, the first run included.")
-    timeout_seconds: int = described("How long one attempt may take.")
-    concurrency_limit: int | None = described(
-        "How many jobs of the type run at once, over all workers and machines. Null: no limit."
+    type: str = strawberry.field(description="The job type.")
+    max_attempts: int = strawberry.field(
+        description="How often a job runs at most, the first run included."
     )
-    backoff: Backoff = described("The wait between attempts.")
+    timeout_seconds: int = strawberry.field(description="How long one attempt may take.")
+    concurrency_limit: int | None = strawberry.field(
+        description="How many jobs of the type run at once at most, over all workers and machines."
+        " Null: no limit."
+    )
+    backoff: Backoff = strawberry.field(description="The wait between attempts.")
 
     @classmethod
     def of(cls, job_type: str, policy: Policy) -> JobPolicy:
@@ -89,53 +101,61 @@ class JobPolicy:
         )
 
 
-@strawberry.type(description="How many jobs of a type there are in each status.")
+@strawberry.type(description="The number of jobs of a type in each status.")
 class JobCounts:
-    queued: int = described("Waiting, also those that are scheduled or will be tried again.")
-    running: int = described("Leased by a worker.")
-    succeeded: int = described("Succeeded and not yet deleted.")
-    failed: int = described("Failed and not yet deleted.")
-    cancelled: int = described("Cancelled and not yet deleted.")
-
-
-@strawberry.type(description="A type of job: what its payload looks like, and how its jobs run.")
-class JobType:
-    registered: strawberry.Private[RegisteredType[Any]]
-    name: str = described("The name that `enqueueJob` takes, such as `thumbnail.create`.")
-    description: str = described("What a job of this type does.")
-    has_handler: bool = described(
-        "Whether this server's workers can run it. Otherwise remote workers do, with `leaseJobs`."
+    queued: int = strawberry.field(
+        description="Waiting to run, scheduled jobs and those between attempts included."
     )
+    running: int = strawberry.field(description="Leased by a worker.")
+    succeeded: int = strawberry.field(description="Succeeded and not yet deleted.")
+    failed: int = strawberry.field(description="Failed and not yet deleted.")
+    cancelled: int = strawberry.field(description="Cancelled and not yet deleted.")
 
-    @strawberry.field(description="The payload's JSON Schema, draft 2020-12.")
-    def payload_schema(self) -> JSON:
-        return JSON(dict(self.registered.payload_schema))
-
-    @strawberry.field(description="A payload that is valid, to start from.")
-    def example_payload(self) -> JSON:
-        return JSON(dict(self.registered.example_payload))
-
-    @strawberry.field(description="The limits under which its jobs run.")
-    def policy(self) -> JobPolicy:
-        return JobPolicy.of(self.name, self.registered.policy)
-
-    @strawberry.field(
-        description="A hash of what the payload's schema demands. It changes when the schema does,"
-        " and not when only a description does."
-    )
-    def fingerprint(self) -> str:
-        return self.registered.fingerprint
-
-    @strawberry.field(description="How many jobs of this type there are in each status.")
-    async def counts(self, info: strawberry.Info[Context, None]) -> JobCounts:
-        counts = (await info.context.counts())[self.name]
-        return JobCounts(
+    @classmethod
+    def of(cls, counts: models.JobCounts) -> JobCounts:
+        return cls(
             queued=counts.queued,
             running=counts.running,
             succeeded=counts.succeeded,
             failed=counts.failed,
             cancelled=counts.cancelled,
         )
+
+
+@strawberry.type(description="A type of job: the schema of its payload, and how its jobs run.")
+class JobType:
+    registered: strawberry.Private[RegisteredType[Any]]
+    name: str = strawberry.field(
+        description="The name to pass to `enqueueJob`, such as `thumbnail.create`."
+    )
+    description: str = strawberry.field(description="What a job of this type does.")
+    has_handler: bool = strawberry.field(
+        description="Whether this server's workers can run it. Otherwise remote workers run it,"
+        " with `leaseJobs`."
+    )
+
+    @strawberry.field(description="The JSON Schema of the payload, draft 2020-12.")
+    def payload_schema(self) -> JsonValue:
+        return dict(self.registered.payload_schema)
+
+    @strawberry.field(description="A valid payload to start from.")
+    def example_payload(self) -> JsonValue:
+        return dict(self.registered.example_payload)
+
+    @strawberry.field(description="The limits of its jobs.")
+    def policy(self) -> JobPolicy:
+        return JobPolicy.of(self.name, self.registered.policy)
+
+    @strawberry.field(
+        description="A hash of what the payload's schema demands. It changes with the schema, and"
+        " not when only a description changes."
+    )
+    def fingerprint(self) -> str:
+        return self.registered.fingerprint
+
+    @strawberry.field(description="The number of jobs of this type in each status.")
+    async def counts(self, info: strawberry.Info[Context, None]) -> JobCounts:
+        return JobCounts.of((await info.context.counts())[self.name])
 
     @classmethod
     def of(cls, registered: RegisteredType[Any]) -> JobType:
@@ -149,69 +169,76 @@ class JobType:
 
 @strawberry.type(description="Why an attempt, or a job, failed.")
 class JobError:
-    code: str = described(
-        "A stable code, such as `handler_failed`, `timed_out`, `lost`, `payload_invalid`, or the"
-        " one a remote worker gave."
+    code: str = strawberry.field(
+        description="A stable code, such as `handler_failed`, `timed_out`, `lost`,"
+        " `payload_invalid`, or the one that a remote worker reported."
     )
-    message: str = described("A sentence for people.")
-    details: JSON | None = described("More about it, where there is more.")
+    message: str = strawberry.field(description="A sentence for people.")
+    details: JsonValue | None = strawberry.field(
+        description="More about the error, if there is more."
+    )
 
     @classmethod
     def of(cls, error: models.JobError | None) -> JobError | None:
         if error is None:
             return None
-        return cls(code=error.code, message=error.message, details=JSON(error.details))
+        return cls(code=error.code, message=error.message, details=error.details)
 
 
-@strawberry.type(description="One run of a job: a lease, from its start to its end.")
+@strawberry.type(description="One run of a job, from the start of its lease to the end.")
 class JobAttempt:
-    attempt: int = described(
-        "The number of the attempt. One that was released or snoozed gives its number back."
+    attempt: int = strawberry.field(
+        description="The number of the attempt. The next attempt after a released or snoozed one"
+        " has the same number."
     )
-    worker_id: str = described("The worker that leased the job.")
-    started_at: DateTime = described("When it was leased.")
-    finished_at: DateTime | None = described("When it ended; null while it runs.")
-    outcome: AttemptOutcome | None = described("How it ended; null while it runs.")
-    still_running: bool = described(
-        "Whether the attempt has timed out and its handler has not stopped yet. It counts towards"
-        " the concurrency limit of its type until it has."
+    worker_id: str = strawberry.field(description="The worker that leased the job.")
+    started_at: datetime = strawberry.field(description="When the job was leased.")
+    finished_at: datetime | None = strawberry.field(
+        description="When the attempt ended. Null while it runs."
     )
-    error: JobError | None = described("Why it failed, if it did.")
+    outcome: AttemptOutcome | None = strawberry.field(
+        description="How the attempt ended. Null while it runs."
+    )
+    still_running: bool = strawberry.field(
+        description="Whether the attempt has timed out and its handler has not stopped yet. Until"
+        " it stops, it counts towards the concurrency limit of its type."
+    )
+    error: JobError | None = strawberry.field(description="Why the attempt failed, if it did.")
 
     @classmethod
     def of(cls, attempt: models.AttemptRecord) -> JobAttempt:
         return cls(
             attempt=attempt.attempt,
             worker_id=attempt.worker_id,
-            started_at=DateTime(attempt.started_at),
-            finished_at=DateTime(attempt.finished_at) if attempt.finished_at else None,
-            outcome=attempt.outcome,
+            started_at=attempt.started_at,
+            finished_at=attempt.finished_at,
+            outcome=AttemptOutcome[attempt.outcome.name] if attempt.outcome else None,
             still_running=attempt.still_running,
             error=JobError.of(attempt.error),
         )
 
 
-@strawberry.type(description="The job's time has not come.")
+@strawberry.type(description="The job is scheduled for a later time.")
 class ScheduledFor:
-    next_run_at: DateTime = described("When it may run.")
+    next_run_at: datetime = strawberry.field(description="The earliest time of the next run.")
 
 
 @strawberry.type(description="As many jobs of the type run as its policy allows.")
 class ConcurrencyLimitReached:
-    limit: int = described("The policy's `concurrencyLimit`.")
-    running: int = described("How many run now.")
+    limit: int = strawberry.field(description="The policy's `concurrencyLimit`.")
+    running: int = strawberry.field(description="How many run now.")
 
 
-@strawberry.type(description="No worker has asked for jobs of this type in the last minute.")
+@strawberry.type(description="No worker has requested jobs of this type in the last minute.")
 class NoWorkerSeen:
-    last_seen_seconds_ago: float | None = described(
-        "How long ago one last did; null when none ever has."
+    last_seen_seconds_ago: float | None = strawberry.field(
+        description="How long ago a worker last did. Null when none ever has."
     )
 
 
-@strawberry.type(description="Workers are there, and other jobs of the type go first.")
+@strawberry.type(description="Workers are there, and other jobs of the type run first.")
 class BehindInQueue:
-    ahead: int = described("How many due jobs go first, counted up to 1,000.")
+    ahead: int = strawberry.field(description="How many due jobs run first, counted up to 1,000.")
 
 
 WaitingReason = Annotated[
@@ -220,62 +247,98 @@ WaitingReason = Annotated[
 ]
 
 
-@strawberry.type(description="A job: a payload of some type, and what became of it.")
+@strawberry.type(description="A job: a payload of some type, its state, and its result.")
 class Job:
     record: strawberry.Private[models.JobRecord]
     is_foreign: strawberry.Private[bool]
-    id: strawberry.ID = open_to_all("A UUID of version 7: ids of later jobs are greater.")
-    type: str = open_to_all("The job type.")
-    status: JobStatus = open_to_all("Where it is in its life.")
-    priority: int = open_to_all("0 to 100; of due jobs the higher ones go first.")
-    attempt: int = open_to_all("How many attempts have begun: 0 before the first run.")
-    max_attempts: int = open_to_all("How often it runs at most, the first run included.")
-    timeout_seconds: int = open_to_all("How long one attempt may take.")
-    next_run_at: DateTime | None = open_to_all("When it may run next; null unless it is queued.")
-    created_at: DateTime = open_to_all("When it was stored.")
-    started_at: DateTime | None = open_to_all("When its latest attempt began.")
-    finished_at: DateTime | None = open_to_all("When it succeeded, failed or was cancelled.")
-    created_by: str | None = open_to_all("Who enqueued it: the `sub` of the caller's token.")
-    idempotency_key: str | None = open_to_all("The key it was enqueued with.")
-    cancel_requested_at: DateTime | None = open_to_all(
-        "When its cancellation was asked for. A running job's worker is told with its heartbeat."
+    id: strawberry.ID = strawberry.field(
+        metadata=OPEN, description="A UUID of version 7: later jobs have greater ids."
     )
-    worker_id: str | None = needs(*READERS, description="The worker of its latest attempt.")
-    progress: JSON | None = needs(
-        *READERS, description="What its handler last reported of its progress."
+    type: str = strawberry.field(metadata=OPEN, description="The job type.")
+    status: JobStatus = strawberry.field(metadata=OPEN, description="Where it is in its life.")
+    priority: int = strawberry.field(
+        metadata=OPEN,
+        description="0 to 100. Among due jobs the higher priority runs first.",
     )
-    result: JSON | None = needs(*READERS, description="What its handler returned.")
-    error: JobError | None = needs(
-        *READERS, description="Why its latest attempt failed; null once it succeeded."
+    attempt: int = strawberry.field(
+        metadata=OPEN, description="How many attempts have begun: 0 before the first run."
+    )
+    max_attempts: int = strawberry.field(
+        metadata=OPEN, description="How often it runs at most, the first run included."
+    )
+    timeout_seconds: int = strawberry.field(
+        metadata=OPEN, description="How long one attempt may take."
+    )
+    next_run_at: datetime | None = strawberry.field(
+        metadata=OPEN, description="The earliest time of its next run. Null unless it is queued."
+    )
+    created_at: datetime = strawberry.field(metadata=OPEN, description="When it was stored.")
+    started_at: datetime | None = strawberry.field(
+        metadata=OPEN, description="When its latest attempt began."
+    )
+    finished_at: datetime | None = strawberry.field(
+        metadata=OPEN, description="When it succeeded, failed or was cancelled."
+    )
+    created_by: str | None = strawberry.field(
+        metadata=OPEN, description="Who enqueued it: the `sub` of the caller's token."
+    )
+    idempotency_key: str | None = strawberry.field(
+        metadata=OPEN, description="The idempotency key it was enqueued with."
+    )
+    cancel_requested_at: datetime | None = strawberry.field(
+        metadata=OPEN,
+        description="When its cancellation was requested. The worker of a running job learns of"
+        " it from its next heartbeat.",
+    )
+    worker_id: str | None = strawberry.field(
+        extensions=[Requires(*READERS)], description="The worker of its latest attempt."
+    )
+    progress: JsonValue | None = strawberry.field(
+        extensions=[Requires(*READERS)], description="The progress that its handler last reported."
+    )
+    result: JsonValue | None = strawberry.field(
+        extensions=[Requires(*READERS)], description="The value that its handler returned."
+    )
+    error: JobError | None = strawberry.field(
+        extensions=[Requires(*READERS)],
+        description="Why its latest attempt failed. Null once it succeeded.",
     )
 
-    @open_to_all(
-        "The payload, as it came in. That of the job in an `IdempotencyConflict`, which another"
-        " caller may have stored, needs the scope `jobs:read` or `jobs:work`."
+    @strawberry.field(
+        metadata=OPEN,
+        description="The payload as the client sent it. The payload of the job in an"
+        " `IdempotencyConflict`, which another caller may have stored, needs the scope `jobs:read`"
+        " or `jobs:work`.",
     )
-    def payload(self, info: strawberry.Info[Context, None]) -> JSON:
+    def payload(self, info: strawberry.Info[Context, None]) -> JsonValue:
         if self.is_foreign:
             info.context.caller.need(*READERS)
-        return JSON(self.record.payload)
+        return self.record.payload
 
-    @needs(*READERS, description="Every attempt so far, the first one first.")
+    @strawberry.field(
+        extensions=[Requires(*READERS)], description="Every attempt so far, the first one first."
+    )
     async def attempts(self, info: strawberry.Info[Context, None]) -> list[JobAttempt]:
         attempts = await info.context.attempts.load(self.record.id)
         return [JobAttempt.of(attempt) for attempt in attempts]
 
-    @open_to_all(
-        "The policy of its type as it is now; null when the type is not registered any more."
-        " What this job keeps to is its own `maxAttempts` and `timeoutSeconds`."
+    @strawberry.field(
+        metadata=OPEN,
+        description="The current policy of its type. Null when the type is no longer registered."
+        " The job itself runs by its own `maxAttempts` and `timeoutSeconds`.",
     )
     def policy(self, info: strawberry.Info[Context, None]) -> JobPolicy | None:
         registered = info.context.queue.registry.get(self.type)
         return JobPolicy.of(self.type, registered.policy) if registered else None
 
-    @open_to_all("Why it does not run at this moment; null unless it is queued.")
+    @strawberry.field(
+        metadata=OPEN,
+        description="Why it does not run at this moment. Null unless it is queued.",
+    )
     async def waiting_reason(self, info: strawberry.Info[Context, None]) -> WaitingReason | None:
         match await info.context.waiting_reasons.load(self.record):
             case reading.ScheduledFor(next_run_at):
-                return ScheduledFor(next_run_at=DateTime(next_run_at))
+                return ScheduledFor(next_run_at=next_run_at)
             case reading.ConcurrencyLimitReached(limit, running):
                 return ConcurrencyLimitReached(limit=limit, running=running)
             case reading.NoWorkerSeen(seconds):
@@ -291,60 +354,66 @@ class Job:
             is_foreign=is_foreign,
             id=strawberry.ID(str(record.id)),
             type=record.type,
-            status=record.status,
+            status=JobStatus[record.status.name],
             priority=record.priority,
             attempt=record.attempt,
             max_attempts=record.max_attempts,
             timeout_seconds=record.timeout_seconds,
-            next_run_at=record.next_run_at,  # type: ignore[arg-type]
-            created_at=record.created_at,  # type: ignore[arg-type]
-            started_at=record.started_at,  # type: ignore[arg-type]
-            finished_at=record.finished_at,  # type: ignore[arg-type]
+            next_run_at=record.next_run_at,
+            created_at=record.created_at,
+            started_at=record.started_at,
+            finished_at=record.finished_at,
             created_by=record.created_by,
             idempotency_key=record.idempotency_key,
-            cancel_requested_at=record.cancel_requested_at,  # type: ignore[arg-type]
+            cancel_requested_at=record.cancel_requested_at,
             worker_id=record.worker_id,
-            progress=JSON(record.progress),
-            result=JSON(record.result),
+            progress=record.progress,
+            result=record.result,
             error=JobError.of(record.error),
         )
 
 
-@strawberry.type(description="Where a page stands among all pages.")
+@strawberry.type(description="The position of a page among all pages.")
 class PageInfo:
-    has_next_page: bool = described("Whether older jobs follow.")
-    has_previous_page: bool = described("Whether this page was asked for with `after`.")
-    start_cursor: str | None = described("The cursor of the first job on the page.")
-    end_cursor: str | None = described("The cursor to ask for the next page with, as `after`.")
+    has_next_page: bool = strawberry.field(description="Whether older jobs follow.")
+    has_previous_page: bool = strawberry.field(
+        description="Whether the page was requested with `after`."
+    )
+    start_cursor: str | None = strawberry.field(
+        description="The cursor of the first job on the page."
+    )
+    end_cursor: str | None = strawberry.field(
+        description="The cursor of the last job on the page. Pass it as `after` for the next page."
+    )
 
 
 @strawberry.type(description="A job on a page, and its cursor.")
 class JobEdge:
-    cursor: str = described("Names this place in the list; opaque.")
-    node: Job = described("The job.")
+    cursor: str = strawberry.field(description="The position of the job in the list, opaque.")
+    node: Job = strawberry.field(description="The job.")
 
 
 @strawberry.type(description="A page of jobs, newest first.")
 class JobConnection:
-    edges: list[JobEdge] = described("The jobs with their cursors.")
-    nodes: list[Job] = described("The jobs alone.")
-    page_info: PageInfo = described("Where the page stands.")
+    edges: list[JobEdge] = strawberry.field(description="The jobs with their cursors.")
+    nodes: list[Job] = strawberry.field(description="The jobs without cursors.")
+    page_info: PageInfo = strawberry.field(description="The position of the page.")
 
 
 @strawberry.type(
-    description="A job that is leased to a worker: it is this worker's until `expiresAt`, and no"
-    " other worker gets it."
+    description="A job leased to a worker. Until `expiresAt`, no other worker gets the job."
 )
 class JobLease:
-    lease_token: str = described(
-        "Proves the lease in every later call. Secret to the worker, and new with each lease."
+    lease_token: str = strawberry.field(
+        description="Proves the lease in every later request. It is secret to the worker, and new"
+        " with each lease."
     )
-    job: Job = described("The job to do.")
-    expires_at: DateTime = described(
-        "Until when the lease holds without a heartbeat. Renew it well before."
+    job: Job = strawberry.field(description="The job to run.")
+    expires_at: datetime = strawberry.field(
+        description="When the lease ends without a heartbeat. Renew it well before."
     )
-    deadline_at: DateTime = described(
-        "When the attempt times out, however often the lease is renewed."
+    deadline_at: datetime = strawberry.field(
+        description="When the attempt times out. Heartbeats do not extend it."
     )
 
     @classmethod
@@ -352,6 +421,6 @@ class JobLease:
         return cls(
             lease_token=lease.token,
             job=Job.of(lease.job),
-            expires_at=DateTime(lease.expires_at),
-            deadline_at=DateTime(lease.deadline_at),
+            expires_at=lease.expires_at,
+            deadline_at=lease.deadline_at,
         )

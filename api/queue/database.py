@@ -671,7 +671,7 @@ class Database:
                 await asyncio.sleep(1.0)
 
 
-class _Connection(asyncpg.Connection):  # type: ignore[misc]
+class _Connection(asyncpg.Connection):  # type: ignore[misc]  # asyncpg has no types.
     """A connection that can be given a deadline, at which it is dropped without waiting.
 
     Cancelling a query would open a second connection to cancel it on the server, and wait for

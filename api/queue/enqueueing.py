@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import Final, NamedTuple, TypeVar, cast
 
 from pydantic import JsonValue
@@ -213,7 +214,7 @@ class Enqueueing:
         for job in jobs:
             if outcomes[job.id] is None:
                 outcomes[job.id] = await self._database.patiently(
-                    lambda job=job: self._keyed_inserts.submit(job),  # type: ignore[misc]
+                    partial(self._keyed_inserts.submit, job),
                     "another transaction holds the idempotency key",
                 )
         return [present(outcomes[job.id]) for job in jobs], True

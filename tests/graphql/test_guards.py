@@ -12,7 +12,7 @@ import pytest
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
-from job_registry_api.graphql.operations import Operations
+from job_registry_api.graphql.execution import Executor
 from job_registry_api.logs import configure_logs
 from tests.http_client import Visit, serving
 
@@ -39,7 +39,7 @@ FRAGMENTS = "fragment A on Query { ...B } fragment B on Query { %s }"
             {"max_query_depth": "5"},
             "{ jobs { edges { node { policy { type } } } } }",
             "{ jobs { edges { node { policy { backoff { capSeconds } } } } } }",
-            "At most 5 levels of fields are taken",
+            "more than 5 levels of fields",
         ),
         (
             {"max_query_depth": "5"},
@@ -47,25 +47,25 @@ FRAGMENTS = "fragment A on Query { ...B } fragment B on Query { %s }"
             " fragment J on Job { policy { backoff { capSeconds } } }",
             "{ ...A } fragment A on Query { jobs { edges { node { ...J } } } }"
             " fragment J on Job { ... on Job { policy { backoff { capSeconds } } } }",
-            "At most 5 levels of fields are taken",
+            "more than 5 levels of fields",
         ),
         (
             {"max_query_aliases": "3"},
             "{ a: __typename b: __typename c: __typename }",
             "{ a: __typename b: __typename c: __typename d: __typename }",
-            "At most 3 aliases and repeated fields are taken",
+            "more than 3 aliases and repeated fields",
         ),
         (
             {"max_query_aliases": "3"},
             "{ __typename __typename __typename __typename }",
             "{ __typename __typename __typename __typename __typename }",
-            "At most 3 aliases and repeated fields are taken",
+            "more than 3 aliases and repeated fields",
         ),
         (
             {"max_query_aliases": "3"},
             "{ ...A } " + FRAGMENTS % "a: __typename b: __typename c: __typename",
             "{ ...A ...A } " + FRAGMENTS % "a: __typename b: __typename",
-            "At most 3 aliases and repeated fields are taken",
+            "more than 3 aliases and repeated fields",
         ),
         (
             {"max_query_directives": "3"},
@@ -73,7 +73,7 @@ FRAGMENTS = "fragment A on Query { ...B } fragment B on Query { %s }"
             .replace("query @skip(if: false)", "query"),
             "{ ... @skip(if: false) { a: __typename @skip(if: false) @include(if: true)"
             " b: __typename @skip(if: false) } }",
-            "At most 3 directives are taken",
+            "more than 3 directives",
         ),
         (
             {"max_query_tokens": "100"},
@@ -111,13 +111,13 @@ async def test_fragments_that_double_each_other_are_told_at_once(visit: Visit) -
     cycle = "{ ...A } fragment A on Query { ...B } fragment B on Query { ...A }"
     async with visit() as client, asyncio.timeout(5):
         doubled, cycled = await ask(client, document), await ask(client, cycle)
-    assert "At most 30 aliases" in messages(doubled)[0]
+    assert "more than 30 aliases" in messages(doubled)[0]
     assert "within itself" in messages(cycled)[0]
 
 
 async def test_the_limits_hold_on_every_way_in(database_url: str) -> None:
     document = "subscription { a: jobEvents { name } }"
-    said = "At most 0 aliases and repeated fields are taken, and there are more."
+    said = "The document has more than 0 aliases and repeated fields."
     async with (
         serving(database_url, "--no-worker", max_query_aliases="0") as (address, _),
         httpx.AsyncClient(base_url=f"http://{address}") as client,
@@ -466,7 +466,7 @@ async def test_an_error_outside_of_every_field_is_told_by_its_id_as_well(
     async def broken(*_args: Any) -> None:
         raise RuntimeError(SECRET)
 
-    monkeypatch.setattr(Operations, "execute", broken)
+    monkeypatch.setattr(Executor, "execute", broken)
     async with visit() as client:
         response = await ask(client, "{ __typename }", accept=accept)
     assert response.status_code == (500 if accept == "application/json" else 200)

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from job_registry import JobRegistry
 from job_registry_api.auth import ANYONE
 from job_registry_api.graphql.context import Context
-from job_registry_api.graphql.schema import strawberry_schema
+from job_registry_api.graphql.schema import build_schema
 from tests.http_client import Execute
 
 pytestmark = pytest.mark.any_database
@@ -203,7 +204,7 @@ async def test_a_time_without_an_offset_is_a_violation_where_an_offset_is_needed
     assert data["enqueueJob"]["violations"] == [fault]
 
 
-AS_STRAWBERRY = [
+DOCUMENTS = [
     (
         """query ($filter: JobFilter, $first: Int = 3) {
              jobs(filter: $filter, first: $first) {
@@ -248,9 +249,13 @@ AS_STRAWBERRY = [
 ]
 
 
-@pytest.mark.parametrize(("query", "variables"), AS_STRAWBERRY)
-async def test_the_direct_resolvers_answer_as_strawberrys_own_do(
-    http: httpx.AsyncClient, execute: Execute, query: str, variables: dict[str, Any]
+@pytest.mark.parametrize(("query", "variables"), DOCUMENTS)
+async def test_a_document_is_executed_as_strawberry_executes_it(
+    http: httpx.AsyncClient,
+    execute: Execute,
+    registry: JobRegistry,
+    query: str,
+    variables: dict[str, Any],
 ) -> None:
     later = datetime(2031, 1, 1, tzinfo=UTC).isoformat()
     await execute(
@@ -261,7 +266,7 @@ async def test_the_direct_resolvers_answer_as_strawberrys_own_do(
         ],
     )
     queue = http.application.state.queue  # type: ignore[attr-defined]
-    expected = await strawberry_schema().execute(
+    expected = await build_schema(registry).execute(
         query, variable_values=variables, context_value=Context(queue, ANYONE)
     )
     assert expected.errors is None

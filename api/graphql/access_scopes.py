@@ -1,0 +1,84 @@
+"""The access scopes of fields: declared with each field, checked before it resolves.
+
+A field of a guarded type has `Requires` among its extensions, or `OPEN` as its metadata.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
+
+import strawberry
+from strawberry.extensions import FieldExtension
+from strawberry.types.field import StrawberryField
+
+from job_registry_api.auth import AccessScope
+from job_registry_api.graphql.context import Context
+
+_OPEN: Final = "open"
+OPEN: Final = {_OPEN: True}
+"""The metadata of a field that every caller who reaches its object may read."""
+
+GUARDED: Final = ("Query", "Mutation", "Subscription", "Job")
+"""The types whose fields declare their access scopes."""
+
+
+class Requires(FieldExtension):
+    """Requires one of these access scopes of the caller, and says so in the field's description."""
+
+    def __init__(self, *access_scopes: AccessScope) -> None:
+        self._access_scopes = access_scopes
+        self._sentence = f"Needs the scope {' or '.join(f'`{each}`' for each in access_scopes)}."
+
+    def apply(self, field: StrawberryField) -> None:
+        """Complete the description. Strawberry calls this for each schema it builds."""
+        description = field.description or ""
+        if not description.endswith(self._sentence):
+            field.description = f"{description} {self._sentence}".strip()
+
+    def resolve(
+        self,
+        next_: Callable[..., Any],
+        source: object,
+        info: strawberry.Info[Context, None],
+        **arguments: object,
+    ) -> Any:
+        """Resolve the field for a caller who may.
+
+        Raises:
+            Forbidden: the caller has none of the access scopes.
+        """
+        info.context.caller.need(*self._access_scopes)
+        return next_(source, info, **arguments)
+
+    async def resolve_async(
+        self,
+        next_: Callable[..., Awaitable[Any]],
+        source: object,
+        info: strawberry.Info[Context, None],
+        **arguments: object,
+    ) -> Any:
+        """Resolve the field for a caller who may.
+
+        Raises:
+            Forbidden: the caller has none of the access scopes.
+        """
+        info.context.caller.need(*self._access_scopes)
+        return await next_(source, info, **arguments)
+
+
+def check_access_scope(type_name: str, field: StrawberryField) -> None:
+    """Check that a field of a guarded type declares who may read it.
+
+    The fields of the root types are never open. `Job` is reached with several access scopes, not
+    all of which may read all of it. Every other object is reached through one of these.
+
+    Raises:
+        LookupError: the field declares nothing.
+    """
+    if type_name not in GUARDED:
+        return
+    requires = any(isinstance(extension, Requires) for extension in field.extensions)
+    is_open = type_name == "Job" and field.metadata.get(_OPEN)
+    if not (requires or is_open):
+        raise LookupError(f"{type_name}.{field.python_name} does not declare its access scope")

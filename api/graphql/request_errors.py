@@ -1,0 +1,45 @@
+"""The `errors` of a response: known exceptions by their code, unexpected ones only by an id."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from graphql import ExecutionResult, GraphQLError
+
+from job_registry import CodedError
+from job_registry_api.logs import log_unexpected
+
+
+def format_result(result: ExecutionResult) -> dict[str, Any]:
+    """Format a result for a response. It has no `data`, not even null, if nothing was executed."""
+    if not result.errors:
+        return {"data": result.data}
+    errors = [format_error(error) for error in result.errors]
+    if result.data is None and all(error.path is None for error in result.errors):
+        return {"errors": errors}
+    return {"errors": errors, "data": result.data}
+
+
+def format_exception(exception: Exception) -> dict[str, Any]:
+    """Format an exception that no field raised."""
+    return format_error(GraphQLError("", original_error=exception))
+
+
+def format_error(error: GraphQLError) -> dict[str, Any]:
+    """Format an error for a response.
+
+    An unexpected exception is logged, and the client gets the id of that log line: the message of
+    an exception may quote a payload, a path or a statement.
+    """
+    original = error.original_error
+    extensions: dict[str, Any]
+    match original:
+        case None | GraphQLError():
+            return dict(error.formatted)
+        case CodedError():
+            message, extensions = str(original), {"code": original.code, **original.details()}
+        case _:
+            error_id = log_unexpected("graphql", original)
+            message = f"Something went wrong here. It is logged as {error_id}."
+            extensions = {"code": "internal_error", "errorId": error_id}
+    return {**error.formatted, "message": message, "extensions": extensions}

@@ -1,0 +1,229 @@
+"""GraphQL over WebSockets, as an ASGI application: the graphql-transport-ws protocol.
+
+https://github.com/enisdenjo/graphql-ws/blob/master/PROTOCOL.md
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing, suppress
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+from pydantic_core import from_json, to_json
+from starlette.types import Receive, Scope, Send
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from job_registry_api.auth import (
+    AuthenticationUnavailable,
+    Authenticator,
+    Caller,
+    Forbidden,
+    TooManyRequests,
+    Unauthenticated,
+)
+from job_registry_api.graphql.context import Context
+from job_registry_api.graphql.execution import DocumentRefused, Executor
+from job_registry_api.graphql.request_errors import format_exception, format_result
+from job_registry_api.logs import log_unexpected
+
+PROTOCOL: Final = "graphql-transport-ws"
+INIT_SECONDS: Final = 10.0
+"""A client that has not sent `connection_init` by then is disconnected."""
+
+
+class GraphQLOverWebSocket:
+    """Serves the schema over WebSockets.
+
+    The bearer token is that of the handshake's Authorization header or, as a browser cannot send
+    one there, `Authorization` in the payload of `connection_init`. A page in a browser may connect
+    from this origin and from `allowed_origins`.
+    """
+
+    def __init__(
+        self, executor: Executor, authenticator: Authenticator, *, allowed_origins: Sequence[str]
+    ) -> None:
+        self._executor = executor
+        self._authenticator = authenticator
+        self._allowed_origins = frozenset(allowed_origins)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        with suppress(WebSocketDisconnect):
+            await self._serve(WebSocket(scope, receive, send))
+
+    async def _serve(self, socket: WebSocket) -> None:
+        if not self._is_origin_allowed(socket):
+            await socket.close()  # Before it is accepted: the handshake is answered with 403.
+            return
+        if PROTOCOL not in socket.scope["subprotocols"]:
+            await socket.accept()
+            await socket.close(4406, "Subprotocol not acceptable")
+            return
+        await socket.accept(PROTOCOL)
+        try:
+            await _Connection(socket, self._executor, self._authenticator).serve()
+        except _ProtocolViolation as violation:
+            # A close frame holds 123 bytes of reason (RFC 6455, section 5.5).
+            reason = violation.reason.encode()[:123].decode(errors="ignore")
+            await socket.close(violation.code, reason)
+        except WebSocketDisconnect:
+            raise
+        except Exception as error:
+            log_unexpected("websocket", error)
+            await socket.close(1011)
+
+    def _is_origin_allowed(self, socket: WebSocket) -> bool:
+        origin = socket.headers.get("origin", "").lower()
+        return (
+            not origin  # Not a browser.
+            or socket.headers.get("sec-fetch-site") == "same-origin"
+            or urlsplit(origin).netloc == socket.headers.get("host", "").lower()
+            or origin in self._allowed_origins
+        )
+
+
+class _ProtocolViolation(Exception):
+    """Raised when the server has to close the connection, with the protocol's code."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        self.code = code
+        self.reason = reason
+        super().__init__(reason)
+
+
+class _Connection:
+    """An accepted connection: its caller, and its operations by the client's ids."""
+
+    def __init__(self, socket: WebSocket, executor: Executor, authenticator: Authenticator) -> None:
+        self._socket = socket
+        self._executor = executor
+        self._authenticator = authenticator
+        self._caller: Caller | None = None
+        self._operations: dict[str, asyncio.Task[None]] = {}
+
+    async def serve(self) -> None:
+        """Answer messages until the client hangs up.
+
+        Raises:
+            WebSocketDisconnect: the client hung up.
+            _ProtocolViolation: the connection is to be closed.
+        """
+        try:
+            try:
+                async with asyncio.timeout(INIT_SECONDS) as init:
+                    while True:
+                        await self._answer(await self._message())
+                        if self._caller is not None:
+                            init.reschedule(None)
+            except TimeoutError:
+                raise _ProtocolViolation(4408, "Connection initialisation timeout") from None
+        finally:
+            tasks = list(self._operations.values())
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _message(self) -> dict[str, Any]:
+        received = await self._socket.receive()
+        if received["type"] == "websocket.disconnect":
+            raise WebSocketDisconnect(received.get("code", 1005))
+        try:
+            message = from_json(received.get("text") or b"", allow_inf_nan=False)
+        except ValueError:
+            raise _ProtocolViolation(4400, "The message is not JSON") from None
+        if (
+            not isinstance(message, dict)
+            or not isinstance(message.get("type"), str)
+            or not isinstance(message.get("id", ""), str)
+            or not isinstance(message.get("payload"), dict | None)
+        ):
+            raise _ProtocolViolation(4400, "The message is not valid")
+        return message
+
+    async def _answer(self, message: dict[str, Any]) -> None:
+        payload = message.get("payload")
+        match message["type"], message.get("id"):
+            case "connection_init", _:
+                await self._initialise(payload or {})
+            case "ping", _:
+                await self._send("pong")
+            case "pong", _:
+                pass
+            case "subscribe", str() as operation_id if payload is not None:
+                if self._caller is None:
+                    raise _ProtocolViolation(4401, "Unauthorized")
+                if operation_id in self._operations:
+                    raise _ProtocolViolation(4409, f"Subscriber for {operation_id} already exists")
+                running = self._run(operation_id, payload, self._caller)
+                self._operations[operation_id] = asyncio.create_task(running)
+            case "complete", str() as operation_id:
+                if operation_id in self._operations:
+                    self._operations.pop(operation_id).cancel()
+            case kind, _:
+                raise _ProtocolViolation(4400, f"The message of type {kind} is not valid")
+
+    async def _initialise(self, payload: dict[str, Any]) -> None:
+        if self._caller is not None:
+            raise _ProtocolViolation(4429, "Too many initialisation requests")
+        given = payload.get("Authorization", payload.get("authorization"))
+        try:
+            self._caller = await self._authenticator.authenticate(
+                self._socket.scope, given if isinstance(given, str) else None
+            )
+        except (Unauthenticated, Forbidden, TooManyRequests, AuthenticationUnavailable):
+            raise _ProtocolViolation(4403, "Forbidden") from None
+        await self._send("connection_ack")
+
+    async def _run(self, operation_id: str, payload: dict[str, Any], caller: Caller) -> None:
+        """Execute an operation, and send its results."""
+        try:
+            async with aclosing(self._contents(payload, caller)) as contents:
+                async for content in contents:
+                    if "data" not in content:
+                        # Nothing was executed, or the events end: no message follows.
+                        self._operations.pop(operation_id, None)
+                        await self._send("error", operation_id, content["errors"])
+                        return
+                    await self._send("next", operation_id, content)
+            self._operations.pop(operation_id, None)
+            await self._send("complete", operation_id)
+        except WebSocketDisconnect:
+            pass  # `serve` learns of it as well.
+
+    async def _contents(
+        self, payload: dict[str, Any], caller: Caller
+    ) -> AsyncGenerator[dict[str, Any]]:
+        query, variables, name = (
+            payload.get(key) for key in ("query", "variables", "operationName")
+        )
+        if (
+            not isinstance(query, str)
+            or not isinstance(variables, dict | None)
+            or not isinstance(name, str | None)
+        ):
+            message = "query has to be a string, variables an object, operationName a string."
+            yield {"errors": [{"message": message}]}
+            return
+        try:
+            self._authenticator.check_again(self._socket.scope, caller)
+            prepared = self._executor.prepare(query, name)
+        except DocumentRefused as refused:
+            yield {"errors": [error.formatted for error in refused.errors]}
+            return
+        except Exception as error:
+            yield {"errors": [format_exception(error)]}
+            return
+        context = Context(self._socket.app.state.queue, caller)
+        async with aclosing(self._executor.results(prepared, variables, context)) as results:
+            async for result in results:
+                yield format_result(result)
+
+    async def _send(self, kind: str, operation_id: str | None = None, payload: Any = None) -> None:
+        message: dict[str, Any] = {"type": kind}
+        if operation_id is not None:
+            message["id"] = operation_id
+        if payload is not None:
+            message["payload"] = payload
+        await self._socket.send_text(to_json(message).decode())
