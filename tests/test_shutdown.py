@@ -343,10 +343,11 @@ def test_a_database_that_does_not_answer_holds_nothing_up(
     command: str, job: str | None, frozen: tuple[str, Any], catalog: Path
 ) -> None:
     url, freeze = frozen
-    with (
-        started(command, url, catalog) if job is None else running(command, url, catalog, job)
-    ) as given:
-        process = given if job is None else given[0]
+    with contextlib.ExitStack() as stack:
+        if job is None:
+            process = stack.enter_context(started(command, url, catalog))
+        else:
+            process, _ = stack.enter_context(running(command, url, catalog, job))
         freeze()
         process.end(within=GRACE + CLOSE_SECONDS + SOON)
         # Forced where a report or the end of a connection waits for the database.

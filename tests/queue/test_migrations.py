@@ -76,7 +76,8 @@ def differences(connection: Connection) -> list[Any]:
     context = MigrationContext.configure(
         connection, opts={"version_table": "job_registry_version", "compare_type": True}
     )
-    return compare_metadata(context, METADATA)
+    found: list[Any] = compare_metadata(context, METADATA)
+    return found
 
 
 def definitions(url: str) -> set[tuple[object, ...]]:
