@@ -29,6 +29,8 @@ from tests.conftest import run_sql
 from tests.http_client import Visit
 from tests.test_auth import AUTH, CLAIMS, bearer
 
+pytestmark = pytest.mark.any_database
+
 Test = TypeVar("Test", bound=Callable[..., Any])
 TRIED: set[str] = set()
 

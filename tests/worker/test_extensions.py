@@ -30,6 +30,8 @@ from job_registry_api.queue.models import JobStatus
 from job_registry_api.worker import Worker, WorkerStartError
 from tests.worker.house import House, Text
 
+pytestmark = pytest.mark.any_database
+
 tenant: ContextVar[str] = ContextVar("tenant", default="")
 opened: ContextVar[str] = ContextVar("opened", default="")
 

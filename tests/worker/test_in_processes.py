@@ -28,6 +28,8 @@ from job_registry_api.worker import Worker, processes
 from tests.conftest import run_sql
 from tests.worker import crowd
 
+pytestmark = pytest.mark.any_database
+
 ENDED = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED)
 
 

@@ -19,6 +19,8 @@ from job_registry import Fail, JobContext
 from job_registry_api.queue.models import JobStatus
 from tests.worker.house import House, Text
 
+pytestmark = pytest.mark.any_database
+
 
 class Large:
     """Something that a handler holds on to in its frame."""

@@ -110,6 +110,7 @@ async def test_an_idle_worker_starts_a_new_job_at_once(database_url: str, catalo
     assert statistics.median(delays) < promised
 
 
+@pytest.mark.any_database
 async def test_sigterm_lets_a_running_job_end(database_url: str, catalog: Path) -> None:
     database = Database(database_url)
     queue = JobQueue(JobRegistry(discover(["naps"])), database)
@@ -123,6 +124,7 @@ async def test_sigterm_lets_a_running_job_end(database_url: str, catalog: Path) 
     await database.close()
 
 
+@pytest.mark.any_database
 async def test_sigterm_does_not_wait_for_a_thread_longer_than_it_was_told(
     database_url: str, catalog: Path
 ) -> None:
@@ -139,6 +141,7 @@ async def test_sigterm_does_not_wait_for_a_thread_longer_than_it_was_told(
     await database.close()
 
 
+@pytest.mark.any_database
 async def test_a_second_signal_hands_running_jobs_back(database_url: str, catalog: Path) -> None:
     database = Database(database_url)
     queue = JobQueue(JobRegistry(discover(["naps"])), database)
