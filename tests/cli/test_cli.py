@@ -15,8 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests import CODE
-from tests.cli import forks
+from tests import CODE, forks
 
 GOOD = '{"assetId": "a", "versionNumber": 1}'
 
@@ -35,7 +34,7 @@ class Shell:
         self, *arguments: str, stdin: str = "", **settings: str
     ) -> subprocess.CompletedProcess[str]:
         environment = {**self.environment, **settings}
-        return forks.run(arguments, folder=self.folder, environment=environment, stdin=stdin)
+        return forks.run(arguments, environment=environment, folder=self.folder, stdin=stdin)
 
     def start(self, *arguments: str, **settings: str) -> subprocess.Popen[str]:
         return subprocess.Popen(

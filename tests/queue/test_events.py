@@ -239,6 +239,7 @@ async def test_a_log_that_cannot_be_written_fails_no_operation(
     await database.close()
 
 
+@pytest.mark.any_database
 async def test_a_reader_of_standard_error_that_has_gone_fails_no_call(database_url: str) -> None:
     # What `job-registry serve 2>&1 | head -1` does.
     process = await asyncio.create_subprocess_exec(
