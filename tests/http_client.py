@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
@@ -15,6 +14,7 @@ import pytest
 from job_registry import JobRegistry
 from job_registry_api.app import create_app
 from job_registry_api.settings import load_settings
+from tests.forks import Command
 
 Execute = Callable[..., Any]
 Visit = Callable[..., AbstractAsyncContextManager[httpx.AsyncClient]]
@@ -67,16 +67,13 @@ async def serving(
 ) -> AsyncIterator[tuple[str, int]]:
     """The host and port, and the process id, of a `job-registry serve` of the test's own."""
     given = {f"JOBS_{name.upper()}": value for name, value in settings.items()}
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "job_registry_api.cli", "serve", "--port", "0", *options,
-        env={**os.environ, "JOBS_DATABASE_URL": database_url, "JOBS_LOG_LEVEL": "error"} | given,
-        stderr=asyncio.subprocess.PIPE,
-    )  # fmt: skip
+    environment = {**os.environ, "JOBS_DATABASE_URL": database_url, "JOBS_LOG_LEVEL": "error"}
+    process = Command(["serve", "--port", "0", *options], environment=environment | given)
     assert process.stderr is not None
-    banner = (await process.stderr.readline()).decode()
+    banner = await asyncio.to_thread(process.stderr.readline)
     try:
         yield banner.split("http://")[1].split("/graphql")[0], process.pid
     finally:
         process.terminate()
         # Subscriptions and waits that are open do not hold the end up.
-        await asyncio.wait_for(process.wait(), 15)
+        await asyncio.to_thread(process.communicate, 15)

@@ -35,6 +35,26 @@ TEST_SETTINGS: Final[Mapping[str, str]] = {
 }
 
 
+MEMORY: Final = Path("/dev/shm")
+MEMORY_BYTES: Final = 4 * 2**30
+"""What the servers of several test processes may take at most, with room to spare."""
+
+
+def memory() -> Path | None:
+    """Return the folder of a file system in memory, if there is one with enough room."""
+    roomy = os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free >= MEMORY_BYTES
+    return MEMORY if roomy else None
+
+
+def data_folder(prefix: str) -> Path:
+    """Make a folder for the server of a test: in memory, where there is room.
+
+    There a copy of a database takes 0.06 seconds; on a disk it takes 0.6.
+    """
+    # A socket's path may have 107 bytes, so the folder is not a deep one.
+    return Path(tempfile.mkdtemp(prefix=prefix, dir=memory()))
+
+
 class ServerMissing(Exception):
     """Raised when no PostgreSQL of the system is installed. The message says what to install."""
 
@@ -97,7 +117,9 @@ def installed() -> Path:
 
 
 @contextmanager
-def running_server(settings: Mapping[str, str] = TEST_SETTINGS) -> Iterator[Server]:
+def running_server(
+    settings: Mapping[str, str] = TEST_SETTINGS, *, in_memory: bool = False
+) -> Iterator[Server]:
     """Run a server on loopback, in a data folder of its own, while the context is open.
 
     Raises:
@@ -105,8 +127,8 @@ def running_server(settings: Mapping[str, str] = TEST_SETTINGS) -> Iterator[Serv
     """
     binaries = installed()
     account = _unprivileged_account()
-    # A socket's path may have 107 bytes, so the folder is not a deep one.
-    folder = Path(tempfile.mkdtemp(prefix="jobs-debian-"))
+    prefix = "jobs-debian-"
+    folder = data_folder(prefix) if in_memory else Path(tempfile.mkdtemp(prefix=prefix))
     try:
         if account is not None:
             shutil.chown(folder, account)

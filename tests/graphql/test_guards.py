@@ -195,7 +195,7 @@ async def test_a_message_that_is_none_of_the_protocols_ends_the_connection_and_i
     ]
     assert heard[-1]["code"] == code
     assert len(heard[-1]["reason"].encode()) <= 123
-    assert b"error" not in log.buffer.getvalue()  # type: ignore[attr-defined]
+    assert b"error" not in log.buffer.getvalue()
 
 
 async def test_one_fault_in_many_places_is_one_error(visit: Visit) -> None:
@@ -449,7 +449,7 @@ async def test_an_unexpected_error_is_told_by_an_id_and_logged_without_what_it_q
     for told in (answer.text, rest.text):
         assert not any(leak in told for leak in ("INSERT", "Traceback", ".py", SECRET, "Runtime"))
     log.seek(0)
-    lines = log.buffer.getvalue().decode()  # type: ignore[attr-defined]
+    lines = log.buffer.getvalue().decode()
     assert SECRET not in lines
     logged = [json.loads(line) for line in lines.splitlines() if "unexpected" in line]
     assert [line["error_id"] for line in logged] == ids
@@ -486,4 +486,4 @@ async def test_what_a_handlers_exception_says_is_kept_with_the_job_and_not_logge
         assert (await client.post("/jobs", json=refused)).status_code == 422
         broken = await client.post("/graphql", json={"query": "{ " + SECRET})
         assert messages(broken)
-    assert SECRET not in log.buffer.getvalue().decode()  # type: ignore[attr-defined]
+    assert SECRET not in log.buffer.getvalue().decode()

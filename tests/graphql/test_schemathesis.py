@@ -13,6 +13,7 @@ import schemathesis
 from graphql import parse_value
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from schemathesis.core.result import Ok
 from schemathesis.graphql import nodes
 
 from tests.graphql.test_inputs import literal
@@ -44,6 +45,7 @@ def send_documents(url: str) -> list[str]:
     """Sends random documents for each field, and checks the answers; gives the fields."""
     fields = []
     for found in schemathesis.graphql.from_url(url).get_all_operations():
+        assert isinstance(found, Ok), found
         operation = found.ok()
         fields.append(operation.label)
 

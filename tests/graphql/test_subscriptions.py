@@ -10,9 +10,11 @@ from typing import Any
 import httpx
 import pytest
 from websockets.asyncio.client import connect
+from websockets.typing import Subprotocol
 
 from tests.http_client import Visit, serving
 
+TRANSPORT = Subprotocol("graphql-transport-ws")
 SUBSCRIPTION = """
 subscription ($types: [String!]) {
   jobEvents(jobTypes: $types) { name jobId type status attempt job { id status } } }"""
@@ -34,7 +36,7 @@ async def enqueue(address: str, job: dict[str, Any] = JOB) -> str:
 
 async def test_events_come_over_a_websocket(address: str) -> None:
     async with (
-        connect(f"ws://{address}/graphql", subprotocols=["graphql-transport-ws"]) as socket,
+        connect(f"ws://{address}/graphql", subprotocols=[TRANSPORT]) as socket,
         asyncio.timeout(10),
     ):
         await socket.send(json.dumps({"type": "connection_init"}))
@@ -172,7 +174,7 @@ mutation ($id: ID!) {
 
 async def test_a_requested_cancellation_is_an_event_of_a_running_job(address: str) -> None:
     async with (
-        connect(f"ws://{address}/graphql", subprotocols=["graphql-transport-ws"]) as socket,
+        connect(f"ws://{address}/graphql", subprotocols=[TRANSPORT]) as socket,
         httpx.AsyncClient(base_url=f"http://{address}") as client,
         asyncio.timeout(10),
     ):

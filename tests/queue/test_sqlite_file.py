@@ -7,7 +7,7 @@ import shutil
 import sqlite3
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import closing
 from pathlib import Path
 from urllib.parse import quote
@@ -37,7 +37,7 @@ async def database(path: Path) -> AsyncIterator[Database]:
     await database.close()
 
 
-def store(name: str, seconds: float = 0.0) -> object:
+def store(name: str, seconds: float = 0.0) -> Callable[[sqlite3.Connection], str]:
     def work(connection: sqlite3.Connection) -> str:
         connection.execute("INSERT INTO job_type_state (type) VALUES (?)", (name,))
         time.sleep(seconds)
@@ -54,10 +54,10 @@ async def stored(database: Database) -> set[str]:
 
 async def test_writes_are_whole_or_not_at_all(database: Database) -> None:
     def broken(connection: sqlite3.Connection) -> None:
-        store("half")(connection)  # type: ignore[operator]
+        store("half")(connection)
         raise KeyError("half")
 
-    assert await database.write(store("one")) == "one"  # type: ignore[arg-type]
+    assert await database.write(store("one")) == "one"
     with pytest.raises(KeyError):
         await database.write(broken)
     assert await stored(database) == {"one"}
@@ -73,7 +73,7 @@ async def test_writes_are_one_at_a_time_with_transactions_between_them(database:
                 {"t": f"t{number}-{before.scalar_one()}"},
             )
 
-    writes = [database.write(store(f"w{n}")) for n in range(20)]  # type: ignore[arg-type]
+    writes = [database.write(store(f"w{n}")) for n in range(20)]
     await asyncio.gather(*writes, *(transaction(n) for n in range(20)))
     counted = {int(name.partition("-")[2]) for name in await stored(database) if "-" in name}
     assert len(counted) == 20
@@ -82,21 +82,21 @@ async def test_writes_are_one_at_a_time_with_transactions_between_them(database:
 async def test_a_cancelled_write_is_cancelled_at_once_and_ends_by_itself(
     database: Database,
 ) -> None:
-    call = asyncio.create_task(database.write(store("slow", 0.5)))  # type: ignore[arg-type]
+    call = asyncio.create_task(database.write(store("slow", 0.5)))
     await asyncio.sleep(0.1)
     call.cancel()
     began = time.monotonic()
     with pytest.raises(asyncio.CancelledError):
         await call
     assert time.monotonic() - began < 0.2
-    await database.write(store("next"))  # type: ignore[arg-type]
+    await database.write(store("next"))
     assert await stored(database) == {"slow", "next"}
 
 
 async def test_a_write_that_is_cancelled_before_its_turn_never_begins(database: Database) -> None:
-    first = asyncio.create_task(database.write(store("first", 0.3)))  # type: ignore[arg-type]
+    first = asyncio.create_task(database.write(store("first", 0.3)))
     await asyncio.sleep(0.05)
-    second = asyncio.create_task(database.write(store("second")))  # type: ignore[arg-type]
+    second = asyncio.create_task(database.write(store("second")))
     await asyncio.sleep(0.05)
     second.cancel()
     await asyncio.wait({first, second})
@@ -111,14 +111,14 @@ async def test_another_processs_write_is_waited_for_until_the_deadline(
         other.execute("BEGIN IMMEDIATE")
         began = time.monotonic()
         with pytest.raises(QueueUnavailable) as refused:
-            await database.write(store("late"))  # type: ignore[arg-type]
+            await database.write(store("late"))
         assert refused.value.kind == "timeout"
         async with asyncio.TaskGroup() as group:
-            for call in (database.write(store("x")), begin(database)):  # type: ignore[arg-type]
+            for call in (database.write(store("x")), begin(database)):
                 group.create_task(refuse(call))
         assert time.monotonic() - began < 2 * 2 + 1
         other.execute("ROLLBACK")
-    await database.write(store("now"))  # type: ignore[arg-type]
+    await database.write(store("now"))
     assert await stored(database) == {"now"}
 
 
@@ -127,9 +127,9 @@ async def begin(database: Database) -> None:
         pass
 
 
-async def refuse(call: object) -> None:
+async def refuse(call: Awaitable[object]) -> None:
     with pytest.raises(QueueUnavailable):
-        await call  # type: ignore[misc]
+        await call
 
 
 @pytest.mark.parametrize("how", ["deleted", "replaced"])
@@ -174,7 +174,7 @@ async def test_a_file_deleted_during_a_write_is_not_answered_as_stored(
     path: Path, database: Database
 ) -> None:
     def work(connection: sqlite3.Connection) -> None:
-        store("gone")(connection)  # type: ignore[operator]
+        store("gone")(connection)
         path.unlink()
 
     with pytest.raises(QueueUnavailable):
@@ -183,7 +183,7 @@ async def test_a_file_deleted_during_a_write_is_not_answered_as_stored(
 
 async def test_a_missing_file_is_not_created(tmp_path: Path) -> None:
     database = Database(f"sqlite:///{tmp_path / 'none.db'}")
-    for call in (database.write(store("x")), stored(database)):  # type: ignore[arg-type]
+    for call in (database.write(store("x")), stored(database)):
         with pytest.raises(QueueUnavailable):
             await call
     await database.close()
@@ -196,7 +196,7 @@ async def test_a_path_with_characters_of_urls_is_that_path(
     path = tmp_path / "a b%20?#c.db"
     shutil.copy(sqlite_template, path)
     database = Database(f"sqlite:///{quote(str(path))}")
-    await database.write(store("x"))  # type: ignore[arg-type]
+    await database.write(store("x"))
     assert await stored(database) == {"x"}
     await database.close()
 
@@ -218,7 +218,7 @@ async def test_the_listener_hears_commits_of_a_file_that_came_back(
         while len(gaps) == heard:
             await asyncio.sleep(0.05)
         heard = len(gaps)
-        await database.write(store("x"))  # type: ignore[arg-type]
+        await database.write(store("x"))
         while len(gaps) == heard:
             await asyncio.sleep(0.02)
     listening.cancel()
@@ -237,25 +237,25 @@ def grow_log(path: Path, megabytes: int) -> None:
 
 
 async def test_the_log_shrinks_by_itself_to_its_limit(path: Path, database: Database) -> None:
-    await database.write(store("first"))  # type: ignore[arg-type]
+    await database.write(store("first"))
     await asyncio.to_thread(grow_log, path, 16)
     log = path.with_name("jobs.db-wal")
     assert log.stat().st_size > 2 * MAX_WAL_BYTES
     for number in range(20):
-        await database.write(store(f"after {number}"))  # type: ignore[arg-type]
+        await database.write(store(f"after {number}"))
     assert log.stat().st_size <= MAX_WAL_BYTES
 
 
 async def test_a_checkpoint_empties_the_log_and_holds_up_no_writer(
     path: Path, database: Database
 ) -> None:
-    await database.write(store("first"))  # type: ignore[arg-type]
+    await database.write(store("first"))
     await asyncio.to_thread(grow_log, path, 8)
     log = path.with_name("jobs.db-wal")
     with closing(sqlite3.connect(path, isolation_level=None)) as reader:
         reader.execute("BEGIN")
         reader.execute("SELECT count(*) FROM job_type_state").fetchone()
-        await database.write(store("second"))  # type: ignore[arg-type]
+        await database.write(store("second"))
         began = time.monotonic()
         assert not await database.checkpoint()
         assert time.monotonic() - began < 1
@@ -268,7 +268,7 @@ async def test_a_checkpoint_empties_the_log_and_holds_up_no_writer(
         number = 0
         while not stop.is_set():
             began = time.monotonic()
-            await database.write(store(f"w{number}"))  # type: ignore[arg-type]
+            await database.write(store(f"w{number}"))
             slowest = max(slowest, time.monotonic() - began)
             number += 1
             await asyncio.sleep(0.001)

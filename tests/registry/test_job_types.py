@@ -124,13 +124,15 @@ def test_a_payload_with_no_json_schema_is_refused() -> None:
 
 def test_everything_is_frozen() -> None:
     job_type = JobType(name="a", payload=Note)
+    schema: Any = job_type.payload_schema
+    registry: Any = JobRegistry([job_type])
     for change in (
         lambda: setattr(job_type, "name", "b"),
         lambda: setattr(job_type.policy, "max_attempts", 5),
         lambda: setattr(Note(), "text", "b"),
         lambda: setattr(JobContext("1", "a", 1, 3, 60), "attempt", 2),
-        lambda: job_type.payload_schema.__setitem__("x", 1),  # type: ignore[attr-defined]
-        lambda: JobRegistry([job_type]).__setitem__("b", job_type),  # type: ignore[attr-defined]
+        lambda: schema.__setitem__("x", 1),
+        lambda: registry.__setitem__("b", job_type),
     ):
         with pytest.raises((AttributeError, TypeError, ValueError)):
             change()

@@ -29,7 +29,7 @@ from tests.registry.test_job_types import Everything
 
 EVERYTHING = JobType(name="test.everything", payload=Everything)
 REGISTRY = JobRegistry([thumbnail_create, payout_execute, EVERYTHING])
-GOOD = {"assetId": "id", "versionNumber": 1}
+GOOD: dict[Any, Any] = {"assetId": "id", "versionNumber": 1}
 
 
 def faults(job_type: str, payload: object) -> list[tuple[str, str]]:

@@ -161,6 +161,11 @@ WRONG = 1.5
 Path = tuple[str | int, ...]
 
 
+LIST: Any = list
+DICT: Any = dict
+"""For types that are made here, which a type checker cannot follow."""
+
+
 @st.composite
 def typed(draw: st.DrawFn, depth: int = 3) -> tuple[Any, Any]:
     """A type and a value of it."""
@@ -176,10 +181,10 @@ def typed(draw: st.DrawFn, depth: int = 3) -> tuple[Any, Any]:
             return int | None, draw(st.sampled_from([1, None]))
         case "list":
             inner, value = draw(typed(depth - 1))
-            return list[inner], [value] * draw(st.integers(1, 2))
+            return LIST[inner], [value] * draw(st.integers(1, 2))
         case "dict":
             inner, value = draw(typed(depth - 1))
-            return dict[str, inner], {draw(st.sampled_from(NAMES)): value}
+            return DICT[str, inner], {draw(st.sampled_from(NAMES)): value}
         case "model":
             return draw(modelled(depth))
         case "after":
@@ -192,7 +197,7 @@ def typed(draw: st.DrawFn, depth: int = 3) -> tuple[Any, Any]:
     inner, value = draw(modelled(depth))
     below, items = draw(typed(depth - 1))
     value = draw(st.sampled_from([value, [items], "text"]))
-    return inner | list[below] | str, value
+    return inner | LIST[below] | str, value
 
 
 @st.composite

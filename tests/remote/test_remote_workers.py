@@ -56,6 +56,7 @@ END = """mutation ($token: String!) {{ {0}
   {{ __typename ... on JobChanged {{ job {{ status attempt nextRunAt }} }} }} }}"""
 
 
+@pytest.mark.any_database
 async def test_a_worker_in_any_language_works_payouts(server: httpx.AsyncClient) -> None:
     node = shutil.which("node")
     if node is None:
@@ -75,6 +76,7 @@ async def test_a_worker_in_any_language_works_payouts(server: httpx.AsyncClient)
     assert shaky["attempts"][1]["workerId"].startswith("node:")
 
 
+@pytest.mark.any_database
 async def test_a_worker_uses_every_end_that_an_attempt_can_have(
     server: httpx.AsyncClient,
 ) -> None:
@@ -115,6 +117,7 @@ async def test_a_long_poll_is_answered_when_a_job_comes(server: httpx.AsyncClien
     )
 
 
+@pytest.mark.any_database
 async def test_a_worker_that_asks_wrongly_is_told_so(server: httpx.AsyncClient) -> None:
     refused = await graphql(server, LEASE, types=["nope"], limit=101, wait=31)
     assert refused["__typename"] == "InputInvalid"

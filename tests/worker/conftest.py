@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import structlog
@@ -39,7 +39,7 @@ def lines(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     for module in (attempt, lease_keeper, loop, processes):
         # Their loggers keep the configuration that they were first used with.
         monkeypatch.setattr(module, "log", structlog.get_logger())
-    return capture.entries  # type: ignore[return-value]
+    return cast(list[dict[str, Any]], capture.entries)
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ class House:
 
     queue: JobQueue
     database_url: str
-    job_type: JobType[Text]
+    job_type: JobType[Any]
     ran: list[str] = field(default_factory=list)
 
     async def enqueue(self, text: str = "", **options: Any) -> JobRecord:

@@ -30,6 +30,8 @@ from job_registry_api.queue.models import JobStatus
 from job_registry_api.worker import Worker, WorkerStartError
 from tests.worker.house import House, Text
 
+pytestmark = pytest.mark.any_database
+
 tenant: ContextVar[str] = ContextVar("tenant", default="")
 opened: ContextVar[str] = ContextVar("opened", default="")
 
@@ -243,7 +245,7 @@ def test_extensions_are_found_in_the_catalog_in_their_order(
     (tmp_path / "my_extension.py").write_text(textwrap.dedent(CATALOG), "utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     registry = load_registry(["job_registry.catalog", "my_extension", "my_extension"])
-    names = [each.middleware[0].__name__ for each in registry.extensions]  # type: ignore[attr-defined]
+    names = [each.middleware[0].__name__ for each in registry.extensions]
     assert names == ["first", "second"]
 
 

@@ -28,6 +28,8 @@ from job_registry_api.worker import Worker, processes
 from tests.conftest import run_sql
 from tests.worker import crowd
 
+pytestmark = pytest.mark.any_database
+
 ENDED = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED)
 
 
@@ -202,7 +204,9 @@ async def test_a_crash_costs_no_other_job_anything(house: Crowd, tmp_path: Path)
 async def test_a_process_that_is_killed_while_it_waits_costs_no_attempt(house: Crowd) -> None:
     result = (await house.run("describe")).result
     assert isinstance(result, dict)
-    os.kill(int(result["pid"]), signal.SIGKILL)  # type: ignore[call-overload]
+    pid = result["pid"]
+    assert isinstance(pid, int)
+    os.kill(pid, signal.SIGKILL)
     done = await house.run("describe")
     assert await house.outcomes(done) == ["succeeded"]
 
@@ -279,9 +283,11 @@ async def test_the_processes_end_with_their_worker(database_url: str, tmp_path: 
     async with crowd_of(database_url) as house:
         idle = (await house.run("describe")).result
         assert isinstance(idle, dict)
+        idle_pid = idle["pid"]
+        assert isinstance(idle_pid, int)
         await house.enqueue("wait", str(tmp_path / "pids"))
         pids = await written(tmp_path / "pids")
-    assert await gone([*pids, int(idle["pid"])])  # type: ignore[call-overload]
+    assert await gone([*pids, idle_pid])
     rows = await asyncio.to_thread(
         run_sql, database_url, "SELECT outcome FROM job_attempt ORDER BY id DESC LIMIT 1"
     )

@@ -19,6 +19,8 @@ from job_registry import Fail, JobContext
 from job_registry_api.queue.models import JobStatus
 from tests.worker.house import House, Text
 
+pytestmark = pytest.mark.any_database
+
 
 class Large:
     """Something that a handler holds on to in its frame."""
@@ -113,7 +115,8 @@ async def test_the_resident_size_levels_off(house: House, kind: str) -> None:
         for text in ("returns", "raises"):
             for job in [await house.enqueue(text, max_attempts=1) for _ in range(jobs)]:
                 await house.until(job, JobStatus.SUCCEEDED, JobStatus.FAILED)
-        return process.memory_info().rss
+        resident: int = process.memory_info().rss
+        return resident
 
     async with house.working():
         before = await run(10)

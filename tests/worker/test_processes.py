@@ -6,7 +6,6 @@ import asyncio
 import os
 import signal
 import statistics
-import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from job_registry_api.queue.models import JobRecord, JobStatus
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.requests import EnqueueRequest
 from tests import CODE
+from tests.forks import Command
 
 JOBS = """
     import asyncio
@@ -54,7 +54,7 @@ def catalog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @contextmanager
-def worker(database_url: str, catalog: Path, **settings: object) -> Iterator[subprocess.Popen[str]]:
+def worker(database_url: str, catalog: Path, **settings: object) -> Iterator[Command]:
     environment = {
         **os.environ,
         "JOBS_DATABASE_URL": database_url,
@@ -63,12 +63,7 @@ def worker(database_url: str, catalog: Path, **settings: object) -> Iterator[sub
         "PYTHONPATH": f"{catalog}{os.pathsep}{CODE}",
         **{f"JOBS_{name.upper()}": str(value) for name, value in settings.items()},
     }
-    process = subprocess.Popen(
-        [sys.executable, "-m", "job_registry_api.cli", "worker"],
-        env=environment,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = Command(["worker"], environment=environment)
     try:
         assert process.stderr is not None
         for line in process.stderr:
@@ -110,6 +105,7 @@ async def test_an_idle_worker_starts_a_new_job_at_once(database_url: str, catalo
     assert statistics.median(delays) < promised
 
 
+@pytest.mark.any_database
 async def test_sigterm_lets_a_running_job_end(database_url: str, catalog: Path) -> None:
     database = Database(database_url)
     queue = JobQueue(JobRegistry(discover(["naps"])), database)
@@ -123,6 +119,7 @@ async def test_sigterm_lets_a_running_job_end(database_url: str, catalog: Path) 
     await database.close()
 
 
+@pytest.mark.any_database
 async def test_sigterm_does_not_wait_for_a_thread_longer_than_it_was_told(
     database_url: str, catalog: Path
 ) -> None:
@@ -139,6 +136,7 @@ async def test_sigterm_does_not_wait_for_a_thread_longer_than_it_was_told(
     await database.close()
 
 
+@pytest.mark.any_database
 async def test_a_second_signal_hands_running_jobs_back(database_url: str, catalog: Path) -> None:
     database = Database(database_url)
     queue = JobQueue(JobRegistry(discover(["naps"])), database)

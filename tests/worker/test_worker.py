@@ -91,6 +91,7 @@ async def test_jobs_run_beside_each_other_up_to_the_concurrency(house: House) ->
     assert most == 4
 
 
+@pytest.mark.any_database
 @pytest.mark.parametrize(
     ("raised", "status", "code", "outcomes"),
     [
@@ -139,13 +140,13 @@ async def test_a_snoozed_job_runs_again_without_spending_an_attempt(house: House
     @house.job_type.handler
     async def work(job: JobContext, _payload: Text) -> int:
         house.ran.append(job.id)
-        if len(house.ran) < 5:
+        if len(house.ran) < 4:
             raise Snooze(0.02)
         return job.attempt
 
     done = await house.run()
     assert done.result == 1
-    assert await house.outcomes(done) == ["snoozed"] * 4 + ["succeeded"]
+    assert await house.outcomes(done) == ["snoozed"] * 3 + ["succeeded"]
 
 
 @about_leases
@@ -189,8 +190,9 @@ async def test_progress_that_cannot_be_stored_is_left_out_and_the_job_goes_on(ho
     async def work(job: JobContext, _payload: Text) -> str:
         job.progress("half")
         await asyncio.sleep(0.1)
-        for value in (object(), float("nan"), "a\0"):
-            job.progress(value)  # type: ignore[arg-type]
+        values: list[Any] = [object(), float("nan"), "a\0"]
+        for value in values:
+            job.progress(value)
             await asyncio.sleep(0.02)
         return "done"
 
@@ -198,6 +200,7 @@ async def test_progress_that_cannot_be_stored_is_left_out_and_the_job_goes_on(ho
     assert (done.result, done.progress) == ("done", "half")
 
 
+@pytest.mark.any_database
 @about_timeouts
 @pytest.mark.parametrize("kind", ["async", "deaf", "thread"])
 async def test_a_timeout_ends_an_attempt_whatever_its_handler_does(house: House, kind: str) -> None:
@@ -227,6 +230,7 @@ async def test_a_timeout_ends_an_attempt_whatever_its_handler_does(house: House,
     assert (await house.queue.get(ended.id)).result is None
 
 
+@pytest.mark.any_database
 @about_timeouts
 async def test_a_thread_that_outlives_its_timeout_holds_its_slot_until_it_ends(
     house: House, monkeypatch: pytest.MonkeyPatch
@@ -271,6 +275,7 @@ async def test_a_thread_that_outlives_its_timeout_holds_its_slot_until_it_ends(
         assert worker.overdue == 0
 
 
+@pytest.mark.any_database
 @about_timeouts
 async def test_an_overdue_thread_does_not_hold_up_the_end_of_its_worker(house: House) -> None:
     given_up = threading.Event()
@@ -359,7 +364,8 @@ async def test_a_stored_payload_that_todays_schema_refuses_is_not_run(house: Hou
     assert (ended.attempt, house.ran) == (0, [])
     assert ended.error is not None
     assert ended.error.code == "payload_invalid"
-    assert ended.error.details[0]["path"] == "/text"  # type: ignore[index,call-overload]
+    details: Any = ended.error.details
+    assert details[0]["path"] == "/text"
 
 
 async def test_a_validator_that_raises_anything_fails_the_attempt(database_url: str) -> None:
@@ -455,6 +461,7 @@ async def test_the_log_names_the_code_of_a_failed_attempt_and_not_its_message(
     assert "4242" not in repr(lines)
 
 
+@pytest.mark.any_database
 async def test_stopping_lets_running_jobs_end_and_hands_the_rest_back(house: House) -> None:
     @house.job_type.handler
     async def work(_job: JobContext, payload: Text) -> None:
@@ -503,6 +510,7 @@ async def test_a_worker_that_is_cancelled_hands_its_jobs_back_and_leases_no_more
     assert (await house.queue.get(second.id)).status is JobStatus.QUEUED
 
 
+@pytest.mark.any_database
 @about_leases
 @pytest.mark.parametrize("handler", [stop_when_asked, stop_when_asked_in_thread])
 async def test_a_job_that_ends_because_the_worker_stops_is_handed_back(
@@ -519,6 +527,7 @@ async def test_a_job_that_ends_because_the_worker_stops_is_handed_back(
     assert await house.outcomes(job) == ["released"]
 
 
+@pytest.mark.any_database
 async def test_a_worker_outlives_a_database_that_goes_away(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -546,6 +555,7 @@ async def test_a_worker_outlives_a_database_that_goes_away(
     assert (done.status, done.attempt) == (JobStatus.SUCCEEDED, 1)
 
 
+@pytest.mark.any_database
 async def test_news_of_a_job_ends_the_wait_for_a_database_that_was_away(
     house: House, monkeypatch: pytest.MonkeyPatch, lines: list[dict[str, Any]]
 ) -> None:
