@@ -20,6 +20,7 @@ from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from job_registry_api import postgresql_url
+from job_registry_api.queue import defaults
 
 PREFIX: Final = "JOBS_"
 
@@ -48,7 +49,7 @@ class Settings(BaseSettings):
         " for more than one machine.",
     )
     database_pool_size: int = Field(
-        default=10,
+        default=defaults.POOL_SIZE,
         ge=2,
         le=200,
         description="The most database connections per process, beside the one that listens for"
@@ -56,7 +57,7 @@ class Settings(BaseSettings):
         " requests wait for each other.",
     )
     database_timeout_seconds: float = Field(
-        default=10.0,
+        default=defaults.TIMEOUT_SECONDS,
         ge=1.0,
         le=300.0,
         description="How long an operation waits for the database: for a connection, a lock and"
@@ -74,7 +75,7 @@ class Settings(BaseSettings):
         " a `transaction` pooler, the events of other processes are polled twice per second.",
     )
     database_schema: str = Field(
-        default="job_registry",
+        default=defaults.SCHEMA,
         pattern=r"^[a-z_][a-z0-9_]{0,62}$",
         description="The PostgreSQL schema of the tables, which `migrate` creates. Deployments that"
         " share a database each need their own schema.",
@@ -104,7 +105,7 @@ class Settings(BaseSettings):
         description="The largest request, in bytes. A bulk enqueue has to fit.",
     )
     lease_seconds: float = Field(
-        default=30.0,
+        default=defaults.LEASE_SECONDS,
         ge=1.0,
         le=3_600.0,
         description="How long a lease lasts without a heartbeat. With a shorter lease, a dead"
@@ -138,13 +139,13 @@ class Settings(BaseSettings):
         description="Days until a failed or cancelled job is deleted, with its attempts.",
     )
     max_page_size: int = Field(
-        default=200,
+        default=defaults.MAX_PAGE_SIZE,
         ge=50,
         le=1_000,
         description="The most jobs per page of `jobs`.",
     )
     max_bulk_size: int = Field(
-        default=1_000,
+        default=defaults.MAX_BULK_SIZE,
         ge=1,
         le=10_000,
         description="The most jobs per `enqueueJobs`.",

@@ -32,9 +32,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 
 from job_registry_api import postgresql_url
 from job_registry_api.postgresql_url import PostgresqlUrl
+from job_registry_api.queue import defaults
 from job_registry_api.queue.errors import QueueUnavailable, UnavailableKind
-
-DEFAULT_TIMEOUT_SECONDS: Final = 10.0
 
 SQLITE_POLL_SECONDS: Final = 0.1
 """How often `listen` asks SQLite whether another process has committed (`PRAGMA data_version`)."""
@@ -47,9 +46,6 @@ MAX_WAL_BYTES: Final = 4 * 1024 * 1024
 
 ATTEMPTS: Final = 5
 """How often a transaction runs that PostgreSQL ends as the victim of a deadlock."""
-
-DEFAULT_SCHEMA: Final = "job_registry"
-"""PostgreSQL's schema with the queue's tables and functions."""
 
 Listener = Callable[[str], None]
 Pooler = Literal["session", "transaction"]
@@ -82,11 +78,11 @@ class Database:
         self,
         url: str,
         *,
-        pool_size: int = 10,
-        timeout_seconds: float | None = DEFAULT_TIMEOUT_SECONDS,
+        pool_size: int = defaults.POOL_SIZE,
+        timeout_seconds: float | None = defaults.TIMEOUT_SECONDS,
         pooler: Pooler = "session",
         listen_url: str | None = None,
-        schema: str = DEFAULT_SCHEMA,
+        schema: str = defaults.SCHEMA,
         create: bool = False,
     ) -> None:
         self._opened_with: dict[str, Any] = {
@@ -518,7 +514,7 @@ class Database:
 
     async def _open(self, url: PostgresqlUrl, *, direct: bool) -> _Connection:
         """Connect to one of the hosts of a URL, each with its share of the time."""
-        seconds = min(_seconds(self._timeout or DEFAULT_TIMEOUT_SECONDS),
+        seconds = min(_seconds(self._timeout or defaults.TIMEOUT_SECONDS),
                       _seconds(url.connect_seconds))  # fmt: skip
         hosts: list[tuple[str | None, int | None]] = list(url.hosts) or [(None, None)]
         if url.shuffle_hosts:
@@ -548,7 +544,7 @@ class Database:
                 continue
             except (asyncpg.PostgresError, asyncpg.InterfaceError, ValueError) as error:
                 raise QueueUnavailable(str(error), _kind(error)) from error
-            connection.keep_alive(url, _seconds(self._timeout or DEFAULT_TIMEOUT_SECONDS))
+            connection.keep_alive(url, _seconds(self._timeout or defaults.TIMEOUT_SECONDS))
             self._connections.add(connection)
             # Until the pool has it, nothing else would end a connection that falls silent.
             connection.expire_at(asyncio.get_running_loop().time() + seconds)
@@ -601,7 +597,7 @@ class Database:
     async def _watch(self, connection: _Connection, lost: asyncio.Event) -> None:
         """Return when the connection is lost. A peer that is gone without a word is found out by a
         query after each silence."""
-        seconds = min(_seconds(self._timeout), DEFAULT_TIMEOUT_SECONDS)
+        seconds = min(_seconds(self._timeout), defaults.TIMEOUT_SECONDS)
         loop = asyncio.get_running_loop()
         while not lost.is_set():
             with suppress(TimeoutError):

@@ -23,9 +23,8 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, inspect, text
 
+from job_registry_api.queue import defaults
 from job_registry_api.queue.database import (
-    DEFAULT_SCHEMA,
-    DEFAULT_TIMEOUT_SECONDS,
     Database,
     Pooler,
     async_url,
@@ -129,7 +128,7 @@ def upgrade(
     revision: str = "head",
     *,
     pooler: Pooler = "session",
-    schema: str = DEFAULT_SCHEMA,
+    schema: str = defaults.SCHEMA,
 ) -> Migrated:
     """Run the migrations up to `revision`, whole or not at all. Running it again does nothing.
 
@@ -160,7 +159,7 @@ def upgrade(
     return _with_connection(url, schema, run, timeout_seconds=None, pooler=pooler)
 
 
-def downgrade(url: str, revision: str = "base", *, schema: str = DEFAULT_SCHEMA) -> Migrated:
+def downgrade(url: str, revision: str = "base", *, schema: str = defaults.SCHEMA) -> Migrated:
     """Take the migrations back down to `revision`. Below the first one the jobs are gone.
 
     Raises:
@@ -179,8 +178,8 @@ def examine(
     url: str,
     *,
     pooler: Pooler = "session",
-    timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
-    schema: str = DEFAULT_SCHEMA,
+    timeout_seconds: float = defaults.TIMEOUT_SECONDS,
+    schema: str = defaults.SCHEMA,
 ) -> Fit:
     """Say whether the database fits this version. Changes nothing.
 
@@ -202,7 +201,7 @@ def examine(
 
 
 def grants(
-    url: str, role: str, *, pooler: Pooler = "session", schema: str = DEFAULT_SCHEMA
+    url: str, role: str, *, pooler: Pooler = "session", schema: str = defaults.SCHEMA
 ) -> list[str]:
     """The SQL that gives `role` what serving and working need on PostgreSQL, and no more.
 
@@ -456,7 +455,7 @@ def _with_connection(
     *,
     reading: bool = False,
     pooler: Pooler = "session",
-    timeout_seconds: float | None = DEFAULT_TIMEOUT_SECONDS,
+    timeout_seconds: float | None = defaults.TIMEOUT_SECONDS,
 ) -> T:
     async def run() -> T:
         database = Database(

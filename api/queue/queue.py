@@ -15,10 +15,9 @@ from uuid_utils.compat import uuid7
 
 from job_registry import JobRegistry
 from job_registry_api.metrics import Metrics
+from job_registry_api.queue import defaults
 from job_registry_api.queue.changing import Changing
 from job_registry_api.queue.database import (
-    DEFAULT_SCHEMA,
-    DEFAULT_TIMEOUT_SECONDS,
     Database,
     Pooler,
 )
@@ -46,9 +45,9 @@ class JobQueue(Enqueueing, Reading, Leasing, Changing, Upkeep):
         registry: JobRegistry,
         database: Database,
         *,
-        lease_seconds: float = 30.0,
-        max_page_size: int = 200,
-        max_bulk_size: int = 1_000,
+        lease_seconds: float = defaults.LEASE_SECONDS,
+        max_page_size: int = defaults.MAX_PAGE_SIZE,
+        max_bulk_size: int = defaults.MAX_BULK_SIZE,
         new_id: Callable[[], uuid.UUID] = uuid7,
         metrics: Metrics | None = None,
     ) -> None:
@@ -102,13 +101,13 @@ async def open_queue(
     database_url: str,
     *,
     lease_seconds: float,
-    pool_size: int = 10,
-    timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
+    pool_size: int = defaults.POOL_SIZE,
+    timeout_seconds: float = defaults.TIMEOUT_SECONDS,
     pooler: Pooler = "session",
     listen_url: str | None = None,
-    schema: str = DEFAULT_SCHEMA,
-    max_page_size: int = 200,
-    max_bulk_size: int = 1_000,
+    schema: str = defaults.SCHEMA,
+    max_page_size: int = defaults.MAX_PAGE_SIZE,
+    max_bulk_size: int = defaults.MAX_BULK_SIZE,
 ) -> AsyncIterator[JobQueue]:
     """The queue on this database, which hears other processes while it is open."""
     database = Database(

@@ -23,7 +23,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import col, select
 from sqlmodel.sql.expression import SelectOfScalar
 
-from job_registry_api.queue.database import DEFAULT_SCHEMA, Database, quoted
+from job_registry_api.queue import defaults
+from job_registry_api.queue.database import Database, quoted
 from job_registry_api.queue.models import (
     AttemptOutcome,
     AttemptRecord,
@@ -461,7 +462,7 @@ def statements(database: str, schema: str | None = None) -> Mapping[str, str]:
     file = resources.files("job_registry_api.queue") / "statements" / f"{database}.sql"
     text = file.read_text("utf-8")
     if schema is not None:
-        text = text.replace(f"{DEFAULT_SCHEMA}.", f"{quoted(schema)}.")
+        text = text.replace(f"{defaults.SCHEMA}.", f"{quoted(schema)}.")
     _, *parts = re.split(r"^-- name: *(\w+)\n", text, flags=re.MULTILINE)
     return {
         name: re.sub(r"^--.*\n", "", body, flags=re.MULTILINE).strip()

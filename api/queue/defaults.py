@@ -1,0 +1,12 @@
+"""Default values of the queue, which the settings share. No imports: the settings stay cheap."""
+
+from __future__ import annotations
+
+from typing import Final
+
+LEASE_SECONDS: Final = 30.0
+MAX_BULK_SIZE: Final = 1_000
+MAX_PAGE_SIZE: Final = 200
+POOL_SIZE: Final = 10
+SCHEMA: Final = "job_registry"
+TIMEOUT_SECONDS: Final = 10.0
