@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any, Final
 
+from pydantic.alias_generators import to_camel
 from starlette.types import Receive, Scope, Send
 
 from job_registry import CodedError, JobTypeNotFound, NotJson, PayloadInvalid, parse_json
@@ -33,7 +35,6 @@ from job_registry_api.queue.errors import (
     JobNotFound,
     QueueUnavailable,
 )
-from job_registry_api.queue.models import JobRecord
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.requests import parse_request
 
@@ -121,41 +122,20 @@ class JobView:
         except Exception as error:
             await _respond_error(send, error)
             return
-        content = _job(job) | {
-            "attempts": [
-                {
-                    "attempt": attempt.attempt,
-                    "workerId": attempt.worker_id,
-                    "startedAt": _time(attempt.started_at),
-                    "finishedAt": _time(attempt.finished_at),
-                    "outcome": attempt.outcome,
-                    "error": attempt.error,
-                }
-                for attempt in attempts
-            ]
-        }
+        content = _as_json(job._asdict())
+        content["jobId"] = content.pop("id")
+        content["attempts"] = [
+            {name: value for name, value in _as_json(asdict(attempt)).items() if name != "jobId"}
+            for attempt in attempts
+        ]
         await respond_json(send, 200, content)
 
 
-def _job(job: JobRecord) -> dict[str, Any]:
+def _as_json(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return a record's fields as REST has them: in camelCase, times in UTC."""
     return {
-        "jobId": str(job.id),
-        "type": job.type,
-        "status": job.status.value,
-        "payload": job.payload,
-        "priority": job.priority,
-        "attempt": job.attempt,
-        "maxAttempts": job.max_attempts,
-        "timeoutSeconds": job.timeout_seconds,
-        "idempotencyKey": job.idempotency_key,
-        "createdBy": job.created_by,
-        "createdAt": _time(job.created_at),
-        "nextRunAt": _time(job.next_run_at),
-        "startedAt": _time(job.started_at),
-        "finishedAt": _time(job.finished_at),
-        "progress": job.progress,
-        "result": job.result,
-        "error": job.error,
+        to_camel(name): _time(value) if isinstance(value, datetime) else value
+        for name, value in fields.items()
     }
 
 
