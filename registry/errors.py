@@ -133,7 +133,7 @@ class Snooze(Exception):
 
 def counted_faults(what: str, faults: int) -> str:
     """Return the sentence that goes with a list of faults."""
-    return f"{what} has {faults} fault{'s' if faults != 1 else ''}; see details."
+    return f"{what} has {faults} fault{'s' if faults != 1 else ''}."
 
 
 def _check_delay(name: str, seconds: float) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 import strawberry
-from graphql import GraphQLObjectType, GraphQLSchema
+from graphql import GraphQLObjectType, GraphQLSchema, print_schema
 from strawberry.schema.config import StrawberryConfig
 
 from job_registry import JobRegistry
@@ -50,7 +50,7 @@ def executable(schema: strawberry.Schema) -> GraphQLSchema:
 
 def sdl(registry: JobRegistry) -> str:
     """Return the schema of these job types in GraphQL's schema definition language."""
-    return build_schema(registry).as_str().rstrip() + "\n"
+    return print_schema(executable(build_schema(registry))).rstrip() + "\n"
 
 
 @cache

@@ -365,9 +365,10 @@ def _refuse_collisions(connection: Connection, schema: str) -> None:
     there = {*inspector.get_table_names(schema=home), *inspector.get_view_names(schema=home)}
     taken = sorted(there & METADATA.tables.keys())
     if taken:
+        elsewhere = "another database" if home is None else "another JOBS_DATABASE_SCHEMA"
         raise MigrationRefused(
             f"The database already has a table named {taken[0]} that is not Job Registry's. Use"
-            f" {_ELSEWHERE} for Job Registry, or rename that table."
+            f" {elsewhere} for Job Registry, or rename that table."
         )
 
 
@@ -384,7 +385,8 @@ def _refusals() -> Iterator[None]:
         if state in ("42P06", "42P07", "42710", "42723") or " already exists" in reason:
             raise MigrationRefused(
                 f"The database already has something of the same name that is not Job Registry's:"
-                f" {reason}. Use {_ELSEWHERE} for Job Registry, or rename it."
+                f" {reason}. Use another JOBS_DATABASE_SCHEMA or database for Job Registry, or"
+                " rename it."
             ) from error
         if state == INSUFFICIENT_PRIVILEGE:
             raise MigrationRefused(
@@ -403,8 +405,6 @@ def _config() -> Config:
     config.set_main_option("script_location", str(_SCRIPTS).replace("%", "%%"))
     return config
 
-
-_ELSEWHERE: Final = "another database or, on PostgreSQL, another JOBS_DATABASE_SCHEMA"
 
 _SCHEMA_OF_VERSION_TABLE: Final = text(
     "SELECT nspname FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace"

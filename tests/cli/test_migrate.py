@@ -66,11 +66,11 @@ def test_grants_are_printed_as_sql(jobs: Shell, fresh_postgresql_url: str) -> No
     result = jobs("migrate", "--grants", "web-app", JOBS_DATABASE_URL=fresh_postgresql_url)
     assert result.returncode == 0
     lines = result.stdout.splitlines()
-    assert lines[0] == 'GRANT USAGE ON SCHEMA public TO "web-app";'
+    assert lines[0] == 'GRANT USAGE ON SCHEMA job_registry TO "web-app";'
     for line in (
-        'GRANT SELECT, INSERT, UPDATE, DELETE ON TABLE public.job TO "web-app";',
-        'GRANT USAGE, SELECT ON SEQUENCE public.job_attempt_id_seq TO "web-app";',
-        'GRANT EXECUTE ON FUNCTION public.job_count_inserted() TO "web-app";',
+        'GRANT SELECT, INSERT, UPDATE, DELETE ON TABLE job_registry.job TO "web-app";',
+        'GRANT USAGE, SELECT ON SEQUENCE job_registry.job_attempt_id_seq TO "web-app";',
+        'GRANT EXECUTE ON FUNCTION job_registry.job_count_inserted() TO "web-app";',
     ):
         assert line in lines
     as_json = jobs("migrate", "--grants", "x", "--json", JOBS_DATABASE_URL=fresh_postgresql_url)
@@ -108,8 +108,8 @@ def test_a_table_of_somebody_else_is_one_sentence(jobs: Shell, command: list[str
     result = jobs(*command, stdin=GOOD)
     assert result.returncode == 1
     assert result.stderr == (
-        "The database already has a table named job that is not Job Registry's. Use a database of"
-        " its own for Job Registry, or rename that table.\n"
+        "The database already has a table named job that is not Job Registry's. Use another"
+        " database for Job Registry, or rename that table.\n"
     )
 
 

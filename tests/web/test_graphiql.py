@@ -24,7 +24,7 @@ BROWSER = shutil.which("chromium")
 
 needs_page = pytest.mark.skipif(
     not (pages.DIST / "index.html").is_file(),
-    reason="GraphiQL is not built: install Node 20 or newer and run `make install`",
+    reason="GraphiQL is not built: install Node 20.19 or newer and run `make install`",
 )
 needs_browser = pytest.mark.skipif(
     BROWSER is None, reason="there is no browser: install Debian's package chromium"
@@ -181,7 +181,7 @@ async def test_without_a_build_the_page_says_what_is_missing(
     async with visit() as client:
         page = await client.get("/graphql", headers={"accept": "text/html"})
         answer = await client.post("/graphql", json={"query": "{ __typename }"})
-    assert "install Node 20 or newer and run <code>make install</code>" in page.text
+    assert "install Node 20.19 or newer and run <code>make install</code>" in page.text
     assert answer.json() == {"data": {"__typename": "Query"}}
 
 
