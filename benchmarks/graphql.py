@@ -1,6 +1,6 @@
 """Measures the cost of an `enqueueJob` outside its execution: HTTP, authentication, limits.
 
-    python benchmarks/graphql.py [--seconds 2] [--rounds 3]
+    python -m benchmarks.graphql [--seconds 2] [--rounds 3]
 
 Prints the server's CPU time per request with 32 connections on SQLite. The measurements take turns
 in one run. The cost of an execution alone is that of a bare Starlette route that executes, minus
@@ -31,7 +31,7 @@ import jwt
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from benchmarks.enqueue import JOB, MUTATION, free_port
-from benchmarks.load import HERE, load, post, server
+from benchmarks.load import load, post, server
 from job_registry_api.queue import migrations
 
 CONNECTIONS = 32
@@ -53,7 +53,7 @@ async def measure(
 
 async def route(path: str, database_url: str, seconds: float) -> float:
     port = free_port()
-    command = [str(HERE / "bare.py"), str(port), *([database_url] if path != "/bare" else [])]
+    command = ["-m", "benchmarks.bare", str(port), *([database_url] if path != "/bare" else [])]
     return await measure(command, port, {}, post(path, CONTENT), seconds)
 
 

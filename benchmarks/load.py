@@ -15,10 +15,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from urllib.request import urlopen
 
 import psutil
+
+from tests import CODE
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def server(command: list[str], port: int, environment: dict[str, str]) -> Iterat
     """Run a server process on loopback until the context is left."""
     process = subprocess.Popen(
         [sys.executable, *command],
-        env={**os.environ, **environment},
+        env={**os.environ, "PYTHONPATH": CODE, **environment},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -96,6 +97,3 @@ def post(path: str, content: object) -> bytes:
         f"accept: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
     )
     return head.encode() + body
-
-
-HERE = Path(__file__).parent

@@ -1,6 +1,6 @@
 """Measures the resident size of a worker over many failing and succeeding jobs.
 
-    .venv/bin/python benchmarks/memory.py [--megabytes 20] [--failing 1000] [--succeeding 10000]
+    .venv/bin/python -m benchmarks.memory [--megabytes 20] [--failing 1000] [--succeeding 10000]
 
 Each failing attempt holds that many megabytes in its frame. Each succeeding attempt has a payload
 and a result of 50 kB. Runs on a new SQLite file, with the garbage collector set as in a worker.

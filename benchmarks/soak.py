@@ -1,6 +1,6 @@
 """Runs the long tests and `crash.py` for some minutes.
 
-    python benchmarks/soak.py [--minutes 10]
+    python -m benchmarks.soak [--minutes 10]
 
 The tests marked `soak` come first: long races, an open snapshot under many jobs, the costs of
 statements at a million rows. They have the first half of the time; the output names the tests that
@@ -33,7 +33,7 @@ def main() -> None:
     good = _run(tests, minutes=arguments.minutes / 2) is not False
     left = arguments.minutes - (time.monotonic() - started) / 60 - JUDGING_MINUTES
     storm = max(LEAST_CRASH_MINUTES, left)
-    crash = [sys.executable, str(ROOT / "benchmarks" / "crash.py"), "--minutes", f"{storm:.2f}"]
+    crash = [sys.executable, "-m", "benchmarks.crash", "--minutes", f"{storm:.2f}"]
     good = bool(_run(crash, minutes=storm + 5)) and good
     print(f"soaked for {(time.monotonic() - started) / 60:.1f} minutes", flush=True)
     sys.exit(0 if good else 1)

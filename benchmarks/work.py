@@ -1,6 +1,6 @@
 """Measures throughput, latency and the cost of a lease in a large queue.
 
-    python benchmarks/work.py [--jobs 20000] [--rows 1000000] [--only-jit]
+    python -m benchmarks.work [--jobs 20000] [--rows 1000000] [--only-jit]
 
 Prints tables with ratios, on PostgreSQL (and on SQLite for the first two):
 

@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Final
@@ -44,6 +45,8 @@ class Command:
         self.returncode: int | None = None
         self.stderr: IO[str] | None = None
         self._news, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        # Whoever ends it does not always wait for it.
+        weakref.finalize(self, self._news.close)
         with contextlib.ExitStack() as stack:
             stack.enter_context(its)
             if streams:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.slow
 def test_no_promise_breaks_when_processes_and_the_network_fail_and_postgresql_restarts() -> None:
     result = subprocess.run(
-        [sys.executable, "benchmarks/crash.py", "--minutes", "0.2"],
+        [sys.executable, "-m", "benchmarks.crash", "--minutes", "0.2"],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -41,6 +41,7 @@ class Shell:
             [sys.executable, "-m", "job_registry_api.cli", *arguments],
             cwd=self.folder,
             env={**self.environment, **settings},
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -202,14 +202,15 @@ def test_an_error_nobody_foresaw_is_a_sentence_with_the_id_it_is_logged_under(
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(textwrap.dedent(BROKEN), "utf-8")
     path = f"{folder}:{jobs.environment['PYTHONPATH']}"
-    result = jobs(*command, stdin=GOOD, PYTHONPATH=path, JOBS_LOG_FORMAT="json")
+    with jobs.start(*command, PYTHONPATH=path, JOBS_LOG_FORMAT="json") as result:
+        _, stderr = result.communicate(GOOD, timeout=60)
     assert result.returncode == 1
-    *logged, sentence = result.stderr.splitlines()
+    *logged, sentence = stderr.splitlines()
     found = re.fullmatch(r"Something went wrong here. It is logged as ([0-9a-f]{16}).", sentence)
-    assert found, result.stderr
+    assert found, stderr
     assert found[1] in logged[0]
-    assert PASSWORD not in result.stderr
-    assert "locals" not in result.stderr
+    assert PASSWORD not in stderr
+    assert "locals" not in stderr
 
 
 def test_migrating_a_shared_database_is_a_step_of_its_own(jobs: Shell, postgresql_url: str) -> None:
