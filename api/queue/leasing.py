@@ -36,15 +36,10 @@ class Heartbeat:
 
 
 class Renewal(NamedTuple):
-    """A lease to renew, by its token. `progress` is JSON text; None leaves it as it is.
-
-    `ended` says that the attempt has timed out and its handler has not stopped: only its place in
-    the concurrency limit is renewed, and the answer is `LeaseLost`.
-    """
+    """A lease to renew, by its token. `progress` is JSON text; None leaves it as it is."""
 
     token: str
     progress: bytes | None = None
-    ended: bool = False
 
 
 class Leasing:

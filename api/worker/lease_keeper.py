@@ -253,7 +253,7 @@ class LeaseKeeper:
                 if not soon and self._due_at(hold) > now:
                     continue
                 holds.append(hold)
-                renewals.append(Renewal(hold.token, hold.progress, hold.ended))
+                renewals.append(Renewal(hold.token, hold.progress))
                 if hold.progress is not None:
                     hold.progress, hold.progressed_at = None, now
                     hold.sending_progress = True

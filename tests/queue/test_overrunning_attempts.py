@@ -45,7 +45,7 @@ async def test_its_worker_holds_the_place_for_as_long_as_it_renews(
 ) -> None:
     for _ in range(3):
         await advance(database_url, 25)
-        (answer,) = await queue.renew([Renewal(overrun.token, ended=True)])
+        (answer,) = await queue.renew([Renewal(overrun.token)])
         assert isinstance(answer, LeaseLost)
         leased = await lease(queue)
         assert len(leased) <= 1
