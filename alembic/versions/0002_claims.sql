@@ -2,9 +2,9 @@
 --
 -- Each is a function, so that it is one transaction in autocommit: a client that freezes or loses
 -- its connection holds no lock. What a client calls has the search path of the schema in which it
--- was made, whatever the session's is. The index alone decides how rows are found: a plan that is
--- made while the table is small would otherwise be kept while it grows, and a wrong estimate would
--- start the JIT compiler.
+-- was made, whatever the session's is, and plans with the indexes alone: a plan that is made while
+-- the table is small would otherwise be kept while it grows, and a wrong estimate would start the
+-- JIT compiler. Functions that only these call run with their settings.
 
 CREATE FUNCTION job_event(name text, id uuid, type text, attempt integer) RETURNS jsonb
 LANGUAGE sql STABLE AS $$
@@ -280,9 +280,7 @@ BEGIN
 END $$;
 
 CREATE FUNCTION job_running(name text, at timestamptz) RETURNS integer
-LANGUAGE plpgsql
-    SET search_path FROM CURRENT SET enable_seqscan = off SET enable_bitmapscan = off
-    SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off AS $$
+LANGUAGE plpgsql AS $$
 -- How many places of a type's concurrency limit are taken: by its running jobs, and by attempts
 -- that have timed out and whose handlers have not stopped.
 BEGIN
@@ -303,9 +301,7 @@ $$;
 
 CREATE FUNCTION job_next_level(
     name text, below smallint, due timestamptz, heads jsonb) RETURNS smallint
-LANGUAGE plpgsql
-    SET search_path FROM CURRENT SET enable_seqscan = off SET enable_bitmapscan = off
-    SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off AS $$
+LANGUAGE plpgsql AS $$
 -- The highest priority below `below` at which the type has a job that is due; null when none is.
 -- One step of the index `job_claim` for each priority, however many jobs there are.
 DECLARE
