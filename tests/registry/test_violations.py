@@ -284,3 +284,74 @@ def test_a_flood_of_faults_is_cheap_and_bounded() -> None:
         found = refused.value.violations
         assert len(found) <= 101
         assert sum(len(v.path) + len(v.message) for v in found) < 300_000
+
+
+class Tree(Payload):
+    value: list[Tree] | dict[str, Tree] | int | None = None
+
+
+WIDE = create_model("Wide", __base__=Payload, **{f"field_{n}": (int, 0) for n in range(800)})  # type: ignore[call-overload]
+CODES = Enum("Code", {f"C{number}": f"code-{number}" for number in range(3_000)})  # type: ignore[misc]
+CODED = create_model("Coded", __base__=Payload, codes=(list[CODES], []))
+
+
+@pytest.mark.parametrize(
+    ("payload", "path", "expected"),
+    [
+        ({"value": {"k": {"value": "x"}}}, "/value/k/value", "an array, an object or a whole"),
+        ({"value": {"k": {"value": {"k": {"q": 1}}}}}, "/value/k/value/k/q", "no field"),
+        ({"value": [{"value": {"k": {"value": "x"}}}]}, "/value/0/value/k/value", "an array, an"),
+    ],
+)
+def test_of_a_union_that_contains_itself_the_best_branch_is_reported(
+    payload: dict[str, Any], path: str, expected: str
+) -> None:
+    (violation,) = violations_of(Tree, payload)
+    assert violation.path == path
+    assert expected in violation.message
+
+
+def test_suggestions_of_a_wide_model_are_bounded() -> None:
+    start = time.process_time()
+    found = violations_of(WIDE, {f"feld_{number}": 1 for number in range(8_000)})
+    assert time.process_time() - start < 2.0
+    assert "Did you mean" in found[0].message
+
+
+def test_faults_of_a_long_enum_are_cheap_and_count_its_values() -> None:
+    start = time.process_time()
+    found = violations_of(CODED, {"codes": ["code-x"] * 6_000})
+    assert time.process_time() - start < 2.0
+    assert found[0].path == "/codes/0"
+    assert found[0].message.startswith("Expected one of 3,000 values, such as")
+
+
+def test_a_payload_whose_faults_multiply_is_validated_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    validated: list[object] = []
+    validate = Tangled.model_validate_json
+
+    def counted(text: bytes, **options: Any) -> Tangled:
+        validated.append(text)
+        return validate(text, **options)
+
+    monkeypatch.setattr(Tangled, "model_validate_json", counted)
+    payload: dict[str, Any] = {}
+    for _ in range(20):
+        payload = {"below": payload}
+    (violation,) = violations_of(Tangled, payload)
+    assert violation.code == "more"
+    assert len(validated) == 2, "the example of the job type, and the payload"
+
+
+class Tangled(Payload):
+    name: str
+    below: Tangled | list[Tangled] | dict[str, Tangled] | None = None
+
+
+def violations_of(model: type[Payload], payload: object) -> Sequence[Violation]:
+    registry = JobRegistry([JobType(name="a.b", payload=model)])
+    with pytest.raises(PayloadInvalid) as refused:
+        registry.admit("a.b", payload)
+    return refused.value.violations
