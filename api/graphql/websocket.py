@@ -32,6 +32,10 @@ PROTOCOL: Final = "graphql-transport-ws"
 INIT_SECONDS: Final = 10.0
 """A client that has not sent `connection_init` by then is disconnected."""
 
+MAX_OPERATIONS: Final = 200
+"""Operations that one connection runs at once. Each may hold a page of jobs in memory while the
+client does not read: 150 results of 5 MB took 500 MB."""
+
 
 class GraphQLOverWebSocket:
     """Serves the schema over WebSockets.
@@ -156,6 +160,10 @@ class _Connection:
                     raise _ProtocolViolation(4401, "Unauthorized")
                 if operation_id in self._operations:
                     raise _ProtocolViolation(4409, f"Subscriber for {operation_id} already exists")
+                if len(self._operations) >= MAX_OPERATIONS:
+                    refused = TooManyRequests(f"{MAX_OPERATIONS} operations per connection", 1)
+                    await self._send("error", operation_id, [format_exception(refused)])
+                    return
                 running = self._run(operation_id, payload, self._caller)
                 self._operations[operation_id] = asyncio.create_task(running)
             case "complete", str() as operation_id:

@@ -76,6 +76,18 @@ async def test_an_id_is_free_once_its_operation_is_complete(socket: ClientConnec
     assert await answers(socket, query) == ["next"]
 
 
+async def test_a_connection_runs_a_bounded_number_of_operations(socket: ClientConnection) -> None:
+    await answers(socket, INIT)
+    for number in range(websocket.MAX_OPERATIONS + 1):
+        await socket.send(json.dumps(EVENTS | {"id": str(number)}))
+    refused = json.loads(await asyncio.wait_for(socket.recv(), 5))
+    assert (refused["type"], refused["id"]) == ("error", str(websocket.MAX_OPERATIONS))
+    assert refused["payload"][0]["extensions"]["code"] == "rate_limited"
+    await socket.send(json.dumps({"id": "0", "type": "complete"}))
+    query = EVENTS | {"id": "query", "payload": {"query": "{ __typename }"}}
+    assert await answers(socket, query) == ["next"]
+
+
 async def test_another_protocol_is_not_served(database_url: str) -> None:
     async with (
         serving(database_url, "--no-worker") as (address, _),
