@@ -10,6 +10,7 @@ process finds out whether it can use a database that a newer version has migrate
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -382,7 +383,8 @@ def _refusals() -> Iterator[None]:
         words = str(error.orig)
         reason = words.partition(">: ")[2] or words
         # 42P06, 42P07, 42710, 42723: a schema, table, object or function of this name exists.
-        if state in ("42P06", "42P07", "42710", "42723") or " already exists" in reason:
+        exists = re.search(r" already exists|already (a table|an index) named", reason)
+        if state in ("42P06", "42P07", "42710", "42723") or exists:
             raise MigrationRefused(
                 f"The database already has something of the same name that is not Job Registry's:"
                 f" {reason}. Use another JOBS_DATABASE_SCHEMA or database for Job Registry, or"

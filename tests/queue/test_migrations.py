@@ -207,6 +207,15 @@ def test_a_table_of_somebody_else_is_refused_and_kept(empty_url: str, name: str)
     assert run_sql(empty_url, f"SELECT mine FROM {name}") == [(7,)]
 
 
+def test_a_table_of_somebody_else_with_the_name_of_an_index_is_refused(empty_url: str) -> None:
+    if empty_url.startswith("postgresql"):
+        run_sql(empty_url, "CREATE SCHEMA job_registry")
+    run_sql(empty_url, "CREATE TABLE job_claim (mine integer)")
+    with pytest.raises(migrations.MigrationRefused, match="job_claim"):
+        migrations.upgrade(empty_url)
+    assert look(empty_url, lambda c: inspect(c).get_table_names()) == ["job_claim"]
+
+
 def test_a_function_of_somebody_else_is_refused_and_kept(fresh_postgresql_url: str) -> None:
     migrations.downgrade(fresh_postgresql_url)
     body = "RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'"
