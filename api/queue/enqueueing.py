@@ -5,6 +5,7 @@ One job, many, or as part of the caller's own transaction.
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -121,6 +122,8 @@ class Enqueueing:
                 admitted[index] = self._admit(request, created_by)
             except (JobTypeNotFound, PayloadInvalid, InputInvalid) as refusal:
                 results[index] = refusal
+                # To list faults takes milliseconds: a bulk of them would hold up everybody else.
+                await asyncio.sleep(0)
         if admitted and not (atomic and results):
             stored, committed = await self._insert_bulk(list(admitted.values()), atomic=atomic)
             for (index, new), outcome in zip(admitted.items(), stored, strict=True):

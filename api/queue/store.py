@@ -54,6 +54,9 @@ EVENTS_KEPT_SECONDS: Final = 60
 RECOVERY_BATCH: Final = 100
 """How many lost leases one claim recovers at most, so that no claim pays for a whole outage."""
 
+_BEHIND_ALL: Final = uuid.UUID(int=2**128 - 1)
+"""Greater than the id of any job."""
+
 EVENT_BATCHES_PRUNED: Final = 10_000
 """How many stored batches one transaction deletes at most."""
 
@@ -373,6 +376,16 @@ class Store(ABC):
     ) -> list[JobRecord]:
         """Jobs, newest first, starting behind `after`: a keyset page, whose cost does not grow
         with how far it is. Ids are UUIDv7, so their order is that of creation."""
+        if len(types) > 1:
+            # As a union, 100 types and 4 statuses take half a second to build and to compile.
+            pairs = [
+                {"type": name, "status": status}
+                for name in dict.fromkeys(types)
+                for status in dict.fromkeys(statuses or JobStatus)
+            ]
+            behind = (after or _BEHIND_ALL).hex
+            wanted = {"pairs": json_text(pairs), "after": behind, "first": first}
+            return [JobRecord.of(row) for row in await self._read("newest", wanted)]
         newest = _newest(types, statuses, first=first, after=after)
         return [JobRecord.of(row) for row in await self._select(newest)]
 
@@ -431,18 +444,18 @@ class Store(ABC):
 def _newest(
     types: Sequence[str], statuses: Sequence[JobStatus], *, first: int, after: uuid.UUID | None
 ) -> SelectOfScalar[Job]:
-    """The query of a page. Each type and status has an index in the order of ids.
+    """The query of a page of one type, or of all. Each has an index in the order of ids.
 
-    Of several, the newest ids of each are read and merged: no index has them in one order.
+    Of several statuses, the newest ids of each are read and merged: no index has them in one order.
     """
 
     def newest(query: Any) -> Any:
         return query.order_by(col(Job.id).desc()).limit(first)
 
     behind = [] if after is None else [col(Job.id) < after]
-    of_types = [[col(Job.type) == name] for name in dict.fromkeys(types)] or [[]]
+    of_types = [col(Job.type) == name for name in types]
     of_statuses = [[col(Job.status) == str(status)] for status in dict.fromkeys(statuses)] or [[]]
-    conditions = [[*one, *other, *behind] for one in of_types for other in of_statuses]
+    conditions = [[*of_types, *one, *behind] for one in of_statuses]
     if len(conditions) == 1:
         return cast("SelectOfScalar[Job]", newest(select(Job).where(*conditions[0])))
     found = union_all(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import time
 import uuid
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
@@ -259,6 +260,53 @@ async def test_pages_hold_every_job_once_newest_first(queue: JobQueue) -> None:
     for first in (0, 201):
         with pytest.raises(InputInvalid):
             await queue.list_jobs(first=first)
+
+
+async def test_pages_of_several_types_and_statuses_hold_every_job_once(queue: JobQueue) -> None:
+    for n in range(9):
+        name, payload = ("test.pong", {}) if n % 3 == 0 else ("test.ping", {"text": str(n)})
+        await queue.enqueue(EnqueueRequest(name, payload))
+    leased = await queue.lease(["test.ping"], "w", limit=2)
+    every = [job.id for job in (await queue.list_jobs()).jobs]
+    running = {lease.job.id for lease in leased}
+    for statuses, wanted in (
+        ((), every),
+        ((JobStatus.RUNNING,), [job_id for job_id in every if job_id in running]),
+        (
+            (JobStatus.QUEUED, JobStatus.FAILED),
+            [job_id for job_id in every if job_id not in running],
+        ),
+        ((JobStatus.QUEUED, JobStatus.RUNNING, JobStatus.QUEUED), every),
+    ):
+        found, after = [], None
+        names = ("test.ping", "test.pong", "test.ping", "a.nother")
+        while True:
+            page = await queue.list_jobs(JobFilter(names, statuses), first=4, after=after)
+            found += [job.id for job in page.jobs]
+            if not page.has_next_page:
+                break
+            after = found[-1]
+        assert found == wanted
+
+
+async def test_a_page_of_every_type_and_status_is_cheap(queue: JobQueue) -> None:
+    names = tuple(f"test.n{number}" for number in range(100))
+    await queue.list_jobs(JobFilter(names, tuple(JobStatus)))
+    start = time.process_time()
+    for _ in range(5):
+        await queue.list_jobs(JobFilter(names, tuple(JobStatus)))
+    assert time.process_time() - start < 0.5
+
+
+async def test_a_bulk_of_faults_does_not_hold_up_others(queue: JobQueue) -> None:
+    faulty = EnqueueRequest("test.ping", {f"tex{number}": 1 for number in range(50)})
+    bulk = asyncio.create_task(queue.enqueue_many([faulty] * 600))
+    longest, turn = 0.0, time.perf_counter()
+    while not bulk.done():
+        await asyncio.sleep(0)
+        longest, turn = max(longest, time.perf_counter() - turn), time.perf_counter()
+    assert all(isinstance(result, PayloadInvalid) for result in await bulk)
+    assert longest < 0.6
 
 
 @pytest.mark.parametrize("job_id", ["", "nope", "01a20b59-007a-7389-bb53-785ecafc486c"])

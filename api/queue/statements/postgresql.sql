@@ -64,6 +64,22 @@ ON CONFLICT (type) DO UPDATE SET worker_seen_at = excluded.worker_seen_at
 SELECT job.* FROM jsonb_to_recordset(CAST(:keys AS jsonb)) AS wanted (type text, key text)
 JOIN job_registry.job ON job.type = wanted.type AND job.idempotency_key = wanted.key
 
+-- name: newest
+-- The newest jobs of several types and statuses. Of each pair the newest are read from its index,
+-- and merged: no index has them in one order. The status is a range, and not an equality, so that
+-- only the index of type, status and id has the order: that of type and id would read every job
+-- of a type in search of a rare status.
+SELECT job.* FROM job_registry.job WHERE job.id IN (
+    SELECT newest.id FROM jsonb_to_recordset(CAST(:pairs AS jsonb)) AS pair (type text, status text)
+    CROSS JOIN LATERAL (
+        SELECT job.id FROM job_registry.job
+        WHERE job.type = pair.type AND job.status >= pair.status
+            AND (job.status, job.id) < (pair.status, CAST(:after AS uuid))
+        ORDER BY job.status DESC, job.id DESC LIMIT :first
+    ) AS newest
+    ORDER BY newest.id DESC LIMIT :first)
+ORDER BY job.id DESC
+
 -- name: lease_states
 -- What has become of leases: still in force, succeeded by that very lease, or neither.
 SELECT job.id,

@@ -174,6 +174,18 @@ SELECT job.* FROM json_each(:keys) AS wanted
 CROSS JOIN job ON job.type = json_extract(wanted.value, '$.type')
     AND job.idempotency_key = json_extract(wanted.value, '$.key')
 
+-- name: newest
+-- The newest jobs of several types and statuses. Of each pair the newest are read from its index,
+-- and merged: no index has them in one order.
+SELECT job.* FROM job WHERE job.id IN (
+    SELECT job.id FROM json_each(:pairs) AS pair CROSS JOIN job ON job.id IN (
+        SELECT newest.id FROM job AS newest
+        WHERE newest.type = json_extract(pair.value, '$.type')
+            AND newest.status = json_extract(pair.value, '$.status') AND newest.id < :after
+        ORDER BY newest.id DESC LIMIT :first)
+    ORDER BY job.id DESC LIMIT :first)
+ORDER BY job.id DESC
+
 -- name: lease_states
 -- What has become of leases: still in force, succeeded by that very lease, or neither.
 SELECT job.id,
