@@ -28,6 +28,9 @@ WORKER_SEEN_SECONDS: Final = 10.0
 
 MIN_PAUSE_SECONDS: Final = 0.02
 MAX_LOCKED_PAUSE_SECONDS: Final = 1.0
+CLOSE_SECONDS: Final = 5.0
+"""How long the end of the process waits for claims under way: what they lease would be lost."""
+
 MAX_PAUSE_SECONDS: Final = 5.0
 """How long a line relies on events before it looks at the queue without one. Only a message
 that was lost without notice makes a job wait for it."""
@@ -99,6 +102,7 @@ class Claiming:
         self.is_ending = False
         """Whether the process shuts down: nobody waits any more."""
         self._returning: set[asyncio.Task[None]] = set()
+        self._looking: set[asyncio.Task[tuple[list[Lease], bool]]] = set()
 
     async def lease(
         self,
@@ -145,6 +149,8 @@ class Claiming:
         """Lease what is due now, at once."""
         # In a task of its own: a caller that is cancelled in mid-claim must not take leases along.
         looking = asyncio.create_task(self.look(types, worker_id, limit, thorough=True))
+        self._looking.add(looking)
+        looking.add_done_callback(self._looking.discard)
         try:
             leases, _ = await asyncio.shield(looking)
         except asyncio.CancelledError:
@@ -233,7 +239,10 @@ class Claiming:
         self._lines.pop(frozenset(line.types), None)
 
     async def close(self) -> None:
-        """Wait until leases that nobody took are given back."""
+        """Wait until claims under way have ended and leases that nobody took are given back."""
+        lines = [line.task for line in self._lines.values() if line.task is not None]
+        if under_way := {*self._looking, *lines}:
+            await asyncio.wait(under_way, timeout=CLOSE_SECONDS)
         if self._returning:
             await asyncio.wait(self._returning, timeout=self._lease_seconds)
 
@@ -258,14 +267,14 @@ class _Line:
         self._claiming = claiming
         self._waiters: deque[_Waiter] = deque()
         self._woken = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
+        self.task: asyncio.Task[None] | None = None
 
     def join(self, waiter: _Waiter) -> None:
         """Take a place at the end, and look at the queue once for it."""
         self._waiters.append(waiter)
         self._woken.set()
-        if self._task is None:
-            self._task = asyncio.create_task(self._run(), name="leases")
+        if self.task is None:
+            self.task = asyncio.create_task(self._run(), name="leases")
 
     def leave(self, waiter: _Waiter) -> None:
         """Give the place up. A line that has emptied ends."""
@@ -306,7 +315,7 @@ class _Line:
         except Exception as error:
             self._fail(error)
         finally:
-            self._task = None
+            self.task = None
             claiming.drop(self)
             for waiter in self._waiters:
                 if not waiter.leases.done():

@@ -11,9 +11,10 @@ from job_registry import JobRegistry
 from job_registry_api.queue.database import Database
 from job_registry_api.queue.errors import QueueUnavailable
 from job_registry_api.queue.models import JobStatus
-from job_registry_api.queue.queue import JobQueue
+from job_registry_api.queue.queue import JobQueue, open_queue
 from job_registry_api.queue.requests import EnqueueRequest
 from job_registry_api.queue.store import Claim, Claimed
+from tests.conftest import run_sql
 
 PING = EnqueueRequest("test.ping", {})
 
@@ -233,3 +234,25 @@ async def test_the_end_of_the_process_ends_a_wait_whose_claim_is_under_way(
     claims.go_on.set()
     async with asyncio.timeout(5):
         assert await waiting == []
+
+
+async def test_what_a_claim_under_way_leases_at_the_end_is_given_back(
+    registry: JobRegistry, database_url: str
+) -> None:
+    running = "SELECT count(*) FROM job WHERE status = 'running'"
+    for wait_seconds in (0.0, 1.0, 0.0, 1.0):
+        async with open_queue(registry, database_url, lease_seconds=30) as queue:
+            await queue.enqueue_many([EnqueueRequest("test.ping", {})] * 20)
+            claims = [
+                asyncio.create_task(
+                    queue.lease(["test.ping"], f"w{n}", limit=2, wait_seconds=wait_seconds)
+                )
+                for n in range(20)
+            ]
+            await asyncio.sleep(0.003)
+            for claim in claims:
+                claim.cancel()
+            ended = await asyncio.gather(*claims, return_exceptions=True)
+            taken = sum(len(leases) for leases in ended if isinstance(leases, list))
+        assert await asyncio.to_thread(run_sql, database_url, running) == [(taken,)]
+        await asyncio.to_thread(run_sql, database_url, "DELETE FROM job")
