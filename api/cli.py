@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
 from datetime import datetime
+from errno import EADDRINUSE
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -141,7 +142,7 @@ def serve(
     )
     server = _server(config, application, settings)
     # Listen before the start: a taken port is one message, and the printed address works.
-    socket = _listening(settings.host, settings.port)
+    socket = _listening(settings.host, settings.port, "--port or JOBS_PORT")
     err.print(f"Job Registry serves http://{_address(socket)}/graphql  (Ctrl-C ends it)")
     _collect_garbage_rarely()
     try:
@@ -177,6 +178,8 @@ def worker(
     settings = _settings(worker_concurrency=concurrency)
     registry = _registry(settings)
     wanted = [name.strip() for name in (types or "").split(",") if name.strip()]
+    if types is not None and not wanted:
+        _fail(WRONG_USAGE, "--types: expected job types separated by commas.")
     for name in wanted:
         try:
             if not registry.get_type(name).has_handler:
@@ -187,8 +190,9 @@ def worker(
         _fail(WRONG_USAGE, "No job type has a handler, so there is nothing to run.")
     _configure_logs(settings)
     _prepare_database(settings)
-    health_socket = None if health_port is None else _listening(health_host, health_port)
-    if health_socket is not None:
+    health_socket = None
+    if health_port is not None:
+        health_socket = _listening(health_host, health_port, "--health-port")
         err.print(f"Health is served at http://{_address(health_socket)}/healthz")
     from job_registry_api.worker import WorkerStartError
 
@@ -260,6 +264,8 @@ def types(as_json: AsJson = False) -> None:
             "here" if job_type.has_handler else "remote",
             escape(job_type.description.partition("\n")[0]),
         )
+    if not out.is_terminal:
+        out.width = 1_000  # One line per type, for grep: a file or a pipe has no width.
     out.print(table)
 
 
@@ -323,7 +329,9 @@ def enqueue(
     idempotency_key: Annotated[
         str | None, typer.Option(help="Makes it safe to repeat the command. For a single payload.")
     ] = None,
-    atomic: Annotated[bool, typer.Option(help="Store all payloads or none, up to 1,000.")] = False,
+    atomic: Annotated[
+        bool, typer.Option(help="Store all payloads or none, up to JOBS_MAX_BULK_SIZE.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Store one job, or one per line."""
@@ -339,8 +347,12 @@ def enqueue(
     lines = _lines(text, file)
     if len(lines) > 1 and idempotency_key is not None:
         _fail(WRONG_USAGE, f"--idempotency-key is for a single payload; got {len(lines):,}.")
-    if atomic and len(lines) > 1_000:
-        _fail(WRONG_USAGE, f"--atomic stores up to 1,000 payloads; got {len(lines):,}.")
+    if atomic and len(lines) > settings.max_bulk_size:
+        _fail(
+            WRONG_USAGE,
+            f"--atomic stores up to {settings.max_bulk_size:,} payloads (JOBS_MAX_BULK_SIZE);"
+            f" got {len(lines):,}.",
+        )
     _configure_logs(settings, at_least_warnings=True)
     _prepare_database(settings)
     with _database_errors():
@@ -672,7 +684,7 @@ async def _health_served(application: Any, socket: Any) -> AsyncIterator[None]:
         await serving
 
 
-def _listening(host: str, port: int) -> Any:
+def _listening(host: str, port: int, chosen_by: str) -> Any:
     import socket
 
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -682,7 +694,8 @@ def _listening(host: str, port: int) -> Any:
         bound.bind((host, port))
         bound.listen(2048)
     except OSError as error:
-        _fail(REFUSED, f"Cannot listen on {host}:{port}: {error.strerror}.")
+        advice = f" Choose another port with {chosen_by}." if error.errno == EADDRINUSE else ""
+        _fail(REFUSED, f"Cannot listen on {host}:{port}: {error.strerror}.{advice}")
     return bound
 
 
@@ -703,7 +716,7 @@ def _payload(text: str, file: str) -> Any:
     try:
         return parse_json(text)
     except NotJson as error:
-        _fail(REFUSED, f"{file}: {error}")
+        _fail(REFUSED, f"{'Standard input' if file == '-' else file}: {error}")
 
 
 def _lines(text: str, file: str) -> list[tuple[int, str]]:

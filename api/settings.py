@@ -65,7 +65,7 @@ class Settings(BaseSettings):
     )
     database_pooler: Literal["session", "transaction"] = Field(
         default="session",
-        description="`transaction` if the URL leads through PgBouncer in transaction mode."
+        description="`transaction` if the URL leads through PgBouncer, whatever its mode."
         " `session` otherwise.",
     )
     database_listen_url: str | None = Field(

@@ -137,6 +137,8 @@ def _in_entry_point(entry: metadata.EntryPoint) -> list[JobType[Any]]:
     where = f"entry point {entry.name} = {entry.value}"
     try:
         loaded = entry.load()
+    except DefinitionError as error:
+        raise DefinitionError(f"{where}: {error}") from error
     except Exception as error:
         raise DefinitionError(f"{where}: {type(error).__name__}: {error}") from error
     if isinstance(loaded, ModuleType):
@@ -159,6 +161,8 @@ def _of(module: ModuleType) -> list[JobType[Any]]:
 def _import(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
+    except DefinitionError as error:
+        raise DefinitionError(f"{name}: {error}") from error
     except Exception as error:
         raise DefinitionError(f"{name}: {type(error).__name__}: {error}") from error
 

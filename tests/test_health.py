@@ -180,7 +180,8 @@ def test_a_health_port_that_is_taken_is_a_sentence(tmp_path: Path) -> None:
             timeout=60,
         )
     assert result.returncode == 1
-    assert result.stderr == f"Cannot listen on 127.0.0.1:{port}: Address already in use.\n"
+    reason = f"Cannot listen on 127.0.0.1:{port}: Address already in use."
+    assert result.stderr == f"{reason} Choose another port with --health-port.\n"
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,11 @@ def parse_time(text: str) -> datetime:
     Raises:
         ValueError: the text is not a time.
     """
-    for parse in (datetime.fromisoformat, _TIME.validate_strings):
+    parsers = [datetime.fromisoformat]
+    # Pydantic also reads numbers, as seconds since 1970: the year "2030" would be due at once.
+    if ":" in text:
+        parsers.append(_TIME.validate_strings)
+    for parse in parsers:
         try:
             return parse(text)
         except (ValueError, ValidationError):

@@ -149,6 +149,27 @@ def test_many_lines_are_enqueued_and_each_refused_one_is_named(jobs: Shell) -> N
     assert "0 stored" in atomic.stdout
 
 
+def test_atomic_is_bounded_by_the_setting_for_bulks(jobs: Shell) -> None:
+    command = ("enqueue", "thumbnail.create", "-", "--atomic")
+    three = jobs(*command, stdin=f"{GOOD}\n" * 3, JOBS_MAX_BULK_SIZE="2")
+    assert three.returncode == 2
+    assert three.stderr == "--atomic stores up to 2 payloads (JOBS_MAX_BULK_SIZE); got 3.\n"
+    two = jobs(*command, stdin=f"{GOOD}\n" * 2, JOBS_MAX_BULK_SIZE="2")
+    assert two.stdout == "2 stored, 0 deduplicated, 0 refused\n"
+
+
+def test_types_without_a_name_are_refused_by_the_worker(jobs: Shell) -> None:
+    result = jobs("worker", "--types", ",")
+    assert result.returncode == 2
+    assert result.stderr == "--types: expected job types separated by commas.\n"
+
+
+def test_the_types_are_listed_one_per_line_in_a_pipe(jobs: Shell) -> None:
+    lines = jobs("types").stdout.splitlines()
+    assert len(lines) == 3
+    assert "Pay one batch of payouts out of its escrow account." in lines[1]
+
+
 def test_the_schema_is_printed_and_a_reader_that_stops_is_no_error(jobs: Shell) -> None:
     command = f"{sys.executable} -m job_registry_api.cli schema | head -1; echo ${{PIPESTATUS[0]}}"
     result = subprocess.run(
@@ -204,6 +225,7 @@ def test_a_port_that_is_taken_is_a_sentence(jobs: Shell) -> None:
         result = jobs("serve", "--port", str(port))
     assert result.returncode == 1
     assert f"Cannot listen on 127.0.0.1:{port}" in result.stderr
+    assert "Choose another port with --port or JOBS_PORT." in result.stderr
 
 
 def _answer(request: Any) -> Any:

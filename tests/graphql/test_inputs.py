@@ -177,6 +177,7 @@ async def test_a_time_is_taken_with_any_offset_and_given_in_utc(
         {"type": "test.ping", "payload": {}, "priority": "high"},
         {"type": "test.ping", "payload": {}, "priority": 2**31},
         {"type": "test.ping", "payload": {}, "scheduleAt": "tomorrow"},
+        {"type": "test.ping", "payload": {}, "scheduleAt": "2030"},
         {"type": "test.ping", "payload": {}, "color": "red"},
     ],
 )

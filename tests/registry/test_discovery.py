@@ -60,7 +60,7 @@ def test_a_module_and_all_modules_of_a_package_are_searched(folder: Path) -> Non
         (
             {"bad": JOBS.format(name="Bad Name")},
             ["bad"],
-            'bad: DefinitionError: job type "Bad Name"',
+            'bad: job type "Bad Name"',
         ),
         (
             {"first": JOBS.format(name="mail"), "second": JOBS.format(name="mail")},
