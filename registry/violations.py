@@ -170,7 +170,7 @@ class PayloadShape:
             if kind == "json":
                 # The parts go on inside the text of a string.
                 break
-            is_key = kind == "dict" and parts[1:2] == ["[key]"]
+            is_key = kind == "dict" and parts[1:2] == ["[key]"] and _may_refuse_keys(schema)
             # Pydantic's label for a faulty key, unless an object below has this very key.
             if is_key and value_at(sent, [*path, *parts[:2]]) is _MISSING:
                 return _Place((*path, parts[0]), tuple(unions), None, key=str(parts[0]))
@@ -320,6 +320,12 @@ class _Fault:
         return shortened_text(
             f"Expected {_alternatives(self.expected)}; got {shortened(value)}.{hint}", 400
         )
+
+
+def _may_refuse_keys(schema: Mapping[str, Any]) -> bool:
+    """Return whether a dict's keys, strings in JSON, may be faulty: plain strings never are."""
+    keys = schema.get("keys_schema", {})
+    return keys.get("type") != "str" or not keys.keys() <= {"type", "strict", "metadata"}
 
 
 def _tagged(schema: Any, label: str) -> Any:

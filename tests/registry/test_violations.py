@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import AliasPath, Field, create_model, field_validator
 from pydantic import Json as JsonText
 
-from job_registry import JobRegistry, JobType, Payload, PayloadInvalid, Violation
+from job_registry import JobPolicy, JobRegistry, JobType, Payload, PayloadInvalid, Violation
 from job_registry.catalog.thumbnail import thumbnail_create
 
 
@@ -355,3 +355,16 @@ def violations_of(model: type[Payload], payload: object) -> Sequence[Violation]:
     with pytest.raises(PayloadInvalid) as refused:
         registry.admit("a.b", payload)
     return refused.value.violations
+
+
+def test_a_field_named_like_the_label_of_a_key_is_pointed_at() -> None:
+    class Inner(Payload):
+        kept: int = Field(alias="[key]")
+
+    class Outer(Payload):
+        by_name: dict[str, Inner]
+
+    job_type = JobType(name="label.key", payload=Outer, policy=JobPolicy())
+    with pytest.raises(PayloadInvalid) as refused:
+        JobRegistry([job_type]).admit("label.key", {"byName": {"a": {}}})
+    assert [(v.path, v.code) for v in refused.value.violations] == [("/byName/a/[key]", "required")]
