@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
+from pydantic.alias_generators import to_camel
 from rich.markup import escape
 from rich.table import Table
 
@@ -87,14 +89,12 @@ def _type_json(registry: JobRegistry, name: str) -> dict[str, Any]:
 
 
 def _policy_json(registry: JobRegistry, name: str) -> dict[str, Any]:
-    found = registry.policy(name)
+    """Return every field of the policy, with the names that GraphQL has."""
+    return {"type": name, **_in_camel_case(asdict(registry.policy(name)))}
+
+
+def _in_camel_case(values: dict[str, Any]) -> dict[str, Any]:
     return {
-        "type": name,
-        "maxAttempts": found.max_attempts,
-        "timeoutSeconds": found.timeout_seconds,
-        "concurrencyLimit": found.concurrency_limit,
-        "backoff": {
-            "baseSeconds": found.backoff.base_seconds,
-            "capSeconds": found.backoff.cap_seconds,
-        },
+        to_camel(name): _in_camel_case(value) if isinstance(value, dict) else value
+        for name, value in values.items()
     }
