@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from job_registry import CodedError, JobRegistry, NotJson, PayloadInvalid, Violation, parse_json
+from job_registry_api.cli import startup
 from job_registry_api.cli.output import (
     REFUSED,
     WRONG_USAGE,
@@ -23,13 +24,6 @@ from job_registry_api.cli.output import (
     sentences,
 )
 from job_registry_api.cli.payloads import TypeName, parse_lines, read
-from job_registry_api.cli.startup import (
-    configure_logs,
-    database_errors,
-    prepare_database,
-    read_registry,
-    read_settings,
-)
 from job_registry_api.settings import Settings
 
 if TYPE_CHECKING:
@@ -67,8 +61,8 @@ def enqueue(
     as_json: AsJson = False,
 ) -> None:
     """Store one job, or one per line."""
-    settings = read_settings()
-    registry = read_registry(settings)
+    settings = startup.read_settings()
+    registry = startup.read_registry(settings)
     text = read(file)
     options = {
         "priority": priority,
@@ -85,9 +79,9 @@ def enqueue(
             f"--atomic stores up to {settings.max_bulk_size:,} payloads (JOBS_MAX_BULK_SIZE);"
             f" got {len(lines):,}.",
         )
-    configure_logs(settings, at_least_warnings=True)
-    prepare_database(settings)
-    with database_errors():
+    startup.configure_logs(settings, at_least_warnings=True)
+    startup.prepare_database(settings)
+    with startup.database_errors():
         refused = asyncio.run(
             _enqueue_all(settings, registry, type_name, lines, options, atomic, as_json)
         )

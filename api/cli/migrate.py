@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from job_registry_api.cli import startup
 from job_registry_api.cli.output import REFUSED, WRONG_USAGE, AsJson, err, fail, out, print_json
-from job_registry_api.cli.startup import configure_logs, database_errors, read_settings
 
 if TYPE_CHECKING:
     from job_registry_api.queue.migrations import Fit, Migrated
@@ -32,17 +32,17 @@ def migrate(
     """Bring the database schema up to date. Safe to run again."""
     if check and grants is not None:
         fail(WRONG_USAGE, "Use --check or --grants, not both.")
-    settings = read_settings()
-    configure_logs(settings, at_least_warnings=True)
+    settings = startup.read_settings()
+    startup.configure_logs(settings, at_least_warnings=True)
     from job_registry_api.queue import migrations
 
     url = settings.database_url
     where: Any = {"pooler": settings.database_pooler, "schema": settings.database_schema}
     if grants is not None:
-        with database_errors():
+        with startup.database_errors():
             _print_grants(migrations.grants(url, grants, **where), as_json)
     elif check:
-        with database_errors():
+        with startup.database_errors():
             fit = migrations.examine(
                 url, timeout_seconds=settings.database_timeout_seconds, **where
             )
@@ -50,7 +50,7 @@ def migrate(
         if not fit.fits:
             sys.exit(REFUSED)
     else:
-        with database_errors():
+        with startup.database_errors():
             _print_migrated(migrations.upgrade(url, **where), as_json)
 
 

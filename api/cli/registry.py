@@ -10,14 +10,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from job_registry import JobRegistry, JobTypeNotFound, PayloadInvalid
+from job_registry_api.cli import startup
 from job_registry_api.cli.output import AsJson, out, print_json, refuse
 from job_registry_api.cli.payloads import File, TypeName, parse, read
-from job_registry_api.cli.startup import read_registry, read_settings
 
 
 def types(as_json: AsJson = False) -> None:
     """List the job types, with their policies."""
-    registry = read_registry(read_settings())
+    registry = startup.read_registry(startup.read_settings())
     if as_json:
         print_json([_type_json(registry, name) for name in registry])
         return
@@ -41,7 +41,7 @@ def types(as_json: AsJson = False) -> None:
 
 def policy(type_name: TypeName, as_json: AsJson = False) -> None:
     """Show the policy of a job type."""
-    registry = read_registry(read_settings())
+    registry = startup.read_registry(startup.read_settings())
     try:
         found = registry.policy(type_name)
     except JobTypeNotFound as unknown:
@@ -64,7 +64,7 @@ def policy(type_name: TypeName, as_json: AsJson = False) -> None:
 
 def validate(type_name: TypeName, file: File, as_json: AsJson = False) -> None:
     """Check a payload against its job type, as enqueue does. Needs no database."""
-    registry = read_registry(read_settings())
+    registry = startup.read_registry(startup.read_settings())
     try:
         registry.admit(type_name, parse(read(file), file))
     except (JobTypeNotFound, PayloadInvalid) as refusal:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 
-from job_registry_api.cli.startup import read_registry, read_settings
+from job_registry_api.cli import startup
 
 
 def schema() -> None:
     """Print the GraphQL schema of the job types in JOBS_CATALOG, with its documentation."""
-    registry = read_registry(read_settings())
+    registry = startup.read_registry(startup.read_settings())
     from job_registry_api.graphql.schema import sdl
 
     sys.stdout.write(sdl(registry))

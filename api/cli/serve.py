@@ -9,15 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from job_registry_api.cli import startup
 from job_registry_api.cli.listening import address_of, listen
 from job_registry_api.cli.output import REFUSED, err
-from job_registry_api.cli.startup import (
-    collect_garbage_rarely,
-    configure_logs,
-    prepare_database,
-    read_registry,
-    read_settings,
-)
 from job_registry_api.settings import Settings
 
 if TYPE_CHECKING:
@@ -39,16 +33,16 @@ def serve(
     ] = None,
 ) -> None:
     """Serve GraphQL at /graphql and REST at /jobs, with a worker inside."""
-    settings = read_settings(host=host, port=port, worker_concurrency=concurrency)
-    registry = read_registry(settings)
-    configure_logs(settings)
+    settings = startup.read_settings(host=host, port=port, worker_concurrency=concurrency)
+    registry = startup.read_registry(settings)
+    startup.configure_logs(settings)
 
     import uvicorn
 
     from job_registry_api.app import create_app
 
     application = create_app(settings, registry, worker=worker)
-    prepare_database(settings)
+    startup.prepare_database(settings)
     config = uvicorn.Config(
         application,
         host=settings.host,
@@ -66,7 +60,7 @@ def serve(
     # Listen before the start: a taken port is one message, and the printed address works.
     socket = listen(settings.host, settings.port, "--port or JOBS_PORT")
     err.print(f"Job Registry serves http://{address_of(socket)}/graphql  (Ctrl-C ends it)")
-    collect_garbage_rarely()
+    startup.collect_garbage_rarely()
     try:
         server.run(sockets=[socket])
     except SystemExit:

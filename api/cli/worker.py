@@ -11,15 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from job_registry import JobRegistry, JobTypeNotFound
+from job_registry_api.cli import startup
 from job_registry_api.cli.listening import address_of, listen
 from job_registry_api.cli.output import REFUSED, WRONG_USAGE, err, fail
-from job_registry_api.cli.startup import (
-    collect_garbage_rarely,
-    configure_logs,
-    prepare_database,
-    read_registry,
-    read_settings,
-)
 from job_registry_api.settings import Settings
 
 if TYPE_CHECKING:
@@ -46,8 +40,8 @@ def worker(
     health_host: Annotated[str, typer.Option(help="Address of the health port.")] = "127.0.0.1",
 ) -> None:
     """Run jobs until SIGTERM, which lets running jobs end. A second SIGTERM does not wait."""
-    settings = read_settings(worker_concurrency=concurrency)
-    registry = read_registry(settings)
+    settings = startup.read_settings(worker_concurrency=concurrency)
+    registry = startup.read_registry(settings)
     wanted = [name.strip() for name in (types or "").split(",") if name.strip()]
     if types is not None and not wanted:
         fail(WRONG_USAGE, "--types: expected job types separated by commas.")
@@ -59,15 +53,15 @@ def worker(
             fail(WRONG_USAGE, f"--types: {unknown}")
     if not any(job_type.has_handler for job_type in registry.values()):
         fail(WRONG_USAGE, "No job type has a handler, so there is nothing to run.")
-    configure_logs(settings)
-    prepare_database(settings)
+    startup.configure_logs(settings)
+    startup.prepare_database(settings)
     health_socket = None
     if health_port is not None:
         health_socket = listen(health_host, health_port, "--health-port")
         err.print(f"Health is served at http://{address_of(health_socket)}/healthz")
     from job_registry_api.worker import WorkerStartError
 
-    collect_garbage_rarely()
+    startup.collect_garbage_rarely()
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.run(_work(settings, registry, wanted, health_socket))
