@@ -239,7 +239,7 @@ class Claiming:
         self._lines.pop(frozenset(line.types), None)
 
     async def close(self) -> None:
-        """Wait for claims in progress, and until the leases of callers that are gone are released."""
+        """Wait for claims in progress, and for the release of leases whose callers are gone."""
         lines = [line.task for line in self._lines.values() if line.task is not None]
         if in_progress := {*self._looking, *lines}:
             await asyncio.wait(in_progress, timeout=CLOSE_SECONDS)
