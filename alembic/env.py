@@ -1,4 +1,4 @@
-"""Runs the migrations on the connection that `job_registry_api.queue.migrations` hands over."""
+"""Runs the migrations on the connection that `job_registry_api.queue.migrations` opens."""
 
 from __future__ import annotations
 

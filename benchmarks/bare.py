@@ -41,7 +41,7 @@ def application(database_url: str | None) -> Starlette:
 
     from job_registry.discovery import load_registry
     from job_registry_api.auth import ANYONE
-    from job_registry_api.cli import _collect_garbage_rarely
+    from job_registry_api.cli.startup import collect_garbage_rarely
     from job_registry_api.graphql.context import Context
     from job_registry_api.graphql.document_limits import Limits
     from job_registry_api.graphql.execution import Executor
@@ -78,7 +78,7 @@ def application(database_url: str | None) -> Starlette:
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         async with open_queue(registry, database_url, lease_seconds=30) as queue:
             queues.append(queue)
-            _collect_garbage_rarely()
+            collect_garbage_rarely()
             yield
 
     routes += [

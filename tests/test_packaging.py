@@ -14,7 +14,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-ROOT = Path(__file__).parent.parent
+from tests import CODE, ROOT
+
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 VERSION = PROJECT["project"]["version"]
 
@@ -142,14 +143,36 @@ def test_a_lock_has_what_the_project_needs_by_hash_and_from_any_index(
         assert requirement.specifier.contains(version), f"{lock} has {requirement} as {version}"
 
 
-def test_listing_the_types_imports_nothing_heavy() -> None:
-    code = (
-        "import sys; from typer.testing import CliRunner; from job_registry_api.cli import app;"
-        "result = CliRunner().invoke(app, ['types']); assert result.exit_code == 0;"
-        "print(*sorted(name for name in sys.modules if '.' not in name))"
-    )
-    imported = set(python(ROOT, "-c", code).stdout.split())
+DATABASE = {"sqlalchemy", "sqlmodel", "alembic", "asyncpg", "aiosqlite"}
+GRAPHQL = {"strawberry", "graphql"}
+HTTP = {"starlette", "uvicorn", "jwt"}
+HANDLERS = {"PIL", "fsspec"}
+
+
+@pytest.mark.parametrize(
+    ("command", "not_needed"),
+    [
+        ("types", DATABASE | GRAPHQL | HTTP | HANDLERS | {"structlog"}),
+        ("policy payout.execute", DATABASE | GRAPHQL | HTTP | HANDLERS | {"structlog"}),
+        ("validate thumbnail.create -", DATABASE | GRAPHQL | HTTP | HANDLERS | {"structlog"}),
+        ("migrate", GRAPHQL | HTTP | HANDLERS),
+        ("enqueue thumbnail.create -", GRAPHQL | HTTP | HANDLERS),
+        ("schema", HANDLERS | {"uvicorn", "alembic", "aiosqlite"}),
+    ],
+)
+def test_a_command_imports_only_what_it_needs(
+    tmp_path: Path, command: str, not_needed: set[str]
+) -> None:
+    code = f"""
+import sys
+from typer.testing import CliRunner
+from job_registry_api.cli import app
+payload = '{{"assetId": "a", "versionNumber": 1}}'
+result = CliRunner().invoke(app, {command.split()}, input=payload)
+assert result.exit_code == 0, result.output
+print(*sorted(name for name in sys.modules if "." not in name), file=open("imported", "w"))
+"""
+    python(tmp_path, "-c", code, PYTHONPATH=CODE)
+    imported = set((tmp_path / "imported").read_text().split())
     assert {"job_registry_api", "job_registry", "pydantic"} <= imported
-    heavy = {"sqlalchemy", "sqlmodel", "strawberry", "graphql", "uvicorn", "starlette", "PIL",
-             "fsspec", "alembic", "structlog", "asyncpg", "aiosqlite"}  # fmt: skip
-    assert imported & heavy == set()
+    assert imported & not_needed == set()

@@ -251,4 +251,5 @@ def test_settings_are_printed_without_the_password() -> None:
 def test_the_guide_has_the_table_of_settings_as_it_is() -> None:
     text = PAGE.read_text("utf-8")
     table = text.split("<!-- settings -->\n")[1].split("\n<!-- /settings -->")[0]
-    assert table == settings_table()
+    code = "from job_registry_api.settings import settings_table; print(settings_table())"
+    assert table == settings_table(), f"print the table with: .venv/bin/python -c '{code}'"

@@ -1,7 +1,7 @@
-"""Jobs, their attempts, and the counts that triggers keep.
+"""Jobs, their attempts, and counts that triggers maintain.
 
-What follows `create_table` is written out, not taken from the models: a migration does not change
-when they do.
+The tables are written out and not taken from the models, so that this migration does not change
+when the models do.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    # SQLite drops a table's triggers with it.
+    # SQLite drops the triggers together with the table.
     op.drop_table("job_event_batch")
     op.drop_table("job_count")
     op.drop_table("job_type_state")
@@ -171,7 +171,7 @@ def downgrade() -> None:
 
 
 def _count_on_sqlite() -> None:
-    """One writer at a time anyway: a counter a type and status, updated row by row."""
+    """Keep one counter per type and status: SQLite has one writer at a time."""
     add = """
         INSERT INTO job_count (type, status, jobs)
         SELECT {row}.type, {row}.status, 0 WHERE NOT EXISTS (
@@ -188,7 +188,7 @@ def _count_on_sqlite() -> None:
 
 
 def _count_on_postgresql() -> None:
-    """A row a statement, type and status: a counter to update would queue the commits up."""
+    """Append a row per statement, type and status: a counter would make commits wait."""
     for name, when, change in (
         (
             "inserted",

@@ -1,4 +1,4 @@
-"""Claims, reports and renewals as single statements; places held by attempts that overrun.
+"""Claims, reports and renewals as single statements; places of timed-out attempts.
 
 PostgreSQL's functions are in `0002_claims.sql`.
 """
@@ -16,22 +16,22 @@ down_revision = "0001"
 branch_labels = None
 depends_on = None
 
-# Claims of the release before take other locks: beside them no concurrency limit would hold.
+# Claims of the previous release take other locks. Run together, they exceed concurrency limits.
 additive = False
 
 TIME = sa.DateTime(timezone=True)
 
 
 def upgrade() -> None:
-    # How long the lease lasts without a heartbeat, and until when its worker is believed alive:
-    # unlike `lease_expires_at`, `held_until` is not bounded by the attempt's deadline.
+    # How long the lease lasts without a heartbeat, and until when its worker counts as alive.
+    # Unlike `lease_expires_at`, `held_until` is not bounded by the attempt's deadline.
     op.add_column("job", sa.Column("lease_seconds", sa.Double))
     op.add_column("job", sa.Column("held_until", TIME))
     # How often the job was released or snoozed, and how often in a row within seconds.
     op.add_column("job", sa.Column("returns", sa.Integer, nullable=False, server_default="0"))
     op.add_column("job", sa.Column("quick_returns", sa.Integer, nullable=False, server_default="0"))
-    # Of an attempt that has timed out: its handler may still run, and holds its place in the
-    # type's concurrency limit until then.
+    # Until when a timed-out attempt, whose handler may still run, keeps its place in the type's
+    # concurrency limit, and the token of its lease.
     op.add_column("job_attempt", sa.Column("held_until", TIME))
     op.add_column("job_attempt", sa.Column("lease_token", sa.Text))
     held = sa.text("held_until IS NOT NULL AND finished_at IS NOT NULL")
@@ -46,7 +46,7 @@ def upgrade() -> None:
     if op.get_bind().dialect.name == "postgresql":
         for function in _functions():
             op.execute(sa.DDL(function.replace("%", "%%")))
-        # The triggers run in statements of clients, whose search path may be another.
+        # The triggers run in statements of clients, which may have another search path.
         for what in ("inserted", "updated", "deleted"):
             op.execute(f"ALTER FUNCTION job_count_{what}() SET search_path FROM CURRENT")
 

@@ -1,23 +1,23 @@
 -- The operations that change jobs on PostgreSQL, each one statement for its client.
 --
 -- Each is a function, so that it is one transaction in autocommit: a client that freezes or loses
--- its connection holds no lock. What a client calls has the search path of the schema in which it
--- was made, whatever the session's is, and plans with the indexes alone: a plan that is made while
--- the table is small would otherwise be kept while it grows, and a wrong estimate would start the
--- JIT compiler. Functions that only these call run with their settings.
+-- its connection holds no lock. Functions that clients call have the search path of their own
+-- schema and use only index scans and nested loops: a plan that was made for a small table would be
+-- kept while the table grows, and a wrong estimate would start the JIT compiler. Functions that
+-- only these functions call run with their settings.
 
 CREATE FUNCTION job_event(name text, id uuid, type text, attempt integer) RETURNS jsonb
 LANGUAGE sql STABLE AS $$
--- A list of one event, in the form in which other processes read events.
+-- Return an array of one event, in the form of event messages.
 SELECT jsonb_build_array(
     jsonb_build_array(name, replace(CAST(id AS text), '-', ''), type, attempt))
 $$;
 
 CREATE FUNCTION job_announce(process text, events jsonb, keep boolean) RETURNS void
 LANGUAGE plpgsql AS $$
--- Tells other processes what this transaction did, once it commits. A notification is shorter
--- than 8,000 bytes; a longer message, or any message when `keep` is set, is stored as a batch.
--- The channel is named for the schema: deployments in two schemas do not hear each other.
+-- Send events to other processes when this transaction commits. A notification is shorter than
+-- 8,000 bytes. A longer message, or any message when `keep` is set, is stored as a batch. The
+-- channel has the name of the schema, so that deployments in two schemas are separate.
 DECLARE
     message text := jsonb_build_object('process', process, 'events', events)::text;
     batch bigint;
@@ -32,13 +32,13 @@ END $$;
 
 CREATE FUNCTION job_small(whole job) RETURNS job
 LANGUAGE plpgsql AS $$
--- A job as statements that hold locks return it: documents over 8 kB are NULL, and the client
--- reads them afterwards. An answer that fits into the socket's buffer never waits for a client
--- that has stopped reading.
+-- Return a job without documents over 8 kB, which are NULL; the client reads them later. It is for
+-- statements that hold locks: a result that fits into the socket's buffer does not wait for a
+-- client that has stopped reading.
 BEGIN
     IF pg_column_size(whole.payload) > 8192 OR pg_column_size(whole.error) > 8192
         OR pg_column_size(whole.result) > 8192 OR pg_column_size(whole.progress) > 8192
-        -- Those are the sizes as stored: what was compressed is sent in full.
+        -- Those sizes are as stored. Compressed values are sent uncompressed.
         OR pg_column_compression(whole.payload) IS NOT NULL
             AND octet_length(CAST(whole.payload AS text)) > 8192
         OR pg_column_compression(whole.error) IS NOT NULL
@@ -57,7 +57,7 @@ END $$;
 
 CREATE FUNCTION job_key_locked(type text, key text, wait boolean) RETURNS boolean
 LANGUAGE plpgsql AS $$
--- Whether this transaction has the lock of an idempotency key; with `wait`, once it has it.
+-- Try to lock an idempotency key, and return whether that succeeded. With `wait`, wait for it.
 DECLARE
     lock CONSTANT bigint := hashtextextended(
         'job key ' || to_regclass('job')::oid || ' ' || type || ' ' || key, 0);
@@ -72,11 +72,12 @@ END $$;
 CREATE FUNCTION job_insert(jobs jsonb, process text, keep boolean, wait boolean)
 RETURNS TABLE (job_id uuid, job_created_at timestamptz, job_next_run_at timestamptz)
 LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
--- Inserts jobs, except those whose idempotency key the type has already, and announces them.
+-- Insert jobs, except those whose type already has a job with the idempotency key, and announce
+-- them.
 --
--- Every insert of a key takes the key's advisory lock first, in one order. Where another
--- transaction has it, the job is left out, so that one caller's long transaction holds up nobody
--- else's job; with `wait` it is waited for.
+-- Every insert of a key takes the advisory lock of the key first, in a fixed order. If another
+-- transaction has the lock, the job is left out, so that a caller's long transaction does not
+-- delay other jobs. With `wait`, wait for the lock.
 DECLARE
     now CONSTANT timestamptz := clock_timestamp();
     events jsonb := '[]';
@@ -122,10 +123,10 @@ CREATE FUNCTION job_end(reports jsonb, process text, keep boolean) RETURNS SETOF
 LANGUAGE plpgsql
     SET search_path FROM CURRENT SET enable_seqscan = off SET enable_bitmapscan = off
     SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off AS $$
--- Ends attempts as reported, where the report's lease is in force, and announces it.
+-- End attempts as reported, if the lease is in force, and announce that.
 --
--- The rows are locked first, and what is decided is decided on the locked rows. A row that
--- another transaction has locked is left out, and so are leases that are lost.
+-- The rows are locked before they are read. Rows that another transaction has locked are left out,
+-- and so are lost leases.
 DECLARE
     now CONSTANT timestamptz := clock_timestamp();
     events jsonb := '[]';
@@ -137,7 +138,7 @@ BEGIN
                 id uuid, token text, outcome text, retryable boolean, spend boolean,
                 delay_seconds double precision, result text, error text, still_running boolean)
         ), held AS MATERIALIZED (
-            -- By the primary key: other indexes are full of dead entries under a long snapshot.
+            -- By the primary key: other indexes have many dead entries during a long transaction.
             SELECT report.*, running.*,
                 report.outcome IN ('released', 'snoozed') AS returned
             FROM report CROSS JOIN LATERAL (
@@ -151,7 +152,7 @@ BEGIN
                     CASE
                         WHEN job.status <> 'running' THEN false
                         WHEN report.outcome = 'lost' THEN job.lease_expires_at <= now
-                        -- Its worker may be a moment late.
+                        -- Its worker may report slightly late.
                         WHEN report.outcome = 'timed_out'
                             THEN job.lease_expires_at > now OR job.deadline_at <= now
                         ELSE job.lease_expires_at > now
@@ -169,12 +170,12 @@ BEGIN
                     WHEN retryable AND attempt < max_attempts THEN 'queued'
                     ELSE 'failed'
                 END AS status,
-                -- min(cap, base * 2^(n-1)), half of it random. See JobPolicy.backoff.
+                -- min(cap, base * 2^(n-1)), half of that random. See JobPolicy.backoff.
                 coalesce(delay_seconds, least(backoff_cap_seconds,
                     backoff_base_seconds * power(2, least(attempt - 1, 40)))
                     * (0.5 + 0.5 * random())) AS delay,
-                -- The first quick return is free; then the pause doubles, so that a job that is
-                -- handed back again and again does not spin.
+                -- The first quick return does not wait. Then the delay doubles, so that a job that
+                -- is released repeatedly does not run in a tight loop.
                 CASE WHEN returned AND quickly AND quick_returns > 0
                     THEN least(60, power(2, least(quick_returns - 1, 6))) ELSE 0 END AS least_delay
             FROM held
@@ -203,7 +204,7 @@ BEGIN
                 outcome = CASE WHEN decided.status = 'cancelled' THEN 'cancelled'
                     ELSE decided.outcome END,
                 error = CAST(decided.error AS jsonb),
-                -- A worker that is alive may still run what has timed out.
+                -- A worker that is alive may still run a timed-out attempt.
                 held_until = CASE
                     WHEN decided.still_running
                         THEN now + make_interval(secs => coalesce(decided.lease_seconds, 30))
@@ -218,7 +219,7 @@ BEGIN
             CASE ended.status WHEN 'queued' THEN 'job.retrying' ELSE 'job.' || ended.status END,
             ended.id, ended.type, ended.attempt);
         IF ended.returns > 0 AND ended.returns % 32 = 0 THEN
-            -- Attempts that were handed back are kept up to a bound.
+            -- Delete the oldest released and snoozed attempts, and keep 32.
             DELETE FROM job_attempt
             WHERE job_attempt.job_id = ended.id AND job_attempt.outcome IN ('released', 'snoozed')
               AND job_attempt.id <= (
@@ -240,17 +241,17 @@ RETURNS SETOF job
 LANGUAGE plpgsql
     SET search_path FROM CURRENT SET enable_seqscan = off SET enable_bitmapscan = off
     SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off AS $$
--- Ends the attempts whose lease has run out: `timed_out` past the deadline, `lost` before it.
--- `look_back`, in seconds, bounds what is read: leases that ran out before have been ended.
+-- End the attempts whose lease has expired: `timed_out` past the deadline, `lost` before it.
+-- `look_back`, in seconds, bounds the rows that are read: older expired leases have been ended.
 DECLARE
     now CONSTANT timestamptz := clock_timestamp();
     since CONSTANT timestamptz :=
         coalesce(now - make_interval(secs => look_back), '-infinity');
     reports jsonb;
 BEGIN
-    -- A lease ends in at most its own length from now. Where it does not, the clock has stepped
-    -- back; the lease then starts anew, so that a dead worker is noticed in time all the same.
-    -- `lease`, the length of this client's leases, bounds what is read.
+    -- A lease that ends later than its length from now shows that the clock has stepped back. It is
+    -- restarted, so that a dead worker is detected in time. `lease`, the length of this client's
+    -- leases, bounds the rows that are read.
     UPDATE job SET
         held_until = now + make_interval(secs => job.lease_seconds),
         deadline_at = least(job.deadline_at, now + make_interval(secs => job.timeout_seconds)),
@@ -281,11 +282,11 @@ END $$;
 
 CREATE FUNCTION job_running(name text, at timestamptz) RETURNS integer
 LANGUAGE plpgsql AS $$
--- How many places of a type's concurrency limit are taken: by its running jobs, and by attempts
--- that have timed out and whose handlers have not stopped.
+-- Count the used places of a type's concurrency limit: its running jobs, and its timed-out attempts
+-- whose handlers have not stopped.
 BEGIN
     RETURN (SELECT count(*) FROM job WHERE job.status = 'running' AND job.type = name)
-        -- Not a join: without statistics its plan reads every job of the type.
+        -- Not a join: without statistics its plan reads all jobs of the type.
         + (SELECT count(*) FROM job_attempt
            WHERE job_attempt.held_until > at AND job_attempt.finished_at IS NOT NULL
              AND name = (SELECT job.type FROM job WHERE job.id = job_attempt.job_id));
@@ -293,7 +294,7 @@ END $$;
 
 CREATE FUNCTION job_head(heads jsonb, level smallint) RETURNS timestamptz
 LANGUAGE sql IMMUTABLE AS $$
--- Behind which time the jobs of a priority are looked for.
+-- Return the time from which on jobs of a priority are read.
 SELECT CASE WHEN heads IS NULL THEN '-infinity'::timestamptz ELSE
     (SELECT CAST(head.value ->> 1 AS timestamptz) FROM jsonb_array_elements(heads) AS head
      WHERE CAST(head.value ->> 0 AS smallint) = level) END
@@ -302,8 +303,8 @@ $$;
 CREATE FUNCTION job_next_level(
     name text, below smallint, due timestamptz, heads jsonb) RETURNS smallint
 LANGUAGE plpgsql AS $$
--- The highest priority below `below` at which the type has a job that is due; null when none is.
--- One step of the index `job_claim` for each priority, however many jobs there are.
+-- Return the highest priority below `below` at which the type has a due job, or null. It reads one
+-- entry of the index `job_claim` per priority.
 DECLARE
     level smallint;
     head timestamptz;
@@ -340,21 +341,21 @@ RETURNS SETOF job
 LANGUAGE plpgsql
     SET search_path FROM CURRENT SET enable_seqscan = off SET enable_bitmapscan = off
     SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off AS $$
--- Leases up to `most` due jobs of the wanted types, for `lease` seconds, and announces it.
+-- Lease up to `most` due jobs of the wanted types, for `lease` seconds, and announce that.
 --
 -- `wanted` is an array of {"type", "limit", "heads"} in the order of their turns. `limit` is the
--- type's concurrency limit or null. `heads`, where given, lists [priority, next_run_at] pairs:
--- nothing is looked for but behind these, see `QueueHeads` in postgresql.py.
+-- type's concurrency limit or null. `heads`, if given, lists [priority, next_run_at] pairs: only
+-- jobs from these times on are read. See `QueueHeads` in postgresql.py.
 --
 -- Higher priorities go first. Types of one priority take turns, in the order given. Within a type
--- and priority the oldest goes first. Rows that another transaction has locked are passed over.
+-- and priority the oldest goes first. Rows that another transaction has locked are skipped.
 --
--- A type with a limit is taken from only under the type's lock, and after its running jobs were
--- counted in a later statement, which sees what the former holder of the lock committed. A type
--- that had no due job when the claim began was not locked, and is not taken from.
+-- Jobs of a type with a limit are taken only under the type's lock, after its running jobs were
+-- counted in a later statement, which sees what the previous holder of the lock committed. A type
+-- that had no due job when the claim began is not locked, and none of its jobs are taken.
 --
--- Attempts whose lease has run out are ended first and returned as well: their status tells them
--- from the leased ones, which are running. A leased job's `next_run_at` is when it was due.
+-- Attempts whose lease has expired are ended first, and their jobs are returned too; unlike leased
+-- jobs they are not running. The `next_run_at` of a leased job is when it was due.
 DECLARE
     now timestamptz := clock_timestamp();
     names text[];         -- the wanted types
@@ -362,10 +363,10 @@ DECLARE
     heads jsonb[];        -- their known heads, or null
     tops smallint[];      -- the highest priority at which each has a due job, or null
     rooms integer[];      -- how many jobs may be taken from each
-    lane integer;         -- a place in these arrays
-    lanes integer;        -- how many lanes take turns
-    level smallint;       -- the priority whose turn it is
-    head timestamptz;     -- behind which time a lane's jobs are looked for
+    lane integer;         -- an index into these arrays
+    lanes integer;        -- how many types take turns
+    level smallint;       -- the current priority
+    head timestamptz;     -- from which time on a type's jobs are read
     remaining integer := most;
     share integer;
     got integer;
@@ -386,7 +387,7 @@ BEGIN
     ) THEN
         RETURN QUERY SELECT *
             FROM job_recover(process, keep, 100, look_back, lease, timed_out, lost);
-        -- Without a backoff they are due again, from that moment on.
+        -- Without a backoff their jobs are due from now on.
         now := clock_timestamp();
     END IF;
 
@@ -400,7 +401,7 @@ BEGIN
         rooms[lane] := most;
     END LOOP;
 
-    -- In one order, so that two claims cannot wait for each other.
+    -- In a fixed order, so that two claims cannot deadlock.
     FOR lane IN
         SELECT place FROM generate_subscripts(names, 1) AS place
         WHERE tops[place] IS NOT NULL AND limits[place] IS NOT NULL ORDER BY names[place]
@@ -482,8 +483,8 @@ CREATE FUNCTION job_next_due(wanted jsonb) RETURNS double precision
 LANGUAGE plpgsql
     SET search_path FROM CURRENT SET enable_seqscan = off SET enable_bitmapscan = off
     SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off AS $$
--- In how many seconds a claim of these types may find more than now; null when no time is known.
--- A type at its limit counts only by the leases and places that may end.
+-- Return the seconds until a claim of these types may find more jobs, or null if no time is known.
+-- For a type at its limit, only the ends of leases and places count.
 DECLARE
     now CONSTANT timestamptz := clock_timestamp();
     soonest timestamptz;
@@ -523,7 +524,7 @@ RETURNS TABLE (
 LANGUAGE plpgsql
     SET search_path FROM CURRENT SET enable_seqscan = off SET enable_bitmapscan = off
     SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off AS $$
--- What queued jobs wait for. Each count reads one range of an index, up to `most` rows.
+-- Return what queued jobs wait for. Each count reads one range of an index, up to `most` rows.
 DECLARE
     now CONSTANT timestamptz := clock_timestamp();
     waiting job;
@@ -534,7 +535,7 @@ BEGIN
         CROSS JOIN LATERAL (
             SELECT job.* FROM job WHERE job.id = CAST(wanted.id AS uuid) OFFSET 0) AS found
     LOOP
-        -- Not above: the plan would read all that is queued.
+        -- Not in the query above: its plan would read all queued jobs.
         CONTINUE WHEN waiting.status <> 'queued';
         id := waiting.id;
         due_in_seconds := EXTRACT(EPOCH FROM waiting.next_run_at - now);
@@ -549,7 +550,7 @@ BEGIN
                   AND job.priority = waiting.priority
                   AND (job.next_run_at, job.id) < (waiting.next_run_at, waiting.id)
                 ORDER BY job.next_run_at, job.id LIMIT most) AS earlier);
-        -- Priority by priority: jobs that are scheduled for later would be read otherwise.
+        -- Priority by priority, so that jobs that are scheduled for later are not read.
         level := job_next_level(waiting.type, 101::smallint, now, NULL);
         WHILE level > waiting.priority AND ahead < most LOOP
             ahead := ahead +
@@ -572,10 +573,10 @@ RETURNS TABLE (
 LANGUAGE plpgsql
     SET search_path FROM CURRENT SET enable_seqscan = off SET enable_bitmapscan = off
     SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off AS $$
--- Renews leases, never past their attempt's deadline, and stores progress.
+-- Renew leases, never past their attempt's deadline, and store progress.
 --
--- `state` is `renewed`; `busy` where another transaction has the row locked, so that the lease is
--- as it was; or `lost`. A timed-out attempt is `lost`, and its place in the limit is held on.
+-- `state` is `renewed`, `lost`, or `busy` if another transaction has locked the row and the lease
+-- is unchanged. A timed-out attempt is `lost`, and its place in the limit is renewed.
 DECLARE
     now CONSTANT timestamptz := clock_timestamp();
     events jsonb := '[]';
@@ -613,7 +614,7 @@ BEGIN
         SELECT asked.id, asked.token, asked.progress, renewed.type, renewed.attempt,
             renewed.id IS NOT NULL AS renewed, renewed.lease_expires_at, renewed.deadline_at,
             renewed.cancel_requested_at
-        -- One process may name two leases of a job: one that it lost, and the one in force.
+        -- A process may send two leases of a job: one that it lost, and the one in force.
         FROM asked LEFT JOIN renewed
             ON renewed.id = asked.id AND renewed.lease_token = asked.token
     LOOP
@@ -648,7 +649,7 @@ CREATE FUNCTION job_settle(ended jsonb, process text, keep boolean) RETURNS void
 LANGUAGE plpgsql
     SET search_path FROM CURRENT SET enable_seqscan = off SET enable_bitmapscan = off
     SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off AS $$
--- Frees the places that timed-out attempts still held: their handlers have ended.
+-- Free the places of timed-out attempts whose handlers have stopped.
 DECLARE
     events jsonb;
 BEGIN
@@ -669,7 +670,7 @@ END $$;
 
 CREATE FUNCTION job_cancel(wanted uuid, process text, keep boolean) RETURNS SETOF job
 LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
--- Cancels a queued job; notes on a running one that its worker is to stop.
+-- Cancel a queued job, or record that the worker of a running job must stop.
 DECLARE
     now CONSTANT timestamptz := clock_timestamp();
     changed job;
@@ -692,7 +693,7 @@ END $$;
 
 CREATE FUNCTION job_retry(wanted uuid, process text, keep boolean) RETURNS SETOF job
 LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
--- Queues a failed or cancelled job at once; where no attempt is left it gets one more.
+-- Queue a failed or cancelled job. If no attempt is left, allow one more.
 DECLARE
     now CONSTANT timestamptz := clock_timestamp();
     changed job;

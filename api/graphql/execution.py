@@ -97,12 +97,7 @@ class Executor:
     ) -> ExecutionResult:
         """Execute a query or a mutation. An error without a path is a fault of the variables."""
         result = execute(
-            self._schema,
-            prepared.document,
-            context_value=context,
-            variable_values=variables,
-            operation_name=_name(prepared.operation),
-            hide_suggestions=not self._limits.suggestions,
+            self._schema, prepared.document, **self._options(prepared, variables, context)
         )
         return await result if isawaitable(result) else result
 
@@ -124,16 +119,22 @@ class Executor:
         except Exception as error:
             yield ExecutionResult(None, [GraphQLError("", original_error=error)])
 
+    def _options(
+        self, prepared: Prepared, variables: dict[str, Any] | None, context: Context
+    ) -> dict[str, Any]:
+        """Return the arguments that `execute` and `subscribe` share."""
+        return {
+            "context_value": context,
+            "variable_values": variables,
+            "operation_name": _name(prepared.operation),
+            "hide_suggestions": not self._limits.suggestions,
+        }
+
     async def _events(
         self, prepared: Prepared, variables: dict[str, Any] | None, context: Context
     ) -> AsyncGenerator[ExecutionResult]:
         subscribed = subscribe(
-            self._schema,
-            prepared.document,
-            context_value=context,
-            variable_values=variables,
-            operation_name=_name(prepared.operation),
-            hide_suggestions=not self._limits.suggestions,
+            self._schema, prepared.document, **self._options(prepared, variables, context)
         )
         results = await subscribed if isawaitable(subscribed) else subscribed
         if isinstance(results, ExecutionResult):

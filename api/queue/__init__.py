@@ -1,1 +1,1 @@
-"""The queue over SQL. It knows job types through `registry`, and nothing of GraphQL or HTTP."""
+"""The queue over SQL. It imports `job_registry`, and neither GraphQL nor HTTP."""

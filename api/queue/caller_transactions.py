@@ -1,8 +1,8 @@
-"""Publishes the events of a caller's own transaction if and when the caller commits it.
+"""Publishes the events of a caller's own transaction when the caller commits it.
 
-It relies on the events of SQLAlchemy's session alone and so serves `AsyncSession` and `Session`.
-Other processes do not depend on it: what they hear is written inside the transaction, and a
-rollback undoes it together with the jobs.
+It uses only the session events of SQLAlchemy, so it works for `AsyncSession` and `Session`. Other
+processes do not depend on it: their message is written in the transaction, and a rollback discards
+it together with the jobs.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ def publish_after_commit(
 ) -> None:
     """Call `publish` with these events once the session's current transaction is committed.
 
-    Events of a savepoint wait for the commit of the transaction around it; a rollback of either
-    forgets them. A session may join a transaction that was begun on its connection. It does not
-    commit that one, so nothing is published, and `Events.hearing` delivers the events.
+    Events of a savepoint are published when the outer transaction commits; a rollback of either
+    discards them. A session may join a transaction that was begun on its connection. It does not
+    commit that transaction, so nothing is published, and `Events.hearing` delivers the events.
     """
     target = session if isinstance(session, Session) else session.sync_session
     unpublished = target.info.get(_UNPUBLISHED)
@@ -39,7 +39,7 @@ def publish_after_commit(
 
 
 class _Unpublished:
-    """The events of a session's open transactions, by the savepoint they were made in."""
+    """The events of a session's open transactions, by savepoint."""
 
     def __init__(self) -> None:
         self._events: dict[SessionTransaction, list[tuple[Publish, Sequence[JobEvent]]]] = {}
@@ -50,7 +50,7 @@ class _Unpublished:
             self._events.setdefault(transaction, []).append((publish, tuple(events)))
 
     def committed(self, session: Session) -> None:
-        """Hand over what a released savepoint held, or publish what the transaction held."""
+        """Move the events of a released savepoint to its parent, or publish a transaction's."""
         transaction = _innermost(session)
         happened = self._events.pop(transaction, []) if transaction is not None else []
         if transaction is None or not happened:
@@ -60,12 +60,12 @@ class _Unpublished:
             self._events.setdefault(outer, []).extend(happened)
         elif not any(connection.in_transaction() for connection in transaction.connections):
             for publish, events in happened:
-                # After the commit: an error here must not look like one of the commit.
+                # An error after the commit must not look like an error of the commit.
                 with suppress(Exception):
                     publish(events)
 
     def ended(self, _session: Session, transaction: SessionTransaction) -> None:
-        """Forget what was not committed: it was rolled back, or the session was closed."""
+        """Discard what was not committed: it was rolled back, or the session was closed."""
         self._events.pop(transaction, None)
 
 
@@ -74,11 +74,11 @@ def _innermost(session: Session) -> SessionTransaction | None:
 
 
 def _savepoint_or_root(transaction: SessionTransaction | None) -> SessionTransaction | None:
-    """Pass over the session's internal transactions, such as that of a flush."""
+    """Skip the session's internal transactions, for example the one of a flush."""
     while transaction is not None and not transaction.nested and transaction.parent is not None:
         transaction = transaction.parent
     return transaction
 
 
 _UNPUBLISHED: Final = "job_registry.unpublished"
-"""Where a caller's session keeps the events of its transactions."""
+"""The key in `Session.info` for the events of its transactions."""

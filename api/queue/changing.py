@@ -1,4 +1,4 @@
-"""Cancelling jobs, and running finished ones again."""
+"""Cancelling jobs, and queueing finished jobs again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Changing:
     _store: Store
 
     async def cancel(self, job_id: str | uuid.UUID) -> JobRecord:
-        """Cancel a queued job at once; ask the worker of a running one to stop.
+        """Cancel a queued job at once. Request that the worker of a running job stops.
 
         Raises:
             JobNotFound: no job has this id.
@@ -40,14 +40,14 @@ class Changing:
         self,
         job_id: str | uuid.UUID,
         change: Callable[[uuid.UUID], Awaitable[JobRecord | None]],
-        asked: str,
+        operation: str,
     ) -> JobRecord:
         job = await change(parse_job_id(job_id))
         if job is None:
-            there = await self._store.get(parse_job_id(job_id))
-            if there is None:
+            found = await self._store.get(parse_job_id(job_id))
+            if found is None:
                 raise JobNotFound(str(job_id))
-            raise JobStateConflict(str(job_id), there.status, asked)
+            raise JobStateConflict(str(job_id), found.status, operation)
         self.events.publish([_changed_event(job)])
         return job
 

@@ -1,7 +1,7 @@
-"""Leasing jobs: claims for those who wait, with as few of them as there is work.
+"""Claims jobs for waiting callers, with as few claims as possible.
 
-Callers that wait for the same types form one line. For a job that arrives, its first caller gets a
-claim, not each of them; while nothing is due, one look by one of them serves all.
+Callers that wait for the same types form a waiting line. When a job arrives, only the first caller
+claims. While no job is due, one claim that finds nothing serves all callers.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from job_registry_api.queue.models import AttemptOutcome, JobRecord, JobStatus
 from job_registry_api.queue.store import Claim, Store
 
 WORKER_SEEN_SECONDS: Final = 10.0
-"""How often a process notes in the database that it works a type."""
+"""How often a process records in the database that it runs a type."""
 
 MIN_PAUSE_SECONDS: Final = 0.02
 MAX_LOCKED_PAUSE_SECONDS: Final = 1.0
 CLOSE_SECONDS: Final = 5.0
-"""How long the end of the process waits for claims under way: what they lease would be lost."""
+"""How long the end of the process waits for claims in progress, whose leases would be lost."""
 
 MAX_PAUSE_SECONDS: Final = 5.0
-"""How long a line relies on events before it looks at the queue without one. Only a message
-that was lost without notice makes a job wait for it."""
+"""How long a waiting line relies on events before it claims without one. A job waits this long
+only if a message is lost without notice."""
 
 log = structlog.get_logger("jobs.leasing")
 
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """A job that is this worker's until `expires_at`, and with heartbeats until `deadline_at`.
+    """A job that a worker holds until `expires_at`, and with heartbeats until `deadline_at`.
 
-    `token` is secret to the worker and proves the lease in every later call.
+    `token` is a secret of the worker. It identifies the lease in every later call.
     """
 
     token: str
@@ -52,7 +52,7 @@ class Lease:
 
 
 def ended_event(job: JobRecord) -> JobEvent:
-    """The event of a job whose attempt has ended."""
+    """Return the event of a job whose attempt has ended."""
     return JobEvent.of(_AFTER_ATTEMPT[job.status], job)
 
 
@@ -65,7 +65,7 @@ _AFTER_ATTEMPT: Final[dict[JobStatus, EventName]] = {
 
 
 def count_recovered(metrics: Metrics, recovered: Sequence[JobRecord]) -> None:
-    """Count the attempts that were ended because their lease had run out."""
+    """Count the attempts that were ended because their lease expired."""
     for job in recovered:
         outcome = AttemptOutcome.CANCELLED.value
         if job.status is not JobStatus.CANCELLED and job.error is not None:
@@ -76,7 +76,7 @@ def count_recovered(metrics: Metrics, recovered: Sequence[JobRecord]) -> None:
 class Claiming:
     """The claims of one process.
 
-    `give_back` releases leases that their caller cannot take.
+    `give_back` releases leases whose caller is gone.
     """
 
     def __init__(
@@ -95,12 +95,12 @@ class Claiming:
         self._lease_seconds = lease_seconds
         self._give_back = give_back
         self._metrics = metrics
-        self._lines: dict[frozenset[str], _Line] = {}
+        self._lines: dict[frozenset[str], _WaitingLine] = {}
         self._seen: dict[str, float] = {}
         self._served: dict[str, int] = {}
         self._turn = itertools.count(1)
         self.is_ending = False
-        """Whether the process shuts down: nobody waits any more."""
+        """Whether the process shuts down. Calls then return without waiting."""
         self._returning: set[asyncio.Task[None]] = set()
         self._looking: set[asyncio.Task[tuple[list[Lease], bool]]] = set()
 
@@ -115,12 +115,12 @@ class Claiming:
     ) -> list[Lease]:
         """Lease up to `limit` due jobs of these types; wait up to `wait_seconds` for the first.
 
-        `stop`, once set, ends the wait. A caller that is cancelled takes nothing: what was leased
-        for it in that moment is given back.
+        The wait ends when `stop` is set. Jobs that are leased for a cancelled caller are
+        released.
         """
         if wait_seconds <= 0 or self.is_ending or (stop is not None and stop.is_set()):
             return await self.claim(types, worker_id, limit)
-        line = self._lines.setdefault(frozenset(types), _Line(self, tuple(types)))
+        line = self._lines.setdefault(frozenset(types), _WaitingLine(self, tuple(types)))
         waiter = _Waiter(worker_id, limit, asyncio.get_running_loop().create_future())
         line.join(waiter)
         stopped = None if stop is None else asyncio.create_task(stop.wait())
@@ -130,7 +130,7 @@ class Claiming:
         try:
             await asyncio.wait(ends, timeout=wait_seconds, return_when=asyncio.FIRST_COMPLETED)
             if waiter.leases.done() or waiter.is_served:
-                # A claim for it is under way: its jobs are this caller's.
+                # A claim for this caller is in progress.
                 waiter.is_leaving = True
                 return await waiter.leases
             return []
@@ -146,8 +146,8 @@ class Claiming:
                 stopped.cancel()
 
     async def claim(self, types: Sequence[str], worker_id: str, limit: int) -> list[Lease]:
-        """Lease what is due now, at once."""
-        # In a task of its own: a caller that is cancelled in mid-claim must not take leases along.
+        """Lease jobs that are due now."""
+        # In a separate task: cancelling the caller during the claim must not lose its leases.
         looking = asyncio.create_task(self.look(types, worker_id, limit, thorough=True))
         self._looking.add(looking)
         looking.add_done_callback(self._looking.discard)
@@ -165,10 +165,10 @@ class Claiming:
     async def look(
         self, types: Sequence[str], worker_id: str, limit: int, *, thorough: bool = False
     ) -> tuple[list[Lease], bool]:
-        """The same, and whether everything that is due was looked at."""
+        """Lease jobs that are due now. Return them, and whether all due jobs were considered."""
         await self.show_worker(types)
         limits = self.limits(types)
-        # Types of one priority take turns: first those whose last turn is longest ago.
+        # Types of one priority take turns. The one whose last turn is longest ago comes first.
         turns = tuple(sorted(types, key=lambda name: self._served.get(name, 0)))
         claimed = await self._store.claim(
             Claim(turns, limits, worker_id, limit, self._lease_seconds, thorough)
@@ -187,7 +187,7 @@ class Claiming:
         return leases, claimed.everything
 
     def limits(self, types: Sequence[str]) -> dict[str, int]:
-        """The concurrency limits of those types that have one."""
+        """Return the concurrency limits of the types that have one."""
         return {
             name: limit
             for name in types
@@ -195,9 +195,9 @@ class Claiming:
         }
 
     async def show_worker(self, types: Sequence[str]) -> None:
-        """Note that these types are worked here, also while no slot is free to lease more.
+        """Record that a worker runs these types, even while it has no free slot.
 
-        Written at most every ten seconds per type.
+        It is written at most every ten seconds per type.
         """
         now = asyncio.get_running_loop().time()
         stale = [t for t in types if now - self._seen.get(t, -1e9) > WORKER_SEEN_SECONDS]
@@ -206,7 +206,7 @@ class Claiming:
             await self._store.see_worker(stale)
 
     async def seconds_to_next(self, types: Sequence[str]) -> float | None:
-        """Seconds until a claim of these types may find more than now; None: no time is known."""
+        """Return the seconds until a claim may find more jobs, or None if no time is known."""
         return await self._store.next_due(types, self.limits(types))
 
     def give_back(self, leases: Sequence[Lease]) -> None:
@@ -220,36 +220,36 @@ class Claiming:
         try:
             await self._give_back(leases)
         except Exception as error:
-            # They run out by themselves.
-            log.warning("leases.not_returned", leases=len(leases), reason=str(error)[:200])
+            # They expire without this.
+            log.warning("leases.release_failed", leases=len(leases), reason=str(error)[:200])
 
     @property
     def events(self) -> Events:
-        """The events that wake lines."""
+        """The events that wake waiting lines."""
         return self._events
 
     def end(self) -> None:
-        """End every wait: the process shuts down."""
+        """End all waits, because the process shuts down."""
         self.is_ending = True
         for line in self._lines.values():
             line.end()
 
-    def drop(self, line: _Line) -> None:
-        """Forget a line in which nobody waits any more."""
+    def drop(self, line: _WaitingLine) -> None:
+        """Remove an empty waiting line."""
         self._lines.pop(frozenset(line.types), None)
 
     async def close(self) -> None:
-        """Wait until claims under way have ended and leases that nobody took are given back."""
+        """Wait for claims in progress, and for the release of leases whose callers are gone."""
         lines = [line.task for line in self._lines.values() if line.task is not None]
-        if under_way := {*self._looking, *lines}:
-            await asyncio.wait(under_way, timeout=CLOSE_SECONDS)
+        if in_progress := {*self._looking, *lines}:
+            await asyncio.wait(in_progress, timeout=CLOSE_SECONDS)
         if self._returning:
             await asyncio.wait(self._returning, timeout=self._lease_seconds)
 
 
 @dataclass(eq=False, slots=True)
 class _Waiter:
-    """A caller in a line."""
+    """A caller in a waiting line."""
 
     worker_id: str
     limit: int
@@ -259,8 +259,8 @@ class _Waiter:
     is_gone: bool = False
 
 
-class _Line:
-    """Those who wait for jobs of the same types, first come first served."""
+class _WaitingLine:
+    """The callers that wait for jobs of the same types, first come, first served."""
 
     def __init__(self, claiming: Claiming, types: tuple[str, ...]) -> None:
         self.types = types
@@ -270,21 +270,21 @@ class _Line:
         self.task: asyncio.Task[None] | None = None
 
     def join(self, waiter: _Waiter) -> None:
-        """Take a place at the end, and look at the queue once for it."""
+        """Add a caller at the end, and claim for it once."""
         self._waiters.append(waiter)
         self._woken.set()
         if self.task is None:
             self.task = asyncio.create_task(self._run(), name="leases")
 
     def leave(self, waiter: _Waiter) -> None:
-        """Give the place up. A line that has emptied ends."""
+        """Remove a caller. An empty waiting line ends."""
         with suppress(ValueError):
             self._waiters.remove(waiter)
         if not self._waiters:
             self._woken.set()
 
     def end(self) -> None:
-        """End every wait without a lease; a claim that is under way ends its own."""
+        """End all waits without a lease, except one whose claim is in progress."""
         for waiter in self._waiters:
             if not waiter.is_served and not waiter.leases.done():
                 waiter.leases.set_result([])
@@ -302,7 +302,7 @@ class _Line:
                         break
                     seconds = await claiming.seconds_to_next(self.types) if everything else 0.25
                     if seconds is not None and seconds <= 0:
-                        # Due, and not claimed: another transaction has the row locked.
+                        # A job is due and was not claimed: another transaction has locked its row.
                         seconds = min(MAX_LOCKED_PAUSE_SECONDS, MIN_PAUSE_SECONDS * 2**locked)
                         locked = min(locked + 1, 10)
                     pause = MAX_PAUSE_SECONDS if seconds is None else seconds
@@ -322,7 +322,7 @@ class _Line:
                     waiter.leases.cancel()
 
     async def _serve(self) -> bool:
-        """Claim for one waiter after the other, until a claim finds nothing more."""
+        """Claim for one waiter after the other, until a claim finds nothing."""
         everything = True
         while self._waiters:
             waiter = self._waiters[0]
@@ -350,7 +350,7 @@ class _Line:
         return everything
 
     def _fail(self, error: Exception) -> None:
-        """Raise the error in every caller: the database did not answer."""
+        """Raise the error in every caller."""
         for waiter in self._waiters:
             if not waiter.leases.done():
                 waiter.leases.set_exception(error)

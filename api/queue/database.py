@@ -1,6 +1,6 @@
-"""Engine, transactions, deadlines, and the only place that knows SQLite from PostgreSQL.
+"""Connections, transactions and deadlines: the module that handles the two databases' differences.
 
-The statements of the two stand in `statements/`, and `postgresql.py` and `sqlite.py` run them.
+The statements are in `statements/`; `postgresql.py` and `sqlite.py` run them.
 """
 
 from __future__ import annotations
@@ -36,22 +36,21 @@ from job_registry_api.queue import defaults
 from job_registry_api.queue.errors import QueueUnavailable, UnavailableKind
 
 SQLITE_POLL_SECONDS: Final = 0.1
-"""How often `listen` asks SQLite whether another process has committed (`PRAGMA data_version`)."""
+"""How often `listen` checks SQLite for commits of other processes (`PRAGMA data_version`)."""
 
 POLL_SECONDS: Final = 0.5
 """How often `listen` reports a gap where PostgreSQL's notifications cannot reach this process."""
 
 MAX_WAL_BYTES: Final = 4 * 1024 * 1024
-"""SQLite's write-ahead log is truncated to this size whenever it starts over."""
+"""SQLite truncates its write-ahead log to this size when it restarts the log."""
 
 ATTEMPTS: Final = 5
-"""How often a transaction runs that PostgreSQL ends as the victim of a deadlock."""
+"""How many times a transaction runs that PostgreSQL aborts because of a deadlock."""
 
 Listener = Callable[[str], None]
 Pooler = Literal["session", "transaction"]
 LOCKED_PAUSE_SECONDS: Final = 0.02
-"""How long to wait before a row is tried again that another transaction has locked; doubled up to
-half a second."""
+"""How long to wait before trying a locked row again. The pause doubles up to half a second."""
 
 T = TypeVar("T")
 
@@ -61,17 +60,18 @@ log = structlog.get_logger("jobs.database")
 class Database:
     """One database, by its URL: `sqlite:///jobs.db` or `postgresql://user@host/name`.
 
-    Opened lazily; `close` ends its connections. It belongs to the event loop that first uses it.
+    It connects lazily; `close` ends its connections. It belongs to the event loop that first uses
+    it.
 
-    What is not answered within `timeout_seconds` raises `QueueUnavailable`, and its connection is
-    dropped without another word to the network. None waits as long as it takes, for migrations.
+    A call without an answer within `timeout_seconds` raises `QueueUnavailable`, and its connection
+    is dropped without waiting for the network. None means no timeout; migrations use it.
 
-    With the `pooler` "transaction" (PgBouncer's mode) nothing outlives a transaction on
-    PostgreSQL: no prepared statement and no setting. LISTEN then needs `listen_url`, which leads
-    past the pooler. `create` makes a SQLite file that is not there.
+    With the `pooler` "transaction" (a mode of PgBouncer), prepared statements and settings do not
+    outlive a transaction on PostgreSQL. LISTEN then needs `listen_url`, a direct connection.
+    `create` creates a missing SQLite file.
 
-    On PostgreSQL the tables are in `schema`. Every statement names it, whatever the session's
-    search path is, and the channel of LISTEN and NOTIFY has its name.
+    On PostgreSQL the tables are in `schema`. Every statement names the schema and ignores the
+    session's search path. The channel of LISTEN and NOTIFY has the name of the schema.
     """
 
     def __init__(
@@ -129,18 +129,18 @@ class Database:
             self.name = "postgresql"
             self.schema = schema
             self.engine = create_async_engine(
-                # asyncpg reads the URL, not SQLAlchemy: it knows lists of hosts and PG* variables.
+                # asyncpg parses the URL, because it supports lists of hosts and PG* variables.
                 "postgresql+asyncpg://",
                 pool_size=pool_size,
                 max_overflow=0,
-                # A little sooner than the deadline, which cannot say what it was that was slow.
+                # Slightly before the deadline, whose error does not say what was slow.
                 pool_timeout=0.95 * min(_seconds(timeout_seconds), _HOUR),
                 json_deserializer=read_json,
                 # The tables of `models.py` name no schema, because SQLite has none.
                 execution_options={"schema_translate_map": {None: schema}},
                 connect_args={"async_creator_fn": self._connect_postgresql}
                 | (
-                    # The unnamed statement, which the next one replaces.
+                    # Use the unnamed statement, which the next one replaces.
                     {"prepared_statement_cache_size": 0, "prepared_statement_name_func": str}
                     if self._pooled
                     else {}
@@ -152,45 +152,45 @@ class Database:
             event.listen(self.engine.sync_engine, "before_cursor_execute", _before_statement)
             event.listen(self.engine.sync_engine, "after_cursor_execute", _after_statement)
         self.on_unavailable: Callable[[], None] = lambda: None
-        """Called whenever an operation raises `QueueUnavailable`."""
+        """Called when an operation raises `QueueUnavailable`."""
         self._autocommit = self.engine.execution_options(isolation_level="AUTOCOMMIT")
-        # SQLite has one writer at a time. Waiting for it here, in order, is fair; waiting in
-        # SQLite's busy handler is not, so that is left to other processes' writes.
+        # SQLite has one writer at a time. Waiting for this lock is fair. Waiting in SQLite's busy
+        # handler is not, so only writes of other processes are waited for there.
         self._writer = asyncio.Lock()
 
     def for_another_loop(self, *, pool_size: int) -> Database:
-        """The same database for another event loop, with connections of its own."""
+        """Return the same database for another event loop, with its own connections."""
         return Database(**self._opened_with, pool_size=pool_size)
 
     @property
     def keeps_events(self) -> bool:
-        """Whether other processes read events from `job_event_batch`: on SQLite, and where
-        PostgreSQL's notifications cannot be heard."""
+        """Whether other processes read events from `job_event_batch`: on SQLite, and on PostgreSQL
+        without notifications."""
         return self.name == "sqlite" or self._listen_url is None
 
     @property
     def notices_commits(self) -> bool:
-        """Whether `listen` notices each commit of another process, in the order of the numbers in
-        `job_event_batch`, which then have no gaps: on SQLite, with its one writer."""
+        """Whether `listen` detects each commit of another process, in the order of ids in
+        `job_event_batch`, which then have no gaps: on SQLite, which has one writer."""
         return self.name == "sqlite"
 
     @property
     def timeout_seconds(self) -> float:
-        """How long a call may wait for the database; infinite where there is no bound."""
+        """How long a call may wait for the database. Infinite without a timeout."""
         return _seconds(self._timeout)
 
     @asynccontextmanager
     async def transaction(
         self, *, timeout_seconds: float | None = None
     ) -> AsyncIterator[AsyncConnection]:
-        """A transaction that writes; committed at the end, rolled back on an exception.
+        """Open a transaction that writes. Commit at the end, roll back on an exception.
 
-        READ COMMITTED on PostgreSQL. BEGIN IMMEDIATE on SQLite, where it excludes every other
-        writer from its first statement on. `timeout_seconds` may shorten the database's own; it
-        bounds the whole transaction.
+        READ COMMITTED on PostgreSQL. BEGIN IMMEDIATE on SQLite, which excludes every other writer
+        from its start. `timeout_seconds` can shorten the timeout of the database. It bounds the
+        whole transaction.
 
         Raises:
-            QueueUnavailable: the database does not answer, cannot write (a full disk), or ended
+            QueueUnavailable: the database does not answer, cannot write (a full disk), or aborted
                 the transaction because of a deadlock (`retrying` runs it again instead).
         """
         deadline = self._deadline(timeout_seconds)
@@ -206,9 +206,9 @@ class Database:
 
     @asynccontextmanager
     async def reading(self) -> AsyncIterator[AsyncConnection]:
-        """A connection on which each statement is its own transaction, with a deadline of its own.
+        """Open a connection on which each statement is a transaction with its own deadline.
 
-        Behind a pooler the whole block is one READ COMMITTED transaction, with one deadline.
+        Behind a pooler the whole block is one READ COMMITTED transaction with one deadline.
 
         Raises:
             QueueUnavailable: the database does not answer.
@@ -229,8 +229,8 @@ class Database:
         *,
         timeout_seconds: float | None = None,
     ) -> T:
-        """Run `work` in a transaction, and again from its start when PostgreSQL ends it because of
-        a deadlock or a serialization failure. `work` must be able to run twice.
+        """Run `work` in a transaction, and again if PostgreSQL aborts it because of a deadlock or a
+        serialization failure. `work` must be able to run more than once.
 
         Raises:
             QueueUnavailable: as in `transaction`, or it failed `ATTEMPTS` times.
@@ -243,18 +243,18 @@ class Database:
         return await _again(once)
 
     async def patiently(self, attempt: Callable[[], Awaitable[T | None]], locked: str) -> T:
-        """Try until no other transaction has `locked` what `attempt` needs: until it is not None.
+        """Call `attempt` until it does not return None, which means that something is locked.
 
-        Between the attempts no connection is held.
+        No connection is held between the calls. `locked` is the reason in the error.
 
         Raises:
-            QueueUnavailable: it still is at the end of the database's timeout.
+            QueueUnavailable: it is still locked at the end of the database's timeout.
         """
         clock = asyncio.get_running_loop().time
         give_up = clock() + self.timeout_seconds
         pause = LOCKED_PAUSE_SECONDS
         try:
-            # Those in a group that waits for the next one have the same deadline.
+            # An attempt may wait for a group commit in progress; the deadline includes that.
             async with asyncio.timeout_at(None if math.isinf(give_up) else give_up):
                 while (outcome := await attempt()) is None:
                     if clock() + pause > give_up:
@@ -267,10 +267,10 @@ class Database:
         return outcome
 
     async def execute_at_once(self, sql: str, parameters: Mapping[str, Any]) -> Sequence[Row[Any]]:
-        """PostgreSQL: run one statement as a transaction of its own, and return its rows.
+        """PostgreSQL: run one statement in autocommit and return its rows.
 
-        A process that freezes in it holds no lock that a single statement would not hold. Run
-        again, whole, after a deadlock or a serialization failure.
+        A process that freezes leaves no transaction open. The statement runs again after a
+        deadlock or a serialization failure.
 
         Raises:
             QueueUnavailable: the database does not answer or cannot write, or it failed
@@ -294,13 +294,13 @@ class Database:
             return await _again(once)
 
     async def write(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """SQLite: run `work` on the writer's thread between BEGIN IMMEDIATE and COMMIT.
+        """SQLite: run `work` in the thread of the writer between BEGIN IMMEDIATE and COMMIT.
 
-        Whole or not at all. When the caller is cancelled the transaction ends by itself: it is
-        committed if `work` returns.
+        If the caller is cancelled, the transaction still completes: it is committed if `work`
+        returns.
 
         Raises:
-            QueueUnavailable: another process holds the database, it cannot be written (a full
+            QueueUnavailable: another process has locked the database, it cannot be written (a full
                 disk), or its file was deleted or replaced.
         """
         if self._thread is None:
@@ -316,7 +316,7 @@ class Database:
                 self._writer.release()
                 raise
             future.add_done_callback(self._written)
-            # Not `wait_for`: neither a cancelled caller nor a late answer ends the transaction.
+            # Not `wait_for`, which would cancel the transaction.
             done, _ = await asyncio.wait({future}, timeout=left)
             if not done:
                 raise QueueUnavailable(f"no commit within {self._timeout:g} seconds", "timeout")
@@ -325,7 +325,7 @@ class Database:
     def _written(self, future: asyncio.Future[Any]) -> None:
         self._writer.release()
         if not future.cancelled():
-            future.exception()  # Its caller may be gone; the transaction was rolled back.
+            future.exception()  # Mark it as retrieved: the caller may be gone.
 
     async def check_writes(
         self,
@@ -334,13 +334,13 @@ class Database:
         tables: Sequence[str],
         timeout_seconds: float,
     ) -> None:
-        """Run `work`, which writes, and roll it back; on PostgreSQL, look for missing grants too.
+        """Run `work`, which writes, and roll it back. On PostgreSQL, also check for missing grants.
 
-        SQLite writes nothing to its files before a commit, so there a page that stays as it is is
-        committed: only that finds a full disk.
+        SQLite writes to its files only when it commits. To detect a full disk, an unchanged page
+        is committed there.
 
         Raises:
-            QueueUnavailable: a write would not work.
+            QueueUnavailable: a write would fail.
         """
 
         async def rolled_back(connection: AsyncConnection) -> None:
@@ -360,8 +360,8 @@ class Database:
         await self.retrying(rolled_back, timeout_seconds=timeout_seconds)
 
     async def checkpoint(self) -> bool:
-        """SQLite: copy the write-ahead log into the database and truncate it, if nobody reads
-        from it at this moment; return whether that was so. Never makes a writer wait.
+        """SQLite: copy the write-ahead log into the database and truncate it, unless it is being
+        read. Return whether that succeeded. Writers never wait for it.
 
         Raises:
             QueueUnavailable: the database's files cannot be read or written.
@@ -372,19 +372,19 @@ class Database:
             return await asyncio.to_thread(self._file.checkpoint)
 
     async def listen(self, on_message: Listener, on_gap: Callable[[], None]) -> None:
-        """Call `on_message` with what other connections' transactions notified, until cancelled.
+        """Call `on_message` with the notifications of PostgreSQL, until cancelled.
 
-        `on_gap` is called where messages may have been missed: at the start, after a lost
-        connection, and where events are kept in the table (`keeps_events`) whenever there may be
-        new ones.
+        `on_gap` is called when messages may have been missed: at the start, after a lost
+        connection and, if events are stored in the table (`keeps_events`), when there may be new
+        ones.
         """
         if self._file is not None:
             await self._listen_sqlite(self._file, on_gap)
         elif self._listen_url is None:
             log.warning(
                 "database.polling",
-                reason="PgBouncer in transaction mode carries no notifications; events of other"
-                " processes are polled for. Set JOBS_DATABASE_LISTEN_URL to a direct URL.",
+                reason="PgBouncer in transaction mode does not forward notifications, so events of"
+                " other processes are polled. Set JOBS_DATABASE_LISTEN_URL to a direct URL.",
             )
             while True:
                 on_gap()
@@ -393,7 +393,7 @@ class Database:
             await self._listen_postgresql(self._listen_url, on_message, on_gap)
 
     async def close(self) -> None:
-        """End every connection, those in use included. Takes two seconds at most."""
+        """End all connections, including those in use. Takes at most two seconds."""
         with suppress(TimeoutError):
             async with asyncio.timeout(2):
                 await self.engine.dispose()
@@ -430,7 +430,7 @@ class Database:
 
     @asynccontextmanager
     async def _pooled_transaction(self, deadline: float | None) -> AsyncIterator[AsyncConnection]:
-        """A transaction whose settings are its own, begun and ended in one trip each."""
+        """Open a transaction with local settings. Its start and its end take a round trip each."""
         async with self._connection(self._autocommit, deadline) as connection:
             driver = (await connection.get_raw_connection()).driver_connection
             assert isinstance(driver, _Connection)
@@ -456,8 +456,8 @@ class Database:
     async def _connection(
         self, engine: AsyncEngine, deadline: float | None, *, each: bool = False
     ) -> AsyncIterator[AsyncConnection]:
-        """A connection of the pool that is dropped at the deadline; with `each`, each statement
-        has the database's timeout for itself."""
+        """Open a connection of the pool, which is dropped at the deadline. With `each`, each
+        statement has the database's timeout."""
         opened = engine.connect()
         began = asyncio.get_running_loop().time()
         try:
@@ -470,7 +470,7 @@ class Database:
             raise self._connecting_failed(error, waited) from error
         driver: Any = None
         try:
-            # Closes in a task of its own, so that a cancelled caller gives its connection back.
+            # Close in a separate task, so that the connection of a cancelled caller is returned.
             async with _closing(connection):
                 if self._file is None:
                     driver = (await connection.get_raw_connection()).driver_connection
@@ -495,7 +495,7 @@ class Database:
             try:
                 self._file.identity()
             except QueueUnavailable as missing:
-                # SQLite says only that it cannot open the file.
+                # The error of SQLite says only that it cannot open the file.
                 return missing
         match error:
             case sqlalchemy.exc.TimeoutError():
@@ -513,14 +513,14 @@ class Database:
         return await self._open(self._url, direct=not self._pooled)
 
     async def _open(self, url: PostgresqlUrl, *, direct: bool) -> _Connection:
-        """Connect to one of the hosts of a URL, each with its share of the time."""
+        """Connect to one of the hosts of a URL. Each host gets an equal share of the timeout."""
         seconds = min(_seconds(self._timeout or defaults.TIMEOUT_SECONDS),
                       _seconds(url.connect_seconds))  # fmt: skip
         hosts: list[tuple[str | None, int | None]] = list(url.hosts) or [(None, None)]
         if url.shuffle_hosts:
             random.shuffle(hosts)
         settings = dict(url.server_settings) | (self._server_settings(url) if direct else {})
-        # Each host in turn, so that one that swallows packets does not use up all of the time.
+        # Each with a share of the time, so that a host that drops packets does not use all of it.
         wanted = ["standby", "any"] if url.session == "prefer-standby" else [url.session]
         tries = [(host, port, session) for session in wanted for host, port in hosts]
         last: Exception | None = None
@@ -546,7 +546,7 @@ class Database:
                 raise QueueUnavailable(str(error), _kind(error)) from error
             connection.keep_alive(url, _seconds(self._timeout or defaults.TIMEOUT_SECONDS))
             self._connections.add(connection)
-            # Until the pool has it, nothing else would end a connection that falls silent.
+            # Until the pool has the connection, nothing else ends it if the server stops answering.
             connection.expire_at(asyncio.get_running_loop().time() + seconds)
             return cast(_Connection, connection)
         if isinstance(last, TimeoutError):
@@ -556,11 +556,11 @@ class Database:
         raise QueueUnavailable(where + _connecting_failed_by(last)) from last
 
     def _server_settings(self, url: PostgresqlUrl) -> dict[str, str]:
-        """What a session is to have, except where the URL's options say otherwise.
+        """Return the settings of a session, without those that the URL sets.
 
-        The server gives up a little earlier than this process, which then keeps its connection.
+        The timeouts of the server are slightly shorter, so that this process keeps the connection.
         """
-        # READ COMMITTED is what the statements rely on: the options cannot change it.
+        # The statements rely on READ COMMITTED, so the URL cannot change it.
         settings = {"default_transaction_isolation": "read committed"}
         optional = {"jit": "off"}
         if self._timeout is not None:
@@ -595,8 +595,8 @@ class Database:
             pause = min(pause * 2, 5.0)
 
     async def _watch(self, connection: _Connection, lost: asyncio.Event) -> None:
-        """Return when the connection is lost. A peer that is gone without a word is found out by a
-        query after each silence."""
+        """Return when the connection is lost. When nothing arrives for a while, a query checks the
+        connection."""
         seconds = min(_seconds(self._timeout), defaults.TIMEOUT_SECONDS)
         loop = asyncio.get_running_loop()
         while not lost.is_set():
@@ -618,7 +618,7 @@ class Database:
             await self._acquire_writer(deadline)
             try:
                 async with self._connection(self._autocommit, deadline) as connection:
-                    # On the driver itself: each call on it is one trip to SQLite's thread, where
+                    # Directly on the driver: each call is one round trip to SQLite's thread, where
                     # SQLAlchemy's cursor takes three.
                     raw = await connection.get_raw_connection()
                     driver = raw.driver_connection
@@ -629,7 +629,7 @@ class Database:
                         yield connection
                         await driver.commit()
                     except BaseException:
-                        # A statement that was cancelled has taken its connection with it.
+                        # A cancelled statement has invalidated its connection.
                         if not connection.invalidated:
                             with suppress(sqlite3.Error, ValueError):
                                 await driver.rollback()
@@ -651,8 +651,8 @@ class Database:
         last = None
         while True:
             try:
-                # On the event loop on purpose: the pragma reads a counter in shared memory, in
-                # some microseconds, where a thread's round trip would take a hundred.
+                # On the event loop on purpose: the pragma reads a counter in shared memory in a few
+                # microseconds, and a thread's round trip takes a hundred.
                 with closing(file.connect()) as connection:
                     identity = file.identity()
                     while True:
@@ -668,11 +668,11 @@ class Database:
 
 
 class _Connection(asyncpg.Connection):  # type: ignore[misc]  # asyncpg has no types.
-    """A connection that can be given a deadline, at which it is dropped without waiting.
+    """A connection with a deadline, at which it is dropped without waiting.
 
-    Cancelling a query would open a second connection to cancel it on the server, and wait for
-    that: on a dead network, for ever. Dropping ends the query here at once, with an error; the
-    server ends it by its own timeouts.
+    Cancelling a query opens a second connection to cancel it on the server, and on a dead network
+    that never ends. Dropping the connection ends the query with an error at once. The server ends
+    the query by its own timeouts.
     """
 
     def __init__(self, protocol: Any, transport: asyncio.Transport, *rest: Any) -> None:
@@ -683,7 +683,7 @@ class _Connection(asyncpg.Connection):  # type: ignore[misc]  # asyncpg has no t
         self._expiry: asyncio.TimerHandle | None = None
 
     def expire_at(self, when: float | None) -> None:
-        """Drop this connection at that time of the loop's clock; None: not any more."""
+        """Drop this connection at a time of the loop's clock. None removes the deadline."""
         if self._expiry is not None:
             self._expiry.cancel()
             self._expiry = None
@@ -691,7 +691,7 @@ class _Connection(asyncpg.Connection):  # type: ignore[misc]  # asyncpg has no t
             self._expiry = asyncio.get_running_loop().call_at(when, self._expire)
 
     def keep_alive(self, url: PostgresqlUrl, seconds: float) -> None:
-        """Have the operating system notice a peer that is gone."""
+        """Set TCP keepalive, so that the operating system detects a lost peer."""
         transport = self._socket_transport.get_extra_info("socket")
         if transport is None or transport.family not in (socket.AF_INET, socket.AF_INET6):
             return
@@ -702,19 +702,18 @@ class _Connection(asyncpg.Connection):  # type: ignore[misc]  # asyncpg has no t
             "TCP_KEEPCNT": url.keepalive_count or 3,
             "TCP_USER_TIMEOUT": url.tcp_user_timeout_ms or int(seconds * 1_000),
         }
-        # A duplicate of the descriptor shares its options; uvloop's sockets set none.
+        # A duplicate of the descriptor, because uvloop's sockets cannot set options.
         with socket.socket(fileno=os.dup(transport.fileno())) as shared:
             shared.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, int(url.keepalives))
             for name, value in options.items():
-                # Not every platform has each of them.
+                # Not every platform has all of these options.
                 if (number := getattr(socket, name, None)) is not None:
                     shared.setsockopt(socket.IPPROTO_TCP, number, value)
 
     async def close(self, *, timeout: float | None = None) -> None:
-        """Close the connection, with a word to the server if it takes less than a second.
+        """Close the connection, and wait up to a second for the server.
 
-        SQLAlchemy names a timeout when it drops a connection that failed: there is nobody to
-        wait for.
+        SQLAlchemy passes a timeout when it drops a failed connection, which needs no wait.
         """
         if timeout is not None:
             self.terminate()
@@ -740,7 +739,7 @@ def _connected(dbapi_connection: Any, _record: Any) -> None:
 
 def _check_out(dbapi_connection: Any, _record: Any, _proxy: Any) -> None:
     if dbapi_connection.driver_connection.is_closed():
-        # The server ended it while nobody used it. The pool opens another.
+        # The server ended it while it was idle. The pool opens another.
         raise sqlalchemy.exc.DisconnectionError
 
 
@@ -771,21 +770,21 @@ async def _closing(connection: AsyncConnection) -> AsyncIterator[None]:
 
 
 class _Identity(NamedTuple):
-    """Which file it is, whatever its name."""
+    """The identity of a file, independent of its name."""
 
     device: int
     inode: int
 
 
 class _SQLiteFile:
-    """The file of a SQLite database, opened again and again, and whether it is still the same.
+    """The file of a SQLite database, and the check that it was not deleted or replaced.
 
-    A file that was deleted stays writable for who has it open, and everything written is lost.
+    A deleted file stays writable for processes that have it open, and what they write is lost.
     """
 
     def __init__(self, path: str, *, create: bool, timeout_seconds: float | None) -> None:
         self._path = Path(path)
-        # `rwc` is for migrations: elsewhere a file that vanished must not become an empty one.
+        # `rwc` is for migrations. Otherwise a missing file must not be created empty.
         self.uri = f"file:{quote(path)}?mode={'rwc' if create else 'rw'}"
         self.busy_seconds = 0.9 * min(_seconds(timeout_seconds), _HOUR)
 
@@ -802,10 +801,10 @@ class _SQLiteFile:
         return connection
 
     def identity(self) -> _Identity:
-        """The file that has this database's name now.
+        """Return the identity of the file at this path.
 
         Raises:
-            QueueUnavailable: there is none.
+            QueueUnavailable: the file does not exist.
         """
         try:
             found = self._path.stat()
@@ -815,7 +814,7 @@ class _SQLiteFile:
         return _Identity(found.st_dev, found.st_ino)
 
     def check(self, opened: _Identity) -> None:
-        """Raise unless the file opened then is the one that has the database's name now.
+        """Check that the opened file is still the one at this path.
 
         Raises:
             QueueUnavailable: it was deleted or replaced.
@@ -829,7 +828,7 @@ class _SQLiteFile:
         _set_pragmas(dbapi_connection)
 
     def check_out(self, _dbapi_connection: Any, record: Any, _proxy: Any) -> None:
-        """Have the pool replace a connection whose file is not the database any more."""
+        """Make the pool replace a connection whose file was deleted or replaced."""
         try:
             self.check(record.info["identity"])
         except QueueUnavailable as error:
@@ -839,8 +838,8 @@ class _SQLiteFile:
         """See `Database.checkpoint`."""
         with closing(self.connect()) as connection:
             connection.execute("PRAGMA busy_timeout = 0")
-            # PASSIVE copies without locking anyone out; what is left for TRUNCATE, which does, is
-            # the end of the log.
+            # PASSIVE copies without locks. TRUNCATE, which locks, then has only the end of the log
+            # left to copy.
             _, pages, copied = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
             if pages != copied:
                 return False
@@ -849,7 +848,7 @@ class _SQLiteFile:
 
 
 class _SQLiteThread:
-    """The writer: a connection of its own and the thread that uses it, a transaction at a time."""
+    """The writer: a connection and the thread that uses it, one transaction at a time."""
 
     def __init__(self, file: _SQLiteFile) -> None:
         self._file = file
@@ -857,12 +856,12 @@ class _SQLiteThread:
         self._opened: tuple[sqlite3.Connection, _Identity] | None = None
 
     def run(self, work: Callable[[sqlite3.Connection], T], busy: int) -> asyncio.Future[T]:
-        """Start a transaction of `work`, which waits up to `busy` milliseconds for others'."""
+        """Start a transaction of `work`. It waits up to `busy` milliseconds for other processes."""
         loop = asyncio.get_running_loop()
         return loop.run_in_executor(self._executor, self._commit, work, busy)
 
     async def close(self) -> None:
-        """End the thread once the transaction under way is done."""
+        """End the thread after the current transaction."""
         await asyncio.get_running_loop().run_in_executor(self._executor, self._close)
         self._executor.shutdown()
 
@@ -877,7 +876,7 @@ class _SQLiteThread:
             with suppress(sqlite3.Error):
                 connection.execute("ROLLBACK")
             raise
-        # Deleted meanwhile, the file took with it what was written.
+        # If the file was deleted in the meantime, the commit is lost.
         self._file.check(identity)
         return result
 
@@ -900,8 +899,11 @@ class _SQLiteThread:
 
 
 def _busy(deadline: float | None) -> int:
-    """How many milliseconds to wait for other processes' writes: a little less than what is left,
-    so that SQLite gives up first and commits nothing after the caller got an error."""
+    """Return how many milliseconds to wait for writes of other processes.
+
+    It is slightly less than the time left, so that SQLite fails first and commits nothing after the
+    caller got an error.
+    """
     if deadline is None:
         return int(_HOUR * 1_000)
     return max(0, int(900 * (deadline - asyncio.get_running_loop().time())))
@@ -916,16 +918,16 @@ def _seconds(timeout: float | None) -> float:
 
 
 class _Transient(QueueUnavailable):
-    """A transaction that PostgreSQL ended for another's sake: it may well work the next time."""
+    """Raised when PostgreSQL aborts a transaction that may succeed when it runs again."""
 
 
 async def _again(once: Callable[[], Awaitable[T]]) -> T:
-    """Run a transaction until it is not a transient failure, `ATTEMPTS` times at most."""
+    """Run a transaction again after transient failures, at most `ATTEMPTS` times."""
     for attempt in range(1, ATTEMPTS):
         try:
             return await once()
         except _Transient:
-            # Full jitter, or the same transactions meet again.
+            # Full jitter, so that the same transactions do not collide again.
             await asyncio.sleep(random.uniform(0, 0.02 * 2**attempt))
     return await once()
 
@@ -948,22 +950,22 @@ _MISSING_GRANTS: Final = text(
 
 
 def quoted(name: str) -> str:
-    """A name as SQL text takes it."""
+    """Return a quoted SQL identifier."""
     return '"' + name.replace('"', '""') + '"'
 
 
 def async_url(url: str) -> URL:
-    """The URL with the async driver this project uses, from any common spelling of it."""
+    """Return the URL with the async driver of this project."""
     parsed = make_url(url.replace("postgres://", "postgresql://", 1))
     driver = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+asyncpg"}
     return parsed.set(drivername=driver[parsed.get_backend_name()])
 
 
 def read_json(value: str) -> JsonValue:
-    """JSON text of a column, as the caller sent it.
+    """Parse the JSON text of a column into the value that the caller sent.
 
-    PostgreSQL's JSONB writes 1e300 out as a 1 with 300 zeros. Integers past 64 bits never come
-    in (the registry refuses them), so one that comes out was such a float, and is one again.
+    JSONB of PostgreSQL returns 1e300 as a 1 with 300 zeros. The registry refuses integers over 64
+    bits, so a larger integer in the text was a float, and is converted back.
     """
     parsed: JsonValue = from_json(value)
     return _floats(parsed) if _LONG_INTEGER.search(value) else parsed
@@ -987,13 +989,13 @@ _LONG_INTEGER: Final = re.compile(r"\d{19}")
 
 @lru_cache(maxsize=512)
 def statement(template: str) -> TextClause:
-    """The statement of a text, parsed once."""
+    """Return the parsed statement of a text, from a cache."""
     return text(template)
 
 
 @contextmanager
 def unavailable() -> Iterator[None]:
-    """Turn what a database reports when it is away, full or busy into `QueueUnavailable`."""
+    """Turn the errors of an unavailable, full or busy database into `QueueUnavailable`."""
     try:
         yield
     except (sqlalchemy.exc.SQLAlchemyError, sqlite3.Error, asyncpg.PostgresError,
@@ -1014,8 +1016,8 @@ def _unavailable_sqlite() -> Iterator[None]:
 
 
 def as_unavailable(error: BaseException | None) -> QueueUnavailable | None:
-    """The `QueueUnavailable` of an error that is the database's state; None for one that is the
-    statement's own fault (a violated constraint, say)."""
+    """Return the `QueueUnavailable` for an error, or None if the statement is at fault, for example
+    because it violates a constraint."""
     match error:
         case QueueUnavailable():
             return error
@@ -1041,7 +1043,7 @@ _GRANT: Final = (
 
 
 def _postgresql_unavailable(error: BaseException | None) -> QueueUnavailable | None:
-    """https://www.postgresql.org/docs/current/errcodes-appendix.html"""
+    """Classify an error by https://www.postgresql.org/docs/current/errcodes-appendix.html."""
     state = getattr(error, "sqlstate", None) or ""
     reason = _first_line(error)
     if state in _TRANSIENT or _is_stale_plan(error):
@@ -1058,21 +1060,21 @@ def _postgresql_unavailable(error: BaseException | None) -> QueueUnavailable | N
 
 
 _TRANSIENT: Final = frozenset({"40001", "40P01"})
-"""Serialization failure, deadlock."""
+"""Serialization failure and deadlock."""
 
 _OUTAGES: Final = frozenset(
     {
         "08",  # connection
         "53",  # resources: 53100 disk full, 53300 too many connections
         "57",  # operator: 57014 statement_timeout, 57P01 shutdown
-        "58",  # the server's system
+        "58",  # system error of the server
         "25006",  # read-only: a standby after a failover
-        "25P02",  # the transaction failed before
+        "25P02",  # the transaction has already failed
         "25P03",  # idle_in_transaction_session_timeout
         "55P03",  # lock_timeout
         "28",  # authorization
         "3D000",  # no such database
-        "XX",  # a damaged page, a bug of the server
+        "XX",  # a damaged page or a bug of the server
     }
 )
 
@@ -1098,12 +1100,12 @@ def _kind(error: BaseException | None) -> UnavailableKind:
 
 
 def _is_stale_plan(error: BaseException | None) -> bool:
-    """Whether a migration changed the columns of a statement this connection had prepared."""
+    """Return whether a migration changed the columns of a prepared statement."""
     return any(isinstance(each, asyncpg.InvalidCachedStatementError) for each in _causes(error))
 
 
 def _is_lost(error: BaseException | None) -> bool:
-    """Whether asyncpg itself ended the connection, or found it ended."""
+    """Return whether the connection ended."""
     lost = (asyncpg.PostgresConnectionError, asyncpg.InterfaceError, asyncpg.InternalClientError)
     return any(
         isinstance(each, lost) and not isinstance(each, asyncpg.DataError)
@@ -1121,7 +1123,7 @@ def _sqlite_unavailable(error: sqlite3.Error) -> QueueUnavailable | None:
     code = getattr(error, "sqlite_errorcode", None)
     reason = _first_line(error)
     if code is None:
-        # From the module itself: the connection was closed under the statement.
+        # An error without a code is the module's: the connection was closed during a statement.
         return QueueUnavailable(reason) if isinstance(error, sqlite3.OperationalError) else None
     # https://www.sqlite.org/rescode.html: the low byte is the primary code.
     primary = code & 0xFF
@@ -1152,10 +1154,10 @@ _SQLITE_KINDS: Final[Mapping[int, UnavailableKind]] = {
 
 
 def _connecting_failed_by(error: Exception | None) -> str:
-    """What a person needs of an error while connecting.
+    """Return a readable message for an error while connecting.
 
-    asyncio quotes Python's values: `[Errno 111] Connect call failed ('::1', 5432, 0, 0)`, and with
-    several addresses one after another.
+    Messages of asyncio quote Python values: `[Errno 111] Connect call failed ('::1', 5432, 0, 0)`,
+    one for each address.
     """
     if not isinstance(error, socket.gaierror) and isinstance(error, OSError):
         number = error.errno or next(iter(re.findall(r"\[Errno (\d+)\]", str(error))), None)
@@ -1165,14 +1167,14 @@ def _connecting_failed_by(error: Exception | None) -> str:
 
 
 def _first_line(error: BaseException | None) -> str:
-    # SQLAlchemy's adapter puts the class of the driver's error before what it says.
+    # SQLAlchemy's adapter puts the class of the driver's error before the message.
     lines = re.sub(r"^<class '[^']*'>: ", "", str(error)).splitlines()
     return lines[0] if lines else type(error).__name__
 
 
 def _set_pragmas(connection: Any) -> None:
     cursor = connection.cursor()
-    # FULL: a commit that was answered has reached the disk, see "An enqueue that was answered".
+    # FULL: a commit returns only after it has reached the disk.
     for pragma in (
         "journal_mode=WAL",
         "synchronous=FULL",

@@ -1,4 +1,4 @@
-"""Default values of the queue, which the settings share. No imports: the settings stay cheap."""
+"""Default values of the queue, shared with the settings. No imports, so settings load quickly."""
 
 from __future__ import annotations
 

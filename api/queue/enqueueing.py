@@ -33,7 +33,7 @@ DEFAULT_PRIORITY: Final = 50
 
 
 class Enqueued(NamedTuple):
-    """The stored job. `deduplicated` says that an earlier call with this key had stored it."""
+    """The stored job. `deduplicated` is True if an earlier call with this key stored it."""
 
     job: JobRecord
     deduplicated: bool = False
@@ -41,7 +41,7 @@ class Enqueued(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class JobValid:
-    """What `enqueue` would store. `duplicate_of` is the job that has the key already."""
+    """What `enqueue` would store. `duplicate_of` is the job that already has the key."""
 
     max_attempts: int
     timeout_seconds: int
@@ -64,7 +64,7 @@ class Enqueueing:
     _new_id: Callable[[], uuid.UUID]
 
     def __init__(self) -> None:
-        # Apart, so that jobs without a key never share a statement with one that has to wait.
+        # Separate groups: a job without a key never shares a statement with one that has to wait.
         self._inserts = GroupCommit(self._insert)
         self._keyed_inserts = GroupCommit(self._insert)
 
@@ -77,14 +77,14 @@ class Enqueueing:
     ) -> Enqueued:
         """Store a job. When this returns, the job is on disk.
 
-        With the caller's own `session`, on the queue's database, the job joins the caller's
-        transaction: it appears if and when the caller commits, together with the caller's rows,
-        and not at all if the caller rolls back.
+        With `session`, a session of the caller on the same database, the job is inserted in the
+        caller's transaction: it becomes visible when the caller commits, and is discarded when
+        the caller rolls back.
 
         Raises:
-            JobTypeNotFound: no such job type.
-            PayloadInvalid: the payload, with every fault of it.
-            InputInvalid: another value is out of its range; payload faults are then here too.
+            JobTypeNotFound: no job type has this name.
+            PayloadInvalid: the payload is invalid; lists every fault.
+            InputInvalid: another value is out of range; lists the faults of the payload too.
             IdempotencyConflict: the key belongs to a job of this type with another payload.
         """
         new = self._admit(request, created_by)
@@ -103,17 +103,16 @@ class Enqueueing:
         atomic: bool = False,
         created_by: str | None = None,
     ) -> list[Enqueued | Refusal]:
-        """Store up to `max_bulk_size` jobs; return a result for each, in order.
+        """Store up to `max_bulk_size` jobs. Return a result for each, in order.
 
-        A refused one is its error, returned in its place. With `atomic` one refusal leaves
-        every job unstored; those that were good themselves are then `InputInvalid` with the code
-        `not_stored`.
+        The result of a refused job is its error. With `atomic`, one refusal means that no job is
+        stored; the results of valid jobs are then `InputInvalid` with the code `not_stored`.
 
         Raises:
-            InputInvalid: there are more of them.
+            InputInvalid: there are more than `max_bulk_size` jobs.
         """
         if len(requests) > self._max_bulk_size:
-            message = f"Expected at most {self._max_bulk_size} jobs per call, got {len(requests)}."
+            message = f"Expected at most {self._max_bulk_size} jobs per call; got {len(requests)}."
             raise InputInvalid((Violation("", "too_long", message),))
         results: dict[int, Enqueued | Refusal] = {}
         admitted: dict[int, NewJob] = {}
@@ -140,7 +139,7 @@ class Enqueueing:
         return [results[index] for index in range(len(requests))]
 
     async def validate(self, request: EnqueueRequest) -> JobValid:
-        """What `enqueue` would do with this request; it raises the same and writes nothing."""
+        """Return what `enqueue` would store. It raises the same errors and writes nothing."""
         new = self._admit(request, None)
         now = await self._store.now()
         duplicate: JobRecord | None = None
@@ -166,7 +165,7 @@ class Enqueueing:
             if new.id in stored:
                 break
         else:
-            raise QueueUnavailable("the holder of the idempotency key was deleted meanwhile")
+            raise QueueUnavailable("the job with this idempotency key was deleted in the meantime")
         enqueued = _enqueued(new, request, stored[new.id])
         if not enqueued.deduplicated:
             created = [JobEvent.of("job.created", enqueued.job)]
@@ -205,10 +204,11 @@ class Enqueueing:
     async def _insert_bulk(
         self, jobs: Sequence[NewJob], *, atomic: bool
     ) -> tuple[list[Stored], bool]:
-        """What became of each job, and whether it was committed."""
+        """Return the outcome of each job, and whether the jobs were committed."""
         if atomic:
             stored, committed = await self._database.patiently(
-                lambda: self._insert_all(jobs), "the holder of an idempotency key is being deleted"
+                lambda: self._insert_all(jobs),
+                "a job with one of the idempotency keys is being deleted",
             )
             if committed:
                 self._publish_created(jobs, stored)
@@ -225,12 +225,12 @@ class Enqueueing:
     async def _insert_all(
         self, jobs: Sequence[NewJob]
     ) -> tuple[dict[uuid.UUID, Stored], bool] | None:
-        """Insert every job or none. Return None if the holder of a key was deleted meanwhile."""
+        """Insert all jobs or none. Return None if a job with one of the keys is being deleted."""
         stored, committed = await self._store.insert_all(jobs, _conflicts)
         return (stored, committed) if len(stored) == len(jobs) else None
 
     async def _insert(self, jobs: Sequence[NewJob]) -> list[Stored | None]:
-        """Insert jobs in one statement; None where another transaction has the key."""
+        """Insert jobs in one statement. None means that another transaction holds the key."""
         stored = await self._store.insert(jobs)
         self._publish_created(jobs, stored)
         return [stored.get(job.id) for job in jobs]
@@ -279,7 +279,7 @@ def _conflicts(new: NewJob, stored: Stored) -> bool:
 def _conflict_within(
     conflict: IdempotencyConflict, admitted: Mapping[int, NewJob]
 ) -> IdempotencyConflict | InputInvalid:
-    """The conflict, unless it is with a job of the same call, which was not stored either."""
+    """Return the conflict, or a violation if it is with a job of the same unstored call."""
     for index, other in admitted.items():
         if other.id == conflict.existing_job.id:
             message = f"The job at index {index} of this call has this key with another payload."
@@ -288,8 +288,8 @@ def _conflict_within(
 
 
 def not_stored(refused: list[int]) -> InputInvalid:
-    """Why a good job of an atomic call was not stored: those at these places were refused."""
+    """Return the error of a valid job in an atomic call in which other jobs were refused."""
     named = ", ".join(str(index) for index in refused[:10])
     more = f" and {len(refused) - 10} more" if len(refused) > 10 else ""
-    message = f"Not stored: the call is atomic, and it was refused at index {named}{more}."
+    message = f"Not stored: the call is atomic, and the jobs at index {named}{more} were refused."
     return InputInvalid((Violation("", "not_stored", message),))

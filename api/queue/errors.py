@@ -1,6 +1,6 @@
-"""What the queue refuses, and why. Each exception has its code and its details.
+"""The exceptions of the queue. Each has a code and details.
 
-`JobTypeNotFound` and `PayloadInvalid`, the registry's own, stand in `job_registry.errors`.
+`JobTypeNotFound` and `PayloadInvalid` are in `job_registry.errors`.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 class QueueError(CodedError):
-    """Base of everything the queue refuses."""
+    """Base of the exceptions of the queue."""
 
 
 class InputInvalid(QueueError):
-    """Raised when a value beside the payload is out of its range, `/priority` for instance.
+    """Raised when a value other than the payload is out of range, `/priority` for example.
 
-    `violations` names every fault. When the payload is faulty as well, its faults are here too,
-    below `/payload`, so that a caller learns all of them at once.
+    `violations` lists every fault. Faults of the payload are included, with paths that start with
+    `/payload`.
     """
 
     code = "validation_error"
@@ -39,7 +39,7 @@ class InputInvalid(QueueError):
 
     @property
     def summary(self) -> str:
-        """How many faults there are."""
+        """The number of faults, as a sentence."""
         return counted_faults("The request", len(self.violations))
 
 
@@ -61,7 +61,7 @@ class IdempotencyConflict(QueueError):
         )
 
     def details(self) -> dict[str, JsonValue]:
-        """Return the id of the job that has the key, and where the payloads differ."""
+        """Return the id of the job with this key, and where the payloads differ."""
         return {
             "existingJobId": str(self.existing_job.id),
             "differingPaths": list(self.differing_paths),
@@ -69,12 +69,12 @@ class IdempotencyConflict(QueueError):
 
     @property
     def summary(self) -> str:
-        """What is in conflict."""
+        """The conflict, without ids and paths."""
         return "This idempotency key belongs to a job with another payload."
 
 
 class JobNotFound(QueueError):
-    """Raised when no job has this id: it never existed, or it was pruned."""
+    """Raised when no job has this id. It never existed, or it was pruned."""
 
     code = "job_not_found"
 
@@ -83,7 +83,7 @@ class JobNotFound(QueueError):
         super().__init__(f"There is no job {job_id[:100]}.")
 
     def details(self) -> dict[str, JsonValue]:
-        """Return the id, up to 200 characters of it."""
+        """Return the id, truncated to 200 characters."""
         return {"jobId": self.job_id[:200]}
 
 
@@ -92,11 +92,11 @@ class JobStateConflict(QueueError):
 
     code = "job_state_conflict"
 
-    def __init__(self, job_id: str, status: JobStatus, asked: str) -> None:
+    def __init__(self, job_id: str, status: JobStatus, operation: str) -> None:
         self.job_id = job_id
         self.status = status
-        self.asked = asked
-        super().__init__(f"Job {job_id} is {status.value} and cannot be {asked}.")
+        self.operation = operation
+        super().__init__(f"Job {job_id} is {status.value} and cannot be {operation}.")
 
     def details(self) -> dict[str, JsonValue]:
         """Return the job's id and its status."""
@@ -104,9 +104,9 @@ class JobStateConflict(QueueError):
 
 
 class LeaseLost(QueueError):
-    """Raised when a lease token is not, or no longer, the one of a running job.
+    """Raised when a lease token does not belong to a running job, or no longer does.
 
-    The worker that gets it has nothing to report any more: another attempt may be under way.
+    The worker must stop and report nothing: another attempt may be running.
     """
 
     code = "lease_lost"
@@ -118,9 +118,9 @@ class LeaseLost(QueueError):
 
 
 class EventsMissed(QueueError):
-    """Raised when a subscriber cannot be told of everything any more, and why.
+    """Raised when a subscriber may have missed events; `reason` says why.
 
-    It reads the jobs it is interested in, and subscribes again.
+    The subscriber should read the jobs again and subscribe again.
     """
 
     code = "events_missed"
@@ -140,13 +140,13 @@ UnavailableKind = Literal[
     "schema_outdated",
     "permission_denied",
 ]
-"""What is wrong with the database, as far as anyone may know."""
+"""What is wrong with the database, without details that are internal."""
 
 
 class QueueUnavailable(QueueError):
-    """Raised when the database does not answer or cannot write: nothing was answered as stored.
+    """Raised when the database does not answer or cannot write.
 
-    `reason` is for the log; it may name hosts and files, so no client sees it. `kind` may be shown.
+    `reason` is for the log. It may name hosts and files, so it is not sent to clients; `kind` is.
     """
 
     code = "queue_unavailable"
@@ -162,7 +162,7 @@ class QueueUnavailable(QueueError):
 
 
 def reason_of(error: Exception) -> str:
-    """Return why a call to the database failed, for a log line. It quotes no value."""
+    """Return why a call to the database failed, for a log line, without quoting values."""
     match error:
         case QueueUnavailable():
             return error.reason

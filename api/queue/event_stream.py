@@ -1,8 +1,8 @@
-"""The event messages of every process, own ones included, in one order.
+"""Reads the event messages of every process, including this one, in one order.
 
-PostgreSQL delivers notifications in the order of its commits. Where there are none (SQLite, and
+PostgreSQL delivers notifications in commit order. Without notifications (on SQLite, and on
 PostgreSQL behind a pooler), messages are rows of `job_event_batch`, read in the order of their
-ids. A `Gap` marks each place where messages may be missing, so that none is lost in silence.
+ids. A `Gap` marks each place where messages may be missing.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from job_registry_api.queue.errors import reason_of
 from job_registry_api.queue.store import EVENTS_KEPT_SECONDS, Store
 
 POLL_SECONDS: Final = 0.25
-"""How often kept batches are read on PostgreSQL, which does not tell that there are new ones."""
+"""How often stored batches are read on PostgreSQL, where nothing announces new ones."""
 
 RETRY_SECONDS: Final = 0.5
-"""How long to wait before reading kept batches again after the database did not answer."""
+"""How long to wait before reading stored batches again after the database did not answer."""
 
 MAX_UNREAD_MESSAGES: Final = 10_000
-"""How many notifications may wait to be read before all of them are given up as missed."""
+"""How many notifications may be unread. More of them are discarded and reported as missed."""
 
 MAX_LATE_BATCHES: Final = 10_000
-"""How many ids may be without a batch at a time before they are given up as missed."""
+"""How many ids may lack a batch. If more do, they are reported as missed."""
 
 BATCHES_BEFORE: Final = 100
-"""How far behind the newest id a batch may still be uncommitted when reading starts."""
+"""How many ids before the newest one are checked for late commits when reading starts."""
 
 BATCHES_AT_ONCE: Final = 1_000
 """How many batches `Store.events_after` returns at most."""
@@ -55,7 +55,7 @@ Take = Callable[[str | Gap], Awaitable[None]]
 
 
 class EventStream:
-    """Feeds the messages that are committed from now on to one reader."""
+    """Passes the messages that are committed from now on to one reader."""
 
     def __init__(self, database: Database, store: Store) -> None:
         self._database = database
@@ -65,7 +65,7 @@ class EventStream:
         self._ended = False
         self._is_failing = False
         self.begun = asyncio.Event()
-        """Set once messages that are committed from now on are in the stream."""
+        """Set when the stream includes every message that is committed from then on."""
 
     async def feed(self, take: Take) -> None:
         """Call `take` with each message and gap, one after another, until `end` is called."""
@@ -87,7 +87,7 @@ class EventStream:
             await asyncio.wait({listening})
 
     def look(self) -> None:
-        """Read kept batches now, because this process has just committed one."""
+        """Read stored batches now, because this process has just committed one."""
         if self._database.keeps_events:
             self._news.set()
 
@@ -97,7 +97,7 @@ class EventStream:
         self._news.set()
 
     async def _listen(self) -> None:
-        """Notice that there is something to read; after an error, start again."""
+        """Listen for new messages. After an error, start again."""
         while True:
             try:
                 await self._database.listen(self._notify, self._notify_gap)
@@ -116,7 +116,7 @@ class EventStream:
         self._news.set()
 
     def _notify_gap(self) -> None:
-        # With kept batches their ids tell whether any is missing.
+        # With stored batches, gaps in their ids show whether any is missing.
         if not self._database.keeps_events:
             self._notified.append(Gap("the connection to the database was lost for a while"))
         self._news.set()
@@ -136,14 +136,14 @@ class EventStream:
                 self.begun.set()
                 for item in items:
                     await take(item)
-                # More than these would have set `_news` again.
+                # With fewer batches, a later commit sets `_news` again.
                 if len(items) < BATCHES_AT_ONCE:
                     break
         except Exception as error:
-            # Nothing is missed by that: the next read goes on from the same batch.
+            # Nothing is missed: the next read continues from the same batch.
             if not self._is_failing:
                 with suppress(Exception):
-                    log.warning("events.unread", reason=reason_of(error))
+                    log.warning("events.read_failed", reason=reason_of(error))
             self._is_failing = True
             return False
         self._is_failing = False
@@ -151,14 +151,14 @@ class EventStream:
 
 
 class KeptBatches:
-    """Reads the table `job_event_batch`, each time on from the last batch it read.
+    """Reads the table `job_event_batch`, each time from the last batch it read.
 
-    `gapless` says that ids have no gaps and become visible in order, as on SQLite, which has one
-    writer at a time: an id that is absent was deleted unread. On PostgreSQL an absent id may be
-    a transaction that rolled back or that is not committed yet. Those are looked up again for as
-    long as batches are kept, and messages that come late are delivered late. Of two transactions
-    that change one job, the second takes its id after the first is committed, so the events of a
-    job are in order even then.
+    `gapless` means that ids have no gaps and become visible in order, as on SQLite, which has one
+    writer at a time. A missing id was then deleted unread. On PostgreSQL a missing id may belong
+    to a transaction that rolled back or is not committed yet. Missing ids are looked up again for
+    as long as batches are stored, so late messages are delivered late. Of two transactions that
+    change one job, the second takes its id after the first is committed, so the events of a job
+    are always in order.
     """
 
     def __init__(
@@ -169,11 +169,11 @@ class KeptBatches:
         self._clock = clock
         self._last: int | None = None
         self._late: dict[int, float] = {}
-        """Ids before `_last` that had no batch yet, and when that was noticed."""
+        """Ids before `_last` that have no batch yet, and when that was first seen."""
         self._read_at = clock()
 
     async def read(self) -> list[str | Gap]:
-        """Return the next messages, in order; none at the first call, which finds the end."""
+        """Return the next messages, in order. The first call only finds the end of the table."""
         if self._last is None:
             await self._begin(await self._store.last_event())
             return []
@@ -185,7 +185,7 @@ class KeptBatches:
                 await self._begin(newest)
                 return [Gap("the database was replaced by an older one")]
             if newest > self._last:
-                # Committed in between, or deleted by now.
+                # Committed between the two reads, or already deleted.
                 batches = await self._store.events_after(self._last)
                 deleted = not batches and self._gapless
                 self._last = newest if deleted else self._last
@@ -203,7 +203,7 @@ class KeptBatches:
     def _in_order(self, batches: dict[int, str]) -> list[str | Gap]:
         items: list[str | Gap] = []
         for number, message in batches.items():
-            # Of a table that never had a batch the first one is 1.
+            # The first batch of a table has the id 1.
             if number != (self._last or 0) + 1:
                 items.append(Gap(DELETED))
             items.append(message)
@@ -214,10 +214,10 @@ class KeptBatches:
         now = self._clock()
         items: list[str | Gap] = []
         if now - self._read_at > EVENTS_KEPT_SECONDS / 2:
-            # Ids do not tell deleted batches from transactions that rolled back.
+            # A missing id does not show whether a batch was deleted or a transaction rolled back.
             items.append(Gap(DELETED))
         self._read_at = now
-        # After `batches`: whatever one of those was committed after is then visible as well.
+        # Read after `batches`, so that every batch committed before one of them is visible.
         late = await self._store.events_among(list(self._late)) if self._late else {}
         self._late = {
             number: since
@@ -232,9 +232,9 @@ class KeptBatches:
         return items
 
     def _expect(self, before: int, batches: dict[int, str]) -> bool:
-        """Note the ids between `before` and the last of `batches` that are still absent.
+        """Record the missing ids between `before` and the last of `batches`.
 
-        Return False, and note none of them, if there are too many.
+        Return False, and record none, if there are too many.
         """
         now = self._clock()
         last = max([before, self._last or 0, *batches])

@@ -1,21 +1,22 @@
-"""Job events: announced in the transaction that makes them, published after its commit.
+"""Job events: announced in the transaction that changes a job, published after its commit.
 
-They become log lines, wake workers that wait for jobs, and reach subscribers in every process.
+Each event is logged, wakes workers that wait for jobs, and is delivered to subscribers in every
+process.
 
-Between processes they travel as messages, one per transaction: JSON objects, in PostgreSQL's
-notifications or in the rows of `job_event_batch`. `process` is the id of the process that made
-the events. Each event is a row of its name, its job's id, the job's type and the attempt:
+Processes exchange events as messages, one per transaction: JSON objects, in notifications of
+PostgreSQL or in rows of `job_event_batch`. `process` is the id of the sending process. Each event
+is an array of its name, the job's id, the job's type and the attempt:
 
     {"process": "5f0c…", "events": [["job.created", "01a20b59007a…", "payout.execute", 0]]}
 
-Names and types may also be written once, as tables, and rows then hold their indexes:
+Names and types may also be listed once, and events then hold their indexes:
 
     {"process": "5f0c…", "names": ["job.created"], "types": ["payout.execute"],
      "events": [[0, "01a20b59007a…", 0, 0]]}
 
-Events that do not fit into a notification are kept as a row of `job_event_batch`, and the
-notification is `{"process": "5f0c…", "batch": 17}`, the id of that row. Readers skip names, keys
-and further columns that they do not know, so that newer processes may add some.
+Events that do not fit into a notification are stored as a row of `job_event_batch`. The
+notification then holds the id of that row: `{"process": "5f0c…", "batch": 17}`. Readers skip
+unknown names, keys and further columns, so that newer versions can add some.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ STATUS_AFTER: Final[dict[EventName, JobStatus]] = {
     "job.retrying": JobStatus.QUEUED,
     "job.failed": JobStatus.FAILED,
     "job.cancelled": JobStatus.CANCELLED,
-    # The handler of an attempt that had timed out has ended. It makes room, and is not shown.
+    # The handler of a timed-out attempt has stopped and frees its place. Subscribers do not get it.
     "job.settled": JobStatus.QUEUED,
 }
 
@@ -75,16 +76,16 @@ MAX_UNREAD_EVENTS: Final = 1_000
 """How many events a subscriber may be behind before it is dropped."""
 
 MAX_ECHOES: Final = 10_000
-"""How many own events may be expected back from the database at a time."""
+"""How many own events may be awaited from the database at a time."""
 
 STOP_SECONDS: Final = 5.0
-"""How long `hearing` waits at its end for a statement that is under way."""
+"""How long `hearing` waits at its end for a statement in progress."""
 
 log = structlog.get_logger("jobs.events")
 
 
 class JobEvent(NamedTuple):
-    """Something that happened to a job and is committed."""
+    """A committed change of a job."""
 
     name: EventName
     job_id: UUID
@@ -93,7 +94,7 @@ class JobEvent(NamedTuple):
 
     @property
     def status(self) -> JobStatus:
-        """The job's status since then."""
+        """The job's status after the event."""
         return STATUS_AFTER[self.name]
 
     @property
@@ -103,17 +104,17 @@ class JobEvent(NamedTuple):
 
     @property
     def made_room(self) -> bool:
-        """Whether an attempt ended, or a job left the queue: its type may have room for others."""
+        """Whether an attempt ended or a job left the queue, so that others of its type may run."""
         return self.status is not JobStatus.RUNNING and self.name != "job.created"
 
     @classmethod
     def of(cls, name: EventName, job: JobRecord) -> JobEvent:
-        """The event `name` of a job as it stands after it."""
+        """Return the event `name` of a job, as read after the event."""
         return cls(name, job.id, job.type, job.attempt)
 
 
 class Message(NamedTuple):
-    """What a process announced: its events, or the number of the batch that holds them."""
+    """The message of a process: its events, or the id of the batch that holds them."""
 
     process: str
     events: tuple[JobEvent, ...]
@@ -121,10 +122,10 @@ class Message(NamedTuple):
 
 
 def decode(text: str | bytes) -> Message:
-    """Read a message in either form.
+    """Parse a message in either form.
 
     Raises:
-        ValueError: it is garbled.
+        ValueError: the message is malformed.
     """
     message = from_json(text)
     try:
@@ -144,7 +145,7 @@ def decode(text: str | bytes) -> Message:
 
 
 def _text(value: Any, table: Sequence[Any]) -> str:
-    """A name or type: itself, or its index in the message's own table."""
+    """Return a name or type that is given as itself or as its index in `table`."""
     if isinstance(value, int):
         if value < 0:
             raise IndexError
@@ -158,8 +159,8 @@ def _text(value: Any, table: Sequence[Any]) -> str:
 class Subscription:
     """The events of one subscriber, as an async iterator.
 
-    Iterating raises `EventsMissed` once the subscriber fell too far behind, or the connection
-    over which other processes are heard was lost: what happened since has to be looked up.
+    Iterating raises `EventsMissed` after the subscriber fell too far behind or the connection to
+    the database was lost. The subscriber then has to read the jobs.
     """
 
     job_id: UUID | None
@@ -181,17 +182,17 @@ class Subscription:
         return self._unread.popleft()
 
     def wants(self, event: JobEvent) -> bool:
-        """Whether this is an event that was asked for."""
+        """Return whether the subscription includes this event."""
         return (self.job_id is None or event.job_id == self.job_id) and (
             self.types is None or event.type in self.types
         )
 
     def skip(self, earlier: Mapping[JobEvent, int]) -> None:
-        """Leave these events out, each this often: they are from before the subscription."""
+        """Skip these events, each this many times, because they precede the subscription."""
         self._skipped |= {e: count for e, count in earlier.items() if count and self.wants(e)}
 
     def offer(self, event: JobEvent) -> None:
-        """Take an event in, if it is one that was asked for. Never waits."""
+        """Add an event if the subscription includes it. Never waits."""
         if event in self._skipped:
             self.skip({event: self._skipped.pop(event) - 1})
             return
@@ -203,14 +204,14 @@ class Subscription:
                 self._news.set()
 
     def drop(self, reason: str) -> None:
-        """Let no further event in; the iterator raises after those it holds."""
+        """Add no further events. The iterator raises after the events it holds."""
         self._missed = self._missed or reason
         self._news.set()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Callback:
-    """Something to call, on the event loop on which it was registered."""
+    """A function that is called on the event loop on which it was registered."""
 
     call: Callable[..., None]
     loop: asyncio.AbstractEventLoop
@@ -223,18 +224,17 @@ class _Callback:
 
 
 class Events:
-    """One process's view of what happens to jobs.
+    """The job events of one process.
 
-    The statements that change jobs announce it to other processes; `publish` comes after the
-    commit, in the process that made it.
+    The statements that change jobs announce the events to other processes. `publish` is called
+    after the commit, in the process that committed.
 
-    While `hearing` is entered, subscribers are fed from one stream that holds the events of every
-    process in the order of commits, own ones included. Without it they get this process's events
-    when those are published, and other processes' jobs are noticed only when a worker looks by
-    itself. Workers that wait for jobs are woken at once by own events either way.
+    While `hearing` is entered, subscribers receive the events of every process, including this
+    one, in commit order. Without it they receive only the events of this process, and workers find
+    the jobs of other processes by polling. The events of this process always wake workers at once.
 
-    `publish` may be called from any thread. The rest belongs to one event loop, except that a
-    callback is called on the loop on which it was registered.
+    `publish` may be called from any thread. Everything else belongs to one event loop, except that
+    a callback is called on the loop on which it was registered.
     """
 
     def __init__(self, database: Database, store: Store, process: str, metrics: Metrics) -> None:
@@ -252,8 +252,8 @@ class Events:
         self._stream: EventStream | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._echoes: dict[JobEvent, int] = {}
-        """Own events that were published and are yet to come from the stream; negative: the other
-        way round."""
+        """Own events that were published and not yet read from the stream. Negative counts are
+        events that were read and not yet published."""
         self._shut: str | None = None
 
     @property
@@ -262,10 +262,10 @@ class Events:
         return len(self._subscriptions)
 
     def publish(self, events: Iterable[JobEvent]) -> None:
-        """Log what was committed and wake who waits for it in this process. Never raises.
+        """Log committed events and wake the waiting callers in this process. Never raises.
 
-        An error here would reach the caller as one of the commit, and a retry would store the job
-        twice. What fails is counted in `failures`.
+        To the caller an error here would look like an error of the commit, and a retry would store
+        the job twice. Errors are counted in `failures`.
         """
         happened = tuple(events)
         for event in happened:
@@ -278,12 +278,13 @@ class Events:
     def subscribe(
         self, *, job_id: UUID | None = None, types: Collection[str] | None = None
     ) -> Iterator[Subscription]:
-        """The events of one job, or of jobs of these types, or all, from now on.
+        """Subscribe to the events of one job, of jobs of these types, or of all jobs.
 
-        Everything that is committed after this call is in it, and nothing that this process has
-        published before. What another process committed just before may be in it.
+        The subscription includes every event that is committed after this call, and none that
+        this process published before. Events that another process committed shortly before may be
+        included.
         """
-        self._settle()
+        self._bind_to_loop()
         subscription = Subscription(job_id, None if types is None else frozenset(types))
         subscription.skip({event: count for event, count in self._echoes.items() if count > 0})
         if self._shut is not None:
@@ -296,12 +297,12 @@ class Events:
 
     @contextmanager
     def waiting_for(self, types: Iterable[str], limited: Iterable[str]) -> Iterator[asyncio.Event]:
-        """An `asyncio.Event` that is set when a claim may find more than before: a job of these
-        types was queued, one of the `limited` types ended and made room, or events were missed.
+        """Return an `asyncio.Event` that is set when a claim may find more jobs: a job of these
+        types was queued, a job of the `limited` types ended, or events were missed.
 
-        Clear it before looking at the queue, not after: what comes in between is then kept.
+        Clear it before the claim, not after, so that an event during the claim is not lost.
         """
-        self._settle()
+        self._bind_to_loop()
         woken = asyncio.Event()
         self._waiting[woken] = (frozenset(types), frozenset(limited))
         try:
@@ -315,9 +316,9 @@ class Events:
     ) -> Iterator[None]:
         """Call `callback` with a job type each time a claim may find one more job of that type.
 
-        That is once for each job that is queued and, for the `limited` types, once for each job
-        that ends and makes room. None stands for any number of jobs of any type: events were
-        missed, or the connection was gained or regained.
+        It is called once for each job that is queued and, for the `limited` types, once for each
+        job that ends. None stands for any number of jobs of any type: events were missed, or the
+        connection was opened or reopened.
         """
         registered = _Callback(callback, asyncio.get_running_loop())
         self._work[registered] = frozenset(limited)
@@ -328,10 +329,10 @@ class Events:
 
     @contextmanager
     def on_cancel_requested(self, callback: Callable[[UUID], None]) -> Iterator[None]:
-        """Call `callback` with a running job's id as soon as its cancellation is requested.
+        """Call `callback` with a running job's id when its cancellation is requested.
 
-        The request may come from any process and concern any job. Requests that are missed
-        together with other events are not made up for: the next heartbeat reports them.
+        The request may come from any process and concern any job. Missed requests are not
+        repeated: the next heartbeat reports them.
         """
         registered = _Callback(callback, asyncio.get_running_loop())
         self._cancellations[registered] = None
@@ -342,13 +343,13 @@ class Events:
 
     @asynccontextmanager
     async def hearing(self) -> AsyncIterator[None]:
-        """Hear every process, this one included, while the context is open."""
+        """Receive the events of every process, including this one, while the context is open."""
         stream = EventStream(self._database, self._store)
         self._loop = asyncio.get_running_loop()
         self._stream = stream
         feeding = asyncio.create_task(stream.feed(self._take), name="job-events")
         try:
-            # So that a subscriber of the first moment misses nothing; without the database, go on.
+            # Early subscribers must miss nothing. Without the database, continue.
             with suppress(TimeoutError):
                 async with asyncio.timeout(2.0):
                     await stream.begun.wait()
@@ -356,7 +357,7 @@ class Events:
         finally:
             stream.end()
             try:
-                # Cancelled only if it hangs: it may be in the middle of a statement.
+                # Cancel it only if it hangs: it may be in the middle of a statement.
                 await asyncio.wait({feeding}, timeout=STOP_SECONDS)
             finally:
                 feeding.cancel()
@@ -365,12 +366,12 @@ class Events:
             await asyncio.wait({feeding})
 
     def drop_subscribers(self, reason: str) -> None:
-        """End every subscription with `EventsMissed`, and those that are opened later."""
+        """End all open and later subscriptions with `EventsMissed`."""
         self._shut = reason
         self._drop(reason)
 
     async def _take(self, item: str | Gap) -> None:
-        """Take the next message from the stream, or note that some are missing."""
+        """Process the next message of the stream, or a gap."""
         if isinstance(item, Gap):
             self._miss(item.reason)
             return
@@ -395,23 +396,23 @@ class Events:
             if not own or self._is_first(event, published=False):
                 self._wake(event)
             self._offer(event)
-        # Subscribers take what they were given before they are given more.
+        # Let subscribers read these events before more are delivered.
         await asyncio.sleep(0)
 
-    def _settle(self) -> None:
-        """Belong to the loop that listens or, where nobody does, to the one that calls."""
+    def _bind_to_loop(self) -> None:
+        """Without `hearing`, deliver on the loop of the caller."""
         if self._stream is None:
             self._loop = _running_loop()
 
     def _hand_over(self, events: Sequence[JobEvent]) -> None:
-        """Wake and deliver on this process's own loop, from any thread."""
+        """Deliver the events on the loop of this object, from any thread."""
         loop = self._loop
         if loop is None or loop.is_closed() or loop is _running_loop():
-            self._tell(events)
+            self._deliver(events)
         else:
-            loop.call_soon_threadsafe(self._tell, events)
+            loop.call_soon_threadsafe(self._deliver, events)
 
-    def _tell(self, events: Sequence[JobEvent]) -> None:
+    def _deliver(self, events: Sequence[JobEvent]) -> None:
         for event in events:
             if self._is_first(event, published=True):
                 self._wake(event)
@@ -421,10 +422,10 @@ class Events:
             self._stream.look()
 
     def _is_first(self, event: JobEvent, *, published: bool) -> bool:
-        """Return whether an own event is new here, so that it wakes once.
+        """Return whether an own event is new here, so that each event wakes workers once.
 
-        It is published and comes from the stream, in either order, and sometimes only from the
-        stream: a caller that is cancelled during its commit publishes nothing.
+        An own event is published and read from the stream, in either order. Sometimes it is only
+        read: a caller that is cancelled during its commit publishes nothing.
         """
         if self._stream is None:
             return True
@@ -437,7 +438,7 @@ class Events:
         return count * step >= 0
 
     def _wake(self, event: JobEvent) -> None:
-        """Wake those that wait for work or for cancellations."""
+        """Wake the callers that wait for jobs or for cancellations."""
         if event.name == "job.cancel_requested":
             for callback in tuple(self._cancellations):
                 self._guard(callback, event.job_id)
@@ -476,9 +477,9 @@ class Events:
         except Exception:
             self.failures += 1
             self._metrics.event_publish_failed()
-            # The log itself may be what fails.
+            # The log itself may have failed.
             with suppress(Exception):
-                log.exception("events.not_told")
+                log.exception("events.delivery_failed")
 
 
 def _log(event: JobEvent) -> None:

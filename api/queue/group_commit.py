@@ -1,7 +1,7 @@
-"""Concurrent enqueues of one process share one INSERT and one commit.
+"""Concurrent calls in one process share one statement and one commit.
 
-No timer: what arrives while one commit is under way goes with the next. A lone caller waits for
-nobody, and at 32 callers a commit (an fsync) is paid once for up to 32 jobs.
+There is no timer: calls that arrive during a commit join the next one. A single caller does not
+wait, and 32 concurrent callers share one commit (one fsync).
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ Result = TypeVar("Result")
 
 
 class GroupCommit(Generic[Item, Result]):
-    """Hands what callers `submit` to `commit`, as many at once as have come together.
+    """Collects the items that callers `submit`, and passes them to `commit` in groups.
 
-    `commit` writes a group in one transaction and gives a result for each item, in order. When it
-    raises anything but `QueueUnavailable`, some item is at fault: each is then committed alone,
-    so that only its own caller gets the error.
+    `commit` writes a group in one transaction and returns a result for each item, in order. If it
+    raises anything but `QueueUnavailable`, each item is committed alone, so that only the caller
+    of a faulty item gets the error.
     """
 
     def __init__(
@@ -37,9 +37,9 @@ class GroupCommit(Generic[Item, Result]):
         self._task: asyncio.Task[None] | None = None
 
     async def submit(self, item: Item) -> Result:
-        """Gives the item's result once it is committed, or raises what its commit raised.
+        """Return the item's result after its commit, or raise what its commit raised.
 
-        A caller that is cancelled while it waits may still have its item committed.
+        The item of a cancelled caller may still be committed.
         """
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         self._waiting.append((item, future))
@@ -54,7 +54,7 @@ class GroupCommit(Generic[Item, Result]):
                 await self._commit_group([self._waiting.popleft() for _ in range(count)])
         finally:
             self._task = None
-            # Only when this task itself was cancelled is anyone still waiting here.
+            # Callers are left only if this task was cancelled.
             for _, future in self._waiting:
                 future.cancel()
             self._waiting.clear()

@@ -1,4 +1,4 @@
-"""Leasing: lease jobs, renew leases, and end attempts as their workers report."""
+"""Leasing: lease jobs, renew leases, and end attempts with the outcome that workers report."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from job_registry_api.queue.store import TIMED_OUT, LeaseRenewal, LeaseState, Re
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """A renewed lease: until when, how long the attempt may still run, and whether to stop."""
+    """A renewed lease: when it expires, how long the attempt may still run, whether to stop."""
 
     job: JobRecord
     expires_at: datetime
@@ -36,7 +36,7 @@ class Heartbeat:
 
 
 class Renewal(NamedTuple):
-    """A lease to renew, by its token. `progress` is JSON text; None leaves it as it is."""
+    """A lease to renew, by its token. `progress` is JSON text; None keeps the stored progress."""
 
     token: str
     progress: bytes | None = None
@@ -74,15 +74,15 @@ class Leasing:
     ) -> list[Lease]:
         """Lease up to `limit` due jobs of these types; wait up to `wait_seconds` for the first.
 
-        `stop`, once set, ends the wait. So does cancelling the call; what was leased for it in
-        that moment is given back.
+        The wait ends when `stop` is set or the call is cancelled. Jobs that are leased for a
+        cancelled call are released.
 
-        Waiting holds no database connection. Attempts whose lease has run out, of any worker,
-        are ended first.
+        Waiting holds no database connection. Attempts of any worker whose lease has expired are
+        ended first.
 
         Raises:
-            InputInvalid: a type is not registered, `limit` is not 1 to 100, `wait_seconds` not 0
-                to 30, or `worker_id` not 1 to 255 characters.
+            InputInvalid: a type is not registered, `limit` is not 1 to 100, `wait_seconds` is not
+                0 to 30, or `worker_id` does not have 1 to 255 characters.
         """
         check_lease(self.registry, job_types, worker_id, limit, wait_seconds)
         return await self._claiming.lease(
@@ -94,23 +94,23 @@ class Leasing:
         )
 
     def give_back(self, leases: Sequence[Lease]) -> None:
-        """Release leases whose caller is gone, in the background; their attempts are not spent."""
+        """Release leases whose caller is gone, in the background. Their attempts are not spent."""
         self._claiming.give_back(leases)
 
     async def show_worker(self, types: Sequence[str]) -> None:
-        """Note that these types are worked here, also while no slot is free to lease more.
+        """Record that a worker runs these types, even while it has no free slot.
 
-        Written at most every ten seconds; `waiting_reason` reads it.
+        It is written at most every ten seconds. `waiting_reason` reads it.
         """
         await self._claiming.show_worker(types)
 
     async def heartbeat(self, token: str, progress: JsonValue = None) -> Heartbeat:
         """Renew a lease for another lease time, never past the attempt's deadline.
 
-        `progress`, any JSON, is shown with the job; None leaves it as it is.
+        `progress`, any JSON, is stored with the job; None keeps the stored progress.
 
         Raises:
-            LeaseLost: the lease is not in force any more.
+            LeaseLost: the lease is no longer in force.
             InputInvalid: `progress` is not JSON, or larger than a payload may be.
         """
         job_id, _ = _parts(token)
@@ -124,9 +124,9 @@ class Leasing:
         return Heartbeat(job, renewed.expires_at, renewed.seconds_left, renewed.cancel_requested)
 
     async def renew(self, renewals: Sequence[Renewal]) -> list[Renewed | LeaseLost]:
-        """Renew leases, all in one statement; return what became of each, in order.
+        """Renew leases in one statement. Return the result of each, in order.
 
-        An attempt that has timed out is `LeaseLost`, and goes on holding its place in the
+        The result of an attempt that has timed out is `LeaseLost`. It keeps its place in the
         concurrency limit of its type.
         """
         keys = [_parts(renewal.token) for renewal in renewals]
@@ -143,22 +143,22 @@ class Leasing:
             if renewal.progress is not None and renewed.get((job_id, secret)) is not None
         ]
         if progressed:
-            # The leases are renewed by now, and other processes hear of it, whatever happens here.
+            # The renewal is committed and announced to other processes: a failure here is no error.
             with suppress(QueueUnavailable):
                 jobs = await self._store.get_many(progressed)
                 self.events.publish([JobEvent.of("job.progressed", j) for j in jobs.values()])
         return [renewed.get(key) or LeaseLost() for key in keys]
 
     async def settle(self, tokens: Sequence[str]) -> None:
-        """The handlers of these timed-out attempts have ended: free the places they held."""
+        """Free the places of timed-out attempts whose handlers have stopped."""
         if tokens:
             await self._store.settle([_parts(token) for token in tokens])
 
     async def complete(self, token: str, result: JsonValue = None) -> JobRecord:
-        """End the attempt and the job as succeeded. Sent again, it returns the same job.
+        """End the attempt and the job as succeeded. A repeated call returns the same job.
 
         Raises:
-            LeaseLost: the lease is not in force any more.
+            LeaseLost: the lease is no longer in force.
             InputInvalid: `result` is not JSON, or larger than a payload may be.
         """
         job_id, secret = _parts(token)
@@ -174,14 +174,14 @@ class Leasing:
         retry_after_seconds: float | None = None,
         spend_attempt: bool = True,
     ) -> JobRecord:
-        """End the attempt as failed: queued again after its backoff, or failed for good.
+        """End the attempt as failed. The job is queued again after its backoff, or failed.
 
-        `retry_after_seconds`, 0 to 31,536,000, replaces the backoff. `retryable` False fails the
+        `retry_after_seconds`, 0 to 31,536,000, replaces the backoff. `retryable=False` fails the
         job at once. A job whose cancellation was requested is cancelled.
 
         Raises:
-            LeaseLost: the lease is not in force any more.
-            InputInvalid: a value is out of its range.
+            LeaseLost: the lease is no longer in force.
+            InputInvalid: a value is out of range.
         """
         job_id, secret = _parts(token)
         if retry_after_seconds is not None:
@@ -200,12 +200,12 @@ class Leasing:
         )
 
     async def release(self, token: str) -> JobRecord:
-        """Hand the job back, to run again at once; the attempt is not spent.
+        """Queue the job again at once. The attempt is not spent.
 
-        A job that is handed back again and again within seconds waits longer each time.
+        A job that is released repeatedly within seconds waits longer each time.
 
         Raises:
-            LeaseLost: the lease is not in force any more.
+            LeaseLost: the lease is no longer in force.
         """
         job_id, secret = _parts(token)
         return await self._report(
@@ -213,10 +213,10 @@ class Leasing:
         )
 
     async def snooze(self, token: str, seconds: float) -> JobRecord:
-        """Hand the job back, to run again in `seconds`; the attempt is not spent.
+        """Queue the job again to run in `seconds`. The attempt is not spent.
 
         Raises:
-            LeaseLost: the lease is not in force any more.
+            LeaseLost: the lease is no longer in force.
             InputInvalid: `seconds` is not 0 to 31,536,000.
         """
         job_id, secret = _parts(token)
@@ -228,11 +228,11 @@ class Leasing:
     async def time_out(self, token: str, *, still_running: bool = False) -> JobRecord:
         """End an attempt at its timeout. With `still_running` its handler has not stopped.
 
-        The attempt then holds its place in the concurrency limit for one lease, and for as long
-        as `renew` goes on naming it, until `settle`.
+        The attempt then keeps its place in the concurrency limit for the length of a lease.
+        `renew` extends that, and `settle` ends it.
 
         Raises:
-            LeaseLost: the queue has ended the attempt already.
+            LeaseLost: the queue has already ended the attempt.
         """
         job_id, secret = _parts(token)
         return await self._report(
@@ -246,10 +246,10 @@ class Leasing:
         )
 
     async def stop(self, token: str, error: JobError) -> JobRecord:
-        """End the attempt and the job as cancelled, as its handler asked.
+        """End the attempt and the job as cancelled, because its handler requested that.
 
         Raises:
-            LeaseLost: the lease is not in force any more.
+            LeaseLost: the lease is no longer in force.
         """
         job_id, secret = _parts(token)
         return await self._report(
@@ -265,11 +265,11 @@ class Leasing:
         return outcome
 
     async def _end(self, reports: Sequence[Report]) -> Sequence[JobRecord | LeaseLost | None]:
-        """End attempts, several in one statement; None where another transaction has the row."""
+        """End attempts in one statement. None means that another transaction has locked the row."""
         ended: dict[int, JobRecord | LeaseLost | None] = {}
         waiting = dict(enumerate(reports))
         while waiting:
-            # One report per job and statement: of two for one lease, the first to come counts.
+            # One report per job in a statement. Of two reports for one lease the first one counts.
             turn = {report.job_id: index for index, report in reversed(waiting.items())}
             these = [waiting.pop(index) for index in sorted(turn.values())]
             jobs = await self._store.end(these)
@@ -292,7 +292,7 @@ class Leasing:
                 ]
                 jobs |= await self._store.get_many(repeated) if repeated else {}
             except QueueUnavailable:
-                # The others are committed, and answered. These are sent again.
+                # The other reports are committed and answered. These are tried again.
                 if not (jobs or ended):
                     raise
                 states = None
@@ -308,7 +308,7 @@ class Leasing:
         return [ended[index] for index in range(len(reports))]
 
     async def _give_back(self, leases: Sequence[Lease]) -> None:
-        """Release leases that their caller did not wait for."""
+        """Release leases whose caller is gone."""
         for lease in leases:
             with suppress(LeaseLost):
                 await self.release(lease.token)
@@ -329,7 +329,7 @@ class Leasing:
 
 
 def _parts(token: str) -> tuple[uuid.UUID, str]:
-    """A lease token is the job's id, so that the primary key finds it, and a random secret."""
+    """Return the two parts of a lease token: the id of the job, and a random secret."""
     if not _TOKEN.fullmatch(token):
         raise LeaseLost
     return uuid.UUID(token[:32]), token[32:]

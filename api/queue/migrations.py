@@ -1,10 +1,10 @@
-"""Brings a database to the schema that this version needs, with alembic. Synchronous, for the edge.
+"""Migrates a database to the schema that this version needs, with alembic. Synchronous.
 
 The scripts are in `alembic/` of a checkout, and in `api/_alembic` of an installed wheel.
 
-A script that only adds to the schema says `additive = True`. Every migration records, beside the
-revision, the oldest revision whose code can use the result (`compatible_from`). That is how a
-process finds out whether it can use a database that a newer version has migrated.
+A script that only adds to the schema sets `additive = True`. Every migration records the revision
+and the oldest revision whose code can use the result (`compatible_from`). With it a process decides
+whether it can use a database that a newer version has migrated.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from job_registry_api.queue.models import METADATA
 T = TypeVar("T")
 
 VERSION_TABLE: Final = "job_registry_version"
-"""Of our own name: other tables of the user's database may have migrations of their own."""
+"""Not alembic's default name, which migrations of the application may use."""
 
 WITHOUT_SCHEMA: Final = "0001"
-"""The revision of the release that made its tables wherever the search path led."""
+"""The revision of the release that created its tables in the schema of the search path."""
 
 _PACKAGE: Final = Path(__file__).resolve().parent.parent
 _INSTALLED: Final = _PACKAGE / "_alembic"
@@ -49,11 +49,11 @@ _SCRIPTS: Final = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parent / "alem
 INSUFFICIENT_PRIVILEGE: Final = "42501"
 
 _LOCK: Final = 0x6A6F6273
-"""Advisory lock, "jobs" in ASCII: two migrations at once would both create the tables."""
+"""The advisory lock of a migration ("jobs" in ASCII). Only one migration runs at a time."""
 
 
 class MigrationRefused(Exception):
-    """Raised when a migration cannot run. Its text is a sentence for the operator."""
+    """Raised when a migration cannot run. Its message is for the operator."""
 
 
 class Verdict(StrEnum):
@@ -61,7 +61,7 @@ class Verdict(StrEnum):
 
     CURRENT = "current"
     COMPATIBLE = "compatible"
-    """A newer version has migrated it, and has only added to what this version needs."""
+    """A newer version has migrated the database, and has only added to the schema."""
     EMPTY = "empty"
     OUTDATED = "outdated"
     TOO_NEW = "too_new"
@@ -69,9 +69,9 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """What revision a database is at, what this version needs, and whether the two fit.
+    """The revision of a database, the one that this version needs, and whether they fit.
 
-    `compatible_from` is what the database records: the oldest revision whose code can use it.
+    `compatible_from` is the oldest revision whose code can use the database, as recorded in it.
     """
 
     verdict: Verdict
@@ -86,7 +86,7 @@ class Fit:
 
     @property
     def sentence(self) -> str:
-        """The verdict in a sentence, with what to do."""
+        """The verdict as a sentence, with the action to take."""
         match self.verdict:
             case Verdict.CURRENT:
                 return f"The database schema is up to date, at revision {self.revision}."
@@ -109,7 +109,7 @@ class Fit:
 
 
 class Step(NamedTuple):
-    """One migration that ran."""
+    """A migration that ran."""
 
     revision: str
     title: str
@@ -117,7 +117,7 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Migrated:
-    """What a migration did: nothing when there are no `steps`."""
+    """The result of a migration. Without `steps` nothing has changed."""
 
     before: str | None
     after: str | None
@@ -131,11 +131,10 @@ def upgrade(
     pooler: Pooler = "session",
     schema: str = defaults.SCHEMA,
 ) -> Migrated:
-    """Run the migrations up to `revision`, whole or not at all. Running it again does nothing.
+    """Run the migrations up to `revision`, in one transaction. Safe to run again.
 
-    On PostgreSQL the schema is made if it does not exist. Tables of the release that had none are
-    moved there. A database that a newer version has migrated is left as it is when it is
-    compatible.
+    On PostgreSQL the schema is created if it does not exist, and tables of the release without a
+    schema are moved to it. A compatible database that a newer version has migrated is not changed.
 
     Raises:
         MigrationRefused: the database is too new, the schema has a table of the same name that is
@@ -156,12 +155,12 @@ def upgrade(
             _refuse_collisions(connection, schema)
         return _migrate(connection, command.upgrade, revision, schema)
 
-    # However long it takes: an index of millions of rows is not built within a deadline.
+    # Without a deadline: building an index of millions of rows takes long.
     return _with_connection(url, schema, run, timeout_seconds=None, pooler=pooler)
 
 
 def downgrade(url: str, revision: str = "base", *, schema: str = defaults.SCHEMA) -> Migrated:
-    """Take the migrations back down to `revision`. Below the first one the jobs are gone.
+    """Undo the migrations down to `revision`. Undoing the first one deletes all jobs.
 
     Raises:
         QueueUnavailable: the database does not answer, or cannot write.
@@ -182,14 +181,14 @@ def examine(
     timeout_seconds: float = defaults.TIMEOUT_SECONDS,
     schema: str = defaults.SCHEMA,
 ) -> Fit:
-    """Say whether the database fits this version. Changes nothing.
+    """Return whether the database fits this version. Changes nothing.
 
     Raises:
         QueueUnavailable: the database does not answer.
     """
     path = async_url(url).database if url.startswith("sqlite") else None
     if path is not None and not Path(path).exists():
-        # To connect would make the file.
+        # Connecting would create the file.
         return Fit(Verdict.EMPTY, None, _head())
     return _with_connection(
         url,
@@ -204,9 +203,9 @@ def examine(
 def grants(
     url: str, role: str, *, pooler: Pooler = "session", schema: str = defaults.SCHEMA
 ) -> list[str]:
-    """The SQL that gives `role` what serving and working need on PostgreSQL, and no more.
+    """Return the SQL that grants `role` what `serve` and `worker` need on PostgreSQL.
 
-    Only looks the names up. On SQLite, which has no roles, there is nothing to grant.
+    Changes nothing. On SQLite, which has no roles, the list is empty.
 
     Raises:
         MigrationRefused: the database has no tables of this version to grant.
@@ -246,7 +245,7 @@ def _examine(connection: Connection, schema: str) -> Fit:
 
 
 def _recorded(connection: Connection, schema: str) -> tuple[str | None, str | None]:
-    """The revision of the database, and the oldest revision whose code can use it."""
+    """Return the revision of the database, and the oldest revision whose code can use it."""
     columns = _version_columns(connection, schema)
     if "version_num" not in columns:
         return None, None
@@ -276,9 +275,9 @@ def _version_columns(connection: Connection, schema: str) -> set[str]:
 
 
 def _earlier_schema(connection: Connection) -> str | None:
-    """The schema on the search path in which the release without one has made its tables.
+    """Return the schema in which the release without a schema created its tables.
 
-    Tables of a later revision are another deployment's, in the schema that it has chosen.
+    Tables of a later revision belong to another deployment in a schema of its own.
     """
     if connection.dialect.name != "postgresql":
         return None
@@ -289,7 +288,7 @@ def _earlier_schema(connection: Connection) -> str | None:
 
 
 def _enter(connection: Connection, schema: str) -> None:
-    """PostgreSQL: make the schema, move an earlier release's tables there, and work in it."""
+    """PostgreSQL: create the schema, move tables of an earlier release there, and select it."""
     if connection.dialect.name != "postgresql":
         return
     earlier, home = _earlier_schema(connection), quoted(schema)
@@ -304,13 +303,13 @@ def _enter(connection: Connection, schema: str) -> None:
             connection.exec_driver_sql(
                 f"ALTER FUNCTION {quoted(earlier)}.{function}() SET SCHEMA {home}"
             )
-    # Until the transaction ends. Temporary tables come last: nobody can shadow ours.
+    # Until the transaction ends. Temporary tables come last, so that none hides a table of ours.
     connection.exec_driver_sql(f"SET LOCAL search_path TO {home}, pg_temp")
 
 
 @dataclass(slots=True)
 class _Recorder:
-    """Called by alembic after each step, in its transaction."""
+    """Records each step. Alembic calls it after the step, in its transaction."""
 
     scripts: ScriptDirectory
     schema: str
@@ -332,7 +331,7 @@ class _Recorder:
 
 
 def _record_compatibility(connection: Connection, schema: str, revision: str) -> None:
-    # In alembic's own table: it has one row, which alembic updates by its column `version_num`.
+    # In alembic's table, which has one row. Alembic updates only its column `version_num`.
     if "compatible_from" not in _version_columns(connection, schema):
         connection.exec_driver_sql(f"ALTER TABLE {VERSION_TABLE} ADD COLUMN compatible_from TEXT")
     connection.execute(
@@ -375,7 +374,7 @@ def _refuse_collisions(connection: Connection, schema: str) -> None:
 
 @contextmanager
 def _refusals() -> Iterator[None]:
-    """Turn what an operator can mend into a sentence; other errors stay what they are."""
+    """Turn errors that an operator can fix into `MigrationRefused`."""
     try:
         yield
     except sqlalchemy.exc.DBAPIError as error:
@@ -386,7 +385,7 @@ def _refusals() -> Iterator[None]:
         exists = re.search(r" already exists|already (a table|an index) named", reason)
         if state in ("42P06", "42P07", "42710", "42723") or exists:
             raise MigrationRefused(
-                f"The database already has something of the same name that is not Job Registry's:"
+                f"The database already has an object of the same name that is not Job Registry's:"
                 f" {reason}. Use another JOBS_DATABASE_SCHEMA or database for Job Registry, or"
                 " rename it."
             ) from error
@@ -446,8 +445,8 @@ SELECT statement FROM (
 ) AS statements
 ORDER BY part, name, statement
 """)
-"""Names come from the catalogs, so that a table, sequence or function that a later migration adds
-is granted without a change here; `format` quotes them, and the role's."""
+"""Names come from the catalogs, so that objects of later migrations need no change here. `format`
+quotes the names."""
 
 
 def _with_connection(

@@ -1,6 +1,6 @@
-"""The tables, as SQLModel classes, and `JobRecord`, a job as the doors see it.
+"""The tables, as SQLModel classes, and the records that the operations of the queue return.
 
-Statements stand in `store.py`; what SQLite and PostgreSQL do differently in `database.py`.
+Queries are in `store.py`, statements in `statements/`.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from sqlalchemy.orm import registry
 from sqlmodel import Field, SQLModel
 
 METADATA: Final = MetaData()
-"""The queue's tables, apart from `SQLModel.metadata`, which belongs to the application."""
+"""The tables of the queue. `SQLModel.metadata` belongs to the application."""
 
 
 class JobStatus(StrEnum):
-    """The stored states of a job. Scheduled and retrying are queued jobs, see `nextRunAt`."""
+    """The stored states of a job. Scheduled and retrying jobs are queued; see `next_run_at`."""
 
     QUEUED = "queued"
     RUNNING = "running"
@@ -66,13 +66,13 @@ def _json() -> Any:
 
 
 class UtcTime(TypeDecorator[datetime]):
-    """A moment, in UTC. SQLite keeps it as text without an offset, so that texts compare."""
+    """A time in UTC. SQLite stores it as text without an offset, so that texts compare."""
 
     impl = DateTime(timezone=True)
     cache_ok = True
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        """Convert to UTC, which SQLite's text does not name."""
+        """Convert to UTC, because the text in SQLite has no offset."""
         return None if value is None else value.astimezone(UTC)
 
     def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
@@ -90,13 +90,13 @@ def _one_of(column: str, values: type[StrEnum]) -> str:
 
 
 class Table(SQLModel, registry=registry(metadata=METADATA)):
-    """Base of the tables. With a registry of its own, `Job` may also be a model of the user's."""
+    """Base of the tables. It has its own registry, so the application may define `Job` too."""
 
     metadata: ClassVar[MetaData] = METADATA
 
 
 class Job(Table, table=True):
-    """One row a job. A status and the columns that belong to it change in one statement."""
+    """One row per job. A status and the columns that belong to it change in one statement."""
 
     __tablename__: ClassVar[Any] = "job"
     __table_args__ = (
@@ -115,7 +115,7 @@ class Job(Table, table=True):
             "(status IN ('queued', 'running')) = (finished_at IS NULL)",
             name="job_finished_has_time",
         ),
-        # The claim reads this one in order: see JobStore.lease.
+        # A claim reads this index in order; see `due` in `statements/sqlite.sql`.
         Index(
             "job_claim",
             "type",
@@ -167,7 +167,7 @@ class Job(Table, table=True):
     attempt: int = Field(sa_column=Column(Integer, nullable=False))
     max_attempts: int = Field(sa_column=Column(Integer, nullable=False))
     timeout_seconds: int = Field(sa_column=Column(Integer, nullable=False))
-    # The backoff comes along so that the database alone can end an attempt, whoever recovers it.
+    # The backoff is copied onto the job, so that a process without the job type can end an attempt.
     backoff_base_seconds: float = Field(sa_column=Column(Double, nullable=False))
     backoff_cap_seconds: float = Field(sa_column=Column(Double, nullable=False))
     idempotency_key: str | None = Field(sa_column=Column(Text))
@@ -177,8 +177,8 @@ class Job(Table, table=True):
     started_at: datetime | None = Field(sa_column=Column(_time()))
     finished_at: datetime | None = Field(sa_column=Column(_time()))
     lease_token: str | None = Field(sa_column=Column(Text))
-    # How long a lease lasts without a heartbeat, and until when its worker is believed alive:
-    # unlike `lease_expires_at`, not bounded by the attempt's deadline.
+    # How long a lease lasts without a heartbeat, and until when its worker counts as alive.
+    # Unlike `lease_expires_at`, it is not bounded by the attempt's deadline.
     lease_seconds: float | None = Field(sa_column=Column(Double))
     held_until: datetime | None = Field(sa_column=Column(_time()))
     lease_expires_at: datetime | None = Field(sa_column=Column(_time()))
@@ -194,7 +194,7 @@ class Job(Table, table=True):
 
 
 class JobAttempt(Table, table=True):
-    """One row a lease of a job. The open one, with no `finished_at`, is the lease in force."""
+    """One row per lease of a job. The lease in force is the one without `finished_at`."""
 
     __tablename__: ClassVar[Any] = "job_attempt"
     __table_args__ = (
@@ -205,14 +205,14 @@ class JobAttempt(Table, table=True):
             "(outcome IS NULL) = (finished_at IS NULL)", name="job_attempt_finished_has_outcome"
         ),
         Index("job_attempt_of_job", "job_id", "id"),
-        # Attempts that have timed out and may still run: a handful at most.
+        # Attempts that have timed out and may still run. There are few.
         Index(
             "job_attempt_held",
             "held_until",
             sqlite_where=text("held_until IS NOT NULL AND finished_at IS NOT NULL"),
             postgresql_where=text("held_until IS NOT NULL AND finished_at IS NOT NULL"),
         ),
-        # At most one lease of a job is in force: the database refuses a second.
+        # At most one lease of a job is in force.
         Index(
             "job_attempt_open",
             "job_id",
@@ -236,14 +236,14 @@ class JobAttempt(Table, table=True):
     finished_at: datetime | None = Field(sa_column=Column(_time()))
     outcome: str | None = Field(sa_column=Column(Text))
     error: Any = Field(sa_column=Column(_json()))
-    # Until when a timed-out attempt holds its place in the type's concurrency limit, and the lease
-    # by which its worker holds it.
+    # Until when a timed-out attempt keeps its place in the type's concurrency limit, and the token
+    # of its lease.
     held_until: datetime | None = Field(sa_column=Column(_time()))
     lease_token: str | None = Field(sa_column=Column(Text))
 
 
 class JobTypeState(Table, table=True):
-    """One row per job type: when a worker last asked for it."""
+    """One row per job type: when a worker last claimed it."""
 
     __tablename__: ClassVar[Any] = "job_type_state"
 
@@ -252,10 +252,10 @@ class JobTypeState(Table, table=True):
 
 
 class JobCount(Table, table=True):
-    """Jobs per type and status, kept by triggers on `job`: a count is the sum over its rows.
+    """Jobs per type and status, written by triggers on `job`. A count is the sum of its rows.
 
-    On PostgreSQL each statement appends a row, where a counter to update would make commits wait
-    for each other; `upkeep.py` folds the rows together. Counting millions of jobs reads few.
+    On PostgreSQL each statement appends a row, because updating one counter would make commits
+    wait for each other; `upkeep.py` merges the rows. Counting millions of jobs reads few rows.
     """
 
     __tablename__: ClassVar[Any] = "job_count"
@@ -271,14 +271,14 @@ class JobCount(Table, table=True):
 
 
 class JobEventBatch(Table, table=True):
-    """What one transaction did to jobs, for other processes to hear; kept for a minute or so.
+    """The events of one transaction, for other processes. Rows are deleted after about a minute.
 
-    Every transaction on SQLite, and on PostgreSQL those that do not fit into a notification.
+    On SQLite every transaction stores one, on PostgreSQL those that exceed a notification.
     """
 
     __tablename__: ClassVar[Any] = "job_event_batch"
     __table_args__ = (
-        # SQLite would give the highest number out again once its row is deleted.
+        # Otherwise SQLite reuses the highest id after its row is deleted.
         {"sqlite_autoincrement": True},
     )
 
@@ -303,10 +303,10 @@ class JobError:
 class JobRecord(NamedTuple):
     """A job as it was read: the columns of `Job` that callers may see, by the same names.
 
-    Times are UTC; `id` is a UUIDv7.
+    Times are in UTC; `id` is a UUIDv7.
 
-    A tuple, because one is made with every enqueue, and a frozen dataclass takes four times as
-    long to make.
+    It is a tuple because every enqueue creates one, and a frozen dataclass takes four times as
+    long.
     """
 
     id: uuid.UUID
@@ -332,7 +332,7 @@ class JobRecord(NamedTuple):
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> JobRecord:
-        """The job of a row of `job`, whose values are as the columns' types return them."""
+        """Return the job of a row of `job` with converted values."""
         values = {name: row[name] for name in cls._fields}
         values["status"] = JobStatus(row["status"])
         values["error"] = error_of(row["error"])
@@ -340,16 +340,16 @@ class JobRecord(NamedTuple):
 
 
 def error_of(value: Any) -> JobError | None:
-    """The error of a JSON column."""
+    """Return the error in a JSON column."""
     return None if value is None else JobError(**value)
 
 
 @dataclass(frozen=True, slots=True)
 class AttemptRecord:
-    """One lease of a job, as it was read. `outcome` is None while it is in force.
+    """A lease of a job, as it was read. `outcome` is None while it is in force.
 
-    `still_running` says that the attempt has timed out and its handler has not stopped yet: it
-    holds its place in the type's concurrency limit until it does.
+    `still_running` means that the attempt has timed out and its handler has not stopped. Until it
+    stops, the attempt keeps its place in the concurrency limit of its type.
     """
 
     job_id: uuid.UUID
@@ -364,7 +364,7 @@ class AttemptRecord:
 
 @dataclass(frozen=True, slots=True)
 class JobCounts:
-    """How many jobs of a type there are, per status."""
+    """The number of jobs of a type, per status."""
 
     queued: int = 0
     running: int = 0

@@ -1,7 +1,7 @@
-"""The queue's operations on PostgreSQL, each one statement in autocommit.
+"""The operations of the queue on PostgreSQL, each one statement in autocommit.
 
-The statements stand in `statements/postgresql.sql`; those that change jobs call functions that the
-migrations made, see `alembic/versions/0002_claims.sql`.
+The statements are in `statements/postgresql.sql`. Those that change jobs call functions that the
+migrations create; see `alembic/versions/0002_claims.sql`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from job_registry_api.queue.store import (
 )
 
 SLOW_LOOK_SECONDS: Final = 0.05
-"""A claim that takes this much longer than its jobs explain is reading dead rows."""
+"""A claim that takes this much longer than expected for its jobs is reading dead rows."""
 
 SLOW_LOOKS: Final = 3
 SECONDS_PER_JOB: Final = 0.002
@@ -53,7 +53,7 @@ class PostgreSQLStore(Store):
     def __init__(self, database: Database, process: str) -> None:
         self._database = database
         self._sql = statements("postgresql", database.schema)
-        self._told = {"process": process, "keep": database.keeps_events}
+        self._sender = {"process": process, "keep": database.keeps_events}
         self._heads = QueueHeads()
 
     async def insert(self, jobs: Sequence[NewJob]) -> dict[uuid.UUID, Stored]:
@@ -80,7 +80,7 @@ class PostgreSQLStore(Store):
     async def insert_within(
         self, connection: AsyncConnection, jobs: Sequence[NewJob]
     ) -> dict[uuid.UUID, Stored]:
-        parameters = {"jobs": _new_jobs(jobs), "wait": True, **self._told}
+        parameters = {"jobs": _new_jobs(jobs), "wait": True, **self._sender}
         result = await connection.execute(statement(self._sql["insert"]), parameters)
         stored = _stored([dict(row) for row in result.mappings()])
         keys = _keys(jobs, stored)
@@ -128,7 +128,7 @@ class PostgreSQLStore(Store):
             recovered = await self._jobs([row for row in rows if row["status"] != "running"])
             jobs = {job.id: job for job in await self._jobs(taken)}
         except BaseException:
-            # The claim is committed, and its caller will not hear of it.
+            # The claim is committed, and its caller does not get the leases.
             with suppress(QueueUnavailable):
                 await self._release(taken)
             raise
@@ -143,13 +143,13 @@ class PostgreSQLStore(Store):
             if row["id"] in jobs
         ]
         for row in taken:
-            self._heads.learn(row["type"], row["priority"], row["next_run_at"])
+            self._heads.record_taken(row["type"], row["priority"], row["next_run_at"])
         if heads is None:
-            self._heads.looked(started, ended, len(rows))
+            self._heads.record_full_claim(started, ended, len(rows))
         return Claimed(leased, recovered, everything=heads is None)
 
     async def _release(self, taken: Sequence[Mapping[str, Any]]) -> None:
-        """Hand back what a claim has leased for nobody; failing that, the leases run out."""
+        """Release leases that no caller gets. If that fails, the leases expire."""
         returned = [
             Report(row["id"], row["lease_token"], AttemptOutcome.RELEASED, delay_seconds=0.0)
             for row in taken
@@ -193,7 +193,7 @@ class PostgreSQLStore(Store):
     async def renew(
         self, renewals: Sequence[LeaseRenewal], lease_seconds: float
     ) -> dict[tuple[uuid.UUID, str], Renewed | None]:
-        asked = [
+        requested = [
             {
                 "id": renewal.job_id.hex,
                 "token": renewal.token,
@@ -201,7 +201,7 @@ class PostgreSQLStore(Store):
             }
             for renewal in renewals
         ]
-        rows = await self._run("renew", {"renewals": json_text(asked), "lease": lease_seconds})
+        rows = await self._run("renew", {"renewals": json_text(requested), "lease": lease_seconds})
         return {
             (row["job_id"], row["token"]): None
             if row["state"] == "lost"
@@ -249,8 +249,8 @@ class PostgreSQLStore(Store):
     async def _run(self, name: str, parameters: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
         """Run a statement that changes something."""
         sql = self._sql[name]
-        told = self._told if ":process" in sql else {}
-        rows = await self._database.execute_at_once(sql, {**told, **parameters})
+        sender = self._sender if ":process" in sql else {}
+        rows = await self._database.execute_at_once(sql, {**sender, **parameters})
         return [dict(row._mapping) for row in rows]
 
     async def _read(self, name: str, parameters: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
@@ -259,7 +259,7 @@ class PostgreSQLStore(Store):
             return [dict(row) for row in result.mappings()]
 
     async def _jobs(self, rows: Sequence[Mapping[str, Any]]) -> list[JobRecord]:
-        """The jobs of rows whose large documents the statement may have left out."""
+        """Return the jobs of rows in which large documents may be missing."""
         narrow = {row["id"] for row in rows if row["payload"] is None}
         whole = await self.get_many(narrow) if narrow else {}
         jobs = []
@@ -267,15 +267,15 @@ class PostgreSQLStore(Store):
             job = JobRecord.of(row)
             if job.id in narrow:
                 if job.id not in whole:
-                    # It was deleted meanwhile: nobody may act on it.
+                    # It was deleted in the meantime.
                     continue
-                # The documents alone: by now the job may be another worker's.
-                there = whole[job.id]
+                # Only the documents: by now another worker may have the job.
+                complete = whole[job.id]
                 job = job._replace(
-                    payload=there.payload,
-                    progress=there.progress,
-                    result=there.result,
-                    error=there.error,
+                    payload=complete.payload,
+                    progress=complete.progress,
+                    result=complete.result,
+                    error=complete.error,
                 )
             jobs.append(job)
         return jobs
@@ -290,14 +290,14 @@ class PostgreSQLStore(Store):
 
 
 class QueueHeads:
-    """Where each type's queue begins, per priority, as far as this process has seen.
+    """The time of the oldest queued job per type and priority, as this process has seen it.
 
-    PostgreSQL cannot remove the index entries of jobs that are done while an older transaction
-    might still read them, and every claim would pass over all of them: 50,000 jobs after a
-    report has begun to run, that is 100 ms per claim. So when looking at everything has become
-    slow, three times in a row, it is done for a twentieth of the time at most, every two seconds at
-    least. Claims in between begin where the last one took its jobs. What they do not find (a job
-    whose transaction took long to commit, a priority not seen before) the next full look does.
+    PostgreSQL cannot remove the index entries of finished jobs while an older transaction may still
+    read them, and every claim has to skip them: 100 ms per claim for 50,000 jobs that finished
+    during a long transaction. When three full claims in a row are slow, full claims take at most a
+    twentieth of the time, and run at least every two seconds. Claims in between start where the
+    last claim took its jobs. The next full claim finds the jobs that they miss: a job whose
+    transaction took long to commit, or a new priority.
     """
 
     def __init__(self) -> None:
@@ -307,8 +307,10 @@ class QueueHeads:
         self._slow_looks = 0
 
     def known(self, now: float) -> tuple[dict[str, list[tuple[int, str]]] | None, float | None]:
-        """What a claim may skip: the heads and how many seconds to look back for lost leases.
-        None: it looks at everything."""
+        """Return where a claim may start, and how many seconds to look back for lost leases.
+
+        None means a full claim.
+        """
         if now >= self._full_look_at:
             return None, None
         heads = {
@@ -317,13 +319,13 @@ class QueueHeads:
         }
         return heads, now - self._looked_at + 1.0
 
-    def learn(self, name: str, priority: int, due_at: datetime) -> None:
-        """A job was taken: what was due before it, in its type and priority, is taken as well."""
+    def record_taken(self, name: str, priority: int, due_at: datetime) -> None:
+        """Record that a job was claimed, and so were the earlier jobs of its priority."""
         levels = self._heads.setdefault(name, {})
         levels[priority] = max(due_at, levels.get(priority, _EARLIEST))
 
-    def looked(self, started: float, ended: float, rows: int) -> None:
-        """A claim looked at everything, in this time."""
+    def record_full_claim(self, started: float, ended: float, rows: int) -> None:
+        """Record how long a full claim took."""
         took = ended - started
         self._looked_at = started
         slow = took - rows * SECONDS_PER_JOB > SLOW_LOOK_SECONDS

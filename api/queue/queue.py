@@ -1,5 +1,4 @@
-"""`JobQueue`, the one door to the queue. GraphQL, REST, the CLI and the worker call it and nothing
-below it.
+"""`JobQueue`, the interface of the queue, which GraphQL, REST, the CLI and the worker call.
 
 Its operations are in `enqueueing.py`, `reading.py`, `leasing.py`, `changing.py` and `upkeep.py`.
 """
@@ -33,11 +32,11 @@ from job_registry_api.queue.upkeep import Upkeep
 
 
 class JobQueue(Enqueueing, Reading, Leasing, Changing, Upkeep):
-    """The queue's operations. Each either happens whole, or raises and changed nothing.
+    """The operations of the queue. Each is atomic: it completes, or it raises and changes nothing.
 
-    Each raises, beside what it names, `QueueUnavailable` when the database does not answer.
-    `new_id` makes the ids of new jobs, UUIDv7; tests may bring their own. `metrics` are those of
-    the process, where it opens several.
+    Every operation can raise `QueueUnavailable`, when the database does not answer. `new_id`
+    creates the ids of new jobs (UUIDv7); tests can pass their own. `metrics` are the metrics of
+    the process; pass them when a process opens several queues.
     """
 
     def __init__(
@@ -72,9 +71,9 @@ class JobQueue(Enqueueing, Reading, Leasing, Changing, Upkeep):
 
     @asynccontextmanager
     async def in_another_loop(self, *, pool_size: int = 2) -> AsyncIterator[JobQueue]:
-        """The queue on the same database for another event loop, with connections of its own.
+        """Open the queue on the same database for another event loop, with its own connections.
 
-        It does not hear other processes. Enter it in that loop.
+        It does not receive events of other processes. Enter it in that loop.
         """
         database = self._database.for_another_loop(pool_size=pool_size)
         try:
@@ -85,12 +84,12 @@ class JobQueue(Enqueueing, Reading, Leasing, Changing, Upkeep):
             await database.close()
 
     def end_waits(self) -> None:
-        """End every wait for a lease, and every subscription: the process shuts down."""
+        """End all waits for leases and all subscriptions, because the process shuts down."""
         self._claiming.end()
         self.events.drop_subscribers("the server shuts down")
 
     async def close(self) -> None:
-        """Finish what goes on in the background."""
+        """End all waits, and wait for background work to finish."""
         self.end_waits()
         await self._claiming.close()
 
@@ -109,7 +108,7 @@ async def open_queue(
     max_page_size: int = defaults.MAX_PAGE_SIZE,
     max_bulk_size: int = defaults.MAX_BULK_SIZE,
 ) -> AsyncIterator[JobQueue]:
-    """The queue on this database, which hears other processes while it is open."""
+    """Open the queue on this database. It receives events of other processes while it is open."""
     database = Database(
         database_url,
         pool_size=pool_size,

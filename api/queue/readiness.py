@@ -1,4 +1,4 @@
-"""Whether the queue can do its work at this moment: a write that is tried and taken back."""
+"""Checks whether the queue can store a job, with a write that is rolled back."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from job_registry_api.queue.models import (
 )
 
 READY_SECONDS: Final = 2.0
-"""How long the attempt may take: probes give up after a few seconds themselves."""
+"""How long the write may take. Probes time out after a few seconds."""
 
 _TABLES: Final = tuple(
     str(model.__tablename__) for model in (Job, JobAttempt, JobCount, JobEventBatch, JobTypeState)
@@ -30,7 +30,7 @@ _TABLES: Final = tuple(
 
 
 class Readiness:
-    """Answers whether a write would work. Concurrent callers share one attempt."""
+    """Checks whether a write would succeed. Concurrent callers share one check."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -39,16 +39,16 @@ class Readiness:
         self._refusal: QueueUnavailable | None = None
 
     async def check(self) -> None:
-        """Return when a job could be stored.
+        """Check that a job can be stored.
 
         Raises:
-            QueueUnavailable: it could not; the reason is for the log.
+            QueueUnavailable: it cannot be stored; the reason is for the log.
         """
         clock = asyncio.get_running_loop().time
-        asked_at = clock()
+        called_at = clock()
         async with self._turn:
-            # An attempt that began after this call answers it as well.
-            if self._tried_at is None or self._tried_at < asked_at:
+            # A check that began after this call serves this call too.
+            if self._tried_at is None or self._tried_at < called_at:
                 self._refusal = None
                 tried_at = clock()
                 try:
@@ -65,8 +65,8 @@ class Readiness:
 async def _store_a_job(connection: AsyncConnection) -> None:
     """Insert a job with an attempt, as the queue does.
 
-    The job is a finished one: claims would have to pass over the dead entries of queued ones in
-    their index until the next vacuum.
+    The job is finished. The dead index entry of a queued one would slow claims down until the next
+    vacuum.
     """
     job_id, now = uuid.uuid4(), datetime.now(UTC)
     await connection.execute(

@@ -15,15 +15,15 @@ from job_registry_api.queue.requests import parse_job_id
 from job_registry_api.queue.store import Store, Waiting
 
 MAX_FILTER_TYPES: Final = 100
-"""A page is merged from one of each type and status, and SQLite merges 500 at most."""
+"""A page is merged from one query per type and status. SQLite merges at most 500 queries."""
 
 WORKER_ABSENT_SECONDS: Final = 60.0
-"""A type that no worker asked for in this time has none."""
+"""After this time without a claim, a type counts as having no worker."""
 
 
 @dataclass(frozen=True, slots=True)
 class JobFilter:
-    """Which jobs to list; an empty tuple is no restriction."""
+    """Which jobs to list. An empty tuple does not restrict them."""
 
     types: tuple[str, ...] = ()
     statuses: tuple[JobStatus, ...] = ()
@@ -39,14 +39,14 @@ class JobPage:
 
 @dataclass(frozen=True, slots=True)
 class ScheduledFor:
-    """The job's time has not come."""
+    """The job is scheduled for later."""
 
     next_run_at: datetime
 
 
 @dataclass(frozen=True, slots=True)
 class ConcurrencyLimitReached:
-    """As many jobs of the type run as its policy allows."""
+    """The running jobs of the type have reached the limit of its policy."""
 
     limit: int
     running: int
@@ -54,14 +54,14 @@ class ConcurrencyLimitReached:
 
 @dataclass(frozen=True, slots=True)
 class NoWorkerSeen:
-    """No worker has asked for the type in the last minute; None: none ever has."""
+    """No worker has claimed the type in the last minute. None means that none ever has."""
 
     last_seen_seconds_ago: float | None
 
 
 @dataclass(frozen=True, slots=True)
 class BehindInQueue:
-    """Workers are there, and this many jobs of the type go first (counted up to 1,000)."""
+    """A worker runs the type, and this many jobs go first (counted up to 1,000)."""
 
     ahead: int
 
@@ -77,15 +77,15 @@ class Reading:
     _max_page_size: int
 
     def policy(self, job_type: str) -> JobPolicy:
-        """The policy of a job type.
+        """Return the policy of a job type.
 
         Raises:
-            JobTypeNotFound: no such job type.
+            JobTypeNotFound: no job type has this name.
         """
         return self.registry.policy(job_type)
 
     async def get(self, job_id: str | uuid.UUID) -> JobRecord:
-        """One job.
+        """Return a job.
 
         Raises:
             JobNotFound: no job has this id.
@@ -96,27 +96,27 @@ class Reading:
         return job
 
     async def attempts(self, job_ids: Sequence[uuid.UUID]) -> dict[uuid.UUID, list[AttemptRecord]]:
-        """Every attempt of each of these jobs, the first one first; one query for all."""
+        """Return the attempts of each of these jobs, oldest first, in one query."""
         return await self._store.attempts(job_ids)
 
     async def list_jobs(
         self, wanted: JobFilter = JobFilter(), *, first: int = 50, after: uuid.UUID | None = None
     ) -> JobPage:
-        """A page of jobs, newest first, behind the job `after`.
+        """Return a page of jobs, newest first, starting after the job `after`.
 
         Raises:
             InputInvalid: `first` is not 1 to `max_page_size`, or more than 100 types are named.
         """
         faults = []
         if not 1 <= first <= self._max_page_size:
-            message = f"Expected 1 to {self._max_page_size} jobs per page, got {first}."
+            message = f"Expected 1 to {self._max_page_size} jobs per page; got {first}."
             faults.append(Violation("/first", "out_of_range", message))
         if len(wanted.types) > MAX_FILTER_TYPES:
-            message = f"Expected at most {MAX_FILTER_TYPES} job types, got {len(wanted.types)}."
+            message = f"Expected at most {MAX_FILTER_TYPES} job types; got {len(wanted.types)}."
             faults.append(Violation("/filter/types", "too_long", message))
         if faults:
             raise InputInvalid(tuple(faults))
-        # No job has a type that the database could not even be asked for.
+        # The database refuses these names in a query, so no job has one of them.
         types = tuple(name for name in wanted.types if text_fault(name) is None)
         if wanted.types and not types:
             return JobPage([], has_next_page=False)
@@ -126,13 +126,13 @@ class Reading:
         return JobPage(jobs[:first], has_next_page=len(jobs) > first)
 
     async def counts(self) -> dict[str, JobCounts]:
-        """Jobs per type and status, also of types that are no longer registered."""
+        """Return the number of jobs per type and status, including types no longer registered."""
         return {name: JobCounts() for name in self.registry} | await self._store.counts()
 
     async def waiting_reasons(
         self, jobs: Iterable[JobRecord]
     ) -> dict[uuid.UUID, WaitingReason | None]:
-        """Why each of these jobs does not run now; None where it is not queued. One query."""
+        """Return why each of these jobs waits, in one query. None: it is not queued."""
         queued = {job.id: job for job in jobs if job.next_run_at is not None}
         waiting = await self._store.waiting(queued) if queued else {}
         return {
@@ -141,7 +141,7 @@ class Reading:
         }
 
     async def waiting_reason(self, job: JobRecord) -> WaitingReason | None:
-        """Why a queued job does not run at this moment; None when it is not queued."""
+        """Return why a queued job waits. None: it is not queued."""
         return (await self.waiting_reasons([job])).get(job.id)
 
     def _reason(self, job: JobRecord, waiting: Waiting) -> WaitingReason | None:

@@ -1,4 +1,4 @@
-"""What a request to the queue holds, and the checks that need no database."""
+"""The request to enqueue a job, and the checks of arguments that need no database."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ MAX_WAIT_SECONDS: Final = 30
 
 EARLIEST: Final = datetime(1970, 1, 1, tzinfo=UTC)
 LATEST: Final = datetime(9000, 1, 1, tzinfo=UTC)
-"""`scheduleAt` lies between them. In every offset and database its year then has four digits."""
+"""The range of `scheduleAt`. Its year then has four digits in every offset and database."""
 
 
 _TIME: Final = "a date and time with an offset from UTC"
 
 
 class EnqueueRequest(NamedTuple):
-    """A job to enqueue. None is a field that the caller omitted.
+    """A job to enqueue. None means that the caller omitted the field.
 
     `priority` is 0 to 100, higher first, 50 by default. `schedule_at` delays the first run.
     `max_attempts`, 1 to 1000, overrides the policy's. `idempotency_key`, 1 to 255 characters,
-    makes a second enqueue of the same type and payload give back the first job.
+    makes a second enqueue with the same type and payload return the first job.
     """
 
     type: str
@@ -140,7 +140,7 @@ def check_lease(
     """Check the arguments of a lease.
 
     Raises:
-        InputInvalid: with every fault.
+        InputInvalid: a value is out of range; lists every fault.
     """
     faults: list[Violation] = []
     if not job_types:
@@ -200,7 +200,7 @@ def differing_paths(one: JsonValue, other: JsonValue, path: str = "") -> tuple[s
             for found in differing_paths(*pair, pointer(path, index))
         )
     if isinstance(one, float) != isinstance(other, float) and _are_numbers(one, other):
-        # JSONB keeps 4.354964846572381e+16 as the digits 43549648465723810, an integer.
+        # JSONB stores 4.354964846572381e+16 as 43549648465723810, an integer.
         one, other = float(cast(float, one)), float(cast(float, other))
     same = one == other and isinstance(one, bool) == isinstance(other, bool)
     return () if same else (path,)
@@ -211,10 +211,10 @@ def _are_numbers(*values: object) -> bool:
 
 
 def parse_job_id(job_id: str | uuid.UUID) -> uuid.UUID:
-    """A job's id, as clients write it.
+    """Parse the id of a job.
 
     Raises:
-        JobNotFound: it is no UUID, so no job has it.
+        JobNotFound: it is not a UUID, so no job has it.
     """
     if isinstance(job_id, uuid.UUID):
         return job_id

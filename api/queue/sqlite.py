@@ -1,7 +1,7 @@
-"""The queue's operations on SQLite, each a function that runs in one BEGIN IMMEDIATE.
+"""The operations of the queue on SQLite, each a function that runs in one BEGIN IMMEDIATE.
 
-That transaction excludes every other writer, in this process and in others, so each operation
-reads, decides and writes without locks of its own. The statements stand in `statements/sqlite.sql`.
+That transaction excludes every other writer, in this process and in others, so the operations need
+no further locks. The statements are in `statements/sqlite.sql`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ T = TypeVar("T")
 Row = Mapping[str, Any]
 
 CLOCK_SLACK_SECONDS: Final = 1.0
-"""How far ahead of the clock a time may be before the clock is taken to have stepped back."""
+"""How far in the future a time may be. Beyond that, the clock is assumed to have stepped back."""
 
 RETURNED: Final = (AttemptOutcome.RELEASED, AttemptOutcome.SNOOZED)
 
@@ -151,7 +151,7 @@ class SQLiteStore(Store):
         return _job(row) if row else None
 
     async def next_due(self, types: Sequence[str], limits: Mapping[str, int]) -> float | None:
-        # It only reads, in many small statements, which is what the writer's thread is good at.
+        # It only reads. Many small statements are fastest in the thread of the writer.
         return await self._write(lambda t: t.next_due(types, limits))
 
     async def see_worker(self, types: Sequence[str]) -> None:
@@ -188,7 +188,7 @@ class SQLiteStore(Store):
 
 
 class _Transaction:
-    """One transaction: its time, its statements, and the events that it announces at its end."""
+    """A transaction: its time, its statements, and the events that it announces at its end."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._cursor = connection.cursor()
@@ -198,11 +198,11 @@ class _Transaction:
         self._now = _time(self.now)
 
     def at(self, seconds: float) -> str:
-        """The time `seconds` from now, as it is stored."""
+        """Return the time `seconds` from now, as it is stored."""
         return time_text(self._now + timedelta(seconds=seconds))
 
     def rows(self, name: str, **parameters: Any) -> list[Any]:
-        """The rows of a statement."""
+        """Run a statement and return its rows."""
         return self._cursor.execute(SQL[name], {"now": self.now, **parameters}).fetchall()
 
     def change(self, name: str, **parameters: Any) -> int:
@@ -226,7 +226,7 @@ class _Transaction:
         return stored
 
     def recover(self, lease_seconds: float) -> list[Row]:
-        self._follow_clock(lease_seconds)
+        self._correct_for_clock(lease_seconds)
         ended: list[Row] = []
         for row in self.rows("expired", most=RECOVERY_BATCH):
             late = bool(row["timed_out"])
@@ -241,10 +241,10 @@ class _Transaction:
                 ended.append(job)
         return ended
 
-    def _follow_clock(self, lease_seconds: float) -> None:
-        """Start leases anew that end later than a lease can: the clock has stepped back.
+    def _correct_for_clock(self, lease_seconds: float) -> None:
+        """Restart leases that end later than a lease can, because the clock has stepped back.
 
-        Otherwise a dead worker would go unnoticed for as long as the clock stepped.
+        Otherwise a dead worker would not be detected until the clock has caught up.
         """
         most = {"most": RECOVERY_BATCH}
         lease_end = self.at(lease_seconds + CLOCK_SLACK_SECONDS)
@@ -261,7 +261,7 @@ class _Transaction:
         self.change("set_due", newest=f"{newest:012x}", **most)
 
     def claim(self, claim: Claim) -> list[Row]:
-        """Lease jobs: level by level of priority, the types of a level in turns."""
+        """Lease jobs, one priority level after the other, with the types of a level in turns."""
         rooms = dict.fromkeys(claim.types, claim.jobs)
         for name in claim.types:
             if name in claim.limits:
@@ -293,7 +293,7 @@ class _Transaction:
         return leased
 
     def _next_level(self, name: str, below: int) -> int | None:
-        """The highest priority below `below` at which the type has a job that is due."""
+        """Return the highest priority below `below` at which the type has a due job."""
         while rows := self.rows("next_level", type=name, below=below):
             level: int = rows[0]["priority"]
             if rows[0]["next_run_at"] <= self.now:
@@ -313,11 +313,11 @@ class _Transaction:
             lease_expires_at=self.at(min(timeout, claim.lease_seconds)),
         )
         self.change("open_attempt", attempt=row["attempt"], **lease)
-        self._note("job.started", row)
+        self._add_event("job.started", row)
         return dict(row)
 
     def end(self, report: Report, *, recovering: bool = False) -> Row | None:
-        """End an attempt where its lease is in force; see `job_end` in the migrations."""
+        """End an attempt if its lease is in force. See `job_end` in `0002_claims.sql`."""
         late = str(report.outcome)
         rows = self.rows("running_lease", id=report.job_id.hex, token=report.token, late=late)
         if not rows:
@@ -338,7 +338,7 @@ class _Transaction:
         if report.still_running:
             held_until = self.at(job["lease_seconds"] or 30)
         elif recovering and report.outcome is AttemptOutcome.TIMED_OUT:
-            # Its worker is alive, and may still run it.
+            # Its worker is alive and may still run it.
             held_until = job["held_until"] if (job["held_until"] or "") > self.now else None
         outcome = "cancelled" if status == "cancelled" else str(report.outcome)
         self.change(
@@ -361,7 +361,7 @@ class _Transaction:
         )
         if returned and ended["returns"] % 32 == 0:
             self.change("forget_returned", id=job["id"])
-        self._note("job.retrying" if status == "queued" else f"job.{status}", ended)
+        self._add_event("job.retrying" if status == "queued" else f"job.{status}", ended)
         return dict(ended)
 
     def renew(self, renewal: LeaseRenewal, lease_seconds: float) -> Renewed | None:
@@ -381,7 +381,7 @@ class _Transaction:
             progress=_text(renewal.progress),
         )
         if renewal.progress is not None:
-            self._note("job.progressed", job)
+            self._add_event("job.progressed", job)
         seconds_left = (_time(job["deadline_at"]) - self._now).total_seconds()
         return Renewed(_time(expires_at), seconds_left, job["cancel_requested_at"] is not None)
 
@@ -393,13 +393,13 @@ class _Transaction:
     def cancel(self, job_id: uuid.UUID) -> Row | None:
         for row in self.rows("cancel", id=job_id.hex):
             running = row["status"] == "running"
-            self._note("job.cancel_requested" if running else "job.cancelled", row)
+            self._add_event("job.cancel_requested" if running else "job.cancelled", row)
             return dict(row)
         return None
 
     def retry(self, job_id: uuid.UUID) -> Row | None:
         for row in self.rows("retry", id=job_id.hex):
-            self._note("job.retrying", row)
+            self._add_event("job.retrying", row)
             return dict(row)
         return None
 
@@ -419,7 +419,7 @@ class _Transaction:
         for name in types:
             self.change("see_worker", type=name)
 
-    def _note(self, name: str, row: Any) -> None:
+    def _add_event(self, name: str, row: Any) -> None:
         self._events.append((name, row["id"], row["type"], row["attempt"]))
 
 
@@ -428,7 +428,7 @@ def _job(row: Row) -> JobRecord:
 
 
 def _typed(row: Row) -> dict[str, Any]:
-    """A row of one of our statements, with the values that the columns' types return."""
+    """Return a row of a statement with converted values."""
     values = dict(row)
     for name in values.keys() & CONVERSIONS.keys():
         if values[name] is not None:
@@ -437,7 +437,7 @@ def _typed(row: Row) -> dict[str, Any]:
 
 
 def time_text(time: datetime) -> str:
-    """A time in the form in which it is stored and compared."""
+    """Return a time in the form in which it is stored and compared."""
     return time.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S.%f")
 
 
@@ -446,7 +446,7 @@ def _time(value: str) -> datetime:
 
 
 def _document(value: Any) -> Any:
-    # SQLite makes a number of a JSON column's text that is one.
+    # SQLite returns a JSON text that is a number as a number.
     return read_json(value) if isinstance(value, str) else value
 
 
@@ -457,14 +457,14 @@ CONVERSIONS: Final[Mapping[str, Callable[[Any], Any]]] = {
     for kind, convert in ((Uuid, uuid.UUID), (UtcTime, _time), (JSON, _document))
     if isinstance(column.type, kind)
 } | {"now": _time}
-"""What the values of a column become, by its name, whatever table it is of."""
+"""The functions that convert the values of a column, by column name."""
 
 
 def _delay(report: Report, job: Row, quickly: bool) -> float:
-    """Seconds until the job runs again: what was asked, or the backoff with half jitter.
+    """Return the delay until the job runs again: as requested, or the backoff with half jitter.
 
-    The first quick return is free; then the pause doubles, so that a job that is handed back
-    again and again does not spin.
+    The first quick return does not wait. Then the delay doubles, so that a job that is released
+    repeatedly does not run in a tight loop.
     """
     if report.delay_seconds is not None:
         delay = report.delay_seconds

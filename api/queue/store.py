@@ -1,7 +1,7 @@
-"""What the queue does to its tables: every operation, described once.
+"""The operations on the tables of the queue, each documented once.
 
-`postgresql.py` and `sqlite.py` carry the operations out, each in one statement or one transaction.
-The texts of the statements stand in `statements/`, a file per database.
+`postgresql.py` and `sqlite.py` implement them, each in one statement or one transaction. The
+statements are in `statements/`, one file per database.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ LOST: Final = JobError(
 )
 
 AHEAD_LIMIT: Final = 1_000
-"""How many jobs ahead are counted at most: beyond that, the exact number helps nobody."""
+"""How many jobs ahead are counted at most. Beyond that the exact number is not useful."""
 
 EVENTS_KEPT_SECONDS: Final = 60
-"""How long a stored batch of events waits for other processes to read it."""
+"""How long a batch of events is stored, for other processes to read."""
 
 RECOVERY_BATCH: Final = 100
-"""How many lost leases one claim recovers at most, so that no claim pays for a whole outage."""
+"""How many lost leases one claim recovers at most, so that claims stay fast after an outage."""
 
 _BEHIND_ALL: Final = uuid.UUID(int=2**128 - 1)
 """Greater than the id of any job."""
@@ -79,7 +79,7 @@ class NewJob(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """The outcome of an insert: the times of a new job, or the job that has its key already."""
+    """The outcome of an insert: the times of a new job, or the existing job with its key."""
 
     created_at: datetime
     next_run_at: datetime
@@ -88,10 +88,10 @@ class Stored(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """What a worker asks for: up to `jobs` jobs of `types`, which are in the order of their turns.
+    """A claim: up to `jobs` jobs of `types`, in the order in which the types take turns.
 
-    `limits` holds the concurrency limits of the types that have one. A `thorough` claim says that
-    nothing is due only after it looked at everything.
+    `limits` has the concurrency limits of the types that have one. A `thorough` claim considers
+    all due jobs before it returns none.
     """
 
     types: tuple[str, ...]
@@ -104,7 +104,7 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Leased:
-    """A claimed job, its lease's token, and when both clocks end. `due_at` is when it was due."""
+    """A claimed job, the token of its lease, and when the lease and the attempt end."""
 
     job: JobRecord
     token: str
@@ -114,10 +114,10 @@ class Leased:
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
-    """The outcome of a claim: the leased jobs, and those whose lost attempts it ended first.
+    """The outcome of a claim: the leased jobs, and the jobs whose lost attempts it ended first.
 
-    `everything` says that all due jobs were looked at, which a claim does not always do while a
-    long transaction makes that expensive.
+    `everything` says whether all due jobs were considered. A claim does not always do that while
+    a long transaction makes it expensive.
     """
 
     leased: list[Leased]
@@ -127,12 +127,12 @@ class Claimed:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """How a worker says an attempt ended. `token` and `job_id` are those of its lease.
+    """How an attempt ended, as a worker reports it. `token` and `job_id` belong to its lease.
 
-    `outcome` SUCCEEDED brings `result`; FAILED brings `error`, and is tried again if `retryable`
-    and attempts are left, after `delay_seconds` or, where that is None, the job's backoff.
-    RELEASED and SNOOZED give the attempt back, as does `spend` False. `still_running`, with
-    TIMED_OUT, keeps the attempt's place in the concurrency limit: its handler has not stopped.
+    `outcome` SUCCEEDED has a `result`. FAILED has an `error`; the job is tried again if `retryable`
+    is set and attempts are left, after `delay_seconds` or, if that is None, the job's backoff.
+    RELEASED, SNOOZED and `spend=False` do not spend the attempt. TIMED_OUT with `still_running`
+    keeps the attempt's place in the concurrency limit, because its handler has not stopped.
     """
 
     job_id: uuid.UUID
@@ -148,14 +148,14 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class LeaseState:
-    """What has become of a lease that a report named."""
+    """The state of a lease: whether it is in force, and whether its job succeeded by it."""
 
     in_force: bool
     succeeded: bool
 
 
 class LeaseRenewal(NamedTuple):
-    """A lease to renew. `progress` is JSON text, or None where it has not changed."""
+    """A lease to renew. `progress` is JSON text, or None if it has not changed."""
 
     job_id: uuid.UUID
     token: str
@@ -164,9 +164,9 @@ class LeaseRenewal(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Renewed:
-    """A lease in force: until when, how long the attempt may still run, and whether to stop.
+    """A lease in force: when it expires, how long the attempt may still run, whether to stop.
 
-    `renewed` is False where another transaction has the row locked: the lease is as it was, and
+    `renewed` is False if another transaction has locked the row. Then the lease is unchanged, and
     its progress was not stored.
     """
 
@@ -178,9 +178,9 @@ class Renewed:
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """What a queued job waits for. `due_in_seconds` is negative when its time has come.
+    """What a queued job waits for. `due_in_seconds` is negative for a job that is due.
 
-    `ahead` counts the due jobs of its type that go first, up to 1,000 of them.
+    `ahead` counts the due jobs of its type that go first, up to 1,000.
     """
 
     due_in_seconds: float
@@ -192,129 +192,129 @@ class Waiting:
 class Store(ABC):
     """The operations of the queue on its tables.
 
-    Those that change jobs announce what they did to other processes in the same transaction, as
-    events of `process`. Each raises `QueueUnavailable` when the database does not answer in time.
+    Operations that change jobs announce the events to other processes in the same transaction.
+    Each operation raises `QueueUnavailable` if the database does not answer in time.
     """
 
     _database: Database
 
     @abstractmethod
     async def insert(self, jobs: Sequence[NewJob]) -> dict[uuid.UUID, Stored]:
-        """Insert jobs, except where a job of the type has the idempotency key already.
+        """Insert jobs, except those whose type already has a job with the idempotency key.
 
-        The unique index decides. A job whose key another transaction is just inserting or
-        deleting is not in the answer: nobody waits for that transaction here.
+        The unique index decides. If another transaction is inserting or deleting a job with the
+        key, the job is missing from the result; this method does not wait for that transaction.
         """
 
     @abstractmethod
     async def insert_all(
         self, jobs: Sequence[NewJob], conflicts: Callable[[NewJob, Stored], bool]
     ) -> tuple[dict[uuid.UUID, Stored], bool]:
-        """Insert every job, or none of them where one `conflicts` with the holder of its key.
+        """Insert all jobs, or none if one `conflicts` with the existing job of its key.
 
-        Return the outcomes, and whether they were committed. Transactions that hold one of the
-        keys are waited for.
+        Return the outcomes, and whether they were committed. Wait for transactions that hold one
+        of the keys.
         """
 
     @abstractmethod
     async def insert_within(
         self, connection: AsyncConnection, jobs: Sequence[NewJob]
     ) -> dict[uuid.UUID, Stored]:
-        """Insert jobs in the caller's own transaction; a held key is waited for."""
+        """Insert jobs in the caller's own transaction. Wait for transactions that hold a key."""
 
     @abstractmethod
     async def claim(self, claim: Claim) -> Claimed:
-        """Lease due jobs: the highest priority first, types of one priority in turns, and within
-        a type the oldest first.
+        """Lease due jobs: highest priority first, types of one priority in turns, and within a type
+        oldest first.
 
-        A type with a limit is locked before its running jobs are counted, and no claim takes
-        jobs of a type with a limit that it has not locked and counted. Rows that another
-        transaction holds are passed over. Attempts whose lease has run out are ended first.
+        A type with a limit is locked before its running jobs are counted. A claim takes jobs of a
+        type with a limit only if it has locked and counted it. Rows that another transaction has
+        locked are skipped. Attempts whose lease has expired are ended first.
         """
 
     @abstractmethod
     async def recover(self, lease_seconds: float) -> list[JobRecord]:
-        """End attempts whose lease has run out: `timed_out` past the deadline, else `lost`.
+        """End attempts whose lease has expired: `timed_out` past the deadline, otherwise `lost`.
 
-        Each spends its attempt: the job is queued again after its backoff, or failed when none
-        is left, or cancelled when that was requested.
+        The attempt is spent. The job is queued again after its backoff, failed if no attempt is
+        left, or cancelled if that was requested.
         """
 
     @abstractmethod
     async def end(self, reports: Sequence[Report]) -> dict[uuid.UUID, JobRecord]:
-        """End attempts as their workers report, at most one per job, where the lease is in force.
+        """End attempts as reported, at most one per job, if the lease is in force.
 
-        A late worker writes nothing: its job is not in the answer. Neither is one whose row
-        another transaction has locked. A requested cancellation wins over all but success.
+        The result lacks jobs whose lease is lost, and jobs whose row another transaction has
+        locked. A requested cancellation takes precedence over every outcome but success.
         """
 
     @abstractmethod
     async def renew(
         self, renewals: Sequence[LeaseRenewal], lease_seconds: float
     ) -> dict[tuple[uuid.UUID, str], Renewed | None]:
-        """Renew leases in force, each up to its attempt's deadline and never past it.
+        """Renew leases in force, never past the attempt's deadline.
 
-        None where the lease is lost; a timed-out attempt goes on holding its place. A row that
-        another transaction has locked keeps the lease it has.
+        None means that the lease is lost; a timed-out attempt keeps its place. If another
+        transaction has locked the row, the lease is unchanged.
         """
 
     @abstractmethod
     async def settle(self, leases: Sequence[tuple[uuid.UUID, str]]) -> None:
-        """Free the places that timed-out attempts hold: their handlers have ended."""
+        """Free the places of timed-out attempts whose handlers have stopped."""
 
     @abstractmethod
     async def cancel(self, job_id: uuid.UUID) -> JobRecord | None:
-        """Cancel a queued job; of a running one, note that its worker is to stop.
+        """Cancel a queued job, or record that the worker of a running job must stop.
 
-        None when the job is neither, or does not exist.
+        Return None if the job is neither, or does not exist.
         """
 
     @abstractmethod
     async def retry(self, job_id: uuid.UUID) -> JobRecord | None:
-        """Queue a failed or cancelled job at once; where no attempt is left it gets one more.
+        """Queue a failed or cancelled job. If no attempt is left, allow one more.
 
-        None when the job is neither, or does not exist.
+        Return None if the job is neither, or does not exist.
         """
 
     @abstractmethod
     async def next_due(self, types: Sequence[str], limits: Mapping[str, int]) -> float | None:
-        """Seconds until a claim of these types may find more than now; None: no time is known."""
+        """Return the seconds until a claim may find more jobs, or None if no time is known."""
 
     @abstractmethod
     async def see_worker(self, types: Sequence[str]) -> None:
-        """Note that a worker asks for these types."""
+        """Record that a worker runs these types."""
 
     @abstractmethod
     async def prune(self, status: JobStatus, *, keep_seconds: float, jobs: int) -> int:
         """Delete up to `jobs` jobs that ended with `status` longer ago than `keep_seconds`.
 
-        The oldest first; their attempts go with them. Return how many were deleted.
+        The oldest are deleted first, with their attempts. Return how many.
         """
 
     @abstractmethod
     async def fold_counts(self) -> None:
-        """Keep the table of counts small."""
+        """Merge the rows of the table of counts."""
 
     @abstractmethod
     async def prune_events(self) -> int:
-        """Delete stored batches of events that every process has had time to read.
+        """Delete stored batches of events that are older than `EVENTS_KEPT_SECONDS`.
 
-        Return how many were deleted, at most `EVENT_BATCHES_PRUNED`.
+        Return how many, at most `EVENT_BATCHES_PRUNED`.
         """
 
     @abstractmethod
     async def _read(self, name: str, parameters: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-        """Run a statement that only reads; its values are as the columns' types return them."""
+        """Run a statement that only reads, and return its rows with converted values."""
 
     async def _select(self, query: Executable) -> list[dict[str, Any]]:
         """Run an ordinary query."""
         async with self._database.reading() as connection:
             return [dict(row) for row in (await connection.execute(query)).mappings()]
 
-    # Reading. Statements of the file have the same names and columns on both databases.
+    # Reads. The statements have the same names and columns on both databases.
 
     async def lease_states(self, reports: Sequence[Report]) -> dict[uuid.UUID, LeaseState]:
-        """What has become of the leases of these reports."""
+        """Return the states of the leases of these reports."""
         leases = json_text(
             [
                 {
@@ -331,24 +331,24 @@ class Store(ABC):
         }
 
     async def get(self, job_id: uuid.UUID) -> JobRecord | None:
-        """One job by its primary key."""
+        """Return a job by its id."""
         return (await self.get_many([job_id])).get(job_id)
 
     async def get_many(self, job_ids: Iterable[uuid.UUID]) -> dict[uuid.UUID, JobRecord]:
-        """Jobs by their primary keys."""
+        """Return jobs by their ids."""
         rows = await self._select(select(Job).where(col(Job.id).in_(list(job_ids))))
         return {job.id: job for job in map(JobRecord.of, rows)}
 
     async def find_by_key(
         self, keys: Iterable[tuple[str, str]]
     ) -> dict[tuple[str, str], JobRecord]:
-        """The jobs that hold these (type, idempotency key) pairs."""
+        """Return the jobs with these (type, idempotency key) pairs."""
         wanted = json_text([{"type": job_type, "key": key} for job_type, key in keys])
         found = [JobRecord.of(row) for row in await self._read("by_key", {"keys": wanted})]
         return {(job.type, job.idempotency_key or ""): job for job in found}
 
     async def attempts(self, job_ids: Sequence[uuid.UUID]) -> dict[uuid.UUID, list[AttemptRecord]]:
-        """Every attempt of these jobs, the first one first."""
+        """Return the attempts of these jobs, oldest first."""
         attempts: dict[uuid.UUID, list[AttemptRecord]] = {job_id: [] for job_id in job_ids}
         for row in await self._read("attempts", {"ids": ids_text(job_ids)}):
             job_id = row["job_id"]
@@ -374,8 +374,11 @@ class Store(ABC):
         first: int,
         after: uuid.UUID | None,
     ) -> list[JobRecord]:
-        """Jobs, newest first, starting behind `after`: a keyset page, whose cost does not grow
-        with how far it is. Ids are UUIDv7, so their order is that of creation."""
+        """Return jobs, newest first, starting after `after`.
+
+        It is a keyset page: its cost does not depend on its position. Ids are UUIDv7, so they
+        are in the order of creation.
+        """
         if len(types) > 1:
             # As a union, 100 types and 4 statuses take half a second to build and to compile.
             pairs = [
@@ -390,7 +393,7 @@ class Store(ABC):
         return [JobRecord.of(row) for row in await self._select(newest)]
 
     async def waiting(self, job_ids: Iterable[uuid.UUID]) -> dict[uuid.UUID, Waiting]:
-        """What queued jobs wait for; jobs that are not queued are not in the answer."""
+        """Return what queued jobs wait for. Jobs that are not queued are left out."""
         rows = await self._read("waiting", {"ids": ids_text(job_ids), "most": AHEAD_LIMIT})
         return {
             row["id"]: Waiting(
@@ -403,13 +406,13 @@ class Store(ABC):
         }
 
     async def now(self) -> datetime:
-        """The database's time."""
+        """Return the time of the database."""
         (row,) = await self._read("now", {})
         now: datetime = row["now"]
         return now
 
     async def counts(self) -> dict[str, JobCounts]:
-        """Jobs per type and status. A type that never had a job is not in the answer."""
+        """Return the number of jobs per type and status. Types without jobs are left out."""
         counts: dict[str, dict[str, int]] = {}
         jobs = func.sum(JobCount.jobs).label("jobs")
         by_type = select(JobCount.type, JobCount.status, jobs).group_by(
@@ -420,23 +423,23 @@ class Store(ABC):
         return {name: JobCounts(**of_status) for name, of_status in counts.items()}
 
     async def events(self, number: int) -> str | None:
-        """One stored batch of events; None when it was deleted already."""
+        """Return a stored batch of events, or None if it was deleted."""
         rows = await self._select(select(JobEventBatch).where(JobEventBatch.id == number))
         return str(rows[0]["message"]) if rows else None
 
     async def events_after(self, number: int) -> dict[int, str]:
-        """The stored batches behind `number`, by their numbers, in order; 1,000 at most."""
+        """Return up to 1,000 stored batches after `number`, by id and in order."""
         behind = select(JobEventBatch).where(col(JobEventBatch.id) > number)
         rows = await self._select(behind.order_by(col(JobEventBatch.id)).limit(1_000))
         return {row["id"]: row["message"] for row in rows}
 
     async def events_among(self, numbers: Sequence[int]) -> dict[int, str]:
-        """The stored batches that have these numbers."""
+        """Return the stored batches with these ids."""
         among = select(JobEventBatch).where(col(JobEventBatch.id).in_(numbers))
         return {row["id"]: row["message"] for row in await self._select(among)}
 
     async def last_event(self) -> int:
-        """The number of the newest batch that was ever stored, 0 when there was none."""
+        """Return the id of the newest batch that was ever stored, or 0."""
         (row,) = await self._read("last_event", {})
         return int(next(iter(row.values())))
 
@@ -444,9 +447,10 @@ class Store(ABC):
 def _newest(
     types: Sequence[str], statuses: Sequence[JobStatus], *, first: int, after: uuid.UUID | None
 ) -> SelectOfScalar[Job]:
-    """The query of a page of one type, or of all. Each has an index in the order of ids.
+    """Return the query of a page of one type, or of all. Each has an index in the order of ids.
 
-    Of several statuses, the newest ids of each are read and merged: no index has them in one order.
+    With several statuses, the newest ids of each are read and merged, because no index has them in
+    one order.
     """
 
     def newest(query: Any) -> Any:
@@ -467,10 +471,10 @@ def _newest(
 
 @lru_cache
 def statements(database: str, schema: str | None = None) -> Mapping[str, str]:
-    """The statements of `statements/<database>.sql` by their names.
+    """Return the statements of `statements/<database>.sql` by name.
 
-    Each begins with a line `-- name: ...` and lines of comment that say what it is for. They name
-    the default schema, which `schema` replaces.
+    Each starts with a line `-- name: ...` and a comment with its purpose. They use the default
+    schema, which `schema` replaces.
     """
     file = resources.files("job_registry_api.queue") / "statements" / f"{database}.sql"
     text = file.read_text("utf-8")
@@ -484,28 +488,28 @@ def statements(database: str, schema: str | None = None) -> Mapping[str, str]:
 
 
 def message_of(process: str, events: Sequence[tuple[str, str, str, int]]) -> str:
-    """Events, each (name, job's id in hexadecimal, type, attempt), as other processes read them."""
+    """Return the message of events, each (name, job id in hexadecimal, type, attempt)."""
     return json_text({"process": process, "events": events})
 
 
 def json_text(value: Any) -> str:
-    """JSON text. Pydantic's writer takes a third of the time of the standard library's."""
+    """Return JSON text. Pydantic's serializer takes a third of the time of `json.dumps`."""
     return to_json(value).decode()
 
 
 def ids_text(ids: Iterable[uuid.UUID]) -> str:
-    """A JSON array of ids, each in the form in which SQLite stores it."""
+    """Return a JSON array of ids, in the form in which SQLite stores them."""
     return json_text([job_id.hex for job_id in ids])
 
 
 def error_text(error: JobError | None) -> str | None:
-    """An error as a JSON column stores it."""
+    """Return an error as the JSON text of its column."""
     if error is None:
         return None
     return json_text({"code": error.code, "message": error.message, "details": error.details})
 
 
 def present(value: T | None) -> T:
-    """A value that the statement never leaves out."""
+    """Return a value that is never None."""
     assert value is not None
     return value

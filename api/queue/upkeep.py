@@ -1,6 +1,7 @@
-"""Upkeep: rescue lost leases, prune, fold the counts.
+"""Upkeep: recover lost leases, prune jobs and events, merge the counts.
 
-Every process does a little of it, and passes over what another is doing. There is no leader.
+Every process does part of the work and skips rows that another process has locked. There is no
+leader.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from job_registry_api.queue.store import EVENT_BATCHES_PRUNED, Store
 DAY_SECONDS = 86_400
 PRUNE_PAUSE_SECONDS = 0.02
 PRUNE_BATCH = 200
-"""Jobs a transaction deletes: a few milliseconds, which is what a lease waits on SQLite."""
+"""Jobs per transaction. It takes a few milliseconds, for which leases wait on SQLite."""
 
 log = structlog.get_logger("jobs.upkeep")
 
@@ -39,11 +40,11 @@ class Upkeep:
     _readiness: Readiness
 
     async def ping(self) -> None:
-        """Return when a job could be stored; raise `QueueUnavailable` otherwise."""
+        """Check that a job can be stored. Raise `QueueUnavailable` otherwise."""
         await self._readiness.check()
 
     async def recover(self) -> list[JobRecord]:
-        """End the attempts whose lease has run out, and return their jobs. Claims do it too."""
+        """End the attempts whose lease has expired, and return their jobs. Claims do this too."""
         recovered = await self._store.recover(self.lease_seconds)
         self.events.publish([ended_event(job) for job in recovered])
         count_recovered(self.metrics, recovered)
@@ -54,7 +55,7 @@ class Upkeep:
         return await self._store.prune(status, keep_seconds=keep_seconds, jobs=jobs)
 
     async def tidy(self) -> int:
-        """Keep the table of counts and SQLite's log small; delete events that everyone has read.
+        """Merge counts, truncate the log of SQLite, and delete old events.
 
         Return how many batches of events were deleted, at most 10,000.
         """
@@ -71,10 +72,10 @@ async def maintain(
     keep_failed_days: float,
     every_seconds: float = 10.0,
 ) -> None:
-    """Looks after the queue until `stop` is set. While the database is away it waits.
+    """Run the upkeep of the queue until `stop` is set. While the database is unavailable, wait.
 
-    Succeeded jobs are deleted `keep_succeeded_days` after they ended, failed and cancelled ones
-    after `keep_failed_days`; queued and running ones never.
+    Succeeded jobs are deleted `keep_succeeded_days` after they ended, failed and cancelled jobs
+    after `keep_failed_days`. Queued and running jobs are never deleted.
     """
     keep_days = {
         JobStatus.SUCCEEDED: keep_succeeded_days,
@@ -82,7 +83,7 @@ async def maintain(
         JobStatus.CANCELLED: keep_failed_days,
     }
     while not stop.is_set():
-        # Spread, so that processes started together do not all come at once.
+        # Jitter, so that processes that start together do not run at the same time.
         with suppress(TimeoutError):
             await asyncio.wait_for(stop.wait(), every_seconds * random.uniform(0.5, 1.5))
             break
@@ -98,7 +99,7 @@ async def maintain(
 
 
 async def tidy(queue: Upkeep, stop: asyncio.Event) -> None:
-    """Fold the counts, delete old events until none are left, and let SQLite's log shrink."""
+    """Merge counts, truncate the log of SQLite, and delete all old events."""
     while not stop.is_set():
         if await queue.tidy() < EVENT_BATCHES_PRUNED:
             return
@@ -112,11 +113,10 @@ async def prune(
     keep_days: float,
     stop: asyncio.Event | None = None,
 ) -> int:
-    """Delete every job that ended with `status` more than `keep_days` ago; return how many.
+    """Delete all jobs that ended with `status` more than `keep_days` ago. Return how many.
 
-    `stop`, once set, ends it after the transaction that is under way.
-
-    In small transactions with a pause between them, so that leases and enqueues go on.
+    It runs in small transactions with pauses, so that it does not block leases and enqueues.
+    When `stop` is set, it ends after the current transaction.
     """
     pruned = 0
     while True:

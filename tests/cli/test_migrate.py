@@ -26,7 +26,7 @@ def jobs(tmp_path: Path) -> Shell:
 def test_migrate_names_each_step_and_then_has_nothing_to_do(jobs: Shell) -> None:
     first = jobs("migrate")
     *steps, summary = first.stdout.splitlines()
-    assert steps[0] == "0001  Jobs, their attempts, and the counts that triggers keep"
+    assert steps[0] == "0001  Jobs, their attempts, and counts that triggers maintain"
     last = steps[-1].split()[0]
     assert summary == f"Migrated from an empty database to revision {last}."
     second = jobs("migrate")
@@ -38,7 +38,7 @@ def test_migrate_tells_programs_the_same(jobs: Shell) -> None:
     first = json.loads(jobs("migrate", "--json").stdout)
     assert first["from"] is None
     assert first["to"] == first["steps"][-1]["revision"]
-    assert first["steps"][0]["title"] == "Jobs, their attempts, and the counts that triggers keep"
+    assert first["steps"][0]["title"] == "Jobs, their attempts, and counts that triggers maintain"
     again = json.loads(jobs("migrate", "--json").stdout)
     assert again == {"from": first["to"], "to": first["to"], "steps": []}
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import re
 import tomllib
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from job_registry import JobPolicy
+from job_registry_api.graphql.schema import SDL_FILE
+from job_registry_api.queue.events import STATUS_AFTER
 from job_registry_api.settings import Settings
 from tests import ROOT
 from tests.docs.pages import MARKERS, PAGES, Block, blocks, blocks_of
@@ -84,3 +88,17 @@ def test_an_entry_point_as_shown_names_a_module_of_the_page(block: Block) -> Non
     modules = {each.argument for each in blocks("module", block.page)}
     assert entries.keys() == {"job_registry.catalog"}
     assert {f"{name}.py" for name in entries["job_registry.catalog"].values()} <= modules
+
+
+def test_the_guides_name_every_policy_field_mutation_and_event() -> None:
+    job_types = (ROOT / "docs" / "job-types.md").read_text("utf-8")
+    missing = [each.name for each in fields(JobPolicy) if f"| `{each.name}` |" not in job_types]
+    clients = (ROOT / "docs" / "clients.md").read_text("utf-8")
+    security = (ROOT / "docs" / "security.md").read_text("utf-8")
+    (mutation,) = re.findall(r"^type Mutation \{(.*?)^\}", SDL_FILE.read_text("utf-8"), re.M | re.S)
+    for name in re.findall(r"^  (\w+)\(", mutation, re.M):
+        missing += [name for page in (clients, security) if f"`{name}`" not in page]
+    missing += [
+        name for name in STATUS_AFTER.keys() - {"job.settled"} if f"`{name}`" not in clients
+    ]
+    assert missing == []

@@ -226,16 +226,22 @@ async def test_jobs_are_cancelled_and_retried(execute: Execute) -> None:
     assert nope["cancelJob"]["__typename"] == "JobNotFound"
 
 
+def break_queue(
+    http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, error: Exception, *names: str
+) -> None:
+    """Make these operations of the queue raise the error."""
+
+    async def broken(*_arguments: object, **_options: object) -> None:
+        raise error
+
+    for name in names:
+        monkeypatch.setattr(http.application.state.queue, name, broken)  # type: ignore[attr-defined]
+
+
 async def test_an_unforeseen_fault_is_told_by_its_id_alone(
     http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    queue = http.application.state.queue  # type: ignore[attr-defined]
-
-    async def broken(*_arguments: object, **_options: object) -> None:
-        raise RuntimeError("secret of the house")
-
-    for name in ("get", "enqueue"):
-        monkeypatch.setattr(queue, name, broken)
+    break_queue(http, monkeypatch, RuntimeError("secret of the house"), "get", "enqueue")
     query = '{ job(id: "x") { __typename } }'
     graphql = await http.post("/graphql", json={"query": query})
     rest = await http.post("/jobs", json=PING)
@@ -247,13 +253,8 @@ async def test_an_unforeseen_fault_is_told_by_its_id_alone(
 async def test_a_database_that_is_away_is_said_so(
     http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    queue = http.application.state.queue  # type: ignore[attr-defined]
-
-    async def away(*_arguments: object, **_options: object) -> None:
-        raise QueueUnavailable("connection refused at 10.0.0.7")
-
-    for name in ("enqueue", "ping"):
-        monkeypatch.setattr(queue, name, away)
+    error = QueueUnavailable("connection refused at 10.0.0.7")
+    break_queue(http, monkeypatch, error, "enqueue", "ping")
     mutation = 'mutation { enqueueJob(input: {type: "test.ping", payload: {}}) { __typename } }'
     graphql = await http.post("/graphql", json={"query": mutation})
     rest = await http.post("/jobs", json=PING)

@@ -215,8 +215,8 @@ async def test_pages_and_bulks_are_as_large_as_the_settings_say(visit: Visit) ->
         too_many = await ask(client, bulk % (job * 3))
     assert "errors" not in page.json()
     assert "errors" not in stored.json()
-    assert "Expected 1 to 50 jobs per page, got 51." in messages(too_long)[0]
-    assert "Expected at most 2 jobs per call, got 3." in messages(too_many)[0]
+    assert "Expected 1 to 50 jobs per page; got 51." in messages(too_long)[0]
+    assert "Expected at most 2 jobs per call; got 3." in messages(too_many)[0]
 
 
 # What is switched off

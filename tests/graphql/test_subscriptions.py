@@ -87,10 +87,9 @@ async def _enqueue_soon(address: str, count: int) -> list[str]:
     return [await enqueue(address) for _ in range(count)]
 
 
-async def test_who_hangs_up_is_told_nothing_more_and_costs_nothing_more(visit: Visit) -> None:
+async def follow(application: Any, hung_up: asyncio.Event, heard: list[bytes]) -> None:
+    """Subscribe as an HTTP client that hangs up, without the client's buffers."""
     body = json.dumps({"query": "subscription { jobEvents { name } }"}).encode()
-    hung_up = asyncio.Event()
-    heard: list[bytes] = []
     messages = [{"type": "http.request", "body": body}]
 
     async def receive() -> dict[str, Any]:
@@ -109,9 +108,15 @@ async def test_who_hangs_up_is_told_nothing_more_and_costs_nothing_more(visit: V
         "query_string": b"",
         "headers": [(b"content-type", b"application/json"), (b"accept", b"text/event-stream")],
     }
+    await application(scope, receive, send)
+
+
+async def test_who_hangs_up_is_told_nothing_more_and_costs_nothing_more(visit: Visit) -> None:
+    hung_up = asyncio.Event()
+    heard: list[bytes] = []
     async with visit() as client, asyncio.timeout(10):
         application = client.application  # type: ignore[attr-defined]
-        following = asyncio.create_task(application(scope, receive, send))
+        following = asyncio.create_task(follow(application, hung_up, heard))
         await asyncio.sleep(0.3)
         await client.post("/jobs", json={"type": "test.ping", "payload": {}})
         while not any(b"job.created" in text for text in heard):
@@ -125,29 +130,6 @@ async def test_who_hangs_up_is_told_nothing_more_and_costs_nothing_more(visit: V
 
 
 async def test_a_thousand_clients_that_hang_up_leave_nothing_behind(visit: Visit) -> None:
-    body = json.dumps({"query": "subscription { jobEvents { name } }"}).encode()
-    scope = {
-        "type": "http",
-        "method": "POST",
-        "path": "/graphql",
-        "query_string": b"",
-        "headers": [(b"content-type", b"application/json"), (b"accept", b"text/event-stream")],
-    }
-
-    async def follow(application: Any, hang_up: asyncio.Event) -> None:
-        messages = [{"type": "http.request", "body": body}]
-
-        async def receive() -> dict[str, Any]:
-            if messages:
-                return messages.pop()
-            await hang_up.wait()
-            return {"type": "http.disconnect"}
-
-        async def send(_message: dict[str, Any]) -> None:
-            pass
-
-        await application(scope, receive, send)
-
     async with visit() as client, asyncio.timeout(60):
         application = client.application  # type: ignore[attr-defined]
         events = application.state.queue.events
@@ -155,7 +137,7 @@ async def test_a_thousand_clients_that_hang_up_leave_nothing_behind(visit: Visit
         before = len(asyncio.all_tasks())
         for _ in range(10):
             hang_up = asyncio.Event()
-            following = [asyncio.create_task(follow(application, hang_up)) for _ in range(100)]
+            following = [asyncio.create_task(follow(application, hang_up, [])) for _ in range(100)]
             while events.subscribers < 100:
                 await asyncio.sleep(0.01)
             await client.post("/jobs", json={"type": "test.ping", "payload": {}})

@@ -155,18 +155,23 @@ async def test_an_enqueue_through_a_black_hole_fails_and_later_ones_work(
         await queue.ping()
 
 
+async def cancelled_at_once(call: asyncio.Task[Any], database: Database, proxied: Proxy) -> None:
+    """Cancel a call on a dead network, and check that the database works once it is back."""
+    call.cancel()
+    with within(0.5), pytest.raises(asyncio.CancelledError):
+        await call
+    proxied.resume()
+    await database.execute_at_once("SELECT 1", {})
+    assert not tasks()
+
+
 async def test_a_cancelled_caller_is_cancelled_at_once_and_leaves_nothing(proxied: Proxy) -> None:
     async with opened(proxied.url, timeout_seconds=30) as database:
         await database.execute_at_once("SELECT 1", {})
         proxied.black_hole()
         call = asyncio.create_task(database.execute_at_once("SELECT 1", {}))
         await asyncio.sleep(0.1)
-        call.cancel()
-        with within(0.5), pytest.raises(asyncio.CancelledError):
-            await call
-        proxied.resume()
-        await database.execute_at_once("SELECT 1", {})
-        assert not tasks()
+        await cancelled_at_once(call, database, proxied)
 
 
 async def test_a_cancelled_transaction_does_not_wait_for_its_rollback(proxied: Proxy) -> None:
@@ -182,12 +187,7 @@ async def test_a_cancelled_transaction_does_not_wait_for_its_rollback(proxied: P
         call = asyncio.create_task(work())
         await asyncio.wait_for(inside.wait(), 10)
         proxied.black_hole()
-        call.cancel()
-        with within(0.5), pytest.raises(asyncio.CancelledError):
-            await call
-        proxied.resume()
-        await database.execute_at_once("SELECT 1", {})
-        assert not tasks()
+        await cancelled_at_once(call, database, proxied)
 
 
 async def test_closing_does_not_wait_for_a_dead_network(proxied: Proxy) -> None:

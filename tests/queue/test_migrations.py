@@ -174,7 +174,7 @@ def test_a_job_row_that_contradicts_itself_is_refused_by_the_database(database_u
 def test_a_migration_says_what_it_did(empty_url: str) -> None:
     first = migrations.upgrade(empty_url)
     assert (first.before, first.after) == (None, first.steps[-1].revision)
-    assert first.steps[0] == ("0001", "Jobs, their attempts, and the counts that triggers keep")
+    assert first.steps[0] == ("0001", "Jobs, their attempts, and counts that triggers maintain")
     second = migrations.upgrade(empty_url)
     assert (second.before, second.after, second.steps) == (first.after, first.after, ())
 

@@ -164,6 +164,13 @@ async def test_a_failed_and_a_cancelled_transaction_are_rolled_back(pooled_url: 
     await database.close()
 
 
+async def check_events_arrive(one: JobQueue, other: JobQueue) -> None:
+    with other.events.subscribe() as subscription:
+        enqueued = await one.enqueue(PING)
+        event = await asyncio.wait_for(anext(subscription), 5)
+        assert (event.name, event.job_id) == ("job.created", enqueued.job.id)
+
+
 async def test_without_a_direct_url_events_of_others_are_polled_for(
     pooled_url: str, registry: JobRegistry
 ) -> None:
@@ -171,10 +178,7 @@ async def test_without_a_direct_url_events_of_others_are_polled_for(
     assert first.keeps_events
     one, other = JobQueue(registry, first), JobQueue(registry, second)
     async with one.events.hearing(), other.events.hearing():
-        with other.events.subscribe() as subscription:
-            enqueued = await one.enqueue(PING)
-            event = await asyncio.wait_for(anext(subscription), 5)
-            assert (event.name, event.job_id) == ("job.created", enqueued.job.id)
+        await check_events_arrive(one, other)
     await first.close()
     await second.close()
 
@@ -189,10 +193,7 @@ async def test_a_direct_url_carries_notifications(
     assert not first.keeps_events
     one, other = JobQueue(registry, first), JobQueue(registry, second)
     async with one.events.hearing(), other.events.hearing():
-        with other.events.subscribe() as subscription:
-            enqueued = await one.enqueue(PING)
-            event = await asyncio.wait_for(anext(subscription), 5)
-            assert (event.name, event.job_id) == ("job.created", enqueued.job.id)
+        await check_events_arrive(one, other)
         kept = await first.execute_at_once("SELECT * FROM job_event_batch", {})
         assert not kept
     await first.close()

@@ -11,23 +11,23 @@ NOON = datetime(2030, 1, 1, 12, tzinfo=UTC)
 
 def slow_looks(heads: QueueHeads, at: float, count: int = SLOW_LOOKS, took: float = 0.1) -> float:
     for _ in range(count):
-        heads.looked(at, at + took, rows=1)
+        heads.record_full_claim(at, at + took, rows=1)
         at += took
     return at
 
 
 def test_a_claim_looks_at_everything_while_that_is_fast() -> None:
     heads = QueueHeads()
-    heads.learn("mail", 50, NOON)
+    heads.record_taken("mail", 50, NOON)
     for n in range(10):
-        heads.looked(n, n + 0.01, rows=1)
+        heads.record_full_claim(n, n + 0.01, rows=1)
     assert heads.known(10.0) == (None, None)
 
 
 def test_a_single_slow_look_changes_nothing() -> None:
     heads = QueueHeads()
     end = slow_looks(heads, 0.0, SLOW_LOOKS - 1)
-    heads.looked(end, end + 0.01, rows=1)
+    heads.record_full_claim(end, end + 0.01, rows=1)
     end = slow_looks(heads, end, SLOW_LOOKS - 1)
     assert heads.known(end) == (None, None)
 
@@ -35,15 +35,15 @@ def test_a_single_slow_look_changes_nothing() -> None:
 def test_a_claim_of_many_jobs_is_not_taken_for_a_slow_look() -> None:
     heads = QueueHeads()
     for n in range(10):
-        heads.looked(n, n + 0.2, rows=99)
+        heads.record_full_claim(n, n + 0.2, rows=99)
     assert heads.known(10.2) == (None, None)
 
 
 def test_after_slow_looks_claims_begin_where_the_last_jobs_were_taken() -> None:
     heads = QueueHeads()
-    heads.learn("mail", 50, NOON)
-    heads.learn("mail", 50, NOON + timedelta(seconds=2))
-    heads.learn("mail", 90, NOON)
+    heads.record_taken("mail", 50, NOON)
+    heads.record_taken("mail", 50, NOON + timedelta(seconds=2))
+    heads.record_taken("mail", 90, NOON)
     end = slow_looks(heads, 100.0)
     known, look_back = heads.known(end)
     assert known == {

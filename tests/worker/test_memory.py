@@ -1,7 +1,7 @@
 """What an attempt leaves behind: nothing, and without waiting for a garbage collection.
 
-Collections are rare in a process that serves (see `job_registry_api.cli`): what waits piles up.
-`benchmarks/memory.py` shows the same at full size.
+Collections are rare in a process that serves (see `job_registry_api.cli.startup`): what waits
+piles up. `benchmarks/memory.py` shows the same at full size.
 """
 
 from __future__ import annotations

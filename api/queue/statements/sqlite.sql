@@ -1,15 +1,15 @@
 -- The statements of the queue on SQLite, each with its name and its purpose. Ordinary reads are
 -- queries in store.py.
 --
--- Those that change jobs run in one BEGIN IMMEDIATE, which excludes every other writer, so what one
--- statement reads the next may rely on. `:now` is the transaction's time, read from SQLite.
+-- Statements that change jobs run in one BEGIN IMMEDIATE, which excludes every other writer, so rows
+-- do not change between statements. `:now` is the time of the transaction, read from SQLite.
 
 -- name: now
--- The database's time, in the form in which times are stored and compared.
+-- Return the time of the database, in the form in which times are stored and compared.
 SELECT strftime('%Y-%m-%d %H:%M:%f', 'now') || '000' AS now
 
 -- name: insert
--- Store a new job, unless its type has the idempotency key already.
+-- Store a new job, unless its type already has a job with the idempotency key.
 INSERT INTO job (
     id, type, fingerprint, status, payload, priority, attempt, max_attempts, timeout_seconds,
     backoff_base_seconds, backoff_cap_seconds, idempotency_key, created_by, created_at,
@@ -21,29 +21,29 @@ VALUES (
 ON CONFLICT (type, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING
 
 -- name: keep_events
--- Store what this transaction did, for other processes to read.
+-- Store the events of this transaction, for other processes to read.
 INSERT INTO job_event_batch (message, created_at) VALUES (:message, :now)
 
 -- name: expired
--- Attempts whose lease has run out.
+-- Return the attempts whose lease has expired.
 SELECT id, lease_token, deadline_at, deadline_at <= :now AS timed_out FROM job
 WHERE status = 'running' AND lease_expires_at <= :now ORDER BY lease_expires_at LIMIT :most
 
 -- name: ahead
--- Leases that end later than a lease can: the clock has stepped back.
+-- Return leases that end later than a lease can, because the clock has stepped back.
 SELECT id, lease_seconds, timeout_seconds, deadline_at FROM job
 WHERE status = 'running' AND lease_expires_at > :lease_end AND lease_seconds <= :lease
 LIMIT :most
 
 -- name: set_lease
--- Set both clocks of a running attempt.
+-- Set the ends of a lease and of its attempt.
 UPDATE job SET lease_expires_at = :lease_expires_at, held_until = :held_until,
     deadline_at = :deadline_at
 WHERE id = :id
 
 -- name: set_due
--- Jobs that were due at once when they were stored, at a time that has not come: the clock has
--- stepped back since. Their ids begin with that time, so the end of the primary key is read.
+-- Make jobs due that were stored as due at a time that is now in the future, because the clock has
+-- stepped back. Ids begin with the time, so only the end of the primary key is read.
 UPDATE job SET next_run_at = :now
 WHERE id IN (
     SELECT id FROM job WHERE id > :newest AND status = 'queued' AND next_run_at = created_at
@@ -51,20 +51,20 @@ WHERE id IN (
     LIMIT :most)
 
 -- name: next_level
--- The highest priority below `:below` at which the type has a queued job, and its first job's time.
+-- Return the highest priority below `:below` at which the type has a queued job, and its time.
 SELECT priority, next_run_at FROM job
 WHERE status = 'queued' AND type = :type AND priority < :below
 ORDER BY priority DESC, next_run_at, id LIMIT 1
 
 -- name: running
--- How many jobs of the type run, and how many places timed-out attempts still hold.
+-- Count the running jobs of the type, and the places of its timed-out attempts.
 SELECT (SELECT count(*) FROM job WHERE status = 'running' AND type = :type)
     + (SELECT count(*) FROM job_attempt CROSS JOIN job ON job.id = job_attempt.job_id
        WHERE job_attempt.held_until > :now AND job_attempt.finished_at IS NOT NULL
          AND job.type = :type)
 
 -- name: due
--- The due jobs of a type and priority, the oldest first.
+-- Return the due jobs of a type and priority, oldest first.
 SELECT id, next_run_at FROM job
 WHERE status = 'queued' AND type = :type AND priority = :priority AND next_run_at <= :now
 ORDER BY next_run_at, id LIMIT :jobs
@@ -79,17 +79,17 @@ WHERE id = :id
 RETURNING *
 
 -- name: open_attempt
--- Note the attempt of a lease.
+-- Store the attempt of a lease.
 INSERT INTO job_attempt (job_id, attempt, worker_id, started_at, lease_token)
 VALUES (:id, :attempt, :worker, :now, :token)
 
 -- name: timeout_of
--- How long one attempt of a job may take.
+-- Return the timeout of a job.
 SELECT timeout_seconds FROM job WHERE id = :id
 
 -- name: running_lease
--- The running job of a lease. `:late` admits one that has run out: `timed_out` at the attempt's
--- deadline only, `lost` in any case.
+-- Return the running job of a lease. `:late` accepts an expired lease: `timed_out` only past the
+-- attempt's deadline, `lost` always.
 SELECT * FROM job
 WHERE id = :id AND lease_token = :token AND status = 'running'
   AND (lease_expires_at > :now OR :late = 'lost' OR :late = 'timed_out' AND deadline_at <= :now)
@@ -104,13 +104,13 @@ WHERE id = :id
 RETURNING *
 
 -- name: close_attempt
--- Note how the attempt ended.
+-- Store the outcome of an attempt.
 UPDATE job_attempt
 SET finished_at = :now, outcome = :outcome, error = :error, held_until = :held_until
 WHERE job_id = :id AND finished_at IS NULL
 
 -- name: forget_returned
--- Attempts that were handed back are kept up to a bound.
+-- Delete the oldest released and snoozed attempts of a job, and keep 32.
 DELETE FROM job_attempt
 WHERE job_id = :id AND outcome IN ('released', 'snoozed') AND id <= (
     SELECT id FROM job_attempt WHERE job_id = :id AND outcome IN ('released', 'snoozed')
@@ -124,20 +124,20 @@ UPDATE job SET
 WHERE id = :id
 
 -- name: hold
--- Go on holding the place of an attempt that has timed out.
+-- Renew the place of a timed-out attempt.
 UPDATE job_attempt SET held_until = :held_until
 WHERE job_id = :id AND lease_token = :token AND finished_at IS NOT NULL
   AND held_until IS NOT NULL
 
 -- name: settle
--- Free the place of an attempt that has timed out.
+-- Free the place of a timed-out attempt.
 UPDATE job_attempt SET held_until = NULL
 WHERE job_id = :id AND lease_token = :token AND finished_at IS NOT NULL
   AND held_until IS NOT NULL
 RETURNING attempt, (SELECT type FROM job WHERE job.id = job_attempt.job_id) AS type
 
 -- name: cancel
--- Cancel a queued job, or note that a running one is to stop.
+-- Cancel a queued job, or record that a running one must stop.
 UPDATE job SET
     status = CASE status WHEN 'queued' THEN 'cancelled' ELSE status END,
     finished_at = CASE status WHEN 'queued' THEN :now END,
@@ -147,7 +147,7 @@ WHERE id = :id AND status IN ('queued', 'running')
 RETURNING *
 
 -- name: retry
--- Queue a failed or cancelled job at once; where no attempt is left it gets one more.
+-- Queue a failed or cancelled job. If no attempt is left, allow one more.
 UPDATE job SET
     status = 'queued', next_run_at = :now, finished_at = NULL, cancel_requested_at = NULL,
     lease_token = NULL, progress = NULL, quick_returns = 0,
@@ -156,7 +156,7 @@ WHERE id = :id AND status IN ('failed', 'cancelled')
 RETURNING *
 
 -- name: next_end
--- When the next lease, or the next place of a timed-out attempt, runs out.
+-- Return when the next lease, or the next place of a timed-out attempt, expires.
 SELECT min(ends) FROM (
     SELECT min(lease_expires_at) AS ends FROM job WHERE status = 'running'
     UNION ALL
@@ -164,12 +164,12 @@ SELECT min(ends) FROM (
     WHERE held_until > :now AND finished_at IS NOT NULL)
 
 -- name: see_worker
--- Note that a worker asks for a type.
+-- Record that a worker runs a type.
 INSERT INTO job_type_state (type, worker_seen_at) VALUES (:type, :now)
 ON CONFLICT (type) DO UPDATE SET worker_seen_at = excluded.worker_seen_at
 
 -- name: by_key
--- The jobs that hold these idempotency keys.
+-- Return the jobs with these idempotency keys.
 SELECT job.* FROM json_each(:keys) AS wanted
 CROSS JOIN job ON job.type = json_extract(wanted.value, '$.type')
     AND job.idempotency_key = json_extract(wanted.value, '$.key')
@@ -187,7 +187,7 @@ SELECT job.* FROM job WHERE job.id IN (
 ORDER BY job.id DESC
 
 -- name: lease_states
--- What has become of leases: still in force, succeeded by that very lease, or neither.
+-- Return the states of leases: in force, job succeeded by this lease, or neither.
 SELECT job.id,
     job.status = 'running' AND job.lease_token = json_extract(lease.value, '$.token')
         AND (job.lease_expires_at > strftime('%Y-%m-%d %H:%M:%f', 'now') || '000'
@@ -200,15 +200,15 @@ FROM json_each(:leases) AS lease
 CROSS JOIN job ON job.id = json_extract(lease.value, '$.id')
 
 -- name: attempts
--- Every attempt of these jobs, the first one first.
+-- Return the attempts of these jobs, oldest first.
 SELECT job_id, attempt, worker_id, started_at, finished_at, outcome, error,
     finished_at IS NOT NULL AND held_until IS NOT NULL
         AND held_until > strftime('%Y-%m-%d %H:%M:%f', 'now') || '000' AS still_running
 FROM job_attempt WHERE job_id IN (SELECT value FROM json_each(:ids)) ORDER BY id
 
 -- name: waiting
--- What queued jobs wait for. Each count reads one range of an index, up to a bound. The priorities
--- above are gone through one by one: jobs that are scheduled for later would be read otherwise.
+-- Return what queued jobs wait for. Each count reads one range of an index, up to a bound. Higher
+-- priorities are read one by one, so that jobs that are scheduled for later are not read.
 SELECT job.id,
     (julianday(job.next_run_at) - julianday('now')) * 86400.0 AS due_in_seconds,
     (SELECT count(*) FROM job AS other WHERE other.status = 'running' AND other.type = job.type)
@@ -244,20 +244,20 @@ SELECT job.id,
 FROM job WHERE status = 'queued' AND id IN (SELECT value FROM json_each(:ids))
 
 -- name: prune
--- Delete jobs that ended long ago, the oldest first.
+-- Delete jobs that ended long ago, oldest first.
 DELETE FROM job WHERE id IN (
     SELECT id FROM job WHERE status = :status AND finished_at < :before
     ORDER BY finished_at LIMIT :jobs)
 
 -- name: fold_counts
--- Delete the counts of types that have no jobs any more.
+-- Delete counts that are zero.
 DELETE FROM job_count WHERE jobs = 0
 
 -- name: last_event
--- The number of the newest stored batch, also of one that was deleted.
+-- Return the id of the newest batch, even if it was deleted.
 SELECT coalesce((SELECT seq FROM sqlite_sequence WHERE name = 'job_event_batch'), 0)
 
 -- name: prune_events
--- Delete stored batches that every process has had time to read.
+-- Delete old batches of events.
 DELETE FROM job_event_batch WHERE id IN (
     SELECT id FROM job_event_batch WHERE created_at < :before ORDER BY id LIMIT :batches)

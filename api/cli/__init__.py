@@ -1,0 +1,76 @@
+"""The `job-registry` command, one file per command.
+
+The files are imported at each start. What only one command needs, such as the database or GraphQL,
+is imported in its function.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from job_registry import DefinitionError
+from job_registry_api.cli import enqueue, migrate, registry, schema, serve, worker
+from job_registry_api.cli.output import WRONG_USAGE, fail, fail_unexpectedly, out
+from job_registry_api.settings import SettingsInvalid
+
+app = typer.Typer(
+    name="job-registry",
+    help="A typed job queue: an invalid job is rejected when it is enqueued.",
+    epilog="Settings are JOBS_* variables; docs/settings.md lists them. Exit codes: 0 done,"
+    " 1 refused, 2 wrong usage or settings, 3 did not end in time.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def main() -> None:
+    """Run the command. Expected errors become a message and an exit code."""
+    try:
+        app()
+    except SettingsInvalid as invalid:
+        fail(WRONG_USAGE, "These settings are wrong:", *(f"  {each}" for each in invalid.faults))
+    except DefinitionError as wrong:
+        fail(WRONG_USAGE, f"The job types cannot be loaded: {wrong}")
+    except BrokenPipeError:
+        # The reader has closed the pipe. Python would report it again when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        fail_unexpectedly(error)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        out.print(f"job-registry {version('job-registry')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None: ...
+
+
+for command in (
+    serve.serve,
+    worker.worker,
+    migrate.migrate,
+    registry.types,
+    registry.policy,
+    registry.validate,
+    enqueue.enqueue,
+    schema.schema,
+):
+    app.command()(command)

@@ -1,0 +1,4 @@
+from job_registry_api.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""`job-registry enqueue`: stores one payload, or one per line of a file."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Iterator
+from datetime import datetime
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from job_registry import CodedError, JobRegistry, NotJson, PayloadInvalid, Violation, parse_json
+from job_registry_api.cli import startup
+from job_registry_api.cli.output import (
+    REFUSED,
+    WRONG_USAGE,
+    AsJson,
+    err,
+    fail,
+    out,
+    print_json,
+    refusal_json,
+    sentences,
+)
+from job_registry_api.cli.payloads import TypeName, parse_lines, read
+from job_registry_api.settings import Settings
+
+if TYPE_CHECKING:
+    from job_registry_api.queue.enqueueing import Enqueued, Refusal
+    from job_registry_api.queue.queue import JobQueue
+
+BULK = 500
+"""Jobs per transaction: enough to be fast, few enough to show progress."""
+
+
+def enqueue(
+    type_name: TypeName,
+    file: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE",
+            help="A file with one payload as JSON, or many as JSON Lines. - reads standard input.",
+        ),
+    ],
+    priority: Annotated[
+        int | None, typer.Option(help="0 to 100, higher first. Defaults to 50.")
+    ] = None,
+    schedule_at: Annotated[
+        str | None, typer.Option(help="Earliest time of the first run: 2030-01-31T12:00:00Z.")
+    ] = None,
+    max_attempts: Annotated[
+        int | None, typer.Option(help="1 to 1,000. Defaults to the policy.")
+    ] = None,
+    idempotency_key: Annotated[
+        str | None, typer.Option(help="Makes it safe to repeat the command. For a single payload.")
+    ] = None,
+    atomic: Annotated[
+        bool, typer.Option(help="Store all payloads or none, up to JOBS_MAX_BULK_SIZE.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Store one job, or one per line."""
+    settings = startup.read_settings()
+    registry = startup.read_registry(settings)
+    text = read(file)
+    options = {
+        "priority": priority,
+        "schedule_at": _schedule_time(schedule_at),
+        "max_attempts": max_attempts,
+        "idempotency_key": idempotency_key,
+    }
+    lines = parse_lines(text, file)
+    if len(lines) > 1 and idempotency_key is not None:
+        fail(WRONG_USAGE, f"--idempotency-key is for a single payload; got {len(lines):,}.")
+    if atomic and len(lines) > settings.max_bulk_size:
+        fail(
+            WRONG_USAGE,
+            f"--atomic stores up to {settings.max_bulk_size:,} payloads (JOBS_MAX_BULK_SIZE);"
+            f" got {len(lines):,}.",
+        )
+    startup.configure_logs(settings, at_least_warnings=True)
+    startup.prepare_database(settings)
+    with startup.database_errors():
+        refused = asyncio.run(
+            _enqueue_all(settings, registry, type_name, lines, options, atomic, as_json)
+        )
+    if refused:
+        sys.exit(REFUSED)
+
+
+def _schedule_time(text: str | None) -> datetime | None:
+    try:
+        time = None if text is None else datetime.fromisoformat(text)
+    except ValueError:
+        time = None
+    if text is not None and (time is None or time.tzinfo is None):
+        fail(
+            WRONG_USAGE,
+            "--schedule-at: expected a time with its offset, such as 2030-01-31T12:00:00Z;"
+            f" got {text}.",
+        )
+    return time
+
+
+async def _enqueue_all(
+    settings: Settings,
+    registry: JobRegistry,
+    type_name: str,
+    lines: list[tuple[int, str]],
+    options: dict[str, Any],
+    atomic: bool,
+    as_json: bool,
+) -> int:
+    """Store the payloads, print the result of each, and return how many were refused."""
+    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    from job_registry_api.opening import open_queue
+
+    counts = {"stored": 0, "deduplicated": 0, "refused": 0}
+    size = len(lines) if atomic else min(BULK, settings.max_bulk_size)
+    async with open_queue(settings, registry) as queue:
+        progress = Progress(
+            *Progress.get_default_columns()[:2],
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=err,
+            transient=True,
+            disable=len(lines) < 2 or not err.is_terminal,
+        )
+        with progress:
+            bar = progress.add_task("enqueue", total=len(lines))
+            for start in range(0, len(lines), size):
+                batch = lines[start : start + size]
+                for number, result in await _enqueue_batch(
+                    queue, type_name, batch, options, atomic
+                ):
+                    _show_enqueued(number, result, counts, len(lines) > 1, as_json)
+                progress.advance(bar, len(batch))
+    if len(lines) > 1 and not as_json:
+        out.print(", ".join(f"{count:,} {what}" for what, count in counts.items()))
+    return counts["refused"]
+
+
+async def _enqueue_batch(
+    queue: JobQueue,
+    type_name: str,
+    batch: list[tuple[int, str]],
+    options: dict[str, Any],
+    atomic: bool,
+) -> Iterator[tuple[int, Enqueued | Refusal]]:
+    from job_registry_api.queue.enqueueing import not_stored
+    from job_registry_api.queue.requests import EnqueueRequest
+
+    results: dict[int, Enqueued | Refusal] = {}
+    requests: dict[int, EnqueueRequest] = {}
+    for number, text in batch:
+        try:
+            requests[number] = EnqueueRequest(type_name, parse_json(text), **options)
+        except NotJson as error:
+            violation = Violation("", "not_json", str(error))
+            results[number] = PayloadInvalid(type_name, [violation])
+    if atomic and results:
+        refusal = not_stored(sorted(results))
+        results |= dict.fromkeys(requests, refusal)
+    elif requests:
+        stored = await queue.enqueue_many(list(requests.values()), atomic=atomic)
+        results |= zip(requests, stored, strict=True)
+    return iter(sorted(results.items()))
+
+
+def _show_enqueued(
+    number: int, result: Enqueued | Refusal, counts: dict[str, int], many: bool, as_json: bool
+) -> None:
+    if isinstance(result, CodedError):
+        counts["refused"] += 1
+        if as_json:
+            print_json({"line": number, **refusal_json(result)}, lines=True)
+        else:
+            where = f"line {number}: " if many else ""
+            for text in sentences(result):
+                err.print(f"{where}{text}", markup=False)
+        return
+    counts["deduplicated" if result.deduplicated else "stored"] += 1
+    job = result.job
+    if as_json:
+        content = {
+            "line": number,
+            "jobId": str(job.id),
+            "status": job.status.value,
+            "type": job.type,
+            "deduplicated": result.deduplicated,
+        }
+        print_json(content, lines=True)
+    elif not many:
+        out.print(f"{job.id} {'was there already' if result.deduplicated else job.status.value}")

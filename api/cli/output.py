@@ -1,0 +1,69 @@
+"""What every command prints: results, refusals, failures; and its exit codes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+from job_registry import CodedError, Violation
+
+REFUSED = 1
+WRONG_USAGE = 2
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+
+
+def print_json(content: Any, *, lines: bool = False) -> None:
+    """Print a JSON text, on one line with `lines`."""
+    sys.stdout.write(json.dumps(content, indent=None if lines else 2, ensure_ascii=False) + "\n")
+
+
+def fail(code: int, *sentences: str) -> NoReturn:
+    """Print the sentences to standard error and end with this exit code."""
+    for sentence in sentences:
+        err.print(sentence, markup=False)
+    sys.exit(code)
+
+
+def refuse(refusal: CodedError, as_json: bool) -> NoReturn:
+    """Print a refusal and end with `REFUSED`."""
+    if as_json:
+        print_json(refusal_json(refusal))
+        sys.exit(REFUSED)
+    fail(REFUSED, *sentences(refusal))
+
+
+def sentences(refusal: CodedError) -> list[str]:
+    """Return the messages of a refusal."""
+    violations: Sequence[Violation] = getattr(refusal, "violations", ())
+    if not violations:
+        return [str(refusal)]
+    return [f"{each.path or 'payload'}: {each.message}" for each in violations]
+
+
+def refusal_json(refusal: CodedError) -> dict[str, Any]:
+    """Return a refusal as `--json` prints it."""
+    # `violations` is there for every refusal, so that a program can read it without a test.
+    content = {"code": refusal.code, "message": str(refusal), "violations": []}
+    return content | refusal.details()
+
+
+def fail_unexpectedly(error: Exception) -> NoReturn:
+    """Log an unexpected error and end the command, with the error id only."""
+    import structlog
+
+    from job_registry_api.logs import configure_logs, log_unexpected
+
+    # structlog's default prints the values of local variables, such as a database password.
+    if not structlog.is_configured():
+        configure_logs("warning", "auto")
+    error_id = log_unexpected("cli", error)
+    fail(REFUSED, f"Something went wrong here. It is logged as {error_id}.")

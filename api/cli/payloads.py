@@ -1,0 +1,49 @@
+"""The arguments TYPE and FILE, and the payloads in a file."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from job_registry import NotJson, parse_json
+from job_registry_api.cli.output import REFUSED, WRONG_USAGE, fail
+
+TypeName = Annotated[
+    str, typer.Argument(metavar="TYPE", help="A job type, such as thumbnail.create.")
+]
+File = Annotated[
+    str,
+    typer.Argument(metavar="FILE", help="A file with the payload as JSON. - reads standard input."),
+]
+
+
+def read(file: str) -> str:
+    """Return the text of a file, or of standard input for `-`."""
+    try:
+        return sys.stdin.read() if file == "-" else Path(file).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        fail(WRONG_USAGE, f"Cannot read {file}: {reason}.")
+
+
+def parse(text: str, file: str) -> Any:
+    """Return the payload in a text. Ends the command if it is not JSON."""
+    try:
+        return parse_json(text)
+    except NotJson as error:
+        fail(REFUSED, f"{'Standard input' if file == '-' else file}: {error}")
+
+
+def parse_lines(text: str, file: str) -> list[tuple[int, str]]:
+    """Return the payloads of a file with their line numbers: one JSON text, or one per line."""
+    with contextlib.suppress(NotJson):
+        parse_json(text)
+        return [(1, text)]
+    lines = [(n, line) for n, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    if len(lines) < 2:
+        parse(text, file)
+    return lines

@@ -1,0 +1,100 @@
+"""`job-registry types`, `policy` and `validate`: the job types, without a database."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from pydantic.alias_generators import to_camel
+from rich.markup import escape
+from rich.table import Table
+
+from job_registry import JobRegistry, JobTypeNotFound, PayloadInvalid
+from job_registry_api.cli import startup
+from job_registry_api.cli.output import AsJson, out, print_json, refuse
+from job_registry_api.cli.payloads import File, TypeName, parse, read
+
+
+def types(as_json: AsJson = False) -> None:
+    """List the job types, with their policies."""
+    registry = startup.read_registry(startup.read_settings())
+    if as_json:
+        print_json([_type_json(registry, name) for name in registry])
+        return
+    table = Table(box=None, pad_edge=False)
+    for title in ("type", "attempts", "timeout", "at once", "handler", "description"):
+        table.add_column(title, overflow="fold")
+    for name, job_type in registry.items():
+        policy = job_type.policy
+        table.add_row(
+            name,
+            str(policy.max_attempts),
+            f"{policy.timeout_seconds} s",
+            "no limit" if policy.concurrency_limit is None else str(policy.concurrency_limit),
+            "here" if job_type.has_handler else "remote",
+            escape(job_type.description.partition("\n")[0]),
+        )
+    if not out.is_terminal:
+        out.width = 1_000  # One line per type, for grep: a file or a pipe has no width.
+    out.print(table)
+
+
+def policy(type_name: TypeName, as_json: AsJson = False) -> None:
+    """Show the policy of a job type."""
+    registry = startup.read_registry(startup.read_settings())
+    try:
+        found = registry.policy(type_name)
+    except JobTypeNotFound as unknown:
+        refuse(unknown, as_json)
+    if as_json:
+        print_json(_policy_json(registry, type_name))
+        return
+    limit = "no limit" if found.concurrency_limit is None else found.concurrency_limit
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_row("maxAttempts", str(found.max_attempts), "runs in all")
+    table.add_row("timeoutSeconds", str(found.timeout_seconds), "for one attempt")
+    table.add_row("concurrencyLimit", str(limit), "at once, over all workers")
+    table.add_row(
+        "backoff",
+        f"{found.backoff.base_seconds:g} s",
+        f"doubling up to {found.backoff.cap_seconds:g} s, with half jitter",
+    )
+    out.print(table)
+
+
+def validate(type_name: TypeName, file: File, as_json: AsJson = False) -> None:
+    """Check a payload against its job type, as enqueue does. Needs no database."""
+    registry = startup.read_registry(startup.read_settings())
+    try:
+        registry.admit(type_name, parse(read(file), file))
+    except (JobTypeNotFound, PayloadInvalid) as refusal:
+        refuse(refusal, as_json)
+    if as_json:
+        print_json({"valid": True})
+    else:
+        out.print("valid")
+
+
+def _type_json(registry: JobRegistry, name: str) -> dict[str, Any]:
+    job_type = registry[name]
+    return {
+        "name": name,
+        "description": job_type.description,
+        "hasHandler": job_type.has_handler,
+        "fingerprint": job_type.fingerprint,
+        "policy": _policy_json(registry, name),
+        "payloadSchema": dict(job_type.payload_schema),
+        "examplePayload": dict(job_type.example_payload),
+    }
+
+
+def _policy_json(registry: JobRegistry, name: str) -> dict[str, Any]:
+    """Return every field of the policy, with the names that GraphQL has."""
+    return {"type": name, **_in_camel_case(asdict(registry.policy(name)))}
+
+
+def _in_camel_case(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        to_camel(name): _in_camel_case(value) if isinstance(value, dict) else value
+        for name, value in values.items()
+    }

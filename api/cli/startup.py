@@ -1,0 +1,81 @@
+"""What a command prepares before it runs: settings, job types, logs and the database."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from job_registry import JobRegistry
+from job_registry.discovery import load_registry
+from job_registry_api.cli.output import REFUSED, fail
+from job_registry_api.settings import Settings, load_settings
+
+
+def read_settings(**overrides: Any) -> Settings:
+    """Read the settings. An option of the command that is given overrides its variable."""
+    given = {name: value for name, value in overrides.items() if value is not None}
+    environment = {**os.environ, **{f"JOBS_{n.upper()}": str(v) for n, v in given.items()}}
+    return load_settings(environment)
+
+
+def read_registry(settings: Settings) -> JobRegistry:
+    """Load the job types of `JOBS_CATALOG`."""
+    # Find modules in the current folder, as `python -m` does.
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    return load_registry(settings.catalog, max_payload_bytes=settings.max_payload_bytes)
+
+
+def configure_logs(settings: Settings, *, at_least_warnings: bool = False) -> None:
+    """Configure the logs. `at_least_warnings` is for commands whose output is for people."""
+    from job_registry_api import logs
+
+    quiet = at_least_warnings and settings.log_level in ("debug", "info")
+    logs.configure_logs("warning" if quiet else settings.log_level, settings.log_format)
+
+
+def prepare_database(settings: Settings) -> None:
+    """Migrate an SQLite database. Check that a PostgreSQL database is migrated."""
+    from job_registry_api.queue import migrations
+
+    with database_errors():
+        if settings.database_url.startswith("sqlite"):
+            migrations.upgrade(settings.database_url)
+            return
+        fit = migrations.examine(
+            settings.database_url,
+            pooler=settings.database_pooler,
+            schema=settings.database_schema,
+            timeout_seconds=settings.database_timeout_seconds,
+        )
+    if not fit.fits:
+        fail(REFUSED, fit.sentence)
+
+
+@contextlib.contextmanager
+def database_errors() -> Iterator[None]:
+    """End the command with one sentence if the database is unavailable or cannot be migrated."""
+    from job_registry_api.queue.errors import QueueUnavailable
+    from job_registry_api.queue.migrations import MigrationRefused
+
+    try:
+        yield
+    except MigrationRefused as refused:
+        fail(REFUSED, str(refused))
+    except QueueUnavailable as error:
+        fail(REFUSED, f"The database is not available: {error.reason}")
+
+
+def collect_garbage_rarely() -> None:
+    """Exclude the objects of the schema and the modules from garbage collection.
+
+    They are a million objects that stay. Visiting them again and again took a third of the time of
+    an enqueue (measured, see benchmarks/README.md).
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)

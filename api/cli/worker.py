@@ -1,0 +1,158 @@
+"""`job-registry worker`: a worker by itself, and its health over HTTP with `--health-port`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from socket import socket
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from job_registry import JobRegistry, JobTypeNotFound
+from job_registry_api.cli import startup
+from job_registry_api.cli.listening import address_of, listen
+from job_registry_api.cli.output import REFUSED, WRONG_USAGE, err, fail
+from job_registry_api.settings import Settings
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+
+
+def worker(
+    concurrency: Annotated[
+        int | None,
+        typer.Option(help="Jobs to run at once. Defaults to JOBS_WORKER_CONCURRENCY."),
+    ] = None,
+    types: Annotated[
+        str | None,
+        typer.Option(help="Job types to run, separated by commas. Defaults to all with a handler."),
+    ] = None,
+    health_port: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=65_535,
+            help="Port for /healthz, /readyz and /metrics. 0 picks a free port.",
+        ),
+    ] = None,
+    health_host: Annotated[str, typer.Option(help="Address of the health port.")] = "127.0.0.1",
+) -> None:
+    """Run jobs until SIGTERM, which lets running jobs end. A second SIGTERM does not wait."""
+    settings = startup.read_settings(worker_concurrency=concurrency)
+    registry = startup.read_registry(settings)
+    wanted = [name.strip() for name in (types or "").split(",") if name.strip()]
+    if types is not None and not wanted:
+        fail(WRONG_USAGE, "--types: expected job types separated by commas.")
+    for name in wanted:
+        try:
+            if not registry.get_type(name).has_handler:
+                fail(WRONG_USAGE, f"{name} has no handler. Its jobs are run by remote workers.")
+        except JobTypeNotFound as unknown:
+            fail(WRONG_USAGE, f"--types: {unknown}")
+    if not any(job_type.has_handler for job_type in registry.values()):
+        fail(WRONG_USAGE, "No job type has a handler, so there is nothing to run.")
+    startup.configure_logs(settings)
+    startup.prepare_database(settings)
+    health_socket = None
+    if health_port is not None:
+        health_socket = listen(health_host, health_port, "--health-port")
+        err.print(f"Health is served at http://{address_of(health_socket)}/healthz")
+    from job_registry_api.worker import WorkerStartError
+
+    startup.collect_garbage_rarely()
+    try:
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            runner.run(_work(settings, registry, wanted, health_socket))
+    except WorkerStartError as error:
+        fail(REFUSED, str(error))
+
+
+async def _work(
+    settings: Settings, registry: JobRegistry, types: Sequence[str], health_socket: socket | None
+) -> None:
+    from job_registry_api.opening import open_queue
+    from job_registry_api.queue.upkeep import maintain
+    from job_registry_api.shutdown import Shutdown
+    from job_registry_api.worker import Worker
+    from job_registry_api.worker.loop import CLOSE_SECONDS
+
+    async with open_queue(settings, registry) as queue:
+        worker = Worker(
+            queue,
+            types=types or None,
+            concurrency=settings.worker_concurrency,
+            assets=settings.assets,
+            shutdown_seconds=settings.shutdown_seconds,
+        )
+        stop = asyncio.Event()
+
+        def end() -> None:
+            stop.set()
+            worker.stop()
+
+        async with contextlib.AsyncExitStack() as stack:
+            shutdown = stack.enter_context(
+                Shutdown(
+                    end,
+                    seconds=settings.shutdown_seconds + CLOSE_SECONDS,
+                    abandon=worker.abandon,
+                )
+            )
+            if health_socket is not None:
+                from job_registry_api.auth import create_authenticator
+                from job_registry_api.health import Health, health_app
+
+                health = Health(queue, worker, authenticator=create_authenticator(settings))
+                await stack.enter_async_context(_health_served(health_app(health), health_socket))
+            upkeep = asyncio.create_task(
+                maintain(
+                    queue,
+                    stop,
+                    keep_succeeded_days=settings.keep_succeeded_days,
+                    keep_failed_days=settings.keep_failed_days,
+                )
+            )
+            await worker.run()
+            stop.set()
+            await upkeep
+        shutdown.work_has_ended()
+
+
+@contextlib.asynccontextmanager
+async def _health_served(application: Starlette, listening: socket) -> AsyncIterator[None]:
+    """Serve the health of a worker on its event loop until the context is left."""
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            yield  # The worker handles signals.
+
+    server = Server(
+        uvicorn.Config(
+            application,
+            access_log=False,
+            log_config=None,
+            server_header=False,
+            proxy_headers=False,
+            lifespan="off",
+            timeout_graceful_shutdown=1,
+        )
+    )
+    serving = asyncio.create_task(server.serve(sockets=[listening]), name="health")
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        await serving
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """Return uvloop's event loop, as uvicorn uses it; None without uvloop."""
+    try:
+        from uvloop import new_event_loop
+    except ImportError:
+        return None
+    return new_event_loop
