@@ -116,7 +116,11 @@ def run(
         given.seek(0)
         streams = (given, out, err)
         command = Command(arguments, environment=environment, folder=folder, streams=streams)
-        code = command.wait(60)
+        try:
+            code = command.wait(60)
+        except subprocess.TimeoutExpired:
+            command.kill()
+            raise
         out.seek(0)
         err.seek(0)
         return subprocess.CompletedProcess(
