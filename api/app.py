@@ -25,7 +25,7 @@ from job_registry_api.health import Health, health_routes
 from job_registry_api.opening import open_queue
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.upkeep import maintain
-from job_registry_api.rest import EnqueueView, JobView
+from job_registry_api.rest import EnqueueView, JobView, answer_not_found
 from job_registry_api.settings import Settings
 from job_registry_api.worker import Worker, WorkerStartError
 
@@ -104,8 +104,9 @@ def create_app(settings: Settings, registry: JobRegistry, *, worker: bool = Fals
             Route("/jobs", EnqueueView(authenticator, max_body_bytes=settings.max_body_bytes)),
             Route("/jobs/{id}", JobView(authenticator)),
             *health_routes(lambda request: cast(Health, request.app.state.health)),
-            *(pages.assets() if settings.graphiql else ()),
+            *([Route("/", pages.root()), *pages.assets()] if settings.graphiql else ()),
         ],
+        exception_handlers={404: answer_not_found},
         middleware=_middleware(settings),
         lifespan=lifespan,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from starlette.responses import Response
+from starlette.responses import RedirectResponse, Response
 from starlette.routing import BaseRoute, Mount
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -62,6 +62,11 @@ def graphiql(dist: Path = DIST) -> ASGIApp:
     index = dist / "index.html"
     text = index.read_text() if index.is_file() else _MISSING
     return Response(text, media_type="text/html", headers=_PAGE_HEADERS)
+
+
+def root() -> ASGIApp:
+    """Return the redirect from / to GraphiQL, relative, so that it works below any prefix."""
+    return RedirectResponse("graphql")
 
 
 def assets(dist: Path = DIST) -> list[BaseRoute]:

@@ -8,6 +8,8 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 from pydantic.alias_generators import to_camel
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from job_registry import CodedError, JobTypeNotFound, NotJson, PayloadInvalid, parse_json
@@ -137,6 +139,13 @@ def _as_json(fields: dict[str, Any]) -> dict[str, Any]:
         to_camel(name): _time(value) if isinstance(value, datetime) else value
         for name, value in fields.items()
     }
+
+
+async def answer_not_found(_request: Request, _error: Exception) -> Response:
+    """Answer a request for a path that nothing is served at."""
+    message = "Nothing is served at this path. GraphQL is at /graphql and REST at /jobs."
+    error = {"code": "not_found", "message": message, "details": []}
+    return JSONResponse({"error": error}, 404)
 
 
 async def _respond_error(send: Send, error: Exception) -> None:

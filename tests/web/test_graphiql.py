@@ -185,6 +185,20 @@ async def test_without_a_build_the_page_says_what_is_missing(
     assert answer.json() == {"data": {"__typename": "Query"}}
 
 
+async def test_the_root_leads_to_graphiql_and_unknown_paths_are_answered_as_json(
+    visit: Visit,
+) -> None:
+    async with visit() as client:
+        root = await client.get("/", follow_redirects=False)
+        assert (root.status_code, root.headers["location"]) == (307, "graphql")
+        unknown = await client.get("/graphiql")
+        assert unknown.status_code == 404
+        assert unknown.json()["error"]["code"] == "not_found"
+        assert "GraphQL is at /graphql" in unknown.json()["error"]["message"]
+    async with visit(graphiql="false") as client:
+        assert (await client.get("/")).status_code == 404
+
+
 async def test_without_graphiql_a_browser_is_treated_as_any_client(visit: Visit) -> None:
     async with visit(graphiql="false") as client:
         page = await client.get("/graphql", headers={"accept": "text/html,*/*"})
