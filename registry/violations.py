@@ -18,6 +18,7 @@ from pydantic_core import ErrorDetails, SchemaError, SchemaValidator
 
 from job_registry.errors import Violation, near, shortened, shortened_text, suggestion
 from job_registry.json_values import MAX_VIOLATIONS, json_document, pointer_of
+from job_registry.timestamps import DATE, DATE_TIME
 
 MAX_COLLECTED: Final = 20_000
 """Faults that are asked of Pydantic at once. 256 KiB of `{}` may have a million, in 2 GB."""
@@ -525,8 +526,6 @@ _CODES: Final = {
 """Pydantic's error types as our codes, which stay when Pydantic renames its own. The rest ends in
 `_parsing`, `_from_date_parsing` and the like, and is `invalid_format`."""
 
-_DATE: Final = "a date in ISO 8601, such as 2030-01-31"
-_DATE_TIME: Final = "a date and time in ISO 8601, such as 2030-01-31T12:00:00Z"
 _TIME: Final = "a time of day in ISO 8601, such as 12:00:00"
 _DURATION: Final = "a duration in ISO 8601, such as PT30S"
 _UUID: Final = "a UUID, such as 3f2504e0-4f89-41d3-9a0c-0305e82c3301"
@@ -556,19 +555,19 @@ _EXPECTED: Final = {
     "dataclass_type": "an object",
     "decimal_type": _DECIMAL,
     "decimal_parsing": _DECIMAL,
-    "date_type": _DATE,
-    "date_parsing": _DATE,
-    "date_from_datetime_parsing": _DATE,
-    "date_from_datetime_inexact": _DATE,
+    "date_type": DATE,
+    "date_parsing": DATE,
+    "date_from_datetime_parsing": DATE,
+    "date_from_datetime_inexact": DATE,
     "date_past": "a date in the past",
     "date_future": "a date in the future",
-    "datetime_type": _DATE_TIME,
-    "datetime_parsing": _DATE_TIME,
-    "datetime_object_invalid": _DATE_TIME,
-    "datetime_from_date_parsing": _DATE_TIME,
+    "datetime_type": DATE_TIME,
+    "datetime_parsing": DATE_TIME,
+    "datetime_object_invalid": DATE_TIME,
+    "datetime_from_date_parsing": DATE_TIME,
     "datetime_past": "a date and time in the past",
     "datetime_future": "a date and time in the future",
-    "timezone_aware": f"{_DATE_TIME}, with its offset from UTC",
+    "timezone_aware": f"{DATE_TIME}, with its offset from UTC",
     "timezone_naive": "a date and time without an offset, such as 2030-01-31T12:00:00",
     "time_type": _TIME,
     "time_parsing": _TIME,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from datetime import date, timedelta
+from datetime import date, datetime, timedelta
 from enum import Enum
 from typing import Annotated, Any, Literal
 
@@ -40,24 +40,24 @@ class Color(Enum):
 
 class Node(Payload):
     size: int = 0
-    below: list[Node] = []  # noqa: RUF012  (Pydantic copies defaults)
+    below: list[Node] = []
 
 
 class Order(Payload):
     method: Annotated[Card | Iban, Field(discriminator="kind")] | None = None
     slot: Slot | None = None
     way: Card | Iban | int | None = None
-    sizes: list[int] | list[str] = []  # noqa: RUF012
+    sizes: list[int] | list[str] = []
     when: Literal["now", "later"] | Annotated[int, Field(ge=10)] = "now"
     color: Color = Color.RED
     tree: Node | None = None
-    ways: list[Card | Iban | int] = []  # noqa: RUF012
-    counts: dict[Annotated[str, Field(max_length=3)], int] = {}  # noqa: RUF012
-    nested: dict[str, dict[str, int]] = {}  # noqa: RUF012
+    ways: list[Card | Iban | int] = []
+    counts: dict[Annotated[str, Field(max_length=3)], int] = {}
+    nested: dict[str, dict[str, int]] = {}
     wait: timedelta = timedelta(0)
     pair: tuple[int, str] = (1, "")
     text: JsonText[dict[str, int]] | None = None
-    words: list[int] = []  # noqa: RUF012
+    words: list[int] = []
     inside: int = Field(default=0, validation_alias=AliasPath("outer", "inner"))
 
     @field_validator("words", mode="before")
@@ -368,3 +368,41 @@ def test_a_field_named_like_the_label_of_a_key_is_pointed_at() -> None:
     with pytest.raises(PayloadInvalid) as refused:
         JobRegistry([job_type]).admit("label.key", {"byName": {"a": {}}})
     assert [(v.path, v.code) for v in refused.value.violations] == [("/byName/a/[key]", "required")]
+
+
+def test_a_date_or_time_written_as_a_number_of_seconds_is_refused_wherever_it_is() -> None:
+    class Slot(Payload):
+        at: datetime
+        on: date | str | None = None
+
+    class Booking(Payload):
+        first_slot: Slot
+        more: list[Slot] = []
+        by_name: dict[str, datetime] = {}
+        pair: tuple[int, date] | None = None
+        note: str = ""
+
+    job_type = JobType(name="book.slot", payload=Booking, policy=JobPolicy())
+    registry = JobRegistry([job_type])
+    good = {"at": "2030-01-31T12:00:00Z"}
+    registry.admit("book.slot", {"firstSlot": {**good, "on": "2030-01-31"}, "note": "2030"})
+    with pytest.raises(PayloadInvalid) as refused:
+        registry.admit(
+            "book.slot",
+            {
+                "firstSlot": {"at": "2030"},
+                "more": [good, {"at": "-5.5"}],
+                "byName": {"a/b": "1893456000"},
+                "pair": [1, "86400"],
+                "note": "2030",
+            },
+        )
+    assert [(v.path, v.code) for v in refused.value.violations] == [
+        ("/firstSlot/at", "invalid_format"),
+        ("/more/1/at", "invalid_format"),
+        ("/byName/a~1b", "invalid_format"),
+        ("/pair/1", "invalid_format"),
+    ]
+    sentence = 'Expected a date and time in ISO 8601, such as 2030-01-31T12:00:00Z; got "2030".'
+    assert refused.value.violations[0].message == sentence
+    assert refused.value.violations[3].message.startswith("Expected a date in ISO 8601")
