@@ -10,11 +10,20 @@ were not reached. `crash.py` has the rest of the time. Exits with 1 if a guarant
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import psutil
+
+from tests.postgresql_server import SERVERS, memory
 
 ROOT = Path(__file__).resolve().parent.parent
 LEAST_CRASH_MINUTES = 0.5
@@ -30,18 +39,39 @@ def main() -> None:
     # The first failure ends the tests, so if the time runs out, none has failed.
     tests = [sys.executable, "-m", "pytest", "--soak", "-m", "soak", "-x"]
     tests += ["-n", "2", "--dist", "loadfile"]
-    good = _run(tests, minutes=arguments.minutes / 2) is not False
+    with _servers_end() as servers:
+        good = _run(tests, minutes=arguments.minutes / 2, servers=servers) is not False
     left = arguments.minutes - (time.monotonic() - started) / 60 - JUDGING_MINUTES
     storm = max(LEAST_CRASH_MINUTES, left)
     crash = [sys.executable, "-m", "benchmarks.crash", "--minutes", f"{storm:.2f}"]
-    good = bool(_run(crash, minutes=storm + 5)) and good
+    with _servers_end() as servers:
+        good = bool(_run(crash, minutes=storm + 5, servers=servers)) and good
     print(f"soaked for {(time.monotonic() - started) / 60:.1f} minutes", flush=True)
     sys.exit(0 if good else 1)
 
 
-def _run(command: list[str], *, minutes: float) -> bool | None:
+@contextmanager
+def _servers_end() -> Iterator[Path]:
+    """Yield a folder for servers, and end the servers that a program has left behind there.
+
+    Test processes that are interrupted do not end theirs.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="soak-", dir=memory()))
+    folder.chmod(0o755)
+    try:
+        yield folder
+    finally:
+        for process in psutil.process_iter(["cmdline"]):
+            if any(str(folder) in argument for argument in process.info["cmdline"] or ()):
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _run(command: list[str], *, minutes: float, servers: Path) -> bool | None:
     """Run a program, and return whether it succeeded; None if it did not end in time."""
-    with subprocess.Popen(command, cwd=ROOT) as process:
+    environment = {**os.environ, SERVERS: str(servers)}
+    with subprocess.Popen(command, cwd=ROOT, env=environment) as process:
         try:
             return process.wait(minutes * 60) == 0
         except subprocess.TimeoutExpired:

@@ -35,6 +35,9 @@ TEST_SETTINGS: Final[Mapping[str, str]] = {
 }
 
 
+SERVERS: Final = "TEST_SERVERS"
+"""The variable that names a folder for the servers' data, so that who set it finds them."""
+
 MEMORY: Final = Path("/dev/shm")
 MEMORY_BYTES: Final = 4 * 2**30
 """What the servers of several test processes may take at most, with room to spare."""
@@ -52,7 +55,7 @@ def data_folder(prefix: str) -> Path:
     There a copy of a database takes 0.06 seconds; on a disk it takes 0.6.
     """
     # A socket's path may have 107 bytes, so the folder is not a deep one.
-    return Path(tempfile.mkdtemp(prefix=prefix, dir=memory()))
+    return Path(tempfile.mkdtemp(prefix=prefix, dir=os.environ.get(SERVERS, memory())))
 
 
 class ServerMissing(Exception):
