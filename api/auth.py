@@ -87,6 +87,29 @@ class AuthenticationUnavailable(CodedError):
         super().__init__("The keys to check the token cannot be fetched; try again.")
 
 
+STATUSES: Final[Mapping[type[CodedError], int]] = {
+    Unauthenticated: 401,
+    Forbidden: 403,
+    TooManyRequests: 429,
+    AuthenticationUnavailable: 503,
+}
+"""The HTTP status of each error of `Authenticator`."""
+
+REFUSALS: Final = tuple(STATUSES)
+
+
+def headers_of(error: Exception) -> tuple[tuple[bytes, bytes], ...]:
+    """Return the headers of the HTTP response to an error of `Authenticator`."""
+    match error:
+        case Unauthenticated():
+            return ((b"www-authenticate", error.challenge.encode()),)
+        case TooManyRequests():
+            return ((b"retry-after", str(error.retry_after).encode()),)
+        case AuthenticationUnavailable():
+            return ((b"retry-after", b"5"),)
+    return ()
+
+
 class KeysInvalid(Exception):
     """Raised when a JSON Web Key Set has no usable key."""
 

@@ -74,6 +74,12 @@ async def read_body(scope: Scope, receive: Receive, max_bytes: int) -> bytes:
     return b"".join(parts)
 
 
+async def wait_for_disconnect(receive: Receive) -> None:
+    """Return when the client hangs up. The body of the request has been read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
 def header(scope: Scope, name: bytes) -> bytes:
     """Return the value of a header, b"" if it is missing. `name` is in lower case."""
     for key, value in scope["headers"]:

@@ -13,13 +13,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from job_registry import CodedError, JobTypeNotFound, NotJson, PayloadInvalid, parse_json
-from job_registry_api.auth import (
-    AuthenticationUnavailable,
-    Authenticator,
-    Forbidden,
-    TooManyRequests,
-    Unauthenticated,
-)
+from job_registry_api import auth
+from job_registry_api.auth import Authenticator
 from job_registry_api.http_messages import (
     BodyTooLarge,
     ClientGone,
@@ -41,9 +36,8 @@ from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.requests import parse_request
 
 _STATUSES: Final[Mapping[type[CodedError], int]] = {
+    **auth.STATUSES,
     NotJson: 400,
-    Unauthenticated: 401,
-    Forbidden: 403,
     JobTypeNotFound: 404,
     JobNotFound: 404,
     MethodNotAllowed: 405,
@@ -52,8 +46,6 @@ _STATUSES: Final[Mapping[type[CodedError], int]] = {
     UnsupportedMediaType: 415,
     PayloadInvalid: 422,
     InputInvalid: 422,
-    TooManyRequests: 429,
-    AuthenticationUnavailable: 503,
     QueueUnavailable: 503,
 }
 
@@ -179,15 +171,9 @@ def _headers(error: Exception) -> tuple[tuple[bytes, bytes], ...]:
     match error:
         case MethodNotAllowed():
             return ((b"allow", ", ".join(error.allowed).encode()),)
-        case Unauthenticated():
-            return ((b"www-authenticate", error.challenge.encode()),)
-        case TooManyRequests():
-            return ((b"retry-after", str(error.retry_after).encode()),)
-        case AuthenticationUnavailable():
-            return ((b"retry-after", b"5"),)
         case QueueUnavailable():
             return ((b"retry-after", b"1"),)
-    return ()
+    return auth.headers_of(error)
 
 
 def _time(time: datetime | None) -> str | None:

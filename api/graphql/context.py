@@ -12,6 +12,7 @@ from starlette.types import Receive
 from strawberry.dataloader import DataLoader
 
 from job_registry_api.auth import Caller
+from job_registry_api.http_messages import wait_for_disconnect
 from job_registry_api.queue.errors import JobNotFound
 from job_registry_api.queue.models import AttemptRecord, JobCounts, JobRecord
 from job_registry_api.queue.queue import JobQueue
@@ -99,8 +100,7 @@ class Context:
 
 
 async def _watch(receive: Receive, gone: asyncio.Event) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+    await wait_for_disconnect(receive)
     gone.set()
 
 

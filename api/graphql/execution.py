@@ -33,6 +33,7 @@ from strawberry.schema.validation_rules.one_of import OneOfInputValidationRule
 from job_registry_api.auth import Unauthenticated
 from job_registry_api.graphql.context import Context
 from job_registry_api.graphql.document_limits import Limits, check_size, too_complex
+from job_registry_api.graphql.request_errors import format_exception, format_result
 from job_registry_api.graphql.schema import executable
 
 MAX_CACHED_DOCUMENTS: Final = 500
@@ -103,21 +104,21 @@ class Executor:
 
     async def results(
         self, prepared: Prepared, variables: dict[str, Any] | None, context: Context
-    ) -> AsyncGenerator[ExecutionResult]:
-        """Yield the result of a query or mutation, or one per event of a subscription.
+    ) -> AsyncGenerator[dict[str, Any]]:
+        """Yield the formatted result of a query or mutation, or one per event of a subscription.
 
-        When a subscription ends for another reason than that its events end, such as a token that
-        expires, its last result is that error.
+        When a subscription fails, for example because its token expires, the last result is that
+        error.
         """
         try:
             if prepared.is_subscription:
                 async with aclosing(self._events(prepared, variables, context)) as events:
                     async for result in events:
-                        yield result
+                        yield format_result(result)
             else:
-                yield await self.execute(prepared, variables, context)
+                yield format_result(await self.execute(prepared, variables, context))
         except Exception as error:
-            yield ExecutionResult(None, [GraphQLError("", original_error=error)])
+            yield {"errors": [format_exception(error)]}
 
     def _options(
         self, prepared: Prepared, variables: dict[str, Any] | None, context: Context

@@ -5,8 +5,6 @@ https://graphql.github.io/graphql-over-http/draft/
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from typing import Any, Final, NamedTuple
 from urllib.parse import parse_qs
 
@@ -14,13 +12,8 @@ from graphql import GraphQLError
 from pydantic_core import from_json
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from job_registry_api.auth import (
-    AuthenticationUnavailable,
-    Authenticator,
-    Forbidden,
-    TooManyRequests,
-    Unauthenticated,
-)
+from job_registry_api import auth
+from job_registry_api.auth import Authenticator
 from job_registry_api.graphql.context import Context
 from job_registry_api.graphql.execution import DocumentRefused, Executor, Prepared
 from job_registry_api.graphql.request_errors import format_exception, format_result
@@ -64,7 +57,7 @@ class GraphQLOverHTTP:
     """Serves the schema at one path.
 
     `page` is the response to a browser's GET, if any. POST needs a JSON Content-Type, so that a
-    form on a foreign page cannot execute a mutation: a browser asks first (CORS).
+    form on a foreign page cannot execute a mutation: a browser sends a preflight request (CORS).
     """
 
     def __init__(
@@ -124,7 +117,7 @@ class GraphQLOverHTTP:
             content, status = {"errors": [format_exception(error)]}, 500
         else:
             if as_events:
-                await send_events(receive, send, self._contents(request))
+                await send_events(receive, send, self._executor.results(*request))
                 return
         if media_type == EVENT_STREAM:
             media_type = JSON
@@ -147,17 +140,9 @@ class GraphQLOverHTTP:
             )
         try:
             caller = await self._authenticator.authenticate(scope)
-        except Unauthenticated as error:
-            challenge = (b"www-authenticate", error.challenge.encode())
-            raise RequestRefused(401, [format_exception(error)], headers=(challenge,)) from None
-        except Forbidden as error:
-            raise RequestRefused(403, [format_exception(error)]) from None
-        except TooManyRequests as error:
-            retry = (b"retry-after", str(error.retry_after).encode())
-            raise RequestRefused(429, [format_exception(error)], headers=(retry,)) from None
-        except AuthenticationUnavailable as error:
-            retry = (b"retry-after", b"5")
-            raise RequestRefused(503, [format_exception(error)], headers=(retry,)) from None
+        except auth.REFUSALS as error:
+            status, headers = auth.STATUSES[type(error)], auth.headers_of(error)
+            raise RequestRefused(status, [format_exception(error)], headers=headers) from None
         if method == "GET":
             content = _checked(_of_query_string(scope["query_string"]))
         else:
@@ -184,11 +169,6 @@ class GraphQLOverHTTP:
         if not isinstance(content, dict):
             raise _refused(400, "The body has to be one object with a query; there are no batches.")
         return content
-
-    async def _contents(self, request: _Request) -> AsyncGenerator[dict[str, Any]]:
-        async with aclosing(self._executor.results(*request)) as results:
-            async for result in results:
-                yield format_result(result)
 
 
 def _refused(status: int, message: str, *, allow: bytes | None = None) -> RequestRefused:

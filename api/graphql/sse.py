@@ -12,6 +12,8 @@ from typing import Any, Final
 from pydantic_core import to_json
 from starlette.types import Receive, Send
 
+from job_registry_api.http_messages import wait_for_disconnect
+
 EVENT_STREAM: Final = b"text/event-stream"
 KEEP_ALIVE_SECONDS: Final = 15.0
 """Proxies end connections that are silent for longer."""
@@ -27,7 +29,7 @@ async def send_events(
         (b"x-accel-buffering", b"no"),
     ]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
-    gone = asyncio.ensure_future(_client_gone(receive))
+    gone = asyncio.ensure_future(wait_for_disconnect(receive))
     following: asyncio.Future[dict[str, Any]] | None = None
     try:
         while True:
@@ -60,8 +62,3 @@ async def send_events(
 
 async def _send_text(send: Send, text: bytes) -> None:
     await send({"type": "http.response.body", "body": text, "more_body": True})
-
-
-async def _client_gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

@@ -15,17 +15,10 @@ from pydantic_core import from_json, to_json
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from job_registry_api.auth import (
-    AuthenticationUnavailable,
-    Authenticator,
-    Caller,
-    Forbidden,
-    TooManyRequests,
-    Unauthenticated,
-)
+from job_registry_api.auth import REFUSALS, Authenticator, Caller, TooManyRequests
 from job_registry_api.graphql.context import Context
 from job_registry_api.graphql.execution import DocumentRefused, Executor
-from job_registry_api.graphql.request_errors import format_exception, format_result
+from job_registry_api.graphql.request_errors import format_exception
 from job_registry_api.logs import log_unexpected
 
 PROTOCOL: Final = "graphql-transport-ws"
@@ -180,7 +173,7 @@ class _Connection:
             self._caller = await self._authenticator.authenticate(
                 self._socket.scope, given if isinstance(given, str) else None
             )
-        except (Unauthenticated, Forbidden, TooManyRequests, AuthenticationUnavailable):
+        except REFUSALS:
             raise _ProtocolViolation(4403, "Forbidden") from None
         await self._send("connection_ack")
 
@@ -198,7 +191,7 @@ class _Connection:
             self._operations.pop(operation_id, None)
             await self._send("complete", operation_id)
         except WebSocketDisconnect:
-            pass  # `serve` learns of it as well.
+            pass  # `serve` ends for the same reason.
 
     async def _contents(
         self, payload: dict[str, Any], caller: Caller
@@ -225,8 +218,8 @@ class _Connection:
             return
         context = Context(self._socket.app.state.queue, caller)
         async with aclosing(self._executor.results(prepared, variables, context)) as results:
-            async for result in results:
-                yield format_result(result)
+            async for content in results:
+                yield content
 
     async def _send(self, kind: str, operation_id: str | None = None, payload: Any = None) -> None:
         message: dict[str, Any] = {"type": kind}
