@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
-from typing import Final, NamedTuple, TypeVar, cast
+from typing import Final, NamedTuple, cast
 
 from pydantic import JsonValue
 from pydantic_core import from_json
@@ -26,8 +26,6 @@ from job_registry_api.queue.group_commit import GroupCommit
 from job_registry_api.queue.models import JobRecord, JobStatus
 from job_registry_api.queue.requests import EnqueueRequest, differing_paths, input_faults
 from job_registry_api.queue.store import NewJob, Store, Stored, present
-
-T = TypeVar("T")
 
 DEFAULT_PRIORITY: Final = 50
 
@@ -121,7 +119,7 @@ class Enqueueing:
                 admitted[index] = self._admit(request, created_by)
             except (JobTypeNotFound, PayloadInvalid, InputInvalid) as refusal:
                 results[index] = refusal
-                # To list faults takes milliseconds: a bulk of them would hold up everybody else.
+                # Listing faults takes milliseconds. A bulk of them would block the event loop.
                 await asyncio.sleep(0)
         if admitted and not (atomic and results):
             stored, committed = await self._insert_bulk(list(admitted.values()), atomic=atomic)

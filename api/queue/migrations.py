@@ -244,15 +244,19 @@ def _examine(connection: Connection, schema: str) -> Fit:
     return Fit(verdict, revision, needed, compatible_from)
 
 
+def _home(connection: Connection, schema: str) -> str | None:
+    """Return the schema of the tables; None on SQLite, which has no schemas."""
+    return schema if connection.dialect.name == "postgresql" else None
+
+
 def _recorded(connection: Connection, schema: str) -> tuple[str | None, str | None]:
     """Return the revision of the database, and the oldest revision whose code can use it."""
     columns = _version_columns(connection, schema)
     if "version_num" not in columns:
         return None, None
     compatible_from = "compatible_from" if "compatible_from" in columns else "NULL"
-    table = VERSION_TABLE
-    if connection.dialect.name == "postgresql":
-        table = f"{quoted(schema)}.{VERSION_TABLE}"
+    home = _home(connection, schema)
+    table = VERSION_TABLE if home is None else f"{quoted(home)}.{VERSION_TABLE}"
     query = f"SELECT version_num, {compatible_from} FROM {table}"
     try:
         row = connection.exec_driver_sql(query).first()
@@ -268,7 +272,7 @@ def _recorded(connection: Connection, schema: str) -> tuple[str | None, str | No
 
 def _version_columns(connection: Connection, schema: str) -> set[str]:
     inspector = inspect(connection)
-    home = schema if connection.dialect.name == "postgresql" else None
+    home = _home(connection, schema)
     if not inspector.has_table(VERSION_TABLE, schema=home):
         return set()
     return {column["name"] for column in inspector.get_columns(VERSION_TABLE, schema=home)}
@@ -361,7 +365,7 @@ def _migrate(
 
 def _refuse_collisions(connection: Connection, schema: str) -> None:
     inspector = inspect(connection)
-    home = schema if connection.dialect.name == "postgresql" else None
+    home = _home(connection, schema)
     there = {*inspector.get_table_names(schema=home), *inspector.get_view_names(schema=home)}
     taken = sorted(there & METADATA.tables.keys())
     if taken:

@@ -83,13 +83,7 @@ class PostgreSQLStore(Store):
         parameters = {"jobs": _new_jobs(jobs), "wait": True, **self._sender}
         result = await connection.execute(statement(self._sql["insert"]), parameters)
         stored = _stored([dict(row) for row in result.mappings()])
-        keys = _keys(jobs, stored)
-        if keys:
-            wanted = json_text([{"type": job_type, "key": key} for job_type, key in keys])
-            found = await connection.execute(statement(self._sql["by_key"]), {"keys": wanted})
-            holders = [JobRecord.of(dict(row)) for row in found.mappings()]
-            _add_holders(jobs, stored, {(h.type, h.idempotency_key or ""): h for h in holders})
-        return stored
+        return await self._with_holders(jobs, stored, connection)
 
     async def claim(self, claim: Claim) -> Claimed:
         claimed = await self._look(claim, *self._heads.known(time.monotonic()))
@@ -253,10 +247,14 @@ class PostgreSQLStore(Store):
         rows = await self._database.execute_at_once(sql, {**sender, **parameters})
         return [dict(row._mapping) for row in rows]
 
-    async def _read(self, name: str, parameters: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-        async with self._database.reading() as connection:
-            result = await connection.execute(statement(self._sql[name]), parameters)
-            return [dict(row) for row in result.mappings()]
+    async def _read(
+        self, name: str, parameters: Mapping[str, Any], connection: AsyncConnection | None = None
+    ) -> Sequence[Mapping[str, Any]]:
+        if connection is None:
+            async with self._database.reading() as own:
+                return await self._read(name, parameters, own)
+        result = await connection.execute(statement(self._sql[name]), parameters)
+        return [dict(row) for row in result.mappings()]
 
     async def _jobs(self, rows: Sequence[Mapping[str, Any]]) -> list[JobRecord]:
         """Return the jobs of rows in which large documents may be missing."""
@@ -281,11 +279,14 @@ class PostgreSQLStore(Store):
         return jobs
 
     async def _with_holders(
-        self, jobs: Sequence[NewJob], stored: dict[uuid.UUID, Stored]
+        self,
+        jobs: Sequence[NewJob],
+        stored: dict[uuid.UUID, Stored],
+        connection: AsyncConnection | None = None,
     ) -> dict[uuid.UUID, Stored]:
         keys = _keys(jobs, stored)
         if keys:
-            _add_holders(jobs, stored, await self.find_by_key(keys))
+            _add_holders(jobs, stored, await self.find_by_key(keys, connection))
         return stored
 
 

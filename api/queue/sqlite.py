@@ -84,24 +84,21 @@ class SQLiteStore(Store):
     async def insert_within(
         self, connection: AsyncConnection, jobs: Sequence[NewJob]
     ) -> dict[uuid.UUID, Stored]:
-        async def run(name: str, parameters: Mapping[str, Any]) -> list[Row]:
-            result = await connection.execute(statement(SQL[name]), parameters)
-            return [dict(row) for row in result.mappings()] if result.returns_rows else []
-
         stored: dict[uuid.UUID, Stored] = {}
         created: list[tuple[str, str, str, int]] = []
-        now = str(next(iter((await run("now", {}))[0].values())))
+        now = str((await connection.execute(statement(SQL["now"]))).scalar_one())
         for job in jobs:
             result = await connection.execute(statement(SQL["insert"]), _new_job(job, now))
             if result.rowcount:
                 stored[job.id] = _stored(job, now)
                 created.append(("job.created", job.id.hex, job.type, 0))
             else:
-                (holder,) = map(_job, await run("by_key", {"keys": _key_text(job)}))
+                key = (job.type, job.idempotency_key or "")
+                holder = (await self.find_by_key([key], connection))[key]
                 stored[job.id] = Stored(holder.created_at, holder.created_at, holder)
         if created:
-            message = message_of(self._process, created)
-            await run("keep_events", {"message": message, "now": now})
+            kept = {"message": message_of(self._process, created), "now": now}
+            await connection.execute(statement(SQL["keep_events"]), kept)
         return stored
 
     async def claim(self, claim: Claim) -> Claimed:
@@ -181,10 +178,14 @@ class SQLiteStore(Store):
 
         return await self._database.write(run)
 
-    async def _read(self, name: str, parameters: Mapping[str, Any]) -> Sequence[Row]:
-        async with self._database.reading() as connection:
-            result = await connection.execute(statement(SQL[name]), parameters)
-            return [_typed(dict(row)) for row in result.mappings()]
+    async def _read(
+        self, name: str, parameters: Mapping[str, Any], connection: AsyncConnection | None = None
+    ) -> Sequence[Row]:
+        if connection is None:
+            async with self._database.reading() as own:
+                return await self._read(name, parameters, own)
+        result = await connection.execute(statement(SQL[name]), parameters)
+        return [_typed(dict(row)) for row in result.mappings()]
 
 
 class _Transaction:

@@ -303,8 +303,13 @@ class Store(ABC):
         """
 
     @abstractmethod
-    async def _read(self, name: str, parameters: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-        """Run a statement that only reads, and return its rows with converted values."""
+    async def _read(
+        self, name: str, parameters: Mapping[str, Any], connection: AsyncConnection | None = None
+    ) -> Sequence[Mapping[str, Any]]:
+        """Run a statement that only reads, and return its rows with converted values.
+
+        `connection` is that of the caller's transaction, if it belongs to one.
+        """
 
     async def _select(self, query: Executable) -> list[dict[str, Any]]:
         """Run an ordinary query."""
@@ -340,11 +345,11 @@ class Store(ABC):
         return {job.id: job for job in map(JobRecord.of, rows)}
 
     async def find_by_key(
-        self, keys: Iterable[tuple[str, str]]
+        self, keys: Iterable[tuple[str, str]], connection: AsyncConnection | None = None
     ) -> dict[tuple[str, str], JobRecord]:
-        """Return the jobs with these (type, idempotency key) pairs."""
-        wanted = json_text([{"type": job_type, "key": key} for job_type, key in keys])
-        found = [JobRecord.of(row) for row in await self._read("by_key", {"keys": wanted})]
+        """Return the jobs with these (type, idempotency key) pairs, as `connection` sees them."""
+        wanted = {"keys": json_text([{"type": job_type, "key": key} for job_type, key in keys])}
+        found = [JobRecord.of(row) for row in await self._read("by_key", wanted, connection)]
         return {(job.type, job.idempotency_key or ""): job for job in found}
 
     async def attempts(self, job_ids: Sequence[uuid.UUID]) -> dict[uuid.UUID, list[AttemptRecord]]:
