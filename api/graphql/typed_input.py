@@ -61,7 +61,7 @@ def typed_job_input(
 ) -> type[TypedJob] | None:
     """Make `TypedJobInput` for a registry; None for one without job types.
 
-    `is_taken` tells whether the rest of the schema has a type of this name.
+    `is_taken` returns whether the rest of the schema has a type of this name.
 
     Raises:
         DefinitionError: two job types, or a job type and the schema, need the same name for

@@ -287,8 +287,8 @@ class Job:
     )
     cancel_requested_at: datetime | None = strawberry.field(
         metadata=OPEN,
-        description="When its cancellation was requested. The worker of a running job learns of"
-        " it from its next heartbeat.",
+        description="When its cancellation was requested. For a running job, the response to the"
+        " worker's next heartbeat says so.",
     )
     worker_id: str | None = strawberry.field(
         extensions=[Requires(*READERS)], description="The worker of its latest attempt."

@@ -74,7 +74,7 @@ def _innermost(session: Session) -> SessionTransaction | None:
 
 
 def _savepoint_or_root(transaction: SessionTransaction | None) -> SessionTransaction | None:
-    """Skip the session's internal transactions, for example the one of a flush."""
+    """Skip the session's internal transactions, for example that of a flush."""
     while transaction is not None and not transaction.nested and transaction.parent is not None:
         transaction = transaction.parent
     return transaction

@@ -143,7 +143,7 @@ class Leasing:
             if renewal.progress is not None and renewed.get((job_id, secret)) is not None
         ]
         if progressed:
-            # The renewal is committed and announced to other processes: a failure here is no error.
+            # The renewal is committed and announced to other processes, whether this works or not.
             with suppress(QueueUnavailable):
                 jobs = await self._store.get_many(progressed)
                 self.events.publish([JobEvent.of("job.progressed", j) for j in jobs.values()])
