@@ -17,16 +17,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from job_registry import CodedError
-from job_registry_api.auth import (
-    AuthenticationUnavailable,
-    Authenticator,
-    Forbidden,
-    TooManyRequests,
-    Unauthenticated,
-)
+from job_registry_api.auth import Authenticator, Forbidden, TooManyRequests, Unauthenticated
 from job_registry_api.metrics import CONTENT_TYPE, Attempts
 from job_registry_api.queue.errors import QueueUnavailable
 from job_registry_api.queue.queue import JobQueue
+from job_registry_api.signing_keys import AuthenticationUnavailable
 
 READY_SECONDS: Final = 2.0
 """How long the database may take to answer `/readyz` or a count of the jobs."""

@@ -132,7 +132,7 @@ def none_algorithm(**changed: Any) -> str:
         (lambda: token(aud=None), "The token lacks the claim aud."),
         (lambda: token(sub=""), "The claim sub is not 1 to 255 characters of text."),
         (lambda: token(sub=7), "The token is not valid."),
-        (lambda: token(exp="soon"), "The token is not valid."),
+        (lambda: token(exp="soon"), "The claim exp is not a time in seconds since 1970."),
         (lambda: token(**{"jobs:types": "x"}), "The claim jobs:types is not a list of names."),
         (lambda: token(**{"jobs:types": [1]}), "The claim jobs:types is not a list of names."),
         (none_algorithm, "The token is signed with another algorithm than its key's."),
@@ -313,8 +313,8 @@ def test_a_file_that_is_no_key_set_is_a_wrong_setting(tmp_path: Path, text: str)
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ('{"keys": []}', "not a JSON Web Key Set"),
-        ('{"keys": [1]}', "not a JSON Web Key Set"),
+        ('{"keys": []}', "has no RSA, P-256 or Ed25519 key"),
+        ('{"keys": [1]}', "has no RSA, P-256 or Ed25519 key"),
         ('{"keys": [{"kty": "oct", "k": "c2VjcmV0"}]}', "has no RSA, P-256 or Ed25519 key"),
     ],
 )
