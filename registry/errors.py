@@ -201,6 +201,13 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() and c not in '"\\' else json.dumps(c)[1:-1] for c in text)
 
 
+def escaped(text: str) -> str:
+    """Escape what a terminal could act on, line breaks among it: `\\u001b` for an escape."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
+
+
 def shortened_text(text: str, limit: int = 300) -> str:
     """Truncate a sentence."""
     return text if len(text) <= limit else text[: limit - 1] + "…"
