@@ -72,6 +72,15 @@ STATUS_AFTER: Final[dict[EventName, JobStatus]] = {
     "job.settled": JobStatus.QUEUED,
 }
 
+_AFTER_CHANGE: Final[dict[JobStatus, EventName]] = {
+    JobStatus.QUEUED: "job.retrying",
+    JobStatus.RUNNING: "job.cancel_requested",
+    JobStatus.SUCCEEDED: "job.succeeded",
+    JobStatus.FAILED: "job.failed",
+    JobStatus.CANCELLED: "job.cancelled",
+}
+"""The event of each status that a change leaves a job in."""
+
 MAX_UNREAD_EVENTS: Final = 1_000
 """How many events a subscriber may be behind before it is dropped."""
 
@@ -111,6 +120,11 @@ class JobEvent(NamedTuple):
     def of(cls, name: EventName, job: JobRecord) -> JobEvent:
         """Return the event `name` of a job, as read after the event."""
         return cls(name, job.id, job.type, job.attempt)
+
+    @classmethod
+    def of_change(cls, job: JobRecord) -> JobEvent:
+        """Return the event of a job whose attempt ended, or that was cancelled or retried."""
+        return cls.of(_AFTER_CHANGE[job.status], job)
 
 
 class Message(NamedTuple):
