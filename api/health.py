@@ -30,7 +30,7 @@ COUNTS_SECONDS: Final = 5.0
 STALLED_SECONDS: Final = 30.0
 """How long a worker may be stalled before `/healthz` answers 503."""
 
-log = structlog.get_logger("jobs.health")
+log = structlog.get_logger("job_registry.health")
 
 
 class WorkerHealth(Attempts, Protocol):

@@ -35,7 +35,7 @@ MAX_PAUSE_SECONDS: Final = 5.0
 """How long a waiting line relies on events before it claims without one. A job waits this long
 only if a message is lost without notice."""
 
-log = structlog.get_logger("jobs.leasing")
+log = structlog.get_logger("job_registry.leasing")
 
 
 @dataclass(frozen=True, slots=True)

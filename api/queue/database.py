@@ -37,7 +37,7 @@ LOCKED_PAUSE_SECONDS: Final = 0.02
 
 T = TypeVar("T")
 
-log = structlog.get_logger("jobs.database")
+log = structlog.get_logger("job_registry.database")
 
 
 class Database(ABC):

@@ -90,7 +90,7 @@ MAX_ECHOES: Final = 10_000
 STOP_SECONDS: Final = 5.0
 """How long `hearing` waits at its end for a statement in progress."""
 
-log = structlog.get_logger("jobs.events")
+log = structlog.get_logger("job_registry.events")
 
 
 class JobEvent(NamedTuple):
@@ -195,7 +195,7 @@ class Subscription:
             await self._news.wait()
         return self._unread.popleft()
 
-    def wants(self, event: JobEvent) -> bool:
+    def includes(self, event: JobEvent) -> bool:
         """Return whether the subscription includes this event."""
         return (self.job_id is None or event.job_id == self.job_id) and (
             self.types is None or event.type in self.types
@@ -203,14 +203,14 @@ class Subscription:
 
     def skip(self, earlier: Mapping[JobEvent, int]) -> None:
         """Skip these events, each this many times, because they precede the subscription."""
-        self._skipped |= {e: count for e, count in earlier.items() if count and self.wants(e)}
+        self._skipped |= {e: count for e, count in earlier.items() if count and self.includes(e)}
 
     def offer(self, event: JobEvent) -> None:
         """Add an event if the subscription includes it. Never waits."""
         if event in self._skipped:
             self.skip({event: self._skipped.pop(event) - 1})
             return
-        if self._missed is None and self.wants(event):
+        if self._missed is None and self.includes(event):
             if len(self._unread) >= MAX_UNREAD_EVENTS:
                 self.drop(f"the subscriber was more than {MAX_UNREAD_EVENTS} events behind")
             else:

@@ -26,7 +26,7 @@ PRUNE_PAUSE_SECONDS = 0.02
 PRUNE_BATCH = 200
 """Jobs per transaction. It takes a few milliseconds, for which leases wait on SQLite."""
 
-log = structlog.get_logger("jobs.upkeep")
+log = structlog.get_logger("job_registry.upkeep")
 
 
 class Upkeep:
