@@ -29,7 +29,7 @@ from job_registry_api.rest import EnqueueView, JobView, answer_not_found
 from job_registry_api.settings import Settings
 from job_registry_api.worker import Worker, WorkerStartError
 
-log = structlog.get_logger("jobs.app")
+log = structlog.get_logger("job_registry.app")
 
 
 def create_app(settings: Settings, registry: JobRegistry, *, worker: bool = False) -> Starlette:

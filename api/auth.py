@@ -31,7 +31,7 @@ from job_registry.errors import shortened
 from job_registry_api.http_messages import header
 from job_registry_api.settings import Settings, SettingsInvalid
 
-log = structlog.get_logger("jobs.auth")
+log = structlog.get_logger("job_registry.auth")
 
 AccessScope = Literal["jobs:enqueue", "jobs:read", "jobs:work", "jobs:admin"]
 ACCESS_SCOPES: Final[tuple[AccessScope, ...]] = get_args(AccessScope)

@@ -103,7 +103,7 @@ class Retry(Exception):
         if after is not None:
             _check_delay("Retry: after", after)
         self.after = after
-        super().__init__(message or "The handler asked to be tried again.")
+        super().__init__(message or "The handler requested a retry.")
 
 
 class Fail(Exception):
@@ -128,7 +128,7 @@ class Snooze(Exception):
     def __init__(self, seconds: float) -> None:
         _check_delay("Snooze: seconds", seconds)
         self.seconds = seconds
-        super().__init__(f"The handler asked to run again in {seconds} seconds.")
+        super().__init__(f"The handler requested to run again in {seconds} seconds.")
 
 
 def counted_faults(what: str, faults: int) -> str:

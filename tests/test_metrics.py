@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from job_registry import JobPolicy, JobRegistry, JobType
 from job_registry_api.app import create_app
-from job_registry_api.queue.database import Database
+from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.models import JobError
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.requests import EnqueueRequest
@@ -115,7 +115,7 @@ async def test_attempts_are_counted_by_how_they_ended(visit: Visit, database_url
 async def test_jobs_in_the_database_are_shown_by_type_and_status(
     visit: Visit, database_url: str
 ) -> None:
-    database = Database(database_url)
+    database = open_database(database_url)
     policy = JobPolicy(max_attempts=3, timeout_seconds=60)
     others = JobRegistry(
         JobType(name=name, payload=Ping, policy=policy) for name in ("retired.one", "retired.two")
