@@ -170,7 +170,7 @@ def _of_exc_info(exc_info: Any) -> str:
 def log_unexpected(where: str, error: BaseException) -> str:
     """Log an unexpected error with its traceback, and return the id of the log line."""
     error_id = secrets.token_hex(8)
-    structlog.get_logger("jobs.errors").error(
+    structlog.get_logger("job_registry.errors").error(
         "unexpected", error_id=error_id, where=where, exc_info=error
     )
     return error_id

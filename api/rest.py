@@ -70,7 +70,9 @@ class EnqueueView:
                 raise MethodNotAllowed("POST")
             caller = await self._authenticator.authenticate(scope)
             caller.need("jobs:enqueue")
-            request = parse_request(await self._read(scope, receive))
+            request = parse_request(
+                await self._read(scope, receive), suggest=queue.registry.suggests
+            )
             caller.need_types([request.type])
             enqueued = await queue.enqueue(request, created_by=caller.subject)
         except ClientGone:

@@ -20,7 +20,7 @@ import structlog
 from job_registry import CodedError
 from job_registry.errors import shortened
 
-log = structlog.get_logger("jobs.auth")
+log = structlog.get_logger("job_registry.auth")
 
 MIN_RSA_BITS: Final = 2_048
 """NIST SP 800-131A, and RFC 7518, section 3.3."""

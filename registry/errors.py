@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Final
 
 from pydantic import JsonValue
@@ -103,7 +104,7 @@ class Retry(Exception):
         if after is not None:
             _check_delay("Retry: after", after)
         self.after = after
-        super().__init__(message or "The handler asked to be tried again.")
+        super().__init__(message or "The handler requested a retry.")
 
 
 class Fail(Exception):
@@ -128,7 +129,7 @@ class Snooze(Exception):
     def __init__(self, seconds: float) -> None:
         _check_delay("Snooze: seconds", seconds)
         self.seconds = seconds
-        super().__init__(f"The handler asked to run again in {seconds} seconds.")
+        super().__init__(f"The handler requested to run again in {seconds} seconds.")
 
 
 def counted_faults(what: str, faults: int) -> str:
@@ -149,6 +150,14 @@ def near(name: str, names: Iterable[str], *, count: int = 1) -> tuple[str, ...]:
 def suggestion(name: str, names: Iterable[str]) -> str:
     """Return " Did you mean x?" for the most similar name, or an empty string."""
     return "".join(f" Did you mean {found}?" for found in near(name, names))
+
+
+def without_suggestion(violation: Violation) -> Violation:
+    """Return a violation without the suggestion at the end of its sentence."""
+    return replace(violation, message=_SUGGESTION.sub("", violation.message))
+
+
+_SUGGESTION: Final = re.compile(r"(?<=\.) Did you mean .*(\?|…)$", re.DOTALL)
 
 
 def shortened(value: object, limit: int = 80) -> str:

@@ -295,9 +295,11 @@ async def test_while_the_keys_cannot_be_fetched_the_answer_is_503(visit: Visit) 
     async with visit(auth_jwks="http://127.0.0.1:1/keys", **CLAIMS) as client:
         response = await graphql(client, "{ __typename }", signed("ES256", "ES256"))
         rest = await client.post("/jobs", json=PING, headers=signed("ES256", "ES256"))
+        scraped = await client.get("/metrics", headers=signed("ES256", "ES256"))
     assert (response.status_code, codes(response)) == (503, ["authentication_unavailable"])
-    assert (rest.status_code, rest.headers["retry-after"]) == (503, "5")
-    assert "127.0.0.1" not in response.text + rest.text
+    for answer in (rest, scraped):
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+    assert "127.0.0.1" not in response.text + rest.text + scraped.text
 
 
 @pytest.mark.parametrize("text", ["no keys", "[]", "{}", '{"keys": {}}'])

@@ -246,7 +246,7 @@ CATALOG = """
     import asyncio
     import json
     from pathlib import Path
-    from job_registry_api.queue import database
+    from job_registry_api.queue import databases
     from job_registry import JobContext, JobPolicy, JobType, Payload
 
     class Empty(Payload):
@@ -261,14 +261,13 @@ CATALOG = """
         job.progress({"assets": job.assets})
         await asyncio.sleep(600)
 
-    class Seen(database.Database):
-        def __init__(self, url, **options):
-            with Path("databases.jsonl").open("a") as file:
-                file.write(json.dumps(options, default=str) + "\\n")
-            super().__init__(url, **options)
+    def seen(url, **options):
+        with Path("databases.jsonl").open("a") as file:
+            file.write(json.dumps(options, default=str) + "\\n")
+        return databases.open_database(url, **options)
 
     from job_registry_api.queue import queue
-    queue.Database = Seen
+    queue.open_database = seen
 """
 
 

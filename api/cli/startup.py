@@ -44,10 +44,7 @@ def prepare_database(settings: Settings) -> None:
     from job_registry_api.queue import migrations
 
     with database_errors():
-        if settings.database_url.startswith("sqlite"):
-            migrations.upgrade(settings.database_url)
-            return
-        fit = migrations.examine(
+        fit = migrations.prepare(
             settings.database_url,
             pooler=settings.database_pooler,
             schema=settings.database_schema,

@@ -15,7 +15,7 @@ from pydantic import JsonValue
 
 from job_registry import JobRegistry, Violation, json_document
 from job_registry_api.metrics import Metrics
-from job_registry_api.queue.claiming import Claiming, Lease, ended_event
+from job_registry_api.queue.claiming import Claiming, Lease
 from job_registry_api.queue.database import Database
 from job_registry_api.queue.errors import InputInvalid, LeaseLost, QueueUnavailable
 from job_registry_api.queue.events import Events, JobEvent
@@ -273,7 +273,7 @@ class Leasing:
             turn = {report.job_id: index for index, report in reversed(waiting.items())}
             these = [waiting.pop(index) for index in sorted(turn.values())]
             jobs = await self._store.end(these)
-            self.events.publish([ended_event(job) for job in jobs.values()])
+            self.events.publish([JobEvent.of_change(job) for job in jobs.values()])
             for report in these:
                 if (job := jobs.get(report.job_id)) is not None:
                     cancelled = job.status is JobStatus.CANCELLED

@@ -143,7 +143,7 @@ class _Current:
     def __init__(self) -> None:
         self.number = 0
         self.cancelled = threading.Event()
-        self.ask_to_stop: Callable[[], None] | None = None
+        self.request_stop: Callable[[], None] | None = None
 
 
 async def _serve(link: _Link, start: dict[str, Any]) -> None:
@@ -171,7 +171,7 @@ async def _run(
     state: SimpleNamespace,
 ) -> End:
     job = run["job"]
-    log = structlog.get_logger("jobs.handler").bind(
+    log = structlog.get_logger("job_registry.handler").bind(
         job_id=job["id"], type=job["type"], attempt=job["attempt"]
     )
     try:
@@ -205,11 +205,11 @@ async def _run(
         middleware=middleware,
         max_bytes=start["max_bytes"],
     )
-    current.ask_to_stop = call.ask_to_stop
+    current.request_stop = call.request_stop
     if current.cancelled.is_set():
-        call.ask_to_stop()
+        call.request_stop()
     await asyncio.wait({call.ended})
-    current.ask_to_stop = None
+    current.request_stop = None
     return end_of(call.ended)
 
 
@@ -228,12 +228,12 @@ def _listen(
             loop.call_soon_threadsafe(jobs.put_nowait, message["run"])
         elif message.get("cancel") == current.number:
             current.cancelled.set()
-            loop.call_soon_threadsafe(_ask_to_stop, current, current.number)
+            loop.call_soon_threadsafe(_request_stop, current, current.number)
         elif "leave" in message:
             loop.call_soon_threadsafe(jobs.put_nowait, None)
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
-def _ask_to_stop(current: _Current, number: JsonValue) -> None:
-    if current.number == number and current.ask_to_stop is not None:
-        current.ask_to_stop()
+def _request_stop(current: _Current, number: JsonValue) -> None:
+    if current.number == number and current.request_stop is not None:
+        current.request_stop()

@@ -77,7 +77,7 @@ class Circumstances:
 
     timed_out: bool = False
     cancel_requested: bool = False
-    handing_back: bool = False
+    releasing: bool = False
     lost: bool = False
     out_of_touch: bool = False
 
@@ -100,7 +100,7 @@ class FailAttempt:
 
 
 @dataclass(frozen=True, slots=True)
-class HandBack:
+class Release:
     """Release the job. Its attempt is not spent."""
 
 
@@ -130,7 +130,7 @@ class Nothing:
     """Report nothing: the lease is lost, or the attempt ends when the lease expires."""
 
 
-Report = Complete | FailAttempt | HandBack | SnoozeFor | Stop | TimeOut | Nothing
+Report = Complete | FailAttempt | Release | SnoozeFor | Stop | TimeOut | Nothing
 
 
 def report_of(end: End, now: Circumstances) -> Report:
@@ -150,9 +150,9 @@ def report_of(end: End, now: Circumstances) -> Report:
             return FailAttempt("retry", message, after=after)
         case Raised("fail", message=message):
             return FailAttempt("failed", message or "The handler raised Fail.", retryable=False)
-    if now.handing_back:
+    if now.releasing:
         # The handler stopped because it had to, by whatever exception, or was stopped.
-        return HandBack()
+        return Release()
     match end:
         case Raised("cancel") if now.out_of_touch and not now.cancel_requested:
             return Nothing()  # It stopped because of the outage; the job is not cancelled.

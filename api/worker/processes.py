@@ -36,7 +36,7 @@ IDLE_SECONDS: Final = 60.0
 LEAVE_SECONDS: Final = 1.0
 """How long a process may take to leave its lifespans before it is killed."""
 
-log = structlog.get_logger("jobs.worker")
+log = structlog.get_logger("job_registry.worker")
 
 
 def address_of(job_type: JobType[Any]) -> str | None:
@@ -165,14 +165,14 @@ class ProcessCall:
         self._run = run
         self._deadline = deadline
         self._on_progress = on_progress
-        self._asked_to_stop = False
+        self._stop_requested = False
         self._killed = False
         self._process: _Process | None = None
         self.ended: asyncio.Task[End] = asyncio.create_task(self._work())
 
-    def ask_to_stop(self) -> None:
+    def request_stop(self) -> None:
         """Cancel an async handler; a plain one sees `job.cancel_requested`."""
-        self._asked_to_stop = True
+        self._stop_requested = True
         if self._process is not None:
             self._process.cancel()
 
@@ -215,7 +215,7 @@ class ProcessCall:
                 return NotStarted(message["failed"])
             process.is_ready = True
         process.run({**self._run, "seconds_left": self._deadline - time.monotonic()})
-        if self._asked_to_stop:
+        if self._stop_requested:
             process.cancel()
         while (message := await process.receive()) is not None:
             if message.get("begun") == process.number:

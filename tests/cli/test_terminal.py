@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -84,14 +86,15 @@ def test_bytes_that_are_no_text_are_a_sentence(jobs: Shell) -> None:
     result = jobs("validate", "thumbnail.create", "latin")
     assert result.returncode == 2
     assert result.stderr == "Cannot read latin: byte 17 is not UTF-8.\n"
-    with jobs.start("validate", "thumbnail.create", "-", LC_ALL="C", PYTHONUTF8="1") as process:
-        assert process.stdin is not None
-        process.stdin.buffer.write(b'{"assetId": "caf\xe9"}')
-        _, stderr = process.communicate(timeout=60)
-    assert (process.returncode, stderr) == (
-        2,
-        "Cannot read standard input: byte 17 is not UTF-8.\n",
+    given = subprocess.run(
+        [sys.executable, "-m", "job_registry_api.cli", "validate", "thumbnail.create", "-"],
+        env={**jobs.environment, "LC_ALL": "C", "PYTHONUTF8": "1"},
+        input=b'{"assetId": "caf\xe9"}',
+        capture_output=True,
+        check=False,
     )
+    assert given.returncode == 2
+    assert given.stderr == b"Cannot read standard input: byte 17 is not UTF-8.\n"
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ from job_registry_api.worker.outcomes import (
     Died,
     End,
     FailAttempt,
-    HandBack,
     Nothing,
     NotStarted,
+    Release,
     Report,
     ResultRefused,
     Returned,
@@ -33,7 +33,7 @@ from job_registry_api.worker.outcomes import (
 
 AS_USUAL = Circumstances()
 CANCELLED = Circumstances(cancel_requested=True)
-STOPPING = Circumstances(handing_back=True)
+STOPPING = Circumstances(releasing=True)
 TIMED_OUT = Circumstances(timed_out=True)
 LOST = Circumstances(lost=True, timed_out=True)
 OUT_OF_TOUCH = Circumstances(out_of_touch=True)
@@ -67,29 +67,29 @@ SEGFAULT = "The handler's process was killed by signal 11 (SIGSEGV)."
         (raised(Fail()), AS_USUAL, FailAttempt("failed", "The handler raised Fail.", False)),
         (raised(Cancel("c")), AS_USUAL, Stop("c")),
         (raised(Cancel()), AS_USUAL, Stop("The handler cancelled the job.")),
-        (raised(Cancel("c")), STOPPING, HandBack()),
+        (raised(Cancel("c")), STOPPING, Release()),
         (raised(Cancel("c")), OUT_OF_TOUCH, Nothing()),
         (raised(Cancel("c")), Circumstances(out_of_touch=True, cancel_requested=True), Stop("c")),
         (BOOM, AS_USUAL, FAILED),
         (BOOM, CANCELLED, FAILED),
         (BOOM, OUT_OF_TOUCH, FAILED),
-        (BOOM, STOPPING, HandBack()),
+        (BOOM, STOPPING, Release()),
         (BOOM, TIMED_OUT, TimeOut(still_running=False)),
         (STOPPED, AS_USUAL, FailAttempt("handler_failed", "CancelledError")),
         (STOPPED, CANCELLED, WHILE_RUNNING),
-        (STOPPED, STOPPING, HandBack()),
+        (STOPPED, STOPPING, Release()),
         (STOPPED, OUT_OF_TOUCH, Nothing()),
         (STOPPED, TIMED_OUT, TimeOut(still_running=False)),
         (Died(-11), AS_USUAL, FailAttempt("process_died", SEGFAULT)),
         (Died(-9), CANCELLED, KILLED),
-        (Died(-9), STOPPING, HandBack()),
+        (Died(-9), STOPPING, Release()),
         (Died(-9), TIMED_OUT, TimeOut(still_running=False)),
         (Died(-9), OUT_OF_TOUCH, Nothing()),
         (Died(-9), LOST, Nothing()),
         (NotStarted("why"), AS_USUAL, FailAttempt("process_not_started", "why")),
-        (NotStarted("why"), STOPPING, HandBack()),
+        (NotStarted("why"), STOPPING, Release()),
         (StillRunning(), TIMED_OUT, TimeOut(still_running=True)),
-        (StillRunning(), STOPPING, HandBack()),
+        (StillRunning(), STOPPING, Release()),
         (StillRunning(), LOST, Nothing()),
         (StillRunning(), OUT_OF_TOUCH, Nothing()),
     ],
