@@ -154,6 +154,11 @@ class Caller:
             if not self.may_see(job_type):
                 raise Forbidden(f"This token does not allow jobs of type {shortened(job_type)}.")
 
+    @property
+    def sees_others(self) -> bool:
+        """Whether the caller may know jobs that others stored."""
+        return self.has("jobs:read", "jobs:work")
+
     def may_see(self, job_type: str) -> bool:
         """Return whether the caller may see jobs of this type."""
         return self.job_types is None or job_type in self.job_types

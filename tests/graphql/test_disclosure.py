@@ -42,7 +42,11 @@ async def test_no_error_suggests_a_name_once_suggestions_are_off(
     async with visit(suggestions=str(suggests).lower()) as client:
         for document in DOCUMENTS:
             answers.append(await ask(client, document))
-        for job in ({"thumbnailCreat": {}}, {"thumbnailCreate": {"assetIdd": "a"}}):
+        jobs: list[dict[str, object]] = [
+            {"thumbnailCreat": {}},
+            {"thumbnailCreate": {"assetIdd": "a"}},
+        ]
+        for job in jobs:
             answers.append(await ask(client, VARIABLES, {"job": job}))
         for body in (CLOSE, TYPED, {"typ": "a", "payload": {}}):
             answers.append((await client.post("/jobs", json=body)).text)
