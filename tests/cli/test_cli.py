@@ -261,9 +261,24 @@ def test_a_port_that_is_taken_is_a_sentence(jobs: Shell) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         result = jobs("serve", "--port", str(port))
+        first = subprocess.run(
+            [sys.executable, "-m", "job_registry_api.first_minute"],
+            env={**jobs.environment, "JOBS_PORT": str(port)},
+            cwd=jobs.folder,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
     assert result.returncode == 1
     assert f"Cannot listen on 127.0.0.1:{port}" in result.stderr
     assert "Choose another port with --port or JOBS_PORT." in result.stderr
+    # Nor does `make run` print what to try on that port.
+    assert first.returncode == 1
+    assert first.stderr == (
+        f"Cannot listen on 127.0.0.1:{port}: Address already in use."
+        " Choose another port with JOBS_PORT.\n"
+    )
 
 
 def _answer(request: Any) -> Any:
