@@ -92,7 +92,7 @@ class EnqueueView:
     async def _read(self, scope: Scope, receive: Receive) -> Any:
         if not is_json(header(scope, b"content-type")):
             raise UnsupportedMediaType
-        return parse_json(await read_body(scope, receive, self._max_body_bytes))
+        return parse_json(await read_body(scope, receive, self._max_body_bytes), "The body")
 
 
 class JobView:

@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from job_registry.errors import shortened
 from job_registry_api import postgresql_url
 from job_registry_api.queue import defaults
 
@@ -448,7 +449,9 @@ def load_settings(environment: Mapping[str, str] | None = None) -> Settings:
     except ValidationError as error:
         for detail in error.errors(include_url=False):
             name = str(detail["loc"][0])
-            came = f"got {_shown(name, values[name])!r}" if name in values else "not set"
+            came = (
+                f"got {shortened(_shown(name, values[name]), 202)}" if name in values else "not set"
+            )
             faults.append(f"{PREFIX}{name.upper()}: {came}; {_expected(name, detail)}")
     if faults:
         raise SettingsInvalid(faults)
@@ -496,7 +499,7 @@ def _expected(name: str, detail: ErrorDetails) -> str:
         case "value_error":
             return str(detail["ctx"]["error"])
         case "literal_error":
-            return f"expected {detail['ctx']['expected']}"
+            return f"expected {detail['ctx']['expected']}".replace("'", '"')
         case "string_too_short":
             return "expected a text that is not empty"
         case "string_pattern_mismatch":

@@ -127,6 +127,16 @@ class JobType(Generic[P]):
             raise DefinitionError(
                 f"{where}: the handler {_named(function)} must take (job, payload)"
             ) from None
+        if _is_generator(function):
+            raise DefinitionError(
+                f"{where}: the handler {_named(function)} yields, so its result would not be JSON;"
+                " return the result instead"
+            )
+        if _has_swapped_arguments(function, self.payload):
+            raise DefinitionError(
+                f"{where}: the handler {_named(function)} takes (payload, job), expected"
+                " (job, payload)"
+            )
         if self.run_in == "thread" and is_async(function):
             raise DefinitionError(
                 f"{where}: the handler {_named(function)} is async and cannot run in a thread;"
@@ -224,6 +234,29 @@ def is_async(function: object) -> bool:
     """Return whether a function, or an object with `__call__`, is defined with `async def`."""
     call = getattr(function, "__call__", None)  # noqa: B004 (an object whose call is async)
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
+
+
+def _is_generator(function: object) -> bool:
+    call = getattr(function, "__call__", None)  # noqa: B004 (an object whose call yields)
+    return any(
+        inspect.isgeneratorfunction(each) or inspect.isasyncgenfunction(each)
+        for each in (function, call)
+    )
+
+
+def _has_swapped_arguments(function: Callable[..., Any], payload: type[Payload]) -> bool:
+    """Return whether the annotations say (payload, job).
+
+    They are compared by name, because those of a module may not be importable at run time.
+    """
+    parameters = list(inspect.signature(function).parameters.values())[:2]
+    names = [_annotation_name(parameter.annotation) for parameter in parameters]
+    return names[:1] == [payload.__name__] or names[1:] == ["JobContext"]
+
+
+def _annotation_name(annotation: object) -> str:
+    text = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
+    return text.strip("\"'").partition("[")[0].rpartition(".")[2]
 
 
 def _named(function: object) -> str:

@@ -9,9 +9,9 @@ from typing import Any, Final, NamedTuple
 from urllib.parse import parse_qs
 
 from graphql import GraphQLError
-from pydantic_core import from_json
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from job_registry import NotJson, parse_json
 from job_registry_api import auth
 from job_registry_api.auth import Authenticator
 from job_registry_api.graphql.context import Context
@@ -163,9 +163,9 @@ class GraphQLOverHTTP:
                 413, f"A request is at most {self._max_body_bytes:,} bytes long."
             ) from None
         try:
-            content = from_json(body, allow_inf_nan=False)
-        except ValueError as error:
-            raise _refused(400, f"The body is not valid JSON: {str(error)[:200]}") from None
+            content = parse_json(body, "The body")
+        except NotJson as error:
+            raise _refused(400, str(error)) from None
         if not isinstance(content, dict):
             raise _refused(400, "The body has to be one object with a query; there are no batches.")
         return content
@@ -182,7 +182,7 @@ def _of_query_string(query_string: bytes) -> dict[str, Any]:
         content: dict[str, Any] = {name: values[-1] for name, values in given.items()}
         for name in ("variables", "extensions"):
             if content.get(name):
-                content[name] = from_json(content[name], allow_inf_nan=False)
+                content[name] = parse_json(content[name])
             else:
                 content.pop(name, None)
     except ValueError:

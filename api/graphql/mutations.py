@@ -113,7 +113,7 @@ LeaseToken = Annotated[str, strawberry.argument(description="The `leaseToken` fr
 Info = strawberry.Info[Context, None]
 
 
-MUTATIONS: Final = "Mutations: enqueue, cancel and retry jobs, and work them as a remote worker."
+MUTATIONS: Final = "Mutations: enqueue, cancel and retry jobs, and run them as a remote worker."
 
 
 @strawberry.type(description=MUTATIONS)
@@ -206,7 +206,7 @@ class Mutation:
 
     @strawberry.mutation(
         extensions=[Requires("jobs:work")],
-        description="Renew a lease, and learn whether to stop.",
+        description="Renew a lease. The response says whether to stop.",
     )
     async def heartbeat_job(
         self,

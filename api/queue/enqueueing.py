@@ -37,6 +37,10 @@ class Enqueued(NamedTuple):
     deduplicated: bool = False
 
 
+NOT_STORED: Final = "not_stored"
+"""The code of valid jobs in an atomic call in which other jobs were refused."""
+
+
 @dataclass(frozen=True, slots=True)
 class JobValid:
     """What `enqueue` would store. `duplicate_of` is the job that already has the key."""
@@ -285,9 +289,9 @@ def _conflict_within(
     return conflict
 
 
-def not_stored(refused: list[int]) -> InputInvalid:
+def not_stored(refused: list[int], what: str = "the jobs at index") -> InputInvalid:
     """Return the error of a valid job in an atomic call in which other jobs were refused."""
     named = ", ".join(str(index) for index in refused[:10])
     more = f" and {len(refused) - 10} more" if len(refused) > 10 else ""
-    message = f"Not stored: the call is atomic, and the jobs at index {named}{more} were refused."
-    return InputInvalid((Violation("", "not_stored", message),))
+    message = f"Not stored: the call is atomic, and {what} {named}{more} were refused."
+    return InputInvalid((Violation("", NOT_STORED, message),))
