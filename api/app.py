@@ -22,6 +22,7 @@ from job_registry_api.graphql.http import GraphQLOverHTTP
 from job_registry_api.graphql.schema import build_schema
 from job_registry_api.graphql.websocket import GraphQLOverWebSocket
 from job_registry_api.health import Health, health_routes
+from job_registry_api.http_messages import GuardedResponses
 from job_registry_api.opening import open_queue
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.upkeep import maintain
@@ -75,6 +76,8 @@ def create_app(settings: Settings, registry: JobRegistry, *, worker: bool = Fals
                 app.state.abandon = working.abandon
             yield
 
+    if not settings.suggestions:
+        registry = registry.without_suggestions()
     authenticator = create_authenticator(settings)
     executor = Executor(
         build_schema(registry),
@@ -117,8 +120,9 @@ def create_app(settings: Settings, registry: JobRegistry, *, worker: bool = Fals
 
 def _middleware(settings: Settings) -> list[Middleware]:
     if not settings.cors_origins:
-        return []
+        return [Middleware(GuardedResponses, vary=["Accept"])]
     return [
+        Middleware(GuardedResponses, vary=["Accept", "Origin"]),
         Middleware(
             CORSMiddleware,
             allow_origins=settings.cors_origins,
@@ -126,7 +130,7 @@ def _middleware(settings: Settings) -> list[Middleware]:
             allow_headers=["authorization", "content-type"],
             expose_headers=["location", "retry-after", "www-authenticate"],
             max_age=3_600,
-        )
+        ),
     ]
 
 

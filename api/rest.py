@@ -28,6 +28,7 @@ from job_registry_api.http_messages import (
 from job_registry_api.logs import log_unexpected
 from job_registry_api.queue.errors import (
     IdempotencyConflict,
+    IdempotencyKeyTaken,
     InputInvalid,
     JobNotFound,
     QueueUnavailable,
@@ -42,6 +43,7 @@ _STATUSES: Final[Mapping[type[CodedError], int]] = {
     JobNotFound: 404,
     MethodNotAllowed: 405,
     IdempotencyConflict: 409,
+    IdempotencyKeyTaken: 409,
     BodyTooLarge: 413,
     UnsupportedMediaType: 415,
     PayloadInvalid: 422,
@@ -70,9 +72,13 @@ class EnqueueView:
                 raise MethodNotAllowed("POST")
             caller = await self._authenticator.authenticate(scope)
             caller.need("jobs:enqueue")
-            request = parse_request(await self._read(scope, receive))
+            request = parse_request(
+                await self._read(scope, receive), suggest=queue.registry.suggests
+            )
             caller.need_types([request.type])
-            enqueued = await queue.enqueue(request, created_by=caller.subject)
+            enqueued = await queue.enqueue(
+                request, created_by=caller.subject, sees_others=caller.sees_others
+            )
         except ClientGone:
             return
         except Exception as error:

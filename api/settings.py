@@ -202,7 +202,8 @@ class Settings(BaseSettings):
     suggestions: bool = Field(
         default=None,
         validate_default=True,
-        description="Whether the errors of a GraphQL document suggest names: `Did you mean ...?`.",
+        description="Whether errors suggest names of fields, job types and values:"
+        " `Did you mean ...?`.",
     )
     graphiql: bool = Field(
         default=None,

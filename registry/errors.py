@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Final
 
 from pydantic import JsonValue
@@ -151,6 +152,14 @@ def suggestion(name: str, names: Iterable[str]) -> str:
     return "".join(f" Did you mean {found}?" for found in near(name, names))
 
 
+def without_suggestion(violation: Violation) -> Violation:
+    """Return a violation without the suggestion at the end of its sentence."""
+    return replace(violation, message=_SUGGESTION.sub("", violation.message))
+
+
+_SUGGESTION: Final = re.compile(r"(?<=\.) Did you mean .*(\?|…)$", re.DOTALL)
+
+
 def shortened(value: object, limit: int = 80) -> str:
     """Return a value as JSON text, for a sentence: `"abc"`, 10, true. Longer text ends with …
 
@@ -199,6 +208,13 @@ def _printable(text: str) -> str:
         return text
     # A terminal may act on characters that JSON itself lets through.
     return "".join(c if c.isprintable() and c not in '"\\' else json.dumps(c)[1:-1] for c in text)
+
+
+def escaped(text: str) -> str:
+    """Escape what a terminal could act on, line breaks among it: `\\u001b` for an escape."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
 
 
 def shortened_text(text: str, limit: int = 300) -> str:

@@ -60,7 +60,7 @@ class JobType(Generic[P]):
         example: Mapping[str, JsonValue] | None = None,
         run_in: RunIn | None = None,
     ) -> None:
-        if not isinstance(name, str) or len(name) > _MAX_NAME or not _NAME.fullmatch(name):
+        if not isinstance(name, str) or not is_type_name(name):
             raise DefinitionError(
                 f"job type {shortened(name)}: a name is lower-case words (letters, digits, _)"
                 f" joined by dots, such as thumbnail.create, at most {_MAX_NAME} characters"
@@ -228,6 +228,11 @@ class JobType(Generic[P]):
                 f"job type {self.name}: its example payload {shortened(example, 200)} is invalid:"
                 f" {reason}{advice}"
             )
+
+
+def is_type_name(text: str) -> bool:
+    """Return whether a job type may have this name."""
+    return len(text) <= _MAX_NAME and _NAME.fullmatch(text) is not None
 
 
 def is_async(function: object) -> bool:

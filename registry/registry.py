@@ -16,6 +16,7 @@ from job_registry.errors import (
     PayloadInvalid,
     near,
     shortened,
+    without_suggestion,
 )
 from job_registry.extension import WorkerExtension
 from job_registry.job_type import JobType
@@ -44,7 +45,7 @@ class JobRegistry(Mapping[str, JobType[Any]]):
     """An immutable mapping of names to job types.
 
     `max_payload_bytes` bounds a payload's compact JSON text. `extensions` are what workers put
-    around the handlers, the outermost first.
+    around the handlers, the outermost first. `suggests` lets errors name similar names and values.
 
     Raises:
         DefinitionError: two job types share a name.
@@ -56,6 +57,7 @@ class JobRegistry(Mapping[str, JobType[Any]]):
         *,
         max_payload_bytes: int = DEFAULT_MAX_PAYLOAD_BYTES,
         extensions: Iterable[WorkerExtension] = (),
+        suggests: bool = True,
     ) -> None:
         by_name: dict[str, JobType[Any]] = {}
         for job_type in job_types:
@@ -67,11 +69,26 @@ class JobRegistry(Mapping[str, JobType[Any]]):
         self._job_types = MappingProxyType(dict(sorted(by_name.items())))
         self._max_payload_bytes = max_payload_bytes
         self._extensions = tuple(extensions)
+        self._suggests = suggests
 
     @property
     def extensions(self) -> tuple[WorkerExtension, ...]:
         """Middleware and lifespans that workers run around the handlers, the outermost first."""
         return self._extensions
+
+    @property
+    def suggests(self) -> bool:
+        """Whether errors name similar job types, fields and values: "Did you mean ...?"."""
+        return self._suggests
+
+    def without_suggestions(self) -> JobRegistry:
+        """Return the same registry, whose errors name nothing that the caller did not."""
+        return JobRegistry(
+            self._job_types.values(),
+            max_payload_bytes=self._max_payload_bytes,
+            extensions=self._extensions,
+            suggests=False,
+        )
 
     @property
     def max_payload_bytes(self) -> int:
@@ -95,7 +112,8 @@ class JobRegistry(Mapping[str, JobType[Any]]):
         """
         found = self._job_types.get(job_type)
         if found is None:
-            raise JobTypeNotFound(job_type, near(str(job_type), self._job_types, count=3))
+            names = self._job_types if self.suggests else ()
+            raise JobTypeNotFound(job_type, near(str(job_type), names, count=3))
         return found
 
     def policy(self, job_type: str) -> JobPolicy:
@@ -126,6 +144,8 @@ class JobRegistry(Mapping[str, JobType[Any]]):
                     violations += islice(timestamps(parsed, payload), MAX_VIOLATIONS)
                 if not violations:
                     return AdmittedPayload(found, parsed, text)
+        if not self.suggests:
+            violations = [without_suggestion(violation) for violation in violations]
         raise PayloadInvalid(found.name, violations)
 
     def validate(self, job_type: str, payload: object) -> Payload:

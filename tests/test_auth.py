@@ -132,7 +132,7 @@ def none_algorithm(**changed: Any) -> str:
         (lambda: token(aud=None), "The token lacks the claim aud."),
         (lambda: token(sub=""), "The claim sub is not 1 to 255 characters of text."),
         (lambda: token(sub=7), "The token is not valid."),
-        (lambda: token(exp="soon"), "The token is not valid."),
+        (lambda: token(exp="soon"), "The claim exp is not a time in seconds since 1970."),
         (lambda: token(**{"jobs:types": "x"}), "The claim jobs:types is not a list of names."),
         (lambda: token(**{"jobs:types": [1]}), "The claim jobs:types is not a list of names."),
         (none_algorithm, "The token is signed with another algorithm than its key's."),
@@ -315,8 +315,8 @@ def test_a_file_that_is_no_key_set_is_a_wrong_setting(tmp_path: Path, text: str)
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ('{"keys": []}', "not a JSON Web Key Set"),
-        ('{"keys": [1]}', "not a JSON Web Key Set"),
+        ('{"keys": []}', "has no RSA, P-256 or Ed25519 key"),
+        ('{"keys": [1]}', "has no RSA, P-256 or Ed25519 key"),
         ('{"keys": [{"kty": "oct", "k": "c2VjcmV0"}]}', "has no RSA, P-256 or Ed25519 key"),
     ],
 )
@@ -407,26 +407,60 @@ async def test_rest_answers_403_without_the_scope(visit: Visit, scope: str) -> N
 
 async def test_one_who_only_enqueues_is_not_told_what_others_jobs_hold(visit: Visit) -> None:
     keyed = """mutation ($input: EnqueueJobInput!) { enqueueJob(input: $input) { __typename
-        ... on EnqueueJobSuccess { job { id payload } }
-        ... on IdempotencyConflict { differingPaths existingJob { id status %s } } } }"""
+        ... on EnqueueJobSuccess { deduplicated job { payload createdBy } }
+        ... on InputInvalid { violations { path code } }
+        ... on IdempotencyConflict { differingPaths existingJob { payload createdBy } } } }"""
+    dry = """query ($input: EnqueueJobInput!) { validateJob(input: $input) { __typename
+        ... on JobValid { duplicateOf { createdBy } } } }"""
+    bulk = """mutation ($input: EnqueueJobInput!) { enqueueJobs(inputs: [$input]) { __typename
+        ... on EnqueueJobSuccess { job { createdBy } } } }"""
     first = PING | {"idempotencyKey": "k", "payload": {"text": "mine"}}
     second = PING | {"idempotencyKey": "k", "payload": {"text": "yours"}}
     async with visit(**AUTH) as client:
-        own = await graphql(client, keyed % "", bearer("jobs:enqueue"), input=first)
+        own = await graphql(client, keyed, bearer("jobs:enqueue"), input=first)
+        mine = await graphql(client, keyed, bearer("jobs:enqueue"), input=second)
         other = bearer("jobs:enqueue", sub="bob")
-        told = await graphql(client, keyed % "", other, input=second)
-        asked = await graphql(client, keyed % "payload", other, input=second)
+        told = await graphql(client, keyed, other, input=second)
+        same = await graphql(client, keyed, other, input=first)
         reading = bearer("jobs:enqueue", "jobs:read", sub="bob")
-        read = await graphql(client, keyed % "payload", reading, input=second)
+        read = await graphql(client, keyed, reading, input=second)
+        rest = await client.post("/jobs", json=second, headers=other)
+        unsaid = [
+            await graphql(client, document, other, input=given)
+            for document in (dry, bulk)
+            for given in (first, second)
+        ]
         for field in ("result", "progress", "error { code }", "attempts { attempt }", "workerId"):
             document = ENQUEUE.replace("createdBy", field)
             refused = await graphql(client, document, other, input=PING)
             assert codes(refused) == ["forbidden"], field
-    assert own.json()["data"]["enqueueJob"]["job"]["payload"] == {"text": "mine"}
-    assert told.json()["data"]["enqueueJob"]["differingPaths"] == ["/text"]
-    assert codes(asked) == ["forbidden"]
-    assert "mine" not in asked.text
-    assert read.json()["data"]["enqueueJob"]["existingJob"]["payload"] == {"text": "mine"}
+    stored = {"payload": {"text": "mine"}, "createdBy": "ada"}
+    assert own.json()["data"]["enqueueJob"]["job"] == stored
+    for response in (mine, read):
+        assert response.json()["data"]["enqueueJob"] == {
+            "__typename": "IdempotencyConflict",
+            "differingPaths": ["/text"],
+            "existingJob": stored,
+        }
+    assert told.json()["data"]["enqueueJob"] == {
+        "__typename": "InputInvalid",
+        "violations": [{"path": "/idempotencyKey", "code": "idempotency_conflict"}],
+    }
+    assert same.json()["data"]["enqueueJob"] == {
+        "__typename": "EnqueueJobSuccess",
+        "deduplicated": True,
+        "job": stored | {"createdBy": None},
+    }
+    assert (rest.status_code, rest.json()["error"]) == (
+        409,
+        {
+            "code": "idempotency_conflict",
+            "message": "This idempotency key belongs to another job of this type.",
+            "details": [],
+        },
+    )
+    assert not any("ada" in each.text or "differing" in each.text for each in unsaid)
+    assert ["InputInvalid" in each.text for each in unsaid] == [False, True, False, True]
 
 
 # Job types

@@ -165,7 +165,7 @@ async def test_a_database_in_trouble_is_counted_and_the_scrape_answers(
     async with (
         application.router.lifespan_context(application),
         httpx.AsyncClient(
-            transport=httpx.ASGITransport(application), base_url="http://jobs"
+            transport=httpx.ASGITransport(application), base_url="http://localhost"
         ) as client,
     ):
         await asyncio.to_thread(run_sql, url, "ALTER TABLE job RENAME TO gone")
@@ -211,7 +211,9 @@ async def test_without_authentication_only_this_machine_reads_metrics(
         application = client.application  # type: ignore[attr-defined]
         for address, status in (("10.0.0.7", 403), ("::1", 200), ("127.0.0.1", 200)):
             transport = httpx.ASGITransport(application, client=(address, 4711))
-            async with httpx.AsyncClient(transport=transport, base_url="http://jobs") as stranger:
+            async with httpx.AsyncClient(
+                transport=transport, base_url="http://localhost"
+            ) as stranger:
                 assert (await stranger.get("/metrics")).status_code == status
 
 

@@ -26,9 +26,9 @@ from job_registry_api.cli.output import (
     AsJson,
     err,
     fail,
-    out,
     print_json,
     refusal_json,
+    say,
     sentences,
 )
 from job_registry_api.cli.payloads import TypeName, parse_lines, read
@@ -87,7 +87,6 @@ def enqueue(
             f"--atomic stores up to {settings.max_bulk_size:,} payloads (JOBS_MAX_BULK_SIZE);"
             f" got {len(lines):,}.",
         )
-    startup.configure_logs(settings, at_least_warnings=True)
     startup.prepare_database(settings)
     with startup.database_errors():
         refused = asyncio.run(
@@ -151,7 +150,7 @@ async def _enqueue_all(
                     _show_enqueued(number, result, counts, len(lines) > 1, as_json)
                 progress.advance(bar, len(batch))
     if len(lines) > 1 and not as_json:
-        out.print(_summary(counts))
+        say(_summary(counts))
     return counts["refused"]
 
 
@@ -207,7 +206,7 @@ def _show_enqueued(
         else:
             where = f"line {number}: " if many else ""
             for text in sentences(result):
-                err.print(f"{where}{text}", markup=False)
+                say(f"{where}{text}", err)
         return
     counts["deduplicated" if result.deduplicated else "stored"] += 1
     job = result.job
@@ -221,4 +220,4 @@ def _show_enqueued(
         }
         print_json(content, lines=True)
     elif not many:
-        out.print(f"{job.id} {'was there already' if result.deduplicated else job.status.value}")
+        say(f"{job.id} {'was there already' if result.deduplicated else job.status.value}")

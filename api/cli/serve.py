@@ -11,7 +11,7 @@ import typer
 
 from job_registry_api.cli import startup
 from job_registry_api.cli.listening import address_of, listen
-from job_registry_api.cli.output import REFUSED, err
+from job_registry_api.cli.output import REFUSED, err, say
 from job_registry_api.settings import Settings
 
 if TYPE_CHECKING:
@@ -33,9 +33,10 @@ def serve(
     ] = None,
 ) -> None:
     """Serve GraphQL at /graphql and REST at /jobs, with a worker inside."""
-    settings = startup.read_settings(host=host, port=port, worker_concurrency=concurrency)
+    settings = startup.read_settings(
+        log_events=True, host=host, port=port, worker_concurrency=concurrency
+    )
     registry = startup.read_registry(settings)
-    startup.configure_logs(settings)
 
     import uvicorn
 
@@ -59,7 +60,7 @@ def serve(
     server = _server(config, application, settings)
     # Listen before the start: a taken port is one message, and the printed address works.
     socket = listen(settings.host, settings.port, "--port or JOBS_PORT")
-    err.print(f"Job Registry serves http://{address_of(socket)}/graphql  (Ctrl-C ends it)")
+    say(f"Job Registry serves http://{address_of(socket)}/graphql  (Ctrl-C ends it)", err)
     startup.collect_garbage_rarely()
     try:
         server.run(sockets=[socket])

@@ -13,7 +13,7 @@ import typer
 from job_registry import JobRegistry, JobTypeNotFound
 from job_registry_api.cli import startup
 from job_registry_api.cli.listening import address_of, listen
-from job_registry_api.cli.output import REFUSED, WRONG_USAGE, err, fail
+from job_registry_api.cli.output import REFUSED, WRONG_USAGE, err, fail, say
 from job_registry_api.settings import Settings
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def worker(
     health_host: Annotated[str, typer.Option(help="Address of the health port.")] = "127.0.0.1",
 ) -> None:
     """Run jobs until SIGTERM, which lets running jobs end. A second SIGTERM does not wait."""
-    settings = startup.read_settings(worker_concurrency=concurrency)
+    settings = startup.read_settings(log_events=True, worker_concurrency=concurrency)
     registry = startup.read_registry(settings)
     wanted = [name.strip() for name in (types or "").split(",") if name.strip()]
     if types is not None and not wanted:
@@ -53,12 +53,11 @@ def worker(
             fail(WRONG_USAGE, f"--types: {unknown}")
     if not any(job_type.has_handler for job_type in registry.values()):
         fail(WRONG_USAGE, "No job type has a handler, so there is nothing to run.")
-    startup.configure_logs(settings)
     startup.prepare_database(settings)
     health_socket = None
     if health_port is not None:
         health_socket = listen(health_host, health_port, "--health-port")
-        err.print(f"Health is served at http://{address_of(health_socket)}/healthz")
+        say(f"Health is served at http://{address_of(health_socket)}/healthz", err)
     from job_registry_api.worker import WorkerStartError
 
     startup.collect_garbage_rarely()

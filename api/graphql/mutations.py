@@ -19,7 +19,7 @@ from job_registry_api.graphql.context import Context
 from job_registry_api.graphql.inputs import EnqueueJobInput, JobErrorInput, LeaseJobsInput
 from job_registry_api.graphql.types import Job, JobLease
 from job_registry_api.queue.enqueueing import Enqueued, Refusal
-from job_registry_api.queue.errors import IdempotencyConflict, InputInvalid
+from job_registry_api.queue.errors import IdempotencyConflict, IdempotencyKeyTaken, InputInvalid
 from job_registry_api.queue.models import JobRecord
 
 
@@ -130,7 +130,9 @@ class Mutation:
     ) -> EnqueueJobResult:
         caller = info.context.caller
         caller.need_types([input.type])
-        enqueued = await info.context.queue.enqueue(input.request(), created_by=caller.subject)
+        enqueued = await info.context.queue.enqueue(
+            input.request(), created_by=caller.subject, sees_others=caller.sees_others
+        )
         return EnqueueJobSuccess.of(enqueued)
 
     @strawberry.mutation(
@@ -154,7 +156,10 @@ class Mutation:
         caller = info.context.caller
         caller.need_types(each.type for each in inputs)
         results = await info.context.queue.enqueue_many(
-            [each.request() for each in inputs], atomic=atomic, created_by=caller.subject
+            [each.request() for each in inputs],
+            atomic=atomic,
+            created_by=caller.subject,
+            sees_others=caller.sees_others,
         )
         return [_enqueued_or_refused(result) for result in results]
 
@@ -308,6 +313,8 @@ def _enqueued_or_refused(result: Enqueued | Refusal) -> EnqueueJobResult:
             return errors.InputInvalid.of(result)
         case IdempotencyConflict():
             return errors.IdempotencyConflict.of(result)
+        case IdempotencyKeyTaken():
+            return errors.InputInvalid.of_taken_key(result)
 
 
 async def _changed_if_visible(

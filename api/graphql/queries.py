@@ -113,8 +113,11 @@ class Query:
             EnqueueJobInput, strawberry.argument(description="The input for `enqueueJob`.")
         ],
     ) -> ValidateJobResult:
-        info.context.caller.need_types([input.type])
-        valid = await info.context.queue.validate(input.request())
+        caller = info.context.caller
+        caller.need_types([input.type])
+        valid = await info.context.queue.validate(
+            input.request(), created_by=caller.subject, sees_others=caller.sees_others
+        )
         return JobValid(
             max_attempts=valid.max_attempts,
             timeout_seconds=valid.timeout_seconds,

@@ -17,8 +17,8 @@ from job_registry_api.graphql.context import Context
 from job_registry_api.queue import claiming, models, reading
 
 READERS: Final[tuple[AccessScope, ...]] = ("jobs:read", "jobs:work")
-"""Who may read the content of a job. A caller who may only enqueue can reach a job that another
-caller stored: the one of an idempotency conflict."""
+"""Who may read what became of a job. A caller who may only enqueue can reach a job that another
+caller stored: by its idempotency key and payload."""
 
 
 @strawberry.enum(description="The state of a job.")
@@ -250,7 +250,6 @@ WaitingReason = Annotated[
 @strawberry.type(description="A job: a payload of some type, its state, and its result.")
 class Job:
     record: strawberry.Private[models.JobRecord]
-    is_foreign: strawberry.Private[bool]
     id: strawberry.ID = strawberry.field(
         metadata=OPEN, description="A UUID of version 7: later jobs have greater ids."
     )
@@ -306,13 +305,9 @@ class Job:
 
     @strawberry.field(
         metadata=OPEN,
-        description="The payload as the client sent it. The payload of the job in an"
-        " `IdempotencyConflict`, which another caller may have stored, needs the scope `jobs:read`"
-        " or `jobs:work`.",
+        description="The payload as the client sent it.",
     )
-    def payload(self, info: strawberry.Info[Context, None]) -> JsonValue:
-        if self.is_foreign:
-            info.context.caller.need(*READERS)
+    def payload(self) -> JsonValue:
         return self.record.payload
 
     @strawberry.field(
@@ -348,10 +343,9 @@ class Job:
         return None
 
     @classmethod
-    def of(cls, record: models.JobRecord, *, is_foreign: bool = False) -> Job:
+    def of(cls, record: models.JobRecord) -> Job:
         return cls(
             record=record,
-            is_foreign=is_foreign,
             id=strawberry.ID(str(record.id)),
             type=record.type,
             status=JobStatus[record.status.name],

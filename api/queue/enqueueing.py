@@ -20,7 +20,12 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from job_registry import JobRegistry, JobTypeNotFound, PayloadInvalid, Violation
 from job_registry_api.queue.caller_transactions import publish_after_commit
 from job_registry_api.queue.database import Database
-from job_registry_api.queue.errors import IdempotencyConflict, InputInvalid, QueueUnavailable
+from job_registry_api.queue.errors import (
+    IdempotencyConflict,
+    IdempotencyKeyTaken,
+    InputInvalid,
+    QueueUnavailable,
+)
 from job_registry_api.queue.events import Events, JobEvent
 from job_registry_api.queue.group_commit import GroupCommit
 from job_registry_api.queue.models import JobRecord, JobStatus
@@ -52,7 +57,9 @@ class JobValid:
     duplicate_of: JobRecord | None
 
 
-Refusal = JobTypeNotFound | PayloadInvalid | InputInvalid | IdempotencyConflict
+Refusal = (
+    JobTypeNotFound | PayloadInvalid | InputInvalid | IdempotencyConflict | IdempotencyKeyTaken
+)
 
 
 class Enqueueing:
@@ -75,9 +82,13 @@ class Enqueueing:
         request: EnqueueRequest,
         *,
         created_by: str | None = None,
+        sees_others: bool = True,
         session: AsyncSession | None = None,
     ) -> Enqueued:
         """Store a job. When this returns, the job is on disk.
+
+        Without `sees_others`, a job with the same idempotency key that another `created_by` stored
+        is not described.
 
         With `session`, a session of the caller on the same database, the job is inserted in the
         caller's transaction: it becomes visible when the caller commits, and is discarded when
@@ -88,15 +99,16 @@ class Enqueueing:
             PayloadInvalid: the payload is invalid; lists every fault.
             InputInvalid: another value is out of range; lists the faults of the payload too.
             IdempotencyConflict: the key belongs to a job of this type with another payload.
+            IdempotencyKeyTaken: the same, without `sees_others`, for a job of another.
         """
         new = self._admit(request, created_by)
         if session is not None:
-            return await self._enqueue_within(session, new, request)
+            return await self._enqueue_within(session, new, request, sees_others)
         inserts = self._inserts if new.idempotency_key is None else self._keyed_inserts
         stored = await self._database.patiently(
             lambda: inserts.submit(new), "another transaction holds the idempotency key"
         )
-        return _enqueued(new, request, stored)
+        return _enqueued(new, request, stored, sees_others)
 
     async def enqueue_many(
         self,
@@ -104,6 +116,7 @@ class Enqueueing:
         *,
         atomic: bool = False,
         created_by: str | None = None,
+        sees_others: bool = True,
     ) -> list[Enqueued | Refusal]:
         """Store up to `max_bulk_size` jobs. Return a result for each, in order.
 
@@ -129,7 +142,9 @@ class Enqueueing:
             stored, committed = await self._insert_bulk(list(admitted.values()), atomic=atomic)
             for (index, new), outcome in zip(admitted.items(), stored, strict=True):
                 try:
-                    results[index] = _enqueued(new, requests[index], outcome)
+                    results[index] = _enqueued(new, requests[index], outcome, sees_others)
+                except IdempotencyKeyTaken as refusal:
+                    results[index] = refusal
                 except IdempotencyConflict as refusal:
                     results[index] = refusal if committed else _conflict_within(refusal, admitted)
         refused = [index for index, result in results.items() if isinstance(result, Exception)]
@@ -140,16 +155,22 @@ class Enqueueing:
                     results[index] = because
         return [results[index] for index in range(len(requests))]
 
-    async def validate(self, request: EnqueueRequest) -> JobValid:
+    async def validate(
+        self,
+        request: EnqueueRequest,
+        *,
+        created_by: str | None = None,
+        sees_others: bool = True,
+    ) -> JobValid:
         """Return what `enqueue` would store. It raises the same errors and writes nothing."""
-        new = self._admit(request, None)
+        new = self._admit(request, created_by)
         now = await self._store.now()
         duplicate: JobRecord | None = None
         if new.idempotency_key is not None:
             key = (new.type, new.idempotency_key)
             duplicate = (await self._store.find_by_key([key])).get(key)
         if duplicate is not None:
-            _enqueued(new, request, Stored(now, now, duplicate))
+            duplicate = _enqueued(new, request, Stored(now, now, duplicate), sees_others).job
         return JobValid(
             max_attempts=new.max_attempts,
             timeout_seconds=new.timeout_seconds,
@@ -159,7 +180,7 @@ class Enqueueing:
         )
 
     async def _enqueue_within(
-        self, session: AsyncSession, new: NewJob, request: EnqueueRequest
+        self, session: AsyncSession, new: NewJob, request: EnqueueRequest, sees_others: bool
     ) -> Enqueued:
         connection = await session.connection()
         for _ in range(10):
@@ -168,7 +189,7 @@ class Enqueueing:
                 break
         else:
             raise QueueUnavailable("the job with this idempotency key was deleted in the meantime")
-        enqueued = _enqueued(new, request, stored[new.id])
+        enqueued = _enqueued(new, request, stored[new.id], sees_others)
         if not enqueued.deduplicated:
             created = [JobEvent.of("job.created", enqueued.job)]
             publish_after_commit(session, self.events.publish, created)
@@ -247,12 +268,19 @@ class Enqueueing:
         )
 
 
-def _enqueued(new: NewJob, request: EnqueueRequest, stored: Stored) -> Enqueued:
-    if stored.existing is not None:
-        paths = differing_paths(stored.existing.payload, from_json(new.payload))
+def _enqueued(new: NewJob, request: EnqueueRequest, stored: Stored, sees_others: bool) -> Enqueued:
+    existing = stored.existing
+    if existing is not None:
+        known = sees_others or existing.created_by == new.created_by
+        paths = differing_paths(existing.payload, from_json(new.payload))
+        if paths and not known:
+            raise IdempotencyKeyTaken
         if paths:
-            raise IdempotencyConflict(stored.existing, paths[:100])
-        return Enqueued(stored.existing, deduplicated=True)
+            raise IdempotencyConflict(existing, paths[:100])
+        # Whoever sends the same key and payload gets the job, and not the name of its creator.
+        return Enqueued(
+            existing if known else existing._replace(created_by=None), deduplicated=True
+        )
     return Enqueued(
         JobRecord(
             id=new.id,

@@ -73,6 +73,15 @@ class IdempotencyConflict(QueueError):
         return "This idempotency key belongs to a job with another payload."
 
 
+class IdempotencyKeyTaken(QueueError):
+    """Raised when an idempotency key belongs to a job that the caller may not know."""
+
+    code = "idempotency_conflict"
+
+    def __init__(self) -> None:
+        super().__init__("This idempotency key belongs to another job of this type.")
+
+
 class JobNotFound(QueueError):
     """Raised when no job has this id. It never existed, or it was pruned."""
 

@@ -41,8 +41,10 @@ class EnqueueRequest(NamedTuple):
     idempotency_key: str | None = None
 
 
-def parse_request(value: object, *, path: str = "") -> EnqueueRequest:
+def parse_request(value: object, *, path: str = "", suggest: bool = True) -> EnqueueRequest:
     """Return the request that a JSON object describes, with the fields of `EnqueueJobInput`.
+
+    `suggest` lets faults of unknown fields name a similar field.
 
     Raises:
         InputInvalid: a field is missing, unknown or of the wrong type. Ranges and the payload are
@@ -54,7 +56,9 @@ def parse_request(value: object, *, path: str = "") -> EnqueueRequest:
     faults: list[Violation] = []
     unknown = [str(name) for name in value if name not in _FIELDS]
     for name in unknown[:MAX_VIOLATIONS]:
-        message = f"There is no field {shortened(name)}.{suggestion(name, tuple(_FIELDS))}"
+        message = f"There is no field {shortened(name)}."
+        if suggest:
+            message += suggestion(name, tuple(_FIELDS))
         at = pointer(path, name) if len(name) <= MAX_POINTER else path
         faults.append(Violation(at, "unknown_field", message))
     if len(unknown) > MAX_VIOLATIONS:
