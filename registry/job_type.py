@@ -23,6 +23,7 @@ from job_registry.violations import PayloadShape
 
 _NAME: Final = re.compile(r"[a-z][a-z0-9_]*(\.[a-z][a-z0-9_]*)*")
 _MAX_NAME: Final = 100
+_MEMORY_LIMITS_MB: Final = range(64, 1_048_577)
 
 P = TypeVar("P", bound=Payload)
 
@@ -46,6 +47,11 @@ class JobType(Generic[P]):
     everything else in a thread. With "process" the job type must be at the top level of a module,
     because its process imports it from there.
 
+    `memory_limit_mb` is how much memory the handler may use, in units of 1,048,576 bytes, 64 to
+    1,048,576: what its process takes beyond the idle process. It needs `run_in="process"`. A
+    handler that exceeds it gets a MemoryError, and the attempt fails as `memory_limit_exceeded`. A
+    limit that is too low fails jobs that need more memory than usual. Unless given, there is none.
+
     Raises:
         DefinitionError: the definition is wrong, and says what and where.
     """
@@ -59,6 +65,7 @@ class JobType(Generic[P]):
         description: str | None = None,
         example: Mapping[str, JsonValue] | None = None,
         run_in: RunIn | None = None,
+        memory_limit_mb: int | None = None,
     ) -> None:
         if not isinstance(name, str) or not is_type_name(name):
             raise DefinitionError(
@@ -76,8 +83,21 @@ class JobType(Generic[P]):
             raise DefinitionError(
                 f"{where}: run_in is {shortened(run_in)}, expected loop, thread, process or None"
             )
+        if memory_limit_mb is not None:
+            if type(memory_limit_mb) is not int or memory_limit_mb not in _MEMORY_LIMITS_MB:
+                raise DefinitionError(
+                    f"{where}: memory_limit_mb is {shortened(memory_limit_mb)}, expected a whole"
+                    f" number of megabytes from {_MEMORY_LIMITS_MB[0]} to"
+                    f" {_MEMORY_LIMITS_MB[-1]:,}, or None"
+                )
+            if run_in != "process":
+                raise DefinitionError(
+                    f"{where}: memory_limit_mb limits a process of its own; add"
+                    ' run_in="process", or leave memory_limit_mb out'
+                )
         set_ = object.__setattr__
         set_(self, "run_in", run_in)
+        set_(self, "memory_limit_mb", memory_limit_mb)
         set_(self, "name", name)
         set_(self, "payload", payload)
         set_(self, "policy", policy or JobPolicy())
@@ -94,6 +114,7 @@ class JobType(Generic[P]):
     policy: JobPolicy
     description: str
     run_in: RunIn | None
+    memory_limit_mb: int | None
     _handler: Handler | None
     _example: dict[str, JsonValue] | None
 
