@@ -474,6 +474,7 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
     def handle_connect(self, event: Request) -> None:
         """Serve the handshake, and let the application admit the client."""
         super().handle_connect(event)
+        self._incomplete_bytes = 0
         if not self.close_sent:
             self.scope["extensions"] = {
                 **(self.scope.get("extensions") or {}),
@@ -575,6 +576,8 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
         while position < len(held) and not self.read_paused and not self._has_failed:
             piece = held[position : position + PIECE]
             position += len(piece)
+            if not self._incomplete_bytes:
+                self._incomplete_since = self.loop.time()
             self._incomplete_bytes += len(piece)
             super().data_received(piece)
         self._held = b"" if self._has_failed else held[position:]

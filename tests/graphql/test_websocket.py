@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import socket as socket_module
 import sys
 from collections.abc import AsyncIterator, MutableMapping
 from typing import Any
 
+import httpx
 import pytest
-from graphql import get_introspection_query
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 from websockets.typing import Subprotocol
@@ -252,17 +251,56 @@ async def test_connections_that_are_not_acknowledged_hold_little(database_url: s
 
 @pytest.mark.slow
 async def test_a_client_that_does_not_read_is_closed_with_a_code(database_url: str) -> None:
-    large = EVENTS | {"payload": {"query": get_introspection_query()}}
-    async with serving(database_url, "--no-worker", unread_timeout_seconds="1") as (address, _):
-        narrow = socket_module.socket()
-        narrow.setsockopt(socket_module.SOL_SOCKET, socket_module.SO_RCVBUF, 65_536)
-        host, _, port = address.rpartition(":")
-        narrow.connect((host, int(port)))
-        async with connect(
-            f"ws://{address}/graphql", subprotocols=[PROTOCOL], max_queue=1, sock=narrow
-        ) as socket:
-            await answers(socket, INIT)
-            for number in range(200):
-                await socket.send(json.dumps(large | {"id": str(number)}))
-            await asyncio.sleep(3)
-            assert await closed_with(socket, 10) == 1008
+    job = {"type": "thumbnail.create", "payload": {"assetId": "a", "versionNumber": 1}}
+    lease = (
+        'mutation { leaseJobs(input: {jobTypes: ["thumbnail.create"], workerId: "w"}) {'
+        " ... on LeaseJobsSuccess { leases { leaseToken } } } }"
+    )
+    report = (
+        "mutation ($t: String!, $p: JSON) {"
+        " heartbeatJob(leaseToken: $t, progress: $p) { __typename } }"
+    )
+    read = "{" + "".join(f" a{n}: jobs {{ nodes {{ progress }} }}" for n in range(20)) + " }"
+    async with (
+        serving(database_url, "--no-worker", unread_timeout_seconds="1") as (address, _),
+        httpx.AsyncClient(base_url=f"http://{address}") as client,
+        connect(
+            f"ws://{address}/graphql", subprotocols=[PROTOCOL], max_queue=1, max_size=None
+        ) as socket,
+    ):
+        await client.post("/jobs", json=job)
+        leased = (await client.post("/graphql", json={"query": lease})).json()
+        token = leased["data"]["leaseJobs"]["leases"][0]["leaseToken"]
+        variables = {"t": token, "p": "x" * 250_000}
+        await client.post("/graphql", json={"query": report, "variables": variables})
+        await answers(socket, INIT)
+        for number in range(20):
+            message = EVENTS | {"id": str(number), "payload": {"query": read}}
+            await socket.send(json.dumps(message))
+        await asyncio.sleep(3)
+        assert await closed_with(socket, 10) == 1008
+
+
+@pytest.mark.slow
+async def test_a_message_has_to_arrive_in_time_and_an_idle_connection_stays(
+    database_url: str,
+) -> None:
+    async with (
+        serving(database_url, "--no-worker", body_timeout_seconds="1") as (address, _),
+        connect(f"ws://{address}/graphql", subprotocols=[PROTOCOL]) as socket,
+    ):
+        await asyncio.sleep(2)
+        await answers(socket, INIT)
+        await socket.ping()
+        await asyncio.sleep(2)
+        assert await answers(socket, {"type": "ping"}) == ["pong"]
+        await asyncio.sleep(2)
+
+        async def slow() -> AsyncIterator[str]:
+            for _ in range(30):
+                yield " " * 10_000
+                await asyncio.sleep(0.1)
+
+        with contextlib.suppress(ConnectionClosed):
+            await socket.send(slow())
+        assert await closed_with(socket) == 1008
