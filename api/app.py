@@ -98,7 +98,10 @@ def create_app(settings: Settings, registry: JobRegistry, *, worker: bool = Fals
         page=pages.graphiql() if settings.graphiql else None,
     )
     graphql_websocket = GraphQLOverWebSocket(
-        executor, authenticator, allowed_origins=settings.cors_origins
+        executor,
+        authenticator,
+        allowed_origins=settings.cors_origins,
+        max_operations=settings.max_websocket_operations,
     )
     application = Starlette(
         routes=[

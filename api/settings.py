@@ -184,6 +184,47 @@ class Settings(BaseSettings):
         " `600/minute`, or several limits separated by commas. Each process counts separately."
         " Not limited by default.",
     )
+    max_connections: int = Field(
+        default=1_000,
+        ge=16,
+        le=100_000,
+        description="The most connections per process, WebSockets included. Above it, a new"
+        " connection ends the oldest one that waits for a request; if none waits, only `/healthz`,"
+        " `/readyz` and `/metrics` are served.",
+    )
+    header_timeout_seconds: float = Field(
+        default=10.0,
+        ge=1.0,
+        le=300.0,
+        description="How long a client may take to send the headers of a request.",
+    )
+    body_timeout_seconds: float = Field(
+        default=60.0,
+        ge=1.0,
+        le=3_600.0,
+        description="How long a client may take to send the body of a request, or one WebSocket"
+        " message.",
+    )
+    idle_timeout_seconds: float = Field(
+        default=75.0,
+        ge=1.0,
+        le=3_600.0,
+        description="How long a connection may wait for its next request. A proxy in front must"
+        " close its idle connections sooner.",
+    )
+    unread_timeout_seconds: float = Field(
+        default=30.0,
+        ge=1.0,
+        le=3_600.0,
+        description="How long a client may leave an answer unread. It has to read 256 KB within"
+        " this time, or all that is left.",
+    )
+    max_websocket_operations: int = Field(
+        default=100,
+        ge=1,
+        le=10_000,
+        description="The most operations that one WebSocket runs at once, subscriptions included.",
+    )
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         default=(),
         description="Origins whose pages may send requests from a browser, separated by commas:"
