@@ -18,13 +18,19 @@ from pydantic_core import from_json
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from job_registry import JobRegistry, JobTypeNotFound, PayloadInvalid, Violation
+from job_registry.errors import FaultBudget
 from job_registry_api.queue.caller_transactions import publish_after_commit
 from job_registry_api.queue.database import Database
 from job_registry_api.queue.errors import IdempotencyConflict, InputInvalid, QueueUnavailable
 from job_registry_api.queue.events import Events, JobEvent
 from job_registry_api.queue.group_commit import GroupCommit
 from job_registry_api.queue.models import JobRecord, JobStatus
-from job_registry_api.queue.requests import EnqueueRequest, differing_paths, input_faults
+from job_registry_api.queue.requests import (
+    MAX_DIFFERING,
+    EnqueueRequest,
+    differing_paths,
+    input_faults,
+)
 from job_registry_api.queue.store import NewJob, Store, Stored, present
 
 DEFAULT_PRIORITY: Final = 50
@@ -72,12 +78,13 @@ class Enqueueing:
         *,
         created_by: str | None = None,
         session: AsyncSession | None = None,
+        budget: FaultBudget | None = None,
     ) -> Enqueued:
         """Store a job. When this returns, the job is on disk.
 
         With `session`, a session of the caller on the same database, the job is inserted in the
         caller's transaction: it becomes visible when the caller commits, and is discarded when
-        the caller rolls back.
+        the caller rolls back. Faults are charged to the `budget` of the caller's request.
 
         Raises:
             JobTypeNotFound: no job type has this name.
@@ -85,14 +92,15 @@ class Enqueueing:
             InputInvalid: another value is out of range; lists the faults of the payload too.
             IdempotencyConflict: the key belongs to a job of this type with another payload.
         """
-        new = self._admit(request, created_by)
+        budget = budget or FaultBudget()
+        new = self._admit(request, created_by, budget)
         if session is not None:
-            return await self._enqueue_within(session, new, request)
+            return await self._enqueue_within(session, new, request, budget)
         inserts = self._inserts if new.idempotency_key is None else self._keyed_inserts
         stored = await self._database.patiently(
             lambda: inserts.submit(new), "another transaction holds the idempotency key"
         )
-        return _enqueued(new, request, stored)
+        return _enqueued(new, request, stored, budget)
 
     async def enqueue_many(
         self,
@@ -100,11 +108,13 @@ class Enqueueing:
         *,
         atomic: bool = False,
         created_by: str | None = None,
+        budget: FaultBudget | None = None,
     ) -> list[Enqueued | Refusal]:
         """Store up to `max_bulk_size` jobs. Return a result for each, in order.
 
         The result of a refused job is its error. With `atomic`, one refusal means that no job is
         stored; the results of valid jobs are then `InputInvalid` with the code `not_stored`.
+        The faults of all jobs are charged to one `budget`.
 
         Raises:
             InputInvalid: there are more than `max_bulk_size` jobs.
@@ -112,11 +122,12 @@ class Enqueueing:
         if len(requests) > self._max_bulk_size:
             message = f"Expected at most {self._max_bulk_size} jobs per call; got {len(requests)}."
             raise InputInvalid((Violation("", "too_long", message),))
+        budget = budget or FaultBudget()
         results: dict[int, Enqueued | Refusal] = {}
         admitted: dict[int, NewJob] = {}
         for index, request in enumerate(requests):
             try:
-                admitted[index] = self._admit(request, created_by)
+                admitted[index] = self._admit(request, created_by, budget)
             except (JobTypeNotFound, PayloadInvalid, InputInvalid) as refusal:
                 results[index] = refusal
                 # Listing faults takes milliseconds. A bulk of them would block the event loop.
@@ -125,7 +136,7 @@ class Enqueueing:
             stored, committed = await self._insert_bulk(list(admitted.values()), atomic=atomic)
             for (index, new), outcome in zip(admitted.items(), stored, strict=True):
                 try:
-                    results[index] = _enqueued(new, requests[index], outcome)
+                    results[index] = _enqueued(new, requests[index], outcome, budget)
                 except IdempotencyConflict as refusal:
                     results[index] = refusal if committed else _conflict_within(refusal, admitted)
         refused = [index for index, result in results.items() if isinstance(result, Exception)]
@@ -136,16 +147,19 @@ class Enqueueing:
                     results[index] = because
         return [results[index] for index in range(len(requests))]
 
-    async def validate(self, request: EnqueueRequest) -> JobValid:
+    async def validate(
+        self, request: EnqueueRequest, budget: FaultBudget | None = None
+    ) -> JobValid:
         """Return what `enqueue` would store. It raises the same errors and writes nothing."""
-        new = self._admit(request, None)
+        budget = budget or FaultBudget()
+        new = self._admit(request, None, budget)
         now = await self._store.now()
         duplicate: JobRecord | None = None
         if new.idempotency_key is not None:
             key = (new.type, new.idempotency_key)
             duplicate = (await self._store.find_by_key([key])).get(key)
         if duplicate is not None:
-            _enqueued(new, request, Stored(now, now, duplicate))
+            _enqueued(new, request, Stored(now, now, duplicate), budget)
         return JobValid(
             max_attempts=new.max_attempts,
             timeout_seconds=new.timeout_seconds,
@@ -155,7 +169,7 @@ class Enqueueing:
         )
 
     async def _enqueue_within(
-        self, session: AsyncSession, new: NewJob, request: EnqueueRequest
+        self, session: AsyncSession, new: NewJob, request: EnqueueRequest, budget: FaultBudget
     ) -> Enqueued:
         connection = await session.connection()
         for _ in range(10):
@@ -164,17 +178,19 @@ class Enqueueing:
                 break
         else:
             raise QueueUnavailable("the job with this idempotency key was deleted in the meantime")
-        enqueued = _enqueued(new, request, stored[new.id])
+        enqueued = _enqueued(new, request, stored[new.id], budget)
         if not enqueued.deduplicated:
             created = [JobEvent.of("job.created", enqueued.job)]
             publish_after_commit(session, self.events.publish, created)
         return enqueued
 
-    def _admit(self, request: EnqueueRequest, created_by: str | None) -> NewJob:
-        job_type = self.registry.get_type(request.type)
-        faults = list(input_faults(request))
+    def _admit(
+        self, request: EnqueueRequest, created_by: str | None, budget: FaultBudget
+    ) -> NewJob:
+        job_type = self.registry.get_type(request.type, budget)
+        faults = list(budget.listed("The request", list(input_faults(request))))
         try:
-            admitted = self.registry.admit(request.type, request.payload)
+            admitted = self.registry.admit(request.type, request.payload, budget)
         except PayloadInvalid as invalid:
             if not faults:
                 raise
@@ -243,11 +259,16 @@ class Enqueueing:
         )
 
 
-def _enqueued(new: NewJob, request: EnqueueRequest, stored: Stored) -> Enqueued:
+def _enqueued(
+    new: NewJob, request: EnqueueRequest, stored: Stored, budget: FaultBudget
+) -> Enqueued:
     if stored.existing is not None:
-        paths = differing_paths(stored.existing.payload, from_json(new.payload))
+        most = 1 if budget.is_spent else MAX_DIFFERING
+        paths = differing_paths(stored.existing.payload, from_json(new.payload), most)
         if paths:
-            raise IdempotencyConflict(stored.existing, paths[:100])
+            budget.faults -= len(paths)
+            budget.characters -= sum(map(len, paths))
+            raise IdempotencyConflict(stored.existing, paths)
         return Enqueued(stored.existing, deduplicated=True)
     return Enqueued(
         JobRecord(
@@ -270,7 +291,7 @@ def _enqueued(new: NewJob, request: EnqueueRequest, stored: Stored) -> Enqueued:
 
 def _conflicts(new: NewJob, stored: Stored) -> bool:
     return stored.existing is not None and bool(
-        differing_paths(stored.existing.payload, from_json(new.payload))
+        differing_paths(stored.existing.payload, from_json(new.payload), 1)
     )
 
 

@@ -380,6 +380,13 @@ def test_differing_paths_are_json_pointers(one: Any, other: Any, paths: tuple[st
     assert differing_paths(one, other) == paths
 
 
+def test_of_many_differing_paths_the_first_100_are_told_and_none_is_long() -> None:
+    long = "x" * 3_000
+    one = {long: {str(number): number for number in range(1_000)}}
+    other = {long: {str(number): -1 - number for number in range(1_000)}}
+    assert differing_paths(one, other) == ("",) * 100
+
+
 @pytest.mark.parametrize("key", [None, "key"])
 async def test_when_the_commit_fails_each_caller_gets_the_error_and_nothing_is_stored(
     queue: JobQueue, monkeypatch: pytest.MonkeyPatch, key: str | None
