@@ -12,9 +12,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from job_registry import CodedError, JobTypeNotFound, NotJson, PayloadInvalid, parse_json
+from job_registry import CodedError, JobTypeNotFound, NotJson, PayloadInvalid
+from job_registry.json_values import not_json
 from job_registry_api import auth
 from job_registry_api.auth import Authenticator
+from job_registry_api.budget import BudgetExceeded, RequestLimits, parse_request_json
 from job_registry_api.http_messages import (
     BodyTooLarge,
     ClientGone,
@@ -43,6 +45,7 @@ _STATUSES: Final[Mapping[type[CodedError], int]] = {
     MethodNotAllowed: 405,
     IdempotencyConflict: 409,
     BodyTooLarge: 413,
+    BudgetExceeded: 413,
     UnsupportedMediaType: 415,
     PayloadInvalid: 422,
     InputInvalid: 422,
@@ -58,9 +61,9 @@ class EnqueueView:
     `jobs:enqueue`.
     """
 
-    def __init__(self, authenticator: Authenticator, *, max_body_bytes: int) -> None:
+    def __init__(self, authenticator: Authenticator, limits: RequestLimits) -> None:
         self._authenticator = authenticator
-        self._max_body_bytes = max_body_bytes
+        self._limits = limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one HTTP request."""
@@ -92,7 +95,12 @@ class EnqueueView:
     async def _read(self, scope: Scope, receive: Receive) -> Any:
         if not is_json(header(scope, b"content-type")):
             raise UnsupportedMediaType
-        return parse_json(await read_body(scope, receive, self._max_body_bytes))
+        body = await read_body(scope, receive, self._limits.body_bytes)
+        try:
+            value, _ = parse_request_json(body, self._limits)
+        except ValueError as error:
+            raise not_json(error) from None
+        return value
 
 
 class JobView:

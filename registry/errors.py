@@ -180,7 +180,7 @@ class FaultBudget:
             return ()
         if self.is_spent:
             return (self.unlisted(what, len(violations)),)
-        self.faults -= max(len(violations), examined // 10)
+        self.faults -= max(len(violations), examined // 4)
         self.characters -= sum(len(each.path) + len(each.message) for each in violations)
         return tuple(violations)
 

@@ -48,6 +48,11 @@ def enqueue(payload: object) -> bytes:
     return graphql(ENQUEUE, i={"type": THUMBNAIL, "payload": payload})
 
 
+def aliases(operation: str, field: str) -> str:
+    """Return an operation with a field 30 times."""
+    return f"{operation} {{ {' '.join(f'a{n}: {field}' for n in range(30))} }}"
+
+
 def lease(names: int) -> bytes:
     query = (
         'mutation($t: [String!]!) { leaseJobs(input: {jobTypes: $t, workerId: "w"}) {'
@@ -66,11 +71,11 @@ HOSTILE: Final[dict[str, tuple[str, Callable[[], bytes]]]] = {
         GRAPHQL,
         lambda: enqueue({f"assetIx{number}": 0 for number in range(20_000)}),
     ),
-    "1,000 jobs with 200 faults each": (
+    "1,000 jobs with 150 faults each": (
         GRAPHQL,
         lambda: graphql(
             ENQUEUE_MANY,
-            i=[{"type": THUMBNAIL, "payload": {f"a{n}": {} for n in range(200)}}] * 1_000,
+            i=[{"type": THUMBNAIL, "payload": {f"a{n}": 0 for n in range(150)}}] * 1_000,
         ),
     ),
     "1,000 jobs of unknown types": (
@@ -79,7 +84,100 @@ HOSTILE: Final[dict[str, tuple[str, Callable[[], bytes]]]] = {
             ENQUEUE_MANY, i=[{"type": f"thumbnail.{n}", "payload": 0} for n in range(1_000)]
         ),
     ),
-    "10,000 names to lease": (GRAPHQL, lambda: lease(10_000)),
+    "190,000 jobs": (
+        GRAPHQL,
+        lambda: graphql(ENQUEUE_MANY, i=[{"type": "x", "payload": 1}] * 190_000),
+    ),
+    "30 fields that share a payload with 20,000 unknown fields": (
+        GRAPHQL,
+        lambda: graphql(
+            aliases("mutation($i: EnqueueJobInput!)", "enqueueJob(input: $i) { __typename }"),
+            i={"type": THUMBNAIL, "payload": {f"assetIx{n}": 0 for n in range(20_000)}},
+        ),
+    ),
+    "30 fields that share a payload of 8 MB": (
+        GRAPHQL,
+        lambda: graphql(
+            aliases("mutation($i: EnqueueJobInput!)", "enqueueJob(input: $i) { __typename }"),
+            i={"type": THUMBNAIL, "payload": {"assetId": "x" * 8_000_000}},
+        ),
+    ),
+    "30 dry runs that share a payload with 6,000 faults": (
+        GRAPHQL,
+        lambda: graphql(
+            aliases(
+                "query($i: EnqueueJobInput!)",
+                "validateJob(input: $i)"
+                " { ... on PayloadInvalid { violations { path code message } } }",
+            ),
+            i={"type": THUMBNAIL, "payload": {f"assetIx{n}": 0 for n in range(6_000)}},
+        ),
+    ),
+    "one object 400 times in a list of the document": (
+        GRAPHQL,
+        lambda: graphql(
+            "mutation($i: EnqueueJobInput!) { enqueueJobs(inputs: ["
+            + "$i, " * 400
+            + "]) { __typename } }",
+            i={"type": THUMBNAIL, "payload": {f"assetIx{n}": 0 for n in range(10_000)}},
+        ),
+    ),
+    "30 fields that share an input with 6,000 unknown fields": (
+        GRAPHQL,
+        lambda: graphql(
+            aliases("mutation($i: EnqueueJobInput!)", "enqueueJob(input: $i) { __typename }"),
+            i={"type": THUMBNAIL, "payload": {}} | {f"payloax{n}": 0 for n in range(6_000)},
+        ),
+    ),
+    "100,000 sizes through the typed input": (
+        GRAPHQL,
+        lambda: graphql(
+            "mutation($s: [Int!]!) { enqueue(job: {thumbnailCreate:"
+            ' {assetId: "a", versionNumber: 1, sizes: $s}}) { __typename } }',
+            s=[128] * 100_000,
+        ),
+    ),
+    "100,000 names to lease": (GRAPHQL, lambda: lease(100_000)),
+    "15,000 names to lease": (GRAPHQL, lambda: lease(15_000)),
+    "100,000 statuses to filter by": (
+        GRAPHQL,
+        lambda: graphql(
+            "query($s: [JobStatus!]) { jobs(filter: {statuses: $s}) { nodes { id } } }",
+            s=["QUEUED"] * 100_000,
+        ),
+    ),
+    "100,000 types to filter by": (
+        GRAPHQL,
+        lambda: graphql(
+            "query($t: [String!]) { jobs(filter: {types: $t}) { nodes { id } } }",
+            t=[f"thumbnail.creat{n}" for n in range(100_000)],
+        ),
+    ),
+    "8 MB of spaces in a document": (GRAPHQL, lambda: graphql(" " * 8_000_000 + "{ a }")),
+    "20 field names of 9,000 letters": (
+        GRAPHQL,
+        lambda: graphql("{" + " ".join("a" * 9_000 + str(n) for n in range(20)) + "}"),
+    ),
+    "8 MB of objects": (REST, lambda: b"[" + b"{}," * 2_700_000 + b"0]"),
+    "8 MB of names": (
+        REST,
+        lambda: json.dumps({f"f{number}": 0 for number in range(500_000)}).encode(),
+    ),
+    "8 MB of short strings": (REST, lambda: b"[" + b'"",' * 2_700_000 + b"0]"),
+    "8 MB of escapes": (REST, lambda: b'["' + b"\\n," * 2_700_000 + b'",0]'),
+    "a payload of 6 MB with 1.5 million faults": (
+        REST,
+        lambda: json.dumps({"type": THUMBNAIL, "payload": {"sizes": [{}] * 1_500_000}}).encode(),
+    ),
+    "8 MB of brackets": (REST, lambda: b"[" * 8_000_000),
+    "an integer of 8 million digits": (REST, lambda: b"1" * 8_000_000),
+    "8 MB of text with one character outside the BMP": (
+        REST,
+        lambda: json.dumps(
+            {"type": THUMBNAIL, "payload": {"assetId": "x" * 8_000_000 + "\U0001f600"}},
+            ensure_ascii=False,
+        ).encode(),
+    ),
 }
 
 

@@ -130,7 +130,9 @@ class Mutation:
     ) -> EnqueueJobResult:
         caller = info.context.caller
         caller.need_types([input.type])
-        enqueued = await info.context.queue.enqueue(input.request(), created_by=caller.subject)
+        enqueued = await info.context.queue.enqueue(
+            input.request(), created_by=caller.subject, budget=info.context.budget.faults
+        )
         return EnqueueJobSuccess.of(enqueued)
 
     @strawberry.mutation(
@@ -154,7 +156,10 @@ class Mutation:
         caller = info.context.caller
         caller.need_types(each.type for each in inputs)
         results = await info.context.queue.enqueue_many(
-            [each.request() for each in inputs], atomic=atomic, created_by=caller.subject
+            [each.request() for each in inputs],
+            atomic=atomic,
+            created_by=caller.subject,
+            budget=info.context.budget.faults,
         )
         return [_enqueued_or_refused(result) for result in results]
 

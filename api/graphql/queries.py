@@ -114,7 +114,7 @@ class Query:
         ],
     ) -> ValidateJobResult:
         info.context.caller.need_types([input.type])
-        valid = await info.context.queue.validate(input.request())
+        valid = await info.context.queue.validate(input.request(), info.context.budget.faults)
         return JobValid(
             max_attempts=valid.max_attempts,
             timeout_seconds=valid.timeout_seconds,

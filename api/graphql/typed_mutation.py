@@ -47,7 +47,9 @@ def mutation_with_enqueue(typed_job_input: type[TypedJob]) -> type[Mutation]:
             job_type, payload = job.sent_job()
             caller.need_types([job_type])
             request = (options or EnqueueOptions()).request_for(job_type, payload)
-            enqueued = await info.context.queue.enqueue(request, created_by=caller.subject)
+            enqueued = await info.context.queue.enqueue(
+                request, created_by=caller.subject, budget=info.context.budget.faults
+            )
             return EnqueueJobSuccess.of(enqueued)
 
     return MutationWithEnqueue

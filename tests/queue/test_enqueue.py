@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import JsonValue
 
 from job_registry import JobTypeNotFound, PayloadInvalid
 from job_registry_api.queue.enqueueing import Enqueued
@@ -382,8 +383,8 @@ def test_differing_paths_are_json_pointers(one: Any, other: Any, paths: tuple[st
 
 def test_of_many_differing_paths_the_first_100_are_told_and_none_is_long() -> None:
     long = "x" * 3_000
-    one = {long: {str(number): number for number in range(1_000)}}
-    other = {long: {str(number): -1 - number for number in range(1_000)}}
+    one: JsonValue = {long: {str(number): number for number in range(1_000)}}
+    other: JsonValue = {long: {str(number): -1 - number for number in range(1_000)}}
     assert differing_paths(one, other) == ("",) * 100
 
 
