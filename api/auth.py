@@ -389,7 +389,7 @@ def _token_verifier(settings: Settings) -> TokenVerifier | None:
         try:
             keys = read_keys(settings.auth_jwks)
         except KeysInvalid as invalid:
-            fault = f"JOBS_AUTH_JWKS: got {settings.auth_jwks!r}; {invalid}"
+            fault = f"JOBS_AUTH_JWKS: got {shortened(settings.auth_jwks, 202)}; {invalid}"
             raise SettingsInvalid([fault]) from None
     else:
         return None

@@ -18,6 +18,7 @@ from typing import Final
 from rich.console import Console
 
 from job_registry_api.cli import main as jobs
+from job_registry_api.cli.listening import listen
 from job_registry_api.settings import SettingsInvalid, load_settings
 
 CHECKOUT: Final = Path(__file__).resolve().parent.parent
@@ -96,6 +97,8 @@ def main() -> None:
     # `job-registry serve` prints the faults of the settings.
     with suppress(SettingsInvalid):
         settings = load_settings()
+        # A taken port ends the program before it prints what to try.
+        listen(settings.host, settings.port, "JOBS_PORT").close()
         # Not for a bucket, which is not ours to fill, nor for port 0, which is not known yet.
         if "://" not in settings.assets and settings.port:
             try:

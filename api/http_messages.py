@@ -13,6 +13,15 @@ from job_registry import CodedError
 
 JSON_TYPE: Final = b"application/json"
 
+HEALTH_PATHS: Final = ("/healthz", "/readyz", "/metrics")
+"""The paths that are served even when there are too many connections."""
+
+WEBSOCKET_ADMISSION: Final = "jobs.websocket.admission"
+"""The ASGI extension whose function `admit` lifts the bound of messages before admission."""
+
+MAX_UNADMITTED_MESSAGE: Final = 16_384
+"""The largest WebSocket message before admission, in bytes: it has to hold a bearer token."""
+
 
 class BodyTooLarge(CodedError):
     """Raised when a request body exceeds the limit, as soon as that is known."""

@@ -32,8 +32,10 @@ class NotJson(CodedError, ValueError):
     code = "not_json"
 
 
-def parse_json(text: str | bytes) -> JsonValue:
+def parse_json(text: str | bytes, what: str = "This") -> JsonValue:
     """Parse JSON text. If an object has a key twice, the last value counts.
+
+    `what` begins the message of the error.
 
     Raises:
         NotJson: it is not valid JSON, holds NaN or Infinity, or is nested too deep to be read.
@@ -41,8 +43,59 @@ def parse_json(text: str | bytes) -> JsonValue:
     try:
         value: JsonValue = from_json(text, allow_inf_nan=False)
     except ValueError as error:
-        raise NotJson(f"This is not valid JSON: {str(error)[:200]}") from None
+        raise NotJson(f"{what} is not valid JSON: {_json_fault(str(error))}") from None
     return value
+
+
+def _json_fault(message: str) -> str:
+    """Return the parser's message in plain words, with the line and the column."""
+    fault, _, place = message.rpartition(" at line ")
+    line, _, column = place.partition(" column ")
+    words = next((w for start, w in _JSON_FAULTS if fault.startswith(start)), None)
+    return f"{words or 'unexpected character'} at line {line}, column {column}"
+
+
+_JSON_FAULTS: Final = (
+    ("EOF", "the text ends too early"),
+    ("trailing characters", "more text after the end of the value"),
+    ("trailing comma", "unexpected comma"),
+    ("key must be a string", "expected a name in double quotes"),
+    ("control character", "unescaped control character in a string"),
+    ("invalid escape", "invalid escape in a string"),
+    ("unexpected end of hex", "invalid escape in a string"),
+    ("lone leading surrogate", "invalid escape in a string"),
+    ("invalid unicode", "text that is not UTF-8"),
+    ("invalid number", "invalid number"),
+    ("number out of range", "number out of range"),
+    ("recursion limit", "too many nested arrays and objects"),
+)
+"""How the parser's messages begin, and what they mean."""
+
+
+def count_values(text: bytes, enough: int) -> int:
+    """Return how many values a JSON text has, or a bound of that, without parsing it.
+
+    The number is exact if it is more than `enough`; a smaller one may count punctuation in strings.
+    An empty array or object counts as two, as it does in memory.
+    """
+    count = _count_starts(text)
+    if count <= enough:
+        return count
+    # Without escapes, quotes alternate: a string begins, and ends.
+    bare = text.replace(b"\\\\", b"").replace(b'\\"', b"").translate(None, _NO_STARTS)
+    # A string is a value, or the name of one.
+    strings = bare.count(b'"') // 2
+    if strings // 2 > enough:
+        return strings // 2
+    return _count_starts(b"".join(bare.split(b'"')[::2]))
+
+
+def _count_starts(text: bytes) -> int:
+    """Return how many values start in a text: each but the first follows one of three signs."""
+    return 1 + text.count(b",") + text.count(b"[") + text.count(b"{")
+
+
+_NO_STARTS: Final = bytes(set(range(256)) - set(b',[{"'))
 
 
 def pointer(path: str, token: str | int) -> str:

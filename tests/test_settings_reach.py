@@ -20,7 +20,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from jwt.algorithms import ECAlgorithm
 
-from job_registry_api.settings import Settings
+from job_registry_api.connections import Bounds, bounds_of
+from job_registry_api.settings import Settings, load_settings
 from tests import CODE
 from tests.cli.test_cli import Shell
 from tests.conftest import run_sql
@@ -67,6 +68,17 @@ def codes(answer: dict[str, Any]) -> list[str]:
 
 
 # Guards of requests
+
+
+@reaches("max_request_values")
+async def test_a_request_may_have_as_many_values_as_set(visit: Visit) -> None:
+    body = {"type": "test.ping", "payload": {"text": [0] * 1_500}}
+    asked = {"query": "{ __typename }", "variables": body}
+    for limit, status in (("1000", 413), ("2000", 422)):
+        async with visit(max_request_values=limit) as client:
+            assert (await client.post("/jobs", json=body)).status_code == status
+            answer = await client.post("/graphql", json=asked)
+            assert answer.status_code == (200 if status == 422 else 413)
 
 
 @reaches("max_body_bytes")
@@ -187,6 +199,29 @@ async def test_tokens_are_checked_with_the_keys_that_are_set(visit: Visit, tmp_p
         headers = {"authorization": f"Bearer {token}"}
         assert (await client.post("/jobs", json=PING, headers=headers)).status_code == 201
         assert (await client.post("/jobs", json=PING, headers=bearer("jobs:enqueue"))).is_error
+
+
+@reaches(
+    "max_connections",
+    "header_timeout_seconds",
+    "body_timeout_seconds",
+    "idle_timeout_seconds",
+    "unread_timeout_seconds",
+    "max_websocket_operations",
+)
+def test_connections_have_the_bounds_that_are_set() -> None:
+    # Each bound is tried on a server in tests/test_connections.py and graphql/test_websocket.py.
+    settings = load_settings(
+        {
+            "JOBS_MAX_CONNECTIONS": "101",
+            "JOBS_HEADER_TIMEOUT_SECONDS": "102",
+            "JOBS_BODY_TIMEOUT_SECONDS": "103",
+            "JOBS_IDLE_TIMEOUT_SECONDS": "104",
+            "JOBS_UNREAD_TIMEOUT_SECONDS": "105",
+            "JOBS_MAX_BODY_BYTES": "106000",
+        }
+    )
+    assert bounds_of(settings) == Bounds(101, 102, 103, 104, 105, 106_000)
 
 
 # The command

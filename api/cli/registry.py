@@ -60,6 +60,9 @@ def policy(type_name: TypeName, as_json: AsJson = False) -> None:
         f"{found.backoff.base_seconds:g} s",
         f"doubling up to {found.backoff.cap_seconds:g} s, with half jitter",
     )
+    memory = registry[type_name].memory_limit_mb
+    if memory is not None:
+        table.add_row("memoryLimitMb", str(memory), "for the handler's process")
     out.print(table)
 
 
@@ -83,6 +86,7 @@ def _type_json(registry: JobRegistry, name: str) -> dict[str, Any]:
         "description": job_type.description,
         "hasHandler": job_type.has_handler,
         "fingerprint": job_type.fingerprint,
+        "memoryLimitMb": job_type.memory_limit_mb,
         "policy": _policy_json(registry, name),
         "payloadSchema": dict(job_type.payload_schema),
         "examplePayload": dict(job_type.example_payload),

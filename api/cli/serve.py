@@ -38,14 +38,14 @@ def serve(
     )
     registry = startup.read_registry(settings)
 
-    import uvicorn
-
     from job_registry_api.app import create_app
+    from job_registry_api.connections import ServerConfig, bounds_of
 
     application = create_app(settings, registry, worker=worker)
     startup.prepare_database(settings)
-    config = uvicorn.Config(
+    config = ServerConfig(
         application,
+        bounds_of(settings),
         host=settings.host,
         port=settings.port,
         access_log=False,
@@ -53,7 +53,6 @@ def serve(
         server_header=False,
         proxy_headers=False,
         lifespan="on",
-        ws_max_size=settings.max_body_bytes,
         # Requests and jobs have the same time to end, from the same signal.
         timeout_graceful_shutdown=max(1, int(settings.shutdown_seconds)),
     )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import replace
 from socket import socket
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
@@ -18,6 +19,11 @@ from job_registry_api.settings import Settings
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
+
+    from job_registry_api.connections import Bounds
+
+HEALTH_CONNECTIONS: Final = 64
+"""The most connections of the health port."""
 
 
 def worker(
@@ -101,10 +107,14 @@ async def _work(
             )
             if health_socket is not None:
                 from job_registry_api.auth import create_authenticator
+                from job_registry_api.connections import bounds_of
                 from job_registry_api.health import Health, health_app
 
                 health = Health(queue, worker, authenticator=create_authenticator(settings))
-                await stack.enter_async_context(_health_served(health_app(health), health_socket))
+                bounds = replace(bounds_of(settings), connections=HEALTH_CONNECTIONS)
+                await stack.enter_async_context(
+                    _health_served(health_app(health), bounds, health_socket)
+                )
             upkeep = asyncio.create_task(
                 maintain(
                     queue,
@@ -120,9 +130,13 @@ async def _work(
 
 
 @contextlib.asynccontextmanager
-async def _health_served(application: Starlette, listening: socket) -> AsyncIterator[None]:
+async def _health_served(
+    application: Starlette, bounds: Bounds, listening: socket
+) -> AsyncIterator[None]:
     """Serve the health of a worker on its event loop until the context is left."""
     import uvicorn
+
+    from job_registry_api.connections import ServerConfig
 
     class Server(uvicorn.Server):
         @contextlib.contextmanager
@@ -130,8 +144,9 @@ async def _health_served(application: Starlette, listening: socket) -> AsyncIter
             yield  # The worker handles signals.
 
     server = Server(
-        uvicorn.Config(
+        ServerConfig(
             application,
+            bounds,
             access_log=False,
             log_config=None,
             server_header=False,

@@ -33,7 +33,7 @@ class Violation:
     code: str = strawberry.field(
         description="A stable code of the fault, such as `required` or `wrong_type`."
     )
-    message: str = strawberry.field(description="The expected value, and the value that came.")
+    message: str = strawberry.field(description="What was expected, and what was received.")
 
 
 @strawberry.type(description="No job type has this name.")

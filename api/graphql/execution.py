@@ -6,6 +6,7 @@ HTTP, server-sent events and WebSockets all use `Executor`, so that the same lim
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator
@@ -30,18 +31,30 @@ from graphql import (
 )
 from strawberry.schema.validation_rules.one_of import OneOfInputValidationRule
 
+from job_registry.errors import shortened_text
 from job_registry_api.auth import Unauthenticated
+from job_registry_api.budget import Budget, BudgetExceeded, RequestLimits
+from job_registry_api.graphql.argument_limits import check_arguments
 from job_registry_api.graphql.context import Context
-from job_registry_api.graphql.document_limits import Limits, check_size, too_complex
-from job_registry_api.graphql.request_errors import format_exception, format_result
+from job_registry_api.graphql.document_limits import (
+    Limits,
+    check_length,
+    check_size,
+    too_complex,
+)
+from job_registry_api.graphql.request_errors import (
+    MAX_ERRORS,
+    MAX_MESSAGE,
+    format_exception,
+    format_result,
+)
 from job_registry_api.graphql.schema import executable
 
-MAX_CACHED_DOCUMENTS: Final = 500
-MAX_CACHED_LENGTH: Final = 20_000
-"""A longer document is not cached, so that the cache holds 10 MB of text at most."""
+MAX_CACHED_BYTES: Final = 32_000_000
+"""The most memory that parsed documents are kept in."""
 
-MAX_ERRORS: Final = 20
-"""The most errors that the response lists for one document."""
+BYTES_PER_TOKEN: Final = 600
+"""The memory of a parsed document, measured: 300 to 560 bytes per token."""
 
 _A_YEAR: Final = 31_536_000.0
 """An event loop cannot wait for an arbitrarily long time."""
@@ -75,13 +88,19 @@ class Prepared(NamedTuple):
 class Executor:
     """Executes operations of a schema, within limits."""
 
-    def __init__(self, schema: strawberry.Schema, limits: Limits) -> None:
+    def __init__(
+        self,
+        schema: strawberry.Schema,
+        limits: Limits,
+        request_limits: RequestLimits = RequestLimits(),
+    ) -> None:
         self._schema = executable(schema)
         self._limits = limits
+        self.request_limits = request_limits
         self._rules = [*specified_rules, OneOfInputValidationRule]
         if not limits.introspection:
             self._rules.append(NoSchemaIntrospectionCustomRule)
-        self._documents: OrderedDict[str, DocumentNode] = OrderedDict()
+        self._documents = _DocumentCache()
 
     def prepare(self, text: str, operation_name: str | None) -> Prepared:
         """Parse and validate a document.
@@ -97,6 +116,10 @@ class Executor:
         self, prepared: Prepared, variables: dict[str, Any] | None, context: Context
     ) -> ExecutionResult:
         """Execute a query or a mutation. An error without a path is a fault of the variables."""
+        try:
+            self._admit(prepared, variables, context)
+        except BudgetExceeded as exceeded:
+            return ExecutionResult(None, [GraphQLError("", original_error=exceeded)])
         result = execute(
             self._schema, prepared.document, **self._options(prepared, variables, context)
         )
@@ -120,6 +143,24 @@ class Executor:
         except Exception as error:
             yield {"errors": [format_exception(error)]}
 
+    def _admit(
+        self, prepared: Prepared, variables: dict[str, Any] | None, context: Context
+    ) -> None:
+        """Begin the budget of an operation, and check its arguments before they are coerced.
+
+        Raises:
+            BudgetExceeded: the arguments need more than a limit allows.
+        """
+        context.budget = Budget(self.request_limits)
+        check_arguments(
+            self._schema,
+            prepared.document,
+            prepared.operation,
+            variables or {},
+            self.request_limits,
+            of_request=context.size,
+        )
+
     def _options(
         self, prepared: Prepared, variables: dict[str, Any] | None, context: Context
     ) -> dict[str, Any]:
@@ -134,6 +175,7 @@ class Executor:
     async def _events(
         self, prepared: Prepared, variables: dict[str, Any] | None, context: Context
     ) -> AsyncGenerator[ExecutionResult]:
+        self._admit(prepared, variables, context)
         subscribed = subscribe(
             self._schema, prepared.document, **self._options(prepared, variables, context)
         )
@@ -163,9 +205,9 @@ class Executor:
         """
         document = self._documents.get(text)
         if document is not None:
-            self._documents.move_to_end(text)
             return document
         try:
+            check_length(text, self._limits)
             document = parse(text, max_tokens=self._limits.tokens)
             check_size(document, self._limits)
             errors = validate(
@@ -176,16 +218,40 @@ class Executor:
                 hide_suggestions=not self._limits.suggestions,
             )
         except GraphQLError as error:
-            raise DocumentRefused([error]) from None
+            raise DocumentRefused([_shortened(error)]) from None
         except RecursionError:
             raise DocumentRefused([too_complex("The document is nested too deep.")]) from None
         if errors:
             raise DocumentRefused(_merged(errors))
-        if len(text) <= MAX_CACHED_LENGTH:
-            self._documents[text] = document
-            if len(self._documents) > MAX_CACHED_DOCUMENTS:
-                self._documents.popitem(last=False)
+        self._documents.add(text, document)
         return document
+
+
+class _DocumentCache:
+    """The documents that were used last, up to a size in memory."""
+
+    def __init__(self) -> None:
+        self._documents: OrderedDict[str, DocumentNode] = OrderedDict()
+        self._bytes = 0
+
+    def get(self, text: str) -> DocumentNode | None:
+        """Return the document of a text, if it is kept."""
+        document = self._documents.get(text)
+        if document is not None:
+            self._documents.move_to_end(text)
+        return document
+
+    def add(self, text: str, document: DocumentNode) -> None:
+        """Keep a document, and drop those that were not used for the longest time."""
+        self._documents[text] = document
+        self._bytes += _size_of(text, document)
+        while self._bytes > MAX_CACHED_BYTES:
+            self._bytes -= _size_of(*self._documents.popitem(last=False))
+
+
+def _size_of(text: str, document: DocumentNode) -> int:
+    """Return about how many bytes of memory a document takes."""
+    return sys.getsizeof(text) + BYTES_PER_TOKEN * (document.token_count or len(text))
 
 
 def _operation(document: DocumentNode, name: str | None) -> OperationDefinitionNode:
@@ -215,4 +281,17 @@ def _merged(errors: list[GraphQLError]) -> list[GraphQLError]:
     nodes: dict[str, list[Node]] = {}
     for error in errors:
         nodes.setdefault(error.message, []).extend(error.nodes or ())
-    return [GraphQLError(message, nodes=where) for message, where in nodes.items()]
+    return [_shortened(GraphQLError(message, nodes=where)) for message, where in nodes.items()]
+
+
+def _shortened(error: GraphQLError) -> GraphQLError:
+    """Return an error whose message quotes at most 1,000 characters of the document."""
+    if len(error.message) <= MAX_MESSAGE:
+        return error
+    return GraphQLError(
+        shortened_text(error.message, MAX_MESSAGE),
+        nodes=error.nodes,
+        source=error.source,
+        positions=error.positions,
+        extensions=error.extensions,
+    )

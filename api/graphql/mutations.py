@@ -113,7 +113,7 @@ LeaseToken = Annotated[str, strawberry.argument(description="The `leaseToken` fr
 Info = strawberry.Info[Context, None]
 
 
-MUTATIONS: Final = "Mutations: enqueue, cancel and retry jobs, and work them as a remote worker."
+MUTATIONS: Final = "Mutations: enqueue, cancel and retry jobs, and run them as a remote worker."
 
 
 @strawberry.type(description=MUTATIONS)
@@ -131,7 +131,10 @@ class Mutation:
         caller = info.context.caller
         caller.need_types([input.type])
         enqueued = await info.context.queue.enqueue(
-            input.request(), created_by=caller.subject, sees_others=caller.sees_others
+            input.request(),
+            created_by=caller.subject,
+            sees_others=caller.sees_others,
+            budget=info.context.budget.faults,
         )
         return EnqueueJobSuccess.of(enqueued)
 
@@ -160,6 +163,7 @@ class Mutation:
             atomic=atomic,
             created_by=caller.subject,
             sees_others=caller.sees_others,
+            budget=info.context.budget.faults,
         )
         return [_enqueued_or_refused(result) for result in results]
 
@@ -211,7 +215,7 @@ class Mutation:
 
     @strawberry.mutation(
         extensions=[Requires("jobs:work")],
-        description="Renew a lease, and learn whether to stop.",
+        description="Renew a lease. The response says whether to stop.",
     )
     async def heartbeat_job(
         self,

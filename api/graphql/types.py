@@ -21,7 +21,7 @@ READERS: Final[tuple[AccessScope, ...]] = ("jobs:read", "jobs:work")
 caller stored: by its idempotency key and payload."""
 
 
-@strawberry.enum(description="Where a job is in its life.")
+@strawberry.enum(description="The state of a job.")
 class JobStatus(Enum):
     QUEUED = strawberry.enum_value(
         "queued",
@@ -147,8 +147,8 @@ class JobType:
         return JobPolicy.of(self.name, self.registered.policy)
 
     @strawberry.field(
-        description="A hash of what the payload's schema demands. It changes with the schema, and"
-        " not when only a description changes."
+        description="A hash of the rules of the payload's schema. It does not change with"
+        " descriptions."
     )
     def fingerprint(self) -> str:
         return self.registered.fingerprint
@@ -175,7 +175,7 @@ class JobError:
     )
     message: str = strawberry.field(description="A sentence for people.")
     details: JsonValue | None = strawberry.field(
-        description="More about the error, if there is more."
+        description="More about the error. Null if there is no more."
     )
 
     @classmethod
@@ -232,11 +232,11 @@ class ConcurrencyLimitReached:
 @strawberry.type(description="No worker has requested jobs of this type in the last minute.")
 class NoWorkerSeen:
     last_seen_seconds_ago: float | None = strawberry.field(
-        description="How long ago a worker last did. Null when none ever has."
+        description="How long ago a worker last requested them. Null if none has."
     )
 
 
-@strawberry.type(description="Workers are there, and other jobs of the type run first.")
+@strawberry.type(description="Other due jobs of the type run first.")
 class BehindInQueue:
     ahead: int = strawberry.field(description="How many due jobs run first, counted up to 1,000.")
 
@@ -254,7 +254,7 @@ class Job:
         metadata=OPEN, description="A UUID of version 7: later jobs have greater ids."
     )
     type: str = strawberry.field(metadata=OPEN, description="The job type.")
-    status: JobStatus = strawberry.field(metadata=OPEN, description="Where it is in its life.")
+    status: JobStatus = strawberry.field(metadata=OPEN, description="Its state.")
     priority: int = strawberry.field(
         metadata=OPEN,
         description="0 to 100. Among due jobs the higher priority runs first.",
@@ -399,8 +399,7 @@ class JobConnection:
 )
 class JobLease:
     lease_token: str = strawberry.field(
-        description="Proves the lease in every later request. It is secret to the worker, and new"
-        " with each lease."
+        description="Identifies the lease in every later request. Only the worker may know it."
     )
     job: Job = strawberry.field(description="The job to run.")
     expires_at: datetime = strawberry.field(

@@ -19,30 +19,39 @@ from job_registry_api.auth import REFUSALS, Authenticator, Caller, TooManyReques
 from job_registry_api.graphql.context import Context
 from job_registry_api.graphql.execution import DocumentRefused, Executor
 from job_registry_api.graphql.request_errors import format_exception
+from job_registry_api.http_messages import MAX_UNADMITTED_MESSAGE, WEBSOCKET_ADMISSION
 from job_registry_api.logs import log_unexpected
 
 PROTOCOL: Final = "graphql-transport-ws"
 INIT_SECONDS: Final = 10.0
-"""A client that has not sent `connection_init` by then is disconnected."""
+"""A client whose `connection_init` has not been acknowledged by then is disconnected."""
 
-MAX_OPERATIONS: Final = 200
-"""Operations that one connection runs at once. Each may hold a page of jobs in memory while the
-client does not read: 150 results of 5 MB took 500 MB."""
+MAX_UNREAD_BYTES: Final = 16_777_216
+"""Results that wait for one client to read. A client with more of them is disconnected."""
+
+MAX_ID_LENGTH: Final = 255
+"""The longest id of an operation, which every message about it repeats."""
 
 
 class GraphQLOverWebSocket:
     """Serves the schema over WebSockets.
 
-    The bearer token is that of the handshake's Authorization header or, as a browser cannot send
-    one there, `Authorization` in the payload of `connection_init`. A page in a browser may connect
-    from this origin and from `allowed_origins`.
+    One connection runs up to `max_operations` at once. The bearer token is that of the handshake's
+    Authorization header or, as a browser cannot send one there, `Authorization` in the payload of
+    `connection_init`. A page in a browser may connect from this origin and from `allowed_origins`.
     """
 
     def __init__(
-        self, executor: Executor, authenticator: Authenticator, *, allowed_origins: Sequence[str]
+        self,
+        executor: Executor,
+        authenticator: Authenticator,
+        *,
+        allowed_origins: Sequence[str],
+        max_operations: int,
     ) -> None:
         self._executor = executor
         self._authenticator = authenticator
+        self._max_operations = max_operations
         self._allowed_origins = frozenset(allowed_origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -60,7 +69,9 @@ class GraphQLOverWebSocket:
             return
         await socket.accept(PROTOCOL)
         try:
-            await _Connection(socket, self._executor, self._authenticator).serve()
+            await _Connection(
+                socket, self._executor, self._authenticator, self._max_operations
+            ).serve()
         except _ProtocolViolation as violation:
             # A close frame holds 123 bytes of reason (RFC 6455, section 5.5).
             reason = violation.reason.encode()[:123].decode(errors="ignore")
@@ -93,12 +104,21 @@ class _ProtocolViolation(Exception):
 class _Connection:
     """An accepted connection: its caller, and its operations by the client's ids."""
 
-    def __init__(self, socket: WebSocket, executor: Executor, authenticator: Authenticator) -> None:
+    def __init__(
+        self,
+        socket: WebSocket,
+        executor: Executor,
+        authenticator: Authenticator,
+        max_operations: int,
+    ) -> None:
         self._socket = socket
         self._executor = executor
         self._authenticator = authenticator
+        self._max_operations = max_operations
         self._caller: Caller | None = None
         self._operations: dict[str, asyncio.Task[None]] = {}
+        self._unread_bytes = 0
+        self._too_much_unread = asyncio.Event()
 
     async def serve(self) -> None:
         """Answer messages until the client hangs up.
@@ -109,31 +129,54 @@ class _Connection:
         """
         try:
             try:
-                async with asyncio.timeout(INIT_SECONDS) as init:
-                    while True:
+                async with asyncio.timeout(INIT_SECONDS):
+                    while self._caller is None:
                         await self._answer(await self._message())
-                        if self._caller is not None:
-                            init.reschedule(None)
             except TimeoutError:
                 raise _ProtocolViolation(4408, "Connection initialisation timeout") from None
+            _admit(self._socket.scope)
+            await self._answer_all()
         finally:
             tasks = list(self._operations.values())
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
+    async def _answer_all(self) -> None:
+        """Answer messages until the client hangs up or leaves too much unread."""
+        messages = asyncio.create_task(self._answer_each())
+        too_much = asyncio.create_task(self._too_much_unread.wait())
+        try:
+            await asyncio.wait((messages, too_much), return_when=asyncio.FIRST_COMPLETED)
+            if too_much.done():
+                raise _ProtocolViolation(1008, "The client does not read its messages")
+            messages.result()
+        finally:
+            for task in (messages, too_much):
+                task.cancel()
+            await asyncio.gather(messages, too_much, return_exceptions=True)
+
+    async def _answer_each(self) -> None:
+        while True:
+            await self._answer(await self._message())
+
     async def _message(self) -> dict[str, Any]:
         received = await self._socket.receive()
         if received["type"] == "websocket.disconnect":
             raise WebSocketDisconnect(received.get("code", 1005))
+        text: str = received.get("text") or ""
+        # A server that does not know the bound before admission has read the message already.
+        if self._caller is None and len(text) > MAX_UNADMITTED_MESSAGE:
+            raise _ProtocolViolation(1009, "The message is too large")
         try:
-            message = from_json(received.get("text") or b"", allow_inf_nan=False)
+            message = from_json(text, allow_inf_nan=False)
         except ValueError:
             raise _ProtocolViolation(4400, "The message is not JSON") from None
         if (
             not isinstance(message, dict)
             or not isinstance(message.get("type"), str)
             or not isinstance(message.get("id", ""), str)
+            or len(message.get("id", "")) > MAX_ID_LENGTH
             or not isinstance(message.get("payload"), dict | None)
         ):
             raise _ProtocolViolation(4400, "The message is not valid")
@@ -153,8 +196,9 @@ class _Connection:
                     raise _ProtocolViolation(4401, "Unauthorized")
                 if operation_id in self._operations:
                     raise _ProtocolViolation(4409, f"Subscriber for {operation_id} already exists")
-                if len(self._operations) >= MAX_OPERATIONS:
-                    refused = TooManyRequests(f"{MAX_OPERATIONS} operations per connection", 1)
+                if len(self._operations) >= self._max_operations:
+                    limit = f"{self._max_operations:,} operations per connection"
+                    refused = TooManyRequests(limit, 1)
                     await self._send("error", operation_id, [format_exception(refused)])
                     return
                 running = self._run(operation_id, payload, self._caller)
@@ -227,4 +271,19 @@ class _Connection:
             message["id"] = operation_id
         if payload is not None:
             message["payload"] = payload
-        await self._socket.send_text(to_json(message).decode())
+        text = to_json(message).decode()
+        self._unread_bytes += len(text)
+        # One answer alone may be as large as it is.
+        if self._unread_bytes > max(MAX_UNREAD_BYTES, len(text)):
+            self._too_much_unread.set()
+        try:
+            await self._socket.send_text(text)
+        finally:
+            self._unread_bytes -= len(text)
+
+
+def _admit(scope: Scope) -> None:
+    """Tell the server that the client may now send messages of the full size."""
+    extension = scope.get("extensions", {}).get(WEBSOCKET_ADMISSION)
+    if extension is not None:
+        extension["admit"]()

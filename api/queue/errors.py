@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import JsonValue
 
 from job_registry import CodedError, Violation
-from job_registry.errors import counted_faults
+from job_registry.errors import counted_faults, shortened
 
 if TYPE_CHECKING:
     from job_registry_api.queue.models import JobRecord, JobStatus
@@ -89,7 +89,7 @@ class JobNotFound(QueueError):
 
     def __init__(self, job_id: str) -> None:
         self.job_id = job_id
-        super().__init__(f"There is no job {job_id[:100]}.")
+        super().__init__(f"There is no job {shortened(job_id, 100)}.")
 
     def details(self) -> dict[str, JsonValue]:
         """Return the id, truncated to 200 characters."""

@@ -28,6 +28,7 @@ from job_registry_api.worker.outcomes import (
     Died,
     End,
     FailAttempt,
+    MemoryExceeded,
     Nothing,
     NotStarted,
     Raised,
@@ -183,6 +184,8 @@ class Attempt:
         stopping = self._stop_requested.is_set()
         if isinstance(end, Raised) and end.kind in _UNFORESEEN and not stopping:
             self._log.warning("job.attempt_failed", exception=end.traceback)
+        elif isinstance(end, MemoryExceeded) and not stopping:
+            self._log.warning("job.memory_limit_exceeded", exception=end.traceback)
         elif isinstance(end, Died) and not stopping:
             self._log.warning("job.process_died", reason=how_it_died(end.exit_code))
         await self._store_last_progress()

@@ -10,6 +10,7 @@ import contextlib
 import os
 import secrets
 import socket
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from job_registry_api.queue.requests import MAX_LEASE, MAX_WAIT_SECONDS
 from job_registry_api.worker.attempt import RELEASE_SECONDS, Attempt, Equipment
 from job_registry_api.worker.extensions import lifespans
 from job_registry_api.worker.lease_keeper import END_SECONDS, LeaseKeeper
+from job_registry_api.worker.memory_limit import address_space
 from job_registry_api.worker.processes import LEAVE_SECONDS, HandlerProcesses, address_of
 from job_registry_api.worker.running import tasks_of_handlers_contained
 
@@ -106,6 +108,9 @@ class Worker:
                     f'job type {name}: with run_in="process" it must be at the top level of an'
                     " importable module, because its process imports it from there"
                 )
+        limited = [n for n in in_processes if registry[n].memory_limit_mb is not None]
+        if limited and address_space() is None:
+            log.warning("worker.memory_not_limited", types=limited, platform=sys.platform)
         self._processes = HandlerProcesses(
             assets=assets,
             extensions=self._extensions,

@@ -115,7 +115,7 @@ async def test_a_bulk_of_more_than_a_thousand_is_an_error_of_the_request(
     variables = {"inputs": [PING] * 1_001}
     response = await http.post("/graphql", json={"query": ENQUEUE_MANY, "variables": variables})
     (error,) = response.json()["errors"]
-    assert error["extensions"]["code"] == "validation_error"
+    assert error["extensions"]["code"] == "budget_exceeded"
 
 
 async def test_every_job_is_on_exactly_one_page(execute: Execute) -> None:
@@ -354,6 +354,6 @@ async def test_rest_counts_the_faults(http: httpx.AsyncClient) -> None:
 async def test_rest_knows_no_such_job_and_no_such_method(http: httpx.AsyncClient) -> None:
     missing = await http.get("/jobs/nope")
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "job_not_found")
-    assert missing.json()["error"]["message"] == "There is no job nope."
+    assert missing.json()["error"]["message"] == 'There is no job "nope".'
     assert (await http.get("/jobs")).status_code == 405
     assert (await http.delete("/jobs/nope")).headers["allow"] == "GET, HEAD"

@@ -24,7 +24,7 @@ from job_registry import (
 )
 from job_registry.catalog.payout import payout_execute
 from job_registry.catalog.thumbnail import ThumbnailCreate, thumbnail_create
-from job_registry.json_values import MAX_VIOLATIONS
+from job_registry.json_values import MAX_VIOLATIONS, count_values
 from tests.registry.test_job_types import Everything
 
 EVERYTHING = JobType(name="test.everything", payload=Everything)
@@ -244,12 +244,50 @@ def test_the_json_schema_says_the_same_as_the_registry(payload: dict[str, Any]) 
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "nope", "[NaN]", "[Infinity]", b"\xff", "[" * 100_000, "{}{}"]
+    ("text", "fault"),
+    [
+        ("", "the text ends too early at line 1, column 0"),
+        ("{", "the text ends too early at line 1, column 1"),
+        ("nope", "unexpected character at line 1, column 2"),
+        ('{"a" 1}', "unexpected character at line 1, column 6"),
+        ("[NaN]", "unexpected character at line 1, column 2"),
+        ("[Infinity]", "unexpected character at line 1, column 2"),
+        (b"\xff", "unexpected character at line 1, column 1"),
+        (b'"\xff"', "text that is not UTF-8 at line 1, column 2"),
+        ("[" * 100_000, "too many nested arrays and objects at line 1, column 202"),
+        ("{}\n{}", "more text after the end of the value at line 2, column 1"),
+        ("[1,]", "unexpected comma at line 1, column 4"),
+        ("{a: 1}", "expected a name in double quotes at line 1, column 2"),
+        ('"\n"', "unescaped control character in a string at line 2, column 0"),
+        (r'"\q"', "invalid escape in a string at line 1, column 3"),
+        (r'"\ud800"', "invalid escape in a string at line 1, column 8"),
+        ("[01]", "invalid number at line 1, column 3"),
+    ],
 )
-def test_what_is_no_json_is_told_so(text: str | bytes) -> None:
-    with pytest.raises(NotJson, match="not valid JSON"):
-        parse_json(text)
+def test_text_that_is_not_json_is_refused_with_the_place(text: str | bytes, fault: str) -> None:
+    with pytest.raises(NotJson) as refused:
+        parse_json(text, "The body")
+    assert str(refused.value) == f"The body is not valid JSON: {fault}"
 
 
 def test_the_text_of_a_document_is_compact_utf8() -> None:
     assert json_document({"ä": [1, 2.5, None]}, max_bytes=99) == ('{"ä":[1,2.5,null]}'.encode(), [])
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        (b"1", 1),
+        (b'{"a": [1, 2], "b": "x"}', 5),
+        (b'["a,b", "[{", "\\"," , "\\\\", ","]', 6),
+        (b"[[], {}]", 5),
+        (b'["\xc3\xa4,,,,,,,,,,,,,,,,,", 2]', 3),
+    ],
+)
+def test_values_are_counted_without_parsing(text: bytes, values: int) -> None:
+    assert count_values(text, values - 1) == values
+    assert count_values(text, 100) >= values
+
+
+def test_values_in_a_text_of_strings_alone_are_not_counted_one_by_one() -> None:
+    assert count_values(b'["",' * 1_000 + b'""]', 10) > 10

@@ -14,6 +14,7 @@ from job_registry_api.worker.outcomes import (
     Died,
     End,
     FailAttempt,
+    MemoryExceeded,
     Nothing,
     NotStarted,
     Release,
@@ -44,6 +45,7 @@ STOPPED = raised(asyncio.CancelledError())
 FAILED = FailAttempt("handler_failed", "RuntimeError: boom")
 WHILE_RUNNING = Stop("The job was cancelled while it ran.")
 KILLED = Stop("The job was cancelled while it ran. Its process was killed.")
+EXCEEDED = "The handler exceeded its memory limit of 64 MB."
 SEGFAULT = "The handler's process was killed by signal 11 (SIGSEGV)."
 
 
@@ -81,6 +83,23 @@ SEGFAULT = "The handler's process was killed by signal 11 (SIGSEGV)."
         (STOPPED, OUT_OF_TOUCH, Nothing()),
         (STOPPED, TIMED_OUT, TimeOut(still_running=False)),
         (Died(-11), AS_USUAL, FailAttempt("process_died", SEGFAULT)),
+        (MemoryExceeded(64), AS_USUAL, FailAttempt("memory_limit_exceeded", EXCEEDED)),
+        (MemoryExceeded(64), STOPPING, Release()),
+        (MemoryExceeded(64), TIMED_OUT, TimeOut(still_running=False)),
+        (
+            Died(-11, 64, near_limit=True),
+            AS_USUAL,
+            FailAttempt("memory_limit_exceeded", f"{EXCEEDED} {SEGFAULT}"),
+        ),
+        (Died(-11, 64, near_limit=True), STOPPING, Release()),
+        (
+            Died(2, 64, near_limit=True),
+            AS_USUAL,
+            FailAttempt("memory_limit_exceeded", f"{EXCEEDED} {how_it_died(2)}"),
+        ),
+        (Died(2, 64), AS_USUAL, FailAttempt("process_died", how_it_died(2))),
+        # Neither the system nor a person kills a process because of this limit.
+        (Died(-9, 64, near_limit=True), AS_USUAL, FailAttempt("process_died", how_it_died(-9))),
         (Died(-9), CANCELLED, KILLED),
         (Died(-9), STOPPING, Release()),
         (Died(-9), TIMED_OUT, TimeOut(still_running=False)),
@@ -100,7 +119,10 @@ def test_the_report_follows_from_the_end_and_the_circumstances(
     assert report_of(end, circumstances) == report
 
 
-@pytest.mark.parametrize("end", [DONE, ResultRefused("no"), BOOM, STOPPED, raised(Snooze(3))])
+@pytest.mark.parametrize(
+    "end",
+    [DONE, ResultRefused("no"), BOOM, STOPPED, raised(Snooze(3)), MemoryExceeded(64, "trace")],
+)
 def test_an_end_travels_between_processes_as_it_is(end: Any) -> None:
     assert end_from_json(end_as_json(end)) == end
 
