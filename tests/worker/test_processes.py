@@ -125,7 +125,7 @@ async def test_sigterm_lets_a_running_job_end(
 
 
 @pytest.mark.any_database
-async def test_sigterm_does_not_wait_for_a_thread_longer_than_it_was_told(
+async def test_sigterm_does_not_wait_for_a_thread_longer_than_it_is_configured_to(
     naps: JobQueue, database_url: str, catalog: Path
 ) -> None:
     with worker(database_url, catalog, shutdown_seconds=0.5) as process:
@@ -139,7 +139,7 @@ async def test_sigterm_does_not_wait_for_a_thread_longer_than_it_was_told(
 
 
 @pytest.mark.any_database
-async def test_a_second_signal_hands_running_jobs_back(
+async def test_a_second_signal_releases_running_jobs(
     naps: JobQueue, database_url: str, catalog: Path
 ) -> None:
     with worker(database_url, catalog) as process:
