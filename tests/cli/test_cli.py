@@ -55,7 +55,7 @@ def jobs(tmp_path: Path) -> Shell:
     return Shell(tmp_path)
 
 
-def test_help_tells_every_command_and_the_exit_codes(jobs: Shell) -> None:
+def test_help_names_every_command_and_the_exit_codes(jobs: Shell) -> None:
     result = jobs("--help")
     assert result.returncode == 0
     for word in [

@@ -16,7 +16,7 @@ from PIL import Image
 
 from job_registry import JobRegistry
 from job_registry.catalog.thumbnail import MEMORY_LIMIT_MB, thumbnail_create
-from job_registry_api.queue.database import Database
+from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.models import JobRecord, JobStatus
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.requests import EnqueueRequest
@@ -33,9 +33,9 @@ IDLE_MB = 80
 
 @asynccontextmanager
 async def working(database_url: str, assets: Path, concurrency: int) -> AsyncIterator[JobQueue]:
-    database = Database(database_url)
+    database = open_database(database_url)
     queue = JobQueue(JobRegistry([thumbnail_create]), database)
-    async with queue.events.hearing():
+    async with queue.events.listening():
         worker = Worker(queue, concurrency=concurrency, assets=str(assets), shutdown_seconds=2)
         task = asyncio.create_task(worker.run())
         try:
