@@ -104,6 +104,9 @@ def test_types_and_policies_for_people_and_for_programs(jobs: Shell) -> None:
     assert listed[0]["policy"]["concurrencyLimit"] == 5
     assert "5" in jobs("policy", "payout.execute").stdout
     assert json.loads(jobs("policy", "payout.execute", "--json").stdout)["maxAttempts"] == 10
+    assert [each["memoryLimitMb"] for each in listed] == [None, 512]
+    assert "memoryLimitMb" not in jobs("policy", "payout.execute").stdout
+    assert "memoryLimitMb     512" in jobs("policy", "thumbnail.create").stdout
     unknown = jobs("policy", "payout.exec")
     assert unknown.returncode == 1
     assert "Did you mean payout.execute?" in unknown.stderr
