@@ -176,9 +176,9 @@ HANDLERS = {"PIL", "fsspec"}
 @pytest.mark.parametrize(
     ("command", "not_needed"),
     [
-        ("types", DATABASE | GRAPHQL | HTTP | HANDLERS | {"structlog"}),
-        ("policy payout.execute", DATABASE | GRAPHQL | HTTP | HANDLERS | {"structlog"}),
-        ("validate thumbnail.create -", DATABASE | GRAPHQL | HTTP | HANDLERS | {"structlog"}),
+        ("types", DATABASE | GRAPHQL | HTTP | HANDLERS),
+        ("policy payout.execute", DATABASE | GRAPHQL | HTTP | HANDLERS),
+        ("validate thumbnail.create -", DATABASE | GRAPHQL | HTTP | HANDLERS),
         ("migrate", GRAPHQL | HTTP | HANDLERS),
         ("enqueue thumbnail.create -", GRAPHQL | HTTP | HANDLERS),
         ("schema", HANDLERS | {"uvicorn", "alembic", "aiosqlite"}),
