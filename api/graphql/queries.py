@@ -168,11 +168,11 @@ class Query:
             # No types is no restriction, and no job has a type without a name.
             types = tuple(sorted(caller.job_types)) or ("",)
         statuses = (filter.statuses or []) if filter else []
-        wanted = reading.JobFilter(
+        job_filter = reading.JobFilter(
             types=types, statuses=tuple(models.JobStatus[each.name] for each in statuses)
         )
         page = await info.context.queue.list_jobs(
-            wanted, first=first, after=None if after is None else _id_of(after)
+            job_filter, first=first, after=None if after is None else _id_of(after)
         )
         edges = [JobEdge(cursor=_cursor_of(job.id), node=Job.of(job)) for job in page.jobs]
         return JobConnection(

@@ -100,7 +100,11 @@ class Reading:
         return await self._store.attempts(job_ids)
 
     async def list_jobs(
-        self, wanted: JobFilter = JobFilter(), *, first: int = 50, after: uuid.UUID | None = None
+        self,
+        job_filter: JobFilter = JobFilter(),
+        *,
+        first: int = 50,
+        after: uuid.UUID | None = None,
     ) -> JobPage:
         """Return a page of jobs, newest first, starting after the job `after`.
 
@@ -111,17 +115,17 @@ class Reading:
         if not 1 <= first <= self._max_page_size:
             message = f"Expected 1 to {self._max_page_size} jobs per page; got {first}."
             faults.append(Violation("/first", "out_of_range", message))
-        if len(wanted.types) > MAX_FILTER_TYPES:
-            message = f"Expected at most {MAX_FILTER_TYPES} job types; got {len(wanted.types)}."
+        if len(job_filter.types) > MAX_FILTER_TYPES:
+            message = f"Expected at most {MAX_FILTER_TYPES} job types; got {len(job_filter.types)}."
             faults.append(Violation("/filter/types", "too_long", message))
         if faults:
             raise InputInvalid(tuple(faults))
         # The database refuses these names in a query, so no job has one of them.
-        types = tuple(name for name in wanted.types if text_fault(name) is None)
-        if wanted.types and not types:
+        types = tuple(name for name in job_filter.types if text_fault(name) is None)
+        if job_filter.types and not types:
             return JobPage([], has_next_page=False)
         jobs = await self._store.list_jobs(
-            types=types, statuses=wanted.statuses, first=first + 1, after=after
+            types=types, statuses=job_filter.statuses, first=first + 1, after=after
         )
         return JobPage(jobs[:first], has_next_page=len(jobs) > first)
 
