@@ -152,6 +152,7 @@ class Executor:
             BudgetExceeded: the arguments need more than a limit allows.
         """
         context.budget = Budget(self.request_limits)
+        context.operation = (prepared.document, prepared.operation)
         check_arguments(
             self._schema,
             prepared.document,
