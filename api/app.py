@@ -16,10 +16,10 @@ from starlette.routing import Route, WebSocketRoute
 from job_registry import JobRegistry
 from job_registry_api import pages
 from job_registry_api.auth import create_authenticator
+from job_registry_api.graphql.admission import Admission
 from job_registry_api.graphql.document_limits import Limits
 from job_registry_api.graphql.execution import Executor
 from job_registry_api.graphql.http import GraphQLOverHTTP
-from job_registry_api.graphql.schema import build_schema
 from job_registry_api.graphql.websocket import GraphQLOverWebSocket
 from job_registry_api.health import Health, health_routes
 from job_registry_api.http_messages import GuardedResponses
@@ -80,7 +80,7 @@ def create_app(settings: Settings, registry: JobRegistry, *, worker: bool = Fals
         registry = registry.without_suggestions()
     authenticator = create_authenticator(settings)
     executor = Executor(
-        build_schema(registry),
+        Admission(registry),
         Limits(
             tokens=settings.max_query_tokens,
             depth=settings.max_query_depth,

@@ -483,7 +483,6 @@ async def test_a_caller_may_be_limited_to_some_job_types(visit: Visit) -> None:
             'mutation { enqueueJob(input: {type: "test.pong", payload: {}}) { __typename } }',
             'mutation { enqueueJobs(inputs: [{type: "test.ping", payload: {}},'
             ' {type: "test.pong", payload: {}}]) { __typename } }',
-            "mutation { enqueue(job: {testPong: {}}) { __typename } }",
             'mutation { leaseJobs(input: {jobTypes: ["test.ping", "test.pong"],'
             ' workerId: "w"}) { __typename } }',
             '{ validateJob(input: {type: "test.pong", payload: {}}) { __typename } }',

@@ -13,11 +13,11 @@ from contextlib import aclosing
 from inspect import isawaitable
 from typing import Any, Final, NamedTuple
 
-import strawberry
 from graphql import (
     DocumentNode,
     ExecutionResult,
     GraphQLError,
+    GraphQLSchema,
     Node,
     NoSchemaIntrospectionCustomRule,
     OperationDefinitionNode,
@@ -30,11 +30,11 @@ from graphql import (
 )
 from strawberry.schema.validation_rules.one_of import OneOfInputValidationRule
 
-from job_registry_api.auth import Unauthenticated
+from job_registry_api.auth import Caller, Forbidden, Unauthenticated
+from job_registry_api.graphql.admission import Admission
 from job_registry_api.graphql.context import Context
 from job_registry_api.graphql.document_limits import Limits, check_size, too_complex
 from job_registry_api.graphql.request_errors import format_exception, format_result
-from job_registry_api.graphql.schema import executable
 
 MAX_CACHED_DOCUMENTS: Final = 500
 MAX_CACHED_LENGTH: Final = 20_000
@@ -60,6 +60,8 @@ class Prepared(NamedTuple):
 
     document: DocumentNode
     operation: OperationDefinitionNode
+    schema: GraphQLSchema
+    """The schema with the job types that the caller may see."""
 
     @property
     def is_mutation(self) -> bool:
@@ -73,32 +75,40 @@ class Prepared(NamedTuple):
 
 
 class Executor:
-    """Executes operations of a schema, within limits."""
+    """Executes operations of the schema that a caller is admitted to, within limits."""
 
-    def __init__(self, schema: strawberry.Schema, limits: Limits) -> None:
-        self._schema = executable(schema)
+    def __init__(self, admission: Admission, limits: Limits) -> None:
+        self._admission = admission
         self._limits = limits
         self._rules = [*specified_rules, OneOfInputValidationRule]
         if not limits.introspection:
             self._rules.append(NoSchemaIntrospectionCustomRule)
-        self._documents: OrderedDict[str, DocumentNode] = OrderedDict()
+        self._documents: OrderedDict[tuple[GraphQLSchema, str], DocumentNode] = OrderedDict()
 
-    def prepare(self, text: str, operation_name: str | None) -> Prepared:
-        """Parse and validate a document.
+    def prepare(self, text: str, operation_name: str | None, caller: Caller) -> Prepared:
+        """Parse a document, and validate it against what the caller may see of the schema.
 
         Raises:
             DocumentRefused: the document does not parse, exceeds a limit, is not valid, or lacks
-                the operation.
+                the operation; or the caller may do nothing.
         """
-        document = self._document(text)
-        return Prepared(document, _operation(document, operation_name))
+        try:
+            schema = self._admission.schema_for(caller)
+        except Forbidden as forbidden:
+            extensions = {"code": forbidden.code}
+            raise DocumentRefused([GraphQLError(str(forbidden), extensions=extensions)]) from None
+        document = self._document(text, schema)
+        return Prepared(document, _operation(document, operation_name), schema)
 
     async def execute(
         self, prepared: Prepared, variables: dict[str, Any] | None, context: Context
     ) -> ExecutionResult:
         """Execute a query or a mutation. An error without a path is a fault of the variables."""
+        refusals = self._admission.refusals(*prepared[:2], variables, context.caller)
+        if refusals:
+            return ExecutionResult(None, refusals)
         result = execute(
-            self._schema, prepared.document, **self._options(prepared, variables, context)
+            prepared.schema, prepared.document, **self._options(prepared, variables, context)
         )
         return await result if isawaitable(result) else result
 
@@ -134,8 +144,12 @@ class Executor:
     async def _events(
         self, prepared: Prepared, variables: dict[str, Any] | None, context: Context
     ) -> AsyncGenerator[ExecutionResult]:
+        refusals = self._admission.refusals(*prepared[:2], variables, context.caller)
+        if refusals:
+            yield ExecutionResult(None, refusals)
+            return
         subscribed = subscribe(
-            self._schema, prepared.document, **self._options(prepared, variables, context)
+            prepared.schema, prepared.document, **self._options(prepared, variables, context)
         )
         results = await subscribed if isawaitable(subscribed) else subscribed
         if isinstance(results, ExecutionResult):
@@ -155,21 +169,21 @@ class Executor:
                     raise Unauthenticated("The token has expired.") from None
                 yield result
 
-    def _document(self, text: str) -> DocumentNode:
-        """Return the document of a text.
+    def _document(self, text: str, schema: GraphQLSchema) -> DocumentNode:
+        """Return the document of a text that is valid in a schema.
 
         A generated client sends the same few documents again and again, and to parse and validate
         one takes longer than to execute it.
         """
-        document = self._documents.get(text)
+        document = self._documents.get((schema, text))
         if document is not None:
-            self._documents.move_to_end(text)
+            self._documents.move_to_end((schema, text))
             return document
         try:
             document = parse(text, max_tokens=self._limits.tokens)
             check_size(document, self._limits)
             errors = validate(
-                self._schema,
+                schema,
                 document,
                 self._rules,
                 max_errors=MAX_ERRORS,
@@ -182,7 +196,7 @@ class Executor:
         if errors:
             raise DocumentRefused(_merged(errors))
         if len(text) <= MAX_CACHED_LENGTH:
-            self._documents[text] = document
+            self._documents[schema, text] = document
             if len(self._documents) > MAX_CACHED_DOCUMENTS:
                 self._documents.popitem(last=False)
         return document

@@ -147,7 +147,7 @@ class GraphQLOverHTTP:
             content = _checked(_of_query_string(scope["query_string"]))
         else:
             content = _checked(await self._read_json(scope, receive))
-        prepared = self._executor.prepare(content["query"], content.get("operationName"))
+        prepared = self._executor.prepare(content["query"], content.get("operationName"), caller)
         if method == "GET" and prepared.is_mutation:
             raise _refused(405, "A mutation is sent with POST.", allow=b"POST")
         context = Context(scope["app"].state.queue, caller, receive)

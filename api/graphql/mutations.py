@@ -19,7 +19,12 @@ from job_registry_api.graphql.context import Context
 from job_registry_api.graphql.inputs import EnqueueJobInput, JobErrorInput, LeaseJobsInput
 from job_registry_api.graphql.types import Job, JobLease
 from job_registry_api.queue.enqueueing import Enqueued, Refusal
-from job_registry_api.queue.errors import IdempotencyConflict, IdempotencyKeyTaken, InputInvalid
+from job_registry_api.queue.errors import (
+    IdempotencyConflict,
+    IdempotencyKeyTaken,
+    InputInvalid,
+    LeaseLost,
+)
 from job_registry_api.queue.models import JobRecord
 
 
@@ -224,6 +229,7 @@ class Mutation:
             ),
         ] = None,
     ) -> HeartbeatJobResult:
+        await _check_lease(info.context, lease_token)
         heartbeat = await info.context.queue.heartbeat(lease_token, progress)
         return HeartbeatJobSuccess(
             expires_at=heartbeat.expires_at,
@@ -246,6 +252,7 @@ class Mutation:
             strawberry.argument(description="The result of the job, as any JSON."),
         ] = None,
     ) -> CompleteJobResult:
+        await _check_lease(info.context, lease_token)
         return JobChanged.of(await info.context.queue.complete(lease_token, result))
 
     @strawberry.mutation(
@@ -268,6 +275,7 @@ class Mutation:
             ),
         ] = None,
     ) -> FailJobResult:
+        await _check_lease(info.context, lease_token)
         job = await info.context.queue.fail(
             lease_token,
             error.error(),
@@ -281,6 +289,7 @@ class Mutation:
         description="Return the job to the queue, to run again at once. The attempt is not spent.",
     )
     async def release_job(self, info: Info, lease_token: LeaseToken) -> ReleaseJobResult:
+        await _check_lease(info.context, lease_token)
         return JobChanged.of(await info.context.queue.release(lease_token))
 
     @strawberry.mutation(
@@ -298,6 +307,7 @@ class Mutation:
             ),
         ],
     ) -> SnoozeJobResult:
+        await _check_lease(info.context, lease_token)
         return JobChanged.of(await info.context.queue.snooze(lease_token, seconds))
 
 
@@ -315,6 +325,18 @@ def _enqueued_or_refused(result: Enqueued | Refusal) -> EnqueueJobResult:
             return errors.IdempotencyConflict.of(result)
         case IdempotencyKeyTaken():
             return errors.InputInvalid.of_taken_key(result)
+
+
+async def _check_lease(context: Context, lease_token: str) -> None:
+    """Check that a lease is of a job that the caller may see.
+
+    Raises:
+        LeaseLost: it is not. The answer is that to a lease which does not exist.
+    """
+    if context.caller.job_types is not None:
+        job_type = await context.queue.leased_type(lease_token)
+        if not context.caller.may_see(job_type):
+            raise LeaseLost
 
 
 async def _changed_if_visible(

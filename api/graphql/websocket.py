@@ -253,7 +253,7 @@ class _Connection:
             return
         try:
             self._authenticator.check_again(self._socket.scope, caller)
-            prepared = self._executor.prepare(query, name)
+            prepared = self._executor.prepare(query, name, caller)
         except DocumentRefused as refused:
             yield {"errors": [error.formatted for error in refused.errors]}
             return
