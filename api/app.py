@@ -16,6 +16,7 @@ from starlette.routing import Route, WebSocketRoute
 from job_registry import JobRegistry
 from job_registry_api import pages
 from job_registry_api.auth import create_authenticator
+from job_registry_api.budget import RequestLimits
 from job_registry_api.graphql.admission import Admission
 from job_registry_api.graphql.document_limits import Limits
 from job_registry_api.graphql.execution import Executor
@@ -79,6 +80,11 @@ def create_app(settings: Settings, registry: JobRegistry, *, worker: bool = Fals
     if not settings.suggestions:
         registry = registry.without_suggestions()
     authenticator = create_authenticator(settings)
+    limits = RequestLimits(
+        body_bytes=settings.max_body_bytes,
+        values=settings.max_request_values,
+        bulk_size=settings.max_bulk_size,
+    )
     executor = Executor(
         Admission(registry),
         Limits(
@@ -89,11 +95,11 @@ def create_app(settings: Settings, registry: JobRegistry, *, worker: bool = Fals
             introspection=settings.introspection,
             suggestions=settings.suggestions,
         ),
+        limits,
     )
     graphql_http = GraphQLOverHTTP(
         executor,
         authenticator,
-        max_body_bytes=settings.max_body_bytes,
         get_queries=settings.get_queries,
         page=pages.graphiql() if settings.graphiql else None,
     )
@@ -107,7 +113,7 @@ def create_app(settings: Settings, registry: JobRegistry, *, worker: bool = Fals
         routes=[
             Route("/graphql", graphql_http),
             WebSocketRoute("/graphql", graphql_websocket),
-            Route("/jobs", EnqueueView(authenticator, max_body_bytes=settings.max_body_bytes)),
+            Route("/jobs", EnqueueView(authenticator, limits)),
             Route("/jobs/{id}", JobView(authenticator)),
             *health_routes(lambda request: cast(Health, request.app.state.health)),
             *([Route("/", pages.root()), *pages.assets()] if settings.graphiql else ()),

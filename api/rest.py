@@ -12,9 +12,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from job_registry import CodedError, JobTypeNotFound, NotJson, PayloadInvalid, parse_json
+from job_registry import CodedError, JobTypeNotFound, NotJson, PayloadInvalid
 from job_registry_api import auth
 from job_registry_api.auth import Authenticator
+from job_registry_api.budget import BudgetExceeded, RequestLimits, parse_request_json
 from job_registry_api.http_messages import (
     BodyTooLarge,
     ClientGone,
@@ -45,6 +46,7 @@ _STATUSES: Final[Mapping[type[CodedError], int]] = {
     IdempotencyConflict: 409,
     IdempotencyKeyTaken: 409,
     BodyTooLarge: 413,
+    BudgetExceeded: 413,
     UnsupportedMediaType: 415,
     PayloadInvalid: 422,
     InputInvalid: 422,
@@ -60,9 +62,9 @@ class EnqueueView:
     `jobs:enqueue`.
     """
 
-    def __init__(self, authenticator: Authenticator, *, max_body_bytes: int) -> None:
+    def __init__(self, authenticator: Authenticator, limits: RequestLimits) -> None:
         self._authenticator = authenticator
-        self._max_body_bytes = max_body_bytes
+        self._limits = limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one HTTP request."""
@@ -72,12 +74,14 @@ class EnqueueView:
                 raise MethodNotAllowed("POST")
             caller = await self._authenticator.authenticate(scope)
             caller.need("jobs:enqueue")
-            request = parse_request(
-                await self._read(scope, receive), suggest=queue.registry.suggests
-            )
+            budget = queue.registry.fault_budget()
+            request = parse_request(await self._read(scope, receive), budget=budget)
             caller.need_types([request.type])
             enqueued = await queue.enqueue(
-                request, created_by=caller.subject, sees_others=caller.sees_others
+                request,
+                created_by=caller.subject,
+                sees_others=caller.sees_others,
+                budget=budget,
             )
         except ClientGone:
             return
@@ -98,7 +102,9 @@ class EnqueueView:
     async def _read(self, scope: Scope, receive: Receive) -> Any:
         if not is_json(header(scope, b"content-type")):
             raise UnsupportedMediaType
-        return parse_json(await read_body(scope, receive, self._max_body_bytes), "The body")
+        body = await read_body(scope, receive, self._limits.body_bytes)
+        value, _ = parse_request_json(body, self._limits)
+        return value
 
 
 class JobView:

@@ -105,6 +105,13 @@ class Settings(BaseSettings):
         le=1_073_741_824,
         description="The largest request, in bytes. A bulk enqueue has to fit.",
     )
+    max_request_values: int = Field(
+        default=200_000,
+        ge=1_000,
+        le=10_000_000,
+        description="The most JSON values per request: numbers, strings, objects and so on. A value"
+        " in memory takes up to 250 bytes. Arguments that share a variable count each for itself.",
+    )
     lease_seconds: float = Field(
         default=defaults.LEASE_SECONDS,
         ge=1.0,

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import ClassVar, Final
 
 from pydantic import JsonValue
@@ -80,8 +79,12 @@ class PayloadInvalid(CodedError):
     def __init__(self, job_type: str, violations: Sequence[Violation]) -> None:
         self.job_type = job_type
         self.violations = tuple(violations)
+        super().__init__(job_type, self.violations)
+
+    def __str__(self) -> str:
+        # Made when it is read: a bulk of faulty payloads answers with the violations alone.
         faults = "; ".join(f"{v.path or 'payload'}: {v.message}" for v in self.violations)
-        super().__init__(f"The payload of {job_type} is invalid: {faults}")
+        return f"The payload of {self.job_type} is invalid: {faults}"
 
     def details(self) -> dict[str, JsonValue]:
         """Return the job type and the violations."""
@@ -134,7 +137,7 @@ class Snooze(Exception):
 
 def counted_faults(what: str, faults: int) -> str:
     """Return the sentence that goes with a list of faults."""
-    return f"{what} has {faults} fault{'s' if faults != 1 else ''}."
+    return f"{what} has {faults:,} fault{'s' if faults != 1 else ''}."
 
 
 def _check_delay(name: str, seconds: float) -> None:
@@ -147,17 +150,58 @@ def near(name: str, names: Iterable[str], *, count: int = 1) -> tuple[str, ...]:
     return tuple(difflib.get_close_matches(name[:100], names, n=count, cutoff=0.6))
 
 
-def suggestion(name: str, names: Iterable[str]) -> str:
-    """Return " Did you mean x?" for the most similar name, or an empty string."""
-    return "".join(f" Did you mean {found}?" for found in near(name, names))
+@dataclass(slots=True)
+class FaultBudget:
+    """What may still be said about the faults of one request.
 
+    A request may hold thousands of payloads, each with thousands of faults. To find a fault's
+    place and to write its sentence takes far longer than to notice it, so only the first faults of
+    a request are listed, and only the first of these suggest a name.
+    """
 
-def without_suggestion(violation: Violation) -> Violation:
-    """Return a violation without the suggestion at the end of its sentence."""
-    return replace(violation, message=_SUGGESTION.sub("", violation.message))
+    faults: int = 1_000
+    characters: int = 1_000_000
+    comparisons: int = 500
+    """Names that faulty names are compared with. A comparison takes 0.03 to 0.2 milliseconds."""
 
+    @property
+    def is_spent(self) -> bool:
+        """Whether no more faults are listed."""
+        return self.faults <= 0 or self.characters <= 0
 
-_SUGGESTION: Final = re.compile(r"(?<=\.) Did you mean .*(\?|…)$", re.DOTALL)
+    def listed(
+        self, what: str, violations: Sequence[Violation], *, examined: int = 0
+    ) -> tuple[Violation, ...]:
+        """Return the violations and charge them. Once it is spent, return one that counts them.
+
+        `examined` is how many faults were read to find these.
+        """
+        if not violations:
+            return ()
+        if self.is_spent:
+            return (self.unlisted(what, len(violations)),)
+        self.faults -= max(len(violations), examined // 4)
+        self.characters -= sum(len(each.path) + len(each.message) for each in violations)
+        return tuple(violations)
+
+    def unlisted(self, what: str, faults: int) -> Violation:
+        """Return the violation for faults that are not listed."""
+        message = (
+            f"{counted_faults(what, faults)} They are not listed, because the whole request has too"
+            " many."
+        )
+        return Violation("", "more", message)
+
+    def near(self, name: str, names: Collection[str], *, count: int = 1) -> tuple[str, ...]:
+        """Return similar names as `near` does, or none once the comparisons are spent."""
+        if self.comparisons <= 0:
+            return ()
+        self.comparisons -= len(names)
+        return near(name, names, count=count)
+
+    def suggestion(self, name: str, names: Collection[str]) -> str:
+        """Return " Did you mean x?" for the most similar name, or an empty string."""
+        return "".join(f" Did you mean {found}?" for found in self.near(name, names))
 
 
 def shortened(value: object, limit: int = 80) -> str:

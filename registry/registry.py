@@ -12,11 +12,10 @@ from pydantic import ValidationError
 
 from job_registry.errors import (
     DefinitionError,
+    FaultBudget,
     JobTypeNotFound,
     PayloadInvalid,
-    near,
     shortened,
-    without_suggestion,
 )
 from job_registry.extension import WorkerExtension
 from job_registry.job_type import JobType
@@ -90,6 +89,16 @@ class JobRegistry(Mapping[str, JobType[Any]]):
             suggests=False,
         )
 
+    def fault_budget(self, given: FaultBudget | None = None) -> FaultBudget:
+        """Return the budget for the faults of a request: `given`, or a new one.
+
+        Without `suggests` nothing is compared, so that nothing is suggested.
+        """
+        budget = given or FaultBudget()
+        if not self._suggests:
+            budget.comparisons = 0
+        return budget
+
     @property
     def max_payload_bytes(self) -> int:
         """Maximum length of a payload's compact JSON text, in bytes."""
@@ -104,16 +113,16 @@ class JobRegistry(Mapping[str, JobType[Any]]):
     def __len__(self) -> int:
         return len(self._job_types)
 
-    def get_type(self, job_type: str) -> JobType[Any]:
-        """Return the job type of this name.
+    def get_type(self, job_type: str, budget: FaultBudget | None = None) -> JobType[Any]:
+        """Return the job type of this name. Suggestions are charged to the budget of the request.
 
         Raises:
             JobTypeNotFound: there is none; the error suggests the nearest names.
         """
         found = self._job_types.get(job_type)
         if found is None:
-            names = self._job_types if self.suggests else ()
-            raise JobTypeNotFound(job_type, near(str(job_type), names, count=3))
+            budget = self.fault_budget(budget)
+            raise JobTypeNotFound(job_type, budget.near(str(job_type), self._job_types, count=3))
         return found
 
     def policy(self, job_type: str) -> JobPolicy:
@@ -124,28 +133,34 @@ class JobRegistry(Mapping[str, JobType[Any]]):
         """
         return self.get_type(job_type).policy
 
-    def admit(self, job_type: str, payload: object) -> AdmittedPayload:
+    def admit(
+        self, job_type: str, payload: object, budget: FaultBudget | None = None
+    ) -> AdmittedPayload:
         """Check a payload, a JSON value in Python, against its job type.
+
+        The faults are charged to the budget of the request; without one, this payload is all of it.
 
         Raises:
             JobTypeNotFound: there is no such job type.
             PayloadInvalid: the payload is invalid; the error holds every fault, up to 100.
         """
-        found = self.get_type(job_type)
+        budget = self.fault_budget(budget)
+        found = self.get_type(job_type, budget)
         text, faults = json_document(payload, max_bytes=self._max_payload_bytes)
+        if not text:
+            faults = list(budget.listed("The payload", faults))
         violations = sorted(faults, key=lambda fault: fault.path)
         if text:
             try:
                 parsed = found.payload.model_validate_json(text, by_alias=True, by_name=False)
             except ValidationError as error:
-                violations = found.payload_shape.violations(error, payload, faults)
+                violations = found.payload_shape.violations(error, payload, faults, budget)
             else:
                 if found.has_dates:
                     violations += islice(timestamps(parsed, payload), MAX_VIOLATIONS)
                 if not violations:
                     return AdmittedPayload(found, parsed, text)
-        if not self.suggests:
-            violations = [without_suggestion(violation) for violation in violations]
+                violations = list(budget.listed("The payload", violations))
         raise PayloadInvalid(found.name, violations)
 
     def validate(self, job_type: str, payload: object) -> Payload:

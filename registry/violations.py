@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Final
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails, SchemaError, SchemaValidator
 
-from job_registry.errors import Violation, near, shortened, shortened_text, suggestion
+from job_registry.errors import FaultBudget, Violation, shortened, shortened_text
 from job_registry.json_values import MAX_VIOLATIONS, json_document, pointer_of
 from job_registry.timestamps import DATE, DATE_TIME
 
-MAX_COLLECTED: Final = 20_000
+MAX_COLLECTED: Final = 2_000
 """Faults that are asked of Pydantic at once. 256 KiB of `{}` may have a million, in 2 GB."""
 
 MAX_EXAMINED: Final = 1_000
@@ -29,10 +29,6 @@ MAX_EXAMINED: Final = 1_000
 MAX_COLLECTED_TEXT: Final = 20_000_000
 """Characters of Pydantic's own sentences that are made at once. Each one about an enum or a literal
 lists all of its values: 17,000 faults of an enum of 5,000 values took 40 seconds and 6 GB."""
-
-MAX_HINTS: Final = 500
-"""Names that the faults of one payload are compared with, for "Did you mean": a comparison takes
-0.03 to 0.2 milliseconds, so 100 faults in a model of 800 fields took 15 seconds."""
 
 _MAX_LISTED: Final = 10
 _OBJECTS: Final = ("model-fields", "typed-dict", "dataclass-args", "dict")
@@ -57,13 +53,21 @@ class PayloadShape:
         self._most = min(MAX_COLLECTED, MAX_COLLECTED_TEXT // _longest_choice(self._schema))
 
     def violations(
-        self, error: ValidationError, sent: object, known: Sequence[Violation] = ()
+        self,
+        error: ValidationError,
+        sent: object,
+        known: Sequence[Violation] = (),
+        budget: FaultBudget | None = None,
     ) -> list[Violation]:
         """Return what is wrong with `sent`, sorted by path, up to 100 and one that counts the rest.
 
         Of a union only the branch that fits best is reported. The violations `known` are included,
-        and hide Pydantic's own at their paths.
+        and hide Pydantic's own at their paths. All are charged to the budget of the request; once
+        it is spent, one violation counts them.
         """
+        budget = budget or FaultBudget()
+        if budget.is_spent:
+            return [budget.unlisted("The payload", error.error_count() + len(known))]
         smaller = self._with_fewer_faults(error, sent)
         if smaller is None:
             message = f"The payload has {error.error_count():,} faults, too many to list."
@@ -81,21 +85,17 @@ class PayloadShape:
         listed += ((path, fault) for (path, _, _), fault in found.items())
         listed.sort(key=lambda each: each.path if isinstance(each, Violation) else each[0])
         violations = []
-        compared = 0
         for each in listed[:MAX_VIOLATIONS]:
             if isinstance(each, Violation):
                 violations.append(each)
                 continue
             path, fault = each
-            if compared >= MAX_HINTS:
-                fault = replace(fault, near=())
-            compared += len(fault.near)
-            violations.append(fault.violation(path, sent))
+            violations.append(fault.violation(path, sent, budget))
         if unexamined or len(listed) > MAX_VIOLATIONS:
             more = f"{len(listed) - len(violations):,} more faults"
             text = f"More than {more.replace(' more', ' other')}" if unexamined else more
             violations.append(Violation("", "more", f"{text} are not listed."))
-        return violations
+        return list(budget.listed("The payload", violations, examined=len(faults)))
 
     def _with_fewer_faults(self, error: ValidationError, sent: object) -> ValidationError | None:
         """Return the error; of a flood of faults that of the first items of each array.
@@ -303,21 +303,23 @@ class _Fault:
     near: tuple[str, ...] = ()
     key: str | None = None
 
-    def violation(self, path: str, sent: object) -> Violation:
+    def violation(self, path: str, sent: object, budget: FaultBudget) -> Violation:
         """Return the violation, with its sentence."""
-        return Violation(path, self.code, self._message(sent))
+        return Violation(path, self.code, self._message(sent, budget))
 
-    def _message(self, sent: object) -> str:
+    def _message(self, sent: object, budget: FaultBudget) -> str:
         if self.code == "required":
             return f"The required field {shortened(self.name)} is missing."
         if self.code == "unknown_field":
-            return f"There is no field {shortened(self.name)}.{suggestion(self.name, self.near)}"
+            hint = budget.suggestion(self.name, self.near)
+            return f"There is no field {shortened(self.name)}.{hint}"
         value = self.key if self.key is not None else value_at(sent, self.path)
         if self.reason:
             return f"{shortened_text(self.reason).rstrip('.')}; got {shortened(value)}."
         hint = ""
         if self.near and isinstance(value, str):
-            hint = "".join(f" Did you mean {shortened(each)}?" for each in near(value, self.near))
+            found = budget.near(value, self.near)
+            hint = "".join(f" Did you mean {shortened(each)}?" for each in found)
         return shortened_text(
             f"Expected {_alternatives(self.expected)}; got {shortened(value)}.{hint}", 400
         )

@@ -70,6 +70,17 @@ def codes(answer: dict[str, Any]) -> list[str]:
 # Guards of requests
 
 
+@reaches("max_request_values")
+async def test_a_request_may_have_as_many_values_as_set(visit: Visit) -> None:
+    body = {"type": "test.ping", "payload": {"text": [0] * 1_500}}
+    asked = {"query": "{ __typename }", "variables": body}
+    for limit, status in (("1000", 413), ("2000", 422)):
+        async with visit(max_request_values=limit) as client:
+            assert (await client.post("/jobs", json=body)).status_code == status
+            answer = await client.post("/graphql", json=asked)
+            assert answer.status_code == (200 if status == 422 else 413)
+
+
 @reaches("max_body_bytes")
 async def test_a_body_may_be_as_large_as_set(visit: Visit) -> None:
     body = {"type": "test.ping", "payload": {"text": "x" * 2_000}}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from graphql import (
     BooleanValueNode,
@@ -22,6 +22,7 @@ from graphql import (
     InlineFragmentNode,
     OperationDefinitionNode,
     OperationType,
+    SelectionNode,
     SelectionSetNode,
     VariableNode,
 )
@@ -33,6 +34,13 @@ from job_registry_api.graphql.schema import build_schema, executable
 
 MAX_SCHEMAS: Final = 64
 """Schemas that are kept for sets of job types. One takes 0.3 MB, and 25 ms to build."""
+
+
+class View(NamedTuple):
+    """The schema as a caller sees it. `job_types` are those in it; None means all."""
+
+    schema: GraphQLSchema
+    job_types: frozenset[str] | None
 
 
 class Admission:
@@ -49,7 +57,7 @@ class Admission:
             if (root := self._schema.get_root_type(operation)) is not None
         }
 
-    def schema_for(self, caller: Caller) -> GraphQLSchema:
+    def view_of(self, caller: Caller) -> View:
         """Return the schema with the job types that a caller may see.
 
         Raises:
@@ -57,10 +65,10 @@ class Admission:
         """
         caller.need(*ACCESS_SCOPES)
         if caller.job_types is None:
-            return self._schema
+            return View(self._schema, None)
         visible = caller.job_types & frozenset(self._registry)
         if len(visible) == len(self._registry):
-            return self._schema
+            return View(self._schema, None)
         limited = self._limited.get(visible)
         if limited is None:
             types = [self._registry[name] for name in sorted(visible)]
@@ -68,7 +76,7 @@ class Admission:
             if len(self._limited) > MAX_SCHEMAS:
                 self._limited.popitem(last=False)
         self._limited.move_to_end(visible)
-        return limited
+        return View(limited, visible)
 
     def refusals(
         self,
@@ -126,19 +134,16 @@ def _root_fields(
                     waiting.append(fragments.pop(node.name.value).selection_set)
 
 
-def _is_skipped(
-    node: FieldNode | InlineFragmentNode | FragmentSpreadNode | Any, values: Mapping[str, Any]
-) -> bool:
+def _is_skipped(node: SelectionNode, values: Mapping[str, Any]) -> bool:
     """Return whether `@skip` or `@include` certainly leaves a selection out."""
     for directive in node.directives or ():
         for argument in directive.arguments or ():
+            value: Any = None
             match argument.value:
-                case BooleanValueNode(value=value):
-                    pass
+                case BooleanValueNode(value=literal):
+                    value = literal
                 case VariableNode(name=name):
                     value = values.get(name.value)
-                case _:
-                    continue
             if (directive.name.value, value) in (("skip", True), ("include", False)):
                 return True
     return False

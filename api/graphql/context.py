@@ -12,6 +12,7 @@ from starlette.types import Receive
 from strawberry.dataloader import DataLoader
 
 from job_registry_api.auth import Caller
+from job_registry_api.budget import Budget, RequestSize
 from job_registry_api.http_messages import wait_for_disconnect
 from job_registry_api.queue.errors import JobNotFound
 from job_registry_api.queue.models import AttemptRecord, JobCounts, JobRecord
@@ -27,6 +28,9 @@ class Context:
     caller: Caller
     receive: Receive | None = field(default=None, repr=False)
     """The request's ASGI channel, once its body has been read; None over a WebSocket."""
+    size: RequestSize | None = None
+    """The size of the whole request, if that is known."""
+    budget: Budget = field(default_factory=Budget)
     _gone: asyncio.Event | None = field(default=None, repr=False)
     _watching: asyncio.Task[None] | None = field(default=None, repr=False)
     _counts: asyncio.Future[dict[str, JobCounts]] | None = field(default=None, repr=False)
@@ -87,8 +91,9 @@ class Context:
         return job
 
     def forget(self) -> None:
-        """Drop the loaded data. Each event of a subscription reads its own."""
+        """Drop the loaded data, and begin a new budget, for the next event of a subscription."""
         self._counts = self._attempts = self._waiting_reasons = None
+        self.budget = Budget(self.budget.limits)
 
     async def _load_attempts(self, job_ids: list[UUID]) -> list[list[AttemptRecord]]:
         attempts = await self.queue.attempts(job_ids)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from graphql import (
     DocumentNode,
@@ -27,6 +27,24 @@ class Limits:
     directives: int = 30
     introspection: bool = True
     suggestions: bool = True
+
+
+CHARACTERS_PER_TOKEN: Final = 100
+MAX_ALIAS: Final = 256
+
+
+def check_length(text: str, limits: Limits) -> None:
+    """Check the length of a document before it is parsed: 1 MB of it takes 0.1 to 0.4 seconds.
+
+    Raises:
+        GraphQLError: it is too long.
+    """
+    most = CHARACTERS_PER_TOKEN * limits.tokens
+    if len(text) > most:
+        raise too_complex(
+            f"The document has more than {most:,} characters, {CHARACTERS_PER_TOKEN} per token of"
+            " JOBS_MAX_QUERY_TOKENS. Send long values in variables."
+        )
 
 
 def check_size(document: DocumentNode, limits: Limits) -> None:
@@ -89,6 +107,11 @@ def _size(
             case FieldNode():
                 level = 1
                 name = (node.alias or node.name).value
+                if len(name) > MAX_ALIAS:
+                    # The response repeats it in each object of a list.
+                    raise too_complex(
+                        f"The document has an alias of more than {MAX_ALIAS} characters."
+                    )
                 if node.alias is not None or name in names:
                     aliases += 1
                 names.add(name)

@@ -6,6 +6,7 @@ HTTP, server-sent events and WebSockets all use `Executor`, so that the same lim
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator
@@ -30,18 +31,30 @@ from graphql import (
 )
 from strawberry.schema.validation_rules.one_of import OneOfInputValidationRule
 
+from job_registry.errors import shortened_text
 from job_registry_api.auth import Caller, Forbidden, Unauthenticated
-from job_registry_api.graphql.admission import Admission
+from job_registry_api.budget import Budget, BudgetExceeded, RequestLimits
+from job_registry_api.graphql.admission import Admission, View
+from job_registry_api.graphql.argument_limits import check_arguments
 from job_registry_api.graphql.context import Context
-from job_registry_api.graphql.document_limits import Limits, check_size, too_complex
-from job_registry_api.graphql.request_errors import format_exception, format_result
+from job_registry_api.graphql.document_limits import (
+    Limits,
+    check_length,
+    check_size,
+    too_complex,
+)
+from job_registry_api.graphql.request_errors import (
+    MAX_ERRORS,
+    MAX_MESSAGE,
+    format_exception,
+    format_result,
+)
 
-MAX_CACHED_DOCUMENTS: Final = 500
-MAX_CACHED_LENGTH: Final = 20_000
-"""A longer document is not cached, so that the cache holds 10 MB of text at most."""
+MAX_CACHED_BYTES: Final = 32_000_000
+"""The most memory that parsed documents are kept in."""
 
-MAX_ERRORS: Final = 20
-"""The most errors that the response lists for one document."""
+BYTES_PER_TOKEN: Final = 600
+"""The memory of a parsed document, measured: 300 to 560 bytes per token."""
 
 _A_YEAR: Final = 31_536_000.0
 """An event loop cannot wait for an arbitrarily long time."""
@@ -77,13 +90,19 @@ class Prepared(NamedTuple):
 class Executor:
     """Executes operations of the schema that a caller is admitted to, within limits."""
 
-    def __init__(self, admission: Admission, limits: Limits) -> None:
+    def __init__(
+        self,
+        admission: Admission,
+        limits: Limits,
+        request_limits: RequestLimits = RequestLimits(),
+    ) -> None:
         self._admission = admission
         self._limits = limits
+        self.request_limits = request_limits
         self._rules = [*specified_rules, OneOfInputValidationRule]
         if not limits.introspection:
             self._rules.append(NoSchemaIntrospectionCustomRule)
-        self._documents: OrderedDict[tuple[GraphQLSchema, str], DocumentNode] = OrderedDict()
+        self._documents = _DocumentCache()
 
     def prepare(self, text: str, operation_name: str | None, caller: Caller) -> Prepared:
         """Parse a document, and validate it against what the caller may see of the schema.
@@ -93,20 +112,20 @@ class Executor:
                 the operation; or the caller may do nothing.
         """
         try:
-            schema = self._admission.schema_for(caller)
+            view = self._admission.view_of(caller)
         except Forbidden as forbidden:
             extensions = {"code": forbidden.code}
             raise DocumentRefused([GraphQLError(str(forbidden), extensions=extensions)]) from None
-        document = self._document(text, schema)
-        return Prepared(document, _operation(document, operation_name), schema)
+        document = self._document(text, view)
+        return Prepared(document, _operation(document, operation_name), view.schema)
 
     async def execute(
         self, prepared: Prepared, variables: dict[str, Any] | None, context: Context
     ) -> ExecutionResult:
         """Execute a query or a mutation. An error without a path is a fault of the variables."""
-        refusals = self._admission.refusals(*prepared[:2], variables, context.caller)
-        if refusals:
-            return ExecutionResult(None, refusals)
+        refused = self._refused(prepared, variables, context)
+        if refused is not None:
+            return refused
         result = execute(
             prepared.schema, prepared.document, **self._options(prepared, variables, context)
         )
@@ -130,6 +149,33 @@ class Executor:
         except Exception as error:
             yield {"errors": [format_exception(error)]}
 
+    def _refused(
+        self, prepared: Prepared, variables: dict[str, Any] | None, context: Context
+    ) -> ExecutionResult | None:
+        """Return the result of an operation that is not executed; None if it may be.
+
+        The scopes of its fields are checked first, then the size of its arguments, before they are
+        coerced. This begins its budget.
+        """
+        refusals = self._admission.refusals(
+            prepared.document, prepared.operation, variables, context.caller
+        )
+        if refusals:
+            return ExecutionResult(None, refusals)
+        context.budget = Budget(self.request_limits)
+        try:
+            check_arguments(
+                prepared.schema,
+                prepared.document,
+                prepared.operation,
+                variables or {},
+                self.request_limits,
+                of_request=context.size,
+            )
+        except BudgetExceeded as exceeded:
+            return ExecutionResult(None, [GraphQLError("", original_error=exceeded)])
+        return None
+
     def _options(
         self, prepared: Prepared, variables: dict[str, Any] | None, context: Context
     ) -> dict[str, Any]:
@@ -144,9 +190,9 @@ class Executor:
     async def _events(
         self, prepared: Prepared, variables: dict[str, Any] | None, context: Context
     ) -> AsyncGenerator[ExecutionResult]:
-        refusals = self._admission.refusals(*prepared[:2], variables, context.caller)
-        if refusals:
-            yield ExecutionResult(None, refusals)
+        refused = self._refused(prepared, variables, context)
+        if refused is not None:
+            yield refused
             return
         subscribed = subscribe(
             prepared.schema, prepared.document, **self._options(prepared, variables, context)
@@ -169,37 +215,66 @@ class Executor:
                     raise Unauthenticated("The token has expired.") from None
                 yield result
 
-    def _document(self, text: str, schema: GraphQLSchema) -> DocumentNode:
-        """Return the document of a text that is valid in a schema.
+    def _document(self, text: str, view: View) -> DocumentNode:
+        """Return the document of a text that is valid in a caller's view of the schema.
 
         A generated client sends the same few documents again and again, and to parse and validate
         one takes longer than to execute it.
         """
-        document = self._documents.get((schema, text))
+        document = self._documents.get(text, view.job_types)
         if document is not None:
-            self._documents.move_to_end((schema, text))
             return document
         try:
+            check_length(text, self._limits)
             document = parse(text, max_tokens=self._limits.tokens)
             check_size(document, self._limits)
             errors = validate(
-                schema,
+                view.schema,
                 document,
                 self._rules,
                 max_errors=MAX_ERRORS,
                 hide_suggestions=not self._limits.suggestions,
             )
         except GraphQLError as error:
-            raise DocumentRefused([error]) from None
+            raise DocumentRefused([_shortened(error)]) from None
         except RecursionError:
             raise DocumentRefused([too_complex("The document is nested too deep.")]) from None
         if errors:
             raise DocumentRefused(_merged(errors))
-        if len(text) <= MAX_CACHED_LENGTH:
-            self._documents[schema, text] = document
-            if len(self._documents) > MAX_CACHED_DOCUMENTS:
-                self._documents.popitem(last=False)
+        self._documents.add(text, view.job_types, document)
         return document
+
+
+class _DocumentCache:
+    """The documents that were used last, up to a size in memory.
+
+    A document is valid for the job types that its sender may see.
+    """
+
+    def __init__(self) -> None:
+        self._documents: OrderedDict[tuple[str, frozenset[str] | None], DocumentNode]
+        self._documents = OrderedDict()
+        self._bytes = 0
+
+    def get(self, text: str, job_types: frozenset[str] | None) -> DocumentNode | None:
+        """Return the document of a text, if it is kept."""
+        document = self._documents.get((text, job_types))
+        if document is not None:
+            self._documents.move_to_end((text, job_types))
+        return document
+
+    def add(self, text: str, job_types: frozenset[str] | None, document: DocumentNode) -> None:
+        """Keep a document, and drop those that were not used for the longest time."""
+        self._documents[text, job_types] = document
+        self._bytes += _size_of(text, document)
+        while self._bytes > MAX_CACHED_BYTES:
+            (oldest, _), dropped = self._documents.popitem(last=False)
+            self._bytes -= _size_of(oldest, dropped)
+
+
+def _size_of(text: str, document: DocumentNode) -> int:
+    """Return about how many bytes of memory a document takes."""
+    return sys.getsizeof(text) + BYTES_PER_TOKEN * (document.token_count or len(text))
 
 
 def _operation(document: DocumentNode, name: str | None) -> OperationDefinitionNode:
@@ -229,4 +304,17 @@ def _merged(errors: list[GraphQLError]) -> list[GraphQLError]:
     nodes: dict[str, list[Node]] = {}
     for error in errors:
         nodes.setdefault(error.message, []).extend(error.nodes or ())
-    return [GraphQLError(message, nodes=where) for message, where in nodes.items()]
+    return [_shortened(GraphQLError(message, nodes=where)) for message, where in nodes.items()]
+
+
+def _shortened(error: GraphQLError) -> GraphQLError:
+    """Return an error whose message quotes at most 1,000 characters of the document."""
+    if len(error.message) <= MAX_MESSAGE:
+        return error
+    return GraphQLError(
+        shortened_text(error.message, MAX_MESSAGE),
+        nodes=error.nodes,
+        source=error.source,
+        positions=error.positions,
+        extensions=error.extensions,
+    )

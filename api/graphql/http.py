@@ -11,9 +11,10 @@ from urllib.parse import parse_qs
 from graphql import GraphQLError
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from job_registry import NotJson, parse_json
+from job_registry import NotJson
 from job_registry_api import auth
 from job_registry_api.auth import Authenticator
+from job_registry_api.budget import BudgetExceeded, RequestSize, parse_request_json
 from job_registry_api.graphql.context import Context
 from job_registry_api.graphql.execution import DocumentRefused, Executor, Prepared
 from job_registry_api.graphql.request_errors import format_exception, format_result
@@ -65,13 +66,12 @@ class GraphQLOverHTTP:
         executor: Executor,
         authenticator: Authenticator,
         *,
-        max_body_bytes: int,
         get_queries: bool,
         page: ASGIApp | None,
     ) -> None:
         self._executor = executor
         self._authenticator = authenticator
-        self._max_body_bytes = max_body_bytes
+        self._limits = executor.request_limits
         self._get_queries = get_queries
         self._page = page
 
@@ -144,53 +144,62 @@ class GraphQLOverHTTP:
             status, headers = auth.STATUSES[type(error)], auth.headers_of(error)
             raise RequestRefused(status, [format_exception(error)], headers=headers) from None
         if method == "GET":
-            content = _checked(_of_query_string(scope["query_string"]))
+            content = _checked(self._of_query_string(scope["query_string"]))
+            size = None
         else:
-            content = _checked(await self._read_json(scope, receive))
+            parsed, size = await self._read_json(scope, receive)
+            content = _checked(parsed)
         prepared = self._executor.prepare(content["query"], content.get("operationName"), caller)
         if method == "GET" and prepared.is_mutation:
             raise _refused(405, "A mutation is sent with POST.", allow=b"POST")
-        context = Context(scope["app"].state.queue, caller, receive)
+        context = Context(scope["app"].state.queue, caller, receive, size)
         return _Request(prepared, content.get("variables"), context)
 
-    async def _read_json(self, scope: Scope, receive: Receive) -> dict[str, Any]:
+    async def _read_json(
+        self, scope: Scope, receive: Receive
+    ) -> tuple[dict[str, Any], RequestSize]:
+        """Return the body of a request, and its size."""
         if not is_json(header(scope, b"content-type")):
             raise _refused(415, "The Content-Type has to be application/json.")
         try:
-            body = await read_body(scope, receive, self._max_body_bytes)
+            body = await read_body(scope, receive, self._limits.body_bytes)
         except BodyTooLarge:
             raise _refused(
-                413, f"A request is at most {self._max_body_bytes:,} bytes long."
+                413, f"A request is at most {self._limits.body_bytes:,} bytes long."
             ) from None
         try:
-            content = parse_json(body, "The body")
+            content, size = parse_request_json(body, self._limits)
+        except BudgetExceeded as error:
+            raise RequestRefused(413, [format_exception(error)]) from None
         except NotJson as error:
             raise _refused(400, str(error)) from None
         if not isinstance(content, dict):
             raise _refused(400, "The body has to be one object with a query; there are no batches.")
+        return content, size
+
+    def _of_query_string(self, query_string: bytes) -> dict[str, Any]:
+        try:
+            text = query_string.decode("ascii")
+            given = parse_qs(text, keep_blank_values=True, max_num_fields=20)
+            content: dict[str, Any] = {name: values[-1] for name, values in given.items()}
+            for name in ("variables", "extensions"):
+                if content.get(name):
+                    content[name], _ = parse_request_json(content[name].encode(), self._limits)
+                else:
+                    content.pop(name, None)
+        except BudgetExceeded as error:
+            raise RequestRefused(413, [format_exception(error)]) from None
+        except ValueError:
+            message = "variables and extensions have to be JSON in the query string."
+            raise _refused(400, message) from None
+        if not content.get("operationName"):
+            content.pop("operationName", None)
         return content
 
 
 def _refused(status: int, message: str, *, allow: bytes | None = None) -> RequestRefused:
     headers = ((b"allow", allow),) if allow else ()
     return RequestRefused(status, [{"message": message}], headers=headers)
-
-
-def _of_query_string(query_string: bytes) -> dict[str, Any]:
-    try:
-        given = parse_qs(query_string.decode("ascii"), keep_blank_values=True, max_num_fields=20)
-        content: dict[str, Any] = {name: values[-1] for name, values in given.items()}
-        for name in ("variables", "extensions"):
-            if content.get(name):
-                content[name] = parse_json(content[name])
-            else:
-                content.pop(name, None)
-    except ValueError:
-        message = "variables and extensions have to be JSON in the query string."
-        raise _refused(400, message) from None
-    if not content.get("operationName"):
-        content.pop("operationName", None)
-    return content
 
 
 def _checked(content: dict[str, Any]) -> dict[str, Any]:

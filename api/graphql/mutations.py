@@ -136,7 +136,10 @@ class Mutation:
         caller = info.context.caller
         caller.need_types([input.type])
         enqueued = await info.context.queue.enqueue(
-            input.request(), created_by=caller.subject, sees_others=caller.sees_others
+            input.request(),
+            created_by=caller.subject,
+            sees_others=caller.sees_others,
+            budget=info.context.budget.faults,
         )
         return EnqueueJobSuccess.of(enqueued)
 
@@ -165,6 +168,7 @@ class Mutation:
             atomic=atomic,
             created_by=caller.subject,
             sees_others=caller.sees_others,
+            budget=info.context.budget.faults,
         )
         return [_enqueued_or_refused(result) for result in results]
 

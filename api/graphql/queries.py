@@ -116,7 +116,10 @@ class Query:
         caller = info.context.caller
         caller.need_types([input.type])
         valid = await info.context.queue.validate(
-            input.request(), created_by=caller.subject, sees_others=caller.sees_others
+            input.request(),
+            created_by=caller.subject,
+            sees_others=caller.sees_others,
+            budget=info.context.budget.faults,
         )
         return JobValid(
             max_attempts=valid.max_attempts,

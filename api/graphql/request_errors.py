@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from graphql import ExecutionResult, GraphQLError
 
 from job_registry import CodedError
+from job_registry.errors import shortened_text
 from job_registry_api.logs import log_unexpected
+
+MAX_ERRORS: Final = 20
+"""The most errors that a response lists."""
+
+MAX_MESSAGE: Final = 1_000
 
 
 def format_result(result: ExecutionResult) -> dict[str, Any]:
     """Format a result for a response. It has no `data`, not even null, if nothing was executed."""
     if not result.errors:
         return {"data": result.data}
-    errors = [format_error(error) for error in result.errors]
+    errors = [format_error(error) for error in result.errors[:MAX_ERRORS]]
+    if len(result.errors) > MAX_ERRORS:
+        more = len(result.errors) - MAX_ERRORS
+        errors.append({"message": f"{more:,} more errors are not listed."})
     if result.data is None and all(error.path is None for error in result.errors):
         return {"errors": errors}
     return {"errors": errors, "data": result.data}
@@ -35,7 +44,8 @@ def format_error(error: GraphQLError) -> dict[str, Any]:
     extensions: dict[str, Any]
     match original:
         case None | GraphQLError():
-            return dict(error.formatted)
+            # GraphQL's own messages quote names and values of the request.
+            return {**error.formatted, "message": shortened_text(error.message, MAX_MESSAGE)}
         case CodedError():
             message, extensions = str(original), {"code": original.code, **original.details()}
         case _:

@@ -8,13 +8,13 @@ from typing import Annotated
 
 import strawberry
 
-from job_registry import JobTypeNotFound, Violation
+from job_registry import Violation
 from job_registry_api.graphql.access_scopes import Requires
 from job_registry_api.graphql.context import Context
 from job_registry_api.graphql.types import Job, JobStatus
 from job_registry_api.queue import events
 from job_registry_api.queue.errors import InputInvalid, JobNotFound
-from job_registry_api.queue.requests import parse_job_id
+from job_registry_api.queue.requests import parse_job_id, unknown_types
 
 
 @strawberry.type(description="A change of a job, sent once it is committed.")
@@ -71,13 +71,7 @@ class Subscription:
     ) -> AsyncGenerator[JobEvent, None]:
         queue, caller = info.context.queue, info.context.caller
         caller.need_types(job_types or ())
-        faults = []
-        for index, name in enumerate(job_types or ()):
-            try:
-                queue.registry.get_type(name)
-            except JobTypeNotFound as unknown:
-                path = f"/jobTypes/{index}"
-                faults.append(Violation(path, "job_type_not_found", str(unknown)))
+        faults = unknown_types(queue.registry, job_types or ())
         try:
             of_job = None if job_id is None else parse_job_id(job_id)
         except JobNotFound as unknown:

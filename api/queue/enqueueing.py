@@ -18,6 +18,7 @@ from pydantic_core import from_json
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from job_registry import JobRegistry, JobTypeNotFound, PayloadInvalid, Violation
+from job_registry.errors import FaultBudget
 from job_registry_api.queue.caller_transactions import publish_after_commit
 from job_registry_api.queue.database import Database
 from job_registry_api.queue.errors import (
@@ -29,7 +30,12 @@ from job_registry_api.queue.errors import (
 from job_registry_api.queue.events import Events, JobEvent
 from job_registry_api.queue.group_commit import GroupCommit
 from job_registry_api.queue.models import JobRecord, JobStatus
-from job_registry_api.queue.requests import EnqueueRequest, differing_paths, input_faults
+from job_registry_api.queue.requests import (
+    MAX_DIFFERING,
+    EnqueueRequest,
+    differing_paths,
+    input_faults,
+)
 from job_registry_api.queue.store import NewJob, Store, Stored, present
 
 DEFAULT_PRIORITY: Final = 50
@@ -84,6 +90,7 @@ class Enqueueing:
         created_by: str | None = None,
         sees_others: bool = True,
         session: AsyncSession | None = None,
+        budget: FaultBudget | None = None,
     ) -> Enqueued:
         """Store a job. When this returns, the job is on disk.
 
@@ -92,7 +99,7 @@ class Enqueueing:
 
         With `session`, a session of the caller on the same database, the job is inserted in the
         caller's transaction: it becomes visible when the caller commits, and is discarded when
-        the caller rolls back.
+        the caller rolls back. Faults are charged to the `budget` of the caller's request.
 
         Raises:
             JobTypeNotFound: no job type has this name.
@@ -101,14 +108,15 @@ class Enqueueing:
             IdempotencyConflict: the key belongs to a job of this type with another payload.
             IdempotencyKeyTaken: the same, without `sees_others`, for a job of another.
         """
-        new = self._admit(request, created_by)
+        budget = budget or FaultBudget()
+        new = self._admit(request, created_by, budget)
         if session is not None:
-            return await self._enqueue_within(session, new, request, sees_others)
+            return await self._enqueue_within(session, new, request, sees_others, budget)
         inserts = self._inserts if new.idempotency_key is None else self._keyed_inserts
         stored = await self._database.patiently(
             lambda: inserts.submit(new), "another transaction holds the idempotency key"
         )
-        return _enqueued(new, request, stored, sees_others)
+        return _enqueued(new, request, stored, sees_others, budget)
 
     async def enqueue_many(
         self,
@@ -117,11 +125,13 @@ class Enqueueing:
         atomic: bool = False,
         created_by: str | None = None,
         sees_others: bool = True,
+        budget: FaultBudget | None = None,
     ) -> list[Enqueued | Refusal]:
         """Store up to `max_bulk_size` jobs. Return a result for each, in order.
 
         The result of a refused job is its error. With `atomic`, one refusal means that no job is
         stored; the results of valid jobs are then `InputInvalid` with the code `not_stored`.
+        The faults of all jobs are charged to one `budget`.
 
         Raises:
             InputInvalid: there are more than `max_bulk_size` jobs.
@@ -129,11 +139,12 @@ class Enqueueing:
         if len(requests) > self._max_bulk_size:
             message = f"Expected at most {self._max_bulk_size} jobs per call; got {len(requests)}."
             raise InputInvalid((Violation("", "too_long", message),))
+        budget = budget or FaultBudget()
         results: dict[int, Enqueued | Refusal] = {}
         admitted: dict[int, NewJob] = {}
         for index, request in enumerate(requests):
             try:
-                admitted[index] = self._admit(request, created_by)
+                admitted[index] = self._admit(request, created_by, budget)
             except (JobTypeNotFound, PayloadInvalid, InputInvalid) as refusal:
                 results[index] = refusal
                 # Listing faults takes milliseconds. A bulk of them would block the event loop.
@@ -142,7 +153,7 @@ class Enqueueing:
             stored, committed = await self._insert_bulk(list(admitted.values()), atomic=atomic)
             for (index, new), outcome in zip(admitted.items(), stored, strict=True):
                 try:
-                    results[index] = _enqueued(new, requests[index], outcome, sees_others)
+                    results[index] = _enqueued(new, requests[index], outcome, sees_others, budget)
                 except IdempotencyKeyTaken as refusal:
                     results[index] = refusal
                 except IdempotencyConflict as refusal:
@@ -161,16 +172,19 @@ class Enqueueing:
         *,
         created_by: str | None = None,
         sees_others: bool = True,
+        budget: FaultBudget | None = None,
     ) -> JobValid:
         """Return what `enqueue` would store. It raises the same errors and writes nothing."""
-        new = self._admit(request, created_by)
+        budget = budget or FaultBudget()
+        new = self._admit(request, created_by, budget)
         now = await self._store.now()
         duplicate: JobRecord | None = None
         if new.idempotency_key is not None:
             key = (new.type, new.idempotency_key)
             duplicate = (await self._store.find_by_key([key])).get(key)
         if duplicate is not None:
-            duplicate = _enqueued(new, request, Stored(now, now, duplicate), sees_others).job
+            stored = Stored(now, now, duplicate)
+            duplicate = _enqueued(new, request, stored, sees_others, budget).job
         return JobValid(
             max_attempts=new.max_attempts,
             timeout_seconds=new.timeout_seconds,
@@ -180,7 +194,12 @@ class Enqueueing:
         )
 
     async def _enqueue_within(
-        self, session: AsyncSession, new: NewJob, request: EnqueueRequest, sees_others: bool
+        self,
+        session: AsyncSession,
+        new: NewJob,
+        request: EnqueueRequest,
+        sees_others: bool,
+        budget: FaultBudget,
     ) -> Enqueued:
         connection = await session.connection()
         for _ in range(10):
@@ -189,17 +208,19 @@ class Enqueueing:
                 break
         else:
             raise QueueUnavailable("the job with this idempotency key was deleted in the meantime")
-        enqueued = _enqueued(new, request, stored[new.id], sees_others)
+        enqueued = _enqueued(new, request, stored[new.id], sees_others, budget)
         if not enqueued.deduplicated:
             created = [JobEvent.of("job.created", enqueued.job)]
             publish_after_commit(session, self.events.publish, created)
         return enqueued
 
-    def _admit(self, request: EnqueueRequest, created_by: str | None) -> NewJob:
-        job_type = self.registry.get_type(request.type)
-        faults = list(input_faults(request))
+    def _admit(
+        self, request: EnqueueRequest, created_by: str | None, budget: FaultBudget
+    ) -> NewJob:
+        job_type = self.registry.get_type(request.type, budget)
+        faults = list(budget.listed("The request", list(input_faults(request))))
         try:
-            admitted = self.registry.admit(request.type, request.payload)
+            admitted = self.registry.admit(request.type, request.payload, budget)
         except PayloadInvalid as invalid:
             if not faults:
                 raise
@@ -268,15 +289,20 @@ class Enqueueing:
         )
 
 
-def _enqueued(new: NewJob, request: EnqueueRequest, stored: Stored, sees_others: bool) -> Enqueued:
+def _enqueued(
+    new: NewJob, request: EnqueueRequest, stored: Stored, sees_others: bool, budget: FaultBudget
+) -> Enqueued:
     existing = stored.existing
     if existing is not None:
         known = sees_others or existing.created_by == new.created_by
-        paths = differing_paths(existing.payload, from_json(new.payload))
+        most = 1 if budget.is_spent or not known else MAX_DIFFERING
+        paths = differing_paths(existing.payload, from_json(new.payload), most)
         if paths and not known:
             raise IdempotencyKeyTaken
         if paths:
-            raise IdempotencyConflict(existing, paths[:100])
+            budget.faults -= len(paths)
+            budget.characters -= sum(map(len, paths))
+            raise IdempotencyConflict(existing, paths)
         # Whoever sends the same key and payload gets the job, and not the name of its creator.
         return Enqueued(
             existing if known else existing._replace(created_by=None), deduplicated=True
@@ -302,7 +328,7 @@ def _enqueued(new: NewJob, request: EnqueueRequest, stored: Stored, sees_others:
 
 def _conflicts(new: NewJob, stored: Stored) -> bool:
     return stored.existing is not None and bool(
-        differing_paths(stored.existing.payload, from_json(new.payload))
+        differing_paths(stored.existing.payload, from_json(new.payload), 1)
     )
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from itertools import islice
 from typing import Any, Final, NamedTuple, cast
 
 from pydantic import JsonValue
 
-from job_registry import JobRegistry, JobTypeNotFound, Violation, pointer, text_fault
-from job_registry.errors import MAX_DELAY_SECONDS, shortened, suggestion
-from job_registry.json_values import MAX_POINTER, MAX_VIOLATIONS
+from job_registry import JobRegistry, JobTypeNotFound, Violation, text_fault
+from job_registry.errors import MAX_DELAY_SECONDS, FaultBudget, shortened
+from job_registry.json_values import MAX_POINTER, MAX_VIOLATIONS, pointer, pointer_of
 from job_registry_api.queue.errors import InputInvalid, JobNotFound
 
 MAX_LEASE: Final = 100
@@ -41,10 +42,10 @@ class EnqueueRequest(NamedTuple):
     idempotency_key: str | None = None
 
 
-def parse_request(value: object, *, path: str = "", suggest: bool = True) -> EnqueueRequest:
+def parse_request(
+    value: object, *, path: str = "", budget: FaultBudget | None = None
+) -> EnqueueRequest:
     """Return the request that a JSON object describes, with the fields of `EnqueueJobInput`.
-
-    `suggest` lets faults of unknown fields name a similar field.
 
     Raises:
         InputInvalid: a field is missing, unknown or of the wrong type. Ranges and the payload are
@@ -53,12 +54,11 @@ def parse_request(value: object, *, path: str = "", suggest: bool = True) -> Enq
     if not isinstance(value, Mapping):
         message = f"Expected an object with type and payload; got {shortened(value)}."
         raise InputInvalid((Violation(path, "wrong_type", message),))
+    budget = budget or FaultBudget()
     faults: list[Violation] = []
     unknown = [str(name) for name in value if name not in _FIELDS]
     for name in unknown[:MAX_VIOLATIONS]:
-        message = f"There is no field {shortened(name)}."
-        if suggest:
-            message += suggestion(name, tuple(_FIELDS))
+        message = f"There is no field {shortened(name)}.{budget.suggestion(name, _FIELDS)}"
         at = pointer(path, name) if len(name) <= MAX_POINTER else path
         faults.append(Violation(at, "unknown_field", message))
     if len(unknown) > MAX_VIOLATIONS:
@@ -153,11 +153,7 @@ def check_lease(
                 "/jobTypes", "too_short", "Expected an array of at least 1 job type; got none."
             )
         )
-    for index, name in enumerate(job_types):
-        try:
-            registry.get_type(name)
-        except JobTypeNotFound as unknown:
-            faults.append(Violation(f"/jobTypes/{index}", unknown.code, str(unknown)))
+    faults += unknown_types(registry, job_types)
     if not 1 <= len(worker_id) <= 255 or text_fault(worker_id):
         faults.append(
             Violation(
@@ -174,6 +170,24 @@ def check_lease(
         raise InputInvalid(tuple(faults))
 
 
+def unknown_types(registry: JobRegistry, job_types: Iterable[str]) -> list[Violation]:
+    """Return a violation for each name without a job type, up to 100 and one for the rest."""
+    budget = FaultBudget()
+    faults: list[Violation] = []
+    more = 0
+    for index, name in enumerate(job_types):
+        if name in registry:
+            continue
+        if len(faults) == MAX_VIOLATIONS:
+            more += 1
+            continue
+        unknown = JobTypeNotFound(name, budget.near(name, registry, count=3))
+        faults.append(Violation(f"/jobTypes/{index}", unknown.code, str(unknown)))
+    if more:
+        faults.append(Violation("/jobTypes", "more", f"{more:,} more faults are not listed."))
+    return faults
+
+
 def check_seconds(field: str, seconds: float) -> None:
     """Check a delay.
 
@@ -185,29 +199,37 @@ def check_seconds(field: str, seconds: float) -> None:
         raise InputInvalid((Violation(f"/{field}", "out_of_range", message),))
 
 
-def differing_paths(one: JsonValue, other: JsonValue, path: str = "") -> tuple[str, ...]:
-    """Return JSON Pointers (RFC 6901) to where two JSON values differ. 1 equals 1.0."""
+MAX_DIFFERING: Final = 100
+
+
+def differing_paths(one: JsonValue, other: JsonValue, most: int = MAX_DIFFERING) -> tuple[str, ...]:
+    """Return JSON Pointers (RFC 6901) to the first places where two values differ. 1 equals 1.0."""
+    found = islice(_differences(one, other, []), most)
+    return tuple(found)
+
+
+def _differences(one: JsonValue, other: JsonValue, path: list[str | int]) -> Iterator[str]:
+    """Yield the pointer of each difference. `path` is where the two values are."""
     if isinstance(one, dict) and isinstance(other, dict):
-        return tuple(
-            found
-            for key in sorted(one.keys() | other.keys())
-            for found in (
-                differing_paths(one[key], other[key], pointer(path, key))
-                if key in one and key in other
-                else (pointer(path, key),)
-            )
-        )
+        for key in sorted(one.keys() | other.keys()):
+            path.append(key)
+            if key in one and key in other:
+                yield from _differences(one[key], other[key], path)
+            else:
+                yield pointer_of(path)
+            path.pop()
+        return
     if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
-        return tuple(
-            found
-            for index, pair in enumerate(zip(one, other, strict=True))
-            for found in differing_paths(*pair, pointer(path, index))
-        )
+        for index, (left, right) in enumerate(zip(one, other, strict=True)):
+            path.append(index)
+            yield from _differences(left, right, path)
+            path.pop()
+        return
     if isinstance(one, float) != isinstance(other, float) and _are_numbers(one, other):
         # JSONB stores 4.354964846572381e+16 as 43549648465723810, an integer.
         one, other = float(cast(float, one)), float(cast(float, other))
-    same = one == other and isinstance(one, bool) == isinstance(other, bool)
-    return () if same else (path,)
+    if one != other or isinstance(one, bool) != isinstance(other, bool):
+        yield pointer_of(path)
 
 
 def _are_numbers(*values: object) -> bool:

@@ -115,7 +115,7 @@ async def test_a_bulk_of_more_than_a_thousand_is_an_error_of_the_request(
     variables = {"inputs": [PING] * 1_001}
     response = await http.post("/graphql", json={"query": ENQUEUE_MANY, "variables": variables})
     (error,) = response.json()["errors"]
-    assert error["extensions"]["code"] == "validation_error"
+    assert error["extensions"]["code"] == "budget_exceeded"
 
 
 async def test_every_job_is_on_exactly_one_page(execute: Execute) -> None:

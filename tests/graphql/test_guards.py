@@ -216,7 +216,7 @@ async def test_pages_and_bulks_are_as_large_as_the_settings_say(visit: Visit) ->
     assert "errors" not in page.json()
     assert "errors" not in stored.json()
     assert "Expected 1 to 50 jobs per page; got 51." in messages(too_long)[0]
-    assert "Expected at most 2 jobs per call; got 3." in messages(too_many)[0]
+    assert "The request enqueues 3 jobs." in messages(too_many)[0]
 
 
 # What is switched off

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import JsonValue
 
 from job_registry import JobTypeNotFound, PayloadInvalid
 from job_registry_api.queue.enqueueing import Enqueued
@@ -378,6 +379,13 @@ def test_requests_as_json_are_refused_with_every_fault() -> None:
 )
 def test_differing_paths_are_json_pointers(one: Any, other: Any, paths: tuple[str, ...]) -> None:
     assert differing_paths(one, other) == paths
+
+
+def test_of_many_differing_paths_the_first_100_are_told_and_none_is_long() -> None:
+    long = "x" * 3_000
+    one: JsonValue = {long: {str(number): number for number in range(1_000)}}
+    other: JsonValue = {long: {str(number): -1 - number for number in range(1_000)}}
+    assert differing_paths(one, other) == ("",) * 100
 
 
 @pytest.mark.parametrize("key", [None, "key"])

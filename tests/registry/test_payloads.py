@@ -24,7 +24,7 @@ from job_registry import (
 )
 from job_registry.catalog.payout import payout_execute
 from job_registry.catalog.thumbnail import ThumbnailCreate, thumbnail_create
-from job_registry.json_values import MAX_VIOLATIONS
+from job_registry.json_values import MAX_VIOLATIONS, count_values
 from tests.registry.test_job_types import Everything
 
 EVERYTHING = JobType(name="test.everything", payload=Everything)
@@ -272,3 +272,22 @@ def test_text_that_is_not_json_is_refused_with_the_place(text: str | bytes, faul
 
 def test_the_text_of_a_document_is_compact_utf8() -> None:
     assert json_document({"ä": [1, 2.5, None]}, max_bytes=99) == ('{"ä":[1,2.5,null]}'.encode(), [])
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        (b"1", 1),
+        (b'{"a": [1, 2], "b": "x"}', 5),
+        (b'["a,b", "[{", "\\"," , "\\\\", ","]', 6),
+        (b"[[], {}]", 5),
+        (b'["\xc3\xa4,,,,,,,,,,,,,,,,,", 2]', 3),
+    ],
+)
+def test_values_are_counted_without_parsing(text: bytes, values: int) -> None:
+    assert count_values(text, values - 1) == values
+    assert count_values(text, 100) >= values
+
+
+def test_values_in_a_text_of_strings_alone_are_not_counted_one_by_one() -> None:
+    assert count_values(b'["",' * 1_000 + b'""]', 10) > 10

@@ -1,0 +1,89 @@
+"""What one request may cost. What it takes is charged to its `Budget`, which the operations share.
+
+The bytes of a request are counted where it is read, its values before they are parsed, its
+arguments before they are coerced, its faults as they are found, and its answer as it is made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
+
+from pydantic import JsonValue
+
+from job_registry import CodedError
+from job_registry.errors import FaultBudget
+from job_registry.json_values import count_values, parse_json
+
+TYPED_VALUES_PER_JOB: Final = 20
+MIN_TYPED_VALUES: Final = 20_000
+
+
+@dataclass(frozen=True, slots=True)
+class RequestLimits:
+    """The limits of one request. Each has a setting, whose description explains it."""
+
+    body_bytes: int = 8_388_608
+    values: int = 200_000
+    bulk_size: int = 1_000
+    answer_bytes: int = 8_388_608
+    answer_fields: int = 50_000
+
+    @property
+    def typed_values(self) -> int:
+        """The most values of arguments that have a type in the GraphQL schema.
+
+        GraphQL checks each for itself, in Python, and takes thirty times as long as for JSON.
+        """
+        return max(MIN_TYPED_VALUES, TYPED_VALUES_PER_JOB * self.bulk_size)
+
+
+class BudgetExceeded(CodedError):
+    """Raised when a request needs more than a limit allows. `setting` is the one that sets it."""
+
+    code = "budget_exceeded"
+
+    def __init__(self, message: str, limit: int, setting: str) -> None:
+        self.limit = limit
+        self.setting = setting
+        super().__init__(f"{message} The limit is {limit:,}; {setting} sets it.")
+
+    def details(self) -> dict[str, JsonValue]:
+        """Return the limit and the name of its setting."""
+        return {"limit": self.limit, "setting": self.setting}
+
+
+def too_many_values(limits: RequestLimits) -> BudgetExceeded:
+    """Return the error for a request with too many JSON values."""
+    message = "The request has too many JSON values. Send fewer jobs, or smaller payloads, at once."
+    return BudgetExceeded(message, limits.values, "JOBS_MAX_REQUEST_VALUES")
+
+
+class RequestSize(NamedTuple):
+    """How large a request is: its bytes, and a bound of how many JSON values it has."""
+
+    bytes: int
+    values: int
+
+
+def parse_request_json(
+    text: bytes, limits: RequestLimits, what: str = "The body"
+) -> tuple[JsonValue, RequestSize]:
+    """Parse the JSON text of a request. Return it and its size. `what` begins the error.
+
+    Raises:
+        BudgetExceeded: it has too many values. It is not parsed then: 8 MB of `{}` fill 170 MB.
+        NotJson: it is not valid JSON.
+    """
+    values = count_values(text, limits.values)
+    if values > limits.values:
+        raise too_many_values(limits)
+    return parse_json(text, what), RequestSize(len(text), values)
+
+
+@dataclass(slots=True)
+class Budget:
+    """What is left for one request. An event of a subscription counts as one of its own."""
+
+    limits: RequestLimits = field(default_factory=RequestLimits)
+    faults: FaultBudget = field(default_factory=FaultBudget)

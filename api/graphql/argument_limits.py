@@ -1,0 +1,262 @@
+"""The limits of an operation's arguments, which hold before GraphQL coerces them.
+
+Arguments that share a variable count each for itself: each is coerced, checked and stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from graphql import (
+    DocumentNode,
+    FieldNode,
+    FragmentDefinitionNode,
+    FragmentSpreadNode,
+    GraphQLInputObjectType,
+    GraphQLInputType,
+    GraphQLList,
+    GraphQLNonNull,
+    GraphQLSchema,
+    InlineFragmentNode,
+    ListValueNode,
+    Node,
+    ObjectValueNode,
+    OperationDefinitionNode,
+    ValueNode,
+    VariableNode,
+)
+
+from job_registry_api.budget import BudgetExceeded, RequestLimits, RequestSize, too_many_values
+
+
+def check_arguments(
+    schema: GraphQLSchema,
+    document: DocumentNode,
+    operation: OperationDefinitionNode,
+    variables: Mapping[str, Any],
+    limits: RequestLimits,
+    *,
+    of_request: RequestSize | None,
+) -> None:
+    """Check the arguments of all root fields of an operation.
+
+    `of_request` is the size of the whole request, if that is known.
+
+    Raises:
+        BudgetExceeded: they have more values, characters or jobs than a limit allows.
+    """
+    root = schema.get_root_type(operation.operation)
+    if root is None:
+        return
+    fields = [each for each in root_fields(document, operation) if each.arguments]
+    if of_request is not None:
+        # The common case: even if every argument were the whole request, it would be allowed.
+        uses = 1 + sum(1 for each in fields for _ in _variables_in(each.arguments or ()))
+        most = min(limits.bulk_size, limits.typed_values, limits.values)
+        if of_request.values * uses <= most and of_request.bytes * uses <= limits.body_bytes:
+            return
+    size = _Size(variables, _defaults(operation), limits)
+    for each in fields:
+        definition = root.fields.get(each.name.value)
+        for argument in each.arguments or ():
+            known = definition.args.get(argument.name.value) if definition else None
+            size.add_argument(argument.value, known.type if known else None)
+
+
+def root_fields(document: DocumentNode, operation: OperationDefinitionNode) -> Iterator[FieldNode]:
+    """Yield the root fields of an operation, with its fragments in place."""
+    fragments = {
+        node.name.value: node
+        for node in document.definitions
+        if isinstance(node, FragmentDefinitionNode)
+    }
+    waiting = [*operation.selection_set.selections]
+    spread: set[str] = set()
+    while waiting:
+        match waiting.pop():
+            case FieldNode() as node:
+                yield node
+            case InlineFragmentNode(selection_set=below):
+                waiting += below.selections
+            case FragmentSpreadNode() as node if node.name.value not in spread:
+                spread.add(node.name.value)
+                if node.name.value in fragments:
+                    waiting += fragments[node.name.value].selection_set.selections
+
+
+class _Size:
+    """The size of arguments, so far. Each addition checks it."""
+
+    def __init__(
+        self, variables: Mapping[str, Any], defaults: Mapping[str, ValueNode], limits: RequestLimits
+    ) -> None:
+        self._variables = variables
+        self._defaults = defaults
+        self._limits = limits
+        self._counted: dict[tuple[str, GraphQLInputType | None], _Count] = {}
+        self._jobs = 0
+        self._typed = 0
+        self._values = 0
+        self._characters = 0
+
+    def add_argument(self, node: ValueNode, kind: GraphQLInputType | None) -> None:
+        """Add an argument of a root field. A list of objects is a list of jobs."""
+        item = _item_of(kind)
+        if item is not None and isinstance(_nullable(item), GraphQLInputObjectType):
+            self._add_jobs(node)
+        self._add_literal(node, kind)
+
+    def _add_jobs(self, node: ValueNode) -> None:
+        match node:
+            case VariableNode():
+                value = self._variables.get(node.name.value)
+                self._jobs += len(value) if isinstance(value, list) else 1
+            case ListValueNode():
+                self._jobs += len(node.values)
+            case _:
+                self._jobs += 1
+        if self._jobs > self._limits.bulk_size:
+            message = f"The request enqueues {self._jobs:,} jobs. Send several requests."
+            raise BudgetExceeded(message, self._limits.bulk_size, "JOBS_MAX_BULK_SIZE")
+
+    def _add_literal(self, node: ValueNode, kind: GraphQLInputType | None) -> None:
+        """Add a value in the document, which may hold variables."""
+        kind = _nullable(kind)
+        match node:
+            case VariableNode():
+                name = node.name.value
+                if name in self._variables:
+                    self._add(name, kind)
+                elif name in self._defaults:
+                    self._add_literal(self._defaults[name], kind)
+                return
+            case ListValueNode():
+                item = _item_of(kind)
+                for each in node.values:
+                    self._add_literal(each, item)
+            case ObjectValueNode():
+                for given in node.fields:
+                    self._add_literal(given.value, _field_of(kind, given.name.value))
+            case _:
+                value = getattr(node, "value", None)
+                self._characters += len(value) if isinstance(value, str) else 0
+        self._values += 1
+        self._typed += kind is not None
+        self._check()
+
+    def _add(self, name: str, kind: GraphQLInputType | None) -> None:
+        """Add the value of a variable."""
+        counted = self._counted.get((name, kind))
+        if counted is None:
+            counted = _count(self._variables[name], kind)
+            self._counted[name, kind] = counted
+        self._values += counted.values
+        self._typed += counted.typed
+        self._characters += counted.characters
+        self._check()
+
+    def _check(self) -> None:
+        limits = self._limits
+        if self._values > limits.values:
+            raise too_many_values(limits)
+        if self._typed > limits.typed_values:
+            message = (
+                "The arguments have too many values with a type in the schema. Send fewer, or the"
+                " payload as JSON."
+            )
+            raise BudgetExceeded(message, limits.typed_values, "JOBS_MAX_BULK_SIZE")
+        if self._characters > limits.body_bytes:
+            message = "The arguments are too long together: they share a long variable."
+            raise BudgetExceeded(message, limits.body_bytes, "JOBS_MAX_BODY_BYTES")
+
+
+class _Count(NamedTuple):
+    """How many values a value holds, itself included; how many of them have a type in the schema;
+    and the length of its texts."""
+
+    values: int
+    typed: int
+    characters: int
+
+
+def _count(value: Any, kind: GraphQLInputType | None) -> _Count:
+    """Count a value along its type, as far as the schema has one. Below that it is any JSON."""
+    values = typed = characters = 0
+    waiting: list[tuple[Any, GraphQLInputType | None]] = [(value, kind)]
+    untyped: list[Any] = []
+    while waiting:
+        each, kind = waiting.pop()
+        kind = _nullable(kind)
+        is_inner = isinstance(kind, GraphQLList | GraphQLInputObjectType)
+        if kind is None or (type(each) in (dict, list) and not is_inner):
+            typed += kind is not None
+            untyped.append(each)
+            continue
+        values += 1
+        typed += 1
+        if type(each) is str:
+            characters += len(each)
+        elif type(each) is dict:
+            characters += sum(map(len, each))
+            waiting += ((item, _field_of(kind, name)) for name, item in each.items())
+        elif type(each) is list:
+            item_kind = _item_of(kind)
+            waiting += ((item, item_kind) for item in each)
+    while untyped:
+        each = untyped.pop()
+        values += 1
+        if type(each) is str:
+            characters += len(each)
+        elif type(each) is dict:
+            characters += sum(map(len, each))
+            untyped += each.values()
+        elif type(each) is list:
+            untyped += each
+    return _Count(values, typed, characters)
+
+
+def _item_of(kind: GraphQLInputType | None) -> GraphQLInputType | None:
+    """Return the type of a list's items; None where it is not a list."""
+    kind = _nullable(kind)
+    item: GraphQLInputType | None = kind.of_type if isinstance(kind, GraphQLList) else None
+    return item
+
+
+def _nullable(kind: GraphQLInputType | None) -> GraphQLInputType | None:
+    while isinstance(kind, GraphQLNonNull):
+        kind = kind.of_type
+    return kind
+
+
+def _field_of(kind: GraphQLInputType | None, name: str) -> GraphQLInputType | None:
+    """Return the type of a field of an input object, or of that which is a list of one."""
+    while isinstance(kind, GraphQLList | GraphQLNonNull):
+        kind = kind.of_type
+    if not isinstance(kind, GraphQLInputObjectType) or name not in kind.fields:
+        return None
+    field_kind: GraphQLInputType = kind.fields[name].type
+    return field_kind
+
+
+def _defaults(operation: OperationDefinitionNode) -> dict[str, ValueNode]:
+    return {
+        each.variable.name.value: each.default_value
+        for each in operation.variable_definitions or ()
+        if each.default_value is not None
+    }
+
+
+def _variables_in(nodes: Iterable[Node]) -> Iterator[VariableNode]:
+    """Yield every use of a variable in these arguments."""
+    waiting: list[Any] = [*nodes]
+    while waiting:
+        match waiting.pop():
+            case VariableNode() as node:
+                yield node
+            case ListValueNode(values=values):
+                waiting += values
+            case ObjectValueNode(fields=fields):
+                waiting += fields
+            case node if hasattr(node, "value") and isinstance(node.value, Node):
+                waiting.append(node.value)

@@ -1,0 +1,236 @@
+"""What a hostile request costs a server in production settings, measured from outside."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Final
+
+import httpx
+import pytest
+import pytest_asyncio
+
+from job_registry_api.queue import migrations
+from tests.measured_server import MeasuredServer, measured_server
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+CPU_SECONDS: Final = 1.0
+"""Twice what a request may cost on a machine that does nothing else."""
+
+SILENCE_SECONDS: Final = 5.0
+"""Five times what `/healthz` may take, because the tests share the machine."""
+
+MEGABYTES: Final = 64
+"""What a request may hold beside its own text."""
+
+GRAPHQL: Final = "/graphql"
+REST: Final = "/jobs"
+
+ENQUEUE: Final = (
+    "mutation($i: EnqueueJobInput!) { enqueueJob(input: $i) {"
+    " __typename ... on PayloadInvalid { violations { path code message } } } }"
+)
+ENQUEUE_MANY: Final = (
+    "mutation($i: [EnqueueJobInput!]!) { enqueueJobs(inputs: $i) {"
+    " __typename ... on PayloadInvalid { violations { path code message } }"
+    " ... on IdempotencyConflict { differingPaths } } }"
+)
+THUMBNAIL: Final = "thumbnail.create"
+
+
+def graphql(query: str, **variables: object) -> bytes:
+    return json.dumps({"query": query, "variables": variables}).encode()
+
+
+def enqueue(payload: object) -> bytes:
+    return graphql(ENQUEUE, i={"type": THUMBNAIL, "payload": payload})
+
+
+def aliases(operation: str, field: str) -> str:
+    """Return an operation with a field 30 times."""
+    return f"{operation} {{ {' '.join(f'a{n}: {field}' for n in range(30))} }}"
+
+
+def lease(names: int) -> bytes:
+    query = (
+        'mutation($t: [String!]!) { leaseJobs(input: {jobTypes: $t, workerId: "w"}) {'
+        " __typename ... on InputInvalid { violations { path code message } } } }"
+    )
+    return graphql(query, t=[f"thumbnail.creat{number}" for number in range(names)])
+
+
+HOSTILE: Final[dict[str, tuple[str, Callable[[], bytes]]]] = {
+    "a name of 200,000 letters above 100,000 items": (
+        GRAPHQL,
+        lambda: enqueue({"x": "\0", "y" * 200_000: [0] * 100_000}),
+    ),
+    "a faulty item for every third byte": (GRAPHQL, lambda: enqueue({"sizes": [{}] * 80_000})),
+    "20,000 unknown fields": (
+        GRAPHQL,
+        lambda: enqueue({f"assetIx{number}": 0 for number in range(20_000)}),
+    ),
+    "1,000 jobs with 150 faults each": (
+        GRAPHQL,
+        lambda: graphql(
+            ENQUEUE_MANY,
+            i=[{"type": THUMBNAIL, "payload": {f"a{n}": 0 for n in range(150)}}] * 1_000,
+        ),
+    ),
+    "1,000 jobs of unknown types": (
+        GRAPHQL,
+        lambda: graphql(
+            ENQUEUE_MANY, i=[{"type": f"thumbnail.{n}", "payload": 0} for n in range(1_000)]
+        ),
+    ),
+    "190,000 jobs": (
+        GRAPHQL,
+        lambda: graphql(ENQUEUE_MANY, i=[{"type": "x", "payload": 1}] * 190_000),
+    ),
+    "30 fields that share a payload with 20,000 unknown fields": (
+        GRAPHQL,
+        lambda: graphql(
+            aliases("mutation($i: EnqueueJobInput!)", "enqueueJob(input: $i) { __typename }"),
+            i={"type": THUMBNAIL, "payload": {f"assetIx{n}": 0 for n in range(20_000)}},
+        ),
+    ),
+    "30 fields that share a payload of 8 MB": (
+        GRAPHQL,
+        lambda: graphql(
+            aliases("mutation($i: EnqueueJobInput!)", "enqueueJob(input: $i) { __typename }"),
+            i={"type": THUMBNAIL, "payload": {"assetId": "x" * 8_000_000}},
+        ),
+    ),
+    "30 dry runs that share a payload with 6,000 faults": (
+        GRAPHQL,
+        lambda: graphql(
+            aliases(
+                "query($i: EnqueueJobInput!)",
+                "validateJob(input: $i)"
+                " { ... on PayloadInvalid { violations { path code message } } }",
+            ),
+            i={"type": THUMBNAIL, "payload": {f"assetIx{n}": 0 for n in range(6_000)}},
+        ),
+    ),
+    "one object 400 times in a list of the document": (
+        GRAPHQL,
+        lambda: graphql(
+            "mutation($i: EnqueueJobInput!) { enqueueJobs(inputs: ["
+            + "$i, " * 400
+            + "]) { __typename } }",
+            i={"type": THUMBNAIL, "payload": {f"assetIx{n}": 0 for n in range(10_000)}},
+        ),
+    ),
+    "30 fields that share an input with 6,000 unknown fields": (
+        GRAPHQL,
+        lambda: graphql(
+            aliases("mutation($i: EnqueueJobInput!)", "enqueueJob(input: $i) { __typename }"),
+            i={"type": THUMBNAIL, "payload": {}} | {f"payloax{n}": 0 for n in range(6_000)},
+        ),
+    ),
+    "100,000 sizes through the typed input": (
+        GRAPHQL,
+        lambda: graphql(
+            "mutation($s: [Int!]!) { enqueue(job: {thumbnailCreate:"
+            ' {assetId: "a", versionNumber: 1, sizes: $s}}) { __typename } }',
+            s=[128] * 100_000,
+        ),
+    ),
+    "100,000 names to lease": (GRAPHQL, lambda: lease(100_000)),
+    "15,000 names to lease": (GRAPHQL, lambda: lease(15_000)),
+    "100,000 statuses to filter by": (
+        GRAPHQL,
+        lambda: graphql(
+            "query($s: [JobStatus!]) { jobs(filter: {statuses: $s}) { nodes { id } } }",
+            s=["QUEUED"] * 100_000,
+        ),
+    ),
+    "100,000 types to filter by": (
+        GRAPHQL,
+        lambda: graphql(
+            "query($t: [String!]) { jobs(filter: {types: $t}) { nodes { id } } }",
+            t=[f"thumbnail.creat{n}" for n in range(100_000)],
+        ),
+    ),
+    "8 MB of spaces in a document": (GRAPHQL, lambda: graphql(" " * 8_000_000 + "{ a }")),
+    "20 field names of 9,000 letters": (
+        GRAPHQL,
+        lambda: graphql("{" + " ".join("a" * 9_000 + str(n) for n in range(20)) + "}"),
+    ),
+    "8 MB of objects": (REST, lambda: b"[" + b"{}," * 2_700_000 + b"0]"),
+    "8 MB of names": (
+        REST,
+        lambda: json.dumps({f"f{number}": 0 for number in range(500_000)}).encode(),
+    ),
+    "8 MB of short strings": (REST, lambda: b"[" + b'"",' * 2_700_000 + b"0]"),
+    "8 MB of escapes": (REST, lambda: b'["' + b"\\n," * 2_700_000 + b'",0]'),
+    "a payload of 6 MB with 1.5 million faults": (
+        REST,
+        lambda: json.dumps({"type": THUMBNAIL, "payload": {"sizes": [{}] * 1_500_000}}).encode(),
+    ),
+    "8 MB of brackets": (REST, lambda: b"[" * 8_000_000),
+    "an integer of 8 million digits": (REST, lambda: b"1" * 8_000_000),
+    "8 MB of text with one character outside the BMP": (
+        REST,
+        lambda: json.dumps(
+            {"type": THUMBNAIL, "payload": {"assetId": "x" * 8_000_000 + "\U0001f600"}},
+            ensure_ascii=False,
+        ).encode(),
+    ),
+}
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[MeasuredServer]:
+    """A server with the default settings, on SQLite."""
+    url = f"sqlite:///{tmp_path_factory.mktemp('hostile')}/jobs.db"
+    await asyncio.to_thread(migrations.upgrade, url)
+    async with measured_server(url) as measured:
+        yield measured
+
+
+async def measured(server: MeasuredServer, path: str, body: bytes) -> tuple[httpx.Response, str]:
+    """Send a request. Return the response, and what exceeds the bounds."""
+    headers = {"content-type": "application/json"}
+    async with (
+        httpx.AsyncClient(base_url=server.url, timeout=100) as client,
+        server.measuring() as cost,
+    ):
+        response = await client.post(path, content=body, headers=headers)
+    exceeded = cost.within(
+        cpu_seconds=CPU_SECONDS,
+        peak_bytes=MEGABYTES * 2**20 + len(body),
+        silence_seconds=SILENCE_SECONDS,
+    )
+    return response, exceeded
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+async def test_a_hostile_request_is_answered_within_the_bounds(
+    server: MeasuredServer, name: str
+) -> None:
+    path, body = HOSTILE[name]
+    response, exceeded = await measured(server, path, body())
+    assert not exceeded
+    assert response.status_code < 500
+    assert len(response.content) < 3_000_000
+
+
+async def test_a_bulk_lists_its_first_faults_and_counts_those_of_each_further_job(
+    server: MeasuredServer,
+) -> None:
+    bulk = [{"type": THUMBNAIL, "payload": {f"a{n}": {} for n in range(200)}}] * 50
+    response, _ = await measured(server, GRAPHQL, graphql(ENQUEUE_MANY, i=bulk))
+    results: list[dict[str, Any]] = response.json()["data"]["enqueueJobs"]
+    listed = [len(result["violations"]) for result in results]
+    assert listed[0] == 101
+    assert 900 <= sum(each for each in listed if each > 1) <= 1_100
+    assert results[-1]["violations"] == [
+        {
+            "path": "",
+            "code": "more",
+            "message": "The payload has 202 faults. They are not listed, because the whole request"
+            " has too many.",
+        }
+    ]
