@@ -4,7 +4,8 @@ BIN := .venv/bin
 
 .PHONY: run install test test-slow test-postgresql soak mutants check lock clean
 
-run: install
+# Installs only what the server needs, and builds GraphiQL once the server has started.
+run: .venv/running
 	@$(BIN)/python -m job_registry_api.first_minute
 
 install: .venv/installed api/web/dist/index.html
@@ -54,22 +55,40 @@ clean:
 # newer, or it cannot fetch its packages, the page and the tests say so, and all else works.
 HAS_NODE := node -e 'const [a, b] = process.versions.node.split(".").map(Number); process.exit(a > 20 || (a === 20 && b >= 19) ? 0 : 1)' 2>/dev/null
 
+# While `api/web/building` exists, the page says that it is being built.
 api/web/dist/index.html: $(wildcard api/web/*.* api/web/src/* api/web/src/tabs/*)
 	@if ! $(HAS_NODE); then \
 		echo "GraphiQL is not built: it needs Node 20.19 or newer. The API works without it." >&2; \
-	elif ! { cd api/web && npm ci --loglevel error >/dev/null && npm run --silent build -- --logLevel error; }; then \
+	else \
+		trap 'rm -f "$(CURDIR)/api/web/building"' EXIT; trap 'exit 1' INT TERM; \
+		touch api/web/building; cd api/web && npm ci --loglevel error >/dev/null && npm run --silent build -- --logLevel error || \
 		echo "GraphiQL is not built: see above. The API works without it." >&2; \
 	fi
 
 tests/frontend/node_modules: tests/frontend/package-lock.json
 	@if $(HAS_NODE) && (cd tests/frontend && npm ci --loglevel error >/dev/null); then touch $@; fi
 
-.venv/installed: requirements-dev.txt pyproject.toml
+# uv installs in a fraction of pip's time. It does not read pip's configuration, so where it cannot
+# reach an index, pip tries.
+UV_PIP = UV_HTTP_TIMEOUT=15 $(BIN)/uv pip install --quiet --python $(BIN)/python
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.venv/running: requirements.txt requirements-dev.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 		echo "Job Registry needs Python 3.11 or newer. $(PYTHON) is:" \
 			"$$($(PYTHON) --version 2>/dev/null || echo not there)." \
 			"Name another with: make PYTHON=python3.12" >&2; exit 1; }
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@echo "Creating .venv ..." >&2
+	@$(PYTHON) -m venv .venv
+	@echo "Installing the $$(grep -c == requirements.txt) packages that the server needs ..." >&2
+	@sed -n '/^uv==/,/[^\\]$$/p' requirements-dev.txt >.venv/uv.txt
+	@$(PIP) --require-hashes -r .venv/uv.txt
+	@$(UV_PIP) --require-hashes -r requirements.txt || $(PIP) --require-hashes -r requirements.txt
+	@$(UV_PIP) --no-deps --build-constraints requirements-dev.txt --editable . || \
+		$(PIP) --no-deps --editable .
+	@touch $@
+
+.venv/installed: .venv/running
+	@echo "Installing the development tools ..." >&2
+	@$(UV_PIP) --require-hashes -r requirements-dev.txt || $(PIP) --require-hashes -r requirements-dev.txt
 	@touch $@

@@ -1,4 +1,8 @@
-"""Runs the migrations on the connection that `job_registry_api.queue.migrations` opens."""
+"""Runs the migrations on the connection that `job_registry_api.queue.migrations` opens.
+
+The scripts read the dialect of that connection and nothing else of Job Registry, so that a script
+does not change when the code does.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,6 @@ connection = given["connection"]
 context.configure(
     connection=connection,
     target_metadata=METADATA,
-    render_as_batch=connection.dialect.name == "sqlite",
     version_table=given["version_table"],
     # Records the oldest revision whose code can use the result.
     on_version_apply=given["on_version_apply"],

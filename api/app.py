@@ -17,12 +17,13 @@ from job_registry import JobRegistry
 from job_registry_api import pages
 from job_registry_api.auth import create_authenticator
 from job_registry_api.budget import RequestLimits
+from job_registry_api.graphql.admission import Admission
 from job_registry_api.graphql.document_limits import Limits
 from job_registry_api.graphql.execution import Executor
 from job_registry_api.graphql.http import GraphQLOverHTTP
-from job_registry_api.graphql.schema import build_schema
 from job_registry_api.graphql.websocket import GraphQLOverWebSocket
 from job_registry_api.health import Health, health_routes
+from job_registry_api.http_messages import GuardedResponses
 from job_registry_api.opening import open_queue
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.upkeep import maintain
@@ -30,7 +31,7 @@ from job_registry_api.rest import EnqueueView, JobView, answer_not_found
 from job_registry_api.settings import Settings
 from job_registry_api.worker import Worker, WorkerStartError
 
-log = structlog.get_logger("jobs.app")
+log = structlog.get_logger("job_registry.app")
 
 
 def create_app(settings: Settings, registry: JobRegistry, *, worker: bool = False) -> Starlette:
@@ -76,6 +77,8 @@ def create_app(settings: Settings, registry: JobRegistry, *, worker: bool = Fals
                 app.state.abandon = working.abandon
             yield
 
+    if not settings.suggestions:
+        registry = registry.without_suggestions()
     authenticator = create_authenticator(settings)
     limits = RequestLimits(
         body_bytes=settings.max_body_bytes,
@@ -85,7 +88,7 @@ def create_app(settings: Settings, registry: JobRegistry, *, worker: bool = Fals
         answer_fields=settings.max_answer_fields,
     )
     executor = Executor(
-        build_schema(registry),
+        Admission(registry),
         Limits(
             tokens=settings.max_query_tokens,
             depth=settings.max_query_depth,
@@ -103,7 +106,10 @@ def create_app(settings: Settings, registry: JobRegistry, *, worker: bool = Fals
         page=pages.graphiql() if settings.graphiql else None,
     )
     graphql_websocket = GraphQLOverWebSocket(
-        executor, authenticator, allowed_origins=settings.cors_origins
+        executor,
+        authenticator,
+        allowed_origins=settings.cors_origins,
+        max_operations=settings.max_websocket_operations,
     )
     application = Starlette(
         routes=[
@@ -125,8 +131,9 @@ def create_app(settings: Settings, registry: JobRegistry, *, worker: bool = Fals
 
 def _middleware(settings: Settings) -> list[Middleware]:
     if not settings.cors_origins:
-        return []
+        return [Middleware(GuardedResponses, vary=["Accept"])]
     return [
+        Middleware(GuardedResponses, vary=["Accept", "Origin"]),
         Middleware(
             CORSMiddleware,
             allow_origins=settings.cors_origins,
@@ -134,7 +141,7 @@ def _middleware(settings: Settings) -> list[Middleware]:
             allow_headers=["authorization", "content-type"],
             expose_headers=["location", "retry-after", "www-authenticate"],
             max_age=3_600,
-        )
+        ),
     ]
 
 

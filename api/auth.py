@@ -6,32 +6,36 @@ WebSockets all use `Authenticator`, which returns the `Caller` of a request.
 
 from __future__ import annotations
 
-import asyncio
-import json
+import hashlib
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from ipaddress import ip_address
-from pathlib import Path
-from typing import Any, Final, Literal, Protocol, get_args
+from ipaddress import IPv6Address, IPv6Network, ip_address
+from typing import Any, Final, Literal, NamedTuple, get_args
 from urllib.parse import urlsplit
 
 import jwt
-import structlog
 from limits import RateLimitItem
 from limits import parse as parse_rate
-from limits.storage import MemoryStorage
-from limits.strategies import SlidingWindowCounterRateLimiter
 from pydantic import JsonValue
 from starlette.types import Scope
 
 from job_registry import CodedError, text_fault
 from job_registry.errors import shortened
+from job_registry.job_type import is_type_name
 from job_registry_api.http_messages import header
+from job_registry_api.rates import Exceeded, Rates
 from job_registry_api.settings import Settings, SettingsInvalid
-
-log = structlog.get_logger("jobs.auth")
+from job_registry_api.signing_keys import (
+    AuthenticationUnavailable,
+    FixedKeys,
+    Keys,
+    KeysInvalid,
+    KeySource,
+    SharedSecret,
+    read_keys,
+)
 
 AccessScope = Literal["jobs:enqueue", "jobs:read", "jobs:work", "jobs:admin"]
 ACCESS_SCOPES: Final[tuple[AccessScope, ...]] = get_args(AccessScope)
@@ -39,8 +43,20 @@ ADMIN: Final = "jobs:admin"
 """The scope that includes the others."""
 
 JOB_TYPES_CLAIM: Final = "jobs:types"
-MAX_KNOWN_TOKENS: Final = 1_000
+MAX_JOB_TYPES: Final = 100
+"""The most names in the claim. A page of jobs reads no more types than that."""
+
 MAX_TOKEN_LENGTH: Final = 8_192
+
+KNOWN_SECONDS: Final = 300.0
+"""How long a token is not checked again, unless its keys change or it expires."""
+
+MAX_KNOWN_TOKENS: Final = 1_000
+MAX_KNOWN_LENGTH: Final = 1_000_000
+"""The bounds of the cache of tokens: their number, and their length together."""
+
+LATEST_TIME: Final = 253_402_300_799
+"""The end of the year 9999."""
 
 
 class Unauthenticated(CodedError):
@@ -78,15 +94,6 @@ class TooManyRequests(CodedError):
         return {"retryAfterSeconds": self.retry_after}
 
 
-class AuthenticationUnavailable(CodedError):
-    """Raised when the keys to check a token cannot be fetched."""
-
-    code = "authentication_unavailable"
-
-    def __init__(self) -> None:
-        super().__init__("The keys to check the token cannot be fetched; try again.")
-
-
 STATUSES: Final[Mapping[type[CodedError], int]] = {
     Unauthenticated: 401,
     Forbidden: 403,
@@ -108,10 +115,6 @@ def headers_of(error: Exception) -> tuple[tuple[bytes, bytes], ...]:
         case AuthenticationUnavailable():
             return ((b"retry-after", b"5"),)
     return ()
-
-
-class KeysInvalid(Exception):
-    """Raised when a JSON Web Key Set has no usable key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +153,11 @@ class Caller:
             if not self.may_see(job_type):
                 raise Forbidden(f"This token does not allow jobs of type {shortened(job_type)}.")
 
+    @property
+    def sees_others(self) -> bool:
+        """Whether the caller may know jobs that others stored."""
+        return self.has("jobs:read", "jobs:work")
+
     def may_see(self, job_type: str) -> bool:
         """Return whether the caller may see jobs of this type."""
         return self.job_types is None or job_type in self.job_types
@@ -159,81 +167,13 @@ ANYONE: Final = Caller(subject=None, access_scopes=frozenset(ACCESS_SCOPES))
 """The caller of every request without authentication, when only this machine is served."""
 
 
-class Keys(Protocol):
-    """A source of keys to check tokens."""
+class _Known(NamedTuple):
+    """A token that was valid, by the keys that it was checked with."""
 
-    async def find(self, header: Mapping[str, Any]) -> tuple[Any, str]:
-        """Return the key and its algorithm for a token with this header.
-
-        Raises:
-            Unauthenticated: no known key fits.
-            AuthenticationUnavailable: the keys cannot be fetched.
-        """
-
-
-class SharedSecret:
-    """HS256 with a secret that is shared with the issuer of the tokens."""
-
-    def __init__(self, secret: str) -> None:
-        self._secret = secret.encode()
-
-    async def find(self, header: Mapping[str, Any]) -> tuple[Any, str]:
-        """Return the secret and HS256. The token does not choose the algorithm (RFC 8725, 3.1)."""
-        return self._secret, "HS256"
-
-
-class KeyFile:
-    """The public keys of a JSON Web Key Set (RFC 7517) in a file, read once.
-
-    Raises:
-        KeysInvalid: the text is not a key set, or has no usable key.
-    """
-
-    def __init__(self, text: str) -> None:
-        try:
-            keys = jwt.PyJWKSet.from_dict(json.loads(text)).keys
-        except (ValueError, AttributeError, TypeError, jwt.PyJWTError) as error:
-            raise KeysInvalid(f"it is not a JSON Web Key Set: {shortened(str(error))}") from None
-        self._keys = [key for key in keys if _algorithm(key) is not None]
-        if not self._keys:
-            raise KeysInvalid("it has no RSA, P-256 or Ed25519 key for signatures")
-
-    async def find(self, header: Mapping[str, Any]) -> tuple[Any, str]:
-        """Return the key that the token names; without a name, the only key."""
-        return _chosen(self._keys, header.get("kid"))
-
-
-class KeyUrl:
-    """The public keys of a JSON Web Key Set at a URL, cached for five minutes.
-
-    An unknown key id fetches the set again, at most every 30 seconds: the issuer may have new keys,
-    and a stranger may invent ids. During an outage the fetch is repeated every 5 seconds.
-    """
-
-    def __init__(self, url: str) -> None:
-        self._client = jwt.PyJWKClient(url, timeout=5)
-        self._one_at_a_time = asyncio.Lock()
-        self._try_at = 0.0
-
-    async def find(self, header: Mapping[str, Any]) -> tuple[Any, str]:
-        """Return the key that the token names; without a name, the only key."""
-        key_id = header.get("kid")
-        async with self._one_at_a_time:
-            if time.monotonic() < self._try_at:
-                raise AuthenticationUnavailable
-            try:
-                # In a thread, because the client blocks.
-                if isinstance(key_id, str):
-                    keys = [await asyncio.to_thread(self._client.get_signing_key, key_id)]
-                else:
-                    keys = (await asyncio.to_thread(self._client.get_jwk_set)).keys
-            except (jwt.PyJWKClientConnectionError, ValueError) as error:
-                self._try_at = time.monotonic() + 5
-                log.warning("keys.unavailable", reason=str(error)[:200])
-                raise AuthenticationUnavailable from None
-            except (jwt.PyJWTError, TypeError):
-                raise Unauthenticated("The token is signed with an unknown key.") from None
-        return _chosen(keys, key_id)
+    caller: Caller
+    keys: Keys
+    length: int
+    checked_at: float
 
 
 class TokenVerifier:
@@ -245,7 +185,7 @@ class TokenVerifier:
 
     def __init__(
         self,
-        keys: Keys,
+        keys: KeySource,
         *,
         issuer: str,
         audience: str,
@@ -255,7 +195,13 @@ class TokenVerifier:
         self._issuer = issuer
         self._audience = audience
         self._leeway = leeway_seconds
-        self._known: OrderedDict[str, Caller] = OrderedDict()
+        self._known: OrderedDict[bytes, _Known] = OrderedDict()
+        self._known_length = 0
+
+    def knows(self, authorization: str) -> bool:
+        """Return whether a token has been verified before, and is still remembered."""
+        token = authorization.partition(" ")[2].strip()
+        return len(token) <= MAX_TOKEN_LENGTH and _digest(token) in self._known
 
     async def verify(self, authorization: str) -> Caller:
         """Return the caller of an Authorization header; "" is a missing header.
@@ -270,53 +216,91 @@ class TokenVerifier:
             raise Unauthenticated(None)
         if len(token) > MAX_TOKEN_LENGTH:
             raise Unauthenticated("The token is too long.")
-        known = self._known.get(token)
-        if known is not None and known.expires_at is not None and time.time() < known.expires_at:
-            self._known.move_to_end(token)
-            return known
-        caller = await self._checked(token)
+        if not token.isascii():
+            raise Unauthenticated("The token is not a JSON Web Token.")
+        keys = await self._keys.current()
+        digest = _digest(token)
+        known = self._known.get(digest)
+        if known is not None and _is_in_force(known, keys):
+            self._known.move_to_end(digest)
+            return known.caller
+        caller, keys = await self._checked(token, keys)
         # Cached, because checking an elliptic curve signature takes longer than storing a job.
-        self._known[token] = caller
-        if len(self._known) > MAX_KNOWN_TOKENS:
-            self._known.popitem(last=False)
+        self._remember(digest, _Known(caller, keys, len(token), time.monotonic()))
         return caller
 
-    async def _checked(self, token: str) -> Caller:
+    def _remember(self, digest: bytes, known: _Known) -> None:
+        if (replaced := self._known.pop(digest, None)) is not None:
+            self._known_length -= replaced.length
+        self._known[digest] = known
+        self._known_length += known.length
+        while len(self._known) > MAX_KNOWN_TOKENS or self._known_length > MAX_KNOWN_LENGTH:
+            _, oldest = self._known.popitem(last=False)
+            self._known_length -= oldest.length
+
+    async def _checked(self, token: str, keys: Keys) -> tuple[Caller, Keys]:
+        """Return the caller of a token, and the keys that it was checked with."""
         try:
             header = jwt.get_unverified_header(token)
-        except (jwt.PyJWTError, ValueError):
+        except (jwt.PyJWTError, ValueError, RecursionError):
             raise Unauthenticated("The token is not a JSON Web Token.") from None
-        key, algorithm = await self._keys.find(header)
+        key_id = header.get("kid")
+        key = keys.find(key_id)
+        if key is None and key_id is not None:
+            keys = await self._keys.newest()
+            key = keys.find(key_id)
+        if key is None:
+            raise Unauthenticated("The token is signed with an unknown key.")
         try:
             # The algorithm comes from the key, never from the token. This refuses `none`, and an
-            # HMAC made with a public key (RFC 8725, sections 2.1 and 3.1).
+            # HMAC made with a public key (RFC 8725, sections 2.1 and 3.1). The times are checked
+            # below: PyJWT takes "60" and 1e300 for a time.
             claims = jwt.decode(
                 token,
-                key,
-                algorithms=[algorithm],
+                key.material,
+                algorithms=[key.algorithm],
                 issuer=self._issuer,
                 audience=self._audience,
-                leeway=self._leeway,
-                options={"require": ["exp", "sub", "iss", "aud"]},
+                options={
+                    "require": ["exp", "sub", "iss", "aud"],
+                    "verify_exp": False,
+                    "verify_nbf": False,
+                    "verify_iat": False,
+                },
             )
-        except (jwt.PyJWTError, ValueError, TypeError, OverflowError) as error:
+        except (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError) as error:
             raise Unauthenticated(_reason(error)) from None
         subject = claims["sub"]
         if not 1 <= len(subject) <= 255 or text_fault(subject):
             raise Unauthenticated("The claim sub is not 1 to 255 characters of text.")
-        return Caller(
+        caller = Caller(
             subject=subject,
             access_scopes=_access_scopes(claims),
             job_types=_job_types(claims),
-            expires_at=float(claims["exp"]) + self._leeway,
+            expires_at=self._expiry(claims),
         )
+        return caller, keys
+
+    def _expiry(self, claims: Mapping[str, Any]) -> float:
+        """Return when a token expires, after checking its times."""
+        for name in ("exp", "nbf", "iat"):
+            if name in claims and not _is_time(claims[name]):
+                raise Unauthenticated(f"The claim {name} is not a time in seconds since 1970.")
+        now = time.time()
+        expires_at = float(claims["exp"]) + self._leeway
+        if expires_at <= now:
+            raise Unauthenticated("The token has expired.")
+        if max(claims.get("nbf", 0), claims.get("iat", 0)) > now + self._leeway:
+            raise Unauthenticated("The token is not valid yet.")
+        return expires_at
 
 
 class Authenticator:
-    """Authenticates every request, then counts it for the rate limits.
+    """Authenticates every request, and counts it for the rate limits.
 
-    `rate_limits` bound the requests per subject, or per address without a subject. Pages of
-    `origins` may send requests. A request is an ASGI connection scope.
+    `rate_limits` bound the requests per subject, or per address without a subject. Once an address
+    has used up its limit by requests without a valid token, tokens that are not known yet are not
+    even verified. Pages of `origins` may send requests. A request is an ASGI connection scope.
     """
 
     def __init__(
@@ -326,8 +310,7 @@ class Authenticator:
         origins: Sequence[str] = (),
     ) -> None:
         self._verifier = verifier
-        self._rate_limits = rate_limits
-        self._limiter = SlidingWindowCounterRateLimiter(MemoryStorage()) if rate_limits else None
+        self._rates = Rates(rate_limits)
         self._hosts = frozenset(urlsplit(origin).hostname for origin in origins)
 
     async def authenticate(self, request: Scope, authorization: str | None = None) -> Caller:
@@ -337,18 +320,24 @@ class Authenticator:
 
         Raises:
             Unauthenticated: the token is missing or not valid. The request counts for its address.
-            AuthenticationUnavailable: the token cannot be checked now.
+            AuthenticationUnavailable: the token cannot be checked now. It counts as well.
             Forbidden: without authentication, the request may come from a page of another site.
             TooManyRequests: the request exceeds a rate limit.
         """
         if authorization is None:
             authorization = header(request, b"authorization").decode("latin-1")
+        if self._verifier is None:
+            self._count(_address(request))
+            self._check_host(request)
+            return ANYONE
+        if not self._verifier.knows(authorization):
+            self.check_stranger(request)
         try:
-            caller = await self._caller(request, authorization)
-        except Unauthenticated:
-            self._count(request, None)
+            caller = await self._verifier.verify(authorization)
+        except (Unauthenticated, AuthenticationUnavailable):
+            self._count(_address(request))
             raise
-        self._count(request, caller)
+        self._count(_name_of(caller, request))
         return caller
 
     def check_again(self, request: Scope, caller: Caller) -> None:
@@ -360,31 +349,33 @@ class Authenticator:
         """
         if caller.expires_at is not None and time.time() >= caller.expires_at:
             raise Unauthenticated("The token has expired.")
-        self._count(request, caller)
+        self._count(_name_of(caller, request))
 
-    async def _caller(self, request: Scope, authorization: str) -> Caller:
-        if self._verifier is not None:
-            return await self._verifier.verify(authorization)
+    def check_stranger(self, request: Scope) -> None:
+        """Check that the address of a request may still send one, and count nothing.
+
+        Raises:
+            TooManyRequests: its requests without a valid token have used up a rate limit.
+        """
+        _refuse_if(self._rates.exceeded(_address(request)))
+
+    def count_stranger(self, request: Scope) -> None:
+        """Count a request that has ended before its caller was known."""
+        self._rates.count(_address(request))
+
+    def _check_host(self, request: Scope) -> None:
         # DNS rebinding: a page whose host name resolves to this machine is same-origin with this
-        # server for a browser. Names that anyone can register contain a dot.
+        # server for a browser. No name leads to a page of an address, and every machine itself
+        # resolves localhost (RFC 6761, section 6.3).
         host = _host(header(request, b"host").decode("latin-1"))
-        if "." in host and host not in self._hosts and not _is_address(host):
+        if not (host == "localhost" or host in self._hosts or _is_address(host)):
             raise Forbidden(
                 "Without authentication, expected a host that is this machine, such as localhost;"
-                f" got {host[:100]}. If it is yours, add its origin to JOBS_CORS_ORIGINS."
+                f" got {shortened(host)}. If it is yours, add its origin to JOBS_CORS_ORIGINS."
             )
-        return ANYONE
 
-    def _count(self, request: Scope, caller: Caller | None) -> None:
-        if self._limiter is None:
-            return
-        subject = caller.subject if caller else None
-        client = request.get("client")  # This may be a proxy.
-        who = ("address", client[0] if client else "") if subject is None else ("subject", subject)
-        for limit in self._rate_limits:
-            if not self._limiter.hit(limit, *who):
-                reset, _ = self._limiter.get_window_stats(limit, *who)
-                raise TooManyRequests(_rate(limit), max(1, round(reset - time.time())))
+    def _count(self, name: str) -> None:
+        _refuse_if(self._rates.count(name))
 
 
 def create_authenticator(settings: Settings) -> Authenticator:
@@ -400,30 +391,15 @@ def create_authenticator(settings: Settings) -> Authenticator:
     )
 
 
-def read_keys(source: str) -> Keys:
-    """Return the keys of a JWKS URL or file.
-
-    Raises:
-        KeysInvalid: the file cannot be read, or has no usable key.
-    """
-    if source.startswith(("http://", "https://")):
-        return KeyUrl(source)
-    try:
-        return KeyFile(Path(source).read_text())
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not text"
-        raise KeysInvalid(f"the file cannot be read: {reason}") from None
-
-
 def _token_verifier(settings: Settings) -> TokenVerifier | None:
-    keys: Keys
+    keys: KeySource
     if settings.auth_hs256_secret is not None:
-        keys = SharedSecret(settings.auth_hs256_secret)
+        keys = FixedKeys(SharedSecret(settings.auth_hs256_secret.encode()))
     elif settings.auth_jwks is not None:
         try:
             keys = read_keys(settings.auth_jwks)
         except KeysInvalid as invalid:
-            fault = f"JOBS_AUTH_JWKS: got {settings.auth_jwks!r}; {invalid}"
+            fault = f"JOBS_AUTH_JWKS: got {shortened(settings.auth_jwks, 202)}; {invalid}"
             raise SettingsInvalid([fault]) from None
     else:
         return None
@@ -435,6 +411,39 @@ def _token_verifier(settings: Settings) -> TokenVerifier | None:
         audience=settings.auth_audience,
         leeway_seconds=settings.auth_leeway_seconds,
     )
+
+
+def _digest(token: str) -> bytes:
+    """Return the key of a token in the cache, which then holds no token and keys of one length."""
+    return hashlib.sha256(token.encode()).digest()
+
+
+def _name_of(caller: Caller, request: Scope) -> str:
+    """Return whose requests a request is counted with."""
+    return _address(request) if caller.subject is None else f"subject {caller.subject}"
+
+
+def _address(request: Scope) -> str:
+    """Return the address of a request, which may be a proxy's; of IPv6 the network.
+
+    A host with IPv6 has as many addresses as it likes within its network of 64 bits.
+    """
+    client = request.get("client")
+    text = client[0] if client else ""
+    try:
+        address = ip_address(text)
+    except ValueError:
+        return f"address {text}"
+    if isinstance(address, IPv6Address):
+        if address.ipv4_mapped is None:
+            return f"address {IPv6Network((int(address) >> 64 << 64, 64))}"
+        address = address.ipv4_mapped
+    return f"address {address}"
+
+
+def _refuse_if(exceeded: Exceeded | None) -> None:
+    if exceeded is not None:
+        raise TooManyRequests(_rate(exceeded.limit), max(1, round(exceeded.seconds)))
 
 
 def _host(header: str) -> str:
@@ -453,32 +462,26 @@ def _is_address(host: str) -> bool:
     return True
 
 
-def _algorithm(key: jwt.PyJWK) -> str | None:
-    """Return the algorithm of a public key; None for keys that are not used for tokens.
+def _is_in_force(known: _Known, keys: Keys) -> bool:
+    """Return whether a token needs no new check: neither its time nor its keys have changed."""
+    expires_at = known.caller.expires_at
+    return (
+        known.keys is keys
+        and time.monotonic() - known.checked_at < KNOWN_SECONDS
+        and (expires_at is None or time.time() < expires_at)
+    )
 
-    Symmetric keys in a public set are ignored.
-    """
-    name = key.algorithm_name if key.public_key_use in (None, "sig") else None
-    return name if name in ("RS256", "ES256", "EdDSA") else None
 
-
-def _chosen(keys: Sequence[jwt.PyJWK], key_id: object) -> tuple[Any, str]:
-    usable = [(key, name) for key in keys if (name := _algorithm(key)) is not None]
-    if key_id is not None:
-        usable = [(key, name) for key, name in usable if key.key_id == key_id]
-    if len(usable) != 1:
-        raise Unauthenticated("The token is signed with an unknown key.")
-    key, name = usable[0]
-    return key.key, name
+def _is_time(value: object) -> bool:
+    """Return whether a claim is a NumericDate (RFC 7519, section 2) that a calendar has."""
+    return (
+        isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= LATEST_TIME
+    )
 
 
 def _reason(error: Exception) -> str:
     """Describe why a token is not valid. PyJWT's own messages may quote the token."""
     match error:
-        case jwt.ExpiredSignatureError():
-            return "The token has expired."
-        case jwt.ImmatureSignatureError():
-            return "The token is not valid yet."
         case jwt.InvalidAudienceError():
             return "The token is for another audience."
         case jwt.InvalidIssuerError():
@@ -493,19 +496,33 @@ def _reason(error: Exception) -> str:
 
 
 def _access_scopes(claims: Mapping[str, Any]) -> frozenset[str]:
-    """Return the scopes of `scope` (RFC 8693, a string) or `scp` (a list, from some issuers)."""
-    given = claims.get("scope", claims.get("scp", ""))
-    names = given.split() if isinstance(given, str) else given if isinstance(given, list) else []
-    return frozenset(name for name in names if name in ACCESS_SCOPES)
+    """Return the scopes of `scope` (RFC 8693), or of `scp`, as some issuers name it.
+
+    Each is a string of names separated by spaces, or a list of names. Unknown names are ignored.
+    """
+    name = "scope" if "scope" in claims else "scp"
+    given = claims.get(name, "")
+    names = given.split() if isinstance(given, str) else given
+    if not isinstance(names, list) or not all(isinstance(each, str) for each in names):
+        raise Unauthenticated(f"The claim {name} is not a string or a list of scopes.")
+    return frozenset(each for each in names if each in ACCESS_SCOPES)
 
 
 def _job_types(claims: Mapping[str, Any]) -> frozenset[str] | None:
-    given = claims.get(JOB_TYPES_CLAIM)
-    if given is None:
+    """Return the job types that the token is limited to; None without the claim.
+
+    A claim that is not understood, null among them, refuses the token: to ignore it would remove
+    a limit. Names of types that this server does not have are allowed, and match nothing.
+    """
+    if JOB_TYPES_CLAIM not in claims:
         return None
-    if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
-        # Refuse the token: ignoring the claim would remove a limit.
+    given = claims[JOB_TYPES_CLAIM]
+    if not isinstance(given, list) or not all(
+        isinstance(name, str) and is_type_name(name) for name in given
+    ):
         raise Unauthenticated(f"The claim {JOB_TYPES_CLAIM} is not a list of names.")
+    if len(given) > MAX_JOB_TYPES:
+        raise Unauthenticated(f"The claim {JOB_TYPES_CLAIM} has more than {MAX_JOB_TYPES} names.")
     return frozenset(given)
 
 

@@ -11,11 +11,10 @@ from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from pydantic import JsonValue
-from pydantic_core import from_json
 
 from job_registry import CodedError
 from job_registry.errors import FaultBudget
-from job_registry.json_values import count_values
+from job_registry.json_values import count_values, parse_json
 
 TYPED_VALUES_PER_JOB: Final = 20
 MIN_TYPED_VALUES: Final = 20_000
@@ -68,18 +67,19 @@ class RequestSize(NamedTuple):
     values: int
 
 
-def parse_request_json(text: bytes, limits: RequestLimits) -> tuple[JsonValue, RequestSize]:
-    """Parse the JSON text of a request. Return it and its size.
+def parse_request_json(
+    text: bytes, limits: RequestLimits, what: str = "The body"
+) -> tuple[JsonValue, RequestSize]:
+    """Parse the JSON text of a request. Return it and its size. `what` begins the error.
 
     Raises:
         BudgetExceeded: it has too many values. It is not parsed then: 8 MB of `{}` fill 170 MB.
-        ValueError: it is not valid JSON.
+        NotJson: it is not valid JSON.
     """
     values = count_values(text, limits.values)
     if values > limits.values:
         raise too_many_values(limits)
-    parsed: JsonValue = from_json(text, allow_inf_nan=False)
-    return parsed, RequestSize(len(text), values)
+    return parse_json(text, what), RequestSize(len(text), values)
 
 
 @dataclass(slots=True)

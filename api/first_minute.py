@@ -1,16 +1,27 @@
-"""The program behind `make run`: draws a sample picture, prints what to try, and serves."""
+"""The program behind `make run`: draws a sample picture, prints what to try, and serves.
+
+Meanwhile `make` builds GraphiQL, unless it is up to date.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Final
 
 from rich.console import Console
 
 from job_registry_api.cli import main as jobs
+from job_registry_api.cli.listening import listen
 from job_registry_api.settings import SettingsInvalid, load_settings
+
+CHECKOUT: Final = Path(__file__).resolve().parent.parent
 
 
 def draw_sample(assets: str) -> None:
@@ -61,12 +72,33 @@ Or in a browser: http://{shown}:{port}/graphql
 """
 
 
+@contextmanager
+def building_graphiql() -> Iterator[None]:
+    """Let `make` build GraphiQL beside the server, with the lowest priority."""
+    build = None
+    with suppress(OSError):  # Without `make` nothing is built.
+        build = subprocess.Popen(
+            ["nice", "-n", "19", "make", "--silent", "api/web/dist/index.html"],
+            cwd=CHECKOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    try:
+        yield
+    finally:
+        if build is not None and build.poll() is None:
+            os.killpg(build.pid, signal.SIGTERM)
+            build.wait()
+
+
 def main() -> None:
     """Draw the sample, print what to try, then run `job-registry serve`."""
     say = Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print
     # `job-registry serve` prints the faults of the settings.
     with suppress(SettingsInvalid):
         settings = load_settings()
+        # A taken port ends the program before it prints what to try.
+        listen(settings.host, settings.port, "JOBS_PORT").close()
         # Not for a bucket, which is not ours to fill, nor for port 0, which is not known yet.
         if "://" not in settings.assets and settings.port:
             try:
@@ -75,7 +107,8 @@ def main() -> None:
             except OSError as error:
                 say(f"The sample picture cannot be drawn: {error.strerror}: {error.filename}")
     sys.argv[1:] = ["serve"]
-    jobs()
+    with building_graphiql():
+        jobs()
 
 
 if __name__ == "__main__":

@@ -12,18 +12,13 @@ from typing import Final, Protocol
 
 import structlog
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from job_registry import CodedError
-from job_registry_api.auth import (
-    AuthenticationUnavailable,
-    Authenticator,
-    Forbidden,
-    TooManyRequests,
-    Unauthenticated,
-)
+from job_registry_api.auth import REFUSALS, STATUSES, Authenticator, Forbidden, headers_of
+from job_registry_api.http_messages import GuardedResponses
 from job_registry_api.metrics import CONTENT_TYPE, Attempts
 from job_registry_api.queue.errors import QueueUnavailable
 from job_registry_api.queue.queue import JobQueue
@@ -37,7 +32,7 @@ COUNTS_SECONDS: Final = 5.0
 STALLED_SECONDS: Final = 30.0
 """How long a worker may be stalled before `/healthz` answers 503."""
 
-log = structlog.get_logger("jobs.health")
+log = structlog.get_logger("job_registry.health")
 
 
 class WorkerHealth(Attempts, Protocol):
@@ -118,14 +113,10 @@ class Health:
                 raise Forbidden("The metrics cover all job types; this token is limited to some.")
             if caller.subject is None and not _is_local(request):
                 raise Forbidden("Without authentication, only this machine may read the metrics.")
-        except Unauthenticated as error:
-            return _error(401, error, {"www-authenticate": error.challenge})
-        except Forbidden as error:
-            return _error(403, error)
-        except TooManyRequests as error:
-            return _error(429, error, {"retry-after": str(error.retry_after)})
-        except AuthenticationUnavailable as error:
-            return _error(503, error)
+        except REFUSALS as error:
+            body = {"error": {"code": error.code, "message": error.summary}}
+            headers = {name.decode(): value.decode() for name, value in headers_of(error)}
+            return JSONResponse(body, STATUSES[type(error)], headers)
         return None
 
     async def _count_jobs(self) -> None:
@@ -160,7 +151,9 @@ def health_routes(find: Callable[[Request], Health]) -> Sequence[BaseRoute]:
 
 def health_app(health: Health) -> Starlette:
     """Return an application with only these routes, for the health port of a worker."""
-    return Starlette(routes=health_routes(lambda _request: health))
+    return Starlette(
+        routes=health_routes(lambda _request: health), middleware=[Middleware(GuardedResponses)]
+    )
 
 
 def _stalled(health: WorkerHealth) -> str | None:
@@ -182,8 +175,3 @@ def _is_local(request: Request) -> bool:
 def _unavailable(code: str, message: str, **details: str) -> Response:
     error = {"code": code, "message": message, **details}
     return JSONResponse({"status": "unavailable", "error": error}, status_code=503)
-
-
-def _error(status: int, error: CodedError, headers: dict[str, str] | None = None) -> Response:
-    body = {"error": {"code": error.code, "message": error.summary}}
-    return JSONResponse(body, status_code=status, headers=headers)

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 from pydantic_core import to_json
-from starlette.types import Receive, Scope, Send
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from job_registry import CodedError
 
 JSON_TYPE: Final = b"application/json"
+
+HEALTH_PATHS: Final = ("/healthz", "/readyz", "/metrics")
+"""The paths that are served even when there are too many connections."""
+
+WEBSOCKET_ADMISSION: Final = "jobs.websocket.admission"
+"""The ASGI extension whose function `admit` lifts the bound of messages before admission."""
+
+MAX_UNADMITTED_MESSAGE: Final = 16_384
+"""The largest WebSocket message before admission, in bytes: it has to hold a bearer token."""
 
 
 class BodyTooLarge(CodedError):
@@ -42,6 +53,37 @@ class UnsupportedMediaType(CodedError):
 
 class ClientGone(Exception):
     """Raised when the client disconnected before it sent its whole request."""
+
+
+class GuardedResponses:
+    """Middleware that keeps responses out of caches, and browsers from guessing what they are.
+
+    A response that sets one of these headers keeps its own: the page and its assets may be cached.
+    `vary` are the request headers that responses depend on.
+    """
+
+    def __init__(self, app: ASGIApp, *, vary: Sequence[str] = ()) -> None:
+        self._app = app
+        self._vary = vary
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers.setdefault("cache-control", "no-store")
+                headers.setdefault("x-content-type-options", "nosniff")
+                present = headers.get("vary", "").lower()
+                for name in self._vary:
+                    if name.lower() not in present:
+                        headers.add_vary_header(name)
+            await send(message)
+
+        await self._app(scope, receive, send_guarded)
 
 
 async def read_body(scope: Scope, receive: Receive, max_bytes: int) -> bytes:

@@ -17,6 +17,8 @@ from typing import Any, BinaryIO, Final, Literal, TextIO, cast
 import structlog
 from pydantic_core import to_json
 
+from job_registry.errors import escaped
+
 _LEVELS: Final = {
     "debug": logging.DEBUG,
     "info": logging.INFO,
@@ -49,7 +51,7 @@ def configure_logs(
     render: structlog.typing.Processor
     render_text: structlog.typing.Processor
     if console:
-        render = render_text = structlog.dev.ConsoleRenderer(colors=stream.isatty())
+        render = render_text = _ConsoleRenderer(colors=stream.isatty())
     else:
         render, render_text = _render_json, _render_json_text
         factory = structlog.BytesLoggerFactory(cast(BinaryIO, _Unfailing(stream.buffer)))
@@ -95,6 +97,22 @@ _QUIET: Final = (
     "uvicorn",
 )
 """Libraries that this project uses and that log their own activity."""
+
+
+class _ConsoleRenderer(structlog.dev.ConsoleRenderer):
+    """Renders lines for people. Characters that a terminal could act on are escaped."""
+
+    def __call__(self, logger: Any, name: str, event_dict: structlog.typing.EventDict) -> str:
+        """Render a line."""
+        return super().__call__(
+            logger, name, {escaped(key): _escaped(value) for key, value in event_dict.items()}
+        )
+
+
+def _escaped(value: Any) -> Any:
+    """Escape the text of a value, except the line breaks of a traceback."""
+    text = value if isinstance(value, str | None) else repr(value)
+    return text and "\n".join(escaped(line) for line in text.split("\n"))
 
 
 def _render_json_text(logger: Any, method: str, line: MutableMapping[str, Any]) -> str:
@@ -152,7 +170,7 @@ def _of_exc_info(exc_info: Any) -> str:
 def log_unexpected(where: str, error: BaseException) -> str:
     """Log an unexpected error with its traceback, and return the id of the log line."""
     error_id = secrets.token_hex(8)
-    structlog.get_logger("jobs.errors").error(
+    structlog.get_logger("job_registry.errors").error(
         "unexpected", error_id=error_id, where=where, exc_info=error
     )
     return error_id

@@ -1,10 +1,17 @@
-"""The pages for browsers, built by Vite from `api/web/`: GraphiQL and its assets."""
+"""The pages for browsers, built by Vite from `api/web/`: GraphiQL and its assets.
+
+They are looked for with each request until they are there: `make run` builds them while it serves.
+"""
 
 from __future__ import annotations
 
+import time
+from html import escape
 from pathlib import Path
 from typing import Final
 
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import BaseRoute, Mount
 from starlette.staticfiles import StaticFiles
@@ -12,6 +19,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 DIST: Final = Path(__file__).parent / "web" / "dist"
 """Where `make install` builds the pages if Node is installed. The wheel contains them."""
+
+BUILDING: Final = DIST.parent / "building"
+"""This file exists while the pages are being built."""
+
+BUILD_SECONDS: Final = 600.0
+"""An older `BUILDING` was left behind by a build that was killed."""
 
 ASSETS: Final = "graphql/assets"
 """Relative to the page, so that it works below any prefix of a proxy. File names have hashes."""
@@ -39,29 +52,59 @@ _PAGE_HEADERS: Final = {
     "X-Content-Type-Options": "nosniff",
 }
 
-_MISSING: Final = """<!doctype html>
+_WITHOUT_GRAPHIQL: Final = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
-<title>Job Registry: GraphQL</title>
+{reload}<title>Job Registry: GraphQL</title>
 <style>
-  body { font: 16px/1.5 system-ui, sans-serif; max-width: 46rem; margin: 3rem auto }
-  pre { background: #f4f4f6; padding: 1rem; overflow: auto; border-radius: .4rem }
+  body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 46rem; margin: 3rem auto }}
+  pre {{ background: #f4f4f6; padding: 1rem; overflow: auto; border-radius: .4rem }}
 </style>
 <h1>Job Registry</h1>
-<p>GraphiQL is not built: install Node 20.19 or newer and run <code>make install</code>.</p>
+<p>{state}</p>
 <p>The API works without it. Send it a query as JSON:</p>
-<pre>curl http://localhost:8000/graphql --json '{"query":
-  "{ jobTypes { name description policy { maxAttempts timeoutSeconds concurrencyLimit } } }"}'</pre>
+<pre>curl http://{host}/graphql --json '{{"query":
+  "{{ jobTypes {{ name description policy {{ maxAttempts timeoutSeconds }} }} }}"}}'</pre>
 <p><code>job-registry schema</code> prints the whole schema, with its documentation.</p>
 </html>
 """
 
+_BUILDING: Final = "GraphiQL is being built. This page reloads until it is there."
+_NOT_BUILT: Final = (
+    "GraphiQL is not built: install Node 20.19 or newer and run <code>make install</code>."
+)
+_RELOAD: Final = '<meta http-equiv="refresh" content="2">\n'
 
-def graphiql(dist: Path = DIST) -> ASGIApp:
-    """Return the page of GET /graphql: GraphiQL, or how to build it."""
+
+def graphiql(dist: Path = DIST, building: Path = BUILDING) -> ASGIApp:
+    """Return the page of GET /graphql: GraphiQL, or when or how it is built."""
     index = dist / "index.html"
-    text = index.read_text() if index.is_file() else _MISSING
+    built: Response | None = None
+
+    async def page(scope: Scope, receive: Receive, send: Send) -> None:
+        nonlocal built
+        if built is None and index.is_file():
+            built = Response(index.read_text(), media_type="text/html", headers=_PAGE_HEADERS)
+        response = built or _without_graphiql(Request(scope).url.netloc, _is_recent(building))
+        await response(scope, receive, send)
+
+    return page
+
+
+def _without_graphiql(host: str, is_being_built: bool) -> Response:
+    text = _WITHOUT_GRAPHIQL.format(
+        reload=_RELOAD if is_being_built else "",
+        state=_BUILDING if is_being_built else _NOT_BUILT,
+        host=escape(host),
+    )
     return Response(text, media_type="text/html", headers=_PAGE_HEADERS)
+
+
+def _is_recent(building: Path) -> bool:
+    try:
+        return time.time() - building.stat().st_mtime < BUILD_SECONDS
+    except OSError:
+        return False
 
 
 def root() -> ASGIApp:
@@ -70,11 +113,8 @@ def root() -> ASGIApp:
 
 
 def assets(dist: Path = DIST) -> list[BaseRoute]:
-    """Return the routes of the page's assets; none if the page is not built."""
-    folder = dist / ASSETS
-    if not folder.is_dir():
-        return []
-    return [Mount(f"/{ASSETS}", _Immutable(directory=folder))]
+    """Return the routes of the page's assets."""
+    return [Mount(f"/{ASSETS}", _Immutable(directory=dist / ASSETS, check_dir=False))]
 
 
 class _Immutable(StaticFiles):
@@ -82,6 +122,8 @@ class _Immutable(StaticFiles):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
+        if not self._is_built():
+            raise HTTPException(404)
 
         async def send_lasting(message: Message) -> None:
             if message["type"] == "http.response.start" and message["status"] in (200, 206, 304):
@@ -92,3 +134,6 @@ class _Immutable(StaticFiles):
             await send(message)
 
         await super().__call__(scope, receive, send_lasting)
+
+    def _is_built(self) -> bool:
+        return Path(str(self.directory)).is_dir()

@@ -13,7 +13,6 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from job_registry import CodedError, JobTypeNotFound, NotJson, PayloadInvalid
-from job_registry.json_values import not_json
 from job_registry_api import auth
 from job_registry_api.auth import Authenticator
 from job_registry_api.budget import BudgetExceeded, RequestLimits, parse_request_json
@@ -30,6 +29,7 @@ from job_registry_api.http_messages import (
 from job_registry_api.logs import log_unexpected
 from job_registry_api.queue.errors import (
     IdempotencyConflict,
+    IdempotencyKeyTaken,
     InputInvalid,
     JobNotFound,
     QueueUnavailable,
@@ -44,6 +44,7 @@ _STATUSES: Final[Mapping[type[CodedError], int]] = {
     JobNotFound: 404,
     MethodNotAllowed: 405,
     IdempotencyConflict: 409,
+    IdempotencyKeyTaken: 409,
     BodyTooLarge: 413,
     BudgetExceeded: 413,
     UnsupportedMediaType: 415,
@@ -73,9 +74,15 @@ class EnqueueView:
                 raise MethodNotAllowed("POST")
             caller = await self._authenticator.authenticate(scope)
             caller.need("jobs:enqueue")
-            request = parse_request(await self._read(scope, receive))
+            budget = queue.registry.fault_budget()
+            request = parse_request(await self._read(scope, receive), budget=budget)
             caller.need_types([request.type])
-            enqueued = await queue.enqueue(request, created_by=caller.subject)
+            enqueued = await queue.enqueue(
+                request,
+                created_by=caller.subject,
+                sees_others=caller.sees_others,
+                budget=budget,
+            )
         except ClientGone:
             return
         except Exception as error:
@@ -96,10 +103,7 @@ class EnqueueView:
         if not is_json(header(scope, b"content-type")):
             raise UnsupportedMediaType
         body = await read_body(scope, receive, self._limits.body_bytes)
-        try:
-            value, _ = parse_request_json(body, self._limits)
-        except ValueError as error:
-            raise not_json(error) from None
+        value, _ = parse_request_json(body, self._limits)
         return value
 
 

@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from job_registry.errors import shortened
 from job_registry_api import postgresql_url
 from job_registry_api.queue import defaults
 
@@ -204,6 +205,47 @@ class Settings(BaseSettings):
         " `600/minute`, or several limits separated by commas. Each process counts separately."
         " Not limited by default.",
     )
+    max_connections: int = Field(
+        default=1_000,
+        ge=16,
+        le=100_000,
+        description="The most connections per process, WebSockets included. Above it, a new"
+        " connection ends the oldest one that waits for a request; if none waits, only `/healthz`,"
+        " `/readyz` and `/metrics` are served.",
+    )
+    header_timeout_seconds: float = Field(
+        default=10.0,
+        ge=1.0,
+        le=300.0,
+        description="How long a client may take to send the headers of a request.",
+    )
+    body_timeout_seconds: float = Field(
+        default=60.0,
+        ge=1.0,
+        le=3_600.0,
+        description="How long a client may take to send the body of a request, or one WebSocket"
+        " message.",
+    )
+    idle_timeout_seconds: float = Field(
+        default=75.0,
+        ge=1.0,
+        le=3_600.0,
+        description="How long a connection may wait for its next request. A proxy in front must"
+        " close its idle connections sooner.",
+    )
+    unread_timeout_seconds: float = Field(
+        default=30.0,
+        ge=1.0,
+        le=3_600.0,
+        description="How long a client may leave an answer unread. It has to read 256 KB within"
+        " this time, or all that is left.",
+    )
+    max_websocket_operations: int = Field(
+        default=100,
+        ge=1,
+        le=10_000,
+        description="The most operations that one WebSocket runs at once, subscriptions included.",
+    )
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         default=(),
         description="Origins whose pages may send requests from a browser, separated by commas:"
@@ -222,7 +264,8 @@ class Settings(BaseSettings):
     suggestions: bool = Field(
         default=None,
         validate_default=True,
-        description="Whether the errors of a GraphQL document suggest names: `Did you mean ...?`.",
+        description="Whether errors suggest names of fields, job types and values:"
+        " `Did you mean ...?`.",
     )
     graphiql: bool = Field(
         default=None,
@@ -469,7 +512,9 @@ def load_settings(environment: Mapping[str, str] | None = None) -> Settings:
     except ValidationError as error:
         for detail in error.errors(include_url=False):
             name = str(detail["loc"][0])
-            came = f"got {_shown(name, values[name])!r}" if name in values else "not set"
+            came = (
+                f"got {shortened(_shown(name, values[name]), 202)}" if name in values else "not set"
+            )
             faults.append(f"{PREFIX}{name.upper()}: {came}; {_expected(name, detail)}")
     if faults:
         raise SettingsInvalid(faults)
@@ -517,7 +562,7 @@ def _expected(name: str, detail: ErrorDetails) -> str:
         case "value_error":
             return str(detail["ctx"]["error"])
         case "literal_error":
-            return f"expected {detail['ctx']['expected']}"
+            return f"expected {detail['ctx']['expected']}".replace("'", '"')
         case "string_too_short":
             return "expected a text that is not empty"
         case "string_pattern_mismatch":

@@ -34,7 +34,7 @@ LEFTOVER_SECONDS: Final = 2.0
 LAST_SECONDS: Final = 2.0
 """How long the last log line and `abandon` may take. Both may block."""
 
-log = structlog.get_logger("jobs.shutdown")
+log = structlog.get_logger("job_registry.shutdown")
 
 
 class Shutdown:
@@ -60,8 +60,8 @@ class Shutdown:
         self._seconds = seconds
         self._abandon = abandon
         # `put` is reentrant, so a signal handler may call it. None means that the work has ended.
-        self._told: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-        self._asked = False
+        self._signals: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._signalled = False
 
     def __enter__(self) -> Shutdown:
         self._loop = asyncio.get_running_loop()
@@ -84,26 +84,26 @@ class Shutdown:
 
     def work_has_ended(self) -> None:
         """Give remaining tasks and threads a moment, then exit with 0."""
-        self._told.put(None)
+        self._signals.put(None)
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
-        if not self._asked:
-            self._asked = True
+        if not self._signalled:
+            self._signalled = True
             # The kernel can end the process even if no thread can run, because a library holds the
             # interpreter lock.
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.setitimer(signal.ITIMER_REAL, self._seconds + 2 * LAST_SECONDS)
-        self._told.put(number)
+        self._signals.put(number)
 
     def _watch(self) -> None:
         allowed = [self._seconds, AT_ONCE_SECONDS]
         deadline, code = math.inf, FORCED
         while (left := deadline - time.monotonic()) > 0:
             try:
-                told = self._told.get(timeout=None if left == math.inf else left)
+                received = self._signals.get(timeout=None if left == math.inf else left)
             except queue.Empty:
                 break
-            if told is None:
+            if received is None:
                 _kill_children()
                 seconds, code = LEFTOVER_SECONDS, 0
             elif allowed:

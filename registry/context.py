@@ -47,7 +47,7 @@ class _PlainLogger:
         _plain_log.error(_PLAIN, event, values)
 
 
-_plain_log: Final = logging.getLogger("jobs.handler")
+_plain_log: Final = logging.getLogger("job_registry.handler")
 _PLAIN: Final = "%s %s"
 
 

@@ -107,7 +107,7 @@ class Retry(Exception):
         if after is not None:
             _check_delay("Retry: after", after)
         self.after = after
-        super().__init__(message or "The handler asked to be tried again.")
+        super().__init__(message or "The handler requested a retry.")
 
 
 class Fail(Exception):
@@ -132,7 +132,7 @@ class Snooze(Exception):
     def __init__(self, seconds: float) -> None:
         _check_delay("Snooze: seconds", seconds)
         self.seconds = seconds
-        super().__init__(f"The handler asked to run again in {seconds} seconds.")
+        super().__init__(f"The handler requested to run again in {seconds} seconds.")
 
 
 def counted_faults(what: str, faults: int) -> str:
@@ -252,6 +252,13 @@ def _printable(text: str) -> str:
         return text
     # A terminal may act on characters that JSON itself lets through.
     return "".join(c if c.isprintable() and c not in '"\\' else json.dumps(c)[1:-1] for c in text)
+
+
+def escaped(text: str) -> str:
+    """Escape what a terminal could act on, line breaks among it: `\\u001b` for an escape."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
 
 
 def shortened_text(text: str, limit: int = 300) -> str:

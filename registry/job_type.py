@@ -23,6 +23,7 @@ from job_registry.violations import PayloadShape
 
 _NAME: Final = re.compile(r"[a-z][a-z0-9_]*(\.[a-z][a-z0-9_]*)*")
 _MAX_NAME: Final = 100
+_MEMORY_LIMITS_MB: Final = range(64, 1_048_577)
 
 P = TypeVar("P", bound=Payload)
 
@@ -46,6 +47,11 @@ class JobType(Generic[P]):
     everything else in a thread. With "process" the job type must be at the top level of a module,
     because its process imports it from there.
 
+    `memory_limit_mb` is how much memory the handler may use, in units of 1,048,576 bytes, 64 to
+    1,048,576: what its process takes beyond the idle process. It needs `run_in="process"`. A
+    handler that exceeds it gets a MemoryError, and the attempt fails as `memory_limit_exceeded`. A
+    limit that is too low fails jobs that need more memory than usual. Unless given, there is none.
+
     Raises:
         DefinitionError: the definition is wrong, and says what and where.
     """
@@ -59,8 +65,9 @@ class JobType(Generic[P]):
         description: str | None = None,
         example: Mapping[str, JsonValue] | None = None,
         run_in: RunIn | None = None,
+        memory_limit_mb: int | None = None,
     ) -> None:
-        if not isinstance(name, str) or len(name) > _MAX_NAME or not _NAME.fullmatch(name):
+        if not isinstance(name, str) or not is_type_name(name):
             raise DefinitionError(
                 f"job type {shortened(name)}: a name is lower-case words (letters, digits, _)"
                 f" joined by dots, such as thumbnail.create, at most {_MAX_NAME} characters"
@@ -76,8 +83,21 @@ class JobType(Generic[P]):
             raise DefinitionError(
                 f"{where}: run_in is {shortened(run_in)}, expected loop, thread, process or None"
             )
+        if memory_limit_mb is not None:
+            if type(memory_limit_mb) is not int or memory_limit_mb not in _MEMORY_LIMITS_MB:
+                raise DefinitionError(
+                    f"{where}: memory_limit_mb is {shortened(memory_limit_mb)}, expected a whole"
+                    f" number of megabytes from {_MEMORY_LIMITS_MB[0]} to"
+                    f" {_MEMORY_LIMITS_MB[-1]:,}, or None"
+                )
+            if run_in != "process":
+                raise DefinitionError(
+                    f"{where}: memory_limit_mb limits a process of its own; add"
+                    ' run_in="process", or leave memory_limit_mb out'
+                )
         set_ = object.__setattr__
         set_(self, "run_in", run_in)
+        set_(self, "memory_limit_mb", memory_limit_mb)
         set_(self, "name", name)
         set_(self, "payload", payload)
         set_(self, "policy", policy or JobPolicy())
@@ -94,6 +114,7 @@ class JobType(Generic[P]):
     policy: JobPolicy
     description: str
     run_in: RunIn | None
+    memory_limit_mb: int | None
     _handler: Handler | None
     _example: dict[str, JsonValue] | None
 
@@ -127,6 +148,16 @@ class JobType(Generic[P]):
             raise DefinitionError(
                 f"{where}: the handler {_named(function)} must take (job, payload)"
             ) from None
+        if _is_generator(function):
+            raise DefinitionError(
+                f"{where}: the handler {_named(function)} yields, so its result would not be JSON;"
+                " return the result instead"
+            )
+        if _has_swapped_arguments(function, self.payload):
+            raise DefinitionError(
+                f"{where}: the handler {_named(function)} takes (payload, job), expected"
+                " (job, payload)"
+            )
         if self.run_in == "thread" and is_async(function):
             raise DefinitionError(
                 f"{where}: the handler {_named(function)} is async and cannot run in a thread;"
@@ -220,10 +251,38 @@ class JobType(Generic[P]):
             )
 
 
+def is_type_name(text: str) -> bool:
+    """Return whether a job type may have this name."""
+    return len(text) <= _MAX_NAME and _NAME.fullmatch(text) is not None
+
+
 def is_async(function: object) -> bool:
     """Return whether a function, or an object with `__call__`, is defined with `async def`."""
     call = getattr(function, "__call__", None)  # noqa: B004 (an object whose call is async)
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
+
+
+def _is_generator(function: object) -> bool:
+    call = getattr(function, "__call__", None)  # noqa: B004 (an object whose call yields)
+    return any(
+        inspect.isgeneratorfunction(each) or inspect.isasyncgenfunction(each)
+        for each in (function, call)
+    )
+
+
+def _has_swapped_arguments(function: Callable[..., Any], payload: type[Payload]) -> bool:
+    """Return whether the annotations say (payload, job).
+
+    They are compared by name, because those of a module may not be importable at run time.
+    """
+    parameters = list(inspect.signature(function).parameters.values())[:2]
+    names = [_annotation_name(parameter.annotation) for parameter in parameters]
+    return names[:1] == [payload.__name__] or names[1:] == ["JobContext"]
+
+
+def _annotation_name(annotation: object) -> str:
+    text = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
+    return text.strip("\"'").partition("[")[0].rpartition(".")[2]
 
 
 def _named(function: object) -> str:

@@ -32,8 +32,10 @@ class NotJson(CodedError, ValueError):
     code = "not_json"
 
 
-def parse_json(text: str | bytes) -> JsonValue:
+def parse_json(text: str | bytes, what: str = "This") -> JsonValue:
     """Parse JSON text. If an object has a key twice, the last value counts.
+
+    `what` begins the message of the error.
 
     Raises:
         NotJson: it is not valid JSON, holds NaN or Infinity, or is nested too deep to be read.
@@ -41,13 +43,33 @@ def parse_json(text: str | bytes) -> JsonValue:
     try:
         value: JsonValue = from_json(text, allow_inf_nan=False)
     except ValueError as error:
-        raise not_json(error) from None
+        raise NotJson(f"{what} is not valid JSON: {_json_fault(str(error))}") from None
     return value
 
 
-def not_json(error: ValueError) -> NotJson:
-    """Return the error for text that a parser of JSON refused."""
-    return NotJson(f"This is not valid JSON: {str(error)[:200]}")
+def _json_fault(message: str) -> str:
+    """Return the parser's message in plain words, with the line and the column."""
+    fault, _, place = message.rpartition(" at line ")
+    line, _, column = place.partition(" column ")
+    words = next((w for start, w in _JSON_FAULTS if fault.startswith(start)), None)
+    return f"{words or 'unexpected character'} at line {line}, column {column}"
+
+
+_JSON_FAULTS: Final = (
+    ("EOF", "the text ends too early"),
+    ("trailing characters", "more text after the end of the value"),
+    ("trailing comma", "unexpected comma"),
+    ("key must be a string", "expected a name in double quotes"),
+    ("control character", "unescaped control character in a string"),
+    ("invalid escape", "invalid escape in a string"),
+    ("unexpected end of hex", "invalid escape in a string"),
+    ("lone leading surrogate", "invalid escape in a string"),
+    ("invalid unicode", "text that is not UTF-8"),
+    ("invalid number", "invalid number"),
+    ("number out of range", "number out of range"),
+    ("recursion limit", "too many nested arrays and objects"),
+)
+"""How the parser's messages begin, and what they mean."""
 
 
 def count_values(text: bytes, enough: int) -> int:

@@ -44,7 +44,7 @@ class JobRegistry(Mapping[str, JobType[Any]]):
     """An immutable mapping of names to job types.
 
     `max_payload_bytes` bounds a payload's compact JSON text. `extensions` are what workers put
-    around the handlers, the outermost first.
+    around the handlers, the outermost first. `suggests` lets errors name similar names and values.
 
     Raises:
         DefinitionError: two job types share a name.
@@ -56,6 +56,7 @@ class JobRegistry(Mapping[str, JobType[Any]]):
         *,
         max_payload_bytes: int = DEFAULT_MAX_PAYLOAD_BYTES,
         extensions: Iterable[WorkerExtension] = (),
+        suggests: bool = True,
     ) -> None:
         by_name: dict[str, JobType[Any]] = {}
         for job_type in job_types:
@@ -67,11 +68,36 @@ class JobRegistry(Mapping[str, JobType[Any]]):
         self._job_types = MappingProxyType(dict(sorted(by_name.items())))
         self._max_payload_bytes = max_payload_bytes
         self._extensions = tuple(extensions)
+        self._suggests = suggests
 
     @property
     def extensions(self) -> tuple[WorkerExtension, ...]:
         """Middleware and lifespans that workers run around the handlers, the outermost first."""
         return self._extensions
+
+    @property
+    def suggests(self) -> bool:
+        """Whether errors name similar job types, fields and values: "Did you mean ...?"."""
+        return self._suggests
+
+    def without_suggestions(self) -> JobRegistry:
+        """Return the same registry, whose errors name nothing that the caller did not."""
+        return JobRegistry(
+            self._job_types.values(),
+            max_payload_bytes=self._max_payload_bytes,
+            extensions=self._extensions,
+            suggests=False,
+        )
+
+    def fault_budget(self, given: FaultBudget | None = None) -> FaultBudget:
+        """Return the budget for the faults of a request: `given`, or a new one.
+
+        Without `suggests` nothing is compared, so that nothing is suggested.
+        """
+        budget = given or FaultBudget()
+        if not self._suggests:
+            budget.comparisons = 0
+        return budget
 
     @property
     def max_payload_bytes(self) -> int:
@@ -95,7 +121,7 @@ class JobRegistry(Mapping[str, JobType[Any]]):
         """
         found = self._job_types.get(job_type)
         if found is None:
-            budget = budget or FaultBudget()
+            budget = self.fault_budget(budget)
             raise JobTypeNotFound(job_type, budget.near(str(job_type), self._job_types, count=3))
         return found
 
@@ -118,7 +144,7 @@ class JobRegistry(Mapping[str, JobType[Any]]):
             JobTypeNotFound: there is no such job type.
             PayloadInvalid: the payload is invalid; the error holds every fault, up to 100.
         """
-        budget = budget or FaultBudget()
+        budget = self.fault_budget(budget)
         found = self.get_type(job_type, budget)
         text, faults = json_document(payload, max_bytes=self._max_payload_bytes)
         if not text:

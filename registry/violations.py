@@ -603,8 +603,13 @@ def _expected(kind: str, message: str, context: Mapping[str, Any]) -> tuple[str,
         what, unit = ("an object", "fields") if is_object else ("an array", "items")
         bound = "at least" if kind == "too_short" else "at most"
         count = context.get("min_length" if kind == "too_short" else "max_length")
-        return (f"{what} of {bound} {count} {unit}",)
+        return (_in_singular(f"{what} of {bound} {count} {unit}"),)
     if kind in _EXPECTED:
-        return (_EXPECTED[kind].format_map(context),)
+        return (_in_singular(_EXPECTED[kind].format_map(context)),)
     rest = message.removeprefix("Input should be ")
     return (rest,) if rest != message else ()
+
+
+def _in_singular(text: str) -> str:
+    """Return the text with "1 character" for "1 characters"."""
+    return re.sub(r"\b(1 (?:character|digit|decimal place|field|item))s\b", r"\1", text)

@@ -24,7 +24,7 @@ from job_registry.catalog.payout import payout_execute
 from job_registry.catalog.thumbnail import thumbnail_create
 from job_registry_api.logs import configure_logs
 from job_registry_api.queue import migrations
-from job_registry_api.queue.database import Database
+from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.queue import JobQueue
 from tests.postgresql_server import (
     SEARCH_PATH,
@@ -216,7 +216,7 @@ def registry() -> JobRegistry:
 @pytest.fixture
 async def queue(database_url: str, registry: JobRegistry) -> AsyncIterator[JobQueue]:
     """A queue on a fresh database, hearing other processes as a server does."""
-    database = Database(with_foreign_search_path(database_url))
+    database = open_database(with_foreign_search_path(database_url))
     queue = JobQueue(registry, database)
     async with queue.events.hearing():
         yield queue
@@ -234,7 +234,7 @@ def run_sql(url: str, *statements: str) -> list[Any]:
     """Runs statements, each by itself, on either database; gives the rows of the last."""
 
     async def run() -> list[Any]:
-        database = Database(url, timeout_seconds=None, create=True)
+        database = open_database(url, timeout_seconds=None, create=True)
         try:
             rows: list[Any] = []
             async with database.reading() as connection:
@@ -256,7 +256,7 @@ async def advance(url: str, seconds: float) -> None:
         "job_attempt": "started_at finished_at held_until",
         "job_type_state": "worker_seen_at",
     }
-    database = Database(url)
+    database = open_database(url)
     if url.startswith("sqlite"):
         moved = "strftime('%Y-%m-%d %H:%M:%f', {0}, '{2:+.3f} seconds') || '000'"
     else:

@@ -39,7 +39,7 @@ def visit(database_url: str, registry: JobRegistry) -> Visit:
         transport = httpx.ASGITransport(application)
         async with (
             application.router.lifespan_context(application),
-            httpx.AsyncClient(transport=transport, base_url="http://jobs") as client,
+            httpx.AsyncClient(transport=transport, base_url="http://localhost") as client,
         ):
             client.application = application  # type: ignore[attr-defined]
             yield client

@@ -4,7 +4,7 @@ It runs on a thread and an event loop of its own, so synchronous tests, asynchro
 benchmarks use it alike, and a test that blocks its loop does not stall the network:
 
     with Proxy(database_url) as proxy:
-        database = Database(proxy.url)
+        database = open_database(proxy.url)
         proxy.black_hole()
 """
 

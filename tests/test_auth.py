@@ -6,6 +6,7 @@ import asyncio
 import json
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -18,15 +19,17 @@ import strawberry
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from graphql import GraphQLObjectType
+from limits import parse as parse_rate
 from websockets.asyncio.client import connect
-from websockets.exceptions import ConnectionClosed
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.typing import Subprotocol
 
 from job_registry import JobRegistry
 from job_registry_api.app import create_app
-from job_registry_api.auth import ACCESS_SCOPES
+from job_registry_api.auth import ACCESS_SCOPES, Authenticator, TooManyRequests
 from job_registry_api.graphql.access_scopes import check_access_scope
 from job_registry_api.graphql.schema import build_schema, executable
+from job_registry_api.rates import MAX_CALLERS, Rates
 from job_registry_api.settings import SettingsInvalid, load_settings
 from tests.http_client import Visit, serving
 
@@ -132,7 +135,7 @@ def none_algorithm(**changed: Any) -> str:
         (lambda: token(aud=None), "The token lacks the claim aud."),
         (lambda: token(sub=""), "The claim sub is not 1 to 255 characters of text."),
         (lambda: token(sub=7), "The token is not valid."),
-        (lambda: token(exp="soon"), "The token is not valid."),
+        (lambda: token(exp="soon"), "The claim exp is not a time in seconds since 1970."),
         (lambda: token(**{"jobs:types": "x"}), "The claim jobs:types is not a list of names."),
         (lambda: token(**{"jobs:types": [1]}), "The claim jobs:types is not a list of names."),
         (none_algorithm, "The token is signed with another algorithm than its key's."),
@@ -295,9 +298,11 @@ async def test_while_the_keys_cannot_be_fetched_the_answer_is_503(visit: Visit) 
     async with visit(auth_jwks="http://127.0.0.1:1/keys", **CLAIMS) as client:
         response = await graphql(client, "{ __typename }", signed("ES256", "ES256"))
         rest = await client.post("/jobs", json=PING, headers=signed("ES256", "ES256"))
+        scraped = await client.get("/metrics", headers=signed("ES256", "ES256"))
     assert (response.status_code, codes(response)) == (503, ["authentication_unavailable"])
-    assert (rest.status_code, rest.headers["retry-after"]) == (503, "5")
-    assert "127.0.0.1" not in response.text + rest.text
+    for answer in (rest, scraped):
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+    assert "127.0.0.1" not in response.text + rest.text + scraped.text
 
 
 @pytest.mark.parametrize("text", ["no keys", "[]", "{}", '{"keys": {}}'])
@@ -313,8 +318,8 @@ def test_a_file_that_is_no_key_set_is_a_wrong_setting(tmp_path: Path, text: str)
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ('{"keys": []}', "not a JSON Web Key Set"),
-        ('{"keys": [1]}', "not a JSON Web Key Set"),
+        ('{"keys": []}', "has no RSA, P-256 or Ed25519 key"),
+        ('{"keys": [1]}', "has no RSA, P-256 or Ed25519 key"),
         ('{"keys": [{"kty": "oct", "k": "c2VjcmV0"}]}', "has no RSA, P-256 or Ed25519 key"),
     ],
 )
@@ -405,26 +410,60 @@ async def test_rest_answers_403_without_the_scope(visit: Visit, scope: str) -> N
 
 async def test_one_who_only_enqueues_is_not_told_what_others_jobs_hold(visit: Visit) -> None:
     keyed = """mutation ($input: EnqueueJobInput!) { enqueueJob(input: $input) { __typename
-        ... on EnqueueJobSuccess { job { id payload } }
-        ... on IdempotencyConflict { differingPaths existingJob { id status %s } } } }"""
+        ... on EnqueueJobSuccess { deduplicated job { payload createdBy } }
+        ... on InputInvalid { violations { path code } }
+        ... on IdempotencyConflict { differingPaths existingJob { payload createdBy } } } }"""
+    dry = """query ($input: EnqueueJobInput!) { validateJob(input: $input) { __typename
+        ... on JobValid { duplicateOf { createdBy } } } }"""
+    bulk = """mutation ($input: EnqueueJobInput!) { enqueueJobs(inputs: [$input]) { __typename
+        ... on EnqueueJobSuccess { job { createdBy } } } }"""
     first = PING | {"idempotencyKey": "k", "payload": {"text": "mine"}}
     second = PING | {"idempotencyKey": "k", "payload": {"text": "yours"}}
     async with visit(**AUTH) as client:
-        own = await graphql(client, keyed % "", bearer("jobs:enqueue"), input=first)
+        own = await graphql(client, keyed, bearer("jobs:enqueue"), input=first)
+        mine = await graphql(client, keyed, bearer("jobs:enqueue"), input=second)
         other = bearer("jobs:enqueue", sub="bob")
-        told = await graphql(client, keyed % "", other, input=second)
-        asked = await graphql(client, keyed % "payload", other, input=second)
+        told = await graphql(client, keyed, other, input=second)
+        same = await graphql(client, keyed, other, input=first)
         reading = bearer("jobs:enqueue", "jobs:read", sub="bob")
-        read = await graphql(client, keyed % "payload", reading, input=second)
+        read = await graphql(client, keyed, reading, input=second)
+        rest = await client.post("/jobs", json=second, headers=other)
+        unsaid = [
+            await graphql(client, document, other, input=given)
+            for document in (dry, bulk)
+            for given in (first, second)
+        ]
         for field in ("result", "progress", "error { code }", "attempts { attempt }", "workerId"):
             document = ENQUEUE.replace("createdBy", field)
             refused = await graphql(client, document, other, input=PING)
             assert codes(refused) == ["forbidden"], field
-    assert own.json()["data"]["enqueueJob"]["job"]["payload"] == {"text": "mine"}
-    assert told.json()["data"]["enqueueJob"]["differingPaths"] == ["/text"]
-    assert codes(asked) == ["forbidden"]
-    assert "mine" not in asked.text
-    assert read.json()["data"]["enqueueJob"]["existingJob"]["payload"] == {"text": "mine"}
+    stored = {"payload": {"text": "mine"}, "createdBy": "ada"}
+    assert own.json()["data"]["enqueueJob"]["job"] == stored
+    for response in (mine, read):
+        assert response.json()["data"]["enqueueJob"] == {
+            "__typename": "IdempotencyConflict",
+            "differingPaths": ["/text"],
+            "existingJob": stored,
+        }
+    assert told.json()["data"]["enqueueJob"] == {
+        "__typename": "InputInvalid",
+        "violations": [{"path": "/idempotencyKey", "code": "idempotency_conflict"}],
+    }
+    assert same.json()["data"]["enqueueJob"] == {
+        "__typename": "EnqueueJobSuccess",
+        "deduplicated": True,
+        "job": stored | {"createdBy": None},
+    }
+    assert (rest.status_code, rest.json()["error"]) == (
+        409,
+        {
+            "code": "idempotency_conflict",
+            "message": "This idempotency key belongs to another job of this type.",
+            "details": [],
+        },
+    )
+    assert not any("ada" in each.text or "differing" in each.text for each in unsaid)
+    assert ["InputInvalid" in each.text for each in unsaid] == [False, True, False, True]
 
 
 # Job types
@@ -447,7 +486,6 @@ async def test_a_caller_may_be_limited_to_some_job_types(visit: Visit) -> None:
             'mutation { enqueueJob(input: {type: "test.pong", payload: {}}) { __typename } }',
             'mutation { enqueueJobs(inputs: [{type: "test.ping", payload: {}},'
             ' {type: "test.pong", payload: {}}]) { __typename } }',
-            "mutation { enqueue(job: {testPong: {}}) { __typename } }",
             'mutation { leaseJobs(input: {jobTypes: ["test.ping", "test.pong"],'
             ' workerId: "w"}) { __typename } }',
             '{ validateJob(input: {type: "test.pong", payload: {}}) { __typename } }',
@@ -570,3 +608,104 @@ async def test_without_authentication_the_rate_is_that_of_an_address(visit: Visi
     async with visit(rate_limit="2/minute") as client:
         statuses = [(await graphql(client, "{ __typename }", {})).status_code for _ in range(3)]
     assert statuses == [200, 200, 429]
+
+
+async def test_a_stranger_who_has_used_up_its_limit_costs_no_verification(
+    visit: Visit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verified = []
+    decode = jwt.decode
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        verified.append(1)
+        return decode(*arguments, **options)
+
+    async with visit(**AUTH, rate_limit="5/minute") as client:
+        known = bearer("jobs:read")
+        assert (await graphql(client, "{ __typename }", known)).status_code == 200
+        monkeypatch.setattr(jwt, "decode", counted)
+        statuses = [
+            (await graphql(client, "{ __typename }", bearer(sub=f"s{n}", aud="x"))).status_code
+            for n in range(20)
+        ]
+        # The token is known: a stranger behind the same proxy does not shut it out.
+        assert (await graphql(client, "{ __typename }", known)).status_code == 200
+    assert statuses == [401] * 5 + [429] * 15
+    assert len(verified) <= 5
+
+
+async def test_websockets_that_are_not_acknowledged_count_for_their_address(
+    database_url: str,
+) -> None:
+    async with serving(database_url, "--no-worker", **AUTH, rate_limit="5/minute") as (address, _):
+
+        async def opened(first: str) -> int:
+            """The status of the handshake of a connection that sends this and is closed."""
+            try:
+                async with connect(
+                    f"ws://{address}/graphql",
+                    subprotocols=[Subprotocol("graphql-transport-ws")],
+                ) as socket:
+                    await socket.send(first)
+                    await socket.wait_closed()
+            except InvalidStatus as refused:
+                return refused.response.status_code
+            return 101
+
+        for first in ("nonsense", '{"type": "connection_init"}', '{"type": "subscribe"}') * 2:
+            last = await opened(first)
+        assert last == 429 or await opened("nonsense") == 429
+
+
+def test_the_memory_of_rates_does_not_grow_with_callers() -> None:
+    rates = Rates([parse_rate("2/day")])
+    for number in range(3 * MAX_CALLERS):
+        rates.count(f"address {number}")
+    tracemalloc.start()
+    try:
+        for number in range(MAX_CALLERS):
+            rates.count(f"address x{number}")
+        assert tracemalloc.get_traced_memory()[0] < 1_000 * MAX_CALLERS
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_caller_may_go_on_as_the_window_slides(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1_000.0
+    monkeypatch.setattr("job_registry_api.rates.time.monotonic", lambda: now)
+    rates = Rates([parse_rate("10/second"), parse_rate("100/hour")])
+    assert [rates.count("a") for _ in range(10)] == [None] * 10
+    exceeded = rates.count("a")
+    assert exceeded is not None
+    assert 0 < exceeded.seconds <= 1
+    assert rates.count("b") is None
+    now = 1_001.5
+    assert [rates.count("a") is None for _ in range(6)] == [True] * 5 + [False]
+    now = 1_004.0
+    for second in range(1_000):
+        now = 1_004.0 + second
+        rates.count("a")
+    exceeded = rates.count("a")
+    assert exceeded is not None
+    assert exceeded.limit.amount == 100
+
+
+def test_the_addresses_of_one_ipv6_network_are_counted_together() -> None:
+    async def status(client: str, authenticator: Authenticator) -> str:
+        scope = {"type": "http", "headers": [(b"host", b"localhost")], "client": (client, 1)}
+        try:
+            await authenticator.authenticate(scope)
+        except TooManyRequests:
+            return "refused"
+        return "served"
+
+    authenticator = Authenticator(None, [parse_rate("1/hour")])
+    for client, expected in (
+        ("2001:db8::1", "served"),
+        ("2001:db8::ffff:1", "refused"),
+        ("2001:db8:0:1::1", "served"),
+        ("192.0.2.1", "served"),
+        ("192.0.2.2", "served"),
+        ("::ffff:192.0.2.1", "refused"),
+    ):
+        assert asyncio.run(status(client, authenticator)) == expected, client

@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from job_registry import JobPolicy, JobRegistry, JobType
 from job_registry_api.app import create_app
-from job_registry_api.queue.database import Database
+from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.models import JobError
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.requests import EnqueueRequest
@@ -115,7 +115,7 @@ async def test_attempts_are_counted_by_how_they_ended(visit: Visit, database_url
 async def test_jobs_in_the_database_are_shown_by_type_and_status(
     visit: Visit, database_url: str
 ) -> None:
-    database = Database(database_url)
+    database = open_database(database_url)
     policy = JobPolicy(max_attempts=3, timeout_seconds=60)
     others = JobRegistry(
         JobType(name=name, payload=Ping, policy=policy) for name in ("retired.one", "retired.two")
@@ -165,7 +165,7 @@ async def test_a_database_in_trouble_is_counted_and_the_scrape_answers(
     async with (
         application.router.lifespan_context(application),
         httpx.AsyncClient(
-            transport=httpx.ASGITransport(application), base_url="http://jobs"
+            transport=httpx.ASGITransport(application), base_url="http://localhost"
         ) as client,
     ):
         await asyncio.to_thread(run_sql, url, "ALTER TABLE job RENAME TO gone")
@@ -211,7 +211,9 @@ async def test_without_authentication_only_this_machine_reads_metrics(
         application = client.application  # type: ignore[attr-defined]
         for address, status in (("10.0.0.7", 403), ("::1", 200), ("127.0.0.1", 200)):
             transport = httpx.ASGITransport(application, client=(address, 4711))
-            async with httpx.AsyncClient(transport=transport, base_url="http://jobs") as stranger:
+            async with httpx.AsyncClient(
+                transport=transport, base_url="http://localhost"
+            ) as stranger:
                 assert (await stranger.get("/metrics")).status_code == status
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -14,10 +15,14 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from job_registry_api import pages
 from tests import CODE, ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 VERSION = PROJECT["project"]["version"]
+
+WITHOUT_GRAPHIQL = "JOB_REGISTRY_WITHOUT_GRAPHIQL"
+WHEEL_SOURCES = ("api", "registry", "alembic", "pyproject.toml", "README.md", "LICENSE")
 
 pytestmark = pytest.mark.xdist_group("packaging")  # One process builds the wheel.
 
@@ -26,7 +31,9 @@ pytestmark = pytest.mark.xdist_group("packaging")  # One process builds the whee
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The project's wheel, built and installed into a folder of its own."""
     folder = tmp_path_factory.mktemp("wheel")
-    python(ROOT, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder))
+    # Where Node is missing, what else the wheel holds is tested all the same.
+    without = {} if (pages.DIST / "index.html").is_file() else {WITHOUT_GRAPHIQL: "1"}
+    python(ROOT, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder), **without)
     (wheel,) = folder.glob("*.whl")
     python(
         folder, "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
@@ -88,6 +95,23 @@ def test_the_wheel_carries_graphiql_as_built_and_not_what_it_is_built_of(install
     licenses = (dist / "graphql/assets/licenses.md").read_text("utf-8")
     assert all(f"## {name} - " in licenses for name in ("graphiql", "react", "monaco-editor"))
     assert [path.name for path in dist.parent.iterdir()] == ["dist"]
+
+
+def test_a_wheel_without_graphiql_is_only_built_when_it_is_asked_for(tmp_path: Path) -> None:
+    checkout = tmp_path / "checkout"
+    names = subprocess.run(
+        ["git", "ls-files", "-z", "--", *WHEEL_SOURCES], cwd=ROOT, check=True, capture_output=True
+    ).stdout.decode()
+    for name in filter(None, names.split("\0")):
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, checkout / name)
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel"]
+    refused = subprocess.run(build, cwd=checkout, check=False, capture_output=True, text=True)
+    assert refused.returncode != 0
+    assert f"set {WITHOUT_GRAPHIQL}=1 to build a wheel without GraphiQL" in refused.stderr
+    assert not list(checkout.glob("dist/*.whl"))
+    python(checkout, *build[1:], **{WITHOUT_GRAPHIQL: "1"})
+    assert list(checkout.glob("dist/*.whl"))
 
 
 def test_the_wheel_migrates_enqueues_and_lists_outside_the_checkout(

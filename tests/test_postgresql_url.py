@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from job_registry_api.postgresql_url import UrlInvalid, parse
-from job_registry_api.queue.database import Database
+from job_registry_api.queue.postgresql_database import PostgreSQLDatabase
 from tests.conftest import run_sql
 
 HOST = "postgresql://u:p@h/d"
@@ -200,7 +200,7 @@ def test_settings_in_options_take_precedence_over_ours(postgresql_url: str) -> N
     import asyncio
 
     async def shown(url: str) -> list[str]:
-        database = Database(url)
+        database = PostgreSQLDatabase(url)
         try:
             rows = await database.execute_at_once(
                 "SELECT current_setting('jit'), current_setting('application_name'),"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from job_registry.errors import shortened
 from job_registry_api.settings import SettingsInvalid, load_settings, settings_table
 
 PAGE = Path(__file__).parent.parent / "docs/settings.md"
@@ -56,8 +57,8 @@ def test_every_fault_is_told_at_once_and_names_its_variable() -> None:
         "JOBS_LEASE_SECONDS",
     }
     assert "Did you mean JOBS_PORT?" in faults["JOBS_PROT"]
-    assert faults["JOBS_PORT"].endswith("got '99999'; expected a whole number from 0 to 65,535")
-    assert faults["JOBS_LEASE_SECONDS"].endswith("got 'soon'; expected a number from 1 to 3,600")
+    assert faults["JOBS_PORT"].endswith('got "99999"; expected a whole number from 0 to 65,535')
+    assert faults["JOBS_LEASE_SECONDS"].endswith('got "soon"; expected a number from 1 to 3,600')
     assert "loopback" in faults["JOBS_HOST"]
 
 
@@ -166,7 +167,7 @@ def test_a_wrong_guard_says_what_came_and_what_is_expected(
         del environment["JOBS_AUTH_HS256_SECRET"]
     faults = refused(**environment)
     assert faults.keys() == {variable}
-    assert f"got {came!r}" in faults[variable]
+    assert f"got {shortened(came)}" in faults[variable]
     assert expected in faults[variable]
 
 

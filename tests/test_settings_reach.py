@@ -20,7 +20,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from jwt.algorithms import ECAlgorithm
 
-from job_registry_api.settings import Settings
+from job_registry_api.connections import Bounds, bounds_of
+from job_registry_api.settings import Settings, load_settings
 from tests import CODE
 from tests.cli.test_cli import Shell
 from tests.conftest import run_sql
@@ -228,6 +229,29 @@ async def test_tokens_are_checked_with_the_keys_that_are_set(visit: Visit, tmp_p
         assert (await client.post("/jobs", json=PING, headers=bearer("jobs:enqueue"))).is_error
 
 
+@reaches(
+    "max_connections",
+    "header_timeout_seconds",
+    "body_timeout_seconds",
+    "idle_timeout_seconds",
+    "unread_timeout_seconds",
+    "max_websocket_operations",
+)
+def test_connections_have_the_bounds_that_are_set() -> None:
+    # Each bound is tried on a server in tests/test_connections.py and graphql/test_websocket.py.
+    settings = load_settings(
+        {
+            "JOBS_MAX_CONNECTIONS": "101",
+            "JOBS_HEADER_TIMEOUT_SECONDS": "102",
+            "JOBS_BODY_TIMEOUT_SECONDS": "103",
+            "JOBS_IDLE_TIMEOUT_SECONDS": "104",
+            "JOBS_UNREAD_TIMEOUT_SECONDS": "105",
+            "JOBS_MAX_BODY_BYTES": "106000",
+        }
+    )
+    assert bounds_of(settings) == Bounds(101, 102, 103, 104, 105, 106_000)
+
+
 # The command
 
 
@@ -285,7 +309,7 @@ CATALOG = """
     import asyncio
     import json
     from pathlib import Path
-    from job_registry_api.queue import database
+    from job_registry_api.queue import databases
     from job_registry import JobContext, JobPolicy, JobType, Payload
 
     class Empty(Payload):
@@ -300,14 +324,13 @@ CATALOG = """
         job.progress({"assets": job.assets})
         await asyncio.sleep(600)
 
-    class Seen(database.Database):
-        def __init__(self, url, **options):
-            with Path("databases.jsonl").open("a") as file:
-                file.write(json.dumps(options, default=str) + "\\n")
-            super().__init__(url, **options)
+    def seen(url, **options):
+        with Path("databases.jsonl").open("a") as file:
+            file.write(json.dumps(options, default=str) + "\\n")
+        return databases.open_database(url, **options)
 
     from job_registry_api.queue import queue
-    queue.Database = Seen
+    queue.open_database = seen
 """
 
 

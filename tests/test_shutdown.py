@@ -26,7 +26,7 @@ import pytest
 
 from job_registry import JobPolicy, JobRegistry, JobType, Payload
 from job_registry_api.queue import migrations
-from job_registry_api.queue.database import Database
+from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.models import JobRecord, JobStatus
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.requests import EnqueueRequest
@@ -184,7 +184,7 @@ def running(command: str, url: str, catalog: Path, job: str, **settings: object)
 
 def ask(url: str, question: Any) -> Any:
     async def run() -> Any:
-        database = Database(url)
+        database = open_database(url)
         try:
             return await question(JobQueue(REGISTRY, database))
         finally:

@@ -14,7 +14,7 @@ import typer
 
 from job_registry import DefinitionError
 from job_registry_api.cli import enqueue, migrate, registry, schema, serve, worker
-from job_registry_api.cli.output import WRONG_USAGE, fail, fail_unexpectedly, out
+from job_registry_api.cli.output import WRONG_USAGE, fail, fail_unexpectedly, say
 from job_registry_api.settings import SettingsInvalid
 
 app = typer.Typer(
@@ -51,7 +51,7 @@ def _version(wanted: bool) -> None:
     if wanted:
         from importlib.metadata import version
 
-        out.print(f"job-registry {version('job-registry')}")
+        say(f"job-registry {version('job-registry')}")
         raise typer.Exit
 
 

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from job_registry import CodedError, JobRegistry, NotJson, PayloadInvalid, Violation, parse_json
+from job_registry import (
+    CodedError,
+    JobRegistry,
+    JobTypeNotFound,
+    NotJson,
+    PayloadInvalid,
+    Violation,
+    parse_json,
+)
 from job_registry_api.cli import startup
 from job_registry_api.cli.output import (
     REFUSED,
@@ -18,9 +26,9 @@ from job_registry_api.cli.output import (
     AsJson,
     err,
     fail,
-    out,
     print_json,
     refusal_json,
+    say,
     sentences,
 )
 from job_registry_api.cli.payloads import TypeName, parse_lines, read
@@ -79,7 +87,6 @@ def enqueue(
             f"--atomic stores up to {settings.max_bulk_size:,} payloads (JOBS_MAX_BULK_SIZE);"
             f" got {len(lines):,}.",
         )
-    startup.configure_logs(settings, at_least_warnings=True)
     startup.prepare_database(settings)
     with startup.database_errors():
         refused = asyncio.run(
@@ -116,6 +123,7 @@ async def _enqueue_all(
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
     from job_registry_api.opening import open_queue
+    from job_registry_api.queue.errors import QueueUnavailable
 
     counts = {"stored": 0, "deduplicated": 0, "refused": 0}
     size = len(lines) if atomic else min(BULK, settings.max_bulk_size)
@@ -132,14 +140,22 @@ async def _enqueue_all(
             bar = progress.add_task("enqueue", total=len(lines))
             for start in range(0, len(lines), size):
                 batch = lines[start : start + size]
-                for number, result in await _enqueue_batch(
-                    queue, type_name, batch, options, atomic
-                ):
+                try:
+                    results = await _enqueue_batch(queue, type_name, batch, options, atomic)
+                except QueueUnavailable:
+                    if len(lines) > 1:
+                        err.print(f"Stopped at line {batch[0][0]:,}: {_summary(counts)}.")
+                    raise
+                for number, result in results:
                     _show_enqueued(number, result, counts, len(lines) > 1, as_json)
                 progress.advance(bar, len(batch))
     if len(lines) > 1 and not as_json:
-        out.print(", ".join(f"{count:,} {what}" for what, count in counts.items()))
+        say(_summary(counts))
     return counts["refused"]
+
+
+def _summary(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} {what}" for what, count in counts.items())
 
 
 async def _enqueue_batch(
@@ -149,7 +165,8 @@ async def _enqueue_batch(
     options: dict[str, Any],
     atomic: bool,
 ) -> Iterator[tuple[int, Enqueued | Refusal]]:
-    from job_registry_api.queue.enqueueing import not_stored
+    from job_registry_api.queue.enqueueing import NOT_STORED, not_stored
+    from job_registry_api.queue.errors import IdempotencyConflict, InputInvalid
     from job_registry_api.queue.requests import EnqueueRequest
 
     results: dict[int, Enqueued | Refusal] = {}
@@ -161,11 +178,21 @@ async def _enqueue_batch(
             violation = Violation("", "not_json", str(error))
             results[number] = PayloadInvalid(type_name, [violation])
     if atomic and results:
-        refusal = not_stored(sorted(results))
-        results |= dict.fromkeys(requests, refusal)
+        # Nothing is stored. Find the faults of the other lines too.
+        for number, request in requests.items():
+            try:
+                await queue.validate(request)
+            except (JobTypeNotFound, PayloadInvalid, InputInvalid, IdempotencyConflict) as refusal:
+                results[number] = refusal
     elif requests:
         stored = await queue.enqueue_many(list(requests.values()), atomic=atomic)
-        results |= zip(requests, stored, strict=True)
+        results |= {
+            number: result
+            for number, result in zip(requests, stored, strict=True)
+            if not (isinstance(result, InputInvalid) and result.violations[0].code == NOT_STORED)
+        }
+    left = requests.keys() - results.keys()
+    results |= dict.fromkeys(left, not_stored(sorted(results), "the lines"))
     return iter(sorted(results.items()))
 
 
@@ -179,7 +206,7 @@ def _show_enqueued(
         else:
             where = f"line {number}: " if many else ""
             for text in sentences(result):
-                err.print(f"{where}{text}", markup=False)
+                say(f"{where}{text}", err)
         return
     counts["deduplicated" if result.deduplicated else "stored"] += 1
     job = result.job
@@ -193,4 +220,4 @@ def _show_enqueued(
         }
         print_json(content, lines=True)
     elif not many:
-        out.print(f"{job.id} {'was there already' if result.deduplicated else job.status.value}")
+        say(f"{job.id} {'was there already' if result.deduplicated else job.status.value}")

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from job_registry_api.cli import startup
-from job_registry_api.cli.output import REFUSED, WRONG_USAGE, AsJson, err, fail, out, print_json
+from job_registry_api.cli.output import (
+    REFUSED,
+    WRONG_USAGE,
+    AsJson,
+    err,
+    fail,
+    out,
+    print_json,
+    say,
+)
 
 if TYPE_CHECKING:
     from job_registry_api.queue.migrations import Fit, Migrated
@@ -33,7 +42,6 @@ def migrate(
     if check and grants is not None:
         fail(WRONG_USAGE, "Use --check or --grants, not both.")
     settings = startup.read_settings()
-    startup.configure_logs(settings, at_least_warnings=True)
     from job_registry_api.queue import migrations
 
     url = settings.database_url
@@ -59,17 +67,17 @@ def _print_migrated(migrated: Migrated, as_json: bool) -> None:
         steps = [{"revision": step.revision, "title": step.title} for step in migrated.steps]
         print_json({"from": migrated.before, "to": migrated.after, "steps": steps})
     elif not migrated.steps:
-        out.print(f"Nothing to do: the database schema is at revision {migrated.after}.")
+        say(f"Nothing to do: the database schema is at revision {migrated.after}.")
     else:
         for step in migrated.steps:
-            out.print(f"{step.revision}  {step.title}", markup=False)
+            say(f"{step.revision}  {step.title}")
         before = migrated.before or "an empty database"
-        out.print(f"Migrated from {before} to revision {migrated.after}.")
+        say(f"Migrated from {before} to revision {migrated.after}.")
 
 
 def _print_fit(fit: Fit, as_json: bool) -> None:
     if not as_json:
-        (out if fit.fits else err).print(fit.sentence, markup=False)
+        say(fit.sentence, out if fit.fits else err)
         return
     print_json(
         {
@@ -87,7 +95,7 @@ def _print_grants(statements: Sequence[str], as_json: bool) -> None:
     if as_json:
         print_json({"statements": list(statements)})
     elif not statements:
-        err.print("SQLite has no roles: everyone who may write to the file may use the queue.")
+        say("SQLite has no roles: everyone who may write to the file may use the queue.", err)
     else:
         for statement in statements:
-            out.print(statement, markup=False)
+            say(statement)

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from job_registry import CodedError, Violation
+from job_registry.errors import escaped
 
 REFUSED = 1
 WRONG_USAGE = 2
@@ -21,15 +22,23 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 
+def say(text: str, console: Console = out) -> None:
+    """Print one line. Parts of it may come from a payload, a file or a database."""
+    console.print(escaped(text), markup=False)
+
+
 def print_json(content: Any, *, lines: bool = False) -> None:
     """Print a JSON text, on one line with `lines`."""
-    sys.stdout.write(json.dumps(content, indent=None if lines else 2, ensure_ascii=False) + "\n")
+    text = json.dumps(content, indent=None if lines else 2, ensure_ascii=False)
+    # Only strings contain other characters that do not print, and JSON escapes them in the same
+    # way.
+    sys.stdout.write("\n".join(escaped(line) for line in text.split("\n")) + "\n")
 
 
 def fail(code: int, *sentences: str) -> NoReturn:
     """Print the sentences to standard error and end with this exit code."""
     for sentence in sentences:
-        err.print(sentence, markup=False)
+        say(sentence, err)
     sys.exit(code)
 
 
@@ -58,12 +67,11 @@ def refusal_json(refusal: CodedError) -> dict[str, Any]:
 
 def fail_unexpectedly(error: Exception) -> NoReturn:
     """Log an unexpected error and end the command, with the error id only."""
-    import structlog
+    from job_registry_api.logs import configuration, configure_logs, log_unexpected
 
-    from job_registry_api.logs import configure_logs, log_unexpected
-
-    # structlog's default prints the values of local variables, such as a database password.
-    if not structlog.is_configured():
+    # An error before the settings were read. structlog's default prints the values of local
+    # variables, such as a database password.
+    if configuration() is None:
         configure_logs("warning", "auto")
     error_id = log_unexpected("cli", error)
     fail(REFUSED, f"Something went wrong here. It is logged as {error_id}.")

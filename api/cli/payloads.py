@@ -23,11 +23,13 @@ File = Annotated[
 
 def read(file: str) -> str:
     """Return the text of a file, or of standard input for `-`."""
+    name = "standard input" if file == "-" else file
     try:
-        return sys.stdin.read() if file == "-" else Path(file).read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        fail(WRONG_USAGE, f"Cannot read {file}: {reason}.")
+        return (sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()).decode()
+    except UnicodeDecodeError as error:
+        fail(WRONG_USAGE, f"Cannot read {name}: byte {error.start + 1:,} is not UTF-8.")
+    except (OSError, ValueError) as error:
+        fail(WRONG_USAGE, f"Cannot read {name}: {getattr(error, 'strerror', None) or error}.")
 
 
 def parse(text: str, file: str) -> Any:

@@ -10,8 +10,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from job_registry import JobRegistry, JobTypeNotFound, PayloadInvalid
+from job_registry.errors import escaped
 from job_registry_api.cli import startup
-from job_registry_api.cli.output import AsJson, out, print_json, refuse
+from job_registry_api.cli.output import AsJson, out, print_json, refuse, say
 from job_registry_api.cli.payloads import File, TypeName, parse, read
 
 
@@ -32,7 +33,7 @@ def types(as_json: AsJson = False) -> None:
             f"{policy.timeout_seconds} s",
             "no limit" if policy.concurrency_limit is None else str(policy.concurrency_limit),
             "here" if job_type.has_handler else "remote",
-            escape(job_type.description.partition("\n")[0]),
+            escape(escaped(job_type.description.partition("\n")[0])),
         )
     if not out.is_terminal:
         out.width = 1_000  # One line per type, for grep: a file or a pipe has no width.
@@ -59,6 +60,9 @@ def policy(type_name: TypeName, as_json: AsJson = False) -> None:
         f"{found.backoff.base_seconds:g} s",
         f"doubling up to {found.backoff.cap_seconds:g} s, with half jitter",
     )
+    memory = registry[type_name].memory_limit_mb
+    if memory is not None:
+        table.add_row("memoryLimitMb", str(memory), "for the handler's process")
     out.print(table)
 
 
@@ -72,7 +76,7 @@ def validate(type_name: TypeName, file: File, as_json: AsJson = False) -> None:
     if as_json:
         print_json({"valid": True})
     else:
-        out.print("valid")
+        say("valid")
 
 
 def _type_json(registry: JobRegistry, name: str) -> dict[str, Any]:
@@ -82,6 +86,7 @@ def _type_json(registry: JobRegistry, name: str) -> dict[str, Any]:
         "description": job_type.description,
         "hasHandler": job_type.has_handler,
         "fingerprint": job_type.fingerprint,
+        "memoryLimitMb": job_type.memory_limit_mb,
         "policy": _policy_json(registry, name),
         "payloadSchema": dict(job_type.payload_schema),
         "examplePayload": dict(job_type.example_payload),

@@ -11,7 +11,7 @@ import typer
 
 from job_registry_api.cli import startup
 from job_registry_api.cli.listening import address_of, listen
-from job_registry_api.cli.output import REFUSED, err
+from job_registry_api.cli.output import REFUSED, err, say
 from job_registry_api.settings import Settings
 
 if TYPE_CHECKING:
@@ -33,18 +33,19 @@ def serve(
     ] = None,
 ) -> None:
     """Serve GraphQL at /graphql and REST at /jobs, with a worker inside."""
-    settings = startup.read_settings(host=host, port=port, worker_concurrency=concurrency)
+    settings = startup.read_settings(
+        log_events=True, host=host, port=port, worker_concurrency=concurrency
+    )
     registry = startup.read_registry(settings)
-    startup.configure_logs(settings)
-
-    import uvicorn
 
     from job_registry_api.app import create_app
+    from job_registry_api.connections import ServerConfig, bounds_of
 
     application = create_app(settings, registry, worker=worker)
     startup.prepare_database(settings)
-    config = uvicorn.Config(
+    config = ServerConfig(
         application,
+        bounds_of(settings),
         host=settings.host,
         port=settings.port,
         access_log=False,
@@ -52,14 +53,13 @@ def serve(
         server_header=False,
         proxy_headers=False,
         lifespan="on",
-        ws_max_size=settings.max_body_bytes,
         # Requests and jobs have the same time to end, from the same signal.
         timeout_graceful_shutdown=max(1, int(settings.shutdown_seconds)),
     )
     server = _server(config, application, settings)
     # Listen before the start: a taken port is one message, and the printed address works.
     socket = listen(settings.host, settings.port, "--port or JOBS_PORT")
-    err.print(f"Job Registry serves http://{address_of(socket)}/graphql  (Ctrl-C ends it)")
+    say(f"Job Registry serves http://{address_of(socket)}/graphql  (Ctrl-C ends it)", err)
     startup.collect_garbage_rarely()
     try:
         server.run(sockets=[socket])

@@ -15,11 +15,20 @@ from job_registry_api.cli.output import REFUSED, fail
 from job_registry_api.settings import Settings, load_settings
 
 
-def read_settings(**overrides: Any) -> Settings:
-    """Read the settings. An option of the command that is given overrides its variable."""
+def read_settings(*, log_events: bool = False, **overrides: Any) -> Settings:
+    """Read the settings, and configure the logs before anything else can fail or write lines.
+
+    An option of the command that is given overrides its variable. Without `log_events`, as in a
+    command whose output is for people, only warnings and errors are logged.
+    """
+    from job_registry_api import logs
+
     given = {name: value for name, value in overrides.items() if value is not None}
     environment = {**os.environ, **{f"JOBS_{n.upper()}": str(v) for n, v in given.items()}}
-    return load_settings(environment)
+    settings = load_settings(environment)
+    quiet = not log_events and settings.log_level in ("debug", "info")
+    logs.configure_logs("warning" if quiet else settings.log_level, settings.log_format)
+    return settings
 
 
 def read_registry(settings: Settings) -> JobRegistry:
@@ -30,23 +39,12 @@ def read_registry(settings: Settings) -> JobRegistry:
     return load_registry(settings.catalog, max_payload_bytes=settings.max_payload_bytes)
 
 
-def configure_logs(settings: Settings, *, at_least_warnings: bool = False) -> None:
-    """Configure the logs. `at_least_warnings` is for commands whose output is for people."""
-    from job_registry_api import logs
-
-    quiet = at_least_warnings and settings.log_level in ("debug", "info")
-    logs.configure_logs("warning" if quiet else settings.log_level, settings.log_format)
-
-
 def prepare_database(settings: Settings) -> None:
     """Migrate an SQLite database. Check that a PostgreSQL database is migrated."""
     from job_registry_api.queue import migrations
 
     with database_errors():
-        if settings.database_url.startswith("sqlite"):
-            migrations.upgrade(settings.database_url)
-            return
-        fit = migrations.examine(
+        fit = migrations.prepare(
             settings.database_url,
             pooler=settings.database_pooler,
             schema=settings.database_schema,

@@ -5,19 +5,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import replace
 from socket import socket
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
 from job_registry import JobRegistry, JobTypeNotFound
 from job_registry_api.cli import startup
 from job_registry_api.cli.listening import address_of, listen
-from job_registry_api.cli.output import REFUSED, WRONG_USAGE, err, fail
+from job_registry_api.cli.output import REFUSED, WRONG_USAGE, err, fail, say
 from job_registry_api.settings import Settings
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
+
+    from job_registry_api.connections import Bounds
+
+HEALTH_CONNECTIONS: Final = 64
+"""The most connections of the health port."""
 
 
 def worker(
@@ -40,7 +46,7 @@ def worker(
     health_host: Annotated[str, typer.Option(help="Address of the health port.")] = "127.0.0.1",
 ) -> None:
     """Run jobs until SIGTERM, which lets running jobs end. A second SIGTERM does not wait."""
-    settings = startup.read_settings(worker_concurrency=concurrency)
+    settings = startup.read_settings(log_events=True, worker_concurrency=concurrency)
     registry = startup.read_registry(settings)
     wanted = [name.strip() for name in (types or "").split(",") if name.strip()]
     if types is not None and not wanted:
@@ -53,12 +59,11 @@ def worker(
             fail(WRONG_USAGE, f"--types: {unknown}")
     if not any(job_type.has_handler for job_type in registry.values()):
         fail(WRONG_USAGE, "No job type has a handler, so there is nothing to run.")
-    startup.configure_logs(settings)
     startup.prepare_database(settings)
     health_socket = None
     if health_port is not None:
         health_socket = listen(health_host, health_port, "--health-port")
-        err.print(f"Health is served at http://{address_of(health_socket)}/healthz")
+        say(f"Health is served at http://{address_of(health_socket)}/healthz", err)
     from job_registry_api.worker import WorkerStartError
 
     startup.collect_garbage_rarely()
@@ -102,10 +107,14 @@ async def _work(
             )
             if health_socket is not None:
                 from job_registry_api.auth import create_authenticator
+                from job_registry_api.connections import bounds_of
                 from job_registry_api.health import Health, health_app
 
                 health = Health(queue, worker, authenticator=create_authenticator(settings))
-                await stack.enter_async_context(_health_served(health_app(health), health_socket))
+                bounds = replace(bounds_of(settings), connections=HEALTH_CONNECTIONS)
+                await stack.enter_async_context(
+                    _health_served(health_app(health), bounds, health_socket)
+                )
             upkeep = asyncio.create_task(
                 maintain(
                     queue,
@@ -121,9 +130,13 @@ async def _work(
 
 
 @contextlib.asynccontextmanager
-async def _health_served(application: Starlette, listening: socket) -> AsyncIterator[None]:
+async def _health_served(
+    application: Starlette, bounds: Bounds, listening: socket
+) -> AsyncIterator[None]:
     """Serve the health of a worker on its event loop until the context is left."""
     import uvicorn
+
+    from job_registry_api.connections import ServerConfig
 
     class Server(uvicorn.Server):
         @contextlib.contextmanager
@@ -131,8 +144,9 @@ async def _health_served(application: Starlette, listening: socket) -> AsyncIter
             yield  # The worker handles signals.
 
     server = Server(
-        uvicorn.Config(
+        ServerConfig(
             application,
+            bounds,
             access_log=False,
             log_config=None,
             server_header=False,

@@ -36,7 +36,7 @@ class Violation:
         description="A stable code of the fault, such as `required` or `wrong_type`."
     )
     message: str = strawberry.field(
-        extensions=[Charged()], description="The expected value, and the value that came."
+        extensions=[Charged()], description="What was expected, and what was received."
     )
 
 
@@ -93,9 +93,17 @@ class InputInvalid(Error):
             violations=_violations(error.violations),
         )
 
+    @classmethod
+    def of_taken_key(cls, error: queue.IdempotencyKeyTaken) -> InputInvalid:
+        """Return the error for a caller who may not know the job that has the key."""
+        taken = Violation(path="/idempotencyKey", code=error.code, message=str(error))
+        return cls(code=queue.InputInvalid.code, message=str(error), violations=[taken])
+
 
 @strawberry.type(
-    description="The idempotency key belongs to a job of this type with another payload."
+    description="The idempotency key belongs to a job of this type with another payload. If"
+    " another caller stored it, this error needs the scope `jobs:read` or `jobs:work`; without,"
+    " the key is a fault of the input."
 )
 class IdempotencyConflict(Error):
     existing_job: Job = strawberry.field(description="The job that has the key.")
@@ -108,7 +116,7 @@ class IdempotencyConflict(Error):
         return cls(
             code=error.code,
             message=error.summary,
-            existing_job=Job.of(error.existing_job, is_foreign=True),
+            existing_job=Job.of(error.existing_job),
             differing_paths=list(error.differing_paths),
         )
 
@@ -175,6 +183,7 @@ EXCEPTION_HANDLERS: Final = (
     ErrorAsData(job_registry.PayloadInvalid, PayloadInvalid, PayloadInvalid.of),
     ErrorAsData(queue.InputInvalid, InputInvalid, InputInvalid.of),
     ErrorAsData(queue.IdempotencyConflict, IdempotencyConflict, IdempotencyConflict.of),
+    ErrorAsData(queue.IdempotencyKeyTaken, InputInvalid, InputInvalid.of_taken_key),
     ErrorAsData(queue.JobNotFound, JobNotFound, JobNotFound.of),
     ErrorAsData(queue.JobStateConflict, JobStateConflict, JobStateConflict.of),
     ErrorAsData(queue.LeaseLost, LeaseLost, LeaseLost.of),

@@ -11,6 +11,7 @@ from urllib.parse import parse_qs
 from graphql import GraphQLError
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from job_registry import NotJson
 from job_registry_api import auth
 from job_registry_api.auth import Authenticator
 from job_registry_api.budget import BudgetExceeded, RequestSize, parse_request_json
@@ -148,7 +149,7 @@ class GraphQLOverHTTP:
         else:
             parsed, size = await self._read_json(scope, receive)
             content = _checked(parsed)
-        prepared = self._executor.prepare(content["query"], content.get("operationName"))
+        prepared = self._executor.prepare(content["query"], content.get("operationName"), caller)
         if method == "GET" and prepared.is_mutation:
             raise _refused(405, "A mutation is sent with POST.", allow=b"POST")
         context = Context(scope["app"].state.queue, caller, receive, size)
@@ -170,8 +171,8 @@ class GraphQLOverHTTP:
             content, size = parse_request_json(body, self._limits)
         except BudgetExceeded as error:
             raise RequestRefused(413, [format_exception(error)]) from None
-        except ValueError as error:
-            raise _refused(400, f"The body is not valid JSON: {str(error)[:200]}") from None
+        except NotJson as error:
+            raise _refused(400, str(error)) from None
         if not isinstance(content, dict):
             raise _refused(400, "The body has to be one object with a query; there are no batches.")
         return content, size

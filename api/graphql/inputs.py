@@ -16,12 +16,12 @@ class EnqueueOptions:
     priority: int | None = strawberry.field(
         default=None,
         description="0 to 100, higher first. Among due jobs the higher priority runs first; while"
-        " workers are swamped, lower ones may wait long. Defaults to 50.",
+        " all workers are busy, jobs with a lower priority wait. Defaults to 50.",
     )
     schedule_at: TimeText | None = strawberry.field(
         default=None,
-        description="The earliest time of the first run. Defaults to now, as does a time in the"
-        " past.",
+        description="The earliest time of the first run. Defaults to now. A time in the past means"
+        " now.",
     )
     max_attempts: int | None = strawberry.field(
         default=None,
@@ -69,7 +69,7 @@ class JobFilterInput:
     )
 
 
-@strawberry.input(description="The jobs a worker wants to lease.")
+@strawberry.input(description="Which jobs to lease, and for which worker.")
 class LeaseJobsInput:
     job_types: list[str] = strawberry.field(description="The job types the worker can run.")
     worker_id: str = strawberry.field(

@@ -22,7 +22,12 @@ from job_registry_api.graphql.inputs import EnqueueJobInput, JobErrorInput, Leas
 from job_registry_api.graphql.types import Job, JobLease
 from job_registry_api.queue.claiming import Lease
 from job_registry_api.queue.enqueueing import Enqueued, Refusal
-from job_registry_api.queue.errors import IdempotencyConflict, InputInvalid
+from job_registry_api.queue.errors import (
+    IdempotencyConflict,
+    IdempotencyKeyTaken,
+    InputInvalid,
+    LeaseLost,
+)
 from job_registry_api.queue.models import JobRecord
 from job_registry_api.queue.requests import MAX_LEASE
 
@@ -117,7 +122,7 @@ LeaseToken = Annotated[str, strawberry.argument(description="The `leaseToken` fr
 Info = strawberry.Info[Context, None]
 
 
-MUTATIONS: Final = "Mutations: enqueue, cancel and retry jobs, and work them as a remote worker."
+MUTATIONS: Final = "Mutations: enqueue, cancel and retry jobs, and run them as a remote worker."
 
 
 @strawberry.type(description=MUTATIONS)
@@ -135,7 +140,10 @@ class Mutation:
         caller = info.context.caller
         caller.need_types([input.type])
         enqueued = await info.context.queue.enqueue(
-            input.request(), created_by=caller.subject, budget=info.context.budget.faults
+            input.request(),
+            created_by=caller.subject,
+            sees_others=caller.sees_others,
+            budget=info.context.budget.faults,
         )
         return EnqueueJobSuccess.of(enqueued)
 
@@ -168,6 +176,7 @@ class Mutation:
             [each.request() for each in inputs],
             atomic=atomic,
             created_by=caller.subject,
+            sees_others=caller.sees_others,
             budget=info.context.budget.faults,
         )
         return [_enqueued_or_refused(result) for result in results]
@@ -226,7 +235,7 @@ class Mutation:
 
     @strawberry.mutation(
         extensions=[Requires("jobs:work")],
-        description="Renew a lease, and learn whether to stop.",
+        description="Renew a lease. The response says whether to stop.",
     )
     async def heartbeat_job(
         self,
@@ -239,6 +248,7 @@ class Mutation:
             ),
         ] = None,
     ) -> HeartbeatJobResult:
+        await _check_lease(info.context, lease_token)
         heartbeat = await info.context.queue.heartbeat(lease_token, progress)
         return HeartbeatJobSuccess(
             expires_at=heartbeat.expires_at,
@@ -261,6 +271,7 @@ class Mutation:
             strawberry.argument(description="The result of the job, as any JSON."),
         ] = None,
     ) -> CompleteJobResult:
+        await _check_lease(info.context, lease_token)
         return JobChanged.of(await info.context.queue.complete(lease_token, result))
 
     @strawberry.mutation(
@@ -283,6 +294,7 @@ class Mutation:
             ),
         ] = None,
     ) -> FailJobResult:
+        await _check_lease(info.context, lease_token)
         job = await info.context.queue.fail(
             lease_token,
             error.error(),
@@ -296,6 +308,7 @@ class Mutation:
         description="Return the job to the queue, to run again at once. The attempt is not spent.",
     )
     async def release_job(self, info: Info, lease_token: LeaseToken) -> ReleaseJobResult:
+        await _check_lease(info.context, lease_token)
         return JobChanged.of(await info.context.queue.release(lease_token))
 
     @strawberry.mutation(
@@ -313,6 +326,7 @@ class Mutation:
             ),
         ],
     ) -> SnoozeJobResult:
+        await _check_lease(info.context, lease_token)
         return JobChanged.of(await info.context.queue.snooze(lease_token, seconds))
 
 
@@ -338,6 +352,20 @@ def _enqueued_or_refused(result: Enqueued | Refusal) -> EnqueueJobResult:
             return errors.InputInvalid.of(result)
         case IdempotencyConflict():
             return errors.IdempotencyConflict.of(result)
+        case IdempotencyKeyTaken():
+            return errors.InputInvalid.of_taken_key(result)
+
+
+async def _check_lease(context: Context, lease_token: str) -> None:
+    """Check that a lease is of a job that the caller may see.
+
+    Raises:
+        LeaseLost: it is not. The answer is that to a lease which does not exist.
+    """
+    if context.caller.job_types is not None:
+        job_type = await context.queue.leased_type(lease_token)
+        if not context.caller.may_see(job_type):
+            raise LeaseLost
 
 
 async def _changed_if_visible(

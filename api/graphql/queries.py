@@ -116,8 +116,14 @@ class Query:
             EnqueueJobInput, strawberry.argument(description="The input for `enqueueJob`.")
         ],
     ) -> ValidateJobResult:
-        info.context.caller.need_types([input.type])
-        valid = await info.context.queue.validate(input.request(), info.context.budget.faults)
+        caller = info.context.caller
+        caller.need_types([input.type])
+        valid = await info.context.queue.validate(
+            input.request(),
+            created_by=caller.subject,
+            sees_others=caller.sees_others,
+            budget=info.context.budget.faults,
+        )
         return JobValid(
             max_attempts=valid.max_attempts,
             timeout_seconds=valid.timeout_seconds,

@@ -25,7 +25,7 @@ async def send_events(
     """Send each content as an event, until they end or the client hangs up."""
     headers = [
         (b"content-type", EVENT_STREAM + b"; charset=utf-8"),
-        (b"cache-control", b"no-cache"),
+        (b"cache-control", b"no-store"),
         (b"x-accel-buffering", b"no"),
     ]
     await send({"type": "http.response.start", "status": 200, "headers": headers})

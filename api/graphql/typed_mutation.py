@@ -48,7 +48,10 @@ def mutation_with_enqueue(typed_job_input: type[TypedJob]) -> type[Mutation]:
             caller.need_types([job_type])
             request = (options or EnqueueOptions()).request_for(job_type, payload)
             enqueued = await info.context.queue.enqueue(
-                request, created_by=caller.subject, budget=info.context.budget.faults
+                request,
+                created_by=caller.subject,
+                sees_others=caller.sees_others,
+                budget=info.context.budget.faults,
             )
             return EnqueueJobSuccess.of(enqueued)
 

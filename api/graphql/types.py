@@ -18,11 +18,11 @@ from job_registry_api.graphql.context import Context
 from job_registry_api.queue import claiming, models, reading
 
 READERS: Final[tuple[AccessScope, ...]] = ("jobs:read", "jobs:work")
-"""Who may read the content of a job. A caller who may only enqueue can reach a job that another
-caller stored: the one of an idempotency conflict."""
+"""Who may read what became of a job. A caller who may only enqueue can reach a job that another
+caller stored: by its idempotency key and payload."""
 
 
-@strawberry.enum(description="Where a job is in its life.")
+@strawberry.enum(description="The state of a job.")
 class JobStatus(Enum):
     QUEUED = strawberry.enum_value(
         "queued",
@@ -150,8 +150,8 @@ class JobType:
         return JobPolicy.of(self.name, self.registered.policy)
 
     @strawberry.field(
-        description="A hash of what the payload's schema demands. It changes with the schema, and"
-        " not when only a description changes."
+        description="A hash of the rules of the payload's schema. It does not change with"
+        " descriptions."
     )
     def fingerprint(self) -> str:
         return self.registered.fingerprint
@@ -178,7 +178,7 @@ class JobError:
     )
     message: str = strawberry.field(extensions=[Charged()], description="A sentence for people.")
     details: JsonValue | None = strawberry.field(
-        extensions=[Charged()], description="More about the error, if there is more."
+        extensions=[Charged()], description="More about the error. Null if there is no more."
     )
 
     @classmethod
@@ -235,11 +235,11 @@ class ConcurrencyLimitReached:
 @strawberry.type(description="No worker has requested jobs of this type in the last minute.")
 class NoWorkerSeen:
     last_seen_seconds_ago: float | None = strawberry.field(
-        description="How long ago a worker last did. Null when none ever has."
+        description="How long ago a worker last requested them. Null if none has."
     )
 
 
-@strawberry.type(description="Workers are there, and other jobs of the type run first.")
+@strawberry.type(description="Other due jobs of the type run first.")
 class BehindInQueue:
     ahead: int = strawberry.field(description="How many due jobs run first, counted up to 1,000.")
 
@@ -253,12 +253,11 @@ WaitingReason = Annotated[
 @strawberry.type(description="A job: a payload of some type, its state, and its result.")
 class Job:
     record: strawberry.Private[models.JobRecord]
-    is_foreign: strawberry.Private[bool]
     id: strawberry.ID = strawberry.field(
         metadata=OPEN, description="A UUID of version 7: later jobs have greater ids."
     )
     type: str = strawberry.field(metadata=OPEN, description="The job type.")
-    status: JobStatus = strawberry.field(metadata=OPEN, description="Where it is in its life.")
+    status: JobStatus = strawberry.field(metadata=OPEN, description="Its state.")
     priority: int = strawberry.field(
         metadata=OPEN,
         description="0 to 100. Among due jobs the higher priority runs first.",
@@ -312,13 +311,9 @@ class Job:
     @strawberry.field(
         metadata=OPEN,
         extensions=[Charged()],
-        description="The payload as the client sent it. The payload of the job in an"
-        " `IdempotencyConflict`, which another caller may have stored, needs the scope `jobs:read`"
-        " or `jobs:work`.",
+        description="The payload as the client sent it.",
     )
-    def payload(self, info: strawberry.Info[Context, None]) -> JsonValue:
-        if self.is_foreign:
-            info.context.caller.need(*READERS)
+    def payload(self) -> JsonValue:
         return self.record.payload
 
     @strawberry.field(
@@ -355,10 +350,9 @@ class Job:
         return None
 
     @classmethod
-    def of(cls, record: models.JobRecord, *, is_foreign: bool = False) -> Job:
+    def of(cls, record: models.JobRecord) -> Job:
         return cls(
             record=record,
-            is_foreign=is_foreign,
             id=strawberry.ID(str(record.id)),
             type=record.type,
             status=JobStatus[record.status.name],
@@ -417,8 +411,7 @@ class JobConnection:
 )
 class JobLease:
     lease_token: str = strawberry.field(
-        description="Proves the lease in every later request. It is secret to the worker, and new"
-        " with each lease."
+        description="Identifies the lease in every later request. Only the worker may know it."
     )
     job: Job = strawberry.field(description="The job to run.")
     expires_at: datetime = strawberry.field(

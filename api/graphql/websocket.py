@@ -11,38 +11,49 @@ from contextlib import aclosing, suppress
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from pydantic_core import from_json, to_json
+from pydantic_core import to_json
+from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from job_registry_api.auth import REFUSALS, Authenticator, Caller, TooManyRequests
+from job_registry_api.budget import BudgetExceeded, parse_request_json
 from job_registry_api.graphql.context import Context
 from job_registry_api.graphql.execution import DocumentRefused, Executor
 from job_registry_api.graphql.request_errors import format_exception
+from job_registry_api.http_messages import MAX_UNADMITTED_MESSAGE, WEBSOCKET_ADMISSION
 from job_registry_api.logs import log_unexpected
 
 PROTOCOL: Final = "graphql-transport-ws"
 INIT_SECONDS: Final = 10.0
-"""A client that has not sent `connection_init` by then is disconnected."""
+"""A client whose `connection_init` has not been acknowledged by then is disconnected."""
 
-MAX_OPERATIONS: Final = 200
-"""Operations that one connection runs at once. Each may hold a page of jobs in memory while the
-client does not read: 150 results of 5 MB took 500 MB."""
+MAX_UNREAD_BYTES: Final = 16_777_216
+"""Results that wait for one client to read. A client with more of them is disconnected."""
+
+MAX_ID_LENGTH: Final = 255
+"""The longest id of an operation, which every message about it repeats."""
 
 
 class GraphQLOverWebSocket:
     """Serves the schema over WebSockets.
 
-    The bearer token is that of the handshake's Authorization header or, as a browser cannot send
-    one there, `Authorization` in the payload of `connection_init`. A page in a browser may connect
-    from this origin and from `allowed_origins`.
+    One connection runs up to `max_operations` at once. The bearer token is that of the handshake's
+    Authorization header or, as a browser cannot send one there, `Authorization` in the payload of
+    `connection_init`. A page in a browser may connect from this origin and from `allowed_origins`.
     """
 
     def __init__(
-        self, executor: Executor, authenticator: Authenticator, *, allowed_origins: Sequence[str]
+        self,
+        executor: Executor,
+        authenticator: Authenticator,
+        *,
+        allowed_origins: Sequence[str],
+        max_operations: int,
     ) -> None:
         self._executor = executor
         self._authenticator = authenticator
+        self._max_operations = max_operations
         self._allowed_origins = frozenset(allowed_origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -54,13 +65,21 @@ class GraphQLOverWebSocket:
         if not self._is_origin_allowed(socket):
             await socket.close()  # Before it is accepted: the handshake is answered with 403.
             return
+        try:
+            self._authenticator.check_stranger(socket.scope)
+        except TooManyRequests as refused:
+            await _deny(socket, refused)
+            return
         if PROTOCOL not in socket.scope["subprotocols"]:
+            self._authenticator.count_stranger(socket.scope)
             await socket.accept()
             await socket.close(4406, "Subprotocol not acceptable")
             return
         await socket.accept(PROTOCOL)
         try:
-            await _Connection(socket, self._executor, self._authenticator).serve()
+            await _Connection(
+                socket, self._executor, self._authenticator, self._max_operations
+            ).serve()
         except _ProtocolViolation as violation:
             # A close frame holds 123 bytes of reason (RFC 6455, section 5.5).
             reason = violation.reason.encode()[:123].decode(errors="ignore")
@@ -93,12 +112,22 @@ class _ProtocolViolation(Exception):
 class _Connection:
     """An accepted connection: its caller, and its operations by the client's ids."""
 
-    def __init__(self, socket: WebSocket, executor: Executor, authenticator: Authenticator) -> None:
+    def __init__(
+        self,
+        socket: WebSocket,
+        executor: Executor,
+        authenticator: Authenticator,
+        max_operations: int,
+    ) -> None:
         self._socket = socket
         self._executor = executor
         self._authenticator = authenticator
+        self._max_operations = max_operations
         self._caller: Caller | None = None
+        self._was_counted = False
         self._operations: dict[str, asyncio.Task[None]] = {}
+        self._unread_bytes = 0
+        self._too_much_unread = asyncio.Event()
 
     async def serve(self) -> None:
         """Answer messages until the client hangs up.
@@ -109,31 +138,60 @@ class _Connection:
         """
         try:
             try:
-                async with asyncio.timeout(INIT_SECONDS) as init:
-                    while True:
+                async with asyncio.timeout(INIT_SECONDS):
+                    while self._caller is None:
                         await self._answer(await self._message())
-                        if self._caller is not None:
-                            init.reschedule(None)
             except TimeoutError:
                 raise _ProtocolViolation(4408, "Connection initialisation timeout") from None
+            finally:
+                if not self._was_counted:
+                    self._authenticator.count_stranger(self._socket.scope)
+            _admit(self._socket.scope)
+            await self._answer_all()
         finally:
             tasks = list(self._operations.values())
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
+    async def _answer_all(self) -> None:
+        """Answer messages until the client hangs up or leaves too much unread."""
+        messages = asyncio.create_task(self._answer_each())
+        too_much = asyncio.create_task(self._too_much_unread.wait())
+        try:
+            await asyncio.wait((messages, too_much), return_when=asyncio.FIRST_COMPLETED)
+            if too_much.done():
+                raise _ProtocolViolation(1008, "The client does not read its messages")
+            messages.result()
+        finally:
+            for task in (messages, too_much):
+                task.cancel()
+            await asyncio.gather(messages, too_much, return_exceptions=True)
+
+    async def _answer_each(self) -> None:
+        while True:
+            await self._answer(await self._message())
+
     async def _message(self) -> dict[str, Any]:
         received = await self._socket.receive()
         if received["type"] == "websocket.disconnect":
             raise WebSocketDisconnect(received.get("code", 1005))
+        text: str = received.get("text") or ""
+        # A server that does not know the bound before admission has read the message already.
+        if self._caller is None and len(text) > MAX_UNADMITTED_MESSAGE:
+            raise _ProtocolViolation(1009, "The message is too large")
         try:
-            message = from_json(received.get("text") or b"", allow_inf_nan=False)
+            message, _ = parse_request_json(text.encode(), self._executor.request_limits)
+        except BudgetExceeded:
+            reason = "The message has more JSON values than JOBS_MAX_REQUEST_VALUES"
+            raise _ProtocolViolation(1009, reason) from None
         except ValueError:
             raise _ProtocolViolation(4400, "The message is not JSON") from None
         if (
             not isinstance(message, dict)
             or not isinstance(message.get("type"), str)
             or not isinstance(message.get("id", ""), str)
+            or len(message.get("id", "")) > MAX_ID_LENGTH
             or not isinstance(message.get("payload"), dict | None)
         ):
             raise _ProtocolViolation(4400, "The message is not valid")
@@ -153,8 +211,9 @@ class _Connection:
                     raise _ProtocolViolation(4401, "Unauthorized")
                 if operation_id in self._operations:
                     raise _ProtocolViolation(4409, f"Subscriber for {operation_id} already exists")
-                if len(self._operations) >= MAX_OPERATIONS:
-                    refused = TooManyRequests(f"{MAX_OPERATIONS} operations per connection", 1)
+                if len(self._operations) >= self._max_operations:
+                    limit = f"{self._max_operations:,} operations per connection"
+                    refused = TooManyRequests(limit, 1)
                     await self._send("error", operation_id, [format_exception(refused)])
                     return
                 running = self._run(operation_id, payload, self._caller)
@@ -169,6 +228,7 @@ class _Connection:
         if self._caller is not None:
             raise _ProtocolViolation(4429, "Too many initialisation requests")
         given = payload.get("Authorization", payload.get("authorization"))
+        self._was_counted = True
         try:
             self._caller = await self._authenticator.authenticate(
                 self._socket.scope, given if isinstance(given, str) else None
@@ -209,7 +269,7 @@ class _Connection:
             return
         try:
             self._authenticator.check_again(self._socket.scope, caller)
-            prepared = self._executor.prepare(query, name)
+            prepared = self._executor.prepare(query, name, caller)
         except DocumentRefused as refused:
             yield {"errors": [error.formatted for error in refused.errors]}
             return
@@ -227,4 +287,29 @@ class _Connection:
             message["id"] = operation_id
         if payload is not None:
             message["payload"] = payload
-        await self._socket.send_text(to_json(message).decode())
+        text = to_json(message).decode()
+        self._unread_bytes += len(text)
+        # One answer alone may be as large as it is.
+        if self._unread_bytes > max(MAX_UNREAD_BYTES, len(text)):
+            self._too_much_unread.set()
+        try:
+            await self._socket.send_text(text)
+        finally:
+            self._unread_bytes -= len(text)
+
+
+async def _deny(socket: WebSocket, refused: TooManyRequests) -> None:
+    """Answer the handshake with 429, or with 403 where the server cannot."""
+    if "websocket.http.response" not in socket.scope.get("extensions", {}):
+        await socket.close()
+        return
+    content = {"errors": [format_exception(refused)]}
+    headers = {"retry-after": str(refused.retry_after)}
+    await socket.send_denial_response(JSONResponse(content, 429, headers))
+
+
+def _admit(scope: Scope) -> None:
+    """Tell the server that the client may now send messages of the full size."""
+    extension = scope.get("extensions", {}).get(WEBSOCKET_ADMISSION)
+    if extension is not None:
+        extension["admit"]()

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 
 from job_registry_api.queue.errors import JobNotFound, JobStateConflict
 from job_registry_api.queue.events import Events, JobEvent
-from job_registry_api.queue.models import JobRecord, JobStatus
+from job_registry_api.queue.models import JobRecord
 from job_registry_api.queue.requests import parse_job_id
 from job_registry_api.queue.store import Store
 
@@ -48,14 +48,5 @@ class Changing:
             if found is None:
                 raise JobNotFound(str(job_id))
             raise JobStateConflict(str(job_id), found.status, operation)
-        self.events.publish([_changed_event(job)])
+        self.events.publish([JobEvent.of_change(job)])
         return job
-
-
-def _changed_event(job: JobRecord) -> JobEvent:
-    match job.status:
-        case JobStatus.RUNNING:
-            return JobEvent.of("job.cancel_requested", job)
-        case JobStatus.CANCELLED:
-            return JobEvent.of("job.cancelled", job)
-    return JobEvent.of("job.retrying", job)

@@ -19,7 +19,7 @@ import structlog
 
 from job_registry import JobRegistry
 from job_registry_api.metrics import Metrics
-from job_registry_api.queue.events import EventName, Events, JobEvent
+from job_registry_api.queue.events import Events, JobEvent
 from job_registry_api.queue.models import AttemptOutcome, JobRecord, JobStatus
 from job_registry_api.queue.store import Claim, Store
 
@@ -35,7 +35,7 @@ MAX_PAUSE_SECONDS: Final = 5.0
 """How long a waiting line relies on events before it claims without one. A job waits this long
 only if a message is lost without notice."""
 
-log = structlog.get_logger("jobs.leasing")
+log = structlog.get_logger("job_registry.leasing")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,19 +49,6 @@ class Lease:
     job: JobRecord
     expires_at: datetime
     deadline_at: datetime
-
-
-def ended_event(job: JobRecord) -> JobEvent:
-    """Return the event of a job whose attempt has ended."""
-    return JobEvent.of(_AFTER_ATTEMPT[job.status], job)
-
-
-_AFTER_ATTEMPT: Final[dict[JobStatus, EventName]] = {
-    JobStatus.QUEUED: "job.retrying",
-    JobStatus.SUCCEEDED: "job.succeeded",
-    JobStatus.FAILED: "job.failed",
-    JobStatus.CANCELLED: "job.cancelled",
-}
 
 
 def count_recovered(metrics: Metrics, recovered: Sequence[JobRecord]) -> None:
@@ -175,7 +162,7 @@ class Claiming:
         )
         for each in claimed.leased:
             self._served[each.job.type] = next(self._turn)
-        happened = [ended_event(job) for job in claimed.recovered]
+        happened = [JobEvent.of_change(job) for job in claimed.recovered]
         happened += [JobEvent.of("job.started", each.job) for each in claimed.leased]
         self._events.publish(happened)
         count_recovered(self._metrics, claimed.recovered)

@@ -21,7 +21,12 @@ from job_registry import JobRegistry, JobTypeNotFound, PayloadInvalid, Violation
 from job_registry.errors import FaultBudget
 from job_registry_api.queue.caller_transactions import publish_after_commit
 from job_registry_api.queue.database import Database
-from job_registry_api.queue.errors import IdempotencyConflict, InputInvalid, QueueUnavailable
+from job_registry_api.queue.errors import (
+    IdempotencyConflict,
+    IdempotencyKeyTaken,
+    InputInvalid,
+    QueueUnavailable,
+)
 from job_registry_api.queue.events import Events, JobEvent
 from job_registry_api.queue.group_commit import GroupCommit
 from job_registry_api.queue.models import JobRecord, JobStatus
@@ -43,6 +48,10 @@ class Enqueued(NamedTuple):
     deduplicated: bool = False
 
 
+NOT_STORED: Final = "not_stored"
+"""The code of valid jobs in an atomic call in which other jobs were refused."""
+
+
 @dataclass(frozen=True, slots=True)
 class JobValid:
     """What `enqueue` would store. `duplicate_of` is the job that already has the key."""
@@ -54,7 +63,9 @@ class JobValid:
     duplicate_of: JobRecord | None
 
 
-Refusal = JobTypeNotFound | PayloadInvalid | InputInvalid | IdempotencyConflict
+Refusal = (
+    JobTypeNotFound | PayloadInvalid | InputInvalid | IdempotencyConflict | IdempotencyKeyTaken
+)
 
 
 class Enqueueing:
@@ -77,10 +88,14 @@ class Enqueueing:
         request: EnqueueRequest,
         *,
         created_by: str | None = None,
+        sees_others: bool = True,
         session: AsyncSession | None = None,
         budget: FaultBudget | None = None,
     ) -> Enqueued:
         """Store a job. When this returns, the job is on disk.
+
+        Without `sees_others`, a job with the same idempotency key that another `created_by` stored
+        is not described.
 
         With `session`, a session of the caller on the same database, the job is inserted in the
         caller's transaction: it becomes visible when the caller commits, and is discarded when
@@ -91,16 +106,17 @@ class Enqueueing:
             PayloadInvalid: the payload is invalid; lists every fault.
             InputInvalid: another value is out of range; lists the faults of the payload too.
             IdempotencyConflict: the key belongs to a job of this type with another payload.
+            IdempotencyKeyTaken: the same, without `sees_others`, for a job of another.
         """
         budget = budget or FaultBudget()
         new = self._admit(request, created_by, budget)
         if session is not None:
-            return await self._enqueue_within(session, new, request, budget)
+            return await self._enqueue_within(session, new, request, sees_others, budget)
         inserts = self._inserts if new.idempotency_key is None else self._keyed_inserts
         stored = await self._database.patiently(
             lambda: inserts.submit(new), "another transaction holds the idempotency key"
         )
-        return _enqueued(new, request, stored, budget)
+        return _enqueued(new, request, stored, sees_others, budget)
 
     async def enqueue_many(
         self,
@@ -108,6 +124,7 @@ class Enqueueing:
         *,
         atomic: bool = False,
         created_by: str | None = None,
+        sees_others: bool = True,
         budget: FaultBudget | None = None,
     ) -> list[Enqueued | Refusal]:
         """Store up to `max_bulk_size` jobs. Return a result for each, in order.
@@ -136,7 +153,9 @@ class Enqueueing:
             stored, committed = await self._insert_bulk(list(admitted.values()), atomic=atomic)
             for (index, new), outcome in zip(admitted.items(), stored, strict=True):
                 try:
-                    results[index] = _enqueued(new, requests[index], outcome, budget)
+                    results[index] = _enqueued(new, requests[index], outcome, sees_others, budget)
+                except IdempotencyKeyTaken as refusal:
+                    results[index] = refusal
                 except IdempotencyConflict as refusal:
                     results[index] = refusal if committed else _conflict_within(refusal, admitted)
         refused = [index for index, result in results.items() if isinstance(result, Exception)]
@@ -148,18 +167,24 @@ class Enqueueing:
         return [results[index] for index in range(len(requests))]
 
     async def validate(
-        self, request: EnqueueRequest, budget: FaultBudget | None = None
+        self,
+        request: EnqueueRequest,
+        *,
+        created_by: str | None = None,
+        sees_others: bool = True,
+        budget: FaultBudget | None = None,
     ) -> JobValid:
         """Return what `enqueue` would store. It raises the same errors and writes nothing."""
         budget = budget or FaultBudget()
-        new = self._admit(request, None, budget)
+        new = self._admit(request, created_by, budget)
         now = await self._store.now()
         duplicate: JobRecord | None = None
         if new.idempotency_key is not None:
             key = (new.type, new.idempotency_key)
             duplicate = (await self._store.find_by_key([key])).get(key)
         if duplicate is not None:
-            _enqueued(new, request, Stored(now, now, duplicate), budget)
+            stored = Stored(now, now, duplicate)
+            duplicate = _enqueued(new, request, stored, sees_others, budget).job
         return JobValid(
             max_attempts=new.max_attempts,
             timeout_seconds=new.timeout_seconds,
@@ -169,7 +194,12 @@ class Enqueueing:
         )
 
     async def _enqueue_within(
-        self, session: AsyncSession, new: NewJob, request: EnqueueRequest, budget: FaultBudget
+        self,
+        session: AsyncSession,
+        new: NewJob,
+        request: EnqueueRequest,
+        sees_others: bool,
+        budget: FaultBudget,
     ) -> Enqueued:
         connection = await session.connection()
         for _ in range(10):
@@ -178,7 +208,7 @@ class Enqueueing:
                 break
         else:
             raise QueueUnavailable("the job with this idempotency key was deleted in the meantime")
-        enqueued = _enqueued(new, request, stored[new.id], budget)
+        enqueued = _enqueued(new, request, stored[new.id], sees_others, budget)
         if not enqueued.deduplicated:
             created = [JobEvent.of("job.created", enqueued.job)]
             publish_after_commit(session, self.events.publish, created)
@@ -260,16 +290,23 @@ class Enqueueing:
 
 
 def _enqueued(
-    new: NewJob, request: EnqueueRequest, stored: Stored, budget: FaultBudget
+    new: NewJob, request: EnqueueRequest, stored: Stored, sees_others: bool, budget: FaultBudget
 ) -> Enqueued:
-    if stored.existing is not None:
-        most = 1 if budget.is_spent else MAX_DIFFERING
-        paths = differing_paths(stored.existing.payload, from_json(new.payload), most)
+    existing = stored.existing
+    if existing is not None:
+        known = sees_others or existing.created_by == new.created_by
+        most = 1 if budget.is_spent or not known else MAX_DIFFERING
+        paths = differing_paths(existing.payload, from_json(new.payload), most)
+        if paths and not known:
+            raise IdempotencyKeyTaken
         if paths:
             budget.faults -= len(paths)
             budget.characters -= sum(map(len, paths))
-            raise IdempotencyConflict(stored.existing, paths)
-        return Enqueued(stored.existing, deduplicated=True)
+            raise IdempotencyConflict(existing, paths)
+        # Whoever sends the same key and payload gets the job, and not the name of its creator.
+        return Enqueued(
+            existing if known else existing._replace(created_by=None), deduplicated=True
+        )
     return Enqueued(
         JobRecord(
             id=new.id,
@@ -306,9 +343,9 @@ def _conflict_within(
     return conflict
 
 
-def not_stored(refused: list[int]) -> InputInvalid:
+def not_stored(refused: list[int], what: str = "the jobs at index") -> InputInvalid:
     """Return the error of a valid job in an atomic call in which other jobs were refused."""
     named = ", ".join(str(index) for index in refused[:10])
     more = f" and {len(refused) - 10} more" if len(refused) > 10 else ""
-    message = f"Not stored: the call is atomic, and the jobs at index {named}{more} were refused."
-    return InputInvalid((Violation("", "not_stored", message),))
+    message = f"Not stored: the call is atomic, and {what} {named}{more} were refused."
+    return InputInvalid((Violation("", NOT_STORED, message),))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import JsonValue
 
 from job_registry import CodedError, Violation
-from job_registry.errors import counted_faults
+from job_registry.errors import counted_faults, shortened
 
 if TYPE_CHECKING:
     from job_registry_api.queue.models import JobRecord, JobStatus
@@ -73,6 +73,15 @@ class IdempotencyConflict(QueueError):
         return "This idempotency key belongs to a job with another payload."
 
 
+class IdempotencyKeyTaken(QueueError):
+    """Raised when an idempotency key belongs to a job that the caller may not know."""
+
+    code = "idempotency_conflict"
+
+    def __init__(self) -> None:
+        super().__init__("This idempotency key belongs to another job of this type.")
+
+
 class JobNotFound(QueueError):
     """Raised when no job has this id. It never existed, or it was pruned."""
 
@@ -80,7 +89,7 @@ class JobNotFound(QueueError):
 
     def __init__(self, job_id: str) -> None:
         self.job_id = job_id
-        super().__init__(f"There is no job {job_id[:100]}.")
+        super().__init__(f"There is no job {shortened(job_id, 100)}.")
 
     def details(self) -> dict[str, JsonValue]:
         """Return the id, truncated to 200 characters."""

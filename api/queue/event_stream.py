@@ -41,7 +41,7 @@ BATCHES_AT_ONCE: Final = 1_000
 
 DELETED: Final = "events were deleted before this process read them"
 
-log = structlog.get_logger("jobs.events")
+log = structlog.get_logger("job_registry.events")
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,6 +72,15 @@ STATUS_AFTER: Final[dict[EventName, JobStatus]] = {
     "job.settled": JobStatus.QUEUED,
 }
 
+_AFTER_CHANGE: Final[dict[JobStatus, EventName]] = {
+    JobStatus.QUEUED: "job.retrying",
+    JobStatus.RUNNING: "job.cancel_requested",
+    JobStatus.SUCCEEDED: "job.succeeded",
+    JobStatus.FAILED: "job.failed",
+    JobStatus.CANCELLED: "job.cancelled",
+}
+"""The event of each status that a change leaves a job in."""
+
 MAX_UNREAD_EVENTS: Final = 1_000
 """How many events a subscriber may be behind before it is dropped."""
 
@@ -81,7 +90,7 @@ MAX_ECHOES: Final = 10_000
 STOP_SECONDS: Final = 5.0
 """How long `hearing` waits at its end for a statement in progress."""
 
-log = structlog.get_logger("jobs.events")
+log = structlog.get_logger("job_registry.events")
 
 
 class JobEvent(NamedTuple):
@@ -111,6 +120,11 @@ class JobEvent(NamedTuple):
     def of(cls, name: EventName, job: JobRecord) -> JobEvent:
         """Return the event `name` of a job, as read after the event."""
         return cls(name, job.id, job.type, job.attempt)
+
+    @classmethod
+    def of_change(cls, job: JobRecord) -> JobEvent:
+        """Return the event of a job whose attempt ended, or that was cancelled or retried."""
+        return cls.of(_AFTER_CHANGE[job.status], job)
 
 
 class Message(NamedTuple):
@@ -181,7 +195,7 @@ class Subscription:
             await self._news.wait()
         return self._unread.popleft()
 
-    def wants(self, event: JobEvent) -> bool:
+    def includes(self, event: JobEvent) -> bool:
         """Return whether the subscription includes this event."""
         return (self.job_id is None or event.job_id == self.job_id) and (
             self.types is None or event.type in self.types
@@ -189,14 +203,14 @@ class Subscription:
 
     def skip(self, earlier: Mapping[JobEvent, int]) -> None:
         """Skip these events, each this many times, because they precede the subscription."""
-        self._skipped |= {e: count for e, count in earlier.items() if count and self.wants(e)}
+        self._skipped |= {e: count for e, count in earlier.items() if count and self.includes(e)}
 
     def offer(self, event: JobEvent) -> None:
         """Add an event if the subscription includes it. Never waits."""
         if event in self._skipped:
             self.skip({event: self._skipped.pop(event) - 1})
             return
-        if self._missed is None and self.wants(event):
+        if self._missed is None and self.includes(event):
             if len(self._unread) >= MAX_UNREAD_EVENTS:
                 self.drop(f"the subscriber was more than {MAX_UNREAD_EVENTS} events behind")
             else:

@@ -15,7 +15,7 @@ from pydantic import JsonValue
 
 from job_registry import JobRegistry, Violation, json_document
 from job_registry_api.metrics import Metrics
-from job_registry_api.queue.claiming import Claiming, Lease, ended_event
+from job_registry_api.queue.claiming import Claiming, Lease
 from job_registry_api.queue.database import Database
 from job_registry_api.queue.errors import InputInvalid, LeaseLost, QueueUnavailable
 from job_registry_api.queue.events import Events, JobEvent
@@ -103,6 +103,17 @@ class Leasing:
         It is written at most every ten seconds. `waiting_reason` reads it.
         """
         await self._claiming.show_worker(types)
+
+    async def leased_type(self, token: str) -> str:
+        """Return the type of the job that a lease is of, whether or not it is in force.
+
+        Raises:
+            LeaseLost: there is no job of this lease.
+        """
+        job = await self._store.get(_parts(token)[0])
+        if job is None:
+            raise LeaseLost
+        return job.type
 
     async def heartbeat(self, token: str, progress: JsonValue = None) -> Heartbeat:
         """Renew a lease for another lease time, never past the attempt's deadline.
@@ -273,7 +284,7 @@ class Leasing:
             turn = {report.job_id: index for index, report in reversed(waiting.items())}
             these = [waiting.pop(index) for index in sorted(turn.values())]
             jobs = await self._store.end(these)
-            self.events.publish([ended_event(job) for job in jobs.values()])
+            self.events.publish([JobEvent.of_change(job) for job in jobs.values()])
             for report in these:
                 if (job := jobs.get(report.job_id)) is not None:
                     cancelled = job.status is JobStatus.CANCELLED

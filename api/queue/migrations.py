@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -25,13 +25,10 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, inspect, text
 
 from job_registry_api.queue import defaults
-from job_registry_api.queue.database import (
-    Database,
-    Pooler,
-    async_url,
-    quoted,
-    unavailable,
-)
+from job_registry_api.queue.database import Database, Pooler, quoted
+from job_registry_api.queue.databases import open_database
+from job_registry_api.queue.driver_errors import unavailable
+from job_registry_api.queue.errors import QueueUnavailable
 from job_registry_api.queue.models import METADATA
 
 T = TypeVar("T")
@@ -47,9 +44,6 @@ _INSTALLED: Final = _PACKAGE / "_alembic"
 _SCRIPTS: Final = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parent / "alembic"
 
 INSUFFICIENT_PRIVILEGE: Final = "42501"
-
-_LOCK: Final = 0x6A6F6273
-"""The advisory lock of a migration ("jobs" in ASCII). Only one migration runs at a time."""
 
 
 class MigrationRefused(Exception):
@@ -142,8 +136,7 @@ def upgrade(
         QueueUnavailable: the database does not answer, or cannot write.
     """
 
-    def run(connection: Connection) -> Migrated:
-        _lock(connection)
+    def run(connection: Connection, schema: str | None) -> Migrated:
         with _refusals():
             _enter(connection, schema)
         fit = _examine(connection, schema)
@@ -156,7 +149,25 @@ def upgrade(
         return _migrate(connection, command.upgrade, revision, schema)
 
     # Without a deadline: building an index of millions of rows takes long.
-    return _with_connection(url, schema, run, timeout_seconds=None, pooler=pooler)
+    database = open_database(url, timeout_seconds=None, pooler=pooler, schema=schema, create=True)
+    return _in_transaction(database, run)
+
+
+def prepare(
+    url: str,
+    *,
+    pooler: Pooler = "session",
+    timeout_seconds: float = defaults.TIMEOUT_SECONDS,
+    schema: str = defaults.SCHEMA,
+) -> Fit:
+    """Return whether the database fits this version, after migrating it if it is SQLite.
+
+    Raises:
+        MigrationRefused, QueueUnavailable: as in `upgrade`.
+    """
+    if open_database(url).migrates_at_start:
+        upgrade(url)
+    return examine(url, pooler=pooler, timeout_seconds=timeout_seconds, schema=schema)
 
 
 def downgrade(url: str, revision: str = "base", *, schema: str = defaults.SCHEMA) -> Migrated:
@@ -166,12 +177,11 @@ def downgrade(url: str, revision: str = "base", *, schema: str = defaults.SCHEMA
         QueueUnavailable: the database does not answer, or cannot write.
     """
 
-    def run(connection: Connection) -> Migrated:
-        _lock(connection)
+    def run(connection: Connection, schema: str | None) -> Migrated:
         _enter(connection, schema)
         return _migrate(connection, command.downgrade, revision, schema)
 
-    return _with_connection(url, schema, run, timeout_seconds=None)
+    return _in_transaction(open_database(url, timeout_seconds=None, schema=schema), run)
 
 
 def examine(
@@ -186,18 +196,13 @@ def examine(
     Raises:
         QueueUnavailable: the database does not answer.
     """
-    path = async_url(url).database if url.startswith("sqlite") else None
-    if path is not None and not Path(path).exists():
-        # Connecting would create the file.
+    database = open_database(url, timeout_seconds=timeout_seconds, pooler=pooler, schema=schema)
+    try:
+        return _reading(database, _examine)
+    except QueueUnavailable as error:
+        if error.kind != "file_missing":
+            raise
         return Fit(Verdict.EMPTY, None, _head())
-    return _with_connection(
-        url,
-        schema,
-        lambda connection: _examine(connection, schema),
-        reading=True,
-        pooler=pooler,
-        timeout_seconds=timeout_seconds,
-    )
 
 
 def grants(
@@ -212,10 +217,7 @@ def grants(
         QueueUnavailable: the database does not answer.
     """
 
-    if url.startswith("sqlite"):
-        return []
-
-    def find(connection: Connection) -> list[str]:
+    def find(connection: Connection, schema: str | None) -> list[str]:
         fit = _examine(connection, schema)
         if not fit.fits:
             raise MigrationRefused(fit.sentence)
@@ -223,15 +225,18 @@ def grants(
         found = connection.execute(_GRANTS, {"role": role, "schema": schema, **names})
         return list(found.scalars())
 
-    return _with_connection(url, schema, find, reading=True, pooler=pooler)
+    database = open_database(url, pooler=pooler, schema=schema)
+    return _reading(database, find) if database.schema is not None else []
 
 
-def _examine(connection: Connection, schema: str) -> Fit:
+def _examine(connection: Connection, schema: str | None) -> Fit:
     scripts = ScriptDirectory.from_config(_config())
     needed = _head()
     revision, compatible_from = _recorded(connection, schema)
-    if revision is None and (earlier := _earlier_schema(connection)) is not None:
-        revision, compatible_from = _recorded(connection, earlier)
+    if revision is None and schema is not None:
+        earlier = _earlier_schema(connection)
+        if earlier is not None:
+            revision, compatible_from = _recorded(connection, earlier)
     if revision is None:
         return Fit(Verdict.EMPTY, None, needed)
     known = {script.revision for script in scripts.walk_revisions()}
@@ -244,19 +249,13 @@ def _examine(connection: Connection, schema: str) -> Fit:
     return Fit(verdict, revision, needed, compatible_from)
 
 
-def _home(connection: Connection, schema: str) -> str | None:
-    """Return the schema of the tables; None on SQLite, which has no schemas."""
-    return schema if connection.dialect.name == "postgresql" else None
-
-
-def _recorded(connection: Connection, schema: str) -> tuple[str | None, str | None]:
+def _recorded(connection: Connection, schema: str | None) -> tuple[str | None, str | None]:
     """Return the revision of the database, and the oldest revision whose code can use it."""
     columns = _version_columns(connection, schema)
     if "version_num" not in columns:
         return None, None
     compatible_from = "compatible_from" if "compatible_from" in columns else "NULL"
-    home = _home(connection, schema)
-    table = VERSION_TABLE if home is None else f"{quoted(home)}.{VERSION_TABLE}"
+    table = VERSION_TABLE if schema is None else f"{quoted(schema)}.{VERSION_TABLE}"
     query = f"SELECT version_num, {compatible_from} FROM {table}"
     try:
         row = connection.exec_driver_sql(query).first()
@@ -270,12 +269,11 @@ def _recorded(connection: Connection, schema: str) -> tuple[str | None, str | No
     return (None, None) if row is None else (row[0], row[1])
 
 
-def _version_columns(connection: Connection, schema: str) -> set[str]:
+def _version_columns(connection: Connection, schema: str | None) -> set[str]:
     inspector = inspect(connection)
-    home = _home(connection, schema)
-    if not inspector.has_table(VERSION_TABLE, schema=home):
+    if not inspector.has_table(VERSION_TABLE, schema=schema):
         return set()
-    return {column["name"] for column in inspector.get_columns(VERSION_TABLE, schema=home)}
+    return {column["name"] for column in inspector.get_columns(VERSION_TABLE, schema=schema)}
 
 
 def _earlier_schema(connection: Connection) -> str | None:
@@ -283,17 +281,18 @@ def _earlier_schema(connection: Connection) -> str | None:
 
     Tables of a later revision belong to another deployment in a schema of its own.
     """
-    if connection.dialect.name != "postgresql":
-        return None
     found = connection.execute(_SCHEMA_OF_VERSION_TABLE, {"table": VERSION_TABLE}).scalar()
     if found is None or _recorded(connection, str(found))[0] != WITHOUT_SCHEMA:
         return None
     return str(found)
 
 
-def _enter(connection: Connection, schema: str) -> None:
-    """PostgreSQL: create the schema, move tables of an earlier release there, and select it."""
-    if connection.dialect.name != "postgresql":
+def _enter(connection: Connection, schema: str | None) -> None:
+    """Create the schema, move tables of an earlier release there, and select it.
+
+    `schema` is None on SQLite, which has no schemas.
+    """
+    if schema is None:
         return
     earlier, home = _earlier_schema(connection), quoted(schema)
     # Not CREATE SCHEMA IF NOT EXISTS: a role that may not create schemas may use one that exists.
@@ -316,7 +315,7 @@ class _Recorder:
     """Records each step. Alembic calls it after the step, in its transaction."""
 
     scripts: ScriptDirectory
-    schema: str
+    schema: str | None
     steps: list[Step] = field(default_factory=list)
 
     def __call__(self, *, ctx: Any, step: Any, **_others: Any) -> None:
@@ -334,7 +333,7 @@ class _Recorder:
         return script.revision
 
 
-def _record_compatibility(connection: Connection, schema: str, revision: str) -> None:
+def _record_compatibility(connection: Connection, schema: str | None, revision: str) -> None:
     # In alembic's table, which has one row. Alembic updates only its column `version_num`.
     if "compatible_from" not in _version_columns(connection, schema):
         connection.exec_driver_sql(f"ALTER TABLE {VERSION_TABLE} ADD COLUMN compatible_from TEXT")
@@ -343,13 +342,8 @@ def _record_compatibility(connection: Connection, schema: str, revision: str) ->
     )
 
 
-def _lock(connection: Connection) -> None:
-    if connection.dialect.name == "postgresql":
-        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_LOCK})")
-
-
 def _migrate(
-    connection: Connection, run: Callable[[Config, str], None], revision: str, schema: str
+    connection: Connection, run: Callable[[Config, str], None], revision: str, schema: str | None
 ) -> Migrated:
     config = _config()
     recorder = _Recorder(ScriptDirectory.from_config(config), schema)
@@ -363,13 +357,12 @@ def _migrate(
     return Migrated(before, after, tuple(recorder.steps))
 
 
-def _refuse_collisions(connection: Connection, schema: str) -> None:
+def _refuse_collisions(connection: Connection, schema: str | None) -> None:
     inspector = inspect(connection)
-    home = _home(connection, schema)
-    there = {*inspector.get_table_names(schema=home), *inspector.get_view_names(schema=home)}
+    there = {*inspector.get_table_names(schema=schema), *inspector.get_view_names(schema=schema)}
     taken = sorted(there & METADATA.tables.keys())
     if taken:
-        elsewhere = "another database" if home is None else "another JOBS_DATABASE_SCHEMA"
+        elsewhere = "another database" if schema is None else "another JOBS_DATABASE_SCHEMA"
         raise MigrationRefused(
             f"The database already has a table named {taken[0]} that is not Job Registry's. Use"
             f" {elsewhere} for Job Registry, or rename that table."
@@ -453,27 +446,29 @@ ORDER BY part, name, statement
 quotes the names."""
 
 
-def _with_connection(
-    url: str,
-    schema: str,
-    work: Callable[[Connection], T],
-    *,
-    reading: bool = False,
-    pooler: Pooler = "session",
-    timeout_seconds: float | None = defaults.TIMEOUT_SECONDS,
-) -> T:
+def _in_transaction(database: Database, work: Callable[[Connection, str | None], T]) -> T:
+    """Run `work` in the only transaction that migrates at this time."""
+
     async def run() -> T:
-        database = Database(
-            url,
-            timeout_seconds=timeout_seconds,
-            pooler=pooler,
-            schema=schema,
-            create=not reading,
-        )
+        async with database.transaction() as connection:
+            await database.lock_migrations(connection)
+            return await connection.run_sync(work, database.schema)
+
+    return _run(database, run)
+
+
+def _reading(database: Database, work: Callable[[Connection, str | None], T]) -> T:
+    async def run() -> T:
+        async with database.reading() as connection:
+            return await connection.run_sync(work, database.schema)
+
+    return _run(database, run)
+
+
+def _run(database: Database, work: Callable[[], Awaitable[T]]) -> T:
+    async def run() -> T:
         try:
-            opened = database.reading() if reading else database.transaction()
-            async with opened as connection:
-                return await connection.run_sync(work)
+            return await work()
         finally:
             await database.close()
 

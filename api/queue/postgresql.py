@@ -13,11 +13,21 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, Final, cast
 
+from sqlalchemy import insert, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from job_registry_api.queue.database import Database, statement
+from job_registry_api.queue.database import quoted, statement
+from job_registry_api.queue.driver_errors import GRANT
 from job_registry_api.queue.errors import QueueUnavailable
-from job_registry_api.queue.models import AttemptOutcome, JobRecord, JobStatus
+from job_registry_api.queue.models import (
+    METADATA,
+    AttemptOutcome,
+    Job,
+    JobAttempt,
+    JobRecord,
+    JobStatus,
+)
+from job_registry_api.queue.postgresql_database import PostgreSQLDatabase
 from job_registry_api.queue.store import (
     EVENT_BATCHES_PRUNED,
     EVENTS_KEPT_SECONDS,
@@ -50,7 +60,9 @@ LONGEST_FAST_SECONDS: Final = 2.0
 class PostgreSQLStore(Store):
     """The operations on PostgreSQL. `process` names the sender of events."""
 
-    def __init__(self, database: Database, process: str) -> None:
+    _database: PostgreSQLDatabase
+
+    def __init__(self, database: PostgreSQLDatabase, process: str) -> None:
         self._database = database
         self._sql = statements("postgresql", database.schema)
         self._sender = {"process": process, "keep": database.keeps_events}
@@ -66,14 +78,14 @@ class PostgreSQLStore(Store):
         class Refused(Exception):
             """Rolls the transaction back."""
 
-        async def insert(connection: AsyncConnection) -> dict[uuid.UUID, Stored]:
+        async def insert_all(connection: AsyncConnection) -> dict[uuid.UUID, Stored]:
             stored = await self.insert_within(connection, jobs)
             if any(job.id not in stored or conflicts(job, stored[job.id]) for job in jobs):
                 raise Refused(stored)
             return stored
 
         try:
-            return await self._database.retrying(insert), True
+            return await self._database.retrying(insert_all), True
         except Refused as refused:
             return cast("dict[uuid.UUID, Stored]", refused.args[0]), False
 
@@ -240,6 +252,19 @@ class PostgreSQLStore(Store):
         parameters = {"keep_seconds": EVENTS_KEPT_SECONDS, "batches": EVENT_BATCHES_PRUNED}
         return int(next(iter((await self._run("prune_events", parameters))[0].values())))
 
+    async def check_writes(self, *, timeout_seconds: float) -> None:
+        async def check(connection: AsyncConnection) -> None:
+            await connection.exec_driver_sql("SAVEPOINT readiness")
+            await _insert_probe(connection)
+            await connection.exec_driver_sql("ROLLBACK TO SAVEPOINT readiness")
+            tables = [f"{quoted(self._database.schema)}.{name}" for name in METADATA.tables]
+            rows = await connection.execute(_MISSING_GRANTS, {"tables": tables})
+            if missing := ", ".join(row.missing for row in rows):
+                reason = f"the role lacks {missing}. {GRANT}"
+                raise QueueUnavailable(reason, "permission_denied")
+
+        await self._database.retrying(check, timeout_seconds=timeout_seconds)
+
     async def _run(self, name: str, parameters: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
         """Run a statement that changes something."""
         sql = self._sql[name]
@@ -333,6 +358,52 @@ class QueueHeads:
         self._slow_looks = self._slow_looks + 1 if slow else 0
         if self._slow_looks >= SLOW_LOOKS and rows < RECOVERY_BATCH:
             self._full_look_at = ended + min(LONGEST_FAST_SECONDS, took / LOOK_SHARE)
+
+
+async def _insert_probe(connection: AsyncConnection) -> None:
+    """Insert a job with an attempt.
+
+    The job is finished. The dead index entry of a queued one would slow claims down until the next
+    vacuum.
+    """
+    job_id, now = uuid.uuid4(), datetime.now(UTC)
+    await connection.execute(
+        insert(Job).values(
+            id=job_id,
+            type="readiness",
+            fingerprint="",
+            status=JobStatus.CANCELLED.value,
+            payload={},
+            priority=0,
+            attempt=0,
+            max_attempts=1,
+            timeout_seconds=1,
+            backoff_base_seconds=1.0,
+            backoff_cap_seconds=1.0,
+            created_at=now,
+            finished_at=now,
+        )
+    )
+    await connection.execute(
+        insert(JobAttempt).values(job_id=job_id, attempt=1, worker_id="readiness", started_at=now)
+    )
+
+
+_MISSING_GRANTS: Final = text(
+    """
+    SELECT privilege || ' on table ' || name AS missing
+    FROM unnest(CAST(:tables AS text[])) AS name,
+         unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS privilege
+    WHERE NOT has_table_privilege(to_regclass(name), privilege)
+    UNION ALL
+    SELECT 'USAGE on sequence ' || sequence
+    FROM unnest(CAST(:tables AS text[])) AS name
+    JOIN pg_attribute ON attrelid = to_regclass(name) AND attnum > 0 AND NOT attisdropped
+        AND attidentity = ''
+    CROSS JOIN LATERAL pg_get_serial_sequence(name, attname) AS sequence
+    WHERE sequence IS NOT NULL AND NOT has_sequence_privilege(sequence, 'USAGE')
+    """
+)
 
 
 _EARLIEST: Final = datetime(1970, 1, 1, tzinfo=UTC)

@@ -16,18 +16,13 @@ from job_registry import JobRegistry
 from job_registry_api.metrics import Metrics
 from job_registry_api.queue import defaults
 from job_registry_api.queue.changing import Changing
-from job_registry_api.queue.database import (
-    Database,
-    Pooler,
-)
+from job_registry_api.queue.database import Database, Pooler
+from job_registry_api.queue.databases import open_database, store_of
 from job_registry_api.queue.enqueueing import Enqueueing
 from job_registry_api.queue.events import Events
 from job_registry_api.queue.leasing import Leasing
-from job_registry_api.queue.postgresql import PostgreSQLStore
 from job_registry_api.queue.readiness import Readiness
 from job_registry_api.queue.reading import Reading
-from job_registry_api.queue.sqlite import SQLiteStore
-from job_registry_api.queue.store import Store
 from job_registry_api.queue.upkeep import Upkeep
 
 
@@ -55,13 +50,9 @@ class JobQueue(Enqueueing, Reading, Leasing, Changing, Upkeep):
         self._max_page_size = max_page_size
         self._max_bulk_size = max_bulk_size
         self._database = database
-        self._readiness = Readiness(database)
         process = secrets.token_hex(8)
-        self._store: Store = (
-            PostgreSQLStore(database, process)
-            if database.name == "postgresql"
-            else SQLiteStore(database, process)
-        )
+        self._store = store_of(database, process)
+        self._readiness = Readiness(self._store)
         self.metrics = Metrics(registry) if metrics is None else metrics
         database.on_unavailable = self.metrics.database_unavailable
         self.events = Events(database, self._store, process, self.metrics)
@@ -109,7 +100,7 @@ async def open_queue(
     max_bulk_size: int = defaults.MAX_BULK_SIZE,
 ) -> AsyncIterator[JobQueue]:
     """Open the queue on this database. It receives events of other processes while it is open."""
-    database = Database(
+    database = open_database(
         database_url,
         pool_size=pool_size,
         timeout_seconds=timeout_seconds,

@@ -17,8 +17,9 @@ from typing import Any, Final, TypeVar
 from sqlalchemy import JSON, Uuid
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from job_registry_api.queue.database import Database, read_json, statement
+from job_registry_api.queue.database import read_json, statement
 from job_registry_api.queue.models import METADATA, AttemptOutcome, JobRecord, JobStatus, UtcTime
+from job_registry_api.queue.sqlite_database import SQLiteDatabase
 from job_registry_api.queue.store import (
     EVENT_BATCHES_PRUNED,
     EVENTS_KEPT_SECONDS,
@@ -54,7 +55,9 @@ RETURNED: Final = (AttemptOutcome.RELEASED, AttemptOutcome.SNOOZED)
 class SQLiteStore(Store):
     """The operations on SQLite. `process` names the sender of events."""
 
-    def __init__(self, database: Database, process: str) -> None:
+    _database: SQLiteDatabase
+
+    def __init__(self, database: SQLiteDatabase, process: str) -> None:
         self._database = database
         self._process = process
 
@@ -168,6 +171,23 @@ class SQLiteStore(Store):
                 "prune_events", before=t.at(-EVENTS_KEPT_SECONDS), batches=EVENT_BATCHES_PRUNED
             )
         )
+
+    async def check_writes(self, *, timeout_seconds: float) -> None:
+        def check(connection: sqlite3.Connection) -> None:
+            connection.execute("SAVEPOINT readiness")
+            transaction = _Transaction(connection)
+            transaction.insert([_PROBE])
+            transaction.change(
+                "open_attempt", id=_PROBE.id.hex, attempt=1, worker="readiness", token=""
+            )
+            transaction.announce(self._process)
+            connection.execute("ROLLBACK TO SAVEPOINT readiness")
+            # SQLite writes to its files only when it commits. Committing an unchanged page detects
+            # a full disk.
+            (version,) = connection.execute("PRAGMA user_version").fetchone()
+            connection.execute(f"PRAGMA user_version = {int(version)}")
+
+        await self._database.write(check, timeout_seconds=timeout_seconds)
 
     async def _write(self, work: Callable[[_Transaction], T]) -> T:
         def run(connection: sqlite3.Connection) -> T:
@@ -475,6 +495,23 @@ def _delay(report: Report, job: Row, quickly: bool) -> float:
     if quickly and job["quick_returns"] > 0:
         delay = max(delay, min(60.0, 2.0 ** min(job["quick_returns"] - 1, 6)))
     return delay
+
+
+_PROBE: Final = NewJob(
+    id=uuid.UUID(int=0),
+    type="readiness",
+    fingerprint="",
+    payload=b"{}",
+    priority=0,
+    max_attempts=1,
+    timeout_seconds=1,
+    backoff_base_seconds=1.0,
+    backoff_cap_seconds=1.0,
+    next_run_at=None,
+    idempotency_key=None,
+    created_by=None,
+)
+"""The job that `check_writes` inserts and rolls back."""
 
 
 def _new_job(job: NewJob, now: str) -> dict[str, Any]:

@@ -303,6 +303,14 @@ class Store(ABC):
         """
 
     @abstractmethod
+    async def check_writes(self, *, timeout_seconds: float) -> None:
+        """Insert a job with an attempt, and roll back.
+
+        Raises:
+            QueueUnavailable: a write would fail, or the role lacks a grant.
+        """
+
+    @abstractmethod
     async def _read(
         self, name: str, parameters: Mapping[str, Any], connection: AsyncConnection | None = None
     ) -> Sequence[Mapping[str, Any]]:

@@ -13,10 +13,10 @@ from contextlib import suppress
 import structlog
 
 from job_registry_api.metrics import Metrics
-from job_registry_api.queue.claiming import count_recovered, ended_event
+from job_registry_api.queue.claiming import count_recovered
 from job_registry_api.queue.database import Database
 from job_registry_api.queue.errors import QueueUnavailable
-from job_registry_api.queue.events import Events
+from job_registry_api.queue.events import Events, JobEvent
 from job_registry_api.queue.models import JobRecord, JobStatus
 from job_registry_api.queue.readiness import Readiness
 from job_registry_api.queue.store import EVENT_BATCHES_PRUNED, Store
@@ -26,7 +26,7 @@ PRUNE_PAUSE_SECONDS = 0.02
 PRUNE_BATCH = 200
 """Jobs per transaction. It takes a few milliseconds, for which leases wait on SQLite."""
 
-log = structlog.get_logger("jobs.upkeep")
+log = structlog.get_logger("job_registry.upkeep")
 
 
 class Upkeep:
@@ -46,7 +46,7 @@ class Upkeep:
     async def recover(self) -> list[JobRecord]:
         """End the attempts whose lease has expired, and return their jobs. Claims do this too."""
         recovered = await self._store.recover(self.lease_seconds)
-        self.events.publish([ended_event(job) for job in recovered])
+        self.events.publish([JobEvent.of_change(job) for job in recovered])
         count_recovered(self.metrics, recovered)
         return recovered
 
@@ -89,16 +89,16 @@ async def maintain(
             break
         try:
             await queue.recover()
-            await tidy(queue, stop)
+            await tidy_in_batches(queue, stop)
             for status, days in keep_days.items():
-                await prune(queue, status, keep_days=days, stop=stop)
+                await prune_in_batches(queue, status, keep_days=days, stop=stop)
         except QueueUnavailable as error:
             log.warning("upkeep.postponed", reason=error.reason)
         except Exception:
             log.exception("upkeep.failed")
 
 
-async def tidy(queue: Upkeep, stop: asyncio.Event) -> None:
+async def tidy_in_batches(queue: Upkeep, stop: asyncio.Event) -> None:
     """Merge counts, truncate the log of SQLite, and delete all old events."""
     while not stop.is_set():
         if await queue.tidy() < EVENT_BATCHES_PRUNED:
@@ -106,7 +106,7 @@ async def tidy(queue: Upkeep, stop: asyncio.Event) -> None:
         await asyncio.sleep(PRUNE_PAUSE_SECONDS)
 
 
-async def prune(
+async def prune_in_batches(
     queue: Upkeep,
     status: JobStatus,
     *,

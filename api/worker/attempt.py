@@ -28,10 +28,11 @@ from job_registry_api.worker.outcomes import (
     Died,
     End,
     FailAttempt,
-    HandBack,
+    MemoryExceeded,
     Nothing,
     NotStarted,
     Raised,
+    Release,
     Report,
     ResultRefused,
     SnoozeFor,
@@ -51,7 +52,7 @@ from job_registry_api.worker.running import HandlerCall
 CANCEL_GRACE_SECONDS: Final = 3.0
 """How long a cancelled handler in a process may take to end before it is killed."""
 
-HAND_BACK_SECONDS: Final = 2.0
+RELEASE_SECONDS: Final = 2.0
 """How long a handler may take to end when its worker stops, before its job is released."""
 
 EARLY_SECONDS: Final = 0.1
@@ -71,7 +72,7 @@ AFTER_CRASH: Final = ("lost", "process_died")
 
 _UNFORESEEN: Final = ("error", "stopped")
 
-log = structlog.get_logger("jobs.worker")
+log = structlog.get_logger("job_registry.worker")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +103,7 @@ class Attempt:
         # claims of other workers end attempts that timed out. End early, to report it first.
         self._deadline = time.monotonic() + lease.job.timeout_seconds - EARLY_SECONDS
         self._now = Circumstances(cancel_requested=lease.job.cancel_requested_at is not None)
-        self._asked_to_stop = threading.Event()
+        self._stop_requested = threading.Event()
         self._stop_by = float("inf")
         self._news = asyncio.Event()
         self._call: HandlerCall | ProcessCall | None = None
@@ -121,11 +122,11 @@ class Attempt:
         """Stop the handler, because the job is cancelled."""
         if not self._now.cancel_requested and not self._reporting:
             self._log.info("job.cancelling")
-            self._ask_to_stop(CANCEL_GRACE_SECONDS, cancel_requested=True)
+            self._request_stop(CANCEL_GRACE_SECONDS, cancel_requested=True)
 
-    def hand_back(self) -> None:
+    def release(self) -> None:
         """Stop the handler and release the job, because the worker shuts down."""
-        self._ask_to_stop(HAND_BACK_SECONDS, handing_back=True)
+        self._request_stop(RELEASE_SECONDS, releasing=True)
 
     async def run(self) -> None:
         """Run the attempt and report it."""
@@ -167,7 +168,7 @@ class Attempt:
             await self._report(report_of(failure, self._now))
             return
         if registered.run is None:
-            await self._report(HandBack())
+            await self._report(Release())
             return
         address = self._process_address(registered)
         if address is not None:
@@ -180,10 +181,12 @@ class Attempt:
             call = self._start_here(registered, payload)
             end = await self._end_of(call)
         self._reporting = True
-        asked = self._asked_to_stop.is_set()
-        if isinstance(end, Raised) and end.kind in _UNFORESEEN and not asked:
+        stopping = self._stop_requested.is_set()
+        if isinstance(end, Raised) and end.kind in _UNFORESEEN and not stopping:
             self._log.warning("job.attempt_failed", exception=end.traceback)
-        elif isinstance(end, Died) and not asked:
+        elif isinstance(end, MemoryExceeded) and not stopping:
+            self._log.warning("job.memory_limit_exceeded", exception=end.traceback)
+        elif isinstance(end, Died) and not stopping:
             self._log.warning("job.process_died", reason=how_it_died(end.exit_code))
         await self._store_last_progress()
         report = report_of(end, self._now)
@@ -192,7 +195,7 @@ class Attempt:
                 self._log.warning("job.attempt_failed", code=report.code)
             elif isinstance(end, Raised) and end.kind not in _UNFORESEEN:
                 self._log.info("job.attempt_failed", code=report.code)
-        self.overdue = isinstance(end, StillRunning) and not self._now.handing_back
+        self.overdue = isinstance(end, StillRunning) and not self._now.releasing
         del end
         try:
             if isinstance(report, TimeOut):
@@ -206,7 +209,7 @@ class Attempt:
                 self._log.warning("job.lease_lost")
             await self._report(report)
         finally:
-            if not call.ended.done() and not self._now.handing_back:
+            if not call.ended.done() and not self._now.releasing:
                 await self._outlive(call)
 
     def _start_in_process(self, registered: JobType[Any], address: str) -> ProcessCall:
@@ -222,7 +225,7 @@ class Attempt:
     def _start_here(self, registered: JobType[Any], payload: Any) -> HandlerCall:
         assert registered.run is not None
         max_bytes = self._queue.registry.max_payload_bytes
-        handler_log = structlog.get_logger("jobs.handler").bind(
+        handler_log = structlog.get_logger("job_registry.handler").bind(
             job_id=str(self._job.id), type=self._job.type, attempt=self._job.attempt
         )
         context = JobContext(
@@ -231,7 +234,7 @@ class Attempt:
             state=self._equipment.state,
             log=handler_log,
             _report=Progress(self._progress_sink(), handler_log, max_bytes=max_bytes).report,
-            _cancelled=self._asked_to_stop.is_set,
+            _cancelled=self._stop_requested.is_set,
             _deadline=self._deadline,
         )
         return HandlerCall(
@@ -277,16 +280,16 @@ class Attempt:
     async def _end_of(self, call: HandlerCall | ProcessCall) -> End:
         """Wait for the end of the handler; `StillRunning` if it does not end in time."""
         self._call = call
-        if self._asked_to_stop.is_set():
-            call.ask_to_stop()
+        if self._stop_requested.is_set():
+            call.request_stop()
         elif self._now.cancel_requested:
-            self._ask_to_stop(CANCEL_GRACE_SECONDS)
+            self._request_stop(CANCEL_GRACE_SECONDS)
         ended = call.ended
         ended.add_done_callback(self._notice)
         while not ended.done():
             self._news.clear()
             until = self._deadline
-            if call.can_be_killed or self._now.handing_back:
+            if call.can_be_killed or self._now.releasing:
                 until = min(until, self._stop_by)
             left = until - time.monotonic()
             if left > 0:
@@ -307,13 +310,13 @@ class Attempt:
         """Kill a handler that ran out of time or does not stop, or cancel it again."""
         if time.monotonic() >= self._deadline:
             self._now = replace(self._now, timed_out=True)
-        self._asked_to_stop.set()
+        self._stop_requested.set()
         if call.can_be_killed:
             call.kill()
             await asyncio.wait({call.ended}, timeout=10)
         else:
             # Again: it may have swallowed the first cancellation.
-            call.ask_to_stop()
+            call.request_stop()
             await asyncio.wait({call.ended}, timeout=LATE_SECONDS)
 
     async def _outlive(self, call: HandlerCall | ProcessCall) -> None:
@@ -357,18 +360,18 @@ class Attempt:
                     message = f"The handler's result cannot be stored: {invalid}"
                     await self._report(FailAttempt("result_invalid", message, retryable=False))
             case FailAttempt(code, message, retryable, after):
-                await self._tell(
+                await self._report_with(
                     JobError(code, storable(message)),
                     lambda error: queue.fail(
                         token, error, retryable=retryable, retry_after_seconds=after
                     ),
                 )
             case Stop(message):
-                await self._tell(
+                await self._report_with(
                     JobError("cancelled", storable(message)),
                     lambda error: queue.stop(token, error),
                 )
-            case HandBack():
+            case Release():
                 await self._repeat(lambda: queue.release(token))
             case SnoozeFor(seconds):
                 await self._repeat(lambda: queue.snooze(token, seconds))
@@ -384,14 +387,16 @@ class Attempt:
             "The stored payload does not match the current schema of the job type.",
             [violation.as_json() for violation in invalid.violations],
         )
-        await self._tell(
+        await self._report_with(
             error,
             lambda error: self._queue.fail(
                 self._token, error, retryable=False, spend_attempt=False
             ),
         )
 
-    async def _tell(self, error: JobError, send: Callable[[JobError], Awaitable[Any]]) -> None:
+    async def _report_with(
+        self, error: JobError, send: Callable[[JobError], Awaitable[Any]]
+    ) -> None:
         """Report with an error; truncate its message if the whole error is too large to store."""
         try:
             await self._repeat(lambda: send(error))
@@ -431,17 +436,17 @@ class Attempt:
     def _lose(self) -> None:
         # Within the last second, this is the timeout by the database's clock.
         if not self._reporting and time.monotonic() < self._deadline - 1.0:
-            self._ask_to_stop(CANCEL_GRACE_SECONDS, lost=True)
+            self._request_stop(CANCEL_GRACE_SECONDS, lost=True)
 
     def _lose_touch(self) -> None:
         if not self._reporting:
             self._log.warning("job.out_of_touch")
-            self._ask_to_stop(CANCEL_GRACE_SECONDS, out_of_touch=True)
+            self._request_stop(CANCEL_GRACE_SECONDS, out_of_touch=True)
 
-    def _ask_to_stop(self, grace: float, **why: bool) -> None:
+    def _request_stop(self, grace: float, **why: bool) -> None:
         self._now = replace(self._now, **why)
-        self._asked_to_stop.set()
+        self._stop_requested.set()
         self._stop_by = min(self._stop_by, time.monotonic() + grace)
         if self._call is not None:
-            self._call.ask_to_stop()
+            self._call.request_stop()
         self._news.set()

@@ -1,7 +1,8 @@
 """The process in which handlers with `run_in="process"` run, one at a time.
 
 The worker sends frames of JSON over a socket: `start` once, `run` for each job, `cancel`, and
-`leave`. The process answers `ready` or `failed` once, and `begun`, `progress` and `ended` per job.
+`leave`. The process answers `ready` or `failed` once, and `begun`, `progress` and `ended` per job,
+and `limited` if its type has a memory limit.
 When the socket closes, the process kills its process group, which includes all processes that the
 handlers have started.
 """
@@ -31,7 +32,15 @@ from job_registry.discovery import import_from
 from job_registry.job_type import is_async
 from job_registry_api.logs import configure_logs, log_unexpected
 from job_registry_api.worker.extensions import WorkerStartError, lifespans
-from job_registry_api.worker.outcomes import End, NotStarted, end_as_json, end_of
+from job_registry_api.worker.memory_limit import MemoryLimit
+from job_registry_api.worker.outcomes import (
+    End,
+    MemoryExceeded,
+    NotStarted,
+    Raised,
+    end_as_json,
+    end_of,
+)
 from job_registry_api.worker.progress import Progress
 from job_registry_api.worker.running import HandlerCall, tasks_of_handlers_contained
 
@@ -143,7 +152,7 @@ class _Current:
     def __init__(self) -> None:
         self.number = 0
         self.cancelled = threading.Event()
-        self.ask_to_stop: Callable[[], None] | None = None
+        self.request_stop: Callable[[], None] | None = None
 
 
 async def _serve(link: _Link, start: dict[str, Any]) -> None:
@@ -155,11 +164,18 @@ async def _serve(link: _Link, start: dict[str, Any]) -> None:
     extensions: list[WorkerExtension] = [import_from(each) for each in start["extensions"]]
     middleware = [each for extension in extensions for each in extension.middleware]
     async with lifespans(extensions) as state:
+        memory = MemoryLimit()
         link.send({"ready": True})
         with tasks_of_handlers_contained():
             while (run := await jobs.get()) is not None:
-                end = await _run(link, run, current, start, middleware, state)
-                link.send({"ended": run["number"], **end_as_json(end)})
+                end = await _run(link, run, current, start, middleware, state, memory)
+                link.send(
+                    {
+                        "ended": run["number"],
+                        "left_over": memory.left_over,
+                        "end": end_as_json(end),
+                    }
+                )
 
 
 async def _run(
@@ -169,13 +185,15 @@ async def _run(
     start: dict[str, Any],
     middleware: list[Any],
     state: SimpleNamespace,
+    memory: MemoryLimit,
 ) -> End:
     job = run["job"]
-    log = structlog.get_logger("jobs.handler").bind(
+    log = structlog.get_logger("job_registry.handler").bind(
         job_id=job["id"], type=job["type"], attempt=job["attempt"]
     )
     try:
-        job_type = job_type_at(run["address"], job["type"], run["handler_module"])
+        with memory.importing():
+            job_type = job_type_at(run["address"], job["type"], run["handler_module"])
         payload = job_type.payload.model_validate_json(
             to_json(run["payload"]), by_alias=True, by_name=False
         )
@@ -195,9 +213,13 @@ async def _run(
         _cancelled=current.cancelled.is_set,
         _deadline=time.monotonic() + run["seconds_left"],
     )
-    assert job_type.run is not None  # Checked by job_type_at.
+    handler, limit_mb = job_type.run, job_type.memory_limit_mb
+    assert handler is not None  # Checked by job_type_at.
+    if limit_mb is not None and memory.idle is not None:
+        handler = memory.around(handler, limit_mb)
+        link.send({"limited": run["number"], "near": memory.near})
     call = HandlerCall(
-        job_type.run,
+        handler,
         context,
         payload,
         # In a thread, as in a worker: a plain function may run an event loop itself.
@@ -205,12 +227,16 @@ async def _run(
         middleware=middleware,
         max_bytes=start["max_bytes"],
     )
-    current.ask_to_stop = call.ask_to_stop
+    current.request_stop = call.request_stop
     if current.cancelled.is_set():
-        call.ask_to_stop()
+        call.request_stop()
     await asyncio.wait({call.ended})
-    current.ask_to_stop = None
-    return end_of(call.ended)
+    current.request_stop = None
+    memory.lift()
+    end = end_of(call.ended)
+    if limit_mb is not None and isinstance(end, Raised) and end.kind == "error":
+        return MemoryExceeded(limit_mb, end.traceback) if end.out_of_memory else end
+    return end
 
 
 def _listen(
@@ -220,20 +246,23 @@ def _listen(
     current: _Current,
 ) -> None:
     """Receive the messages of the worker, even while a handler occupies the main thread."""
-    while (message := link.receive()) is not None:
-        if "run" in message:
-            current.number = message["run"]["number"]
-            current.cancelled.clear()
-            link.send({"begun": current.number})
-            loop.call_soon_threadsafe(jobs.put_nowait, message["run"])
-        elif message.get("cancel") == current.number:
-            current.cancelled.set()
-            loop.call_soon_threadsafe(_ask_to_stop, current, current.number)
-        elif "leave" in message:
-            loop.call_soon_threadsafe(jobs.put_nowait, None)
-    os.killpg(os.getpgrp(), signal.SIGKILL)
+    try:
+        while (message := link.receive()) is not None:
+            if "run" in message:
+                current.number = message["run"]["number"]
+                current.cancelled.clear()
+                link.send({"begun": current.number})
+                loop.call_soon_threadsafe(jobs.put_nowait, message["run"])
+            elif message.get("cancel") == current.number:
+                current.cancelled.set()
+                loop.call_soon_threadsafe(_request_stop, current, current.number)
+            elif "leave" in message:
+                loop.call_soon_threadsafe(jobs.put_nowait, None)
+    finally:
+        # Also when a handler has used up its memory: a process that does not listen is of no use.
+        os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
-def _ask_to_stop(current: _Current, number: JsonValue) -> None:
-    if current.number == number and current.ask_to_stop is not None:
-        current.ask_to_stop()
+def _request_stop(current: _Current, number: JsonValue) -> None:
+    if current.number == number and current.request_stop is not None:
+        current.request_stop()

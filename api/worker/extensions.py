@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from job_registry import JobContext, WorkerExtension
-from job_registry.errors import shortened_text
+from job_registry.errors import shortened, shortened_text
 from job_registry_api.logs import log_unexpected
 
 
@@ -73,7 +73,7 @@ async def _enter(stack: AsyncExitStack, lifespan: Any, name: str, state: SimpleN
     for key, value in values.items():
         if not isinstance(key, str) or not key.isidentifier() or hasattr(state, key):
             raise WorkerStartError(
-                f"The lifespan {name} yields {key!r}: expected a name that is an identifier and"
-                " that no other lifespan yields"
+                f"The lifespan {name} yields {shortened(key)}: expected a name that is an"
+                " identifier and that no other lifespan yields"
             )
         setattr(state, key, value)

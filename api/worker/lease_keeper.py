@@ -34,7 +34,7 @@ BLOCKED_SECONDS: Final = 2.0
 END_SECONDS: Final = 2.0
 """How long the keeper may take to end, and to release leases for a process that hangs."""
 
-log = structlog.get_logger("jobs.worker")
+log = structlog.get_logger("job_registry.worker")
 
 Callback = Callable[[], None]
 
@@ -59,8 +59,8 @@ class Hold:
     """Set once the write of the progress that is being sent has succeeded or failed."""
     ended: bool = False
     """Whether the attempt has ended in the queue. Only its place in the limit is then renewed."""
-    told_cancel: bool = False
-    told_out_of_touch: bool = False
+    cancel_reported: bool = False
+    out_of_touch_reported: bool = False
 
 
 class LeaseKeeper:
@@ -83,7 +83,7 @@ class LeaseKeeper:
         self._thread: threading.Thread | None = None
         self._ended = threading.Event()
         self._turned_at = time.monotonic()
-        self._asked_to_turn = False
+        self._awaits_turn = False
         self._blocked_warned = 0.0
 
     def start(self) -> None:
@@ -172,7 +172,7 @@ class LeaseKeeper:
     @property
     def loop_blocked_seconds(self) -> float:
         """How long the worker's event loop has not responded. Thread-safe."""
-        return time.monotonic() - self._turned_at if self._asked_to_turn else 0.0
+        return time.monotonic() - self._turned_at if self._awaits_turn else 0.0
 
     def release_all(self) -> None:
         """Release every lease, because the event loop hangs. Call it from another thread."""
@@ -280,11 +280,11 @@ class LeaseKeeper:
                 if isinstance(answer, LeaseLost):
                     if not hold.ended:
                         hold.ended = True
-                        self._tell(hold.on_lost)
-                elif answer.cancel_requested and not hold.told_cancel:
-                    hold.told_cancel = True
-                    self._tell(hold.on_cancel)
-                hold.told_out_of_touch = False
+                        self._call_on_worker_loop(hold.on_lost)
+                elif answer.cancel_requested and not hold.cancel_reported:
+                    hold.cancel_reported = True
+                    self._call_on_worker_loop(hold.on_cancel)
+                hold.out_of_touch_reported = False
 
     def _failed(self, holds: Sequence[Hold], renewals: Sequence[Renewal], error: Exception) -> None:
         unavailable = isinstance(error, QueueUnavailable | TimeoutError)
@@ -304,17 +304,17 @@ class LeaseKeeper:
                     hold.progress = renewal.progress
                 self._landed(hold)
                 expired = now - hold.answered_at > self._queue.lease_seconds
-                if expired and not hold.told_out_of_touch and not hold.ended:
-                    hold.told_out_of_touch = True
-                    self._tell(hold.on_out_of_touch)
+                if expired and not hold.out_of_touch_reported and not hold.ended:
+                    hold.out_of_touch_reported = True
+                    self._call_on_worker_loop(hold.on_out_of_touch)
 
     def _landed(self, hold: Hold) -> None:
         hold.sending_progress = False
         if hold.landed is not None:
             landed, hold.landed = hold.landed, None
-            self._tell(lambda: None if landed.done() else landed.set_result(None))
+            self._call_on_worker_loop(lambda: None if landed.done() else landed.set_result(None))
 
-    def _tell(self, callback: Callback) -> None:
+    def _call_on_worker_loop(self, callback: Callback) -> None:
         assert self._worker_loop is not None
         with contextlib.suppress(RuntimeError):  # The worker's loop is closed.
             self._worker_loop.call_soon_threadsafe(callback)
@@ -331,10 +331,10 @@ class LeaseKeeper:
         now = time.monotonic()
         with self._lock:
             running = [hold.name for hold in self._holds.values() if hold.blocks_loop]
-        if not self._asked_to_turn:
+        if not self._awaits_turn:
             if self._holds and now - self._turned_at >= TICK_SECONDS:
-                self._turned_at, self._asked_to_turn = now, True
-                self._tell(self._turned)
+                self._turned_at, self._awaits_turn = now, True
+                self._call_on_worker_loop(self._turned)
             return
         seconds = now - self._turned_at
         if seconds >= max(BLOCKED_SECONDS, 2 * self._blocked_warned):
@@ -351,7 +351,7 @@ class LeaseKeeper:
         if self._blocked_warned:
             log.warning("worker.loop_turns_again", seconds=round(seconds, 1))
         self._blocked_warned = 0.0
-        self._turned_at, self._asked_to_turn = time.monotonic(), False
+        self._turned_at, self._awaits_turn = time.monotonic(), False
 
 
 async def _wait(event: asyncio.Event, seconds: float | None) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import os
 import secrets
 import socket
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,9 +24,10 @@ from job_registry_api.logs import log_unexpected
 from job_registry_api.queue.errors import QueueUnavailable
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.requests import MAX_LEASE, MAX_WAIT_SECONDS
-from job_registry_api.worker.attempt import HAND_BACK_SECONDS, Attempt, Equipment
+from job_registry_api.worker.attempt import RELEASE_SECONDS, Attempt, Equipment
 from job_registry_api.worker.extensions import lifespans
 from job_registry_api.worker.lease_keeper import END_SECONDS, LeaseKeeper
+from job_registry_api.worker.memory_limit import address_space
 from job_registry_api.worker.processes import LEAVE_SECONDS, HandlerProcesses, address_of
 from job_registry_api.worker.running import tasks_of_handlers_contained
 
@@ -39,10 +41,10 @@ SHORTEST_PAUSE: Final = 0.2
 LONGEST_PAUSE: Final = 5.0
 """How long a worker waits between claims during an outage. The pauses double."""
 
-CLOSE_SECONDS: Final = HAND_BACK_SECONDS + CLAIM_SECONDS + END_SECONDS + LEAVE_SECONDS + 1.0
+CLOSE_SECONDS: Final = RELEASE_SECONDS + CLAIM_SECONDS + END_SECONDS + LEAVE_SECONDS + 1.0
 """How long `Worker.run` may take after its `shutdown_seconds`, even if something hangs."""
 
-log = structlog.get_logger("jobs.worker")
+log = structlog.get_logger("job_registry.worker")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +108,9 @@ class Worker:
                     f'job type {name}: with run_in="process" it must be at the top level of an'
                     " importable module, because its process imports it from there"
                 )
+        limited = [n for n in in_processes if registry[n].memory_limit_mb is not None]
+        if limited and address_space() is None:
+            log.warning("worker.memory_not_limited", types=limited, platform=sys.platform)
         self._processes = HandlerProcesses(
             assets=assets,
             extensions=self._extensions,
@@ -285,9 +290,9 @@ class Worker:
             await asyncio.wait({now, *tasks}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
         now.cancel()
         for attempt in list(self._running.values()):
-            attempt.hand_back()
+            attempt.release()
         if tasks := self._unfinished():
-            await asyncio.wait(tasks, timeout=HAND_BACK_SECONDS + 1.0)
+            await asyncio.wait(tasks, timeout=RELEASE_SECONDS + 1.0)
         for task, attempt in list(self._running.items()):
             if not attempt.overdue:
                 log.warning("worker.left_behind", job_id=str(attempt.job_id))

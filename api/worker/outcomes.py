@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import signal
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -15,6 +16,22 @@ from job_registry.errors import shortened_text
 from job_registry_api.logs import traceback_of
 
 MAX_MESSAGE: Final = 2_000
+
+MEMORY_LIMIT_EXCEEDED: Final = "memory_limit_exceeded"
+"""The error code of an attempt whose handler reached the memory limit of its job type."""
+
+_CRASHES: Final = tuple(
+    -number
+    for number in (
+        signal.SIGABRT,
+        signal.SIGSEGV,
+        signal.SIGBUS,
+        signal.SIGILL,
+        signal.SIGTRAP,
+        signal.SIGFPE,
+    )
+)
+"""The exit codes of a process that crashes by itself, for example because malloc returned NULL."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +53,7 @@ class Raised:
     """The handler raised an exception. `seconds` is the argument of `Retry` or `Snooze`.
 
     The `kind` of a cancelled handler is "stopped". `traceback`, for the log, has no messages.
+    `out_of_memory`: the exception is a MemoryError, or follows from one.
     """
 
     kind: Literal["error", "retry", "fail", "cancel", "snooze", "stopped"]
@@ -43,13 +61,27 @@ class Raised:
     message: str
     seconds: float | None = None
     traceback: str = ""
+    out_of_memory: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryExceeded:
+    """The handler raised an exception because it reached the memory limit of its job type."""
+
+    limit_mb: int
+    traceback: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Died:
-    """The handler's process ended without a report. A negative exit code is a signal."""
+    """The handler's process ended without a report. A negative exit code is a signal.
+
+    `limit_mb` is the memory limit of its job type. `near_limit`: it was close to that limit.
+    """
 
     exit_code: int
+    limit_mb: int | None = None
+    near_limit: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +96,7 @@ class StillRunning:
     """The handler did not end in time, and cannot be killed."""
 
 
-End = Returned | ResultRefused | Raised | Died | NotStarted | StillRunning
+End = Returned | ResultRefused | Raised | MemoryExceeded | Died | NotStarted | StillRunning
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +109,7 @@ class Circumstances:
 
     timed_out: bool = False
     cancel_requested: bool = False
-    handing_back: bool = False
+    releasing: bool = False
     lost: bool = False
     out_of_touch: bool = False
 
@@ -100,7 +132,7 @@ class FailAttempt:
 
 
 @dataclass(frozen=True, slots=True)
-class HandBack:
+class Release:
     """Release the job. Its attempt is not spent."""
 
 
@@ -130,7 +162,7 @@ class Nothing:
     """Report nothing: the lease is lost, or the attempt ends when the lease expires."""
 
 
-Report = Complete | FailAttempt | HandBack | SnoozeFor | Stop | TimeOut | Nothing
+Report = Complete | FailAttempt | Release | SnoozeFor | Stop | TimeOut | Nothing
 
 
 def report_of(end: End, now: Circumstances) -> Report:
@@ -150,9 +182,9 @@ def report_of(end: End, now: Circumstances) -> Report:
             return FailAttempt("retry", message, after=after)
         case Raised("fail", message=message):
             return FailAttempt("failed", message or "The handler raised Fail.", retryable=False)
-    if now.handing_back:
+    if now.releasing:
         # The handler stopped because it had to, by whatever exception, or was stopped.
-        return HandBack()
+        return Release()
     match end:
         case Raised("cancel") if now.out_of_touch and not now.cancel_requested:
             return Nothing()  # It stopped because of the outage; the job is not cancelled.
@@ -167,6 +199,16 @@ def report_of(end: End, now: Circumstances) -> Report:
         case Raised(name=name, message=message):
             # This includes a handler that cancels itself.
             return FailAttempt("handler_failed", ": ".join(filter(None, (name, message))))
+        case MemoryExceeded(limit_mb):
+            return FailAttempt(MEMORY_LIMIT_EXCEEDED, memory_exceeded(limit_mb))
+        case Died(exit_code, limit_mb=int() as limit_mb, near_limit=near) if (
+            exit_code in _CRASHES or (near and exit_code > 0)
+        ):
+            how = how_it_died(exit_code)
+            if near:
+                return FailAttempt(MEMORY_LIMIT_EXCEEDED, f"{memory_exceeded(limit_mb)} {how}")
+            hint = f"Its memory limit is {limit_mb} MB, and libraries may crash when they reach it."
+            return FailAttempt("process_died", f"{how} {hint}")
         case Died(exit_code):
             return FailAttempt("process_died", how_it_died(exit_code))
         case NotStarted(reason):
@@ -188,7 +230,32 @@ def raised(error: BaseException) -> Raised:
             return Raised("cancel", name, message)
         case asyncio.CancelledError():
             return Raised("stopped", name, message, traceback=traceback_of(error))
-    return Raised("error", name, message, traceback=traceback_of(error))
+    return Raised(
+        "error",
+        name,
+        message,
+        traceback=traceback_of(error),
+        out_of_memory=_is_out_of_memory(error),
+    )
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an exception, or one of those that caused it, says that memory ran out."""
+    waiting: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while waiting:
+        each = waiting.pop()
+        if each is None or id(each) in seen:
+            continue
+        if isinstance(each, MemoryError):
+            return True
+        if isinstance(each, OSError) and each.errno == errno.ENOMEM:
+            return True
+        seen.add(id(each))
+        waiting += [each.__cause__, None if each.__suppress_context__ else each.__context__]
+        if isinstance(each, BaseExceptionGroup):
+            waiting += each.exceptions
+    return False
 
 
 def end_of(ended: asyncio.Task[End]) -> End:
@@ -211,6 +278,11 @@ def how_it_died(exit_code: int) -> str:
     return f"The handler's process was killed by signal {-exit_code}{name}.{advice}"
 
 
+def memory_exceeded(limit_mb: int) -> str:
+    """Return the sentence for a handler that exceeded its memory limit."""
+    return f"The handler exceeded its memory limit of {limit_mb} MB."
+
+
 def end_as_json(end: End) -> dict[str, Any]:
     """Encode an end, for a process to send to its worker."""
     return {"end": type(end).__name__, **asdict(end)}
@@ -219,7 +291,8 @@ def end_as_json(end: End) -> dict[str, Any]:
 def end_from_json(content: Mapping[str, Any]) -> End:
     """Decode an end from `end_as_json`."""
     kinds: dict[str, type[End]] = {
-        kind.__name__: kind for kind in (Returned, ResultRefused, Raised, Died, NotStarted)
+        kind.__name__: kind
+        for kind in (Returned, ResultRefused, Raised, MemoryExceeded, Died, NotStarted)
     }
     values = dict(content)
     return kinds[values.pop("end")](**values)

@@ -28,7 +28,14 @@ from job_registry import DefinitionError, JobType, WorkerExtension
 from job_registry.discovery import locate
 from job_registry_api.logs import configuration
 from job_registry_api.worker.child import HEADER, frame
-from job_registry_api.worker.outcomes import Died, End, NotStarted, end_from_json
+from job_registry_api.worker.memory_limit import MEGABYTE, address_space
+from job_registry_api.worker.outcomes import (
+    Died,
+    End,
+    MemoryExceeded,
+    NotStarted,
+    end_from_json,
+)
 
 IDLE_SECONDS: Final = 60.0
 """How long a process waits for its next job before it ends."""
@@ -36,7 +43,10 @@ IDLE_SECONDS: Final = 60.0
 LEAVE_SECONDS: Final = 1.0
 """How long a process may take to leave its lifespans before it is killed."""
 
-log = structlog.get_logger("jobs.worker")
+WATCH_SECONDS: Final = 0.02
+"""How often to look at the memory of a process with a memory limit, in a few microseconds."""
+
+log = structlog.get_logger("job_registry.worker")
 
 
 def address_of(job_type: JobType[Any]) -> str | None:
@@ -83,21 +93,30 @@ class HandlerProcesses:
         on_progress: Callable[[bytes], None],
     ) -> ProcessCall:
         """Run a job's handler in an idle process, or in a new one."""
+        limit_mb = job_type.memory_limit_mb
         run = {
             "address": address,
             "handler_module": getattr(job_type.run, "__module__", None),
             "job": dict(job),
             "payload": payload,
         }
-        return ProcessCall(self, run, deadline=deadline, on_progress=on_progress)
+        return ProcessCall(self, run, limit_mb=limit_mb, deadline=deadline, on_progress=on_progress)
 
-    def take(self) -> _Process:
-        """Return an idle process; start one if there is none."""
+    def take(self, limit_mb: int | None = None) -> _Process:
+        """Return an idle process; start one if there is none.
+
+        What earlier jobs have left in the process counts towards the memory limit of the next. A
+        process in which that is more than half of the limit is replaced.
+        """
         while self._idle:
             process = self._idle.pop()
-            if process.stop_waiting():
+            alive = process.stop_waiting()
+            if not alive:
+                self._discard(process)
+            elif limit_mb is not None and process.left_over > limit_mb * MEGABYTE // 2:
+                self.replace(process)
+            else:
                 return process
-            self._discard(process)
         process = _Process({**self._start, "logs": configuration()})
         self._all.add(process)
         return process
@@ -131,12 +150,15 @@ class HandlerProcesses:
         for process in list(self._all):
             process.kill()
 
+    def replace(self, process: _Process) -> None:
+        """Let a process leave its lifespans and end: it is not to run another job."""
+        process.send({"leave": True})
+        process.seeing_off = asyncio.create_task(self._see_off(process))
+
     def _retire(self, process: _Process) -> None:
         if process in self._idle:
             self._idle.remove(process)
-            process.send({"leave": True})
-            task = asyncio.create_task(self._see_off(process))
-            process.seeing_off = task
+            self.replace(process)
 
     async def _see_off(self, process: _Process) -> None:
         give_up = time.monotonic() + LEAVE_SECONDS
@@ -158,21 +180,24 @@ class ProcessCall:
         processes: HandlerProcesses,
         run: dict[str, Any],
         *,
+        limit_mb: int | None,
         deadline: float,
         on_progress: Callable[[bytes], None],
     ) -> None:
         self._processes = processes
         self._run = run
+        self._limit_mb = limit_mb
+        self._near_limit = False
         self._deadline = deadline
         self._on_progress = on_progress
-        self._asked_to_stop = False
+        self._stop_requested = False
         self._killed = False
         self._process: _Process | None = None
         self.ended: asyncio.Task[End] = asyncio.create_task(self._work())
 
-    def ask_to_stop(self) -> None:
+    def request_stop(self) -> None:
         """Cancel an async handler; a plain one sees `job.cancel_requested`."""
-        self._asked_to_stop = True
+        self._stop_requested = True
         if self._process is not None:
             self._process.cancel()
 
@@ -186,7 +211,7 @@ class ProcessCall:
         # The system may kill an idle process just before it gets a job.
         for _ in range(3):
             try:
-                process = self._process = self._processes.take()
+                process = self._process = self._processes.take(self._limit_mb)
             except OSError as error:
                 reason = f"{type(error).__name__}: {error.strerror}"
                 return NotStarted(f"A process for the handler cannot be started: {reason}.")
@@ -196,10 +221,13 @@ class ProcessCall:
             if end is None:
                 exit_code = await self._processes.end(process)
                 if process.is_begun or not process.was_used or self._killed:
-                    return Died(exit_code)
+                    return Died(exit_code, self._limit_mb, self._near_limit)
                 continue
             if isinstance(end, NotStarted) and not process.is_ready:
                 await self._processes.end(process)
+            elif isinstance(end, MemoryExceeded):
+                # Its heap may be in pieces, and what the handler held may still be referenced.
+                self._processes.replace(process)
             else:
                 self._processes.give_back(process)
             return end
@@ -215,17 +243,35 @@ class ProcessCall:
                 return NotStarted(message["failed"])
             process.is_ready = True
         process.run({**self._run, "seconds_left": self._deadline - time.monotonic()})
-        if self._asked_to_stop:
+        if self._stop_requested:
             process.cancel()
-        while (message := await process.receive()) is not None:
-            if message.get("begun") == process.number:
-                process.is_begun = True
-            elif message.get("progress") == process.number:
-                self._on_progress(message["text"].encode())
-            elif message.pop("ended", None) == process.number:
-                process.was_used = True
-                return end_from_json(message)
+        watch: asyncio.Task[None] | None = None
+        try:
+            while (message := await process.receive()) is not None:
+                if message.get("begun") == process.number:
+                    process.is_begun = True
+                elif message.get("progress") == process.number:
+                    self._on_progress(message["text"].encode())
+                elif message.get("limited") == process.number:
+                    watch = asyncio.create_task(self._watch(process, message["near"]))
+                elif message.get("ended") == process.number:
+                    process.was_used = True
+                    process.left_over = message["left_over"]
+                    return end_from_json(message["end"])
+        finally:
+            if watch is not None:
+                watch.cancel()
         return None
+
+    async def _watch(self, process: _Process, near: int) -> None:
+        """Note whether the process comes close to its memory limit.
+
+        A library that is refused memory may crash the process, and the system keeps no record of
+        why: this tells such a crash from others.
+        """
+        while not self._near_limit:
+            self._near_limit = (address_space(process.pid) or 0) >= near
+            await asyncio.sleep(WATCH_SECONDS)
 
 
 class _Process:
@@ -235,6 +281,7 @@ class _Process:
         self.is_ready = False
         self.is_begun = False
         self.was_used = False
+        self.left_over = 0
         self.number = 0
         self.seeing_off: asyncio.Task[Any] | None = None
         self._idle_timer: asyncio.TimerHandle | None = None
@@ -255,6 +302,10 @@ class _Process:
             raise
         finally:
             theirs.close()
+
+    @property
+    def pid(self) -> int:
+        return self._popen.pid
 
     def run(self, run: dict[str, Any]) -> None:
         """Send a job."""

@@ -10,7 +10,14 @@ from pydantic_core import to_jsonable_python
 
 from job_registry import Violation, json_document
 from job_registry.errors import shortened_text
-from job_registry_api.worker.outcomes import ResultRefused, Returned, storable, words_of
+from job_registry_api.worker.outcomes import (
+    Raised,
+    ResultRefused,
+    Returned,
+    raised,
+    storable,
+    words_of,
+)
 
 SMALL_BYTES: Final = 16_384
 """The size up to which plain JSON is converted on the event loop, in about a millisecond."""
@@ -22,7 +29,7 @@ def is_small(value: object) -> bool:
     return plain and size <= SMALL_BYTES
 
 
-def result_of(value: object, *, max_bytes: int) -> Returned | ResultRefused:
+def result_of(value: object, *, max_bytes: int) -> Returned | ResultRefused | Raised:
     """Convert a handler's result to JSON, or return why it cannot be stored. Never raises.
 
     The conversion runs user code, for example the computed fields of a model.
@@ -39,6 +46,8 @@ def result_of(value: object, *, max_bytes: int) -> Returned | ResultRefused:
         _, faults = json_document(converted, max_bytes=max_bytes)
     except _NotOneValue as error:
         return ResultRefused(f"The handler's result is not JSON: it holds a {error.kind}.")
+    except MemoryError as error:
+        return raised(error)
     except BaseException as error:  # Including SystemExit, which would end the process.
         words = shortened_text(storable(words_of(error)), 500)
         return ResultRefused(

@@ -53,7 +53,7 @@ class HandlerCall:
             self._run(call, job, max_bytes), name=f"handler of job {job.id}"
         )
 
-    def ask_to_stop(self) -> None:
+    def request_stop(self) -> None:
         """Cancel an async handler. One in a thread sees `job.cancel_requested`."""
         if not self._threads and not self._returned:
             self.ended.cancel()

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-import io
+import contextlib
 import os
 import posixpath
-import warnings
+import time
 from pathlib import Path
+from typing import Final
 
 import fsspec
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from job_registry import Fail
+from job_registry.errors import shortened
+
+MAX_FILE_BYTES: Final = 33_554_432
+"""Bytes of a picture's file, which is read into memory: twice what a photo of 50 million pixels
+has."""
+
+ABANDONED_SECONDS: Final = 3_600.0
+"""How old a partly written file is when no job can still be writing it."""
 
 
 class ThumbnailFiles:
@@ -26,38 +34,24 @@ class ThumbnailFiles:
         self._name = f"{asset_id}/{version_number}"
         self._local = isinstance(self._files, fsspec.get_filesystem_class("file"))
 
-    def open_picture(self, *, max_pixels: int) -> Image.Image:
-        """The picture, decoded, upright, in a mode that WebP takes.
+    def read(self) -> tuple[bytes, str]:
+        """Return the content of the picture, and what errors call it.
 
         Raises:
-            Fail: it is missing, or there are several, or it is broken, or too large: nothing that
-                another attempt would change.
+            Fail: it is missing, or there are several, or it is too large: nothing that another
+                attempt would change.
             OSError: the storage failed; that may pass.
         """
         path = self._source()
-        with self._files.open(path, "rb") as file:
-            content = file.read()
-        shown = f"{self._name}{posixpath.splitext(path)[1]}"
-        try:
-            # Pillow only warns of a bomb up to twice its limit; the size is checked below.
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                picture = Image.open(io.BytesIO(content))
-                if picture.width * picture.height > max_pixels:
-                    raise Fail(
-                        f"{shown} is too large: {picture.width} x {picture.height} is more than"
-                        f" {max_pixels:,} pixels."
-                    )
-                upright = ImageOps.exif_transpose(picture)
-                upright.load()
-        except UnidentifiedImageError:
-            raise Fail(f"{shown} is not a picture in a known format.") from None
-        except Image.DecompressionBombError as error:
-            raise Fail(f"{shown} is too large: {error}") from None
-        # Decoding happens in memory, so whatever goes wrong in it is the file's fault.
-        except (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError) as error:
-            raise Fail(f"{shown} is broken: {error}") from None
-        return _for_webp(upright)
+        shown = _shown(f"{self._name}{posixpath.splitext(path)[1]}")
+        size = self._files.size(path)  # None if the storage does not know it.
+        if size is None or size <= MAX_FILE_BYTES:
+            with self._files.open(path, "rb") as file:
+                content: bytes = file.read(MAX_FILE_BYTES + 1 if size is None else size)
+            if len(content) <= MAX_FILE_BYTES:
+                return content, shown
+        has = "" if size is None else f"it has {size:,} bytes, and "
+        raise Fail(f"{shown} is too large: {has}the limit is {MAX_FILE_BYTES:,} bytes.")
 
     def write(self, name: str, content: bytes) -> str:
         """Writes a thumbnail, whole or not at all, and gives its path below the assets."""
@@ -66,6 +60,7 @@ class ThumbnailFiles:
         if self._local:
             self._stay_inside(posixpath.dirname(target))
             self._files.makedirs(posixpath.dirname(target), exist_ok=True)
+            _remove_abandoned(Path(posixpath.dirname(target)))
             partial = Path(f"{target}.{os.getpid()}.{os.urandom(4).hex()}.partial")
             try:
                 with partial.open("xb") as file:
@@ -97,7 +92,7 @@ class ThumbnailFiles:
         if not sources:
             raise Fail(f"There is no picture {self._name}.* in the assets.")
         if len(sources) > 1:
-            found = ", ".join(posixpath.basename(path) for path in sources[:5])
+            found = ", ".join(_shown(posixpath.basename(path)) for path in sources[:5])
             raise Fail(f"There is more than one picture {self._name}.*: {found}.")
         if self._local:
             self._stay_inside(sources[0])
@@ -110,10 +105,14 @@ class ThumbnailFiles:
             raise Fail(f"{self._name} leads out of the assets.")
 
 
-def _for_webp(picture: Image.Image) -> Image.Image:
-    """The picture as RGB, or RGBA where it has transparency; 16 bits a channel become 8."""
-    if picture.mode.startswith("I"):
-        # Pillow clips where it should scale: 65,535 is white.
-        picture = picture.convert("F").point(lambda level: level / 257).convert("L")
-    transparent = picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info
-    return picture.convert("RGBA" if transparent else "RGB")
+def _remove_abandoned(folder: Path) -> None:
+    """Remove what processes that were killed while they wrote have left."""
+    for partial in folder.glob("*.partial"):
+        with contextlib.suppress(OSError):
+            if partial.lstat().st_mtime < time.time() - ABANDONED_SECONDS:
+                partial.unlink()
+
+
+def _shown(name: str) -> str:
+    """Return a name for a sentence: strangers may have chosen it."""
+    return shortened(name, 100).strip('"')

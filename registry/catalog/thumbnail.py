@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Final
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from job_registry import Cancel, JobContext, JobPolicy, JobType, Payload
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from job_registry.catalog._thumbnail_files import ThumbnailFiles
-
-MAX_PIXELS = 100_000_000
-"""Pictures with more pixels than this are refused unread: a small file can hold terabytes."""
+MEMORY_LIMIT_MB: Final = 512
+"""Memory for one job: the file, twice, and its decoded picture, or the picture and its thumbnail
+while one becomes the other. The bounds in `_pictures.py` and `_picture_headers.py` respect it."""
 
 # No separator, no leading dot, nothing that a path or a URL gives a meaning to.
 AssetId = Annotated[
@@ -62,6 +58,7 @@ thumbnail_create = JobType(
     # It computes, and it reads pictures of strangers with a library in C: a crash or a picture
     # that takes forever then costs one process, and every core renders.
     run_in="process",
+    memory_limit_mb=MEMORY_LIMIT_MB,
 )
 
 
@@ -69,28 +66,18 @@ thumbnail_create = JobType(
 def render(job: JobContext, payload: ThumbnailCreate) -> ThumbnailResult:
     """Renders each size: longest edge, never enlarged, turned as EXIF says, written whole."""
     # Here, because `job-registry types` should not pay for an imaging library.
+    from job_registry.catalog._pictures import decode
     from job_registry.catalog._thumbnail_files import ThumbnailFiles
 
     files = ThumbnailFiles(job.assets, payload.asset_id, payload.version_number)
-    picture = files.open_picture(max_pixels=MAX_PIXELS)
+    source = decode(*files.read(), longest_edge=max(payload.sizes))
     thumbnails = []
     for done, size in enumerate(dict.fromkeys(payload.sizes), start=1):
         if job.cancel_requested:
             # Not Fail: when its worker stops, the job is to run again.
             raise Cancel("The job was cancelled before every size was rendered.")
-        thumbnails.append(_render_size(files, picture, size))
+        content, width, height = source.draw(size)
+        path = files.write(f"{size}.webp", content)
+        thumbnails.append(Thumbnail(path=path, width=width, height=height, bytes=len(content)))
         job.progress({"rendered": done, "of": len(payload.sizes)})
     return ThumbnailResult(thumbnails=thumbnails)
-
-
-def _render_size(files: ThumbnailFiles, picture: Image.Image, size: int) -> Thumbnail:
-    import io
-
-    from PIL import Image
-
-    copy = picture.copy()
-    copy.thumbnail((size, size), Image.Resampling.LANCZOS)
-    encoded = io.BytesIO()
-    copy.save(encoded, format="WEBP", quality=85, method=4)
-    path = files.write(f"{size}.webp", encoded.getvalue())
-    return Thumbnail(path=path, width=copy.width, height=copy.height, bytes=encoded.tell())

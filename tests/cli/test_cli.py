@@ -6,10 +6,12 @@ import json
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +151,42 @@ def test_many_lines_are_enqueued_and_each_refused_one_is_named(jobs: Shell) -> N
     assert "0 stored" in atomic.stdout
 
 
+def test_every_line_that_keeps_an_atomic_bulk_from_being_stored_is_named(jobs: Shell) -> None:
+    lines = "\n".join([GOOD, "nope", '{"x": 1}'])
+    atomic = jobs("enqueue", "thumbnail.create", "-", "--atomic", stdin=lines)
+    assert atomic.returncode == 1
+    assert "line 1: payload: Not stored: the call is atomic, and the lines 2, 3 were refused." in (
+        atomic.stderr
+    )
+    assert "line 2: payload: This is not valid JSON: unexpected character" in atomic.stderr
+    assert "line 3: /assetId" in atomic.stderr
+    assert atomic.stdout == "0 stored, 0 deduplicated, 3 refused\n"
+
+
+def test_a_bulk_that_the_database_interrupts_says_how_far_it_came(jobs: Shell) -> None:
+    # Given files that cannot grow beyond 4 MB
+    (jobs.folder / "many.jsonl").write_text(f"{GOOD}\n" * 20_000)
+    command = f"{sys.executable} -m job_registry_api.cli enqueue thumbnail.create many.jsonl"
+    stopped = subprocess.run(
+        ["bash", "-c", f"ulimit -f 4096; exec {command}"],
+        env=jobs.environment,
+        cwd=jobs.folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    # Then the command says how many jobs it stored, and where it stopped
+    assert stopped.returncode == 1
+    progress, reason = stopped.stderr.splitlines()
+    with closing(sqlite3.connect(jobs.folder / "jobs.db")) as database:
+        ((stored,),) = database.execute("SELECT count(*) FROM job").fetchall()
+    assert 0 < stored < 20_000
+    line = f"Stopped at line {stored + 1:,}: {stored:,} stored, 0 deduplicated, 0 refused."
+    assert progress == line
+    assert reason.startswith("The database is not available: ")
+
+
 def test_atomic_is_bounded_by_the_setting_for_bulks(jobs: Shell) -> None:
     command = ("enqueue", "thumbnail.create", "-", "--atomic")
     three = jobs(*command, stdin=f"{GOOD}\n" * 3, JOBS_MAX_BULK_SIZE="2")
@@ -223,9 +261,24 @@ def test_a_port_that_is_taken_is_a_sentence(jobs: Shell) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         result = jobs("serve", "--port", str(port))
+        first = subprocess.run(
+            [sys.executable, "-m", "job_registry_api.first_minute"],
+            env={**jobs.environment, "JOBS_PORT": str(port)},
+            cwd=jobs.folder,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
     assert result.returncode == 1
     assert f"Cannot listen on 127.0.0.1:{port}" in result.stderr
     assert "Choose another port with --port or JOBS_PORT." in result.stderr
+    # Nor does `make run` print what to try on that port.
+    assert first.returncode == 1
+    assert first.stderr == (
+        f"Cannot listen on 127.0.0.1:{port}: Address already in use."
+        " Choose another port with JOBS_PORT.\n"
+    )
 
 
 def _answer(request: Any) -> Any:

@@ -142,6 +142,8 @@ def test_a_mistyped_url_is_one_sentence_without_the_password(
         assert result.stderr.startswith("The database is not available: ")
         assert len(result.stderr.splitlines()) == 1, result.stderr
         assert PASSWORD not in result.stderr
+        result = jobs(*command, stdin=GOOD, JOBS_DATABASE_URL=url, JOBS_LOG_LEVEL="debug")
+        assert PASSWORD not in result.stderr + result.stdout
 
 
 @pytest.mark.slow

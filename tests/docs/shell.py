@@ -131,7 +131,9 @@ exit $code"""
         role = "worker" if " worker" in what else "server"
         self._end(role)
         if what == "make run":
-            recipe = (ROOT / "Makefile").read_text().partition("\nrun: install\n\t@$(BIN)/")[2]
+            recipe = (
+                (ROOT / "Makefile").read_text().partition("\nrun: .venv/running\n\t@$(BIN)/")[2]
+            )
             command = f".venv/bin/{recipe.partition(chr(10))[0]}"
         self._servers[role] = subprocess.Popen(
             ["bash", "-c", f"exec env {command}"],

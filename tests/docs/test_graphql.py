@@ -35,7 +35,7 @@ async def test_the_documents_of_a_page_are_answered_as_shown(
     transport = httpx.ASGITransport(application)
     async with (
         application.router.lifespan_context(application),
-        httpx.AsyncClient(transport=transport, base_url="http://jobs") as client,
+        httpx.AsyncClient(transport=transport, base_url="http://localhost") as client,
     ):
         for block in documents:
             response = await client.post("/graphql", json={"query": block.text})

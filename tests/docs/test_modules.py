@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from job_registry import Cancel, Fail, JobContext, Retry
 from job_registry.discovery import load_registry
-from job_registry_api.queue.database import Database
+from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.models import JobStatus
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.requests import EnqueueRequest
@@ -79,7 +79,7 @@ async def test_the_exceptions_of_the_handler_are_raised_as_written(imported: Imp
 async def test_the_handlers_of_the_pages_succeed(
     database_url: str, module: str, job_type: str, payload: dict[str, object], result: object
 ) -> None:
-    database = Database(database_url)
+    database = open_database(database_url)
     queue = JobQueue(load_registry([module]), database)
     worker = Worker(queue, concurrency=1, assets="", shutdown_seconds=2)
     task = asyncio.create_task(worker.run())
@@ -97,7 +97,7 @@ async def test_the_job_of_the_own_transaction_appears_with_its_order(
     database_url: str, imported: Imported
 ) -> None:
     orders: Any = imported("shop_orders")
-    database = Database(database_url)
+    database = open_database(database_url)
     queue = JobQueue(load_registry(["job_registry.catalog"]), database)
     async with AsyncSession(database.engine) as session:
         connection = await session.connection()

@@ -354,6 +354,6 @@ async def test_rest_counts_the_faults(http: httpx.AsyncClient) -> None:
 async def test_rest_knows_no_such_job_and_no_such_method(http: httpx.AsyncClient) -> None:
     missing = await http.get("/jobs/nope")
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "job_not_found")
-    assert missing.json()["error"]["message"] == "There is no job nope."
+    assert missing.json()["error"]["message"] == 'There is no job "nope".'
     assert (await http.get("/jobs")).status_code == 405
     assert (await http.delete("/jobs/nope")).headers["allow"] == "GET, HEAD"

@@ -395,7 +395,14 @@ async def test_only_the_pages_of_listed_origins_may_call(database_url: str, visi
         ("127.0.0.1:8000", True),
         ("[::1]:8000", True),
         ("localhost:8000", True),
-        ("jobs", True),
+        ("LOCALHOST", True),
+        ("192.0.2.1:8000", True),  # No name leads to it.
+        ("jobs", False),
+        ("wpad", False),
+        ("localhost.evil", False),
+        ("", False),
+        (":8000", False),
+        ("a@localhost.", False),
         ("app.example.com", True),  # Its origin is listed.
         ("evil.example:8000", False),
         ("127.0.0.1.evil.example", False),

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import sys
 from collections.abc import AsyncIterator, MutableMapping
 from typing import Any
 
+import httpx
 import pytest
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 from websockets.typing import Subprotocol
 
+from job_registry_api.auth import Authenticator
 from job_registry_api.graphql import websocket
 from tests.http_client import serving
+from tests.measured_server import measured_server
 
 pytestmark = pytest.mark.any_database
 
@@ -26,13 +31,23 @@ EVENTS = {
 }
 
 
+OPERATIONS = 5
+
+
 @pytest.fixture
-async def socket(database_url: str) -> AsyncIterator[ClientConnection]:
-    """A connection that is open and has not sent a message."""
-    async with (
-        serving(database_url, "--no-worker") as (address, _),
-        connect(f"ws://{address}/graphql", subprotocols=[PROTOCOL]) as socket,
+async def address(database_url: str) -> AsyncIterator[str]:
+    """A server of this test's own."""
+    async with serving(database_url, "--no-worker", max_websocket_operations=str(OPERATIONS)) as (
+        address,
+        _,
     ):
+        yield address
+
+
+@pytest.fixture
+async def socket(address: str) -> AsyncIterator[ClientConnection]:
+    """A connection that is open and has not sent a message."""
+    async with connect(f"ws://{address}/graphql", subprotocols=[PROTOCOL]) as socket:
         yield socket
 
 
@@ -78,10 +93,10 @@ async def test_an_id_is_free_once_its_operation_is_complete(socket: ClientConnec
 
 async def test_a_connection_runs_a_bounded_number_of_operations(socket: ClientConnection) -> None:
     await answers(socket, INIT)
-    for number in range(websocket.MAX_OPERATIONS + 1):
+    for number in range(OPERATIONS + 1):
         await socket.send(json.dumps(EVENTS | {"id": str(number)}))
     refused = json.loads(await asyncio.wait_for(socket.recv(), 5))
-    assert (refused["type"], refused["id"]) == ("error", str(websocket.MAX_OPERATIONS))
+    assert (refused["type"], refused["id"]) == ("error", str(OPERATIONS))
     assert refused["payload"][0]["extensions"]["code"] == "rate_limited"
     await socket.send(json.dumps({"id": "0", "type": "complete"}))
     query = EVENTS | {"id": "query", "payload": {"query": "{ __typename }"}}
@@ -114,6 +129,179 @@ async def test_a_client_that_says_nothing_is_disconnected(monkeypatch: pytest.Mo
         sent.append(dict(message))
 
     scope = {"type": "websocket", "headers": [], "subprotocols": [PROTOCOL]}
-    served = websocket.GraphQLOverWebSocket(None, None, allowed_origins=())  # type: ignore[arg-type]
+    served = websocket.GraphQLOverWebSocket(
+        None,  # type: ignore[arg-type]
+        Authenticator(None),
+        allowed_origins=(),
+        max_operations=1,
+    )
     await served(scope, receive, send)
     assert sent[-1]["code"] == 4408
+
+
+async def closed_with(socket: ClientConnection, seconds: float = 5) -> int:
+    """The code that the server closes a connection with."""
+    try:
+        async with asyncio.timeout(seconds):
+            while True:
+                await socket.recv()
+    except ConnectionClosed as closed:
+        return closed.rcvd.code if closed.rcvd else 0
+
+
+async def test_messages_are_not_compressed(address: str) -> None:
+    async with connect(
+        f"ws://{address}/graphql", subprotocols=[PROTOCOL], compression="deflate"
+    ) as socket:
+        assert socket.response is not None
+        assert "Sec-WebSocket-Extensions" not in socket.response.headers
+
+
+async def test_before_the_acknowledgement_a_message_is_a_few_kilobytes(
+    socket: ClientConnection,
+) -> None:
+    fits = {**INIT, "payload": {"a": "x" * 10_000}}
+    assert await answers(socket, fits) == ["connection_ack"]
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+async def test_a_large_message_before_the_acknowledgement_closes_the_connection(
+    socket: ClientConnection, parts: int
+) -> None:
+    text = json.dumps({**INIT, "payload": {"a": "x" * 50_000}})
+    size = -(-len(text) // parts)
+    await socket.send([text[at : at + size] for at in range(0, len(text), size)])
+    assert await closed_with(socket) == 1009
+
+
+async def test_after_the_acknowledgement_a_message_is_as_large_as_a_request(
+    socket: ClientConnection,
+) -> None:
+    await answers(socket, INIT)
+    large = {"query": "{ __typename }", "extensions": {"a": "x" * 4_000_000}}
+    query = EVENTS | {"payload": large}
+    assert await answers(socket, query) == ["next"]
+
+
+async def test_little_is_read_before_the_acknowledgement(socket: ClientConnection) -> None:
+    sent = 0
+    with contextlib.suppress(ConnectionClosed):
+        for sent in range(100_000):  # noqa: B007
+            await socket.send('{"type": "ping"}')
+    assert await closed_with(socket) in (1008, 0)
+    assert sent < 50_000
+
+
+@pytest.mark.parametrize(
+    ("message", "code"),
+    [
+        (b'{"type": "connection_init"}', 4400),
+        ("", 4400),
+        ("not JSON", 4400),
+        ("[" * 10_000, 4400),
+        ("[]", 4400),
+        ('{"type": "ping", "id": "\\ud800"}', 4400),
+        ('{"type": "\\u0000"}', 4400),
+        ('{"type": ["ping"]}', 4400),
+        ('{"type": "connection_init", "payload": [1]}', 4400),
+        (json.dumps({"type": "complete", "id": "x" * 300}), 4400),
+    ],
+)
+async def test_a_message_that_is_not_of_the_protocol_closes_the_connection(
+    socket: ClientConnection, message: str | bytes, code: int
+) -> None:
+    await socket.send(message)
+    assert await closed_with(socket) == code
+
+
+async def test_a_connection_is_initialised_once(socket: ClientConnection) -> None:
+    assert await answers(socket, INIT, INIT) == ["connection_ack", 4429]
+
+
+async def test_a_flood_of_pings_closes_the_connection(socket: ClientConnection) -> None:
+    await answers(socket, INIT)
+    with contextlib.suppress(ConnectionClosed):
+        for _ in range(1_000):
+            await socket.ping()
+    assert await closed_with(socket) == 1008
+
+
+async def test_a_message_of_countless_empty_fragments_closes_the_connection(
+    socket: ClientConnection,
+) -> None:
+    await answers(socket, INIT)
+    with contextlib.suppress(ConnectionClosed):
+        await socket.send("" for _ in range(5_000))
+    assert await closed_with(socket) == 1008
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="measured in /proc")
+async def test_connections_that_are_not_acknowledged_hold_little(database_url: str) -> None:
+    bomb = json.dumps({**INIT, "payload": {"a": "x" * 7_000_000}})
+    async with contextlib.AsyncExitStack() as stack:
+        server = await stack.enter_async_context(measured_server(database_url))
+        cost = await stack.enter_async_context(server.measuring())
+        for _ in range(20):
+            socket = await stack.enter_async_context(
+                connect(f"ws://{server.address}/graphql", subprotocols=[PROTOCOL])
+            )
+            with contextlib.suppress(ConnectionClosed):
+                await socket.send(bomb)
+    assert cost.within(cpu_seconds=0.5, peak_bytes=32_000_000) == ""
+
+
+@pytest.mark.slow
+async def test_a_client_that_does_not_read_is_closed_with_a_code(database_url: str) -> None:
+    job = {"type": "thumbnail.create", "payload": {"assetId": "a", "versionNumber": 1}}
+    lease = (
+        'mutation { leaseJobs(input: {jobTypes: ["thumbnail.create"], workerId: "w"}) {'
+        " ... on LeaseJobsSuccess { leases { leaseToken } } } }"
+    )
+    report = (
+        "mutation ($t: String!, $p: JSON) {"
+        " heartbeatJob(leaseToken: $t, progress: $p) { __typename } }"
+    )
+    read = "{" + "".join(f" a{n}: jobs {{ nodes {{ progress }} }}" for n in range(20)) + " }"
+    async with (
+        serving(database_url, "--no-worker", unread_timeout_seconds="1") as (address, _),
+        httpx.AsyncClient(base_url=f"http://{address}") as client,
+        connect(
+            f"ws://{address}/graphql", subprotocols=[PROTOCOL], max_queue=1, max_size=None
+        ) as socket,
+    ):
+        await client.post("/jobs", json=job)
+        leased = (await client.post("/graphql", json={"query": lease})).json()
+        token = leased["data"]["leaseJobs"]["leases"][0]["leaseToken"]
+        variables = {"t": token, "p": "x" * 250_000}
+        await client.post("/graphql", json={"query": report, "variables": variables})
+        await answers(socket, INIT)
+        for number in range(20):
+            message = EVENTS | {"id": str(number), "payload": {"query": read}}
+            await socket.send(json.dumps(message))
+        await asyncio.sleep(3)
+        assert await closed_with(socket, 10) == 1008
+
+
+@pytest.mark.slow
+async def test_a_message_has_to_arrive_in_time_and_an_idle_connection_stays(
+    database_url: str,
+) -> None:
+    async with (
+        serving(database_url, "--no-worker", body_timeout_seconds="1") as (address, _),
+        connect(f"ws://{address}/graphql", subprotocols=[PROTOCOL]) as socket,
+    ):
+        await asyncio.sleep(2)
+        await answers(socket, INIT)
+        await socket.ping()
+        await asyncio.sleep(2)
+        assert await answers(socket, {"type": "ping"}) == ["pong"]
+        await asyncio.sleep(2)
+
+        async def slow() -> AsyncIterator[str]:
+            for _ in range(30):
+                yield " " * 10_000
+                await asyncio.sleep(0.1)
+
+        with contextlib.suppress(ConnectionClosed):
+            await socket.send(slow())
+        assert await closed_with(socket) == 1008

@@ -14,6 +14,7 @@ from sqlalchemy import event, text
 
 from job_registry import JobRegistry
 from job_registry_api.queue.database import Database
+from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.errors import InputInvalid
 from job_registry_api.queue.models import JobStatus
 from job_registry_api.queue.queue import JobQueue
@@ -70,7 +71,7 @@ async def test_on_sqlite_a_statement_reads_an_index_and_sorts_no_more_than_a_pag
     tmp_path: Path, sqlite_template: Path, name: str
 ) -> None:
     shutil.copy(sqlite_template, tmp_path / "jobs.db")
-    database = Database(f"sqlite:///{tmp_path / 'jobs.db'}", timeout_seconds=None)
+    database = open_database(f"sqlite:///{tmp_path / 'jobs.db'}", timeout_seconds=None)
     await fill(database, 2_000)
     async with database.reading() as connection:
         query = text(f"EXPLAIN QUERY PLAN {statements('sqlite')[name]}")
@@ -98,7 +99,7 @@ async def test_on_sqlite_a_page_of_jobs_reads_indexes_and_sorts_no_more_than_pag
     tmp_path: Path, sqlite_template: Path, registry: JobRegistry, wanted: JobFilter
 ) -> None:
     shutil.copy(sqlite_template, tmp_path / "jobs.db")
-    database = Database(f"sqlite:///{tmp_path / 'jobs.db'}", timeout_seconds=None)
+    database = open_database(f"sqlite:///{tmp_path / 'jobs.db'}", timeout_seconds=None)
     await fill(database, 2_000)
     steps = [row[-1] for row in await explained(database, registry, wanted, "EXPLAIN QUERY PLAN")]
     await database.close()
@@ -130,7 +131,7 @@ async def explained(
 async def test_on_postgresql_what_an_operation_reads_does_not_grow_with_the_queue(
     fresh_postgresql_url: str, registry: JobRegistry
 ) -> None:
-    database = Database(fresh_postgresql_url, timeout_seconds=None)
+    database = open_database(fresh_postgresql_url, timeout_seconds=None)
     queue = JobQueue(registry, database)
     read: dict[int, dict[str, int]] = {}
     for jobs in (2_000, 20_000):
@@ -155,7 +156,7 @@ async def test_on_postgresql_a_filled_table_without_statistics_costs_no_more(
     fresh_postgresql_url: str, registry: JobRegistry
 ) -> None:
     """A table that has just been filled was not analyzed yet, and estimates are far off."""
-    database = Database(fresh_postgresql_url, timeout_seconds=None)
+    database = open_database(fresh_postgresql_url, timeout_seconds=None)
     queue = JobQueue(registry, database)
     job = (await queue.enqueue(EnqueueRequest("test.limited", {}, priority=0))).job
     async with database.transaction() as connection:
@@ -188,7 +189,7 @@ async def test_jobs_of_higher_priority_that_are_scheduled_for_later_cost_nothing
     assert await queue.waiting_reason(job) == BehindInQueue(3)
     if database_url.startswith("sqlite"):
         return
-    database = Database(database_url, timeout_seconds=None)
+    database = open_database(database_url, timeout_seconds=None)
     assert await blocks(database, WAITING.format(job.id)) < FEW_BLOCKS
     await database.close()
 
@@ -196,7 +197,7 @@ async def test_jobs_of_higher_priority_that_are_scheduled_for_later_cost_nothing
 async def test_on_postgresql_a_report_reads_nothing_of_the_jobs_done_since_a_long_snapshot_began(
     fresh_postgresql_url: str, registry: JobRegistry
 ) -> None:
-    database = Database(fresh_postgresql_url, timeout_seconds=None)
+    database = open_database(fresh_postgresql_url, timeout_seconds=None)
     queue = JobQueue(registry, database)
     async with outsider(fresh_postgresql_url, "REPEATABLE READ") as report:
         await report.exec_driver_sql("SELECT count(*) FROM job")
@@ -263,7 +264,7 @@ def blocks_of(plan: Any) -> int:
 async def test_a_filled_queue_gives_the_highest_and_oldest_first(
     queue: JobQueue, database_url: str
 ) -> None:
-    database = Database(database_url, timeout_seconds=None)
+    database = open_database(database_url, timeout_seconds=None)
     await fill(database, 2_000)
     leases = await queue.lease(["test.ping"], "w", limit=10)
     assert {lease.job.priority for lease in leases} == {60}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from job_registry import JobRegistry
-from job_registry_api.queue.database import Database
+from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.errors import QueueUnavailable
 from job_registry_api.queue.models import JobStatus
 from job_registry_api.queue.queue import JobQueue, open_queue
@@ -206,7 +206,7 @@ async def test_jobs_whose_documents_cannot_be_read_after_the_claim_are_handed_ba
     fresh_postgresql_url: str, registry: JobRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Given a job that is too large to be in the answer of a claim
-    database = Database(fresh_postgresql_url)
+    database = open_database(fresh_postgresql_url)
     queue = JobQueue(registry, database)
     large = EnqueueRequest("test.ping", {"text": "".join(map(str, range(20_000)))})
     job = (await queue.enqueue(large)).job

@@ -19,7 +19,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from job_registry import JobRegistry
 from job_registry_api.queue.database import Database
+from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.errors import QueueUnavailable
+from job_registry_api.queue.postgresql_database import PostgreSQLDatabase
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.requests import EnqueueRequest
 from tests.conftest import run_sql
@@ -32,11 +34,18 @@ SHORT = 1.0
 
 @asynccontextmanager
 async def opened(url: str, **options: Any) -> AsyncIterator[Database]:
-    database = Database(url, **({"timeout_seconds": SHORT} | options))
+    database = open_database(url, **({"timeout_seconds": SHORT} | options))
     try:
         yield database
     finally:
         await database.close()
+
+
+@asynccontextmanager
+async def opened_postgresql(url: str, **options: Any) -> AsyncIterator[PostgreSQLDatabase]:
+    async with opened(url, **options) as database:
+        assert isinstance(database, PostgreSQLDatabase)
+        yield database
 
 
 @contextmanager
@@ -63,7 +72,7 @@ async def until(condition: Any, seconds: float = 10) -> None:
 
 @pytest.mark.parametrize("kind", ["reading", "transaction", "execute_at_once"])
 async def test_a_black_hole_ends_a_call_at_its_deadline(proxied: Proxy, kind: str) -> None:
-    async with opened(proxied.url) as database:
+    async with opened_postgresql(proxied.url) as database:
 
         async def call() -> None:
             if kind == "execute_at_once":
@@ -86,7 +95,7 @@ async def test_a_black_hole_ends_a_call_at_its_deadline(proxied: Proxy, kind: st
 
 async def test_a_black_hole_ends_connecting_at_the_deadline(proxied: Proxy) -> None:
     proxied.black_hole()
-    async with opened(proxied.url) as database:
+    async with opened_postgresql(proxied.url) as database:
         with within(SHORT + 0.8), pytest.raises(QueueUnavailable) as refused:
             await database.execute_at_once("SELECT 1", {})
         assert refused.value.kind == "timeout"
@@ -97,7 +106,7 @@ async def test_an_outage_is_told_with_the_time_that_was_waited(proxied: Proxy) -
         await connection.execute(text("SELECT 1"))
 
     proxied.black_hole()
-    async with opened(proxied.url, timeout_seconds=30) as database:
+    async with opened_postgresql(proxied.url, timeout_seconds=30) as database:
         with within(SHORT), pytest.raises(QueueUnavailable) as refused:
             await database.retrying(read, timeout_seconds=0.2)
     assert refused.value.reason == "no connection to the database within 0.2 seconds"
@@ -108,14 +117,16 @@ async def test_a_server_that_does_not_listen_is_told_in_words(host: str) -> None
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
-        async with opened(f"postgresql://ada@{host}:{port}/jobs?sslmode=disable") as database:
+        async with opened_postgresql(
+            f"postgresql://ada@{host}:{port}/jobs?sslmode=disable"
+        ) as database:
             with pytest.raises(QueueUnavailable) as refused:
                 await database.execute_at_once("SELECT 1", {})
     assert refused.value.reason == f"{host}: Connection refused"
 
 
 async def test_idle_connections_that_died_cost_one_call_one_deadline(proxied: Proxy) -> None:
-    async with opened(proxied.url, pool_size=4) as database:
+    async with opened_postgresql(proxied.url, pool_size=4) as database:
         calls = [database.execute_at_once("SELECT pg_sleep(0.2)", {}) for _ in range(4)]
         await asyncio.gather(*calls)
         assert proxied.connections == 4
@@ -128,7 +139,7 @@ async def test_idle_connections_that_died_cost_one_call_one_deadline(proxied: Pr
 
 
 async def test_connections_that_the_server_closed_are_not_handed_out(proxied: Proxy) -> None:
-    async with opened(proxied.url) as database:
+    async with opened_postgresql(proxied.url) as database:
         await database.execute_at_once("SELECT 1", {})
         proxied.cut()
         proxied.resume()
@@ -139,7 +150,7 @@ async def test_connections_that_the_server_closed_are_not_handed_out(proxied: Pr
 async def test_an_enqueue_through_a_black_hole_fails_and_later_ones_work(
     proxied: Proxy, registry: JobRegistry
 ) -> None:
-    async with opened(proxied.url) as database:
+    async with opened_postgresql(proxied.url) as database:
         queue = JobQueue(registry, database)
         await queue.enqueue(PING)
         proxied.black_hole()
@@ -155,7 +166,9 @@ async def test_an_enqueue_through_a_black_hole_fails_and_later_ones_work(
         await queue.ping()
 
 
-async def cancelled_at_once(call: asyncio.Task[Any], database: Database, proxied: Proxy) -> None:
+async def cancelled_at_once(
+    call: asyncio.Task[Any], database: PostgreSQLDatabase, proxied: Proxy
+) -> None:
     """Cancel a call on a dead network, and check that the database works once it is back."""
     call.cancel()
     with within(0.5), pytest.raises(asyncio.CancelledError):
@@ -166,7 +179,7 @@ async def cancelled_at_once(call: asyncio.Task[Any], database: Database, proxied
 
 
 async def test_a_cancelled_caller_is_cancelled_at_once_and_leaves_nothing(proxied: Proxy) -> None:
-    async with opened(proxied.url, timeout_seconds=30) as database:
+    async with opened_postgresql(proxied.url, timeout_seconds=30) as database:
         await database.execute_at_once("SELECT 1", {})
         proxied.black_hole()
         call = asyncio.create_task(database.execute_at_once("SELECT 1", {}))
@@ -175,7 +188,7 @@ async def test_a_cancelled_caller_is_cancelled_at_once_and_leaves_nothing(proxie
 
 
 async def test_a_cancelled_transaction_does_not_wait_for_its_rollback(proxied: Proxy) -> None:
-    async with opened(proxied.url, timeout_seconds=30) as database:
+    async with opened_postgresql(proxied.url, timeout_seconds=30) as database:
         inside = asyncio.Event()
 
         async def work() -> None:
@@ -191,7 +204,7 @@ async def test_a_cancelled_transaction_does_not_wait_for_its_rollback(proxied: P
 
 
 async def test_closing_does_not_wait_for_a_dead_network(proxied: Proxy) -> None:
-    database = Database(proxied.url, timeout_seconds=30)
+    database = PostgreSQLDatabase(proxied.url, timeout_seconds=30)
     calls = [database.execute_at_once("SELECT pg_sleep(0.1)", {}) for _ in range(5)]
     await asyncio.gather(*calls)
     hung = asyncio.create_task(database.execute_at_once("SELECT pg_sleep(60)", {}))
@@ -206,7 +219,7 @@ async def test_closing_does_not_wait_for_a_dead_network(proxied: Proxy) -> None:
 async def test_a_transaction_that_its_caller_holds_too_long_is_ended(
     fresh_postgresql_url: str,
 ) -> None:
-    async with opened(fresh_postgresql_url) as database:
+    async with opened_postgresql(fresh_postgresql_url) as database:
         with within(SHORT + 0.8), pytest.raises(QueueUnavailable):
             async with database.transaction() as connection:
                 await connection.execute(text("LOCK TABLE job"))
@@ -217,7 +230,7 @@ async def test_a_transaction_that_its_caller_holds_too_long_is_ended(
 async def test_the_pool_is_waited_for_no_longer_than_the_deadline(
     fresh_postgresql_url: str,
 ) -> None:
-    async with opened(fresh_postgresql_url, pool_size=2) as database:
+    async with opened_postgresql(fresh_postgresql_url, pool_size=2) as database:
         async with database.reading(), database.reading():
             with within(SHORT + 0.5), pytest.raises(QueueUnavailable) as refused:
                 await database.execute_at_once("SELECT 1", {})
@@ -226,7 +239,7 @@ async def test_the_pool_is_waited_for_no_longer_than_the_deadline(
 
 
 async def test_sessions_have_timeouts_keepalive_and_read_committed(proxied: Proxy) -> None:
-    async with opened(proxied.url, timeout_seconds=10) as database:
+    async with opened_postgresql(proxied.url, timeout_seconds=10) as database:
         rows = await database.execute_at_once(
             "SELECT name, setting FROM pg_settings WHERE name = ANY(CAST(:names AS text[]))",
             {
@@ -250,7 +263,7 @@ def test_tcp_connections_have_keepalive(proxied: Proxy, uvloop: bool) -> None:
     from uvloop import new_event_loop
 
     async def run() -> list[str]:
-        async with opened(proxied.url) as database:
+        async with opened_postgresql(proxied.url) as database:
             await database.execute_at_once("SELECT 1", {})
             # The last column of an established connection's timer: 2 is keepalive.
             port = f"{proxied.port:04X}"
@@ -268,7 +281,7 @@ def test_tcp_connections_have_keepalive(proxied: Proxy, uvloop: bool) -> None:
 async def test_the_listener_notices_a_dead_connection_and_hears_again(proxied: Proxy) -> None:
     gaps: list[float] = []
     heard: list[str] = []
-    async with opened(proxied.url) as database:
+    async with opened_postgresql(proxied.url) as database:
         listening = asyncio.create_task(
             database.listen(heard.append, lambda: gaps.append(time.monotonic()))
         )
@@ -277,7 +290,7 @@ async def test_the_listener_notices_a_dead_connection_and_hears_again(proxied: P
         await asyncio.sleep(SHORT)
         proxied.resume()
         await until(lambda: len(gaps) == 2, 4 * SHORT + 1)
-        async with opened(proxied.url) as other, other.transaction() as connection:
+        async with opened_postgresql(proxied.url) as other, other.transaction() as connection:
             await connection.execute(text("SELECT pg_notify('job_registry', 'hello')"))
         await until(lambda: heard == ["hello"])
         listening.cancel()
@@ -288,7 +301,7 @@ async def test_the_listener_notices_a_dead_connection_and_hears_again(proxied: P
 # Retries
 
 
-async def deadlock(database: Database, *, retried: bool) -> list[Any]:
+async def deadlock(database: PostgreSQLDatabase, *, retried: bool) -> list[Any]:
     """Two transactions that take two rows in opposite order."""
     both = [asyncio.Event(), asyncio.Event()]
 
@@ -318,7 +331,7 @@ async def deadlock(database: Database, *, retried: bool) -> list[Any]:
 async def test_deadlocks_are_run_again_and_never_reach_the_caller_raw(
     fresh_postgresql_url: str, retried: bool
 ) -> None:
-    async with opened(fresh_postgresql_url, timeout_seconds=10) as database:
+    async with opened_postgresql(fresh_postgresql_url, timeout_seconds=10) as database:
         await database.execute_at_once("INSERT INTO job_type_state VALUES ('0'), ('1')", {})
         results = await deadlock(database, retried=retried)
     if retried:
@@ -337,7 +350,7 @@ async def test_a_statement_survives_serialization_failures(fresh_postgresql_url:
             IF nextval('tries') < 3 THEN RAISE EXCEPTION 'again' USING ERRCODE = '40001'; END IF;
             RETURN 7;
         END $$"""
-    async with opened(fresh_postgresql_url) as database:
+    async with opened_postgresql(fresh_postgresql_url) as database:
         for sql in run_again.split(";\n        CREATE F"):
             async with database.transaction() as connection:
                 whole = sql if "SEQUENCE" in sql else "CREATE F" + sql
@@ -349,7 +362,7 @@ async def test_a_statement_survives_serialization_failures(fresh_postgresql_url:
 async def test_a_statement_that_always_fails_is_given_up(fresh_postgresql_url: str) -> None:
     function = """CREATE FUNCTION fails() RETURNS int LANGUAGE plpgsql AS
         $$ BEGIN RAISE EXCEPTION 'again' USING ERRCODE = '40001'; END $$"""
-    async with opened(fresh_postgresql_url, timeout_seconds=10) as database:
+    async with opened_postgresql(fresh_postgresql_url, timeout_seconds=10) as database:
         async with database.transaction() as connection:
             await connection.exec_driver_sql(function)
         with within(3), pytest.raises(QueueUnavailable) as refused:
@@ -360,7 +373,7 @@ async def test_a_statement_that_always_fails_is_given_up(fresh_postgresql_url: s
 async def test_a_column_that_a_migration_adds_does_not_break_prepared_statements(
     fresh_postgresql_url: str,
 ) -> None:
-    async with opened(fresh_postgresql_url, pool_size=2) as database:
+    async with opened_postgresql(fresh_postgresql_url, pool_size=2) as database:
         await database.execute_at_once("SELECT * FROM job_type_state", {})
         await asyncio.to_thread(
             run_sql, fresh_postgresql_url, "ALTER TABLE job_type_state ADD COLUMN more int"
@@ -377,8 +390,8 @@ async def test_locks_and_slow_statements_are_given_up_by_the_server(
     fresh_postgresql_url: str,
 ) -> None:
     async with (
-        opened(fresh_postgresql_url, timeout_seconds=3) as database,
-        opened(fresh_postgresql_url, timeout_seconds=30) as holder,
+        opened_postgresql(fresh_postgresql_url, timeout_seconds=3) as database,
+        opened_postgresql(fresh_postgresql_url, timeout_seconds=30) as holder,
     ):
         await database.execute_at_once("SELECT 1", {})
         with within(3), pytest.raises(QueueUnavailable) as slow:
@@ -431,7 +444,7 @@ def dml_only(fresh_postgresql_url: str) -> Iterator[str]:
 
 
 async def test_a_missing_grant_is_named(dml_only: str, registry: JobRegistry) -> None:
-    async with opened(dml_only) as database:
+    async with opened_postgresql(dml_only) as database:
         queue = JobQueue(registry, database)
         for call in (queue.enqueue(PING), queue.ping()):
             with pytest.raises(QueueUnavailable) as refused:
@@ -512,7 +525,7 @@ async def test_a_read_only_server_is_not_ready(
         fresh_postgresql_url,
         f"ALTER DATABASE {name} SET default_transaction_read_only = on",
     )
-    async with opened(fresh_postgresql_url) as database:
+    async with opened_postgresql(fresh_postgresql_url) as database:
         queue = JobQueue(registry, database)
         for call in (queue.enqueue(PING), queue.ping()):
             with pytest.raises(QueueUnavailable) as refused:

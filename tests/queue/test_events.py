@@ -22,6 +22,7 @@ from sqlalchemy import text
 
 from job_registry import JobRegistry
 from job_registry_api.queue.database import Database
+from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.enqueueing import Enqueued
 from job_registry_api.queue.errors import EventsMissed, LeaseLost
 from job_registry_api.queue.event_stream import Gap, KeptBatches
@@ -33,6 +34,7 @@ from job_registry_api.queue.events import (
     decode,
 )
 from job_registry_api.queue.models import JobError, JobStatus
+from job_registry_api.queue.postgresql_database import PostgreSQLDatabase
 from job_registry_api.queue.queue import JobQueue, open_queue
 from job_registry_api.queue.requests import EnqueueRequest
 from job_registry_api.queue.store import EVENTS_KEPT_SECONDS, message_of
@@ -149,7 +151,7 @@ async def test_a_bulk_that_no_notification_holds_keeps_its_place(
 async def test_own_subscribers_hear_own_events_where_nobody_listens(
     database_url: str, registry: JobRegistry
 ) -> None:
-    database = Database(database_url)
+    database = open_database(database_url)
     queue = JobQueue(registry, database)
     with queue.events.subscribe() as heard:
         job = (await queue.enqueue(PING)).job
@@ -214,7 +216,7 @@ async def test_a_log_that_cannot_be_written_fails_no_operation(
 ) -> None:
     broken = _logger(_unwritable)
     monkeypatch.setattr("job_registry_api.queue.events.log", broken)
-    database = Database(database_url)
+    database = open_database(database_url)
     queue = JobQueue(registry, database)
     async with AsyncExitStack() as stack:
         if heard:
@@ -418,7 +420,7 @@ async def test_a_lost_connection_is_told_to_subscribers_and_to_those_that_wait(
         queue.events.waiting_for(["test.pong"], []) as woken,
         queue.events.on_work(work.append),
     ):
-        database = Database(database_url)
+        database = open_database(database_url)
         async with database.reading() as connection:
             await connection.exec_driver_sql(
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
@@ -698,7 +700,7 @@ async def test_hearing_leaves_no_task_behind(database_url: str, registry: JobReg
 
 @pytest.fixture
 def polled(monkeypatch: pytest.MonkeyPatch, fresh_postgresql_url: str) -> str:
-    monkeypatch.setattr(Database, "keeps_events", True)
+    monkeypatch.setattr(PostgreSQLDatabase, "keeps_events", True)
     return fresh_postgresql_url
 
 
@@ -723,7 +725,7 @@ async def test_events_are_polled_where_there_are_no_notifications(
 
 async def test_a_batch_that_commits_late_is_heard_late(polled: str, registry: JobRegistry) -> None:
     late, rolled_back, in_time, last = (uuid.UUID(int=number) for number in range(4))
-    database = Database(polled)
+    database = open_database(polled)
 
     async def keep(connection: Any, job_id: uuid.UUID) -> None:
         await connection.execute(_KEEP, {"message": _message("job.created", job_id)})
@@ -857,7 +859,7 @@ def _message(name: str, *job_ids: uuid.UUID) -> str:
 
 async def _tell(url: str, *messages: str) -> None:
     """Sends messages as another process would."""
-    database = Database(url)
+    database = open_database(url)
     async with database.transaction() as connection:
         for message in messages:
             if database.keeps_events:
@@ -869,7 +871,7 @@ async def _tell(url: str, *messages: str) -> None:
 
 async def _let_kept_events_grow_old(queue: JobQueue, url: str) -> None:
     """Deletes every batch that is kept, as upkeep does once they are old enough."""
-    database = Database(url)
+    database = open_database(url)
     async with database.transaction() as connection:
         await connection.exec_driver_sql(
             "UPDATE job_event_batch SET created_at = '2020-01-01 00:00:00.000000'"

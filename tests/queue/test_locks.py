@@ -12,9 +12,10 @@ import pytest
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
 from job_registry import JobRegistry, JobType, Payload
-from job_registry_api.queue.database import Database, async_url
+from job_registry_api.queue.database import async_url
 from job_registry_api.queue.enqueueing import Enqueued
 from job_registry_api.queue.models import JobError, JobStatus
+from job_registry_api.queue.postgresql_database import PostgreSQLDatabase
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.requests import EnqueueRequest
 from tests.conftest import advance, run_sql
@@ -219,7 +220,7 @@ async def test_no_lock_is_held_while_a_large_document_is_sent_however_small_it_i
 ) -> None:
     """A client that has frozen would stop the answer, and with it the statement that holds."""
     payload = {"text": "a" * 200_000}
-    database = Database(fresh_postgresql_url)
+    database = PostgreSQLDatabase(fresh_postgresql_url)
     queue = JobQueue(JobRegistry([JobType(name="race.text", payload=Text)]), database)
     await queue.enqueue(EnqueueRequest("race.text", payload))
     claimed = await database.execute_at_once(

@@ -26,7 +26,7 @@ from sqlmodel import Field, SQLModel
 
 from job_registry import JobRegistry
 from job_registry_api.queue import migrations
-from job_registry_api.queue.database import Database
+from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.errors import QueueUnavailable
 from job_registry_api.queue.models import METADATA, JobStatus
 from job_registry_api.queue.queue import open_queue
@@ -80,7 +80,7 @@ def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 
 def look(url: str, work: Any, *, schema: str = "job_registry") -> Any:
     async def run() -> Any:
-        database = Database(url, schema=schema, create=True)
+        database = open_database(url, schema=schema, create=True)
         try:
             async with database.engine.begin() as connection:
                 return await connection.run_sync(work)

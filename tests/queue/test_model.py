@@ -30,7 +30,7 @@ from hypothesis.stateful import (
 )
 
 from job_registry import Backoff, JobPolicy, JobRegistry, JobType, Payload
-from job_registry_api.queue.database import Database
+from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.errors import JobStateConflict, LeaseLost
 from job_registry_api.queue.models import JobError, JobStatus
 from job_registry_api.queue.queue import JobQueue
@@ -111,7 +111,7 @@ class QueueMachine(RuleBasedStateMachine):
         super().__init__()
         self.loop = asyncio.new_event_loop()
         # Two, as two processes have them: whichever an operation meets, the answer is the same.
-        self.databases = [Database(self.url), Database(self.url)]
+        self.databases = [open_database(self.url), open_database(self.url)]
         queues = [JobQueue(REGISTRY, each, lease_seconds=LEASE) for each in self.databases]
         self.turns = itertools.cycle(queues)
         self.model: dict[uuid.UUID, ModelJob] = {}

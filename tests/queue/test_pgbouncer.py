@@ -18,8 +18,8 @@ import pytest
 from sqlalchemy import text
 
 from job_registry import JobRegistry
-from job_registry_api.queue.database import Database
 from job_registry_api.queue.errors import QueueUnavailable
+from job_registry_api.queue.postgresql_database import PostgreSQLDatabase
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.requests import EnqueueRequest
 from tests.conftest import run_sql
@@ -90,7 +90,7 @@ async def test_two_queues_share_its_connections(pooled_url: str, registry: JobRe
     async with AsyncExitStack() as stack:
         queues = []
         for _ in range(2):
-            database = Database(pooled_url, pooler="transaction")
+            database = PostgreSQLDatabase(pooled_url, pooler="transaction")
             stack.push_async_callback(database.close)
             queues.append(JobQueue(registry, database))
         enqueued = await asyncio.gather(
@@ -113,7 +113,7 @@ async def test_two_queues_share_its_connections(pooled_url: str, registry: JobRe
 async def test_nothing_of_a_session_outlives_a_transaction(
     pooled_url: str, fresh_postgresql_url: str
 ) -> None:
-    database = Database(pooled_url, pooler="transaction", timeout_seconds=7)
+    database = PostgreSQLDatabase(pooled_url, pooler="transaction", timeout_seconds=7)
     names = "'statement_timeout', 'lock_timeout', 'jit', 'transaction_isolation'"
     inside = await database.execute_at_once(
         f"SELECT name, setting FROM pg_settings WHERE name IN ({names})", {}
@@ -143,7 +143,7 @@ async def test_nothing_of_a_session_outlives_a_transaction(
 
 
 async def test_a_failed_and_a_cancelled_transaction_are_rolled_back(pooled_url: str) -> None:
-    database = Database(pooled_url, pooler="transaction")
+    database = PostgreSQLDatabase(pooled_url, pooler="transaction")
     insert = text("INSERT INTO job_type_state (type) VALUES ('x')")
 
     async def wait_inside() -> None:
@@ -174,7 +174,7 @@ async def check_events_arrive(one: JobQueue, other: JobQueue) -> None:
 async def test_without_a_direct_url_events_of_others_are_polled_for(
     pooled_url: str, registry: JobRegistry
 ) -> None:
-    first, second = (Database(pooled_url, pooler="transaction") for _ in range(2))
+    first, second = (PostgreSQLDatabase(pooled_url, pooler="transaction") for _ in range(2))
     assert first.keeps_events
     one, other = JobQueue(registry, first), JobQueue(registry, second)
     async with one.events.hearing(), other.events.hearing():
@@ -187,7 +187,7 @@ async def test_a_direct_url_carries_notifications(
     pooled_url: str, fresh_postgresql_url: str, registry: JobRegistry
 ) -> None:
     first, second = (
-        Database(pooled_url, pooler="transaction", listen_url=fresh_postgresql_url)
+        PostgreSQLDatabase(pooled_url, pooler="transaction", listen_url=fresh_postgresql_url)
         for _ in range(2)
     )
     assert not first.keeps_events

@@ -27,7 +27,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
 from job_registry import JobPolicy, JobRegistry, JobType
 from job_registry_api.queue.claiming import Lease
-from job_registry_api.queue.database import Database, async_url
+from job_registry_api.queue.database import async_url
+from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.models import JobStatus
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.requests import EnqueueRequest
@@ -196,7 +197,7 @@ async def test_jobs_that_others_hold_locked_do_not_starve_the_rest(
 async def test_a_locked_due_job_does_not_make_an_idle_worker_spin(
     fresh_postgresql_url: str,
 ) -> None:
-    database = Database(fresh_postgresql_url)
+    database = open_database(fresh_postgresql_url)
     queue = JobQueue(REGISTRY, database)
     statements = 0
 

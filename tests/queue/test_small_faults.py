@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from job_registry import JobRegistry
-from job_registry_api.queue.database import Database
+from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.errors import (
     EventsMissed,
     JobStateConflict,
@@ -395,7 +395,7 @@ async def test_events_of_another_process_that_were_deleted_unread_are_missed_and
 ) -> None:
     # A batch too large for a notification is kept in a table, and only its number is told.
     sqlite = database_url.startswith("sqlite")
-    database = Database(database_url)
+    database = open_database(database_url)
     other = JobQueue(registry, database)
     with queue.events.subscribe() as subscription:
         delete = DELETE_EVERY_BATCH["sqlite" if sqlite else "postgresql"]
@@ -416,7 +416,7 @@ async def test_the_very_first_batch_that_is_deleted_unread_is_missed_as_well(
 ) -> None:
     shutil.copy(sqlite_template, tmp_path / "jobs.db")
     url = f"sqlite:///{tmp_path / 'jobs.db'}"
-    database = Database(url)
+    database = open_database(url)
     queue = JobQueue(registry, database)
     kept = KeptBatches(queue._store, gapless=True)
     assert await kept.read() == []

@@ -16,10 +16,10 @@ import pytest
 from sqlalchemy import text
 
 from job_registry import JobRegistry
-from job_registry_api.queue.database import MAX_WAL_BYTES, Database
 from job_registry_api.queue.errors import QueueUnavailable
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.requests import EnqueueRequest
+from job_registry_api.queue.sqlite_database import MAX_WAL_BYTES, SQLiteDatabase
 
 PING = EnqueueRequest("test.ping", {})
 
@@ -31,8 +31,8 @@ def path(sqlite_template: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-async def database(path: Path) -> AsyncIterator[Database]:
-    database = Database(f"sqlite:///{path}", timeout_seconds=2)
+async def database(path: Path) -> AsyncIterator[SQLiteDatabase]:
+    database = SQLiteDatabase(f"sqlite:///{path}", timeout_seconds=2)
     yield database
     await database.close()
 
@@ -46,13 +46,13 @@ def store(name: str, seconds: float = 0.0) -> Callable[[sqlite3.Connection], str
     return work
 
 
-async def stored(database: Database) -> set[str]:
+async def stored(database: SQLiteDatabase) -> set[str]:
     async with database.reading() as connection:
         rows = await connection.execute(text("SELECT type FROM job_type_state"))
         return {row.type for row in rows}
 
 
-async def test_writes_are_whole_or_not_at_all(database: Database) -> None:
+async def test_writes_are_whole_or_not_at_all(database: SQLiteDatabase) -> None:
     def broken(connection: sqlite3.Connection) -> None:
         store("half")(connection)
         raise KeyError("half")
@@ -63,7 +63,9 @@ async def test_writes_are_whole_or_not_at_all(database: Database) -> None:
     assert await stored(database) == {"one"}
 
 
-async def test_writes_are_one_at_a_time_with_transactions_between_them(database: Database) -> None:
+async def test_writes_are_one_at_a_time_with_transactions_between_them(
+    database: SQLiteDatabase,
+) -> None:
     async def transaction(number: int) -> None:
         async with database.transaction() as connection:
             before = await connection.execute(text("SELECT count(*) FROM job_type_state"))
@@ -80,7 +82,7 @@ async def test_writes_are_one_at_a_time_with_transactions_between_them(database:
 
 
 async def test_a_cancelled_write_is_cancelled_at_once_and_ends_by_itself(
-    database: Database,
+    database: SQLiteDatabase,
 ) -> None:
     call = asyncio.create_task(database.write(store("slow", 0.5)))
     await asyncio.sleep(0.1)
@@ -93,7 +95,9 @@ async def test_a_cancelled_write_is_cancelled_at_once_and_ends_by_itself(
     assert await stored(database) == {"slow", "next"}
 
 
-async def test_a_write_that_is_cancelled_before_its_turn_never_begins(database: Database) -> None:
+async def test_a_write_that_is_cancelled_before_its_turn_never_begins(
+    database: SQLiteDatabase,
+) -> None:
     first = asyncio.create_task(database.write(store("first", 0.3)))
     await asyncio.sleep(0.05)
     second = asyncio.create_task(database.write(store("second")))
@@ -105,7 +109,7 @@ async def test_a_write_that_is_cancelled_before_its_turn_never_begins(database: 
 
 
 async def test_another_processs_write_is_waited_for_until_the_deadline(
-    path: Path, database: Database
+    path: Path, database: SQLiteDatabase
 ) -> None:
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
@@ -122,7 +126,7 @@ async def test_another_processs_write_is_waited_for_until_the_deadline(
     assert await stored(database) == {"now"}
 
 
-async def begin(database: Database) -> None:
+async def begin(database: SQLiteDatabase) -> None:
     async with database.transaction():
         pass
 
@@ -134,7 +138,7 @@ async def refuse(call: Awaitable[object]) -> None:
 
 @pytest.mark.parametrize("how", ["deleted", "replaced"])
 async def test_a_file_that_vanishes_is_noticed_and_one_that_comes_back_is_used(
-    path: Path, database: Database, registry: JobRegistry, sqlite_template: Path, how: str
+    path: Path, database: SQLiteDatabase, registry: JobRegistry, sqlite_template: Path, how: str
 ) -> None:
     queue = JobQueue(registry, database)
     job = (await queue.enqueue(PING)).job
@@ -171,7 +175,7 @@ async def test_a_file_that_vanishes_is_noticed_and_one_that_comes_back_is_used(
 
 
 async def test_a_file_deleted_during_a_write_is_not_answered_as_stored(
-    path: Path, database: Database
+    path: Path, database: SQLiteDatabase
 ) -> None:
     def work(connection: sqlite3.Connection) -> None:
         store("gone")(connection)
@@ -182,7 +186,7 @@ async def test_a_file_deleted_during_a_write_is_not_answered_as_stored(
 
 
 async def test_a_missing_file_is_not_created(tmp_path: Path) -> None:
-    database = Database(f"sqlite:///{tmp_path / 'none.db'}")
+    database = SQLiteDatabase(f"sqlite:///{tmp_path / 'none.db'}")
     for call in (database.write(store("x")), stored(database)):
         with pytest.raises(QueueUnavailable):
             await call
@@ -195,14 +199,14 @@ async def test_a_path_with_characters_of_urls_is_that_path(
 ) -> None:
     path = tmp_path / "a b%20?#c.db"
     shutil.copy(sqlite_template, path)
-    database = Database(f"sqlite:///{quote(str(path))}")
+    database = SQLiteDatabase(f"sqlite:///{quote(str(path))}")
     await database.write(store("x"))
     assert await stored(database) == {"x"}
     await database.close()
 
 
 async def test_the_listener_hears_commits_of_a_file_that_came_back(
-    path: Path, database: Database
+    path: Path, database: SQLiteDatabase
 ) -> None:
     gaps: list[int] = []
     listening = asyncio.create_task(database.listen(lambda _: None, lambda: gaps.append(1)))
@@ -236,7 +240,7 @@ def grow_log(path: Path, megabytes: int) -> None:
         writer.execute("DELETE FROM job_type_state")
 
 
-async def test_the_log_shrinks_by_itself_to_its_limit(path: Path, database: Database) -> None:
+async def test_the_log_shrinks_by_itself_to_its_limit(path: Path, database: SQLiteDatabase) -> None:
     await database.write(store("first"))
     await asyncio.to_thread(grow_log, path, 16)
     log = path.with_name("jobs.db-wal")
@@ -247,7 +251,7 @@ async def test_the_log_shrinks_by_itself_to_its_limit(path: Path, database: Data
 
 
 async def test_a_checkpoint_empties_the_log_and_holds_up_no_writer(
-    path: Path, database: Database
+    path: Path, database: SQLiteDatabase
 ) -> None:
     await database.write(store("first"))
     await asyncio.to_thread(grow_log, path, 8)

@@ -10,7 +10,7 @@ from job_registry_api.queue import upkeep
 from job_registry_api.queue.models import JobError, JobStatus
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.requests import EnqueueRequest
-from job_registry_api.queue.upkeep import maintain, prune
+from job_registry_api.queue.upkeep import maintain, prune_in_batches
 from tests.conftest import advance, run_sql
 
 DAY = 86_400
@@ -40,7 +40,7 @@ async def test_finished_jobs_are_deleted_in_batches_and_others_never(
     await finish(queue, 5)
     waiting = (await queue.enqueue(PING)).job
 
-    assert await prune(queue, JobStatus.SUCCEEDED, keep_days=7) == 50
+    assert await prune_in_batches(queue, JobStatus.SUCCEEDED, keep_days=7) == 50
     counts = (await queue.counts())["test.ping"]
     assert (counts.succeeded, counts.queued) == (5, 1)
     # Their attempts went with them.
@@ -49,7 +49,7 @@ async def test_finished_jobs_are_deleted_in_batches_and_others_never(
 
     await advance(database_url, 1_000 * DAY)
     for status in (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED):
-        await prune(queue, status, keep_days=0)
+        await prune_in_batches(queue, status, keep_days=0)
     assert (await queue.get(waiting.id)).status is JobStatus.QUEUED
 
 
@@ -87,7 +87,7 @@ async def test_a_pruned_jobs_idempotency_key_is_free_again(
     (lease,) = await queue.lease(["test.ping"], "w")
     await queue.complete(lease.token)
     await advance(database_url, DAY)
-    assert await prune(queue, JobStatus.SUCCEEDED, keep_days=0.5) == 1
+    assert await prune_in_batches(queue, JobStatus.SUCCEEDED, keep_days=0.5) == 1
     again = await queue.enqueue(keyed)
     assert (again.deduplicated, again.job.id == first.job.id) == (False, False)
 
@@ -102,7 +102,7 @@ async def test_upkeep_deletes_old_events_however_many_there_are(
     batch = "INSERT INTO job_event_batch (message, created_at) VALUES ('{}', '2026-01-01')"
     await asyncio.to_thread(run_sql, database_url, *[batch] * 35)
 
-    await upkeep.tidy(queue, asyncio.Event())
+    await upkeep.tidy_in_batches(queue, asyncio.Event())
 
     rows = await asyncio.to_thread(run_sql, database_url, "SELECT count(*) FROM job_event_batch")
     assert rows == [(0,)]
@@ -115,4 +115,4 @@ async def test_pruning_ends_with_the_transaction_that_is_under_way_when_the_proc
     await finish(queue, 30)
     stop = asyncio.Event()
     stop.set()
-    assert await prune(queue, JobStatus.SUCCEEDED, keep_days=0, stop=stop) == 5
+    assert await prune_in_batches(queue, JobStatus.SUCCEEDED, keep_days=0, stop=stop) == 5

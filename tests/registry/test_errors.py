@@ -9,12 +9,7 @@ from pydantic import JsonValue
 from pydantic_core import from_json, to_json
 
 from job_registry import CodedError, JobTypeNotFound, NotJson, PayloadInvalid, Violation
-from job_registry_api.auth import (
-    AuthenticationUnavailable,
-    Forbidden,
-    TooManyRequests,
-    Unauthenticated,
-)
+from job_registry_api.auth import Forbidden, TooManyRequests, Unauthenticated
 from job_registry_api.queue.errors import (
     EventsMissed,
     InputInvalid,
@@ -24,6 +19,7 @@ from job_registry_api.queue.errors import (
     QueueUnavailable,
 )
 from job_registry_api.queue.models import JobStatus
+from job_registry_api.signing_keys import AuthenticationUnavailable
 
 FAULT = Violation("/a~1b", "required", "This field is required.")
 FAULT_JSON = {"path": "/a~1b", "code": "required", "message": "This field is required."}

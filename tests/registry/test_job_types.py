@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import date, datetime
 from decimal import Decimal
 from enum import Enum
@@ -152,6 +152,34 @@ def test_one_handler_is_attached_and_given_back() -> None:
         job_type.handler(lambda job, payload: None)
     with pytest.raises(DefinitionError, match=r"must take \(job, payload\)"):
         JobType(name="b", payload=Note).handler(lambda job: None)
+
+
+def test_a_handler_that_yields_is_refused() -> None:
+    async def run(job: JobContext, payload: Note) -> AsyncIterator[str]:
+        yield payload.text
+
+    def run_in_thread(job: JobContext, payload: Note) -> Iterator[str]:
+        yield payload.text
+
+    for handler in (run, run_in_thread):
+        with pytest.raises(DefinitionError, match=r"run\S* yields, .*; return the result instead"):
+            JobType(name="a", payload=Note).handler(handler)
+
+
+def test_a_handler_with_swapped_arguments_is_refused() -> None:
+    def run(payload: Note, job: JobContext) -> None:
+        """As its annotations say, it takes (payload, job)."""
+
+    def half(payload: Note, job):  # type: ignore[no-untyped-def]
+        """One annotation is enough."""
+
+    class Step:
+        def run(self, payload: Note, job: JobContext) -> None:
+            """A method's own arguments count."""
+
+    for handler in (run, half, Step().run):
+        with pytest.raises(DefinitionError, match=r"takes \(payload, job\), expected"):
+            JobType(name="a", payload=Note).handler(handler)
 
 
 def test_the_description_is_the_payloads_docstring() -> None:

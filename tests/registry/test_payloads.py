@@ -244,11 +244,30 @@ def test_the_json_schema_says_the_same_as_the_registry(payload: dict[str, Any]) 
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "nope", "[NaN]", "[Infinity]", b"\xff", "[" * 100_000, "{}{}"]
+    ("text", "fault"),
+    [
+        ("", "the text ends too early at line 1, column 0"),
+        ("{", "the text ends too early at line 1, column 1"),
+        ("nope", "unexpected character at line 1, column 2"),
+        ('{"a" 1}', "unexpected character at line 1, column 6"),
+        ("[NaN]", "unexpected character at line 1, column 2"),
+        ("[Infinity]", "unexpected character at line 1, column 2"),
+        (b"\xff", "unexpected character at line 1, column 1"),
+        (b'"\xff"', "text that is not UTF-8 at line 1, column 2"),
+        ("[" * 100_000, "too many nested arrays and objects at line 1, column 202"),
+        ("{}\n{}", "more text after the end of the value at line 2, column 1"),
+        ("[1,]", "unexpected comma at line 1, column 4"),
+        ("{a: 1}", "expected a name in double quotes at line 1, column 2"),
+        ('"\n"', "unescaped control character in a string at line 2, column 0"),
+        (r'"\q"', "invalid escape in a string at line 1, column 3"),
+        (r'"\ud800"', "invalid escape in a string at line 1, column 8"),
+        ("[01]", "invalid number at line 1, column 3"),
+    ],
 )
-def test_what_is_no_json_is_told_so(text: str | bytes) -> None:
-    with pytest.raises(NotJson, match="not valid JSON"):
-        parse_json(text)
+def test_text_that_is_not_json_is_refused_with_the_place(text: str | bytes, fault: str) -> None:
+    with pytest.raises(NotJson) as refused:
+        parse_json(text, "The body")
+    assert str(refused.value) == f"The body is not valid JSON: {fault}"
 
 
 def test_the_text_of_a_document_is_compact_utf8() -> None:

@@ -53,6 +53,8 @@ class Order(Payload):
     tree: Node | None = None
     ways: list[Card | Iban | int] = []
     counts: dict[Annotated[str, Field(max_length=3)], int] = {}
+    initial: Annotated[str, Field(min_length=1, max_length=1)] = "a"
+    one: Annotated[list[int], Field(min_length=1, max_length=2)] = [1]
     nested: dict[str, dict[str, int]] = {}
     wait: timedelta = timedelta(0)
     pair: tuple[int, str] = (1, "")
@@ -122,6 +124,9 @@ def test_a_violation_points_into_what_was_sent(
 @pytest.mark.parametrize(
     ("payload", "message"),
     [
+        ({"initial": ""}, 'Expected a string of at least 1 character; got "".'),
+        ({"one": []}, "Expected an array of at least 1 item; got []."),
+        ({"one": [1, 1, 1]}, "Expected an array of at most 2 items; got [1, 1, 1]."),
         ({"wait": 10}, "Expected a duration in ISO 8601, such as PT30S; got 10."),
         ({"wait": "soon"}, 'Expected a duration in ISO 8601, such as PT30S; got "soon".'),
         ({"slot": {"date": True}}, "Expected a date in ISO 8601, such as 2030-01-31; got true."),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -173,16 +174,39 @@ async def test_the_page_admits_no_foreign_script_and_no_frame(visit: Visit) -> N
     assert page.headers["cache-control"] == "no-cache"
 
 
-async def test_without_a_build_the_page_says_what_is_missing(
+async def test_without_a_build_the_page_says_what_is_missing_until_it_is_built(
     visit: Visit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pages.graphiql, "__defaults__", (tmp_path,))
+    building = tmp_path / "building"
+    monkeypatch.setattr(pages.graphiql, "__defaults__", (tmp_path, building))
     monkeypatch.setattr(pages.assets, "__defaults__", (tmp_path,))
     async with visit() as client:
-        page = await client.get("/graphql", headers={"accept": "text/html"})
+
+        async def page() -> str:
+            return (await client.get("/graphql", headers={"accept": "text/html"})).text
+
+        assert "install Node 20.19 or newer and run <code>make install</code>" in await page()
+        assert "curl http://jobs/graphql" in await page()
+        assert "refresh" not in await page()
         answer = await client.post("/graphql", json={"query": "{ __typename }"})
-    assert "install Node 20.19 or newer and run <code>make install</code>" in page.text
-    assert answer.json() == {"data": {"__typename": "Query"}}
+        assert answer.json() == {"data": {"__typename": "Query"}}
+
+        building.touch()
+        assert "This page reloads until it is there." in await page()
+        assert '<meta http-equiv="refresh"' in await page()
+
+        # A build that was killed leaves the mark behind.
+        os.utime(building, (0, 0))
+        assert "install Node" in await page()
+
+        assert (await client.get(f"/{pages.ASSETS}/index-1.js")).status_code == 404
+        (tmp_path / pages.ASSETS).mkdir(parents=True)
+        (tmp_path / pages.ASSETS / "index-1.js").write_text("1")
+        (tmp_path / "index.html").write_text("GraphiQL")
+        assert await page() == "GraphiQL"
+        script = await client.get(f"/{pages.ASSETS}/index-1.js")
+        assert (script.status_code, script.text) == (200, "1")
+        assert "immutable" in script.headers["cache-control"]
 
 
 async def test_the_root_leads_to_graphiql_and_unknown_paths_are_answered_as_json(

@@ -9,7 +9,7 @@ import pytest
 import structlog
 
 from job_registry import Backoff, JobPolicy, JobRegistry, JobType
-from job_registry_api.queue.database import Database
+from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.worker import attempt, lease_keeper, loop, processes
 from tests.worker.house import House, Text
@@ -53,7 +53,7 @@ async def house(
         policy=JobPolicy(max_attempts=3, timeout_seconds=timeout_seconds, backoff=backoff),
     )
     remote = JobType(name="remote", payload=Text)
-    database = Database(database_url)
+    database = open_database(database_url)
     queue = JobQueue(JobRegistry([job_type, remote]), database, lease_seconds=lease_seconds)
     async with queue.events.hearing():
         yield House(queue, database_url, job_type)

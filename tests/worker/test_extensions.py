@@ -177,8 +177,8 @@ async def engine() -> AsyncIterator[dict[str, Any]]:
     ("lifespans", "words"),
     [
         ([unreachable], "lifespan unreachable failed to start: ConnectionError: db.internal"),
-        ([named_badly], "lifespan named_badly yields 'not a name'"),
-        ([engine, engine], "lifespan engine yields 'engine'"),
+        ([named_badly], 'lifespan named_badly yields "not a name"'),
+        ([engine, engine], 'lifespan engine yields "engine"'),
     ],
 )
 async def test_a_lifespan_that_fails_to_start_ends_the_worker(

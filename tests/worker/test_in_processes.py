@@ -20,7 +20,7 @@ import pytest
 import uvloop
 
 from job_registry import DefinitionError, JobPolicy, JobRegistry, JobType, Payload, WorkerExtension
-from job_registry_api.queue.database import Database
+from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.models import JobRecord, JobStatus
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.requests import EnqueueRequest
@@ -59,7 +59,7 @@ class Crowd:
 
 @asynccontextmanager
 async def crowd_of(database_url: str, concurrency: int = 4) -> AsyncIterator[Crowd]:
-    database = Database(database_url)
+    database = open_database(database_url)
     types = [crowd.crowd, crowd.deaf, crowd.gentle]
     queue = JobQueue(JobRegistry(types, extensions=[crowd.extension]), database)
     async with queue.events.hearing():

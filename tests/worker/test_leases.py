@@ -20,6 +20,7 @@ import sqlalchemy.exc
 from pydantic import BaseModel, JsonValue, computed_field
 
 from job_registry import Cancel, JobContext
+from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.errors import LeaseLost, QueueUnavailable
 from job_registry_api.queue.leasing import Renewal
 from job_registry_api.queue.models import JobStatus
@@ -240,10 +241,9 @@ async def test_a_blocked_event_loop_loses_no_lease_and_the_log_names_the_job(
 
     def recover() -> None:
         """Another process, which ends the attempts whose lease has run out."""
-        from job_registry_api.queue.database import Database
 
         async def watch() -> None:
-            database = Database(house.database_url)
+            database = open_database(house.database_url)
             other = JobQueue(house.queue.registry, database)
             while not monitor.is_set():
                 await other.recover()
@@ -291,9 +291,7 @@ async def test_a_cancellation_is_heard_at_once(house: House, kind: str, caller: 
         if caller == "this process":
             await house.queue.cancel(job.id)
         else:
-            from job_registry_api.queue.database import Database
-
-            database = Database(house.database_url)
+            database = open_database(house.database_url)
             await JobQueue(house.queue.registry, database).cancel(job.id)
             await database.close()
         asked = time.monotonic()

@@ -14,9 +14,10 @@ from job_registry_api.worker.outcomes import (
     Died,
     End,
     FailAttempt,
-    HandBack,
+    MemoryExceeded,
     Nothing,
     NotStarted,
+    Release,
     Report,
     ResultRefused,
     Returned,
@@ -33,7 +34,7 @@ from job_registry_api.worker.outcomes import (
 
 AS_USUAL = Circumstances()
 CANCELLED = Circumstances(cancel_requested=True)
-STOPPING = Circumstances(handing_back=True)
+STOPPING = Circumstances(releasing=True)
 TIMED_OUT = Circumstances(timed_out=True)
 LOST = Circumstances(lost=True, timed_out=True)
 OUT_OF_TOUCH = Circumstances(out_of_touch=True)
@@ -44,6 +45,7 @@ STOPPED = raised(asyncio.CancelledError())
 FAILED = FailAttempt("handler_failed", "RuntimeError: boom")
 WHILE_RUNNING = Stop("The job was cancelled while it ran.")
 KILLED = Stop("The job was cancelled while it ran. Its process was killed.")
+EXCEEDED = "The handler exceeded its memory limit of 64 MB."
 SEGFAULT = "The handler's process was killed by signal 11 (SIGSEGV)."
 
 
@@ -67,29 +69,46 @@ SEGFAULT = "The handler's process was killed by signal 11 (SIGSEGV)."
         (raised(Fail()), AS_USUAL, FailAttempt("failed", "The handler raised Fail.", False)),
         (raised(Cancel("c")), AS_USUAL, Stop("c")),
         (raised(Cancel()), AS_USUAL, Stop("The handler cancelled the job.")),
-        (raised(Cancel("c")), STOPPING, HandBack()),
+        (raised(Cancel("c")), STOPPING, Release()),
         (raised(Cancel("c")), OUT_OF_TOUCH, Nothing()),
         (raised(Cancel("c")), Circumstances(out_of_touch=True, cancel_requested=True), Stop("c")),
         (BOOM, AS_USUAL, FAILED),
         (BOOM, CANCELLED, FAILED),
         (BOOM, OUT_OF_TOUCH, FAILED),
-        (BOOM, STOPPING, HandBack()),
+        (BOOM, STOPPING, Release()),
         (BOOM, TIMED_OUT, TimeOut(still_running=False)),
         (STOPPED, AS_USUAL, FailAttempt("handler_failed", "CancelledError")),
         (STOPPED, CANCELLED, WHILE_RUNNING),
-        (STOPPED, STOPPING, HandBack()),
+        (STOPPED, STOPPING, Release()),
         (STOPPED, OUT_OF_TOUCH, Nothing()),
         (STOPPED, TIMED_OUT, TimeOut(still_running=False)),
         (Died(-11), AS_USUAL, FailAttempt("process_died", SEGFAULT)),
+        (MemoryExceeded(64), AS_USUAL, FailAttempt("memory_limit_exceeded", EXCEEDED)),
+        (MemoryExceeded(64), STOPPING, Release()),
+        (MemoryExceeded(64), TIMED_OUT, TimeOut(still_running=False)),
+        (
+            Died(-11, 64, near_limit=True),
+            AS_USUAL,
+            FailAttempt("memory_limit_exceeded", f"{EXCEEDED} {SEGFAULT}"),
+        ),
+        (Died(-11, 64, near_limit=True), STOPPING, Release()),
+        (
+            Died(2, 64, near_limit=True),
+            AS_USUAL,
+            FailAttempt("memory_limit_exceeded", f"{EXCEEDED} {how_it_died(2)}"),
+        ),
+        (Died(2, 64), AS_USUAL, FailAttempt("process_died", how_it_died(2))),
+        # Neither the system nor a person kills a process because of this limit.
+        (Died(-9, 64, near_limit=True), AS_USUAL, FailAttempt("process_died", how_it_died(-9))),
         (Died(-9), CANCELLED, KILLED),
-        (Died(-9), STOPPING, HandBack()),
+        (Died(-9), STOPPING, Release()),
         (Died(-9), TIMED_OUT, TimeOut(still_running=False)),
         (Died(-9), OUT_OF_TOUCH, Nothing()),
         (Died(-9), LOST, Nothing()),
         (NotStarted("why"), AS_USUAL, FailAttempt("process_not_started", "why")),
-        (NotStarted("why"), STOPPING, HandBack()),
+        (NotStarted("why"), STOPPING, Release()),
         (StillRunning(), TIMED_OUT, TimeOut(still_running=True)),
-        (StillRunning(), STOPPING, HandBack()),
+        (StillRunning(), STOPPING, Release()),
         (StillRunning(), LOST, Nothing()),
         (StillRunning(), OUT_OF_TOUCH, Nothing()),
     ],
@@ -100,7 +119,10 @@ def test_the_report_follows_from_the_end_and_the_circumstances(
     assert report_of(end, circumstances) == report
 
 
-@pytest.mark.parametrize("end", [DONE, ResultRefused("no"), BOOM, STOPPED, raised(Snooze(3))])
+@pytest.mark.parametrize(
+    "end",
+    [DONE, ResultRefused("no"), BOOM, STOPPED, raised(Snooze(3)), MemoryExceeded(64, "trace")],
+)
 def test_an_end_travels_between_processes_as_it_is(end: Any) -> None:
     assert end_from_json(end_as_json(end)) == end
 

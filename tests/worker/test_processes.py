@@ -16,7 +16,7 @@ import pytest
 
 from job_registry import JobRegistry
 from job_registry.discovery import discover
-from job_registry_api.queue.database import Database
+from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.models import JobRecord, JobStatus
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.requests import EnqueueRequest
@@ -89,7 +89,7 @@ async def until(queue: JobQueue, job: JobRecord, status: JobStatus) -> JobRecord
 
 
 async def test_an_idle_worker_starts_a_new_job_at_once(database_url: str, catalog: Path) -> None:
-    database = Database(database_url)
+    database = open_database(database_url)
     queue = JobQueue(JobRegistry(discover(["naps"])), database)
     delays = []
     with worker(database_url, catalog):
@@ -107,7 +107,7 @@ async def test_an_idle_worker_starts_a_new_job_at_once(database_url: str, catalo
 
 @pytest.mark.any_database
 async def test_sigterm_lets_a_running_job_end(database_url: str, catalog: Path) -> None:
-    database = Database(database_url)
+    database = open_database(database_url)
     queue = JobQueue(JobRegistry(discover(["naps"])), database)
     with worker(database_url, catalog) as process:
         job = await enqueue(queue, 1.0)
@@ -123,7 +123,7 @@ async def test_sigterm_lets_a_running_job_end(database_url: str, catalog: Path) 
 async def test_sigterm_does_not_wait_for_a_thread_longer_than_it_was_told(
     database_url: str, catalog: Path
 ) -> None:
-    database = Database(database_url)
+    database = open_database(database_url)
     queue = JobQueue(JobRegistry(discover(["naps"])), database)
     with worker(database_url, catalog, shutdown_seconds=0.5) as process:
         job = await enqueue(queue, 60, "deep_sleep")
@@ -138,7 +138,7 @@ async def test_sigterm_does_not_wait_for_a_thread_longer_than_it_was_told(
 
 @pytest.mark.any_database
 async def test_a_second_signal_hands_running_jobs_back(database_url: str, catalog: Path) -> None:
-    database = Database(database_url)
+    database = open_database(database_url)
     queue = JobQueue(JobRegistry(discover(["naps"])), database)
     with worker(database_url, catalog) as process:
         job = await enqueue(queue, 30)
@@ -155,7 +155,7 @@ async def test_a_second_signal_hands_running_jobs_back(database_url: str, catalo
 async def test_an_idle_worker_takes_over_the_job_of_one_that_was_killed(
     database_url: str, catalog: Path
 ) -> None:
-    database = Database(database_url)
+    database = open_database(database_url)
     queue = JobQueue(JobRegistry(discover(["naps"])), database)
     with (
         worker(database_url, catalog, lease_seconds=1) as one,

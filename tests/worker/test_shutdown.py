@@ -19,7 +19,7 @@ import pytest
 
 from job_registry import JobRegistry
 from job_registry.discovery import discover
-from job_registry_api.queue.database import Database
+from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.models import JobRecord, JobStatus
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.requests import EnqueueRequest
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 async def queue(database_url: str) -> AsyncIterator[JobQueue]:
-    database = Database(database_url)
+    database = open_database(database_url)
     types = [hangs.hang, hangs.hang_in_thread, *discover(["tests.worker.crowd"])]
     queue = JobQueue(JobRegistry(types), database)
     yield queue

@@ -25,7 +25,7 @@ from job_registry import (
     Retry,
     Snooze,
 )
-from job_registry_api.queue.database import Database
+from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.errors import QueueUnavailable
 from job_registry_api.queue.models import JobRecord, JobStatus
 from job_registry_api.queue.queue import JobQueue
@@ -384,7 +384,7 @@ async def test_a_validator_that_raises_anything_fails_the_attempt(database_url: 
     policy = JobPolicy(max_attempts=2, timeout_seconds=60, backoff=Backoff(0.05, 0.1))
     job_type = JobType(name="checked", payload=Checked, policy=policy)
     job_type.handler(lambda job, payload: None)
-    database = Database(database_url)
+    database = open_database(database_url)
     queue = JobQueue(JobRegistry([job_type]), database)
     async with queue.events.hearing():
         house = House(queue, database_url, job_type)
@@ -422,7 +422,7 @@ async def test_an_error_that_is_too_large_to_store_is_told_with_its_first_words(
         raise error("word " * 1_000)
 
     registry = JobRegistry([house.job_type], max_payload_bytes=1_024)
-    database = Database(database_url)
+    database = open_database(database_url)
     queue = JobQueue(registry, database)
     async with queue.events.hearing():
         ended = await House(queue, database_url, house.job_type).run(max_attempts=1)

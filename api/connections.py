@@ -1,0 +1,622 @@
+"""The connections of `job-registry serve`, bounded in number, time and size.
+
+uvicorn's protocols parse HTTP and WebSockets; these subclasses add the bounds that it lacks.
+Nothing here knows callers: the application says when a WebSocket is admitted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+from dataclasses import dataclass
+from enum import Enum, auto
+from http import HTTPStatus
+from typing import Any, Final, Protocol, cast
+
+import structlog
+import uvicorn
+from pydantic_core import to_json
+from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from uvicorn.server import ServerState
+from websockets.frames import Frame
+from websockets.http11 import Request
+
+from job_registry_api.http_messages import (
+    HEALTH_PATHS,
+    MAX_UNADMITTED_MESSAGE,
+    WEBSOCKET_ADMISSION,
+    respond_json,
+)
+from job_registry_api.settings import Settings
+
+log = structlog.get_logger("jobs.connections")
+
+RESERVE: Final = 16
+"""Connections above the limit, on which only the health paths are served."""
+
+MAX_HEAD_BYTES: Final = 65_536
+MAX_HEADERS: Final = 100
+MAX_PIPELINED: Final = 16
+"""The largest head of a request, and the most requests that wait for the response to another."""
+
+MAX_UNADMITTED_BYTES: Final = 65_536
+"""What a WebSocket may send in total before it is admitted."""
+
+MAX_CONTROL_FRAMES: Final = 100
+"""Pings and pongs per second and WebSocket. Clients send one every few seconds."""
+
+MAX_FRAGMENTS: Final = 1_000
+"""Fragments per WebSocket message: empty ones are free of the limit of its size."""
+
+PIECE: Final = 4_096
+"""How many bytes of WebSocket frames are parsed before other connections take their turn."""
+
+MIN_READ: Final = 262_144
+"""What a client has to read of an answer within the time to read it, or all that is left."""
+
+SWEEP_SECONDS: Final = 0.25
+LINGER_SECONDS: Final = 1.0
+"""How long a WebSocket that broke a bound is still read, and ignored."""
+
+CLOSE_SECONDS: Final = 5.0
+"""How long a WebSocket that is being closed may take to read what it was sent."""
+
+_DESCRIPTORS: Final = 128
+_DESCRIPTORS_PER_DATABASE_CONNECTION: Final = 4
+"""File descriptors for everything but connections. SQLite opens three per connection."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """The bounds of connections. Each has a setting, whose description explains it."""
+
+    connections: int
+    header_seconds: float
+    body_seconds: float
+    idle_seconds: float
+    unread_seconds: float
+    body_bytes: int
+
+
+class ServerConfig(uvicorn.Config):
+    """uvicorn's configuration with bounded connections."""
+
+    def __init__(self, app: ASGIApp, bounds: Bounds, **options: Any) -> None:
+        self.open = OpenConnections(bounds)
+        super().__init__(
+            cast(Any, app),
+            http=HTTPConnection,
+            ws=WebSocketConnection,
+            # A few bytes on the wire may be many in memory, and nobody has been admitted yet.
+            ws_per_message_deflate=False,
+            ws_max_size=bounds.body_bytes,
+            # A client that is gone is noticed after 40 s at most.
+            ws_ping_interval=20.0,
+            ws_ping_timeout=20.0,
+            timeout_keep_alive=max(1, round(bounds.idle_seconds)),
+            **options,
+        )
+
+
+def bounds_of(settings: Settings) -> Bounds:
+    """Return the bounds of this process. Its limit of file descriptors is raised for them."""
+    return Bounds(
+        connections=_within_descriptors(settings.max_connections, settings.database_pool_size),
+        header_seconds=settings.header_timeout_seconds,
+        body_seconds=settings.body_timeout_seconds,
+        idle_seconds=settings.idle_timeout_seconds,
+        unread_seconds=settings.unread_timeout_seconds,
+        body_bytes=settings.max_body_bytes,
+    )
+
+
+def _within_descriptors(wanted: int, database_connections: int) -> int:
+    """Return how many connections this process can have, `wanted` at most.
+
+    The limit of file descriptors is raised as far as the process may: a server without one left
+    can neither accept a connection nor open its database.
+    """
+    others = _DESCRIPTORS + _DESCRIPTORS_PER_DATABASE_CONNECTION * database_connections + RESERVE
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = wanted + others
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        raised = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
+        if raised < needed:
+            possible = max(RESERVE, raised - others)
+            log.warning("connections.limited", wanted=wanted, possible=possible, descriptors=raised)
+            return possible
+    return wanted
+
+
+class _Bounded(Protocol):
+    def check(self, now: float) -> None:
+        """End the connection if it is late."""
+
+    def end(self) -> None:
+        """End the connection at once, and forget what it was sent."""
+
+
+class OpenConnections:
+    """The open connections, and which of them may be ended for the sake of a new one."""
+
+    def __init__(self, bounds: Bounds) -> None:
+        self.bounds = bounds
+        self._open: set[_Bounded] = set()
+        self._waiting: dict[_Bounded, None] = {}
+        """Those that serve no request, the oldest first."""
+        self._sweep: asyncio.TimerHandle | None = None
+
+    def add(self, connection: _Bounded) -> Place:
+        """Add a connection. Once there are too many, the oldest that waits is ended for it."""
+        place = Place.SERVED
+        if len(self._open) >= self.bounds.connections:
+            if self._waiting:
+                oldest = next(iter(self._waiting))
+                self.remove(oldest)
+                oldest.end()
+            if len(self._open) >= self.bounds.connections + RESERVE:
+                return Place.REFUSED
+            if len(self._open) >= self.bounds.connections:
+                place = Place.RESERVE
+        self._open.add(connection)
+        self._waiting[connection] = None
+        if self._sweep is None:
+            self._sweep_later()
+        return place
+
+    def remove(self, connection: _Bounded) -> None:
+        """Remove a connection that has ended."""
+        self._open.discard(connection)
+        self._waiting.pop(connection, None)
+
+    def is_busy(self, connection: _Bounded) -> None:
+        """Note that a connection serves a request, or is admitted."""
+        self._waiting.pop(connection, None)
+
+    def waits(self, connection: _Bounded) -> None:
+        """Note that a connection waits for its next request."""
+        if connection in self._open:
+            self._waiting[connection] = None
+
+    def _sweep_later(self) -> None:
+        self._sweep = asyncio.get_running_loop().call_later(SWEEP_SECONDS, self._check_all)
+
+    def _check_all(self) -> None:
+        self._sweep = None
+        now = asyncio.get_running_loop().time()
+        for connection in list(self._open):
+            connection.check(now)
+        if self._open:
+            self._sweep_later()
+
+
+class Place(Enum):
+    """What is served on a new connection: everything, only the health paths, or nothing."""
+
+    SERVED = auto()
+    RESERVE = auto()
+    REFUSED = auto()
+
+
+class _Phase(Enum):
+    IDLE = auto()
+    HEAD = auto()
+    BODY = auto()
+    RESPONSE = auto()
+
+
+class _RequestTooLarge(Exception):
+    """Raised in a callback of the parser, to stop it."""
+
+
+class HTTPConnection(HttpToolsProtocol):
+    """An HTTP connection whose client has limited time for each part of a request.
+
+    The time of a response is not limited as long as the client reads it: long polls and event
+    streams last.
+    """
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        assert isinstance(config, ServerConfig)
+        self._open = config.open
+        self._bounds = config.open.bounds
+        self._place = Place.SERVED
+        self._phase = _Phase.HEAD
+        self._deadline: float | None = None
+        self._unread = _Unread()
+        self._wire_bytes = 0
+        self._head_bytes = 0
+        self._refusal: HTTPStatus | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Accept the connection, unless there are too many."""
+        super().connection_made(transport)
+        self._deadline = self.loop.time() + self._bounds.header_seconds
+        self._place = self._open.add(self)
+        if self._place is Place.RESERVE:
+            self.app = cast(Any, _only_health(cast(ASGIApp, self.app)))
+        elif self._place is Place.REFUSED:
+            self.end()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the connection."""
+        self._open.remove(self)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Parse what the client sent, as far as it is within the bounds."""
+        self._wire_bytes += len(data)
+        super().data_received(data)
+        if self.transport.is_closing() or self.transport.get_protocol() is not self:
+            return
+        if self._phase is _Phase.HEAD and self._wire_bytes > MAX_HEAD_BYTES:
+            self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+        # Chunks have their own overhead, and a body is read to its end after its response.
+        elif (
+            self._phase is _Phase.BODY
+            and self._wire_bytes > self._bounds.body_bytes + MAX_HEAD_BYTES
+        ):
+            self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
+
+    def on_message_begin(self) -> None:
+        """Begin to count the head of a request."""
+        super().on_message_begin()
+        self._phase = _Phase.HEAD
+        self._deadline = self.loop.time() + self._bounds.header_seconds
+        self._wire_bytes = self._head_bytes = 0
+
+    def on_url(self, url: bytes) -> None:
+        """Count a part of the path."""
+        self._count_head(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Count a header, or a trailer after the body."""
+        self._count_head(len(name) + len(value))
+        super().on_header(name, value)
+        if len(self.headers) > MAX_HEADERS:
+            self._stop(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+
+    def on_headers_complete(self) -> None:
+        """Serve the request; its body may still come."""
+        if len(self.pipeline) >= MAX_PIPELINED:
+            self._stop(HTTPStatus.TOO_MANY_REQUESTS)
+        super().on_headers_complete()
+        self._phase = _Phase.BODY
+        self._deadline = self.loop.time() + self._bounds.body_seconds
+        self._open.is_busy(self)
+
+    def on_message_complete(self) -> None:
+        """Stop the clock: the client has sent its request."""
+        super().on_message_complete()
+        self._phase = _Phase.RESPONSE
+        self._deadline = None
+        self._wait_if_done()
+
+    def on_response_complete(self) -> None:
+        """Wait for the next request."""
+        super().on_response_complete()
+        self._wait_if_done()
+
+    def handle_websocket_upgrade(self) -> None:
+        """Become a WebSocket, which counts as one connection with its handshake."""
+        if self._place is not Place.SERVED:
+            self._refuse(HTTPStatus.SERVICE_UNAVAILABLE)
+            return
+        self._open.remove(self)
+        super().handle_websocket_upgrade()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse a request that does not parse, or that the parser was stopped at."""
+        self._refuse(self._refusal or HTTPStatus.BAD_REQUEST)
+
+    def resume_writing(self) -> None:
+        """Go on writing: the client has read."""
+        self._unread.forget()
+        super().resume_writing()
+
+    def check(self, now: float) -> None:
+        """End the connection if the client is late."""
+        if self.transport.is_closing() or self.flow.write_paused:
+            size = self.transport.get_write_buffer_size()
+            if self._unread.is_stalled(now, size, self._bounds.unread_seconds):
+                self.end()
+        elif self.flow.read_paused:
+            # The application does not read: the client is not late.
+            if self._phase is _Phase.BODY:
+                self._deadline = now + self._bounds.body_seconds
+        elif self._deadline is not None and now > self._deadline:
+            if self._phase is _Phase.IDLE or (self._phase is _Phase.HEAD and not self._wire_bytes):
+                self.transport.close()
+            else:
+                self._refuse(HTTPStatus.REQUEST_TIMEOUT)
+
+    def end(self) -> None:
+        """End the connection at once."""
+        self.transport.abort()
+
+    def _wait_if_done(self) -> None:
+        # The last request that was parsed; pipelined ones come before it.
+        if (
+            self._phase is _Phase.RESPONSE
+            and self.cycle is not None
+            and self.cycle.response_complete
+        ):
+            self._phase = _Phase.IDLE
+            self._deadline = self.loop.time() + self._bounds.idle_seconds
+            self._open.waits(self)
+
+    def _count_head(self, length: int) -> None:
+        self._head_bytes += length
+        if self._head_bytes > MAX_HEAD_BYTES:
+            self._stop(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+
+    def _stop(self, status: HTTPStatus) -> None:
+        """Stop the parser, which then refuses the request."""
+        self._refusal = status
+        raise _RequestTooLarge
+
+    def _refuse(self, status: HTTPStatus) -> None:
+        """Answer the request that is being read, and close the connection."""
+        cycle = self.cycle
+        if self.transport.is_closing():
+            return
+        if cycle is not None and not cycle.response_complete:
+            # The application gets a disconnect instead of the rest of the body.
+            cycle.disconnected = True
+            cycle.message_event.set()
+            if cycle.response_started or self._phase is _Phase.HEAD or self.pipeline:
+                self.end()  # The response of an earlier request is not complete.
+                return
+        elif cycle is not None and self._phase is _Phase.BODY:
+            self.transport.close()  # It has been answered.
+            return
+        code, message = _REFUSALS[status]
+        body = to_json({"error": {"code": code, "message": message, "details": []}})
+        self.transport.write(
+            f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n".encode()
+            + body
+        )
+        self.transport.close()
+
+
+_REFUSALS: Final = {
+    HTTPStatus.BAD_REQUEST: ("bad_request", "The request is not valid HTTP."),
+    HTTPStatus.REQUEST_TIMEOUT: ("request_timeout", "The request did not arrive in time."),
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: ("too_large", "The body is too large."),
+    HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE: (
+        "headers_too_large",
+        f"Expected at most {MAX_HEADERS} headers, and {MAX_HEAD_BYTES:,} bytes with the path.",
+    ),
+    HTTPStatus.TOO_MANY_REQUESTS: (
+        "rate_limited",
+        f"Expected at most {MAX_PIPELINED} requests that wait for a response on one connection.",
+    ),
+    HTTPStatus.SERVICE_UNAVAILABLE: (
+        "too_many_connections",
+        "The server has as many connections as it may have; try again.",
+    ),
+}
+
+
+def _only_health(app: ASGIApp) -> ASGIApp:
+    """Return an application that serves the health paths of `app`, and refuses everything else."""
+
+    async def serve(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] in HEALTH_PATHS:
+            await app(scope, receive, send)
+            return
+        code, message = _REFUSALS[HTTPStatus.SERVICE_UNAVAILABLE]
+        content = {"error": {"code": code, "message": message, "details": []}}
+        headers = ((b"connection", b"close"), (b"retry-after", b"5"))
+        await respond_json(send, 503, content, headers=headers)
+
+    return serve
+
+
+class WebSocketConnection(WebSocketsSansIOProtocol):
+    """A WebSocket that may send little until the application admits it.
+
+    The application admits it through the ASGI extension `WEBSOCKET_ADMISSION` of the scope.
+    """
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        assert isinstance(config, ServerConfig)
+        self._open = config.open
+        self._bounds = config.open.bounds
+        # Checked when a frame's header arrives, before its payload is read.
+        self.conn.max_message_size = MAX_UNADMITTED_MESSAGE
+        self._is_admitted = False
+        self._received = 0
+        self._held = b""
+        self._has_failed = False
+        self._control_frames = 0
+        self._control_frames_since = 0.0
+        self._incomplete_bytes = 0
+        self._incomplete_since = 0.0
+        self._unread = _Unread()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Take the place of the handshake's connection."""
+        super().connection_made(transport)
+        self._open.add(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the connection."""
+        self._open.remove(self)
+        self._held = b""
+        super().connection_lost(exc)
+
+    def admit(self) -> None:
+        """Let the client send messages of the full size."""
+        self._is_admitted = True
+        self.conn.max_message_size = self._bounds.body_bytes
+        self._open.is_busy(self)
+
+    def handle_connect(self, event: Request) -> None:
+        """Serve the handshake, and let the application admit the client."""
+        super().handle_connect(event)
+        self._incomplete_bytes = 0
+        if not self.close_sent:
+            self.scope["extensions"] = {
+                **(self.scope.get("extensions") or {}),
+                WEBSOCKET_ADMISSION: {"admit": self.admit},
+            }
+
+    def data_received(self, data: bytes) -> None:
+        """Parse frames, a few at a time: as many as the application has room for."""
+        if self._has_failed:
+            return
+        if not self._is_admitted:
+            self._received += len(data)
+            if self._received > MAX_UNADMITTED_BYTES:
+                self._fail(1008, "Too much before the connection is initialised")
+                return
+        self._held += data
+        self._parse()
+
+    def handle_cont(self, event: Frame) -> None:
+        """Take a fragment of a message."""
+        if len(self.frames) >= MAX_FRAGMENTS:
+            self._fail(1008, f"A message has at most {MAX_FRAGMENTS} fragments")
+            return
+        super().handle_cont(event)
+
+    def handle_ping(self) -> None:
+        """Answer a ping, unless the client does not read."""
+        self._count_control_frame()
+        if self.writable.is_set() and not self.close_sent:
+            super().handle_ping()
+        else:
+            self.conn.data_to_send()
+
+    def handle_pong(self, event: Frame) -> None:
+        """Take the answer to a ping."""
+        self._count_control_frame()
+        super().handle_pong(event)
+
+    def send_receive_event_to_app(self) -> None:
+        """Pass a complete message to the application."""
+        self._incomplete_bytes = 0
+        super().send_receive_event_to_app()
+
+    def handle_parser_exception(self) -> None:
+        """Send the code of the failure, and close the connection soon.
+
+        Closed at once, a connection whose client still sends is reset, and the code is lost.
+        """
+        closing = self.conn.close_sent
+        assert closing is not None
+        self.queue.put_nowait(
+            {"type": "websocket.disconnect", "code": closing.code, "reason": closing.reason}
+        )
+        self.transport.write(b"".join(self.conn.data_to_send()))
+        self._held, self._has_failed, self.close_sent = b"", True, True
+        self.close_timer = self.loop.call_later(LINGER_SECONDS, self.transport.close)
+
+    async def receive(self) -> Any:
+        """Return the next message, and parse more once there is none."""
+        message = await super().receive()
+        if self._held and not self.read_paused:
+            await asyncio.sleep(0)  # Other connections take their turn.
+            self._parse()
+        return message
+
+    async def send(self, message: Any) -> None:
+        """Send a message of the application."""
+        await super().send(message)
+        if self.close_sent:
+            self._parse()  # The answer to the close frame.
+
+    def resume_writing(self) -> None:
+        """Go on writing: the client has read."""
+        self._unread.forget()
+        super().resume_writing()
+
+    def check(self, now: float) -> None:
+        """Close the connection if the client does not read, or does not complete a message."""
+        size = self.transport.get_write_buffer_size()
+        if self.transport.is_closing():
+            if self._unread.is_stalled(now, size, CLOSE_SECONDS):
+                self.end()
+        elif not self.writable.is_set():
+            if self._unread.is_stalled(now, size, self._bounds.unread_seconds):
+                self._unread.forget()
+                self._fail(1008, "The client does not read its messages")
+        elif not self._incomplete_bytes or self.read_paused:
+            self._incomplete_since = now
+        elif now - self._incomplete_since > self._bounds.body_seconds:
+            self._fail(1008, "A message did not arrive in time")
+
+    def end(self) -> None:
+        """End the connection at once."""
+        self.transport.abort()
+
+    def _parse(self) -> None:
+        held, position = self._held, 0
+        self._held = b""
+        while position < len(held) and not self.read_paused and not self._has_failed:
+            piece = held[position : position + PIECE]
+            position += len(piece)
+            if not self._incomplete_bytes:
+                self._incomplete_since = self.loop.time()
+            self._incomplete_bytes += len(piece)
+            super().data_received(piece)
+        self._held = b"" if self._has_failed else held[position:]
+
+    def _count_control_frame(self) -> None:
+        if not self.frames:
+            self._incomplete_bytes = 0
+        now = self.loop.time()
+        if now - self._control_frames_since > 1:
+            self._control_frames_since, self._control_frames = now, 0
+        self._control_frames += 1
+        if self._control_frames > MAX_CONTROL_FRAMES:
+            self._fail(1008, "Too many pings")
+
+    def _fail(self, code: int, reason: str) -> None:
+        """Close the connection with a code."""
+        if self.close_sent or self.transport.is_closing():
+            self._held, self._has_failed = b"", True
+            return
+        if not self.handshake_complete:
+            self.end()
+            return
+        self.conn.fail(code, reason)
+        self.handle_parser_exception()
+
+
+class _Unread:
+    """How long a client has not read enough of what it was sent."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+        self._size = 0
+
+    def forget(self) -> None:
+        """Begin again: the client has read."""
+        self._since = None
+
+    def is_stalled(self, now: float, size: int, seconds: float) -> bool:
+        """Return whether the client has read less than `MIN_READ` of this backlog in this time."""
+        if self._since is None or size <= self._size - MIN_READ:
+            self._since, self._size = now, size
+        return now - self._since > seconds

@@ -1,0 +1,49 @@
+"""Opens the database of a URL: the only module that chooses between SQLite and PostgreSQL."""
+
+from __future__ import annotations
+
+from job_registry_api.queue import defaults
+from job_registry_api.queue.database import Database, Pooler
+from job_registry_api.queue.postgresql import PostgreSQLStore
+from job_registry_api.queue.postgresql_database import PostgreSQLDatabase
+from job_registry_api.queue.sqlite import SQLiteStore
+from job_registry_api.queue.sqlite_database import SQLiteDatabase
+from job_registry_api.queue.store import Store
+
+
+def open_database(
+    url: str,
+    *,
+    pool_size: int = defaults.POOL_SIZE,
+    timeout_seconds: float | None = defaults.TIMEOUT_SECONDS,
+    pooler: Pooler = "session",
+    listen_url: str | None = None,
+    schema: str = defaults.SCHEMA,
+    create: bool = False,
+) -> Database:
+    """Return the database of a URL: `sqlite:///jobs.db` or `postgresql://user@host/name`.
+
+    `create` applies to SQLite; `pooler`, `listen_url` and `schema` apply to PostgreSQL.
+    """
+    if url.startswith("sqlite"):
+        return SQLiteDatabase(
+            url, pool_size=pool_size, timeout_seconds=timeout_seconds, create=create
+        )
+    return PostgreSQLDatabase(
+        url,
+        pool_size=pool_size,
+        timeout_seconds=timeout_seconds,
+        pooler=pooler,
+        listen_url=listen_url,
+        schema=schema,
+    )
+
+
+def store_of(database: Database, process: str) -> Store:
+    """Return the operations on this database. `process` names the sender of events."""
+    match database:
+        case SQLiteDatabase():
+            return SQLiteStore(database, process)
+        case PostgreSQLDatabase():
+            return PostgreSQLStore(database, process)
+    raise TypeError(f"There is no store for {type(database).__name__}.")

@@ -1,0 +1,466 @@
+"""PostgreSQL: connections with deadlines, transactions behind poolers, and notifications."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import socket
+import weakref
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from typing import Any, Final, TypeVar, cast
+
+import asyncpg
+import sqlalchemy.exc
+from sqlalchemy import Row, event
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from job_registry_api import postgresql_url
+from job_registry_api.postgresql_url import PostgresqlUrl
+from job_registry_api.queue import defaults
+from job_registry_api.queue.database import (
+    HOUR_SECONDS,
+    POLL_SECONDS,
+    Database,
+    Listener,
+    Pooler,
+    log,
+    read_json,
+    seconds_of,
+    statement,
+)
+from job_registry_api.queue.driver_errors import (
+    Transient,
+    as_unavailable,
+    connecting_failed_by,
+    kind_of,
+)
+from job_registry_api.queue.errors import QueueUnavailable
+
+ATTEMPTS: Final = 5
+"""How many times a transaction runs that PostgreSQL aborts because of a deadlock."""
+
+MIGRATION_LOCK: Final = 0x6A6F6273
+"""The advisory lock of a migration ("jobs" in ASCII). Only one migration runs at a time."""
+
+T = TypeVar("T")
+
+
+class PostgreSQLDatabase(Database):
+    """A PostgreSQL database, by its URL: `postgresql://user@host/name`.
+
+    With the `pooler` "transaction" (a mode of PgBouncer), prepared statements and settings do not
+    outlive a transaction. LISTEN then needs `listen_url`, a direct connection.
+
+    The tables are in `schema`. Every statement names the schema and ignores the session's search
+    path. The channel of LISTEN and NOTIFY has the name of the schema.
+    """
+
+    name = "postgresql"
+    migrates_at_start = False
+    notices_commits = False
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        pool_size: int = defaults.POOL_SIZE,
+        timeout_seconds: float | None = defaults.TIMEOUT_SECONDS,
+        pooler: Pooler = "session",
+        listen_url: str | None = None,
+        schema: str = defaults.SCHEMA,
+    ) -> None:
+        self._schema = schema
+        self._is_pooled = pooler == "transaction"
+        self._url = postgresql_url.parse(url)
+        self._listen_url = None if self._is_pooled else self._url
+        if listen_url is not None:
+            self._listen_url = postgresql_url.parse(listen_url)
+        self._connections: weakref.WeakSet[_Connection] = weakref.WeakSet()
+        engine = create_async_engine(
+            # asyncpg parses the URL, because it supports lists of hosts and PG* variables.
+            "postgresql+asyncpg://",
+            pool_size=pool_size,
+            max_overflow=0,
+            # Slightly before the deadline, whose error does not say what was slow.
+            pool_timeout=0.95 * min(seconds_of(timeout_seconds), HOUR_SECONDS),
+            json_deserializer=read_json,
+            # The tables of `models.py` name no schema, because SQLite has none.
+            execution_options={"schema_translate_map": {None: schema}},
+            connect_args={"async_creator_fn": self._connect}
+            | (
+                # Use the unnamed statement, which the next one replaces.
+                {"prepared_statement_cache_size": 0, "prepared_statement_name_func": str}
+                if self._is_pooled
+                else {}
+            ),
+        )
+        event.listen(engine.sync_engine, "connect", _connected)
+        event.listen(engine.sync_engine, "checkout", _check_out)
+        event.listen(engine.sync_engine, "checkin", _check_in)
+        event.listen(engine.sync_engine, "before_cursor_execute", _before_statement)
+        event.listen(engine.sync_engine, "after_cursor_execute", _after_statement)
+        super().__init__(
+            engine,
+            pool_size=pool_size,
+            timeout_seconds=timeout_seconds,
+            opened_with={
+                "url": url,
+                "pooler": pooler,
+                "listen_url": listen_url,
+                "schema": schema,
+            },
+        )
+
+    @property
+    def schema(self) -> str:
+        """The schema of the tables."""
+        return self._schema
+
+    @property
+    def keeps_events(self) -> bool:
+        """See `Database.keeps_events`."""
+        return self._listen_url is None
+
+    async def retrying(
+        self,
+        work: Callable[[AsyncConnection], Awaitable[T]],
+        *,
+        timeout_seconds: float | None = None,
+    ) -> T:
+        """Run `work` in a transaction, and again if PostgreSQL aborts it because of a deadlock or a
+        serialization failure. `work` must be able to run more than once.
+
+        Raises:
+            QueueUnavailable: as in `transaction`, or it failed `ATTEMPTS` times.
+        """
+
+        async def once() -> T:
+            async with self.transaction(timeout_seconds=timeout_seconds) as connection:
+                return await work(connection)
+
+        return await _again(once)
+
+    async def execute_at_once(self, sql: str, parameters: Mapping[str, Any]) -> Sequence[Row[Any]]:
+        """Run one statement in autocommit and return its rows.
+
+        A process that freezes leaves no transaction open. The statement runs again after a
+        deadlock or a serialization failure.
+
+        Raises:
+            QueueUnavailable: the database does not answer or cannot write, or it failed
+                `ATTEMPTS` times.
+        """
+        deadline = self._deadline()
+
+        async def once() -> Sequence[Row[Any]]:
+            begun = (
+                self._pooled_transaction(deadline)
+                if self._is_pooled
+                else self._connection(self._autocommit, deadline)
+            )
+            async with begun as connection:
+                result = await connection.execute(statement(sql), parameters)
+                return result.all() if result.returns_rows else ()
+
+        with self._counting():
+            return await _again(once)
+
+    async def lock_migrations(self, connection: AsyncConnection) -> None:
+        """See `Database.lock_migrations`."""
+        await connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({MIGRATION_LOCK})")
+
+    async def listen(self, on_message: Listener, on_gap: Callable[[], None]) -> None:
+        """See `Database.listen`."""
+        if self._listen_url is not None:
+            await self._listen(self._listen_url, on_message, on_gap)
+        log.warning(
+            "database.polling",
+            reason="PgBouncer in transaction mode does not forward notifications, so events of"
+            " other processes are polled. Set JOBS_DATABASE_LISTEN_URL to a direct URL.",
+        )
+        while True:
+            on_gap()
+            await asyncio.sleep(POLL_SECONDS)
+
+    async def close(self) -> None:
+        """See `Database.close`."""
+        await super().close()
+        for connection in list(self._connections):
+            connection.terminate()
+
+    def _begin(self, deadline: float | None) -> AbstractAsyncContextManager[AsyncConnection]:
+        if self._is_pooled:
+            return self._pooled_transaction(deadline)
+        return self._direct_transaction(deadline)
+
+    def _read(self, deadline: float | None) -> AbstractAsyncContextManager[AsyncConnection]:
+        if self._is_pooled:
+            return self._pooled_transaction(deadline)
+        return self._connection(self._autocommit, deadline, each=True)
+
+    @asynccontextmanager
+    async def _direct_transaction(self, deadline: float | None) -> AsyncIterator[AsyncConnection]:
+        async with self._connection(self.engine, deadline) as connection, connection.begin():
+            try:
+                yield connection
+            except asyncio.CancelledError:
+                # A rollback would wait for the network. The server rolls back by itself.
+                await connection.invalidate()
+                raise
+
+    @asynccontextmanager
+    async def _pooled_transaction(self, deadline: float | None) -> AsyncIterator[AsyncConnection]:
+        """Open a transaction with local settings. Its start and its end take a round trip each."""
+        async with self._connection(self._autocommit, deadline) as connection:
+            driver = (await connection.get_raw_connection()).driver_connection
+            assert isinstance(driver, _Connection)
+            try:
+                settings = "".join(
+                    f"; SET LOCAL {name} = '{value}'"
+                    for name, value in self._server_settings(self._url).items()
+                    if name != "default_transaction_isolation"
+                )
+                await driver.execute("BEGIN ISOLATION LEVEL READ COMMITTED" + settings)
+                yield connection
+                await driver.execute("COMMIT")
+            except asyncio.CancelledError:
+                driver.terminate()
+                raise
+            except BaseException:
+                if not driver.is_closed():
+                    with suppress(asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
+                        await driver.execute("ROLLBACK")
+                raise
+
+    @asynccontextmanager
+    async def _connection(
+        self, engine: AsyncEngine, deadline: float | None, *, each: bool = False
+    ) -> AsyncIterator[AsyncConnection]:
+        """Open a connection of the pool, which is dropped at the deadline. With `each`, each
+        statement has the database's timeout."""
+        began = asyncio.get_running_loop().time()
+        driver: Any = None
+        try:
+            async with self._from_pool(engine, deadline) as connection:
+                driver = (await connection.get_raw_connection()).driver_connection
+                if each:
+                    driver.seconds_per_statement = self._timeout
+                else:
+                    driver.expire_at(deadline)
+                yield connection
+        except (sqlalchemy.exc.SQLAlchemyError, asyncpg.PostgresError,
+                asyncpg.InterfaceError, ConnectionError) as error:  # fmt: skip
+            if driver is not None and driver.expired:
+                seconds = self.timeout_seconds if each or deadline is None else deadline - began
+                raise QueueUnavailable(
+                    f"the database did not answer within {seconds:.3g} seconds", "timeout"
+                ) from error
+            if (unavailable := as_unavailable(error)) is not None:
+                raise unavailable from error
+            raise
+
+    async def _connect(self) -> _Connection:
+        return await self._open(self._url, direct=not self._is_pooled)
+
+    async def _open(self, url: PostgresqlUrl, *, direct: bool) -> _Connection:
+        """Connect to one of the hosts of a URL. Each host gets an equal share of the timeout."""
+        seconds = min(self._timeout or defaults.TIMEOUT_SECONDS,
+                      seconds_of(url.connect_seconds))  # fmt: skip
+        hosts: list[tuple[str | None, int | None]] = list(url.hosts) or [(None, None)]
+        if url.shuffle_hosts:
+            random.shuffle(hosts)
+        settings = dict(url.server_settings) | (self._server_settings(url) if direct else {})
+        # Each with a share of the time, so that a host that drops packets does not use all of it.
+        wanted = ["standby", "any"] if url.session == "prefer-standby" else [url.session]
+        tries = [(host, port, session) for session in wanted for host, port in hosts]
+        last: Exception | None = None
+        last_host: str | None = None
+        for host, port, session in tries:
+            try:
+                connection = await asyncpg.connect(
+                    url.dsn,
+                    host=host,
+                    port=port,
+                    timeout=seconds / len(tries),
+                    connection_class=_Connection,
+                    server_settings=settings,
+                    target_session_attrs=session,
+                    servicefile=url.service_file,
+                    statement_cache_size=100 if direct else 0,
+                )
+            except (OSError, TimeoutError, asyncpg.TargetServerAttributeNotMatched,
+                    asyncpg.CannotConnectNowError) as error:  # fmt: skip
+                last, last_host = error, host
+                continue
+            except (asyncpg.PostgresError, asyncpg.InterfaceError, ValueError) as error:
+                raise QueueUnavailable(str(error), kind_of(error)) from error
+            connection.keep_alive(url, self._timeout or defaults.TIMEOUT_SECONDS)
+            self._connections.add(connection)
+            # Until the pool has the connection, nothing else ends it if the server stops answering.
+            connection.expire_at(asyncio.get_running_loop().time() + seconds)
+            return cast(_Connection, connection)
+        if isinstance(last, TimeoutError):
+            reason = f"no connection to the database within {seconds:g} seconds"
+            raise QueueUnavailable(reason, "timeout") from last
+        where = f"{last_host}: " if last_host else ""
+        raise QueueUnavailable(where + connecting_failed_by(last)) from last
+
+    def _server_settings(self, url: PostgresqlUrl) -> dict[str, str]:
+        """Return the settings of a session, without those that the URL sets.
+
+        The timeouts of the server are slightly shorter, so that this process keeps the connection.
+        """
+        # The statements rely on READ COMMITTED, so the URL cannot change it.
+        settings = {"default_transaction_isolation": "read committed"}
+        optional = {"jit": "off"}
+        if self._timeout is not None:
+            milliseconds = int(self._timeout * 1_000)
+            optional |= {
+                "lock_timeout": f"{milliseconds * 8 // 10}ms",
+                "statement_timeout": f"{milliseconds * 9 // 10}ms",
+                "idle_in_transaction_session_timeout": f"{milliseconds}ms",
+            }
+        return settings | {name: v for name, v in optional.items() if not url.sets(name)}
+
+    async def _listen(
+        self, url: PostgresqlUrl, on_message: Listener, on_gap: Callable[[], None]
+    ) -> None:
+        pause = 0.1
+        while True:
+            with suppress(QueueUnavailable, OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+                connection = await self._open(url, direct=True)
+                try:
+                    lost = asyncio.Event()
+                    connection.add_termination_listener(lambda _, lost=lost: lost.set())
+                    await connection.add_listener(
+                        self.schema, lambda _c, _pid, _channel, message: on_message(message)
+                    )
+                    connection.expire_at(None)
+                    pause = 0.1
+                    on_gap()
+                    await self._watch(connection, lost)
+                finally:
+                    connection.terminate()
+            await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+            pause = min(pause * 2, 5.0)
+
+    async def _watch(self, connection: _Connection, lost: asyncio.Event) -> None:
+        """Return when the connection is lost. When nothing arrives for a while, a query checks the
+        connection."""
+        seconds = min(self.timeout_seconds, defaults.TIMEOUT_SECONDS)
+        loop = asyncio.get_running_loop()
+        while not lost.is_set():
+            with suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await lost.wait()
+                return
+            connection.expire_at(loop.time() + seconds)
+            await connection.execute("SELECT 1")
+            connection.expire_at(None)
+
+
+class _Connection(asyncpg.Connection):  # type: ignore[misc]  # asyncpg has no types.
+    """A connection with a deadline, at which it is dropped without waiting.
+
+    Cancelling a query opens a second connection to cancel it on the server, and on a dead network
+    that never ends. Dropping the connection ends the query with an error at once. The server ends
+    the query by its own timeouts.
+    """
+
+    def __init__(self, protocol: Any, transport: asyncio.Transport, *rest: Any) -> None:
+        super().__init__(protocol, transport, *rest)
+        self.expired = False
+        self.seconds_per_statement: float | None = None
+        self._socket_transport = transport
+        self._expiry: asyncio.TimerHandle | None = None
+
+    def expire_at(self, when: float | None) -> None:
+        """Drop this connection at a time of the loop's clock. None removes the deadline."""
+        if self._expiry is not None:
+            self._expiry.cancel()
+            self._expiry = None
+        if when is not None:
+            self._expiry = asyncio.get_running_loop().call_at(when, self._expire)
+
+    def keep_alive(self, url: PostgresqlUrl, seconds: float) -> None:
+        """Set TCP keepalive, so that the operating system detects a lost peer."""
+        transport = self._socket_transport.get_extra_info("socket")
+        if transport is None or transport.family not in (socket.AF_INET, socket.AF_INET6):
+            return
+        probe = max(1, int(seconds / 3))
+        options = {
+            "TCP_KEEPIDLE": url.keepalive_idle_seconds or probe,
+            "TCP_KEEPINTVL": url.keepalive_interval_seconds or probe,
+            "TCP_KEEPCNT": url.keepalive_count or 3,
+            "TCP_USER_TIMEOUT": url.tcp_user_timeout_ms or int(seconds * 1_000),
+        }
+        # A duplicate of the descriptor, because uvloop's sockets cannot set options.
+        with socket.socket(fileno=os.dup(transport.fileno())) as shared:
+            shared.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, int(url.keepalives))
+            for name, value in options.items():
+                # Not every platform has all of these options.
+                if (number := getattr(socket, name, None)) is not None:
+                    shared.setsockopt(socket.IPPROTO_TCP, number, value)
+
+    async def close(self, *, timeout: float | None = None) -> None:
+        """Close the connection, and wait up to a second for the server.
+
+        SQLAlchemy passes a timeout when it drops a failed connection, which needs no wait.
+        """
+        if timeout is not None:
+            self.terminate()
+        else:
+            with suppress(TimeoutError, OSError, asyncpg.PostgresError):
+                await super().close(timeout=1)
+
+    def terminate(self) -> None:
+        """Drop the connection at once."""
+        if self._expiry is not None:
+            self._expiry.cancel()
+        super().terminate()
+
+    def _expire(self) -> None:
+        if not self.is_closed():
+            self.expired = True
+            self.terminate()
+
+
+def _connected(dbapi_connection: Any, _record: Any) -> None:
+    dbapi_connection.driver_connection.expire_at(None)
+
+
+def _check_out(dbapi_connection: Any, _record: Any, _proxy: Any) -> None:
+    if dbapi_connection.driver_connection.is_closed():
+        # The server ended it while it was idle. The pool opens another.
+        raise sqlalchemy.exc.DisconnectionError
+
+
+def _check_in(dbapi_connection: Any, _record: Any) -> None:
+    if dbapi_connection is not None:
+        dbapi_connection.driver_connection.expire_at(None)
+        dbapi_connection.driver_connection.seconds_per_statement = None
+
+
+def _before_statement(connection: Any, *_: Any) -> None:
+    driver = connection.connection.driver_connection
+    if (seconds := driver.seconds_per_statement) is not None:
+        driver.expire_at(asyncio.get_running_loop().time() + seconds)
+
+
+def _after_statement(connection: Any, *_: Any) -> None:
+    driver = connection.connection.driver_connection
+    if driver.seconds_per_statement is not None:
+        driver.expire_at(None)
+
+
+async def _again(once: Callable[[], Awaitable[T]]) -> T:
+    """Run a transaction again after transient failures, at most `ATTEMPTS` times."""
+    for attempt in range(1, ATTEMPTS):
+        try:
+            return await once()
+        except Transient:
+            # Full jitter, so that the same transactions do not collide again.
+            await asyncio.sleep(random.uniform(0, 0.02 * 2**attempt))
+    return await once()

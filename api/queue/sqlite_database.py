@@ -1,0 +1,349 @@
+"""SQLite: its file, a pool of connections that read, and one thread that writes."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, closing, suppress
+from pathlib import Path
+from typing import Any, Final, NamedTuple, TypeVar
+from urllib.parse import quote
+
+import sqlalchemy.exc
+from sqlalchemy import event
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
+
+from job_registry_api.queue import defaults
+from job_registry_api.queue.database import (
+    HOUR_SECONDS,
+    Database,
+    Listener,
+    read_json,
+    seconds_of,
+)
+from job_registry_api.queue.driver_errors import unavailable_sqlite
+from job_registry_api.queue.errors import QueueUnavailable
+
+SQLITE_POLL_SECONDS: Final = 0.1
+"""How often `listen` checks SQLite for commits of other processes (`PRAGMA data_version`)."""
+
+MAX_WAL_BYTES: Final = 4 * 1024 * 1024
+"""SQLite truncates its write-ahead log to this size when it restarts the log."""
+
+T = TypeVar("T")
+
+
+class SQLiteDatabase(Database):
+    """A SQLite database, by its URL: `sqlite:///jobs.db`. `create` creates a missing file."""
+
+    name = "sqlite"
+    migrates_at_start = True
+    schema = None
+    keeps_events = True
+    notices_commits = True
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        pool_size: int = defaults.POOL_SIZE,
+        timeout_seconds: float | None = defaults.TIMEOUT_SECONDS,
+        create: bool = False,
+    ) -> None:
+        path = make_url(url).database or ""
+        self._file = _File(path, create=create, timeout_seconds=timeout_seconds)
+        self._thread = _WriterThread(self._file)
+        # SQLite has one writer at a time. Waiting for this lock is fair. Waiting in SQLite's busy
+        # handler is not, so only writes of other processes are waited for there.
+        self._writer = asyncio.Lock()
+        engine = create_async_engine(
+            URL.create("sqlite+aiosqlite", database=self._file.uri, query={"uri": "true"}),
+            pool_size=pool_size,
+            pool_timeout=min(seconds_of(timeout_seconds), HOUR_SECONDS),
+            json_deserializer=read_json,
+            connect_args={"timeout": self._file.busy_seconds, "isolation_level": None},
+        )
+        event.listen(engine.sync_engine, "connect", self._file.prepare)
+        event.listen(engine.sync_engine, "checkout", self._file.check_out)
+        super().__init__(
+            engine,
+            pool_size=pool_size,
+            timeout_seconds=timeout_seconds,
+            opened_with={"url": url, "create": create},
+        )
+
+    async def write(
+        self, work: Callable[[sqlite3.Connection], T], *, timeout_seconds: float | None = None
+    ) -> T:
+        """Run `work` in the thread of the writer between BEGIN IMMEDIATE and COMMIT.
+
+        If the caller is cancelled, the transaction still completes: it is committed if `work`
+        returns. `timeout_seconds` can shorten the timeout of the database.
+
+        Raises:
+            QueueUnavailable: another process has locked the database, it cannot be written (a full
+                disk), or its file was deleted or replaced.
+        """
+        deadline = self._deadline(timeout_seconds)
+        with self._counting(), unavailable_sqlite():
+            await self._acquire_writer(deadline)
+            left = None if deadline is None else max(0.0, deadline - _now())
+            try:
+                future = self._thread.run(work, _busy(deadline))
+            except BaseException:
+                self._writer.release()
+                raise
+            future.add_done_callback(self._written)
+            # Not `wait_for`, which would cancel the transaction.
+            done, _ = await asyncio.wait({future}, timeout=left)
+            if not done:
+                raise QueueUnavailable(f"no commit within {left:.3g} seconds", "timeout")
+            return future.result()
+
+    def _written(self, future: asyncio.Future[Any]) -> None:
+        self._writer.release()
+        if not future.cancelled():
+            future.exception()  # Mark it as retrieved: the caller may be gone.
+
+    async def checkpoint(self) -> bool:
+        """See `Database.checkpoint`."""
+        with unavailable_sqlite():
+            return await asyncio.to_thread(self._file.checkpoint)
+
+    async def lock_migrations(self, connection: AsyncConnection) -> None:
+        """Do nothing: the transaction excludes every other writer."""
+
+    async def listen(self, on_message: Listener, on_gap: Callable[[], None]) -> None:
+        """See `Database.listen`."""
+        on_gap()
+        last = None
+        while True:
+            try:
+                # On the event loop on purpose: the pragma reads a counter in shared memory in a few
+                # microseconds, and a thread's round trip takes a hundred.
+                with closing(self._file.connect()) as connection:
+                    identity = self._file.identity()
+                    while True:
+                        self._file.check(identity)
+                        version = connection.execute("PRAGMA data_version").fetchone()
+                        if version != last:
+                            last = version
+                            on_gap()
+                        await asyncio.sleep(SQLITE_POLL_SECONDS)
+            except (sqlite3.Error, QueueUnavailable):
+                last = None
+                await asyncio.sleep(1.0)
+
+    async def close(self) -> None:
+        """End all connections after the current write."""
+        await super().close()
+        await self._thread.close()
+
+    @asynccontextmanager
+    async def _read(self, deadline: float | None) -> AsyncIterator[AsyncConnection]:
+        with unavailable_sqlite():
+            async with self._from_pool(self._autocommit, deadline) as connection:
+                yield connection
+
+    @asynccontextmanager
+    async def _begin(self, deadline: float | None) -> AsyncIterator[AsyncConnection]:
+        # For migrations: alembic needs a connection of SQLAlchemy. The queue uses `write`.
+        with unavailable_sqlite():
+            await self._acquire_writer(deadline)
+            try:
+                async with self._from_pool(self._autocommit, deadline) as connection:
+                    # Directly on the driver: each call is one round trip to SQLite's thread, where
+                    # SQLAlchemy's cursor takes three.
+                    raw = await connection.get_raw_connection()
+                    driver = raw.driver_connection
+                    assert driver is not None
+                    try:
+                        await driver.execute(f"PRAGMA busy_timeout = {_busy(deadline)}")
+                        await driver.execute("BEGIN IMMEDIATE")
+                        yield connection
+                        await driver.commit()
+                    except BaseException:
+                        # A cancelled statement has invalidated its connection.
+                        if not connection.invalidated:
+                            with suppress(sqlite3.Error, ValueError):
+                                await driver.rollback()
+                        raise
+                    self._file.check(raw.info["identity"])
+            finally:
+                self._writer.release()
+
+    async def _acquire_writer(self, deadline: float | None) -> None:
+        try:
+            async with asyncio.timeout_at(deadline):
+                await self._writer.acquire()
+        except TimeoutError as error:
+            reason = f"the database was busy for {self.timeout_seconds:g} seconds"
+            raise QueueUnavailable(reason, "timeout") from error
+
+    def _connecting_failed(self, error: Exception, seconds: float) -> QueueUnavailable:
+        try:
+            self._file.identity()
+        except QueueUnavailable as missing:
+            # The error of SQLite says only that it cannot open the file.
+            return missing
+        return super()._connecting_failed(error, seconds)
+
+
+class _Identity(NamedTuple):
+    """The identity of a file, independent of its name."""
+
+    device: int
+    inode: int
+
+
+class _File:
+    """The file of a SQLite database, and the check that it was not deleted or replaced.
+
+    A deleted file stays writable for processes that have it open, and what they write is lost.
+    """
+
+    def __init__(self, path: str, *, create: bool, timeout_seconds: float | None) -> None:
+        self._path = Path(path)
+        # `rwc` is for migrations. Otherwise a missing file must not be created empty.
+        self.uri = f"file:{quote(path)}?mode={'rwc' if create else 'rw'}"
+        self.busy_seconds = 0.9 * min(seconds_of(timeout_seconds), HOUR_SECONDS)
+
+    def connect(self) -> sqlite3.Connection:
+        """Open the file."""
+        connection = sqlite3.connect(
+            self.uri, uri=True, timeout=self.busy_seconds, isolation_level=None
+        )
+        try:
+            _set_pragmas(connection)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def identity(self) -> _Identity:
+        """Return the identity of the file at this path.
+
+        Raises:
+            QueueUnavailable: the file does not exist.
+        """
+        try:
+            found = self._path.stat()
+        except OSError as error:
+            reason = f"the database's file {self._path}: {error.strerror}"
+            raise QueueUnavailable(reason, "file_missing") from error
+        return _Identity(found.st_dev, found.st_ino)
+
+    def check(self, opened: _Identity) -> None:
+        """Check that the opened file is still the one at this path.
+
+        Raises:
+            QueueUnavailable: it was deleted or replaced.
+        """
+        if self.identity() != opened:
+            raise QueueUnavailable(f"the database's file {self._path} was replaced", "file_missing")
+
+    def prepare(self, dbapi_connection: Any, record: Any) -> None:
+        """Set up a connection of the pool."""
+        record.info["identity"] = self.identity()
+        _set_pragmas(dbapi_connection)
+
+    def check_out(self, _dbapi_connection: Any, record: Any, _proxy: Any) -> None:
+        """Make the pool replace a connection whose file was deleted or replaced."""
+        try:
+            self.check(record.info["identity"])
+        except QueueUnavailable as error:
+            raise sqlalchemy.exc.DisconnectionError from error
+
+    def checkpoint(self) -> bool:
+        """See `Database.checkpoint`."""
+        with closing(self.connect()) as connection:
+            connection.execute("PRAGMA busy_timeout = 0")
+            # PASSIVE copies without locks. TRUNCATE, which locks, then has only the end of the log
+            # left to copy.
+            _, pages, copied = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+            if pages != copied:
+                return False
+            busy, *_ = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            return not busy
+
+
+class _WriterThread:
+    """The writer: a connection and the thread that uses it, one transaction at a time."""
+
+    def __init__(self, file: _File) -> None:
+        self._file = file
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="sqlite-writer")
+        self._opened: tuple[sqlite3.Connection, _Identity] | None = None
+
+    def run(self, work: Callable[[sqlite3.Connection], T], busy: int) -> asyncio.Future[T]:
+        """Start a transaction of `work`. It waits up to `busy` milliseconds for other processes."""
+        loop = asyncio.get_running_loop()
+        return loop.run_in_executor(self._executor, self._commit, work, busy)
+
+    async def close(self) -> None:
+        """End the thread after the current transaction."""
+        await asyncio.get_running_loop().run_in_executor(self._executor, self._close)
+        self._executor.shutdown()
+
+    def _commit(self, work: Callable[[sqlite3.Connection], T], busy: int) -> T:
+        connection, identity = self._connection()
+        connection.execute(f"PRAGMA busy_timeout = {busy}")
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            result = work(connection)
+            connection.execute("COMMIT")
+        except BaseException:
+            with suppress(sqlite3.Error):
+                connection.execute("ROLLBACK")
+            raise
+        # If the file was deleted in the meantime, the commit is lost.
+        self._file.check(identity)
+        return result
+
+    def _connection(self) -> tuple[sqlite3.Connection, _Identity]:
+        if self._opened is not None:
+            try:
+                self._file.check(self._opened[1])
+            except QueueUnavailable:
+                self._close()
+        if self._opened is None:
+            identity = self._file.identity() if "mode=rwc" not in self._file.uri else None
+            connection = self._file.connect()
+            self._opened = connection, identity or self._file.identity()
+        return self._opened
+
+    def _close(self) -> None:
+        if self._opened is not None:
+            self._opened[0].close()
+            self._opened = None
+
+
+def _busy(deadline: float | None) -> int:
+    """Return how many milliseconds to wait for writes of other processes.
+
+    It is slightly less than the time left, so that SQLite fails first and commits nothing after the
+    caller got an error.
+    """
+    if deadline is None:
+        return int(HOUR_SECONDS * 1_000)
+    return max(0, int(900 * (deadline - _now())))
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def _set_pragmas(connection: Any) -> None:
+    cursor = connection.cursor()
+    # FULL: a commit returns only after it has reached the disk.
+    for pragma in (
+        "journal_mode=WAL",
+        "synchronous=FULL",
+        "foreign_keys=ON",
+        f"journal_size_limit={MAX_WAL_BYTES}",
+    ):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()

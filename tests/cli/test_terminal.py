@@ -1,0 +1,127 @@
+"""What commands write to a terminal: nothing that it acts on, and no secret of the process."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import structlog
+
+from job_registry_api.logs import configure_logs
+from tests.cli.test_cli import GOOD, Shell
+
+CONTROL = "\x1b[31mred\x07\x9b2J\r\u202eback"
+ESCAPED = r"\u001b[31mred\u0007\u009b2J\r\u202eback"
+SECRET = "correct horse battery staple"
+
+
+@pytest.fixture
+def jobs(tmp_path: Path) -> Shell:
+    return Shell(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin"),
+    [
+        (["policy", CONTROL], ""),
+        (["policy", "a\udcff" + CONTROL, "--json"], ""),
+        (["validate", CONTROL, "-"], GOOD),
+        (["validate", "thumbnail.create", CONTROL], ""),
+        (["validate", "thumbnail.create", "-"], json.dumps({CONTROL: 1})),
+        (["validate", "thumbnail.create", "-", "--json"], json.dumps({CONTROL: 1})),
+        (["enqueue", "thumbnail.create", "-"], json.dumps({CONTROL: 1})),
+        (["enqueue", CONTROL, "-"], GOOD),
+        (["enqueue", "thumbnail.create", "-", "--json"], json.dumps({CONTROL: 1})),
+        (["enqueue", "thumbnail.create", "-", "--schedule-at", CONTROL], GOOD),
+        (["worker", "--types", CONTROL], ""),
+        (["migrate", "--grants", CONTROL], ""),
+    ],
+)
+def test_control_characters_are_escaped(jobs: Shell, arguments: list[str], stdin: str) -> None:
+    result = jobs(*arguments, stdin=stdin)
+    printed = result.stdout + result.stderr
+    assert all(character.isprintable() or character == "\n" for character in printed), printed
+    assert "logged as" not in printed
+    assert ESCAPED in printed or "--grants" in arguments
+
+
+def test_control_characters_of_settings_and_modules_are_escaped(jobs: Shell) -> None:
+    (jobs.folder / "loud.py").write_text(f"raise ValueError({CONTROL!r})")
+    for settings in (
+        {"JOBS_CATALOG": "loud"},
+        {"JOBS_CATALOG": CONTROL},
+        {"JOBS_DATABASE_URL": f"sqlite:///{CONTROL}/jobs.db"},
+        {f"JOBS_{CONTROL}": "1"},
+    ):
+        for arguments in (["types"], ["migrate"], ["enqueue", "payout.execute", "-"]):
+            result = jobs(*arguments, stdin=GOOD, **settings)
+            assert all(c.isprintable() or c == "\n" for c in result.stderr), result.stderr
+
+
+def test_control_characters_are_escaped_in_the_log_for_people() -> None:
+    stream = io.StringIO()
+    configure_logs("info", "console", stream)
+    try:
+        structlog.get_logger("test").info(CONTROL, job=CONTROL, keys=[CONTROL], **{CONTROL: 1})
+        logging.getLogger("a.library").warning("it says %s", CONTROL, extra={"name_": CONTROL})
+        try:
+            raise OSError(5, CONTROL)
+        except OSError:
+            structlog.get_logger("test").exception("failed")
+    finally:
+        configure_logs("error", "console")
+    lines = stream.getvalue()
+    assert all(character.isprintable() or character == "\n" for character in lines), lines
+    assert lines.count("red") >= 7
+    assert len(lines.splitlines()) >= 5  # The traceback keeps its lines.
+
+
+def test_bytes_that_are_no_text_are_a_sentence(jobs: Shell) -> None:
+    (jobs.folder / "latin").write_bytes(b'{"assetId": "caf\xe9"}')
+    result = jobs("validate", "thumbnail.create", "latin")
+    assert result.returncode == 2
+    assert result.stderr == "Cannot read latin: byte 17 is not UTF-8.\n"
+    given = subprocess.run(
+        [sys.executable, "-m", "job_registry_api.cli", "validate", "thumbnail.create", "-"],
+        env={**jobs.environment, "LC_ALL": "C", "PYTHONUTF8": "1"},
+        input=b'{"assetId": "caf\xe9"}',
+        capture_output=True,
+        check=False,
+    )
+    assert given.returncode == 2
+    assert given.stderr == b"Cannot read standard input: byte 17 is not UTF-8.\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["types"], ["policy", "a"], ["validate", "a", "-"], ["enqueue", "a", "-"], ["schema"],
+     ["worker"], ["serve", "--port", "0"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_module_that_logs_while_it_is_imported_shows_no_variables(
+    jobs: Shell, arguments: list[str]
+) -> None:
+    (jobs.folder / "broken.py").write_text(
+        f"""
+import logging, structlog
+def connect():
+    password = "{SECRET}".upper()
+    1 / 0
+try:
+    connect()
+except ZeroDivisionError:
+    structlog.get_logger().exception("structlog")
+    logging.getLogger("broken").exception("logging")
+connect()
+"""
+    )
+    result = jobs(*arguments, stdin=GOOD, JOBS_CATALOG="broken", JOBS_LOG_FORMAT="console")
+    assert result.returncode == 2
+    assert SECRET.upper() not in result.stderr
+    assert "structlog" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("The job types cannot be loaded: broken:")

@@ -1,0 +1,111 @@
+"""What answers do not tell: names that a caller does not know, and content to caches."""
+
+from __future__ import annotations
+
+import json
+
+import httpx
+import pytest
+
+from tests.http_client import Visit
+
+pytestmark = pytest.mark.any_database
+
+CLOSE = {"type": "thumbnail.creat", "payload": {}}
+TYPED = {"type": "thumbnail.create", "payload": {"assetIdd": "a", "versionNumber": 1}}
+DOCUMENTS = [
+    "{ jobTypess { name } }",
+    '{ jobType(jobTyp: "a") { __typename } }',
+    '{ jobType(jobType: "thumbnail.creat") { ... on JobTypeNotFound { message suggestions } } }',
+    '{ jobPolicy(jobType: "thumbnail.creat") { ... on JobTypeNotFound { message suggestions } } }',
+    '{ validateJob(input: {type: "thumbnail.creat", payload: {}}) {'
+    " ... on JobTypeNotFound { message suggestions } } }",
+    'mutation { enqueueJob(input: {type: "thumbnail.create", payload: {assetIdd: "a"}}) {'
+    " ... on PayloadInvalid { violations { message } } } }",
+    'mutation { enqueueJobs(inputs: [{type: "thumbnail.creat", payload: {}}]) {'
+    " ... on JobTypeNotFound { message suggestions } } }",
+    "mutation { enqueue(job: {thumbnailCreat: {}}) { __typename } }",
+    'mutation { enqueue(job: {thumbnailCreate: {assetIdd: "a"}}) { __typename } }',
+    'mutation { leaseJobs(input: {jobTypes: ["thumbnail.creat"], workerId: "w"}) {'
+    " ... on InputInvalid { violations { message } } } }",
+    'subscription { jobEvents(jobTypes: ["thumbnail.creat"]) { name } }',
+    "{ jobs(filter: {statuses: [QUEUE]}) { nodes { id } } }",
+]
+VARIABLES = "mutation ($job: TypedJobInput!) { enqueue(job: $job) { __typename } }"
+
+
+@pytest.mark.parametrize("suggests", [True, False])
+async def test_no_error_suggests_a_name_once_suggestions_are_off(
+    visit: Visit, suggests: bool
+) -> None:
+    answers = []
+    async with visit(suggestions=str(suggests).lower()) as client:
+        for document in DOCUMENTS:
+            answers.append(await ask(client, document))
+        jobs: list[dict[str, object]] = [
+            {"thumbnailCreat": {}},
+            {"thumbnailCreate": {"assetIdd": "a"}},
+        ]
+        for job in jobs:
+            answers.append(await ask(client, VARIABLES, {"job": job}))
+        for body in (CLOSE, TYPED, {"typ": "a", "payload": {}}):
+            answers.append((await client.post("/jobs", json=body)).text)
+    for answer in answers:
+        # The field of the answer is there in any case.
+        suggested = "Did you mean" in answer or '"suggestions":["' in answer
+        assert suggested == suggests, answer
+        assert "internal_error" not in answer
+
+
+async def ask(client: httpx.AsyncClient, document: str, variables: object = None) -> str:
+    headers = {"accept": "text/event-stream"} if document.startswith("subscription") else {}
+    body = {"query": document, "variables": variables}
+    return (await client.post("/graphql", json=body, headers=headers)).text
+
+
+@pytest.mark.parametrize("origins", ["", "https://app.example.com"])
+async def test_no_answer_is_for_a_cache_and_none_is_guessed_at(visit: Visit, origins: str) -> None:
+    settings = {"cors_origins": origins} if origins else {}
+    job = {"type": "test.ping", "payload": {}}
+    async with visit(**settings) as client:
+        made = await client.post("/jobs", json=job)
+        answers = [
+            made,
+            await client.get(made.headers["location"]),
+            await client.post("/jobs", content="{"),
+            await client.get("/jobs/no"),
+            await client.delete("/jobs/no"),
+            await client.post("/graphql", json={"query": "{ __typename }"}),
+            await client.get("/graphql?query={__typename}"),
+            await client.get("/graphql?query={__typename}", headers={"host": "evil.example"}),
+            await client.post("/graphql", json={"query": "{"}),
+            await client.put("/graphql"),
+            await client.post(
+                "/graphql",
+                json={"query": "{ __typename }"},
+                headers={"accept": "text/event-stream"},
+            ),
+            await client.get("/graphql", headers={"accept": "image/png"}),
+            await client.get("/nowhere"),
+            await client.get("/healthz"),
+            await client.get("/readyz"),
+            await client.get("/metrics"),
+            await client.post("/healthz"),
+            await client.get("/healthz", headers={"origin": "https://app.example.com"}),
+            await client.options(
+                "/graphql",
+                headers={
+                    "origin": "https://app.example.com",
+                    "access-control-request-method": "POST",
+                },
+            ),
+        ]
+        page = await client.get("/graphql", headers={"accept": "text/html"})
+    for answer in answers:
+        assert answer.headers.get_list("cache-control") == ["no-store"], answer.url
+        assert answer.headers.get_list("x-content-type-options") == ["nosniff"], answer.url
+        names = {name.strip().lower() for name in answer.headers["vary"].split(",")}
+        assert names >= ({"accept", "origin"} if origins else {"accept"}), answer.url
+    assert page.headers.get_list("cache-control") == ["no-cache"]
+    assert "accept" in page.headers["vary"].lower()
+    assert json.loads(answers[5].text) == {"data": {"__typename": "Query"}}
