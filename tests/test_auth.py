@@ -96,7 +96,7 @@ async def test_the_subject_of_a_token_is_who_created_a_job(visit: Visit) -> None
         ("GET", "/jobs/01a20ce6-477e-756b-b37b-d94e9b09c1e9", {}),
     ],
 )
-async def test_without_a_token_every_door_asks_for_one(
+async def test_without_a_token_every_interface_requires_one(
     visit: Visit, method: str, path: str, headers: dict[str, str]
 ) -> None:
     body = {"query": "{ __typename }"} if method == "POST" else None
@@ -408,7 +408,7 @@ async def test_rest_answers_403_without_the_scope(visit: Visit, scope: str) -> N
         assert needed in response.json()["error"]["message"]
 
 
-async def test_one_who_only_enqueues_is_not_told_what_others_jobs_hold(visit: Visit) -> None:
+async def test_one_who_only_enqueues_does_not_see_what_others_jobs_hold(visit: Visit) -> None:
     keyed = """mutation ($input: EnqueueJobInput!) { enqueueJob(input: $input) { __typename
         ... on EnqueueJobSuccess { deduplicated job { payload createdBy } }
         ... on InputInvalid { violations { path code } }
@@ -551,7 +551,7 @@ async def test_a_websocket_is_authenticated_by_its_first_message_or_its_header(
         assert await opened({"Authorization": 7}) == 4403
 
 
-async def test_a_subscription_tells_only_of_the_callers_job_types_and_ends_with_its_token(
+async def test_a_subscription_has_only_events_of_the_callers_job_types_and_ends_with_its_token(
     database_url: str,
 ) -> None:
     async with (

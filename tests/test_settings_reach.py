@@ -495,7 +495,7 @@ def test_the_log_is_written_as_set(sqlite_template: Path, house: Path) -> None:
     assert lines(log_format="json", log_level="error") == []
 
 
-def test_a_worker_works_the_types_it_is_told_to(sqlite_template: Path, house: Path) -> None:
+def test_a_worker_runs_only_the_types_of_its_setting(sqlite_template: Path, house: Path) -> None:
     (house / "more.py").write_text(
         "from house import Empty, JobPolicy, JobType\n"
         "other = JobType(name='other', payload=Empty, policy=JobPolicy(timeout_seconds=600))\n"

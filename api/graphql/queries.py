@@ -173,14 +173,14 @@ class Query:
             # No types is no restriction, and no job has a type without a name.
             types = tuple(sorted(caller.job_types)) or ("",)
         statuses = (filter.statuses or []) if filter else []
-        wanted = reading.JobFilter(
+        job_filter = reading.JobFilter(
             types=types, statuses=tuple(models.JobStatus[each.name] for each in statuses)
         )
         budget, of_each = info.context.budget, selected(info)
         async with budget.reading:
             budget.check_reading()
             page = await info.context.queue.list_jobs(
-                wanted,
+                job_filter,
                 first=first,
                 after=None if after is None else _id_of(after),
                 # One job at least: its fields say what exceeds a limit.

@@ -181,6 +181,7 @@ class _Connection:
         if self._caller is None and len(text) > MAX_UNADMITTED_MESSAGE:
             raise _ProtocolViolation(1009, "The message is too large")
         try:
+            message: Any
             message, _ = parse_request_json(text.encode(), self._executor.request_limits)
         except BudgetExceeded:
             reason = "The message has more JSON values than JOBS_MAX_REQUEST_VALUES"

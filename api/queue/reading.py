@@ -128,7 +128,7 @@ class Reading:
 
     async def list_jobs(
         self,
-        wanted: JobFilter = JobFilter(),
+        job_filter: JobFilter = JobFilter(),
         *,
         first: int = 50,
         after: uuid.UUID | None = None,
@@ -147,30 +147,30 @@ class Reading:
         if not 1 <= first <= self._max_page_size:
             message = f"Expected 1 to {self._max_page_size} jobs per page; got {first}."
             faults.append(Violation("/first", "out_of_range", message))
-        if len(wanted.types) > MAX_FILTER_TYPES:
-            message = f"Expected at most {MAX_FILTER_TYPES} job types; got {len(wanted.types)}."
+        if len(job_filter.types) > MAX_FILTER_TYPES:
+            message = f"Expected at most {MAX_FILTER_TYPES} job types; got {len(job_filter.types)}."
             faults.append(Violation("/filter/types", "too_long", message))
         if faults:
             raise InputInvalid(tuple(faults))
         # The database refuses these names in a query, so no job has one of them.
-        types = tuple(name for name in wanted.types if text_fault(name) is None)
-        if wanted.types and not types:
+        types = tuple(name for name in job_filter.types if text_fault(name) is None)
+        if job_filter.types and not types:
             return JobPage([], has_next_page=False)
         sizes = await self._store.list_sizes(
-            types=types, statuses=wanted.statuses, first=first + 1, after=after
+            types=types, statuses=job_filter.statuses, first=first + 1, after=after
         )
         chosen = list(sizes)[: first if most is None else min(first, most)]
-        jobs = await self._read_page(chosen, sizes, max_bytes)
+        page = await self._read_page(chosen, sizes, max_bytes)
         return JobPage(
-            jobs,
-            has_next_page=len(sizes) > len(jobs),
-            stopped_early=len(jobs) < min(first, len(sizes)),
-            weight=sum(map(weight_of, jobs)),
+            page.jobs,
+            has_next_page=page.stopped_early or len(sizes) > len(chosen),
+            stopped_early=page.stopped_early or len(chosen) < min(first, len(sizes)),
+            weight=page.weight,
         )
 
     async def _read_page(
         self, ids: Sequence[uuid.UUID], sizes: Mapping[uuid.UUID, int], max_bytes: int | None
-    ) -> list[JobRecord]:
+    ) -> JobPage:
         """Return the first of these jobs, as many as `max_bytes` allows, and one at least.
 
         They are read a piece at a time, because objects take more memory than their text.
@@ -187,12 +187,13 @@ class Reading:
             read = await self._store.get_many(ids[start:end])
             # A job may have been deleted in the meantime.
             for job in (read[job_id] for job_id in ids[start:end] if job_id in read):
-                weight += weight_of(job)
-                if max_bytes is not None and jobs and weight > max_bytes:
-                    return jobs
+                weight_of_job = weight_of(job)
+                if max_bytes is not None and jobs and weight + weight_of_job > max_bytes:
+                    return JobPage(jobs, has_next_page=True, stopped_early=True, weight=weight)
+                weight += weight_of_job
                 jobs.append(job)
             start = end
-        return jobs
+        return JobPage(jobs, has_next_page=False, weight=weight)
 
     async def counts(self) -> dict[str, JobCounts]:
         """Return the number of jobs per type and status, including types no longer registered."""

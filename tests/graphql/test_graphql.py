@@ -238,7 +238,7 @@ def break_queue(
         monkeypatch.setattr(http.application.state.queue, name, broken)  # type: ignore[attr-defined]
 
 
-async def test_an_unforeseen_fault_is_told_by_its_id_alone(
+async def test_an_unforeseen_fault_is_reported_by_its_id_alone(
     http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     break_queue(http, monkeypatch, RuntimeError("secret of the house"), "get", "enqueue")
@@ -291,7 +291,7 @@ async def test_a_malformed_request_is_answered_with_its_status(
     assert response.headers["content-type"].startswith("application/json")
 
 
-async def test_the_media_type_of_graphql_tells_faults_of_documents_by_status(
+async def test_the_media_type_of_graphql_reports_faults_of_documents_by_status(
     http: httpx.AsyncClient,
 ) -> None:
     accept = {"accept": "application/graphql-response+json"}
@@ -351,7 +351,7 @@ async def test_rest_counts_the_faults(http: httpx.AsyncClient) -> None:
     assert two.json()["error"]["message"] == "The request has 2 faults."
 
 
-async def test_rest_knows_no_such_job_and_no_such_method(http: httpx.AsyncClient) -> None:
+async def test_rest_has_no_such_job_and_no_such_method(http: httpx.AsyncClient) -> None:
     missing = await http.get("/jobs/nope")
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "job_not_found")
     assert missing.json()["error"]["message"] == 'There is no job "nope".'

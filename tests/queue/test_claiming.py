@@ -108,7 +108,7 @@ async def test_a_job_leased_for_a_caller_that_was_cancelled_goes_to_the_next_at_
     (waiting,) = await polls(queue, 1)
     await claims.entered.wait()
 
-    # When the caller is cancelled before it hears of that
+    # When the caller is cancelled before it gets the leases
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
@@ -163,7 +163,7 @@ async def polls_at_once(queue: JobQueue, count: int) -> list[asyncio.Task[Any]]:
     return waiting
 
 
-async def test_everybody_in_line_hears_that_the_database_is_away(
+async def test_everyone_in_line_gets_the_error_of_an_outage(
     queue: JobQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waiting = await polls(queue, 3)
@@ -202,7 +202,7 @@ async def test_a_claim_whose_caller_is_cancelled_without_waiting_leaves_no_lease
     assert (lease.job.id, lease.job.attempt) == (job.id, 1)
 
 
-async def test_jobs_whose_documents_cannot_be_read_after_the_claim_are_handed_back(
+async def test_jobs_whose_documents_cannot_be_read_after_the_claim_are_released(
     fresh_postgresql_url: str, registry: JobRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Given a job that is too large to be in the answer of a claim

@@ -86,7 +86,7 @@ async def test_a_value_out_of_its_range_is_refused_and_nothing_is_stored(
     assert (await queue.list_jobs()).jobs == []
 
 
-async def test_faults_of_the_input_and_of_the_payload_are_told_together(
+async def test_faults_of_the_input_and_of_the_payload_are_reported_together(
     queue: JobQueue,
 ) -> None:
     with pytest.raises(InputInvalid) as refused:

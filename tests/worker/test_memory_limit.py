@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from job_registry import DefinitionError, JobRegistry, JobType, Payload
-from job_registry_api.queue.database import Database
+from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.models import JobRecord, JobStatus
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.requests import EnqueueRequest
@@ -56,9 +56,9 @@ class Diner:
 
 @pytest.fixture
 async def diner(database_url: str) -> AsyncIterator[Diner]:
-    database = Database(database_url)
+    database = open_database(database_url)
     queue = JobQueue(JobRegistry(TYPES), database)
-    async with queue.events.hearing():
+    async with queue.events.listening():
         worker = Worker(queue, concurrency=1, assets="assets", shutdown_seconds=2)
         task = asyncio.create_task(worker.run())
         try:
