@@ -332,6 +332,18 @@ async def test_attempts_that_were_released_are_kept_up_to_a_bound(
     assert 32 <= len(await outcomes(queue, job)) <= 64
 
 
+async def test_attempts_of_a_job_that_is_cancelled_and_retried_are_kept_up_to_a_bound(
+    queue: JobQueue,
+) -> None:
+    job = await enqueue(queue)
+    for _ in range(70):
+        lease = await lease_one(queue)
+        await queue.cancel(job.id)
+        assert (await queue.release(lease.token)).status is JobStatus.CANCELLED
+        await queue.retry(job.id)
+    assert 32 <= len(await outcomes(queue, job)) <= 64
+
+
 async def test_a_limit_is_never_passed_and_a_full_type_holds_up_no_other(
     queue: JobQueue,
 ) -> None:

@@ -110,10 +110,10 @@ SET finished_at = :now, outcome = :outcome, error = :error, held_until = :held_u
 WHERE job_id = :id AND finished_at IS NULL
 
 -- name: forget_returned
--- Delete the oldest released and snoozed attempts of a job, and keep 32.
+-- Delete the oldest attempts of a job that were given back or cancelled, and keep 32.
 DELETE FROM job_attempt
-WHERE job_id = :id AND outcome IN ('released', 'snoozed') AND id <= (
-    SELECT id FROM job_attempt WHERE job_id = :id AND outcome IN ('released', 'snoozed')
+WHERE job_id = :id AND outcome IN ('released', 'snoozed', 'cancelled') AND id <= (
+    SELECT id FROM job_attempt WHERE job_id = :id AND outcome IN ('released', 'snoozed', 'cancelled')
     ORDER BY id DESC LIMIT 1 OFFSET 32)
 
 -- name: renew
