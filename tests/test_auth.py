@@ -26,7 +26,13 @@ from websockets.typing import Subprotocol
 
 from job_registry import JobRegistry
 from job_registry_api.app import create_app
-from job_registry_api.auth import ACCESS_SCOPES, Authenticator, TooManyRequests
+from job_registry_api.auth import (
+    ACCESS_SCOPES,
+    Authenticator,
+    SharedSecret,
+    TokenVerifier,
+    TooManyRequests,
+)
 from job_registry_api.graphql.access_scopes import check_access_scope
 from job_registry_api.graphql.schema import build_schema, executable
 from job_registry_api.rates import MAX_CALLERS, Rates
@@ -134,6 +140,7 @@ def none_algorithm(**changed: Any) -> str:
         (lambda: token(iss=None), "The token lacks the claim iss."),
         (lambda: token(aud=None), "The token lacks the claim aud."),
         (lambda: token(sub=""), "The claim sub is not 1 to 255 characters of text."),
+        (lambda: token(sub="x" * 256), "The claim sub is not 1 to 255 characters of text."),
         (lambda: token(sub=7), "The token is not valid."),
         (lambda: token(exp="soon"), "The claim exp is not a time in seconds since 1970."),
         (lambda: token(**{"jobs:types": "x"}), "The claim jobs:types is not a list of names."),
@@ -171,6 +178,14 @@ async def test_clocks_may_differ_by_the_leeway(visit: Visit) -> None:
         assert (await graphql(client, "{ __typename }", late)).status_code == 200
     async with visit(**AUTH, auth_leeway_seconds="1") as client:
         assert (await graphql(client, "{ __typename }", late)).status_code == 401
+
+
+async def test_a_caller_is_known_until_the_token_has_expired_and_the_leeway_has_passed() -> None:
+    verifier = TokenVerifier(SharedSecret(SECRET), issuer=ISSUER, audience="jobs", leeway_seconds=7)
+    expires = int(time.time()) + 60
+    for _ in range(2):
+        caller = await verifier.verify(f"Bearer {token(exp=expires)}")
+        assert (caller.subject, caller.expires_at) == ("ada", expires + 7)
 
 
 async def test_a_token_that_was_valid_is_refused_once_it_has_expired(visit: Visit) -> None:
@@ -265,18 +280,26 @@ async def test_the_only_key_needs_no_name(visit: Visit, tmp_path: Path) -> None:
         assert (await graphql(client, "{ __typename }", signed("RS256", None))).status_code == 200
 
 
+class Keys(BaseHTTPRequestHandler):
+    """Serves a key set, except at /broken, where it counts the requests."""
+
+    broken_requests = 0
+
+    def do_GET(self) -> None:
+        if self.path == "/broken":
+            Keys.broken_requests += 1
+            self.send_error(500)
+            return
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(public_keys()).encode())
+
+    def log_message(self, *_args: Any) -> None: ...
+
+
 @pytest.fixture
 def key_server() -> Iterator[str]:
     """The URL of a key set."""
-
-    class Keys(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(json.dumps(public_keys()).encode())
-
-        def log_message(self, *_args: Any) -> None: ...
-
     server = HTTPServer(("127.0.0.1", 0), Keys)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -292,6 +315,17 @@ async def test_keys_are_fetched_from_a_url(visit: Visit, key_server: str) -> Non
             await graphql(client, "{ __typename }", signed("ES256", "ES256"))
         ).status_code == 200
         assert (await graphql(client, "{ __typename }", signed("ES256", "new"))).status_code == 401
+
+
+async def test_keys_that_cannot_be_fetched_are_not_fetched_again_for_each_token(
+    visit: Visit, key_server: str
+) -> None:
+    before = Keys.broken_requests
+    async with visit(auth_jwks=key_server.replace("/keys", "/broken"), **CLAIMS) as client:
+        for _ in range(3):
+            response = await graphql(client, "{ __typename }", signed("ES256", "ES256"))
+            assert response.status_code == 503
+    assert Keys.broken_requests == before + 1
 
 
 async def test_while_the_keys_cannot_be_fetched_the_answer_is_503(visit: Visit) -> None:
