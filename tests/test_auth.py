@@ -29,7 +29,6 @@ from job_registry_api.app import create_app
 from job_registry_api.auth import (
     ACCESS_SCOPES,
     Authenticator,
-    SharedSecret,
     TokenVerifier,
     TooManyRequests,
 )
@@ -37,6 +36,7 @@ from job_registry_api.graphql.access_scopes import check_access_scope
 from job_registry_api.graphql.schema import build_schema, executable
 from job_registry_api.rates import MAX_CALLERS, Rates
 from job_registry_api.settings import SettingsInvalid, load_settings
+from job_registry_api.signing_keys import FixedKeys, SharedSecret
 from tests.http_client import Visit, serving
 
 pytestmark = pytest.mark.any_database
@@ -181,7 +181,8 @@ async def test_clocks_may_differ_by_the_leeway(visit: Visit) -> None:
 
 
 async def test_a_caller_is_known_until_the_token_has_expired_and_the_leeway_has_passed() -> None:
-    verifier = TokenVerifier(SharedSecret(SECRET), issuer=ISSUER, audience="jobs", leeway_seconds=7)
+    keys = FixedKeys(SharedSecret(SECRET.encode()))
+    verifier = TokenVerifier(keys, issuer=ISSUER, audience="jobs", leeway_seconds=7)
     expires = int(time.time()) + 60
     for _ in range(2):
         caller = await verifier.verify(f"Bearer {token(exp=expires)}")
