@@ -17,10 +17,10 @@ from job_registry import JobRegistry
 from job_registry_api import pages
 from job_registry_api.auth import create_authenticator
 from job_registry_api.budget import RequestLimits
+from job_registry_api.graphql.admission import Admission
 from job_registry_api.graphql.document_limits import Limits
 from job_registry_api.graphql.execution import Executor
 from job_registry_api.graphql.http import GraphQLOverHTTP
-from job_registry_api.graphql.schema import build_schema
 from job_registry_api.graphql.websocket import GraphQLOverWebSocket
 from job_registry_api.health import Health, health_routes
 from job_registry_api.http_messages import GuardedResponses
@@ -84,9 +84,11 @@ def create_app(settings: Settings, registry: JobRegistry, *, worker: bool = Fals
         body_bytes=settings.max_body_bytes,
         values=settings.max_request_values,
         bulk_size=settings.max_bulk_size,
+        answer_bytes=settings.max_answer_bytes,
+        answer_fields=settings.max_answer_fields,
     )
     executor = Executor(
-        build_schema(registry),
+        Admission(registry),
         Limits(
             tokens=settings.max_query_tokens,
             depth=settings.max_query_depth,
@@ -114,7 +116,7 @@ def create_app(settings: Settings, registry: JobRegistry, *, worker: bool = Fals
             Route("/graphql", graphql_http),
             WebSocketRoute("/graphql", graphql_websocket),
             Route("/jobs", EnqueueView(authenticator, limits)),
-            Route("/jobs/{id}", JobView(authenticator)),
+            Route("/jobs/{id}", JobView(authenticator, limits)),
             *health_routes(lambda request: cast(Health, request.app.state.health)),
             *([Route("/", pages.root()), *pages.assets()] if settings.graphiql else ()),
         ],

@@ -11,15 +11,13 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from ipaddress import ip_address
+from ipaddress import IPv6Address, IPv6Network, ip_address
 from typing import Any, Final, Literal, NamedTuple, get_args
 from urllib.parse import urlsplit
 
 import jwt
 from limits import RateLimitItem
 from limits import parse as parse_rate
-from limits.storage import MemoryStorage
-from limits.strategies import SlidingWindowCounterRateLimiter
 from pydantic import JsonValue
 from starlette.types import Scope
 
@@ -27,6 +25,7 @@ from job_registry import CodedError, text_fault
 from job_registry.errors import shortened
 from job_registry.job_type import is_type_name
 from job_registry_api.http_messages import header
+from job_registry_api.rates import Exceeded, Rates
 from job_registry_api.settings import Settings, SettingsInvalid
 from job_registry_api.signing_keys import (
     AuthenticationUnavailable,
@@ -199,6 +198,11 @@ class TokenVerifier:
         self._known: OrderedDict[bytes, _Known] = OrderedDict()
         self._known_length = 0
 
+    def knows(self, authorization: str) -> bool:
+        """Return whether a token has been verified before, and is still remembered."""
+        token = authorization.partition(" ")[2].strip()
+        return len(token) <= MAX_TOKEN_LENGTH and _digest(token) in self._known
+
     async def verify(self, authorization: str) -> Caller:
         """Return the caller of an Authorization header; "" is a missing header.
 
@@ -215,8 +219,7 @@ class TokenVerifier:
         if not token.isascii():
             raise Unauthenticated("The token is not a JSON Web Token.")
         keys = await self._keys.current()
-        # The digest: the cache then holds no token, and its keys have one length.
-        digest = hashlib.sha256(token.encode()).digest()
+        digest = _digest(token)
         known = self._known.get(digest)
         if known is not None and _is_in_force(known, keys):
             self._known.move_to_end(digest)
@@ -293,10 +296,11 @@ class TokenVerifier:
 
 
 class Authenticator:
-    """Authenticates every request, then counts it for the rate limits.
+    """Authenticates every request, and counts it for the rate limits.
 
-    `rate_limits` bound the requests per subject, or per address without a subject. Pages of
-    `origins` may send requests. A request is an ASGI connection scope.
+    `rate_limits` bound the requests per subject, or per address without a subject. Once an address
+    has used up its limit by requests without a valid token, tokens that are not known yet are not
+    even verified. Pages of `origins` may send requests. A request is an ASGI connection scope.
     """
 
     def __init__(
@@ -306,8 +310,7 @@ class Authenticator:
         origins: Sequence[str] = (),
     ) -> None:
         self._verifier = verifier
-        self._rate_limits = rate_limits
-        self._limiter = SlidingWindowCounterRateLimiter(MemoryStorage()) if rate_limits else None
+        self._rates = Rates(rate_limits)
         self._hosts = frozenset(urlsplit(origin).hostname for origin in origins)
 
     async def authenticate(self, request: Scope, authorization: str | None = None) -> Caller:
@@ -317,18 +320,24 @@ class Authenticator:
 
         Raises:
             Unauthenticated: the token is missing or not valid. The request counts for its address.
-            AuthenticationUnavailable: the token cannot be checked now.
+            AuthenticationUnavailable: the token cannot be checked now. It counts as well.
             Forbidden: without authentication, the request may come from a page of another site.
             TooManyRequests: the request exceeds a rate limit.
         """
         if authorization is None:
             authorization = header(request, b"authorization").decode("latin-1")
+        if self._verifier is None:
+            self._count(_address(request))
+            self._check_host(request)
+            return ANYONE
+        if not self._verifier.knows(authorization):
+            self.check_stranger(request)
         try:
-            caller = await self._caller(request, authorization)
-        except Unauthenticated:
-            self._count(request, None)
+            caller = await self._verifier.verify(authorization)
+        except (Unauthenticated, AuthenticationUnavailable):
+            self._count(_address(request))
             raise
-        self._count(request, caller)
+        self._count(_name_of(caller, request))
         return caller
 
     def check_again(self, request: Scope, caller: Caller) -> None:
@@ -340,11 +349,21 @@ class Authenticator:
         """
         if caller.expires_at is not None and time.time() >= caller.expires_at:
             raise Unauthenticated("The token has expired.")
-        self._count(request, caller)
+        self._count(_name_of(caller, request))
 
-    async def _caller(self, request: Scope, authorization: str) -> Caller:
-        if self._verifier is not None:
-            return await self._verifier.verify(authorization)
+    def check_stranger(self, request: Scope) -> None:
+        """Check that the address of a request may still send one, and count nothing.
+
+        Raises:
+            TooManyRequests: its requests without a valid token have used up a rate limit.
+        """
+        _refuse_if(self._rates.exceeded(_address(request)))
+
+    def count_stranger(self, request: Scope) -> None:
+        """Count a request that has ended before its caller was known."""
+        self._rates.count(_address(request))
+
+    def _check_host(self, request: Scope) -> None:
         # DNS rebinding: a page whose host name resolves to this machine is same-origin with this
         # server for a browser. No name leads to a page of an address, and every machine itself
         # resolves localhost (RFC 6761, section 6.3). Every browser sends the header.
@@ -355,18 +374,9 @@ class Authenticator:
                 "Without authentication, expected a host that is this machine, such as localhost;"
                 f" got {shortened(host)}. If it is yours, add its origin to JOBS_CORS_ORIGINS."
             )
-        return ANYONE
 
-    def _count(self, request: Scope, caller: Caller | None) -> None:
-        if self._limiter is None:
-            return
-        subject = caller.subject if caller else None
-        client = request.get("client")  # This may be a proxy.
-        who = ("address", client[0] if client else "") if subject is None else ("subject", subject)
-        for limit in self._rate_limits:
-            if not self._limiter.hit(limit, *who):
-                reset, _ = self._limiter.get_window_stats(limit, *who)
-                raise TooManyRequests(_rate(limit), max(1, round(reset - time.time())))
+    def _count(self, name: str) -> None:
+        _refuse_if(self._rates.count(name))
 
 
 def create_authenticator(settings: Settings) -> Authenticator:
@@ -402,6 +412,39 @@ def _token_verifier(settings: Settings) -> TokenVerifier | None:
         audience=settings.auth_audience,
         leeway_seconds=settings.auth_leeway_seconds,
     )
+
+
+def _digest(token: str) -> bytes:
+    """Return the key of a token in the cache, which then holds no token and keys of one length."""
+    return hashlib.sha256(token.encode()).digest()
+
+
+def _name_of(caller: Caller, request: Scope) -> str:
+    """Return whose requests a request is counted with."""
+    return _address(request) if caller.subject is None else f"subject {caller.subject}"
+
+
+def _address(request: Scope) -> str:
+    """Return the address of a request, which may be a proxy's; of IPv6 the network.
+
+    A host with IPv6 has as many addresses as it likes within its network of 64 bits.
+    """
+    client = request.get("client")
+    text = client[0] if client else ""
+    try:
+        address = ip_address(text)
+    except ValueError:
+        return f"address {text}"
+    if isinstance(address, IPv6Address):
+        if address.ipv4_mapped is None:
+            return f"address {IPv6Network((int(address) >> 64 << 64, 64))}"
+        address = address.ipv4_mapped
+    return f"address {address}"
+
+
+def _refuse_if(exceeded: Exceeded | None) -> None:
+    if exceeded is not None:
+        raise TooManyRequests(_rate(exceeded.limit), max(1, round(exceeded.seconds)))
 
 
 def _host(header: str) -> str:

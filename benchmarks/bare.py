@@ -42,6 +42,7 @@ def application(database_url: str | None) -> Starlette:
     from job_registry.discovery import load_registry
     from job_registry_api.auth import ANYONE
     from job_registry_api.cli.startup import collect_garbage_rarely
+    from job_registry_api.graphql.admission import Admission
     from job_registry_api.graphql.context import Context
     from job_registry_api.graphql.document_limits import Limits
     from job_registry_api.graphql.execution import Executor
@@ -52,12 +53,12 @@ def application(database_url: str | None) -> Starlette:
     configure_logs("info", "json")
     registry = load_registry(["job_registry.catalog"])
     schema = build_schema(registry)
-    executor = Executor(schema, Limits())
+    executor = Executor(Admission(registry), Limits())
     queues: list[JobQueue] = []
 
     async def executed(request: Request) -> JSONResponse:
         content = await request.json()
-        prepared = executor.prepare(content["query"], None)
+        prepared = executor.prepare(content["query"], None, ANYONE)
         context = Context(queues[0], ANYONE)
         result = await executor.execute(prepared, content["variables"], context)
         return JSONResponse({"data": result.data, **_errors(result)})

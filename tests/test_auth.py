@@ -6,6 +6,7 @@ import asyncio
 import json
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -18,16 +19,24 @@ import strawberry
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from graphql import GraphQLObjectType
+from limits import parse as parse_rate
 from websockets.asyncio.client import connect
-from websockets.exceptions import ConnectionClosed
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.typing import Subprotocol
 
 from job_registry import JobRegistry
 from job_registry_api.app import create_app
-from job_registry_api.auth import ACCESS_SCOPES
+from job_registry_api.auth import (
+    ACCESS_SCOPES,
+    Authenticator,
+    TokenVerifier,
+    TooManyRequests,
+)
 from job_registry_api.graphql.access_scopes import check_access_scope
 from job_registry_api.graphql.schema import build_schema, executable
+from job_registry_api.rates import MAX_CALLERS, Rates
 from job_registry_api.settings import SettingsInvalid, load_settings
+from job_registry_api.signing_keys import FixedKeys, SharedSecret
 from tests.http_client import Visit, serving
 
 pytestmark = pytest.mark.any_database
@@ -131,6 +140,7 @@ def none_algorithm(**changed: Any) -> str:
         (lambda: token(iss=None), "The token lacks the claim iss."),
         (lambda: token(aud=None), "The token lacks the claim aud."),
         (lambda: token(sub=""), "The claim sub is not 1 to 255 characters of text."),
+        (lambda: token(sub="x" * 256), "The claim sub is not 1 to 255 characters of text."),
         (lambda: token(sub=7), "The token is not valid."),
         (lambda: token(exp="soon"), "The claim exp is not a time in seconds since 1970."),
         (lambda: token(**{"jobs:types": "x"}), "The claim jobs:types is not a list of names."),
@@ -168,6 +178,15 @@ async def test_clocks_may_differ_by_the_leeway(visit: Visit) -> None:
         assert (await graphql(client, "{ __typename }", late)).status_code == 200
     async with visit(**AUTH, auth_leeway_seconds="1") as client:
         assert (await graphql(client, "{ __typename }", late)).status_code == 401
+
+
+async def test_a_caller_is_known_until_the_token_has_expired_and_the_leeway_has_passed() -> None:
+    keys = FixedKeys(SharedSecret(SECRET.encode()))
+    verifier = TokenVerifier(keys, issuer=ISSUER, audience="jobs", leeway_seconds=7)
+    expires = int(time.time()) + 60
+    for _ in range(2):
+        caller = await verifier.verify(f"Bearer {token(exp=expires)}")
+        assert (caller.subject, caller.expires_at) == ("ada", expires + 7)
 
 
 async def test_a_token_that_was_valid_is_refused_once_it_has_expired(visit: Visit) -> None:
@@ -262,18 +281,26 @@ async def test_the_only_key_needs_no_name(visit: Visit, tmp_path: Path) -> None:
         assert (await graphql(client, "{ __typename }", signed("RS256", None))).status_code == 200
 
 
+class Keys(BaseHTTPRequestHandler):
+    """Serves a key set, except at /broken, where it counts the requests."""
+
+    broken_requests = 0
+
+    def do_GET(self) -> None:
+        if self.path == "/broken":
+            Keys.broken_requests += 1
+            self.send_error(500)
+            return
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(public_keys()).encode())
+
+    def log_message(self, *_args: Any) -> None: ...
+
+
 @pytest.fixture
 def key_server() -> Iterator[str]:
     """The URL of a key set."""
-
-    class Keys(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(json.dumps(public_keys()).encode())
-
-        def log_message(self, *_args: Any) -> None: ...
-
     server = HTTPServer(("127.0.0.1", 0), Keys)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -289,6 +316,17 @@ async def test_keys_are_fetched_from_a_url(visit: Visit, key_server: str) -> Non
             await graphql(client, "{ __typename }", signed("ES256", "ES256"))
         ).status_code == 200
         assert (await graphql(client, "{ __typename }", signed("ES256", "new"))).status_code == 401
+
+
+async def test_keys_that_cannot_be_fetched_are_not_fetched_again_for_each_token(
+    visit: Visit, key_server: str
+) -> None:
+    before = Keys.broken_requests
+    async with visit(auth_jwks=key_server.replace("/keys", "/broken"), **CLAIMS) as client:
+        for _ in range(3):
+            response = await graphql(client, "{ __typename }", signed("ES256", "ES256"))
+            assert response.status_code == 503
+    assert Keys.broken_requests == before + 1
 
 
 async def test_while_the_keys_cannot_be_fetched_the_answer_is_503(visit: Visit) -> None:
@@ -483,7 +521,6 @@ async def test_a_caller_may_be_limited_to_some_job_types(visit: Visit) -> None:
             'mutation { enqueueJob(input: {type: "test.pong", payload: {}}) { __typename } }',
             'mutation { enqueueJobs(inputs: [{type: "test.ping", payload: {}},'
             ' {type: "test.pong", payload: {}}]) { __typename } }',
-            "mutation { enqueue(job: {testPong: {}}) { __typename } }",
             'mutation { leaseJobs(input: {jobTypes: ["test.ping", "test.pong"],'
             ' workerId: "w"}) { __typename } }',
             '{ validateJob(input: {type: "test.pong", payload: {}}) { __typename } }',
@@ -606,3 +643,104 @@ async def test_without_authentication_the_rate_is_that_of_an_address(visit: Visi
     async with visit(rate_limit="2/minute") as client:
         statuses = [(await graphql(client, "{ __typename }", {})).status_code for _ in range(3)]
     assert statuses == [200, 200, 429]
+
+
+async def test_a_stranger_who_has_used_up_its_limit_costs_no_verification(
+    visit: Visit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verified = []
+    decode = jwt.decode
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        verified.append(1)
+        return decode(*arguments, **options)
+
+    async with visit(**AUTH, rate_limit="5/minute") as client:
+        known = bearer("jobs:read")
+        assert (await graphql(client, "{ __typename }", known)).status_code == 200
+        monkeypatch.setattr(jwt, "decode", counted)
+        statuses = [
+            (await graphql(client, "{ __typename }", bearer(sub=f"s{n}", aud="x"))).status_code
+            for n in range(20)
+        ]
+        # The token is known: a stranger behind the same proxy does not shut it out.
+        assert (await graphql(client, "{ __typename }", known)).status_code == 200
+    assert statuses == [401] * 5 + [429] * 15
+    assert len(verified) <= 5
+
+
+async def test_websockets_that_are_not_acknowledged_count_for_their_address(
+    database_url: str,
+) -> None:
+    async with serving(database_url, "--no-worker", **AUTH, rate_limit="5/minute") as (address, _):
+
+        async def opened(first: str) -> int:
+            """The status of the handshake of a connection that sends this and is closed."""
+            try:
+                async with connect(
+                    f"ws://{address}/graphql",
+                    subprotocols=[Subprotocol("graphql-transport-ws")],
+                ) as socket:
+                    await socket.send(first)
+                    await socket.wait_closed()
+            except InvalidStatus as refused:
+                return refused.response.status_code
+            return 101
+
+        for first in ("nonsense", '{"type": "connection_init"}', '{"type": "subscribe"}') * 2:
+            last = await opened(first)
+        assert last == 429 or await opened("nonsense") == 429
+
+
+def test_the_memory_of_rates_does_not_grow_with_callers() -> None:
+    rates = Rates([parse_rate("2/day")])
+    for number in range(3 * MAX_CALLERS):
+        rates.count(f"address {number}")
+    tracemalloc.start()
+    try:
+        for number in range(MAX_CALLERS):
+            rates.count(f"address x{number}")
+        assert tracemalloc.get_traced_memory()[0] < 1_000 * MAX_CALLERS
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_caller_may_go_on_as_the_window_slides(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1_000.0
+    monkeypatch.setattr("job_registry_api.rates.time.monotonic", lambda: now)
+    rates = Rates([parse_rate("10/second"), parse_rate("100/hour")])
+    assert [rates.count("a") for _ in range(10)] == [None] * 10
+    exceeded = rates.count("a")
+    assert exceeded is not None
+    assert 0 < exceeded.seconds <= 1
+    assert rates.count("b") is None
+    now = 1_001.5
+    assert [rates.count("a") is None for _ in range(6)] == [True] * 5 + [False]
+    now = 1_004.0
+    for second in range(1_000):
+        now = 1_004.0 + second
+        rates.count("a")
+    exceeded = rates.count("a")
+    assert exceeded is not None
+    assert exceeded.limit.amount == 100
+
+
+def test_the_addresses_of_one_ipv6_network_are_counted_together() -> None:
+    async def status(client: str, authenticator: Authenticator) -> str:
+        scope = {"type": "http", "headers": [(b"host", b"localhost")], "client": (client, 1)}
+        try:
+            await authenticator.authenticate(scope)
+        except TooManyRequests:
+            return "refused"
+        return "served"
+
+    authenticator = Authenticator(None, [parse_rate("1/hour")])
+    for client, expected in (
+        ("2001:db8::1", "served"),
+        ("2001:db8::ffff:1", "refused"),
+        ("2001:db8:0:1::1", "served"),
+        ("192.0.2.1", "served"),
+        ("192.0.2.2", "served"),
+        ("::ffff:192.0.2.1", "refused"),
+    ):
+        assert asyncio.run(status(client, authenticator)) == expected, client

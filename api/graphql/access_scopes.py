@@ -27,7 +27,7 @@ class Requires(FieldExtension):
     """Requires one of these access scopes of the caller, and says so in the field's description."""
 
     def __init__(self, *access_scopes: AccessScope) -> None:
-        self._access_scopes = access_scopes
+        self.access_scopes = access_scopes
         self._sentence = f"Needs the scope {' or '.join(f'`{each}`' for each in access_scopes)}."
 
     def apply(self, field: StrawberryField) -> None:
@@ -48,7 +48,7 @@ class Requires(FieldExtension):
         Raises:
             Forbidden: the caller has none of the access scopes.
         """
-        info.context.caller.need(*self._access_scopes)
+        info.context.caller.need(*self.access_scopes)
         return next_(source, info, **arguments)
 
     async def resolve_async(
@@ -63,8 +63,22 @@ class Requires(FieldExtension):
         Raises:
             Forbidden: the caller has none of the access scopes.
         """
-        info.context.caller.need(*self._access_scopes)
+        info.context.caller.need(*self.access_scopes)
         return await next_(source, info, **arguments)
+
+
+def access_scopes_of(
+    schema: strawberry.Schema, type_name: str, name: str
+) -> tuple[AccessScope, ...]:
+    """Return the access scopes that a field requires, any one of them."""
+    field = schema.get_field_for_type(name, type_name)
+    assert field is not None
+    return tuple(
+        access_scope
+        for extension in field.extensions
+        if isinstance(extension, Requires)
+        for access_scope in extension.access_scopes
+    )
 
 
 def check_access_scope(type_name: str, field: StrawberryField) -> None:

@@ -14,11 +14,11 @@ from contextlib import aclosing
 from inspect import isawaitable
 from typing import Any, Final, NamedTuple
 
-import strawberry
 from graphql import (
     DocumentNode,
     ExecutionResult,
     GraphQLError,
+    GraphQLSchema,
     Node,
     NoSchemaIntrospectionCustomRule,
     OperationDefinitionNode,
@@ -32,8 +32,9 @@ from graphql import (
 from strawberry.schema.validation_rules.one_of import OneOfInputValidationRule
 
 from job_registry.errors import shortened_text
-from job_registry_api.auth import Unauthenticated
+from job_registry_api.auth import Caller, Forbidden, Unauthenticated
 from job_registry_api.budget import Budget, BudgetExceeded, RequestLimits
+from job_registry_api.graphql.admission import Admission, View
 from job_registry_api.graphql.argument_limits import check_arguments
 from job_registry_api.graphql.context import Context
 from job_registry_api.graphql.document_limits import (
@@ -48,7 +49,6 @@ from job_registry_api.graphql.request_errors import (
     format_exception,
     format_result,
 )
-from job_registry_api.graphql.schema import executable
 
 MAX_CACHED_BYTES: Final = 32_000_000
 """The most memory that parsed documents are kept in."""
@@ -73,6 +73,8 @@ class Prepared(NamedTuple):
 
     document: DocumentNode
     operation: OperationDefinitionNode
+    schema: GraphQLSchema
+    """The schema with the job types that the caller may see."""
 
     @property
     def is_mutation(self) -> bool:
@@ -86,15 +88,15 @@ class Prepared(NamedTuple):
 
 
 class Executor:
-    """Executes operations of a schema, within limits."""
+    """Executes operations of the schema that a caller is admitted to, within limits."""
 
     def __init__(
         self,
-        schema: strawberry.Schema,
+        admission: Admission,
         limits: Limits,
         request_limits: RequestLimits = RequestLimits(),
     ) -> None:
-        self._schema = executable(schema)
+        self._admission = admission
         self._limits = limits
         self.request_limits = request_limits
         self._rules = [*specified_rules, OneOfInputValidationRule]
@@ -102,26 +104,30 @@ class Executor:
             self._rules.append(NoSchemaIntrospectionCustomRule)
         self._documents = _DocumentCache()
 
-    def prepare(self, text: str, operation_name: str | None) -> Prepared:
-        """Parse and validate a document.
+    def prepare(self, text: str, operation_name: str | None, caller: Caller) -> Prepared:
+        """Parse a document, and validate it against what the caller may see of the schema.
 
         Raises:
             DocumentRefused: the document does not parse, exceeds a limit, is not valid, or lacks
-                the operation.
+                the operation; or the caller may do nothing.
         """
-        document = self._document(text)
-        return Prepared(document, _operation(document, operation_name))
+        try:
+            view = self._admission.view_of(caller)
+        except Forbidden as forbidden:
+            extensions = {"code": forbidden.code}
+            raise DocumentRefused([GraphQLError(str(forbidden), extensions=extensions)]) from None
+        document = self._document(text, view)
+        return Prepared(document, _operation(document, operation_name), view.schema)
 
     async def execute(
         self, prepared: Prepared, variables: dict[str, Any] | None, context: Context
     ) -> ExecutionResult:
         """Execute a query or a mutation. An error without a path is a fault of the variables."""
-        try:
-            self._admit(prepared, variables, context)
-        except BudgetExceeded as exceeded:
-            return ExecutionResult(None, [GraphQLError("", original_error=exceeded)])
+        refused = self._refused(prepared, variables, context)
+        if refused is not None:
+            return refused
         result = execute(
-            self._schema, prepared.document, **self._options(prepared, variables, context)
+            prepared.schema, prepared.document, **self._options(prepared, variables, context)
         )
         return await result if isawaitable(result) else result
 
@@ -143,23 +149,33 @@ class Executor:
         except Exception as error:
             yield {"errors": [format_exception(error)]}
 
-    def _admit(
+    def _refused(
         self, prepared: Prepared, variables: dict[str, Any] | None, context: Context
-    ) -> None:
-        """Begin the budget of an operation, and check its arguments before they are coerced.
+    ) -> ExecutionResult | None:
+        """Return the result of an operation that is not executed; None if it may be.
 
-        Raises:
-            BudgetExceeded: the arguments need more than a limit allows.
+        The scopes of its fields are checked first, then the size of its arguments, before they are
+        coerced. This begins its budget.
         """
-        context.budget = Budget(self.request_limits)
-        check_arguments(
-            self._schema,
-            prepared.document,
-            prepared.operation,
-            variables or {},
-            self.request_limits,
-            of_request=context.size,
+        refusals = self._admission.refusals(
+            prepared.document, prepared.operation, variables, context.caller
         )
+        if refusals:
+            return ExecutionResult(None, refusals)
+        context.budget = Budget(self.request_limits)
+        context.operation = (prepared.document, prepared.operation)
+        try:
+            check_arguments(
+                prepared.schema,
+                prepared.document,
+                prepared.operation,
+                variables or {},
+                self.request_limits,
+                of_request=context.size,
+            )
+        except BudgetExceeded as exceeded:
+            return ExecutionResult(None, [GraphQLError("", original_error=exceeded)])
+        return None
 
     def _options(
         self, prepared: Prepared, variables: dict[str, Any] | None, context: Context
@@ -175,9 +191,12 @@ class Executor:
     async def _events(
         self, prepared: Prepared, variables: dict[str, Any] | None, context: Context
     ) -> AsyncGenerator[ExecutionResult]:
-        self._admit(prepared, variables, context)
+        refused = self._refused(prepared, variables, context)
+        if refused is not None:
+            yield refused
+            return
         subscribed = subscribe(
-            self._schema, prepared.document, **self._options(prepared, variables, context)
+            prepared.schema, prepared.document, **self._options(prepared, variables, context)
         )
         results = await subscribed if isawaitable(subscribed) else subscribed
         if isinstance(results, ExecutionResult):
@@ -197,13 +216,13 @@ class Executor:
                     raise Unauthenticated("The token has expired.") from None
                 yield result
 
-    def _document(self, text: str) -> DocumentNode:
-        """Return the document of a text.
+    def _document(self, text: str, view: View) -> DocumentNode:
+        """Return the document of a text that is valid in a caller's view of the schema.
 
         A generated client sends the same few documents again and again, and to parse and validate
         one takes longer than to execute it.
         """
-        document = self._documents.get(text)
+        document = self._documents.get(text, view.job_types)
         if document is not None:
             return document
         try:
@@ -211,7 +230,7 @@ class Executor:
             document = parse(text, max_tokens=self._limits.tokens)
             check_size(document, self._limits)
             errors = validate(
-                self._schema,
+                view.schema,
                 document,
                 self._rules,
                 max_errors=MAX_ERRORS,
@@ -223,30 +242,35 @@ class Executor:
             raise DocumentRefused([too_complex("The document is nested too deep.")]) from None
         if errors:
             raise DocumentRefused(_merged(errors))
-        self._documents.add(text, document)
+        self._documents.add(text, view.job_types, document)
         return document
 
 
 class _DocumentCache:
-    """The documents that were used last, up to a size in memory."""
+    """The documents that were used last, up to a size in memory.
+
+    A document is valid for the job types that its sender may see.
+    """
 
     def __init__(self) -> None:
-        self._documents: OrderedDict[str, DocumentNode] = OrderedDict()
+        self._documents: OrderedDict[tuple[str, frozenset[str] | None], DocumentNode]
+        self._documents = OrderedDict()
         self._bytes = 0
 
-    def get(self, text: str) -> DocumentNode | None:
+    def get(self, text: str, job_types: frozenset[str] | None) -> DocumentNode | None:
         """Return the document of a text, if it is kept."""
-        document = self._documents.get(text)
+        document = self._documents.get((text, job_types))
         if document is not None:
-            self._documents.move_to_end(text)
+            self._documents.move_to_end((text, job_types))
         return document
 
-    def add(self, text: str, document: DocumentNode) -> None:
+    def add(self, text: str, job_types: frozenset[str] | None, document: DocumentNode) -> None:
         """Keep a document, and drop those that were not used for the longest time."""
-        self._documents[text] = document
+        self._documents[text, job_types] = document
         self._bytes += _size_of(text, document)
         while self._bytes > MAX_CACHED_BYTES:
-            self._bytes -= _size_of(*self._documents.popitem(last=False))
+            (oldest, _), dropped = self._documents.popitem(last=False)
+            self._bytes -= _size_of(oldest, dropped)
 
 
 def _size_of(text: str, document: DocumentNode) -> int:

@@ -149,7 +149,7 @@ class GraphQLOverHTTP:
         else:
             parsed, size = await self._read_json(scope, receive)
             content = _checked(parsed)
-        prepared = self._executor.prepare(content["query"], content.get("operationName"))
+        prepared = self._executor.prepare(content["query"], content.get("operationName"), caller)
         if method == "GET" and prepared.is_mutation:
             raise _refused(405, "A mutation is sent with POST.", allow=b"POST")
         context = Context(scope["app"].state.queue, caller, receive, size)

@@ -11,16 +11,25 @@ from typing import Annotated, Final
 
 import strawberry
 from pydantic import JsonValue
+from pydantic_core import to_json
 
 import job_registry
 from job_registry_api.graphql import errors
 from job_registry_api.graphql.access_scopes import Requires
+from job_registry_api.graphql.answer_limits import selected
 from job_registry_api.graphql.context import Context
 from job_registry_api.graphql.inputs import EnqueueJobInput, JobErrorInput, LeaseJobsInput
 from job_registry_api.graphql.types import Job, JobLease
+from job_registry_api.queue.claiming import Lease
 from job_registry_api.queue.enqueueing import Enqueued, Refusal
-from job_registry_api.queue.errors import IdempotencyConflict, IdempotencyKeyTaken, InputInvalid
+from job_registry_api.queue.errors import (
+    IdempotencyConflict,
+    IdempotencyKeyTaken,
+    InputInvalid,
+    LeaseLost,
+)
 from job_registry_api.queue.models import JobRecord
+from job_registry_api.queue.requests import MAX_LEASE
 
 
 @strawberry.type(description="The job is stored on disk.")
@@ -158,6 +167,11 @@ class Mutation:
     ) -> list[EnqueueJobResult]:
         caller = info.context.caller
         caller.need_types(each.type for each in inputs)
+        # Before anything is stored: afterwards the client would not learn what was.
+        budget, of_each = info.context.budget, selected(info)
+        budget.charge_fields(len(inputs) * of_each.fields)
+        if info.context.size is not None and of_each.payloads:
+            budget.check_bytes(info.context.size.bytes * of_each.payloads)
         results = await info.context.queue.enqueue_many(
             [each.request() for each in inputs],
             atomic=atomic,
@@ -187,7 +201,8 @@ class Mutation:
         extensions=[Requires("jobs:work")],
         description="Lease due jobs to a worker, the highest priority first. The worker renews each"
         " lease with `heartbeatJob` and ends it with `completeJob`, `failJob`, `releaseJob` or"
-        " `snoozeJob`. A lease that expires spends the attempt.",
+        " `snoozeJob`. A lease that expires spends the attempt. Jobs whose payloads would exceed"
+        " `JOBS_MAX_ANSWER_BYTES` together are not leased.",
     )
     async def lease_jobs(
         self,
@@ -198,7 +213,8 @@ class Mutation:
         ],
     ) -> LeaseJobsResult:
         info.context.caller.need_types(input.job_types)
-        queue = info.context.queue
+        queue, budget, of_each = info.context.queue, info.context.budget, selected(info)
+        budget.charge_fields(max(0, min(input.limit, MAX_LEASE)) * of_each.fields)
         async with info.context.client_gone() as gone:
             leases = await queue.lease(
                 input.job_types,
@@ -211,6 +227,10 @@ class Mutation:
                 # Nobody receives these leases, and their attempts would be spent.
                 queue.give_back(leases)
                 leases = []
+            fitting = _fitting(leases, budget.bytes_left // of_each.copies)
+            if len(fitting) < len(leases):
+                queue.give_back(leases[len(fitting) :])
+                leases = fitting
         return LeaseJobsSuccess(leases=[JobLease.of(lease) for lease in leases])
 
     @strawberry.mutation(
@@ -228,6 +248,7 @@ class Mutation:
             ),
         ] = None,
     ) -> HeartbeatJobResult:
+        await _check_lease(info.context, lease_token)
         heartbeat = await info.context.queue.heartbeat(lease_token, progress)
         return HeartbeatJobSuccess(
             expires_at=heartbeat.expires_at,
@@ -250,6 +271,7 @@ class Mutation:
             strawberry.argument(description="The result of the job, as any JSON."),
         ] = None,
     ) -> CompleteJobResult:
+        await _check_lease(info.context, lease_token)
         return JobChanged.of(await info.context.queue.complete(lease_token, result))
 
     @strawberry.mutation(
@@ -272,6 +294,7 @@ class Mutation:
             ),
         ] = None,
     ) -> FailJobResult:
+        await _check_lease(info.context, lease_token)
         job = await info.context.queue.fail(
             lease_token,
             error.error(),
@@ -285,6 +308,7 @@ class Mutation:
         description="Return the job to the queue, to run again at once. The attempt is not spent.",
     )
     async def release_job(self, info: Info, lease_token: LeaseToken) -> ReleaseJobResult:
+        await _check_lease(info.context, lease_token)
         return JobChanged.of(await info.context.queue.release(lease_token))
 
     @strawberry.mutation(
@@ -302,7 +326,18 @@ class Mutation:
             ),
         ],
     ) -> SnoozeJobResult:
+        await _check_lease(info.context, lease_token)
         return JobChanged.of(await info.context.queue.snooze(lease_token, seconds))
+
+
+def _fitting(leases: list[Lease], max_bytes: int) -> list[Lease]:
+    """Return the first leases whose payloads are small enough together: one at least."""
+    total = 0
+    for index, lease in enumerate(leases):
+        total += len(to_json(lease.job.payload))
+        if index > 0 and total > max_bytes:
+            return leases[:index]
+    return leases
 
 
 def _enqueued_or_refused(result: Enqueued | Refusal) -> EnqueueJobResult:
@@ -319,6 +354,18 @@ def _enqueued_or_refused(result: Enqueued | Refusal) -> EnqueueJobResult:
             return errors.IdempotencyConflict.of(result)
         case IdempotencyKeyTaken():
             return errors.InputInvalid.of_taken_key(result)
+
+
+async def _check_lease(context: Context, lease_token: str) -> None:
+    """Check that a lease is of a job that the caller may see.
+
+    Raises:
+        LeaseLost: it is not. The answer is that to a lease which does not exist.
+    """
+    if context.caller.job_types is not None:
+        job_type = await context.queue.leased_type(lease_token)
+        if not context.caller.may_see(job_type):
+            raise LeaseLost
 
 
 async def _changed_if_visible(

@@ -11,11 +11,13 @@ from contextlib import aclosing, suppress
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from pydantic_core import from_json, to_json
+from pydantic_core import to_json
+from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from job_registry_api.auth import REFUSALS, Authenticator, Caller, TooManyRequests
+from job_registry_api.budget import BudgetExceeded, parse_request_json
 from job_registry_api.graphql.context import Context
 from job_registry_api.graphql.execution import DocumentRefused, Executor
 from job_registry_api.graphql.request_errors import format_exception
@@ -63,7 +65,13 @@ class GraphQLOverWebSocket:
         if not self._is_origin_allowed(socket):
             await socket.close()  # Before it is accepted: the handshake is answered with 403.
             return
+        try:
+            self._authenticator.check_stranger(socket.scope)
+        except TooManyRequests as refused:
+            await _deny(socket, refused)
+            return
         if PROTOCOL not in socket.scope["subprotocols"]:
+            self._authenticator.count_stranger(socket.scope)
             await socket.accept()
             await socket.close(4406, "Subprotocol not acceptable")
             return
@@ -116,6 +124,7 @@ class _Connection:
         self._authenticator = authenticator
         self._max_operations = max_operations
         self._caller: Caller | None = None
+        self._was_counted = False
         self._operations: dict[str, asyncio.Task[None]] = {}
         self._unread_bytes = 0
         self._too_much_unread = asyncio.Event()
@@ -134,6 +143,9 @@ class _Connection:
                         await self._answer(await self._message())
             except TimeoutError:
                 raise _ProtocolViolation(4408, "Connection initialisation timeout") from None
+            finally:
+                if not self._was_counted:
+                    self._authenticator.count_stranger(self._socket.scope)
             _admit(self._socket.scope)
             await self._answer_all()
         finally:
@@ -169,7 +181,11 @@ class _Connection:
         if self._caller is None and len(text) > MAX_UNADMITTED_MESSAGE:
             raise _ProtocolViolation(1009, "The message is too large")
         try:
-            message = from_json(text, allow_inf_nan=False)
+            message: Any
+            message, _ = parse_request_json(text.encode(), self._executor.request_limits)
+        except BudgetExceeded:
+            reason = "The message has more JSON values than JOBS_MAX_REQUEST_VALUES"
+            raise _ProtocolViolation(1009, reason) from None
         except ValueError:
             raise _ProtocolViolation(4400, "The message is not JSON") from None
         if (
@@ -213,6 +229,7 @@ class _Connection:
         if self._caller is not None:
             raise _ProtocolViolation(4429, "Too many initialisation requests")
         given = payload.get("Authorization", payload.get("authorization"))
+        self._was_counted = True
         try:
             self._caller = await self._authenticator.authenticate(
                 self._socket.scope, given if isinstance(given, str) else None
@@ -253,7 +270,7 @@ class _Connection:
             return
         try:
             self._authenticator.check_again(self._socket.scope, caller)
-            prepared = self._executor.prepare(query, name)
+            prepared = self._executor.prepare(query, name, caller)
         except DocumentRefused as refused:
             yield {"errors": [error.formatted for error in refused.errors]}
             return
@@ -280,6 +297,16 @@ class _Connection:
             await self._socket.send_text(text)
         finally:
             self._unread_bytes -= len(text)
+
+
+async def _deny(socket: WebSocket, refused: TooManyRequests) -> None:
+    """Answer the handshake with 429, or with 403 where the server cannot."""
+    if "websocket.http.response" not in socket.scope.get("extensions", {}):
+        await socket.close()
+        return
+    content = {"errors": [format_exception(refused)]}
+    headers = {"retry-after": str(refused.retry_after)}
+    await socket.send_denial_response(JSONResponse(content, 429, headers))
 
 
 def _admit(scope: Scope) -> None:

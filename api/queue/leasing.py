@@ -104,6 +104,17 @@ class Leasing:
         """
         await self._claiming.show_worker(types)
 
+    async def leased_type(self, token: str) -> str:
+        """Return the type of the job that a lease is of, whether or not it is in force.
+
+        Raises:
+            LeaseLost: there is no job of this lease.
+        """
+        job = await self._store.get(_parts(token)[0])
+        if job is None:
+            raise LeaseLost
+        return job.type
+
     async def heartbeat(self, token: str, progress: JsonValue = None) -> Heartbeat:
         """Renew a lease for another lease time, never past the attempt's deadline.
 

@@ -153,13 +153,13 @@ async def test_the_attempts_of_a_page_are_read_at_once(
     await execute(ENQUEUE_MANY, inputs=[PING] * 10)
     queue = http.application.state.queue  # type: ignore[attr-defined]
     asked: list[int] = []
-    attempts = queue.attempts
+    attempts = queue.latest_attempts
 
-    async def noting(job_ids: list[Any]) -> Any:
+    async def noting(job_ids: list[Any], max_bytes: int) -> Any:
         asked.append(len(job_ids))
-        return await attempts(job_ids)
+        return await attempts(job_ids, max_bytes)
 
-    monkeypatch.setattr(queue, "attempts", noting)
+    monkeypatch.setattr(queue, "latest_attempts", noting)
     await execute("{ jobs { nodes { attempts { attempt } } } }")
     assert asked == [10]
 

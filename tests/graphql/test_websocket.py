@@ -15,6 +15,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 from websockets.typing import Subprotocol
 
+from job_registry_api.auth import Authenticator
 from job_registry_api.graphql import websocket
 from tests.http_client import serving
 from tests.measured_server import measured_server
@@ -130,7 +131,7 @@ async def test_a_client_that_says_nothing_is_disconnected(monkeypatch: pytest.Mo
     scope = {"type": "websocket", "headers": [], "subprotocols": [PROTOCOL]}
     served = websocket.GraphQLOverWebSocket(
         None,  # type: ignore[arg-type]
-        None,  # type: ignore[arg-type]
+        Authenticator(None),
         allowed_origins=(),
         max_operations=1,
     )

@@ -117,7 +117,7 @@ QUICK_QUEUE_TESTS: Final = _queue(
 ABOUT_QUEUE: Final = (
     ("api/queue/caller_transactions.py", _queue("caller_transactions")),
     ("alembic/versions/0002_claims.sql", (*QUICK_QUEUE_TESTS, *_queue("claiming", "locks"))),
-    ("api/queue/claiming.py", _queue("claiming")),
+    ("api/queue/claiming.py", (*_queue("claiming"), "tests/test_metrics.py")),
     ("api/queue/database.py", _queue("database", "sqlite_file")),
     ("api/queue/enqueueing.py", _queue("enqueue")),
     ("api/queue/event", _queue("events")),

@@ -12,6 +12,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
 from job_registry import JobRegistry
+from job_registry.errors import MAX_DELAY_SECONDS
 from job_registry_api.queue.claiming import Lease
 from job_registry_api.queue.database import async_url
 from job_registry_api.queue.errors import InputInvalid, JobNotFound, JobStateConflict, LeaseLost
@@ -432,7 +433,10 @@ async def test_stopping_ends_a_wait(queue: JobQueue) -> None:
         ({"limit": 0}, "/limit"),
         ({"limit": 101}, "/limit"),
         ({"wait_seconds": 31}, "/waitSeconds"),
+        ({"wait_seconds": -1}, "/waitSeconds"),
         ({"worker_id": ""}, "/workerId"),
+        ({"worker_id": "w" * 256}, "/workerId"),
+        ({"worker_id": "a\0b"}, "/workerId"),
     ],
 )
 async def test_a_wrong_lease_is_refused(
@@ -441,6 +445,30 @@ async def test_a_wrong_lease_is_refused(
     with pytest.raises(InputInvalid) as refused:
         await queue.lease(**{"job_types": ["test.ping"], "worker_id": "w", **arguments})
     assert [v.path for v in refused.value.violations] == [path]
+
+
+async def test_the_ends_of_each_range_of_a_lease_are_accepted(queue: JobQueue) -> None:
+    stop = asyncio.Event()
+    stop.set()
+    for limit, wait, worker in ((1, 0, "w"), (100, 30, "w" * 255)):
+        await enqueue(queue)
+        (lease,) = await queue.lease(
+            ["test.ping"], worker, limit=limit, wait_seconds=wait, stop=stop
+        )
+        assert lease.job.worker_id == worker
+
+
+async def test_a_delay_is_between_nothing_and_a_year(queue: JobQueue) -> None:
+    job = await enqueue(queue)
+    lease = await lease_one(queue)
+    for seconds in (-1, MAX_DELAY_SECONDS + 1):
+        with pytest.raises(InputInvalid):
+            await queue.snooze(lease.token, seconds)
+        with pytest.raises(InputInvalid):
+            await queue.fail(lease.token, BROKEN, retry_after_seconds=seconds)
+    await queue.fail(lease.token, BROKEN, retry_after_seconds=0)
+    await queue.snooze((await lease_one(queue)).token, MAX_DELAY_SECONDS)
+    assert isinstance(await queue.waiting_reason(await queue.get(job.id)), ScheduledFor)
 
 
 @pytest.mark.parametrize("token", ["", "nope", "0" * 64, "Z" * 64, "\0" * 64])

@@ -7,7 +7,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 from job_registry import JobRegistry
-from job_registry_api.queue.database import Database
+from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.postgresql import SLOW_LOOKS, PostgreSQLStore, QueueHeads
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.requests import EnqueueRequest
@@ -74,7 +74,7 @@ def test_everything_is_looked_at_again_for_a_twentieth_of_the_time_and_within_tw
 async def test_a_claim_in_between_starts_at_the_last_taken_job_of_each_priority(
     fresh_postgresql_url: str, registry: JobRegistry
 ) -> None:
-    database = Database(fresh_postgresql_url)
+    database = open_database(fresh_postgresql_url)
     queue = JobQueue(registry, database)
     store = queue._store
     assert isinstance(store, PostgreSQLStore)

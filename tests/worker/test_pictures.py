@@ -24,7 +24,7 @@ from job_registry_api.worker import Worker
 
 pytestmark = [
     pytest.mark.any_database,
-    pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the peak of a process"),
+    pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from /proc"),
 ]
 
 IDLE_MB = 80
