@@ -50,7 +50,7 @@ MAX_CONTROL_FRAMES: Final = 100
 MAX_FRAGMENTS: Final = 1_000
 """Fragments per WebSocket message: empty ones are free of the limit of its size."""
 
-PIECE: Final = 4_096
+PIECE: Final = 16_384
 """How many bytes of WebSocket frames are parsed before other connections take their turn."""
 
 MIN_READ: Final = 262_144
@@ -536,8 +536,12 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
         """Return the next message, and parse more once there is none."""
         message = await super().receive()
         if self._held and not self.read_paused:
+            # What has been read comes before what may be read.
+            self.transport.pause_reading()
             await asyncio.sleep(0)  # Other connections take their turn.
             self._parse()
+            if not self.read_paused:
+                self.transport.resume_reading()
         return message
 
     async def send(self, message: Any) -> None:
@@ -580,6 +584,11 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
                 self._incomplete_since = self.loop.time()
             self._incomplete_bytes += len(piece)
             super().data_received(piece)
+            if self.conn.handshake_exc is not None and not self.transport.is_closing():
+                # The handshake does not parse, and no application will ever see it.
+                self._has_failed = True
+                self.transport.write(_BAD_HANDSHAKE)
+                self.transport.close()
         self._held = b"" if self._has_failed else held[position:]
 
     def _count_control_frame(self) -> None:
@@ -602,6 +611,11 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
             return
         self.conn.fail(code, reason)
         self.handle_parser_exception()
+
+
+_BAD_HANDSHAKE: Final = (
+    b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+)
 
 
 class _Unread:
