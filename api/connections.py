@@ -56,6 +56,9 @@ PIECE: Final = 16_384
 MIN_READ: Final = 262_144
 """What a client has to read of an answer within the time to read it, or all that is left."""
 
+YIELD_SECONDS: Final = 3.0
+"""How long an answer may be unread before its connection may be ended for a new one."""
+
 SWEEP_SECONDS: Final = 0.25
 LINGER_SECONDS: Final = 1.0
 """How long a WebSocket that broke a bound is still read, and ignored."""
@@ -307,6 +310,8 @@ class HTTPConnection(HttpToolsProtocol):
         """Wait for the next request."""
         super().on_response_complete()
         self._wait_if_done()
+        if self._phase is _Phase.BODY and self.cycle.response_complete:
+            self._open.waits(self)  # For the rest of a body that nobody reads.
 
     def handle_websocket_upgrade(self) -> None:
         """Become a WebSocket, which counts as one connection with its handshake."""
@@ -323,6 +328,8 @@ class HTTPConnection(HttpToolsProtocol):
     def resume_writing(self) -> None:
         """Go on writing: the client has read."""
         self._unread.forget()
+        if self._phase is _Phase.RESPONSE and not self.cycle.response_complete:
+            self._open.is_busy(self)
         super().resume_writing()
 
     def check(self, now: float) -> None:
@@ -331,6 +338,8 @@ class HTTPConnection(HttpToolsProtocol):
             size = self.transport.get_write_buffer_size()
             if self._unread.is_stalled(now, size, self._bounds.unread_seconds):
                 self.end()
+            elif self._unread.is_stalled(now, size, YIELD_SECONDS):
+                self._open.waits(self)
         elif self.flow.read_paused:
             # The application does not read: the client is not late.
             if self._phase is _Phase.BODY:
