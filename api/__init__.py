@@ -1,1 +1,1 @@
-"""The doors and the worker of Job Registry, over `job_registry_api.queue` and `registry`."""
+"""The queue of Job Registry, its worker, and its interfaces: GraphQL, REST and the command."""

@@ -84,6 +84,8 @@ def create_app(settings: Settings, registry: JobRegistry, *, worker: bool = Fals
         body_bytes=settings.max_body_bytes,
         values=settings.max_request_values,
         bulk_size=settings.max_bulk_size,
+        answer_bytes=settings.max_answer_bytes,
+        answer_fields=settings.max_answer_fields,
     )
     executor = Executor(
         Admission(registry),
@@ -114,7 +116,7 @@ def create_app(settings: Settings, registry: JobRegistry, *, worker: bool = Fals
             Route("/graphql", graphql_http),
             WebSocketRoute("/graphql", graphql_websocket),
             Route("/jobs", EnqueueView(authenticator, limits)),
-            Route("/jobs/{id}", JobView(authenticator)),
+            Route("/jobs/{id}", JobView(authenticator, limits)),
             *health_routes(lambda request: cast(Health, request.app.state.health)),
             *([Route("/", pages.root()), *pages.assets()] if settings.graphiql else ()),
         ],

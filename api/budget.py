@@ -6,6 +6,7 @@ arguments before they are coerced, its faults as they are found, and its answer 
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
@@ -87,3 +88,69 @@ class Budget:
 
     limits: RequestLimits = field(default_factory=RequestLimits)
     faults: FaultBudget = field(default_factory=FaultBudget)
+    reading: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while jobs are read, so that each read knows what those before it took."""
+    _fields: int = 0
+    _bytes: int = 0
+    _read: int = 0
+
+    @property
+    def fields_left(self) -> int:
+        """How many fields the answer may still have."""
+        return max(0, self.limits.answer_fields - self._fields)
+
+    @property
+    def bytes_left(self) -> int:
+        """How many bytes of large values the answer may still have."""
+        return max(0, self.limits.answer_bytes - self._bytes)
+
+    @property
+    def reading_left(self) -> int:
+        """How many bytes of jobs the request may still read."""
+        return max(0, self.limits.answer_bytes - self._read)
+
+    def charge_reading(self, weight: int) -> None:
+        """Charge jobs that were read."""
+        self._read += weight
+
+    def check_reading(self) -> None:
+        """Check that more jobs may be read.
+
+        Raises:
+            BudgetExceeded: the jobs that were read are large enough for an answer.
+        """
+        if self.reading_left == 0:
+            raise self._too_large()
+
+    def charge_fields(self, fields: int) -> None:
+        """Charge fields that the answer will have.
+
+        Raises:
+            BudgetExceeded: they are more than are left.
+        """
+        if fields > self.fields_left:
+            message = "The answer would have too many fields. Request fewer objects or fields."
+            raise BudgetExceeded(message, self.limits.answer_fields, "JOBS_MAX_ANSWER_FIELDS")
+        self._fields += fields
+
+    def check_bytes(self, size: int) -> None:
+        """Check that the answer may still have so many bytes.
+
+        Raises:
+            BudgetExceeded: they are more than are left.
+        """
+        if size > self.bytes_left:
+            raise self._too_large()
+
+    def charge_bytes(self, size: int) -> None:
+        """Charge a value of the answer.
+
+        Raises:
+            BudgetExceeded: it is larger than what is left.
+        """
+        self.check_bytes(size)
+        self._bytes += size
+
+    def _too_large(self) -> BudgetExceeded:
+        message = "The answer would be too large. Request fewer objects or fields."
+        return BudgetExceeded(message, self.limits.answer_bytes, "JOBS_MAX_ANSWER_BYTES")

@@ -31,7 +31,7 @@ from job_registry_api.http_messages import (
 )
 from job_registry_api.settings import Settings
 
-log = structlog.get_logger("jobs.connections")
+log = structlog.get_logger("job_registry.connections")
 
 RESERVE: Final = 16
 """Connections above the limit, on which only the health paths are served."""

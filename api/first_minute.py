@@ -35,7 +35,8 @@ def draw_sample(assets: str) -> None:
         return
     from PIL import Image, ImageDraw
 
-    picture.parent.mkdir(parents=True, exist_ok=True)
+    for folder in (Path(assets), picture.parent):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     image = Image.radial_gradient("L").resize((1600, 1000)).convert("RGB")
     canvas = ImageDraw.Draw(image)
     for step in range(12):
@@ -44,6 +45,7 @@ def draw_sample(assets: str) -> None:
         canvas.ellipse((left, 400, left + 200, 600), fill=color)
     canvas.text((60, 60), "Job Registry", fill="white", font_size=96)
     unfinished = picture.with_suffix(".part")
+    unfinished.touch(0o600)
     image.save(unfinished, format="PNG")
     unfinished.replace(picture)
 

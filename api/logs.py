@@ -147,7 +147,8 @@ def _render_json(_logger: Any, _method: str, line: MutableMapping[str, Any]) -> 
 def traceback_of(error: BaseException) -> str:
     """Format an exception and its causes: files, lines and types, without messages.
 
-    Errors of the operating system keep their text, which tells a full disk from a missing file.
+    Errors of the operating system keep their text, which distinguishes a full disk from a missing
+    file.
     """
     parts: list[str] = []
     seen: set[int] = set()

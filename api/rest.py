@@ -108,10 +108,15 @@ class EnqueueView:
 
 
 class JobView:
-    """`GET /jobs/{id}`. Needs the scope `jobs:read`."""
+    """`GET /jobs/{id}`. Needs the scope `jobs:read`.
 
-    def __init__(self, authenticator: Authenticator) -> None:
+    Of attempts that are too large together, the latest are in the answer, and `allAttempts` is
+    false.
+    """
+
+    def __init__(self, authenticator: Authenticator, limits: RequestLimits) -> None:
         self._authenticator = authenticator
+        self._limits = limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one HTTP request."""
@@ -124,7 +129,7 @@ class JobView:
             job = await queue.get(scope["path_params"]["id"])
             if not caller.may_see(job.type):
                 raise JobNotFound(scope["path_params"]["id"])
-            attempts = (await queue.attempts([job.id]))[job.id]
+            attempts, is_all = await queue.latest_attempts([job.id], self._limits.answer_bytes)
         except Exception as error:
             await _respond_error(send, error)
             return
@@ -132,8 +137,9 @@ class JobView:
         content["jobId"] = content.pop("id")
         content["attempts"] = [
             {name: value for name, value in _as_json(asdict(attempt)).items() if name != "jobId"}
-            for attempt in attempts
+            for attempt in attempts[job.id]
         ]
+        content["allAttempts"] = is_all
         await respond_json(send, 200, content)
 
 

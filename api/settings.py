@@ -112,6 +112,20 @@ class Settings(BaseSettings):
         description="The most JSON values per request: numbers, strings, objects and so on. A value"
         " in memory takes up to 250 bytes. Arguments that share a variable count each for itself.",
     )
+    max_answer_bytes: int = Field(
+        default=8_388_608,
+        ge=65_536,
+        le=1_073_741_824,
+        description="The most bytes of payloads, results and other large values per answer. A page"
+        " of `jobs` stops early before it exceeds them, and its cursor goes on from there.",
+    )
+    max_answer_fields: int = Field(
+        default=50_000,
+        ge=1_000,
+        le=10_000_000,
+        description="The most fields of objects per GraphQL answer: the jobs of a page times the"
+        " fields that are selected of each. A page of `jobs` stops early before it exceeds them.",
+    )
     lease_seconds: float = Field(
         default=defaults.LEASE_SECONDS,
         ge=1.0,

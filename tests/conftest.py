@@ -218,7 +218,7 @@ async def queue(database_url: str, registry: JobRegistry) -> AsyncIterator[JobQu
     """A queue on a fresh database, hearing other processes as a server does."""
     database = open_database(with_foreign_search_path(database_url))
     queue = JobQueue(registry, database)
-    async with queue.events.hearing():
+    async with queue.events.listening():
         yield queue
     await database.close()
 

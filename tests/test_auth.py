@@ -26,11 +26,17 @@ from websockets.typing import Subprotocol
 
 from job_registry import JobRegistry
 from job_registry_api.app import create_app
-from job_registry_api.auth import ACCESS_SCOPES, Authenticator, TooManyRequests
+from job_registry_api.auth import (
+    ACCESS_SCOPES,
+    Authenticator,
+    TokenVerifier,
+    TooManyRequests,
+)
 from job_registry_api.graphql.access_scopes import check_access_scope
 from job_registry_api.graphql.schema import build_schema, executable
 from job_registry_api.rates import MAX_CALLERS, Rates
 from job_registry_api.settings import SettingsInvalid, load_settings
+from job_registry_api.signing_keys import FixedKeys, SharedSecret
 from tests.http_client import Visit, serving
 
 pytestmark = pytest.mark.any_database
@@ -96,7 +102,7 @@ async def test_the_subject_of_a_token_is_who_created_a_job(visit: Visit) -> None
         ("GET", "/jobs/01a20ce6-477e-756b-b37b-d94e9b09c1e9", {}),
     ],
 )
-async def test_without_a_token_every_door_asks_for_one(
+async def test_without_a_token_every_interface_requires_one(
     visit: Visit, method: str, path: str, headers: dict[str, str]
 ) -> None:
     body = {"query": "{ __typename }"} if method == "POST" else None
@@ -134,6 +140,7 @@ def none_algorithm(**changed: Any) -> str:
         (lambda: token(iss=None), "The token lacks the claim iss."),
         (lambda: token(aud=None), "The token lacks the claim aud."),
         (lambda: token(sub=""), "The claim sub is not 1 to 255 characters of text."),
+        (lambda: token(sub="x" * 256), "The claim sub is not 1 to 255 characters of text."),
         (lambda: token(sub=7), "The token is not valid."),
         (lambda: token(exp="soon"), "The claim exp is not a time in seconds since 1970."),
         (lambda: token(**{"jobs:types": "x"}), "The claim jobs:types is not a list of names."),
@@ -171,6 +178,15 @@ async def test_clocks_may_differ_by_the_leeway(visit: Visit) -> None:
         assert (await graphql(client, "{ __typename }", late)).status_code == 200
     async with visit(**AUTH, auth_leeway_seconds="1") as client:
         assert (await graphql(client, "{ __typename }", late)).status_code == 401
+
+
+async def test_a_caller_is_known_until_the_token_has_expired_and_the_leeway_has_passed() -> None:
+    keys = FixedKeys(SharedSecret(SECRET.encode()))
+    verifier = TokenVerifier(keys, issuer=ISSUER, audience="jobs", leeway_seconds=7)
+    expires = int(time.time()) + 60
+    for _ in range(2):
+        caller = await verifier.verify(f"Bearer {token(exp=expires)}")
+        assert (caller.subject, caller.expires_at) == ("ada", expires + 7)
 
 
 async def test_a_token_that_was_valid_is_refused_once_it_has_expired(visit: Visit) -> None:
@@ -265,18 +281,26 @@ async def test_the_only_key_needs_no_name(visit: Visit, tmp_path: Path) -> None:
         assert (await graphql(client, "{ __typename }", signed("RS256", None))).status_code == 200
 
 
+class Keys(BaseHTTPRequestHandler):
+    """Serves a key set, except at /broken, where it counts the requests."""
+
+    broken_requests = 0
+
+    def do_GET(self) -> None:
+        if self.path == "/broken":
+            Keys.broken_requests += 1
+            self.send_error(500)
+            return
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(public_keys()).encode())
+
+    def log_message(self, *_args: Any) -> None: ...
+
+
 @pytest.fixture
 def key_server() -> Iterator[str]:
     """The URL of a key set."""
-
-    class Keys(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(json.dumps(public_keys()).encode())
-
-        def log_message(self, *_args: Any) -> None: ...
-
     server = HTTPServer(("127.0.0.1", 0), Keys)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -292,6 +316,17 @@ async def test_keys_are_fetched_from_a_url(visit: Visit, key_server: str) -> Non
             await graphql(client, "{ __typename }", signed("ES256", "ES256"))
         ).status_code == 200
         assert (await graphql(client, "{ __typename }", signed("ES256", "new"))).status_code == 401
+
+
+async def test_keys_that_cannot_be_fetched_are_not_fetched_again_for_each_token(
+    visit: Visit, key_server: str
+) -> None:
+    before = Keys.broken_requests
+    async with visit(auth_jwks=key_server.replace("/keys", "/broken"), **CLAIMS) as client:
+        for _ in range(3):
+            response = await graphql(client, "{ __typename }", signed("ES256", "ES256"))
+            assert response.status_code == 503
+    assert Keys.broken_requests == before + 1
 
 
 async def test_while_the_keys_cannot_be_fetched_the_answer_is_503(visit: Visit) -> None:
@@ -408,7 +443,7 @@ async def test_rest_answers_403_without_the_scope(visit: Visit, scope: str) -> N
         assert needed in response.json()["error"]["message"]
 
 
-async def test_one_who_only_enqueues_is_not_told_what_others_jobs_hold(visit: Visit) -> None:
+async def test_one_who_only_enqueues_does_not_see_what_others_jobs_hold(visit: Visit) -> None:
     keyed = """mutation ($input: EnqueueJobInput!) { enqueueJob(input: $input) { __typename
         ... on EnqueueJobSuccess { deduplicated job { payload createdBy } }
         ... on InputInvalid { violations { path code } }
@@ -551,7 +586,7 @@ async def test_a_websocket_is_authenticated_by_its_first_message_or_its_header(
         assert await opened({"Authorization": 7}) == 4403
 
 
-async def test_a_subscription_tells_only_of_the_callers_job_types_and_ends_with_its_token(
+async def test_a_subscription_has_only_events_of_the_callers_job_types_and_ends_with_its_token(
     database_url: str,
 ) -> None:
     async with (

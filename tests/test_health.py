@@ -215,7 +215,7 @@ class FakeWorker:
         ),
     ],
 )
-async def test_a_worker_that_stands_still_is_not_alive_and_the_reason_is_told(
+async def test_a_worker_that_stands_still_is_not_alive_and_the_reason_is_reported(
     queue: JobQueue, health: Standing, reason: str | None
 ) -> None:
     app = health_app(Health(queue, FakeWorker(health), authenticator=Authenticator(None)))
@@ -257,7 +257,7 @@ async def test_a_worker_whose_claim_hangs_says_for_how_long(
         await task
 
 
-async def test_a_lease_that_is_not_renewed_is_counted_and_told(
+async def test_a_lease_that_is_not_renewed_is_counted_and_reported(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry = JobRegistry([napping()])

@@ -10,8 +10,12 @@ from typing import Any, Final
 import httpx
 import pytest
 import pytest_asyncio
+from pydantic import JsonValue
 
+from job_registry import JobRegistry, JobType, Payload
 from job_registry_api.queue import migrations
+from job_registry_api.queue.queue import open_queue
+from job_registry_api.queue.requests import EnqueueRequest
 from tests.measured_server import MeasuredServer, measured_server
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -190,14 +194,16 @@ async def server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Meas
         yield measured
 
 
+JSON: Final = {"content-type": "application/json"}
+
+
 async def measured(server: MeasuredServer, path: str, body: bytes) -> tuple[httpx.Response, str]:
     """Send a request. Return the response, and what exceeds the bounds."""
-    headers = {"content-type": "application/json"}
     async with (
         httpx.AsyncClient(base_url=server.url, timeout=100) as client,
         server.measuring() as cost,
     ):
-        response = await client.post(path, content=body, headers=headers)
+        response = await client.post(path, content=body, headers=JSON)
     exceeded = cost.within(
         cpu_seconds=CPU_SECONDS,
         peak_bytes=MEGABYTES * 2**20 + len(body),
@@ -234,3 +240,89 @@ async def test_a_bulk_lists_its_first_faults_and_counts_those_of_each_further_jo
             " has too many.",
         }
     ]
+
+
+# Answers
+
+
+class Anything(Payload):
+    """Any JSON."""
+
+    value: JsonValue
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def full_server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[MeasuredServer]:
+    """A server with 60 jobs of 250 KB each, in turn one text and 28,000 objects."""
+    url = f"sqlite:///{tmp_path_factory.mktemp('full')}/jobs.db"
+    await asyncio.to_thread(migrations.upgrade, url)
+    registry = JobRegistry([JobType(name="test.anything", payload=Anything, example={"value": 1})])
+    values: list[JsonValue] = ["x" * 250_000, [{"a": 0}] * 28_000]
+    async with open_queue(registry, url, lease_seconds=30) as queue:
+        for _ in range(3):
+            jobs = [EnqueueRequest("test.anything", {"value": value}) for value in values * 10]
+            await queue.enqueue_many(jobs)
+    async with measured_server(url) as measured:
+        yield measured
+
+
+LARGE_ANSWERS: Final = {
+    "every payload": "{ jobs(first: 200) { nodes { id payload } pageInfo { stoppedEarly } } }",
+    "every payload 28 times": "{ jobs(first: 200) { nodes { id "
+    + " ".join(f"p{n}: payload" for n in range(28))
+    + " } } }",
+    "every payload in 28 fields": "{ "
+    + " ".join(f"j{n}: jobs(first: 200) {{ nodes {{ payload }} }}" for n in range(28))
+    + " }",
+    "30 pages with every field": "query { "
+    + " ".join(
+        f"j{n}: jobs(first: 200) {{ nodes {{ ...f }} edges {{ node {{ ...f }} }} }}"
+        for n in range(30)
+    )
+    + " } fragment f on Job { id type status priority attempt maxAttempts timeoutSeconds nextRunAt"
+    " createdAt startedAt finishedAt createdBy workerId policy { type maxAttempts } attempts {"
+    " attempt } }",
+}
+
+
+@pytest.mark.parametrize("name", LARGE_ANSWERS)
+async def test_a_large_answer_stays_within_the_bounds(
+    full_server: MeasuredServer, name: str
+) -> None:
+    response, exceeded = await measured(full_server, GRAPHQL, graphql(LARGE_ANSWERS[name]))
+    assert not exceeded
+    assert len(response.content) < 10_000_000
+
+
+async def test_a_page_that_stops_early_says_so_and_its_cursor_goes_on(
+    full_server: MeasuredServer,
+) -> None:
+    query = (
+        "query($a: String) { jobs(first: 200, after: $a) { nodes { id payload }"
+        " pageInfo { stoppedEarly hasNextPage endCursor } } }"
+    )
+    seen: list[str] = []
+    after, pages = None, 0
+    while True:
+        response, _ = await measured(full_server, GRAPHQL, graphql(query, a=after))
+        jobs = response.json()["data"]["jobs"]
+        seen += [job["id"] for job in jobs["nodes"]]
+        pages += 1
+        assert jobs["pageInfo"]["stoppedEarly"] == jobs["pageInfo"]["hasNextPage"]
+        if not jobs["pageInfo"]["hasNextPage"]:
+            break
+        after = jobs["pageInfo"]["endCursor"]
+    assert len(seen) == len(set(seen)) == 60
+    assert 3 < pages < 40
+
+
+async def test_documents_do_not_fill_the_memory(server: MeasuredServer) -> None:
+    async with (
+        httpx.AsyncClient(base_url=server.url, timeout=100) as client,
+        server.measuring() as cost,
+    ):
+        for number in range(120):
+            names = " ".join(f"f{number}x{n}" for n in range(400))
+            query = f"query($a: [String!] = [{names}]) {{ __typename }}"
+            await client.post(GRAPHQL, content=graphql(query), headers=JSON)
+    assert not cost.within(cpu_seconds=60, peak_bytes=MEGABYTES * 2**20, silence_seconds=10)

@@ -110,6 +110,14 @@ async def test_attempts_are_counted_by_how_they_ended(visit: Visit, database_url
         await queue.lease(["test.pong"], "w", limit=1)
         found = await scrape(client)
         assert found("attempts_total", type="test.ping", outcome="timed_out") == 1
+        # One that was to stop, and whose worker died, was cancelled.
+        (lease,) = await queue.lease(["test.ping"], "w", limit=1)
+        await queue.cancel(lease.job.id)
+        await advance(database_url, 31)
+        assert [job.status for job in await queue.recover()] == ["cancelled"]
+        found = await scrape(client)
+        assert found("attempts_total", type="test.ping", outcome="cancelled") == 2
+        assert found("attempts_total", type="test.ping", outcome="lost") == 2
 
 
 async def test_jobs_in_the_database_are_shown_by_type_and_status(

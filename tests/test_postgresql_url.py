@@ -62,7 +62,7 @@ def test_an_option_of_libpq_is_honoured(option: str, field: str, value: Any) -> 
      "client_encoding=UTF8", "replication=false", "load_balance_hosts=disable",
      "max_protocol_version=latest", "requiressl=0"],
 )  # fmt: skip
-def test_an_option_that_asks_for_what_happens_anyway_has_no_effect(option: str) -> None:
+def test_an_option_for_what_happens_anyway_has_no_effect(option: str) -> None:
     plain, parsed = parse(HOST, {}), parse(with_option(HOST, option), {})
     assert (parsed.hosts, parsed.server_settings) == (plain.hosts, plain.server_settings)
 

@@ -45,7 +45,7 @@ async def test_it_passes_stalls_and_resumes(proxy: Proxy) -> None:
     writer.close()
 
 
-async def test_a_black_hole_swallows_old_connections_for_good_and_tells_nobody(
+async def test_a_black_hole_drops_old_connections_for_good_and_reports_nothing(
     proxy: Proxy,
 ) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)

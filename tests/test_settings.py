@@ -35,7 +35,7 @@ def test_a_setting_that_resembles_no_other_suggests_none() -> None:
     assert "Did you mean" not in str(wrong.value)
 
 
-def test_every_fault_is_told_at_once_and_names_its_variable() -> None:
+def test_every_fault_is_reported_at_once_and_names_its_variable() -> None:
     with pytest.raises(SettingsInvalid) as wrong:
         load_settings(
             {
@@ -122,7 +122,7 @@ def test_other_addresses_are_served_with_authentication_only(host: str) -> None:
     assert load_settings(AUTH | {"JOBS_HOST": host}).host == host
 
 
-def test_all_that_authentication_lacks_is_told_at_once(tmp_path: Path) -> None:
+def test_all_that_authentication_lacks_is_reported_at_once(tmp_path: Path) -> None:
     faults = refused(
         JOBS_AUTH_HS256_SECRET="short", JOBS_AUTH_JWKS=str(tmp_path / "none"), JOBS_HOST="0.0.0.0"
     )
@@ -218,7 +218,7 @@ def test_other_database_urls_are_refused(url: str) -> None:
      "postgresql://h:port/d?password=lovelace", "postgresql://ada:love@h/d?sslmode=lovelace",
      "postgresql://ada:lovelace@h/d?no_such_option=1"],
 )  # fmt: skip
-def test_a_password_is_never_told(url: str) -> None:
+def test_a_password_is_never_shown(url: str) -> None:
     with pytest.raises(SettingsInvalid) as wrong:
         load_settings({"JOBS_DATABASE_URL": url})
     assert "lovelace" not in str(wrong.value)

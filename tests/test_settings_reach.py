@@ -70,6 +70,34 @@ def codes(answer: dict[str, Any]) -> list[str]:
 # Guards of requests
 
 
+@reaches("max_answer_bytes", "max_answer_fields")
+async def test_an_answer_is_as_large_as_set(visit: Visit) -> None:
+    bulk = "mutation($i: [EnqueueJobInput!]!) { enqueueJobs(inputs: $i) { __typename } }"
+    aliases = " ".join(f"a{number}: %s" for number in range(25))
+    page = "{ jobs { nodes { payload %s } pageInfo { stoppedEarly hasNextPage } } }"
+    jobs = [{"type": "test.ping", "payload": {"text": "x" * 3_000}}] * 50
+    async with visit() as client:
+        await client.post("/graphql", json={"query": bulk, "variables": {"i": jobs}})
+    limits: list[tuple[dict[str, str], int]] = [
+        ({}, 50),
+        ({"max_answer_bytes": "65536"}, 21),
+        ({"max_answer_fields": "1000"}, 33),
+    ]
+    for setting, most in limits:
+        async with visit(**setting) as client:
+            answer = await ask(client, page % aliases.replace("%s", "id"))
+            assert len(answer["data"]["jobs"]["nodes"]) == most
+            stopped = most < 50
+            assert answer["data"]["jobs"]["pageInfo"] == {
+                "stoppedEarly": stopped,
+                "hasNextPage": stopped,
+            }
+    async with visit(max_answer_bytes="65536") as client:
+        answer = await ask(client, page % aliases.replace("%s", "payload"))
+        assert set(codes(answer)) == {"budget_exceeded"}
+        assert answer["errors"][0]["extensions"]["setting"] == "JOBS_MAX_ANSWER_BYTES"
+
+
 @reaches("max_request_values")
 async def test_a_request_may_have_as_many_values_as_set(visit: Visit) -> None:
     body = {"type": "test.ping", "payload": {"text": [0] * 1_500}}
@@ -467,7 +495,7 @@ def test_the_log_is_written_as_set(sqlite_template: Path, house: Path) -> None:
     assert lines(log_format="json", log_level="error") == []
 
 
-def test_a_worker_works_the_types_it_is_told_to(sqlite_template: Path, house: Path) -> None:
+def test_a_worker_runs_only_the_types_of_its_setting(sqlite_template: Path, house: Path) -> None:
     (house / "more.py").write_text(
         "from house import Empty, JobPolicy, JobType\n"
         "other = JobType(name='other', payload=Empty, policy=JobPolicy(timeout_seconds=600))\n"

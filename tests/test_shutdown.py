@@ -208,7 +208,7 @@ def test_a_handler_that_hangs_in_a_thread_holds_nothing_up(
 
 
 @both_commands
-def test_an_async_handler_that_swallows_its_cancellation_is_ended_and_its_job_handed_back(
+def test_an_async_handler_that_swallows_its_cancellation_is_ended_and_its_job_released(
     command: str, sqlite_url: str, catalog: Path
 ) -> None:
     with running(command, sqlite_url, catalog, "stubborn") as (process, job):
@@ -231,7 +231,7 @@ def test_a_handler_that_blocks_the_event_loop_is_ended_and_what_hung_is_logged(
 
 
 @both_commands
-def test_a_second_signal_hands_a_hanging_job_back_at_once(
+def test_a_second_signal_releases_a_hanging_job_at_once(
     command: str, sqlite_url: str, catalog: Path
 ) -> None:
     with running(command, sqlite_url, catalog, "stuck", shutdown_seconds=600) as (process, job):

@@ -219,12 +219,12 @@ BEGIN
             CASE ended.status WHEN 'queued' THEN 'job.retrying' ELSE 'job.' || ended.status END,
             ended.id, ended.type, ended.attempt);
         IF ended.returns > 0 AND ended.returns % 32 = 0 THEN
-            -- Delete the oldest released and snoozed attempts, and keep 32.
+            -- Delete the oldest attempts that were given back or cancelled, and keep 32.
             DELETE FROM job_attempt
-            WHERE job_attempt.job_id = ended.id AND job_attempt.outcome IN ('released', 'snoozed')
+            WHERE job_attempt.job_id = ended.id AND job_attempt.outcome IN ('released', 'snoozed', 'cancelled')
               AND job_attempt.id <= (
                 SELECT older.id FROM job_attempt AS older
-                WHERE older.job_id = ended.id AND older.outcome IN ('released', 'snoozed')
+                WHERE older.job_id = ended.id AND older.outcome IN ('released', 'snoozed', 'cancelled')
                 ORDER BY older.id DESC OFFSET 32 LIMIT 1);
         END IF;
         RETURN NEXT job_small(ended);

@@ -47,8 +47,8 @@ def main() -> None:
         fail_unexpectedly(error)
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(requested: bool) -> None:
+    if requested:
         from importlib.metadata import version
 
         say(f"job-registry {version('job-registry')}")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import stat
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from job_registry import JobRegistry
@@ -52,6 +54,22 @@ def prepare_database(settings: Settings) -> None:
         )
     if not fit.fits:
         fail(REFUSED, fit.sentence)
+    if settings.database_url.startswith("sqlite"):
+        _warn_of_other_readers(Path(settings.database_url.partition(":///")[2]))
+
+
+def _warn_of_other_readers(file: Path) -> None:
+    """Log it if every user of this machine can read or write the database."""
+    import structlog
+
+    mode = stat.S_IMODE(file.stat().st_mode)
+    if mode & stat.S_IRWXO:
+        structlog.get_logger("job_registry.cli").warning(
+            "database.open_to_all_users",
+            file=str(file),
+            mode=f"{mode:04o}",
+            advice=f"It holds the payloads of jobs. Run: chmod 600 {file}*",
+        )
 
 
 @contextlib.contextmanager

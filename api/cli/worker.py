@@ -48,10 +48,10 @@ def worker(
     """Run jobs until SIGTERM, which lets running jobs end. A second SIGTERM does not wait."""
     settings = startup.read_settings(log_events=True, worker_concurrency=concurrency)
     registry = startup.read_registry(settings)
-    wanted = [name.strip() for name in (types or "").split(",") if name.strip()]
-    if types is not None and not wanted:
+    names = [name.strip() for name in (types or "").split(",") if name.strip()]
+    if types is not None and not names:
         fail(WRONG_USAGE, "--types: expected job types separated by commas.")
-    for name in wanted:
+    for name in names:
         try:
             if not registry.get_type(name).has_handler:
                 fail(WRONG_USAGE, f"{name} has no handler. Its jobs are run by remote workers.")
@@ -69,7 +69,7 @@ def worker(
     startup.collect_garbage_rarely()
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            runner.run(_work(settings, registry, wanted, health_socket))
+            runner.run(_work(settings, registry, names, health_socket))
     except WorkerStartError as error:
         fail(REFUSED, str(error))
 

@@ -8,16 +8,17 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from uuid import UUID
 
+from graphql import DocumentNode, OperationDefinitionNode
 from starlette.types import Receive
 from strawberry.dataloader import DataLoader
 
 from job_registry_api.auth import Caller
-from job_registry_api.budget import Budget, RequestSize
+from job_registry_api.budget import Budget, BudgetExceeded, RequestSize
 from job_registry_api.http_messages import wait_for_disconnect
 from job_registry_api.queue.errors import JobNotFound
 from job_registry_api.queue.models import AttemptRecord, JobCounts, JobRecord
 from job_registry_api.queue.queue import JobQueue
-from job_registry_api.queue.reading import WaitingReason
+from job_registry_api.queue.reading import WaitingReason, weight_of
 
 
 @dataclass
@@ -31,6 +32,8 @@ class Context:
     size: RequestSize | None = None
     """The size of the whole request, if that is known."""
     budget: Budget = field(default_factory=Budget)
+    operation: tuple[DocumentNode, OperationDefinitionNode] | None = field(default=None, repr=False)
+    """The operation that is executed, and its document."""
     _gone: asyncio.Event | None = field(default=None, repr=False)
     _watching: asyncio.Task[None] | None = field(default=None, repr=False)
     _counts: asyncio.Future[dict[str, JobCounts]] | None = field(default=None, repr=False)
@@ -85,7 +88,10 @@ class Context:
         Raises:
             JobNotFound: no job has this id, or the caller's token excludes its type.
         """
-        job = await self.queue.get(job_id)
+        async with self.budget.reading:
+            self.budget.check_reading()
+            job = await self.queue.get(job_id)
+            self.budget.charge_reading(weight_of(job))
         if not self.caller.may_see(job.type):
             raise JobNotFound(job_id)
         return job
@@ -96,7 +102,11 @@ class Context:
         self.budget = Budget(self.budget.limits)
 
     async def _load_attempts(self, job_ids: list[UUID]) -> list[list[AttemptRecord]]:
-        attempts = await self.queue.attempts(job_ids)
+        limits = self.budget.limits
+        attempts, is_all = await self.queue.latest_attempts(job_ids, limits.answer_bytes)
+        if not is_all:
+            message = "The attempts of these jobs are too large. Request the jobs one by one."
+            raise BudgetExceeded(message, limits.answer_bytes, "JOBS_MAX_ANSWER_BYTES")
         return [attempts[job_id] for job_id in job_ids]
 
     async def _load_waiting_reasons(self, jobs: list[JobRecord]) -> list[WaitingReason | None]:

@@ -163,6 +163,7 @@ class Executor:
         if refusals:
             return ExecutionResult(None, refusals)
         context.budget = Budget(self.request_limits)
+        context.operation = (prepared.document, prepared.operation)
         try:
             check_arguments(
                 prepared.schema,

@@ -109,7 +109,7 @@ class GraphQLOverHTTP:
         except RequestRefused as refused:
             content, status, headers = {"errors": refused.errors}, refused.status, refused.headers
         except DocumentRefused as refused:
-            # A client that reads application/json alone cannot tell a 400 of ours from a proxy's.
+            # A client that reads application/json alone cannot distinguish our 400 from a proxy's.
             content = {"errors": [error.formatted for error in refused.errors]}
             status = 200 if media_type == JSON else 400
         except Exception as error:

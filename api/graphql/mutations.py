@@ -11,13 +11,16 @@ from typing import Annotated, Final
 
 import strawberry
 from pydantic import JsonValue
+from pydantic_core import to_json
 
 import job_registry
 from job_registry_api.graphql import errors
 from job_registry_api.graphql.access_scopes import Requires
+from job_registry_api.graphql.answer_limits import selected
 from job_registry_api.graphql.context import Context
 from job_registry_api.graphql.inputs import EnqueueJobInput, JobErrorInput, LeaseJobsInput
 from job_registry_api.graphql.types import Job, JobLease
+from job_registry_api.queue.claiming import Lease
 from job_registry_api.queue.enqueueing import Enqueued, Refusal
 from job_registry_api.queue.errors import (
     IdempotencyConflict,
@@ -26,6 +29,7 @@ from job_registry_api.queue.errors import (
     LeaseLost,
 )
 from job_registry_api.queue.models import JobRecord
+from job_registry_api.queue.requests import MAX_LEASE
 
 
 @strawberry.type(description="The job is stored on disk.")
@@ -163,6 +167,11 @@ class Mutation:
     ) -> list[EnqueueJobResult]:
         caller = info.context.caller
         caller.need_types(each.type for each in inputs)
+        # Before anything is stored: afterwards the client would not learn what was.
+        budget, of_each = info.context.budget, selected(info)
+        budget.charge_fields(len(inputs) * of_each.fields)
+        if info.context.size is not None and of_each.payloads:
+            budget.check_bytes(info.context.size.bytes * of_each.payloads)
         results = await info.context.queue.enqueue_many(
             [each.request() for each in inputs],
             atomic=atomic,
@@ -192,7 +201,8 @@ class Mutation:
         extensions=[Requires("jobs:work")],
         description="Lease due jobs to a worker, the highest priority first. The worker renews each"
         " lease with `heartbeatJob` and ends it with `completeJob`, `failJob`, `releaseJob` or"
-        " `snoozeJob`. A lease that expires spends the attempt.",
+        " `snoozeJob`. A lease that expires spends the attempt. Jobs whose payloads would exceed"
+        " `JOBS_MAX_ANSWER_BYTES` together are not leased.",
     )
     async def lease_jobs(
         self,
@@ -203,7 +213,8 @@ class Mutation:
         ],
     ) -> LeaseJobsResult:
         info.context.caller.need_types(input.job_types)
-        queue = info.context.queue
+        queue, budget, of_each = info.context.queue, info.context.budget, selected(info)
+        budget.charge_fields(max(0, min(input.limit, MAX_LEASE)) * of_each.fields)
         async with info.context.client_gone() as gone:
             leases = await queue.lease(
                 input.job_types,
@@ -216,6 +227,10 @@ class Mutation:
                 # Nobody receives these leases, and their attempts would be spent.
                 queue.give_back(leases)
                 leases = []
+            fitting = _fitting(leases, budget.bytes_left // of_each.copies)
+            if len(fitting) < len(leases):
+                queue.give_back(leases[len(fitting) :])
+                leases = fitting
         return LeaseJobsSuccess(leases=[JobLease.of(lease) for lease in leases])
 
     @strawberry.mutation(
@@ -313,6 +328,16 @@ class Mutation:
     ) -> SnoozeJobResult:
         await _check_lease(info.context, lease_token)
         return JobChanged.of(await info.context.queue.snooze(lease_token, seconds))
+
+
+def _fitting(leases: list[Lease], max_bytes: int) -> list[Lease]:
+    """Return the first leases whose payloads are small enough together: one at least."""
+    total = 0
+    for index, lease in enumerate(leases):
+        total += len(to_json(lease.job.payload))
+        if index > 0 and total > max_bytes:
+            return leases[:index]
+    return leases
 
 
 def _enqueued_or_refused(result: Enqueued | Refusal) -> EnqueueJobResult:

@@ -13,6 +13,7 @@ import strawberry
 from job_registry import Violation
 from job_registry_api.graphql import errors
 from job_registry_api.graphql.access_scopes import Requires
+from job_registry_api.graphql.answer_limits import selected
 from job_registry_api.graphql.context import Context
 from job_registry_api.graphql.inputs import EnqueueJobInput, JobFilterInput
 from job_registry_api.graphql.types import (
@@ -76,11 +77,13 @@ class Query:
     )
     def job_types(self, info: Info) -> list[JobType]:
         context = info.context
-        return [
+        visible = [
             JobType.of(job_type)
             for name, job_type in context.queue.registry.items()
             if context.caller.may_see(name)
         ]
+        context.budget.charge_fields(len(visible) * selected(info).fields)
+        return visible
 
     @strawberry.field(extensions=[Requires("jobs:read")], description="One job type.")
     def job_type(
@@ -138,7 +141,9 @@ class Query:
         return Job.of(await info.context.job(id))
 
     @strawberry.field(
-        extensions=[Requires("jobs:read")], description="A page of jobs, newest first."
+        extensions=[Requires("jobs:read")],
+        description="A page of jobs, newest first. A page that would exceed the limits of an answer"
+        " stops early: see `pageInfo.stoppedEarly`.",
     )
     async def jobs(
         self,
@@ -168,18 +173,29 @@ class Query:
             # No types is no restriction, and no job has a type without a name.
             types = tuple(sorted(caller.job_types)) or ("",)
         statuses = (filter.statuses or []) if filter else []
-        wanted = reading.JobFilter(
+        job_filter = reading.JobFilter(
             types=types, statuses=tuple(models.JobStatus[each.name] for each in statuses)
         )
-        page = await info.context.queue.list_jobs(
-            wanted, first=first, after=None if after is None else _id_of(after)
-        )
+        budget, of_each = info.context.budget, selected(info)
+        async with budget.reading:
+            budget.check_reading()
+            page = await info.context.queue.list_jobs(
+                job_filter,
+                first=first,
+                after=None if after is None else _id_of(after),
+                # One job at least: its fields say what exceeds a limit.
+                most=max(1, budget.fields_left // max(1, of_each.fields)),
+                max_bytes=min(budget.reading_left, budget.bytes_left // of_each.copies),
+            )
+            budget.charge_reading(page.weight)
+            budget.charge_fields(len(page.jobs) * of_each.fields)
         edges = [JobEdge(cursor=_cursor_of(job.id), node=Job.of(job)) for job in page.jobs]
         return JobConnection(
             edges=edges,
             nodes=[edge.node for edge in edges],
             page_info=PageInfo(
                 has_next_page=page.has_next_page,
+                stopped_early=page.stopped_early,
                 has_previous_page=after is not None,
                 start_cursor=edges[0].cursor if edges else None,
                 end_cursor=edges[-1].cursor if edges else None,

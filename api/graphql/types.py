@@ -13,6 +13,7 @@ from job_registry import JobPolicy as Policy
 from job_registry import JobType as RegisteredType
 from job_registry_api.auth import AccessScope
 from job_registry_api.graphql.access_scopes import OPEN, Requires
+from job_registry_api.graphql.answer_limits import Charged, selected
 from job_registry_api.graphql.context import Context
 from job_registry_api.queue import claiming, models, reading
 
@@ -134,11 +135,13 @@ class JobType:
         " with `leaseJobs`."
     )
 
-    @strawberry.field(description="The JSON Schema of the payload, draft 2020-12.")
+    @strawberry.field(
+        extensions=[Charged()], description="The JSON Schema of the payload, draft 2020-12."
+    )
     def payload_schema(self) -> JsonValue:
         return dict(self.registered.payload_schema)
 
-    @strawberry.field(description="A valid payload to start from.")
+    @strawberry.field(extensions=[Charged()], description="A valid payload to start from.")
     def example_payload(self) -> JsonValue:
         return dict(self.registered.example_payload)
 
@@ -173,9 +176,9 @@ class JobError:
         description="A stable code, such as `handler_failed`, `timed_out`, `lost`,"
         " `payload_invalid`, or the one that a remote worker reported."
     )
-    message: str = strawberry.field(description="A sentence for people.")
+    message: str = strawberry.field(extensions=[Charged()], description="A sentence for people.")
     details: JsonValue | None = strawberry.field(
-        description="More about the error. Null if there is no more."
+        extensions=[Charged()], description="More about the error. Null if there is no more."
     )
 
     @classmethod
@@ -293,10 +296,12 @@ class Job:
         extensions=[Requires(*READERS)], description="The worker of its latest attempt."
     )
     progress: JsonValue | None = strawberry.field(
-        extensions=[Requires(*READERS)], description="The progress that its handler last reported."
+        extensions=[Requires(*READERS), Charged()],
+        description="The progress that its handler last reported.",
     )
     result: JsonValue | None = strawberry.field(
-        extensions=[Requires(*READERS)], description="The value that its handler returned."
+        extensions=[Requires(*READERS), Charged()],
+        description="The value that its handler returned.",
     )
     error: JobError | None = strawberry.field(
         extensions=[Requires(*READERS)],
@@ -305,6 +310,7 @@ class Job:
 
     @strawberry.field(
         metadata=OPEN,
+        extensions=[Charged()],
         description="The payload as the client sent it.",
     )
     def payload(self) -> JsonValue:
@@ -315,6 +321,7 @@ class Job:
     )
     async def attempts(self, info: strawberry.Info[Context, None]) -> list[JobAttempt]:
         attempts = await info.context.attempts.load(self.record.id)
+        info.context.budget.charge_fields(len(attempts) * selected(info).of_attempts)
         return [JobAttempt.of(attempt) for attempt in attempts]
 
     @strawberry.field(
@@ -379,6 +386,11 @@ class PageInfo:
     end_cursor: str | None = strawberry.field(
         description="The cursor of the last job on the page. Pass it as `after` for the next page."
     )
+    stopped_early: bool = strawberry.field(
+        description="Whether the page has fewer jobs than `first` although more follow, because"
+        " they would exceed the limit of an answer in fields (`JOBS_MAX_ANSWER_FIELDS`) or bytes"
+        " (`JOBS_MAX_ANSWER_BYTES`). Pass `endCursor` as `after` to read on."
+    )
 
 
 @strawberry.type(description="A job on a page, and its cursor.")
@@ -399,7 +411,7 @@ class JobConnection:
 )
 class JobLease:
     lease_token: str = strawberry.field(
-        description="Identifies the lease in every later request. Only the worker may know it."
+        description="Identifies the lease in every later request. Keep it secret."
     )
     job: Job = strawberry.field(description="The job to run.")
     expires_at: datetime = strawberry.field(

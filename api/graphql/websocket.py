@@ -11,12 +11,13 @@ from contextlib import aclosing, suppress
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from pydantic_core import from_json, to_json
+from pydantic_core import to_json
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from job_registry_api.auth import REFUSALS, Authenticator, Caller, TooManyRequests
+from job_registry_api.budget import BudgetExceeded, parse_request_json
 from job_registry_api.graphql.context import Context
 from job_registry_api.graphql.execution import DocumentRefused, Executor
 from job_registry_api.graphql.request_errors import format_exception
@@ -180,7 +181,11 @@ class _Connection:
         if self._caller is None and len(text) > MAX_UNADMITTED_MESSAGE:
             raise _ProtocolViolation(1009, "The message is too large")
         try:
-            message = from_json(text, allow_inf_nan=False)
+            message: Any
+            message, _ = parse_request_json(text.encode(), self._executor.request_limits)
+        except BudgetExceeded:
+            reason = "The message has more JSON values than JOBS_MAX_REQUEST_VALUES"
+            raise _ProtocolViolation(1009, reason) from None
         except ValueError:
             raise _ProtocolViolation(4400, "The message is not JSON") from None
         if (

@@ -27,7 +27,7 @@ def publish_after_commit(
 
     Events of a savepoint are published when the outer transaction commits; a rollback of either
     discards them. A session may join a transaction that was begun on its connection. It does not
-    commit that transaction, so nothing is published, and `Events.hearing` delivers the events.
+    commit that transaction, so nothing is published, and `Events.listening` delivers the events.
     """
     target = session if isinstance(session, Session) else session.sync_session
     unpublished = target.info.get(_UNPUBLISHED)

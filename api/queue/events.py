@@ -88,7 +88,7 @@ MAX_ECHOES: Final = 10_000
 """How many own events may be awaited from the database at a time."""
 
 STOP_SECONDS: Final = 5.0
-"""How long `hearing` waits at its end for a statement in progress."""
+"""How long `listening` waits at its end for a statement in progress."""
 
 log = structlog.get_logger("job_registry.events")
 
@@ -243,7 +243,7 @@ class Events:
     The statements that change jobs announce the events to other processes. `publish` is called
     after the commit, in the process that committed.
 
-    While `hearing` is entered, subscribers receive the events of every process, including this
+    While `listening` is entered, subscribers receive the events of every process, including this
     one, in commit order. Without it they receive only the events of this process, and workers find
     the jobs of other processes by polling. The events of this process always wake workers at once.
 
@@ -356,7 +356,7 @@ class Events:
             del self._cancellations[registered]
 
     @asynccontextmanager
-    async def hearing(self) -> AsyncIterator[None]:
+    async def listening(self) -> AsyncIterator[None]:
         """Receive the events of every process, including this one, while the context is open."""
         stream = EventStream(self._database, self._store)
         self._loop = asyncio.get_running_loop()
@@ -414,7 +414,7 @@ class Events:
         await asyncio.sleep(0)
 
     def _bind_to_loop(self) -> None:
-        """Without `hearing`, deliver on the loop of the caller."""
+        """Without `listening`, deliver on the loop of the caller."""
         if self._stream is None:
             self._loop = _running_loop()
 

@@ -116,7 +116,7 @@ async def open_queue(
         max_bulk_size=max_bulk_size,
     )
     try:
-        async with queue.events.hearing():
+        async with queue.events.listening():
             yield queue
             await queue.close()
     finally:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
+
+from pydantic_core import to_json
 
 from job_registry import JobPolicy, JobRegistry, Violation, text_fault
 from job_registry_api.queue.errors import InputInvalid, JobNotFound
@@ -16,6 +18,9 @@ from job_registry_api.queue.store import Store, Waiting
 
 MAX_FILTER_TYPES: Final = 100
 """A page is merged from one query per type and status. SQLite merges at most 500 queries."""
+
+PIECE_BYTES: Final = 1_000_000
+"""The JSON text that is read at once for a page that has a limit."""
 
 WORKER_ABSENT_SECONDS: Final = 60.0
 """After this time without a claim, a type counts as having no worker."""
@@ -35,6 +40,10 @@ class JobPage:
 
     jobs: list[JobRecord]
     has_next_page: bool
+    stopped_early: bool = False
+    """Whether it has fewer jobs than there are and were requested, because of a limit."""
+    weight: int = 0
+    """The memory that its jobs take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +78,15 @@ class BehindInQueue:
 WaitingReason = ScheduledFor | ConcurrencyLimitReached | NoWorkerSeen | BehindInQueue
 
 
+def weight_of(job: JobRecord) -> int:
+    """Return about how many bytes of memory the JSON values of a job take, at least their text.
+
+    Each comma in them counts as 24: the objects of `[{},{}]` take more than their text.
+    """
+    texts = [to_json(value) for value in (job.payload, job.progress, job.result)]
+    return sum(len(text) + 24 * text.count(b",") for text in texts)
+
+
 class Reading:
     """The part of `JobQueue` that reads."""
 
@@ -99,10 +117,28 @@ class Reading:
         """Return the attempts of each of these jobs, oldest first, in one query."""
         return await self._store.attempts(job_ids)
 
+    async def latest_attempts(
+        self, job_ids: Sequence[uuid.UUID], max_bytes: int
+    ) -> tuple[dict[uuid.UUID, list[AttemptRecord]], bool]:
+        """Return the latest attempts of these jobs up to a size, and whether they are all.
+
+        Those of each job are in order, oldest first.
+        """
+        return await self._store.latest_attempts(job_ids, max_bytes)
+
     async def list_jobs(
-        self, wanted: JobFilter = JobFilter(), *, first: int = 50, after: uuid.UUID | None = None
+        self,
+        job_filter: JobFilter = JobFilter(),
+        *,
+        first: int = 50,
+        after: uuid.UUID | None = None,
+        most: int | None = None,
+        max_bytes: int | None = None,
     ) -> JobPage:
         """Return a page of jobs, newest first, starting after the job `after`.
+
+        It stops early at `most` jobs, and before the job with which the weight of all would exceed
+        `max_bytes`. The first job is on it whatever its weight.
 
         Raises:
             InputInvalid: `first` is not 1 to `max_page_size`, or more than 100 types are named.
@@ -111,19 +147,53 @@ class Reading:
         if not 1 <= first <= self._max_page_size:
             message = f"Expected 1 to {self._max_page_size} jobs per page; got {first}."
             faults.append(Violation("/first", "out_of_range", message))
-        if len(wanted.types) > MAX_FILTER_TYPES:
-            message = f"Expected at most {MAX_FILTER_TYPES} job types; got {len(wanted.types)}."
+        if len(job_filter.types) > MAX_FILTER_TYPES:
+            message = f"Expected at most {MAX_FILTER_TYPES} job types; got {len(job_filter.types)}."
             faults.append(Violation("/filter/types", "too_long", message))
         if faults:
             raise InputInvalid(tuple(faults))
         # The database refuses these names in a query, so no job has one of them.
-        types = tuple(name for name in wanted.types if text_fault(name) is None)
-        if wanted.types and not types:
+        types = tuple(name for name in job_filter.types if text_fault(name) is None)
+        if job_filter.types and not types:
             return JobPage([], has_next_page=False)
-        jobs = await self._store.list_jobs(
-            types=types, statuses=wanted.statuses, first=first + 1, after=after
+        sizes = await self._store.list_sizes(
+            types=types, statuses=job_filter.statuses, first=first + 1, after=after
         )
-        return JobPage(jobs[:first], has_next_page=len(jobs) > first)
+        chosen = list(sizes)[: first if most is None else min(first, most)]
+        page = await self._read_page(chosen, sizes, max_bytes)
+        return JobPage(
+            page.jobs,
+            has_next_page=page.stopped_early or len(sizes) > len(chosen),
+            stopped_early=page.stopped_early or len(chosen) < min(first, len(sizes)),
+            weight=page.weight,
+        )
+
+    async def _read_page(
+        self, ids: Sequence[uuid.UUID], sizes: Mapping[uuid.UUID, int], max_bytes: int | None
+    ) -> JobPage:
+        """Return the first of these jobs, as many as `max_bytes` allows, and one at least.
+
+        They are read a piece at a time, because objects take more memory than their text.
+        """
+        jobs: list[JobRecord] = []
+        weight, start = 0, 0
+        while start < len(ids):
+            end, size = start, 0
+            while end < len(ids) and (end == start or size + sizes[ids[end]] <= PIECE_BYTES):
+                size += sizes[ids[end]]
+                end += 1
+            if max_bytes is None:
+                end = len(ids)
+            read = await self._store.get_many(ids[start:end])
+            # A job may have been deleted in the meantime.
+            for job in (read[job_id] for job_id in ids[start:end] if job_id in read):
+                weight_of_job = weight_of(job)
+                if max_bytes is not None and jobs and weight + weight_of_job > max_bytes:
+                    return JobPage(jobs, has_next_page=True, stopped_early=True, weight=weight)
+                weight += weight_of_job
+                jobs.append(job)
+            start = end
+        return JobPage(jobs, has_next_page=False, weight=weight)
 
     async def counts(self) -> dict[str, JobCounts]:
         """Return the number of jobs per type and status, including types no longer registered."""

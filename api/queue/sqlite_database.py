@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sqlite3
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -209,6 +210,11 @@ class _File:
         self._path = Path(path)
         # `rwc` is for migrations. Otherwise a missing file must not be created empty.
         self.uri = f"file:{quote(path)}?mode={'rwc' if create else 'rw'}"
+        if create:
+            # For its owner only, whatever the umask: it holds payloads. SQLite gives its log and
+            # its index the mode of the file.
+            with suppress(OSError):  # It exists, or SQLite will say what is wrong.
+                os.close(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
         self.busy_seconds = 0.9 * min(seconds_of(timeout_seconds), HOUR_SECONDS)
 
     def connect(self) -> sqlite3.Connection:

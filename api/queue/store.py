@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
 from importlib import resources
-from typing import Any, Final, NamedTuple, TypeVar, cast
+from typing import Any, Final, NamedTuple, TypeVar
 
 import sqlalchemy
 from pydantic_core import to_json
 from sqlalchemy import Executable, func, union_all
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import col, select
-from sqlmodel.sql.expression import SelectOfScalar
 
 from job_registry_api.queue import defaults
 from job_registry_api.queue.database import Database, quoted
@@ -55,6 +54,7 @@ RECOVERY_BATCH: Final = 100
 """How many lost leases one claim recovers at most, so that claims stay fast after an outage."""
 
 _BEHIND_ALL: Final = uuid.UUID(int=2**128 - 1)
+_UNBOUNDED: Final = 2**62
 """Greater than the id of any job."""
 
 EVENT_BATCHES_PRUNED: Final = 10_000
@@ -362,8 +362,19 @@ class Store(ABC):
 
     async def attempts(self, job_ids: Sequence[uuid.UUID]) -> dict[uuid.UUID, list[AttemptRecord]]:
         """Return the attempts of these jobs, oldest first."""
+        attempts, _ = await self.latest_attempts(job_ids, _UNBOUNDED)
+        return attempts
+
+    async def latest_attempts(
+        self, job_ids: Sequence[uuid.UUID], max_bytes: int
+    ) -> tuple[dict[uuid.UUID, list[AttemptRecord]], bool]:
+        """Return the latest attempts of these jobs up to a size, oldest first; and if they are all.
+
+        An attempt counts with its error and 200 bytes.
+        """
         attempts: dict[uuid.UUID, list[AttemptRecord]] = {job_id: [] for job_id in job_ids}
-        for row in await self._read("attempts", {"ids": ids_text(job_ids)}):
+        rows = await self._read("attempts", {"ids": ids_text(job_ids), "max_bytes": max_bytes})
+        for row in rows:
             job_id = row["job_id"]
             attempts[job_id].append(
                 AttemptRecord(
@@ -377,20 +388,20 @@ class Store(ABC):
                     still_running=bool(row["still_running"]),
                 )
             )
-        return attempts
+        return attempts, not rows or rows[0]["attempts"] == len(rows)
 
-    async def list_jobs(
+    async def list_sizes(
         self,
         *,
         types: Sequence[str],
         statuses: Sequence[JobStatus],
         first: int,
         after: uuid.UUID | None,
-    ) -> list[JobRecord]:
-        """Return jobs, newest first, starting after `after`.
+    ) -> dict[uuid.UUID, int]:
+        """Return the ids of jobs, newest first, starting after `after`, and how large each job is.
 
-        It is a keyset page: its cost does not depend on its position. Ids are UUIDv7, so they
-        are in the order of creation.
+        The size is the length of its JSON values. It is a keyset page: its cost does not depend on
+        its position. Ids are UUIDv7, so they are in the order of creation.
         """
         if len(types) > 1:
             # As a union, 100 types and 4 statuses take half a second to build and to compile.
@@ -401,9 +412,11 @@ class Store(ABC):
             ]
             behind = (after or _BEHIND_ALL).hex
             wanted = {"pairs": json_text(pairs), "after": behind, "first": first}
-            return [JobRecord.of(row) for row in await self._read("newest", wanted)]
-        newest = _newest(types, statuses, first=first, after=after)
-        return [JobRecord.of(row) for row in await self._select(newest)]
+            ids = [row["id"] for row in await self._read("newest", wanted)]
+            sizes = _sizes().where(col(Job.id).in_(ids)).order_by(col(Job.id).desc())
+        else:
+            sizes = _newest(types, statuses, first=first, after=after)
+        return {row["id"]: int(row["size"]) for row in await self._select(sizes)}
 
     async def waiting(self, job_ids: Iterable[uuid.UUID]) -> dict[uuid.UUID, Waiting]:
         """Return what queued jobs wait for. Jobs that are not queued are left out."""
@@ -459,8 +472,8 @@ class Store(ABC):
 
 def _newest(
     types: Sequence[str], statuses: Sequence[JobStatus], *, first: int, after: uuid.UUID | None
-) -> SelectOfScalar[Job]:
-    """Return the query of a page of one type, or of all. Each has an index in the order of ids.
+) -> Any:
+    """Return the query of the sizes of a page of one type, or of all, in the order of an index.
 
     With several statuses, the newest ids of each are read and merged, because no index has them in
     one order.
@@ -474,12 +487,20 @@ def _newest(
     of_statuses = [[col(Job.status) == str(status)] for status in dict.fromkeys(statuses)] or [[]]
     conditions = [[*of_types, *one, *behind] for one in of_statuses]
     if len(conditions) == 1:
-        return cast("SelectOfScalar[Job]", newest(select(Job).where(*conditions[0])))
+        return newest(_sizes().where(*conditions[0]))
     found = union_all(
         *(newest(select(Job.id).where(*each)).subquery().select() for each in conditions)
     ).subquery()
     ids = sqlalchemy.select(found.c.id).order_by(found.c.id.desc()).limit(first)
-    return select(Job).where(col(Job.id).in_(ids)).order_by(col(Job.id).desc())
+    return _sizes().where(col(Job.id).in_(ids)).order_by(col(Job.id).desc())
+
+
+def _sizes() -> Any:
+    """Return the query of the ids and the sizes of jobs."""
+    size: Any = sqlalchemy.literal(0, sqlalchemy.BigInteger)
+    for column in (Job.payload, Job.progress, Job.result):
+        size += func.coalesce(func.length(sqlalchemy.cast(column, sqlalchemy.Text)), 0)
+    return sqlalchemy.select(col(Job.id), size.label("size"))
 
 
 @lru_cache

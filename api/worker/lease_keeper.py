@@ -113,7 +113,7 @@ class LeaseKeeper:
             self._alarm()
 
     def renew_at_once(self, token: str) -> None:
-        """Renew a lease now, to learn whether its job is cancelled."""
+        """Renew a lease now, to check whether its job is cancelled."""
         with self._lock:
             if token in self._holds:
                 self._holds[token].renewed_at = float("-inf")

@@ -26,9 +26,9 @@ NEAR: Final = 0.8
 
 
 def address_space(pid: int | None = None) -> int | None:
-    """Return the bytes of address space of a process. None where the system does not tell.
+    """Return the bytes of address space of a process. None on a system without /proc.
 
-    That is everywhere but on Linux. macOS accepts RLIMIT_AS and ignores it.
+    There is no limit then. macOS, for example, accepts RLIMIT_AS and ignores it.
     """
     try:
         pages = Path(f"/proc/{pid or 'self'}/statm").read_bytes().split()[0]
@@ -50,6 +50,7 @@ class MemoryLimit:
         self._usual = resource.getrlimit(resource.RLIMIT_AS)
         self.idle = _with_a_thread()
         self._allowed = 0
+        self._is_set = False
         self.near = 0
         """The address space from which a crash counts as exceeding the limit."""
 
@@ -104,13 +105,16 @@ class MemoryLimit:
 
     def lift(self) -> None:
         """Restore the limit that the process was started with."""
-        resource.setrlimit(resource.RLIMIT_AS, self._usual)
+        if self._is_set:
+            resource.setrlimit(resource.RLIMIT_AS, self._usual)
+            self._is_set = False
 
     def _set(self) -> None:
         finite = [each for each in self._usual if each != resource.RLIM_INFINITY]
         # The hard limit stays: a process cannot raise it again.
         soft, hard = min([self._allowed, *finite]), self._usual[1]
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        self._is_set = True
 
 
 def _with_a_thread() -> int | None:

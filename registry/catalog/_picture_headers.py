@@ -73,16 +73,16 @@ def _jpeg(content: bytes) -> Picture:
     while (found := _MARKER.search(content, at)) is not None:
         marker, start = found[1][0], found.start()
         if scans:
-            kept.append(content[at:start])
+            kept.append(_pixels(content[at:start]))
         at = found.end()
+        segments += 1
+        if segments > MAX_PARTS:
+            raise Refused(f"has more than {MAX_PARTS:,} segments.")
         if marker == _EOI:
             kept.append(b"\xff\xd9")
             break
         if marker in _WITHOUT_LENGTH:
             continue
-        segments += 1
-        if segments > MAX_PARTS:
-            raise Refused(f"has more than {MAX_PARTS:,} segments.")
         (length,) = struct.unpack_from(">H", content, at)
         end = at + length
         if length < 2 or end > len(content):
@@ -106,7 +106,7 @@ def _jpeg(content: bytes) -> Picture:
         at = end
     else:
         # Without an end marker the decoder finds out whether data is missing.
-        kept.append(content[at:] if scans else b"")
+        kept.append(_pixels(content[at:]) if scans else b"")
     if size is None:
         raise Refused("is broken or truncated: it has no frame header.")
     # A decoder keeps the coefficients of the whole picture from scan to scan: two bytes each.
@@ -120,6 +120,12 @@ def _jpeg(content: bytes) -> Picture:
     )
 
 
+def _pixels(data: bytes) -> bytes:
+    """Return the data of a scan without fill bytes, on which a decoder waits for more data."""
+    return _FILL.sub(b"\xff", data).removesuffix(b"\xff")
+
+
+_FILL: Final = re.compile(rb"\xff{2,}")
 _MARKER: Final = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])", re.DOTALL)
 _EOI, _SOS, _APP1 = 0xD9, 0xDA, 0xE1
 _WITHOUT_LENGTH: Final = (0x01, 0xD8)
@@ -161,13 +167,11 @@ def _gif(content: bytes) -> Picture:
         if content[at] != _GIF_EXTENSION:
             raise Refused("is broken or truncated: it has no frame.")
         start, at = at, at + 2
-        while content[at]:
+        while content[at] and at <= MAX_GIF_HEADER_BYTES:
             at += content[at] + 1
-            if at > MAX_GIF_HEADER_BYTES:
-                raise Refused(
-                    f"has no frame in its first {MAX_GIF_HEADER_BYTES:,} bytes after its header."
-                )
         at += 1
+        if at > MAX_GIF_HEADER_BYTES:
+            raise Refused(f"has no frame in its first {MAX_GIF_HEADER_BYTES:,} bytes.")
         if content[start + 1] == _GIF_CONTROL:
             control = content[start:at]
     left, top, frame_width, frame_height = struct.unpack_from("<HHHH", content, at + 1)

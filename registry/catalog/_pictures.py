@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -23,7 +24,7 @@ MAX_EDGE: Final = 65_535
 MAX_THUMBNAIL_PIXELS: Final = 4_096 * 3_072
 """Pixels of one thumbnail. The encoder of WebP takes up to 32 bytes for each."""
 
-READERS: Final = {
+READERS: Final[Mapping[str, Callable[[io.BytesIO], Image.Image]]] = {
     "JPEG": JpegImagePlugin.JpegImageFile,
     "PNG": PngImagePlugin.PngImageFile,
     "GIF": GifImagePlugin.GifImageFile,

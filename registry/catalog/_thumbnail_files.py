@@ -59,11 +59,13 @@ class ThumbnailFiles:
         target = f"{self._root}/{path}"
         if self._local:
             self._stay_inside(posixpath.dirname(target))
-            self._files.makedirs(posixpath.dirname(target), exist_ok=True)
+            _make_private_folder(Path(target).parent)
             _remove_abandoned(Path(posixpath.dirname(target)))
             partial = Path(f"{target}.{os.getpid()}.{os.urandom(4).hex()}.partial")
             try:
-                with partial.open("xb") as file:
+                # Only the owner may read it, whatever the umask: a picture may be of anything.
+                private = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+                with os.fdopen(private, "wb") as file:
                     file.write(content)
                     file.flush()
                     os.fsync(file.fileno())
@@ -116,3 +118,10 @@ def _remove_abandoned(folder: Path) -> None:
 def _shown(name: str) -> str:
     """Return a name for a sentence: strangers may have chosen it."""
     return shortened(name, 100).strip('"')
+
+
+def _make_private_folder(folder: Path) -> None:
+    """Create a folder, and those above it that are missing, for their owner only."""
+    if not folder.is_dir():
+        _make_private_folder(folder.parent)
+        folder.mkdir(mode=0o700, exist_ok=True)

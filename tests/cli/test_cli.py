@@ -55,7 +55,7 @@ def jobs(tmp_path: Path) -> Shell:
     return Shell(tmp_path)
 
 
-def test_help_tells_every_command_and_the_exit_codes(jobs: Shell) -> None:
+def test_help_names_every_command_and_the_exit_codes(jobs: Shell) -> None:
     result = jobs("--help")
     assert result.returncode == 0
     for word in [
@@ -104,6 +104,9 @@ def test_types_and_policies_for_people_and_for_programs(jobs: Shell) -> None:
     assert listed[0]["policy"]["concurrencyLimit"] == 5
     assert "5" in jobs("policy", "payout.execute").stdout
     assert json.loads(jobs("policy", "payout.execute", "--json").stdout)["maxAttempts"] == 10
+    assert [each["memoryLimitMb"] for each in listed] == [None, 512]
+    assert "memoryLimitMb" not in jobs("policy", "payout.execute").stdout
+    assert "memoryLimitMb     512" in jobs("policy", "thumbnail.create").stdout
     unknown = jobs("policy", "payout.exec")
     assert unknown.returncode == 1
     assert "Did you mean payout.execute?" in unknown.stderr

@@ -34,7 +34,7 @@ def test_migrate_names_each_step_and_then_has_nothing_to_do(jobs: Shell) -> None
     assert (first.returncode, second.returncode) == (0, 0)
 
 
-def test_migrate_tells_programs_the_same(jobs: Shell) -> None:
+def test_migrate_reports_the_same_to_programs(jobs: Shell) -> None:
     first = json.loads(jobs("migrate", "--json").stdout)
     assert first["from"] is None
     assert first["to"] == first["steps"][-1]["revision"]

@@ -79,7 +79,7 @@ def test_the_schema_passes_the_recommended_lint(project: Path) -> None:
     assert linted.returncode == 0, linted.stdout + linted.stderr
 
 
-async def test_a_generated_client_is_told_everything_as_its_types_say(
+async def test_a_generated_client_gets_everything_as_its_types_say(
     project: Path, client: str, url: str
 ) -> None:
     ran = node(project, client, url)

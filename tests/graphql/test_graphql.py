@@ -153,13 +153,13 @@ async def test_the_attempts_of_a_page_are_read_at_once(
     await execute(ENQUEUE_MANY, inputs=[PING] * 10)
     queue = http.application.state.queue  # type: ignore[attr-defined]
     asked: list[int] = []
-    attempts = queue.attempts
+    attempts = queue.latest_attempts
 
-    async def noting(job_ids: list[Any]) -> Any:
+    async def noting(job_ids: list[Any], max_bytes: int) -> Any:
         asked.append(len(job_ids))
-        return await attempts(job_ids)
+        return await attempts(job_ids, max_bytes)
 
-    monkeypatch.setattr(queue, "attempts", noting)
+    monkeypatch.setattr(queue, "latest_attempts", noting)
     await execute("{ jobs { nodes { attempts { attempt } } } }")
     assert asked == [10]
 
@@ -238,7 +238,7 @@ def break_queue(
         monkeypatch.setattr(http.application.state.queue, name, broken)  # type: ignore[attr-defined]
 
 
-async def test_an_unforeseen_fault_is_told_by_its_id_alone(
+async def test_an_unforeseen_fault_is_reported_by_its_id_alone(
     http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     break_queue(http, monkeypatch, RuntimeError("secret of the house"), "get", "enqueue")
@@ -291,7 +291,7 @@ async def test_a_malformed_request_is_answered_with_its_status(
     assert response.headers["content-type"].startswith("application/json")
 
 
-async def test_the_media_type_of_graphql_tells_faults_of_documents_by_status(
+async def test_the_media_type_of_graphql_reports_faults_of_documents_by_status(
     http: httpx.AsyncClient,
 ) -> None:
     accept = {"accept": "application/graphql-response+json"}
@@ -351,7 +351,7 @@ async def test_rest_counts_the_faults(http: httpx.AsyncClient) -> None:
     assert two.json()["error"]["message"] == "The request has 2 faults."
 
 
-async def test_rest_knows_no_such_job_and_no_such_method(http: httpx.AsyncClient) -> None:
+async def test_rest_has_no_such_job_and_no_such_method(http: httpx.AsyncClient) -> None:
     missing = await http.get("/jobs/nope")
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "job_not_found")
     assert missing.json()["error"]["message"] == 'There is no job "nope".'

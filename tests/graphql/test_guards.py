@@ -102,7 +102,7 @@ async def test_a_document_past_a_limit_is_too_complex_by_its_code(visit: Visit) 
     assert error["extensions"] == {"code": "document_too_complex"}
 
 
-async def test_fragments_that_double_each_other_are_told_at_once(visit: Visit) -> None:
+async def test_fragments_that_double_each_other_are_reported_at_once(visit: Visit) -> None:
     doubling = " ".join(
         f"fragment F{number} on Query {{ ...F{number - 1} ...F{number - 1} }}"
         for number in range(1, 100)
@@ -166,18 +166,18 @@ async def test_a_message_that_is_none_of_the_protocols_ends_the_connection_and_i
     log = io.TextIOWrapper(io.BytesIO(), "utf-8")
     configure_logs("debug", "json", log)
     said: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-    heard: list[dict[str, Any]] = []
+    received: list[dict[str, Any]] = []
     text = {"text": message} if isinstance(message, str) else {"bytes": message}
     for each in ({"text": '{"type": "connection_init"}'}, text):
         said.put_nowait({"type": "websocket.receive", **each})
 
     async def receive() -> dict[str, Any]:
-        if not heard:
+        if not received:
             return {"type": "websocket.connect"}
         return await said.get()
 
     async def send(answer: dict[str, Any]) -> None:
-        heard.append(answer)
+        received.append(answer)
 
     scope = {
         "type": "websocket",
@@ -188,13 +188,13 @@ async def test_a_message_that_is_none_of_the_protocols_ends_the_connection_and_i
     }
     async with visit() as client, asyncio.timeout(5):
         await client.application(scope, receive, send)  # type: ignore[attr-defined]
-    assert [each["type"] for each in heard] == [
+    assert [each["type"] for each in received] == [
         "websocket.accept",
         "websocket.send",
         "websocket.close",
     ]
-    assert heard[-1]["code"] == code
-    assert len(heard[-1]["reason"].encode()) <= 123
+    assert received[-1]["code"] == code
+    assert len(received[-1]["reason"].encode()) <= 123
     assert b"error" not in log.buffer.getvalue()
 
 
@@ -428,7 +428,7 @@ async def test_a_name_that_was_made_to_lead_here_is_not_served(
 SECRET = "4929-1234-5678-9012"
 
 
-async def test_an_unexpected_error_is_told_by_an_id_and_logged_without_what_it_quotes(
+async def test_an_unexpected_error_is_reported_by_an_id_and_logged_without_what_it_quotes(
     visit: Visit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log = io.TextIOWrapper(io.BytesIO(), "utf-8")
@@ -467,7 +467,7 @@ async def test_an_unexpected_error_is_told_by_an_id_and_logged_without_what_it_q
 
 
 @pytest.mark.parametrize("accept", ["application/json", "text/event-stream"])
-async def test_an_error_outside_of_every_field_is_told_by_its_id_as_well(
+async def test_an_error_outside_of_every_field_is_reported_by_its_id_as_well(
     visit: Visit, monkeypatch: pytest.MonkeyPatch, accept: str
 ) -> None:
     async def broken(*_args: Any) -> None:

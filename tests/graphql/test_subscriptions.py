@@ -87,7 +87,7 @@ async def _enqueue_soon(address: str, count: int) -> list[str]:
     return [await enqueue(address) for _ in range(count)]
 
 
-async def follow(application: Any, hung_up: asyncio.Event, heard: list[bytes]) -> None:
+async def follow(application: Any, hung_up: asyncio.Event, received: list[bytes]) -> None:
     """Subscribe as an HTTP client that hangs up, without the client's buffers."""
     body = json.dumps({"query": "subscription { jobEvents { name } }"}).encode()
     messages = [{"type": "http.request", "body": body}]
@@ -99,7 +99,7 @@ async def follow(application: Any, hung_up: asyncio.Event, heard: list[bytes]) -
         return {"type": "http.disconnect"}
 
     async def send(message: dict[str, Any]) -> None:
-        heard.append(message.get("body", b""))
+        received.append(message.get("body", b""))
 
     scope = {
         "type": "http",
@@ -111,22 +111,22 @@ async def follow(application: Any, hung_up: asyncio.Event, heard: list[bytes]) -
     await application(scope, receive, send)
 
 
-async def test_who_hangs_up_is_told_nothing_more_and_costs_nothing_more(visit: Visit) -> None:
+async def test_who_hangs_up_gets_nothing_more_and_costs_nothing_more(visit: Visit) -> None:
     hung_up = asyncio.Event()
-    heard: list[bytes] = []
+    received: list[bytes] = []
     async with visit() as client, asyncio.timeout(10):
         application = client.application  # type: ignore[attr-defined]
-        following = asyncio.create_task(follow(application, hung_up, heard))
+        following = asyncio.create_task(follow(application, hung_up, received))
         await asyncio.sleep(0.3)
         await client.post("/jobs", json={"type": "test.ping", "payload": {}})
-        while not any(b"job.created" in text for text in heard):
+        while not any(b"job.created" in text for text in received):
             await asyncio.sleep(0.02)
         hung_up.set()
         await following
-        before = len(heard)
+        before = len(received)
         await client.post("/jobs", json={"type": "test.ping", "payload": {}})
         assert application.state.queue.events.subscribers == 0
-    assert len(heard) == before
+    assert len(received) == before
 
 
 async def test_a_thousand_clients_that_hang_up_leave_nothing_behind(visit: Visit) -> None:

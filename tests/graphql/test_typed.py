@@ -510,7 +510,9 @@ def test_one_model_in_two_job_types_is_one_type() -> None:
     assert sdl(JobRegistry(job_types)).count("input AddressInput") == 1
 
 
-def test_a_collision_is_told_by_the_command_with_the_code_of_wrong_usage(tmp_path: Path) -> None:
+def test_a_collision_is_reported_by_the_command_with_the_code_of_wrong_usage(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "colliding.py").write_text(
         "from registry import JobType, Payload\n"
         "class Nothing(Payload): pass\n"

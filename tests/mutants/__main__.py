@@ -1,127 +1,104 @@
 """Puts small faults into the core, one at a time, and sees whether a test notices.
 
-    python -m tests.mutants [--sample 100] [--only api/queue] [--again]
+    python -m tests.mutants [--sample-per-area 30] [--only api/queue] [--unnoticed]
 
-Faults go into copies of the project, never into the project itself, and each runs the tests of its
-file there, the quick ones first, until one fails. Results are kept in `.mutants/results.jsonl`, so
-that a run goes on where the last one stopped, and a sample adds to those before it; a changed file
-starts anew. At the end: the score, and every fault that no test noticed.
+Faults go into copies of the project, never into the project itself. Each runs the tests that
+`stages.py` names for its file, those about the file first, until one fails. Results are kept in
+`.mutants/results.jsonl`, so that a run goes on where the last one stopped; a changed file starts
+anew. At the end: the score, and every fault that no test noticed.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
-import os
-import random
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
+import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Final
 
 from tests.mutants.faults import Mutant, python_mutants, sql_mutants
+from tests.mutants.runner import Runner
+from tests.mutants.stages import AREAS, NOT_FOR_MUTANTS, Area, Stage, stages_of
 from tests.postgresql_server import ServerMissing, running_server
 
 ROOT: Final = Path(__file__).resolve().parent.parent.parent
 RESULTS: Final = ROOT / ".mutants" / "results.jsonl"
+SECONDS: Final = ROOT / ".mutants" / "seconds.json"
 
+NO_TESTS: Final = 5
+"""The exit code of pytest if no test was selected."""
 
-@dataclass(frozen=True)
-class Area:
-    """Files, and the tests that are to notice their faults, in stages: the quickest first."""
-
-    name: str
-    paths: tuple[str, ...]
-    stages: tuple[tuple[str, ...], ...]
-    sql: bool = False
-
-
-QUEUE_STAGES: Final = (
-    ("tests/queue/test_small_faults.py", "tests/queue/test_life_of_a_job.py"),
-    ("tests/queue",),
-)
-AREAS: Final = (
-    Area(
-        "registry",
-        ("registry/**/*.py",),
-        (
-            ("tests/registry",),
-            (
-                "tests/queue/test_enqueue.py",
-                "tests/graphql/test_inputs.py",
-                "tests/graphql/test_typed.py",
-            ),
-        ),
-    ),
-    Area("auth", ("api/auth.py",), (("tests/test_auth.py",), ("tests/graphql/test_guards.py",))),
-    Area("worker", ("api/worker.py", "api/worker/**/*.py"), (("tests/worker",),)),
-    Area("queue", ("api/queue/**/*.py",), QUEUE_STAGES),
-    Area(
-        "SQL of the queue",
-        (
-            "api/queue/**/*.sql",
-            "api/queue/**/*.py",
-            "alembic/versions/*.sql",
-            "alembic/versions/*.py",
-        ),
-        QUEUE_STAGES,
-        sql=True,
-    ),
-)
-NOT_FOR_MUTANTS: Final = (
-    # Slow, with servers of their own, and about costs, which no fault of these changes.
-    "--ignore=tests/queue/test_plan_cost.py",
-    "--ignore=tests/queue/test_postgresql_with_llvm.py",
-)
-STAGE_SECONDS: Final = (150, 420)
-"""A fault that makes the tests hang is noticed: so long may a first, and a further stage take."""
+LIMIT_FACTOR: Final = 4.0
+MIN_LIMIT_SECONDS: Final = 120.0
+"""Tests that take this many times as long as without a fault have noticed it: they hang."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--sample", type=int, help="so many faults at most, drawn at random")
-    parser.add_argument("--only", help="only faults of files whose path starts with this")
-    parser.add_argument("--seed", type=int, default=1, help="of the sample")
-    parser.add_argument("--jobs", type=int, default=2, help="so many copies at once")
+    parser.add_argument("--sample", type=int, help="try so many faults, in proportion per area")
+    parser.add_argument("--sample-per-area", type=int, help="try so many faults of each area")
+    parser.add_argument("--area", action="append", help="only this area, and those given besides")
+    parser.add_argument("--only", default="", help="only files whose path starts with this")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the sample")
+    parser.add_argument("--jobs", type=int, default=1, help="number of copies to test at once")
+    parser.add_argument(
+        "--quick", action="store_true", help="leave faults that the quick tests pass undecided"
+    )
+    parser.add_argument("--unnoticed", action="store_true", help="try those of the sample again")
     parser.add_argument("--again", action="store_true", help="forget the results so far")
+    parser.add_argument(
+        "--no-baseline", action="store_true", help="take the tests' seconds from the last run"
+    )
     parser.add_argument("--list", action="store_true", help="only count the faults")
     arguments = parser.parse_args()
     if arguments.again:
         RESULTS.unlink(missing_ok=True)
-    everything = [
-        (area, mutant)
+    everything = {
+        area: [each for each in _mutants(area) if str(each.path).startswith(arguments.only)]
         for area in AREAS
-        for mutant in _mutants(area)
-        if str(mutant.path).startswith(arguments.only or "")
-    ]
+        if arguments.area is None or area.name in arguments.area
+    }
     if arguments.list:
         print(_table(everything, {}))
         return
+    chosen = {
+        area: sample(mutants, size, arguments.seed)
+        for area, mutants in everything.items()
+        if (size := _size(mutants, everything, arguments.sample, arguments.sample_per_area))
+    }
     results = _read_results()
-    todo = [pair for pair in everything if pair[1].key not in results]
-    if arguments.sample is not None and arguments.sample < len(todo):
-        todo = random.Random(arguments.seed).sample(todo, arguments.sample)
-    print(f"{len(everything)} faults, {len(results)} known, {len(todo)} to try", flush=True)
+    undecided = (None, *([] if arguments.quick else ["undecided"]))
+    again = (*undecided, "survived") if arguments.unnoticed else undecided
+    todo = [
+        (area, mutant)
+        for area, mutants in chosen.items()
+        for mutant in mutants
+        if results.get(mutant.key) in again
+    ]
+    print(f"{sum(map(len, chosen.values()))} faults, {len(todo)} to try", flush=True)
     try:
-        with running_server() as server:
-            _try_all(todo, arguments.jobs, server.url)
+        with running_server(in_memory=True) as server:
+            _try_all(todo, arguments, server.url)
     except ServerMissing as missing:
         sys.exit(str(missing))
     results = _read_results()
-    print(_table(everything, results))
-    for _, mutant in everything:
-        if results.get(mutant.key) == "survived":
-            print(f"survived: {mutant.path}:{mutant.line}: {mutant.fault}")
+    print(_table(chosen, results))
+    for mutants in chosen.values():
+        for mutant in mutants:
+            if (outcome := results.get(mutant.key)) in ("survived", "undecided"):
+                print(f"{outcome}: {mutant.path}:{mutant.line}: {mutant.fault}")
 
 
 def _mutants(area: Area) -> Iterator[Mutant]:
@@ -131,45 +108,90 @@ def _mutants(area: Area) -> Iterator[Mutant]:
         yield from sql_mutants(relative, text) if area.sql else python_mutants(relative, text)
 
 
-def _try_all(todo: Sequence[tuple[Area, Mutant]], jobs: int, postgresql: str) -> None:
-    copies: SimpleQueue[Path] = SimpleQueue()
-    with tempfile.TemporaryDirectory(prefix="jobs-mutants-") as folder:
-        for number in range(jobs):
-            copies.put(_copy(Path(folder) / str(number)))
-        for area in {area.name: area for area, _ in todo}.values():
+def _size(
+    mutants: Sequence[Mutant],
+    everything: Mapping[Area, Sequence[Mutant]],
+    sample: int | None,
+    per_area: int | None,
+) -> int:
+    if per_area is not None:
+        return per_area
+    if sample is not None:
+        return round(sample * len(mutants) / max(1, sum(map(len, everything.values()))))
+    return len(mutants)
+
+
+def sample(mutants: Sequence[Mutant], size: int, seed: int) -> list[Mutant]:
+    """Draw mutants at random. A larger sample of the same seed contains the smaller one."""
+
+    def place(mutant: Mutant) -> bytes:
+        return hashlib.sha256(f"{seed} {mutant.key}".encode()).digest()
+
+    return sorted(mutants, key=place)[:size]
+
+
+Seconds = dict[str, float]
+"""The seconds that each test file takes without a fault."""
+
+
+def _limit(stage: Stage, seconds: Seconds) -> float:
+    """Return the seconds after which the tests of a stage hang."""
+    usual = sum(each for path, each in seconds.items() if stage.has(path))
+    return max(MIN_LIMIT_SECONDS, LIMIT_FACTOR * usual)
+
+
+def _try_all(
+    todo: Sequence[tuple[Area, Mutant]], arguments: argparse.Namespace, postgresql: str
+) -> None:
+    copies: SimpleQueue[Copy] = SimpleQueue()
+    seconds: Seconds = json.loads(SECONDS.read_text("utf-8")) if SECONDS.exists() else {}
+    with tempfile.TemporaryDirectory(prefix="jobs-mutants-") as folder, ExitStack() as stack:
+        for number in range(arguments.jobs):
+            place = _copy(Path(folder) / str(number))
+            runner = Runner(place)
+            stack.callback(runner.close)
+            copies.put(Copy(place, runner, postgresql))
+        if not arguments.no_baseline:
             copy = copies.get()
-            outcome = _test(copy, area, postgresql)
+            for stage in {each: None for area, _ in todo for each in area.everything}:
+                seconds.update(_baseline(copy, stage))
             copies.put(copy)
-            if outcome != "survived":
-                sys.exit(f"The tests of {area.name} fail without any fault. Mend them first.")
+            SECONDS.parent.mkdir(exist_ok=True)
+            SECONDS.write_text(json.dumps(seconds, indent=1), "utf-8")
 
         def attempt(pair: tuple[Area, Mutant]) -> None:
             area, mutant = pair
             mutated = mutant.make()
             if mutated is None:
-                _keep(mutant, "impossible", 0)
+                _keep(area, mutant, "impossible", "", 0)
                 return
             copy = copies.get()
-            place = copy / mutant.path
+            place = copy.folder / mutant.path
             original = place.read_bytes()
             try:
                 place.write_text(mutated, "utf-8")
                 started = time.monotonic()
-                outcome = _test(copy, area, postgresql)
-                _keep(mutant, outcome, time.monotonic() - started)
+                stages = stages_of(area, mutant.path)
+                if arguments.quick:
+                    stages = [stage for stage in stages if stage.is_quick]
+                outcome, by = _test(copy, stages, seconds)
+                if arguments.quick and outcome == "survived":
+                    outcome = "undecided"
+                _keep(area, mutant, outcome, by, time.monotonic() - started)
             finally:
                 place.write_bytes(original)
                 copies.put(copy)
 
-        with ThreadPoolExecutor(jobs) as pool:
-            # Asked for, so that an exception of one is not lost.
-            for done, _ in enumerate(pool.map(attempt, todo), 1):
-                if done % 20 == 0:
-                    print(f"{done} of {len(todo)}", flush=True)
+        pool = ThreadPoolExecutor(arguments.jobs)
+        stack.callback(pool.shutdown, cancel_futures=True)
+        # Iterated, so that an exception of one is raised here.
+        for done, _ in enumerate(pool.map(attempt, todo), 1):
+            if done % 10 == 0:
+                print(f"{done} of {len(todo)}", flush=True)
 
 
 def _copy(folder: Path) -> Path:
-    """The project's files, those that are not committed yet too, beside its own environment."""
+    """Copy the project's files, including those that are not committed yet."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
         cwd=ROOT,
@@ -186,48 +208,74 @@ def _copy(folder: Path) -> Path:
     return folder
 
 
-def _test(copy: Path, area: Area, postgresql: str) -> str:
-    """`killed` when a test fails, `timeout` when they hang, `survived` when nobody notices."""
-    environment = {
-        **os.environ,
-        # Before the environment's own, which leads to the project and not to the copy.
-        "PYTHONPATH": os.pathsep.join([str(copy / "src"), str(copy)]),
-        "PYTHONDONTWRITEBYTECODE": "1",
-    }
-    for stage, seconds in zip(area.stages, STAGE_SECONDS, strict=False):
-        command = [
-            sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "--tb=no", "-p", "no:xdist",
-            f"--postgresql={postgresql}", *stage, *NOT_FOR_MUTANTS,
-        ]  # fmt: skip
-        with subprocess.Popen(
-            command,
-            cwd=copy,
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        ) as process:
-            try:
-                code = process.wait(seconds)
-            except subprocess.TimeoutExpired:
-                # As Ctrl-C: pytest ends the servers and processes of its fixtures.
-                process.send_signal(signal.SIGINT)
-                with suppress(subprocess.TimeoutExpired):
-                    process.wait(20)
-                # What is left is of its group, which nothing else is in.
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                return "timeout"
-        if code != 0:
-            return "killed"
-    return "survived"
+def _baseline(copy: Copy, stage: Stage) -> dict[str, float]:
+    """Run tests without a fault, and return the seconds of each file."""
+    report = copy.folder / "baseline.xml"
+    code, failed = copy.run([*stage.arguments, f"--junit-xml={report}"])
+    if failed:
+        # A test that fails because the machine is busy passes by itself.
+        code, failed = copy.run(stage.again(failed))
+    if code != 0:
+        sys.exit(f"Tests fail without any fault. Mend them first: {', '.join(failed)}")
+    seconds: Seconds = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        module = case.get("classname", "").replace(".", "/") + ".py"
+        seconds[module] = seconds.get(module, 0) + float(case.get("time", 0))
+    return {path: round(total, 1) for path, total in seconds.items()}
 
 
-def _keep(mutant: Mutant, outcome: str, seconds: float) -> None:
+def _test(copy: Copy, stages: Sequence[Stage], seconds: Seconds) -> tuple[str, str]:
+    """Run the stages until a test fails.
+
+    Return `killed` and the test, `timeout` and the tests that hung, or `survived`.
+    """
+    for number, stage in enumerate(stages):
+        limit = _limit(stage, seconds)
+        passed_alone: list[str] = []
+        while True:
+            without = [f"--deselect={test}" for test in passed_alone]
+            code, failed = copy.run(["-x", *stage.arguments, *without], limit)
+            if code is None:
+                return "timeout", " ".join(stage.tests)
+            if code in (0, NO_TESTS):
+                break
+            # A test may fail because the machine is busy. Those about the file do not measure time.
+            if number == 0 or not failed or copy.run(stage.again(failed), limit)[0] != 0:
+                return "killed", " ".join(failed) or f"exit code {code}"
+            passed_alone += failed
+    return "survived", ""
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A copy of the project, and what runs the tests in it."""
+
+    folder: Path
+    runner: Runner
+    postgresql: str
+
+    def run(
+        self, arguments: Sequence[str], limit: float | None = None
+    ) -> tuple[int | None, list[str]]:
+        """Run pytest. Return its exit code, or None if it hangs, and the tests that failed."""
+        failed = self.folder / "failed.txt"
+        failed.unlink(missing_ok=True)
+        code = self.runner.run(
+            [
+                "-q", "--no-header", "--tb=no", f"--postgresql={self.postgresql}", *arguments,
+                *NOT_FOR_MUTANTS,
+            ],
+            {"FAILED_TESTS": str(failed)},
+            limit,
+        )  # fmt: skip
+        return code, failed.read_text("utf-8").splitlines() if failed.exists() else []
+
+
+def _keep(area: Area, mutant: Mutant, outcome: str, by: str, seconds: float) -> None:
     RESULTS.parent.mkdir(exist_ok=True)
     line = {
-        "key": mutant.key, "outcome": outcome, "file": str(mutant.path), "line": mutant.line,
-        "fault": mutant.fault, "seconds": round(seconds, 1),
+        "key": mutant.key, "area": area.name, "outcome": outcome, "file": str(mutant.path),
+        "line": mutant.line, "fault": mutant.fault, "by": by, "seconds": round(seconds, 1),
     }  # fmt: skip
     with RESULTS.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(line) + "\n")
@@ -240,15 +288,15 @@ def _read_results() -> dict[str, str]:
     return {line["key"]: line["outcome"] for line in lines}
 
 
-def _table(everything: Sequence[tuple[Area, Mutant]], results: dict[str, str]) -> str:
+def _table(faults: Mapping[Area, Sequence[Mutant]], results: Mapping[str, str]) -> str:
     rows = ["| area | faults | tried | noticed | score |", "| --- | --- | --- | --- | --- |"]
-    for area in AREAS:
-        keys = {mutant.key for each, mutant in everything if each is area}
-        outcomes = Counter(results[key] for key in keys if key in results)
+    for area, mutants in faults.items():
+        outcomes = Counter(results[each.key] for each in mutants if each.key in results)
         noticed = outcomes["killed"] + outcomes["timeout"]
-        tried = noticed + outcomes["survived"]
+        # Nobody has noticed the undecided ones yet.
+        tried = noticed + outcomes["survived"] + outcomes["undecided"]
         score = f"{noticed / tried:.0%}" if tried else ""
-        rows.append(f"| {area.name} | {len(keys)} | {tried} | {noticed} | {score} |")
+        rows.append(f"| {area.name} | {len(mutants)} | {tried} | {noticed} | {score} |")
     return "\n".join(rows)
 
 

@@ -46,6 +46,9 @@ _COMPARISON: Final = (
     rf"|[\w.]+ IN \([^()]*\))"
 )
 
+# Not before an operator: what is left would be no SQL, which every test notices.
+_END: Final = r"(?=\s|\)|$|;|\")(?!\s+[-+*/|])"
+
 # What is replaced, and by what; each place is a fault of its own. `{...}` is a placeholder of an
 # f-string, such as `{d.skip_locked}`.
 SQL_RULES: Final[tuple[tuple[str, str, str], ...]] = (
@@ -53,9 +56,9 @@ SQL_RULES: Final[tuple[tuple[str, str, str], ...]] = (
     ("lock dropped", r"\s+FOR (?:NO KEY )?UPDATE(?: OF \w+)?(?: SKIP LOCKED| NOWAIT)?\b", ""),
     ("lock dropped", r"\s*\{d\.(?:skip_locked|lock_rows)\}", ""),
     ("advisory lock dropped", r"pg_(?:try_)?advisory_xact_lock(?:_shared)?\(", "pg_typeof("),
-    ("condition dropped", rf"\s*\b(?:AND|OR)\s+{_COMPARISON}(?=\s|\)|$|;|\")", ""),
-    ("condition dropped", rf"(?<=\bWHERE )\s*{_COMPARISON}(?=\s|\)|$|;|\")", "true"),
-    ("condition dropped", rf"(?<=\bON )\s*{_COMPARISON}(?=\s|\)|$|;|\")", "true"),
+    ("condition dropped", rf"\s*\b(?:AND|OR)\s+{_COMPARISON}{_END}", ""),
+    ("condition dropped", rf"(?<=\bWHERE )\s*{_COMPARISON}{_END}", "true"),
+    ("condition dropped", rf"(?<=\bON )\s*{_COMPARISON}{_END}", "true"),
     ("comparison turned", r"(?<= )<=(?= )", ">"),
     ("comparison turned", r"(?<= )>=(?= )", "<"),
     ("comparison turned", r"(?<= )<>(?= )", "="),
@@ -101,6 +104,7 @@ def python_mutants(path: Path, text: str) -> Iterator[Mutant]:
     from cosmic_ray.plugins import get_operator
 
     nodes = list(ast_nodes(get_ast(text)))
+    nobodys = list(_not_behaviour(text))
     for name in PYTHON_OPERATORS:
         operator = get_operator(name)()
         places = [place for node in nodes for place in operator.mutation_positions(node)]
@@ -108,9 +112,38 @@ def python_mutants(path: Path, text: str) -> Iterator[Mutant]:
             # Whether a bound is 8,000 or 8,001 is nobody's promise; whether it is 0 or 1 is.
             if name == "core/NumberReplacer" and (end_line != line or end - column > 1):
                 continue
+            if any(start <= (line, column) < finish for start, finish in nobodys):
+                continue
+            # The `*` before arguments that are given by name counts as an operator.
+            if text.splitlines()[line - 1][column : column + 2] in ("*", "*,"):
+                continue
             fault = f"{name.removeprefix('core/').removeprefix('Replace')} #{occurrence}"
             make = partial(_mutated_python, text, name, occurrence)
             yield Mutant(path, line, fault, _key(path, text, fault), make)
+
+
+def _not_behaviour(text: str) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+    """Where a file has nothing that a test is to notice: log lines, `__repr__`, and what is there
+    for the type checker or saves memory."""
+    for node in ast.walk(ast.parse(text)):
+        match node:
+            case ast.Expr(value=ast.Call(func=ast.Attribute(value=ast.Name(id="log" | "_log")))):
+                yield _span(node)
+            case ast.FunctionDef(name="__repr__") | ast.If(test=ast.Name(id="TYPE_CHECKING")):
+                yield _span(node)
+            case ast.Call(func=ast.Name(id="dataclass"), keywords=keywords):
+                yield from map(_span, keywords)
+            case ast.Name(id="abstractmethod" | "final" | "override"):
+                # The place of a decorator begins at the @.
+                (line, column), end = _span(node)
+                yield (line, max(0, column - 1)), end
+
+
+def _span(node: ast.AST) -> tuple[tuple[int, int], tuple[int, int]]:
+    assert isinstance(node, ast.stmt | ast.expr | ast.keyword)
+    assert node.end_lineno is not None
+    assert node.end_col_offset is not None
+    return (node.lineno, node.col_offset), (node.end_lineno, node.end_col_offset)
 
 
 def _mutated_python(text: str, name: str, occurrence: int) -> str | None:

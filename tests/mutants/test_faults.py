@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tests.mutants.__main__ import ROOT, sample
 from tests.mutants.faults import python_mutants, sql_mutants
+from tests.mutants.stages import AREAS, stages_of
 
 CLAIM = """\
 -- Take a job WHERE nobody <= somebody: a comment is no fault's place.
@@ -66,3 +68,62 @@ def test_python_gets_the_faults_of_cosmic_ray() -> None:
     assert source.replace("limit - running", "limit + running") in mutated
     assert source.replace("limit > 0", "limit >= 0") in mutated
     assert source not in mutated
+
+
+def test_log_lines_and_what_only_the_type_checker_reads_get_no_faults() -> None:
+    source = """\
+@dataclass(frozen=True)
+class Store:
+    def __repr__(self) -> str:
+        return "empty" if self.size == 0 else "full"
+
+    @abstractmethod
+    def take(self, *, jobs: int = 1, all: bool = False) -> None:
+        log.info("taken", some=jobs > 0)
+        self.size -= jobs
+"""
+    faults = {
+        (mutant.line, mutant.fault.partition(" ")[0])
+        for mutant in python_mutants(Path("store.py"), source)
+    }
+    # What is left: the decorator of the class as a whole, and the defaults.
+    assert faults == {(1, "RemoveDecorator"), (7, "NumberReplacer"), (7, "FalseWithTrue")}
+
+
+def test_the_tests_about_a_file_run_first_and_no_test_runs_twice() -> None:
+    for area in AREAS:
+        for prefix, about in area.about:
+            first, *others = stages_of(area, Path(prefix))
+            assert first.tests == about
+            for test in about:
+                assert (ROOT / test).exists()
+                again = [stage for stage in others if stage.has(test)]
+                # On the database of which the first stage ran none.
+                assert [stage.options[-2:] for stage in again if "--slow" not in stage.options] in (
+                    [],
+                    [("-k", "postgresql")],
+                )
+
+
+def test_every_file_with_tests_of_its_own_is_there() -> None:
+    for area in AREAS:
+        for prefix, _ in area.about:
+            assert list(ROOT.glob(f"{prefix}*")), prefix
+
+
+def test_a_fault_in_the_sql_of_one_database_runs_no_tests_of_the_other() -> None:
+    queue = AREAS[0]
+    for path, options in (
+        ("api/queue/statements/sqlite.sql", ("-k", "not postgresql")),
+        ("alembic/versions/0002_claims.sql", ("-k", "not sqlite")),
+        ("api/queue/store.py", ()),
+    ):
+        for stage in stages_of(queue, Path(path)):
+            assert stage.options[-2:] == options or not options
+
+
+def test_a_sample_is_drawn_again_and_a_larger_one_contains_it() -> None:
+    mutants = list(sql_mutants(Path("claim.sql"), CLAIM))
+    small, large = sample(mutants, 3, seed=1), sample(mutants, 6, seed=1)
+    assert small == sample(mutants, 3, seed=1) == large[:3]
+    assert small != sample(mutants, 3, seed=2)

@@ -39,7 +39,7 @@ async def engine(database_url: str) -> AsyncIterator[AsyncEngine]:
 
 
 class Told:
-    """What was published in this process, and what another process heard."""
+    """What was published in this process, and what another process received."""
 
     def __init__(self, queue: JobQueue, there: Subscription) -> None:
         self._queue = queue
@@ -50,14 +50,14 @@ class Told:
         """The jobs whose events were told since the last call, the same here and there."""
         # What comes before this one's event is all there is to come.
         last = (await self._queue.enqueue(PING)).job.id
-        heard: list[uuid.UUID] = []
+        received: list[uuid.UUID] = []
         async with asyncio.timeout(10):
             while (job_id := (await anext(self._there)).job_id) != last:
-                heard.append(job_id)
+                received.append(job_id)
         published = self.published[:-1]
         assert self.published[-1] == last
         self.published.clear()
-        assert heard == published
+        assert received == published
         return published
 
 
@@ -93,7 +93,7 @@ async def stored(queue: JobQueue, *job_ids: uuid.UUID) -> list[bool]:
     return [job_id in found for job_id in job_ids]
 
 
-async def test_a_job_is_told_when_the_caller_commits_and_not_before(
+async def test_a_job_is_published_when_the_caller_commits_and_not_before(
     queue: JobQueue, engine: AsyncEngine, told: Told
 ) -> None:
     async with AsyncSession(engine) as session:
@@ -104,7 +104,9 @@ async def test_a_job_is_told_when_the_caller_commits_and_not_before(
     assert await stored(queue, job) == [True]
 
 
-async def test_a_rollback_tells_nothing(queue: JobQueue, engine: AsyncEngine, told: Told) -> None:
+async def test_a_rollback_publishes_nothing(
+    queue: JobQueue, engine: AsyncEngine, told: Told
+) -> None:
     async with AsyncSession(engine) as session:
         job = await enqueue(queue, session)
         await session.rollback()
@@ -112,7 +114,7 @@ async def test_a_rollback_tells_nothing(queue: JobQueue, engine: AsyncEngine, to
     assert await stored(queue, job) == [False]
 
 
-async def test_a_session_that_is_closed_without_a_commit_tells_nothing(
+async def test_a_session_that_is_closed_without_a_commit_publishes_nothing(
     queue: JobQueue, engine: AsyncEngine, told: Told
 ) -> None:
     session = AsyncSession(engine)
@@ -125,7 +127,7 @@ async def test_a_session_that_is_closed_without_a_commit_tells_nothing(
     assert await told.jobs() == [job]
 
 
-async def test_a_savepoint_that_is_rolled_back_tells_nothing_and_the_rest_is_told(
+async def test_a_savepoint_that_is_rolled_back_publishes_nothing_and_the_rest_is_published(
     queue: JobQueue, engine: AsyncEngine, told: Told
 ) -> None:
     async with AsyncSession(engine) as session:
@@ -139,7 +141,7 @@ async def test_a_savepoint_that_is_rolled_back_tells_nothing_and_the_rest_is_tol
     assert await stored(queue, before, lost, after) == [True, False, True]
 
 
-async def test_a_released_savepoint_is_told_with_the_commit_around_it(
+async def test_a_released_savepoint_is_published_with_the_commit_around_it(
     queue: JobQueue, engine: AsyncEngine, told: Told
 ) -> None:
     async with AsyncSession(engine) as session:
@@ -165,7 +167,7 @@ async def test_a_released_savepoint_is_lost_with_the_rollback_around_it(
     assert await stored(queue, job, kept) == [False, True]
 
 
-async def test_savepoints_within_savepoints_are_told_apart(
+async def test_savepoints_within_savepoints_are_distinguished(
     queue: JobQueue, engine: AsyncEngine, told: Told
 ) -> None:
     async with AsyncSession(engine) as session:
@@ -232,7 +234,7 @@ async def test_a_session_serves_one_transaction_after_another(
     assert await told.jobs() == kept
 
 
-async def test_a_deduplicated_job_is_not_told_again(
+async def test_a_deduplicated_job_is_not_published_again(
     queue: JobQueue, engine: AsyncEngine, told: Told
 ) -> None:
     request = EnqueueRequest("test.ping", {}, idempotency_key="once")
@@ -309,7 +311,7 @@ def note(published: list[str], session: Session, name: str) -> None:
     publish_after_commit(session, publish, [JobEvent("job.created", uuid.uuid4(), name, 0)])
 
 
-def test_two_sessions_at_once_are_told_apart(published: list[str]) -> None:
+def test_two_sessions_at_once_are_distinguished(published: list[str]) -> None:
     one_engine, other_engine = _sqlite(), _sqlite()
     with Session(one_engine) as one, Session(other_engine) as other:
         note(published, one, "one")
@@ -401,7 +403,7 @@ def test_flushes_do_not_count_as_commits(published: list[str]) -> None:
     engine.dispose()
 
 
-async def test_a_commit_in_another_thread_is_told_on_the_queues_own_loop(
+async def test_a_commit_in_another_thread_is_published_on_the_queues_own_loop(
     queue: JobQueue,
 ) -> None:
     told: list[int] = []

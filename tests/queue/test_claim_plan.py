@@ -122,7 +122,7 @@ async def explained(
     event.listen(database.engine.sync_engine, "before_cursor_execute", note)
     await JobQueue(registry, database).list_jobs(wanted)
     event.remove(database.engine.sync_engine, "before_cursor_execute", note)
-    ((sql, parameters),) = ran
+    sql, parameters = ran[0]  # That of the page; those after it read jobs by their ids.
     async with database.reading() as connection:
         rows = await connection.exec_driver_sql(f"{explain} {sql}", parameters)
         return list(rows.all())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from job_registry_api.queue.models import JobStatus
 from job_registry_api.queue.queue import JobQueue, open_queue
 from job_registry_api.queue.requests import EnqueueRequest
 from job_registry_api.queue.store import Claim, Claimed
-from tests.conftest import run_sql
+from tests.conftest import advance, run_sql
 
 PING = EnqueueRequest("test.ping", {})
 
@@ -108,7 +109,7 @@ async def test_a_job_leased_for_a_caller_that_was_cancelled_goes_to_the_next_at_
     (waiting,) = await polls(queue, 1)
     await claims.entered.wait()
 
-    # When the caller is cancelled before it hears of that
+    # When the caller is cancelled before it gets the leases
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
@@ -163,7 +164,7 @@ async def polls_at_once(queue: JobQueue, count: int) -> list[asyncio.Task[Any]]:
     return waiting
 
 
-async def test_everybody_in_line_hears_that_the_database_is_away(
+async def test_everyone_in_line_gets_the_error_of_an_outage(
     queue: JobQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waiting = await polls(queue, 3)
@@ -202,7 +203,7 @@ async def test_a_claim_whose_caller_is_cancelled_without_waiting_leaves_no_lease
     assert (lease.job.id, lease.job.attempt) == (job.id, 1)
 
 
-async def test_jobs_whose_documents_cannot_be_read_after_the_claim_are_handed_back(
+async def test_jobs_whose_documents_cannot_be_read_after_the_claim_are_released(
     fresh_postgresql_url: str, registry: JobRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Given a job that is too large to be in the answer of a claim
@@ -256,3 +257,62 @@ async def test_what_a_claim_under_way_leases_at_the_end_is_given_back(
             taken = sum(len(leases) for leases in ended if isinstance(leases, list))
         assert await asyncio.to_thread(run_sql, database_url, running) == [(taken,)]
         await asyncio.to_thread(run_sql, database_url, "DELETE FROM job")
+
+
+async def test_the_next_claim_is_for_the_soonest_job_of_the_wanted_types(
+    queue: JobQueue, database_url: str
+) -> None:
+    async def seconds(*types: str) -> float | None:
+        return await queue._store.next_due(types, {"test.limited": 2})
+
+    now = await queue._store.now()
+    later = [now + timedelta(seconds=seconds) for seconds in (100, 200)]
+    # Another type counts neither when it is due nor when it is scheduled.
+    await queue.enqueue(PING._replace(type="test.pong"))
+    assert await seconds("test.ping") is None
+    # The soonest counts, whatever its priority.
+    await queue.enqueue(PING._replace(schedule_at=later[1], priority=90))
+    assert await seconds("test.ping") == pytest.approx(200, abs=20)
+    await queue.enqueue(PING._replace(schedule_at=later[0], priority=10))
+    assert await seconds("test.ping") == pytest.approx(100, abs=20)
+    assert (await seconds("test.ping", "test.pong") or 1) <= 0
+    # Jobs that are not queued do not count.
+    for job in (await queue.list_jobs()).jobs:
+        await queue.cancel(job.id)
+    assert await seconds("test.ping", "test.pong") is None
+
+
+async def test_the_next_claim_for_a_type_at_its_limit_is_when_a_lease_or_a_place_ends(
+    queue: JobQueue, database_url: str
+) -> None:
+    async def seconds() -> float | None:
+        return await queue._store.next_due(["test.limited"], {"test.limited": 2})
+
+    for _ in range(4):
+        await queue.enqueue(PING._replace(type="test.limited"))
+    (first,) = await queue.lease(["test.limited"], "w")
+    # There is room.
+    assert (await seconds() or 1) <= 0
+    await advance(database_url, 10)
+    (second,) = await queue.lease(["test.limited"], "w")
+    assert await seconds() == pytest.approx(20, abs=4)
+    await queue.time_out(second.token, still_running=True)
+    assert await seconds() == pytest.approx(20, abs=4)
+    await queue.complete(first.token)
+    (third,) = await queue.lease(["test.limited"], "w")
+    await advance(database_url, 10)
+    await queue.heartbeat(third.token)
+    # The place of the attempt that has timed out ends before the lease.
+    assert await seconds() == pytest.approx(20, abs=4)
+    await queue.settle([second.token])
+    assert (await seconds() or 1) <= 0
+    # A place that has run out, because its worker has died, is not waited for.
+    (last,) = await queue.lease(["test.limited"], "w")
+    await queue.time_out(last.token, still_running=True)
+    await queue.complete(third.token)
+    for job in (await queue.list_jobs()).jobs:
+        if job.status is JobStatus.QUEUED:
+            await queue.cancel(job.id)
+    assert await seconds() == pytest.approx(30, abs=4)
+    await advance(database_url, 31)
+    assert await seconds() is None

@@ -101,7 +101,7 @@ async def test_a_black_hole_ends_connecting_at_the_deadline(proxied: Proxy) -> N
         assert refused.value.kind == "timeout"
 
 
-async def test_an_outage_is_told_with_the_time_that_was_waited(proxied: Proxy) -> None:
+async def test_an_outage_is_reported_with_the_time_that_was_waited(proxied: Proxy) -> None:
     async def read(connection: AsyncConnection) -> None:
         await connection.execute(text("SELECT 1"))
 
@@ -113,7 +113,7 @@ async def test_an_outage_is_told_with_the_time_that_was_waited(proxied: Proxy) -
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
-async def test_a_server_that_does_not_listen_is_told_in_words(host: str) -> None:
+async def test_a_server_that_does_not_listen_is_reported_in_words(host: str) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
@@ -278,12 +278,12 @@ def test_tcp_connections_have_keepalive(proxied: Proxy, uvloop: bool) -> None:
 # LISTEN
 
 
-async def test_the_listener_notices_a_dead_connection_and_hears_again(proxied: Proxy) -> None:
+async def test_the_listener_notices_a_dead_connection_and_works_again(proxied: Proxy) -> None:
     gaps: list[float] = []
-    heard: list[str] = []
+    received: list[str] = []
     async with opened_postgresql(proxied.url) as database:
         listening = asyncio.create_task(
-            database.listen(heard.append, lambda: gaps.append(time.monotonic()))
+            database.listen(received.append, lambda: gaps.append(time.monotonic()))
         )
         await until(lambda: len(gaps) == 1)
         proxied.black_hole()
@@ -292,7 +292,7 @@ async def test_the_listener_notices_a_dead_connection_and_hears_again(proxied: P
         await until(lambda: len(gaps) == 2, 4 * SHORT + 1)
         async with opened_postgresql(proxied.url) as other, other.transaction() as connection:
             await connection.execute(text("SELECT pg_notify('job_registry', 'hello')"))
-        await until(lambda: heard == ["hello"])
+        await until(lambda: received == ["hello"])
         listening.cancel()
         with pytest.raises(asyncio.CancelledError), within(1):
             await listening

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from pydantic import JsonValue
 
 from job_registry import JobTypeNotFound, PayloadInvalid
+from job_registry_api.queue.defaults import MAX_PAGE_SIZE
 from job_registry_api.queue.enqueueing import Enqueued
 from job_registry_api.queue.errors import (
     IdempotencyConflict,
@@ -26,7 +27,13 @@ from job_registry_api.queue.errors import (
 from job_registry_api.queue.models import JobStatus
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.reading import JobFilter
-from job_registry_api.queue.requests import EnqueueRequest, differing_paths, parse_request
+from job_registry_api.queue.requests import (
+    EARLIEST,
+    LATEST,
+    EnqueueRequest,
+    differing_paths,
+    parse_request,
+)
 from job_registry_api.queue.store import NewJob, Stored
 from tests.conftest import run_sql
 
@@ -75,6 +82,8 @@ async def test_schedule_at_delays_the_first_run(queue: JobQueue) -> None:
         ({"idempotency_key": "x" * 256}, "/idempotencyKey"),
         ({"idempotency_key": "a\0b"}, "/idempotencyKey"),
         ({"schedule_at": datetime(2030, 1, 1)}, "/scheduleAt"),
+        ({"schedule_at": EARLIEST - timedelta(microseconds=1)}, "/scheduleAt"),
+        ({"schedule_at": LATEST}, "/scheduleAt"),
     ],
 )
 async def test_a_value_out_of_its_range_is_refused_and_nothing_is_stored(
@@ -86,7 +95,28 @@ async def test_a_value_out_of_its_range_is_refused_and_nothing_is_stored(
     assert (await queue.list_jobs()).jobs == []
 
 
-async def test_faults_of_the_input_and_of_the_payload_are_told_together(
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"priority": 0},
+        {"priority": 100},
+        {"max_attempts": 1},
+        {"max_attempts": 1_000},
+        {"idempotency_key": "x"},
+        {"idempotency_key": "x" * 255},
+        {"schedule_at": EARLIEST},
+        {"schedule_at": LATEST - timedelta(microseconds=1)},
+    ],
+)
+async def test_the_ends_of_each_range_are_accepted(
+    queue: JobQueue, options: dict[str, Any]
+) -> None:
+    job = await queue.get((await queue.enqueue(ping(**options))).job.id)
+    for name, value in options.items():
+        assert getattr(job, "next_run_at" if name == "schedule_at" else name) == value
+
+
+async def test_faults_of_the_input_and_of_the_payload_are_reported_together(
     queue: JobQueue,
 ) -> None:
     with pytest.raises(InputInvalid) as refused:
@@ -263,6 +293,18 @@ async def test_pages_hold_every_job_once_newest_first(queue: JobQueue) -> None:
             await queue.list_jobs(first=first)
 
 
+async def test_a_page_has_one_job_to_the_most_that_is_allowed(queue: JobQueue) -> None:
+    await queue.enqueue_many([ping()] * 3)
+    for first in (0, MAX_PAGE_SIZE + 1):
+        with pytest.raises(InputInvalid):
+            await queue.list_jobs(first=first)
+    page = await queue.list_jobs(first=1)
+    assert (len(page.jobs), page.has_next_page) == (1, True)
+    page = await queue.list_jobs(first=3)
+    assert (len(page.jobs), page.has_next_page) == (3, False)
+    assert len((await queue.list_jobs(first=MAX_PAGE_SIZE)).jobs) == 3
+
+
 async def test_pages_of_several_types_and_statuses_hold_every_job_once(queue: JobQueue) -> None:
     for n in range(9):
         name, payload = ("test.pong", {}) if n % 3 == 0 else ("test.ping", {"text": str(n)})
@@ -375,6 +417,8 @@ def test_requests_as_json_are_refused_with_every_fault() -> None:
         ({"a/b": 1, "~": 2}, {"~": 3}, ("/a~1b", "/~0")),
         ({"a": None}, {}, ("/a",)),
         ([], {}, ("",)),
+        ([1], {"a": 1}, ("",)),
+        ({"a": {}}, {"a": []}, ("/a",)),
     ],
 )
 def test_differing_paths_are_json_pointers(one: Any, other: Any, paths: tuple[str, ...]) -> None:

@@ -81,7 +81,7 @@ async def work(queue: JobQueue, jobs: int, job_type: str = "test.ping") -> None:
 # One order
 
 
-async def test_every_process_hears_the_same_events_in_the_same_order(
+async def test_every_process_gets_the_same_events_in_the_same_order(
     queue: JobQueue, other: JobQueue
 ) -> None:
     with queue.events.subscribe() as here, other.events.subscribe() as there:
@@ -124,11 +124,11 @@ async def test_the_last_event_of_a_job_from_another_process_is_its_last(
     queue: JobQueue, database_url: str
 ) -> None:
     last: dict[uuid.UUID, str] = {}
-    with queue.events.subscribe() as heard:
+    with queue.events.subscribe() as received:
         async with _process(ENQUEUER, database_url), asyncio.timeout(60):
             working = asyncio.create_task(work(queue, 100, "thumbnail.create"))
             for _ in range(300):
-                event = await anext(heard)
+                event = await anext(received)
                 last[event.job_id] = event.name
             await working
     assert list(last.values()) == ["job.succeeded"] * 100
@@ -141,30 +141,30 @@ async def test_a_bulk_that_no_notification_holds_keeps_its_place(
         before = (await other.enqueue(PING)).job
         bulk = await queue.enqueue_many([PING] * 300)
         after = (await other.enqueue(PING)).job
-        heard = [event.job_id for event in await take(here, 302)]
-        assert heard[0] == before.id
-        assert heard[-1] == after.id
-        assert set(heard[1:-1]) == {each.job.id for each in bulk if isinstance(each, Enqueued)}
-        assert [event.job_id for event in await take(there, 302)] == heard
+        received = [event.job_id for event in await take(here, 302)]
+        assert received[0] == before.id
+        assert received[-1] == after.id
+        assert set(received[1:-1]) == {each.job.id for each in bulk if isinstance(each, Enqueued)}
+        assert [event.job_id for event in await take(there, 302)] == received
 
 
-async def test_own_subscribers_hear_own_events_where_nobody_listens(
+async def test_own_subscribers_get_own_events_where_nobody_listens(
     database_url: str, registry: JobRegistry
 ) -> None:
     database = open_database(database_url)
     queue = JobQueue(registry, database)
-    with queue.events.subscribe() as heard:
+    with queue.events.subscribe() as received:
         job = (await queue.enqueue(PING)).job
-        assert [event.job_id for event in await take(heard, 1)] == [job.id]
+        assert [event.job_id for event in await take(received, 1)] == [job.id]
     await database.close()
 
 
-async def test_a_subscriber_hears_nothing_that_its_process_did_before(queue: JobQueue) -> None:
+async def test_a_subscriber_gets_nothing_that_its_process_did_before(queue: JobQueue) -> None:
     first = (await queue.enqueue(PING)).job
-    with queue.events.subscribe(job_id=first.id) as heard:
+    with queue.events.subscribe(job_id=first.id) as received:
         await queue.enqueue(PING)
         await queue.cancel(first.id)
-        (event,) = await take(heard, 1)
+        (event,) = await take(received, 1)
         assert (event.name, event.job_id) == ("job.cancelled", first.id)
 
 
@@ -182,7 +182,7 @@ async def test_a_slow_subscriber_is_dropped_with_an_error_and_holds_nobody_up(
             await anext(slow)
 
 
-async def test_nothing_is_heard_of_what_was_not_committed(
+async def test_nothing_is_delivered_of_what_was_not_committed(
     queue: JobQueue, other: JobQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with queue.events.subscribe() as here, other.events.subscribe() as there:
@@ -193,8 +193,8 @@ async def test_nothing_is_heard_of_what_was_not_committed(
         refused = await queue.enqueue_many([PING, conflicting], atomic=True)
         assert all(isinstance(each, Exception) for each in refused)
         kept = (await queue.enqueue(PING)).job
-        for heard in (here, there):
-            assert [event.job_id for event in await take(heard, 2)] == [first.id, kept.id]
+        for received in (here, there):
+            assert [event.job_id for event in await take(received, 2)] == [first.id, kept.id]
 
 
 # Nothing after a commit raises
@@ -210,17 +210,17 @@ def _logger(processor: Any) -> Any:
     )
 
 
-@pytest.mark.parametrize("heard", [True, False])
+@pytest.mark.parametrize("received", [True, False])
 async def test_a_log_that_cannot_be_written_fails_no_operation(
-    database_url: str, registry: JobRegistry, monkeypatch: pytest.MonkeyPatch, heard: bool
+    database_url: str, registry: JobRegistry, monkeypatch: pytest.MonkeyPatch, received: bool
 ) -> None:
     broken = _logger(_unwritable)
     monkeypatch.setattr("job_registry_api.queue.events.log", broken)
     database = open_database(database_url)
     queue = JobQueue(registry, database)
     async with AsyncExitStack() as stack:
-        if heard:
-            await stack.enter_async_context(queue.events.hearing())
+        if received:
+            await stack.enter_async_context(queue.events.listening())
         with queue.events.subscribe() as subscription:
             job = (await queue.enqueue(PING)).job
             keyed = EnqueueRequest("test.ping", {}, idempotency_key="once")
@@ -293,18 +293,18 @@ async def test_a_broken_subscriber_harms_neither_the_caller_nor_the_others(
 async def test_broken_callbacks_harm_neither_the_caller_nor_the_others(
     queue: JobQueue,
 ) -> None:
-    heard: list[object] = []
+    received: list[object] = []
     events = queue.events
     with (
         events.on_work(_unwritable),
         events.on_cancel_requested(_unwritable),
-        events.on_work(heard.append),
-        events.on_cancel_requested(heard.append),
+        events.on_work(received.append),
+        events.on_cancel_requested(received.append),
     ):
         job = (await queue.enqueue(PING)).job
         assert await queue.lease(["test.ping"], "w")
         await queue.cancel(job.id)
-        assert heard == ["test.ping", job.id]
+        assert received == ["test.ping", job.id]
     assert events.failures == 2
 
 
@@ -330,10 +330,10 @@ SUBSCRIBER = """
     async def main():
         registry = JobRegistry([thumbnail_create])
         async with open_queue(registry, os.environ["URL"], lease_seconds=30) as queue:
-            with queue.events.subscribe() as heard:
+            with queue.events.subscribe() as received:
                 print("ready", flush=True)
                 try:
-                    async for event in heard:
+                    async for event in received:
                         print(event.job_id, flush=True)
                 except EventsMissed:
                     print("missed", flush=True)
@@ -343,7 +343,7 @@ SUBSCRIBER = """
 
 
 @pytest.mark.parametrize("more", [False, True])
-async def test_a_process_that_stalls_while_events_are_deleted_is_told(
+async def test_a_process_that_stalls_while_events_are_deleted_is_reported(
     queue: JobQueue, database_url: str, more: bool
 ) -> None:
     async with _process(SUBSCRIBER, database_url) as process, asyncio.timeout(20):
@@ -366,24 +366,24 @@ async def test_a_reader_that_starts_where_all_was_deleted_misses_nothing(
     await queue.enqueue_many([PING] * 300)
     await _let_kept_events_grow_old(queue, database_url)
     async with open_queue(registry, database_url, lease_seconds=30) as late:
-        with late.events.subscribe() as heard:
+        with late.events.subscribe() as received:
             job = (await queue.enqueue(PING)).job
-            assert [event.job_id for event in await take(heard, 1)] == [job.id]
+            assert [event.job_id for event in await take(received, 1)] == [job.id]
 
 
 async def test_subscriptions_survive_the_deletion_of_events_they_have_read(
     queue: JobQueue, other: JobQueue, database_url: str
 ) -> None:
-    with other.events.subscribe() as heard:
+    with other.events.subscribe() as received:
         for _ in range(3):
             bulk = await queue.enqueue_many([PING] * 300)
-            events = await take(heard, 300)
+            events = await take(received, 300)
             assert {event.job_id for event in events} == {
                 each.job.id for each in bulk if isinstance(each, Enqueued)
             }
             await _let_kept_events_grow_old(queue, database_url)
         job = (await queue.enqueue(PING)).job
-        assert [event.job_id for event in await take(heard, 1)] == [job.id]
+        assert [event.job_id for event in await take(received, 1)] == [job.id]
 
 
 async def test_a_database_that_cannot_be_read_for_a_while_loses_no_events(
@@ -399,24 +399,24 @@ async def test_a_database_that_cannot_be_read_for_a_while_loses_no_events(
         raise OSError("disk I/O error")
         yield
 
-    with other.events.subscribe() as heard, monkeypatch.context() as patched:
+    with other.events.subscribe() as received, monkeypatch.context() as patched:
         patched.setattr(Database, "reading", away)
         job = (await queue.enqueue(PING)).job
         async with asyncio.timeout(5):
             await failed.wait()
         patched.undo()
         # Nothing is committed meanwhile that would make it look again.
-        assert [event.job_id for event in await take(heard, 1)] == [job.id]
+        assert [event.job_id for event in await take(received, 1)] == [job.id]
 
 
-async def test_a_lost_connection_is_told_to_subscribers_and_to_those_that_wait(
+async def test_a_lost_connection_is_reported_to_subscribers_and_to_those_that_wait(
     queue: JobQueue, database_url: str
 ) -> None:
     if database_url.startswith("sqlite"):
         pytest.skip("SQLite has no connection to lose")
     work: list[str | None] = []
     with (
-        queue.events.subscribe() as heard,
+        queue.events.subscribe() as received,
         queue.events.waiting_for(["test.pong"], []) as woken,
         queue.events.on_work(work.append),
     ):
@@ -428,25 +428,25 @@ async def test_a_lost_connection_is_told_to_subscribers_and_to_those_that_wait(
             )
         await database.close()
         with pytest.raises(EventsMissed, match="connection"):
-            await take(heard, 1)
+            await take(received, 1)
         assert woken.is_set()
         assert work == [None]
-    with queue.events.subscribe() as heard:
+    with queue.events.subscribe() as received:
         job = (await queue.enqueue(PING)).job
-        assert [event.job_id for event in await take(heard, 1)] == [job.id]
+        assert [event.job_id for event in await take(received, 1)] == [job.id]
 
 
-async def test_more_notifications_than_can_wait_are_told_as_missed(
+async def test_more_notifications_than_can_wait_are_reported_as_missed(
     queue: JobQueue, monkeypatch: pytest.MonkeyPatch, database_url: str
 ) -> None:
     if database_url.startswith("sqlite"):
         pytest.skip("events that are kept in a table wait there")
     monkeypatch.setattr("job_registry_api.queue.event_stream.MAX_UNREAD_MESSAGES", 10)
-    with queue.events.subscribe() as heard:
+    with queue.events.subscribe() as received:
         each = (_message("job.created", uuid.UUID(int=number)) for number in range(50))
         await _tell(database_url, *each)
         with pytest.raises(EventsMissed, match="slowly"):
-            await take(heard, 50)
+            await take(received, 50)
 
 
 # Messages
@@ -529,34 +529,34 @@ async def test_a_garbled_message_is_one_log_line_and_events_missed(
         raise structlog.DropEvent
 
     monkeypatch.setattr("job_registry_api.queue.events.log", _logger(keep))
-    with queue.events.subscribe() as heard, queue.events.waiting_for([], []) as woken:
+    with queue.events.subscribe() as received, queue.events.waiting_for([], []) as woken:
         await _tell(database_url, '{"process": "x", "events": [["job.created"]]}')
         with pytest.raises(EventsMissed):
-            await take(heard, 1)
+            await take(received, 1)
         assert woken.is_set()
     assert lines == ["events.unreadable"]
-    with queue.events.subscribe() as heard:
+    with queue.events.subscribe() as received:
         job = (await queue.enqueue(PING)).job
-        assert [event.job_id for event in await take(heard, 1)] == [job.id]
+        assert [event.job_id for event in await take(received, 1)] == [job.id]
 
 
 # Who waits for work, and for cancellations
 
 
-async def test_work_is_told_once_for_each_job_by_this_process_and_others(
+async def test_work_is_reported_once_for_each_job_by_this_process_and_others(
     queue: JobQueue, other: JobQueue
 ) -> None:
     work: list[str | None] = []
     with (
         queue.events.on_work(work.append, limited=["test.limited"]),
-        queue.events.subscribe() as heard,
+        queue.events.subscribe() as received,
     ):
         for each in (queue, other):
             await each.enqueue_many([PING] * 3)
             await each.enqueue(LIMITED)
-        # Own jobs are told at once, and not again when they are heard.
+        # Own jobs are told at once, and not again when they are received.
         assert work[:4] == ["test.ping"] * 3 + ["test.limited"]
-        await take(heard, 8)
+        await take(received, 8)
         assert work == (["test.ping"] * 3 + ["test.limited"]) * 2
 
         work.clear()
@@ -566,14 +566,14 @@ async def test_work_is_told_once_for_each_job_by_this_process_and_others(
             # That a ping ends makes room for nobody.
             await each.complete(ping.token)
             await each.complete(limited.token)
-        await take(heard, 8)
+        await take(received, 8)
         assert work == ["test.limited"] * 2
     await queue.enqueue(PING)
     assert len(work) == 2
 
 
 @pytest.mark.parametrize("where", ["this process", "another"])
-async def test_a_requested_cancellation_is_told_at_once(
+async def test_a_requested_cancellation_is_reported_at_once(
     queue: JobQueue, other: JobQueue, where: str
 ) -> None:
     told: list[uuid.UUID] = []
@@ -582,19 +582,19 @@ async def test_a_requested_cancellation_is_told_at_once(
     (lease,) = await queue.lease(["test.ping"], "w")
     with (
         queue.events.on_cancel_requested(told.append),
-        queue.events.subscribe(job_id=job.id) as heard,
+        queue.events.subscribe(job_id=job.id) as received,
     ):
         started = asyncio.get_running_loop().time()
         await canceller.cancel(job.id)
         await until(lambda: told)
         assert asyncio.get_running_loop().time() - started < 2
-        (event,) = await take(heard, 1)
+        (event,) = await take(received, 1)
         assert (event.name, event.status) == ("job.cancel_requested", JobStatus.RUNNING)
         assert told == [job.id]
         # One that is queued needs no worker to stop.
         await canceller.cancel((await canceller.enqueue(PING)).job.id)
         await queue.complete(lease.token)
-        await take(heard, 1)
+        await take(received, 1)
     assert told == [job.id]
     with pytest.raises(LeaseLost):
         await queue.fail(lease.token, error=BROKEN)
@@ -609,16 +609,16 @@ async def test_a_callback_is_called_on_the_loop_where_it_was_registered(
     registered, done = threading.Event(), threading.Event()
 
     async def keep() -> None:
-        heard = asyncio.Event()
+        received = asyncio.Event()
 
         def tell(job_id: uuid.UUID) -> None:
             told.append((job_id, threading.get_ident()))
-            heard.set()
+            received.set()
 
         with queue.events.on_cancel_requested(tell):
             registered.set()
             async with asyncio.timeout(10):
-                await heard.wait()
+                await received.wait()
         done.set()
 
     keeper = threading.Thread(target=lambda: asyncio.run(keep()))
@@ -646,25 +646,25 @@ async def test_a_job_whose_caller_was_cancelled_during_the_commit_is_worked_at_o
 
 
 async def test_the_end_of_the_server_ends_subscriptions_and_waits(queue: JobQueue) -> None:
-    with queue.events.subscribe() as heard:
+    with queue.events.subscribe() as received:
         waiting = asyncio.create_task(queue.lease(["test.ping"], "w", wait_seconds=20))
         await asyncio.sleep(0.1)
         queue.end_waits()
         async with asyncio.timeout(2):
             assert await waiting == []
             with pytest.raises(EventsMissed, match="shuts down"):
-                await anext(heard)
+                await anext(received)
     # One that comes later does not hold the end up either.
-    with queue.events.subscribe() as heard:
+    with queue.events.subscribe() as received:
         async with asyncio.timeout(2):
             with pytest.raises(EventsMissed, match="shuts down"):
-                await anext(heard)
+                await anext(received)
 
 
 async def test_abandoned_subscriptions_leave_nothing_behind(queue: JobQueue) -> None:
     async def following() -> AsyncGenerator[JobEvent, None]:
-        with queue.events.subscribe() as heard:
-            async for event in heard:
+        with queue.events.subscribe() as received:
+            async for event in received:
                 yield event
 
     tasks = len(asyncio.all_tasks())
@@ -687,7 +687,7 @@ async def test_abandoned_subscriptions_leave_nothing_behind(queue: JobQueue) -> 
     await until(lambda: len(asyncio.all_tasks()) <= tasks)
 
 
-async def test_hearing_leaves_no_task_behind(database_url: str, registry: JobRegistry) -> None:
+async def test_listening_leaves_no_task_behind(database_url: str, registry: JobRegistry) -> None:
     tasks = asyncio.all_tasks()
     async with open_queue(registry, database_url, lease_seconds=30) as queue:
         assert asyncio.all_tasks() > tasks
@@ -715,15 +715,17 @@ async def test_events_are_polled_where_there_are_no_notifications(
             await asyncio.gather(*(each.enqueue(PING) for each in (one, other) for _ in range(20)))
             await work(one, 40)
             heard_here, heard_there = await take(here, 120), await take(there, 120)
-    for heard in (heard_here, heard_there):
+    for received in (heard_here, heard_there):
         names: dict[uuid.UUID, list[str]] = {}
-        for event in heard:
+        for event in received:
             names.setdefault(event.job_id, []).append(event.name)
         assert set(map(tuple, names.values())) == {("job.created", "job.started", "job.succeeded")}
         assert len(names) == 40
 
 
-async def test_a_batch_that_commits_late_is_heard_late(polled: str, registry: JobRegistry) -> None:
+async def test_a_batch_that_commits_late_is_delivered_late(
+    polled: str, registry: JobRegistry
+) -> None:
     late, rolled_back, in_time, last = (uuid.UUID(int=number) for number in range(4))
     database = open_database(polled)
 
@@ -733,23 +735,23 @@ async def test_a_batch_that_commits_late_is_heard_late(polled: str, registry: Jo
     async with database.engine.connect() as before:
         await keep(before, late)
         async with open_queue(registry, polled, lease_seconds=30) as queue:
-            with queue.events.subscribe() as heard:
+            with queue.events.subscribe() as received:
                 async with database.engine.connect() as slow, database.engine.connect() as failing:
                     await keep(slow, late)
                     await keep(failing, rolled_back)
                     async with database.transaction() as connection:
                         await keep(connection, in_time)
-                    assert [event.job_id for event in await take(heard, 1)] == [in_time]
+                    assert [event.job_id for event in await take(received, 1)] == [in_time]
                     await failing.rollback()
                     await asyncio.sleep(1)
                     await slow.commit()
-                    assert [event.job_id for event in await take(heard, 1)] == [late]
+                    assert [event.job_id for event in await take(received, 1)] == [late]
                     # One that was late when reading began, too.
                     await before.commit()
-                    assert [event.job_id for event in await take(heard, 1)] == [late]
+                    assert [event.job_id for event in await take(received, 1)] == [late]
                     async with database.transaction() as connection:
                         await keep(connection, last)
-                    assert [event.job_id for event in await take(heard, 1)] == [last]
+                    assert [event.job_id for event in await take(received, 1)] == [last]
     await database.close()
 
 
@@ -785,7 +787,7 @@ async def test_late_batches_come_once_and_in_the_order_of_their_ids() -> None:
     assert await batches.read() == []
 
 
-async def test_a_poll_that_stalls_is_told_and_ids_that_never_come_are_given_up() -> None:
+async def test_a_poll_that_stalls_is_reported_and_ids_that_never_come_are_given_up() -> None:
     now = 1_000.0
     table: Any = Table()
     batches = KeptBatches(table, gapless=False, clock=lambda: now)
@@ -806,7 +808,7 @@ async def test_a_poll_that_stalls_is_told_and_ids_that_never_come_are_given_up()
     assert table.looked_up == []
 
 
-async def test_more_late_ids_than_can_be_waited_for_are_told_as_missed() -> None:
+async def test_more_late_ids_than_can_be_waited_for_are_reported_as_missed() -> None:
     table: Any = Table()
     batches = KeptBatches(table, gapless=False)
     table.rows = {1: "a"}
@@ -819,7 +821,7 @@ async def test_more_late_ids_than_can_be_waited_for_are_told_as_missed() -> None
 
 
 @pytest.mark.parametrize("gapless", [False, True])
-async def test_a_database_that_was_restored_is_told_as_missed(gapless: bool) -> None:
+async def test_a_database_that_was_restored_is_reported_as_missed(gapless: bool) -> None:
     table: Any = Table()
     batches = KeptBatches(table, gapless=gapless)
     table.rows = {500: "a"}

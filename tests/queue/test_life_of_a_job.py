@@ -12,6 +12,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
 from job_registry import JobRegistry
+from job_registry.errors import MAX_DELAY_SECONDS
 from job_registry_api.queue.claiming import Lease
 from job_registry_api.queue.database import async_url
 from job_registry_api.queue.errors import InputInvalid, JobNotFound, JobStateConflict, LeaseLost
@@ -244,7 +245,7 @@ async def test_a_running_job_is_cancelled_when_its_worker_stops(
     assert await outcomes(queue, job) == ["cancelled"]
 
 
-async def test_a_job_that_was_done_before_it_heard_of_its_cancellation_succeeded(
+async def test_a_job_that_was_done_before_its_cancellation_arrived_succeeded(
     queue: JobQueue,
 ) -> None:
     job = await enqueue(queue)
@@ -300,7 +301,7 @@ async def test_types_of_one_priority_take_turns(queue: JobQueue) -> None:
     assert sorted(lease.job.type for lease in together) == ["test.ping"] * 5 + ["test.pong"]
 
 
-async def test_a_job_that_is_handed_back_again_and_again_waits_longer_each_time(
+async def test_a_job_that_is_released_again_and_again_waits_longer_each_time(
     queue: JobQueue, database_url: str
 ) -> None:
     job = await enqueue(queue)
@@ -322,13 +323,25 @@ async def test_a_job_that_is_handed_back_again_and_again_waits_longer_each_time(
     assert (await lease_one(queue)).job.id == job.id
 
 
-async def test_attempts_that_were_handed_back_are_kept_up_to_a_bound(
+async def test_attempts_that_were_released_are_kept_up_to_a_bound(
     queue: JobQueue, database_url: str
 ) -> None:
     job = await enqueue(queue)
     for _ in range(70):
         await queue.release((await lease_one(queue)).token)
         await advance(database_url, 61)
+    assert 32 <= len(await outcomes(queue, job)) <= 64
+
+
+async def test_attempts_of_a_job_that_is_cancelled_and_retried_are_kept_up_to_a_bound(
+    queue: JobQueue,
+) -> None:
+    job = await enqueue(queue)
+    for _ in range(70):
+        lease = await lease_one(queue)
+        await queue.cancel(job.id)
+        assert (await queue.release(lease.token)).status is JobStatus.CANCELLED
+        await queue.retry(job.id)
     assert 32 <= len(await outcomes(queue, job)) <= 64
 
 
@@ -366,7 +379,7 @@ async def test_concurrent_claims_over_several_processes_keep_the_limit_and_share
     assert sum(job.type == "test.limited" for job in leased) == 2
 
 
-async def test_a_waiting_lease_hears_of_a_job_from_another_process_and_of_room(
+async def test_a_waiting_lease_notices_a_job_of_another_process_and_of_room(
     queue: JobQueue, database_url: str
 ) -> None:
     async with _other(queue, database_url) as other:
@@ -397,10 +410,10 @@ async def test_a_postgresql_url_may_hold_options_of_libpq(
         open_queue(registry, url, lease_seconds=30) as queue,
         open_queue(registry, url, lease_seconds=30) as other,
     ):
-        with other.events.subscribe() as heard:
+        with other.events.subscribe() as received:
             job = await enqueue(queue)
             async with asyncio.timeout(3):
-                assert (await anext(heard)).job_id == job.id
+                assert (await anext(received)).job_id == job.id
 
 
 async def test_stopping_ends_a_wait(queue: JobQueue) -> None:
@@ -420,7 +433,10 @@ async def test_stopping_ends_a_wait(queue: JobQueue) -> None:
         ({"limit": 0}, "/limit"),
         ({"limit": 101}, "/limit"),
         ({"wait_seconds": 31}, "/waitSeconds"),
+        ({"wait_seconds": -1}, "/waitSeconds"),
         ({"worker_id": ""}, "/workerId"),
+        ({"worker_id": "w" * 256}, "/workerId"),
+        ({"worker_id": "a\0b"}, "/workerId"),
     ],
 )
 async def test_a_wrong_lease_is_refused(
@@ -429,6 +445,30 @@ async def test_a_wrong_lease_is_refused(
     with pytest.raises(InputInvalid) as refused:
         await queue.lease(**{"job_types": ["test.ping"], "worker_id": "w", **arguments})
     assert [v.path for v in refused.value.violations] == [path]
+
+
+async def test_the_ends_of_each_range_of_a_lease_are_accepted(queue: JobQueue) -> None:
+    stop = asyncio.Event()
+    stop.set()
+    for limit, wait, worker in ((1, 0, "w"), (100, 30, "w" * 255)):
+        await enqueue(queue)
+        (lease,) = await queue.lease(
+            ["test.ping"], worker, limit=limit, wait_seconds=wait, stop=stop
+        )
+        assert lease.job.worker_id == worker
+
+
+async def test_a_delay_is_between_nothing_and_a_year(queue: JobQueue) -> None:
+    job = await enqueue(queue)
+    lease = await lease_one(queue)
+    for seconds in (-1, MAX_DELAY_SECONDS + 1):
+        with pytest.raises(InputInvalid):
+            await queue.snooze(lease.token, seconds)
+        with pytest.raises(InputInvalid):
+            await queue.fail(lease.token, BROKEN, retry_after_seconds=seconds)
+    await queue.fail(lease.token, BROKEN, retry_after_seconds=0)
+    await queue.snooze((await lease_one(queue)).token, MAX_DELAY_SECONDS)
+    assert isinstance(await queue.waiting_reason(await queue.get(job.id)), ScheduledFor)
 
 
 @pytest.mark.parametrize("token", ["", "nope", "0" * 64, "Z" * 64, "\0" * 64])
@@ -484,25 +524,25 @@ async def test_counts_follow_every_change(queue: JobQueue, database_url: str) ->
     assert (await queue.counts())["test.ping"].queued == 2
 
 
-async def test_events_are_heard_in_every_process_in_order(
+async def test_events_are_delivered_in_every_process_in_order(
     queue: JobQueue, database_url: str
 ) -> None:
     async with _other(queue, database_url) as other:
-        with other.events.subscribe(types=["test.ping"]) as heard:
+        with other.events.subscribe(types=["test.ping"]) as received:
             await enqueue(queue, "test.pong")
             job = await enqueue(queue)
             lease = await lease_one(queue)
             await queue.heartbeat(lease.token, 1)
             await queue.complete(lease.token)
             async with asyncio.timeout(5):
-                names = [(await anext(heard)).name for _ in range(4)]
+                names = [(await anext(received)).name for _ in range(4)]
         assert names == ["job.created", "job.started", "job.progressed", "job.succeeded"]
 
-        with other.events.subscribe() as heard:
+        with other.events.subscribe() as received:
             # More than a PostgreSQL notification holds.
             await queue.enqueue_many([EnqueueRequest("test.ping", {}) for _ in range(900)])
             async with asyncio.timeout(5):
-                created = {(await anext(heard)).job_id for _ in range(900)}
+                created = {(await anext(received)).job_id for _ in range(900)}
         assert len(created) == 900
         assert job.id not in created
 
@@ -512,7 +552,7 @@ async def test_a_job_can_join_the_callers_own_transaction(
 ) -> None:
     engine = create_async_engine(async_url(database_url))
     request = EnqueueRequest("test.ping", {})
-    with queue.events.subscribe() as heard:
+    with queue.events.subscribe() as received:
         async with AsyncSession(engine) as session:
             rolled_back = await queue.enqueue(request, session=session)
             await session.rollback()
@@ -521,7 +561,7 @@ async def test_a_job_can_join_the_callers_own_transaction(
             await session.execute(text("SELECT 1"))
             await session.commit()
         async with asyncio.timeout(2):
-            assert (await anext(heard)).job_id == kept.job.id
+            assert (await anext(received)).job_id == kept.job.id
     with pytest.raises(JobNotFound):
         await queue.get(rolled_back.job.id)
     assert (await queue.get(kept.job.id)).status is JobStatus.QUEUED

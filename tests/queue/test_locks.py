@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import pytest
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
@@ -14,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from job_registry import JobRegistry, JobType, Payload
 from job_registry_api.queue.database import async_url
 from job_registry_api.queue.enqueueing import Enqueued
-from job_registry_api.queue.models import JobError, JobStatus
+from job_registry_api.queue.models import JobError, JobRecord, JobStatus
 from job_registry_api.queue.postgresql_database import PostgreSQLDatabase
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.requests import EnqueueRequest
@@ -28,63 +30,71 @@ PROMPT_SECONDS = 1.5
 BROKEN = JobError("broken", "It broke.")
 
 
+def locked_job(url: str, job: JobRecord) -> AbstractAsyncContextManager[None]:
+    """Another transaction that holds the job's row."""
+    return locked(url, f"SELECT id FROM job WHERE id = '{job.id}' FOR UPDATE")
+
+
+@asynccontextmanager
+async def two_queues_and_a_session(
+    url: str,
+) -> AsyncIterator[tuple[JobQueue, JobQueue, AsyncSession]]:
+    """The caller's queue with its session, and another queue. The session is closed at the end."""
+    engine = create_async_engine(async_url(url))
+    async with queues(url, 2) as (caller, other), AsyncSession(engine) as session:
+        yield caller, other, session
+    await engine.dispose()
+
+
 async def test_a_callers_open_transaction_that_holds_a_key_stops_no_other_enqueue(
     fresh_postgresql_url: str,
 ) -> None:
     held = EnqueueRequest("race.free", {}, idempotency_key="held")
-    engine = create_async_engine(async_url(fresh_postgresql_url))
-    async with queues(fresh_postgresql_url, 2) as (caller, other):
-        async with AsyncSession(engine) as session:
-            first = await caller.enqueue(held, session=session)
-            # This one has to wait for the caller's decision. Those behind it need not.
-            same_key = asyncio.create_task(other.enqueue(held))
-            await asyncio.sleep(0.2)
-            started = time.monotonic()
-            async with asyncio.timeout(20):
-                stored = await asyncio.gather(
-                    *(
-                        other.enqueue(
-                            EnqueueRequest(
-                                "race.free", {}, idempotency_key=f"k{n}" if n % 2 else None
-                            )
-                        )
-                        for n in range(20)
+    async with two_queues_and_a_session(fresh_postgresql_url) as (caller, other, session):
+        first = await caller.enqueue(held, session=session)
+        # This one has to wait for the caller's decision. Those behind it need not.
+        same_key = asyncio.create_task(other.enqueue(held))
+        await asyncio.sleep(0.2)
+        started = time.monotonic()
+        async with asyncio.timeout(20):
+            stored = await asyncio.gather(
+                *(
+                    other.enqueue(
+                        EnqueueRequest("race.free", {}, idempotency_key=f"k{n}" if n % 2 else None)
                     )
+                    for n in range(20)
                 )
-            assert time.monotonic() - started < PROMPT_SECONDS
-            assert len({each.job.id for each in stored}) == 20
-            assert not same_key.done()
-            await session.commit()
+            )
+        assert time.monotonic() - started < PROMPT_SECONDS
+        assert len({each.job.id for each in stored}) == 20
+        assert not same_key.done()
+        await session.commit()
         async with asyncio.timeout(10):
             answered = await same_key
         assert (answered.deduplicated, answered.job.id) == (True, first.job.id)
-    await engine.dispose()
 
 
 async def test_a_bulk_that_waits_for_a_key_stops_no_other_enqueue(
     fresh_postgresql_url: str,
 ) -> None:
     held = EnqueueRequest("race.free", {}, idempotency_key="held")
-    engine = create_async_engine(async_url(fresh_postgresql_url))
-    async with queues(fresh_postgresql_url, 2) as (caller, other):
-        async with AsyncSession(engine) as session:
-            await caller.enqueue(held, session=session)
-            bulk = asyncio.create_task(other.enqueue_many([held, EnqueueRequest("race.free", {})]))
-            await asyncio.sleep(0.2)
-            started = time.monotonic()
-            async with asyncio.timeout(20):
-                await asyncio.gather(
-                    *(other.enqueue(EnqueueRequest("race.free", {})) for _ in range(20))
-                )
-            assert time.monotonic() - started < PROMPT_SECONDS
-            await session.rollback()
+    async with two_queues_and_a_session(fresh_postgresql_url) as (caller, other, session):
+        await caller.enqueue(held, session=session)
+        bulk = asyncio.create_task(other.enqueue_many([held, EnqueueRequest("race.free", {})]))
+        await asyncio.sleep(0.2)
+        started = time.monotonic()
+        async with asyncio.timeout(20):
+            await asyncio.gather(
+                *(other.enqueue(EnqueueRequest("race.free", {})) for _ in range(20))
+            )
+        assert time.monotonic() - started < PROMPT_SECONDS
+        await session.rollback()
         async with asyncio.timeout(10):
             results = await bulk
         # The caller's job never was: the bulk's own has the key.
         assert [isinstance(each, Enqueued) and each.deduplicated for each in results] == [
             False, False,
         ]  # fmt: skip
-    await engine.dispose()
 
 
 @pytest.mark.parametrize("how", ["complete", "fail", "release", "snooze"])
@@ -105,8 +115,7 @@ async def test_a_locked_running_job_stops_nobody_elses_report(
         await fill(queue, "race.free", 10)
         leases = await queue.lease(["race.free"], "w", limit=10)
         held, rest = leases[4], leases[:4] + leases[5:]
-        lock = f"SELECT id FROM job WHERE id = '{held.job.id}' FOR UPDATE"
-        async with locked(fresh_postgresql_url, lock):
+        async with locked_job(fresh_postgresql_url, held.job):
             started = time.monotonic()
             # All at once, so that they come together in one group.
             reports = [asyncio.create_task(report(queue, each.token)) for each in leases]
@@ -132,8 +141,7 @@ async def test_a_locked_running_job_stops_nobody_elses_heartbeat_or_cancellation
     async with queues(fresh_postgresql_url, 1) as (queue,):
         await fill(queue, "race.free", 3)
         held, beating, cancelled = await queue.lease(["race.free"], "w", limit=3)
-        lock = f"SELECT id FROM job WHERE id = '{held.job.id}' FOR UPDATE"
-        async with locked(fresh_postgresql_url, lock):
+        async with locked_job(fresh_postgresql_url, held.job):
             waiting = asyncio.create_task(queue.heartbeat(held.token))
             await asyncio.sleep(0.1)
             async with asyncio.timeout(PROMPT_SECONDS):
@@ -150,8 +158,7 @@ async def test_recovery_passes_over_a_lost_job_that_another_holds_locked(
         await fill(queue, "race.free", 3)
         held, *rest = await queue.lease(["race.free"], "w", limit=3)
         await advance(fresh_postgresql_url, 31)
-        lock = f"SELECT id FROM job WHERE id = '{held.job.id}' FOR UPDATE"
-        async with locked(fresh_postgresql_url, lock):
+        async with locked_job(fresh_postgresql_url, held.job):
             async with asyncio.timeout(PROMPT_SECONDS):
                 recovered = await queue.recover()
             assert {job.id for job in recovered} == {lease.job.id for lease in rest}
@@ -169,8 +176,7 @@ async def test_pruning_passes_over_a_job_that_another_holds_locked(
         await fill(queue, "race.free", 10)
         leases = await queue.lease(["race.free"], "w", limit=10)
         await complete_all(queue, leases)
-        lock = f"SELECT id FROM job WHERE id = '{leases[0].job.id}' FOR UPDATE"
-        async with locked(fresh_postgresql_url, lock):
+        async with locked_job(fresh_postgresql_url, leases[0].job):
             async with asyncio.timeout(PROMPT_SECONDS):
                 pruned = await queue.prune(JobStatus.SUCCEEDED, keep_seconds=0, jobs=100)
             assert pruned == 9

@@ -264,11 +264,11 @@ def test_two_deployments_share_a_database_in_schemas_of_their_own(
             open_queue(registry, fresh_postgresql_url, **options) as one,
             open_queue(registry, fresh_postgresql_url, schema="order", **options) as other,
         ):
-            with one.events.subscribe() as heard_by_one, other.events.subscribe() as heard:
+            with one.events.subscribe() as received_by_one, other.events.subscribe() as received:
                 theirs = (await other.enqueue(EnqueueRequest("test.limited", {}))).job
                 ours = (await one.enqueue(EnqueueRequest("test.limited", {}))).job
-                assert (await anext(aiter(heard_by_one))).job_id == ours.id
-                assert (await anext(aiter(heard))).job_id == theirs.id
+                assert (await anext(aiter(received_by_one))).job_id == ours.id
+                assert (await anext(aiter(received))).job_id == theirs.id
             assert [job.id for job in (await other.list_jobs()).jobs] == [theirs.id]
             # Each has a limit of its own, of two.
             for queue in (one, other):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import secrets
+
 import pytest
 
 from job_registry_api.queue.claiming import Lease
@@ -56,6 +58,43 @@ async def test_its_worker_holds_the_place_for_as_long_as_it_renews(
     await queue.enqueue(LIMITED)
     await advance(database_url, 31)
     assert len(await lease(queue)) == 2
+
+
+async def test_a_renewal_takes_no_place_once_the_handler_has_ended(
+    queue: JobQueue, overrun: Lease, database_url: str
+) -> None:
+    (completed,) = await lease(queue)
+    await queue.complete(completed.token)
+    await queue.settle([overrun.token])
+    await queue.enqueue(LIMITED)
+    answers = await queue.renew([Renewal(overrun.token), Renewal(completed.token)])
+    assert all(isinstance(answer, LeaseLost) for answer in answers)
+    assert len(await lease(queue)) == 2
+
+
+async def test_a_token_with_another_secret_neither_frees_nor_keeps_its_place(
+    queue: JobQueue, overrun: Lease, database_url: str
+) -> None:
+    forged = overrun.token[:32] + secrets.token_hex(16)
+    await queue.settle([forged])
+    (other,) = await lease(queue)
+    assert await lease(queue) == []
+    await queue.complete(other.token)
+
+    await queue.enqueue(LIMITED)
+    await advance(database_url, 20)
+    await queue.renew([Renewal(forged)])
+    await advance(database_url, 11)
+    assert len(await lease(queue)) == 2
+
+
+async def test_it_takes_no_place_of_another_type(queue: JobQueue) -> None:
+    await queue.enqueue(EnqueueRequest("test.ping", {}))
+    (other,) = await queue.lease(["test.ping"], "w")
+    await queue.time_out(other.token, still_running=True)
+    jobs = [(await queue.enqueue(LIMITED)).job for _ in range(3)]
+    assert len(await lease(queue)) == 2
+    assert await queue.waiting_reason(jobs[2]) == ConcurrencyLimitReached(limit=2, running=2)
 
 
 async def test_it_is_seen(queue: JobQueue, overrun: Lease) -> None:

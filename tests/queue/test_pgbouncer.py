@@ -177,7 +177,7 @@ async def test_without_a_direct_url_events_of_others_are_polled_for(
     first, second = (PostgreSQLDatabase(pooled_url, pooler="transaction") for _ in range(2))
     assert first.keeps_events
     one, other = JobQueue(registry, first), JobQueue(registry, second)
-    async with one.events.hearing(), other.events.hearing():
+    async with one.events.listening(), other.events.listening():
         await check_events_arrive(one, other)
     await first.close()
     await second.close()
@@ -192,7 +192,7 @@ async def test_a_direct_url_carries_notifications(
     )
     assert not first.keeps_events
     one, other = JobQueue(registry, first), JobQueue(registry, second)
-    async with one.events.hearing(), other.events.hearing():
+    async with one.events.listening(), other.events.listening():
         await check_events_arrive(one, other)
         kept = await first.execute_at_once("SELECT * FROM job_event_batch", {})
         assert not kept

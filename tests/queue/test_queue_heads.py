@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
-from job_registry_api.queue.postgresql import SLOW_LOOKS, QueueHeads
+from job_registry import JobRegistry
+from job_registry_api.queue.databases import open_database
+from job_registry_api.queue.postgresql import SLOW_LOOKS, PostgreSQLStore, QueueHeads
+from job_registry_api.queue.queue import JobQueue
+from job_registry_api.queue.requests import EnqueueRequest
+from job_registry_api.queue.store import Claim
 
 NOON = datetime(2030, 1, 1, 12, tzinfo=UTC)
 
@@ -62,3 +69,32 @@ def test_everything_is_looked_at_again_for_a_twentieth_of_the_time_and_within_tw
     end = slow_looks(heads, 100.0, took=5.0)
     assert heads.known(end + 1.9)[0] is not None
     assert heads.known(end + 2.1)[0] is None
+
+
+async def test_a_claim_in_between_starts_at_the_last_taken_job_of_each_priority(
+    fresh_postgresql_url: str, registry: JobRegistry
+) -> None:
+    database = open_database(fresh_postgresql_url)
+    queue = JobQueue(registry, database)
+    store = queue._store
+    assert isinstance(store, PostgreSQLStore)
+    # Given two jobs per priority that are due at the same time, of which one was taken
+    ping = EnqueueRequest("test.ping", {})
+    for priority in (50, 90):
+        await queue.enqueue_many([ping._replace(priority=priority)] * 2)
+        assert len(await queue.lease(["test.ping"], "w")) == 1
+    # And an older one that the full claim has not seen
+    unseen = ping._replace(priority=70)
+    await queue.enqueue(unseen)
+    # For a minute from now on, claims are those in between.
+    slow_looks(store._heads, time.monotonic() + 60)
+
+    claim = Claim(("test.ping",), {}, "w", 10, 30.0, thorough=False)
+    claimed = await store.claim(claim)
+    assert [each.job.priority for each in claimed.leased] == [90, 50]
+    assert not claimed.everything
+    # A claim that finds nothing there looks at everything, if its caller does not wait.
+    assert not (await store.claim(claim)).leased
+    (last,) = (await store.claim(replace(claim, thorough=True))).leased
+    assert last.job.priority == 70
+    await database.close()

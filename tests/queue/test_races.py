@@ -205,7 +205,7 @@ async def test_a_locked_due_job_does_not_make_an_idle_worker_spin(
         nonlocal statements
         statements += 1
 
-    async with queue.events.hearing():
+    async with queue.events.listening():
         await queue.lease(["race.free"], "w")
         await fill(queue, "race.free", 1)
         async with locked(fresh_postgresql_url, FIRST_DUE.format(type="race.free", jobs=1)):

@@ -81,7 +81,7 @@ async def test_a_former_attempts_token_cannot_touch_the_attempt_that_runs_now(
     assert (await queue.complete(second.token)).status is JobStatus.SUCCEEDED
 
 
-async def test_a_lost_lease_is_told_so_beside_the_one_that_its_process_has_now(
+async def test_a_lost_lease_is_reported_beside_the_one_that_its_process_has_now(
     queue: JobQueue, database_url: str
 ) -> None:
     # Given a process that lost a job for a while, and leased it anew
@@ -99,14 +99,14 @@ async def test_a_lost_lease_is_told_so_beside_the_one_that_its_process_has_now(
     ):
         answers = dict(zip(renewals, await queue.renew(renewals), strict=True))
 
-        # I expect the former attempt to hear that it must stop
+        # I expect the former attempt to be stopped
         for renewal, answer in answers.items():
             assert isinstance(answer, LeaseLost) == (renewal.token == lost.token)
     assert (await queue.get(job.id)).progress is None
 
 
 @pytest.mark.parametrize("how", ["release", "fail"])
-async def test_a_large_job_that_is_handed_back_is_told_as_it_was_handed_back(
+async def test_a_large_job_that_is_released_is_reported_as_it_was_released(
     queue: JobQueue, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     """What an answer leaves out is read afterwards, when another worker may have the job."""
@@ -155,7 +155,7 @@ async def test_a_report_is_answered_though_what_became_of_another_cannot_be_read
     assert answers[1].status is JobStatus.QUEUED
 
 
-async def test_a_renewal_is_answered_though_its_event_cannot_be_told_here(
+async def test_a_renewal_is_answered_though_its_event_cannot_be_published_here(
     queue: JobQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = (await queue.enqueue(PING)).job
@@ -314,7 +314,7 @@ async def test_waiting_for_its_time_comes_before_every_other_reason(
     assert isinstance(await queue.waiting_reason(due), NoWorkerSeen)
 
 
-async def test_waiting_for_room_is_told_with_the_limit_and_what_runs(queue: JobQueue) -> None:
+async def test_waiting_for_room_is_reported_with_the_limit_and_what_runs(queue: JobQueue) -> None:
     limited = EnqueueRequest("test.limited", {})
     jobs = [(await queue.enqueue(limited)).job for _ in range(3)]
     leases = await queue.lease(["test.limited"], "w", limit=2)
@@ -365,16 +365,16 @@ async def test_a_job_that_does_not_wait_has_no_reason(queue: JobQueue) -> None:
     assert await queue.waiting_reason(await queue.get(job.id)) is None
 
 
-async def test_a_subscriber_that_missed_events_is_told_after_those_it_has(
+async def test_a_subscriber_that_missed_events_gets_the_error_after_those_it_has(
     queue: JobQueue,
 ) -> None:
     with queue.events.subscribe() as slow, queue.events.subscribe() as quick:
-        heard = asyncio.create_task(_count(quick, MAX_UNREAD_EVENTS + 200))
+        received = asyncio.create_task(_count(quick, MAX_UNREAD_EVENTS + 200))
         for _ in range(6):
             await queue.enqueue_many([PING] * 200)
             await asyncio.sleep(0)
         async with asyncio.timeout(10):
-            assert await heard == MAX_UNREAD_EVENTS + 200
+            assert await received == MAX_UNREAD_EVENTS + 200
             # What it holds it still gives, in full.
             assert await _count(slow, MAX_UNREAD_EVENTS) == MAX_UNREAD_EVENTS
             with pytest.raises(EventsMissed):

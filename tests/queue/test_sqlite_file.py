@@ -205,7 +205,7 @@ async def test_a_path_with_characters_of_urls_is_that_path(
     await database.close()
 
 
-async def test_the_listener_hears_commits_of_a_file_that_came_back(
+async def test_the_listener_notices_commits_of_a_file_that_came_back(
     path: Path, database: SQLiteDatabase
 ) -> None:
     gaps: list[int] = []
@@ -218,12 +218,12 @@ async def test_the_listener_hears_commits_of_a_file_that_came_back(
         await asyncio.sleep(0.3)
         assert not path.exists()
         saved.rename(path)
-        heard = len(gaps)
-        while len(gaps) == heard:
+        received = len(gaps)
+        while len(gaps) == received:
             await asyncio.sleep(0.05)
-        heard = len(gaps)
+        received = len(gaps)
         await database.write(store("x"))
-        while len(gaps) == heard:
+        while len(gaps) == received:
             await asyncio.sleep(0.02)
     listening.cancel()
     await asyncio.wait({listening})

@@ -250,6 +250,7 @@ def test_exif_whose_values_overlap_is_not_unpacked(tmp_path: Path) -> None:
     ("content", "words"),
     [
         (jpeg(8, 8, segment(0xE5, b"") * 60_000), "a/1.png has more than 50,000 segments."),
+        (jpeg(8, 8, b"\xff\x01" * 60_000), "a/1.png has more than 50,000 segments."),
         (png(chunk(b"tEXt", b"") * 60_000), "a/1.png has more than 50,000 chunks."),
         (
             jpeg(8, 8, progressive=True).replace(
@@ -263,10 +264,16 @@ def test_exif_whose_values_overlap_is_not_unpacked(tmp_path: Path) -> None:
             encoded(Image.new("L", (8, 8)), "GIF").replace(
                 b",\0\0\0\0", b"!\xfe" + (b"\xff" + b"x" * 255) * 9_000 + b"\0,\0\0\0\0", 1
             ),
-            "a/1.png has no frame in its first 1,048,576 bytes after its header.",
+            "a/1.png has no frame in its first 1,048,576 bytes.",
+        ),
+        (
+            encoded(Image.new("L", (8, 8)), "GIF").replace(
+                b",\0\0\0\0", b"!\xfe\0" * 400_000 + b",\0\0\0\0", 1
+            ),
+            "a/1.png has no frame in its first 1,048,576 bytes.",
         ),
     ],
-    ids=["segments", "chunks", "scans", "comment"],
+    ids=["segments", "markers", "chunks", "scans", "comment", "comments"],
 )
 def test_many_small_parts_are_refused_within_a_moment(
     tmp_path: Path, content: bytes, words: str
@@ -274,6 +281,15 @@ def test_many_small_parts_are_refused_within_a_moment(
     begun = time.process_time()
     assert refusal(tmp_path, content) == words
     assert time.process_time() - begun < 0.5
+
+
+def test_fill_bytes_before_a_marker_cost_nothing(tmp_path: Path) -> None:
+    content = jpeg(8, 8)
+    for number in (1, 8_000_000):
+        put(tmp_path, content[:-2] + b"\xff" * number + b"\xff\xd9")
+        begun = time.process_time()
+        assert len(thumbnails(tmp_path, 8)) == 1
+        assert time.process_time() - begun < 1
 
 
 def difference(one: Image.Image, other: Image.Image, at: tuple[int, int]) -> int:

@@ -88,7 +88,7 @@ def test_a_bad_policy_is_refused(options: dict[str, Any], message: str) -> None:
         JobPolicy(**options)
 
 
-def test_every_fault_of_a_policy_is_told() -> None:
+def test_every_fault_of_a_policy_is_reported() -> None:
     with pytest.raises(DefinitionError, match="max_attempts is 0.*timeout_seconds is 0"):
         JobPolicy(max_attempts=0, timeout_seconds=0)
 
@@ -205,7 +205,7 @@ def test_an_example_that_is_given_has_to_be_valid() -> None:
         JobType(name="a", payload=Note, example={"text": 1})
 
 
-def test_where_no_example_can_be_made_one_is_asked_for() -> None:
+def test_where_no_example_can_be_made_one_is_required() -> None:
     class Coded(Payload):
         code: Annotated[str, Field(pattern=r"^[0-9]{4}$")]
 

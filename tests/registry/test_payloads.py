@@ -81,12 +81,14 @@ def test_a_good_payload_is_parsed_and_its_json_is_what_came_in() -> None:
         (b"{}", [("", "not_json"), ("", "wrong_type")]),
     ],
 )  # fmt: skip
-def test_every_fault_is_told_where_it_is(payload: object, expected: list[tuple[str, str]]) -> None:
+def test_every_fault_is_reported_where_it_is(
+    payload: object, expected: list[tuple[str, str]]
+) -> None:
     found = faults("thumbnail.create", payload)
     assert found == expected or (payload == b"{}" and ("", "not_json") in found)
 
 
-def test_faults_of_json_and_of_the_schema_are_told_together() -> None:
+def test_faults_of_json_and_of_the_schema_are_reported_together() -> None:
     assert faults("thumbnail.create", {"sizes": [float("nan"), "x"], "extra": "\0"}) == [
         ("/assetId", "required"),
         ("/extra", "invalid_text"),

@@ -149,7 +149,7 @@ def test_a_thumbnail_is_written_whole_or_not_at_all(
     assert list((tmp_path / "a/1").iterdir()) == []
 
 
-def test_a_cancelled_job_stops_between_two_sizes_and_tells_its_progress(tmp_path: Path) -> None:
+def test_a_cancelled_job_stops_between_two_sizes_and_reports_its_progress(tmp_path: Path) -> None:
     put(tmp_path, "a/1.png", Image.new("RGB", (9, 9)))
     told: list[Any] = []
     payload = ThumbnailCreate(asset_id="a", version_number=1, sizes=[4, 8])

@@ -118,7 +118,7 @@ async def test_a_long_poll_is_answered_when_a_job_comes(server: httpx.AsyncClien
 
 
 @pytest.mark.any_database
-async def test_a_worker_that_asks_wrongly_is_told_so(server: httpx.AsyncClient) -> None:
+async def test_a_worker_with_a_wrong_request_gets_its_faults(server: httpx.AsyncClient) -> None:
     refused = await graphql(server, LEASE, types=["nope"], limit=101, wait=31)
     assert refused["__typename"] == "InputInvalid"
     assert {violation["path"] for violation in refused["violations"]} == {

@@ -84,7 +84,7 @@ async def page(address: str) -> AsyncIterator[Page]:
 
 async def open_tab(page: Page, name: str) -> None:
     await page.get_by_role("button", name=name, exact=True).click()
-    # GraphiQL hears from its worker which operation the tab has.
+    # GraphiQL gets the operation of the tab from its worker.
     await asyncio.sleep(1)
 
 

@@ -55,6 +55,6 @@ async def house(
     remote = JobType(name="remote", payload=Text)
     database = open_database(database_url)
     queue = JobQueue(JobRegistry([job_type, remote]), database, lease_seconds=lease_seconds)
-    async with queue.events.hearing():
+    async with queue.events.listening():
         yield House(queue, database_url, job_type)
     await database.close()

@@ -62,7 +62,7 @@ async def crowd_of(database_url: str, concurrency: int = 4) -> AsyncIterator[Cro
     database = open_database(database_url)
     types = [crowd.crowd, crowd.deaf, crowd.gentle]
     queue = JobQueue(JobRegistry(types, extensions=[crowd.extension]), database)
-    async with queue.events.hearing():
+    async with queue.events.listening():
         worker = Worker(queue, concurrency=concurrency, assets="assets", shutdown_seconds=2)
         task = asyncio.create_task(worker.run())
         try:
@@ -131,7 +131,7 @@ async def test_a_process_is_warm_and_has_its_lifespan_middleware_and_context(hou
         ("exit", "failed", "process_died", "ended with exit code 3", ["failed"] * 3),
     ],
 )
-async def test_how_a_handler_ends_in_a_process_is_told(
+async def test_how_a_handler_ends_in_a_process_is_reported(
     house: Crowd, act: str, status: str, code: str, message: str, outcomes: list[str]
 ) -> None:
     ended = await house.run(act)
@@ -176,7 +176,7 @@ async def test_a_cancellation_kills_a_process_that_does_not_listen(
 
 
 @pytest.mark.parametrize("kind", ["crowd", "gentle"])
-async def test_a_handler_in_a_process_hears_its_cancellation_at_once(
+async def test_a_handler_in_a_process_gets_its_cancellation_at_once(
     house: Crowd, tmp_path: Path, kind: str
 ) -> None:
     act = "until cancelled" if kind == "crowd" else "wait"

@@ -275,7 +275,7 @@ async def test_a_blocked_event_loop_loses_no_lease_and_the_log_names_the_job(
 
 @pytest.mark.parametrize("kind", ["async", "thread"])
 @pytest.mark.parametrize("caller", ["this process", "another process"])
-async def test_a_cancellation_is_heard_at_once(house: House, kind: str, caller: str) -> None:
+async def test_a_cancellation_is_noticed_at_once(house: House, kind: str, caller: str) -> None:
     async def work(_job: JobContext, _payload: Text) -> None:
         await asyncio.sleep(8)
 

@@ -1,5 +1,5 @@
-"""`JobType(memory_limit_mb=...)`: what counts, what a handler that exceeds it is told, and what
-becomes of its process.
+"""`JobType(memory_limit_mb=...)`: what counts, how an attempt that exceeds it ends, and when its
+process is replaced.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from job_registry import DefinitionError, JobRegistry, JobType, Payload
-from job_registry_api.queue.database import Database
+from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.models import JobRecord, JobStatus
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.requests import EnqueueRequest
@@ -56,9 +56,9 @@ class Diner:
 
 @pytest.fixture
 async def diner(database_url: str) -> AsyncIterator[Diner]:
-    database = Database(database_url)
+    database = open_database(database_url)
     queue = JobQueue(JobRegistry(TYPES), database)
-    async with queue.events.hearing():
+    async with queue.events.listening():
         worker = Worker(queue, concurrency=1, assets="assets", shutdown_seconds=2)
         task = asyncio.create_task(worker.run())
         try:
@@ -81,13 +81,15 @@ async def test_a_handler_may_use_its_limit_and_not_more(diner: Diner, kind: str)
 
 
 @pytest.mark.parametrize("how", ["small objects", "result", "map", "says otherwise"])
-async def test_wherever_memory_runs_out_the_job_is_told_so(diner: Diner, how: str) -> None:
+async def test_the_error_names_the_limit_wherever_memory_runs_out(diner: Diner, how: str) -> None:
     failed = await diner.run(how, 400)
     assert failed.error is not None
     assert (failed.error.code, failed.error.message) == ("memory_limit_exceeded", EXCEEDED)
 
 
-async def test_a_handler_that_runs_out_of_memory_may_say_what_that_means(diner: Diner) -> None:
+async def test_a_handler_may_catch_the_memory_error_and_fail_with_its_own_words(
+    diner: Diner,
+) -> None:
     failed = await diner.run("fails itself", 400)
     assert failed.error is not None
     assert (failed.error.code, failed.error.message) == (
@@ -96,7 +98,7 @@ async def test_a_handler_that_runs_out_of_memory_may_say_what_that_means(diner: 
     )
 
 
-async def test_a_crash_close_to_the_limit_is_told_as_exceeding_it(diner: Diner) -> None:
+async def test_a_crash_close_to_the_limit_counts_as_exceeding_it(diner: Diner) -> None:
     failed = await diner.run("library crashes", 2)
     assert failed.error is not None
     assert failed.error.code == "memory_limit_exceeded"
@@ -170,7 +172,7 @@ def test_only_a_process_of_its_own_has_a_memory_limit(run_in: Any) -> None:
         JobType(name="here", payload=Here, run_in=run_in, memory_limit_mb=128)
 
 
-async def test_a_system_without_such_limits_is_told_once(
+async def test_the_log_says_once_that_a_system_does_not_limit_memory(
     queue: JobQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop, "address_space", lambda: None)

@@ -136,13 +136,13 @@ def test_an_end_travels_between_processes_as_it_is(end: Any) -> None:
         (-33, "The handler's process was killed by signal 33."),
     ],
 )
-def test_a_process_that_dies_is_told_with_its_signal_or_exit_code(
+def test_a_process_that_dies_is_reported_with_its_signal_or_exit_code(
     exit_code: int, sentence: str
 ) -> None:
     assert how_it_died(exit_code) == sentence
 
 
-def test_an_exception_is_told_by_name_and_words_and_its_traceback_has_no_words() -> None:
+def test_an_exception_is_reported_by_name_and_words_and_its_traceback_has_no_words() -> None:
     try:
         raise ValueError("secret")
     except ValueError as error:

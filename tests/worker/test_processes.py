@@ -8,7 +8,7 @@ import signal
 import statistics
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -53,6 +53,13 @@ def catalog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+async def naps(database_url: str, catalog: Path) -> AsyncIterator[JobQueue]:
+    database = open_database(database_url)
+    yield JobQueue(JobRegistry(discover(["naps"])), database)
+    await database.close()
+
+
 @contextmanager
 def worker(database_url: str, catalog: Path, **settings: object) -> Iterator[Command]:
     environment = {
@@ -88,87 +95,78 @@ async def until(queue: JobQueue, job: JobRecord, status: JobStatus) -> JobRecord
     return now
 
 
-async def test_an_idle_worker_starts_a_new_job_at_once(database_url: str, catalog: Path) -> None:
-    database = open_database(database_url)
-    queue = JobQueue(JobRegistry(discover(["naps"])), database)
+async def test_an_idle_worker_starts_a_new_job_at_once(
+    naps: JobQueue, database_url: str, catalog: Path
+) -> None:
     delays = []
     with worker(database_url, catalog):
-        await until(queue, await enqueue(queue), JobStatus.SUCCEEDED)
+        await until(naps, await enqueue(naps), JobStatus.SUCCEEDED)
         for _ in range(7):
             await asyncio.sleep(0.3)
-            job = await until(queue, await enqueue(queue), JobStatus.SUCCEEDED)
+            job = await until(naps, await enqueue(naps), JobStatus.SUCCEEDED)
             assert job.started_at is not None
             delays.append((job.started_at - job.created_at).total_seconds())
-    await database.close()
     # 50 ms on PostgreSQL and 250 ms on SQLite are what is promised, on a machine of its own.
     promised = 0.25 if database_url.startswith("sqlite") else 0.05
     assert statistics.median(delays) < promised
 
 
 @pytest.mark.any_database
-async def test_sigterm_lets_a_running_job_end(database_url: str, catalog: Path) -> None:
-    database = open_database(database_url)
-    queue = JobQueue(JobRegistry(discover(["naps"])), database)
-    with worker(database_url, catalog) as process:
-        job = await enqueue(queue, 1.0)
-        await until(queue, job, JobStatus.RUNNING)
-        process.send_signal(signal.SIGTERM)
-        await asyncio.to_thread(process.wait, 15)
-    assert process.returncode == 0
-    assert (await queue.get(job.id)).status is JobStatus.SUCCEEDED
-    await database.close()
-
-
-@pytest.mark.any_database
-async def test_sigterm_does_not_wait_for_a_thread_longer_than_it_was_told(
-    database_url: str, catalog: Path
+async def test_sigterm_lets_a_running_job_end(
+    naps: JobQueue, database_url: str, catalog: Path
 ) -> None:
-    database = open_database(database_url)
-    queue = JobQueue(JobRegistry(discover(["naps"])), database)
-    with worker(database_url, catalog, shutdown_seconds=0.5) as process:
-        job = await enqueue(queue, 60, "deep_sleep")
-        await until(queue, job, JobStatus.RUNNING)
+    with worker(database_url, catalog) as process:
+        job = await enqueue(naps, 1.0)
+        await until(naps, job, JobStatus.RUNNING)
         process.send_signal(signal.SIGTERM)
         await asyncio.to_thread(process.wait, 15)
     assert process.returncode == 0
-    back = await queue.get(job.id)
-    assert (back.status, back.attempt) == (JobStatus.QUEUED, 0)
-    await database.close()
+    assert (await naps.get(job.id)).status is JobStatus.SUCCEEDED
 
 
 @pytest.mark.any_database
-async def test_a_second_signal_hands_running_jobs_back(database_url: str, catalog: Path) -> None:
-    database = open_database(database_url)
-    queue = JobQueue(JobRegistry(discover(["naps"])), database)
+async def test_sigterm_does_not_wait_for_a_thread_longer_than_it_is_configured_to(
+    naps: JobQueue, database_url: str, catalog: Path
+) -> None:
+    with worker(database_url, catalog, shutdown_seconds=0.5) as process:
+        job = await enqueue(naps, 60, "deep_sleep")
+        await until(naps, job, JobStatus.RUNNING)
+        process.send_signal(signal.SIGTERM)
+        await asyncio.to_thread(process.wait, 15)
+    assert process.returncode == 0
+    back = await naps.get(job.id)
+    assert (back.status, back.attempt) == (JobStatus.QUEUED, 0)
+
+
+@pytest.mark.any_database
+async def test_a_second_signal_releases_running_jobs(
+    naps: JobQueue, database_url: str, catalog: Path
+) -> None:
     with worker(database_url, catalog) as process:
-        job = await enqueue(queue, 30)
-        await until(queue, job, JobStatus.RUNNING)
+        job = await enqueue(naps, 30)
+        await until(naps, job, JobStatus.RUNNING)
         process.send_signal(signal.SIGINT)
         await asyncio.sleep(0.5)
         process.send_signal(signal.SIGINT)
         await asyncio.to_thread(process.wait, 15)
-    back = await queue.get(job.id)
+    back = await naps.get(job.id)
     assert (back.status, back.attempt) == (JobStatus.QUEUED, 0)
-    await database.close()
 
 
 async def test_an_idle_worker_takes_over_the_job_of_one_that_was_killed(
-    database_url: str, catalog: Path
+    naps: JobQueue, database_url: str, catalog: Path
 ) -> None:
-    database = open_database(database_url)
-    queue = JobQueue(JobRegistry(discover(["naps"])), database)
     with (
         worker(database_url, catalog, lease_seconds=1) as one,
         worker(database_url, catalog, lease_seconds=1) as other,
     ):
-        job = await enqueue(queue, 1.0)
-        running = await until(queue, job, JobStatus.RUNNING)
+        job = await enqueue(naps, 1.0)
+        running = await until(naps, job, JobStatus.RUNNING)
         assert running.worker_id is not None
         (killed,) = (each for each in (one, other) if f":{each.pid}:" in running.worker_id)
         killed.kill()
-        done = await until(queue, job, JobStatus.SUCCEEDED)
-    attempts = (await queue.attempts([job.id]))[job.id]
+        done = await until(naps, job, JobStatus.SUCCEEDED)
+    attempts = (await naps.attempts([job.id]))[job.id]
     assert [attempt.outcome for attempt in attempts] == ["lost", "succeeded"]
     assert len({attempt.worker_id for attempt in attempts}) == 2
     assert done.attempt == 2
-    await database.close()

@@ -296,7 +296,7 @@ async def test_an_overdue_thread_does_not_hold_up_the_end_of_its_worker(house: H
 
 @about_leases
 @pytest.mark.parametrize("kind", ["async", "thread"])
-async def test_a_handler_whose_lease_is_lost_is_told_to_stop_and_writes_nothing(
+async def test_a_handler_whose_lease_is_lost_is_stopped_and_writes_nothing(
     house: House, kind: str
 ) -> None:
     told = asyncio.Event()
@@ -327,7 +327,7 @@ async def test_a_handler_whose_lease_is_lost_is_told_to_stop_and_writes_nothing(
 
 
 @pytest.mark.parametrize("kind", ["async", "thread"])
-async def test_a_running_job_hears_of_its_cancellation(house: House, kind: str) -> None:
+async def test_a_running_job_gets_its_cancellation(house: House, kind: str) -> None:
     if kind == "async":
 
         @house.job_type.handler
@@ -386,7 +386,7 @@ async def test_a_validator_that_raises_anything_fails_the_attempt(database_url: 
     job_type.handler(lambda job, payload: None)
     database = open_database(database_url)
     queue = JobQueue(JobRegistry([job_type]), database)
-    async with queue.events.hearing():
+    async with queue.events.listening():
         house = House(queue, database_url, job_type)
         job = (await queue.enqueue(EnqueueRequest("checked", {"name": "a"}))).job
         broken = True
@@ -414,7 +414,7 @@ async def test_an_exception_that_exits_when_it_is_read_fails_the_attempt(house: 
 
 
 @pytest.mark.parametrize("error", [RuntimeError, Cancel])
-async def test_an_error_that_is_too_large_to_store_is_told_with_its_first_words(
+async def test_an_error_that_is_too_large_to_store_is_reported_with_its_first_words(
     database_url: str, house: House, error: type[Exception]
 ) -> None:
     @house.job_type.handler
@@ -424,7 +424,7 @@ async def test_an_error_that_is_too_large_to_store_is_told_with_its_first_words(
     registry = JobRegistry([house.job_type], max_payload_bytes=1_024)
     database = open_database(database_url)
     queue = JobQueue(registry, database)
-    async with queue.events.hearing():
+    async with queue.events.listening():
         ended = await House(queue, database_url, house.job_type).run(max_attempts=1)
     await database.close()
     assert ended.error is not None
@@ -462,7 +462,7 @@ async def test_the_log_names_the_code_of_a_failed_attempt_and_not_its_message(
 
 
 @pytest.mark.any_database
-async def test_stopping_lets_running_jobs_end_and_hands_the_rest_back(house: House) -> None:
+async def test_stopping_lets_running_jobs_end_and_releases_the_rest(house: House) -> None:
     @house.job_type.handler
     async def work(_job: JobContext, payload: Text) -> None:
         await asyncio.sleep(0.4 if payload.text == "short" else 30)
@@ -490,7 +490,7 @@ def stop_when_asked_in_thread(job: JobContext, _payload: Text) -> None:
     raise Cancel
 
 
-async def test_a_worker_that_is_cancelled_hands_its_jobs_back_and_leases_no_more(
+async def test_a_worker_that_is_cancelled_releases_its_jobs_and_leases_no_more(
     house: House,
 ) -> None:
     @house.job_type.handler
@@ -513,7 +513,7 @@ async def test_a_worker_that_is_cancelled_hands_its_jobs_back_and_leases_no_more
 @pytest.mark.any_database
 @about_leases
 @pytest.mark.parametrize("handler", [stop_when_asked, stop_when_asked_in_thread])
-async def test_a_job_that_ends_because_the_worker_stops_is_handed_back(
+async def test_a_job_that_ends_because_the_worker_stops_is_released(
     house: House, handler: Callable[..., Any]
 ) -> None:
     house.job_type.handler(handler)

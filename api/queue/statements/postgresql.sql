@@ -66,20 +66,18 @@ SELECT job.* FROM jsonb_to_recordset(CAST(:keys AS jsonb)) AS wanted (type text,
 JOIN job_registry.job ON job.type = wanted.type AND job.idempotency_key = wanted.key
 
 -- name: newest
--- The newest jobs of several types and statuses. Of each pair the newest are read from its index,
+-- The ids of the newest jobs of several types and statuses. Of each pair the newest are read from its index,
 -- and merged: no index has them in one order. The status is a range, and not an equality, so that
 -- only the index of type, status and id has the order: that of type and id would read every job
 -- of a type in search of a rare status.
-SELECT job.* FROM job_registry.job WHERE job.id IN (
-    SELECT newest.id FROM jsonb_to_recordset(CAST(:pairs AS jsonb)) AS pair (type text, status text)
-    CROSS JOIN LATERAL (
-        SELECT job.id FROM job_registry.job
-        WHERE job.type = pair.type AND job.status >= pair.status
-            AND (job.status, job.id) < (pair.status, CAST(:after AS uuid))
-        ORDER BY job.status DESC, job.id DESC LIMIT :first
-    ) AS newest
-    ORDER BY newest.id DESC LIMIT :first)
-ORDER BY job.id DESC
+SELECT newest.id FROM jsonb_to_recordset(CAST(:pairs AS jsonb)) AS pair (type text, status text)
+CROSS JOIN LATERAL (
+    SELECT job.id FROM job_registry.job
+    WHERE job.type = pair.type AND job.status >= pair.status
+        AND (job.status, job.id) < (pair.status, CAST(:after AS uuid))
+    ORDER BY job.status DESC, job.id DESC LIMIT :first
+) AS newest
+ORDER BY newest.id DESC LIMIT :first
 
 -- name: lease_states
 -- Return the states of leases: in force, job succeeded by this lease, or neither.
@@ -92,14 +90,19 @@ FROM jsonb_to_recordset(CAST(:leases AS jsonb)) AS lease (id uuid, token text, l
 JOIN job_registry.job ON job.id = lease.id
 
 -- name: attempts
--- Return the attempts of these jobs, oldest first.
-SELECT job_id, attempt, worker_id, started_at, finished_at, outcome, error,
+-- Return the latest attempts of these jobs up to a size, oldest first, and how many there are.
+SELECT job_id, attempt, worker_id, started_at, finished_at, outcome, error, attempts,
     finished_at IS NOT NULL AND held_until IS NOT NULL AND held_until > clock_timestamp()
         AS still_running
-FROM job_registry.job_attempt
-WHERE job_id IN (
-    SELECT CAST(wanted.id AS uuid)
-    FROM jsonb_array_elements_text(CAST(:ids AS jsonb)) AS wanted (id))
+FROM (
+    SELECT *, count(*) OVER () AS attempts, row_number() OVER (ORDER BY id DESC) AS place,
+        sum(200 + coalesce(length(CAST(error AS text)), 0)) OVER (ORDER BY id DESC) AS bytes
+    FROM job_registry.job_attempt
+    WHERE job_id IN (
+        SELECT CAST(wanted.id AS uuid)
+        FROM jsonb_array_elements_text(CAST(:ids AS jsonb)) AS wanted (id))
+) AS sized
+WHERE bytes <= CAST(:max_bytes AS bigint) OR place = 1
 ORDER BY id
 
 -- name: waiting

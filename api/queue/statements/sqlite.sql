@@ -110,10 +110,10 @@ SET finished_at = :now, outcome = :outcome, error = :error, held_until = :held_u
 WHERE job_id = :id AND finished_at IS NULL
 
 -- name: forget_returned
--- Delete the oldest released and snoozed attempts of a job, and keep 32.
+-- Delete the oldest attempts of a job that were given back or cancelled, and keep 32.
 DELETE FROM job_attempt
-WHERE job_id = :id AND outcome IN ('released', 'snoozed') AND id <= (
-    SELECT id FROM job_attempt WHERE job_id = :id AND outcome IN ('released', 'snoozed')
+WHERE job_id = :id AND outcome IN ('released', 'snoozed', 'cancelled') AND id <= (
+    SELECT id FROM job_attempt WHERE job_id = :id AND outcome IN ('released', 'snoozed', 'cancelled')
     ORDER BY id DESC LIMIT 1 OFFSET 32)
 
 -- name: renew
@@ -175,16 +175,14 @@ CROSS JOIN job ON job.type = json_extract(wanted.value, '$.type')
     AND job.idempotency_key = json_extract(wanted.value, '$.key')
 
 -- name: newest
--- The newest jobs of several types and statuses. Of each pair the newest are read from its index,
+-- The ids of the newest jobs of several types and statuses. Of each pair the newest are read from its index,
 -- and merged: no index has them in one order.
-SELECT job.* FROM job WHERE job.id IN (
-    SELECT job.id FROM json_each(:pairs) AS pair CROSS JOIN job ON job.id IN (
-        SELECT newest.id FROM job AS newest
-        WHERE newest.type = json_extract(pair.value, '$.type')
-            AND newest.status = json_extract(pair.value, '$.status') AND newest.id < :after
-        ORDER BY newest.id DESC LIMIT :first)
-    ORDER BY job.id DESC LIMIT :first)
-ORDER BY job.id DESC
+SELECT job.id FROM json_each(:pairs) AS pair CROSS JOIN job ON job.id IN (
+    SELECT newest.id FROM job AS newest
+    WHERE newest.type = json_extract(pair.value, '$.type')
+        AND newest.status = json_extract(pair.value, '$.status') AND newest.id < :after
+    ORDER BY newest.id DESC LIMIT :first)
+ORDER BY job.id DESC LIMIT :first
 
 -- name: lease_states
 -- Return the states of leases: in force, job succeeded by this lease, or neither.
@@ -200,11 +198,16 @@ FROM json_each(:leases) AS lease
 CROSS JOIN job ON job.id = json_extract(lease.value, '$.id')
 
 -- name: attempts
--- Return the attempts of these jobs, oldest first.
-SELECT job_id, attempt, worker_id, started_at, finished_at, outcome, error,
+-- Return the latest attempts of these jobs up to a size, oldest first, and how many there are.
+SELECT job_id, attempt, worker_id, started_at, finished_at, outcome, error, attempts,
     finished_at IS NOT NULL AND held_until IS NOT NULL
         AND held_until > strftime('%Y-%m-%d %H:%M:%f', 'now') || '000' AS still_running
-FROM job_attempt WHERE job_id IN (SELECT value FROM json_each(:ids)) ORDER BY id
+FROM (
+    SELECT *, count(*) OVER () AS attempts, row_number() OVER (ORDER BY id DESC) AS place,
+        sum(200 + coalesce(length(error), 0)) OVER (ORDER BY id DESC) AS bytes
+    FROM job_attempt WHERE job_id IN (SELECT value FROM json_each(:ids)))
+WHERE bytes <= :max_bytes OR place = 1
+ORDER BY id
 
 -- name: waiting
 -- Return what queued jobs wait for. Each count reads one range of an index, up to a bound. Higher

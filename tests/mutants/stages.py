@@ -1,0 +1,201 @@
+"""The areas of the core, and the tests that are to notice their faults, the nearest first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+NOT_FOR_MUTANTS: Final = (
+    # Slow, with servers of their own, and about costs, which no fault of these changes.
+    "--ignore=tests/queue/test_plan_cost.py",
+    "--ignore=tests/queue/test_postgresql_with_llvm.py",
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Tests that run together: files and folders, without those that ran before."""
+
+    tests: tuple[str, ...]
+    without: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+    is_quick: bool = False
+
+    @property
+    def arguments(self) -> list[str]:
+        """The arguments of pytest."""
+        tests = [each for each in self.tests if not _within(each, self.without)]
+        return [*tests, *(f"--ignore={path}" for path in self.without), *self.options]
+
+    def again(self, tests: list[str]) -> list[str]:
+        """The arguments of pytest that run some of the tests by themselves."""
+        return [*tests, *(each for each in self.options if each == "--slow")]
+
+    def has(self, path: str) -> bool:
+        """Return whether the test file belongs to this stage."""
+        return _within(path, self.tests) and not _within(path, self.without)
+
+
+@dataclass(frozen=True)
+class Area:
+    """Files, and the tests that are to notice their faults.
+
+    `about` has the tests about a file or folder, `quick` those that run next. A fault that these do
+    not notice runs all `tests`, and then the slow ones of `slow`.
+    """
+
+    name: str
+    paths: tuple[str, ...]
+    tests: tuple[str, ...]
+    quick: tuple[str, ...] = ()
+    about: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    slow: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+    sql: bool = False
+
+    @property
+    def everything(self) -> list[Stage]:
+        """All tests of the area, and the slow ones."""
+        stages = [Stage(self.tests, options=self.options)]
+        if self.slow:
+            stages.append(Stage(self.slow, options=SLOW))
+        return stages
+
+
+def stages_of(area: Area, path: Path) -> list[Stage]:
+    """Return the stages for a fault in the file."""
+    one_database = _one_database(path)
+    first = next(
+        (tests for prefix, tests in area.about if str(path).startswith(prefix)), area.quick
+    )
+    second = tuple(each for each in area.quick if not _within(each, first))
+    # The quick ones on one database, which is enough for what most files do.
+    quickly = one_database or ("-k", "not postgresql")
+    stages = [Stage(first, (), quickly, is_quick=True)]
+    if second:
+        stages.append(Stage(second, first, quickly, is_quick=True))
+    if not one_database:
+        stages.append(Stage((*first, *second), options=("-k", "postgresql")))
+    stages.append(Stage(area.tests, (*first, *second), (*area.options, *one_database)))
+    if area.slow:
+        stages.append(Stage(area.slow, options=SLOW))
+    return stages
+
+
+TWO_AT_ONCE: Final = ("-n", "2")
+SLOW: Final = ("--slow", "-m", "slow")
+
+
+def _one_database(path: Path) -> tuple[str, ...]:
+    """Leave out the tests of a database that never reads the file."""
+    if path.stem == "sqlite":
+        return ("-k", "not postgresql")
+    if path.stem == "postgresql" or path == Path("alembic/versions/0002_claims.sql"):
+        return ("-k", "not sqlite")
+    return ()
+
+
+def _within(path: str, places: tuple[str, ...]) -> bool:
+    return any(path == place or path.startswith(f"{place}/") for place in places)
+
+
+def _queue(*names: str) -> tuple[str, ...]:
+    return tuple(f"tests/queue/test_{name}.py" for name in names)
+
+
+QUEUE_TESTS: Final = (
+    "tests/queue",
+    "tests/test_health.py",
+    "tests/test_metrics.py",
+    "tests/graphql/test_graphql.py",
+    "tests/graphql/test_subscriptions.py",
+)
+QUICK_QUEUE_TESTS: Final = _queue(
+    "small_faults", "life_of_a_job", "overrunning_attempts", "clocks", "queue_heads", "upkeep"
+)
+ABOUT_QUEUE: Final = (
+    ("api/queue/caller_transactions.py", _queue("caller_transactions")),
+    ("alembic/versions/0002_claims.sql", (*QUICK_QUEUE_TESTS, *_queue("claiming", "locks"))),
+    ("api/queue/claiming.py", (*_queue("claiming"), "tests/test_metrics.py")),
+    ("api/queue/database.py", _queue("database", "sqlite_file")),
+    ("api/queue/enqueueing.py", _queue("enqueue")),
+    ("api/queue/event", _queue("events")),
+    ("api/queue/group_commit.py", _queue("small_faults", "enqueue")),
+    ("api/queue/migrations.py", _queue("migrations")),
+    ("api/queue/readiness.py", ("tests/test_health.py",)),
+    ("api/queue/requests.py", _queue("enqueue")),
+    ("api/queue/upkeep.py", _queue("upkeep")),
+    ("alembic/versions/0001_jobs.py", _queue("migrations", "small_faults")),
+)
+AREAS: Final = (
+    Area(
+        "SQL of the queue",
+        (
+            "api/queue/**/*.sql",
+            "api/queue/**/*.py",
+            "alembic/versions/*.sql",
+            "alembic/versions/*.py",
+        ),
+        QUEUE_TESTS,
+        QUICK_QUEUE_TESTS,
+        ABOUT_QUEUE,
+        options=TWO_AT_ONCE,
+        sql=True,
+    ),
+    Area(
+        "queue",
+        ("api/queue/**/*.py",),
+        QUEUE_TESTS,
+        QUICK_QUEUE_TESTS,
+        ABOUT_QUEUE,
+        options=TWO_AT_ONCE,
+    ),
+    Area(
+        "worker",
+        ("api/worker/**/*.py",),
+        ("tests/worker",),
+        ("tests/worker/test_worker.py",),
+        (
+            ("api/worker/outcomes.py", ("tests/worker/test_outcomes.py",)),
+            ("api/worker/extensions.py", ("tests/worker/test_extensions.py",)),
+            ("api/worker/lease_keeper.py", ("tests/worker/test_leases.py",)),
+            ("api/worker/processes.py", ("tests/worker/test_in_processes.py",)),
+            ("api/worker/child.py", ("tests/worker/test_in_processes.py",)),
+            ("api/worker/results.py", ("tests/worker/test_leases.py",)),
+        ),
+        slow=("tests/worker/test_shutdown.py",),
+    ),
+    Area(
+        "auth",
+        ("api/auth.py",),
+        ("tests/test_auth.py", "tests/graphql/test_guards.py", "tests/graphql/test_websocket.py"),
+        ("tests/test_auth.py",),
+    ),
+    Area(
+        "registry",
+        ("registry/**/*.py",),
+        (
+            "tests/registry",
+            "tests/queue/test_enqueue.py",
+            "tests/graphql/test_inputs.py",
+            "tests/graphql/test_typed.py",
+            "tests/worker/test_worker.py",
+            "tests/worker/test_extensions.py",
+        ),
+        ("tests/registry",),
+        (
+            (
+                "registry/violations.py",
+                ("tests/registry/test_violations.py", "tests/registry/test_payloads.py"),
+            ),
+            ("registry/payload", ("tests/registry/test_payloads.py",)),
+            ("registry/json_values.py", ("tests/registry/test_payloads.py",)),
+            ("registry/discovery.py", ("tests/registry/test_discovery.py",)),
+            ("registry/errors.py", ("tests/registry/test_errors.py",)),
+            ("registry/catalog", ("tests/registry/test_thumbnails.py",)),
+            ("registry/extension.py", ("tests/worker/test_extensions.py",)),
+            ("registry/context.py", ("tests/worker/test_worker.py",)),
+        ),
+    ),
+)
