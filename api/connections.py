@@ -50,11 +50,14 @@ MAX_CONTROL_FRAMES: Final = 100
 MAX_FRAGMENTS: Final = 1_000
 """Fragments per WebSocket message: empty ones are free of the limit of its size."""
 
-PIECE: Final = 4_096
+PIECE: Final = 16_384
 """How many bytes of WebSocket frames are parsed before other connections take their turn."""
 
 MIN_READ: Final = 262_144
 """What a client has to read of an answer within the time to read it, or all that is left."""
+
+YIELD_SECONDS: Final = 3.0
+"""How long an answer may be unread before its connection may be ended for a new one."""
 
 SWEEP_SECONDS: Final = 0.25
 LINGER_SECONDS: Final = 1.0
@@ -307,6 +310,8 @@ class HTTPConnection(HttpToolsProtocol):
         """Wait for the next request."""
         super().on_response_complete()
         self._wait_if_done()
+        if self._phase is _Phase.BODY and self.cycle.response_complete:
+            self._open.waits(self)  # For the rest of a body that nobody reads.
 
     def handle_websocket_upgrade(self) -> None:
         """Become a WebSocket, which counts as one connection with its handshake."""
@@ -323,6 +328,8 @@ class HTTPConnection(HttpToolsProtocol):
     def resume_writing(self) -> None:
         """Go on writing: the client has read."""
         self._unread.forget()
+        if self._phase is _Phase.RESPONSE and not self.cycle.response_complete:
+            self._open.is_busy(self)
         super().resume_writing()
 
     def check(self, now: float) -> None:
@@ -331,6 +338,8 @@ class HTTPConnection(HttpToolsProtocol):
             size = self.transport.get_write_buffer_size()
             if self._unread.is_stalled(now, size, self._bounds.unread_seconds):
                 self.end()
+            elif self._unread.is_stalled(now, size, YIELD_SECONDS):
+                self._open.waits(self)
         elif self.flow.read_paused:
             # The application does not read: the client is not late.
             if self._phase is _Phase.BODY:
@@ -536,8 +545,12 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
         """Return the next message, and parse more once there is none."""
         message = await super().receive()
         if self._held and not self.read_paused:
+            # What has been read comes before what may be read.
+            self.transport.pause_reading()
             await asyncio.sleep(0)  # Other connections take their turn.
             self._parse()
+            if not self.read_paused:
+                self.transport.resume_reading()
         return message
 
     async def send(self, message: Any) -> None:
@@ -580,6 +593,11 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
                 self._incomplete_since = self.loop.time()
             self._incomplete_bytes += len(piece)
             super().data_received(piece)
+            if self.conn.handshake_exc is not None and not self.transport.is_closing():
+                # The handshake does not parse, and no application will ever see it.
+                self._has_failed = True
+                self.transport.write(_BAD_HANDSHAKE)
+                self.transport.close()
         self._held = b"" if self._has_failed else held[position:]
 
     def _count_control_frame(self) -> None:
@@ -602,6 +620,11 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
             return
         self.conn.fail(code, reason)
         self.handle_parser_exception()
+
+
+_BAD_HANDSHAKE: Final = (
+    b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+)
 
 
 class _Unread:

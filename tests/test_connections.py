@@ -16,6 +16,7 @@ from websockets.asyncio.client import connect
 from websockets.typing import Subprotocol
 
 from tests.http_client import serving
+from tests.test_auth import AUTH, bearer
 
 pytestmark = pytest.mark.any_database
 
@@ -221,6 +222,20 @@ async def test_half_open_requests_do_not_shut_others_out(database_url: str) -> N
         assert await is_alive(address)
         async with httpx.AsyncClient(base_url=f"http://{address}") as client:
             assert (await client.post("/jobs", json=JOB)).status_code == 201
+
+
+async def test_bodies_that_nobody_reads_do_not_shut_others_out(database_url: str) -> None:
+    async with (
+        serving(database_url, "--no-worker", **AUTH, max_connections="16") as (address, _),
+        AsyncExitStack() as stack,
+    ):
+        for _ in range(40):
+            reader, writer = await stack.enter_async_context(opened(address))
+            writer.write(POST + b"content-length: 1000\r\n\r\n")
+            assert b"401" in await reader.readline()
+        async with httpx.AsyncClient(base_url=f"http://{address}") as client:
+            stored = await client.post("/jobs", json=JOB, headers=bearer("jobs:enqueue"))
+            assert stored.status_code == 201
 
 
 async def test_when_every_connection_is_busy_only_health_is_served(database_url: str) -> None:

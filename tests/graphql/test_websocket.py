@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import ConnectionClosed
+from websockets.exceptions import ConnectionClosed, InvalidMessage, InvalidStatus
 from websockets.typing import Subprotocol
 
 from job_registry_api.auth import Authenticator
@@ -248,6 +248,29 @@ async def test_connections_that_are_not_acknowledged_hold_little(database_url: s
             with contextlib.suppress(ConnectionClosed):
                 await socket.send(bomb)
     assert cost.within(cpu_seconds=0.5, peak_bytes=32_000_000) == ""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="measured in /proc")
+async def test_a_flood_of_small_messages_waits_in_the_client(database_url: str) -> None:
+    text = b'{"type": "pong"}'
+    masked = bytes([0x81, 0x80 | len(text)]) + bytes(4) + text
+    async with (
+        measured_server(database_url) as server,
+        connect(f"ws://{server.address}/graphql", subprotocols=[PROTOCOL]) as socket,
+    ):
+        await answers(socket, INIT)
+        async with server.measuring() as cost:
+            socket.transport.write(masked * 2_000_000)
+            await asyncio.sleep(1)
+        socket.transport.abort()
+    assert cost.peak_bytes < 8_000_000
+
+
+async def test_a_handshake_that_is_not_valid_is_closed(address: str) -> None:
+    with pytest.raises((InvalidMessage, InvalidStatus, EOFError)):
+        await connect(f"ws://{address}/graphql", additional_headers={"x": "y" * 20_000})
+    async with connect(f"ws://{address}/graphql", subprotocols=[PROTOCOL]) as socket:
+        assert await answers(socket, INIT) == ["connection_ack"]
 
 
 @pytest.mark.slow
