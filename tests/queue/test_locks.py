@@ -18,6 +18,7 @@ from job_registry import JobRegistry, JobType, Payload
 from job_registry_api.queue.database import async_url
 from job_registry_api.queue.enqueueing import Enqueued
 from job_registry_api.queue.models import JobError, JobRecord, JobStatus
+from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.postgresql_database import PostgreSQLDatabase
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.requests import EnqueueRequest
@@ -246,7 +247,7 @@ async def test_no_lock_is_held_while_a_large_document_is_sent_however_small_it_i
 async def test_statements_that_hold_locks_leave_out_documents_over_8_kb(
     fresh_postgresql_url: str, column: str
 ) -> None:
-    database = Database(fresh_postgresql_url)
+    database = open_database(fresh_postgresql_url)
     queue = JobQueue(JobRegistry([JobType(name="race.text", payload=Text)]), database)
     await queue.enqueue(EnqueueRequest("race.text", {"text": "a"}))
     await database.close()
