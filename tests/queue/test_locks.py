@@ -16,9 +16,9 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
 from job_registry import JobRegistry, JobType, Payload
 from job_registry_api.queue.database import async_url
+from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.enqueueing import Enqueued
 from job_registry_api.queue.models import JobError, JobRecord, JobStatus
-from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.postgresql_database import PostgreSQLDatabase
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.requests import EnqueueRequest
