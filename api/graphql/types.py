@@ -411,7 +411,7 @@ class JobConnection:
 )
 class JobLease:
     lease_token: str = strawberry.field(
-        description="Identifies the lease in every later request. Keep it secret."
+        description="Identifies the lease in every later request. Treat it like a password."
     )
     job: Job = strawberry.field(description="The job to run.")
     expires_at: datetime = strawberry.field(
