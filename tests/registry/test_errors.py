@@ -12,6 +12,7 @@ from job_registry import CodedError, JobTypeNotFound, NotJson, PayloadInvalid, V
 from job_registry_api.auth import Forbidden, TooManyRequests, Unauthenticated
 from job_registry_api.queue.errors import (
     EventsMissed,
+    IdempotencyKeyTaken,
     InputInvalid,
     JobNotFound,
     JobStateConflict,
