@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
@@ -14,7 +14,7 @@ from job_registry import JobPolicy, JobRegistry, Violation, text_fault
 from job_registry_api.queue.errors import InputInvalid, JobNotFound
 from job_registry_api.queue.models import AttemptRecord, JobCounts, JobRecord, JobStatus
 from job_registry_api.queue.requests import parse_job_id
-from job_registry_api.queue.store import Store, Waiting
+from job_registry_api.queue.store import Listed, Store, Waiting
 
 MAX_FILTER_TYPES: Final = 100
 """A page is merged from one query per type and status. SQLite merges at most 500 queries."""
@@ -87,6 +87,20 @@ def weight_of(job: JobRecord) -> int:
     return sum(len(text) + 24 * text.count(b",") for text in texts)
 
 
+def _piece(listed: Iterable[Listed]) -> list[uuid.UUID]:
+    """Return the ids of the jobs to read whole at once: the first, and those that fit with it."""
+    ids: list[uuid.UUID] = []
+    size = 0
+    for each in listed:
+        if not each.is_partial:
+            continue
+        size += each.size
+        if ids and size > PIECE_BYTES:
+            break
+        ids.append(each.job.id)
+    return ids
+
+
 class Reading:
     """The part of `JobQueue` that reads."""
 
@@ -156,43 +170,39 @@ class Reading:
         types = tuple(name for name in job_filter.types if text_fault(name) is None)
         if job_filter.types and not types:
             return JobPage([], has_next_page=False)
-        sizes = await self._store.list_sizes(
+        found = await self._store.list_jobs(
             types=types, statuses=job_filter.statuses, first=first + 1, after=after
         )
-        chosen = list(sizes)[: first if most is None else min(first, most)]
-        page = await self._read_page(chosen, sizes, max_bytes)
+        chosen = found[: first if most is None else min(first, most)]
+        page = await self._read_page(chosen, max_bytes)
         return JobPage(
             page.jobs,
-            has_next_page=page.stopped_early or len(sizes) > len(chosen),
-            stopped_early=page.stopped_early or len(chosen) < min(first, len(sizes)),
+            has_next_page=page.stopped_early or len(found) > len(chosen),
+            stopped_early=page.stopped_early or len(chosen) < min(first, len(found)),
             weight=page.weight,
         )
 
-    async def _read_page(
-        self, ids: Sequence[uuid.UUID], sizes: Mapping[uuid.UUID, int], max_bytes: int | None
-    ) -> JobPage:
+    async def _read_page(self, listed: Sequence[Listed], max_bytes: int | None) -> JobPage:
         """Return the first of these jobs, as many as `max_bytes` allows, and one at least.
 
-        They are read a piece at a time, because objects take more memory than their text.
+        What is large is read a piece at a time, because objects take more memory than their text.
         """
         jobs: list[JobRecord] = []
-        weight, start = 0, 0
-        while start < len(ids):
-            end, size = start, 0
-            while end < len(ids) and (end == start or size + sizes[ids[end]] <= PIECE_BYTES):
-                size += sizes[ids[end]]
-                end += 1
-            if max_bytes is None:
-                end = len(ids)
-            read = await self._store.get_many(ids[start:end])
-            # A job may have been deleted in the meantime.
-            for job in (read[job_id] for job_id in ids[start:end] if job_id in read):
-                weight_of_job = weight_of(job)
-                if max_bytes is not None and jobs and weight + weight_of_job > max_bytes:
-                    return JobPage(jobs, has_next_page=True, stopped_early=True, weight=weight)
-                weight += weight_of_job
-                jobs.append(job)
-            start = end
+        weight = 0
+        whole: dict[uuid.UUID, JobRecord] = {}
+        for index, each in enumerate(listed):
+            job: JobRecord | None = each.job
+            if each.is_partial:
+                if each.job.id not in whole:
+                    whole = await self._store.get_many(_piece(listed[index:]))
+                job = whole.get(each.job.id)
+            if job is None:  # It was deleted in the meantime.
+                continue
+            weight_of_job = weight_of(job)
+            if max_bytes is not None and jobs and weight + weight_of_job > max_bytes:
+                return JobPage(jobs, has_next_page=True, stopped_early=True, weight=weight)
+            weight += weight_of_job
+            jobs.append(job)
         return JobPage(jobs, has_next_page=False, weight=weight)
 
     async def counts(self) -> dict[str, JobCounts]:

@@ -55,6 +55,22 @@ RECOVERY_BATCH: Final = 100
 
 _BEHIND_ALL: Final = uuid.UUID(int=2**128 - 1)
 _UNBOUNDED: Final = 2**62
+
+SMALL: Final = 4_096
+"""The length of a JSON value up to which a page of jobs has it at once."""
+
+
+class Listed(NamedTuple):
+    """A job of a page, and the length of its JSON values.
+
+    Where `is_partial`, it has None instead of each payload, progress and result above `SMALL`.
+    """
+
+    job: JobRecord
+    size: int
+    is_partial: bool
+
+
 """Greater than the id of any job."""
 
 EVENT_BATCHES_PRUNED: Final = 10_000
@@ -390,17 +406,17 @@ class Store(ABC):
             )
         return attempts, not rows or rows[0]["attempts"] == len(rows)
 
-    async def list_sizes(
+    async def list_jobs(
         self,
         *,
         types: Sequence[str],
         statuses: Sequence[JobStatus],
         first: int,
         after: uuid.UUID | None,
-    ) -> dict[uuid.UUID, int]:
-        """Return the ids of jobs, newest first, starting after `after`, and how large each job is.
+    ) -> list[Listed]:
+        """Return jobs, newest first, starting after `after`, without what is large.
 
-        The size is the length of its JSON values. It is a keyset page: its cost does not depend on
+        It is a keyset page: its cost does not depend on
         its position. Ids are UUIDv7, so they are in the order of creation.
         """
         if len(types) > 1:
@@ -413,10 +429,13 @@ class Store(ABC):
             behind = (after or _BEHIND_ALL).hex
             wanted = {"pairs": json_text(pairs), "after": behind, "first": first}
             ids = [row["id"] for row in await self._read("newest", wanted)]
-            sizes = _sizes().where(col(Job.id).in_(ids)).order_by(col(Job.id).desc())
+            page = _listed().where(col(Job.id).in_(ids)).order_by(col(Job.id).desc())
         else:
-            sizes = _newest(types, statuses, first=first, after=after)
-        return {row["id"]: int(row["size"]) for row in await self._select(sizes)}
+            page = _newest(types, statuses, first=first, after=after)
+        return [
+            Listed(JobRecord.of(row), int(row["size"]), bool(row["is_partial"]))
+            for row in await self._select(page)
+        ]
 
     async def waiting(self, job_ids: Iterable[uuid.UUID]) -> dict[uuid.UUID, Waiting]:
         """Return what queued jobs wait for. Jobs that are not queued are left out."""
@@ -473,7 +492,7 @@ class Store(ABC):
 def _newest(
     types: Sequence[str], statuses: Sequence[JobStatus], *, first: int, after: uuid.UUID | None
 ) -> Any:
-    """Return the query of the sizes of a page of one type, or of all, in the order of an index.
+    """Return the query of a page of one type, or of all, in the order of an index.
 
     With several statuses, the newest ids of each are read and merged, because no index has them in
     one order.
@@ -487,20 +506,28 @@ def _newest(
     of_statuses = [[col(Job.status) == str(status)] for status in dict.fromkeys(statuses)] or [[]]
     conditions = [[*of_types, *one, *behind] for one in of_statuses]
     if len(conditions) == 1:
-        return newest(_sizes().where(*conditions[0]))
+        return newest(_listed().where(*conditions[0]))
     found = union_all(
         *(newest(select(Job.id).where(*each)).subquery().select() for each in conditions)
     ).subquery()
     ids = sqlalchemy.select(found.c.id).order_by(found.c.id.desc()).limit(first)
-    return _sizes().where(col(Job.id).in_(ids)).order_by(col(Job.id).desc())
+    return _listed().where(col(Job.id).in_(ids)).order_by(col(Job.id).desc())
 
 
-def _sizes() -> Any:
-    """Return the query of the ids and the sizes of jobs."""
+@lru_cache
+def _listed() -> Any:
+    """Return the query of jobs as `Listed` has them."""
+    columns: list[Any] = [col(getattr(Job, name)) for name in JobRecord._fields]
     size: Any = sqlalchemy.literal(0, sqlalchemy.BigInteger)
-    for column in (Job.payload, Job.progress, Job.result):
-        size += func.coalesce(func.length(sqlalchemy.cast(column, sqlalchemy.Text)), 0)
-    return sqlalchemy.select(col(Job.id), size.label("size"))
+    is_partial: Any = sqlalchemy.false()
+    for index, name in enumerate(JobRecord._fields):
+        if name in ("payload", "progress", "result"):
+            text = sqlalchemy.cast(columns[index], sqlalchemy.Text)
+            length: Any = func.coalesce(func.length(text), 0)
+            size += length
+            is_partial |= length > SMALL
+            columns[index] = sqlalchemy.case((length <= SMALL, columns[index])).label(name)
+    return sqlalchemy.select(*columns, size.label("size"), is_partial.label("is_partial"))
 
 
 @lru_cache
