@@ -366,9 +366,10 @@ class Authenticator:
     def _check_host(self, request: Scope) -> None:
         # DNS rebinding: a page whose host name resolves to this machine is same-origin with this
         # server for a browser. No name leads to a page of an address, and every machine itself
-        # resolves localhost (RFC 6761, section 6.3).
-        host = _host(header(request, b"host").decode("latin-1"))
-        if not (host == "localhost" or host in self._hosts or _is_address(host)):
+        # resolves localhost (RFC 6761, section 6.3). Every browser sends the header.
+        given = header(request, b"host").decode("latin-1")
+        host = _host(given)
+        if given and not (host == "localhost" or host in self._hosts or _is_address(host)):
             raise Forbidden(
                 "Without authentication, expected a host that is this machine, such as localhost;"
                 f" got {shortened(host)}. If it is yours, add its origin to JOBS_CORS_ORIGINS."

@@ -172,7 +172,7 @@ def check_lease(
 
 def unknown_types(registry: JobRegistry, job_types: Iterable[str]) -> list[Violation]:
     """Return a violation for each name without a job type, up to 100 and one for the rest."""
-    budget = FaultBudget()
+    budget = registry.fault_budget()
     faults: list[Violation] = []
     more = 0
     for index, name in enumerate(job_types):

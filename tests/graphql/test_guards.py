@@ -400,7 +400,7 @@ async def test_only_the_pages_of_listed_origins_may_call(database_url: str, visi
         ("jobs", False),
         ("wpad", False),
         ("localhost.evil", False),
-        ("", False),
+        ("", True),  # No browser omits it.
         (":8000", False),
         ("a@localhost.", False),
         ("app.example.com", True),  # Its origin is listed.

@@ -6,6 +6,7 @@ SQLite has one writer at a time and one lock for all, so these are about Postgre
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -15,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
 from job_registry import JobRegistry, JobType, Payload
 from job_registry_api.queue.database import async_url
+from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.enqueueing import Enqueued
 from job_registry_api.queue.models import JobError, JobRecord, JobStatus
 from job_registry_api.queue.postgresql_database import PostgreSQLDatabase
@@ -239,6 +241,31 @@ async def test_no_lock_is_held_while_a_large_document_is_sent_however_small_it_i
     (lease,) = await queue.lease(["race.text"], "w")
     assert lease.job.payload == payload
     await database.close()
+
+
+@pytest.mark.parametrize("column", ["payload", "progress", "result", "error"])
+async def test_statements_that_hold_locks_leave_out_documents_over_8_kb(
+    fresh_postgresql_url: str, column: str
+) -> None:
+    database = open_database(fresh_postgresql_url)
+    queue = JobQueue(JobRegistry([JobType(name="race.text", payload=Text)]), database)
+    await queue.enqueue(EnqueueRequest("race.text", {"text": "a"}))
+    await database.close()
+    # So that a queued job may have each of them.
+    unchecked = """DO $$ DECLARE name text; BEGIN
+        FOR name IN SELECT conname FROM pg_constraint
+            WHERE conrelid = 'job'::regclass AND contype = 'c' LOOP
+            EXECUTE format('ALTER TABLE job DROP CONSTRAINT %I', name);
+        END LOOP; END $$"""
+    small = "SELECT payload IS NULL FROM job_small((SELECT job FROM job))"
+    # Stored compressed, and not.
+    for text, is_left_out in (
+        ("a" * 9_000, True), (secrets.token_urlsafe(6_600), True), ("a" * 7_000, False),
+        (secrets.token_urlsafe(5_000), False),
+    ):  # fmt: skip
+        change = f"UPDATE job SET {column} = to_jsonb('{text}'::text)"
+        rows = await asyncio.to_thread(run_sql, fresh_postgresql_url, unchecked, change, small)
+        assert [tuple(row) for row in rows] == [(is_left_out,)]
 
 
 class Text(Payload):

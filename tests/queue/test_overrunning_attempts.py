@@ -115,6 +115,17 @@ async def test_it_is_seen(queue: JobQueue, overrun: Lease) -> None:
     assert not attempt.still_running
 
 
+async def test_it_is_not_seen_any_more_when_its_worker_has_died(
+    queue: JobQueue, overrun: Lease, database_url: str
+) -> None:
+    await advance(database_url, 31)
+    (attempt,) = (await queue.attempts([overrun.job.id]))[overrun.job.id]
+    assert not attempt.still_running
+    waiting = [job for job in (await queue.list_jobs()).jobs if job.attempt == 0]
+    for job in waiting:
+        assert not isinstance(await queue.waiting_reason(job), ConcurrencyLimitReached)
+
+
 async def test_one_that_the_queue_itself_timed_out_keeps_the_place_of_a_worker_that_is_alive(
     queue: JobQueue, database_url: str
 ) -> None:

@@ -182,6 +182,36 @@ def test_a_handler_with_swapped_arguments_is_refused() -> None:
             JobType(name="a", payload=Note).handler(handler)
 
 
+class ObjectHandler:
+    """A handler that is an object."""
+
+    async def __call__(self, job: JobContext, payload: Note) -> None: ...
+
+
+async def _async(job: JobContext, payload: Note) -> None: ...
+
+
+def _plain(job: JobContext, payload: Note) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("handler", "place"), [(_async, "loop"), (ObjectHandler(), "loop"), (_plain, "thread")]
+)
+def test_an_async_handler_runs_on_the_event_loop_and_a_plain_one_in_a_thread(
+    handler: Any, place: str
+) -> None:
+    job_type = JobType(name="a", payload=Note)
+    job_type.handler(handler)
+    assert job_type.runs_in == place
+    in_thread = JobType(name="b", payload=Note, run_in="thread")
+    if place == "loop":
+        with pytest.raises(DefinitionError, match="async"):
+            in_thread.handler(handler)
+    else:
+        in_thread.handler(handler)
+        assert in_thread.runs_in == "thread"
+
+
 def test_the_description_is_the_payloads_docstring() -> None:
     assert JobType(name="a", payload=Everything).description == "All that a payload may hold."
     assert JobType(name="a", payload=Note).description == ""

@@ -60,12 +60,18 @@ class Order(Payload):
     pair: tuple[int, str] = (1, "")
     text: JsonText[dict[str, int]] | None = None
     words: list[int] = []
+    paid: Annotated[Card | Iban, Field(discriminator="kind")] | None = None
     inside: int = Field(default=0, validation_alias=AliasPath("outer", "inner"))
 
     @field_validator("words", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         return value.split(",") if isinstance(value, str) else value
+
+    @field_validator("paid", mode="before")
+    @classmethod
+    def _renamed(cls, value: Any) -> Any:
+        return {"kind": value["how"]}
 
 
 # Pydantic's JSON Schema has no place for a field with a path.
@@ -112,6 +118,7 @@ def violations(payload: object) -> list[Violation]:
         ({"pair": [1, 2]}, [("/pair/1", "wrong_type")]),
         ({"text": '{"a": "x"}'}, [("/text", "wrong_type")]),
         ({"words": "1,x"}, [("/words", "wrong_type")]),
+        ({"paid": {"how": "cash"}}, [("/paid", "not_one_of")]),
         ({"outer": {"inner": "x"}}, [("/outer/inner", "wrong_type")]),
     ],
 )
