@@ -77,6 +77,7 @@ async def test_no_answer_mentions_a_type_that_the_caller_may_not_see(
     async with visit(production=production, **AUTH) as client:
         for query, variables in QUESTIONS:
             answer = json.dumps(await ask(client, headers, query, **variables))
+            answer = answer.replace("Keep it secret.", "")  # Of lease tokens.
             told = SECRET.search(re.sub(r"secret\.pla\b|[Ss]ecretPl\w*|secretCod\b", "", answer))
             sent = set(re.findall(r"[Ss]ecret\w*", query + json.dumps(variables)))
             assert told is None, (query, answer)
