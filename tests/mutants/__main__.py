@@ -79,8 +79,10 @@ def main() -> None:
         if (size := _size(mutants, everything, arguments.sample, arguments.sample_per_area))
     }
     results = _read_results()
-    undecided = (None, *([] if arguments.quick else ["undecided"]))
-    again = (*undecided, "survived") if arguments.unnoticed else undecided
+    if arguments.unnoticed:
+        again = (None, "undecided", "survived")
+    else:
+        again = (None,) if arguments.quick else (None, "undecided")
     todo = [
         (area, mutant)
         for area, mutants in chosen.items()

@@ -117,6 +117,7 @@ QUICK_QUEUE_TESTS: Final = _queue(
 ABOUT_QUEUE: Final = (
     ("api/queue/caller_transactions.py", _queue("caller_transactions")),
     ("alembic/versions/0002_claims.sql", (*QUICK_QUEUE_TESTS, *_queue("claiming", "locks"))),
+    ("api/queue/statements", (*QUICK_QUEUE_TESTS, *_queue("claiming", "enqueue"))),
     ("api/queue/claiming.py", (*_queue("claiming"), "tests/test_metrics.py")),
     ("api/queue/database.py", _queue("database", "sqlite_file")),
     ("api/queue/enqueueing.py", _queue("enqueue")),
@@ -154,8 +155,8 @@ AREAS: Final = (
     Area(
         "worker",
         ("api/worker/**/*.py",),
-        ("tests/worker",),
-        ("tests/worker/test_worker.py",),
+        ("tests/worker", "tests/test_health.py"),
+        ("tests/worker/test_worker.py", "tests/worker/test_leases.py"),
         (
             ("api/worker/outcomes.py", ("tests/worker/test_outcomes.py",)),
             ("api/worker/extensions.py", ("tests/worker/test_extensions.py",)),

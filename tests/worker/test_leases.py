@@ -25,6 +25,7 @@ from job_registry_api.queue.errors import LeaseLost, QueueUnavailable
 from job_registry_api.queue.leasing import Renewal
 from job_registry_api.queue.models import JobStatus
 from job_registry_api.queue.queue import JobQueue
+from tests.conftest import run_sql
 from tests.queue.test_races import locked
 from tests.worker.house import House, Text
 
@@ -120,7 +121,8 @@ async def test_an_error_of_a_renewal_does_not_end_the_renewals(
     house: House, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     @house.job_type.handler
-    async def work(_job: JobContext, _payload: Text) -> str:
+    async def work(job: JobContext, _payload: Text) -> str:
+        job.progress({"done": 0.5})
         await asyncio.sleep(1.9)
         return "done"
 
@@ -138,6 +140,8 @@ async def test_an_error_of_a_renewal_does_not_end_the_renewals(
     done = await house.run()
     assert failed > 2
     assert (done.result, await house.outcomes(done)) == ("done", ["succeeded"])
+    # What a renewal carried that failed, the next one carries.
+    assert done.progress == {"done": 0.5}
 
 
 @pytest.mark.any_database
@@ -298,6 +302,46 @@ async def test_a_cancellation_is_noticed_at_once(house: House, kind: str, caller
         ended = await house.until(job, JobStatus.CANCELLED, JobStatus.SUCCEEDED, JobStatus.FAILED)
     assert time.monotonic() - asked < 1
     assert await house.outcomes(ended) == ["cancelled"]
+
+
+@short_lease
+async def test_a_cancellation_whose_event_is_lost_is_heard_with_the_next_renewal(
+    house: House,
+) -> None:
+    @house.job_type.handler
+    async def work(_job: JobContext, _payload: Text) -> None:
+        await asyncio.sleep(30)
+
+    async with house.working():
+        job = await house.enqueue()
+        await house.until(job, JobStatus.RUNNING)
+        requested = "UPDATE job SET cancel_requested_at = started_at"
+        await asyncio.to_thread(run_sql, house.database_url, requested)
+        ended = await house.until(job, JobStatus.CANCELLED)
+    assert await house.outcomes(ended) == ["cancelled"]
+
+
+@short_lease
+async def test_a_handler_that_tidies_up_after_its_cancellation_is_not_cancelled_again(
+    house: House,
+) -> None:
+    tidied = []
+
+    @house.job_type.handler
+    async def work(_job: JobContext, _payload: Text) -> None:
+        try:
+            await asyncio.sleep(30)
+        finally:
+            # Two renewals say again that the job is cancelled.
+            await asyncio.sleep(1.2)
+            tidied.append(True)
+
+    async with house.working():
+        job = await house.enqueue()
+        await house.until(job, JobStatus.RUNNING)
+        await house.queue.cancel(job.id)
+        await house.until(job, JobStatus.CANCELLED)
+    assert tidied == [True]
 
 
 # mypy takes no decorator above a property; Pydantic's documentation ignores the same.
