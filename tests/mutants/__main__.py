@@ -79,10 +79,9 @@ def main() -> None:
         if (size := _size(mutants, everything, arguments.sample, arguments.sample_per_area))
     }
     results = _read_results()
+    again: tuple[str | None, ...] = (None,) if arguments.quick else (None, "undecided")
     if arguments.unnoticed:
         again = (None, "undecided", "survived")
-    else:
-        again = (None,) if arguments.quick else (None, "undecided")
     todo = [
         (area, mutant)
         for area, mutants in chosen.items()

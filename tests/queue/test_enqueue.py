@@ -332,6 +332,18 @@ async def test_pages_of_several_types_and_statuses_hold_every_job_once(queue: Jo
         assert found == wanted
 
 
+async def test_a_short_page_of_several_types_has_the_newest_of_each(queue: JobQueue) -> None:
+    jobs = [
+        (await queue.enqueue(EnqueueRequest(name, {}))).job.id
+        for name in ("test.ping", "test.ping", "test.ping", "test.pong", "test.pong", "test.pong")
+    ]
+    for types in (("test.ping", "test.pong"), ("test.pong", "test.limited")):
+        page = await queue.list_jobs(JobFilter(types=types), first=2)
+        assert [job.id for job in page.jobs] == [jobs[5], jobs[4]]
+    page = await queue.list_jobs(JobFilter(types=("test.ping", "test.limited")), first=1)
+    assert [job.id for job in page.jobs] == [jobs[2]]
+
+
 async def test_a_page_of_every_type_and_status_is_cheap(queue: JobQueue) -> None:
     names = tuple(f"test.n{number}" for number in range(100))
     await queue.list_jobs(JobFilter(names, tuple(JobStatus)))
