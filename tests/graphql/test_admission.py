@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from typing import Any
 
 import httpx
@@ -18,9 +19,10 @@ pytestmark = pytest.mark.any_database
 
 SECRET = re.compile("[Pp]ayout|batchId|escrowId|isRetry|[Ss]ecret")
 ALL = ("jobs:enqueue", "jobs:read", "jobs:work", "jobs:admin")
-LIMITED = bearer(*ALL, **{"jobs:types": ["test.ping"]})
-NO_TYPES = bearer(*ALL, **{"jobs:types": []})
-NO_SCOPE = bearer()
+IN_AN_HOUR = int(time.time()) + 3_600  # The tests may have begun minutes ago.
+LIMITED = bearer(*ALL, **{"jobs:types": ["test.ping"]}, exp=IN_AN_HOUR)
+NO_TYPES = bearer(*ALL, **{"jobs:types": []}, exp=IN_AN_HOUR)
+NO_SCOPE = bearer(exp=IN_AN_HOUR)
 
 
 class SecretPlan(Payload):

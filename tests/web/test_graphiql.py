@@ -186,7 +186,7 @@ async def test_without_a_build_the_page_says_what_is_missing_until_it_is_built(
             return (await client.get("/graphql", headers={"accept": "text/html"})).text
 
         assert "install Node 20.19 or newer and run <code>make install</code>" in await page()
-        assert "curl http://jobs/graphql" in await page()
+        assert "curl http://localhost/graphql" in await page()
         assert "refresh" not in await page()
         answer = await client.post("/graphql", json={"query": "{ __typename }"})
         assert answer.json() == {"data": {"__typename": "Query"}}
@@ -240,4 +240,4 @@ async def test_what_the_page_loads_is_kept_for_good_by_its_name(visit: Visit) ->
     assert f'src="./graphql/assets/{script}"' in page.text
     assert loaded.headers["cache-control"] == "public, max-age=31536000, immutable"
     assert missing.status_code == 404
-    assert "cache-control" not in missing.headers
+    assert missing.headers["cache-control"] == "no-store"
