@@ -50,6 +50,7 @@ def test_control_characters_are_escaped(jobs: Shell, arguments: list[str], stdin
     assert ESCAPED in printed or "--grants" in arguments
 
 
+@pytest.mark.slow
 def test_control_characters_of_settings_and_modules_are_escaped(jobs: Shell) -> None:
     (jobs.folder / "loud.py").write_text(f"raise ValueError({CONTROL!r})")
     for settings in (

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import httpx
+import pytest
 from graphql import (
     GraphQLEnumType,
     GraphQLInputObjectType,
@@ -131,6 +132,7 @@ def requests(schema: GraphQLSchema) -> Iterator[tuple[str, str, str]]:
                     )
 
 
+@pytest.mark.any_database
 async def test_no_argument_is_an_error_of_the_server(visit: Visit, registry: JobRegistry) -> None:
     schema = executable(build_schema(registry))
     broken = []
