@@ -44,6 +44,7 @@ def read_registry(settings: Settings) -> JobRegistry:
 def prepare_database(settings: Settings) -> None:
     """Migrate an SQLite database. Check that a PostgreSQL database is migrated."""
     from job_registry_api.queue import migrations
+    from job_registry_api.queue.databases import file_of
 
     with database_errors():
         fit = migrations.prepare(
@@ -54,8 +55,8 @@ def prepare_database(settings: Settings) -> None:
         )
     if not fit.fits:
         fail(REFUSED, fit.sentence)
-    if settings.database_url.startswith("sqlite"):
-        _warn_of_other_readers(Path(settings.database_url.partition(":///")[2]))
+    if (file := file_of(settings.database_url)) is not None:
+        _warn_of_other_readers(file)
 
 
 def _warn_of_other_readers(file: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from job_registry_api.queue import defaults
 from job_registry_api.queue.database import Database, Pooler
 from job_registry_api.queue.postgresql import PostgreSQLStore
@@ -37,6 +39,11 @@ def open_database(
         listen_url=listen_url,
         schema=schema,
     )
+
+
+def file_of(url: str) -> Path | None:
+    """Return the file of an SQLite database; None for PostgreSQL."""
+    return Path(url.partition(":///")[2]) if url.startswith("sqlite") else None
 
 
 def store_of(database: Database, process: str) -> Store:
