@@ -241,6 +241,7 @@ class HTTPConnection(HttpToolsProtocol):
         self._head_bytes = 0
         self._refusal: HTTPStatus | None = None
 
+    # As narrow as in uvicorn.
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Accept the connection, unless there are too many."""
         super().connection_made(transport)
