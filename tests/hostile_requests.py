@@ -33,7 +33,7 @@ DOCUMENTED_CLOSES: Final = frozenset({1000, 1008, 1009, 4400, 4401, 4403, 4408, 
 _ANSWER_SECONDS: Final = 60
 _SUBSCRIPTION_SECONDS: Final = 0.3
 """How long messages that start no operation with an end may keep the server busy."""
-_RESULTS: Final = 40
+_RESULTS: Final = 24
 _RESULT_BYTES: Final = 250_000
 
 _COUNTS: Final = "{ jobTypes { counts { queued running succeeded failed cancelled } } }"

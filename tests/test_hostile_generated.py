@@ -14,7 +14,7 @@ from tests.measured_server import MeasuredServer
 
 pytestmark = [pytest.mark.any_database, pytest.mark.asyncio(loop_scope="module")]
 
-REQUESTS_PER_KIND = 4
+REQUESTS_PER_KIND = 3
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
