@@ -43,7 +43,7 @@ class JobPage:
     stopped_early: bool = False
     """Whether it has fewer jobs than there are and were requested, because of a limit."""
     weight: int = 0
-    """The memory that its jobs take."""
+    """The memory that its jobs take, and the one that did not fit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,18 +87,27 @@ def weight_of(job: JobRecord) -> int:
     return sum(len(text) + 24 * text.count(b",") for text in texts)
 
 
-def _piece(listed: Iterable[Listed]) -> list[uuid.UUID]:
+def _piece(listed: Iterable[Listed], room: int) -> list[uuid.UUID]:
     """Return the ids of the jobs to read whole at once: the first, and those that fit with it."""
+    most = min(PIECE_BYTES, room)
     ids: list[uuid.UUID] = []
     size = 0
     for each in listed:
         if not each.is_partial:
             continue
         size += each.size
-        if ids and size > PIECE_BYTES:
+        if ids and size > most:
             break
         ids.append(each.job.id)
     return ids
+
+
+def _stopped(jobs: list[JobRecord], weight: int) -> JobPage:
+    """Return a page that stopped early. The weight includes the job that did not fit.
+
+    The database reads that job to find its size, so pages that all stop at it must not be free.
+    """
+    return JobPage(jobs, has_next_page=True, stopped_early=True, weight=weight)
 
 
 class Reading:
@@ -193,14 +202,17 @@ class Reading:
         for index, each in enumerate(listed):
             job: JobRecord | None = each.job
             if each.is_partial:
+                room = PIECE_BYTES if max_bytes is None else max_bytes - weight
+                if max_bytes is not None and jobs and each.size > room:
+                    return _stopped(jobs, weight + each.size)
                 if each.job.id not in whole:
-                    whole = await self._store.get_many(_piece(listed[index:]))
+                    whole = await self._store.get_many(_piece(listed[index:], room))
                 job = whole.get(each.job.id)
             if job is None:  # It was deleted in the meantime.
                 continue
             weight_of_job = weight_of(job)
             if max_bytes is not None and jobs and weight + weight_of_job > max_bytes:
-                return JobPage(jobs, has_next_page=True, stopped_early=True, weight=weight)
+                return _stopped(jobs, weight + weight_of_job)
             weight += weight_of_job
             jobs.append(job)
         return JobPage(jobs, has_next_page=False, weight=weight)

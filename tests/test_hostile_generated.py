@@ -1,0 +1,42 @@
+"""The short form of benchmarks/hostile.py: drawn requests keep within the bounds."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+import pytest_asyncio
+
+from tests.hostile import REQUESTS, draw_requests, plain_documents
+from tests.hostile_requests import hostile_server, measure
+from tests.measured_server import MeasuredServer
+
+pytestmark = [pytest.mark.any_database, pytest.mark.asyncio(loop_scope="module")]
+
+REQUESTS_PER_KIND = 3
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[MeasuredServer]:
+    """A server with the default limits, on SQLite."""
+    async with hostile_server(tmp_path_factory.mktemp("hostile")) as server:
+        yield server
+
+
+@pytest.mark.parametrize("kind", REQUESTS)
+async def test_a_drawn_request_is_answered_within_the_bounds(
+    server: MeasuredServer, kind: str
+) -> None:
+    for request in draw_requests(kind, REQUESTS_PER_KIND):
+        # Room for a busy machine: twice the CPU and five times the silence that are promised.
+        outcome = await measure(server, request, cpu_seconds=1.0, silence_seconds=5.0)
+        assert not outcome.faults, request
+
+
+async def test_the_operations_that_are_made_hostile_are_executed(server: MeasuredServer) -> None:
+    async with httpx.AsyncClient(base_url=server.url) as client:
+        for document in plain_documents():
+            if not document.startswith("subscription"):
+                response = await client.post("/graphql", json={"query": document})
+                assert "errors" not in response.json(), document
