@@ -124,7 +124,8 @@ class Settings(BaseSettings):
         ge=1_000,
         le=10_000_000,
         description="The most fields of objects per GraphQL answer: the jobs of a page times the"
-        " fields that are selected of each. A page of `jobs` stops early before it exceeds them.",
+        " fields that are selected of each, and ten for the job itself. A page of `jobs` stops"
+        " early before it exceeds them.",
     )
     lease_seconds: float = Field(
         default=defaults.LEASE_SECONDS,

@@ -81,7 +81,7 @@ async def test_an_answer_is_as_large_as_set(visit: Visit) -> None:
     limits: list[tuple[dict[str, str], int]] = [
         ({}, 50),
         ({"max_answer_bytes": "65536"}, 21),
-        ({"max_answer_fields": "1000"}, 33),
+        ({"max_answer_fields": "1000"}, 25),
     ]
     for setting, most in limits:
         async with visit(**setting) as client:

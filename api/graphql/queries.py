@@ -6,7 +6,7 @@ import base64
 import binascii
 import uuid
 from datetime import datetime
-from typing import Annotated
+from typing import Annotated, Final
 
 import strawberry
 
@@ -39,6 +39,10 @@ JobResult = Annotated[
     Job | errors.JobNotFound,
     strawberry.union("JobResult", description="The job, or why there is none."),
 ]
+
+FIELDS_PER_JOB: Final = 10
+"""To read a job takes about as long as to answer so many of its fields. Without it, 30 pages of 200
+jobs took 0.7 s of CPU."""
 
 
 @strawberry.type(description="`enqueueJob` would store this job.")
@@ -177,6 +181,7 @@ class Query:
             types=types, statuses=tuple(models.JobStatus[each.name] for each in statuses)
         )
         budget, of_each = info.context.budget, selected(info)
+        fields = FIELDS_PER_JOB + of_each.fields
         async with budget.reading:
             budget.check_reading()
             page = await info.context.queue.list_jobs(
@@ -184,11 +189,11 @@ class Query:
                 first=first,
                 after=None if after is None else _id_of(after),
                 # One job at least: its fields say what exceeds a limit.
-                most=max(1, budget.fields_left // max(1, of_each.fields)),
+                most=max(1, budget.fields_left // fields),
                 max_bytes=min(budget.reading_left, budget.bytes_left // of_each.copies),
             )
             budget.charge_reading(page.weight)
-            budget.charge_fields(len(page.jobs) * of_each.fields)
+            budget.charge_fields(len(page.jobs) * fields)
         edges = [JobEdge(cursor=_cursor_of(job.id), node=Job.of(job)) for job in page.jobs]
         return JobConnection(
             edges=edges,
