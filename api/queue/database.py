@@ -219,7 +219,7 @@ class Database(ABC):
                 )
             case TimeoutError():
                 return QueueUnavailable(
-                    f"no connection to the database within {seconds:.3g} seconds", "timeout"
+                    f"no connection to the database within {round(seconds, 1):g} seconds", "timeout"
                 )
         return as_unavailable(error) or QueueUnavailable(str(error) or type(error).__name__)
 

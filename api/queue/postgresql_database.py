@@ -302,7 +302,7 @@ class PostgreSQLDatabase(Database):
             connection.expire_at(asyncio.get_running_loop().time() + seconds)
             return cast(_Connection, connection)
         if isinstance(last, TimeoutError):
-            reason = f"no connection to the database within {seconds:g} seconds"
+            reason = f"no connection to the database within {round(seconds, 1):g} seconds"
             raise QueueUnavailable(reason, "timeout") from last
         where = f"{last_host}: " if last_host else ""
         raise QueueUnavailable(where + connecting_failed_by(last)) from last

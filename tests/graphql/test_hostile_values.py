@@ -132,7 +132,7 @@ def requests(schema: GraphQLSchema) -> Iterator[tuple[str, str, str]]:
                     )
 
 
-@pytest.mark.any_database
+@pytest.mark.slow
 async def test_no_argument_is_an_error_of_the_server(visit: Visit, registry: JobRegistry) -> None:
     schema = executable(build_schema(registry))
     broken = []
