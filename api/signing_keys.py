@@ -83,7 +83,7 @@ class KeySource(Protocol):
         """Return the keys for a token whose key id the current ones lack. May wait for a fetch.
 
         Raises:
-            AuthenticationUnavailable: whether there are newer keys cannot be told.
+            AuthenticationUnavailable: newer keys could not be fetched.
         """
 
 

@@ -458,7 +458,7 @@ async def test_one_who_only_enqueues_does_not_see_what_others_jobs_hold(visit: V
         own = await graphql(client, keyed, bearer("jobs:enqueue"), input=first)
         mine = await graphql(client, keyed, bearer("jobs:enqueue"), input=second)
         other = bearer("jobs:enqueue", sub="bob")
-        told = await graphql(client, keyed, other, input=second)
+        answered = await graphql(client, keyed, other, input=second)
         same = await graphql(client, keyed, other, input=first)
         reading = bearer("jobs:enqueue", "jobs:read", sub="bob")
         read = await graphql(client, keyed, reading, input=second)
@@ -480,7 +480,7 @@ async def test_one_who_only_enqueues_does_not_see_what_others_jobs_hold(visit: V
             "differingPaths": ["/text"],
             "existingJob": stored,
         }
-    assert told.json()["data"]["enqueueJob"] == {
+    assert answered.json()["data"]["enqueueJob"] == {
         "__typename": "InputInvalid",
         "violations": [{"path": "/idempotencyKey", "code": "idempotency_conflict"}],
     }
@@ -609,10 +609,10 @@ async def test_a_subscription_has_only_events_of_the_callers_job_types_and_ends_
                 await client.post("/jobs", json=job, headers=bearer("jobs:enqueue"))
             async for line in lines:
                 messages.append(line)
-    told = [json.loads(line[6:]) for line in messages if line.startswith("data: ")]
-    assert told[0] == {"data": {"jobEvents": {"name": "job.created", "type": "payout.execute"}}}
-    assert told[1]["errors"][0]["extensions"] == {"code": "unauthenticated"}
-    assert len(told) == 2
+    answered = [json.loads(line[6:]) for line in messages if line.startswith("data: ")]
+    assert answered[0] == {"data": {"jobEvents": {"name": "job.created", "type": "payout.execute"}}}
+    assert answered[1]["errors"][0]["extensions"] == {"code": "unauthenticated"}
+    assert len(answered) == 2
     assert "event: complete" in messages
 
 

@@ -79,10 +79,11 @@ async def test_no_answer_mentions_a_type_that_the_caller_may_not_see(
     async with visit(production=production, **AUTH) as client:
         for query, variables in QUESTIONS:
             answer = json.dumps(await ask(client, headers, query, **variables))
-            answer = answer.replace("Keep it secret.", "")  # Of lease tokens.
-            told = SECRET.search(re.sub(r"secret\.pla\b|[Ss]ecretPl\w*|secretCod\b", "", answer))
+            mentioned = SECRET.search(
+                re.sub(r"secret\.pla\b|[Ss]ecretPl\w*|secretCod\b", "", answer)
+            )
             sent = set(re.findall(r"[Ss]ecret\w*", query + json.dumps(variables)))
-            assert told is None, (query, answer)
+            assert mentioned is None, (query, answer)
             assert set(re.findall(r"[Ss]ecret\w*", answer)) <= sent, (query, answer)
 
 
