@@ -27,6 +27,7 @@ from job_registry_api.http_messages import (
     HEALTH_PATHS,
     MAX_UNADMITTED_MESSAGE,
     WEBSOCKET_ADMISSION,
+    error_content,
     respond_json,
 )
 from job_registry_api.settings import Settings
@@ -391,8 +392,7 @@ class HTTPConnection(HttpToolsProtocol):
         elif cycle is not None and self._phase is _Phase.BODY:
             self.transport.close()  # It has been answered.
             return
-        code, message = _REFUSALS[status]
-        body = to_json({"error": {"code": code, "message": message, "details": []}})
+        body = to_json(error_content(*_REFUSALS[status]))
         self.transport.write(
             f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\n"
             f"content-length: {len(body)}\r\nconnection: close\r\n\r\n".encode()
@@ -427,8 +427,7 @@ def _only_health(app: ASGIApp) -> ASGIApp:
         if scope["path"] in HEALTH_PATHS:
             await app(scope, receive, send)
             return
-        code, message = _REFUSALS[HTTPStatus.SERVICE_UNAVAILABLE]
-        content = {"error": {"code": code, "message": message, "details": []}}
+        content = error_content(*_REFUSALS[HTTPStatus.SERVICE_UNAVAILABLE])
         headers = ((b"connection", b"close"), (b"retry-after", b"5"))
         await respond_json(send, 503, content, headers=headers)
 

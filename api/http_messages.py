@@ -139,6 +139,11 @@ def is_json(content_type: bytes) -> bool:
     )
 
 
+def error_content(code: str, message: str, details: Sequence[Any] = ()) -> dict[str, Any]:
+    """Return the JSON of an error outside of GraphQL."""
+    return {"error": {"code": code, "message": message, "details": list(details)}}
+
+
 async def respond_json(
     send: Send,
     status: int,

@@ -21,6 +21,7 @@ from job_registry_api.http_messages import (
     ClientGone,
     MethodNotAllowed,
     UnsupportedMediaType,
+    error_content,
     header,
     is_json,
     read_body,
@@ -154,8 +155,7 @@ def _as_json(fields: dict[str, Any]) -> dict[str, Any]:
 async def answer_not_found(_request: Request, _error: Exception) -> Response:
     """Answer a request for a path that nothing is served at."""
     message = "Nothing is served at this path. GraphQL is at /graphql and REST at /jobs."
-    error = {"code": "not_found", "message": message, "details": []}
-    return JSONResponse({"error": error}, 404)
+    return JSONResponse(error_content("not_found", message), 404)
 
 
 async def _respond_error(send: Send, error: Exception) -> None:
@@ -169,7 +169,7 @@ async def _respond_error(send: Send, error: Exception) -> None:
         status, code = 500, "internal_error"
         message = f"Something went wrong here. It is logged as {error_id}."
         details = [{"errorId": error_id}]
-    content = {"error": {"code": code, "message": message, "details": details}}
+    content = error_content(code, message, details)
     await respond_json(send, status, content, headers=_headers(error))
 
 

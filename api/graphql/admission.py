@@ -15,7 +15,6 @@ from graphql import (
     BooleanValueNode,
     DocumentNode,
     FieldNode,
-    FragmentDefinitionNode,
     FragmentSpreadNode,
     GraphQLError,
     GraphQLSchema,
@@ -30,6 +29,7 @@ from graphql import (
 from job_registry import JobRegistry
 from job_registry_api.auth import ACCESS_SCOPES, AccessScope, Caller, Forbidden
 from job_registry_api.graphql.access_scopes import access_scopes_of
+from job_registry_api.graphql.document_limits import fragments_of
 from job_registry_api.graphql.schema import build_schema, executable
 
 MAX_SCHEMAS: Final = 64
@@ -105,11 +105,7 @@ def _root_fields(
     document: DocumentNode, operation: OperationDefinitionNode, variables: Mapping[str, Any]
 ) -> Iterator[FieldNode]:
     """Yield the fields of an operation, with its fragments in place. The document is valid."""
-    fragments = {
-        node.name.value: node
-        for node in document.definitions
-        if isinstance(node, FragmentDefinitionNode)
-    }
+    fragments = fragments_of(document)
     values = {
         definition.variable.name.value: variables.get(
             definition.variable.name.value,

@@ -20,6 +20,7 @@ from pydantic_core import to_json
 from strawberry.extensions import FieldExtension
 
 from job_registry_api.graphql.context import Context
+from job_registry_api.graphql.document_limits import fragments_of
 
 _INTERFACES: Final = ("Error",)
 
@@ -48,11 +49,7 @@ def selected(info: strawberry.Info[Context, None]) -> Selected:
     path = info.path
     while path.prev is not None:
         path = path.prev
-    fragments = {
-        node.name.value: node
-        for node in document.definitions
-        if isinstance(node, FragmentDefinitionNode)
-    }
+    fragments = fragments_of(document)
     return _below(operation.selection_set, fragments, {}, only=str(path.key))
 
 

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 from graphql import (
     DocumentNode,
     FieldNode,
-    FragmentDefinitionNode,
     FragmentSpreadNode,
     GraphQLInputObjectType,
     GraphQLInputType,
@@ -28,6 +27,7 @@ from graphql import (
 )
 
 from job_registry_api.budget import BudgetExceeded, RequestLimits, RequestSize, too_many_values
+from job_registry_api.graphql.document_limits import fragments_of
 
 
 def check_arguments(
@@ -66,11 +66,7 @@ def check_arguments(
 
 def root_fields(document: DocumentNode, operation: OperationDefinitionNode) -> Iterator[FieldNode]:
     """Yield the root fields of an operation, with its fragments in place."""
-    fragments = {
-        node.name.value: node
-        for node in document.definitions
-        if isinstance(node, FragmentDefinitionNode)
-    }
+    fragments = fragments_of(document)
     waiting = [*operation.selection_set.selections]
     spread: set[str] = set()
     while waiting:

@@ -55,11 +55,7 @@ def check_size(document: DocumentNode, limits: Limits) -> None:
     Raises:
         GraphQLError: an operation exceeds a limit.
     """
-    fragments = {
-        node.name.value: node
-        for node in document.definitions
-        if isinstance(node, FragmentDefinitionNode)
-    }
+    fragments = fragments_of(document)
     sizes: dict[str, _Size] = {}
     for node in document.definitions:
         if isinstance(node, OperationDefinitionNode):
@@ -79,6 +75,15 @@ def check_size(document: DocumentNode, limits: Limits) -> None:
         ):
             if came > most:
                 raise too_complex(f"The document has more than {most:,} {what}.")
+
+
+def fragments_of(document: DocumentNode) -> dict[str, FragmentDefinitionNode]:
+    """Return the fragments of a document by their names."""
+    return {
+        node.name.value: node
+        for node in document.definitions
+        if isinstance(node, FragmentDefinitionNode)
+    }
 
 
 def too_complex(message: str) -> GraphQLError:
