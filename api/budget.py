@@ -15,6 +15,7 @@ from pydantic import JsonValue
 from job_registry import CodedError
 from job_registry.errors import FaultBudget
 from job_registry.json_values import count_values, parse_json
+from job_registry_api.queue.defaults import MAX_BULK_SIZE
 
 TYPED_VALUES_PER_JOB: Final = 20
 MIN_TYPED_VALUES: Final = 20_000
@@ -26,7 +27,7 @@ class RequestLimits:
 
     body_bytes: int = 8_388_608
     values: int = 200_000
-    bulk_size: int = 1_000
+    bulk_size: int = MAX_BULK_SIZE
     answer_bytes: int = 8_388_608
     answer_fields: int = 50_000
 

@@ -21,7 +21,10 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from job_registry.errors import shortened
 from job_registry_api import postgresql_url
+from job_registry_api.budget import RequestLimits
 from job_registry_api.queue import defaults
+
+_REQUEST: Final = RequestLimits()
 
 PREFIX: Final = "JOBS_"
 
@@ -100,27 +103,27 @@ class Settings(BaseSettings):
         " Store larger data in the assets, and put its name into the payload.",
     )
     max_body_bytes: int = Field(
-        default=8_388_608,
+        default=_REQUEST.body_bytes,
         ge=1_024,
         le=1_073_741_824,
         description="The largest request, in bytes. A bulk enqueue has to fit.",
     )
     max_request_values: int = Field(
-        default=200_000,
+        default=_REQUEST.values,
         ge=1_000,
         le=10_000_000,
         description="The most JSON values per request: numbers, strings, objects and so on. A value"
         " in memory takes up to 250 bytes. Arguments that share a variable count each for itself.",
     )
     max_answer_bytes: int = Field(
-        default=8_388_608,
+        default=_REQUEST.answer_bytes,
         ge=65_536,
         le=1_073_741_824,
         description="The most bytes of payloads, results and other large values per answer. A page"
         " of `jobs` stops early before it exceeds them, and its cursor goes on from there.",
     )
     max_answer_fields: int = Field(
-        default=50_000,
+        default=_REQUEST.answer_fields,
         ge=1_000,
         le=10_000_000,
         description="The most fields of objects per GraphQL answer: the jobs of a page times the"
