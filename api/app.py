@@ -24,7 +24,6 @@ from job_registry_api.graphql.http import GraphQLOverHTTP
 from job_registry_api.graphql.websocket import GraphQLOverWebSocket
 from job_registry_api.health import Health, health_routes
 from job_registry_api.http_messages import GuardedResponses
-from job_registry_api.opening import open_queue
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.upkeep import maintain
 from job_registry_api.rest import EnqueueView, JobView, answer_not_found
@@ -49,7 +48,9 @@ def create_app(settings: Settings, registry: JobRegistry, *, worker: bool = Fals
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
-            queue = await stack.enter_async_context(open_queue(settings, registry))
+            queue = await stack.enter_async_context(
+                JobQueue.from_settings(settings, registry, prepare=False)
+            )
             app.state.queue = queue
             stop = asyncio.Event()
             upkeep = maintain(

@@ -20,9 +20,8 @@ from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from job_registry.errors import shortened
-from job_registry_api import postgresql_url
+from job_registry_api import defaults, postgresql_url
 from job_registry_api.budget import RequestLimits
-from job_registry_api.queue import defaults
 
 _REQUEST: Final = RequestLimits()
 

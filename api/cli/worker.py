@@ -77,13 +77,13 @@ def worker(
 async def _work(
     settings: Settings, registry: JobRegistry, types: Sequence[str], health_socket: socket | None
 ) -> None:
-    from job_registry_api.opening import open_queue
+    from job_registry_api.queue.queue import JobQueue
     from job_registry_api.queue.upkeep import maintain
     from job_registry_api.shutdown import Shutdown
     from job_registry_api.worker import Worker
     from job_registry_api.worker.loop import CLOSE_SECONDS
 
-    async with open_queue(settings, registry) as queue:
+    async with JobQueue.from_settings(settings, registry, prepare=False) as queue:
         worker = Worker(
             queue,
             types=types or None,
