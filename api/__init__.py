@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from job_registry_api.app import create_app
+    from job_registry_api.application import JobsApplication
+    from job_registry_api.auth import Caller
     from job_registry_api.queue.enqueueing import Enqueued
     from job_registry_api.queue.errors import (
         EventsMissed,
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AttemptRecord",
+    "Caller",
     "Enqueued",
     "EventsMissed",
     "IdempotencyConflict",
@@ -45,6 +48,7 @@ __all__ = [
     "JobRecord",
     "JobStateConflict",
     "JobStatus",
+    "JobsApplication",
     "MigrationRefused",
     "QueueUnavailable",
     "Settings",
@@ -58,6 +62,8 @@ __all__ = [
 
 _HOMES: Final = {
     "app": ("create_app",),
+    "application": ("JobsApplication",),
+    "auth": ("Caller",),
     "queue.enqueueing": ("Enqueued",),
     "queue.errors": (
         "EventsMissed",

@@ -96,7 +96,9 @@ class JobsApplication(Starlette):
         """Run until the event loop ends, which cancels its tasks."""
         try:
             async with self._running():
-                log.info("app.started_by_request", advice="join the host's lifespan: `running()`")
+                log.warning(
+                    "app.started_by_request", advice="enter `running` in the host's lifespan"
+                )
                 started.set_result(None)
                 await asyncio.Event().wait()
         except Exception as error:
