@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from job_registry_api.app import create_app
     from job_registry_api.application import JobsApplication
     from job_registry_api.auth import Caller
+    from job_registry_api.budget import RequestLimits
+    from job_registry_api.graphql.hosted import GraphQLTypes, graphql_types
     from job_registry_api.queue.enqueueing import Enqueued
     from job_registry_api.queue.errors import (
         EventsMissed,
@@ -37,6 +39,7 @@ __all__ = [
     "Caller",
     "Enqueued",
     "EventsMissed",
+    "GraphQLTypes",
     "IdempotencyConflict",
     "InputInvalid",
     "JobError",
@@ -51,12 +54,14 @@ __all__ = [
     "JobsApplication",
     "MigrationRefused",
     "QueueUnavailable",
+    "RequestLimits",
     "Settings",
     "SettingsInvalid",
     "SyncQueue",
     "Worker",
     "WorkerStartError",
     "create_app",
+    "graphql_types",
     "load_settings",
 ]
 
@@ -64,6 +69,8 @@ _HOMES: Final = {
     "app": ("create_app",),
     "application": ("JobsApplication",),
     "auth": ("Caller",),
+    "budget": ("RequestLimits",),
+    "graphql.hosted": ("GraphQLTypes", "graphql_types"),
     "queue.enqueueing": ("Enqueued",),
     "queue.errors": (
         "EventsMissed",
