@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         JobStateConflict,
         QueueUnavailable,
     )
-    from job_registry_api.queue.migrations import MigrationRefused
+    from job_registry_api.queue.migrations import QUEUE_TABLES, MigrationRefused
     from job_registry_api.queue.models import AttemptRecord, JobError, JobRecord, JobStatus
     from job_registry_api.queue.queue import JobQueue
     from job_registry_api.queue.reading import JobFilter, JobPage
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from job_registry_api.worker.loop import Worker
 
 __all__ = [
+    "QUEUE_TABLES",
     "AttemptRecord",
     "Caller",
     "Enqueued",
@@ -81,7 +82,7 @@ _HOMES: Final = {
         "JobStateConflict",
         "QueueUnavailable",
     ),
-    "queue.migrations": ("MigrationRefused",),
+    "queue.migrations": ("QUEUE_TABLES", "MigrationRefused"),
     "queue.models": ("AttemptRecord", "JobError", "JobRecord", "JobStatus"),
     "queue.queue": ("JobQueue",),
     "queue.reading": ("JobFilter", "JobPage"),

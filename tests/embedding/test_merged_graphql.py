@@ -255,7 +255,7 @@ async def test_subscriptions_get_events_whose_fields_resolve(queue: JobQueue) ->
         return found
 
     waiting = asyncio.create_task(first_two())
-    while queue.events.subscribers == 0:
+    while queue.events.subscribers == 0:  # noqa: ASYNC110
         await asyncio.sleep(0.01)
     for _ in range(2):
         await run(schema, ENQUEUE, input=PAYOUT)
