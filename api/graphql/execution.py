@@ -5,9 +5,7 @@ HTTP, server-sent events and WebSockets all use `Executor`, so that the same lim
 
 from __future__ import annotations
 
-import asyncio
 import sys
-import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -32,7 +30,7 @@ from graphql import (
 from strawberry.schema.validation_rules.one_of import OneOfInputValidationRule
 
 from job_registry.errors import shortened_text
-from job_registry_api.auth import Caller, Forbidden, Unauthenticated
+from job_registry_api.auth import Caller, Forbidden
 from job_registry_api.budget import Budget, BudgetExceeded, RequestLimits
 from job_registry_api.graphql.admission import Admission, View
 from job_registry_api.graphql.argument_limits import check_arguments
@@ -55,9 +53,6 @@ MAX_CACHED_BYTES: Final = 32_000_000
 
 BYTES_PER_TOKEN: Final = 600
 """The memory of a parsed document, measured: 300 to 560 bytes per token."""
-
-_A_YEAR: Final = 31_536_000.0
-"""An event loop cannot wait for an arbitrarily long time."""
 
 
 class DocumentRefused(Exception):
@@ -203,17 +198,8 @@ class Executor:
             yield results
             return
         assert isinstance(results, AsyncGenerator)
-        expires_at = context.caller.expires_at
         async with aclosing(results):
-            while True:
-                left = None if expires_at is None else min(expires_at - time.time(), _A_YEAR)
-                try:
-                    async with asyncio.timeout(left):
-                        result = await anext(results)
-                except StopAsyncIteration:
-                    return
-                except TimeoutError:
-                    raise Unauthenticated("The token has expired.") from None
+            async for result in results:
                 yield result
 
     def _document(self, text: str, view: View) -> DocumentNode:

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 import uuid
 from collections.abc import AsyncGenerator
-from typing import Annotated
+from typing import Annotated, Final
 
 import strawberry
 
 from job_registry import Violation
+from job_registry_api.auth import Unauthenticated
 from job_registry_api.graphql.access_scopes import Requires
-from job_registry_api.graphql.context import Context
+from job_registry_api.graphql.context import (
+    Context,
+    HostedOperation,
+    context_of,
+    hosted_operation,
+)
 from job_registry_api.graphql.types import Job, JobStatus
 from job_registry_api.queue import events
 from job_registry_api.queue.errors import InputInvalid, JobNotFound
 from job_registry_api.queue.requests import parse_job_id, unknown_types
+
+_A_YEAR: Final = 31_536_000.0
+"""An event loop cannot wait for an arbitrarily long time."""
 
 
 @strawberry.type(description="A change of a job, sent once it is committed.")
@@ -35,7 +46,7 @@ class JobEvent:
     )
     async def job(self, info: strawberry.Info[Context, None]) -> Job | None:
         try:
-            return Job.of(await info.context.queue.get(self.job_id))
+            return Job.of(await context_of(info).queue.get(self.job_id))
         except JobNotFound:
             return None
 
@@ -69,7 +80,7 @@ class Subscription:
             strawberry.argument(description="Only events of jobs of these types."),
         ] = None,
     ) -> AsyncGenerator[JobEvent, None]:
-        queue, caller = info.context.queue, info.context.caller
+        queue, caller = context_of(info).queue, context_of(info).caller
         caller.need_types(job_types or ())
         faults = unknown_types(queue.registry, job_types or ())
         try:
@@ -81,13 +92,32 @@ class Subscription:
         types = job_types
         if types is None and caller.job_types is not None:
             types = sorted(caller.job_types)
-        return _events(info.context, of_job, types)
+        return _events(context_of(info), hosted_operation.get(), of_job, types)
 
 
 async def _events(
-    context: Context, job_id: uuid.UUID | None, types: list[str] | None
+    context: Context,
+    hosted: HostedOperation | None,
+    job_id: uuid.UUID | None,
+    types: list[str] | None,
 ) -> AsyncGenerator[JobEvent, None]:
+    """Yield events until the caller's token expires.
+
+    Raises:
+        Unauthenticated: the token has expired.
+    """
+    expires_at = context.caller.expires_at
     with context.queue.events.subscribe(job_id=job_id, types=types) as subscription:
-        async for event in subscription:
+        while True:
+            left = None if expires_at is None else min(expires_at - time.time(), _A_YEAR)
+            try:
+                async with asyncio.timeout(left):
+                    event = await anext(subscription)
+            except StopAsyncIteration:
+                return
+            except TimeoutError:
+                raise Unauthenticated("The token has expired.") from None
             context.forget()
+            # Each event may be requested by another task, and its fields are resolved in that one.
+            hosted_operation.set(hosted)
             yield JobEvent.of(event)
