@@ -19,6 +19,7 @@ from job_registry.json_values import json_document
 from job_registry.payload import Payload
 from job_registry.payload_schema import example_of, fingerprint_of, json_schema_of
 from job_registry.policy import JobPolicy
+from job_registry.strictness import lax_parts
 from job_registry.violations import PayloadShape
 
 _NAME: Final = re.compile(r"[a-z][a-z0-9_]*(\.[a-z][a-z0-9_]*)*")
@@ -221,7 +222,7 @@ class JobType(Generic[P]):
         return '"format": "date' in text
 
     def _check_payload_model(self) -> None:
-        """Check that the payload model is strict and has a JSON Schema."""
+        """Check that the payload model is strict, with all its parts, and has a JSON Schema."""
         where = f"job type {self.name}: payload {self.payload.__name__}"
         config = self.payload.model_config
         for option, wanted in (("strict", True), ("frozen", True), ("extra", "forbid")):
@@ -233,6 +234,9 @@ class JobType(Generic[P]):
             _ = self.payload_schema
         except (PydanticUserError, PydanticSchemaGenerationError, NameError) as error:
             raise DefinitionError(f"{where} has no JSON Schema: {error}") from error
+        lax = lax_parts(self.payload)
+        if lax:
+            raise DefinitionError(f"{where} is not strict in all its parts: {'; '.join(lax)}")
         _ = self.example_payload
 
     def _check_example(self, example: dict[str, JsonValue]) -> None:

@@ -106,8 +106,8 @@ class Payload(BaseModel):
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        if cls.__dict__.get("__pydantic_complete__") and not _in_payload.get():
-            return _embedded(cls)
+        if cls.__dict__.get("__pydantic_complete__"):
+            return handler(source) if _in_payload.get() else _embedded(cls)
         outside = _in_payload.set(True)
         try:
             return cast(CoreSchema, _changed(handler(source), _with_decimal_as_text))
