@@ -27,6 +27,7 @@ _MAX_NAME: Final = 100
 _MEMORY_LIMITS_MB: Final = range(64, 1_048_577)
 
 P = TypeVar("P", bound=Payload)
+R = TypeVar("R")
 
 RunIn = Literal["loop", "thread", "process"]
 """Where a handler runs: on the worker's event loop, in a thread, or in a process of its own."""
@@ -128,13 +129,12 @@ class JobType(Generic[P]):
     def __repr__(self) -> str:
         return f"JobType(name={self.name!r}, payload={self.payload.__name__})"
 
-    HandlerT = TypeVar("HandlerT", bound=Callable[..., Any])
-
-    def handler(self, function: HandlerT) -> HandlerT:
+    def handler(self, function: Callable[[JobContext, P], R]) -> Callable[[JobContext, P], R]:
         """Register a function as the handler of this type. Use it as a decorator.
 
         The function takes the `JobContext` and the parsed payload; what it returns is the job's
-        result, as JSON. `run_in` says where it runs.
+        result, as JSON. `run_in` says where it runs. A type checker refuses a function that takes
+        another payload.
 
         Raises:
             DefinitionError: there is a handler already, or this is not a function of two

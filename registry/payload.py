@@ -150,11 +150,14 @@ def _embedded(model: type[Payload]) -> CoreSchema:
 
 def _renamed(part: dict[str, Any]) -> dict[str, Any]:
     """Return a part with references of its own: elsewhere they mean the class as it stands."""
-    changed = {key: _marked(part[key], "part") for key in ("ref", "schema_ref") if key in part}
+    changed = dict(part)
+    for key in ("ref", "schema_ref"):
+        if key in part:
+            changed[key] = _marked(part[key], "part")
     if "metadata" in part:
         # Pydantic writes into it.
         changed["metadata"] = dict(part["metadata"])
-    return part | changed
+    return changed
 
 
 def _marked(reference: str, mark: str) -> str:

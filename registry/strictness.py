@@ -46,7 +46,7 @@ class _Owner(NamedTuple):
 
 
 class _Finder:
-    """Walks a core schema. What a class allows is collected by class: that is where it is mended."""
+    """Walks a core schema. What a class allows is collected by class, where it can be changed."""
 
     def __init__(self) -> None:
         self._definitions: dict[str, Any] = {}

@@ -70,7 +70,7 @@ class Place(BaseModel):
 
 class Tree(Payload):
     address: Address | None = None
-    below: list[Tree] = []
+    below: list[Tree] | None = None
 
 
 class Box(Payload, Generic[T]):
@@ -279,55 +279,59 @@ SCALARS = [
 ]
 
 
+Make = Callable[[dict[str, Any]], Any]
+"""Makes a class with these fields."""
+
+
 def named_tuple(fields: dict[str, Any]) -> Any:
-    return NamedTuple("Part", list(fields.items()))  # type: ignore[misc]
+    return NamedTuple("Part", list(fields.items()))
 
 
-def model(*bases: type, **config: Any) -> Callable[[dict[str, Any]], Any]:
+def model(base: type[BaseModel], config: ConfigDict) -> Make:
     def make(fields: dict[str, Any]) -> Any:
-        base = bases[0] if bases else BaseModel
-        made = type("Base", (base,), {"model_config": ConfigDict(**config), "__module__": __name__})
-        return create_model("Part", __base__=made, **{n: (a, ...) for n, a in fields.items()})
+        made: Any = type("Base", (base,), {"model_config": config, "__module__": __name__})
+        required: Any = {name: (annotation, ...) for name, annotation in fields.items()}
+        return create_model("Part", __base__=made, **required)
 
     return make
 
 
-def typed_dict(**config: Any) -> Callable[[dict[str, Any]], Any]:
+def typed_dict(config: ConfigDict | None) -> Make:
     def make(fields: dict[str, Any]) -> Any:
         made = TypedDict("Part", fields)  # type: ignore[misc]
-        if config:
-            made.__pydantic_config__ = ConfigDict(**config)  # type: ignore[attr-defined]
+        if config is not None:
+            setattr(made, "__pydantic_config__", config)  # noqa: B010
         return made
 
     return make
 
 
-def data_class(**config: Any) -> Callable[[dict[str, Any]], Any]:
+def data_class(config: ConfigDict | None) -> Make:
     def make(fields: dict[str, Any]) -> Any:
         made = dataclasses.make_dataclass("Part", list(fields.items()))
-        return pydantic.dataclasses.dataclass(made, config=ConfigDict(**config)) if config else made
+        return made if config is None else pydantic.dataclasses.dataclass(made, config=config)
 
     return make
 
 
 STRICT_CLASSES = [
-    model(Payload),
-    model(strict=True, extra="forbid"),
-    data_class(strict=True, extra="forbid"),
-    typed_dict(strict=True, extra="forbid"),
+    model(Payload, ConfigDict()),
+    model(BaseModel, STRICT),
+    data_class(STRICT),
+    typed_dict(STRICT),
     named_tuple,
 ]
 CLASSES = [
     *STRICT_CLASSES,
-    model(Payload, extra="ignore"),
-    model(Payload, strict=False),
-    model(strict=True),
-    model(extra="forbid"),
-    model(),
-    data_class(),
-    data_class(strict=True),
-    typed_dict(),
-    typed_dict(strict=True, extra="allow"),
+    model(Payload, ConfigDict(extra="ignore")),
+    model(Payload, ConfigDict(strict=False)),
+    model(BaseModel, ConfigDict(strict=True)),
+    model(BaseModel, ConfigDict(extra="forbid")),
+    model(BaseModel, ConfigDict()),
+    data_class(None),
+    data_class(ConfigDict(strict=True)),
+    typed_dict(None),
+    typed_dict(ConfigDict(strict=True, extra="allow")),
 ]
 
 
@@ -347,7 +351,7 @@ def optional(shape: Shape) -> Shape:
     return Shape(shape.annotation | None, shape.good, tuple(b for b in shape.bad if b is not None))
 
 
-def in_class(make: Callable[[dict[str, Any]], Any], parts: list[Shape]) -> Shape:
+def in_class(make: Make, parts: list[Shape]) -> Shape:
     names = [f"f{index}" for index in range(len(parts))]
     part = make({name: each.annotation for name, each in zip(names, parts, strict=True)})
     good = {name: each.good for name, each in zip(names, parts, strict=True)}
@@ -355,9 +359,7 @@ def in_class(make: Callable[[dict[str, Any]], Any], parts: list[Shape]) -> Shape
     return Shape(part, good, (*bad, {**good, "extra": 1}, "text"))
 
 
-def shapes(
-    scalars: list[Shape], classes: list[Callable[[dict[str, Any]], Any]]
-) -> st.SearchStrategy[Shape]:
+def shapes(scalars: list[Shape], classes: list[Make]) -> st.SearchStrategy[Shape]:
     return st.recursive(
         st.sampled_from(scalars),
         lambda inner: (
