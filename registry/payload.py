@@ -2,50 +2,24 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from decimal import Decimal, InvalidOperation
-from itertools import islice
 from typing import Any, Final, cast
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    GetCoreSchemaHandler,
-    ValidationError,
-    ValidationInfo,
-    ValidatorFunctionWrapHandler,
-)
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, JsonValue
 from pydantic.alias_generators import to_camel
 from pydantic_core import (
     CoreSchema,
-    InitErrorDetails,
-    PydanticCustomError,
     PydanticKnownError,
+    PydanticSerializationError,
     core_schema,
 )
 
-from job_registry.errors import Violation
-from job_registry.json_values import MAX_VIOLATIONS, json_document
-from job_registry.timestamps import timestamps
+from job_registry.embedding import changed, embedded
+from job_registry.errors import shortened, shortened_text
 
 
 # Above their user, because making the class below calls them.
-def _changed(schema: Any, change: Callable[[dict[str, Any]], Any]) -> Any:
-    """Return a copy of a core schema in which each part is changed, the innermost first."""
-    if isinstance(schema, dict):
-        return change(
-            {
-                key: value if key in ("metadata", "default") else _changed(value, change)
-                for key, value in schema.items()
-            }
-        )
-    if isinstance(schema, list | tuple):
-        return type(schema)(_changed(value, change) for value in schema)
-    return schema
-
-
 def _with_decimal_as_text(part: dict[str, Any]) -> Any:
     """Return a decimal that is read from a JSON string only."""
     if part.get("type") == "decimal":
@@ -107,78 +81,26 @@ class Payload(BaseModel):
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         if cls.__dict__.get("__pydantic_complete__"):
-            return handler(source) if _in_payload.get() else _embedded(cls)
+            return handler(source) if _in_payload.get() else embedded(cls)
         outside = _in_payload.set(True)
         try:
-            return cast(CoreSchema, _changed(handler(source), _with_decimal_as_text))
+            return cast(CoreSchema, changed(handler(source), _with_decimal_as_text))
         finally:
             _in_payload.reset(outside)
 
 
-def _embedded(model: type[Payload]) -> CoreSchema:
-    """Return the core schema of a payload as a part of what is no payload."""
+def document_of(payload: Payload) -> JsonValue:
+    """Return a payload as JSON, with every field.
 
-    def read(value: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
-        if type(value) is not dict:
-            return handler(value)
-        text, faults = json_document(value, max_bytes=sys.maxsize)
-        if any(fault.code == "not_json" for fault in faults):
-            return handler(value)
-        if faults:
-            raise _refused(model, faults, value)
-        parsed = model.model_validate_json(text, context=info.context, by_alias=True, by_name=False)
-        faults = list(islice(timestamps(parsed, value), MAX_VIOLATIONS))
-        if faults:
-            raise _refused(model, faults, value)
-        return parsed
-
-    schema: Any = _changed(model.__pydantic_core_schema__, _renamed)
-    definitions: list[Any] = []
-    if schema["type"] == "definitions":
-        schema, definitions = schema["schema"], schema["definitions"]
-    reference = schema.get("ref") or schema["schema_ref"]
-    if schema["type"] == "definition-ref":
-        # A model that contains itself: its parts go on meaning the model.
-        schema = next(each for each in definitions if each["ref"] == reference)
-        schema = _changed(schema, dict)
-    schema.pop("ref", None)
-    reader = core_schema.with_info_wrap_validator_function(
-        read, schema, ref=_marked(reference, "read")
-    )
-    return core_schema.definitions_schema(reader, definitions)
-
-
-def _renamed(part: dict[str, Any]) -> dict[str, Any]:
-    """Return a part with references of its own: elsewhere they mean the class as it stands."""
-    changed = dict(part)
-    for key in ("ref", "schema_ref"):
-        if key in part:
-            changed[key] = _marked(part[key], "part")
-    if "metadata" in part:
-        # Pydantic writes into it.
-        changed["metadata"] = dict(part["metadata"])
-    return changed
-
-
-def _marked(reference: str, mark: str) -> str:
-    """Return another reference for the same class: names in JSON Schema leave out what follows `:`.
-
-    A reference is `module.Class:id`, or `module.Class:id[…]` for a generic class.
+    Raises:
+        TypeError: it is not a `Payload`.
+        ValueError: it cannot be written as JSON.
     """
-    head, bracket, arguments = reference.partition("[")
-    return f"{head}.{mark}{bracket}{arguments}"
-
-
-def _refused(model: type[Payload], faults: Iterable[Violation], sent: object) -> ValidationError:
-    """Return the error for faults that JSON Schema does not know."""
-    lines = []
-    for fault in faults:
-        place: list[str | int] = []
-        value: Any = sent
-        for token in fault.path.split("/")[1:]:
-            name = token.replace("~1", "/").replace("~0", "~")
-            place.append(int(name) if isinstance(value, list) else name)
-            value = value[place[-1]]
-        error = PydanticCustomError(fault.code, "{message}", {"message": fault.message})
-        lines.append(InitErrorDetails(type=error, loc=tuple(place), input=value))
-    return ValidationError.from_exception_data(model.__name__, lines)
+    if not isinstance(payload, Payload):
+        raise TypeError(f"expected an instance of a Payload; got {shortened(payload)}")
+    try:
+        # Without warnings about fields of another type: the JSON is validated again.
+        document: JsonValue = payload.model_dump(mode="json", by_alias=True, warnings=False)
+    except PydanticSerializationError as error:
+        raise ValueError(shortened_text(str(error), 200)) from error
+    return document

@@ -24,7 +24,7 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, inspect, text
 
-from job_registry_api.queue import defaults
+from job_registry_api import defaults
 from job_registry_api.queue.database import Database, Pooler, quoted
 from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.driver_errors import unavailable
@@ -159,15 +159,18 @@ def prepare(
     pooler: Pooler = "session",
     timeout_seconds: float = defaults.TIMEOUT_SECONDS,
     schema: str = defaults.SCHEMA,
-) -> Fit:
-    """Return whether the database fits this version, after migrating it if it is SQLite.
+) -> None:
+    """Check that the database fits this version, after migrating it if it is SQLite.
 
     Raises:
-        MigrationRefused, QueueUnavailable: as in `upgrade`.
+        MigrationRefused: it does not fit, or as in `upgrade`.
+        QueueUnavailable: the database does not answer, or cannot write.
     """
     if open_database(url).migrates_at_start:
         upgrade(url)
-    return examine(url, pooler=pooler, timeout_seconds=timeout_seconds, schema=schema)
+    fit = examine(url, pooler=pooler, timeout_seconds=timeout_seconds, schema=schema)
+    if not fit.fits:
+        raise MigrationRefused(fit.sentence)
 
 
 def downgrade(url: str, revision: str = "base", *, schema: str = defaults.SCHEMA) -> Migrated:
