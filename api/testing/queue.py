@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -105,11 +106,13 @@ class TestQueue(JobQueue):
         run_in_thread(self._database.close)
 
     async def __aenter__(self) -> Self:
-        """Do nothing: the queue is open."""
+        """Enter the event loop: the queue is open, but an application asks on which loop."""
+        self.loop = asyncio.get_running_loop()
         return self
 
     async def close(self) -> None:
-        """Do nothing: the queue is closed at the end of the test."""
+        """Leave the event loop: the queue is closed at the end of the test."""
+        self.loop = None
 
     @cached_property
     def sync(self) -> SyncTestQueue:
