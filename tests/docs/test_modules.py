@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,14 +26,15 @@ Imported = Callable[[str], ModuleType]
 
 
 @pytest.fixture
-def imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Imported:
+def imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Imported]:
     """Imports an example by the name of its module."""
     folder = tmp_path / "modules"
     folder.mkdir()
     write_modules(folder)
     monkeypatch.syspath_prepend(folder)
-    monkeypatch.setattr(sys, "modules", dict(sys.modules))
-    return __import__
+    yield __import__
+    for module in folder.glob("*.py"):
+        sys.modules.pop(module.stem, None)
 
 
 def test_every_module_of_the_pages_is_imported_by_a_test() -> None:
