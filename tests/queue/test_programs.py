@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -39,7 +42,14 @@ from job_registry_api import (
 )
 from job_registry_api.queue.database import async_url
 from job_registry_api.queue.enqueueing import Enqueued
+from tests import ROOT
 from tests.conftest import run_sql
+
+TESTS = [
+    "-p", "no:xdist", "tests/queue/test_programs.py", "tests/queue/test_caller_transactions.py",
+    "tests/queue/test_life_of_a_job.py", "tests/queue/test_migrations.py",
+]  # fmt: skip
+"""What must also pass with SQLAlchemy 2.0."""
 
 
 class MailSend(Payload):
@@ -411,3 +421,28 @@ async def test_two_job_types_with_one_class_need_a_name(database_url: str) -> No
         assert enqueued.job.type == "mail.resend"
         with pytest.raises(JobTypeNotFound):
             await queue.enqueue(MailSend(to="ada"), job_type="mail.sned")
+
+
+@pytest.mark.slow
+def test_sqlalchemy_2_0_serves_as_well(tmp_path: Path) -> None:
+    """A program may not be able to use the newest SQLAlchemy."""
+    other = tmp_path / "other"
+    install = ["-m", "pip", "install", "--quiet", "--no-deps", "--target", str(other)]
+    installed = subprocess.run(
+        [sys.executable, *install, "sqlalchemy==2.0.*"], capture_output=True, text=True, check=False
+    )
+    if installed.returncode:
+        pytest.skip(f"SQLAlchemy 2.0 cannot be installed: {installed.stderr[-200:]}")
+    code = (
+        "import pytest, sqlalchemy; assert sqlalchemy.__version__.startswith('2.0.');"
+        f" raise SystemExit(pytest.main({TESTS}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(other), "src", "."])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3_000:]
