@@ -9,17 +9,30 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import httpx
 import pytest
+from fastapi import FastAPI
+from pydantic import BaseModel, create_model
 from sqlalchemy import create_engine, text
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from job_registry import Cancel, EnqueueRequest, Fail, JobContext, Retry
+from job_registry import (
+    Cancel,
+    DefinitionError,
+    EnqueueRequest,
+    Fail,
+    JobContext,
+    JobType,
+    Payload,
+    Retry,
+)
 from job_registry.discovery import load_registry
 from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.models import JobStatus
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.worker import Worker
+from tests import ROOT
 from tests.docs.pages import blocks, write_modules
 
 Imported = Callable[[str], ModuleType]
@@ -42,6 +55,7 @@ def test_every_module_of_the_pages_is_imported_by_a_test() -> None:
     tested |= {"reminders.py", "invoices.py", "orders.py"}
     # Run by a console example.
     tested |= {"shop_enqueue.py", "mailer.py"}
+    tested |= {"shop_orders_nested.py", "shop_api.py"}
     assert {block.argument for block in blocks("module")} == tested
 
 
@@ -152,3 +166,30 @@ async def test_the_buyer_is_told_when_the_order_is_shipped(
         told, _ = (await queue.list()).jobs
     assert (told.type, told.priority) == ("mail.send", 80)
     assert told.payload == {"to": "ada@example.com", "subject": "Order 7"}
+
+
+async def test_a_payload_is_a_body_in_fastapi(imported: Imported) -> None:
+    imported("shop_jobs")
+    app: FastAPI = imported("shop_api").app
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://shop.test") as client:
+        accepted = await client.post("/invoices", json={"invoiceId": "inv-7"})
+        refused = await client.post("/invoices", json={"invoiceId": 7, "copies": "1"})
+    assert (accepted.status_code, accepted.json()) == (200, {"invoiceId": "inv-7", "copies": 1})
+    assert refused.status_code == 422
+
+
+def test_the_classes_inside_a_payload_are_strict_or_the_page_shows_the_error(
+    imported: Imported,
+) -> None:
+    orders = imported("shop_orders_nested")
+
+    class Address(BaseModel):
+        street: str
+        zip_code: int
+
+    lax = create_model("OrderSend", __base__=Payload, address=(Address, ...))
+    with pytest.raises(DefinitionError) as refused:
+        JobType(name=orders.order_send.name, payload=lax)
+    page = (ROOT / "docs" / "job-types.md").read_text()
+    assert str(refused.value) in page.replace("\n> ", " ")
