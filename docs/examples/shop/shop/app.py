@@ -109,7 +109,7 @@ async def read_order(order_id: UUID, session: Session) -> OrderShown:
 
 
 @routes.get("/invoices/{order_id}.pdf")
-async def read_invoice(order_id: UUID, request: Request) -> FileResponse:
+def read_invoice(order_id: UUID, request: Request) -> FileResponse:
     """Return the invoice of an order, once its job has written it."""
     file: Path = request.app.state.assets / "invoices" / f"{order_id}.pdf"
     if not file.is_file():

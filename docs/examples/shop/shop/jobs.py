@@ -110,7 +110,7 @@ async def confirm(job: JobContext, order: OrderConfirm) -> dict[str, str]:
 
 @order_invoice.handler
 def invoice(job: JobContext, payload: OrderInvoice) -> dict[str, Any]:
-    """Draw the pages in a process of its own, which is killed at its timeout and at cancellation."""
+    """Draw the pages, in a process that is killed at the timeout and at a cancellation."""
     pages = []
     for number, line in enumerate(payload.lines, start=1):
         price = CENTS[line.article] * line.quantity / 100

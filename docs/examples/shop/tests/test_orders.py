@@ -114,6 +114,11 @@ async def test_graphql_is_served_below_queue(shop: httpx.AsyncClient) -> None:
     query = "{ jobs { nodes { type status payload } } }"
     answer = (await shop.post("/queue/graphql", json={"query": query})).json()
     assert answer["data"]["jobs"]["nodes"] == [
-        {"type": "order.confirm", "status": "QUEUED", "payload": order(lines=[
-            {"article": "tea", "quantity": 2}, {"article": "pot", "quantity": 1}])}
+        {
+            "type": "order.confirm",
+            "status": "QUEUED",
+            "payload": order(
+                lines=[{"article": "tea", "quantity": 2}, {"article": "pot", "quantity": 1}]
+            ),
+        }
     ]
