@@ -39,6 +39,9 @@ def test_every_module_of_the_pages_is_imported_by_a_test() -> None:
     tested = {"myjobs.py", "shop_jobs.py", "reports.py", "extension.py", "shop_orders.py"}
     # Run by a console example.
     tested |= {"shop_enqueue.py"}
+    # By `test_embedding.py`.
+    tested |= {"mounted.py", "mounted_starlette.py", "shop_api.py", "merged_graphql.py"}
+    tested |= {"leave_out.py"}
     assert {block.argument for block in blocks("module")} == tested
 
 
