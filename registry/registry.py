@@ -10,7 +10,6 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from pydantic import ValidationError
-from pydantic_core import PydanticSerializationError
 
 from job_registry.enqueue_request import EnqueueRequest
 from job_registry.errors import (
@@ -20,12 +19,11 @@ from job_registry.errors import (
     PayloadInvalid,
     Violation,
     shortened,
-    shortened_text,
 )
 from job_registry.extension import WorkerExtension
 from job_registry.job_type import JobType
 from job_registry.json_values import MAX_VIOLATIONS, json_document
-from job_registry.payload import Payload
+from job_registry.payload import Payload, document_of
 from job_registry.policy import JobPolicy
 from job_registry.timestamps import timestamps
 
@@ -152,16 +150,24 @@ class JobRegistry(Mapping[str, JobType[Any]]):
         Raises:
             DefinitionError: no job type has this class, or several have it and none is given.
             PayloadInvalid: the payload cannot be written as JSON.
+            TypeError: `payload` is not an instance of a `Payload`.
         """
-        name = job_type or self._type_of(type(payload))
+        if not isinstance(payload, Payload):
+            raise TypeError(f"expected an instance of a Payload; got {shortened(payload)}")
+        name = job_type or self.type_of(type(payload))
         try:
-            document = payload.model_dump(mode="json", by_alias=True, warnings=False)
-        except PydanticSerializationError as error:
-            message = f"The payload cannot be written as JSON: {shortened_text(str(error), 200)}"
+            document = document_of(payload)
+        except ValueError as error:
+            message = f"The payload cannot be written as JSON: {error}"
             raise PayloadInvalid(name, [Violation("", "not_json", message)]) from error
         return EnqueueRequest(name, document, priority, schedule_at, max_attempts, idempotency_key)
 
-    def _type_of(self, payload: type[Payload]) -> str:
+    def type_of(self, payload: type[Payload]) -> str:
+        """Return the name of the job type that has this class of payload.
+
+        Raises:
+            DefinitionError: none has it, or several have it.
+        """
         match self._by_payload.get(payload, []):
             case [name]:
                 return name

@@ -82,7 +82,8 @@ class Enqueueing:
     events: Events
     _database: Database
     _store: Store
-    _max_bulk_size: int
+    max_bulk_size: int
+    """The most jobs of one call."""
     _new_id: Callable[[], uuid.UUID]
 
     def __init__(self) -> None:
@@ -177,7 +178,7 @@ class Enqueueing:
                     opened, request, created_by=created_by, sees_others=sees_others, budget=budget
                 )
             )
-        new = self._admit(request, created_by, budget)
+        new = self.admit(request, created_by, budget)
         inserts = self._inserts if new.idempotency_key is None else self._keyed_inserts
         stored = await self._database.patiently(
             lambda: inserts.submit(new), "another transaction holds the idempotency key"
@@ -245,7 +246,7 @@ class Enqueueing:
     ) -> JobValid:
         """Return what `enqueue` would store. It raises the same errors and writes nothing."""
         budget = budget or FaultBudget()
-        new = self._admit(request, created_by, budget)
+        new = self.admit(request, created_by, budget)
         now = await self._store.now()
         duplicate: JobRecord | None = None
         if new.idempotency_key is not None:
@@ -273,7 +274,7 @@ class Enqueueing:
     ) -> Enqueued:
         """Store a job in the transaction of a session without asyncio. Raises as `enqueue` does."""
         budget = budget or FaultBudget()
-        new = self._admit(request, created_by, budget)
+        new = self.admit(request, created_by, budget)
         stored = self._insert_within(session, [new])
         enqueued = _enqueued(new, request, stored[new.id], sees_others, budget)
         self._publish_within(session, [new], stored)
@@ -286,7 +287,7 @@ class Enqueueing:
         savepoint = session.connection().begin_nested() if atomic else None
         stored = self._insert_within(session, jobs)
         if savepoint is not None:
-            if any(_conflicts(job, stored[job.id]) for job in jobs):
+            if any(conflicts(job, stored[job.id]) for job in jobs):
                 savepoint.rollback()
                 return [stored[job.id] for job in jobs], False
             savepoint.commit()
@@ -306,11 +307,11 @@ class Enqueueing:
     def _publish_within(
         self, session: Session, jobs: Sequence[NewJob], stored: Mapping[uuid.UUID, Stored]
     ) -> None:
-        if created := _created(jobs, stored):
+        if created := created_events(jobs, stored):
             publish_after_commit(session, self.events.publish, created)
 
     def _requested(self, job: Payload | EnqueueRequest, **options: Any) -> EnqueueRequest:
-        if isinstance(job, Payload):
+        if not isinstance(job, EnqueueRequest):
             return self.registry.request(job, **options)
         if options:
             raise TypeError(f"an EnqueueRequest has its own {', '.join(sorted(options))}")
@@ -324,8 +325,8 @@ class Enqueueing:
         sees_others: bool = True,
         budget: FaultBudget | None = None,
     ) -> _Bulk:
-        if len(jobs) > self._max_bulk_size:
-            message = f"Expected at most {self._max_bulk_size} jobs per call; got {len(jobs)}."
+        if len(jobs) > self.max_bulk_size:
+            message = f"Expected at most {self.max_bulk_size} jobs per call; got {len(jobs)}."
             raise InputInvalid((Violation("", "too_long", message),))
         requests = [self._requested(job) for job in jobs]
         return _Bulk(requests, atomic, sees_others, budget or FaultBudget())
@@ -334,14 +335,19 @@ class Enqueueing:
         """Admit the jobs of a bulk. Yields after each job that is refused."""
         for index, request in enumerate(bulk.requests):
             try:
-                bulk.admitted[index] = self._admit(request, created_by, bulk.budget)
+                bulk.admitted[index] = self.admit(request, created_by, bulk.budget)
             except (JobTypeNotFound, PayloadInvalid, InputInvalid) as refusal:
                 bulk.results[index] = refusal
                 yield
 
-    def _admit(
-        self, request: EnqueueRequest, created_by: str | None, budget: FaultBudget
+    def admit(
+        self,
+        request: EnqueueRequest,
+        created_by: str | None = None,
+        budget: FaultBudget | None = None,
     ) -> NewJob:
+        """Return the job that a request describes. Raises as `enqueue` does; writes nothing."""
+        budget = budget or FaultBudget()
         job_type = self.registry.get_type(request.type, budget)
         faults = list(budget.listed("The request", list(input_faults(request))))
         try:
@@ -395,7 +401,7 @@ class Enqueueing:
         self, jobs: Sequence[NewJob]
     ) -> tuple[dict[uuid.UUID, Stored], bool] | None:
         """Insert all jobs or none. Return None if a job with one of the keys is being deleted."""
-        stored, committed = await self._store.insert_all(jobs, _conflicts)
+        stored, committed = await self._store.insert_all(jobs, conflicts)
         return (stored, committed) if len(stored) == len(jobs) else None
 
     async def _insert(self, jobs: Sequence[NewJob]) -> list[Stored | None]:
@@ -405,7 +411,7 @@ class Enqueueing:
         return [stored.get(job.id) for job in jobs]
 
     def _publish_created(self, jobs: Sequence[NewJob], stored: Mapping[uuid.UUID, Stored]) -> None:
-        self.events.publish(_created(jobs, stored))
+        self.events.publish(created_events(jobs, stored))
 
 
 @dataclass(frozen=True, slots=True)
@@ -448,7 +454,8 @@ class _Bulk:
         return [self.results[index] for index in range(len(self.requests))]
 
 
-def _created(jobs: Sequence[NewJob], stored: Mapping[uuid.UUID, Stored]) -> list[JobEvent]:
+def created_events(jobs: Sequence[NewJob], stored: Mapping[uuid.UUID, Stored]) -> list[JobEvent]:
+    """Return the events of the jobs that were stored, not of those that existed."""
     return [
         JobEvent("job.created", job.id, job.type, 0)
         for job in jobs
@@ -499,7 +506,8 @@ def _enqueued(
     )
 
 
-def _conflicts(new: NewJob, stored: Stored) -> bool:
+def conflicts(new: NewJob, stored: Stored) -> bool:
+    """Return whether the key of a new job belongs to a job with another payload."""
     return stored.existing is not None and bool(
         differing_paths(stored.existing.payload, from_json(new.payload), 1)
     )

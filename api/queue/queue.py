@@ -64,7 +64,7 @@ class JobQueue(Enqueueing, Reading, Leasing, Changing, Upkeep):
         self.registry = registry
         self.lease_seconds = lease_seconds
         self._max_page_size = max_page_size
-        self._max_bulk_size = max_bulk_size
+        self.max_bulk_size = max_bulk_size
         self._database = database
         self._prepare = prepare
         self._opened: AsyncExitStack | None = None
