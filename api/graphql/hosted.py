@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
-from typing import Any, Final
+from typing import Any
 
 import strawberry
-from graphql import GraphQLError, OperationDefinitionNode
+from graphql import GraphQLError, OperationDefinitionNode, OperationType
 from strawberry.extensions import SchemaExtension
 from strawberry.schema import ExceptionHandler
 from strawberry.schema.name_converter import NameConverter
@@ -33,8 +32,6 @@ from job_registry_api.graphql.scalars import scalars_of_host
 from job_registry_api.graphql.schema import executable, mutation_of, schema_with
 from job_registry_api.graphql.subscriptions import Subscription
 from job_registry_api.queue.queue import JobQueue
-
-_ROOTS: Final = ("Query", "Mutation", "Subscription")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +78,8 @@ def graphql_types(
     """
     mutation = mutation_of(queue.registry)
     schema = schema_with(mutation)
-    names = frozenset(
-        name
-        for root in executable(schema).type_map.values()
-        if root.name in _ROOTS
-        for name in root.fields
-    )
+    roots = map(executable(schema).get_root_type, OperationType)
+    names = frozenset(name for root in roots if root is not None for name in root.fields)
 
     class JobsOperation(SchemaExtension):
         """Begins an operation that has root fields of the queue, and gives its errors codes."""
@@ -185,6 +178,5 @@ def _class_of(definition: object) -> type | None:
         case StrawberryObjectDefinition():
             return definition.origin
         case StrawberryEnumDefinition():
-            wrapped: type[Enum] = definition.wrapped_cls
-            return wrapped
+            return definition.wrapped_cls
     return None

@@ -13,7 +13,6 @@ from typing import Any
 
 import httpx
 import pytest
-from sqlmodel import SQLModel
 
 from job_registry_api import QUEUE_TABLES
 from tests.conftest import run_sql
@@ -39,7 +38,6 @@ def example(
     driver = {"sqlite": "aiosqlite", "postgresql": "asyncpg"}[scheme]
     monkeypatch.setenv("SHOP_DATABASE", f"{scheme}+{driver}://{rest}")
     yield __import__
-    SQLModel.metadata.clear()
     for path in folder.glob("*.py"):
         sys.modules.pop(path.stem, None)
 
