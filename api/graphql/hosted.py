@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import strawberry
-from graphql import GraphQLError, OperationDefinitionNode, OperationType
+from graphql import DocumentNode, GraphQLError, OperationDefinitionNode, OperationType
 from strawberry.extensions import SchemaExtension
 from strawberry.schema import ExceptionHandler
 from strawberry.schema.name_converter import NameConverter
-from strawberry.types import StreamExecutionResult
+from strawberry.types import ExecutionContext, StreamExecutionResult
 from strawberry.types.base import StrawberryObjectDefinition
 from strawberry.types.enum import StrawberryEnumDefinition
 from strawberry.types.scalar import ScalarDefinition
@@ -85,39 +85,26 @@ def graphql_types(
         """Begins an operation that has root fields of the queue, and gives its errors codes."""
 
         def on_execute(self) -> Iterator[None]:
-            context = self.execution_context
-            document, name = context.graphql_document, context.operation_name
-            operation = next(
-                (
-                    node
-                    for node in (document.definitions if document else ())
-                    if isinstance(node, OperationDefinitionNode)
-                    and (name is None or (node.name is not None and node.name.value == name))
-                ),
-                None,
-            )
-            if document is None or operation is None:
-                yield
-                return
-            if any(each.name.value in names for each in root_fields(document, operation)):
+            executed = _operation_of(self.execution_context)
+            # Set in any case: another operation may have run in this task before.
+            hosted_operation.set(None)
+            if executed and any(each.name.value in names for each in root_fields(*executed)):
+                variables = self.execution_context.variables or {}
                 try:
                     check_arguments(
-                        executable(context.schema),
-                        document,
-                        operation,
-                        context.variables or {},
+                        executable(self.execution_context.schema),
+                        *executed,
+                        variables,
                         limits,
                         names=names,
                     )
                 except BudgetExceeded as exceeded:
                     raise GraphQLError(str(exceeded), extensions=_extensions(exceeded)) from None
                 hosted_operation.set(
-                    HostedOperation(
-                        queue, authenticate or _no_access, limits, (document, operation)
-                    )
+                    HostedOperation(queue, authenticate or _no_access, limits, executed)
                 )
             yield
-            _add_codes(getattr(context.result, "errors", None))
+            _add_codes(getattr(self.execution_context.result, "errors", None))
 
         def on_stream_result(self, result: StreamExecutionResult) -> Iterator[None]:
             _add_codes(getattr(result, "errors", None))
@@ -135,6 +122,20 @@ def graphql_types(
 
 
 def _no_access(_context: Any) -> None:
+    return None
+
+
+def _operation_of(
+    context: ExecutionContext,
+) -> tuple[DocumentNode, OperationDefinitionNode] | None:
+    """Return the document and the operation that is executed."""
+    document, name = context.graphql_document, context.operation_name
+    for node in document.definitions if document is not None else ():
+        if isinstance(node, OperationDefinitionNode) and (
+            name is None or (node.name is not None and node.name.value == name)
+        ):
+            assert document is not None
+            return document, node
     return None
 
 
