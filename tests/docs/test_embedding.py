@@ -78,7 +78,7 @@ async def test_starlette_mounts_it_under_a_deeper_path(example: Callable[[str], 
 async def test_an_opening_and_its_job_are_stored_together_or_not_at_all(
     example: Callable[[str], Any], database_url: str
 ) -> None:
-    shop = example("shop_api")
+    shop = example("openings")
     async with shop.engine.begin() as connection:
         await connection.run_sync(shop.Job.__table__.create)
     async with visiting(shop.app) as client, asyncio.timeout(20):
