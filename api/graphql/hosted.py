@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
-from typing import Any, Final
+from typing import Any
 
 import strawberry
-from graphql import GraphQLError, OperationDefinitionNode
+from graphql import DocumentNode, GraphQLError, OperationDefinitionNode, OperationType
 from strawberry.extensions import SchemaExtension
 from strawberry.schema import ExceptionHandler
 from strawberry.schema.name_converter import NameConverter
-from strawberry.types import StreamExecutionResult
+from strawberry.types import ExecutionContext, StreamExecutionResult
 from strawberry.types.base import StrawberryObjectDefinition
 from strawberry.types.enum import StrawberryEnumDefinition
 from strawberry.types.scalar import ScalarDefinition
@@ -33,8 +32,6 @@ from job_registry_api.graphql.scalars import scalars_of_host
 from job_registry_api.graphql.schema import executable, mutation_of, schema_with
 from job_registry_api.graphql.subscriptions import Subscription
 from job_registry_api.queue.queue import JobQueue
-
-_ROOTS: Final = ("Query", "Mutation", "Subscription")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,50 +78,33 @@ def graphql_types(
     """
     mutation = mutation_of(queue.registry)
     schema = schema_with(mutation)
-    names = frozenset(
-        name
-        for root in executable(schema).type_map.values()
-        if root.name in _ROOTS
-        for name in root.fields
-    )
+    roots = map(executable(schema).get_root_type, OperationType)
+    names = frozenset(name for root in roots if root is not None for name in root.fields)
 
     class JobsOperation(SchemaExtension):
         """Begins an operation that has root fields of the queue, and gives its errors codes."""
 
         def on_execute(self) -> Iterator[None]:
-            context = self.execution_context
-            document, name = context.graphql_document, context.operation_name
-            operation = next(
-                (
-                    node
-                    for node in (document.definitions if document else ())
-                    if isinstance(node, OperationDefinitionNode)
-                    and (name is None or (node.name is not None and node.name.value == name))
-                ),
-                None,
-            )
-            if document is None or operation is None:
-                yield
-                return
-            if any(each.name.value in names for each in root_fields(document, operation)):
+            executed = _operation_of(self.execution_context)
+            # Set in any case: another operation may have run in this task before.
+            hosted_operation.set(None)
+            if executed and any(each.name.value in names for each in root_fields(*executed)):
+                variables = self.execution_context.variables or {}
                 try:
                     check_arguments(
-                        executable(context.schema),
-                        document,
-                        operation,
-                        context.variables or {},
+                        executable(self.execution_context.schema),
+                        *executed,
+                        variables,
                         limits,
                         names=names,
                     )
                 except BudgetExceeded as exceeded:
                     raise GraphQLError(str(exceeded), extensions=_extensions(exceeded)) from None
                 hosted_operation.set(
-                    HostedOperation(
-                        queue, authenticate or _no_access, limits, (document, operation)
-                    )
+                    HostedOperation(queue, authenticate or _no_access, limits, executed)
                 )
             yield
-            _add_codes(getattr(context.result, "errors", None))
+            _add_codes(getattr(self.execution_context.result, "errors", None))
 
         def on_stream_result(self, result: StreamExecutionResult) -> Iterator[None]:
             _add_codes(getattr(result, "errors", None))
@@ -142,6 +122,20 @@ def graphql_types(
 
 
 def _no_access(_context: Any) -> None:
+    return None
+
+
+def _operation_of(
+    context: ExecutionContext,
+) -> tuple[DocumentNode, OperationDefinitionNode] | None:
+    """Return the document and the operation that is executed."""
+    document, name = context.graphql_document, context.operation_name
+    for node in document.definitions if document is not None else ():
+        if isinstance(node, OperationDefinitionNode) and (
+            name is None or (node.name is not None and node.name.value == name)
+        ):
+            assert document is not None
+            return document, node
     return None
 
 
@@ -185,6 +179,5 @@ def _class_of(definition: object) -> type | None:
         case StrawberryObjectDefinition():
             return definition.origin
         case StrawberryEnumDefinition():
-            wrapped: type[Enum] = definition.wrapped_cls
-            return wrapped
+            return definition.wrapped_cls
     return None

@@ -168,10 +168,10 @@ class Mutation:
         caller = context_of(info).caller
         caller.need_types(each.type for each in inputs)
         # Before anything is stored: afterwards the client would not learn what was.
-        budget, of_each = context_of(info).budget, selected(info)
+        budget, size, of_each = context_of(info).budget, context_of(info).size, selected(info)
         budget.charge_fields(len(inputs) * of_each.fields)
-        if context_of(info).size is not None and of_each.payloads:
-            budget.check_bytes(context_of(info).size.bytes * of_each.payloads)
+        if size is not None and of_each.payloads:
+            budget.check_bytes(size.bytes * of_each.payloads)
         results = await context_of(info).queue.enqueue_many(
             [each.request() for each in inputs],
             atomic=atomic,

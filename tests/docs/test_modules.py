@@ -56,6 +56,9 @@ def test_every_module_of_the_pages_is_imported_by_a_test() -> None:
     # Run by a console example.
     tested |= {"shop_enqueue.py", "mailer.py"}
     tested |= {"shop_orders_nested.py", "shop_api.py"}
+    # By `test_embedding.py`.
+    tested |= {"mounted.py", "mounted_starlette.py", "openings.py", "merged_graphql.py"}
+    tested |= {"leave_out.py"}
     assert {block.argument for block in blocks("module")} == tested
 
 

@@ -231,7 +231,7 @@ async def events_of(
     schema: strawberry.Schema, document: str, context: object = ADA
 ) -> AsyncIterator[Any]:
     stream = await schema.subscribe(document, context_value=context)
-    async with aclosing(stream) as results:  # type: ignore[type-var]
+    async with aclosing(stream) as results:
         while True:
             # `wait_for` requests each event in a task of its own.
             try:
