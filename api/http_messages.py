@@ -13,6 +13,9 @@ from job_registry import CodedError
 
 JSON_TYPE: Final = b"application/json"
 
+GUARDING_HEADERS: Final = {"cache-control": "no-store", "x-content-type-options": "nosniff"}
+"""The headers of each response that sets no others: see `GuardedResponses`."""
+
 HEALTH_PATHS: Final = ("/healthz", "/readyz", "/metrics")
 """The paths that are served even when there are too many connections."""
 
@@ -75,8 +78,8 @@ class GuardedResponses:
         async def send_guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
-                headers.setdefault("cache-control", "no-store")
-                headers.setdefault("x-content-type-options", "nosniff")
+                for name, value in GUARDING_HEADERS.items():
+                    headers.setdefault(name, value)
                 present = headers.get("vary", "").lower()
                 for name in self._vary:
                     if name.lower() not in present:
