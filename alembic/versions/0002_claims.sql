@@ -187,7 +187,7 @@ BEGIN
                 finished_at = CASE WHEN decided.status <> 'queued' THEN now END,
                 attempt = CASE WHEN decided.returned OR NOT decided.spend
                     THEN decided.attempt - 1 ELSE decided.attempt END,
-                returns = job.returns + decided.returned::integer,
+                returns = job.returns + (decided.returned OR NOT decided.spend)::integer,
                 quick_returns = CASE WHEN decided.returned AND decided.quickly
                     THEN job.quick_returns + 1 ELSE 0 END,
                 result = CASE WHEN decided.outcome = 'succeeded'
@@ -218,14 +218,24 @@ BEGIN
         events := events || job_event(
             CASE ended.status WHEN 'queued' THEN 'job.retrying' ELSE 'job.' || ended.status END,
             ended.id, ended.type, ended.attempt);
-        IF ended.returns > 0 AND ended.returns % 32 = 0 THEN
-            -- Delete the oldest attempts that were given back or cancelled, and keep 32.
+        -- How many attempts the job has had, by every path: the spent ones and the others.
+        IF (ended.attempt + ended.returns) % 32 = 0 THEN
+            -- Keep 32 attempts that were given back or cancelled, and 1,000 of all: the most that
+            -- a job has unless it is retried after its end.
             DELETE FROM job_attempt
-            WHERE job_attempt.job_id = ended.id AND job_attempt.outcome IN ('released', 'snoozed', 'cancelled')
+            WHERE job_attempt.job_id = ended.id
+              AND job_attempt.outcome IN ('released', 'snoozed', 'cancelled')
               AND job_attempt.id <= (
                 SELECT older.id FROM job_attempt AS older
-                WHERE older.job_id = ended.id AND older.outcome IN ('released', 'snoozed', 'cancelled')
+                WHERE older.job_id = ended.id
+                  AND older.outcome IN ('released', 'snoozed', 'cancelled')
                 ORDER BY older.id DESC OFFSET 32 LIMIT 1);
+            IF ended.attempt + ended.returns > 1000 THEN
+                DELETE FROM job_attempt
+                WHERE job_attempt.job_id = ended.id AND job_attempt.id <= (
+                    SELECT older.id FROM job_attempt AS older WHERE older.job_id = ended.id
+                    ORDER BY older.id DESC OFFSET 1000 LIMIT 1);
+            END IF;
         END IF;
         RETURN NEXT job_small(ended);
     END LOOP;

@@ -374,14 +374,17 @@ class _Transaction:
             next_run_at=self.at(_delay(report, job, quickly)) if status == "queued" else None,
             finished_at=self.now if status != "queued" else None,
             attempt=job["attempt"] if spent else job["attempt"] - 1,
-            returns=job["returns"] + returned,
+            returns=job["returns"] + (not spent),
             quick_returns=job["quick_returns"] + 1 if quickly else 0,
             result=_text(report.result) if succeeded else job["result"],
             error=None if succeeded else error or job["error"],
             lease_token=report.token if succeeded else None,
         )
-        if returned and ended["returns"] % 32 == 0:
+        attempts = ended["attempt"] + ended["returns"]
+        if attempts % 32 == 0:
             self.change("forget_returned", id=job["id"])
+            if attempts > 1_000:
+                self.change("forget_oldest", id=job["id"])
         self._add_event("job.retrying" if status == "queued" else f"job.{status}", ended)
         return dict(ended)
 

@@ -345,6 +345,26 @@ async def test_attempts_of_a_job_that_is_cancelled_and_retried_are_kept_up_to_a_
     assert 32 <= len(await outcomes(queue, job)) <= 64
 
 
+async def test_attempts_that_a_handler_cancels_are_kept_up_to_a_bound(queue: JobQueue) -> None:
+    job = await enqueue(queue)
+    for _ in range(70):
+        await queue.stop((await lease_one(queue)).token, BROKEN)
+        await queue.retry(job.id)
+    assert 32 <= len(await outcomes(queue, job)) <= 64
+
+
+@pytest.mark.parametrize("spend", [True, False])
+async def test_attempts_of_a_job_that_fails_and_is_retried_are_kept_up_to_a_bound(
+    queue: JobQueue, spend: bool
+) -> None:
+    job = await enqueue(queue)
+    for _ in range(1_060):
+        lease = await lease_one(queue)
+        await queue.fail(lease.token, BROKEN, retryable=False, spend_attempt=spend)
+        await queue.retry(job.id)
+    assert 1_000 <= len(await outcomes(queue, job)) <= 1_032
+
+
 async def test_a_limit_is_never_passed_and_a_full_type_holds_up_no_other(
     queue: JobQueue,
 ) -> None:

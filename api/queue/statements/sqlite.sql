@@ -116,6 +116,13 @@ WHERE job_id = :id AND outcome IN ('released', 'snoozed', 'cancelled') AND id <=
     SELECT id FROM job_attempt WHERE job_id = :id AND outcome IN ('released', 'snoozed', 'cancelled')
     ORDER BY id DESC LIMIT 1 OFFSET 32)
 
+-- name: forget_oldest
+-- Delete the oldest attempts of a job, and keep 1,000: the most that a job has unless it is retried
+-- after its end.
+DELETE FROM job_attempt
+WHERE job_id = :id AND id <= (
+    SELECT id FROM job_attempt WHERE job_id = :id ORDER BY id DESC LIMIT 1 OFFSET 1000)
+
 -- name: renew
 -- Renew a lease.
 UPDATE job SET
