@@ -358,7 +358,8 @@ LANGUAGE plpgsql
 -- jobs from these times on are read. See `QueueHeads` in postgresql.py.
 --
 -- Higher priorities go first. Types of one priority take turns, in the order given. Within a type
--- and priority the oldest goes first. Rows that another transaction has locked are skipped.
+-- and priority the oldest goes first. Rows that another transaction has locked are skipped. No more
+-- jobs are leased once their payloads have 1,000,000 bytes of text: a client reads them whole.
 --
 -- Jobs of a type with a limit are taken only under the type's lock, after its running jobs were
 -- counted in a later statement, which sees what the previous holder of the lock committed. A type
@@ -378,6 +379,7 @@ DECLARE
     level smallint;       -- the current priority
     head timestamptz;     -- from which time on a type's jobs are read
     remaining integer := most;
+    bytes_left bigint := 1000000;
     share integer;
     got integer;
     events jsonb := '[]';
@@ -440,13 +442,25 @@ BEGIN
             head := job_head(heads[lane], level);
             FOR leased IN
                 WITH due AS MATERIALIZED (
-                    SELECT job.id, job.next_run_at AS due_at FROM job
+                    SELECT job.id, job.next_run_at AS due_at,
+                        -- As in `job_small`: a compressed value is larger when it is sent.
+                        CASE WHEN pg_column_size(job.payload) <= 8192
+                                AND pg_column_compression(job.payload) IS NULL
+                            THEN pg_column_size(job.payload)
+                            ELSE octet_length(CAST(job.payload AS text)) END AS bytes
+                    FROM job
                     WHERE job.status = 'queued' AND job.type = names[lane]
                       AND job.priority = level AND job.next_run_at <= now
                       AND job.next_run_at >= head
                     ORDER BY job.next_run_at, job.id
                     LIMIT least(share, rooms[lane], remaining)
                     FOR UPDATE SKIP LOCKED
+                ), fitting AS MATERIALIZED (
+                    SELECT * FROM (
+                        SELECT due.id, due.due_at, due.bytes,
+                            sum(due.bytes) OVER (ORDER BY due.due_at, due.id) AS total
+                        FROM due) AS summed
+                    WHERE summed.total - summed.bytes < bytes_left
                 ), claimed AS (
                     UPDATE job SET
                         status = 'running', attempt = job.attempt + 1, next_run_at = NULL,
@@ -457,15 +471,16 @@ BEGIN
                         deadline_at = now + make_interval(secs => job.timeout_seconds),
                         lease_expires_at =
                             now + make_interval(secs => least(job.timeout_seconds, lease))
-                    FROM due WHERE job.id = due.id
-                    RETURNING job AS whole, due.due_at
+                    FROM fitting WHERE job.id = fitting.id
+                    RETURNING job AS whole, fitting.due_at, fitting.total
                 ), opened AS (
                     INSERT INTO job_attempt (job_id, attempt, worker_id, started_at, lease_token)
                     SELECT (claimed.whole).id, (claimed.whole).attempt, worker, now,
                         (claimed.whole).lease_token
                     FROM claimed
                 )
-                SELECT claimed.whole, claimed.due_at FROM claimed
+                SELECT claimed.whole, claimed.due_at, max(claimed.total) OVER () AS bytes
+                FROM claimed
             LOOP
                 whole := job_small(leased.whole);
                 whole.next_run_at := leased.due_at;
@@ -474,6 +489,9 @@ BEGIN
                 got := got + 1;
                 RETURN NEXT whole;
             END LOOP;
+            IF got > 0 THEN
+                bytes_left := bytes_left - leased.bytes;
+            END IF;
             IF got < least(share, rooms[lane], remaining) THEN
                 tops[lane] := job_next_level(names[lane], level, now, heads[lane]);
             ELSIF got = rooms[lane] THEN
@@ -481,8 +499,9 @@ BEGIN
             END IF;
             rooms[lane] := rooms[lane] - got;
             remaining := remaining - got;
-            EXIT WHEN remaining = 0;
+            EXIT WHEN remaining = 0 OR bytes_left <= 0;
         END LOOP;
+        EXIT WHEN bytes_left <= 0;
     END LOOP;
     IF events <> '[]' THEN
         PERFORM job_announce(process, events, keep);

@@ -21,6 +21,7 @@ from job_registry_api.queue.database import read_json, statement
 from job_registry_api.queue.models import METADATA, AttemptOutcome, JobRecord, JobStatus, UtcTime
 from job_registry_api.queue.sqlite_database import SQLiteDatabase
 from job_registry_api.queue.store import (
+    CLAIM_BYTES,
     EVENT_BATCHES_PRUNED,
     EVENTS_KEPT_SECONDS,
     LOST,
@@ -293,6 +294,7 @@ class _Transaction:
             if room > 0 and (level := self._next_level(name, 101)) is not None
         }
         leased: list[Row] = []
+        bytes_left = CLAIM_BYTES
         while tops and len(leased) < claim.jobs:
             level = max(tops.values())
             lanes = [name for name in claim.types if tops.get(name) == level]
@@ -302,7 +304,11 @@ class _Transaction:
                 if most == 0:
                     break
                 taken = self.rows("due", type=name, priority=level, jobs=most)
-                leased += [self._lease(row["id"], claim) for row in taken]
+                for row in taken:
+                    leased.append(self._lease(row["id"], claim))
+                    bytes_left -= row["bytes"]
+                    if bytes_left <= 0:
+                        return leased
                 rooms[name] -= len(taken)
                 if len(taken) < most:
                     below = self._next_level(name, level)

@@ -64,8 +64,8 @@ SELECT (SELECT count(*) FROM job WHERE status = 'running' AND type = :type)
          AND job.type = :type)
 
 -- name: due
--- Return the due jobs of a type and priority, oldest first.
-SELECT id, next_run_at FROM job
+-- Return the due jobs of a type and priority, oldest first, with the sizes of their payloads.
+SELECT id, length(payload) AS bytes FROM job
 WHERE status = 'queued' AND type = :type AND priority = :priority AND next_run_at <= :now
 ORDER BY next_run_at, id LIMIT :jobs
 
