@@ -1,1 +1,90 @@
-"""The queue of Job Registry, its worker, and its interfaces: GraphQL, REST and the command."""
+"""Job Registry for programs: the queue, the worker and the application.
+
+What a job type is, is in `job_registry`. Each name is imported on first use, because commands and
+the processes of handlers need few of them.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from job_registry_api.app import create_app
+    from job_registry_api.queue.enqueueing import Enqueued
+    from job_registry_api.queue.errors import (
+        EventsMissed,
+        IdempotencyConflict,
+        InputInvalid,
+        JobFailed,
+        JobNotFound,
+        JobStateConflict,
+        QueueUnavailable,
+    )
+    from job_registry_api.queue.migrations import MigrationRefused
+    from job_registry_api.queue.models import AttemptRecord, JobError, JobRecord, JobStatus
+    from job_registry_api.queue.queue import JobQueue
+    from job_registry_api.queue.reading import JobFilter, JobPage
+    from job_registry_api.queue.sync import SyncQueue
+    from job_registry_api.settings import Settings, SettingsInvalid, load_settings
+    from job_registry_api.worker.extensions import WorkerStartError
+    from job_registry_api.worker.loop import Worker
+
+__all__ = [
+    "AttemptRecord",
+    "Enqueued",
+    "EventsMissed",
+    "IdempotencyConflict",
+    "InputInvalid",
+    "JobError",
+    "JobFailed",
+    "JobFilter",
+    "JobNotFound",
+    "JobPage",
+    "JobQueue",
+    "JobRecord",
+    "JobStateConflict",
+    "JobStatus",
+    "MigrationRefused",
+    "QueueUnavailable",
+    "Settings",
+    "SettingsInvalid",
+    "SyncQueue",
+    "Worker",
+    "WorkerStartError",
+    "create_app",
+    "load_settings",
+]
+
+_HOMES: Final = {
+    "app": ("create_app",),
+    "queue.enqueueing": ("Enqueued",),
+    "queue.errors": (
+        "EventsMissed",
+        "IdempotencyConflict",
+        "InputInvalid",
+        "JobFailed",
+        "JobNotFound",
+        "JobStateConflict",
+        "QueueUnavailable",
+    ),
+    "queue.migrations": ("MigrationRefused",),
+    "queue.models": ("AttemptRecord", "JobError", "JobRecord", "JobStatus"),
+    "queue.queue": ("JobQueue",),
+    "queue.reading": ("JobFilter", "JobPage"),
+    "queue.sync": ("SyncQueue",),
+    "settings": ("Settings", "SettingsInvalid", "load_settings"),
+    "worker.extensions": ("WorkerStartError",),
+    "worker.loop": ("Worker",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{home}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -24,7 +24,6 @@ from job_registry_api.graphql.http import GraphQLOverHTTP
 from job_registry_api.graphql.websocket import GraphQLOverWebSocket
 from job_registry_api.health import Health, health_routes
 from job_registry_api.http_messages import GuardedResponses, answer_method_not_allowed
-from job_registry_api.opening import open_queue
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.upkeep import maintain
 from job_registry_api.rest import EnqueueView, JobView, answer_not_found
@@ -49,19 +48,26 @@ def create_app(settings: Settings, registry: JobRegistry, *, worker: bool = Fals
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
-            queue = await stack.enter_async_context(open_queue(settings, registry))
-            app.state.queue = queue
-            stop = asyncio.Event()
-            upkeep = maintain(
-                queue,
-                stop,
-                keep_succeeded_days=settings.keep_succeeded_days,
-                keep_failed_days=settings.keep_failed_days,
+            queue = await stack.enter_async_context(
+                JobQueue.from_settings(settings, registry, prepare=False)
             )
-            await stack.enter_async_context(_until(stop, upkeep))
+            app.state.queue = queue
             working = None
+            stop = asyncio.Event()
             if worker:
-                working = await stack.enter_async_context(_working(queue, settings))
+                try:
+                    working = await stack.enter_async_context(_worker(queue, settings).running())
+                except WorkerStartError as error:
+                    log.error("worker.start_failed", reason=str(error))
+                    raise
+            else:
+                upkeep = maintain(
+                    queue,
+                    stop,
+                    keep_succeeded_days=settings.keep_succeeded_days,
+                    keep_failed_days=settings.keep_failed_days,
+                )
+                await stack.enter_async_context(_until(stop, upkeep))
             health = Health(queue, working, authenticator=authenticator)
             app.state.health = health
 
@@ -155,28 +161,12 @@ async def _until(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> AsyncI
         await task
 
 
-@asynccontextmanager
-async def _working(queue: JobQueue, settings: Settings) -> AsyncIterator[Worker]:
-    worker = Worker(
+def _worker(queue: JobQueue, settings: Settings) -> Worker:
+    return Worker(
         queue,
         concurrency=settings.worker_concurrency,
         assets=settings.assets,
         shutdown_seconds=settings.shutdown_seconds,
+        keep_succeeded_days=settings.keep_succeeded_days,
+        keep_failed_days=settings.keep_failed_days,
     )
-    task = asyncio.create_task(worker.run(), name="worker")
-    started = asyncio.create_task(worker.started.wait())
-    await asyncio.wait({task, started}, return_when=asyncio.FIRST_COMPLETED)
-    started.cancel()
-    try:
-        if task.done():
-            task.result()
-    except WorkerStartError as error:
-        log.error("worker.start_failed", reason=str(error))
-        raise
-    try:
-        yield worker
-    finally:
-        # A second call would release running jobs at once.
-        if not worker.is_stopping:
-            worker.stop()
-        await task

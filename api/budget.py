@@ -15,7 +15,7 @@ from pydantic import JsonValue
 from job_registry import CodedError
 from job_registry.errors import FaultBudget
 from job_registry.json_values import count_values, parse_json
-from job_registry_api.queue.defaults import MAX_BULK_SIZE
+from job_registry_api.defaults import MAX_BULK_SIZE
 
 TYPED_VALUES_PER_JOB: Final = 20
 MIN_TYPED_VALUES: Final = 20_000

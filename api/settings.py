@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 from urllib.parse import urlsplit
 
-import limits
 from annotated_types import Ge, Le
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
@@ -20,9 +19,8 @@ from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from job_registry.errors import shortened
-from job_registry_api import postgresql_url
+from job_registry_api import defaults, postgresql_url
 from job_registry_api.budget import RequestLimits
-from job_registry_api.queue import defaults
 
 _REQUEST: Final = RequestLimits()
 
@@ -90,7 +88,7 @@ class Settings(BaseSettings):
         " `job_registry.catalog,myapp.jobs`.",
     )
     assets: str = Field(
-        default="assets",
+        default=defaults.ASSETS,
         min_length=1,
         description="Where jobs read and write files: a folder, or an fsspec URL such as"
         " `s3://bucket/assets`.",
@@ -139,27 +137,27 @@ class Settings(BaseSettings):
         " and jobs run twice.",
     )
     shutdown_seconds: float = Field(
-        default=20.0,
+        default=defaults.SHUTDOWN_SECONDS,
         ge=0.0,
         le=3_600.0,
         description="How long running jobs may run on after SIGTERM before they are released. The"
         " process manager must wait 15 seconds longer before it sends SIGKILL.",
     )
     worker_concurrency: int = Field(
-        default=8,
+        default=defaults.WORKER_CONCURRENCY,
         ge=1,
         le=1_000,
         description="How many jobs a worker runs at once. Raise it for I/O-bound handlers."
         " CPU-bound handlers gain nothing and may time out.",
     )
     keep_succeeded_days: float = Field(
-        default=7.0,
+        default=defaults.KEEP_SUCCEEDED_DAYS,
         ge=0.0,
         le=36_500.0,
         description="Days until a succeeded job is deleted. Its idempotency key is then free.",
     )
     keep_failed_days: float = Field(
-        default=90.0,
+        default=defaults.KEEP_FAILED_DAYS,
         ge=0.0,
         le=36_500.0,
         description="Days until a failed or cancelled job is deleted, with its attempts.",
@@ -398,10 +396,13 @@ class Settings(BaseSettings):
     def _check_rates(cls, value: object) -> object:
         if not isinstance(value, str):
             return value
+        # Imported only where there is a limit: each command reads the settings at its start.
+        from limits import parse
+
         rates = _items(value)
         for rate in rates:
             try:
-                amount = limits.parse(rate).amount
+                amount = parse(rate).amount
             except ValueError:
                 amount = 0
             if amount < 1:

@@ -48,7 +48,7 @@ def application(database_url: str | None) -> Starlette:
     from job_registry_api.graphql.execution import Executor
     from job_registry_api.graphql.schema import build_schema
     from job_registry_api.logs import configure_logs
-    from job_registry_api.queue.queue import JobQueue, open_queue
+    from job_registry_api.queue.queue import JobQueue
 
     configure_logs("info", "json")
     registry = load_registry(["job_registry.catalog"])
@@ -77,7 +77,7 @@ def application(database_url: str | None) -> Starlette:
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
-        async with open_queue(registry, database_url, lease_seconds=30) as queue:
+        async with JobQueue.from_url(database_url, registry, lease_seconds=30) as queue:
             queues.append(queue)
             collect_garbage_rarely()
             yield

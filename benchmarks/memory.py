@@ -22,11 +22,10 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from job_registry import JobContext, JobPolicy, JobRegistry, JobType, Payload
+from job_registry import EnqueueRequest, JobContext, JobPolicy, JobRegistry, JobType, Payload
 from job_registry_api.logs import configure_logs
 from job_registry_api.queue import migrations
-from job_registry_api.queue.queue import JobQueue, open_queue
-from job_registry_api.queue.requests import EnqueueRequest
+from job_registry_api.queue.queue import JobQueue
 from job_registry_api.worker import Worker
 
 
@@ -87,7 +86,7 @@ async def main() -> None:
         url = f"sqlite:///{folder}/jobs.db"
         await asyncio.to_thread(migrations.upgrade, url)
         registry = JobRegistry([load, load_in_thread])
-        async with open_queue(registry, url, lease_seconds=30) as queue:
+        async with JobQueue.from_url(url, registry, lease_seconds=30) as queue:
             worker = Worker(queue, concurrency=8, assets=folder, shutdown_seconds=5)
             task = asyncio.create_task(worker.run())
             gc.collect()

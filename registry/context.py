@@ -6,10 +6,13 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import datetime
 from types import SimpleNamespace
 from typing import Any, Final, Protocol
 
 from pydantic import JsonValue
+
+from job_registry.payload import Payload
 
 
 class JobLogger(Protocol):
@@ -51,6 +54,26 @@ _plain_log: Final = logging.getLogger("job_registry.handler")
 _PLAIN: Final = "%s %s"
 
 
+class EnqueueFollowUp(Protocol):
+    """Keeps a job until its handler has returned. See `JobContext.enqueue`."""
+
+    def __call__(
+        self,
+        payload: Payload,
+        *,
+        job_type: str | None,
+        priority: int | None,
+        schedule_at: datetime | None,
+        max_attempts: int | None,
+        idempotency_key: str | None,
+    ) -> None:
+        """Check the job, and keep it."""
+
+
+def _nowhere(payload: Payload, **_options: Any) -> None:
+    raise RuntimeError("this JobContext is not one of a worker; use job_registry.testing in tests")
+
+
 @dataclass(frozen=True, slots=True)
 class JobContext:
     """The job that a handler runs, and ways to report progress and to see a cancellation.
@@ -69,6 +92,7 @@ class JobContext:
     state: SimpleNamespace = field(default_factory=SimpleNamespace)
     log: JobLogger = field(default_factory=_PlainLogger, repr=False)
     _report: Callable[[JsonValue], None] = field(default=lambda _value: None, repr=False)
+    _enqueue: EnqueueFollowUp = field(default=_nowhere, repr=False)
     _cancelled: Callable[[], bool] = field(default=lambda: False, repr=False)
     _deadline: float = field(default=float("inf"), repr=False)
 
@@ -79,6 +103,41 @@ class JobContext:
         one before the attempt ends. A value that cannot be stored is one warning in the log.
         """
         self._report(value)
+
+    def enqueue(
+        self,
+        payload: Payload,
+        *,
+        job_type: str | None = None,
+        priority: int | None = None,
+        schedule_at: datetime | None = None,
+        max_attempts: int | None = None,
+        idempotency_key: str | None = None,
+    ) -> None:
+        """Enqueue another job when this one succeeds.
+
+        It is stored in the transaction that completes this job: both, or neither. If this attempt
+        ends in another way, the job is never stored. So an attempt that is repeated does not
+        enqueue twice. The options are those of `JobQueue.enqueue`. The new job has the same
+        `created_by`.
+
+        If the new job cannot be stored in the end, because its idempotency key belongs to a job
+        with another payload, this job fails as `follow_up_refused`. With `run_in="process"`, that
+        is also how the errors below appear, because the process does not know the job types.
+
+        Raises:
+            DefinitionError: the class of the payload belongs to no job type, or to several.
+            PayloadInvalid: the payload is invalid.
+            CodedError: an option is out of range, or there are too many jobs (`validation_error`).
+        """
+        self._enqueue(
+            payload,
+            job_type=job_type,
+            priority=priority,
+            schedule_at=schedule_at,
+            max_attempts=max_attempts,
+            idempotency_key=idempotency_key,
+        )
 
     @property
     def cancel_requested(self) -> bool:

@@ -5,9 +5,16 @@ from __future__ import annotations
 from decimal import Decimal, InvalidOperation
 from typing import Any, cast
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, JsonValue
 from pydantic.alias_generators import to_camel
-from pydantic_core import CoreSchema, PydanticKnownError, core_schema
+from pydantic_core import (
+    CoreSchema,
+    PydanticKnownError,
+    PydanticSerializationError,
+    core_schema,
+)
+
+from job_registry.errors import shortened, shortened_text
 
 
 # Above its user, because making the class below calls them.
@@ -65,3 +72,20 @@ class Payload(BaseModel):
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> CoreSchema:
         return cast(CoreSchema, _decimals_as_text(handler(source)))
+
+
+def document_of(payload: Payload) -> JsonValue:
+    """Return a payload as JSON, with every field.
+
+    Raises:
+        TypeError: it is not a `Payload`.
+        ValueError: it cannot be written as JSON.
+    """
+    if not isinstance(payload, Payload):
+        raise TypeError(f"expected an instance of a Payload; got {shortened(payload)}")
+    try:
+        # Without warnings about fields of another type: the JSON is validated again.
+        document: JsonValue = payload.model_dump(mode="json", by_alias=True, warnings=False)
+    except PydanticSerializationError as error:
+        raise ValueError(shortened_text(str(error), 200)) from error
+    return document

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import islice
 from types import MappingProxyType
 from typing import Any, Final
 
 from pydantic import ValidationError
 
+from job_registry.enqueue_request import EnqueueRequest
 from job_registry.errors import (
     DefinitionError,
     FaultBudget,
     JobTypeNotFound,
     PayloadInvalid,
+    Violation,
     shortened,
 )
 from job_registry.extension import WorkerExtension
 from job_registry.job_type import JobType
 from job_registry.json_values import MAX_VIOLATIONS, json_document
-from job_registry.payload import Payload
+from job_registry.payload import Payload, document_of
 from job_registry.policy import JobPolicy
 from job_registry.timestamps import timestamps
 
@@ -66,6 +69,9 @@ class JobRegistry(Mapping[str, JobType[Any]]):
                 raise DefinitionError(f"JobRegistry: two job types are named {job_type.name}")
             by_name[job_type.name] = job_type
         self._job_types = MappingProxyType(dict(sorted(by_name.items())))
+        self._by_payload: dict[type[Payload], list[str]] = {}
+        for name, job_type in self._job_types.items():
+            self._by_payload.setdefault(job_type.payload, []).append(name)
         self._max_payload_bytes = max_payload_bytes
         self._extensions = tuple(extensions)
         self._suggests = suggests
@@ -124,6 +130,57 @@ class JobRegistry(Mapping[str, JobType[Any]]):
             budget = self.fault_budget(budget)
             raise JobTypeNotFound(job_type, budget.near(str(job_type), self._job_types, count=3))
         return found
+
+    def request(
+        self,
+        payload: Payload,
+        *,
+        job_type: str | None = None,
+        priority: int | None = None,
+        schedule_at: datetime | None = None,
+        max_attempts: int | None = None,
+        idempotency_key: str | None = None,
+    ) -> EnqueueRequest:
+        """Return the request to enqueue a payload as a job of the type that has its class.
+
+        The request has every field of the payload, defaults included: the handler gets what the
+        program created, even if a default changes in the meantime. `job_type` is needed only if
+        several job types have the same class. The other arguments are those of `EnqueueRequest`.
+
+        Raises:
+            DefinitionError: no job type has this class, or several have it and none is given.
+            PayloadInvalid: the payload cannot be written as JSON.
+            TypeError: `payload` is not an instance of a `Payload`.
+        """
+        if not isinstance(payload, Payload):
+            raise TypeError(f"expected an instance of a Payload; got {shortened(payload)}")
+        name = job_type or self.type_of(type(payload))
+        try:
+            document = document_of(payload)
+        except ValueError as error:
+            message = f"The payload cannot be written as JSON: {error}"
+            raise PayloadInvalid(name, [Violation("", "not_json", message)]) from error
+        return EnqueueRequest(name, document, priority, schedule_at, max_attempts, idempotency_key)
+
+    def type_of(self, payload: type[Payload]) -> str:
+        """Return the name of the job type that has this class of payload.
+
+        Raises:
+            DefinitionError: none has it, or several have it.
+        """
+        match self._by_payload.get(payload, []):
+            case [name]:
+                return name
+            case []:
+                raise DefinitionError(
+                    f"no job type of this registry has the payload {payload.__name__}; add its"
+                    " job type to the registry"
+                )
+            case several:
+                raise DefinitionError(
+                    f"the job types {', '.join(several)} have the payload {payload.__name__};"
+                    " give job_type= the name of one"
+                )
 
     def policy(self, job_type: str) -> JobPolicy:
         """Return the policy of a job type.

@@ -18,12 +18,11 @@ from pathlib import Path
 import httpx
 import pytest
 
-from job_registry import JobPolicy, JobRegistry, JobType, Payload
+from job_registry import EnqueueRequest, JobPolicy, JobRegistry, JobType, Payload
 from job_registry_api.auth import Authenticator
 from job_registry_api.health import Health, health_app
 from job_registry_api.queue.errors import QueueUnavailable
-from job_registry_api.queue.queue import JobQueue, open_queue
-from job_registry_api.queue.requests import EnqueueRequest
+from job_registry_api.queue.queue import JobQueue
 from job_registry_api.worker import Worker
 from job_registry_api.worker import loop as worker_module
 from tests import CODE
@@ -103,7 +102,7 @@ def eventually_counted(address: str, name: str, value: float, **labels: str) -> 
 
 def enqueue(url: str, job_type: str) -> None:
     async def run() -> None:
-        async with open_queue(REGISTRY, url, lease_seconds=30) as queue:
+        async with JobQueue.from_url(url, REGISTRY, lease_seconds=30) as queue:
             await queue.enqueue(EnqueueRequest(job_type, {}))
 
     asyncio.run(run())
@@ -236,7 +235,7 @@ async def test_a_worker_whose_claim_hangs_says_for_how_long(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry = JobRegistry([napping()])
-    async with open_queue(registry, database_url, lease_seconds=30) as queue:
+    async with JobQueue.from_url(database_url, registry, lease_seconds=30) as queue:
         hung = asyncio.Event()
 
         async def hang(*_arguments: object, **_options: object) -> list[object]:
@@ -261,7 +260,7 @@ async def test_a_lease_that_is_not_renewed_is_counted_and_reported(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry = JobRegistry([napping()])
-    async with open_queue(registry, database_url, lease_seconds=1) as queue:
+    async with JobQueue.from_url(database_url, registry, lease_seconds=1) as queue:
 
         async def fail(*_arguments: object) -> None:
             raise QueueUnavailable("gone")

@@ -12,10 +12,9 @@ import pytest
 import pytest_asyncio
 from pydantic import JsonValue
 
-from job_registry import JobRegistry, JobType, Payload
+from job_registry import EnqueueRequest, JobRegistry, JobType, Payload
 from job_registry_api.queue import migrations
-from job_registry_api.queue.queue import open_queue
-from job_registry_api.queue.requests import EnqueueRequest
+from job_registry_api.queue.queue import JobQueue
 from tests.measured_server import MeasuredServer, measured_server
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -264,7 +263,7 @@ async def full_server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator
     await asyncio.to_thread(migrations.upgrade, url)
     registry = JobRegistry([anything])
     values: list[JsonValue] = [[{"a": 0}] * 28_000, "x" * 250_000]
-    async with open_queue(registry, url, lease_seconds=30) as queue:
+    async with JobQueue.from_url(url, registry, lease_seconds=30) as queue:
         for _ in range(3):
             jobs = [EnqueueRequest("test.anything", {"value": value}) for value in values * 10]
             await queue.enqueue_many(jobs)

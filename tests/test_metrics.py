@@ -12,12 +12,11 @@ import prometheus_client
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from job_registry import JobPolicy, JobRegistry, JobType
+from job_registry import EnqueueRequest, JobPolicy, JobRegistry, JobType
 from job_registry_api.app import create_app
 from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.models import JobError
 from job_registry_api.queue.queue import JobQueue
-from job_registry_api.queue.requests import EnqueueRequest
 from job_registry_api.settings import load_settings
 from tests.conftest import Ping, advance, run_sql
 from tests.http_client import Visit

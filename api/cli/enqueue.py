@@ -122,12 +122,12 @@ async def _enqueue_all(
     """Store the payloads, print the result of each, and return how many were refused."""
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    from job_registry_api.opening import open_queue
     from job_registry_api.queue.errors import QueueUnavailable
+    from job_registry_api.queue.queue import JobQueue
 
     counts = {"stored": 0, "deduplicated": 0, "refused": 0}
     size = len(lines) if atomic else min(BULK, settings.max_bulk_size)
-    async with open_queue(settings, registry) as queue:
+    async with JobQueue.from_settings(settings, registry, prepare=False) as queue:
         progress = Progress(
             *Progress.get_default_columns()[:2],
             MofNCompleteColumn(),
@@ -165,9 +165,9 @@ async def _enqueue_batch(
     options: dict[str, Any],
     atomic: bool,
 ) -> Iterator[tuple[int, Enqueued | Refusal]]:
+    from job_registry import EnqueueRequest
     from job_registry_api.queue.enqueueing import NOT_STORED, not_stored
     from job_registry_api.queue.errors import IdempotencyConflict, InputInvalid
-    from job_registry_api.queue.requests import EnqueueRequest
 
     results: dict[int, Enqueued | Refusal] = {}
     requests: dict[int, EnqueueRequest] = {}

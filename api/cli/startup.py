@@ -47,14 +47,12 @@ def prepare_database(settings: Settings) -> None:
     from job_registry_api.queue.databases import file_of
 
     with database_errors():
-        fit = migrations.prepare(
+        migrations.prepare(
             settings.database_url,
             pooler=settings.database_pooler,
             schema=settings.database_schema,
             timeout_seconds=settings.database_timeout_seconds,
         )
-    if not fit.fits:
-        fail(REFUSED, fit.sentence)
     if (file := file_of(settings.database_url)) is not None:
         _warn_of_other_readers(file)
 

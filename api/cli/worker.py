@@ -77,30 +77,25 @@ def worker(
 async def _work(
     settings: Settings, registry: JobRegistry, types: Sequence[str], health_socket: socket | None
 ) -> None:
-    from job_registry_api.opening import open_queue
-    from job_registry_api.queue.upkeep import maintain
+    from job_registry_api.queue.queue import JobQueue
     from job_registry_api.shutdown import Shutdown
     from job_registry_api.worker import Worker
     from job_registry_api.worker.loop import CLOSE_SECONDS
 
-    async with open_queue(settings, registry) as queue:
+    async with JobQueue.from_settings(settings, registry, prepare=False) as queue:
         worker = Worker(
             queue,
             types=types or None,
             concurrency=settings.worker_concurrency,
             assets=settings.assets,
             shutdown_seconds=settings.shutdown_seconds,
+            keep_succeeded_days=settings.keep_succeeded_days,
+            keep_failed_days=settings.keep_failed_days,
         )
-        stop = asyncio.Event()
-
-        def end() -> None:
-            stop.set()
-            worker.stop()
-
         async with contextlib.AsyncExitStack() as stack:
             shutdown = stack.enter_context(
                 Shutdown(
-                    end,
+                    worker.stop,
                     seconds=settings.shutdown_seconds + CLOSE_SECONDS,
                     abandon=worker.abandon,
                 )
@@ -115,17 +110,7 @@ async def _work(
                 await stack.enter_async_context(
                     _health_served(health_app(health), bounds, health_socket)
                 )
-            upkeep = asyncio.create_task(
-                maintain(
-                    queue,
-                    stop,
-                    keep_succeeded_days=settings.keep_succeeded_days,
-                    keep_failed_days=settings.keep_failed_days,
-                )
-            )
             await worker.run()
-            stop.set()
-            await upkeep
         shutdown.work_has_ended()
 
 

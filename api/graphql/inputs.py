@@ -5,10 +5,10 @@ from __future__ import annotations
 import strawberry
 from pydantic import JsonValue
 
+from job_registry import EnqueueRequest
 from job_registry_api.graphql.scalars import TimeText, parse_time
 from job_registry_api.graphql.types import JobStatus
 from job_registry_api.queue.models import JobError
-from job_registry_api.queue.requests import EnqueueRequest
 
 
 @strawberry.input(description="How a job is stored and run. Omitted fields use their defaults.")

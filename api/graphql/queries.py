@@ -184,7 +184,7 @@ class Query:
         fields = FIELDS_PER_JOB + of_each.fields
         async with budget.reading:
             budget.check_reading()
-            page = await info.context.queue.list_jobs(
+            page = await info.context.queue.list(
                 job_filter,
                 first=first,
                 after=None if after is None else _id_of(after),

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Final
+from typing import Final, NamedTuple
 
-from sqlalchemy import event
+from sqlalchemy import Connection, event
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 
@@ -38,16 +38,25 @@ def publish_after_commit(
     unpublished.add(target, publish, events)
 
 
+class _Entry(NamedTuple):
+    """Events, and the connection on which their jobs were inserted."""
+
+    connection: Connection
+    publish: Publish
+    events: Sequence[JobEvent]
+
+
 class _Unpublished:
     """The events of a session's open transactions, by savepoint."""
 
     def __init__(self) -> None:
-        self._events: dict[SessionTransaction, list[tuple[Publish, Sequence[JobEvent]]]] = {}
+        self._events: dict[SessionTransaction, list[_Entry]] = {}
 
     def add(self, session: Session, publish: Publish, events: Sequence[JobEvent]) -> None:
         transaction = _innermost(session)
         if transaction is not None:
-            self._events.setdefault(transaction, []).append((publish, tuple(events)))
+            entry = _Entry(session.connection(), publish, tuple(events))
+            self._events.setdefault(transaction, []).append(entry)
 
     def committed(self, session: Session) -> None:
         """Move the events of a released savepoint to its parent, or publish a transaction's."""
@@ -58,11 +67,12 @@ class _Unpublished:
         outer = _savepoint_or_root(transaction.parent)
         if outer is not None:
             self._events.setdefault(outer, []).extend(happened)
-        elif not any(connection.in_transaction() for connection in transaction.connections):
-            for publish, events in happened:
-                # An error after the commit must not look like an error of the commit.
-                with suppress(Exception):
-                    publish(events)
+        else:
+            for connection, publish, events in happened:
+                if not connection.in_transaction():
+                    # An error after the commit must not look like an error of the commit.
+                    with suppress(Exception):
+                        publish(events)
 
     def ended(self, _session: Session, transaction: SessionTransaction) -> None:
         """Discard what was not committed: it was rolled back, or the session was closed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from job_registry_api.queue import defaults
+from job_registry_api import defaults
 from job_registry_api.queue.database import Database, Pooler
 from job_registry_api.queue.postgresql import PostgreSQLStore
 from job_registry_api.queue.postgresql_database import PostgreSQLDatabase

@@ -7,17 +7,25 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
-from typing import Final, NamedTuple, cast
+from typing import Any, Final, NamedTuple, cast, overload
 
 from pydantic import JsonValue
 from pydantic_core import from_json
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
 
-from job_registry import JobRegistry, JobTypeNotFound, PayloadInvalid, Violation
+from job_registry import (
+    EnqueueRequest,
+    JobRegistry,
+    JobTypeNotFound,
+    Payload,
+    PayloadInvalid,
+    Violation,
+)
 from job_registry.errors import FaultBudget
 from job_registry_api.queue.caller_transactions import publish_after_commit
 from job_registry_api.queue.database import Database
@@ -32,7 +40,6 @@ from job_registry_api.queue.group_commit import GroupCommit
 from job_registry_api.queue.models import JobRecord, JobStatus
 from job_registry_api.queue.requests import (
     MAX_DIFFERING,
-    EnqueueRequest,
     differing_paths,
     input_faults,
 )
@@ -75,7 +82,8 @@ class Enqueueing:
     events: Events
     _database: Database
     _store: Store
-    _max_bulk_size: int
+    max_bulk_size: int
+    """The most jobs of one call."""
     _new_id: Callable[[], uuid.UUID]
 
     def __init__(self) -> None:
@@ -83,35 +91,94 @@ class Enqueueing:
         self._inserts = GroupCommit(self._insert)
         self._keyed_inserts = GroupCommit(self._insert)
 
+    def request(
+        self,
+        payload: Payload,
+        *,
+        job_type: str | None = None,
+        priority: int | None = None,
+        schedule_at: datetime | None = None,
+        max_attempts: int | None = None,
+        idempotency_key: str | None = None,
+    ) -> EnqueueRequest:
+        """Return the request to enqueue a payload, for `enqueue_many`. See `JobRegistry.request`.
+
+        Raises:
+            DefinitionError: no job type has this class, or several have it and none is given.
+        """
+        return self.registry.request(
+            payload,
+            job_type=job_type,
+            priority=priority,
+            schedule_at=schedule_at,
+            max_attempts=max_attempts,
+            idempotency_key=idempotency_key,
+        )
+
+    @overload
     async def enqueue(
         self,
-        request: EnqueueRequest,
+        job: Payload,
+        *,
+        job_type: str | None = None,
+        priority: int | None = None,
+        schedule_at: datetime | None = None,
+        max_attempts: int | None = None,
+        idempotency_key: str | None = None,
+        created_by: str | None = None,
+        session: AsyncSession | None = None,
+    ) -> Enqueued: ...
+
+    @overload
+    async def enqueue(
+        self,
+        job: EnqueueRequest,
         *,
         created_by: str | None = None,
         sees_others: bool = True,
         session: AsyncSession | None = None,
         budget: FaultBudget | None = None,
+    ) -> Enqueued: ...
+
+    async def enqueue(
+        self,
+        job: Payload | EnqueueRequest,
+        *,
+        created_by: str | None = None,
+        sees_others: bool = True,
+        session: AsyncSession | None = None,
+        budget: FaultBudget | None = None,
+        **options: Any,
     ) -> Enqueued:
         """Store a job. When this returns, the job is on disk.
 
-        Without `sees_others`, a job with the same idempotency key that another `created_by` stored
-        is not described.
+        `job` is the payload, whose class determines the job type, with the options of `request`;
+        or a request by the name of the type. `created_by` names who asked for the job.
 
         With `session`, a session of the caller on the same database, the job is inserted in the
         caller's transaction: it becomes visible when the caller commits, and is discarded when
-        the caller rolls back. Faults are charged to the `budget` of the caller's request.
+        the caller rolls back.
+
+        Without `sees_others`, a job with the same idempotency key that another `created_by` stored
+        is not described. Faults are charged to the `budget` of the caller's request.
 
         Raises:
+            DefinitionError: the class of the payload belongs to no job type, or to several.
             JobTypeNotFound: no job type has this name.
             PayloadInvalid: the payload is invalid; lists every fault.
             InputInvalid: another value is out of range; lists the faults of the payload too.
             IdempotencyConflict: the key belongs to a job of this type with another payload.
             IdempotencyKeyTaken: the same, without `sees_others`, for a job of another.
         """
+        request = self._requested(job, **options)
         budget = budget or FaultBudget()
-        new = self._admit(request, created_by, budget)
         if session is not None:
-            return await self._enqueue_within(session, new, request, sees_others, budget)
+            return await _async(session).run_sync(
+                lambda opened: self.enqueue_within(
+                    opened, request, created_by=created_by, sees_others=sees_others, budget=budget
+                )
+            )
+        new = self.admit(request, created_by, budget)
         inserts = self._inserts if new.idempotency_key is None else self._keyed_inserts
         stored = await self._database.patiently(
             lambda: inserts.submit(new), "another transaction holds the idempotency key"
@@ -120,51 +187,54 @@ class Enqueueing:
 
     async def enqueue_many(
         self,
-        requests: Sequence[EnqueueRequest],
+        jobs: Sequence[Payload | EnqueueRequest],
         *,
         atomic: bool = False,
         created_by: str | None = None,
         sees_others: bool = True,
+        session: AsyncSession | None = None,
         budget: FaultBudget | None = None,
     ) -> list[Enqueued | Refusal]:
         """Store up to `max_bulk_size` jobs. Return a result for each, in order.
 
-        The result of a refused job is its error. With `atomic`, one refusal means that no job is
-        stored; the results of valid jobs are then `InputInvalid` with the code `not_stored`.
-        The faults of all jobs are charged to one `budget`.
+        Each job is a payload or, with options of its own, a `request`. The result of a refused job
+        is its error. With `atomic`, one refusal means that no job is stored; the results of valid
+        jobs are then `InputInvalid` with the code `not_stored`. The faults of all jobs are charged
+        to one `budget`. `session` is that of `enqueue`.
 
         Raises:
+            DefinitionError: the class of a payload belongs to no job type, or to several.
             InputInvalid: there are more than `max_bulk_size` jobs.
         """
-        if len(requests) > self._max_bulk_size:
-            message = f"Expected at most {self._max_bulk_size} jobs per call; got {len(requests)}."
-            raise InputInvalid((Violation("", "too_long", message),))
-        budget = budget or FaultBudget()
-        results: dict[int, Enqueued | Refusal] = {}
-        admitted: dict[int, NewJob] = {}
-        for index, request in enumerate(requests):
-            try:
-                admitted[index] = self._admit(request, created_by, budget)
-            except (JobTypeNotFound, PayloadInvalid, InputInvalid) as refusal:
-                results[index] = refusal
-                # Listing faults takes milliseconds. A bulk of them would block the event loop.
-                await asyncio.sleep(0)
-        if admitted and not (atomic and results):
-            stored, committed = await self._insert_bulk(list(admitted.values()), atomic=atomic)
-            for (index, new), outcome in zip(admitted.items(), stored, strict=True):
-                try:
-                    results[index] = _enqueued(new, requests[index], outcome, sees_others, budget)
-                except IdempotencyKeyTaken as refusal:
-                    results[index] = refusal
-                except IdempotencyConflict as refusal:
-                    results[index] = refusal if committed else _conflict_within(refusal, admitted)
-        refused = [index for index, result in results.items() if isinstance(result, Exception)]
-        if atomic and refused:
-            because = not_stored(sorted(refused))
-            for index in admitted:
-                if not isinstance(results.get(index), Exception):
-                    results[index] = because
-        return [results[index] for index in range(len(requests))]
+        bulk = self._bulk(jobs, atomic=atomic, sees_others=sees_others, budget=budget)
+        for _ in self._admit_each(bulk, created_by):
+            # Listing faults takes milliseconds. A bulk of them would block the event loop.
+            await asyncio.sleep(0)
+        if new := bulk.jobs_to_store():
+            if session is None:
+                stored, committed = await self._insert_bulk(new, atomic=atomic)
+            else:
+                stored, committed = await _async(session).run_sync(
+                    lambda opened: self._insert_bulk_within(opened, new, atomic=atomic)
+                )
+            bulk.record(stored, committed)
+        return bulk.in_order()
+
+    def enqueue_many_within(
+        self,
+        session: Session,
+        jobs: Sequence[Payload | EnqueueRequest],
+        *,
+        atomic: bool = False,
+        created_by: str | None = None,
+    ) -> list[Enqueued | Refusal]:
+        """Store jobs in the transaction of a session without asyncio, as `enqueue_many` does."""
+        bulk = self._bulk(jobs, atomic=atomic)
+        for _ in self._admit_each(bulk, created_by):
+            pass
+        if new := bulk.jobs_to_store():
+            bulk.record(*self._insert_bulk_within(session, new, atomic=atomic))
+        return bulk.in_order()
 
     async def validate(
         self,
@@ -176,7 +246,7 @@ class Enqueueing:
     ) -> JobValid:
         """Return what `enqueue` would store. It raises the same errors and writes nothing."""
         budget = budget or FaultBudget()
-        new = self._admit(request, created_by, budget)
+        new = self.admit(request, created_by, budget)
         now = await self._store.now()
         duplicate: JobRecord | None = None
         if new.idempotency_key is not None:
@@ -193,30 +263,91 @@ class Enqueueing:
             duplicate_of=duplicate,
         )
 
-    async def _enqueue_within(
+    def enqueue_within(
         self,
-        session: AsyncSession,
-        new: NewJob,
+        session: Session,
         request: EnqueueRequest,
-        sees_others: bool,
-        budget: FaultBudget,
+        *,
+        created_by: str | None = None,
+        sees_others: bool = True,
+        budget: FaultBudget | None = None,
     ) -> Enqueued:
-        connection = await session.connection()
-        for _ in range(10):
-            stored = await self._store.insert_within(connection, [new])
-            if new.id in stored:
-                break
-        else:
-            raise QueueUnavailable("the job with this idempotency key was deleted in the meantime")
+        """Store a job in the transaction of a session without asyncio. Raises as `enqueue` does."""
+        budget = budget or FaultBudget()
+        new = self.admit(request, created_by, budget)
+        stored = self._insert_within(session, [new])
         enqueued = _enqueued(new, request, stored[new.id], sees_others, budget)
-        if not enqueued.deduplicated:
-            created = [JobEvent.of("job.created", enqueued.job)]
-            publish_after_commit(session, self.events.publish, created)
+        self._publish_within(session, [new], stored)
         return enqueued
 
-    def _admit(
-        self, request: EnqueueRequest, created_by: str | None, budget: FaultBudget
+    def _insert_bulk_within(
+        self, session: Session, jobs: Sequence[NewJob], *, atomic: bool
+    ) -> tuple[list[Stored], bool]:
+        """Return the outcome of each job, and whether the jobs are part of the transaction."""
+        savepoint = session.connection().begin_nested() if atomic else None
+        stored = self._insert_within(session, jobs)
+        if savepoint is not None:
+            if any(conflicts(job, stored[job.id]) for job in jobs):
+                savepoint.rollback()
+                return [stored[job.id] for job in jobs], False
+            savepoint.commit()
+        self._publish_within(session, jobs, stored)
+        return [stored[job.id] for job in jobs], True
+
+    def _insert_within(self, session: Session, jobs: Sequence[NewJob]) -> dict[uuid.UUID, Stored]:
+        connection = session.connection()
+        stored: dict[uuid.UUID, Stored] = {}
+        for _ in range(10):
+            missing = [job for job in jobs if job.id not in stored]
+            if not missing:
+                return stored
+            stored |= self._store.insert_within(connection, missing)
+        raise QueueUnavailable("the job with this idempotency key was deleted in the meantime")
+
+    def _publish_within(
+        self, session: Session, jobs: Sequence[NewJob], stored: Mapping[uuid.UUID, Stored]
+    ) -> None:
+        if created := created_events(jobs, stored):
+            publish_after_commit(session, self.events.publish, created)
+
+    def _requested(self, job: Payload | EnqueueRequest, **options: Any) -> EnqueueRequest:
+        if not isinstance(job, EnqueueRequest):
+            return self.registry.request(job, **options)
+        if options:
+            raise TypeError(f"an EnqueueRequest has its own {', '.join(sorted(options))}")
+        return job
+
+    def _bulk(
+        self,
+        jobs: Sequence[Payload | EnqueueRequest],
+        *,
+        atomic: bool,
+        sees_others: bool = True,
+        budget: FaultBudget | None = None,
+    ) -> _Bulk:
+        if len(jobs) > self.max_bulk_size:
+            message = f"Expected at most {self.max_bulk_size} jobs per call; got {len(jobs)}."
+            raise InputInvalid((Violation("", "too_long", message),))
+        requests = [self._requested(job) for job in jobs]
+        return _Bulk(requests, atomic, sees_others, budget or FaultBudget())
+
+    def _admit_each(self, bulk: _Bulk, created_by: str | None) -> Iterator[None]:
+        """Admit the jobs of a bulk. Yields after each job that is refused."""
+        for index, request in enumerate(bulk.requests):
+            try:
+                bulk.admitted[index] = self.admit(request, created_by, bulk.budget)
+            except (JobTypeNotFound, PayloadInvalid, InputInvalid) as refusal:
+                bulk.results[index] = refusal
+                yield
+
+    def admit(
+        self,
+        request: EnqueueRequest,
+        created_by: str | None = None,
+        budget: FaultBudget | None = None,
     ) -> NewJob:
+        """Return the job that a request describes. Raises as `enqueue` does; writes nothing."""
+        budget = budget or FaultBudget()
         job_type = self.registry.get_type(request.type, budget)
         faults = list(budget.listed("The request", list(input_faults(request))))
         try:
@@ -270,7 +401,7 @@ class Enqueueing:
         self, jobs: Sequence[NewJob]
     ) -> tuple[dict[uuid.UUID, Stored], bool] | None:
         """Insert all jobs or none. Return None if a job with one of the keys is being deleted."""
-        stored, committed = await self._store.insert_all(jobs, _conflicts)
+        stored, committed = await self._store.insert_all(jobs, conflicts)
         return (stored, committed) if len(stored) == len(jobs) else None
 
     async def _insert(self, jobs: Sequence[NewJob]) -> list[Stored | None]:
@@ -280,13 +411,62 @@ class Enqueueing:
         return [stored.get(job.id) for job in jobs]
 
     def _publish_created(self, jobs: Sequence[NewJob], stored: Mapping[uuid.UUID, Stored]) -> None:
-        self.events.publish(
-            [
-                JobEvent("job.created", job.id, job.type, 0)
-                for job in jobs
-                if (outcome := stored.get(job.id)) is not None and outcome.existing is None
-            ]
-        )
+        self.events.publish(created_events(jobs, stored))
+
+
+@dataclass(frozen=True, slots=True)
+class _Bulk:
+    """A call of `enqueue_many`: the jobs that were admitted, and the results so far, by index."""
+
+    requests: list[EnqueueRequest]
+    atomic: bool
+    sees_others: bool
+    budget: FaultBudget
+    admitted: dict[int, NewJob] = field(default_factory=dict)
+    results: dict[int, Enqueued | Refusal] = field(default_factory=dict)
+
+    def jobs_to_store(self) -> list[NewJob]:
+        """Return the admitted jobs; none if the call is atomic and a job was refused."""
+        return [] if self.atomic and self.results else list(self.admitted.values())
+
+    def record(self, stored: Sequence[Stored], committed: bool) -> None:
+        """Record the outcomes of the admitted jobs."""
+        for (index, new), outcome in zip(self.admitted.items(), stored, strict=True):
+            try:
+                self.results[index] = _enqueued(
+                    new, self.requests[index], outcome, self.sees_others, self.budget
+                )
+            except IdempotencyKeyTaken as refusal:
+                self.results[index] = refusal
+            except IdempotencyConflict as refusal:
+                self.results[index] = (
+                    refusal if committed else _conflict_within(refusal, self.admitted)
+                )
+
+    def in_order(self) -> list[Enqueued | Refusal]:
+        """Return the result of each job."""
+        refused = [i for i, result in self.results.items() if isinstance(result, Exception)]
+        if self.atomic and refused:
+            because = not_stored(sorted(refused))
+            for index in self.admitted:
+                if not isinstance(self.results.get(index), Exception):
+                    self.results[index] = because
+        return [self.results[index] for index in range(len(self.requests))]
+
+
+def created_events(jobs: Sequence[NewJob], stored: Mapping[uuid.UUID, Stored]) -> list[JobEvent]:
+    """Return the events of the jobs that were stored, not of those that existed."""
+    return [
+        JobEvent("job.created", job.id, job.type, 0)
+        for job in jobs
+        if (outcome := stored.get(job.id)) is not None and outcome.existing is None
+    ]
+
+
+def _async(session: AsyncSession) -> AsyncSession:
+    if not isinstance(session, AsyncSession):
+        raise TypeError("session is not an AsyncSession; a Session is for queue.sync")
+    return session
 
 
 def _enqueued(
@@ -326,7 +506,8 @@ def _enqueued(
     )
 
 
-def _conflicts(new: NewJob, stored: Stored) -> bool:
+def conflicts(new: NewJob, stored: Stored) -> bool:
+    """Return whether the key of a new job belongs to a job with another payload."""
     return stored.existing is not None and bool(
         differing_paths(stored.existing.payload, from_json(new.payload), 1)
     )

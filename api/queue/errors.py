@@ -112,6 +112,16 @@ class JobStateConflict(QueueError):
         return {"jobId": self.job_id, "status": self.status.value}
 
 
+class JobFailed(Exception):
+    """Raised by `JobQueue.result` when the job failed or was cancelled. `job` says why."""
+
+    def __init__(self, job: JobRecord) -> None:
+        self.job = job
+        why = f": {job.error.code}: {job.error.message}" if job.error is not None else "."
+        status = "failed" if job.status.value == "failed" else "was cancelled"
+        super().__init__(f"Job {job.id} ({job.type}) {status}{why}")
+
+
 class LeaseLost(QueueError):
     """Raised when a lease token does not belong to a running job, or no longer does.
 

@@ -271,6 +271,11 @@ class Events:
         self._shut: str | None = None
 
     @property
+    def is_listening(self) -> bool:
+        """Whether events of other processes arrive, and waits have not been ended."""
+        return self._stream is not None and self._shut is None
+
+    @property
     def subscribers(self) -> int:
         """How many subscriptions are open in this process."""
         return len(self._subscriptions)

@@ -12,17 +12,33 @@ from datetime import datetime
 from typing import Final, NamedTuple
 
 from pydantic import JsonValue
+from pydantic_core import from_json
 
 from job_registry import JobRegistry, Violation, json_document
 from job_registry_api.metrics import Metrics
 from job_registry_api.queue.claiming import Claiming, Lease
 from job_registry_api.queue.database import Database
-from job_registry_api.queue.errors import InputInvalid, LeaseLost, QueueUnavailable
+from job_registry_api.queue.enqueueing import conflicts, created_events
+from job_registry_api.queue.errors import (
+    IdempotencyConflict,
+    InputInvalid,
+    LeaseLost,
+    QueueUnavailable,
+)
 from job_registry_api.queue.events import Events, JobEvent
 from job_registry_api.queue.group_commit import GroupCommit
 from job_registry_api.queue.models import AttemptOutcome, JobError, JobRecord, JobStatus
-from job_registry_api.queue.requests import check_lease, check_seconds
-from job_registry_api.queue.store import TIMED_OUT, LeaseRenewal, LeaseState, Renewed, Report, Store
+from job_registry_api.queue.requests import check_lease, check_seconds, differing_paths
+from job_registry_api.queue.store import (
+    TIMED_OUT,
+    LeaseRenewal,
+    LeaseState,
+    NewJob,
+    Renewed,
+    Report,
+    Store,
+    present,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,16 +183,51 @@ class Leasing:
         if tokens:
             await self._store.settle([_parts(token) for token in tokens])
 
-    async def complete(self, token: str, result: JsonValue = None) -> JobRecord:
+    async def complete(
+        self, token: str, result: JsonValue = None, *, follow_ups: Sequence[NewJob] = ()
+    ) -> JobRecord:
         """End the attempt and the job as succeeded. A repeated call returns the same job.
+
+        `follow_ups` are jobs of `JobQueue.admit`. They are stored in the same transaction.
 
         Raises:
             LeaseLost: the lease is no longer in force.
             InputInvalid: `result` is not JSON, or larger than a payload may be.
+            IdempotencyConflict: the key of a job belongs to one with another payload. Then nothing
+                is stored, and the lease stays in force.
         """
         job_id, secret = _parts(token)
         text = None if result is None else self._document("result", result)
-        return await self._report(Report(job_id, secret, AttemptOutcome.SUCCEEDED, result=text))
+        report = Report(job_id, secret, AttemptOutcome.SUCCEEDED, result=text)
+        if not follow_ups:
+            return await self._report(report)
+        return await self._database.patiently(
+            lambda: self._complete_and_insert(report, follow_ups),
+            "another transaction has locked the job, or holds an idempotency key",
+        )
+
+    async def _complete_and_insert(
+        self, report: Report, follow_ups: Sequence[NewJob]
+    ) -> JobRecord | None:
+        """Return the completed job. None means that another transaction has locked something."""
+        job, stored = await self._store.complete_and_insert(report, follow_ups, conflicts)
+        if job is not None:
+            self.events.publish([*created_events(follow_ups, stored), JobEvent.of_change(job)])
+            self.metrics.attempt_ended(job.type, report.outcome.value)
+            return job
+        for new in follow_ups:
+            if (outcome := stored.get(new.id)) is not None and conflicts(new, outcome):
+                existing = present(outcome.existing)
+                paths = differing_paths(existing.payload, from_json(new.payload))
+                raise IdempotencyConflict(existing, paths)
+        if stored:
+            return None
+        state = (await self._store.lease_states([report])).get(report.job_id)
+        if state is not None and state.succeeded:
+            return await self._store.get(report.job_id)
+        if state is None or not state.in_force:
+            raise LeaseLost
+        return None
 
     async def fail(
         self,

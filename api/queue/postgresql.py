@@ -11,9 +11,9 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
-from typing import Any, Final, cast
+from typing import Any, Final
 
-from sqlalchemy import insert, text
+from sqlalchemy import Connection, insert, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from job_registry_api.queue.database import quoted, statement
@@ -39,6 +39,7 @@ from job_registry_api.queue.store import (
     Leased,
     LeaseRenewal,
     NewJob,
+    Refused,
     Renewed,
     Report,
     Store,
@@ -70,32 +71,64 @@ class PostgreSQLStore(Store):
 
     async def insert(self, jobs: Sequence[NewJob]) -> dict[uuid.UUID, Stored]:
         rows = await self._run("insert", {"jobs": _new_jobs(jobs), "wait": False})
-        return await self._with_holders(jobs, _stored(rows))
+        stored = _stored(rows)
+        if keys := _keys(jobs, stored):
+            _add_holders(jobs, stored, await self.find_by_key(keys))
+        return stored
 
     async def insert_all(
         self, jobs: Sequence[NewJob], conflicts: Callable[[NewJob, Stored], bool]
     ) -> tuple[dict[uuid.UUID, Stored], bool]:
-        class Refused(Exception):
-            """Rolls the transaction back."""
-
         async def insert_all(connection: AsyncConnection) -> dict[uuid.UUID, Stored]:
-            stored = await self.insert_within(connection, jobs)
-            if any(job.id not in stored or conflicts(job, stored[job.id]) for job in jobs):
-                raise Refused(stored)
-            return stored
+            return await self._insert_or_refuse(connection, jobs, conflicts)
 
         try:
             return await self._database.retrying(insert_all), True
         except Refused as refused:
-            return cast("dict[uuid.UUID, Stored]", refused.args[0]), False
+            return refused.stored, False
 
-    async def insert_within(
-        self, connection: AsyncConnection, jobs: Sequence[NewJob]
+    async def complete_and_insert(
+        self,
+        report: Report,
+        jobs: Sequence[NewJob],
+        conflicts: Callable[[NewJob, Stored], bool],
+    ) -> tuple[JobRecord | None, dict[uuid.UUID, Stored]]:
+        async def complete(
+            connection: AsyncConnection,
+        ) -> tuple[Mapping[str, Any], dict[uuid.UUID, Stored]]:
+            parameters = {"reports": _reports([report]), **self._sender}
+            result = await connection.execute(statement(self._sql["end"]), parameters)
+            rows = [dict(row) for row in result.mappings()]
+            if not rows:
+                raise Refused({})
+            return rows[0], await self._insert_or_refuse(connection, jobs, conflicts)
+
+        try:
+            row, stored = await self._database.retrying(complete)
+        except Refused as refused:
+            return None, refused.stored
+        ended = await self._jobs([row])
+        return (ended[0] if ended else None), stored
+
+    async def _insert_or_refuse(
+        self,
+        connection: AsyncConnection,
+        jobs: Sequence[NewJob],
+        conflicts: Callable[[NewJob, Stored], bool],
+    ) -> dict[uuid.UUID, Stored]:
+        stored = await connection.run_sync(lambda opened: self.insert_within(opened, jobs))
+        if any(job.id not in stored or conflicts(job, stored[job.id]) for job in jobs):
+            raise Refused(stored)
+        return stored
+
+    def insert_within(
+        self, connection: Connection, jobs: Sequence[NewJob]
     ) -> dict[uuid.UUID, Stored]:
         parameters = {"jobs": _new_jobs(jobs), "wait": True, **self._sender}
-        result = await connection.execute(statement(self._sql["insert"]), parameters)
-        stored = _stored([dict(row) for row in result.mappings()])
-        return await self._with_holders(jobs, stored, connection)
+        stored = _stored(self._execute(connection, "insert", parameters))
+        if keys := _keys(jobs, stored):
+            _add_holders(jobs, stored, self.find_by_key_within(connection, keys))
+        return stored
 
     async def claim(self, claim: Claim) -> Claimed:
         claimed = await self._look(claim, *self._heads.known(time.monotonic()))
@@ -173,27 +206,7 @@ class PostgreSQLStore(Store):
         return await self._jobs(await self._run("recover", parameters))
 
     async def end(self, reports: Sequence[Report]) -> dict[uuid.UUID, JobRecord]:
-        rows = await self._run(
-            "end",
-            {
-                "reports": json_text(
-                    [
-                        {
-                            "id": report.job_id.hex,
-                            "token": report.token,
-                            "outcome": report.outcome,
-                            "retryable": report.retryable,
-                            "spend": report.spend,
-                            "delay_seconds": report.delay_seconds,
-                            "result": report.result.decode() if report.result is not None else None,
-                            "error": error_text(report.error),
-                            "still_running": report.still_running,
-                        }
-                        for report in reports
-                    ]
-                )
-            },
-        )
+        rows = await self._run("end", {"reports": _reports(reports)})
         return {job.id: job for job in await self._jobs(rows)}
 
     async def renew(
@@ -272,13 +285,20 @@ class PostgreSQLStore(Store):
         rows = await self._database.execute_at_once(sql, {**sender, **parameters})
         return [dict(row._mapping) for row in rows]
 
-    async def _read(
-        self, name: str, parameters: Mapping[str, Any], connection: AsyncConnection | None = None
+    async def _read(self, name: str, parameters: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+        async with self._database.reading() as connection:
+            result = await connection.execute(statement(self._sql[name]), parameters)
+            return [dict(row) for row in result.mappings()]
+
+    def _read_within(
+        self, connection: Connection, name: str, parameters: Mapping[str, Any]
     ) -> Sequence[Mapping[str, Any]]:
-        if connection is None:
-            async with self._database.reading() as own:
-                return await self._read(name, parameters, own)
-        result = await connection.execute(statement(self._sql[name]), parameters)
+        return self._execute(connection, name, parameters)
+
+    def _execute(
+        self, connection: Connection, name: str, parameters: Mapping[str, Any]
+    ) -> Sequence[Mapping[str, Any]]:
+        result = connection.execute(statement(self._sql[name]), parameters)
         return [dict(row) for row in result.mappings()]
 
     async def _jobs(self, rows: Sequence[Mapping[str, Any]]) -> list[JobRecord]:
@@ -302,17 +322,6 @@ class PostgreSQLStore(Store):
                 )
             jobs.append(job)
         return jobs
-
-    async def _with_holders(
-        self,
-        jobs: Sequence[NewJob],
-        stored: dict[uuid.UUID, Stored],
-        connection: AsyncConnection | None = None,
-    ) -> dict[uuid.UUID, Stored]:
-        keys = _keys(jobs, stored)
-        if keys:
-            _add_holders(jobs, stored, await self.find_by_key(keys, connection))
-        return stored
 
 
 class QueueHeads:
@@ -421,6 +430,25 @@ def _new_jobs(jobs: Sequence[NewJob]) -> str:
                 else None,
             }
             for job in jobs
+        ]
+    )
+
+
+def _reports(reports: Sequence[Report]) -> str:
+    return json_text(
+        [
+            {
+                "id": report.job_id.hex,
+                "token": report.token,
+                "outcome": report.outcome,
+                "retryable": report.retryable,
+                "spend": report.spend,
+                "delay_seconds": report.delay_seconds,
+                "result": report.result.decode() if report.result is not None else None,
+                "error": error_text(report.error),
+                "still_running": report.still_running,
+            }
+            for report in reports
         ]
     )
 

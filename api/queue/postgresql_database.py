@@ -16,9 +16,8 @@ import sqlalchemy.exc
 from sqlalchemy import Row, event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-from job_registry_api import postgresql_url
+from job_registry_api import defaults, postgresql_url
 from job_registry_api.postgresql_url import PostgresqlUrl
-from job_registry_api.queue import defaults
 from job_registry_api.queue.database import (
     HOUR_SECONDS,
     POLL_SECONDS,

@@ -1,20 +1,25 @@
-"""`JobQueue`, the interface of the queue, which GraphQL, REST, the CLI and the worker call.
+"""`JobQueue`, the interface of the queue. GraphQL, REST, the CLI, the worker and programs call it.
 
 Its operations are in `enqueueing.py`, `reading.py`, `leasing.py`, `changing.py` and `upkeep.py`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import uuid
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import cached_property
+from types import TracebackType
+from typing import Any, Self
 
 from uuid_utils.compat import uuid7
 
-from job_registry import JobRegistry
+from job_registry import JobRegistry, JobType
+from job_registry.discovery import load_registry
+from job_registry_api import defaults
 from job_registry_api.metrics import Metrics
-from job_registry_api.queue import defaults
 from job_registry_api.queue.changing import Changing
 from job_registry_api.queue.database import Database, Pooler
 from job_registry_api.queue.databases import open_database, store_of
@@ -23,15 +28,25 @@ from job_registry_api.queue.events import Events
 from job_registry_api.queue.leasing import Leasing
 from job_registry_api.queue.readiness import Readiness
 from job_registry_api.queue.reading import Reading
+from job_registry_api.queue.sync import SyncQueue
 from job_registry_api.queue.upkeep import Upkeep
+from job_registry_api.settings import Settings, load_settings
 
 
 class JobQueue(Enqueueing, Reading, Leasing, Changing, Upkeep):
-    """The operations of the queue. Each is atomic: it completes, or it raises and changes nothing.
+    """The queue. A program creates it with `from_url` or `from_settings`, and opens it:
 
-    Every operation can raise `QueueUnavailable`, when the database does not answer. `new_id`
-    creates the ids of new jobs (UUIDv7); tests can pass their own. `metrics` are the metrics of
-    the process; pass them when a process opens several queues.
+        async with JobQueue.from_url("sqlite:///jobs.db", [mail_send]) as queue:
+            await queue.enqueue(MailSend(to="ada@example.com"))
+
+    While it is open it receives events of other processes, which `result`, subscriptions and
+    workers need. An open queue belongs to one event loop; `queue.sync` is for code without one.
+
+    Each operation is atomic: it completes, or it raises and changes nothing. Every operation can
+    raise `QueueUnavailable`, when the database does not answer.
+
+    `new_id` creates the ids of new jobs (UUIDv7); tests can pass their own. `metrics` are the
+    metrics of the process; pass them when a process opens several queues.
     """
 
     def __init__(
@@ -44,12 +59,17 @@ class JobQueue(Enqueueing, Reading, Leasing, Changing, Upkeep):
         max_bulk_size: int = defaults.MAX_BULK_SIZE,
         new_id: Callable[[], uuid.UUID] = uuid7,
         metrics: Metrics | None = None,
+        prepare: Callable[[], object] | None = None,
     ) -> None:
         self.registry = registry
         self.lease_seconds = lease_seconds
         self._max_page_size = max_page_size
-        self._max_bulk_size = max_bulk_size
+        self.max_bulk_size = max_bulk_size
         self._database = database
+        self._prepare = prepare
+        self._opened: AsyncExitStack | None = None
+        self.loop: asyncio.AbstractEventLoop | None = None
+        """The event loop on which the queue is open."""
         process = secrets.token_hex(8)
         self._store = store_of(database, process)
         self._readiness = Readiness(self._store)
@@ -59,6 +79,137 @@ class JobQueue(Enqueueing, Reading, Leasing, Changing, Upkeep):
         self._new_id = new_id
         Enqueueing.__init__(self)
         Leasing.__init__(self)
+
+    @classmethod
+    def from_url(
+        cls,
+        url: str,
+        registry: JobRegistry | Iterable[JobType[Any]],
+        *,
+        schema: str = defaults.SCHEMA,
+        lease_seconds: float = defaults.LEASE_SECONDS,
+        pool_size: int = defaults.POOL_SIZE,
+        timeout_seconds: float = defaults.TIMEOUT_SECONDS,
+        pooler: Pooler = "session",
+        listen_url: str | None = None,
+        max_page_size: int = defaults.MAX_PAGE_SIZE,
+        max_bulk_size: int = defaults.MAX_BULK_SIZE,
+        prepare: bool = True,
+    ) -> Self:
+        """Return the queue on a database: `sqlite:///jobs.db` or `postgresql://USER@HOST/NAME`.
+
+        `registry` is a registry, or the job types for one. With `prepare`, opening the queue
+        creates and migrates a SQLite database, and checks that a PostgreSQL database has been
+        migrated. `docs/settings.md` explains the other arguments, which have the names of the
+        settings.
+
+        Raises:
+            DefinitionError: two job types have the same name.
+        """
+        database = open_database(
+            url,
+            pool_size=pool_size,
+            timeout_seconds=timeout_seconds,
+            pooler=pooler,
+            listen_url=listen_url,
+            schema=schema,
+        )
+
+        def prepare_database() -> None:
+            # Imported here: alembic takes as long to import as the rest of the queue.
+            from job_registry_api.queue import migrations
+
+            migrations.prepare(url, pooler=pooler, schema=schema, timeout_seconds=timeout_seconds)
+
+        return cls(
+            registry if isinstance(registry, JobRegistry) else JobRegistry(registry),
+            database,
+            lease_seconds=lease_seconds,
+            max_page_size=max_page_size,
+            max_bulk_size=max_bulk_size,
+            prepare=prepare_database if prepare else None,
+        )
+
+    @classmethod
+    def from_settings(
+        cls,
+        settings: Settings | None = None,
+        registry: JobRegistry | Iterable[JobType[Any]] | None = None,
+        *,
+        prepare: bool = True,
+    ) -> Self:
+        """Return the queue of the settings: without `settings`, those of the `JOBS_*` variables.
+
+        `registry` defaults to the job types of `JOBS_CATALOG`. `prepare` is that of `from_url`.
+
+        Raises:
+            SettingsInvalid: a variable is wrong.
+            DefinitionError: a module of the catalog, or a job type, is wrong.
+        """
+        settings = load_settings() if settings is None else settings
+        if registry is None:
+            registry = load_registry(settings.catalog, max_payload_bytes=settings.max_payload_bytes)
+        elif not isinstance(registry, JobRegistry):
+            registry = JobRegistry(registry, max_payload_bytes=settings.max_payload_bytes)
+        return cls.from_url(
+            settings.database_url,
+            registry,
+            schema=settings.database_schema,
+            lease_seconds=settings.lease_seconds,
+            pool_size=settings.database_pool_size,
+            timeout_seconds=settings.database_timeout_seconds,
+            pooler=settings.database_pooler,
+            listen_url=settings.database_listen_url,
+            max_page_size=settings.max_page_size,
+            max_bulk_size=settings.max_bulk_size,
+            prepare=prepare,
+        )
+
+    async def __aenter__(self) -> Self:
+        """Open the queue.
+
+        Raises:
+            MigrationRefused: the database does not fit this version, and says what to do.
+            QueueUnavailable: the database does not answer, if the queue was created to prepare it.
+        """
+        if self._opened is not None:
+            raise RuntimeError("the queue is open already, or was closed")
+        self._opened = AsyncExitStack()
+        async with AsyncExitStack() as opening:
+            opening.push_async_callback(self._database.close)
+            if self._prepare is not None:
+                await asyncio.to_thread(self._prepare)
+            await opening.enter_async_context(self.events.listening())
+            opening.push_async_callback(self._finish)
+            self._opened = opening.pop_all()
+        self.loop = asyncio.get_running_loop()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close the queue: end all waits, and wait for background work to finish."""
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the queue: end all waits, and wait for background work to finish."""
+        self.loop = None
+        if self._opened is None:
+            await self._finish()
+        else:
+            await self._opened.aclose()
+
+    async def _finish(self) -> None:
+        self.end_waits()
+        await self._claiming.close()
+
+    @cached_property
+    def sync(self) -> SyncQueue:
+        """The same operations for code without an event loop."""
+        return SyncQueue(self)
 
     @asynccontextmanager
     async def in_another_loop(self, *, pool_size: int = 2) -> AsyncIterator[JobQueue]:
@@ -78,46 +229,3 @@ class JobQueue(Enqueueing, Reading, Leasing, Changing, Upkeep):
         """End all waits for leases and all subscriptions, because the process shuts down."""
         self._claiming.end()
         self.events.drop_subscribers("the server shuts down")
-
-    async def close(self) -> None:
-        """End all waits, and wait for background work to finish."""
-        self.end_waits()
-        await self._claiming.close()
-
-
-@asynccontextmanager
-async def open_queue(
-    registry: JobRegistry,
-    database_url: str,
-    *,
-    lease_seconds: float,
-    pool_size: int = defaults.POOL_SIZE,
-    timeout_seconds: float = defaults.TIMEOUT_SECONDS,
-    pooler: Pooler = "session",
-    listen_url: str | None = None,
-    schema: str = defaults.SCHEMA,
-    max_page_size: int = defaults.MAX_PAGE_SIZE,
-    max_bulk_size: int = defaults.MAX_BULK_SIZE,
-) -> AsyncIterator[JobQueue]:
-    """Open the queue on this database. It receives events of other processes while it is open."""
-    database = open_database(
-        database_url,
-        pool_size=pool_size,
-        timeout_seconds=timeout_seconds,
-        pooler=pooler,
-        listen_url=listen_url,
-        schema=schema,
-    )
-    queue = JobQueue(
-        registry,
-        database,
-        lease_seconds=lease_seconds,
-        max_page_size=max_page_size,
-        max_bulk_size=max_bulk_size,
-    )
-    try:
-        async with queue.events.listening():
-            yield queue
-            await queue.close()
-    finally:
-        await database.close()

@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
+from pydantic import JsonValue
 from pydantic_core import to_json
 
 from job_registry import JobPolicy, JobRegistry, Violation, text_fault
-from job_registry_api.queue.errors import InputInvalid, JobNotFound
+from job_registry_api.queue.errors import (
+    EventsMissed,
+    InputInvalid,
+    JobFailed,
+    JobNotFound,
+    QueueUnavailable,
+)
+from job_registry_api.queue.events import Events
 from job_registry_api.queue.models import AttemptRecord, JobCounts, JobRecord, JobStatus
 from job_registry_api.queue.requests import parse_job_id
 from job_registry_api.queue.store import Listed, Store, Waiting
 
 MAX_FILTER_TYPES: Final = 100
 """A page is merged from one query per type and status. SQLite merges at most 500 queries."""
+
+MISSED_PAUSE_SECONDS: Final = 0.2
+"""How long `result` waits before it reads the job again when events were missed."""
 
 PIECE_BYTES: Final = 1_000_000
 """The JSON text that is read at once for a page that has a limit."""
@@ -75,6 +88,9 @@ class BehindInQueue:
     ahead: int
 
 
+Attempts = dict[uuid.UUID, list[AttemptRecord]]
+"""The attempts of jobs, by the id of the job."""
+
 WaitingReason = ScheduledFor | ConcurrencyLimitReached | NoWorkerSeen | BehindInQueue
 
 
@@ -114,6 +130,7 @@ class Reading:
     """The part of `JobQueue` that reads."""
 
     registry: JobRegistry
+    events: Events
     _store: Store
     _max_page_size: int
 
@@ -136,20 +153,49 @@ class Reading:
             raise JobNotFound(str(job_id))
         return job
 
-    async def attempts(self, job_ids: Sequence[uuid.UUID]) -> dict[uuid.UUID, list[AttemptRecord]]:
+    async def result(self, job_id: str | uuid.UUID, *, timeout: float | None = None) -> JsonValue:
+        """Wait until the job has ended, and return its result.
+
+        `timeout` is in seconds; None waits without end. The queue must be open.
+
+        Raises:
+            JobNotFound: no job has this id.
+            JobFailed: the job failed or was cancelled.
+            TimeoutError: the job has not ended in time. It goes on.
+            QueueUnavailable: the database does not answer, or the queue was closed.
+        """
+        if not self.events.is_listening:
+            raise RuntimeError("result needs an open queue; use `async with queue:`")
+        async with asyncio.timeout(timeout):
+            job = await self._ended(parse_job_id(job_id))
+        if job.status is not JobStatus.SUCCEEDED:
+            raise JobFailed(job)
+        return job.result
+
+    async def _ended(self, job_id: uuid.UUID) -> JobRecord:
+        while True:
+            with self.events.subscribe(job_id=job_id) as events, suppress(EventsMissed):
+                while (job := await self.get(job_id)).finished_at is None:
+                    await anext(events)
+                return job
+            if not self.events.is_listening:
+                raise QueueUnavailable("the queue was closed")
+            await asyncio.sleep(MISSED_PAUSE_SECONDS)
+
+    async def attempts(self, job_ids: Sequence[uuid.UUID]) -> Attempts:
         """Return the attempts of each of these jobs, oldest first, in one query."""
         return await self._store.attempts(job_ids)
 
     async def latest_attempts(
         self, job_ids: Sequence[uuid.UUID], max_bytes: int
-    ) -> tuple[dict[uuid.UUID, list[AttemptRecord]], bool]:
+    ) -> tuple[Attempts, bool]:
         """Return the latest attempts of these jobs up to a size, and whether they are all.
 
         Those of each job are in order, oldest first.
         """
         return await self._store.latest_attempts(job_ids, max_bytes)
 
-    async def list_jobs(
+    async def list(
         self,
         job_filter: JobFilter = JobFilter(),
         *,

@@ -1,4 +1,4 @@
-"""The request to enqueue a job, and the checks of arguments that need no database."""
+"""The checks of arguments that need no database."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import islice
-from typing import Any, Final, NamedTuple, cast
+from typing import Any, Final, cast
 
 from pydantic import JsonValue
 
-from job_registry import JobRegistry, JobTypeNotFound, Violation, text_fault
+from job_registry import EnqueueRequest, JobRegistry, JobTypeNotFound, Violation, text_fault
 from job_registry.errors import MAX_DELAY_SECONDS, FaultBudget, shortened
 from job_registry.json_values import MAX_POINTER, MAX_VIOLATIONS, pointer, pointer_of
 from job_registry_api.queue.errors import InputInvalid, JobNotFound
@@ -24,22 +24,6 @@ LATEST: Final = datetime(9000, 1, 1, tzinfo=UTC)
 
 
 _TIME: Final = "a date and time with an offset from UTC"
-
-
-class EnqueueRequest(NamedTuple):
-    """A job to enqueue. None means that the caller omitted the field.
-
-    `priority` is 0 to 100, higher first, 50 by default. `schedule_at` delays the first run.
-    `max_attempts`, 1 to 1000, overrides the policy's. `idempotency_key`, 1 to 255 characters,
-    makes a second enqueue with the same type and payload return the first job.
-    """
-
-    type: str
-    payload: object
-    priority: int | None = None
-    schedule_at: datetime | None = None
-    max_attempts: int | None = None
-    idempotency_key: str | None = None
 
 
 def parse_request(

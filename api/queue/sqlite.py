@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, TypeVar
 
-from sqlalchemy import JSON, Uuid
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy import JSON, Connection, Uuid
 
 from job_registry_api.queue.database import read_json, statement
 from job_registry_api.queue.models import METADATA, AttemptOutcome, JobRecord, JobStatus, UtcTime
@@ -32,6 +31,7 @@ from job_registry_api.queue.store import (
     Leased,
     LeaseRenewal,
     NewJob,
+    Refused,
     Renewed,
     Report,
     Store,
@@ -68,42 +68,47 @@ class SQLiteStore(Store):
     async def insert_all(
         self, jobs: Sequence[NewJob], conflicts: Callable[[NewJob, Stored], bool]
     ) -> tuple[dict[uuid.UUID, Stored], bool]:
-        class Refused(Exception):
-            """Rolls the transaction back."""
-
-        refused: dict[uuid.UUID, Stored] = {}
-
-        def insert(transaction: _Transaction) -> dict[uuid.UUID, Stored]:
-            stored = transaction.insert(jobs)
-            if any(conflicts(job, stored[job.id]) for job in jobs):
-                refused.update(stored)
-                raise Refused
-            return stored
-
         try:
-            return await self._write(insert), True
-        except Refused:
-            return refused, False
+            return await self._write(lambda t: t.insert_or_refuse(jobs, conflicts)), True
+        except Refused as refused:
+            return refused.stored, False
 
-    async def insert_within(
-        self, connection: AsyncConnection, jobs: Sequence[NewJob]
+    def insert_within(
+        self, connection: Connection, jobs: Sequence[NewJob]
     ) -> dict[uuid.UUID, Stored]:
         stored: dict[uuid.UUID, Stored] = {}
         created: list[tuple[str, str, str, int]] = []
-        now = str((await connection.execute(statement(SQL["now"]))).scalar_one())
+        now = str(connection.execute(statement(SQL["now"])).scalar_one())
         for job in jobs:
-            result = await connection.execute(statement(SQL["insert"]), _new_job(job, now))
-            if result.rowcount:
+            if connection.execute(statement(SQL["insert"]), _new_job(job, now)).rowcount:
                 stored[job.id] = _stored(job, now)
                 created.append(("job.created", job.id.hex, job.type, 0))
             else:
                 key = (job.type, job.idempotency_key or "")
-                holder = (await self.find_by_key([key], connection))[key]
+                holder = self.find_by_key_within(connection, [key])[key]
                 stored[job.id] = Stored(holder.created_at, holder.created_at, holder)
         if created:
             kept = {"message": message_of(self._process, created), "now": now}
-            await connection.execute(statement(SQL["keep_events"]), kept)
+            connection.execute(statement(SQL["keep_events"]), kept)
         return stored
+
+    async def complete_and_insert(
+        self,
+        report: Report,
+        jobs: Sequence[NewJob],
+        conflicts: Callable[[NewJob, Stored], bool],
+    ) -> tuple[JobRecord | None, dict[uuid.UUID, Stored]]:
+        def work(transaction: _Transaction) -> tuple[Row, dict[uuid.UUID, Stored]]:
+            ended = transaction.end(report)
+            if ended is None:
+                raise Refused({})
+            return ended, transaction.insert_or_refuse(jobs, conflicts)
+
+        try:
+            row, stored = await self._write(work)
+        except Refused as refused:
+            return None, refused.stored
+        return _job(row), stored
 
     async def claim(self, claim: Claim) -> Claimed:
         def work(transaction: _Transaction) -> tuple[list[Row], list[Row]]:
@@ -199,13 +204,15 @@ class SQLiteStore(Store):
 
         return await self._database.write(run)
 
-    async def _read(
-        self, name: str, parameters: Mapping[str, Any], connection: AsyncConnection | None = None
+    async def _read(self, name: str, parameters: Mapping[str, Any]) -> Sequence[Row]:
+        async with self._database.reading() as connection:
+            result = await connection.execute(statement(SQL[name]), parameters)
+            return [_typed(dict(row)) for row in result.mappings()]
+
+    def _read_within(
+        self, connection: Connection, name: str, parameters: Mapping[str, Any]
     ) -> Sequence[Row]:
-        if connection is None:
-            async with self._database.reading() as own:
-                return await self._read(name, parameters, own)
-        result = await connection.execute(statement(SQL[name]), parameters)
+        result = connection.execute(statement(SQL[name]), parameters)
         return [_typed(dict(row)) for row in result.mappings()]
 
 
@@ -245,6 +252,14 @@ class _Transaction:
             else:
                 holder = _job(self.rows("by_key", keys=_key_text(job))[0])
                 stored[job.id] = Stored(holder.created_at, holder.created_at, holder)
+        return stored
+
+    def insert_or_refuse(
+        self, jobs: Sequence[NewJob], conflicts: Callable[[NewJob, Stored], bool]
+    ) -> dict[uuid.UUID, Stored]:
+        stored = self.insert(jobs)
+        if any(conflicts(job, stored[job.id]) for job in jobs):
+            raise Refused(stored)
         return stored
 
     def recover(self, lease_seconds: float) -> list[Row]:

@@ -17,7 +17,7 @@ from sqlalchemy import event
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
-from job_registry_api.queue import defaults
+from job_registry_api import defaults
 from job_registry_api.queue.database import (
     HOUR_SECONDS,
     Database,

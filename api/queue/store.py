@@ -18,11 +18,10 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 import sqlalchemy
 from pydantic_core import to_json
-from sqlalchemy import Executable, func, union_all
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy import Connection, Executable, func, union_all
 from sqlmodel import col, select
 
-from job_registry_api.queue import defaults
+from job_registry_api import defaults
 from job_registry_api.queue.database import Database, quoted
 from job_registry_api.queue.models import (
     AttemptOutcome,
@@ -211,6 +210,14 @@ class Waiting:
     ahead: int
 
 
+class Refused(Exception):
+    """Rolls back a transaction that inserts all jobs or none. `stored` are the outcomes so far."""
+
+    def __init__(self, stored: dict[uuid.UUID, Stored]) -> None:
+        self.stored = stored
+        super().__init__()
+
+
 class Store(ABC):
     """The operations of the queue on its tables.
 
@@ -239,10 +246,25 @@ class Store(ABC):
         """
 
     @abstractmethod
-    async def insert_within(
-        self, connection: AsyncConnection, jobs: Sequence[NewJob]
+    def insert_within(
+        self, connection: Connection, jobs: Sequence[NewJob]
     ) -> dict[uuid.UUID, Stored]:
-        """Insert jobs in the caller's own transaction. Wait for transactions that hold a key."""
+        """Insert jobs in a transaction that is open on this connection, which may be the caller's
+        own, of any driver. Wait for transactions that hold one of the keys.
+        """
+
+    @abstractmethod
+    async def complete_and_insert(
+        self,
+        report: Report,
+        jobs: Sequence[NewJob],
+        conflicts: Callable[[NewJob, Stored], bool],
+    ) -> tuple[JobRecord | None, dict[uuid.UUID, Stored]]:
+        """End an attempt as `end` does, and insert jobs as `insert_all` does, in one transaction.
+
+        Nothing is changed if the attempt was not ended, and the result is then None; or if a job
+        conflicts, which the returned outcomes show, or is missing from them.
+        """
 
     @abstractmethod
     async def claim(self, claim: Claim) -> Claimed:
@@ -334,13 +356,14 @@ class Store(ABC):
         """
 
     @abstractmethod
-    async def _read(
-        self, name: str, parameters: Mapping[str, Any], connection: AsyncConnection | None = None
-    ) -> Sequence[Mapping[str, Any]]:
-        """Run a statement that only reads, and return its rows with converted values.
+    async def _read(self, name: str, parameters: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+        """Run a statement that only reads, and return its rows with converted values."""
 
-        `connection` is that of the caller's transaction, if it belongs to one.
-        """
+    @abstractmethod
+    def _read_within(
+        self, connection: Connection, name: str, parameters: Mapping[str, Any]
+    ) -> Sequence[Mapping[str, Any]]:
+        """Do the same in a transaction that is open on this connection."""
 
     async def _select(self, query: Executable) -> list[dict[str, Any]]:
         """Run an ordinary query."""
@@ -376,12 +399,16 @@ class Store(ABC):
         return {job.id: job for job in map(JobRecord.of, rows)}
 
     async def find_by_key(
-        self, keys: Iterable[tuple[str, str]], connection: AsyncConnection | None = None
+        self, keys: Iterable[tuple[str, str]]
     ) -> dict[tuple[str, str], JobRecord]:
-        """Return the jobs with these (type, idempotency key) pairs, as `connection` sees them."""
-        wanted = {"keys": json_text([{"type": job_type, "key": key} for job_type, key in keys])}
-        found = [JobRecord.of(row) for row in await self._read("by_key", wanted, connection)]
-        return {(job.type, job.idempotency_key or ""): job for job in found}
+        """Return the jobs with these (type, idempotency key) pairs."""
+        return _by_key(await self._read("by_key", _wanted_keys(keys)))
+
+    def find_by_key_within(
+        self, connection: Connection, keys: Iterable[tuple[str, str]]
+    ) -> dict[tuple[str, str], JobRecord]:
+        """Return them as a transaction that is open on this connection sees them."""
+        return _by_key(self._read_within(connection, "by_key", _wanted_keys(keys)))
 
     async def attempts(self, job_ids: Sequence[uuid.UUID]) -> dict[uuid.UUID, list[AttemptRecord]]:
         """Return the attempts of these jobs, oldest first."""
@@ -494,6 +521,14 @@ class Store(ABC):
         """Return the id of the newest batch that was ever stored, or 0."""
         (row,) = await self._read("last_event", {})
         return int(next(iter(row.values())))
+
+
+def _wanted_keys(keys: Iterable[tuple[str, str]]) -> dict[str, str]:
+    return {"keys": json_text([{"type": job_type, "key": key} for job_type, key in keys])}
+
+
+def _by_key(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], JobRecord]:
+    return {(job.type, job.idempotency_key or ""): job for job in map(JobRecord.of, rows)}
 
 
 def _newest(

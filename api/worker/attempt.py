@@ -17,10 +17,17 @@ from job_registry import JobContext, JobType, PayloadInvalid
 from job_registry.errors import shortened_text
 from job_registry_api.logs import log_unexpected
 from job_registry_api.queue.claiming import Lease
-from job_registry_api.queue.errors import InputInvalid, LeaseLost, QueueUnavailable, reason_of
+from job_registry_api.queue.errors import (
+    IdempotencyConflict,
+    InputInvalid,
+    LeaseLost,
+    QueueUnavailable,
+    reason_of,
+)
 from job_registry_api.queue.leasing import Renewal
 from job_registry_api.queue.models import JobError
 from job_registry_api.queue.queue import JobQueue
+from job_registry_api.worker.follow_ups import REFUSED, FollowUps
 from job_registry_api.worker.lease_keeper import Hold, LeaseKeeper
 from job_registry_api.worker.outcomes import (
     Circumstances,
@@ -107,6 +114,7 @@ class Attempt:
         self._stop_by = float("inf")
         self._news = asyncio.Event()
         self._call: HandlerCall | ProcessCall | None = None
+        self._follow_ups = FollowUps(self._queue, lease.job.created_by)
         self._reporting = False
         self.overdue = False
         self._log = log.bind(
@@ -190,6 +198,8 @@ class Attempt:
             self._log.warning("job.process_died", reason=how_it_died(end.exit_code))
         await self._store_last_progress()
         report = report_of(end, self._now)
+        if isinstance(report, Complete) and self._follow_ups.refusal is not None:
+            report = _refused(self._follow_ups.refusal)
         if isinstance(report, FailAttempt):
             if isinstance(end, ResultRefused):
                 self._log.warning("job.attempt_failed", code=report.code)
@@ -220,6 +230,7 @@ class Attempt:
             self._job.payload,
             deadline=self._deadline,
             on_progress=self._progress_sink(),
+            on_follow_up=self._follow_ups.add_from_process,
         )
 
     def _start_here(self, registered: JobType[Any], payload: Any) -> HandlerCall:
@@ -234,6 +245,7 @@ class Attempt:
             state=self._equipment.state,
             log=handler_log,
             _report=Progress(self._progress_sink(), handler_log, max_bytes=max_bytes).report,
+            _enqueue=self._follow_ups.add,
             _cancelled=self._stop_requested.is_set,
             _deadline=self._deadline,
         )
@@ -354,11 +366,14 @@ class Attempt:
         queue, token = self._queue, self._token
         match report:
             case Complete(result):
+                jobs = self._follow_ups.jobs
                 try:
-                    await self._repeat(lambda: queue.complete(token, result))
+                    await self._repeat(lambda: queue.complete(token, result, follow_ups=jobs))
                 except InputInvalid as invalid:
                     message = f"The handler's result cannot be stored: {invalid}"
                     await self._report(FailAttempt("result_invalid", message, retryable=False))
+                except IdempotencyConflict as conflict:
+                    await self._report(_refused(str(conflict)))
             case FailAttempt(code, message, retryable, after):
                 await self._report_with(
                     JobError(code, storable(message)),
@@ -417,7 +432,7 @@ class Attempt:
             try:
                 await report()
                 return
-            except (LeaseLost, InputInvalid):
+            except (LeaseLost, InputInvalid, IdempotencyConflict):
                 raise
             except Exception as error:
                 if time.monotonic() + pause > give_up:
@@ -450,3 +465,8 @@ class Attempt:
         if self._call is not None:
             self._call.request_stop()
         self._news.set()
+
+
+def _refused(reason: str) -> FailAttempt:
+    message = f"A job that the handler enqueued cannot be stored: {reason}"
+    return FailAttempt(REFUSED, message, retryable=False)

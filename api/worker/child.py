@@ -1,8 +1,8 @@
 """The process in which handlers with `run_in="process"` run, one at a time.
 
 The worker sends frames of JSON over a socket: `start` once, `run` for each job, `cancel`, and
-`leave`. The process answers `ready` or `failed` once, and `begun`, `progress` and `ended` per job,
-and `limited` if its type has a memory limit.
+`leave`. The process answers `ready` or `failed` once, and `begun`, `progress`, `follow_up` and
+`ended` per job, and `limited` if its type has a memory limit.
 When the socket closes, the process kills its process group, which includes all processes that the
 handlers have started.
 """
@@ -29,9 +29,10 @@ import structlog
 from pydantic import JsonValue
 from pydantic_core import from_json, to_json
 
-from job_registry import DefinitionError, JobContext, JobType, WorkerExtension
+from job_registry import DefinitionError, JobContext, JobType, Payload, WorkerExtension
 from job_registry.discovery import import_from
 from job_registry.job_type import is_async
+from job_registry.payload import document_of
 from job_registry_api.logs import configure_logs, log_unexpected
 from job_registry_api.worker.extensions import WorkerStartError, lifespans
 from job_registry_api.worker.memory_limit import MemoryLimit
@@ -127,6 +128,11 @@ def job_type_at(address: str, name: str, handler_module: str | None) -> JobType[
                 raise DefinitionError(f"{address}: {name} has no handler once this is imported")
             return each
     raise DefinitionError(f"{address}: this is not the job type {name}")
+
+
+def address_of_class(payload: type[Payload]) -> str:
+    """Return the name by which a worker and its processes know a class of payloads."""
+    return f"{payload.__module__}:{payload.__qualname__}"
 
 
 class _Link:
@@ -266,6 +272,16 @@ async def _run(
     def pass_on(text: bytes) -> None:
         link.send({"progress": run["number"], "text": text.decode()})
 
+    def enqueue(payload: Payload, **options: Any) -> None:
+        if (at := options["schedule_at"]) is not None:
+            options["schedule_at"] = at.isoformat()
+        sent = {
+            "class": address_of_class(type(payload)),
+            "payload": document_of(payload),
+            "options": options,
+        }
+        link.send({"follow_up": run["number"], "job": sent})
+
     progress = Progress(pass_on, log, max_bytes=start["max_bytes"])
     context = JobContext(
         **job,
@@ -273,6 +289,7 @@ async def _run(
         state=state,
         log=log,
         _report=progress.report,
+        _enqueue=enqueue,
         _cancelled=current.cancelled.is_set,
         _deadline=time.monotonic() + run["seconds_left"],
     )

@@ -12,18 +12,21 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Self
 from uuid import UUID
 
 import structlog
 
 from job_registry import DefinitionError, WorkerExtension
+from job_registry_api import defaults
 from job_registry_api.logs import log_unexpected
 from job_registry_api.queue.errors import QueueUnavailable
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.requests import MAX_LEASE, MAX_WAIT_SECONDS
+from job_registry_api.queue.upkeep import maintain
 from job_registry_api.worker.attempt import RELEASE_SECONDS, Attempt, Equipment
 from job_registry_api.worker.extensions import lifespans
 from job_registry_api.worker.lease_keeper import END_SECONDS, LeaseKeeper
@@ -63,11 +66,16 @@ class WorkerHealth:
 
 
 class Worker:
-    """Runs up to `concurrency` jobs at once.
+    """Runs up to `concurrency` jobs at once, and does the upkeep of the queue.
 
-    `types` are the job types to work; by default, all with a handler. `worker_id` names the worker
-    in attempts. After `stop`, running jobs have `shutdown_seconds` to end. `extensions` default to
-    those of the registry.
+        async with Worker(queue).running():
+            ...
+
+    `types` are the job types to work; by default, all with a handler. `assets` is where jobs read
+    and write files. `worker_id` names the worker in attempts. After `stop`, running jobs have
+    `shutdown_seconds` to end. `extensions` default to those of the registry. Succeeded jobs are
+    deleted `keep_succeeded_days` after they ended, failed and cancelled jobs after
+    `keep_failed_days`.
 
     Raises:
         DefinitionError: a handler with `run_in="process"` cannot be imported by its process.
@@ -78,11 +86,13 @@ class Worker:
         queue: JobQueue,
         *,
         types: Sequence[str] | None = None,
-        concurrency: int,
-        assets: str,
-        shutdown_seconds: float,
+        concurrency: int = defaults.WORKER_CONCURRENCY,
+        assets: str = defaults.ASSETS,
+        shutdown_seconds: float = defaults.SHUTDOWN_SECONDS,
         worker_id: str | None = None,
         extensions: Sequence[WorkerExtension] | None = None,
+        keep_succeeded_days: float = defaults.KEEP_SUCCEEDED_DAYS,
+        keep_failed_days: float = defaults.KEEP_FAILED_DAYS,
     ) -> None:
         registry = queue.registry
         self.types = tuple(types or (name for name in registry if registry[name].has_handler))
@@ -93,6 +103,8 @@ class Worker:
         self._concurrency = concurrency
         self._assets = assets
         self._shutdown_seconds = shutdown_seconds
+        self._keep_succeeded_days = keep_succeeded_days
+        self._keep_failed_days = keep_failed_days
         self._extensions = tuple(registry.extensions if extensions is None else extensions)
         self._stopping = asyncio.Event()
         self._stopping_now = asyncio.Event()
@@ -160,6 +172,29 @@ class Worker:
         self._processes.kill_all()
         self._keeper.release_all()
 
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[Self]:
+        """Run jobs while the context is open. At its end, running jobs have `shutdown_seconds`.
+
+        Raises:
+            WorkerStartError: a lifespan failed to start.
+        """
+        running = asyncio.create_task(self.run(), name="worker")
+        started = asyncio.create_task(self.started.wait())
+        try:
+            await asyncio.wait({running, started}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            started.cancel()
+        if running.done():
+            running.result()
+        try:
+            yield self
+        finally:
+            # A second call would release running jobs at once.
+            if not self.is_stopping:
+                self.stop()
+            await running
+
     async def run(self) -> None:
         """Run jobs until `stop`, then return within `shutdown_seconds` and `CLOSE_SECONDS`.
 
@@ -193,10 +228,19 @@ class Worker:
 
     async def _work(self, equipment: Equipment) -> None:
         leasing = asyncio.create_task(self._lease_until_stop(equipment), name="leasing")
+        upkeep = asyncio.create_task(
+            maintain(
+                self._queue,
+                self._stopping,
+                keep_succeeded_days=self._keep_succeeded_days,
+                keep_failed_days=self._keep_failed_days,
+            ),
+            name="upkeep",
+        )
         try:
             await self._stopping.wait()
             # Not cancelled at once: the jobs that a claim has just leased would be lost.
-            await asyncio.wait({leasing}, timeout=CLAIM_SECONDS)
+            await asyncio.wait({leasing, upkeep}, timeout=CLAIM_SECONDS)
             leasing.cancel()
             await self._finish()
         except asyncio.CancelledError:
@@ -206,6 +250,8 @@ class Worker:
             self._stopping_now.set()
             await self._finish()
             raise
+        finally:
+            upkeep.cancel()
 
     async def _lease_until_stop(self, equipment: Equipment) -> None:
         pause = SHORTEST_PAUSE

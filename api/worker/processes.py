@@ -91,6 +91,7 @@ class HandlerProcesses:
         *,
         deadline: float,
         on_progress: Callable[[bytes], None],
+        on_follow_up: Callable[[Mapping[str, Any]], None],
     ) -> ProcessCall:
         """Run a job's handler in an idle process, or in a new one."""
         limit_mb = job_type.memory_limit_mb
@@ -100,7 +101,14 @@ class HandlerProcesses:
             "job": dict(job),
             "payload": payload,
         }
-        return ProcessCall(self, run, limit_mb=limit_mb, deadline=deadline, on_progress=on_progress)
+        return ProcessCall(
+            self,
+            run,
+            limit_mb=limit_mb,
+            deadline=deadline,
+            on_progress=on_progress,
+            on_follow_up=on_follow_up,
+        )
 
     def take(self, limit_mb: int | None = None) -> _Process:
         """Return an idle process; start one if there is none.
@@ -183,6 +191,7 @@ class ProcessCall:
         limit_mb: int | None,
         deadline: float,
         on_progress: Callable[[bytes], None],
+        on_follow_up: Callable[[Mapping[str, Any]], None],
     ) -> None:
         self._processes = processes
         self._run = run
@@ -190,6 +199,7 @@ class ProcessCall:
         self._near_limit = False
         self._deadline = deadline
         self._on_progress = on_progress
+        self._on_follow_up = on_follow_up
         self._stop_requested = False
         self._killed = False
         self._process: _Process | None = None
@@ -252,6 +262,8 @@ class ProcessCall:
                     process.is_begun = True
                 elif message.get("progress") == process.number:
                     self._on_progress(message["text"].encode())
+                elif message.get("follow_up") == process.number:
+                    self._on_follow_up(message["job"])
                 elif message.get("limited") == process.number:
                     watch = asyncio.create_task(self._watch(process, message["near"]))
                 elif message.get("ended") == process.number:

@@ -13,12 +13,11 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from job_registry import Cancel, Fail, JobContext, Retry
+from job_registry import Cancel, EnqueueRequest, Fail, JobContext, Retry
 from job_registry.discovery import load_registry
 from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.models import JobStatus
 from job_registry_api.queue.queue import JobQueue
-from job_registry_api.queue.requests import EnqueueRequest
 from job_registry_api.worker import Worker
 from tests.docs.pages import blocks, write_modules
 
@@ -104,7 +103,7 @@ async def test_the_job_of_the_own_transaction_appears_with_its_order(
         await connection.run_sync(orders.Base.metadata.create_all)
         await orders.place_order(queue, session, orders.ShopOrder(batch="b-9"))
         stored = (await session.execute(text("SELECT batch FROM shop_order"))).all()
-    (job,) = (await queue.list_jobs()).jobs
+    (job,) = (await queue.list()).jobs
     await database.close()
     assert [tuple(row) for row in stored] == [("b-9",)]
     assert job.payload == {"batchId": "b-9", "escrowId": "e-1"}

@@ -8,9 +8,9 @@ import json
 import httpx
 import pytest
 
+from job_registry import EnqueueRequest
 from job_registry_api.queue.models import JobStatus
 from job_registry_api.queue.queue import JobQueue
-from job_registry_api.queue.requests import EnqueueRequest
 from job_registry_api.queue.store import Store
 from tests.http_client import Execute, serving
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 from job_registry import Backoff, JobContext, JobPolicy, JobRegistry, JobType, Payload
 from job_registry_api.logs import configure_logs
 from job_registry_api.queue.errors import LeaseLost
-from job_registry_api.queue.queue import JobQueue, open_queue
+from job_registry_api.queue.queue import JobQueue
 
 
 class Nap(Payload):
@@ -64,7 +64,7 @@ async def queues(
     """Services with a `Database` of their own each, as so many processes have them."""
     async with AsyncExitStack() as stack:
         yield [
-            await stack.enter_async_context(open_queue(registry, url, lease_seconds=30))
+            await stack.enter_async_context(JobQueue.from_url(url, registry, lease_seconds=30))
             for _ in range(count)
         ]
 
@@ -109,7 +109,7 @@ def most_at_once(lines: Iterable[Line]) -> dict[str, int]:
 async def claim_and_complete(url: str, types: list[str], limit: int, seconds: float) -> None:
     """Claim and complete until the time is over."""
     until = time.monotonic() + seconds
-    async with open_queue(REGISTRY, url, lease_seconds=30) as queue:
+    async with JobQueue.from_url(url, REGISTRY, lease_seconds=30) as queue:
         while time.monotonic() < until:
             leases = await queue.lease(types, f"claimer {os.getpid()}", limit=limit)
             for lease in leases:

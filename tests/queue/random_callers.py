@@ -16,14 +16,13 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-from job_registry import Backoff, JobPolicy, JobRegistry, JobType, Payload
+from job_registry import Backoff, EnqueueRequest, JobPolicy, JobRegistry, JobType, Payload
 from job_registry_api.logs import configure_logs
 from job_registry_api.queue.claiming import Lease
 from job_registry_api.queue.enqueueing import Enqueued
 from job_registry_api.queue.errors import JobNotFound, JobStateConflict, LeaseLost
 from job_registry_api.queue.models import JobError
-from job_registry_api.queue.queue import JobQueue, open_queue
-from job_registry_api.queue.requests import EnqueueRequest
+from job_registry_api.queue.queue import JobQueue
 
 LIMITS: Final = {"model.free": None, "model.three": 3, "model.one": 1, "model.only": 1}
 MAX_ATTEMPTS: Final = 4
@@ -171,8 +170,8 @@ async def call(url: str, log: Path, seed: int, seconds: float, callers: int) -> 
     """Runs some callers on two queues of this process."""
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     async with (
-        open_queue(REGISTRY, url, lease_seconds=30) as one,
-        open_queue(REGISTRY, url, lease_seconds=30) as two,
+        JobQueue.from_url(url, REGISTRY, lease_seconds=30) as one,
+        JobQueue.from_url(url, REGISTRY, lease_seconds=30) as two,
     ):
         until = time.monotonic() + seconds
         await asyncio.gather(

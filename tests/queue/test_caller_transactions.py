@@ -18,12 +18,11 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from job_registry import JobRegistry
+from job_registry import EnqueueRequest, JobRegistry
 from job_registry_api.queue.caller_transactions import publish_after_commit
 from job_registry_api.queue.database import async_url
 from job_registry_api.queue.events import JobEvent, Subscription
-from job_registry_api.queue.queue import JobQueue, open_queue
-from job_registry_api.queue.requests import EnqueueRequest
+from job_registry_api.queue.queue import JobQueue
 
 PING = EnqueueRequest("test.ping", {})
 
@@ -68,7 +67,7 @@ async def told(
     registry: JobRegistry,
     monkeypatch: pytest.MonkeyPatch,
 ) -> AsyncIterator[Told]:
-    async with open_queue(registry, database_url, lease_seconds=30) as other:
+    async with JobQueue.from_url(database_url, registry, lease_seconds=30) as other:
         with other.events.subscribe() as there:
             told = Told(queue, there)
 
@@ -89,7 +88,7 @@ async def enqueue(queue: JobQueue, session: AsyncSession) -> uuid.UUID:
 
 
 async def stored(queue: JobQueue, *job_ids: uuid.UUID) -> list[bool]:
-    found = {job.id for job in (await queue.list_jobs(first=200)).jobs}
+    found = {job.id for job in (await queue.list(first=200)).jobs}
     return [job_id in found for job_id in job_ids]
 
 

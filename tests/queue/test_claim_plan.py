@@ -12,14 +12,13 @@ from typing import Any
 import pytest
 from sqlalchemy import event, text
 
-from job_registry import JobRegistry
+from job_registry import EnqueueRequest, JobRegistry
 from job_registry_api.queue.database import Database
 from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.errors import InputInvalid
 from job_registry_api.queue.models import JobStatus
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.reading import BehindInQueue, JobFilter
-from job_registry_api.queue.requests import EnqueueRequest
 from job_registry_api.queue.store import json_text, statements
 from tests.queue.test_races import outsider
 
@@ -120,7 +119,7 @@ async def explained(
         ran.append((sql, parameters))
 
     event.listen(database.engine.sync_engine, "before_cursor_execute", note)
-    await JobQueue(registry, database).list_jobs(wanted)
+    await JobQueue(registry, database).list(wanted)
     event.remove(database.engine.sync_engine, "before_cursor_execute", note)
     sql, parameters = ran[0]  # That of the page; those after it read jobs by their ids.
     async with database.reading() as connection:
@@ -279,10 +278,10 @@ async def test_a_page_is_merged_of_as_many_types_and_statuses_as_are_named(queue
     ids = [(await queue.enqueue(request)).job.id for _ in range(5)]
     unknown = tuple(f"unknown.type{n}" for n in range(99))
     every = JobFilter(("test.ping", *unknown), tuple(JobStatus))
-    page = await queue.list_jobs(every, first=3)
+    page = await queue.list(every, first=3)
     assert [job.id for job in page.jobs] == ids[:1:-1]
     assert page.has_next_page
-    rest = await queue.list_jobs(every, first=3, after=page.jobs[-1].id)
+    rest = await queue.list(every, first=3, after=page.jobs[-1].id)
     assert [job.id for job in rest.jobs] == ids[1::-1]
     with pytest.raises(InputInvalid, match=r"/filter/types: Expected at most 100"):
-        await queue.list_jobs(JobFilter((*unknown, "test.ping", "test.pong")))
+        await queue.list(JobFilter((*unknown, "test.ping", "test.pong")))

@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 
-from job_registry import JobRegistry
+from job_registry import EnqueueRequest, JobRegistry
 from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.errors import QueueUnavailable
 from job_registry_api.queue.models import JobStatus
-from job_registry_api.queue.queue import JobQueue, open_queue
-from job_registry_api.queue.requests import EnqueueRequest
+from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.store import Claim, Claimed
 from tests.conftest import advance, run_sql
 
@@ -242,7 +241,7 @@ async def test_what_a_claim_under_way_leases_at_the_end_is_given_back(
 ) -> None:
     running = "SELECT count(*) FROM job WHERE status = 'running'"
     for wait_seconds in (0.0, 1.0, 0.0, 1.0):
-        async with open_queue(registry, database_url, lease_seconds=30) as queue:
+        async with JobQueue.from_url(database_url, registry, lease_seconds=30) as queue:
             await queue.enqueue_many([EnqueueRequest("test.ping", {})] * 20)
             claims = [
                 asyncio.create_task(
@@ -277,7 +276,7 @@ async def test_the_next_claim_is_for_the_soonest_job_of_the_wanted_types(
     assert await seconds("test.ping") == pytest.approx(100, abs=20)
     assert (await seconds("test.ping", "test.pong") or 1) <= 0
     # Jobs that are not queued do not count.
-    for job in (await queue.list_jobs()).jobs:
+    for job in (await queue.list()).jobs:
         await queue.cancel(job.id)
     assert await seconds("test.ping", "test.pong") is None
 
@@ -310,7 +309,7 @@ async def test_the_next_claim_for_a_type_at_its_limit_is_when_a_lease_or_a_place
     (last,) = await queue.lease(["test.limited"], "w")
     await queue.time_out(last.token, still_running=True)
     await queue.complete(third.token)
-    for job in (await queue.list_jobs()).jobs:
+    for job in (await queue.list()).jobs:
         if job.status is JobStatus.QUEUED:
             await queue.cancel(job.id)
     assert await seconds() == pytest.approx(30, abs=4)

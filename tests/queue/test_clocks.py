@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from job_registry import EnqueueRequest
 from job_registry_api.queue.models import JobStatus
 from job_registry_api.queue.queue import JobQueue
-from job_registry_api.queue.requests import EnqueueRequest
 from tests.conftest import advance
 
 HOUR = 3_600

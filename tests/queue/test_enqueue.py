@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import JsonValue
 
-from job_registry import JobTypeNotFound, PayloadInvalid
-from job_registry_api.queue.defaults import MAX_PAGE_SIZE
+from job_registry import EnqueueRequest, JobTypeNotFound, PayloadInvalid
+from job_registry_api.defaults import MAX_PAGE_SIZE
 from job_registry_api.queue.enqueueing import Enqueued
 from job_registry_api.queue.errors import (
     IdempotencyConflict,
@@ -30,7 +30,6 @@ from job_registry_api.queue.reading import JobFilter
 from job_registry_api.queue.requests import (
     EARLIEST,
     LATEST,
-    EnqueueRequest,
     differing_paths,
     parse_request,
 )
@@ -92,7 +91,7 @@ async def test_a_value_out_of_its_range_is_refused_and_nothing_is_stored(
     with pytest.raises(InputInvalid) as refused:
         await queue.enqueue(ping(**options))
     assert [violation.path for violation in refused.value.violations] == [path]
-    assert (await queue.list_jobs()).jobs == []
+    assert (await queue.list()).jobs == []
 
 
 @pytest.mark.parametrize(
@@ -192,7 +191,7 @@ async def test_concurrent_enqueues_share_commits(
     # I expect all of them stored, in few inserts: what came during one went with the next
     assert sum(sizes) == 100
     assert len(sizes) <= 3
-    assert len((await queue.list_jobs(first=200)).jobs) == 100
+    assert len((await queue.list(first=200)).jobs) == 100
 
 
 async def test_one_callers_bad_row_never_fails_anothers(
@@ -208,7 +207,7 @@ async def test_one_callers_bad_row_never_fails_anothers(
     )
 
     assert [isinstance(result, Enqueued) for result in results] == [True] * 5 + [False]
-    assert len((await queue.list_jobs()).jobs) == 5
+    assert len((await queue.list()).jobs) == 5
 
 
 async def test_an_enqueue_is_visible_to_others_once_it_is_answered(
@@ -225,7 +224,7 @@ async def test_a_bulk_answers_each_in_order(queue: JobQueue) -> None:
     )
     kinds = [type(result).__name__ for result in results]
     assert kinds == ["Enqueued", "JobTypeNotFound", "InputInvalid", "Enqueued"]
-    jobs = (await queue.list_jobs()).jobs
+    jobs = (await queue.list()).jobs
     assert [job.payload for job in jobs] == [{"text": "c"}, {"text": "a"}]
 
 
@@ -237,14 +236,14 @@ async def test_an_atomic_bulk_stores_all_or_none(queue: JobQueue) -> None:
     assert [type(result).__name__ for result in refused] == ["InputInvalid", "JobTypeNotFound"]
     assert isinstance(refused[0], InputInvalid)
     assert refused[0].violations[0].code == "not_stored"
-    assert len((await queue.list_jobs()).jobs) == 2
+    assert len((await queue.list()).jobs) == 2
 
 
 async def test_an_atomic_bulk_is_undone_by_a_conflicting_key(queue: JobQueue) -> None:
     await queue.enqueue(ping("one", idempotency_key="k"))
     results = await queue.enqueue_many([ping("x"), ping("two", idempotency_key="k")], atomic=True)
     assert [type(result).__name__ for result in results] == ["InputInvalid", "IdempotencyConflict"]
-    assert len((await queue.list_jobs()).jobs) == 1
+    assert len((await queue.list()).jobs) == 1
 
 
 async def test_one_bulk_with_a_key_twice_stores_it_once(queue: JobQueue) -> None:
@@ -265,7 +264,7 @@ async def test_a_thousand_jobs_go_in_one_call_and_no_more(queue: JobQueue) -> No
 async def test_a_dry_run_says_what_enqueue_would_and_writes_nothing(queue: JobQueue) -> None:
     valid = await queue.validate(ping(max_attempts=7))
     assert (valid.max_attempts, valid.timeout_seconds, valid.duplicate_of) == (7, 60, None)
-    assert (await queue.list_jobs()).jobs == []
+    assert (await queue.list()).jobs == []
 
     first = await queue.enqueue(ping(idempotency_key="k"))
     duplicate = await queue.validate(ping(idempotency_key="k"))
@@ -280,29 +279,29 @@ async def test_pages_hold_every_job_once_newest_first(queue: JobQueue) -> None:
 
     seen, after = [], None
     while True:
-        page = await queue.list_jobs(JobFilter(types=("test.ping",)), first=3, after=after)
+        page = await queue.list(JobFilter(types=("test.ping",)), first=3, after=after)
         seen += [job.payload for job in page.jobs]
         after = page.jobs[-1].id
         if not page.has_next_page:
             break
     assert seen == [{"text": str(n)} for n in reversed(range(7))]
     both = JobFilter(types=("test.ping", "test.pong"), statuses=(JobStatus.QUEUED,))
-    assert len((await queue.list_jobs(both)).jobs) == 8
+    assert len((await queue.list(both)).jobs) == 8
     for first in (0, 201):
         with pytest.raises(InputInvalid):
-            await queue.list_jobs(first=first)
+            await queue.list(first=first)
 
 
 async def test_a_page_has_one_job_to_the_most_that_is_allowed(queue: JobQueue) -> None:
     await queue.enqueue_many([ping()] * 3)
     for first in (0, MAX_PAGE_SIZE + 1):
         with pytest.raises(InputInvalid):
-            await queue.list_jobs(first=first)
-    page = await queue.list_jobs(first=1)
+            await queue.list(first=first)
+    page = await queue.list(first=1)
     assert (len(page.jobs), page.has_next_page) == (1, True)
-    page = await queue.list_jobs(first=3)
+    page = await queue.list(first=3)
     assert (len(page.jobs), page.has_next_page) == (3, False)
-    assert len((await queue.list_jobs(first=MAX_PAGE_SIZE)).jobs) == 3
+    assert len((await queue.list(first=MAX_PAGE_SIZE)).jobs) == 3
 
 
 async def test_pages_of_several_types_and_statuses_hold_every_job_once(queue: JobQueue) -> None:
@@ -310,7 +309,7 @@ async def test_pages_of_several_types_and_statuses_hold_every_job_once(queue: Jo
         name, payload = ("test.pong", {}) if n % 3 == 0 else ("test.ping", {"text": str(n)})
         await queue.enqueue(EnqueueRequest(name, payload))
     leased = await queue.lease(["test.ping"], "w", limit=2)
-    every = [job.id for job in (await queue.list_jobs()).jobs]
+    every = [job.id for job in (await queue.list()).jobs]
     running = {lease.job.id for lease in leased}
     for statuses, wanted in (
         ((), every),
@@ -324,7 +323,7 @@ async def test_pages_of_several_types_and_statuses_hold_every_job_once(queue: Jo
         found, after = [], None
         names = ("test.ping", "test.pong", "test.ping", "a.nother")
         while True:
-            page = await queue.list_jobs(JobFilter(names, statuses), first=4, after=after)
+            page = await queue.list(JobFilter(names, statuses), first=4, after=after)
             found += [job.id for job in page.jobs]
             if not page.has_next_page:
                 break
@@ -338,18 +337,18 @@ async def test_a_short_page_of_several_types_has_the_newest_of_each(queue: JobQu
         for name in ("test.ping", "test.ping", "test.ping", "test.pong", "test.pong", "test.pong")
     ]
     for types in (("test.ping", "test.pong"), ("test.pong", "test.limited")):
-        page = await queue.list_jobs(JobFilter(types=types), first=2)
+        page = await queue.list(JobFilter(types=types), first=2)
         assert [job.id for job in page.jobs] == [jobs[5], jobs[4]]
-    page = await queue.list_jobs(JobFilter(types=("test.ping", "test.limited")), first=1)
+    page = await queue.list(JobFilter(types=("test.ping", "test.limited")), first=1)
     assert [job.id for job in page.jobs] == [jobs[2]]
 
 
 async def test_a_page_of_every_type_and_status_is_cheap(queue: JobQueue) -> None:
     names = tuple(f"test.n{number}" for number in range(100))
-    await queue.list_jobs(JobFilter(names, tuple(JobStatus)))
+    await queue.list(JobFilter(names, tuple(JobStatus)))
     start = time.process_time()
     for _ in range(5):
-        await queue.list_jobs(JobFilter(names, tuple(JobStatus)))
+        await queue.list(JobFilter(names, tuple(JobStatus)))
     assert time.process_time() - start < 0.5
 
 
@@ -462,7 +461,7 @@ async def test_when_the_commit_fails_each_caller_gets_the_error_and_nothing_is_s
         results = await asyncio.gather(*map(queue.enqueue, jobs), return_exceptions=True)
     assert [type(result) for result in results] == [QueueUnavailable] * 10
 
-    assert (await queue.list_jobs()).jobs == []
+    assert (await queue.list()).jobs == []
     assert (await queue.enqueue(ping())).job.status is JobStatus.QUEUED
 
 
@@ -471,7 +470,7 @@ async def test_an_atomic_bulk_with_one_key_for_two_payloads_names_no_job_that_wa
 ) -> None:
     bulk = [ping("one", idempotency_key="k"), ping("two", idempotency_key="k"), ping("three")]
     results = await queue.enqueue_many(bulk, atomic=True)
-    assert (await queue.list_jobs()).jobs == []
+    assert (await queue.list()).jobs == []
     first, second, third = results
     assert isinstance(second, InputInvalid)
     (violation,) = second.violations
@@ -487,4 +486,4 @@ async def test_an_atomic_bulk_with_one_key_and_payload_twice_stores_it_once(
 ) -> None:
     results = await queue.enqueue_many([ping("one", idempotency_key="k")] * 2, atomic=True)
     assert [getattr(result, "deduplicated", None) for result in results] == [False, True]
-    assert len((await queue.list_jobs()).jobs) == 1
+    assert len((await queue.list()).jobs) == 1

@@ -20,7 +20,7 @@ import pytest
 import structlog
 from sqlalchemy import text
 
-from job_registry import JobRegistry
+from job_registry import EnqueueRequest, JobRegistry
 from job_registry_api.queue.database import Database
 from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.enqueueing import Enqueued
@@ -35,8 +35,7 @@ from job_registry_api.queue.events import (
 )
 from job_registry_api.queue.models import JobError, JobStatus
 from job_registry_api.queue.postgresql_database import PostgreSQLDatabase
-from job_registry_api.queue.queue import JobQueue, open_queue
-from job_registry_api.queue.requests import EnqueueRequest
+from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.store import EVENTS_KEPT_SECONDS, message_of
 from tests import CODE
 
@@ -52,7 +51,7 @@ async def other(
     queue: JobQueue, database_url: str, registry: JobRegistry
 ) -> AsyncIterator[JobQueue]:
     """What another process has: a queue of its own on the same database."""
-    async with open_queue(registry, database_url, lease_seconds=30) as other:
+    async with JobQueue.from_url(database_url, registry, lease_seconds=30) as other:
         yield other
 
 
@@ -101,15 +100,15 @@ async def test_every_process_gets_the_same_events_in_the_same_order(
 
 ENQUEUER = """
     import asyncio, os
-    from job_registry_api.queue.requests import EnqueueRequest
-    from job_registry_api.queue.queue import open_queue
+    from job_registry import EnqueueRequest
+    from job_registry_api.queue.queue import JobQueue
     from job_registry import JobRegistry
     from job_registry.catalog.thumbnail import thumbnail_create
 
     async def main():
         request = EnqueueRequest(thumbnail_create.name, {"assetId": "a", "versionNumber": 1})
         registry = JobRegistry([thumbnail_create])
-        async with open_queue(registry, os.environ["URL"], lease_seconds=30) as queue:
+        async with JobQueue.from_url(os.environ["URL"], registry, lease_seconds=30) as queue:
             print("ready", flush=True)
             for _ in range(100):
                 await queue.enqueue(request)
@@ -323,13 +322,13 @@ async def test_publishing_from_another_thread_reaches_this_loop(queue: JobQueue)
 SUBSCRIBER = """
     import asyncio, os
     from job_registry_api.queue.errors import EventsMissed
-    from job_registry_api.queue.queue import open_queue
+    from job_registry_api.queue.queue import JobQueue
     from job_registry import JobRegistry
     from job_registry.catalog.thumbnail import thumbnail_create
 
     async def main():
         registry = JobRegistry([thumbnail_create])
-        async with open_queue(registry, os.environ["URL"], lease_seconds=30) as queue:
+        async with JobQueue.from_url(os.environ["URL"], registry, lease_seconds=30) as queue:
             with queue.events.subscribe() as received:
                 print("ready", flush=True)
                 try:
@@ -365,7 +364,7 @@ async def test_a_reader_that_starts_where_all_was_deleted_misses_nothing(
 ) -> None:
     await queue.enqueue_many([PING] * 300)
     await _let_kept_events_grow_old(queue, database_url)
-    async with open_queue(registry, database_url, lease_seconds=30) as late:
+    async with JobQueue.from_url(database_url, registry, lease_seconds=30) as late:
         with late.events.subscribe() as received:
             job = (await queue.enqueue(PING)).job
             assert [event.job_id for event in await take(received, 1)] == [job.id]
@@ -689,7 +688,7 @@ async def test_abandoned_subscriptions_leave_nothing_behind(queue: JobQueue) -> 
 
 async def test_listening_leaves_no_task_behind(database_url: str, registry: JobRegistry) -> None:
     tasks = asyncio.all_tasks()
-    async with open_queue(registry, database_url, lease_seconds=30) as queue:
+    async with JobQueue.from_url(database_url, registry, lease_seconds=30) as queue:
         assert asyncio.all_tasks() > tasks
         await queue.enqueue(PING)
     assert asyncio.all_tasks() == tasks
@@ -708,8 +707,8 @@ async def test_events_are_polled_where_there_are_no_notifications(
     polled: str, registry: JobRegistry
 ) -> None:
     async with (
-        open_queue(registry, polled, lease_seconds=30) as one,
-        open_queue(registry, polled, lease_seconds=30) as other,
+        JobQueue.from_url(polled, registry, lease_seconds=30) as one,
+        JobQueue.from_url(polled, registry, lease_seconds=30) as other,
     ):
         with one.events.subscribe() as here, other.events.subscribe() as there:
             await asyncio.gather(*(each.enqueue(PING) for each in (one, other) for _ in range(20)))
@@ -734,7 +733,7 @@ async def test_a_batch_that_commits_late_is_delivered_late(
 
     async with database.engine.connect() as before:
         await keep(before, late)
-        async with open_queue(registry, polled, lease_seconds=30) as queue:
+        async with JobQueue.from_url(polled, registry, lease_seconds=30) as queue:
             with queue.events.subscribe() as received:
                 async with database.engine.connect() as slow, database.engine.connect() as failing:
                     await keep(slow, late)
@@ -837,8 +836,8 @@ async def test_a_caller_waits_for_polled_jobs_no_longer_than_a_poll(
     polled: str, registry: JobRegistry
 ) -> None:
     async with (
-        open_queue(registry, polled, lease_seconds=30) as one,
-        open_queue(registry, polled, lease_seconds=30) as other,
+        JobQueue.from_url(polled, registry, lease_seconds=30) as one,
+        JobQueue.from_url(polled, registry, lease_seconds=30) as other,
     ):
         waiting = asyncio.create_task(one.lease(["test.ping"], "w", wait_seconds=20))
         await asyncio.sleep(0.2)

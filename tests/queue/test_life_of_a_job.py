@@ -11,20 +11,19 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
-from job_registry import JobRegistry
+from job_registry import EnqueueRequest, JobRegistry
 from job_registry.errors import MAX_DELAY_SECONDS
 from job_registry_api.queue.claiming import Lease
 from job_registry_api.queue.database import async_url
 from job_registry_api.queue.errors import InputInvalid, JobNotFound, JobStateConflict, LeaseLost
 from job_registry_api.queue.models import AttemptOutcome, JobError, JobRecord, JobStatus
-from job_registry_api.queue.queue import JobQueue, open_queue
+from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.reading import (
     BehindInQueue,
     ConcurrencyLimitReached,
     NoWorkerSeen,
     ScheduledFor,
 )
-from job_registry_api.queue.requests import EnqueueRequest
 from tests.conftest import advance
 
 BROKEN = JobError("broken", "It broke.")
@@ -439,8 +438,8 @@ async def test_a_postgresql_url_may_hold_options_of_libpq(
     joined = "&" if "?" in fresh_postgresql_url else "?"
     url = f"{fresh_postgresql_url}{joined}sslmode=disable&application_name=jobs"
     async with (
-        open_queue(registry, url, lease_seconds=30) as queue,
-        open_queue(registry, url, lease_seconds=30) as other,
+        JobQueue.from_url(url, registry, lease_seconds=30) as queue,
+        JobQueue.from_url(url, registry, lease_seconds=30) as other,
     ):
         with other.events.subscribe() as received:
             job = await enqueue(queue)
@@ -614,5 +613,5 @@ async def test_an_attempt_that_was_given_back_unspent_may_fail_for_good(
 @asynccontextmanager
 async def _other(queue: JobQueue, database_url: str) -> AsyncIterator[JobQueue]:
     """What another process has: a queue of its own on the same database."""
-    async with open_queue(queue.registry, database_url, lease_seconds=30) as other:
+    async with JobQueue.from_url(database_url, queue.registry, lease_seconds=30) as other:
         yield other

@@ -24,13 +24,12 @@ from sqlalchemy import Connection, inspect
 from sqlalchemy.engine import make_url
 from sqlmodel import Field, SQLModel
 
-from job_registry import JobRegistry
+from job_registry import EnqueueRequest, JobRegistry
 from job_registry_api.queue import migrations
 from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.errors import QueueUnavailable
 from job_registry_api.queue.models import METADATA, JobStatus
-from job_registry_api.queue.queue import open_queue
-from job_registry_api.queue.requests import EnqueueRequest
+from job_registry_api.queue.queue import JobQueue
 from tests.conftest import run_sql, with_foreign_search_path
 from tests.http_client import serving
 from tests.postgresql_server import SEARCH_PATH, data_folder
@@ -261,15 +260,15 @@ def test_two_deployments_share_a_database_in_schemas_of_their_own(
         await use_everything(registry, fresh_postgresql_url, schema="order")
         options: dict[str, Any] = {"lease_seconds": 30}
         async with (
-            open_queue(registry, fresh_postgresql_url, **options) as one,
-            open_queue(registry, fresh_postgresql_url, schema="order", **options) as other,
+            JobQueue.from_url(fresh_postgresql_url, registry, **options) as one,
+            JobQueue.from_url(fresh_postgresql_url, registry, schema="order", **options) as other,
         ):
             with one.events.subscribe() as received_by_one, other.events.subscribe() as received:
                 theirs = (await other.enqueue(EnqueueRequest("test.limited", {}))).job
                 ours = (await one.enqueue(EnqueueRequest("test.limited", {}))).job
                 assert (await anext(aiter(received_by_one))).job_id == ours.id
                 assert (await anext(aiter(received))).job_id == theirs.id
-            assert [job.id for job in (await other.list_jobs()).jobs] == [theirs.id]
+            assert [job.id for job in (await other.list()).jobs] == [theirs.id]
             # Each has a limit of its own, of two.
             for queue in (one, other):
                 await queue.enqueue_many([EnqueueRequest("test.limited", {})] * 3)
@@ -335,7 +334,7 @@ def test_the_printed_grants_are_all_that_serving_and_working_need(
 
 
 async def use_everything(registry: JobRegistry, url: str, *, schema: str = "job_registry") -> None:
-    async with open_queue(registry, url, lease_seconds=30, schema=schema) as queue:
+    async with JobQueue.from_url(url, registry, lease_seconds=30, schema=schema) as queue:
         await queue.ping()
         job = (await queue.enqueue(EnqueueRequest("test.limited", {}))).job
         keyed = EnqueueRequest("test.ping", {}, idempotency_key="k")

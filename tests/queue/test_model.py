@@ -29,12 +29,11 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from job_registry import Backoff, JobPolicy, JobRegistry, JobType, Payload
+from job_registry import Backoff, EnqueueRequest, JobPolicy, JobRegistry, JobType, Payload
 from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.errors import JobStateConflict, LeaseLost
 from job_registry_api.queue.models import JobError, JobStatus
 from job_registry_api.queue.queue import JobQueue
-from job_registry_api.queue.requests import EnqueueRequest
 from tests.conftest import advance, run_sql
 
 T = TypeVar("T")

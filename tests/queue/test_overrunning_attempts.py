@@ -6,13 +6,13 @@ import secrets
 
 import pytest
 
+from job_registry import EnqueueRequest
 from job_registry_api.queue.claiming import Lease
 from job_registry_api.queue.errors import LeaseLost
 from job_registry_api.queue.leasing import Renewal
 from job_registry_api.queue.models import JobStatus
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.reading import ConcurrencyLimitReached
-from job_registry_api.queue.requests import EnqueueRequest
 from tests.conftest import advance
 
 LIMITED = EnqueueRequest("test.limited", {})  # Two at once, for 60 seconds each.
@@ -104,7 +104,7 @@ async def test_it_is_seen(queue: JobQueue, overrun: Lease) -> None:
     reasons = await queue.waiting_reasons([await queue.get(overrun.job.id)])
     waiting = [
         (await queue.waiting_reason(job))
-        for job in (await queue.list_jobs()).jobs
+        for job in (await queue.list()).jobs
         if job.status is JobStatus.QUEUED and job.attempt == 0
     ]
     assert waiting == [ConcurrencyLimitReached(limit=2, running=2)]
@@ -121,7 +121,7 @@ async def test_it_is_not_seen_any_more_when_its_worker_has_died(
     await advance(database_url, 31)
     (attempt,) = (await queue.attempts([overrun.job.id]))[overrun.job.id]
     assert not attempt.still_running
-    waiting = [job for job in (await queue.list_jobs()).jobs if job.attempt == 0]
+    waiting = [job for job in (await queue.list()).jobs if job.attempt == 0]
     for job in waiting:
         assert not isinstance(await queue.waiting_reason(job), ConcurrencyLimitReached)
 
@@ -143,7 +143,7 @@ async def test_one_that_the_queue_itself_timed_out_keeps_the_place_of_a_worker_t
 
     # I expect both attempts ended and both places taken, until the leases would have run out
     assert leased == []
-    assert [job.status for job in (await queue.list_jobs()).jobs].count(JobStatus.QUEUED) == 4
+    assert [job.status for job in (await queue.list()).jobs].count(JobStatus.QUEUED) == 4
     await advance(database_url, 28)
     assert len(await lease(queue)) == 2
 

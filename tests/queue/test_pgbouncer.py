@@ -17,11 +17,10 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from sqlalchemy import text
 
-from job_registry import JobRegistry
+from job_registry import EnqueueRequest, JobRegistry
 from job_registry_api.queue.errors import QueueUnavailable
 from job_registry_api.queue.postgresql_database import PostgreSQLDatabase
 from job_registry_api.queue.queue import JobQueue
-from job_registry_api.queue.requests import EnqueueRequest
 from tests.conftest import run_sql
 from tests.http_client import serving
 

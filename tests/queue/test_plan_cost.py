@@ -16,11 +16,10 @@ from typing import Any, Final, NamedTuple
 
 import pytest
 
-from job_registry import JobPolicy, JobRegistry, JobType
+from job_registry import EnqueueRequest, JobPolicy, JobRegistry, JobType
 from job_registry_api.queue.models import JobError, JobStatus
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.reading import JobFilter
-from job_registry_api.queue.requests import EnqueueRequest
 from tests.conftest import run_sql
 from tests.postgresql_server import Server
 from tests.queue.race_jobs import Nap, queues
@@ -108,10 +107,10 @@ async def work(queue: JobQueue, types: list[str]) -> None:
         await queue.attempts([each.job.id for each in leases])
         await queue.waiting_reason(job)
         await queue.counts()
-        await queue.list_jobs(JobFilter(types=(name,)))
-        await queue.list_jobs(JobFilter(types=tuple(types)))
-        await queue.list_jobs(JobFilter(statuses=(JobStatus.QUEUED, JobStatus.RUNNING)))
-        await queue.list_jobs(JobFilter((name,), (JobStatus.SUCCEEDED,)), after=job.id)
+        await queue.list(JobFilter(types=(name,)))
+        await queue.list(JobFilter(types=tuple(types)))
+        await queue.list(JobFilter(statuses=(JobStatus.QUEUED, JobStatus.RUNNING)))
+        await queue.list(JobFilter((name,), (JobStatus.SUCCEEDED,)), after=job.id)
         await queue.prune(JobStatus.SUCCEEDED, keep_seconds=3_600, jobs=100)
         await queue.tidy()
 

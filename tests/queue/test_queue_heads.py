@@ -6,11 +6,10 @@ import time
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
-from job_registry import JobRegistry
+from job_registry import EnqueueRequest, JobRegistry
 from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.postgresql import SLOW_LOOKS, PostgreSQLStore, QueueHeads
 from job_registry_api.queue.queue import JobQueue
-from job_registry_api.queue.requests import EnqueueRequest
 from job_registry_api.queue.store import Claim
 
 NOON = datetime(2030, 1, 1, 12, tzinfo=UTC)

@@ -25,13 +25,12 @@ import pytest
 from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
-from job_registry import JobPolicy, JobRegistry, JobType
+from job_registry import EnqueueRequest, JobPolicy, JobRegistry, JobType
 from job_registry_api.queue.claiming import Lease
 from job_registry_api.queue.database import async_url
 from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.models import JobStatus
 from job_registry_api.queue.queue import JobQueue
-from job_registry_api.queue.requests import EnqueueRequest
 from tests import CODE
 from tests.conftest import run_sql
 from tests.queue.race_jobs import ONLY, REGISTRY, Nap, most_at_once, queues, read_log

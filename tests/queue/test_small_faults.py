@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from job_registry import JobRegistry
+from job_registry import EnqueueRequest, JobRegistry
 from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.errors import (
     EventsMissed,
@@ -31,7 +31,6 @@ from job_registry_api.queue.reading import (
     NoWorkerSeen,
     ScheduledFor,
 )
-from job_registry_api.queue.requests import EnqueueRequest
 from job_registry_api.queue.store import LeaseState, Report
 from tests.conftest import advance, run_sql
 
@@ -174,8 +173,8 @@ async def test_a_renewal_is_answered_though_its_event_cannot_be_published_here(
 @pytest.mark.parametrize("name", ["\x00", "\ud800", "a\"b'c:d", "\\u0000"])
 async def test_jobs_of_a_type_that_cannot_be_are_none(queue: JobQueue, name: str) -> None:
     await queue.enqueue(PING)
-    assert (await queue.list_jobs(JobFilter(types=(name,)))).jobs == []
-    assert len((await queue.list_jobs(JobFilter(types=(name, "test.ping")))).jobs) == 1
+    assert (await queue.list(JobFilter(types=(name,)))).jobs == []
+    assert len((await queue.list(JobFilter(types=(name, "test.ping")))).jobs) == 1
 
 
 # A worker whose clock is ahead of the queue's ends an attempt at its timeout all the same.

@@ -15,10 +15,9 @@ from urllib.parse import quote
 import pytest
 from sqlalchemy import text
 
-from job_registry import JobRegistry
+from job_registry import EnqueueRequest, JobRegistry
 from job_registry_api.queue.errors import QueueUnavailable
 from job_registry_api.queue.queue import JobQueue
-from job_registry_api.queue.requests import EnqueueRequest
 from job_registry_api.queue.sqlite_database import MAX_WAL_BYTES, SQLiteDatabase
 
 PING = EnqueueRequest("test.ping", {})

@@ -6,10 +6,10 @@ import asyncio
 
 import pytest
 
+from job_registry import EnqueueRequest
 from job_registry_api.queue import upkeep
 from job_registry_api.queue.models import JobError, JobStatus
 from job_registry_api.queue.queue import JobQueue
-from job_registry_api.queue.requests import EnqueueRequest
 from job_registry_api.queue.upkeep import maintain, prune_in_batches
 from tests.conftest import advance, run_sql
 

@@ -8,10 +8,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from job_registry import JobType, Payload
+from job_registry import EnqueueRequest, JobType, Payload
 from job_registry_api.queue.models import JobRecord, JobStatus
 from job_registry_api.queue.queue import JobQueue
-from job_registry_api.queue.requests import EnqueueRequest
 from job_registry_api.worker import Worker
 
 

@@ -19,11 +19,18 @@ import psutil
 import pytest
 import uvloop
 
-from job_registry import DefinitionError, JobPolicy, JobRegistry, JobType, Payload, WorkerExtension
+from job_registry import (
+    DefinitionError,
+    EnqueueRequest,
+    JobPolicy,
+    JobRegistry,
+    JobType,
+    Payload,
+    WorkerExtension,
+)
 from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.models import JobRecord, JobStatus
 from job_registry_api.queue.queue import JobQueue
-from job_registry_api.queue.requests import EnqueueRequest
 from job_registry_api.worker import Worker, processes
 from tests.conftest import run_sql
 from tests.worker import crowd

@@ -14,11 +14,10 @@ from typing import Any
 import psutil
 import pytest
 
-from job_registry import DefinitionError, JobRegistry, JobType, Payload
+from job_registry import DefinitionError, EnqueueRequest, JobRegistry, JobType, Payload
 from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.models import JobRecord, JobStatus
 from job_registry_api.queue.queue import JobQueue
-from job_registry_api.queue.requests import EnqueueRequest
 from job_registry_api.worker import Worker, loop
 from tests.worker import hungry
 

@@ -14,12 +14,11 @@ import psutil
 import pytest
 from PIL import Image
 
-from job_registry import JobRegistry
+from job_registry import EnqueueRequest, JobRegistry
 from job_registry.catalog.thumbnail import MEMORY_LIMIT_MB, thumbnail_create
 from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.models import JobRecord, JobStatus
 from job_registry_api.queue.queue import JobQueue
-from job_registry_api.queue.requests import EnqueueRequest
 from job_registry_api.worker import Worker
 
 pytestmark = [

@@ -14,12 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from job_registry import JobRegistry
+from job_registry import EnqueueRequest, JobRegistry
 from job_registry.discovery import discover
 from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.models import JobRecord, JobStatus
 from job_registry_api.queue.queue import JobQueue
-from job_registry_api.queue.requests import EnqueueRequest
 from tests import CODE
 from tests.forks import Command
 

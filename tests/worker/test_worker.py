@@ -16,6 +16,7 @@ from pydantic import JsonValue, field_validator
 from job_registry import (
     Backoff,
     Cancel,
+    EnqueueRequest,
     Fail,
     JobContext,
     JobPolicy,
@@ -29,7 +30,6 @@ from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.errors import QueueUnavailable
 from job_registry_api.queue.models import JobRecord, JobStatus
 from job_registry_api.queue.queue import JobQueue
-from job_registry_api.queue.requests import EnqueueRequest
 from job_registry_api.worker import Worker
 from tests.conftest import run_sql
 from tests.worker.house import House, Text

@@ -1,0 +1,205 @@
+"""`SyncQueue`, the operations of a `JobQueue` for code without an event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import uuid
+from collections.abc import Callable, Coroutine, Sequence
+from datetime import datetime
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from pydantic import JsonValue
+from sqlalchemy.orm import Session
+
+from job_registry import EnqueueRequest, Payload
+from job_registry_api.queue.enqueueing import Enqueued, Refusal
+from job_registry_api.queue.models import JobRecord
+from job_registry_api.queue.reading import JobFilter, JobPage
+
+if TYPE_CHECKING:
+    from job_registry_api.queue.queue import JobQueue
+
+T = TypeVar("T")
+
+Results = list[Enqueued | Refusal]
+
+
+class SyncQueue:
+    """The operations of a queue, each of which blocks until it is done. Thread-safe.
+
+    If the queue is open, they run on its event loop, so call them from another thread. Otherwise
+    the first one starts a thread in which the queue is open until `close`. With a `session`, the
+    job is written by the calling thread, on the connection of that session.
+
+    Each operation raises what the operation of `JobQueue` with the same name raises.
+    """
+
+    def __init__(self, queue: JobQueue) -> None:
+        self._queue = queue
+        self._lock = threading.Lock()
+        self._process = os.getpid()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+
+    def request(self, payload: Payload, **options: Any) -> EnqueueRequest:
+        """Return the request to enqueue a payload, with the options of `JobQueue.request`."""
+        return self._queue.request(payload, **options)
+
+    def enqueue(
+        self,
+        job: Payload | EnqueueRequest,
+        *,
+        job_type: str | None = None,
+        priority: int | None = None,
+        schedule_at: datetime | None = None,
+        max_attempts: int | None = None,
+        idempotency_key: str | None = None,
+        created_by: str | None = None,
+        session: Session | None = None,
+    ) -> Enqueued:
+        """Store a job. With `session`, as part of its transaction."""
+        request = job
+        if isinstance(job, Payload):
+            request = self._queue.request(
+                job,
+                job_type=job_type,
+                priority=priority,
+                schedule_at=schedule_at,
+                max_attempts=max_attempts,
+                idempotency_key=idempotency_key,
+            )
+        assert isinstance(request, EnqueueRequest)
+        if session is not None:
+            return self._queue.enqueue_within(_sync(session), request, created_by=created_by)
+        return self._run(lambda: self._queue.enqueue(request, created_by=created_by))
+
+    def enqueue_many(
+        self,
+        jobs: Sequence[Payload | EnqueueRequest],
+        *,
+        atomic: bool = False,
+        created_by: str | None = None,
+        session: Session | None = None,
+    ) -> Results:
+        """Store jobs. With `session`, as part of its transaction."""
+        if session is not None:
+            return self._queue.enqueue_many_within(
+                _sync(session), jobs, atomic=atomic, created_by=created_by
+            )
+        return self._run(
+            lambda: self._queue.enqueue_many(jobs, atomic=atomic, created_by=created_by)
+        )
+
+    def get(self, job_id: str | uuid.UUID) -> JobRecord:
+        """Return a job."""
+        return self._run(lambda: self._queue.get(job_id))
+
+    def list(
+        self,
+        job_filter: JobFilter = JobFilter(),
+        *,
+        first: int = 50,
+        after: uuid.UUID | None = None,
+    ) -> JobPage:
+        """Return a page of jobs, newest first."""
+        return self._run(lambda: self._queue.list(job_filter, first=first, after=after))
+
+    def result(self, job_id: str | uuid.UUID, *, timeout: float | None = None) -> JsonValue:
+        """Wait until the job has ended, and return its result."""
+        return self._run(lambda: self._queue.result(job_id, timeout=timeout))
+
+    def cancel(self, job_id: str | uuid.UUID) -> JobRecord:
+        """Cancel a job, or request that its worker stops."""
+        return self._run(lambda: self._queue.cancel(job_id))
+
+    def retry(self, job_id: str | uuid.UUID) -> JobRecord:
+        """Queue a failed or cancelled job again."""
+        return self._run(lambda: self._queue.retry(job_id))
+
+    def close(self) -> None:
+        """Close the queue, if an operation here has opened it."""
+        with self._lock:
+            loop, thread = self._loop, self._thread
+            self._loop = self._thread = None
+        if loop is not None and thread is not None:
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _run(self, operation: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        loop = self._event_loop()
+        if _running_loop() is loop:
+            raise RuntimeError(
+                "queue.sync would block the event loop of the queue; use `await queue...` here"
+            )
+        future = asyncio.run_coroutine_threadsafe(operation(), loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()  # Ctrl-C, for example.
+            raise
+
+    def _event_loop(self) -> asyncio.AbstractEventLoop:
+        with self._lock:
+            if os.getpid() != self._process:
+                raise RuntimeError(
+                    "the queue was created before this process was forked; create it after the fork"
+                )
+            if self._loop is None:
+                if self._queue.loop is not None:
+                    return self._queue.loop
+                self._loop = self._open_in_thread()
+            return self._loop
+
+    def _open_in_thread(self) -> asyncio.AbstractEventLoop:
+        loop = asyncio.new_event_loop()
+        failures: list[BaseException] = []
+        is_open = threading.Event()
+
+        def run() -> None:
+            with asyncio.Runner(loop_factory=lambda: loop) as runner:
+                try:
+                    runner.run(self._queue.__aenter__())
+                except BaseException as error:
+                    failures.append(error)
+                    return
+                finally:
+                    is_open.set()
+                loop.run_forever()
+                runner.run(self._queue.close())
+
+        # A daemon: a program that ends need not close the queue. What was answered is on disk.
+        self._thread = threading.Thread(target=run, name="job-queue", daemon=True)
+        self._thread.start()
+        is_open.wait()
+        if failures:
+            self._thread.join()
+            self._thread = None
+            raise failures[0]
+        return loop
+
+
+def _sync(session: Session) -> Session:
+    if not isinstance(session, Session):
+        raise TypeError("session is not a Session; an AsyncSession is for `await queue.enqueue`")
+    return session
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None

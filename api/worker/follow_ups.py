@@ -1,0 +1,66 @@
+"""The jobs that a handler enqueues with `job.enqueue`, kept until its attempt succeeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any, Final
+
+from job_registry import CodedError, DefinitionError, EnqueueRequest, Payload, Violation
+from job_registry_api.queue.errors import InputInvalid
+from job_registry_api.queue.queue import JobQueue
+from job_registry_api.queue.store import NewJob
+from job_registry_api.worker.child import address_of_class
+
+REFUSED: Final = "follow_up_refused"
+"""The error code of a job whose handler enqueued a job that cannot be stored."""
+
+
+class FollowUps:
+    """The jobs that the handler of one attempt has enqueued, in order.
+
+    `refusal` says why a job of a handler in a process was refused. Its handler does not get the
+    error, because the process does not know the job types.
+    """
+
+    def __init__(self, queue: JobQueue, created_by: str | None) -> None:
+        self._queue = queue
+        self._created_by = created_by
+        self.jobs: list[NewJob] = []
+        self.refusal: str | None = None
+
+    def add(self, payload: Payload, **options: Any) -> None:
+        """Check a job, and keep it. Called in the thread of the handler. See `JobContext.enqueue`.
+
+        Raises:
+            CodedError: the job is refused.
+        """
+        self._add(self._queue.request(payload, **options))
+
+    def add_from_process(self, message: Mapping[str, Any]) -> None:
+        """Keep a job that a handler in a process has enqueued, or the reason of its refusal."""
+        options = dict(message["options"])
+        if options["schedule_at"] is not None:
+            options["schedule_at"] = datetime.fromisoformat(options["schedule_at"])
+        try:
+            name = options.pop("job_type") or self._type_of(message["class"])
+            self._add(EnqueueRequest(name, message["payload"], **options))
+        except (CodedError, DefinitionError) as refused:
+            self.refusal = self.refusal or str(refused)
+
+    def _add(self, request: EnqueueRequest) -> None:
+        most = self._queue.max_bulk_size
+        if len(self.jobs) >= most:
+            message = f"A handler can enqueue at most {most} jobs."
+            raise InputInvalid((Violation("", "too_long", message),))
+        self.jobs.append(self._queue.admit(request, self._created_by))
+
+    def _type_of(self, address: str) -> str:
+        registry = self._queue.registry
+        for job_type in registry.values():
+            if address_of_class(job_type.payload) == address:
+                return registry.type_of(job_type.payload)
+        raise DefinitionError(
+            f"no job type of this registry has the payload {address}; add its job type to the"
+            " registry"
+        )
