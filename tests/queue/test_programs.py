@@ -68,7 +68,7 @@ mail_send = JobType(name="mail.send", payload=MailSend, policy=JobPolicy(max_att
 @mail_send.handler
 async def send(job: JobContext, payload: MailSend) -> dict[str, Any]:
     if payload.to == "nobody":
-        raise RuntimeError("there is nobody")
+        raise RuntimeError(f"no mailbox of {payload.to}")
     if payload.to == "slow":
         await asyncio.sleep(30)
     return {"sent": payload.copies}
@@ -207,7 +207,7 @@ async def test_a_job_that_fails_or_is_cancelled_has_no_result(queue: JobQueue) -
     ).job
     async with Worker(queue).running():
         job = (await queue.enqueue(MailSend(to="nobody"))).job
-        with pytest.raises(JobFailed, match="there is nobody") as failed:
+        with pytest.raises(JobFailed, match="no mailbox of nobody") as failed:
             await queue.result(job.id, timeout=10)
         assert failed.value.job.status is JobStatus.FAILED
     waiting = asyncio.create_task(queue.result(scheduled.id, timeout=10))
@@ -238,6 +238,47 @@ async def test_a_wait_for_a_result_ends_when_the_queue_is_closed(database_url: s
     assert closed.value.reason == "the queue was closed"
     with pytest.raises(RuntimeError, match="async with queue"):
         await queue.result(job.id)
+
+
+# Logs.
+
+PROGRAM = """
+import asyncio, logging, sys
+from tests.queue.test_programs import MailSend, mail_send
+from job_registry_api import JobQueue, Worker
+
+async def main():
+    async with JobQueue.from_url(sys.argv[1], [mail_send]) as queue, Worker(queue).running():
+        job = (await queue.enqueue(MailSend(to="nobody"))).job
+        try:
+            await queue.result(job.id, timeout=20)
+        except Exception as error:
+            print(type(error).__name__)
+
+if "info" in sys.argv:
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s")
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("level", ["", "info"])
+def test_lines_go_to_the_logs_of_the_program_and_never_to_its_output(
+    tmp_path: Path, level: str
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, f"sqlite:///{tmp_path}/jobs.db", level],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(["src", "."])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "JobFailed\n"
+    assert ("INFO job_registry.events job.created job_id=" in done.stderr) is (level == "info")
+    # A failed attempt is a warning, which the standard library writes unless it is told otherwise.
+    assert "job.attempt_failed" in done.stderr
+    assert "tests/queue/test_programs.py" in done.stderr
+    assert "no mailbox of nobody" not in done.stderr
 
 
 # Without asyncio.
