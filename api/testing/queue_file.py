@@ -67,7 +67,7 @@ class QueueFile:
         if types is not None:
             query = query.where(col(Job.type).in_(types))
         with self._engine.connect() as connection:
-            return [JobRecord.of(row) for row in connection.execute(query).mappings()]
+            return [JobRecord.of(dict(row)) for row in connection.execute(query).mappings()]
 
     def insert(self, jobs: Sequence[NewJob]) -> None:
         """Store jobs, in a transaction of their own."""
