@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -79,7 +80,7 @@ class Reloading:
                 return line
         raise AssertionError(f"no {words!r} in:\n{''.join(self.read)}")
 
-    def children(self) -> list[psutil.Process]:
+    def children(self) -> Any:
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def kill(self) -> None:
