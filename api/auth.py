@@ -21,9 +21,10 @@ from limits import parse as parse_rate
 from pydantic import JsonValue
 from starlette.types import Scope
 
-from job_registry import CodedError, text_fault
+from job_registry import CodedError
 from job_registry.errors import shortened
 from job_registry.job_type import is_type_name
+from job_registry.json_values import text_fault
 from job_registry_api.http_messages import header
 from job_registry_api.rates import Exceeded, Rates
 from job_registry_api.settings import Settings, SettingsInvalid

@@ -1,5 +1,7 @@
 """Configures log lines: structlog, as JSON or for people, on standard error.
 
+In a program that opens a queue itself, lines go to the loggers of the standard library instead.
+
 No line contains a value of a payload or a token. An exception is logged with its type and
 traceback, without its message, which may quote anything.
 """
@@ -77,6 +79,31 @@ def configure_logs(
     logging.basicConfig(handlers=[handler], level=_LEVELS[level], force=True)
     for name in _QUIET:
         logging.getLogger(name).setLevel(max(_LEVELS[level], logging.WARNING))
+
+
+def use_standard_logging() -> None:
+    """Write lines to the loggers `job_registry.*` of `logging`, for a program with logs of its own.
+
+    A program that has configured structlog gets them there.
+    """
+    if not structlog.is_configured():
+        structlog.configure(
+            processors=[
+                structlog.contextvars.merge_contextvars,
+                structlog.stdlib.filter_by_level,
+                structlog.processors.ExceptionRenderer(_of_exc_info),
+                _as_text,
+            ],
+            wrapper_class=structlog.stdlib.BoundLogger,
+            logger_factory=structlog.stdlib.LoggerFactory(),
+        )
+
+
+def _as_text(_logger: Any, _method: str, line: MutableMapping[str, Any]) -> str:
+    exception = line.pop("exception", None)
+    values = [f"{key}={value}" for key, value in line.items() if key != "event"]
+    text = " ".join([str(line["event"]), *values])
+    return text if exception is None else f"{text}\n{exception}"
 
 
 def configuration() -> tuple[str, str] | None:

@@ -12,7 +12,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from job_registry import CodedError, JobTypeNotFound, NotJson, PayloadInvalid
+from job_registry import CodedError, JobTypeNotFound, PayloadInvalid
+from job_registry.json_values import NotJson
 from job_registry_api import auth
 from job_registry_api.auth import Authenticator
 from job_registry_api.budget import BudgetExceeded, RequestLimits, parse_request_json

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 from urllib.parse import urlsplit
 
-import limits
 from annotated_types import Ge, Le
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
@@ -397,10 +396,13 @@ class Settings(BaseSettings):
     def _check_rates(cls, value: object) -> object:
         if not isinstance(value, str):
             return value
+        # Imported only where there is a limit: each command reads the settings at its start.
+        from limits import parse
+
         rates = _items(value)
         for rate in rates:
             try:
-                amount = limits.parse(rate).amount
+                amount = parse(rate).amount
             except ValueError:
                 amount = 0
             if amount < 1:

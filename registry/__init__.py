@@ -15,7 +15,6 @@ from job_registry.errors import (
 )
 from job_registry.extension import CallNext, WorkerExtension
 from job_registry.job_type import JobType
-from job_registry.json_values import NotJson, json_document, parse_json, pointer, text_fault
 from job_registry.payload import Payload
 from job_registry.policy import Backoff, JobPolicy
 from job_registry.registry import AdmittedPayload, JobRegistry
@@ -34,15 +33,10 @@ __all__ = [
     "JobRegistry",
     "JobType",
     "JobTypeNotFound",
-    "NotJson",
     "Payload",
     "PayloadInvalid",
     "Retry",
     "Snooze",
     "Violation",
     "WorkerExtension",
-    "json_document",
-    "parse_json",
-    "pointer",
-    "text_fault",
 ]

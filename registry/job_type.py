@@ -19,6 +19,7 @@ from job_registry.json_values import json_document
 from job_registry.payload import Payload
 from job_registry.payload_schema import example_of, fingerprint_of, json_schema_of
 from job_registry.policy import JobPolicy
+from job_registry.strictness import lax_parts
 from job_registry.violations import PayloadShape
 
 _NAME: Final = re.compile(r"[a-z][a-z0-9_]*(\.[a-z][a-z0-9_]*)*")
@@ -26,6 +27,7 @@ _MAX_NAME: Final = 100
 _MEMORY_LIMITS_MB: Final = range(64, 1_048_577)
 
 P = TypeVar("P", bound=Payload)
+R = TypeVar("R")
 
 RunIn = Literal["loop", "thread", "process"]
 """Where a handler runs: on the worker's event loop, in a thread, or in a process of its own."""
@@ -127,13 +129,12 @@ class JobType(Generic[P]):
     def __repr__(self) -> str:
         return f"JobType(name={self.name!r}, payload={self.payload.__name__})"
 
-    HandlerT = TypeVar("HandlerT", bound=Callable[..., Any])
-
-    def handler(self, function: HandlerT) -> HandlerT:
+    def handler(self, function: Callable[[JobContext, P], R]) -> Callable[[JobContext, P], R]:
         """Register a function as the handler of this type. Use it as a decorator.
 
         The function takes the `JobContext` and the parsed payload; what it returns is the job's
-        result, as JSON. `run_in` says where it runs.
+        result, as JSON. `run_in` says where it runs. A type checker refuses a function that takes
+        another payload.
 
         Raises:
             DefinitionError: there is a handler already, or this is not a function of two
@@ -221,7 +222,7 @@ class JobType(Generic[P]):
         return '"format": "date' in text
 
     def _check_payload_model(self) -> None:
-        """Check that the payload model is strict and has a JSON Schema."""
+        """Check that the payload model is strict, with all its parts, and has a JSON Schema."""
         where = f"job type {self.name}: payload {self.payload.__name__}"
         config = self.payload.model_config
         for option, wanted in (("strict", True), ("frozen", True), ("extra", "forbid")):
@@ -233,6 +234,9 @@ class JobType(Generic[P]):
             _ = self.payload_schema
         except (PydanticUserError, PydanticSchemaGenerationError, NameError) as error:
             raise DefinitionError(f"{where} has no JSON Schema: {error}") from error
+        lax = lax_parts(self.payload)
+        if lax:
+            raise DefinitionError(f"{where} is not strict in all its parts: {'; '.join(lax)}")
         _ = self.example_payload
 
     def _check_example(self, example: dict[str, JsonValue]) -> None:

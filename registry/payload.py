@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from decimal import Decimal, InvalidOperation
-from typing import Any, cast
+from typing import Any, Final, cast
 
-from pydantic import BaseModel, ConfigDict, JsonValue
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, JsonValue
 from pydantic.alias_generators import to_camel
 from pydantic_core import (
     CoreSchema,
@@ -14,27 +15,20 @@ from pydantic_core import (
     core_schema,
 )
 
+from job_registry.embedding import changed, embedded
 from job_registry.errors import shortened, shortened_text
 
 
-# Above its user, because making the class below calls them.
-def _decimals_as_text(schema: Any) -> Any:
-    """Return the core schema with every decimal read from a JSON string, at any depth."""
-    if isinstance(schema, dict):
-        walked = {
-            key: value if key in ("metadata", "default") else _decimals_as_text(value)
-            for key, value in schema.items()
-        }
-        if walked.get("type") == "decimal":
-            return core_schema.no_info_before_validator_function(
-                _decimal_text, cast(CoreSchema, walked)
-            )
-        return walked
-    if isinstance(schema, list):
-        return [_decimals_as_text(value) for value in schema]
-    if isinstance(schema, tuple):
-        return tuple(_decimals_as_text(value) for value in schema)
-    return schema
+# Above their user, because making the class below calls them.
+def _with_decimal_as_text(part: dict[str, Any]) -> Any:
+    """Return a decimal that is read from a JSON string only."""
+    if part.get("type") == "decimal":
+        return core_schema.no_info_before_validator_function(
+            _decimal_text,
+            cast(CoreSchema, part),
+            json_schema_input_schema=core_schema.str_schema(),
+        )
+    return part
 
 
 def _decimal_text(value: object) -> object:
@@ -48,12 +42,27 @@ def _decimal_text(value: object) -> object:
     return value
 
 
+def reads_decimals_as_text(schema: Any) -> bool:
+    """Return whether this is the core schema of a decimal in a `Payload`."""
+    return bool(
+        schema["type"] == "function-before" and schema["function"]["function"] is _decimal_text
+    )
+
+
+_in_payload: Final = ContextVar("in_payload", default=False)
+"""Whether the core schema of a payload is being made, so that others are parts of it."""
+
+
 class Payload(BaseModel):
     """Base of every payload: strict, frozen, camelCase on the wire, unknown fields refused.
 
     Strict means that "1" is not a number, 1 is not a string, and true is not a number. A payload is
     always validated as JSON, so dates, times, UUIDs and decimals are JSON strings. A decimal as a
     JSON number is refused, because a parser may have lost some of its digits.
+
+    As a part of another type, such as `list[MailSend]`, a model or a body in FastAPI, a dict is
+    validated as `enqueueJob` does it, by the names and the rules of JSON. A dict with Python
+    values, such as a datetime, is validated as the arguments of the class are.
     """
 
     model_config = ConfigDict(
@@ -70,8 +79,14 @@ class Payload(BaseModel):
     )
 
     @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> CoreSchema:
-        return cast(CoreSchema, _decimals_as_text(handler(source)))
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        if cls.__dict__.get("__pydantic_complete__"):
+            return handler(source) if _in_payload.get() else embedded(cls)
+        outside = _in_payload.set(True)
+        try:
+            return cast(CoreSchema, changed(handler(source), _with_decimal_as_text))
+        finally:
+            _in_payload.reset(outside)
 
 
 def document_of(payload: Payload) -> JsonValue:

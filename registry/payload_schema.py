@@ -11,6 +11,8 @@ from pydantic import BaseModel, JsonValue
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
+from job_registry.payload import reads_decimals_as_text
+
 JSON_SCHEMA_DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
 
 
@@ -41,6 +43,14 @@ def example_of(schema: Mapping[str, Any]) -> dict[str, JsonValue]:
 
 class _JsonSchema(GenerateJsonSchema):
     """Pydantic's JSON Schema, made true where strictness narrows what it says."""
+
+    def function_before_schema(
+        self, schema: core_schema.BeforeValidatorFunctionSchema
+    ) -> JsonSchemaValue:
+        """Describe a decimal itself, with its bounds, and not only the string it comes as."""
+        if reads_decimals_as_text(schema):
+            return self.generate_inner(schema["schema"])
+        return super().function_before_schema(schema)
 
     def decimal_schema(self, schema: core_schema.DecimalSchema) -> JsonSchemaValue:
         """Decimals come as strings only."""

@@ -10,15 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from job_registry import (
-    CodedError,
-    JobRegistry,
-    JobTypeNotFound,
-    NotJson,
-    PayloadInvalid,
-    Violation,
-    parse_json,
-)
+from job_registry import CodedError, JobRegistry, JobTypeNotFound, PayloadInvalid, Violation
+from job_registry.json_values import NotJson, parse_json
 from job_registry_api.cli import startup
 from job_registry_api.cli.output import (
     REFUSED,

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from job_registry import NotJson, parse_json
+from job_registry.json_values import NotJson, parse_json
 from job_registry_api.cli.output import REFUSED, WRONG_USAGE, fail
 
 TypeName = Annotated[

@@ -11,7 +11,7 @@ from urllib.parse import parse_qs
 from graphql import GraphQLError
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from job_registry import NotJson
+from job_registry.json_values import NotJson
 from job_registry_api import auth
 from job_registry_api.auth import Authenticator
 from job_registry_api.budget import BudgetExceeded, RequestSize, parse_request_json

@@ -11,19 +11,11 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import event
+from sqlalchemy import Connection, event
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 
 Publish = Callable[[Sequence[Any]], None]
-
-
-class _Entry(NamedTuple):
-    """What to publish, and whether also when the session has joined an outer transaction."""
-
-    publish: Publish
-    events: tuple[Any, ...]
-    joined: bool
 
 
 def publish_after_commit(
@@ -46,7 +38,7 @@ def publish_after_commit(
         unpublished = target.info[_UNPUBLISHED] = _Unpublished()
         event.listen(target, "after_commit", unpublished.committed)
         event.listen(target, "after_transaction_end", unpublished.ended)
-    unpublished.add(target, _Entry(publish, tuple(events), joined))
+    unpublished.add(target, _Entry(target.connection(), publish, tuple(events), joined))
 
 
 def not_yet_published(session: AsyncSession | Session, publish: Publish) -> list[Any]:
@@ -54,6 +46,18 @@ def not_yet_published(session: AsyncSession | Session, publish: Publish) -> list
     target = session if isinstance(session, Session) else session.sync_session
     unpublished = target.info.get(_UNPUBLISHED)
     return unpublished.of(publish) if isinstance(unpublished, _Unpublished) else []
+
+
+class _Entry(NamedTuple):
+    """Events, and the connection on which their jobs were inserted.
+
+    `joined` says whether to publish them when the session has joined an outer transaction.
+    """
+
+    connection: Connection
+    publish: Publish
+    events: tuple[Any, ...]
+    joined: bool
 
 
 class _Unpublished:
@@ -68,6 +72,7 @@ class _Unpublished:
             self._entries.setdefault(transaction, []).append(entry)
 
     def of(self, publish: Publish) -> list[Any]:
+        """Return what awaits a call of `publish`."""
         return [
             each
             for entries in self._entries.values()
@@ -85,13 +90,12 @@ class _Unpublished:
         outer = _savepoint_or_root(transaction.parent)
         if outer is not None:
             self._entries.setdefault(outer, []).extend(happened)
-            return
-        has_joined = any(connection.in_transaction() for connection in transaction.connections)
-        for publish, events, joined in happened:
-            if joined or not has_joined:
-                # An error after the commit must not look like an error of the commit.
-                with suppress(Exception):
-                    publish(events)
+        else:
+            for connection, publish, events, joined in happened:
+                if joined or not connection.in_transaction():
+                    # An error after the commit must not look like an error of the commit.
+                    with suppress(Exception):
+                        publish(events)
 
     def ended(self, _session: Session, transaction: SessionTransaction) -> None:
         """Discard what was not committed: it was rolled back, or the session was closed."""

@@ -311,7 +311,7 @@ class Enqueueing:
             publish_after_commit(session, self.events.publish, created)
 
     def _requested(self, job: Payload | EnqueueRequest, **options: Any) -> EnqueueRequest:
-        if isinstance(job, Payload):
+        if not isinstance(job, EnqueueRequest):
             return self.registry.request(job, **options)
         if options:
             raise TypeError(f"an EnqueueRequest has its own {', '.join(sorted(options))}")

@@ -14,7 +14,8 @@ from typing import Final, NamedTuple
 from pydantic import JsonValue
 from pydantic_core import from_json
 
-from job_registry import JobRegistry, Violation, json_document
+from job_registry import JobRegistry, Violation
+from job_registry.json_values import json_document
 from job_registry_api.metrics import Metrics
 from job_registry_api.queue.claiming import Claiming, Lease
 from job_registry_api.queue.database import Database

@@ -26,7 +26,7 @@ from sqlalchemy import Connection, inspect, text
 
 from job_registry_api import defaults
 from job_registry_api.queue.database import Database, Pooler, quoted
-from job_registry_api.queue.databases import open_database
+from job_registry_api.queue.databases import file_of, open_database
 from job_registry_api.queue.driver_errors import unavailable
 from job_registry_api.queue.errors import QueueUnavailable
 from job_registry_api.queue.models import METADATA
@@ -166,9 +166,17 @@ def prepare(
         MigrationRefused: it does not fit, or as in `upgrade`.
         QueueUnavailable: the database does not answer, or cannot write.
     """
+
+    def fit_now() -> Fit:
+        return examine(url, pooler=pooler, timeout_seconds=timeout_seconds, schema=schema)
+
     if open_database(url).migrates_at_start:
+        # A database that fits is not locked: the caller may be in a transaction of its own.
+        file = file_of(url)
+        if file is not None and file.exists() and fit_now().fits:
+            return
         upgrade(url)
-    fit = examine(url, pooler=pooler, timeout_seconds=timeout_seconds, schema=schema)
+    fit = fit_now()
     if not fit.fits:
         raise MigrationRefused(fit.sentence)
 

@@ -19,6 +19,7 @@ from uuid_utils.compat import uuid7
 from job_registry import JobRegistry, JobType
 from job_registry.discovery import load_registry
 from job_registry_api import defaults
+from job_registry_api.logs import use_standard_logging
 from job_registry_api.metrics import Metrics
 from job_registry_api.queue.changing import Changing
 from job_registry_api.queue.database import Database, Pooler
@@ -106,6 +107,7 @@ class JobQueue(Enqueueing, Reading, Leasing, Changing, Upkeep):
         Raises:
             DefinitionError: two job types have the same name.
         """
+        use_standard_logging()
         database = open_database(
             url,
             pool_size=pool_size,

@@ -13,7 +13,8 @@ from typing import Final
 from pydantic import JsonValue
 from pydantic_core import to_json
 
-from job_registry import JobPolicy, JobRegistry, Violation, text_fault
+from job_registry import JobPolicy, JobRegistry, Violation
+from job_registry.json_values import text_fault
 from job_registry_api.queue.errors import (
     EventsMissed,
     InputInvalid,

@@ -10,9 +10,9 @@ from typing import Any, Final, cast
 
 from pydantic import JsonValue
 
-from job_registry import EnqueueRequest, JobRegistry, JobTypeNotFound, Violation, text_fault
+from job_registry import EnqueueRequest, JobRegistry, JobTypeNotFound, Violation
 from job_registry.errors import MAX_DELAY_SECONDS, FaultBudget, shortened
-from job_registry.json_values import MAX_POINTER, MAX_VIOLATIONS, pointer, pointer_of
+from job_registry.json_values import MAX_POINTER, MAX_VIOLATIONS, pointer, pointer_of, text_fault
 from job_registry_api.queue.errors import InputInvalid, JobNotFound
 
 MAX_LEASE: Final = 100

@@ -186,6 +186,8 @@ class SyncQueue:
         self._thread.start()
         is_open.wait()
         if failures:
+            self._thread.join()
+            self._thread = None
             raise failures[0]
         return loop
 

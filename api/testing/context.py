@@ -18,7 +18,8 @@ from pydantic import JsonValue
 from pydantic_core import from_json, to_jsonable_python
 from uuid_utils.compat import uuid7
 
-from job_registry import EnqueueRequest, JobContext, JobPolicy, JobType, Payload, json_document
+from job_registry import EnqueueRequest, JobContext, JobPolicy, JobType, Payload
+from job_registry.json_values import json_document
 from job_registry.payload import document_of
 from job_registry.registry import DEFAULT_MAX_PAYLOAD_BYTES
 from job_registry_api.queue.errors import InputInvalid

@@ -31,7 +31,7 @@ from job_registry import DefinitionError, JobContext, JobType, Payload, WorkerEx
 from job_registry.discovery import import_from
 from job_registry.job_type import is_async
 from job_registry.payload import document_of
-from job_registry_api.logs import configure_logs, log_unexpected
+from job_registry_api.logs import configure_logs, log_unexpected, use_standard_logging
 from job_registry_api.worker.extensions import WorkerStartError, lifespans
 from job_registry_api.worker.memory_limit import MemoryLimit
 from job_registry_api.worker.outcomes import (
@@ -66,6 +66,8 @@ def main(descriptor: int) -> None:
         return
     if start["logs"] is not None:
         configure_logs(*start["logs"])
+    else:
+        use_standard_logging()
     try:
         with contextlib.suppress(asyncio.CancelledError):
             asyncio.run(_serve(link, start))

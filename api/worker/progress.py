@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import JsonValue
 from pydantic_core import to_jsonable_python
 
-from job_registry import json_document
+from job_registry.json_values import json_document
 
 
 class Progress:

@@ -8,8 +8,9 @@ from typing import Any, Final
 from pydantic import JsonValue
 from pydantic_core import to_jsonable_python
 
-from job_registry import Violation, json_document
+from job_registry import Violation
 from job_registry.errors import shortened_text
+from job_registry.json_values import json_document
 from job_registry_api.worker.outcomes import (
     Raised,
     ResultRefused,

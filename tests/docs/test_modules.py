@@ -4,41 +4,58 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import httpx
 import pytest
-from sqlalchemy import text
+from fastapi import FastAPI
+from pydantic import BaseModel, create_model
+from sqlalchemy import create_engine, text
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
 
-from job_registry import Cancel, EnqueueRequest, Fail, JobContext, Retry
+from job_registry import (
+    Cancel,
+    DefinitionError,
+    EnqueueRequest,
+    Fail,
+    JobContext,
+    JobType,
+    Payload,
+    Retry,
+)
 from job_registry.discovery import load_registry
 from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.models import JobStatus
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.worker import Worker
+from tests import ROOT
 from tests.docs.pages import blocks, write_modules
 
 Imported = Callable[[str], ModuleType]
 
 
 @pytest.fixture
-def imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Imported:
+def imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Imported]:
     """Imports an example by the name of its module."""
     folder = tmp_path / "modules"
     folder.mkdir()
     write_modules(folder)
     monkeypatch.syspath_prepend(folder)
-    monkeypatch.setattr(sys, "modules", dict(sys.modules))
-    return __import__
+    yield __import__
+    for module in folder.glob("*.py"):
+        sys.modules.pop(module.stem, None)
 
 
 def test_every_module_of_the_pages_is_imported_by_a_test() -> None:
     tested = {"myjobs.py", "shop_jobs.py", "reports.py", "extension.py", "shop_orders.py"}
+    tested |= {"reminders.py", "invoices.py", "orders.py"}
     # Run by a console example.
-    tested |= {"shop_enqueue.py"}
+    tested |= {"shop_enqueue.py", "mailer.py"}
+    tested |= {"shop_orders_nested.py", "shop_api.py"}
     assert {block.argument for block in blocks("module")} == tested
 
 
@@ -106,4 +123,73 @@ async def test_the_job_of_the_own_transaction_appears_with_its_order(
     (job,) = (await queue.list()).jobs
     await database.close()
     assert [tuple(row) for row in stored] == [("b-9",)]
-    assert job.payload == {"batchId": "b-9", "escrowId": "e-1"}
+    assert job.payload == {"batchId": "b-9", "escrowId": "e-1", "isRetry": False}
+
+
+async def test_a_reminder_is_enqueued_once_per_invoice(
+    database_url: str, imported: Imported
+) -> None:
+    reminders, mailer = imported("reminders"), imported("mailer")
+    async with JobQueue.from_url(database_url, [mailer.mail_send]) as queue:
+        assert await reminders.remind(queue, "ada@example.com", 7)
+        assert not await reminders.remind(queue, "ada@example.com", 7)
+        assert await reminders.remind_all(queue, ["bob@example.com"]) == []
+        later, now = reversed((await queue.list()).jobs)
+    assert (later.priority, later.idempotency_key) == (20, "reminder-7")
+    assert later.payload == {"to": "ada@example.com", "subject": "Invoice 7"}
+    assert now.payload == {"to": "bob@example.com", "subject": "Hello"}
+
+
+def test_an_invoice_is_sent_with_its_transaction(
+    tmp_path: Path, imported: Imported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    invoices = imported("invoices")
+    with invoices.queue.sync as queue:
+        assert queue.list().jobs == []
+        engine = create_engine("sqlite:///mails.db")
+        with Session(engine) as session:
+            invoices.send_invoice(session, "ada@example.com")
+        engine.dispose()
+        (job,) = queue.list().jobs
+    assert job.payload == {"to": "ada@example.com", "subject": "Invoice"}
+
+
+async def test_the_buyer_is_told_when_the_order_is_shipped(
+    database_url: str, imported: Imported
+) -> None:
+    orders, mailer = imported("orders"), imported("mailer")
+    async with JobQueue.from_url(database_url, [orders.order_ship, mailer.mail_send]) as queue:
+        async with Worker(queue, types=["order.ship"]).running():
+            ship = orders.OrderShip(order_id=7, buyer="ada@example.com")
+            await queue.result((await queue.enqueue(ship)).job.id, timeout=10)
+        told, _ = (await queue.list()).jobs
+    assert (told.type, told.priority) == ("mail.send", 80)
+    assert told.payload == {"to": "ada@example.com", "subject": "Order 7"}
+
+
+async def test_a_payload_is_a_body_in_fastapi(imported: Imported) -> None:
+    imported("shop_jobs")
+    app: FastAPI = imported("shop_api").app
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://shop.test") as client:
+        accepted = await client.post("/invoices", json={"invoiceId": "inv-7"})
+        refused = await client.post("/invoices", json={"invoiceId": 7, "copies": "1"})
+    assert (accepted.status_code, accepted.json()) == (200, {"invoiceId": "inv-7", "copies": 1})
+    assert refused.status_code == 422
+
+
+def test_the_classes_inside_a_payload_are_strict_or_the_page_shows_the_error(
+    imported: Imported,
+) -> None:
+    orders = imported("shop_orders_nested")
+
+    class Address(BaseModel):
+        street: str
+        zip_code: int
+
+    lax = create_model("OrderSend", __base__=Payload, address=(Address, ...))
+    with pytest.raises(DefinitionError) as refused:
+        JobType(name=orders.order_send.name, payload=lax)
+    page = (ROOT / "docs" / "job-types.md").read_text()
+    assert str(refused.value) in page.replace("\n> ", " ")

@@ -25,7 +25,13 @@ RESULTS = {
 NEEDS_POSTGRESQL = ("postgresql", "pgbouncer")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, id=page.name, marks=[] if page.name == "README.md" else pytest.mark.slow)
+        for page in PAGES
+    ],
+)
 def test_the_commands_of_a_page_print_what_it_shows(page: Path, tmp_path: Path) -> None:
     with shell(tmp_path / "reader") as reader:
         for block in blocks_of(page):
@@ -52,6 +58,7 @@ def result_of(file: Path, job_type: str) -> object:
     return None
 
 
+@pytest.mark.slow
 def test_the_backup_as_shown_is_whole(tmp_path: Path) -> None:
     with shell(tmp_path / "reader") as reader:
         for block in blocks("shell", "operating.md")[:2]:
@@ -61,6 +68,7 @@ def test_the_backup_as_shown_is_whole(tmp_path: Path) -> None:
         assert run_sql(url, "SELECT count(*) FROM job") == [(1,)]
 
 
+@pytest.mark.slow
 def test_the_commands_and_statements_for_postgresql_run(
     tmp_path: Path, fresh_postgresql_url: str
 ) -> None:

@@ -8,7 +8,8 @@ import pytest
 from pydantic import JsonValue
 from pydantic_core import from_json, to_json
 
-from job_registry import CodedError, JobTypeNotFound, NotJson, PayloadInvalid, Violation
+from job_registry import CodedError, JobTypeNotFound, PayloadInvalid, Violation
+from job_registry.json_values import NotJson
 from job_registry_api.auth import Forbidden, TooManyRequests, Unauthenticated
 from job_registry_api.queue.errors import (
     EventsMissed,

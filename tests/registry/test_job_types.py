@@ -151,7 +151,7 @@ def test_one_handler_is_attached_and_given_back() -> None:
     with pytest.raises(DefinitionError, match=r"has a handler already.*run"):
         job_type.handler(lambda job, payload: None)
     with pytest.raises(DefinitionError, match=r"must take \(job, payload\)"):
-        JobType(name="b", payload=Note).handler(lambda job: None)
+        JobType(name="b", payload=Note).handler(lambda job: None)  # type: ignore[misc, arg-type]
 
 
 def test_a_handler_that_yields_is_refused() -> None:
@@ -177,7 +177,8 @@ def test_a_handler_with_swapped_arguments_is_refused() -> None:
         def run(self, payload: Note, job: JobContext) -> None:
             """A method's own arguments count."""
 
-    for handler in (run, half, Step().run):
+    handlers: list[Any] = [run, half, Step().run]
+    for handler in handlers:
         with pytest.raises(DefinitionError, match=r"takes \(payload, job\), expected"):
             JobType(name="a", payload=Note).handler(handler)
 

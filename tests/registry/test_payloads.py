@@ -12,19 +12,16 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from pydantic import field_validator
 
-from job_registry import (
-    JobRegistry,
-    JobType,
-    JobTypeNotFound,
+from job_registry import JobRegistry, JobType, JobTypeNotFound, Payload, PayloadInvalid
+from job_registry.catalog.payout import payout_execute
+from job_registry.catalog.thumbnail import ThumbnailCreate, thumbnail_create
+from job_registry.json_values import (
+    MAX_VIOLATIONS,
     NotJson,
-    Payload,
-    PayloadInvalid,
+    count_values,
     json_document,
     parse_json,
 )
-from job_registry.catalog.payout import payout_execute
-from job_registry.catalog.thumbnail import ThumbnailCreate, thumbnail_create
-from job_registry.json_values import MAX_VIOLATIONS, count_values
 from tests.registry.test_job_types import Everything
 
 EVERYTHING = JobType(name="test.everything", payload=Everything)

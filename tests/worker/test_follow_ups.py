@@ -177,18 +177,20 @@ async def test_a_lost_lease_stores_nothing(house: House) -> None:
 
 async def test_a_handler_gets_the_error_of_a_job_that_is_invalid(house: House) -> None:
     errors: list[Exception] = []
+    wrong: Any = "one"
 
     @house.job_type.handler
     def work(job: JobContext, payload: houses.Text) -> None:
-        for enqueue in (
-            lambda: job.enqueue(Next.model_construct(step="one")),
-            lambda: job.enqueue(Next(step=1), priority=101),
-            lambda: job.enqueue(Stranger(step=1)),
-            lambda: job.enqueue(Shared()),
-            lambda: job.enqueue({"step": 1}),  # type: ignore[arg-type]  # what is refused
-        ):
+        refused: list[tuple[Any, dict[str, Any]]] = [
+            (Next.model_construct(step=wrong), {}),
+            (Next(step=1), {"priority": 101}),
+            (Stranger(step=1), {}),
+            (Shared(), {}),
+            ({"step": 1}, {}),
+        ]
+        for follow_up, options in refused:
             try:
-                enqueue()
+                job.enqueue(follow_up, **options)
             except Exception as error:
                 errors.append(error)
         job.enqueue(Shared(), job_type="shared.two")

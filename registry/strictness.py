@@ -1,0 +1,164 @@
+"""Finds the parts of a payload model that would take JSON which a payload refuses.
+
+A class inside a payload has rules of its own. The core schema says which rules hold where, for
+every kind of class, alias and annotation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Final, NamedTuple
+
+from pydantic import BaseModel, RootModel
+from pydantic.dataclasses import is_pydantic_dataclass
+
+from job_registry.payload import Payload, reads_decimals_as_text
+
+# What these take from JSON depends on strictness. All other kinds take the same either way.
+_DEPEND: Final = (
+    "bool",
+    "int",
+    "float",
+    "complex",
+    "date",
+    "time",
+    "datetime",
+    "timedelta",
+    "enum",
+    "lax-or-strict",
+)
+_EXTRA: Final = {"ignore": "drops unknown fields", "allow": "takes unknown fields"}
+_STRICT: Final = "ConfigDict(strict=True, extra='forbid')"
+
+
+def lax_parts(model: type[Payload]) -> list[str]:
+    """Return a sentence for each part that is less strict than a payload, with what to do."""
+    finder = _Finder()
+    finder.visit(model.__pydantic_core_schema__, "", {}, _Owner(model, ""))
+    return finder.sentences()
+
+
+class _Owner(NamedTuple):
+    """The class whose configuration holds, and where it is."""
+
+    cls: type
+    path: str
+
+
+class _Finder:
+    """Walks a core schema. What a class allows is collected by class, where it can be changed."""
+
+    def __init__(self) -> None:
+        self._definitions: dict[str, Any] = {}
+        self._visited: set[tuple[str, bool]] = set()
+        self._classes: dict[type, tuple[str, list[str]]] = {}
+        self._parts: list[str] = []
+
+    def sentences(self) -> list[str]:
+        """Return what was found."""
+        classes = [
+            f"{path} is {cls.__name__}, which {' and '.join(reasons)}: {_mend(cls)}"
+            for cls, (path, reasons) in self._classes.items()
+        ]
+        return classes + self._parts
+
+    def visit(self, schema: Any, path: str, config: Mapping[str, Any], owner: _Owner) -> None:
+        """Collect what is lax in a schema. `config` is the one that holds here."""
+        kind = schema["type"]
+        if kind == "definitions":
+            self._definitions |= {each["ref"]: each for each in schema["definitions"]}
+            return self.visit(schema["schema"], path, config, owner)
+        if kind == "definition-ref":
+            seen = (schema["schema_ref"], bool(config.get("strict")))
+            if seen not in self._visited:
+                self._visited.add(seen)
+                self.visit(self._definitions[schema["schema_ref"]], path, config, owner)
+            return None
+        if kind in ("model", "dataclass", "typed-dict"):
+            # Pydantic uses the configuration of the class itself, and none from outside.
+            config, owner = schema.get("config") or {}, _Owner(schema["cls"], path)
+        if kind in ("model-fields", "typed-dict", "dataclass-args"):
+            extra = schema.get("extra_behavior") or config.get("extra_fields_behavior", "ignore")
+            if extra != "forbid":
+                self._add(owner, _EXTRA[extra])
+        strict = schema.get("strict", config.get("strict", False))
+        if kind == "decimal":
+            self._parts.append(
+                f"{path} is a decimal in {owner.cls.__name__} that is read from a JSON number,"
+                " which may have lost digits: annotate a field of a Payload with Decimal itself"
+            )
+        elif not strict and _depends(schema, config):
+            if schema.get("strict") is False:
+                self._parts.append(f"{path} is not strict: remove strict=False")
+            else:
+                self._add(owner, "is not strict")
+        elif not reads_decimals_as_text(schema):
+            for step, below in _below(schema):
+                self.visit(below, f"{path}{step}".lstrip("."), config, owner)
+        return None
+
+    def _add(self, owner: _Owner, reason: str) -> None:
+        _, reasons = self._classes.setdefault(owner.cls, (owner.path, []))
+        if reason not in reasons:
+            reasons.append(reason)
+
+
+def _depends(schema: Any, config: Mapping[str, Any]) -> bool:
+    """Return whether a value without further parts takes other JSON where it is not strict."""
+    if schema["type"] == "str":
+        return bool(schema.get("coerce_numbers_to_str", config.get("coerce_numbers_to_str")))
+    return schema["type"] in _DEPEND
+
+
+def _below(schema: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the parts of a schema that JSON is read with, and the path to each.
+
+    The keys of an object are left out: they are strings in any JSON.
+    """
+    match schema["type"]:
+        case "model-fields" | "typed-dict":
+            for name, field in schema["fields"].items():
+                yield f".{name}", field["schema"]
+        case "dataclass-args" | "named-tuple":
+            for field in schema["fields"]:
+                yield f".{field['name']}", field["schema"]
+        case "arguments" | "arguments-v3":
+            for field in schema["arguments_schema"]:
+                yield f".{field['name']}", field["schema"]
+        case "call":
+            yield "", schema["arguments_schema"]
+        case "union":
+            for choice in schema["choices"]:
+                yield "", choice[0] if isinstance(choice, tuple) else choice
+        case "tagged-union":
+            for choice in schema["choices"].values():
+                yield "", choice
+        case "tuple":
+            for index, item in enumerate(schema["items_schema"]):
+                yield f"[{index}]", item
+        case "lax-or-strict":
+            yield "", schema["strict_schema"]
+        case "json-or-python":
+            yield "", schema["json_schema"]
+        case "chain":
+            yield "", schema["steps"][0]
+        case _:
+            for key in ("items_schema", "values_schema"):
+                if key in schema:
+                    yield "[]", schema[key]
+            if "schema" in schema:
+                yield "", schema["schema"]
+
+
+def _mend(cls: type) -> str:
+    """Return how to make a class as strict as a payload."""
+    name = cls.__name__
+    if issubclass(cls, Payload):
+        return f"leave strict and extra out of the model_config of {name}"
+    if issubclass(cls, RootModel):
+        return "set model_config = ConfigDict(strict=True)"
+    if issubclass(cls, BaseModel):
+        return f"derive {name} from Payload, or set model_config = {_STRICT}"
+    if is_pydantic_dataclass(cls):
+        return f"derive {name} from Payload, or decorate it with @dataclass(config={_STRICT})"
+    return f"derive {name} from Payload, or set __pydantic_config__ = {_STRICT}"

@@ -1,0 +1,489 @@
+"""The queue as a Python program uses it: typed, in its transactions, with and without asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, create_engine, event, make_url, text
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from sqlalchemy.orm import Session
+
+from job_registry import (
+    DefinitionError,
+    EnqueueRequest,
+    JobContext,
+    JobPolicy,
+    JobRegistry,
+    JobType,
+    JobTypeNotFound,
+    Payload,
+    PayloadInvalid,
+)
+from job_registry_api import (
+    IdempotencyConflict,
+    JobFailed,
+    JobNotFound,
+    JobQueue,
+    JobStatus,
+    MigrationRefused,
+    QueueUnavailable,
+    Worker,
+)
+from job_registry_api.queue.database import async_url
+from job_registry_api.queue.enqueueing import Enqueued
+from tests import ROOT
+from tests.conftest import run_sql
+
+TESTS = [
+    "-p", "no:xdist", "tests/queue/test_programs.py", "tests/queue/test_caller_transactions.py",
+    "tests/queue/test_life_of_a_job.py", "tests/queue/test_migrations.py",
+]  # fmt: skip
+"""What must also pass with SQLAlchemy 2.0."""
+
+
+class MailSend(Payload):
+    to: str
+    copies: int = 1
+    at: datetime | None = None
+
+
+class Untyped(Payload):
+    pass
+
+
+mail_send = JobType(name="mail.send", payload=MailSend, policy=JobPolicy(max_attempts=1))
+
+
+@mail_send.handler
+async def send(job: JobContext, payload: MailSend) -> dict[str, Any]:
+    if payload.to == "nobody":
+        raise RuntimeError(f"no mailbox of {payload.to}")
+    if payload.to == "slow":
+        await asyncio.sleep(30)
+    return {"sent": payload.copies}
+
+
+@pytest.fixture
+async def queue(database_url: str) -> AsyncIterator[JobQueue]:
+    async with JobQueue.from_url(database_url, [mail_send]) as queue:
+        yield queue
+
+
+async def test_a_payload_is_enqueued_as_the_job_type_that_has_its_class(queue: JobQueue) -> None:
+    at = datetime(2030, 1, 31, 12, tzinfo=UTC)
+    job = (
+        await queue.enqueue(
+            MailSend(to="ada", at=at),
+            priority=80,
+            schedule_at=at,
+            max_attempts=7,
+            idempotency_key="k",
+            created_by="shop",
+        )
+    ).job
+    assert (job.type, job.priority, job.max_attempts, job.next_run_at, job.created_by) == (
+        "mail.send",
+        80,
+        7,
+        at,
+        "shop",
+    )
+    # With its defaults: a default that changes does not change jobs that are queued.
+    assert (await queue.get(job.id)).payload == {
+        "to": "ada",
+        "copies": 1,
+        "at": "2030-01-31T12:00:00Z",
+    }
+
+
+async def test_the_same_key_and_payload_is_the_first_job(queue: JobQueue) -> None:
+    first = await queue.enqueue(MailSend(to="ada"), idempotency_key="k")
+    again = await queue.enqueue(MailSend(to="ada"), idempotency_key="k")
+    assert (again.job.id, again.deduplicated) == (first.job.id, True)
+    with pytest.raises(IdempotencyConflict):
+        await queue.enqueue(MailSend(to="bob"), idempotency_key="k")
+
+
+async def test_an_instance_that_was_not_validated_is_refused(queue: JobQueue) -> None:
+    wrong: Any = "two"
+    with pytest.raises(PayloadInvalid, match="/copies"):
+        await queue.enqueue(MailSend.model_construct(to="ada", copies=wrong))
+
+
+async def test_a_payload_of_no_job_type_is_a_sentence(queue: JobQueue) -> None:
+    with pytest.raises(DefinitionError, match="no job type .* has the payload Untyped; add its"):
+        await queue.enqueue(Untyped())
+    with pytest.raises(TypeError, match="expected an instance of a Payload"):
+        await queue.enqueue({"to": "ada"})  # type: ignore[call-overload]  # what is refused
+    with pytest.raises(TypeError, match="prority"):
+        await queue.enqueue(MailSend(to="ada"), prority=1)  # type: ignore[call-overload]  # a typo
+
+
+async def test_many_payloads_are_enqueued_each_with_its_own_options(queue: JobQueue) -> None:
+    results = await queue.enqueue_many(
+        [
+            MailSend(to="ada"),
+            queue.request(MailSend(to="bob"), priority=90),
+            EnqueueRequest("mail.sned", {}),
+        ]
+    )
+    assert isinstance(results[0], Enqueued)
+    assert isinstance(results[1], Enqueued)
+    assert (results[0].job.priority, results[1].job.priority) == (50, 90)
+    assert isinstance(results[2], JobTypeNotFound)
+
+
+async def test_a_new_sqlite_file_is_created_and_migrated_when_the_queue_opens(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "jobs.db"
+    async with JobQueue.from_url(f"sqlite:///{file}", [mail_send]) as queue:
+        await queue.enqueue(MailSend(to="ada"))
+        assert file.stat().st_mode & 0o777 == 0o600
+    async with JobQueue.from_url(f"sqlite:///{file}", [mail_send]) as queue:
+        assert len((await queue.list()).jobs) == 1
+
+
+async def test_a_postgresql_database_that_was_not_migrated_is_a_sentence(
+    fresh_postgresql_url: str,
+) -> None:
+    drop = "DROP SCHEMA job_registry CASCADE"
+    await asyncio.to_thread(run_sql, fresh_postgresql_url, drop)
+    with pytest.raises(MigrationRefused, match="job-registry migrate"):
+        async with JobQueue.from_url(fresh_postgresql_url, [mail_send]):
+            pass
+
+
+async def test_a_queue_is_opened_once(queue: JobQueue) -> None:
+    with pytest.raises(RuntimeError, match="open already"):
+        await queue.__aenter__()
+
+
+async def test_the_settings_and_the_catalog_are_those_of_the_variables(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JOBS_DATABASE_URL", database_url)
+    monkeypatch.setenv("JOBS_LEASE_SECONDS", "7")
+    async with JobQueue.from_settings() as queue:
+        assert "payout.execute" in queue.registry
+        assert queue.lease_seconds == 7
+
+
+# Results.
+
+
+async def test_a_result_is_waited_for(queue: JobQueue) -> None:
+    async with Worker(queue).running():
+        job = (await queue.enqueue(MailSend(to="ada", copies=3))).job
+        assert await queue.result(job.id, timeout=10) == {"sent": 3}
+        assert await queue.result(str(job.id), timeout=10) == {"sent": 3}
+
+
+async def test_the_result_of_another_process_comes_without_a_pause(
+    queue: JobQueue, database_url: str
+) -> None:
+    async with JobQueue.from_url(database_url, [mail_send]) as other, Worker(other).running():
+        await asyncio.sleep(0.2)
+        job = (await queue.enqueue(MailSend(to="ada"))).job
+        started = time.monotonic()
+        assert await queue.result(job.id, timeout=10) == {"sent": 1}
+        assert time.monotonic() - started < 2
+
+
+async def test_a_job_that_fails_or_is_cancelled_has_no_result(queue: JobQueue) -> None:
+    scheduled = (
+        await queue.enqueue(MailSend(to="ada"), schedule_at=datetime(2040, 1, 1, tzinfo=UTC))
+    ).job
+    async with Worker(queue).running():
+        job = (await queue.enqueue(MailSend(to="nobody"))).job
+        with pytest.raises(JobFailed, match="no mailbox of nobody") as failed:
+            await queue.result(job.id, timeout=10)
+        assert failed.value.job.status is JobStatus.FAILED
+    waiting = asyncio.create_task(queue.result(scheduled.id, timeout=10))
+    await asyncio.sleep(0.1)
+    await queue.cancel(scheduled.id)
+    with pytest.raises(JobFailed, match="was cancelled"):
+        await waiting
+
+
+async def test_a_wait_for_a_result_ends_at_its_timeout_and_the_job_goes_on(
+    queue: JobQueue,
+) -> None:
+    job = (await queue.enqueue(MailSend(to="ada"))).job
+    with pytest.raises(TimeoutError):
+        await queue.result(job.id, timeout=0.1)
+    assert (await queue.get(job.id)).status is JobStatus.QUEUED
+    with pytest.raises(JobNotFound):
+        await queue.result("0" * 32, timeout=1)
+
+
+async def test_a_wait_for_a_result_ends_when_the_queue_is_closed(database_url: str) -> None:
+    async with JobQueue.from_url(database_url, [mail_send]) as queue:
+        job = (await queue.enqueue(MailSend(to="ada"))).job
+        waiting = asyncio.create_task(queue.result(job.id))
+        await asyncio.sleep(0.1)
+    with pytest.raises(QueueUnavailable) as closed:
+        await asyncio.wait_for(waiting, 2)
+    assert closed.value.reason == "the queue was closed"
+    with pytest.raises(RuntimeError, match="async with queue"):
+        await queue.result(job.id)
+
+
+# Logs.
+
+PROGRAM = """
+import asyncio, logging, sys
+from tests.queue.test_programs import MailSend, mail_send
+from job_registry_api import JobQueue, Worker
+
+async def main():
+    async with JobQueue.from_url(sys.argv[1], [mail_send]) as queue, Worker(queue).running():
+        job = (await queue.enqueue(MailSend(to="nobody"))).job
+        try:
+            await queue.result(job.id, timeout=20)
+        except Exception as error:
+            print(type(error).__name__)
+
+if "info" in sys.argv:
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s")
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("level", ["", "info"])
+def test_lines_go_to_the_logs_of_the_program_and_never_to_its_output(
+    tmp_path: Path, level: str
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, f"sqlite:///{tmp_path}/jobs.db", level],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(["src", "."])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "JobFailed\n"
+    assert ("INFO job_registry.events job.created job_id=" in done.stderr) is (level == "info")
+    # A failed attempt is a warning, which the standard library writes unless it is told otherwise.
+    assert "job.attempt_failed" in done.stderr
+    assert "tests/queue/test_programs.py" in done.stderr
+    assert "no mailbox of nobody" not in done.stderr
+
+
+# Without asyncio.
+
+
+@pytest.fixture
+def closed(database_url: str) -> Iterator[JobQueue]:
+    """A queue that no event loop has opened."""
+    queue = JobQueue.from_url(database_url, [mail_send])
+    yield queue
+    queue.sync.close()
+
+
+def test_a_program_without_an_event_loop_has_the_same_operations(closed: JobQueue) -> None:
+    with closed.sync as queue:
+        job = queue.enqueue(MailSend(to="ada"), priority=70).job
+        assert queue.get(job.id).priority == 70
+        assert [each.id for each in queue.list().jobs] == [job.id]
+        assert queue.cancel(job.id).status is JobStatus.CANCELLED
+        assert queue.retry(job.id).status is JobStatus.QUEUED
+        many = queue.enqueue_many([MailSend(to="bob"), queue.request(MailSend(to="eve"))])
+        assert all(isinstance(each, Enqueued) for each in many)
+        with pytest.raises(TimeoutError):
+            queue.result(job.id, timeout=0.1)
+        with pytest.raises(JobNotFound):
+            queue.get("0" * 32)
+    assert not [thread for thread in threading.enumerate() if thread.name == "job-queue"]
+
+
+def test_threads_share_the_queue(closed: JobQueue) -> None:
+    def enqueue() -> None:
+        for _ in range(10):
+            closed.sync.enqueue(MailSend(to="ada"))
+
+    threads = [threading.Thread(target=enqueue) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert closed.sync.list(first=200).jobs.__len__() == 80
+
+
+async def test_a_thread_of_a_program_with_an_event_loop_uses_the_open_queue(
+    queue: JobQueue,
+) -> None:
+    async with Worker(queue).running():
+
+        def handle_request() -> Any:
+            job = queue.sync.enqueue(MailSend(to="ada", copies=2)).job
+            return queue.sync.result(job.id, timeout=10)
+
+        assert await asyncio.to_thread(handle_request) == {"sent": 2}
+    with pytest.raises(RuntimeError, match="would block the event loop"):
+        queue.sync.enqueue(MailSend(to="ada"))
+
+
+def test_a_failed_start_is_an_error_and_leaves_no_thread(tmp_path: Path) -> None:
+    queue = JobQueue.from_url(f"sqlite:///{tmp_path}/missing/jobs.db", [mail_send])
+    with pytest.raises(QueueUnavailable):
+        queue.sync.enqueue(MailSend(to="ada"))
+    assert not [thread for thread in threading.enumerate() if thread.name == "job-queue"]
+
+
+def _enqueue_after_fork(queue: JobQueue, answer: Any) -> None:
+    try:
+        queue.sync.enqueue(MailSend(to="ada"))
+        answer.put("enqueued")
+    except RuntimeError as error:
+        answer.put(str(error))
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_forked_process_does_not_use_the_connections_of_its_parent(closed: JobQueue) -> None:
+    closed.sync.enqueue(MailSend(to="ada"))
+    context = multiprocessing.get_context("fork")
+    answer = context.Queue()
+    child = context.Process(target=_enqueue_after_fork, args=(closed, answer))
+    child.start()
+    assert "before this process was forked" in answer.get(timeout=10)
+    child.join(10)
+
+
+# In the transactions of the program.
+
+
+@pytest.fixture
+def engine(database_url: str) -> Iterator[Engine]:
+    """The program's own engine, with another driver than the queue's."""
+    if database_url.startswith("sqlite"):
+        engine = create_engine(database_url)
+
+        @event.listens_for(engine, "connect")
+        def no_implicit_begin(connection: Any, _record: object) -> None:
+            connection.isolation_level = None
+
+        @event.listens_for(engine, "begin")
+        def begin(connection: Any) -> None:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+    else:
+        url = make_url(database_url.replace("postgres://", "postgresql://", 1))
+        engine = create_engine(url.set(drivername="postgresql+psycopg"))
+    yield engine
+    engine.dispose()
+
+
+def test_a_session_without_asyncio_stores_the_job_with_the_programs_rows(
+    closed: JobQueue, engine: Engine
+) -> None:
+    with Session(engine) as session:
+        session.execute(text("CREATE TABLE shop_order (id INTEGER)"))
+        session.commit()
+        session.execute(text("INSERT INTO shop_order VALUES (1)"))
+        job = closed.sync.enqueue(MailSend(to="ada"), session=session).job
+        many = closed.sync.enqueue_many([MailSend(to="b"), MailSend(to="c")], session=session)
+        assert closed.sync.list().jobs == []
+        session.commit()
+        session.execute(text("INSERT INTO shop_order VALUES (2)"))
+        closed.sync.enqueue(MailSend(to="never"), session=session)
+        session.rollback()
+        assert session.execute(text("SELECT count(*) FROM shop_order")).scalar_one() == 1
+    stored = {each.id for each in closed.sync.list().jobs}
+    assert stored == {job.id, *(each.job.id for each in many if isinstance(each, Enqueued))}
+
+
+def test_a_key_is_unique_in_the_session_of_a_program_too(closed: JobQueue, engine: Engine) -> None:
+    sync = closed.sync
+    first = sync.enqueue(MailSend(to="ada"), idempotency_key="k").job
+    with Session(engine) as session:
+        again = sync.enqueue(MailSend(to="ada"), idempotency_key="k", session=session)
+        assert (again.job.id, again.deduplicated) == (first.id, True)
+        with pytest.raises(IdempotencyConflict):
+            sync.enqueue(MailSend(to="bob"), idempotency_key="k", session=session)
+        results = sync.enqueue_many(
+            [MailSend(to="c"), sync.request(MailSend(to="bob"), idempotency_key="k")],
+            atomic=True,
+            session=session,
+        )
+        assert all(isinstance(each, Exception) for each in results)
+        session.commit()
+    assert [job.id for job in sync.list().jobs] == [first.id]
+
+
+async def test_a_bulk_joins_the_transaction_of_an_async_session(
+    queue: JobQueue, database_url: str
+) -> None:
+    engine = create_async_engine(async_url(database_url))
+    async with AsyncSession(engine) as session:
+        await queue.enqueue_many([MailSend(to="ada"), MailSend(to="bob")], session=session)
+        await session.rollback()
+        await queue.enqueue_many([MailSend(to="eve")], session=session)
+        await session.commit()
+    await engine.dispose()
+    assert [job.payload["to"] for job in (await queue.list()).jobs] == ["eve"]  # type: ignore[index, call-overload]  # JSON
+
+
+async def test_a_session_of_the_other_kind_is_a_sentence(queue: JobQueue, engine: Engine) -> None:
+    with Session(engine) as session, pytest.raises(TypeError, match=r"queue\.sync"):
+        await queue.enqueue(MailSend(to="ada"), session=session)  # type: ignore[call-overload]  # refused
+    async with AsyncSession() as async_session:
+        with pytest.raises(TypeError, match="await queue.enqueue"):
+            queue.sync.enqueue(MailSend(to="ada"), session=async_session)  # type: ignore[arg-type]  # refused
+
+
+async def test_a_worker_in_a_program_ends_its_jobs_when_the_program_does(
+    queue: JobQueue,
+) -> None:
+    async with Worker(queue, shutdown_seconds=0.2).running():
+        job = (await queue.enqueue(MailSend(to="slow"))).job
+        while (await queue.get(job.id)).status is not JobStatus.RUNNING:
+            await asyncio.sleep(0.01)
+    released = await queue.get(job.id)
+    assert (released.status, released.attempt) == (JobStatus.QUEUED, 0)
+
+
+async def test_two_job_types_with_one_class_need_a_name(database_url: str) -> None:
+    registry = JobRegistry([mail_send, JobType(name="mail.resend", payload=MailSend)])
+    async with JobQueue.from_url(database_url, registry) as queue:
+        with pytest.raises(DefinitionError, match=r"mail\.resend, mail\.send have the payload"):
+            await queue.enqueue(MailSend(to="ada"))
+        enqueued = await queue.enqueue(MailSend(to="ada"), job_type="mail.resend")
+        assert enqueued.job.type == "mail.resend"
+        with pytest.raises(JobTypeNotFound):
+            await queue.enqueue(MailSend(to="ada"), job_type="mail.sned")
+
+
+@pytest.mark.slow
+def test_sqlalchemy_2_0_serves_as_well(tmp_path: Path) -> None:
+    """A program may not be able to use the newest SQLAlchemy."""
+    other = tmp_path / "other"
+    install = ["-m", "pip", "install", "--quiet", "--no-deps", "--target", str(other)]
+    installed = subprocess.run(
+        [sys.executable, *install, "sqlalchemy==2.0.*"], capture_output=True, text=True, check=False
+    )
+    if installed.returncode:
+        pytest.skip(f"SQLAlchemy 2.0 cannot be installed: {installed.stderr[-200:]}")
+    code = (
+        "import pytest, sqlalchemy; assert sqlalchemy.__version__.startswith('2.0.');"
+        f" raise SystemExit(pytest.main({TESTS}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(other), "src", "."])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3_000:]
