@@ -74,11 +74,13 @@ class TestQueue(JobQueue):
         lease_seconds: float = defaults.LEASE_SECONDS,
         _file: QueueFile | None = None,
     ) -> None:
+        if not isinstance(registry, JobRegistry):
+            registry = JobRegistry(registry)
         self._file = _file or QueueFile()
         self.assets = str(self._file.folder / "assets" if assets is None else assets)
         """Where jobs read and write files: `job.assets` of their handlers."""
         super().__init__(
-            registry if isinstance(registry, JobRegistry) else JobRegistry(registry),
+            registry,
             self._file.database(),
             lease_seconds=lease_seconds,
         )

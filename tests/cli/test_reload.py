@@ -155,6 +155,7 @@ def test_a_worker_runs_the_changed_code_and_survives_a_syntax_error(
     ends(worker)
 
 
+@pytest.mark.slow
 def test_running_jobs_are_released_soon_before_a_restart(
     start: Start,
 ) -> None:
@@ -174,6 +175,7 @@ def test_running_jobs_are_released_soon_before_a_restart(
     ends(worker)
 
 
+@pytest.mark.slow
 def test_the_server_reloads_too(start: Start) -> None:
     server = start("serve", "--port", "0")
     server.expect("Job Registry serves http://")

@@ -59,7 +59,7 @@ def test_every_module_of_the_pages_is_imported_by_a_test() -> None:
     tested |= {"shop_enqueue.py", "mailer.py"}
     tested |= {"shop_orders_nested.py", "shop_api.py"}
     # Run by pytest, below.
-    tested |= {block.argument for block in blocks("module", "testing.md")}
+    tested |= {str(block.argument) for block in blocks("module", "testing.md")}
     assert {block.argument for block in blocks("module")} == tested
 
 
