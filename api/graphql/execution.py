@@ -32,7 +32,7 @@ from graphql import (
 from strawberry.schema.validation_rules.one_of import OneOfInputValidationRule
 
 from job_registry.errors import shortened_text
-from job_registry_api.auth import Caller, Forbidden, Unauthenticated
+from job_registry_api.auth import Caller, Forbidden
 from job_registry_api.budget import Budget, BudgetExceeded, RequestLimits
 from job_registry_api.graphql.admission import Admission, View
 from job_registry_api.graphql.argument_limits import check_arguments
@@ -56,8 +56,8 @@ MAX_CACHED_BYTES: Final = 32_000_000
 BYTES_PER_TOKEN: Final = 600
 """The memory of a parsed document, measured: 300 to 560 bytes per token."""
 
-_A_YEAR: Final = 31_536_000.0
-"""An event loop cannot wait for an arbitrarily long time."""
+VERIFIED_SECONDS: Final = 60.0
+"""How long a subscription goes on without its token being verified again."""
 
 
 class DocumentRefused(Exception):
@@ -203,18 +203,30 @@ class Executor:
             yield results
             return
         assert isinstance(results, AsyncGenerator)
-        expires_at = context.caller.expires_at
-        async with aclosing(results):
+        following: asyncio.Future[ExecutionResult] | None = None
+        try:
+            verified_at = time.time()
             while True:
-                left = None if expires_at is None else min(expires_at - time.time(), _A_YEAR)
-                try:
-                    async with asyncio.timeout(left):
-                        result = await anext(results)
-                except StopAsyncIteration:
-                    return
-                except TimeoutError:
-                    raise Unauthenticated("The token has expired.") from None
-                yield result
+                following = following or asyncio.ensure_future(anext(results))
+                await asyncio.wait(
+                    (following,), timeout=_seconds_valid(context.caller, verified_at)
+                )
+                if _seconds_valid(context.caller, verified_at) <= 0:
+                    if context.verify_again is not None:
+                        await context.verify_again()
+                    verified_at = time.time()
+                if following.done():
+                    try:
+                        result = following.result()
+                    except StopAsyncIteration:
+                        return
+                    following = None
+                    yield result
+        finally:
+            if following is not None:
+                following.cancel()
+                await asyncio.wait((following,))
+            await results.aclose()
 
     def _document(self, text: str, view: View) -> DocumentNode:
         """Return the document of a text that is valid in a caller's view of the schema.
@@ -244,6 +256,12 @@ class Executor:
             raise DocumentRefused(_merged(errors))
         self._documents.add(text, view.job_types, document)
         return document
+
+
+def _seconds_valid(caller: Caller, verified_at: float) -> float:
+    """Return for how long a token that was verified then needs not be verified again."""
+    until = verified_at + VERIFIED_SECONDS
+    return min(until, caller.expires_at or until) - time.time()
 
 
 class _DocumentCache:
