@@ -7,6 +7,7 @@ from typing import cast
 
 import httpx
 import pytest
+import structlog
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
@@ -129,11 +130,12 @@ async def fails_halfway(_scope: Scope, _receive: Receive, send: Send) -> None:
 
 @pytest.mark.parametrize("origins", ["", "https://app.example.com"])
 async def test_an_unexpected_exception_of_an_endpoint_is_answered_with_its_id_alone(
-    visit: Visit, origins: str, capsys: pytest.CaptureFixture[str]
+    visit: Visit, origins: str
 ) -> None:
     async with visit(cors_origins=origins, production="true") as client:
         application_of(client).routes.append(Route("/fails", fails))
-        answer = await client.get("/fails")
+        with structlog.testing.capture_logs() as lines:
+            answer = await client.get("/fails")
     assert answer.status_code == 500
     error = answer.json()["error"]
     error_id = error["details"][0]["errorId"]
@@ -145,7 +147,7 @@ async def test_an_unexpected_exception_of_an_endpoint_is_answered_with_its_id_al
     assert answer.headers["cache-control"] == "no-store"
     assert answer.headers["x-content-type-options"] == "nosniff"
     assert "Accept" in answer.headers["vary"]
-    assert error_id in capsys.readouterr().out
+    assert [line["error_id"] for line in lines if line["event"] == "unexpected"] == [error_id]
 
 
 async def test_an_answer_that_fails_halfway_is_not_ended_as_if_it_were_whole(visit: Visit) -> None:
