@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from job_registry_api import defaults
@@ -22,14 +23,15 @@ def open_database(
     listen_url: str | None = None,
     schema: str = defaults.SCHEMA,
     create: bool = False,
+    ahead: Callable[[], float] | None = None,
 ) -> Database:
     """Return the database of a URL: `sqlite:///jobs.db` or `postgresql://user@host/name`.
 
-    `create` applies to SQLite; `pooler`, `listen_url` and `schema` apply to PostgreSQL.
+    `create` and `ahead` apply to SQLite; `pooler`, `listen_url` and `schema` apply to PostgreSQL.
     """
     if url.startswith("sqlite"):
         return SQLiteDatabase(
-            url, pool_size=pool_size, timeout_seconds=timeout_seconds, create=create
+            url, pool_size=pool_size, timeout_seconds=timeout_seconds, create=create, ahead=ahead
         )
     return PostgreSQLDatabase(
         url,

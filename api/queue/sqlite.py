@@ -78,7 +78,8 @@ class SQLiteStore(Store):
     ) -> dict[uuid.UUID, Stored]:
         stored: dict[uuid.UUID, Stored] = {}
         created: list[tuple[str, str, str, int]] = []
-        now = str(connection.execute(statement(SQL["now"])).scalar_one())
+        shift = {"shift": self._database.shift}
+        now = str(connection.execute(statement(SQL["now"]), shift).scalar_one())
         for job in jobs:
             if connection.execute(statement(SQL["insert"]), _new_job(job, now)).rowcount:
                 stored[job.id] = _stored(job, now)
@@ -181,7 +182,7 @@ class SQLiteStore(Store):
     async def check_writes(self, *, timeout_seconds: float) -> None:
         def check(connection: sqlite3.Connection) -> None:
             connection.execute("SAVEPOINT readiness")
-            transaction = _Transaction(connection)
+            transaction = _Transaction(connection, self._database.shift)
             transaction.insert([_PROBE])
             transaction.change(
                 "open_attempt", id=_PROBE.id.hex, attempt=1, worker="readiness", token=""
@@ -197,7 +198,7 @@ class SQLiteStore(Store):
 
     async def _write(self, work: Callable[[_Transaction], T]) -> T:
         def run(connection: sqlite3.Connection) -> T:
-            transaction = _Transaction(connection)
+            transaction = _Transaction(connection, self._database.shift)
             result = work(transaction)
             transaction.announce(self._process)
             return result
@@ -206,24 +207,26 @@ class SQLiteStore(Store):
 
     async def _read(self, name: str, parameters: Mapping[str, Any]) -> Sequence[Row]:
         async with self._database.reading() as connection:
-            result = await connection.execute(statement(SQL[name]), parameters)
+            values = {**parameters, "shift": self._database.shift}
+            result = await connection.execute(statement(SQL[name]), values)
             return [_typed(dict(row)) for row in result.mappings()]
 
     def _read_within(
         self, connection: Connection, name: str, parameters: Mapping[str, Any]
     ) -> Sequence[Row]:
-        result = connection.execute(statement(SQL[name]), parameters)
+        values = {**parameters, "shift": self._database.shift}
+        result = connection.execute(statement(SQL[name]), values)
         return [_typed(dict(row)) for row in result.mappings()]
 
 
 class _Transaction:
     """A transaction: its time, its statements, and the events that it announces at its end."""
 
-    def __init__(self, connection: sqlite3.Connection) -> None:
+    def __init__(self, connection: sqlite3.Connection, shift: str) -> None:
         self._cursor = connection.cursor()
         self._cursor.row_factory = sqlite3.Row
         self._events: list[tuple[str, str, str, int]] = []
-        self.now: str = self._cursor.execute(SQL["now"]).fetchone()[0]
+        self.now: str = self._cursor.execute(SQL["now"], {"shift": shift}).fetchone()[0]
         self._now = _time(self.now)
 
     def at(self, seconds: float) -> str:

@@ -38,7 +38,10 @@ T = TypeVar("T")
 
 
 class SQLiteDatabase(Database):
-    """A SQLite database, by its URL: `sqlite:///jobs.db`. `create` creates a missing file."""
+    """A SQLite database, by its URL: `sqlite:///jobs.db`. `create` creates a missing file.
+
+    `ahead` returns how many seconds the clock of the queue is ahead of SQLite's. It is for tests.
+    """
 
     name = "sqlite"
     migrates_at_start = True
@@ -53,7 +56,9 @@ class SQLiteDatabase(Database):
         pool_size: int = defaults.POOL_SIZE,
         timeout_seconds: float | None = defaults.TIMEOUT_SECONDS,
         create: bool = False,
+        ahead: Callable[[], float] | None = None,
     ) -> None:
+        self._ahead = ahead
         path = make_url(url).database or ""
         self._file = _File(path, create=create, timeout_seconds=timeout_seconds)
         self._thread = _WriterThread(self._file)
@@ -73,8 +78,13 @@ class SQLiteDatabase(Database):
             engine,
             pool_size=pool_size,
             timeout_seconds=timeout_seconds,
-            opened_with={"url": url, "create": create},
+            opened_with={"url": url, "create": create, "ahead": ahead},
         )
+
+    @property
+    def shift(self) -> str:
+        """The modifier that turns the time of SQLite into the time of the queue."""
+        return "+0 seconds" if self._ahead is None else f"+{self._ahead():.3f} seconds"
 
     async def write(
         self, work: Callable[[sqlite3.Connection], T], *, timeout_seconds: float | None = None

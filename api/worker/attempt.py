@@ -15,6 +15,7 @@ import structlog
 
 from job_registry import JobContext, JobType, PayloadInvalid
 from job_registry.errors import shortened_text
+from job_registry.job_type import is_async
 from job_registry_api.logs import log_unexpected
 from job_registry_api.queue.claiming import Lease
 from job_registry_api.queue.errors import (
@@ -84,11 +85,14 @@ log = structlog.get_logger("job_registry.worker")
 
 @dataclass(frozen=True, slots=True)
 class Equipment:
-    """The parts of a worker that all its attempts share."""
+    """The parts of a worker that all its attempts share.
+
+    Without `processes`, handlers with `run_in="process"` run in this process, as in tests of users.
+    """
 
     queue: JobQueue
     keeper: LeaseKeeper
-    processes: HandlerProcesses
+    processes: HandlerProcesses | None
     middleware: tuple[Any, ...]
     state: SimpleNamespace
     assets: str
@@ -223,6 +227,7 @@ class Attempt:
                 await self._outlive(call)
 
     def _start_in_process(self, registered: JobType[Any], address: str) -> ProcessCall:
+        assert self._equipment.processes is not None
         return self._equipment.processes.call(
             address,
             registered,
@@ -235,6 +240,9 @@ class Attempt:
 
     def _start_here(self, registered: JobType[Any], payload: Any) -> HandlerCall:
         assert registered.run is not None
+        runs_in = registered.runs_in
+        if runs_in == "process":
+            runs_in = "loop" if is_async(registered.run) else "thread"
         max_bytes = self._queue.registry.max_payload_bytes
         handler_log = structlog.get_logger("job_registry.handler").bind(
             job_id=str(self._job.id), type=self._job.type, attempt=self._job.attempt
@@ -253,7 +261,7 @@ class Attempt:
             registered.run,
             context,
             payload,
-            in_thread=registered.runs_in == "thread",
+            in_thread=runs_in == "thread",
             middleware=self._equipment.middleware,
             max_bytes=max_bytes,
         )
@@ -280,12 +288,15 @@ class Attempt:
         The attempt after a lost one runs in a separate process: the handler may have crashed the
         worker, and would cost the jobs beside it another attempt.
         """
+        processes = self._equipment.processes
+        if processes is None:
+            return None
         if registered.run_in == "process":
             return address_of(registered)
         error = self._job.error
         if error is None or error.code not in AFTER_CRASH or self._job.attempt < 2:
             return None
-        address = address_of(registered) if self._equipment.processes.can_start else None
+        address = address_of(registered) if processes.can_start else None
         self._log.info("job.runs_isolated" if address else "job.cannot_be_isolated")
         return address
 

@@ -2,11 +2,12 @@
 -- queries in store.py.
 --
 -- Statements that change jobs run in one BEGIN IMMEDIATE, which excludes every other writer, so rows
--- do not change between statements. `:now` is the time of the transaction, read from SQLite.
+-- do not change between statements. `:now` is the time of the transaction, read from SQLite. `:shift`
+-- moves that time: by nothing, except in a queue for tests, whose clock can be advanced.
 
 -- name: now
 -- Return the time of the database, in the form in which times are stored and compared.
-SELECT strftime('%Y-%m-%d %H:%M:%f', 'now') || '000' AS now
+SELECT strftime('%Y-%m-%d %H:%M:%f', 'now', :shift) || '000' AS now
 
 -- name: insert
 -- Store a new job, unless its type already has a job with the idempotency key.
@@ -195,9 +196,9 @@ ORDER BY job.id DESC LIMIT :first
 -- Return the states of leases: in force, job succeeded by this lease, or neither.
 SELECT job.id,
     job.status = 'running' AND job.lease_token = json_extract(lease.value, '$.token')
-        AND (job.lease_expires_at > strftime('%Y-%m-%d %H:%M:%f', 'now') || '000'
+        AND (job.lease_expires_at > strftime('%Y-%m-%d %H:%M:%f', 'now', :shift) || '000'
              OR json_extract(lease.value, '$.late')
-                AND job.deadline_at <= strftime('%Y-%m-%d %H:%M:%f', 'now') || '000')
+                AND job.deadline_at <= strftime('%Y-%m-%d %H:%M:%f', 'now', :shift) || '000')
         AS in_force,
     job.status = 'succeeded' AND job.lease_token = json_extract(lease.value, '$.token')
         AS succeeded
@@ -208,7 +209,7 @@ CROSS JOIN job ON job.id = json_extract(lease.value, '$.id')
 -- Return the latest attempts of these jobs up to a size, oldest first, and how many there are.
 SELECT job_id, attempt, worker_id, started_at, finished_at, outcome, error, attempts,
     finished_at IS NOT NULL AND held_until IS NOT NULL
-        AND held_until > strftime('%Y-%m-%d %H:%M:%f', 'now') || '000' AS still_running
+        AND held_until > strftime('%Y-%m-%d %H:%M:%f', 'now', :shift) || '000' AS still_running
 FROM (
     SELECT *, count(*) OVER () AS attempts, row_number() OVER (ORDER BY id DESC) AS place,
         sum(200 + coalesce(length(error), 0)) OVER (ORDER BY id DESC) AS bytes
@@ -220,12 +221,12 @@ ORDER BY id
 -- Return what queued jobs wait for. Each count reads one range of an index, up to a bound. Higher
 -- priorities are read one by one, so that jobs that are scheduled for later are not read.
 SELECT job.id,
-    (julianday(job.next_run_at) - julianday('now')) * 86400.0 AS due_in_seconds,
+    (julianday(job.next_run_at) - julianday('now', :shift)) * 86400.0 AS due_in_seconds,
     (SELECT count(*) FROM job AS other WHERE other.status = 'running' AND other.type = job.type)
         + (SELECT count(*) FROM job_attempt CROSS JOIN job AS held ON held.id = job_attempt.job_id
-           WHERE job_attempt.held_until > strftime('%Y-%m-%d %H:%M:%f', 'now') || '000'
+           WHERE job_attempt.held_until > strftime('%Y-%m-%d %H:%M:%f', 'now', :shift) || '000'
              AND job_attempt.finished_at IS NOT NULL AND held.type = job.type) AS running,
-    (SELECT (julianday('now') - julianday(job_type_state.worker_seen_at)) * 86400.0
+    (SELECT (julianday('now', :shift) - julianday(job_type_state.worker_seen_at)) * 86400.0
      FROM job_type_state WHERE job_type_state.type = job.type) AS worker_seen_seconds_ago,
     (WITH RECURSIVE level (priority) AS (
         SELECT (SELECT other.priority FROM job AS other
@@ -242,7 +243,7 @@ SELECT job.id,
         SELECT 1 FROM job AS other
         WHERE other.status = 'queued' AND other.type = job.type
           AND other.priority = level.priority
-          AND other.next_run_at <= strftime('%Y-%m-%d %H:%M:%f', 'now') || '000'
+          AND other.next_run_at <= strftime('%Y-%m-%d %H:%M:%f', 'now', :shift) || '000'
         LIMIT :most))), 0) FROM level
     ) + (SELECT count(*) FROM (
         SELECT 1 FROM job AS other
