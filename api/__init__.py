@@ -11,6 +11,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from job_registry_api.app import create_app
+    from job_registry_api.application import JobsApplication
+    from job_registry_api.auth import Caller
+    from job_registry_api.budget import RequestLimits
+    from job_registry_api.graphql.hosted import GraphQLTypes, graphql_types
     from job_registry_api.queue.enqueueing import Enqueued
     from job_registry_api.queue.errors import (
         EventsMissed,
@@ -21,7 +25,7 @@ if TYPE_CHECKING:
         JobStateConflict,
         QueueUnavailable,
     )
-    from job_registry_api.queue.migrations import MigrationRefused
+    from job_registry_api.queue.migrations import QUEUE_TABLES, MigrationRefused
     from job_registry_api.queue.models import AttemptRecord, JobError, JobRecord, JobStatus
     from job_registry_api.queue.queue import JobQueue
     from job_registry_api.queue.reading import JobFilter, JobPage
@@ -31,9 +35,12 @@ if TYPE_CHECKING:
     from job_registry_api.worker.loop import Worker
 
 __all__ = [
+    "QUEUE_TABLES",
     "AttemptRecord",
+    "Caller",
     "Enqueued",
     "EventsMissed",
+    "GraphQLTypes",
     "IdempotencyConflict",
     "InputInvalid",
     "JobError",
@@ -45,19 +52,26 @@ __all__ = [
     "JobRecord",
     "JobStateConflict",
     "JobStatus",
+    "JobsApplication",
     "MigrationRefused",
     "QueueUnavailable",
+    "RequestLimits",
     "Settings",
     "SettingsInvalid",
     "SyncQueue",
     "Worker",
     "WorkerStartError",
     "create_app",
+    "graphql_types",
     "load_settings",
 ]
 
 _HOMES: Final = {
     "app": ("create_app",),
+    "application": ("JobsApplication",),
+    "auth": ("Caller",),
+    "budget": ("RequestLimits",),
+    "graphql.hosted": ("GraphQLTypes", "graphql_types"),
     "queue.enqueueing": ("Enqueued",),
     "queue.errors": (
         "EventsMissed",
@@ -68,7 +82,7 @@ _HOMES: Final = {
         "JobStateConflict",
         "QueueUnavailable",
     ),
-    "queue.migrations": ("MigrationRefused",),
+    "queue.migrations": ("QUEUE_TABLES", "MigrationRefused"),
     "queue.models": ("AttemptRecord", "JobError", "JobRecord", "JobStatus"),
     "queue.queue": ("JobQueue",),
     "queue.reading": ("JobFilter", "JobPage"),

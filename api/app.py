@@ -8,13 +8,14 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, cast
 
 import structlog
-from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route, WebSocketRoute
 
 from job_registry import JobRegistry
+from job_registry.discovery import load_registry
 from job_registry_api import pages
+from job_registry_api.application import JobsApplication, StartedApplication
 from job_registry_api.auth import create_authenticator
 from job_registry_api.budget import RequestLimits
 from job_registry_api.graphql.admission import Admission
@@ -27,54 +28,78 @@ from job_registry_api.http_messages import GuardedResponses, answer_method_not_a
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.upkeep import maintain
 from job_registry_api.rest import EnqueueView, JobView, answer_not_found
-from job_registry_api.settings import Settings
+from job_registry_api.settings import Settings, SettingsInvalid, load_settings
 from job_registry_api.worker import Worker, WorkerStartError
 
 log = structlog.get_logger("job_registry.app")
 
 
-def create_app(settings: Settings, registry: JobRegistry, *, worker: bool = False) -> Starlette:
+def create_app(
+    settings: Settings | None = None,
+    registry: JobRegistry | None = None,
+    *,
+    queue: JobQueue | None = None,
+    worker: bool = False,
+    prepare: bool = True,
+) -> JobsApplication:
     """Create the application. With `worker`, jobs that have a handler run in this process as well.
 
-    The database must be migrated. During an outage of the database the application answers 503, and
-    it recovers by itself. After the start, `app.state.end()` begins the shutdown: waiting requests
-    and subscriptions end, and the worker leases no more jobs. A second call does not wait for jobs.
+    `settings` default to those of the `JOBS_*` variables, `registry` to the job types of
+    `JOBS_CATALOG`. With `queue`, the application uses an open queue and its registry, and neither
+    opens nor closes it. With `prepare`, the start creates and migrates a SQLite database, and
+    checks that a PostgreSQL database has been migrated.
+
+    During an outage of the database the application answers 503, and it recovers by itself. After
+    the start, `app.state.end()` begins the shutdown: waiting requests and subscriptions end, and
+    the worker leases no more jobs. A second call does not wait for jobs.
 
     Raises:
-        SettingsInvalid: the keys for the tokens cannot be used.
-        DefinitionError: the names of two job types collide in the GraphQL schema.
+        SettingsInvalid: a variable is wrong, the keys for the tokens cannot be used, or the
+            settings do not fit the queue.
+        DefinitionError: a module of the catalog is wrong, or the names of two job types collide in
+            the GraphQL schema.
     """
+    settings = load_settings() if settings is None else settings
+    registry = _registry(settings, registry, queue)
 
     @asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+    async def lifespan(app: JobsApplication) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
-            queue = await stack.enter_async_context(
-                JobQueue.from_settings(settings, registry, prepare=False)
-            )
-            app.state.queue = queue
+            if queue is None:
+                used = await stack.enter_async_context(
+                    JobQueue.from_settings(settings, registry, prepare=prepare)
+                )
+            elif queue.loop is asyncio.get_running_loop():
+                used = queue
+            else:
+                raise RuntimeError(
+                    "the queue of the application is not open on this event loop; open it first:"
+                    " `async with queue, jobs.running():`"
+                )
+            app.state.queue = used
             working = None
             stop = asyncio.Event()
             if worker:
                 try:
-                    working = await stack.enter_async_context(_worker(queue, settings).running())
+                    working = await stack.enter_async_context(_worker(used, settings).running())
                 except WorkerStartError as error:
                     log.error("worker.start_failed", reason=str(error))
                     raise
             else:
                 upkeep = maintain(
-                    queue,
+                    used,
                     stop,
                     keep_succeeded_days=settings.keep_succeeded_days,
                     keep_failed_days=settings.keep_failed_days,
                 )
                 await stack.enter_async_context(_until(stop, upkeep))
-            health = Health(queue, working, authenticator=authenticator)
+            health = Health(used, working, authenticator=authenticator)
             app.state.health = health
 
             def end() -> None:
                 health.stopping.set()
                 stop.set()
-                queue.end_waits()
+                used.end_waits()
                 if working is not None:
                     working.stop()
 
@@ -83,8 +108,6 @@ def create_app(settings: Settings, registry: JobRegistry, *, worker: bool = Fals
                 app.state.abandon = working.abandon
             yield
 
-    if not settings.suggestions:
-        registry = registry.without_suggestions()
     authenticator = create_authenticator(settings)
     limits = RequestLimits(
         body_bytes=settings.max_body_bytes,
@@ -117,7 +140,8 @@ def create_app(settings: Settings, registry: JobRegistry, *, worker: bool = Fals
         allowed_origins=settings.cors_origins,
         max_operations=settings.max_websocket_operations,
     )
-    application = Starlette(
+    application = JobsApplication(
+        lifespan,
         routes=[
             Route("/graphql", graphql_http),
             WebSocketRoute("/graphql", graphql_websocket),
@@ -128,16 +152,35 @@ def create_app(settings: Settings, registry: JobRegistry, *, worker: bool = Fals
         ],
         exception_handlers={404: answer_not_found, 405: answer_method_not_allowed},
         middleware=_middleware(settings),
-        lifespan=lifespan,
     )
     # Until the application has started there is nothing to end.
     application.state.end = application.state.abandon = lambda: None
     return application
 
 
+def _registry(
+    settings: Settings, registry: JobRegistry | None, queue: JobQueue | None
+) -> JobRegistry:
+    """Return the job types of the application."""
+    if queue is None:
+        if registry is None:
+            registry = load_registry(settings.catalog, max_payload_bytes=settings.max_payload_bytes)
+        return registry if settings.suggestions else registry.without_suggestions()
+    if registry is not None:
+        raise TypeError("a queue has its own registry; pass either a queue or a registry")
+    if queue.registry.suggests and not settings.suggestions:
+        raise SettingsInvalid(
+            [
+                "JOBS_SUGGESTIONS: it is false, but errors of this queue suggest names; create the"
+                " queue with `registry.without_suggestions()`"
+            ]
+        )
+    return queue.registry
+
+
 def _middleware(settings: Settings) -> list[Middleware]:
     if not settings.cors_origins:
-        return [Middleware(GuardedResponses, vary=["Accept"])]
+        return [Middleware(GuardedResponses, vary=["Accept"]), Middleware(StartedApplication)]
     return [
         Middleware(GuardedResponses, vary=["Accept", "Origin"]),
         Middleware(
@@ -148,6 +191,7 @@ def _middleware(settings: Settings) -> list[Middleware]:
             expose_headers=["location", "retry-after", "www-authenticate"],
             max_age=3_600,
         ),
+        Middleware(StartedApplication),
     ]
 
 

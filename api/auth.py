@@ -11,7 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from ipaddress import IPv6Address, IPv6Network, ip_address
+from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 from typing import Any, Final, Literal, NamedTuple, get_args
 from urllib.parse import urlsplit
 
@@ -322,11 +322,13 @@ class Authenticator:
         Raises:
             Unauthenticated: the token is missing or not valid. The request counts for its address.
             AuthenticationUnavailable: the token cannot be checked now. It counts as well.
-            Forbidden: without authentication, the request may come from a page of another site.
+            Forbidden: without authentication, the request comes from another machine, or may come
+                from a page of another site.
             TooManyRequests: the request exceeds a rate limit.
         """
         if self._verifier is None:
             self._count(_address(request))
+            _check_is_local(request)
             self._check_host(request)
             return ANYONE
         authorization = _authorization(request, authorization)
@@ -455,6 +457,22 @@ def _address(request: Scope) -> str:
             return f"address {IPv6Network((int(address) >> 64 << 64, 64))}"
         address = address.ipv4_mapped
     return f"address {address}"
+
+
+def _check_is_local(request: Scope) -> None:
+    # `job-registry serve` listens on loopback only; a host application may listen everywhere.
+    client = request.get("client")
+    host = client[0] if client else ""
+    if _is_address(host) and not _is_loopback(ip_address(host)):
+        raise Forbidden(
+            "Without authentication, only this machine may use the queue. To open it to others, set"
+            " JOBS_AUTH_HS256_SECRET or JOBS_AUTH_JWKS."
+        )
+
+
+def _is_loopback(address: IPv4Address | IPv6Address) -> bool:
+    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
+    return (address if mapped is None else mapped).is_loopback
 
 
 def _refuse_if(exceeded: Exceeded | None) -> None:

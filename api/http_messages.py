@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, Final
+from urllib.parse import quote
 
 from pydantic_core import to_json
 from starlette.datastructures import MutableHeaders
@@ -147,6 +148,11 @@ def header(scope: Scope, name: bytes) -> bytes:
         if key == name:
             return bytes(value)
     return b""
+
+
+def prefix_of(scope: Scope) -> str:
+    """Return the path that the application is mounted under, as it stands in a URL."""
+    return quote(scope.get("root_path", ""), safe="/:@!$&'()*+,;=~")
 
 
 def is_json(content_type: bytes) -> bool:

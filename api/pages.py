@@ -10,6 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Final
 
+from starlette.datastructures import URL
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
@@ -63,7 +64,7 @@ _WITHOUT_GRAPHIQL: Final = """<!doctype html>
 <h1>Job Registry</h1>
 <p>{state}</p>
 <p>The API works without it. Send it a query as JSON:</p>
-<pre>curl http://{host}/graphql --json '{{"query":
+<pre>curl {url} --json '{{"query":
   "{{ jobTypes {{ name description policy {{ maxAttempts timeoutSeconds }} }} }}"}}'</pre>
 <p><code>job-registry schema</code> prints the whole schema, with its documentation.</p>
 </html>
@@ -85,17 +86,17 @@ def graphiql(dist: Path = DIST, building: Path = BUILDING) -> ASGIApp:
         nonlocal built
         if built is None and index.is_file():
             built = Response(index.read_text(), media_type="text/html", headers=_PAGE_HEADERS)
-        response = built or _without_graphiql(Request(scope).url.netloc, _is_recent(building))
+        response = built or _without_graphiql(Request(scope).url, _is_recent(building))
         await response(scope, receive, send)
 
     return page
 
 
-def _without_graphiql(host: str, is_being_built: bool) -> Response:
+def _without_graphiql(url: URL, is_being_built: bool) -> Response:
     text = _WITHOUT_GRAPHIQL.format(
         reload=_RELOAD if is_being_built else "",
         state=_BUILDING if is_being_built else _NOT_BUILT,
-        host=escape(host),
+        url=escape(str(url.replace(query=""))),
     )
     return Response(text, media_type="text/html", headers=_PAGE_HEADERS)
 

@@ -25,6 +25,7 @@ from job_registry_api.http_messages import (
     error_content,
     header,
     is_json,
+    prefix_of,
     read_body,
     respond_json,
     respond_unexpected,
@@ -97,7 +98,7 @@ class EnqueueView:
             "type": job.type,
             "nextRunAt": _time(job.next_run_at),
         }
-        location = (b"location", f"/jobs/{job.id}".encode())
+        location = (b"location", f"{prefix_of(scope)}/jobs/{job.id}".encode())
         status = 200 if enqueued.deduplicated else 201
         await respond_json(send, status, content, headers=(location,))
 
@@ -153,9 +154,12 @@ def _as_json(fields: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-async def answer_not_found(_request: Request, _error: Exception) -> Response:
+async def answer_not_found(request: Request, _error: Exception) -> Response:
     """Answer a request for a path that nothing is served at."""
-    message = "Nothing is served at this path. GraphQL is at /graphql and REST at /jobs."
+    prefix = prefix_of(request.scope)
+    message = (
+        f"Nothing is served at this path. GraphQL is at {prefix}/graphql and REST at {prefix}/jobs."
+    )
     return JSONResponse(error_content("not_found", message), 404)
 
 

@@ -35,7 +35,7 @@ def visit(database_url: str, registry: JobRegistry) -> Visit:
     async def opened(**settings: str) -> AsyncIterator[httpx.AsyncClient]:
         given = {"JOBS_DATABASE_URL": database_url}
         given |= {f"JOBS_{name.upper()}": value for name, value in settings.items()}
-        application = create_app(load_settings(given), registry)
+        application = create_app(load_settings(given), registry, prepare=False)
         transport = httpx.ASGITransport(application)
         async with (
             application.router.lifespan_context(application),

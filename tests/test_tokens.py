@@ -19,7 +19,7 @@ from job_registry import JobRegistry
 from job_registry_api import auth, signing_keys
 from job_registry_api.app import create_app
 from job_registry_api.auth import TokenVerifier
-from job_registry_api.graphql import execution
+from job_registry_api.graphql import subscriptions
 from job_registry_api.settings import SettingsInvalid, load_settings
 from job_registry_api.signing_keys import FixedKeys, SharedSecret
 from tests.http_client import Visit
@@ -134,7 +134,7 @@ async def test_a_subscription_ends_once_the_key_of_its_token_is_removed(
     issuer: Issuer, visit_with: Visit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(signing_keys, "REFRESH_SECONDS", 0.2)
-    monkeypatch.setattr(execution, "VERIFIED_SECONDS", 0.1)
+    monkeypatch.setattr(subscriptions, "VERIFIED_SECONDS", 0.1)
     async with visit_with() as client:
         headers = signed("old") | {"accept": "text/event-stream"}
         document = {"query": "subscription { jobEvents { name } }"}

@@ -47,7 +47,7 @@ def serve(
     from job_registry_api.app import create_app
     from job_registry_api.connections import ServerConfig, bounds_of
 
-    application = create_app(settings, registry, worker=worker)
+    application = create_app(settings, registry, worker=worker, prepare=False)
     startup.prepare_database(settings)
     config = ServerConfig(
         application,

@@ -13,7 +13,7 @@ from strawberry.extensions import FieldExtension
 from strawberry.types.field import StrawberryField
 
 from job_registry_api.auth import AccessScope
-from job_registry_api.graphql.context import Context
+from job_registry_api.graphql.context import Context, context_of, enter_context
 
 _OPEN: Final = "open"
 OPEN: Final = {_OPEN: True}
@@ -48,7 +48,7 @@ class Requires(FieldExtension):
         Raises:
             Forbidden: the caller has none of the access scopes.
         """
-        info.context.caller.need(*self.access_scopes)
+        context_of(info).caller.need(*self.access_scopes)
         return next_(source, info, **arguments)
 
     async def resolve_async(
@@ -58,12 +58,14 @@ class Requires(FieldExtension):
         info: strawberry.Info[Context, None],
         **arguments: object,
     ) -> Any:
-        """Resolve the field for a caller who may.
+        """Resolve the field for a caller who may. All root fields are resolved like this.
 
         Raises:
             Forbidden: the caller has none of the access scopes.
+            Unauthenticated: the host of the schema gives the caller no access.
         """
-        info.context.caller.need(*self.access_scopes)
+        context = await enter_context(info)
+        context.caller.need(*self.access_scopes)
         return await next_(source, info, **arguments)
 
 

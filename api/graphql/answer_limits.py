@@ -19,7 +19,7 @@ from graphql import (
 from pydantic_core import to_json
 from strawberry.extensions import FieldExtension
 
-from job_registry_api.graphql.context import Context
+from job_registry_api.graphql.context import Context, context_of
 from job_registry_api.graphql.document_limits import fragments_of
 
 _INTERFACES: Final = ("Error",)
@@ -43,9 +43,10 @@ class Selected(NamedTuple):
 
 def selected(info: strawberry.Info[Context, None]) -> Selected:
     """Return what is selected below the root field that is being resolved."""
-    if info.context.operation is None:  # The schema is executed without our `Executor`.
+    executed = context_of(info).operation
+    if executed is None:  # The schema is executed without our `Executor`.
         return Selected()
-    document, operation = info.context.operation
+    document, operation = executed
     path = info.path
     while path.prev is not None:
         path = path.prev
@@ -131,5 +132,6 @@ class Charged(FieldExtension):
         """
         value = next_(source, info, **arguments)
         if value is not None:
-            info.context.budget.charge_bytes(len(value if type(value) is str else to_json(value)))
+            size = len(value if type(value) is str else to_json(value))
+            context_of(info).budget.charge_bytes(size)
         return value

@@ -5,7 +5,7 @@ Arguments that share a variable count each for itself: each is coerced, checked 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from graphql import (
@@ -40,9 +40,10 @@ def check_arguments(
     variables: Mapping[str, Any],
     limits: RequestLimits,
     *,
-    of_request: RequestSize | None,
+    of_request: RequestSize | None = None,
+    names: Container[str] | None = None,
 ) -> None:
-    """Check the arguments of all root fields of an operation.
+    """Check the arguments of the root fields of an operation: of all, or of those with `names`.
 
     `of_request` is the size of the whole request, if that is known.
 
@@ -52,7 +53,11 @@ def check_arguments(
     root = schema.get_root_type(operation.operation)
     if root is None:
         return
-    fields = [each for each in root_fields(document, operation, variables) if each.arguments]
+    fields = [
+        each
+        for each in root_fields(document, operation, variables)
+        if each.arguments and (names is None or each.name.value in names)
+    ]
     if of_request is not None:
         # The common case: even if every argument were the whole request, it would be allowed.
         uses = 1 + sum(1 for each in fields for _ in _variables_in(each.arguments or ()))

@@ -1,19 +1,23 @@
-"""The context of a request, which its resolvers share."""
+"""The context of a request, which its resolvers share, in this schema and in a host's."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
+from inspect import isawaitable
+from typing import Any, Final
 from uuid import UUID
 
+import strawberry
 from graphql import DocumentNode, OperationDefinitionNode
 from starlette.types import Receive
 from strawberry.dataloader import DataLoader
 
-from job_registry_api.auth import Caller
-from job_registry_api.budget import Budget, BudgetExceeded, RequestSize
+from job_registry_api.auth import Caller, Unauthenticated
+from job_registry_api.budget import Budget, BudgetExceeded, RequestLimits, RequestSize
 from job_registry_api.http_messages import wait_for_disconnect
 from job_registry_api.queue.errors import JobNotFound
 from job_registry_api.queue.models import AttemptRecord, JobCounts, JobRecord
@@ -114,6 +118,71 @@ class Context:
     async def _load_waiting_reasons(self, jobs: list[JobRecord]) -> list[WaitingReason | None]:
         reasons = await self.queue.waiting_reasons(jobs)
         return [reasons.get(job.id) for job in jobs]
+
+
+Authenticate = Callable[[Any], Caller | Awaitable[Caller | None] | None]
+"""Returns the caller of an operation from the context of the host's schema; None for no access."""
+
+
+@dataclass
+class HostedOperation:
+    """An operation of a host's schema, whose own context is of any kind."""
+
+    queue: JobQueue
+    authenticate: Authenticate
+    limits: RequestLimits
+    operation: tuple[DocumentNode, OperationDefinitionNode] = field(repr=False)
+    context: Context | None = None
+    _authenticating: asyncio.Lock = field(default_factory=asyncio.Lock, repr=False)
+
+    async def enter(self, hosts_context: Any) -> Context:
+        """Return the context. The first field authenticates the caller for all.
+
+        Raises:
+            Unauthenticated: the host gives the caller no access.
+        """
+        async with self._authenticating:
+            if self.context is None:
+                answer = self.authenticate(hosts_context)
+                caller = await answer if isawaitable(answer) else answer
+                if caller is None:
+                    raise Unauthenticated("This request has no access to the job queue.")
+                if not isinstance(caller, Caller):
+                    raise TypeError("`authenticate` must return a Caller or None")
+                budget = Budget(self.limits)
+                self.context = Context(self.queue, caller, budget=budget, operation=self.operation)
+        return self.context
+
+
+hosted_operation: Final[ContextVar[HostedOperation | None]] = ContextVar(
+    "hosted_operation", default=None
+)
+
+
+def context_of(info: strawberry.Info[Any, Any]) -> Context:
+    """Return the context of a field, below a root field that has entered it."""
+    if isinstance(info.context, Context):
+        return info.context
+    operation = hosted_operation.get()
+    if operation is None or operation.context is None:
+        raise RuntimeError("this type is only for the root fields of `graphql_types`")
+    return operation.context
+
+
+async def enter_context(info: strawberry.Info[Any, Any]) -> Context:
+    """Return the context of a root field. In a host's schema this authenticates the caller.
+
+    Raises:
+        Unauthenticated: the host gives the caller no access.
+    """
+    if isinstance(info.context, Context):
+        return info.context
+    operation = hosted_operation.get()
+    if operation is None:
+        raise RuntimeError(
+            "the schema lacks `extensions=[*jobs.extensions]` of `jobs = graphql_types(...)`"
+        )
+    return await operation.enter(info.context)
 
 
 async def _watch(receive: Receive, gone: asyncio.Event) -> None:

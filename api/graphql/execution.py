@@ -5,9 +5,7 @@ HTTP, server-sent events and WebSockets all use `Executor`, so that the same lim
 
 from __future__ import annotations
 
-import asyncio
 import sys
-import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -55,9 +53,6 @@ MAX_CACHED_BYTES: Final = 32_000_000
 
 BYTES_PER_TOKEN: Final = 600
 """The memory of a parsed document, measured: 300 to 560 bytes per token."""
-
-VERIFIED_SECONDS: Final = 60.0
-"""How long a subscription goes on without its token being verified again."""
 
 
 class DocumentRefused(Exception):
@@ -203,30 +198,9 @@ class Executor:
             yield results
             return
         assert isinstance(results, AsyncGenerator)
-        following: asyncio.Future[ExecutionResult] | None = None
-        try:
-            verified_at = time.time()
-            while True:
-                following = following or asyncio.ensure_future(anext(results))
-                await asyncio.wait(
-                    (following,), timeout=_seconds_valid(context.caller, verified_at)
-                )
-                if _seconds_valid(context.caller, verified_at) <= 0:
-                    if context.verify_again is not None:
-                        await context.verify_again()
-                    verified_at = time.time()
-                if following.done():
-                    try:
-                        result = following.result()
-                    except StopAsyncIteration:
-                        return
-                    following = None
-                    yield result
-        finally:
-            if following is not None:
-                following.cancel()
-                await asyncio.wait((following,))
-            await results.aclose()
+        async with aclosing(results):
+            async for result in results:
+                yield result
 
     def _document(self, text: str, view: View) -> DocumentNode:
         """Return the document of a text that is valid in a caller's view of the schema.
@@ -256,12 +230,6 @@ class Executor:
             raise DocumentRefused(_merged(errors))
         self._documents.add(text, view.job_types, document)
         return document
-
-
-def _seconds_valid(caller: Caller, verified_at: float) -> float:
-    """Return for how long a token that was verified then needs not be verified again."""
-    until = verified_at + VERIFIED_SECONDS
-    return min(until, caller.expires_at or until) - time.time()
 
 
 class _DocumentCache:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+from typing import cast
+
 import strawberry
 from pydantic import JsonValue
 
@@ -41,10 +44,15 @@ class EnqueueOptions:
             type=job_type,
             payload=payload,
             priority=self.priority,
-            schedule_at=None if self.schedule_at is None else parse_time(self.schedule_at),
+            schedule_at=_time_of(self.schedule_at),
             max_attempts=self.max_attempts,
             idempotency_key=self.idempotency_key,
         )
+
+
+def _time_of(value: object) -> datetime | None:
+    # The `DateTime` of a host's schema gives times, and ours gives the client's text.
+    return parse_time(value) if isinstance(value, str) else cast("datetime | None", value)
 
 
 @strawberry.input(description="A job to store.")

@@ -17,7 +17,7 @@ import job_registry
 from job_registry_api.graphql import errors
 from job_registry_api.graphql.access_scopes import Requires
 from job_registry_api.graphql.answer_limits import selected
-from job_registry_api.graphql.context import Context
+from job_registry_api.graphql.context import Context, context_of
 from job_registry_api.graphql.inputs import EnqueueJobInput, JobErrorInput, LeaseJobsInput
 from job_registry_api.graphql.types import Job, JobLease
 from job_registry_api.queue.claiming import Lease
@@ -137,13 +137,13 @@ class Mutation:
         info: Info,
         input: Annotated[EnqueueJobInput, strawberry.argument(description="The job.")],
     ) -> EnqueueJobResult:
-        caller = info.context.caller
+        caller = context_of(info).caller
         caller.need_types([input.type])
-        enqueued = await info.context.queue.enqueue(
+        enqueued = await context_of(info).queue.enqueue(
             input.request(),
             created_by=caller.subject,
             sees_others=caller.sees_others,
-            budget=info.context.budget.faults,
+            budget=context_of(info).budget.faults,
         )
         return EnqueueJobSuccess.of(enqueued)
 
@@ -165,19 +165,19 @@ class Mutation:
             ),
         ] = False,
     ) -> list[EnqueueJobResult]:
-        caller = info.context.caller
+        caller = context_of(info).caller
         caller.need_types(each.type for each in inputs)
         # Before anything is stored: afterwards the client would not learn what was.
-        budget, of_each = info.context.budget, selected(info)
+        budget, size, of_each = context_of(info).budget, context_of(info).size, selected(info)
         budget.charge_fields(len(inputs) * of_each.fields)
-        if info.context.size is not None and of_each.payloads:
-            budget.check_bytes(info.context.size.bytes * of_each.payloads)
-        results = await info.context.queue.enqueue_many(
+        if size is not None and of_each.payloads:
+            budget.check_bytes(size.bytes * of_each.payloads)
+        results = await context_of(info).queue.enqueue_many(
             [each.request() for each in inputs],
             atomic=atomic,
             created_by=caller.subject,
             sees_others=caller.sees_others,
-            budget=info.context.budget.faults,
+            budget=context_of(info).budget.faults,
         )
         return [_enqueued_or_refused(result) for result in results]
 
@@ -187,7 +187,7 @@ class Mutation:
         " job is requested to stop; the job is cancelled when it stops or its lease expires.",
     )
     async def cancel_job(self, info: Info, id: JobId) -> CancelJobResult:
-        return await _changed_if_visible(info.context, id, info.context.queue.cancel)
+        return await _changed_if_visible(context_of(info), id, context_of(info).queue.cancel)
 
     @strawberry.mutation(
         extensions=[Requires("jobs:admin")],
@@ -195,7 +195,7 @@ class Mutation:
         " gets one more.",
     )
     async def retry_job(self, info: Info, id: JobId) -> RetryJobResult:
-        return await _changed_if_visible(info.context, id, info.context.queue.retry)
+        return await _changed_if_visible(context_of(info), id, context_of(info).queue.retry)
 
     @strawberry.mutation(
         extensions=[Requires("jobs:work")],
@@ -212,10 +212,10 @@ class Mutation:
             strawberry.argument(description="The job types, the worker, and how many jobs."),
         ],
     ) -> LeaseJobsResult:
-        info.context.caller.need_types(input.job_types)
-        queue, budget, of_each = info.context.queue, info.context.budget, selected(info)
+        context_of(info).caller.need_types(input.job_types)
+        queue, budget, of_each = context_of(info).queue, context_of(info).budget, selected(info)
         budget.charge_fields(max(0, min(input.limit, MAX_LEASE)) * of_each.fields)
-        async with info.context.client_gone() as gone:
+        async with context_of(info).client_gone() as gone:
             leases = await queue.lease(
                 input.job_types,
                 input.worker_id,
@@ -248,8 +248,8 @@ class Mutation:
             ),
         ] = None,
     ) -> HeartbeatJobResult:
-        await _check_lease(info.context, lease_token)
-        heartbeat = await info.context.queue.heartbeat(lease_token, progress)
+        await _check_lease(context_of(info), lease_token)
+        heartbeat = await context_of(info).queue.heartbeat(lease_token, progress)
         return HeartbeatJobSuccess(
             expires_at=heartbeat.expires_at,
             seconds_left=heartbeat.seconds_left,
@@ -271,8 +271,8 @@ class Mutation:
             strawberry.argument(description="The result of the job, as any JSON."),
         ] = None,
     ) -> CompleteJobResult:
-        await _check_lease(info.context, lease_token)
-        return JobChanged.of(await info.context.queue.complete(lease_token, result))
+        await _check_lease(context_of(info), lease_token)
+        return JobChanged.of(await context_of(info).queue.complete(lease_token, result))
 
     @strawberry.mutation(
         extensions=[Requires("jobs:work")],
@@ -294,8 +294,8 @@ class Mutation:
             ),
         ] = None,
     ) -> FailJobResult:
-        await _check_lease(info.context, lease_token)
-        job = await info.context.queue.fail(
+        await _check_lease(context_of(info), lease_token)
+        job = await context_of(info).queue.fail(
             lease_token,
             error.error(),
             retryable=retryable,
@@ -308,8 +308,8 @@ class Mutation:
         description="Return the job to the queue, to run again at once. The attempt is not spent.",
     )
     async def release_job(self, info: Info, lease_token: LeaseToken) -> ReleaseJobResult:
-        await _check_lease(info.context, lease_token)
-        return JobChanged.of(await info.context.queue.release(lease_token))
+        await _check_lease(context_of(info), lease_token)
+        return JobChanged.of(await context_of(info).queue.release(lease_token))
 
     @strawberry.mutation(
         extensions=[Requires("jobs:work")],
@@ -326,8 +326,8 @@ class Mutation:
             ),
         ],
     ) -> SnoozeJobResult:
-        await _check_lease(info.context, lease_token)
-        return JobChanged.of(await info.context.queue.snooze(lease_token, seconds))
+        await _check_lease(context_of(info), lease_token)
+        return JobChanged.of(await context_of(info).queue.snooze(lease_token, seconds))
 
 
 def _fitting(leases: list[Lease], max_bytes: int) -> list[Lease]:

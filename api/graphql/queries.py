@@ -14,7 +14,7 @@ from job_registry import Violation
 from job_registry_api.graphql import errors
 from job_registry_api.graphql.access_scopes import Requires
 from job_registry_api.graphql.answer_limits import selected
-from job_registry_api.graphql.context import Context
+from job_registry_api.graphql.context import Context, context_of
 from job_registry_api.graphql.inputs import EnqueueJobInput, JobFilterInput
 from job_registry_api.graphql.types import (
     Job,
@@ -79,8 +79,8 @@ class Query:
         extensions=[Requires("jobs:read")],
         description="Every job type of this server, sorted by name.",
     )
-    def job_types(self, info: Info) -> list[JobType]:
-        context = info.context
+    async def job_types(self, info: Info) -> list[JobType]:
+        context = context_of(info)
         visible = [
             JobType.of(job_type)
             for name, job_type in context.queue.registry.items()
@@ -90,24 +90,24 @@ class Query:
         return visible
 
     @strawberry.field(extensions=[Requires("jobs:read")], description="One job type.")
-    def job_type(
+    async def job_type(
         self,
         info: Info,
         job_type: Annotated[str, strawberry.argument(description="The name of the job type.")],
     ) -> JobTypeResult:
-        info.context.caller.need_types([job_type])
-        return JobType.of(info.context.queue.registry.get_type(job_type))
+        context_of(info).caller.need_types([job_type])
+        return JobType.of(context_of(info).queue.registry.get_type(job_type))
 
     @strawberry.field(
         extensions=[Requires("jobs:read")], description="The limits of the jobs of a type."
     )
-    def job_policy(
+    async def job_policy(
         self,
         info: Info,
         job_type: Annotated[str, strawberry.argument(description="The name of the job type.")],
     ) -> JobPolicyResult:
-        info.context.caller.need_types([job_type])
-        return JobPolicy.of(job_type, info.context.queue.policy(job_type))
+        context_of(info).caller.need_types([job_type])
+        return JobPolicy.of(job_type, context_of(info).queue.policy(job_type))
 
     @strawberry.field(
         extensions=[Requires("jobs:enqueue", "jobs:read")],
@@ -120,13 +120,13 @@ class Query:
             EnqueueJobInput, strawberry.argument(description="The input for `enqueueJob`.")
         ],
     ) -> ValidateJobResult:
-        caller = info.context.caller
+        caller = context_of(info).caller
         caller.need_types([input.type])
-        valid = await info.context.queue.validate(
+        valid = await context_of(info).queue.validate(
             input.request(),
             created_by=caller.subject,
             sees_others=caller.sees_others,
-            budget=info.context.budget.faults,
+            budget=context_of(info).budget.faults,
         )
         return JobValid(
             max_attempts=valid.max_attempts,
@@ -142,7 +142,7 @@ class Query:
         info: Info,
         id: Annotated[strawberry.ID, strawberry.argument(description="The job's id.")],
     ) -> JobResult:
-        return Job.of(await info.context.job(id))
+        return Job.of(await context_of(info).job(id))
 
     @strawberry.field(
         extensions=[Requires("jobs:read")],
@@ -171,7 +171,7 @@ class Query:
         ] = None,
     ) -> JobConnection:
         types = tuple(filter.types or ()) if filter else ()
-        caller = info.context.caller
+        caller = context_of(info).caller
         caller.need_types(types)
         if not types and caller.job_types is not None:
             # No types is no restriction, and no job has a type without a name.
@@ -180,11 +180,11 @@ class Query:
         job_filter = reading.JobFilter(
             types=types, statuses=tuple(models.JobStatus[each.name] for each in statuses)
         )
-        budget, of_each = info.context.budget, selected(info)
+        budget, of_each = context_of(info).budget, selected(info)
         fields = FIELDS_PER_JOB + of_each.fields
         async with budget.reading:
             budget.check_reading()
-            page = await info.context.queue.list(
+            page = await context_of(info).queue.list(
                 job_filter,
                 first=first,
                 after=None if after is None else _id_of(after),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from datetime import UTC, datetime
+from collections.abc import Callable, Mapping
+from datetime import UTC, date, datetime, time
+from decimal import Decimal
 from typing import Final, NewType
+from uuid import UUID
 
 import strawberry
 from pydantic import JsonValue, TypeAdapter, ValidationError
+from strawberry.schema.types.scalar import DEFAULT_SCALAR_REGISTRY
 from strawberry.types.scalar import ScalarDefinition
 
 TimeText = NewType("TimeText", str)
@@ -133,6 +136,26 @@ SCALARS: Final[dict[object, ScalarDefinition]] = {
         _big_int,
     ),
 }
+
+
+def scalars_of_host(hosts: Mapping[object, ScalarDefinition]) -> dict[object, ScalarDefinition]:
+    """Return the scalars for a host's schema, whose `scalar_map` is `hosts`.
+
+    A schema has each name once. So ours are the host's, or Strawberry's, where it has these names.
+    """
+    known = {**DEFAULT_SCALAR_REGISTRY, **hosts}
+    return {
+        **hosts,
+        JsonValue: known[strawberry.scalars.JSON],
+        TimeText: known[datetime],
+        DateText: known[date],
+        TimeOfDayText: known[time],
+        UUIDText: known[UUID],
+        DecimalText: known[Decimal],
+        DurationText: SCALARS[DurationText],
+        BigInt: SCALARS[BigInt],
+    }
+
 
 TEXT_TYPES: Final[dict[str, object]] = {
     "date-time": TimeText,

@@ -33,12 +33,19 @@ def build_schema(registry: JobRegistry) -> strawberry.Schema:
         DefinitionError: the job types cannot stand together in `TypedJobInput`.
         LookupError: a field does not declare its access scope.
     """
+    return schema_with(mutation_of(registry))
+
+
+def mutation_of(registry: JobRegistry) -> type[Mutation]:
+    """Return the mutations, with `enqueue` for these job types.
+
+    Raises:
+        DefinitionError: the job types cannot stand together in `TypedJobInput`.
+    """
     typed_input = typed_job_input(
         registry, lambda name: _without_job_types().get_type_by_name(name) is not None
     )
-    schema = _schema_with(Mutation if typed_input is None else mutation_with_enqueue(typed_input))
-    _check_access_scopes(schema)
-    return schema
+    return Mutation if typed_input is None else mutation_with_enqueue(typed_input)
 
 
 def executable(schema: strawberry.Schema) -> GraphQLSchema:
@@ -58,17 +65,24 @@ def sdl(registry: JobRegistry) -> str:
 
 @cache
 def _without_job_types() -> strawberry.Schema:
-    return _schema_with(Mutation)
+    return schema_with(Mutation)
 
 
-def _schema_with(mutation: type[Mutation]) -> strawberry.Schema:
-    return strawberry.Schema(
+def schema_with(mutation: type[Mutation]) -> strawberry.Schema:
+    """Build the schema with these mutations.
+
+    Raises:
+        LookupError: a field does not declare its access scope.
+    """
+    schema = strawberry.Schema(
         query=Query,
         mutation=mutation,
         subscription=Subscription,
         config=StrawberryConfig(scalar_map=SCALARS),
         exception_handlers=EXCEPTION_HANDLERS,
     )
+    _check_access_scopes(schema)
+    return schema
 
 
 def _check_access_scopes(schema: strawberry.Schema) -> None:

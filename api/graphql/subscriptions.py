@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 import uuid
 from collections.abc import AsyncGenerator
-from typing import Annotated
+from typing import Annotated, Final
 
 import strawberry
 
 from job_registry import Violation
+from job_registry_api.auth import Unauthenticated
 from job_registry_api.graphql.access_scopes import Requires
-from job_registry_api.graphql.context import Context
+from job_registry_api.graphql.context import (
+    Context,
+    HostedOperation,
+    context_of,
+    hosted_operation,
+)
 from job_registry_api.graphql.types import Job, JobStatus
 from job_registry_api.queue import events
 from job_registry_api.queue.errors import InputInvalid, JobNotFound
 from job_registry_api.queue.requests import parse_job_id, unknown_types
+
+VERIFIED_SECONDS: Final = 60.0
+"""How long a subscription goes on without its token being verified again."""
 
 
 @strawberry.type(description="A change of a job, sent once it is committed.")
@@ -35,7 +46,7 @@ class JobEvent:
     )
     async def job(self, info: strawberry.Info[Context, None]) -> Job | None:
         try:
-            return Job.of(await info.context.queue.get(self.job_id))
+            return Job.of(await context_of(info).queue.get(self.job_id))
         except JobNotFound:
             return None
 
@@ -69,7 +80,7 @@ class Subscription:
             strawberry.argument(description="Only events of jobs of these types."),
         ] = None,
     ) -> AsyncGenerator[JobEvent, None]:
-        queue, caller = info.context.queue, info.context.caller
+        queue, caller = context_of(info).queue, context_of(info).caller
         caller.need_types(job_types or ())
         faults = unknown_types(queue.registry, job_types or ())
         try:
@@ -81,13 +92,50 @@ class Subscription:
         types = job_types
         if types is None and caller.job_types is not None:
             types = sorted(caller.job_types)
-        return _events(info.context, of_job, types)
+        return _events(context_of(info), hosted_operation.get(), of_job, types)
 
 
 async def _events(
-    context: Context, job_id: uuid.UUID | None, types: list[str] | None
+    context: Context,
+    hosted: HostedOperation | None,
+    job_id: uuid.UUID | None,
+    types: list[str] | None,
 ) -> AsyncGenerator[JobEvent, None]:
+    """Yield events while the caller's token is valid.
+
+    Raises:
+        Unauthenticated: the token has expired, or is no longer valid for another reason.
+    """
+    verified_at = time.time()
     with context.queue.events.subscribe(job_id=job_id, types=types) as subscription:
-        async for event in subscription:
-            context.forget()
-            yield JobEvent.of(event)
+        while True:
+            event = None
+            try:
+                async with asyncio.timeout(_seconds_valid(context, verified_at)):
+                    event = await anext(subscription)
+            except StopAsyncIteration:
+                return
+            except TimeoutError:
+                pass
+            if _seconds_valid(context, verified_at) <= 0:
+                await _verify_again(context)
+                verified_at = time.time()
+            if event is not None:
+                context.forget()
+                # Each event may be requested by another task, which resolves its fields.
+                hosted_operation.set(hosted)
+                yield JobEvent.of(event)
+
+
+def _seconds_valid(context: Context, verified_at: float) -> float:
+    """Return for how long a token that was verified then needs not be verified again."""
+    until = verified_at + VERIFIED_SECONDS
+    return min(until, context.caller.expires_at or until) - time.time()
+
+
+async def _verify_again(context: Context) -> None:
+    expires_at = context.caller.expires_at
+    if expires_at is not None and expires_at <= time.time():
+        raise Unauthenticated("The token has expired.")
+    if context.verify_again is not None:
+        await context.verify_again()

@@ -11,12 +11,16 @@ import json
 import re
 import types
 from collections.abc import Callable, Iterable, Mapping
+from datetime import date, time
+from decimal import Decimal
 from enum import Enum, EnumMeta
 from typing import Any, ClassVar, Final, cast
+from uuid import UUID
 
 import strawberry
 from graphql import specified_scalar_types
 from pydantic import JsonValue
+from pydantic_core import to_jsonable_python
 
 from job_registry import DefinitionError, JobRegistry, JobType
 from job_registry_api.graphql.scalars import SCALARS, TEXT_TYPES, BigInt
@@ -109,6 +113,9 @@ def _json_of(value: Any) -> JsonValue:
             return cast("JsonValue", value.value)
         case list():
             return [_json_of(item) for item in value]
+        case date() | time() | Decimal() | UUID():
+            # From the scalars of a host's schema. Ours give the client's text.
+            return cast("JsonValue", to_jsonable_python(value))
     return cast("JsonValue", value)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import strawberry
 
 from job_registry_api.graphql.access_scopes import Requires
-from job_registry_api.graphql.context import Context
+from job_registry_api.graphql.context import Context, context_of
 from job_registry_api.graphql.inputs import EnqueueOptions
 from job_registry_api.graphql.mutations import (
     MUTATIONS,
@@ -43,15 +43,15 @@ def mutation_with_enqueue(typed_job_input: type[TypedJob]) -> type[Mutation]:
                 strawberry.argument(description="How the job is stored and run."),
             ] = None,
         ) -> EnqueueJobResult:
-            caller = info.context.caller
+            caller = context_of(info).caller
             job_type, payload = job.sent_job()
             caller.need_types([job_type])
             request = (options or EnqueueOptions()).request_for(job_type, payload)
-            enqueued = await info.context.queue.enqueue(
+            enqueued = await context_of(info).queue.enqueue(
                 request,
                 created_by=caller.subject,
                 sees_others=caller.sees_others,
-                budget=info.context.budget.faults,
+                budget=context_of(info).budget.faults,
             )
             return EnqueueJobSuccess.of(enqueued)
 

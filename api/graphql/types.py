@@ -14,7 +14,7 @@ from job_registry import JobType as RegisteredType
 from job_registry_api.auth import AccessScope
 from job_registry_api.graphql.access_scopes import OPEN, Requires
 from job_registry_api.graphql.answer_limits import Charged, selected
-from job_registry_api.graphql.context import Context
+from job_registry_api.graphql.context import Context, context_of
 from job_registry_api.queue import claiming, models, reading
 
 READERS: Final[tuple[AccessScope, ...]] = ("jobs:read", "jobs:work")
@@ -158,7 +158,7 @@ class JobType:
 
     @strawberry.field(description="The number of jobs of this type in each status.")
     async def counts(self, info: strawberry.Info[Context, None]) -> JobCounts:
-        return JobCounts.of((await info.context.counts())[self.name])
+        return JobCounts.of((await context_of(info).counts())[self.name])
 
     @classmethod
     def of(cls, registered: RegisteredType[Any]) -> JobType:
@@ -320,8 +320,8 @@ class Job:
         extensions=[Requires(*READERS)], description="Every attempt so far, the first one first."
     )
     async def attempts(self, info: strawberry.Info[Context, None]) -> list[JobAttempt]:
-        attempts = await info.context.attempts.load(self.record.id)
-        info.context.budget.charge_fields(len(attempts) * selected(info).of_attempts)
+        attempts = await context_of(info).attempts.load(self.record.id)
+        context_of(info).budget.charge_fields(len(attempts) * selected(info).of_attempts)
         return [JobAttempt.of(attempt) for attempt in attempts]
 
     @strawberry.field(
@@ -330,7 +330,7 @@ class Job:
         " The job itself runs by its own `maxAttempts` and `timeoutSeconds`.",
     )
     def policy(self, info: strawberry.Info[Context, None]) -> JobPolicy | None:
-        registered = info.context.queue.registry.get(self.type)
+        registered = context_of(info).queue.registry.get(self.type)
         return JobPolicy.of(self.type, registered.policy) if registered else None
 
     @strawberry.field(
@@ -338,7 +338,7 @@ class Job:
         description="Why it does not run at this moment. Null unless it is queued.",
     )
     async def waiting_reason(self, info: strawberry.Info[Context, None]) -> WaitingReason | None:
-        match await info.context.waiting_reasons.load(self.record):
+        match await context_of(info).waiting_reasons.load(self.record):
             case reading.ScheduledFor(next_run_at):
                 return ScheduledFor(next_run_at=next_run_at)
             case reading.ConcurrencyLimitReached(limit, running):

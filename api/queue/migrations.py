@@ -36,6 +36,9 @@ T = TypeVar("T")
 VERSION_TABLE: Final = "job_registry_version"
 """Not alembic's default name, which migrations of the application may use."""
 
+QUEUE_TABLES: Final = frozenset({*METADATA.tables, VERSION_TABLE})
+"""The names of the queue's tables, which migrations of the application leave alone."""
+
 WITHOUT_SCHEMA: Final = "0001"
 """The revision of the release that created its tables in the schema of the search path."""
 

@@ -316,9 +316,17 @@ class Attempt:
                 until = min(until, self._stop_by)
             left = until - time.monotonic()
             if left > 0:
-                with contextlib.suppress(TimeoutError):
+                try:
                     async with asyncio.timeout(left):
                         await self._news.wait()
+                except TimeoutError:
+                    pass
+                except asyncio.CancelledError:
+                    # The event loop ends, and cancels all of its tasks at once, the handler's too.
+                    # A worker that shuts down cancels only what it has given up on.
+                    if self._now.releasing and time.monotonic() >= self._stop_by:
+                        raise
+                    self.release()
             else:
                 await self._give_up_on(call)
                 break

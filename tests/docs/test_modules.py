@@ -60,6 +60,9 @@ def test_every_module_of_the_pages_is_imported_by_a_test() -> None:
     tested |= {"shop_orders_nested.py", "shop_api.py"}
     # Run by pytest, below.
     tested |= {str(block.argument) for block in blocks("module", "testing.md")}
+    # By `test_embedding.py`.
+    tested |= {"mounted.py", "mounted_starlette.py", "openings.py", "merged_graphql.py"}
+    tested |= {"leave_out.py"}
     assert {block.argument for block in blocks("module")} == tested
 
 

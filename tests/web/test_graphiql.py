@@ -11,10 +11,13 @@ from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 from graphql import build_schema, parse, validate
 from playwright.async_api import Page, async_playwright, expect
+from starlette.applications import Starlette
+from starlette.routing import Mount
 
-from job_registry_api import pages
+from job_registry_api import create_app, load_settings, pages
 from job_registry_api.graphql.schema import SDL_FILE
 from tests.http_client import Visit, serving
 
@@ -33,10 +36,29 @@ needs_browser = pytest.mark.skipif(
 
 
 @pytest.fixture
-async def address(sqlite_template: Path, tmp_path: Path) -> AsyncIterator[str]:
+async def address(
+    request: pytest.FixtureRequest, sqlite_template: Path, tmp_path: Path
+) -> AsyncIterator[str]:
+    """The server's address; with a parameter, the server mounts the application under it."""
     shutil.copy(sqlite_template, tmp_path / "jobs.db")
-    async with serving(f"sqlite:///{tmp_path / 'jobs.db'}", "--no-worker") as (address, _):
-        yield address
+    url = f"sqlite:///{tmp_path / 'jobs.db'}"
+    prefix = getattr(request, "param", None)
+    if prefix is None:
+        async with serving(url, "--no-worker") as (address, _):
+            yield address
+        return
+    jobs = create_app(load_settings({"JOBS_DATABASE_URL": url}))
+    server = uvicorn.Server(
+        uvicorn.Config(Starlette(routes=[Mount(prefix, jobs)]), port=0, log_config=None)
+    )
+    async with jobs.running():
+        running = asyncio.create_task(server.serve())
+        while not server.started:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+        host, port = server.servers[0].sockets[0].getsockname()
+        yield f"{host}:{port}"
+        server.should_exit = True
+        await running
 
 
 @pytest.fixture
@@ -151,6 +173,27 @@ async def test_graphiql_runs_its_ready_tabs_completes_documents_and_sends_the_to
     await page.keyboard.type("{ jobTy")
     await page.keyboard.press("Control+Space")
     await expect(page.locator(".suggest-widget")).to_contain_text("jobTypes")
+
+
+@needs_page
+@needs_browser
+@pytest.mark.parametrize("address", ["/internal/queue"], indirect=True)
+async def test_graphiql_loads_and_runs_below_the_prefix_of_a_host(page: Page, address: str) -> None:
+    await page.goto(f"http://{address}/internal/queue/")
+    await expect(page).to_have_url(f"http://{address}/internal/queue/graphql")
+    await expect(page).to_have_title("Job Registry")
+    await open_tab(page, "Policies")
+    await run(page)
+    await expect(response(page)).to_contain_text('"maxAttempts": 3')
+    await open_tab(page, "Follow")
+    async with page.expect_websocket() as opened:
+        await run(page)
+    assert (await opened.value).url == f"ws://{address}/internal/queue/graphql"
+    await asyncio.sleep(0.5)
+    job = {"type": "payout.execute", "payload": {"batchId": "b", "escrowId": "e"}}
+    async with httpx.AsyncClient() as client:
+        await client.post(f"http://{address}/internal/queue/jobs", json=job)
+    await expect(response(page)).to_contain_text('"name": "job.created"')
 
 
 @pytest.mark.parametrize("name", ["enqueue", "policies", "follow"])

@@ -1,0 +1,173 @@
+"""`JobsApplication`: the Starlette application, by itself or mounted in another one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextvars import Context
+from typing import Any, NamedTuple
+
+import structlog
+from starlette.applications import Starlette
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from job_registry import CodedError
+from job_registry_api.http_messages import error_content, respond_json
+from job_registry_api.logs import log_unexpected
+from job_registry_api.queue.errors import QueueUnavailable
+
+log = structlog.get_logger("job_registry.app")
+
+
+class NotRunning(CodedError):
+    """Raised when a request comes before the application has started, or after it has ended."""
+
+    code = "not_running"
+
+
+class _Start(NamedTuple):
+    """A start by a request. `started` is done once the start has succeeded or failed."""
+
+    task: asyncio.Task[None]
+    started: asyncio.Future[None]
+
+
+class JobsApplication(Starlette):
+    """The application that `create_app` returns. It runs by itself, or mounted in another one.
+
+    Mounted, it joins the lifespan of its host:
+
+        async with jobs.running():
+            yield
+
+    Without that it starts at its first request, and ends with the event loop.
+    """
+
+    def __init__(
+        self,
+        lifespan: Callable[[JobsApplication], AbstractAsyncContextManager[None]],
+        **options: Any,
+    ) -> None:
+        super().__init__(lifespan=JobsApplication.running, **options)
+        self._open = lifespan
+        self._loop: asyncio.AbstractEventLoop | None = None
+        """The event loop on which the application runs."""
+        self._was_joined = False
+        self._start: _Start | None = None
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Run the application while the context is open.
+
+        Raises:
+            RuntimeError: it is running already, or the queue it was created with is not open here.
+            MigrationRefused: the database does not fit this version.
+            QueueUnavailable: the database does not answer.
+            WorkerStartError: a lifespan of the worker failed to start.
+        """
+        self._was_joined = True
+        async with self._running():
+            yield
+
+    async def ensure_running(self) -> None:
+        """Start the application if it is not running. All requests wait for the same start.
+
+        Raises:
+            NotRunning: its lifespan has ended.
+            Exception: what `running` raises. The next call tries again.
+        """
+        if self._runs_here():
+            return
+        if self._was_joined:
+            raise NotRunning("The application has ended, or its start has not completed.")
+        start, loop = self._start, asyncio.get_running_loop()
+        if start is None or start.task.done() or start.task.get_loop() is not loop:
+            started = loop.create_future()
+            # In a context of its own: the application outlives the request that starts it.
+            task = asyncio.create_task(
+                self._run_until_cancelled(started), name="jobs application", context=Context()
+            )
+            start = self._start = _Start(task, started)
+        # Shielded: a client that hangs up does not end the start that others wait for.
+        await asyncio.shield(start.started)
+
+    async def _run_until_cancelled(self, started: asyncio.Future[None]) -> None:
+        """Run until the event loop ends, which cancels its tasks."""
+        try:
+            async with self._running():
+                log.warning(
+                    "app.started_by_request", advice="enter `running` in the host's lifespan"
+                )
+                started.set_result(None)
+                await asyncio.Event().wait()
+        except Exception as error:
+            if started.done():
+                log_unexpected("application", error)
+            else:
+                started.set_exception(error)
+                started.exception()  # Read here too: every request that waits may have gone.
+        finally:
+            started.cancel()
+
+    @asynccontextmanager
+    async def _running(self) -> AsyncIterator[None]:
+        if self._runs_here():
+            raise RuntimeError(
+                "the application is running already; enter `running` once, before the first request"
+            )
+        async with self._open(self):
+            self._loop = asyncio.get_running_loop()
+            try:
+                yield
+            finally:
+                self._loop = None
+
+    def _runs_here(self) -> bool:
+        # Not on another loop: one that was closed at once has left the application behind.
+        return self._loop is asyncio.get_running_loop()
+
+
+class StartedApplication:
+    """Middleware that starts the application at its first request, and answers 503 if it cannot."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        if scope["type"] != "lifespan":
+            application: JobsApplication = scope["app"]
+            try:
+                await application.ensure_running()
+            except Exception as error:
+                await _respond_unavailable(scope, send, _described(error))
+                return
+        await self._app(scope, receive, send)
+
+
+def _described(error: Exception) -> CodedError:
+    """Log why the application does not run, and return the error for clients."""
+    match error:
+        case QueueUnavailable():
+            log.warning("app.start_failed", kind=error.kind, reason=error.reason)
+            return error
+        case NotRunning():
+            return error
+    error_id = log_unexpected("start", error)
+    return NotRunning(f"The application could not start. It is logged as {error_id}.")
+
+
+async def _respond_unavailable(scope: Scope, send: Send, error: CodedError) -> None:
+    if scope["type"] == "websocket":
+        # Before it is accepted: the handshake is answered with 403, the only status there is.
+        await send({"type": "websocket.close", "code": 1013, "reason": ""})
+        return
+    content: dict[str, Any]
+    if scope["path"].endswith("/graphql"):
+        extensions = {"code": error.code, **error.details()}
+        content = {"errors": [{"message": str(error), "extensions": extensions}]}
+    else:
+        details = [error.details()] if error.details() else []
+        content = error_content(error.code, str(error), details)
+    await respond_json(send, 503, content, headers=((b"retry-after", b"1"),))
