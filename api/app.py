@@ -24,7 +24,7 @@ from job_registry_api.graphql.execution import Executor
 from job_registry_api.graphql.http import GraphQLOverHTTP
 from job_registry_api.graphql.websocket import GraphQLOverWebSocket
 from job_registry_api.health import Health, health_routes
-from job_registry_api.http_messages import GuardedResponses
+from job_registry_api.http_messages import GuardedResponses, answer_method_not_allowed
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.upkeep import maintain
 from job_registry_api.rest import EnqueueView, JobView, answer_not_found
@@ -150,7 +150,7 @@ def create_app(
             *health_routes(lambda request: cast(Health, request.app.state.health)),
             *([Route("/", pages.root()), *pages.assets()] if settings.graphiql else ()),
         ],
-        exception_handlers={404: answer_not_found},
+        exception_handlers={404: answer_not_found, 405: answer_method_not_allowed},
         middleware=_middleware(settings),
     )
     # Until the application has started there is nothing to end.

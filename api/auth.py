@@ -326,13 +326,12 @@ class Authenticator:
                 from a page of another site.
             TooManyRequests: the request exceeds a rate limit.
         """
-        if authorization is None:
-            authorization = header(request, b"authorization").decode("latin-1")
         if self._verifier is None:
             self._count(_address(request))
             _check_is_local(request)
             self._check_host(request)
             return ANYONE
+        authorization = _authorization(request, authorization)
         if not self._verifier.knows(authorization):
             self.check_stranger(request)
         try:
@@ -343,16 +342,26 @@ class Authenticator:
         self._count(_name_of(caller, request))
         return caller
 
-    def check_again(self, request: Scope, caller: Caller) -> None:
-        """Count a further request on a connection whose caller is known.
+    async def authenticate_again(self, request: Scope, authorization: str | None = None) -> None:
+        """Authenticate a further request on a connection that has been admitted, and count it.
 
         Raises:
-            Unauthenticated: the caller's token has expired.
+            Unauthenticated: the token has expired, or its key has been removed.
+            AuthenticationUnavailable: the token cannot be checked now.
             TooManyRequests: the request exceeds a rate limit.
         """
-        if caller.expires_at is not None and time.time() >= caller.expires_at:
-            raise Unauthenticated("The token has expired.")
-        self._count(_name_of(caller, request))
+        self._count(_name_of(await self.verify_again(request, authorization), request))
+
+    async def verify_again(self, request: Scope, authorization: str | None = None) -> Caller:
+        """Return the caller of a request that has been admitted, if its token is still valid.
+
+        Raises:
+            Unauthenticated: the token has expired, or its key has been removed.
+            AuthenticationUnavailable: the token cannot be checked now.
+        """
+        if self._verifier is None:
+            return ANYONE
+        return await self._verifier.verify(_authorization(request, authorization))
 
     def check_stranger(self, request: Scope) -> None:
         """Check that the address of a request may still send one, and count nothing.
@@ -420,6 +429,11 @@ def _token_verifier(settings: Settings) -> TokenVerifier | None:
 def _digest(token: str) -> bytes:
     """Return the key of a token in the cache, which then holds no token and keys of one length."""
     return hashlib.sha256(token.encode()).digest()
+
+
+def _authorization(request: Scope, given: str | None) -> str:
+    """Return what was given instead of the header of a request, or the header."""
+    return header(request, b"authorization").decode("latin-1") if given is None else given
 
 
 def _name_of(caller: Caller, request: Scope) -> str:

@@ -24,6 +24,7 @@ from websockets.frames import Frame
 from websockets.http11 import Request
 
 from job_registry_api.http_messages import (
+    GUARDING_HEADERS,
     HEALTH_PATHS,
     MAX_UNADMITTED_MESSAGE,
     WEBSOCKET_ADMISSION,
@@ -62,7 +63,12 @@ YIELD_SECONDS: Final = 3.0
 
 SWEEP_SECONDS: Final = 0.25
 LINGER_SECONDS: Final = 1.0
-"""How long a WebSocket that broke a bound is still read, and ignored."""
+LINGER_BYTES: Final = 8_388_608
+"""How long a connection that broke a bound is still read and ignored, and how much of it.
+
+Closed while its client still sends, a connection is reset, and the client loses the answer
+(RFC 9112, section 9.6).
+"""
 
 CLOSE_SECONDS: Final = 5.0
 """How long a WebSocket that is being closed may take to read what it was sent."""
@@ -241,6 +247,8 @@ class HTTPConnection(HttpToolsProtocol):
         self._wire_bytes = 0
         self._head_bytes = 0
         self._refusal: HTTPStatus | None = None
+        self._is_ending = False
+        self._ignored_bytes = 0
 
     # As narrow as in uvicorn.
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -256,13 +264,20 @@ class HTTPConnection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection."""
         self._open.remove(self)
+        if self.cycle is not None:
+            self.cycle.transport = self.transport  # No circle of references is left.
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """Parse what the client sent, as far as it is within the bounds."""
+        if self._is_ending:
+            self._ignored_bytes += len(data)
+            if self._ignored_bytes > LINGER_BYTES:
+                self.transport.close()
+            return
         self._wire_bytes += len(data)
         super().data_received(data)
-        if self.transport.is_closing() or self.transport.get_protocol() is not self:
+        if self.has_ended or self.transport.get_protocol() is not self:
             return
         if self._phase is _Phase.HEAD and self._wire_bytes > MAX_HEAD_BYTES:
             self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
@@ -297,6 +312,8 @@ class HTTPConnection(HttpToolsProtocol):
         if len(self.pipeline) >= MAX_PIPELINED:
             self._stop(HTTPStatus.TOO_MANY_REQUESTS)
         super().on_headers_complete()
+        if self.cycle is not None:
+            self.cycle.transport = cast(asyncio.Transport, _ResponseTransport(self))
         self._phase = _Phase.BODY
         self._deadline = self.loop.time() + self._bounds.body_seconds
         self._open.is_busy(self)
@@ -310,6 +327,8 @@ class HTTPConnection(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """Wait for the next request."""
+        if self._is_ending:
+            return
         super().on_response_complete()
         self._wait_if_done()
         if self._phase is _Phase.BODY and self.cycle.response_complete:
@@ -347,7 +366,8 @@ class HTTPConnection(HttpToolsProtocol):
             if self._phase is _Phase.BODY:
                 self._deadline = now + self._bounds.body_seconds
         elif self._deadline is not None and now > self._deadline:
-            if self._phase is _Phase.IDLE or (self._phase is _Phase.HEAD and not self._wire_bytes):
+            has_begun = self._phase is not _Phase.HEAD or self._wire_bytes
+            if self._is_ending or self._phase is _Phase.IDLE or not has_begun:
                 self.transport.close()
             else:
                 self._refuse(HTTPStatus.REQUEST_TIMEOUT)
@@ -355,6 +375,29 @@ class HTTPConnection(HttpToolsProtocol):
     def end(self) -> None:
         """End the connection at once."""
         self.transport.abort()
+
+    def close(self) -> None:
+        """Close the connection after its last answer.
+
+        What the client still sends of its request is ignored for a moment, so that it reads the
+        answer before it notices the end.
+        """
+        if self.has_ended:
+            return
+        if self._phase not in (_Phase.HEAD, _Phase.BODY):
+            self.transport.close()
+            return
+        self._is_ending = True
+        self._deadline = self.loop.time() + LINGER_SECONDS
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.flow.resume_reading()
+        self._open.waits(self)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing more is read from the client, or written to it."""
+        return self._is_ending or self.transport.is_closing()
 
     def _wait_if_done(self) -> None:
         # The last request that was parsed; pipelined ones come before it.
@@ -380,7 +423,7 @@ class HTTPConnection(HttpToolsProtocol):
     def _refuse(self, status: HTTPStatus) -> None:
         """Answer the request that is being read, and close the connection."""
         cycle = self.cycle
-        if self.transport.is_closing():
+        if self.has_ended:
             return
         if cycle is not None and not cycle.response_complete:
             # The application gets a disconnect instead of the rest of the body.
@@ -390,15 +433,32 @@ class HTTPConnection(HttpToolsProtocol):
                 self.end()  # The response of an earlier request is not complete.
                 return
         elif cycle is not None and self._phase is _Phase.BODY:
-            self.transport.close()  # It has been answered.
+            self.close()  # It has been answered.
             return
         body = to_json(error_content(*_REFUSALS[status]))
+        headers = "".join(f"{name}: {value}\r\n" for name, value in GUARDING_HEADERS.items())
         self.transport.write(
             f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\n"
-            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n".encode()
+            f"{headers}content-length: {len(body)}\r\nconnection: close\r\n\r\n".encode()
             + body
         )
-        self.transport.close()
+        self.close()
+
+
+class _ResponseTransport:
+    """What uvicorn writes a response to. It closes a connection as `HTTPConnection.close` does."""
+
+    def __init__(self, connection: HTTPConnection) -> None:
+        self._connection = connection
+
+    def write(self, data: bytes) -> None:
+        self._connection.transport.write(data)
+
+    def is_closing(self) -> bool:
+        return self._connection.has_ended
+
+    def close(self) -> None:
+        self._connection.close()
 
 
 _REFUSALS: Final = {
@@ -428,7 +488,8 @@ def _only_health(app: ASGIApp) -> ASGIApp:
             await app(scope, receive, send)
             return
         content = error_content(*_REFUSALS[HTTPStatus.SERVICE_UNAVAILABLE])
-        headers = ((b"connection", b"close"), (b"retry-after", b"5"))
+        guarding = ((name.encode(), value.encode()) for name, value in GUARDING_HEADERS.items())
+        headers = ((b"connection", b"close"), (b"retry-after", b"5"), *guarding)
         await respond_json(send, 503, content, headers=headers)
 
     return serve

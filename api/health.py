@@ -18,7 +18,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from job_registry_api.auth import REFUSALS, STATUSES, Authenticator, Forbidden, headers_of
-from job_registry_api.http_messages import GuardedResponses
+from job_registry_api.http_messages import (
+    GuardedResponses,
+    answer_method_not_allowed,
+)
 from job_registry_api.metrics import CONTENT_TYPE, Attempts
 from job_registry_api.queue.errors import QueueUnavailable
 from job_registry_api.queue.queue import JobQueue
@@ -152,7 +155,9 @@ def health_routes(find: Callable[[Request], Health]) -> Sequence[BaseRoute]:
 def health_app(health: Health) -> Starlette:
     """Return an application with only these routes, for the health port of a worker."""
     return Starlette(
-        routes=health_routes(lambda _request: health), middleware=[Middleware(GuardedResponses)]
+        routes=health_routes(lambda _request: health),
+        exception_handlers={405: answer_method_not_allowed},
+        middleware=[Middleware(GuardedResponses)],
     )
 
 

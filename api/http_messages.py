@@ -8,11 +8,18 @@ from urllib.parse import quote
 
 from pydantic_core import to_json
 from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from job_registry import CodedError
+from job_registry_api.logs import log_unexpected
 
 JSON_TYPE: Final = b"application/json"
+
+GUARDING_HEADERS: Final = {"cache-control": "no-store", "x-content-type-options": "nosniff"}
+"""The headers of each response that sets no others: see `GuardedResponses`."""
 
 HEALTH_PATHS: Final = ("/healthz", "/readyz", "/metrics")
 """The paths that are served even when there are too many connections."""
@@ -61,6 +68,9 @@ class GuardedResponses:
 
     A response that sets one of these headers keeps its own: the page and its assets may be cached.
     `vary` are the request headers that responses depend on.
+
+    An exception that no endpoint has answered is logged, and answered here with the id of its log
+    line: Starlette's own answer to it would pass by this middleware.
     """
 
     def __init__(self, app: ASGIApp, *, vary: Sequence[str] = ()) -> None:
@@ -73,18 +83,27 @@ class GuardedResponses:
             await self._app(scope, receive, send)
             return
 
+        has_started = False
+
         async def send_guarded(message: Message) -> None:
+            nonlocal has_started
             if message["type"] == "http.response.start":
+                has_started = True
                 headers = MutableHeaders(scope=message)
-                headers.setdefault("cache-control", "no-store")
-                headers.setdefault("x-content-type-options", "nosniff")
+                for name, value in GUARDING_HEADERS.items():
+                    headers.setdefault(name, value)
                 present = headers.get("vary", "").lower()
                 for name in self._vary:
                     if name.lower() not in present:
                         headers.add_vary_header(name)
             await send(message)
 
-        await self._app(scope, receive, send_guarded)
+        try:
+            await self._app(scope, receive, send_guarded)
+        except Exception as error:
+            if has_started:
+                raise  # The server ends the connection: the client sees that the rest is missing.
+            await respond_unexpected(send_guarded, "http", error)
 
 
 async def read_body(scope: Scope, receive: Receive, max_bytes: int) -> bytes:
@@ -148,6 +167,22 @@ def is_json(content_type: bytes) -> bool:
 def error_content(code: str, message: str, details: Sequence[Any] = ()) -> dict[str, Any]:
     """Return the JSON of an error outside of GraphQL."""
     return {"error": {"code": code, "message": message, "details": list(details)}}
+
+
+async def respond_unexpected(send: Send, where: str, error: Exception) -> None:
+    """Log an unexpected exception, and answer with the id of its log line and nothing else."""
+    error_id = log_unexpected(where, error)
+    message = f"Something went wrong here. It is logged as {error_id}."
+    await respond_json(send, 500, error_content("internal_error", message, [{"errorId": error_id}]))
+
+
+async def answer_method_not_allowed(_request: Request, error: Exception) -> Response:
+    """Answer a request whose method its path does not take."""
+    assert isinstance(error, HTTPException)
+    allowed = sorted((error.headers or {}).get("Allow", "").split(", "))
+    refused = MethodNotAllowed(*allowed)
+    headers = {"allow": ", ".join(allowed)}
+    return JSONResponse(error_content(refused.code, refused.summary), 405, headers)
 
 
 async def respond_json(

@@ -28,8 +28,8 @@ from job_registry_api.http_messages import (
     prefix_of,
     read_body,
     respond_json,
+    respond_unexpected,
 )
-from job_registry_api.logs import log_unexpected
 from job_registry_api.queue.errors import (
     IdempotencyConflict,
     IdempotencyKeyTaken,
@@ -165,17 +165,11 @@ async def answer_not_found(request: Request, _error: Exception) -> Response:
 
 async def _respond_error(send: Send, error: Exception) -> None:
     """Answer with an exception's status, code, message and details."""
-    details: list[Any]
-    if isinstance(error, CodedError) and type(error) in _STATUSES:
-        status, code, message = _STATUSES[type(error)], error.code, error.summary
-        details = _listed(error.details())
-    else:
-        error_id = log_unexpected("rest", error)
-        status, code = 500, "internal_error"
-        message = f"Something went wrong here. It is logged as {error_id}."
-        details = [{"errorId": error_id}]
-    content = error_content(code, message, details)
-    await respond_json(send, status, content, headers=_headers(error))
+    if not isinstance(error, CodedError) or type(error) not in _STATUSES:
+        await respond_unexpected(send, "rest", error)
+        return
+    content = error_content(error.code, error.summary, _listed(error.details()))
+    await respond_json(send, _STATUSES[type(error)], content, headers=_headers(error))
 
 
 def _listed(details: dict[str, Any]) -> list[Any]:

@@ -11,7 +11,13 @@ from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Any
 
-from pydantic import BaseModel, ValidationError, ValidationInfo, ValidatorFunctionWrapHandler
+from pydantic import (
+    BaseModel,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+)
 from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
 
 from job_registry.errors import Violation
@@ -40,7 +46,7 @@ def embedded(model: type[BaseModel]) -> CoreSchema:
             raise _refused(model, faults, value)
         return parsed
 
-    schema: Any = changed(model.__pydantic_core_schema__, _renamed)
+    schema: Any = changed(TypeAdapter(model).core_schema, _renamed)
     definitions: list[Any] = []
     if schema["type"] == "definitions":
         schema, definitions = schema["schema"], schema["definitions"]

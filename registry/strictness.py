@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
-from pydantic import BaseModel, RootModel
+from pydantic import BaseModel, RootModel, TypeAdapter
 from pydantic.dataclasses import is_pydantic_dataclass
 
 from job_registry.payload import Payload, reads_decimals_as_text
@@ -34,7 +34,7 @@ _STRICT: Final = "ConfigDict(strict=True, extra='forbid')"
 def lax_parts(model: type[Payload]) -> list[str]:
     """Return a sentence for each part that is less strict than a payload, with what to do."""
     finder = _Finder()
-    finder.visit(model.__pydantic_core_schema__, "", {}, _Owner(model, ""))
+    finder.visit(TypeAdapter(model).core_schema, "", {}, _Owner(model, ""))
     return finder.sentences()
 
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import resource
+import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -140,6 +141,56 @@ async def test_a_request_that_is_not_within_the_bounds_is_refused(
     answer = await answer_to(address, head)
     assert answer.startswith(f"HTTP/1.1 {status} "), answer[:200]
     assert json.loads(answer.partition("\r\n\r\n")[2])["error"]["message"]
+
+
+TOO_LARGE = b"x" * 1_000_000
+CLOSING = POST + b"connection: close\r\n"
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (b"GET /healthz HTTP/1.1\r\na: " + TOO_LARGE + b"\r\n\r\n", 431),
+        (b"GET /healthz HTTP/1.1\r\n" + b"a: b\r\n" * 160_000 + b"\r\n", 431),
+        (POST + b"content-length: -5\r\n\r\n" + TOO_LARGE, 400),
+        (POST + b"content-length: 1000000\r\n\r\n" + TOO_LARGE, 413),
+        (CLOSING + b"content-length: 1000000\r\n\r\n" + TOO_LARGE, 413),
+        (POST + b"transfer-encoding: chunked\r\n\r\n" + b"1\r\n \r\n" * 160_000, 413),
+    ],
+    ids=["header", "headers", "malformed", "declared body", "closing", "chunks"],
+)
+async def test_a_client_that_sends_its_whole_request_first_reads_why_it_is_refused(
+    address: str, request_: bytes, status: int
+) -> None:
+    host, _, port = address.rpartition(":")
+
+    def sent_first() -> tuple[int, bytes]:
+        # Blocking: no part of the answer is read before the whole request has been sent.
+        with socket.create_connection((host, int(port)), timeout=8) as client:
+            client.sendall(request_)
+            time.sleep(0.2)
+            answer = b""
+            while more := client.recv(65_536):
+                answer += more
+        return int(answer.split()[1]), answer
+
+    answered, answer = await asyncio.to_thread(sent_first)
+    assert answered == status
+    head = answer.lower().partition(b"\r\n\r\n")[0]
+    assert b"\r\ncache-control: no-store" in head
+    assert b"\r\nx-content-type-options: nosniff" in head
+
+
+async def test_a_refused_client_that_never_ends_is_disconnected(address: str) -> None:
+    async with opened(address) as (_, writer):
+        began = time.monotonic()
+        writer.write(b"GET /healthz HTTP/1.1\r\na: " + TOO_LARGE)
+        with contextlib.suppress(ConnectionError):
+            while time.monotonic() - began < 5:
+                writer.write(b"x")
+                await writer.drain()
+                await asyncio.sleep(0.05)
+        assert time.monotonic() - began < 3
 
 
 async def test_a_body_in_tiny_chunks_is_bounded_by_its_bytes_on_the_wire(address: str) -> None:

@@ -250,6 +250,9 @@ class Anything(Payload):
     value: JsonValue
 
 
+anything = JobType(name="test.anything", payload=Anything, example={"value": 1})
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def full_server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[MeasuredServer]:
     """A server with 60 jobs of 250 KB each, in turn 28,000 objects and one text, below a small job.
@@ -258,14 +261,14 @@ async def full_server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator
     """
     url = f"sqlite:///{tmp_path_factory.mktemp('full')}/jobs.db"
     await asyncio.to_thread(migrations.upgrade, url)
-    registry = JobRegistry([JobType(name="test.anything", payload=Anything, example={"value": 1})])
+    registry = JobRegistry([anything])
     values: list[JsonValue] = [[{"a": 0}] * 28_000, "x" * 250_000]
     async with JobQueue.from_url(url, registry, lease_seconds=30) as queue:
         for _ in range(3):
             jobs = [EnqueueRequest("test.anything", {"value": value}) for value in values * 10]
             await queue.enqueue_many(jobs)
         await queue.enqueue(EnqueueRequest("test.anything", {"value": 0}))
-    async with measured_server(url) as measured:
+    async with measured_server(url, catalog=__name__) as measured:
         yield measured
 
 
@@ -317,6 +320,16 @@ async def test_a_page_that_stops_early_says_so_and_its_cursor_goes_on(
         after = jobs["pageInfo"]["endCursor"]
     assert len(seen) == len(set(seen)) == 61
     assert 3 < pages < 40
+
+
+async def test_a_lease_of_large_jobs_stays_within_the_bounds(full_server: MeasuredServer) -> None:
+    query = (
+        'mutation { leaseJobs(input: {jobTypes: ["test.anything"], workerId: "w", limit: 100}) {'
+        " ... on LeaseJobsSuccess { leases { job { id attempt } } } } }"
+    )
+    response, exceeded = await measured(full_server, GRAPHQL, graphql(query))
+    assert not exceeded
+    assert 2 <= len(response.json()["data"]["leaseJobs"]["leases"]) <= 6
 
 
 async def test_documents_do_not_fill_the_memory(server: MeasuredServer) -> None:

@@ -125,6 +125,15 @@ def test_the_wheel_migrates_enqueues_and_lists_outside_the_checkout(
     assert jobs(installed, tmp_path, "--version") == f"job-registry {VERSION}\n"
 
 
+def test_pytest_finds_the_fixtures_of_the_wheel(installed: Path, tmp_path: Path) -> None:
+    path = os.pathsep.join([str(installed), sysconfig.get_path("purelib")])
+    (tmp_path / "test_mails.py").write_text(
+        "def test_it(job_queue):\n    job_queue.assert_not_enqueued('payout.execute')\n"
+    )
+    shown = python(tmp_path, "-S", "-m", "pytest", "-p", "no:cacheprovider", PYTHONPATH=path).stdout
+    assert "1 passed" in shown
+
+
 def test_the_migrations_folder_does_not_hide_the_library_from_who_works_in_the_checkout() -> None:
     # A folder is found before site-packages here, but one without __init__.py only if there is
     # no package of that name.

@@ -196,22 +196,16 @@ both_commands = pytest.mark.parametrize("command", ["serve", "worker"])
 
 
 @both_commands
-def test_a_handler_that_hangs_in_a_thread_holds_nothing_up(
-    command: str, sqlite_url: str, catalog: Path
+@pytest.mark.parametrize(
+    ("handler", "least"),
+    [("stuck", GRACE), ("stubborn", 0)],
+    ids=["hangs in a thread", "swallows its cancellation"],
+)
+def test_the_job_of_a_handler_that_does_not_end_is_released_within_the_time_for_that(
+    command: str, handler: str, least: float, sqlite_url: str, catalog: Path
 ) -> None:
-    with running(command, sqlite_url, catalog, "stuck") as (process, job):
-        assert process.end(within=GRACE + CLOSE_SECONDS + SOON) >= GRACE
-        assert process.popen.returncode == 0
-        handed_back: JobRecord = job()
-        assert (handed_back.status, handed_back.attempt) == (JobStatus.QUEUED, 0)
-
-
-@both_commands
-def test_an_async_handler_that_swallows_its_cancellation_is_ended_and_its_job_released(
-    command: str, sqlite_url: str, catalog: Path
-) -> None:
-    with running(command, sqlite_url, catalog, "stubborn") as (process, job):
-        process.end(within=GRACE + CLOSE_SECONDS + SOON)
+    with running(command, sqlite_url, catalog, handler) as (process, job):
+        assert process.end(within=GRACE + CLOSE_SECONDS + SOON) >= least
         assert process.popen.returncode == 0
         handed_back: JobRecord = job()
         assert (handed_back.status, handed_back.attempt) == (JobStatus.QUEUED, 0)

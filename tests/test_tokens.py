@@ -19,6 +19,7 @@ from job_registry import JobRegistry
 from job_registry_api import auth, signing_keys
 from job_registry_api.app import create_app
 from job_registry_api.auth import TokenVerifier
+from job_registry_api.graphql import subscriptions
 from job_registry_api.settings import SettingsInvalid, load_settings
 from job_registry_api.signing_keys import FixedKeys, SharedSecret
 from tests.http_client import Visit
@@ -127,6 +128,70 @@ async def test_a_token_is_refused_once_its_key_is_removed(
                 await asyncio.sleep(0.02)
         assert await status(client, headers) == 401
         assert await status(client, signed("new")) == 200
+
+
+async def test_a_subscription_ends_once_the_key_of_its_token_is_removed(
+    issuer: Issuer, visit_with: Visit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(signing_keys, "REFRESH_SECONDS", 0.2)
+    monkeypatch.setattr(subscriptions, "VERIFIED_SECONDS", 0.1)
+    async with visit_with() as client:
+        headers = signed("old") | {"accept": "text/event-stream"}
+        document = {"query": "subscription { jobEvents { name } }"}
+        subscribed = asyncio.create_task(client.post("/graphql", json=document, headers=headers))
+        await asyncio.sleep(1)
+        assert not subscribed.done()
+        issuer.body = public("new")
+        async with asyncio.timeout(5):
+            answer = await subscribed
+    assert '"code":"unauthenticated"' in answer.text
+    assert answer.text.count("event: next") == 1
+
+
+async def test_an_open_websocket_starts_no_operation_once_the_key_of_its_token_is_removed(
+    issuer: Issuer, visit_with: Visit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(signing_keys, "REFRESH_SECONDS", 0.2)
+    async with visit_with() as client, asyncio.timeout(10):
+        to_server: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        to_client: asyncio.Queue[Any] = asyncio.Queue()
+
+        async def answer(message: dict[str, Any]) -> dict[str, Any]:
+            to_server.put_nowait({"type": "websocket.receive", "text": json.dumps(message)})
+            while "text" not in (sent := await to_client.get()):
+                pass
+            answered: dict[str, Any] = json.loads(sent["text"])
+            return answered
+
+        async def type_name(operation_id: str) -> str:
+            query = {"query": "{ __typename }"}
+            subscribe = {"type": "subscribe", "id": operation_id, "payload": query}
+            answered = await answer(subscribe)
+            if answered["type"] == "next":
+                await to_client.get()  # It is complete.
+            return json.dumps(answered)
+
+        scope = {
+            "type": "websocket",
+            "path": "/graphql",
+            "headers": [(b"host", b"localhost")],
+            "query_string": b"",
+            "subprotocols": ["graphql-transport-ws"],
+        }
+        to_server.put_nowait({"type": "websocket.connect"})
+        serving = asyncio.create_task(
+            client.application(scope, to_server.get, to_client.put)  # type: ignore[attr-defined]
+        )
+        payload = {"Authorization": signed("old")["authorization"]}
+        init = {"type": "connection_init", "payload": payload}
+        assert (await answer(init))["type"] == "connection_ack"
+        assert '"Query"' in await type_name("1")
+        issuer.body = public("new")
+        while '"Query"' in (answered := await type_name("2")):
+            await asyncio.sleep(0.05)
+        assert '"unauthenticated"' in answered
+        to_server.put_nowait({"type": "websocket.disconnect", "code": 1000})
+        await serving
 
 
 async def test_a_token_that_was_valid_is_checked_again_after_a_while(

@@ -27,7 +27,7 @@ def upgrade() -> None:
     # Unlike `lease_expires_at`, `held_until` is not bounded by the attempt's deadline.
     op.add_column("job", sa.Column("lease_seconds", sa.Double))
     op.add_column("job", sa.Column("held_until", TIME))
-    # How often the job was released or snoozed, and how often in a row within seconds.
+    # How many attempts ended unspent, and how many in a row were given back within seconds.
     op.add_column("job", sa.Column("returns", sa.Integer, nullable=False, server_default="0"))
     op.add_column("job", sa.Column("quick_returns", sa.Integer, nullable=False, server_default="0"))
     # Until when a timed-out attempt, whose handler may still run, keeps its place in the type's

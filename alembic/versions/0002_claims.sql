@@ -187,7 +187,7 @@ BEGIN
                 finished_at = CASE WHEN decided.status <> 'queued' THEN now END,
                 attempt = CASE WHEN decided.returned OR NOT decided.spend
                     THEN decided.attempt - 1 ELSE decided.attempt END,
-                returns = job.returns + decided.returned::integer,
+                returns = job.returns + (decided.returned OR NOT decided.spend)::integer,
                 quick_returns = CASE WHEN decided.returned AND decided.quickly
                     THEN job.quick_returns + 1 ELSE 0 END,
                 result = CASE WHEN decided.outcome = 'succeeded'
@@ -218,14 +218,24 @@ BEGIN
         events := events || job_event(
             CASE ended.status WHEN 'queued' THEN 'job.retrying' ELSE 'job.' || ended.status END,
             ended.id, ended.type, ended.attempt);
-        IF ended.returns > 0 AND ended.returns % 32 = 0 THEN
-            -- Delete the oldest attempts that were given back or cancelled, and keep 32.
+        -- How many attempts the job has had, by every path: the spent ones and the others.
+        IF (ended.attempt + ended.returns) % 32 = 0 THEN
+            -- Keep 32 attempts that were given back or cancelled, and 1,000 of all: the most that
+            -- a job has unless it is retried after its end.
             DELETE FROM job_attempt
-            WHERE job_attempt.job_id = ended.id AND job_attempt.outcome IN ('released', 'snoozed', 'cancelled')
+            WHERE job_attempt.job_id = ended.id
+              AND job_attempt.outcome IN ('released', 'snoozed', 'cancelled')
               AND job_attempt.id <= (
                 SELECT older.id FROM job_attempt AS older
-                WHERE older.job_id = ended.id AND older.outcome IN ('released', 'snoozed', 'cancelled')
+                WHERE older.job_id = ended.id
+                  AND older.outcome IN ('released', 'snoozed', 'cancelled')
                 ORDER BY older.id DESC OFFSET 32 LIMIT 1);
+            IF ended.attempt + ended.returns > 1000 THEN
+                DELETE FROM job_attempt
+                WHERE job_attempt.job_id = ended.id AND job_attempt.id <= (
+                    SELECT older.id FROM job_attempt AS older WHERE older.job_id = ended.id
+                    ORDER BY older.id DESC OFFSET 1000 LIMIT 1);
+            END IF;
         END IF;
         RETURN NEXT job_small(ended);
     END LOOP;
@@ -348,7 +358,8 @@ LANGUAGE plpgsql
 -- jobs from these times on are read. See `QueueHeads` in postgresql.py.
 --
 -- Higher priorities go first. Types of one priority take turns, in the order given. Within a type
--- and priority the oldest goes first. Rows that another transaction has locked are skipped.
+-- and priority the oldest goes first. Rows that another transaction has locked are skipped. No more
+-- jobs are leased once their payloads have 1,000,000 bytes of text: a client reads them whole.
 --
 -- Jobs of a type with a limit are taken only under the type's lock, after its running jobs were
 -- counted in a later statement, which sees what the previous holder of the lock committed. A type
@@ -368,6 +379,7 @@ DECLARE
     level smallint;       -- the current priority
     head timestamptz;     -- from which time on a type's jobs are read
     remaining integer := most;
+    bytes_left bigint := 1000000;
     share integer;
     got integer;
     events jsonb := '[]';
@@ -430,13 +442,25 @@ BEGIN
             head := job_head(heads[lane], level);
             FOR leased IN
                 WITH due AS MATERIALIZED (
-                    SELECT job.id, job.next_run_at AS due_at FROM job
+                    SELECT job.id, job.next_run_at AS due_at,
+                        -- As in `job_small`: a compressed value is larger when it is sent.
+                        CASE WHEN pg_column_size(job.payload) <= 8192
+                                AND pg_column_compression(job.payload) IS NULL
+                            THEN pg_column_size(job.payload)
+                            ELSE octet_length(CAST(job.payload AS text)) END AS bytes
+                    FROM job
                     WHERE job.status = 'queued' AND job.type = names[lane]
                       AND job.priority = level AND job.next_run_at <= now
                       AND job.next_run_at >= head
                     ORDER BY job.next_run_at, job.id
                     LIMIT least(share, rooms[lane], remaining)
                     FOR UPDATE SKIP LOCKED
+                ), fitting AS MATERIALIZED (
+                    SELECT * FROM (
+                        SELECT due.id, due.due_at, due.bytes,
+                            sum(due.bytes) OVER (ORDER BY due.due_at, due.id) AS total
+                        FROM due) AS summed
+                    WHERE summed.total - summed.bytes < bytes_left
                 ), claimed AS (
                     UPDATE job SET
                         status = 'running', attempt = job.attempt + 1, next_run_at = NULL,
@@ -447,15 +471,16 @@ BEGIN
                         deadline_at = now + make_interval(secs => job.timeout_seconds),
                         lease_expires_at =
                             now + make_interval(secs => least(job.timeout_seconds, lease))
-                    FROM due WHERE job.id = due.id
-                    RETURNING job AS whole, due.due_at
+                    FROM fitting WHERE job.id = fitting.id
+                    RETURNING job AS whole, fitting.due_at, fitting.total
                 ), opened AS (
                     INSERT INTO job_attempt (job_id, attempt, worker_id, started_at, lease_token)
                     SELECT (claimed.whole).id, (claimed.whole).attempt, worker, now,
                         (claimed.whole).lease_token
                     FROM claimed
                 )
-                SELECT claimed.whole, claimed.due_at FROM claimed
+                SELECT claimed.whole, claimed.due_at, max(claimed.total) OVER () AS bytes
+                FROM claimed
             LOOP
                 whole := job_small(leased.whole);
                 whole.next_run_at := leased.due_at;
@@ -464,6 +489,9 @@ BEGIN
                 got := got + 1;
                 RETURN NEXT whole;
             END LOOP;
+            IF got > 0 THEN
+                bytes_left := bytes_left - leased.bytes;
+            END IF;
             IF got < least(share, rooms[lane], remaining) THEN
                 tops[lane] := job_next_level(names[lane], level, now, heads[lane]);
             ELSIF got = rooms[lane] THEN
@@ -471,8 +499,9 @@ BEGIN
             END IF;
             rooms[lane] := rooms[lane] - got;
             remaining := remaining - got;
-            EXIT WHEN remaining = 0;
+            EXIT WHEN remaining = 0 OR bytes_left <= 0;
         END LOOP;
+        EXIT WHEN bytes_left <= 0;
     END LOOP;
     IF events <> '[]' THEN
         PERFORM job_announce(process, events, keep);

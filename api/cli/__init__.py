@@ -6,15 +6,22 @@ is imported in its function.
 
 from __future__ import annotations
 
-import os
 import sys
-from typing import Annotated
+from typing import Annotated, TextIO, cast
 
 import typer
 
 from job_registry import DefinitionError
 from job_registry_api.cli import enqueue, migrate, registry, schema, serve, worker
-from job_registry_api.cli.output import WRONG_USAGE, fail, fail_unexpectedly, say
+from job_registry_api.cli.output import (
+    WRONG_USAGE,
+    Output,
+    OutputFailed,
+    fail,
+    fail_unexpectedly,
+    fail_without_output,
+    say,
+)
 from job_registry_api.settings import SettingsInvalid
 
 app = typer.Typer(
@@ -31,16 +38,18 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command. Expected errors become a message and an exit code."""
+    sys.stdout = cast(TextIO, Output(sys.stdout))
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
+    except OutputFailed as failure:
+        fail_without_output(failure)
     except SettingsInvalid as invalid:
         fail(WRONG_USAGE, "These settings are wrong:", *(f"  {each}" for each in invalid.faults))
     except DefinitionError as wrong:
         fail(WRONG_USAGE, f"The job types cannot be loaded: {wrong}")
-    except BrokenPipeError:
-        # The reader has closed the pipe. Python would report it again when it closes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:

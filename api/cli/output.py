@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 from rich.console import Console
@@ -20,6 +21,64 @@ out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+
+
+class OutputFailed(Exception):
+    """Raised when standard output cannot be written. `error` is why; None if it is closed."""
+
+    def __init__(self, error: OSError | None) -> None:
+        self.error = error
+        super().__init__("" if error is None else error.strerror)
+
+    @property
+    def is_reader_gone(self) -> bool:
+        """Whether the reader of a pipe has ended, as `head` does."""
+        return isinstance(self.error, BrokenPipeError)
+
+
+class Output:
+    """Standard output, whose failures are told apart from those of files and of the network.
+
+    They end the command: Rich and Typer would take some of them for the end of a pipe.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write a text."""
+        if self._stream is None:
+            raise OutputFailed(None)
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            raise OutputFailed(error) from None
+
+    def flush(self) -> None:
+        """Write what is buffered."""
+        try:
+            if self._stream is not None:
+                self._stream.flush()
+        except OSError as error:
+            raise OutputFailed(error) from None
+
+    def isatty(self) -> bool:
+        """Return whether a terminal shows the output."""
+        return self._stream is not None and self._stream.isatty()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def fail_without_output(failure: OutputFailed) -> NoReturn:
+    """End a command whose output cannot be written, silently if nobody reads it."""
+    if failure.error is not None:
+        # Python would write the rest when it ends, and report the failure again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if failure.is_reader_gone:
+        sys.exit(0)
+    reason = str(failure) or "standard output is closed"
+    fail(REFUSED, f"The output could not be written: {reason}.")
 
 
 def say(text: str, console: Console = out) -> None:

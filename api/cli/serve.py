@@ -31,11 +31,17 @@ def serve(
         int | None,
         typer.Option(help="Jobs to run at once. Defaults to JOBS_WORKER_CONCURRENCY."),
     ] = None,
+    reload: Annotated[bool, startup.RELOAD] = False,
 ) -> None:
     """Serve GraphQL at /graphql and REST at /jobs, with a worker inside."""
     settings = startup.read_settings(
         log_events=True, host=host, port=port, worker_concurrency=concurrency
     )
+    if reload:
+        from job_registry_api.cli.reloading import run_with_reload
+
+        run_with_reload(settings)
+        return
     registry = startup.read_registry(settings)
 
     from job_registry_api.app import create_app

@@ -9,12 +9,19 @@ import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+
+import typer
 
 from job_registry import JobRegistry
 from job_registry.discovery import load_registry
 from job_registry_api.cli.output import REFUSED, fail
 from job_registry_api.settings import Settings, load_settings
+
+RELOAD: Final = typer.Option(
+    "--reload", help="Restart when a Python file changes. For development."
+)
+"""The option of the commands that run jobs."""
 
 
 def read_settings(*, log_events: bool = False, **overrides: Any) -> Settings:

@@ -44,9 +44,15 @@ def worker(
         ),
     ] = None,
     health_host: Annotated[str, typer.Option(help="Address of the health port.")] = "127.0.0.1",
+    reload: Annotated[bool, startup.RELOAD] = False,
 ) -> None:
     """Run jobs until SIGTERM, which lets running jobs end. A second SIGTERM does not wait."""
     settings = startup.read_settings(log_events=True, worker_concurrency=concurrency)
+    if reload:
+        from job_registry_api.cli.reloading import run_with_reload
+
+        run_with_reload(settings)
+        return
     registry = startup.read_registry(settings)
     names = [name.strip() for name in (types or "").split(",") if name.strip()]
     if types is not None and not names:

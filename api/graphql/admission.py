@@ -8,28 +8,21 @@ exist.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
 from graphql import (
-    BooleanValueNode,
     DocumentNode,
-    FieldNode,
-    FragmentSpreadNode,
     GraphQLError,
     GraphQLSchema,
-    InlineFragmentNode,
     OperationDefinitionNode,
     OperationType,
-    SelectionNode,
-    SelectionSetNode,
-    VariableNode,
 )
 
 from job_registry import JobRegistry
 from job_registry_api.auth import ACCESS_SCOPES, AccessScope, Caller, Forbidden
 from job_registry_api.graphql.access_scopes import access_scopes_of
-from job_registry_api.graphql.document_limits import fragments_of
+from job_registry_api.graphql.argument_limits import root_fields
 from job_registry_api.graphql.schema import build_schema, executable
 
 MAX_SCHEMAS: Final = 64
@@ -92,54 +85,10 @@ class Admission:
         """
         needed = self._access_scopes[operation.operation]
         errors = []
-        for node in _root_fields(document, operation, variables or {}):
+        for node in root_fields(document, operation, variables or {}):
             try:
                 caller.need(*needed.get(node.name.value, ()) or ACCESS_SCOPES)
             except Forbidden as forbidden:
                 key = (node.alias or node.name).value
                 errors.append(GraphQLError("", node, path=[key], original_error=forbidden))
         return errors
-
-
-def _root_fields(
-    document: DocumentNode, operation: OperationDefinitionNode, variables: Mapping[str, Any]
-) -> Iterator[FieldNode]:
-    """Yield the fields of an operation, with its fragments in place. The document is valid."""
-    fragments = fragments_of(document)
-    values = {
-        definition.variable.name.value: variables.get(
-            definition.variable.name.value,
-            definition.default_value.value
-            if isinstance(definition.default_value, BooleanValueNode)
-            else None,
-        )
-        for definition in operation.variable_definitions or ()
-    }
-    waiting: list[SelectionSetNode] = [operation.selection_set]
-    while waiting:
-        for node in waiting.pop().selections:
-            if _is_skipped(node, values):
-                continue
-            match node:
-                case FieldNode():
-                    yield node
-                case InlineFragmentNode():
-                    waiting.append(node.selection_set)
-                case FragmentSpreadNode() if node.name.value in fragments:
-                    # Its fields are the same each time it is spread.
-                    waiting.append(fragments.pop(node.name.value).selection_set)
-
-
-def _is_skipped(node: SelectionNode, values: Mapping[str, Any]) -> bool:
-    """Return whether `@skip` or `@include` certainly leaves a selection out."""
-    for directive in node.directives or ():
-        for argument in directive.arguments or ():
-            value: Any = None
-            match argument.value:
-                case BooleanValueNode(value=literal):
-                    value = literal
-                case VariableNode(name=name):
-                    value = values.get(name.value)
-            if (directive.name.value, value) in (("skip", True), ("include", False)):
-                return True
-    return False

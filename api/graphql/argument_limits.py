@@ -9,6 +9,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from graphql import (
+    BooleanValueNode,
     DocumentNode,
     FieldNode,
     FragmentSpreadNode,
@@ -22,6 +23,8 @@ from graphql import (
     Node,
     ObjectValueNode,
     OperationDefinitionNode,
+    SelectionNode,
+    SelectionSetNode,
     ValueNode,
     VariableNode,
 )
@@ -52,7 +55,7 @@ def check_arguments(
         return
     fields = [
         each
-        for each in root_fields(document, operation)
+        for each in root_fields(document, operation, variables)
         if each.arguments and (names is None or each.name.value in names)
     ]
     if of_request is not None:
@@ -69,21 +72,51 @@ def check_arguments(
             size.add_argument(argument.value, known.type if known else None)
 
 
-def root_fields(document: DocumentNode, operation: OperationDefinitionNode) -> Iterator[FieldNode]:
-    """Yield the root fields of an operation, with its fragments in place."""
+def root_fields(
+    document: DocumentNode, operation: OperationDefinitionNode, variables: Mapping[str, Any]
+) -> Iterator[FieldNode]:
+    """Yield the root fields that are executed, with fragments in place. The document is valid.
+
+    Nothing of a field that `@skip` or `@include` leaves out is coerced.
+    """
     fragments = fragments_of(document)
-    waiting = [*operation.selection_set.selections]
-    spread: set[str] = set()
+    values = {
+        definition.variable.name.value: variables.get(
+            definition.variable.name.value,
+            definition.default_value.value
+            if isinstance(definition.default_value, BooleanValueNode)
+            else None,
+        )
+        for definition in operation.variable_definitions or ()
+    }
+    waiting: list[SelectionSetNode] = [operation.selection_set]
     while waiting:
-        match waiting.pop():
-            case FieldNode() as node:
-                yield node
-            case InlineFragmentNode(selection_set=below):
-                waiting += below.selections
-            case FragmentSpreadNode() as node if node.name.value not in spread:
-                spread.add(node.name.value)
-                if node.name.value in fragments:
-                    waiting += fragments[node.name.value].selection_set.selections
+        for node in waiting.pop().selections:
+            if _is_skipped(node, values):
+                continue
+            match node:
+                case FieldNode():
+                    yield node
+                case InlineFragmentNode():
+                    waiting.append(node.selection_set)
+                case FragmentSpreadNode() if node.name.value in fragments:
+                    # Its fields are the same each time it is spread.
+                    waiting.append(fragments.pop(node.name.value).selection_set)
+
+
+def _is_skipped(node: SelectionNode, values: Mapping[str, Any]) -> bool:
+    """Return whether `@skip` or `@include` certainly leaves a selection out."""
+    for directive in node.directives or ():
+        for argument in directive.arguments or ():
+            value: Any = None
+            match argument.value:
+                case BooleanValueNode(value=literal):
+                    value = literal
+                case VariableNode(name=name):
+                    value = values.get(name.value)
+            if (directive.name.value, value) in (("skip", True), ("include", False)):
+                return True
+    return False
 
 
 class _Size:

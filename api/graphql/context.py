@@ -33,6 +33,8 @@ class Context:
     caller: Caller
     receive: Receive | None = field(default=None, repr=False)
     """The request's ASGI channel, once its body has been read; None over a WebSocket."""
+    verify_again: Callable[[], Awaitable[Caller]] | None = field(default=None, repr=False)
+    """Verifies the caller's token again, for operations that last."""
     size: RequestSize | None = None
     """The size of the whole request, if that is known."""
     budget: Budget = field(default_factory=Budget)

@@ -88,8 +88,10 @@ def graphql_types(
             executed = _operation_of(self.execution_context)
             # Set in any case: another operation may have run in this task before.
             hosted_operation.set(None)
-            if executed and any(each.name.value in names for each in root_fields(*executed)):
-                variables = self.execution_context.variables or {}
+            variables = self.execution_context.variables or {}
+            if executed and any(
+                each.name.value in names for each in root_fields(*executed, variables)
+            ):
                 try:
                     check_arguments(
                         executable(self.execution_context.schema),

@@ -5,6 +5,7 @@ https://graphql.github.io/graphql-over-http/draft/
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Final, NamedTuple
 from urllib.parse import parse_qs
 
@@ -152,7 +153,13 @@ class GraphQLOverHTTP:
         prepared = self._executor.prepare(content["query"], content.get("operationName"), caller)
         if method == "GET" and prepared.is_mutation:
             raise _refused(405, "A mutation is sent with POST.", allow=b"POST")
-        context = Context(scope["app"].state.queue, caller, receive, size)
+        context = Context(
+            scope["app"].state.queue,
+            caller,
+            receive=receive,
+            verify_again=partial(self._authenticator.verify_again, scope),
+            size=size,
+        )
         return _Request(prepared, content.get("variables"), context)
 
     async def _read_json(

@@ -202,7 +202,7 @@ class Mutation:
         description="Lease due jobs to a worker, the highest priority first. The worker renews each"
         " lease with `heartbeatJob` and ends it with `completeJob`, `failJob`, `releaseJob` or"
         " `snoozeJob`. A lease that expires spends the attempt. Jobs whose payloads would exceed"
-        " `JOBS_MAX_ANSWER_BYTES` together are not leased.",
+        " `JOBS_MAX_ANSWER_BYTES` together, or follow a megabyte of payloads, are not leased.",
     )
     async def lease_jobs(
         self,

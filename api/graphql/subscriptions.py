@@ -24,8 +24,8 @@ from job_registry_api.queue import events
 from job_registry_api.queue.errors import InputInvalid, JobNotFound
 from job_registry_api.queue.requests import parse_job_id, unknown_types
 
-_A_YEAR: Final = 31_536_000.0
-"""An event loop cannot wait for an arbitrarily long time."""
+VERIFIED_SECONDS: Final = 60.0
+"""How long a subscription goes on without its token being verified again."""
 
 
 @strawberry.type(description="A change of a job, sent once it is committed.")
@@ -101,23 +101,41 @@ async def _events(
     job_id: uuid.UUID | None,
     types: list[str] | None,
 ) -> AsyncGenerator[JobEvent, None]:
-    """Yield events until the caller's token expires.
+    """Yield events while the caller's token is valid.
 
     Raises:
-        Unauthenticated: the token has expired.
+        Unauthenticated: the token has expired, or is no longer valid for another reason.
     """
-    expires_at = context.caller.expires_at
+    verified_at = time.time()
     with context.queue.events.subscribe(job_id=job_id, types=types) as subscription:
         while True:
-            left = None if expires_at is None else min(expires_at - time.time(), _A_YEAR)
+            event = None
             try:
-                async with asyncio.timeout(left):
+                async with asyncio.timeout(_seconds_valid(context, verified_at)):
                     event = await anext(subscription)
             except StopAsyncIteration:
                 return
             except TimeoutError:
-                raise Unauthenticated("The token has expired.") from None
-            context.forget()
-            # Each event may be requested by another task, and its fields are resolved in that one.
-            hosted_operation.set(hosted)
-            yield JobEvent.of(event)
+                pass
+            if _seconds_valid(context, verified_at) <= 0:
+                await _verify_again(context)
+                verified_at = time.time()
+            if event is not None:
+                context.forget()
+                # Each event may be requested by another task, which resolves its fields.
+                hosted_operation.set(hosted)
+                yield JobEvent.of(event)
+
+
+def _seconds_valid(context: Context, verified_at: float) -> float:
+    """Return for how long a token that was verified then needs not be verified again."""
+    until = verified_at + VERIFIED_SECONDS
+    return min(until, context.caller.expires_at or until) - time.time()
+
+
+async def _verify_again(context: Context) -> None:
+    expires_at = context.caller.expires_at
+    if expires_at is not None and expires_at <= time.time():
+        raise Unauthenticated("The token has expired.")
+    if context.verify_again is not None:
+        await context.verify_again()

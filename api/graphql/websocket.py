@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
+from functools import partial
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -124,6 +125,7 @@ class _Connection:
         self._authenticator = authenticator
         self._max_operations = max_operations
         self._caller: Caller | None = None
+        self._authorization: str | None = None
         self._was_counted = False
         self._operations: dict[str, asyncio.Task[None]] = {}
         self._unread_bytes = 0
@@ -229,10 +231,11 @@ class _Connection:
         if self._caller is not None:
             raise _ProtocolViolation(4429, "Too many initialisation requests")
         given = payload.get("Authorization", payload.get("authorization"))
+        self._authorization = given if isinstance(given, str) else None
         self._was_counted = True
         try:
             self._caller = await self._authenticator.authenticate(
-                self._socket.scope, given if isinstance(given, str) else None
+                self._socket.scope, self._authorization
             )
         except REFUSALS:
             raise _ProtocolViolation(4403, "Forbidden") from None
@@ -269,7 +272,7 @@ class _Connection:
             yield {"errors": [{"message": message}]}
             return
         try:
-            self._authenticator.check_again(self._socket.scope, caller)
+            await self._authenticator.authenticate_again(self._socket.scope, self._authorization)
             prepared = self._executor.prepare(query, name, caller)
         except DocumentRefused as refused:
             yield {"errors": [error.formatted for error in refused.errors]}
@@ -277,7 +280,10 @@ class _Connection:
         except Exception as error:
             yield {"errors": [format_exception(error)]}
             return
-        context = Context(self._socket.app.state.queue, caller)
+        verify_again = partial(
+            self._authenticator.verify_again, self._socket.scope, self._authorization
+        )
+        context = Context(self._socket.app.state.queue, caller, verify_again=verify_again)
         async with aclosing(self._executor.results(prepared, variables, context)) as results:
             async for content in results:
                 yield content

@@ -18,14 +18,6 @@ from sqlalchemy.orm import Session, SessionTransaction
 Publish = Callable[[Sequence[Any]], None]
 
 
-class _Entry(NamedTuple):
-    """What to publish. With a connection, only if the transaction on it has ended."""
-
-    publish: Publish
-    events: tuple[Any, ...]
-    connection: Connection | None
-
-
 def publish_after_commit(
     session: AsyncSession | Session,
     publish: Publish,
@@ -46,8 +38,7 @@ def publish_after_commit(
         unpublished = target.info[_UNPUBLISHED] = _Unpublished()
         event.listen(target, "after_commit", unpublished.committed)
         event.listen(target, "after_transaction_end", unpublished.ended)
-    connection = None if joined else target.connection()
-    unpublished.add(target, _Entry(publish, tuple(events), connection))
+    unpublished.add(target, _Entry(target.connection(), publish, tuple(events), joined))
 
 
 def not_yet_published(session: AsyncSession | Session, publish: Publish) -> list[Any]:
@@ -55,6 +46,18 @@ def not_yet_published(session: AsyncSession | Session, publish: Publish) -> list
     target = session if isinstance(session, Session) else session.sync_session
     unpublished = target.info.get(_UNPUBLISHED)
     return unpublished.of(publish) if isinstance(unpublished, _Unpublished) else []
+
+
+class _Entry(NamedTuple):
+    """Events, and the connection on which their jobs were inserted.
+
+    `joined` says whether to publish them when the session has joined an outer transaction.
+    """
+
+    connection: Connection
+    publish: Publish
+    events: tuple[Any, ...]
+    joined: bool
 
 
 class _Unpublished:
@@ -69,6 +72,7 @@ class _Unpublished:
             self._entries.setdefault(transaction, []).append(entry)
 
     def of(self, publish: Publish) -> list[Any]:
+        """Return what awaits a call of `publish`."""
         return [
             each
             for entries in self._entries.values()
@@ -86,12 +90,12 @@ class _Unpublished:
         outer = _savepoint_or_root(transaction.parent)
         if outer is not None:
             self._entries.setdefault(outer, []).extend(happened)
-            return
-        for publish, events, connection in happened:
-            if connection is None or not connection.in_transaction():
-                # An error after the commit must not look like an error of the commit.
-                with suppress(Exception):
-                    publish(events)
+        else:
+            for connection, publish, events, joined in happened:
+                if joined or not connection.in_transaction():
+                    # An error after the commit must not look like an error of the commit.
+                    with suppress(Exception):
+                        publish(events)
 
     def ended(self, _session: Session, transaction: SessionTransaction) -> None:
         """Discard what was not committed: it was rolled back, or the session was closed."""

@@ -94,6 +94,8 @@ class Leasing:
         The wait ends when `stop` is set or the call is cancelled. Jobs that are leased for a
         cancelled call are released.
 
+        Fewer jobs are leased once their payloads have a megabyte of JSON text together.
+
         Waiting holds no database connection. Attempts of any worker whose lease has expired are
         ended first.
 

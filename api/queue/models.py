@@ -188,7 +188,7 @@ class Job(Table, table=True):
     progress: Any = Field(sa_column=Column(_json()))
     result: Any = Field(sa_column=Column(_json()))
     error: Any = Field(sa_column=Column(_json()))
-    # How often the job was released or snoozed, and how often in a row within seconds.
+    # How many attempts ended unspent, and how many in a row were given back within seconds.
     returns: int = Field(sa_column=Column(Integer, nullable=False, server_default="0"))
     quick_returns: int = Field(sa_column=Column(Integer, nullable=False, server_default="0"))
 

@@ -168,7 +168,12 @@ class JobQueue(Enqueueing, Reading, Leasing, Changing, Upkeep):
         )
 
     async def __aenter__(self) -> Self:
-        """Open the queue.
+        """Open the queue. Raises as `open` does."""
+        await self.open()
+        return self
+
+    async def open(self) -> None:
+        """Open the queue, for code that closes it elsewhere than in an `async with`.
 
         Raises:
             MigrationRefused: the database does not fit this version, and says what to do.
@@ -185,7 +190,6 @@ class JobQueue(Enqueueing, Reading, Leasing, Changing, Upkeep):
             opening.push_async_callback(self._finish)
             self._opened = opening.pop_all()
         self.loop = asyncio.get_running_loop()
-        return self
 
     async def __aexit__(
         self,

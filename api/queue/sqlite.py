@@ -20,6 +20,7 @@ from job_registry_api.queue.database import read_json, statement
 from job_registry_api.queue.models import METADATA, AttemptOutcome, JobRecord, JobStatus, UtcTime
 from job_registry_api.queue.sqlite_database import SQLiteDatabase
 from job_registry_api.queue.store import (
+    CLAIM_BYTES,
     EVENT_BATCHES_PRUNED,
     EVENTS_KEPT_SECONDS,
     LOST,
@@ -311,6 +312,7 @@ class _Transaction:
             if room > 0 and (level := self._next_level(name, 101)) is not None
         }
         leased: list[Row] = []
+        bytes_left = CLAIM_BYTES
         while tops and len(leased) < claim.jobs:
             level = max(tops.values())
             lanes = [name for name in claim.types if tops.get(name) == level]
@@ -320,7 +322,11 @@ class _Transaction:
                 if most == 0:
                     break
                 taken = self.rows("due", type=name, priority=level, jobs=most)
-                leased += [self._lease(row["id"], claim) for row in taken]
+                for row in taken:
+                    leased.append(self._lease(row["id"], claim))
+                    bytes_left -= row["bytes"]
+                    if bytes_left <= 0:
+                        return leased
                 rooms[name] -= len(taken)
                 if len(taken) < most:
                     below = self._next_level(name, level)
@@ -392,14 +398,17 @@ class _Transaction:
             next_run_at=self.at(_delay(report, job, quickly)) if status == "queued" else None,
             finished_at=self.now if status != "queued" else None,
             attempt=job["attempt"] if spent else job["attempt"] - 1,
-            returns=job["returns"] + returned,
+            returns=job["returns"] + (not spent),
             quick_returns=job["quick_returns"] + 1 if quickly else 0,
             result=_text(report.result) if succeeded else job["result"],
             error=None if succeeded else error or job["error"],
             lease_token=report.token if succeeded else None,
         )
-        if returned and ended["returns"] % 32 == 0:
+        attempts = ended["attempt"] + ended["returns"]
+        if attempts % 32 == 0:
             self.change("forget_returned", id=job["id"])
+            if attempts > 1_000:
+                self.change("forget_oldest", id=job["id"])
         self._add_event("job.retrying" if status == "queued" else f"job.{status}", ended)
         return dict(ended)
 

@@ -38,6 +38,12 @@ from job_registry_api.queue.models import (
 
 T = TypeVar("T")
 
+CLAIM_BYTES: Final = 1_000_000
+"""No more jobs are leased by one claim once their payloads have this many bytes of JSON text.
+
+Each is read whole, and its objects may take 24 times the memory of their text.
+"""
+
 TIMED_OUT: Final = JobError("timed_out", "The attempt exceeded its timeoutSeconds.")
 LOST: Final = JobError(
     "lost", "The lease was not renewed: the worker stopped, or lost its connection to the queue."
@@ -267,7 +273,8 @@ class Store(ABC):
 
         A type with a limit is locked before its running jobs are counted. A claim takes jobs of a
         type with a limit only if it has locked and counted it. Rows that another transaction has
-        locked are skipped. Attempts whose lease has expired are ended first.
+        locked are skipped. Attempts whose lease has expired are ended first. No more jobs are
+        leased once their payloads have `CLAIM_BYTES`.
         """
 
     @abstractmethod

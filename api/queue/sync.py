@@ -172,7 +172,7 @@ class SyncQueue:
         def run() -> None:
             with asyncio.Runner(loop_factory=lambda: loop) as runner:
                 try:
-                    runner.run(self._queue.__aenter__())
+                    runner.run(self._queue.open())
                 except BaseException as error:
                     failures.append(error)
                     return

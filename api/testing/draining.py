@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace, TracebackType
 from typing import Any, Final
 
-from job_registry import Cancel, Fail, JobContext, Retry, Snooze
+from job_registry import JobContext
 from job_registry.extension import CallNext
 from job_registry_api.queue.claiming import Lease
 from job_registry_api.queue.models import AttemptOutcome, AttemptRecord, JobRecord, JobStatus
@@ -24,8 +24,8 @@ END_SECONDS: Final = 1.0
 
 WORKER_ID: Final = "drain"
 
-_INTENDED: Final = (Retry, Fail, Cancel, Snooze)
 _INTENDED_CODES: Final = ("retry", "failed")
+"""The error codes of attempts whose handler raised `Retry` or `Fail`."""
 
 
 class DrainFailed(AssertionError):
@@ -99,6 +99,7 @@ class _Run:
     ) -> None:
         self._queue = queue
         self._lease = lease
+        self._handler: asyncio.Task[Any] | None = None
         self._raised: _RaisedError | None = None
         self._ended: AttemptRecord | None = None
         middleware = (self._watch, *(m for e in queue.registry.extensions for m in e.middleware))
@@ -139,11 +140,14 @@ class _Run:
         self._attempt.release()
         if not self._attempt.overdue:
             await asyncio.wait({running}, timeout=END_SECONDS)
-        for _ in range(40):
-            if running.done():
-                return
-            await self._attempt.abandon()
-            await asyncio.wait({running}, timeout=0.05)
+        # A thread cannot be stopped, and an event loop that is closed waits for its tasks. The
+        # first cancellation ends the wait for the result, the next the wait for the thread.
+        for _ in range(100):
+            if self._handler is None or self._handler.done():
+                break
+            self._handler.cancel()
+            await asyncio.sleep(0)
+        await asyncio.wait({running}, timeout=2 * END_SECONDS)
         running.cancel()
 
     def raise_error(self) -> None:
@@ -153,29 +157,27 @@ class _Run:
             DrainFailed: the attempt failed for another reason.
         """
         __tracebackhide__ = True
-        ended = self._ended
-        if self._raised is not None:
-            if not isinstance(self._raised.error, _INTENDED):
-                self._raised.error.add_note(
-                    f"Raised by the handler of {_named(self._lease.job)} in attempt"
-                    f" {self._lease.job.attempt} of {self._lease.job.max_attempts}."
-                )
-                raise self._raised.restored()
-        elif ended is not None and ended.outcome in (None, AttemptOutcome.LOST):
+        assert self._ended is not None
+        job, outcome, error = self._lease.job, self._ended.outcome, self._ended.error
+        if outcome in (None, AttemptOutcome.LOST):
             raise DrainFailed(
-                f"{_named(self._lease.job)} lost its lease while its handler ran: the clock was"
-                " advanced by more than a lease lasts."
+                f"{_named(job)} lost its lease while its handler ran: the clock was advanced by"
+                " more than a lease lasts."
             )
-        elif ended is not None and ended.outcome in (
-            AttemptOutcome.FAILED,
-            AttemptOutcome.TIMED_OUT,
-        ):
-            error = ended.error
-            if error is None or error.code not in _INTENDED_CODES:
-                reason = "" if error is None else f" as {error.code}: {error.message}"
-                raise DrainFailed(f"{_named(self._lease.job)} failed{reason}")
+        if outcome is AttemptOutcome.TIMED_OUT and error is not None:
+            raise DrainFailed(f"{_named(job)} failed as {error.code}: {error.message}")
+        if outcome is not AttemptOutcome.FAILED or error is None or error.code in _INTENDED_CODES:
+            return
+        if self._raised is None:
+            raise DrainFailed(f"{_named(job)} failed as {error.code}: {error.message}")
+        self._raised.error.add_note(
+            f"Raised by the handler of {_named(job)} in attempt {job.attempt} of"
+            f" {job.max_attempts}."
+        )
+        raise self._raised.restored()
 
     async def _watch(self, _job: JobContext, call_next: CallNext) -> Any:
+        self._handler = asyncio.current_task()
         try:
             return await call_next()
         except Exception as error:
@@ -202,23 +204,20 @@ class _RaisedError:
                 waiting += each.exceptions
 
     def restored(self) -> Exception:
-        """Return the exception with its tracebacks, which begin in the code of the user."""
+        """Return the exception with its tracebacks, in which only users' code is left."""
         for each, traceback in self.tracebacks:
             each.__traceback__ = _without_worker(traceback)
         return self.error
 
 
 def _without_worker(traceback: TracebackType | None) -> TracebackType | None:
-    """Return the traceback without the frames of the worker that called the handler."""
-    inner = traceback
-    while inner is not None and _is_of_worker(inner):
-        inner = inner.tb_next
-    return inner or traceback
-
-
-def _is_of_worker(traceback: TracebackType) -> bool:
-    name: str = traceback.tb_frame.f_globals.get("__name__", "")
-    return name.startswith("job_registry_api.")
+    """Return the traceback without the frames of the worker."""
+    if traceback is None:
+        return None
+    inner = _without_worker(traceback.tb_next)
+    if traceback.tb_frame.f_globals.get("__name__", "").startswith("job_registry_api."):
+        return inner
+    return TracebackType(inner, traceback.tb_frame, traceback.tb_lasti, traceback.tb_lineno)
 
 
 def _named(job: JobRecord) -> str:

@@ -75,12 +75,15 @@ class TestQueue(JobQueue):
         lease_seconds: float = defaults.LEASE_SECONDS,
         _file: QueueFile | None = None,
     ) -> None:
-        self._file = _file or QueueFile()
-        self.assets = str(self._file.folder / "assets" if assets is None else assets)
+        if not isinstance(registry, JobRegistry):
+            registry = JobRegistry(registry)
+        self.file = _file or QueueFile()
+        """The database of the queue, and its clock."""
+        self.assets = str(self.file.folder / "assets" if assets is None else assets)
         """Where jobs read and write files: `job.assets` of their handlers."""
         super().__init__(
-            registry if isinstance(registry, JobRegistry) else JobRegistry(registry),
-            self._file.database(),
+            registry,
+            self.file.database(),
             lease_seconds=lease_seconds,
         )
 
@@ -99,7 +102,7 @@ class TestQueue(JobQueue):
         if "sync" in self.__dict__:
             self.sync.end()
         self.end()
-        self._file.delete()
+        self.file.delete()
 
     def end(self) -> None:
         """Close the connections to the file."""
@@ -194,7 +197,7 @@ class TestQueue(JobQueue):
     @property
     def now(self) -> datetime:
         """The time of the queue, in UTC."""
-        return datetime.now(UTC) + timedelta(seconds=self._file.ahead)
+        return datetime.now(UTC) + timedelta(seconds=self.file.ahead)
 
     def advance(
         self, *, days: float = 0, hours: float = 0, minutes: float = 0, seconds: float = 0
@@ -209,7 +212,7 @@ class TestQueue(JobQueue):
         by = timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
         if by < timedelta():
             raise ValueError(f"expected a time of zero or more; got {by.total_seconds():g} seconds")
-        self._file.ahead += by.total_seconds()
+        self.file.ahead += by.total_seconds()
 
     def advance_to(self, time: datetime) -> None:
         """Advance the clock of the queue to this time, unless it is past.
@@ -220,12 +223,12 @@ class TestQueue(JobQueue):
         if time.tzinfo is None:
             raise ValueError(f"expected a time with an offset from UTC; got {time.isoformat()}")
         # The clock of the database has milliseconds.
-        self._file.ahead += max(0.0, (time - self.now).total_seconds() + 0.001)
+        self.file.ahead += max(0.0, (time - self.now).total_seconds() + 0.001)
 
     def _skip_to_next(self, types: Sequence[str]) -> bool:
         times = [
             job.next_run_at
-            for job in self._file.jobs(types)
+            for job in self.file.jobs(types)
             if job.next_run_at is not None  # Only queued jobs have one.
         ]
         if times:
@@ -246,11 +249,11 @@ class TestQueue(JobQueue):
             TypeError: the payload has no such field.
         """
         if what is None and not fields:
-            return self._file.jobs()
+            return self.file.jobs()
         if what is None:
             raise TypeError("fields need a job type, as the first argument")
         names, wanted = self._wanted(what, fields)
-        return [job for job in self._file.jobs(names) if not self._differences(job, wanted)]
+        return [job for job in self.file.jobs(names) if not self._differences(job, wanted)]
 
     def assert_enqueued(self, what: What | Payload, /, **fields: Any) -> JobRecord:
         """Return the one job of a type whose payload has these fields. See `jobs`.
@@ -328,7 +331,7 @@ class TestQueue(JobQueue):
 
     def _what_there_is(self, names: Sequence[str], wanted: dict[str, Any]) -> str:
         """Return the part of a message that says what was enqueued instead."""
-        everything = self._file.jobs()
+        everything = self.file.jobs()
         lines = []
         for job in [job for job in everything if job.type in names][:SHOWN]:
             differences = "; ".join(self._differences(job, wanted))
@@ -337,7 +340,7 @@ class TestQueue(JobQueue):
         if others:
             listed = ", ".join(f"{name} ({count})" for name, count in sorted(others.items()))
             lines.append(f"  Other jobs: {listed}")
-        if uncommitted := self._file.uncommitted_jobs():
+        if uncommitted := self.file.uncommitted_jobs():
             lines.append(f"  Enqueued in a session that has not committed: {uncommitted}")
         return "\n" + "\n".join(lines) if lines else " No job was enqueued."
 
@@ -346,13 +349,13 @@ class TestQueue(JobQueue):
     def _insert_within(self, session: Session, jobs: Sequence[NewJob]) -> dict[uuid.UUID, Stored]:
         """Return what an insert would; `_publish_within` keeps the jobs until the commit."""
         session.connection()  # As in production, the session begins its transaction now.
-        return self._file.insert_later(session, jobs, self.now)
+        return self.file.insert_later(session, jobs, self.now)
 
     def _publish_within(
         self, session: Session, jobs: Sequence[NewJob], stored: Mapping[uuid.UUID, Stored]
     ) -> None:
         new = [job for job in jobs if stored[job.id].existing is None]
-        publish_after_commit(session, self._file.insert, new, joined=True)
+        publish_after_commit(session, self.file.insert, new, joined=True)
 
 
 class SyncTestQueue(SyncQueue):
@@ -367,7 +370,7 @@ class SyncTestQueue(SyncQueue):
             queue.registry,
             assets=queue.assets,
             lease_seconds=queue.lease_seconds,
-            _file=queue._file,
+            _file=queue.file,
         )
         super().__init__(self._twin)
 

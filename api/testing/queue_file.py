@@ -41,6 +41,8 @@ class QueueFile:
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="job-queue-", dir=_memory()))
+        # Also at the end of the process, for a test that was not finished.
+        self._deleting = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         path = self.folder / "jobs.db"
         path.write_bytes(_template())
         self.ahead = 0.0
@@ -58,7 +60,7 @@ class QueueFile:
 
     def delete(self) -> None:
         """Delete the file, and the assets beside it."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._deleting()
 
     def jobs(self, types: Sequence[str] | None = None) -> list[JobRecord]:
         """Return the jobs of these types in the order of enqueueing."""
@@ -67,7 +69,7 @@ class QueueFile:
         if types is not None:
             query = query.where(col(Job.type).in_(types))
         with self._engine.connect() as connection:
-            return [JobRecord.of(row) for row in connection.execute(query).mappings()]
+            return [JobRecord.of(dict(row)) for row in connection.execute(query).mappings()]
 
     def insert(self, jobs: Sequence[NewJob]) -> None:
         """Store jobs, in a transaction of their own."""

@@ -75,8 +75,6 @@ OVERDUE_LOG_SECONDS: Final = 60.0
 REPORT_SECONDS: Final = 10.0
 """How long to repeat a report after the lease may have expired. The database decides."""
 
-_ABANDON_TURNS: Final = 100
-
 AFTER_CRASH: Final = ("lost", "process_died")
 """The error codes after which the next attempt runs in a separate process."""
 
@@ -141,16 +139,6 @@ class Attempt:
     def release(self) -> None:
         """Stop the handler and release the job, because the worker shuts down."""
         self._request_stop(RELEASE_SECONDS, releasing=True)
-
-    async def abandon(self) -> None:
-        """Let the attempt end although its handler runs on in a thread, which cannot be stopped."""
-        call = self._call
-        for _ in range(_ABANDON_TURNS):
-            if call is None or call.ended.done():
-                return
-            # The first cancellation ends the wait for the result, the next the wait for the thread.
-            call.ended.cancel()
-            await asyncio.sleep(0)
 
     async def run(self) -> None:
         """Run the attempt and report it."""

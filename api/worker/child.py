@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import functools
 import os
 import signal
 import socket
@@ -20,6 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final, cast
 
@@ -47,6 +49,11 @@ from job_registry_api.worker.running import HandlerCall, tasks_of_handlers_conta
 
 HEADER: Final = struct.Struct("!I")
 """The header of each frame: the number of bytes that follow."""
+
+CUT_OFF: Final = 74
+"""The exit code of a process that cannot report to its worker: EX_IOERR of sysexits.h."""
+
+_STANDARD_ERROR: Final = 2
 
 
 def frame(message: dict[str, Any]) -> bytes:
@@ -154,6 +161,60 @@ class _Link:
             self.socket.sendall(frame(message))
 
 
+class _Descriptors:
+    """The file descriptors that this process works with: its socket, and those of its event loop.
+
+    A handler can close them, for example with all that it did not open itself. Nothing notices:
+    the event loop then waits for ever, and what is sent goes nowhere, or into a file of the handler
+    that has got the same descriptor.
+    """
+
+    def __init__(self) -> None:
+        self._process = os.getpid()
+        self._identities = {
+            descriptor: identity
+            for descriptor in (int(path.name) for path in Path("/dev/fd").iterdir())
+            if descriptor > _STANDARD_ERROR and (identity := _identity(descriptor)) is not None
+        }
+
+    def checked_after(self, handler: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the handler, after which the process ends if one of them is no longer open."""
+        if is_async(handler):
+
+            @functools.wraps(handler)
+            async def checked(*arguments: Any) -> Any:
+                try:
+                    return await handler(*arguments)
+                finally:
+                    self._check()
+        else:
+
+            @functools.wraps(handler)
+            def checked(*arguments: Any) -> Any:
+                try:
+                    return handler(*arguments)
+                finally:
+                    self._check()
+
+        return checked
+
+    def _check(self) -> None:
+        # A forked child that goes on as the handler has no link, and reports nothing.
+        if os.getpid() == self._process and any(
+            _identity(descriptor) != identity for descriptor, identity in self._identities.items()
+        ):
+            os._exit(CUT_OFF)
+
+
+def _identity(descriptor: int) -> tuple[int, int] | None:
+    """Return what a file descriptor refers to; None if it is closed."""
+    try:
+        status = os.fstat(descriptor)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
 class _Current:
     """The running job, for the thread that receives its cancellation."""
 
@@ -169,6 +230,7 @@ async def _serve(link: _Link, start: dict[str, Any]) -> None:
     current = _Current()
     arguments = (link, loop, jobs, current)
     threading.Thread(target=_listen, args=arguments, name="worker-link", daemon=True).start()
+    descriptors = _Descriptors()
     extensions: list[WorkerExtension] = [import_from(each) for each in start["extensions"]]
     middleware = [each for extension in extensions for each in extension.middleware]
     async with lifespans(extensions) as state:
@@ -176,7 +238,7 @@ async def _serve(link: _Link, start: dict[str, Any]) -> None:
         link.send({"ready": True})
         with tasks_of_handlers_contained():
             while (run := await jobs.get()) is not None:
-                end = await _run(link, run, current, start, middleware, state, memory)
+                end = await _run(link, descriptors, run, current, start, middleware, state, memory)
                 link.send(
                     {
                         "ended": run["number"],
@@ -188,6 +250,7 @@ async def _serve(link: _Link, start: dict[str, Any]) -> None:
 
 async def _run(
     link: _Link,
+    descriptors: _Descriptors,
     run: dict[str, Any],
     current: _Current,
     start: dict[str, Any],
@@ -238,7 +301,7 @@ async def _run(
         handler = memory.around(handler, limit_mb)
         link.send({"limited": run["number"], "near": memory.near})
     call = HandlerCall(
-        handler,
+        descriptors.checked_after(handler),
         context,
         payload,
         # In a thread, as in a worker: a plain function may run an event loop itself.

@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 import structlog
@@ -126,3 +128,60 @@ connect()
     assert SECRET.upper() not in result.stderr
     assert "structlog" in result.stderr
     assert result.stderr.splitlines()[-1].startswith("The job types cannot be loaded: broken:")
+
+
+COMMANDS = [
+    ["types"],
+    ["types", "--json"],
+    ["policy", "payout.execute"],
+    ["schema"],
+    ["migrate"],
+    ["--version"],
+    ["--help"],
+]
+
+
+@pytest.mark.parametrize("arguments", COMMANDS, ids=" ".join)
+@pytest.mark.parametrize("buffered", [True, False])
+def test_an_output_that_cannot_be_written_is_a_sentence(
+    jobs: Shell, arguments: list[str], buffered: bool
+) -> None:
+    with Path("/dev/full").open("w") as full:
+        result = run_to(full, jobs, arguments, buffered)
+    assert result.stderr == "The output could not be written: No space left on device.\n"
+    assert result.returncode == 1
+
+
+@pytest.mark.parametrize("arguments", COMMANDS, ids=" ".join)
+@pytest.mark.parametrize("buffered", [True, False])
+def test_a_command_whose_output_is_read_no_further_ends_silently(
+    jobs: Shell, arguments: list[str], buffered: bool
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as pipe:  # noqa: PTH123
+        result = run_to(pipe, jobs, arguments, buffered)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_a_closed_output_is_a_sentence(jobs: Shell) -> None:
+    command = f"{sys.executable} -m job_registry_api.cli types --json >&-"
+    result = subprocess.run(
+        ["bash", "-c", command], env=jobs.environment, capture_output=True, text=True, check=False
+    )
+    expected = "The output could not be written: standard output is closed.\n"
+    assert (result.returncode, result.stderr) == (1, expected)
+
+
+def run_to(
+    output: TextIO, jobs: Shell, arguments: list[str], buffered: bool
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "job_registry_api.cli", *arguments],
+        cwd=jobs.folder,
+        env=jobs.environment | {"PYTHONUNBUFFERED": "" if buffered else "1"},
+        stdout=output,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,7 +34,7 @@ from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.models import JobStatus
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.worker import Worker
-from tests import ROOT
+from tests import CODE, ROOT
 from tests.docs.pages import blocks, write_modules
 
 Imported = Callable[[str], ModuleType]
@@ -56,6 +58,8 @@ def test_every_module_of_the_pages_is_imported_by_a_test() -> None:
     # Run by a console example.
     tested |= {"shop_enqueue.py", "mailer.py"}
     tested |= {"shop_orders_nested.py", "shop_api.py"}
+    # Run by pytest, below.
+    tested |= {str(block.argument) for block in blocks("module", "testing.md")}
     # By `test_embedding.py`.
     tested |= {"mounted.py", "mounted_starlette.py", "openings.py", "merged_graphql.py"}
     tested |= {"leave_out.py"}
@@ -83,6 +87,34 @@ async def test_the_exceptions_of_the_handler_are_raised_as_written(imported: Imp
         await shop.send(job, shop.InvoiceSend(invoice_id="inv-0"))
     with pytest.raises(Retry):
         await shop.send(job, shop.InvoiceSend(invoice_id="inv-busy"))
+
+
+def test_the_tests_of_the_testing_page_pass(tmp_path: Path) -> None:
+    write_modules(tmp_path)
+    names = [block.argument for block in blocks("module", "testing.md")]
+    tests = [name for name in names if name is not None and name != "conftest.py"]
+    plugins = ["job_registry_api.pytest_plugin", "pytest_asyncio.plugin"]
+    options = ["pythonpath=.", "asyncio_mode=auto", "asyncio_default_fixture_loop_scope=function"]
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "pytest", "-W", "error", "-p", "no:cacheprovider", *tests,
+            *(word for name in plugins for word in ("-p", name)),
+            *(word for option in options for word in ("-o", option)),
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": CODE, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    shown = sum(block.text.count("def test_") for block in blocks("module", "testing.md"))
+    assert f"{shown} passed" in done.stdout
+
+
+def test_the_first_test_takes_ten_lines() -> None:
+    (first, *_) = blocks("module", "testing.md")
+    assert len([line for line in first.text.splitlines() if line.strip()]) <= 10
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import json
+from typing import cast
 
 import httpx
 import pytest
+import structlog
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from tests.http_client import Visit
 
@@ -109,3 +116,64 @@ async def test_no_answer_is_for_a_cache_and_none_is_guessed_at(visit: Visit, ori
     assert page.headers.get_list("cache-control") == ["no-cache"]
     assert "accept" in page.headers["vary"].lower()
     assert json.loads(answers[5].text) == {"data": {"__typename": "Query"}}
+
+
+async def fails(_request: Request) -> Response:
+    raise RuntimeError("A secret of an endpoint.")
+
+
+async def fails_halfway(_scope: Scope, _receive: Receive, send: Send) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"a", "more_body": True})
+    raise RuntimeError("A secret of an endpoint.")
+
+
+@pytest.mark.parametrize("origins", ["", "https://app.example.com"])
+async def test_an_unexpected_exception_of_an_endpoint_is_answered_with_its_id_alone(
+    visit: Visit, origins: str
+) -> None:
+    async with visit(cors_origins=origins, production="true") as client:
+        application_of(client).routes.append(Route("/fails", fails))
+        with structlog.testing.capture_logs() as lines:
+            answer = await client.get("/fails")
+    assert answer.status_code == 500
+    error = answer.json()["error"]
+    error_id = error["details"][0]["errorId"]
+    assert error == {
+        "code": "internal_error",
+        "message": f"Something went wrong here. It is logged as {error_id}.",
+        "details": [{"errorId": error_id}],
+    }
+    assert answer.headers["cache-control"] == "no-store"
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert "Accept" in answer.headers["vary"]
+    assert [line["error_id"] for line in lines if line["event"] == "unexpected"] == [error_id]
+
+
+async def test_an_answer_that_fails_halfway_is_not_ended_as_if_it_were_whole(visit: Visit) -> None:
+    class FailsHalfway:
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            await fails_halfway(scope, receive, send)
+
+    async with visit() as client:
+        application_of(client).routes.append(Route("/fails", FailsHalfway()))
+        with pytest.raises(RuntimeError):
+            await client.get("/fails")
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics"])
+async def test_a_method_that_a_health_path_does_not_take_is_refused_as_everywhere(
+    visit: Visit, path: str
+) -> None:
+    async with visit() as client:
+        answer = await client.post(path)
+    assert (answer.status_code, answer.headers["allow"]) == (405, "GET, HEAD")
+    assert answer.json()["error"] == {
+        "code": "method_not_allowed",
+        "message": "This path accepts only GET and HEAD.",
+        "details": [],
+    }
+
+
+def application_of(client: httpx.AsyncClient) -> Starlette:
+    return cast(Starlette, client.application)  # type: ignore[attr-defined]

@@ -37,50 +37,50 @@ async def engine(database_url: str) -> AsyncIterator[AsyncEngine]:
     await engine.dispose()
 
 
-class Told:
+class Published:
     """What was published in this process, and what another process received."""
 
     def __init__(self, queue: JobQueue, there: Subscription) -> None:
         self._queue = queue
         self._there = there
-        self.published: list[uuid.UUID] = []
+        self.here: list[uuid.UUID] = []
 
     async def jobs(self) -> list[uuid.UUID]:
-        """The jobs whose events were told since the last call, the same here and there."""
+        """The jobs whose events were published since the last call, the same here and there."""
         # What comes before this one's event is all there is to come.
         last = (await self._queue.enqueue(PING)).job.id
         received: list[uuid.UUID] = []
         async with asyncio.timeout(10):
             while (job_id := (await anext(self._there)).job_id) != last:
                 received.append(job_id)
-        published = self.published[:-1]
-        assert self.published[-1] == last
-        self.published.clear()
+        published = self.here[:-1]
+        assert self.here[-1] == last
+        self.here.clear()
         assert received == published
         return published
 
 
 @pytest.fixture
-async def told(
+async def announced(
     queue: JobQueue,
     database_url: str,
     registry: JobRegistry,
     monkeypatch: pytest.MonkeyPatch,
-) -> AsyncIterator[Told]:
+) -> AsyncIterator[Published]:
     async with JobQueue.from_url(database_url, registry, lease_seconds=30) as other:
         with other.events.subscribe() as there:
-            told = Told(queue, there)
+            published = Published(queue, there)
 
             def keep(_logger: object, _method: str, line: Any) -> Any:
                 if line["event"].startswith("job."):
-                    told.published.append(uuid.UUID(line["job_id"]))
+                    published.here.append(uuid.UUID(line["job_id"]))
                 raise structlog.DropEvent
 
             logger = structlog.wrap_logger(
                 structlog.PrintLogger(), processors=[keep], wrapper_class=structlog.BoundLogger
             )
             monkeypatch.setattr("job_registry_api.queue.events.log", logger)
-            yield told
+            yield published
 
 
 async def enqueue(queue: JobQueue, session: AsyncSession) -> uuid.UUID:
@@ -93,28 +93,28 @@ async def stored(queue: JobQueue, *job_ids: uuid.UUID) -> list[bool]:
 
 
 async def test_a_job_is_published_when_the_caller_commits_and_not_before(
-    queue: JobQueue, engine: AsyncEngine, told: Told
+    queue: JobQueue, engine: AsyncEngine, announced: Published
 ) -> None:
     async with AsyncSession(engine) as session:
         job = await enqueue(queue, session)
-        assert told.published == []
+        assert announced.here == []
         await session.commit()
-    assert await told.jobs() == [job]
+    assert await announced.jobs() == [job]
     assert await stored(queue, job) == [True]
 
 
 async def test_a_rollback_publishes_nothing(
-    queue: JobQueue, engine: AsyncEngine, told: Told
+    queue: JobQueue, engine: AsyncEngine, announced: Published
 ) -> None:
     async with AsyncSession(engine) as session:
         job = await enqueue(queue, session)
         await session.rollback()
-    assert await told.jobs() == []
+    assert await announced.jobs() == []
     assert await stored(queue, job) == [False]
 
 
 async def test_a_session_that_is_closed_without_a_commit_publishes_nothing(
-    queue: JobQueue, engine: AsyncEngine, told: Told
+    queue: JobQueue, engine: AsyncEngine, announced: Published
 ) -> None:
     session = AsyncSession(engine)
     await enqueue(queue, session)
@@ -123,11 +123,11 @@ async def test_a_session_that_is_closed_without_a_commit_publishes_nothing(
     job = await enqueue(queue, session)
     await session.commit()
     await session.close()
-    assert await told.jobs() == [job]
+    assert await announced.jobs() == [job]
 
 
 async def test_a_savepoint_that_is_rolled_back_publishes_nothing_and_the_rest_is_published(
-    queue: JobQueue, engine: AsyncEngine, told: Told
+    queue: JobQueue, engine: AsyncEngine, announced: Published
 ) -> None:
     async with AsyncSession(engine) as session:
         before = await enqueue(queue, session)
@@ -136,25 +136,25 @@ async def test_a_savepoint_that_is_rolled_back_publishes_nothing_and_the_rest_is
         await savepoint.rollback()
         after = await enqueue(queue, session)
         await session.commit()
-    assert await told.jobs() == [before, after]
+    assert await announced.jobs() == [before, after]
     assert await stored(queue, before, lost, after) == [True, False, True]
 
 
 async def test_a_released_savepoint_is_published_with_the_commit_around_it(
-    queue: JobQueue, engine: AsyncEngine, told: Told
+    queue: JobQueue, engine: AsyncEngine, announced: Published
 ) -> None:
     async with AsyncSession(engine) as session:
         async with session.begin_nested():
             inside = await enqueue(queue, session)
-        assert told.published == []
+        assert announced.here == []
         after = await enqueue(queue, session)
-        assert told.published == []
+        assert announced.here == []
         await session.commit()
-    assert await told.jobs() == [inside, after]
+    assert await announced.jobs() == [inside, after]
 
 
 async def test_a_released_savepoint_is_lost_with_the_rollback_around_it(
-    queue: JobQueue, engine: AsyncEngine, told: Told
+    queue: JobQueue, engine: AsyncEngine, announced: Published
 ) -> None:
     async with AsyncSession(engine) as session:
         async with session.begin_nested():
@@ -162,12 +162,12 @@ async def test_a_released_savepoint_is_lost_with_the_rollback_around_it(
         await session.rollback()
         kept = await enqueue(queue, session)
         await session.commit()
-    assert await told.jobs() == [kept]
+    assert await announced.jobs() == [kept]
     assert await stored(queue, job, kept) == [False, True]
 
 
 async def test_savepoints_within_savepoints_are_distinguished(
-    queue: JobQueue, engine: AsyncEngine, told: Told
+    queue: JobQueue, engine: AsyncEngine, announced: Published
 ) -> None:
     async with AsyncSession(engine) as session:
         first = await enqueue(queue, session)
@@ -185,13 +185,13 @@ async def test_savepoints_within_savepoints_are_distinguished(
         async with session.begin_nested():
             await enqueue(queue, session)
         await outer.rollback()
-        assert told.published == []
+        assert announced.here == []
         await session.commit()
-    assert await told.jobs() == [first, second, third]
+    assert await announced.jobs() == [first, second, third]
 
 
 async def test_a_commit_releases_the_savepoints_that_are_still_open(
-    queue: JobQueue, engine: AsyncEngine, told: Told
+    queue: JobQueue, engine: AsyncEngine, announced: Published
 ) -> None:
     async with AsyncSession(engine) as session:
         first = await enqueue(queue, session)
@@ -200,11 +200,11 @@ async def test_a_commit_releases_the_savepoints_that_are_still_open(
         await session.begin_nested()
         third = await enqueue(queue, session)
         await session.commit()
-    assert await told.jobs() == [first, second, third]
+    assert await announced.jobs() == [first, second, third]
 
 
 async def test_a_failed_statement_in_a_savepoint_loses_only_what_the_savepoint_holds(
-    queue: JobQueue, engine: AsyncEngine, told: Told
+    queue: JobQueue, engine: AsyncEngine, announced: Published
 ) -> None:
     async with AsyncSession(engine) as session:
         first = await enqueue(queue, session)
@@ -214,11 +214,11 @@ async def test_a_failed_statement_in_a_savepoint_loses_only_what_the_savepoint_h
                 await session.execute(text("SELECT nothing FROM nowhere"))
         last = await enqueue(queue, session)
         await session.commit()
-    assert await told.jobs() == [first, last]
+    assert await announced.jobs() == [first, last]
 
 
 async def test_a_session_serves_one_transaction_after_another(
-    queue: JobQueue, engine: AsyncEngine, told: Told
+    queue: JobQueue, engine: AsyncEngine, announced: Published
 ) -> None:
     kept = []
     async with AsyncSession(engine) as session:
@@ -229,12 +229,12 @@ async def test_a_session_serves_one_transaction_after_another(
             else:
                 await session.commit()
                 kept.append(job)
-                assert told.published == kept
-    assert await told.jobs() == kept
+                assert announced.here == kept
+    assert await announced.jobs() == kept
 
 
 async def test_a_deduplicated_job_is_not_published_again(
-    queue: JobQueue, engine: AsyncEngine, told: Told
+    queue: JobQueue, engine: AsyncEngine, announced: Published
 ) -> None:
     request = EnqueueRequest("test.ping", {}, idempotency_key="once")
     async with AsyncSession(engine) as session:
@@ -242,7 +242,7 @@ async def test_a_deduplicated_job_is_not_published_again(
         again = await queue.enqueue(request, session=session)
         await session.commit()
     assert again.deduplicated
-    assert await told.jobs() == [first.job.id]
+    assert await announced.jobs() == [first.job.id]
 
 
 async def test_a_commit_is_a_commit_whatever_publishing_does(
@@ -405,7 +405,7 @@ def test_flushes_do_not_count_as_commits(published: list[str]) -> None:
 async def test_a_commit_in_another_thread_is_published_on_the_queues_own_loop(
     queue: JobQueue,
 ) -> None:
-    told: list[int] = []
+    announced: list[int] = []
 
     def commit() -> None:
         engine = _sqlite()
@@ -418,12 +418,12 @@ async def test_a_commit_in_another_thread_is_published_on_the_queues_own_loop(
 
     with (
         queue.events.waiting_for(["test.pong"], []) as woken,
-        queue.events.on_work(lambda _: told.append(threading.get_ident())),
+        queue.events.on_work(lambda _: announced.append(threading.get_ident())),
     ):
         await asyncio.to_thread(commit)
         async with asyncio.timeout(5):
             await woken.wait()
-    assert told == [threading.get_ident()]
+    assert announced == [threading.get_ident()]
 
 
 def test_sessions_leave_nothing_behind(published: list[str]) -> None:

@@ -61,7 +61,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "running": {"now": "2030", "type": "test.ping"},
     "next_end": {"now": "2030"},
     "prune": {"status": "succeeded", "before": "2030", "jobs": 200},
-    "waiting": {"ids": '["f"]', "most": 1_000},
+    "waiting": {"ids": '["f"]', "most": 1_000, "shift": "+0 seconds"},
 }
 
 

@@ -575,26 +575,26 @@ async def test_work_is_reported_once_for_each_job_by_this_process_and_others(
 async def test_a_requested_cancellation_is_reported_at_once(
     queue: JobQueue, other: JobQueue, where: str
 ) -> None:
-    told: list[uuid.UUID] = []
+    announced: list[uuid.UUID] = []
     canceller = queue if where == "this process" else other
     job = (await queue.enqueue(PING)).job
     (lease,) = await queue.lease(["test.ping"], "w")
     with (
-        queue.events.on_cancel_requested(told.append),
+        queue.events.on_cancel_requested(announced.append),
         queue.events.subscribe(job_id=job.id) as received,
     ):
         started = asyncio.get_running_loop().time()
         await canceller.cancel(job.id)
-        await until(lambda: told)
+        await until(lambda: announced)
         assert asyncio.get_running_loop().time() - started < 2
         (event,) = await take(received, 1)
         assert (event.name, event.status) == ("job.cancel_requested", JobStatus.RUNNING)
-        assert told == [job.id]
+        assert announced == [job.id]
         # One that is queued needs no worker to stop.
         await canceller.cancel((await canceller.enqueue(PING)).job.id)
         await queue.complete(lease.token)
         await take(received, 1)
-    assert told == [job.id]
+    assert announced == [job.id]
     with pytest.raises(LeaseLost):
         await queue.fail(lease.token, error=BROKEN)
 
@@ -604,14 +604,14 @@ async def test_a_callback_is_called_on_the_loop_where_it_was_registered(
 ) -> None:
     job = (await queue.enqueue(PING)).job
     assert await queue.lease(["test.ping"], "w")
-    told: list[tuple[uuid.UUID, int]] = []
+    announced: list[tuple[uuid.UUID, int]] = []
     registered, done = threading.Event(), threading.Event()
 
     async def keep() -> None:
         received = asyncio.Event()
 
         def tell(job_id: uuid.UUID) -> None:
-            told.append((job_id, threading.get_ident()))
+            announced.append((job_id, threading.get_ident()))
             received.set()
 
         with queue.events.on_cancel_requested(tell):
@@ -625,7 +625,7 @@ async def test_a_callback_is_called_on_the_loop_where_it_was_registered(
     await asyncio.to_thread(registered.wait, 5)
     await other.cancel(job.id)
     await asyncio.to_thread(keeper.join, 15)
-    assert told == [(job.id, keeper.ident)]
+    assert announced == [(job.id, keeper.ident)]
 
 
 async def test_a_job_whose_caller_was_cancelled_during_the_commit_is_worked_at_once(

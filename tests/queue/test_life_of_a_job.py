@@ -344,6 +344,38 @@ async def test_attempts_of_a_job_that_is_cancelled_and_retried_are_kept_up_to_a_
     assert 32 <= len(await outcomes(queue, job)) <= 64
 
 
+async def test_attempts_that_a_handler_cancels_are_kept_up_to_a_bound(queue: JobQueue) -> None:
+    job = await enqueue(queue)
+    for _ in range(70):
+        await queue.stop((await lease_one(queue)).token, BROKEN)
+        await queue.retry(job.id)
+    assert 32 <= len(await outcomes(queue, job)) <= 64
+
+
+@pytest.mark.parametrize("spend", [True, False])
+async def test_attempts_of_a_job_that_fails_and_is_retried_are_kept_up_to_a_bound(
+    queue: JobQueue, spend: bool
+) -> None:
+    job = await enqueue(queue)
+    for _ in range(1_060):
+        lease = await lease_one(queue)
+        await queue.fail(lease.token, BROKEN, retryable=False, spend_attempt=spend)
+        await queue.retry(job.id)
+    assert 1_000 <= len(await outcomes(queue, job)) <= 1_032
+
+
+async def test_no_more_jobs_are_leased_once_their_payloads_have_a_megabyte(
+    queue: JobQueue,
+) -> None:
+    payload = {"text": "ab" * 125_000}
+    jobs = [(await queue.enqueue(EnqueueRequest("test.ping", payload))).job for _ in range(10)]
+    together = [await queue.lease(["test.ping", "test.pong"], "w", limit=100) for _ in range(4)]
+    assert [len(leases) for leases in together] == [4, 4, 2, 0]
+    # In order, and the others were never leased
+    assert [lease.job.id for leases in together for lease in leases] == [job.id for job in jobs]
+    assert {len(await outcomes(queue, job)) for job in jobs} == {1}
+
+
 async def test_a_limit_is_never_passed_and_a_full_type_holds_up_no_other(
     queue: JobQueue,
 ) -> None:

@@ -167,7 +167,7 @@ async def test_a_postgresql_database_that_was_not_migrated_is_a_sentence(
 
 async def test_a_queue_is_opened_once(queue: JobQueue) -> None:
     with pytest.raises(RuntimeError, match="open already"):
-        await queue.__aenter__()
+        await queue.open()
 
 
 async def test_the_settings_and_the_catalog_are_those_of_the_variables(

@@ -197,6 +197,18 @@ class PartOfPayload(Payload):
     zip_code: int
 
 
+class Price(Payload):
+    unit_price: Decimal
+
+
+class Shelf(BaseModel):
+    """A strict model that is not a payload, with a payload inside."""
+
+    model_config = STRICT
+
+    price: Price
+
+
 class Size(IntEnum):
     SMALL = 1
 
@@ -229,6 +241,11 @@ Alias = TypeAliasType("Alias", int)
         (PartOfPayload, {"zipCode": 1}, [{"zipCode": "1"}, {"zipCode": 1, "x": 1}]),
         (Place, {"kind": "place", "zip_code": 1}, [{"kind": "place", "zip_code": "1"}]),
         (Box[int], {"content": 1}, [{"content": "1"}, {"content": 1, "x": 1}]),
+        (
+            Shelf,
+            {"price": {"unitPrice": "1.5"}},
+            [{"price": {"unitPrice": 1.5}}, {"price": {"unit_price": "1.5"}}],
+        ),
         (PlainData, {"number": 1}, [{"number": "1"}, {"number": 1, "x": 1}]),
         (PlainDict, {"number": 1}, [{"number": "1"}, {"number": 1, "x": 1}]),
         (PlainTuple, [1], [["1"], [1, 2]]),
@@ -246,6 +263,16 @@ def test_a_part_that_is_as_strict_is_accepted(annotation: Any, good: Any, bad: l
     for each in bad:
         with pytest.raises(PayloadInvalid):
             registry.admit("order.send", {"part": each})
+
+
+def test_a_fault_in_a_payload_inside_another_model_has_its_path() -> None:
+    registry = JobRegistry([job_type(list[Shelf])])
+    with pytest.raises(PayloadInvalid) as refused:
+        registry.admit("order.send", {"part": [{"price": {"unitPrice": 1.5, "x": 1}}]})
+    assert [(fault.path, fault.code) for fault in refused.value.violations] == [
+        ("/part/0/price/unitPrice", "wrong_type"),
+        ("/part/0/price/x", "unknown_field"),
+    ]
 
 
 @pytest.mark.parametrize("annotation", [Any, object, dict[str, Any], list[object]])

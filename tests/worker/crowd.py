@@ -124,6 +124,14 @@ def act(job: JobContext, payload: Act) -> Any:
             job.progress({"step": 1})
             job.progress(float("nan"))
             job.progress({"step": 2})
+        case "close":
+            first, last = map(int, payload.argument.split())
+            os.closerange(first, last)
+        case "close and open":
+            os.closerange(3, 256)
+            with Path(payload.argument).open("w") as file:
+                for descriptor in range(3, 64):
+                    os.dup2(file.fileno(), descriptor)
         case "compute":
             finish = time.process_time() + 0.7
             while time.process_time() < finish:
@@ -145,6 +153,8 @@ async def act_gently(job: JobContext, payload: Act) -> Any:
             await asyncio.sleep(300)
         finally:
             Path(payload.argument).write_text("cancelled")
+    if payload.act == "close":
+        os.closerange(3, 256)
     return {"pid": os.getpid(), "seen": seen.get()}
 
 

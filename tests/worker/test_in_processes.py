@@ -148,6 +148,36 @@ async def test_how_a_handler_ends_in_a_process_is_reported(
     assert await house.outcomes(ended) == outcomes
 
 
+@pytest.mark.parametrize("kind", ["crowd", "gentle"])
+async def test_a_handler_that_closes_the_descriptors_of_its_process_ends_it_at_once(
+    house: Crowd, kind: str
+) -> None:
+    await house.run("describe", kind=kind)  # In a process that is warm.
+    began = time.monotonic()
+    ended = await house.run("close", "3 256", kind=kind)
+    assert time.monotonic() - began < 10  # Its timeout is 30 s.
+    assert ended.error is not None
+    assert (ended.status, ended.error.code) == ("failed", "process_died")
+    assert await house.outcomes(ended) == ["failed"] * 3
+    assert (await house.run("describe", kind=kind)).status == "succeeded"
+
+
+async def test_what_a_process_sends_is_not_written_into_a_file_of_its_handler(
+    house: Crowd, tmp_path: Path
+) -> None:
+    path = tmp_path / "written"
+    ended = await house.run("close and open", str(path))
+    assert ended.error is not None
+    assert ended.error.code == "process_died"
+    assert path.read_bytes() == b""
+
+
+@pytest.mark.parametrize("descriptors", ["0 1", "1 2", "0 3"])
+async def test_a_handler_may_close_its_standard_streams(house: Crowd, descriptors: str) -> None:
+    assert (await house.run("close", descriptors)).status == "succeeded"
+    assert (await house.run("describe")).status == "succeeded"
+
+
 async def test_a_snooze_and_progress_work_in_a_process(house: Crowd, tmp_path: Path) -> None:
     snoozed = await house.run("snooze", str(tmp_path / "snoozed"))
     assert await house.outcomes(snoozed) == ["snoozed", "succeeded"]

@@ -65,8 +65,8 @@ SELECT (SELECT count(*) FROM job WHERE status = 'running' AND type = :type)
          AND job.type = :type)
 
 -- name: due
--- Return the due jobs of a type and priority, oldest first.
-SELECT id, next_run_at FROM job
+-- Return the due jobs of a type and priority, oldest first, with the sizes of their payloads.
+SELECT id, length(payload) AS bytes FROM job
 WHERE status = 'queued' AND type = :type AND priority = :priority AND next_run_at <= :now
 ORDER BY next_run_at, id LIMIT :jobs
 
@@ -116,6 +116,13 @@ DELETE FROM job_attempt
 WHERE job_id = :id AND outcome IN ('released', 'snoozed', 'cancelled') AND id <= (
     SELECT id FROM job_attempt WHERE job_id = :id AND outcome IN ('released', 'snoozed', 'cancelled')
     ORDER BY id DESC LIMIT 1 OFFSET 32)
+
+-- name: forget_oldest
+-- Delete the oldest attempts of a job, and keep 1,000: the most that a job has unless it is retried
+-- after its end.
+DELETE FROM job_attempt
+WHERE job_id = :id AND id <= (
+    SELECT id FROM job_attempt WHERE job_id = :id ORDER BY id DESC LIMIT 1 OFFSET 1000)
 
 -- name: renew
 -- Renew a lease.
