@@ -108,13 +108,12 @@ class TestQueue(JobQueue):
         """Close the connections to the file."""
         run_in_thread(self._database.close)
 
-    async def __aenter__(self) -> Self:
-        """Enter the event loop: the queue is open, but an application asks on which loop."""
+    async def open(self) -> None:
+        """Note the event loop, which `create_app` needs. The queue itself is open."""
         self.loop = asyncio.get_running_loop()
-        return self
 
     async def close(self) -> None:
-        """Leave the event loop: the queue is closed at the end of the test."""
+        """Forget the event loop. The queue itself is closed at the end of the test."""
         self.loop = None
 
     @cached_property
