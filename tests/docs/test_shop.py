@@ -12,8 +12,9 @@ import subprocess
 import sys
 import uuid
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from shlex import quote as shell_word
 from typing import Any
 
 import httpx
@@ -21,6 +22,7 @@ import pytest
 from playwright.async_api import expect
 
 from job_registry_api import pages
+from job_registry_api.queue import migrations
 from tests import ROOT
 from tests.conftest import run_sql
 from tests.docs.pages import SHOP, blocks_of
@@ -136,7 +138,7 @@ async def test_an_order_is_followed_to_its_end_after_a_restart(
     placed = order(email="busy@example.com")
     async with served(environment | {"SHOP_WORKER": "no"}) as client:
         stored = (await client.post("/orders", json=placed)).json()
-        assert stored["status"] == "placed"
+        assert stored["order"]["status"] == "placed"
         following = asyncio.ensure_future(anext(follow(client, stored["job"])))
         await asyncio.sleep(0.2)
         assert not following.done()
@@ -225,54 +227,87 @@ async def test_the_page_places_an_order_and_shows_its_jobs_until_they_end(
 @pytest.mark.slow
 @pytest.mark.xdist_group("packaging")
 async def test_the_commands_of_its_readme_run_with_the_wheel_outside_the_checkout(
-    tmp_path: Path,
+    tmp_path: Path, fresh_postgresql_url: str
 ) -> None:
     without = {} if (pages.DIST / "index.html").is_file() else {WITHOUT_GRAPHIQL: "1"}
     python(ROOT, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path), **without)
     (wheel,) = tmp_path.glob("*.whl")  # noqa: ASYNC240
     folder = tmp_path / "shop"
     shutil.copytree(SHOP, folder, ignore=shutil.ignore_patterns(".venv", "__pycache__", "*.db*"))
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("JOBS_", "PYTHON"))}
-    served_by = tests = 0
-    blocks = [block for block in blocks_of(README) if block.argument is None]
-    for command, _ in (each for block in blocks for each in commands(block)):
-        if "uvicorn" in command:
-            assert command == ".venv/bin/uvicorn --factory shop.app:create_shop"
-            # `served` names the factory.
-            uvicorn = (str(folder / ".venv/bin/uvicorn"),)
-            inside = environment | {"DATABASE_URL": f"sqlite:///{tmp_path}/shop.db"}
-            inside |= {"JOBS_ASSETS": str(tmp_path / "assets")}
-            async with served(inside, uvicorn) as client:
-                placed = order()
-                await client.post("/orders", json=placed)
-                await until(client, placed["orderId"], "settled")
-            served_by += 1
-            continue
-        assert "-e ../../.." in command or "install" not in command
-        done = await asyncio.to_thread(
-            subprocess.run,
-            ["bash", "-c", command.replace("-e ../../..", str(wheel))],
-            cwd=folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if "install" in command and done.returncode:
-            pytest.skip(f"the packages of the shop cannot be installed: {done.stderr[-300:]}")
-        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
-        if command.endswith("pytest"):
-            assert re.search(r"\d+ passed in", done.stdout), done.stdout
-            tests += 1
-    assert (served_by, tests) == (1, 1)
+    await asyncio.to_thread(_as_new, fresh_postgresql_url)
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("JOBS_", "PYTHON"))}
+    environment = clean | {
+        "DATABASE_URL": f"sqlite:///{tmp_path}/shop.db",
+        "JOBS_ASSETS": str(tmp_path / "assets"),
+    }
+    orders: list[str] = []
+    async with AsyncExitStack() as stack:
+        client: httpx.AsyncClient | None = None
+        for command, _ in (each for block in blocks_of(README) for each in commands(block)):
+            command = command.replace("-e ../../..", str(wheel))
+            command = command.replace(
+                "postgresql://shop:secret@db.internal/shop", shell_word(fresh_postgresql_url)
+            )
+            match command.rsplit("/", 1)[-1].split():
+                case ["uvicorn", "--factory", "shop.app:create_shop"]:
+                    given = {"SHOP_WORKER": "no"} if command.startswith("SHOP_WORKER=no") else {}
+                    uvicorn = (str(folder / ".venv/bin/uvicorn"),)
+                    client = await stack.enter_async_context(served(environment | given, uvicorn))
+                    if not given:
+                        orders.append(await settled(client))
+                case ["job-registry", "worker"]:
+                    assert client is not None
+                    worker = subprocess.Popen(  # noqa: ASYNC220
+                        [folder / ".venv/bin/job-registry", "worker"], env=environment, cwd=folder
+                    )
+                    try:
+                        orders.append(await settled(client))
+                    finally:
+                        worker.terminate()
+                        assert await asyncio.to_thread(worker.wait, 30) == 0
+                case _:
+                    done = await asyncio.to_thread(_run, command, folder, environment)
+                    if " install " in command and done.returncode:
+                        pytest.skip(f"the packages cannot be installed: {done.stderr[-300:]}")
+                    assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+                    if command.startswith("export "):
+                        pairs = [each.partition("=") for each in done.stdout.split("\0") if each]
+                        environment = {name: value for name, _, value in pairs}
+                    if command.endswith("pytest"):
+                        assert re.search(r"\d+ passed in", done.stdout), done.stdout
+    assert len(orders) == 2
     code = "import job_registry, shop; print(job_registry.__file__, shop.__file__)"
     found = await asyncio.to_thread(
-        subprocess.run,
-        [folder / ".venv/bin/python", "-c", code],
-        cwd=tmp_path,
+        _run, f".venv/bin/python -c {shell_word(code)}", folder, environment
+    )
+    assert found.stdout.count(str(folder)) == 2, found.stdout
+
+
+async def settled(client: httpx.AsyncClient) -> str:
+    """Place an order, wait for its end, and return its id."""
+    placed = order()
+    assert (await client.post("/orders", json=placed)).status_code == 201
+    await until(client, placed["orderId"], "settled")
+    return str(placed["orderId"])
+
+
+def _run(
+    command: str, folder: Path, environment: dict[str, str]
+) -> subprocess.CompletedProcess[str]:
+    """Run a command in a shell. One that exports variables prints all of them."""
+    script = f"{command} && env -0" if command.startswith("export ") else command
+    return subprocess.run(
+        ["bash", "-c", script],
+        cwd=folder,
         env=environment,
         capture_output=True,
         text=True,
-        check=True,
+        check=False,
     )
-    assert str(ROOT) not in found.stdout, found.stdout
+
+
+def _as_new(url: str) -> None:
+    """Make a database as it is before `job-registry migrate`."""
+    migrations.downgrade(url)
+    name = url.partition("?")[0].rpartition("/")[2]
+    run_sql(url, f'ALTER DATABASE {name} SET search_path = "$user", public')

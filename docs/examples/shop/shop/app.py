@@ -11,7 +11,7 @@ from uuid import UUID
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
 from fastapi.responses import FileResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from job_registry_api import IdempotencyConflict, JobQueue, create_app, load_settings
@@ -69,34 +69,48 @@ Session = Annotated[AsyncSession, Depends(session_of)]
 
 
 class OrderShown(BaseModel):
-    """An order as clients see it. `job` confirms it."""
+    """An order as clients see it."""
+
+    model_config = ConfigDict(from_attributes=True)
 
     id: UUID
     cents: int
     status: str
-    job: UUID | None = None
+
+
+class OrderPlaced(BaseModel):
+    """An order, and the id of the job that confirms it."""
+
+    order: OrderShown
+    job: UUID
 
 
 @routes.post("/orders", status_code=201)
 async def place_order(
     order: OrderConfirm, queue: Queue, session: Session, response: Response
-) -> OrderShown:
+) -> OrderPlaced:
     """Store an order and the job that confirms it, in one transaction.
 
-    The client chooses the id. A request that is sent again, because its answer was lost, changes
-    nothing: the id is the idempotency key of the job.
+    The client chooses the id, which is the idempotency key of the job. So a request can be sent
+    again when its answer was lost: it returns what the first one has stored.
     """
     try:
         async with session.begin():
-            key = str(order.order_id)
-            job, was_known = await queue.enqueue(order, idempotency_key=key, session=session)
-            # After the job: a second request at the same time waits for the key, and gets here.
-            if not was_known:
-                session.add(Order(id=order.order_id, email=order.email, cents=order.cents))
+            job, was_known = await queue.enqueue(
+                order, idempotency_key=str(order.order_id), session=session
+            )
+            # After the job: of two requests at the same time, the second waits for the first here.
+            if was_known:
+                stored = await session.get_one(Order, order.order_id)
+            else:
+                stored = Order(
+                    id=order.order_id, email=order.email, cents=order.cents, status="placed"
+                )
+                session.add(stored)
     except IdempotencyConflict as conflict:
         raise HTTPException(409, f"There is another order with this id: {conflict}") from conflict
     response.status_code = 200 if was_known else 201
-    return OrderShown(id=order.order_id, cents=order.cents, status="placed", job=job.id)
+    return OrderPlaced(order=OrderShown.model_validate(stored), job=job.id)
 
 
 @routes.get("/orders/{order_id}")
@@ -105,7 +119,7 @@ async def read_order(order_id: UUID, session: Session) -> OrderShown:
     order = await session.get(Order, order_id)
     if order is None:
         raise HTTPException(404, "There is no order with this id.")
-    return OrderShown(id=order.id, cents=order.cents, status=order.status)
+    return OrderShown.model_validate(order)
 
 
 @routes.get("/invoices/{order_id}.pdf")

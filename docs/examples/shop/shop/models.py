@@ -25,7 +25,7 @@ class Order(Base):
     id: Mapped[UUID] = mapped_column(primary_key=True)
     email: Mapped[str]
     cents: Mapped[int]
-    status: Mapped[str] = mapped_column(default="placed")
+    status: Mapped[str]
 
 
 def database_url() -> str:

@@ -30,9 +30,7 @@ async def test_an_order_is_stored_with_the_job_that_confirms_it(
     assert placed.status_code == 201
     job = job_queue.assert_enqueued(OrderConfirm, email="ada@example.com")
     assert placed.json() == {
-        "id": ORDER_ID,
-        "cents": 4800,
-        "status": "placed",
+        "order": {"id": ORDER_ID, "cents": 4800, "status": "placed"},
         "job": str(job.id),
     }
 
@@ -83,6 +81,8 @@ async def test_a_confirmed_order_gets_its_invoice_and_is_settled(
     }
     assert (await shop.get(f"/invoices/{ORDER_ID}.pdf")).content.startswith(b"%PDF")
     assert await status_of(shop) == "settled"
+    again = await shop.post("/orders", json=order())
+    assert (again.status_code, again.json()["order"]["status"]) == (200, "settled")
 
 
 async def test_a_busy_mail_service_gets_the_mail_again_when_it_has_time(
