@@ -6,6 +6,7 @@ is imported in its function.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import Annotated, TextIO, cast
 
@@ -38,12 +39,12 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command. Expected errors become a message and an exit code."""
-    sys.stdout = cast(TextIO, Output(sys.stdout))
     try:
-        try:
-            app()
-        finally:
-            sys.stdout.flush()
+        with contextlib.redirect_stdout(cast(TextIO, Output(sys.stdout))):
+            try:
+                app()
+            finally:
+                sys.stdout.flush()
     except OutputFailed as failure:
         fail_without_output(failure)
     except SettingsInvalid as invalid:
