@@ -156,6 +156,9 @@ class SQLiteDatabase(Database):
     @asynccontextmanager
     async def _read(self, deadline: float | None) -> AsyncIterator[AsyncConnection]:
         with unavailable_sqlite():
+            # Before it is opened: the thread of a connection that fails to open may outlive the
+            # event loop that it reports to.
+            self._file.identity()
             async with self._from_pool(self._autocommit, deadline) as connection:
                 yield connection
 
@@ -163,6 +166,7 @@ class SQLiteDatabase(Database):
     async def _begin(self, deadline: float | None) -> AsyncIterator[AsyncConnection]:
         # For migrations: alembic needs a connection of SQLAlchemy. The queue uses `write`.
         with unavailable_sqlite():
+            self._file.identity()
             await self._acquire_writer(deadline)
             try:
                 async with self._from_pool(self._autocommit, deadline) as connection:

@@ -262,6 +262,11 @@ async def test_joining_an_application_that_runs_is_an_error(
                 pass
 
 
+IDLE_SECONDS = 0.5
+"""How long an application is left idle before its event loop ends. The garbage collector warns of a
+connection to SQLite whose opening was cancelled."""
+
+
 def test_the_end_of_the_event_loop_releases_leases_and_closes_connections(
     database_url: str,
 ) -> None:
@@ -287,6 +292,7 @@ def test_the_end_of_the_event_loop_releases_leases_and_closes_connections(
             job = {"type": "test.sleep", "payload": {}}
             answer = await client.post("/queue/jobs", json=job)
             await asyncio.to_thread(started.wait, 10)
+        await asyncio.sleep(IDLE_SECONDS)
         job_id: str = answer.json()["jobId"]
         return job_id
 
@@ -308,7 +314,9 @@ async def test_each_event_loop_starts_an_application_that_the_last_one_left_behi
 
     async def visit() -> int:
         async with visiting(app) as client:
-            return (await client.post("/queue/jobs", json=PAYOUT)).status_code
+            status = (await client.post("/queue/jobs", json=PAYOUT)).status_code
+        await asyncio.sleep(IDLE_SECONDS)
+        return status
 
     assert [await asyncio.to_thread(asyncio.run, visit()) for _ in range(2)] == [201, 201]
 
