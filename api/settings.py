@@ -344,16 +344,7 @@ class Settings(BaseSettings):
     @field_validator("database_url")
     @classmethod
     def _check_url(cls, value: str) -> str:
-        if value.startswith(_SQLITE):
-            file = value.partition(":///")[2]
-            if not file or file.endswith(":memory:"):
-                raise ValueError("expected a file; a database in memory ends with its connection")
-            if "?" in file or file.startswith("file:"):
-                raise ValueError("expected sqlite:///FILE, a path without options")
-        elif not value.startswith(postgresql_url.SCHEMES):
-            raise ValueError("expected sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME")
-        else:
-            postgresql_url.parse(value)
+        check_database_url(value)
         return value
 
     @field_validator("database_pooler")
@@ -524,6 +515,24 @@ def load_settings(environment: Mapping[str, str] | None = None) -> Settings:
     if faults:
         raise SettingsInvalid(faults)
     return settings
+
+
+def check_database_url(url: str) -> None:
+    """Check that a URL names a SQLite file or a PostgreSQL database.
+
+    Raises:
+        ValueError: it does not. The message does not contain the URL, which may have a password.
+    """
+    if url.startswith(_SQLITE):
+        file = url.partition(":///")[2]
+        if not file or file.endswith(":memory:"):
+            raise ValueError("expected a file; a database in memory ends with its connection")
+        if "?" in file or file.startswith("file:"):
+            raise ValueError("expected sqlite:///FILE, a path without options")
+    elif not url.startswith(postgresql_url.SCHEMES):
+        raise ValueError("expected sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME")
+    else:
+        postgresql_url.parse(url)
 
 
 def settings_table() -> str:

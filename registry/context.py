@@ -54,6 +54,17 @@ _plain_log: Final = logging.getLogger("job_registry.handler")
 _PLAIN: Final = "%s %s"
 
 
+class State(SimpleNamespace):
+    """What the lifespans of a worker yield, as attributes."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"job.state has no {name}: no lifespan of this worker's extensions yields it",
+            name=name,
+            obj=self,
+        )
+
+
 class EnqueueFollowUp(Protocol):
     """Keeps a job until its handler has returned. See `JobContext.enqueue`."""
 
@@ -89,7 +100,7 @@ class JobContext:
     timeout_seconds: float
     assets: str = "assets"
     created_by: str | None = None
-    state: SimpleNamespace = field(default_factory=SimpleNamespace)
+    state: State = field(default_factory=State)
     log: JobLogger = field(default_factory=_PlainLogger, repr=False)
     _report: Callable[[JsonValue], None] = field(default=lambda _value: None, repr=False)
     _enqueue: EnqueueFollowUp = field(default=_nowhere, repr=False)

@@ -83,7 +83,7 @@ class PayloadInvalid(CodedError):
 
     def __str__(self) -> str:
         # Made when it is read: a bulk of faulty payloads answers with the violations alone.
-        faults = "; ".join(f"{v.path or 'payload'}: {v.message}" for v in self.violations)
+        faults = " ".join(f"{v.path or 'payload'}: {v.message}" for v in self.violations)
         return f"The payload of {self.job_type} is invalid: {faults}"
 
     def details(self) -> dict[str, JsonValue]:

@@ -465,7 +465,10 @@ def created_events(jobs: Sequence[NewJob], stored: Mapping[uuid.UUID, Stored]) -
 
 def _async(session: AsyncSession) -> AsyncSession:
     if not isinstance(session, AsyncSession):
-        raise TypeError("session is not an AsyncSession; a Session is for queue.sync")
+        raise TypeError(
+            f"session: expected an AsyncSession of SQLAlchemy; got {type(session).__name__}."
+            " A Session is for `queue.sync.enqueue`"
+        )
     return session
 
 

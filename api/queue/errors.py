@@ -31,7 +31,7 @@ class InputInvalid(QueueError):
 
     def __init__(self, violations: tuple[Violation, ...]) -> None:
         self.violations = violations
-        super().__init__("; ".join(f"{v.path}: {v.message}" for v in violations))
+        super().__init__(" ".join(f"{v.path}: {v.message}" for v in violations))
 
     def details(self) -> dict[str, JsonValue]:
         """Return the violations."""
@@ -117,8 +117,12 @@ class JobFailed(Exception):
 
     def __init__(self, job: JobRecord) -> None:
         self.job = job
-        why = f": {job.error.code}: {job.error.message}" if job.error is not None else "."
         status = "failed" if job.status.value == "failed" else "was cancelled"
+        why = "."
+        if job.error is not None:
+            # `Fail` and `Cancel` without a code of their own have the status as their code.
+            code = "" if job.error.code == job.status.value else f"{job.error.code}: "
+            why = f": {code}{job.error.message}"
         super().__init__(f"Job {job.id} ({job.type}) {status}{why}")
 
 

@@ -31,7 +31,7 @@ from job_registry_api.queue.readiness import Readiness
 from job_registry_api.queue.reading import Reading
 from job_registry_api.queue.sync import SyncQueue
 from job_registry_api.queue.upkeep import Upkeep
-from job_registry_api.settings import Settings, load_settings
+from job_registry_api.settings import Settings, check_database_url, load_settings
 
 
 class JobQueue(Enqueueing, Reading, Leasing, Changing, Upkeep):
@@ -106,7 +106,19 @@ class JobQueue(Enqueueing, Reading, Leasing, Changing, Upkeep):
 
         Raises:
             DefinitionError: two job types have the same name.
+            ValueError: the URL, or another argument, is wrong.
         """
+        try:
+            check_database_url(url)
+        except ValueError as error:
+            raise ValueError(f"the URL of the database is wrong: {error}") from None
+        _need_positive(
+            lease_seconds=lease_seconds,
+            pool_size=pool_size,
+            timeout_seconds=timeout_seconds,
+            max_page_size=max_page_size,
+            max_bulk_size=max_bulk_size,
+        )
         use_standard_logging()
         database = open_database(
             url,
@@ -235,3 +247,9 @@ class JobQueue(Enqueueing, Reading, Leasing, Changing, Upkeep):
         """End all waits for leases and all subscriptions, because the process shuts down."""
         self._claiming.end()
         self.events.drop_subscribers("the server shuts down")
+
+
+def _need_positive(**arguments: float) -> None:
+    for name, value in arguments.items():
+        if not value > 0:
+            raise ValueError(f"{name}: expected more than 0; got {value}")

@@ -167,8 +167,16 @@ class Reading:
         """
         if not self.events.is_listening:
             raise RuntimeError("result needs an open queue; use `async with queue:`")
-        async with asyncio.timeout(timeout):
-            job = await self._ended(parse_job_id(job_id))
+        try:
+            async with asyncio.timeout(timeout) as limit:
+                job = await self._ended(parse_job_id(job_id))
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise TimeoutError(
+                f"Job {job_id} has not ended within {timeout:g} seconds."
+                " Does a worker run its type?"
+            ) from None
         if job.status is not JobStatus.SUCCEEDED:
             raise JobFailed(job)
         return job.result

@@ -194,7 +194,10 @@ class SyncQueue:
 
 def _sync(session: Session) -> Session:
     if not isinstance(session, Session):
-        raise TypeError("session is not a Session; an AsyncSession is for `await queue.enqueue`")
+        raise TypeError(
+            f"session: expected a Session of SQLAlchemy; got {type(session).__name__}."
+            " An AsyncSession is for `await queue.enqueue`"
+        )
     return session
 
 

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 from pydantic import JsonValue
@@ -19,6 +18,7 @@ from pydantic_core import from_json, to_jsonable_python
 from uuid_utils.compat import uuid7
 
 from job_registry import EnqueueRequest, JobContext, JobPolicy, JobType, Payload
+from job_registry.context import State
 from job_registry.json_values import json_document
 from job_registry.payload import document_of
 from job_registry.registry import DEFAULT_MAX_PAYLOAD_BYTES
@@ -104,7 +104,7 @@ def job_context(
         timeout_seconds=timeout,
         assets=folder,
         created_by=created_by,
-        state=SimpleNamespace(**(state or {})),
+        state=State(**(state or {})),
         progress_reports=reports,
         enqueued=enqueued,
         _report=report,

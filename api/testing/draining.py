@@ -6,10 +6,11 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from types import SimpleNamespace, TracebackType
+from types import TracebackType
 from typing import Any, Final
 
 from job_registry import JobContext
+from job_registry.context import State
 from job_registry.extension import CallNext
 from job_registry_api.queue.claiming import Lease
 from job_registry_api.queue.models import AttemptOutcome, AttemptRecord, JobRecord, JobStatus
@@ -95,7 +96,7 @@ class _Run:
         keeper: LeaseKeeper,
         lease: Lease,
         assets: str,
-        state: SimpleNamespace,
+        state: State,
     ) -> None:
         self._queue = queue
         self._lease = lease

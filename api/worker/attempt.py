@@ -8,12 +8,12 @@ import threading
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Any, Final
 
 import structlog
 
 from job_registry import JobContext, JobType, PayloadInvalid
+from job_registry.context import State
 from job_registry.errors import shortened_text
 from job_registry.job_type import is_async
 from job_registry_api.logs import log_unexpected
@@ -94,7 +94,7 @@ class Equipment:
     keeper: LeaseKeeper
     processes: HandlerProcesses | None
     middleware: tuple[Any, ...]
-    state: SimpleNamespace
+    state: State
     assets: str
 
 

@@ -22,7 +22,6 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Final, cast
 
 import structlog
@@ -30,6 +29,7 @@ from pydantic import JsonValue
 from pydantic_core import from_json, to_json
 
 from job_registry import DefinitionError, JobContext, JobType, Payload, WorkerExtension
+from job_registry.context import State
 from job_registry.discovery import import_from
 from job_registry.job_type import is_async
 from job_registry.payload import document_of
@@ -255,7 +255,7 @@ async def _run(
     current: _Current,
     start: dict[str, Any],
     middleware: list[Any],
-    state: SimpleNamespace,
+    state: State,
     memory: MemoryLimit,
 ) -> End:
     job = run["job"]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from types import SimpleNamespace
 from typing import Any
 
 from job_registry import JobContext, WorkerExtension
+from job_registry.context import State
 from job_registry.errors import shortened, shortened_text
 from job_registry_api.logs import log_unexpected
 
@@ -17,7 +17,7 @@ class WorkerStartError(Exception):
 
 
 @asynccontextmanager
-async def lifespans(extensions: Sequence[WorkerExtension]) -> AsyncIterator[SimpleNamespace]:
+async def lifespans(extensions: Sequence[WorkerExtension]) -> AsyncIterator[State]:
     """Enter the lifespans, and yield the namespace that becomes `job.state`.
 
     They are left in reverse order. An error on leaving is logged.
@@ -26,7 +26,7 @@ async def lifespans(extensions: Sequence[WorkerExtension]) -> AsyncIterator[Simp
         WorkerStartError: a lifespan failed to start, or yields something other than a mapping of
             unused names.
     """
-    state = SimpleNamespace()
+    state = State()
     stack = AsyncExitStack()
     try:
         for extension in extensions:
@@ -61,7 +61,7 @@ def _wrapped(
     return lambda: middleware(job, call_next)
 
 
-async def _enter(stack: AsyncExitStack, lifespan: Any, name: str, state: SimpleNamespace) -> None:
+async def _enter(stack: AsyncExitStack, lifespan: Any, name: str, state: State) -> None:
     try:
         yielded = await stack.enter_async_context(lifespan())
         values = {} if yielded is None else dict(yielded)

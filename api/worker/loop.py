@@ -79,6 +79,8 @@ class Worker:
 
     Raises:
         DefinitionError: a handler with `run_in="process"` cannot be imported by its process.
+        JobTypeNotFound: `types` names a type that the registry does not have.
+        ValueError: `concurrency` or `shutdown_seconds` is too low.
     """
 
     def __init__(
@@ -94,6 +96,10 @@ class Worker:
         keep_succeeded_days: float = defaults.KEEP_SUCCEEDED_DAYS,
         keep_failed_days: float = defaults.KEEP_FAILED_DAYS,
     ) -> None:
+        if concurrency < 1:
+            raise ValueError(f"concurrency: expected 1 or more; got {concurrency}")
+        if shutdown_seconds < 0:
+            raise ValueError(f"shutdown_seconds: expected 0 or more; got {shutdown_seconds}")
         registry = queue.registry
         self.types = tuple(types or (name for name in registry if registry[name].has_handler))
         self.worker_id = worker_id or _worker_id()

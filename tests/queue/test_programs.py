@@ -165,6 +165,34 @@ async def test_a_postgresql_database_that_was_not_migrated_is_a_sentence(
             pass
 
 
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("mysql://shop/jobs", "expected sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME"),
+        ("postgresql+psycopg://u:secret@shop/jobs", "expected sqlite:///FILE or postgresql://"),
+        ("sqlite://", "expected sqlite:///FILE or"),
+        ("sqlite:///:memory:", "a database in memory ends with its connection"),
+    ],
+)
+def test_a_wrong_url_is_a_sentence_without_the_password(url: str, expected: str) -> None:
+    with pytest.raises(ValueError, match="the URL of the database is wrong: ") as refused:
+        JobQueue.from_url(url, [mail_send])
+    assert expected in str(refused.value)
+    assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize("argument", ["lease_seconds", "timeout_seconds", "pool_size"])
+def test_an_argument_that_would_stop_the_queue_is_a_sentence(argument: str) -> None:
+    arguments: dict[str, Any] = {argument: 0}
+    with pytest.raises(ValueError, match=f"{argument}: expected more than 0; got 0"):
+        JobQueue.from_url("sqlite:///jobs.db", [mail_send], **arguments)
+
+
+async def test_a_worker_that_could_run_no_job_is_a_sentence(queue: JobQueue) -> None:
+    with pytest.raises(ValueError, match="concurrency: expected 1 or more; got 0"):
+        Worker(queue, concurrency=0)
+
+
 async def test_a_queue_is_opened_once(queue: JobQueue) -> None:
     with pytest.raises(RuntimeError, match="open already"):
         await queue.open()
@@ -207,13 +235,13 @@ async def test_a_job_that_fails_or_is_cancelled_has_no_result(queue: JobQueue) -
     ).job
     async with Worker(queue).running():
         job = (await queue.enqueue(MailSend(to="nobody"))).job
-        with pytest.raises(JobFailed, match="no mailbox of nobody") as failed:
+        with pytest.raises(JobFailed, match="failed: handler_failed: .*no mailbox") as failed:
             await queue.result(job.id, timeout=10)
         assert failed.value.job.status is JobStatus.FAILED
     waiting = asyncio.create_task(queue.result(scheduled.id, timeout=10))
     await asyncio.sleep(0.1)
     await queue.cancel(scheduled.id)
-    with pytest.raises(JobFailed, match="was cancelled"):
+    with pytest.raises(JobFailed, match=r"was cancelled(\.|: (?!cancelled))"):
         await waiting
 
 
@@ -221,7 +249,7 @@ async def test_a_wait_for_a_result_ends_at_its_timeout_and_the_job_goes_on(
     queue: JobQueue,
 ) -> None:
     job = (await queue.enqueue(MailSend(to="ada"))).job
-    with pytest.raises(TimeoutError):
+    with pytest.raises(TimeoutError, match=f"{job.id} has not ended within 0.1 seconds"):
         await queue.result(job.id, timeout=0.1)
     assert (await queue.get(job.id)).status is JobStatus.QUEUED
     with pytest.raises(JobNotFound):
@@ -440,6 +468,8 @@ async def test_a_session_of_the_other_kind_is_a_sentence(queue: JobQueue, engine
     async with AsyncSession() as async_session:
         with pytest.raises(TypeError, match="await queue.enqueue"):
             queue.sync.enqueue(MailSend(to="ada"), session=async_session)  # type: ignore[arg-type]  # refused
+    with pytest.raises(TypeError, match="expected a Session of SQLAlchemy; got Engine"):
+        queue.sync.enqueue(MailSend(to="ada"), session=engine)  # type: ignore[arg-type]  # refused
 
 
 async def test_a_worker_in_a_program_ends_its_jobs_when_the_program_does(

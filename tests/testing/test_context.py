@@ -84,3 +84,10 @@ def test_its_folder_for_assets_is_deleted_with_it(tmp_path: Path) -> None:
     assert not folder.exists()
     assert job_context(assets=tmp_path).assets == str(tmp_path)
     assert job_context(assets="memory://pictures").assets == "memory://pictures"
+
+
+def test_a_resource_that_no_lifespan_yields_is_a_sentence() -> None:
+    job = job_context(state={"http": 1})
+    assert job.state.http == 1
+    with pytest.raises(AttributeError, match="job.state has no mailer: no lifespan of this worker"):
+        _ = job.state.mailer
