@@ -122,6 +122,7 @@ _QUIET: Final = (
     "PIL",
     "sqlalchemy",
     "uvicorn",
+    "watchfiles",
 )
 """Libraries that this project uses and that log their own activity."""
 
