@@ -407,3 +407,32 @@ async def test_the_schema_of_the_application_stays_as_it_is(queue: JobQueue) -> 
     catalog = load_registry(["job_registry.catalog"])
     host_schema(graphql_types(queue, authenticate=caller_of, prefix="Queue"), Careers)
     assert sdl(catalog) == SDL_FILE.read_text("utf-8")
+
+
+@pytest.mark.parametrize("inner", ["{ jobTypes { name } }", "{ now }"])
+async def test_an_operation_inside_another_leaves_it_its_caller(
+    queue: JobQueue, inner: str
+) -> None:
+    @strawberry.type
+    class Auditing:
+        @strawberry.mutation
+        async def audit(self) -> str:
+            result = await schema.execute(inner, context_value=HostContext("system"))
+            return str(result.errors)
+
+    jobs = graphql_types(queue, authenticate=caller_of)
+    schema = strawberry.Schema(
+        query=merge_types("Query", (HostQuery, jobs.query)),
+        mutation=merge_types("Mutation", (Auditing, jobs.mutation)),
+        extensions=[*jobs.extensions],
+        exception_handlers=[*jobs.exception_handlers],
+        config=StrawberryConfig(scalar_map=jobs.scalars, name_converter=jobs.name_converter),
+    )
+    # The root fields of a mutation run one after another, in one task.
+    document = """mutation ($input: EnqueueJobInput!) { audit
+      enqueueJob(input: $input) { ... on EnqueueJobSuccess { job { createdBy } } } }"""
+    data, errors = await run(schema, document, ADA, input=PAYOUT)
+    assert (data["audit"], errors) == ("None", [])
+    assert data["enqueueJob"]["job"]["createdBy"] == "ada"
+    data, errors = await run(schema, document, HostContext(), input=PAYOUT)
+    assert [each["extensions"]["code"] for each in errors] == ["unauthenticated"]
