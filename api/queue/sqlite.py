@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, TypeVar
 
-from sqlalchemy import JSON, Connection, Uuid
+from sqlalchemy import JSON, Connection, NestedTransaction, Uuid
 
 from job_registry_api.queue.database import read_json, statement
 from job_registry_api.queue.models import METADATA, AttemptOutcome, JobRecord, JobStatus, UtcTime
@@ -92,6 +92,12 @@ class SQLiteStore(Store):
             kept = {"message": message_of(self._process, created), "now": now}
             connection.execute(statement(SQL["keep_events"]), kept)
         return stored
+
+    def savepoint_within(self, connection: Connection) -> NestedTransaction:
+        # The driver begins the transaction at the first statement that writes. Without it, the
+        # release of the savepoint would commit.
+        connection.execute(statement(SQL["begin"]))
+        return super().savepoint_within(connection)
 
     async def complete_and_insert(
         self,

@@ -18,7 +18,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 import sqlalchemy
 from pydantic_core import to_json
-from sqlalchemy import Connection, Executable, func, union_all
+from sqlalchemy import Connection, Executable, NestedTransaction, func, union_all
 from sqlmodel import col, select
 
 from job_registry_api import defaults
@@ -252,6 +252,10 @@ class Store(ABC):
         """Insert jobs in a transaction that is open on this connection, which may be the caller's
         own, of any driver. Wait for transactions that hold one of the keys.
         """
+
+    def savepoint_within(self, connection: Connection) -> NestedTransaction:
+        """Begin a savepoint in a transaction that is open on this connection."""
+        return connection.begin_nested()
 
     @abstractmethod
     async def complete_and_insert(

@@ -434,6 +434,28 @@ async def test_a_bulk_joins_the_transaction_of_an_async_session(
     assert [job.payload["to"] for job in (await queue.list()).jobs] == ["eve"]  # type: ignore[index, call-overload]  # JSON
 
 
+def test_an_atomic_bulk_is_discarded_by_a_rollback(closed: JobQueue, engine: Engine) -> None:
+    with Session(engine) as session:
+        # The first statement of the session.
+        closed.sync.enqueue_many([MailSend(to="a"), MailSend(to="b")], atomic=True, session=session)
+        assert closed.sync.list().jobs == []
+        session.rollback()
+    assert closed.sync.list().jobs == []
+
+
+async def test_an_atomic_bulk_is_discarded_by_a_rollback_of_an_async_session(
+    queue: JobQueue, database_url: str
+) -> None:
+    engine = create_async_engine(async_url(database_url))
+    async with AsyncSession(engine) as session:
+        await queue.enqueue_many([MailSend(to="ada")], atomic=True, session=session)
+        await session.rollback()
+        await queue.enqueue_many([MailSend(to="eve")], atomic=True, session=session)
+        await session.commit()
+    await engine.dispose()
+    assert [job.payload["to"] for job in (await queue.list()).jobs] == ["eve"]  # type: ignore[index, call-overload]  # JSON
+
+
 async def test_a_session_of_the_other_kind_is_a_sentence(queue: JobQueue, engine: Engine) -> None:
     with Session(engine) as session, pytest.raises(TypeError, match=r"queue\.sync"):
         await queue.enqueue(MailSend(to="ada"), session=session)  # type: ignore[call-overload]  # refused
