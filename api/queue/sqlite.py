@@ -94,9 +94,11 @@ class SQLiteStore(Store):
         return stored
 
     def savepoint_within(self, connection: Connection) -> NestedTransaction:
-        # The driver begins the transaction at the first statement that writes. Without it, the
-        # release of the savepoint would commit.
-        connection.execute(statement(SQL["begin"]))
+        # The driver begins a transaction at the first statement that writes. Without it, the release
+        # of the savepoint would commit. In tests the connection may be one of another database.
+        driver: Any = connection.connection.driver_connection
+        if connection.dialect.name == "sqlite" and not driver.in_transaction:
+            connection.exec_driver_sql("BEGIN")
         return super().savepoint_within(connection)
 
     async def complete_and_insert(

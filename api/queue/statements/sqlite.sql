@@ -9,10 +9,6 @@
 -- Return the time of the database, in the form in which times are stored and compared.
 SELECT strftime('%Y-%m-%d %H:%M:%f', 'now', :shift) || '000' AS now
 
--- name: begin
--- Change nothing, but as a write: the sqlite3 module begins its transaction at the first of them.
-DELETE FROM job_event_batch WHERE false
-
 -- name: insert
 -- Store a new job, unless its type already has a job with the idempotency key.
 INSERT INTO job (
