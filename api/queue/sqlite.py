@@ -94,8 +94,8 @@ class SQLiteStore(Store):
         return stored
 
     def savepoint_within(self, connection: Connection) -> NestedTransaction:
-        # The driver begins a transaction at the first statement that writes. Without it, the release
-        # of the savepoint would commit. In tests the connection may be one of another database.
+        # The driver begins a transaction at the first statement that writes. Without one, the
+        # release of the savepoint would commit. A test's session may be one of another database.
         driver: Any = connection.connection.driver_connection
         if connection.dialect.name == "sqlite" and not driver.in_transaction:
             connection.exec_driver_sql("BEGIN")

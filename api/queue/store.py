@@ -264,10 +264,11 @@ class Store(ABC):
         jobs: Sequence[NewJob],
         conflicts: Callable[[NewJob, Stored], bool],
     ) -> tuple[JobRecord | None, dict[uuid.UUID, Stored]]:
-        """End an attempt as `end` does, and insert jobs as `insert_all` does, in one transaction.
+        """End an attempt as `end` does, and insert all jobs or none, in one transaction.
 
-        Nothing is changed if the attempt was not ended, and the result is then None; or if a job
-        conflicts, which the returned outcomes show, or is missing from them.
+        It does not wait for transactions that hold one of the keys. Nothing is changed if the
+        attempt was not ended, and the result is then None; or if a job conflicts, which the
+        returned outcomes show, or is missing from them.
         """
 
     @abstractmethod
