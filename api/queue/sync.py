@@ -7,6 +7,7 @@ import os
 import threading
 import uuid
 from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import CancelledError
 from datetime import datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -16,6 +17,7 @@ from sqlalchemy.orm import Session
 
 from job_registry import EnqueueRequest, Payload
 from job_registry_api.queue.enqueueing import Enqueued, Refusal
+from job_registry_api.queue.errors import QueueUnavailable
 from job_registry_api.queue.models import JobRecord
 from job_registry_api.queue.reading import JobFilter, JobPage
 
@@ -148,6 +150,8 @@ class SyncQueue:
         future = asyncio.run_coroutine_threadsafe(operation(), loop)
         try:
             return future.result()
+        except CancelledError as error:
+            raise QueueUnavailable("the queue was closed") from error
         except BaseException:
             future.cancel()  # Ctrl-C, for example.
             raise
