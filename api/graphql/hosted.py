@@ -113,7 +113,8 @@ def graphql_types(
                 )
             except BudgetExceeded as exceeded:
                 raise GraphQLError(str(exceeded), extensions=_extensions(exceeded)) from None
-            return HostedOperation(queue, authenticate or _no_access, limits, executed)
+            context = self.execution_context.context
+            return HostedOperation(queue, authenticate or _no_access, limits, context, executed)
 
         def on_stream_result(self, result: StreamExecutionResult) -> Iterator[None]:
             _add_codes(getattr(result, "errors", None))
