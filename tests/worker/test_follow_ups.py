@@ -195,6 +195,18 @@ async def test_a_lease_is_renewed_while_another_transaction_holds_the_key_of_a_n
     assert [job.id for job in await followers(house)] == [first.job.id]
 
 
+async def test_a_job_that_is_enqueued_after_the_handler_has_ended_is_refused(house: House) -> None:
+    contexts: list[JobContext] = []
+
+    @house.job_type.handler
+    async def work(job: JobContext, payload: houses.Text) -> None:
+        contexts.append(job)
+
+    await house.run()
+    with pytest.raises(RuntimeError, match="has ended"):
+        contexts[0].enqueue(Next(step=1))
+
+
 async def test_a_lost_lease_stores_nothing(house: House) -> None:
     queue = house.queue
     await house.enqueue()
