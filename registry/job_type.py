@@ -248,7 +248,11 @@ class JobType(Generic[P]):
                 violations = self.payload_shape.violations(error, example)
         if violations:
             reason = "; ".join(f"{fault.path}: {fault.message}" for fault in violations)
-            advice = "" if self._example is not None else "; give JobType(example=...) a valid one"
+            advice = (
+                ""
+                if self._example is not None
+                else "; give Field(examples=[...]) or JobType(example=...) a valid one"
+            )
             raise DefinitionError(
                 f"job type {self.name}: its example payload {shortened(example, 200)} is invalid:"
                 f" {reason}{advice}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -107,12 +108,13 @@ class TestQueue(JobQueue):
         """Close the connections to the file."""
         run_in_thread(self._database.close)
 
-    async def __aenter__(self) -> Self:
-        """Do nothing: the queue is open."""
-        return self
+    async def open(self) -> None:
+        """Note the event loop, which `create_app` needs. The queue itself is open."""
+        self.loop = asyncio.get_running_loop()
 
     async def close(self) -> None:
-        """Do nothing: the queue is closed at the end of the test."""
+        """Forget the event loop. The queue itself is closed at the end of the test."""
+        self.loop = None
 
     @cached_property
     def sync(self) -> SyncTestQueue:

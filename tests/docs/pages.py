@@ -16,6 +16,9 @@ from tests import ROOT
 
 PAGES: Final = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
+SHOP: Final = ROOT / "docs" / "examples" / "shop"
+"""The example program. `test_shop.py` runs the commands of its README."""
+
 MARKERS: Final = {
     "module": "python",
     "shell": "console",

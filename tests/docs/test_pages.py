@@ -14,9 +14,11 @@ from job_registry_api.graphql.schema import SDL_FILE
 from job_registry_api.queue.events import STATUS_AFTER
 from job_registry_api.settings import Settings
 from tests import ROOT
-from tests.docs.pages import MARKERS, PAGES, Block, blocks, blocks_of
+from tests.docs.pages import MARKERS, PAGES, SHOP, Block, blocks, blocks_of
 
-every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+every_page = pytest.mark.parametrize(
+    "page", [*PAGES, SHOP / "README.md"], ids=lambda page: str(page.relative_to(ROOT))
+)
 
 
 @every_page

@@ -240,7 +240,7 @@ def test_where_no_example_can_be_made_one_is_required() -> None:
     class Coded(Payload):
         code: Annotated[str, Field(pattern=r"^[0-9]{4}$")]
 
-    with pytest.raises(DefinitionError, match=r"give JobType\(example=\.\.\.\)"):
+    with pytest.raises(DefinitionError, match=r"Field\(examples=\[\.\.\.\]\) or JobType\(example="):
         JobType(name="a", payload=Coded)
     assert JobType(name="a", payload=Coded, example={"code": "1234"})
 

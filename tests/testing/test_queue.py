@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
+import httpx
 import pytest
 from sqlalchemy import create_engine, event, text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
@@ -16,7 +17,15 @@ from sqlalchemy.pool import StaticPool
 
 from job_registry import DefinitionError, EnqueueRequest, JobTypeNotFound, PayloadInvalid
 from job_registry.testing import DrainFailed, JobStatus, TestQueue
-from job_registry_api import IdempotencyConflict, InputInvalid, JobFailed, JobQueue, Worker
+from job_registry_api import (
+    IdempotencyConflict,
+    InputInvalid,
+    JobFailed,
+    JobQueue,
+    Worker,
+    create_app,
+    load_settings,
+)
 from job_registry_api.queue.reading import NoWorkerSeen, ScheduledFor
 from tests.testing.kit_jobs import REGISTRY, Count, Do, MailSend, do_async, mail_send
 
@@ -74,6 +83,27 @@ async def test_opening_and_closing_in_the_tested_code_has_no_effect(job_queue: T
     async with job_queue:
         await job_queue.enqueue(BOB)
     assert len(job_queue.jobs()) == 2
+
+
+async def test_an_application_is_mounted_on_it(job_queue: TestQueue) -> None:
+    app = create_app(load_settings({}), queue=job_queue)
+    transport = httpx.ASGITransport(app)
+    async with (
+        job_queue,
+        app.running(),
+        httpx.AsyncClient(transport=transport, base_url="http://localhost") as client,
+    ):
+        job = {"type": "mail.send", "payload": {"to": "ada@example.com"}}
+        assert (await client.post("/jobs", json=job)).status_code == 201
+    job_queue.assert_enqueued(ADA)
+
+
+async def test_opening_twice_is_allowed_because_fixtures_and_the_tested_code_do(
+    job_queue: TestQueue,
+) -> None:
+    await job_queue.open()
+    await job_queue.open()
+    await job_queue.enqueue(ADA)
 
 
 def test_sync_serves_tests_without_an_event_loop(job_queue: TestQueue) -> None:

@@ -13,25 +13,22 @@ import httpx
 import pytest
 import uvicorn
 from graphql import build_schema, parse, validate
-from playwright.async_api import Page, async_playwright, expect
+from playwright.async_api import Page, expect
 from starlette.applications import Starlette
 from starlette.routing import Mount
 
 from job_registry_api import create_app, load_settings, pages
 from job_registry_api.graphql.schema import SDL_FILE
 from tests.http_client import Visit, serving
+from tests.web.browser import browsing, needs_browser
 
 ROOT = Path(__file__).parents[2]
 TABS = ROOT / "api" / "web" / "src" / "tabs"
 SCREENSHOT = ROOT / "build" / "graphiql.png"
-BROWSER = shutil.which("chromium")
 
 needs_page = pytest.mark.skipif(
     not (pages.DIST / "index.html").is_file(),
     reason="GraphiQL is not built: install Node 20.19 or newer and run `make install`",
-)
-needs_browser = pytest.mark.skipif(
-    BROWSER is None, reason="there is no browser: install Debian's package chromium"
 )
 
 
@@ -63,45 +60,8 @@ async def address(
 
 @pytest.fixture
 async def page(address: str) -> AsyncIterator[Page]:
-    """A page whose browser cannot reach, and does not even try to reach, another host.
-
-    It has no console errors and no uncaught exceptions.
-    """
-    faults: list[str] = []
-    elsewhere: list[str] = []
-    async with async_playwright() as playwright:
-        browser = await playwright.chromium.launch(
-            executable_path=BROWSER,
-            args=[
-                "--no-sandbox",
-                "--disable-gpu",
-                "--disable-quic",
-                "--no-first-run",
-                "--disable-background-networking",
-                "--disable-component-update",
-                "--disable-sync",
-                "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
-            ],
-        )
-        page = await browser.new_page(viewport={"width": 1400, "height": 900})
-        page.on(
-            "console",
-            lambda said: faults.append(said.text) if said.type in ("error", "warning") else None,
-        )
-        page.on("pageerror", lambda error: faults.append(str(error)))
-        page.on(
-            "request",
-            lambda request: (
-                None
-                if request.url.startswith((f"http://{address}/", "data:", "blob:"))
-                else elsewhere.append(request.url)
-            ),
-        )
-        page.set_default_timeout(15_000)
+    async with browsing(address) as page:
         yield page
-        await browser.close()
-    assert faults == []
-    assert elsewhere == []
 
 
 async def open_tab(page: Page, name: str) -> None:

@@ -189,7 +189,7 @@ async def test_a_report_that_comes_too_late_is_not_repeated(
 
     reported = 0
 
-    async def lost(_token: str, _result: JsonValue = None) -> Any:
+    async def lost(_token: str, _result: JsonValue = None, **_options: Any) -> Any:
         nonlocal reported
         reported += 1
         raise LeaseLost

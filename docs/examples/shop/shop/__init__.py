@@ -1,0 +1,1 @@
+"""A shop that takes orders. Its jobs confirm, invoice and settle them."""
