@@ -140,6 +140,7 @@ class JobContext:
             DefinitionError: the class of the payload belongs to no job type, or to several.
             PayloadInvalid: the payload is invalid.
             CodedError: an option is out of range, or there are too many jobs (`validation_error`).
+            RuntimeError: the handler has ended; a task or a thread of it goes on.
         """
         self._enqueue(
             payload,

@@ -20,7 +20,7 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
 
-from job_registry.errors import Violation
+from job_registry.errors import Violation, shortened
 from job_registry.json_values import MAX_VIOLATIONS, json_document
 from job_registry.timestamps import timestamps
 
@@ -94,7 +94,8 @@ def _refused(model: type[BaseModel], faults: Iterable[Violation], sent: object) 
             place.append(int(name) if isinstance(value, list) else name)
             value = value[place[-1]]
         error = PydanticCustomError(fault.code, "{message}", {"message": fault.message})
-        lines.append(InitErrorDetails(type=error, loc=tuple(place), input=value))
+        # As text: frameworks answer with it, and no JSON can hold it.
+        lines.append(InitErrorDetails(type=error, loc=tuple(place), input=shortened(value)))
     return ValidationError.from_exception_data(model.__name__, lines)
 
 

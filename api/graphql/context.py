@@ -131,11 +131,12 @@ class HostedOperation:
     queue: JobQueue
     authenticate: Authenticate
     limits: RequestLimits
+    hosts_context: Any = field(repr=False)
     operation: tuple[DocumentNode, OperationDefinitionNode] = field(repr=False)
     context: Context | None = None
     _authenticating: asyncio.Lock = field(default_factory=asyncio.Lock, repr=False)
 
-    async def enter(self, hosts_context: Any) -> Context:
+    async def enter(self) -> Context:
         """Return the context. The first field authenticates the caller for all.
 
         Raises:
@@ -143,7 +144,7 @@ class HostedOperation:
         """
         async with self._authenticating:
             if self.context is None:
-                answer = self.authenticate(hosts_context)
+                answer = self.authenticate(self.hosts_context)
                 caller = await answer if isawaitable(answer) else answer
                 if caller is None:
                     raise Unauthenticated("This request has no access to the job queue.")
@@ -163,7 +164,7 @@ def context_of(info: strawberry.Info[Any, Any]) -> Context:
     """Return the context of a field, below a root field that has entered it."""
     if isinstance(info.context, Context):
         return info.context
-    operation = hosted_operation.get()
+    operation = _hosted(info)
     if operation is None or operation.context is None:
         raise RuntimeError("this type is only for the root fields of `graphql_types`")
     return operation.context
@@ -177,12 +178,23 @@ async def enter_context(info: strawberry.Info[Any, Any]) -> Context:
     """
     if isinstance(info.context, Context):
         return info.context
-    operation = hosted_operation.get()
+    operation = _hosted(info)
     if operation is None:
         raise RuntimeError(
             "the schema lacks `extensions=[*jobs.extensions]` of `jobs = graphql_types(...)`"
         )
-    return await operation.enter(info.context)
+    return await operation.enter()
+
+
+def _hosted(info: strawberry.Info[Any, Any]) -> HostedOperation | None:
+    """Return the operation of a field in a host's schema.
+
+    Another operation, of a schema without the extensions, may have run in this task before.
+    """
+    operation = hosted_operation.get()
+    if operation is None or operation.hosts_context is not info.context:
+        return None
+    return operation
 
 
 async def _watch(receive: Receive, gone: asyncio.Event) -> None:

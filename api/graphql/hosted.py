@@ -85,28 +85,36 @@ def graphql_types(
         """Begins an operation that has root fields of the queue, and gives its errors codes."""
 
         def on_execute(self) -> Iterator[None]:
+            # An operation that a resolver of another one executes, in the same task, must not leave
+            # its caller to the fields that follow there.
+            outer = hosted_operation.get()
+            try:
+                hosted_operation.set(self._begun())
+                yield
+            finally:
+                hosted_operation.set(outer)
+            _add_codes(getattr(self.execution_context.result, "errors", None))
+
+        def _begun(self) -> HostedOperation | None:
+            """Return the operation; None if it has no root fields of the queue."""
             executed = _operation_of(self.execution_context)
-            # Set in any case: another operation may have run in this task before.
-            hosted_operation.set(None)
             variables = self.execution_context.variables or {}
-            if executed and any(
+            if executed is None or not any(
                 each.name.value in names for each in root_fields(*executed, variables)
             ):
-                try:
-                    check_arguments(
-                        executable(self.execution_context.schema),
-                        *executed,
-                        variables,
-                        limits,
-                        names=names,
-                    )
-                except BudgetExceeded as exceeded:
-                    raise GraphQLError(str(exceeded), extensions=_extensions(exceeded)) from None
-                hosted_operation.set(
-                    HostedOperation(queue, authenticate or _no_access, limits, executed)
+                return None
+            try:
+                check_arguments(
+                    executable(self.execution_context.schema),
+                    *executed,
+                    variables,
+                    limits,
+                    names=names,
                 )
-            yield
-            _add_codes(getattr(self.execution_context.result, "errors", None))
+            except BudgetExceeded as exceeded:
+                raise GraphQLError(str(exceeded), extensions=_extensions(exceeded)) from None
+            context = self.execution_context.context
+            return HostedOperation(queue, authenticate or _no_access, limits, context, executed)
 
         def on_stream_result(self, result: StreamExecutionResult) -> Iterator[None]:
             _add_codes(getattr(result, "errors", None))

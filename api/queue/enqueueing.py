@@ -284,7 +284,7 @@ class Enqueueing:
         self, session: Session, jobs: Sequence[NewJob], *, atomic: bool
     ) -> tuple[list[Stored], bool]:
         """Return the outcome of each job, and whether the jobs are part of the transaction."""
-        savepoint = session.connection().begin_nested() if atomic else None
+        savepoint = self._store.savepoint_within(session.connection()) if atomic else None
         stored = self._insert_within(session, jobs)
         if savepoint is not None:
             if any(conflicts(job, stored[job.id]) for job in jobs):

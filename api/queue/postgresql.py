@@ -80,7 +80,7 @@ class PostgreSQLStore(Store):
         self, jobs: Sequence[NewJob], conflicts: Callable[[NewJob, Stored], bool]
     ) -> tuple[dict[uuid.UUID, Stored], bool]:
         async def insert_all(connection: AsyncConnection) -> dict[uuid.UUID, Stored]:
-            return await self._insert_or_refuse(connection, jobs, conflicts)
+            return await self._insert_or_refuse(connection, jobs, conflicts, wait=True)
 
         try:
             return await self._database.retrying(insert_all), True
@@ -101,7 +101,8 @@ class PostgreSQLStore(Store):
             rows = [dict(row) for row in result.mappings()]
             if not rows:
                 raise Refused({})
-            return rows[0], await self._insert_or_refuse(connection, jobs, conflicts)
+            # Without waiting for keys: meanwhile the lease of the locked job could not be renewed.
+            return rows[0], await self._insert_or_refuse(connection, jobs, conflicts, wait=False)
 
         try:
             row, stored = await self._database.retrying(complete)
@@ -115,8 +116,10 @@ class PostgreSQLStore(Store):
         connection: AsyncConnection,
         jobs: Sequence[NewJob],
         conflicts: Callable[[NewJob, Stored], bool],
+        *,
+        wait: bool,
     ) -> dict[uuid.UUID, Stored]:
-        stored = await connection.run_sync(lambda opened: self.insert_within(opened, jobs))
+        stored = await connection.run_sync(lambda opened: self._insert_within(opened, jobs, wait))
         if any(job.id not in stored or conflicts(job, stored[job.id]) for job in jobs):
             raise Refused(stored)
         return stored
@@ -124,7 +127,12 @@ class PostgreSQLStore(Store):
     def insert_within(
         self, connection: Connection, jobs: Sequence[NewJob]
     ) -> dict[uuid.UUID, Stored]:
-        parameters = {"jobs": _new_jobs(jobs), "wait": True, **self._sender}
+        return self._insert_within(connection, jobs, wait=True)
+
+    def _insert_within(
+        self, connection: Connection, jobs: Sequence[NewJob], wait: bool
+    ) -> dict[uuid.UUID, Stored]:
+        parameters = {"jobs": _new_jobs(jobs), "wait": wait, **self._sender}
         stored = _stored(self._execute(connection, "insert", parameters))
         if keys := _keys(jobs, stored):
             _add_holders(jobs, stored, self.find_by_key_within(connection, keys))

@@ -187,6 +187,8 @@ class JobQueue(Enqueueing, Reading, Leasing, Changing, Upkeep):
     async def open(self) -> None:
         """Open the queue, for code that closes it elsewhere than in an `async with`.
 
+        If it raises, it can be called again.
+
         Raises:
             MigrationRefused: the database does not fit this version, and says what to do.
             QueueUnavailable: the database does not answer, if the queue was created to prepare it.
@@ -194,10 +196,14 @@ class JobQueue(Enqueueing, Reading, Leasing, Changing, Upkeep):
         if self._opened is not None:
             raise RuntimeError("the queue is open already, or was closed")
         self._opened = AsyncExitStack()
+        if self._prepare is not None:
+            try:
+                await asyncio.to_thread(self._prepare)
+            except BaseException:
+                self._opened = None  # Nothing is open yet, and the next call may succeed.
+                raise
         async with AsyncExitStack() as opening:
             opening.push_async_callback(self._database.close)
-            if self._prepare is not None:
-                await asyncio.to_thread(self._prepare)
             await opening.enter_async_context(self.events.listening())
             opening.push_async_callback(self._finish)
             self._opened = opening.pop_all()

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, TypeVar
 
-from sqlalchemy import JSON, Connection, Uuid
+from sqlalchemy import JSON, Connection, NestedTransaction, Uuid
 
 from job_registry_api.queue.database import read_json, statement
 from job_registry_api.queue.models import METADATA, AttemptOutcome, JobRecord, JobStatus, UtcTime
@@ -92,6 +92,14 @@ class SQLiteStore(Store):
             kept = {"message": message_of(self._process, created), "now": now}
             connection.execute(statement(SQL["keep_events"]), kept)
         return stored
+
+    def savepoint_within(self, connection: Connection) -> NestedTransaction:
+        # The driver begins a transaction at the first statement that writes. Without one, the
+        # release of the savepoint would commit. A test's session may be one of another database.
+        driver: Any = connection.connection.driver_connection
+        if connection.dialect.name == "sqlite" and not driver.in_transaction:
+            connection.exec_driver_sql("BEGIN")
+        return super().savepoint_within(connection)
 
     async def complete_and_insert(
         self,

@@ -18,7 +18,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 import sqlalchemy
 from pydantic_core import to_json
-from sqlalchemy import Connection, Executable, func, union_all
+from sqlalchemy import Connection, Executable, NestedTransaction, func, union_all
 from sqlmodel import col, select
 
 from job_registry_api import defaults
@@ -253,6 +253,10 @@ class Store(ABC):
         own, of any driver. Wait for transactions that hold one of the keys.
         """
 
+    def savepoint_within(self, connection: Connection) -> NestedTransaction:
+        """Begin a savepoint in a transaction that is open on this connection."""
+        return connection.begin_nested()
+
     @abstractmethod
     async def complete_and_insert(
         self,
@@ -260,10 +264,11 @@ class Store(ABC):
         jobs: Sequence[NewJob],
         conflicts: Callable[[NewJob, Stored], bool],
     ) -> tuple[JobRecord | None, dict[uuid.UUID, Stored]]:
-        """End an attempt as `end` does, and insert jobs as `insert_all` does, in one transaction.
+        """End an attempt as `end` does, and insert all jobs or none, in one transaction.
 
-        Nothing is changed if the attempt was not ended, and the result is then None; or if a job
-        conflicts, which the returned outcomes show, or is missing from them.
+        It does not wait for transactions that hold one of the keys. Nothing is changed if the
+        attempt was not ended, and the result is then None; or if a job conflicts, which the
+        returned outcomes show, or is missing from them.
         """
 
     @abstractmethod

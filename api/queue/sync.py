@@ -7,15 +7,18 @@ import os
 import threading
 import uuid
 from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import CancelledError, Future
+from contextlib import suppress
 from datetime import datetime
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from pydantic import JsonValue
 from sqlalchemy.orm import Session
 
 from job_registry import EnqueueRequest, Payload
 from job_registry_api.queue.enqueueing import Enqueued, Refusal
+from job_registry_api.queue.errors import QueueUnavailable
 from job_registry_api.queue.models import JobRecord
 from job_registry_api.queue.reading import JobFilter, JobPage
 
@@ -25,6 +28,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 Results = list[Enqueued | Refusal]
+
+CLOSE_SECONDS: Final = 5.0
+"""How long `close` waits for calls of other threads."""
 
 
 class SyncQueue:
@@ -43,6 +49,9 @@ class SyncQueue:
         self._process = os.getpid()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
+        self._calls: set[Future[Any]] = set()
+        """The calls in progress."""
+        self._closing = False
 
     def request(self, payload: Payload, **options: Any) -> EnqueueRequest:
         """Return the request to enqueue a payload, with the options of `JobQueue.request`."""
@@ -124,9 +133,11 @@ class SyncQueue:
         with self._lock:
             loop, thread = self._loop, self._thread
             self._loop = self._thread = None
+            self._closing = thread is not None
         if loop is not None and thread is not None:
             loop.call_soon_threadsafe(loop.stop)
             thread.join()
+            self._closing = False
 
     def __enter__(self) -> Self:
         return self
@@ -140,29 +151,44 @@ class SyncQueue:
         self.close()
 
     def _run(self, operation: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        loop = self._event_loop()
-        if _running_loop() is loop:
-            raise RuntimeError(
-                "queue.sync would block the event loop of the queue; use `await queue...` here"
-            )
-        future = asyncio.run_coroutine_threadsafe(operation(), loop)
+        with self._lock:
+            loop = self._event_loop()
+            if _running_loop() is loop:
+                raise RuntimeError(
+                    "queue.sync would block the event loop of the queue; use `await queue...` here"
+                )
+            future = asyncio.run_coroutine_threadsafe(operation(), loop)
+            self._calls.add(future)
+        future.add_done_callback(self._calls.discard)
         try:
             return future.result()
+        except CancelledError as error:
+            raise QueueUnavailable("the queue was closed") from error
         except BaseException:
             future.cancel()  # Ctrl-C, for example.
             raise
 
     def _event_loop(self) -> asyncio.AbstractEventLoop:
-        with self._lock:
-            if os.getpid() != self._process:
-                raise RuntimeError(
-                    "the queue was created before this process was forked; create it after the fork"
-                )
-            if self._loop is None:
-                if self._queue.loop is not None:
-                    return self._queue.loop
-                self._loop = self._open_in_thread()
-            return self._loop
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                "the queue was created before this process was forked; create it after the fork"
+            )
+        if self._closing:
+            raise QueueUnavailable("the queue was closed")
+        if self._loop is None:
+            if self._queue.loop is not None:
+                return self._queue.loop
+            self._loop = self._open_in_thread()
+        return self._loop
+
+    async def _close(self) -> None:
+        """Close the queue once the calls of other threads have ended."""
+        self._queue.end_waits()
+        calls = [asyncio.wrap_future(call) for call in set(self._calls)]
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await asyncio.gather(*calls, return_exceptions=True)
+        await self._queue.close()
 
     def _open_in_thread(self) -> asyncio.AbstractEventLoop:
         loop = asyncio.new_event_loop()
@@ -179,7 +205,7 @@ class SyncQueue:
                 finally:
                     is_open.set()
                 loop.run_forever()
-                runner.run(self._queue.close())
+                runner.run(self._close())
 
         # A daemon: a program that ends need not close the queue. What was answered is on disk.
         self._thread = threading.Thread(target=run, name="job-queue", daemon=True)

@@ -193,6 +193,7 @@ class Attempt:
             call = self._start_here(registered, payload)
             end = await self._end_of(call)
         self._reporting = True
+        self._follow_ups.end()
         stopping = self._stop_requested.is_set()
         if isinstance(end, Raised) and end.kind in _UNFORESEEN and not stopping:
             self._log.warning("job.attempt_failed", exception=end.traceback)

@@ -28,13 +28,21 @@ class FollowUps:
         self._created_by = created_by
         self.jobs: list[NewJob] = []
         self.refusal: str | None = None
+        self._has_ended = False
+
+    def end(self) -> None:
+        """Refuse further jobs, because the handler has ended."""
+        self._has_ended = True
 
     def add(self, payload: Payload, **options: Any) -> None:
         """Check a job, and keep it. Called in the thread of the handler. See `JobContext.enqueue`.
 
         Raises:
             CodedError: the job is refused.
+            RuntimeError: the handler has ended.
         """
+        if self._has_ended:
+            raise RuntimeError("the handler of this job has ended, so it cannot enqueue a job")
         self._add(self._queue.request(payload, **options))
 
     def add_from_process(self, message: Mapping[str, Any]) -> None:

@@ -189,6 +189,10 @@ class Worker:
         started = asyncio.create_task(self.started.wait())
         try:
             await asyncio.wait({running, started}, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            running.cancel()
+            await asyncio.wait({running})
+            raise
         finally:
             started.cancel()
         if running.done():

@@ -16,7 +16,7 @@ import strawberry
 from strawberry.schema.config import StrawberryConfig
 from strawberry.tools import merge_types
 
-from job_registry import JobRegistry, JobType, Payload
+from job_registry import EnqueueRequest, JobRegistry, JobType, Payload
 from job_registry.discovery import load_registry
 from job_registry_api import Caller, GraphQLTypes, JobQueue, RequestLimits, graphql_types
 from job_registry_api.graphql.schema import SDL_FILE, sdl
@@ -407,3 +407,56 @@ async def test_the_schema_of_the_application_stays_as_it_is(queue: JobQueue) -> 
     catalog = load_registry(["job_registry.catalog"])
     host_schema(graphql_types(queue, authenticate=caller_of, prefix="Queue"), Careers)
     assert sdl(catalog) == SDL_FILE.read_text("utf-8")
+
+
+@pytest.mark.parametrize("inner", ["{ jobTypes { name } }", "{ now }"])
+async def test_an_operation_inside_another_leaves_it_its_caller(
+    queue: JobQueue, inner: str
+) -> None:
+    @strawberry.type
+    class Auditing:
+        @strawberry.mutation
+        async def audit(self) -> str:
+            result = await schema.execute(inner, context_value=HostContext("system"))
+            return str(result.errors)
+
+    jobs = graphql_types(queue, authenticate=caller_of)
+    schema = strawberry.Schema(
+        query=merge_types("Query", (HostQuery, jobs.query)),
+        mutation=merge_types("Mutation", (Auditing, jobs.mutation)),
+        extensions=[*jobs.extensions],
+        exception_handlers=[*jobs.exception_handlers],
+        config=StrawberryConfig(scalar_map=jobs.scalars, name_converter=jobs.name_converter),
+    )
+    # The root fields of a mutation run one after another, in one task.
+    document = """mutation ($input: EnqueueJobInput!) { audit
+      enqueueJob(input: $input) { ... on EnqueueJobSuccess { job { createdBy } } } }"""
+    data, errors = await run(schema, document, ADA, input=PAYOUT)
+    assert (data["audit"], errors) == ("None", [])
+    assert data["enqueueJob"]["job"]["createdBy"] == "ada"
+    data, errors = await run(schema, document, HostContext(), input=PAYOUT)
+    assert [each["extensions"]["code"] for each in errors] == ["unauthenticated"]
+
+
+async def test_a_schema_without_the_extensions_does_not_take_the_caller_of_an_event(
+    queue: JobQueue,
+) -> None:
+    jobs = graphql_types(queue, authenticate=caller_of)
+    bare = strawberry.Schema(
+        query=jobs.query,
+        mutation=jobs.mutation,
+        config=StrawberryConfig(scalar_map=jobs.scalars, name_converter=jobs.name_converter),
+    )
+    stream: Any = await host_schema(jobs).subscribe(
+        "subscription { jobEvents { job { id } } }", context_value=ADA
+    )
+
+    async def enqueue() -> None:
+        await asyncio.sleep(0.2)
+        await queue.enqueue(EnqueueRequest("payout.execute", {"batchId": "b", "escrowId": "e"}))
+
+    async with aclosing(stream) as events, asyncio.TaskGroup() as tasks:
+        tasks.create_task(enqueue())
+        assert (await anext(events)).errors is None
+        _, errors = await run(bare, ENQUEUE, HostContext(), input=PAYOUT)
+    assert ["extensions=[*jobs.extensions]" in each["message"] for each in errors] == [True]

@@ -462,6 +462,61 @@ async def test_a_bulk_joins_the_transaction_of_an_async_session(
     assert [job.payload["to"] for job in (await queue.list()).jobs] == ["eve"]  # type: ignore[index, call-overload]  # JSON
 
 
+def test_a_queue_that_could_not_be_opened_is_opened_by_the_next_call(tmp_path: Path) -> None:
+    folder = tmp_path / "mounted later"
+    with JobQueue.from_url(f"sqlite:///{folder}/jobs.db", [mail_send]).sync as sync:
+        with pytest.raises(QueueUnavailable):
+            sync.enqueue(MailSend(to="ada"))
+        folder.mkdir()
+        job = sync.enqueue(MailSend(to="ada")).job
+        assert sync.get(job.id) == job
+
+
+def test_calls_that_closing_interrupts_say_that_the_queue_was_closed(closed: JobQueue) -> None:
+    errors: list[Exception] = []
+
+    def call() -> None:
+        try:
+            while True:
+                closed.sync.list()
+        except Exception as error:
+            errors.append(error)
+
+    closed.sync.list()
+    threads = [threading.Thread(target=call) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.05)
+    closed.sync.close()
+    for thread in threads:
+        thread.join()
+    # A call that begins later is that of a queue that was closed.
+    assert {type(error) for error in errors} <= {QueueUnavailable, RuntimeError}
+
+
+def test_an_atomic_bulk_is_discarded_by_a_rollback(closed: JobQueue, engine: Engine) -> None:
+    plain = create_engine(engine.url)  # Its driver begins a transaction late on SQLite.
+    with Session(plain) as session:
+        closed.sync.enqueue_many([MailSend(to="a"), MailSend(to="b")], atomic=True, session=session)
+        assert closed.sync.list().jobs == []
+        session.rollback()
+    plain.dispose()
+    assert closed.sync.list().jobs == []
+
+
+async def test_an_atomic_bulk_is_discarded_by_a_rollback_of_an_async_session(
+    queue: JobQueue, database_url: str
+) -> None:
+    engine = create_async_engine(async_url(database_url))
+    async with AsyncSession(engine) as session:
+        await queue.enqueue_many([MailSend(to="ada")], atomic=True, session=session)
+        await session.rollback()
+        await queue.enqueue_many([MailSend(to="eve")], atomic=True, session=session)
+        await session.commit()
+    await engine.dispose()
+    assert [job.payload["to"] for job in (await queue.list()).jobs] == ["eve"]  # type: ignore[index, call-overload]  # JSON
+
+
 async def test_a_session_of_the_other_kind_is_a_sentence(queue: JobQueue, engine: Engine) -> None:
     with Session(engine) as session, pytest.raises(TypeError, match=r"queue\.sync"):
         await queue.enqueue(MailSend(to="ada"), session=session)  # type: ignore[call-overload]  # refused

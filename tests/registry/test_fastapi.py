@@ -209,6 +209,20 @@ async def test_a_fault_is_located_in_the_body(client: httpx.AsyncClient) -> None
     ]
 
 
+@pytest.mark.parametrize("value", ["NaN", "[1e999]", '"\\ud800"', '{"\\ud800": 1}'])
+async def test_what_no_json_can_hold_is_a_fault_of_the_body(
+    client: httpx.AsyncClient, value: str
+) -> None:
+    body = '{"sendAt": "2030-01-31T12:00:00Z", "copies": ' + value + "}"
+    answer = await client.post("/mail", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 422
+    (fault,) = answer.json()["detail"]
+    assert (fault["type"] in ("not_finite", "invalid_text"), fault["loc"][:2]) == (
+        True,
+        ["body", "copies"],
+    )
+
+
 async def test_openapi_has_each_payload_once_with_its_camel_case_names(
     client: httpx.AsyncClient,
 ) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
 from job_registry import (
     Backoff,
@@ -23,8 +25,10 @@ from job_registry import (
     Snooze,
 )
 from job_registry_api import JobError, JobQueue, JobStatus
+from job_registry_api.queue.database import async_url
 from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.errors import InputInvalid, LeaseLost
+from job_registry_api.queue.leasing import Renewal
 from job_registry_api.queue.models import JobRecord
 from tests.worker import house as houses
 from tests.worker.house import House
@@ -163,6 +167,44 @@ async def test_a_completion_that_is_repeated_stores_its_jobs_once(house: House) 
     again = [queue.admit(queue.request(Next(step=1)))]
     assert (await queue.complete(lease.token, follow_ups=again)).id == job.id
     assert len(await followers(house)) == 1
+
+
+async def test_a_lease_is_renewed_while_another_transaction_holds_the_key_of_a_new_job(
+    house: House, database_url: str
+) -> None:
+    if database_url.startswith("sqlite"):
+        pytest.skip("SQLite has one writer: a transaction of a caller holds up every other")
+    queue, engine = house.queue, create_async_engine(async_url(database_url))
+    await house.enqueue()
+    (lease,) = await queue.lease(["work"], "w")
+    new = [queue.admit(queue.request(Next(step=1), idempotency_key="k"))]
+    async with AsyncSession(engine) as session:
+        first = await queue.enqueue(Next(step=1), idempotency_key="k", session=session)
+        completing = asyncio.create_task(queue.complete(lease.token, follow_ups=new))
+        await asyncio.sleep(0.2)
+        renewed = []
+        for _ in range(5):
+            (renewal,) = await queue.renew([Renewal(lease.token)])
+            renewed.append(not isinstance(renewal, LeaseLost) and renewal.renewed)
+            await asyncio.sleep(0.05)
+        assert True in renewed
+        assert not completing.done()
+        await session.commit()
+    await engine.dispose()
+    assert (await completing).status is JobStatus.SUCCEEDED
+    assert [job.id for job in await followers(house)] == [first.job.id]
+
+
+async def test_a_job_that_is_enqueued_after_the_handler_has_ended_is_refused(house: House) -> None:
+    contexts: list[JobContext] = []
+
+    @house.job_type.handler
+    async def work(job: JobContext, payload: houses.Text) -> None:
+        contexts.append(job)
+
+    await house.run()
+    with pytest.raises(RuntimeError, match="has ended"):
+        contexts[0].enqueue(Next(step=1))
 
 
 async def test_a_lost_lease_stores_nothing(house: House) -> None:

@@ -6,7 +6,8 @@ import asyncio
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from job_registry import (
     Payload,
     Retry,
     Snooze,
+    WorkerExtension,
 )
 from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.errors import QueueUnavailable
@@ -589,3 +591,23 @@ async def test_types_without_a_handler_are_left_for_remote_workers(
     house.job_type.handler(lambda job, payload: None)
     worker = Worker(house.queue, concurrency=1, assets=str(tmp_path), shutdown_seconds=1)
     assert worker.types == ("work",)
+
+
+async def test_a_worker_whose_start_is_cancelled_does_not_work(house: House) -> None:
+    @asynccontextmanager
+    async def slow() -> AsyncIterator[dict[str, Any]]:
+        await asyncio.sleep(0.3)
+        yield {}
+
+    @house.job_type.handler
+    async def work(job: JobContext, payload: Text) -> None:
+        house.ran.append(payload.text)
+
+    worker = Worker(house.queue, extensions=[WorkerExtension(lifespan=slow)])
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.1), worker.running():
+            raise AssertionError("it has started")
+    job = await house.enqueue()
+    await asyncio.sleep(0.5)
+    assert house.ran == []
+    assert (await house.queue.get(job.id)).status is JobStatus.QUEUED
