@@ -125,6 +125,7 @@ def test_the_wheel_migrates_enqueues_and_lists_outside_the_checkout(
     assert jobs(installed, tmp_path, "--version") == f"job-registry {VERSION}\n"
 
 
+@pytest.mark.slow
 def test_pytest_finds_the_fixtures_of_the_wheel(installed: Path, tmp_path: Path) -> None:
     path = os.pathsep.join([str(installed), sysconfig.get_path("purelib")])
     (tmp_path / "test_mails.py").write_text(

@@ -123,6 +123,7 @@ def ends(each: Reloading) -> None:
     assert psutil.wait_procs(children, timeout=5)[1] == []
 
 
+@pytest.mark.slow
 def test_a_worker_runs_the_changed_code_and_survives_a_syntax_error(
     start: Start,
 ) -> None:

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import pytest
 import structlog
@@ -20,6 +20,14 @@ from tests.cli.test_cli import GOOD, Shell
 CONTROL = "\x1b[31mred\x07\x9b2J\r\u202eback"
 ESCAPED = r"\u001b[31mred\u0007\u009b2J\r\u202eback"
 SECRET = "correct horse battery staple"
+
+
+def lines(*commands: str) -> list[Any]:
+    """Command lines for a test that starts each. All but the first are for the slow tests."""
+    return [
+        pytest.param(line.split(), id=line, marks=[] if line == commands[0] else pytest.mark.slow)
+        for line in commands
+    ]
 
 
 @pytest.fixture
@@ -102,10 +110,8 @@ def test_bytes_that_are_no_text_are_a_sentence(jobs: Shell) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["types"], ["policy", "a"], ["validate", "a", "-"], ["enqueue", "a", "-"], ["schema"],
-     ["worker"], ["serve", "--port", "0"]],
-    ids=" ".join,
-)  # fmt: skip
+    lines("types", "policy a", "validate a -", "enqueue a -", "schema", "worker", "serve --port 0"),
+)
 def test_a_module_that_logs_while_it_is_imported_shows_no_variables(
     jobs: Shell, arguments: list[str]
 ) -> None:
@@ -130,18 +136,12 @@ connect()
     assert result.stderr.splitlines()[-1].startswith("The job types cannot be loaded: broken:")
 
 
-COMMANDS = [
-    ["types"],
-    ["types", "--json"],
-    ["policy", "payout.execute"],
-    ["schema"],
-    ["migrate"],
-    ["--version"],
-    ["--help"],
-]
+COMMANDS = lines(
+    "types", "types --json", "policy payout.execute", "schema", "migrate", "--version", "--help"
+)
 
 
-@pytest.mark.parametrize("arguments", COMMANDS, ids=" ".join)
+@pytest.mark.parametrize("arguments", COMMANDS)
 @pytest.mark.parametrize("buffered", [True, False])
 def test_an_output_that_cannot_be_written_is_a_sentence(
     jobs: Shell, arguments: list[str], buffered: bool
@@ -152,7 +152,7 @@ def test_an_output_that_cannot_be_written_is_a_sentence(
     assert result.returncode == 1
 
 
-@pytest.mark.parametrize("arguments", COMMANDS, ids=" ".join)
+@pytest.mark.parametrize("arguments", COMMANDS)
 @pytest.mark.parametrize("buffered", [True, False])
 def test_a_command_whose_output_is_read_no_further_ends_silently(
     jobs: Shell, arguments: list[str], buffered: bool

@@ -109,6 +109,7 @@ async def served(
         await asyncio.to_thread(process.communicate, timeout=20)
 
 
+@pytest.mark.slow
 async def test_the_hosts_alembic_sees_its_own_tables_only(
     project: Path, environment: dict[str, str]
 ) -> None:
@@ -182,6 +183,7 @@ async def test_subscriptions_are_served_under_the_prefix_by_sse_and_websocket(
     assert [event["type"] for event in events if isinstance(event, dict)] == ["mail.send"] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.any_database
 @pytest.mark.usefixtures("tables")
 async def test_sigterm_ends_the_host_the_worker_and_the_application(
@@ -198,6 +200,7 @@ async def test_sigterm_ends_the_host_the_worker_and_the_application(
     assert "Traceback" not in said
 
 
+@pytest.mark.slow
 @pytest.mark.any_database
 @pytest.mark.usefixtures("tables")
 async def test_behind_a_proxy_locations_have_the_whole_prefix(

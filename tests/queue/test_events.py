@@ -240,6 +240,7 @@ async def test_a_log_that_cannot_be_written_fails_no_operation(
     await database.close()
 
 
+@pytest.mark.slow
 @pytest.mark.any_database
 async def test_a_reader_of_standard_error_that_has_gone_fails_no_call(database_url: str) -> None:
     # What `job-registry serve 2>&1 | head -1` does.
@@ -341,7 +342,7 @@ SUBSCRIBER = """
 """
 
 
-@pytest.mark.parametrize("more", [False, True])
+@pytest.mark.parametrize("more", [False, pytest.param(True, marks=pytest.mark.slow)])
 async def test_a_process_that_stalls_while_events_are_deleted_is_reported(
     queue: JobQueue, database_url: str, more: bool
 ) -> None:

@@ -352,6 +352,7 @@ async def test_attempts_that_a_handler_cancels_are_kept_up_to_a_bound(queue: Job
     assert 32 <= len(await outcomes(queue, job)) <= 64
 
 
+@pytest.mark.slow  # A thousand attempts.
 @pytest.mark.parametrize("spend", [True, False])
 async def test_attempts_of_a_job_that_fails_and_is_retried_are_kept_up_to_a_bound(
     queue: JobQueue, spend: bool

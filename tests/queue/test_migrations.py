@@ -505,6 +505,7 @@ def test_a_newer_database_that_changed_otherwise_is_one_plain_sentence(
     assert at_revision(database_url) == [(last, "9001")]
 
 
+@pytest.mark.slow
 def test_a_database_that_was_migrated_before_compatibility_was_recorded_still_fits(
     database_url: str, tmp_path: Path
 ) -> None:
