@@ -166,6 +166,7 @@ def test_every_line_that_keeps_an_atomic_bulk_from_being_stored_is_named(jobs: S
     assert atomic.stdout == "0 stored, 0 deduplicated, 3 refused\n"
 
 
+@pytest.mark.slow
 def test_a_bulk_that_the_database_interrupts_says_how_far_it_came(jobs: Shell) -> None:
     # Given files that cannot grow beyond 4 MB
     (jobs.folder / "many.jsonl").write_text(f"{GOOD}\n" * 20_000)
@@ -190,6 +191,7 @@ def test_a_bulk_that_the_database_interrupts_says_how_far_it_came(jobs: Shell) -
     assert reason.startswith("The database is not available: ")
 
 
+@pytest.mark.slow
 def test_atomic_is_bounded_by_the_setting_for_bulks(jobs: Shell) -> None:
     command = ("enqueue", "thumbnail.create", "-", "--atomic")
     three = jobs(*command, stdin=f"{GOOD}\n" * 3, JOBS_MAX_BULK_SIZE="2")
@@ -205,6 +207,7 @@ def test_types_without_a_name_are_refused_by_the_worker(jobs: Shell) -> None:
     assert result.stderr == "--types: expected job types separated by commas.\n"
 
 
+@pytest.mark.slow
 def test_the_types_are_listed_one_per_line_in_a_pipe(jobs: Shell) -> None:
     lines = jobs("types").stdout.splitlines()
     assert len(lines) == 3
@@ -231,7 +234,9 @@ def test_a_database_that_is_away_is_a_sentence(jobs: Shell) -> None:
         assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM]
+)
 def test_serve_migrates_answers_works_and_ends_quietly(jobs: Shell, number: int) -> None:
     process = jobs.start("serve", "--port", "0", JOBS_LOG_LEVEL="warning")
     assert process.stderr is not None

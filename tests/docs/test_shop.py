@@ -132,6 +132,7 @@ def test_its_own_tests_pass() -> None:
     assert re.search(r"\d+ passed in", done.stdout), done.stdout
 
 
+@pytest.mark.any_database
 async def test_an_order_is_followed_to_its_end_after_a_restart(
     environment: dict[str, str],
 ) -> None:
@@ -158,6 +159,7 @@ async def test_an_order_is_followed_to_its_end_after_a_restart(
         assert invoice.content.startswith(b"%PDF")
 
 
+@pytest.mark.slow
 async def test_orders_at_the_same_time_are_each_stored_once(environment: dict[str, str]) -> None:
     orders = [order() for _ in range(10)]
     async with served(environment | {"SHOP_WORKER": "no"}) as client:
@@ -187,6 +189,7 @@ async def test_a_worker_of_its_own_works_the_orders(environment: dict[str, str])
 
 
 @needs_browser
+@pytest.mark.slow
 @pytest.mark.any_database
 async def test_the_page_places_an_order_and_shows_its_jobs_until_they_end(
     environment: dict[str, str],

@@ -661,6 +661,7 @@ async def test_the_end_of_the_server_ends_subscriptions_and_waits(queue: JobQueu
                 await anext(received)
 
 
+@pytest.mark.slow
 async def test_abandoned_subscriptions_leave_nothing_behind(queue: JobQueue) -> None:
     async def following() -> AsyncGenerator[JobEvent, None]:
         with queue.events.subscribe() as received:

@@ -152,7 +152,9 @@ async def test_of_many_simultaneous_claims_each_gets_a_job(database_url: str) ->
     assert len(set(jobs)) == 40
 
 
-@pytest.mark.parametrize("job_type", ["race.free", "race.roomy"])
+@pytest.mark.parametrize(
+    "job_type", ["race.roomy", pytest.param("race.free", marks=pytest.mark.slow)]
+)
 async def test_claims_of_one_job_each_are_hardly_ever_empty(
     fresh_postgresql_url: str, job_type: str
 ) -> None:

@@ -135,6 +135,7 @@ async def test_graphiql_runs_its_ready_tabs_completes_documents_and_sends_the_to
     await expect(page.locator(".suggest-widget")).to_contain_text("jobTypes")
 
 
+@pytest.mark.slow
 @needs_page
 @needs_browser
 @pytest.mark.parametrize("address", ["/internal/queue"], indirect=True)
