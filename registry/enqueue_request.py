@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 
 class EnqueueRequest(NamedTuple):
@@ -23,3 +23,13 @@ class EnqueueRequest(NamedTuple):
     schedule_at: datetime | None = None
     max_attempts: int | None = None
     idempotency_key: str | None = None
+
+
+class EnqueueOptions(TypedDict, total=False):
+    """The options of a payload that is enqueued. See `JobRegistry.request`."""
+
+    job_type: str | None
+    priority: int | None
+    schedule_at: datetime | None
+    max_attempts: int | None
+    idempotency_key: str | None

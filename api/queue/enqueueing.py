@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
-from typing import Any, Final, NamedTuple, cast, overload
+from typing import Final, NamedTuple, Unpack, cast, overload
 
 from pydantic import JsonValue
 from pydantic_core import from_json
@@ -26,6 +26,7 @@ from job_registry import (
     PayloadInvalid,
     Violation,
 )
+from job_registry.enqueue_request import EnqueueOptions
 from job_registry.errors import FaultBudget
 from job_registry_api.queue.caller_transactions import publish_after_commit
 from job_registry_api.queue.database import Database
@@ -92,41 +93,30 @@ class Enqueueing:
         self._keyed_inserts = GroupCommit(self._insert)
 
     def request(
-        self,
-        payload: Payload,
-        *,
-        job_type: str | None = None,
-        priority: int | None = None,
-        schedule_at: datetime | None = None,
-        max_attempts: int | None = None,
-        idempotency_key: str | None = None,
+        self, job: Payload | EnqueueRequest, **options: Unpack[EnqueueOptions]
     ) -> EnqueueRequest:
         """Return the request to enqueue a payload, for `enqueue_many`. See `JobRegistry.request`.
 
+        A request is returned as it is.
+
         Raises:
             DefinitionError: no job type has this class, or several have it and none is given.
+            TypeError: a request has options of its own.
         """
-        return self.registry.request(
-            payload,
-            job_type=job_type,
-            priority=priority,
-            schedule_at=schedule_at,
-            max_attempts=max_attempts,
-            idempotency_key=idempotency_key,
-        )
+        if not isinstance(job, EnqueueRequest):
+            return self.registry.request(job, **options)
+        if options:
+            raise TypeError(f"an EnqueueRequest has its own {', '.join(sorted(options))}")
+        return job
 
     @overload
     async def enqueue(
         self,
         job: Payload,
         *,
-        job_type: str | None = None,
-        priority: int | None = None,
-        schedule_at: datetime | None = None,
-        max_attempts: int | None = None,
-        idempotency_key: str | None = None,
         created_by: str | None = None,
         session: AsyncSession | None = None,
+        **options: Unpack[EnqueueOptions],
     ) -> Enqueued: ...
 
     @overload
@@ -148,7 +138,7 @@ class Enqueueing:
         sees_others: bool = True,
         session: AsyncSession | None = None,
         budget: FaultBudget | None = None,
-        **options: Any,
+        **options: Unpack[EnqueueOptions],
     ) -> Enqueued:
         """Store a job. When this returns, the job is on disk.
 
@@ -170,7 +160,7 @@ class Enqueueing:
             IdempotencyConflict: the key belongs to a job of this type with another payload.
             IdempotencyKeyTaken: the same, without `sees_others`, for a job of another.
         """
-        request = self._requested(job, **options)
+        request = self.request(job, **options)
         budget = budget or FaultBudget()
         if session is not None:
             return await _async(session).run_sync(
@@ -310,13 +300,6 @@ class Enqueueing:
         if created := created_events(jobs, stored):
             publish_after_commit(session, self.events.publish, created)
 
-    def _requested(self, job: Payload | EnqueueRequest, **options: Any) -> EnqueueRequest:
-        if not isinstance(job, EnqueueRequest):
-            return self.registry.request(job, **options)
-        if options:
-            raise TypeError(f"an EnqueueRequest has its own {', '.join(sorted(options))}")
-        return job
-
     def _bulk(
         self,
         jobs: Sequence[Payload | EnqueueRequest],
@@ -328,7 +311,7 @@ class Enqueueing:
         if len(jobs) > self.max_bulk_size:
             message = f"Expected at most {self.max_bulk_size} jobs per call; got {len(jobs)}."
             raise InputInvalid((Violation("", "too_long", message),))
-        requests = [self._requested(job) for job in jobs]
+        requests = [self.request(job) for job in jobs]
         return _Bulk(requests, atomic, sees_others, budget or FaultBudget())
 
     def _admit_each(self, bulk: _Bulk, created_by: str | None) -> Iterator[None]:

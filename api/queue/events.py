@@ -231,7 +231,7 @@ class _Callback:
     loop: asyncio.AbstractEventLoop
 
     def __call__(self, argument: Any) -> None:
-        if _running_loop() is self.loop:
+        if running_loop() is self.loop:
             self.call(argument)
         elif not self.loop.is_closed():
             self.loop.call_soon_threadsafe(self.call, argument)
@@ -421,12 +421,12 @@ class Events:
     def _bind_to_loop(self) -> None:
         """Without `listening`, deliver on the loop of the caller."""
         if self._stream is None:
-            self._loop = _running_loop()
+            self._loop = running_loop()
 
     def _hand_over(self, events: Sequence[JobEvent]) -> None:
         """Deliver the events on the loop of this object, from any thread."""
         loop = self._loop
-        if loop is None or loop.is_closed() or loop is _running_loop():
+        if loop is None or loop.is_closed() or loop is running_loop():
             self._deliver(events)
         else:
             loop.call_soon_threadsafe(self._deliver, events)
@@ -511,7 +511,8 @@ def _log(event: JobEvent) -> None:
     )
 
 
-def _running_loop() -> asyncio.AbstractEventLoop | None:
+def running_loop() -> asyncio.AbstractEventLoop | None:
+    """Return the event loop of this thread; None if none is running."""
     try:
         return asyncio.get_running_loop()
     except RuntimeError:

@@ -9,16 +9,17 @@ import uuid
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import suppress
-from datetime import datetime
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, Unpack
 
 from pydantic import JsonValue
 from sqlalchemy.orm import Session
 
 from job_registry import EnqueueRequest, Payload
+from job_registry.enqueue_request import EnqueueOptions
 from job_registry_api.queue.enqueueing import Enqueued, Refusal
 from job_registry_api.queue.errors import QueueUnavailable
+from job_registry_api.queue.events import running_loop
 from job_registry_api.queue.models import JobRecord
 from job_registry_api.queue.reading import JobFilter, JobPage
 
@@ -53,34 +54,22 @@ class SyncQueue:
         """The calls in progress."""
         self._closing = False
 
-    def request(self, payload: Payload, **options: Any) -> EnqueueRequest:
-        """Return the request to enqueue a payload, with the options of `JobQueue.request`."""
-        return self._queue.request(payload, **options)
+    def request(
+        self, job: Payload | EnqueueRequest, **options: Unpack[EnqueueOptions]
+    ) -> EnqueueRequest:
+        """Return the request to enqueue a payload."""
+        return self._queue.request(job, **options)
 
     def enqueue(
         self,
         job: Payload | EnqueueRequest,
         *,
-        job_type: str | None = None,
-        priority: int | None = None,
-        schedule_at: datetime | None = None,
-        max_attempts: int | None = None,
-        idempotency_key: str | None = None,
         created_by: str | None = None,
         session: Session | None = None,
+        **options: Unpack[EnqueueOptions],
     ) -> Enqueued:
         """Store a job. With `session`, as part of its transaction."""
-        request = job
-        if isinstance(job, Payload):
-            request = self._queue.request(
-                job,
-                job_type=job_type,
-                priority=priority,
-                schedule_at=schedule_at,
-                max_attempts=max_attempts,
-                idempotency_key=idempotency_key,
-            )
-        assert isinstance(request, EnqueueRequest)
+        request = self._queue.request(job, **options)
         if session is not None:
             return self._queue.enqueue_within(_sync(session), request, created_by=created_by)
         return self._run(lambda: self._queue.enqueue(request, created_by=created_by))
@@ -153,7 +142,7 @@ class SyncQueue:
     def _run(self, operation: Callable[[], Coroutine[Any, Any, T]]) -> T:
         with self._lock:
             loop = self._event_loop()
-            if _running_loop() is loop:
+            if running_loop() is loop:
                 raise RuntimeError(
                     "queue.sync would block the event loop of the queue; use `await queue...` here"
                 )
@@ -225,10 +214,3 @@ def _sync(session: Session) -> Session:
             " An AsyncSession is for `await queue.enqueue`"
         )
     return session
-
-
-def _running_loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None

@@ -333,6 +333,9 @@ def test_a_program_without_an_event_loop_has_the_same_operations(closed: JobQueu
             queue.result(job.id, timeout=0.1)
         with pytest.raises(JobNotFound):
             queue.get("0" * 32)
+        # It was ignored.
+        with pytest.raises(TypeError, match="an EnqueueRequest has its own priority"):
+            queue.enqueue(EnqueueRequest("mail.send", {"to": "ada"}), priority=1)
     assert not [thread for thread in threading.enumerate() if thread.name == "job-queue"]
 
 
