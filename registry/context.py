@@ -82,7 +82,9 @@ class EnqueueFollowUp(Protocol):
 
 
 def _nowhere(payload: Payload, **_options: Any) -> None:
-    raise RuntimeError("this JobContext is not one of a worker; use job_registry.testing in tests")
+    raise RuntimeError(
+        "this JobContext does not belong to a worker; use job_registry.testing in tests"
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,7 @@ class OutputFailed(Exception):
 
 
 class Output:
-    """Standard output, whose failures are told apart from those of files and of the network.
+    """Standard output. A failure to write to it raises `OutputFailed`, and no other error does.
 
     They end the command: Rich and Typer would take some of them for the end of a pipe.
     """

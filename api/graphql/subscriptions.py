@@ -104,7 +104,7 @@ async def _events(
     """Yield events while the caller's token is valid.
 
     Raises:
-        Unauthenticated: the token has expired, or is no longer valid for another reason.
+        Unauthenticated: the token has expired or is otherwise invalid.
     """
     verified_at = time.time()
     with context.queue.events.subscribe(job_id=job_id, types=types) as subscription:

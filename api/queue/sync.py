@@ -38,7 +38,7 @@ class SyncQueue:
     """The operations of a queue, each of which blocks until it is done. Thread-safe.
 
     If the queue is open, they run on its event loop, so call them from another thread. Otherwise
-    the first one starts a thread in which the queue is open until `close`. With a `session`, the
+    the first call opens the queue in a new thread, until `close`. With a `session`, the
     job is written by the calling thread, on the connection of that session.
 
     Each operation raises what the operation of `JobQueue` with the same name raises.

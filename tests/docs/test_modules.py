@@ -198,9 +198,9 @@ async def test_the_buyer_is_told_when_the_order_is_shipped(
         async with Worker(queue, types=["order.ship"]).running():
             ship = orders.OrderShip(order_id=7, buyer="ada@example.com")
             await queue.result((await queue.enqueue(ship)).job.id, timeout=10)
-        told, _ = (await queue.list()).jobs
-    assert (told.type, told.priority) == ("mail.send", 80)
-    assert told.payload == {"to": "ada@example.com", "subject": "Order 7"}
+        mail, _ = (await queue.list()).jobs
+    assert (mail.type, mail.priority) == ("mail.send", 80)
+    assert mail.payload == {"to": "ada@example.com", "subject": "Order 7"}
 
 
 async def test_a_payload_is_a_body_in_fastapi(imported: Imported) -> None:

@@ -82,7 +82,7 @@ order_invoice = JobType(
 payout_settle = JobType(
     name="payout.settle",
     payload=PayoutSettle,
-    policy=JobPolicy(max_attempts=10, concurrency_limit=1),  # The bank takes one at a time.
+    policy=JobPolicy(max_attempts=10, concurrency_limit=1),  # One payout at a time.
 )
 
 
