@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import structlog
+from pydantic_core import to_json
 
 from job_registry import JobContext, JobType, PayloadInvalid
 from job_registry.context import State
@@ -169,7 +170,7 @@ class Attempt:
 
     async def _attempt(self, registered: JobType[Any]) -> None:
         try:
-            payload = self._queue.registry.admit(registered.name, self._job.payload).payload
+            payload = registered.read(to_json(self._job.payload))
         except PayloadInvalid as invalid:
             await self._refuse(invalid)
             return
