@@ -137,7 +137,7 @@ class JobRegistry(Mapping[str, JobType[Any]]):
         Raises:
             JobTypeNotFound: there is none; the error suggests the nearest names.
         """
-        found = self._job_types.get(self._renamed.get(job_type, job_type))
+        found = self._job_types.get(self.current_name(job_type))
         if found is None:
             budget = self.fault_budget(budget)
             raise JobTypeNotFound(job_type, budget.near(str(job_type), self._job_types, count=3))
@@ -147,6 +147,10 @@ class JobRegistry(Mapping[str, JobType[Any]]):
     def renamed(self) -> Mapping[str, str]:
         """The name of today for each former name."""
         return self._renamed
+
+    def current_name(self, job_type: str) -> str:
+        """Return the name of today of a type that had this name; any other name as it is."""
+        return self._renamed.get(job_type, job_type)
 
     def read(self, job_type: str, payload: bytes | str) -> Payload:
         """Parse a stored payload, JSON text: by today's model, or an older one and its upgrades.
