@@ -111,7 +111,7 @@ def create_app(
                 app.state.abandon = working.abandon
             yield
 
-    authenticator = create_authenticator(settings)
+    authenticator = create_authenticator(settings, registry.renamed)
     limits = RequestLimits(
         body_bytes=settings.max_body_bytes,
         values=settings.max_request_values,

@@ -109,7 +109,7 @@ class Leasing:
             InputInvalid: a type is not registered, `limit` is not 1 to 100, `wait_seconds` is not
                 0 to 30, or `worker_id` does not have 1 to 255 characters.
         """
-        check_lease(self.registry, job_types, worker_id, limit, wait_seconds)
+        check_lease(self.registry, job_types, worker_id, limit, wait_seconds, readable or {})
         names = [self.registry.get_type(name).name for name in job_types]
         if readable is not None:
             readable = {
