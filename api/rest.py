@@ -22,9 +22,8 @@ from job_registry_api.http_messages import (
     ClientGone,
     MethodNotAllowed,
     UnsupportedMediaType,
+    check_media,
     error_content,
-    header,
-    is_json,
     prefix_of,
     read_body,
     respond_json,
@@ -103,8 +102,7 @@ class EnqueueView:
         await respond_json(send, status, content, headers=(location,))
 
     async def _read(self, scope: Scope, receive: Receive) -> Any:
-        if not is_json(header(scope, b"content-type")):
-            raise UnsupportedMediaType
+        check_media(scope)
         body = await read_body(scope, receive, self._limits.body_bytes)
         value, _ = parse_request_json(body, self._limits)
         return value
@@ -188,6 +186,8 @@ def _headers(error: Exception) -> tuple[tuple[bytes, bytes], ...]:
     match error:
         case MethodNotAllowed():
             return ((b"allow", ", ".join(error.allowed).encode()),)
+        case UnsupportedMediaType():
+            return error.headers
         case QueueUnavailable():
             return ((b"retry-after", b"1"),)
     return auth.headers_of(error)
