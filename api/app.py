@@ -17,7 +17,7 @@ from starlette.routing import Route, WebSocketRoute
 from job_registry import JobRegistry
 from job_registry.discovery import load_registry
 from job_registry.errors import shortened
-from job_registry_api import pages
+from job_registry_api import pages, rest
 from job_registry_api.application import JobsApplication, StartedApplication
 from job_registry_api.auth import create_authenticator
 from job_registry_api.budget import RequestLimits
@@ -39,7 +39,6 @@ from job_registry_api.http_messages import (
 )
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.upkeep import maintain
-from job_registry_api.rest import EnqueueView, JobView, answer_not_found
 from job_registry_api.settings import Settings, SettingsInvalid, load_settings
 from job_registry_api.worker import Worker, WorkerStartError
 
@@ -158,12 +157,11 @@ def create_app(
         routes=[
             Route("/graphql", graphql_http),
             WebSocketRoute("/graphql", graphql_websocket),
-            Route("/jobs", EnqueueView(authenticator, limits)),
-            Route("/jobs/{id}", JobView(authenticator, limits)),
+            *rest.routes(authenticator, limits, described=settings.introspection),
             *health_routes(lambda request: cast(Health, request.app.state.health)),
             *([Route("/", pages.root()), *pages.assets()] if settings.graphiql else ()),
         ],
-        exception_handlers={404: answer_not_found, 405: answer_method_not_allowed},
+        exception_handlers={404: rest.answer_not_found, 405: answer_method_not_allowed},
         middleware=_middleware(settings),
     )
     # Until the application has started there is nothing to end.

@@ -283,7 +283,7 @@ class Settings(BaseSettings):
         default=None,
         validate_default=True,
         description="Whether clients can introspect the GraphQL schema, as GraphiQL and code"
-        " generators do. `job-registry schema` prints it in any case.",
+        " generators do, and get `/openapi.json`. `job-registry schema` prints both in any case.",
     )
     suggestions: bool = Field(
         default=None,
