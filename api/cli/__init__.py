@@ -13,7 +13,7 @@ from typing import Annotated, TextIO, cast
 import typer
 
 from job_registry import DefinitionError
-from job_registry_api.cli import enqueue, migrate, registry, schema, serve, worker
+from job_registry_api.cli import enqueue, migrate, registry, schema, serve, versions, worker
 from job_registry_api.cli.output import (
     WRONG_USAGE,
     Output,
@@ -82,5 +82,7 @@ for command in (
     registry.validate,
     enqueue.enqueue,
     schema.schema,
+    versions.versions,
+    versions.unpark,
 ):
     app.command()(command)
