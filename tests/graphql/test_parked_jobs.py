@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import JsonValue
 
 from job_registry import EnqueueRequest, JobRegistry, JobType, Payload
 from job_registry_api.queue.databases import open_database
@@ -17,7 +18,11 @@ from tests.cli.test_cli import Shell
 from tests.conftest import Ping
 from tests.test_auth import AUTH, bearer
 
-FAULT = {"path": "/text", "code": "unknown_field", "message": "There is no field."}
+FAULT: dict[str, JsonValue] = {
+    "path": "/text",
+    "code": "unknown_field",
+    "message": "There is no field.",
+}
 REFUSED = JobError("payload_invalid", "It does not fit.", [FAULT])
 
 
@@ -146,7 +151,7 @@ async def test_a_remote_worker_names_what_it_can_read(
     http: httpx.AsyncClient, registry: JobRegistry
 ) -> None:
     for payload in ({"text": "a"}, {"words": ["b"]}):
-        job = {"type": "test.ping", "payload": payload}
+        job: dict[str, Any] = {"type": "test.ping", "payload": payload}
         assert (await http.post("/jobs", json=job)).status_code == 201
     today, older = registry["test.ping"].readable_fingerprints
 
