@@ -175,7 +175,7 @@ class _Comparison:
         yield from _refused_types(view, after)
         yield from _refused_values(view, after)
         types = view.types & _types_of(after)
-        if types & _NUMBERS or ("string" in types and after.get("format") == "decimal"):
+        if types & _NUMBERS or ("string" in types and after.get("format") in _READ):
             yield from _refused_numbers(view, after)
         if "string" in types:
             yield from _refused_strings(view, after)
@@ -286,7 +286,7 @@ class _Comparison:
                 found = (_difference(view, "any field", "no other fields", reason, is_certain),)
                 yield from _below("*", found)
         if "propertyNames" in after:
-            names = [*view.name_schemas]
+            names = [_STRING, *map(self._name_schema, view.all("propertyNames"))]
             if view.is_closed:
                 every = ("names", *view.names)
                 names.append(self._made.setdefault(every, {"enum": list(view.names)}))
@@ -299,6 +299,12 @@ class _Comparison:
                     after=f"name: {each.after}",
                     reason=reason,
                 )
+
+    def _name_schema(self, schema: Any) -> _Node:
+        """Return what names were demanded to be. Pydantic reads keys that are numbers from text."""
+        alternatives = self._alternatives((_node(schema),), self._before)
+        is_text = alternatives and all("string" in _View(each).types for each in alternatives)
+        return _node(schema) if is_text else _VAGUE
 
     def _outside_union(
         self, view: _View, branches: Sequence[Any], tag: str | None, depth: int
@@ -517,6 +523,11 @@ class _View:
         """Whether a constant is a number or a boolean: Pydantic takes 1, 1.0 and true as equal."""
         return any(_loose(text)[0] == "number" for text in self.values or ())
 
+    @property
+    def loose_types(self) -> frozenset[str]:
+        """The types, with all of numbers and booleans for one of them."""
+        return self.types | _LOOSE_TYPES if self.types & _LOOSE_TYPES else self.types
+
     @cached_property
     def words(self) -> str:
         """Return what is admitted, in short words."""
@@ -584,12 +595,6 @@ class _View:
                 found.append(_VAGUE)
         return _unique(found)
 
-    @property
-    def name_schemas(self) -> _Nodes:
-        """The schemas of the name of a field."""
-        given = [_node(each) for each in self.all("propertyNames")]
-        return (_STRING, *(each for each in given if "string" in _types_of(each)))
-
     def items(self, index: int) -> _Nodes:
         """Return the schemas of an item."""
         return _unique(_item_of(node, index) for node in self.nodes)
@@ -599,11 +604,9 @@ class _View:
         if self.values is not None and other.values is not None:
             mine = {_loose(text) for text in self.values}
             return mine.isdisjoint(_loose(text) for text in other.values)
-        if other.values is not None or self.values is not None:
-            if self.has_numeric_values or other.has_numeric_values:
-                return not (self.types & _LOOSE_TYPES and other.types & _LOOSE_TYPES) and not (
-                    self.types & other.types
-                )
+        if self.has_numeric_values or other.has_numeric_values:
+            # Pydantic's constants also admit what is equal to them.
+            return not (self.loose_types & other.loose_types)
         if not self.types & other.types:
             return True
         if self.types != {"object"} or other.types != {"object"}:
@@ -699,7 +702,8 @@ def _refused_strings(view: _View, after: _Node) -> Iterator[Difference]:
     formats = [str(each) for each in view.all("format")]
     patterns = view.all("pattern")
     values = None if view.values is None else [json.loads(t) for t in view.values if t[0] == '"']
-    plain = values is None and not patterns
+    normalized = view.all("normalized") or [None]
+    plain = values is None and not patterns and normalized == [None]
     now = after.get("format")
     if now is not None and now not in _WIDEST and not any(_fits_format(f, now) for f in formats):
         was = f"format {formats[0]}" if formats else view.words
@@ -708,8 +712,10 @@ def _refused_strings(view: _View, after: _Node) -> Iterator[Difference]:
         certain = certain and _FAMILIES[now] not in known
         reason = f"Text that is not of the format {now} is refused."
         yield _difference(view, was, f"format {now}", reason, certain)
-    # Bytes and URLs are measured after they are read.
+    # Bytes and URLs are measured after they are read, and some text after it is normalized.
     alike = {f for f in formats if f not in _TEXT} == ({now} - _TEXT if now else set())
+    if any(_text(each) != _text(after.get("normalized")) for each in normalized):
+        alike, patterns = False, []
     lengths = [float(len(value)) for value in values] if values is not None else None
     shortest = _greatest(view.numbers("minLength"), 0)
     longest = _least(view.numbers("maxLength"))
@@ -731,14 +737,24 @@ def _refused_strings(view: _View, after: _Node) -> Iterator[Difference]:
         certain = plain and not formats and _refuses_some(pattern, shortest, longest)
         reason = "Text that does not match the pattern is refused."
         yield _difference(view, was, f"pattern {shortened(pattern)}", reason, certain)
-    for key in ("maxDigits", "decimalPlaces"):
-        new = after.get(key)
-        if _is_number(new) and _least(view.numbers(key)) > new:
-            what = "digits" if key == "maxDigits" else "decimal places"
-            old = _least(view.numbers(key))
-            was = f"any number of {what}" if old == math.inf else f"at most {old:g} {what}"
+    if now == "decimal":
+        yield from _refused_digits(view, after, plain)
+
+
+def _refused_digits(view: _View, after: _Node, plain: bool) -> Iterator[Difference]:
+    """Yield where a decimal may have more digits, before or after its point, than are admitted."""
+    digits, places = _least(view.numbers("maxDigits")), _least(view.numbers("decimalPlaces"))
+    new_digits = _least(_View((after,)).numbers("maxDigits"))
+    new_places = _least(_View((after,)).numbers("decimalPlaces"))
+    old = (digits, places, digits - places if places < math.inf else digits)
+    new = (new_digits, new_places, new_digits - new_places if new_places < math.inf else math.inf)
+    for was, now, what in zip(
+        old, new, ("digits", "decimal places", "digits before the point"), strict=True
+    ):
+        if was > now:
+            words = f"any number of {what}" if was == math.inf else f"at most {was:g} {what}"
             reason = f"A decimal with more {what} is refused."
-            yield _difference(view, was, f"at most {new:g} {what}", reason, plain)
+            yield _difference(view, words, f"at most {now:g} {what}", reason, plain)
 
 
 def _refused_sizes(
@@ -1109,23 +1125,11 @@ _ALL_TYPES: Final = _NUMBERS | {"null", "boolean", "string", "array", "object"}
 _REFERENCES: Final = re.compile(r'"\$ref":("(?:[^"\\]|\\.)*")')
 
 _ANNOTATIONS: Final = frozenset(
-    [
-        "title",
-        "description",
-        "examples",
-        "example",
-        "default",
-        "deprecated",
-        "readOnly",
-        "writeOnly",
-        "$comment",
-        "$schema",
-        "$id",
-        "$anchor",
-        "$vocabulary",
-        "$defs",
-        "definitions",
-    ]
+    {
+        *("title", "description", "examples", "example", "default", "deprecated"),
+        *("readOnly", "writeOnly", "$comment", "$schema", "$id", "$anchor", "$vocabulary"),
+        *("$defs", "definitions"),
+    }
 )
 _NAMED: Final = frozenset(
     {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"}
@@ -1133,49 +1137,26 @@ _NAMED: Final = frozenset(
 """Keywords whose keys are names."""
 
 _COMPARED: Final = frozenset(
-    [
-        "$ref",
-        "allOf",
-        "anyOf",
-        "oneOf",
-        "discriminator",
-        "type",
-        "const",
-        "enum",
-        "minimum",
-        "exclusiveMinimum",
-        "maximum",
-        "exclusiveMaximum",
-        "multipleOf",
-        "minLength",
-        "maxLength",
-        "pattern",
-        "format",
-        "maxDigits",
-        "decimalPlaces",
-        "items",
-        "prefixItems",
-        "minItems",
-        "maxItems",
-        "uniqueItems",
-        "properties",
-        "required",
-        "additionalProperties",
-        "patternProperties",
-        "propertyNames",
-        "minProperties",
-        "maxProperties",
-        "then",
-        "else",
-        "minContains",
-        "maxContains",
-    ]
+    {
+        *("$ref", "allOf", "anyOf", "oneOf", "discriminator", "type", "const", "enum"),
+        *("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum", "multipleOf"),
+        *("minLength", "maxLength", "pattern", "format", "normalized"),
+        *("maxDigits", "decimalPlaces"),
+        *("items", "prefixItems", "minItems", "maxItems", "uniqueItems"),
+        *("properties", "required", "additionalProperties", "patternProperties"),
+        *("propertyNames", "minProperties", "maxProperties"),
+        # With the keyword that they belong to.
+        *("then", "else", "minContains", "maxContains"),
+    }
 )
 _GROUPS: Final = {
     "if": ("if", "then", "else"),
     "contains": ("contains", "minContains", "maxContains"),
 }
 _NOT_LOCAL: Final = ("unevaluatedProperties", "unevaluatedItems", "$dynamicRef", "$recursiveRef")
+_READ: Final = ("decimal", "integer", "number")
+"""Formats of text that is read as a number, which has bounds."""
+
 _WIDEST: Final = frozenset({"password", "binary"})
 """Formats that admit any text."""
 
@@ -1194,6 +1175,6 @@ _FAMILIES: Final = {
     **dict.fromkeys(("uuid", *(f"uuid{version}" for version in range(1, 9))), "uuid"),
     **dict.fromkeys(("ipv4", "ipv6", "ipvanyaddress"), "ip"),
     **dict.fromkeys(("date", "date-time", "time", "duration"), "time"),
-    **{name: name for name in ("decimal", "email", "uri")},
+    **{name: name for name in ("decimal", "email", "uri", "integer", "number", "boolean")},
 }
 """Formats that refuse some text, by what they may have in common."""

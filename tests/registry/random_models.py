@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import datetime
 import enum
-from collections.abc import Callable, Iterator
 from decimal import Decimal
 from random import Random
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, ForwardRef, Literal, Union
 from uuid import UUID
 
 from pydantic import UUID4, AnyUrl, Field, JsonValue, StringConstraints, create_model
@@ -171,7 +170,8 @@ def edited_fields(random: Random, fields: Fields, depth: int = 0) -> Fields:
         case 0:
             free = [name for name in NAMES if name not in edited]
             if free:
-                edited[random.choice(free)] = (random_spec(random, depth + 1), random.random() < 0.3)
+                spec = random_spec(random, depth + 1)
+                edited[random.choice(free)] = (spec, random.random() < 0.3)
         case 1 if names:
             del edited[random.choice(names)]
         case 2 | 3 if names:
@@ -295,14 +295,15 @@ def type_of(spec: Spec) -> Any:
         return PLAIN[kind][0]
     match kind:
         case "self":
-            return Union["Root", None]  # noqa: F821, UP007
+            return ForwardRef("Root") | None
         case "int" | "float" | "str" | "bytes" | "decimal":
             of = {"int": int, "float": float, "str": str, "bytes": bytes, "decimal": Decimal}[kind]
             bounds = dict(spec[1])
             if kind == "str" and bounds:
                 return Annotated[of, StringConstraints(**bounds)]  # type: ignore[valid-type]
             if kind == "decimal":
-                bounds = {k: Decimal(str(v)) if "e" in k[1:2] or k in ("gt", "lt", "le", "multiple_of") else v for k, v in bounds.items()}
+                digits = ("max_digits", "decimal_places")
+                bounds = {k: v if k in digits else Decimal(str(v)) for k, v in bounds.items()}
             return Annotated[of, Field(**bounds)]  # type: ignore[valid-type]
         case "literal":
             return Literal[spec[1]]
@@ -320,7 +321,7 @@ def type_of(spec: Spec) -> Any:
             of = dict[type_of(spec[1]), type_of(spec[2])]  # type: ignore[misc]
             return Annotated[of, Field(**dict(spec[3]))]
         case "union":
-            return Union[tuple(map(type_of, spec[1]))]
+            return Union[tuple(map(type_of, spec[1]))]  # noqa: UP007
         case "tagged":
             models = [
                 _model(
@@ -332,7 +333,7 @@ def type_of(spec: Spec) -> Any:
             ]
             if len(models) == 1:
                 return models[0]
-            return Annotated[Union[tuple(models)], Field(discriminator="kind")]
+            return Annotated[Union[tuple(models)], Field(discriminator="kind")]  # noqa: UP007
     return _model("Part", spec[1])
 
 
@@ -356,7 +357,9 @@ def random_value(random: Random, spec: Spec, root: Fields, depth: int) -> JsonVa
         return random.choice(PLAIN[kind][1])
     match kind:
         case "self":
-            return None if depth > 3 or random.random() < 0.5 else random_object(random, root, root, depth)
+            if depth > 3 or random.random() < 0.5:
+                return None
+            return random_object(random, root, root, depth)
         case "int":
             return random.choice([n for n in NUMBERS if isinstance(n, int)])
         case "float":
@@ -371,12 +374,14 @@ def random_value(random: Random, spec: Spec, root: Fields, depth: int) -> JsonVa
                 return random.choice([int(value), float(value), bool(value)])
             return value
         case "list" | "set" | "many":
-            items = [random_value(random, spec[1], root, depth + 1) for _ in range(random.randint(0, 4))]
+            count = random.randint(0, 4)
+            items = [random_value(random, spec[1], root, depth + 1) for _ in range(count)]
             return items + items[:1] * random.randint(0, 2)
         case "tuple":
             return [random_value(random, each, root, depth + 1) for each in spec[1]]
         case "dict":
-            names = [str(random_value(random, spec[1], root, depth)) for _ in range(random.randint(0, 4))]
+            count = random.randint(0, 4)
+            names = [str(random_value(random, spec[1], root, depth)) for _ in range(count)]
             return {name: random_value(random, spec[2], root, depth + 1) for name in names}
         case "union":
             return random_value(random, random.choice(spec[1]), root, depth)
