@@ -7,14 +7,23 @@ from __future__ import annotations
 
 import datetime
 import enum
+import json
 from decimal import Decimal
 from random import Random
 from typing import Annotated, Any, ForwardRef, Literal, Union
 from uuid import UUID
 
-from pydantic import UUID4, AnyUrl, Field, JsonValue, StringConstraints, create_model
+from pydantic import (
+    UUID4,
+    AnyUrl,
+    Field,
+    JsonValue,
+    StringConstraints,
+    ValidationError,
+    create_model,
+)
 
-from job_registry import JobType, Payload
+from job_registry import DefinitionError, JobType, Payload
 
 Spec = tuple[Any, ...]
 Fields = dict[str, tuple[Spec, bool]]
@@ -272,12 +281,18 @@ def edited_spec(random: Random, spec: Spec, depth: int) -> Spec:
     return random_spec(random, depth + 1)
 
 
-def job_type_of(fields: Fields) -> JobType[Any]:
-    """Return a job type whose payload has these fields."""
-    root: list[type[Payload]] = []
-    root.append(_model("Root", fields))
-    root[0].model_rebuild(_types_namespace={"Root": root[0]})
-    return JobType(name="some.type", payload=root[0])
+def job_type_of(random: Random, fields: Fields) -> JobType[Any] | None:
+    """Return a job type whose payload has these fields; None if no payload of it is found."""
+    model = _model("Root", fields)
+    model.model_rebuild(_types_namespace={"Root": model})
+    for _ in range(30):
+        example = random_object(random, fields, fields)
+        try:
+            model.model_validate_json(json.dumps(example), by_alias=True, by_name=False)
+            return JobType(name="some.type", payload=model, example=example)
+        except (ValidationError, DefinitionError):
+            continue
+    return None
 
 
 def _model(name: str, fields: Fields, **more: Any) -> type[Payload]:
@@ -337,7 +352,9 @@ def type_of(spec: Spec) -> Any:
     return _model("Part", spec[1])
 
 
-def random_object(random: Random, fields: Fields, root: Fields, depth: int = 0) -> JsonValue:
+def random_object(
+    random: Random, fields: Fields, root: Fields, depth: int = 0
+) -> dict[str, JsonValue]:
     """Return JSON that mostly fits a model."""
     found: dict[str, JsonValue] = {}
     for name, (spec, required) in fields.items():
@@ -388,7 +405,7 @@ def random_value(random: Random, spec: Spec, root: Fields, depth: int) -> JsonVa
         case "tagged":
             tags, required, fields = random.choice(spec[1])
             value = random_object(random, fields, root, depth)
-            if isinstance(value, dict) and (required or random.random() < 0.7):
+            if required or random.random() < 0.7:
                 value["kind"] = random.choice(tags)
             return value
     return random_object(random, spec[1], root, depth)
