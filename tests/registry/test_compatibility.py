@@ -361,8 +361,12 @@ def test_titles_descriptions_examples_and_names_of_definitions_demand_nothing() 
 
 def test_a_union_that_failed_leaves_no_assumption_behind() -> None:
     """A node holds under the assumption that its tree does; the tree does not."""
-    node = {"type": "object", "properties": {"up": {"$ref": "#/$defs/Tree"}}, "required": ["up"]}
-    tree = {"type": "object", "properties": {"node": {"$ref": "#/$defs/Node"}, "n": {}}}
+    node: Any = {
+        "type": "object",
+        "properties": {"up": {"$ref": "#/$defs/Tree"}},
+        "required": ["up"],
+    }
+    tree: Any = {"type": "object", "properties": {"node": {"$ref": "#/$defs/Node"}, "n": {}}}
     before = {
         "$defs": {
             "Node": node,
