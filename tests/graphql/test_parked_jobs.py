@@ -219,3 +219,14 @@ async def test_the_command_line_shows_versions_and_unparks(
     assert jobs("unpark", "nope", **settings).returncode == 1
     assert jobs("unpark", "test.pong", **settings).stdout == "1 unparked\n"
     assert json.loads(jobs("unpark", "--json", **settings).stdout) == {"unparked": 0}
+
+
+async def test_the_typed_input_takes_the_older_form_too(http: httpx.AsyncClient) -> None:
+    document = """mutation { enqueue(job: {testPing: %s}) {
+        __typename ... on EnqueueJobSuccess { job { payload } }
+        ... on PayloadInvalid { violations { path } } } }"""
+    for form, stored in (('{text: "a"}', {"text": "a"}), ('{words: ["b"]}', {"words": ["b"]})):
+        result = await graphql(http, document % form)
+        assert result == {"__typename": "EnqueueJobSuccess", "job": {"payload": stored}}
+    both = await graphql(http, document % '{text: "a", words: ["b"]}')
+    assert both["violations"] == [{"path": "/words"}]
