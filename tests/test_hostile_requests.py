@@ -332,6 +332,74 @@ async def test_a_lease_of_large_jobs_stays_within_the_bounds(full_server: Measur
     assert 2 <= len(response.json()["data"]["leaseJobs"]["leases"]) <= 6
 
 
+# Existing jobs of a bulk
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def keyed_server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[MeasuredServer]:
+    """A server with 200 jobs of 250 KB each, of 28,000 objects, with the keys k0 to k199."""
+    url = f"sqlite:///{tmp_path_factory.mktemp('keyed')}/jobs.db"
+    await asyncio.to_thread(migrations.upgrade, url)
+    registry = JobRegistry([anything])
+    async with JobQueue.from_url(url, registry, lease_seconds=30) as queue:
+        for start in range(0, 200, 20):
+            await queue.enqueue_many(
+                [
+                    EnqueueRequest(
+                        "test.anything", {"value": [{"a": 0}] * 28_000}, idempotency_key=f"k{n}"
+                    )
+                    for n in range(start, start + 20)
+                ]
+            )
+    async with measured_server(url, catalog=__name__) as measured:
+        yield measured
+
+
+def other_payloads(selection: str, atomic: bool = False) -> bytes:
+    """Return a bulk with other payloads for the existing keys, and one with a new key."""
+    keys = [f"k{n}" for n in range(200)] + ["new"]
+    jobs = [{"type": "test.anything", "payload": {"value": 0}, "idempotencyKey": k} for k in keys]
+    query = (
+        "mutation($i: [EnqueueJobInput!]!, $a: Boolean!) {"
+        f" enqueueJobs(inputs: $i, atomic: $a) {{ {selection} }} }}"
+    )
+    return graphql(query, i=jobs, a=atomic)
+
+
+@pytest.mark.parametrize("atomic", [False, True])
+async def test_a_bulk_whose_keys_have_large_jobs_stays_within_the_bounds(
+    keyed_server: MeasuredServer, atomic: bool
+) -> None:
+    selection = "__typename ... on IdempotencyConflict { differingPaths existingJob { id } }"
+    response, exceeded = await measured(keyed_server, GRAPHQL, other_payloads(selection, atomic))
+    assert not exceeded
+    results = response.json()["data"]["enqueueJobs"]
+    assert {result["__typename"] for result in results[:200]} == {"IdempotencyConflict"}
+    assert results[0]["differingPaths"] == ["/value"]
+    assert results[199]["differingPaths"] == [""]
+    assert results[200]["__typename"] == ("InputInvalid" if atomic else "EnqueueJobSuccess")
+
+
+async def test_a_bulk_whose_answer_would_have_too_large_jobs_is_refused_before_it_is_stored(
+    keyed_server: MeasuredServer,
+) -> None:
+    selection = (
+        "... on EnqueueJobSuccess { deduplicated }"
+        " ... on IdempotencyConflict { existingJob { payload } }"
+    )
+    body = other_payloads(selection).replace(b'"new"', b'"newer"')
+    response, exceeded = await measured(keyed_server, GRAPHQL, body)
+    assert not exceeded
+    assert response.json()["errors"][0]["extensions"]["code"] == "budget_exceeded"
+    job = {"type": "test.anything", "payload": {"value": 0}, "idempotencyKey": "newer"}
+    query = (
+        "query($i: EnqueueJobInput!) {"
+        " validateJob(input: $i) { ... on JobValid { duplicateOf { id } } } }"
+    )
+    response, _ = await measured(keyed_server, GRAPHQL, graphql(query, i=job))
+    assert response.json()["data"]["validateJob"] == {"duplicateOf": None}
+
+
 async def test_documents_do_not_fill_the_memory(server: MeasuredServer) -> None:
     async with (
         httpx.AsyncClient(base_url=server.url, timeout=100) as client,

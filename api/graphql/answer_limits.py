@@ -34,11 +34,12 @@ class Selected(NamedTuple):
     payloads: int = 0
     progresses: int = 0
     results: int = 0
+    errors: int = 0
 
     @property
     def copies(self) -> int:
         """How often the answer has the same value of a job at most."""
-        return max(self.payloads, self.progresses, self.results, 1)
+        return max(self.payloads, self.progresses, self.results, self.errors, 1)
 
 
 def selected(info: strawberry.Info[Context, None]) -> Selected:
@@ -108,6 +109,7 @@ def _with(name: str, below: Selected) -> Selected:
         below.payloads + (name == "payload"),
         below.progresses + (name == "progress"),
         below.results + (name == "result"),
+        below.errors + (name == "error"),
     )
 
 

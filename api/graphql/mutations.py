@@ -21,7 +21,7 @@ from job_registry_api.graphql.context import Context, context_of
 from job_registry_api.graphql.inputs import EnqueueJobInput, JobErrorInput, LeaseJobsInput
 from job_registry_api.graphql.types import Job, JobLease
 from job_registry_api.queue.claiming import Lease
-from job_registry_api.queue.enqueueing import Enqueued, Refusal
+from job_registry_api.queue.enqueueing import Enqueued, ExistingValues, Refusal
 from job_registry_api.queue.errors import (
     IdempotencyConflict,
     IdempotencyKeyTaken,
@@ -177,7 +177,12 @@ class Mutation:
             atomic=atomic,
             created_by=caller.subject,
             sees_others=caller.sees_others,
-            budget=context_of(info).budget.faults,
+            budget=budget.faults,
+            values=ExistingValues(
+                payload=of_each.payloads > 0,
+                others=of_each.progresses + of_each.results + of_each.errors > 0,
+                check=lambda weight: budget.check_bytes(weight * of_each.copies),
+            ),
         )
         return [_enqueued_or_refused(result) for result in results]
 

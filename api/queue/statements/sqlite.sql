@@ -182,6 +182,19 @@ SELECT job.* FROM json_each(:keys) AS wanted
 CROSS JOIN job ON job.type = json_extract(wanted.value, '$.type')
     AND job.idempotency_key = json_extract(wanted.value, '$.key')
 
+-- name: holder
+-- Return the job that has the idempotency key of a new one, without its JSON values, and whether
+-- the text of its payload is the same.
+SELECT id, type, fingerprint, status, NULL AS payload, priority, attempt, max_attempts,
+    timeout_seconds, created_at, idempotency_key, created_by, next_run_at, started_at, finished_at,
+    cancel_requested_at, worker_id, NULL AS progress, NULL AS result, NULL AS error,
+    payload = :payload AS is_same, length(payload) AS payload_length
+FROM job WHERE type = :type AND idempotency_key = :key
+
+-- name: payload
+-- Return the payload of a job.
+SELECT payload FROM job WHERE id = :id
+
 -- name: newest
 -- The ids of the newest jobs of several types and statuses. Of each pair the newest are read from its index,
 -- and merged: no index has them in one order.
