@@ -18,7 +18,11 @@ from job_registry_api.logs import log_unexpected
 
 JSON_TYPE: Final = b"application/json"
 
-GUARDING_HEADERS: Final = {"cache-control": "no-store", "x-content-type-options": "nosniff"}
+GUARDING_HEADERS: Final = {
+    "cache-control": "no-store",
+    "x-content-type-options": "nosniff",
+    "vary": "Accept",
+}
 """The headers of each response that sets no others: see `GuardedResponses`."""
 
 HEALTH_PATHS: Final = ("/healthz", "/readyz", "/metrics")

@@ -14,6 +14,7 @@ from pydantic import JsonValue
 
 from job_registry import EnqueueRequest, JobRegistry, JobType, Payload
 from job_registry_api.queue import migrations
+from job_registry_api.queue.models import JobError
 from job_registry_api.queue.queue import JobQueue
 from tests.measured_server import MeasuredServer, measured_server
 
@@ -337,7 +338,10 @@ async def test_a_lease_of_large_jobs_stays_within_the_bounds(full_server: Measur
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def keyed_server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[MeasuredServer]:
-    """A server with 200 jobs of 250 KB each, of 28,000 objects, with the keys k0 to k199."""
+    """A server with 200 jobs of 250 KB each, of 28,000 objects, with the keys k0 to k199.
+
+    40 of them have failed, with as large details.
+    """
     url = f"sqlite:///{tmp_path_factory.mktemp('keyed')}/jobs.db"
     await asyncio.to_thread(migrations.upgrade, url)
     registry = JobRegistry([anything])
@@ -351,6 +355,10 @@ async def keyed_server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterato
                     for n in range(start, start + 20)
                 ]
             )
+        for _ in range(40):
+            (lease,) = await queue.lease(["test.anything"], "w")
+            error = JobError("bad", "It failed.", [{"a": 0}] * 28_000)
+            await queue.fail(lease.token, error, retryable=False)
     async with measured_server(url, catalog=__name__) as measured:
         yield measured
 
@@ -398,6 +406,18 @@ async def test_a_bulk_whose_answer_would_have_too_large_jobs_is_refused_before_i
     )
     response, _ = await measured(keyed_server, GRAPHQL, graphql(query, i=job))
     assert response.json()["data"]["validateJob"] == {"duplicateOf": None}
+
+
+async def test_a_page_of_jobs_with_large_errors_stays_within_the_bounds(
+    keyed_server: MeasuredServer,
+) -> None:
+    query = (
+        "{ jobs(first: 200, filter: {statuses: [FAILED]}) {"
+        " nodes { error { code } } pageInfo { stoppedEarly } } }"
+    )
+    response, exceeded = await measured(keyed_server, GRAPHQL, graphql(query))
+    assert not exceeded
+    assert response.json()["data"]["jobs"]["nodes"][0] == {"error": {"code": "bad"}}
 
 
 async def test_documents_do_not_fill_the_memory(server: MeasuredServer) -> None:

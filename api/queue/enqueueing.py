@@ -46,7 +46,7 @@ from job_registry_api.queue.requests import (
     differing_paths,
     input_faults,
 )
-from job_registry_api.queue.store import NewJob, Store, Stored, present, stored_before
+from job_registry_api.queue.store import JSON_VALUES, NewJob, Store, Stored, present, stored_before
 
 DEFAULT_PRIORITY: Final = 50
 
@@ -58,7 +58,7 @@ class Enqueued(NamedTuple):
     deduplicated: bool = False
 
 
-COMPARED_BYTES: Final = 8_388_608
+COMPARED_BYTES: Final = 2_097_152
 """The JSON text of existing payloads that a bulk compares with its own."""
 
 
@@ -77,9 +77,12 @@ class ExistingValues:
 
     def of(self, job: JobRecord) -> JobRecord:
         """Return the job without the values that are not needed, so that they take no memory."""
-        if not self.payload:
-            job = job._replace(payload=None)
-        return job if self.others else job._replace(progress=None, result=None, error=None)
+        return job._replace(**dict.fromkeys(set(JSON_VALUES).difference(self.names)))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the values."""
+        return JSON_VALUES[not self.payload : None if self.others else 1]
 
 
 NOT_STORED: Final = "not_stored"
@@ -447,7 +450,7 @@ class Enqueueing:
             if holder.existing is not None and (values.others or not holder.is_same)
         ]
         weight = 0
-        async with aclosing(self._store.each_whole(ids)) as existing:
+        async with aclosing(self._store.each_of(ids, values.names)) as existing:
             async for job in existing:
                 weight += weight_of(job)
                 values.check(weight)
@@ -478,8 +481,9 @@ class Enqueueing:
     ) -> None:
         """Record the outcomes with these existing jobs, and remove them from the dictionary."""
         compared = 0
-        async with aclosing(self._store.each_whole(list(of_existing))) as existing_jobs:
-            async for job in existing_jobs:
+        names = values.names if values.payload else ("payload", *values.names)
+        async with aclosing(self._store.each_of(list(of_existing), names)) as existing:
+            async for job in existing:
                 size = len(to_json(job.payload))
                 for index, outcome in of_existing.pop(job.id):
                     compared += size if outcome.conflicts else 0

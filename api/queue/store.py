@@ -62,6 +62,9 @@ RECOVERY_BATCH: Final = 100
 _BEHIND_ALL: Final = uuid.UUID(int=2**128 - 1)
 _UNBOUNDED: Final = 2**62
 
+JSON_VALUES: Final = ("payload", "progress", "result", "error")
+"""The columns of a job that may be large."""
+
 SMALL: Final = 4_096
 """The length of a JSON value up to which a page of jobs has it at once."""
 
@@ -424,10 +427,12 @@ class Store(ABC):
         rows = await self._select(select(Job).where(col(Job.id).in_(list(job_ids))))
         return {job.id: job for job in map(JobRecord.of, rows)}
 
-    async def each_whole(self, job_ids: Sequence[uuid.UUID]) -> AsyncGenerator[JobRecord]:
-        """Yield jobs with their JSON values, of which about a megabyte is read at once."""
+    async def each_of(
+        self, job_ids: Sequence[uuid.UUID], values: tuple[str, ...] = JSON_VALUES
+    ) -> AsyncGenerator[JobRecord]:
+        """Yield jobs with these of their JSON values. About a megabyte of them is read at once."""
         for start in range(0, len(job_ids), LISTED_AT_ONCE):
-            query = _listed().where(col(Job.id).in_(job_ids[start : start + LISTED_AT_ONCE]))
+            query = _listed(values).where(col(Job.id).in_(job_ids[start : start + LISTED_AT_ONCE]))
             large: list[Listed] = []
             for each in map(_listed_of, await self._select(query)):
                 if each.is_partial:
@@ -437,8 +442,9 @@ class Store(ABC):
             while large:
                 ids = ids_of_piece(large, PIECE_BYTES)
                 large = large[len(ids) :]
-                for job in (await self.get_many(ids)).values():
-                    yield job
+                whole = sqlalchemy.select(*_columns(values)).where(col(Job.id).in_(ids))
+                for row in await self._select(whole):
+                    yield JobRecord.of(row)
 
     async def find_by_key(
         self, keys: Iterable[tuple[str, str]]
@@ -618,19 +624,29 @@ def _listed_of(row: Mapping[str, Any]) -> Listed:
 
 
 @lru_cache
-def _listed() -> Any:
-    """Return the query of jobs as `Listed` has them."""
-    columns: list[Any] = [col(getattr(Job, name)) for name in JobRecord._fields]
+def _listed(values: tuple[str, ...] = JSON_VALUES) -> Any:
+    """Return the query of jobs as `Listed` has them, with these JSON values."""
+    columns = _columns(values)
     size: Any = sqlalchemy.literal(0, sqlalchemy.BigInteger)
     is_partial: Any = sqlalchemy.false()
     for index, name in enumerate(JobRecord._fields):
-        if name in ("payload", "progress", "result", "error"):
+        if name in values:
             text = sqlalchemy.cast(columns[index], sqlalchemy.Text)
             length: Any = func.coalesce(func.length(text), 0)
             size += length
             is_partial |= length > SMALL
             columns[index] = sqlalchemy.case((length <= SMALL, columns[index])).label(name)
     return sqlalchemy.select(*columns, size.label("size"), is_partial.label("is_partial"))
+
+
+def _columns(values: tuple[str, ...]) -> list[Any]:
+    """Return the columns of jobs, with null instead of the JSON values that are not wanted."""
+    return [
+        sqlalchemy.null().label(name)
+        if name in JSON_VALUES and name not in values
+        else col(getattr(Job, name))
+        for name in JobRecord._fields
+    ]
 
 
 @lru_cache
