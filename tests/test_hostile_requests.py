@@ -20,8 +20,8 @@ from tests.measured_server import MeasuredServer, measured_server
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-CPU_SECONDS: Final = 1.0
-"""Twice what a request may cost on a machine that does nothing else."""
+CPU_SECONDS: Final = 0.5
+"""What a request may cost on a machine that does nothing else."""
 
 SILENCE_SECONDS: Final = 5.0
 """Five times what `/healthz` may take, because the tests share the machine."""
