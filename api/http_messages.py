@@ -198,7 +198,18 @@ async def respond_json(
     headers: tuple[tuple[bytes, bytes], ...] = (),
 ) -> None:
     """Send a JSON response."""
-    body = to_json(content)
+    await respond(send, status, to_json(content), content_type=content_type, headers=headers)
+
+
+async def respond(
+    send: Send,
+    status: int,
+    body: bytes,
+    *,
+    content_type: bytes,
+    headers: tuple[tuple[bytes, bytes], ...] = (),
+) -> None:
+    """Send a response."""
     await send(
         {
             "type": "http.response.start",
