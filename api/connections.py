@@ -673,8 +673,6 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
 
     def _close_soon(self) -> None:
         """Close the connection when the client has had time to read its last answer."""
-        if self.transport.can_write_eof():
-            self.transport.write_eof()
         self.close_timer = self.loop.call_later(LINGER_SECONDS, self.transport.close)
 
     def _count_control_frame(self) -> None:

@@ -77,7 +77,9 @@ class ExistingValues:
 
     def of(self, job: JobRecord) -> JobRecord:
         """Return the job without the values that are not needed, so that they take no memory."""
-        return job._replace(**dict.fromkeys(set(JSON_VALUES).difference(self.names)))
+        if not self.payload:
+            job = job._replace(payload=None)
+        return job if self.others else job._replace(progress=None, result=None, error=None)
 
     @property
     def names(self) -> tuple[str, ...]:
