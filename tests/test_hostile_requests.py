@@ -340,7 +340,7 @@ async def test_a_lease_of_large_jobs_stays_within_the_bounds(full_server: Measur
 async def keyed_server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[MeasuredServer]:
     """A server with 200 jobs of 250 KB each, of 28,000 objects, with the keys k0 to k199.
 
-    40 of them have failed, with as large details.
+    40 of them have failed, with as large details. A small one has failed 30 times with such.
     """
     url = f"sqlite:///{tmp_path_factory.mktemp('keyed')}/jobs.db"
     await asyncio.to_thread(migrations.upgrade, url)
@@ -359,6 +359,18 @@ async def keyed_server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterato
             (lease,) = await queue.lease(["test.anything"], "w")
             error = JobError("bad", "It failed.", [{"a": 0}] * 28_000)
             await queue.fail(lease.token, error, retryable=False)
+        await queue.enqueue(
+            EnqueueRequest(
+                "test.anything",
+                {"value": 0},
+                priority=100,
+                max_attempts=31,
+                idempotency_key="retried",
+            )
+        )
+        for _ in range(30):
+            (lease,) = await queue.lease(["test.anything"], "w")
+            await queue.fail(lease.token, error, retry_after_seconds=0)
     async with measured_server(url, catalog=__name__) as measured:
         yield measured
 
@@ -418,6 +430,58 @@ async def test_a_page_of_jobs_with_large_errors_stays_within_the_bounds(
     response, exceeded = await measured(keyed_server, GRAPHQL, graphql(query))
     assert not exceeded
     assert response.json()["data"]["jobs"]["nodes"][0] == {"error": {"code": "bad"}}
+
+
+def thirty(operation: str, field: str, selection: str) -> str:
+    """Return an operation with a field for each of the keys k50 to k79."""
+    job = '{type: "test.anything", payload: {value: 0}, idempotencyKey: "k§"}'
+    fields = (
+        f"a{n}: {field} {{ {selection} }}".replace("JOB", job).replace("§", str(n + 50))
+        for n in range(30)
+    )
+    return f"{operation} {{ {' '.join(fields)} }}"
+
+
+CONFLICT: Final = "... on IdempotencyConflict { existingJob { id } }"
+LEASES: Final = "... on LeaseJobsSuccess { leases { job { id } } }"
+ONE_BY_ONE: Final = {
+    "keys": thirty("mutation", "enqueueJob(input: JOB)", CONFLICT),
+    "payloads": thirty(
+        "mutation", "enqueueJob(input: JOB)", CONFLICT.replace("{ id }", "{ payload }")
+    ),
+    "dry runs": thirty("query", "validateJob(input: JOB)", CONFLICT),
+    "leases": thirty(
+        "mutation",
+        'leaseJobs(input: {jobTypes: ["test.anything"], workerId: "w", limit: 4})',
+        LEASES,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ONE_BY_ONE)
+async def test_fields_that_each_read_a_large_job_stay_within_the_bounds(
+    keyed_server: MeasuredServer, name: str
+) -> None:
+    response, exceeded = await measured(keyed_server, GRAPHQL, graphql(ONE_BY_ONE[name]))
+    assert not exceeded
+    if name == "payloads":
+        # The jobs that were read are large enough for an answer.
+        assert response.json()["errors"][-1]["extensions"]["code"] == "budget_exceeded"
+    else:
+        assert len(response.json()["data"]) == 30
+
+
+async def test_the_attempts_of_a_job_with_large_errors_stay_within_the_bounds(
+    keyed_server: MeasuredServer,
+) -> None:
+    query = (
+        'query { validateJob(input: {type: "test.anything", payload: {value: 0},'
+        ' idempotencyKey: "retried"}) {'
+        " ... on JobValid { duplicateOf { attempts { error { code } } } } } }"
+    )
+    response, exceeded = await measured(keyed_server, GRAPHQL, graphql(query))
+    assert not exceeded
+    assert response.json()["errors"][0]["extensions"]["code"] == "budget_exceeded"
 
 
 async def test_documents_do_not_fill_the_memory(server: MeasuredServer) -> None:

@@ -15,9 +15,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from job_registry.json_values import NotJson
 from job_registry_api import auth
+from job_registry_api.answer_text import json_in_pieces
 from job_registry_api.auth import Authenticator
 from job_registry_api.budget import BudgetExceeded, RequestSize, parse_request_json
-from job_registry_api.graphql.answer_text import json_in_pieces
 from job_registry_api.graphql.context import Context
 from job_registry_api.graphql.execution import (
     DocumentRefused,

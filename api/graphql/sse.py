@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from starlette.types import Receive, Send
 
-from job_registry_api.graphql.answer_text import json_in_pieces
+from job_registry_api.answer_text import json_in_pieces
 from job_registry_api.http_messages import wait_for_disconnect
 
 EVENT_STREAM: Final = b"text/event-stream"

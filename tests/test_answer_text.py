@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from job_registry_api.graphql.answer_text import json_in_pieces
+from job_registry_api.answer_text import json_in_pieces
 
 pytestmark = pytest.mark.any_database
 
