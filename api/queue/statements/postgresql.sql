@@ -108,8 +108,8 @@ SELECT job_id, attempt, worker_id, started_at, finished_at, outcome, error, atte
         AS still_running
 FROM (
     SELECT *, count(*) OVER () AS attempts, row_number() OVER (ORDER BY id DESC) AS place,
-        sum(200 + coalesce(25 * length(CAST(error AS text))
-                           - 24 * length(replace(CAST(error AS text), ',', '')), 0))
+        sum(200 + coalesce(49 * length(CAST(error AS text))
+                           - 48 * length(replace(CAST(error AS text), ',', '')), 0))
             OVER (ORDER BY id DESC) AS bytes
     FROM job_registry.job_attempt
     WHERE job_id IN (

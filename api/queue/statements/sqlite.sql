@@ -225,7 +225,7 @@ SELECT job_id, attempt, worker_id, started_at, finished_at, outcome, error, atte
         AND held_until > strftime('%Y-%m-%d %H:%M:%f', 'now', :shift) || '000' AS still_running
 FROM (
     SELECT *, count(*) OVER () AS attempts, row_number() OVER (ORDER BY id DESC) AS place,
-        sum(200 + coalesce(25 * length(error) - 24 * length(replace(error, ',', '')), 0))
+        sum(200 + coalesce(49 * length(error) - 48 * length(replace(error, ',', '')), 0))
             OVER (ORDER BY id DESC) AS bytes
     FROM job_attempt WHERE job_id IN (SELECT value FROM json_each(:ids)))
 WHERE bytes <= :max_bytes OR place = 1
