@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from job_registry_api.answer_text import json_in_pieces
+from job_registry_api.answer_text import PIECE_BYTES, json_in_pieces
+from job_registry_api.http_messages import respond
 
 pytestmark = pytest.mark.any_database
 
@@ -57,3 +58,17 @@ async def test_other_tasks_take_their_turn_between_the_pieces_of_a_large_answer(
     task.cancel()
     assert len(text) > 6_000_000
     assert turns > 10
+
+
+async def test_a_large_answer_is_sent_in_pieces() -> None:
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    body = bytes(range(256)) * (3 * PIECE_BYTES // 256) + b"end"
+    await respond(send, 200, body, content_type=b"application/json")
+    start, *parts = sent
+    assert (b"content-length", str(len(body)).encode()) in start["headers"]
+    assert b"".join(part["body"] for part in parts) == body
+    assert [part.get("more_body", False) for part in parts] == [True, True, True, False]
