@@ -130,7 +130,7 @@ class JobQueue(Enqueueing, Reading, Leasing, Changing, Upkeep):
         )
 
         def prepare_database() -> None:
-            # Imported here: alembic takes as long to import as the rest of the queue.
+            # Imported here: a queue that another process prepares needs none of it.
             from job_registry_api.queue import migrations
 
             migrations.prepare(url, pooler=pooler, schema=schema, timeout_seconds=timeout_seconds)
