@@ -184,6 +184,19 @@ class QueueUnavailable(QueueError):
         return {"kind": self.kind}
 
 
+class OpeningFailed(QueueUnavailable):
+    """Raised when the queue cannot be opened. The message has the reason: it is for the program,
+    and a wrong name or password does not go away by itself. Clients get a `QueueUnavailable`."""
+
+    def __init__(self, error: QueueUnavailable) -> None:
+        super().__init__(error.reason, error.kind)
+        self.args = (f"The queue's database is not available: {error.reason.rstrip('.')}.",)
+
+    def for_clients(self) -> QueueUnavailable:
+        """Return the same error without the reason in its message."""
+        return QueueUnavailable(self.reason, self.kind)
+
+
 def reason_of(error: Exception) -> str:
     """Return why a call to the database failed, for a log line, without quoting values."""
     match error:

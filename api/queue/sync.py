@@ -69,7 +69,7 @@ class SyncQueue:
         **options: Unpack[EnqueueOptions],
     ) -> Enqueued:
         """Store a job. With `session`, as part of its transaction."""
-        request = self._queue.request(job, **options)
+        request = self._queue.request_of("enqueue", job, options)
         if session is not None:
             return self._queue.enqueue_within(_sync(session), request, created_by=created_by)
         return self._run(lambda: self._queue.enqueue(request, created_by=created_by))
