@@ -541,7 +541,7 @@ def check_database(url: str, *, pooler: str, schema: str, listen_url: str | None
     Raises:
         ValueError: one is wrong. The message does not contain a URL, which may have a password.
     """
-    given = {
+    given: dict[str, Any] = {
         "database_url": url,
         "database_pooler": pooler,
         "database_schema": schema,
