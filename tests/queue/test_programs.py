@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import os
+import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -483,6 +485,30 @@ def _enqueue_after_fork(queue: JobQueue, answer: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_ctrl_c_during_the_first_call_ends_the_thread_that_opens_the_queue(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"postgresql://ada@127.0.0.1:{silent.getsockname()[1]}/jobs"
+        queue = JobQueue.from_url(url, [mail_send], timeout_seconds=2)
+        former = signal.signal(signal.SIGALRM, signal.default_int_handler)
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                queue.sync.enqueue(MailSend(to="ada"))
+        finally:
+            signal.signal(signal.SIGALRM, former)
+        until = time.monotonic() + 10
+        while any(thread.name == "job-queue" for thread in threading.enumerate()):
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        # The next call tries again.
+        with pytest.raises(QueueUnavailable):
+            queue.sync.enqueue(MailSend(to="ada"))
+        queue.sync.close()
+    assert capfd.readouterr().err == ""
+
+
 def test_a_forked_process_does_not_use_the_connections_of_its_parent(closed: JobQueue) -> None:
     closed.sync.enqueue(MailSend(to="ada"))
     context = multiprocessing.get_context("fork")
