@@ -13,7 +13,7 @@ class Opening:
     loop: asyncio.AbstractEventLoop | None = None
     """The event loop on which the queue is open."""
 
-    _must_be_open = False
+    must_be_open = False
     """Whether operations need an open queue: programs and commands open theirs. A queue on a
     `Database` that somebody else manages can be used as it is."""
 
@@ -25,7 +25,7 @@ class Opening:
         Raises:
             RuntimeError: it is not open, or on another event loop.
         """
-        if not self._must_be_open or (self.loop is not None and self.loop is running_loop()):
+        if not self.must_be_open or (self.loop is not None and self.loop is running_loop()):
             return
         if self.loop is not None:
             raise RuntimeError(

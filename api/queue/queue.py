@@ -140,7 +140,7 @@ class JobQueue(Enqueueing, Reading, Leasing, Changing, Upkeep):
             max_bulk_size=max_bulk_size,
             prepare=prepare_database if prepare else None,
         )
-        queue._must_be_open = True
+        queue.must_be_open = True
         return queue
 
     @classmethod
