@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from job_registry import CodedError
 from job_registry_api.http_messages import error_content, respond_json
 from job_registry_api.logs import log_unexpected
-from job_registry_api.queue.errors import OpeningFailed, QueueUnavailable
+from job_registry_api.queue.errors import QueueUnavailable
 
 log = structlog.get_logger("job_registry.app")
 
@@ -151,7 +151,7 @@ def _described(error: Exception) -> CodedError:
     match error:
         case QueueUnavailable():
             log.warning("app.start_failed", kind=error.kind, reason=error.reason)
-            return error.for_clients() if isinstance(error, OpeningFailed) else error
+            return error.for_clients()
         case NotRunning():
             return error
     error_id = log_unexpected("start", error)

@@ -62,9 +62,8 @@ class JobRegistry(Mapping[str, JobType[Any]]):
         suggests: bool = True,
     ) -> None:
         if not isinstance(job_types, Iterable):
-            raise DefinitionError(
-                f"JobRegistry: expected a list of job types; got {shortened(job_types)}"
-            )
+            got = job_types.name if isinstance(job_types, JobType) else shortened(job_types)
+            raise DefinitionError(f"JobRegistry: expected a list of job types; got {got}")
         by_name: dict[str, JobType[Any]] = {}
         for job_type in job_types:
             if not isinstance(job_type, JobType):

@@ -25,7 +25,7 @@ from job_registry_api.queue.changing import Changing
 from job_registry_api.queue.database import Database, Pooler
 from job_registry_api.queue.databases import open_database, store_of
 from job_registry_api.queue.enqueueing import Enqueueing
-from job_registry_api.queue.errors import OpeningFailed, QueueUnavailable
+from job_registry_api.queue.errors import QueueUnavailable
 from job_registry_api.queue.events import Events
 from job_registry_api.queue.leasing import Leasing
 from job_registry_api.queue.readiness import Readiness
@@ -202,7 +202,7 @@ class JobQueue(Enqueueing, Reading, Leasing, Changing, Upkeep):
             except BaseException as error:
                 self._opened = None  # Nothing is open yet, and the next call may succeed.
                 if isinstance(error, QueueUnavailable):
-                    raise OpeningFailed(error) from error
+                    raise QueueUnavailable(error.reason, error.kind, when_opening=True) from error
                 raise
         async with AsyncExitStack() as opening:
             opening.push_async_callback(self._database.close)
