@@ -22,6 +22,7 @@ from pydantic import (
     ValidationError,
     create_model,
 )
+from pydantic_core import SchemaError
 
 from job_registry import DefinitionError, JobType, Payload
 
@@ -285,9 +286,15 @@ def edited_spec(random: Random, spec: Spec, depth: int) -> Spec:
 
 
 def job_type_of(random: Random, fields: Fields) -> JobType[Any] | None:
-    """Return a job type whose payload has these fields; None if no payload of it is found."""
-    model = _model("Root", fields)
-    model.model_rebuild(_types_namespace={"Root": model})
+    """Return a job type whose payload has these fields.
+
+    None: Pydantic refuses the model, or no payload of it is found.
+    """
+    try:
+        model = _model("Root", fields)
+        model.model_rebuild(_types_namespace={"Root": model})
+    except SchemaError:
+        return None
     for _ in range(30):
         example = random_object(random, fields, fields)
         try:
