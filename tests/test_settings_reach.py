@@ -443,6 +443,7 @@ OLD = """INSERT INTO job (id, type, fingerprint, status, payload, priority, atte
     "worker_concurrency",
     "keep_succeeded_days",
     "keep_failed_days",
+    "parked_days",
     "database_pool_size",
     "database_timeout_seconds",
     "shutdown_seconds",
