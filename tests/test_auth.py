@@ -383,6 +383,7 @@ NEEDED = {
     },
     '{ job(id: "a") { __typename } }': {"jobs:read"},
     "{ jobs { nodes { id } } }": {"jobs:read"},
+    "{ unregisteredTypes { name } }": {"jobs:read"},
     'mutation { enqueueJob(input: {type: "test.ping", payload: {}}) { __typename } }': {
         "jobs:enqueue"
     },
@@ -390,6 +391,7 @@ NEEDED = {
     "mutation { enqueue(job: {testPing: {}}) { __typename } }": {"jobs:enqueue"},
     'mutation { cancelJob(id: "a") { __typename } }': {"jobs:admin"},
     'mutation { retryJob(id: "a") { __typename } }': {"jobs:admin"},
+    "mutation { unparkJobs { __typename } }": {"jobs:admin"},
     'mutation { leaseJobs(input: {jobTypes: ["test.pong"], workerId: "w"}) { __typename } }': {
         "jobs:work"
     },
