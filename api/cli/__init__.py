@@ -13,7 +13,7 @@ from typing import Annotated, TextIO, cast
 import typer
 
 from job_registry import DefinitionError
-from job_registry_api.cli import enqueue, migrate, registry, schema, serve, worker
+from job_registry_api.cli import check, enqueue, lock, migrate, registry, schema, serve, worker
 from job_registry_api.cli.output import (
     WRONG_USAGE,
     Output,
@@ -81,6 +81,8 @@ for command in (
     registry.policy,
     registry.validate,
     enqueue.enqueue,
+    lock.lock,
+    check.check,
     schema.schema,
 ):
     app.command()(command)

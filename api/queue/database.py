@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Final, Literal, Self, TypeVar
 import sqlalchemy.exc
 import structlog
 from pydantic import JsonValue
-from pydantic_core import from_json
+from pydantic_core import from_json, to_json
 from sqlalchemy import TextClause, text
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -264,6 +264,11 @@ def read_json(value: str) -> JsonValue:
     """
     parsed: JsonValue = from_json(value)
     return _floats(parsed) if _LONG_INTEGER.search(value) else parsed
+
+
+def stored_text(value: str) -> str | bytes:
+    """Return the JSON text of a column with the numbers as the caller sent them."""
+    return to_json(read_json(value)) if _LONG_INTEGER.search(value) else value
 
 
 def _floats(value: JsonValue) -> JsonValue:

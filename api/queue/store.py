@@ -82,6 +82,14 @@ EVENT_BATCHES_PRUNED: Final = 10_000
 """How many stored batches one transaction deletes at most."""
 
 
+class StoredPayload(NamedTuple):
+    """The payload of a stored job, as JSON text."""
+
+    id: uuid.UUID
+    type: str
+    text: str
+
+
 class NewJob(NamedTuple):
     """A job to insert. `payload` is JSON text; `next_run_at` None means now."""
 
@@ -488,6 +496,20 @@ class Store(ABC):
             )
             for row in rows
         }
+
+    async def unfinished(
+        self, *, after: uuid.UUID, jobs: int, characters: int
+    ) -> list[StoredPayload]:
+        """Return the payloads of queued and running jobs with ids after `after`, in their order.
+
+        They are at most `jobs`, and no more once their texts have `characters` characters. A job
+        that is claimed or given back between two pages is on one of them.
+        """
+        page = {"after": after.hex, "jobs": jobs, "characters": characters}
+        return [
+            StoredPayload(row["id"], row["type"], row["text"])
+            for row in await self._read("unfinished", page)
+        ]
 
     async def now(self) -> datetime:
         """Return the time of the database."""
