@@ -192,25 +192,35 @@ def _payload_changes(name: str, before: ReleasedType, after: ReleasedType) -> It
         older_workers = Outcome.SURVIVE if is_read else _outcome(back)
         if older_workers.breaks and parks:
             older_workers = Outcome.WAIT
-        first = here[0] if here else back[0]
+        reasons = [each.reason for each in here]
+        if not here:
+            # `back` sees the change from the other side, and so does its reason.
+            here = [replace(each, before=each.after, after=each.before) for each in back]
+            reasons = ["Older workers refuse a payload that uses the new form."]
+        advice = [_FIRST_ADVICE.get(here[0].after, "")] if stored_jobs.breaks else []
+        advice += _advice(name, stored_jobs, older_workers, older_clients)
         yield Change(
-            name, "payload", path,
-            first.before if here else first.after,
-            first.after if here else first.before,
-            " ".join(dict.fromkeys(each.reason for each in here or back)),
+            name, "payload", path, here[0].before, here[0].after,
+            " ".join(dict.fromkeys(reasons)),
             stored_jobs=stored_jobs,
             older_workers=older_workers,
             older_clients=older_clients,
-            advice=tuple(_advice(name, stored_jobs, older_workers, older_clients)),
+            advice=tuple(filter(None, advice)),
         )  # fmt: skip
     for each in changed_defaults(was, is_):
         yield Change(
             name, "default", each.path, each.before, each.after,
-            f"{each.reason} Stored jobs and older clients that leave the field out get the new"
-            " value.",
+            each.reason,
             is_notable=True,
-            advice=("Check that the handler may use the new value for jobs that are queued.",),
+            advice=("Stored jobs and older clients that leave the field out get the new value.",),
         )  # fmt: skip
+
+
+_FIRST_ADVICE: Final[Mapping[str, str]] = {
+    "required": "Give the field a default.",
+    "not a field": "Keep the field, optional, until no job has it and no client sends it.",
+}
+"""What keeps everything, by what is demanded of a field today."""
 
 
 def _older_forms(name: str, before: ReleasedType, after: ReleasedType) -> Iterator[Change]:

@@ -43,7 +43,8 @@ def lock(
         print_json({"file": file, "jobTypes": len(today), **changes})
     else:
         parts = [f"{what}: {', '.join(names)}" for what, names in changes.items() if names]
-        say(f"{file}: {len(today):,} job types. {'; '.join(parts) or 'No job type has changed'}.")
+        kinds = "1 job type" if len(today) == 1 else f"{len(today):,} job types"
+        say(f"{file}: {kinds}. {'; '.join(parts) or 'No job type has changed'}.")
 
 
 def _former(path: Path) -> ReleasedTypes:

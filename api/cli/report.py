@@ -7,20 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from job_registry.errors import escaped, shortened
+from job_registry.errors import escaped, shortened, shortened_text
 from job_registry.evolution import Change, Level, Outcome
 
 if TYPE_CHECKING:
     from job_registry_api.graphql.schema_changes import ClientChange
     from job_registry_api.queue.replaying import Found, Replay
-
-SEEN: Final = {
-    Outcome.SURVIVE: "survive",
-    Outcome.WAIT: "leave such jobs to newer workers",
-    Outcome.BREAK: "break",
-    Outcome.UNKNOWN: "may break: the schemas do not tell",
-}
-
 
 @dataclass(frozen=True, slots=True)
 class Compared:
@@ -67,10 +59,7 @@ def lines_of(compared: Compared) -> Iterator[str]:
             yield f"  was: {_shown(change.before)}"
             yield f"  is: {_shown(change.after)}"
         yield f"  {change.reason}"
-        yield (
-            f"  Stored jobs {SEEN[change.stored_jobs]}; older workers"
-            f" {SEEN[change.older_workers]}; older clients {SEEN[change.older_clients]}."
-        )
+        yield f"  {_outcomes(change)}"
         for advice in change.advice:
             yield f"  > {advice}"
     for each in compared.clients:
@@ -168,8 +157,33 @@ def _title(change: Change) -> str:
     return f"{change.job_type}{what} {change.path}".rstrip()
 
 
+def _outcomes(change: Change) -> str:
+    outcomes = {
+        "stored jobs": change.stored_jobs,
+        "older workers": change.older_workers,
+        "older clients": change.older_clients,
+    }
+    if {*outcomes.values()} == {Outcome.SURVIVE}:
+        return "Stored jobs, older workers and older clients survive."
+    text = "; ".join(f"{who} {_SEEN[outcome]}" for who, outcome in outcomes.items())
+    return f"{text[0].upper()}{text[1:]}."
+
+
+_SEEN: Final = {
+    Outcome.SURVIVE: "survive",
+    Outcome.WAIT: "leave such jobs to newer workers",
+    Outcome.BREAK: "break",
+    Outcome.UNKNOWN: "may break: the schemas do not tell",
+}
+
+
 def _shown(value: object) -> str:
-    return "nothing" if value is None else shortened(value, 120)
+    match value:
+        case None:
+            return "nothing"
+        case str():
+            return shortened_text(value)
+    return shortened(value, 300)
 
 
 def _jobs(found: Found) -> str:
