@@ -102,7 +102,7 @@ def read_lock(text: str | bytes) -> Lock:
         LockInvalid: it is not JSON, has another format, or lacks something.
     """
     if len(text) > MAX_LOCK_BYTES:
-        raise LockInvalid(f"Expected at most {MAX_LOCK_BYTES:,} bytes; got {len(text):,}.")
+        raise LockInvalid(f"Expected at most {MAX_LOCK_BYTES:,} bytes; it has more.")
     try:
         document = parse_json(text, "It")
     except NotJson as error:

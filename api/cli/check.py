@@ -218,6 +218,8 @@ def _client_changes(
     from job_registry_api.graphql.schema import bare_sdl
     from job_registry_api.graphql.schema_changes import client_changes
 
+    if not released.graphql:
+        fail(WRONG_USAGE, f"{name} has no GraphQL schema. Write it with `job-registry lock`.")
     try:
         return client_changes(released.graphql, bare_sdl(registry))
     except Exception as error:

@@ -130,6 +130,8 @@ async def _replay(store: Store, registry: JobRegistry, on_page: OnPage) -> Repla
         for stored in page:
             _read(registry, stored, found)
         on_page(found.total, max(expected, found.total))
+        # Ctrl-C cancels this task at its next wait, which should not be that for a connection.
+        await asyncio.sleep(0)
         characters = sum(len(stored.text) for stored in page)
         if len(page) < PAGE_JOBS and characters < PAGE_CHARACTERS:
             return found
