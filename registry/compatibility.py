@@ -61,7 +61,8 @@ def narrowings(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[Dif
     Empty: every value that `before` admits is admitted by `after`.
     """
     try:
-        return _Comparison(before, after).compare((before,), after, 0)
+        comparison = _Comparison(before, after)
+        return () if comparison.are_same else comparison.compare((before,), after, 0)
     except RecursionError:
         return (_untold("", "The schemas are nested too deep to be compared."),)
 
@@ -111,6 +112,11 @@ class _Comparison:
         self._count = 0
         self._same_definitions = self._find_same_definitions()
 
+    @property
+    def are_same(self) -> bool:
+        """Whether the whole schemas demand the same in the same words."""
+        return _WHOLE in self._same_definitions
+
     def compare(self, before: _Nodes, after: _Node | bool, depth: int) -> tuple[Difference, ...]:
         """Return what all of `before` together admit and `after` refuses, relative to here."""
         after = _node(after)
@@ -130,8 +136,12 @@ class _Comparison:
         self._open.add(key)
         start = len(self._held)
         found: dict[Difference, None] = {}
-        for nodes in self._alternatives(before, self._before):
-            found |= dict.fromkeys(self._refused(_View(nodes), after, depth))
+        views = [_View(nodes) for nodes in self._alternatives(before, self._before)]
+        for view in views:
+            for each in self._refused(view, after, depth):
+                if len(views) > 1 and each.path == "" and each.before == view.words:
+                    each = replace(each, before=_alternatives_words(v.words for v in views))
+                found[each] = None
             if len(found) > MAX_DIFFERENCES:
                 break
         self._open.remove(key)
@@ -175,7 +185,7 @@ class _Comparison:
         yield from _refused_types(view, after)
         yield from _refused_values(view, after)
         types = view.types & _types_of(after)
-        if types & _NUMBERS or ("string" in types and after.get("format") == "decimal"):
+        if types & _NUMBERS or ("string" in types and after.get("format") in _READ):
             yield from _refused_numbers(view, after)
         if "string" in types:
             yield from _refused_strings(view, after)
@@ -273,20 +283,20 @@ class _Comparison:
     def _refused_entries(self, view: _View, after: _Node, depth: int) -> Iterator[Difference]:
         """Yield what is refused of the entries whose names are in neither schema."""
         patterns = after.get("patternProperties", {})
-        for pattern, demand in patterns.items():
-            found = self.compare(view.entries(pattern, patterns), demand, depth + 1)
-            yield from _below("*", found)
+        demands: list[tuple[str | None, _Node]] = [(key, _node(patterns[key])) for key in patterns]
         if "additionalProperties" in after:
-            entries, demand = view.entries(None, patterns), _node(after["additionalProperties"])
-            if not _is_nothing(demand):
-                yield from _below("*", self.compare(entries, demand, depth + 1))
-            elif any(True for _ in self._alternatives(entries, self._before)):
-                reason = "Fields that the schema does not name are refused."
-                is_certain = _VAGUE not in entries
-                found = (_difference(view, "any field", "no other fields", reason, is_certain),)
-                yield from _below("*", found)
+            demands.append((None, _node(after["additionalProperties"])))
+        for pattern, demand in demands:
+            for entries in view.entries(pattern, patterns):
+                if not _is_nothing(demand):
+                    yield from _below("*", self.compare(entries, demand, depth + 1))
+                elif self._alternatives(entries, self._before):
+                    reason = "Fields that the schema does not name are refused."
+                    is_certain = _VAGUE not in entries
+                    found = _difference(view, "any field", "no other fields", reason, is_certain)
+                    yield from _below("*", (found,))
         if "propertyNames" in after:
-            names = [*view.name_schemas]
+            names = [_STRING, *map(self._name_schema, view.all("propertyNames"))]
             if view.is_closed:
                 every = ("names", *view.names)
                 names.append(self._made.setdefault(every, {"enum": list(view.names)}))
@@ -299,6 +309,12 @@ class _Comparison:
                     after=f"name: {each.after}",
                     reason=reason,
                 )
+
+    def _name_schema(self, schema: Any) -> _Node:
+        """Return what names were demanded to be. Pydantic reads keys that are numbers from text."""
+        alternatives = self._alternatives((_node(schema),), self._before)
+        is_text = alternatives and all("string" in _View(each).types for each in alternatives)
+        return _node(schema) if is_text else _VAGUE
 
     def _outside_union(
         self, view: _View, branches: Sequence[Any], tag: str | None, depth: int
@@ -321,6 +337,18 @@ class _Comparison:
                 if not smaller.is_empty:
                     every |= dict.fromkeys(self._outside_union(smaller, branches, tag, depth))
             return tuple(every)
+        if not near and tag is not None and view.types == {"object"}:
+            was = _View(view.field(tag)).values
+            tags = [
+                text
+                for branch in nodes
+                for each in self._alternatives_after(branch)
+                for text in _View(_View(each).field(tag)).values or ()
+            ]
+            if was is not None and tags:
+                reason = f"{_sentence(_values_words(was))} is refused."
+                found = (_difference(view, _values_words(was), _values_words(tags), reason, True),)
+                return tuple(_below(tag, found))
         if not near:
             kinds = [_View(each).words for b in nodes for each in self._alternatives_after(b)]
             now = _alternatives_words(dict.fromkeys(kinds))
@@ -352,12 +380,12 @@ class _Comparison:
 
     def _parts(self, view: _View, tag: str | None) -> Iterator[_Node]:
         """Yield schemas that divide what the view admits: by type, by value, by tag."""
-        if len(view.types) > 1:
-            for each in sorted(view.types):
-                yield self._made.setdefault(("type", each), {"type": each})
-        elif view.values is not None:
+        if view.values is not None:
             for text in view.values:
                 yield self._const(text)
+        elif len(view.types) > 1:
+            for each in sorted(view.types):
+                yield self._made.setdefault(("type", each), {"type": each})
         elif view.types == {"boolean"}:
             yield from (self._const("true"), self._const("false"))
         elif tag is not None and "object" in view.types:
@@ -452,23 +480,31 @@ class _Comparison:
     def _find_same_definitions(self) -> set[str]:
         """Return the references that lead to the same demands on both sides."""
         texts: dict[str, str] = {}
-        for group in ("$defs", "definitions"):
-            old, new = self._before.get(group, {}), self._after.get(group, {})
-            for name in old.keys() & new.keys():
-                text = _canonical(old[name])
-                if text == _canonical(new[name]):
-                    texts[json.dumps(f"#/{group}/{_token(name)}")] = text
-        if _canonical(self._before) == _canonical(self._after):
-            texts[json.dumps("#")] = "{}"
-        changed = True
-        while changed:
-            kept = {
-                name: text
-                for name, text in texts.items()
-                if all(each in texts for each in _REFERENCES.findall(text))
-            }
-            changed = len(kept) < len(texts)
-            texts = kept
+        waiting, seen = [_WHOLE], {_WHOLE}
+        while waiting:
+            name = waiting.pop()
+            old = _resolved(json.loads(name), self._before)
+            new = _resolved(json.loads(name), self._after)
+            if old is None or new is None:
+                if old is new:
+                    # What leads out of both documents leads to the same.
+                    texts[name] = ""
+                continue
+            text = _canonical(old)
+            if text == _canonical(new):
+                texts[name] = text
+            further = set(_REFERENCES.findall(text)) - seen
+            waiting += further
+            seen |= further
+        users: dict[str, list[str]] = {}
+        for name, text in texts.items():
+            for each in _REFERENCES.findall(text):
+                users.setdefault(each, []).append(name)
+        differ = [each for each in users if each not in texts]
+        while differ:
+            for name in users.get(differ.pop(), ()):
+                if texts.pop(name, None) is not None:
+                    differ.append(name)
         return set(texts)
 
 
@@ -516,6 +552,11 @@ class _View:
     def has_numeric_values(self) -> bool:
         """Whether a constant is a number or a boolean: Pydantic takes 1, 1.0 and true as equal."""
         return any(_loose(text)[0] == "number" for text in self.values or ())
+
+    @property
+    def loose_types(self) -> frozenset[str]:
+        """The types, with all of numbers and booleans for one of them."""
+        return self.types | _LOOSE_TYPES if self.types & _LOOSE_TYPES else self.types
 
     @cached_property
     def words(self) -> str:
@@ -567,28 +608,24 @@ class _View:
             demand for node in self.nodes for demand in _property_of(node, name, maybe=False)
         )
 
-    def entries(self, pattern: str | None, others: Iterable[str]) -> _Nodes:
-        """Return the schemas of an entry that no schema names.
+    def entries(self, pattern: str | None, others: Iterable[str]) -> list[_Nodes]:
+        """Return the alternatives of an entry that no schema names.
 
         Its name matches `pattern`; None: it matches none of `others`.
         """
-        found: list[_Node] = []
+        found: list[_Nodes] = [()]
         for node in self.nodes:
             patterns = node.get("patternProperties", {})
+            rest = _node(node.get("additionalProperties", True))
             if pattern is not None and pattern in patterns:
-                found.append(_node(patterns[pattern]))
-            elif (pattern is None and patterns.keys() <= set(others)) or not patterns:
-                if "additionalProperties" in node:
-                    found.append(_node(node["additionalProperties"]))
+                options = [_node(patterns[pattern])]
+            elif pattern is None:
+                unlike = [_node(patterns[each]) for each in patterns if each not in others]
+                options = [*unlike, rest]
             else:
-                found.append(_VAGUE)
-        return _unique(found)
-
-    @property
-    def name_schemas(self) -> _Nodes:
-        """The schemas of the name of a field."""
-        given = [_node(each) for each in self.all("propertyNames")]
-        return (_STRING, *(each for each in given if "string" in _types_of(each)))
+                options = [*map(_node, patterns.values()), rest]
+            found = _product(found, [(option,) for option in options])
+        return [_unique(each) for each in found]
 
     def items(self, index: int) -> _Nodes:
         """Return the schemas of an item."""
@@ -599,11 +636,9 @@ class _View:
         if self.values is not None and other.values is not None:
             mine = {_loose(text) for text in self.values}
             return mine.isdisjoint(_loose(text) for text in other.values)
-        if other.values is not None or self.values is not None:
-            if self.has_numeric_values or other.has_numeric_values:
-                return not (self.types & _LOOSE_TYPES and other.types & _LOOSE_TYPES) and not (
-                    self.types & other.types
-                )
+        if self.has_numeric_values or other.has_numeric_values:
+            # Pydantic's constants also admit what is equal to them.
+            return not (self.loose_types & other.loose_types)
         if not self.types & other.types:
             return True
         if self.types != {"object"} or other.types != {"object"}:
@@ -679,6 +714,7 @@ def _refused_numbers(view: _View, after: _Node) -> Iterator[Difference]:
         rounded = whole and "fraction" in _types_of(after) and abs(new.value) >= _MAX_SAFE_INT
         if broken or rounded:
             was = "any number" if old is None else old.words(sign)
+            was = was if view.values is None else view.words
             reason = f"A number that is not {new.words(sign)} is refused."
             is_certain = broken and not steps
             yield _difference(view, was, new.words(sign), reason, is_certain)
@@ -699,7 +735,8 @@ def _refused_strings(view: _View, after: _Node) -> Iterator[Difference]:
     formats = [str(each) for each in view.all("format")]
     patterns = view.all("pattern")
     values = None if view.values is None else [json.loads(t) for t in view.values if t[0] == '"']
-    plain = values is None and not patterns
+    normalized = view.all("normalized") or [None]
+    plain = values is None and not patterns and normalized == [None]
     now = after.get("format")
     if now is not None and now not in _WIDEST and not any(_fits_format(f, now) for f in formats):
         was = f"format {formats[0]}" if formats else view.words
@@ -708,8 +745,10 @@ def _refused_strings(view: _View, after: _Node) -> Iterator[Difference]:
         certain = certain and _FAMILIES[now] not in known
         reason = f"Text that is not of the format {now} is refused."
         yield _difference(view, was, f"format {now}", reason, certain)
-    # Bytes and URLs are measured after they are read.
+    # Bytes and URLs are measured after they are read, and some text after it is normalized.
     alike = {f for f in formats if f not in _TEXT} == ({now} - _TEXT if now else set())
+    if any(_text(each) != _text(after.get("normalized")) for each in normalized):
+        alike, patterns = False, []
     lengths = [float(len(value)) for value in values] if values is not None else None
     shortest = _greatest(view.numbers("minLength"), 0)
     longest = _least(view.numbers("maxLength"))
@@ -723,7 +762,7 @@ def _refused_strings(view: _View, after: _Node) -> Iterator[Difference]:
         ("minLength", "maxLength"),
         (shortest, longest),
         "characters",
-        plain and alike and not set(formats) - _TEXT,
+        alike and (bool(lengths) or (plain and not set(formats) - _TEXT)),
     )
     pattern = after.get("pattern")
     if pattern is not None and pattern not in patterns:
@@ -731,14 +770,24 @@ def _refused_strings(view: _View, after: _Node) -> Iterator[Difference]:
         certain = plain and not formats and _refuses_some(pattern, shortest, longest)
         reason = "Text that does not match the pattern is refused."
         yield _difference(view, was, f"pattern {shortened(pattern)}", reason, certain)
-    for key in ("maxDigits", "decimalPlaces"):
-        new = after.get(key)
-        if _is_number(new) and _least(view.numbers(key)) > new:
-            what = "digits" if key == "maxDigits" else "decimal places"
-            old = _least(view.numbers(key))
-            was = f"any number of {what}" if old == math.inf else f"at most {old:g} {what}"
+    if now == "decimal":
+        yield from _refused_digits(view, after, plain)
+
+
+def _refused_digits(view: _View, after: _Node, plain: bool) -> Iterator[Difference]:
+    """Yield where a decimal may have more digits, before or after its point, than are admitted."""
+    digits, places = _least(view.numbers("maxDigits")), _least(view.numbers("decimalPlaces"))
+    new_digits = _least(_View((after,)).numbers("maxDigits"))
+    new_places = _least(_View((after,)).numbers("decimalPlaces"))
+    old = (digits, places, digits - places if places < math.inf else digits)
+    new = (new_digits, new_places, new_digits - new_places if new_places < math.inf else math.inf)
+    for was, now, what in zip(
+        old, new, ("digits", "decimal places", "digits before the point"), strict=True
+    ):
+        if was > now:
+            words = f"any number of {what}" if was == math.inf else f"at most {was:g} {what}"
             reason = f"A decimal with more {what} is refused."
-            yield _difference(view, was, f"at most {new:g} {what}", reason, plain)
+            yield _difference(view, words, f"at most {now:g} {what}", reason, plain)
 
 
 def _refused_sizes(
@@ -753,10 +802,12 @@ def _refused_sizes(
     least, most = after.get(keys[0]), after.get(keys[1])
     if _is_number(least) and sizes[0] < least:
         was = f"at least {sizes[0]:g} {unit}" if sizes[0] else f"any number of {unit}"
+        was = was if view.values is None else view.words
         reason = f"Fewer {unit} are refused."
         yield _difference(view, was, f"at least {least:g} {unit}", reason, is_certain)
     if _is_number(most) and sizes[1] > most:
         was = f"at most {sizes[1]:g} {unit}" if sizes[1] < math.inf else f"any number of {unit}"
+        was = was if view.values is None else view.words
         reason = f"More {unit} are refused."
         yield _difference(view, was, f"at most {most:g} {unit}", reason, is_certain)
 
@@ -1030,10 +1081,6 @@ def _text(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
-def _token(name: str) -> str:
-    return pointer("", name)[1:]
-
-
 def _canonical(value: Any) -> str:
     """Return the JSON text of what a schema, or the value of a keyword, demands."""
     return _text(_demands(value))
@@ -1106,26 +1153,15 @@ _NUMBERS: Final = frozenset({"integer", "fraction"})
 
 _LOOSE_TYPES: Final = _NUMBERS | {"boolean"}
 _ALL_TYPES: Final = _NUMBERS | {"null", "boolean", "string", "array", "object"}
+_WHOLE: Final = '"#"'
 _REFERENCES: Final = re.compile(r'"\$ref":("(?:[^"\\]|\\.)*")')
 
 _ANNOTATIONS: Final = frozenset(
-    [
-        "title",
-        "description",
-        "examples",
-        "example",
-        "default",
-        "deprecated",
-        "readOnly",
-        "writeOnly",
-        "$comment",
-        "$schema",
-        "$id",
-        "$anchor",
-        "$vocabulary",
-        "$defs",
-        "definitions",
-    ]
+    {
+        *("title", "description", "examples", "example", "default", "deprecated"),
+        *("readOnly", "writeOnly", "$comment", "$schema", "$id", "$anchor", "$vocabulary"),
+        *("$defs", "definitions"),
+    }
 )
 _NAMED: Final = frozenset(
     {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"}
@@ -1133,49 +1169,26 @@ _NAMED: Final = frozenset(
 """Keywords whose keys are names."""
 
 _COMPARED: Final = frozenset(
-    [
-        "$ref",
-        "allOf",
-        "anyOf",
-        "oneOf",
-        "discriminator",
-        "type",
-        "const",
-        "enum",
-        "minimum",
-        "exclusiveMinimum",
-        "maximum",
-        "exclusiveMaximum",
-        "multipleOf",
-        "minLength",
-        "maxLength",
-        "pattern",
-        "format",
-        "maxDigits",
-        "decimalPlaces",
-        "items",
-        "prefixItems",
-        "minItems",
-        "maxItems",
-        "uniqueItems",
-        "properties",
-        "required",
-        "additionalProperties",
-        "patternProperties",
-        "propertyNames",
-        "minProperties",
-        "maxProperties",
-        "then",
-        "else",
-        "minContains",
-        "maxContains",
-    ]
+    {
+        *("$ref", "allOf", "anyOf", "oneOf", "discriminator", "type", "const", "enum"),
+        *("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum", "multipleOf"),
+        *("minLength", "maxLength", "pattern", "format", "normalized"),
+        *("maxDigits", "decimalPlaces"),
+        *("items", "prefixItems", "minItems", "maxItems", "uniqueItems"),
+        *("properties", "required", "additionalProperties", "patternProperties"),
+        *("propertyNames", "minProperties", "maxProperties"),
+        # With the keyword that they belong to.
+        *("then", "else", "minContains", "maxContains"),
+    }
 )
 _GROUPS: Final = {
     "if": ("if", "then", "else"),
     "contains": ("contains", "minContains", "maxContains"),
 }
 _NOT_LOCAL: Final = ("unevaluatedProperties", "unevaluatedItems", "$dynamicRef", "$recursiveRef")
+_READ: Final = ("decimal", "integer", "number")
+"""Formats of text that is read as a number, which has bounds."""
+
 _WIDEST: Final = frozenset({"password", "binary"})
 """Formats that admit any text."""
 
@@ -1194,6 +1207,6 @@ _FAMILIES: Final = {
     **dict.fromkeys(("uuid", *(f"uuid{version}" for version in range(1, 9))), "uuid"),
     **dict.fromkeys(("ipv4", "ipv6", "ipvanyaddress"), "ip"),
     **dict.fromkeys(("date", "date-time", "time", "duration"), "time"),
-    **{name: name for name in ("decimal", "email", "uri")},
+    **{name: name for name in ("decimal", "email", "uri", "integer", "number", "boolean")},
 }
 """Formats that refuse some text, by what they may have in common."""

@@ -7,15 +7,23 @@ from __future__ import annotations
 
 import datetime
 import enum
-from collections.abc import Callable, Iterator
+import json
 from decimal import Decimal
 from random import Random
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, ForwardRef, Literal, Union
 from uuid import UUID
 
-from pydantic import UUID4, AnyUrl, Field, JsonValue, StringConstraints, create_model
+from pydantic import (
+    UUID4,
+    AnyUrl,
+    Field,
+    JsonValue,
+    StringConstraints,
+    ValidationError,
+    create_model,
+)
 
-from job_registry import JobType, Payload
+from job_registry import DefinitionError, JobType, Payload
 
 Spec = tuple[Any, ...]
 Fields = dict[str, tuple[Spec, bool]]
@@ -171,7 +179,8 @@ def edited_fields(random: Random, fields: Fields, depth: int = 0) -> Fields:
         case 0:
             free = [name for name in NAMES if name not in edited]
             if free:
-                edited[random.choice(free)] = (random_spec(random, depth + 1), random.random() < 0.3)
+                spec = random_spec(random, depth + 1)
+                edited[random.choice(free)] = (spec, random.random() < 0.3)
         case 1 if names:
             del edited[random.choice(names)]
         case 2 | 3 if names:
@@ -272,12 +281,18 @@ def edited_spec(random: Random, spec: Spec, depth: int) -> Spec:
     return random_spec(random, depth + 1)
 
 
-def job_type_of(fields: Fields) -> JobType[Any]:
-    """Return a job type whose payload has these fields."""
-    root: list[type[Payload]] = []
-    root.append(_model("Root", fields))
-    root[0].model_rebuild(_types_namespace={"Root": root[0]})
-    return JobType(name="some.type", payload=root[0])
+def job_type_of(random: Random, fields: Fields) -> JobType[Any] | None:
+    """Return a job type whose payload has these fields; None if no payload of it is found."""
+    model = _model("Root", fields)
+    model.model_rebuild(_types_namespace={"Root": model})
+    for _ in range(30):
+        example = random_object(random, fields, fields)
+        try:
+            model.model_validate_json(json.dumps(example), by_alias=True, by_name=False)
+            return JobType(name="some.type", payload=model, example=example)
+        except (ValidationError, DefinitionError):
+            continue
+    return None
 
 
 def _model(name: str, fields: Fields, **more: Any) -> type[Payload]:
@@ -295,14 +310,15 @@ def type_of(spec: Spec) -> Any:
         return PLAIN[kind][0]
     match kind:
         case "self":
-            return Union["Root", None]  # noqa: F821, UP007
+            return ForwardRef("Root") | None
         case "int" | "float" | "str" | "bytes" | "decimal":
             of = {"int": int, "float": float, "str": str, "bytes": bytes, "decimal": Decimal}[kind]
             bounds = dict(spec[1])
             if kind == "str" and bounds:
                 return Annotated[of, StringConstraints(**bounds)]  # type: ignore[valid-type]
             if kind == "decimal":
-                bounds = {k: Decimal(str(v)) if "e" in k[1:2] or k in ("gt", "lt", "le", "multiple_of") else v for k, v in bounds.items()}
+                digits = ("max_digits", "decimal_places")
+                bounds = {k: v if k in digits else Decimal(str(v)) for k, v in bounds.items()}
             return Annotated[of, Field(**bounds)]  # type: ignore[valid-type]
         case "literal":
             return Literal[spec[1]]
@@ -320,7 +336,7 @@ def type_of(spec: Spec) -> Any:
             of = dict[type_of(spec[1]), type_of(spec[2])]  # type: ignore[misc]
             return Annotated[of, Field(**dict(spec[3]))]
         case "union":
-            return Union[tuple(map(type_of, spec[1]))]
+            return Union[tuple(map(type_of, spec[1]))]  # noqa: UP007
         case "tagged":
             models = [
                 _model(
@@ -332,11 +348,13 @@ def type_of(spec: Spec) -> Any:
             ]
             if len(models) == 1:
                 return models[0]
-            return Annotated[Union[tuple(models)], Field(discriminator="kind")]
+            return Annotated[Union[tuple(models)], Field(discriminator="kind")]  # noqa: UP007
     return _model("Part", spec[1])
 
 
-def random_object(random: Random, fields: Fields, root: Fields, depth: int = 0) -> JsonValue:
+def random_object(
+    random: Random, fields: Fields, root: Fields, depth: int = 0
+) -> dict[str, JsonValue]:
     """Return JSON that mostly fits a model."""
     found: dict[str, JsonValue] = {}
     for name, (spec, required) in fields.items():
@@ -356,7 +374,9 @@ def random_value(random: Random, spec: Spec, root: Fields, depth: int) -> JsonVa
         return random.choice(PLAIN[kind][1])
     match kind:
         case "self":
-            return None if depth > 3 or random.random() < 0.5 else random_object(random, root, root, depth)
+            if depth > 3 or random.random() < 0.5:
+                return None
+            return random_object(random, root, root, depth)
         case "int":
             return random.choice([n for n in NUMBERS if isinstance(n, int)])
         case "float":
@@ -371,19 +391,21 @@ def random_value(random: Random, spec: Spec, root: Fields, depth: int) -> JsonVa
                 return random.choice([int(value), float(value), bool(value)])
             return value
         case "list" | "set" | "many":
-            items = [random_value(random, spec[1], root, depth + 1) for _ in range(random.randint(0, 4))]
+            count = random.randint(0, 4)
+            items = [random_value(random, spec[1], root, depth + 1) for _ in range(count)]
             return items + items[:1] * random.randint(0, 2)
         case "tuple":
             return [random_value(random, each, root, depth + 1) for each in spec[1]]
         case "dict":
-            names = [str(random_value(random, spec[1], root, depth)) for _ in range(random.randint(0, 4))]
+            count = random.randint(0, 4)
+            names = [str(random_value(random, spec[1], root, depth)) for _ in range(count)]
             return {name: random_value(random, spec[2], root, depth + 1) for name in names}
         case "union":
             return random_value(random, random.choice(spec[1]), root, depth)
         case "tagged":
             tags, required, fields = random.choice(spec[1])
             value = random_object(random, fields, root, depth)
-            if isinstance(value, dict) and (required or random.random() < 0.7):
+            if required or random.random() < 0.7:
                 value["kind"] = random.choice(tags)
             return value
     return random_object(random, spec[1], root, depth)
