@@ -26,6 +26,7 @@ from job_registry_api.graphql.websocket import GraphQLOverWebSocket
 from job_registry_api.health import Health, health_routes
 from job_registry_api.http_messages import GuardedResponses, answer_method_not_allowed
 from job_registry_api.queue.queue import JobQueue
+from job_registry_api.queue.reading import log_unregistered_types
 from job_registry_api.queue.upkeep import maintain
 from job_registry_api.rest import EnqueueView, JobView, answer_not_found
 from job_registry_api.settings import Settings, SettingsInvalid, load_settings
@@ -86,11 +87,13 @@ def create_app(
                     log.error("worker.start_failed", reason=str(error))
                     raise
             else:
+                await log_unregistered_types(used)
                 upkeep = maintain(
                     used,
                     stop,
                     keep_succeeded_days=settings.keep_succeeded_days,
                     keep_failed_days=settings.keep_failed_days,
+                    parked_days=settings.parked_days,
                 )
                 await stack.enter_async_context(_until(stop, upkeep))
             health = Health(used, working, authenticator=authenticator)
@@ -213,4 +216,5 @@ def _worker(queue: JobQueue, settings: Settings) -> Worker:
         shutdown_seconds=settings.shutdown_seconds,
         keep_succeeded_days=settings.keep_succeeded_days,
         keep_failed_days=settings.keep_failed_days,
+        parked_days=settings.parked_days,
     )

@@ -10,6 +10,7 @@ KEEP_SUCCEEDED_DAYS: Final = 7.0
 LEASE_SECONDS: Final = 30.0
 MAX_BULK_SIZE: Final = 1_000
 MAX_PAGE_SIZE: Final = 200
+PARKED_DAYS: Final = 7.0
 POOL_SIZE: Final = 10
 SCHEMA: Final = "job_registry"
 SHUTDOWN_SECONDS: Final = 20.0

@@ -107,7 +107,8 @@ class Query:
         job_type: Annotated[str, strawberry.argument(description="The name of the job type.")],
     ) -> JobPolicyResult:
         context_of(info).caller.need_types([job_type])
-        return JobPolicy.of(job_type, context_of(info).queue.policy(job_type))
+        found = context_of(info).queue.registry.get_type(job_type)
+        return JobPolicy.of(found.name, found.policy)
 
     @strawberry.field(
         extensions=[Requires("jobs:enqueue", "jobs:read")],

@@ -11,6 +11,7 @@ from pydantic import JsonValue
 
 from job_registry import JobPolicy as Policy
 from job_registry import JobType as RegisteredType
+from job_registry import JobTypeNotFound
 from job_registry_api.auth import AccessScope
 from job_registry_api.graphql.access_scopes import OPEN, Requires
 from job_registry_api.graphql.answer_limits import Charged, selected
@@ -74,6 +75,21 @@ class Backoff:
     cap_seconds: float = strawberry.field(description="The longest wait.")
 
 
+@strawberry.enum(
+    description="What happens to a queued job whose stored payload the job type of today cannot"
+    " read."
+)
+class OnMismatch(Enum):
+    PARK = strawberry.enum_value(
+        "park",
+        description="The job stays queued, and its attempt is not spent, until a worker with"
+        " another fingerprint takes it.",
+    )
+    FAIL = strawberry.enum_value(
+        "fail", description="The job fails at once, with the code `payload_invalid`."
+    )
+
+
 @strawberry.type(
     description="The limits that the queue enforces for the jobs of a type, over all workers."
 )
@@ -88,6 +104,9 @@ class JobPolicy:
         " Null: no limit."
     )
     backoff: Backoff = strawberry.field(description="The wait between attempts.")
+    on_mismatch: OnMismatch = strawberry.field(
+        description="What happens to a queued job whose stored payload cannot be read."
+    )
 
     @classmethod
     def of(cls, job_type: str, policy: Policy) -> JobPolicy:
@@ -99,6 +118,7 @@ class JobPolicy:
             backoff=Backoff(
                 base_seconds=policy.backoff.base_seconds, cap_seconds=policy.backoff.cap_seconds
             ),
+            on_mismatch=OnMismatch(policy.on_mismatch),
         )
 
 
@@ -150,11 +170,15 @@ class JobType:
         return JobPolicy.of(self.name, self.registered.policy)
 
     @strawberry.field(
-        description="A hash of the rules of the payload's schema. It does not change with"
-        " descriptions."
+        description="A hash of the rules of the payload's schema, and of the older schemas that"
+        " this server upgrades. It does not change with descriptions."
     )
     def fingerprint(self) -> str:
         return self.registered.fingerprint
+
+    @strawberry.field(description="The names that the type had. They are accepted as `name` is.")
+    def former_names(self) -> list[str]:
+        return list(self.registered.former_names)
 
     @strawberry.field(description="The number of jobs of this type in each status.")
     async def counts(self, info: strawberry.Info[Context, None]) -> JobCounts:
@@ -330,8 +354,11 @@ class Job:
         " The job itself runs by its own `maxAttempts` and `timeoutSeconds`.",
     )
     def policy(self, info: strawberry.Info[Context, None]) -> JobPolicy | None:
-        registered = context_of(info).queue.registry.get(self.type)
-        return JobPolicy.of(self.type, registered.policy) if registered else None
+        try:
+            registered = context_of(info).queue.registry.get_type(self.type)
+        except JobTypeNotFound:
+            return None
+        return JobPolicy.of(registered.name, registered.policy)
 
     @strawberry.field(
         metadata=OPEN,

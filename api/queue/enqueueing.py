@@ -347,7 +347,7 @@ class Enqueueing:
         return NewJob(
             id=self._new_id(),
             type=job_type.name,
-            fingerprint=job_type.fingerprint,
+            fingerprint=admitted.fingerprint,
             payload=admitted.json,
             priority=DEFAULT_PRIORITY if request.priority is None else request.priority,
             max_attempts=request.max_attempts or policy.max_attempts,

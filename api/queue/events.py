@@ -34,6 +34,7 @@ from collections.abc import (
 )
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Final, Literal, NamedTuple, cast
 from uuid import UUID
 
@@ -57,6 +58,8 @@ EventName = Literal[
     "job.failed",
     "job.cancelled",
     "job.settled",
+    "job.parked",
+    "job.unparked",
 ]
 
 STATUS_AFTER: Final[dict[EventName, JobStatus]] = {
@@ -70,6 +73,8 @@ STATUS_AFTER: Final[dict[EventName, JobStatus]] = {
     "job.cancelled": JobStatus.CANCELLED,
     # The handler of a timed-out attempt has stopped and frees its place. Subscribers do not get it.
     "job.settled": JobStatus.QUEUED,
+    "job.parked": JobStatus.QUEUED,
+    "job.unparked": JobStatus.QUEUED,
 }
 
 _AFTER_CHANGE: Final[dict[JobStatus, EventName]] = {
@@ -109,12 +114,16 @@ class JobEvent(NamedTuple):
     @property
     def queued(self) -> bool:
         """Whether the job now waits for a worker."""
-        return self.name in ("job.created", "job.retrying")
+        # Another worker may be able to read a job that one has parked.
+        return self.name in ("job.created", "job.retrying", "job.parked", "job.unparked")
 
     @property
     def made_room(self) -> bool:
         """Whether an attempt ended or a job left the queue, so that others of its type may run."""
-        return self.status is not JobStatus.RUNNING and self.name != "job.created"
+        return self.status is not JobStatus.RUNNING and self.name not in (
+            "job.created",
+            "job.unparked",
+        )
 
     @classmethod
     def of(cls, name: EventName, job: JobRecord) -> JobEvent:
@@ -124,7 +133,7 @@ class JobEvent(NamedTuple):
     @classmethod
     def of_change(cls, job: JobRecord) -> JobEvent:
         """Return the event of a job whose attempt ended, or that was cancelled or retried."""
-        return cls.of(_AFTER_CHANGE[job.status], job)
+        return cls.of("job.parked" if job.is_parked else _AFTER_CHANGE[job.status], job)
 
 
 class Message(NamedTuple):
@@ -251,7 +260,15 @@ class Events:
     a callback is called on the loop on which it was registered.
     """
 
-    def __init__(self, database: Database, store: Store, process: str, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        database: Database,
+        store: Store,
+        process: str,
+        metrics: Metrics,
+        renamed: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        self._renamed = renamed
         self.process: Final = process
         """The id of this process in messages."""
         self.failures = 0
@@ -412,6 +429,8 @@ class Events:
             return
         own = message.process == self.process
         for event in message.events:
+            if (name := self._renamed.get(event.type)) is not None:
+                event = event._replace(type=name)
             if not own or self._is_first(event, published=False):
                 self._wake(event)
             self._offer(event)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -88,11 +88,17 @@ class Leasing:
         limit: int = 1,
         wait_seconds: float = 0.0,
         stop: asyncio.Event | None = None,
+        readable: Mapping[str, Collection[str]] | None = None,
     ) -> list[Lease]:
         """Lease up to `limit` due jobs of these types; wait up to `wait_seconds` for the first.
 
         The wait ends when `stop` is set or the call is cancelled. Jobs that are leased for a
-        cancelled call are released.
+        cancelled call are released. A type can be named by a former name.
+
+        Without `readable` the job types of this process read the payloads: jobs that workers with
+        another fingerprint have parked are leased too. With it somebody else reads them: of the
+        types that it has, only jobs that were admitted under one of the fingerprints are leased,
+        parked or not; of other types all jobs that are not parked.
 
         Fewer jobs are leased once their payloads have a megabyte of JSON text together.
 
@@ -104,12 +110,19 @@ class Leasing:
                 0 to 30, or `worker_id` does not have 1 to 255 characters.
         """
         check_lease(self.registry, job_types, worker_id, limit, wait_seconds)
+        names = [self.registry.get_type(name).name for name in job_types]
+        if readable is not None:
+            readable = {
+                self.registry.get_type(name).name: tuple(sorted(set(fingerprints)))
+                for name, fingerprints in readable.items()
+            }
         return await self._claiming.lease(
-            tuple(dict.fromkeys(job_types)),
+            tuple(dict.fromkeys(names)),
             worker_id,
             limit=limit,
             wait_seconds=wait_seconds,
             stop=stop,
+            readable=readable,
         )
 
     def give_back(self, leases: Sequence[Lease]) -> None:
@@ -264,6 +277,27 @@ class Leasing:
             )
         )
 
+    async def park(self, token: str, fingerprint: str, error: JobError) -> JobRecord:
+        """Queue the job for workers with another fingerprint, because its payload cannot be read.
+
+        The attempt is not spent. The job remembers the last 16 fingerprints that refused it. A job
+        whose cancellation was requested is cancelled.
+
+        Raises:
+            LeaseLost: the lease is no longer in force.
+            InputInvalid: the error is too large to store.
+        """
+        job_id, secret = _parts(token)
+        return await self._report(
+            Report(
+                job_id,
+                secret,
+                AttemptOutcome.RELEASED,
+                error=self._error(error),
+                parked_for=fingerprint,
+            )
+        )
+
     async def release(self, token: str) -> JobRecord:
         """Queue the job again at once. The attempt is not spent.
 
@@ -344,6 +378,8 @@ class Leasing:
                     cancelled = job.status is JobStatus.CANCELLED
                     outcome = AttemptOutcome.CANCELLED if cancelled else report.outcome
                     self.metrics.attempt_ended(job.type, outcome.value)
+                    if job.is_parked:
+                        self.metrics.parked(job.type)
             missing = [report for report in these if report.job_id not in jobs]
             states: dict[uuid.UUID, LeaseState] | None = {}
             try:

@@ -160,7 +160,7 @@ def unknown_types(registry: JobRegistry, job_types: Iterable[str]) -> list[Viola
     faults: list[Violation] = []
     more = 0
     for index, name in enumerate(job_types):
-        if name in registry:
+        if name in registry or name in registry.renamed:
             continue
         if len(faults) == MAX_VIOLATIONS:
             more += 1

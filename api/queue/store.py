@@ -9,11 +9,12 @@ from __future__ import annotations
 import re
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import lru_cache
 from importlib import resources
+from types import MappingProxyType
 from typing import Any, Final, NamedTuple, TypeVar
 
 import sqlalchemy
@@ -31,8 +32,11 @@ from job_registry_api.queue.models import (
     JobCounts,
     JobError,
     JobEventBatch,
+    JobParked,
     JobRecord,
     JobStatus,
+    Parked,
+    TypeVersion,
     error_of,
 )
 
@@ -51,6 +55,9 @@ LOST: Final = JobError(
 
 AHEAD_LIMIT: Final = 1_000
 """How many jobs ahead are counted at most. Beyond that the exact number is not useful."""
+
+COUNTED_JOBS: Final = 10_000
+"""How many jobs of a type are counted at most to tell its versions."""
 
 EVENTS_KEPT_SECONDS: Final = 60
 """How long a batch of events is stored, for other processes to read."""
@@ -121,6 +128,11 @@ class Claim:
 
     `limits` has the concurrency limits of the types that have one. A `thorough` claim considers
     all due jobs before it returns none.
+
+    `former` has the former names of types, whose jobs are claimed with them and share their limit.
+    `fingerprints` has those of the worker: of these types it also gets the parked jobs that it has
+    not refused. `readable` has the fingerprints under which a job of a type must have been
+    admitted.
     """
 
     types: tuple[str, ...]
@@ -129,6 +141,15 @@ class Claim:
     jobs: int
     lease_seconds: float
     thorough: bool = True
+    former: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+    readable: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def lanes(self) -> Iterator[tuple[int, str, str]]:
+        """Yield the names under which jobs are stored: the number of the type, its name, theirs."""
+        for number, name in enumerate(self.types, start=1):
+            for stored in (name, *self.former.get(name, ())):
+                yield number, name, stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +183,7 @@ class Report:
     is set and attempts are left, after `delay_seconds` or, if that is None, the job's backoff.
     RELEASED, SNOOZED and `spend=False` do not spend the attempt. TIMED_OUT with `still_running`
     keeps the attempt's place in the concurrency limit, because its handler has not stopped.
+    RELEASED with `parked_for`, the fingerprint of the worker, parks the job; `error` says why.
     """
 
     job_id: uuid.UUID
@@ -173,6 +195,7 @@ class Report:
     delay_seconds: float | None = None
     spend: bool = True
     still_running: bool = False
+    parked_for: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +257,14 @@ class Store(ABC):
     """
 
     _database: Database
+    renamed: Mapping[str, str] = MappingProxyType({})
+    """The name of today for each former name of a type. Records have the names of today."""
+
+    def record(self, row: Mapping[str, Any]) -> JobRecord:
+        """Return the job of a row of `job` with converted values, by the name of its type today."""
+        job = JobRecord.of(row)
+        name = self.renamed.get(job.type)
+        return job if name is None else job._replace(type=name)
 
     @abstractmethod
     async def insert(self, jobs: Sequence[NewJob]) -> dict[uuid.UUID, Stored]:
@@ -339,8 +370,25 @@ class Store(ABC):
         """Return the seconds until a claim may find more jobs, or None if no time is known."""
 
     @abstractmethod
-    async def see_worker(self, types: Sequence[str]) -> None:
-        """Record that a worker runs these types."""
+    async def see_worker(
+        self, types: Sequence[str], versions: Sequence[tuple[str, str]] = ()
+    ) -> None:
+        """Record that a worker runs these types, and these fingerprints of types."""
+
+    @abstractmethod
+    async def unpark(self, types: Sequence[str], *, jobs: int) -> list[JobRecord]:
+        """Make up to `jobs` parked jobs of these types due for every worker.
+
+        What refused them is forgotten. Rows that another transaction has locked are left out.
+        """
+
+    @abstractmethod
+    async def fail_parked(self, *, older_than_seconds: float, jobs: int) -> list[JobRecord]:
+        """Fail up to `jobs` jobs that have been parked for longer, the oldest first."""
+
+    @abstractmethod
+    async def prune_versions(self, *, keep_seconds: float) -> None:
+        """Delete the versions of types whose workers were last seen longer ago."""
 
     @abstractmethod
     async def prune(self, status: JobStatus, *, keep_seconds: float, jobs: int) -> int:
@@ -409,19 +457,36 @@ class Store(ABC):
     async def get_many(self, job_ids: Iterable[uuid.UUID]) -> dict[uuid.UUID, JobRecord]:
         """Return jobs by their ids."""
         rows = await self._select(select(Job).where(col(Job.id).in_(list(job_ids))))
-        return {job.id: job for job in map(JobRecord.of, rows)}
+        return {job.id: job for job in map(self.record, rows)}
+
+    async def parked(self, job_ids: Iterable[uuid.UUID]) -> dict[uuid.UUID, Parked]:
+        """Return why these jobs are parked. Jobs that are not are left out."""
+        rows = await self._select(
+            select(JobParked).where(
+                col(JobParked.job_id).in_(list(job_ids)), col(JobParked.parked_at).is_not(None)
+            )
+        )
+        return {
+            row["job_id"]: Parked(
+                row["refused_by"].rpartition(",")[2], present(error_of(row["error"]))
+            )
+            for row in rows
+        }
 
     async def find_by_key(
         self, keys: Iterable[tuple[str, str]]
     ) -> dict[tuple[str, str], JobRecord]:
         """Return the jobs with these (type, idempotency key) pairs."""
-        return _by_key(await self._read("by_key", _wanted_keys(keys)))
+        return self._by_key(await self._read("by_key", _wanted_keys(keys)))
 
     def find_by_key_within(
         self, connection: Connection, keys: Iterable[tuple[str, str]]
     ) -> dict[tuple[str, str], JobRecord]:
         """Return them as a transaction that is open on this connection sees them."""
-        return _by_key(self._read_within(connection, "by_key", _wanted_keys(keys)))
+        return self._by_key(self._read_within(connection, "by_key", _wanted_keys(keys)))
+
+    def _by_key(self, rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], JobRecord]:
+        return {(row["type"], row["idempotency_key"] or ""): self.record(row) for row in rows}
 
     async def attempts(self, job_ids: Sequence[uuid.UUID]) -> dict[uuid.UUID, list[AttemptRecord]]:
         """Return the attempts of these jobs, oldest first."""
@@ -480,7 +545,7 @@ class Store(ABC):
         else:
             page = _newest(types, statuses, first=first, after=after)
         return [
-            Listed(JobRecord.of(row), int(row["size"]), bool(row["is_partial"]))
+            Listed(self.record(row), int(row["size"]), bool(row["is_partial"]))
             for row in await self._select(page)
         ]
 
@@ -526,7 +591,29 @@ class Store(ABC):
         )
         for row in await self._select(by_type):
             counts.setdefault(row["type"], {})[row["status"]] = int(row["jobs"])
+        parked = (
+            select(JobParked.type, func.count().label("jobs"))
+            .where(col(JobParked.parked_at).is_not(None))
+            .group_by(col(JobParked.type))
+        )
+        for row in await self._select(parked):
+            counts.setdefault(row["type"], {})["parked"] = int(row["jobs"])
         return {name: JobCounts(**of_status) for name, of_status in counts.items()}
+
+    async def versions(self, job_type: str) -> list[TypeVersion]:
+        """Return the versions of the jobs that are stored under this name, and of its workers."""
+        rows = await self._read("versions", {"type": job_type, "most": COUNTED_JOBS})
+        return [
+            TypeVersion(
+                row["fingerprint"],
+                queued=int(row["queued"]),
+                running=int(row["running"]),
+                parked=int(row["parked"]),
+                refused=int(row["refused"]),
+                worker_seen_at=row["worker_seen_at"],
+            )
+            for row in rows
+        ]
 
     async def events(self, number: int) -> str | None:
         """Return a stored batch of events, or None if it was deleted."""
@@ -552,10 +639,6 @@ class Store(ABC):
 
 def _wanted_keys(keys: Iterable[tuple[str, str]]) -> dict[str, str]:
     return {"keys": json_text([{"type": job_type, "key": key} for job_type, key in keys])}
-
-
-def _by_key(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], JobRecord]:
-    return {(job.type, job.idempotency_key or ""): job for job in map(JobRecord.of, rows)}
 
 
 def _newest(
