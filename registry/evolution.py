@@ -10,7 +10,8 @@ from typing import Any, Final, Literal
 
 from pydantic import JsonValue
 
-from job_registry.compatibility import Difference, changed_defaults, narrowings
+from job_registry import compatibility
+from job_registry.compatibility import Difference
 from job_registry.lock import ReleasedType, ReleasedTypes
 
 Schema = Mapping[str, Any]
@@ -114,7 +115,7 @@ def _removed(name: str, before: ReleasedType, added: ReleasedTypes) -> Change:
     alike = [
         each
         for each, released in sorted(added.items())
-        if not narrowings(before.payload_schema, released.payload_schema)
+        if not _narrowings(before.payload_schema, released.payload_schema)
     ]
     advice = [
         f'If {each} is its new name, add former_names=["{name}"] to {each}.' for each in alike[:3]
@@ -175,7 +176,7 @@ def _changes_of(
 
 def _payload_changes(name: str, before: ReleasedType, after: ReleasedType) -> Iterator[Change]:
     was, is_ = before.payload_schema, after.payload_schema
-    refused, unread = narrowings(was, is_), narrowings(is_, was)
+    refused, unread = _narrowings(was, is_), _narrowings(is_, was)
     is_upgraded = _is_covered(was, [form.payload_schema for form in after.older_forms])
     is_accepted = _is_covered(
         was, [form.payload_schema for form in after.older_forms if form.accepted]
@@ -207,7 +208,7 @@ def _payload_changes(name: str, before: ReleasedType, after: ReleasedType) -> It
             older_clients=older_clients,
             advice=tuple(filter(None, advice)),
         )  # fmt: skip
-    for each in changed_defaults(was, is_):
+    for each in _changed_defaults(was, is_):
         yield Change(
             name, "default", each.path, each.before, each.after,
             each.reason,
@@ -265,7 +266,26 @@ def _advice(
 
 def _is_covered(schema: Schema, by: Iterable[Schema]) -> bool:
     """Return whether one of these schemas admits everything that `schema` admits."""
-    return any(not narrowings(schema, each) for each in by)
+    return any(not _narrowings(schema, each) for each in by)
+
+
+def _narrowings(was: Schema, is_: Schema) -> tuple[Difference, ...]:
+    try:
+        return compatibility.narrowings(was, is_)
+    except _NOT_A_SCHEMA:
+        reason = "The released schema is not a JSON Schema that can be compared."
+        return (Difference("", "unknown", "unknown", reason, False),)
+
+
+def _changed_defaults(was: Schema, is_: Schema) -> tuple[Difference, ...]:
+    try:
+        return compatibility.changed_defaults(was, is_)
+    except _NOT_A_SCHEMA:
+        return ()
+
+
+_NOT_A_SCHEMA: Final = (TypeError, ValueError, AttributeError, LookupError)
+"""What the comparison raises for what a file or a server has in place of a schema."""
 
 
 def _outcome(differences: Iterable[Difference]) -> Outcome:
@@ -277,7 +297,7 @@ def _outcome(differences: Iterable[Difference]) -> Outcome:
 
 def _outcome_over(schema: Schema, by: Iterable[Schema]) -> Outcome:
     """Return the best outcome for `schema` over the schemas that may admit it."""
-    outcomes = {_outcome(narrowings(schema, each)) for each in by}
+    outcomes = {_outcome(_narrowings(schema, each)) for each in by}
     return next(
         each for each in (Outcome.SURVIVE, Outcome.UNKNOWN, Outcome.BREAK) if each in outcomes
     )

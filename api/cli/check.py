@@ -14,7 +14,14 @@ import typer
 
 from job_registry import JobRegistry, JobTypeNotFound
 from job_registry.evolution import changes_between, settled_by_queue
-from job_registry.lock import LOCK_FILE, MAX_LOCK_BYTES, Lock, LockInvalid, read_lock, released_types
+from job_registry.lock import (
+    LOCK_FILE,
+    MAX_LOCK_BYTES,
+    Lock,
+    LockInvalid,
+    read_lock,
+    released_types,
+)
 from job_registry_api.cli import startup
 from job_registry_api.cli.output import REFUSED, WRONG_USAGE, AsJson, err, fail, print_json, say
 from job_registry_api.cli.remote import ServerFailed, ServerTypes, read_server
@@ -212,9 +219,7 @@ def _read_whole(registry: JobRegistry, replay: Replay) -> Mapping[str, int]:
     return {name: jobs[name] for name in registry if not refused[name]}
 
 
-def _client_changes(
-    name: str, released: Lock, registry: JobRegistry
-) -> tuple[ClientChange, ...]:
+def _client_changes(name: str, released: Lock, registry: JobRegistry) -> tuple[ClientChange, ...]:
     from job_registry_api.graphql.schema import bare_sdl
     from job_registry_api.graphql.schema_changes import client_changes
 
@@ -222,8 +227,8 @@ def _client_changes(
         fail(WRONG_USAGE, f"{name} has no GraphQL schema. Write it with `job-registry lock`.")
     try:
         return client_changes(released.graphql, bare_sdl(registry))
-    except Exception as error:
-        fail(WRONG_USAGE, f"The GraphQL schema of {name} cannot be read: {error}")
+    except ValueError as error:
+        fail(WRONG_USAGE, f"The GraphQL schema of {name} cannot be read. {error}")
 
 
 def _limits(registry: JobRegistry) -> dict[str, int]:

@@ -65,17 +65,18 @@ async def _job_types(url: str, token: str | None) -> ServerTypes:
     answer: Any = None
     for query in QUERIES:
         answer = await _answer(url, token, query)
-        listed = (answer.get("data") or {}).get("jobTypes")
+        data = answer.get("data")
+        listed = data.get("jobTypes") if isinstance(data, dict) else None
         if isinstance(listed, list):
             try:
                 released = {each["name"]: _released(each) for each in listed}
                 running = {each["name"]: int(each["counts"]["running"]) for each in listed}
             except (KeyError, TypeError, ValueError):
-                raise ServerFailed("Its job types do not have the form of Job Registry's.") from None
+                raise ServerFailed(
+                    "Its job types do not have the form of Job Registry's."
+                ) from None
             return ServerTypes(released, running)
-    errors = answer.get("errors") or [{}]
-    message = errors[0].get("message") if isinstance(errors[0], dict) else None
-    raise ServerFailed(f"It does not tell its job types: {shortened_text(str(message))}")
+    raise ServerFailed(f"It does not tell its job types. {_message(answer)}")
 
 
 async def _answer(url: str, token: str | None, query: str) -> dict[str, Any]:
@@ -98,12 +99,20 @@ def _document(answer: Answer) -> dict[str, Any]:
         document = parse_json(answer.body, "The answer")
     except NotJson:
         document = None
-    if not isinstance(document, dict) or not isinstance(document.get("data") or {}, dict):
+    if not isinstance(document, dict):
         raise ServerFailed(
             f"Expected an answer in JSON from a GraphQL API; got the HTTP status {answer.status} and"
             f" {shortened(answer.body[:60].decode(errors='replace'))}."
         )
     return document
+
+
+def _message(answer: dict[str, Any]) -> str:
+    """Return the message of the first error in an answer."""
+    match answer.get("errors"):
+        case [{"message": str(message)}, *_]:
+            return shortened_text(message)
+    return "Its answer has no error either."
 
 
 def _reason(error: Exception) -> str:

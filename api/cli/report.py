@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from job_registry_api.graphql.schema_changes import ClientChange
     from job_registry_api.queue.replaying import Found, Replay
 
+
 @dataclass(frozen=True, slots=True)
 class Compared:
     """The changes since `name`: the file of a lock, or the URL of a server.
@@ -68,7 +69,11 @@ def lines_of(compared: Compared) -> Iterator[str]:
             yield f"  {each.message}"
     levels = Counter[str](change.level.value for change in compared.changes)
     levels.update(_LEVELS[each.kind] for each in compared.clients)
-    counts = [f"{levels[level]:,} {level}" for level in Level if levels[level]]
+    counts = [
+        f"{count:,} {level}{'s' if level is Level.WARNING and count > 1 else ''}"
+        for level in Level
+        if (count := levels[level.value])
+    ]
     yield f"Changes since {compared.name}: {', '.join(counts) or 'none'}."
 
 
@@ -216,7 +221,12 @@ def _queue_json(queue: Queue) -> dict[str, Any]:
             for name, jobs in sorted(replay.jobs.items())
         ],
         "faults": [
-            {"jobType": fault.job_type, "path": fault.path, "code": fault.code, **_found_json(found)}
+            {
+                "jobType": fault.job_type,
+                "path": fault.path,
+                "code": fault.code,
+                **_found_json(found),
+            }
             for fault, found in replay.faults.items()
         ],
         "unknown": [

@@ -18,6 +18,7 @@ from job_registry_api import defaults
 from job_registry_api.queue.database import Pooler, stored_text
 from job_registry_api.queue.databases import open_database, store_of
 from job_registry_api.queue.driver_errors import unavailable
+from job_registry_api.queue.models import JobStatus
 from job_registry_api.queue.store import Store, StoredPayload
 
 PAGE_JOBS: Final = 1_000
@@ -120,10 +121,11 @@ def replay(
 
 async def _replay(store: Store, registry: JobRegistry, on_page: OnPage) -> Replay:
     found = Replay()
-    counts = await store.counts()
-    for name, each in counts.items():
-        found.running[_name_of_today(registry, name)] += each.running
-    expected = sum(each.queued + each.running for each in counts.values())
+    expected = 0
+    for name, jobs in (await store.counts_by_status()).items():
+        running = jobs.get(JobStatus.RUNNING, 0)
+        found.running[_name_of_today(registry, name)] += running
+        expected += running + jobs.get(JobStatus.QUEUED, 0)
     after = uuid.UUID(int=0)
     while True:
         page = await store.unfinished(after=after, jobs=PAGE_JOBS, characters=PAGE_CHARACTERS)

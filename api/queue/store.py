@@ -584,13 +584,7 @@ class Store(ABC):
 
     async def counts(self) -> dict[str, JobCounts]:
         """Return the number of jobs per type and status. Types without jobs are left out."""
-        counts: dict[str, dict[str, int]] = {}
-        jobs = func.sum(JobCount.jobs).label("jobs")
-        by_type = select(JobCount.type, JobCount.status, jobs).group_by(
-            col(JobCount.type), col(JobCount.status)
-        )
-        for row in await self._select(by_type):
-            counts.setdefault(row["type"], {})[row["status"]] = int(row["jobs"])
+        counts = await self.counts_by_status()
         parked = (
             select(JobParked.type, func.count().label("jobs"))
             .where(col(JobParked.parked_at).is_not(None))
@@ -599,6 +593,17 @@ class Store(ABC):
         for row in await self._select(parked):
             counts.setdefault(row["type"], {})["parked"] = int(row["jobs"])
         return {name: JobCounts(**of_status) for name, of_status in counts.items()}
+
+    async def counts_by_status(self) -> dict[str, dict[str, int]]:
+        """Return the same without parked jobs, also from a database of an earlier revision."""
+        counts: dict[str, dict[str, int]] = {}
+        jobs = func.sum(JobCount.jobs).label("jobs")
+        by_type = select(JobCount.type, JobCount.status, jobs).group_by(
+            col(JobCount.type), col(JobCount.status)
+        )
+        for row in await self._select(by_type):
+            counts.setdefault(row["type"], {})[row["status"]] = int(row["jobs"])
+        return counts
 
     async def versions(self, job_type: str) -> list[TypeVersion]:
         """Return the versions of the jobs that are stored under this name, and of its workers."""
