@@ -1,4 +1,4 @@
-"""One HTTP request to another server, within bounds of time and size. Redirects are not followed."""
+"""An HTTP request to another server, within bounds. Redirects are not followed."""
 
 from __future__ import annotations
 
@@ -58,13 +58,16 @@ async def _exchange(
     sent = {"Host": parts.netloc.rpartition("@")[2], **_ACCEPTED, "Connection": "close", **headers}
     if posted is not None:
         sent["Content-Length"] = str(len(posted))
+    method = "GET" if posted is None else "POST"
     connection = h11.Connection(h11.CLIENT)
-    parts_of_request = [
-        h11.Request(method="GET" if posted is None else "POST", target=target, headers=[*sent.items()]),
-        *([h11.Data(posted)] if posted else []),
-        h11.EndOfMessage(),
-    ]  # fmt: skip
-    request = b"".join(connection.send(part) or b"" for part in parts_of_request)
+    request = b"".join(
+        connection.send(event) or b""
+        for event in (
+            h11.Request(method=method, target=target, headers=[*sent.items()]),
+            h11.Data(posted or b""),
+            h11.EndOfMessage(),
+        )
+    )
     body = bytearray()
     status = 0
     reader, writer = await asyncio.open_connection(

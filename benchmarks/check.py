@@ -47,7 +47,8 @@ FILL = {
             timeout_seconds, backoff_base_seconds, backoff_cap_seconds, created_at, next_run_at)
         SELECT lower(hex(randomblob(16))), 'mail.send', 'f', 'queued',
             json_patch(
-                json_object('subject', 'Order ' || n, 'copies', n % 7, 'body', printf('%.200c', 'x')),
+                json_object(
+                    'subject', 'Order ' || n, 'copies', n % 7, 'body', printf('%.200c', 'x')),
                 CASE WHEN n % 10 = 0 THEN json_object('to', 'a@example.com')
                 ELSE json_object('recipients', json_array('a@example.com')) END),
             50, 0, 3, 60, 1, 8, '2026-01-01 00:00:00.000000', '2026-01-01 00:00:00.000000'

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -122,10 +121,10 @@ def _removed(name: str, before: ReleasedType, added: ReleasedTypes) -> Change:
     ]
     return Change(
         name, "removed", "", name, None,
-        "The job type does not exist any more, and no other has its name in former_names.",
+        "The job type is gone, and no other has its name in former_names.",
         stored_jobs=Outcome.BREAK,
         older_clients=Outcome.BREAK,
-        advice=(*advice, "Keep the job type until none of its jobs is queued and no client uses it."),
+        advice=(*advice, "Keep it until none of its jobs is queued and no client uses it."),
     )  # fmt: skip
 
 
@@ -236,14 +235,15 @@ def _older_forms(name: str, before: ReleasedType, after: ReleasedType) -> Iterat
         older_clients = (
             _outcome_over(form.payload_schema, admitted) if form.accepted else Outcome.SURVIVE
         )
-        if stored_jobs.breaks or older_clients.breaks:
+        advice = tuple(_advice(name, stored_jobs, Outcome.SURVIVE, older_clients, form.model))
+        if advice:
             yield Change(
                 name, "older_form", "", form.model, None,
                 f"The older form {form.model} is not {'read' if stored_jobs.breaks else 'accepted'}"
                 " any more.",
                 stored_jobs=stored_jobs,
                 older_clients=older_clients,
-                advice=tuple(_advice(name, stored_jobs, Outcome.SURVIVE, older_clients, form.model)),
+                advice=advice,
             )  # fmt: skip
 
 
@@ -252,9 +252,7 @@ def _advice(
 ) -> Iterator[str]:
     variable = name.replace(".", "_")
     if stored.breaks:
-        yield (
-            f"For stored jobs: keep the former model as {model}, and write @{variable}.upgrade({model})."
-        )
+        yield f"For stored jobs: upgrade the former model with @{variable}.upgrade({model})."
     if clients.breaks:
         yield f"For older clients: add {model} to accepts."
     if workers.breaks:

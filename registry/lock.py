@@ -1,4 +1,4 @@
-"""`registry.lock.json`: the job types as they were last released, and how it is read and written."""
+"""`registry.lock.json`: the job types as they were last released."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ class ReleasedType(Payload):
     has_handler: bool
     payload_schema: dict[str, JsonValue]
     policy: dict[str, JsonValue]
-    former_names: list[str] = []
-    older_forms: list[OlderForm] = []
+    former_names: list[str] = Field(default=[])
+    older_forms: list[OlderForm] = Field(default=[])
 
 
 class _LockFile(Payload):

@@ -72,9 +72,7 @@ async def _job_types(url: str, token: str | None) -> ServerTypes:
                 released = {each["name"]: _released(each) for each in listed}
                 running = {each["name"]: int(each["counts"]["running"]) for each in listed}
             except (KeyError, TypeError, ValueError):
-                raise ServerFailed(
-                    "Its job types do not have the form of Job Registry's."
-                ) from None
+                raise ServerFailed("Its job types do not have the expected form.") from None
             return ServerTypes(released, running)
     raise ServerFailed(f"It does not tell its job types. {_message(answer)}")
 
@@ -101,8 +99,8 @@ def _document(answer: Answer) -> dict[str, Any]:
         document = None
     if not isinstance(document, dict):
         raise ServerFailed(
-            f"Expected an answer in JSON from a GraphQL API; got the HTTP status {answer.status} and"
-            f" {shortened(answer.body[:60].decode(errors='replace'))}."
+            f"Expected an answer in JSON from a GraphQL API; got the HTTP status {answer.status}"
+            f" and {shortened(answer.body[:60].decode(errors='replace'))}."
         )
     return document
 

@@ -1,7 +1,7 @@
 """Replaying: whether the job types of this process read the payloads that are stored.
 
-It reads the queued and the running jobs, a page at a time, and writes nothing. Each page is one short
-transaction, so that no snapshot is held for long.
+It reads the queued and the running jobs, a page at a time, and writes nothing. Each page is one
+short transaction, so that no snapshot is held for long.
 """
 
 from __future__ import annotations

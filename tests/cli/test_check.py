@@ -140,7 +140,7 @@ def test_a_new_required_field_breaks_stored_jobs_and_older_clients(code: Code) -
           A payload without this field is refused.
           Stored jobs break; older workers leave such jobs to newer workers; older clients break.
           > Give the field a default.
-          > For stored jobs: keep the former model as OldModel, and write @mail_send.upgrade(OldModel).
+          > For stored jobs: upgrade the former model with @mail_send.upgrade(OldModel).
           > For older clients: add OldModel to accepts.
         Changes since registry.lock.json: 1 breaking.
         """
@@ -429,9 +429,9 @@ def test_annotations_are_written_for_github_and_escaped(code: Code) -> None:
     here = code("check", "--lock", "registry.lock.json", GITHUB_ACTIONS="true")
     assert here.stderr == (
         "::error file=registry.lock.json,title=mail.send /50%25%3A a%2Cb\\n%3A%3Aerror%3A%3Ac::"
-        "A payload without this field is refused. Give the field a default. For stored jobs: keep"
-        " the former model as OldModel, and write @mail_send.upgrade(OldModel). For older clients:"
-        " add OldModel to accepts.\n"
+        "A payload without this field is refused. Give the field a default. For stored jobs:"
+        " upgrade the former model with @mail_send.upgrade(OldModel). For older"
+        " clients: add OldModel to accepts.\n"
     )
     assert code("check", "--github").stderr == here.stderr
     assert code("check", "--github", "--json").stderr == here.stderr
@@ -541,8 +541,8 @@ def server(status: int, body: bytes, *, headers: dict[str, str] | None = None) -
         (502, b"\x1b[31mbad", "the HTTP status 502 and \"\\u001b[31mbad\"."),
         (200, b"[]", 'the HTTP status 200 and "[]".'),
         (200, b'{"data": []}', "It does not tell its job types."),
-        (200, b'{"data": {"jobTypes": [1]}}', "do not have the form of Job Registry's."),
-        (200, b'{"data": {"jobTypes": [{"name": "a"}]}}', "do not have the form"),
+        (200, b'{"data": {"jobTypes": [1]}}', "do not have the expected form."),
+        (200, b'{"data": {"jobTypes": [{"name": "a"}]}}', "do not have the expected form."),
         (401, b'{"errors": [{"message": "A token is needed.\x07"}]}'.replace(b"\x07", b"\\u0007"),
          "It does not tell its job types. A token is needed.\\u0007"),
         (200, b'{"errors": 1}', "It does not tell its job types. "),

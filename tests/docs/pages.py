@@ -27,6 +27,7 @@ MARKERS: Final = {
     "sql": "sql",
     "entry point": "toml",
     "unit": "ini",
+    "workflow": "yaml",
 }
 """The markers, each with the language of its blocks."""
 
