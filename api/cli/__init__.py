@@ -13,7 +13,17 @@ from typing import Annotated, TextIO, cast
 import typer
 
 from job_registry import DefinitionError
-from job_registry_api.cli import check, enqueue, lock, migrate, registry, schema, serve, worker
+from job_registry_api.cli import (
+    check,
+    enqueue,
+    lock,
+    migrate,
+    registry,
+    schema,
+    serve,
+    versions,
+    worker,
+)
 from job_registry_api.cli.output import (
     WRONG_USAGE,
     Output,
@@ -84,5 +94,7 @@ for command in (
     lock.lock,
     check.check,
     schema.schema,
+    versions.versions,
+    versions.unpark,
 ):
     app.command()(command)

@@ -74,6 +74,11 @@ class JobChanged:
         return cls(job=Job.of(job))
 
 
+@strawberry.type(description="The parked jobs are due again.")
+class UnparkJobsSuccess:
+    unparked: int = strawberry.field(description="How many jobs were parked.")
+
+
 EnqueueJobResult = Annotated[
     EnqueueJobSuccess
     | errors.JobTypeNotFound
@@ -115,6 +120,11 @@ ReleaseJobResult = Annotated[
 SnoozeJobResult = Annotated[
     JobChanged | errors.LeaseLost | errors.InputInvalid,
     strawberry.union("SnoozeJobResult", description="The job, or why it was not snoozed."),
+]
+
+UnparkJobsResult = Annotated[
+    UnparkJobsSuccess | errors.InputInvalid,
+    strawberry.union("UnparkJobsResult", description="What was done, or why nothing was."),
 ]
 
 JobId = Annotated[strawberry.ID, strawberry.argument(description="The job's id.")]
@@ -198,6 +208,25 @@ class Mutation:
         return await _changed_if_visible(context_of(info), id, context_of(info).queue.retry)
 
     @strawberry.mutation(
+        extensions=[Requires("jobs:admin")],
+        description="Let every worker try the parked jobs of some types again, also those that have"
+        " refused them. Needed after an upgrade was repaired without a change of its models.",
+    )
+    async def unpark_jobs(
+        self,
+        info: Info,
+        job_types: Annotated[
+            list[str] | None,
+            strawberry.argument(description="The job types. Defaults to all types."),
+        ] = None,
+    ) -> UnparkJobsResult:
+        caller, queue = context_of(info).caller, context_of(info).queue
+        if job_types is None and caller.job_types is not None:
+            job_types = sorted(caller.job_types & frozenset(queue.registry))
+        caller.need_types(job_types or ())
+        return UnparkJobsSuccess(unparked=await queue.unpark(job_types))
+
+    @strawberry.mutation(
         extensions=[Requires("jobs:work")],
         description="Lease due jobs to a worker, the highest priority first. The worker renews each"
         " lease with `heartbeatJob` and ends it with `completeJob`, `failJob`, `releaseJob` or"
@@ -222,6 +251,7 @@ class Mutation:
                 limit=input.limit,
                 wait_seconds=input.wait_seconds,
                 stop=gone,
+                readable=input.readable(),
             )
             if gone.is_set():
                 # Nobody receives these leases, and their attempts would be spent.

@@ -19,10 +19,12 @@ from job_registry_api.graphql.inputs import EnqueueJobInput, JobFilterInput
 from job_registry_api.graphql.types import (
     Job,
     JobConnection,
+    JobCounts,
     JobEdge,
     JobPolicy,
     JobType,
     PageInfo,
+    UnregisteredType,
 )
 from job_registry_api.queue import models, reading
 from job_registry_api.queue.errors import InputInvalid
@@ -97,6 +99,18 @@ class Query:
     ) -> JobTypeResult:
         context_of(info).caller.need_types([job_type])
         return JobType.of(context_of(info).queue.registry.get_type(job_type))
+
+    @strawberry.field(
+        extensions=[Requires("jobs:read")],
+        description="The job types that the queue has jobs of and that this server does not know,"
+        " sorted by name. Another process may know them.",
+    )
+    async def unregistered_types(self, info: Info) -> list[UnregisteredType]:
+        context = context_of(info)
+        found = await context.queue.unregistered_types()
+        visible = [name for name in found if context.caller.may_see(name)]
+        context.budget.charge_fields(len(visible) * selected(info).fields)
+        return [UnregisteredType(name=name, counts=JobCounts.of(found[name])) for name in visible]
 
     @strawberry.field(
         extensions=[Requires("jobs:read")], description="The limits of the jobs of a type."

@@ -240,8 +240,9 @@ class Enqueueing:
         now = await self._store.now()
         duplicate: JobRecord | None = None
         if new.idempotency_key is not None:
-            key = (new.type, new.idempotency_key)
-            duplicate = (await self._store.find_by_key([key])).get(key)
+            keys = {(new.type, new.idempotency_key): [new.id]} | self._former_keys([new])
+            found = await self._store.find_by_key(keys)
+            duplicate = next(iter(found.values()), None)
         if duplicate is not None:
             stored = Stored(now, now, duplicate)
             duplicate = _enqueued(new, request, stored, sees_others, budget).job
@@ -287,6 +288,8 @@ class Enqueueing:
     def _insert_within(self, session: Session, jobs: Sequence[NewJob]) -> dict[uuid.UUID, Stored]:
         connection = session.connection()
         stored: dict[uuid.UUID, Stored] = {}
+        if keys := self._former_keys(jobs):
+            stored |= _holders(keys, self._store.find_by_key_within(connection, keys))
         for _ in range(10):
             missing = [job for job in jobs if job.id not in stored]
             if not missing:
@@ -384,17 +387,54 @@ class Enqueueing:
         self, jobs: Sequence[NewJob]
     ) -> tuple[dict[uuid.UUID, Stored], bool] | None:
         """Insert all jobs or none. Return None if a job with one of the keys is being deleted."""
-        stored, committed = await self._store.insert_all(jobs, conflicts)
+        held = await self._held_under_former_names(jobs)
+        if any(conflicts(job, held[job.id]) for job in jobs if job.id in held):
+            nothing = Stored(*(next(iter(held.values()))[:2]))
+            return {job.id: held.get(job.id, nothing) for job in jobs}, False
+        rest = [job for job in jobs if job.id not in held]
+        stored, committed = await self._store.insert_all(rest, conflicts)
+        stored = held | stored
         return (stored, committed) if len(stored) == len(jobs) else None
 
     async def _insert(self, jobs: Sequence[NewJob]) -> list[Stored | None]:
         """Insert jobs in one statement. None means that another transaction holds the key."""
-        stored = await self._store.insert(jobs)
+        stored = await self._held_under_former_names(jobs)
+        if rest := [job for job in jobs if job.id not in stored]:
+            stored |= await self._store.insert(rest)
         self._publish_created(jobs, stored)
         return [stored.get(job.id) for job in jobs]
 
+    async def _held_under_former_names(self, jobs: Sequence[NewJob]) -> dict[uuid.UUID, Stored]:
+        """Return the outcomes of the jobs whose key a job has under a former name of the type.
+
+        Only processes that have the former name as the name of the type insert such jobs. One that
+        is inserted at this moment is not found.
+        """
+        keys = self._former_keys(jobs)
+        return _holders(keys, await self._store.find_by_key(keys)) if keys else {}
+
+    def _former_keys(self, jobs: Sequence[NewJob]) -> _Keys:
+        keys: _Keys = {}
+        for job in jobs:
+            if job.idempotency_key is not None:
+                for former in self.registry.get_type(job.type).former_names:
+                    keys.setdefault((former, job.idempotency_key), []).append(job.id)
+        return keys
+
     def _publish_created(self, jobs: Sequence[NewJob], stored: Mapping[uuid.UUID, Stored]) -> None:
         self.events.publish(created_events(jobs, stored))
+
+
+_Keys = dict[tuple[str, str], list[uuid.UUID]]
+"""For former names of types and idempotency keys, the new jobs that have the key."""
+
+
+def _holders(keys: _Keys, found: Mapping[tuple[str, str], JobRecord]) -> dict[uuid.UUID, Stored]:
+    return {
+        job_id: Stored(holder.created_at, holder.created_at, holder)
+        for key, holder in found.items()
+        for job_id in keys[key]
+    }
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from pydantic_core import from_json
 from job_registry import JobRegistry, Violation
 from job_registry.json_values import json_document
 from job_registry_api.metrics import Metrics
-from job_registry_api.queue.claiming import Claiming, Lease
+from job_registry_api.queue.claiming import Claiming, Lease, Readable
 from job_registry_api.queue.database import Database
 from job_registry_api.queue.enqueueing import conflicts, created_events
 from job_registry_api.queue.errors import (
@@ -109,10 +109,11 @@ class Leasing:
             InputInvalid: a type is not registered, `limit` is not 1 to 100, `wait_seconds` is not
                 0 to 30, or `worker_id` does not have 1 to 255 characters.
         """
-        check_lease(self.registry, job_types, worker_id, limit, wait_seconds)
+        check_lease(self.registry, job_types, worker_id, limit, wait_seconds, readable or {})
         names = [self.registry.get_type(name).name for name in job_types]
+        reads: Readable | None = None
         if readable is not None:
-            readable = {
+            reads = {
                 self.registry.get_type(name).name: tuple(sorted(set(fingerprints)))
                 for name, fingerprints in readable.items()
             }
@@ -122,7 +123,7 @@ class Leasing:
             limit=limit,
             wait_seconds=wait_seconds,
             stop=stop,
-            readable=readable,
+            readable=reads,
         )
 
     def give_back(self, leases: Sequence[Lease]) -> None:

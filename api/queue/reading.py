@@ -363,7 +363,7 @@ class Reading:
         counts = await self.counts()
         return {name: counts[name] for name in sorted(counts) if name not in self.registry}
 
-    async def versions(self, job_type: str) -> list[TypeVersion]:
+    async def versions(self, job_type: str) -> Sequence[TypeVersion]:
         """Return the versions of a type that jobs were admitted under, or that workers have.
 
         At most 10,000 queued, running and parked jobs are counted, those first that run first.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import islice
 from typing import Any, Final, cast
@@ -17,6 +18,10 @@ from job_registry_api.queue.errors import InputInvalid, JobNotFound
 
 MAX_LEASE: Final = 100
 MAX_WAIT_SECONDS: Final = 30
+MAX_READABLE: Final = 1_000
+"""How many fingerprints a worker can name."""
+
+_FINGERPRINT: Final = re.compile("[0-9a-f]{64}", re.ASCII)
 
 EARLIEST: Final = datetime(1970, 1, 1, tzinfo=UTC)
 LATEST: Final = datetime(9000, 1, 1, tzinfo=UTC)
@@ -123,7 +128,12 @@ def input_faults(request: EnqueueRequest) -> Iterator[Violation]:
 
 
 def check_lease(
-    registry: JobRegistry, job_types: Sequence[str], worker_id: str, limit: int, wait: float
+    registry: JobRegistry,
+    job_types: Sequence[str],
+    worker_id: str,
+    limit: int,
+    wait: float,
+    readable: Mapping[str, Collection[str]],
 ) -> None:
     """Check the arguments of a lease.
 
@@ -150,8 +160,24 @@ def check_lease(
     if not 0 <= wait <= MAX_WAIT_SECONDS:
         message = f"Expected a number of seconds from 0 to {MAX_WAIT_SECONDS}; got {wait}."
         faults.append(Violation("/waitSeconds", "out_of_range", message))
+    faults += _readable_faults(job_types, readable)
     if faults:
         raise InputInvalid(tuple(faults))
+
+
+def _readable_faults(
+    job_types: Sequence[str], readable: Mapping[str, Collection[str]]
+) -> Iterator[Violation]:
+    if sum(map(len, readable.values())) > MAX_READABLE:
+        message = f"Expected at most {MAX_READABLE} fingerprints."
+        yield Violation("/fingerprints", "too_long", message)
+    elif not all(_FINGERPRINT.fullmatch(each) for some in readable.values() for each in some):
+        message = "Expected fingerprints of 64 hexadecimal digits, such as `jobType` has."
+        yield Violation("/fingerprints", "invalid_format", message)
+    for name in list(readable)[:MAX_VIOLATIONS]:
+        if name not in job_types:
+            message = f"Expected a type that jobTypes has; got {shortened(name)}."
+            yield Violation("/fingerprints", "job_type_not_found", message)
 
 
 def unknown_types(registry: JobRegistry, job_types: Iterable[str]) -> list[Violation]:

@@ -28,6 +28,7 @@ MARKERS: Final = {
     "entry point": "toml",
     "unit": "ini",
     "workflow": "yaml",
+    "nginx": "nginx",
 }
 """The markers, each with the language of its blocks."""
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from job_registry import EnqueueRequest, JobPolicy, JobRegistry, JobType, Payload
+from job_registry_api.queue.claiming import Lease
 from job_registry_api.queue.databases import open_database
-from job_registry_api.queue.leasing import Lease
 from job_registry_api.queue.models import JobError, JobStatus
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.reading import PayloadMismatch

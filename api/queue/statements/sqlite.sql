@@ -94,7 +94,7 @@ WHERE parked_at IS NOT NULL AND type = :type AND refused_by = :refused AND prior
 ORDER BY priority DESC LIMIT 1
 
 -- name: due_parked
--- Return the parked jobs of a type and priority that these fingerprints refused.
+-- Return the parked jobs of a type and priority that these fingerprints refused, oldest first.
 SELECT job.id, length(job.payload) AS bytes FROM (
     SELECT job_id, due_at FROM job_parked
     WHERE parked_at IS NOT NULL AND type = :type AND refused_by = :refused
@@ -102,7 +102,6 @@ SELECT job.id, length(job.payload) AS bytes FROM (
       AND (:readable IS NULL OR fingerprint IN (SELECT value FROM json_each(:readable)))
     ORDER BY due_at, job_id LIMIT :jobs) AS parked
 CROSS JOIN job ON job.id = parked.job_id AND job.status = 'queued'
-ORDER BY parked.due_at, parked.job_id
 
 -- name: refused_by
 -- Return the fingerprints that have refused a job.
