@@ -221,22 +221,27 @@ class _Comparison:
         was_set, is_set = view.any_true("uniqueItems"), after.get("uniqueItems") is True
         longest = _least(view.numbers("maxItems"))
         shortest = _greatest(view.numbers("minItems"), 0)
+        is_alike = True
         if was_set:
             # JSON may repeat the items of a Python set: only the set's length is bounded.
-            same_items = any(
+            is_alike = is_set and any(
                 self._is_same_value(node.get("items", True), after.get("items", True))
                 for node in view.nodes
             )
-            if not (is_set and same_items):
-                longest = math.inf
-            if is_set and not same_items:
-                shortest = min(shortest, 1)
+            if not is_alike:
+                longest, shortest = math.inf, min(shortest, 1) if is_set else shortest
         if is_set and not was_set and longest > 1:
             yield Difference(
                 "", "items may repeat", "items are unique", "Repeated items may be refused.", False
             )
         yield from _refused_sizes(
-            view, after, ("minItems", "maxItems"), (shortest, longest), "items", not was_set
+            view,
+            after,
+            ("minItems", "maxItems"),
+            (shortest, longest),
+            "item",
+            not was_set,
+            is_alike,
         )
         count = max(len(node.get("prefixItems", ())) for node in (*view.nodes, after, _NO_DEMANDS))
         for index in range(count):
@@ -277,7 +282,7 @@ class _Comparison:
         if view.is_closed:
             longest = min(longest, len(view.names))
         yield from _refused_sizes(
-            view, after, ("minProperties", "maxProperties"), (shortest, longest), "fields", True
+            view, after, ("minProperties", "maxProperties"), (shortest, longest), "field", True
         )
 
     def _refused_entries(self, view: _View, after: _Node, depth: int) -> Iterator[Difference]:
@@ -761,8 +766,9 @@ def _refused_strings(view: _View, after: _Node) -> Iterator[Difference]:
         after,
         ("minLength", "maxLength"),
         (shortest, longest),
-        "characters",
+        "character",
         alike and (bool(lengths) or (plain and not set(formats) - _TEXT)),
+        alike,
     )
     pattern = after.get("pattern")
     if pattern is not None and pattern not in patterns:
@@ -797,19 +803,34 @@ def _refused_sizes(
     sizes: tuple[float, float],
     unit: str,
     is_certain: bool,
+    is_alike: bool = True,
 ) -> Iterator[Difference]:
-    """Yield where a length, between two bounds before, may be less or more than `after` admits."""
-    least, most = after.get(keys[0]), after.get(keys[1])
-    if _is_number(least) and sizes[0] < least:
-        was = f"at least {sizes[0]:g} {unit}" if sizes[0] else f"any number of {unit}"
-        was = was if view.values is None else view.words
-        reason = f"Fewer {unit} are refused."
-        yield _difference(view, was, f"at least {least:g} {unit}", reason, is_certain)
-    if _is_number(most) and sizes[1] > most:
-        was = f"at most {sizes[1]:g} {unit}" if sizes[1] < math.inf else f"any number of {unit}"
-        was = was if view.values is None else view.words
-        reason = f"More {unit} are refused."
-        yield _difference(view, was, f"at most {most:g} {unit}", reason, is_certain)
+    """Yield where a length, between two bounds before, may be less or more than `after` admits.
+
+    Where lengths are not measured alike on both sides, `sizes` are not those that `view` states.
+    """
+    for key, size, word in zip(keys, sizes, ("least", "most"), strict=True):
+        bound = after.get(key)
+        if not _is_number(bound) or (size >= bound if word == "least" else size <= bound):
+            continue
+        stated = view.numbers(key)
+        tightest = max(stated, default=0) if word == "least" else _least(stated)
+        if view.values is not None:
+            was = view.words
+        elif is_alike and 0 < size < math.inf:
+            was = f"at {word} {_count(size, unit)}"
+        elif 0 < tightest < math.inf:
+            was = f"at {word} {_count(tightest, unit)}"
+        else:
+            was = f"any number of {unit}s"
+        reason = f"{'Fewer' if word == 'least' else 'More'} {unit}s are refused."
+        if not is_alike:
+            reason = f"The number of {unit}s is counted in another way, and is now bounded."
+        yield _difference(view, was, f"at {word} {_count(bound, unit)}", reason, is_certain)
+
+
+def _count(number: float, unit: str) -> str:
+    return f"{number:g} {unit}{'' if number == 1 else 's'}"
 
 
 class _Bound(NamedTuple):

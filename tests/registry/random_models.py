@@ -61,7 +61,7 @@ KEYS: tuple[Spec, ...] = (
 
 
 def random_fields(random: Random, depth: int = 0, names: tuple[str, ...] = NAMES) -> Fields:
-    count = random.randint(1 if depth == 0 else 0, 3)
+    count = random.randint(1 if depth == 0 else 0, 2 if depth == 0 else 3)
     return {
         name: (random_spec(random, depth), random.random() < 0.5)
         for name in random.sample(names, min(count, len(names)))
@@ -219,6 +219,8 @@ def edited_spec(random: Random, spec: Spec, depth: int) -> Spec:
                 return (kind, tuple(bounds))
             return (kind, random_bounds(random, kind))
         case "literal" | "enum":
+            if random.random() < 0.2:
+                return random.choice([("int", ()), ("float", ()), ("str", ()), ("bool",)])
             values = list(spec[1])
             if len(values) > 1 and random.random() < 0.4:
                 values.pop(random.randrange(len(values)))
@@ -229,7 +231,8 @@ def edited_spec(random: Random, spec: Spec, depth: int) -> Spec:
             if random.random() < 0.4:
                 other = random.choice(["list", "set"])
                 is_hashable = kind == "set" or spec[1][0] in ("int", "str", "uuid", "float")
-                return (other if is_hashable else kind, spec[1], random_lengths(random))
+                lengths = random.choice([spec[2], random_lengths(random)])
+                return (other if is_hashable else kind, spec[1], lengths)
             if kind == "set":
                 return (kind, hashable(random), spec[2])
             return (kind, edited_spec(random, spec[1], depth + 1), spec[2])

@@ -215,7 +215,7 @@ NARROWER: list[tuple[Any, Any, str, str, str, JsonValue]] = [
     (str, Annotated[str, Field(max_length=2)], "/v", "any number of characters",
      "at most 2 characters", "abc"),
     (str, Annotated[str, Field(min_length=1)], "/v", "any number of characters",
-     "at least 1 characters", ""),
+     "at least 1 character", ""),
     (str, Annotated[str, Field(pattern="^a")], "/v", "string", 'pattern "^a"', "b"),
     (str, uuid.UUID, "/v", "string", "format uuid", "x"),
     (str, datetime.date, "/v", "string", "format date", "x"),
@@ -228,19 +228,19 @@ NARROWER: list[tuple[Any, Any, str, str, str, JsonValue]] = [
     (Literal["a", "b"], Literal["a"], "/v", 'one of "a", "b"', '"a"', "b"),
     (MoreColour, Colour, "/v", 'one of "red", "blue", "green"', 'one of "red", "blue"', "green"),
     (Literal["a", "bb"], Annotated[str, Field(max_length=1)], "/v", 'one of "a", "bb"',
-     "at most 1 characters", "bb"),
+     "at most 1 character", "bb"),
     (list[float], list[int], "/v/*", "number", "integer", [1.5]),
     (list[int], Annotated[list[int], Field(max_length=1)], "/v", "any number of items",
-     "at most 1 items", [1, 2]),
+     "at most 1 item", [1, 2]),
     (tuple[int, int], tuple[int, str], "/v/1", "integer", "string", [1, 2]),
-    (tuple[int, int], tuple[int], "/v", "at most 2 items", "at most 1 items", [1, 2]),
+    (tuple[int, int], tuple[int], "/v", "at most 2 items", "at most 1 item", [1, 2]),
     (dict[str, float], dict[str, int], "/v/*", "number", "integer", {"a": 1.5}),
     (dict[str, int], dict[Literal["a"], int], "/v/*", "name: string", 'name: "a"', {"b": 1}),
     (dict[str, int], dict[int, int], "/v/*", "name: string", "name: format integer", {"b": 1}),
     (dict[str, int], dict[Annotated[str, Field(pattern="^a")], int], "/v/*", "any field",
      "no other fields", {"b": 1}),
     (dict[str, int], Annotated[dict[str, int], Field(min_length=1)], "/v", "any number of fields",
-     "at least 1 fields", {}),
+     "at least 1 field", {}),
     (LongerMail, Mail, "/v/subject", "optional", "not a field",
      {"kind": "mail", "to": "x", "subject": "x"}),
     (MailWithDefault, Mail, "/v/kind", "optional", "required", {"to": "x"}),
@@ -613,9 +613,7 @@ def test_changed_defaults_are_found_in_nested_and_recursive_models() -> None:
     ]
 
 
-@settings(
-    max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=False
-)
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.integers(0, 2**32))
 def test_what_is_called_compatible_is_disproved_by_no_payload(seed: int) -> None:
     """Models that are edited step by step, each compared with each, and payloads of each."""
