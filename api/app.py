@@ -41,6 +41,7 @@ from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.reading import log_unregistered_types
 from job_registry_api.queue.upkeep import maintain
 from job_registry_api.settings import Settings, SettingsInvalid, load_settings
+from job_registry_api.uploads import Uploads
 from job_registry_api.worker import Worker, WorkerStartError
 
 log = structlog.get_logger("job_registry.app")
@@ -160,7 +161,9 @@ def create_app(
         routes=[
             Route("/graphql", graphql_http),
             WebSocketRoute("/graphql", graphql_websocket),
-            *rest.routes(authenticator, limits, described=settings.introspection),
+            *rest.routes(
+                authenticator, limits, described=settings.introspection, uploads=_uploads(settings)
+            ),
             *health_routes(lambda request: cast(Health, request.app.state.health)),
             *([Route("/", pages.root()), *pages.assets()] if settings.graphiql else ()),
         ],
@@ -190,6 +193,13 @@ def _registry(
             ]
         )
     return queue.registry
+
+
+def _uploads(settings: Settings) -> Uploads | None:
+    """Return where pictures are stored. None: none are taken."""
+    if settings.max_upload_bytes == 0:
+        return None
+    return Uploads(settings.assets, settings.max_upload_bytes)
 
 
 def _persisted_documents(settings: Settings) -> PersistedDocuments:

@@ -28,8 +28,11 @@ from job_registry_api.http_messages import (
     ClientGone,
     MethodNotAllowed,
     UnsupportedMediaType,
+    body_of,
     check_media,
+    check_not_compressed,
     error_content,
+    header,
     prefix_of,
     read_body,
     respond_json,
@@ -48,6 +51,14 @@ from job_registry_api.queue.models import JobRecord, JobStatus
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.reading import JobFilter
 from job_registry_api.queue.requests import parse_request
+from job_registry_api.uploads import (
+    FORMATS,
+    AssetExists,
+    AssetInvalid,
+    AssetsUnavailable,
+    Uploads,
+    UploadTooLarge,
+)
 
 _STATUSES: Final[Mapping[type[CodedError], int]] = {
     **auth.STATUSES,
@@ -58,12 +69,16 @@ _STATUSES: Final[Mapping[type[CodedError], int]] = {
     IdempotencyConflict: 409,
     IdempotencyKeyTaken: 409,
     JobStateConflict: 409,
+    AssetExists: 409,
     BodyTooLarge: 413,
+    UploadTooLarge: 413,
     BudgetExceeded: 413,
     UnsupportedMediaType: 415,
     PayloadInvalid: 422,
     InputInvalid: 422,
+    AssetInvalid: 422,
     QueueUnavailable: 503,
+    AssetsUnavailable: 503,
 }
 
 _STATUS_NAMES: Final = frozenset(status.value for status in JobStatus)
@@ -81,6 +96,7 @@ class _Request:
     queue: JobQueue
     caller: Caller
     limits: RequestLimits
+    uploads: Uploads | None
 
     @property
     def job_id(self) -> str:
@@ -121,8 +137,15 @@ class _Answer(NamedTuple):
 _Answering = Callable[[_Request], Awaitable[_Answer]]
 
 
-def routes(authenticator: Authenticator, limits: RequestLimits, *, described: bool) -> list[Route]:
-    """Return the routes of REST. If `described`, /openapi.json is one of them."""
+def routes(
+    authenticator: Authenticator,
+    limits: RequestLimits,
+    *,
+    uploads: Uploads | None = None,
+    described: bool = True,
+) -> list[Route]:
+    """Return the routes of REST. With `uploads` it takes pictures. If `described`, /openapi.json is
+    one of them."""
     served: dict[str, dict[str, _Answering]] = {
         "/jobs": {"GET": list_jobs, "POST": enqueue},
         "/jobs/bulk": {"POST": enqueue_many},
@@ -130,9 +153,11 @@ def routes(authenticator: Authenticator, limits: RequestLimits, *, described: bo
         "/jobs/{id}/cancel": {"POST": cancel},
         "/jobs/{id}/retry": {"POST": retry},
         **({"/openapi.json": {"GET": describe}} if described else {}),
+        **({"/assets/{asset_id}/{version_number}": {"POST": upload}} if uploads else {}),
     }
     return [
-        Route(path, _Endpoint(methods, authenticator, limits)) for path, methods in served.items()
+        Route(path, _Endpoint(methods, authenticator, limits, uploads))
+        for path, methods in served.items()
     ]
 
 
@@ -140,13 +165,18 @@ class _Endpoint:
     """Answers the requests of one path, each method by its function. HEAD is answered as GET."""
 
     def __init__(
-        self, methods: Mapping[str, _Answering], authenticator: Authenticator, limits: RequestLimits
+        self,
+        methods: Mapping[str, _Answering],
+        authenticator: Authenticator,
+        limits: RequestLimits,
+        uploads: Uploads | None,
     ) -> None:
         self._methods = dict(methods)
         if "GET" in methods:
             self._methods["HEAD"] = methods["GET"]
         self._authenticator = authenticator
         self._limits = limits
+        self._uploads = uploads
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one HTTP request."""
@@ -156,7 +186,9 @@ class _Endpoint:
                 raise MethodNotAllowed(*self._methods)
             caller = await self._authenticator.authenticate(scope)
             queue: JobQueue = scope["app"].state.queue
-            answer = await answering(_Request(scope, receive, queue, caller, self._limits))
+            answer = await answering(
+                _Request(scope, receive, queue, caller, self._limits, self._uploads)
+            )
         except ClientGone:
             return
         except Exception as error:
@@ -276,6 +308,34 @@ async def retry(request: _Request) -> _Answer:
     return await _change(request, request.queue.retry)
 
 
+async def upload(request: _Request) -> _Answer:
+    """`POST /assets/{assetId}/{versionNumber}` with a picture. Needs the scope `jobs:enqueue`.
+
+    201 with the place of the picture, which is what the payload of `thumbnail.create` needs. The
+    same picture again is 201 again. 409 if the version has another one.
+    """
+    request.caller.need("jobs:enqueue")
+    assert request.uploads is not None
+    media_type = header(request.scope, b"content-type").decode("latin-1")
+    media_type = media_type.partition(";")[0].strip().lower()
+    if media_type not in FORMATS:
+        raise UnsupportedMediaType(f"The Content-Type must be one of {', '.join(FORMATS)}.")
+    check_not_compressed(request.scope)
+    declared = header(request.scope, b"content-length")
+    if declared.isdigit() and int(declared) > request.uploads.max_bytes:
+        raise UploadTooLarge(request.uploads.max_bytes)
+    place = request.scope["path_params"]
+    stored = await request.uploads.store(
+        place["asset_id"], place["version_number"], media_type, body_of(request.receive)
+    )
+    content = {
+        "assetId": stored.asset_id,
+        "versionNumber": stored.version_number,
+        "bytes": stored.size,
+    }
+    return _Answer(201, content)
+
+
 async def describe(request: _Request) -> _Answer:
     """`GET /openapi.json`: REST for the job types that the caller may see.
 
@@ -284,7 +344,10 @@ async def describe(request: _Request) -> _Answer:
     caller = request.caller
     caller.need("jobs:enqueue", "jobs:read")
     visible = [each for name, each in request.queue.registry.items() if caller.may_see(name)]
-    return _Answer(200, openapi.describe(visible, prefix_of(request.scope)))
+    described = openapi.describe(
+        visible, prefix_of(request.scope), uploads=request.uploads is not None
+    )
+    return _Answer(200, described)
 
 
 async def _change(request: _Request, change: Callable[[str], Awaitable[JobRecord]]) -> _Answer:
@@ -481,7 +544,7 @@ def _headers(error: Exception) -> tuple[tuple[bytes, bytes], ...]:
             return ((b"allow", ", ".join(error.allowed).encode()),)
         case UnsupportedMediaType():
             return error.headers
-        case QueueUnavailable():
+        case QueueUnavailable() | AssetsUnavailable():
             return ((b"retry-after", b"1"),)
     return auth.headers_of(error)
 

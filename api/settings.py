@@ -93,6 +93,13 @@ class Settings(BaseSettings):
         description="Where jobs read and write files: a folder, or an fsspec URL such as"
         " `s3://bucket/assets`.",
     )
+    max_upload_bytes: int = Field(
+        default=33_554_432,
+        ge=0,
+        le=1_073_741_824,
+        description="The largest picture that `POST /assets/{assetId}/{versionNumber}` takes into"
+        " the assets, in bytes. 0 switches uploads off. `thumbnail.create` reads up to 33,554,432.",
+    )
     max_payload_bytes: int = Field(
         default=262_144,
         ge=1_024,
