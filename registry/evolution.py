@@ -101,7 +101,9 @@ def changes_between(
             changes.append(_renamed(name, found))
         changes += _changes_of(found, before, today[found], running.get(name, 0))
         changes += _former_names(name, before, found, names, today)
-    return sorted(changes, key=lambda change: (change.job_type, _ORDER.index(change.kind)))
+    return sorted(
+        changes, key=lambda change: (change.job_type, _ORDER.index(change.kind), change.path)
+    )
 
 
 _ORDER: Final[tuple[ChangeKind, ...]] = (
