@@ -28,7 +28,7 @@ from job_registry_api.cli.remote import ServerFailed, ServerTypes, read_server
 from job_registry_api.cli.report import (
     Compared,
     Queue,
-    annotations,
+    github_annotations,
     as_json,
     lines_of,
     lines_of_queue,
@@ -113,7 +113,7 @@ def check(
         for line in lines_of_queue(queue) if queue else ():
             say(line)
     if github or os.environ.get("GITHUB_ACTIONS") == "true":
-        for line in annotations(compared, queue):
+        for line in github_annotations(compared, queue):
             say(line, err)
     if breaks:
         sys.exit(REFUSED)

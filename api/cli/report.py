@@ -123,7 +123,7 @@ def as_json(compared: Sequence[Compared], queue: Queue | None, breaks: bool) -> 
     }
 
 
-def annotations(compared: Sequence[Compared], queue: Queue | None) -> Iterator[str]:
+def github_annotations(compared: Sequence[Compared], queue: Queue | None) -> Iterator[str]:
     """Yield the workflow commands for GitHub Actions, one for each breaking change and warning."""
     for each in compared:
         for change in each.changes:
@@ -136,9 +136,9 @@ def annotations(compared: Sequence[Compared], queue: Queue | None) -> Iterator[s
                 yield _annotation(level, f"GraphQL {client.path}", client.message, each.name)
     if queue is not None:
         for line in lines_of_queue(queue):
-            level, _, words = line.partition(" ")
-            if level in ("BREAKING", "WARNING"):
-                yield _annotation(Level(level.lower()), words.partition(":")[0], words, None)
+            first, _, words = line.partition(" ")
+            if first in ("BREAKING", "WARNING"):
+                yield _annotation(Level(first.lower()), words.partition(":")[0], words, None)
 
 
 def _annotation(level: Level, title: str, message: str, file: str | None) -> str:
