@@ -28,8 +28,8 @@ from job_registry_api.cli.remote import ServerFailed, ServerTypes, read_server
 from job_registry_api.cli.report import (
     Compared,
     Queue,
-    github_annotations,
     as_json,
+    github_annotations,
     lines_of,
     lines_of_queue,
 )
