@@ -21,6 +21,9 @@ from job_registry_api.queue.driver_errors import unavailable
 from job_registry_api.queue.models import JobStatus
 from job_registry_api.queue.store import Store, StoredPayload
 
+FIRST: Final = uuid.UUID(int=0)
+"""Before the id of every job."""
+
 PAGE_JOBS: Final = 1_000
 PAGE_CHARACTERS: Final = 4_000_000
 """A page ends with the payload that makes it so long, so that memory stays bounded."""
@@ -126,7 +129,7 @@ async def _replay(store: Store, registry: JobRegistry, on_page: OnPage) -> Repla
         running = jobs.get(JobStatus.RUNNING, 0)
         found.running[_name_of_today(registry, name)] += running
         expected += running + jobs.get(JobStatus.QUEUED, 0)
-    after = uuid.UUID(int=0)
+    after = FIRST
     while True:
         page = await store.unfinished(after=after, jobs=PAGE_JOBS, characters=PAGE_CHARACTERS)
         for stored in page:

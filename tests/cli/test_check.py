@@ -584,6 +584,7 @@ def test_a_server_that_cannot_be_reached_is_a_sentence(code: Code) -> None:
     assert result.stderr.startswith("127.0.0.1: The server cannot be reached: ")
 
 
+@pytest.mark.slow
 def test_a_server_that_hangs_is_given_up_in_time(code: Code) -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
@@ -770,6 +771,8 @@ def test_a_role_that_may_only_select_is_enough(code: Code, fresh_postgresql_url:
         result = code("check", "--database", url)
         assert (result.returncode, result.stderr) == (0, "")
         assert "Unfinished jobs in the database: 1; 0 cannot be read" in result.stdout
+        pooled = code("check", "--database", url, JOBS_DATABASE_POOLER="transaction")
+        assert (pooled.returncode, pooled.stdout, pooled.stderr) == (0, result.stdout, "")
         run_sql(fresh_postgresql_url, f"REVOKE SELECT ON job_registry.job FROM {role}")
         denied = code("check", "--database", url)
         assert denied.returncode == 2
