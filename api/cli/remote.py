@@ -48,9 +48,9 @@ def read_server(url: str, token: str | None) -> ServerTypes:
     Raises:
         ServerFailed: the URL is wrong, the server does not answer in time, or not as expected.
     """
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    if not _is_http_url(url):
         raise ServerFailed(f"Expected a URL such as https://jobs.example.com; got {url}.")
+    parts = urlsplit(url)
     if token is not None and not (token.isascii() and token.isprintable()):
         raise ServerFailed("The token has characters that a header cannot have.")
     if parts.path in ("", "/"):
@@ -59,6 +59,15 @@ def read_server(url: str, token: str | None) -> ServerTypes:
         return asyncio.run(_job_types(url, token))
     except ServerFailed as failed:
         raise ServerFailed(f"{parts.hostname}: {failed}") from None
+
+
+def _is_http_url(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        is_whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # Of the host or of the port.
+        return False
+    return is_whole and url.isascii() and url.isprintable() and " " not in url
 
 
 async def _job_types(url: str, token: str | None) -> ServerTypes:

@@ -571,7 +571,19 @@ def test_the_token_is_sent_and_never_printed(code: Code) -> None:
     assert bad.stderr == "The token has characters that a header cannot have.\n"
 
 
-@pytest.mark.parametrize("url", ["localhost:8000", "ftp://a/", "http://", "file:///etc/passwd"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "localhost:8000",
+        "ftp://a/",
+        "http://",
+        "file:///etc/passwd",
+        "http://[",
+        "http://a:99999",
+        "http://a/\u00e9",
+        "http://a b/",
+    ],
+)
 def test_a_url_that_is_not_of_a_server_is_a_sentence(code: Code, url: str) -> None:
     result = code("check", "--against", url)
     assert result.returncode == 2
