@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeGuard
 
 from job_registry.errors import shortened
 from job_registry.json_values import MAX_DEPTH, pointer
@@ -149,8 +149,8 @@ class _Comparison:
         if not differences:
             self._held.append(key)
         elif key in self._assumed:
-            for each in self._held[start:]:
-                self._known.pop(each, None)
+            for held in self._held[start:]:
+                self._known.pop(held, None)
             del self._held[start:]
         self._assumed.discard(key)
         self._known[key] = differences
@@ -265,10 +265,10 @@ class _Comparison:
                 if _is_nothing(demand):
                     was = "required" if name in view.required else "optional"
                     reason = "The field was removed, and unknown fields are refused."
-                    found = (_difference(view, was, "not a field", reason, True),)
+                    removed = _difference(view, was, "not a field", reason, True)
+                    yield from _below(name, (removed,))
                 else:
-                    found = self.compare(admitted, demand, depth + 1)
-                yield from _below(name, found)
+                    yield from _below(name, self.compare(admitted, demand, depth + 1))
         for name in required:
             if name not in view.required:
                 is_field = name in view.names or not any(map(_is_nothing, view.field(name)))
@@ -650,8 +650,8 @@ class _View:
             return False
         for name in self.required | other.required:
             if name in self.names and name in other.names:
-                mine, theirs = _View(self.field(name)), _View(other.field(name))
-                if mine.values is not None and theirs.values is not None and mine.excludes(theirs):
+                one, two = _View(self.field(name)), _View(other.field(name))
+                if one.values is not None and two.values is not None and one.excludes(two):
                     return True
         return False
 
@@ -919,13 +919,13 @@ def _likeness(branch: Any, root: _Node) -> object:
 
 def _followed(node: Any, root: _Node) -> _Node:
     """Return the schema at the end of its references."""
-    node = _node(node)
+    found = _node(node)
     for _ in range(MAX_DEPTH):
-        target = _resolved(node["$ref"], root) if "$ref" in node else None
+        target = _resolved(found["$ref"], root) if "$ref" in found else None
         if target is None:
             break
-        node = target
-    return node
+        found = target
+    return found
 
 
 def _resolved(reference: Any, root: _Node) -> _Node | None:
@@ -1073,7 +1073,7 @@ def _exact(number: float) -> Fraction:
     return Fraction(str(number))
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

@@ -284,6 +284,15 @@ class JobType(Generic[P]):
         """The older models that `read` upgrades, the newest first."""
         return tuple(each.model.model for each in self._older)
 
+    @property
+    def accepted_schemas(self) -> tuple[Mapping[str, Any], ...]:
+        """The JSON Schemas of the older models in `accepts`, the newest first."""
+        return tuple(
+            MappingProxyType(dict(each.model.schema))
+            for each in self._older
+            if each.model.model in self.accepts
+        )
+
     def upgrade(self, older: type[Old]) -> Callable[[Callable[[Old], New]], Callable[[Old], New]]:
         """Register a function that upgrades a payload of an older model. Use it as a decorator.
 

@@ -124,7 +124,8 @@ def _time_bounds(
 ) -> JsonSchemaValue:
     """Return the bounds of a time, as text, under the names that validators of JSON have."""
     bounds = {keyword: schema.get(name) for name, keyword in _TIME_BOUNDS.items()}
-    return to_jsonable_python({key: value for key, value in bounds.items() if value is not None})
+    given = {key: value for key, value in bounds.items() if value is not None}
+    return cast(JsonSchemaValue, to_jsonable_python(given))
 
 
 def _demands(schema: Any) -> Any:

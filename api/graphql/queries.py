@@ -190,7 +190,8 @@ class Query:
         caller.need_types(types)
         if not types and caller.job_types is not None:
             # No types is no restriction, and no job has a type without a name.
-            types = tuple(sorted(caller.job_types)) or ("",)
+            current = context_of(info).queue.registry.current_name
+            types = tuple(sorted({current(name) for name in caller.job_types})) or ("",)
         statuses = (filter.statuses or []) if filter else []
         job_filter = reading.JobFilter(
             types=types, statuses=tuple(models.JobStatus[each.name] for each in statuses)

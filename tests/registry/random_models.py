@@ -22,6 +22,7 @@ from pydantic import (
     ValidationError,
     create_model,
 )
+from pydantic_core import SchemaError
 
 from job_registry import DefinitionError, JobType, Payload
 
@@ -203,9 +204,9 @@ def edited_spec(random: Random, spec: Spec, depth: int) -> Spec:
     kind = spec[0]
     match kind:
         case "int" | "float" | "str" | "bytes" | "decimal":
-            other = {"int": "float", "float": "int", "str": "bytes", "bytes": "str"}.get(kind, kind)
+            swaps = {"int": "float", "float": "int", "str": "bytes", "bytes": "str"}
             if random.random() < 0.3 and not any(name == "pattern" for name, _ in spec[1]):
-                return (other, spec[1])
+                return (swaps.get(kind, kind), spec[1])
             if spec[1] and random.random() < 0.7:
                 index = random.randrange(len(spec[1]))
                 bounds = list(spec[1])
@@ -229,10 +230,10 @@ def edited_spec(random: Random, spec: Spec, depth: int) -> Spec:
             return (random.choice(["literal", kind]) if 1.5 not in values else kind, tuple(values))
         case "list" | "set":
             if random.random() < 0.4:
-                other = random.choice(["list", "set"])
+                sequence = random.choice(["list", "set"])
                 is_hashable = kind == "set" or spec[1][0] in ("int", "str", "uuid", "float")
                 lengths = random.choice([spec[2], random_lengths(random)])
-                return (other if is_hashable else kind, spec[1], lengths)
+                return (sequence if is_hashable else kind, spec[1], lengths)
             if kind == "set":
                 return (kind, hashable(random), spec[2])
             return (kind, edited_spec(random, spec[1], depth + 1), spec[2])
@@ -285,9 +286,15 @@ def edited_spec(random: Random, spec: Spec, depth: int) -> Spec:
 
 
 def job_type_of(random: Random, fields: Fields) -> JobType[Any] | None:
-    """Return a job type whose payload has these fields; None if no payload of it is found."""
-    model = _model("Root", fields)
-    model.model_rebuild(_types_namespace={"Root": model})
+    """Return a job type whose payload has these fields.
+
+    None: Pydantic refuses the model, or no payload of it is found.
+    """
+    try:
+        model = _model("Root", fields)
+        model.model_rebuild(_types_namespace={"Root": model})
+    except SchemaError:
+        return None
     for _ in range(30):
         example = random_object(random, fields, fields)
         try:
@@ -318,11 +325,11 @@ def type_of(spec: Spec) -> Any:
             of = {"int": int, "float": float, "str": str, "bytes": bytes, "decimal": Decimal}[kind]
             bounds = dict(spec[1])
             if kind == "str" and bounds:
-                return Annotated[of, StringConstraints(**bounds)]  # type: ignore[valid-type]
+                return Annotated[of, StringConstraints(**bounds)]
             if kind == "decimal":
                 digits = ("max_digits", "decimal_places")
                 bounds = {k: v if k in digits else Decimal(str(v)) for k, v in bounds.items()}
-            return Annotated[of, Field(**bounds)]  # type: ignore[valid-type]
+            return Annotated[of, Field(**bounds)]
         case "literal":
             return Literal[spec[1]]
         case "enum":
@@ -336,8 +343,8 @@ def type_of(spec: Spec) -> Any:
         case "tuple":
             return tuple[tuple(map(type_of, spec[1])) or ()]  # type: ignore[misc]
         case "dict":
-            of = dict[type_of(spec[1]), type_of(spec[2])]  # type: ignore[misc]
-            return Annotated[of, Field(**dict(spec[3]))]
+            names, values = type_of(spec[1]), type_of(spec[2])
+            return Annotated[dict[names, values], Field(**dict(spec[3]))]  # type: ignore[valid-type]
         case "union":
             return Union[tuple(map(type_of, spec[1]))]  # noqa: UP007
         case "tagged":
@@ -389,7 +396,7 @@ def random_value(random: Random, spec: Spec, root: Fields, depth: int) -> JsonVa
         case "str" | "bytes":
             return random.choice(TEXTS)
         case "literal" | "enum":
-            value = random.choice(spec[1])
+            value: JsonValue = random.choice(spec[1])
             if isinstance(value, int | float) and random.random() < 0.5:
                 return random.choice([int(value), float(value), bool(value)])
             return value
