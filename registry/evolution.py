@@ -83,7 +83,8 @@ def changes_between(
 ) -> list[Change]:
     """Return what has changed since the release, in the order of the names.
 
-    `running` is how many jobs of each type run now, if that is known.
+    `running` is how many jobs of each type run now, if that is known, by the name of the release or
+    of today.
     """
     running = running or {}
     names = {former: name for name, each in today.items() for former in each.former_names}
@@ -99,7 +100,8 @@ def changes_between(
             continue
         if found != name:
             changes.append(_renamed(name, found))
-        changes += _changes_of(found, before, today[found], running.get(name, 0))
+        now = max(running.get(name, 0), running.get(found, 0))
+        changes += _changes_of(found, before, today[found], now)
         changes += _former_names(name, before, found, names, today)
     return sorted(
         changes, key=lambda change: (change.job_type, _ORDER.index(change.kind), change.path)
@@ -133,7 +135,7 @@ def _removed(name: str, before: ReleasedType, added: ReleasedTypes) -> Change:
 def _renamed(name: str, found: str) -> Change:
     return Change(
         found, "renamed", "", name, found,
-        f"The job type was {name}. Its stored jobs and its clients keep that name.",
+        f"The job type was {name}. Stored jobs and clients may go on using that name.",
         older_workers=Outcome.WAIT,
         advice=("Older workers do not know the new name; newer workers run its jobs.",),
     )  # fmt: skip

@@ -45,8 +45,8 @@ def check(
         str | None,
         typer.Option(
             metavar="FILE",
-            help=f"Compare with this lock. Defaults to {LOCK_FILE}, which has to exist unless"
-            " --against or --database is given.",
+            help=f"Compare with this lock. Defaults to {LOCK_FILE} if that exists. It has to,"
+            " unless --against or --database is given.",
         ),
     ] = None,
     against: Annotated[

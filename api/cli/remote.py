@@ -48,6 +48,8 @@ def read_server(url: str, token: str | None) -> ServerTypes:
     Raises:
         ServerFailed: the URL is wrong, the server does not answer in time, or not as expected.
     """
+    if "@" in url:
+        raise ServerFailed("Expected a URL without a user and a password. Use --token.")
     if not _is_http_url(url):
         raise ServerFailed(f"Expected a URL such as https://jobs.example.com; got {url}.")
     parts = urlsplit(url)

@@ -590,6 +590,12 @@ def test_a_url_that_is_not_of_a_server_is_a_sentence(code: Code, url: str) -> No
     assert result.stderr == f"Expected a URL such as https://jobs.example.com; got {url}.\n"
 
 
+def test_a_password_in_a_url_is_refused_and_not_printed(code: Code) -> None:
+    result = code("check", "--against", "http://ada:lovelace@127.0.0.1:1/")
+    assert result.returncode == 2
+    assert result.stderr == "Expected a URL without a user and a password. Use --token.\n"
+
+
 def test_a_server_that_cannot_be_reached_is_a_sentence(code: Code) -> None:
     result = code("check", "--against", "http://127.0.0.1:1")
     assert result.returncode == 2
