@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Final
 from urllib.parse import quote
@@ -14,11 +15,16 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from job_registry import CodedError
+from job_registry_api.answer_text import PIECE_BYTES
 from job_registry_api.logs import log_unexpected
 
 JSON_TYPE: Final = b"application/json"
 
-GUARDING_HEADERS: Final = {"cache-control": "no-store", "x-content-type-options": "nosniff"}
+GUARDING_HEADERS: Final = {
+    "cache-control": "no-store",
+    "x-content-type-options": "nosniff",
+    "vary": "Accept",
+}
 """The headers of each response that sets no others: see `GuardedResponses`."""
 
 HEALTH_PATHS: Final = ("/healthz", "/readyz", "/metrics")
@@ -267,7 +273,20 @@ async def respond_json(
     headers: tuple[tuple[bytes, bytes], ...] = (),
 ) -> None:
     """Send a JSON response."""
-    body = to_json(content)
+    await respond(send, status, to_json(content), content_type=content_type, headers=headers)
+
+
+async def respond(
+    send: Send,
+    status: int,
+    body: bytes,
+    *,
+    content_type: bytes,
+    headers: tuple[tuple[bytes, bytes], ...] = (),
+) -> None:
+    """Send a response. A large one is sent in pieces, between which other requests take their
+    turn: a middleware may compress each.
+    """
     await send(
         {
             "type": "http.response.start",
@@ -279,4 +298,8 @@ async def respond_json(
             ],
         }
     )
+    while len(body) > PIECE_BYTES:
+        await send({"type": "http.response.body", "body": body[:PIECE_BYTES], "more_body": True})
+        body = body[PIECE_BYTES:]
+        await asyncio.sleep(0)
     await send({"type": "http.response.body", "body": body})

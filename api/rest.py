@@ -21,9 +21,11 @@ from job_registry import CodedError, EnqueueRequest, JobTypeNotFound, PayloadInv
 from job_registry.errors import FaultBudget, shortened
 from job_registry.json_values import MAX_POINTER, MAX_VIOLATIONS, NotJson, pointer
 from job_registry_api import auth, openapi
+from job_registry_api.answer_text import json_in_pieces
 from job_registry_api.auth import Authenticator, Caller
 from job_registry_api.budget import BudgetExceeded, RequestLimits, parse_request_json
 from job_registry_api.http_messages import (
+    JSON_TYPE,
     BodyTooLarge,
     ClientGone,
     MethodNotAllowed,
@@ -35,10 +37,11 @@ from job_registry_api.http_messages import (
     header,
     prefix_of,
     read_body,
+    respond,
     respond_json,
     respond_unexpected,
 )
-from job_registry_api.queue.enqueueing import Enqueued, Refusal
+from job_registry_api.queue.enqueueing import Enqueued, ExistingValues, Refusal
 from job_registry_api.queue.errors import (
     IdempotencyConflict,
     IdempotencyKeyTaken,
@@ -132,6 +135,7 @@ class _Answer(NamedTuple):
     status: int
     content: Any
     headers: tuple[tuple[bytes, bytes], ...] = ()
+    may_be_large: bool = False
 
 
 _Answering = Callable[[_Request], Awaitable[_Answer]]
@@ -194,7 +198,11 @@ class _Endpoint:
         except Exception as error:
             await _respond_error(send, error)
             return
-        await respond_json(send, answer.status, answer.content, headers=answer.headers)
+        if not answer.may_be_large:
+            await respond_json(send, answer.status, answer.content, headers=answer.headers)
+            return
+        body = await json_in_pieces(answer.content)
+        await respond(send, answer.status, body, content_type=JSON_TYPE, headers=answer.headers)
 
 
 async def enqueue(request: _Request) -> _Answer:
@@ -233,6 +241,7 @@ async def enqueue_many(request: _Request) -> _Answer:
         created_by=caller.subject,
         sees_others=caller.sees_others,
         budget=budget,
+        values=ExistingValues(payload=False, others=False),
     )
     return _Answer(200, {"results": [_result(each) for each in results]})
 
@@ -268,10 +277,10 @@ async def list_jobs(request: _Request) -> _Answer:
         },
     }
     if not page.has_next_page or cursor is None:
-        return _Answer(200, content)
+        return _Answer(200, content, may_be_large=True)
     query = urlencode([*wanted.others, ("after", cursor)])
     link = f'<{prefix_of(request.scope)}/jobs?{query}>; rel="next"'
-    return _Answer(200, content, ((b"link", link.encode()),))
+    return _Answer(200, content, ((b"link", link.encode()),), may_be_large=True)
 
 
 async def show(request: _Request) -> _Answer:
@@ -289,7 +298,7 @@ async def show(request: _Request) -> _Answer:
         for attempt in attempts[job.id]
     ]
     content["allAttempts"] = is_all
-    return _Answer(200, content)
+    return _Answer(200, content, may_be_large=True)
 
 
 async def cancel(request: _Request) -> _Answer:

@@ -8,13 +8,15 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
+from itertools import chain
 from typing import Final, NamedTuple, Unpack, cast, overload
 
 from pydantic import JsonValue
-from pydantic_core import from_json
+from pydantic_core import from_json, to_json
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
@@ -38,13 +40,13 @@ from job_registry_api.queue.errors import (
 )
 from job_registry_api.queue.events import Events, JobEvent
 from job_registry_api.queue.group_commit import GroupCommit
-from job_registry_api.queue.models import JobRecord, JobStatus
+from job_registry_api.queue.models import JobRecord, JobStatus, weight_of
 from job_registry_api.queue.requests import (
     MAX_DIFFERING,
     differing_paths,
     input_faults,
 )
-from job_registry_api.queue.store import NewJob, Store, Stored, present
+from job_registry_api.queue.store import JSON_VALUES, NewJob, Store, Stored, present, stored_before
 
 DEFAULT_PRIORITY: Final = 50
 
@@ -54,6 +56,35 @@ class Enqueued(NamedTuple):
 
     job: JobRecord
     deduplicated: bool = False
+
+
+COMPARED_BYTES: Final = 2_097_152
+"""The JSON text of existing payloads that a bulk compares with its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExistingValues:
+    """Which JSON values the results of a bulk have of jobs that existed: those that are read.
+
+    `payload` is that of a conflict: otherwise it is the payload of the request. `others` are
+    progress, result and error. `check` is called with their size, as `weight_of` counts it, before
+    anything is stored. It raises if they are too large.
+    """
+
+    payload: bool = True
+    others: bool = True
+    check: Callable[[int], None] | None = None
+
+    def of(self, job: JobRecord) -> JobRecord:
+        """Return the job without the values that are not needed, so that they take no memory."""
+        if not self.payload:
+            job = job._replace(payload=None)
+        return job if self.others else job._replace(progress=None, result=None, error=None)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the values."""
+        return JSON_VALUES[not self.payload : None if self.others else 1]
 
 
 NOT_STORED: Final = "not_stored"
@@ -169,11 +200,7 @@ class Enqueueing:
                 )
             )
         new = self.admit(request, created_by, budget)
-        inserts = self._inserts if new.idempotency_key is None else self._keyed_inserts
-        stored = await self._database.patiently(
-            lambda: inserts.submit(new), "another transaction holds the idempotency key"
-        )
-        return _enqueued(new, request, stored, sees_others, budget)
+        return _enqueued(new, request, await self._insert_one(new), sees_others, budget)
 
     async def enqueue_many(
         self,
@@ -184,13 +211,18 @@ class Enqueueing:
         sees_others: bool = True,
         session: AsyncSession | None = None,
         budget: FaultBudget | None = None,
+        values: ExistingValues = ExistingValues(),
     ) -> list[Enqueued | Refusal]:
         """Store up to `max_bulk_size` jobs. Return a result for each, in order.
 
         Each job is a payload or, with options of its own, a `request`. The result of a refused job
         is its error. With `atomic`, one refusal means that no job is stored; the results of valid
         jobs are then `InputInvalid` with the code `not_stored`. The faults of all jobs are charged
-        to one `budget`. `session` is that of `enqueue`.
+        to one `budget`. `session` is that of `enqueue`. `values` says which JSON values of existing
+        jobs the results have; with a session, they have all.
+
+        Conflicts with existing payloads of `COMPARED_BYTES` in total are compared. Those of further
+        jobs are said to be at the whole payload: "".
 
         Raises:
             DefinitionError: the class of a payload belongs to no job type, or to several.
@@ -202,12 +234,14 @@ class Enqueueing:
             await asyncio.sleep(0)
         if new := bulk.jobs_to_store():
             if session is None:
+                await self._check_existing(new, values)
                 stored, committed = await self._insert_bulk(new, atomic=atomic)
+                await self._record(bulk, stored, committed, values)
             else:
                 stored, committed = await _async(session).run_sync(
                     lambda opened: self._insert_bulk_within(opened, new, atomic=atomic)
                 )
-            bulk.record(stored, committed)
+                bulk.record_all(stored, committed)
         return bulk.in_order()
 
     def enqueue_many_within(
@@ -223,7 +257,7 @@ class Enqueueing:
         for _ in self._admit_each(bulk, created_by):
             pass
         if new := bulk.jobs_to_store():
-            bulk.record(*self._insert_bulk_within(session, new, atomic=atomic))
+            bulk.record_all(*self._insert_bulk_within(session, new, atomic=atomic))
         return bulk.in_order()
 
     async def validate(
@@ -240,11 +274,11 @@ class Enqueueing:
         now = await self._store.now()
         duplicate: JobRecord | None = None
         if new.idempotency_key is not None:
-            keys = {(new.type, new.idempotency_key): [new.id]} | self._former_keys([new])
-            found = await self._store.find_by_key(keys)
+            names = [each.type for each in (new, *self._under_former_names([new]))]
+            found = await self._store.find_by_key((name, new.idempotency_key) for name in names)
             duplicate = next(iter(found.values()), None)
         if duplicate is not None:
-            stored = Stored(now, now, duplicate)
+            stored = stored_before(duplicate, new)
             duplicate = _enqueued(new, request, stored, sees_others, budget).job
         return JobValid(
             max_attempts=new.max_attempts,
@@ -278,7 +312,7 @@ class Enqueueing:
         savepoint = self._store.savepoint_within(session.connection()) if atomic else None
         stored = self._insert_within(session, jobs)
         if savepoint is not None:
-            if any(conflicts(job, stored[job.id]) for job in jobs):
+            if any(outcome.conflicts for outcome in stored.values()):
                 savepoint.rollback()
                 return [stored[job.id] for job in jobs], False
             savepoint.commit()
@@ -288,14 +322,20 @@ class Enqueueing:
     def _insert_within(self, session: Session, jobs: Sequence[NewJob]) -> dict[uuid.UUID, Stored]:
         connection = session.connection()
         stored: dict[uuid.UUID, Stored] = {}
-        if keys := self._former_keys(jobs):
-            stored |= _holders(keys, self._store.find_by_key_within(connection, keys))
+        former = {
+            (job.type, job.idempotency_key or ""): job for job in self._under_former_names(jobs)
+        }
+        if former:
+            found = self._store.find_by_key_within(connection, former)
+            stored |= {
+                former[key].id: stored_before(job, former[key]) for key, job in found.items()
+            }
         for _ in range(10):
             missing = [job for job in jobs if job.id not in stored]
             if not missing:
                 return stored
             stored |= self._store.insert_within(connection, missing)
-        raise QueueUnavailable("the job with this idempotency key was deleted in the meantime")
+        raise _deleted()
 
     def _publish_within(
         self, session: Session, jobs: Sequence[NewJob], stored: Mapping[uuid.UUID, Stored]
@@ -388,11 +428,11 @@ class Enqueueing:
     ) -> tuple[dict[uuid.UUID, Stored], bool] | None:
         """Insert all jobs or none. Return None if a job with one of the keys is being deleted."""
         held = await self._held_under_former_names(jobs)
-        if any(conflicts(job, held[job.id]) for job in jobs if job.id in held):
-            nothing = Stored(*(next(iter(held.values()))[:2]))
+        if any(outcome.conflicts for outcome in held.values()):
+            nothing = next(iter(held.values()))._replace(existing=None)
             return {job.id: held.get(job.id, nothing) for job in jobs}, False
         rest = [job for job in jobs if job.id not in held]
-        stored, committed = await self._store.insert_all(rest, conflicts)
+        stored, committed = await self._store.insert_all(rest)
         stored = held | stored
         return (stored, committed) if len(stored) == len(jobs) else None
 
@@ -410,31 +450,100 @@ class Enqueueing:
         Only processes that have the former name as the name of the type insert such jobs. One that
         is inserted at this moment is not found.
         """
-        keys = self._former_keys(jobs)
-        return _holders(keys, await self._store.find_by_key(keys)) if keys else {}
+        former = self._under_former_names(jobs)
+        held = await self._store.holders(former) if former else {}
+        types = {job.id: job.type for job in jobs}
+        return {
+            job_id: outcome._replace(
+                existing=present(outcome.existing)._replace(type=types[job_id])
+            )
+            for job_id, outcome in held.items()
+        }
 
-    def _former_keys(self, jobs: Sequence[NewJob]) -> _Keys:
-        keys: _Keys = {}
-        for job in jobs:
-            if job.idempotency_key is not None:
-                for former in self.registry.get_type(job.type).former_names:
-                    keys.setdefault((former, job.idempotency_key), []).append(job.id)
-        return keys
+    def _under_former_names(self, jobs: Sequence[NewJob]) -> list[NewJob]:
+        """Return the jobs that have a key, once for each former name of their type."""
+        return [
+            job._replace(type=former)
+            for job in jobs
+            if job.idempotency_key is not None
+            for former in self.registry.get_type(job.type).former_names
+        ]
+
+    async def _insert_one(self, new: NewJob) -> Stored:
+        """Insert a job with others in one statement. An existing job is read whole."""
+        inserts = self._inserts if new.idempotency_key is None else self._keyed_inserts
+        for _ in range(10):
+            stored = await self._database.patiently(
+                lambda: inserts.submit(new), "another transaction holds the idempotency key"
+            )
+            if stored.existing is None:
+                return stored
+            whole = await self._store.get(stored.existing.id)
+            if whole is not None:
+                return stored._replace(existing=whole, is_whole=True)
+        raise _deleted()
+
+    async def _check_existing(self, jobs: Sequence[NewJob], values: ExistingValues) -> None:
+        """Check the size of the values of existing jobs that the results will have."""
+        keyed = [job for job in jobs if job.idempotency_key is not None]
+        if values.check is None or not keyed or not (values.payload or values.others):
+            return
+        ids = [
+            holder.existing.id
+            for holder in (await self._store.holders(keyed)).values()
+            if holder.existing is not None and (values.others or not holder.is_same)
+        ]
+        weight = 0
+        async with aclosing(self._store.each_of(ids, values.names)) as existing:
+            async for job in existing:
+                weight += weight_of(job)
+                values.check(weight)
+
+    async def _record(
+        self, bulk: _Bulk, stored: Sequence[Stored], committed: bool, values: ExistingValues
+    ) -> None:
+        """Record the outcomes of a bulk. Existing jobs are read a few at a time."""
+        of_existing: dict[uuid.UUID, list[tuple[int, Stored]]] = {}
+        for index, outcome in zip(bulk.admitted, stored, strict=True):
+            existing = outcome.existing
+            if existing is None or (outcome.is_same and not values.others):
+                bulk.record(index, outcome, committed)
+            else:
+                of_existing.setdefault(existing.id, []).append((index, outcome))
+        # The jobs are stored: what fails from here on must not look as if they were not.
+        with suppress(QueueUnavailable):
+            await self._record_existing(bulk, of_existing, committed, values)
+        for index, outcome in chain.from_iterable(of_existing.values()):
+            bulk.record(index, outcome, committed, values)
+
+    async def _record_existing(
+        self,
+        bulk: _Bulk,
+        of_existing: dict[uuid.UUID, list[tuple[int, Stored]]],
+        committed: bool,
+        values: ExistingValues,
+    ) -> None:
+        """Record the outcomes with these existing jobs, and remove them from the dictionary."""
+        compared = 0
+        names = values.names if values.payload else ("payload", *values.names)
+        async with aclosing(self._store.each_of(list(of_existing), names)) as existing:
+            async for job in existing:
+                size = len(to_json(job.payload))
+                for index, outcome in of_existing.pop(job.id):
+                    compared += size if outcome.conflicts else 0
+                    is_whole = outcome.is_same or compared <= COMPARED_BYTES
+                    outcome = outcome._replace(existing=job, is_whole=is_whole)
+                    bulk.record(index, outcome, committed, values)
+                if compared > COMPARED_BYTES and not (values.payload or values.others):
+                    return
+                await asyncio.sleep(0)  # A comparison takes milliseconds.
+        while committed and of_existing:  # They were deleted in the meantime.
+            for index, _ in of_existing.pop(next(iter(of_existing))):
+                outcome = await self._insert_one(bulk.admitted[index])
+                bulk.record(index, outcome, committed, values)
 
     def _publish_created(self, jobs: Sequence[NewJob], stored: Mapping[uuid.UUID, Stored]) -> None:
         self.events.publish(created_events(jobs, stored))
-
-
-_Keys = dict[tuple[str, str], list[uuid.UUID]]
-"""For former names of types and idempotency keys, the new jobs that have the key."""
-
-
-def _holders(keys: _Keys, found: Mapping[tuple[str, str], JobRecord]) -> dict[uuid.UUID, Stored]:
-    return {
-        job_id: Stored(holder.created_at, holder.created_at, holder)
-        for key, holder in found.items()
-        for job_id in keys[key]
-    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -452,19 +561,31 @@ class _Bulk:
         """Return the admitted jobs; none if the call is atomic and a job was refused."""
         return [] if self.atomic and self.results else list(self.admitted.values())
 
-    def record(self, stored: Sequence[Stored], committed: bool) -> None:
+    def record_all(self, stored: Sequence[Stored], committed: bool) -> None:
         """Record the outcomes of the admitted jobs."""
-        for (index, new), outcome in zip(self.admitted.items(), stored, strict=True):
-            try:
-                self.results[index] = _enqueued(
-                    new, self.requests[index], outcome, self.sees_others, self.budget
-                )
-            except IdempotencyKeyTaken as refusal:
-                self.results[index] = refusal
-            except IdempotencyConflict as refusal:
-                self.results[index] = (
-                    refusal if committed else _conflict_within(refusal, self.admitted)
-                )
+        for index, outcome in zip(self.admitted, stored, strict=True):
+            self.record(index, outcome, committed)
+
+    def record(
+        self,
+        index: int,
+        outcome: Stored,
+        committed: bool,
+        values: ExistingValues = ExistingValues(),
+    ) -> None:
+        """Record the outcome of an admitted job, with these values of the existing one."""
+        try:
+            enqueued = _enqueued(
+                self.admitted[index], self.requests[index], outcome, self.sees_others, self.budget
+            )
+            if outcome.existing is not None:
+                enqueued = enqueued._replace(job=values.of(enqueued.job))
+            self.results[index] = enqueued
+        except IdempotencyKeyTaken as refusal:
+            self.results[index] = refusal
+        except IdempotencyConflict as refusal:
+            refusal = IdempotencyConflict(values.of(refusal.existing_job), refusal.differing_paths)
+            self.results[index] = refusal if committed else _conflict_within(refusal, self.admitted)
 
     def in_order(self) -> list[Enqueued | Refusal]:
         """Return the result of each job."""
@@ -486,6 +607,10 @@ def created_events(jobs: Sequence[NewJob], stored: Mapping[uuid.UUID, Stored]) -
     ]
 
 
+def _deleted() -> QueueUnavailable:
+    return QueueUnavailable("the job with this idempotency key was deleted in the meantime")
+
+
 def _async(session: AsyncSession) -> AsyncSession:
     if not isinstance(session, AsyncSession):
         raise TypeError(
@@ -502,7 +627,13 @@ def _enqueued(
     if existing is not None:
         known = sees_others or existing.created_by == new.created_by
         most = 1 if budget.is_spent or not known else MAX_DIFFERING
-        paths = differing_paths(existing.payload, from_json(new.payload), most)
+        paths: tuple[str, ...] = ()
+        if stored.conflicts:
+            paths = ("",)
+            if stored.is_whole:
+                paths = differing_paths(existing.payload, from_json(new.payload), most) or paths
+        elif not stored.is_whole:
+            existing = existing._replace(payload=cast(JsonValue, request.payload))
         if paths and not known:
             raise IdempotencyKeyTaken
         if paths:
@@ -529,13 +660,6 @@ def _enqueued(
             created_by=new.created_by,
             next_run_at=stored.next_run_at,
         )
-    )
-
-
-def conflicts(new: NewJob, stored: Stored) -> bool:
-    """Return whether the key of a new job belongs to a job with another payload."""
-    return stored.existing is not None and bool(
-        differing_paths(stored.existing.payload, from_json(new.payload), 1)
     )
 
 

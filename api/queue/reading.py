@@ -12,7 +12,6 @@ from typing import Final
 
 import structlog
 from pydantic import JsonValue
-from pydantic_core import to_json
 
 from job_registry import JobPolicy, JobRegistry, Violation
 from job_registry.json_values import text_fault
@@ -31,18 +30,16 @@ from job_registry_api.queue.models import (
     JobStatus,
     Parked,
     TypeVersion,
+    weight_of,
 )
 from job_registry_api.queue.requests import parse_job_id
-from job_registry_api.queue.store import Listed, Store, Waiting
+from job_registry_api.queue.store import PIECE_BYTES, Listed, Store, Waiting, ids_of_piece
 
 MAX_FILTER_TYPES: Final = 100
 """A page is merged from one query per type and status. SQLite merges at most 500 queries."""
 
 MISSED_PAUSE_SECONDS: Final = 0.2
 """How long `result` waits before it reads the job again when events were missed."""
-
-PIECE_BYTES: Final = 1_000_000
-"""The JSON text that is read at once for a page that has a limit."""
 
 WORKER_ABSENT_SECONDS: Final = 60.0
 """After this time without a claim, a type counts as having no worker."""
@@ -133,30 +130,6 @@ async def log_unregistered_types(queue: Reading) -> None:
                     queued=counts.queued,
                     running=counts.running,
                 )
-
-
-def weight_of(job: JobRecord) -> int:
-    """Return about how many bytes of memory the JSON values of a job take, at least their text.
-
-    Each comma in them counts as 24: the objects of `[{},{}]` take more than their text.
-    """
-    texts = [to_json(value) for value in (job.payload, job.progress, job.result)]
-    return sum(len(text) + 24 * text.count(b",") for text in texts)
-
-
-def _piece(listed: Iterable[Listed], room: int) -> list[uuid.UUID]:
-    """Return the ids of the jobs to read whole at once: the first, and those that fit with it."""
-    most = min(PIECE_BYTES, room)
-    ids: list[uuid.UUID] = []
-    size = 0
-    for each in listed:
-        if not each.is_partial:
-            continue
-        size += each.size
-        if ids and size > most:
-            break
-        ids.append(each.job.id)
-    return ids
 
 
 def _mismatch(parked: Parked) -> PayloadMismatch:
@@ -333,7 +306,9 @@ class Reading:
                 if max_bytes is not None and jobs and each.size > room:
                     return _stopped(jobs, weight + each.size)
                 if each.job.id not in whole:
-                    whole = await self._store.get_many(_piece(listed[index:], room))
+                    partial = (other for other in listed[index:] if other.is_partial)
+                    ids = ids_of_piece(partial, min(PIECE_BYTES, room))
+                    whole = await self._store.get_many(ids)
                 job = whole.get(each.job.id)
             if job is None:  # It was deleted in the meantime.
                 continue

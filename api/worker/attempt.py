@@ -430,7 +430,7 @@ class Attempt:
             fingerprint = registered.fingerprint
             if _is_first_in_a_minute(registered.name):
                 self._log.warning(
-                    "job.parked",
+                    "job.payload_mismatch",
                     fingerprint=fingerprint,
                     admitted_under=self._job.fingerprint,
                     violations=[f"{each.path}: {each.message}" for each in invalid.violations[:5]],

@@ -133,7 +133,7 @@ async def test_a_token_for_a_former_name_is_for_the_type(
     async with visit(**AUTH) as http:
         limited = bearer("jobs:enqueue", "jobs:read", **{"jobs:types": ["test.pong"]})
         for name in ("test.pong", "test.ping"):
-            job = {"type": name, "payload": {}}
+            job: dict[str, Any] = {"type": name, "payload": {}}
             assert (await http.post("/jobs", json=job, headers=limited)).status_code == 201
         other = {"type": "test.other", "payload": {}}
         assert (await http.post("/jobs", json=other, headers=limited)).status_code == 403

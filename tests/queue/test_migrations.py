@@ -302,6 +302,23 @@ def test_tables_without_a_schema_of_their_own_are_moved_with_their_jobs(empty_ur
     assert run_sql(empty_url, "SELECT sum(jobs) FROM job_registry.job_count") == [(0,)]
 
 
+def test_of_several_schemas_with_such_tables_that_of_the_search_path_is_moved(
+    empty_url: str,
+) -> None:
+    if empty_url.startswith("sqlite"):
+        pytest.skip("SQLite has no schemas")
+    for schema in ("first", "second"):
+        migrations.upgrade(empty_url, "0001", schema=schema)
+    of_second = f"{empty_url}{'&' if '?' in empty_url else '?'}options=-csearch_path%3Dsecond"
+
+    migrations.upgrade(of_second)
+    tables = (
+        "SELECT DISTINCT table_schema FROM information_schema.tables WHERE table_name = 'job'"
+        " ORDER BY 1"
+    )
+    assert run_sql(empty_url, tables) == [("first",), ("job_registry",)]
+
+
 def test_a_role_that_may_not_create_tables_is_a_sentence(fresh_postgresql_url: str) -> None:
     migrations.downgrade(fresh_postgresql_url)
     run_sql(fresh_postgresql_url, "DROP SCHEMA job_registry CASCADE")
