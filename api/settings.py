@@ -616,6 +616,31 @@ def check_database_url(url: str) -> None:
         postgresql_url.parse(url)
 
 
+def check_database(url: str, *, pooler: str, schema: str, listen_url: str | None) -> None:
+    """Check the arguments that name a database, by the rules of the settings.
+
+    Raises:
+        ValueError: one is wrong. The message does not contain a URL, which may have a password.
+    """
+    given: dict[str, Any] = {
+        "database_url": url,
+        "database_pooler": pooler,
+        "database_schema": schema,
+        "database_listen_url": listen_url,
+    }
+    try:
+        _Given(**given)
+    except ValidationError as error:
+        detail = error.errors(include_url=False)[0]
+        name = str(detail["loc"][0])
+        expected = _expected(name, detail).replace(f"{PREFIX}DATABASE_URL", "the URL")
+        if name == "database_url":
+            raise ValueError(f"the URL of the database is wrong: {expected}") from None
+        shown = shortened(_shown(name, str(given[name])), 202)
+        argument = name.removeprefix("database_")
+        raise ValueError(f"{argument}: got {shown}; {expected}") from None
+
+
 def settings_table() -> str:
     """Return the settings as the Markdown table of docs/settings.md."""
     lines = ["| variable | default | range | meaning |", "| --- | --- | --- | --- |"]

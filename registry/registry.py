@@ -56,8 +56,8 @@ class JobRegistry(Mapping[str, JobType[Any]]):
     job type, also finds a type by one of its former names.
 
     Raises:
-        DefinitionError: two job types share a name or a former name; or the upgrades of a type do
-            not lead to its payload.
+        DefinitionError: two job types share a name or a former name, something is not a job type,
+            or the upgrades of a type do not lead to its payload.
     """
 
     def __init__(
@@ -68,6 +68,9 @@ class JobRegistry(Mapping[str, JobType[Any]]):
         extensions: Iterable[WorkerExtension] = (),
         suggests: bool = True,
     ) -> None:
+        if not isinstance(job_types, Iterable):
+            got = job_types.name if isinstance(job_types, JobType) else shortened(job_types)
+            raise DefinitionError(f"JobRegistry: expected a list of job types; got {got}")
         by_name: dict[str, JobType[Any]] = {}
         for job_type in job_types:
             if not isinstance(job_type, JobType):

@@ -21,6 +21,7 @@ from job_registry_api.cli import (
     registry,
     schema,
     serve,
+    startup,
     versions,
     worker,
 )
@@ -49,6 +50,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command. Expected errors become a message and an exit code."""
+    startup.collect_garbage_rarely()
     try:
         with contextlib.redirect_stdout(cast(TextIO, Output(sys.stdout))):
             try:

@@ -10,6 +10,7 @@ from job_registry import JobRegistry
 from job_registry_api.queue.errors import InputInvalid, JobNotFound, JobStateConflict
 from job_registry_api.queue.events import Events, JobEvent
 from job_registry_api.queue.models import JobRecord
+from job_registry_api.queue.opening import Opening
 from job_registry_api.queue.requests import parse_job_id, unknown_types
 from job_registry_api.queue.store import Store
 
@@ -17,7 +18,7 @@ UNPARK_BATCH: Final = 500
 """Jobs per transaction. On SQLite, leases wait for it."""
 
 
-class Changing:
+class Changing(Opening):
     """The part of `JobQueue` that changes jobs on request."""
 
     registry: JobRegistry
@@ -73,6 +74,7 @@ class Changing:
         change: Callable[[uuid.UUID], Awaitable[JobRecord | None]],
         operation: str,
     ) -> JobRecord:
+        self.check_open()
         job = await change(parse_job_id(job_id))
         if job is None:
             found = await self._store.get(parse_job_id(job_id))

@@ -29,7 +29,7 @@ from job_registry import (
     Violation,
 )
 from job_registry.enqueue_request import EnqueueOptions
-from job_registry.errors import FaultBudget
+from job_registry.errors import FaultBudget, near
 from job_registry_api.queue.caller_transactions import publish_after_commit
 from job_registry_api.queue.database import Database
 from job_registry_api.queue.errors import (
@@ -41,6 +41,7 @@ from job_registry_api.queue.errors import (
 from job_registry_api.queue.events import Events, JobEvent
 from job_registry_api.queue.group_commit import GroupCommit
 from job_registry_api.queue.models import JobRecord, JobStatus, weight_of
+from job_registry_api.queue.opening import Opening
 from job_registry_api.queue.requests import (
     MAX_DIFFERING,
     differing_paths,
@@ -107,7 +108,7 @@ Refusal = (
 )
 
 
-class Enqueueing:
+class Enqueueing(Opening):
     """The part of `JobQueue` that stores jobs."""
 
     registry: JobRegistry
@@ -132,8 +133,18 @@ class Enqueueing:
 
         Raises:
             DefinitionError: no job type has this class, or several have it and none is given.
-            TypeError: a request has options of its own.
+            TypeError: there is no option of this name, or a request has options of its own.
         """
+        return self.request_of("request", job, options)
+
+    def request_of(
+        self, method: str, job: Payload | EnqueueRequest, options: EnqueueOptions
+    ) -> EnqueueRequest:
+        """Return the request of a payload and its options, which `method` was called with."""
+        for name in options.keys() - EnqueueOptions.__annotations__.keys():
+            names = (*EnqueueOptions.__annotations__, "created_by", "session")
+            hint = "".join(f"; did you mean {each}?" for each in near(name, names))
+            raise TypeError(f"{method}() has no argument {name}{hint}")
         if not isinstance(job, EnqueueRequest):
             return self.registry.request(job, **options)
         if options:
@@ -191,7 +202,8 @@ class Enqueueing:
             IdempotencyConflict: the key belongs to a job of this type with another payload.
             IdempotencyKeyTaken: the same, without `sees_others`, for a job of another.
         """
-        request = self.request(job, **options)
+        self.check_open()
+        request = self.request_of("enqueue", job, options)
         budget = budget or FaultBudget()
         if session is not None:
             return await _async(session).run_sync(
@@ -228,6 +240,7 @@ class Enqueueing:
             DefinitionError: the class of a payload belongs to no job type, or to several.
             InputInvalid: there are more than `max_bulk_size` jobs.
         """
+        self.check_open()
         bulk = self._bulk(jobs, atomic=atomic, sees_others=sees_others, budget=budget)
         for _ in self._admit_each(bulk, created_by):
             # Listing faults takes milliseconds. A bulk of them would block the event loop.
@@ -269,6 +282,7 @@ class Enqueueing:
         budget: FaultBudget | None = None,
     ) -> JobValid:
         """Return what `enqueue` would store. It raises the same errors and writes nothing."""
+        self.check_open()
         budget = budget or FaultBudget()
         new = self.admit(request, created_by, budget)
         now = await self._store.now()

