@@ -17,9 +17,6 @@ from job_registry.payload import Payload
 from job_registry.payload_schema import demands_of, json_schema_of
 from job_registry.violations import PayloadShape
 
-LOCK_FILE: Final = "registry.lock.json"
-"""The usual name of the file."""
-
 LOCK_FORMAT: Final = 1
 """It goes up when a reader of the format before it would misread the file."""
 

@@ -13,28 +13,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from job_registry import JobRegistry, JobTypeNotFound
-from job_registry.evolution import changes_between, settled_by_queue
-from job_registry.lock import (
-    LOCK_FILE,
-    MAX_LOCK_BYTES,
-    Lock,
-    LockInvalid,
-    read_lock,
-    released_types,
-)
 from job_registry_api.cli import startup
 from job_registry_api.cli.output import REFUSED, WRONG_USAGE, AsJson, err, fail, print_json, say
-from job_registry_api.cli.remote import ServerFailed, ServerTypes, read_server
-from job_registry_api.cli.report import (
-    Compared,
-    Queue,
-    as_json,
-    github_annotations,
-    lines_of,
-    lines_of_queue,
-)
+from job_registry_api.defaults import LOCK_FILE
 
 if TYPE_CHECKING:
+    from job_registry.lock import Lock
+    from job_registry_api.cli.remote import ServerTypes
+    from job_registry_api.cli.report import Compared
     from job_registry_api.graphql.schema_changes import ClientChange
     from job_registry_api.queue.replaying import OnPage, Replay
     from job_registry_api.settings import Settings
@@ -89,6 +75,8 @@ def check(
     """
     settings = startup.read_settings(database_url=database)
     registry = startup.read_registry(settings)
+    from job_registry_api.cli import report
+
     locked = _read_lock(lock, is_needed=clients or (against is None and database is None))
     server = None if against is None else _read_server(against, token)
     replay = None if database is None else _replay(settings, registry)
@@ -98,28 +86,29 @@ def check(
     if locked is not None:
         compared.append(_compare(lock or LOCK_FILE, locked, registry, replay, running, clients))
     if against is not None and server is not None:
-        of_server = Lock(server.job_types)
         running = running or dict(server.running)
-        compared.append(_compare(against, of_server, registry, replay, running, False))
-    queue = None if replay is None else Queue(replay, _limits(registry))
+        compared.append(_compare(against, server.lock, registry, replay, running, False))
+    queue = None if replay is None else report.Queue(replay, _limits(registry))
     breaks = any(each.breaks for each in compared) or bool(replay and not replay.reads_all)
 
     if print_as_json:
-        print_json(as_json(compared, queue, breaks))
+        print_json(report.as_json(compared, queue, breaks))
     else:
         for each in compared:
-            for line in lines_of(each):
+            for line in report.lines_of(each):
                 say(line)
-        for line in lines_of_queue(queue) if queue else ():
+        for line in report.lines_of_queue(queue) if queue else ():
             say(line)
     if github or os.environ.get("GITHUB_ACTIONS") == "true":
-        for line in github_annotations(compared, queue):
+        for line in report.github_annotations(compared, queue):
             say(line, err)
     if breaks:
         sys.exit(REFUSED)
 
 
 def _read_lock(name: str | None, *, is_needed: bool) -> Lock | None:
+    from job_registry.lock import MAX_LOCK_BYTES, LockInvalid, read_lock
+
     path = Path(name or LOCK_FILE)
     try:
         if name is None and not is_needed and not path.exists():
@@ -140,6 +129,8 @@ def _read_lock(name: str | None, *, is_needed: bool) -> Lock | None:
 
 
 def _read_server(url: str, token: str | None) -> ServerTypes:
+    from job_registry_api.cli.remote import ServerFailed, read_server
+
     try:
         return read_server(url, token)
     except ServerFailed as failed:
@@ -200,6 +191,10 @@ def _compare(
     running: Mapping[str, int],
     clients: bool,
 ) -> Compared:
+    from job_registry.evolution import changes_between, settled_by_queue
+    from job_registry.lock import released_types
+    from job_registry_api.cli.report import Compared
+
     changes = changes_between(released.job_types, released_types(registry.values()), running)
     if replay is not None:
         changes = settled_by_queue(changes, _read_whole(registry, replay))

@@ -5,21 +5,16 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from job_registry.lock import (
-    LOCK_FILE,
-    Lock,
-    LockInvalid,
-    ReleasedTypes,
-    lock_text,
-    read_lock,
-    released_types,
-)
 from job_registry_api.cli import startup
 from job_registry_api.cli.output import REFUSED, AsJson, fail, print_json, say
+from job_registry_api.defaults import LOCK_FILE
+
+if TYPE_CHECKING:
+    from job_registry.lock import ReleasedTypes
 
 
 def lock(
@@ -31,6 +26,7 @@ def lock(
     """Write the job types to registry.lock.json. Commit it with each release: `check` compares
     later code with it."""
     registry = startup.read_registry(startup.read_settings())
+    from job_registry.lock import Lock, lock_text, released_types
     from job_registry_api.graphql.schema import bare_sdl
 
     today = released_types(registry.values())
@@ -49,6 +45,8 @@ def lock(
 
 def _former(path: Path) -> ReleasedTypes:
     """Return the job types of the file that is replaced, or none if it is not a lock."""
+    from job_registry.lock import LockInvalid, read_lock
+
     try:
         return read_lock(path.read_bytes()).job_types
     except (OSError, ValueError, LockInvalid):

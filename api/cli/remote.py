@@ -13,7 +13,7 @@ from pydantic_core import to_json
 
 from job_registry.errors import shortened, shortened_text
 from job_registry.json_values import NotJson, parse_json
-from job_registry.lock import ReleasedType, ReleasedTypes
+from job_registry.lock import Lock, ReleasedType
 from job_registry.payload_schema import demands_of
 from job_registry_api.fetching import Answer, fetch
 
@@ -36,9 +36,9 @@ class ServerFailed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ServerTypes:
-    """The job types of a server, and how many jobs of each run now."""
+    """The job types of a server, without its GraphQL schema, and how many jobs of each run now."""
 
-    job_types: ReleasedTypes
+    lock: Lock
     running: Mapping[str, int]
 
 
@@ -84,7 +84,7 @@ async def _job_types(url: str, token: str | None) -> ServerTypes:
                 running = {each["name"]: int(each["counts"]["running"]) for each in listed}
             except (KeyError, TypeError, ValueError):
                 raise ServerFailed("Its job types do not have the expected form.") from None
-            return ServerTypes(released, running)
+            return ServerTypes(Lock(released), running)
     raise ServerFailed(f"It does not tell its job types. {_message(answer)}")
 
 
