@@ -56,8 +56,8 @@ class JobRegistry(Mapping[str, JobType[Any]]):
     job type, also finds a type by one of its former names.
 
     Raises:
-        DefinitionError: two job types share a name or a former name, something is not a job type,
-            or the upgrades of a type do not lead to its payload.
+        DefinitionError: two job types share a name or a former name; the upgrades of a type do not
+            lead to its payload; or something is not a job type.
     """
 
     def __init__(

@@ -52,6 +52,7 @@ class Changing(Opening):
         Raises:
             InputInvalid: a type is not registered.
         """
+        self.check_open()
         if job_types is None:
             stored = [name for name, of in (await self._store.counts()).items() if of.parked]
         else:
