@@ -26,6 +26,7 @@ from job_registry_api.queue.store import (
     LOST,
     RECOVERY_BATCH,
     TIMED_OUT,
+    WAITS_ENDED,
     Claim,
     Claimed,
     ClaimedJob,
@@ -171,6 +172,9 @@ class SQLiteStore(Store):
 
     async def see_worker(self, types: Sequence[str]) -> None:
         await self._write(lambda t: t.see_worker(types))
+
+    async def announce_waits_ended(self, worker_id: str) -> None:
+        await self._write(lambda t: t.announce_waits_ended(worker_id))
 
     async def prune(self, status: JobStatus, *, keep_seconds: float, jobs: int) -> int:
         return await self._write(
@@ -474,6 +478,9 @@ class _Transaction:
     def see_worker(self, types: Sequence[str]) -> None:
         for name in types:
             self.change("see_worker", type=name)
+
+    def announce_waits_ended(self, worker_id: str) -> None:
+        self._events.append((WAITS_ENDED, uuid.UUID(int=0).hex, worker_id, 0))
 
     def _add_event(self, name: str, row: Any) -> None:
         self._events.append((name, row["id"], row["type"], row["attempt"]))

@@ -52,6 +52,9 @@ LOST: Final = JobError(
 AHEAD_LIMIT: Final = 1_000
 """How many jobs ahead are counted at most. Beyond that the exact number is not useful."""
 
+WAITS_ENDED: Final = "worker.stopped_waiting"
+"""The event of a worker that waits for no more jobs."""
+
 EVENTS_KEPT_SECONDS: Final = 60
 """How long a batch of events is stored, for other processes to read."""
 
@@ -333,6 +336,10 @@ class Store(ABC):
     @abstractmethod
     async def see_worker(self, types: Sequence[str]) -> None:
         """Record that a worker runs these types."""
+
+    @abstractmethod
+    async def announce_waits_ended(self, worker_id: str) -> None:
+        """Announce to other processes that a worker waits for no more jobs."""
 
     @abstractmethod
     async def prune(self, status: JobStatus, *, keep_seconds: float, jobs: int) -> int:

@@ -126,3 +126,64 @@ async def test_a_worker_with_a_wrong_request_gets_its_faults(server: httpx.Async
         "/limit",
         "/waitSeconds",
     }
+
+
+TIMES = """mutation ($types: [String!]!) {
+  leaseJobs(input: {jobTypes: $types, workerId: "python"}) {
+    ... on LeaseJobsSuccess {
+      leases { leaseToken leaseSeconds secondsToExpiry secondsLeft } } } }"""
+BEAT = """mutation ($token: String!) { heartbeatJob(leaseToken: $token) {
+  ... on HeartbeatJobSuccess { secondsToExpiry secondsLeft } } }"""
+
+
+@pytest.mark.any_database
+@pytest.mark.parametrize(("lease_seconds", "expected"), [("12", 12.0), ("90", 60.0)])
+async def test_a_worker_needs_no_clock(
+    database_url: str, lease_seconds: str, expected: float
+) -> None:
+    async with (
+        serving(database_url, lease_seconds=lease_seconds) as (address, _),
+        httpx.AsyncClient(base_url=f"http://{address}", timeout=40) as server,
+    ):
+        await enqueue(server, "b-1")
+        (lease,) = (await graphql(server, TIMES, types=["payout.execute"]))["leases"]
+        # payout.execute times out after 60 seconds, and no lease lasts longer than its attempt.
+        assert lease["leaseSeconds"] == float(lease_seconds)
+        assert lease["secondsToExpiry"] == expected
+        assert lease["secondsLeft"] == 60.0
+        beat = await graphql(server, BEAT, token=lease["leaseToken"])
+        assert beat["secondsLeft"] == pytest.approx(60, abs=5)
+        assert beat["secondsToExpiry"] == pytest.approx(expected, abs=5)
+
+
+STOP = """mutation ($worker: String!) { stopWaiting(workerId: $worker) {
+  ... on StopWaitingSuccess { workerId } ... on InputInvalid { violations { path } } } }"""
+
+
+@pytest.mark.any_database
+async def test_a_worker_that_stops_waiting_gets_the_answer_of_its_long_poll(
+    server: httpx.AsyncClient, database_url: str
+) -> None:
+    lease = LEASE.replace('"python"', "$worker").replace("($types", "($worker: String!, $types")
+    of_types = {"types": ["payout.execute"], "limit": 1, "wait": 20}
+    async with (
+        serving(database_url) as (address, _),
+        httpx.AsyncClient(base_url=f"http://{address}", timeout=40) as another,
+    ):
+        going, gone, staying = (
+            asyncio.create_task(graphql(each, lease, worker=worker, **of_types))
+            for each, worker in ((server, "going"), (server, "gone"), (another, "staying"))
+        )
+        await asyncio.sleep(1)
+        stopped = await graphql(server, STOP, worker="going")
+        assert stopped == {"workerId": "going"}
+        assert (await asyncio.wait_for(going, 2))["leases"] == []
+        # Also when the request comes to another process than the one in which the worker waits.
+        await graphql(another, STOP, worker="gone")
+        assert (await asyncio.wait_for(gone, 2))["leases"] == []
+        assert not staying.done()
+        (job_id,) = await enqueue(server, "for the one that stays")
+        leased = await asyncio.wait_for(staying, 3)
+        assert [each["job"]["id"] for each in leased["leases"]] == [job_id]
+    refused = await graphql(server, STOP, worker="")
+    assert refused == {"violations": [{"path": "/workerId"}]}
