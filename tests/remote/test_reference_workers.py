@@ -53,7 +53,7 @@ def built_typescript(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ran = subprocess.run(
             [folder / "node_modules" / ".bin" / program[0]],
             cwd=folder,
-            env={**os.environ, "JOBS_SCHEMA": str(schema)},
+            env={**os.environ, "SCHEMA": str(schema)},
             capture_output=True,
             text=True,
             timeout=300,
@@ -186,7 +186,7 @@ async def test_each_end_of_a_handler_is_reported_as_such(url: str, start: Start)
         job = await until(server, closed, "succeeded")
         assert outcomes(job) == ["failed", "succeeded"]
         assert job["attempts"][0]["error"]["code"] == "bank_closed"
-        job = await read(server, review)
+        job = await until(server, review, "queued")
         assert (job["status"], job["attempt"], outcomes(job)) == ("queued", 0, ["snoozed"])
 
 

@@ -170,11 +170,11 @@ class Client:
         answer: EndResult = await self._send(document, 10, token=token, **variables)
         return answer
 
-    async def _send(self, document: str, seconds: float, **variables: Any) -> Any:
+    async def _send(self, document: str, timeout: float, /, **variables: Any) -> Any:
         query = document if document == RELEASE else document + INVALID
         body = {"query": query, "variables": variables}
         try:
-            response = await self._http.post(self._url, json=body, timeout=seconds)
+            response = await self._http.post(self._url, json=body, timeout=timeout)
         except httpx.TransportError as error:
             raise Unreachable(f"no answer: {error!r}") from error
         retry_after = response.headers.get("retry-after", "")
