@@ -22,9 +22,9 @@ import httpx
 import pytest
 
 from tests import ROOT
+from tests.docs.pages import WORKERS
 from tests.http_client import serving
 
-EXAMPLES: Final = ROOT / "docs" / "examples" / "workers"
 PACKAGES: Final = ROOT / "tests" / "frontend" / "node_modules"
 """The packages of the example in TypeScript, in the same versions."""
 
@@ -42,7 +42,7 @@ def built_typescript(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("Node's packages are not there: `make test` fetches them")
     folder = tmp_path_factory.mktemp("typescript")
     shutil.copytree(
-        EXAMPLES / "typescript",
+        WORKERS / "typescript",
         folder,
         dirs_exist_ok=True,
         ignore=shutil.ignore_patterns("node_modules", "gen", "build"),
@@ -67,7 +67,7 @@ def built_typescript(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def start(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Start]:
     """Starts a worker. `seconds` is how long each payout takes."""
     if request.param == "python":
-        command = [sys.executable, str(EXAMPLES / "python" / "payouts.py")]
+        command = [sys.executable, str(WORKERS / "python" / "payouts.py")]
     else:
         command = ["node", str(request.getfixturevalue("built_typescript") / "build/payouts.js")]
     started: list[asyncio.subprocess.Process] = []
@@ -239,6 +239,32 @@ async def test_a_worker_ends_in_the_middle_of_a_long_poll(url: str, start: Start
         job_id = await enqueue(server, "b-2")
         (lease,) = (await graphql(server, LEASE))["leases"]
         assert lease["job"] == {"id": job_id, "attempt": 1}
+
+
+async def test_workers_that_end_while_jobs_come_lose_none(url: str, start: Start) -> None:
+    async with server_of(url) as server:
+        warm = await enqueue(server, "b-1")
+        workers = [await start(address_of(server), seconds=50) for _ in range(3)]
+        await until(server, warm, "running")
+        await asyncio.sleep(2)
+        jobs, *codes = await asyncio.gather(
+            asyncio.gather(*(enqueue(server, f"b-{n}") for n in range(4))),
+            *(ended(worker, within=5) for worker in workers),
+        )
+        assert codes == [0, 0, 0]
+        for job_id in [warm, *jobs]:
+            job = await read(server, job_id)
+            assert (job["status"], job["attempt"]) == ("queued", 0)
+            assert set(outcomes(job)) <= {"released"}
+
+
+@pytest.mark.parametrize("start", ["python"], indirect=True)
+async def test_a_report_that_is_refused_fails_the_job(url: str, start: Start) -> None:
+    async with server_of(url, max_payload_bytes="40") as server:
+        job_id = await enqueue(server, "b")
+        await start(address_of(server), seconds=0)
+        job = await until(server, job_id, "failed", "succeeded")
+        assert outcomes(job) == ["failed"]
 
 
 async def test_a_server_that_is_killed_and_started_again_costs_no_attempt(

@@ -1,12 +1,10 @@
-"""`payout.execute`, worked from end to end by workers that speak nothing but GraphQL over HTTP."""
+"""The protocol of remote workers, over HTTP. `test_reference_workers` runs whole workers."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import shutil
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -54,26 +52,6 @@ LEASE = """mutation ($types: [String!]!, $limit: Int!, $wait: Int!) {
     ... on InputInvalid { violations { path } } } }"""
 END = """mutation ($token: String!) {{ {0}
   {{ __typename ... on JobChanged {{ job {{ status attempt nextRunAt }} }} }} }}"""
-
-
-@pytest.mark.any_database
-async def test_a_worker_in_any_language_works_payouts(server: httpx.AsyncClient) -> None:
-    node = shutil.which("node")
-    if node is None:
-        pytest.skip("Node is not on this machine: the worker in JavaScript is not tried")
-    jobs = await enqueue(server, "b-1", "b-2", "shaky", *(f"more-{n}" for n in range(9)))
-    script = Path(__file__).with_name("worker.mjs")
-    process = await asyncio.create_subprocess_exec(node, script, f"{server.base_url}/graphql")
-    assert await asyncio.wait_for(process.wait(), 40) == 0
-
-    done = [await read(server, job_id) for job_id in jobs]
-    assert {job["status"] for job in done} == {"succeeded"}
-    assert done[0]["result"] == {"paid": "b-1", "attempt": 1}
-    assert done[0]["progress"] == {"paying": "b-1"}
-    shaky = done[2]
-    assert [attempt["outcome"] for attempt in shaky["attempts"]] == ["failed", "succeeded"]
-    assert shaky["attempts"][0]["error"]["code"] == "bank_closed"
-    assert shaky["attempts"][1]["workerId"].startswith("node:")
 
 
 @pytest.mark.any_database

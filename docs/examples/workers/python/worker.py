@@ -128,7 +128,7 @@ class Worker:
 
     async def _report(self, job: Job, document: str, variables: dict[str, Any]) -> None:
         """Report the end until the server answers, or until the lease has expired."""
-        failures = 0
+        failures, is_refused = 0, False
         while job.stopped != "lost":
             try:
                 answer = await self._client.end(document, job.token, **variables)
@@ -139,8 +139,9 @@ class Worker:
             except Refused as error:
                 log.error("%s: %s", job.id, error)
                 return
-            if answer["kind"] == "InputInvalid" and document != protocol.FAIL:
-                reason = str(answer["violations"])[:1000]
+            if answer["kind"] == "InputInvalid" and not is_refused:
+                # The result is too large, or a number of seconds is out of range.
+                is_refused, reason = True, str(answer["violations"])[:1000]
                 document = protocol.FAIL
                 variables = failure(Fail("report_refused", reason, retryable=False))
                 continue

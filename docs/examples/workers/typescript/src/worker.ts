@@ -117,10 +117,13 @@ export class Worker {
 
   /** Report the end until the server answers, or until the lease has expired. */
   async #report(job: Job, ending: Ending): Promise<void> {
+    let refused = false;
     for (let failures = 0; job.stopped !== "lost"; ) {
       try {
         const answer = await this.#client.end(job.token, ending);
-        if (answer.__typename === "InputInvalid" && ending.kind !== "fail") {
+        if (answer.__typename === "InputInvalid" && !refused) {
+          // The result is too large, or a number of seconds is out of range.
+          refused = true;
           const message = JSON.stringify(answer.violations).slice(0, 1000);
           ending = { kind: "fail", code: "report_refused", message, retryable: false };
           continue;
