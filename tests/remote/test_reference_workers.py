@@ -258,13 +258,23 @@ async def test_workers_that_end_while_jobs_come_lose_none(url: str, start: Start
             assert set(outcomes(job)) <= {"released"}
 
 
-@pytest.mark.parametrize("start", ["python"], indirect=True)
-async def test_a_report_that_is_refused_fails_the_job(url: str, start: Start) -> None:
-    async with server_of(url, max_payload_bytes="40") as server:
-        job_id = await enqueue(server, "b")
-        await start(address_of(server), seconds=0)
-        job = await until(server, job_id, "failed", "succeeded")
-        assert outcomes(job) == ["failed"]
+async def test_a_result_that_is_refused_fails_the_job(url: str, tmp_path: Path) -> None:
+    script = tmp_path / "large_results.py"
+    script.write_text(
+        "import asyncio, sys, worker\n"
+        "async def large(job): return 'x' * 100_000\n"
+        "asyncio.run(worker.main(sys.argv[1], {'payout.execute': large}))\n"
+    )
+    async with server_of(url, max_payload_bytes="50000") as server:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            str(script),
+            f"http://{address_of(server)}/graphql",
+            env={**os.environ, "PYTHONPATH": str(WORKERS / "python")},
+        )
+        job = await until(server, await enqueue(server, "b-1"), "failed", "succeeded")
+        assert (outcomes(job), job["error"]["code"]) == (["failed"], "report_refused")
+        assert await ended(process, within=4) == 0
 
 
 async def test_a_server_that_is_killed_and_started_again_costs_no_attempt(
