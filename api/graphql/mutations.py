@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from datetime import datetime
 from typing import Annotated, Final
 
@@ -14,14 +15,15 @@ from pydantic import JsonValue
 from pydantic_core import to_json
 
 import job_registry
+from job_registry import EnqueueRequest
 from job_registry_api.graphql import errors
 from job_registry_api.graphql.access_scopes import Requires
-from job_registry_api.graphql.answer_limits import selected
+from job_registry_api.graphql.answer_limits import kept_for_answer, reading_job, selected
 from job_registry_api.graphql.context import Context, context_of
 from job_registry_api.graphql.inputs import EnqueueJobInput, JobErrorInput, LeaseJobsInput
 from job_registry_api.graphql.types import Job, JobLease
 from job_registry_api.queue.claiming import Lease
-from job_registry_api.queue.enqueueing import Enqueued, Refusal
+from job_registry_api.queue.enqueueing import Enqueued, ExistingValues, Refusal
 from job_registry_api.queue.errors import (
     IdempotencyConflict,
     IdempotencyKeyTaken,
@@ -151,13 +153,7 @@ class Mutation:
     ) -> EnqueueJobResult:
         caller = context_of(info).caller
         caller.need_types([input.type])
-        enqueued = await context_of(info).queue.enqueue(
-            input.request(),
-            created_by=caller.subject,
-            sees_others=caller.sees_others,
-            budget=context_of(info).budget.faults,
-        )
-        return EnqueueJobSuccess.of(enqueued)
+        return await stored(info, input.request())
 
     @strawberry.mutation(
         extensions=[Requires("jobs:enqueue")],
@@ -189,7 +185,12 @@ class Mutation:
             atomic=atomic,
             created_by=caller.subject,
             sees_others=caller.sees_others,
-            budget=context_of(info).budget.faults,
+            budget=budget.faults,
+            values=ExistingValues(
+                payload=of_each.payloads > 0,
+                others=of_each.progresses + of_each.results + of_each.errors > 0,
+                check=lambda weight: budget.check_bytes(weight * of_each.copies),
+            ),
         )
         return [_enqueued_or_refused(result) for result in results]
 
@@ -199,7 +200,7 @@ class Mutation:
         " job is requested to stop; the job is cancelled when it stops or its lease expires.",
     )
     async def cancel_job(self, info: Info, id: JobId) -> CancelJobResult:
-        return await _changed_if_visible(context_of(info), id, context_of(info).queue.cancel)
+        return await _changed_if_visible(info, id, context_of(info).queue.cancel)
 
     @strawberry.mutation(
         extensions=[Requires("jobs:admin")],
@@ -207,7 +208,7 @@ class Mutation:
         " gets one more.",
     )
     async def retry_job(self, info: Info, id: JobId) -> RetryJobResult:
-        return await _changed_if_visible(context_of(info), id, context_of(info).queue.retry)
+        return await _changed_if_visible(info, id, context_of(info).queue.retry)
 
     @strawberry.mutation(
         extensions=[Requires("jobs:work")],
@@ -227,6 +228,7 @@ class Mutation:
         context_of(info).caller.need_types(input.job_types)
         queue, budget, of_each = context_of(info).queue, context_of(info).budget, selected(info)
         budget.charge_fields(max(0, min(input.limit, MAX_LEASE)) * of_each.fields)
+        budget.check_reading()
         async with context_of(info).client_gone() as gone:
             leases = await queue.lease(
                 input.job_types,
@@ -243,6 +245,7 @@ class Mutation:
             if len(fitting) < len(leases):
                 queue.give_back(leases[len(fitting) :])
                 leases = fitting
+            leases = [replace(each, job=kept_for_answer(info, each.job)) for each in leases]
         return LeaseJobsSuccess(leases=[JobLease.of(lease) for lease in leases])
 
     @strawberry.mutation(
@@ -277,14 +280,15 @@ class Mutation:
         ] = None,
     ) -> HeartbeatJobResult:
         await _check_lease(context_of(info), lease_token)
-        heartbeat = await context_of(info).queue.heartbeat(lease_token, progress)
-        return HeartbeatJobSuccess(
-            expires_at=heartbeat.expires_at,
-            seconds_to_expiry=heartbeat.seconds_to_expiry,
-            seconds_left=heartbeat.seconds_left,
-            cancel_requested=heartbeat.cancel_requested,
-            job=Job.of(heartbeat.job),
-        )
+        async with reading_job(info):
+            heartbeat = await context_of(info).queue.heartbeat(lease_token, progress)
+            return HeartbeatJobSuccess(
+                expires_at=heartbeat.expires_at,
+                seconds_to_expiry=heartbeat.seconds_to_expiry,
+                seconds_left=heartbeat.seconds_left,
+                cancel_requested=heartbeat.cancel_requested,
+                job=Job.of(kept_for_answer(info, heartbeat.job)),
+            )
 
     @strawberry.mutation(
         extensions=[Requires("jobs:work")],
@@ -301,7 +305,7 @@ class Mutation:
         ] = None,
     ) -> CompleteJobResult:
         await _check_lease(context_of(info), lease_token)
-        return JobChanged.of(await context_of(info).queue.complete(lease_token, result))
+        return await _changed(info, lambda: context_of(info).queue.complete(lease_token, result))
 
     @strawberry.mutation(
         extensions=[Requires("jobs:work")],
@@ -324,13 +328,15 @@ class Mutation:
         ] = None,
     ) -> FailJobResult:
         await _check_lease(context_of(info), lease_token)
-        job = await context_of(info).queue.fail(
-            lease_token,
-            error.error(),
-            retryable=retryable,
-            retry_after_seconds=retry_after_seconds,
+        return await _changed(
+            info,
+            lambda: context_of(info).queue.fail(
+                lease_token,
+                error.error(),
+                retryable=retryable,
+                retry_after_seconds=retry_after_seconds,
+            ),
         )
-        return JobChanged.of(job)
 
     @strawberry.mutation(
         extensions=[Requires("jobs:work")],
@@ -338,7 +344,7 @@ class Mutation:
     )
     async def release_job(self, info: Info, lease_token: LeaseToken) -> ReleaseJobResult:
         await _check_lease(context_of(info), lease_token)
-        return JobChanged.of(await context_of(info).queue.release(lease_token))
+        return await _changed(info, lambda: context_of(info).queue.release(lease_token))
 
     @strawberry.mutation(
         extensions=[Requires("jobs:work")],
@@ -356,7 +362,7 @@ class Mutation:
         ],
     ) -> SnoozeJobResult:
         await _check_lease(context_of(info), lease_token)
-        return JobChanged.of(await context_of(info).queue.snooze(lease_token, seconds))
+        return await _changed(info, lambda: context_of(info).queue.snooze(lease_token, seconds))
 
 
 def _fitting(leases: list[Lease], max_bytes: int) -> list[Lease]:
@@ -397,10 +403,35 @@ async def _check_lease(context: Context, lease_token: str) -> None:
             raise LeaseLost
 
 
+async def stored(info: Info, request: EnqueueRequest) -> EnqueueJobSuccess:
+    """Store a job for the caller. An existing job counts as read.
+
+    Raises:
+        BudgetExceeded: the jobs that the request has read are large enough for an answer.
+    """
+    context = context_of(info)
+    async with reading_job(info):
+        enqueued = await context.queue.enqueue(
+            request,
+            created_by=context.caller.subject,
+            sees_others=context.caller.sees_others,
+            budget=context.budget.faults,
+        )
+        if enqueued.deduplicated:
+            enqueued = enqueued._replace(job=kept_for_answer(info, enqueued.job))
+        return EnqueueJobSuccess.of(enqueued)
+
+
+async def _changed(info: Info, change: Callable[[], Awaitable[JobRecord]]) -> JobChanged:
+    """Change a job, which counts as read. It is not changed if no more jobs may be read."""
+    async with reading_job(info):
+        return JobChanged.of(kept_for_answer(info, await change()))
+
+
 async def _changed_if_visible(
-    context: Context, job_id: str, change: Callable[[str], Awaitable[JobRecord]]
+    info: Info, job_id: str, change: Callable[[str], Awaitable[JobRecord]]
 ) -> JobChanged:
     """Change a job that the caller may see. The type of a job never changes."""
-    if context.caller.job_types is not None:
-        await context.job(job_id)
-    return JobChanged.of(await change(job_id))
+    if context_of(info).caller.job_types is not None:
+        await context_of(info).job(job_id)
+    return await _changed(info, lambda: change(job_id))

@@ -46,7 +46,7 @@ class JobEvent:
     )
     async def job(self, info: strawberry.Info[Context, None]) -> Job | None:
         try:
-            return Job.of(await context_of(info).queue.get(self.job_id))
+            return Job.of(await context_of(info).job(self.job_id))
         except JobNotFound:
             return None
 
