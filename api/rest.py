@@ -60,7 +60,6 @@ from job_registry_api.uploads import (
     AssetInvalid,
     AssetsUnavailable,
     Uploads,
-    UploadTooLarge,
 )
 
 _STATUSES: Final[Mapping[type[CodedError], int]] = {
@@ -74,7 +73,6 @@ _STATUSES: Final[Mapping[type[CodedError], int]] = {
     JobStateConflict: 409,
     AssetExists: 409,
     BodyTooLarge: 413,
-    UploadTooLarge: 413,
     BudgetExceeded: 413,
     UnsupportedMediaType: 415,
     PayloadInvalid: 422,
@@ -332,7 +330,7 @@ async def upload(request: _Request) -> _Answer:
     check_not_compressed(request.scope)
     declared = header(request.scope, b"content-length")
     if declared.isdigit() and int(declared) > request.uploads.max_bytes:
-        raise UploadTooLarge(request.uploads.max_bytes)
+        raise BodyTooLarge(request.uploads.max_bytes)
     place = request.scope["path_params"]
     stored = await request.uploads.store(
         place["asset_id"], place["version_number"], media_type, body_of(request.receive)

@@ -12,6 +12,7 @@ from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from job_registry import CodedError, Fail
 from job_registry.catalog.thumbnail import AssetId, VersionNumber
+from job_registry_api.http_messages import BodyTooLarge
 
 FORMATS: Final[Mapping[str, tuple[str, tuple[bytes, ...]]]] = {
     "image/jpeg": ("jpg", (b"\xff\xd8\xff",)),
@@ -50,17 +51,6 @@ class AssetExists(CodedError):
         return self.place
 
 
-class UploadTooLarge(CodedError):
-    """Raised when a picture is larger than the limit, as soon as that is known."""
-
-    code = "too_large"
-
-    def __init__(self, max_bytes: int) -> None:
-        super().__init__(
-            f"Expected a picture of at most {max_bytes:,} bytes; JOBS_MAX_UPLOAD_BYTES sets it."
-        )
-
-
 class AssetsUnavailable(CodedError):
     """Raised when the storage of the assets fails. The reason is in the log."""
 
@@ -94,7 +84,7 @@ class Uploads:
         Raises:
             AssetInvalid: the place or the content is not valid.
             AssetExists: the version has another picture.
-            UploadTooLarge: the content is too large. The rest of it is not read.
+            BodyTooLarge: the content is too large. The rest of it is not read.
             AssetsUnavailable: the storage failed.
         """
         extension, signatures = FORMATS[media_type]
@@ -112,13 +102,12 @@ class Uploads:
         try:
             files = AssetFiles(self.assets, asset, version)
             # In threads: a disk or a bucket may take its time.
-            receiving = files.receiving()
-            incoming = await asyncio.to_thread(receiving.__enter__)
+            incoming = await asyncio.to_thread(files.begin)
             try:
                 size = await self._receive(incoming.file, content, signatures, media_type)
                 kept = await asyncio.to_thread(files.keep, incoming, extension)
             finally:
-                await asyncio.to_thread(receiving.__exit__, None, None, None)
+                await asyncio.to_thread(files.discard, incoming)
         except Fail as refused:
             raise AssetInvalid(str(refused)) from None
         except OSError as error:
@@ -141,7 +130,7 @@ class Uploads:
         async for chunk in content:
             size += len(chunk)
             if size > self.max_bytes:
-                raise UploadTooLarge(self.max_bytes)
+                raise BodyTooLarge(self.max_bytes)
             if len(start) < _START:
                 start += chunk[:_START]
                 if len(start) >= _START and not start.startswith(signatures):

@@ -8,8 +8,6 @@ import posixpath
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Final, NamedTuple
 
@@ -89,24 +87,23 @@ class AssetFiles:
             self._files.pipe_file(target, content)
         return path
 
-    @contextmanager
-    def receiving(self) -> Iterator[Incoming]:
-        """Open a file for a picture that is being received. What `keep` has not kept is removed."""
+    def begin(self) -> Incoming:
+        """Open a file for a picture that is being received. `discard` ends it, kept or not."""
         if not self._local:
-            with tempfile.TemporaryFile() as file:
-                yield Incoming(file, None)
-            return
+            return Incoming(tempfile.TemporaryFile(), None)
         folder = Path(f"{self._root}/{self._name}").parent
         self._stay_inside(str(folder))
         _make_private_folder(folder)
         _remove_abandoned(folder)
         partial = Path(f"{self._root}/{self._name}.{os.getpid()}.{os.urandom(4).hex()}.partial")
         private = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            with os.fdopen(private, "w+b") as file:
-                yield Incoming(file, partial)
-        finally:
-            partial.unlink(missing_ok=True)
+        return Incoming(os.fdopen(private, "w+b"), partial)
+
+    def discard(self, incoming: Incoming) -> None:
+        """Close a file that was received. What `keep` has kept stays."""
+        incoming.file.close()
+        if incoming.path is not None:
+            incoming.path.unlink(missing_ok=True)
 
     def keep(self, incoming: Incoming, extension: str) -> bool:
         """Make a received file the picture of this version. Return False if it has another one.

@@ -158,7 +158,6 @@ async def test_a_picture_is_bounded(visit: Visit, assets: Path, declared: bool) 
         content: Any = PNG * 20 if declared else pieces(PNG, 20)
         answer = await post(client, content)
     assert code_of(answer) == (413, "too_large")
-    assert "JOBS_MAX_UPLOAD_BYTES" in answer.text
     assert files_of(assets) == []
 
 
