@@ -154,12 +154,14 @@ def decode(text: str | bytes) -> Message:
         if not isinstance(process, str) or not (batch is None or isinstance(batch, int)):
             raise TypeError
         names, types = message.get("names", ()), message.get("types", ())
-        events, stopped = [], []
+        events: list[JobEvent] = []
+        stopped: list[str] = []
         for name, job_id, job_type, attempt, *_ in message.get("events", ()):
-            known = cast(EventName, _text(name, names))
-            if known == WAITS_ENDED:
+            text_of_name = _text(name, names)
+            if text_of_name == WAITS_ENDED:
                 stopped.append(_text(job_type, types))
                 continue
+            known = cast(EventName, text_of_name)
             event = JobEvent(known, UUID(job_id), _text(job_type, types), int(attempt))
             if known in STATUS_AFTER:
                 events.append(event)

@@ -247,10 +247,9 @@ async def test_workers_that_end_while_jobs_come_lose_none(url: str, start: Start
         workers = [await start(address_of(server), seconds=50) for _ in range(3)]
         await until(server, warm, "running")
         await asyncio.sleep(2)
-        jobs, *codes = await asyncio.gather(
-            asyncio.gather(*(enqueue(server, f"b-{n}") for n in range(4))),
-            *(ended(worker, within=5) for worker in workers),
-        )
+        enqueueing = asyncio.gather(*(enqueue(server, f"b-{n}") for n in range(4)))
+        codes = await asyncio.gather(*(ended(worker, within=5) for worker in workers))
+        jobs = await enqueueing
         assert codes == [0, 0, 0]
         for job_id in [warm, *jobs]:
             job = await read(server, job_id)

@@ -71,7 +71,7 @@ def test_a_class_has_the_types_of_the_schema(typed: type) -> None:
     assert isinstance(graphql_type, GraphQLObjectType)
     for name, hint in get_type_hints(typed, vars(protocol)).items():
         if name == "kind":
-            assert hint == Literal[typed.__name__]  # type: ignore[valid-type]
+            assert hint == Literal[typed.__name__]
         else:
             assert hint == _hint(graphql_type.fields[name].type)
 
