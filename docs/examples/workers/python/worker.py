@@ -154,18 +154,20 @@ class Worker:
         """Renew the leases of all running jobs, also of those whose report is not answered."""
         loop = asyncio.get_running_loop()
         while True:
-            next_beat = loop.time() + self._beat_seconds
-            await asyncio.gather(*(self._renew(job) for job in self._running.values()))
-            await asyncio.sleep(max(0.0, next_beat - loop.time()))
+            began = loop.time()
+            renewed = await asyncio.gather(*(self._renew(job) for job in self._running.values()))
+            pause = self._beat_seconds if all(renewed) else min(1.0, self._beat_seconds)
+            await asyncio.sleep(max(0.0, began + pause - loop.time()))
 
-    async def _renew(self, job: Job) -> None:
+    async def _renew(self, job: Job) -> bool:
+        """Send one heartbeat. Return False if it has to be sent again soon."""
         loop = asyncio.get_running_loop()
         sent, progress = loop.time(), job.latest_progress
         try:
             answer = await self._client.heartbeat(job.token, progress, self._beat_seconds)
         except (Unreachable, Refused) as error:
             log.warning("heartbeatJob: %s", error)
-            return
+            return False
         if answer["kind"] == "LeaseLost":
             job.stop("lost")
         elif answer["kind"] == "InputInvalid":
@@ -176,6 +178,7 @@ class Worker:
             job.expires_in(sent + answer["secondsToExpiry"] - loop.time())
             if answer["cancelRequested"]:
                 job.stop("cancelled")
+        return answer["kind"] != "InputInvalid"
 
 
 def backoff(failures: int) -> float:

@@ -142,30 +142,36 @@ export class Worker {
   /** Renew the leases of all running jobs, also of those whose report is not answered. */
   async #beat(): Promise<void> {
     for (;;) {
-      const next = now() + this.#beatSeconds;
-      await Promise.all([...this.#running].map((job) => this.#renew(job)));
-      await sleep(Math.max(0, next - now()) * 1000);
+      const began = now();
+      const renewed = await Promise.all([...this.#running].map((job) => this.#renew(job)));
+      const pause = renewed.every(Boolean) ? this.#beatSeconds : Math.min(1, this.#beatSeconds);
+      await sleep(Math.max(0, began + pause - now()) * 1000);
     }
   }
 
-  async #renew(job: Job): Promise<void> {
+  /** Send one heartbeat. Return false if it has to be sent again soon. */
+  async #renew(job: Job): Promise<boolean> {
     const sent = now();
     try {
       const progress = job.latestProgress;
       const answer = await this.#client.heartbeat(job.token, progress, this.#beatSeconds);
       switch (answer.__typename) {
         case "LeaseLost":
-          return job.stop("lost");
+          job.stop("lost");
+          return true;
         case "InputInvalid":
           // The progress is too large. The next heartbeat renews the lease without it.
           job.latestProgress = null;
-          return log(`${job.id}: ${JSON.stringify(answer.violations)}`);
+          log(`${job.id}: ${JSON.stringify(answer.violations)}`);
+          return false;
         case "HeartbeatJobSuccess":
           if (this.#running.has(job)) job.expiresIn(sent + answer.secondsToExpiry - now());
           if (answer.cancelRequested) job.stop("cancelled");
+          return true;
       }
     } catch (error) {
       log(`heartbeatJob: ${error}`);
+      return false;
     }
   }
 
