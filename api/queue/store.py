@@ -60,6 +60,9 @@ AHEAD_LIMIT: Final = 1_000
 COUNTED_JOBS: Final = 10_000
 """How many jobs of a type are counted at most to tell its versions."""
 
+WAITS_ENDED: Final = "worker.stopped_waiting"
+"""The event of a worker that waits for no more jobs."""
+
 EVENTS_KEPT_SECONDS: Final = 60
 """How long a batch of events is stored, for other processes to read."""
 
@@ -413,6 +416,10 @@ class Store(ABC):
     @abstractmethod
     async def prune_versions(self, *, keep_seconds: float) -> None:
         """Delete the versions of types whose workers were last seen longer ago."""
+
+    @abstractmethod
+    async def announce_waits_ended(self, worker_id: str) -> None:
+        """Announce to other processes that a worker waits for no more jobs."""
 
     @abstractmethod
     async def prune(self, status: JobStatus, *, keep_seconds: float, jobs: int) -> int:
