@@ -329,7 +329,7 @@ async def _faults(deploys: Deploys) -> list[str]:
             faults.append(f"attempts ended otherwise: {dict(outcomes)}")
     faults += _wrong_runs(deploys)
     parked = sum(
-        log.read_text(errors="replace").count('"job.parked"')
+        log.read_text(errors="replace").count('"job.payload_mismatch"')
         for log in deploys.folder.glob("*.log")
     )
     print(
