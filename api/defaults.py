@@ -37,6 +37,7 @@ CORS_HEADERS: Final = (
 KEEP_FAILED_DAYS: Final = 90.0
 KEEP_SUCCEEDED_DAYS: Final = 7.0
 LEASE_SECONDS: Final = 30.0
+LOCK_FILE: Final = "registry.lock.json"
 MAX_BULK_SIZE: Final = 1_000
 MAX_PAGE_SIZE: Final = 200
 PARKED_DAYS: Final = 7.0

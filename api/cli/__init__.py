@@ -14,7 +14,9 @@ import typer
 
 from job_registry import DefinitionError
 from job_registry_api.cli import (
+    check,
     enqueue,
+    lock,
     migrate,
     registry,
     schema,
@@ -91,6 +93,8 @@ for command in (
     registry.policy,
     registry.validate,
     enqueue.enqueue,
+    lock.lock,
+    check.check,
     schema.schema,
     versions.versions,
     versions.unpark,

@@ -52,10 +52,18 @@ class LeaseJobsSuccess:
     leases: list[JobLease] = strawberry.field(description="The leases of this worker.")
 
 
+@strawberry.type(description="The waits of the worker end.")
+class StopWaitingSuccess:
+    worker_id: str = strawberry.field(description="The worker's name.")
+
+
 @strawberry.type(description="The lease is renewed.")
 class HeartbeatJobSuccess:
     expires_at: datetime = strawberry.field(
         description="When the lease ends without another heartbeat."
+    )
+    seconds_to_expiry: float = strawberry.field(
+        description="The time until the lease ends without another heartbeat."
     )
     seconds_left: float = strawberry.field(
         description="The time until the attempt times out. Heartbeats do not extend it."
@@ -100,6 +108,10 @@ RetryJobResult = Annotated[
 LeaseJobsResult = Annotated[
     LeaseJobsSuccess | errors.InputInvalid,
     strawberry.union("LeaseJobsResult", description="The leased jobs, or why none was leased."),
+]
+StopWaitingResult = Annotated[
+    StopWaitingSuccess | errors.InputInvalid,
+    strawberry.union("StopWaitingResult", description="Success, or why no wait was ended."),
 ]
 HeartbeatJobResult = Annotated[
     HeartbeatJobSuccess | errors.LeaseLost | errors.InputInvalid,
@@ -268,6 +280,22 @@ class Mutation:
 
     @strawberry.mutation(
         extensions=[Requires("jobs:work")],
+        description="End the waits of a worker's `leaseJobs` requests, in every server process."
+        " Each is answered at once, with the leases that it has or with none. A worker that shuts"
+        " down sends it and reads the answer of its `leaseJobs`: no lease is lost on the way.",
+    )
+    async def stop_waiting(
+        self,
+        info: Info,
+        worker_id: Annotated[
+            str, strawberry.argument(description="The `workerId` of the `leaseJobs` requests.")
+        ],
+    ) -> StopWaitingResult:
+        await context_of(info).queue.stop_waiting(worker_id)
+        return StopWaitingSuccess(worker_id=worker_id)
+
+    @strawberry.mutation(
+        extensions=[Requires("jobs:work")],
         description="Renew a lease. The response says whether to stop.",
     )
     async def heartbeat_job(
@@ -286,6 +314,7 @@ class Mutation:
             heartbeat = await context_of(info).queue.heartbeat(lease_token, progress)
             return HeartbeatJobSuccess(
                 expires_at=heartbeat.expires_at,
+                seconds_to_expiry=heartbeat.seconds_to_expiry,
                 seconds_left=heartbeat.seconds_left,
                 cancel_requested=heartbeat.cancel_requested,
                 job=Job.of(kept_for_answer(info, heartbeat.job)),

@@ -550,6 +550,17 @@ class JobLease:
     deadline_at: datetime = strawberry.field(
         description="When the attempt times out. Heartbeats do not extend it."
     )
+    lease_seconds: float = strawberry.field(
+        description="How long the lease lasts after each heartbeat. Send one every third of it."
+    )
+    seconds_to_expiry: float = strawberry.field(
+        description="The time until the lease ends without a heartbeat, counted from the start of"
+        " the lease. Unlike `expiresAt`, it does not depend on the worker's clock."
+    )
+    seconds_left: float = strawberry.field(
+        description="The time until the attempt times out, counted from the start of the lease."
+        " Unlike `deadlineAt`, it does not depend on the worker's clock."
+    )
 
     @classmethod
     def of(cls, lease: claiming.Lease) -> JobLease:
@@ -558,4 +569,7 @@ class JobLease:
             job=Job.of(lease.job),
             expires_at=lease.expires_at,
             deadline_at=lease.deadline_at,
+            lease_seconds=lease.lease_seconds,
+            seconds_to_expiry=lease.seconds_to_expiry,
+            seconds_left=lease.job.timeout_seconds,
         )

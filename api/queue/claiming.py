@@ -55,6 +55,14 @@ class Lease:
     job: JobRecord
     expires_at: datetime
     deadline_at: datetime
+    lease_seconds: float
+    """How long the lease lasts after each heartbeat, but never past `deadline_at`."""
+
+    @property
+    def seconds_to_expiry(self) -> float:
+        """How long after its beginning the lease expires without a heartbeat."""
+        assert self.job.started_at is not None
+        return (self.expires_at - self.job.started_at).total_seconds()
 
 
 def count_recovered(metrics: Metrics, recovered: Sequence[JobRecord]) -> None:
@@ -193,7 +201,13 @@ class Claiming:
         self._events.publish(happened)
         count_recovered(self._metrics, claimed.recovered)
         leases = [
-            Lease(each.job.id.hex + each.token, each.job, each.expires_at, each.deadline_at)
+            Lease(
+                each.job.id.hex + each.token,
+                each.job,
+                each.expires_at,
+                each.deadline_at,
+                self._lease_seconds,
+            )
             for each in claimed.leased
         ]
         leases.sort(key=lambda lease: -lease.job.priority)
@@ -340,10 +354,17 @@ class _WaitingLine:
         if not self._waiters:
             self._woken.set()
 
-    def end(self) -> None:
-        """End all waits without a lease, except one whose claim is in progress."""
+    def end(self, worker_id: str | None = None) -> None:
+        """End all waits, or those of one worker, without a lease.
+
+        A wait whose claim is in progress ends with the leases of that.
+        """
         for waiter in self._waiters:
-            if not waiter.is_served and not waiter.leases.done():
+            if worker_id is not None and waiter.worker_id != worker_id:
+                continue
+            if waiter.is_served:
+                waiter.is_leaving = True
+            elif not waiter.leases.done():
                 waiter.leases.set_result([])
 
     async def _run(self) -> None:
@@ -351,7 +372,10 @@ class _WaitingLine:
         limited = list(claiming.limits(self.types))
         locked = 0
         try:
-            with claiming.events.waiting_for(self.types, limited) as self._woken:
+            with (
+                claiming.events.on_waits_ended(self.end),
+                claiming.events.waiting_for(self.types, limited) as self._woken,
+            ):
                 while self._waiters:
                     self._woken.clear()
                     everything = await self._serve()

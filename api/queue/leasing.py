@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Final, NamedTuple
 
 from pydantic import JsonValue
@@ -29,7 +29,12 @@ from job_registry_api.queue.errors import (
 from job_registry_api.queue.events import Events, JobEvent
 from job_registry_api.queue.group_commit import GroupCommit
 from job_registry_api.queue.models import AttemptOutcome, JobError, JobRecord, JobStatus
-from job_registry_api.queue.requests import check_lease, check_seconds, differing_paths
+from job_registry_api.queue.requests import (
+    check_lease,
+    check_seconds,
+    check_worker_id,
+    differing_paths,
+)
 from job_registry_api.queue.store import (
     TIMED_OUT,
     LeaseRenewal,
@@ -50,6 +55,7 @@ class Heartbeat:
     expires_at: datetime
     seconds_left: float
     cancel_requested: bool
+    seconds_to_expiry: float
 
 
 class Renewal(NamedTuple):
@@ -126,6 +132,18 @@ class Leasing:
             readable=reads,
         )
 
+    async def stop_waiting(self, worker_id: str) -> None:
+        """End the waits of a worker's `lease` calls, in every process. Later calls wait again.
+
+        A call whose claim is in progress returns the leases of that.
+
+        Raises:
+            InputInvalid: `worker_id` does not have 1 to 255 characters.
+        """
+        check_worker_id(worker_id)
+        self.events.end_waits(worker_id)
+        await self._store.announce_waits_ended(worker_id)
+
     def give_back(self, leases: Sequence[Lease]) -> None:
         """Release leases whose caller is gone, in the background. Their attempts are not spent."""
         self._claiming.give_back(leases)
@@ -165,7 +183,20 @@ class Leasing:
         job = await self._store.get(job_id)
         if job is None:
             raise LeaseLost
-        return Heartbeat(job, renewed.expires_at, renewed.seconds_left, renewed.cancel_requested)
+        seconds_to_expiry = min(self.lease_seconds, renewed.seconds_left)
+        if not renewed.renewed and job.started_at is not None:
+            # The lease is as it was. Its end is known relative to the attempt's deadline alone.
+            deadline = job.started_at + timedelta(seconds=job.timeout_seconds)
+            seconds_to_expiry = (
+                renewed.seconds_left - (deadline - renewed.expires_at).total_seconds()
+            )
+        return Heartbeat(
+            job,
+            renewed.expires_at,
+            renewed.seconds_left,
+            renewed.cancel_requested,
+            max(0.0, seconds_to_expiry),
+        )
 
     async def renew(self, renewals: Sequence[Renewal]) -> list[Renewed | LeaseLost]:
         """Renew leases in one statement. Return the result of each, in order.

@@ -148,12 +148,7 @@ def check_lease(
             )
         )
     faults += unknown_types(registry, job_types)
-    if not 1 <= len(worker_id) <= 255 or text_fault(worker_id):
-        faults.append(
-            Violation(
-                "/workerId", "out_of_range", "Expected a string of 1 to 255 characters without NUL."
-            )
-        )
+    faults += _worker_id_faults(worker_id)
     if not 1 <= limit <= MAX_LEASE:
         message = f"Expected a whole number from 1 to {MAX_LEASE}; got {limit}."
         faults.append(Violation("/limit", "out_of_range", message))
@@ -178,6 +173,23 @@ def _readable_faults(
         if name not in job_types:
             message = f"Expected a type that jobTypes has; got {shortened(name)}."
             yield Violation("/fingerprints", "job_type_not_found", message)
+
+
+def check_worker_id(worker_id: str) -> None:
+    """Check the id of a worker.
+
+    Raises:
+        InputInvalid: it does not have 1 to 255 characters.
+    """
+    if faults := _worker_id_faults(worker_id):
+        raise InputInvalid(tuple(faults))
+
+
+def _worker_id_faults(worker_id: str) -> list[Violation]:
+    if 1 <= len(worker_id) <= 255 and not text_fault(worker_id):
+        return []
+    message = "Expected a string of 1 to 255 characters without NUL."
+    return [Violation("/workerId", "out_of_range", message)]
 
 
 def unknown_types(registry: JobRegistry, job_types: Iterable[str]) -> list[Violation]:

@@ -60,6 +60,9 @@ AHEAD_LIMIT: Final = 1_000
 COUNTED_JOBS: Final = 10_000
 """How many jobs of a type are counted at most to tell its versions."""
 
+WAITS_ENDED: Final = "worker.stopped_waiting"
+"""The event of a worker that waits for no more jobs."""
+
 EVENTS_KEPT_SECONDS: Final = 60
 """How long a batch of events is stored, for other processes to read."""
 
@@ -98,6 +101,14 @@ class Listed(NamedTuple):
 
 EVENT_BATCHES_PRUNED: Final = 10_000
 """How many stored batches one transaction deletes at most."""
+
+
+class StoredPayload(NamedTuple):
+    """The payload of a stored job, as JSON text."""
+
+    id: uuid.UUID
+    type: str
+    text: str
 
 
 class NewJob(NamedTuple):
@@ -407,6 +418,10 @@ class Store(ABC):
         """Delete the versions of types whose workers were last seen longer ago."""
 
     @abstractmethod
+    async def announce_waits_ended(self, worker_id: str) -> None:
+        """Announce to other processes that a worker waits for no more jobs."""
+
+    @abstractmethod
     async def prune(self, status: JobStatus, *, keep_seconds: float, jobs: int) -> int:
         """Delete up to `jobs` jobs that ended with `status` longer ago than `keep_seconds`.
 
@@ -598,6 +613,20 @@ class Store(ABC):
             for row in rows
         }
 
+    async def unfinished(
+        self, *, after: uuid.UUID, jobs: int, characters: int
+    ) -> list[StoredPayload]:
+        """Return the payloads of queued and running jobs with ids after `after`, in their order.
+
+        They are at most `jobs`, and no more once their texts have `characters` characters. A job
+        that is claimed or given back between two pages is on one of them.
+        """
+        page = {"after": after.hex, "jobs": jobs, "characters": characters}
+        return [
+            StoredPayload(row["id"], row["type"], row["text"])
+            for row in await self._read("unfinished", page)
+        ]
+
     async def now(self) -> datetime:
         """Return the time of the database."""
         (row,) = await self._read("now", {})
@@ -606,13 +635,7 @@ class Store(ABC):
 
     async def counts(self) -> dict[str, JobCounts]:
         """Return the number of jobs per type and status. Types without jobs are left out."""
-        counts: dict[str, dict[str, int]] = {}
-        jobs = func.sum(JobCount.jobs).label("jobs")
-        by_type = select(JobCount.type, JobCount.status, jobs).group_by(
-            col(JobCount.type), col(JobCount.status)
-        )
-        for row in await self._select(by_type):
-            counts.setdefault(row["type"], {})[row["status"]] = int(row["jobs"])
+        counts = await self.counts_by_status()
         parked = (
             select(JobParked.type, func.count().label("jobs"))
             .where(col(JobParked.parked_at).is_not(None))
@@ -621,6 +644,17 @@ class Store(ABC):
         for row in await self._select(parked):
             counts.setdefault(row["type"], {})["parked"] = int(row["jobs"])
         return {name: JobCounts(**of_status) for name, of_status in counts.items()}
+
+    async def counts_by_status(self) -> dict[str, dict[str, int]]:
+        """Return the same without parked jobs, also from a database of an earlier revision."""
+        counts: dict[str, dict[str, int]] = {}
+        jobs = func.sum(JobCount.jobs).label("jobs")
+        by_type = select(JobCount.type, JobCount.status, jobs).group_by(
+            col(JobCount.type), col(JobCount.status)
+        )
+        for row in await self._select(by_type):
+            counts.setdefault(row["type"], {})[row["status"]] = int(row["jobs"])
+        return counts
 
     async def versions(self, job_type: str) -> list[TypeVersion]:
         """Return the versions of the jobs that are stored under this name, and of its workers."""

@@ -62,6 +62,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "running": {"now": "2030", "type": "test.ping"},
     "next_end": {"now": "2030"},
     "prune": {"status": "succeeded", "before": "2030", "jobs": 200},
+    "unfinished": {"after": "", "jobs": 100, "characters": 10_000},
     "waiting": {"ids": '["f"]', "most": 1_000, "shift": "+0 seconds"},
     "due_readable": {
         "type": "test.ping",
@@ -98,7 +99,8 @@ async def test_on_sqlite_a_statement_reads_an_index_and_sorts_no_more_than_a_pag
     await database.close()
     scans = [s for s in steps if re.match(r"SCAN (job|job_parked|other|due)\b(?!.* USING)", s)]
     assert not scans, steps
-    assert not [step for step in steps if "TEMP B-TREE" in step], steps
+    # The page of unfinished jobs is put together from two.
+    assert name == "unfinished" or not [step for step in steps if "TEMP B-TREE" in step], steps
 
 
 LISTS = {

@@ -128,6 +128,14 @@ FROM (
 ) AS counted
 GROUP BY counted.fingerprint
 
+-- name: announce_waits_ended
+-- Announce that a worker waits for no more jobs. The event is of no job.
+SELECT job_registry.job_announce(
+    CAST(:process AS text),
+    job_registry.job_event(
+        'worker.stopped_waiting', '00000000-0000-0000-0000-000000000000', CAST(:worker AS text), 0),
+    CAST(:keep AS boolean))
+
 -- name: by_key
 -- Return the jobs with these idempotency keys.
 SELECT job.* FROM jsonb_to_recordset(CAST(:keys AS jsonb)) AS wanted (type text, key text)
@@ -194,6 +202,27 @@ SELECT * FROM job_registry.job_waiting(CAST(:ids AS jsonb), CAST(:most AS intege
 -- name: now
 -- Return the time of the database.
 SELECT clock_timestamp() AS now
+
+-- name: unfinished
+-- Return a page of queued and running jobs in the order of their ids, with the texts of their
+-- payloads. The page ends with the payload that makes it `:characters` long.
+WITH page AS (
+    (SELECT id FROM job_registry.job
+     WHERE status = 'queued' AND id > CAST(:after AS uuid)
+     ORDER BY id LIMIT CAST(:jobs AS integer))
+    UNION ALL
+    (SELECT id FROM job_registry.job
+     WHERE status = 'running' AND id > CAST(:after AS uuid)
+     ORDER BY id LIMIT CAST(:jobs AS integer))
+    ORDER BY id LIMIT CAST(:jobs AS integer)),
+found AS MATERIALIZED (
+    SELECT job.id, job.type, CAST(job.payload AS text) AS text
+    FROM page JOIN job_registry.job ON job.id = page.id),
+counted AS (
+    SELECT *, sum(length(text)) OVER (ORDER BY id ROWS UNBOUNDED PRECEDING) AS characters
+    FROM found)
+SELECT id, type, text FROM counted
+WHERE characters - length(text) < CAST(:characters AS bigint) ORDER BY id
 
 -- name: prune
 -- Delete jobs that ended long ago, oldest first. Skip locked rows.

@@ -376,6 +376,24 @@ SELECT job.id,
     )) AS ahead
 FROM job WHERE status = 'queued' AND id IN (SELECT value FROM json_each(:ids))
 
+-- name: unfinished
+-- Return a page of queued and running jobs in the order of their ids, with the texts of their
+-- payloads. The page ends with the payload that makes it `:characters` long.
+WITH page (id) AS (
+    SELECT id FROM (
+        SELECT id FROM job WHERE status = 'queued' AND id > :after ORDER BY id LIMIT :jobs)
+    UNION ALL
+    SELECT id FROM (
+        SELECT id FROM job WHERE status = 'running' AND id > :after ORDER BY id LIMIT :jobs)
+    ORDER BY id LIMIT :jobs),
+found AS MATERIALIZED (
+    SELECT job.id, job.type, CAST(job.payload AS TEXT) AS text
+    FROM page CROSS JOIN job ON job.id = page.id),
+counted AS (
+    SELECT *, sum(length(text)) OVER (ORDER BY id ROWS UNBOUNDED PRECEDING) AS characters
+    FROM found)
+SELECT id, type, text FROM counted WHERE characters - length(text) < :characters ORDER BY id
+
 -- name: prune
 -- Delete jobs that ended long ago, oldest first.
 DELETE FROM job WHERE id IN (
