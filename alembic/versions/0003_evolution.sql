@@ -38,7 +38,8 @@ LANGUAGE plpgsql
 -- one of them, parked or not.
 --
 -- Higher priorities go first. Types of one priority take turns, in the order given. Within a type
--- and priority the oldest goes first. Rows that another transaction has locked are skipped. No more
+-- and priority the oldest goes first, whatever its name and whether or not it is parked: otherwise a
+-- worker that leases one job at a time would take parked jobs only when no job is due. Rows that another transaction has locked are skipped. No more
 -- jobs are leased once their payloads have 1,000,000 bytes of text: a client reads them whole.
 --
 -- Jobs of a type with a limit are taken only under the type's lock, after its running jobs were
@@ -63,6 +64,7 @@ DECLARE
     refused text;         -- the fingerprints that have refused the jobs of a lane
     reads text[];         -- the fingerprints that the worker can read in a lane
     lanes integer;        -- how many types take turns
+    several boolean;      -- whether a group has more than one lane
     level smallint;       -- the current priority
     head timestamptz;     -- from which time on a type's jobs are read
     remaining integer := most;
@@ -157,13 +159,36 @@ BEGIN
         END IF;
     END LOOP;
 
+    several := cardinality(names) > (SELECT count(DISTINCT number) FROM unnest(groups) AS number);
     WHILE remaining > 0 LOOP
         SELECT max(top), count(*) FILTER (WHERE top = (SELECT max(t) FROM unnest(tops) AS t))
         INTO level, lanes FROM unnest(tops) AS top;
         EXIT WHEN level IS NULL;
         share := ceil(remaining::numeric / lanes);
-        FOR lane IN 1 .. cardinality(names) LOOP
-            CONTINUE WHEN tops[lane] IS DISTINCT FROM level;
+        FOR lane IN
+            SELECT ranked.place FROM (
+                SELECT place, row_number() OVER (
+                    PARTITION BY groups[place]
+                    ORDER BY CASE
+                        WHEN NOT several THEN NULL
+                        WHEN refusers[place] IS NULL THEN (
+                            SELECT job.next_run_at FROM job
+                            WHERE job.status = 'queued' AND job.type = names[place]
+                              AND job.priority = level AND job.next_run_at <= now
+                              AND job.next_run_at >= job_head(heads[place], level)
+                            ORDER BY job.next_run_at LIMIT 1)
+                        ELSE (
+                            SELECT job_parked.due_at FROM job_parked
+                            WHERE job_parked.parked_at IS NOT NULL
+                              AND job_parked.type = names[place]
+                              AND job_parked.refused_by = refusers[place]
+                              AND job_parked.priority = level
+                            ORDER BY job_parked.due_at LIMIT 1)
+                        END, place) AS turn
+                FROM generate_subscripts(tops, 1) AS place
+                WHERE tops[place] = level) AS ranked
+            ORDER BY ranked.turn, groups[ranked.place]
+        LOOP
             got := 0;
             head := job_head(heads[lane], level);
             refused := refusers[lane];
@@ -345,13 +370,14 @@ BEGIN
     END IF;
 END $$;
 
-CREATE FUNCTION job_unpark(types jsonb, most integer, process text, keep boolean)
+CREATE FUNCTION job_unpark(
+    types jsonb, parked_until timestamptz, most integer, process text, keep boolean)
 RETURNS SETOF job
 LANGUAGE plpgsql
     SET search_path FROM CURRENT SET enable_seqscan = off SET enable_bitmapscan = off
     SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off AS $$
--- Make up to `most` parked jobs of these types due, for every worker, and announce that. What
--- refused them is forgotten. Rows that another transaction has locked are left out.
+-- Make up to `most` jobs of these types that were parked by a time due, for every worker, and
+-- announce that. What refused them is forgotten. Rows that another transaction has locked are left out.
 DECLARE
     events jsonb := '[]';
     changed job;
@@ -364,6 +390,7 @@ BEGIN
             WITH parked AS MATERIALIZED (
                 SELECT job_parked.job_id, job_parked.due_at FROM job_parked
                 WHERE job_parked.parked_at IS NOT NULL AND job_parked.type = name
+                  AND job_parked.parked_at <= parked_until
                 LIMIT most FOR UPDATE SKIP LOCKED
             ), held AS MATERIALIZED (
                 SELECT job.id, parked.due_at FROM parked CROSS JOIN LATERAL (

@@ -283,8 +283,14 @@ class PostgreSQLStore(Store):
             "see_worker", {"types": json_text(sorted(types)), "versions": json_text(seen)}
         )
 
-    async def unpark(self, types: Sequence[str], *, jobs: int) -> list[JobRecord]:
-        parameters = {"types": json_text(sorted(types)), "most": jobs}
+    async def unpark(
+        self, types: Sequence[str], *, parked_until: datetime, jobs: int
+    ) -> list[JobRecord]:
+        parameters = {
+            "types": json_text(sorted(types)),
+            "parked_until": parked_until,
+            "most": jobs,
+        }
         return await self._jobs(await self._run("unpark", parameters))
 
     async def fail_parked(self, *, older_than_seconds: float, jobs: int) -> list[JobRecord]:

@@ -12,6 +12,7 @@ import sqlite3
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from itertools import zip_longest
 from typing import Any, Final, NamedTuple, TypeVar
 
 from pydantic_core import from_json
@@ -191,8 +192,10 @@ class SQLiteStore(Store):
     ) -> None:
         await self._write(lambda t: t.see_worker(types, versions))
 
-    async def unpark(self, types: Sequence[str], *, jobs: int) -> list[JobRecord]:
-        rows = await self._write(lambda t: t.unpark(types, jobs))
+    async def unpark(
+        self, types: Sequence[str], *, parked_until: datetime, jobs: int
+    ) -> list[JobRecord]:
+        rows = await self._write(lambda t: t.unpark(types, time_text(parked_until), jobs))
         return [self._job(row) for row in rows]
 
     async def fail_parked(self, *, older_than_seconds: float, jobs: int) -> list[JobRecord]:
@@ -393,7 +396,7 @@ class _Transaction:
         bytes_left = CLAIM_BYTES
         while tops and len(leased) < claim.jobs:
             level = max(tops.values())
-            lanes = [lane for lane in every if tops.get(lane) == level]
+            lanes = self._in_turn([lane for lane in every if tops.get(lane) == level], level)
             share = -(-(claim.jobs - len(leased)) // len(lanes))
             for lane in lanes:
                 left = claim.jobs - len(leased)
@@ -431,6 +434,36 @@ class _Transaction:
                 refused = rows[0]["refused_by"]
                 if worker is None or worker not in refused:
                     yield _Lane(name, stored, reads, refused)
+
+    def _in_turn(self, lanes: Sequence[_Lane], level: int) -> Sequence[_Lane]:
+        """Return the lanes of a level in the order of their turns.
+
+        Of a type with several lanes, the one with the oldest job is first. Otherwise a worker that
+        leases one job at a time would take parked jobs only when no job is due.
+        """
+        by_type: dict[str, list[_Lane]] = {}
+        for lane in lanes:
+            by_type.setdefault(lane.type, []).append(lane)
+        if len(by_type) == len(lanes):
+            return lanes
+        for of_type in by_type.values():
+            of_type.sort(key=lambda lane: self._oldest(lane, level))
+        return [
+            lane
+            for round_of_turns in zip_longest(*by_type.values())
+            for lane in round_of_turns
+            if lane is not None
+        ]
+
+    def _oldest(self, lane: _Lane, level: int) -> str:
+        """Return the time of the lane's oldest job of a level; a late time if all are leased."""
+        if lane.refused is None:
+            rows = self.rows("next_level", type=lane.stored, below=level + 1)
+        else:
+            rows = self.rows(
+                "next_parked_level", type=lane.stored, refused=lane.refused, below=level + 1
+            )
+        return rows[0][1] if rows and rows[0][0] == level else time_text(PARKED_UNTIL)
 
     def _due(self, lane: _Lane, level: int, jobs: int) -> list[Any]:
         of_lane = {"type": lane.stored, "priority": level, "jobs": jobs}
@@ -564,10 +597,12 @@ class _Transaction:
         self._add_event("job.cancelled" if is_cancelled else "job.parked", ended)
         return dict(ended)
 
-    def unpark(self, types: Sequence[str], jobs: int) -> list[Row]:
+    def unpark(self, types: Sequence[str], parked_until: str, jobs: int) -> list[Row]:
         changed: list[Row] = []
         for name in types:
-            for parked in self.rows("parked_of", type=name, jobs=jobs - len(changed)):
+            for parked in self.rows(
+                "parked_of", type=name, parked_until=parked_until, jobs=jobs - len(changed)
+            ):
                 for row in self.rows("unpark", id=parked["job_id"], due_at=parked["due_at"]):
                     self._add_event("job.unparked", row)
                     changed.append(dict(row))

@@ -15,7 +15,7 @@ from datetime import datetime
 from functools import lru_cache
 from importlib import resources
 from types import MappingProxyType
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar, cast
 
 import sqlalchemy
 from pydantic_core import from_json, to_json
@@ -403,8 +403,10 @@ class Store(ABC):
         """Record that a worker runs these types, and these fingerprints of types."""
 
     @abstractmethod
-    async def unpark(self, types: Sequence[str], *, jobs: int) -> list[JobRecord]:
-        """Make up to `jobs` parked jobs of these types due for every worker.
+    async def unpark(
+        self, types: Sequence[str], *, parked_until: datetime, jobs: int
+    ) -> list[JobRecord]:
+        """Make up to `jobs` jobs of these types that were parked by a time due for every worker.
 
         What refused them is forgotten. Rows that another transaction has locked are left out.
         """
@@ -655,6 +657,13 @@ class Store(ABC):
         for row in await self._select(by_type):
             counts.setdefault(row["type"], {})[row["status"]] = int(row["jobs"])
         return counts
+
+    async def last_parked_at(self) -> datetime | None:
+        """Return when the last of the parked jobs was parked. None: there are none."""
+        last = func.max(col(JobParked.parked_at)).label("parked_at")
+        parked = select(last).where(col(JobParked.parked_at).is_not(None))
+        (row,) = await self._select(parked)
+        return cast("datetime | None", row["parked_at"])
 
     async def versions(self, job_type: str) -> list[TypeVersion]:
         """Return the versions of the jobs that are stored under this name, and of its workers."""

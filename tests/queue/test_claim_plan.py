@@ -81,7 +81,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
         "jobs": 10,
         "readable": None,
     },
-    "parked_of": {"type": "test.ping", "jobs": 10},
+    "parked_of": {"type": "test.ping", "parked_until": "2030", "jobs": 10},
     "parked_before": {"before": "2030", "jobs": 10},
 }
 

@@ -108,3 +108,14 @@ async def test_a_cancelled_or_retried_job_keeps_its_name_of_today(
     stored = (await before.enqueue(job("memo"))).job
     assert (await after.cancel(stored.id)).type == "note"
     assert (await after.retry(stored.id)).type == "note"
+
+
+async def test_a_job_under_the_former_name_is_not_behind_later_ones(
+    queues: tuple[JobQueue, JobQueue],
+) -> None:
+    before, after = queues
+    stored = (await before.enqueue(job("memo"))).job
+    for _ in range(3):
+        await after.enqueue(job("note"))
+    (first,) = await after.lease(["note"], "w", limit=1)
+    assert first.job.id == stored.id

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from typing import Any
@@ -159,6 +160,20 @@ async def test_parked_jobs_are_leased_by_priority_and_age_in_turns_with_others(
     assert ids[2:] == [parked[0], parked[2]]
 
 
+async def test_a_worker_with_one_free_slot_takes_an_older_parked_job_first(
+    deploys: Deploys,
+) -> None:
+    old, new = await deploys(of(Old)), await deploys(of(New))
+    job_id = await note(old)
+    await park(new)
+    for _ in range(3):
+        await note(old, "due")
+    (first,) = await lease(old, limit=1)
+    (second,) = await lease(old, limit=1)
+    assert str(first.job.id) == job_id
+    assert second.job.payload == {"text": "due"}
+
+
 async def test_parked_jobs_keep_to_the_concurrency_limit(deploys: Deploys) -> None:
     limited = JobPolicy(concurrency_limit=2)
     old, new = await deploys(of(Old, policy=limited)), await deploys(of(New, policy=limited))
@@ -201,6 +216,26 @@ async def test_unparking_asks_every_worker_again(deploys: Deploys) -> None:
     assert await new.unpark(["note"]) == 3
     assert len(await lease(new)) == 3
     assert await new.unpark() == 0
+
+
+async def test_unparking_ends_although_a_worker_parks_the_jobs_again(deploys: Deploys) -> None:
+    old, new = await deploys(of(Old)), await deploys(of(New))
+    for _ in range(3):
+        await note(old)
+    await park(new)
+
+    store = new._store
+    unpark = store.unpark
+
+    async def unpark_and_park(*args: Any, **options: Any) -> Any:
+        jobs = await unpark(*args, **options)
+        await park(new)
+        return jobs
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "unpark", unpark_and_park)
+        async with asyncio.timeout(5):
+            assert await new.unpark(["note"]) == 3
 
 
 async def test_a_job_that_was_parked_for_too_long_fails(

@@ -72,9 +72,10 @@ SELECT * FROM job_registry.job_park(
     CAST(:parks AS jsonb), CAST(:process AS text), CAST(:keep AS boolean))
 
 -- name: unpark
--- Make parked jobs of these types due for every worker.
+-- Make jobs of these types that were parked by a time due for every worker.
 SELECT * FROM job_registry.job_unpark(
-    CAST(:types AS jsonb), CAST(:most AS integer), CAST(:process AS text), CAST(:keep AS boolean))
+    CAST(:types AS jsonb), CAST(:parked_until AS timestamptz), CAST(:most AS integer),
+    CAST(:process AS text), CAST(:keep AS boolean))
 
 -- name: fail_parked
 -- Fail jobs that have been parked for too long.

@@ -88,10 +88,11 @@ WHERE parked_at IS NOT NULL AND type = :type AND refused_by > :refused
 ORDER BY refused_by LIMIT 1
 
 -- name: next_parked_level
--- Return the highest priority below `:below` of the jobs of a type that these fingerprints refused.
-SELECT priority FROM job_parked
+-- Return the highest priority below `:below` of the jobs of a type that these fingerprints refused,
+-- and the time of its oldest job.
+SELECT priority, due_at FROM job_parked
 WHERE parked_at IS NOT NULL AND type = :type AND refused_by = :refused AND priority < :below
-ORDER BY priority DESC LIMIT 1
+ORDER BY priority DESC, due_at LIMIT 1
 
 -- name: due_parked
 -- Return the parked jobs of a type and priority that these fingerprints refused, oldest first.
@@ -116,8 +117,9 @@ ON CONFLICT (job_id) DO UPDATE SET
     parked_at = excluded.parked_at, refused_by = excluded.refused_by, error = excluded.error
 
 -- name: parked_of
--- Return parked jobs of a type.
-SELECT job_id, due_at FROM job_parked WHERE parked_at IS NOT NULL AND type = :type LIMIT :jobs
+-- Return jobs of a type that were parked by a time.
+SELECT job_id, due_at FROM job_parked
+WHERE parked_at IS NOT NULL AND type = :type AND parked_at <= :parked_until LIMIT :jobs
 
 -- name: unpark
 -- Make a parked job due for every worker.
