@@ -136,7 +136,7 @@ class Mutation:
         self,
         info: Info,
         input: Annotated[EnqueueJobInput, strawberry.argument(description="The job.")],
-    ) -> EnqueueJobResult:
+    ) -> EnqueueJobResult | None:
         caller = context_of(info).caller
         caller.need_types([input.type])
         enqueued = await context_of(info).queue.enqueue(
@@ -164,7 +164,7 @@ class Mutation:
                 " `InputInvalid` with the code `not_stored`."
             ),
         ] = False,
-    ) -> list[EnqueueJobResult]:
+    ) -> list[EnqueueJobResult | None] | None:
         caller = context_of(info).caller
         caller.need_types(each.type for each in inputs)
         # Before anything is stored: afterwards the client would not learn what was.
@@ -186,7 +186,7 @@ class Mutation:
         description="Cancel a job. A queued job is cancelled at once. The worker of a running"
         " job is requested to stop; the job is cancelled when it stops or its lease expires.",
     )
-    async def cancel_job(self, info: Info, id: JobId) -> CancelJobResult:
+    async def cancel_job(self, info: Info, id: JobId) -> CancelJobResult | None:
         return await _changed_if_visible(context_of(info), id, context_of(info).queue.cancel)
 
     @strawberry.mutation(
@@ -194,7 +194,7 @@ class Mutation:
         description="Queue a failed or cancelled job again, to run now. A job without attempts left"
         " gets one more.",
     )
-    async def retry_job(self, info: Info, id: JobId) -> RetryJobResult:
+    async def retry_job(self, info: Info, id: JobId) -> RetryJobResult | None:
         return await _changed_if_visible(context_of(info), id, context_of(info).queue.retry)
 
     @strawberry.mutation(
@@ -211,7 +211,7 @@ class Mutation:
             LeaseJobsInput,
             strawberry.argument(description="The job types, the worker, and how many jobs."),
         ],
-    ) -> LeaseJobsResult:
+    ) -> LeaseJobsResult | None:
         context_of(info).caller.need_types(input.job_types)
         queue, budget, of_each = context_of(info).queue, context_of(info).budget, selected(info)
         budget.charge_fields(max(0, min(input.limit, MAX_LEASE)) * of_each.fields)
@@ -247,7 +247,7 @@ class Mutation:
                 description="The progress of the job, as any JSON. Null keeps the last one."
             ),
         ] = None,
-    ) -> HeartbeatJobResult:
+    ) -> HeartbeatJobResult | None:
         await _check_lease(context_of(info), lease_token)
         heartbeat = await context_of(info).queue.heartbeat(lease_token, progress)
         return HeartbeatJobSuccess(
@@ -270,7 +270,7 @@ class Mutation:
             JsonValue | None,
             strawberry.argument(description="The result of the job, as any JSON."),
         ] = None,
-    ) -> CompleteJobResult:
+    ) -> CompleteJobResult | None:
         await _check_lease(context_of(info), lease_token)
         return JobChanged.of(await context_of(info).queue.complete(lease_token, result))
 
@@ -293,7 +293,7 @@ class Mutation:
                 description="The wait before the next attempt. Defaults to the backoff of the type."
             ),
         ] = None,
-    ) -> FailJobResult:
+    ) -> FailJobResult | None:
         await _check_lease(context_of(info), lease_token)
         job = await context_of(info).queue.fail(
             lease_token,
@@ -307,7 +307,7 @@ class Mutation:
         extensions=[Requires("jobs:work")],
         description="Return the job to the queue, to run again at once. The attempt is not spent.",
     )
-    async def release_job(self, info: Info, lease_token: LeaseToken) -> ReleaseJobResult:
+    async def release_job(self, info: Info, lease_token: LeaseToken) -> ReleaseJobResult | None:
         await _check_lease(context_of(info), lease_token)
         return JobChanged.of(await context_of(info).queue.release(lease_token))
 
@@ -325,7 +325,7 @@ class Mutation:
                 description="The wait before the next run, 0 to 31,536,000 seconds."
             ),
         ],
-    ) -> SnoozeJobResult:
+    ) -> SnoozeJobResult | None:
         await _check_lease(context_of(info), lease_token)
         return JobChanged.of(await context_of(info).queue.snooze(lease_token, seconds))
 

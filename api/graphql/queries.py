@@ -79,7 +79,7 @@ class Query:
         extensions=[Requires("jobs:read")],
         description="Every job type of this server, sorted by name.",
     )
-    async def job_types(self, info: Info) -> list[JobType]:
+    async def job_types(self, info: Info) -> list[JobType] | None:
         context = context_of(info)
         visible = [
             JobType.of(job_type)
@@ -94,7 +94,7 @@ class Query:
         self,
         info: Info,
         job_type: Annotated[str, strawberry.argument(description="The name of the job type.")],
-    ) -> JobTypeResult:
+    ) -> JobTypeResult | None:
         context_of(info).caller.need_types([job_type])
         return JobType.of(context_of(info).queue.registry.get_type(job_type))
 
@@ -105,7 +105,7 @@ class Query:
         self,
         info: Info,
         job_type: Annotated[str, strawberry.argument(description="The name of the job type.")],
-    ) -> JobPolicyResult:
+    ) -> JobPolicyResult | None:
         context_of(info).caller.need_types([job_type])
         return JobPolicy.of(job_type, context_of(info).queue.policy(job_type))
 
@@ -119,7 +119,7 @@ class Query:
         input: Annotated[
             EnqueueJobInput, strawberry.argument(description="The input for `enqueueJob`.")
         ],
-    ) -> ValidateJobResult:
+    ) -> ValidateJobResult | None:
         caller = context_of(info).caller
         caller.need_types([input.type])
         valid = await context_of(info).queue.validate(
@@ -141,7 +141,7 @@ class Query:
         self,
         info: Info,
         id: Annotated[strawberry.ID, strawberry.argument(description="The job's id.")],
-    ) -> JobResult:
+    ) -> JobResult | None:
         return Job.of(await context_of(info).job(id))
 
     @strawberry.field(
@@ -169,7 +169,7 @@ class Query:
                 description="The `endCursor` of the previous page. Null for the first page."
             ),
         ] = None,
-    ) -> JobConnection:
+    ) -> JobConnection | None:
         types = tuple(filter.types or ()) if filter else ()
         caller = context_of(info).caller
         caller.need_types(types)

@@ -42,7 +42,7 @@ def mutation_with_enqueue(typed_job_input: type[TypedJob]) -> type[Mutation]:
                 EnqueueOptions | None,
                 strawberry.argument(description="How the job is stored and run."),
             ] = None,
-        ) -> EnqueueJobResult:
+        ) -> EnqueueJobResult | None:
             caller = context_of(info).caller
             job_type, payload = job.sent_job()
             caller.need_types([job_type])

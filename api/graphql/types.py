@@ -157,7 +157,7 @@ class JobType:
         return self.registered.fingerprint
 
     @strawberry.field(description="The number of jobs of this type in each status.")
-    async def counts(self, info: strawberry.Info[Context, None]) -> JobCounts:
+    async def counts(self, info: strawberry.Info[Context, None]) -> JobCounts | None:
         return JobCounts.of((await context_of(info).counts())[self.name])
 
     @classmethod
@@ -319,7 +319,7 @@ class Job:
     @strawberry.field(
         extensions=[Requires(*READERS)], description="Every attempt so far, the first one first."
     )
-    async def attempts(self, info: strawberry.Info[Context, None]) -> list[JobAttempt]:
+    async def attempts(self, info: strawberry.Info[Context, None]) -> list[JobAttempt] | None:
         attempts = await context_of(info).attempts.load(self.record.id)
         context_of(info).budget.charge_fields(len(attempts) * selected(info).of_attempts)
         return [JobAttempt.of(attempt) for attempt in attempts]
