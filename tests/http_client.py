@@ -10,11 +10,36 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.applications import Starlette
 
 from job_registry import JobRegistry
 from job_registry_api.app import create_app
+from job_registry_api.queue.queue import JobQueue
 from job_registry_api.settings import load_settings
 from tests.forks import Command
+
+
+class ApplicationClient(httpx.AsyncClient):
+    """An HTTP client of an application in this process."""
+
+    def __init__(self, application: Starlette) -> None:
+        transport = httpx.ASGITransport(application)
+        super().__init__(transport=transport, base_url="http://localhost")
+        self.application = application
+
+
+def application_of(client: httpx.AsyncClient) -> Starlette:
+    """Return the application of a client that `visit` opened."""
+    assert isinstance(client, ApplicationClient)
+    return client.application
+
+
+def queue_of(client: httpx.AsyncClient) -> JobQueue:
+    """Return the queue of a client that `visit` opened."""
+    queue = application_of(client).state.queue
+    assert isinstance(queue, JobQueue)
+    return queue
+
 
 Execute = Callable[..., Any]
 Visit = Callable[..., AbstractAsyncContextManager[httpx.AsyncClient]]
@@ -36,12 +61,10 @@ def visit(database_url: str, registry: JobRegistry) -> Visit:
         given = {"JOBS_DATABASE_URL": database_url}
         given |= {f"JOBS_{name.upper()}": value for name, value in settings.items()}
         application = create_app(load_settings(given), registry, prepare=False)
-        transport = httpx.ASGITransport(application)
         async with (
             application.router.lifespan_context(application),
-            httpx.AsyncClient(transport=transport, base_url="http://localhost") as client,
+            ApplicationClient(application) as client,
         ):
-            client.application = application  # type: ignore[attr-defined]
             yield client
 
     return opened

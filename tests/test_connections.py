@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import cast
 
 import httpx
 import pytest
@@ -314,8 +315,8 @@ async def test_when_every_connection_is_busy_only_health_is_served(database_url:
 async def test_a_client_that_does_not_read_its_answer_is_disconnected(address: str) -> None:
     query = json.dumps({"query": "{ __schema { types { " + "description " * 1_500 + "} } }"})
     head = POST + b"content-length: %d\r\n\r\n" % len(query)
-    async with opened(address) as (reader, writer):
-        reader._transport.pause_reading()  # type: ignore[attr-defined]
+    async with opened(address) as (_, writer):
+        cast(asyncio.ReadTransport, writer.transport).pause_reading()
         with contextlib.suppress(ConnectionError):
             for _ in range(3_000):
                 writer.write(head + query.encode())

@@ -19,7 +19,7 @@ from job_registry_api.queue.models import JobError
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.settings import load_settings
 from tests.conftest import Ping, advance, run_sql
-from tests.http_client import Visit
+from tests.http_client import Visit, application_of, queue_of
 from tests.test_auth import AUTH, bearer
 
 PING = EnqueueRequest("test.ping", {})
@@ -47,11 +47,6 @@ async def scrape(client: httpx.AsyncClient, **headers: str) -> Samples:
     assert response.status_code == 200, response.text
     assert response.headers["content-type"].startswith("text/plain; version=")
     return Samples(response.text)
-
-
-def queue_of(client: httpx.AsyncClient) -> JobQueue:
-    queue: JobQueue = client.application.state.queue  # type: ignore[attr-defined]
-    return queue
 
 
 async def test_enqueued_jobs_are_counted_by_type_and_repeated_ones_are_not(visit: Visit) -> None:
@@ -215,7 +210,7 @@ async def test_without_authentication_only_this_machine_reads_metrics(
     visit: Visit, database_url: str
 ) -> None:
     async with visit() as client:
-        application = client.application  # type: ignore[attr-defined]
+        application = application_of(client)
         for address, status in (("10.0.0.7", 403), ("::1", 200), ("127.0.0.1", 200)):
             transport = httpx.ASGITransport(application, client=(address, 4711))
             async with httpx.AsyncClient(

@@ -22,7 +22,7 @@ from job_registry_api.auth import TokenVerifier
 from job_registry_api.graphql import subscriptions
 from job_registry_api.settings import SettingsInvalid, load_settings
 from job_registry_api.signing_keys import FixedKeys, SharedSecret
-from tests.http_client import Visit
+from tests.http_client import Visit, application_of
 from tests.test_auth import AUTH, CLAIMS, ISSUER, SECRET, bearer, claims, graphql, token
 
 pytestmark = pytest.mark.any_database
@@ -179,9 +179,7 @@ async def test_an_open_websocket_starts_no_operation_once_the_key_of_its_token_i
             "subprotocols": ["graphql-transport-ws"],
         }
         to_server.put_nowait({"type": "websocket.connect"})
-        serving = asyncio.create_task(
-            client.application(scope, to_server.get, to_client.put)  # type: ignore[attr-defined]
-        )
+        serving = asyncio.create_task(application_of(client)(scope, to_server.get, to_client.put))
         payload = {"Authorization": signed("old")["authorization"]}
         init = {"type": "connection_init", "payload": payload}
         assert (await answer(init))["type"] == "connection_ack"

@@ -36,7 +36,7 @@ from job_registry_api.queue.store import (
     TIMED_OUT,
     Claim,
     Claimed,
-    Leased,
+    ClaimedJob,
     LeaseRenewal,
     NewJob,
     Refused,
@@ -180,7 +180,7 @@ class PostgreSQLStore(Store):
                 await self._release(taken)
             raise
         leased = [
-            Leased(
+            ClaimedJob(
                 job=jobs[row["id"]]._replace(next_run_at=None),
                 token=row["lease_token"],
                 expires_at=row["lease_expires_at"],

@@ -28,7 +28,7 @@ from job_registry_api.queue.store import (
     TIMED_OUT,
     Claim,
     Claimed,
-    Leased,
+    ClaimedJob,
     LeaseRenewal,
     NewJob,
     Refused,
@@ -127,7 +127,7 @@ class SQLiteStore(Store):
         leased, recovered = await self._write(work)
         return Claimed(
             [
-                Leased(
+                ClaimedJob(
                     job=_job(row),
                     token=row["lease_token"],
                     expires_at=_time(row["lease_expires_at"]),

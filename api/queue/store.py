@@ -124,7 +124,7 @@ class Claim:
 
 
 @dataclass(frozen=True, slots=True)
-class Leased:
+class ClaimedJob:
     """A claimed job, the token of its lease, and when the lease and the attempt end."""
 
     job: JobRecord
@@ -141,7 +141,7 @@ class Claimed:
     a long transaction makes it expensive.
     """
 
-    leased: list[Leased]
+    leased: list[ClaimedJob]
     recovered: list[JobRecord]
     everything: bool = True
 

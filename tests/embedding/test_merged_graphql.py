@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time
@@ -248,7 +248,7 @@ async def test_the_budget_and_the_limits_of_arguments_hold_for_the_whole_operati
 
 async def events_of(
     schema: strawberry.Schema, document: str, context: object = ADA
-) -> AsyncIterator[Any]:
+) -> AsyncGenerator[Any]:
     stream = await schema.subscribe(document, context_value=context)
     async with aclosing(stream) as results:
         while True:
@@ -265,7 +265,7 @@ async def test_subscriptions_get_events_whose_fields_resolve(queue: JobQueue) ->
 
     async def first_two() -> list[Any]:
         found = []
-        async with aclosing(events_of(schema, document)) as events:  # type: ignore[type-var]
+        async with aclosing(events_of(schema, document)) as events:
             async for result in events:
                 assert result.errors is None
                 found.append(result.data["jobEvents"])

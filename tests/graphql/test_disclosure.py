@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import cast
 
 import httpx
 import pytest
 import structlog
-from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from tests.http_client import Visit
+from tests.http_client import Visit, application_of
 
 pytestmark = pytest.mark.any_database
 
@@ -173,7 +171,3 @@ async def test_a_method_that_a_health_path_does_not_take_is_refused_as_everywher
         "message": "This path accepts only GET and HEAD.",
         "details": [],
     }
-
-
-def application_of(client: httpx.AsyncClient) -> Starlette:
-    return cast(Starlette, client.application)  # type: ignore[attr-defined]

@@ -11,7 +11,7 @@ from graphql import GraphQLEnumType, GraphQLInputObjectType, GraphQLObjectType, 
 from job_registry.discovery import load_registry
 from job_registry_api.graphql.schema import SDL_FILE, sdl
 from job_registry_api.queue.errors import QueueUnavailable
-from tests.http_client import Execute
+from tests.http_client import Execute, queue_of
 
 JSON = {"content-type": "application/json"}
 PING = {"type": "test.ping", "payload": {"text": "hi"}}
@@ -151,7 +151,7 @@ async def test_the_attempts_of_a_page_are_read_at_once(
     http: httpx.AsyncClient, execute: Execute, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await execute(ENQUEUE_MANY, inputs=[PING] * 10)
-    queue = http.application.state.queue  # type: ignore[attr-defined]
+    queue = queue_of(http)
     asked: list[int] = []
     attempts = queue.latest_attempts
 
@@ -235,7 +235,7 @@ def break_queue(
         raise error
 
     for name in names:
-        monkeypatch.setattr(http.application.state.queue, name, broken)  # type: ignore[attr-defined]
+        monkeypatch.setattr(queue_of(http), name, broken)
 
 
 async def test_an_unforeseen_fault_is_reported_by_its_id_alone(

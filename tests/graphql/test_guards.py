@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+from collections.abc import MutableMapping
 from typing import Any
 
 import httpx
 import pytest
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
+from websockets.typing import Origin, Subprotocol
 
 from job_registry_api.graphql.execution import Executor
 from job_registry_api.logs import configure_logs
-from tests.http_client import Visit, serving
+from tests.http_client import Visit, application_of, queue_of, serving
 
 pytestmark = pytest.mark.any_database
 
@@ -123,7 +125,7 @@ async def test_the_limits_hold_on_every_way_in(database_url: str) -> None:
         httpx.AsyncClient(base_url=f"http://{address}") as client,
         connect(
             f"ws://{address}/graphql",
-            subprotocols=["graphql-transport-ws"],  # type: ignore[list-item]
+            subprotocols=[Subprotocol("graphql-transport-ws")],
         ) as socket,
     ):
         events = await ask(client, document, accept="text/event-stream")
@@ -176,8 +178,8 @@ async def test_a_message_that_is_none_of_the_protocols_ends_the_connection_and_i
             return {"type": "websocket.connect"}
         return await said.get()
 
-    async def send(answer: dict[str, Any]) -> None:
-        received.append(answer)
+    async def send(answer: MutableMapping[str, Any]) -> None:
+        received.append(dict(answer))
 
     scope = {
         "type": "websocket",
@@ -187,7 +189,7 @@ async def test_a_message_that_is_none_of_the_protocols_ends_the_connection_and_i
         "subprotocols": ["graphql-transport-ws"],
     }
     async with visit() as client, asyncio.timeout(5):
-        await client.application(scope, receive, send)  # type: ignore[attr-defined]
+        await application_of(client)(scope, receive, send)
     assert [each["type"] for each in received] == [
         "websocket.accept",
         "websocket.send",
@@ -380,8 +382,8 @@ async def test_only_the_pages_of_listed_origins_may_call(database_url: str, visi
             try:
                 async with connect(
                     f"ws://{address}/graphql",
-                    origin=origin,  # type: ignore[arg-type]
-                    subprotocols=["graphql-transport-ws"],  # type: ignore[list-item]
+                    origin=Origin(origin),
+                    subprotocols=[Subprotocol("graphql-transport-ws")],
                 ):
                     opened = True
             except InvalidStatus as closed_door:
@@ -444,7 +446,7 @@ async def test_an_unexpected_error_is_reported_by_an_id_and_logged_without_what_
     job = {"type": "test.ping", "payload": {"text": SECRET}, "idempotencyKey": SECRET}
     mutation = "mutation ($input: EnqueueJobInput!) { enqueueJob(input: $input) { __typename } }"
     async with visit(log_level="debug") as client:
-        queue = client.application.state.queue  # type: ignore[attr-defined]
+        queue = queue_of(client)
         monkeypatch.setattr(queue, "enqueue", broken)
         content = {"query": mutation, "variables": {"input": job}}
         answer = await client.post("/graphql", json=content, headers=headers)

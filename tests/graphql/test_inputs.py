@@ -15,7 +15,7 @@ from job_registry import JobRegistry
 from job_registry_api.auth import ANYONE
 from job_registry_api.graphql.context import Context
 from job_registry_api.graphql.schema import build_schema
-from tests.http_client import Execute
+from tests.http_client import Execute, queue_of
 
 pytestmark = pytest.mark.any_database
 
@@ -266,7 +266,7 @@ async def test_a_document_is_executed_as_strawberry_executes_it(
             for number in range(5)
         ],
     )
-    queue = http.application.state.queue  # type: ignore[attr-defined]
+    queue = queue_of(http)
     expected = await build_schema(registry).execute(
         query, variable_values=variables, context_value=Context(queue, ANYONE)
     )

@@ -12,7 +12,7 @@ import pytest
 from websockets.asyncio.client import connect
 from websockets.typing import Subprotocol
 
-from tests.http_client import Visit, serving
+from tests.http_client import Visit, application_of, serving
 
 TRANSPORT = Subprotocol("graphql-transport-ws")
 SUBSCRIPTION = """
@@ -115,7 +115,7 @@ async def test_who_hangs_up_gets_nothing_more_and_costs_nothing_more(visit: Visi
     hung_up = asyncio.Event()
     received: list[bytes] = []
     async with visit() as client, asyncio.timeout(10):
-        application = client.application  # type: ignore[attr-defined]
+        application = application_of(client)
         following = asyncio.create_task(follow(application, hung_up, received))
         await asyncio.sleep(0.3)
         await client.post("/jobs", json={"type": "test.ping", "payload": {}})
@@ -131,7 +131,7 @@ async def test_who_hangs_up_gets_nothing_more_and_costs_nothing_more(visit: Visi
 
 async def test_a_thousand_clients_that_hang_up_leave_nothing_behind(visit: Visit) -> None:
     async with visit() as client, asyncio.timeout(60):
-        application = client.application  # type: ignore[attr-defined]
+        application = application_of(client)
         events = application.state.queue.events
         await client.post("/jobs", json={"type": "test.ping", "payload": {}})
         before = len(asyncio.all_tasks())

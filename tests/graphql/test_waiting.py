@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from typing import Any
 
 import httpx
 import pytest
@@ -12,7 +13,7 @@ from job_registry import EnqueueRequest
 from job_registry_api.queue.models import JobStatus
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.store import Store
-from tests.http_client import Execute, serving
+from tests.http_client import Execute, queue_of, serving
 
 LEASE = """mutation { leaseJobs(input: {
     jobTypes: ["payout.execute"], workerId: "gone", waitSeconds: 30
@@ -55,14 +56,14 @@ async def test_a_long_poll_whose_client_has_hung_up_is_given_no_job(
 async def test_why_the_jobs_of_a_page_wait_is_one_query(
     execute: Execute, http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    queue: JobQueue = http.application.state.queue  # type: ignore[attr-defined]
+    queue = queue_of(http)
     await queue.enqueue_many([EnqueueRequest("test.ping", {})] * 30)
     asked: list[int] = []
     waiting = Store.waiting
 
-    async def noting(self: Store, job_ids: dict[object, object]) -> object:
+    async def noting(self: Store, job_ids: Any) -> object:
         asked.append(len(job_ids))
-        return await waiting(self, job_ids)  # type: ignore[arg-type]
+        return await waiting(self, job_ids)
 
     monkeypatch.setattr(Store, "waiting", noting)
     data = await execute(

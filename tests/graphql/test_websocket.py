@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import AsyncIterator, MutableMapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -131,7 +131,7 @@ async def test_a_client_that_says_nothing_is_disconnected(monkeypatch: pytest.Mo
 
     scope = {"type": "websocket", "headers": [], "subprotocols": [PROTOCOL]}
     served = websocket.GraphQLOverWebSocket(
-        None,  # type: ignore[arg-type]
+        cast(Any, None),
         Authenticator(None),
         allowed_origins=(),
         max_operations=1,

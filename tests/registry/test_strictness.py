@@ -102,7 +102,7 @@ class OwnRules:
 
 
 class DictAddress(TypedDict):
-    __pydantic_config__ = ConfigDict(extra="ignore")  # type: ignore[misc]
+    __pydantic_config__ = ConfigDict(extra="ignore")  # type: ignore[misc]  # as Pydantic documents it
 
     zip_code: int
 
@@ -325,7 +325,7 @@ def model(base: type[BaseModel], config: ConfigDict) -> Make:
 
 def typed_dict(config: ConfigDict | None) -> Make:
     def make(fields: dict[str, Any]) -> Any:
-        made = TypedDict("Part", fields)  # type: ignore[misc]
+        made = TypedDict("Part", fields)  # type: ignore[misc]  # made at run time
         if config is not None:
             setattr(made, "__pydantic_config__", config)  # noqa: B010
         return made
@@ -363,12 +363,14 @@ CLASSES = [
 
 
 def in_list(shape: Shape) -> Shape:
-    return Shape(list[shape.annotation], [shape.good], tuple([b] for b in shape.bad))  # type: ignore[name-defined]
+    annotation: Any = shape.annotation
+    return Shape(list[annotation], [shape.good], tuple([b] for b in shape.bad))
 
 
 def in_dict(shape: Shape) -> Shape:
+    annotation: Any = shape.annotation
     return Shape(
-        dict[str, shape.annotation],  # type: ignore[name-defined]
+        dict[str, annotation],
         {"key": shape.good},
         tuple({"key": each} for each in shape.bad),
     )

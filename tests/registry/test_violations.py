@@ -302,8 +302,9 @@ class Tree(Payload):
     value: list[Tree] | dict[str, Tree] | int | None = None
 
 
-WIDE = create_model("Wide", __base__=Payload, **{f"field_{n}": (int, 0) for n in range(800)})  # type: ignore[call-overload]
-CODES = Enum("Code", {f"C{number}": f"code-{number}" for number in range(3_000)})  # type: ignore[misc]
+NUMBERS: Any = {f"field_{n}": (int, 0) for n in range(800)}
+WIDE = create_model("Wide", __base__=Payload, **NUMBERS)
+CODES = Enum("Code", {f"C{number}": f"code-{number}" for number in range(3_000)})  # type: ignore[misc]  # made here
 CODED = create_model("Coded", __base__=Payload, codes=(list[CODES], []))
 
 

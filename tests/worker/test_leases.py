@@ -348,21 +348,21 @@ async def test_a_handler_that_tidies_up_after_its_cancellation_is_not_cancelled_
 class DividesByZero(BaseModel):
     total: int = 1
 
-    @computed_field  # type: ignore[prop-decorator]
+    @computed_field  # type: ignore[prop-decorator]  # see above
     @property
     def share(self) -> float:
         return self.total / 0
 
 
 class Exits(BaseModel):
-    @computed_field  # type: ignore[prop-decorator]
+    @computed_field  # type: ignore[prop-decorator]  # see above
     @property
     def code(self) -> int:
         sys.exit(3)
 
 
 class SaysNul(BaseModel):
-    @computed_field  # type: ignore[prop-decorator]
+    @computed_field  # type: ignore[prop-decorator]  # see above
     @property
     def text(self) -> str:
         raise ValueError("\0 \ud800")
