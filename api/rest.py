@@ -62,7 +62,7 @@ class EnqueueView:
 
     201 with the new job's place in `Location`; 200 when its idempotency key gave back a job that
     was there already. Errors are `{"error": {"code", "message", "details"}}`. Needs the scope
-    `jobs:enqueue`.
+    `jobs:enqueue` or `jobs:own`.
     """
 
     def __init__(self, authenticator: Authenticator, limits: RequestLimits) -> None:
@@ -76,14 +76,14 @@ class EnqueueView:
             if scope["method"] != "POST":
                 raise MethodNotAllowed("POST")
             caller = await self._authenticator.authenticate(scope)
-            caller.need("jobs:enqueue")
+            caller.need("jobs:enqueue", "jobs:own")
             budget = queue.registry.fault_budget()
             request = parse_request(await self._read(scope, receive), budget=budget)
             caller.need_types([request.type])
             enqueued = await queue.enqueue(
                 request,
                 created_by=caller.subject,
-                sees_others=caller.sees_others,
+                others=caller.others_jobs,
                 budget=budget,
             )
         except ClientGone:
@@ -111,7 +111,7 @@ class EnqueueView:
 
 
 class JobView:
-    """`GET /jobs/{id}`. Needs the scope `jobs:read`.
+    """`GET /jobs/{id}`. Needs the scope `jobs:read`, or `jobs:own` for the caller's own jobs.
 
     Of attempts that are too large together, the latest are in the answer, and `allAttempts` is
     false.
@@ -128,8 +128,9 @@ class JobView:
             if scope["method"] not in ("GET", "HEAD"):
                 raise MethodNotAllowed("GET", "HEAD")
             caller = await self._authenticator.authenticate(scope)
-            caller.need("jobs:read")
-            job = await queue.get(scope["path_params"]["id"])
+            caller.need("jobs:own", "jobs:read")
+            owner = caller.owner_unless("jobs:read")
+            job = await queue.get(scope["path_params"]["id"], owner=owner)
             if not caller.may_see(job.type):
                 raise JobNotFound(scope["path_params"]["id"])
             attempts, is_all = await queue.latest_attempts([job.id], self._limits.answer_bytes)

@@ -20,6 +20,7 @@ from job_registry_api.graphql.answer_limits import selected
 from job_registry_api.graphql.context import Context, context_of
 from job_registry_api.graphql.inputs import EnqueueJobInput, JobErrorInput, LeaseJobsInput
 from job_registry_api.graphql.types import Job, JobLease
+from job_registry_api.queue.changing import Changing
 from job_registry_api.queue.claiming import Lease
 from job_registry_api.queue.enqueueing import Enqueued, Refusal
 from job_registry_api.queue.errors import (
@@ -128,7 +129,7 @@ MUTATIONS: Final = "Mutations: enqueue, cancel and retry jobs, and run them as a
 @strawberry.type(description=MUTATIONS)
 class Mutation:
     @strawberry.mutation(
-        extensions=[Requires("jobs:enqueue")],
+        extensions=[Requires("jobs:enqueue", "jobs:own")],
         description="Store a job, to run by the policy of its type. A payload that is not valid is"
         " refused, with every fault.",
     )
@@ -142,13 +143,13 @@ class Mutation:
         enqueued = await context_of(info).queue.enqueue(
             input.request(),
             created_by=caller.subject,
-            sees_others=caller.sees_others,
+            others=caller.others_jobs,
             budget=context_of(info).budget.faults,
         )
         return EnqueueJobSuccess.of(enqueued)
 
     @strawberry.mutation(
-        extensions=[Requires("jobs:enqueue")],
+        extensions=[Requires("jobs:enqueue", "jobs:own")],
         description="Store many jobs, up to 1,000 unless the server is configured otherwise, in one"
         " transaction. The results are in the order of the inputs. A refused job does not affect"
         " the others, unless `atomic` is set.",
@@ -176,26 +177,26 @@ class Mutation:
             [each.request() for each in inputs],
             atomic=atomic,
             created_by=caller.subject,
-            sees_others=caller.sees_others,
+            others=caller.others_jobs,
             budget=context_of(info).budget.faults,
         )
         return [_enqueued_or_refused(result) for result in results]
 
     @strawberry.mutation(
-        extensions=[Requires("jobs:admin")],
+        extensions=[Requires("jobs:own", "jobs:admin")],
         description="Cancel a job. A queued job is cancelled at once. The worker of a running"
         " job is requested to stop; the job is cancelled when it stops or its lease expires.",
     )
     async def cancel_job(self, info: Info, id: JobId) -> CancelJobResult | None:
-        return await _changed_if_visible(context_of(info), id, context_of(info).queue.cancel)
+        return await _changed_if_visible(context_of(info), id, Changing.cancel)
 
     @strawberry.mutation(
-        extensions=[Requires("jobs:admin")],
+        extensions=[Requires("jobs:own", "jobs:admin")],
         description="Queue a failed or cancelled job again, to run now. A job without attempts left"
         " gets one more.",
     )
     async def retry_job(self, info: Info, id: JobId) -> RetryJobResult | None:
-        return await _changed_if_visible(context_of(info), id, context_of(info).queue.retry)
+        return await _changed_if_visible(context_of(info), id, Changing.retry)
 
     @strawberry.mutation(
         extensions=[Requires("jobs:work")],
@@ -369,9 +370,10 @@ async def _check_lease(context: Context, lease_token: str) -> None:
 
 
 async def _changed_if_visible(
-    context: Context, job_id: str, change: Callable[[str], Awaitable[JobRecord]]
+    context: Context, job_id: str, change: Callable[..., Awaitable[JobRecord]]
 ) -> JobChanged:
-    """Change a job that the caller may see. The type of a job never changes."""
+    """Change a job that the caller may change. The type of a job never changes."""
+    owner = context.caller.owner_unless("jobs:admin")
     if context.caller.job_types is not None:
-        await context.job(job_id)
-    return JobChanged.of(await change(job_id))
+        await context.job(job_id, owner)
+    return JobChanged.of(await change(context.queue, job_id, owner=owner))

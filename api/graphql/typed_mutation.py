@@ -24,7 +24,7 @@ def mutation_with_enqueue(typed_job_input: type[TypedJob]) -> type[Mutation]:
     @strawberry.type(name="Mutation", description=MUTATIONS)
     class MutationWithEnqueue(Mutation):
         @strawberry.mutation(
-            extensions=[Requires("jobs:enqueue")],
+            extensions=[Requires("jobs:enqueue", "jobs:own")],
             description="Store a job, as `enqueueJob` does, through an input with a field for each"
             " job type. The compiler of a client that is generated from this schema checks the"
             " payload.",
@@ -50,7 +50,7 @@ def mutation_with_enqueue(typed_job_input: type[TypedJob]) -> type[Mutation]:
             enqueued = await context_of(info).queue.enqueue(
                 request,
                 created_by=caller.subject,
-                sees_others=caller.sees_others,
+                others=caller.others_jobs,
                 budget=context_of(info).budget.faults,
             )
             return EnqueueJobSuccess.of(enqueued)

@@ -12,7 +12,7 @@ from pydantic import JsonValue
 from job_registry import JobPolicy as Policy
 from job_registry import JobType as RegisteredType
 from job_registry_api.auth import AccessScope
-from job_registry_api.graphql.access_scopes import OPEN, Requires
+from job_registry_api.graphql.access_scopes import OPEN, Requires, RequiresOrOwns
 from job_registry_api.graphql.answer_limits import Charged, selected
 from job_registry_api.graphql.context import Context, context_of
 from job_registry_api.queue import claiming, models, reading
@@ -156,7 +156,10 @@ class JobType:
     def fingerprint(self) -> str:
         return self.registered.fingerprint
 
-    @strawberry.field(description="The number of jobs of this type in each status.")
+    @strawberry.field(
+        extensions=[Requires("jobs:read")],
+        description="The number of jobs of this type in each status.",
+    )
     async def counts(self, info: strawberry.Info[Context, None]) -> JobCounts | None:
         return JobCounts.of((await context_of(info).counts())[self.name])
 
@@ -293,18 +296,18 @@ class Job:
         " worker's next heartbeat says so.",
     )
     worker_id: str | None = strawberry.field(
-        extensions=[Requires(*READERS)], description="The worker of its latest attempt."
+        extensions=[RequiresOrOwns(*READERS)], description="The worker of its latest attempt."
     )
     progress: JsonValue | None = strawberry.field(
-        extensions=[Requires(*READERS), Charged()],
+        extensions=[RequiresOrOwns(*READERS), Charged()],
         description="The progress that its handler last reported.",
     )
     result: JsonValue | None = strawberry.field(
-        extensions=[Requires(*READERS), Charged()],
+        extensions=[RequiresOrOwns(*READERS), Charged()],
         description="The value that its handler returned.",
     )
     error: JobError | None = strawberry.field(
-        extensions=[Requires(*READERS)],
+        extensions=[RequiresOrOwns(*READERS)],
         description="Why its latest attempt failed. Null once it succeeded.",
     )
 
@@ -317,7 +320,8 @@ class Job:
         return self.record.payload
 
     @strawberry.field(
-        extensions=[Requires(*READERS)], description="Every attempt so far, the first one first."
+        extensions=[RequiresOrOwns(*READERS)],
+        description="Every attempt so far, the first one first.",
     )
     async def attempts(self, info: strawberry.Info[Context, None]) -> list[JobAttempt] | None:
         attempts = await context_of(info).attempts.load(self.record.id)

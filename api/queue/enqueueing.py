@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
-from typing import Final, NamedTuple, Unpack, cast, overload
+from typing import Final, Literal, NamedTuple, Unpack, cast, overload
 
 from pydantic import JsonValue
 from pydantic_core import from_json
@@ -48,6 +48,10 @@ from job_registry_api.queue.store import NewJob, Store, Stored, present
 
 DEFAULT_PRIORITY: Final = 50
 
+OthersJobs = Literal["described", "returned", "hidden"]
+"""What a caller learns of the job of another creator that has its idempotency key: everything, the
+job if the payload is the same, or nothing but that the key is taken."""
+
 
 class Enqueued(NamedTuple):
     """The stored job. `deduplicated` is True if an earlier call with this key stored it."""
@@ -74,6 +78,10 @@ class JobValid:
 Refusal = (
     JobTypeNotFound | PayloadInvalid | InputInvalid | IdempotencyConflict | IdempotencyKeyTaken
 )
+
+
+Refuses = Callable[[NewJob, Stored], bool]
+"""Returns whether a new job is refused because of the existing job with its key."""
 
 
 class Enqueueing:
@@ -125,7 +133,7 @@ class Enqueueing:
         job: EnqueueRequest,
         *,
         created_by: str | None = None,
-        sees_others: bool = True,
+        others: OthersJobs = "described",
         session: AsyncSession | None = None,
         budget: FaultBudget | None = None,
     ) -> Enqueued: ...
@@ -135,7 +143,7 @@ class Enqueueing:
         job: Payload | EnqueueRequest,
         *,
         created_by: str | None = None,
-        sees_others: bool = True,
+        others: OthersJobs = "described",
         session: AsyncSession | None = None,
         budget: FaultBudget | None = None,
         **options: Unpack[EnqueueOptions],
@@ -149,8 +157,8 @@ class Enqueueing:
         caller's transaction: it becomes visible when the caller commits, and is discarded when
         the caller rolls back.
 
-        Without `sees_others`, a job with the same idempotency key that another `created_by` stored
-        is not described. Faults are charged to the `budget` of the caller's request.
+        `others` is what the caller learns of a job with the same idempotency key that another
+        `created_by` stored. Faults are charged to the `budget` of the caller's request.
 
         Raises:
             DefinitionError: the class of the payload belongs to no job type, or to several.
@@ -158,14 +166,15 @@ class Enqueueing:
             PayloadInvalid: the payload is invalid; lists every fault.
             InputInvalid: another value is out of range; lists the faults of the payload too.
             IdempotencyConflict: the key belongs to a job of this type with another payload.
-            IdempotencyKeyTaken: the same, without `sees_others`, for a job of another.
+            IdempotencyKeyTaken: the key belongs to a job of another, of which the caller may not
+                learn.
         """
         request = self.request(job, **options)
         budget = budget or FaultBudget()
         if session is not None:
             return await _async(session).run_sync(
                 lambda opened: self.enqueue_within(
-                    opened, request, created_by=created_by, sees_others=sees_others, budget=budget
+                    opened, request, created_by=created_by, others=others, budget=budget
                 )
             )
         new = self.admit(request, created_by, budget)
@@ -173,7 +182,7 @@ class Enqueueing:
         stored = await self._database.patiently(
             lambda: inserts.submit(new), "another transaction holds the idempotency key"
         )
-        return _enqueued(new, request, stored, sees_others, budget)
+        return _enqueued(new, request, stored, others, budget)
 
     async def enqueue_many(
         self,
@@ -181,7 +190,7 @@ class Enqueueing:
         *,
         atomic: bool = False,
         created_by: str | None = None,
-        sees_others: bool = True,
+        others: OthersJobs = "described",
         session: AsyncSession | None = None,
         budget: FaultBudget | None = None,
     ) -> list[Enqueued | Refusal]:
@@ -196,16 +205,18 @@ class Enqueueing:
             DefinitionError: the class of a payload belongs to no job type, or to several.
             InputInvalid: there are more than `max_bulk_size` jobs.
         """
-        bulk = self._bulk(jobs, atomic=atomic, sees_others=sees_others, budget=budget)
+        bulk = self._bulk(jobs, atomic=atomic, others=others, budget=budget)
         for _ in self._admit_each(bulk, created_by):
             # Listing faults takes milliseconds. A bulk of them would block the event loop.
             await asyncio.sleep(0)
         if new := bulk.jobs_to_store():
             if session is None:
-                stored, committed = await self._insert_bulk(new, atomic=atomic)
+                stored, committed = await self._insert_bulk(new, bulk.refuses, atomic=atomic)
             else:
                 stored, committed = await _async(session).run_sync(
-                    lambda opened: self._insert_bulk_within(opened, new, atomic=atomic)
+                    lambda opened: self._insert_bulk_within(
+                        opened, new, bulk.refuses, atomic=atomic
+                    )
                 )
             bulk.record(stored, committed)
         return bulk.in_order()
@@ -223,7 +234,7 @@ class Enqueueing:
         for _ in self._admit_each(bulk, created_by):
             pass
         if new := bulk.jobs_to_store():
-            bulk.record(*self._insert_bulk_within(session, new, atomic=atomic))
+            bulk.record(*self._insert_bulk_within(session, new, bulk.refuses, atomic=atomic))
         return bulk.in_order()
 
     async def validate(
@@ -231,7 +242,7 @@ class Enqueueing:
         request: EnqueueRequest,
         *,
         created_by: str | None = None,
-        sees_others: bool = True,
+        others: OthersJobs = "described",
         budget: FaultBudget | None = None,
     ) -> JobValid:
         """Return what `enqueue` would store. It raises the same errors and writes nothing."""
@@ -244,7 +255,7 @@ class Enqueueing:
             duplicate = (await self._store.find_by_key([key])).get(key)
         if duplicate is not None:
             stored = Stored(now, now, duplicate)
-            duplicate = _enqueued(new, request, stored, sees_others, budget).job
+            duplicate = _enqueued(new, request, stored, others, budget).job
         return JobValid(
             max_attempts=new.max_attempts,
             timeout_seconds=new.timeout_seconds,
@@ -259,25 +270,25 @@ class Enqueueing:
         request: EnqueueRequest,
         *,
         created_by: str | None = None,
-        sees_others: bool = True,
+        others: OthersJobs = "described",
         budget: FaultBudget | None = None,
     ) -> Enqueued:
         """Store a job in the transaction of a session without asyncio. Raises as `enqueue` does."""
         budget = budget or FaultBudget()
         new = self.admit(request, created_by, budget)
         stored = self._insert_within(session, [new])
-        enqueued = _enqueued(new, request, stored[new.id], sees_others, budget)
+        enqueued = _enqueued(new, request, stored[new.id], others, budget)
         self._publish_within(session, [new], stored)
         return enqueued
 
     def _insert_bulk_within(
-        self, session: Session, jobs: Sequence[NewJob], *, atomic: bool
+        self, session: Session, jobs: Sequence[NewJob], refuses: Refuses, *, atomic: bool
     ) -> tuple[list[Stored], bool]:
         """Return the outcome of each job, and whether the jobs are part of the transaction."""
         savepoint = self._store.savepoint_within(session.connection()) if atomic else None
         stored = self._insert_within(session, jobs)
         if savepoint is not None:
-            if any(conflicts(job, stored[job.id]) for job in jobs):
+            if any(refuses(job, stored[job.id]) for job in jobs):
                 savepoint.rollback()
                 return [stored[job.id] for job in jobs], False
             savepoint.commit()
@@ -305,14 +316,14 @@ class Enqueueing:
         jobs: Sequence[Payload | EnqueueRequest],
         *,
         atomic: bool,
-        sees_others: bool = True,
+        others: OthersJobs = "described",
         budget: FaultBudget | None = None,
     ) -> _Bulk:
         if len(jobs) > self.max_bulk_size:
             message = f"Expected at most {self.max_bulk_size} jobs per call; got {len(jobs)}."
             raise InputInvalid((Violation("", "too_long", message),))
         requests = [self.request(job) for job in jobs]
-        return _Bulk(requests, atomic, sees_others, budget or FaultBudget())
+        return _Bulk(requests, atomic, others, budget or FaultBudget())
 
     def _admit_each(self, bulk: _Bulk, created_by: str | None) -> Iterator[None]:
         """Admit the jobs of a bulk. Yields after each job that is refused."""
@@ -360,12 +371,12 @@ class Enqueueing:
         )
 
     async def _insert_bulk(
-        self, jobs: Sequence[NewJob], *, atomic: bool
+        self, jobs: Sequence[NewJob], refuses: Refuses, *, atomic: bool
     ) -> tuple[list[Stored], bool]:
         """Return the outcome of each job, and whether the jobs were committed."""
         if atomic:
             stored, committed = await self._database.patiently(
-                lambda: self._insert_all(jobs),
+                lambda: self._insert_all(jobs, refuses),
                 "a job with one of the idempotency keys is being deleted",
             )
             if committed:
@@ -381,10 +392,10 @@ class Enqueueing:
         return [present(outcomes[job.id]) for job in jobs], True
 
     async def _insert_all(
-        self, jobs: Sequence[NewJob]
+        self, jobs: Sequence[NewJob], refuses: Refuses
     ) -> tuple[dict[uuid.UUID, Stored], bool] | None:
         """Insert all jobs or none. Return None if a job with one of the keys is being deleted."""
-        stored, committed = await self._store.insert_all(jobs, conflicts)
+        stored, committed = await self._store.insert_all(jobs, refuses)
         return (stored, committed) if len(stored) == len(jobs) else None
 
     async def _insert(self, jobs: Sequence[NewJob]) -> list[Stored | None]:
@@ -403,10 +414,15 @@ class _Bulk:
 
     requests: list[EnqueueRequest]
     atomic: bool
-    sees_others: bool
+    others: OthersJobs
     budget: FaultBudget
     admitted: dict[int, NewJob] = field(default_factory=dict)
     results: dict[int, Enqueued | Refusal] = field(default_factory=dict)
+
+    def refuses(self, new: NewJob, stored: Stored) -> bool:
+        """Return whether a job is refused because of the existing job with its key."""
+        hidden = self.others == "hidden" and not _is_own(new, stored.existing)
+        return hidden or conflicts(new, stored)
 
     def jobs_to_store(self) -> list[NewJob]:
         """Return the admitted jobs; none if the call is atomic and a job was refused."""
@@ -417,7 +433,7 @@ class _Bulk:
         for (index, new), outcome in zip(self.admitted.items(), stored, strict=True):
             try:
                 self.results[index] = _enqueued(
-                    new, self.requests[index], outcome, self.sees_others, self.budget
+                    new, self.requests[index], outcome, self.others, self.budget
                 )
             except IdempotencyKeyTaken as refusal:
                 self.results[index] = refusal
@@ -456,11 +472,13 @@ def _async(session: AsyncSession) -> AsyncSession:
 
 
 def _enqueued(
-    new: NewJob, request: EnqueueRequest, stored: Stored, sees_others: bool, budget: FaultBudget
+    new: NewJob, request: EnqueueRequest, stored: Stored, others: OthersJobs, budget: FaultBudget
 ) -> Enqueued:
     existing = stored.existing
     if existing is not None:
-        known = sees_others or existing.created_by == new.created_by
+        known = others == "described" or _is_own(new, existing)
+        if not known and others == "hidden":
+            raise IdempotencyKeyTaken
         most = 1 if budget.is_spent or not known else MAX_DIFFERING
         paths = differing_paths(existing.payload, from_json(new.payload), most)
         if paths and not known:
@@ -490,6 +508,13 @@ def _enqueued(
             next_run_at=stored.next_run_at,
         )
     )
+
+
+def _is_own(new: NewJob, existing: JobRecord | None) -> bool:
+    """Return whether there is no existing job, or the creator of the new one has stored it."""
+    if existing is None:
+        return True
+    return new.created_by is not None and existing.created_by == new.created_by
 
 
 def conflicts(new: NewJob, stored: Stored) -> bool:

@@ -195,6 +195,12 @@ class Subscription:
             await self._news.wait()
         return self._unread.popleft()
 
+    def take_unread(self) -> list[JobEvent]:
+        """Return the events that can be read without waiting."""
+        unread = list(self._unread)
+        self._unread.clear()
+        return unread
+
     def includes(self, event: JobEvent) -> bool:
         """Return whether the subscription includes this event."""
         return (self.job_id is None or event.job_id == self.job_id) and (

@@ -26,6 +26,7 @@ from job_registry_api.queue.models import (
     JobAttempt,
     JobRecord,
     JobStatus,
+    Owner,
 )
 from job_registry_api.queue.postgresql_database import PostgreSQLDatabase
 from job_registry_api.queue.store import (
@@ -46,6 +47,7 @@ from job_registry_api.queue.store import (
     Stored,
     error_text,
     json_text,
+    owner_values,
     statements,
 )
 
@@ -245,12 +247,12 @@ class PostgreSQLStore(Store):
         ended = json_text([{"id": job_id.hex, "token": token} for job_id, token in leases])
         await self._run("settle", {"ended": ended})
 
-    async def cancel(self, job_id: uuid.UUID) -> JobRecord | None:
-        rows = await self._run("cancel", {"id": job_id.hex})
+    async def cancel(self, job_id: uuid.UUID, owner: Owner | None = None) -> JobRecord | None:
+        rows = await self._run("cancel", {"id": job_id.hex, **owner_values(owner)})
         return JobRecord.of(rows[0]) if rows else None
 
-    async def retry(self, job_id: uuid.UUID) -> JobRecord | None:
-        rows = await self._run("retry", {"id": job_id.hex})
+    async def retry(self, job_id: uuid.UUID, owner: Owner | None = None) -> JobRecord | None:
+        rows = await self._run("retry", {"id": job_id.hex, **owner_values(owner)})
         return JobRecord.of(rows[0]) if rows else None
 
     async def next_due(self, types: Sequence[str], limits: Mapping[str, int]) -> float | None:

@@ -11,18 +11,18 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import lru_cache
 from importlib import resources
 from typing import Any, Final, NamedTuple, TypeVar
 
-import sqlalchemy
 from pydantic_core import to_json
-from sqlalchemy import Connection, Executable, NestedTransaction, func, union_all
+from sqlalchemy import Connection, Executable, NestedTransaction, func
 from sqlmodel import col, select
 
 from job_registry_api import defaults
 from job_registry_api.queue.database import Database, quoted
+from job_registry_api.queue.filters import JobFilter, filtered, listed, newest, owned_by
 from job_registry_api.queue.models import (
     AttemptOutcome,
     AttemptRecord,
@@ -33,6 +33,7 @@ from job_registry_api.queue.models import (
     JobEventBatch,
     JobRecord,
     JobStatus,
+    Owner,
     error_of,
 )
 
@@ -60,9 +61,6 @@ RECOVERY_BATCH: Final = 100
 
 _BEHIND_ALL: Final = uuid.UUID(int=2**128 - 1)
 _UNBOUNDED: Final = 2**62
-
-SMALL: Final = 4_096
-"""The length of a JSON value up to which a page of jobs has it at once."""
 
 
 class Listed(NamedTuple):
@@ -313,17 +311,17 @@ class Store(ABC):
         """Free the places of timed-out attempts whose handlers have stopped."""
 
     @abstractmethod
-    async def cancel(self, job_id: uuid.UUID) -> JobRecord | None:
+    async def cancel(self, job_id: uuid.UUID, owner: Owner | None = None) -> JobRecord | None:
         """Cancel a queued job, or record that the worker of a running job must stop.
 
-        Return None if the job is neither, or does not exist.
+        Return None if the job is neither, or does not exist, or is not the owner's.
         """
 
     @abstractmethod
-    async def retry(self, job_id: uuid.UUID) -> JobRecord | None:
+    async def retry(self, job_id: uuid.UUID, owner: Owner | None = None) -> JobRecord | None:
         """Queue a failed or cancelled job. If no attempt is left, allow one more.
 
-        Return None if the job is neither, or does not exist.
+        Return None if the job is neither, or does not exist, or is not the owner's.
         """
 
     @abstractmethod
@@ -394,14 +392,22 @@ class Store(ABC):
             for row in await self._read("lease_states", {"leases": leases})
         }
 
-    async def get(self, job_id: uuid.UUID) -> JobRecord | None:
-        """Return a job by its id."""
-        return (await self.get_many([job_id])).get(job_id)
+    async def get(self, job_id: uuid.UUID, owner: Owner | None = None) -> JobRecord | None:
+        """Return a job by its id, if it is the owner's."""
+        return (await self.get_many([job_id], owner)).get(job_id)
 
-    async def get_many(self, job_ids: Iterable[uuid.UUID]) -> dict[uuid.UUID, JobRecord]:
-        """Return jobs by their ids."""
-        rows = await self._select(select(Job).where(col(Job.id).in_(list(job_ids))))
+    async def get_many(
+        self, job_ids: Iterable[uuid.UUID], owner: Owner | None = None
+    ) -> dict[uuid.UUID, JobRecord]:
+        """Return the jobs of the owner with these ids."""
+        wanted = select(Job).where(col(Job.id).in_(list(job_ids)), *owned_by(owner))
+        rows = await self._select(wanted)
         return {job.id: job for job in map(JobRecord.of, rows)}
+
+    async def creators(self, job_ids: Iterable[uuid.UUID]) -> dict[uuid.UUID, str | None]:
+        """Return who enqueued these jobs."""
+        wanted = select(Job.id, Job.created_by).where(col(Job.id).in_(list(job_ids)))
+        return {row["id"]: row["created_by"] for row in await self._select(wanted)}
 
     async def find_by_key(
         self, keys: Iterable[tuple[str, str]]
@@ -446,19 +452,18 @@ class Store(ABC):
         return attempts, not rows or rows[0]["attempts"] == len(rows)
 
     async def list_jobs(
-        self,
-        *,
-        types: Sequence[str],
-        statuses: Sequence[JobStatus],
-        first: int,
-        after: uuid.UUID | None,
+        self, wanted: JobFilter, owner: Owner | None, *, first: int, after: uuid.UUID | None
     ) -> list[Listed]:
-        """Return jobs, newest first, starting after `after`, without what is large.
+        """Return jobs of the owner, newest first, starting after `after`, without what is large.
 
         It is a keyset page: its cost does not depend on
         its position. Ids are UUIDv7, so they are in the order of creation.
         """
-        if len(types) > 1:
+        types, statuses = wanted.types, wanted.statuses
+        if owner is not None or not wanted.is_simple:
+            ahead = timedelta(seconds=self._database.ahead_seconds)
+            page = filtered(wanted, owner, first=first, after=after, ahead=ahead)
+        elif len(types) > 1:
             # As a union, 100 types and 4 statuses take half a second to build and to compile.
             pairs = [
                 {"type": name, "status": status}
@@ -468,9 +473,9 @@ class Store(ABC):
             behind = (after or _BEHIND_ALL).hex
             wanted = {"pairs": json_text(pairs), "after": behind, "first": first}
             ids = [row["id"] for row in await self._read("newest", wanted)]
-            page = _listed().where(col(Job.id).in_(ids)).order_by(col(Job.id).desc())
+            page = listed().where(col(Job.id).in_(ids)).order_by(col(Job.id).desc())
         else:
-            page = _newest(types, statuses, first=first, after=after)
+            page = newest(types, statuses, first=first, after=after)
         return [
             Listed(JobRecord.of(row), int(row["size"]), bool(row["is_partial"]))
             for row in await self._select(page)
@@ -536,47 +541,6 @@ def _by_key(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], JobRecor
     return {(job.type, job.idempotency_key or ""): job for job in map(JobRecord.of, rows)}
 
 
-def _newest(
-    types: Sequence[str], statuses: Sequence[JobStatus], *, first: int, after: uuid.UUID | None
-) -> Any:
-    """Return the query of a page of one type, or of all, in the order of an index.
-
-    With several statuses, the newest ids of each are read and merged, because no index has them in
-    one order.
-    """
-
-    def newest(query: Any) -> Any:
-        return query.order_by(col(Job.id).desc()).limit(first)
-
-    behind = [] if after is None else [col(Job.id) < after]
-    of_types = [col(Job.type) == name for name in types]
-    of_statuses = [[col(Job.status) == str(status)] for status in dict.fromkeys(statuses)] or [[]]
-    conditions = [[*of_types, *one, *behind] for one in of_statuses]
-    if len(conditions) == 1:
-        return newest(_listed().where(*conditions[0]))
-    found = union_all(
-        *(newest(select(Job.id).where(*each)).subquery().select() for each in conditions)
-    ).subquery()
-    ids = sqlalchemy.select(found.c.id).order_by(found.c.id.desc()).limit(first)
-    return _listed().where(col(Job.id).in_(ids)).order_by(col(Job.id).desc())
-
-
-@lru_cache
-def _listed() -> Any:
-    """Return the query of jobs as `Listed` has them."""
-    columns: list[Any] = [col(getattr(Job, name)) for name in JobRecord._fields]
-    size: Any = sqlalchemy.literal(0, sqlalchemy.BigInteger)
-    is_partial: Any = sqlalchemy.false()
-    for index, name in enumerate(JobRecord._fields):
-        if name in ("payload", "progress", "result"):
-            text = sqlalchemy.cast(columns[index], sqlalchemy.Text)
-            length: Any = func.coalesce(func.length(text), 0)
-            size += length
-            is_partial |= length > SMALL
-            columns[index] = sqlalchemy.case((length <= SMALL, columns[index])).label(name)
-    return sqlalchemy.select(*columns, size.label("size"), is_partial.label("is_partial"))
-
-
 @lru_cache
 def statements(database: str, schema: str | None = None) -> Mapping[str, str]:
     """Return the statements of `statements/<database>.sql` by name.
@@ -593,6 +557,11 @@ def statements(database: str, schema: str | None = None) -> Mapping[str, str]:
         name: re.sub(r"^--.*\n", "", body, flags=re.MULTILINE).strip()
         for name, body in zip(parts[::2], parts[1::2], strict=True)
     }
+
+
+def owner_values(owner: Owner | None) -> dict[str, Any]:
+    """Return the parameters of a statement that changes only jobs of the owner."""
+    return {"owned": owner is not None, "owner": owner.subject if owner is not None else None}
 
 
 def message_of(process: str, events: Sequence[tuple[str, str, str, int]]) -> str:
