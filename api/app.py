@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import structlog
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.routing import Route, WebSocketRoute
 
 from job_registry import JobRegistry
 from job_registry.discovery import load_registry
-from job_registry_api import pages
+from job_registry.errors import shortened
+from job_registry_api import pages, rest
 from job_registry_api.application import JobsApplication, StartedApplication
 from job_registry_api.auth import create_authenticator
 from job_registry_api.budget import RequestLimits
@@ -22,12 +25,20 @@ from job_registry_api.graphql.admission import Admission
 from job_registry_api.graphql.document_limits import Limits
 from job_registry_api.graphql.execution import Executor
 from job_registry_api.graphql.http import GraphQLOverHTTP
+from job_registry_api.graphql.persisted_documents import (
+    ManifestInvalid,
+    PersistedDocuments,
+    read_manifest,
+)
 from job_registry_api.graphql.websocket import GraphQLOverWebSocket
 from job_registry_api.health import Health, health_routes
-from job_registry_api.http_messages import GuardedResponses, answer_method_not_allowed
+from job_registry_api.http_messages import (
+    GuardedResponses,
+    PublishedUnder,
+    answer_method_not_allowed,
+)
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.upkeep import maintain
-from job_registry_api.rest import EnqueueView, JobView, answer_not_found
 from job_registry_api.settings import Settings, SettingsInvalid, load_settings
 from job_registry_api.worker import Worker, WorkerStartError
 
@@ -54,8 +65,8 @@ def create_app(
     the worker leases no more jobs. A second call does not wait for jobs.
 
     Raises:
-        SettingsInvalid: a variable is wrong, the keys for the tokens cannot be used, or the
-            settings do not fit the queue.
+        SettingsInvalid: a variable is wrong, the keys for the tokens or the trusted documents
+            cannot be used, or the settings do not fit the queue.
         DefinitionError: a module of the catalog is wrong, or the names of two job types collide in
             the GraphQL schema.
     """
@@ -127,6 +138,7 @@ def create_app(
             suggestions=settings.suggestions,
         ),
         limits,
+        _persisted_documents(settings),
     )
     graphql_http = GraphQLOverHTTP(
         executor,
@@ -145,12 +157,11 @@ def create_app(
         routes=[
             Route("/graphql", graphql_http),
             WebSocketRoute("/graphql", graphql_websocket),
-            Route("/jobs", EnqueueView(authenticator, limits)),
-            Route("/jobs/{id}", JobView(authenticator, limits)),
+            *rest.routes(authenticator, limits, described=settings.introspection),
             *health_routes(lambda request: cast(Health, request.app.state.health)),
             *([Route("/", pages.root()), *pages.assets()] if settings.graphiql else ()),
         ],
-        exception_handlers={404: answer_not_found, 405: answer_method_not_allowed},
+        exception_handlers={404: rest.answer_not_found, 405: answer_method_not_allowed},
         middleware=_middleware(settings),
     )
     # Until the application has started there is nothing to end.
@@ -178,21 +189,38 @@ def _registry(
     return queue.registry
 
 
+def _persisted_documents(settings: Settings) -> PersistedDocuments:
+    """Return the documents that requests may name."""
+    trusted = None
+    if settings.trusted_documents is not None:
+        try:
+            trusted = read_manifest(Path(settings.trusted_documents))
+        except ManifestInvalid as error:
+            got = shortened(settings.trusted_documents)
+            raise SettingsInvalid([f"JOBS_TRUSTED_DOCUMENTS: got {got}; {error}"]) from None
+    return PersistedDocuments(automatic=settings.persisted_queries, trusted=trusted)
+
+
 def _middleware(settings: Settings) -> list[Middleware]:
-    if not settings.cors_origins:
-        return [Middleware(GuardedResponses, vary=["Accept"]), Middleware(StartedApplication)]
-    return [
-        Middleware(GuardedResponses, vary=["Accept", "Origin"]),
-        Middleware(
-            CORSMiddleware,
-            allow_origins=settings.cors_origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type"],
-            expose_headers=["location", "retry-after", "www-authenticate"],
-            max_age=3_600,
-        ),
-        Middleware(StartedApplication),
-    ]
+    vary, used = ["Accept"], []
+    if settings.root_path:
+        used.append(Middleware(PublishedUnder, prefix=settings.root_path))
+    if settings.gzip_bytes is not None:
+        vary.append("Accept-Encoding")
+        used.append(Middleware(GZipMiddleware, minimum_size=settings.gzip_bytes, compresslevel=5))
+    if settings.cors_origins:
+        vary.append("Origin")
+        used.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=settings.cors_origins,
+                allow_methods=["GET", "POST"],
+                allow_headers=settings.cors_headers,
+                expose_headers=["location", "retry-after", "www-authenticate"],
+                max_age=3_600,
+            )
+        )
+    return [Middleware(GuardedResponses, vary=vary), *used, Middleware(StartedApplication)]
 
 
 @asynccontextmanager

@@ -51,12 +51,21 @@ class MethodNotAllowed(CodedError):
 
 
 class UnsupportedMediaType(CodedError):
-    """Raised when a request's body is not declared as JSON."""
+    """Raised when a request's body is not declared as JSON, or is compressed.
+
+    `headers` are those of the answer.
+    """
 
     code = "unsupported_media_type"
 
-    def __init__(self) -> None:
-        super().__init__("The Content-Type must be application/json.")
+    def __init__(
+        self,
+        message: str = "The Content-Type must be application/json.",
+        *,
+        headers: tuple[tuple[bytes, bytes], ...] = (),
+    ) -> None:
+        self.headers = headers
+        super().__init__(message)
 
 
 class ClientGone(Exception):
@@ -104,6 +113,27 @@ class GuardedResponses:
             if has_started:
                 raise  # The server ends the connection: the client sees that the rest is missing.
             await respond_unexpected(send_guarded, "http", error)
+
+
+class PublishedUnder:
+    """Middleware for an application that a proxy publishes under a path, the `prefix`.
+
+    Some proxies strip the path from requests, some do not; both are taken. An application that is
+    mounted knows its path from its host.
+    """
+
+    def __init__(self, app: ASGIApp, *, prefix: str) -> None:
+        self._app = app
+        self._prefix = prefix
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        if scope["type"] in ("http", "websocket") and not scope.get("root_path"):
+            path: str = scope["path"]
+            if path != self._prefix and not path.startswith(f"{self._prefix}/"):
+                path = self._prefix + path
+            scope = {**scope, "root_path": self._prefix, "path": path}
+        await self._app(scope, receive, send)
 
 
 async def read_body(scope: Scope, receive: Receive, max_bytes: int) -> bytes:
@@ -155,12 +185,31 @@ def prefix_of(scope: Scope) -> str:
     return quote(scope.get("root_path", ""), safe="/:@!$&'()*+,;=~")
 
 
-def is_json(content_type: bytes) -> bool:
-    """Return whether a Content-Type is application/json in UTF-8."""
+def check_media(scope: Scope) -> None:
+    """Check that the body of a request is declared as JSON in UTF-8, and as not compressed.
+
+    A compressed body is refused because a few bytes of it may be many in memory.
+
+    Raises:
+        UnsupportedMediaType: it is not.
+    """
+    if not _is_json(header(scope, b"content-type")):
+        raise UnsupportedMediaType
+    encoding = header(scope, b"content-encoding").strip().lower()
+    if encoding not in (b"", b"identity"):
+        # RFC 9110, section 15.5.16: the header tells this 415 from that of the Content-Type.
+        raise UnsupportedMediaType(
+            "The body must not be compressed: send it without Content-Encoding.",
+            headers=((b"accept-encoding", b"identity"),),
+        )
+
+
+def _is_json(content_type: bytes) -> bool:
+    """Return whether a Content-Type is application/json in UTF-8. Other parameters are ignored."""
     media_type, *parameters = content_type.lower().replace(b" ", b"").split(b";")
+    charsets = [each for each in parameters if each.startswith(b"charset=")]
     return media_type == JSON_TYPE and all(
-        parameter.strip(b'"') in (b"", b"charset=utf-8", b'charset="utf-8')
-        for parameter in parameters
+        each.removeprefix(b"charset=").strip(b'"') == b"utf-8" for each in charsets
     )
 
 

@@ -1,42 +1,52 @@
-"""REST: `POST /jobs` and `GET /jobs/{id}`, the same queue with HTTP's own status codes."""
+"""REST: the same queue with HTTP's own status codes. `/openapi.json` describes it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict
+import uuid
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Any, Final
+from itertools import islice
+from typing import Any, Final, NamedTuple
+from urllib.parse import parse_qsl, urlencode
 
+from pydantic import JsonValue
 from pydantic.alias_generators import to_camel
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from job_registry import CodedError, JobTypeNotFound, PayloadInvalid
-from job_registry.json_values import NotJson
-from job_registry_api import auth
-from job_registry_api.auth import Authenticator
+from job_registry import CodedError, EnqueueRequest, JobTypeNotFound, PayloadInvalid, Violation
+from job_registry.errors import FaultBudget, shortened
+from job_registry.json_values import MAX_POINTER, MAX_VIOLATIONS, NotJson, pointer
+from job_registry_api import auth, openapi
+from job_registry_api.auth import Authenticator, Caller
 from job_registry_api.budget import BudgetExceeded, RequestLimits, parse_request_json
 from job_registry_api.http_messages import (
     BodyTooLarge,
     ClientGone,
     MethodNotAllowed,
     UnsupportedMediaType,
+    check_media,
     error_content,
-    header,
-    is_json,
     prefix_of,
     read_body,
     respond_json,
     respond_unexpected,
 )
+from job_registry_api.queue.changing import Changing
+from job_registry_api.queue.enqueueing import Enqueued, Refusal
 from job_registry_api.queue.errors import (
     IdempotencyConflict,
     IdempotencyKeyTaken,
     InputInvalid,
     JobNotFound,
+    JobStateConflict,
     QueueUnavailable,
 )
+from job_registry_api.queue.filters import JobFilter
+from job_registry_api.queue.models import JobRecord, JobStatus, Owner
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.requests import parse_request
 
@@ -48,6 +58,7 @@ _STATUSES: Final[Mapping[type[CodedError], int]] = {
     MethodNotAllowed: 405,
     IdempotencyConflict: 409,
     IdempotencyKeyTaken: 409,
+    JobStateConflict: 409,
     BodyTooLarge: 413,
     BudgetExceeded: 413,
     UnsupportedMediaType: 415,
@@ -56,95 +67,377 @@ _STATUSES: Final[Mapping[type[CodedError], int]] = {
     QueueUnavailable: 503,
 }
 
+_STATUS_NAMES: Final = frozenset(status.value for status in JobStatus)
 
-class EnqueueView:
-    """`POST /jobs` with the fields of `EnqueueJobInput`.
+MAX_PARAMETERS: Final = 200
+"""The most parameters of a query string."""
 
-    201 with the new job's place in `Location`; 200 when its idempotency key gave back a job that
-    was there already. Errors are `{"error": {"code", "message", "details"}}`. Needs the scope
-    `jobs:enqueue` or `jobs:own`.
-    """
 
-    def __init__(self, authenticator: Authenticator, limits: RequestLimits) -> None:
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """A request that has been admitted."""
+
+    scope: Scope
+    receive: Receive
+    queue: JobQueue
+    caller: Caller
+    limits: RequestLimits
+
+    @property
+    def job_id(self) -> str:
+        """The id in the path."""
+        return str(self.scope["path_params"]["id"])
+
+    async def json(self) -> JsonValue:
+        """Return the JSON in the body.
+
+        Raises:
+            UnsupportedMediaType: the body is not declared as JSON.
+            BodyTooLarge: it is too large.
+            BudgetExceeded: it has too many values.
+            NotJson: it is not JSON.
+        """
+        check_media(self.scope)
+        body = await read_body(self.scope, self.receive, self.limits.body_bytes)
+        return parse_request_json(body, self.limits)[0]
+
+    async def visible_job(self, owner: Owner | None) -> JobRecord:
+        """Return the job in the path. With `owner`, only one that this subject enqueued.
+
+        Raises:
+            JobNotFound: there is none that the caller may see.
+        """
+        job = await self.queue.get(self.job_id, owner=owner)
+        if not self.caller.may_see(job.type):
+            raise JobNotFound(self.job_id)
+        return job
+
+
+class _Answer(NamedTuple):
+    status: int
+    content: Any
+    headers: tuple[tuple[bytes, bytes], ...] = ()
+
+
+_Answering = Callable[[_Request], Awaitable[_Answer]]
+
+
+def routes(authenticator: Authenticator, limits: RequestLimits, *, described: bool) -> list[Route]:
+    """Return the routes of REST. If `described`, /openapi.json is one of them."""
+    served: dict[str, dict[str, _Answering]] = {
+        "/jobs": {"GET": list_jobs, "POST": enqueue},
+        "/jobs/bulk": {"POST": enqueue_many},
+        "/jobs/{id}": {"GET": show},
+        "/jobs/{id}/cancel": {"POST": cancel},
+        "/jobs/{id}/retry": {"POST": retry},
+        **({"/openapi.json": {"GET": describe}} if described else {}),
+    }
+    return [
+        Route(path, _Endpoint(methods, authenticator, limits)) for path, methods in served.items()
+    ]
+
+
+class _Endpoint:
+    """Answers the requests of one path, each method by its function. HEAD is answered as GET."""
+
+    def __init__(
+        self, methods: Mapping[str, _Answering], authenticator: Authenticator, limits: RequestLimits
+    ) -> None:
+        self._methods = dict(methods)
+        if "GET" in methods:
+            self._methods["HEAD"] = methods["GET"]
         self._authenticator = authenticator
         self._limits = limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers one HTTP request."""
-        queue: JobQueue = scope["app"].state.queue
+        """Answer one HTTP request."""
         try:
-            if scope["method"] != "POST":
-                raise MethodNotAllowed("POST")
+            answering = self._methods.get(scope["method"])
+            if answering is None:
+                raise MethodNotAllowed(*self._methods)
             caller = await self._authenticator.authenticate(scope)
-            caller.need("jobs:enqueue", "jobs:own")
-            budget = queue.registry.fault_budget()
-            request = parse_request(await self._read(scope, receive), budget=budget)
-            caller.need_types([request.type])
-            enqueued = await queue.enqueue(
-                request,
-                created_by=caller.subject,
-                others=caller.others_jobs,
-                budget=budget,
-            )
+            queue: JobQueue = scope["app"].state.queue
+            answer = await answering(_Request(scope, receive, queue, caller, self._limits))
         except ClientGone:
             return
         except Exception as error:
             await _respond_error(send, error)
             return
-        job = enqueued.job
-        content = {
-            "jobId": str(job.id),
-            "status": job.status.value,
-            "type": job.type,
-            "nextRunAt": _time(job.next_run_at),
-        }
-        location = (b"location", f"{prefix_of(scope)}/jobs/{job.id}".encode())
-        status = 200 if enqueued.deduplicated else 201
-        await respond_json(send, status, content, headers=(location,))
-
-    async def _read(self, scope: Scope, receive: Receive) -> Any:
-        if not is_json(header(scope, b"content-type")):
-            raise UnsupportedMediaType
-        body = await read_body(scope, receive, self._limits.body_bytes)
-        value, _ = parse_request_json(body, self._limits)
-        return value
+        await respond_json(send, answer.status, answer.content, headers=answer.headers)
 
 
-class JobView:
-    """`GET /jobs/{id}`. Needs the scope `jobs:read`, or `jobs:own` for the caller's own jobs.
+async def enqueue(request: _Request) -> _Answer:
+    """`POST /jobs` with the fields of `EnqueueJobInput`. Needs `jobs:enqueue` or `jobs:own`.
+
+    201 with the new job's place in `Location`; 200 when its idempotency key gave back a job that
+    was there already. Errors are `{"error": {"code", "message", "details"}}`.
+    """
+    caller, queue = request.caller, request.queue
+    caller.need("jobs:enqueue", "jobs:own")
+    budget = queue.registry.fault_budget()
+    given = parse_request(await request.json(), budget=budget)
+    caller.need_types([given.type])
+    enqueued = await queue.enqueue(
+        given, created_by=caller.subject, others=caller.others_jobs, budget=budget
+    )
+    place = f"{prefix_of(request.scope)}/jobs/{enqueued.job.id}"
+    return _Answer(_created(enqueued), _summary(enqueued.job), ((b"location", place.encode()),))
+
+
+async def enqueue_many(request: _Request) -> _Answer:
+    """`POST /jobs/bulk` with `jobs`, up to 1,000, and `atomic`. Needs `jobs:enqueue` or `jobs:own`.
+
+    200 with `results` in the order of the jobs: of each its `status`, which `POST /jobs` would have
+    answered, and its `job` or its `error`. With `atomic`, all jobs are stored or none.
+    """
+    caller, queue = request.caller, request.queue
+    caller.need("jobs:enqueue", "jobs:own")
+    budget = queue.registry.fault_budget()
+    jobs, atomic = _bulk_of(await request.json(), request.limits.bulk_size)
+    given = _requests_of(jobs, budget)
+    caller.need_types(each.type for each in given)
+    results = await queue.enqueue_many(
+        given,
+        atomic=atomic,
+        created_by=caller.subject,
+        others=caller.others_jobs,
+        budget=budget,
+    )
+    return _Answer(200, {"results": [_result(each) for each in results]})
+
+
+async def list_jobs(request: _Request) -> _Answer:
+    """`GET /jobs`: a page of jobs, newest first. Needs `jobs:read` or `jobs:own`.
+
+    The parameters are `type` and `status`, each as often as needed, `first` (50), and `after`, the
+    `endCursor` of the page before. `Link` has the URL of the next page (RFC 8288).
+    """
+    caller = request.caller
+    caller.need("jobs:own", "jobs:read")
+    wanted = _wanted_page(request.scope["query_string"])
+    caller.need_types(wanted.types)
+    types = wanted.types
+    if not types and caller.job_types is not None:
+        # No types is no restriction, and no job has a type without a name.
+        types = tuple(sorted(caller.job_types)) or ("",)
+    page = await request.queue.list(
+        JobFilter(types=types, statuses=wanted.statuses),
+        first=wanted.first,
+        after=wanted.after,
+        owner=caller.owner_unless("jobs:read"),
+        max_bytes=request.limits.answer_bytes,
+    )
+    cursor = str(page.jobs[-1].id) if page.jobs else None
+    content = {
+        "jobs": [_job(job) for job in page.jobs],
+        "pageInfo": {
+            "hasNextPage": page.has_next_page,
+            "stoppedEarly": page.stopped_early,
+            "endCursor": cursor,
+        },
+    }
+    if not page.has_next_page or cursor is None:
+        return _Answer(200, content)
+    query = urlencode([*wanted.others, ("after", cursor)])
+    link = f'<{prefix_of(request.scope)}/jobs?{query}>; rel="next"'
+    return _Answer(200, content, ((b"link", link.encode()),))
+
+
+async def show(request: _Request) -> _Answer:
+    """`GET /jobs/{id}`. Needs `jobs:read` or `jobs:own`.
 
     Of attempts that are too large together, the latest are in the answer, and `allAttempts` is
     false.
     """
+    request.caller.need("jobs:own", "jobs:read")
+    job = await request.visible_job(request.caller.owner_unless("jobs:read"))
+    attempts, is_all = await request.queue.latest_attempts([job.id], request.limits.answer_bytes)
+    content = _job(job)
+    content["attempts"] = [
+        {name: value for name, value in _as_json(asdict(attempt)).items() if name != "jobId"}
+        for attempt in attempts[job.id]
+    ]
+    content["allAttempts"] = is_all
+    return _Answer(200, content)
 
-    def __init__(self, authenticator: Authenticator, limits: RequestLimits) -> None:
-        self._authenticator = authenticator
-        self._limits = limits
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers one HTTP request."""
-        queue: JobQueue = scope["app"].state.queue
+async def cancel(request: _Request) -> _Answer:
+    """`POST /jobs/{id}/cancel` with an empty object. Needs `jobs:admin` or `jobs:own`.
+
+    200 with the job: cancelled if it was queued; if it was running, its worker is requested to
+    stop. 409 if it has ended.
+    """
+    return await _change(request, Changing.cancel)
+
+
+async def retry(request: _Request) -> _Answer:
+    """`POST /jobs/{id}/retry` with an empty object. Needs `jobs:admin` or `jobs:own`.
+
+    200 with the job, which is queued again. 409 if it has neither failed nor been cancelled.
+    """
+    return await _change(request, Changing.retry)
+
+
+async def describe(request: _Request) -> _Answer:
+    """`GET /openapi.json`: REST for the job types that the caller may see.
+
+    Needs the scope `jobs:enqueue`, `jobs:own` or `jobs:read`.
+    """
+    caller = request.caller
+    caller.need("jobs:enqueue", "jobs:own", "jobs:read")
+    visible = [each for name, each in request.queue.registry.items() if caller.may_see(name)]
+    return _Answer(200, openapi.describe(visible, prefix_of(request.scope)))
+
+
+async def _change(request: _Request, change: Callable[..., Awaitable[JobRecord]]) -> _Answer:
+    request.caller.need("jobs:own", "jobs:admin")
+    # JSON is demanded also where it says nothing: for it, a browser asks before it sends a request
+    # from a page of another site.
+    given = await request.json()
+    if given != {}:
+        message = f"Expected an empty object; got {shortened(given)}."
+        raise InputInvalid((Violation("", "wrong_type", message),))
+    owner = request.caller.owner_unless("jobs:admin")
+    if request.caller.job_types is not None:
+        await request.visible_job(owner)
+    return _Answer(200, _job(await change(request.queue, request.job_id, owner=owner)))
+
+
+@dataclass(frozen=True, slots=True)
+class _WantedPage:
+    types: tuple[str, ...]
+    statuses: tuple[JobStatus, ...]
+    first: int
+    after: uuid.UUID | None
+    others: list[tuple[str, str]]
+    """The parameters as they were given, without `after`."""
+
+
+def _wanted_page(query_string: bytes) -> _WantedPage:
+    """Return the page that a query string describes.
+
+    Raises:
+        InputInvalid: a parameter is unknown or wrong; it lists every fault.
+    """
+    faults: list[Violation] = []
+    try:
+        given = parse_qsl(
+            query_string.decode("ascii"), keep_blank_values=True, max_num_fields=MAX_PARAMETERS
+        )
+    except ValueError:
+        message = f"Expected a query string with at most {MAX_PARAMETERS} parameters."
+        raise InputInvalid((Violation("", "invalid_format", message),)) from None
+    types: list[str] = []
+    statuses: list[JobStatus] = []
+    first, after = 50, None
+    for name, value in given:
+        match name:
+            case "type":
+                types.append(value)
+            case "status" if value in _STATUS_NAMES:
+                statuses.append(JobStatus(value))
+            case "status":
+                message = f"Expected {', '.join(JobStatus)}; got {shortened(value)}."
+                faults.append(Violation("/status", "invalid_value", message))
+            case "first" if value.isascii() and value.isdigit() and len(value) < 10:
+                first = int(value)
+            case "first":
+                message = f"Expected a whole number; got {shortened(value)}."
+                faults.append(Violation("/first", "wrong_type", message))
+            case "after":
+                try:
+                    after = uuid.UUID(value)
+                except ValueError:
+                    message = f"Expected the endCursor of another page; got {shortened(value)}."
+                    faults.append(Violation("/after", "invalid_format", message))
+            case _:
+                message = f"There is no parameter {shortened(name)}."
+                at = pointer("", name) if len(name) <= MAX_POINTER else ""
+                faults.append(Violation(at, "unknown_field", message))
+    if faults:
+        raise InputInvalid(tuple(faults))
+    others = [(name, value) for name, value in given if name != "after"]
+    return _WantedPage(tuple(types), tuple(statuses), first, after, others)
+
+
+def _bulk_of(value: JsonValue, most: int) -> tuple[list[JsonValue], bool]:
+    """Return the jobs of a bulk, and whether it is atomic.
+
+    Raises:
+        InputInvalid: it is not an object with `jobs`.
+        BudgetExceeded: it has too many jobs.
+    """
+    if not isinstance(value, dict) or not isinstance(value.get("jobs"), list):
+        message = f"Expected an object with an array of jobs; got {shortened(value)}."
+        raise InputInvalid((Violation("/jobs", "wrong_type", message),))
+    faults = [
+        Violation(
+            pointer("", name) if len(name) <= MAX_POINTER else "",
+            "unknown_field",
+            f"There is no field {shortened(name)}.",
+        )
+        for name in islice((name for name in value if name not in ("jobs", "atomic")), 100)
+    ]
+    atomic = value.get("atomic", False)
+    if not isinstance(atomic, bool):
+        message = f"Expected true or false; got {shortened(atomic)}."
+        faults.append(Violation("/atomic", "wrong_type", message))
+    if faults:
+        raise InputInvalid(tuple(faults))
+    jobs = value["jobs"]
+    assert isinstance(jobs, list)
+    if len(jobs) > most:
+        message = "The request has too many jobs."
+        raise BudgetExceeded(message, most, "JOBS_MAX_BULK_SIZE")
+    return jobs, bool(atomic)
+
+
+def _requests_of(jobs: list[JsonValue], budget: FaultBudget) -> list[EnqueueRequest]:
+    """Return the requests of a bulk.
+
+    Raises:
+        InputInvalid: a job is no object with the fields of a request; it lists the first faults.
+    """
+    requests: list[EnqueueRequest] = []
+    faults: list[Violation] = []
+    for index, job in enumerate(jobs):
         try:
-            if scope["method"] not in ("GET", "HEAD"):
-                raise MethodNotAllowed("GET", "HEAD")
-            caller = await self._authenticator.authenticate(scope)
-            caller.need("jobs:own", "jobs:read")
-            owner = caller.owner_unless("jobs:read")
-            job = await queue.get(scope["path_params"]["id"], owner=owner)
-            if not caller.may_see(job.type):
-                raise JobNotFound(scope["path_params"]["id"])
-            attempts, is_all = await queue.latest_attempts([job.id], self._limits.answer_bytes)
-        except Exception as error:
-            await _respond_error(send, error)
-            return
-        content = _as_json(job._asdict())
-        content["jobId"] = content.pop("id")
-        content["attempts"] = [
-            {name: value for name, value in _as_json(asdict(attempt)).items() if name != "jobId"}
-            for attempt in attempts[job.id]
-        ]
-        content["allAttempts"] = is_all
-        await respond_json(send, 200, content)
+            requests.append(parse_request(job, path=f"/jobs/{index}", budget=budget))
+        except InputInvalid as invalid:
+            faults += invalid.violations
+            if len(faults) >= MAX_VIOLATIONS:
+                break
+    if faults:
+        raise InputInvalid(tuple(faults[:MAX_VIOLATIONS]))
+    return requests
+
+
+def _created(enqueued: Enqueued) -> int:
+    return 200 if enqueued.deduplicated else 201
+
+
+def _summary(job: JobRecord) -> dict[str, Any]:
+    """Return what the answer to an enqueue says of a job."""
+    return {
+        "jobId": str(job.id),
+        "status": job.status.value,
+        "type": job.type,
+        "nextRunAt": _time(job.next_run_at),
+    }
+
+
+def _result(result: Enqueued | Refusal) -> dict[str, Any]:
+    """Return one result of a bulk."""
+    if isinstance(result, Enqueued):
+        return {"status": _created(result), "job": _summary(result.job)}
+    content = error_content(result.code, result.summary, _listed(result.details()))
+    return {"status": _STATUSES[type(result)], **content}
+
+
+def _job(job: JobRecord) -> dict[str, Any]:
+    content = _as_json(job._asdict())
+    content["jobId"] = content.pop("id")
+    return content
 
 
 def _as_json(fields: dict[str, Any]) -> dict[str, Any]:
@@ -189,6 +482,8 @@ def _headers(error: Exception) -> tuple[tuple[bytes, bytes], ...]:
     match error:
         case MethodNotAllowed():
             return ((b"allow", ", ".join(error.allowed).encode()),)
+        case UnsupportedMediaType():
+            return error.headers
         case QueueUnavailable():
             return ((b"retry-after", b"1"),)
     return auth.headers_of(error)

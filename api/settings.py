@@ -248,10 +248,32 @@ class Settings(BaseSettings):
         le=10_000,
         description="The most operations that one WebSocket runs at once, subscriptions included.",
     )
+    root_path: str = Field(
+        default="",
+        description="The path under which a proxy publishes the server, such as `/queue`, whether"
+        " it strips it from requests or not.",
+    )
+    proxies: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description="Addresses or networks of the proxies in front, separated by commas. Only from"
+        " these are `X-Forwarded-For` and `X-Forwarded-Proto` taken as the client's address and"
+        " scheme.",
+    )
+    gzip_bytes: int | None = Field(
+        default=None,
+        ge=500,
+        le=1_073_741_824,
+        description="Answers of this size and more are compressed with gzip for clients that take"
+        " it. Not compressed by default: a proxy usually does it.",
+    )
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         default=(),
         description="Origins whose pages may send requests from a browser, separated by commas:"
         " `https://app.example.com`.",
+    )
+    cors_headers: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=defaults.CORS_HEADERS,
+        description="Request headers that pages of these origins may send.",
     )
     production: bool = Field(
         default=False,
@@ -261,7 +283,7 @@ class Settings(BaseSettings):
         default=None,
         validate_default=True,
         description="Whether clients can introspect the GraphQL schema, as GraphiQL and code"
-        " generators do. `job-registry schema` prints it in any case.",
+        " generators do, and get `/openapi.json`. `job-registry schema` prints both in any case.",
     )
     suggestions: bool = Field(
         default=None,
@@ -278,6 +300,16 @@ class Settings(BaseSettings):
         default=None,
         validate_default=True,
         description="Whether GET accepts GraphQL queries. It never accepts mutations.",
+    )
+    persisted_queries: bool = Field(
+        default=True,
+        description="Whether clients may register documents by their hash, and send the hash from"
+        " then on (automatic persisted queries). Each process keeps 8 MB of them.",
+    )
+    trusted_documents: str | None = Field(
+        default=None,
+        description="A file with the documents that clients may execute, all others are refused:"
+        " a manifest of GraphQL Code Generator, Relay or Apollo. It is read at the start.",
     )
     auth_hs256_secret: str | None = Field(
         default=None,
@@ -413,6 +445,42 @@ class Settings(BaseSettings):
                     " case, without a path"
                 )
         return origins
+
+    @field_validator("cors_headers", mode="before")
+    @classmethod
+    def _check_header_names(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        names = tuple(name.lower() for name in _items(value))
+        for name in names:
+            if not _HEADER.fullmatch(name):
+                raise ValueError(
+                    f"expected names of headers separated by commas; {shortened(name)} is not one"
+                )
+        return names
+
+    @field_validator("root_path")
+    @classmethod
+    def _check_root_path(cls, value: str) -> str:
+        if value and not _PREFIX.fullmatch(value):
+            raise ValueError("expected a path such as /queue, without a slash at its end")
+        return value
+
+    @field_validator("proxies", mode="before")
+    @classmethod
+    def _check_proxies(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        proxies = _items(value)
+        for proxy in proxies:
+            try:
+                ipaddress.ip_network(proxy)
+            except ValueError:
+                raise ValueError(
+                    "expected addresses or networks, such as 10.0.0.0/8, separated by commas;"
+                    f" {shortened(proxy)} is not one"
+                ) from None
+        return proxies
 
     @field_validator("introspection", "suggestions", "graphiql", "get_queries", mode="before")
     @classmethod
@@ -567,6 +635,8 @@ _SQLITE: Final = ("sqlite:///", "sqlite+aiosqlite:///")
 
 _URLS: Final = ("database_url", "database_listen_url")
 
+_HEADER: Final = re.compile(r"[a-z0-9!#$%&'*+.^_`|~-]{1,100}")
+_PREFIX: Final = re.compile(r"(/[A-Za-z0-9._~-]+)+")
 _ORIGIN: Final = re.compile(r"https?://([a-z0-9.-]+|\[[0-9a-f:]+\])(:[0-9]{1,5})?")
 
 

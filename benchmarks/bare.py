@@ -58,7 +58,7 @@ def application(database_url: str | None) -> Starlette:
 
     async def executed(request: Request) -> JSONResponse:
         content = await request.json()
-        prepared = executor.prepare(content["query"], None, ANYONE)
+        prepared = executor.prepare(content, ANYONE)
         context = Context(queues[0], ANYONE)
         result = await executor.execute(prepared, content["variables"], context)
         return JSONResponse({"data": result.data, **_errors(result)})

@@ -153,7 +153,7 @@ def _start(server: Server, folder: Path, settings: Mapping[str, str]) -> Server:
     fault = None
     for _ in range(3):
         # Another process may take the port before the server does.
-        port = _free_port()
+        port = free_port()
         given = {
             **settings,
             "listen_addresses": "127.0.0.1",
@@ -218,7 +218,7 @@ def _runs(pid: int) -> bool:
     return ") Z " not in state
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -26,7 +26,7 @@ from tests import CODE
 from tests.cli.test_cli import Shell
 from tests.conftest import run_sql
 from tests.forks import Command
-from tests.http_client import Visit
+from tests.http_client import Visit, serving
 from tests.test_auth import AUTH, CLAIMS, bearer
 
 pytestmark = pytest.mark.any_database
@@ -54,6 +54,7 @@ def jobs(tmp_path: Path) -> Shell:
     return Shell(tmp_path)
 
 
+THUMBNAIL = {"type": "thumbnail.create", "payload": {"assetId": "a", "versionNumber": 1}}
 PING = {"type": "test.ping", "payload": {}}
 
 
@@ -172,6 +173,59 @@ async def test_pages_of_the_origins_that_are_set_may_call(visit: Visit) -> None:
         async with visit(**settings) as client:
             response = await client.post("/jobs", json=PING, headers={"origin": origin})
             assert response.headers.get("access-control-allow-origin") == allowed
+
+
+@reaches("cors_headers")
+async def test_pages_may_send_the_headers_that_are_set(visit: Visit) -> None:
+    asked = {
+        "origin": "https://app.example.com",
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "x-own",
+    }
+    for settings, status in (({}, 400), ({"cors_headers": "x-own"}, 200)):
+        async with visit(cors_origins="https://app.example.com", **settings) as client:
+            assert (await client.options("/graphql", headers=asked)).status_code == status
+
+
+@reaches("root_path", "gzip_bytes")
+async def test_the_application_is_published_as_set(visit: Visit) -> None:
+    body = {"query": "{ jobTypes { payloadSchema } }"}
+    for settings, status, encoding in (
+        ({}, 404, None),
+        ({"root_path": "/queue"}, 200, None),
+        ({"root_path": "/queue", "gzip_bytes": "500"}, 200, "gzip"),
+    ):
+        async with visit(**settings) as client:
+            answer = await client.post("/queue/graphql", json=body)
+            assert answer.status_code == status
+            assert answer.headers.get("content-encoding") == encoding
+
+
+@reaches("proxies")
+async def test_the_proxies_that_are_set_are_believed(database_url: str) -> None:
+    foreign = {"x-forwarded-for": "203.0.113.9"}  # Without authentication, it is refused.
+    for settings, status in (({}, 201), ({"proxies": "127.0.0.0/8"}, 403)):
+        async with (
+            serving(database_url, "--no-worker", **settings) as (address, _),
+            httpx.AsyncClient(base_url=f"http://{address}") as client,
+        ):
+            answer = await client.post("/jobs", json=THUMBNAIL, headers=foreign)
+            assert answer.status_code == status
+
+
+@reaches("persisted_queries", "trusted_documents")
+async def test_documents_are_named_as_set(visit: Visit, tmp_path: Path) -> None:
+    manifest = tmp_path / "documents.json"
+    manifest.write_text('{"types": "{ jobTypes { name } }"}')
+    hashed = {"extensions": {"persistedQuery": {"version": 1, "sha256Hash": "types"}}}
+    for settings, code in (
+        ({}, "PERSISTED_QUERY_NOT_FOUND"),
+        ({"persisted_queries": "false"}, "PERSISTED_QUERY_NOT_SUPPORTED"),
+        ({"trusted_documents": str(manifest)}, None),
+    ):
+        async with visit(**settings) as client:
+            answer = (await client.post("/graphql", json=hashed)).json()
+            assert codes(answer) == ([] if code is None else [code])
 
 
 @reaches("production", "introspection", "suggestions", "graphiql", "get_queries")

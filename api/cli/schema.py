@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import sys
+from typing import Annotated
+
+import typer
 
 from job_registry_api.cli import startup
+from job_registry_api.cli.output import print_json
 
 
-def schema() -> None:
+def schema(
+    openapi: Annotated[
+        bool, typer.Option("--openapi", help="Print the OpenAPI description of REST instead.")
+    ] = False,
+) -> None:
     """Print the GraphQL schema of the job types in JOBS_CATALOG, with its documentation."""
-    registry = startup.read_registry(startup.read_settings())
+    settings = startup.read_settings()
+    registry = startup.read_registry(settings)
+    if openapi:
+        from job_registry_api.openapi import describe
+
+        print_json(describe(registry.values(), settings.root_path))
+        return
     from job_registry_api.graphql.schema import sdl
 
     sys.stdout.write(sdl(registry))

@@ -57,7 +57,8 @@ def serve(
         access_log=False,
         log_config=None,
         server_header=False,
-        proxy_headers=False,
+        proxy_headers=bool(settings.proxies),
+        forwarded_allow_ips=list(settings.proxies),
         lifespan="on",
         # Requests and jobs have the same time to end, from the same signal.
         timeout_graceful_shutdown=max(1, int(settings.shutdown_seconds)),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from inspect import isawaitable
 from typing import Any, Final, NamedTuple
@@ -41,6 +41,7 @@ from job_registry_api.graphql.document_limits import (
     check_size,
     too_complex,
 )
+from job_registry_api.graphql.persisted_documents import PersistedDocuments, names_document
 from job_registry_api.graphql.request_errors import (
     MAX_ERRORS,
     MAX_MESSAGE,
@@ -90,6 +91,7 @@ class Executor:
         admission: Admission,
         limits: Limits,
         request_limits: RequestLimits = RequestLimits(),
+        persisted: PersistedDocuments | None = None,
     ) -> None:
         self._admission = admission
         self._limits = limits
@@ -98,21 +100,31 @@ class Executor:
         if not limits.introspection:
             self._rules.append(NoSchemaIntrospectionCustomRule)
         self._documents = _DocumentCache()
+        self._persisted = PersistedDocuments() if persisted is None else persisted
 
-    def prepare(self, text: str, operation_name: str | None, caller: Caller) -> Prepared:
-        """Parse a document, and validate it against what the caller may see of the schema.
+    def prepare(self, request: Mapping[str, Any], caller: Caller) -> Prepared:
+        """Parse the document of a request, and validate it against what the caller may see.
+
+        `request` has the members of a GraphQL request, checked by `request_faults`. The document is
+        its `query`, or one that it names (see `PersistedDocuments`).
 
         Raises:
-            DocumentRefused: the document does not parse, exceeds a limit, is not valid, or lacks
-                the operation; or the caller may do nothing.
+            DocumentRefused: the document is not there, does not parse, exceeds a limit, is not
+                valid, or lacks the operation; or the caller may do nothing.
         """
         try:
             view = self._admission.view_of(caller)
         except Forbidden as forbidden:
             extensions = {"code": forbidden.code}
             raise DocumentRefused([GraphQLError(str(forbidden), extensions=extensions)]) from None
-        document = self._document(text, view)
-        return Prepared(document, _operation(document, operation_name), view.schema)
+        try:
+            named = self._persisted.find(request)
+        except GraphQLError as error:
+            raise DocumentRefused([error]) from None
+        document = self._document(named.text, view)
+        self._persisted.keep(named)
+        operation = _operation(document, request.get("operationName"))
+        return Prepared(document, operation, view.schema)
 
     async def execute(
         self, prepared: Prepared, variables: dict[str, Any] | None, context: Context
@@ -231,6 +243,26 @@ class Executor:
             raise DocumentRefused(_merged(errors))
         self._documents.add(text, view.job_types, document)
         return document
+
+
+def request_faults(request: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with the members of a GraphQL request, a sentence each."""
+    faults = []
+    query = request.get("query")
+    if (
+        not names_document(request)
+        if query is None
+        else not isinstance(query, str) or not query.strip()
+    ):
+        faults.append("query has to be a string with a GraphQL document.")
+    for name, kind, expected in (
+        ("variables", dict, "an object"),
+        ("extensions", dict, "an object"),
+        ("operationName", str, "a string"),
+    ):
+        if request.get(name) is not None and not isinstance(request[name], kind):
+            faults.append(f"{name} has to be {expected} or null.")
+    return faults
 
 
 class _DocumentCache:

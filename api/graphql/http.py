@@ -17,14 +17,20 @@ from job_registry_api import auth
 from job_registry_api.auth import Authenticator
 from job_registry_api.budget import BudgetExceeded, RequestSize, parse_request_json
 from job_registry_api.graphql.context import Context
-from job_registry_api.graphql.execution import DocumentRefused, Executor, Prepared
+from job_registry_api.graphql.execution import (
+    DocumentRefused,
+    Executor,
+    Prepared,
+    request_faults,
+)
 from job_registry_api.graphql.request_errors import format_exception, format_result
 from job_registry_api.graphql.sse import EVENT_STREAM, send_events
 from job_registry_api.http_messages import (
     BodyTooLarge,
     ClientGone,
+    UnsupportedMediaType,
+    check_media,
     header,
-    is_json,
     read_body,
     respond_json,
 )
@@ -150,7 +156,7 @@ class GraphQLOverHTTP:
         else:
             parsed, size = await self._read_json(scope, receive)
             content = _checked(parsed)
-        prepared = self._executor.prepare(content["query"], content.get("operationName"), caller)
+        prepared = self._executor.prepare(content, caller)
         if method == "GET" and prepared.is_mutation:
             raise _refused(405, "A mutation is sent with POST.", allow=b"POST")
         context = Context(
@@ -166,8 +172,11 @@ class GraphQLOverHTTP:
         self, scope: Scope, receive: Receive
     ) -> tuple[dict[str, Any], RequestSize]:
         """Return the body of a request, and its size."""
-        if not is_json(header(scope, b"content-type")):
-            raise _refused(415, "The Content-Type has to be application/json.")
+        try:
+            check_media(scope)
+        except UnsupportedMediaType as error:
+            errors = [{"message": str(error)}]
+            raise RequestRefused(415, errors, headers=error.headers) from None
         try:
             body = await read_body(scope, receive, self._limits.body_bytes)
         except BodyTooLarge:
@@ -210,16 +219,7 @@ def _refused(status: int, message: str, *, allow: bytes | None = None) -> Reques
 
 
 def _checked(content: dict[str, Any]) -> dict[str, Any]:
-    faults = []
-    if not isinstance(content.get("query"), str) or not content["query"].strip():
-        faults.append("query has to be a string with a GraphQL document.")
-    for name, kind, expected in (
-        ("variables", dict, "an object"),
-        ("extensions", dict, "an object"),
-        ("operationName", str, "a string"),
-    ):
-        if content.get(name) is not None and not isinstance(content[name], kind):
-            faults.append(f"{name} has to be {expected} or null.")
+    faults = request_faults(content)
     if faults:
         raise RequestRefused(400, [{"message": fault} for fault in faults])
     return content

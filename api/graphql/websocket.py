@@ -20,7 +20,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from job_registry_api.auth import REFUSALS, Authenticator, Caller, TooManyRequests
 from job_registry_api.budget import BudgetExceeded, parse_request_json
 from job_registry_api.graphql.context import Context
-from job_registry_api.graphql.execution import DocumentRefused, Executor
+from job_registry_api.graphql.execution import DocumentRefused, Executor, request_faults
 from job_registry_api.graphql.request_errors import format_exception
 from job_registry_api.http_messages import MAX_UNADMITTED_MESSAGE, WEBSOCKET_ADMISSION
 from job_registry_api.logs import log_unexpected
@@ -260,20 +260,13 @@ class _Connection:
     async def _contents(
         self, payload: dict[str, Any], caller: Caller
     ) -> AsyncGenerator[dict[str, Any]]:
-        query, variables, name = (
-            payload.get(key) for key in ("query", "variables", "operationName")
-        )
-        if (
-            not isinstance(query, str)
-            or not isinstance(variables, dict | None)
-            or not isinstance(name, str | None)
-        ):
-            message = "query has to be a string, variables an object, operationName a string."
-            yield {"errors": [{"message": message}]}
+        faults = request_faults(payload)
+        if faults:
+            yield {"errors": [{"message": fault} for fault in faults]}
             return
         try:
             await self._authenticator.authenticate_again(self._socket.scope, self._authorization)
-            prepared = self._executor.prepare(query, name, caller)
+            prepared = self._executor.prepare(payload, caller)
         except DocumentRefused as refused:
             yield {"errors": [error.formatted for error in refused.errors]}
             return
@@ -284,7 +277,9 @@ class _Connection:
             self._authenticator.verify_again, self._socket.scope, self._authorization
         )
         context = Context(self._socket.app.state.queue, caller, verify_again=verify_again)
-        async with aclosing(self._executor.results(prepared, variables, context)) as results:
+        async with aclosing(
+            self._executor.results(prepared, payload.get("variables"), context)
+        ) as results:
             async for content in results:
                 yield content
 

@@ -222,6 +222,9 @@ def test_the_schema_is_printed_and_a_reader_that_stops_is_no_error(jobs: Shell) 
     assert result.stdout.splitlines()[-1] == "0"
     assert "Traceback" not in result.stderr
     assert "type Mutation" in jobs("schema").stdout
+    described = json.loads(jobs("schema", "--openapi", JOBS_ROOT_PATH="/queue").stdout)
+    assert described["servers"] == [{"url": "/queue"}]
+    assert "/jobs/{id}/cancel" in described["paths"]
 
 
 def test_a_database_that_is_away_is_a_sentence(jobs: Shell) -> None:

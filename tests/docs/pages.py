@@ -27,6 +27,7 @@ MARKERS: Final = {
     "sql": "sql",
     "entry point": "toml",
     "unit": "ini",
+    "nginx": "nginx",
 }
 """The markers, each with the language of its blocks."""
 

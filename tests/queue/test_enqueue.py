@@ -24,9 +24,9 @@ from job_registry_api.queue.errors import (
     JobNotFound,
     QueueUnavailable,
 )
+from job_registry_api.queue.filters import JobFilter
 from job_registry_api.queue.models import JobStatus
 from job_registry_api.queue.queue import JobQueue
-from job_registry_api.queue.reading import JobFilter
 from job_registry_api.queue.requests import (
     EARLIEST,
     LATEST,

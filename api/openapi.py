@@ -1,0 +1,390 @@
+"""The OpenAPI description of REST, made from the registry: each job type has its own schema.
+
+https://spec.openapis.org/oas/v3.1.1.html
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from typing import Any, Final
+
+from job_registry import JobType
+from job_registry_api.queue.models import AttemptOutcome, JobStatus
+
+JSON: Final = "application/json"
+Schema = dict[str, Any]
+
+
+def describe(job_types: Iterable[JobType[Any]], prefix: str = "") -> dict[str, Any]:
+    """Return the OpenAPI 3.1 document for these job types, as JSON in Python.
+
+    `prefix` is the path that the application is served under.
+    """
+    schemas: dict[str, Schema] = {}
+    requests: dict[str, str] = {}
+    for job_type in job_types:
+        # Names of job types begin with a small letter, so they collide with no other name.
+        payload, request = f"{job_type.name}.payload", f"{job_type.name}.request"
+        schemas[payload] = _moved(job_type.payload_schema, payload)
+        schemas[request] = _request_of(job_type, payload)
+        requests[job_type.name] = request
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Job Registry",
+            "version": version("job-registry"),
+            "description": "Enqueue, read and change jobs. GraphQL, at /graphql, can do more.",
+        },
+        "servers": [{"url": prefix or "/"}],
+        "security": [{}, {"bearer": []}],
+        "paths": _paths(),
+        "components": {
+            "securitySchemes": {
+                "bearer": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}
+            },
+            "schemas": {
+                **_SCHEMAS,
+                "EnqueueRequest": _any_of(requests),
+                **schemas,
+            },
+        },
+    }
+
+
+def _request_of(job_type: JobType[Any], payload: str) -> Schema:
+    """Return the schema of the request to enqueue a job of this type."""
+    properties: dict[str, Schema] = {
+        "type": {"type": "string", "const": job_type.name},
+        "payload": _ref(payload),
+        **_OPTIONS,
+    }
+    request = _object(properties, required=("type", "payload"))
+    return {**request, "description": job_type.description} if job_type.description else request
+
+
+def _moved(schema: Mapping[str, Any], name: str) -> Schema:
+    """Return the schema of a payload whose references lead to where it stands in the document."""
+    moved = {
+        key: _moved_value(key, value, name) for key, value in schema.items() if key != "$schema"
+    }
+    discriminator = moved.get("discriminator")
+    if isinstance(discriminator, dict) and isinstance(discriminator.get("mapping"), dict):
+        mapping = {
+            key: _moved_value("$ref", value, name)
+            for key, value in discriminator["mapping"].items()
+        }
+        moved["discriminator"] = {**discriminator, "mapping": mapping}
+    return moved
+
+
+def _moved_value(key: str, value: Any, name: str) -> Any:
+    if key in ("default", "examples", "const", "enum"):
+        return value  # Values of the payload, whatever they look like.
+    if key in ("properties", "patternProperties", "$defs") and isinstance(value, Mapping):
+        return {field: _moved_value("", each, name) for field, each in value.items()}
+    if isinstance(value, Mapping):
+        return _moved(value, name)
+    if isinstance(value, list):
+        return [_moved_value("", item, name) for item in value]
+    if key == "$ref" and isinstance(value, str):
+        return f"#/components/schemas/{name}{value[1:]}"
+    return value
+
+
+def _any_of(requests: Mapping[str, str]) -> Schema:
+    if not requests:
+        return {"not": {}, "description": "This server has no job types."}
+    return {
+        "oneOf": [_ref(name) for name in requests.values()],
+        "discriminator": {
+            "propertyName": "type",
+            "mapping": {
+                job_type: f"#/components/schemas/{name}" for job_type, name in requests.items()
+            },
+        },
+    }
+
+
+def _ref(name: str) -> Schema:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def _object(properties: Mapping[str, Schema], *, required: Iterable[str] | None = None) -> Schema:
+    return {
+        "type": "object",
+        "properties": dict(properties),
+        "required": list(properties if required is None else required),
+        "additionalProperties": False,
+    }
+
+
+def _or_null(schema: Schema) -> Schema:
+    return {**schema, "type": [schema["type"], "null"]}
+
+
+def _list_of(schema: Schema) -> Schema:
+    return {"type": "array", "items": schema}
+
+
+_TEXT: Final[Schema] = {"type": "string"}
+_NUMBER: Final[Schema] = {"type": "integer"}
+_TRUTH: Final[Schema] = {"type": "boolean"}
+_TIME: Final[Schema] = {"type": "string", "format": "date-time"}
+_ID: Final[Schema] = {"type": "string", "format": "uuid"}
+
+_OPTIONS: Final[dict[str, Schema]] = {
+    "priority": {
+        "type": ["integer", "null"],
+        "minimum": 0,
+        "maximum": 100,
+        "description": "Of due jobs the higher ones go first. 50 unless given.",
+    },
+    "scheduleAt": {
+        "type": ["string", "null"],
+        "format": "date-time",
+        "description": "The earliest time of the first run. Now unless given.",
+    },
+    "maxAttempts": {
+        "type": ["integer", "null"],
+        "minimum": 1,
+        "maximum": 1_000,
+        "description": "How often the job runs at most. The policy's unless given.",
+    },
+    "idempotencyKey": {
+        "type": ["string", "null"],
+        "minLength": 1,
+        "maxLength": 255,
+        "description": "The same key and payload give back the first job.",
+    },
+}
+
+_SUMMARY: Final[Schema] = _object(
+    {
+        "jobId": _ID,
+        "status": {"type": "string", "enum": [status.value for status in JobStatus]},
+        "type": _TEXT,
+        "nextRunAt": _or_null(_TIME),
+    }
+)
+_JOB: Final[dict[str, Schema]] = {
+    "jobId": _ID,
+    "type": _TEXT,
+    "fingerprint": _TEXT,
+    "status": {"type": "string", "enum": [status.value for status in JobStatus]},
+    "payload": {},
+    "priority": _NUMBER,
+    "attempt": _NUMBER,
+    "maxAttempts": _NUMBER,
+    "timeoutSeconds": _NUMBER,
+    "createdAt": _TIME,
+    "idempotencyKey": _or_null(_TEXT),
+    "createdBy": _or_null(_TEXT),
+    "nextRunAt": _or_null(_TIME),
+    "startedAt": _or_null(_TIME),
+    "finishedAt": _or_null(_TIME),
+    "cancelRequestedAt": _or_null(_TIME),
+    "workerId": _or_null(_TEXT),
+    "progress": {},
+    "result": {},
+    "error": {"anyOf": [_ref("JobError"), {"type": "null"}]},
+}
+_ERROR: Final[dict[str, Schema]] = {
+    "code": {"type": "string", "description": "A stable name for programs."},
+    "message": {"type": "string", "description": "A sentence for people, which may change."},
+    "details": {
+        "type": "array",
+        "items": {"type": "object"},
+        "description": "One object per fault: its `path`, a JSON Pointer, `code` and `message`.",
+    },
+}
+_SCHEMAS: Final[dict[str, Schema]] = {
+    "Job": _object(_JOB),
+    "JobWithAttempts": _object(
+        {
+            **_JOB,
+            "attempts": _list_of(_ref("JobAttempt")),
+            "allAttempts": {
+                "type": "boolean",
+                "description": "Whether `attempts` has all of them, or the latest that fit.",
+            },
+        }
+    ),
+    "JobAttempt": _object(
+        {
+            "attempt": _NUMBER,
+            "workerId": _TEXT,
+            "startedAt": _TIME,
+            "finishedAt": _or_null(_TIME),
+            "outcome": {
+                "type": ["string", "null"],
+                "enum": [*(outcome.value for outcome in AttemptOutcome), None],
+            },
+            "error": {"anyOf": [_ref("JobError"), {"type": "null"}]},
+            "stillRunning": _TRUTH,
+        }
+    ),
+    "JobError": _object({"code": _TEXT, "message": _TEXT, "details": {}}),
+    "JobSummary": _SUMMARY,
+    "JobPage": _object(
+        {
+            "jobs": _list_of(_ref("Job")),
+            "pageInfo": _object(
+                {
+                    "hasNextPage": _TRUTH,
+                    "stoppedEarly": {
+                        "type": "boolean",
+                        "description": "Whether the page has fewer jobs than `first` and there are,"
+                        " because it would have been too large.",
+                    },
+                    "endCursor": {
+                        **_or_null(_TEXT),
+                        "description": "For `after`, to get the next page.",
+                    },
+                }
+            ),
+        }
+    ),
+    "BulkResult": {
+        "oneOf": [
+            _object({"status": {"enum": [200, 201]}, "job": _ref("JobSummary")}),
+            _object({"status": {"enum": [404, 409, 422]}, "error": _object(_ERROR)}),
+        ]
+    },
+    "BulkResults": _object({"results": _list_of(_ref("BulkResult"))}),
+    "BulkRequest": _object(
+        {
+            "jobs": {**_list_of(_ref("EnqueueRequest")), "maxItems": 1_000},
+            "atomic": {
+                "type": "boolean",
+                "default": False,
+                "description": "Store all jobs or none.",
+            },
+        },
+        required=("jobs",),
+    ),
+    "Nothing": {"type": "object", "maxProperties": 0},
+    "Error": _object({"error": _object(_ERROR)}),
+}
+
+_REFUSALS: Final = {
+    "400": "The body is not JSON.",
+    "401": "The request has no valid token.",
+    "403": "The token lacks the scope, or excludes the job type.",
+    "404": "There is no such job or job type.",
+    "409": "The state of the job, or its idempotency key, does not allow it.",
+    "413": "The request is too large.",
+    "415": "The Content-Type is not application/json, or the body is compressed.",
+    "422": "The input is not valid. `details` has every fault.",
+    "429": "There are too many requests: wait for the seconds in `Retry-After`.",
+    "500": "An unexpected error, which is logged under the `errorId`.",
+    "503": "The database does not answer: send the request again.",
+}
+_ALWAYS: Final = ("401", "403", "429", "500", "503")
+_WITH_BODY: Final = ("400", "413", "415", "422")
+
+
+def _answers(good: Mapping[str, tuple[str, Schema]], *refused: str) -> dict[str, Any]:
+    """Return the answers of an operation: the good ones by status, and the refusals."""
+    described = {status: (_REFUSALS[status], _ref("Error")) for status in (*refused, *_ALWAYS)}
+    return {
+        status: {"description": text, "content": {JSON: {"schema": schema}}}
+        for status, (text, schema) in sorted({**good, **described}.items())
+    }
+
+
+def _body(name: str) -> dict[str, Any]:
+    return {"required": True, "content": {JSON: {"schema": _ref(name)}}}
+
+
+def _parameter(name: str, schema: Schema, description: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "in": "query",
+        "schema": schema,
+        "description": description,
+        **({"style": "form", "explode": True} if schema["type"] == "array" else {}),
+    }
+
+
+def _paths() -> dict[str, Any]:
+    job_id = {"name": "id", "in": "path", "required": True, "schema": _TEXT}
+    stored = {
+        "201": ("The job is stored on disk. `Location` is its place.", _ref("JobSummary")),
+        "200": ("An earlier request with this idempotency key stored it.", _ref("JobSummary")),
+    }
+    changed = {"200": ("The job after the change.", _ref("Job"))}
+    page = {"200": ("The page. `Link` has the URL of the next one.", _ref("JobPage"))}
+    return {
+        "/jobs": {
+            "get": {
+                "operationId": "listJobs",
+                "summary": "A page of jobs, newest first. Needs jobs:read or jobs:own.",
+                "parameters": [
+                    _parameter("type", _list_of(_TEXT), "Job types, all unless given."),
+                    _parameter(
+                        "status",
+                        _list_of({"type": "string", "enum": [each.value for each in JobStatus]}),
+                        "Statuses, all unless given.",
+                    ),
+                    _parameter(
+                        "first",
+                        {"type": "integer", "minimum": 1, "maximum": 200, "default": 50},
+                        "The number of jobs on the page.",
+                    ),
+                    _parameter("after", _TEXT, "The `endCursor` of the page before."),
+                ],
+                "responses": _answers(page, "422"),
+            },
+            "post": {
+                "operationId": "enqueueJob",
+                "summary": "Store one job. Needs jobs:enqueue.",
+                "requestBody": _body("EnqueueRequest"),
+                "responses": _answers(stored, "404", "409", *_WITH_BODY),
+            },
+        },
+        "/jobs/bulk": {
+            "post": {
+                "operationId": "enqueueJobs",
+                "summary": "Store up to 1,000 jobs. Needs jobs:enqueue.",
+                "requestBody": _body("BulkRequest"),
+                "responses": _answers(
+                    {
+                        "200": (
+                            "A result for each job, in order, with the status that it would have"
+                            " had alone.",
+                            _ref("BulkResults"),
+                        )
+                    },
+                    *_WITH_BODY,
+                ),
+            }
+        },
+        "/jobs/{id}": {
+            "get": {
+                "operationId": "getJob",
+                "summary": "One job, with its attempts. Needs jobs:read or jobs:own.",
+                "parameters": [job_id],
+                "responses": _answers({"200": ("The job.", _ref("JobWithAttempts"))}, "404"),
+            }
+        },
+        "/jobs/{id}/cancel": {
+            "post": {
+                "operationId": "cancelJob",
+                "summary": "Cancel a job. The worker of a running job is requested to stop."
+                " Needs jobs:admin or jobs:own.",
+                "parameters": [job_id],
+                "requestBody": _body("Nothing"),
+                "responses": _answers(changed, "404", "409", *_WITH_BODY),
+            }
+        },
+        "/jobs/{id}/retry": {
+            "post": {
+                "operationId": "retryJob",
+                "summary": "Queue a failed or cancelled job again. Needs jobs:admin or jobs:own.",
+                "parameters": [job_id],
+                "requestBody": _body("Nothing"),
+                "responses": _answers(changed, "404", "409", *_WITH_BODY),
+            }
+        },
+    }
