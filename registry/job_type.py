@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from functools import cached_property
@@ -214,12 +213,6 @@ class JobType(Generic[P]):
     def payload_shape(self) -> PayloadShape:
         """Turns Pydantic's faults of a payload into violations."""
         return PayloadShape(self.payload)
-
-    @cached_property
-    def has_dates(self) -> bool:
-        """Whether a payload may hold a date, or a date and time."""
-        text = json.dumps(dict(self.payload_schema))
-        return '"format": "date' in text
 
     def _check_payload_model(self) -> None:
         """Check that the payload model is strict, with all its parts, and has a JSON Schema."""

@@ -11,7 +11,7 @@ from pydantic import BaseModel, JsonValue
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
-from job_registry.payload import reads_decimals_as_text
+from job_registry.wire_text import DECIMAL, reads_decimals_as_text
 
 JSON_SCHEMA_DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
 
@@ -41,6 +41,10 @@ def example_of(schema: Mapping[str, Any]) -> dict[str, JsonValue]:
     return cast(dict[str, JsonValue], _example_of(dict(schema), schema.get("$defs", {}), 0))
 
 
+NAIVE: Final = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]+)?$"
+"""The pattern of a date and time without an offset."""
+
+
 class _JsonSchema(GenerateJsonSchema):
     """Pydantic's JSON Schema, made true where strictness narrows what it says."""
 
@@ -52,13 +56,20 @@ class _JsonSchema(GenerateJsonSchema):
             return self.generate_inner(schema["schema"])
         return super().function_before_schema(schema)
 
+    def datetime_schema(self, schema: core_schema.DatetimeSchema) -> JsonSchemaValue:
+        """Describe a time without an offset, which is no `date-time` of JSON Schema."""
+        if schema.get("tz_constraint") == "naive":
+            return {"type": "string", "pattern": NAIVE}
+        return super().datetime_schema(schema)
+
     def decimal_schema(self, schema: core_schema.DecimalSchema) -> JsonSchemaValue:
         """Decimals come as strings only."""
         described = super().decimal_schema(schema)
+        of_text: dict[str, Any] = {}
         for option in described.get("anyOf", ()):
             if option.get("type") == "string":
-                return {**option, "format": "decimal"}
-        return {"type": "string", "format": "decimal"}
+                of_text = option
+        return {"type": "string", **of_text, "format": "decimal", "pattern": f"^{DECIMAL}$"}
 
 
 def _demands(schema: Any) -> Any:

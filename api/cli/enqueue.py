@@ -12,6 +12,7 @@ import typer
 
 from job_registry import CodedError, JobRegistry, JobTypeNotFound, PayloadInvalid, Violation
 from job_registry.json_values import NotJson, parse_json
+from job_registry.wire_text import parse_date_time
 from job_registry_api.cli import startup
 from job_registry_api.cli.output import (
     REFUSED,
@@ -91,7 +92,7 @@ def enqueue(
 
 def _schedule_time(text: str | None) -> datetime | None:
     try:
-        time = None if text is None else datetime.fromisoformat(text)
+        time = None if text is None else parse_date_time(text)
     except ValueError:
         time = None
     if text is not None and (time is None or time.tzinfo is None):

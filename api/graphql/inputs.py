@@ -9,7 +9,8 @@ import strawberry
 from pydantic import JsonValue
 
 from job_registry import EnqueueRequest
-from job_registry_api.graphql.scalars import TimeText, parse_time
+from job_registry.wire_text import parse_date_time
+from job_registry_api.graphql.scalars import TimeText
 from job_registry_api.graphql.types import JobStatus
 from job_registry_api.queue import models
 from job_registry_api.queue.filters import JobFilter
@@ -54,7 +55,7 @@ class EnqueueOptions:
 
 def _time_of(value: object) -> datetime | None:
     # The `DateTime` of a host's schema gives times, and ours gives the client's text.
-    return parse_time(value) if isinstance(value, str) else cast("datetime | None", value)
+    return parse_date_time(value) if isinstance(value, str) else cast("datetime | None", value)
 
 
 @strawberry.input(description="A job to store.")

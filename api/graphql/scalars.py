@@ -17,10 +17,11 @@ from graphql import (
     VariableNode,
     value_from_ast_untyped,
 )
-from pydantic import JsonValue, TypeAdapter, ValidationError
+from pydantic import JsonValue
 from strawberry.schema.types.scalar import DEFAULT_SCALAR_REGISTRY
 from strawberry.types.scalar import ScalarDefinition
 
+from job_registry.wire_text import parse_date_time
 from job_registry_api.graphql.context import sent_variables
 
 TimeText = NewType("TimeText", str)
@@ -34,33 +35,12 @@ DecimalText = NewType("DecimalText", str)
 BigInt = NewType("BigInt", int)
 
 _RFC_3339: Final = "https://datatracker.ietf.org/doc/html/rfc3339"
-_TIME: Final = TypeAdapter(datetime)
-
-
-def parse_time(text: str) -> datetime:
-    """Parse a time as RFC 3339 and ISO 8601 write it.
-
-    A time without an offset from UTC is returned as it is: the queue refuses it, with its path.
-
-    Raises:
-        ValueError: the text is not a time.
-    """
-    parsers = [datetime.fromisoformat]
-    # Pydantic also reads numbers, as seconds since 1970: the year "2030" would be due at once.
-    if ":" in text:
-        parsers.append(_TIME.validate_strings)
-    for parse in parsers:
-        try:
-            return parse(text)
-        except (ValueError, ValidationError):
-            continue
-    raise ValueError('Expected a time with its offset, such as "2030-01-31T12:00:00Z".')
 
 
 def _checked_time(value: object) -> str:
     """Return the text itself: what a payload stores is the client's own text."""
     text = _text(value)
-    parse_time(text)
+    parse_date_time(text)
     return text
 
 
@@ -79,7 +59,9 @@ def _big_int(value: object) -> int:
     number = None
     if isinstance(value, int) and not isinstance(value, bool):
         number = value
-    elif isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,19}", value, re.ASCII):
+    elif (isinstance(value, float) and value.is_integer() and abs(value) < 2**63) or (
+        isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,19}", value, re.ASCII)
+    ):
         number = int(value)
     if number is None or not -(2**63) <= number < 2**63:
         raise ValueError("Expected a whole number of 64 bits, or a string of its digits.")

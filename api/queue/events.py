@@ -275,6 +275,8 @@ class Events:
         """Own events that were published and not yet read from the stream. Negative counts are
         events that were read and not yet published."""
         self._shut: str | None = None
+        self.ended: Final = asyncio.Event()
+        """Set when all subscriptions have been ended, because the process shuts down."""
 
     @property
     def is_listening(self) -> bool:
@@ -393,6 +395,7 @@ class Events:
     def drop_subscribers(self, reason: str) -> None:
         """End all open and later subscriptions with `EventsMissed`."""
         self._shut = reason
+        self.ended.set()
         self._drop(reason)
 
     async def _take(self, item: str | Gap) -> None:

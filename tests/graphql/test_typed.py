@@ -93,7 +93,7 @@ def registry() -> JobRegistry:
                     "home": {"street": ""},
                     "day": "2030-01-31",
                     "moment": "2030-01-31T12:00:00Z",
-                    "clock": "12:00:00",
+                    "clock": "12:00:00Z",
                     "lasting": "PT1H",
                     "reference": "3f2504e0-4f89-41d3-9a0c-0305e82c3301",
                     "amount": "1.50",
