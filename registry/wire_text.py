@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal, InvalidOperation
-from typing import Any, Final
+from typing import Any, Final, cast
 from uuid import UUID
 
 from pydantic import TypeAdapter, ValidationError, ValidationInfo
@@ -36,6 +36,9 @@ _DECIMAL: Final = re.compile(DECIMAL)
 _WHOLE: Final = 2.0**63
 _SECONDS: Final = TypeAdapter(timedelta)
 
+Reader = Callable[[Any, ValidationInfo], Any]
+"""Reads a value of JSON before Pydantic does."""
+
 
 def parse_date_time(text: str) -> datetime:
     """Parse a time in RFC 3339. Of a fraction of a second, six digits are kept.
@@ -56,10 +59,6 @@ def with_wire_text(part: dict[str, Any]) -> Any:
     kind = part.get("type", "")
     if kind == "dict":
         return _with_keys_as_text(part)
-    read = _aware if kind == "datetime" and part.get("tz_constraint") != "naive" else None
-    read = read or _READERS.get(kind)
-    if read is None:
-        return part
     if kind == "decimal":
         # Without an exponent, which a decimal in JSON does not have.
         plain = core_schema.plain_serializer_function_ser_schema(
@@ -67,10 +66,15 @@ def with_wire_text(part: dict[str, Any]) -> Any:
         )
         part = {**part, "serialization": part.get("serialization", plain)}
         return core_schema.no_info_before_validator_function(
-            read,
+            _decimal_text,
             _core(part),
             json_schema_input_schema=core_schema.str_schema(),
         )
+    read = _READERS.get(kind)
+    if kind == "datetime" and part.get("tz_constraint") != "naive":
+        read = _aware
+    if read is None:
+        return part
     return core_schema.with_info_before_validator_function(read, _core(part))
 
 
@@ -90,8 +94,7 @@ def reads_decimals_as_text(schema: Any) -> bool:
 
 
 def _core(part: dict[str, Any]) -> CoreSchema:
-    core: Any = part
-    return core  # type: ignore[no-any-return]
+    return cast(CoreSchema, part)
 
 
 def _decimal_text(value: object) -> object:
@@ -109,9 +112,7 @@ def _plain_decimal(value: Decimal) -> str:
     return format(value, "f")
 
 
-def _text_reader(
-    pattern: re.Pattern[str], parse: Callable[[str], object], fault: str
-) -> Callable[[Any, ValidationInfo], Any]:
+def _text_reader(pattern: re.Pattern[str], parse: Callable[[str], object], fault: str) -> Reader:
     """Return a validator that parses a string in JSON, and leaves all else to Pydantic."""
 
     def read(value: Any, info: ValidationInfo) -> Any:
@@ -148,12 +149,11 @@ def _whole(value: Any, info: ValidationInfo) -> Any:
 
 
 _aware: Final = _text_reader(_DATE_TIME, _with_offset, "datetime_parsing")
-_READERS: Final[dict[str, Any]] = {
+_READERS: Final[dict[str, Reader]] = {
     "datetime": _text_reader(_DATE_TIME, _naive, "timezone_naive"),
     "date": _text_reader(_FULL_DATE, date.fromisoformat, "date_parsing"),
     "time": _text_reader(_FULL_TIME, lambda text: time.fromisoformat(text.upper()), "time_parsing"),
     "timedelta": _text_reader(_DURATION, _SECONDS.validate_python, "time_delta_parsing"),
     "uuid": _text_reader(_UUID, UUID, "uuid_parsing"),
-    "decimal": _decimal_text,
     "int": _whole,
 }

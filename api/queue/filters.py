@@ -194,16 +194,20 @@ def _has_code(code: str) -> Any:
 def _found(text: str, creator: str | None) -> Any:
     """Return the query of the ids of the jobs that a search finds."""
     words = [_pattern(word) for word in text.split()]
-    newest = sqlalchemy.select(
+    newest: Any = sqlalchemy.select(
         col(Job.id).label("id"),
         col(Job.status).label("status"),
         error_code().label("code"),
         error_message().label("message"),
-    ).order_by(col(Job.id).desc())
+    )
     if creator is None:
-        newest = newest.where(col(Job.status) == str(JobStatus.FAILED))
+        # A range, and not an equality: only the index of status and id has this order. That of ids
+        # would read every job in search of the failed ones.
+        failed = str(JobStatus.FAILED)
+        newest = newest.where(col(Job.status) >= failed, col(Job.status) <= failed)
+        newest = newest.order_by(col(Job.status).desc(), col(Job.id).desc())
     else:
-        newest = newest.where(col(Job.created_by) == creator)
+        newest = newest.where(col(Job.created_by) == creator).order_by(col(Job.id).desc())
     searched = newest.limit(SEARCHED_JOBS).subquery()
     said = func.coalesce(searched.c.code, "") + " " + func.coalesce(searched.c.message, "")
     by_words = sqlalchemy.select(searched.c.id).where(

@@ -100,7 +100,7 @@ class _ErrorText(ColumnElement[str]):
     """A text of the column `error`, written as the index of error codes has it."""
 
     inherit_cache = True
-    _traverse_internals: ClassVar[Any] = [("name", InternalTraversal.dp_string)]
+    _traverse_internals = [("name", InternalTraversal.dp_string)]  # noqa: RUF012
     type = Text()
 
     def __init__(self, name: Literal["code", "message"]) -> None:

@@ -268,8 +268,8 @@ class Reading:
         readings = {self._creators[job_id] for job_id in wanted}
         found: dict[uuid.UUID, str | None] = {}
         try:
-            for reading in readings:
-                found |= await asyncio.shield(reading)
+            for each in readings:
+                found |= await asyncio.shield(each)
         except BaseException:
             for job_id in unknown:
                 self._creators.pop(job_id, None)

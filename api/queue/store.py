@@ -471,8 +471,8 @@ class Store(ABC):
                 for status in dict.fromkeys(statuses or JobStatus)
             ]
             behind = (after or _BEHIND_ALL).hex
-            wanted = {"pairs": json_text(pairs), "after": behind, "first": first}
-            ids = [row["id"] for row in await self._read("newest", wanted)]
+            values = {"pairs": json_text(pairs), "after": behind, "first": first}
+            ids = [row["id"] for row in await self._read("newest", values)]
             page = listed().where(col(Job.id).in_(ids)).order_by(col(Job.id).desc())
         else:
             page = newest(types, statuses, first=first, after=after)

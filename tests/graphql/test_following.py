@@ -33,7 +33,7 @@ async def finish(queue: JobQueue, after: float = 0.0) -> None:
 
 
 async def follow(queue: JobQueue, job: JobRecord, count: int, change: Any) -> list[Any]:
-    stream = await host_schema(types_of(queue)).subscribe(
+    stream: Any = await host_schema(types_of(queue)).subscribe(
         FOLLOW, {"id": str(job.id)}, context_value=ADA
     )
     events = [(await asyncio.wait_for(anext(stream), 10)).data["jobEvents"]]
@@ -63,7 +63,7 @@ async def test_no_change_is_missed_between_the_state_and_the_events(queue: JobQu
     """Given a job that ends at any moment of its subscription, I expect its end or `SUCCEEDED`."""
     for step in range(12):
         job = (await queue.enqueue(PING)).job
-        stream = await host_schema(types_of(queue)).subscribe(
+        stream: Any = await host_schema(types_of(queue)).subscribe(
             FOLLOW, {"id": str(job.id)}, context_value=ADA
         )
         ending = asyncio.create_task(finish(queue, step * 0.001))

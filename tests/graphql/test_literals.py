@@ -36,7 +36,7 @@ ENQUEUE = """mutation (%s) {
     ... on PayloadInvalid { violations { path message } } } }"""
 
 FILTER = {"statuses": ["QUEUED"], "createdAfter": "2030-01-01T00:00:00Z"}
-CASES = {
+CASES: dict[str, tuple[str, str, dict[str, Any], Any]] = {
     "an absent variable leaves its entry out": ("$a: Int", "{a: $a, b: 1}", {}, {"b": 1}),
     "null is null": ("$a: Int", "{a: $a, b: 1}", {"a": None}, {"a": None, "b": 1}),
     "absent in a list is null": ("$a: Int", "[1, $a, [$a]]", {}, [1, None, [None]]),

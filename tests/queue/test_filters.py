@@ -212,7 +212,8 @@ SQLITE = {
 
 def plan_of(url: str, wanted: JobFilter, owner: Owner | None) -> str:
     query = filtered(wanted, owner, first=51, after=None)
-    dialect: Any = sqlite.dialect() if url.startswith("sqlite") else postgresql.dialect()
+    kind: Any = sqlite if url.startswith("sqlite") else postgresql
+    dialect = kind.dialect()
     text = str(query.compile(dialect=dialect, compile_kwargs={"literal_binds": True}))
     if url.startswith("sqlite"):
         return "\n".join(row[3] for row in run_sql(url, "EXPLAIN QUERY PLAN " + text))
