@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run install test test-slow test-postgresql soak mutants check lock clean
+.PHONY: run install test test-slow test-postgresql soak mutants check audit lock clean
 
 # Installs only what the server needs, and builds GraphiQL once the server has started.
 run: .venv/running
@@ -38,6 +38,10 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/python -m tests.docs
 	$(BIN)/lint-imports
+
+# Known vulnerabilities of the dependencies. Says so where no database of them can be reached.
+audit: install
+	$(BIN)/python -m tests.audit
 
 # Hashes and no addresses: the locks serve any index.
 lock: install

@@ -40,6 +40,7 @@ from job_registry_api.http_messages import (
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.upkeep import maintain
 from job_registry_api.settings import Settings, SettingsInvalid, load_settings
+from job_registry_api.uploads import Uploads
 from job_registry_api.worker import Worker, WorkerStartError
 
 log = structlog.get_logger("job_registry.app")
@@ -157,7 +158,9 @@ def create_app(
         routes=[
             Route("/graphql", graphql_http),
             WebSocketRoute("/graphql", graphql_websocket),
-            *rest.routes(authenticator, limits, described=settings.introspection),
+            *rest.routes(
+                authenticator, limits, described=settings.introspection, uploads=_uploads(settings)
+            ),
             *health_routes(lambda request: cast(Health, request.app.state.health)),
             *([Route("/", pages.root()), *pages.assets()] if settings.graphiql else ()),
         ],
@@ -187,6 +190,13 @@ def _registry(
             ]
         )
     return queue.registry
+
+
+def _uploads(settings: Settings) -> Uploads | None:
+    """Return where pictures are stored. None: none are taken."""
+    if settings.max_upload_bytes == 0:
+        return None
+    return Uploads(settings.assets, settings.max_upload_bytes)
 
 
 def _persisted_documents(settings: Settings) -> PersistedDocuments:

@@ -151,7 +151,7 @@ def _described(error: Exception) -> CodedError:
     match error:
         case QueueUnavailable():
             log.warning("app.start_failed", kind=error.kind, reason=error.reason)
-            return error
+            return error.for_clients()
         case NotRunning():
             return error
     error_id = log_unexpected("start", error)

@@ -12,12 +12,10 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
-from typing import Any, Final, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, get_args
 from urllib.parse import urlsplit
 
 import jwt
-from limits import RateLimitItem
-from limits import parse as parse_rate
 from pydantic import JsonValue
 from starlette.types import Scope
 
@@ -39,6 +37,9 @@ from job_registry_api.signing_keys import (
     SharedSecret,
     read_keys,
 )
+
+if TYPE_CHECKING:
+    from limits import RateLimitItem
 
 AccessScope = Literal["jobs:enqueue", "jobs:own", "jobs:read", "jobs:work", "jobs:admin"]
 ACCESS_SCOPES: Final[tuple[AccessScope, ...]] = get_args(AccessScope)
@@ -409,11 +410,16 @@ def create_authenticator(settings: Settings) -> Authenticator:
     Raises:
         SettingsInvalid: the keys for the tokens cannot be used.
     """
-    return Authenticator(
-        _token_verifier(settings),
-        [parse_rate(rate) for rate in settings.rate_limit],
-        settings.cors_origins,
-    )
+    return Authenticator(_token_verifier(settings), _rate_limits(settings), settings.cors_origins)
+
+
+def _rate_limits(settings: Settings) -> list[RateLimitItem]:
+    if not settings.rate_limit:
+        return []
+    # Imported only where there is a limit, as in the settings.
+    from limits import parse
+
+    return [parse(rate) for rate in settings.rate_limit]
 
 
 def _token_verifier(settings: Settings) -> TokenVerifier | None:

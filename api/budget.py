@@ -20,6 +20,10 @@ from job_registry_api.defaults import MAX_BULK_SIZE
 TYPED_VALUES_PER_JOB: Final = 20
 MIN_TYPED_VALUES: Final = 20_000
 
+LARGE_BYTES: Final = 100_000
+LARGE_FIELDS: Final = 5_000
+"""An answer with more bytes of large values, or more fields of listed objects, is large."""
+
 
 @dataclass(frozen=True, slots=True)
 class RequestLimits:
@@ -104,6 +108,11 @@ class Budget:
     def bytes_left(self) -> int:
         """How many bytes of large values the answer may still have."""
         return max(0, self.limits.answer_bytes - self._bytes)
+
+    @property
+    def is_large(self) -> bool:
+        """Whether the answer is so large that its text takes milliseconds."""
+        return self._bytes > LARGE_BYTES or self._fields > LARGE_FIELDS
 
     @property
     def reading_left(self) -> int:

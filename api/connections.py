@@ -435,13 +435,7 @@ class HTTPConnection(HttpToolsProtocol):
         elif cycle is not None and self._phase is _Phase.BODY:
             self.close()  # It has been answered.
             return
-        body = to_json(error_content(*_REFUSALS[status]))
-        headers = "".join(f"{name}: {value}\r\n" for name, value in GUARDING_HEADERS.items())
-        self.transport.write(
-            f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\n"
-            f"{headers}content-length: {len(body)}\r\nconnection: close\r\n\r\n".encode()
-            + body
-        )
+        self.transport.write(_refusal(status))
         self.close()
 
 
@@ -460,6 +454,22 @@ class _ResponseTransport:
     def close(self) -> None:
         self._connection.close()
 
+
+def _refusal(status: HTTPStatus) -> bytes:
+    """Return the response that refuses a request which no application has seen."""
+    body = to_json(error_content(*_REFUSALS[status]))
+    headers = {"content-type": "application/json", **GUARDING_HEADERS, **_RETRY.get(status, {})}
+    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    return (
+        f"HTTP/1.1 {status.value} {status.phrase}\r\n{lines}"
+        f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+    ).encode() + body
+
+
+_RETRY: Final = {
+    HTTPStatus.SERVICE_UNAVAILABLE: {"retry-after": "5"},
+    HTTPStatus.TOO_MANY_REQUESTS: {"retry-after": "1"},
+}
 
 _REFUSALS: Final = {
     HTTPStatus.BAD_REQUEST: ("bad_request", "The request is not valid HTTP."),
@@ -488,8 +498,8 @@ def _only_health(app: ASGIApp) -> ASGIApp:
             await app(scope, receive, send)
             return
         content = error_content(*_REFUSALS[HTTPStatus.SERVICE_UNAVAILABLE])
-        guarding = ((name.encode(), value.encode()) for name, value in GUARDING_HEADERS.items())
-        headers = ((b"connection", b"close"), (b"retry-after", b"5"), *guarding)
+        more = {**GUARDING_HEADERS, **_RETRY[HTTPStatus.SERVICE_UNAVAILABLE], "connection": "close"}
+        headers = tuple((name.encode(), value.encode()) for name, value in more.items())
         await respond_json(send, 503, content, headers=headers)
 
     return serve
@@ -600,7 +610,7 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
         )
         self.transport.write(b"".join(self.conn.data_to_send()))
         self._held, self._has_failed, self.close_sent = b"", True, True
-        self.close_timer = self.loop.call_later(LINGER_SECONDS, self.transport.close)
+        self._close_soon()
 
     async def receive(self) -> Any:
         """Return the next message, and parse more once there is none."""
@@ -657,9 +667,13 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
             if self.conn.handshake_exc is not None and not self.transport.is_closing():
                 # The handshake does not parse, and no application will ever see it.
                 self._has_failed = True
-                self.transport.write(_BAD_HANDSHAKE)
-                self.transport.close()
+                self.transport.write(_refusal(HTTPStatus.BAD_REQUEST))
+                self._close_soon()
         self._held = b"" if self._has_failed else held[position:]
+
+    def _close_soon(self) -> None:
+        """Close the connection when the client has had time to read its last answer."""
+        self.close_timer = self.loop.call_later(LINGER_SECONDS, self.transport.close)
 
     def _count_control_frame(self) -> None:
         if not self.frames:
@@ -681,11 +695,6 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
             return
         self.conn.fail(code, reason)
         self.handle_parser_exception()
-
-
-_BAD_HANDSHAKE: Final = (
-    b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
-)
 
 
 class _Unread:

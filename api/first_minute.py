@@ -95,7 +95,7 @@ def building_graphiql() -> Iterator[None]:
 
 def main() -> None:
     """Draw the sample, print what to try, then run `job-registry serve`."""
-    say = Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print
+    say = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False).print
     # `job-registry serve` prints the faults of the settings.
     with suppress(SettingsInvalid):
         settings = load_settings()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, Final
 from urllib.parse import quote
 
@@ -14,11 +15,16 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from job_registry import CodedError
+from job_registry_api.answer_text import PIECE_BYTES
 from job_registry_api.logs import log_unexpected
 
 JSON_TYPE: Final = b"application/json"
 
-GUARDING_HEADERS: Final = {"cache-control": "no-store", "x-content-type-options": "nosniff"}
+GUARDING_HEADERS: Final = {
+    "cache-control": "no-store",
+    "x-content-type-options": "nosniff",
+    "vary": "Accept",
+}
 """The headers of each response that sets no others: see `GuardedResponses`."""
 
 HEALTH_PATHS: Final = ("/healthz", "/readyz", "/metrics")
@@ -166,6 +172,21 @@ async def read_body(scope: Scope, receive: Receive, max_bytes: int) -> bytes:
     return b"".join(parts)
 
 
+async def body_of(receive: Receive) -> AsyncIterator[bytes]:
+    """Yield the body of a request in the pieces that it comes in.
+
+    Raises:
+        ClientGone: the client disconnected before its end.
+    """
+    more = True
+    while more:
+        message = await receive()
+        if message["type"] != "http.request":
+            raise ClientGone
+        more = message.get("more_body", False)
+        yield message.get("body", b"")
+
+
 async def wait_for_disconnect(receive: Receive) -> None:
     """Return when the client hangs up. The body of the request has been read."""
     while (await receive())["type"] != "http.disconnect":
@@ -186,15 +207,24 @@ def prefix_of(scope: Scope) -> str:
 
 
 def check_media(scope: Scope) -> None:
-    """Check that the body of a request is declared as JSON in UTF-8, and as not compressed.
-
-    A compressed body is refused because a few bytes of it may be many in memory.
+    """Check that the body of a request is declared as JSON in UTF-8, and not compressed.
 
     Raises:
         UnsupportedMediaType: it is not.
     """
     if not _is_json(header(scope, b"content-type")):
         raise UnsupportedMediaType
+    check_not_compressed(scope)
+
+
+def check_not_compressed(scope: Scope) -> None:
+    """Check that the body of a request is not compressed.
+
+    A few bytes of a compressed body may be many in memory.
+
+    Raises:
+        UnsupportedMediaType: it is compressed.
+    """
     encoding = header(scope, b"content-encoding").strip().lower()
     if encoding not in (b"", b"identity"):
         # RFC 9110, section 15.5.16: the header tells this 415 from that of the Content-Type.
@@ -243,7 +273,20 @@ async def respond_json(
     headers: tuple[tuple[bytes, bytes], ...] = (),
 ) -> None:
     """Send a JSON response."""
-    body = to_json(content)
+    await respond(send, status, to_json(content), content_type=content_type, headers=headers)
+
+
+async def respond(
+    send: Send,
+    status: int,
+    body: bytes,
+    *,
+    content_type: bytes,
+    headers: tuple[tuple[bytes, bytes], ...] = (),
+) -> None:
+    """Send a response. A large one is sent in pieces, between which other requests take their
+    turn: a middleware may compress each.
+    """
     await send(
         {
             "type": "http.response.start",
@@ -255,4 +298,8 @@ async def respond_json(
             ],
         }
     )
+    while len(body) > PIECE_BYTES:
+        await send({"type": "http.response.body", "body": body[:PIECE_BYTES], "more_body": True})
+        body = body[PIECE_BYTES:]
+        await asyncio.sleep(0)
     await send({"type": "http.response.body", "body": body})

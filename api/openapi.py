@@ -11,15 +11,18 @@ from typing import Any, Final
 
 from job_registry import JobType
 from job_registry_api.queue.models import AttemptOutcome, JobStatus
+from job_registry_api.uploads import FORMATS
 
 JSON: Final = "application/json"
 Schema = dict[str, Any]
 
 
-def describe(job_types: Iterable[JobType[Any]], prefix: str = "") -> dict[str, Any]:
+def describe(
+    job_types: Iterable[JobType[Any]], prefix: str = "", *, uploads: bool = False
+) -> dict[str, Any]:
     """Return the OpenAPI 3.1 document for these job types, as JSON in Python.
 
-    `prefix` is the path that the application is served under.
+    `prefix` is the path that the application is served under. With `uploads` it takes pictures.
     """
     schemas: dict[str, Schema] = {}
     requests: dict[str, str] = {}
@@ -38,7 +41,7 @@ def describe(job_types: Iterable[JobType[Any]], prefix: str = "") -> dict[str, A
         },
         "servers": [{"url": prefix or "/"}],
         "security": [{}, {"bearer": []}],
-        "paths": _paths(),
+        "paths": {**_paths(), **(_UPLOAD if uploads else {})},
         "components": {
             "securitySchemes": {
                 "bearer": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}
@@ -388,3 +391,39 @@ def _paths() -> dict[str, Any]:
             }
         },
     }
+
+
+_UPLOAD: Final[dict[str, Any]] = {
+    "/assets/{assetId}/{versionNumber}": {
+        "post": {
+            "operationId": "uploadAsset",
+            "summary": "Store the picture of one version of an asset. Needs jobs:enqueue.",
+            "parameters": [
+                {"name": "assetId", "in": "path", "required": True, "schema": _TEXT},
+                {
+                    "name": "versionNumber",
+                    "in": "path",
+                    "required": True,
+                    "schema": {"type": "integer", "minimum": 1, "maximum": 2**31 - 1},
+                },
+            ],
+            "requestBody": {
+                "required": True,
+                "content": {media_type: {} for media_type in FORMATS},
+            },
+            "responses": _answers(
+                {
+                    "201": (
+                        "The picture is stored.",
+                        _object({"assetId": _TEXT, "versionNumber": _NUMBER, "bytes": _NUMBER}),
+                    )
+                },
+                "404",
+                "409",
+                "413",
+                "415",
+                "422",
+            ),
+        }
+    }
+}

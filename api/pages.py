@@ -22,7 +22,7 @@ DIST: Final = Path(__file__).parent / "web" / "dist"
 """Where `make install` builds the pages if Node is installed. The wheel contains them."""
 
 BUILDING: Final = DIST.parent / "building"
-"""This file exists while the pages are being built."""
+"""This file exists while the pages are being built. In a checkout their sources are beside it."""
 
 BUILD_SECONDS: Final = 600.0
 """An older `BUILDING` was left behind by a build that was killed."""
@@ -74,6 +74,11 @@ _BUILDING: Final = "GraphiQL is being built. This page reloads until it is there
 _NOT_BUILT: Final = (
     "GraphiQL is not built: install Node 20.19 or newer and run <code>make install</code>."
 )
+_LEFT_OUT: Final = (
+    "This installation has no GraphiQL: its wheel was built with"
+    " <code>JOB_REGISTRY_WITHOUT_GRAPHIQL=1</code>. Install a wheel that was built without it,"
+    " after <code>make install</code> in a checkout with Node 20.19 or newer."
+)
 _RELOAD: Final = '<meta http-equiv="refresh" content="2">\n'
 
 
@@ -86,16 +91,18 @@ def graphiql(dist: Path = DIST, building: Path = BUILDING) -> ASGIApp:
         nonlocal built
         if built is None and index.is_file():
             built = Response(index.read_text(), media_type="text/html", headers=_PAGE_HEADERS)
-        response = built or _without_graphiql(Request(scope).url, _is_recent(building))
+        response = built or _without_graphiql(Request(scope).url, building)
         await response(scope, receive, send)
 
     return page
 
 
-def _without_graphiql(url: URL, is_being_built: bool) -> Response:
+def _without_graphiql(url: URL, building: Path) -> Response:
+    is_being_built = _is_recent(building)
+    is_checkout = (building.parent / "package.json").is_file()
     text = _WITHOUT_GRAPHIQL.format(
         reload=_RELOAD if is_being_built else "",
-        state=_BUILDING if is_being_built else _NOT_BUILT,
+        state=_BUILDING if is_being_built else _NOT_BUILT if is_checkout else _LEFT_OUT,
         url=escape(str(url.replace(query=""))),
     )
     return Response(text, media_type="text/html", headers=_PAGE_HEADERS)

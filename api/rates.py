@@ -6,9 +6,10 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
-from limits import RateLimitItem
+if TYPE_CHECKING:
+    from limits import RateLimitItem
 
 MAX_CALLERS: Final = 20_000
 """Callers that are counted at once, about 8 MB. Beyond that, the count of the one that has been

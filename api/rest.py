@@ -21,22 +21,28 @@ from job_registry import CodedError, EnqueueRequest, JobTypeNotFound, PayloadInv
 from job_registry.errors import FaultBudget, shortened
 from job_registry.json_values import MAX_POINTER, MAX_VIOLATIONS, NotJson, pointer
 from job_registry_api import auth, openapi
+from job_registry_api.answer_text import json_in_pieces
 from job_registry_api.auth import Authenticator, Caller
 from job_registry_api.budget import BudgetExceeded, RequestLimits, parse_request_json
 from job_registry_api.http_messages import (
+    JSON_TYPE,
     BodyTooLarge,
     ClientGone,
     MethodNotAllowed,
     UnsupportedMediaType,
+    body_of,
     check_media,
+    check_not_compressed,
     error_content,
+    header,
     prefix_of,
     read_body,
+    respond,
     respond_json,
     respond_unexpected,
 )
 from job_registry_api.queue.changing import Changing
-from job_registry_api.queue.enqueueing import Enqueued, Refusal
+from job_registry_api.queue.enqueueing import Enqueued, ExistingValues, Refusal
 from job_registry_api.queue.errors import (
     IdempotencyConflict,
     IdempotencyKeyTaken,
@@ -49,6 +55,13 @@ from job_registry_api.queue.filters import JobFilter
 from job_registry_api.queue.models import JobRecord, JobStatus, Owner
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.requests import parse_request
+from job_registry_api.uploads import (
+    FORMATS,
+    AssetExists,
+    AssetInvalid,
+    AssetsUnavailable,
+    Uploads,
+)
 
 _STATUSES: Final[Mapping[type[CodedError], int]] = {
     **auth.STATUSES,
@@ -59,12 +72,15 @@ _STATUSES: Final[Mapping[type[CodedError], int]] = {
     IdempotencyConflict: 409,
     IdempotencyKeyTaken: 409,
     JobStateConflict: 409,
+    AssetExists: 409,
     BodyTooLarge: 413,
     BudgetExceeded: 413,
     UnsupportedMediaType: 415,
     PayloadInvalid: 422,
     InputInvalid: 422,
+    AssetInvalid: 422,
     QueueUnavailable: 503,
+    AssetsUnavailable: 503,
 }
 
 _STATUS_NAMES: Final = frozenset(status.value for status in JobStatus)
@@ -82,6 +98,7 @@ class _Request:
     queue: JobQueue
     caller: Caller
     limits: RequestLimits
+    uploads: Uploads | None
 
     @property
     def job_id(self) -> str:
@@ -117,13 +134,21 @@ class _Answer(NamedTuple):
     status: int
     content: Any
     headers: tuple[tuple[bytes, bytes], ...] = ()
+    may_be_large: bool = False
 
 
 _Answering = Callable[[_Request], Awaitable[_Answer]]
 
 
-def routes(authenticator: Authenticator, limits: RequestLimits, *, described: bool) -> list[Route]:
-    """Return the routes of REST. If `described`, /openapi.json is one of them."""
+def routes(
+    authenticator: Authenticator,
+    limits: RequestLimits,
+    *,
+    uploads: Uploads | None = None,
+    described: bool = True,
+) -> list[Route]:
+    """Return the routes of REST. With `uploads` it takes pictures. If `described`, /openapi.json is
+    one of them."""
     served: dict[str, dict[str, _Answering]] = {
         "/jobs": {"GET": list_jobs, "POST": enqueue},
         "/jobs/bulk": {"POST": enqueue_many},
@@ -131,9 +156,11 @@ def routes(authenticator: Authenticator, limits: RequestLimits, *, described: bo
         "/jobs/{id}/cancel": {"POST": cancel},
         "/jobs/{id}/retry": {"POST": retry},
         **({"/openapi.json": {"GET": describe}} if described else {}),
+        **({"/assets/{asset_id}/{version_number}": {"POST": upload}} if uploads else {}),
     }
     return [
-        Route(path, _Endpoint(methods, authenticator, limits)) for path, methods in served.items()
+        Route(path, _Endpoint(methods, authenticator, limits, uploads))
+        for path, methods in served.items()
     ]
 
 
@@ -141,13 +168,18 @@ class _Endpoint:
     """Answers the requests of one path, each method by its function. HEAD is answered as GET."""
 
     def __init__(
-        self, methods: Mapping[str, _Answering], authenticator: Authenticator, limits: RequestLimits
+        self,
+        methods: Mapping[str, _Answering],
+        authenticator: Authenticator,
+        limits: RequestLimits,
+        uploads: Uploads | None,
     ) -> None:
         self._methods = dict(methods)
         if "GET" in methods:
             self._methods["HEAD"] = methods["GET"]
         self._authenticator = authenticator
         self._limits = limits
+        self._uploads = uploads
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one HTTP request."""
@@ -157,13 +189,19 @@ class _Endpoint:
                 raise MethodNotAllowed(*self._methods)
             caller = await self._authenticator.authenticate(scope)
             queue: JobQueue = scope["app"].state.queue
-            answer = await answering(_Request(scope, receive, queue, caller, self._limits))
+            answer = await answering(
+                _Request(scope, receive, queue, caller, self._limits, self._uploads)
+            )
         except ClientGone:
             return
         except Exception as error:
             await _respond_error(send, error)
             return
-        await respond_json(send, answer.status, answer.content, headers=answer.headers)
+        if not answer.may_be_large:
+            await respond_json(send, answer.status, answer.content, headers=answer.headers)
+            return
+        body = await json_in_pieces(answer.content)
+        await respond(send, answer.status, body, content_type=JSON_TYPE, headers=answer.headers)
 
 
 async def enqueue(request: _Request) -> _Answer:
@@ -202,6 +240,7 @@ async def enqueue_many(request: _Request) -> _Answer:
         created_by=caller.subject,
         others=caller.others_jobs,
         budget=budget,
+        values=ExistingValues(payload=False, others=False),
     )
     return _Answer(200, {"results": [_result(each) for each in results]})
 
@@ -237,10 +276,10 @@ async def list_jobs(request: _Request) -> _Answer:
         },
     }
     if not page.has_next_page or cursor is None:
-        return _Answer(200, content)
+        return _Answer(200, content, may_be_large=True)
     query = urlencode([*wanted.others, ("after", cursor)])
     link = f'<{prefix_of(request.scope)}/jobs?{query}>; rel="next"'
-    return _Answer(200, content, ((b"link", link.encode()),))
+    return _Answer(200, content, ((b"link", link.encode()),), may_be_large=True)
 
 
 async def show(request: _Request) -> _Answer:
@@ -258,7 +297,7 @@ async def show(request: _Request) -> _Answer:
         for attempt in attempts[job.id]
     ]
     content["allAttempts"] = is_all
-    return _Answer(200, content)
+    return _Answer(200, content, may_be_large=True)
 
 
 async def cancel(request: _Request) -> _Answer:
@@ -278,6 +317,34 @@ async def retry(request: _Request) -> _Answer:
     return await _change(request, Changing.retry)
 
 
+async def upload(request: _Request) -> _Answer:
+    """`POST /assets/{assetId}/{versionNumber}` with a picture. Needs the scope `jobs:enqueue`.
+
+    201 with the place of the picture, which is what the payload of `thumbnail.create` needs. The
+    same picture again is 201 again. 409 if the version has another one.
+    """
+    request.caller.need("jobs:enqueue", "jobs:own")
+    assert request.uploads is not None
+    media_type = header(request.scope, b"content-type").decode("latin-1")
+    media_type = media_type.partition(";")[0].strip().lower()
+    if media_type not in FORMATS:
+        raise UnsupportedMediaType(f"The Content-Type must be one of {', '.join(FORMATS)}.")
+    check_not_compressed(request.scope)
+    declared = header(request.scope, b"content-length")
+    if declared.isdigit() and int(declared) > request.uploads.max_bytes:
+        raise BodyTooLarge(request.uploads.max_bytes)
+    place = request.scope["path_params"]
+    stored = await request.uploads.store(
+        place["asset_id"], place["version_number"], media_type, body_of(request.receive)
+    )
+    content = {
+        "assetId": stored.asset_id,
+        "versionNumber": stored.version_number,
+        "bytes": stored.size,
+    }
+    return _Answer(201, content)
+
+
 async def describe(request: _Request) -> _Answer:
     """`GET /openapi.json`: REST for the job types that the caller may see.
 
@@ -286,7 +353,10 @@ async def describe(request: _Request) -> _Answer:
     caller = request.caller
     caller.need("jobs:enqueue", "jobs:own", "jobs:read")
     visible = [each for name, each in request.queue.registry.items() if caller.may_see(name)]
-    return _Answer(200, openapi.describe(visible, prefix_of(request.scope)))
+    described = openapi.describe(
+        visible, prefix_of(request.scope), uploads=request.uploads is not None
+    )
+    return _Answer(200, described)
 
 
 async def _change(request: _Request, change: Callable[..., Awaitable[JobRecord]]) -> _Answer:
@@ -484,7 +554,7 @@ def _headers(error: Exception) -> tuple[tuple[bytes, bytes], ...]:
             return ((b"allow", ", ".join(error.allowed).encode()),)
         case UnsupportedMediaType():
             return error.headers
-        case QueueUnavailable():
+        case QueueUnavailable() | AssetsUnavailable():
             return ((b"retry-after", b"1"),)
     return auth.headers_of(error)
 

@@ -93,6 +93,13 @@ class Settings(BaseSettings):
         description="Where jobs read and write files: a folder, or an fsspec URL such as"
         " `s3://bucket/assets`.",
     )
+    max_upload_bytes: int = Field(
+        default=33_554_432,
+        ge=0,
+        le=1_073_741_824,
+        description="The largest picture that `POST /assets/{assetId}/{versionNumber}` takes into"
+        " the assets, in bytes. 0 switches uploads off. `thumbnail.create` reads up to 33,554,432.",
+    )
     max_payload_bytes: int = Field(
         default=262_144,
         ge=1_024,
@@ -601,6 +608,31 @@ def check_database_url(url: str) -> None:
         raise ValueError("expected sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME")
     else:
         postgresql_url.parse(url)
+
+
+def check_database(url: str, *, pooler: str, schema: str, listen_url: str | None) -> None:
+    """Check the arguments that name a database, by the rules of the settings.
+
+    Raises:
+        ValueError: one is wrong. The message does not contain a URL, which may have a password.
+    """
+    given: dict[str, Any] = {
+        "database_url": url,
+        "database_pooler": pooler,
+        "database_schema": schema,
+        "database_listen_url": listen_url,
+    }
+    try:
+        _Given(**given)
+    except ValidationError as error:
+        detail = error.errors(include_url=False)[0]
+        name = str(detail["loc"][0])
+        expected = _expected(name, detail).replace(f"{PREFIX}DATABASE_URL", "the URL")
+        if name == "database_url":
+            raise ValueError(f"the URL of the database is wrong: {expected}") from None
+        shown = shortened(_shown(name, str(given[name])), 202)
+        argument = name.removeprefix("database_")
+        raise ValueError(f"{argument}: got {shown}; {expected}") from None
 
 
 def settings_table() -> str:

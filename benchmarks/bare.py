@@ -41,7 +41,7 @@ def application(database_url: str | None) -> Starlette:
 
     from job_registry.discovery import load_registry
     from job_registry_api.auth import ANYONE
-    from job_registry_api.cli.startup import collect_garbage_rarely
+    from job_registry_api.cli import startup
     from job_registry_api.graphql.admission import Admission
     from job_registry_api.graphql.context import Context
     from job_registry_api.graphql.document_limits import Limits
@@ -79,7 +79,8 @@ def application(database_url: str | None) -> Starlette:
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         async with JobQueue.from_url(database_url, registry, lease_seconds=30) as queue:
             queues.append(queue)
-            collect_garbage_rarely()
+            startup.collect_garbage_rarely()
+            startup.exclude_start_from_collection()
             yield
 
     routes += [

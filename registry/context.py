@@ -77,11 +77,11 @@ class EnqueueFollowUp(Protocol):
         schedule_at: datetime | None,
         max_attempts: int | None,
         idempotency_key: str | None,
-    ) -> None:
-        """Check the job, and keep it."""
+    ) -> str:
+        """Check the job, keep it, and return its id."""
 
 
-def _nowhere(payload: Payload, **_options: Any) -> None:
+def _nowhere(payload: Payload, **_options: Any) -> str:
     raise RuntimeError(
         "this JobContext does not belong to a worker; use job_registry.testing in tests"
     )
@@ -126,13 +126,14 @@ class JobContext:
         schedule_at: datetime | None = None,
         max_attempts: int | None = None,
         idempotency_key: str | None = None,
-    ) -> None:
-        """Enqueue another job when this one succeeds.
+    ) -> str:
+        """Enqueue another job when this one succeeds. Return the id that it will have.
 
         It is stored in the transaction that completes this job: both, or neither. If this attempt
         ends in another way, the job is never stored. So an attempt that is repeated does not
         enqueue twice. The options are those of `JobQueue.enqueue`. The new job has the same
-        `created_by`.
+        `created_by`. If its idempotency key belongs to an earlier job with the same payload, no new
+        job is stored, and none has the id.
 
         If the new job cannot be stored in the end, because its idempotency key belongs to a job
         with another payload, this job fails as `follow_up_refused`. With `run_in="process"`, that
@@ -144,7 +145,7 @@ class JobContext:
             CodedError: an option is out of range, or there are too many jobs (`validation_error`).
             RuntimeError: the handler has ended; a task or a thread of it goes on.
         """
-        self._enqueue(
+        return self._enqueue(
             payload,
             job_type=job_type,
             priority=priority,

@@ -272,12 +272,14 @@ def _is_generator(function: object) -> bool:
 
 
 def _has_swapped_arguments(function: Callable[..., Any], payload: type[Payload]) -> bool:
-    """Return whether the annotations say (payload, job).
+    """Return whether the annotations say (payload, job), or the first argument is `payload`.
 
-    They are compared by name, because those of a module may not be importable at run time.
+    Annotations are compared by name, because those of a module may not be importable at run time.
     """
     parameters = list(inspect.signature(function).parameters.values())[:2]
     names = [_annotation_name(parameter.annotation) for parameter in parameters]
+    if parameters and parameters[0].annotation is inspect.Parameter.empty:
+        names[0] = payload.__name__ if parameters[0].name.strip("_") == "payload" else ""
     return names[:1] == [payload.__name__] or names[1:] == ["JobContext"]
 
 

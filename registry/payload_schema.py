@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any, Final, cast
 
 from pydantic import BaseModel, JsonValue
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
-from pydantic_core import core_schema
+from pydantic_core import core_schema, to_jsonable_python
 
 from job_registry.wire_text import DECIMAL, reads_decimals_as_text
 
@@ -56,20 +57,80 @@ class _JsonSchema(GenerateJsonSchema):
             return self.generate_inner(schema["schema"])
         return super().function_before_schema(schema)
 
-    def datetime_schema(self, schema: core_schema.DatetimeSchema) -> JsonSchemaValue:
-        """Describe a time without an offset, which is no `date-time` of JSON Schema."""
-        if schema.get("tz_constraint") == "naive":
-            return {"type": "string", "pattern": NAIVE}
-        return super().datetime_schema(schema)
-
     def decimal_schema(self, schema: core_schema.DecimalSchema) -> JsonSchemaValue:
-        """Decimals come as strings only."""
-        described = super().decimal_schema(schema)
-        of_text: dict[str, Any] = {}
-        for option in described.get("anyOf", ()):
-            if option.get("type") == "string":
-                of_text = option
-        return {"type": "string", **of_text, "format": "decimal", "pattern": f"^{DECIMAL}$"}
+        """Decimals come as strings only. Their bounds have the names of those of numbers."""
+        described: JsonSchemaValue = {
+            "type": "string",
+            "format": "decimal",
+            "pattern": f"^{DECIMAL}$",
+        }
+        for name, keyword in _DECIMAL_BOUNDS.items():
+            value = cast("Decimal | None", schema.get(name))
+            if value is not None:
+                described[keyword] = int(value) if value == int(value) else float(value)
+        return described
+
+    def str_schema(self, schema: core_schema.StringSchema) -> JsonSchemaValue:
+        """Name what is done to text before its length and its pattern are checked."""
+        changes = [name for name in ("strip_whitespace", "to_lower", "to_upper") if name in schema]
+        return {**super().str_schema(schema), **({"normalized": changes} if changes else {})}
+
+    def date_schema(self, schema: core_schema.DateSchema) -> JsonSchemaValue:
+        """Return the format and the bounds."""
+        return {**super().date_schema(schema), **_time_bounds(schema)}
+
+    def datetime_schema(self, schema: core_schema.DatetimeSchema) -> JsonSchemaValue:
+        """Return the format and the bounds. Without an offset it is no `date-time`."""
+        described = super().datetime_schema(schema)
+        if schema.get("tz_constraint") == "naive":
+            described = {"type": "string", "pattern": NAIVE}
+        return {**described, **_time_bounds(schema)}
+
+    def time_schema(self, schema: core_schema.TimeSchema) -> JsonSchemaValue:
+        """Return the format and the bounds."""
+        return {**super().time_schema(schema), **_time_bounds(schema)}
+
+    def timedelta_schema(self, schema: core_schema.TimedeltaSchema) -> JsonSchemaValue:
+        """Return the format and the bounds."""
+        return {**super().timedelta_schema(schema), **_time_bounds(schema)}
+
+    def url_schema(self, schema: core_schema.UrlSchema) -> JsonSchemaValue:
+        """Return the format, the length and the schemes."""
+        schemes = schema.get("allowed_schemes")
+        return {**super().url_schema(schema), **({"schemes": sorted(schemes)} if schemes else {})}
+
+    def dict_schema(self, schema: core_schema.DictSchema) -> JsonSchemaValue:
+        """Say which names are refused, also where the keys are no strings in Python."""
+        described = super().dict_schema(schema)
+        if "patternProperties" in described:
+            described["additionalProperties"] = False
+        if "keys_schema" in schema and "propertyNames" not in described:
+            names = _names(self.generate_inner(schema["keys_schema"]))
+            if names:
+                described["propertyNames"] = names
+        return described
+
+
+def _names(keys: JsonSchemaValue) -> JsonSchemaValue:
+    """Return what the names of an object have to be, so that they can be read as these keys."""
+    names = {key: value for key, value in keys.items() if key not in ("type", "title", "pattern")}
+    if "anyOf" in names:
+        names["anyOf"] = [_names(each) for each in names["anyOf"]]
+    if "type" in keys and keys["type"] != "string":
+        names["format"] = keys["type"]
+    return names
+
+
+def _time_bounds(
+    schema: core_schema.DateSchema
+    | core_schema.DatetimeSchema
+    | core_schema.TimeSchema
+    | core_schema.TimedeltaSchema,
+) -> JsonSchemaValue:
+    """Return the bounds of a time, as text, under the names that validators of JSON have."""
+    bounds = {keyword: schema.get(name) for name, keyword in _TIME_BOUNDS.items()}
+    given = {key: value for key, value in bounds.items() if value is not None}
+    return cast(JsonSchemaValue, to_jsonable_python(given))
 
 
 def _demands(schema: Any) -> Any:
@@ -150,4 +211,22 @@ _FORMATS: Final = {
     "uuid": "3f2504e0-4f89-41d3-9a0c-0305e82c3301",
     "email": "someone@example.com",
     "uri": "https://example.com/",
+}
+
+_DECIMAL_BOUNDS: Final = {
+    "ge": "minimum",
+    "gt": "exclusiveMinimum",
+    "le": "maximum",
+    "lt": "exclusiveMaximum",
+    "multiple_of": "multipleOf",
+    "max_digits": "maxDigits",
+    "decimal_places": "decimalPlaces",
+}
+_TIME_BOUNDS: Final = {
+    "ge": "formatMinimum",
+    "gt": "formatExclusiveMinimum",
+    "le": "formatMaximum",
+    "lt": "formatExclusiveMaximum",
+    "now_op": "relativeToNow",
+    "tz_constraint": "timezone",
 }

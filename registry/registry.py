@@ -48,7 +48,7 @@ class JobRegistry(Mapping[str, JobType[Any]]):
     around the handlers, the outermost first. `suggests` lets errors name similar names and values.
 
     Raises:
-        DefinitionError: two job types share a name.
+        DefinitionError: two job types share a name, or something is not a job type.
     """
 
     def __init__(
@@ -59,6 +59,9 @@ class JobRegistry(Mapping[str, JobType[Any]]):
         extensions: Iterable[WorkerExtension] = (),
         suggests: bool = True,
     ) -> None:
+        if not isinstance(job_types, Iterable):
+            got = job_types.name if isinstance(job_types, JobType) else shortened(job_types)
+            raise DefinitionError(f"JobRegistry: expected a list of job types; got {got}")
         by_name: dict[str, JobType[Any]] = {}
         for job_type in job_types:
             if not isinstance(job_type, JobType):

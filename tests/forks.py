@@ -2,7 +2,7 @@
 
 A Python that imports all of Job Registry takes a second of a core and more, and the tests start the
 command two hundred times. As a program, this module is the process that forks. What is about the
-start itself starts the command as its users do.
+start itself starts the command as its users do. Other modules of the tests can run so too.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import fcntl
 import functools
 import json
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -26,18 +27,20 @@ from typing import IO, Final
 from tests import CODE
 
 MAX_REQUEST_BYTES: Final = 2**17
+CLI: Final = "job_registry_api.cli"
 PIPE_BYTES: Final = 2**20
 """So much may a process write before somebody reads it."""
 
 
 class Command:
-    """A `job-registry` that runs: what tests use of `subprocess.Popen`."""
+    """A `job-registry`, or another module, that runs: what tests use of `subprocess.Popen`."""
 
     def __init__(
         self,
         arguments: Sequence[str],
         *,
         environment: Mapping[str, str],
+        module: str = CLI,
         folder: Path | None = None,
         streams: Sequence[IO[bytes]] = (),
     ) -> None:
@@ -58,7 +61,7 @@ class Command:
                 self.stderr = os.fdopen(reading, encoding="utf-8")
                 stack.callback(os.close, writing)
                 files = [null.fileno(), null.fileno(), writing]
-            request = [list(arguments), str(folder or Path.cwd()), dict(environment)]
+            request = [module, list(arguments), str(folder or Path.cwd()), dict(environment)]
             message = json.dumps(request).encode()
             socket.send_fds(_forking(), [message], [its.fileno(), *files])
         self._news.settimeout(60)
@@ -104,7 +107,7 @@ class Command:
 
 
 def run(
-    arguments: Sequence[str], *, environment: Mapping[str, str], folder: Path, stdin: str
+    arguments: Sequence[str], *, environment: Mapping[str, str], folder: Path, stdin: str = ""
 ) -> subprocess.CompletedProcess[str]:
     """Run `job-registry` with these arguments to its end, as `subprocess.run` does."""
     with (
@@ -150,8 +153,9 @@ def _forking() -> socket.socket:
     return ours
 
 
-def _fork_for_each_request(connection: socket.socket) -> list[str]:
-    """Return, in a process forked for it, the arguments of a request. The caller never returns."""
+def _fork_for_each_request(connection: socket.socket) -> tuple[str, list[str]]:
+    """Return, in a process forked for it, the module of a request and its arguments. The caller
+    never returns."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
         request, files, _, _ = socket.recv_fds(connection, MAX_REQUEST_BYTES, 4)
@@ -179,13 +183,13 @@ def _fork_for_each_request(connection: socket.socket) -> list[str]:
     for number, file in enumerate(streams):
         os.dup2(file, number)
         os.close(file)
-    arguments, folder, environment = json.loads(request)
+    module, arguments, folder, environment = json.loads(request)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
     # As `python -m` has it, with the folder first.
     sys.path[:0] = [folder, *environment.get("PYTHONPATH", "").split(os.pathsep)]
-    return list(arguments)
+    return module, arguments
 
 
 if __name__ == "__main__":
@@ -196,6 +200,9 @@ if __name__ == "__main__":
     import job_registry_api.worker  # noqa: F401
     from job_registry_api import cli
 
-    given = _fork_for_each_request(socket.socket(fileno=int(sys.argv[1])))
+    wanted, given = _fork_for_each_request(socket.socket(fileno=int(sys.argv[1])))
     sys.argv = [cli.__file__, *given]
-    cli.main()
+    if wanted == CLI:
+        cli.main()
+    else:
+        runpy.run_module(wanted, run_name="__main__", alter_sys=True)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
+import signal
+import subprocess
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
@@ -100,3 +103,23 @@ async def serving(
         process.terminate()
         # Subscriptions and waits that are open do not hold the end up.
         await asyncio.to_thread(process.communicate, 15)
+
+
+@asynccontextmanager
+async def served(process: Command | subprocess.Popen[str]) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the program that this process of uvicorn serves. It ends with the client."""
+    assert process.stderr is not None
+    said = ""
+    try:
+        while not (found := re.search(r"running on (http://\S+)", said)):
+            line = await asyncio.to_thread(process.stderr.readline)
+            assert line, said
+            said += line
+        async with httpx.AsyncClient(base_url=found[1], timeout=30) as client:
+            yield client
+    finally:
+        process.send_signal(signal.SIGTERM)
+        if not process.stderr.closed:
+            _, rest = await asyncio.to_thread(process.communicate, timeout=30)
+            said += rest
+    assert "Traceback" not in said

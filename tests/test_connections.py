@@ -145,6 +145,10 @@ async def test_a_request_that_is_not_within_the_bounds_is_refused(
 
 
 TOO_LARGE = b"x" * 1_000_000
+HANDSHAKE = (
+    b"GET /graphql HTTP/1.1\r\nhost: localhost\r\nupgrade: websocket\r\nconnection: upgrade\r\n"
+    b"sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+)
 CLOSING = POST + b"connection: close\r\n"
 
 
@@ -157,8 +161,9 @@ CLOSING = POST + b"connection: close\r\n"
         (POST + b"content-length: 1000000\r\n\r\n" + TOO_LARGE, 413),
         (CLOSING + b"content-length: 1000000\r\n\r\n" + TOO_LARGE, 413),
         (POST + b"transfer-encoding: chunked\r\n\r\n" + b"1\r\n \r\n" * 160_000, 413),
+        (HANDSHAKE + b"x: " + b"y" * 20_000 + b"\r\n\r\n" + TOO_LARGE, 400),
     ],
-    ids=["header", "headers", "malformed", "declared body", "closing", "chunks"],
+    ids=["header", "headers", "malformed", "declared body", "closing", "chunks", "handshake"],
 )
 async def test_a_client_that_sends_its_whole_request_first_reads_why_it_is_refused(
     address: str, request_: bytes, status: int
@@ -180,6 +185,7 @@ async def test_a_client_that_sends_its_whole_request_first_reads_why_it_is_refus
     head = answer.lower().partition(b"\r\n\r\n")[0]
     assert b"\r\ncache-control: no-store" in head
     assert b"\r\nx-content-type-options: nosniff" in head
+    assert b"\r\nvary: accept" in head
 
 
 async def test_a_refused_client_that_never_ends_is_disconnected(address: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from job_registry.catalog._thumbnail_files import ThumbnailFiles
+from job_registry.asset_files import AssetFiles
 from job_registry_api.first_minute import draw_sample
 from job_registry_api.queue import migrations
 from job_registry_api.queue.sqlite_database import SQLiteDatabase
@@ -52,8 +52,8 @@ def test_thumbnails_are_for_their_owner_and_folders_of_the_user_stay_as_they_are
 ) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine").chmod(0o755)
-    ThumbnailFiles(str(tmp_path / "mine"), "a/b", 1).write("64.webp", b"...")
-    ThumbnailFiles(str(tmp_path / "new" / "deep"), "a", 1).write("64.webp", b"...")
+    AssetFiles(str(tmp_path / "mine"), "a/b", 1).write("64.webp", b"...")
+    AssetFiles(str(tmp_path / "new" / "deep"), "a", 1).write("64.webp", b"...")
     draw_sample(str(tmp_path / "first"))
     assert modes(tmp_path) == {
         "mine": 0o755,

@@ -29,8 +29,8 @@ async def test_a_drawn_request_is_answered_within_the_bounds(
     server: MeasuredServer, kind: str
 ) -> None:
     for request in draw_requests(kind, REQUESTS_PER_KIND):
-        # Room for a busy machine: twice the CPU and five times the silence that are promised.
-        outcome = await measure(server, request, cpu_seconds=1.0, silence_seconds=5.0)
+        # Room for a busy machine: five times the silence that is promised.
+        outcome = await measure(server, request, cpu_seconds=0.5, silence_seconds=5.0)
         assert not outcome.faults, request
 
 

@@ -213,6 +213,15 @@ async def test_the_proxies_that_are_set_are_believed(database_url: str) -> None:
             assert answer.status_code == status
 
 
+@reaches("max_upload_bytes")
+async def test_a_picture_may_be_as_large_as_set(visit: Visit, tmp_path: Path) -> None:
+    picture, png = b"\x89PNG\r\n\x1a\n" + b"." * 600, {"content-type": "image/png"}
+    for limit, status in (("0", 404), ("600", 413), ("700", 201)):
+        async with visit(assets=str(tmp_path), max_upload_bytes=limit) as client:
+            answer = await client.post("/assets/a/1", content=picture, headers=png)
+            assert answer.status_code == status
+
+
 @reaches("persisted_queries", "trusted_documents")
 async def test_documents_are_named_as_set(visit: Visit, tmp_path: Path) -> None:
     manifest = tmp_path / "documents.json"

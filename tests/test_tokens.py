@@ -553,3 +553,18 @@ def with_claims(changed: dict[str, Any], without: tuple[str, ...] = ()) -> dict[
     whole = {k: v for k, v in claims().items() if k not in without} | changed
     text = jwt.api_jws.encode(json.dumps(whole).encode(), SECRET, "HS256")
     return {"authorization": f"Bearer {text}"}
+
+
+async def test_a_token_may_have_8192_characters_and_not_one_more(visit: Visit) -> None:
+    of_length: dict[int, str] = {}
+    for size in range(5_900, 6_100):
+        # The end of each part in base64 skips one length in four.
+        for kid in ("k", "kk", "kkk"):
+            padded = claims("jobs:read", padding="x" * size)
+            given = jwt.encode(padded, SECRET, "HS256", headers={"kid": kid})
+            of_length.setdefault(len(given), given)
+    async with visit(**AUTH) as client:
+        for length, expected in ((8_191, 200), (8_192, 200), (8_193, 401)):
+            assert (
+                await status(client, {"authorization": f"Bearer {of_length[length]}"}) == expected
+            )

@@ -13,7 +13,7 @@ from typing import Annotated, TextIO, cast
 import typer
 
 from job_registry import DefinitionError
-from job_registry_api.cli import enqueue, migrate, registry, schema, serve, worker
+from job_registry_api.cli import enqueue, migrate, registry, schema, serve, startup, worker
 from job_registry_api.cli.output import (
     WRONG_USAGE,
     Output,
@@ -39,6 +39,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command. Expected errors become a message and an exit code."""
+    startup.collect_garbage_rarely()
     try:
         with contextlib.redirect_stdout(cast(TextIO, Output(sys.stdout))):
             try:

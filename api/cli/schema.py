@@ -22,7 +22,9 @@ def schema(
     if openapi:
         from job_registry_api.openapi import describe
 
-        print_json(describe(registry.values(), settings.root_path))
+        print_json(
+            describe(registry.values(), settings.root_path, uploads=settings.max_upload_bytes > 0)
+        )
         return
     from job_registry_api.graphql.schema import sdl
 

@@ -67,7 +67,7 @@ def serve(
     # Listen before the start: a taken port is one message, and the printed address works.
     socket = listen(settings.host, settings.port, "--port or JOBS_PORT")
     say(f"Job Registry serves http://{address_of(socket)}/graphql  (Ctrl-C ends it)", err)
-    startup.collect_garbage_rarely()
+    startup.exclude_start_from_collection()
     try:
         server.run(sockets=[socket])
     except SystemExit:

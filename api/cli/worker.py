@@ -72,7 +72,7 @@ def worker(
         say(f"Health is served at http://{address_of(health_socket)}/healthz", err)
     from job_registry_api.worker import WorkerStartError
 
-    startup.collect_garbage_rarely()
+    startup.exclude_start_from_collection()
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.run(_work(settings, registry, names, health_socket))

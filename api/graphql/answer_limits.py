@@ -5,7 +5,8 @@ A page of jobs ends before it exceeds them. What cannot end early is refused as 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from typing import Any, Final, NamedTuple
 
 import strawberry
@@ -21,6 +22,11 @@ from strawberry.extensions import FieldExtension
 
 from job_registry_api.graphql.context import Context, context_of
 from job_registry_api.graphql.document_limits import fragments_of
+from job_registry_api.queue.errors import IdempotencyConflict
+from job_registry_api.queue.models import JobRecord, weight_of
+
+SMALL_WEIGHT: Final = 10_000
+"""The weight of a job up to which its values are kept and not charged: a request has 30 of them."""
 
 _INTERFACES: Final = ("Error",)
 
@@ -34,18 +40,57 @@ class Selected(NamedTuple):
     payloads: int = 0
     progresses: int = 0
     results: int = 0
+    errors: int = 0
 
     @property
     def copies(self) -> int:
         """How often the answer has the same value of a job at most."""
-        return max(self.payloads, self.progresses, self.results, 1)
+        return max(self.payloads, self.progresses, self.results, self.errors, 1)
+
+
+_UNKNOWN: Final = Selected(payloads=1, progresses=1, results=1, errors=1)
+
+
+@asynccontextmanager
+async def reading_job(info: strawberry.Info[Context, None]) -> AsyncIterator[None]:
+    """Wait for the other fields that read jobs, and check that one more may be read.
+
+    Raises:
+        BudgetExceeded: the jobs that were read are large enough for an answer.
+    """
+    budget = context_of(info).budget
+    async with budget.reading:
+        budget.check_reading()
+        try:
+            yield
+        except IdempotencyConflict as conflict:
+            existing = kept_for_answer(info, conflict.existing_job)
+            raise IdempotencyConflict(existing, conflict.differing_paths) from None
+
+
+def kept_for_answer(info: strawberry.Info[Context, None], job: JobRecord) -> JobRecord:
+    """Return a job without the large values that the answer will not have. Charge the others.
+
+    A request has many fields, and what one of them has read is kept until all are resolved.
+    """
+    if weight_of(job) < SMALL_WEIGHT:
+        return job
+    of_each = selected(info)
+    job = job._replace(
+        payload=job.payload if of_each.payloads else None,
+        progress=job.progress if of_each.progresses else None,
+        result=job.result if of_each.results else None,
+        error=job.error if of_each.errors else None,
+    )
+    context_of(info).budget.charge_reading(weight_of(job))
+    return job
 
 
 def selected(info: strawberry.Info[Context, None]) -> Selected:
     """Return what is selected below the root field that is being resolved."""
     executed = context_of(info).operation
     if executed is None:  # The schema is executed without our `Executor`.
-        return Selected()
+        return _UNKNOWN
     document, operation = executed
     path = info.path
     while path.prev is not None:
@@ -108,6 +153,7 @@ def _with(name: str, below: Selected) -> Selected:
         below.payloads + (name == "payload"),
         below.progresses + (name == "progress"),
         below.results + (name == "result"),
+        below.errors + (name == "error"),
     )
 
 

@@ -20,9 +20,15 @@ from job_registry_api.auth import Caller, Unauthenticated
 from job_registry_api.budget import Budget, BudgetExceeded, RequestLimits, RequestSize
 from job_registry_api.http_messages import wait_for_disconnect
 from job_registry_api.queue.errors import JobNotFound
-from job_registry_api.queue.models import AttemptRecord, JobCounts, JobRecord, Owner
+from job_registry_api.queue.models import (
+    AttemptRecord,
+    JobCounts,
+    JobRecord,
+    Owner,
+    weight_of,
+)
 from job_registry_api.queue.queue import JobQueue
-from job_registry_api.queue.reading import WaitingReason, weight_of
+from job_registry_api.queue.reading import WaitingReason
 
 
 @dataclass

@@ -108,7 +108,9 @@ class InputInvalid(Error):
 class IdempotencyConflict(Error):
     existing_job: Job = strawberry.field(description="The job that has the key.")
     differing_paths: list[str] = strawberry.field(
-        description="JSON Pointers to the places where the two payloads differ, up to 100."
+        description="JSON Pointers to the places where the two payloads differ, up to 100. A bulk"
+        ' compares payloads of 2 MB in total. The path of further conflicts is `""`, the whole'
+        " payload."
     )
 
     @classmethod

@@ -10,10 +10,12 @@ from typing import Any, Final, NamedTuple
 from urllib.parse import parse_qs
 
 from graphql import GraphQLError
+from pydantic_core import to_json
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from job_registry.json_values import NotJson
 from job_registry_api import auth
+from job_registry_api.answer_text import json_in_pieces
 from job_registry_api.auth import Authenticator
 from job_registry_api.budget import BudgetExceeded, RequestSize, parse_request_json
 from job_registry_api.graphql.context import Context
@@ -32,6 +34,7 @@ from job_registry_api.http_messages import (
     check_media,
     header,
     read_body,
+    respond,
     respond_json,
 )
 
@@ -97,6 +100,7 @@ class GraphQLOverHTTP:
             await respond_json(send, 406, {"errors": [{"message": message}]})
             return
         headers: tuple[tuple[bytes, bytes], ...] = ()
+        is_large = False
         try:
             request = await self._read(scope, receive)
             is_subscription = request.prepared.is_subscription
@@ -111,6 +115,7 @@ class GraphQLOverHTTP:
                 content = format_result(await self._executor.execute(*request))
                 # Without data nothing was executed: the variables do not fit.
                 status = 200 if "data" in content or media_type == JSON else 400
+                is_large = request.context.budget.is_large
         except ClientGone:
             return
         except RequestRefused as refused:
@@ -129,8 +134,9 @@ class GraphQLOverHTTP:
                 return
         if media_type == EVENT_STREAM:
             media_type = JSON
-        await respond_json(
-            send, status, content, content_type=media_type + b"; charset=utf-8", headers=headers
+        body = await json_in_pieces(content) if is_large else to_json(content)
+        await respond(
+            send, status, body, content_type=media_type + b"; charset=utf-8", headers=headers
         )
 
     async def _read(self, scope: Scope, receive: Receive) -> _Request:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from datetime import datetime
 from typing import Annotated, Final
 
@@ -14,15 +15,16 @@ from pydantic import JsonValue
 from pydantic_core import to_json
 
 import job_registry
+from job_registry import EnqueueRequest
 from job_registry_api.graphql import errors
 from job_registry_api.graphql.access_scopes import Requires
-from job_registry_api.graphql.answer_limits import selected
+from job_registry_api.graphql.answer_limits import kept_for_answer, reading_job, selected
 from job_registry_api.graphql.context import Context, context_of
 from job_registry_api.graphql.inputs import EnqueueJobInput, JobErrorInput, LeaseJobsInput
 from job_registry_api.graphql.types import Job, JobLease
 from job_registry_api.queue.changing import Changing
 from job_registry_api.queue.claiming import Lease
-from job_registry_api.queue.enqueueing import Enqueued, Refusal
+from job_registry_api.queue.enqueueing import Enqueued, ExistingValues, Refusal
 from job_registry_api.queue.errors import (
     IdempotencyConflict,
     IdempotencyKeyTaken,
@@ -140,13 +142,7 @@ class Mutation:
     ) -> EnqueueJobResult | None:
         caller = context_of(info).caller
         caller.need_types([input.type])
-        enqueued = await context_of(info).queue.enqueue(
-            input.request(),
-            created_by=caller.subject,
-            others=caller.others_jobs,
-            budget=context_of(info).budget.faults,
-        )
-        return EnqueueJobSuccess.of(enqueued)
+        return await stored(info, input.request())
 
     @strawberry.mutation(
         extensions=[Requires("jobs:enqueue", "jobs:own")],
@@ -178,7 +174,12 @@ class Mutation:
             atomic=atomic,
             created_by=caller.subject,
             others=caller.others_jobs,
-            budget=context_of(info).budget.faults,
+            budget=budget.faults,
+            values=ExistingValues(
+                payload=of_each.payloads > 0,
+                others=of_each.progresses + of_each.results + of_each.errors > 0,
+                check=lambda weight: budget.check_bytes(weight * of_each.copies),
+            ),
         )
         return [_enqueued_or_refused(result) for result in results]
 
@@ -188,7 +189,7 @@ class Mutation:
         " job is requested to stop; the job is cancelled when it stops or its lease expires.",
     )
     async def cancel_job(self, info: Info, id: JobId) -> CancelJobResult | None:
-        return await _changed_if_visible(context_of(info), id, Changing.cancel)
+        return await _changed_if_visible(info, id, Changing.cancel)
 
     @strawberry.mutation(
         extensions=[Requires("jobs:own", "jobs:admin")],
@@ -196,7 +197,7 @@ class Mutation:
         " gets one more.",
     )
     async def retry_job(self, info: Info, id: JobId) -> RetryJobResult | None:
-        return await _changed_if_visible(context_of(info), id, Changing.retry)
+        return await _changed_if_visible(info, id, Changing.retry)
 
     @strawberry.mutation(
         extensions=[Requires("jobs:work")],
@@ -216,6 +217,7 @@ class Mutation:
         context_of(info).caller.need_types(input.job_types)
         queue, budget, of_each = context_of(info).queue, context_of(info).budget, selected(info)
         budget.charge_fields(max(0, min(input.limit, MAX_LEASE)) * of_each.fields)
+        budget.check_reading()
         async with context_of(info).client_gone() as gone:
             leases = await queue.lease(
                 input.job_types,
@@ -232,6 +234,7 @@ class Mutation:
             if len(fitting) < len(leases):
                 queue.give_back(leases[len(fitting) :])
                 leases = fitting
+            leases = [replace(each, job=kept_for_answer(info, each.job)) for each in leases]
         return LeaseJobsSuccess(leases=[JobLease.of(lease) for lease in leases])
 
     @strawberry.mutation(
@@ -250,13 +253,14 @@ class Mutation:
         ] = None,
     ) -> HeartbeatJobResult | None:
         await _check_lease(context_of(info), lease_token)
-        heartbeat = await context_of(info).queue.heartbeat(lease_token, progress)
-        return HeartbeatJobSuccess(
-            expires_at=heartbeat.expires_at,
-            seconds_left=heartbeat.seconds_left,
-            cancel_requested=heartbeat.cancel_requested,
-            job=Job.of(heartbeat.job),
-        )
+        async with reading_job(info):
+            heartbeat = await context_of(info).queue.heartbeat(lease_token, progress)
+            return HeartbeatJobSuccess(
+                expires_at=heartbeat.expires_at,
+                seconds_left=heartbeat.seconds_left,
+                cancel_requested=heartbeat.cancel_requested,
+                job=Job.of(kept_for_answer(info, heartbeat.job)),
+            )
 
     @strawberry.mutation(
         extensions=[Requires("jobs:work")],
@@ -273,7 +277,7 @@ class Mutation:
         ] = None,
     ) -> CompleteJobResult | None:
         await _check_lease(context_of(info), lease_token)
-        return JobChanged.of(await context_of(info).queue.complete(lease_token, result))
+        return await _changed(info, lambda: context_of(info).queue.complete(lease_token, result))
 
     @strawberry.mutation(
         extensions=[Requires("jobs:work")],
@@ -296,13 +300,15 @@ class Mutation:
         ] = None,
     ) -> FailJobResult | None:
         await _check_lease(context_of(info), lease_token)
-        job = await context_of(info).queue.fail(
-            lease_token,
-            error.error(),
-            retryable=retryable,
-            retry_after_seconds=retry_after_seconds,
+        return await _changed(
+            info,
+            lambda: context_of(info).queue.fail(
+                lease_token,
+                error.error(),
+                retryable=retryable,
+                retry_after_seconds=retry_after_seconds,
+            ),
         )
-        return JobChanged.of(job)
 
     @strawberry.mutation(
         extensions=[Requires("jobs:work")],
@@ -310,7 +316,7 @@ class Mutation:
     )
     async def release_job(self, info: Info, lease_token: LeaseToken) -> ReleaseJobResult | None:
         await _check_lease(context_of(info), lease_token)
-        return JobChanged.of(await context_of(info).queue.release(lease_token))
+        return await _changed(info, lambda: context_of(info).queue.release(lease_token))
 
     @strawberry.mutation(
         extensions=[Requires("jobs:work")],
@@ -328,7 +334,7 @@ class Mutation:
         ],
     ) -> SnoozeJobResult | None:
         await _check_lease(context_of(info), lease_token)
-        return JobChanged.of(await context_of(info).queue.snooze(lease_token, seconds))
+        return await _changed(info, lambda: context_of(info).queue.snooze(lease_token, seconds))
 
 
 def _fitting(leases: list[Lease], max_bytes: int) -> list[Lease]:
@@ -369,11 +375,37 @@ async def _check_lease(context: Context, lease_token: str) -> None:
             raise LeaseLost
 
 
+async def stored(info: Info, request: EnqueueRequest) -> EnqueueJobSuccess:
+    """Store a job for the caller. An existing job counts as read.
+
+    Raises:
+        BudgetExceeded: the jobs that the request has read are large enough for an answer.
+    """
+    context = context_of(info)
+    async with reading_job(info):
+        enqueued = await context.queue.enqueue(
+            request,
+            created_by=context.caller.subject,
+            others=context.caller.others_jobs,
+            budget=context.budget.faults,
+        )
+        if enqueued.deduplicated:
+            enqueued = enqueued._replace(job=kept_for_answer(info, enqueued.job))
+        return EnqueueJobSuccess.of(enqueued)
+
+
+async def _changed(info: Info, change: Callable[[], Awaitable[JobRecord]]) -> JobChanged:
+    """Change a job, which counts as read. It is not changed if no more jobs may be read."""
+    async with reading_job(info):
+        return JobChanged.of(kept_for_answer(info, await change()))
+
+
 async def _changed_if_visible(
-    context: Context, job_id: str, change: Callable[..., Awaitable[JobRecord]]
+    info: Info, job_id: str, change: Callable[..., Awaitable[JobRecord]]
 ) -> JobChanged:
     """Change a job that the caller may change. The type of a job never changes."""
+    context = context_of(info)
     owner = context.caller.owner_unless("jobs:admin")
     if context.caller.job_types is not None:
         await context.job(job_id, owner)
-    return JobChanged.of(await change(context.queue, job_id, owner=owner))
+    return await _changed(info, lambda: change(context.queue, job_id, owner=owner))

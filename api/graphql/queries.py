@@ -14,7 +14,7 @@ import strawberry
 from job_registry import Violation
 from job_registry_api.graphql import errors
 from job_registry_api.graphql.access_scopes import Requires
-from job_registry_api.graphql.answer_limits import selected
+from job_registry_api.graphql.answer_limits import kept_for_answer, reading_job, selected
 from job_registry_api.graphql.context import Context, context_of
 from job_registry_api.graphql.inputs import EnqueueJobInput, JobFilterInput
 from job_registry_api.graphql.types import (
@@ -132,19 +132,21 @@ class Query:
     ) -> ValidateJobResult | None:
         caller = context_of(info).caller
         caller.need_types([input.type])
-        valid = await context_of(info).queue.validate(
-            input.request(),
-            created_by=caller.subject,
-            others=caller.others_jobs,
-            budget=context_of(info).budget.faults,
-        )
-        return JobValid(
-            max_attempts=valid.max_attempts,
-            timeout_seconds=valid.timeout_seconds,
-            priority=valid.priority,
-            next_run_at=valid.next_run_at,
-            duplicate_of=Job.of(valid.duplicate_of) if valid.duplicate_of else None,
-        )
+        async with reading_job(info):
+            valid = await context_of(info).queue.validate(
+                input.request(),
+                created_by=caller.subject,
+                others=caller.others_jobs,
+                budget=context_of(info).budget.faults,
+            )
+            duplicate = valid.duplicate_of
+            return JobValid(
+                max_attempts=valid.max_attempts,
+                timeout_seconds=valid.timeout_seconds,
+                priority=valid.priority,
+                next_run_at=valid.next_run_at,
+                duplicate_of=Job.of(kept_for_answer(info, duplicate)) if duplicate else None,
+            )
 
     @strawberry.field(extensions=[Requires("jobs:own", "jobs:read")], description="One job.")
     async def job(

@@ -9,9 +9,9 @@ import asyncio
 from collections.abc import AsyncGenerator
 from typing import Any, Final
 
-from pydantic_core import to_json
 from starlette.types import Receive, Send
 
+from job_registry_api.answer_text import json_in_pieces
 from job_registry_api.http_messages import wait_for_disconnect
 
 EVENT_STREAM: Final = b"text/event-stream"
@@ -56,7 +56,7 @@ async def send_events(
             if "data" not in content and ended.is_set():
                 await send({"type": "http.response.body", "body": b""})
                 return
-            await _send_text(send, b"event: next\ndata: " + to_json(content) + b"\n\n")
+            await _send_text(send, b"event: next\ndata: " + await json_in_pieces(content) + b"\n\n")
         await _send_text(send, b"event: complete\ndata:\n\n")
         await send({"type": "http.response.body", "body": b""})
     finally:

@@ -50,7 +50,7 @@ class JobEvent:
         context = context_of(info)
         owner = context.caller.owner_unless("jobs:read")
         try:
-            return Job.of(await context.queue.get(self.job_id, owner=owner))
+            return Job.of(await context.job(self.job_id, owner))
         except JobNotFound:
             return None
 

@@ -12,8 +12,8 @@ from job_registry_api.graphql.inputs import EnqueueOptions
 from job_registry_api.graphql.mutations import (
     MUTATIONS,
     EnqueueJobResult,
-    EnqueueJobSuccess,
     Mutation,
+    stored,
 )
 from job_registry_api.graphql.typed_input import TypedJob
 
@@ -47,12 +47,6 @@ def mutation_with_enqueue(typed_job_input: type[TypedJob]) -> type[Mutation]:
             job_type, payload = job.sent_job()
             caller.need_types([job_type])
             request = (options or EnqueueOptions()).request_for(job_type, payload)
-            enqueued = await context_of(info).queue.enqueue(
-                request,
-                created_by=caller.subject,
-                others=caller.others_jobs,
-                budget=context_of(info).budget.faults,
-            )
-            return EnqueueJobSuccess.of(enqueued)
+            return await stored(info, request)
 
     return MutationWithEnqueue

@@ -12,11 +12,11 @@ from functools import partial
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from pydantic_core import to_json
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from job_registry_api.answer_text import json_in_pieces
 from job_registry_api.auth import REFUSALS, Authenticator, Caller, TooManyRequests
 from job_registry_api.budget import BudgetExceeded, parse_request_json
 from job_registry_api.graphql.context import Context
@@ -306,7 +306,7 @@ class _Connection:
             message["id"] = operation_id
         if payload is not None:
             message["payload"] = payload
-        text = to_json(message).decode()
+        text = (await json_in_pieces(message)).decode()
         self._unread_bytes += len(text)
         # One answer alone may be as large as it is.
         if self._unread_bytes > max(MAX_UNREAD_BYTES, len(text)):

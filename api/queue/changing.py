@@ -8,11 +8,12 @@ from collections.abc import Awaitable, Callable
 from job_registry_api.queue.errors import JobNotFound, JobStateConflict
 from job_registry_api.queue.events import Events, JobEvent
 from job_registry_api.queue.models import JobRecord, Owner
+from job_registry_api.queue.opening import Opening
 from job_registry_api.queue.requests import parse_job_id
 from job_registry_api.queue.store import Store
 
 
-class Changing:
+class Changing(Opening):
     """The part of `JobQueue` that changes jobs on request."""
 
     events: Events
@@ -47,6 +48,7 @@ class Changing:
         change: Callable[[uuid.UUID, Owner | None], Awaitable[JobRecord | None]],
         operation: str,
     ) -> JobRecord:
+        self.check_open()
         job = await change(parse_job_id(job_id), owner)
         if job is None:
             found = await self._store.get(parse_job_id(job_id), owner)

@@ -10,7 +10,7 @@ import asyncio
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from functools import lru_cache
 from typing import Any, ClassVar, Final, Literal, Self, TypeVar
@@ -70,6 +70,8 @@ class Database(ABC):
         self._timeout = timeout_seconds
         self._pool_size = pool_size
         self._opened_with = opened_with | {"timeout_seconds": timeout_seconds}
+        self._background: set[asyncio.Task[None]] = set()
+        """Connections that return to the pool while nobody waits for it."""
         self._autocommit = engine.execution_options(isolation_level="AUTOCOMMIT")
 
     def for_another_loop(self, *, pool_size: int) -> Self:
@@ -184,6 +186,9 @@ class Database(ABC):
         """End all connections, including those in use. Takes at most two seconds."""
         with suppress(TimeoutError):
             async with asyncio.timeout(2):
+                # A connection that returns to the pool later would stay open.
+                if self._background:
+                    await asyncio.wait(self._background, timeout=1)
                 await self.engine.dispose()
 
     @abstractmethod
@@ -199,11 +204,10 @@ class Database(ABC):
         self, engine: AsyncEngine, deadline: float | None
     ) -> AsyncIterator[AsyncConnection]:
         """Open a connection of the pool."""
-        opened = engine.connect()
         began = asyncio.get_running_loop().time()
         try:
             async with asyncio.timeout_at(deadline):
-                connection = await opened
+                connection = await self._acquire(engine)
         except QueueUnavailable:
             raise
         except Exception as error:
@@ -213,7 +217,16 @@ class Database(ABC):
             yield connection
         finally:
             # Close in a separate task, so that the connection of a cancelled caller is returned.
-            await asyncio.shield(asyncio.ensure_future(connection.close()))
+            await asyncio.shield(self._in_background(connection.close()))
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+        return task
+
+    async def _acquire(self, engine: AsyncEngine) -> AsyncConnection:
+        return await engine.connect()
 
     def _connecting_failed(self, error: Exception, seconds: float) -> QueueUnavailable:
         match error:

@@ -8,13 +8,15 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
+from itertools import chain
 from typing import Final, Literal, NamedTuple, Unpack, cast, overload
 
 from pydantic import JsonValue
-from pydantic_core import from_json
+from pydantic_core import from_json, to_json
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
@@ -27,7 +29,7 @@ from job_registry import (
     Violation,
 )
 from job_registry.enqueue_request import EnqueueOptions
-from job_registry.errors import FaultBudget
+from job_registry.errors import FaultBudget, near
 from job_registry_api.queue.caller_transactions import publish_after_commit
 from job_registry_api.queue.database import Database
 from job_registry_api.queue.errors import (
@@ -38,13 +40,23 @@ from job_registry_api.queue.errors import (
 )
 from job_registry_api.queue.events import Events, JobEvent
 from job_registry_api.queue.group_commit import GroupCommit
-from job_registry_api.queue.models import JobRecord, JobStatus
+from job_registry_api.queue.models import JobRecord, JobStatus, weight_of
+from job_registry_api.queue.opening import Opening
 from job_registry_api.queue.requests import (
     MAX_DIFFERING,
     differing_paths,
     input_faults,
 )
-from job_registry_api.queue.store import NewJob, Store, Stored, present
+from job_registry_api.queue.store import (
+    JSON_VALUES,
+    NewJob,
+    Store,
+    Stored,
+    is_own,
+    present,
+    refuses,
+    stored_before,
+)
 
 DEFAULT_PRIORITY: Final = 50
 
@@ -58,6 +70,35 @@ class Enqueued(NamedTuple):
 
     job: JobRecord
     deduplicated: bool = False
+
+
+COMPARED_BYTES: Final = 2_097_152
+"""The JSON text of existing payloads that a bulk compares with its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExistingValues:
+    """Which JSON values the results of a bulk have of jobs that existed: those that are read.
+
+    `payload` is that of a conflict: otherwise it is the payload of the request. `others` are
+    progress, result and error. `check` is called with their size, as `weight_of` counts it, before
+    anything is stored. It raises if they are too large.
+    """
+
+    payload: bool = True
+    others: bool = True
+    check: Callable[[int], None] | None = None
+
+    def of(self, job: JobRecord) -> JobRecord:
+        """Return the job without the values that are not needed, so that they take no memory."""
+        if not self.payload:
+            job = job._replace(payload=None)
+        return job if self.others else job._replace(progress=None, result=None, error=None)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the values."""
+        return JSON_VALUES[not self.payload : None if self.others else 1]
 
 
 NOT_STORED: Final = "not_stored"
@@ -80,11 +121,7 @@ Refusal = (
 )
 
 
-Refuses = Callable[[NewJob, Stored], bool]
-"""Returns whether a new job is refused because of the existing job with its key."""
-
-
-class Enqueueing:
+class Enqueueing(Opening):
     """The part of `JobQueue` that stores jobs."""
 
     registry: JobRegistry
@@ -109,8 +146,18 @@ class Enqueueing:
 
         Raises:
             DefinitionError: no job type has this class, or several have it and none is given.
-            TypeError: a request has options of its own.
+            TypeError: there is no option of this name, or a request has options of its own.
         """
+        return self.request_of("request", job, options)
+
+    def request_of(
+        self, method: str, job: Payload | EnqueueRequest, options: EnqueueOptions
+    ) -> EnqueueRequest:
+        """Return the request of a payload and its options, which `method` was called with."""
+        for name in options.keys() - EnqueueOptions.__annotations__.keys():
+            names = (*EnqueueOptions.__annotations__, "created_by", "session")
+            hint = "".join(f"; did you mean {each}?" for each in near(name, names))
+            raise TypeError(f"{method}() has no argument {name}{hint}")
         if not isinstance(job, EnqueueRequest):
             return self.registry.request(job, **options)
         if options:
@@ -169,7 +216,8 @@ class Enqueueing:
             IdempotencyKeyTaken: the key belongs to a job of another, of which the caller may not
                 learn.
         """
-        request = self.request(job, **options)
+        self.check_open()
+        request = self.request_of("enqueue", job, options)
         budget = budget or FaultBudget()
         if session is not None:
             return await _async(session).run_sync(
@@ -178,11 +226,7 @@ class Enqueueing:
                 )
             )
         new = self.admit(request, created_by, budget)
-        inserts = self._inserts if new.idempotency_key is None else self._keyed_inserts
-        stored = await self._database.patiently(
-            lambda: inserts.submit(new), "another transaction holds the idempotency key"
-        )
-        return _enqueued(new, request, stored, others, budget)
+        return _enqueued(new, request, await self._insert_one(new), others, budget)
 
     async def enqueue_many(
         self,
@@ -193,32 +237,38 @@ class Enqueueing:
         others: OthersJobs = "described",
         session: AsyncSession | None = None,
         budget: FaultBudget | None = None,
+        values: ExistingValues = ExistingValues(),
     ) -> list[Enqueued | Refusal]:
         """Store up to `max_bulk_size` jobs. Return a result for each, in order.
 
         Each job is a payload or, with options of its own, a `request`. The result of a refused job
         is its error. With `atomic`, one refusal means that no job is stored; the results of valid
         jobs are then `InputInvalid` with the code `not_stored`. The faults of all jobs are charged
-        to one `budget`. `session` is that of `enqueue`.
+        to one `budget`. `session` is that of `enqueue`. `values` says which JSON values of existing
+        jobs the results have; with a session, they have all.
+
+        Conflicts with existing payloads of `COMPARED_BYTES` in total are compared. Those of further
+        jobs are said to be at the whole payload: "".
 
         Raises:
             DefinitionError: the class of a payload belongs to no job type, or to several.
             InputInvalid: there are more than `max_bulk_size` jobs.
         """
+        self.check_open()
         bulk = self._bulk(jobs, atomic=atomic, others=others, budget=budget)
         for _ in self._admit_each(bulk, created_by):
             # Listing faults takes milliseconds. A bulk of them would block the event loop.
             await asyncio.sleep(0)
         if new := bulk.jobs_to_store():
             if session is None:
-                stored, committed = await self._insert_bulk(new, bulk.refuses, atomic=atomic)
+                await self._check_existing(new, values)
+                stored, committed = await self._insert_bulk(new, atomic=atomic)
+                await self._record(bulk, stored, committed, values)
             else:
                 stored, committed = await _async(session).run_sync(
-                    lambda opened: self._insert_bulk_within(
-                        opened, new, bulk.refuses, atomic=atomic
-                    )
+                    lambda opened: self._insert_bulk_within(opened, new, atomic=atomic)
                 )
-            bulk.record(stored, committed)
+                bulk.record_all(stored, committed)
         return bulk.in_order()
 
     def enqueue_many_within(
@@ -234,7 +284,7 @@ class Enqueueing:
         for _ in self._admit_each(bulk, created_by):
             pass
         if new := bulk.jobs_to_store():
-            bulk.record(*self._insert_bulk_within(session, new, bulk.refuses, atomic=atomic))
+            bulk.record_all(*self._insert_bulk_within(session, new, atomic=atomic))
         return bulk.in_order()
 
     async def validate(
@@ -246,6 +296,7 @@ class Enqueueing:
         budget: FaultBudget | None = None,
     ) -> JobValid:
         """Return what `enqueue` would store. It raises the same errors and writes nothing."""
+        self.check_open()
         budget = budget or FaultBudget()
         new = self.admit(request, created_by, budget)
         now = await self._store.now()
@@ -254,7 +305,7 @@ class Enqueueing:
             key = (new.type, new.idempotency_key)
             duplicate = (await self._store.find_by_key([key])).get(key)
         if duplicate is not None:
-            stored = Stored(now, now, duplicate)
+            stored = stored_before(duplicate, new)
             duplicate = _enqueued(new, request, stored, others, budget).job
         return JobValid(
             max_attempts=new.max_attempts,
@@ -282,7 +333,7 @@ class Enqueueing:
         return enqueued
 
     def _insert_bulk_within(
-        self, session: Session, jobs: Sequence[NewJob], refuses: Refuses, *, atomic: bool
+        self, session: Session, jobs: Sequence[NewJob], *, atomic: bool
     ) -> tuple[list[Stored], bool]:
         """Return the outcome of each job, and whether the jobs are part of the transaction."""
         savepoint = self._store.savepoint_within(session.connection()) if atomic else None
@@ -303,7 +354,7 @@ class Enqueueing:
             if not missing:
                 return stored
             stored |= self._store.insert_within(connection, missing)
-        raise QueueUnavailable("the job with this idempotency key was deleted in the meantime")
+        raise _deleted()
 
     def _publish_within(
         self, session: Session, jobs: Sequence[NewJob], stored: Mapping[uuid.UUID, Stored]
@@ -329,7 +380,8 @@ class Enqueueing:
         """Admit the jobs of a bulk. Yields after each job that is refused."""
         for index, request in enumerate(bulk.requests):
             try:
-                bulk.admitted[index] = self.admit(request, created_by, bulk.budget)
+                new = self.admit(request, created_by, bulk.budget)
+                bulk.admitted[index] = new._replace(hides_others=bulk.others == "hidden")
             except (JobTypeNotFound, PayloadInvalid, InputInvalid) as refusal:
                 bulk.results[index] = refusal
                 yield
@@ -371,12 +423,12 @@ class Enqueueing:
         )
 
     async def _insert_bulk(
-        self, jobs: Sequence[NewJob], refuses: Refuses, *, atomic: bool
+        self, jobs: Sequence[NewJob], *, atomic: bool
     ) -> tuple[list[Stored], bool]:
         """Return the outcome of each job, and whether the jobs were committed."""
         if atomic:
             stored, committed = await self._database.patiently(
-                lambda: self._insert_all(jobs, refuses),
+                lambda: self._insert_all(jobs),
                 "a job with one of the idempotency keys is being deleted",
             )
             if committed:
@@ -392,10 +444,10 @@ class Enqueueing:
         return [present(outcomes[job.id]) for job in jobs], True
 
     async def _insert_all(
-        self, jobs: Sequence[NewJob], refuses: Refuses
+        self, jobs: Sequence[NewJob]
     ) -> tuple[dict[uuid.UUID, Stored], bool] | None:
         """Insert all jobs or none. Return None if a job with one of the keys is being deleted."""
-        stored, committed = await self._store.insert_all(jobs, refuses)
+        stored, committed = await self._store.insert_all(jobs)
         return (stored, committed) if len(stored) == len(jobs) else None
 
     async def _insert(self, jobs: Sequence[NewJob]) -> list[Stored | None]:
@@ -403,6 +455,79 @@ class Enqueueing:
         stored = await self._store.insert(jobs)
         self._publish_created(jobs, stored)
         return [stored.get(job.id) for job in jobs]
+
+    async def _insert_one(self, new: NewJob) -> Stored:
+        """Insert a job with others in one statement. An existing job is read whole."""
+        inserts = self._inserts if new.idempotency_key is None else self._keyed_inserts
+        for _ in range(10):
+            stored = await self._database.patiently(
+                lambda: inserts.submit(new), "another transaction holds the idempotency key"
+            )
+            if stored.existing is None:
+                return stored
+            whole = await self._store.get(stored.existing.id)
+            if whole is not None:
+                return stored._replace(existing=whole, is_whole=True)
+        raise _deleted()
+
+    async def _check_existing(self, jobs: Sequence[NewJob], values: ExistingValues) -> None:
+        """Check the size of the values of existing jobs that the results will have."""
+        keyed = [job for job in jobs if job.idempotency_key is not None]
+        if values.check is None or not keyed or not (values.payload or values.others):
+            return
+        ids = [
+            holder.existing.id
+            for holder in (await self._store.holders(keyed)).values()
+            if holder.existing is not None and (values.others or not holder.is_same)
+        ]
+        weight = 0
+        async with aclosing(self._store.each_of(ids, values.names)) as existing:
+            async for job in existing:
+                weight += weight_of(job)
+                values.check(weight)
+
+    async def _record(
+        self, bulk: _Bulk, stored: Sequence[Stored], committed: bool, values: ExistingValues
+    ) -> None:
+        """Record the outcomes of a bulk. Existing jobs are read a few at a time."""
+        of_existing: dict[uuid.UUID, list[tuple[int, Stored]]] = {}
+        for index, outcome in zip(bulk.admitted, stored, strict=True):
+            existing = outcome.existing
+            if existing is None or (outcome.is_same and not values.others):
+                bulk.record(index, outcome, committed)
+            else:
+                of_existing.setdefault(existing.id, []).append((index, outcome))
+        # The jobs are stored: what fails from here on must not look as if they were not.
+        with suppress(QueueUnavailable):
+            await self._record_existing(bulk, of_existing, committed, values)
+        for index, outcome in chain.from_iterable(of_existing.values()):
+            bulk.record(index, outcome, committed, values)
+
+    async def _record_existing(
+        self,
+        bulk: _Bulk,
+        of_existing: dict[uuid.UUID, list[tuple[int, Stored]]],
+        committed: bool,
+        values: ExistingValues,
+    ) -> None:
+        """Record the outcomes with these existing jobs, and remove them from the dictionary."""
+        compared = 0
+        names = values.names if values.payload else ("payload", *values.names)
+        async with aclosing(self._store.each_of(list(of_existing), names)) as existing:
+            async for job in existing:
+                size = len(to_json(job.payload))
+                for index, outcome in of_existing.pop(job.id):
+                    compared += size if outcome.conflicts else 0
+                    is_whole = outcome.is_same or compared <= COMPARED_BYTES
+                    outcome = outcome._replace(existing=job, is_whole=is_whole)
+                    bulk.record(index, outcome, committed, values)
+                if compared > COMPARED_BYTES and not (values.payload or values.others):
+                    return
+                await asyncio.sleep(0)  # A comparison takes milliseconds.
+        while committed and of_existing:  # They were deleted in the meantime.
+            for index, _ in of_existing.pop(next(iter(of_existing))):
+                outcome = await self._insert_one(bulk.admitted[index])
+                bulk.record(index, outcome, committed, values)
 
     def _publish_created(self, jobs: Sequence[NewJob], stored: Mapping[uuid.UUID, Stored]) -> None:
         self.events.publish(created_events(jobs, stored))
@@ -419,28 +544,35 @@ class _Bulk:
     admitted: dict[int, NewJob] = field(default_factory=dict)
     results: dict[int, Enqueued | Refusal] = field(default_factory=dict)
 
-    def refuses(self, new: NewJob, stored: Stored) -> bool:
-        """Return whether a job is refused because of the existing job with its key."""
-        hidden = self.others == "hidden" and not _is_own(new, stored.existing)
-        return hidden or conflicts(new, stored)
-
     def jobs_to_store(self) -> list[NewJob]:
         """Return the admitted jobs; none if the call is atomic and a job was refused."""
         return [] if self.atomic and self.results else list(self.admitted.values())
 
-    def record(self, stored: Sequence[Stored], committed: bool) -> None:
+    def record_all(self, stored: Sequence[Stored], committed: bool) -> None:
         """Record the outcomes of the admitted jobs."""
-        for (index, new), outcome in zip(self.admitted.items(), stored, strict=True):
-            try:
-                self.results[index] = _enqueued(
-                    new, self.requests[index], outcome, self.others, self.budget
-                )
-            except IdempotencyKeyTaken as refusal:
-                self.results[index] = refusal
-            except IdempotencyConflict as refusal:
-                self.results[index] = (
-                    refusal if committed else _conflict_within(refusal, self.admitted)
-                )
+        for index, outcome in zip(self.admitted, stored, strict=True):
+            self.record(index, outcome, committed)
+
+    def record(
+        self,
+        index: int,
+        outcome: Stored,
+        committed: bool,
+        values: ExistingValues = ExistingValues(),
+    ) -> None:
+        """Record the outcome of an admitted job, with these values of the existing one."""
+        try:
+            enqueued = _enqueued(
+                self.admitted[index], self.requests[index], outcome, self.others, self.budget
+            )
+            if outcome.existing is not None:
+                enqueued = enqueued._replace(job=values.of(enqueued.job))
+            self.results[index] = enqueued
+        except IdempotencyKeyTaken as refusal:
+            self.results[index] = refusal
+        except IdempotencyConflict as refusal:
+            refusal = IdempotencyConflict(values.of(refusal.existing_job), refusal.differing_paths)
+            self.results[index] = refusal if committed else _conflict_within(refusal, self.admitted)
 
     def in_order(self) -> list[Enqueued | Refusal]:
         """Return the result of each job."""
@@ -462,6 +594,10 @@ def created_events(jobs: Sequence[NewJob], stored: Mapping[uuid.UUID, Stored]) -
     ]
 
 
+def _deleted() -> QueueUnavailable:
+    return QueueUnavailable("the job with this idempotency key was deleted in the meantime")
+
+
 def _async(session: AsyncSession) -> AsyncSession:
     if not isinstance(session, AsyncSession):
         raise TypeError(
@@ -476,11 +612,17 @@ def _enqueued(
 ) -> Enqueued:
     existing = stored.existing
     if existing is not None:
-        known = others == "described" or _is_own(new, existing)
+        known = others == "described" or is_own(new, existing)
         if not known and others == "hidden":
             raise IdempotencyKeyTaken
         most = 1 if budget.is_spent or not known else MAX_DIFFERING
-        paths = differing_paths(existing.payload, from_json(new.payload), most)
+        paths: tuple[str, ...] = ()
+        if stored.conflicts:
+            paths = ("",)
+            if stored.is_whole:
+                paths = differing_paths(existing.payload, from_json(new.payload), most) or paths
+        elif not stored.is_whole:
+            existing = existing._replace(payload=cast(JsonValue, request.payload))
         if paths and not known:
             raise IdempotencyKeyTaken
         if paths:
@@ -507,20 +649,6 @@ def _enqueued(
             created_by=new.created_by,
             next_run_at=stored.next_run_at,
         )
-    )
-
-
-def _is_own(new: NewJob, existing: JobRecord | None) -> bool:
-    """Return whether there is no existing job, or the creator of the new one has stored it."""
-    if existing is None:
-        return True
-    return new.created_by is not None and existing.created_by == new.created_by
-
-
-def conflicts(new: NewJob, stored: Stored) -> bool:
-    """Return whether the key of a new job belongs to a job with another payload."""
-    return stored.existing is not None and bool(
-        differing_paths(stored.existing.payload, from_json(new.payload), 1)
     )
 
 

@@ -170,14 +170,25 @@ class QueueUnavailable(QueueError):
     """Raised when the database does not answer or cannot write.
 
     `reason` is for the log. It may name hosts and files, so it is not sent to clients; `kind` is.
+    When a program opens the queue, the message has the reason: a wrong name or password does not go
+    away by itself.
     """
 
     code = "queue_unavailable"
 
-    def __init__(self, reason: str, kind: UnavailableKind = "unreachable") -> None:
+    def __init__(
+        self, reason: str, kind: UnavailableKind = "unreachable", *, when_opening: bool = False
+    ) -> None:
         self.reason = reason
         self.kind: UnavailableKind = kind
-        super().__init__("The queue's database is not available. Try again.")
+        message = "The queue's database is not available"
+        super().__init__(
+            f"{message}: {reason.rstrip('.')}." if when_opening else f"{message}. Try again."
+        )
+
+    def for_clients(self) -> QueueUnavailable:
+        """Return the error without the reason in its message."""
+        return QueueUnavailable(self.reason, self.kind)
 
     def details(self) -> dict[str, JsonValue]:
         """Return the kind of failure."""

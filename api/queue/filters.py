@@ -46,6 +46,9 @@ The id has the time of the first, `created_at` that of the second. A range of `c
 as a range of ids that is longer by this at each end.
 """
 
+JSON_VALUES: Final = ("payload", "progress", "result", "error")
+"""The columns of a job that may be large."""
+
 SMALL: Final = 4_096
 """The length of a JSON value up to which a page of jobs has it at once."""
 
@@ -258,16 +261,26 @@ def newest(
 
 
 @lru_cache
-def listed() -> Any:
-    """Return the query of jobs as `Listed` has them."""
-    columns: list[Any] = [col(getattr(Job, name)) for name in JobRecord._fields]
+def listed(values: tuple[str, ...] = JSON_VALUES) -> Any:
+    """Return the query of jobs as `Listed` has them, with these JSON values."""
+    chosen = columns(values)
     size: Any = sqlalchemy.literal(0, sqlalchemy.BigInteger)
     is_partial: Any = sqlalchemy.false()
     for index, name in enumerate(JobRecord._fields):
-        if name in ("payload", "progress", "result"):
-            text = sqlalchemy.cast(columns[index], sqlalchemy.Text)
+        if name in values:
+            text = sqlalchemy.cast(chosen[index], sqlalchemy.Text)
             length: Any = func.coalesce(func.length(text), 0)
             size += length
             is_partial |= length > SMALL
-            columns[index] = sqlalchemy.case((length <= SMALL, columns[index])).label(name)
-    return sqlalchemy.select(*columns, size.label("size"), is_partial.label("is_partial"))
+            chosen[index] = sqlalchemy.case((length <= SMALL, chosen[index])).label(name)
+    return sqlalchemy.select(*chosen, size.label("size"), is_partial.label("is_partial"))
+
+
+def columns(values: tuple[str, ...]) -> list[Any]:
+    """Return the columns of jobs, with null instead of the JSON values that are not wanted."""
+    return [
+        sqlalchemy.null().label(name)
+        if name in JSON_VALUES and name not in values
+        else col(getattr(Job, name))
+        for name in JobRecord._fields
+    ]

@@ -19,7 +19,7 @@ from job_registry.json_values import json_document
 from job_registry_api.metrics import Metrics
 from job_registry_api.queue.claiming import Claiming, Lease
 from job_registry_api.queue.database import Database
-from job_registry_api.queue.enqueueing import conflicts, created_events
+from job_registry_api.queue.enqueueing import created_events
 from job_registry_api.queue.errors import (
     IdempotencyConflict,
     InputInvalid,
@@ -211,16 +211,19 @@ class Leasing:
         self, report: Report, follow_ups: Sequence[NewJob]
     ) -> JobRecord | None:
         """Return the completed job. None means that another transaction has locked something."""
-        job, stored = await self._store.complete_and_insert(report, follow_ups, conflicts)
+        job, stored = await self._store.complete_and_insert(report, follow_ups)
         if job is not None:
             self.events.publish([*created_events(follow_ups, stored), JobEvent.of_change(job)])
             self.metrics.attempt_ended(job.type, report.outcome.value)
             return job
         for new in follow_ups:
-            if (outcome := stored.get(new.id)) is not None and conflicts(new, outcome):
-                existing = present(outcome.existing)
+            if (outcome := stored.get(new.id)) is not None and outcome.conflicts:
+                holder = present(outcome.existing)
+                existing = await self._store.get(holder.id)
+                if existing is None:  # It was one of the follow-ups, or was deleted meanwhile.
+                    raise IdempotencyConflict(holder, ("",))
                 paths = differing_paths(existing.payload, from_json(new.payload))
-                raise IdempotencyConflict(existing, paths)
+                raise IdempotencyConflict(existing, paths or ("",))
         if stored:
             return None
         state = (await self._store.lease_states([report])).get(report.job_id)

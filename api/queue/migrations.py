@@ -1,6 +1,7 @@
 """Migrates a database to the schema that this version needs, with alembic. Synchronous.
 
-The scripts are in `alembic/` of a checkout, and in `api/_alembic` of an installed wheel.
+The scripts are in `alembic/` of a checkout, and in `api/_alembic` of an installed wheel. Alembic is
+imported only to run them: a start of a database that fits needs none of it.
 
 A script that only adds to the schema sets `additive = True`. Every migration records the revision
 and the oldest revision whose code can use the result (`compatible_from`). With it a process decides
@@ -16,12 +17,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeVar
 
 import sqlalchemy.exc
-from alembic import command
-from alembic.config import Config
-from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, inspect, text
 
 from job_registry_api import defaults
@@ -30,6 +28,9 @@ from job_registry_api.queue.databases import file_of, open_database
 from job_registry_api.queue.driver_errors import unavailable
 from job_registry_api.queue.errors import QueueUnavailable
 from job_registry_api.queue.models import METADATA
+
+if TYPE_CHECKING:
+    from alembic.script import ScriptDirectory
 
 T = TypeVar("T")
 
@@ -151,14 +152,14 @@ def upgrade(
             return Migrated(fit.revision, fit.revision)
         if fit.verdict is Verdict.EMPTY:
             _refuse_collisions(connection, schema)
-        return _migrate(connection, command.upgrade, revision, schema)
+        return _migrate(connection, "upgrade", revision, schema)
 
     # Without a deadline: building an index of millions of rows takes long.
     def opened() -> Database:
         return open_database(url, timeout_seconds=None, pooler=pooler, schema=schema, create=True)
 
     migrated = _in_transaction(opened(), run)
-    if migrated.after == _head():
+    if migrated.after == _revisions()[-1]:
         _build_indexes(opened())
     return migrated
 
@@ -200,7 +201,7 @@ def downgrade(url: str, revision: str = "base", *, schema: str = defaults.SCHEMA
 
     def run(connection: Connection, schema: str | None) -> Migrated:
         _enter(connection, schema)
-        return _migrate(connection, command.downgrade, revision, schema)
+        return _migrate(connection, "downgrade", revision, schema)
 
     return _in_transaction(open_database(url, timeout_seconds=None, schema=schema), run)
 
@@ -223,7 +224,7 @@ def examine(
     except QueueUnavailable as error:
         if error.kind != "file_missing":
             raise
-        return Fit(Verdict.EMPTY, None, _head())
+        return Fit(Verdict.EMPTY, None, _revisions()[-1])
 
 
 def grants(
@@ -251,8 +252,8 @@ def grants(
 
 
 def _examine(connection: Connection, schema: str | None) -> Fit:
-    scripts = ScriptDirectory.from_config(_config())
-    needed = _head()
+    known = _revisions()
+    needed = known[-1]
     revision, compatible_from = _recorded(connection, schema)
     if revision is None and schema is not None:
         earlier = _earlier_schema(connection)
@@ -260,7 +261,6 @@ def _examine(connection: Connection, schema: str | None) -> Fit:
             revision, compatible_from = _recorded(connection, earlier)
     if revision is None:
         return Fit(Verdict.EMPTY, None, needed)
-    known = {script.revision for script in scripts.walk_revisions()}
     if revision == needed:
         verdict = Verdict.CURRENT
     elif revision in known:
@@ -364,14 +364,23 @@ def _record_compatibility(connection: Connection, schema: str | None, revision: 
 
 
 def _migrate(
-    connection: Connection, run: Callable[[Config, str], None], revision: str, schema: str | None
+    connection: Connection,
+    direction: Literal["upgrade", "downgrade"],
+    revision: str,
+    schema: str | None,
 ) -> Migrated:
-    config = _config()
+    from alembic import command
+    from alembic.config import Config
+    from alembic.script import ScriptDirectory
+
+    config = Config()
+    config.set_main_option("script_location", str(_SCRIPTS).replace("%", "%%"))
     recorder = _Recorder(ScriptDirectory.from_config(config), schema)
     config.attributes["connection"] = connection
     config.attributes["version_table"] = VERSION_TABLE
     config.attributes["on_version_apply"] = recorder
     before, _ = _recorded(connection, schema)
+    run = command.upgrade if direction == "upgrade" else command.downgrade
     with _refusals():
         run(config, revision)
     after, _ = _recorded(connection, schema)
@@ -386,9 +395,11 @@ def _build_indexes(database: Database) -> None:
     """
     if database.schema is None:
         return
+    from alembic.script import ScriptDirectory
+
     home = quoted(database.schema)
     wanted: dict[str, str] = {}
-    for script in ScriptDirectory.from_config(_config()).walk_revisions():
+    for script in ScriptDirectory(str(_SCRIPTS)).walk_revisions():
         wanted |= getattr(script.module, "concurrent_indexes", {})
 
     async def run() -> None:
@@ -446,14 +457,9 @@ def _refusals() -> Iterator[None]:
         raise
 
 
-def _head() -> str:
-    return ScriptDirectory.from_config(_config()).get_current_head() or ""
-
-
-def _config() -> Config:
-    config = Config()
-    config.set_main_option("script_location", str(_SCRIPTS).replace("%", "%%"))
-    return config
+def _revisions() -> list[str]:
+    """Return the revisions of the scripts, oldest first. Their files begin with them."""
+    return sorted(path.name.partition("_")[0] for path in (_SCRIPTS / "versions").glob("*.py"))
 
 
 _SCHEMA_OF_VERSION_TABLE: Final = text(

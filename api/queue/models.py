@@ -13,6 +13,7 @@ from enum import StrEnum
 from typing import Any, ClassVar, Final, Literal, NamedTuple
 
 from pydantic import JsonValue
+from pydantic_core import to_json
 from sqlalchemy import (
     JSON,
     BigInteger,
@@ -397,6 +398,15 @@ class JobRecord(NamedTuple):
         values["status"] = JobStatus(row["status"])
         values["error"] = error_of(row["error"])
         return cls(**values)
+
+
+def weight_of(job: JobRecord) -> int:
+    """Return about how many bytes of memory the JSON values of a job take, at least their text.
+
+    Each comma in them counts as 24: the objects of `[{},{}]` take more than their text.
+    """
+    texts = [to_json(value) for value in (job.payload, job.progress, job.result, job.error)]
+    return sum(len(text) + 24 * text.count(b",") for text in texts)
 
 
 def error_of(value: Any) -> JobError | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -48,7 +48,9 @@ from job_registry_api.queue.store import (
     error_text,
     json_text,
     owner_values,
+    refuses,
     statements,
+    stored_before,
 )
 
 SLOW_LOOK_SECONDS: Final = 0.05
@@ -74,15 +76,16 @@ class PostgreSQLStore(Store):
     async def insert(self, jobs: Sequence[NewJob]) -> dict[uuid.UUID, Stored]:
         rows = await self._run("insert", {"jobs": _new_jobs(jobs), "wait": False})
         stored = _stored(rows)
-        if keys := _keys(jobs, stored):
-            _add_holders(jobs, stored, await self.find_by_key(keys))
+        if keyed := _keyed(jobs, stored):
+            stored |= await self.holders(keyed)
         return stored
 
-    async def insert_all(
-        self, jobs: Sequence[NewJob], conflicts: Callable[[NewJob, Stored], bool]
-    ) -> tuple[dict[uuid.UUID, Stored], bool]:
+    async def holders(self, jobs: Sequence[NewJob]) -> dict[uuid.UUID, Stored]:
+        return _holders(await self._read("holders", _wanted(jobs)))
+
+    async def insert_all(self, jobs: Sequence[NewJob]) -> tuple[dict[uuid.UUID, Stored], bool]:
         async def insert_all(connection: AsyncConnection) -> dict[uuid.UUID, Stored]:
-            return await self._insert_or_refuse(connection, jobs, conflicts, wait=True)
+            return await self._insert_or_refuse(connection, jobs, wait=True)
 
         try:
             return await self._database.retrying(insert_all), True
@@ -93,7 +96,6 @@ class PostgreSQLStore(Store):
         self,
         report: Report,
         jobs: Sequence[NewJob],
-        conflicts: Callable[[NewJob, Stored], bool],
     ) -> tuple[JobRecord | None, dict[uuid.UUID, Stored]]:
         async def complete(
             connection: AsyncConnection,
@@ -104,7 +106,7 @@ class PostgreSQLStore(Store):
             if not rows:
                 raise Refused({})
             # Without waiting for keys: meanwhile the lease of the locked job could not be renewed.
-            return rows[0], await self._insert_or_refuse(connection, jobs, conflicts, wait=False)
+            return rows[0], await self._insert_or_refuse(connection, jobs, wait=False)
 
         try:
             row, stored = await self._database.retrying(complete)
@@ -117,28 +119,34 @@ class PostgreSQLStore(Store):
         self,
         connection: AsyncConnection,
         jobs: Sequence[NewJob],
-        conflicts: Callable[[NewJob, Stored], bool],
         *,
         wait: bool,
     ) -> dict[uuid.UUID, Stored]:
-        stored = await connection.run_sync(lambda opened: self._insert_within(opened, jobs, wait))
-        if any(job.id not in stored or conflicts(job, stored[job.id]) for job in jobs):
+        stored = await connection.run_sync(lambda opened: self._insert(opened, jobs, wait))
+        if keyed := _keyed(jobs, stored):
+            result = await connection.execute(statement(self._sql["holders"]), _wanted(keyed))
+            stored |= _holders([dict(row) for row in result.mappings()])
+        if any(job.id not in stored or refuses(job, stored[job.id]) for job in jobs):
             raise Refused(stored)
         return stored
 
     def insert_within(
         self, connection: Connection, jobs: Sequence[NewJob]
     ) -> dict[uuid.UUID, Stored]:
-        return self._insert_within(connection, jobs, wait=True)
+        stored = self._insert(connection, jobs, wait=True)
+        keyed = _keyed(jobs, stored)
+        keys = {(job.type, job.idempotency_key or ""): job for job in keyed}
+        holders = self.find_by_key_within(connection, keys) if keys else {}
+        for job in keyed:
+            if (holder := holders.get((job.type, job.idempotency_key or ""))) is not None:
+                stored[job.id] = stored_before(holder, job)
+        return stored
 
-    def _insert_within(
+    def _insert(
         self, connection: Connection, jobs: Sequence[NewJob], wait: bool
     ) -> dict[uuid.UUID, Stored]:
         parameters = {"jobs": _new_jobs(jobs), "wait": wait, **self._sender}
-        stored = _stored(self._execute(connection, "insert", parameters))
-        if keys := _keys(jobs, stored):
-            _add_holders(jobs, stored, self.find_by_key_within(connection, keys))
-        return stored
+        return _stored(self._execute(connection, "insert", parameters))
 
     async def claim(self, claim: Claim) -> Claimed:
         claimed = await self._look(claim, *self._heads.known(time.monotonic()))
@@ -467,17 +475,28 @@ def _stored(rows: Sequence[Mapping[str, Any]]) -> dict[uuid.UUID, Stored]:
     return {row["id"]: Stored(row["created_at"], row["next_run_at"]) for row in rows}
 
 
-def _keys(jobs: Sequence[NewJob], stored: Mapping[uuid.UUID, Stored]) -> list[tuple[str, str]]:
-    keys = [(job.type, job.idempotency_key) for job in jobs if job.id not in stored]
-    return [(job_type, key) for job_type, key in dict.fromkeys(keys) if key is not None]
+def _keyed(jobs: Sequence[NewJob], stored: Mapping[uuid.UUID, Stored]) -> list[NewJob]:
+    """Return the jobs that were not stored, because others have their keys."""
+    return [job for job in jobs if job.id not in stored and job.idempotency_key is not None]
 
 
-def _add_holders(
-    jobs: Sequence[NewJob],
-    stored: dict[uuid.UUID, Stored],
-    holders: Mapping[tuple[str, str], JobRecord],
-) -> None:
-    for job in jobs:
-        holder = holders.get((job.type, job.idempotency_key or ""))
-        if job.id not in stored and holder is not None:
-            stored[job.id] = Stored(holder.created_at, holder.created_at, holder)
+def _wanted(jobs: Sequence[NewJob]) -> dict[str, str]:
+    wanted = [
+        {
+            "new_id": job.id.hex,
+            "type": job.type,
+            "key": job.idempotency_key,
+            "payload": job.payload.decode(),
+        }
+        for job in jobs
+    ]
+    return {"wanted": json_text(wanted)}
+
+
+def _holders(rows: Sequence[Mapping[str, Any]]) -> dict[uuid.UUID, Stored]:
+    return {
+        row["new_id"]: Stored(
+            row["created_at"], row["created_at"], JobRecord.of(row), row["is_same"]
+        )
+        for row in rows
+    }

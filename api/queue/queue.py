@@ -25,13 +25,14 @@ from job_registry_api.queue.changing import Changing
 from job_registry_api.queue.database import Database, Pooler
 from job_registry_api.queue.databases import open_database, store_of
 from job_registry_api.queue.enqueueing import Enqueueing
+from job_registry_api.queue.errors import QueueUnavailable
 from job_registry_api.queue.events import Events
 from job_registry_api.queue.leasing import Leasing
 from job_registry_api.queue.readiness import Readiness
 from job_registry_api.queue.reading import Reading
 from job_registry_api.queue.sync import SyncQueue
 from job_registry_api.queue.upkeep import Upkeep
-from job_registry_api.settings import Settings, check_database_url, load_settings
+from job_registry_api.settings import Settings, check_database, load_settings
 
 
 class JobQueue(Enqueueing, Reading, Leasing, Changing, Upkeep):
@@ -44,7 +45,8 @@ class JobQueue(Enqueueing, Reading, Leasing, Changing, Upkeep):
     workers need. An open queue belongs to one event loop; `queue.sync` is for code without one.
 
     Each operation is atomic: it completes, or it raises and changes nothing. Every operation can
-    raise `QueueUnavailable`, when the database does not answer.
+    raise `QueueUnavailable`, when the database does not answer, and `RuntimeError`, when the queue
+    is not open on the running event loop.
 
     `new_id` creates the ids of new jobs (UUIDv7); tests can pass their own. `metrics` are the
     metrics of the process; pass them when a process opens several queues.
@@ -69,8 +71,6 @@ class JobQueue(Enqueueing, Reading, Leasing, Changing, Upkeep):
         self._database = database
         self._prepare = prepare
         self._opened: AsyncExitStack | None = None
-        self.loop: asyncio.AbstractEventLoop | None = None
-        """The event loop on which the queue is open."""
         process = secrets.token_hex(8)
         self._store = store_of(database, process)
         self._readiness = Readiness(self._store)
@@ -106,13 +106,10 @@ class JobQueue(Enqueueing, Reading, Leasing, Changing, Upkeep):
         settings.
 
         Raises:
-            DefinitionError: two job types have the same name.
+            DefinitionError: two job types have the same name, or `registry` is something else.
             ValueError: the URL, or another argument, is wrong.
         """
-        try:
-            check_database_url(url)
-        except ValueError as error:
-            raise ValueError(f"the URL of the database is wrong: {error}") from None
+        check_database(url, pooler=pooler, schema=schema, listen_url=listen_url)
         _need_positive(
             lease_seconds=lease_seconds,
             pool_size=pool_size,
@@ -131,12 +128,12 @@ class JobQueue(Enqueueing, Reading, Leasing, Changing, Upkeep):
         )
 
         def prepare_database() -> None:
-            # Imported here: alembic takes as long to import as the rest of the queue.
+            # Imported here: a queue that another process prepares needs none of it.
             from job_registry_api.queue import migrations
 
             migrations.prepare(url, pooler=pooler, schema=schema, timeout_seconds=timeout_seconds)
 
-        return cls(
+        queue = cls(
             registry if isinstance(registry, JobRegistry) else JobRegistry(registry),
             database,
             lease_seconds=lease_seconds,
@@ -144,6 +141,8 @@ class JobQueue(Enqueueing, Reading, Leasing, Changing, Upkeep):
             max_bulk_size=max_bulk_size,
             prepare=prepare_database if prepare else None,
         )
+        queue.must_be_open = True
+        return queue
 
     @classmethod
     def from_settings(
@@ -193,6 +192,7 @@ class JobQueue(Enqueueing, Reading, Leasing, Changing, Upkeep):
         Raises:
             MigrationRefused: the database does not fit this version, and says what to do.
             QueueUnavailable: the database does not answer, if the queue was created to prepare it.
+                The message says why.
         """
         if self._opened is not None:
             raise RuntimeError("the queue is open already, or was closed")
@@ -200,8 +200,10 @@ class JobQueue(Enqueueing, Reading, Leasing, Changing, Upkeep):
         if self._prepare is not None:
             try:
                 await asyncio.to_thread(self._prepare)
-            except BaseException:
+            except BaseException as error:
                 self._opened = None  # Nothing is open yet, and the next call may succeed.
+                if isinstance(error, QueueUnavailable):
+                    raise QueueUnavailable(error.reason, error.kind, when_opening=True) from error
                 raise
         async with AsyncExitStack() as opening:
             opening.push_async_callback(self._database.close)
@@ -209,6 +211,7 @@ class JobQueue(Enqueueing, Reading, Leasing, Changing, Upkeep):
             opening.push_async_callback(self._finish)
             self._opened = opening.pop_all()
         self.loop = asyncio.get_running_loop()
+        self._was_opened = True
 
     async def __aexit__(
         self,

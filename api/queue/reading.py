@@ -12,7 +12,6 @@ from typing import Any, Final
 
 from pydantic import JsonValue
 from pydantic.alias_generators import to_camel
-from pydantic_core import to_json
 
 from job_registry import JobPolicy, JobRegistry, Violation
 from job_registry.errors import shortened
@@ -26,9 +25,17 @@ from job_registry_api.queue.errors import (
 )
 from job_registry_api.queue.events import Events, Subscription
 from job_registry_api.queue.filters import MAX_SEARCH, JobFilter
-from job_registry_api.queue.models import AttemptRecord, JobCounts, JobRecord, JobStatus, Owner
+from job_registry_api.queue.models import (
+    AttemptRecord,
+    JobCounts,
+    JobRecord,
+    JobStatus,
+    Owner,
+    weight_of,
+)
+from job_registry_api.queue.opening import Opening
 from job_registry_api.queue.requests import EARLIEST, LATEST, MAX_WAIT_SECONDS, parse_job_id
-from job_registry_api.queue.store import Listed, Store, Waiting
+from job_registry_api.queue.store import PIECE_BYTES, Listed, Store, Waiting, ids_of_piece
 
 MAX_FILTER_TYPES: Final = 100
 """A page is merged from one query per type and status. SQLite merges at most 500 queries."""
@@ -38,9 +45,6 @@ MISSED_PAUSE_SECONDS: Final = 0.2
 
 MAX_CREATORS: Final = 10_000
 """For how many jobs it is remembered who enqueued them."""
-
-PIECE_BYTES: Final = 1_000_000
-"""The JSON text that is read at once for a page that has a limit."""
 
 WORKER_ABSENT_SECONDS: Final = 60.0
 """After this time without a claim, a type counts as having no worker."""
@@ -93,15 +97,6 @@ Attempts = dict[uuid.UUID, list[AttemptRecord]]
 WaitingReason = ScheduledFor | ConcurrencyLimitReached | NoWorkerSeen | BehindInQueue
 
 
-def weight_of(job: JobRecord) -> int:
-    """Return about how many bytes of memory the JSON values of a job take, at least their text.
-
-    Each comma in them counts as 24: the objects of `[{},{}]` take more than their text.
-    """
-    texts = [to_json(value) for value in (job.payload, job.progress, job.result)]
-    return sum(len(text) + 24 * text.count(b",") for text in texts)
-
-
 async def _is_news(events: Subscription, stopped: asyncio.Future[Any], seconds: float) -> bool:
     """Wait for an event. Return False if none came in time, or events were missed."""
     event = asyncio.ensure_future(anext(events))
@@ -133,21 +128,6 @@ def _faults_of(wanted: JobFilter) -> Iterator[Violation]:
             yield Violation(path, "out_of_range", message)
 
 
-def _piece(listed: Iterable[Listed], room: int) -> list[uuid.UUID]:
-    """Return the ids of the jobs to read whole at once: the first, and those that fit with it."""
-    most = min(PIECE_BYTES, room)
-    ids: list[uuid.UUID] = []
-    size = 0
-    for each in listed:
-        if not each.is_partial:
-            continue
-        size += each.size
-        if ids and size > most:
-            break
-        ids.append(each.job.id)
-    return ids
-
-
 def _stopped(jobs: list[JobRecord], weight: int) -> JobPage:
     """Return a page that stopped early. The weight includes the job that did not fit.
 
@@ -156,7 +136,7 @@ def _stopped(jobs: list[JobRecord], weight: int) -> JobPage:
     return JobPage(jobs, has_next_page=True, stopped_early=True, weight=weight)
 
 
-class Reading:
+class Reading(Opening):
     """The part of `JobQueue` that reads."""
 
     registry: JobRegistry
@@ -181,7 +161,11 @@ class Reading:
         Raises:
             JobNotFound: no job has this id, or another subject enqueued it.
         """
-        job = await self._store.get(parse_job_id(job_id), owner)
+        self.check_open()
+        return await self._get(parse_job_id(job_id), owner)
+
+    async def _get(self, job_id: uuid.UUID, owner: Owner | None = None) -> JobRecord:
+        job = await self._store.get(job_id, owner)
         if job is None:
             raise JobNotFound(str(job_id))
         return job
@@ -189,7 +173,7 @@ class Reading:
     async def result(self, job_id: str | uuid.UUID, *, timeout: float | None = None) -> JsonValue:
         """Wait until the job has ended, and return its result.
 
-        `timeout` is in seconds; None waits without end. The queue must be open.
+        `timeout` is in seconds; None waits without end.
 
         Raises:
             JobNotFound: no job has this id.
@@ -197,8 +181,9 @@ class Reading:
             TimeoutError: the job has not ended in time. It goes on.
             QueueUnavailable: the database does not answer, or the queue was closed.
         """
+        self.check_open()
         if not self.events.is_listening:
-            raise RuntimeError("result needs an open queue; use `async with queue:`")
+            raise QueueUnavailable("the queue was closed")
         try:
             async with asyncio.timeout(timeout) as limit:
                 job = await self._ended(parse_job_id(job_id))
@@ -281,7 +266,7 @@ class Reading:
     async def _ended(self, job_id: uuid.UUID) -> JobRecord:
         while True:
             with self.events.subscribe(job_id=job_id) as events, suppress(EventsMissed):
-                while (job := await self.get(job_id)).finished_at is None:
+                while (job := await self._get(job_id)).finished_at is None:
                     await anext(events)
                 return job
             if not self.events.is_listening:
@@ -321,6 +306,7 @@ class Reading:
         Raises:
             InputInvalid: `first` is not 1 to `max_page_size`, or a value of the filter is wrong.
         """
+        self.check_open()
         faults = []
         if not 1 <= first <= self._max_page_size:
             message = f"Expected 1 to {self._max_page_size} jobs per page; got {first}."
@@ -362,7 +348,9 @@ class Reading:
                 if max_bytes is not None and jobs and each.size > room:
                     return _stopped(jobs, weight + each.size)
                 if each.job.id not in whole:
-                    whole = await self._store.get_many(_piece(listed[index:], room))
+                    partial = (other for other in listed[index:] if other.is_partial)
+                    ids = ids_of_piece(partial, min(PIECE_BYTES, room))
+                    whole = await self._store.get_many(ids)
                 job = whole.get(each.job.id)
             if job is None:  # It was deleted in the meantime.
                 continue

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, TypeVar
 
+from pydantic_core import from_json
 from sqlalchemy import JSON, Connection, NestedTransaction, Uuid
 
 from job_registry_api.queue.database import read_json, statement
@@ -25,6 +26,7 @@ from job_registry_api.queue.models import (
     Owner,
     UtcTime,
 )
+from job_registry_api.queue.requests import differing_paths
 from job_registry_api.queue.sqlite_database import SQLiteDatabase
 from job_registry_api.queue.store import (
     CLAIM_BYTES,
@@ -44,10 +46,11 @@ from job_registry_api.queue.store import (
     Store,
     Stored,
     error_text,
-    json_text,
     message_of,
     owner_values,
+    refuses,
     statements,
+    stored_before,
 )
 
 SQL: Final = statements("sqlite")
@@ -57,6 +60,9 @@ Row = Mapping[str, Any]
 
 CLOCK_SLACK_SECONDS: Final = 1.0
 """How far in the future a time may be. Beyond that, the clock is assumed to have stepped back."""
+
+NUMBER_LENGTHS: Final = 6
+"""How many times as long as another an equal JSON text may be: 1000000000000000000 is 1e18."""
 
 RETURNED: Final = (AttemptOutcome.RELEASED, AttemptOutcome.SNOOZED)
 
@@ -73,13 +79,14 @@ class SQLiteStore(Store):
     async def insert(self, jobs: Sequence[NewJob]) -> dict[uuid.UUID, Stored]:
         return await self._write(lambda t: t.insert(jobs))
 
-    async def insert_all(
-        self, jobs: Sequence[NewJob], conflicts: Callable[[NewJob, Stored], bool]
-    ) -> tuple[dict[uuid.UUID, Stored], bool]:
+    async def insert_all(self, jobs: Sequence[NewJob]) -> tuple[dict[uuid.UUID, Stored], bool]:
         try:
-            return await self._write(lambda t: t.insert_or_refuse(jobs, conflicts)), True
+            return await self._write(lambda t: t.insert_or_refuse(jobs)), True
         except Refused as refused:
             return refused.stored, False
+
+    async def holders(self, jobs: Sequence[NewJob]) -> dict[uuid.UUID, Stored]:
+        return await self._write(lambda t: t.holders(jobs))
 
     def insert_within(
         self, connection: Connection, jobs: Sequence[NewJob]
@@ -95,7 +102,7 @@ class SQLiteStore(Store):
             else:
                 key = (job.type, job.idempotency_key or "")
                 holder = self.find_by_key_within(connection, [key])[key]
-                stored[job.id] = Stored(holder.created_at, holder.created_at, holder)
+                stored[job.id] = stored_before(holder, job)
         if created:
             kept = {"message": message_of(self._process, created), "now": now}
             connection.execute(statement(SQL["keep_events"]), kept)
@@ -113,13 +120,12 @@ class SQLiteStore(Store):
         self,
         report: Report,
         jobs: Sequence[NewJob],
-        conflicts: Callable[[NewJob, Stored], bool],
     ) -> tuple[JobRecord | None, dict[uuid.UUID, Stored]]:
         def work(transaction: _Transaction) -> tuple[Row, dict[uuid.UUID, Stored]]:
             ended = transaction.end(report)
             if ended is None:
                 raise Refused({})
-            return ended, transaction.insert_or_refuse(jobs, conflicts)
+            return ended, transaction.insert_or_refuse(jobs)
 
         try:
             row, stored = await self._write(work)
@@ -269,15 +275,33 @@ class _Transaction:
                 stored[job.id] = _stored(job, self.now)
                 self._events.append(("job.created", job.id.hex, job.type, 0))
             else:
-                holder = _job(self.rows("by_key", keys=_key_text(job))[0])
-                stored[job.id] = Stored(holder.created_at, holder.created_at, holder)
+                stored |= self.holders([job])
         return stored
 
-    def insert_or_refuse(
-        self, jobs: Sequence[NewJob], conflicts: Callable[[NewJob, Stored], bool]
-    ) -> dict[uuid.UUID, Stored]:
+    def holders(self, jobs: Sequence[NewJob]) -> dict[uuid.UUID, Stored]:
+        return {
+            job.id: self._holder(job, row)
+            for job in jobs
+            for row in self.rows(
+                "holder", type=job.type, key=job.idempotency_key, payload=job.payload.decode()
+            )
+        }
+
+    def _holder(self, job: NewJob, row: Row) -> Stored:
+        """Return the outcome for a new job whose key belongs to the job of this row."""
+        text = job.payload.decode()
+        is_same = bool(row["is_same"])
+        length = row["payload_length"]
+        if not is_same and length <= NUMBER_LENGTHS * len(text) <= NUMBER_LENGTHS**2 * length:
+            # Equal values may have different texts, such as 1 and 1.0.
+            (payload,) = self.rows("payload", id=row["id"])[0]
+            is_same = not differing_paths(read_json(payload), from_json(job.payload), 1)
+        holder = _job(row)
+        return Stored(holder.created_at, holder.created_at, holder, is_same)
+
+    def insert_or_refuse(self, jobs: Sequence[NewJob]) -> dict[uuid.UUID, Stored]:
         stored = self.insert(jobs)
-        if any(conflicts(job, stored[job.id]) for job in jobs):
+        if any(refuses(job, stored[job.id]) for job in jobs if job.id in stored):
             raise Refused(stored)
         return stored
 
@@ -570,10 +594,6 @@ def _new_job(job: NewJob, now: str) -> dict[str, Any]:
 def _stored(job: NewJob, now: str) -> Stored:
     created_at = _time(now)
     return Stored(created_at, job.next_run_at.astimezone(UTC) if job.next_run_at else created_at)
-
-
-def _key_text(job: NewJob) -> str:
-    return json_text([{"type": job.type, "key": job.idempotency_key}])
 
 
 def _text(document: bytes | None) -> str | None:

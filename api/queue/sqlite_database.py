@@ -15,7 +15,7 @@ from urllib.parse import quote
 import sqlalchemy.exc
 from sqlalchemy import event
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from job_registry_api import defaults
 from job_registry_api.queue.database import (
@@ -164,8 +164,18 @@ class SQLiteDatabase(Database):
             # Before it is opened: the thread of a connection that fails to open may outlive the
             # event loop that it reports to.
             self._file.identity()
-            async with self._from_pool(self._autocommit, deadline) as connection:
+            # Without an isolation level: to set it is a round trip to the connection's thread.
+            async with self._from_pool(self.engine, deadline) as connection:
                 yield connection
+
+    async def _acquire(self, engine: AsyncEngine) -> AsyncConnection:
+        """Open a connection, also for a caller who is cancelled: nobody would close half of one."""
+        connecting = asyncio.ensure_future(_awaited(engine.connect()))
+        try:
+            return await asyncio.shield(connecting)
+        except asyncio.CancelledError:
+            self._in_background(_close_unused(connecting))
+            raise
 
     @asynccontextmanager
     async def _begin(self, deadline: float | None) -> AsyncIterator[AsyncConnection]:
@@ -344,6 +354,16 @@ class _WriterThread:
         if self._opened is not None:
             self._opened[0].close()
             self._opened = None
+
+
+async def _awaited(connecting: AsyncConnection) -> AsyncConnection:
+    return await connecting
+
+
+async def _close_unused(connecting: asyncio.Future[AsyncConnection]) -> None:
+    """Return the connection to the pool once it is open."""
+    with suppress(Exception):
+        await (await connecting).close()
 
 
 def _busy(deadline: float | None) -> int:

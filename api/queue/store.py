@@ -9,20 +9,29 @@ from __future__ import annotations
 import re
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import lru_cache
 from importlib import resources
 from typing import Any, Final, NamedTuple, TypeVar
 
-from pydantic_core import to_json
+import sqlalchemy
+from pydantic_core import from_json, to_json
 from sqlalchemy import Connection, Executable, NestedTransaction, func
 from sqlmodel import col, select
 
 from job_registry_api import defaults
 from job_registry_api.queue.database import Database, quoted
-from job_registry_api.queue.filters import JobFilter, filtered, listed, newest, owned_by
+from job_registry_api.queue.filters import (
+    JSON_VALUES,
+    JobFilter,
+    columns,
+    filtered,
+    listed,
+    newest,
+    owned_by,
+)
 from job_registry_api.queue.models import (
     AttemptOutcome,
     AttemptRecord,
@@ -36,6 +45,7 @@ from job_registry_api.queue.models import (
     Owner,
     error_of,
 )
+from job_registry_api.queue.requests import differing_paths
 
 T = TypeVar("T")
 
@@ -62,11 +72,18 @@ RECOVERY_BATCH: Final = 100
 _BEHIND_ALL: Final = uuid.UUID(int=2**128 - 1)
 _UNBOUNDED: Final = 2**62
 
+PIECE_BYTES: Final = 1_000_000
+"""The JSON text of large jobs that is read at once."""
+
+LISTED_AT_ONCE: Final = 50
+"""How many jobs are read at once for their sizes and their small values."""
+
 
 class Listed(NamedTuple):
     """A job of a page, and the length of its JSON values.
 
-    Where `is_partial`, it has None instead of each payload, progress and result above `SMALL`.
+    Where `is_partial`, it has None instead of each payload, progress, result and error above
+    `SMALL`.
     """
 
     job: JobRecord
@@ -95,14 +112,28 @@ class NewJob(NamedTuple):
     next_run_at: datetime | None
     idempotency_key: str | None
     created_by: str | None
+    hides_others: bool = False
+    """Whether the creator may not learn of the job of another that has the key."""
 
 
 class Stored(NamedTuple):
-    """The outcome of an insert: the times of a new job, or the existing job with its key."""
+    """The outcome of an insert: the times of a new job, or the existing job with its key.
+
+    `is_same` says whether the existing job has the payload of the new one. Unless `is_whole`, its
+    payload, progress, result and error are None: those of a bulk of jobs may be 100 times as large
+    as the bulk.
+    """
 
     created_at: datetime
     next_run_at: datetime
     existing: JobRecord | None = None
+    is_same: bool = True
+    is_whole: bool = False
+
+    @property
+    def conflicts(self) -> bool:
+        """Whether the key belongs to a job with another payload."""
+        return self.existing is not None and not self.is_same
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,14 +265,16 @@ class Store(ABC):
         """
 
     @abstractmethod
-    async def insert_all(
-        self, jobs: Sequence[NewJob], conflicts: Callable[[NewJob, Stored], bool]
-    ) -> tuple[dict[uuid.UUID, Stored], bool]:
-        """Insert all jobs, or none if one `conflicts` with the existing job of its key.
+    async def insert_all(self, jobs: Sequence[NewJob]) -> tuple[dict[uuid.UUID, Stored], bool]:
+        """Insert all jobs, or none if one conflicts with the existing job of its key.
 
         Return the outcomes, and whether they were committed. Wait for transactions that hold one
         of the keys.
         """
+
+    @abstractmethod
+    async def holders(self, jobs: Sequence[NewJob]) -> dict[uuid.UUID, Stored]:
+        """Return the jobs that have the idempotency keys of new jobs, by the ids of the new."""
 
     @abstractmethod
     def insert_within(
@@ -260,7 +293,6 @@ class Store(ABC):
         self,
         report: Report,
         jobs: Sequence[NewJob],
-        conflicts: Callable[[NewJob, Stored], bool],
     ) -> tuple[JobRecord | None, dict[uuid.UUID, Stored]]:
         """End an attempt as `end` does, and insert all jobs or none, in one transaction.
 
@@ -409,6 +441,25 @@ class Store(ABC):
         wanted = select(Job.id, Job.created_by).where(col(Job.id).in_(list(job_ids)))
         return {row["id"]: row["created_by"] for row in await self._select(wanted)}
 
+    async def each_of(
+        self, job_ids: Sequence[uuid.UUID], values: tuple[str, ...] = JSON_VALUES
+    ) -> AsyncGenerator[JobRecord]:
+        """Yield jobs with these of their JSON values. About a megabyte of them is read at once."""
+        for start in range(0, len(job_ids), LISTED_AT_ONCE):
+            query = listed(values).where(col(Job.id).in_(job_ids[start : start + LISTED_AT_ONCE]))
+            large: list[Listed] = []
+            for each in map(_listed_of, await self._select(query)):
+                if each.is_partial:
+                    large.append(each)
+                else:
+                    yield each.job
+            while large:
+                ids = ids_of_piece(large, PIECE_BYTES)
+                large = large[len(ids) :]
+                whole = sqlalchemy.select(*columns(values)).where(col(Job.id).in_(ids))
+                for row in await self._select(whole):
+                    yield JobRecord.of(row)
+
     async def find_by_key(
         self, keys: Iterable[tuple[str, str]]
     ) -> dict[tuple[str, str], JobRecord]:
@@ -431,7 +482,8 @@ class Store(ABC):
     ) -> tuple[dict[uuid.UUID, list[AttemptRecord]], bool]:
         """Return the latest attempts of these jobs up to a size, oldest first; and if they are all.
 
-        An attempt counts with its error and 200 bytes.
+        An attempt counts with 200 bytes and its error, each comma of which counts as 48 more:
+        `weight_of` counts half as many, and its jobs are read a piece at a time.
         """
         attempts: dict[uuid.UUID, list[AttemptRecord]] = {job_id: [] for job_id in job_ids}
         rows = await self._read("attempts", {"ids": ids_text(job_ids), "max_bytes": max_bytes})
@@ -476,10 +528,7 @@ class Store(ABC):
             page = listed().where(col(Job.id).in_(ids)).order_by(col(Job.id).desc())
         else:
             page = newest(types, statuses, first=first, after=after)
-        return [
-            Listed(JobRecord.of(row), int(row["size"]), bool(row["is_partial"]))
-            for row in await self._select(page)
-        ]
+        return [_listed_of(row) for row in await self._select(page)]
 
     async def waiting(self, job_ids: Iterable[uuid.UUID]) -> dict[uuid.UUID, Waiting]:
         """Return what queued jobs wait for. Jobs that are not queued are left out."""
@@ -537,8 +586,41 @@ def _wanted_keys(keys: Iterable[tuple[str, str]]) -> dict[str, str]:
     return {"keys": json_text([{"type": job_type, "key": key} for job_type, key in keys])}
 
 
+def is_own(new: NewJob, existing: JobRecord) -> bool:
+    """Return whether the creator of a new job has stored the existing one."""
+    return new.created_by is not None and existing.created_by == new.created_by
+
+
+def refuses(new: NewJob, stored: Stored) -> bool:
+    """Return whether a new job is refused because of the existing job with its key."""
+    hides = new.hides_others and stored.existing is not None and not is_own(new, stored.existing)
+    return hides or stored.conflicts
+
+
+def stored_before(holder: JobRecord, new: NewJob) -> Stored:
+    """Return the outcome for a new job whose key belongs to this one, which has been read whole."""
+    is_same = not differing_paths(holder.payload, from_json(new.payload), 1)
+    return Stored(holder.created_at, holder.created_at, holder, is_same, is_whole=True)
+
+
 def _by_key(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], JobRecord]:
     return {(job.type, job.idempotency_key or ""): job for job in map(JobRecord.of, rows)}
+
+
+def ids_of_piece(partial: Iterable[Listed], most: int) -> list[uuid.UUID]:
+    """Return the ids of the jobs to read whole at once: the first, and those that fit with it."""
+    ids: list[uuid.UUID] = []
+    size = 0
+    for each in partial:
+        size += each.size
+        if ids and size > most:
+            break
+        ids.append(each.job.id)
+    return ids
+
+
+def _listed_of(row: Mapping[str, Any]) -> Listed:
+    return Listed(JobRecord.of(row), int(row["size"]), bool(row["is_partial"]))
 
 
 @lru_cache

@@ -70,7 +70,7 @@ class SyncQueue:
         **options: Unpack[EnqueueOptions],
     ) -> Enqueued:
         """Store a job. With `session`, as part of its transaction."""
-        request = self._queue.request(job, **options)
+        request = self._queue.request_of("enqueue", job, options)
         if session is not None:
             return self._queue.enqueue_within(_sync(session), request, created_by=created_by)
         return self._run(lambda: self._queue.enqueue(request, created_by=created_by))
@@ -200,7 +200,13 @@ class SyncQueue:
         # A daemon: a program that ends need not close the queue. What was answered is on disk.
         self._thread = threading.Thread(target=run, name="job-queue", daemon=True)
         self._thread.start()
-        is_open.wait()
+        try:
+            is_open.wait()
+        except BaseException:  # Ctrl-C, for example.
+            self._thread = None
+            with suppress(RuntimeError):  # The loop is closed already.
+                loop.call_soon_threadsafe(loop.stop)
+            raise
         if failures:
             self._thread.join()
             self._thread = None

@@ -28,7 +28,7 @@ from job_registry_api.queue.requests import input_faults
 
 @dataclass(frozen=True, slots=True)
 class FollowUp:
-    """A job that a handler enqueued with `job.enqueue`: its payload and its options."""
+    """A job that a handler enqueued with `job.enqueue`: its payload, its options and its id."""
 
     payload: Payload
     job_type: str | None = None
@@ -36,6 +36,7 @@ class FollowUp:
     schedule_at: datetime | None = None
     max_attempts: int | None = None
     idempotency_key: str | None = None
+    id: str = field(default_factory=lambda: str(uuid7()), compare=False)
 
 
 @dataclass(frozen=True)
@@ -90,11 +91,12 @@ def job_context(
             raise TypeError(f"the progress cannot be stored: {faults[0].message}")
         reports.append(from_json(text))
 
-    def enqueue(payload: Payload, **options: Any) -> None:
+    def enqueue(payload: Payload, **options: Any) -> str:
         request = EnqueueRequest(options["job_type"] or "", document_of(payload), **_rest(options))
         if faults := tuple(input_faults(request)):
             raise InputInvalid(faults)
         enqueued.append(FollowUp(payload, **options))
+        return enqueued[-1].id
 
     context = TestContext(
         id=str(uuid7()),

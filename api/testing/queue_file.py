@@ -26,7 +26,7 @@ from job_registry_api.queue.caller_transactions import not_yet_published
 from job_registry_api.queue.database import Database, read_json
 from job_registry_api.queue.databases import open_database, store_of
 from job_registry_api.queue.models import Job, JobRecord, JobStatus
-from job_registry_api.queue.store import NewJob, Stored
+from job_registry_api.queue.store import NewJob, Stored, stored_before
 
 _MEMORY: Final = Path("/dev/shm")
 _MEMORY_NEEDED: Final = 16 * 1024 * 1024
@@ -93,7 +93,11 @@ class QueueFile:
                     holder = holders.setdefault(key, job)
                     if existing is None and holder is not job:
                         existing = _record(holder, now)
-                stored[job.id] = Stored(now, job.next_run_at or now, existing)
+                stored[job.id] = (
+                    Stored(now, job.next_run_at or now)
+                    if existing is None
+                    else stored_before(existing, job)
+                )
         return stored
 
     def uncommitted_jobs(self) -> int:

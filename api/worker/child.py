@@ -27,6 +27,7 @@ from typing import Any, Final, cast
 import structlog
 from pydantic import JsonValue
 from pydantic_core import from_json, to_json
+from uuid_utils.compat import uuid7
 
 from job_registry import DefinitionError, JobContext, JobType, Payload, WorkerExtension
 from job_registry.context import State
@@ -52,6 +53,8 @@ HEADER: Final = struct.Struct("!I")
 
 CUT_OFF: Final = 74
 """The exit code of a process that cannot report to its worker: EX_IOERR of sysexits.h."""
+
+ENDED: Final = "the handler of this job has ended, so it cannot enqueue a job"
 
 _STANDARD_ERROR: Final = 2
 
@@ -274,15 +277,25 @@ async def _run(
     def pass_on(text: bytes) -> None:
         link.send({"progress": run["number"], "text": text.decode()})
 
-    def enqueue(payload: Payload, **options: Any) -> None:
+    ended = threading.Event()
+    enqueueing = threading.Lock()
+
+    def enqueue(payload: Payload, **options: Any) -> str:
         if (at := options["schedule_at"]) is not None:
             options["schedule_at"] = at.isoformat()
+        job_id = str(uuid7())
         sent = {
+            "id": job_id,
             "class": address_of_class(type(payload)),
             "payload": document_of(payload),
             "options": options,
         }
-        link.send({"follow_up": run["number"], "job": sent})
+        # Before the message that the handler has ended, or not at all.
+        with enqueueing:
+            if ended.is_set():
+                raise RuntimeError(ENDED)
+            link.send({"follow_up": run["number"], "job": sent})
+        return job_id
 
     progress = Progress(pass_on, log, max_bytes=start["max_bytes"])
     context = JobContext(
@@ -313,6 +326,8 @@ async def _run(
     if current.cancelled.is_set():
         call.request_stop()
     await asyncio.wait({call.ended})
+    with enqueueing:
+        ended.set()
     current.request_stop = None
     memory.lift()
     end = end_of(call.ended)

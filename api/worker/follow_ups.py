@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import uuid
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, Final
@@ -10,7 +12,7 @@ from job_registry import CodedError, DefinitionError, EnqueueRequest, Payload, V
 from job_registry_api.queue.errors import InputInvalid
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.store import NewJob
-from job_registry_api.worker.child import address_of_class
+from job_registry_api.worker.child import ENDED, address_of_class
 
 REFUSED: Final = "follow_up_refused"
 """The error code of a job whose handler enqueued a job that cannot be stored."""
@@ -29,21 +31,26 @@ class FollowUps:
         self.jobs: list[NewJob] = []
         self.refusal: str | None = None
         self._has_ended = False
+        # A thread of the handler may go on: its job is stored or refused, and never lost.
+        self._lock = threading.Lock()
 
     def end(self) -> None:
         """Refuse further jobs, because the handler has ended."""
-        self._has_ended = True
+        with self._lock:
+            self._has_ended = True
 
-    def add(self, payload: Payload, **options: Any) -> None:
-        """Check a job, and keep it. Called in the thread of the handler. See `JobContext.enqueue`.
+    def add(self, payload: Payload, **options: Any) -> str:
+        """Check a job, keep it, and return its id. Called in the thread of the handler.
+        See `JobContext.enqueue`.
 
         Raises:
             CodedError: the job is refused.
             RuntimeError: the handler has ended.
         """
-        if self._has_ended:
-            raise RuntimeError("the handler of this job has ended, so it cannot enqueue a job")
-        self._add(self._queue.request(payload, **options))
+        with self._lock:
+            if self._has_ended:
+                raise RuntimeError(ENDED)
+            return str(self._add(self._queue.request(payload, **options)).id)
 
     def add_from_process(self, message: Mapping[str, Any]) -> None:
         """Keep a job that a handler in a process has enqueued, or the reason of its refusal."""
@@ -52,16 +59,19 @@ class FollowUps:
             options["schedule_at"] = datetime.fromisoformat(options["schedule_at"])
         try:
             name = options.pop("job_type") or self._type_of(message["class"])
-            self._add(EnqueueRequest(name, message["payload"], **options))
+            request = EnqueueRequest(name, message["payload"], **options)
+            self._add(request, uuid.UUID(message["id"]))
         except (CodedError, DefinitionError) as refused:
             self.refusal = self.refusal or str(refused)
 
-    def _add(self, request: EnqueueRequest) -> None:
+    def _add(self, request: EnqueueRequest, job_id: uuid.UUID | None = None) -> NewJob:
         most = self._queue.max_bulk_size
         if len(self.jobs) >= most:
             message = f"A handler can enqueue at most {most} jobs."
             raise InputInvalid((Violation("", "too_long", message),))
-        self.jobs.append(self._queue.admit(request, self._created_by))
+        new = self._queue.admit(request, self._created_by)
+        self.jobs.append(new if job_id is None else new._replace(id=job_id))
+        return self.jobs[-1]
 
     def _type_of(self, address: str) -> str:
         registry = self._queue.registry

@@ -212,7 +212,9 @@ class Worker:
 
         Raises:
             WorkerStartError: a lifespan failed to start.
+            RuntimeError: the queue is not open on this event loop.
         """
+        self._queue.check_open()
         async with lifespans(self._extensions) as state:
             equipment = Equipment(
                 self._queue,

@@ -16,6 +16,7 @@ while one becomes the other. The bounds in `_pictures.py` and `_picture_headers.
 AssetId = Annotated[
     str, Field(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")
 ]
+VersionNumber = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Pixels = Annotated[int, Field(ge=1, le=8_192)]
 
 
@@ -23,7 +24,7 @@ class ThumbnailCreate(Payload):
     """Render thumbnails of one version of an asset, as WebP."""
 
     asset_id: AssetId = Field(description="The asset's folder.", examples=["sample"])
-    version_number: Annotated[int, Field(ge=1, le=2**31 - 1)] = Field(
+    version_number: VersionNumber = Field(
         description="Which version of the asset: the picture is {assetId}/{versionNumber}.*.",
         examples=[1],
     )
@@ -66,10 +67,10 @@ thumbnail_create = JobType(
 def render(job: JobContext, payload: ThumbnailCreate) -> ThumbnailResult:
     """Renders each size: longest edge, never enlarged, turned as EXIF says, written whole."""
     # Here, because `job-registry types` should not pay for an imaging library.
+    from job_registry.asset_files import AssetFiles
     from job_registry.catalog._pictures import decode
-    from job_registry.catalog._thumbnail_files import ThumbnailFiles
 
-    files = ThumbnailFiles(job.assets, payload.asset_id, payload.version_number)
+    files = AssetFiles(job.assets, payload.asset_id, payload.version_number)
     source = decode(*files.read(), longest_edge=max(payload.sizes))
     thumbnails = []
     for done, size in enumerate(dict.fromkeys(payload.sizes), start=1):

@@ -110,6 +110,8 @@ def test_types_and_policies_for_people_and_for_programs(jobs: Shell) -> None:
     unknown = jobs("policy", "payout.exec")
     assert unknown.returncode == 1
     assert "Did you mean payout.execute?" in unknown.stderr
+    # Not the character of this name: Rich would print it.
+    assert '":warning:"' in jobs("policy", ":warning:").stderr
 
 
 def test_a_payload_is_validated_without_a_database(jobs: Shell) -> None:

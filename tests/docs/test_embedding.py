@@ -94,7 +94,7 @@ async def test_an_opening_and_its_job_are_stored_together_or_not_at_all(
 
 
 async def test_the_merged_schema_serves_both_and_knows_the_user(
-    example: Callable[[str], Any],
+    example: Callable[[str], Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     document = """mutation ($input: QueueEnqueueJobInput!) { enqueueJob(input: $input) {
       ... on QueueEnqueueJobSuccess { job { createdBy } } ... on QueueError { code } } }"""
@@ -111,6 +111,7 @@ async def test_the_merged_schema_serves_both_and_knows_the_user(
         assert await send(document) == {"data": {"enqueueJob": {"job": {"createdBy": "ada"}}}}
         (error,) = (await send(document, None))["errors"]
         assert error["extensions"]["code"] == "unauthenticated"
+        assert caplog.records == []
 
 
 def test_the_tables_of_the_queue_are_left_out(

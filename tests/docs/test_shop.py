@@ -7,12 +7,11 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import uuid
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack
 from pathlib import Path
 from shlex import quote as shell_word
 from typing import Any
@@ -27,11 +26,14 @@ from tests import ROOT
 from tests.conftest import run_sql
 from tests.docs.pages import SHOP, blocks_of
 from tests.docs.shell import commands
+from tests.forks import Command
+from tests.http_client import served
 from tests.test_packaging import WITHOUT_GRAPHIQL, python
 from tests.web.browser import browsing, needs_browser
 
 SCREENSHOT = ROOT / "build" / "shop.png"
 README = SHOP / "README.md"
+SERVED = ("--factory", "shop.app:create_shop", "--port", "0")
 PATIENCE = 30_000.0
 """Milliseconds for a job to end. A process of a handler takes seconds to start."""
 
@@ -61,30 +63,9 @@ def environment(database_url: str, tmp_path: Path) -> dict[str, str]:
     }
 
 
-@asynccontextmanager
-async def served(
-    environment: dict[str, str], command: tuple[str, ...] = (sys.executable, "-m", "uvicorn")
-) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of the program, which uvicorn serves in a process of its own."""
-    process = subprocess.Popen(  # noqa: ASYNC220
-        [*command, "--factory", "shop.app:create_shop", "--port", "0"],
-        env=environment,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stderr is not None
-    said = ""
-    try:
-        while not (found := re.search(r"running on (http://\S+)", said)):
-            line = await asyncio.to_thread(process.stderr.readline)
-            assert line, said
-            said += line
-        async with httpx.AsyncClient(base_url=found[1], timeout=30) as client:
-            yield client
-    finally:
-        process.send_signal(signal.SIGTERM)
-        _, rest = await asyncio.to_thread(process.communicate, timeout=30)
-    assert "Traceback" not in said + rest
+def shop(environment: dict[str, str]) -> Command:
+    """The program, which uvicorn serves in a process of its own."""
+    return Command(SERVED, module="uvicorn", environment=environment)
 
 
 async def until(client: httpx.AsyncClient, order_id: str, status: str) -> None:
@@ -137,14 +118,14 @@ async def test_an_order_is_followed_to_its_end_after_a_restart(
     environment: dict[str, str],
 ) -> None:
     placed = order(email="busy@example.com")
-    async with served(environment | {"SHOP_WORKER": "no"}) as client:
+    async with served(shop(environment | {"SHOP_WORKER": "no"})) as client:
         stored = (await client.post("/orders", json=placed)).json()
         assert stored["order"]["status"] == "placed"
         following = asyncio.ensure_future(anext(follow(client, stored["job"])))
         await asyncio.sleep(0.2)
         assert not following.done()
         following.cancel()
-    async with served(environment) as client:
+    async with served(shop(environment)) as client:
         again = await client.post("/orders", json=placed)
         assert (again.status_code, again.json()["job"]) == (200, stored["job"])
         last = None
@@ -162,7 +143,7 @@ async def test_an_order_is_followed_to_its_end_after_a_restart(
 @pytest.mark.slow
 async def test_orders_at_the_same_time_are_each_stored_once(environment: dict[str, str]) -> None:
     orders = [order() for _ in range(10)]
-    async with served(environment | {"SHOP_WORKER": "no"}) as client:
+    async with served(shop(environment | {"SHOP_WORKER": "no"})) as client:
         answers = await asyncio.gather(
             *(client.post("/orders", json=each) for each in orders for _ in range(3))
         )
@@ -175,7 +156,7 @@ async def test_orders_at_the_same_time_are_each_stored_once(environment: dict[st
 
 @pytest.mark.slow
 async def test_a_worker_of_its_own_works_the_orders(environment: dict[str, str]) -> None:
-    async with served(environment | {"SHOP_WORKER": "no"}) as client:
+    async with served(shop(environment | {"SHOP_WORKER": "no"})) as client:
         worker = subprocess.Popen(  # noqa: ASYNC220
             [sys.executable, "-m", "job_registry_api.cli", "worker"], env=environment
         )
@@ -194,7 +175,7 @@ async def test_a_worker_of_its_own_works_the_orders(environment: dict[str, str])
 async def test_the_page_places_an_order_and_shows_its_jobs_until_they_end(
     environment: dict[str, str],
 ) -> None:
-    async with served(environment) as client:
+    async with served(shop(environment)) as client:
         address = client.base_url.netloc.decode()
         async with browsing(address) as page:
             await page.goto(f"http://{address}/")
@@ -254,8 +235,13 @@ async def test_the_commands_of_its_readme_run_with_the_wheel_outside_the_checkou
             match command.rsplit("/", 1)[-1].split():
                 case ["uvicorn", "--factory", "shop.app:create_shop"]:
                     given = {"SHOP_WORKER": "no"} if command.startswith("SHOP_WORKER=no") else {}
-                    uvicorn = (str(folder / ".venv/bin/uvicorn"),)
-                    client = await stack.enter_async_context(served(environment | given, uvicorn))
+                    process = subprocess.Popen(  # noqa: ASYNC220
+                        [folder / ".venv/bin/uvicorn", *SERVED],
+                        env=environment | given,
+                        stderr=subprocess.PIPE,
+                        text=True,
+                    )
+                    client = await stack.enter_async_context(served(process))
                     if not given:
                         orders.append(await settled(client))
                 case ["job-registry", "worker"]:

@@ -13,8 +13,6 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import httpx
@@ -25,6 +23,7 @@ from websockets.typing import Subprotocol
 from tests import ROOT
 from tests.conftest import run_sql
 from tests.embedding import host_project
+from tests.http_client import served
 
 EVENTS = "subscription { jobEvents { name type } }"
 
@@ -84,29 +83,15 @@ def tables(database_url: str) -> None:
     run_sql(database_url, statement)
 
 
-@asynccontextmanager
-async def served(
-    project: Path, environment: dict[str, str], *options: str
-) -> AsyncIterator[tuple[str, subprocess.Popen[str]]]:
-    """The address and the process of uvicorn, which serves the project."""
-    process = subprocess.Popen(  # noqa: ASYNC220
+def host(project: Path, environment: dict[str, str], *options: str) -> subprocess.Popen[str]:
+    """The project, which uvicorn serves."""
+    return subprocess.Popen(
         [sys.executable, "-m", "uvicorn", "api.main:app", "--port", "0", *options],
         cwd=project,
         env=environment,
         stderr=subprocess.PIPE,
         text=True,
     )
-    assert process.stderr is not None
-    said = ""
-    try:
-        while not (found := re.search(r"running on http://(\S+)", said)):
-            line = await asyncio.to_thread(process.stderr.readline)
-            assert line, said
-            said += line
-        yield found[1], process
-    finally:
-        process.send_signal(signal.SIGTERM)
-        await asyncio.to_thread(process.communicate, timeout=20)
 
 
 @pytest.mark.slow
@@ -125,10 +110,7 @@ async def test_the_hosts_alembic_sees_its_own_tables_only(
 async def test_the_hosts_transaction_stores_its_row_and_the_job_or_neither(
     project: Path, environment: dict[str, str]
 ) -> None:
-    async with (
-        served(project, environment) as (address, _),
-        httpx.AsyncClient(base_url=f"http://{address}", timeout=30) as client,
-    ):
+    async with served(host(project, environment)) as client:
         published = await client.post("/openings/cook")
         assert published.status_code == 200, published.text
         refused = await client.post("/openings/refused")
@@ -172,10 +154,10 @@ async def test_subscriptions_are_served_under_the_prefix_by_sse_and_websocket(
             await asyncio.sleep(0.3)
 
     async with (
-        served(project, environment) as (address, _),
-        httpx.AsyncClient(base_url=f"http://{address}", timeout=30) as client,
+        served(host(project, environment)) as client,
         asyncio.timeout(30),
     ):
+        address = client.base_url.netloc.decode()
         publishing = asyncio.create_task(publish(client))
         events = await asyncio.gather(by_sse(client), by_websocket(address))
         publishing.cancel()
@@ -189,10 +171,8 @@ async def test_subscriptions_are_served_under_the_prefix_by_sse_and_websocket(
 async def test_sigterm_ends_the_host_the_worker_and_the_application(
     project: Path, environment: dict[str, str]
 ) -> None:
-    async with (
-        served(project, environment) as (address, process),
-        httpx.AsyncClient(base_url=f"http://{address}", timeout=30) as client,
-    ):
+    process = host(project, environment)
+    async with served(process) as client:
         assert (await client.get("/queue/readyz")).status_code == 200
         process.send_signal(signal.SIGTERM)
         _, said = await asyncio.to_thread(process.communicate, timeout=20)
@@ -206,10 +186,7 @@ async def test_sigterm_ends_the_host_the_worker_and_the_application(
 async def test_behind_a_proxy_locations_have_the_whole_prefix(
     project: Path, environment: dict[str, str]
 ) -> None:
-    async with (
-        served(project, environment, "--root-path", "/shop") as (address, _),
-        httpx.AsyncClient(base_url=f"http://{address}", timeout=30) as client,
-    ):
+    async with served(host(project, environment, "--root-path", "/shop")) as client:
         job = {"type": "mail.send", "payload": {"to": "ada@example.com"}}
         stored = await client.post("/queue/jobs", json=job)
     assert stored.headers["location"] == f"/shop/queue/jobs/{stored.json()['jobId']}"

@@ -355,5 +355,5 @@ async def test_rest_has_no_such_job_and_no_such_method(http: httpx.AsyncClient) 
     missing = await http.get("/jobs/nope")
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "job_not_found")
     assert missing.json()["error"]["message"] == 'There is no job "nope".'
-    assert (await http.get("/jobs")).status_code == 405
+    assert (await http.put("/jobs")).status_code == 405
     assert (await http.delete("/jobs/nope")).headers["allow"] == "GET, HEAD"

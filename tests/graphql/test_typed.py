@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
@@ -23,6 +21,7 @@ from pydantic import Field
 
 from job_registry import DefinitionError, JobRegistry, JobType, Payload
 from job_registry_api.graphql.schema import sdl
+from tests import forks
 from tests.graphql.test_inputs import literal
 from tests.http_client import Execute
 
@@ -525,14 +524,7 @@ def test_a_collision_is_reported_by_the_command_with_the_code_of_wrong_usage(
         "JOBS_CATALOG": "colliding",
         "JOBS_DATABASE_URL": f"sqlite:///{tmp_path / 'jobs.db'}",
     }
-    ran = subprocess.run(
-        [sys.executable, "-m", "job_registry_api.cli", "serve", "--port", "0"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    ran = forks.run(["serve", "--port", "0"], environment=environment, folder=tmp_path)
     assert ran.returncode == 2
     assert "job types a.b and a_b would both be the field aB of TypedJobInput" in ran.stderr
     assert not (tmp_path / "jobs.db").exists()

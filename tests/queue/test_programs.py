@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import os
+import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+import uuid
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
+import httpx
 import pytest
 from sqlalchemy import Engine, create_engine, event, make_url, text
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
@@ -39,6 +43,8 @@ from job_registry_api import (
     MigrationRefused,
     QueueUnavailable,
     Worker,
+    create_app,
+    load_settings,
 )
 from job_registry_api.queue.database import async_url
 from job_registry_api.queue.enqueueing import Enqueued
@@ -188,6 +194,103 @@ def test_an_argument_that_would_stop_the_queue_is_a_sentence(argument: str) -> N
         JobQueue.from_url("sqlite:///jobs.db", [mail_send], **arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"pooler": "x"}, 'pooler: got "x"; expected "session" or "transaction"'),
+        ({"schema": "Bad!"}, 'schema: got "Bad!"; expected 1 to 63 lower-case letters'),
+        ({"schema": "pg_jobs"}, "expected a name that does not start with pg_"),
+        ({"listen_url": "mysql://u:secret@shop/jobs"}, "listen_url: got "),
+    ],
+)
+def test_the_arguments_of_a_database_are_checked_as_the_settings_are(
+    arguments: dict[str, Any], expected: str
+) -> None:
+    with pytest.raises(ValueError, match=r"^\w+: got ") as refused:
+        JobQueue.from_url("postgresql://shop/jobs", [mail_send], **arguments)
+    assert expected in str(refused.value)
+    assert "secret" not in str(refused.value)
+
+
+def test_a_pooler_for_a_sqlite_file_is_refused() -> None:
+    with pytest.raises(ValueError, match="it is for PostgreSQL, and the URL names SQLite"):
+        JobQueue.from_url("sqlite:///jobs.db", [mail_send], pooler="transaction")
+
+
+def test_a_job_type_instead_of_a_list_is_a_sentence() -> None:
+    with pytest.raises(DefinitionError, match="expected a list of job types; got"):
+        JobQueue.from_url("sqlite:///jobs.db", cast(Any, mail_send))
+
+
+async def test_a_mistyped_option_names_the_method_that_was_called(queue: JobQueue) -> None:
+    mistyped: dict[str, Any] = {"priorty": 3}
+    expected = r"^enqueue\(\) has no argument priorty; did you mean priority\?"
+    with pytest.raises(TypeError, match=expected):
+        await queue.enqueue(MailSend(to="ada"), **mistyped)
+    with pytest.raises(TypeError, match=expected):
+        queue.sync.enqueue(MailSend(to="ada"), **mistyped)
+    with pytest.raises(TypeError, match=r"^request\(\) has no argument priorty"):
+        queue.request(MailSend(to="ada"), **mistyped)
+
+
+def operations(queue: JobQueue) -> list[Coroutine[Any, Any, object]]:
+    job_id = uuid.uuid4()
+    return [
+        queue.enqueue(MailSend(to="ada")),
+        queue.enqueue_many([MailSend(to="ada")]),
+        queue.validate(queue.request(MailSend(to="ada"))),
+        queue.get(job_id),
+        queue.list(),
+        queue.result(job_id),
+        queue.cancel(job_id),
+        queue.retry(job_id),
+        Worker(queue).run(),
+    ]
+
+
+async def test_each_operation_says_that_the_queue_is_not_open(database_url: str) -> None:
+    queue = JobQueue.from_url(database_url, [mail_send])
+    for operation in operations(queue):
+        with pytest.raises(RuntimeError, match="the queue is not open; open it first"):
+            await operation
+    async with queue:
+        assert (await queue.enqueue(MailSend(to="ada"))).job.type == "mail.send"
+    for operation in operations(queue):
+        with pytest.raises(RuntimeError, match="the queue was closed"):
+            await operation
+
+
+async def test_each_operation_says_that_it_runs_on_another_event_loop(queue: JobQueue) -> None:
+    def elsewhere(operation: Coroutine[Any, Any, object]) -> None:
+        asyncio.run(asyncio.wait_for(operation, 5))
+
+    for operation in operations(queue):
+        with pytest.raises(RuntimeError, match=r"open on another event loop; .* `queue\.sync`"):
+            await asyncio.to_thread(elsewhere, operation)
+
+
+@pytest.mark.parametrize("wrong", ["database", "role"])
+async def test_opening_says_why_the_database_is_not_available(
+    fresh_postgresql_url: str, wrong: str
+) -> None:
+    url = make_url(fresh_postgresql_url)
+    url = url.set(database="nowhere") if wrong == "database" else url.set(username="nobody")
+    queue = JobQueue.from_url(url.render_as_string(hide_password=False), [mail_send])
+    expected = rf'not available: {wrong} "no\w+" does not exist'
+    with pytest.raises(QueueUnavailable, match=expected) as refused:
+        await queue.open()
+    assert "Try again" not in str(refused.value)
+    # A request to the application is not told.
+    application = create_app(load_settings({"JOBS_DATABASE_URL": str(url)}), queue=None)
+    client = httpx.AsyncClient(
+        transport=httpx.ASGITransport(application), base_url="http://localhost"
+    )
+    async with client:
+        response = await client.get("/jobs/1")
+    assert (response.status_code, "nowhere" in response.text) == (503, False)
+    assert "is not available. Try again." in response.text
+
+
 async def test_a_worker_that_could_run_no_job_is_a_sentence(queue: JobQueue) -> None:
     with pytest.raises(ValueError, match="concurrency: expected 1 or more; got 0"):
         Worker(queue, concurrency=0)
@@ -264,7 +367,7 @@ async def test_a_wait_for_a_result_ends_when_the_queue_is_closed(database_url: s
     with pytest.raises(QueueUnavailable) as closed:
         await asyncio.wait_for(waiting, 2)
     assert closed.value.reason == "the queue was closed"
-    with pytest.raises(RuntimeError, match="async with queue"):
+    with pytest.raises(RuntimeError, match="the queue was closed"):
         await queue.result(job.id)
 
 
@@ -382,6 +485,30 @@ def _enqueue_after_fork(queue: JobQueue, answer: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_ctrl_c_during_the_first_call_ends_the_thread_that_opens_the_queue(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"postgresql://ada@127.0.0.1:{silent.getsockname()[1]}/jobs"
+        queue = JobQueue.from_url(url, [mail_send], timeout_seconds=2)
+        former = signal.signal(signal.SIGALRM, signal.default_int_handler)
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                queue.sync.enqueue(MailSend(to="ada"))
+        finally:
+            signal.signal(signal.SIGALRM, former)
+        until = time.monotonic() + 10
+        while any(thread.name == "job-queue" for thread in threading.enumerate()):
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        # The next call tries again.
+        with pytest.raises(QueueUnavailable):
+            queue.sync.enqueue(MailSend(to="ada"))
+        queue.sync.close()
+    assert capfd.readouterr().err == ""
+
+
 def test_a_forked_process_does_not_use_the_connections_of_its_parent(closed: JobQueue) -> None:
     closed.sync.enqueue(MailSend(to="ada"))
     context = multiprocessing.get_context("fork")

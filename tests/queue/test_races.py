@@ -12,8 +12,6 @@ import os
 import random
 import signal
 import statistics
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
@@ -33,6 +31,7 @@ from job_registry_api.queue.models import JobStatus
 from job_registry_api.queue.queue import JobQueue
 from tests import CODE
 from tests.conftest import run_sql
+from tests.forks import Command
 from tests.queue.race_jobs import ONLY, REGISTRY, Nap, most_at_once, queues, read_log
 
 ROOT = Path(__file__).parent.parent.parent
@@ -53,12 +52,16 @@ def processes(*commands: list[str], log: Path, **environment: str) -> Iterator[l
         "PYTHONPATH": CODE,
     } | environment
     errors = log.with_suffix(".errors")
-    with errors.open("ab") as stream:
+    with errors.open("ab") as stream, Path(os.devnull).open("r+b") as null:
         running = [
-            subprocess.Popen(
-                [sys.executable, "-m", *command], env=given, cwd=log.parent, stderr=stream
+            Command(
+                arguments,
+                module=module,
+                environment=given,
+                folder=log.parent,
+                streams=(null, null, stream),
             )
-            for command in commands
+            for module, *arguments in commands
         ]
     try:
         yield [process.pid for process in running]

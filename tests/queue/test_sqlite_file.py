@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import shutil
 import sqlite3
 import threading
 import time
+import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import closing
 from pathlib import Path
@@ -49,6 +51,23 @@ async def stored(database: SQLiteDatabase) -> set[str]:
     async with database.reading() as connection:
         rows = await connection.execute(text("SELECT type FROM job_type_state"))
         return {row.type for row in rows}
+
+
+async def test_a_read_that_is_cancelled_leaves_no_connection_behind(path: Path) -> None:
+    gc.collect()
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for step in range(60):
+            database = SQLiteDatabase(f"sqlite:///{path}", timeout_seconds=2)
+            if step % 2:
+                await stored(database)  # Then a connection is in the pool.
+            reading = asyncio.create_task(stored(database))
+            await asyncio.sleep(step * 0.000_1)
+            reading.cancel()
+            await asyncio.wait({reading})
+            await database.close()
+        gc.collect()
+    assert [str(each.message) for each in warned] == []
 
 
 async def test_writes_are_whole_or_not_at_all(database: SQLiteDatabase) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 
 from job_registry import DefinitionError
 from job_registry.discovery import discover, load_registry
-from tests import CODE
+from tests import CODE, forks
 
 JOBS = """
     from job_registry import JobType, Payload
@@ -90,12 +89,11 @@ def test_an_installed_package_joins_by_its_entry_point(tmp_path: Path) -> None:
     )
 
     # When the command lists the job types
-    result = subprocess.run(
-        [sys.executable, "-m", "job_registry_api.cli", "types", "--json"],
-        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{CODE}"},
-        capture_output=True,
-        text=True,
-        check=False,
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{CODE}"}
+    result = forks.run(
+        ["types", "--json"],
+        environment=environment,
+        folder=tmp_path,
     )
 
     # I expect the package's among them
@@ -108,12 +106,11 @@ def test_an_entry_point_to_something_else_is_refused(tmp_path: Path) -> None:
     info = tmp_path / "odd-1.0.dist-info"
     write(info / "METADATA", "Metadata-Version: 2.1\nName: odd\nVersion: 1.0\n")
     write(info / "entry_points.txt", "[job_registry.catalog]\nodd = json:dumps\n")
-    result = subprocess.run(
-        [sys.executable, "-m", "job_registry_api.cli", "types"],
-        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{CODE}"},
-        capture_output=True,
-        text=True,
-        check=False,
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{CODE}"}
+    result = forks.run(
+        ["types"],
+        environment=environment,
+        folder=tmp_path,
     )
     assert result.returncode == 2
     assert "entry point odd = json:dumps" in result.stderr

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from job_registry import Fail
-from job_registry.catalog._thumbnail_files import MAX_FILE_BYTES
+from job_registry.asset_files import MAX_FILE_BYTES
 from tests.registry.test_thumbnails import thumbnails
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")

@@ -177,7 +177,7 @@ def test_a_handler_with_swapped_arguments_is_refused() -> None:
         def run(self, payload: Note, job: JobContext) -> None:
             """A method's own arguments count."""
 
-    handlers: list[Any] = [run, half, Step().run]
+    handlers: list[Any] = [run, half, Step().run, lambda payload, job: None]
     for handler in handlers:
         with pytest.raises(DefinitionError, match=r"takes \(payload, job\), expected"):
             JobType(name="a", payload=Note).handler(handler)
@@ -270,6 +270,8 @@ def test_a_registry_finds_its_types_and_suggests_the_nearest() -> None:
     assert len(str(huge.value)) < 300
     with pytest.raises(DefinitionError, match="two job types are named payout.execute"):
         JobRegistry([payout_execute, payout_execute])
+    with pytest.raises(DefinitionError, match="expected a list of job types; got"):
+        JobRegistry(cast(Any, JobType(name="a", payload=Note)))
     with pytest.raises(DefinitionError, match="is not a JobType"):
         JobRegistry(cast(Any, [Note]))
 

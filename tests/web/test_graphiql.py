@@ -189,6 +189,9 @@ async def test_without_a_build_the_page_says_what_is_missing_until_it_is_built(
         async def page() -> str:
             return (await client.get("/graphql", headers={"accept": "text/html"})).text
 
+        # An installed wheel has no sources of the page.
+        assert "Install a wheel that was built without it" in await page()
+        (tmp_path / "package.json").touch()
         assert "install Node 20.19 or newer and run <code>make install</code>" in await page()
         assert "curl http://localhost/graphql" in await page()
         assert "refresh" not in await page()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -51,14 +54,34 @@ start_in_process = JobType(name="in_process", payload=Start, run_in="process")
 
 
 @start_in_process.handler
-def enqueue_in_process(job: JobContext, payload: Start) -> None:
-    job.enqueue(Next(step=1), priority=80, schedule_at=datetime(2040, 1, 31, tzinfo=UTC))
+def enqueue_in_process(job: JobContext, payload: Start) -> str | None:
+    if payload.act.startswith("late "):
+        enqueue_late(job, Path(payload.act.removeprefix("late ")))
+        return None
+    job_id = job.enqueue(Next(step=1), priority=80, schedule_at=datetime(2040, 1, 31, tzinfo=UTC))
     if payload.act == "fail":
         raise Fail("no")
     if payload.act == "stranger":
         job.enqueue(Stranger(step=1))
     if payload.act == "priority":
         job.enqueue(Next(step=2), priority=101)
+    return job_id
+
+
+def enqueue_late(job: JobContext, file: Path) -> None:
+    """Start a thread that goes on enqueueing after the handler, and writes the error."""
+
+    def go_on() -> None:
+        try:
+            while True:
+                job.enqueue(Next(step=1))
+                time.sleep(0.001)
+        except Exception as error:
+            file.with_suffix(".part").write_text(f"{type(error).__name__}: {error}")
+            file.with_suffix(".part").rename(file)
+
+    threading.Thread(target=go_on, daemon=True).start()
+    time.sleep(0.02)
 
 
 class Stranger(Payload):
@@ -207,6 +230,39 @@ async def test_a_job_that_is_enqueued_after_the_handler_has_ended_is_refused(hou
         contexts[0].enqueue(Next(step=1))
 
 
+@pytest.mark.parametrize("runs_in", ["thread", "process"])
+async def test_a_thread_that_outlives_its_handler_is_told_that_its_job_is_refused(
+    house: House, tmp_path: Path, runs_in: str
+) -> None:
+    file = tmp_path / "error"
+
+    @house.job_type.handler
+    def work(job: JobContext, payload: houses.Text) -> None:
+        enqueue_late(job, file)
+
+    async with house.working():
+        job = (
+            (await house.queue.enqueue(Start(act=f"late {file}"))).job
+            if runs_in == "process"
+            else await house.enqueue()
+        )
+        assert (await house.until(job, JobStatus.SUCCEEDED)).status is JobStatus.SUCCEEDED
+        async with asyncio.timeout(5):
+            while not file.exists():
+                await asyncio.sleep(0.01)
+    assert file.read_text().startswith("RuntimeError: the handler of this job has ended")
+    assert len(await followers(house)) >= 1
+
+
+async def test_a_handler_is_told_the_id_of_the_job_that_it_enqueues(house: House) -> None:
+    @house.job_type.handler
+    async def work(job: JobContext, payload: houses.Text) -> list[str]:
+        return [job.enqueue(Next(step=step)) for step in (1, 2)]
+
+    done = await house.run()
+    assert done.result == [str(job.id) for job in await followers(house)]
+
+
 async def test_a_lost_lease_stores_nothing(house: House) -> None:
     queue = house.queue
     await house.enqueue()
@@ -310,6 +366,7 @@ async def test_a_handler_in_a_process_enqueues_too(
         assert await followers(house) == []
     else:
         (follower,) = await followers(house)
+        assert done.result == str(follower.id)
         assert (follower.priority, follower.next_run_at) == (80, datetime(2040, 1, 31, tzinfo=UTC))
 
 

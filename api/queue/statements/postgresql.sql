@@ -70,6 +70,18 @@ ON CONFLICT (type) DO UPDATE SET worker_seen_at = excluded.worker_seen_at
 SELECT job.* FROM jsonb_to_recordset(CAST(:keys AS jsonb)) AS wanted (type text, key text)
 JOIN job_registry.job ON job.type = wanted.type AND job.idempotency_key = wanted.key
 
+-- name: holders
+-- Return the jobs that have the idempotency keys of new ones, without their JSON values, and
+-- whether their payloads are equal.
+SELECT wanted.new_id, job.payload = CAST(wanted.payload AS jsonb) AS is_same,
+    job.id, job.type, job.fingerprint, job.status, NULL AS payload, job.priority, job.attempt,
+    job.max_attempts, job.timeout_seconds, job.created_at, job.idempotency_key, job.created_by,
+    job.next_run_at, job.started_at, job.finished_at, job.cancel_requested_at, job.worker_id,
+    NULL AS progress, NULL AS result, NULL AS error
+FROM jsonb_to_recordset(CAST(:wanted AS jsonb)) AS wanted (
+    new_id uuid, type text, key text, payload text)
+JOIN job_registry.job ON job.type = wanted.type AND job.idempotency_key = wanted.key
+
 -- name: newest
 -- The ids of the newest jobs of several types and statuses. Of each pair the newest are read from its index,
 -- and merged: no index has them in one order. The status is a range, and not an equality, so that
@@ -101,7 +113,9 @@ SELECT job_id, attempt, worker_id, started_at, finished_at, outcome, error, atte
         AS still_running
 FROM (
     SELECT *, count(*) OVER () AS attempts, row_number() OVER (ORDER BY id DESC) AS place,
-        sum(200 + coalesce(length(CAST(error AS text)), 0)) OVER (ORDER BY id DESC) AS bytes
+        sum(200 + coalesce(49 * length(CAST(error AS text))
+                           - 48 * length(replace(CAST(error AS text), ',', '')), 0))
+            OVER (ORDER BY id DESC) AS bytes
     FROM job_registry.job_attempt
     WHERE job_id IN (
         SELECT CAST(wanted.id AS uuid)

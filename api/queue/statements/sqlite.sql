@@ -182,6 +182,19 @@ SELECT job.* FROM json_each(:keys) AS wanted
 CROSS JOIN job ON job.type = json_extract(wanted.value, '$.type')
     AND job.idempotency_key = json_extract(wanted.value, '$.key')
 
+-- name: holder
+-- Return the job that has the idempotency key of a new one, without its JSON values, and whether
+-- the text of its payload is the same.
+SELECT id, type, fingerprint, status, NULL AS payload, priority, attempt, max_attempts,
+    timeout_seconds, created_at, idempotency_key, created_by, next_run_at, started_at, finished_at,
+    cancel_requested_at, worker_id, NULL AS progress, NULL AS result, NULL AS error,
+    payload = :payload AS is_same, length(payload) AS payload_length
+FROM job WHERE type = :type AND idempotency_key = :key
+
+-- name: payload
+-- Return the payload of a job.
+SELECT payload FROM job WHERE id = :id
+
 -- name: newest
 -- The ids of the newest jobs of several types and statuses. Of each pair the newest are read from its index,
 -- and merged: no index has them in one order.
@@ -212,7 +225,8 @@ SELECT job_id, attempt, worker_id, started_at, finished_at, outcome, error, atte
         AND held_until > strftime('%Y-%m-%d %H:%M:%f', 'now', :shift) || '000' AS still_running
 FROM (
     SELECT *, count(*) OVER () AS attempts, row_number() OVER (ORDER BY id DESC) AS place,
-        sum(200 + coalesce(length(error), 0)) OVER (ORDER BY id DESC) AS bytes
+        sum(200 + coalesce(49 * length(error) - 48 * length(replace(error, ',', '')), 0))
+            OVER (ORDER BY id DESC) AS bytes
     FROM job_attempt WHERE job_id IN (SELECT value FROM json_each(:ids)))
 WHERE bytes <= :max_bytes OR place = 1
 ORDER BY id

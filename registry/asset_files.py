@@ -1,13 +1,15 @@
-"""The files of `thumbnail.create`: one picture in, thumbnails out, in a folder or a bucket."""
+"""The files of a version of an asset: a picture in, thumbnails out, in a folder or a bucket."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import posixpath
+import shutil
+import tempfile
 import time
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final, NamedTuple
 
 import fsspec
 
@@ -22,7 +24,14 @@ ABANDONED_SECONDS: Final = 3_600.0
 """How old a partly written file is when no job can still be writing it."""
 
 
-class ThumbnailFiles:
+class Incoming(NamedTuple):
+    """A file that is being received, and its path if it is in the folder of its asset."""
+
+    file: BinaryIO
+    path: Path | None
+
+
+class AssetFiles:
     """`{assetId}/{versionNumber}.*` below the assets, and `{assetId}/{versionNumber}/` beside it.
 
     `assets` is a folder or an fsspec URL, `s3://bucket/assets` for one.
@@ -78,19 +87,80 @@ class ThumbnailFiles:
             self._files.pipe_file(target, content)
         return path
 
-    def _source(self) -> str:
+    def begin(self) -> Incoming:
+        """Open a file for a picture that is being received. `discard` ends it, kept or not."""
+        if not self._local:
+            return Incoming(tempfile.TemporaryFile(), None)
+        folder = Path(f"{self._root}/{self._name}").parent
+        self._stay_inside(str(folder))
+        _make_private_folder(folder)
+        _remove_abandoned(folder)
+        partial = Path(f"{self._root}/{self._name}.{os.getpid()}.{os.urandom(4).hex()}.partial")
+        private = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        return Incoming(os.fdopen(private, "w+b"), partial)
+
+    def discard(self, incoming: Incoming) -> None:
+        """Close a file that was received. What `keep` has kept stays."""
+        incoming.file.close()
+        if incoming.path is not None:
+            incoming.path.unlink(missing_ok=True)
+
+    def keep(self, incoming: Incoming, extension: str) -> bool:
+        """Make a received file the picture of this version. Return False if it has another one.
+
+        The same content again is True: a client that got no answer may send it again.
+
+        Raises:
+            OSError: the storage failed. Nothing is kept.
+        """
+        target = f"{self._root}/{self._name}.{extension}"
+        incoming.file.flush()
+        if sources := self._sources():
+            return sources == [target] and self._is_same(incoming.file, target)
+        if incoming.path is None:
+            incoming.file.seek(0)
+            # An object store shows an object once its upload is complete.
+            with self._files.open(target, "wb") as remote:
+                shutil.copyfileobj(incoming.file, remote, 1 << 20)
+            return True
+        os.fsync(incoming.file.fileno())
+        try:
+            # Unlike a rename, a link replaces nothing that another upload has kept meanwhile.
+            os.link(incoming.path, target)
+        except FileExistsError:
+            return self._is_same(incoming.file, target)
+        if self._sources() != [target]:  # Another format was kept at the same time.
+            Path(target).unlink(missing_ok=True)
+            return False
+        return True
+
+    def _is_same(self, file: BinaryIO, path: str) -> bool:
+        file.seek(0)
+        with self._files.open(path, "rb") as other:
+            while True:
+                piece = file.read(1 << 20)
+                if piece != other.read(len(piece) or 1):
+                    return False
+                if not piece:
+                    return True
+
+    def _sources(self) -> list[str]:
+        """Return the files that are the picture of this version."""
         folder, version = posixpath.split(f"{self._root}/{self._name}")
         try:
-            names = self._files.ls(folder, detail=False)
+            names = self._files.ls(folder, detail=False, refresh=True)
         except FileNotFoundError:
-            names = []
-        sources = sorted(
-            path
+            return []
+        return sorted(
+            str(path)
             for path in names
             if posixpath.basename(path).startswith(f"{version}.")
             and not path.endswith(".partial")
             and self._files.isfile(path)
         )
+
+    def _source(self) -> str:
+        sources = self._sources()
         if not sources:
             raise Fail(f"There is no picture {self._name}.* in the assets.")
         if len(sources) > 1:
@@ -98,7 +168,7 @@ class ThumbnailFiles:
             raise Fail(f"There is more than one picture {self._name}.*: {found}.")
         if self._local:
             self._stay_inside(sources[0])
-        return str(sources[0])
+        return sources[0]
 
     def _stay_inside(self, path: str) -> None:
         """A symbolic link may stand in the assets; it may not lead out of them."""
