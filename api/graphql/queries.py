@@ -27,7 +27,7 @@ from job_registry_api.graphql.types import (
 )
 from job_registry_api.queue.errors import InputInvalid
 from job_registry_api.queue.filters import JobFilter
-from job_registry_api.queue.reading import weight_of
+from job_registry_api.queue.models import weight_of
 
 JobTypeResult = Annotated[
     JobType | errors.JobTypeNotFound,

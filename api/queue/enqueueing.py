@@ -39,6 +39,7 @@ from job_registry_api.queue.errors import (
     QueueUnavailable,
 )
 from job_registry_api.queue.events import Events, JobEvent
+from job_registry_api.queue.filters import JSON_VALUES
 from job_registry_api.queue.group_commit import GroupCommit
 from job_registry_api.queue.models import JobRecord, JobStatus, weight_of
 from job_registry_api.queue.opening import Opening
@@ -48,7 +49,6 @@ from job_registry_api.queue.requests import (
     input_faults,
 )
 from job_registry_api.queue.store import (
-    JSON_VALUES,
     NewJob,
     Store,
     Stored,

@@ -389,7 +389,7 @@ async def test_the_hosts_scalars_are_shared_and_payloads_are_stored_as_json(
     sent = {
         "starts": "2030-01-31T12:00:00Z",
         "day": "2030-01-31",
-        "at": "08:30:00",
+        "at": "08:30:00Z",
         "pay": "10.50",
         "person": "3f2504e0-4f89-41d3-9a0c-0305e82c3301",
     }
