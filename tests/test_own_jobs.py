@@ -138,6 +138,23 @@ async def test_lists_have_only_ones_own_jobs_whatever_the_filter(client: httpx.A
         assert [each["id"] for each in found["nodes"]] == own[:0:-1], each_filter
 
 
+async def test_rest_lists_and_changes_only_ones_own_jobs(client: httpx.AsyncClient) -> None:
+    theirs, own = await enqueue(client, ADA), await enqueue(client, BOB)
+    listed = (await client.get("/jobs", headers=BOB)).json()["jobs"]
+    assert [each["jobId"] for each in listed] == [own]
+    for change in ("cancel", "retry"):
+        refused = await client.post(f"/jobs/{theirs}/{change}", json={}, headers=BOB)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (404, "job_not_found")
+        assert (await client.post(f"/jobs/{own}/{change}", json={}, headers=BOB)).status_code == 200
+    assert (await client.get(f"/jobs/{theirs}", headers=ADA)).json()["status"] == "queued"
+    keyed = PING | {"idempotencyKey": "k"}
+    await enqueue(client, ADA, idempotencyKey="k")
+    bulk = {"jobs": [PING, keyed], "atomic": True}
+    answer = (await client.post("/jobs/bulk", json=bulk, headers=BOB)).json()
+    assert [each["status"] for each in answer["results"]] == [422, 409]
+    assert len((await client.get("/jobs", headers=BOB)).json()["jobs"]) == 1
+
+
 async def test_the_numbers_of_everybodys_jobs_are_not_told(client: httpx.AsyncClient) -> None:
     await enqueue(client, ADA)
     content = {"query": "{ jobTypes { name counts { queued } } }"}
