@@ -38,6 +38,7 @@ from job_registry_api.http_messages import (
     answer_method_not_allowed,
 )
 from job_registry_api.queue.queue import JobQueue
+from job_registry_api.queue.reading import log_unregistered_types
 from job_registry_api.queue.upkeep import maintain
 from job_registry_api.settings import Settings, SettingsInvalid, load_settings
 from job_registry_api.uploads import Uploads
@@ -98,11 +99,13 @@ def create_app(
                     log.error("worker.start_failed", reason=str(error))
                     raise
             else:
+                await log_unregistered_types(used)
                 upkeep = maintain(
                     used,
                     stop,
                     keep_succeeded_days=settings.keep_succeeded_days,
                     keep_failed_days=settings.keep_failed_days,
+                    parked_days=settings.parked_days,
                 )
                 await stack.enter_async_context(_until(stop, upkeep))
             health = Health(used, working, authenticator=authenticator)
@@ -120,7 +123,7 @@ def create_app(
                 app.state.abandon = working.abandon
             yield
 
-    authenticator = create_authenticator(settings)
+    authenticator = create_authenticator(settings, registry.renamed)
     limits = RequestLimits(
         body_bytes=settings.max_body_bytes,
         values=settings.max_request_values,
@@ -251,4 +254,5 @@ def _worker(queue: JobQueue, settings: Settings) -> Worker:
         shutdown_seconds=settings.shutdown_seconds,
         keep_succeeded_days=settings.keep_succeeded_days,
         keep_failed_days=settings.keep_failed_days,
+        parked_days=settings.parked_days,
     )

@@ -10,8 +10,9 @@ import hashlib
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, get_args
 from urllib.parse import urlsplit
 
@@ -312,6 +313,8 @@ class TokenVerifier:
 class Authenticator:
     """Authenticates every request, and counts it for the rate limits.
 
+    A token for a type that was renamed is for the type by each of its names.
+
     `rate_limits` bound the requests per subject, or per address without a subject. Once an address
     has used up its limit by requests without a valid token, tokens that are not known yet are not
     even verified. Pages of `origins` may send requests. A request is an ASGI connection scope.
@@ -322,8 +325,10 @@ class Authenticator:
         verifier: TokenVerifier | None,
         rate_limits: Sequence[RateLimitItem] = (),
         origins: Sequence[str] = (),
+        renamed: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self._verifier = verifier
+        self._renamed = renamed
         self._rates = Rates(rate_limits)
         self._hosts = frozenset(urlsplit(origin).hostname for origin in origins)
 
@@ -353,7 +358,7 @@ class Authenticator:
             self._count(_address(request))
             raise
         self._count(_name_of(caller, request))
-        return caller
+        return self._with_current_names(caller)
 
     async def authenticate_again(self, request: Scope, authorization: str | None = None) -> None:
         """Authenticate a further request on a connection that has been admitted, and count it.
@@ -374,7 +379,16 @@ class Authenticator:
         """
         if self._verifier is None:
             return ANYONE
-        return await self._verifier.verify(_authorization(request, authorization))
+        caller = await self._verifier.verify(_authorization(request, authorization))
+        return self._with_current_names(caller)
+
+    def _with_current_names(self, caller: Caller) -> Caller:
+        """Return the caller, whose job types have all the names that each has and had."""
+        if caller.job_types is None or not self._renamed:
+            return caller
+        current = {self._renamed.get(name, name) for name in caller.job_types}
+        former = {name for name, today in self._renamed.items() if today in current}
+        return replace(caller, job_types=frozenset(current | former))
 
     def check_stranger(self, request: Scope) -> None:
         """Check that the address of a request may still send one, and count nothing.
@@ -404,13 +418,17 @@ class Authenticator:
         _refuse_if(self._rates.count(name))
 
 
-def create_authenticator(settings: Settings) -> Authenticator:
-    """Create the authenticator that the settings describe.
+def create_authenticator(
+    settings: Settings, renamed: Mapping[str, str] = MappingProxyType({})
+) -> Authenticator:
+    """Create the authenticator that the settings describe. `renamed` is that of the registry.
 
     Raises:
         SettingsInvalid: the keys for the tokens cannot be used.
     """
-    return Authenticator(_token_verifier(settings), _rate_limits(settings), settings.cors_origins)
+    return Authenticator(
+        _token_verifier(settings), _rate_limits(settings), settings.cors_origins, renamed
+    )
 
 
 def _rate_limits(settings: Settings) -> list[RateLimitItem]:

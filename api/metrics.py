@@ -53,6 +53,18 @@ class Metrics:
             ["type", "outcome"],
             registry=self._registry,
         )
+        self._parked = Counter(
+            "job_registry_parked",
+            "Jobs that this process's worker has parked, because it could not read their payload.",
+            ["type"],
+            registry=self._registry,
+        )
+        self._parked_jobs = Gauge(
+            "job_registry_parked_jobs",
+            "Parked jobs in the database, the same in every process: use max, not sum.",
+            ["type"],
+            registry=self._registry,
+        )
         self._running = Gauge(
             "job_registry_running_attempts",
             "Attempts that hold a slot of this process's worker.",
@@ -98,6 +110,10 @@ class Metrics:
         """Count the end of an attempt."""
         self._attempts.labels(self._label(job_type), outcome).inc()
 
+    def parked(self, job_type: str) -> None:
+        """Count a job that was parked."""
+        self._parked.labels(self._label(job_type)).inc()
+
     def lease_renewal_failed(self) -> None:
         """Count a renewal that failed."""
         self._renewal_failures.inc()
@@ -116,12 +132,20 @@ class Metrics:
         self._overdue.set_function(lambda: attempts().overdue)
 
     def show_jobs(self, counts: Mapping[str, Mapping[str, int]] | None) -> None:
-        """Show the number of jobs per type and status; None if the database does not answer."""
+        """Show the number of jobs per type and status; None if the database does not answer.
+
+        `parked` is not a status: these jobs are also among the queued ones.
+        """
         self._database_up.set(counts is not None)
         self._jobs.clear()
+        self._parked_jobs.clear()
         for job_type, statuses in (counts or {}).items():
+            label = self._label(job_type)
             for status, jobs in statuses.items():
-                self._jobs.labels(self._label(job_type), status).inc(jobs)
+                if status == "parked":
+                    self._parked_jobs.labels(label).inc(jobs)
+                else:
+                    self._jobs.labels(label, status).inc(jobs)
 
     def text(self) -> bytes:
         """Return all metrics in the text format of Prometheus."""

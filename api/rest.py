@@ -258,7 +258,8 @@ async def list_jobs(request: _Request) -> _Answer:
     types = wanted.types
     if not types and caller.job_types is not None:
         # No types is no restriction, and no job has a type without a name.
-        types = tuple(sorted(caller.job_types)) or ("",)
+        current = request.queue.registry.current_name
+        types = tuple(sorted({current(name) for name in caller.job_types})) or ("",)
     page = await request.queue.list(
         JobFilter(types=types, statuses=wanted.statuses),
         first=wanted.first,

@@ -169,6 +169,12 @@ class Settings(BaseSettings):
         le=36_500.0,
         description="Days until a failed or cancelled job is deleted, with its attempts.",
     )
+    parked_days: float = Field(
+        default=defaults.PARKED_DAYS,
+        ge=0.0,
+        le=36_500.0,
+        description="Days until a job that no worker can read fails as `payload_invalid`.",
+    )
     max_page_size: int = Field(
         default=defaults.MAX_PAGE_SIZE,
         ge=50,

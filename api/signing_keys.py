@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
-from urllib.parse import urlsplit
 
 import h11
 import jwt
@@ -19,6 +18,7 @@ import structlog
 
 from job_registry import CodedError
 from job_registry.errors import shortened
+from job_registry_api.fetching import fetch
 
 log = structlog.get_logger("job_registry.auth")
 
@@ -249,38 +249,7 @@ async def _document(url: str, tls: ssl.SSLContext | None) -> bytes:
         h11.ProtocolError: the answer is not HTTP.
         ValueError: the answer has another status than 200, or is too large.
     """
-    parts = urlsplit(url)
-    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    headers = {
-        "Host": parts.netloc,
-        "Accept": "application/json",
-        "Accept-Encoding": "identity",
-        "Connection": "close",
-    }
-    connection = h11.Connection(h11.CLIENT)
-    request = connection.send(h11.Request(method="GET", target=target, headers=[*headers.items()]))
-    body = bytearray()
-    try:
-        async with asyncio.timeout(FETCH_SECONDS):
-            reader, writer = await asyncio.open_connection(
-                parts.hostname, parts.port or (443 if tls else 80), ssl=tls
-            )
-            try:
-                writer.write((request or b"") + (connection.send(h11.EndOfMessage()) or b""))
-                while True:
-                    event = connection.next_event()
-                    if event is h11.NEED_DATA:
-                        connection.receive_data(await reader.read(65_536))
-                    elif isinstance(event, h11.Response) and event.status_code != 200:
-                        raise ValueError(f"expected the HTTP status 200; got {event.status_code}")
-                    elif isinstance(event, h11.Data):
-                        body += event.data
-                        if len(body) > MAX_SET_BYTES:
-                            raise ValueError(f"expected at most {MAX_SET_BYTES:,} bytes")
-                    elif isinstance(event, h11.EndOfMessage):
-                        return bytes(body)
-            finally:
-                # Not awaited: the other side may never answer the end of TLS.
-                writer.close()
-    except TimeoutError:
-        raise TimeoutError(f"no answer within {FETCH_SECONDS:g} seconds") from None
+    answer = await fetch(url, tls, seconds=FETCH_SECONDS, max_bytes=MAX_SET_BYTES)
+    if answer.status != 200:
+        raise ValueError(f"expected the HTTP status 200; got {answer.status}")
+    return answer.body

@@ -2,31 +2,53 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Final, Generic, Literal, TypeVar, get_args
 
 from pydantic import JsonValue, ValidationError
-from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
+from pydantic_core import from_json
 
 from job_registry.context import JobContext
-from job_registry.errors import DefinitionError, shortened
+from job_registry.errors import (
+    DefinitionError,
+    FaultBudget,
+    PayloadInvalid,
+    Violation,
+    shortened,
+)
 from job_registry.json_values import json_document
 from job_registry.payload import Payload
-from job_registry.payload_schema import example_of, fingerprint_of, json_schema_of
+from job_registry.payload_schema import example_of
 from job_registry.policy import JobPolicy
-from job_registry.strictness import lax_parts
+from job_registry.upgrades import (
+    OlderModel,
+    PayloadModel,
+    Upgrade,
+    UpgradeFailed,
+    named,
+    older_models,
+    upgrade_fault,
+    upgrade_of,
+)
 from job_registry.violations import PayloadShape
 
 _NAME: Final = re.compile(r"[a-z][a-z0-9_]*(\.[a-z][a-z0-9_]*)*")
 _MAX_NAME: Final = 100
+_NAME_RULE: Final = (
+    "a name is lower-case words (letters, digits, _) joined by dots, such as thumbnail.create, at"
+    f" most {_MAX_NAME} characters"
+)
 _MEMORY_LIMITS_MB: Final = range(64, 1_048_577)
 
 P = TypeVar("P", bound=Payload)
 R = TypeVar("R")
+Old = TypeVar("Old", bound=Payload)
+New = TypeVar("New", bound=Payload)
 
 RunIn = Literal["loop", "thread", "process"]
 """Where a handler runs: on the worker's event loop, in a thread, or in a process of its own."""
@@ -53,6 +75,10 @@ class JobType(Generic[P]):
     handler that exceeds it gets a MemoryError, and the attempt fails as `memory_limit_exceeded`. A
     limit that is too low fails jobs that need more memory than usual. Unless given, there is none.
 
+    `accepts` are older models of the payload. A client may still enqueue a payload of one of them;
+    it is stored as it came, and `upgrade` leads from it to `payload`. `former_names` are the names
+    that the type had: stored jobs and clients that use one belong to this type.
+
     Raises:
         DefinitionError: the definition is wrong, and says what and where.
     """
@@ -67,12 +93,11 @@ class JobType(Generic[P]):
         example: Mapping[str, JsonValue] | None = None,
         run_in: RunIn | None = None,
         memory_limit_mb: int | None = None,
+        accepts: Sequence[type[Payload]] = (),
+        former_names: Sequence[str] = (),
     ) -> None:
         if not isinstance(name, str) or not is_type_name(name):
-            raise DefinitionError(
-                f"job type {shortened(name)}: a name is lower-case words (letters, digits, _)"
-                f" joined by dots, such as thumbnail.create, at most {_MAX_NAME} characters"
-            )
+            raise DefinitionError(f"job type {shortened(name)}: {_NAME_RULE}")
         where = f"job type {name}"
         if not (isinstance(payload, type) and issubclass(payload, Payload)):
             raise DefinitionError(
@@ -96,7 +121,10 @@ class JobType(Generic[P]):
                     f"{where}: memory_limit_mb limits a process of its own; add"
                     ' run_in="process", or leave memory_limit_mb out'
                 )
+        _check_former_names(where, name, former_names)
         set_ = object.__setattr__
+        set_(self, "former_names", tuple(former_names))
+        set_(self, "_upgrades", {})
         set_(self, "run_in", run_in)
         set_(self, "memory_limit_mb", memory_limit_mb)
         set_(self, "name", name)
@@ -106,7 +134,13 @@ class JobType(Generic[P]):
         set_(self, "description", "" if documentation == inspect.getdoc(Payload) else documentation)
         set_(self, "_handler", None)
         set_(self, "_example", None if example is None else dict(example))
-        self._check_payload_model()
+        set_(
+            self,
+            "_model",
+            PayloadModel(payload, self.description, f"{where}: payload {payload.__name__}"),
+        )
+        _ = self.example_payload
+        set_(self, "accepts", tuple(self._check_accepted(accepts)))
         if example is not None:
             self._check_example(dict(example))
 
@@ -116,6 +150,10 @@ class JobType(Generic[P]):
     description: str
     run_in: RunIn | None
     memory_limit_mb: int | None
+    accepts: tuple[type[Payload], ...]
+    former_names: tuple[str, ...]
+    _model: PayloadModel
+    _upgrades: dict[type[Payload], Upgrade]
     _handler: Handler | None
     _example: dict[str, JsonValue] | None
 
@@ -141,26 +179,26 @@ class JobType(Generic[P]):
         """
         where = f"job type {self.name}"
         if self._handler is not None:
-            raise DefinitionError(f"{where}: it has a handler already, {_named(self._handler)}")
+            raise DefinitionError(f"{where}: it has a handler already, {named(self._handler)}")
         try:
             inspect.signature(function).bind(None, None)
         except (TypeError, ValueError):
             raise DefinitionError(
-                f"{where}: the handler {_named(function)} must take (job, payload)"
+                f"{where}: the handler {named(function)} must take (job, payload)"
             ) from None
         if _is_generator(function):
             raise DefinitionError(
-                f"{where}: the handler {_named(function)} yields, so its result would not be JSON;"
+                f"{where}: the handler {named(function)} yields, so its result would not be JSON;"
                 " return the result instead"
             )
         if _has_swapped_arguments(function, self.payload):
             raise DefinitionError(
-                f"{where}: the handler {_named(function)} takes (payload, job), expected"
+                f"{where}: the handler {named(function)} takes (payload, job), expected"
                 " (job, payload)"
             )
         if self.run_in == "thread" and is_async(function):
             raise DefinitionError(
-                f"{where}: the handler {_named(function)} is async and cannot run in a thread;"
+                f"{where}: the handler {named(function)} is async and cannot run in a thread;"
                 ' leave run_in out, or use "process"'
             )
         object.__setattr__(self, "_handler", function)
@@ -186,7 +224,7 @@ class JobType(Generic[P]):
     @cached_property
     def payload_schema(self) -> Mapping[str, Any]:
         """The payload's JSON Schema, draft 2020-12, with camelCase names."""
-        return MappingProxyType(json_schema_of(self.payload, self.description))
+        return MappingProxyType(dict(self._model.schema))
 
     @cached_property
     def example_payload(self) -> Mapping[str, JsonValue]:
@@ -203,34 +241,185 @@ class JobType(Generic[P]):
 
     @cached_property
     def fingerprint(self) -> str:
+        """A hash of the payloads that can be read: 64 hexadecimal digits of SHA-256.
+
+        It is `payload_fingerprint` unless there are upgrades. With upgrades it depends on the older
+        models too, so that a new upgrade changes it.
+        """
+        older = sorted(each.model.fingerprint for each in self._older)
+        if not older:
+            return self.payload_fingerprint
+        return hashlib.sha256(" ".join([self.payload_fingerprint, *older]).encode()).hexdigest()
+
+    @property
+    def payload_fingerprint(self) -> str:
         """A hash of what the payload's schema demands: 64 hexadecimal digits of SHA-256.
 
-        Titles, descriptions and examples are left out: a better sentence is not another type.
+        It is stored with each job. A job that was admitted in an older form has the hash of the
+        older model. Titles, descriptions and examples are left out: a better sentence is not
+        another type.
         """
-        return fingerprint_of(self.payload_schema)
+        return self._model.fingerprint
 
     @cached_property
+    def readable_fingerprints(self) -> tuple[str, ...]:
+        """The `payload_fingerprint` of today's model, and those of the older models."""
+        older = (each.model.fingerprint for each in self._older)
+        return tuple(dict.fromkeys((self.payload_fingerprint, *older)))
+
+    @property
     def payload_shape(self) -> PayloadShape:
         """Turns Pydantic's faults of a payload into violations."""
-        return PayloadShape(self.payload)
+        return self._model.shape
 
-    def _check_payload_model(self) -> None:
-        """Check that the payload model is strict, with all its parts, and has a JSON Schema."""
-        where = f"job type {self.name}: payload {self.payload.__name__}"
-        config = self.payload.model_config
-        for option, wanted in (("strict", True), ("frozen", True), ("extra", "forbid")):
-            if config.get(option) != wanted:
-                raise DefinitionError(f"{where} sets {option}={config.get(option)!r}")
+    @property
+    def older_payloads(self) -> tuple[type[Payload], ...]:
+        """The older models that `read` upgrades, the newest first."""
+        return tuple(each.model.model for each in self._older)
+
+    @property
+    def accepted_schemas(self) -> tuple[Mapping[str, Any], ...]:
+        """The JSON Schemas of the older models in `accepts`, the newest first."""
+        return tuple(
+            MappingProxyType(dict(each.model.schema))
+            for each in self._older
+            if each.model.model in self.accepts
+        )
+
+    def upgrade(self, older: type[Old]) -> Callable[[Callable[[Old], New]], Callable[[Old], New]]:
+        """Register a function that upgrades a payload of an older model. Use it as a decorator.
+
+            @mail_send.upgrade(MailSendV1)
+            def from_v1(older: MailSendV1) -> MailSend: ...
+
+        The function returns the payload of this type, or another older model that has an upgrade;
+        its annotation says which. It must depend on nothing but its argument: it runs each time a
+        payload is read. The stored payload stays as it is. If the function raises, the payload
+        counts as one that does not fit.
+
+        Raises:
+            DefinitionError: the older model is not strict, is today's, or has an upgrade already;
+                or this is not a plain function of one argument that returns a `Payload`.
+        """
+        where = f"job type {self.name}"
+        if not (isinstance(older, type) and issubclass(older, Payload)):
+            raise DefinitionError(
+                f"{where}: upgrade({shortened(older)}), expected a subclass of Payload"
+            )
+        if older is self.payload:
+            raise DefinitionError(
+                f"{where}: upgrade({older.__name__}) is of the payload itself, expected an older"
+                " model"
+            )
+        if older in self._upgrades:
+            raise DefinitionError(
+                f"{where}: there is an upgrade from {older.__name__} already,"
+                f" {named(self._upgrades[older].function)}"
+            )
+        model = PayloadModel(older, "", f"{where}: older payload {older.__name__}")
+
+        def register(function: Callable[[Old], New]) -> Callable[[Old], New]:
+            if older in self._upgrades:
+                raise DefinitionError(
+                    f"{where}: there is an upgrade from {older.__name__} already,"
+                    f" {named(self._upgrades[older].function)}"
+                )
+            self._upgrades[older] = upgrade_of(where, self.payload, model, function)
+            for derived in ("_older", "fingerprint", "readable_fingerprints"):
+                self.__dict__.pop(derived, None)
+            return function
+
+        return register
+
+    def check(self) -> None:
+        """Check what can be known only once all upgrades are registered.
+
+        Raises:
+            DefinitionError: the upgrades from a model do not lead to the payload, or a model in
+                `accepts` has none.
+        """
+        older = self.older_payloads
+        for model in self.accepts:
+            if model not in older:
+                raise DefinitionError(
+                    f"job type {self.name}: it accepts {model.__name__}, from which no upgrade"
+                    f" leads to {self.payload.__name__}; add one with"
+                    f" upgrade({model.__name__}), or leave it out of accepts"
+                )
+
+    def read(self, payload: bytes | str, budget: FaultBudget | None = None) -> P:
+        """Parse a stored payload, JSON text: by today's model, or else by an older one.
+
+        An older payload is upgraded. The first older model that fits decides, beginning with the
+        newest. Faults are charged to `budget`.
+
+        Raises:
+            PayloadInvalid: no model fits, or the upgrade failed. The violations are those of
+                today's model.
+        """
+        document = from_json(payload)
         try:
-            self.payload.model_rebuild()
-            # Also finds, today and not at the first request, what has no JSON Schema.
-            _ = self.payload_schema
-        except (PydanticUserError, PydanticSchemaGenerationError, NameError) as error:
-            raise DefinitionError(f"{where} has no JSON Schema: {error}") from error
-        lax = lax_parts(self.payload)
-        if lax:
-            raise DefinitionError(f"{where} is not strict in all its parts: {'; '.join(lax)}")
-        _ = self.example_payload
+            return self.payload.model_validate_json(payload, by_alias=True, by_name=False)
+        except ValidationError as error:
+            fault = error
+        upgrade_faults: list[Violation] = []
+        cause: BaseException | None = None
+        for older in self._older:
+            old = older.model.parse(payload)
+            if old is None:
+                continue
+            try:
+                return older.upgraded(old)  # type: ignore[return-value]  # Checked there.
+            except UpgradeFailed as failed:
+                upgrade_faults, cause = [upgrade_fault(self.name, older.model)], failed.__cause__
+                break
+        violations = self.payload_shape.violations(fault, document, budget=budget)
+        raise PayloadInvalid(self.name, [*upgrade_faults, *violations]) from cause
+
+    def admit_older(self, text: bytes, document: object) -> tuple[P, str] | None:
+        """Return the payload of a client that sent an older form, and the form's fingerprint.
+
+        None means that the text fits no model in `accepts`.
+
+        Raises:
+            PayloadInvalid: it fits one, and the upgrade failed.
+        """
+        for older in self._older:
+            if older.model.model not in self.accepts:
+                continue
+            old = older.model.parse(text)
+            if old is None:
+                continue
+            try:
+                return older.upgraded(old), older.model.fingerprint  # type: ignore[return-value]
+            except UpgradeFailed as failed:
+                fault = upgrade_fault(self.name, older.model)
+                raise PayloadInvalid(self.name, [fault]) from failed.__cause__
+        return None
+
+    @cached_property
+    def _older(self) -> tuple[OlderModel, ...]:
+        """The older models with their upgrades."""
+        upgrades = tuple(self._upgrades.values())
+        return older_models(f"job type {self.name}", self.payload, upgrades)
+
+    def _check_accepted(self, accepts: Sequence[type[Payload]]) -> Sequence[type[Payload]]:
+        where = f"job type {self.name}: accepts"
+        if isinstance(accepts, str) or not isinstance(accepts, Sequence):
+            raise DefinitionError(f"{where} is {shortened(accepts)}, expected a list of payloads")
+        for index, model in enumerate(accepts):
+            if not (isinstance(model, type) and issubclass(model, Payload)):
+                raise DefinitionError(
+                    f"{where}[{index}] is {shortened(model)}, expected a subclass of Payload"
+                )
+            if model is self.payload:
+                raise DefinitionError(
+                    f"{where} has {model.__name__}, the payload itself; list older models only"
+                )
+            if model in accepts[:index]:
+                raise DefinitionError(f"{where} has {model.__name__} twice")
+            PayloadModel(model, "", f"job type {self.name}: older payload {model.__name__}")
+        return accepts
 
     def _check_example(self, example: dict[str, JsonValue]) -> None:
         text, violations = json_document(example, max_bytes=1 << 20)
@@ -288,5 +477,17 @@ def _annotation_name(annotation: object) -> str:
     return text.strip("\"'").partition("[")[0].rpartition(".")[2]
 
 
-def _named(function: object) -> str:
-    return f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', function)}"
+def _check_former_names(where: str, name: str, former_names: Sequence[str]) -> None:
+    if isinstance(former_names, str) or not isinstance(former_names, Sequence):
+        raise DefinitionError(
+            f"{where}: former_names is {shortened(former_names)}, expected a list of names"
+        )
+    for index, former in enumerate(former_names):
+        if not isinstance(former, str) or not is_type_name(former):
+            raise DefinitionError(
+                f"{where}: former_names[{index}] is {shortened(former)}: {_NAME_RULE}"
+            )
+        if former == name:
+            raise DefinitionError(f"{where}: former_names has {former}, the name of the type now")
+        if former in former_names[:index]:
+            raise DefinitionError(f"{where}: former_names has {former} twice")

@@ -33,8 +33,14 @@ def fingerprint_of(schema: Mapping[str, Any]) -> str:
 
     Titles, descriptions and examples are left out: a better sentence is not another type.
     """
-    text = json.dumps(_demands(dict(schema)), sort_keys=True, separators=(",", ":"))
+    text = json.dumps(demands_of(schema), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def demands_of(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a schema without titles, descriptions and examples, which only people read."""
+    demands: dict[str, Any] = _demands(dict(schema))
+    return demands
 
 
 def example_of(schema: Mapping[str, Any]) -> dict[str, JsonValue]:
@@ -134,7 +140,6 @@ def _time_bounds(
 
 
 def _demands(schema: Any) -> Any:
-    """A schema without what is only said to people."""
     if isinstance(schema, list):
         return [_demands(item) for item in schema]
     if not isinstance(schema, dict):

@@ -6,9 +6,12 @@ A field is one line with its default and its range, and a sentence below it.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal, get_args
 
 from job_registry.errors import DefinitionError, shortened
+
+OnMismatch = Literal["park", "fail"]
+"""What happens to a queued job whose stored payload cannot be read."""
 
 
 def _ranged(default: float | None, low: int, high: int) -> Any:
@@ -61,10 +64,17 @@ class JobPolicy:
     backoff: Backoff = field(default_factory=Backoff)
     """Wait between attempts."""
 
+    on_mismatch: OnMismatch = "park"
+    """What happens to a queued job whose stored payload the job type of today cannot read. "park"
+    keeps it queued for a process that can read it, such as the next deploy. "fail" fails it at
+    once, as `payload_invalid`."""
+
     def __post_init__(self) -> None:
         faults = _range_faults(self)
         if not isinstance(self.backoff, Backoff):
             faults.append(f"backoff is {shortened(self.backoff)}, expected a Backoff")
+        if self.on_mismatch not in get_args(OnMismatch):
+            faults.append(f"on_mismatch is {shortened(self.on_mismatch)}, expected park or fail")
         if faults:
             raise DefinitionError(f"JobPolicy: {'; '.join(faults)}")
 

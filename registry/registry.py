@@ -33,12 +33,15 @@ class AdmittedPayload:
     """A payload that fits its job type.
 
     `payload` is the parsed model. `json` is the compact JSON text, in UTF-8, of what came in:
-    that is what is stored, and parsed again before the job runs.
+    that is what is stored, and parsed again before the job runs. `fingerprint` is that of the model
+    that admitted it: the payload of the type, or an older one that the type accepts. `payload` is
+    upgraded then, and `json` is not.
     """
 
     job_type: JobType[Any]
     payload: Payload
     json: bytes
+    fingerprint: str
 
 
 class JobRegistry(Mapping[str, JobType[Any]]):
@@ -47,8 +50,12 @@ class JobRegistry(Mapping[str, JobType[Any]]):
     `max_payload_bytes` bounds a payload's compact JSON text. `extensions` are what workers put
     around the handlers, the outermost first. `suggests` lets errors name similar names and values.
 
+    As a mapping it has the names of today. `get_type`, and every method that takes the name of a
+    job type, also finds a type by one of its former names.
+
     Raises:
-        DefinitionError: two job types share a name, or something is not a job type.
+        DefinitionError: two job types share a name or a former name; the upgrades of a type do not
+            lead to its payload; or something is not a job type.
     """
 
     def __init__(
@@ -68,11 +75,14 @@ class JobRegistry(Mapping[str, JobType[Any]]):
                 raise DefinitionError(f"JobRegistry: {shortened(job_type)} is not a JobType")
             if job_type.name in by_name:
                 raise DefinitionError(f"JobRegistry: two job types are named {job_type.name}")
+            job_type.check()
             by_name[job_type.name] = job_type
         self._job_types = MappingProxyType(dict(sorted(by_name.items())))
+        self._renamed = MappingProxyType(_renamed(self._job_types))
         self._by_payload: dict[type[Payload], list[str]] = {}
         for name, job_type in self._job_types.items():
-            self._by_payload.setdefault(job_type.payload, []).append(name)
+            for model in (job_type.payload, *job_type.accepts):
+                self._by_payload.setdefault(model, []).append(name)
         self._max_payload_bytes = max_payload_bytes
         self._extensions = tuple(extensions)
         self._suggests = suggests
@@ -121,16 +131,39 @@ class JobRegistry(Mapping[str, JobType[Any]]):
         return len(self._job_types)
 
     def get_type(self, job_type: str, budget: FaultBudget | None = None) -> JobType[Any]:
-        """Return the job type of this name. Suggestions are charged to the budget of the request.
+        """Return the job type that has this name, or had it.
+
+        Suggestions are charged to the budget of the request.
 
         Raises:
             JobTypeNotFound: there is none; the error suggests the nearest names.
         """
-        found = self._job_types.get(job_type)
+        found = self._job_types.get(self.current_name(job_type))
         if found is None:
             budget = self.fault_budget(budget)
             raise JobTypeNotFound(job_type, budget.near(str(job_type), self._job_types, count=3))
         return found
+
+    @property
+    def renamed(self) -> Mapping[str, str]:
+        """The name of today for each former name."""
+        return self._renamed
+
+    def current_name(self, job_type: str) -> str:
+        """Return the name of today of a type that had this name; any other name as it is."""
+        return self._renamed.get(job_type, job_type)
+
+    def read(self, job_type: str, payload: bytes | str) -> Payload:
+        """Parse a stored payload, JSON text: by today's model, or an older one and its upgrades.
+
+        Raises:
+            JobTypeNotFound: no job type has this name, or had it.
+            PayloadInvalid: no model fits, or an upgrade failed. The violations are those of today's
+                model.
+        """
+        budget = self.fault_budget()
+        read: Payload = self.get_type(job_type, budget).read(payload, budget)
+        return read
 
     def request(
         self,
@@ -164,7 +197,7 @@ class JobRegistry(Mapping[str, JobType[Any]]):
         return EnqueueRequest(name, document, priority, schedule_at, max_attempts, idempotency_key)
 
     def type_of(self, payload: type[Payload]) -> str:
-        """Return the name of the job type that has this class of payload.
+        """Return the name of the job type that has, or accepts, this class of payload.
 
         Raises:
             DefinitionError: none has it, or several have it.
@@ -196,7 +229,8 @@ class JobRegistry(Mapping[str, JobType[Any]]):
     ) -> AdmittedPayload:
         """Check a payload, a JSON value in Python, against its job type.
 
-        The faults are charged to the budget of the request; without one, this payload is all of it.
+        It fits if today's model admits it, or one of the older models in `accepts`. The faults are
+        charged to the budget of the request; without one, this payload is all of it.
 
         Raises:
             JobTypeNotFound: there is no such job type.
@@ -212,13 +246,50 @@ class JobRegistry(Mapping[str, JobType[Any]]):
             try:
                 parsed = found.payload.model_validate_json(text, by_alias=True, by_name=False)
             except ValidationError as error:
+                if not faults and (admitted := _admitted_older(found, text, payload)):
+                    return admitted
                 violations = found.payload_shape.violations(error, payload, faults, budget)
             else:
                 if not violations:
-                    return AdmittedPayload(found, parsed, text)
+                    return AdmittedPayload(found, parsed, text, found.payload_fingerprint)
+                if not faults and (admitted := _admitted_older(found, text, payload)):
+                    return admitted
                 violations = list(budget.listed("The payload", violations))
         raise PayloadInvalid(found.name, violations)
 
     def validate(self, job_type: str, payload: object) -> Payload:
         """Return the parsed payload. Raises as `admit` does."""
         return self.admit(job_type, payload).payload
+
+
+def _renamed(job_types: Mapping[str, JobType[Any]]) -> dict[str, str]:
+    """Return the name of today for each former name.
+
+    Raises:
+        DefinitionError: a former name is that of another type, now or formerly.
+    """
+    renamed: dict[str, str] = {}
+    for name, job_type in job_types.items():
+        for former in job_type.former_names:
+            if former in job_types:
+                raise DefinitionError(
+                    f"job type {name}: its former name {former} is the name of another job type;"
+                    " rename that one, or leave it out of former_names"
+                )
+            if former in renamed:
+                raise DefinitionError(
+                    f"job types {renamed[former]} and {name} both have the former name {former};"
+                    " stored jobs can belong to one of them only"
+                )
+            renamed[former] = name
+    return renamed
+
+
+def _admitted_older(
+    job_type: JobType[Any], text: bytes, document: object
+) -> AdmittedPayload | None:
+    """Return the payload of a client that sent a form that the type accepts."""
+    if not job_type.accepts:
+        return None
+    admitted = job_type.admit_older(text, document)
+    return admitted and AdmittedPayload(job_type, admitted[0], text, admitted[1])

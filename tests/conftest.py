@@ -271,12 +271,18 @@ async def advance(url: str, seconds: float) -> None:
         " held_until",
         "job_attempt": "started_at finished_at held_until",
         "job_type_state": "worker_seen_at",
+        "job_parked": "due_at parked_at",
+        "job_type_version": "worker_seen_at",
     }
     database = open_database(url)
     if url.startswith("sqlite"):
         moved = "strftime('%Y-%m-%d %H:%M:%f', {0}, '{2:+.3f} seconds') || '000'"
     else:
         moved = "{0} - interval '{1:.3f} seconds'"
+    # The time that marks a parked job stays. Seen from PostgreSQL and as a text of SQLite.
+    moved = f"CASE WHEN {{0}} >= '9999-01-01 00:00:00+00' THEN {{0}} ELSE {moved} END"
+    if url.startswith("sqlite"):
+        moved = moved.replace("00:00:00+00", "00:00:00")
     async with database.transaction() as connection:
         for table, columns in times.items():
             changes = ", ".join(

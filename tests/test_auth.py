@@ -396,6 +396,7 @@ NEEDED = {
     'mutation { leaseJobs(input: {jobTypes: ["test.pong"], workerId: "w"}) { __typename } }': {
         "jobs:work"
     },
+    'mutation { stopWaiting(workerId: "w") { __typename } }': {"jobs:work"},
     'mutation { heartbeatJob(leaseToken: "t") { __typename } }': {"jobs:work"},
     'mutation { completeJob(leaseToken: "t") { __typename } }': {"jobs:work"},
     'mutation { failJob(leaseToken: "t", error: {message: "m"}) { __typename } }': {"jobs:work"},

@@ -436,6 +436,18 @@ OLD = """INSERT INTO job (id, type, fingerprint, status, payload, priority, atte
         strftime('%Y-%m-%d %H:%M:%f', 'now', '-{days} days') || '000'"""
 
 
+PARKED = (
+    """INSERT INTO job (id, type, fingerprint, status, payload, priority, attempt, max_attempts,
+    timeout_seconds, backoff_base_seconds, backoff_cap_seconds, created_at, next_run_at)
+    SELECT printf('%032x', {number}), 'other', 'f', 'queued', '{{}}', 50, 0, 3, 60, 2, 60,
+        '2026-01-01 00:00:00.000000', '9999-01-01 00:00:00.000000'""",
+    """INSERT INTO job_parked (job_id, type, priority, fingerprint, due_at, parked_at, refused_by)
+    SELECT id, type, priority, fingerprint, created_at,
+        strftime('%Y-%m-%d %H:%M:%f', 'now', '-{days} days') || '000', 'f'
+    FROM job WHERE id = printf('%032x', {number})""",
+)
+
+
 @pytest.mark.slow
 @reaches(
     "assets",
@@ -443,6 +455,7 @@ OLD = """INSERT INTO job (id, type, fingerprint, status, payload, priority, atte
     "worker_concurrency",
     "keep_succeeded_days",
     "keep_failed_days",
+    "parked_days",
     "database_pool_size",
     "database_timeout_seconds",
     "shutdown_seconds",
@@ -458,6 +471,8 @@ def test_what_is_set_for_a_worker_reaches_it(
         [("succeeded", 2), ("succeeded", 4), ("failed", 4), ("failed", 6)], start=1
     ):
         run_sql(url, OLD.format(number=number, status=status, days=days))
+    for number, days in enumerate([2, 4], start=5):
+        run_sql(url, *(each.format(number=number, days=days) for each in PARKED))
     Shell(house)("enqueue", "look", "-", stdin="{}\n" * 5, **HOUSE)
     arguments = ["--concurrency", "3"] if option else []
     arguments += ["--port", "0"] if command == "serve" else []
@@ -467,6 +482,7 @@ def test_what_is_set_for_a_worker_reaches_it(
         "lease_seconds": "77",
         "keep_succeeded_days": "3",
         "keep_failed_days": "5",
+        "parked_days": "3",
         "database_pool_size": "7",
         "database_timeout_seconds": "12",
         "shutdown_seconds": "0",
@@ -480,7 +496,8 @@ def test_what_is_set_for_a_worker_reaches_it(
             * 86400 / 10) FROM job WHERE status = 'running'"""
         assert run_sql(url, lease) == [(8,)]
         finished = "SELECT status, count(*) FROM job WHERE finished_at NOT NULL GROUP BY status"
-        eventually(lambda: run_sql(url, finished), [("failed", 1), ("succeeded", 1)])
+        # One of each kept, and one that was parked for too long.
+        eventually(lambda: run_sql(url, finished), [("failed", 2), ("succeeded", 1)])
         pools = [json.loads(line) for line in (house / "databases.jsonl").read_text().splitlines()]
         assert (pools[0]["pool_size"], pools[0]["timeout_seconds"]) == (7, 12.0)
         asked = time.monotonic()

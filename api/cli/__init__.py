@@ -13,7 +13,18 @@ from typing import Annotated, TextIO, cast
 import typer
 
 from job_registry import DefinitionError
-from job_registry_api.cli import enqueue, migrate, registry, schema, serve, startup, worker
+from job_registry_api.cli import (
+    check,
+    enqueue,
+    lock,
+    migrate,
+    registry,
+    schema,
+    serve,
+    startup,
+    versions,
+    worker,
+)
 from job_registry_api.cli.output import (
     WRONG_USAGE,
     Output,
@@ -82,6 +93,10 @@ for command in (
     registry.policy,
     registry.validate,
     enqueue.enqueue,
+    lock.lock,
+    check.check,
     schema.schema,
+    versions.versions,
+    versions.unpark,
 ):
     app.command()(command)

@@ -60,7 +60,9 @@ def policy(type_name: TypeName, as_json: AsJson = False) -> None:
         f"{found.backoff.base_seconds:g} s",
         f"doubling up to {found.backoff.cap_seconds:g} s, with half jitter",
     )
-    memory = registry[type_name].memory_limit_mb
+    kept = {"park": "keeps jobs that it cannot read", "fail": "fails jobs that it cannot read"}
+    table.add_row("onMismatch", found.on_mismatch.upper(), kept[found.on_mismatch])
+    memory = registry.get_type(type_name).memory_limit_mb
     if memory is not None:
         table.add_row("memoryLimitMb", str(memory), "for the handler's process")
     out.print(table)
@@ -86,6 +88,7 @@ def _type_json(registry: JobRegistry, name: str) -> dict[str, Any]:
         "description": job_type.description,
         "hasHandler": job_type.has_handler,
         "fingerprint": job_type.fingerprint,
+        "formerNames": list(job_type.former_names),
         "memoryLimitMb": job_type.memory_limit_mb,
         "policy": _policy_json(registry, name),
         "payloadSchema": dict(job_type.payload_schema),
@@ -95,7 +98,10 @@ def _type_json(registry: JobRegistry, name: str) -> dict[str, Any]:
 
 def _policy_json(registry: JobRegistry, name: str) -> dict[str, Any]:
     """Return every field of the policy, with the names that GraphQL has."""
-    return {"type": name, **_in_camel_case(asdict(registry.policy(name)))}
+    job_type = registry.get_type(name)
+    values = asdict(job_type.policy)
+    values["on_mismatch"] = job_type.policy.on_mismatch.upper()
+    return {"type": job_type.name, **_in_camel_case(values)}
 
 
 def _in_camel_case(values: dict[str, Any]) -> dict[str, Any]:

@@ -97,6 +97,7 @@ async def _work(
             shutdown_seconds=settings.shutdown_seconds,
             keep_succeeded_days=settings.keep_succeeded_days,
             keep_failed_days=settings.keep_failed_days,
+            parked_days=settings.parked_days,
         )
         async with contextlib.AsyncExitStack() as stack:
             shutdown = stack.enter_context(

@@ -14,8 +14,7 @@ import strawberry
 from strawberry.types.field import StrawberryField
 
 import job_registry
-from job_registry_api.graphql.answer_limits import Charged
-from job_registry_api.graphql.types import Job, JobStatus
+from job_registry_api.graphql.types import Job, JobStatus, Violation
 from job_registry_api.queue import errors as queue
 
 
@@ -23,21 +22,6 @@ from job_registry_api.queue import errors as queue
 class Error:
     code: str = strawberry.field(description="A stable code in snake_case, for programs.")
     message: str = strawberry.field(description="A sentence for people. It may change.")
-
-
-@strawberry.type(description="One fault of a value.")
-class Violation:
-    path: str = strawberry.field(
-        extensions=[Charged()],
-        description="The place of the fault: a JSON Pointer (RFC 6901) into the value, such as"
-        ' `/sizes/1`. "" is the whole value.',
-    )
-    code: str = strawberry.field(
-        description="A stable code of the fault, such as `required` or `wrong_type`."
-    )
-    message: str = strawberry.field(
-        extensions=[Charged()], description="What was expected, and what was received."
-    )
 
 
 @strawberry.type(description="No job type has this name.")

@@ -124,6 +124,14 @@ class JobFilterInput:
         )
 
 
+@strawberry.input(description="A payload of a job type that a worker can read.")
+class TypeFingerprintInput:
+    type: str = strawberry.field(description="The job type, one of `jobTypes`.")
+    fingerprint: str = strawberry.field(
+        description="A fingerprint of the type: one of its `readableFingerprints`, or an older one."
+    )
+
+
 @strawberry.input(description="Which jobs to lease, and for which worker.")
 class LeaseJobsInput:
     job_types: list[str] = strawberry.field(description="The job types the worker can run.")
@@ -134,6 +142,20 @@ class LeaseJobsInput:
     wait_seconds: int = strawberry.field(
         default=0, description="How long to wait while no job is due, 0 to 30 seconds."
     )
+    fingerprints: list[TypeFingerprintInput] | None = strawberry.field(
+        default=None,
+        description="The payloads that the worker can read. Of each job type that is named here,"
+        " only jobs that were admitted under one of its fingerprints are leased. The others stay"
+        " for other workers. A type may be named several times. Of types that are not named, all"
+        " jobs are leased, except parked ones.",
+    )
+
+    def readable(self) -> dict[str, list[str]]:
+        """Return the fingerprints that the worker can read, by job type."""
+        readable: dict[str, list[str]] = {}
+        for each in self.fingerprints or ():
+            readable.setdefault(each.type, []).append(each.fingerprint)
+        return readable
 
 
 @strawberry.input(description="Why an attempt failed.")

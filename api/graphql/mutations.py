@@ -53,10 +53,18 @@ class LeaseJobsSuccess:
     leases: list[JobLease] = strawberry.field(description="The leases of this worker.")
 
 
+@strawberry.type(description="The waits of the worker end.")
+class StopWaitingSuccess:
+    worker_id: str = strawberry.field(description="The worker's name.")
+
+
 @strawberry.type(description="The lease is renewed.")
 class HeartbeatJobSuccess:
     expires_at: datetime = strawberry.field(
         description="When the lease ends without another heartbeat."
+    )
+    seconds_to_expiry: float = strawberry.field(
+        description="The time until the lease ends without another heartbeat."
     )
     seconds_left: float = strawberry.field(
         description="The time until the attempt times out. Heartbeats do not extend it."
@@ -75,6 +83,11 @@ class JobChanged:
     @classmethod
     def of(cls, job: JobRecord) -> JobChanged:
         return cls(job=Job.of(job))
+
+
+@strawberry.type(description="The parked jobs are due again.")
+class UnparkJobsSuccess:
+    unparked: int = strawberry.field(description="How many jobs were parked.")
 
 
 EnqueueJobResult = Annotated[
@@ -97,6 +110,10 @@ LeaseJobsResult = Annotated[
     LeaseJobsSuccess | errors.InputInvalid,
     strawberry.union("LeaseJobsResult", description="The leased jobs, or why none was leased."),
 ]
+StopWaitingResult = Annotated[
+    StopWaitingSuccess | errors.InputInvalid,
+    strawberry.union("StopWaitingResult", description="Success, or why no wait was ended."),
+]
 HeartbeatJobResult = Annotated[
     HeartbeatJobSuccess | errors.LeaseLost | errors.InputInvalid,
     strawberry.union(
@@ -118,6 +135,11 @@ ReleaseJobResult = Annotated[
 SnoozeJobResult = Annotated[
     JobChanged | errors.LeaseLost | errors.InputInvalid,
     strawberry.union("SnoozeJobResult", description="The job, or why it was not snoozed."),
+]
+
+UnparkJobsResult = Annotated[
+    UnparkJobsSuccess | errors.InputInvalid,
+    strawberry.union("UnparkJobsResult", description="What was done, or why nothing was."),
 ]
 
 JobId = Annotated[strawberry.ID, strawberry.argument(description="The job's id.")]
@@ -200,6 +222,25 @@ class Mutation:
         return await _changed_if_visible(info, id, Changing.retry)
 
     @strawberry.mutation(
+        extensions=[Requires("jobs:admin")],
+        description="Let every worker try the parked jobs of some types again, also those that have"
+        " refused them. Needed after an upgrade was repaired without a change of its models.",
+    )
+    async def unpark_jobs(
+        self,
+        info: Info,
+        job_types: Annotated[
+            list[str] | None,
+            strawberry.argument(description="The job types. Defaults to all types."),
+        ] = None,
+    ) -> UnparkJobsResult | None:
+        caller, queue = context_of(info).caller, context_of(info).queue
+        if job_types is None and caller.job_types is not None:
+            job_types = sorted(caller.job_types & frozenset(queue.registry))
+        caller.need_types(job_types or ())
+        return UnparkJobsSuccess(unparked=await queue.unpark(job_types))
+
+    @strawberry.mutation(
         extensions=[Requires("jobs:work")],
         description="Lease due jobs to a worker, the highest priority first. The worker renews each"
         " lease with `heartbeatJob` and ends it with `completeJob`, `failJob`, `releaseJob` or"
@@ -225,6 +266,7 @@ class Mutation:
                 limit=input.limit,
                 wait_seconds=input.wait_seconds,
                 stop=gone,
+                readable=input.readable(),
             )
             if gone.is_set():
                 # Nobody receives these leases, and their attempts would be spent.
@@ -236,6 +278,22 @@ class Mutation:
                 leases = fitting
             leases = [replace(each, job=kept_for_answer(info, each.job)) for each in leases]
         return LeaseJobsSuccess(leases=[JobLease.of(lease) for lease in leases])
+
+    @strawberry.mutation(
+        extensions=[Requires("jobs:work")],
+        description="End the waits of a worker's `leaseJobs` requests, in every server process."
+        " Each is answered at once, with the leases that it has or with none. A worker that shuts"
+        " down sends it and reads the answer of its `leaseJobs`: no lease is lost on the way.",
+    )
+    async def stop_waiting(
+        self,
+        info: Info,
+        worker_id: Annotated[
+            str, strawberry.argument(description="The `workerId` of the `leaseJobs` requests.")
+        ],
+    ) -> StopWaitingResult | None:
+        await context_of(info).queue.stop_waiting(worker_id)
+        return StopWaitingSuccess(worker_id=worker_id)
 
     @strawberry.mutation(
         extensions=[Requires("jobs:work")],
@@ -257,6 +315,7 @@ class Mutation:
             heartbeat = await context_of(info).queue.heartbeat(lease_token, progress)
             return HeartbeatJobSuccess(
                 expires_at=heartbeat.expires_at,
+                seconds_to_expiry=heartbeat.seconds_to_expiry,
                 seconds_left=heartbeat.seconds_left,
                 cancel_requested=heartbeat.cancel_requested,
                 job=Job.of(kept_for_answer(info, heartbeat.job)),

@@ -20,10 +20,12 @@ from job_registry_api.graphql.inputs import EnqueueJobInput, JobFilterInput
 from job_registry_api.graphql.types import (
     Job,
     JobConnection,
+    JobCounts,
     JobEdge,
     JobPolicy,
     JobType,
     PageInfo,
+    UnregisteredType,
 )
 from job_registry_api.queue.errors import InputInvalid
 from job_registry_api.queue.filters import JobFilter
@@ -108,6 +110,18 @@ class Query:
         return JobType.of(context_of(info).queue.registry.get_type(job_type))
 
     @strawberry.field(
+        extensions=[Requires("jobs:read")],
+        description="The job types that the queue has jobs of and that this server does not know,"
+        " sorted by name. Another process may know them.",
+    )
+    async def unregistered_types(self, info: Info) -> list[UnregisteredType] | None:
+        context = context_of(info)
+        found = await context.queue.unregistered_types()
+        visible = [name for name in found if context.caller.may_see(name)]
+        context.budget.charge_fields(len(visible) * selected(info).fields)
+        return [UnregisteredType(name=name, counts=JobCounts.of(found[name])) for name in visible]
+
+    @strawberry.field(
         extensions=[Requires("jobs:own", "jobs:read")],
         description="The limits of the jobs of a type.",
     )
@@ -117,7 +131,8 @@ class Query:
         job_type: Annotated[str, strawberry.argument(description="The name of the job type.")],
     ) -> JobPolicyResult | None:
         context_of(info).caller.need_types([job_type])
-        return JobPolicy.of(job_type, context_of(info).queue.policy(job_type))
+        found = context_of(info).queue.registry.get_type(job_type)
+        return JobPolicy.of(found.name, found.policy)
 
     @strawberry.field(
         extensions=[Requires("jobs:enqueue", "jobs:own", "jobs:read")],
@@ -212,7 +227,9 @@ class Query:
         caller.need_types(wanted.types)
         if not wanted.types and caller.job_types is not None:
             # No types is no restriction, and no job has a type without a name.
-            wanted = replace(wanted, types=tuple(sorted(caller.job_types)) or ("",))
+            current = context_of(info).queue.registry.current_name
+            types = tuple(sorted({current(name) for name in caller.job_types})) or ("",)
+            wanted = replace(wanted, types=types)
         budget, of_each = context_of(info).budget, selected(info)
         fields = FIELDS_PER_JOB + of_each.fields
         async with budget.reading:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import strawberry
-from graphql import GraphQLObjectType, GraphQLSchema
+from graphql import (
+    GraphQLObjectType,
+    GraphQLSchema,
+    Node,
+    Visitor,
+    parse,
+    print_ast,
+    visit,
+)
 from strawberry.schema.config import StrawberryConfig
 
 from job_registry import JobRegistry
@@ -61,6 +70,18 @@ def sdl(registry: JobRegistry) -> str:
     """Return the schema of these job types in GraphQL's schema definition language."""
     # GraphQL has the directive @oneOf itself, and Strawberry declares it as well.
     return build_schema(registry).as_str().removeprefix(ONE_OF).strip() + "\n"
+
+
+def bare_sdl(registry: JobRegistry) -> str:
+    """Return the schema as `sdl` does, without descriptions: they are no part of the contract."""
+    document = parse(sdl(registry), no_location=True)
+    return print_ast(visit(document, _WithoutDescriptions())) + "\n"
+
+
+class _WithoutDescriptions(Visitor):
+    def enter(self, node: Any, *_: Any) -> Node | None:
+        described = getattr(node, "description", None) is not None
+        return replace(node, description=None) if described else None
 
 
 @cache

@@ -35,7 +35,8 @@ class JobEvent:
         description="`job.current` (the state of the job when the subscription began),"
         " `job.created`, `job.started`, `job.progressed`, `job.cancel_requested` (of a"
         " running job, whose worker now stops), `job.succeeded`, `job.retrying` (queued again for"
-        " another attempt), `job.failed` or `job.cancelled`. More names may be added."
+        " another attempt), `job.parked` (queued for a worker that can read its payload),"
+        " `job.unparked`, `job.failed` or `job.cancelled`. More names may be added."
     )
     job_id: strawberry.ID = strawberry.field(description="The job.")
     type: str = strawberry.field(description="Its job type.")
@@ -106,7 +107,7 @@ class Subscription:
             faults.append(Violation("/jobId", "job_not_found", str(unknown)))
         if faults:
             raise InputInvalid(tuple(faults))
-        types = job_types
+        types = job_types and [queue.registry.current_name(name) for name in job_types]
         if types is None and caller.job_types is not None:
             types = sorted(caller.job_types)
         return _events(context_of(info), hosted_operation.get(), of_job, types)

@@ -150,9 +150,11 @@ class _Inputs:
     def payload_of(self, job_type: JobType[Any]) -> Any:
         """Return the type of a job type's payload."""
         schema = dict(job_type.payload_schema)
-        definitions = schema.get("$defs", {})
+        definitions = dict(schema.get("$defs", {}))
         if "$ref" in schema:  # A model that contains itself.
             schema = definitions[_key(schema)]
+        for older in job_type.accepted_schemas:
+            schema = _with_older_form(schema, older, definitions)
         title = _pascal_case(job_type.name)
         return _OfJobType(self, job_type.name, definitions).object(f"{title}Input", schema)
 
@@ -324,6 +326,35 @@ class _OfJobType:
                 waiting += item
         own = {key: value for key, value in schema.items() if key not in ("$defs", "$schema")}
         return json.dumps([own, found], sort_keys=True)
+
+
+def _with_older_form(
+    schema: Mapping[str, Any], older: Mapping[str, Any], definitions: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the schema of an input that takes a form of a payload and an older one.
+
+    It has the fields of both. One that they describe differently takes any JSON, and only one that
+    both require is required. The registry then checks that a payload has one of the forms.
+    """
+    theirs = older.get("$defs", {})
+    if "$ref" in older:
+        older = theirs[_key(older)]
+    if any(definitions.get(key, inner) != inner for key, inner in theirs.items()):
+        theirs = {}
+    definitions |= theirs
+    fields = dict(schema.get("properties", {}))
+    for name, field in older.get("properties", {}).items():
+        known = fields.setdefault(name, field if theirs or "$ref" not in json.dumps(field) else {})
+        if _without_words(known) != _without_words(field):
+            fields[name] = {"description": known.get("description") or f"{_words(name)}."}
+    required = {*schema.get("required", ())} & {*older.get("required", ())}
+    return {**schema, "properties": fields, "required": sorted(required)}
+
+
+def _without_words(field: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a schema of a field demands, without what is said to people."""
+    words = ("title", "description", "examples", "default", "deprecated")
+    return {key: value for key, value in field.items() if key not in words}
 
 
 _NULL: Final = {"type": "null"}

@@ -11,6 +11,7 @@ from pydantic import JsonValue
 
 from job_registry import JobPolicy as Policy
 from job_registry import JobType as RegisteredType
+from job_registry import JobTypeNotFound
 from job_registry_api.auth import AccessScope
 from job_registry_api.graphql.access_scopes import OPEN, Requires, RequiresOrOwns
 from job_registry_api.graphql.answer_limits import Charged, selected
@@ -74,6 +75,21 @@ class Backoff:
     cap_seconds: float = strawberry.field(description="The longest wait.")
 
 
+@strawberry.enum(
+    description="What happens to a queued job whose stored payload the job type of today cannot"
+    " read."
+)
+class OnMismatch(Enum):
+    PARK = strawberry.enum_value(
+        "park",
+        description="The job stays queued, and its attempt is not spent, until a worker with"
+        " another fingerprint takes it.",
+    )
+    FAIL = strawberry.enum_value(
+        "fail", description="The job fails at once, with the code `payload_invalid`."
+    )
+
+
 @strawberry.type(
     description="The limits that the queue enforces for the jobs of a type, over all workers."
 )
@@ -88,6 +104,9 @@ class JobPolicy:
         " Null: no limit."
     )
     backoff: Backoff = strawberry.field(description="The wait between attempts.")
+    on_mismatch: OnMismatch = strawberry.field(
+        description="What happens to a queued job whose stored payload cannot be read."
+    )
 
     @classmethod
     def of(cls, job_type: str, policy: Policy) -> JobPolicy:
@@ -99,6 +118,7 @@ class JobPolicy:
             backoff=Backoff(
                 base_seconds=policy.backoff.base_seconds, cap_seconds=policy.backoff.cap_seconds
             ),
+            on_mismatch=OnMismatch(policy.on_mismatch),
         )
 
 
@@ -111,6 +131,9 @@ class JobCounts:
     succeeded: int = strawberry.field(description="Succeeded and not yet deleted.")
     failed: int = strawberry.field(description="Failed and not yet deleted.")
     cancelled: int = strawberry.field(description="Cancelled and not yet deleted.")
+    parked: int = strawberry.field(
+        description="Those of the queued jobs whose payload no worker could read yet."
+    )
 
     @classmethod
     def of(cls, counts: models.JobCounts) -> JobCounts:
@@ -120,7 +143,50 @@ class JobCounts:
             succeeded=counts.succeeded,
             failed=counts.failed,
             cancelled=counts.cancelled,
+            parked=counts.parked,
         )
+
+
+@strawberry.type(
+    description="A version of a job type: jobs were admitted under it, or workers have it. At most"
+    " 10,000 jobs of a type are counted for each number, those first that run first."
+)
+class JobTypeVersion:
+    fingerprint: str = strawberry.field(
+        description="Of jobs, the fingerprint that they were admitted under; of workers, the"
+        " `fingerprint` of their job type."
+    )
+    queued: int = strawberry.field(
+        description="Queued jobs that were admitted under it, parked ones not included."
+    )
+    running: int = strawberry.field(description="Running jobs that were admitted under it.")
+    parked: int = strawberry.field(description="Parked jobs that were admitted under it.")
+    refused: int = strawberry.field(
+        description="Parked jobs that a worker with this fingerprint has refused."
+    )
+    last_worker_at: datetime | None = strawberry.field(
+        description="When a worker with this fingerprint was last seen. Null if none was in the"
+        " last 30 days."
+    )
+
+    @classmethod
+    def of(cls, version: models.TypeVersion) -> JobTypeVersion:
+        return cls(
+            fingerprint=version.fingerprint,
+            queued=version.queued,
+            running=version.running,
+            parked=version.parked,
+            refused=version.refused,
+            last_worker_at=version.worker_seen_at,
+        )
+
+
+@strawberry.type(
+    description="A job type that this server does not know, and that the queue has jobs of."
+)
+class UnregisteredType:
+    name: str = strawberry.field(description="The name that the jobs are stored under.")
+    counts: JobCounts = strawberry.field(description="The number of its jobs in each status.")
 
 
 @strawberry.type(description="A type of job: the schema of its payload, and how its jobs run.")
@@ -150,11 +216,30 @@ class JobType:
         return JobPolicy.of(self.name, self.registered.policy)
 
     @strawberry.field(
-        description="A hash of the rules of the payload's schema. It does not change with"
-        " descriptions."
+        description="A hash of the rules of the payload's schema, and of the older schemas that"
+        " this server upgrades. It does not change with descriptions."
     )
     def fingerprint(self) -> str:
         return self.registered.fingerprint
+
+    @strawberry.field(description="The names that the type had. They are accepted as `name` is.")
+    def former_names(self) -> list[str]:
+        return list(self.registered.former_names)
+
+    @strawberry.field(
+        description="The fingerprints of the payloads that this server reads: today's, and those of"
+        " the older ones that it upgrades. A job is stored with the one that it was admitted under."
+    )
+    def readable_fingerprints(self) -> list[str]:
+        return list(self.registered.readable_fingerprints)
+
+    @strawberry.field(
+        description="The versions of this type that jobs were admitted under, or that workers have."
+    )
+    async def versions(self, info: strawberry.Info[Context, None]) -> list[JobTypeVersion] | None:
+        versions = await context_of(info).queue.versions(self.name)
+        context_of(info).budget.charge_fields(len(versions) * selected(info).fields)
+        return [JobTypeVersion.of(each) for each in versions]
 
     @strawberry.field(
         extensions=[Requires("jobs:read")],
@@ -224,6 +309,44 @@ class JobAttempt:
         )
 
 
+@strawberry.type(description="One fault of a value.")
+class Violation:
+    path: str = strawberry.field(
+        extensions=[Charged()],
+        description="The place of the fault: a JSON Pointer (RFC 6901) into the value, such as"
+        ' `/sizes/1`. "" is the whole value.',
+    )
+    code: str = strawberry.field(
+        description="A stable code of the fault, such as `required` or `wrong_type`."
+    )
+    message: str = strawberry.field(
+        extensions=[Charged()], description="What was expected, and what was received."
+    )
+
+
+@strawberry.type(
+    description="The job is parked: a worker could not read its stored payload. A worker with"
+    " another `fingerprint` takes it, and `unparkJobs` lets every worker try again."
+)
+class PayloadMismatch:
+    fingerprint: str = strawberry.field(
+        description="The fingerprint of the worker that refused the payload last."
+    )
+    violations: list[Violation] = strawberry.field(
+        description="The faults of the payload, as that worker's job type finds them."
+    )
+
+    @classmethod
+    def of(cls, reason: reading.PayloadMismatch) -> PayloadMismatch:
+        return cls(
+            fingerprint=reason.fingerprint,
+            violations=[
+                Violation(path=each.path, code=each.code, message=each.message)
+                for each in reason.violations
+            ],
+        )
+
+
 @strawberry.type(description="The job is scheduled for a later time.")
 class ScheduledFor:
     next_run_at: datetime = strawberry.field(description="The earliest time of the next run.")
@@ -248,7 +371,7 @@ class BehindInQueue:
 
 
 WaitingReason = Annotated[
-    ScheduledFor | ConcurrencyLimitReached | NoWorkerSeen | BehindInQueue,
+    ScheduledFor | ConcurrencyLimitReached | NoWorkerSeen | BehindInQueue | PayloadMismatch,
     strawberry.union("WaitingReason", description="Why a queued job does not run at this moment."),
 ]
 
@@ -275,7 +398,9 @@ class Job:
         metadata=OPEN, description="How long one attempt may take."
     )
     next_run_at: datetime | None = strawberry.field(
-        metadata=OPEN, description="The earliest time of its next run. Null unless it is queued."
+        metadata=OPEN,
+        description="The earliest time of its next run. Null unless it is queued, and for a parked"
+        " job: see `PayloadMismatch`.",
     )
     created_at: datetime = strawberry.field(metadata=OPEN, description="When it was stored.")
     started_at: datetime | None = strawberry.field(
@@ -334,8 +459,11 @@ class Job:
         " The job itself runs by its own `maxAttempts` and `timeoutSeconds`.",
     )
     def policy(self, info: strawberry.Info[Context, None]) -> JobPolicy | None:
-        registered = context_of(info).queue.registry.get(self.type)
-        return JobPolicy.of(self.type, registered.policy) if registered else None
+        try:
+            registered = context_of(info).queue.registry.get_type(self.type)
+        except JobTypeNotFound:
+            return None
+        return JobPolicy.of(registered.name, registered.policy)
 
     @strawberry.field(
         metadata=OPEN,
@@ -351,6 +479,8 @@ class Job:
                 return NoWorkerSeen(last_seen_seconds_ago=seconds)
             case reading.BehindInQueue(ahead):
                 return BehindInQueue(ahead=ahead)
+            case reading.PayloadMismatch() as mismatch:
+                return PayloadMismatch.of(mismatch)
         return None
 
     @classmethod
@@ -424,6 +554,17 @@ class JobLease:
     deadline_at: datetime = strawberry.field(
         description="When the attempt times out. Heartbeats do not extend it."
     )
+    lease_seconds: float = strawberry.field(
+        description="How long the lease lasts after each heartbeat. Send one every third of it."
+    )
+    seconds_to_expiry: float = strawberry.field(
+        description="The time until the lease ends without a heartbeat, counted from the start of"
+        " the lease. Unlike `expiresAt`, it does not depend on the worker's clock."
+    )
+    seconds_left: float = strawberry.field(
+        description="The time until the attempt times out, counted from the start of the lease."
+        " Unlike `deadlineAt`, it does not depend on the worker's clock."
+    )
 
     @classmethod
     def of(cls, lease: claiming.Lease) -> JobLease:
@@ -432,4 +573,7 @@ class JobLease:
             job=Job.of(lease.job),
             expires_at=lease.expires_at,
             deadline_at=lease.deadline_at,
+            lease_seconds=lease.lease_seconds,
+            seconds_to_expiry=lease.seconds_to_expiry,
+            seconds_left=lease.job.timeout_seconds,
         )

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final
 
-from job_registry_api.queue.errors import JobNotFound, JobStateConflict
+from job_registry import JobRegistry
+from job_registry_api.queue.errors import InputInvalid, JobNotFound, JobStateConflict
 from job_registry_api.queue.events import Events, JobEvent
 from job_registry_api.queue.models import JobRecord, Owner
 from job_registry_api.queue.opening import Opening
-from job_registry_api.queue.requests import parse_job_id
+from job_registry_api.queue.requests import parse_job_id, unknown_types
 from job_registry_api.queue.store import Store
+
+UNPARK_BATCH: Final = 500
+"""Jobs per transaction. On SQLite, leases wait for it."""
 
 
 class Changing(Opening):
     """The part of `JobQueue` that changes jobs on request."""
 
+    registry: JobRegistry
     events: Events
     _store: Store
 
@@ -40,6 +46,32 @@ class Changing(Opening):
             JobStateConflict: the job is neither failed nor cancelled.
         """
         return await self._change(job_id, owner, self._store.retry, "retried")
+
+    async def unpark(self, job_types: Sequence[str] | None = None) -> int:
+        """Make the parked jobs of these types due for every worker, and return how many there were.
+
+        None means all types, also those that are not registered. What refused the jobs is
+        forgotten. They are changed in batches; if it raises, some may have been changed.
+
+        Raises:
+            InputInvalid: a type is not registered.
+        """
+        self.check_open()
+        if job_types is None:
+            stored = [name for name, of in (await self._store.counts()).items() if of.parked]
+        else:
+            if faults := unknown_types(self.registry, job_types):
+                raise InputInvalid(tuple(faults))
+            found = dict.fromkeys(self.registry.get_type(name) for name in job_types)
+            stored = [name for each in found for name in (each.name, *each.former_names)]
+        unparked = 0
+        while stored:
+            jobs = await self._store.unpark(stored, jobs=UNPARK_BATCH)
+            self.events.publish([JobEvent.of("job.unparked", job) for job in jobs])
+            unparked += len(jobs)
+            if not jobs:
+                break
+        return unparked
 
     async def _change(
         self,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -25,6 +25,12 @@ from job_registry_api.queue.store import Claim, Store
 
 WORKER_SEEN_SECONDS: Final = 10.0
 """How often a process records in the database that it runs a type."""
+
+MAX_SEEN: Final = 10_000
+"""How many types and versions of types a process remembers that it has recorded."""
+
+Readable = Mapping[str, tuple[str, ...]]
+"""For types, the fingerprints under which a job must have been admitted for a caller to read it."""
 
 MIN_PAUSE_SECONDS: Final = 0.02
 MAX_LOCKED_PAUSE_SECONDS: Final = 1.0
@@ -49,6 +55,14 @@ class Lease:
     job: JobRecord
     expires_at: datetime
     deadline_at: datetime
+    lease_seconds: float
+    """How long the lease lasts after each heartbeat, but never past `deadline_at`."""
+
+    @property
+    def seconds_to_expiry(self) -> float:
+        """How long after its beginning the lease expires without a heartbeat."""
+        assert self.job.started_at is not None
+        return (self.expires_at - self.job.started_at).total_seconds()
 
 
 def count_recovered(metrics: Metrics, recovered: Sequence[JobRecord]) -> None:
@@ -82,7 +96,7 @@ class Claiming:
         self._lease_seconds = lease_seconds
         self._give_back = give_back
         self._metrics = metrics
-        self._lines: dict[frozenset[str], _WaitingLine] = {}
+        self._lines: dict[_Line, _WaitingLine] = {}
         self._seen: dict[str, float] = {}
         self._served: dict[str, int] = {}
         self._turn = itertools.count(1)
@@ -99,15 +113,17 @@ class Claiming:
         limit: int,
         wait_seconds: float,
         stop: asyncio.Event | None,
+        readable: Readable | None = None,
     ) -> list[Lease]:
         """Lease up to `limit` due jobs of these types; wait up to `wait_seconds` for the first.
 
         The wait ends when `stop` is set. Jobs that are leased for a cancelled caller are
-        released.
+        released. `readable` is that of `Leasing.lease`.
         """
         if wait_seconds <= 0 or self.is_ending or (stop is not None and stop.is_set()):
-            return await self.claim(types, worker_id, limit)
-        line = self._lines.setdefault(frozenset(types), _WaitingLine(self, tuple(types)))
+            return await self.claim(types, worker_id, limit, readable)
+        key = _line(types, readable)
+        line = self._lines.setdefault(key, _WaitingLine(self, key, tuple(types), readable))
         waiter = _Waiter(worker_id, limit, asyncio.get_running_loop().create_future())
         line.join(waiter)
         stopped = None if stop is None else asyncio.create_task(stop.wait())
@@ -132,10 +148,12 @@ class Claiming:
             if stopped is not None:
                 stopped.cancel()
 
-    async def claim(self, types: Sequence[str], worker_id: str, limit: int) -> list[Lease]:
+    async def claim(
+        self, types: Sequence[str], worker_id: str, limit: int, readable: Readable | None = None
+    ) -> list[Lease]:
         """Lease jobs that are due now."""
         # In a separate task: cancelling the caller during the claim must not lose its leases.
-        looking = asyncio.create_task(self.look(types, worker_id, limit, thorough=True))
+        looking = asyncio.create_task(self.look(types, worker_id, limit, readable, thorough=True))
         self._looking.add(looking)
         looking.add_done_callback(self._looking.discard)
         try:
@@ -150,15 +168,31 @@ class Claiming:
             self.give_back(looking.result()[0])
 
     async def look(
-        self, types: Sequence[str], worker_id: str, limit: int, *, thorough: bool = False
+        self,
+        types: Sequence[str],
+        worker_id: str,
+        limit: int,
+        readable: Readable | None = None,
+        *,
+        thorough: bool = False,
     ) -> tuple[list[Lease], bool]:
         """Lease jobs that are due now. Return them, and whether all due jobs were considered."""
-        await self.show_worker(types)
+        await self.show_worker(types, readable)
         limits = self.limits(types)
         # Types of one priority take turns. The one whose last turn is longest ago comes first.
         turns = tuple(sorted(types, key=lambda name: self._served.get(name, 0)))
         claimed = await self._store.claim(
-            Claim(turns, limits, worker_id, limit, self._lease_seconds, thorough)
+            Claim(
+                turns,
+                limits,
+                worker_id,
+                limit,
+                self._lease_seconds,
+                thorough,
+                former=self._former(types),
+                fingerprints=self._fingerprints(types) if readable is None else {},
+                readable=readable or {},
+            )
         )
         for each in claimed.leased:
             self._served[each.job.type] = next(self._turn)
@@ -167,7 +201,13 @@ class Claiming:
         self._events.publish(happened)
         count_recovered(self._metrics, claimed.recovered)
         leases = [
-            Lease(each.job.id.hex + each.token, each.job, each.expires_at, each.deadline_at)
+            Lease(
+                each.job.id.hex + each.token,
+                each.job,
+                each.expires_at,
+                each.deadline_at,
+                self._lease_seconds,
+            )
             for each in claimed.leased
         ]
         leases.sort(key=lambda lease: -lease.job.priority)
@@ -181,20 +221,48 @@ class Claiming:
             if (limit := self._registry.policy(name).concurrency_limit) is not None
         }
 
-    async def show_worker(self, types: Sequence[str]) -> None:
+    async def show_worker(self, types: Sequence[str], readable: Readable | None = None) -> None:
         """Record that a worker runs these types, even while it has no free slot.
 
-        It is written at most every ten seconds per type.
+        It is written at most every ten seconds per type, and so are the versions of types.
         """
         now = asyncio.get_running_loop().time()
-        stale = [t for t in types if now - self._seen.get(t, -1e9) > WORKER_SEEN_SECONDS]
-        if stale:
-            self._seen |= dict.fromkeys(stale, now)
-            await self._store.see_worker(stale)
+        if readable is None:
+            versions = set(self._fingerprints(types).items())
+        else:
+            versions = {(name, each) for name, some in readable.items() for each in some}
+        stale = [t for t in types if self._is_stale(t, now)]
+        unseen = [each for each in versions if self._is_stale("\0".join(each), now)]
+        if stale or unseen:
+            self._seen |= dict.fromkeys([*stale, *map("\0".join, unseen)], now)
+            if len(self._seen) > MAX_SEEN:  # Remote workers may name any fingerprints.
+                self._seen = {key: at for key, at in self._seen.items() if at == now}
+            former = self._former(stale)
+            stored = [*stale, *(name for names in former.values() for name in names)]
+            await self._store.see_worker(stored, unseen)
+
+    def _is_stale(self, key: str, now: float) -> bool:
+        return now - self._seen.get(key, -1e9) > WORKER_SEEN_SECONDS
+
+    def _former(self, types: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        """Return the former names of the types that have some."""
+        return {
+            name: former for name in types if (former := self._registry.get_type(name).former_names)
+        }
+
+    def _fingerprints(self, types: Sequence[str]) -> dict[str, str]:
+        """Return the fingerprints that the types have in this process."""
+        return {name: self._registry.get_type(name).fingerprint for name in types}
 
     async def seconds_to_next(self, types: Sequence[str]) -> float | None:
         """Return the seconds until a claim may find more jobs, or None if no time is known."""
-        return await self._store.next_due(types, self.limits(types))
+        limits = self.limits(types)
+        stored = list(types)
+        for name, names in self._former(types).items():
+            stored += names
+            if name in limits:
+                limits |= dict.fromkeys(names, limits[name])
+        return await self._store.next_due(stored, limits)
 
     def give_back(self, leases: Sequence[Lease]) -> None:
         """Release leases whose caller is gone, in the background."""
@@ -223,7 +291,7 @@ class Claiming:
 
     def drop(self, line: _WaitingLine) -> None:
         """Remove an empty waiting line."""
-        self._lines.pop(frozenset(line.types), None)
+        self._lines.pop(line.key, None)
 
     async def close(self) -> None:
         """Wait for claims in progress, and for the release of leases whose callers are gone."""
@@ -246,11 +314,27 @@ class _Waiter:
     is_gone: bool = False
 
 
+_Line = tuple[frozenset[str], frozenset[tuple[str, tuple[str, ...]]] | None]
+"""What a waiting line is for: job types, and the fingerprints that its callers can read."""
+
+
+def _line(types: Sequence[str], readable: Readable | None) -> _Line:
+    return frozenset(types), None if readable is None else frozenset(readable.items())
+
+
 class _WaitingLine:
     """The callers that wait for jobs of the same types, first come, first served."""
 
-    def __init__(self, claiming: Claiming, types: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        claiming: Claiming,
+        key: _Line,
+        types: tuple[str, ...],
+        readable: Readable | None,
+    ) -> None:
+        self.key = key
         self.types = types
+        self._readable = readable
         self._claiming = claiming
         self._waiters: deque[_Waiter] = deque()
         self._woken = asyncio.Event()
@@ -270,10 +354,17 @@ class _WaitingLine:
         if not self._waiters:
             self._woken.set()
 
-    def end(self) -> None:
-        """End all waits without a lease, except one whose claim is in progress."""
+    def end(self, worker_id: str | None = None) -> None:
+        """End all waits, or those of one worker, without a lease.
+
+        A wait whose claim is in progress ends with the leases of that.
+        """
         for waiter in self._waiters:
-            if not waiter.is_served and not waiter.leases.done():
+            if worker_id is not None and waiter.worker_id != worker_id:
+                continue
+            if waiter.is_served:
+                waiter.is_leaving = True
+            elif not waiter.leases.done():
                 waiter.leases.set_result([])
 
     async def _run(self) -> None:
@@ -281,7 +372,10 @@ class _WaitingLine:
         limited = list(claiming.limits(self.types))
         locked = 0
         try:
-            with claiming.events.waiting_for(self.types, limited) as self._woken:
+            with (
+                claiming.events.on_waits_ended(self.end),
+                claiming.events.waiting_for(self.types, limited) as self._woken,
+            ):
                 while self._waiters:
                     self._woken.clear()
                     everything = await self._serve()
@@ -319,7 +413,7 @@ class _WaitingLine:
             waiter.is_served = True
             try:
                 leases, everything = await self._claiming.look(
-                    self.types, waiter.worker_id, waiter.limit
+                    self.types, waiter.worker_id, waiter.limit, self._readable
                 )
             finally:
                 waiter.is_served = False

@@ -23,15 +23,22 @@ def open_database(
     listen_url: str | None = None,
     schema: str = defaults.SCHEMA,
     create: bool = False,
+    read_only: bool = False,
     ahead: Callable[[], float] | None = None,
 ) -> Database:
     """Return the database of a URL: `sqlite:///jobs.db` or `postgresql://user@host/name`.
 
+    With `read_only`, nothing can be written.
     `create` and `ahead` apply to SQLite; `pooler`, `listen_url` and `schema` apply to PostgreSQL.
     """
     if url.startswith("sqlite"):
         return SQLiteDatabase(
-            url, pool_size=pool_size, timeout_seconds=timeout_seconds, create=create, ahead=ahead
+            url,
+            pool_size=pool_size,
+            timeout_seconds=timeout_seconds,
+            create=create,
+            read_only=read_only,
+            ahead=ahead,
         )
     return PostgreSQLDatabase(
         url,
@@ -40,6 +47,7 @@ def open_database(
         pooler=pooler,
         listen_url=listen_url,
         schema=schema,
+        read_only=read_only,
     )
 
 

@@ -302,8 +302,9 @@ class Enqueueing(Opening):
         now = await self._store.now()
         duplicate: JobRecord | None = None
         if new.idempotency_key is not None:
-            key = (new.type, new.idempotency_key)
-            duplicate = (await self._store.find_by_key([key])).get(key)
+            names = [each.type for each in (new, *self._under_former_names([new]))]
+            found = await self._store.find_by_key((name, new.idempotency_key) for name in names)
+            duplicate = next(iter(found.values()), None)
         if duplicate is not None:
             stored = stored_before(duplicate, new)
             duplicate = _enqueued(new, request, stored, others, budget).job
@@ -349,6 +350,14 @@ class Enqueueing(Opening):
     def _insert_within(self, session: Session, jobs: Sequence[NewJob]) -> dict[uuid.UUID, Stored]:
         connection = session.connection()
         stored: dict[uuid.UUID, Stored] = {}
+        former = {
+            (job.type, job.idempotency_key or ""): job for job in self._under_former_names(jobs)
+        }
+        if former:
+            found = self._store.find_by_key_within(connection, former)
+            stored |= {
+                former[key].id: stored_before(job, former[key]) for key, job in found.items()
+            }
         for _ in range(10):
             missing = [job for job in jobs if job.id not in stored]
             if not missing:
@@ -410,7 +419,7 @@ class Enqueueing(Opening):
         return NewJob(
             id=self._new_id(),
             type=job_type.name,
-            fingerprint=job_type.fingerprint,
+            fingerprint=admitted.fingerprint,
             payload=admitted.json,
             priority=DEFAULT_PRIORITY if request.priority is None else request.priority,
             max_attempts=request.max_attempts or policy.max_attempts,
@@ -447,14 +456,47 @@ class Enqueueing(Opening):
         self, jobs: Sequence[NewJob]
     ) -> tuple[dict[uuid.UUID, Stored], bool] | None:
         """Insert all jobs or none. Return None if a job with one of the keys is being deleted."""
-        stored, committed = await self._store.insert_all(jobs)
+        held = await self._held_under_former_names(jobs)
+        if any(outcome.conflicts for outcome in held.values()):
+            nothing = next(iter(held.values()))._replace(existing=None)
+            return {job.id: held.get(job.id, nothing) for job in jobs}, False
+        rest = [job for job in jobs if job.id not in held]
+        stored, committed = await self._store.insert_all(rest)
+        stored = held | stored
         return (stored, committed) if len(stored) == len(jobs) else None
 
     async def _insert(self, jobs: Sequence[NewJob]) -> list[Stored | None]:
         """Insert jobs in one statement. None means that another transaction holds the key."""
-        stored = await self._store.insert(jobs)
+        stored = await self._held_under_former_names(jobs)
+        if rest := [job for job in jobs if job.id not in stored]:
+            stored |= await self._store.insert(rest)
         self._publish_created(jobs, stored)
         return [stored.get(job.id) for job in jobs]
+
+    async def _held_under_former_names(self, jobs: Sequence[NewJob]) -> dict[uuid.UUID, Stored]:
+        """Return the outcomes of the jobs whose key a job has under a former name of the type.
+
+        Only processes that have the former name as the name of the type insert such jobs. One that
+        is inserted at this moment is not found.
+        """
+        former = self._under_former_names(jobs)
+        held = await self._store.holders(former) if former else {}
+        types = {job.id: job.type for job in jobs}
+        return {
+            job_id: outcome._replace(
+                existing=present(outcome.existing)._replace(type=types[job_id])
+            )
+            for job_id, outcome in held.items()
+        }
+
+    def _under_former_names(self, jobs: Sequence[NewJob]) -> list[NewJob]:
+        """Return the jobs that have a key, once for each former name of their type."""
+        return [
+            job._replace(type=former)
+            for job in jobs
+            if job.idempotency_key is not None
+            for former in self.registry.get_type(job.type).former_names
+        ]
 
     async def _insert_one(self, new: NewJob) -> Stored:
         """Insert a job with others in one statement. An existing job is read whole."""

@@ -14,6 +14,9 @@ Names and types may also be listed once, and events then hold their indexes:
     {"process": "5f0c…", "names": ["job.created"], "types": ["payout.execute"],
      "events": [[0, "01a20b59007a…", 0, 0]]}
 
+The event `worker.stopped_waiting` is of no job: its id is zero, and in the place of the type
+is the worker's id.
+
 Events that do not fit into a notification are stored as a row of `job_event_batch`. The
 notification then holds the id of that row: `{"process": "5f0c…", "batch": 17}`. Readers skip
 unknown names, keys and further columns, so that newer versions can add some.
@@ -34,6 +37,7 @@ from collections.abc import (
 )
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Final, Literal, NamedTuple, cast
 from uuid import UUID
 
@@ -45,7 +49,7 @@ from job_registry_api.queue.database import Database
 from job_registry_api.queue.errors import EventsMissed, QueueUnavailable
 from job_registry_api.queue.event_stream import EventStream, Gap
 from job_registry_api.queue.models import JobRecord, JobStatus
-from job_registry_api.queue.store import Store
+from job_registry_api.queue.store import WAITS_ENDED, Store
 
 EventName = Literal[
     "job.created",
@@ -57,6 +61,8 @@ EventName = Literal[
     "job.failed",
     "job.cancelled",
     "job.settled",
+    "job.parked",
+    "job.unparked",
 ]
 
 STATUS_AFTER: Final[dict[EventName, JobStatus]] = {
@@ -70,6 +76,8 @@ STATUS_AFTER: Final[dict[EventName, JobStatus]] = {
     "job.cancelled": JobStatus.CANCELLED,
     # The handler of a timed-out attempt has stopped and frees its place. Subscribers do not get it.
     "job.settled": JobStatus.QUEUED,
+    "job.parked": JobStatus.QUEUED,
+    "job.unparked": JobStatus.QUEUED,
 }
 
 _AFTER_CHANGE: Final[dict[JobStatus, EventName]] = {
@@ -109,12 +117,16 @@ class JobEvent(NamedTuple):
     @property
     def queued(self) -> bool:
         """Whether the job now waits for a worker."""
-        return self.name in ("job.created", "job.retrying")
+        # Another worker may be able to read a job that one has parked.
+        return self.name in ("job.created", "job.retrying", "job.parked", "job.unparked")
 
     @property
     def made_room(self) -> bool:
         """Whether an attempt ended or a job left the queue, so that others of its type may run."""
-        return self.status is not JobStatus.RUNNING and self.name != "job.created"
+        return self.status is not JobStatus.RUNNING and self.name not in (
+            "job.created",
+            "job.unparked",
+        )
 
     @classmethod
     def of(cls, name: EventName, job: JobRecord) -> JobEvent:
@@ -124,15 +136,19 @@ class JobEvent(NamedTuple):
     @classmethod
     def of_change(cls, job: JobRecord) -> JobEvent:
         """Return the event of a job whose attempt ended, or that was cancelled or retried."""
-        return cls.of(_AFTER_CHANGE[job.status], job)
+        return cls.of("job.parked" if job.is_parked else _AFTER_CHANGE[job.status], job)
 
 
 class Message(NamedTuple):
-    """The message of a process: its events, or the id of the batch that holds them."""
+    """The message of a process: its events, or the id of the batch that holds them.
+
+    `stopped_waiting` are the ids of workers that wait for no more jobs.
+    """
 
     process: str
     events: tuple[JobEvent, ...]
     batch: int | None = None
+    stopped_waiting: tuple[str, ...] = ()
 
 
 def decode(text: str | bytes) -> Message:
@@ -147,15 +163,20 @@ def decode(text: str | bytes) -> Message:
         if not isinstance(process, str) or not (batch is None or isinstance(batch, int)):
             raise TypeError
         names, types = message.get("names", ()), message.get("types", ())
-        events = []
+        events: list[JobEvent] = []
+        stopped: list[str] = []
         for name, job_id, job_type, attempt, *_ in message.get("events", ()):
-            known = cast(EventName, _text(name, names))
+            text_of_name = _text(name, names)
+            if text_of_name == WAITS_ENDED:
+                stopped.append(_text(job_type, types))
+                continue
+            known = cast(EventName, text_of_name)
             event = JobEvent(known, UUID(job_id), _text(job_type, types), int(attempt))
             if known in STATUS_AFTER:
                 events.append(event)
     except (AttributeError, IndexError, KeyError, OverflowError, TypeError) as error:
         raise ValueError("the message does not have the form of a message") from error
-    return Message(process, tuple(events), batch)
+    return Message(process, tuple(events), batch, tuple(stopped))
 
 
 def _text(value: Any, table: Sequence[Any]) -> str:
@@ -257,7 +278,15 @@ class Events:
     a callback is called on the loop on which it was registered.
     """
 
-    def __init__(self, database: Database, store: Store, process: str, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        database: Database,
+        store: Store,
+        process: str,
+        metrics: Metrics,
+        renamed: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        self._renamed = renamed
         self.process: Final = process
         """The id of this process in messages."""
         self.failures = 0
@@ -268,6 +297,7 @@ class Events:
         self._waiting: dict[asyncio.Event, tuple[frozenset[str], frozenset[str]]] = {}
         self._work: dict[_Callback, frozenset[str]] = {}
         self._cancellations: dict[_Callback, None] = {}
+        self._waits: dict[_Callback, None] = {}
         self._subscriptions: set[Subscription] = set()
         self._stream: EventStream | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -368,6 +398,21 @@ class Events:
         finally:
             del self._cancellations[registered]
 
+    @contextmanager
+    def on_waits_ended(self, callback: Callable[[str], None]) -> Iterator[None]:
+        """Call `callback` with the id of each worker that waits for no more jobs."""
+        registered = _Callback(callback, asyncio.get_running_loop())
+        self._waits[registered] = None
+        try:
+            yield
+        finally:
+            del self._waits[registered]
+
+    def end_waits(self, worker_id: str) -> None:
+        """End the waits of a worker in this process."""
+        for callback in tuple(self._waits):
+            self._guard(callback, worker_id)
+
     @asynccontextmanager
     async def listening(self) -> AsyncIterator[None]:
         """Receive the events of every process, including this one, while the context is open."""
@@ -419,8 +464,12 @@ class Events:
                 log.exception("events.unreadable")
             self._miss("a message could not be read")
             return
+        for worker_id in message.stopped_waiting:
+            self.end_waits(worker_id)
         own = message.process == self.process
         for event in message.events:
+            if (name := self._renamed.get(event.type)) is not None:
+                event = event._replace(type=name)
             if not own or self._is_first(event, published=False):
                 self._wake(event)
             self._offer(event)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Final, NamedTuple
 
 from pydantic import JsonValue
@@ -17,7 +17,7 @@ from pydantic_core import from_json
 from job_registry import JobRegistry, Violation
 from job_registry.json_values import json_document
 from job_registry_api.metrics import Metrics
-from job_registry_api.queue.claiming import Claiming, Lease
+from job_registry_api.queue.claiming import Claiming, Lease, Readable
 from job_registry_api.queue.database import Database
 from job_registry_api.queue.enqueueing import created_events
 from job_registry_api.queue.errors import (
@@ -29,7 +29,12 @@ from job_registry_api.queue.errors import (
 from job_registry_api.queue.events import Events, JobEvent
 from job_registry_api.queue.group_commit import GroupCommit
 from job_registry_api.queue.models import AttemptOutcome, JobError, JobRecord, JobStatus
-from job_registry_api.queue.requests import check_lease, check_seconds, differing_paths
+from job_registry_api.queue.requests import (
+    check_lease,
+    check_seconds,
+    check_worker_id,
+    differing_paths,
+)
 from job_registry_api.queue.store import (
     TIMED_OUT,
     LeaseRenewal,
@@ -50,6 +55,7 @@ class Heartbeat:
     expires_at: datetime
     seconds_left: float
     cancel_requested: bool
+    seconds_to_expiry: float
 
 
 class Renewal(NamedTuple):
@@ -88,11 +94,17 @@ class Leasing:
         limit: int = 1,
         wait_seconds: float = 0.0,
         stop: asyncio.Event | None = None,
+        readable: Mapping[str, Collection[str]] | None = None,
     ) -> list[Lease]:
         """Lease up to `limit` due jobs of these types; wait up to `wait_seconds` for the first.
 
         The wait ends when `stop` is set or the call is cancelled. Jobs that are leased for a
-        cancelled call are released.
+        cancelled call are released. A type can be named by a former name.
+
+        Without `readable` the job types of this process read the payloads: jobs that workers with
+        another fingerprint have parked are leased too. With it somebody else reads them: of the
+        types that it has, only jobs that were admitted under one of the fingerprints are leased,
+        parked or not; of other types all jobs that are not parked.
 
         Fewer jobs are leased once their payloads have a megabyte of JSON text together.
 
@@ -103,14 +115,34 @@ class Leasing:
             InputInvalid: a type is not registered, `limit` is not 1 to 100, `wait_seconds` is not
                 0 to 30, or `worker_id` does not have 1 to 255 characters.
         """
-        check_lease(self.registry, job_types, worker_id, limit, wait_seconds)
+        check_lease(self.registry, job_types, worker_id, limit, wait_seconds, readable or {})
+        names = [self.registry.get_type(name).name for name in job_types]
+        reads: Readable | None = None
+        if readable is not None:
+            reads = {
+                self.registry.get_type(name).name: tuple(sorted(set(fingerprints)))
+                for name, fingerprints in readable.items()
+            }
         return await self._claiming.lease(
-            tuple(dict.fromkeys(job_types)),
+            tuple(dict.fromkeys(names)),
             worker_id,
             limit=limit,
             wait_seconds=wait_seconds,
             stop=stop,
+            readable=reads,
         )
+
+    async def stop_waiting(self, worker_id: str) -> None:
+        """End the waits of a worker's `lease` calls, in every process. Later calls wait again.
+
+        A call whose claim is in progress returns the leases of that.
+
+        Raises:
+            InputInvalid: `worker_id` does not have 1 to 255 characters.
+        """
+        check_worker_id(worker_id)
+        self.events.end_waits(worker_id)
+        await self._store.announce_waits_ended(worker_id)
 
     def give_back(self, leases: Sequence[Lease]) -> None:
         """Release leases whose caller is gone, in the background. Their attempts are not spent."""
@@ -151,7 +183,20 @@ class Leasing:
         job = await self._store.get(job_id)
         if job is None:
             raise LeaseLost
-        return Heartbeat(job, renewed.expires_at, renewed.seconds_left, renewed.cancel_requested)
+        seconds_to_expiry = min(self.lease_seconds, renewed.seconds_left)
+        if not renewed.renewed and job.started_at is not None:
+            # The lease is as it was. Its end is known relative to the attempt's deadline alone.
+            deadline = job.started_at + timedelta(seconds=job.timeout_seconds)
+            seconds_to_expiry = (
+                renewed.seconds_left - (deadline - renewed.expires_at).total_seconds()
+            )
+        return Heartbeat(
+            job,
+            renewed.expires_at,
+            renewed.seconds_left,
+            renewed.cancel_requested,
+            max(0.0, seconds_to_expiry),
+        )
 
     async def renew(self, renewals: Sequence[Renewal]) -> list[Renewed | LeaseLost]:
         """Renew leases in one statement. Return the result of each, in order.
@@ -267,6 +312,27 @@ class Leasing:
             )
         )
 
+    async def park(self, token: str, fingerprint: str, error: JobError) -> JobRecord:
+        """Queue the job for workers with another fingerprint, because its payload cannot be read.
+
+        The attempt is not spent. The job remembers the last 16 fingerprints that refused it. A job
+        whose cancellation was requested is cancelled.
+
+        Raises:
+            LeaseLost: the lease is no longer in force.
+            InputInvalid: the error is too large to store.
+        """
+        job_id, secret = _parts(token)
+        return await self._report(
+            Report(
+                job_id,
+                secret,
+                AttemptOutcome.RELEASED,
+                error=self._error(error),
+                parked_for=fingerprint,
+            )
+        )
+
     async def release(self, token: str) -> JobRecord:
         """Queue the job again at once. The attempt is not spent.
 
@@ -347,6 +413,8 @@ class Leasing:
                     cancelled = job.status is JobStatus.CANCELLED
                     outcome = AttemptOutcome.CANCELLED if cancelled else report.outcome
                     self.metrics.attempt_ended(job.type, outcome.value)
+                    if job.is_parked:
+                        self.metrics.parked(job.type)
             missing = [report for report in these if report.job_id not in jobs]
             states: dict[uuid.UUID, LeaseState] | None = {}
             try:

@@ -212,13 +212,18 @@ def examine(
     pooler: Pooler = "session",
     timeout_seconds: float = defaults.TIMEOUT_SECONDS,
     schema: str = defaults.SCHEMA,
+    read_only: bool = False,
 ) -> Fit:
     """Return whether the database fits this version. Changes nothing.
+
+    `read_only` opens it so that nothing can be written.
 
     Raises:
         QueueUnavailable: the database does not answer.
     """
-    database = open_database(url, timeout_seconds=timeout_seconds, pooler=pooler, schema=schema)
+    database = open_database(
+        url, timeout_seconds=timeout_seconds, pooler=pooler, schema=schema, read_only=read_only
+    )
     try:
         return _reading(database, _examine)
     except QueueUnavailable as error:

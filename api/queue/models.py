@@ -43,6 +43,10 @@ METADATA: Final = MetaData()
 """The tables of the queue. `SQLModel.metadata` belongs to the application."""
 
 
+PARKED_UNTIL: Final = datetime(9999, 1, 1, tzinfo=UTC)
+"""The `next_run_at` of a parked job. No caller can schedule a job for this time."""
+
+
 class JobStatus(StrEnum):
     """The stored states of a job. Scheduled and retrying jobs are queued; see `next_run_at`."""
 
@@ -297,6 +301,57 @@ class JobAttempt(Table, table=True):
     lease_token: str | None = Field(sa_column=Column(Text))
 
 
+class JobParked(Table, table=True):
+    """One row per job that a worker could not read: who has refused it, and whether it is parked.
+
+    A parked job is queued with the `next_run_at` `PARKED_UNTIL`, so that claims do not read it
+    among the due jobs. A trigger clears `parked_at` when that changes.
+    """
+
+    __tablename__: ClassVar[Any] = "job_parked"
+    __table_args__ = (
+        Index(
+            "job_parked_claim",
+            "type",
+            "refused_by",
+            text("priority DESC"),
+            "due_at",
+            "job_id",
+            sqlite_where=text("parked_at IS NOT NULL"),
+            postgresql_where=text("parked_at IS NOT NULL"),
+        ),
+        Index(
+            "job_parked_since",
+            "parked_at",
+            sqlite_where=text("parked_at IS NOT NULL"),
+            postgresql_where=text("parked_at IS NOT NULL"),
+        ),
+    )
+
+    job_id: uuid.UUID = Field(
+        sa_column=Column(Uuid, ForeignKey("job.id", ondelete="CASCADE"), primary_key=True)
+    )
+    # Type, priority and fingerprint are those of the job, so that one index has them.
+    type: str = Field(sa_column=Column(Text, nullable=False))
+    priority: int = Field(sa_column=Column(SmallInteger, nullable=False))
+    fingerprint: str = Field(sa_column=Column(Text, nullable=False))
+    due_at: datetime = Field(sa_column=Column(_time(), nullable=False))
+    parked_at: datetime | None = Field(sa_column=Column(_time()))
+    # The fingerprints of the workers that refused the job, the latest last, joined by commas.
+    refused_by: str = Field(sa_column=Column(Text, nullable=False))
+    error: Any = Field(sa_column=Column(_json()))
+
+
+class JobTypeVersion(Table, table=True):
+    """One row per job type and fingerprint that a worker has: when it was last seen."""
+
+    __tablename__: ClassVar[Any] = "job_type_version"
+
+    type: str = Field(sa_column=Column(Text, primary_key=True))
+    fingerprint: str = Field(sa_column=Column(Text, primary_key=True))
+    worker_seen_at: datetime = Field(sa_column=Column(_time(), nullable=False))
+
+
 class JobTypeState(Table, table=True):
     """One row per job type: when a worker last claimed it."""
 
@@ -364,7 +419,7 @@ class Owner(NamedTuple):
 class JobRecord(NamedTuple):
     """A job as it was read: the columns of `Job` that callers may see, by the same names.
 
-    Times are in UTC; `id` is a UUIDv7.
+    Times are in UTC; `id` is a UUIDv7. A queued job without `next_run_at` is parked.
 
     It is a tuple because every enqueue creates one, and a frozen dataclass takes four times as
     long.
@@ -397,7 +452,14 @@ class JobRecord(NamedTuple):
         values = {name: row[name] for name in cls._fields}
         values["status"] = JobStatus(row["status"])
         values["error"] = error_of(row["error"])
+        if values["next_run_at"] == PARKED_UNTIL:
+            values["next_run_at"] = None
         return cls(**values)
+
+    @property
+    def is_parked(self) -> bool:
+        """Whether the job waits for a worker that can read its payload."""
+        return self.status is JobStatus.QUEUED and self.next_run_at is None
 
 
 def weight_of(job: JobRecord) -> int:
@@ -434,10 +496,36 @@ class AttemptRecord:
 
 @dataclass(frozen=True, slots=True)
 class JobCounts:
-    """The number of jobs of a type, per status."""
+    """The number of jobs of a type, per status. Parked jobs are queued ones."""
 
     queued: int = 0
     running: int = 0
     succeeded: int = 0
     failed: int = 0
     cancelled: int = 0
+    parked: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Parked:
+    """Why a job is parked: the fingerprint that last refused it, and the error of that attempt."""
+
+    fingerprint: str
+    error: JobError
+
+
+@dataclass(frozen=True, slots=True)
+class TypeVersion:
+    """A version of a job type that jobs were admitted under, or that a worker has.
+
+    The numbers of jobs are those admitted under it, and `parked` those of them that are parked.
+    `refused` is the number of jobs that its workers have parked. `worker_seen_at` is None if no
+    worker of it was ever seen.
+    """
+
+    fingerprint: str
+    queued: int = 0
+    running: int = 0
+    parked: int = 0
+    refused: int = 0
+    worker_seen_at: datetime | None = None

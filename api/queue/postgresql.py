@@ -164,11 +164,14 @@ class PostgreSQLStore(Store):
                 "wanted": json_text(
                     [
                         {
-                            "type": name,
+                            "type": stored,
                             "limit": claim.limits.get(name),
-                            "heads": None if heads is None else heads.get(name),
+                            "heads": None if heads is None else heads.get(stored),
+                            "group": group,
+                            "fingerprint": claim.fingerprints.get(name),
+                            "readable": claim.readable.get(name),
                         }
-                        for name in claim.types
+                        for group, name, stored in claim.lanes()
                     ]
                 ),
                 "most": claim.jobs,
@@ -224,7 +227,13 @@ class PostgreSQLStore(Store):
         return await self._jobs(await self._run("recover", parameters))
 
     async def end(self, reports: Sequence[Report]) -> dict[uuid.UUID, JobRecord]:
-        rows = await self._run("end", {"reports": _reports(reports)})
+        parks = [report for report in reports if report.parked_for is not None]
+        others = [report for report in reports if report.parked_for is None]
+        rows: list[Mapping[str, Any]] = []
+        if others:
+            rows += await self._run("end", {"reports": _reports(others)})
+        if parks:
+            rows += await self._run("park", {"parks": _parks(parks)})
         return {job.id: job for job in await self._jobs(rows)}
 
     async def renew(
@@ -257,11 +266,11 @@ class PostgreSQLStore(Store):
 
     async def cancel(self, job_id: uuid.UUID, owner: Owner | None = None) -> JobRecord | None:
         rows = await self._run("cancel", {"id": job_id.hex, **owner_values(owner)})
-        return JobRecord.of(rows[0]) if rows else None
+        return self.record(rows[0]) if rows else None
 
     async def retry(self, job_id: uuid.UUID, owner: Owner | None = None) -> JobRecord | None:
         rows = await self._run("retry", {"id": job_id.hex, **owner_values(owner)})
-        return JobRecord.of(rows[0]) if rows else None
+        return self.record(rows[0]) if rows else None
 
     async def next_due(self, types: Sequence[str], limits: Mapping[str, int]) -> float | None:
         wanted = json_text([{"type": name, "limit": limits.get(name)} for name in types])
@@ -269,8 +278,27 @@ class PostgreSQLStore(Store):
         seconds = next(iter(row.values()))
         return None if seconds is None else float(seconds)
 
-    async def see_worker(self, types: Sequence[str]) -> None:
-        await self._run("see_worker", {"types": json_text(sorted(types))})
+    async def see_worker(
+        self, types: Sequence[str], versions: Sequence[tuple[str, str]] = ()
+    ) -> None:
+        seen = [{"type": name, "fingerprint": value} for name, value in sorted(versions)]
+        await self._run(
+            "see_worker", {"types": json_text(sorted(types)), "versions": json_text(seen)}
+        )
+
+    async def unpark(self, types: Sequence[str], *, jobs: int) -> list[JobRecord]:
+        parameters = {"types": json_text(sorted(types)), "most": jobs}
+        return await self._jobs(await self._run("unpark", parameters))
+
+    async def fail_parked(self, *, older_than_seconds: float, jobs: int) -> list[JobRecord]:
+        parameters = {"older_than": older_than_seconds, "most": jobs}
+        return await self._jobs(await self._run("fail_parked", parameters))
+
+    async def prune_versions(self, *, keep_seconds: float) -> None:
+        await self._run("prune_versions", {"keep_seconds": keep_seconds})
+
+    async def announce_waits_ended(self, worker_id: str) -> None:
+        await self._run("announce_waits_ended", {"worker": worker_id})
 
     async def prune(self, status: JobStatus, *, keep_seconds: float, jobs: int) -> int:
         parameters = {"status": str(status), "keep_seconds": keep_seconds, "jobs": jobs}
@@ -325,7 +353,7 @@ class PostgreSQLStore(Store):
         whole = await self.get_many(narrow) if narrow else {}
         jobs = []
         for row in rows:
-            job = JobRecord.of(row)
+            job = self.record(row)
             if job.id in narrow:
                 if job.id not in whole:
                     # It was deleted in the meantime.
@@ -465,6 +493,20 @@ def _reports(reports: Sequence[Report]) -> str:
                 "result": report.result.decode() if report.result is not None else None,
                 "error": error_text(report.error),
                 "still_running": report.still_running,
+            }
+            for report in reports
+        ]
+    )
+
+
+def _parks(reports: Sequence[Report]) -> str:
+    return json_text(
+        [
+            {
+                "id": report.job_id.hex,
+                "token": report.token,
+                "fingerprint": report.parked_for,
+                "error": error_text(report.error),
             }
             for report in reports
         ]

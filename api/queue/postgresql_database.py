@@ -52,6 +52,8 @@ class PostgreSQLDatabase(Database):
     With the `pooler` "transaction" (a mode of PgBouncer), prepared statements and settings do not
     outlive a transaction. LISTEN then needs `listen_url`, a direct connection.
 
+    With `read_only`, every transaction is READ ONLY.
+
     The tables are in `schema`. Every statement names the schema and ignores the session's search
     path. The channel of LISTEN and NOTIFY has the name of the schema.
     """
@@ -69,8 +71,10 @@ class PostgreSQLDatabase(Database):
         pooler: Pooler = "session",
         listen_url: str | None = None,
         schema: str = defaults.SCHEMA,
+        read_only: bool = False,
     ) -> None:
         self._schema = schema
+        self._is_read_only = read_only
         self._is_pooled = pooler == "transaction"
         self._url = postgresql_url.parse(url)
         self._listen_url = None if self._is_pooled else self._url
@@ -109,6 +113,7 @@ class PostgreSQLDatabase(Database):
                 "pooler": pooler,
                 "listen_url": listen_url,
                 "schema": schema,
+                "read_only": read_only,
             },
         )
 
@@ -219,9 +224,10 @@ class PostgreSQLDatabase(Database):
                 settings = "".join(
                     f"; SET LOCAL {name} = '{value}'"
                     for name, value in self._server_settings(self._url).items()
-                    if name != "default_transaction_isolation"
+                    if not name.startswith("default_transaction_")
                 )
-                await driver.execute("BEGIN ISOLATION LEVEL READ COMMITTED" + settings)
+                access = " READ ONLY" if self._is_read_only else ""
+                await driver.execute(f"BEGIN ISOLATION LEVEL READ COMMITTED{access}{settings}")
                 yield connection
                 await driver.execute("COMMIT")
             except asyncio.CancelledError:
@@ -313,6 +319,8 @@ class PostgreSQLDatabase(Database):
         """
         # The statements rely on READ COMMITTED, so the URL cannot change it.
         settings = {"default_transaction_isolation": "read committed"}
+        if self._is_read_only:
+            settings["default_transaction_read_only"] = "on"
         optional = {"jit": "off"}
         if self._timeout is not None:
             milliseconds = int(self._timeout * 1_000)

@@ -73,10 +73,11 @@ class JobQueue(Enqueueing, Reading, Leasing, Changing, Upkeep):
         self._opened: AsyncExitStack | None = None
         process = secrets.token_hex(8)
         self._store = store_of(database, process)
+        self._store.renamed = registry.renamed
         self._readiness = Readiness(self._store)
         self.metrics = Metrics(registry) if metrics is None else metrics
         database.on_unavailable = self.metrics.database_unavailable
-        self.events = Events(database, self._store, process, self.metrics)
+        self.events = Events(database, self._store, process, self.metrics, registry.renamed)
         self._new_id = new_id
         Enqueueing.__init__(self)
         Reading.__init__(self)

@@ -6,10 +6,11 @@ import asyncio
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from typing import Any, Final
 
+import structlog
 from pydantic import JsonValue
 from pydantic.alias_generators import to_camel
 
@@ -31,6 +32,8 @@ from job_registry_api.queue.models import (
     JobRecord,
     JobStatus,
     Owner,
+    Parked,
+    TypeVersion,
     weight_of,
 )
 from job_registry_api.queue.opening import Opening
@@ -48,6 +51,9 @@ MAX_CREATORS: Final = 10_000
 
 WORKER_ABSENT_SECONDS: Final = 60.0
 """After this time without a claim, a type counts as having no worker."""
+
+
+log = structlog.get_logger("job_registry.reading")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +97,66 @@ class BehindInQueue:
     ahead: int
 
 
+@dataclass(frozen=True, slots=True)
+class PayloadMismatch:
+    """The job is parked: a worker could not read its payload.
+
+    `fingerprint` is that of the worker, and `violations` are the faults that it found.
+    """
+
+    fingerprint: str
+    violations: tuple[Violation, ...]
+
+
 Attempts = dict[uuid.UUID, list[AttemptRecord]]
 """The attempts of jobs, by the id of the job."""
 
-WaitingReason = ScheduledFor | ConcurrencyLimitReached | NoWorkerSeen | BehindInQueue
+WaitingReason = (
+    ScheduledFor | ConcurrencyLimitReached | NoWorkerSeen | BehindInQueue | PayloadMismatch
+)
+
+
+async def log_unregistered_types(queue: Reading) -> None:
+    """Log a line for each type that has unfinished jobs and that this process does not know.
+
+    Without the database, log nothing.
+    """
+    with suppress(QueueUnavailable):
+        for name, counts in (await queue.unregistered_types()).items():
+            if counts.queued or counts.running:
+                log.warning(
+                    "queue.type_not_registered",
+                    type=name,
+                    queued=counts.queued,
+                    running=counts.running,
+                )
+
+
+def _mismatch(parked: Parked) -> PayloadMismatch:
+    details = parked.error.details
+    violations = (
+        [each for each in details if isinstance(each, dict)] if isinstance(details, list) else []
+    )
+    return PayloadMismatch(
+        parked.fingerprint,
+        tuple(
+            Violation(str(each.get("path", "")), str(each["code"]), str(each["message"]))
+            for each in violations
+            if "code" in each and "message" in each
+        ),
+    )
+
+
+def _together(one: TypeVersion, other: TypeVersion) -> TypeVersion:
+    seen = [each.worker_seen_at for each in (one, other) if each.worker_seen_at is not None]
+    return TypeVersion(
+        one.fingerprint,
+        queued=one.queued + other.queued,
+        running=one.running + other.running,
+        parked=one.parked + other.parked,
+        refused=one.refused + other.refused,
+        worker_seen_at=max(seen) if seen else None,
+    )
 
 
 async def _is_news(events: Subscription, stopped: asyncio.Future[Any], seconds: float) -> bool:
@@ -318,7 +380,12 @@ class Reading(Opening):
         if faults:
             raise InputInvalid(tuple(faults))
         # The database refuses these names in a query, so no job has one of them.
-        types = tuple(name for name in job_filter.types if text_fault(name) is None)
+        types = tuple(
+            stored
+            for name in job_filter.types
+            if text_fault(name) is None
+            for stored in self._stored_names(name)
+        )
         if job_filter.types and not types:
             return JobPage([], has_next_page=False)
         found = await self._store.list_jobs(
@@ -362,19 +429,77 @@ class Reading(Opening):
         return JobPage(jobs, has_next_page=False, weight=weight)
 
     async def counts(self) -> dict[str, JobCounts]:
-        """Return the number of jobs per type and status, including types no longer registered."""
-        return {name: JobCounts() for name in self.registry} | await self._store.counts()
+        """Return the number of jobs per type and status, including types no longer registered.
+
+        Jobs that are stored under a former name count for their type.
+        """
+        counts = {name: JobCounts() for name in self.registry}
+        for stored, found in (await self._store.counts()).items():
+            name = self.registry.current_name(stored)
+            before = asdict(counts.get(name, JobCounts()))
+            counts[name] = JobCounts(
+                **{status: before[status] + jobs for status, jobs in asdict(found).items()}
+            )
+        return counts
+
+    async def unregistered_types(self) -> dict[str, JobCounts]:
+        """Return the number of jobs per status of the types that this process does not know."""
+        counts = await self.counts()
+        return {name: counts[name] for name in sorted(counts) if name not in self.registry}
+
+    async def versions(self, job_type: str) -> Sequence[TypeVersion]:
+        """Return the versions of a type that jobs were admitted under, or that workers have.
+
+        At most 10,000 queued, running and parked jobs are counted, those first that run first.
+
+        Raises:
+            JobTypeNotFound: no job type has this name, or had it.
+        """
+        found = self.registry.get_type(job_type)
+        versions: dict[str, TypeVersion] = {}
+        for name in (found.name, *found.former_names):
+            for each in await self._store.versions(name):
+                known = versions.get(each.fingerprint)
+                versions[each.fingerprint] = each if known is None else _together(known, each)
+        return [versions[fingerprint] for fingerprint in sorted(versions)]
+
+    def _stored_names(self, job_type: str) -> tuple[str, ...]:
+        """Return the names under which the jobs of a type may be stored."""
+        found = self.registry.get(self.registry.current_name(job_type))
+        return (job_type,) if found is None else (found.name, *found.former_names)
 
     async def waiting_reasons(
         self, jobs: Iterable[JobRecord]
     ) -> dict[uuid.UUID, WaitingReason | None]:
         """Return why each of these jobs waits, in one query. None: it is not queued."""
-        queued = {job.id: job for job in jobs if job.next_run_at is not None}
+        reasons: dict[uuid.UUID, WaitingReason | None] = {}
+        queued: dict[uuid.UUID, JobRecord] = {}
+        parked: list[uuid.UUID] = []
+        for job in jobs:
+            if job.is_parked:
+                parked.append(job.id)
+            elif job.next_run_at is not None:
+                queued[job.id] = job
         waiting = await self._store.waiting(queued) if queued else {}
-        return {
-            job_id: self._reason(job, waiting[job_id]) if job_id in waiting else None
-            for job_id, job in queued.items()
-        }
+        renamed = [
+            job
+            for job in queued.values()
+            if (found := self.registry.get(job.type)) is not None
+            and found.former_names
+            and found.policy.concurrency_limit is not None
+        ]
+        # The jobs of all names of a type count for its limit.
+        counts = await self.counts() if renamed else {}
+        for job in renamed:
+            if job.id in waiting:
+                running = max(waiting[job.id].running, counts[job.type].running)
+                waiting[job.id] = replace(waiting[job.id], running=running)
+        for job_id, job in queued.items():
+            reasons[job_id] = self._reason(job, waiting[job_id]) if job_id in waiting else None
+        refusals = await self._store.parked(parked) if parked else {}
+        for job_id in parked:
+            reasons[job_id] = _mismatch(refusals[job_id]) if job_id in refusals else None
+        return reasons
 
     async def waiting_reason(self, job: JobRecord) -> WaitingReason | None:
         """Return why a queued job waits. None: it is not queued."""

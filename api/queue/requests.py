@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import islice
 from typing import Any, Final, cast
@@ -18,6 +19,10 @@ from job_registry_api.queue.errors import InputInvalid, JobNotFound
 
 MAX_LEASE: Final = 100
 MAX_WAIT_SECONDS: Final = 30
+MAX_READABLE: Final = 1_000
+"""How many fingerprints a worker can name."""
+
+_FINGERPRINT: Final = re.compile("[0-9a-f]{64}", re.ASCII)
 
 EARLIEST: Final = datetime(1970, 1, 1, tzinfo=UTC)
 LATEST: Final = datetime(9000, 1, 1, tzinfo=UTC)
@@ -126,7 +131,12 @@ def input_faults(request: EnqueueRequest) -> Iterator[Violation]:
 
 
 def check_lease(
-    registry: JobRegistry, job_types: Sequence[str], worker_id: str, limit: int, wait: float
+    registry: JobRegistry,
+    job_types: Sequence[str],
+    worker_id: str,
+    limit: int,
+    wait: float,
+    readable: Mapping[str, Collection[str]],
 ) -> None:
     """Check the arguments of a lease.
 
@@ -141,20 +151,48 @@ def check_lease(
             )
         )
     faults += unknown_types(registry, job_types)
-    if not 1 <= len(worker_id) <= 255 or text_fault(worker_id):
-        faults.append(
-            Violation(
-                "/workerId", "out_of_range", "Expected a string of 1 to 255 characters without NUL."
-            )
-        )
+    faults += _worker_id_faults(worker_id)
     if not 1 <= limit <= MAX_LEASE:
         message = f"Expected a whole number from 1 to {MAX_LEASE}; got {limit}."
         faults.append(Violation("/limit", "out_of_range", message))
     if not 0 <= wait <= MAX_WAIT_SECONDS:
         message = f"Expected a number of seconds from 0 to {MAX_WAIT_SECONDS}; got {wait}."
         faults.append(Violation("/waitSeconds", "out_of_range", message))
+    faults += _readable_faults(job_types, readable)
     if faults:
         raise InputInvalid(tuple(faults))
+
+
+def _readable_faults(
+    job_types: Sequence[str], readable: Mapping[str, Collection[str]]
+) -> Iterator[Violation]:
+    if sum(map(len, readable.values())) > MAX_READABLE:
+        message = f"Expected at most {MAX_READABLE} fingerprints."
+        yield Violation("/fingerprints", "too_long", message)
+    elif not all(_FINGERPRINT.fullmatch(each) for some in readable.values() for each in some):
+        message = "Expected fingerprints of 64 hexadecimal digits, such as `jobType` has."
+        yield Violation("/fingerprints", "invalid_format", message)
+    for name in list(readable)[:MAX_VIOLATIONS]:
+        if name not in job_types:
+            message = f"Expected a type that jobTypes has; got {shortened(name)}."
+            yield Violation("/fingerprints", "job_type_not_found", message)
+
+
+def check_worker_id(worker_id: str) -> None:
+    """Check the id of a worker.
+
+    Raises:
+        InputInvalid: it does not have 1 to 255 characters.
+    """
+    if faults := _worker_id_faults(worker_id):
+        raise InputInvalid(tuple(faults))
+
+
+def _worker_id_faults(worker_id: str) -> list[Violation]:
+    if 1 <= len(worker_id) <= 255 and not text_fault(worker_id):
+        return []
+    message = "Expected a string of 1 to 255 characters without NUL."
+    return [Violation("/workerId", "out_of_range", message)]
 
 
 def unknown_types(registry: JobRegistry, job_types: Iterable[str]) -> list[Violation]:
@@ -163,7 +201,7 @@ def unknown_types(registry: JobRegistry, job_types: Iterable[str]) -> list[Viola
     faults: list[Violation] = []
     more = 0
     for index, name in enumerate(job_types):
-        if name in registry:
+        if name in registry or name in registry.renamed:
             continue
         if len(faults) == MAX_VIOLATIONS:
             more += 1

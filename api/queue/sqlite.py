@@ -10,9 +10,9 @@ import random
 import secrets
 import sqlite3
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 from pydantic_core import from_json
 from sqlalchemy import JSON, Connection, NestedTransaction, Uuid
@@ -20,6 +20,7 @@ from sqlalchemy import JSON, Connection, NestedTransaction, Uuid
 from job_registry_api.queue.database import read_json, statement
 from job_registry_api.queue.models import (
     METADATA,
+    PARKED_UNTIL,
     AttemptOutcome,
     JobRecord,
     JobStatus,
@@ -35,6 +36,7 @@ from job_registry_api.queue.store import (
     LOST,
     RECOVERY_BATCH,
     TIMED_OUT,
+    WAITS_ENDED,
     Claim,
     Claimed,
     ClaimedJob,
@@ -46,6 +48,7 @@ from job_registry_api.queue.store import (
     Store,
     Stored,
     error_text,
+    json_text,
     message_of,
     owner_values,
     refuses,
@@ -60,6 +63,9 @@ Row = Mapping[str, Any]
 
 CLOCK_SLACK_SECONDS: Final = 1.0
 """How far in the future a time may be. Beyond that, the clock is assumed to have stepped back."""
+
+MAX_REFUSED: Final = 16
+"""How many fingerprints that refused a job are remembered."""
 
 NUMBER_LENGTHS: Final = 6
 """How many times as long as another an equal JSON text may be: 1000000000000000000 is 1e18."""
@@ -131,7 +137,7 @@ class SQLiteStore(Store):
             row, stored = await self._write(work)
         except Refused as refused:
             return None, refused.stored
-        return _job(row), stored
+        return self._job(row), stored
 
     async def claim(self, claim: Claim) -> Claimed:
         def work(transaction: _Transaction) -> tuple[list[Row], list[Row]]:
@@ -142,23 +148,23 @@ class SQLiteStore(Store):
         return Claimed(
             [
                 ClaimedJob(
-                    job=_job(row),
+                    job=self._job(row),
                     token=row["lease_token"],
                     expires_at=_time(row["lease_expires_at"]),
                     deadline_at=_time(row["deadline_at"]),
                 )
                 for row in leased
             ],
-            [_job(row) for row in recovered],
+            [self._job(row) for row in recovered],
         )
 
     async def recover(self, lease_seconds: float) -> list[JobRecord]:
         rows = await self._write(lambda t: t.recover(lease_seconds))
-        return [_job(row) for row in rows]
+        return [self._job(row) for row in rows]
 
     async def end(self, reports: Sequence[Report]) -> dict[uuid.UUID, JobRecord]:
         rows = await self._write(lambda t: [row for r in reports if (row := t.end(r)) is not None])
-        return {job.id: job for job in map(_job, rows)}
+        return {job.id: job for job in map(self._job, rows)}
 
     async def renew(
         self, renewals: Sequence[LeaseRenewal], lease_seconds: float
@@ -173,18 +179,37 @@ class SQLiteStore(Store):
 
     async def cancel(self, job_id: uuid.UUID, owner: Owner | None = None) -> JobRecord | None:
         row = await self._write(lambda t: t.cancel(job_id, owner))
-        return _job(row) if row else None
+        return self._job(row) if row else None
 
     async def retry(self, job_id: uuid.UUID, owner: Owner | None = None) -> JobRecord | None:
         row = await self._write(lambda t: t.retry(job_id, owner))
-        return _job(row) if row else None
+        return self._job(row) if row else None
 
     async def next_due(self, types: Sequence[str], limits: Mapping[str, int]) -> float | None:
         # It only reads. Many small statements are fastest in the thread of the writer.
         return await self._write(lambda t: t.next_due(types, limits))
 
-    async def see_worker(self, types: Sequence[str]) -> None:
-        await self._write(lambda t: t.see_worker(types))
+    async def see_worker(
+        self, types: Sequence[str], versions: Sequence[tuple[str, str]] = ()
+    ) -> None:
+        await self._write(lambda t: t.see_worker(types, versions))
+
+    async def unpark(self, types: Sequence[str], *, jobs: int) -> list[JobRecord]:
+        rows = await self._write(lambda t: t.unpark(types, jobs))
+        return [self._job(row) for row in rows]
+
+    async def fail_parked(self, *, older_than_seconds: float, jobs: int) -> list[JobRecord]:
+        rows = await self._write(lambda t: t.fail_parked(t.at(-older_than_seconds), jobs))
+        return [self._job(row) for row in rows]
+
+    async def prune_versions(self, *, keep_seconds: float) -> None:
+        await self._write(lambda t: t.change("prune_versions", before=t.at(-keep_seconds)))
+
+    def _job(self, row: Row) -> JobRecord:
+        return self.record(_typed(row))
+
+    async def announce_waits_ended(self, worker_id: str) -> None:
+        await self._write(lambda t: t.announce_waits_ended(worker_id))
 
     async def prune(self, status: JobStatus, *, keep_seconds: float, jobs: int) -> int:
         return await self._write(
@@ -239,6 +264,19 @@ class SQLiteStore(Store):
         values = {**parameters, "shift": self._database.shift}
         result = connection.execute(statement(SQL[name]), values)
         return [_typed(dict(row)) for row in result.mappings()]
+
+
+class _Lane(NamedTuple):
+    """Jobs that are claimed in one order: those stored under a name of a type.
+
+    `refused`, if given, are the fingerprints that have refused the jobs: the lane is of parked
+    jobs. `readable` is a JSON array of the fingerprints that the worker can read.
+    """
+
+    type: str
+    stored: str
+    readable: str | None
+    refused: str | None = None
 
 
 class _Transaction:
@@ -296,7 +334,7 @@ class _Transaction:
             # Equal values may have different texts, such as 1 and 1.0.
             (payload,) = self.rows("payload", id=row["id"])[0]
             is_same = not differing_paths(read_json(payload), from_json(job.payload), 1)
-        holder = _job(row)
+        holder = JobRecord.of(_typed(row))
         return Stored(holder.created_at, holder.created_at, holder, is_same)
 
     def insert_or_refuse(self, jobs: Sequence[NewJob]) -> dict[uuid.UUID, Stored]:
@@ -343,43 +381,76 @@ class _Transaction:
     def claim(self, claim: Claim) -> list[Row]:
         """Lease jobs, one priority level after the other, with the types of a level in turns."""
         rooms = dict.fromkeys(claim.types, claim.jobs)
-        for name in claim.types:
+        for name in claim.limits.keys() & rooms.keys():
+            rooms[name] = claim.limits[name]
+        for _, name, stored in claim.lanes():
             if name in claim.limits:
-                rooms[name] = claim.limits[name] - self.rows("running", type=name)[0][0]
+                rooms[name] -= self.rows("running", type=stored)[0][0]
+        every = list(self._lanes(claim))
         tops = {
-            name: level
-            for name, room in rooms.items()
-            if room > 0 and (level := self._next_level(name, 101)) is not None
+            lane: level
+            for lane in every
+            if rooms[lane.type] > 0 and (level := self._next_level(lane, 101)) is not None
         }
         leased: list[Row] = []
         bytes_left = CLAIM_BYTES
         while tops and len(leased) < claim.jobs:
             level = max(tops.values())
-            lanes = [name for name in claim.types if tops.get(name) == level]
+            lanes = [lane for lane in every if tops.get(lane) == level]
             share = -(-(claim.jobs - len(leased)) // len(lanes))
-            for name in lanes:
-                most = min(share, rooms[name], claim.jobs - len(leased))
-                if most == 0:
+            for lane in lanes:
+                left = claim.jobs - len(leased)
+                if left == 0:
                     break
-                taken = self.rows("due", type=name, priority=level, jobs=most)
+                most = min(share, rooms[lane.type], left)
+                taken = self._due(lane, level, most) if most > 0 else []
                 for row in taken:
                     leased.append(self._lease(row["id"], claim))
                     bytes_left -= row["bytes"]
                     if bytes_left <= 0:
                         return leased
-                rooms[name] -= len(taken)
+                rooms[lane.type] -= len(taken)
                 if len(taken) < most:
-                    below = self._next_level(name, level)
-                    tops.pop(name)
+                    below = self._next_level(lane, level)
+                    tops.pop(lane)
                     if below is not None:
-                        tops[name] = below
-                elif rooms[name] == 0:
-                    tops.pop(name)
+                        tops[lane] = below
+                elif rooms[lane.type] <= 0:
+                    tops.pop(lane)
         return leased
 
-    def _next_level(self, name: str, below: int) -> int | None:
-        """Return the highest priority below `below` at which the type has a due job."""
-        while rows := self.rows("next_level", type=name, below=below):
+    def _lanes(self, claim: Claim) -> Iterator[_Lane]:
+        """Yield the lanes of due jobs and, if there are parked jobs, of those that it may lease."""
+        parked = bool(self.rows("any_parked"))
+        for _, name, stored in claim.lanes():
+            readable = claim.readable.get(name)
+            reads = None if readable is None else json_text(readable)
+            yield _Lane(name, stored, reads)
+            worker = claim.fingerprints.get(name)
+            if not parked or (worker is None and reads is None):
+                continue
+            refused = ""
+            while rows := self.rows("next_refused", type=stored, refused=refused):
+                refused = rows[0]["refused_by"]
+                if worker is None or worker not in refused:
+                    yield _Lane(name, stored, reads, refused)
+
+    def _due(self, lane: _Lane, level: int, jobs: int) -> list[Any]:
+        of_lane = {"type": lane.stored, "priority": level, "jobs": jobs}
+        if lane.refused is not None:
+            return self.rows("due_parked", refused=lane.refused, readable=lane.readable, **of_lane)
+        if lane.readable is not None:
+            return self.rows("due_readable", readable=lane.readable, **of_lane)
+        return self.rows("due", **of_lane)
+
+    def _next_level(self, lane: _Lane, below: int) -> int | None:
+        """Return the highest priority below `below` at which the lane has a due job."""
+        if lane.refused is not None:
+            parked = self.rows(
+                "next_parked_level", type=lane.stored, refused=lane.refused, below=below
+            )
+            return parked[0]["priority"] if parked else None
+        while rows := self.rows("next_level", type=lane.stored, below=below):
             level: int = rows[0]["priority"]
             if rows[0]["next_run_at"] <= self.now:
                 return level
@@ -403,6 +474,8 @@ class _Transaction:
 
     def end(self, report: Report, *, recovering: bool = False) -> Row | None:
         """End an attempt if its lease is in force. See `job_end` in `0002_claims.sql`."""
+        if report.parked_for is not None:
+            return self.park(report)
         late = str(report.outcome)
         rows = self.rows("running_lease", id=report.job_id.hex, token=report.token, late=late)
         if not rows:
@@ -451,6 +524,66 @@ class _Transaction:
                 self.change("forget_oldest", id=job["id"])
         self._add_event("job.retrying" if status == "queued" else f"job.{status}", ended)
         return dict(ended)
+
+    def park(self, report: Report) -> Row | None:
+        """Park a job that its worker cannot read. See `job_park` in `0003_evolution.sql`."""
+        lease = {"id": report.job_id.hex, "token": report.token}
+        rows = self.rows("running_lease", late="", **lease)
+        if not rows:
+            return None
+        job = dict(rows[0])
+        is_cancelled = job["cancel_requested_at"] is not None
+        error = error_text(report.error)
+        outcome = "cancelled" if is_cancelled else "released"
+        self.change("close_attempt", id=job["id"], outcome=outcome, error=error, held_until=None)
+        if not is_cancelled:
+            fingerprint = str(report.parked_for)
+            known = self.rows("refused_by", id=job["id"])
+            refused = known[0][0].split(",") if known else []
+            if fingerprint not in refused:
+                refused = [*refused, fingerprint][-MAX_REFUSED:]
+            self.change(
+                "park",
+                id=job["id"],
+                due_at=job["started_at"],
+                refused_by=",".join(refused),
+                error=error,
+            )
+        (ended,) = self.rows(
+            "end",
+            id=job["id"],
+            status="cancelled" if is_cancelled else "queued",
+            next_run_at=None if is_cancelled else time_text(PARKED_UNTIL),
+            finished_at=self.now if is_cancelled else None,
+            attempt=job["attempt"] - 1,
+            returns=job["returns"] + 1,
+            quick_returns=job["quick_returns"],
+            result=job["result"],
+            error=job["error"],
+            lease_token=None,
+        )
+        if (ended["attempt"] + ended["returns"]) % 32 == 0:
+            self.change("forget_returned", id=job["id"])
+        self._add_event("job.cancelled" if is_cancelled else "job.parked", ended)
+        return dict(ended)
+
+    def unpark(self, types: Sequence[str], jobs: int) -> list[Row]:
+        changed: list[Row] = []
+        for name in types:
+            for parked in self.rows("parked_of", type=name, jobs=jobs - len(changed)):
+                for row in self.rows("unpark", id=parked["job_id"], due_at=parked["due_at"]):
+                    self._add_event("job.unparked", row)
+                    changed.append(dict(row))
+                self.change("forget_parked", id=parked["job_id"])
+        return changed
+
+    def fail_parked(self, before: str, jobs: int) -> list[Row]:
+        failed: list[Row] = []
+        for parked in self.rows("parked_before", before=before, jobs=jobs):
+            for row in self.rows("fail_parked", id=parked["job_id"], error=parked["error"]):
+                self._add_event("job.failed", row)
+                failed.append(dict(row))
+        return failed
 
     def renew(self, renewal: LeaseRenewal, lease_seconds: float) -> Renewed | None:
         lease = {"id": renewal.job_id.hex, "token": renewal.token}
@@ -503,16 +636,17 @@ class _Transaction:
         soonest += [row[0] for row in self.rows("next_end") if row[0] is not None]
         return (_time(min(soonest)) - self._now).total_seconds() if soonest else None
 
-    def see_worker(self, types: Sequence[str]) -> None:
+    def see_worker(self, types: Sequence[str], versions: Sequence[tuple[str, str]]) -> None:
         for name in types:
             self.change("see_worker", type=name)
+        for name, fingerprint in versions:
+            self.change("see_version", type=name, fingerprint=fingerprint)
+
+    def announce_waits_ended(self, worker_id: str) -> None:
+        self._events.append((WAITS_ENDED, uuid.UUID(int=0).hex, worker_id, 0))
 
     def _add_event(self, name: str, row: Any) -> None:
         self._events.append((name, row["id"], row["type"], row["attempt"]))
-
-
-def _job(row: Row) -> JobRecord:
-    return JobRecord.of(_typed(row))
 
 
 def _typed(row: Row) -> dict[str, Any]:

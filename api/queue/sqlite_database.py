@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing, suppress
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, Literal, NamedTuple, TypeVar
 from urllib.parse import quote
 
 import sqlalchemy.exc
@@ -34,11 +34,24 @@ SQLITE_POLL_SECONDS: Final = 0.1
 MAX_WAL_BYTES: Final = 4 * 1024 * 1024
 """SQLite truncates its write-ahead log to this size when it restarts the log."""
 
+_Mode = Literal["ro", "rw", "rwc"]
+"""How SQLite opens the file: to read, to write, or to create it as well."""
+
+_PRAGMAS: Final = (
+    "journal_mode=WAL",
+    # A commit returns only after it has reached the disk.
+    "synchronous=FULL",
+    "foreign_keys=ON",
+    f"journal_size_limit={MAX_WAL_BYTES}",
+)
+_READING: Final = ("query_only=ON",)
+
 T = TypeVar("T")
 
 
 class SQLiteDatabase(Database):
     """A SQLite database, by its URL: `sqlite:///jobs.db`. `create` creates a missing file.
+    `read_only` opens it so that nothing can be written.
 
     `ahead` returns how many seconds the clock of the queue is ahead of SQLite's. It is for tests.
     """
@@ -56,11 +69,13 @@ class SQLiteDatabase(Database):
         pool_size: int = defaults.POOL_SIZE,
         timeout_seconds: float | None = defaults.TIMEOUT_SECONDS,
         create: bool = False,
+        read_only: bool = False,
         ahead: Callable[[], float] | None = None,
     ) -> None:
         self._ahead = ahead
         path = make_url(url).database or ""
-        self._file = _File(path, create=create, timeout_seconds=timeout_seconds)
+        mode: _Mode = "ro" if read_only else "rwc" if create else "rw"
+        self._file = _File(path, mode=mode, timeout_seconds=timeout_seconds)
         self._thread = _WriterThread(self._file)
         # SQLite has one writer at a time. Waiting for this lock is fair. Waiting in SQLite's busy
         # handler is not, so only writes of other processes are waited for there.
@@ -78,7 +93,7 @@ class SQLiteDatabase(Database):
             engine,
             pool_size=pool_size,
             timeout_seconds=timeout_seconds,
-            opened_with={"url": url, "create": create, "ahead": ahead},
+            opened_with={"url": url, "create": create, "read_only": read_only, "ahead": ahead},
         )
 
     @property
@@ -235,11 +250,12 @@ class _File:
     A deleted file stays writable for processes that have it open, and what they write is lost.
     """
 
-    def __init__(self, path: str, *, create: bool, timeout_seconds: float | None) -> None:
+    def __init__(self, path: str, *, mode: _Mode, timeout_seconds: float | None) -> None:
         self._path = Path(path)
         # `rwc` is for migrations. Otherwise a missing file must not be created empty.
-        self.uri = f"file:{quote(path)}?mode={'rwc' if create else 'rw'}"
-        if create:
+        self.uri = f"file:{quote(path)}?mode={mode}"
+        self._pragmas = _READING if mode == "ro" else _PRAGMAS
+        if mode == "rwc":
             # For its owner only, whatever the umask: it holds payloads. SQLite gives its log and
             # its index the mode of the file.
             with suppress(OSError):  # It exists, or SQLite will say what is wrong.
@@ -252,7 +268,7 @@ class _File:
             self.uri, uri=True, timeout=self.busy_seconds, isolation_level=None
         )
         try:
-            _set_pragmas(connection)
+            self._set_pragmas(connection)
         except BaseException:
             connection.close()
             raise
@@ -283,7 +299,7 @@ class _File:
     def prepare(self, dbapi_connection: Any, record: Any) -> None:
         """Set up a connection of the pool."""
         record.info["identity"] = self.identity()
-        _set_pragmas(dbapi_connection)
+        self._set_pragmas(dbapi_connection)
 
     def check_out(self, _dbapi_connection: Any, record: Any, _proxy: Any) -> None:
         """Make the pool replace a connection whose file was deleted or replaced."""
@@ -303,6 +319,12 @@ class _File:
                 return False
             busy, *_ = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
             return not busy
+
+    def _set_pragmas(self, connection: Any) -> None:
+        cursor = connection.cursor()
+        for pragma in self._pragmas:
+            cursor.execute(f"PRAGMA {pragma}")
+        cursor.close()
 
 
 class _WriterThread:
@@ -379,16 +401,3 @@ def _busy(deadline: float | None) -> int:
 
 def _now() -> float:
     return asyncio.get_running_loop().time()
-
-
-def _set_pragmas(connection: Any) -> None:
-    cursor = connection.cursor()
-    # FULL: a commit returns only after it has reached the disk.
-    for pragma in (
-        "journal_mode=WAL",
-        "synchronous=FULL",
-        "foreign_keys=ON",
-        f"journal_size_limit={MAX_WAL_BYTES}",
-    ):
-        cursor.execute(f"PRAGMA {pragma}")
-    cursor.close()

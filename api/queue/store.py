@@ -9,11 +9,12 @@ from __future__ import annotations
 import re
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import lru_cache
 from importlib import resources
+from types import MappingProxyType
 from typing import Any, Final, NamedTuple, TypeVar
 
 import sqlalchemy
@@ -40,9 +41,12 @@ from job_registry_api.queue.models import (
     JobCounts,
     JobError,
     JobEventBatch,
+    JobParked,
     JobRecord,
     JobStatus,
     Owner,
+    Parked,
+    TypeVersion,
     error_of,
 )
 from job_registry_api.queue.requests import differing_paths
@@ -62,6 +66,12 @@ LOST: Final = JobError(
 
 AHEAD_LIMIT: Final = 1_000
 """How many jobs ahead are counted at most. Beyond that the exact number is not useful."""
+
+COUNTED_JOBS: Final = 10_000
+"""How many jobs of a type are counted at most to tell its versions."""
+
+WAITS_ENDED: Final = "worker.stopped_waiting"
+"""The event of a worker that waits for no more jobs."""
 
 EVENTS_KEPT_SECONDS: Final = 60
 """How long a batch of events is stored, for other processes to read."""
@@ -95,6 +105,14 @@ class Listed(NamedTuple):
 
 EVENT_BATCHES_PRUNED: Final = 10_000
 """How many stored batches one transaction deletes at most."""
+
+
+class StoredPayload(NamedTuple):
+    """The payload of a stored job, as JSON text."""
+
+    id: uuid.UUID
+    type: str
+    text: str
 
 
 class NewJob(NamedTuple):
@@ -142,6 +160,11 @@ class Claim:
 
     `limits` has the concurrency limits of the types that have one. A `thorough` claim considers
     all due jobs before it returns none.
+
+    `former` has the former names of types, whose jobs are claimed with them and share their limit.
+    `fingerprints` has those of the worker: of these types it also gets the parked jobs that it has
+    not refused. `readable` has the fingerprints under which a job of a type must have been
+    admitted.
     """
 
     types: tuple[str, ...]
@@ -150,6 +173,15 @@ class Claim:
     jobs: int
     lease_seconds: float
     thorough: bool = True
+    former: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+    readable: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def lanes(self) -> Iterator[tuple[int, str, str]]:
+        """Yield the names under which jobs are stored: the number of the type, its name, theirs."""
+        for number, name in enumerate(self.types, start=1):
+            for stored in (name, *self.former.get(name, ())):
+                yield number, name, stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +215,7 @@ class Report:
     is set and attempts are left, after `delay_seconds` or, if that is None, the job's backoff.
     RELEASED, SNOOZED and `spend=False` do not spend the attempt. TIMED_OUT with `still_running`
     keeps the attempt's place in the concurrency limit, because its handler has not stopped.
+    RELEASED with `parked_for`, the fingerprint of the worker, parks the job; `error` says why.
     """
 
     job_id: uuid.UUID
@@ -194,6 +227,7 @@ class Report:
     delay_seconds: float | None = None
     spend: bool = True
     still_running: bool = False
+    parked_for: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,6 +289,14 @@ class Store(ABC):
     """
 
     _database: Database
+    renamed: Mapping[str, str] = MappingProxyType({})
+    """The name of today for each former name of a type. Records have the names of today."""
+
+    def record(self, row: Mapping[str, Any]) -> JobRecord:
+        """Return the job of a row of `job` with converted values, by the name of its type today."""
+        job = JobRecord.of(row)
+        name = self.renamed.get(job.type)
+        return job if name is None else job._replace(type=name)
 
     @abstractmethod
     async def insert(self, jobs: Sequence[NewJob]) -> dict[uuid.UUID, Stored]:
@@ -361,8 +403,29 @@ class Store(ABC):
         """Return the seconds until a claim may find more jobs, or None if no time is known."""
 
     @abstractmethod
-    async def see_worker(self, types: Sequence[str]) -> None:
-        """Record that a worker runs these types."""
+    async def see_worker(
+        self, types: Sequence[str], versions: Sequence[tuple[str, str]] = ()
+    ) -> None:
+        """Record that a worker runs these types, and these fingerprints of types."""
+
+    @abstractmethod
+    async def unpark(self, types: Sequence[str], *, jobs: int) -> list[JobRecord]:
+        """Make up to `jobs` parked jobs of these types due for every worker.
+
+        What refused them is forgotten. Rows that another transaction has locked are left out.
+        """
+
+    @abstractmethod
+    async def fail_parked(self, *, older_than_seconds: float, jobs: int) -> list[JobRecord]:
+        """Fail up to `jobs` jobs that have been parked for longer, the oldest first."""
+
+    @abstractmethod
+    async def prune_versions(self, *, keep_seconds: float) -> None:
+        """Delete the versions of types whose workers were last seen longer ago."""
+
+    @abstractmethod
+    async def announce_waits_ended(self, worker_id: str) -> None:
+        """Announce to other processes that a worker waits for no more jobs."""
 
     @abstractmethod
     async def prune(self, status: JobStatus, *, keep_seconds: float, jobs: int) -> int:
@@ -434,7 +497,21 @@ class Store(ABC):
         """Return the jobs of the owner with these ids."""
         wanted = select(Job).where(col(Job.id).in_(list(job_ids)), *owned_by(owner))
         rows = await self._select(wanted)
-        return {job.id: job for job in map(JobRecord.of, rows)}
+        return {job.id: job for job in map(self.record, rows)}
+
+    async def parked(self, job_ids: Iterable[uuid.UUID]) -> dict[uuid.UUID, Parked]:
+        """Return why these jobs are parked. Jobs that are not are left out."""
+        rows = await self._select(
+            select(JobParked).where(
+                col(JobParked.job_id).in_(list(job_ids)), col(JobParked.parked_at).is_not(None)
+            )
+        )
+        return {
+            row["job_id"]: Parked(
+                row["refused_by"].rpartition(",")[2], present(error_of(row["error"]))
+            )
+            for row in rows
+        }
 
     async def creators(self, job_ids: Iterable[uuid.UUID]) -> dict[uuid.UUID, str | None]:
         """Return who enqueued these jobs."""
@@ -448,7 +525,7 @@ class Store(ABC):
         for start in range(0, len(job_ids), LISTED_AT_ONCE):
             query = listed(values).where(col(Job.id).in_(job_ids[start : start + LISTED_AT_ONCE]))
             large: list[Listed] = []
-            for each in map(_listed_of, await self._select(query)):
+            for each in map(self._listed_of, await self._select(query)):
                 if each.is_partial:
                     large.append(each)
                 else:
@@ -458,19 +535,25 @@ class Store(ABC):
                 large = large[len(ids) :]
                 whole = sqlalchemy.select(*columns(values)).where(col(Job.id).in_(ids))
                 for row in await self._select(whole):
-                    yield JobRecord.of(row)
+                    yield self.record(row)
 
     async def find_by_key(
         self, keys: Iterable[tuple[str, str]]
     ) -> dict[tuple[str, str], JobRecord]:
         """Return the jobs with these (type, idempotency key) pairs."""
-        return _by_key(await self._read("by_key", _wanted_keys(keys)))
+        return self._by_key(await self._read("by_key", _wanted_keys(keys)))
 
     def find_by_key_within(
         self, connection: Connection, keys: Iterable[tuple[str, str]]
     ) -> dict[tuple[str, str], JobRecord]:
         """Return them as a transaction that is open on this connection sees them."""
-        return _by_key(self._read_within(connection, "by_key", _wanted_keys(keys)))
+        return self._by_key(self._read_within(connection, "by_key", _wanted_keys(keys)))
+
+    def _listed_of(self, row: Mapping[str, Any]) -> Listed:
+        return Listed(self.record(row), int(row["size"]), bool(row["is_partial"]))
+
+    def _by_key(self, rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], JobRecord]:
+        return {(row["type"], row["idempotency_key"] or ""): self.record(row) for row in rows}
 
     async def attempts(self, job_ids: Sequence[uuid.UUID]) -> dict[uuid.UUID, list[AttemptRecord]]:
         """Return the attempts of these jobs, oldest first."""
@@ -528,7 +611,7 @@ class Store(ABC):
             page = listed().where(col(Job.id).in_(ids)).order_by(col(Job.id).desc())
         else:
             page = newest(types, statuses, first=first, after=after)
-        return [_listed_of(row) for row in await self._select(page)]
+        return [self._listed_of(row) for row in await self._select(page)]
 
     async def waiting(self, job_ids: Iterable[uuid.UUID]) -> dict[uuid.UUID, Waiting]:
         """Return what queued jobs wait for. Jobs that are not queued are left out."""
@@ -543,6 +626,20 @@ class Store(ABC):
             for row in rows
         }
 
+    async def unfinished(
+        self, *, after: uuid.UUID, jobs: int, characters: int
+    ) -> list[StoredPayload]:
+        """Return the payloads of queued and running jobs with ids after `after`, in their order.
+
+        They are at most `jobs`, and no more once their texts have `characters` characters. A job
+        that is claimed or given back between two pages is on one of them.
+        """
+        page = {"after": after.hex, "jobs": jobs, "characters": characters}
+        return [
+            StoredPayload(row["id"], row["type"], row["text"])
+            for row in await self._read("unfinished", page)
+        ]
+
     async def now(self) -> datetime:
         """Return the time of the database."""
         (row,) = await self._read("now", {})
@@ -551,6 +648,18 @@ class Store(ABC):
 
     async def counts(self) -> dict[str, JobCounts]:
         """Return the number of jobs per type and status. Types without jobs are left out."""
+        counts = await self.counts_by_status()
+        parked = (
+            select(JobParked.type, func.count().label("jobs"))
+            .where(col(JobParked.parked_at).is_not(None))
+            .group_by(col(JobParked.type))
+        )
+        for row in await self._select(parked):
+            counts.setdefault(row["type"], {})["parked"] = int(row["jobs"])
+        return {name: JobCounts(**of_status) for name, of_status in counts.items()}
+
+    async def counts_by_status(self) -> dict[str, dict[str, int]]:
+        """Return the same without parked jobs, also from a database of an earlier revision."""
         counts: dict[str, dict[str, int]] = {}
         jobs = func.sum(JobCount.jobs).label("jobs")
         by_type = select(JobCount.type, JobCount.status, jobs).group_by(
@@ -558,7 +667,22 @@ class Store(ABC):
         )
         for row in await self._select(by_type):
             counts.setdefault(row["type"], {})[row["status"]] = int(row["jobs"])
-        return {name: JobCounts(**of_status) for name, of_status in counts.items()}
+        return counts
+
+    async def versions(self, job_type: str) -> list[TypeVersion]:
+        """Return the versions of the jobs that are stored under this name, and of its workers."""
+        rows = await self._read("versions", {"type": job_type, "most": COUNTED_JOBS})
+        return [
+            TypeVersion(
+                row["fingerprint"],
+                queued=int(row["queued"]),
+                running=int(row["running"]),
+                parked=int(row["parked"]),
+                refused=int(row["refused"]),
+                worker_seen_at=row["worker_seen_at"],
+            )
+            for row in rows
+        ]
 
     async def events(self, number: int) -> str | None:
         """Return a stored batch of events, or None if it was deleted."""
@@ -603,10 +727,6 @@ def stored_before(holder: JobRecord, new: NewJob) -> Stored:
     return Stored(holder.created_at, holder.created_at, holder, is_same, is_whole=True)
 
 
-def _by_key(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], JobRecord]:
-    return {(job.type, job.idempotency_key or ""): job for job in map(JobRecord.of, rows)}
-
-
 def ids_of_piece(partial: Iterable[Listed], most: int) -> list[uuid.UUID]:
     """Return the ids of the jobs to read whole at once: the first, and those that fit with it."""
     ids: list[uuid.UUID] = []
@@ -617,10 +737,6 @@ def ids_of_piece(partial: Iterable[Listed], most: int) -> list[uuid.UUID]:
             break
         ids.append(each.job.id)
     return ids
-
-
-def _listed_of(row: Mapping[str, Any]) -> Listed:
-    return Listed(JobRecord.of(row), int(row["size"]), bool(row["is_partial"]))
 
 
 @lru_cache

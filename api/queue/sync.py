@@ -118,6 +118,10 @@ class SyncQueue:
         """Queue a failed or cancelled job again."""
         return self._run(lambda: self._queue.retry(job_id))
 
+    def unpark(self, job_types: Sequence[str] | None = None) -> int:
+        """Make parked jobs due for every worker. See `JobQueue.unpark`."""
+        return self._run(lambda: self._queue.unpark(job_types))
+
     def close(self) -> None:
         """Close the queue, if an operation here has opened it."""
         with self._lock:

@@ -12,6 +12,7 @@ from contextlib import suppress
 
 import structlog
 
+from job_registry_api import defaults
 from job_registry_api.metrics import Metrics
 from job_registry_api.queue.claiming import count_recovered
 from job_registry_api.queue.database import Database
@@ -22,6 +23,9 @@ from job_registry_api.queue.readiness import Readiness
 from job_registry_api.queue.store import EVENT_BATCHES_PRUNED, Store
 
 DAY_SECONDS = 86_400
+VERSION_DAYS = 30
+"""How long it is remembered that a worker had a version of a type."""
+
 PRUNE_PAUSE_SECONDS = 0.02
 PRUNE_BATCH = 200
 """Jobs per transaction. It takes a few milliseconds, for which leases wait on SQLite."""
@@ -50,16 +54,25 @@ class Upkeep:
         count_recovered(self.metrics, recovered)
         return recovered
 
+    async def fail_parked(self, *, parked_days: float, jobs: int) -> int:
+        """Fail up to `jobs` jobs that have been parked for longer, as `payload_invalid`."""
+        failed = await self._store.fail_parked(
+            older_than_seconds=parked_days * DAY_SECONDS, jobs=jobs
+        )
+        self.events.publish([JobEvent.of_change(job) for job in failed])
+        return len(failed)
+
     async def prune(self, status: JobStatus, *, keep_seconds: float, jobs: int) -> int:
         """Delete up to `jobs` jobs that ended with `status` longer ago than `keep_seconds`."""
         return await self._store.prune(status, keep_seconds=keep_seconds, jobs=jobs)
 
     async def tidy(self) -> int:
-        """Merge counts, truncate the log of SQLite, and delete old events.
+        """Merge counts, truncate the log of SQLite, delete old events and versions of types.
 
         Return how many batches of events were deleted, at most 10,000.
         """
         await self._store.fold_counts()
+        await self._store.prune_versions(keep_seconds=VERSION_DAYS * DAY_SECONDS)
         await self._database.checkpoint()
         return await self._store.prune_events()
 
@@ -70,12 +83,14 @@ async def maintain(
     *,
     keep_succeeded_days: float,
     keep_failed_days: float,
+    parked_days: float = defaults.PARKED_DAYS,
     every_seconds: float = 10.0,
 ) -> None:
     """Run the upkeep of the queue until `stop` is set. While the database is unavailable, wait.
 
     Succeeded jobs are deleted `keep_succeeded_days` after they ended, failed and cancelled jobs
-    after `keep_failed_days`. Queued and running jobs are never deleted.
+    after `keep_failed_days`. Queued and running jobs are never deleted. Jobs that have been parked
+    for `parked_days` fail.
     """
     keep_days = {
         JobStatus.SUCCEEDED: keep_succeeded_days,
@@ -90,6 +105,7 @@ async def maintain(
         try:
             await queue.recover()
             await tidy_in_batches(queue, stop)
+            await fail_parked_in_batches(queue, stop, parked_days=parked_days)
             for status, days in keep_days.items():
                 await prune_in_batches(queue, status, keep_days=days, stop=stop)
         except QueueUnavailable as error:
@@ -102,6 +118,17 @@ async def tidy_in_batches(queue: Upkeep, stop: asyncio.Event) -> None:
     """Merge counts, truncate the log of SQLite, and delete all old events."""
     while not stop.is_set():
         if await queue.tidy() < EVENT_BATCHES_PRUNED:
+            return
+        await asyncio.sleep(PRUNE_PAUSE_SECONDS)
+
+
+async def fail_parked_in_batches(queue: Upkeep, stop: asyncio.Event, *, parked_days: float) -> None:
+    """Fail all jobs that have been parked for longer, in small transactions with pauses."""
+    while not stop.is_set():
+        failed = await queue.fail_parked(parked_days=parked_days, jobs=PRUNE_BATCH)
+        if failed:
+            log.warning("jobs.parked_too_long", jobs=failed, parked_days=parked_days)
+        if failed < PRUNE_BATCH:
             return
         await asyncio.sleep(PRUNE_PAUSE_SECONDS)
 

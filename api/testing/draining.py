@@ -167,6 +167,8 @@ class _Run:
             )
         if outcome is AttemptOutcome.TIMED_OUT and error is not None:
             raise DrainFailed(f"{_named(job)} failed as {error.code}: {error.message}")
+        if outcome is AttemptOutcome.RELEASED and error is not None:
+            raise DrainFailed(f"{_named(job)} was parked as {error.code}: {error.message}")
         if outcome is not AttemptOutcome.FAILED or error is None or error.code in _INTENDED_CODES:
             return
         if self._raised is None:

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, ClassVar, Final, Self
 
 from pydantic import JsonValue
-from pydantic_core import PydanticSerializationError, to_jsonable_python
+from pydantic_core import PydanticSerializationError, to_json, to_jsonable_python
 from sqlalchemy.orm import Session
 
 from job_registry import JobRegistry, JobType, Payload
@@ -292,7 +292,8 @@ class TestQueue(JobQueue):
         """Return the names of the job types that are meant, and the class of their payload."""
         match what:
             case str():
-                return [what], self.registry.get_type(what).payload
+                found = self.registry.get_type(what)
+                return [found.name], found.payload
             case JobType():
                 return [what.name], self.registry.get_type(what.name).payload
             case type() if issubclass(what, Payload):
@@ -321,7 +322,7 @@ class TestQueue(JobQueue):
         """Return how the payload of a job differs from the fields."""
         if not wanted:
             return []
-        payload = self.registry.validate(job.type, job.payload)
+        payload = self.registry.read(job.type, to_json(job.payload))
         return [
             f"{name} is {_shown(getattr(payload, name))}, expected {_shown(value)}"
             for name, value in wanted.items()

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import structlog
+from pydantic_core import to_json
 
 from job_registry import JobContext, JobType, PayloadInvalid
 from job_registry.context import State
@@ -71,6 +72,9 @@ LATE_SECONDS: Final = 0.02
 
 OVERDUE_LOG_SECONDS: Final = 60.0
 """How often the log names a handler that runs on after its timeout."""
+
+MISMATCH_LOG_SECONDS: Final = 60.0
+"""How often the log names a parked job of a type."""
 
 REPORT_SECONDS: Final = 10.0
 """How long to repeat a report after the lease may have expired. The database decides."""
@@ -169,9 +173,9 @@ class Attempt:
 
     async def _attempt(self, registered: JobType[Any]) -> None:
         try:
-            payload = self._queue.registry.admit(registered.name, self._job.payload).payload
+            payload = registered.read(to_json(self._job.payload))
         except PayloadInvalid as invalid:
-            await self._refuse(invalid)
+            await self._refuse(registered, invalid)
             return
         except Exception as error:
             # A validator of the job type raised something other than a validation error.
@@ -415,13 +419,27 @@ class Attempt:
             case Nothing():
                 pass
 
-    async def _refuse(self, invalid: PayloadInvalid) -> None:
-        """Fail the job: the current schema refuses a payload that an older one accepted."""
+    async def _refuse(self, registered: JobType[Any], invalid: PayloadInvalid) -> None:
+        """Park or fail the job: neither the current model nor an older one fits its payload."""
         error = JobError(
             invalid.code,
             "The stored payload does not match the current schema of the job type.",
             [violation.as_json() for violation in invalid.violations],
         )
+        if registered.policy.on_mismatch == "park":
+            fingerprint = registered.fingerprint
+            if _is_first_in_a_minute(registered.name):
+                self._log.warning(
+                    "job.payload_mismatch",
+                    fingerprint=fingerprint,
+                    admitted_under=self._job.fingerprint,
+                    violations=[f"{each.path}: {each.message}" for each in invalid.violations[:5]],
+                    exc_info=invalid.__cause__,
+                )
+            await self._report_with(
+                error, lambda error: self._queue.park(self._token, fingerprint, error)
+            )
+            return
         await self._report_with(
             error,
             lambda error: self._queue.fail(
@@ -485,6 +503,19 @@ class Attempt:
         if self._call is not None:
             self._call.request_stop()
         self._news.set()
+
+
+_warned: Final[dict[str, float]] = {}
+"""When a parked job of a type was last logged."""
+
+
+def _is_first_in_a_minute(job_type: str) -> bool:
+    """Return whether no parked job of this type was logged in the last minute."""
+    now = time.monotonic()
+    if now - _warned.get(job_type, -MISMATCH_LOG_SECONDS) < MISMATCH_LOG_SECONDS:
+        return False
+    _warned[job_type] = now
+    return True
 
 
 def _refused(reason: str) -> FailAttempt:

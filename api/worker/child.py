@@ -268,9 +268,7 @@ async def _run(
     try:
         with memory.importing():
             job_type = job_type_at(run["address"], job["type"], run["handler_module"])
-        payload = job_type.payload.model_validate_json(
-            to_json(run["payload"]), by_alias=True, by_name=False
-        )
+        payload = job_type.read(to_json(run["payload"]))
     except Exception as error:
         return NotStarted(f"The handler's process cannot load it: {error}")
 

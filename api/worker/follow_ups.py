@@ -76,8 +76,9 @@ class FollowUps:
     def _type_of(self, address: str) -> str:
         registry = self._queue.registry
         for job_type in registry.values():
-            if address_of_class(job_type.payload) == address:
-                return registry.type_of(job_type.payload)
+            for payload in (job_type.payload, *job_type.accepts):
+                if address_of_class(payload) == address:
+                    return registry.type_of(payload)
         raise DefinitionError(
             f"no job type of this registry has the payload {address}; add its job type to the"
             " registry"

@@ -25,6 +25,7 @@ from job_registry_api import defaults
 from job_registry_api.logs import log_unexpected
 from job_registry_api.queue.errors import QueueUnavailable
 from job_registry_api.queue.queue import JobQueue
+from job_registry_api.queue.reading import log_unregistered_types
 from job_registry_api.queue.requests import MAX_LEASE, MAX_WAIT_SECONDS
 from job_registry_api.queue.upkeep import maintain
 from job_registry_api.worker.attempt import RELEASE_SECONDS, Attempt, Equipment
@@ -75,7 +76,7 @@ class Worker:
     and write files. `worker_id` names the worker in attempts. After `stop`, running jobs have
     `shutdown_seconds` to end. `extensions` default to those of the registry. Succeeded jobs are
     deleted `keep_succeeded_days` after they ended, failed and cancelled jobs after
-    `keep_failed_days`.
+    `keep_failed_days`. Jobs that no worker could read for `parked_days` fail.
 
     Raises:
         DefinitionError: a handler with `run_in="process"` cannot be imported by its process.
@@ -95,13 +96,15 @@ class Worker:
         extensions: Sequence[WorkerExtension] | None = None,
         keep_succeeded_days: float = defaults.KEEP_SUCCEEDED_DAYS,
         keep_failed_days: float = defaults.KEEP_FAILED_DAYS,
+        parked_days: float = defaults.PARKED_DAYS,
     ) -> None:
         if concurrency < 1:
             raise ValueError(f"concurrency: expected 1 or more; got {concurrency}")
         if shutdown_seconds < 0:
             raise ValueError(f"shutdown_seconds: expected 0 or more; got {shutdown_seconds}")
         registry = queue.registry
-        self.types = tuple(types or (name for name in registry if registry[name].has_handler))
+        named = types or [name for name in registry if registry[name].has_handler]
+        self.types = tuple(dict.fromkeys(registry.get_type(name).name for name in named))
         self.worker_id = worker_id or _worker_id()
         self.started = asyncio.Event()
         """Set once the lifespans have started."""
@@ -111,6 +114,7 @@ class Worker:
         self._shutdown_seconds = shutdown_seconds
         self._keep_succeeded_days = keep_succeeded_days
         self._keep_failed_days = keep_failed_days
+        self._parked_days = parked_days
         self._extensions = tuple(registry.extensions if extensions is None else extensions)
         self._stopping = asyncio.Event()
         self._stopping_now = asyncio.Event()
@@ -227,6 +231,7 @@ class Worker:
             self._keeper.start()
             self.started.set()
             log.info("worker.started", worker_id=self.worker_id, types=list(self.types))
+            await log_unregistered_types(self._queue)
             try:
                 with (
                     self._queue.events.on_cancel_requested(self._cancel),
@@ -246,6 +251,7 @@ class Worker:
                 self._stopping,
                 keep_succeeded_days=self._keep_succeeded_days,
                 keep_failed_days=self._keep_failed_days,
+                parked_days=self._parked_days,
             ),
             name="upkeep",
         )

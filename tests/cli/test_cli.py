@@ -66,6 +66,8 @@ def test_help_names_every_command_and_the_exit_codes(jobs: Shell) -> None:
         "policy",
         "validate",
         "enqueue",
+        "lock",
+        "check",
         "schema",
         "JOBS_",
         "refused",

@@ -50,6 +50,9 @@ def jobs(tmp_path: Path) -> Shell:
         (["enqueue", "thumbnail.create", "-", "--schedule-at", CONTROL], GOOD),
         (["worker", "--types", CONTROL], ""),
         (["migrate", "--grants", CONTROL], ""),
+        (["check", "--lock", CONTROL], ""),
+        (["check", "--against", f"http://{CONTROL}/"], ""),
+        (["lock", "--lock", f"missing/{CONTROL}"], ""),
     ],
 )
 def test_control_characters_are_escaped(jobs: Shell, arguments: list[str], stdin: str) -> None:

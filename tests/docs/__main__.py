@@ -1,6 +1,6 @@
 """Checks the types of all Python examples: `python -m tests.docs`.
 
-The examples of the pages are checked in one run of mypy, and the example program in another.
+The examples of the pages are checked in one run of mypy, and each example program in another.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests import CODE, ROOT
-from tests.docs.pages import SHOP, write_modules
+from tests.docs.pages import SHOP, WORKERS, write_modules
 
 
 def main() -> int:
     """Return mypy's exit code."""
     with tempfile.TemporaryDirectory() as folder:
         code = _check(write_modules(Path(folder)))
-    # By itself: some of its modules have the names of examples.
-    return code or _check([*SHOP.glob("shop/*.py"), *SHOP.glob("tests/*.py")], str(SHOP))
+    # By themselves: some of their modules have the names of examples.
+    code = code or _check([*SHOP.glob("shop/*.py"), *SHOP.glob("tests/*.py")], str(SHOP))
+    return code or _check([*WORKERS.glob("python/*.py")], str(WORKERS / "python"))
 
 
 def _check(files: Sequence[Path], *path: str) -> int:

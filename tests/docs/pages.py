@@ -19,6 +19,9 @@ PAGES: Final = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 SHOP: Final = ROOT / "docs" / "examples" / "shop"
 """The example program. `test_shop.py` runs the commands of its README."""
 
+WORKERS: Final = ROOT / "docs" / "examples" / "workers"
+"""The workers in Python and TypeScript. `tests/remote` runs them."""
+
 MARKERS: Final = {
     "module": "python",
     "shell": "console",
@@ -27,6 +30,7 @@ MARKERS: Final = {
     "sql": "sql",
     "entry point": "toml",
     "unit": "ini",
+    "workflow": "yaml",
     "nginx": "nginx",
 }
 """The markers, each with the language of its blocks."""

@@ -56,8 +56,10 @@ def test_every_module_of_the_pages_is_imported_by_a_test() -> None:
     tested = {"myjobs.py", "shop_jobs.py", "reports.py", "extension.py", "shop_orders.py"}
     tested |= {"reminders.py", "invoices.py", "orders.py"}
     # Run by a console example.
-    tested |= {"shop_enqueue.py", "mailer.py"}
+    tested |= {"shop_enqueue.py", "mailer.py", "shop_mail.py"}
     tested |= {"shop_orders_nested.py", "shop_api.py"}
+    # Loaded by the commands of their page.
+    tested |= {str(block.argument) for block in blocks("module", "evolution.md")}
     # Run by pytest, below.
     tested |= {str(block.argument) for block in blocks("module", "testing.md")}
     # By `test_embedding.py`.

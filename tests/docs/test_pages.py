@@ -8,16 +8,21 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import yaml
+from typer.testing import CliRunner
 
 from job_registry import JobPolicy
+from job_registry_api.cli import app
 from job_registry_api.graphql.schema import SDL_FILE
 from job_registry_api.queue.events import STATUS_AFTER
 from job_registry_api.settings import Settings
 from tests import ROOT
-from tests.docs.pages import MARKERS, PAGES, SHOP, Block, blocks, blocks_of
+from tests.docs.pages import MARKERS, PAGES, SHOP, WORKERS, Block, blocks, blocks_of
 
 every_page = pytest.mark.parametrize(
-    "page", [*PAGES, SHOP / "README.md"], ids=lambda page: str(page.relative_to(ROOT))
+    "page",
+    [*PAGES, SHOP / "README.md", *WORKERS.glob("*/README.md")],
+    ids=lambda page: str(page.relative_to(ROOT)),
 )
 
 
@@ -79,9 +84,8 @@ def _anchor(heading: str) -> str:
 def test_no_page_calls_the_command_by_its_former_name(page: Path) -> None:
     shown = "\n".join(block.text for block in blocks_of(page) if block.language == "console")
     assert not re.search(r"(bin/|\$ )jobs ", shown)
-    assert not re.search(
-        r"`jobs (serve|worker|migrate|types|policy|validate|enqueue|schema)", page.read_text()
-    )
+    names = "serve|worker|migrate|types|policy|validate|enqueue|lock|check|schema"
+    assert not re.search(f"`jobs ({names})", page.read_text())
 
 
 @pytest.mark.parametrize("block", blocks("entry point"), ids=str)
@@ -90,6 +94,18 @@ def test_an_entry_point_as_shown_names_a_module_of_the_page(block: Block) -> Non
     modules = {each.argument for each in blocks("module", block.page)}
     assert entries.keys() == {"job_registry.catalog"}
     assert {f"{name}.py" for name in entries["job_registry.catalog"].values()} <= modules
+
+
+@pytest.mark.parametrize("block", blocks("workflow"), ids=str)
+def test_a_workflow_as_shown_runs_commands_with_options_that_exist(block: Block) -> None:
+    ((job),) = yaml.safe_load(block.text)["jobs"].values()
+    runs = [step["run"].split() for step in job["steps"] if "run" in step]
+    commands = [words[1:] for words in runs if words[0] == "job-registry"]
+    assert commands
+    for name, *options in commands:
+        shown = CliRunner().invoke(app, [name, "--help"]).output
+        assert set(options) <= set(re.findall(r"--[a-z]+", shown)), block
+    assert {name for name in job["env"] if name.startswith("JOBS_")} <= {"JOBS_CATALOG"}
 
 
 def test_the_guides_name_every_policy_field_mutation_and_event() -> None:

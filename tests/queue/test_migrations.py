@@ -30,7 +30,7 @@ from job_registry import EnqueueRequest, JobRegistry
 from job_registry_api.queue import migrations
 from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.errors import QueueUnavailable
-from job_registry_api.queue.models import METADATA, JobStatus
+from job_registry_api.queue.models import METADATA, JobError, JobStatus
 from job_registry_api.queue.queue import JobQueue
 from tests.conftest import run_sql, with_foreign_search_path
 from tests.http_client import serving
@@ -570,3 +570,33 @@ def test_an_index_that_was_not_built_to_its_end_is_built_again(fresh_postgresql_
         ("job_by_creator", True),
         ("job_by_error_code", True),
     ]
+
+
+async def test_undoing_the_parking_of_jobs_leaves_them_due(
+    database_url: str, registry: JobRegistry
+) -> None:
+    """The release before knows no parked jobs: it is to look at them again."""
+
+    async def parked() -> None:
+        database = open_database(database_url)
+        queue = JobQueue(registry, database)
+        await queue.enqueue(EnqueueRequest("test.ping", {}))
+        (lease,) = await queue.lease(["test.ping"], "w")
+        await queue.park(lease.token, "f" * 64, JobError("payload_invalid", "It does not fit."))
+        await database.close()
+
+    async def leased() -> int:
+        database = open_database(database_url)
+        try:
+            return len(await JobQueue(registry, database).lease(["test.ping"], "w"))
+        finally:
+            await database.close()
+
+    await parked()
+    await asyncio.to_thread(migrations.downgrade, database_url, "0002")
+    ((due,),) = await asyncio.to_thread(
+        run_sql, database_url, "SELECT count(*) FROM job WHERE next_run_at < '9000-01-01'"
+    )
+    assert due == 1
+    await asyncio.to_thread(migrations.upgrade, database_url)
+    assert await leased() == 1

@@ -46,7 +46,13 @@ class Nothing(Payload):
     """No fields."""
 
 
-def job_type(name: str, limit: int | None) -> JobType[Nothing]:
+class Something(Payload):
+    """The payload of another deploy, which may read the same jobs."""
+
+    text: str = ""
+
+
+def job_type(name: str, limit: int | None, payload: type[Payload] = Nothing) -> JobType[Any]:
     # A backoff without a range to jitter in, so that the model knows it.
     policy = JobPolicy(
         max_attempts=3,
@@ -54,10 +60,13 @@ def job_type(name: str, limit: int | None) -> JobType[Nothing]:
         concurrency_limit=limit,
         backoff=Backoff(base_seconds=0, cap_seconds=0),
     )
-    return JobType(name=name, payload=Nothing, policy=policy)
+    return JobType(name=name, payload=payload, policy=policy)
 
 
-REGISTRY = JobRegistry([job_type("free", None), job_type("limited", LIMIT)])
+REGISTRY, OTHER = (
+    JobRegistry([job_type("free", None, payload), job_type("limited", LIMIT, payload)])
+    for payload in (Nothing, Something)
+)
 
 
 @dataclass
@@ -76,7 +85,24 @@ class ModelJob:
     held_until: float = 0.0
     quick_returns: int = 0
     cancel_requested: bool = False
+    parked: bool = False
+    leased_by: str = ""
+    refused_by: set[str] = field(default_factory=set)
     outcomes: list[str] = field(default_factory=list)
+
+    def park(self) -> None:
+        self.token, self.attempt = None, self.attempt - 1
+        if self.cancel_requested:
+            self.status = "cancelled"
+        else:
+            self.status, self.parked = "queued", True
+            self.refused_by.add(self.leased_by)
+        self.outcomes.append("cancelled" if self.cancel_requested else "released")
+
+    def may_go_to(self, deploy: str, now: float) -> bool:
+        if self.status != "queued":
+            return False
+        return deploy not in self.refused_by if self.parked else self.due_at <= now
 
     def end(self, outcome: str, now: float, *, retryable: bool = True, delay: float = 0.0) -> None:
         self.token = None
@@ -113,6 +139,10 @@ class QueueMachine(RuleBasedStateMachine):
         self.databases = [open_database(self.url), open_database(self.url)]
         queues = [JobQueue(REGISTRY, each, lease_seconds=LEASE) for each in self.databases]
         self.turns = itertools.cycle(queues)
+        self.deploys = {
+            "one": queues[0],
+            "other": JobQueue(OTHER, self.databases[1], lease_seconds=LEASE),
+        }
         self.model: dict[uuid.UUID, ModelJob] = {}
         self.tokens_of: dict[str, uuid.UUID] = {}
         self.now = 0.0
@@ -146,21 +176,21 @@ class QueueMachine(RuleBasedStateMachine):
         self.model[job.id] = ModelJob(name, most or 3, due_at=self.now)
         return job.id
 
-    @rule(target=tokens, limit=st.integers(1, 4))
-    def lease_some(self, limit: int) -> Any:
-        return self.lease(limit)
+    @rule(target=tokens, limit=st.integers(1, 4), deploy=st.sampled_from(["one", "other"]))
+    def lease_some(self, limit: int, deploy: str) -> Any:
+        return self.lease(limit, deploy)
 
-    def lease(self, limit: int) -> Any:
-        leases = self.do(
-            self.queue.lease(["free", "limited"], f"w{next(self.workers)}", limit=limit)
-        )
+    def lease(self, limit: int, deploy: str = "one") -> Any:
+        queue = self.deploys[deploy]
+        leases = self.do(queue.lease(["free", "limited"], f"w{next(self.workers)}", limit=limit))
         # Claiming recovers first.
         self.recover_model()
         for lease in leases:
             job = self.model[lease.job.id]
             # The model's clock stands still while the test runs.
             passed = time.monotonic() - self.began
-            assert (job.status, job.due_at <= self.now + passed) == ("queued", True)
+            assert job.may_go_to(deploy, self.now + passed)
+            job.parked, job.leased_by = False, deploy
             job.status, job.token, job.attempt = "running", lease.token, job.attempt + 1
             job.expires_at, job.deadline_at = self.now + LEASE, self.now + TIMEOUT
             job.leased_at, job.held_until = self.now, self.now + LEASE
@@ -168,7 +198,7 @@ class QueueMachine(RuleBasedStateMachine):
         # And it takes all it may.
         held = [until for until in self.places if until > self.now]
         room = LIMIT - self.running("limited") - len(held)
-        left = [j for j in self.model.values() if j.status == "queued" and j.due_at <= self.now]
+        left = [j for j in self.model.values() if j.may_go_to(deploy, self.now)]
         could = [j for j in left if j.type == "free" or room > 0]
         assert len(leases) == limit or not could
         return multiple(*(lease.token for lease in leases))
@@ -210,6 +240,23 @@ class QueueMachine(RuleBasedStateMachine):
         if job is not None:
             job.end("released", self.now)
 
+    @rule(token=tokens)
+    def park(self, token: str) -> None:
+        """The worker cannot read the payload."""
+        job = self.model[self.tokens_of[token]]
+        fingerprint = (OTHER if job.leased_by == "other" else REGISTRY)[job.type].fingerprint
+        parked = self.expect(self.queue.park(token, fingerprint, ERROR), token)
+        if parked is not None:
+            parked.park()
+
+    @rule(name=st.sampled_from(["free", "limited"]))
+    def unpark(self, name: str) -> None:
+        parked = [j for j in self.model.values() if j.parked and j.type == name]
+        assert self.do(self.queue.unpark([name])) == len(parked)
+        for job in parked:
+            job.parked, job.due_at = False, self.now
+            job.refused_by.clear()
+
     @rule(token=tokens, seconds=st.sampled_from([0, 20]))
     def snooze(self, token: str, seconds: int) -> None:
         job = self.expect(self.queue.snooze(token, seconds), token)
@@ -226,7 +273,7 @@ class QueueMachine(RuleBasedStateMachine):
             return
         assert job.status in ("queued", "running")
         if job.status == "queued":
-            job.status = "cancelled"
+            job.status, job.parked = "cancelled", False
         else:
             job.cancel_requested = True
 
@@ -283,6 +330,8 @@ class QueueMachine(RuleBasedStateMachine):
             for status in JobStatus:
                 wanted = [j for j in self.model.values() if (j.type, j.status) == (name, status)]
                 assert getattr(counts[name], status) == len(wanted)
+            parked = [j for j in self.model.values() if j.type == name and j.parked]
+            assert counts[name].parked == len(parked)
 
     def rows(self, statement: str) -> Any:
         async def read() -> Any:

@@ -65,7 +65,31 @@ a_job_type().handler(partial(with_a_client, "client"))
 a_job_type().handler(lambda job, payload: payload.address)
 
 
+class MailSendV1(Payload):
+    to: str
+
+
+class MailSendV0(Payload):
+    receiver: str
+
+
+@a_job_type().upgrade(MailSendV1)
+def from_v1(older: MailSendV1) -> MailSend:
+    return MailSend(address=older.to)
+
+
+@a_job_type().upgrade(MailSendV0)
+def from_v0(older: MailSendV0) -> MailSendV1:
+    return MailSendV1(to=older.receiver)
+
+
+JobType(name="mail.send", payload=MailSend, accepts=[MailSendV1], former_names=["mail"])
+a_job_type().upgrade(MailSendV1)(lambda older: MailSend(address=older.to))
+
+
 async def calls(job: JobContext, payload: MailSend) -> None:
+    assert_type(from_v1(MailSendV1(to="")), MailSend)
+    assert_type(a_job_type().read("{}"), MailSend)
     assert_type(in_a_thread(job, payload), str)
     assert_type(await on_the_loop(job, payload), dict[str, int])
 """
@@ -106,6 +130,22 @@ class Step:
 a_job_type().handler(Step())  # error
 a_job_type().handler(lambda job, payload: payload.number)  # error
 JobType(name="mail.send", payload=dict)  # error
+
+
+@a_job_type().upgrade(MailDelete)  # error
+def of_another_model(older: MailSend) -> MailSend: ...
+
+
+@a_job_type().upgrade(MailDelete)  # error
+def to_a_dict(older: MailDelete) -> dict[str, Any]: ...
+
+
+@a_job_type().upgrade(MailDelete)  # error
+async def later(older: MailDelete) -> MailSend: ...
+
+
+a_job_type().upgrade(dict)  # error
+JobType(name="mail.send", payload=MailSend, accepts=[dict])  # error
 """
 
 

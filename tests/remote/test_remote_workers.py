@@ -1,12 +1,10 @@
-"""`payout.execute`, worked from end to end by workers that speak nothing but GraphQL over HTTP."""
+"""The protocol of remote workers, over HTTP. `test_reference_workers` runs whole workers."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import shutil
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -54,26 +52,6 @@ LEASE = """mutation ($types: [String!]!, $limit: Int!, $wait: Int!) {
     ... on InputInvalid { violations { path } } } }"""
 END = """mutation ($token: String!) {{ {0}
   {{ __typename ... on JobChanged {{ job {{ status attempt nextRunAt }} }} }} }}"""
-
-
-@pytest.mark.any_database
-async def test_a_worker_in_any_language_works_payouts(server: httpx.AsyncClient) -> None:
-    node = shutil.which("node")
-    if node is None:
-        pytest.skip("Node is not on this machine: the worker in JavaScript is not tried")
-    jobs = await enqueue(server, "b-1", "b-2", "shaky", *(f"more-{n}" for n in range(9)))
-    script = Path(__file__).with_name("worker.mjs")
-    process = await asyncio.create_subprocess_exec(node, script, f"{server.base_url}/graphql")
-    assert await asyncio.wait_for(process.wait(), 40) == 0
-
-    done = [await read(server, job_id) for job_id in jobs]
-    assert {job["status"] for job in done} == {"succeeded"}
-    assert done[0]["result"] == {"paid": "b-1", "attempt": 1}
-    assert done[0]["progress"] == {"paying": "b-1"}
-    shaky = done[2]
-    assert [attempt["outcome"] for attempt in shaky["attempts"]] == ["failed", "succeeded"]
-    assert shaky["attempts"][0]["error"]["code"] == "bank_closed"
-    assert shaky["attempts"][1]["workerId"].startswith("node:")
 
 
 @pytest.mark.any_database
@@ -126,3 +104,64 @@ async def test_a_worker_with_a_wrong_request_gets_its_faults(server: httpx.Async
         "/limit",
         "/waitSeconds",
     }
+
+
+TIMES = """mutation ($types: [String!]!) {
+  leaseJobs(input: {jobTypes: $types, workerId: "python"}) {
+    ... on LeaseJobsSuccess {
+      leases { leaseToken leaseSeconds secondsToExpiry secondsLeft } } } }"""
+BEAT = """mutation ($token: String!) { heartbeatJob(leaseToken: $token) {
+  ... on HeartbeatJobSuccess { secondsToExpiry secondsLeft } } }"""
+
+
+@pytest.mark.any_database
+@pytest.mark.parametrize(("lease_seconds", "expected"), [("12", 12.0), ("90", 60.0)])
+async def test_a_worker_needs_no_clock(
+    database_url: str, lease_seconds: str, expected: float
+) -> None:
+    async with (
+        serving(database_url, lease_seconds=lease_seconds) as (address, _),
+        httpx.AsyncClient(base_url=f"http://{address}", timeout=40) as server,
+    ):
+        await enqueue(server, "b-1")
+        (lease,) = (await graphql(server, TIMES, types=["payout.execute"]))["leases"]
+        # payout.execute times out after 60 seconds, and no lease lasts longer than its attempt.
+        assert lease["leaseSeconds"] == float(lease_seconds)
+        assert lease["secondsToExpiry"] == expected
+        assert lease["secondsLeft"] == 60.0
+        beat = await graphql(server, BEAT, token=lease["leaseToken"])
+        assert beat["secondsLeft"] == pytest.approx(60, abs=5)
+        assert beat["secondsToExpiry"] == pytest.approx(expected, abs=5)
+
+
+STOP = """mutation ($worker: String!) { stopWaiting(workerId: $worker) {
+  ... on StopWaitingSuccess { workerId } ... on InputInvalid { violations { path } } } }"""
+
+
+@pytest.mark.any_database
+async def test_a_worker_that_stops_waiting_gets_the_answer_of_its_long_poll(
+    server: httpx.AsyncClient, database_url: str
+) -> None:
+    lease = LEASE.replace('"python"', "$worker").replace("($types", "($worker: String!, $types")
+    of_types = {"types": ["payout.execute"], "limit": 1, "wait": 20}
+    async with (
+        serving(database_url) as (address, _),
+        httpx.AsyncClient(base_url=f"http://{address}", timeout=40) as another,
+    ):
+        going, gone, staying = (
+            asyncio.create_task(graphql(each, lease, worker=worker, **of_types))
+            for each, worker in ((server, "going"), (server, "gone"), (another, "staying"))
+        )
+        await asyncio.sleep(1)
+        stopped = await graphql(server, STOP, worker="going")
+        assert stopped == {"workerId": "going"}
+        assert (await asyncio.wait_for(going, 2))["leases"] == []
+        # Also when the request comes to another process than the one in which the worker waits.
+        await graphql(another, STOP, worker="gone")
+        assert (await asyncio.wait_for(gone, 2))["leases"] == []
+        assert not staying.done()
+        (job_id,) = await enqueue(server, "for the one that stays")
+        leased = await asyncio.wait_for(staying, 3)
+        assert [each["job"]["id"] for each in leased["leases"]] == [job_id]
+    refused = await graphql(server, STOP, worker="")
+    assert refused == {"violations": [{"path": "/workerId"}]}

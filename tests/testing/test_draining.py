@@ -167,6 +167,14 @@ async def test_a_job_that_is_snoozed_for_ever_is_an_error(job_queue: TestQueue) 
         await job_queue.drain(skip_time=True, max_jobs=3)
 
 
+async def test_a_stored_payload_that_no_longer_fits_is_a_failure(job_queue: TestQueue) -> None:
+    await do(job_queue, "nothing")
+    with job_queue.file._engine.begin() as connection:
+        connection.exec_driver_sql("""UPDATE job SET payload = '{"what": 7}'""")
+    with pytest.raises(DrainFailed, match="was parked as payload_invalid: The stored payload"):
+        await job_queue.drain()
+
+
 @pytest.mark.parametrize(
     ("kind", "what", "outcome"),
     [

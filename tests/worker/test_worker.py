@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import io
+import json
 import sys
 import threading
 import time
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 from pydantic import JsonValue, field_validator
 
 from job_registry import (
@@ -28,11 +31,14 @@ from job_registry import (
     Snooze,
     WorkerExtension,
 )
+from job_registry_api.logs import configure_logs
 from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.errors import QueueUnavailable
 from job_registry_api.queue.models import JobRecord, JobStatus
 from job_registry_api.queue.queue import JobQueue
+from job_registry_api.queue.reading import PayloadMismatch
 from job_registry_api.worker import Worker
+from job_registry_api.worker.attempt import _warned
 from tests.conftest import run_sql
 from tests.worker.house import House, Text
 
@@ -361,13 +367,62 @@ async def test_a_stored_payload_that_todays_schema_refuses_is_not_run(house: Hou
     await asyncio.to_thread(
         run_sql, house.database_url, """UPDATE job SET payload = '{"text": 1}'"""
     )
-    async with house.working():
-        ended = await house.until(job, JobStatus.FAILED)
-    assert (ended.attempt, house.ran) == (0, [])
-    assert ended.error is not None
-    assert ended.error.code == "payload_invalid"
-    details: Any = ended.error.details
-    assert details[0]["path"] == "/text"
+    async with house.working(), asyncio.timeout(15):
+        while not (parked := await house.queue.get(job.id)).is_parked:
+            await asyncio.sleep(0.01)
+    assert (parked.attempt, house.ran) == (0, [])
+    reason = await house.queue.waiting_reason(parked)
+    assert isinstance(reason, PayloadMismatch)
+    assert reason.violations[0].path == "/text"
+
+
+async def test_jobs_whose_payload_does_not_fit_are_one_warning_per_type_and_minute(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = [await house.enqueue() for _ in range(5)]
+    await asyncio.to_thread(
+        run_sql, house.database_url, """UPDATE job SET payload = '{"text": 1}'"""
+    )
+    house.job_type.handler(lambda _job, _payload: None)
+    _warned.clear()
+    log = logged("job_registry_api.worker.attempt.log", monkeypatch)
+    async with house.working(), asyncio.timeout(15):
+        while (await house.queue.counts())["work"].parked < len(jobs):
+            await asyncio.sleep(0.01)
+    (warning,) = [json.loads(line) for line in log.getvalue().decode().splitlines()]
+    assert (warning["event"], warning["type"]) == ("job.payload_mismatch", "work")
+    assert warning["fingerprint"] == house.job_type.fingerprint
+    assert warning["violations"] == ["/text: Expected a string; got 1."]
+
+
+def logged(name: str, monkeypatch: pytest.MonkeyPatch) -> io.BytesIO:
+    """The lines of a logger from now on. A logger that was used before keeps its configuration."""
+    buffer = io.BytesIO()
+    stream = io.TextIOWrapper(buffer)
+    configure_logs("warning", "json", stream)
+    monkeypatch.setattr(name, structlog.get_logger())
+    _streams.append(stream)  # Its end would close the buffer.
+    return buffer
+
+
+_streams: list[io.TextIOWrapper] = []
+
+
+async def test_a_worker_names_the_queued_types_that_it_does_not_know(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = JobRegistry([JobType(name="gone", payload=Text)])
+    database = open_database(house.database_url)
+    job = (await JobQueue(before, database).enqueue(EnqueueRequest("gone", {}))).job
+    await database.close()
+    house.job_type.handler(lambda _job, _payload: None)
+    log = logged("job_registry_api.queue.reading.log", monkeypatch)
+    async with house.working(), asyncio.timeout(15):
+        while not log.getvalue():
+            await asyncio.sleep(0.01)
+    (line,) = [json.loads(line) for line in log.getvalue().decode().splitlines()]
+    assert (line["event"], line["type"], line["queued"]) == ("queue.type_not_registered", "gone", 1)
+    assert (await house.queue.get(job.id)).attempt == 0
 
 
 async def test_a_validator_that_raises_anything_fails_the_attempt(database_url: str) -> None:

@@ -57,13 +57,89 @@ WHERE job.id = CAST(:id AS uuid) AND (NOT CAST(:owned AS boolean) OR job.created
 SELECT job_registry.job_next_due(CAST(:wanted AS jsonb))
 
 -- name: see_worker
--- Record that a worker runs these types. The order is fixed, so that two transactions cannot
--- deadlock.
+-- Record that a worker runs these types, and these fingerprints of types. The order is fixed, so
+-- that two transactions cannot deadlock.
+WITH versions AS (
+    INSERT INTO job_registry.job_type_version (type, fingerprint, worker_seen_at)
+    SELECT seen.type, seen.fingerprint, clock_timestamp()
+    FROM jsonb_to_recordset(CAST(:versions AS jsonb)) AS seen (type text, fingerprint text)
+    ORDER BY seen.type, seen.fingerprint
+    ON CONFLICT (type, fingerprint) DO UPDATE SET worker_seen_at = excluded.worker_seen_at)
 INSERT INTO job_registry.job_type_state (type, worker_seen_at)
 SELECT seen.type, clock_timestamp()
 FROM jsonb_array_elements_text(CAST(:types AS jsonb)) AS seen (type)
 ORDER BY seen.type
 ON CONFLICT (type) DO UPDATE SET worker_seen_at = excluded.worker_seen_at
+
+-- name: park
+-- End attempts whose worker cannot read the payload, and park their jobs.
+SELECT * FROM job_registry.job_park(
+    CAST(:parks AS jsonb), CAST(:process AS text), CAST(:keep AS boolean))
+
+-- name: unpark
+-- Make parked jobs of these types due for every worker.
+SELECT * FROM job_registry.job_unpark(
+    CAST(:types AS jsonb), CAST(:most AS integer), CAST(:process AS text), CAST(:keep AS boolean))
+
+-- name: fail_parked
+-- Fail jobs that have been parked for too long.
+SELECT * FROM job_registry.job_fail_parked(
+    CAST(:older_than AS double precision), CAST(:most AS integer), CAST(:process AS text),
+    CAST(:keep AS boolean))
+
+-- name: prune_versions
+-- Delete the versions of types whose workers were last seen long ago.
+DELETE FROM job_registry.job_type_version WHERE worker_seen_at <
+    clock_timestamp() - make_interval(secs => CAST(:keep_seconds AS double precision))
+RETURNING type
+
+-- name: versions
+-- Return how many jobs of a type, up to a number, were admitted under each fingerprint, and when a
+-- worker of it was last seen. A claim's own index gives the queued jobs that run first.
+SELECT counted.fingerprint, sum(counted.queued)::bigint AS queued,
+    sum(counted.running)::bigint AS running, sum(counted.parked)::bigint AS parked,
+    sum(counted.refused)::bigint AS refused, max(counted.seen) AS worker_seen_at
+FROM (
+    SELECT fingerprint, count(*) AS queued, 0 AS running, 0 AS parked, 0 AS refused,
+        CAST(NULL AS timestamptz) AS seen
+    FROM (
+        SELECT job.fingerprint FROM job_registry.job
+        WHERE job.status = 'queued' AND job.type = :type
+            AND job.next_run_at < '9999-01-01 00:00:00+00'
+        ORDER BY job.priority DESC, job.next_run_at, job.id LIMIT :most) AS first
+    GROUP BY fingerprint
+    UNION ALL
+    SELECT fingerprint, 0, count(*), 0, 0, NULL
+    FROM (
+        SELECT job.fingerprint FROM job_registry.job
+        WHERE job.status = 'running' AND job.type = :type LIMIT :most) AS first
+    GROUP BY fingerprint
+    UNION ALL
+    SELECT fingerprint, 0, 0, count(*), 0, NULL
+    FROM (
+        SELECT job_parked.fingerprint FROM job_registry.job_parked
+        WHERE job_parked.parked_at IS NOT NULL AND job_parked.type = :type LIMIT :most) AS first
+    GROUP BY fingerprint
+    UNION ALL
+    SELECT refuser.fingerprint, 0, 0, 0, count(*), NULL
+    FROM (
+        SELECT job_parked.refused_by FROM job_registry.job_parked
+        WHERE job_parked.parked_at IS NOT NULL AND job_parked.type = :type LIMIT :most) AS first
+    CROSS JOIN LATERAL unnest(string_to_array(first.refused_by, ',')) AS refuser (fingerprint)
+    GROUP BY refuser.fingerprint
+    UNION ALL
+    SELECT fingerprint, 0, 0, 0, 0, worker_seen_at FROM job_registry.job_type_version
+    WHERE type = :type
+) AS counted
+GROUP BY counted.fingerprint
+
+-- name: announce_waits_ended
+-- Announce that a worker waits for no more jobs. The event is of no job.
+SELECT job_registry.job_announce(
+    CAST(:process AS text),
+    job_registry.job_event(
+        'worker.stopped_waiting', '00000000-0000-0000-0000-000000000000', CAST(:worker AS text), 0),
+    CAST(:keep AS boolean))
 
 -- name: by_key
 -- Return the jobs with these idempotency keys.
@@ -131,6 +207,27 @@ SELECT * FROM job_registry.job_waiting(CAST(:ids AS jsonb), CAST(:most AS intege
 -- name: now
 -- Return the time of the database.
 SELECT clock_timestamp() AS now
+
+-- name: unfinished
+-- Return a page of queued and running jobs in the order of their ids, with the texts of their
+-- payloads. The page ends with the payload that makes it `:characters` long.
+WITH page AS (
+    (SELECT id FROM job_registry.job
+     WHERE status = 'queued' AND id > CAST(:after AS uuid)
+     ORDER BY id LIMIT CAST(:jobs AS integer))
+    UNION ALL
+    (SELECT id FROM job_registry.job
+     WHERE status = 'running' AND id > CAST(:after AS uuid)
+     ORDER BY id LIMIT CAST(:jobs AS integer))
+    ORDER BY id LIMIT CAST(:jobs AS integer)),
+found AS MATERIALIZED (
+    SELECT job.id, job.type, CAST(job.payload AS text) AS text
+    FROM page JOIN job_registry.job ON job.id = page.id),
+counted AS (
+    SELECT *, sum(length(text)) OVER (ORDER BY id ROWS UNBOUNDED PRECEDING) AS characters
+    FROM found)
+SELECT id, type, text FROM counted
+WHERE characters - length(text) < CAST(:characters AS bigint) ORDER BY id
 
 -- name: prune
 -- Delete jobs that ended long ago, oldest first. Skip locked rows.

@@ -70,6 +70,114 @@ SELECT id, length(payload) AS bytes FROM job
 WHERE status = 'queued' AND type = :type AND priority = :priority AND next_run_at <= :now
 ORDER BY next_run_at, id LIMIT :jobs
 
+-- name: due_readable
+-- The same, of jobs that were admitted under one of some fingerprints.
+SELECT id, length(payload) AS bytes FROM job
+WHERE status = 'queued' AND type = :type AND priority = :priority AND next_run_at <= :now
+  AND fingerprint IN (SELECT value FROM json_each(:readable))
+ORDER BY next_run_at, id LIMIT :jobs
+
+-- name: any_parked
+-- Return whether there are parked jobs.
+SELECT 1 FROM job_parked WHERE parked_at IS NOT NULL LIMIT 1
+
+-- name: next_refused
+-- Return the next list of fingerprints that have refused parked jobs of the type.
+SELECT refused_by FROM job_parked
+WHERE parked_at IS NOT NULL AND type = :type AND refused_by > :refused
+ORDER BY refused_by LIMIT 1
+
+-- name: next_parked_level
+-- Return the highest priority below `:below` of the jobs of a type that these fingerprints refused.
+SELECT priority FROM job_parked
+WHERE parked_at IS NOT NULL AND type = :type AND refused_by = :refused AND priority < :below
+ORDER BY priority DESC LIMIT 1
+
+-- name: due_parked
+-- Return the parked jobs of a type and priority that these fingerprints refused, oldest first.
+SELECT job.id, length(job.payload) AS bytes FROM (
+    SELECT job_id, due_at FROM job_parked
+    WHERE parked_at IS NOT NULL AND type = :type AND refused_by = :refused
+      AND priority = :priority
+      AND (:readable IS NULL OR fingerprint IN (SELECT value FROM json_each(:readable)))
+    ORDER BY due_at, job_id LIMIT :jobs) AS parked
+CROSS JOIN job ON job.id = parked.job_id AND job.status = 'queued'
+
+-- name: refused_by
+-- Return the fingerprints that have refused a job.
+SELECT refused_by FROM job_parked WHERE job_id = :id
+
+-- name: park
+-- Record that a worker refused a job.
+INSERT INTO job_parked (
+    job_id, type, priority, fingerprint, due_at, parked_at, refused_by, error)
+SELECT id, type, priority, fingerprint, :due_at, :now, :refused_by, :error FROM job WHERE id = :id
+ON CONFLICT (job_id) DO UPDATE SET
+    parked_at = excluded.parked_at, refused_by = excluded.refused_by, error = excluded.error
+
+-- name: parked_of
+-- Return parked jobs of a type.
+SELECT job_id, due_at FROM job_parked WHERE parked_at IS NOT NULL AND type = :type LIMIT :jobs
+
+-- name: unpark
+-- Make a parked job due for every worker.
+UPDATE job SET next_run_at = :due_at WHERE id = :id AND status = 'queued' RETURNING *
+
+-- name: forget_parked
+-- Forget which workers refused a job.
+DELETE FROM job_parked WHERE job_id = :id
+
+-- name: parked_before
+-- Return jobs that were parked before a time, the oldest first.
+SELECT job_id, error FROM job_parked WHERE parked_at < :before ORDER BY parked_at LIMIT :jobs
+
+-- name: fail_parked
+-- Fail a parked job.
+UPDATE job SET status = 'failed', next_run_at = NULL, finished_at = :now, error = :error
+WHERE id = :id AND status = 'queued' RETURNING *
+
+-- name: see_version
+-- Record that a worker has a version of a type.
+INSERT INTO job_type_version (type, fingerprint, worker_seen_at) VALUES (:type, :fingerprint, :now)
+ON CONFLICT (type, fingerprint) DO UPDATE SET worker_seen_at = excluded.worker_seen_at
+
+-- name: prune_versions
+-- Delete the versions of types whose workers were last seen long ago.
+DELETE FROM job_type_version WHERE worker_seen_at < :before
+
+-- name: versions
+-- Return how many jobs of a type, up to a number, were admitted under each fingerprint, and when a
+-- worker of it was last seen. A claim's own index gives the queued jobs that run first.
+SELECT fingerprint, sum(queued) AS queued, sum(running) AS running, sum(parked) AS parked,
+    sum(refused) AS refused, max(seen) AS worker_seen_at
+FROM (
+    SELECT fingerprint, count(*) AS queued, 0 AS running, 0 AS parked, 0 AS refused, NULL AS seen
+    FROM (
+        SELECT fingerprint FROM job WHERE status = 'queued' AND type = :type
+            AND next_run_at < '9999-01-01 00:00:00.000000'
+        ORDER BY priority DESC, next_run_at, id LIMIT :most)
+    GROUP BY fingerprint
+    UNION ALL
+    SELECT fingerprint, 0, count(*), 0, 0, NULL
+    FROM (SELECT fingerprint FROM job WHERE status = 'running' AND type = :type LIMIT :most)
+    GROUP BY fingerprint
+    UNION ALL
+    SELECT fingerprint, 0, 0, count(*), 0, NULL
+    FROM (
+        SELECT fingerprint FROM job_parked
+        WHERE parked_at IS NOT NULL AND type = :type LIMIT :most)
+    GROUP BY fingerprint
+    UNION ALL
+    SELECT refuser.value, 0, 0, 0, count(*), NULL
+    FROM (
+        SELECT refused_by FROM job_parked
+        WHERE parked_at IS NOT NULL AND type = :type LIMIT :most) AS first
+    CROSS JOIN json_each('["' || replace(first.refused_by, ',', '","') || '"]') AS refuser
+    GROUP BY refuser.value
+    UNION ALL
+    SELECT fingerprint, 0, 0, 0, 0, worker_seen_at FROM job_type_version WHERE type = :type)
+GROUP BY fingerprint
+
 -- name: lease
 -- Lease a job.
 UPDATE job SET
@@ -267,6 +375,24 @@ SELECT job.id,
         LIMIT :most
     )) AS ahead
 FROM job WHERE status = 'queued' AND id IN (SELECT value FROM json_each(:ids))
+
+-- name: unfinished
+-- Return a page of queued and running jobs in the order of their ids, with the texts of their
+-- payloads. The page ends with the payload that makes it `:characters` long.
+WITH page (id) AS (
+    SELECT id FROM (
+        SELECT id FROM job WHERE status = 'queued' AND id > :after ORDER BY id LIMIT :jobs)
+    UNION ALL
+    SELECT id FROM (
+        SELECT id FROM job WHERE status = 'running' AND id > :after ORDER BY id LIMIT :jobs)
+    ORDER BY id LIMIT :jobs),
+found AS MATERIALIZED (
+    SELECT job.id, job.type, CAST(job.payload AS TEXT) AS text
+    FROM page CROSS JOIN job ON job.id = page.id),
+counted AS (
+    SELECT *, sum(length(text)) OVER (ORDER BY id ROWS UNBOUNDED PRECEDING) AS characters
+    FROM found)
+SELECT id, type, text FROM counted WHERE characters - length(text) < :characters ORDER BY id
 
 -- name: prune
 -- Delete jobs that ended long ago, oldest first.

@@ -1,0 +1,77 @@
+"""`job-registry lock`: writes what the job types promise, to compare later versions with it."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from job_registry_api.cli import startup
+from job_registry_api.cli.output import REFUSED, AsJson, fail, print_json, say
+from job_registry_api.defaults import LOCK_FILE
+
+if TYPE_CHECKING:
+    from job_registry.lock import ReleasedTypes
+
+
+def lock(
+    file: Annotated[
+        str, typer.Option("--lock", metavar="FILE", help="The file to write.")
+    ] = LOCK_FILE,
+    as_json: AsJson = False,
+) -> None:
+    """Write the job types to registry.lock.json. Commit it with each release: `check` compares
+    later code with it."""
+    registry = startup.read_registry(startup.read_settings())
+    from job_registry.lock import Lock, lock_text, released_types
+    from job_registry_api.graphql.schema import bare_sdl
+
+    today = released_types(registry.values())
+    text = lock_text(Lock(today, bare_sdl(registry)))
+    path = Path(file)
+    former = _former(path)
+    _write_whole(path, text)
+    changes = _differences(former, today)
+    if as_json:
+        print_json({"file": file, "jobTypes": len(today), **changes})
+    else:
+        parts = [f"{what}: {', '.join(names)}" for what, names in changes.items() if names]
+        kinds = "1 job type" if len(today) == 1 else f"{len(today):,} job types"
+        say(f"{file}: {kinds}. {'; '.join(parts) or 'No job type has changed'}.")
+
+
+def _former(path: Path) -> ReleasedTypes:
+    """Return the job types of the file that is replaced, or none if it is not a lock."""
+    from job_registry.lock import LockInvalid, read_lock
+
+    try:
+        return read_lock(path.read_bytes()).job_types
+    except (OSError, ValueError, LockInvalid):
+        return {}
+
+
+def _differences(former: ReleasedTypes, today: ReleasedTypes) -> dict[str, list[str]]:
+    return {
+        "added": sorted(today.keys() - former.keys()),
+        "changed": sorted(name for name in today.keys() & former if today[name] != former[name]),
+        "removed": sorted(former.keys() - today.keys()),
+    }
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file so that it has the whole text, or what it had before."""
+    partial = path.parent / f".{path.name}.{os.getpid()}"
+    try:
+        with partial.open("x", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    except (OSError, ValueError) as error:
+        with suppress(OSError):
+            partial.unlink()
+        reason = getattr(error, "strerror", None) or error
+        fail(REFUSED, f"Cannot write {path}: {reason}.")

@@ -1,0 +1,130 @@
+"""`job-registry versions` and `unpark`: the versions of job types in the queue, and parked jobs."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from job_registry import JobRegistry, JobTypeNotFound
+from job_registry_api.cli import startup
+from job_registry_api.cli.output import AsJson, out, print_json, refuse, say
+from job_registry_api.settings import Settings
+
+if TYPE_CHECKING:
+    from job_registry_api.queue.models import JobCounts, TypeVersion
+
+TypeNames = Annotated[
+    list[str] | None, typer.Argument(metavar="[TYPE]...", help="Job types. Defaults to all.")
+]
+
+SHOWN_DIGITS = 12
+"""How many digits of a fingerprint a table shows."""
+
+
+def versions(type_names: TypeNames = None, as_json: AsJson = False) -> None:
+    """Show under which versions of the job types the queue has jobs and workers."""
+    settings = startup.read_settings()
+    registry = startup.read_registry(settings)
+    names = _known(registry, type_names, as_json)
+    startup.prepare_database(settings)
+    with startup.database_errors():
+        found, unregistered = asyncio.run(_versions(settings, registry, names))
+    if as_json:
+        print_json(_as_json(registry, found, unregistered))
+        return
+    table = Table(box=None, pad_edge=False)
+    for title in ("type", "fingerprint", "queued", "running", "parked", "refused", "last worker"):
+        table.add_column(title, overflow="fold")
+    for name, some in found.items():
+        for each in some:
+            mark = " (this)" if each.fingerprint == registry[name].fingerprint else ""
+            numbers = (each.queued, each.running, each.parked, each.refused)
+            table.add_row(
+                name,
+                each.fingerprint[:SHOWN_DIGITS] + mark,
+                *(f"{number:,}" for number in numbers),
+                f"{each.worker_seen_at:%Y-%m-%d %H:%M:%S}" if each.worker_seen_at else "never",
+            )
+    for name, counts in unregistered.items():
+        table.add_row(
+            name,
+            "not registered",
+            f"{counts.queued:,}",
+            f"{counts.running:,}",
+            f"{counts.parked:,}",
+        )
+    if not out.is_terminal:
+        out.width = 1_000  # One line per version, for grep.
+    out.print(table)
+
+
+def unpark(type_names: TypeNames = None, as_json: AsJson = False) -> None:
+    """Let every worker try the parked jobs of some job types again."""
+    settings = startup.read_settings()
+    registry = startup.read_registry(settings)
+    _known(registry, type_names, as_json)
+    startup.prepare_database(settings)
+    with startup.database_errors():
+        unparked = asyncio.run(_unpark(settings, registry, type_names))
+    if as_json:
+        print_json({"unparked": unparked})
+    else:
+        say(f"{unparked:,} unparked")
+
+
+def _known(registry: JobRegistry, type_names: list[str] | None, as_json: bool) -> list[str]:
+    """Return the names of today. Ends the command if there is no such type."""
+    try:
+        return [registry.get_type(name).name for name in type_names or registry]
+    except JobTypeNotFound as unknown:
+        refuse(unknown, as_json)
+
+
+async def _versions(
+    settings: Settings, registry: JobRegistry, names: list[str]
+) -> tuple[dict[str, list[TypeVersion]], dict[str, JobCounts]]:
+    from job_registry_api.queue.queue import JobQueue
+
+    async with JobQueue.from_settings(settings, registry, prepare=False) as queue:
+        found = {name: list(await queue.versions(name)) for name in names}
+        return found, await queue.unregistered_types()
+
+
+async def _unpark(settings: Settings, registry: JobRegistry, names: list[str] | None) -> int:
+    from job_registry_api.queue.queue import JobQueue
+
+    async with JobQueue.from_settings(settings, registry, prepare=False) as queue:
+        return await queue.unpark(names or None)
+
+
+def _as_json(
+    registry: JobRegistry,
+    found: dict[str, list[TypeVersion]],
+    unregistered: dict[str, JobCounts],
+) -> dict[str, Any]:
+    types = [
+        {
+            "name": name,
+            "fingerprint": registry[name].fingerprint,
+            "versions": [
+                {
+                    "fingerprint": each.fingerprint,
+                    "queued": each.queued,
+                    "running": each.running,
+                    "parked": each.parked,
+                    "refused": each.refused,
+                    "lastWorkerAt": each.worker_seen_at.isoformat()
+                    if each.worker_seen_at
+                    else None,
+                }
+                for each in some
+            ],
+        }
+        for name, some in found.items()
+    ]
+    others = [{"name": name, "counts": asdict(counts)} for name, counts in unregistered.items()]
+    return {"types": types, "unregisteredTypes": others}
