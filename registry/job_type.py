@@ -376,7 +376,7 @@ class JobType(Generic[P]):
         violations = self.payload_shape.violations(fault, document, budget=budget)
         raise PayloadInvalid(self.name, [*upgrade_faults, *violations]) from cause
 
-    def admit_older(self, text: bytes, document: object) -> tuple[P, str] | None:
+    def admit_older(self, text: bytes) -> tuple[P, str] | None:
         """Return the payload of a client that sent an older form, and the form's fingerprint.
 
         None means that the text fits no model in `accepts`.

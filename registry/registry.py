@@ -291,5 +291,5 @@ def _admitted_older(
     """Return the payload of a client that sent a form that the type accepts."""
     if not job_type.accepts:
         return None
-    admitted = job_type.admit_older(text, document)
+    admitted = job_type.admit_older(text)
     return admitted and AdmittedPayload(job_type, admitted[0], text, admitted[1])

@@ -382,6 +382,7 @@ NEEDED = {
         "jobs:read",
         "jobs:enqueue",
     },
+    "{ unregisteredTypes { name } }": {"jobs:read"},
     '{ job(id: "a") { __typename } }': {"jobs:own", "jobs:read"},
     '{ awaitJob(id: "a") { __typename } }': {"jobs:own", "jobs:read"},
     "{ jobs { nodes { id } } }": {"jobs:own", "jobs:read"},
@@ -393,6 +394,7 @@ NEEDED = {
     "mutation { enqueue(job: {testPing: {}}) { __typename } }": {"jobs:own", "jobs:enqueue"},
     'mutation { cancelJob(id: "a") { __typename } }': {"jobs:own"},
     'mutation { retryJob(id: "a") { __typename } }': {"jobs:own"},
+    'mutation { unparkJobs(jobTypes: ["test.ping"]) { __typename } }': set(),
     'mutation { leaseJobs(input: {jobTypes: ["test.pong"], workerId: "w"}) { __typename } }': {
         "jobs:work"
     },
