@@ -1,10 +1,11 @@
-"""Runs the long tests and `crash.py` for some minutes.
+"""Runs the long tests, `deploys.py` and `crash.py` for some minutes.
 
     python -m benchmarks.soak [--minutes 10]
 
 The tests marked `soak` come first: long races, an open snapshot under many jobs, the costs of
 statements at a million rows. They have the first half of the time; the output names the tests that
-were not reached. `crash.py` has the rest of the time. Exits with 1 if a guarantee does not hold.
+were not reached. Then `deploys.py` rolls versions on both databases, and `crash.py` has the rest of
+the time. Exits with 1 if a guarantee does not hold.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from tests.postgresql_server import SERVERS, memory
 
 ROOT = Path(__file__).resolve().parent.parent
 LEAST_CRASH_MINUTES = 0.5
+DEPLOYS_SHARE = 0.05
+"""The part of the time that versions roll, on each of the two databases."""
+
 JUDGING_MINUTES = 1.0
 """How long `crash.py` takes to start, to check and to end, beside its run."""
 
@@ -41,6 +45,10 @@ def main() -> None:
     tests += ["-n", "2", "--dist", "loadfile"]
     with _servers_end() as servers:
         good = _run(tests, minutes=arguments.minutes / 2, servers=servers) is not False
+    deploys = [sys.executable, "-m", "benchmarks.deploys"]
+    deploys += ["--minutes", f"{arguments.minutes * DEPLOYS_SHARE:.2f}"]
+    with _servers_end() as servers:
+        good = bool(_run(deploys, minutes=arguments.minutes / 2 + 5, servers=servers)) and good
     left = arguments.minutes - (time.monotonic() - started) / 60 - JUDGING_MINUTES
     storm = max(LEAST_CRASH_MINUTES, left)
     crash = [sys.executable, "-m", "benchmarks.crash", "--minutes", f"{storm:.2f}"]
