@@ -214,8 +214,9 @@ async def test_a_server_that_stops_ends_event_streams_without_complete(database_
             url = f"http://{address}/graphql"
             sent = client.build_request("POST", url, json={"query": SUBSCRIPTION}, headers=headers)
             response = await client.send(sent, stream=True)
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(1)
             await enqueue(address)
+            await asyncio.sleep(1)
         text = (await response.aread()).decode()
     assert text.count("event: next") == 1
     assert "job.created" in text

@@ -123,7 +123,7 @@ PAYLOADS = (
             "home": ADDRESSES,
             "day": st.dates().map(str),
             "moment": st.sampled_from(
-                ["2030-01-31T12:00:00Z", "2030-01-31 12:00:00.5+05:30", "2030-01-31T12:00:00"]
+                ["2030-01-31T12:00:00Z", "2030-01-31T12:00:00.5+05:30", "2030-01-31T12:00:00"]
             ),
             "clock": st.times().map(str),
             "lasting": st.sampled_from(["PT1H", "P3DT4S", "-PT1.5S"]),
