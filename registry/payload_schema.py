@@ -12,7 +12,7 @@ from pydantic import BaseModel, JsonValue
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema, to_jsonable_python
 
-from job_registry.wire_text import DECIMAL, reads_decimals_as_text
+from job_registry.wire_text import reads_decimals_as_text
 
 JSON_SCHEMA_DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
 
@@ -65,11 +65,7 @@ class _JsonSchema(GenerateJsonSchema):
 
     def decimal_schema(self, schema: core_schema.DecimalSchema) -> JsonSchemaValue:
         """Decimals come as strings only. Their bounds have the names of those of numbers."""
-        described: JsonSchemaValue = {
-            "type": "string",
-            "format": "decimal",
-            "pattern": f"^{DECIMAL}$",
-        }
+        described: JsonSchemaValue = {"type": "string", "format": "decimal"}
         for name, keyword in _DECIMAL_BOUNDS.items():
             value = cast("Decimal | None", schema.get(name))
             if value is not None:

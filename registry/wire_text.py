@@ -29,10 +29,8 @@ _DURATION: Final = re.compile(
     r"(?:T(?=[0-9])(?:[0-9]+H)?(?:[0-9]+M)?(?:[0-9]+(?:\.[0-9]+)?S)?)?)"
 )
 _UUID: Final = re.compile(r"[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
-DECIMAL: Final = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)"
-"""The pattern of a decimal: no exponent, no spaces, no underscores, and digits of ASCII only."""
-
-_DECIMAL: Final = re.compile(DECIMAL)
+# No exponent, no spaces, no underscores, and digits of ASCII only.
+_DECIMAL: Final = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)")
 _WHOLE: Final = 2.0**63
 _SECONDS: Final = TypeAdapter(timedelta)
 

@@ -409,7 +409,7 @@ def _bounds(schema: Mapping[str, Any]) -> Iterable[str]:
         yield f"More than {schema['exclusiveMinimum']:,}."
     if "exclusiveMaximum" in schema:
         yield f"Less than {schema['exclusiveMaximum']:,}."
-    if "pattern" in schema and schema.get("format") not in TEXT_TYPES:
+    if "pattern" in schema:
         yield f"Matches `{schema['pattern']}`."
     if isinstance(schema.get("items"), dict) and (each := " ".join(_bounds(schema["items"]))):
         yield f"Each: {each}"
