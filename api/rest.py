@@ -408,7 +408,7 @@ def _wanted_page(query_string: bytes) -> _WantedPage:
             case "status" if value in _STATUS_NAMES:
                 statuses.append(JobStatus(value))
             case "status":
-                message = f"Expected {', '.join(JobStatus)}; got {shortened(value)}."
+                message = f"Expected one of {', '.join(JobStatus)}; got {shortened(value)}."
                 faults.append(Violation("/status", "invalid_value", message))
             case "first" if value.isascii() and value.isdigit() and len(value) < 10:
                 first = int(value)
@@ -422,7 +422,8 @@ def _wanted_page(query_string: bytes) -> _WantedPage:
                     message = f"Expected the endCursor of another page; got {shortened(value)}."
                     faults.append(Violation("/after", "invalid_format", message))
             case _:
-                message = f"There is no parameter {shortened(name)}."
+                wanted = "Expected type, status, first or after."
+                message = f"There is no parameter {shortened(name)}. {wanted}"
                 at = pointer("", name) if len(name) <= MAX_POINTER else ""
                 faults.append(Violation(at, "unknown_field", message))
     if faults:
@@ -439,7 +440,7 @@ def _bulk_of(value: JsonValue, most: int) -> tuple[list[JsonValue], bool]:
         BudgetExceeded: it has too many jobs.
     """
     if not isinstance(value, dict) or not isinstance(value.get("jobs"), list):
-        message = f"Expected an object with an array of jobs; got {shortened(value)}."
+        message = f'Expected an object such as {{"jobs": [...]}}; got {shortened(value)}.'
         raise InputInvalid((Violation("/jobs", "wrong_type", message),))
     faults = [
         Violation(

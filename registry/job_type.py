@@ -304,7 +304,8 @@ class JobType(Generic[P]):
         where = f"job type {self.name}"
         if not (isinstance(older, type) and issubclass(older, Payload)):
             raise DefinitionError(
-                f"{where}: upgrade({shortened(older)}), expected a subclass of Payload"
+                f"{where}: upgrade({shortened(older)}), expected a subclass of Payload, as in"
+                " upgrade(OldModel)"
             )
         if older is self.payload:
             raise DefinitionError(

@@ -42,6 +42,7 @@ def check(
     token: Annotated[
         str | None,
         typer.Option(
+            metavar="TOKEN",
             envvar="JOB_REGISTRY_TOKEN",
             show_envvar=True,
             help="The bearer token for --against. It needs the scope jobs:read.",

@@ -186,7 +186,7 @@ async def _enqueue_batch(
             if not (isinstance(result, InputInvalid) and result.violations[0].code == NOT_STORED)
         }
     left = requests.keys() - results.keys()
-    results |= dict.fromkeys(left, not_stored(sorted(results), "the lines"))
+    results |= dict.fromkeys(left, not_stored(sorted(results), "line", "lines"))
     return iter(sorted(results.items()))
 
 

@@ -705,9 +705,13 @@ def _conflict_within(
     return conflict
 
 
-def not_stored(refused: list[int], what: str = "the jobs at index") -> InputInvalid:
+def not_stored(
+    refused: list[int], one: str = "the job at index", more: str = "the jobs at index"
+) -> InputInvalid:
     """Return the error of a valid job in an atomic call in which other jobs were refused."""
     named = ", ".join(str(index) for index in refused[:10])
-    more = f" and {len(refused) - 10} more" if len(refused) > 10 else ""
-    message = f"Not stored: the call is atomic, and {what} {named}{more} were refused."
+    if len(refused) > 10:
+        named += f" and {len(refused) - 10} more"
+    were = f"{one} {named} was" if len(refused) == 1 else f"{more} {named} were"
+    message = f"Not stored: the call is atomic, and {were} refused."
     return InputInvalid((Violation("", NOT_STORED, message),))
