@@ -162,6 +162,17 @@ _OPTIONS: Final[dict[str, Schema]] = {
     },
 }
 
+_FILTERS: Final[tuple[tuple[str, Schema, str], ...]] = (
+    ("createdBy", _TEXT, "Jobs that this caller enqueued."),
+    ("createdAfter", _TIME, "Jobs that were stored at this time or later."),
+    ("createdBefore", _TIME, "Jobs that were stored before this time."),
+    ("finishedAfter", _TIME, "Jobs that ended at this time or later."),
+    ("finishedBefore", _TIME, "Jobs that ended before this time."),
+    ("idempotencyKey", _TEXT, "Jobs with this idempotency key."),
+    ("errorCode", _TEXT, "Jobs whose latest attempt failed with this code."),
+    ("search", _TEXT, "A job's id, its idempotency key, or words of the error of a failed job."),
+)
+
 _SUMMARY: Final[Schema] = _object(
     {
         "jobId": _ID,
@@ -330,6 +341,7 @@ def _paths() -> dict[str, Any]:
                         _list_of({"type": "string", "enum": [each.value for each in JobStatus]}),
                         "Statuses, all unless given.",
                     ),
+                    *(_parameter(name, schema, text) for name, schema, text in _FILTERS),
                     _parameter(
                         "first",
                         {"type": "integer", "minimum": 1, "maximum": 200, "default": 50},

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from itertools import islice
 from typing import Any, Final, NamedTuple
 from urllib.parse import parse_qsl, urlencode
 
 from pydantic import JsonValue
-from pydantic.alias_generators import to_camel
+from pydantic.alias_generators import to_camel, to_snake
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -20,6 +20,7 @@ from starlette.types import Receive, Scope, Send
 from job_registry import CodedError, EnqueueRequest, JobTypeNotFound, PayloadInvalid, Violation
 from job_registry.errors import FaultBudget, shortened
 from job_registry.json_values import MAX_POINTER, MAX_VIOLATIONS, NotJson, pointer
+from job_registry.wire_text import parse_date_time
 from job_registry_api import auth, openapi
 from job_registry_api.answer_text import json_in_pieces
 from job_registry_api.auth import Authenticator, Caller
@@ -248,20 +249,21 @@ async def enqueue_many(request: _Request) -> _Answer:
 async def list_jobs(request: _Request) -> _Answer:
     """`GET /jobs`: a page of jobs, newest first. Needs `jobs:read` or `jobs:own`.
 
-    The parameters are `type` and `status`, each as often as needed, `first` (50), and `after`, the
-    `endCursor` of the page before. `Link` has the URL of the next page (RFC 8288).
+    The parameters are `type` and `status`, each as often as needed, the other fields of `JobFilter`
+    once, `first` (50), and `after`, the `endCursor` of the page before. `Link` has the URL of the
+    next page (RFC 8288).
     """
     caller = request.caller
     caller.need("jobs:own", "jobs:read")
     wanted = _wanted_page(request.scope["query_string"])
-    caller.need_types(wanted.types)
-    types = wanted.types
+    caller.need_types(wanted.filter.types)
+    types = wanted.filter.types
     if not types and caller.job_types is not None:
         # No types is no restriction, and no job has a type without a name.
         current = request.queue.registry.current_name
         types = tuple(sorted({current(name) for name in caller.job_types})) or ("",)
     page = await request.queue.list(
-        JobFilter(types=types, statuses=wanted.statuses),
+        replace(wanted.filter, types=types),
         first=wanted.first,
         after=wanted.after,
         owner=caller.owner_unless("jobs:read"),
@@ -376,8 +378,7 @@ async def _change(request: _Request, change: Callable[..., Awaitable[JobRecord]]
 
 @dataclass(frozen=True, slots=True)
 class _WantedPage:
-    types: tuple[str, ...]
-    statuses: tuple[JobStatus, ...]
+    filter: JobFilter
     first: int
     after: uuid.UUID | None
     others: list[tuple[str, str]]
@@ -400,9 +401,21 @@ def _wanted_page(query_string: bytes) -> _WantedPage:
         raise InputInvalid((Violation("", "invalid_format", message),)) from None
     types: list[str] = []
     statuses: list[JobStatus] = []
+    once: dict[str, Any] = {}
     first, after = 50, None
     for name, value in given:
         match name:
+            case "createdBy" | "idempotencyKey" | "errorCode" | "search":
+                once[to_snake(name)] = value
+            case "createdAfter" | "createdBefore" | "finishedAfter" | "finishedBefore":
+                try:
+                    once[to_snake(name)] = parse_date_time(value)
+                except ValueError:
+                    message = (
+                        "Expected a date and time with an offset from UTC, such as"
+                        f" 2030-01-31T12:00:00Z; got {shortened(value)}."
+                    )
+                    faults.append(Violation(f"/{name}", "invalid_format", message))
             case "type":
                 types.append(value)
             case "status" if value in _STATUS_NAMES:
@@ -429,7 +442,8 @@ def _wanted_page(query_string: bytes) -> _WantedPage:
     if faults:
         raise InputInvalid(tuple(faults))
     others = [(name, value) for name, value in given if name != "after"]
-    return _WantedPage(tuple(types), tuple(statuses), first, after, others)
+    job_filter = JobFilter(types=tuple(types), statuses=tuple(statuses), **once)
+    return _WantedPage(job_filter, first, after, others)
 
 
 def _bulk_of(value: JsonValue, most: int) -> tuple[list[JsonValue], bool]:
