@@ -89,6 +89,11 @@ _STATUS_NAMES: Final = frozenset(status.value for status in JobStatus)
 MAX_PARAMETERS: Final = 200
 """The most parameters of a query string."""
 
+_PARAMETERS: Final = (
+    "one of type, status, first, after, createdBy, createdAfter, createdBefore, finishedAfter,"
+    " finishedBefore, idempotencyKey, errorCode, search"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class _Request:
@@ -435,8 +440,7 @@ def _wanted_page(query_string: bytes) -> _WantedPage:
                     message = f"Expected the endCursor of another page; got {shortened(value)}."
                     faults.append(Violation("/after", "invalid_format", message))
             case _:
-                wanted = "Expected type, status, first or after."
-                message = f"There is no parameter {shortened(name)}. {wanted}"
+                message = f"There is no parameter {shortened(name)}. Expected {_PARAMETERS}."
                 at = pointer("", name) if len(name) <= MAX_POINTER else ""
                 faults.append(Violation(at, "unknown_field", message))
     if faults:
