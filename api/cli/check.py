@@ -31,8 +31,8 @@ def check(
         str | None,
         typer.Option(
             metavar="FILE",
-            help=f"Compare with this lock. Defaults to {LOCK_FILE} if that exists. It has to,"
-            " unless --against or --database is given.",
+            help=f"Compare with this lock. Defaults to {LOCK_FILE}, which may be missing only with"
+            " --against or --database.",
         ),
     ] = None,
     against: Annotated[
@@ -64,12 +64,12 @@ def check(
         bool,
         typer.Option(
             "--github",
-            help="Also print annotations for GitHub Actions to standard error. On where"
+            help="Also print annotations for GitHub Actions to standard error. The default if"
             " GITHUB_ACTIONS is true.",
         ),
     ] = False,
 ) -> None:
-    """Say what the job types of today break: stored jobs, older workers, older clients.
+    """Say which stored jobs, older workers and older clients the job types of today break.
 
     Exit codes: 0 nothing breaks, 1 something breaks or may break, 2 it could not be checked: wrong
     usage, no lock, or a server or a database that does not answer.

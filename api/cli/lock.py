@@ -23,8 +23,10 @@ def lock(
     ] = LOCK_FILE,
     as_json: AsJson = False,
 ) -> None:
-    """Write the job types to registry.lock.json. Commit it with each release: `check` compares
-    later code with it."""
+    """Write what the job types promise to registry.lock.json.
+
+    Commit the file with each release: `check` compares later code with it.
+    """
     registry = startup.read_registry(startup.read_settings())
     from job_registry.lock import Lock, lock_text, released_types
     from job_registry_api.graphql.schema import bare_sdl
