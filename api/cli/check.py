@@ -52,8 +52,8 @@ def check(
         str | None,
         typer.Option(
             metavar="URL",
-            help="Read every unfinished job of this database with the job types of today. A role"
-            " that may only SELECT is enough.",
+            help="Read every unfinished job of this database with the job types of your code. A"
+            " role that may only SELECT is enough.",
         ),
     ] = None,
     clients: Annotated[
@@ -69,7 +69,7 @@ def check(
         ),
     ] = False,
 ) -> None:
-    """Say which stored jobs, older workers and older clients the job types of today break.
+    """Say which stored jobs, older workers and older clients your code breaks.
 
     Exit codes: 0 nothing breaks, 1 something breaks or may break, 2 it could not be checked: wrong
     usage, no lock, or a server or a database that does not answer.

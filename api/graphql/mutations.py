@@ -283,7 +283,7 @@ class Mutation:
         extensions=[Requires("jobs:work")],
         description="End the waits of a worker's `leaseJobs` requests, in every server process."
         " Each is answered at once, with the leases that it has or with none. A worker that shuts"
-        " down sends it and reads the answer of its `leaseJobs`: no lease is lost on the way.",
+        " down sends it and reads the answer of its `leaseJobs`, so that no lease is lost.",
     )
     async def stop_waiting(
         self,

@@ -76,7 +76,7 @@ class Backoff:
 
 
 @strawberry.enum(
-    description="What happens to a queued job whose stored payload the job type of today cannot"
+    description="What happens to a queued job whose stored payload the current job type cannot"
     " read."
 )
 class OnMismatch(Enum):
@@ -132,7 +132,7 @@ class JobCounts:
     failed: int = strawberry.field(description="Failed and not yet deleted.")
     cancelled: int = strawberry.field(description="Cancelled and not yet deleted.")
     parked: int = strawberry.field(
-        description="Those of the queued jobs whose payload no worker could read yet."
+        description="The parked ones among the queued jobs: no worker could read their payload yet."
     )
 
     @classmethod
@@ -149,7 +149,7 @@ class JobCounts:
 
 @strawberry.type(
     description="A version of a job type: jobs were admitted under it, or workers have it. At most"
-    " 10,000 jobs of a type are counted for each number, those first that run first."
+    " 10,000 jobs of a type are counted for each number, in the order in which they run."
 )
 class JobTypeVersion:
     fingerprint: str = strawberry.field(
@@ -222,13 +222,14 @@ class JobType:
     def fingerprint(self) -> str:
         return self.registered.fingerprint
 
-    @strawberry.field(description="The names that the type had. They are accepted as `name` is.")
+    @strawberry.field(description="The former names of the type. They are accepted like `name`.")
     def former_names(self) -> list[str]:
         return list(self.registered.former_names)
 
     @strawberry.field(
-        description="The fingerprints of the payloads that this server reads: today's, and those of"
-        " the older ones that it upgrades. A job is stored with the one that it was admitted under."
+        description="The fingerprints of the payloads that this server reads: the current one, and"
+        " those of the older ones that it upgrades. A job is stored with the one that it was"
+        " admitted under."
     )
     def readable_fingerprints(self) -> list[str]:
         return list(self.registered.readable_fingerprints)
@@ -555,7 +556,8 @@ class JobLease:
         description="When the attempt times out. Heartbeats do not extend it."
     )
     lease_seconds: float = strawberry.field(
-        description="How long the lease lasts after each heartbeat. Send one every third of it."
+        description="How long the lease lasts after each heartbeat. Send one every third"
+        " of this time."
     )
     seconds_to_expiry: float = strawberry.field(
         description="The time until the lease ends without a heartbeat, counted from the start of"
