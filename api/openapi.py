@@ -353,7 +353,7 @@ def _paths() -> dict[str, Any]:
             },
             "post": {
                 "operationId": "enqueueJob",
-                "summary": "Store one job. Needs jobs:enqueue.",
+                "summary": "Store one job. Needs jobs:enqueue or jobs:own.",
                 "requestBody": _body("EnqueueRequest"),
                 "responses": _answers(stored, "404", "409", *_WITH_BODY),
             },
@@ -361,7 +361,7 @@ def _paths() -> dict[str, Any]:
         "/jobs/bulk": {
             "post": {
                 "operationId": "enqueueJobs",
-                "summary": "Store up to 1,000 jobs. Needs jobs:enqueue.",
+                "summary": "Store up to 1,000 jobs. Needs jobs:enqueue or jobs:own.",
                 "requestBody": _body("BulkRequest"),
                 "responses": _answers(
                     {
@@ -409,7 +409,8 @@ _UPLOAD: Final[dict[str, Any]] = {
     "/assets/{assetId}/{versionNumber}": {
         "post": {
             "operationId": "uploadAsset",
-            "summary": "Store the picture of one version of an asset. Needs jobs:enqueue.",
+            "summary": "Store the picture of one version of an asset."
+            " Needs jobs:enqueue or jobs:own.",
             "parameters": [
                 {"name": "assetId", "in": "path", "required": True, "schema": _TEXT},
                 {
