@@ -158,7 +158,7 @@ _OPTIONS: Final[dict[str, Schema]] = {
         "type": ["string", "null"],
         "minLength": 1,
         "maxLength": 255,
-        "description": "The same key and payload give back the first job.",
+        "description": "The same key and payload return the first job.",
     },
 }
 
@@ -285,11 +285,11 @@ _REFUSALS: Final = {
     "400": "The body is not JSON.",
     "401": "The request has no valid token.",
     "403": "The token lacks the scope, or excludes the job type.",
-    "404": "There is no such job or job type.",
+    "404": "The job or the job type does not exist.",
     "409": "The state of the job, or its idempotency key, does not allow it.",
     "413": "The request is too large.",
     "415": "The Content-Type is not application/json, or the body is compressed.",
-    "422": "The input is not valid. `details` has every fault.",
+    "422": "The input is not valid. `details` has the faults.",
     "429": "There are too many requests: wait for the seconds in `Retry-After`.",
     "500": "An unexpected error, which is logged under the `errorId`.",
     "503": "The database does not answer: send the request again.",
@@ -324,7 +324,7 @@ def _parameter(name: str, schema: Schema, description: str) -> dict[str, Any]:
 def _paths() -> dict[str, Any]:
     job_id = {"name": "id", "in": "path", "required": True, "schema": _TEXT}
     stored = {
-        "201": ("The job is stored on disk. `Location` is its place.", _ref("JobSummary")),
+        "201": ("The job is stored on disk. `Location` has its path.", _ref("JobSummary")),
         "200": ("An earlier request with this idempotency key stored it.", _ref("JobSummary")),
     }
     changed = {"200": ("The job after the change.", _ref("Job"))}
