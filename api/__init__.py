@@ -25,10 +25,11 @@ if TYPE_CHECKING:
         JobStateConflict,
         QueueUnavailable,
     )
+    from job_registry_api.queue.filters import JobFilter
     from job_registry_api.queue.migrations import QUEUE_TABLES, MigrationRefused
     from job_registry_api.queue.models import AttemptRecord, JobError, JobRecord, JobStatus
     from job_registry_api.queue.queue import JobQueue
-    from job_registry_api.queue.reading import JobFilter, JobPage
+    from job_registry_api.queue.reading import JobPage
     from job_registry_api.queue.sync import SyncQueue
     from job_registry_api.settings import Settings, SettingsInvalid, load_settings
     from job_registry_api.worker.extensions import WorkerStartError
@@ -85,7 +86,8 @@ _HOMES: Final = {
     "queue.migrations": ("QUEUE_TABLES", "MigrationRefused"),
     "queue.models": ("AttemptRecord", "JobError", "JobRecord", "JobStatus"),
     "queue.queue": ("JobQueue",),
-    "queue.reading": ("JobFilter", "JobPage"),
+    "queue.filters": ("JobFilter",),
+    "queue.reading": ("JobPage",),
     "queue.sync": ("SyncQueue",),
     "settings": ("Settings", "SettingsInvalid", "load_settings"),
     "worker.extensions": ("WorkerStartError",),

@@ -25,6 +25,8 @@ from job_registry.errors import shortened
 from job_registry.job_type import is_type_name
 from job_registry.json_values import text_fault
 from job_registry_api.http_messages import header
+from job_registry_api.queue.enqueueing import OthersJobs
+from job_registry_api.queue.models import Owner
 from job_registry_api.rates import Exceeded, Rates
 from job_registry_api.settings import Settings, SettingsInvalid
 from job_registry_api.signing_keys import (
@@ -40,7 +42,7 @@ from job_registry_api.signing_keys import (
 if TYPE_CHECKING:
     from limits import RateLimitItem
 
-AccessScope = Literal["jobs:enqueue", "jobs:read", "jobs:work", "jobs:admin"]
+AccessScope = Literal["jobs:enqueue", "jobs:own", "jobs:read", "jobs:work", "jobs:admin"]
 ACCESS_SCOPES: Final[tuple[AccessScope, ...]] = get_args(AccessScope)
 ADMIN: Final = "jobs:admin"
 """The scope that includes the others."""
@@ -157,9 +159,19 @@ class Caller:
                 raise Forbidden(f"This token does not allow jobs of type {shortened(job_type)}.")
 
     @property
-    def sees_others(self) -> bool:
-        """Whether the caller may know jobs that others stored."""
-        return self.has("jobs:read", "jobs:work")
+    def others_jobs(self) -> OthersJobs:
+        """What the caller learns of the job of another that has its idempotency key."""
+        if self.has("jobs:read", "jobs:work"):
+            return "described"
+        return "hidden" if self.has("jobs:own") else "returned"
+
+    def owner_unless(self, *access_scopes: AccessScope) -> Owner | None:
+        """Return the restriction to the caller's own jobs; None with one of these scopes."""
+        return None if self.has(*access_scopes) else Owner(self.subject)
+
+    def owns(self, created_by: str | None) -> bool:
+        """Return whether the caller may see a job of this creator because it is its own."""
+        return self.has("jobs:own") and created_by is not None and created_by == self.subject
 
     def may_see(self, job_type: str) -> bool:
         """Return whether the caller may see jobs of this type."""

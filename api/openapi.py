@@ -158,9 +158,20 @@ _OPTIONS: Final[dict[str, Schema]] = {
         "type": ["string", "null"],
         "minLength": 1,
         "maxLength": 255,
-        "description": "The same key and payload give back the first job.",
+        "description": "The same key and payload return the first job.",
     },
 }
+
+_FILTERS: Final[tuple[tuple[str, Schema, str], ...]] = (
+    ("createdBy", _TEXT, "Jobs that this caller enqueued."),
+    ("createdAfter", _TIME, "Jobs that were stored at this time or later."),
+    ("createdBefore", _TIME, "Jobs that were stored before this time."),
+    ("finishedAfter", _TIME, "Jobs that ended at this time or later."),
+    ("finishedBefore", _TIME, "Jobs that ended before this time."),
+    ("idempotencyKey", _TEXT, "Jobs with this idempotency key."),
+    ("errorCode", _TEXT, "Jobs whose latest attempt failed with this code."),
+    ("search", _TEXT, "A job's id, its idempotency key, or words of the error of a failed job."),
+)
 
 _SUMMARY: Final[Schema] = _object(
     {
@@ -274,11 +285,11 @@ _REFUSALS: Final = {
     "400": "The body is not JSON.",
     "401": "The request has no valid token.",
     "403": "The token lacks the scope, or excludes the job type.",
-    "404": "There is no such job or job type.",
+    "404": "The job or the job type does not exist.",
     "409": "The state of the job, or its idempotency key, does not allow it.",
     "413": "The request is too large.",
     "415": "The Content-Type is not application/json, or the body is compressed.",
-    "422": "The input is not valid. `details` has every fault.",
+    "422": "The input is not valid. `details` has the faults.",
     "429": "There are too many requests: wait for the seconds in `Retry-After`.",
     "500": "An unexpected error, which is logged under the `errorId`.",
     "503": "The database does not answer: send the request again.",
@@ -313,7 +324,7 @@ def _parameter(name: str, schema: Schema, description: str) -> dict[str, Any]:
 def _paths() -> dict[str, Any]:
     job_id = {"name": "id", "in": "path", "required": True, "schema": _TEXT}
     stored = {
-        "201": ("The job is stored on disk. `Location` is its place.", _ref("JobSummary")),
+        "201": ("The job is stored on disk. `Location` has its path.", _ref("JobSummary")),
         "200": ("An earlier request with this idempotency key stored it.", _ref("JobSummary")),
     }
     changed = {"200": ("The job after the change.", _ref("Job"))}
@@ -322,7 +333,7 @@ def _paths() -> dict[str, Any]:
         "/jobs": {
             "get": {
                 "operationId": "listJobs",
-                "summary": "A page of jobs, newest first. Needs jobs:read.",
+                "summary": "A page of jobs, newest first. Needs jobs:read or jobs:own.",
                 "parameters": [
                     _parameter("type", _list_of(_TEXT), "Job types, all unless given."),
                     _parameter(
@@ -330,6 +341,7 @@ def _paths() -> dict[str, Any]:
                         _list_of({"type": "string", "enum": [each.value for each in JobStatus]}),
                         "Statuses, all unless given.",
                     ),
+                    *(_parameter(name, schema, text) for name, schema, text in _FILTERS),
                     _parameter(
                         "first",
                         {"type": "integer", "minimum": 1, "maximum": 200, "default": 50},
@@ -341,7 +353,7 @@ def _paths() -> dict[str, Any]:
             },
             "post": {
                 "operationId": "enqueueJob",
-                "summary": "Store one job. Needs jobs:enqueue.",
+                "summary": "Store one job. Needs jobs:enqueue or jobs:own.",
                 "requestBody": _body("EnqueueRequest"),
                 "responses": _answers(stored, "404", "409", *_WITH_BODY),
             },
@@ -349,7 +361,7 @@ def _paths() -> dict[str, Any]:
         "/jobs/bulk": {
             "post": {
                 "operationId": "enqueueJobs",
-                "summary": "Store up to 1,000 jobs. Needs jobs:enqueue.",
+                "summary": "Store up to 1,000 jobs. Needs jobs:enqueue or jobs:own.",
                 "requestBody": _body("BulkRequest"),
                 "responses": _answers(
                     {
@@ -366,7 +378,7 @@ def _paths() -> dict[str, Any]:
         "/jobs/{id}": {
             "get": {
                 "operationId": "getJob",
-                "summary": "One job, with its attempts. Needs jobs:read.",
+                "summary": "One job, with its attempts. Needs jobs:read or jobs:own.",
                 "parameters": [job_id],
                 "responses": _answers({"200": ("The job.", _ref("JobWithAttempts"))}, "404"),
             }
@@ -375,7 +387,7 @@ def _paths() -> dict[str, Any]:
             "post": {
                 "operationId": "cancelJob",
                 "summary": "Cancel a job. The worker of a running job is requested to stop."
-                " Needs jobs:admin.",
+                " Needs jobs:admin or jobs:own.",
                 "parameters": [job_id],
                 "requestBody": _body("Nothing"),
                 "responses": _answers(changed, "404", "409", *_WITH_BODY),
@@ -384,7 +396,7 @@ def _paths() -> dict[str, Any]:
         "/jobs/{id}/retry": {
             "post": {
                 "operationId": "retryJob",
-                "summary": "Queue a failed or cancelled job again. Needs jobs:admin.",
+                "summary": "Queue a failed or cancelled job again. Needs jobs:admin or jobs:own.",
                 "parameters": [job_id],
                 "requestBody": _body("Nothing"),
                 "responses": _answers(changed, "404", "409", *_WITH_BODY),
@@ -397,7 +409,8 @@ _UPLOAD: Final[dict[str, Any]] = {
     "/assets/{assetId}/{versionNumber}": {
         "post": {
             "operationId": "uploadAsset",
-            "summary": "Store the picture of one version of an asset. Needs jobs:enqueue.",
+            "summary": "Store the picture of one version of an asset."
+            " Needs jobs:enqueue or jobs:own.",
             "parameters": [
                 {"name": "assetId", "in": "path", "required": True, "schema": _TEXT},
                 {

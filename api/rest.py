@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from itertools import islice
 from typing import Any, Final, NamedTuple
 from urllib.parse import parse_qsl, urlencode
 
 from pydantic import JsonValue
-from pydantic.alias_generators import to_camel
+from pydantic.alias_generators import to_camel, to_snake
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -20,6 +20,7 @@ from starlette.types import Receive, Scope, Send
 from job_registry import CodedError, EnqueueRequest, JobTypeNotFound, PayloadInvalid, Violation
 from job_registry.errors import FaultBudget, shortened
 from job_registry.json_values import MAX_POINTER, MAX_VIOLATIONS, NotJson, pointer
+from job_registry.wire_text import parse_date_time
 from job_registry_api import auth, openapi
 from job_registry_api.answer_text import json_in_pieces
 from job_registry_api.auth import Authenticator, Caller
@@ -41,6 +42,7 @@ from job_registry_api.http_messages import (
     respond_json,
     respond_unexpected,
 )
+from job_registry_api.queue.changing import Changing
 from job_registry_api.queue.enqueueing import Enqueued, ExistingValues, Refusal
 from job_registry_api.queue.errors import (
     IdempotencyConflict,
@@ -50,9 +52,9 @@ from job_registry_api.queue.errors import (
     JobStateConflict,
     QueueUnavailable,
 )
-from job_registry_api.queue.models import JobRecord, JobStatus
+from job_registry_api.queue.filters import JobFilter
+from job_registry_api.queue.models import JobRecord, JobStatus, Owner
 from job_registry_api.queue.queue import JobQueue
-from job_registry_api.queue.reading import JobFilter
 from job_registry_api.queue.requests import parse_request
 from job_registry_api.uploads import (
     FORMATS,
@@ -87,6 +89,11 @@ _STATUS_NAMES: Final = frozenset(status.value for status in JobStatus)
 MAX_PARAMETERS: Final = 200
 """The most parameters of a query string."""
 
+_PARAMETERS: Final = (
+    "one of type, status, first, after, createdBy, createdAfter, createdBefore, finishedAfter,"
+    " finishedBefore, idempotencyKey, errorCode, search"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class _Request:
@@ -117,13 +124,13 @@ class _Request:
         body = await read_body(self.scope, self.receive, self.limits.body_bytes)
         return parse_request_json(body, self.limits)[0]
 
-    async def visible_job(self) -> JobRecord:
-        """Return the job in the path.
+    async def visible_job(self, owner: Owner | None) -> JobRecord:
+        """Return the job in the path. With `owner`, only one that this subject enqueued.
 
         Raises:
             JobNotFound: there is none that the caller may see.
         """
-        job = await self.queue.get(self.job_id)
+        job = await self.queue.get(self.job_id, owner=owner)
         if not self.caller.may_see(job.type):
             raise JobNotFound(self.job_id)
         return job
@@ -204,31 +211,31 @@ class _Endpoint:
 
 
 async def enqueue(request: _Request) -> _Answer:
-    """`POST /jobs` with the fields of `EnqueueJobInput`. Needs the scope `jobs:enqueue`.
+    """`POST /jobs` with the fields of `EnqueueJobInput`. Needs `jobs:enqueue` or `jobs:own`.
 
     201 with the new job's place in `Location`; 200 when its idempotency key gave back a job that
     was there already. Errors are `{"error": {"code", "message", "details"}}`.
     """
     caller, queue = request.caller, request.queue
-    caller.need("jobs:enqueue")
+    caller.need("jobs:enqueue", "jobs:own")
     budget = queue.registry.fault_budget()
     given = parse_request(await request.json(), budget=budget)
     caller.need_types([given.type])
     enqueued = await queue.enqueue(
-        given, created_by=caller.subject, sees_others=caller.sees_others, budget=budget
+        given, created_by=caller.subject, others=caller.others_jobs, budget=budget
     )
     place = f"{prefix_of(request.scope)}/jobs/{enqueued.job.id}"
     return _Answer(_created(enqueued), _summary(enqueued.job), ((b"location", place.encode()),))
 
 
 async def enqueue_many(request: _Request) -> _Answer:
-    """`POST /jobs/bulk` with `jobs`, up to 1,000, and `atomic`. Needs the scope `jobs:enqueue`.
+    """`POST /jobs/bulk` with `jobs`, up to 1,000, and `atomic`. Needs `jobs:enqueue` or `jobs:own`.
 
     200 with `results` in the order of the jobs: of each its `status`, which `POST /jobs` would have
     answered, and its `job` or its `error`. With `atomic`, all jobs are stored or none.
     """
     caller, queue = request.caller, request.queue
-    caller.need("jobs:enqueue")
+    caller.need("jobs:enqueue", "jobs:own")
     budget = queue.registry.fault_budget()
     jobs, atomic = _bulk_of(await request.json(), request.limits.bulk_size)
     given = _requests_of(jobs, budget)
@@ -237,7 +244,7 @@ async def enqueue_many(request: _Request) -> _Answer:
         given,
         atomic=atomic,
         created_by=caller.subject,
-        sees_others=caller.sees_others,
+        others=caller.others_jobs,
         budget=budget,
         values=ExistingValues(payload=False, others=False),
     )
@@ -245,24 +252,26 @@ async def enqueue_many(request: _Request) -> _Answer:
 
 
 async def list_jobs(request: _Request) -> _Answer:
-    """`GET /jobs`: a page of jobs, newest first. Needs the scope `jobs:read`.
+    """`GET /jobs`: a page of jobs, newest first. Needs `jobs:read` or `jobs:own`.
 
-    The parameters are `type` and `status`, each as often as needed, `first` (50), and `after`, the
-    `endCursor` of the page before. `Link` has the URL of the next page (RFC 8288).
+    The parameters are `type` and `status`, each as often as needed, the other fields of `JobFilter`
+    once, `first` (50), and `after`, the `endCursor` of the page before. `Link` has the URL of the
+    next page (RFC 8288).
     """
     caller = request.caller
-    caller.need("jobs:read")
+    caller.need("jobs:own", "jobs:read")
     wanted = _wanted_page(request.scope["query_string"])
-    caller.need_types(wanted.types)
-    types = wanted.types
+    caller.need_types(wanted.filter.types)
+    types = wanted.filter.types
     if not types and caller.job_types is not None:
         # No types is no restriction, and no job has a type without a name.
         current = request.queue.registry.current_name
         types = tuple(sorted({current(name) for name in caller.job_types})) or ("",)
     page = await request.queue.list(
-        JobFilter(types=types, statuses=wanted.statuses),
+        replace(wanted.filter, types=types),
         first=wanted.first,
         after=wanted.after,
+        owner=caller.owner_unless("jobs:read"),
         max_bytes=request.limits.answer_bytes,
     )
     cursor = str(page.jobs[-1].id) if page.jobs else None
@@ -282,13 +291,13 @@ async def list_jobs(request: _Request) -> _Answer:
 
 
 async def show(request: _Request) -> _Answer:
-    """`GET /jobs/{id}`. Needs the scope `jobs:read`.
+    """`GET /jobs/{id}`. Needs `jobs:read` or `jobs:own`.
 
     Of attempts that are too large together, the latest are in the answer, and `allAttempts` is
     false.
     """
-    request.caller.need("jobs:read")
-    job = await request.visible_job()
+    request.caller.need("jobs:own", "jobs:read")
+    job = await request.visible_job(request.caller.owner_unless("jobs:read"))
     attempts, is_all = await request.queue.latest_attempts([job.id], request.limits.answer_bytes)
     content = _job(job)
     content["attempts"] = [
@@ -300,20 +309,20 @@ async def show(request: _Request) -> _Answer:
 
 
 async def cancel(request: _Request) -> _Answer:
-    """`POST /jobs/{id}/cancel` with an empty object. Needs the scope `jobs:admin`.
+    """`POST /jobs/{id}/cancel` with an empty object. Needs `jobs:admin` or `jobs:own`.
 
     200 with the job: cancelled if it was queued; if it was running, its worker is requested to
     stop. 409 if it has ended.
     """
-    return await _change(request, request.queue.cancel)
+    return await _change(request, Changing.cancel)
 
 
 async def retry(request: _Request) -> _Answer:
-    """`POST /jobs/{id}/retry` with an empty object. Needs the scope `jobs:admin`.
+    """`POST /jobs/{id}/retry` with an empty object. Needs `jobs:admin` or `jobs:own`.
 
     200 with the job, which is queued again. 409 if it has neither failed nor been cancelled.
     """
-    return await _change(request, request.queue.retry)
+    return await _change(request, Changing.retry)
 
 
 async def upload(request: _Request) -> _Answer:
@@ -322,7 +331,7 @@ async def upload(request: _Request) -> _Answer:
     201 with the place of the picture, which is what the payload of `thumbnail.create` needs. The
     same picture again is 201 again. 409 if the version has another one.
     """
-    request.caller.need("jobs:enqueue")
+    request.caller.need("jobs:enqueue", "jobs:own")
     assert request.uploads is not None
     media_type = header(request.scope, b"content-type").decode("latin-1")
     media_type = media_type.partition(";")[0].strip().lower()
@@ -347,10 +356,10 @@ async def upload(request: _Request) -> _Answer:
 async def describe(request: _Request) -> _Answer:
     """`GET /openapi.json`: REST for the job types that the caller may see.
 
-    Needs the scope `jobs:enqueue` or `jobs:read`.
+    Needs the scope `jobs:enqueue`, `jobs:own` or `jobs:read`.
     """
     caller = request.caller
-    caller.need("jobs:enqueue", "jobs:read")
+    caller.need("jobs:enqueue", "jobs:own", "jobs:read")
     visible = [each for name, each in request.queue.registry.items() if caller.may_see(name)]
     described = openapi.describe(
         visible, prefix_of(request.scope), uploads=request.uploads is not None
@@ -358,23 +367,23 @@ async def describe(request: _Request) -> _Answer:
     return _Answer(200, described)
 
 
-async def _change(request: _Request, change: Callable[[str], Awaitable[JobRecord]]) -> _Answer:
-    request.caller.need("jobs:admin")
+async def _change(request: _Request, change: Callable[..., Awaitable[JobRecord]]) -> _Answer:
+    request.caller.need("jobs:own", "jobs:admin")
     # JSON is demanded also where it says nothing: for it, a browser asks before it sends a request
     # from a page of another site.
     given = await request.json()
     if given != {}:
         message = f"Expected an empty object; got {shortened(given)}."
         raise InputInvalid((Violation("", "wrong_type", message),))
+    owner = request.caller.owner_unless("jobs:admin")
     if request.caller.job_types is not None:
-        await request.visible_job()
-    return _Answer(200, _job(await change(request.job_id)))
+        await request.visible_job(owner)
+    return _Answer(200, _job(await change(request.queue, request.job_id, owner=owner)))
 
 
 @dataclass(frozen=True, slots=True)
 class _WantedPage:
-    types: tuple[str, ...]
-    statuses: tuple[JobStatus, ...]
+    filter: JobFilter
     first: int
     after: uuid.UUID | None
     others: list[tuple[str, str]]
@@ -397,15 +406,27 @@ def _wanted_page(query_string: bytes) -> _WantedPage:
         raise InputInvalid((Violation("", "invalid_format", message),)) from None
     types: list[str] = []
     statuses: list[JobStatus] = []
+    once: dict[str, Any] = {}
     first, after = 50, None
     for name, value in given:
         match name:
+            case "createdBy" | "idempotencyKey" | "errorCode" | "search":
+                once[to_snake(name)] = value
+            case "createdAfter" | "createdBefore" | "finishedAfter" | "finishedBefore":
+                try:
+                    once[to_snake(name)] = parse_date_time(value)
+                except ValueError:
+                    message = (
+                        "Expected a date and time with an offset from UTC, such as"
+                        f" 2030-01-31T12:00:00Z; got {shortened(value)}."
+                    )
+                    faults.append(Violation(f"/{name}", "invalid_format", message))
             case "type":
                 types.append(value)
             case "status" if value in _STATUS_NAMES:
                 statuses.append(JobStatus(value))
             case "status":
-                message = f"Expected {', '.join(JobStatus)}; got {shortened(value)}."
+                message = f"Expected one of {', '.join(JobStatus)}; got {shortened(value)}."
                 faults.append(Violation("/status", "invalid_value", message))
             case "first" if value.isascii() and value.isdigit() and len(value) < 10:
                 first = int(value)
@@ -419,13 +440,14 @@ def _wanted_page(query_string: bytes) -> _WantedPage:
                     message = f"Expected the endCursor of another page; got {shortened(value)}."
                     faults.append(Violation("/after", "invalid_format", message))
             case _:
-                message = f"There is no parameter {shortened(name)}."
+                message = f"There is no parameter {shortened(name)}. Expected {_PARAMETERS}."
                 at = pointer("", name) if len(name) <= MAX_POINTER else ""
                 faults.append(Violation(at, "unknown_field", message))
     if faults:
         raise InputInvalid(tuple(faults))
     others = [(name, value) for name, value in given if name != "after"]
-    return _WantedPage(tuple(types), tuple(statuses), first, after, others)
+    job_filter = JobFilter(types=tuple(types), statuses=tuple(statuses), **once)
+    return _WantedPage(job_filter, first, after, others)
 
 
 def _bulk_of(value: JsonValue, most: int) -> tuple[list[JsonValue], bool]:
@@ -436,7 +458,7 @@ def _bulk_of(value: JsonValue, most: int) -> tuple[list[JsonValue], bool]:
         BudgetExceeded: it has too many jobs.
     """
     if not isinstance(value, dict) or not isinstance(value.get("jobs"), list):
-        message = f"Expected an object with an array of jobs; got {shortened(value)}."
+        message = f'Expected an object such as {{"jobs": [...]}}; got {shortened(value)}.'
         raise InputInvalid((Violation("/jobs", "wrong_type", message),))
     faults = [
         Violation(

@@ -321,7 +321,7 @@ class Settings(BaseSettings):
     )
     trusted_documents: str | None = Field(
         default=None,
-        description="A file with the documents that clients may execute, all others are refused:"
+        description="A file with the only documents that clients may execute:"
         " a manifest of GraphQL Code Generator, Relay or Apollo. It is read at the start.",
     )
     auth_hs256_secret: str | None = Field(

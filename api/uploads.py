@@ -93,8 +93,9 @@ class Uploads:
             version = _VERSION.validate_strings(version_number, strict=True)
         except ValidationError:
             raise AssetInvalid(
-                "Expected /assets/{assetId}/{versionNumber}: letters, digits, _, - and . in the"
-                " first, not a . in front, and a whole number from 1 in the second."
+                "Expected /assets/{assetId}/{versionNumber}, such as /assets/cat/1: an assetId of"
+                " letters, digits, _, - and ., which does not start with a ., and a whole number"
+                " from 1."
             ) from None
         # Here, because the start of a server should not pay for it.
         from job_registry.asset_files import AssetFiles

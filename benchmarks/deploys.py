@@ -36,9 +36,9 @@ from typing import Any, Final
 import httpx
 
 from benchmarks.crash import _free_port, _postgresql
+from job_registry_api.queue.filters import JobFilter
 from job_registry_api.queue.models import AttemptOutcome, JobStatus
 from job_registry_api.queue.queue import JobQueue
-from job_registry_api.queue.reading import JobFilter
 from tests import CODE
 
 LEASE_SECONDS: Final = 5

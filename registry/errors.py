@@ -244,7 +244,7 @@ def _json_pieces(value: object, limit: int) -> Iterator[str]:
             yield "}"
         case _:
             name = getattr(value, "__qualname__", None)
-            yield name if isinstance(name, str) else f"a Python {type(value).__name__}"
+            yield name if isinstance(name, str) else f"a value of the type {type(value).__name__}"
 
 
 def _printable(text: str) -> str:

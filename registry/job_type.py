@@ -7,7 +7,6 @@ import inspect
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import cached_property
-from itertools import islice
 from types import MappingProxyType
 from typing import Any, Final, Generic, Literal, TypeVar, get_args
 
@@ -22,11 +21,10 @@ from job_registry.errors import (
     Violation,
     shortened,
 )
-from job_registry.json_values import MAX_VIOLATIONS, json_document
+from job_registry.json_values import json_document
 from job_registry.payload import Payload
 from job_registry.payload_schema import example_of
 from job_registry.policy import JobPolicy
-from job_registry.timestamps import timestamps
 from job_registry.upgrades import (
     OlderModel,
     PayloadModel,
@@ -275,11 +273,6 @@ class JobType(Generic[P]):
         return self._model.shape
 
     @property
-    def has_dates(self) -> bool:
-        """Whether a payload may hold a date, or a date and time."""
-        return self._model.has_dates
-
-    @property
     def older_payloads(self) -> tuple[type[Payload], ...]:
         """The older models that `read` upgrades, the newest first."""
         return tuple(each.model.model for each in self._older)
@@ -311,7 +304,8 @@ class JobType(Generic[P]):
         where = f"job type {self.name}"
         if not (isinstance(older, type) and issubclass(older, Payload)):
             raise DefinitionError(
-                f"{where}: upgrade({shortened(older)}), expected a subclass of Payload"
+                f"{where}: upgrade({shortened(older)}), expected a subclass of Payload, as in"
+                " upgrade(OldModel)"
             )
         if older is self.payload:
             raise DefinitionError(
@@ -365,21 +359,14 @@ class JobType(Generic[P]):
                 today's model.
         """
         document = from_json(payload)
-        violations: Sequence[Violation] = ()
         try:
-            parsed = self.payload.model_validate_json(payload, by_alias=True, by_name=False)
+            return self.payload.model_validate_json(payload, by_alias=True, by_name=False)
         except ValidationError as error:
-            fault: ValidationError | None = error
-        else:
-            fault = None
-            if self.has_dates:
-                violations = list(islice(timestamps(parsed, document), MAX_VIOLATIONS))
-            if not violations:
-                return parsed
+            fault = error
         upgrade_faults: list[Violation] = []
         cause: BaseException | None = None
         for older in self._older:
-            old = older.model.parse(payload, document)
+            old = older.model.parse(payload)
             if old is None:
                 continue
             try:
@@ -387,11 +374,10 @@ class JobType(Generic[P]):
             except UpgradeFailed as failed:
                 upgrade_faults, cause = [upgrade_fault(self.name, older.model)], failed.__cause__
                 break
-        if fault is not None:
-            violations = self.payload_shape.violations(fault, document, budget=budget)
+        violations = self.payload_shape.violations(fault, document, budget=budget)
         raise PayloadInvalid(self.name, [*upgrade_faults, *violations]) from cause
 
-    def admit_older(self, text: bytes, document: object) -> tuple[P, str] | None:
+    def admit_older(self, text: bytes) -> tuple[P, str] | None:
         """Return the payload of a client that sent an older form, and the form's fingerprint.
 
         None means that the text fits no model in `accepts`.
@@ -402,7 +388,7 @@ class JobType(Generic[P]):
         for older in self._older:
             if older.model.model not in self.accepts:
                 continue
-            old = older.model.parse(text, document)
+            old = older.model.parse(text)
             if old is None:
                 continue
             try:

@@ -281,7 +281,7 @@ def _clean_scalar(value: object, path: _Path, faults: _Faults) -> Any:
         path,
         "not_json",
         "Expected a JSON value (object, array, string, number, boolean or null);"
-        f" got a Python {type(value).__name__}.",
+        f" got a {type(value).__name__}, which JSON does not have.",
     )
     return None
 

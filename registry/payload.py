@@ -3,51 +3,15 @@
 from __future__ import annotations
 
 from contextvars import ContextVar
-from decimal import Decimal, InvalidOperation
 from typing import Any, Final, cast
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, JsonValue
 from pydantic.alias_generators import to_camel
-from pydantic_core import (
-    CoreSchema,
-    PydanticKnownError,
-    PydanticSerializationError,
-    core_schema,
-)
+from pydantic_core import CoreSchema, PydanticSerializationError
 
 from job_registry.embedding import changed, embedded
 from job_registry.errors import shortened, shortened_text
-
-
-# Above their user, because making the class below calls them.
-def _with_decimal_as_text(part: dict[str, Any]) -> Any:
-    """Return a decimal that is read from a JSON string only."""
-    if part.get("type") == "decimal":
-        return core_schema.no_info_before_validator_function(
-            _decimal_text,
-            cast(CoreSchema, part),
-            json_schema_input_schema=core_schema.str_schema(),
-        )
-    return part
-
-
-def _decimal_text(value: object) -> object:
-    if isinstance(value, str):
-        try:
-            return Decimal(value)
-        except InvalidOperation:
-            raise PydanticKnownError("decimal_parsing") from None
-    if not isinstance(value, Decimal):
-        raise PydanticKnownError("decimal_type")
-    return value
-
-
-def reads_decimals_as_text(schema: Any) -> bool:
-    """Return whether this is the core schema of a decimal in a `Payload`."""
-    return bool(
-        schema["type"] == "function-before" and schema["function"]["function"] is _decimal_text
-    )
-
+from job_registry.wire_text import with_wire_text
 
 _in_payload: Final = ContextVar("in_payload", default=False)
 """Whether the core schema of a payload is being made, so that others are parts of it."""
@@ -57,8 +21,9 @@ class Payload(BaseModel):
     """Base of every payload: strict, frozen, camelCase on the wire, unknown fields refused.
 
     Strict means that "1" is not a number, 1 is not a string, and true is not a number. A payload is
-    always validated as JSON, so dates, times, UUIDs and decimals are JSON strings. A decimal as a
-    JSON number is refused, because a parser may have lost some of its digits.
+    always validated as JSON, so dates, times, UUIDs and decimals are JSON strings, in the formats
+    that the JSON Schema names. A decimal as a JSON number is refused, because a parser may have
+    lost some of its digits. A number such as 1.0 is an integer, as JSON Schema says.
 
     As a part of another type, such as `list[MailSend]`, a model or a body in FastAPI, a dict is
     validated as `enqueueJob` does it, by the names and the rules of JSON. A dict with Python
@@ -84,7 +49,7 @@ class Payload(BaseModel):
             return handler(source) if _in_payload.get() else embedded(cls)
         outside = _in_payload.set(True)
         try:
-            return cast(CoreSchema, changed(handler(source), _with_decimal_as_text))
+            return cast(CoreSchema, changed(handler(source), with_wire_text))
         finally:
             _in_payload.reset(outside)
 

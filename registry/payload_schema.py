@@ -12,7 +12,7 @@ from pydantic import BaseModel, JsonValue
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema, to_jsonable_python
 
-from job_registry.payload import reads_decimals_as_text
+from job_registry.wire_text import reads_decimals_as_text
 
 JSON_SCHEMA_DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
 
@@ -48,6 +48,10 @@ def example_of(schema: Mapping[str, Any]) -> dict[str, JsonValue]:
     return cast(dict[str, JsonValue], _example_of(dict(schema), schema.get("$defs", {}), 0))
 
 
+NAIVE: Final = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]+)?$"
+"""The pattern of a date and time without an offset."""
+
+
 class _JsonSchema(GenerateJsonSchema):
     """Pydantic's JSON Schema, made true where strictness narrows what it says."""
 
@@ -78,8 +82,11 @@ class _JsonSchema(GenerateJsonSchema):
         return {**super().date_schema(schema), **_time_bounds(schema)}
 
     def datetime_schema(self, schema: core_schema.DatetimeSchema) -> JsonSchemaValue:
-        """Return the format and the bounds."""
-        return {**super().datetime_schema(schema), **_time_bounds(schema)}
+        """Return the format and the bounds. Without an offset it is no `date-time`."""
+        described = super().datetime_schema(schema)
+        if schema.get("tz_constraint") == "naive":
+            described = {"type": "string", "pattern": NAIVE}
+        return {**described, **_time_bounds(schema)}
 
     def time_schema(self, schema: core_schema.TimeSchema) -> JsonSchemaValue:
         """Return the format and the bounds."""

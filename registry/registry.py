@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import islice
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -22,10 +21,9 @@ from job_registry.errors import (
 )
 from job_registry.extension import WorkerExtension
 from job_registry.job_type import JobType
-from job_registry.json_values import MAX_VIOLATIONS, json_document
+from job_registry.json_values import json_document
 from job_registry.payload import Payload, document_of
 from job_registry.policy import JobPolicy
-from job_registry.timestamps import timestamps
 
 DEFAULT_MAX_PAYLOAD_BYTES: Final = 262_144
 
@@ -252,8 +250,6 @@ class JobRegistry(Mapping[str, JobType[Any]]):
                     return admitted
                 violations = found.payload_shape.violations(error, payload, faults, budget)
             else:
-                if found.has_dates:
-                    violations += islice(timestamps(parsed, payload), MAX_VIOLATIONS)
                 if not violations:
                     return AdmittedPayload(found, parsed, text, found.payload_fingerprint)
                 if not faults and (admitted := _admitted_older(found, text, payload)):
@@ -295,5 +291,5 @@ def _admitted_older(
     """Return the payload of a client that sent a form that the type accepts."""
     if not job_type.accepts:
         return None
-    admitted = job_type.admit_older(text, document)
+    admitted = job_type.admit_older(text)
     return admitted and AdmittedPayload(job_type, admitted[0], text, admitted[1])

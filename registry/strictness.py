@@ -12,7 +12,8 @@ from typing import Any, Final, NamedTuple
 from pydantic import BaseModel, RootModel, TypeAdapter
 from pydantic.dataclasses import is_pydantic_dataclass
 
-from job_registry.payload import Payload, reads_decimals_as_text
+from job_registry.payload import Payload
+from job_registry.wire_text import reads_decimals_as_text
 
 # What these take from JSON depends on strictness. All other kinds take the same either way.
 _DEPEND: Final = (

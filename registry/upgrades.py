@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ from job_registry.errors import DefinitionError, Violation
 from job_registry.payload import Payload
 from job_registry.payload_schema import fingerprint_of, json_schema_of
 from job_registry.strictness import lax_parts
-from job_registry.timestamps import timestamps
 from job_registry.violations import PayloadShape
 
 UPGRADE_FAILED: Final = "upgrade_failed"
@@ -56,20 +54,12 @@ class PayloadModel:
         """Turns Pydantic's faults of a payload into violations."""
         return PayloadShape(self.model)
 
-    @cached_property
-    def has_dates(self) -> bool:
-        """Whether a payload may hold a date, or a date and time."""
-        return '"format": "date' in json.dumps(dict(self.schema))
-
-    def parse(self, text: bytes | str, document: object) -> Payload | None:
-        """Return the payload of a JSON text, whose value is `document`. None: it does not fit."""
+    def parse(self, text: bytes | str) -> Payload | None:
+        """Return the payload of a JSON text. None: it does not fit."""
         try:
-            parsed = self.model.model_validate_json(text, by_alias=True, by_name=False)
+            return self.model.model_validate_json(text, by_alias=True, by_name=False)
         except ValidationError:
             return None
-        if self.has_dates and any(timestamps(parsed, document)):
-            return None
-        return parsed
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,6 @@ from pydantic_core import ErrorDetails, SchemaError, SchemaValidator
 
 from job_registry.errors import FaultBudget, Violation, shortened, shortened_text
 from job_registry.json_values import MAX_VIOLATIONS, json_document, pointer_of
-from job_registry.timestamps import DATE, DATE_TIME
 
 MAX_COLLECTED: Final = 2_000
 """Faults that are asked of Pydantic at once. 256 KiB of `{}` may have a million, in 2 GB."""
@@ -528,7 +527,9 @@ _CODES: Final = {
 """Pydantic's error types as our codes, which stay when Pydantic renames its own. The rest ends in
 `_parsing`, `_from_date_parsing` and the like, and is `invalid_format`."""
 
-_TIME: Final = "a time of day in ISO 8601, such as 12:00:00"
+DATE: Final = "a date in ISO 8601, such as 2030-01-31"
+DATE_TIME: Final = "a date and time in ISO 8601, such as 2030-01-31T12:00:00Z"
+_TIME: Final = "a time of day in ISO 8601, such as 12:00:00Z"
 _DURATION: Final = "a duration in ISO 8601, such as PT30S"
 _UUID: Final = "a UUID, such as 3f2504e0-4f89-41d3-9a0c-0305e82c3301"
 _DECIMAL: Final = 'a decimal number as a string, such as "12.50"'

@@ -374,24 +374,27 @@ def test_a_key_set_without_a_usable_key_stops_the_start(
 # Scopes
 
 NEEDED = {
-    "{ jobTypes { name } }": {"jobs:read"},
-    '{ jobType(jobType: "test.ping") { __typename } }': {"jobs:read"},
-    '{ jobPolicy(jobType: "test.ping") { __typename } }': {"jobs:read"},
+    "{ jobTypes { name } }": {"jobs:own", "jobs:read"},
+    '{ jobType(jobType: "test.ping") { __typename } }': {"jobs:own", "jobs:read"},
+    '{ jobPolicy(jobType: "test.ping") { __typename } }': {"jobs:own", "jobs:read"},
     '{ validateJob(input: {type: "test.ping", payload: {}}) { __typename } }': {
+        "jobs:own",
         "jobs:read",
         "jobs:enqueue",
     },
-    '{ job(id: "a") { __typename } }': {"jobs:read"},
-    "{ jobs { nodes { id } } }": {"jobs:read"},
     "{ unregisteredTypes { name } }": {"jobs:read"},
+    '{ job(id: "a") { __typename } }': {"jobs:own", "jobs:read"},
+    '{ awaitJob(id: "a") { __typename } }': {"jobs:own", "jobs:read"},
+    "{ jobs { nodes { id } } }": {"jobs:own", "jobs:read"},
     'mutation { enqueueJob(input: {type: "test.ping", payload: {}}) { __typename } }': {
-        "jobs:enqueue"
+        "jobs:own",
+        "jobs:enqueue",
     },
-    "mutation { enqueueJobs(inputs: []) { __typename } }": {"jobs:enqueue"},
-    "mutation { enqueue(job: {testPing: {}}) { __typename } }": {"jobs:enqueue"},
-    'mutation { cancelJob(id: "a") { __typename } }': {"jobs:admin"},
-    'mutation { retryJob(id: "a") { __typename } }': {"jobs:admin"},
-    "mutation { unparkJobs { __typename } }": {"jobs:admin"},
+    "mutation { enqueueJobs(inputs: []) { __typename } }": {"jobs:own", "jobs:enqueue"},
+    "mutation { enqueue(job: {testPing: {}}) { __typename } }": {"jobs:own", "jobs:enqueue"},
+    'mutation { cancelJob(id: "a") { __typename } }': {"jobs:own"},
+    'mutation { retryJob(id: "a") { __typename } }': {"jobs:own"},
+    'mutation { unparkJobs(jobTypes: ["test.ping"]) { __typename } }': set(),
     'mutation { leaseJobs(input: {jobTypes: ["test.pong"], workerId: "w"}) { __typename } }': {
         "jobs:work"
     },
@@ -401,7 +404,7 @@ NEEDED = {
     'mutation { failJob(leaseToken: "t", error: {message: "m"}) { __typename } }': {"jobs:work"},
     'mutation { releaseJob(leaseToken: "t") { __typename } }': {"jobs:work"},
     'mutation { snoozeJob(leaseToken: "t", seconds: 1) { __typename } }': {"jobs:work"},
-    'subscription { jobEvents(jobTypes: ["no"]) { name } }': {"jobs:read"},
+    'subscription { jobEvents(jobTypes: ["no"]) { name } }': {"jobs:own", "jobs:read"},
 }
 
 

@@ -75,6 +75,24 @@ async def test_pages_are_filtered_by_types_and_statuses(http: httpx.AsyncClient)
     assert await listed("type=no.such") == []
 
 
+async def test_pages_are_filtered_by_all_that_graphql_filters_by(http: httpx.AsyncClient) -> None:
+    keyed = await enqueued(http, {**PAYOUT, "idempotencyKey": "k-1"})
+    other = await enqueued(http)
+
+    async def listed(**query: str) -> list[str]:
+        return [job["jobId"] for job in (await http.get("/jobs", params=query)).json()["jobs"]]
+
+    assert await listed(idempotencyKey="k-1") == [keyed]
+    assert await listed(search=other) == [other]
+    assert await listed(createdAfter="2020-01-01t00:00:00z") == [other, keyed]
+    assert await listed(createdBefore="2020-01-01T00:00:00Z") == []
+    assert await listed(finishedAfter="2020-01-01T00:00:00Z") == []
+    assert await listed(errorCode="timed_out") == []
+    assert await listed(createdBy="nobody") == []
+    for name in ("createdAfter", "createdBefore", "finishedAfter", "finishedBefore"):
+        assert faults(await http.get(f"/jobs?{name}=2030")) == [(f"/{name}", "invalid_format")]
+
+
 async def test_a_page_has_no_next_one_at_the_end(http: httpx.AsyncClient) -> None:
     page = await http.get("/jobs")
     assert page.json() == {

@@ -31,8 +31,8 @@ def check(
         str | None,
         typer.Option(
             metavar="FILE",
-            help=f"Compare with this lock. Defaults to {LOCK_FILE} if that exists. It has to,"
-            " unless --against or --database is given.",
+            help=f"Compare with this lock. Defaults to {LOCK_FILE}, which may be missing only with"
+            " --against or --database.",
         ),
     ] = None,
     against: Annotated[
@@ -42,6 +42,7 @@ def check(
     token: Annotated[
         str | None,
         typer.Option(
+            metavar="TOKEN",
             envvar="JOB_REGISTRY_TOKEN",
             show_envvar=True,
             help="The bearer token for --against. It needs the scope jobs:read.",
@@ -51,8 +52,8 @@ def check(
         str | None,
         typer.Option(
             metavar="URL",
-            help="Read every unfinished job of this database with the job types of today. A role"
-            " that may only SELECT is enough.",
+            help="Read every unfinished job of this database with the job types of your code. A"
+            " role that may only SELECT is enough.",
         ),
     ] = None,
     clients: Annotated[
@@ -63,12 +64,12 @@ def check(
         bool,
         typer.Option(
             "--github",
-            help="Also print annotations for GitHub Actions to standard error. On where"
+            help="Also print annotations for GitHub Actions to standard error. The default if"
             " GITHUB_ACTIONS is true.",
         ),
     ] = False,
 ) -> None:
-    """Say what the job types of today break: stored jobs, older workers, older clients.
+    """Say which stored jobs, older workers and older clients your code breaks.
 
     Exit codes: 0 nothing breaks, 1 something breaks or may break, 2 it could not be checked: wrong
     usage, no lock, or a server or a database that does not answer.

@@ -12,6 +12,7 @@ import typer
 
 from job_registry import CodedError, JobRegistry, JobTypeNotFound, PayloadInvalid, Violation
 from job_registry.json_values import NotJson, parse_json
+from job_registry.wire_text import parse_date_time
 from job_registry_api.cli import startup
 from job_registry_api.cli.output import (
     REFUSED,
@@ -91,7 +92,7 @@ def enqueue(
 
 def _schedule_time(text: str | None) -> datetime | None:
     try:
-        time = None if text is None else datetime.fromisoformat(text)
+        time = None if text is None else parse_date_time(text)
     except ValueError:
         time = None
     if text is not None and (time is None or time.tzinfo is None):
@@ -185,7 +186,7 @@ async def _enqueue_batch(
             if not (isinstance(result, InputInvalid) and result.violations[0].code == NOT_STORED)
         }
     left = requests.keys() - results.keys()
-    results |= dict.fromkeys(left, not_stored(sorted(results), "the lines"))
+    results |= dict.fromkeys(left, not_stored(sorted(results), "line", "lines"))
     return iter(sorted(results.items()))
 
 

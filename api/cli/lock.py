@@ -23,8 +23,10 @@ def lock(
     ] = LOCK_FILE,
     as_json: AsJson = False,
 ) -> None:
-    """Write the job types to registry.lock.json. Commit it with each release: `check` compares
-    later code with it."""
+    """Write what the job types promise to registry.lock.json.
+
+    Commit the file with each release: `check` compares later code with it.
+    """
     registry = startup.read_registry(startup.read_settings())
     from job_registry.lock import Lock, lock_text, released_types
     from job_registry_api.graphql.schema import bare_sdl
@@ -34,10 +36,12 @@ def lock(
     path = Path(file)
     former = _former(path)
     _write_whole(path, text)
-    changes = _differences(former, today)
+    renamed = _renamed(former, today)
+    changes = _differences(former, today, renamed)
     if as_json:
-        print_json({"file": file, "jobTypes": len(today), **changes})
+        print_json({"file": file, "jobTypes": len(today), "renamed": renamed, **changes})
     else:
+        changes["renamed"] = [f"{older} to {name}" for older, name in renamed.items()]
         parts = [f"{what}: {', '.join(names)}" for what, names in changes.items() if names]
         kinds = "1 job type" if len(today) == 1 else f"{len(today):,} job types"
         say(f"{file}: {kinds}. {'; '.join(parts) or 'No job type has changed'}.")
@@ -53,11 +57,23 @@ def _former(path: Path) -> ReleasedTypes:
         return {}
 
 
-def _differences(former: ReleasedTypes, today: ReleasedTypes) -> dict[str, list[str]]:
+def _renamed(former: ReleasedTypes, today: ReleasedTypes) -> dict[str, str]:
+    """Return the new names of job types by their names in the file that is replaced."""
     return {
-        "added": sorted(today.keys() - former.keys()),
+        older: name
+        for name, released in sorted(today.items())
+        for older in released.former_names
+        if name not in former and older in former
+    }
+
+
+def _differences(
+    former: ReleasedTypes, today: ReleasedTypes, renamed: dict[str, str]
+) -> dict[str, list[str]]:
+    return {
+        "added": sorted(today.keys() - former.keys() - set(renamed.values())),
         "changed": sorted(name for name in today.keys() & former if today[name] != former[name]),
-        "removed": sorted(former.keys() - today.keys()),
+        "removed": sorted(former.keys() - today.keys() - renamed.keys()),
     }
 
 

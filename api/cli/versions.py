@@ -26,7 +26,11 @@ SHOWN_DIGITS = 12
 
 
 def versions(type_names: TypeNames = None, as_json: AsJson = False) -> None:
-    """Show under which versions of the job types the queue has jobs and workers."""
+    """Show under which versions of the job types the queue has jobs and workers.
+
+    A version is a fingerprint, and (this) marks that of your code. `refused` counts the parked jobs
+    that its workers could not read. Times are in UTC.
+    """
     settings = startup.read_settings()
     registry = startup.read_registry(settings)
     names = _known(registry, type_names, as_json)
@@ -63,7 +67,10 @@ def versions(type_names: TypeNames = None, as_json: AsJson = False) -> None:
 
 
 def unpark(type_names: TypeNames = None, as_json: AsJson = False) -> None:
-    """Let every worker try the parked jobs of some job types again."""
+    """Let every worker try the parked jobs of some job types again.
+
+    Needed only if no fingerprint changed, as after a repair inside an upgrade function.
+    """
     settings = startup.read_settings()
     registry = startup.read_registry(settings)
     _known(registry, type_names, as_json)

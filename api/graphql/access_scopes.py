@@ -12,7 +12,7 @@ import strawberry
 from strawberry.extensions import FieldExtension
 from strawberry.types.field import StrawberryField
 
-from job_registry_api.auth import AccessScope
+from job_registry_api.auth import AccessScope, Caller
 from job_registry_api.graphql.context import Context, context_of, enter_context
 
 _OPEN: Final = "open"
@@ -48,7 +48,7 @@ class Requires(FieldExtension):
         Raises:
             Forbidden: the caller has none of the access scopes.
         """
-        context_of(info).caller.need(*self.access_scopes)
+        self._check(context_of(info).caller, source)
         return next_(source, info, **arguments)
 
     async def resolve_async(
@@ -65,8 +65,24 @@ class Requires(FieldExtension):
             Unauthenticated: the host of the schema gives the caller no access.
         """
         context = await enter_context(info)
-        context.caller.need(*self.access_scopes)
+        self._check(context.caller, source)
         return await next_(source, info, **arguments)
+
+    def _check(self, caller: Caller, source: Any) -> None:
+        caller.need(*self.access_scopes)
+
+
+class RequiresOrOwns(Requires):
+    """Requires one of these access scopes, or that the job is the caller's own."""
+
+    def __init__(self, *access_scopes: AccessScope) -> None:
+        super().__init__(*access_scopes)
+        named = ", ".join(f"`{each}`" for each in access_scopes)
+        self._sentence = f"Needs the scope {named}, or `jobs:own` for the caller's own jobs."
+
+    def _check(self, caller: Caller, source: Any) -> None:
+        if not caller.owns(source.record.created_by):
+            super()._check(caller, source)
 
 
 def access_scopes_of(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from typing import Any, Final
 from uuid import UUID
 
 import strawberry
-from graphql import DocumentNode, OperationDefinitionNode
+from graphql import DocumentNode, OperationDefinitionNode, ValueNode
 from starlette.types import Receive
 from strawberry.dataloader import DataLoader
 
@@ -20,7 +20,13 @@ from job_registry_api.auth import Caller, Unauthenticated
 from job_registry_api.budget import Budget, BudgetExceeded, RequestLimits, RequestSize
 from job_registry_api.http_messages import wait_for_disconnect
 from job_registry_api.queue.errors import JobNotFound
-from job_registry_api.queue.models import AttemptRecord, JobCounts, JobRecord, weight_of
+from job_registry_api.queue.models import (
+    AttemptRecord,
+    JobCounts,
+    JobRecord,
+    Owner,
+    weight_of,
+)
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.reading import WaitingReason
 
@@ -88,15 +94,15 @@ class Context:
             )
         return self._waiting_reasons
 
-    async def job(self, job_id: str) -> JobRecord:
-        """Return a job that the caller may see.
+    async def job(self, job_id: str, owner: Owner | None) -> JobRecord:
+        """Return a job that the caller may see. With `owner`, it has to be this subject's.
 
         Raises:
-            JobNotFound: no job has this id, or the caller's token excludes its type.
+            JobNotFound: no job has this id, it is another's, or the token excludes its type.
         """
         async with self.budget.reading:
             self.budget.check_reading()
-            job = await self.queue.get(job_id)
+            job = await self.queue.get(job_id, owner=owner)
             self.budget.charge_reading(weight_of(job))
         if not self.caller.may_see(job.type):
             raise JobNotFound(job_id)
@@ -158,6 +164,24 @@ class HostedOperation:
 hosted_operation: Final[ContextVar[HostedOperation | None]] = ContextVar(
     "hosted_operation", default=None
 )
+
+
+@dataclass(frozen=True, slots=True)
+class SentVariables:
+    """The variables of an operation as the client sent them, for JSON literals that hold some."""
+
+    sent: Mapping[str, Any]
+    operation: OperationDefinitionNode
+
+    def default_of(self, name: str) -> ValueNode | None:
+        """Return the default value of a variable, as it is written in the document."""
+        for each in self.operation.variable_definitions or ():
+            if each.variable.name.value == name:
+                return each.default_value
+        return None
+
+
+sent_variables: Final[ContextVar[SentVariables | None]] = ContextVar("sent_variables", default=None)
 
 
 def context_of(info: strawberry.Info[Any, Any]) -> Context:

@@ -86,8 +86,8 @@ class InputInvalid(Error):
 
 @strawberry.type(
     description="The idempotency key belongs to a job of this type with another payload. If"
-    " another caller stored it, this error needs the scope `jobs:read` or `jobs:work`; without,"
-    " the key is a fault of the input."
+    " another caller stored it, this error needs the scope `jobs:read` or `jobs:work`. Without"
+    " these, the key is a fault of the input."
 )
 class IdempotencyConflict(Error):
     existing_job: Job = strawberry.field(description="The job that has the key.")

@@ -34,7 +34,7 @@ from job_registry_api.auth import Caller, Forbidden
 from job_registry_api.budget import Budget, BudgetExceeded, RequestLimits
 from job_registry_api.graphql.admission import Admission, View
 from job_registry_api.graphql.argument_limits import check_arguments
-from job_registry_api.graphql.context import Context
+from job_registry_api.graphql.context import Context, SentVariables, sent_variables
 from job_registry_api.graphql.document_limits import (
     Limits,
     check_length,
@@ -171,6 +171,7 @@ class Executor:
             return ExecutionResult(None, refusals)
         context.budget = Budget(self.request_limits)
         context.operation = (prepared.document, prepared.operation)
+        sent_variables.set(SentVariables(variables or {}, prepared.operation))
         try:
             check_arguments(
                 prepared.schema,

@@ -24,7 +24,13 @@ from strawberry.types.union import StrawberryUnion
 from job_registry import CodedError
 from job_registry_api.budget import BudgetExceeded, RequestLimits
 from job_registry_api.graphql.argument_limits import check_arguments, root_fields
-from job_registry_api.graphql.context import Authenticate, HostedOperation, hosted_operation
+from job_registry_api.graphql.context import (
+    Authenticate,
+    HostedOperation,
+    SentVariables,
+    hosted_operation,
+    sent_variables,
+)
 from job_registry_api.graphql.errors import EXCEPTION_HANDLERS
 from job_registry_api.graphql.mutations import Mutation
 from job_registry_api.graphql.queries import Query
@@ -87,18 +93,20 @@ def graphql_types(
         def on_execute(self) -> Iterator[None]:
             # An operation that a resolver of another one executes, in the same task, must not leave
             # its caller to the fields that follow there.
-            outer = hosted_operation.get()
+            outer, outer_variables = hosted_operation.get(), sent_variables.get()
             try:
                 hosted_operation.set(self._begun())
                 yield
             finally:
                 hosted_operation.set(outer)
+                sent_variables.set(outer_variables)
             _add_codes(getattr(self.execution_context.result, "errors", None))
 
         def _begun(self) -> HostedOperation | None:
             """Return the operation; None if it has no root fields of the queue."""
             executed = _operation_of(self.execution_context)
             variables = self.execution_context.variables or {}
+            sent_variables.set(None if executed is None else SentVariables(variables, executed[1]))
             if executed is None or not any(
                 each.name.value in names for each in root_fields(*executed, variables)
             ):

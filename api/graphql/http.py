@@ -129,7 +129,8 @@ class GraphQLOverHTTP:
             content, status = {"errors": [format_exception(error)]}, 500
         else:
             if as_events:
-                await send_events(receive, send, self._executor.results(*request))
+                ended = scope["app"].state.queue.events.ended
+                await send_events(receive, send, self._executor.results(*request), ended)
                 return
         if media_type == EVENT_STREAM:
             media_type = JSON

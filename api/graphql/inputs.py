@@ -9,8 +9,11 @@ import strawberry
 from pydantic import JsonValue
 
 from job_registry import EnqueueRequest
-from job_registry_api.graphql.scalars import TimeText, parse_time
+from job_registry.wire_text import parse_date_time
+from job_registry_api.graphql.scalars import TimeText
 from job_registry_api.graphql.types import JobStatus
+from job_registry_api.queue import models
+from job_registry_api.queue.filters import JobFilter
 from job_registry_api.queue.models import JobError
 
 
@@ -52,7 +55,7 @@ class EnqueueOptions:
 
 def _time_of(value: object) -> datetime | None:
     # The `DateTime` of a host's schema gives times, and ours gives the client's text.
-    return parse_time(value) if isinstance(value, str) else cast("datetime | None", value)
+    return parse_date_time(value) if isinstance(value, str) else cast("datetime | None", value)
 
 
 @strawberry.input(description="A job to store.")
@@ -75,6 +78,50 @@ class JobFilterInput:
     statuses: list[JobStatus] | None = strawberry.field(
         default=None, description="Jobs with one of these statuses. Defaults to all statuses."
     )
+    created_by: str | None = strawberry.field(
+        default=None, description="Jobs that this caller enqueued: the `sub` of its token."
+    )
+    created_after: TimeText | None = strawberry.field(
+        default=None, description="Jobs that were stored at this time or later."
+    )
+    created_before: TimeText | None = strawberry.field(
+        default=None, description="Jobs that were stored before this time."
+    )
+    finished_after: TimeText | None = strawberry.field(
+        default=None,
+        description="Jobs that ended at this time or later. All jobs that ended in a range of time"
+        " are read and sorted, so choose a short one.",
+    )
+    finished_before: TimeText | None = strawberry.field(
+        default=None, description="Jobs that ended before this time."
+    )
+    idempotency_key: str | None = strawberry.field(
+        default=None, description="Jobs with this idempotency key: at most one of each type."
+    )
+    error_code: str | None = strawberry.field(
+        default=None, description="Jobs whose latest attempt failed with this code."
+    )
+    search: str | None = strawberry.field(
+        default=None,
+        description="Jobs with this id or this idempotency key, and failed jobs with all of these"
+        " words in the code or the message of the error, among the newest 10,000 failed ones. For"
+        " the jobs of one creator: among the newest 10,000 of these.",
+    )
+
+    def filter(self) -> JobFilter:
+        """Return the filter of the queue."""
+        return JobFilter(
+            types=tuple(self.types or ()),
+            statuses=tuple(models.JobStatus[each.name] for each in self.statuses or ()),
+            created_by=self.created_by,
+            created_after=_time_of(self.created_after),
+            created_before=_time_of(self.created_before),
+            finished_after=_time_of(self.finished_after),
+            finished_before=_time_of(self.finished_before),
+            idempotency_key=self.idempotency_key,
+            error_code=self.error_code,
+            search=self.search,
+        )
 
 
 @strawberry.input(description="A payload of a job type that a worker can read.")

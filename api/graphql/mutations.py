@@ -22,6 +22,7 @@ from job_registry_api.graphql.answer_limits import kept_for_answer, reading_job,
 from job_registry_api.graphql.context import Context, context_of
 from job_registry_api.graphql.inputs import EnqueueJobInput, JobErrorInput, LeaseJobsInput
 from job_registry_api.graphql.types import Job, JobLease
+from job_registry_api.queue.changing import Changing
 from job_registry_api.queue.claiming import Lease
 from job_registry_api.queue.enqueueing import Enqueued, ExistingValues, Refusal
 from job_registry_api.queue.errors import (
@@ -152,7 +153,7 @@ MUTATIONS: Final = "Mutations: enqueue, cancel and retry jobs, and run them as a
 @strawberry.type(description=MUTATIONS)
 class Mutation:
     @strawberry.mutation(
-        extensions=[Requires("jobs:enqueue")],
+        extensions=[Requires("jobs:enqueue", "jobs:own")],
         description="Store a job, to run by the policy of its type. A payload that is not valid is"
         " refused, with every fault.",
     )
@@ -160,13 +161,13 @@ class Mutation:
         self,
         info: Info,
         input: Annotated[EnqueueJobInput, strawberry.argument(description="The job.")],
-    ) -> EnqueueJobResult:
+    ) -> EnqueueJobResult | None:
         caller = context_of(info).caller
         caller.need_types([input.type])
         return await stored(info, input.request())
 
     @strawberry.mutation(
-        extensions=[Requires("jobs:enqueue")],
+        extensions=[Requires("jobs:enqueue", "jobs:own")],
         description="Store many jobs, up to 1,000 unless the server is configured otherwise, in one"
         " transaction. The results are in the order of the inputs. A refused job does not affect"
         " the others, unless `atomic` is set.",
@@ -182,7 +183,7 @@ class Mutation:
                 " `InputInvalid` with the code `not_stored`."
             ),
         ] = False,
-    ) -> list[EnqueueJobResult]:
+    ) -> list[EnqueueJobResult | None] | None:
         caller = context_of(info).caller
         caller.need_types(each.type for each in inputs)
         # Before anything is stored: afterwards the client would not learn what was.
@@ -194,7 +195,7 @@ class Mutation:
             [each.request() for each in inputs],
             atomic=atomic,
             created_by=caller.subject,
-            sees_others=caller.sees_others,
+            others=caller.others_jobs,
             budget=budget.faults,
             values=ExistingValues(
                 payload=of_each.payloads > 0,
@@ -205,20 +206,20 @@ class Mutation:
         return [_enqueued_or_refused(result) for result in results]
 
     @strawberry.mutation(
-        extensions=[Requires("jobs:admin")],
+        extensions=[Requires("jobs:own", "jobs:admin")],
         description="Cancel a job. A queued job is cancelled at once. The worker of a running"
         " job is requested to stop; the job is cancelled when it stops or its lease expires.",
     )
-    async def cancel_job(self, info: Info, id: JobId) -> CancelJobResult:
-        return await _changed_if_visible(info, id, context_of(info).queue.cancel)
+    async def cancel_job(self, info: Info, id: JobId) -> CancelJobResult | None:
+        return await _changed_if_visible(info, id, Changing.cancel)
 
     @strawberry.mutation(
-        extensions=[Requires("jobs:admin")],
+        extensions=[Requires("jobs:own", "jobs:admin")],
         description="Queue a failed or cancelled job again, to run now. A job without attempts left"
         " gets one more.",
     )
-    async def retry_job(self, info: Info, id: JobId) -> RetryJobResult:
-        return await _changed_if_visible(info, id, context_of(info).queue.retry)
+    async def retry_job(self, info: Info, id: JobId) -> RetryJobResult | None:
+        return await _changed_if_visible(info, id, Changing.retry)
 
     @strawberry.mutation(
         extensions=[Requires("jobs:admin")],
@@ -232,7 +233,7 @@ class Mutation:
             list[str] | None,
             strawberry.argument(description="The job types. Defaults to all types."),
         ] = None,
-    ) -> UnparkJobsResult:
+    ) -> UnparkJobsResult | None:
         caller, queue = context_of(info).caller, context_of(info).queue
         if job_types is None and caller.job_types is not None:
             job_types = sorted(caller.job_types & frozenset(queue.registry))
@@ -253,7 +254,7 @@ class Mutation:
             LeaseJobsInput,
             strawberry.argument(description="The job types, the worker, and how many jobs."),
         ],
-    ) -> LeaseJobsResult:
+    ) -> LeaseJobsResult | None:
         context_of(info).caller.need_types(input.job_types)
         queue, budget, of_each = context_of(info).queue, context_of(info).budget, selected(info)
         budget.charge_fields(max(0, min(input.limit, MAX_LEASE)) * of_each.fields)
@@ -282,7 +283,7 @@ class Mutation:
         extensions=[Requires("jobs:work")],
         description="End the waits of a worker's `leaseJobs` requests, in every server process."
         " Each is answered at once, with the leases that it has or with none. A worker that shuts"
-        " down sends it and reads the answer of its `leaseJobs`: no lease is lost on the way.",
+        " down sends it and reads the answer of its `leaseJobs`, so that no lease is lost.",
     )
     async def stop_waiting(
         self,
@@ -290,7 +291,7 @@ class Mutation:
         worker_id: Annotated[
             str, strawberry.argument(description="The `workerId` of the `leaseJobs` requests.")
         ],
-    ) -> StopWaitingResult:
+    ) -> StopWaitingResult | None:
         await context_of(info).queue.stop_waiting(worker_id)
         return StopWaitingSuccess(worker_id=worker_id)
 
@@ -308,7 +309,7 @@ class Mutation:
                 description="The progress of the job, as any JSON. Null keeps the last one."
             ),
         ] = None,
-    ) -> HeartbeatJobResult:
+    ) -> HeartbeatJobResult | None:
         await _check_lease(context_of(info), lease_token)
         async with reading_job(info):
             heartbeat = await context_of(info).queue.heartbeat(lease_token, progress)
@@ -333,7 +334,7 @@ class Mutation:
             JsonValue | None,
             strawberry.argument(description="The result of the job, as any JSON."),
         ] = None,
-    ) -> CompleteJobResult:
+    ) -> CompleteJobResult | None:
         await _check_lease(context_of(info), lease_token)
         return await _changed(info, lambda: context_of(info).queue.complete(lease_token, result))
 
@@ -356,7 +357,7 @@ class Mutation:
                 description="The wait before the next attempt. Defaults to the backoff of the type."
             ),
         ] = None,
-    ) -> FailJobResult:
+    ) -> FailJobResult | None:
         await _check_lease(context_of(info), lease_token)
         return await _changed(
             info,
@@ -372,7 +373,7 @@ class Mutation:
         extensions=[Requires("jobs:work")],
         description="Return the job to the queue, to run again at once. The attempt is not spent.",
     )
-    async def release_job(self, info: Info, lease_token: LeaseToken) -> ReleaseJobResult:
+    async def release_job(self, info: Info, lease_token: LeaseToken) -> ReleaseJobResult | None:
         await _check_lease(context_of(info), lease_token)
         return await _changed(info, lambda: context_of(info).queue.release(lease_token))
 
@@ -390,7 +391,7 @@ class Mutation:
                 description="The wait before the next run, 0 to 31,536,000 seconds."
             ),
         ],
-    ) -> SnoozeJobResult:
+    ) -> SnoozeJobResult | None:
         await _check_lease(context_of(info), lease_token)
         return await _changed(info, lambda: context_of(info).queue.snooze(lease_token, seconds))
 
@@ -444,7 +445,7 @@ async def stored(info: Info, request: EnqueueRequest) -> EnqueueJobSuccess:
         enqueued = await context.queue.enqueue(
             request,
             created_by=context.caller.subject,
-            sees_others=context.caller.sees_others,
+            others=context.caller.others_jobs,
             budget=context.budget.faults,
         )
         if enqueued.deduplicated:
@@ -459,9 +460,11 @@ async def _changed(info: Info, change: Callable[[], Awaitable[JobRecord]]) -> Jo
 
 
 async def _changed_if_visible(
-    info: Info, job_id: str, change: Callable[[str], Awaitable[JobRecord]]
+    info: Info, job_id: str, change: Callable[..., Awaitable[JobRecord]]
 ) -> JobChanged:
-    """Change a job that the caller may see. The type of a job never changes."""
-    if context_of(info).caller.job_types is not None:
-        await context_of(info).job(job_id)
-    return await _changed(info, lambda: change(job_id))
+    """Change a job that the caller may change. The type of a job never changes."""
+    context = context_of(info)
+    owner = context.caller.owner_unless("jobs:admin")
+    if context.caller.job_types is not None:
+        await context.job(job_id, owner)
+    return await _changed(info, lambda: change(context.queue, job_id, owner=owner))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import uuid
+from dataclasses import replace
 from datetime import datetime
 from typing import Annotated, Final
 
@@ -26,8 +27,9 @@ from job_registry_api.graphql.types import (
     PageInfo,
     UnregisteredType,
 )
-from job_registry_api.queue import models, reading
 from job_registry_api.queue.errors import InputInvalid
+from job_registry_api.queue.filters import JobFilter
+from job_registry_api.queue.models import weight_of
 
 JobTypeResult = Annotated[
     JobType | errors.JobTypeNotFound,
@@ -40,6 +42,13 @@ JobPolicyResult = Annotated[
 JobResult = Annotated[
     Job | errors.JobNotFound,
     strawberry.union("JobResult", description="The job, or why there is none."),
+]
+
+AwaitJobResult = Annotated[
+    Job | errors.JobNotFound | errors.InputInvalid,
+    strawberry.union(
+        "AwaitJobResult", description="The job as it is after the wait, or why there is none."
+    ),
 ]
 
 FIELDS_PER_JOB: Final = 10
@@ -78,10 +87,10 @@ Info = strawberry.Info[Context, None]
 @strawberry.type(description="Queries: job types, policies, jobs, and a dry run of `enqueueJob`.")
 class Query:
     @strawberry.field(
-        extensions=[Requires("jobs:read")],
+        extensions=[Requires("jobs:own", "jobs:read")],
         description="Every job type of this server, sorted by name.",
     )
-    async def job_types(self, info: Info) -> list[JobType]:
+    async def job_types(self, info: Info) -> list[JobType] | None:
         context = context_of(info)
         visible = [
             JobType.of(job_type)
@@ -91,12 +100,12 @@ class Query:
         context.budget.charge_fields(len(visible) * selected(info).fields)
         return visible
 
-    @strawberry.field(extensions=[Requires("jobs:read")], description="One job type.")
+    @strawberry.field(extensions=[Requires("jobs:own", "jobs:read")], description="One job type.")
     async def job_type(
         self,
         info: Info,
         job_type: Annotated[str, strawberry.argument(description="The name of the job type.")],
-    ) -> JobTypeResult:
+    ) -> JobTypeResult | None:
         context_of(info).caller.need_types([job_type])
         return JobType.of(context_of(info).queue.registry.get_type(job_type))
 
@@ -105,7 +114,7 @@ class Query:
         description="The job types that the queue has jobs of and that this server does not know,"
         " sorted by name. Another process may know them.",
     )
-    async def unregistered_types(self, info: Info) -> list[UnregisteredType]:
+    async def unregistered_types(self, info: Info) -> list[UnregisteredType] | None:
         context = context_of(info)
         found = await context.queue.unregistered_types()
         visible = [name for name in found if context.caller.may_see(name)]
@@ -113,19 +122,20 @@ class Query:
         return [UnregisteredType(name=name, counts=JobCounts.of(found[name])) for name in visible]
 
     @strawberry.field(
-        extensions=[Requires("jobs:read")], description="The limits of the jobs of a type."
+        extensions=[Requires("jobs:own", "jobs:read")],
+        description="The limits of the jobs of a type.",
     )
     async def job_policy(
         self,
         info: Info,
         job_type: Annotated[str, strawberry.argument(description="The name of the job type.")],
-    ) -> JobPolicyResult:
+    ) -> JobPolicyResult | None:
         context_of(info).caller.need_types([job_type])
         found = context_of(info).queue.registry.get_type(job_type)
         return JobPolicy.of(found.name, found.policy)
 
     @strawberry.field(
-        extensions=[Requires("jobs:enqueue", "jobs:read")],
+        extensions=[Requires("jobs:enqueue", "jobs:own", "jobs:read")],
         description="A dry run of `enqueueJob`: makes the same checks and stores nothing.",
     )
     async def validate_job(
@@ -134,14 +144,14 @@ class Query:
         input: Annotated[
             EnqueueJobInput, strawberry.argument(description="The input for `enqueueJob`.")
         ],
-    ) -> ValidateJobResult:
+    ) -> ValidateJobResult | None:
         caller = context_of(info).caller
         caller.need_types([input.type])
         async with reading_job(info):
             valid = await context_of(info).queue.validate(
                 input.request(),
                 created_by=caller.subject,
-                sees_others=caller.sees_others,
+                others=caller.others_jobs,
                 budget=context_of(info).budget.faults,
             )
             duplicate = valid.duplicate_of
@@ -153,16 +163,41 @@ class Query:
                 duplicate_of=Job.of(kept_for_answer(info, duplicate)) if duplicate else None,
             )
 
-    @strawberry.field(extensions=[Requires("jobs:read")], description="One job.")
+    @strawberry.field(extensions=[Requires("jobs:own", "jobs:read")], description="One job.")
     async def job(
         self,
         info: Info,
         id: Annotated[strawberry.ID, strawberry.argument(description="The job's id.")],
-    ) -> JobResult:
-        return Job.of(await context_of(info).job(id))
+    ) -> JobResult | None:
+        context = context_of(info)
+        return Job.of(await context.job(id, context.caller.owner_unless("jobs:read")))
 
     @strawberry.field(
-        extensions=[Requires("jobs:read")],
+        extensions=[Requires("jobs:own", "jobs:read")],
+        description="Wait until a job has ended, and return it. After `timeoutSeconds` it is"
+        " returned as it is: `finishedAt` says whether it has ended.",
+    )
+    async def await_job(
+        self,
+        info: Info,
+        id: Annotated[strawberry.ID, strawberry.argument(description="The job's id.")],
+        timeout_seconds: Annotated[
+            int, strawberry.argument(description="How long to wait, 0 to 30 seconds.")
+        ] = 30,
+    ) -> AwaitJobResult | None:
+        context = context_of(info)
+        owner = context.caller.owner_unless("jobs:read")
+        if context.caller.job_types is not None:
+            await context.job(id, owner)
+        async with context.client_gone() as gone:
+            job = await context.queue.wait(id, seconds=timeout_seconds, owner=owner, stop=gone)
+        async with context.budget.reading:
+            context.budget.check_reading()
+            context.budget.charge_reading(weight_of(job))
+        return Job.of(job)
+
+    @strawberry.field(
+        extensions=[Requires("jobs:own", "jobs:read")],
         description="A page of jobs, newest first. A page that would exceed the limits of an answer"
         " stops early: see `pageInfo.stoppedEarly`.",
     )
@@ -186,26 +221,24 @@ class Query:
                 description="The `endCursor` of the previous page. Null for the first page."
             ),
         ] = None,
-    ) -> JobConnection:
-        types = tuple(filter.types or ()) if filter else ()
+    ) -> JobConnection | None:
+        wanted = filter.filter() if filter else JobFilter()
         caller = context_of(info).caller
-        caller.need_types(types)
-        if not types and caller.job_types is not None:
+        caller.need_types(wanted.types)
+        if not wanted.types and caller.job_types is not None:
             # No types is no restriction, and no job has a type without a name.
             current = context_of(info).queue.registry.current_name
             types = tuple(sorted({current(name) for name in caller.job_types})) or ("",)
-        statuses = (filter.statuses or []) if filter else []
-        job_filter = reading.JobFilter(
-            types=types, statuses=tuple(models.JobStatus[each.name] for each in statuses)
-        )
+            wanted = replace(wanted, types=types)
         budget, of_each = context_of(info).budget, selected(info)
         fields = FIELDS_PER_JOB + of_each.fields
         async with budget.reading:
             budget.check_reading()
             page = await context_of(info).queue.list(
-                job_filter,
+                wanted,
                 first=first,
                 after=None if after is None else _id_of(after),
+                owner=caller.owner_unless("jobs:read"),
                 # One job at least: its fields say what exceeds a limit.
                 most=max(1, budget.fields_left // fields),
                 max_bytes=min(budget.reading_left, budget.bytes_left // of_each.copies),

@@ -6,13 +6,23 @@ import re
 from collections.abc import Callable, Mapping
 from datetime import UTC, date, datetime, time
 from decimal import Decimal
-from typing import Final, NewType
+from typing import Any, Final, NewType
 from uuid import UUID
 
 import strawberry
-from pydantic import JsonValue, TypeAdapter, ValidationError
+from graphql import (
+    ListValueNode,
+    ObjectValueNode,
+    ValueNode,
+    VariableNode,
+    value_from_ast_untyped,
+)
+from pydantic import JsonValue
 from strawberry.schema.types.scalar import DEFAULT_SCALAR_REGISTRY
 from strawberry.types.scalar import ScalarDefinition
+
+from job_registry.wire_text import parse_date_time
+from job_registry_api.graphql.context import sent_variables
 
 TimeText = NewType("TimeText", str)
 """A `DateTime` as a client wrote it. A `DateTime` of ours is a plain `datetime`."""
@@ -25,33 +35,12 @@ DecimalText = NewType("DecimalText", str)
 BigInt = NewType("BigInt", int)
 
 _RFC_3339: Final = "https://datatracker.ietf.org/doc/html/rfc3339"
-_TIME: Final = TypeAdapter(datetime)
-
-
-def parse_time(text: str) -> datetime:
-    """Parse a time as RFC 3339 and ISO 8601 write it.
-
-    A time without an offset from UTC is returned as it is: the queue refuses it, with its path.
-
-    Raises:
-        ValueError: the text is not a time.
-    """
-    parsers = [datetime.fromisoformat]
-    # Pydantic also reads numbers, as seconds since 1970: the year "2030" would be due at once.
-    if ":" in text:
-        parsers.append(_TIME.validate_strings)
-    for parse in parsers:
-        try:
-            return parse(text)
-        except (ValueError, ValidationError):
-            continue
-    raise ValueError('Expected a time with its offset, such as "2030-01-31T12:00:00Z".')
 
 
 def _checked_time(value: object) -> str:
     """Return the text itself: what a payload stores is the client's own text."""
     text = _text(value)
-    parse_time(text)
+    parse_date_time(text)
     return text
 
 
@@ -70,11 +59,52 @@ def _big_int(value: object) -> int:
     number = None
     if isinstance(value, int) and not isinstance(value, bool):
         number = value
-    elif isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,19}", value, re.ASCII):
+    elif (isinstance(value, float) and value.is_integer() and abs(value) < 2**63) or (
+        isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,19}", value, re.ASCII)
+    ):
         number = int(value)
     if number is None or not -(2**63) <= number < 2**63:
         raise ValueError("Expected a whole number of 64 bits, or a string of its digits.")
     return number
+
+
+_ABSENT: Final = object()
+
+
+def _as_is(value: object) -> object:
+    return value
+
+
+def _json_of_literal(node: ValueNode, coerced: dict[str, Any] | None = None) -> Any:
+    """Return the JSON of a literal. Variables in it have the values that the client sent.
+
+    GraphQL coerces variables to values in Python, such as the members of enums, which are no JSON.
+    As in an input object, an entry whose variable is absent is left out; in a list it is null.
+    """
+    value = _literal(node, coerced)
+    return None if value is _ABSENT else value
+
+
+def _literal(node: ValueNode, coerced: dict[str, Any] | None) -> Any:
+    match node:
+        case VariableNode():
+            return _variable(node.name.value, coerced)
+        case ObjectValueNode(fields=fields):
+            entries = ((each.name.value, _literal(each.value, coerced)) for each in fields)
+            return {name: value for name, value in entries if value is not _ABSENT}
+        case ListValueNode(values=values):
+            return [_json_of_literal(each, coerced) for each in values]
+    return value_from_ast_untyped(node)
+
+
+def _variable(name: str, coerced: dict[str, Any] | None) -> Any:
+    variables = sent_variables.get()
+    if variables is None:  # In a schema without our executor and extensions.
+        return (coerced or {}).get(name, _ABSENT)
+    if name in variables.sent:
+        return variables.sent[name]
+    default = variables.default_of(name)
+    return _ABSENT if default is None else _literal(default, None)
 
 
 def _input_scalar(
@@ -106,6 +136,8 @@ SCALARS: Final[dict[object, ScalarDefinition]] = {
         name="JSON",
         description="Any JSON value. Integers up to 64 bits are kept exactly.",
         specified_by_url="https://datatracker.ietf.org/doc/html/rfc8259",
+        parse_value=_as_is,
+        parse_literal=_json_of_literal,
     ),
     datetime: _DATE_TIME,
     TimeText: _DATE_TIME,
@@ -144,9 +176,12 @@ def scalars_of_host(hosts: Mapping[object, ScalarDefinition]) -> dict[object, Sc
     A schema has each name once. So ours are the host's, or Strawberry's, where it has these names.
     """
     known = {**DEFAULT_SCALAR_REGISTRY, **hosts}
+    # Strawberry's own JSON has no rule for variables inside a literal.
+    json = hosts.get(strawberry.scalars.JSON, SCALARS[JsonValue])
     return {
         **hosts,
-        JsonValue: known[strawberry.scalars.JSON],
+        strawberry.scalars.JSON: json,
+        JsonValue: json,
         TimeText: known[datetime],
         DateText: known[date],
         TimeOfDayText: known[time],

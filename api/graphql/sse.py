@@ -20,9 +20,13 @@ KEEP_ALIVE_SECONDS: Final = 15.0
 
 
 async def send_events(
-    receive: Receive, send: Send, contents: AsyncGenerator[dict[str, Any]]
+    receive: Receive, send: Send, contents: AsyncGenerator[dict[str, Any]], ended: asyncio.Event
 ) -> None:
-    """Send each content as an event, until they end or the client hangs up."""
+    """Send each content as an event, until they end or the client hangs up.
+
+    Once the server stops, which sets `ended`, a subscription ends without `complete`: it has not
+    failed, and its client connects again.
+    """
     headers = [
         (b"content-type", EVENT_STREAM + b"; charset=utf-8"),
         (b"cache-control", b"no-store"),
@@ -49,6 +53,9 @@ async def send_events(
             except StopAsyncIteration:
                 break
             following = None
+            if "data" not in content and ended.is_set():
+                await send({"type": "http.response.body", "body": b""})
+                return
             await _send_text(send, b"event: next\ndata: " + await json_in_pieces(content) + b"\n\n")
         await _send_text(send, b"event: complete\ndata:\n\n")
         await send({"type": "http.response.body", "body": b""})

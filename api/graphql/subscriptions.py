@@ -22,6 +22,7 @@ from job_registry_api.graphql.context import (
 from job_registry_api.graphql.types import Job, JobStatus
 from job_registry_api.queue import events
 from job_registry_api.queue.errors import InputInvalid, JobNotFound
+from job_registry_api.queue.models import JobRecord
 from job_registry_api.queue.requests import parse_job_id, unknown_types
 
 VERIFIED_SECONDS: Final = 60.0
@@ -31,7 +32,8 @@ VERIFIED_SECONDS: Final = 60.0
 @strawberry.type(description="A change of a job, sent once it is committed.")
 class JobEvent:
     name: str = strawberry.field(
-        description="`job.created`, `job.started`, `job.progressed`, `job.cancel_requested` (of a"
+        description="`job.current` (the state of the job when the subscription began),"
+        " `job.created`, `job.started`, `job.progressed`, `job.cancel_requested` (of a"
         " running job, whose worker now stops), `job.succeeded`, `job.retrying` (queued again for"
         " another attempt), `job.parked` (queued for a worker that can read its payload),"
         " `job.unparked`, `job.failed` or `job.cancelled`. More names may be added."
@@ -46,10 +48,23 @@ class JobEvent:
         " the job was deleted."
     )
     async def job(self, info: strawberry.Info[Context, None]) -> Job | None:
+        context = context_of(info)
+        owner = context.caller.owner_unless("jobs:read")
         try:
-            return Job.of(await context_of(info).job(self.job_id))
+            return Job.of(await context.job(self.job_id, owner))
         except JobNotFound:
             return None
+
+    @classmethod
+    def current(cls, job: JobRecord) -> JobEvent:
+        """Return the first event of a job that is followed."""
+        return cls(
+            name="job.current",
+            job_id=strawberry.ID(str(job.id)),
+            type=job.type,
+            status=JobStatus[job.status.name],
+            attempt=job.attempt,
+        )
 
     @classmethod
     def of(cls, event: events.JobEvent) -> JobEvent:
@@ -65,10 +80,12 @@ class JobEvent:
 @strawberry.type(description="Subscriptions: the events of jobs.")
 class Subscription:
     @strawberry.subscription(
-        extensions=[Requires("jobs:read")],
-        description="The events of jobs from now on, of every process, in the order of commits. A"
-        " subscriber that falls 1,000 events behind is dropped with the error `events_missed`. It"
-        " must read the jobs and subscribe again.",
+        extensions=[Requires("jobs:own", "jobs:read")],
+        description="The events of jobs from now on, of every process, in the order of commits."
+        " With `jobId`, the first event is `job.current`, with the job as it is, so that nothing"
+        " is missed between reading and subscribing. With the scope `jobs:own` alone, these are the"
+        " events of the caller's own jobs. A subscriber that falls 1,000 events behind is dropped"
+        " with the error `events_missed`. It must read the jobs and subscribe again.",
     )
     async def job_events(
         self,
@@ -109,11 +126,17 @@ async def _events(
     """
     verified_at = time.time()
     with context.queue.events.subscribe(job_id=job_id, types=types) as subscription:
+        if job_id is not None:
+            # Read after subscribing, so that each later change is an event.
+            current = await context.job(str(job_id), context.caller.owner_unless("jobs:read"))
+            if types is None or current.type in types:
+                hosted_operation.set(hosted)
+                yield JobEvent.current(current)
         while True:
-            event = None
+            found: list[events.JobEvent] = []
             try:
                 async with asyncio.timeout(_seconds_valid(context, verified_at)):
-                    event = await anext(subscription)
+                    found = await _next_events(context, subscription)
             except StopAsyncIteration:
                 return
             except TimeoutError:
@@ -121,11 +144,24 @@ async def _events(
             if _seconds_valid(context, verified_at) <= 0:
                 await _verify_again(context)
                 verified_at = time.time()
-            if event is not None:
+            for event in found:
                 context.forget()
                 # Each event may be requested by another task, which resolves its fields.
                 hosted_operation.set(hosted)
                 yield JobEvent.of(event)
+
+
+async def _next_events(
+    context: Context, subscription: events.Subscription
+) -> list[events.JobEvent]:
+    """Wait for events, and return those that the caller may see."""
+    event = await anext(subscription)
+    owner = context.caller.owner_unless("jobs:read")
+    if owner is None or subscription.job_id is not None:
+        return [event]
+    found = [event, *subscription.take_unread()]
+    creators = await context.queue.creators({each.job_id for each in found})
+    return [each for each in found if context.caller.owns(creators.get(each.job_id))]
 
 
 def _seconds_valid(context: Context, verified_at: float) -> float:

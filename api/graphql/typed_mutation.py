@@ -24,7 +24,7 @@ def mutation_with_enqueue(typed_job_input: type[TypedJob]) -> type[Mutation]:
     @strawberry.type(name="Mutation", description=MUTATIONS)
     class MutationWithEnqueue(Mutation):
         @strawberry.mutation(
-            extensions=[Requires("jobs:enqueue")],
+            extensions=[Requires("jobs:enqueue", "jobs:own")],
             description="Store a job, as `enqueueJob` does, through an input with a field for each"
             " job type. The compiler of a client that is generated from this schema checks the"
             " payload.",
@@ -42,7 +42,7 @@ def mutation_with_enqueue(typed_job_input: type[TypedJob]) -> type[Mutation]:
                 EnqueueOptions | None,
                 strawberry.argument(description="How the job is stored and run."),
             ] = None,
-        ) -> EnqueueJobResult:
+        ) -> EnqueueJobResult | None:
             caller = context_of(info).caller
             job_type, payload = job.sent_job()
             caller.need_types([job_type])

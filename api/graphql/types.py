@@ -13,7 +13,7 @@ from job_registry import JobPolicy as Policy
 from job_registry import JobType as RegisteredType
 from job_registry import JobTypeNotFound
 from job_registry_api.auth import AccessScope
-from job_registry_api.graphql.access_scopes import OPEN, Requires
+from job_registry_api.graphql.access_scopes import OPEN, Requires, RequiresOrOwns
 from job_registry_api.graphql.answer_limits import Charged, selected
 from job_registry_api.graphql.context import Context, context_of
 from job_registry_api.queue import claiming, models, reading
@@ -76,7 +76,7 @@ class Backoff:
 
 
 @strawberry.enum(
-    description="What happens to a queued job whose stored payload the job type of today cannot"
+    description="What happens to a queued job whose stored payload the current job type cannot"
     " read."
 )
 class OnMismatch(Enum):
@@ -132,7 +132,7 @@ class JobCounts:
     failed: int = strawberry.field(description="Failed and not yet deleted.")
     cancelled: int = strawberry.field(description="Cancelled and not yet deleted.")
     parked: int = strawberry.field(
-        description="Those of the queued jobs whose payload no worker could read yet."
+        description="The parked ones among the queued jobs: no worker could read their payload yet."
     )
 
     @classmethod
@@ -149,7 +149,7 @@ class JobCounts:
 
 @strawberry.type(
     description="A version of a job type: jobs were admitted under it, or workers have it. At most"
-    " 10,000 jobs of a type are counted for each number, those first that run first."
+    " 10,000 jobs of a type are counted for each number, in the order in which they run."
 )
 class JobTypeVersion:
     fingerprint: str = strawberry.field(
@@ -222,13 +222,14 @@ class JobType:
     def fingerprint(self) -> str:
         return self.registered.fingerprint
 
-    @strawberry.field(description="The names that the type had. They are accepted as `name` is.")
+    @strawberry.field(description="The former names of the type. They are accepted like `name`.")
     def former_names(self) -> list[str]:
         return list(self.registered.former_names)
 
     @strawberry.field(
-        description="The fingerprints of the payloads that this server reads: today's, and those of"
-        " the older ones that it upgrades. A job is stored with the one that it was admitted under."
+        description="The fingerprints of the payloads that this server reads: the current one, and"
+        " those of the older ones that it upgrades. A job is stored with the one that it was"
+        " admitted under."
     )
     def readable_fingerprints(self) -> list[str]:
         return list(self.registered.readable_fingerprints)
@@ -236,13 +237,16 @@ class JobType:
     @strawberry.field(
         description="The versions of this type that jobs were admitted under, or that workers have."
     )
-    async def versions(self, info: strawberry.Info[Context, None]) -> list[JobTypeVersion]:
+    async def versions(self, info: strawberry.Info[Context, None]) -> list[JobTypeVersion] | None:
         versions = await context_of(info).queue.versions(self.name)
         context_of(info).budget.charge_fields(len(versions) * selected(info).fields)
         return [JobTypeVersion.of(each) for each in versions]
 
-    @strawberry.field(description="The number of jobs of this type in each status.")
-    async def counts(self, info: strawberry.Info[Context, None]) -> JobCounts:
+    @strawberry.field(
+        extensions=[Requires("jobs:read")],
+        description="The number of jobs of this type in each status.",
+    )
+    async def counts(self, info: strawberry.Info[Context, None]) -> JobCounts | None:
         return JobCounts.of((await context_of(info).counts())[self.name])
 
     @classmethod
@@ -418,18 +422,18 @@ class Job:
         " worker's next heartbeat says so.",
     )
     worker_id: str | None = strawberry.field(
-        extensions=[Requires(*READERS)], description="The worker of its latest attempt."
+        extensions=[RequiresOrOwns(*READERS)], description="The worker of its latest attempt."
     )
     progress: JsonValue | None = strawberry.field(
-        extensions=[Requires(*READERS), Charged()],
+        extensions=[RequiresOrOwns(*READERS), Charged()],
         description="The progress that its handler last reported.",
     )
     result: JsonValue | None = strawberry.field(
-        extensions=[Requires(*READERS), Charged()],
+        extensions=[RequiresOrOwns(*READERS), Charged()],
         description="The value that its handler returned.",
     )
     error: JobError | None = strawberry.field(
-        extensions=[Requires(*READERS)],
+        extensions=[RequiresOrOwns(*READERS)],
         description="Why its latest attempt failed. Null once it succeeded.",
     )
 
@@ -442,9 +446,10 @@ class Job:
         return self.record.payload
 
     @strawberry.field(
-        extensions=[Requires(*READERS)], description="Every attempt so far, the first one first."
+        extensions=[RequiresOrOwns(*READERS)],
+        description="Every attempt so far, the first one first.",
     )
-    async def attempts(self, info: strawberry.Info[Context, None]) -> list[JobAttempt]:
+    async def attempts(self, info: strawberry.Info[Context, None]) -> list[JobAttempt] | None:
         attempts = await context_of(info).attempts.load(self.record.id)
         context_of(info).budget.charge_fields(len(attempts) * selected(info).of_attempts)
         return [JobAttempt.of(attempt) for attempt in attempts]
@@ -551,7 +556,8 @@ class JobLease:
         description="When the attempt times out. Heartbeats do not extend it."
     )
     lease_seconds: float = strawberry.field(
-        description="How long the lease lasts after each heartbeat. Send one every third of it."
+        description="How long the lease lasts after each heartbeat. Send one every third"
+        " of this time."
     )
     seconds_to_expiry: float = strawberry.field(
         description="The time until the lease ends without a heartbeat, counted from the start of"

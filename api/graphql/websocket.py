@@ -29,6 +29,9 @@ PROTOCOL: Final = "graphql-transport-ws"
 INIT_SECONDS: Final = 10.0
 """A client whose `connection_init` has not been acknowledged by then is disconnected."""
 
+END_SECONDS: Final = 2.0
+"""How long the queries and mutations of a connection may run on when the server stops."""
+
 MAX_UNREAD_BYTES: Final = 16_777_216
 """Results that wait for one client to read. A client with more of them is disconnected."""
 
@@ -130,6 +133,7 @@ class _Connection:
         self._operations: dict[str, asyncio.Task[None]] = {}
         self._unread_bytes = 0
         self._too_much_unread = asyncio.Event()
+        self._ended: asyncio.Event = socket.app.state.queue.events.ended
 
     async def serve(self) -> None:
         """Answer messages until the client hangs up.
@@ -157,18 +161,27 @@ class _Connection:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _answer_all(self) -> None:
-        """Answer messages until the client hangs up or leaves too much unread."""
+        """Answer messages until the client hangs up or leaves too much unread, or the server stops.
+
+        The code 1001 lets clients connect again, and subscribe again, by themselves.
+        """
         messages = asyncio.create_task(self._answer_each())
         too_much = asyncio.create_task(self._too_much_unread.wait())
+        ended = asyncio.create_task(self._ended.wait())
+        tasks = (messages, too_much, ended)
         try:
-            await asyncio.wait((messages, too_much), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             if too_much.done():
                 raise _ProtocolViolation(1008, "The client does not read its messages")
+            if ended.done():
+                if self._operations:
+                    await asyncio.wait(self._operations.values(), timeout=END_SECONDS)
+                raise _ProtocolViolation(1001, "The server stops")
             messages.result()
         finally:
-            for task in (messages, too_much):
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(messages, too_much, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _answer_each(self) -> None:
         while True:
@@ -247,6 +260,10 @@ class _Connection:
             async with aclosing(self._contents(payload, caller)) as contents:
                 async for content in contents:
                     if "data" not in content:
+                        if self._ended.is_set():
+                            # The subscription has not failed: its client subscribes elsewhere.
+                            self._operations.pop(operation_id, None)
+                            return
                         # Nothing was executed, or the events end: no message follows.
                         self._operations.pop(operation_id, None)
                         await self._send("error", operation_id, content["errors"])

@@ -9,7 +9,7 @@ from typing import Final
 from job_registry import JobRegistry
 from job_registry_api.queue.errors import InputInvalid, JobNotFound, JobStateConflict
 from job_registry_api.queue.events import Events, JobEvent
-from job_registry_api.queue.models import JobRecord
+from job_registry_api.queue.models import JobRecord, Owner
 from job_registry_api.queue.opening import Opening
 from job_registry_api.queue.requests import parse_job_id, unknown_types
 from job_registry_api.queue.store import Store
@@ -25,23 +25,27 @@ class Changing(Opening):
     events: Events
     _store: Store
 
-    async def cancel(self, job_id: str | uuid.UUID) -> JobRecord:
+    async def cancel(self, job_id: str | uuid.UUID, *, owner: Owner | None = None) -> JobRecord:
         """Cancel a queued job at once. Request that the worker of a running job stops.
 
+        With `owner`, only a job that this subject enqueued: others are not found.
+
         Raises:
-            JobNotFound: no job has this id.
+            JobNotFound: no job has this id, or another subject enqueued it.
             JobStateConflict: the job has ended.
         """
-        return await self._change(job_id, self._store.cancel, "cancelled")
+        return await self._change(job_id, owner, self._store.cancel, "cancelled")
 
-    async def retry(self, job_id: str | uuid.UUID) -> JobRecord:
+    async def retry(self, job_id: str | uuid.UUID, *, owner: Owner | None = None) -> JobRecord:
         """Queue a failed or cancelled job again, to run now, with at least one attempt left.
 
+        With `owner`, only a job that this subject enqueued: others are not found.
+
         Raises:
-            JobNotFound: no job has this id.
+            JobNotFound: no job has this id, or another subject enqueued it.
             JobStateConflict: the job is neither failed nor cancelled.
         """
-        return await self._change(job_id, self._store.retry, "retried")
+        return await self._change(job_id, owner, self._store.retry, "retried")
 
     async def unpark(self, job_types: Sequence[str] | None = None) -> int:
         """Make the parked jobs of these types due for every worker, and return how many there were.
@@ -74,13 +78,14 @@ class Changing(Opening):
     async def _change(
         self,
         job_id: str | uuid.UUID,
-        change: Callable[[uuid.UUID], Awaitable[JobRecord | None]],
+        owner: Owner | None,
+        change: Callable[[uuid.UUID, Owner | None], Awaitable[JobRecord | None]],
         operation: str,
     ) -> JobRecord:
         self.check_open()
-        job = await change(parse_job_id(job_id))
+        job = await change(parse_job_id(job_id), owner)
         if job is None:
-            found = await self._store.get(parse_job_id(job_id))
+            found = await self._store.get(parse_job_id(job_id), owner)
             if found is None:
                 raise JobNotFound(str(job_id))
             raise JobStateConflict(str(job_id), found.status, operation)

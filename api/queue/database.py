@@ -83,6 +83,11 @@ class Database(ABC):
         """The schema of the tables. None on SQLite, which has no schemas."""
 
     @property
+    def ahead_seconds(self) -> float:
+        """How far the clock of the database has been advanced, which only tests do."""
+        return 0.0
+
+    @property
     @abstractmethod
     def keeps_events(self) -> bool:
         """Whether other processes read events from `job_event_batch`: on SQLite, and on PostgreSQL

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 from itertools import chain
-from typing import Final, NamedTuple, Unpack, cast, overload
+from typing import Final, Literal, NamedTuple, Unpack, cast, overload
 
 from pydantic import JsonValue
 from pydantic_core import from_json, to_json
@@ -39,6 +39,7 @@ from job_registry_api.queue.errors import (
     QueueUnavailable,
 )
 from job_registry_api.queue.events import Events, JobEvent
+from job_registry_api.queue.filters import JSON_VALUES
 from job_registry_api.queue.group_commit import GroupCommit
 from job_registry_api.queue.models import JobRecord, JobStatus, weight_of
 from job_registry_api.queue.opening import Opening
@@ -47,9 +48,21 @@ from job_registry_api.queue.requests import (
     differing_paths,
     input_faults,
 )
-from job_registry_api.queue.store import JSON_VALUES, NewJob, Store, Stored, present, stored_before
+from job_registry_api.queue.store import (
+    NewJob,
+    Store,
+    Stored,
+    is_own,
+    present,
+    refuses,
+    stored_before,
+)
 
 DEFAULT_PRIORITY: Final = 50
+
+OthersJobs = Literal["described", "returned", "hidden"]
+"""What a caller learns of the job of another creator that has its idempotency key: everything, the
+job if the payload is the same, or nothing but that the key is taken."""
 
 
 class Enqueued(NamedTuple):
@@ -167,7 +180,7 @@ class Enqueueing(Opening):
         job: EnqueueRequest,
         *,
         created_by: str | None = None,
-        sees_others: bool = True,
+        others: OthersJobs = "described",
         session: AsyncSession | None = None,
         budget: FaultBudget | None = None,
     ) -> Enqueued: ...
@@ -177,7 +190,7 @@ class Enqueueing(Opening):
         job: Payload | EnqueueRequest,
         *,
         created_by: str | None = None,
-        sees_others: bool = True,
+        others: OthersJobs = "described",
         session: AsyncSession | None = None,
         budget: FaultBudget | None = None,
         **options: Unpack[EnqueueOptions],
@@ -191,8 +204,8 @@ class Enqueueing(Opening):
         caller's transaction: it becomes visible when the caller commits, and is discarded when
         the caller rolls back.
 
-        Without `sees_others`, a job with the same idempotency key that another `created_by` stored
-        is not described. Faults are charged to the `budget` of the caller's request.
+        `others` is what the caller learns of a job with the same idempotency key that another
+        `created_by` stored. Faults are charged to the `budget` of the caller's request.
 
         Raises:
             DefinitionError: the class of the payload belongs to no job type, or to several.
@@ -200,7 +213,8 @@ class Enqueueing(Opening):
             PayloadInvalid: the payload is invalid; lists every fault.
             InputInvalid: another value is out of range; lists the faults of the payload too.
             IdempotencyConflict: the key belongs to a job of this type with another payload.
-            IdempotencyKeyTaken: the same, without `sees_others`, for a job of another.
+            IdempotencyKeyTaken: the key belongs to a job of another, of which the caller may not
+                learn.
         """
         self.check_open()
         request = self.request_of("enqueue", job, options)
@@ -208,11 +222,11 @@ class Enqueueing(Opening):
         if session is not None:
             return await _async(session).run_sync(
                 lambda opened: self.enqueue_within(
-                    opened, request, created_by=created_by, sees_others=sees_others, budget=budget
+                    opened, request, created_by=created_by, others=others, budget=budget
                 )
             )
         new = self.admit(request, created_by, budget)
-        return _enqueued(new, request, await self._insert_one(new), sees_others, budget)
+        return _enqueued(new, request, await self._insert_one(new), others, budget)
 
     async def enqueue_many(
         self,
@@ -220,7 +234,7 @@ class Enqueueing(Opening):
         *,
         atomic: bool = False,
         created_by: str | None = None,
-        sees_others: bool = True,
+        others: OthersJobs = "described",
         session: AsyncSession | None = None,
         budget: FaultBudget | None = None,
         values: ExistingValues = ExistingValues(),
@@ -241,7 +255,7 @@ class Enqueueing(Opening):
             InputInvalid: there are more than `max_bulk_size` jobs.
         """
         self.check_open()
-        bulk = self._bulk(jobs, atomic=atomic, sees_others=sees_others, budget=budget)
+        bulk = self._bulk(jobs, atomic=atomic, others=others, budget=budget)
         for _ in self._admit_each(bulk, created_by):
             # Listing faults takes milliseconds. A bulk of them would block the event loop.
             await asyncio.sleep(0)
@@ -278,7 +292,7 @@ class Enqueueing(Opening):
         request: EnqueueRequest,
         *,
         created_by: str | None = None,
-        sees_others: bool = True,
+        others: OthersJobs = "described",
         budget: FaultBudget | None = None,
     ) -> JobValid:
         """Return what `enqueue` would store. It raises the same errors and writes nothing."""
@@ -293,7 +307,7 @@ class Enqueueing(Opening):
             duplicate = next(iter(found.values()), None)
         if duplicate is not None:
             stored = stored_before(duplicate, new)
-            duplicate = _enqueued(new, request, stored, sees_others, budget).job
+            duplicate = _enqueued(new, request, stored, others, budget).job
         return JobValid(
             max_attempts=new.max_attempts,
             timeout_seconds=new.timeout_seconds,
@@ -308,14 +322,14 @@ class Enqueueing(Opening):
         request: EnqueueRequest,
         *,
         created_by: str | None = None,
-        sees_others: bool = True,
+        others: OthersJobs = "described",
         budget: FaultBudget | None = None,
     ) -> Enqueued:
         """Store a job in the transaction of a session without asyncio. Raises as `enqueue` does."""
         budget = budget or FaultBudget()
         new = self.admit(request, created_by, budget)
         stored = self._insert_within(session, [new])
-        enqueued = _enqueued(new, request, stored[new.id], sees_others, budget)
+        enqueued = _enqueued(new, request, stored[new.id], others, budget)
         self._publish_within(session, [new], stored)
         return enqueued
 
@@ -326,7 +340,7 @@ class Enqueueing(Opening):
         savepoint = self._store.savepoint_within(session.connection()) if atomic else None
         stored = self._insert_within(session, jobs)
         if savepoint is not None:
-            if any(outcome.conflicts for outcome in stored.values()):
+            if any(refuses(job, stored[job.id]) for job in jobs):
                 savepoint.rollback()
                 return [stored[job.id] for job in jobs], False
             savepoint.commit()
@@ -362,20 +376,21 @@ class Enqueueing(Opening):
         jobs: Sequence[Payload | EnqueueRequest],
         *,
         atomic: bool,
-        sees_others: bool = True,
+        others: OthersJobs = "described",
         budget: FaultBudget | None = None,
     ) -> _Bulk:
         if len(jobs) > self.max_bulk_size:
             message = f"Expected at most {self.max_bulk_size} jobs per call; got {len(jobs)}."
             raise InputInvalid((Violation("", "too_long", message),))
         requests = [self.request(job) for job in jobs]
-        return _Bulk(requests, atomic, sees_others, budget or FaultBudget())
+        return _Bulk(requests, atomic, others, budget or FaultBudget())
 
     def _admit_each(self, bulk: _Bulk, created_by: str | None) -> Iterator[None]:
         """Admit the jobs of a bulk. Yields after each job that is refused."""
         for index, request in enumerate(bulk.requests):
             try:
-                bulk.admitted[index] = self.admit(request, created_by, bulk.budget)
+                new = self.admit(request, created_by, bulk.budget)
+                bulk.admitted[index] = new._replace(hides_others=bulk.others == "hidden")
             except (JobTypeNotFound, PayloadInvalid, InputInvalid) as refusal:
                 bulk.results[index] = refusal
                 yield
@@ -566,7 +581,7 @@ class _Bulk:
 
     requests: list[EnqueueRequest]
     atomic: bool
-    sees_others: bool
+    others: OthersJobs
     budget: FaultBudget
     admitted: dict[int, NewJob] = field(default_factory=dict)
     results: dict[int, Enqueued | Refusal] = field(default_factory=dict)
@@ -590,7 +605,7 @@ class _Bulk:
         """Record the outcome of an admitted job, with these values of the existing one."""
         try:
             enqueued = _enqueued(
-                self.admitted[index], self.requests[index], outcome, self.sees_others, self.budget
+                self.admitted[index], self.requests[index], outcome, self.others, self.budget
             )
             if outcome.existing is not None:
                 enqueued = enqueued._replace(job=values.of(enqueued.job))
@@ -635,11 +650,13 @@ def _async(session: AsyncSession) -> AsyncSession:
 
 
 def _enqueued(
-    new: NewJob, request: EnqueueRequest, stored: Stored, sees_others: bool, budget: FaultBudget
+    new: NewJob, request: EnqueueRequest, stored: Stored, others: OthersJobs, budget: FaultBudget
 ) -> Enqueued:
     existing = stored.existing
     if existing is not None:
-        known = sees_others or existing.created_by == new.created_by
+        known = others == "described" or is_own(new, existing)
+        if not known and others == "hidden":
+            raise IdempotencyKeyTaken
         most = 1 if budget.is_spent or not known else MAX_DIFFERING
         paths: tuple[str, ...] = ()
         if stored.conflicts:
@@ -688,9 +705,13 @@ def _conflict_within(
     return conflict
 
 
-def not_stored(refused: list[int], what: str = "the jobs at index") -> InputInvalid:
+def not_stored(
+    refused: list[int], one: str = "the job at index", more: str = "the jobs at index"
+) -> InputInvalid:
     """Return the error of a valid job in an atomic call in which other jobs were refused."""
     named = ", ".join(str(index) for index in refused[:10])
-    more = f" and {len(refused) - 10} more" if len(refused) > 10 else ""
-    message = f"Not stored: the call is atomic, and {what} {named}{more} were refused."
+    if len(refused) > 10:
+        named += f" and {len(refused) - 10} more"
+    were = f"{one} {named} was" if len(refused) == 1 else f"{more} {named} were"
+    message = f"Not stored: the call is atomic, and {were} refused."
     return InputInvalid((Violation("", NOT_STORED, message),))

@@ -216,6 +216,12 @@ class Subscription:
             await self._news.wait()
         return self._unread.popleft()
 
+    def take_unread(self) -> list[JobEvent]:
+        """Return the events that can be read without waiting."""
+        unread = list(self._unread)
+        self._unread.clear()
+        return unread
+
     def includes(self, event: JobEvent) -> bool:
         """Return whether the subscription includes this event."""
         return (self.job_id is None or event.job_id == self.job_id) and (
@@ -299,6 +305,8 @@ class Events:
         """Own events that were published and not yet read from the stream. Negative counts are
         events that were read and not yet published."""
         self._shut: str | None = None
+        self.ended: Final = asyncio.Event()
+        """Set when all subscriptions have been ended, because the process shuts down."""
 
     @property
     def is_listening(self) -> bool:
@@ -432,6 +440,7 @@ class Events:
     def drop_subscribers(self, reason: str) -> None:
         """End all open and later subscriptions with `EventsMissed`."""
         self._shut = reason
+        self.ended.set()
         self._drop(reason)
 
     async def _take(self, item: str | Gap) -> None:

@@ -131,6 +131,8 @@ def upgrade(
 ) -> Migrated:
     """Run the migrations up to `revision`, in one transaction. Safe to run again.
 
+    Afterwards, indexes that would lock a large table for long are built without a lock.
+
     On PostgreSQL the schema is created if it does not exist, and tables of the release without a
     schema are moved to it. A compatible database that a newer version has migrated is not changed.
 
@@ -153,8 +155,13 @@ def upgrade(
         return _migrate(connection, "upgrade", revision, schema)
 
     # Without a deadline: building an index of millions of rows takes long.
-    database = open_database(url, timeout_seconds=None, pooler=pooler, schema=schema, create=True)
-    return _in_transaction(database, run)
+    def opened() -> Database:
+        return open_database(url, timeout_seconds=None, pooler=pooler, schema=schema, create=True)
+
+    migrated = _in_transaction(opened(), run)
+    if migrated.after == _revisions()[-1]:
+        _build_indexes(opened())
+    return migrated
 
 
 def prepare(
@@ -385,6 +392,39 @@ def _migrate(
     return Migrated(before, after, tuple(recorder.steps))
 
 
+def _build_indexes(database: Database) -> None:
+    """Build the `concurrent_indexes` of all scripts that PostgreSQL does not have yet.
+
+    `CREATE INDEX` locks out every write until it ends. `CONCURRENTLY` does not, and cannot be part
+    of a transaction. An index whose build was interrupted is marked invalid, and is built again.
+    """
+    if database.schema is None:
+        return
+    from alembic.script import ScriptDirectory
+
+    home = quoted(database.schema)
+    wanted: dict[str, str] = {}
+    for script in ScriptDirectory(str(_SCRIPTS)).walk_revisions():
+        wanted |= getattr(script.module, "concurrent_indexes", {})
+
+    async def run() -> None:
+        async with database.reading() as connection:
+            # In autocommit: each statement by itself.
+            found = await connection.execute(_INDEXES, {"schema": database.schema})
+            is_valid = {row.name: row.is_valid for row in found}
+            for name, definition in sorted(wanted.items()):
+                if is_valid.get(name):
+                    continue
+                if name in is_valid:
+                    await connection.exec_driver_sql(f"DROP INDEX CONCURRENTLY {home}.{name}")
+                await connection.exec_driver_sql(
+                    f"CREATE INDEX CONCURRENTLY IF NOT EXISTS {name} ON {home}.{definition}"
+                )
+
+    with _refusals():
+        _run(database, run)
+
+
 def _refuse_collisions(connection: Connection, schema: str | None) -> None:
     inspector = inspect(connection)
     there = {*inspector.get_table_names(schema=schema), *inspector.get_view_names(schema=schema)}
@@ -431,6 +471,13 @@ _SCHEMA_OF_VERSION_TABLE: Final = text(
     "SELECT nspname FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace"
     " WHERE pg_class.oid = to_regclass(:table)"
 )
+
+_INDEXES: Final = text("""
+SELECT pg_class.relname AS name, pg_index.indisvalid AS is_valid
+FROM pg_index JOIN pg_class ON pg_class.oid = pg_index.indexrelid
+JOIN pg_namespace ON pg_namespace.oid = pg_class.relnamespace
+WHERE pg_namespace.nspname = CAST(:schema AS text)
+""")
 
 _GRANTS: Final = text("""
 WITH home AS (

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Any, ClassVar, Final, NamedTuple
+from typing import Any, ClassVar, Final, Literal, NamedTuple
 
 from pydantic import JsonValue
 from pydantic_core import to_json
@@ -19,6 +19,7 @@ from sqlalchemy import (
     BigInteger,
     CheckConstraint,
     Column,
+    ColumnElement,
     DateTime,
     Dialect,
     Double,
@@ -33,7 +34,9 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import registry
+from sqlalchemy.sql.visitors import InternalTraversal
 from sqlmodel import Field, SQLModel
 
 METADATA: Final = MetaData()
@@ -52,6 +55,10 @@ class JobStatus(StrEnum):
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     CANCELLED = "cancelled"
+
+
+FINAL: Final = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED)
+"""The states of jobs that have ended."""
 
 
 class AttemptOutcome(StrEnum):
@@ -92,6 +99,37 @@ def _time() -> Any:
 def _one_of(column: str, values: type[StrEnum]) -> str:
     listed = ", ".join(f"'{value}'" for value in values)
     return f"{column} IN ({listed})"
+
+
+class _ErrorText(ColumnElement[str]):
+    """A text of the column `error`, written as the index of error codes has it."""
+
+    inherit_cache = True
+    _traverse_internals = [("name", InternalTraversal.dp_string)]  # noqa: RUF012
+    type = Text()
+
+    def __init__(self, name: Literal["code", "message"]) -> None:
+        self.name = name
+
+
+@compiles(_ErrorText)
+def _postgresql(element: _ErrorText, _compiler: Any, **_options: Any) -> str:
+    return f"(error ->> '{element.name}')"
+
+
+@compiles(_ErrorText, "sqlite")
+def _sqlite(element: _ErrorText, _compiler: Any, **_options: Any) -> str:
+    return f"json_extract(error, '$.{element.name}')"
+
+
+def error_code() -> ColumnElement[str]:
+    """Return the code of a job's error, in a query of jobs."""
+    return _ErrorText("code")
+
+
+def error_message() -> ColumnElement[str]:
+    """Return the message of a job's error, in a query of jobs."""
+    return _ErrorText("message")
 
 
 class Table(SQLModel, registry=registry(metadata=METADATA)):
@@ -153,6 +191,22 @@ class Job(Table, table=True):
         Index("job_by_status", "status", "id"),
         Index("job_by_type", "type", "id"),
         Index("job_by_type_and_status", "type", "status", "id"),
+        # Jobs of one creator: of a filter, and of the callers who see only their own.
+        Index(
+            "job_by_creator",
+            "created_by",
+            "id",
+            sqlite_where=text("created_by IS NOT NULL"),
+            postgresql_where=text("created_by IS NOT NULL"),
+        ),
+        # Only what failed at least once has an entry.
+        Index(
+            "job_by_error_code",
+            _ErrorText("code"),
+            "id",
+            sqlite_where=text("error IS NOT NULL"),
+            postgresql_where=text("error IS NOT NULL"),
+        ),
         # Pruning reads the oldest finished jobs of a status.
         Index(
             "job_finished",
@@ -354,6 +408,12 @@ class JobError:
     code: str
     message: str
     details: JsonValue = None
+
+
+class Owner(NamedTuple):
+    """Restricts an operation to the jobs that this subject enqueued. None has enqueued no jobs."""
+
+    subject: str | None
 
 
 class JobRecord(NamedTuple):

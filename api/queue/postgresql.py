@@ -26,6 +26,7 @@ from job_registry_api.queue.models import (
     JobAttempt,
     JobRecord,
     JobStatus,
+    Owner,
 )
 from job_registry_api.queue.postgresql_database import PostgreSQLDatabase
 from job_registry_api.queue.store import (
@@ -46,6 +47,8 @@ from job_registry_api.queue.store import (
     Stored,
     error_text,
     json_text,
+    owner_values,
+    refuses,
     statements,
     stored_before,
 )
@@ -123,7 +126,7 @@ class PostgreSQLStore(Store):
         if keyed := _keyed(jobs, stored):
             result = await connection.execute(statement(self._sql["holders"]), _wanted(keyed))
             stored |= _holders([dict(row) for row in result.mappings()])
-        if any(job.id not in stored or stored[job.id].conflicts for job in jobs):
+        if any(job.id not in stored or refuses(job, stored[job.id]) for job in jobs):
             raise Refused(stored)
         return stored
 
@@ -261,12 +264,12 @@ class PostgreSQLStore(Store):
         ended = json_text([{"id": job_id.hex, "token": token} for job_id, token in leases])
         await self._run("settle", {"ended": ended})
 
-    async def cancel(self, job_id: uuid.UUID) -> JobRecord | None:
-        rows = await self._run("cancel", {"id": job_id.hex})
+    async def cancel(self, job_id: uuid.UUID, owner: Owner | None = None) -> JobRecord | None:
+        rows = await self._run("cancel", {"id": job_id.hex, **owner_values(owner)})
         return self.record(rows[0]) if rows else None
 
-    async def retry(self, job_id: uuid.UUID) -> JobRecord | None:
-        rows = await self._run("retry", {"id": job_id.hex})
+    async def retry(self, job_id: uuid.UUID, owner: Owner | None = None) -> JobRecord | None:
+        rows = await self._run("retry", {"id": job_id.hex, **owner_values(owner)})
         return self.record(rows[0]) if rows else None
 
     async def next_due(self, types: Sequence[str], limits: Mapping[str, int]) -> float | None:

@@ -80,6 +80,7 @@ class JobQueue(Enqueueing, Reading, Leasing, Changing, Upkeep):
         self.events = Events(database, self._store, process, self.metrics, registry.renamed)
         self._new_id = new_id
         Enqueueing.__init__(self)
+        Reading.__init__(self)
         Leasing.__init__(self)
 
     @classmethod

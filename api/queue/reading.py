@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
-from typing import Final
+from typing import Any, Final
 
 import structlog
 from pydantic import JsonValue
+from pydantic.alias_generators import to_camel
 
 from job_registry import JobPolicy, JobRegistry, Violation
+from job_registry.errors import shortened
 from job_registry.json_values import text_fault
 from job_registry_api.queue.errors import (
     EventsMissed,
@@ -22,18 +24,20 @@ from job_registry_api.queue.errors import (
     JobNotFound,
     QueueUnavailable,
 )
-from job_registry_api.queue.events import Events
+from job_registry_api.queue.events import Events, Subscription
+from job_registry_api.queue.filters import MAX_SEARCH, JobFilter
 from job_registry_api.queue.models import (
     AttemptRecord,
     JobCounts,
     JobRecord,
     JobStatus,
+    Owner,
     Parked,
     TypeVersion,
     weight_of,
 )
 from job_registry_api.queue.opening import Opening
-from job_registry_api.queue.requests import parse_job_id
+from job_registry_api.queue.requests import EARLIEST, LATEST, MAX_WAIT_SECONDS, parse_job_id
 from job_registry_api.queue.store import PIECE_BYTES, Listed, Store, Waiting, ids_of_piece
 
 MAX_FILTER_TYPES: Final = 100
@@ -42,19 +46,14 @@ MAX_FILTER_TYPES: Final = 100
 MISSED_PAUSE_SECONDS: Final = 0.2
 """How long `result` waits before it reads the job again when events were missed."""
 
+MAX_CREATORS: Final = 10_000
+"""For how many jobs it is remembered who enqueued them."""
+
 WORKER_ABSENT_SECONDS: Final = 60.0
 """After this time without a claim, a type counts as having no worker."""
 
 
 log = structlog.get_logger("job_registry.reading")
-
-
-@dataclass(frozen=True, slots=True)
-class JobFilter:
-    """Which jobs to list. An empty tuple does not restrict them."""
-
-    types: tuple[str, ...] = ()
-    statuses: tuple[JobStatus, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +159,37 @@ def _together(one: TypeVersion, other: TypeVersion) -> TypeVersion:
     )
 
 
+async def _is_news(events: Subscription, stopped: asyncio.Future[Any], seconds: float) -> bool:
+    """Wait for an event. Return False if none came in time, or events were missed."""
+    event = asyncio.ensure_future(anext(events))
+    try:
+        await asyncio.wait((event, stopped), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        return event.done() and event.exception() is None and not stopped.done()
+    finally:
+        event.cancel()
+
+
+def _faults_of(wanted: JobFilter) -> Iterator[Violation]:
+    """Yield the faults of the values of a filter."""
+    for name in ("created_by", "idempotency_key", "error_code", "search"):
+        text, path = getattr(wanted, name), f"/filter/{to_camel(name)}"
+        if text is None:
+            continue
+        if not 1 <= len(text) <= MAX_SEARCH or not text.strip():
+            message = f"Expected a string of 1 to {MAX_SEARCH} characters; got {shortened(text)}."
+            yield Violation(path, "out_of_range", message)
+        elif fault := text_fault(text):
+            yield Violation(path, "invalid_text", fault)
+    for name in ("created_after", "created_before", "finished_after", "finished_before"):
+        time, path = getattr(wanted, name), f"/filter/{to_camel(name)}"
+        if time is not None and time.tzinfo is None:
+            message = "Expected a date and time with an offset from UTC; got one without."
+            yield Violation(path, "time_zone_missing", message)
+        elif time is not None and not EARLIEST <= time < LATEST:
+            message = f"Expected a time from {EARLIEST.year} to {LATEST.year - 1} in UTC."
+            yield Violation(path, "out_of_range", message)
+
+
 def _stopped(jobs: list[JobRecord], weight: int) -> JobPage:
     """Return a page that stopped early. The weight includes the job that did not fit.
 
@@ -176,6 +206,9 @@ class Reading(Opening):
     _store: Store
     _max_page_size: int
 
+    def __init__(self) -> None:
+        self._creators: dict[uuid.UUID, asyncio.Future[dict[uuid.UUID, str | None]]] = {}
+
     def policy(self, job_type: str) -> JobPolicy:
         """Return the policy of a job type.
 
@@ -184,17 +217,17 @@ class Reading(Opening):
         """
         return self.registry.policy(job_type)
 
-    async def get(self, job_id: str | uuid.UUID) -> JobRecord:
-        """Return a job.
+    async def get(self, job_id: str | uuid.UUID, *, owner: Owner | None = None) -> JobRecord:
+        """Return a job. With `owner`, only one that this subject enqueued: others are not found.
 
         Raises:
-            JobNotFound: no job has this id.
+            JobNotFound: no job has this id, or another subject enqueued it.
         """
         self.check_open()
-        return await self._get(parse_job_id(job_id))
+        return await self._get(parse_job_id(job_id), owner)
 
-    async def _get(self, job_id: uuid.UUID) -> JobRecord:
-        job = await self._store.get(job_id)
+    async def _get(self, job_id: uuid.UUID, owner: Owner | None = None) -> JobRecord:
+        job = await self._store.get(job_id, owner)
         if job is None:
             raise JobNotFound(str(job_id))
         return job
@@ -227,6 +260,71 @@ class Reading(Opening):
             raise JobFailed(job)
         return job.result
 
+    async def wait(
+        self,
+        job_id: str | uuid.UUID,
+        *,
+        seconds: float,
+        owner: Owner | None = None,
+        stop: asyncio.Event | None = None,
+    ) -> JobRecord:
+        """Wait until the job has ended, at most for so many seconds, and return it as it is then.
+
+        The wait ends early when `stop` is set, and when the queue is closed. `owner` is that of
+        `get`.
+
+        Raises:
+            JobNotFound: no job has this id, or another subject enqueued it.
+            InputInvalid: `seconds` is not 0 to 30.
+        """
+        if not 0 <= seconds <= MAX_WAIT_SECONDS:
+            message = f"Expected a number of seconds from 0 to {MAX_WAIT_SECONDS}; got {seconds}."
+            raise InputInvalid((Violation("/timeoutSeconds", "out_of_range", message),))
+        clock = asyncio.get_running_loop().time
+        until = clock() + seconds
+        stopped = asyncio.ensure_future((stop or asyncio.Event()).wait())
+        try:
+            while True:
+                with self.events.subscribe(job_id=parse_job_id(job_id)) as events:
+                    # Read after subscribing, and never cancelled in the middle of a statement.
+                    while (job := await self.get(job_id, owner=owner)).finished_at is None:
+                        if not await _is_news(events, stopped, until - clock()):
+                            break
+                if (
+                    job.finished_at is not None
+                    or stopped.done()
+                    or clock() >= until
+                    or not self.events.is_listening
+                ):
+                    return job
+                await asyncio.sleep(MISSED_PAUSE_SECONDS)
+        finally:
+            stopped.cancel()
+
+    async def creators(self, job_ids: Iterable[uuid.UUID]) -> dict[uuid.UUID, str | None]:
+        """Return who enqueued these jobs, for subscribers who follow only their own.
+
+        The creator of a job never changes, so it is read once in this process. Subscribers that
+        want the same jobs at once share the statement.
+        """
+        wanted = set(job_ids)
+        unknown = wanted - self._creators.keys()
+        if unknown:
+            reading = asyncio.ensure_future(self._store.creators(unknown))
+            self._creators |= dict.fromkeys(unknown, reading)
+        readings = {self._creators[job_id] for job_id in wanted}
+        found: dict[uuid.UUID, str | None] = {}
+        try:
+            for each in readings:
+                found |= await asyncio.shield(each)
+        except BaseException:
+            for job_id in unknown:
+                self._creators.pop(job_id, None)
+            raise
+        while len(self._creators) > MAX_CREATORS:
+            del self._creators[next(iter(self._creators))]
+        return {job_id: found[job_id] for job_id in wanted & found.keys()}
+
     async def _ended(self, job_id: uuid.UUID) -> JobRecord:
         while True:
             with self.events.subscribe(job_id=job_id) as events, suppress(EventsMissed):
@@ -256,16 +354,19 @@ class Reading(Opening):
         *,
         first: int = 50,
         after: uuid.UUID | None = None,
+        owner: Owner | None = None,
         most: int | None = None,
         max_bytes: int | None = None,
     ) -> JobPage:
         """Return a page of jobs, newest first, starting after the job `after`.
 
+        With `owner`, only jobs that this subject enqueued are listed.
+
         It stops early at `most` jobs, and before the job with which the weight of all would exceed
         `max_bytes`. The first job is on it whatever its weight.
 
         Raises:
-            InputInvalid: `first` is not 1 to `max_page_size`, or more than 100 types are named.
+            InputInvalid: `first` is not 1 to `max_page_size`, or a value of the filter is wrong.
         """
         self.check_open()
         faults = []
@@ -275,6 +376,7 @@ class Reading(Opening):
         if len(job_filter.types) > MAX_FILTER_TYPES:
             message = f"Expected at most {MAX_FILTER_TYPES} job types; got {len(job_filter.types)}."
             faults.append(Violation("/filter/types", "too_long", message))
+        faults += _faults_of(job_filter)
         if faults:
             raise InputInvalid(tuple(faults))
         # The database refuses these names in a query, so no job has one of them.
@@ -287,7 +389,7 @@ class Reading(Opening):
         if job_filter.types and not types:
             return JobPage([], has_next_page=False)
         found = await self._store.list_jobs(
-            types=types, statuses=job_filter.statuses, first=first + 1, after=after
+            replace(job_filter, types=types), owner, first=first + 1, after=after
         )
         chosen = found[: first if most is None else min(first, most)]
         page = await self._read_page(chosen, max_bytes)

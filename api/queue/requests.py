@@ -14,6 +14,7 @@ from pydantic import JsonValue
 from job_registry import EnqueueRequest, JobRegistry, JobTypeNotFound, Violation
 from job_registry.errors import MAX_DELAY_SECONDS, FaultBudget, shortened
 from job_registry.json_values import MAX_POINTER, MAX_VIOLATIONS, pointer, pointer_of, text_fault
+from job_registry.wire_text import parse_date_time
 from job_registry_api.queue.errors import InputInvalid, JobNotFound
 
 MAX_LEASE: Final = 100
@@ -63,12 +64,14 @@ def parse_request(
             faults.append(
                 Violation(at, "required", f"The required field {shortened(name)} is missing.")
             )
+        elif kind is int and isinstance(came, float) and came.is_integer():
+            given[attribute] = int(came)
         elif not isinstance(came, kind) or (kind is int and isinstance(came, bool)):
             message = f"Expected {expected}; got {shortened(came)}."
             faults.append(Violation(at, "wrong_type", message))
         elif name == "scheduleAt":
             try:
-                given[attribute] = datetime.fromisoformat(str(came))
+                given[attribute] = parse_date_time(str(came))
             except ValueError:
                 message = f"Expected {expected}; got {shortened(came)}."
                 faults.append(Violation(at, "invalid_format", message))
@@ -83,7 +86,7 @@ _FIELDS: Final[dict[str, tuple[str, Any, str]]] = {
     "type": ("type", str, "the name of a job type"),
     "payload": ("payload", object, "any JSON"),
     "priority": ("priority", int, "a whole number from 0 to 100"),
-    "scheduleAt": ("schedule_at", str, f"{_TIME} in ISO 8601, such as 2030-01-31T12:00:00Z"),
+    "scheduleAt": ("schedule_at", str, f"{_TIME} in RFC 3339, such as 2030-01-31T12:00:00Z"),
     "maxAttempts": ("max_attempts", int, "a whole number from 1 to 1,000"),
     "idempotencyKey": ("idempotency_key", str, "a string of 1 to 255 characters"),
 }

@@ -25,6 +25,7 @@ from job_registry_api.queue.models import (
     AttemptOutcome,
     JobRecord,
     JobStatus,
+    Owner,
     UtcTime,
 )
 from job_registry_api.queue.requests import differing_paths
@@ -50,6 +51,8 @@ from job_registry_api.queue.store import (
     error_text,
     json_text,
     message_of,
+    owner_values,
+    refuses,
     statements,
     stored_before,
 )
@@ -175,12 +178,12 @@ class SQLiteStore(Store):
     async def settle(self, leases: Sequence[tuple[uuid.UUID, str]]) -> None:
         await self._write(lambda t: t.settle(leases))
 
-    async def cancel(self, job_id: uuid.UUID) -> JobRecord | None:
-        row = await self._write(lambda t: t.cancel(job_id))
+    async def cancel(self, job_id: uuid.UUID, owner: Owner | None = None) -> JobRecord | None:
+        row = await self._write(lambda t: t.cancel(job_id, owner))
         return self._job(row) if row else None
 
-    async def retry(self, job_id: uuid.UUID) -> JobRecord | None:
-        row = await self._write(lambda t: t.retry(job_id))
+    async def retry(self, job_id: uuid.UUID, owner: Owner | None = None) -> JobRecord | None:
+        row = await self._write(lambda t: t.retry(job_id, owner))
         return self._job(row) if row else None
 
     async def next_due(self, types: Sequence[str], limits: Mapping[str, int]) -> float | None:
@@ -339,7 +342,7 @@ class _Transaction:
 
     def insert_or_refuse(self, jobs: Sequence[NewJob]) -> dict[uuid.UUID, Stored]:
         stored = self.insert(jobs)
-        if any(outcome.conflicts for outcome in stored.values()):
+        if any(refuses(job, stored[job.id]) for job in jobs if job.id in stored):
             raise Refused(stored)
         return stored
 
@@ -643,15 +646,15 @@ class _Transaction:
             for row in self.rows("settle", id=job_id.hex, token=token):
                 self._events.append(("job.settled", job_id.hex, row["type"], row["attempt"]))
 
-    def cancel(self, job_id: uuid.UUID) -> Row | None:
-        for row in self.rows("cancel", id=job_id.hex):
+    def cancel(self, job_id: uuid.UUID, owner: Owner | None) -> Row | None:
+        for row in self.rows("cancel", id=job_id.hex, **owner_values(owner)):
             running = row["status"] == "running"
             self._add_event("job.cancel_requested" if running else "job.cancelled", row)
             return dict(row)
         return None
 
-    def retry(self, job_id: uuid.UUID) -> Row | None:
-        for row in self.rows("retry", id=job_id.hex):
+    def retry(self, job_id: uuid.UUID, owner: Owner | None) -> Row | None:
+        for row in self.rows("retry", id=job_id.hex, **owner_values(owner)):
             self._add_event("job.retrying", row)
             return dict(row)
         return None

@@ -97,6 +97,11 @@ class SQLiteDatabase(Database):
         )
 
     @property
+    def ahead_seconds(self) -> float:
+        """See `Database.ahead_seconds`."""
+        return 0.0 if self._ahead is None else self._ahead()
+
+    @property
     def shift(self) -> str:
         """The modifier that turns the time of SQLite into the time of the queue."""
         return "+0 seconds" if self._ahead is None else f"+{self._ahead():.3f} seconds"

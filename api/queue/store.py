@@ -11,7 +11,7 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import lru_cache
 from importlib import resources
 from types import MappingProxyType
@@ -19,11 +19,20 @@ from typing import Any, Final, NamedTuple, TypeVar, cast
 
 import sqlalchemy
 from pydantic_core import from_json, to_json
-from sqlalchemy import Connection, Executable, NestedTransaction, func, union_all
+from sqlalchemy import Connection, Executable, NestedTransaction, func
 from sqlmodel import col, select
 
 from job_registry_api import defaults
 from job_registry_api.queue.database import Database, quoted
+from job_registry_api.queue.filters import (
+    JSON_VALUES,
+    JobFilter,
+    columns,
+    filtered,
+    listed,
+    newest,
+    owned_by,
+)
 from job_registry_api.queue.models import (
     AttemptOutcome,
     AttemptRecord,
@@ -35,6 +44,7 @@ from job_registry_api.queue.models import (
     JobParked,
     JobRecord,
     JobStatus,
+    Owner,
     Parked,
     TypeVersion,
     error_of,
@@ -71,12 +81,6 @@ RECOVERY_BATCH: Final = 100
 
 _BEHIND_ALL: Final = uuid.UUID(int=2**128 - 1)
 _UNBOUNDED: Final = 2**62
-
-JSON_VALUES: Final = ("payload", "progress", "result", "error")
-"""The columns of a job that may be large."""
-
-SMALL: Final = 4_096
-"""The length of a JSON value up to which a page of jobs has it at once."""
 
 PIECE_BYTES: Final = 1_000_000
 """The JSON text of large jobs that is read at once."""
@@ -126,6 +130,8 @@ class NewJob(NamedTuple):
     next_run_at: datetime | None
     idempotency_key: str | None
     created_by: str | None
+    hides_others: bool = False
+    """Whether the creator may not learn of the job of another that has the key."""
 
 
 class Stored(NamedTuple):
@@ -379,17 +385,17 @@ class Store(ABC):
         """Free the places of timed-out attempts whose handlers have stopped."""
 
     @abstractmethod
-    async def cancel(self, job_id: uuid.UUID) -> JobRecord | None:
+    async def cancel(self, job_id: uuid.UUID, owner: Owner | None = None) -> JobRecord | None:
         """Cancel a queued job, or record that the worker of a running job must stop.
 
-        Return None if the job is neither, or does not exist.
+        Return None if the job is neither, or does not exist, or is not the owner's.
         """
 
     @abstractmethod
-    async def retry(self, job_id: uuid.UUID) -> JobRecord | None:
+    async def retry(self, job_id: uuid.UUID, owner: Owner | None = None) -> JobRecord | None:
         """Queue a failed or cancelled job. If no attempt is left, allow one more.
 
-        Return None if the job is neither, or does not exist.
+        Return None if the job is neither, or does not exist, or is not the owner's.
         """
 
     @abstractmethod
@@ -483,13 +489,16 @@ class Store(ABC):
             for row in await self._read("lease_states", {"leases": leases})
         }
 
-    async def get(self, job_id: uuid.UUID) -> JobRecord | None:
-        """Return a job by its id."""
-        return (await self.get_many([job_id])).get(job_id)
+    async def get(self, job_id: uuid.UUID, owner: Owner | None = None) -> JobRecord | None:
+        """Return a job by its id, if it is the owner's."""
+        return (await self.get_many([job_id], owner)).get(job_id)
 
-    async def get_many(self, job_ids: Iterable[uuid.UUID]) -> dict[uuid.UUID, JobRecord]:
-        """Return jobs by their ids."""
-        rows = await self._select(select(Job).where(col(Job.id).in_(list(job_ids))))
+    async def get_many(
+        self, job_ids: Iterable[uuid.UUID], owner: Owner | None = None
+    ) -> dict[uuid.UUID, JobRecord]:
+        """Return the jobs of the owner with these ids."""
+        wanted = select(Job).where(col(Job.id).in_(list(job_ids)), *owned_by(owner))
+        rows = await self._select(wanted)
         return {job.id: job for job in map(self.record, rows)}
 
     async def parked(self, job_ids: Iterable[uuid.UUID]) -> dict[uuid.UUID, Parked]:
@@ -506,12 +515,17 @@ class Store(ABC):
             for row in rows
         }
 
+    async def creators(self, job_ids: Iterable[uuid.UUID]) -> dict[uuid.UUID, str | None]:
+        """Return who enqueued these jobs."""
+        wanted = select(Job.id, Job.created_by).where(col(Job.id).in_(list(job_ids)))
+        return {row["id"]: row["created_by"] for row in await self._select(wanted)}
+
     async def each_of(
         self, job_ids: Sequence[uuid.UUID], values: tuple[str, ...] = JSON_VALUES
     ) -> AsyncGenerator[JobRecord]:
         """Yield jobs with these of their JSON values. About a megabyte of them is read at once."""
         for start in range(0, len(job_ids), LISTED_AT_ONCE):
-            query = _listed(values).where(col(Job.id).in_(job_ids[start : start + LISTED_AT_ONCE]))
+            query = listed(values).where(col(Job.id).in_(job_ids[start : start + LISTED_AT_ONCE]))
             large: list[Listed] = []
             for each in map(self._listed_of, await self._select(query)):
                 if each.is_partial:
@@ -521,7 +535,7 @@ class Store(ABC):
             while large:
                 ids = ids_of_piece(large, PIECE_BYTES)
                 large = large[len(ids) :]
-                whole = sqlalchemy.select(*_columns(values)).where(col(Job.id).in_(ids))
+                whole = sqlalchemy.select(*columns(values)).where(col(Job.id).in_(ids))
                 for row in await self._select(whole):
                     yield self.record(row)
 
@@ -575,19 +589,18 @@ class Store(ABC):
         return attempts, not rows or rows[0]["attempts"] == len(rows)
 
     async def list_jobs(
-        self,
-        *,
-        types: Sequence[str],
-        statuses: Sequence[JobStatus],
-        first: int,
-        after: uuid.UUID | None,
+        self, wanted: JobFilter, owner: Owner | None, *, first: int, after: uuid.UUID | None
     ) -> list[Listed]:
-        """Return jobs, newest first, starting after `after`, without what is large.
+        """Return jobs of the owner, newest first, starting after `after`, without what is large.
 
         It is a keyset page: its cost does not depend on
         its position. Ids are UUIDv7, so they are in the order of creation.
         """
-        if len(types) > 1:
+        types, statuses = wanted.types, wanted.statuses
+        if owner is not None or not wanted.is_simple:
+            ahead = timedelta(seconds=self._database.ahead_seconds)
+            page = filtered(wanted, owner, first=first, after=after, ahead=ahead)
+        elif len(types) > 1:
             # As a union, 100 types and 4 statuses take half a second to build and to compile.
             pairs = [
                 {"type": name, "status": status}
@@ -595,11 +608,11 @@ class Store(ABC):
                 for status in dict.fromkeys(statuses or JobStatus)
             ]
             behind = (after or _BEHIND_ALL).hex
-            wanted = {"pairs": json_text(pairs), "after": behind, "first": first}
-            ids = [row["id"] for row in await self._read("newest", wanted)]
-            page = _listed().where(col(Job.id).in_(ids)).order_by(col(Job.id).desc())
+            values = {"pairs": json_text(pairs), "after": behind, "first": first}
+            ids = [row["id"] for row in await self._read("newest", values)]
+            page = listed().where(col(Job.id).in_(ids)).order_by(col(Job.id).desc())
         else:
-            page = _newest(types, statuses, first=first, after=after)
+            page = newest(types, statuses, first=first, after=after)
         return [self._listed_of(row) for row in await self._select(page)]
 
     async def waiting(self, job_ids: Iterable[uuid.UUID]) -> dict[uuid.UUID, Waiting]:
@@ -706,35 +719,21 @@ def _wanted_keys(keys: Iterable[tuple[str, str]]) -> dict[str, str]:
     return {"keys": json_text([{"type": job_type, "key": key} for job_type, key in keys])}
 
 
+def is_own(new: NewJob, existing: JobRecord) -> bool:
+    """Return whether the creator of a new job has stored the existing one."""
+    return new.created_by is not None and existing.created_by == new.created_by
+
+
+def refuses(new: NewJob, stored: Stored) -> bool:
+    """Return whether a new job is refused because of the existing job with its key."""
+    hides = new.hides_others and stored.existing is not None and not is_own(new, stored.existing)
+    return hides or stored.conflicts
+
+
 def stored_before(holder: JobRecord, new: NewJob) -> Stored:
     """Return the outcome for a new job whose key belongs to this one, which has been read whole."""
     is_same = not differing_paths(holder.payload, from_json(new.payload), 1)
     return Stored(holder.created_at, holder.created_at, holder, is_same, is_whole=True)
-
-
-def _newest(
-    types: Sequence[str], statuses: Sequence[JobStatus], *, first: int, after: uuid.UUID | None
-) -> Any:
-    """Return the query of a page of one type, or of all, in the order of an index.
-
-    With several statuses, the newest ids of each are read and merged, because no index has them in
-    one order.
-    """
-
-    def newest(query: Any) -> Any:
-        return query.order_by(col(Job.id).desc()).limit(first)
-
-    behind = [] if after is None else [col(Job.id) < after]
-    of_types = [col(Job.type) == name for name in types]
-    of_statuses = [[col(Job.status) == str(status)] for status in dict.fromkeys(statuses)] or [[]]
-    conditions = [[*of_types, *one, *behind] for one in of_statuses]
-    if len(conditions) == 1:
-        return newest(_listed().where(*conditions[0]))
-    found = union_all(
-        *(newest(select(Job.id).where(*each)).subquery().select() for each in conditions)
-    ).subquery()
-    ids = sqlalchemy.select(found.c.id).order_by(found.c.id.desc()).limit(first)
-    return _listed().where(col(Job.id).in_(ids)).order_by(col(Job.id).desc())
 
 
 def ids_of_piece(partial: Iterable[Listed], most: int) -> list[uuid.UUID]:
@@ -747,32 +746,6 @@ def ids_of_piece(partial: Iterable[Listed], most: int) -> list[uuid.UUID]:
             break
         ids.append(each.job.id)
     return ids
-
-
-@lru_cache
-def _listed(values: tuple[str, ...] = JSON_VALUES) -> Any:
-    """Return the query of jobs as `Listed` has them, with these JSON values."""
-    columns = _columns(values)
-    size: Any = sqlalchemy.literal(0, sqlalchemy.BigInteger)
-    is_partial: Any = sqlalchemy.false()
-    for index, name in enumerate(JobRecord._fields):
-        if name in values:
-            text = sqlalchemy.cast(columns[index], sqlalchemy.Text)
-            length: Any = func.coalesce(func.length(text), 0)
-            size += length
-            is_partial |= length > SMALL
-            columns[index] = sqlalchemy.case((length <= SMALL, columns[index])).label(name)
-    return sqlalchemy.select(*columns, size.label("size"), is_partial.label("is_partial"))
-
-
-def _columns(values: tuple[str, ...]) -> list[Any]:
-    """Return the columns of jobs, with null instead of the JSON values that are not wanted."""
-    return [
-        sqlalchemy.null().label(name)
-        if name in JSON_VALUES and name not in values
-        else col(getattr(Job, name))
-        for name in JobRecord._fields
-    ]
 
 
 @lru_cache
@@ -791,6 +764,11 @@ def statements(database: str, schema: str | None = None) -> Mapping[str, str]:
         name: re.sub(r"^--.*\n", "", body, flags=re.MULTILINE).strip()
         for name, body in zip(parts[::2], parts[1::2], strict=True)
     }
+
+
+def owner_values(owner: Owner | None) -> dict[str, Any]:
+    """Return the parameters of a statement that changes only jobs of the owner."""
+    return {"owned": owner is not None, "owner": owner.subject if owner is not None else None}
 
 
 def message_of(process: str, events: Sequence[tuple[str, str, str, int]]) -> str:

@@ -20,8 +20,9 @@ from job_registry.enqueue_request import EnqueueOptions
 from job_registry_api.queue.enqueueing import Enqueued, Refusal
 from job_registry_api.queue.errors import QueueUnavailable
 from job_registry_api.queue.events import running_loop
+from job_registry_api.queue.filters import JobFilter
 from job_registry_api.queue.models import JobRecord
-from job_registry_api.queue.reading import JobFilter, JobPage
+from job_registry_api.queue.reading import JobPage
 
 if TYPE_CHECKING:
     from job_registry_api.queue.queue import JobQueue

@@ -124,10 +124,18 @@ def test_a_difference_of_two_locks_is_readable(code: Code) -> None:
     assert max(map(len, after)) < 200
 
 
+def test_a_renamed_type_is_neither_added_nor_removed(code: Code) -> None:
+    lock_of(code)
+    code.write(TYPES.replace('name="mail.send"', 'name="mail.deliver", former_names=["mail.send"]'))
+    renamed = code("lock", "--lock", "registry.lock.json")
+    assert renamed.stdout == "registry.lock.json: 1 job type. renamed: mail.send to mail.deliver.\n"
+
+
 def test_the_summary_is_there_for_programs(code: Code) -> None:
     assert json.loads(code("lock", "--json", "--lock", "other.json").stdout) == {
         "file": "other.json",
         "jobTypes": 1,
+        "renamed": {},
         "added": ["mail.send"],
         "changed": [],
         "removed": [],

@@ -142,7 +142,7 @@ async def test_without_a_function_or_a_caller_nobody_has_access(queue: JobQueue)
         data, errors = await run(host_schema(jobs), "{ now }", context)
         assert (data["now"] is not None, errors) == (True, [])
         data, errors = await run(host_schema(jobs), document, context)
-        assert data is None
+        assert data == {"now": "2030-01-31T12:00:00+00:00", "job": None, "jobTypes": None}
         assert {error["extensions"]["code"] for error in errors} == {"unauthenticated"}
 
 
@@ -159,7 +159,7 @@ async def test_the_scopes_and_job_types_of_the_hosts_caller_are_enforced(queue: 
         ('{ jobs(filter: {types: ["test.ping"]}) { nodes { id } } }', reader("payout.execute")),
     ):
         data, errors = await run(schema, document, context, id=job_id)
-        assert data is None, document
+        assert list(data.values()) == [None], document
         assert [error["extensions"]["code"] for error in errors] == ["forbidden"], document
     # A field of the job that needs more than the mutation does.
     data, errors = await run(schema, ENQUEUE, enqueuer, input=PAYOUT)
@@ -178,6 +178,25 @@ async def test_the_scopes_and_job_types_of_the_hosts_caller_are_enforced(queue: 
 
 def reader(*job_types: str) -> HostContext:
     return HostContext("eve", frozenset({"jobs:read"}), frozenset(job_types))
+
+
+async def test_a_refused_field_does_not_hide_what_another_has_stored(queue: JobQueue) -> None:
+    schema = host_schema(graphql_types(queue, authenticate=caller_of))
+    enqueuer = HostContext("bob", frozenset({"jobs:enqueue"}))
+    document = """mutation ($input: EnqueueJobInput!) {
+      stored: enqueueJob(input: $input) {
+        ... on EnqueueJobSuccess { job { id attempts { attempt } } } }
+      cancelJob(id: "1") { __typename }
+      rename(name: "a") }"""
+    data, errors = await run(schema, document, enqueuer, input=PAYOUT)
+    (job,) = (await queue.list()).jobs
+    assert data == {
+        "stored": {"job": {"id": str(job.id), "attempts": None}},
+        "cancelJob": None,
+        "rename": "A",
+    }
+    paths = sorted(error["path"] for error in errors)
+    assert paths == [["cancelJob"], ["stored", "job", "attempts"]]
 
 
 async def test_any_context_of_the_host_will_do_and_its_function_may_be_async(
@@ -370,7 +389,7 @@ async def test_the_hosts_scalars_are_shared_and_payloads_are_stored_as_json(
     sent = {
         "starts": "2030-01-31T12:00:00Z",
         "day": "2030-01-31",
-        "at": "08:30:00",
+        "at": "08:30:00Z",
         "pay": "10.50",
         "person": "3f2504e0-4f89-41d3-9a0c-0305e82c3301",
     }

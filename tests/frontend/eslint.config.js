@@ -21,7 +21,7 @@ export default [
         "error",
         {
           ...naming,
-          "ObjectTypeDefinition[name.value!=JobType],ObjectTypeExtension": objectTypes,
+          "ObjectTypeDefinition[name.value!=/^(JobType|UnregisteredType)$/],ObjectTypeExtension": objectTypes,
         },
       ],
       // What a cache may keep by itself has an identity: a Job by its id, a JobType by its name.
@@ -43,11 +43,14 @@ export default [
               "JobLease",
               "JobPolicy",
               "JobType",
+              "JobTypeVersion",
               "JobValid",
               "LeaseLost",
               "NoWorkerSeen",
               "PageInfo",
+              "PayloadMismatch",
               "ScheduledFor",
+              "UnregisteredType",
               "Violation",
             ],
             suffixes: ["Conflict", "Connection", "Edge", "Invalid", "NotFound", "Success"],

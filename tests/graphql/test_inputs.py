@@ -71,7 +71,7 @@ async def test_a_payload_means_the_same_as_a_literal_and_as_a_variable(
     [
         ('{assetId: "a", versionNumber: 9223372036854775808}', "/versionNumber", None),
         ('{assetId: "a", versionNumber: 1e400}', "/versionNumber", "not_finite"),
-        ('{assetId: "a", versionNumber: 1.0}', "/versionNumber", "wrong_type"),
+        ('{assetId: "a", versionNumber: 1.5}', "/versionNumber", "wrong_type"),
         ('{assetId: "a\\u0000", versionNumber: 1}', "/assetId", "invalid_text"),
         ("{assetId: " + "[" * 100 + "]" * 100 + "}", None, "too_deep"),
     ],
@@ -150,6 +150,7 @@ async def test_a_time_outside_the_calendar_is_refused_where_it_stands(
         ("2030-01-31T12:00:00Z", "2030-01-31T12:00:00Z"),
         ("2030-01-31T12:00:00+05:30", "2030-01-31T06:30:00Z"),
         ("2030-01-31T12:00:00.5-08:00", "2030-01-31T20:00:00.500000Z"),
+        ("2030-01-31t12:00:00.1234567891z", "2030-01-31T12:00:00.123456Z"),
     ],
 )
 async def test_a_time_is_taken_with_any_offset_and_given_in_utc(
@@ -190,6 +191,45 @@ async def test_an_input_that_the_schema_refuses_is_named_by_its_field(
     (field,) = {"type", "payload"} - job.keys() or job.keys() - {"type", "payload"}
     assert field in error["message"]
     assert "data" not in response.json()
+
+
+NO_TIMES = ["2030", "1893456000", "2030-01-31", "2030-01-31 12:00:00Z", "2030-01-31T12:00Z"]
+NO_TIMES += [
+    "20300131T120000Z",
+    "2030-W05-4T12:00:00Z",
+    "2030-01-31T12:00:60Z",
+    "2030-01-31T24:00:00Z",
+]
+
+
+@pytest.mark.parametrize("text", NO_TIMES)
+async def test_what_is_no_time_in_rfc_3339_is_refused_at_every_door(
+    http: httpx.AsyncClient, text: str
+) -> None:
+    job = {"type": "test.ping", "payload": {}, "scheduleAt": text}
+    query = f"mutation ($input: EnqueueJobInput!) {{ enqueueJob(input: $input) {VIOLATIONS} }}"
+    answer = await http.post("/graphql", json={"query": query, "variables": {"input": job}})
+    assert "scheduleAt" in answer.json()["errors"][0]["message"]
+    rest = await http.post("/jobs", json=job)
+    assert rest.status_code == 422
+    assert rest.json()["error"]["details"][0]["path"] == "/scheduleAt"
+
+
+async def test_a_whole_number_with_a_point_is_an_integer_at_every_door(
+    http: httpx.AsyncClient, execute: Execute
+) -> None:
+    payload = {"assetId": "a", "versionNumber": 1.0}
+    job = {"type": "thumbnail.create", "payload": payload, "priority": 60.0, "maxAttempts": 2.0}
+    query = f"query ($input: EnqueueJobInput!) {{ validateJob(input: $input) {VALIDATE} }}"
+    valid = {"__typename": "JobValid", "maxAttempts": 2, "priority": 60}
+    assert (await execute(query, input=job))["validateJob"] == valid
+    literal = '{type: "thumbnail.create", payload: {assetId: "a", versionNumber: 1.0}}'
+    answer = await execute(f"{{ validateJob(input: {literal}) {{ __typename }} }}")
+    assert answer["validateJob"]["__typename"] == "JobValid"
+    assert (await http.post("/jobs", json=job)).status_code == 201
+    typed = "mutation ($job: TypedJobInput!) { enqueue(job: $job) { __typename } }"
+    answer = await execute(typed, job={"thumbnailCreate": payload})
+    assert answer["enqueue"]["__typename"] == "EnqueueJobSuccess"
 
 
 async def test_a_time_without_an_offset_is_a_violation_where_an_offset_is_needed(

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 from websockets.asyncio.client import connect
+from websockets.exceptions import ConnectionClosed
 from websockets.typing import Subprotocol
 
 from tests.http_client import Visit, application_of, serving
@@ -202,3 +203,44 @@ async def test_a_wrong_subscription_is_a_clear_error(address: str) -> None:
     assert "validation_error" in response.text
     assert "/jobTypes/0" in response.text
     assert "text/event-stream" in plain.json()["errors"][0]["message"]
+
+
+@pytest.mark.any_database
+async def test_a_server_that_stops_ends_event_streams_without_complete(database_url: str) -> None:
+    """A client of graphql-sse then connects again; after `complete` or an error it would not."""
+    headers = {"accept": "text/event-stream"}
+    async with httpx.AsyncClient(timeout=20) as client:
+        async with serving(database_url, "--no-worker") as (address, _):
+            url = f"http://{address}/graphql"
+            sent = client.build_request("POST", url, json={"query": SUBSCRIPTION}, headers=headers)
+            response = await client.send(sent, stream=True)
+            await asyncio.sleep(1)
+            await enqueue(address)
+            await asyncio.sleep(1)
+        text = (await response.aread()).decode()
+    assert text.count("event: next") == 1
+    assert "job.created" in text
+    assert "complete" not in text
+    assert "events_missed" not in text
+
+
+@pytest.mark.any_database
+async def test_a_server_that_stops_closes_websockets_with_1001(database_url: str) -> None:
+    async with serving(database_url, "--no-worker") as (address, _):
+        socket = await connect(f"ws://{address}/graphql", subprotocols=[TRANSPORT])
+        # A payload may be null.
+        await socket.send(json.dumps({"type": "connection_init", "payload": None}))
+        assert json.loads(await socket.recv())["type"] == "connection_ack"
+        payload = {"query": SUBSCRIPTION}
+        await socket.send(json.dumps({"id": "1", "type": "subscribe", "payload": payload}))
+        await asyncio.sleep(0.5)
+    with pytest.raises(ConnectionClosed):
+        await socket.recv()
+    assert socket.close_code == 1001
+
+
+@pytest.mark.any_database
+async def test_the_single_connection_mode_is_refused(address: str) -> None:
+    async with httpx.AsyncClient() as client:
+        response = await client.put(f"http://{address}/graphql")
+    assert (response.status_code, response.headers["allow"]) == (405, "GET, POST")

@@ -92,7 +92,7 @@ def registry() -> JobRegistry:
                     "home": {"street": ""},
                     "day": "2030-01-31",
                     "moment": "2030-01-31T12:00:00Z",
-                    "clock": "12:00:00",
+                    "clock": "12:00:00Z",
                     "lasting": "PT1H",
                     "reference": "3f2504e0-4f89-41d3-9a0c-0305e82c3301",
                     "amount": "1.50",
@@ -123,7 +123,7 @@ PAYLOADS = (
             "home": ADDRESSES,
             "day": st.dates().map(str),
             "moment": st.sampled_from(
-                ["2030-01-31T12:00:00Z", "2030-01-31 12:00:00.5+05:30", "2030-01-31T12:00:00"]
+                ["2030-01-31T12:00:00Z", "2030-01-31T12:00:00.5+05:30", "2030-01-31T12:00:00"]
             ),
             "clock": st.times().map(str),
             "lasting": st.sampled_from(["PT1H", "P3DT4S", "-PT1.5S"]),

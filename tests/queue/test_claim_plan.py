@@ -17,9 +17,10 @@ from job_registry import EnqueueRequest, JobRegistry
 from job_registry_api.queue.database import Database
 from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.errors import InputInvalid
+from job_registry_api.queue.filters import JobFilter
 from job_registry_api.queue.models import JobStatus
 from job_registry_api.queue.queue import JobQueue
-from job_registry_api.queue.reading import BehindInQueue, JobFilter
+from job_registry_api.queue.reading import BehindInQueue
 from job_registry_api.queue.store import json_text, statements
 from tests.queue.test_races import outsider
 

@@ -31,9 +31,9 @@ from job_registry_api.queue.errors import (
     JobNotFound,
     QueueUnavailable,
 )
+from job_registry_api.queue.filters import JobFilter
 from job_registry_api.queue.models import JobStatus
 from job_registry_api.queue.queue import JobQueue
-from job_registry_api.queue.reading import JobFilter
 from job_registry_api.queue.requests import (
     EARLIEST,
     LATEST,
@@ -309,6 +309,9 @@ async def test_an_atomic_bulk_stores_all_or_none(queue: JobQueue) -> None:
     assert [type(result).__name__ for result in refused] == ["InputInvalid", "JobTypeNotFound"]
     assert isinstance(refused[0], InputInvalid)
     assert refused[0].violations[0].code == "not_stored"
+    assert refused[0].violations[0].message == (
+        "Not stored: the call is atomic, and the job at index 1 was refused."
+    )
     assert len((await queue.list()).jobs) == 2
 
 

@@ -10,8 +10,9 @@ import pytest
 from job_registry import EnqueueRequest, JobPolicy, JobRegistry, JobType, Payload
 from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.errors import IdempotencyConflict
+from job_registry_api.queue.filters import JobFilter
 from job_registry_api.queue.queue import JobQueue
-from job_registry_api.queue.reading import ConcurrencyLimitReached, JobFilter
+from job_registry_api.queue.reading import ConcurrencyLimitReached
 
 
 class Note(Payload):

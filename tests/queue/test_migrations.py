@@ -552,6 +552,26 @@ def test_a_database_that_was_migrated_before_compatibility_was_recorded_still_fi
     assert migrations.examine(database_url).verdict == "compatible"
 
 
+def test_an_index_that_was_not_built_to_its_end_is_built_again(fresh_postgresql_url: str) -> None:
+    """Filters are slow without these indexes, but nothing else depends on them."""
+    run_sql(
+        fresh_postgresql_url,
+        "DROP INDEX job_registry.job_by_creator",
+        "UPDATE pg_index SET indisvalid = false"
+        " WHERE indexrelid = 'job_registry.job_by_error_code'::regclass",
+    )
+    assert migrations.examine(fresh_postgresql_url).verdict == "current"
+    assert migrations.upgrade(fresh_postgresql_url).steps == ()
+    query = (
+        "SELECT relname, indisvalid FROM pg_index JOIN pg_class ON oid = indexrelid"
+        " WHERE relname IN ('job_by_creator', 'job_by_error_code') ORDER BY relname"
+    )
+    assert [tuple(row) for row in run_sql(fresh_postgresql_url, query)] == [
+        ("job_by_creator", True),
+        ("job_by_error_code", True),
+    ]
+
+
 async def test_undoing_the_parking_of_jobs_leaves_them_due(
     database_url: str, registry: JobRegistry
 ) -> None:

@@ -17,9 +17,9 @@ from typing import Any, Final, NamedTuple
 import pytest
 
 from job_registry import EnqueueRequest, JobPolicy, JobRegistry, JobType
+from job_registry_api.queue.filters import JobFilter
 from job_registry_api.queue.models import JobError, JobStatus
 from job_registry_api.queue.queue import JobQueue
-from job_registry_api.queue.reading import JobFilter
 from tests.conftest import run_sql
 from tests.postgresql_server import Server
 from tests.queue.race_jobs import Nap, queues

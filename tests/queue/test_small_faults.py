@@ -21,13 +21,13 @@ from job_registry_api.queue.errors import (
 )
 from job_registry_api.queue.event_stream import Gap, KeptBatches
 from job_registry_api.queue.events import MAX_UNREAD_EVENTS, Subscription
+from job_registry_api.queue.filters import JobFilter
 from job_registry_api.queue.leasing import Renewal
 from job_registry_api.queue.models import JobError, JobRecord, JobStatus
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.reading import (
     BehindInQueue,
     ConcurrencyLimitReached,
-    JobFilter,
     NoWorkerSeen,
     ScheduledFor,
 )

@@ -63,7 +63,7 @@ UUID_TEXT = "3f2504e0-4f89-41d3-9a0c-0305e82c3301"
 FULL: dict[str, Any] = {
     **GOOD,
     "day": "2030-01-31",
-    "hour": "12:00:00",
+    "hour": "12:00:00Z",
     "pause": "PT30S",
     "ident": UUID_TEXT,
     "color": "red",
@@ -201,7 +201,7 @@ async def test_a_fault_is_located_in_the_body(client: httpx.AsyncClient) -> None
         (["body", 0, "lines", 0, "articleId"], "missing")
     ]
     assert await faults("/order", {"mail": {**GOOD, "answers": {"sendAt": "2030"}}}) == [
-        (["body", "mail", "answers", "sendAt"], "invalid_format")
+        (["body", "mail", "answers", "sendAt"], "datetime_parsing")
     ]
     assert await faults("/mail", {**GOOD, "copies": 2**70, "tags": ["a", "b\0"]}) == [
         (["body", "copies"], "integer_too_large"),

@@ -40,12 +40,17 @@ SELECT * FROM job_registry.job_renew(
 SELECT job_registry.job_settle(CAST(:ended AS jsonb), CAST(:process AS text), CAST(:keep AS boolean))
 
 -- name: cancel
--- Cancel a queued job, or record that a running one must stop.
-SELECT * FROM job_registry.job_cancel(CAST(:id AS uuid), CAST(:process AS text), CAST(:keep AS boolean))
+-- Cancel a queued job, or record that a running one must stop; if it is owned, one of this owner.
+-- The creator of a job never changes.
+SELECT changed.* FROM job_registry.job
+CROSS JOIN LATERAL job_registry.job_cancel(job.id, CAST(:process AS text), CAST(:keep AS boolean)) AS changed
+WHERE job.id = CAST(:id AS uuid) AND (NOT CAST(:owned AS boolean) OR job.created_by = CAST(:owner AS text))
 
 -- name: retry
--- Queue a failed or cancelled job again.
-SELECT * FROM job_registry.job_retry(CAST(:id AS uuid), CAST(:process AS text), CAST(:keep AS boolean))
+-- Queue a failed or cancelled job again; if it is owned, one of this owner.
+SELECT changed.* FROM job_registry.job
+CROSS JOIN LATERAL job_registry.job_retry(job.id, CAST(:process AS text), CAST(:keep AS boolean)) AS changed
+WHERE job.id = CAST(:id AS uuid) AND (NOT CAST(:owned AS boolean) OR job.created_by = CAST(:owner AS text))
 
 -- name: next_due
 -- Return the seconds until a claim may find more jobs.

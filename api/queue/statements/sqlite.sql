@@ -255,22 +255,22 @@ WHERE job_id = :id AND lease_token = :token AND finished_at IS NOT NULL
 RETURNING attempt, (SELECT type FROM job WHERE job.id = job_attempt.job_id) AS type
 
 -- name: cancel
--- Cancel a queued job, or record that a running one must stop.
+-- Cancel a queued job, or record that a running one must stop; if it is owned, one of this owner.
 UPDATE job SET
     status = CASE status WHEN 'queued' THEN 'cancelled' ELSE status END,
     finished_at = CASE status WHEN 'queued' THEN :now END,
     next_run_at = NULL,
     cancel_requested_at = coalesce(cancel_requested_at, :now)
-WHERE id = :id AND status IN ('queued', 'running')
+WHERE id = :id AND status IN ('queued', 'running') AND (NOT :owned OR created_by = :owner)
 RETURNING *
 
 -- name: retry
--- Queue a failed or cancelled job. If no attempt is left, allow one more.
+-- Queue a failed or cancelled job; if it is owned, one of this owner. If no attempt is left, allow one more.
 UPDATE job SET
     status = 'queued', next_run_at = :now, finished_at = NULL, cancel_requested_at = NULL,
     lease_token = NULL, progress = NULL, quick_returns = 0,
     max_attempts = max(max_attempts, attempt + 1)
-WHERE id = :id AND status IN ('failed', 'cancelled')
+WHERE id = :id AND status IN ('failed', 'cancelled') AND (NOT :owned OR created_by = :owner)
 RETURNING *
 
 -- name: next_end

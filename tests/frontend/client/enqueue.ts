@@ -2,7 +2,7 @@
 
 import { graphql } from "../gen/graphql/gql.js";
 import type { EnqueueMutation } from "../gen/graphql/graphql.js";
-import { type Send, unreachable } from "./send.js";
+import { present, type Send, unreachable } from "./send.js";
 
 graphql(`
   fragment Answer on EnqueueJobResult {
@@ -56,7 +56,8 @@ const ENQUEUE_TYPED = graphql(`
   }
 `);
 
-function told(result: EnqueueMutation["result"]): string {
+function told(answer: EnqueueMutation["result"]): string {
+  const result = present(answer);
   switch (result.__typename) {
     case "EnqueueJobSuccess":
       return `${result.deduplicated ? "found" : "stored"} ${JSON.stringify(result.job.payload)}`;

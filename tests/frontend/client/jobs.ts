@@ -3,7 +3,7 @@
 import { createClient } from "graphql-sse";
 import { graphql } from "../gen/graphql/gql.js";
 import type { FollowSubscription } from "../gen/graphql/graphql.js";
-import { type Send, unreachable } from "./send.js";
+import { present, type Send, unreachable } from "./send.js";
 
 const POLICY = graphql(`
   query Policy($jobType: String!) {
@@ -71,7 +71,7 @@ const FOLLOW = graphql(`
 export async function policies(send: Send): Promise<string[]> {
   const answers: string[] = [];
   for (const jobType of ["payout.execute", "payout.exec"]) {
-    const { jobPolicy } = await send(POLICY, { jobType });
+    const jobPolicy = present((await send(POLICY, { jobType })).jobPolicy);
     switch (jobPolicy.__typename) {
       case "JobPolicy":
         answers.push(`${jobPolicy.maxAttempts} ${jobPolicy.timeoutSeconds} s`);
@@ -90,20 +90,20 @@ export async function countByPages(send: Send): Promise<number> {
   let count = 0;
   let after: string | null | undefined = null;
   do {
-    const { jobs }: Awaited<ReturnType<typeof page>> = await page(send, after);
+    const jobs: Awaited<ReturnType<typeof page>> = await page(send, after);
     count += jobs.nodes.length;
     after = jobs.pageInfo.hasNextPage ? jobs.pageInfo.endCursor : null;
   } while (after);
   return count;
 }
 
-function page(send: Send, after: string | null | undefined) {
-  return send(JOBS, { first: 1, after });
+async function page(send: Send, after: string | null | undefined) {
+  return present((await send(JOBS, { first: 1, after })).jobs);
 }
 
 /** Cancels the newest job, and gives what a subscriber is told of it. */
 export async function cancelAndFollow(send: Send, url: string): Promise<string[]> {
-  const { jobs } = await send(JOBS, { first: 1 });
+  const jobs = await page(send, null);
   const id = jobs.nodes[0]?.id ?? "";
   const client = createClient({ url });
   const events = client.iterate<FollowSubscription>({
@@ -114,7 +114,7 @@ export async function cancelAndFollow(send: Send, url: string): Promise<string[]
   await new Promise((resolve) => setTimeout(resolve, 300));
   const answers: string[] = [];
   for (let time = 0; time < 2; time += 1) {
-    const { cancelJob } = await send(CANCEL, { id });
+    const cancelJob = present((await send(CANCEL, { id })).cancelJob);
     switch (cancelJob.__typename) {
       case "JobChanged":
         answers.push(`now ${cancelJob.job.status}`);

@@ -23,6 +23,12 @@ export function sendTo(url: string): Send {
   };
 }
 
+/** A root field is null only where `errors` says why, and then `sendTo` has thrown. */
+export function present<Value>(value: Value | null | undefined): Value {
+  if (value === null || value === undefined) throw new Error("the field was not answered");
+  return value;
+}
+
 export function unreachable(value: never): never {
   throw new Error(`not in the schema that this was compiled with: ${JSON.stringify(value)}`);
 }

@@ -12,7 +12,7 @@ export const RETRY = graphql(`
   }
 `);
 
-export function told(result: RetryMutation["retryJob"]): string {
+export function told(result: NonNullable<RetryMutation["retryJob"]>): string {
   switch (result.__typename) {
     case "JobChanged":
       return "again";

@@ -1,0 +1,286 @@
+"""Which jobs to list, and the query of a page: each filter is served by an index.
+
+Pages are in the order of ids, which is that of creation. The condition that an index is read for is
+chosen here and not by the database: the others are written so that no index serves them. So a page
+costs the same on both databases, with and without statistics.
+"""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from functools import lru_cache
+from typing import Any, Final
+
+import sqlalchemy
+from sqlalchemy import func, union_all
+from sqlmodel import col, select
+
+from job_registry_api.queue.models import (
+    FINAL,
+    Job,
+    JobCount,
+    JobRecord,
+    JobStatus,
+    Owner,
+    error_code,
+    error_message,
+)
+
+MAX_SEARCH: Final = 255
+"""The longest text to search for, in characters."""
+
+SEARCHED_JOBS: Final = 10_000
+"""The words of a search are looked for in the errors of so many jobs at most, the newest ones.
+
+No index finds words inside a text on both databases, and one that does would cost each failure.
+"""
+
+ID_SLACK: Final = timedelta(hours=1)
+"""How far the clock of the process that enqueued a job may differ from that of the database.
+
+The id has the time of the first, `created_at` that of the second. A range of `created_at` is read
+as a range of ids that is longer by this at each end.
+"""
+
+JSON_VALUES: Final = ("payload", "progress", "result", "error")
+"""The columns of a job that may be large."""
+
+SMALL: Final = 4_096
+"""The length of a JSON value up to which a page of jobs has it at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class JobFilter:
+    """Which jobs to list. Each field that is given must match; an empty tuple restricts nothing.
+
+    `created_after` and `finished_after` include their time, `created_before` and `finished_before`
+    do not. `error_code` is the code of a job's latest error. `search` is a job's id, its
+    idempotency key, or words of the error of one of the 10,000 newest failed jobs; with
+    `created_by`, of one among the 10,000 newest jobs of that creator.
+
+    The jobs that finished in a range of time are all read, and then sorted: choose a short one.
+    """
+
+    types: tuple[str, ...] = ()
+    statuses: tuple[JobStatus, ...] = ()
+    created_by: str | None = None
+    created_after: datetime | None = None
+    created_before: datetime | None = None
+    finished_after: datetime | None = None
+    finished_before: datetime | None = None
+    idempotency_key: str | None = None
+    error_code: str | None = None
+    search: str | None = None
+
+    @property
+    def is_simple(self) -> bool:
+        """Whether only types and statuses are given."""
+        return self == JobFilter(self.types, self.statuses)
+
+
+def owned_by(owner: Owner | None) -> list[Any]:
+    """Return the condition that a job is the owner's; none for None, who owns all."""
+    if owner is None:
+        return []
+    # `created_by = NULL` would be written as IS NULL.
+    return [sqlalchemy.false() if owner.subject is None else col(Job.created_by) == owner.subject]
+
+
+def filtered(
+    wanted: JobFilter,
+    owner: Owner | None,
+    *,
+    first: int,
+    after: uuid.UUID | None,
+    ahead: timedelta = timedelta(),
+) -> Any:
+    """Return the query of a page of jobs, newest first, as `Listed` has them.
+
+    `ahead` is how far the database's clock has been advanced, in tests.
+    """
+    creator = owner.subject if owner is not None else wanted.created_by
+    leading: list[Any] = []
+    if wanted.search is not None:
+        leading = [col(Job.id).in_(_found(wanted.search, creator))]
+    elif wanted.idempotency_key is not None:
+        leading = [_has_key(wanted.idempotency_key)]
+    elif creator is not None:
+        leading = [col(Job.created_by) == creator]
+    elif wanted.error_code is not None:
+        leading = [_has_code(wanted.error_code)]
+    by_finish = not leading and (wanted.finished_after or wanted.finished_before) is not None
+    conditions = [*leading, *owned_by(owner), *_others(wanted, is_led=bool(leading))]
+    conditions += _created(wanted, ahead)
+    if after is not None:
+        conditions.append(col(Job.id) < after)
+    order: Any = col(Job.id)
+    if by_finish:
+        # No index has this order, so that the one of the range is read.
+        order = func.coalesce(order, order)
+    return listed().where(*conditions).order_by(order.desc()).limit(first)
+
+
+def _others(wanted: JobFilter, *, is_led: bool) -> list[Any]:
+    """Return the conditions that need no index, if an index `is_led` by another one."""
+    conditions: list[Any] = []
+    kind: Any = col(Job.type)
+    status: Any = col(Job.status)
+    statuses = wanted.statuses
+    if wanted.finished_after is not None or wanted.finished_before is not None:
+        # The index of finishing times begins with the status.
+        statuses = tuple(s for s in statuses or FINAL if s in FINAL)
+        conditions += _between(_hidden(col(Job.finished_at), is_led), wanted)
+        kind = _hidden(kind, True)
+    if wanted.types:
+        conditions.append(_hidden(kind, is_led).in_(wanted.types))
+    if statuses or wanted.finished_after is not None or wanted.finished_before is not None:
+        conditions.append(_hidden(status, is_led).in_([str(each) for each in statuses]))
+    if is_led:
+        if wanted.created_by is not None:
+            conditions.append(_hidden(col(Job.created_by), True) == wanted.created_by)
+        if wanted.idempotency_key is not None:
+            conditions.append(_hidden(col(Job.idempotency_key), True) == wanted.idempotency_key)
+        if wanted.error_code is not None:
+            conditions.append(_hidden(error_code(), True) == wanted.error_code)
+    return conditions
+
+
+def _hidden(column: Any, hide: bool) -> Any:
+    """Return an expression with the value of a column, which no index serves."""
+    return func.coalesce(column, column, type_=column.type) if hide else column
+
+
+def _between(column: Any, wanted: JobFilter) -> list[Any]:
+    bounds = []
+    if wanted.finished_after is not None:
+        bounds.append(column >= wanted.finished_after)
+    if wanted.finished_before is not None:
+        bounds.append(column < wanted.finished_before)
+    return bounds
+
+
+def _created(wanted: JobFilter, ahead: timedelta) -> list[Any]:
+    """Return the conditions of the time of creation, as ranges of ids too."""
+    conditions: list[Any] = []
+    if wanted.created_after is not None:
+        conditions.append(col(Job.created_at) >= wanted.created_after)
+        conditions.append(col(Job.id) >= _first_id(wanted.created_after - ID_SLACK - ahead))
+    if wanted.created_before is not None:
+        conditions.append(col(Job.created_at) < wanted.created_before)
+        conditions.append(col(Job.id) < _first_id(wanted.created_before + ID_SLACK))
+    return conditions
+
+
+def _first_id(time: datetime) -> uuid.UUID:
+    """Return the lowest UUIDv7 of a time."""
+    milliseconds = min(max(0, int(time.timestamp() * 1000)), 2**48 - 1)
+    return uuid.UUID(int=milliseconds << 80)
+
+
+def _has_key(key: str) -> Any:
+    """Return the condition that a job has an idempotency key.
+
+    The index of keys begins with the type, and `job_count` has every type that has jobs.
+    """
+    types = select(JobCount.type).distinct()
+    return (col(Job.type).in_(types)) & (col(Job.idempotency_key) == key)
+
+
+def _has_code(code: str) -> Any:
+    return col(Job.error).is_not(None) & (error_code() == code)
+
+
+def _found(text: str, creator: str | None) -> Any:
+    """Return the query of the ids of the jobs that a search finds."""
+    words = [_pattern(word) for word in text.split()]
+    newest: Any = sqlalchemy.select(
+        col(Job.id).label("id"),
+        col(Job.status).label("status"),
+        error_code().label("code"),
+        error_message().label("message"),
+    )
+    if creator is None:
+        # A range, and not an equality: only the index of status and id has this order. That of ids
+        # would read every job in search of the failed ones.
+        failed = str(JobStatus.FAILED)
+        newest = newest.where(col(Job.status) >= failed, col(Job.status) <= failed)
+        newest = newest.order_by(col(Job.status).desc(), col(Job.id).desc())
+    else:
+        newest = newest.where(col(Job.created_by) == creator).order_by(col(Job.id).desc())
+    searched = newest.limit(SEARCHED_JOBS).subquery()
+    said = func.coalesce(searched.c.code, "") + " " + func.coalesce(searched.c.message, "")
+    by_words = sqlalchemy.select(searched.c.id).where(
+        searched.c.status == str(JobStatus.FAILED),
+        *(said.ilike(word, escape="\\") for word in words),
+    )
+    parts = [by_words, sqlalchemy.select(col(Job.id)).where(_has_key(text))]
+    job_id = _uuid_of(text)
+    if job_id is not None:
+        parts.append(sqlalchemy.select(col(Job.id)).where(col(Job.id) == job_id))
+    return sqlalchemy.select(union_all(*parts).subquery().c.id)
+
+
+def _pattern(word: str) -> str:
+    return "%" + re.sub(r"([\\%_])", r"\\\1", word) + "%"
+
+
+def _uuid_of(text: str) -> uuid.UUID | None:
+    try:
+        return uuid.UUID(text)
+    except ValueError:
+        return None
+
+
+def newest(
+    types: Sequence[str], statuses: Sequence[JobStatus], *, first: int, after: uuid.UUID | None
+) -> Any:
+    """Return the query of a page of one type, or of all, in the order of an index.
+
+    With several statuses, the newest ids of each are read and merged, because no index has them in
+    one order.
+    """
+
+    def page(query: Any) -> Any:
+        return query.order_by(col(Job.id).desc()).limit(first)
+
+    behind = [] if after is None else [col(Job.id) < after]
+    of_types = [col(Job.type) == name for name in types]
+    of_statuses = [[col(Job.status) == str(status)] for status in dict.fromkeys(statuses)] or [[]]
+    conditions = [[*of_types, *one, *behind] for one in of_statuses]
+    if len(conditions) == 1:
+        return page(listed().where(*conditions[0]))
+    found = union_all(
+        *(page(select(Job.id).where(*each)).subquery().select() for each in conditions)
+    ).subquery()
+    ids = sqlalchemy.select(found.c.id).order_by(found.c.id.desc()).limit(first)
+    return listed().where(col(Job.id).in_(ids)).order_by(col(Job.id).desc())
+
+
+@lru_cache
+def listed(values: tuple[str, ...] = JSON_VALUES) -> Any:
+    """Return the query of jobs as `Listed` has them, with these JSON values."""
+    chosen = columns(values)
+    size: Any = sqlalchemy.literal(0, sqlalchemy.BigInteger)
+    is_partial: Any = sqlalchemy.false()
+    for index, name in enumerate(JobRecord._fields):
+        if name in values:
+            text = sqlalchemy.cast(chosen[index], sqlalchemy.Text)
+            length: Any = func.coalesce(func.length(text), 0)
+            size += length
+            is_partial |= length > SMALL
+            chosen[index] = sqlalchemy.case((length <= SMALL, chosen[index])).label(name)
+    return sqlalchemy.select(*chosen, size.label("size"), is_partial.label("is_partial"))
+
+
+def columns(values: tuple[str, ...]) -> list[Any]:
+    """Return the columns of jobs, with null instead of the JSON values that are not wanted."""
+    return [
+        sqlalchemy.null().label(name)
+        if name in JSON_VALUES and name not in values
+        else col(getattr(Job, name))
+        for name in JobRecord._fields
+    ]

@@ -1,0 +1,157 @@
+"""How the fields of a payload read JSON: dates, numbers and UUIDs exactly as its JSON Schema says.
+
+Pydantic reads more than that: "2030" as a time in 1970, "1_000" as a decimal, "{...}" as a UUID.
+And it refuses 1.0 as an integer, which it is by draft 2020-12.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal, InvalidOperation
+from typing import Any, Final, cast
+from uuid import UUID
+
+from pydantic import TypeAdapter, ValidationError, ValidationInfo
+from pydantic_core import CoreSchema, PydanticKnownError, core_schema
+
+_DATE: Final = r"[0-9]{4}-[0-9]{2}-[0-9]{2}"
+_CLOCK: Final = r"[0-9]{2}:[0-9]{2}:[0-9]{2}(?:\.[0-9]+)?"
+_OFFSET: Final = r"(?:[Zz]|[+-][0-9]{2}:[0-9]{2})"
+_FULL_DATE: Final = re.compile(_DATE)
+_FULL_TIME: Final = re.compile(_CLOCK + _OFFSET)
+_DATE_TIME: Final = re.compile(f"{_DATE}[Tt]{_CLOCK}{_OFFSET}?")
+# Years, months and days after each other, or weeks. Of seconds also a fraction, and a sign in
+# front, as Pydantic writes them: RFC 3339 has neither.
+_DURATION: Final = re.compile(
+    r"[+-]?P(?=[0-9T])(?:[0-9]+W|(?:[0-9]+Y)?(?:[0-9]+M)?(?:[0-9]+D)?"
+    r"(?:T(?=[0-9])(?:[0-9]+H)?(?:[0-9]+M)?(?:[0-9]+(?:\.[0-9]+)?S)?)?)"
+)
+_UUID: Final = re.compile(r"[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
+# No exponent, no spaces, no underscores, and digits of ASCII only.
+_DECIMAL: Final = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)")
+_WHOLE: Final = 2.0**63
+_SECONDS: Final = TypeAdapter(timedelta)
+
+Reader = Callable[[Any, ValidationInfo], Any]
+"""Reads a value of JSON before Pydantic does."""
+
+
+def parse_date_time(text: str) -> datetime:
+    """Parse a time in RFC 3339. Of a fraction of a second, six digits are kept.
+
+    A time without an offset is returned as it is, for callers that name its place. A leap second,
+    which ends in `:60`, is refused: no clock here has it.
+
+    Raises:
+        ValueError: the text is not a date and a time of day.
+    """
+    if _DATE_TIME.fullmatch(text) is None:
+        raise ValueError('Expected a time with its offset, such as "2030-01-31T12:00:00Z".')
+    return datetime.fromisoformat(text.upper())
+
+
+def with_wire_text(part: dict[str, Any]) -> Any:
+    """Return a part of a core schema that reads JSON as its JSON Schema says, if it has such."""
+    kind = part.get("type", "")
+    if kind == "dict":
+        return _with_keys_as_text(part)
+    if kind == "decimal":
+        # Without an exponent, which a decimal in JSON does not have.
+        plain = core_schema.plain_serializer_function_ser_schema(
+            _plain_decimal, return_schema=core_schema.str_schema(), when_used="json-unless-none"
+        )
+        part = {**part, "serialization": part.get("serialization", plain)}
+        return core_schema.no_info_before_validator_function(
+            _decimal_text,
+            _core(part),
+            json_schema_input_schema=core_schema.str_schema(),
+        )
+    read = _READERS.get(kind)
+    if kind == "datetime" and part.get("tz_constraint") != "naive":
+        read = _aware
+    if read is None:
+        return part
+    return core_schema.with_info_before_validator_function(read, _core(part))
+
+
+def _with_keys_as_text(part: dict[str, Any]) -> dict[str, Any]:
+    """Return a dict whose keys are not read as numbers: in JSON they are strings."""
+    keys = part.get("keys_schema", {})
+    if keys.get("type") == "function-before" and keys["function"]["function"] is _whole:
+        return {**part, "keys_schema": keys["schema"]}
+    return part
+
+
+def reads_decimals_as_text(schema: Any) -> bool:
+    """Return whether this is the core schema of a decimal in a `Payload`."""
+    return bool(
+        schema["type"] == "function-before" and schema["function"]["function"] is _decimal_text
+    )
+
+
+def _core(part: dict[str, Any]) -> CoreSchema:
+    return cast(CoreSchema, part)
+
+
+def _decimal_text(value: object) -> object:
+    if isinstance(value, str):
+        try:
+            return Decimal(value if _DECIMAL.fullmatch(value) else "")
+        except InvalidOperation:
+            raise PydanticKnownError("decimal_parsing") from None
+    if not isinstance(value, Decimal):
+        raise PydanticKnownError("decimal_type")
+    return value
+
+
+def _plain_decimal(value: Decimal) -> str:
+    return format(value, "f")
+
+
+def _text_reader(pattern: re.Pattern[str], parse: Callable[[str], object], fault: str) -> Reader:
+    """Return a validator that parses a string in JSON, and leaves all else to Pydantic."""
+
+    def read(value: Any, info: ValidationInfo) -> Any:
+        if info.mode != "json" or not isinstance(value, str):
+            return value
+        try:
+            if pattern.fullmatch(value) is not None:
+                return parse(value)
+        except (ValueError, ValidationError, OverflowError):
+            pass
+        error: Any = fault
+        raise PydanticKnownError(error, {"error": "not in RFC 3339"} if "pars" in fault else None)
+
+    return read
+
+
+def _naive(text: str) -> datetime:
+    found = parse_date_time(text)
+    if found.tzinfo is not None:
+        raise ValueError
+    return found
+
+
+def _with_offset(text: str) -> datetime:
+    found = parse_date_time(text)
+    if found.tzinfo is None:
+        raise ValueError
+    return found
+
+
+def _whole(value: Any, info: ValidationInfo) -> Any:
+    is_whole = type(value) is float and value.is_integer() and -_WHOLE <= value < _WHOLE
+    return int(value) if info.mode == "json" and is_whole else value
+
+
+_aware: Final = _text_reader(_DATE_TIME, _with_offset, "datetime_parsing")
+_READERS: Final[dict[str, Reader]] = {
+    "datetime": _text_reader(_DATE_TIME, _naive, "timezone_naive"),
+    "date": _text_reader(_FULL_DATE, date.fromisoformat, "date_parsing"),
+    "time": _text_reader(_FULL_TIME, lambda text: time.fromisoformat(text.upper()), "time_parsing"),
+    "timedelta": _text_reader(_DURATION, _SECONDS.validate_python, "time_delta_parsing"),
+    "uuid": _text_reader(_UUID, UUID, "uuid_parsing"),
+    "int": _whole,
+}

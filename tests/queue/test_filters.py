@@ -1,0 +1,245 @@
+"""Which jobs each filter finds, and which index it reads at a million jobs."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import uuid
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy.dialects import postgresql, sqlite
+
+from job_registry import EnqueueRequest
+from job_registry_api import JobFilter, JobQueue
+from job_registry_api.queue import filters
+from job_registry_api.queue.errors import InputInvalid
+from job_registry_api.queue.filters import filtered
+from job_registry_api.queue.models import JobError, JobRecord, JobStatus, Owner
+from tests.conftest import run_sql
+
+PING = EnqueueRequest("test.ping", {})
+PONG = EnqueueRequest("test.pong", {})
+
+
+async def found(queue: JobQueue, **fields: Any) -> list[uuid.UUID]:
+    return [job.id for job in (await queue.list(JobFilter(**fields))).jobs]
+
+
+async def failed(queue: JobQueue, code: str, message: str, *, by: str | None = None) -> JobRecord:
+    await queue.enqueue(EnqueueRequest("test.pong", {}, max_attempts=1), created_by=by)
+    (lease,) = await queue.lease(["test.pong"], "w")
+    return await queue.fail(lease.token, JobError(code, message))
+
+
+async def test_jobs_are_found_by_who_enqueued_them(queue: JobQueue) -> None:
+    ada = [(await queue.enqueue(request, created_by="ada")).job.id for request in (PING, PONG)]
+    await queue.enqueue(PING, created_by="bob")
+    await queue.enqueue(PING)
+    assert await found(queue, created_by="ada") == ada[::-1]
+    assert await found(queue, created_by="ada", types=("test.ping",)) == ada[:1]
+    assert await found(queue, created_by="ada", statuses=(JobStatus.FAILED,)) == []
+    assert await found(queue, created_by="eve") == []
+
+
+async def test_jobs_are_found_by_the_time_of_their_creation(queue: JobQueue) -> None:
+    jobs = []
+    for _ in range(3):
+        jobs.append((await queue.enqueue(PING)).job)
+        await asyncio.sleep(0.01)
+    ids = [job.id for job in jobs]
+    # From a time on, that time included; before a time, that time excluded.
+    assert await found(queue, created_after=jobs[1].created_at) == [ids[2], ids[1]]
+    assert await found(queue, created_before=jobs[1].created_at) == [ids[0]]
+    window = {"created_after": jobs[1].created_at, "created_before": jobs[2].created_at}
+    assert await found(queue, **window) == [ids[1]]
+    types = ("test.ping", "test.pong")
+    assert await found(queue, **window, types=types, statuses=(JobStatus.QUEUED,)) == [ids[1]]
+    assert await found(queue, created_before=datetime(1970, 1, 2, tzinfo=UTC)) == []
+
+
+async def test_jobs_are_found_by_the_time_of_their_end(queue: JobQueue) -> None:
+    early = await failed(queue, "e", "It broke.")
+    waiting = (await queue.enqueue(PING)).job
+    late = await queue.cancel((await queue.enqueue(PING)).job.id)
+    assert early.finished_at is not None
+    assert late.finished_at is not None
+    assert early.finished_at < late.finished_at
+    long_ago = early.finished_at - timedelta(days=1)
+    assert await found(queue, finished_after=long_ago) == [late.id, early.id]
+    assert await found(queue, finished_after=late.finished_at) == [late.id]
+    assert await found(queue, finished_before=late.finished_at) == [early.id]
+    assert await found(queue, finished_after=long_ago, statuses=(JobStatus.FAILED,)) == [early.id]
+    assert await found(queue, finished_after=long_ago, statuses=(JobStatus.QUEUED,)) == []
+    assert await found(queue, finished_after=long_ago, types=("test.ping",)) == [late.id]
+    assert waiting.id not in await found(queue, finished_before=late.finished_at)
+
+
+async def test_jobs_are_found_by_their_key_in_every_type(queue: JobQueue) -> None:
+    one = (await queue.enqueue(PING._replace(idempotency_key="k"))).job.id
+    two = (await queue.enqueue(PONG._replace(idempotency_key="k"))).job.id
+    await queue.enqueue(PING._replace(idempotency_key="other"))
+    assert await found(queue, idempotency_key="k") == [two, one]
+    assert await found(queue, idempotency_key="k", types=("test.ping",)) == [one]
+    assert await found(queue, idempotency_key="none") == []
+
+
+async def test_jobs_are_found_by_the_code_of_their_latest_error(queue: JobQueue) -> None:
+    job = await failed(queue, "bank_closed", "The bank is closed.")
+    await queue.enqueue(EnqueueRequest("test.pong", {}))
+    (lease,) = await queue.lease(["test.pong"], "w")
+    retrying = await queue.fail(lease.token, JobError("bank_closed", "Closed."))
+    assert retrying.status is JobStatus.QUEUED
+    assert await found(queue, error_code="bank_closed") == [retrying.id, job.id]
+    assert await found(queue, error_code="bank_closed", statuses=(JobStatus.FAILED,)) == [job.id]
+    assert await found(queue, error_code="bank") == []
+
+
+async def test_a_search_finds_an_id_a_key_or_words_of_an_error(queue: JobQueue) -> None:
+    job = await failed(queue, "bank_closed", "The bank at 100% of the_street is closed.", by="ada")
+    other = await failed(queue, "bank_closed", "The bank burnt down.", by="bob")
+    keyed = (await queue.enqueue(PING._replace(idempotency_key="invoice 7"))).job
+    id_as_key = (await queue.enqueue(PING._replace(idempotency_key=str(job.id)))).job
+    for text in (str(other.id), other.id.hex):
+        assert await found(queue, search=text) == [other.id], text
+    assert await found(queue, search=str(job.id)) == [id_as_key.id, job.id]
+    assert await found(queue, search="invoice 7") == [keyed.id]
+    assert await found(queue, search="CLOSED street") == [job.id]
+    assert await found(queue, search="bank_closed") == [other.id, job.id]
+    assert await found(queue, search="burnt bank") == [other.id]
+    # No wildcards.
+    assert await found(queue, search="100%") == [job.id]
+    assert await found(queue, search="10%closed") == []
+    assert await found(queue, search="the_bank") == []
+    assert await found(queue, search="bank", created_by="ada") == [job.id]
+    page = await queue.list(JobFilter(search="bank"), owner=Owner("bob"))
+    assert [each.id for each in page.jobs] == [other.id]
+
+
+async def test_pages_of_a_filter_hold_every_job_once(queue: JobQueue) -> None:
+    ids = [(await queue.enqueue(PING, created_by="ada")).job.id for _ in range(5)]
+    for wanted in (
+        JobFilter(created_by="ada"),
+        JobFilter(created_after=datetime(2020, 1, 1, tzinfo=UTC)),
+    ):
+        seen: list[uuid.UUID] = []
+        after = None
+        while True:
+            page = await queue.list(wanted, first=2, after=after)
+            seen += [job.id for job in page.jobs]
+            if not page.has_next_page:
+                break
+            after = page.jobs[-1].id
+        assert seen == ids[::-1]
+
+
+@pytest.mark.any_database
+async def test_a_value_that_no_job_can_have_is_refused_with_its_path(queue: JobQueue) -> None:
+    wrong = JobFilter(
+        created_by="", search=" ", error_code="a\0b", created_after=datetime(2030, 1, 1)
+    )
+    with pytest.raises(InputInvalid) as refused:
+        await queue.list(wrong)
+    assert [(fault.path, fault.code) for fault in refused.value.violations] == [
+        ("/filter/createdBy", "out_of_range"),
+        ("/filter/errorCode", "invalid_text"),
+        ("/filter/search", "out_of_range"),
+        ("/filter/createdAfter", "time_zone_missing"),
+    ]
+
+
+# Plans
+
+HOUR = datetime(2030, 1, 1, tzinfo=UTC)
+INDEXES: dict[str, tuple[JobFilter, Owner | None, set[str]]] = {
+    "created by": (JobFilter(created_by="u7"), None, {"job_by_creator"}),
+    "own": (JobFilter(), Owner("u7"), {"job_by_creator"}),
+    "own of a type and status": (
+        JobFilter(types=("t1",), statuses=(JobStatus.QUEUED,)),
+        Owner("u7"),
+        {"job_by_creator"},
+    ),
+    "error code": (JobFilter(error_code="e3"), None, {"job_by_error_code"}),
+    "key": (JobFilter(idempotency_key="k5"), None, {"job_idempotency_key"}),
+    "created": (
+        JobFilter(created_after=HOUR, created_before=HOUR + timedelta(hours=1)),
+        None,
+        {"job_pkey"},
+    ),
+    "finished": (
+        JobFilter(finished_after=HOUR, finished_before=HOUR + timedelta(hours=1)),
+        None,
+        {"job_finished"},
+    ),
+    "finished of a type": (
+        JobFilter(types=("t1",), finished_before=HOUR + timedelta(minutes=30)),
+        None,
+        {"job_finished"},
+    ),
+    "search": (
+        JobFilter(search=str(uuid.UUID(int=1))),
+        None,
+        {"job_by_status", "job_idempotency_key", "job_pkey"},
+    ),
+}
+FILL = """
+    INSERT INTO job (id, type, fingerprint, status, payload, priority, attempt, max_attempts,
+        timeout_seconds, backoff_base_seconds, backoff_cap_seconds, created_at, next_run_at,
+        finished_at, created_by, idempotency_key, error)
+    SELECT {id}, 't' || (n % 10), 'f', CASE n % 30 WHEN 0 THEN 'queued' WHEN 1 THEN 'succeeded'
+            ELSE 'failed' END, '{{}}', 50, 0, 3, 60, 1, 8, {time},
+        CASE n % 30 WHEN 0 THEN {time} END, CASE n % 30 WHEN 0 THEN NULL ELSE {time} END,
+        'u' || (n % 100), CASE n % 2 WHEN 0 THEN 'k' || n END,
+        CASE n % 30 WHEN 2 THEN {error} END
+    FROM {numbers}"""
+POSTGRESQL = {
+    "id": "CAST(lpad(to_hex(1900000000000 + n * 1000), 12, '0') || '7000800000000000'"
+    " || lpad(to_hex(n), 4, '0') AS uuid)",
+    "time": "TIMESTAMPTZ '2030-01-01' + n * interval '1 second'",
+    "error": """CAST('{"code": "e' || (n % 7) || '", "message": "It broke."}' AS jsonb)""",
+    "numbers": "generate_series(1, 20000) AS n",
+}
+SQLITE = {
+    "id": "printf('%012x7000800000000000%04x', 1900000000000 + n * 1000, n)",
+    "time": "strftime('%Y-%m-%d %H:%M:%f', '2030-01-01', '+' || n || ' seconds') || '000'",
+    "error": """'{"code": "e' || (n % 7) || '", "message": "It broke."}'""",
+    "numbers": "(WITH RECURSIVE c (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c WHERE n < 2000)"
+    " SELECT n FROM c)",
+}
+
+
+def plan_of(url: str, wanted: JobFilter, owner: Owner | None) -> str:
+    query = filtered(wanted, owner, first=51, after=None)
+    kind: Any = sqlite if url.startswith("sqlite") else postgresql
+    dialect = kind.dialect()
+    text = str(query.compile(dialect=dialect, compile_kwargs={"literal_binds": True}))
+    if url.startswith("sqlite"):
+        return "\n".join(row[3] for row in run_sql(url, "EXPLAIN QUERY PLAN " + text))
+    text = text.replace("FROM job", "FROM job_registry.job").replace("%%", "%")
+    (row,) = run_sql(url, "SET search_path = job_registry", "EXPLAIN (FORMAT JSON) " + text)
+    return json.dumps(row[0])
+
+
+def test_each_filter_reads_its_index_and_no_whole_table(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan does not depend on the number of jobs: it is chosen by how the query is written."""
+    # The table is smaller than a production's, and so is the part of it that a search reads.
+    monkeypatch.setattr(filters, "SEARCHED_JOBS", 50)
+    is_sqlite = database_url.startswith("sqlite")
+    run_sql(
+        database_url,
+        *([] if is_sqlite else ["SET search_path = job_registry"]),
+        FILL.format(**(SQLITE if is_sqlite else POSTGRESQL)),
+        "ANALYZE",
+    )
+    for name, (wanted, owner, indexes) in INDEXES.items():
+        plan = plan_of(database_url, wanted, owner)
+        names = {"sqlite_autoindex_job_1" if each == "job_pkey" else each for each in indexes}
+        if not is_sqlite:
+            names = indexes
+        assert not [each for each in names if each not in plan], (name, plan)
+        assert not re.search(r'"Seq Scan"[^{}]*"Relation Name": "job"', plan), (name, plan)
+        assert "SCAN job\n" not in plan + "\n", (name, plan)

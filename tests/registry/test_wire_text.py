@@ -1,0 +1,232 @@
+"""What a payload admits is what its own JSON Schema admits, by a validator that is not ours.
+
+`EXCEPTIONS` are the texts on which the two differ on purpose.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import re
+from collections.abc import Callable
+from decimal import Decimal
+from typing import Annotated, Any, Literal
+from uuid import UUID
+
+import jsonschema_rs
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from pydantic import Field, NaiveDatetime, PositiveInt
+
+from job_registry import JobRegistry, JobType, Payload, PayloadInvalid
+
+
+class Item(Payload):
+    at: dt.datetime
+    count: int = 1
+
+
+class Whole(Payload):
+    """Every kind of field that has a format or a number."""
+
+    date_time: dt.datetime | None = None
+    naive: NaiveDatetime | None = None
+    date: dt.date | None = None
+    time: dt.time | None = None
+    duration: dt.timedelta | None = None
+    uuid: UUID | None = None
+    decimal: Decimal | None = None
+    integer: int | None = None
+    positive: PositiveInt | None = None
+    number: float | None = None
+    either: int | str | None = None
+    choice: Literal["a", "b"] | None = None
+    marks: tuple[Annotated[int, Field(ge=0, le=9)], ...] = ()
+    items: tuple[Item, ...] = ()
+    by_day: dict[str, int] = Field(default_factory=dict)
+
+
+WHOLE = JobType(name="test.whole", payload=Whole)
+REGISTRY = JobRegistry([WHOLE])
+# The one format that is not JSON Schema's own, as `docs/clients.md` describes it.
+DECIMAL = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)")
+VALIDATOR = jsonschema_rs.Draft202012Validator(
+    dict(WHOLE.payload_schema),
+    validate_formats=True,
+    formats={"decimal": lambda text: DECIMAL.fullmatch(text) is not None},
+)
+
+
+def admits(payload: dict[str, Any]) -> bool:
+    try:
+        REGISTRY.admit("test.whole", payload)
+    except PayloadInvalid:
+        return False
+    return True
+
+
+LEAP_SECOND = re.compile(r"[Tt]?\d\d:\d\d:60")
+EXCEPTIONS: dict[str, Callable[[Any], bool]] = {
+    # No clock in Python has a leap second, and no calendar the year 0.
+    "dateTime": lambda text: bool(LEAP_SECOND.search(text)) or text.startswith("0000"),
+    "naive": lambda text: not _is_real(text),
+    "date": lambda text: text.startswith("0000"),
+    "time": lambda text: bool(LEAP_SECOND.search(text)),
+    # RFC 3339 has no sign, no fraction and no gap between units; Pydantic writes all of these. And
+    # no `timedelta` is longer than 999,999,999 days.
+    "duration": lambda text: (
+        text[:1] in "+-" or "." in text or _has_gap(text) or bool(re.search(r"\d{7}", text))
+    ),
+}
+"""By field, the texts that the schema admits and the payload does not, or the other way."""
+
+
+def _is_real(text: str) -> bool:
+    """Whether a calendar has a date and time without an offset, which a pattern cannot say."""
+    try:
+        dt.datetime.fromisoformat(text.upper())
+    except ValueError:
+        return False
+    return True
+
+
+def _has_gap(text: str) -> bool:
+    present = re.sub(r"[^YMDTHS]", "", text)
+    day, _, clock = present.partition("T")
+    return day not in ("", "Y", "YM", "YMD", "M", "MD", "D") or clock not in (
+        "", "H", "HM", "HMS", "M", "MS", "S",
+    )  # fmt: skip
+
+
+FORMS = {
+    "dateTime": r"(\d{4}|2030)-(0[1-9]|1[0-2]|\d\d)-(0[1-9]|[12]\d|\d\d)[Tt _]?"
+    r"([01]\d|\d\d):[0-5]\d(:[0-6]\d)?(\.\d{1,9})?([Zz]|[+-][01]\d:?[0-5]\d)?",
+    "naive": r"2030-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3\d)[Tt ]"
+    r"([01]\d|2\d):[0-5]\d:[0-5]\d(\.\d{1,9})?Z?",
+    "date": r"(\d{4}|2030)-?(0[1-9]|1[0-2]|\d)-?(0[1-9]|[12]\d|3\d|\d)( |T00:00:00)?",
+    "time": r"([01]\d|2\d):[0-5]\d(:[0-6]\d)?(\.\d{1,9})?([Zz]|[+-][012]\d:?[0-5]\d)?",
+    "duration": r"[+-]?P?(\d{1,3}W|(\d{1,3}Y)?(\d{1,3}M)?(\d{1,3}D)?)(T(\d{1,3}H)?(\d{1,3}M)?"
+    r"(\d{1,3}(\.\d)?S)?)?",
+    "uuid": r"(\{|urn:uuid:)?[0-9a-fA-F]{8}-?[0-9a-f]{4}-?[0-9a-f]{4}-?"
+    r"[0-9a-f]{4}-?[0-9A-F]{12}\}?",
+    "decimal": r"[ +-]?\d{0,5}[._]?\d{0,4}([eE]\d)?[ \u0661]?",
+}  # fmt: skip
+CONTROLS = ["2030", "1893456000", "", " ", "now", "１２", "1_000", "NaN", "Infinity", "0x1"]
+TEXTS = {
+    field: st.from_regex(re.compile(form, re.ASCII), fullmatch=True)
+    | st.sampled_from(CONTROLS)
+    | st.text(max_size=12)
+    for field, form in FORMS.items()
+}
+
+
+@pytest.mark.parametrize("field", FORMS)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_a_text_is_admitted_if_and_only_if_the_schema_admits_it(
+    field: str, data: st.DataObject
+) -> None:
+    text = data.draw(TEXTS[field])
+    if any(ord(c) == 0 or 0xD800 <= ord(c) < 0xE000 for c in text):
+        return
+    if not EXCEPTIONS.get(field, lambda _: False)(text):
+        assert admits({field: text}) == VALIDATOR.is_valid({field: text}), text
+
+
+NUMBERS = (
+    st.integers(-(2**63), 2**63 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False, min_value=-1e15, max_value=1e15)
+    | st.integers(-9, 9).map(float)
+    | st.booleans()
+    | st.text(max_size=3)
+    | st.none()
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(field=st.sampled_from(["integer", "positive", "number", "either", "choice"]), value=NUMBERS)
+@example(field="integer", value=1.0)
+@example(field="integer", value=-0.0)
+@example(field="positive", value=1.5)
+def test_a_number_is_admitted_if_and_only_if_the_schema_admits_it(field: str, value: Any) -> None:
+    if not isinstance(value, str) or value.isprintable():
+        assert admits({field: value}) == VALIDATOR.is_valid({field: value}), value
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    payload=st.fixed_dictionaries(
+        {},
+        optional={
+            "marks": st.lists(st.integers(-1, 10) | st.just(1.0) | st.just("1"), max_size=3),
+            "items": st.lists(
+                st.fixed_dictionaries(
+                    {"at": st.sampled_from(["2030-01-31t00:00:00z", "2030", 5])},
+                    optional={"count": NUMBERS, "more": st.just(1)},
+                ),
+                max_size=2,
+            ),
+            "byDay": st.dictionaries(st.sampled_from(["a", "2030"]), st.just(2.0) | NUMBERS),
+            "by_day": st.just({}),
+        },
+    )
+)
+def test_what_is_inside_an_array_or_an_object_follows_the_same_rule(payload: Any) -> None:
+    if "\\u" not in ascii(str(payload)) and "\\x" not in ascii(str(payload)):
+        assert admits(payload) == VALIDATOR.is_valid(payload), payload
+
+
+def test_what_the_handler_gets_is_what_the_text_says() -> None:
+    sent = {
+        "dateTime": "2030-01-31t12:00:00.123456789+05:30",
+        "integer": 3.0,
+        "decimal": "+010.50",
+        "duration": "P1DT2.5S",
+        "byDay": {"2030": 1.0},
+    }
+    admitted = REGISTRY.admit("test.whole", sent)
+    parsed = admitted.payload
+    assert isinstance(parsed, Whole)
+    assert parsed.date_time == dt.datetime.fromisoformat("2030-01-31T06:30:00.123456+00:00")
+    assert (parsed.integer, type(parsed.integer)) == (3, int)
+    assert parsed.decimal == Decimal("10.50")
+    assert parsed.duration == dt.timedelta(days=1, seconds=2.5)
+    assert parsed.by_day == {"2030": 1}
+    # What is stored is what was sent.
+    assert b"123456789+05:30" in admitted.json
+
+
+def test_keys_of_an_object_are_still_read_as_numbers() -> None:
+    class Keyed(Payload):
+        by_number: dict[int, int]
+
+    keyed = JobRegistry([JobType(name="test.keyed", payload=Keyed, example={"byNumber": {}})])
+    parsed = keyed.admit("test.keyed", {"byNumber": {"5": 1.0}}).payload
+    assert isinstance(parsed, Keyed)
+    assert parsed.by_number == {5: 1}
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        Whole(date_time=dt.datetime(2030, 1, 31, 12), decimal=Decimal("1.5")),
+        Whole(time=dt.time(12, 0)),
+    ],
+)
+def test_a_time_in_python_needs_its_offset_too(payload: Whole) -> None:
+    with pytest.raises(PayloadInvalid, match="2030-01-31T12:00:00Z|12:00:00Z"):
+        REGISTRY.admit("test.whole", REGISTRY.request(payload).payload)
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        Whole(decimal=Decimal("1E+5")),
+        Whole(duration=dt.timedelta(days=400, seconds=1.5)),
+        Whole(duration=dt.timedelta(seconds=-5)),
+        Whole(naive=dt.datetime(2030, 1, 31, 12)),
+    ],
+)
+def test_what_a_payload_in_python_is_written_as_is_admitted(payload: Whole) -> None:
+    parsed = REGISTRY.admit("test.whole", REGISTRY.request(payload).payload).payload
+    assert parsed == payload
