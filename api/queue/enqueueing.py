@@ -350,14 +350,14 @@ class Enqueueing(Opening):
     def _insert_within(self, session: Session, jobs: Sequence[NewJob]) -> dict[uuid.UUID, Stored]:
         connection = session.connection()
         stored: dict[uuid.UUID, Stored] = {}
-        former = {
-            (job.type, job.idempotency_key or ""): job for job in self._under_former_names(jobs)
-        }
+        former = self._under_former_names(jobs)
         if former:
-            found = self._store.find_by_key_within(connection, former)
-            stored |= {
-                former[key].id: stored_before(job, former[key]) for key, job in found.items()
-            }
+            keys = {(job.type, job.idempotency_key or "") for job in former}
+            found = self._store.find_by_key_within(connection, keys)
+            for job in former:
+                holder = found.get((job.type, job.idempotency_key or ""))
+                if holder is not None:
+                    stored[job.id] = stored_before(holder, job)
         for _ in range(10):
             missing = [job for job in jobs if job.id not in stored]
             if not missing:

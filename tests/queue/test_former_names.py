@@ -6,8 +6,10 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 
 import pytest
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
 from job_registry import EnqueueRequest, JobPolicy, JobRegistry, JobType, Payload
+from job_registry_api.queue.database import async_url
 from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.errors import IdempotencyConflict
 from job_registry_api.queue.filters import JobFilter
@@ -120,3 +122,17 @@ async def test_a_job_under_the_former_name_is_not_behind_later_ones(
         await after.enqueue(job("note"))
     (first,) = await after.lease(["note"], "w", limit=1)
     assert first.job.id == stored.id
+
+
+async def test_a_key_twice_in_one_transaction_holds_over_both_names(
+    queues: tuple[JobQueue, JobQueue], database_url: str
+) -> None:
+    before, after = queues
+    stored = (await before.enqueue(job("memo", key="k"))).job
+    engine = create_async_engine(async_url(database_url))
+    async with AsyncSession(engine) as session, session.begin():
+        outcomes = await after.enqueue_many([job("note", key="k")] * 2, session=session)
+    await engine.dispose()
+    for each in outcomes:
+        assert not isinstance(each, Exception)
+        assert (each.job.id, each.deduplicated) == (stored.id, True)
