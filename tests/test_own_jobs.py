@@ -30,7 +30,8 @@ def bearer(subject: str, *scopes: str) -> dict[str, str]:
         "iss": "https://i.example",
         "aud": "jobs",
         "sub": subject,
-        "exp": int(time.time()) + 60,
+        # Longer than a slow run of all tests takes: the headers below are made at its start.
+        "exp": int(time.time()) + 86_400,
         "scope": " ".join(scopes or ("jobs:own",)),
     }
     return {"authorization": f"Bearer {jwt.encode(claims, SECRET, 'HS256')}"}

@@ -411,12 +411,16 @@ def _build_indexes(database: Database) -> None:
         async with database.reading() as connection:
             # In autocommit: each statement by itself.
             found = await connection.execute(_INDEXES, {"schema": database.schema})
-            is_valid = {row.name: row.is_valid for row in found}
+            state = {row.name: row for row in found}
             for name, definition in sorted(wanted.items()):
-                if is_valid.get(name):
+                index = state.get(name)
+                if index is not None and index.is_valid:
                     continue
-                if name in is_valid:
-                    await connection.exec_driver_sql(f"DROP INDEX CONCURRENTLY {home}.{name}")
+                if index is not None and not index.is_being_built:
+                    await connection.exec_driver_sql(
+                        f"DROP INDEX CONCURRENTLY IF EXISTS {home}.{name}"
+                    )
+                # Waits for another process that builds an index of this table.
                 await connection.exec_driver_sql(
                     f"CREATE INDEX CONCURRENTLY IF NOT EXISTS {name} ON {home}.{definition}"
                 )
@@ -473,7 +477,9 @@ _SCHEMA_OF_VERSION_TABLE: Final = text(
 )
 
 _INDEXES: Final = text("""
-SELECT pg_class.relname AS name, pg_index.indisvalid AS is_valid
+SELECT pg_class.relname AS name, pg_index.indisvalid AS is_valid,
+    EXISTS (SELECT FROM pg_stat_progress_create_index AS building
+        WHERE building.index_relid = pg_index.indexrelid) AS is_being_built
 FROM pg_index JOIN pg_class ON pg_class.oid = pg_index.indexrelid
 JOIN pg_namespace ON pg_namespace.oid = pg_class.relnamespace
 WHERE pg_namespace.nspname = CAST(:schema AS text)

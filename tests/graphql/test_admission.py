@@ -152,7 +152,7 @@ async def test_a_scope_is_checked_before_variables_are_coerced(visit: Visit) -> 
             answer = await ask(client, bearer("jobs:read"), ENQUEUE, **variables)
             (error,) = answer["errors"]
             assert (error["path"], error["extensions"]) == (["it"], {"code": "forbidden"})
-            assert error["message"] == "This needs the scope jobs:enqueue."
+            assert error["message"] == "This needs the scope jobs:enqueue or jobs:own."
 
 
 async def test_an_operation_with_a_field_that_is_forbidden_does_nothing(visit: Visit) -> None:

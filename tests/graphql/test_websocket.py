@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import AsyncIterator, MutableMapping
 from contextlib import suppress
+from types import SimpleNamespace
 from typing import Any, cast
 
 import httpx
@@ -129,7 +130,10 @@ async def test_a_client_that_says_nothing_is_disconnected(monkeypatch: pytest.Mo
     async def send(message: MutableMapping[str, Any]) -> None:
         sent.append(dict(message))
 
-    scope = {"type": "websocket", "headers": [], "subprotocols": [PROTOCOL]}
+    events = SimpleNamespace(ended=asyncio.Event())
+    state = SimpleNamespace(queue=SimpleNamespace(events=events))
+    app = SimpleNamespace(state=state)
+    scope = {"type": "websocket", "headers": [], "subprotocols": [PROTOCOL], "app": app}
     served = websocket.GraphQLOverWebSocket(
         cast(Any, None),
         Authenticator(None),
