@@ -433,7 +433,10 @@ class Attempt:
                     "job.payload_mismatch",
                     fingerprint=fingerprint,
                     admitted_under=self._job.fingerprint,
-                    violations=[f"{each.path}: {each.message}" for each in invalid.violations[:5]],
+                    violations=[
+                        f"{each.path or 'payload'}: {each.message}"
+                        for each in invalid.violations[:5]
+                    ],
                     exc_info=invalid.__cause__,
                 )
             await self._report_with(

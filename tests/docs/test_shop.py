@@ -134,14 +134,12 @@ async def test_an_order_is_followed_to_its_end_after_a_restart(
         last = None
         async for event in follow(client, stored["job"]):
             last = event
-        assert last == {
-            "name": "job.succeeded",
-            "job": {
-                "status": "SUCCEEDED",
-                "attempt": 2,
-                "result": {"mailed": "busy@example.com"},
-                "error": None,
-            },
+        assert last is not None
+        assert last["job"] == {
+            "status": "SUCCEEDED",
+            "attempt": 2,
+            "result": {"mailed": "busy@example.com"},
+            "error": None,
         }
         await until(client, placed["orderId"], "settled")
         invoice = await client.get(f"/invoices/{placed['orderId']}.pdf")

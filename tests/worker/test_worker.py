@@ -376,13 +376,18 @@ async def test_a_stored_payload_that_todays_schema_refuses_is_not_run(house: Hou
     assert reason.violations[0].path == "/text"
 
 
+@pytest.mark.parametrize(
+    ("payload", "violation"),
+    [
+        ('{"text": 1}', "/text: Expected a string; got 1."),
+        ("[]", "payload: Expected an object; got []."),
+    ],
+)
 async def test_jobs_whose_payload_does_not_fit_are_one_warning_per_type_and_minute(
-    house: House, monkeypatch: pytest.MonkeyPatch
+    house: House, monkeypatch: pytest.MonkeyPatch, payload: str, violation: str
 ) -> None:
     jobs = [await house.enqueue() for _ in range(5)]
-    await asyncio.to_thread(
-        run_sql, house.database_url, """UPDATE job SET payload = '{"text": 1}'"""
-    )
+    await asyncio.to_thread(run_sql, house.database_url, f"UPDATE job SET payload = '{payload}'")
     house.job_type.handler(lambda _job, _payload: None)
     _warned.clear()
     log = logged("job_registry_api.worker.attempt.log", monkeypatch)
@@ -392,7 +397,7 @@ async def test_jobs_whose_payload_does_not_fit_are_one_warning_per_type_and_minu
     (warning,) = [json.loads(line) for line in log.getvalue().decode().splitlines()]
     assert (warning["event"], warning["type"]) == ("job.payload_mismatch", "work")
     assert warning["fingerprint"] == house.job_type.fingerprint
-    assert warning["violations"] == ["/text: Expected a string; got 1."]
+    assert warning["violations"] == [violation]
 
 
 def logged(name: str, monkeypatch: pytest.MonkeyPatch) -> io.BytesIO:
