@@ -166,7 +166,8 @@ class JobTypeVersion:
     )
     last_worker_at: datetime | None = strawberry.field(
         description="When a worker with this fingerprint was last seen. Null if none was in the"
-        " last 30 days."
+        " last 30 days. Of the fingerprints that remote workers name, those in"
+        " `readableFingerprints` are recorded."
     )
 
     @classmethod

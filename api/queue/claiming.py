@@ -26,9 +26,6 @@ from job_registry_api.queue.store import Claim, Store
 WORKER_SEEN_SECONDS: Final = 10.0
 """How often a process records in the database that it runs a type."""
 
-MAX_SEEN: Final = 10_000
-"""How many types and versions of types a process remembers that it has recorded."""
-
 Readable = Mapping[str, tuple[str, ...]]
 """For types, the fingerprints under which a job must have been admitted for a caller to read it."""
 
@@ -230,13 +227,18 @@ class Claiming:
         if readable is None:
             versions = set(self._fingerprints(types).items())
         else:
-            versions = {(name, each) for name, some in readable.items() for each in some}
+            # Only those that this process knows: a worker may name any, and each is a row.
+            versions = {
+                (name, each)
+                for name, some in readable.items()
+                for each in {*self._registry.get_type(name).readable_fingerprints}.intersection(
+                    some
+                )
+            }
         stale = [t for t in types if self._is_stale(t, now)]
         unseen = [each for each in versions if self._is_stale("\0".join(each), now)]
         if stale or unseen:
             self._seen |= dict.fromkeys([*stale, *map("\0".join, unseen)], now)
-            if len(self._seen) > MAX_SEEN:  # Remote workers may name any fingerprints.
-                self._seen = {key: at for key, at in self._seen.items() if at == now}
             former = self._former(stale)
             stored = [*stale, *(name for names in former.values() for name in names)]
             await self._store.see_worker(stored, unseen)

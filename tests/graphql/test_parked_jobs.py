@@ -179,6 +179,17 @@ async def test_a_wrong_fingerprint_is_named(
     assert result["violations"] == [{"path": "/fingerprints", "code": code}]
 
 
+async def test_an_invented_fingerprint_is_not_recorded(
+    http: httpx.AsyncClient, registry: JobRegistry
+) -> None:
+    known = registry["test.ping"].readable_fingerprints[0]
+    named = [{"type": "test.ping", "fingerprint": each} for each in (known, "0" * 64)]
+    await graphql(http, LEASE, fingerprints=named)
+    query = '{ jobType(jobType: "test.ping") { ... on JobType { versions { fingerprint } } } }'
+    versions = (await graphql(http, query))["versions"]
+    assert [each["fingerprint"] for each in versions] == [known]
+
+
 async def test_types_that_the_server_does_not_know_are_listed_to_who_may_see_them(
     visit: Any, database_url: str
 ) -> None:
