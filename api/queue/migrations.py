@@ -11,6 +11,7 @@ whether it can use a database that a newer version has migrated.
 from __future__ import annotations
 
 import asyncio
+import random
 import re
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from sqlalchemy import Connection, inspect, text
 from job_registry_api import defaults
 from job_registry_api.queue.database import Database, Pooler, quoted
 from job_registry_api.queue.databases import file_of, open_database
-from job_registry_api.queue.driver_errors import unavailable
+from job_registry_api.queue.driver_errors import Transient, unavailable
 from job_registry_api.queue.errors import QueueUnavailable
 from job_registry_api.queue.models import METADATA
 
@@ -46,6 +47,11 @@ WITHOUT_SCHEMA: Final = "0001"
 _PACKAGE: Final = Path(__file__).resolve().parent.parent
 _INSTALLED: Final = _PACKAGE / "_alembic"
 _SCRIPTS: Final = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parent / "alembic"
+
+BUILDING_PAUSE_SECONDS: Final = 0.2
+"""How long a process waits before it looks again at indexes that another one builds."""
+
+MAX_BUILD_CONFLICTS: Final = 20
 
 INSUFFICIENT_PRIVILEGE: Final = "42501"
 
@@ -407,23 +413,37 @@ def _build_indexes(database: Database) -> None:
     for script in ScriptDirectory(str(_SCRIPTS)).walk_revisions():
         wanted |= getattr(script.module, "concurrent_indexes", {})
 
-    async def run() -> None:
+    async def build_next() -> bool:
+        """Build one index, or wait for another process that builds one. False: all are there."""
         async with database.reading() as connection:
             # In autocommit: each statement by itself.
             found = await connection.execute(_INDEXES, {"schema": database.schema})
             state = {row.name: row for row in found}
-            for name, definition in sorted(wanted.items()):
-                index = state.get(name)
-                if index is not None and index.is_valid:
-                    continue
-                if index is not None and not index.is_being_built:
-                    await connection.exec_driver_sql(
-                        f"DROP INDEX CONCURRENTLY IF EXISTS {home}.{name}"
-                    )
-                # Waits for another process that builds an index of this table.
-                await connection.exec_driver_sql(
-                    f"CREATE INDEX CONCURRENTLY IF NOT EXISTS {name} ON {home}.{definition}"
-                )
+            missing = [n for n in sorted(wanted) if n not in state or not state[n].is_valid]
+            if not missing:
+                return False
+            if any(name in state and state[name].is_being_built for name in missing):
+                await asyncio.sleep(BUILDING_PAUSE_SECONDS)
+                return True
+            name = missing[0]
+            await connection.exec_driver_sql(f"DROP INDEX CONCURRENTLY IF EXISTS {home}.{name}")
+            await connection.exec_driver_sql(
+                f"CREATE INDEX CONCURRENTLY IF NOT EXISTS {name} ON {home}.{wanted[name]}"
+            )
+        return True
+
+    async def run() -> None:
+        conflicts, goes_on = 0, True
+        while goes_on:
+            try:
+                goes_on = await build_next()
+            except Transient:
+                conflicts += 1
+                if conflicts > MAX_BUILD_CONFLICTS:
+                    raise
+                # Two processes that begin at the same moment wait for each other, and PostgreSQL
+                # ends one of them. What it leaves behind is not valid, and is built again.
+                await asyncio.sleep(BUILDING_PAUSE_SECONDS * (1 + random.random()))
 
     with _refusals():
         _run(database, run)
