@@ -231,8 +231,8 @@ class Worker:
             self._keeper.start()
             self.started.set()
             log.info("worker.started", worker_id=self.worker_id, types=list(self.types))
-            await log_unregistered_types(self._queue)
             try:
+                await log_unregistered_types(self._queue)
                 with (
                     self._queue.events.on_cancel_requested(self._cancel),
                     tasks_of_handlers_contained(),

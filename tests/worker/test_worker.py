@@ -566,6 +566,8 @@ async def test_a_worker_that_is_cancelled_releases_its_jobs_and_leases_no_more(
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await asyncio.wait_for(running, 10)
+    # If the worker was cancelled in the middle of its claim, the queue gives the job back.
+    await house.until(first, JobStatus.QUEUED)
     assert await house.outcomes(first) == ["released"]
     second = await house.enqueue()
     await asyncio.sleep(0.3)
