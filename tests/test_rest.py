@@ -24,7 +24,7 @@ from tests.test_auth import AUTH, bearer
 
 pytestmark = pytest.mark.any_database
 
-CASES = int(os.environ.get("TEST_REQUESTS", "25"))
+CASES = int(os.environ.get("TEST_REQUESTS", "10"))
 """How many requests for each operation of the description."""
 
 PAYOUT = {"type": "payout.execute", "payload": {"batchId": "b-1", "escrowId": "e-1"}}

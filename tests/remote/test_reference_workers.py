@@ -164,6 +164,7 @@ async def ended(process: asyncio.subprocess.Process, *, within: float) -> int:
     return await asyncio.wait_for(process.wait(), within)
 
 
+@pytest.mark.slow
 async def test_five_jobs_at_once_outlast_their_leases(url: str, start: Start) -> None:
     async with server_of(url) as server:
         jobs = [await enqueue(server, f"b-{n}") for n in range(5)]
@@ -190,6 +191,7 @@ async def test_each_end_of_a_handler_is_reported_as_such(url: str, start: Start)
         assert (job["status"], job["attempt"], outcomes(job)) == ("queued", 0, ["snoozed"])
 
 
+@pytest.mark.slow
 async def test_a_cancelled_job_is_stopped(url: str, start: Start) -> None:
     async with server_of(url) as server:
         job_id = await enqueue(server, "b-1")
@@ -200,6 +202,7 @@ async def test_a_cancelled_job_is_stopped(url: str, start: Start) -> None:
         assert outcomes(job) == ["cancelled"]
 
 
+@pytest.mark.slow
 async def test_an_attempt_that_times_out_is_reported_in_time(
     url: str, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -229,6 +232,7 @@ async def test_a_worker_that_ends_releases_its_job(url: str, start: Start) -> No
         assert (job["status"], job["attempt"], outcomes(job)) == ("queued", 0, ["released"])
 
 
+@pytest.mark.slow
 async def test_a_worker_ends_in_the_middle_of_a_long_poll(url: str, start: Start) -> None:
     async with server_of(url) as server:
         warm = await enqueue(server, "b-1")
@@ -241,6 +245,7 @@ async def test_a_worker_ends_in_the_middle_of_a_long_poll(url: str, start: Start
         assert lease["job"] == {"id": job_id, "attempt": 1}
 
 
+@pytest.mark.slow
 async def test_workers_that_end_while_jobs_come_lose_none(url: str, start: Start) -> None:
     async with server_of(url) as server:
         warm = await enqueue(server, "b-1")
@@ -276,6 +281,7 @@ async def test_a_result_that_is_refused_fails_the_job(url: str, tmp_path: Path) 
         assert await ended(process, within=4) == 0
 
 
+@pytest.mark.slow
 async def test_a_server_that_is_killed_and_started_again_costs_no_attempt(
     url: str, start: Start
 ) -> None:
@@ -299,6 +305,7 @@ async def test_a_server_that_is_killed_and_started_again_costs_no_attempt(
                 assert outcomes(job) == ["succeeded"]
 
 
+@pytest.mark.slow
 async def test_a_worker_that_lost_its_lease_drops_the_job(url: str, start: Start) -> None:
     async with server_of(url) as server:
         job_id = await enqueue(server, "b-1")
