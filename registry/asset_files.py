@@ -67,14 +67,9 @@ class AssetFiles:
         path = f"{self._name}/{name}"
         target = f"{self._root}/{path}"
         if self._local:
-            self._stay_inside(posixpath.dirname(target))
-            _make_private_folder(Path(target).parent)
-            _remove_abandoned(Path(posixpath.dirname(target)))
-            partial = Path(f"{target}.{os.getpid()}.{os.urandom(4).hex()}.partial")
+            file, partial = self._begin_partial(target)
             try:
-                # Only the owner may read it, whatever the umask: a picture may be of anything.
-                private = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-                with os.fdopen(private, "wb") as file:
+                with file:
                     file.write(content)
                     file.flush()
                     os.fsync(file.fileno())
@@ -91,13 +86,20 @@ class AssetFiles:
         """Open a file for a picture that is being received. `discard` ends it, kept or not."""
         if not self._local:
             return Incoming(tempfile.TemporaryFile(), None)
-        folder = Path(f"{self._root}/{self._name}").parent
+        return Incoming(*self._begin_partial(f"{self._root}/{self._name}"))
+
+    def _begin_partial(self, target: str) -> tuple[BinaryIO, Path]:
+        """Create a file beside `target`, to be moved there once it is whole, and return its path.
+
+        Only the owner may read it, whatever the umask: a picture may be of anything.
+        """
+        folder = Path(target).parent
         self._stay_inside(str(folder))
         _make_private_folder(folder)
         _remove_abandoned(folder)
-        partial = Path(f"{self._root}/{self._name}.{os.getpid()}.{os.urandom(4).hex()}.partial")
+        partial = Path(f"{target}.{os.getpid()}.{os.urandom(4).hex()}.partial")
         private = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        return Incoming(os.fdopen(private, "w+b"), partial)
+        return os.fdopen(private, "w+b"), partial
 
     def discard(self, incoming: Incoming) -> None:
         """Close a file that was received. What `keep` has kept stays."""
