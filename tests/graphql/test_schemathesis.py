@@ -11,13 +11,12 @@ from typing import Any
 
 import schemathesis
 from graphql import parse_value
-from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from schemathesis.core.result import Ok
 from schemathesis.graphql import nodes
 
 from tests.graphql.test_inputs import literal
 from tests.http_client import serving
+from tests.random_requests import send_for_each_operation
 
 DOCUMENTS = int(os.environ.get("TEST_DOCUMENTS", "15"))
 """How many for each field of Query and Mutation."""
@@ -43,30 +42,16 @@ async def test_no_document_breaks_the_server_or_makes_it_tell_its_insides(
 
 def send_documents(url: str) -> list[str]:
     """Sends random documents for each field, and checks the answers; gives the fields."""
-    fields = []
-    for found in schemathesis.graphql.from_url(url).get_all_operations():
-        assert isinstance(found, Ok), found
-        operation = found.ok()
-        fields.append(operation.label)
 
-        @settings(
-            max_examples=DOCUMENTS,
-            database=None,
-            deadline=None,
-            phases=[Phase.generate],
-            suppress_health_check=list(HealthCheck),
-        )
-        @given(case=operation.as_strategy())
-        def check(case: Any) -> None:
-            response = case.call()
-            assert response.status_code < 500, case.body
-            answer = response.json()
-            assert answer.keys() <= {"data", "errors"}
-            for error in answer.get("errors", ()):
-                assert error.get("extensions", {}).get("code") != "internal_error", case.body
-                assert not any(
-                    leak in str(error) for leak in ("Traceback", "sqlalchemy", "asyncpg", ".py")
-                ), error
+    def check(case: Any) -> None:
+        response = case.call()
+        assert response.status_code < 500, case.body
+        answer = response.json()
+        assert answer.keys() <= {"data", "errors"}
+        for error in answer.get("errors", ()):
+            assert error.get("extensions", {}).get("code") != "internal_error", case.body
+            assert not any(
+                leak in str(error) for leak in ("Traceback", "sqlalchemy", "asyncpg", ".py")
+            ), error
 
-        check()
-    return fields
+    return send_for_each_operation(schemathesis.graphql.from_url(url), DOCUMENTS, check)
