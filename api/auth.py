@@ -20,7 +20,7 @@ import jwt
 from pydantic import JsonValue
 from starlette.types import Scope
 
-from job_registry import CodedError
+from job_registry import CodedError, JobRegistry
 from job_registry.errors import shortened
 from job_registry.job_type import is_type_name
 from job_registry.json_values import text_fault
@@ -157,6 +157,18 @@ class Caller:
         for job_type in job_types:
             if not self.may_see(job_type):
                 raise Forbidden(f"This token does not allow jobs of type {shortened(job_type)}.")
+
+    def types_to_list(self, wanted: Sequence[str], registry: JobRegistry) -> tuple[str, ...]:
+        """Return the types to list jobs of, if these are wanted; empty if all are.
+
+        Raises:
+            Forbidden: the token is limited to other types.
+        """
+        self.need_types(wanted)
+        if wanted or self.job_types is None:
+            return tuple(wanted)
+        # An empty tuple would restrict nothing, and every job has a type with a name.
+        return tuple(sorted({registry.current_name(name) for name in self.job_types})) or ("",)
 
     @property
     def others_jobs(self) -> OthersJobs:

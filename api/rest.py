@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from job_registry import CodedError, EnqueueRequest, JobTypeNotFound, PayloadInvalid, Violation
 from job_registry.errors import FaultBudget, shortened
-from job_registry.json_values import MAX_POINTER, MAX_VIOLATIONS, NotJson, pointer
+from job_registry.json_values import MAX_VIOLATIONS, NotJson, pointer_of
 from job_registry.wire_text import parse_date_time
 from job_registry_api import auth, openapi
 from job_registry_api.answer_text import json_in_pieces
@@ -261,12 +261,7 @@ async def list_jobs(request: _Request) -> _Answer:
     caller = request.caller
     caller.need("jobs:own", "jobs:read")
     wanted = _wanted_page(request.scope["query_string"])
-    caller.need_types(wanted.filter.types)
-    types = wanted.filter.types
-    if not types and caller.job_types is not None:
-        # No types is no restriction, and no job has a type without a name.
-        current = request.queue.registry.current_name
-        types = tuple(sorted({current(name) for name in caller.job_types})) or ("",)
+    types = caller.types_to_list(wanted.filter.types, request.queue.registry)
     page = await request.queue.list(
         replace(wanted.filter, types=types),
         first=wanted.first,
@@ -441,8 +436,7 @@ def _wanted_page(query_string: bytes) -> _WantedPage:
                     faults.append(Violation("/after", "invalid_format", message))
             case _:
                 message = f"There is no parameter {shortened(name)}. Expected {_PARAMETERS}."
-                at = pointer("", name) if len(name) <= MAX_POINTER else ""
-                faults.append(Violation(at, "unknown_field", message))
+                faults.append(Violation(pointer_of([name]), "unknown_field", message))
     if faults:
         raise InputInvalid(tuple(faults))
     others = [(name, value) for name, value in given if name != "after"]
@@ -461,11 +455,7 @@ def _bulk_of(value: JsonValue, most: int) -> tuple[list[JsonValue], bool]:
         message = f'Expected an object such as {{"jobs": [...]}}; got {shortened(value)}.'
         raise InputInvalid((Violation("/jobs", "wrong_type", message),))
     faults = [
-        Violation(
-            pointer("", name) if len(name) <= MAX_POINTER else "",
-            "unknown_field",
-            f"There is no field {shortened(name)}.",
-        )
+        Violation(pointer_of([name]), "unknown_field", f"There is no field {shortened(name)}.")
         for name in islice((name for name in value if name not in ("jobs", "atomic")), 100)
     ]
     atomic = value.get("atomic", False)
@@ -486,7 +476,8 @@ def _requests_of(jobs: list[JsonValue], budget: FaultBudget) -> list[EnqueueRequ
     """Return the requests of a bulk.
 
     Raises:
-        InputInvalid: a job is no object with the fields of a request; it lists the first faults.
+        InputInvalid: a job is not an object with the fields of a request; it lists the first
+            faults.
     """
     requests: list[EnqueueRequest] = []
     faults: list[Violation] = []

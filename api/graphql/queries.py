@@ -223,13 +223,8 @@ class Query:
         ] = None,
     ) -> JobConnection | None:
         wanted = filter.filter() if filter else JobFilter()
-        caller = context_of(info).caller
-        caller.need_types(wanted.types)
-        if not wanted.types and caller.job_types is not None:
-            # No types is no restriction, and no job has a type without a name.
-            current = context_of(info).queue.registry.current_name
-            types = tuple(sorted({current(name) for name in caller.job_types})) or ("",)
-            wanted = replace(wanted, types=types)
+        caller, registry = context_of(info).caller, context_of(info).queue.registry
+        wanted = replace(wanted, types=caller.types_to_list(wanted.types, registry))
         budget, of_each = context_of(info).budget, selected(info)
         fields = FIELDS_PER_JOB + of_each.fields
         async with budget.reading:
