@@ -29,7 +29,7 @@ log = structlog.get_logger("job_registry.uploads")
 
 
 class AssetInvalid(CodedError):
-    """Raised when what was sent is not what its Content-Type says, or its place is no place."""
+    """Raised when what was sent is not what its Content-Type says, or its place is not valid."""
 
     code = "asset_invalid"
 

@@ -22,7 +22,7 @@ MAX_POINTER: Final = 2_000
 
 _MAX_INT: Final = 2**63 - 1
 _MIN_INT: Final = -(2**63)
-# NUL cannot be stored in PostgreSQL's text and JSONB; a lone surrogate is no Unicode text.
+# NUL cannot be stored in PostgreSQL's text and JSONB; a lone surrogate is not Unicode text.
 _BAD_TEXT: Final = re.compile("[\x00\ud800-\udfff]")
 
 

@@ -82,7 +82,7 @@ class _JsonSchema(GenerateJsonSchema):
         return {**super().date_schema(schema), **_time_bounds(schema)}
 
     def datetime_schema(self, schema: core_schema.DatetimeSchema) -> JsonSchemaValue:
-        """Return the format and the bounds. Without an offset it is no `date-time`."""
+        """Return the format and the bounds. Without an offset it is not a `date-time`."""
         described = super().datetime_schema(schema)
         if schema.get("tz_constraint") == "naive":
             described = {"type": "string", "pattern": NAIVE}
@@ -102,7 +102,7 @@ class _JsonSchema(GenerateJsonSchema):
         return {**super().url_schema(schema), **({"schemes": sorted(schemes)} if schemes else {})}
 
     def dict_schema(self, schema: core_schema.DictSchema) -> JsonSchemaValue:
-        """Say which names are refused, also where the keys are no strings in Python."""
+        """Say which names are refused, also where the keys are not strings in Python."""
         described = super().dict_schema(schema)
         if "patternProperties" in described:
             described["additionalProperties"] = False

@@ -144,7 +144,7 @@ def github_annotations(compared: Sequence[Compared], queue: Queue | None) -> Ite
 def _annotation(level: Level, title: str, message: str, file: str | None) -> str:
     """Return a workflow command, escaped as GitHub's own toolkit does it."""
     command = "error" if level is Level.BREAKING else "warning"
-    # A URL is no file of the repository.
+    # A URL is not a file of the repository.
     place = "" if file is None or "://" in file else f"file={_property(file)},"
     return f"::{command} {place}title={_property(title)}::{_data(message)}"
 

@@ -33,7 +33,7 @@ _MEMBERS: Final = ("documentId", "doc_id")
 
 
 class ManifestInvalid(ValueError):
-    """Raised when a file is no manifest of documents, with a sentence for the operator."""
+    """Raised when a file is not a manifest of documents, with a sentence for the operator."""
 
 
 class Named(NamedTuple):
@@ -129,7 +129,7 @@ def read_manifest(path: Path) -> dict[str, str]:
     `operations`.
 
     Raises:
-        ManifestInvalid: the file cannot be read, or it is no manifest.
+        ManifestInvalid: the file cannot be read, or it is not a manifest.
     """
     try:
         if path.stat().st_size > MAX_MANIFEST_BYTES:

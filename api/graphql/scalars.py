@@ -78,7 +78,7 @@ def _as_is(value: object) -> object:
 def _json_of_literal(node: ValueNode, coerced: dict[str, Any] | None = None) -> Any:
     """Return the JSON of a literal. Variables in it have the values that the client sent.
 
-    GraphQL coerces variables to values in Python, such as the members of enums, which are no JSON.
+    GraphQL coerces variables to values in Python, such as the members of enums, which are not JSON.
     As in an input object, an entry whose variable is absent is left out; in a list it is null.
     """
     value = _literal(node, coerced)

@@ -73,7 +73,7 @@ def sdl(registry: JobRegistry) -> str:
 
 
 def bare_sdl(registry: JobRegistry) -> str:
-    """Return the schema as `sdl` does, without descriptions: they are no part of the contract."""
+    """Return the schema as `sdl` does, without descriptions: they are not part of the contract."""
     document = parse(sdl(registry), no_location=True)
     return print_ast(visit(document, _WithoutDescriptions())) + "\n"
 
