@@ -88,6 +88,7 @@ class Bounds:
     idle_seconds: float
     unread_seconds: float
     body_bytes: int
+    upload_bytes: int
 
 
 class ServerConfig(uvicorn.Config):
@@ -119,6 +120,7 @@ def bounds_of(settings: Settings) -> Bounds:
         idle_seconds=settings.idle_timeout_seconds,
         unread_seconds=settings.unread_timeout_seconds,
         body_bytes=settings.max_body_bytes,
+        upload_bytes=settings.max_upload_bytes,
     )
 
 
@@ -246,6 +248,7 @@ class HTTPConnection(HttpToolsProtocol):
         self._unread = _Unread()
         self._wire_bytes = 0
         self._head_bytes = 0
+        self._body_bytes = 0
         self._refusal: HTTPStatus | None = None
         self._is_ending = False
         self._ignored_bytes = 0
@@ -281,10 +284,11 @@ class HTTPConnection(HttpToolsProtocol):
             return
         if self._phase is _Phase.HEAD and self._wire_bytes > MAX_HEAD_BYTES:
             self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
-        # Chunks have their own overhead, and a body is read to its end after its response.
-        elif (
-            self._phase is _Phase.BODY
-            and self._wire_bytes > self._bounds.body_bytes + MAX_HEAD_BYTES
+        # Chunks have their own overhead, and a body is read to its end after its response. What
+        # takes the body bounds it more tightly.
+        elif self._phase is _Phase.BODY and (
+            self._body_bytes > max(self._bounds.body_bytes, self._bounds.upload_bytes)
+            or self._wire_bytes - self._body_bytes > self._bounds.body_bytes + MAX_HEAD_BYTES
         ):
             self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
 
@@ -293,7 +297,7 @@ class HTTPConnection(HttpToolsProtocol):
         super().on_message_begin()
         self._phase = _Phase.HEAD
         self._deadline = self.loop.time() + self._bounds.header_seconds
-        self._wire_bytes = self._head_bytes = 0
+        self._wire_bytes = self._head_bytes = self._body_bytes = 0
 
     def on_url(self, url: bytes) -> None:
         """Count a part of the path."""
@@ -317,6 +321,11 @@ class HTTPConnection(HttpToolsProtocol):
         self._phase = _Phase.BODY
         self._deadline = self.loop.time() + self._bounds.body_seconds
         self._open.is_busy(self)
+
+    def on_body(self, body: bytes) -> None:
+        """Count a piece of the body."""
+        self._body_bytes += len(body)
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         """Stop the clock: the client has sent its request."""
