@@ -84,7 +84,7 @@ def unpark(type_names: TypeNames = None, as_json: AsJson = False) -> None:
 
 
 def _known(registry: JobRegistry, type_names: list[str] | None, as_json: bool) -> list[str]:
-    """Return the names of today. Ends the command if there is no such type."""
+    """Return the current names. Ends the command if there is no such type."""
     try:
         return [registry.get_type(name).name for name in type_names or registry]
     except JobTypeNotFound as unknown:
