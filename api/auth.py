@@ -475,7 +475,7 @@ def _token_verifier(settings: Settings) -> TokenVerifier | None:
 
 
 def _digest(token: str) -> bytes:
-    """Return the key of a token in the cache, which then holds no token and keys of one length."""
+    """Return the key of a token in the cache: the cache holds no tokens, and keys of one length."""
     return hashlib.sha256(token.encode()).digest()
 
 

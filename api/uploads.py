@@ -1,4 +1,4 @@
-"""Uploads: pictures for `thumbnail.create` come in by `POST /assets/{assetId}/{versionNumber}`."""
+"""Uploads of pictures for `thumbnail.create`: `POST /assets/{assetId}/{versionNumber}`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FORMATS: Final[Mapping[str, tuple[str, tuple[bytes, ...]]]] = {
     "image/webp": ("webp", (b"RIFF",)),
     "image/gif": ("gif", (b"GIF87a", b"GIF89a")),
 }
-"""The Content-Types that are taken: the extension of the file, and how its content begins."""
+"""The accepted Content-Types: the extension of the file, and how its content begins."""
 
 _ASSET_ID: Final[TypeAdapter[str]] = TypeAdapter(AssetId)
 _VERSION: Final[TypeAdapter[int]] = TypeAdapter(VersionNumber)
@@ -29,7 +29,7 @@ log = structlog.get_logger("job_registry.uploads")
 
 
 class AssetInvalid(CodedError):
-    """Raised when what was sent is not what its Content-Type says, or its place is not valid."""
+    """Raised when the content does not match its Content-Type, or its place is not valid."""
 
     code = "asset_invalid"
 
@@ -57,7 +57,7 @@ class AssetsUnavailable(CodedError):
     code = "assets_unavailable"
 
     def __init__(self) -> None:
-        super().__init__("The storage of the assets does not work now. Send the request again.")
+        super().__init__("The storage of the assets is not available. Send the request again.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +97,12 @@ class Uploads:
                 " letters, digits, _, - and ., which does not start with a ., and a whole number"
                 " from 1."
             ) from None
-        # Here, because the start of a server should not pay for it.
+        # Imported here, so that the start of a server does not load it.
         from job_registry.asset_files import AssetFiles
 
         try:
             files = AssetFiles(self.assets, asset, version)
-            # In threads: a disk or a bucket may take its time.
+            # In threads, because a disk or a bucket may be slow.
             incoming = await asyncio.to_thread(files.begin)
             try:
                 size = await self._receive(incoming.file, content, signatures, media_type)

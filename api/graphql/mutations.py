@@ -1,4 +1,4 @@
-"""Mutations: enqueue, cancel and retry jobs, and work them remotely.
+"""Mutations: enqueue, cancel and retry jobs, and run them as a remote worker.
 
 `enqueue`, whose input depends on the job types, is in `typed_mutation`.
 """

@@ -19,8 +19,8 @@ from job_registry_api.graphql.context import Context, context_of
 from job_registry_api.queue import claiming, models, reading
 
 READERS: Final[tuple[AccessScope, ...]] = ("jobs:read", "jobs:work")
-"""Who may read what became of a job. A caller who may only enqueue can reach a job that another
-caller stored: by its idempotency key and payload."""
+"""Who may read the result and the errors of a job. A caller who may only enqueue can reach a job
+that another caller stored: by its idempotency key and payload."""
 
 
 @strawberry.enum(description="The state of a job.")

@@ -68,7 +68,7 @@ AHEAD_LIMIT: Final = 1_000
 """How many jobs ahead are counted at most. Beyond that the exact number is not useful."""
 
 COUNTED_JOBS: Final = 10_000
-"""How many jobs of a type are counted at most to tell its versions."""
+"""How many jobs of a type are counted at most for its versions."""
 
 WAITS_ENDED: Final = "worker.stopped_waiting"
 """The event of a worker that waits for no more jobs."""
