@@ -111,7 +111,7 @@ class Query:
 
     @strawberry.field(
         extensions=[Requires("jobs:read")],
-        description="The job types that the queue has jobs of and that this server does not know,"
+        description="The job types that have jobs in the queue and that this server does not know,"
         " sorted by name. Another process may know them.",
     )
     async def unregistered_types(self, info: Info) -> list[UnregisteredType] | None:
