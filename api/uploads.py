@@ -28,7 +28,7 @@ STORAGE_SECONDS: Final = 60.0
 """How long one step of the storage may take, such as to send a picture to a bucket."""
 
 STORAGE_THREADS: Final = 8
-"""How many steps of the storage run at once. Those of a storage that hangs occupy no others."""
+"""How many steps of the storage run at once, in threads of their own: if it hangs, only they do."""
 
 _ASSET_ID: Final[TypeAdapter[str]] = TypeAdapter(AssetId)
 _VERSION: Final[TypeAdapter[int]] = TypeAdapter(VersionNumber)
@@ -62,7 +62,7 @@ class AssetExists(CodedError):
 
 
 class AssetsUnavailable(CodedError):
-    """Raised when the storage of the assets fails. The reason is in the log."""
+    """Raised when the storage of the assets fails or takes too long. The log has the reason."""
 
     code = "assets_unavailable"
 
