@@ -53,10 +53,10 @@ MAX_FRAGMENTS: Final = 1_000
 """Fragments per WebSocket message: empty ones are free of the limit of its size."""
 
 PIECE: Final = 16_384
-"""How many bytes of WebSocket frames are parsed before other connections take their turn."""
+"""How many bytes of WebSocket frames are parsed before other connections are served."""
 
 MIN_READ: Final = 262_144
-"""What a client has to read of an answer within the time to read it, or all that is left."""
+"""Bytes of an answer that a client has to read within the time limit, or all that is left."""
 
 YIELD_SECONDS: Final = 3.0
 """How long an answer may be unread before its connection may be ended for a new one."""
@@ -64,10 +64,10 @@ YIELD_SECONDS: Final = 3.0
 SWEEP_SECONDS: Final = 0.25
 LINGER_SECONDS: Final = 1.0
 LINGER_BYTES: Final = 8_388_608
-"""How long a connection that broke a bound is still read and ignored, and how much of it.
+"""How long, and how many bytes, a connection that exceeded a limit is still read and ignored.
 
-Closed while its client still sends, a connection is reset, and the client loses the answer
-(RFC 9112, section 9.6).
+If it were closed while its client still sends, it would be reset, and the client would lose the
+answer (RFC 9112, section 9.6).
 """
 
 CLOSE_SECONDS: Final = 5.0
@@ -268,7 +268,7 @@ class HTTPConnection(HttpToolsProtocol):
         """Forget the connection."""
         self._open.remove(self)
         if self.cycle is not None:
-            self.cycle.transport = self.transport  # No circle of references is left.
+            self.cycle.transport = self.transport  # No cycle of references is left.
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
