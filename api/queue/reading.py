@@ -273,6 +273,23 @@ class Reading(Opening):
         self.check_open()
         return await self._get(parse_job_id(job_id), owner)
 
+    async def get_many(
+        self,
+        job_ids: Iterable[uuid.UUID],
+        *,
+        owner: Owner | None = None,
+        max_bytes: int | None = None,
+    ) -> JobPage:
+        """Return the jobs with these ids, in any order. `owner` is that of `get`.
+
+        It stops early before the job with which the weight of all would exceed `max_bytes`.
+        """
+        self.check_open()
+        page = await self._read_page(await self._store.list_many(job_ids, owner), max_bytes)
+        return JobPage(
+            page.jobs, has_next_page=False, stopped_early=not page.is_whole, weight=page.weight
+        )
+
     async def _get(self, job_id: uuid.UUID, owner: Owner | None = None) -> JobRecord:
         job = await self._store.get(job_id, owner)
         if job is None:
@@ -491,7 +508,7 @@ class Reading(Opening):
             message = "Expected either first or last; got both."
             yield Violation("/last", "conflicting", message)
 
-    def _as_stored(self, wanted: JobFilter, faults: list[Violation]) -> JobFilter | None:
+    def _as_stored(self, wanted: JobFilter, faults: Sequence[Violation]) -> JobFilter | None:
         """Return the filter with the names under which jobs are stored. None: it finds no jobs.
 
         Raises:

@@ -632,6 +632,11 @@ class Store(ABC):
             page = unfiltered(types, statuses, part)
         return [self._listed_of(row) for row in await self._select(page)]
 
+    async def list_many(self, job_ids: Iterable[uuid.UUID], owner: Owner | None) -> list[Listed]:
+        """Return the jobs of the owner with these ids, without what is large."""
+        query = listed().where(col(Job.id).in_(list(job_ids)), *owned_by(owner))
+        return [self._listed_of(row) for row in await self._select(query)]
+
     async def count_all(self, wanted: JobFilter) -> int:
         """Return how many jobs of these types and statuses there are. Few rows are read."""
         jobs = func.coalesce(func.sum(JobCount.jobs), 0).label("jobs")
