@@ -123,7 +123,7 @@ async def test_on_sqlite_a_page_of_jobs_reads_indexes_and_sorts_no_more_than_pag
     sqlite_template: Path,
     registry: JobRegistry,
     wanted: JobFilter,
-    size: dict[str, int],
+    size: dict[str, Any],
 ) -> None:
     shutil.copy(sqlite_template, tmp_path / "jobs.db")
     database = open_database(f"sqlite:///{tmp_path / 'jobs.db'}", timeout_seconds=None)
@@ -141,7 +141,7 @@ async def test_on_sqlite_a_page_of_jobs_reads_indexes_and_sorts_no_more_than_pag
 
 
 async def explained(
-    database: Database, registry: JobRegistry, wanted: JobFilter, explain: str, **size: int
+    database: Database, registry: JobRegistry, wanted: JobFilter, explain: str, **size: Any
 ) -> list[Any]:
     """The plan of the query that `list_jobs` runs."""
     ran: list[tuple[str, Any]] = []
