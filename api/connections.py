@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import resource
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from http import HTTPStatus
@@ -17,9 +18,11 @@ import structlog
 import uvicorn
 from pydantic_core import to_json
 from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.websockets import WebSocketDisconnect
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from uvicorn.server import ServerState
+from websockets.exceptions import InvalidState
 from websockets.frames import Frame
 from websockets.http11 import Request
 
@@ -28,6 +31,7 @@ from job_registry_api.http_messages import (
     HEALTH_PATHS,
     MAX_UNADMITTED_MESSAGE,
     WEBSOCKET_ADMISSION,
+    WEBSOCKET_TEXTS,
     error_content,
     respond_json,
 )
@@ -559,6 +563,7 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
             self.scope["extensions"] = {
                 **(self.scope.get("extensions") or {}),
                 WEBSOCKET_ADMISSION: {"admit": self.admit},
+                WEBSOCKET_TEXTS: {"send": self.send_texts},
             }
 
     def data_received(self, data: bytes) -> None:
@@ -629,6 +634,22 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
         await super().send(message)
         if self.close_sent:
             self._parse()  # The answer to the close frame.
+
+    async def send_texts(self, texts: Sequence[bytes]) -> None:
+        """Send text messages with one write.
+
+        Raises:
+            WebSocketDisconnect: the client hung up.
+        """
+        await self.writable.wait()
+        if self.disconnected or self.close_sent:
+            raise WebSocketDisconnect(1006)
+        try:
+            for text in texts:
+                self.conn.send_text(text)
+        except InvalidState:
+            raise WebSocketDisconnect(1006) from None
+        self.transport.write(b"".join(self.conn.data_to_send()))
 
     def resume_writing(self) -> None:
         """Go on writing: the client has read."""

@@ -130,7 +130,9 @@ class GraphQLOverHTTP:
         else:
             if as_events:
                 ended = scope["app"].state.queue.events.ended
-                await send_events(receive, send, self._executor.results(*request), ended)
+                after = header(scope, b"last-event-id").decode("latin-1") or None
+                results = self._executor.results(*request, after)
+                await send_events(receive, send, results, ended)
                 return
         if media_type == EVENT_STREAM:
             media_type = JSON
