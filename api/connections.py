@@ -30,6 +30,7 @@ from job_registry_api.http_messages import (
     GUARDING_HEADERS,
     HEALTH_PATHS,
     MAX_UNADMITTED_MESSAGE,
+    TRY_AGAIN_LATER,
     WEBSOCKET_ADMISSION,
     WEBSOCKET_TEXTS,
     error_content,
@@ -598,6 +599,16 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
         self._count_control_frame()
         super().handle_pong(event)
 
+    def keepalive_timeout(self) -> None:
+        """Close the connection of a client that has not answered a ping.
+
+        A laptop that slept reads the code later. After uvicorn's own code, 1011, clients of
+        graphql-ws do not connect again.
+        """
+        self.pong_timer = None
+        self.pending_ping_payload = None
+        self._fail(TRY_AGAIN_LATER, "A ping was not answered")
+
     def send_receive_event_to_app(self) -> None:
         """Pass a complete message to the application."""
         self._incomplete_bytes = 0
@@ -665,11 +676,11 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
         elif not self.writable.is_set():
             if self._unread.is_stalled(now, size, self._bounds.unread_seconds):
                 self._unread.forget()
-                self._fail(1008, "The client does not read its messages")
+                self._fail(TRY_AGAIN_LATER, "The client does not read its messages")
         elif not self._incomplete_bytes or self.read_paused:
             self._incomplete_since = now
         elif now - self._incomplete_since > self._bounds.body_seconds:
-            self._fail(1008, "A message did not arrive in time")
+            self._fail(TRY_AGAIN_LATER, "A message did not arrive in time")
 
     def end(self) -> None:
         """End the connection at once."""

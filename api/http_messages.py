@@ -39,6 +39,10 @@ WEBSOCKET_TEXTS: Final = "jobs.websocket.texts"
 SendTexts = Callable[[Sequence[bytes]], Awaitable[None]]
 """Sends texts in UTF-8, each as a message."""
 
+TRY_AGAIN_LATER: Final = 1013
+"""The code of a WebSocket that is closed for a reason that may pass. Clients of graphql-ws connect
+again after it, and give up after 1008, 1009 and 1011."""
+
 MAX_UNADMITTED_MESSAGE: Final = 16_384
 """The largest WebSocket message before admission, in bytes: it has to hold a bearer token."""
 

@@ -3,10 +3,10 @@
     python -m benchmarks.subscribers [--subscribers 1000] [--jobs 100] [--seconds 8]
         [--transport sse|websocket] [--database sqlite|URL] [--old WORKTREE]
 
-One server process on loopback, without a worker, so that each job is one event. A process of its own
-follows all events on one connection per subscriber, this one enqueues at a fixed rate and reads a
-page of jobs 20 times per second. With `--old`, the server of another checkout takes turns with this
-one. benchmarks/README.md has the results.
+One server process on loopback, without a worker, so that each job is one event. A second process
+follows all events on one connection per subscriber. This one enqueues at a fixed rate and reads a
+page of jobs 20 times per second. With `--old`, the server of another checkout takes turns with
+this one. benchmarks/README.md has the results.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from benchmarks.load import post, server
+from job_registry_api.queue import migrations
 from tests import CODE
 from tests.postgresql_server import free_port
 
@@ -41,11 +43,13 @@ DRAIN_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Found:
-    """What one run measured. `cores` is the CPU time of the server per second under load."""
+    """What one run measured. The CPU time of the server includes the enqueues and queries."""
 
     idle_ms: float
     loaded_ms: float
-    cores: float
+    cpu_seconds: float
+    cpu_microseconds: float
+    """Per event that was delivered."""
     expected: int
     delivered: int
     ended: int
@@ -58,16 +62,18 @@ class Found:
 class Follower(asyncio.Protocol):
     """One connection that counts the events it gets, without parsing them."""
 
-    counts = [0, 0]
+    counts: ClassVar = [0, 0]
     """The events of all connections, and the connections that have ended."""
 
     def __init__(self, transport_name: str, number: int) -> None:
         self._over_websocket = transport_name == "websocket"
         self._number = number
+        self._has_subscribed = False
         self._rest = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
         if not self._over_websocket:
             request = post("/graphql", {"query": SUBSCRIPTION})
             transport.write(
@@ -80,19 +86,24 @@ class Follower(asyncio.Protocol):
             f"connection: upgrade\r\nsec-websocket-key: {key}\r\nsec-websocket-version: 13\r\n"
             "sec-websocket-protocol: graphql-transport-ws\r\n\r\n".encode()
         )
-        # Clients of graphql-ws send a random id of this length.
-        operation_id = f"{self._number:08d}-0000-4000-8000-000000000000"
-        subscribe = {"type": "subscribe", "id": operation_id, "payload": {"query": SUBSCRIPTION}}
-        for message in ({"type": "connection_init"}, subscribe):
-            transport.write(_masked(json.dumps(message).encode()))
 
     def data_received(self, data: bytes) -> None:
+        if self._over_websocket and not self._has_subscribed and b"\r\n\r\n" in data:
+            self._subscribe()
         data = self._rest + data
         self.counts[0] += data.count(MARK)
         self._rest = data[-len(MARK) + 1 :]
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.counts[1] += 1
+
+    def _subscribe(self) -> None:
+        self._has_subscribed = True
+        # Clients of graphql-ws send a random id of this length.
+        operation_id = f"{self._number:08d}-0000-4000-8000-000000000000"
+        subscribe = {"type": "subscribe", "id": operation_id, "payload": {"query": SUBSCRIPTION}}
+        for message in ({"type": "connection_init"}, subscribe):
+            self._transport.write(_masked(json.dumps(message).encode()))
 
 
 def _masked(text: bytes) -> bytes:
@@ -196,11 +207,24 @@ async def enqueue(port: int, per_second: int, seconds: float) -> int:
     return stored
 
 
+async def _all_follow(port: int, following: subprocess.Popen[str], subscribers: int) -> int:
+    """Enqueue jobs until one of them reaches every subscriber. Return the events until then."""
+    before = 0
+    for _ in range(60):
+        await enqueue(port, 1, 0.1)
+        await asyncio.sleep(1)
+        delivered, _ = await asyncio.to_thread(_counts, following)
+        if delivered == before + subscribers:
+            return delivered
+        before = delivered
+    raise RuntimeError("the subscribers do not get all events")
+
+
 async def measure(code: str, options: argparse.Namespace, folder: Path) -> Found:
     port = free_port()
     url = options.database
     if url == "sqlite":
-        url = f"sqlite:///{Path(tempfile.mkdtemp(dir=folder)) / 'jobs.db'}"
+        url = f"sqlite:///{shutil.copy(folder / 'jobs.db', tempfile.mkdtemp(dir=folder))}"
     environment = {
         "PYTHONPATH": code,
         "JOBS_DATABASE_URL": url,
@@ -212,21 +236,23 @@ async def measure(code: str, options: argparse.Namespace, folder: Path) -> Found
         await enqueue(port, 50, 0.5)
         idle = await queries(port, 2)
         with followers(port, options.transport, options.subscribers) as following:
-            await asyncio.sleep(2)
+            begun_at = await _all_follow(port, following, options.subscribers)
             before = sum(process.cpu_times()[:2])
             (loaded, stored) = await asyncio.gather(
                 queries(port, options.seconds), enqueue(port, options.jobs, options.seconds)
             )
-            cores = (sum(process.cpu_times()[:2]) - before) / options.seconds
             expected = stored * options.subscribers
             stopped = time.monotonic()
             while True:
                 delivered, ended = await asyncio.to_thread(_counts, following)
+                delivered -= begun_at
                 waited = time.monotonic() - stopped
                 if delivered >= expected or waited > DRAIN_SECONDS:
                     break
                 await asyncio.sleep(0.1)
-    return Found(idle, loaded, cores, expected, delivered, ended, waited)
+            used = sum(process.cpu_times()[:2]) - before
+    each = used / max(1, delivered) * 1e6
+    return Found(idle, loaded, used, each, expected, delivered, ended, waited)
 
 
 async def run(options: argparse.Namespace, folder: Path) -> None:
@@ -237,17 +263,23 @@ async def run(options: argparse.Namespace, folder: Path) -> None:
         f"{options.subscribers} subscribers over {options.transport}, {options.jobs} jobs/s,"
         f" {options.seconds:g} s"
     )
-    print(
-        f"{'':<6}{'p95 idle':>10}{'loaded':>10}{'ratio':>8}{'CPU':>8}{'events':>12}{'missed':>9}"
-        f"{'ended':>7}{'after':>8}"
-    )
+    heads = ("", "p95 idle", "loaded", "ratio", "CPU", "of an event", "events", "missed", "ended")
+    print("".join(f"{head:>12}" for head in (*heads, "after")))
     for name, code in codes.items():
         found = await measure(code, options, folder)
-        print(
-            f"{name:<6}{found.idle_ms:>7.1f} ms{found.loaded_ms:>7.1f} ms"
-            f"{found.loaded_ms / found.idle_ms:>8.1f}{found.cores:>8.2f}{found.expected:>12,}"
-            f"{found.expected - found.delivered:>9,}{found.ended:>7}{found.drained_seconds:>6.1f} s"
+        cells = (
+            name,
+            f"{found.idle_ms:.1f} ms",
+            f"{found.loaded_ms:.1f} ms",
+            f"{found.loaded_ms / found.idle_ms:.1f}",
+            f"{found.cpu_seconds:.1f} s",
+            f"{found.cpu_microseconds:.1f} µs",
+            f"{found.expected:,}",
+            f"{found.expected - found.delivered:,}",
+            f"{found.ended}",
+            f"{found.drained_seconds:.1f} s",
         )
+        print("".join(f"{cell:>12}" for cell in cells))
 
 
 def main() -> None:
@@ -266,6 +298,7 @@ def main() -> None:
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="jobs-benchmark-"))
     try:
+        migrations.upgrade(f"sqlite:///{folder / 'jobs.db'}")
         asyncio.run(run(options, folder))
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -151,9 +151,13 @@ class GraphQLOverHTTP:
         method = scope["method"]
         if method not in ("GET", "POST") or (method == "GET" and not self._get_queries):
             allowed = "GET and POST" if self._get_queries else "POST"
-            raise _refused(
-                405, f"GraphQL takes {allowed}.", allow=allowed.replace(" and", ",").encode()
-            )
+            message = f"GraphQL takes {allowed}."
+            if method in ("PUT", "DELETE"):
+                message += (
+                    " The single connection mode of GraphQL over SSE is not served. Use its distinct"
+                    " connections mode: in graphql-sse, leave out `singleConnection`."
+                )
+            raise _refused(405, message, allow=allowed.replace(" and", ",").encode())
         try:
             caller = await self._authenticator.authenticate(scope)
         except auth.REFUSALS as error:

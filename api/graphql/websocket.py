@@ -17,7 +17,13 @@ from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from job_registry_api.auth import REFUSALS, Authenticator, Caller, TooManyRequests
+from job_registry_api.auth import (
+    REFUSALS,
+    AuthenticationUnavailable,
+    Authenticator,
+    Caller,
+    TooManyRequests,
+)
 from job_registry_api.budget import BudgetExceeded, parse_request_json
 from job_registry_api.graphql.context import Context
 from job_registry_api.graphql.execution import DocumentRefused, Executor, request_faults
@@ -25,6 +31,7 @@ from job_registry_api.graphql.request_errors import format_exception
 from job_registry_api.graphql.shared_events import Answers, answers_of
 from job_registry_api.http_messages import (
     MAX_UNADMITTED_MESSAGE,
+    TRY_AGAIN_LATER,
     WEBSOCKET_ADMISSION,
     WEBSOCKET_TEXTS,
     SendTexts,
@@ -182,7 +189,7 @@ class _Connection:
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             if too_much.done():
-                raise _ProtocolViolation(1008, "The client does not read its messages")
+                raise _ProtocolViolation(TRY_AGAIN_LATER, "The client does not read its messages")
             if ended.done():
                 if self._operations:
                     await asyncio.wait(self._operations.values(), timeout=END_SECONDS)
@@ -260,6 +267,8 @@ class _Connection:
             self._caller = await self._authenticator.authenticate(
                 self._socket.scope, self._authorization
             )
+        except (TooManyRequests, AuthenticationUnavailable) as refused:
+            raise _ProtocolViolation(TRY_AGAIN_LATER, str(refused)) from None
         except REFUSALS:
             raise _ProtocolViolation(4403, "Forbidden") from None
         await self._send("connection_ack")
