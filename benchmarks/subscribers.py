@@ -25,6 +25,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -118,9 +119,7 @@ async def follow(port: int, transport_name: str, subscribers: int) -> None:
     """Follow all events until standard input ends. Answers each line with the counts."""
     loop = asyncio.get_running_loop()
     for number in range(subscribers):
-        await loop.create_connection(
-            lambda number=number: Follower(transport_name, number), "127.0.0.1", port
-        )
+        await loop.create_connection(partial(Follower, transport_name, number), "127.0.0.1", port)
     lines = asyncio.StreamReader()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
     print("ready", flush=True)

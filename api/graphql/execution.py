@@ -207,7 +207,7 @@ class Executor:
         context: Context,
         after: str | None,
     ) -> AsyncGenerator[Answers]:
-        def built(context: Context) -> OperationExecutor | list[GraphQLError]:
+        def built(context: Context) -> OperationExecutor[Any] | list[GraphQLError]:
             return OperationExecutor.build(
                 prepared.schema,
                 prepared.document,
@@ -217,7 +217,7 @@ class Executor:
                 hide_suggestions=not self._limits.suggestions,
             )
 
-        def built_again(context: Context) -> OperationExecutor:
+        def built_again(context: Context) -> OperationExecutor[Any]:
             again = built(context)
             assert isinstance(again, OperationExecutor)
             return again

@@ -154,8 +154,8 @@ class GraphQLOverHTTP:
             message = f"GraphQL takes {allowed}."
             if method in ("PUT", "DELETE"):
                 message += (
-                    " The single connection mode of GraphQL over SSE is not served. Use its distinct"
-                    " connections mode: in graphql-sse, leave out `singleConnection`."
+                    " GraphQL over SSE is served in the distinct connections mode, not the single"
+                    " connection mode: leave out the option singleConnection of graphql-sse."
                 )
             raise _refused(405, message, allow=allowed.replace(" and", ",").encode())
         try:

@@ -94,7 +94,7 @@ class SharedEvents:
     async def answers(
         self,
         operation: object,
-        build: Callable[[Context], OperationExecutor],
+        build: Callable[[Context], OperationExecutor[Any]],
         followed: FollowedJobs,
         after: str | None,
     ) -> AsyncGenerator[Answers]:
@@ -144,7 +144,7 @@ class SharedEvents:
     def _joined(
         self,
         operation: object,
-        build: Callable[[Context], OperationExecutor],
+        build: Callable[[Context], OperationExecutor[Any]],
         followed: FollowedJobs,
     ) -> Iterator[_Group]:
         """Return the group of those who get the same results."""
@@ -176,7 +176,7 @@ class _Group:
     def __init__(
         self,
         shared: SharedEvents,
-        build: Callable[[Context], OperationExecutor],
+        build: Callable[[Context], OperationExecutor[Any]],
         followed: FollowedJobs,
     ) -> None:
         self.members = 0

@@ -19,7 +19,6 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from job_registry_api.auth import (
     REFUSALS,
-    AuthenticationUnavailable,
     Authenticator,
     Caller,
     TooManyRequests,
@@ -37,6 +36,7 @@ from job_registry_api.http_messages import (
     SendTexts,
 )
 from job_registry_api.logs import log_unexpected
+from job_registry_api.signing_keys import AuthenticationUnavailable
 
 PROTOCOL: Final = "graphql-transport-ws"
 INIT_SECONDS: Final = 10.0
