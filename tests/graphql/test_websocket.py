@@ -234,7 +234,7 @@ async def test_a_connection_above_the_rate_limit_is_to_be_tried_again(database_u
         assert answered == [["connection_ack"], ["connection_ack"], [1013]]
         reason = sockets[2].close_reason
         assert reason is not None
-        assert "2 per 1 hour" in reason
+        assert "2 requests per hour" in reason
         for socket in sockets:
             await socket.close()
 
