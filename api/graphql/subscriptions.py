@@ -30,7 +30,7 @@ from job_registry_api.queue.recent_events import Numbered
 from job_registry_api.queue.requests import parse_job_id, unknown_types
 
 VERIFIED_SECONDS: Final = 60.0
-"""How long a subscription goes on without its token being verified again."""
+"""How long a subscription continues before its token is verified again."""
 
 
 @strawberry.type(description="A change of a job, sent once it is committed.")
