@@ -429,11 +429,14 @@ class Events:
             EventsMissed: the events after it cannot be read any more, or it is not an id.
         """
         number: int | None = None
-        with suppress(ValueError):
+        # OverflowError: a time of 400 digits.
+        with suppress(ValueError, OverflowError):
             tag, at, job_id, name, attempt = event_id.split("/")
-            wanted = (name, UUID(job_id), int(attempt))
+            wanted, run = UUID(job_id), int(attempt)
             number = self._recent.position_of(
-                lambda event: (event.name, event.job_id, event.attempt) == wanted,
+                lambda event: (
+                    event.job_id == wanted and event.name == name and event.attempt == run
+                ),
                 int(at),
                 lambda number: self._tag(number) == tag,
             )

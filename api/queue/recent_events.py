@@ -7,9 +7,9 @@ own, and a burst of events drops nobody.
 from __future__ import annotations
 
 import time
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable
-from typing import Final, Generic, NamedTuple, TypeVar
+from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from job_registry_api.queue.errors import EventsMissed
 from job_registry_api.queue.event_stream import Gap
@@ -57,6 +57,9 @@ class RecentEvents(Generic[T]):
     def append(self, item: T | Gap) -> int:
         """Add an event or a gap, and return its number."""
         now = self._clock()
+        if self._entries:
+            # In order, also where the clock was set back: `position_of` searches by time.
+            now = max(now, self._entries[-1][0])
         self._entries.append((now, item))
         if isinstance(item, Gap):
             self._complete_since = now
@@ -95,23 +98,30 @@ class RecentEvents(Generic[T]):
         after it is missed, and what lies between two equal ones may be read again. Return None if
         events after it may not be kept.
         """
+        # A thousand clients may continue at once, so only the entries of that time are compared.
+        begin = bisect_left(self._entries, at - MAX_CLOCK_SKEW - 1, key=_time_of)
+        end = bisect_right(self._entries, at + MAX_CLOCK_SKEW + 1, key=_time_of)
         equal = [
-            (when, number)
-            for number, (when, item) in enumerate(self._entries, self._first)
+            number
+            for number, (_, item) in enumerate(self._entries[begin:end], self._first + begin)
             if not isinstance(item, Gap) and is_event(item)
         ]
-        for _, number in equal:
+        for number in equal:
             if is_number(number):
                 return number
         if self._complete_since > at - MAX_CLOCK_SKEW:
             return None
-        return next((n for when, n in equal if abs(when - at) <= MAX_CLOCK_SKEW + 1), None)
+        return equal[0] if equal else None
 
     def _trim(self, now: float) -> None:
-        old = bisect_left(self._entries, now - KEPT_SECONDS, key=lambda entry: entry[0])
+        old = bisect_left(self._entries, now - KEPT_SECONDS, key=_time_of)
         # The newest entry stays, also where the clock was set back.
         dropped = min(max(old, len(self._entries) - MAX_KEPT_EVENTS), len(self._entries) - 1)
         if dropped > 0:
             del self._entries[:dropped]
             self._first += dropped
             self._complete_since = max(self._complete_since, self._entries[0][0])
+
+
+def _time_of(entry: tuple[float, Any]) -> float:
+    return entry[0]

@@ -20,7 +20,7 @@ from job_registry_api.queue import recent_events
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.turns import Turns
 from tests.http_client import Visit, application_of, queue_of
-from tests.test_own_jobs import AUTH, SECRET
+from tests.test_own_jobs import AUTH, NOWHERE, SECRET
 
 pytestmark = pytest.mark.any_database
 
@@ -314,7 +314,16 @@ async def test_a_client_continues_in_another_process(
     assert refused.codes == ["events_missed"]
 
 
-@pytest.mark.parametrize("unknown", ["1", "0123456789ab/1/2/3/4", "é/é", "x" * 5_000])
+@pytest.mark.parametrize(
+    "unknown",
+    [
+        "1",
+        "0123456789ab/1/2/3/4",
+        f"0123456789ab/{'9' * 400}/{NOWHERE}/job.created/0",
+        "é/é",
+        "x" * 5_000,
+    ],
+)
 async def test_a_client_that_cannot_continue_is_told_so_once(visit: Visit, unknown: str) -> None:
     async with visit() as client:
         await queue_of(client).enqueue(PING)

@@ -948,3 +948,25 @@ async def _process(script: str, url: str) -> AsyncIterator[asyncio.subprocess.Pr
         if process.returncode is None:
             process.kill()
         await process.wait()
+
+
+async def test_the_place_of_an_event_is_found_among_those_of_its_time() -> None:
+    now, compared = 1_000.0, 0
+    recent: RecentEvents[int] = RecentEvents(clock=lambda: now)
+    for number in range(1, 41):
+        recent.append(number)
+        now += 1.0
+
+    def is_event(item: int) -> bool:
+        nonlocal compared
+        compared += 1
+        return item == 20
+
+    assert recent.position_of(is_event, 1_019, lambda number: number == 20) == 20
+    assert recent.position_of(is_event, 1_019, lambda number: False) == 20
+    # A thousand clients that continue at once must not read all events each.
+    assert compared <= 2 * 13
+    assert recent.position_of(is_event, 1_030, lambda number: False) is None
+    now -= 3_600.0
+    assert recent.append(20) == 41
+    assert recent.position_of(is_event, 1_039, lambda number: number == 41) == 41
