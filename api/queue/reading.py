@@ -497,7 +497,12 @@ class Reading(Opening):
         if all(each.read <= EXACT_TOTAL for each in ranges):
             return JobTotal(sum(each.matched for each in ranges), False)
         estimate = sum(map(_estimated, ranges))
-        return JobTotal(round(min(estimate, await self._store.count_all(wanted))), True)
+        if owner is None:
+            estimate = min(estimate, await self._store.count_all(wanted))
+        elif math.isinf(estimate):
+            # The number of all jobs would tell the owner how many jobs others have.
+            estimate = sum(each.matched for each in ranges)
+        return JobTotal(round(estimate), True)
 
     def _faults_of_size(self, first: int | None, last: int | None) -> Iterator[Violation]:
         for path, size in (("/first", first), ("/last", last)):

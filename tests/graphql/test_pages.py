@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import httpx
@@ -239,3 +240,21 @@ async def test_the_total_of_ones_own_jobs_does_not_count_those_of_others(visit: 
             assert found == {"totalCount": total, "totalCountIsEstimate": False}
         page = (await ask(client, BOB, PAGE, last=5))["jobs"]
         assert (len(ids(page)), sides(page)) == (1, (False, False))
+
+
+async def test_an_estimate_of_ones_own_jobs_tells_nothing_of_those_of_others(
+    visit: Visit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "EXACT_TOTAL", 3)
+    async with visit(**AUTH) as client:
+        # A job long before the others makes the estimate larger than the number of all jobs.
+        await enqueue(client, ADA)
+        await asyncio.sleep(0.2)
+        await queue_of(client).enqueue_many([PING] * 2, created_by="ada")
+        await queue_of(client).enqueue_many([PING] * 2, created_by="ada")
+        found = []
+        for _ in range(2):
+            found.append((await ask(client, ADA, TOTAL))["jobs"])
+            await enqueue(client, BOB)
+    assert found[0]["totalCountIsEstimate"]
+    assert found[1] == found[0]
