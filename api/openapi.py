@@ -10,7 +10,9 @@ from importlib.metadata import version
 from typing import Any, Final
 
 from job_registry import JobType
+from job_registry_api.defaults import MAX_BULK_SIZE, MAX_PAGE_SIZE
 from job_registry_api.queue.models import AttemptOutcome, JobStatus
+from job_registry_api.queue.reading import PAGE_SIZE
 from job_registry_api.uploads import FORMATS
 
 JSON: Final = "application/json"
@@ -18,11 +20,17 @@ Schema = dict[str, Any]
 
 
 def describe(
-    job_types: Iterable[JobType[Any]], prefix: str = "", *, uploads: bool = False
+    job_types: Iterable[JobType[Any]],
+    prefix: str = "",
+    *,
+    uploads: bool = False,
+    max_page_size: int = MAX_PAGE_SIZE,
+    max_bulk_size: int = MAX_BULK_SIZE,
 ) -> dict[str, Any]:
     """Return the OpenAPI 3.1 document for these job types, as JSON in Python.
 
     `prefix` is the path that the application is served under. With `uploads` it takes pictures.
+    The sizes are the most jobs of a page and of a bulk request.
     """
     schemas: dict[str, Schema] = {}
     requests: dict[str, str] = {}
@@ -41,7 +49,7 @@ def describe(
         },
         "servers": [{"url": prefix or "/"}],
         "security": [{}, {"bearer": []}],
-        "paths": {**_paths(), **(_UPLOAD if uploads else {})},
+        "paths": {**_paths(max_page_size, max_bulk_size), **(_UPLOAD if uploads else {})},
         "components": {
             "securitySchemes": {
                 "bearer": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}
@@ -49,6 +57,7 @@ def describe(
             "schemas": {
                 **_SCHEMAS,
                 "EnqueueRequest": _any_of(requests),
+                "BulkRequest": _bulk_request(max_bulk_size),
                 **schemas,
             },
         },
@@ -107,6 +116,20 @@ def _any_of(requests: Mapping[str, str]) -> Schema:
             },
         },
     }
+
+
+def _bulk_request(max_bulk_size: int) -> Schema:
+    return _object(
+        {
+            "jobs": {**_list_of(_ref("EnqueueRequest")), "maxItems": max_bulk_size},
+            "atomic": {
+                "type": "boolean",
+                "default": False,
+                "description": "Store all jobs or none.",
+            },
+        },
+        required=("jobs",),
+    )
 
 
 def _ref(name: str) -> Schema:
@@ -266,17 +289,6 @@ _SCHEMAS: Final[dict[str, Schema]] = {
         ]
     },
     "BulkResults": _object({"results": _list_of(_ref("BulkResult"))}),
-    "BulkRequest": _object(
-        {
-            "jobs": {**_list_of(_ref("EnqueueRequest")), "maxItems": 1_000},
-            "atomic": {
-                "type": "boolean",
-                "default": False,
-                "description": "Store all jobs or none.",
-            },
-        },
-        required=("jobs",),
-    ),
     "Nothing": {"type": "object", "maxProperties": 0},
     "Error": _object({"error": _object(_ERROR)}),
 }
@@ -321,7 +333,7 @@ def _parameter(name: str, schema: Schema, description: str) -> dict[str, Any]:
     }
 
 
-def _paths() -> dict[str, Any]:
+def _paths(max_page_size: int, max_bulk_size: int) -> dict[str, Any]:
     job_id = {"name": "id", "in": "path", "required": True, "schema": _TEXT}
     stored = {
         "201": ("The job is stored on disk. `Location` has its path.", _ref("JobSummary")),
@@ -344,7 +356,12 @@ def _paths() -> dict[str, Any]:
                     *(_parameter(name, schema, text) for name, schema, text in _FILTERS),
                     _parameter(
                         "first",
-                        {"type": "integer", "minimum": 1, "maximum": 200, "default": 50},
+                        {
+                            "type": "integer",
+                            "minimum": 1,
+                            "maximum": max_page_size,
+                            "default": PAGE_SIZE,
+                        },
                         "The number of jobs on the page.",
                     ),
                     _parameter("after", _TEXT, "The `endCursor` of the previous page."),
@@ -361,7 +378,7 @@ def _paths() -> dict[str, Any]:
         "/jobs/bulk": {
             "post": {
                 "operationId": "enqueueJobs",
-                "summary": "Store up to 1,000 jobs. Needs jobs:enqueue or jobs:own.",
+                "summary": f"Store up to {max_bulk_size:,} jobs. Needs jobs:enqueue or jobs:own.",
                 "requestBody": _body("BulkRequest"),
                 "responses": _answers(
                     {

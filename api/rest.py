@@ -357,7 +357,11 @@ async def describe(request: _Request) -> _Answer:
     caller.need("jobs:enqueue", "jobs:own", "jobs:read")
     visible = [each for name, each in request.queue.registry.items() if caller.may_see(name)]
     described = openapi.describe(
-        visible, prefix_of(request.scope), uploads=request.uploads is not None
+        visible,
+        prefix_of(request.scope),
+        uploads=request.uploads is not None,
+        max_page_size=request.queue.max_page_size,
+        max_bulk_size=request.queue.max_bulk_size,
     )
     return _Answer(200, described)
 

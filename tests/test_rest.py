@@ -293,6 +293,19 @@ async def test_it_is_not_described_where_introspection_is_off(visit: Visit) -> N
         assert (await client.get("/openapi.json")).status_code == 404
 
 
+@pytest.mark.any_database
+async def test_the_description_has_the_sizes_of_the_settings(visit: Visit) -> None:
+    async with visit(max_page_size="77", max_bulk_size="1234") as client:
+        described = (await client.get("/openapi.json")).json()
+    page = described["paths"]["/jobs"]["get"]["parameters"]
+    (first,) = [each["schema"] for each in page if each["name"] == "first"]
+    assert (first["maximum"], first["default"]) == (77, 50)
+    assert (
+        described["components"]["schemas"]["BulkRequest"]["properties"]["jobs"]["maxItems"] == 1234
+    )
+    assert "1,234 jobs" in described["paths"]["/jobs/bulk"]["post"]["summary"]
+
+
 async def test_every_job_type_has_its_own_schema(http: httpx.AsyncClient) -> None:
     described = (await http.get("/openapi.json")).json()
     schemas = described["components"]["schemas"]

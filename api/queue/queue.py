@@ -66,7 +66,7 @@ class JobQueue(Enqueueing, Reading, Leasing, Changing, Upkeep):
     ) -> None:
         self.registry = registry
         self.lease_seconds = lease_seconds
-        self._max_page_size = max_page_size
+        self.max_page_size = max_page_size
         self.max_bulk_size = max_bulk_size
         self._database = database
         self._prepare = prepare

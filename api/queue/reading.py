@@ -251,7 +251,7 @@ class Reading(Opening):
     registry: JobRegistry
     events: Events
     _store: Store
-    _max_page_size: int
+    max_page_size: int
 
     def __init__(self) -> None:
         self._creators: dict[uuid.UUID, asyncio.Future[dict[uuid.UUID, str | None]]] = {}
@@ -506,8 +506,8 @@ class Reading(Opening):
 
     def _faults_of_size(self, first: int | None, last: int | None) -> Iterator[Violation]:
         for path, size in (("/first", first), ("/last", last)):
-            if size is not None and not 1 <= size <= self._max_page_size:
-                message = f"Expected 1 to {self._max_page_size} jobs per page; got {size}."
+            if size is not None and not 1 <= size <= self.max_page_size:
+                message = f"Expected 1 to {self.max_page_size} jobs per page; got {size}."
                 yield Violation(path, "out_of_range", message)
         if first is not None and last is not None:
             message = "Expected either first or last; got both."
