@@ -32,7 +32,7 @@ BATCH_EVENTS: Final = 64
 different events soon share batches."""
 
 BATCH_BYTES: Final = 262_144
-"""A batch ends with the result that makes it this long."""
+"""A batch ends with the result with which it takes so much memory."""
 
 MAX_KEPT_BYTES: Final = 33_554_432
 """The most bytes of results that are kept for further subscribers, in one process. Whoever is
@@ -107,12 +107,16 @@ class SharedEvents:
             JobNotFound: the caller follows one job, and may not see it.
             Unauthenticated: the caller's token has expired or is otherwise invalid.
         """
+        if after is not None:
+            # Before the id is looked up, which would tell what happens to the job of another.
+            await followed.current()
         with (
             followed.subscribed(after) as subscription,
             self._joined(operation, build, followed) as group,
         ):
-            current = await followed.current()
-            if current is not None and after is None:
+            if after is not None:
+                await followed.check_seen(subscription.position)
+            elif (current := await followed.current()) is not None:
                 yield await answers_of(await group.execute(current))
             while True:
                 await followed.wait(subscription)
@@ -224,7 +228,8 @@ class _Group:
             is_large = self._followed.context.budget.is_large
             text = await json_in_pieces(content) if is_large else to_json(content)
             answers.append(Answer(text, self._followed.id_of(each)))
-            size += len(text) + _OVERHEAD
+            # Its text is kept a second time as a server-sent event.
+            size += 2 * len(text) + _OVERHEAD
             if size > BATCH_BYTES:
                 end = each.number
                 break

@@ -24,7 +24,8 @@ from job_registry_api.graphql.context import (
 )
 from job_registry_api.graphql.types import Job, JobStatus
 from job_registry_api.queue import events
-from job_registry_api.queue.errors import InputInvalid, JobNotFound
+from job_registry_api.queue.errors import EventsMissed, InputInvalid, JobNotFound
+from job_registry_api.queue.events import NOT_CONTINUED
 from job_registry_api.queue.models import JobRecord
 from job_registry_api.queue.recent_events import Numbered
 from job_registry_api.queue.requests import parse_job_id, unknown_types
@@ -165,6 +166,17 @@ class FollowedJobs:
         return self.context.queue.events.subscribe(
             job_id=self.job_id, types=self.types, after=after
         )
+
+    async def check_seen(self, number: int) -> None:
+        """Check that an event is one of those that the caller follows and may see.
+
+        Raises:
+            EventsMissed: it is not. The same as for an event that never happened, so that nobody
+                learns from a made-up id what happens to the jobs of others.
+        """
+        found, _ = self.read(number - 1, 1)
+        if not await self.visible(found):
+            raise EventsMissed(NOT_CONTINUED)
 
     async def current(self) -> JobEvent | None:
         """Return the first event of a job that is followed, None if none is.

@@ -193,6 +193,9 @@ def _text(value: Any, table: Sequence[Any]) -> str:
     return value
 
 
+NOT_CONTINUED: Final = "the events after Last-Event-ID cannot be read here any more"
+
+
 @dataclass(eq=False)
 class Subscription:
     """The events of one subscriber, as an async iterator.
@@ -441,7 +444,7 @@ class Events:
                 lambda number: self._tag(number) == tag,
             )
         if number is None:
-            raise EventsMissed("the events after Last-Event-ID cannot be read here any more")
+            raise EventsMissed(NOT_CONTINUED)
         return number
 
     def _tag(self, number: int) -> str:
