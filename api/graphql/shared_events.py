@@ -38,6 +38,10 @@ MAX_KEPT_BYTES: Final = 33_554_432
 """The most bytes of results that are kept for further subscribers, in one process. Whoever is
 behind those that are kept has them executed again."""
 
+MAX_GROUPS_AT_ONCE: Final = 8
+"""How many groups execute a batch at once. An event that thousands follow, each with variables of
+their own, would otherwise keep other requests waiting for seconds."""
+
 _OVERHEAD: Final = 500
 """About how many bytes a result, or a batch, takes beside its text."""
 
@@ -90,6 +94,8 @@ class SharedEvents:
         """The size of each batch that is kept, the oldest first."""
         self._kept_bytes = 0
         self._turns = Turns()
+        self.executing: Final = asyncio.Semaphore(MAX_GROUPS_AT_ONCE)
+        """Held by a group while it makes a batch."""
 
     async def answers(
         self,
@@ -200,7 +206,7 @@ class _Group:
         """
         making = self._made.get(after)
         if making is None:
-            making = self._made[after] = asyncio.create_task(self._make(after))
+            making = self._made[after] = asyncio.create_task(self._make_in_turn(after))
             making.add_done_callback(partial(self._is_made, after))
         # The subscriber that began it may leave.
         return await asyncio.shield(making)
@@ -216,6 +222,10 @@ class _Group:
         """Make no more batches: nobody is left."""
         for making in self._made.values():
             making.cancel()
+
+    async def _make_in_turn(self, after: int) -> _Batch:
+        async with self._shared.executing:
+            return await self._make(after)
 
     async def _make(self, after: int) -> _Batch:
         found, end = self._followed.read(after, BATCH_EVENTS - after % BATCH_EVENTS)

@@ -243,6 +243,32 @@ async def test_subscribers_that_leave_leave_nothing_behind(visit: Visit) -> None
                 await asyncio.sleep(0.01)
 
 
+async def test_few_groups_of_subscribers_execute_an_event_at_once(
+    visit: Visit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading = most = 0
+    get = JobQueue.get
+
+    async def counted(*arguments: Any, **options: Any) -> Any:
+        nonlocal reading, most
+        reading += 1
+        most = max(most, reading)
+        await asyncio.sleep(0.01)
+        reading -= 1
+        return await get(*arguments, **options)
+
+    monkeypatch.setattr(JobQueue, "get", counted)
+    async with visit() as client, AsyncExitStack() as stack:
+        streams = [
+            await stack.enter_async_context(following(client, JOBS, unused=number))
+            for number in range(20)
+        ]
+        await queue_of(client).enqueue(PING)
+        for stream in streams:
+            await stream.until(1)
+    assert 1 < most <= shared_events.MAX_GROUPS_AT_ONCE
+
+
 async def test_many_tasks_take_turns_and_others_run_in_between() -> None:
     turns, running = Turns(), 0
     longest = 0
