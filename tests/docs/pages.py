@@ -32,8 +32,9 @@ MARKERS: Final = {
     "unit": "ini",
     "workflow": "yaml",
     "nginx": "nginx",
+    "client": "ts yaml json toml python",
 }
-"""The markers, each with the language of its blocks."""
+"""The markers, each with the languages of its blocks."""
 
 _BLOCK: Final = re.compile(
     r"(?:^<!-- (?P<kind>[a-z ]+?)(?:: (?P<argument>\S+))? -->\n)?"
