@@ -30,7 +30,9 @@ HERE: Final = Path(__file__).parent
 PACKAGES: Final = ROOT / "tests" / "frontend" / "node_modules"
 
 WITHOUT_SUBSCRIPTIONS: Final = {"fetch", "graphql_request"}
-PROGRAMS: Final = sorted(path.stem for path in HERE.glob("programs/*.ts") if path.stem != "scenario")
+PROGRAMS: Final = sorted(
+    path.stem for path in HERE.glob("programs/*.ts") if path.stem != "scenario"
+)
 
 REPORT: Final[dict[str, Any]] = {
     "read": {
@@ -49,7 +51,10 @@ REPORT: Final[dict[str, Any]] = {
         "/sizes/1 out_of_range",
         "/versionNumber required",
     ],
-    "a wrong type": ["?"],
+    "a wrong type": [
+        "Variable '$job' has invalid value at .payoutExecute.batchId:"
+        " String cannot represent a non string value: 1"
+    ],
     "beside a failed field": {
         "data": {"job": "Job", "jobs": None},
         "errors": [[["jobs"], "validation_error"]],
@@ -96,7 +101,12 @@ def built(tmp_path_factory: pytest.TempPathFactory, port: int) -> Path:
             # The server wants a token.
             text = text.replace(f"http://127.0.0.1:{port}/graphql", SDL_FILE.name)
         (source if name.endswith(".ts") else folder).joinpath(name).write_text(text, "utf-8")
-    for program, *options in (["graphql-codegen"], ["tsc"], ["vite", "build"]):
+    for program, *options in (
+        ["relay-compiler"],
+        ["graphql-codegen"],
+        ["tsc"],
+        ["vite", "build"],
+    ):
         ran = subprocess.run(
             [folder / "node_modules" / ".bin" / program, *options],
             cwd=folder,
@@ -126,7 +136,39 @@ def _setups(port: int) -> dict[str, str]:
     }
 
 
-async def _run(command: Sequence[str], port: int, folder: Path, **environment: str) -> Any:
+UV: Final = str(Path(sys.executable).with_name("uv"))
+
+PYTHON_PROGRAMS: Final = {
+    "gql": "gql[httpx,websockets]==4.4.0",
+    "ariadne_codegen": "ariadne-codegen[subscriptions]==0.19.0",
+}
+"""The clients in Python, each with its package. Both need graphql-core, in different versions."""
+
+
+@pytest.mark.parametrize("name", PYTHON_PROGRAMS)
+async def test_a_client_in_python_does_all_that_it_can(
+    name: str, port: int, sqlite_template: Path, tmp_path: Path
+) -> None:
+    environment = (UV, "run", "--no-project", "--isolated", "--with", PYTHON_PROGRAMS[name])
+    ready = await asyncio.to_thread(
+        subprocess.run, [*environment, "python", "-c", ""], capture_output=True, text=True
+    )
+    if ready.returncode != 0:
+        pytest.skip(f"{PYTHON_PROGRAMS[name]} cannot be installed: {ready.stderr[-300:]}")
+    shutil.copytree(HERE / "python", tmp_path, dirs_exist_ok=True)
+    shutil.copy(HERE / "operations.graphql", tmp_path)
+    shutil.copy(SDL_FILE, tmp_path)
+    for file, text in _setups(port).items():
+        if file.endswith((".py", ".toml")):
+            (tmp_path / file).write_text(text, "utf-8")
+    if name == "ariadne_codegen":
+        subprocess.run([*environment, "ariadne-codegen"], cwd=tmp_path, check=True)
+    shutil.copy(sqlite_template, tmp_path / "jobs.db")
+    command = [*environment, "python", str(tmp_path / f"with_{name}.py")]
+    assert await _run(command, port, tmp_path) == REPORT
+
+
+async def _run(command: Sequence[str], port: int, folder: Path) -> Any:
     """Run a program beside a server that restarts when the program says so; return its report."""
     token = ADA["authorization"].removeprefix("Bearer ")
     url = f"sqlite:///{folder / 'jobs.db'}"
@@ -135,7 +177,8 @@ async def _run(command: Sequence[str], port: int, folder: Path, **environment: s
         process = await asyncio.create_subprocess_exec(
             *command,
             await _job_of_another(port),
-            env={**os.environ, "TOKEN": token, **environment},
+            cwd=folder,
+            env={**os.environ, "TOKEN": token},
             stdout=asyncio.subprocess.PIPE,
         )
         try:

@@ -22,6 +22,9 @@ SHOP: Final = ROOT / "docs" / "examples" / "shop"
 WORKERS: Final = ROOT / "docs" / "examples" / "workers"
 """The workers in Python and TypeScript. `tests/remote` runs them."""
 
+REACT: Final = ROOT / "docs" / "examples" / "react"
+"""The frontend. `test_react.py` builds it and drives it in a browser."""
+
 MARKERS: Final = {
     "module": "python",
     "shell": "console",

@@ -17,11 +17,11 @@ from job_registry_api.graphql.schema import SDL_FILE
 from job_registry_api.queue.events import STATUS_AFTER
 from job_registry_api.settings import Settings
 from tests import ROOT
-from tests.docs.pages import MARKERS, PAGES, SHOP, WORKERS, Block, blocks, blocks_of
+from tests.docs.pages import MARKERS, PAGES, REACT, SHOP, WORKERS, Block, blocks, blocks_of
 
 every_page = pytest.mark.parametrize(
     "page",
-    [*PAGES, SHOP / "README.md", *WORKERS.glob("*/README.md")],
+    [*PAGES, SHOP / "README.md", REACT / "README.md", *WORKERS.glob("*/README.md")],
     ids=lambda page: str(page.relative_to(ROOT)),
 )
 
