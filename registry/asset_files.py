@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import posixpath
-import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -25,10 +24,11 @@ ABANDONED_SECONDS: Final = 3_600.0
 
 
 class Incoming(NamedTuple):
-    """A file that is being received, and its path if it is in the folder of its asset."""
+    """A file that is being received, its path, and whether that is beside the picture's."""
 
     file: BinaryIO
-    path: Path | None
+    path: Path
+    is_beside: bool
 
 
 class AssetFiles:
@@ -83,10 +83,11 @@ class AssetFiles:
         return path
 
     def begin(self) -> Incoming:
-        """Open a file for a picture that is being received. `discard` ends it, kept or not."""
-        if not self._local:
-            return Incoming(tempfile.TemporaryFile(), None)
-        return Incoming(*self._begin_partial(f"{self._root}/{self._name}"))
+        """Open a file for a picture that is being received. `keep` or `discard` ends it."""
+        if self._local:
+            return Incoming(*self._begin_partial(f"{self._root}/{self._name}"), True)
+        file, path = tempfile.mkstemp()
+        return Incoming(os.fdopen(file, "w+b"), Path(path), False)
 
     def _begin_partial(self, target: str) -> tuple[BinaryIO, Path]:
         """Create a file beside `target`, to be moved there once it is whole, and return its path.
@@ -102,28 +103,33 @@ class AssetFiles:
         return os.fdopen(private, "w+b"), partial
 
     def discard(self, incoming: Incoming) -> None:
-        """Close a file that was received. What `keep` has kept stays."""
+        """Close and remove a file that was received."""
         incoming.file.close()
-        if incoming.path is not None:
-            incoming.path.unlink(missing_ok=True)
+        incoming.path.unlink(missing_ok=True)
 
     def keep(self, incoming: Incoming, extension: str) -> bool:
         """Make a received file the picture of this version. Return False if it has another one.
 
-        The same content again is True: a client that got no answer may send it again.
+        The same content again is True: a client that got no answer may send it again. The received
+        file is removed, whatever happens.
 
         Raises:
             OSError: the storage failed. Nothing is kept.
         """
+        try:
+            return self._keep(incoming, extension)
+        finally:
+            self.discard(incoming)
+
+    def _keep(self, incoming: Incoming, extension: str) -> bool:
         target = f"{self._root}/{self._name}.{extension}"
         incoming.file.flush()
         if sources := self._sources():
             return sources == [target] and self._is_same(incoming.file, target)
-        if incoming.path is None:
-            incoming.file.seek(0)
-            # An object store shows an object once its upload is complete.
-            with self._files.open(target, "wb") as remote:
-                shutil.copyfileobj(incoming.file, remote, 1 << 20)
+        if not incoming.is_beside:
+            # An object store shows an object once its upload is complete. To write it through an
+            # open file would complete it on an error too: closing sends what is there.
+            self._files.put_file(str(incoming.path), target)
             return True
         os.fsync(incoming.file.fileno())
         try:

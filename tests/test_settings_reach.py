@@ -347,6 +347,7 @@ def test_the_database_that_is_set_is_used(jobs: Shell, command: list[str]) -> No
     assert sorted(path.name for path in jobs.folder.glob("*.db")) == ["elsewhere.db"]
 
 
+@pytest.mark.slow
 @reaches("database_schema")
 def test_the_schema_that_is_set_is_used(fresh_postgresql_url: str, jobs: Shell) -> None:
     payload = '{"batchId": "b", "escrowId": "e"}'
