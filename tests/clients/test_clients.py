@@ -1,7 +1,8 @@
 """One program per GraphQL client, each set up as docs/clients.md shows: all must see the same.
 
-A program enqueues by both doors, reads, pages, follows a job over a restart of the server, cancels it,
-and shows faults. It prints `restart the server` when it follows the job, and at its end a report.
+A program enqueues by both doors, reads, pages, follows a job over a restart of the server, cancels
+it, and shows faults. It prints `restart the server` once it follows the job, and a report at its
+end.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,6 +34,14 @@ WITHOUT_SUBSCRIPTIONS: Final = {"fetch", "graphql_request"}
 PROGRAMS: Final = sorted(
     path.stem for path in HERE.glob("programs/*.ts") if path.stem != "scenario"
 )
+
+UV: Final = str(Path(sys.executable).with_name("uv"))
+
+PYTHON_PROGRAMS: Final = {
+    "gql": "gql[httpx,websockets]==4.4.0",
+    "ariadne_codegen": "ariadne-codegen[subscriptions]==0.19.0",
+}
+"""The clients in Python, each with its package. Both need graphql-core, in different versions."""
 
 REPORT: Final[dict[str, Any]] = {
     "read": {
@@ -128,33 +137,13 @@ async def test_a_client_in_typescript_does_all_that_it_can(
     assert report == REPORT | ({"events": []} if name in WITHOUT_SUBSCRIPTIONS else {})
 
 
-def _setups(port: int) -> dict[str, str]:
-    """The setups that the page shows, for a server at this port."""
-    return {
-        str(block.argument): block.text.replace("127.0.0.1:8000", f"127.0.0.1:{port}")
-        for block in blocks("client")
-    }
-
-
-UV: Final = str(Path(sys.executable).with_name("uv"))
-
-PYTHON_PROGRAMS: Final = {
-    "gql": "gql[httpx,websockets]==4.4.0",
-    "ariadne_codegen": "ariadne-codegen[subscriptions]==0.19.0",
-}
-"""The clients in Python, each with its package. Both need graphql-core, in different versions."""
-
-
 @pytest.mark.parametrize("name", PYTHON_PROGRAMS)
 async def test_a_client_in_python_does_all_that_it_can(
     name: str, port: int, sqlite_template: Path, tmp_path: Path
 ) -> None:
-    environment = (UV, "run", "--no-project", "--isolated", "--with", PYTHON_PROGRAMS[name])
-    ready = await asyncio.to_thread(
-        subprocess.run, [*environment, "python", "-c", ""], capture_output=True, text=True
-    )
-    if ready.returncode != 0:
-        pytest.skip(f"{PYTHON_PROGRAMS[name]} cannot be installed: {ready.stderr[-300:]}")
+    with_package = (UV, "run", "--no-project", "--isolated", "--with", PYTHON_PROGRAMS[name])
+    if fault := await _fault_of(*with_package, "python", "-c", "", folder=tmp_path):
+        pytest.skip(f"{PYTHON_PROGRAMS[name]} cannot be installed: {fault[-300:]}")
     shutil.copytree(HERE / "python", tmp_path, dirs_exist_ok=True)
     shutil.copy(HERE / "operations.graphql", tmp_path)
     shutil.copy(SDL_FILE, tmp_path)
@@ -162,10 +151,28 @@ async def test_a_client_in_python_does_all_that_it_can(
         if file.endswith((".py", ".toml")):
             (tmp_path / file).write_text(text, "utf-8")
     if name == "ariadne_codegen":
-        subprocess.run([*environment, "ariadne-codegen"], cwd=tmp_path, check=True)
+        assert await _fault_of(*with_package, "ariadne-codegen", folder=tmp_path) is None
     shutil.copy(sqlite_template, tmp_path / "jobs.db")
-    command = [*environment, "python", str(tmp_path / f"with_{name}.py")]
+    command = [*with_package, "python", f"with_{name}.py"]
     assert await _run(command, port, tmp_path) == REPORT
+
+
+async def _fault_of(*command: str, folder: Path) -> str | None:
+    """Run a command, and return what it says if it fails."""
+    process = await asyncio.create_subprocess_exec(
+        *command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    async with asyncio.timeout(200):
+        _, said = await process.communicate()
+    return said.decode() if process.returncode else None
+
+
+def _setups(port: int) -> dict[str, str]:
+    """The setups that the page shows, for a server at this port."""
+    return {
+        str(block.argument): block.text.replace("127.0.0.1:8000", f"127.0.0.1:{port}")
+        for block in blocks("client")
+    }
 
 
 async def _run(command: Sequence[str], port: int, folder: Path) -> Any:

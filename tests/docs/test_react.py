@@ -1,4 +1,4 @@
-"""The example page in React: built, and driven in a browser by a user with a token of `jobs:own`."""
+"""The example page in React: built, and driven in a browser with a token of `jobs:own`."""
 
 from __future__ import annotations
 
