@@ -17,6 +17,11 @@ const webSocket = createClient({
   connectionParams: authorization,
   retryAttempts: Infinity,
   shouldRetry: () => true,
+  retryWait: async (retries) => {
+    // By default, the wait doubles without end.
+    const seconds = Math.min(2 ** retries, 30) * Math.random();
+    await new Promise((resolve) => setTimeout(resolve, seconds * 1000));
+  },
   on: {
     // Events of the time without a connection are not sent again.
     connected: (_socket, _payload, wasRetry) => {
