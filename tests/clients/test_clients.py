@@ -53,8 +53,12 @@ REPORT: Final[dict[str, Any]] = {
         "createdAt": True,
     },
     "the job of another": "job_not_found",
-    "pages": [[0, 1], [2]],
-    "has next page": [True, False],
+    "pages": [
+        {"jobs": [0, 1], "next": True, "previous": False, "total": 3},
+        {"jobs": [2], "next": False, "previous": True, "total": 3},
+        {"jobs": [1, 2], "next": False, "previous": True, "total": 3},
+        {"jobs": [0], "next": True, "previous": False, "total": 3},
+    ],
     "violations": [
         "/assetId pattern_mismatch",
         "/sizes/1 out_of_range",

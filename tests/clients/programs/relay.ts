@@ -43,10 +43,11 @@ const JOB = graphql`
 `;
 
 const JOBS = graphql`
-  query relayJobsQuery($first: Int!, $after: String) {
-    jobs(first: $first, after: $after) {
+  query relayJobsQuery($first: Int, $after: String, $last: Int, $before: String) {
+    jobs(first: $first, after: $after, last: $last, before: $before) {
+      totalCount
       nodes { id type status priority payload createdBy createdAt }
-      pageInfo { hasNextPage endCursor }
+      pageInfo { hasNextPage hasPreviousPage startCursor endCursor }
     }
   }
 `;

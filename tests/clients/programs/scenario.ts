@@ -11,6 +11,7 @@ import {
   JobAndPageDocument,
   JobDocument,
   JobsDocument,
+  type JobsQueryVariables,
 } from "../gen/graphql.js";
 
 export type Failure = {
@@ -56,9 +57,12 @@ export async function runScenario({ query, mutate, follow }: Client): Promise<vo
   const read = present((await query(JobDocument, { id: idOf(typed) })).data?.job);
   const foreign = present((await query(JobDocument, { id: process.argv[2] ?? "" })).data?.job);
 
-  const newest = present((await query(JobsDocument, { first: 2 })).data?.jobs);
-  const after = newest.pageInfo.endCursor;
-  const oldest = present((await query(JobsDocument, { first: 2, after })).data?.jobs);
+  const page = async (variables: JobsQueryVariables) =>
+    present((await query(JobsDocument, variables)).data?.jobs);
+  const first = await page({ first: 2 });
+  const second = await page({ first: 2, after: first.pageInfo.endCursor });
+  const last = await page({ last: 2 });
+  const beforeIt = await page({ last: 2, before: last.pageInfo.startCursor });
 
   const refused = await mutate(EnqueueDocument, {
     input: { type: "thumbnail.create", payload: { assetId: "no/slash", sizes: [128, 0] } },
@@ -101,8 +105,12 @@ export async function runScenario({ query, mutate, follow }: Client): Promise<vo
       createdAt: /^20\d\d-\d\d-\d\dT.*Z$/.test(read.createdAt),
     },
     "the job of another": read.__typename === foreign.__typename ? "seen" : codeOf(foreign),
-    pages: [newest, oldest].map((page) => page.nodes.map((job) => mine.indexOf(job.id))),
-    "has next page": [newest, oldest].map((page) => page.pageInfo.hasNextPage),
+    pages: [first, second, last, beforeIt].map((each) => ({
+      jobs: each.nodes.map((job) => mine.indexOf(job.id)),
+      next: each.pageInfo.hasNextPage,
+      previous: each.pageInfo.hasPreviousPage,
+      total: each.totalCount,
+    })),
     violations: violationsOf(refused),
     "a wrong type": failuresOf(wrongType).map((each) => each.message),
     "beside a failed field": {

@@ -35,9 +35,12 @@ async def run_scenario(client: Client) -> None:
     read = (await client.execute("Job", id=typed)).data["job"]
     foreign = (await client.execute("Job", id=sys.argv[1])).data["job"]
 
-    newest = (await client.execute("Jobs", first=2)).data["jobs"]
-    after = newest["pageInfo"]["endCursor"]
-    oldest = (await client.execute("Jobs", first=2, after=after)).data["jobs"]
+    first_page = (await client.execute("Jobs", first=2)).data["jobs"]
+    after = first_page["pageInfo"]["endCursor"]
+    second_page = (await client.execute("Jobs", first=2, after=after)).data["jobs"]
+    last_page = (await client.execute("Jobs", last=2)).data["jobs"]
+    before = last_page["pageInfo"]["startCursor"]
+    page_before = (await client.execute("Jobs", last=2, before=before)).data["jobs"]
 
     faulty = {"type": "thumbnail.create", "payload": {"assetId": "no/slash", "sizes": [128, 0]}}
     refused = (await client.execute("Enqueue", input=faulty)).data["result"]
@@ -65,8 +68,15 @@ async def run_scenario(client: Client) -> None:
             "createdAt": re.match(r"20\d\d-\d\d-\d\dT.*Z$", read["createdAt"]) is not None,
         },
         "the job of another": foreign.get("code"),
-        "pages": [[mine.index(job["id"]) for job in page["nodes"]] for page in (newest, oldest)],
-        "has next page": [page["pageInfo"]["hasNextPage"] for page in (newest, oldest)],
+        "pages": [
+            {
+                "jobs": [mine.index(job["id"]) for job in page["nodes"]],
+                "next": page["pageInfo"]["hasNextPage"],
+                "previous": page["pageInfo"]["hasPreviousPage"],
+                "total": page["totalCount"],
+            }
+            for page in (first_page, second_page, last_page, page_before)
+        ],
         "violations": [f"{each['path']} {each['code']}" for each in refused["violations"]],
         "a wrong type": [each["message"] for each in wrong_type.errors],
         "beside a failed field": {
