@@ -1,4 +1,4 @@
-"""Uploads: pictures for `thumbnail.create` come in by `POST /assets/{assetId}/{versionNumber}`."""
+"""Uploads of pictures for `thumbnail.create`: `POST /assets/{assetId}/{versionNumber}`."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ FORMATS: Final[Mapping[str, tuple[str, tuple[bytes, ...]]]] = {
     "image/webp": ("webp", (b"RIFF",)),
     "image/gif": ("gif", (b"GIF87a", b"GIF89a")),
 }
-"""The Content-Types that are taken: the extension of the file, and how its content begins."""
+"""The accepted Content-Types: the extension of the file, and how its content begins."""
 
 STORAGE_SECONDS: Final = 60.0
 """How long one step of the storage may take, such as to send a picture to a bucket."""
 
 STORAGE_THREADS: Final = 8
-"""How many steps of the storage run at once. Those of a storage that hangs occupy no others."""
+"""How many steps of the storage run at once, in threads of their own: if it hangs, only they do."""
 
 _ASSET_ID: Final[TypeAdapter[str]] = TypeAdapter(AssetId)
 _VERSION: Final[TypeAdapter[int]] = TypeAdapter(VersionNumber)
@@ -39,7 +39,7 @@ log = structlog.get_logger("job_registry.uploads")
 
 
 class AssetInvalid(CodedError):
-    """Raised when what was sent is not what its Content-Type says, or its place is not valid."""
+    """Raised when the content does not match its Content-Type, or its place is not valid."""
 
     code = "asset_invalid"
 
@@ -62,12 +62,12 @@ class AssetExists(CodedError):
 
 
 class AssetsUnavailable(CodedError):
-    """Raised when the storage of the assets fails. The reason is in the log."""
+    """Raised when the storage of the assets fails or takes too long. The log has the reason."""
 
     code = "assets_unavailable"
 
     def __init__(self) -> None:
-        super().__init__("The storage of the assets does not work now. Send the request again.")
+        super().__init__("The storage of the assets is not available. Send the request again.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ class Uploads:
                 " letters, digits, _, - and ., which does not start with a ., and a whole number"
                 " from 1."
             ) from None
-        # Here, because the start of a server should not pay for it.
+        # Imported here, so that the start of a server does not load it.
         from job_registry.asset_files import AssetFiles
 
         try:
@@ -120,7 +120,7 @@ class Uploads:
             try:
                 size = await self._receive(incoming.file, content, signatures, media_type)
             except BaseException:
-                self._threads.submit(files.discard, incoming)  # Nobody waits for it.
+                await self._in_thread(partial(files.discard, incoming))
                 raise
             kept = await self._in_thread(partial(files.keep, incoming, extension))
         except Fail as refused:

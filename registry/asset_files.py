@@ -16,11 +16,11 @@ from job_registry import Fail
 from job_registry.errors import shortened
 
 MAX_FILE_BYTES: Final = 33_554_432
-"""Bytes of a picture's file, which is read into memory: twice what a photo of 50 million pixels
-has."""
+"""The largest picture file in bytes, because the file is read into memory: twice the size of a
+photo of 50 million pixels."""
 
 ABANDONED_SECONDS: Final = 3_600.0
-"""How old a partly written file is when no job can still be writing it."""
+"""The age after which a partly written file counts as abandoned: nothing writes for so long."""
 
 
 class Incoming(NamedTuple):
@@ -34,7 +34,7 @@ class Incoming(NamedTuple):
 class AssetFiles:
     """`{assetId}/{versionNumber}.*` below the assets, and `{assetId}/{versionNumber}/` beside it.
 
-    `assets` is a folder or an fsspec URL, `s3://bucket/assets` for one.
+    `assets` is a folder or an fsspec URL, such as `s3://bucket/assets`.
     """
 
     def __init__(self, assets: str, asset_id: str, version_number: int) -> None:
@@ -44,12 +44,12 @@ class AssetFiles:
         self._local = isinstance(self._files, fsspec.get_filesystem_class("file"))
 
     def read(self) -> tuple[bytes, str]:
-        """Return the content of the picture, and what errors call it.
+        """Return the content of the picture, and its name for error messages.
 
         Raises:
-            Fail: it is missing, or there are several, or it is too large: nothing that another
-                attempt would change.
-            OSError: the storage failed; that may pass.
+            Fail: it is missing, there are several, or it is too large. Another attempt would not
+                help.
+            OSError: the storage failed. Another attempt may succeed.
         """
         path = self._source()
         shown = _shown(f"{self._name}{posixpath.splitext(path)[1]}")
@@ -63,7 +63,7 @@ class AssetFiles:
         raise Fail(f"{shown} is too large: {has}the limit is {MAX_FILE_BYTES:,} bytes.")
 
     def write(self, name: str, content: bytes) -> str:
-        """Writes a thumbnail, whole or not at all, and gives its path below the assets."""
+        """Write a thumbnail, whole or not at all, and return its path below the assets."""
         path = f"{self._name}/{name}"
         target = f"{self._root}/{path}"
         if self._local:
@@ -92,7 +92,7 @@ class AssetFiles:
     def _begin_partial(self, target: str) -> tuple[BinaryIO, Path]:
         """Create a file beside `target`, to be moved there once it is whole, and return its path.
 
-        Only the owner may read it, whatever the umask: a picture may be of anything.
+        Only the owner may read it, whatever the umask, because pictures may be private.
         """
         folder = Path(target).parent
         self._stay_inside(str(folder))
@@ -110,8 +110,8 @@ class AssetFiles:
     def keep(self, incoming: Incoming, extension: str) -> bool:
         """Make a received file the picture of this version. Return False if it has another one.
 
-        The same content again is True: a client that got no answer may send it again. The received
-        file is removed, whatever happens.
+        Return True for the same content again: a client that got no answer may send it again. The
+        received file is removed in any case.
 
         Raises:
             OSError: the storage failed. Nothing is kept.
@@ -179,14 +179,18 @@ class AssetFiles:
         return sources[0]
 
     def _stay_inside(self, path: str) -> None:
-        """A symbolic link may stand in the assets; it may not lead out of them."""
+        """Check that a path is inside the assets. Symbolic links may not point outside.
+
+        Raises:
+            Fail: it is outside.
+        """
         real, root = os.path.realpath(path), os.path.realpath(self._root)
         if os.path.commonpath([real, root]) != root:
-            raise Fail(f"{self._name} leads out of the assets.")
+            raise Fail(f"{self._name} is a link to a place outside the assets.")
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Remove what processes that were killed while they wrote have left."""
+    """Remove the files of processes that were killed while they wrote."""
     for partial in folder.glob("*.partial"):
         with contextlib.suppress(OSError):
             if partial.lstat().st_mtime < time.time() - ABANDONED_SECONDS:
@@ -194,7 +198,7 @@ def _remove_abandoned(folder: Path) -> None:
 
 
 def _shown(name: str) -> str:
-    """Return a name for a sentence: strangers may have chosen it."""
+    """Return a name in a form that is safe in a sentence: it may come from anyone."""
     return shortened(name, 100).strip('"')
 
 

@@ -18,7 +18,7 @@ JSON_SCHEMA_DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
 
 
 def json_schema_of(model: type[BaseModel], description: str) -> dict[str, Any]:
-    """Return a model's JSON Schema, draft 2020-12, with the names of the wire."""
+    """Return a model's JSON Schema, draft 2020-12, with camelCase names."""
     schema: dict[str, Any] = model.model_json_schema(by_alias=True, schema_generator=_JsonSchema)
     described = {"$schema": JSON_SCHEMA_DIALECT, **schema}
     if description:
@@ -31,7 +31,7 @@ def json_schema_of(model: type[BaseModel], description: str) -> dict[str, Any]:
 def fingerprint_of(schema: Mapping[str, Any]) -> str:
     """Return a hash of what a schema demands: 64 hexadecimal digits of SHA-256.
 
-    Titles, descriptions and examples are left out: a better sentence is not another type.
+    Titles, descriptions and examples do not change it.
     """
     text = json.dumps(demands_of(schema), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()

@@ -310,9 +310,10 @@ def test_connections_have_the_bounds_that_are_set() -> None:
             "JOBS_IDLE_TIMEOUT_SECONDS": "104",
             "JOBS_UNREAD_TIMEOUT_SECONDS": "105",
             "JOBS_MAX_BODY_BYTES": "106000",
+            "JOBS_MAX_UPLOAD_BYTES": "107000",
         }
     )
-    assert bounds_of(settings) == Bounds(101, 102, 103, 104, 105, 106_000)
+    assert bounds_of(settings) == Bounds(101, 102, 103, 104, 105, 106_000, 107_000)
 
 
 # The command

@@ -128,6 +128,18 @@ async def test_of_uploads_at_the_same_time_at_most_one_is_kept(visit: Visit, ass
             assert any(each.status_code == 201 for each in answers) == bool(kept)
 
 
+async def test_a_picture_may_be_larger_than_other_requests(database_url: str, assets: Path) -> None:
+    large = bytes(20_000_000)
+    async with (
+        serving(database_url, "--no-worker", assets=str(assets)) as (address, _),
+        httpx.AsyncClient(base_url=f"http://{address}", timeout=20) as client,
+    ):
+        assert (await post(client, PNG + large)).status_code == 201
+        assert code_of(await post(client, large)) == (422, "asset_invalid")
+        job = await client.post("/jobs", content=large, headers=of_type("application/json"))
+        assert code_of(job) == (413, "too_large")
+
+
 async def test_a_client_that_hangs_up_leaves_nothing(database_url: str, assets: Path) -> None:
     async with serving(database_url, "--no-worker", assets=str(assets)) as (address, _):
         host, _, port = address.partition(":")

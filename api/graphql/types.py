@@ -23,8 +23,8 @@ MAX_INT: Final = 2**31 - 1
 """The greatest `Int`."""
 
 READERS: Final[tuple[AccessScope, ...]] = ("jobs:read", "jobs:work")
-"""Who may read what became of a job. A caller who may only enqueue can reach a job that another
-caller stored: by its idempotency key and payload."""
+"""Who may read the result and the errors of a job. A caller who may only enqueue can reach a job
+that another caller stored: by its idempotency key and payload."""
 
 
 @strawberry.enum(description="The state of a job.")
@@ -136,7 +136,8 @@ class JobCounts:
     failed: int = strawberry.field(description="Failed and not yet deleted.")
     cancelled: int = strawberry.field(description="Cancelled and not yet deleted.")
     parked: int = strawberry.field(
-        description="The parked ones among the queued jobs: no worker could read their payload yet."
+        description="Parked jobs, which are also counted as queued: no worker could read their"
+        " payload yet."
     )
 
     @classmethod
@@ -187,7 +188,7 @@ class JobTypeVersion:
 
 
 @strawberry.type(
-    description="A job type that this server does not know, and that the queue has jobs of."
+    description="A job type that has jobs in the queue and that this server does not know."
 )
 class UnregisteredType:
     name: str = strawberry.field(description="The name that the jobs are stored under.")
