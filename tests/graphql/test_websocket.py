@@ -248,7 +248,7 @@ async def test_a_client_that_answers_no_ping_is_to_try_again() -> None:
             await send({"type": "websocket.accept"})
             await receive()
 
-    bounds = Bounds(100, 5, 5, 5, 5, 1_000)
+    bounds = Bounds(100, 5, 5, 5, 5, 1_000, 1_000)
     config = ServerConfig(cast(Any, application), bounds, port=0, lifespan="off", log_level="error")
     config.ws_ping_interval = config.ws_ping_timeout = 0.05
     server = uvicorn.Server(config)
