@@ -8,9 +8,10 @@ exist.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
+import strawberry
 from graphql import (
     DocumentNode,
     GraphQLError,
@@ -23,6 +24,7 @@ from job_registry import JobRegistry
 from job_registry_api.auth import ACCESS_SCOPES, AccessScope, Caller, Forbidden
 from job_registry_api.graphql.access_scopes import access_scopes_of
 from job_registry_api.graphql.argument_limits import root_fields
+from job_registry_api.graphql.compiled import Compiler, StrawberryClasses
 from job_registry_api.graphql.schema import build_schema, executable
 
 MAX_SCHEMAS: Final = 64
@@ -34,6 +36,8 @@ class View(NamedTuple):
 
     schema: GraphQLSchema
     job_types: frozenset[str] | None
+    compiler: Compiler
+    """Compiles the operations of this schema."""
 
 
 class Admission:
@@ -42,12 +46,13 @@ class Admission:
     def __init__(self, registry: JobRegistry) -> None:
         self._registry = registry
         schema = build_schema(registry)
-        self._schema = executable(schema)
-        self._limited: OrderedDict[frozenset[str], GraphQLSchema] = OrderedDict()
+        self._view = _view(schema, None)
+        self._limited: OrderedDict[frozenset[str], View] = OrderedDict()
+        self._when_dropped: Callable[[frozenset[str]], None] | None = None
         self._access_scopes: dict[OperationType, dict[str, tuple[AccessScope, ...]]] = {
             operation: {name: access_scopes_of(schema, root.name, name) for name in root.fields}
             for operation in OperationType
-            if (root := self._schema.get_root_type(operation)) is not None
+            if (root := self._view.schema.get_root_type(operation)) is not None
         }
 
     def view_of(self, caller: Caller) -> View:
@@ -58,18 +63,25 @@ class Admission:
         """
         caller.need(*ACCESS_SCOPES)
         if caller.job_types is None:
-            return View(self._schema, None)
+            return self._view
         visible = caller.job_types & frozenset(self._registry)
         if len(visible) == len(self._registry):
-            return View(self._schema, None)
+            return self._view
         limited = self._limited.get(visible)
         if limited is None:
             types = [self._registry[name] for name in sorted(visible)]
-            limited = self._limited[visible] = executable(build_schema(JobRegistry(types)))
+            limited = _view(build_schema(JobRegistry(types)), visible)
+            self._limited[visible] = limited
             if len(self._limited) > MAX_SCHEMAS:
-                self._limited.popitem(last=False)
+                dropped, _ = self._limited.popitem(last=False)
+                if self._when_dropped is not None:
+                    self._when_dropped(dropped)
         self._limited.move_to_end(visible)
-        return View(limited, visible)
+        return limited
+
+    def when_dropped(self, forget: Callable[[frozenset[str]], None]) -> None:
+        """Call this with the job types of each schema that is no longer kept."""
+        self._when_dropped = forget
 
     def refusals(
         self,
@@ -92,3 +104,8 @@ class Admission:
                 key = (node.alias or node.name).value
                 errors.append(GraphQLError("", node, path=[key], original_error=forbidden))
         return errors
+
+
+def _view(schema: strawberry.Schema, job_types: frozenset[str] | None) -> View:
+    compiler = Compiler(executable(schema), StrawberryClasses(schema))
+    return View(compiler.schema, job_types, compiler)

@@ -34,6 +34,7 @@ from job_registry_api.auth import Caller, Forbidden
 from job_registry_api.budget import Budget, BudgetExceeded, RequestLimits
 from job_registry_api.graphql.admission import Admission, View
 from job_registry_api.graphql.argument_limits import check_arguments
+from job_registry_api.graphql.compiled import CompiledOperation
 from job_registry_api.graphql.context import Context, SentVariables, sent_variables
 from job_registry_api.graphql.document_limits import (
     Limits,
@@ -50,10 +51,16 @@ from job_registry_api.graphql.request_errors import (
 )
 
 MAX_CACHED_BYTES: Final = 32_000_000
-"""The most memory that parsed documents are kept in."""
+"""The most memory that parsed documents and compiled operations are kept in."""
 
 BYTES_PER_TOKEN: Final = 600
 """The memory of a parsed document, measured: 300 to 560 bytes per token."""
+
+BYTES_PER_FIELD: Final = 2_000
+"""The memory of a compiled operation, measured: XXX bytes per field."""
+
+USES_TO_COMPILE: Final = 2
+"""An operation is compiled when it is executed so often: most documents of people come once."""
 
 
 class DocumentRefused(Exception):
@@ -71,6 +78,7 @@ class Prepared(NamedTuple):
     operation: OperationDefinitionNode
     schema: GraphQLSchema
     """The schema with the job types that the caller may see."""
+    compiled: CompiledOperation | None = None
 
     @property
     def is_mutation(self) -> bool:
@@ -100,6 +108,7 @@ class Executor:
         if not limits.introspection:
             self._rules.append(NoSchemaIntrospectionCustomRule)
         self._documents = _DocumentCache()
+        admission.when_dropped(self._documents.forget)
         self._persisted = PersistedDocuments() if persisted is None else persisted
 
     def prepare(self, request: Mapping[str, Any], caller: Caller) -> Prepared:
@@ -123,8 +132,7 @@ class Executor:
             raise DocumentRefused([error]) from None
         document = self._document(named.text, view)
         self._persisted.keep(named)
-        operation = _operation(document, request.get("operationName"))
-        return Prepared(document, operation, view.schema)
+        return document.prepared(request.get("operationName"))
 
     async def execute(
         self, prepared: Prepared, variables: dict[str, Any] | None, context: Context
@@ -133,6 +141,10 @@ class Executor:
         refused = self._refused(prepared, variables, context)
         if refused is not None:
             return refused
+        if prepared.compiled is not None:
+            return await prepared.compiled.execute(
+                context, variables or {}, hide_suggestions=not self._limits.suggestions
+            )
         result = execute(
             prepared.schema, prepared.document, **self._options(prepared, variables, context)
         )
@@ -215,15 +227,15 @@ class Executor:
             async for result in results:
                 yield result
 
-    def _document(self, text: str, view: View) -> DocumentNode:
+    def _document(self, text: str, view: View) -> _Document:
         """Return the document of a text that is valid in a caller's view of the schema.
 
         A generated client sends the same few documents again and again, and to parse and validate
         one takes longer than to execute it.
         """
-        document = self._documents.get(text, view.job_types)
-        if document is not None:
-            return document
+        kept = self._documents.get(text, view.job_types)
+        if kept is not None:
+            return kept
         try:
             check_length(text, self._limits)
             document = parse(text, max_tokens=self._limits.tokens)
@@ -241,8 +253,7 @@ class Executor:
             raise DocumentRefused([too_complex("The document is nested too deep.")]) from None
         if errors:
             raise DocumentRefused(_merged(errors))
-        self._documents.add(text, view.job_types, document)
-        return document
+        return self._documents.add(_Document(text, document, view))
 
 
 def request_faults(request: Mapping[str, Any]) -> list[str]:
@@ -265,6 +276,49 @@ def request_faults(request: Mapping[str, Any]) -> list[str]:
     return faults
 
 
+class _Document:
+    """A valid document, and its operations: compiled, if they were executed before."""
+
+    def __init__(self, text: str, document: DocumentNode, view: View) -> None:
+        self.text = text
+        self.job_types = view.job_types
+        self._document = document
+        self._compiler = view.compiler
+        self._operations: dict[str | None, tuple[Prepared, int]] = {}
+        self.charged = 0
+        """How many bytes the cache counts it as."""
+
+    def prepared(self, name: str | None) -> Prepared:
+        """Return an operation, by its name if the document has several.
+
+        Raises:
+            DocumentRefused: it has none of this name.
+        """
+        known = self._operations.get(name)
+        if known is None:
+            operation = _operation(self._document, name)
+            known = Prepared(self._document, operation, self._compiler.schema), 0
+        prepared, uses = known
+        uses += 1
+        if uses == USES_TO_COMPILE:
+            compiled = self._compiler.compile(self._document, prepared.operation)
+            prepared = prepared._replace(compiled=compiled)
+        if uses <= USES_TO_COMPILE:
+            self._operations[name] = prepared, uses
+        return prepared
+
+    @property
+    def bytes(self) -> int:
+        """About how many bytes of memory it takes."""
+        fields = sum(
+            prepared.compiled.fields
+            for prepared, _ in self._operations.values()
+            if prepared.compiled is not None
+        )
+        tokens = self._document.token_count or len(self.text)
+        return sys.getsizeof(self.text) + BYTES_PER_TOKEN * tokens + BYTES_PER_FIELD * fields
+
+
 class _DocumentCache:
     """The documents that were used last, up to a size in memory.
 
@@ -272,29 +326,36 @@ class _DocumentCache:
     """
 
     def __init__(self) -> None:
-        self._documents: OrderedDict[tuple[str, frozenset[str] | None], DocumentNode]
-        self._documents = OrderedDict()
+        self._documents: OrderedDict[tuple[str, frozenset[str] | None], _Document] = OrderedDict()
         self._bytes = 0
 
-    def get(self, text: str, job_types: frozenset[str] | None) -> DocumentNode | None:
+    def get(self, text: str, job_types: frozenset[str] | None) -> _Document | None:
         """Return the document of a text, if it is kept."""
         document = self._documents.get((text, job_types))
         if document is not None:
             self._documents.move_to_end((text, job_types))
+            self._charge(document)
         return document
 
-    def add(self, text: str, job_types: frozenset[str] | None, document: DocumentNode) -> None:
+    def add(self, document: _Document) -> _Document:
         """Keep a document, and drop those that were not used for the longest time."""
-        self._documents[text, job_types] = document
-        self._bytes += _size_of(text, document)
+        self._documents[document.text, document.job_types] = document
+        self._charge(document)
+        return document
+
+    def forget(self, job_types: frozenset[str]) -> None:
+        """Drop the documents of a schema."""
+        for key in [key for key in self._documents if key[1] == job_types]:
+            self._bytes -= self._documents.pop(key).charged
+
+    def _charge(self, document: _Document) -> None:
+        """Count a document, which grows as its operations are compiled."""
+        size = document.bytes
+        self._bytes += size - document.charged
+        document.charged = size
         while self._bytes > MAX_CACHED_BYTES:
-            (oldest, _), dropped = self._documents.popitem(last=False)
-            self._bytes -= _size_of(oldest, dropped)
-
-
-def _size_of(text: str, document: DocumentNode) -> int:
-    """Return about how many bytes of memory a document takes."""
-    return sys.getsizeof(text) + BYTES_PER_TOKEN * (document.token_count or len(text))
+            _, dropped = self._documents.popitem(last=False)
+            self._bytes -= dropped.charged
 
 
 def _operation(document: DocumentNode, name: str | None) -> OperationDefinitionNode:
