@@ -33,7 +33,8 @@ Composite = GraphQLObjectType | GraphQLInterfaceType | GraphQLUnionType
 class RandomOperation:
     """An operation, which is valid but where two fields with one name cannot be merged.
 
-    `values` are what an argument or input field of a name may be, and what a scalar may be.
+    `values` are what an argument or input field of a name may be, and what a scalar may be. The
+    arguments in `always` are never left to their default.
     """
 
     def __init__(
@@ -43,11 +44,13 @@ class RandomOperation:
         random: Random,
         values: Mapping[str, Sequence[Any]],
         *,
-        depth: int = 4,
+        depth: int = 3,
+        always: frozenset[str] = frozenset(),
     ) -> None:
         self._schema = schema
         self._random = random
         self._values = values
+        self._always = always
         self._definitions: list[str] = []
         self._fragments: list[str] = []
         self._names = 0
@@ -65,9 +68,11 @@ class RandomOperation:
         return f"{prefix}{self._names}"
 
     def _selection(self, kind: Composite, depth: int) -> str:
+        if depth < -1:
+            return "{ __typename }"
         parts = []
-        for _ in range(self._random.randint(1, 4)):
-            if isinstance(kind, GraphQLUnionType) or self._chance(0.25):
+        for _ in range(self._random.randint(1, 3)):
+            if isinstance(kind, GraphQLUnionType) or self._chance(0.2):
                 parts.append(self._fragment(kind, depth))
             else:
                 parts.append(self._field(kind, depth))
@@ -108,10 +113,10 @@ class RandomOperation:
         condition = f" on {on.name}" if on is not kind or self._chance(0.5) else ""
         if self._chance(0.4):
             name = self._name("F")
-            self._fragments.append(f"fragment {name} on {on.name} {self._selection(on, depth)}")
+            self._fragments.append(f"fragment {name} on {on.name} {self._selection(on, depth - 1)}")
             spread = f"...{name}{self._directives()}"
             return f"{spread} ...{name}" if self._chance(0.2) else spread
-        return f"...{condition}{self._directives()} {self._selection(on, depth)}"
+        return f"...{condition}{self._directives()} {self._selection(on, depth - 1)}"
 
     def _directives(self) -> str:
         text = ""
@@ -128,18 +133,18 @@ class RandomOperation:
         given = [
             f"{name}: {self._given(name, each)}"
             for name, each in arguments.items()
-            if is_required_argument(each) or self._chance(0.6)
+            if is_required_argument(each) or name in self._always or self._chance(0.6)
         ]
         return f"({', '.join(given)})" if given else ""
 
-    def _given(self, name: str, each: GraphQLArgument | GraphQLInputField) -> str:
+    def _given(self, name: str, each: GraphQLArgument | GraphQLInputField, depth: int = 3) -> str:
         """A variable, or a literal, which may hold variables."""
-        if self._chance(0.4):
+        if name not in self._always and self._chance(0.4):
             is_required = isinstance(each.type, GraphQLNonNull)
-            value = self._json(name, each.type, 3)
+            value = self._json(name, each.type, depth)
             kind = each.type.of_type if is_required else each.type
             return self._variable(str(kind), required=is_required, json_value=value, of=each.type)
-        return self._literal(name, each.type, 3)
+        return self._literal(name, each.type, depth)
 
     def _variable(
         self, kind: str, *, required: bool, json_value: Any, of: GraphQLInputType | None = None
@@ -180,9 +185,7 @@ class RandomOperation:
             }
         return random.choice(self._values[name if name in self._values else kind.name])
 
-    def _literal(
-        self, name: str, kind: GraphQLInputType, depth: int, *, bare: bool = False
-    ) -> str:
+    def _literal(self, name: str, kind: GraphQLInputType, depth: int, *, bare: bool = False) -> str:
         """A value in the document; `bare` is one without variables."""
         random = self._random
         if isinstance(kind, GraphQLNonNull):
@@ -191,7 +194,9 @@ class RandomOperation:
             return "null"
         if isinstance(kind, GraphQLList):
             if self._chance(0.15):
-                return self._literal(name, GraphQLNonNull(_nullable(kind.of_type)), depth, bare=bare)
+                return self._literal(
+                    name, GraphQLNonNull(_nullable(kind.of_type)), depth, bare=bare
+                )
             items = [
                 self._literal(name, kind.of_type, depth, bare=bare)
                 for _ in range(random.randint(0, 3))
@@ -210,7 +215,7 @@ class RandomOperation:
                 + (
                     self._literal(field, each.type, depth - 1, bare=True)
                     if bare or depth <= 0
-                    else self._given(field, each)
+                    else self._given(field, each, depth - 1)
                 )
                 for field, each in fields.items()
                 if is_required_input_field(each) or (depth > 0 and self._chance(0.5))

@@ -19,11 +19,20 @@ from typing import Annotated, Any, NewType
 
 import pytest
 import strawberry
-from graphql import ExecutionResult, OperationType, execute, parse, validate
+from graphql import (
+    ExecutionResult,
+    OperationDefinitionNode,
+    OperationType,
+    execute,
+    parse,
+    specified_rules,
+    validate,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strawberry.dataloader import DataLoader
 from strawberry.schema.config import StrawberryConfig
+from strawberry.schema.validation_rules.one_of import OneOfInputValidationRule
 
 from job_registry_api.graphql.compiled import CompiledOperation, Compiler, StrawberryClasses
 from job_registry_api.graphql.schema import executable
@@ -71,9 +80,9 @@ class Context:
         self.loads.append(keys)
         return [key * 10 for key in keys]
 
-    def at(self, name: str, value: Any) -> Any:
+    def at(self, info: strawberry.Info[Any, None], name: str, value: Any) -> Any:
         """The value of a resolver, or what its fault makes of it."""
-        self.called[name] += 1
+        self.called[" ".join([name, "at", *map(str, info.path.as_list())])] += 1
         match self.faults.get(name):
             case "raise":
                 raise Faulty(name)
@@ -84,6 +93,11 @@ class Context:
             case "error":
                 return Faulty(name)
         return value
+
+    @property
+    def mutations(self) -> list[str]:
+        """The calls of root fields of a mutation, in order."""
+        return [each for each in self.called if each.startswith(("add", "put"))]
 
 
 Info = strawberry.Info[Context, None]
@@ -100,11 +114,11 @@ class Part(Named):
 
     @strawberry.field
     async def tenfold(self, info: Info) -> int | None:
-        return info.context.at("tenfold", await info.context.loader.load(self.number))
+        return info.context.at(info, "tenfold", await info.context.loader.load(self.number))
 
     @strawberry.field
     def sure(self, info: Info) -> int:
-        value: int = info.context.at("sure", self.number)
+        value: int = info.context.at(info, "sure", self.number)
         return value
 
 
@@ -128,7 +142,7 @@ class Point:
 class Tree:
     value: str
     colour: Colour = Colour.RED
-    children: list["Tree"] | None = None
+    children: list[Tree] | None = None
     at: Point | None = strawberry.UNSET
 
 
@@ -156,15 +170,15 @@ class Whole(Named):
     named: list[Named]
 
     @strawberry.field
-    async def later(self, info: Info, wait: int = 0) -> "Whole | None":
+    async def later(self, info: Info, wait: int = 0) -> Whole | None:
         for _ in range(wait):
             await asyncio.sleep(0)
-        return info.context.at("later", whole())
+        return info.context.at(info, "later", whole())
 
     @strawberry.field
     async def surely(self, info: Info) -> Part:
         await asyncio.sleep(0)
-        part: Part = info.context.at("surely", Part(name="sure", number=3))
+        part: Part = info.context.at(info, "surely", Part(name="sure", number=3))
         return part
 
 
@@ -190,16 +204,16 @@ def whole() -> Whole:
 class Query:
     @strawberry.field
     async def whole(self, info: Info) -> Whole | None:
-        return info.context.at("whole", whole())
+        return info.context.at(info, "whole", whole())
 
     @strawberry.field
     def direct(self, info: Info) -> Whole:
-        result: Whole = info.context.at("direct", whole())
+        result: Whole = info.context.at(info, "direct", whole())
         return result
 
     @strawberry.field
     async def thing(self, info: Info, number: int = 1) -> Thing | None:
-        return info.context.at("thing", whole().things[number % 5])
+        return info.context.at(info, "thing", whole().things[number % 5])
 
     @strawberry.field
     async def told(
@@ -220,21 +234,22 @@ class Query:
     ) -> str | None:
         given = [tree, trees, point, choice, colour, money, money_by_default]
         more = [ids, matrix, flag, ratio, text]
-        return info.context.at("told", repr([plain(each) for each in [*given, *more]]))
+        return info.context.at(info, "told", repr([plain(each) for each in [*given, *more]]))
 
 
 @strawberry.type
 class Mutation:
     @strawberry.mutation
     async def add(self, info: Info, number: int) -> Part | None:
-        return info.context.at(f"add {number}", Part(name="added", number=number))
+        return info.context.at(info, f"add {number}", Part(name="added", number=number))
 
     @strawberry.mutation
     def put(self, info: Info, number: int) -> Part:
-        part: Part = info.context.at(f"put {number}", Part(name="put", number=number))
+        part: Part = info.context.at(info, f"put {number}", Part(name="put", number=number))
         return part
 
 
+RULES = [*specified_rules, OneOfInputValidationRule]
 STRAWBERRY = strawberry.Schema(
     query=Query,
     mutation=Mutation,
@@ -246,12 +261,13 @@ SCHEMA = executable(STRAWBERRY)
 
 def compiled(text: str) -> CompiledOperation | None:
     document = parse(text)
-    assert validate(SCHEMA, document) == []
+    assert validate(SCHEMA, document, RULES) == []
     operation = document.definitions[0]
+    assert isinstance(operation, OperationDefinitionNode)
     return Compiler(SCHEMA, StrawberryClasses(STRAWBERRY)).compile(document, operation)
 
 
-async def by_graphql_core(text: str, context: Context, **variables: Any) -> ExecutionResult:
+async def by_graphql_core(text: str, context: Context, /, **variables: Any) -> ExecutionResult:
     result = execute(SCHEMA, parse(text), context_value=context, variable_values=variables)
     return await result if isawaitable(result) else result
 
@@ -261,24 +277,31 @@ def told(result: ExecutionResult) -> tuple[str, list[str]]:
     return repr(result.data), sorted(errors)
 
 
-async def same(text: str, faults: dict[str, str] | None = None, **variables: Any) -> bool:
-    """Execute an operation by itself, and compiled; return whether it stayed compiled."""
+async def same(text: str, faults: dict[str, str] | None = None, /, **variables: Any) -> bool:
+    """Execute an operation by graphql-core, and compiled; return whether it stayed compiled.
+
+    When a null spreads, graphql-core abandons resolvers that run; the compiled operation may have
+    run them to their end. Each runs once, and of a mutation the same root fields run.
+    """
     operation = compiled(text)
     assert operation is not None
     ours, theirs, again = (Context(faults or {}) for _ in range(3))
     expected = await by_graphql_core(text, theirs, **variables)
     result = await operation.execute(ours, variables)
     assert told(result) == told(expected)
-    assert ours.called == theirs.called
     verified, left = await operation.verify(again, variables)
     assert told(verified) == told(expected)
-    assert again.called == theirs.called
+    for each in (ours, again):
+        assert not each.called or max(each.called.values()) == 1
+        assert each.mutations == theirs.mutations
+        if not expected.errors:
+            assert each.called == theirs.called
     return left is None
 
 
 EVERYTHING = """{ __typename
-  whole { ...All later { ...All later(wait: 2) { name } } surely { name tenfold } } direct { ...All }
-  a: thing { ...T } b: thing(number: 4) { ...T } }
+  whole { ...All later { ...All later(wait: 2) { name } } surely { name tenfold } }
+  direct { ...All } a: thing { ...T } b: thing(number: 4) { ...T } }
 fragment All on Whole { __typename name ratio count when grid part { ...P } maybe { ...P }
   things { ...T } named { n: name __typename ... on Named { name } ... on Part { number } } }
 fragment P on Part { name number tenfold sure }
@@ -291,9 +314,7 @@ async def test_every_kind_of_value_is_answered_as_by_graphql_core() -> None:
 
 
 @pytest.mark.parametrize("fault", ["raise", "null", "odd", "error"])
-@pytest.mark.parametrize(
-    "name", ["whole", "direct", "thing", "later", "surely", "tenfold", "sure"]
-)
+@pytest.mark.parametrize("name", ["whole", "direct", "thing", "later", "surely", "tenfold", "sure"])
 async def test_what_is_odd_is_left_to_graphql_core_and_no_resolver_runs_twice(
     name: str, fault: str
 ) -> None:
@@ -317,10 +338,7 @@ async def test_mutations_run_in_order_and_a_null_in_a_non_null_stops_the_rest() 
     assert operation is not None
     result = await operation.execute(context, {})
     assert result.data is None
-    assert "add 5" not in context.called
-    assert [each for each in context.called if each.startswith(("add", "put"))] == [
-        *("add 1", "add 2", "add 3", "put 4")
-    ]
+    assert context.mutations == ["add 1 at a", "add 2 at b", "add 3 at c", "put 4 at d"]
 
 
 async def test_a_level_of_objects_is_loaded_at_once() -> None:
@@ -331,8 +349,8 @@ async def test_a_level_of_objects_is_loaded_at_once() -> None:
     assert [sorted(keys) for keys in context.loads] == [[0, 1, 2, 9]]
 
 
-TOLD = """query ($tree: Tree, $trees: [Tree!], $point: Point, $choice: Choice, $colour: Colour! = RED,
-  $money: Money, $ids: [ID!], $matrix: [[Int]!], $flag: Boolean, $ratio: Float! = 2,
+TOLD = """query ($tree: Tree, $trees: [Tree!], $point: Point, $choice: Choice,
+  $colour: Colour! = RED, $money: Money, $ids: [ID!], $matrix: [[Int]!], $flag: Boolean, $ratio: Float! = 2,
   $text: String = "given") {
   told(tree: $tree, trees: $trees, point: $point, choice: $choice, colour: $colour, money: $money,
     ids: $ids, matrix: $matrix, flag: $flag, ratio: $ratio, text: $text) }"""
@@ -479,21 +497,24 @@ async def test_a_cancelled_execution_ends_its_resolvers_and_is_not_repeated() ->
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert context.called["whole"] == 2
-    assert context.called["later"] == 0
+    assert {"whole at a", "whole at b"} <= context.called.keys()
+    assert "later at a later" not in context.called
     await asyncio.sleep(0)
     assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
 async def test_no_coroutine_is_left_unawaited() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
         for fault in ("raise", "null", "odd", "error"):
             for name in ("direct", "sure", "whole", "later"):
                 operation = compiled(EVERYTHING)
                 assert operation is not None
                 await operation.execute(Context({name: fault}), {})
+        for _ in range(5):  # graphql-core ends what it abandons in the background.
+            await asyncio.sleep(0)
         gc.collect()
+    assert [str(each.message) for each in found] == []
 
 
 VALUES: dict[str, list[Any]] = {
@@ -517,7 +538,7 @@ def drawn(seed: int) -> tuple[RandomOperation, dict[str, str]]:
     assert root is not None
     while True:
         operation = RandomOperation(SCHEMA, root, random, VALUES)
-        if not validate(SCHEMA, parse(operation.text)):
+        if not validate(SCHEMA, parse(operation.text), RULES):
             break
     count = random.choice([0, 0, 1, 2])
     kinds = ["raise", "null", "odd", "error"]
@@ -537,7 +558,7 @@ def check_all(seeds: Iterable[int]) -> None:
     asyncio.run(check())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**32))
 def test_random_operations_are_answered_as_by_graphql_core(seed: int) -> None:
     check_all([seed])
@@ -551,7 +572,7 @@ def test_many_random_operations_are_answered_as_by_graphql_core(seed: int) -> No
 
 
 def test_random_operations_use_every_type_field_and_argument() -> None:
-    texts = " ".join(drawn(seed)[0].text for seed in range(200))
+    texts = " ".join(drawn(seed)[0].text for seed in range(60))
     missing = [
         name
         for kind in (Part, Other, Whole, Query, Mutation)
