@@ -8,22 +8,20 @@ exist.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from typing import Any, Final, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Final, NamedTuple
 
 import strawberry
 from graphql import (
-    DocumentNode,
+    FieldNode,
     GraphQLError,
     GraphQLSchema,
-    OperationDefinitionNode,
     OperationType,
 )
 
 from job_registry import JobRegistry
 from job_registry_api.auth import ACCESS_SCOPES, AccessScope, Caller, Forbidden
 from job_registry_api.graphql.access_scopes import access_scopes_of
-from job_registry_api.graphql.argument_limits import root_fields
 from job_registry_api.graphql.compiled import Compiler, StrawberryClasses
 from job_registry_api.graphql.schema import build_schema, executable
 
@@ -84,20 +82,16 @@ class Admission:
         self._when_dropped = forget
 
     def refusals(
-        self,
-        document: DocumentNode,
-        operation: OperationDefinitionNode,
-        variables: Mapping[str, Any] | None,
-        caller: Caller,
+        self, operation: OperationType, executed: Iterable[FieldNode], caller: Caller
     ) -> list[GraphQLError]:
-        """Return an error for each field of an operation that a caller may not use.
+        """Return an error for each of these root fields that a caller may not use.
 
         If there is one, nothing of the operation may be executed, and its variables are not to be
         coerced.
         """
-        needed = self._access_scopes[operation.operation]
+        needed = self._access_scopes[operation]
         errors = []
-        for node in root_fields(document, operation, variables or {}):
+        for node in executed:
             try:
                 caller.need(*needed.get(node.name.value, ()) or ACCESS_SCOPES)
             except Forbidden as forbidden:

@@ -33,7 +33,7 @@ from job_registry.errors import shortened_text
 from job_registry_api.auth import Caller, Forbidden
 from job_registry_api.budget import Budget, BudgetExceeded, RequestLimits
 from job_registry_api.graphql.admission import Admission, View
-from job_registry_api.graphql.argument_limits import check_arguments
+from job_registry_api.graphql.argument_limits import RootFields, check_arguments
 from job_registry_api.graphql.compiled import CompiledOperation
 from job_registry_api.graphql.context import Context, SentVariables, sent_variables
 from job_registry_api.graphql.document_limits import (
@@ -78,6 +78,7 @@ class Prepared(NamedTuple):
     operation: OperationDefinitionNode
     schema: GraphQLSchema
     """The schema with the job types that the caller may see."""
+    root_fields: RootFields
     compiled: CompiledOperation | None = None
 
     @property
@@ -176,9 +177,8 @@ class Executor:
         The scopes of its fields are checked first, then the size of its arguments, before they are
         coerced. This begins its budget.
         """
-        refusals = self._admission.refusals(
-            prepared.document, prepared.operation, variables, context.caller
-        )
+        executed = prepared.root_fields.executed(variables or {})
+        refusals = self._admission.refusals(prepared.operation.operation, executed, context.caller)
         if refusals:
             return ExecutionResult(None, refusals)
         context.budget = Budget(self.request_limits)
@@ -187,8 +187,8 @@ class Executor:
         try:
             check_arguments(
                 prepared.schema,
-                prepared.document,
                 prepared.operation,
+                executed,
                 variables or {},
                 self.request_limits,
                 of_request=context.size,
@@ -285,6 +285,8 @@ class _Document:
         self._document = document
         self._compiler = view.compiler
         self._operations: dict[str | None, tuple[Prepared, int]] = {}
+        tokens = document.token_count or len(text)
+        self._bytes = sys.getsizeof(text) + BYTES_PER_TOKEN * tokens
         self.charged = 0
         """How many bytes the cache counts it as."""
 
@@ -297,7 +299,15 @@ class _Document:
         known = self._operations.get(name)
         if known is None:
             operation = _operation(self._document, name)
-            known = Prepared(self._document, operation, self._compiler.schema), 0
+            known = (
+                Prepared(
+                    self._document,
+                    operation,
+                    self._compiler.schema,
+                    RootFields(self._document, operation),
+                ),
+                0,
+            )
         prepared, uses = known
         uses += 1
         if uses == USES_TO_COMPILE:
@@ -315,8 +325,7 @@ class _Document:
             for prepared, _ in self._operations.values()
             if prepared.compiled is not None
         )
-        tokens = self._document.token_count or len(self.text)
-        return sys.getsizeof(self.text) + BYTES_PER_TOKEN * tokens + BYTES_PER_FIELD * fields
+        return self._bytes + BYTES_PER_FIELD * fields
 
 
 class _DocumentCache:

@@ -142,8 +142,8 @@ class RandomOperation:
         if name not in self._always and self._chance(0.4):
             is_required = isinstance(each.type, GraphQLNonNull)
             value = self._json(name, each.type, depth)
-            kind = each.type.of_type if is_required else each.type
-            return self._variable(str(kind), required=is_required, json_value=value, of=each.type)
+            kind = str(_nullable(each.type))
+            return self._variable(kind, required=is_required, json_value=value, of=each.type)
         return self._literal(name, each.type, depth)
 
     def _variable(
@@ -203,7 +203,7 @@ class RandomOperation:
             ]
             return f"[{', '.join(items)}]"
         if isinstance(kind, GraphQLEnumType):
-            return random.choice(list(kind.values))
+            return str(random.choice(list(kind.values)))
         if isinstance(kind, GraphQLInputObjectType):
             fields = kind.fields
             if kind.is_one_of:

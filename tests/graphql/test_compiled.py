@@ -15,7 +15,7 @@ from datetime import datetime
 from enum import Enum
 from inspect import isawaitable
 from random import Random
-from typing import Annotated, Any, NewType
+from typing import Annotated, Any, NewType, TypeVar
 
 import pytest
 import strawberry
@@ -37,6 +37,8 @@ from strawberry.schema.validation_rules.one_of import OneOfInputValidationRule
 from job_registry_api.graphql.compiled import CompiledOperation, Compiler, StrawberryClasses
 from job_registry_api.graphql.schema import executable
 from tests.graphql.random_operations import RandomOperation
+
+Value = TypeVar("Value")
 
 
 class Faulty(Exception):
@@ -80,19 +82,15 @@ class Context:
         self.loads.append(keys)
         return [key * 10 for key in keys]
 
-    def at(self, info: strawberry.Info[Any, None], name: str, value: Any) -> Any:
+    def at(self, info: strawberry.Info[Any, None], name: str, value: Value) -> Value:
         """The value of a resolver, or what its fault makes of it."""
+        instead: dict[str, Any] = {"null": None, "odd": object(), "error": Faulty(name)}
         self.called[" ".join([name, "at", *map(str, info.path.as_list())])] += 1
-        match self.faults.get(name):
-            case "raise":
-                raise Faulty(name)
-            case "null":
-                return None
-            case "odd":
-                return object()
-            case "error":
-                return Faulty(name)
-        return value
+        fault = self.faults.get(name)
+        if fault == "raise":
+            raise Faulty(name)
+        faulty: Value = instead.get(fault or "", value)
+        return faulty
 
     @property
     def mutations(self) -> list[str]:
@@ -350,8 +348,8 @@ async def test_a_level_of_objects_is_loaded_at_once() -> None:
 
 
 TOLD = """query ($tree: Tree, $trees: [Tree!], $point: Point, $choice: Choice,
-  $colour: Colour! = RED, $money: Money, $ids: [ID!], $matrix: [[Int]!], $flag: Boolean, $ratio: Float! = 2,
-  $text: String = "given") {
+  $colour: Colour! = RED, $money: Money, $ids: [ID!], $matrix: [[Int]!], $flag: Boolean,
+  $ratio: Float! = 2, $text: String = "given") {
   told(tree: $tree, trees: $trees, point: $point, choice: $choice, colour: $colour, money: $money,
     ids: $ids, matrix: $matrix, flag: $flag, ratio: $ratio, text: $text) }"""
 

@@ -381,9 +381,9 @@ def _differences(
     found = []
     if repr(call.arguments) != repr(arguments):
         found.append(f"{_keys(call)}: {call.arguments!r}, by graphql-core {arguments!r}")
-    ours = call.info
-    for name in info._fields:
-        mine, theirs = getattr(ours, name), getattr(info, name)
+    ours = call.info._asdict()
+    for name, theirs in info._asdict().items():
+        mine = ours[name]
         match name:
             case "field_nodes":
                 same = [*map(id, mine)] == [*map(id, theirs)]
