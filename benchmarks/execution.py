@@ -25,7 +25,9 @@ from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import Any, cast
 
-from benchmarks.enqueue import JOB, MUTATION
+from pydantic import JsonValue
+
+from benchmarks.enqueue import MUTATION
 from job_registry import EnqueueRequest
 from job_registry.discovery import load_registry
 from job_registry_api.auth import ANYONE
@@ -43,8 +45,10 @@ from job_registry_api.queue.queue import JobQueue
 PAGE = """{ jobs(first: 50) { nodes { id type status priority attempt nextRunAt payload }
   pageInfo { hasNextPage endCursor } } }"""
 NOW = datetime.now(UTC)
+PAYLOAD: dict[str, JsonValue] = {"batchId": "batch-7", "escrowId": "escrow-1"}
+JOB = {"type": "payout.execute", "payload": PAYLOAD}
 RECORD = JobRecord(
-    uuid.uuid4(), "payout.execute", "", JobStatus.QUEUED, JOB["payload"], 50, 0, 10, 60, NOW
+    uuid.uuid4(), "payout.execute", "", JobStatus.QUEUED, PAYLOAD, 50, 0, 10, 60, NOW
 )
 DOCUMENTS: dict[str, tuple[str, dict[str, Any]]] = {
     "enqueueJob": (MUTATION, {"input": JOB}),
@@ -84,7 +88,9 @@ def executed(
 
 async def resolver() -> None:
     """What our resolver of `enqueueJob` does itself."""
-    EnqueueJobSuccess.of(await FakeQueue().enqueue(EnqueueRequest(**JOB)))
+    EnqueueJobSuccess.of(
+        await FakeQueue().enqueue(EnqueueRequest(type="payout.execute", payload=PAYLOAD))
+    )
 
 
 async def run(rounds: int, executions: int) -> None:
