@@ -125,7 +125,7 @@ class Settings(BaseSettings):
         ge=65_536,
         le=1_073_741_824,
         description="The most bytes of payloads, results and other large values per answer. A page"
-        " of `jobs` stops early before it exceeds them, and its cursor goes on from there.",
+        " of `jobs` stops early before it exceeds them; its cursor leads to the next page.",
     )
     max_answer_fields: int = Field(
         default=_REQUEST.answer_fields,
@@ -278,6 +278,12 @@ class Settings(BaseSettings):
         le=1_073_741_824,
         description="Answers of this size and more are compressed with gzip for clients that take"
         " it. Not compressed by default: a proxy usually does it.",
+    )
+    federation: bool = Field(
+        default=False,
+        description="Whether the GraphQL schema is served as a subgraph of Apollo Federation:"
+        " `_entities` finds jobs by their ids, and `_service` gives the schema to every caller with"
+        " a scope, also without introspection.",
     )
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         default=(),

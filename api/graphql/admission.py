@@ -1,8 +1,7 @@
 """What a caller may see of the schema, and which fields it may use, before anything is coerced.
 
-A caller that is limited to some job types gets a schema with only these in `TypedJobInput`. So
-validation, suggestions and introspection cannot mention the others: for such a caller they do not
-exist.
+A caller that is limited to some job types gets a schema with only these in `TypedJobInput`.
+Validation, suggestions and introspection then cannot mention the others.
 """
 
 from __future__ import annotations
@@ -41,9 +40,10 @@ class View(NamedTuple):
 class Admission:
     """Admits callers to the fields and job types of a schema."""
 
-    def __init__(self, registry: JobRegistry) -> None:
+    def __init__(self, registry: JobRegistry, *, federation: bool = False) -> None:
         self._registry = registry
-        schema = build_schema(registry)
+        self._federation = federation
+        schema = build_schema(registry, federation=federation)
         self._view = _view(schema, None)
         self._limited: OrderedDict[frozenset[str], View] = OrderedDict()
         self._when_dropped: Callable[[frozenset[str]], None] | None = None
@@ -68,8 +68,8 @@ class Admission:
         limited = self._limited.get(visible)
         if limited is None:
             types = [self._registry[name] for name in sorted(visible)]
-            limited = _view(build_schema(JobRegistry(types)), visible)
-            self._limited[visible] = limited
+            schema = build_schema(JobRegistry(types), federation=self._federation)
+            limited = self._limited[visible] = _view(schema, visible)
             if len(self._limited) > MAX_SCHEMAS:
                 dropped, _ = self._limited.popitem(last=False)
                 if self._when_dropped is not None:

@@ -160,18 +160,31 @@ FROM jsonb_to_recordset(CAST(:wanted AS jsonb)) AS wanted (
 JOIN job_registry.job ON job.type = wanted.type AND job.idempotency_key = wanted.key
 
 -- name: newest
--- The ids of the newest jobs of several types and statuses. Of each pair the newest are read from its index,
--- and merged: no index has them in one order. The status is a range, and not an equality, so that
--- only the index of type, status and id has the order: that of type and id would read every job
--- of a type in search of a rare status.
+-- Return the ids of the newest jobs of several types and statuses. The newest of each pair are read
+-- from its index, and merged: no index has them in one order. The status is a range and not an
+-- equality, so that only the index of type, status and id has the order: that of type and id would
+-- read every job of a type in search of a rare status.
 SELECT newest.id FROM jsonb_to_recordset(CAST(:pairs AS jsonb)) AS pair (type text, status text)
 CROSS JOIN LATERAL (
     SELECT job.id FROM job_registry.job
-    WHERE job.type = pair.type AND job.status >= pair.status
-        AND (job.status, job.id) < (pair.status, CAST(:after AS uuid))
-    ORDER BY job.status DESC, job.id DESC LIMIT :first
+    WHERE job.type = pair.type
+        AND (job.status, job.id) > (pair.status, CAST(:newer_than AS uuid))
+        AND (job.status, job.id) < (pair.status, CAST(:older_than AS uuid))
+    ORDER BY job.status DESC, job.id DESC LIMIT :most
 ) AS newest
-ORDER BY newest.id DESC LIMIT :first
+ORDER BY newest.id DESC LIMIT :most
+
+-- name: oldest
+-- The ids of the oldest jobs of several types and statuses, as `newest` reads the newest.
+SELECT oldest.id FROM jsonb_to_recordset(CAST(:pairs AS jsonb)) AS pair (type text, status text)
+CROSS JOIN LATERAL (
+    SELECT job.id FROM job_registry.job
+    WHERE job.type = pair.type
+        AND (job.status, job.id) > (pair.status, CAST(:newer_than AS uuid))
+        AND (job.status, job.id) < (pair.status, CAST(:older_than AS uuid))
+    ORDER BY job.status, job.id LIMIT :most
+) AS oldest
+ORDER BY oldest.id LIMIT :most
 
 -- name: lease_states
 -- Return the states of leases: in force, job succeeded by this lease, or neither.

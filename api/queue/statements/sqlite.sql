@@ -265,7 +265,8 @@ WHERE id = :id AND status IN ('queued', 'running') AND (NOT :owned OR created_by
 RETURNING *
 
 -- name: retry
--- Queue a failed or cancelled job; if it is owned, one of this owner. If no attempt is left, allow one more.
+-- Queue a failed or cancelled job; if it is owned, one of this owner. If no attempt is left, allow
+-- one more.
 UPDATE job SET
     status = 'queued', next_run_at = :now, finished_at = NULL, cancel_requested_at = NULL,
     lease_token = NULL, progress = NULL, quick_returns = 0,
@@ -306,14 +307,25 @@ FROM job WHERE type = :type AND idempotency_key = :key
 SELECT payload FROM job WHERE id = :id
 
 -- name: newest
--- The ids of the newest jobs of several types and statuses. Of each pair the newest are read from its index,
--- and merged: no index has them in one order.
+-- Return the ids of the newest jobs of several types and statuses. The newest of each pair are read
+-- from its index, and merged: no index has them in one order.
 SELECT job.id FROM json_each(:pairs) AS pair CROSS JOIN job ON job.id IN (
     SELECT newest.id FROM job AS newest
     WHERE newest.type = json_extract(pair.value, '$.type')
-        AND newest.status = json_extract(pair.value, '$.status') AND newest.id < :after
-    ORDER BY newest.id DESC LIMIT :first)
-ORDER BY job.id DESC LIMIT :first
+        AND newest.status = json_extract(pair.value, '$.status')
+        AND newest.id < :older_than AND newest.id > :newer_than
+    ORDER BY newest.id DESC LIMIT :most)
+ORDER BY job.id DESC LIMIT :most
+
+-- name: oldest
+-- The ids of the oldest jobs of several types and statuses, as `newest` reads the newest.
+SELECT job.id FROM json_each(:pairs) AS pair CROSS JOIN job ON job.id IN (
+    SELECT oldest.id FROM job AS oldest
+    WHERE oldest.type = json_extract(pair.value, '$.type')
+        AND oldest.status = json_extract(pair.value, '$.status')
+        AND oldest.id < :older_than AND oldest.id > :newer_than
+    ORDER BY oldest.id LIMIT :most)
+ORDER BY job.id LIMIT :most
 
 -- name: lease_states
 -- Return the states of leases: in force, job succeeded by this lease, or neither.
