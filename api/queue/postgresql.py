@@ -334,13 +334,10 @@ class PostgreSQLStore(Store):
         """Run a statement that changes something."""
         sql = self._sql[name]
         sender = self._sender if ":process" in sql else {}
-        rows = await self._database.execute_at_once(sql, {**sender, **parameters})
-        return [dict(row._mapping) for row in rows]
+        return await self._database.execute_at_once(sql, {**sender, **parameters})
 
     async def _read(self, name: str, parameters: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-        async with self._database.reading() as connection:
-            result = await connection.execute(statement(self._sql[name]), parameters)
-            return [dict(row) for row in result.mappings()]
+        return await self._database.execute_at_once(self._sql[name], parameters)
 
     def _read_within(
         self, connection: Connection, name: str, parameters: Mapping[str, Any]
