@@ -84,6 +84,10 @@ class PostgreSQLStore(Store):
         return _holders(await self._read("holders", _wanted(jobs)))
 
     async def insert_all(self, jobs: Sequence[NewJob]) -> tuple[dict[uuid.UUID, Stored], bool]:
+        if not any(job.idempotency_key is not None for job in jobs):
+            # Nothing can conflict, so one statement stores all or none.
+            return await self.insert(jobs), True
+
         async def insert_all(connection: AsyncConnection) -> dict[uuid.UUID, Stored]:
             return await self._insert_or_refuse(connection, jobs, wait=True)
 

@@ -369,6 +369,9 @@ class _WriterThread:
         if self._opened is None:
             identity = self._file.identity() if "mode=rwc" not in self._file.uri else None
             connection = self._file.connect()
+            # The table has triggers, so SQLite keeps a journal of each statement, and writes it to
+            # a temporary file otherwise.
+            connection.execute("PRAGMA temp_store = MEMORY")
             self._opened = connection, identity or self._file.identity()
         return self._opened
 

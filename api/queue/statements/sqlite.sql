@@ -21,6 +21,10 @@ VALUES (
     coalesce(:next_run_at, :now))
 ON CONFLICT (type, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING
 
+-- name: found
+-- Return which of these jobs are stored.
+SELECT job.id FROM json_each(:ids) AS wanted CROSS JOIN job ON job.id = wanted.value
+
 -- name: keep_events
 -- Store the events of this transaction, for other processes to read.
 INSERT INTO job_event_batch (message, created_at) VALUES (:message, :now)
