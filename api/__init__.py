@@ -1,6 +1,6 @@
 """Job Registry for programs: the queue, the worker and the application.
 
-What a job type is, is in `job_registry`. Each name is imported on first use, because commands and
+Job types are defined with `job_registry`. Each name is imported on first use, because commands and
 the processes of handlers need few of them.
 """
 

@@ -1,4 +1,4 @@
-"""The JSON text of answers. A large one is made in pieces, between which others take their turn."""
+"""The JSON text of answers. A large one is made in pieces, between which other tasks run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Final
 from pydantic_core import to_json
 
 PIECE_BYTES: Final = 262_144
-"""How much text is made at once: a few milliseconds of it."""
+"""How much text is made at once: it takes a few milliseconds."""
 
 _LEVELS: Final = 6
 """How deep an answer is divided: down to the entries of a value of a job in `nodes`."""

@@ -399,7 +399,7 @@ class Authenticator:
         if caller.job_types is None or not self._renamed:
             return caller
         current = {self._renamed.get(name, name) for name in caller.job_types}
-        former = {name for name, today in self._renamed.items() if today in current}
+        former = {older for older, name in self._renamed.items() if name in current}
         return replace(caller, job_types=frozenset(current | former))
 
     def check_stranger(self, request: Scope) -> None:
@@ -475,7 +475,7 @@ def _token_verifier(settings: Settings) -> TokenVerifier | None:
 
 
 def _digest(token: str) -> bytes:
-    """Return the key of a token in the cache, which then holds no token and keys of one length."""
+    """Return the key of a token in the cache: the cache holds no tokens, and keys of one length."""
     return hashlib.sha256(token.encode()).digest()
 
 

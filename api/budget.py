@@ -1,4 +1,4 @@
-"""What one request may cost. What it takes is charged to its `Budget`, which the operations share.
+"""What one request may cost. Its costs are charged to its `Budget`, which all its parts share.
 
 The bytes of a request are counted where it is read, its values before they are parsed, its
 arguments before they are coerced, its faults as they are found, and its answer as it is made.
@@ -89,7 +89,7 @@ def parse_request_json(
 
 @dataclass(slots=True)
 class Budget:
-    """What is left for one request. An event of a subscription counts as one of its own."""
+    """What is left for one request. Each event of a subscription counts as a request."""
 
     limits: RequestLimits = field(default_factory=RequestLimits)
     faults: FaultBudget = field(default_factory=FaultBudget)

@@ -53,10 +53,10 @@ MAX_FRAGMENTS: Final = 1_000
 """Fragments per WebSocket message: empty ones are free of the limit of its size."""
 
 PIECE: Final = 16_384
-"""How many bytes of WebSocket frames are parsed before other connections take their turn."""
+"""How many bytes of WebSocket frames are parsed before other connections are served."""
 
 MIN_READ: Final = 262_144
-"""What a client has to read of an answer within the time to read it, or all that is left."""
+"""Bytes of an answer that a client has to read within the time limit, or all that is left."""
 
 YIELD_SECONDS: Final = 3.0
 """How long an answer may be unread before its connection may be ended for a new one."""
@@ -64,10 +64,10 @@ YIELD_SECONDS: Final = 3.0
 SWEEP_SECONDS: Final = 0.25
 LINGER_SECONDS: Final = 1.0
 LINGER_BYTES: Final = 8_388_608
-"""How long a connection that broke a bound is still read and ignored, and how much of it.
+"""How long, and how many bytes, a connection that exceeded a limit is still read and ignored.
 
-Closed while its client still sends, a connection is reset, and the client loses the answer
-(RFC 9112, section 9.6).
+If it were closed while its client still sends, it would be reset, and the client would lose the
+answer (RFC 9112, section 9.6).
 """
 
 CLOSE_SECONDS: Final = 5.0
@@ -88,6 +88,7 @@ class Bounds:
     idle_seconds: float
     unread_seconds: float
     body_bytes: int
+    upload_bytes: int
 
 
 class ServerConfig(uvicorn.Config):
@@ -119,6 +120,7 @@ def bounds_of(settings: Settings) -> Bounds:
         idle_seconds=settings.idle_timeout_seconds,
         unread_seconds=settings.unread_timeout_seconds,
         body_bytes=settings.max_body_bytes,
+        upload_bytes=settings.max_upload_bytes,
     )
 
 
@@ -246,6 +248,7 @@ class HTTPConnection(HttpToolsProtocol):
         self._unread = _Unread()
         self._wire_bytes = 0
         self._head_bytes = 0
+        self._body_bytes = 0
         self._refusal: HTTPStatus | None = None
         self._is_ending = False
         self._ignored_bytes = 0
@@ -265,7 +268,7 @@ class HTTPConnection(HttpToolsProtocol):
         """Forget the connection."""
         self._open.remove(self)
         if self.cycle is not None:
-            self.cycle.transport = self.transport  # No circle of references is left.
+            self.cycle.transport = self.transport  # No cycle of references is left.
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -281,10 +284,11 @@ class HTTPConnection(HttpToolsProtocol):
             return
         if self._phase is _Phase.HEAD and self._wire_bytes > MAX_HEAD_BYTES:
             self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
-        # Chunks have their own overhead, and a body is read to its end after its response.
-        elif (
-            self._phase is _Phase.BODY
-            and self._wire_bytes > self._bounds.body_bytes + MAX_HEAD_BYTES
+        # Chunks have their own overhead, and a body is read to its end after its response. What
+        # takes the body bounds it more tightly.
+        elif self._phase is _Phase.BODY and (
+            self._body_bytes > max(self._bounds.body_bytes, self._bounds.upload_bytes)
+            or self._wire_bytes - self._body_bytes > self._bounds.body_bytes + MAX_HEAD_BYTES
         ):
             self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
 
@@ -293,7 +297,7 @@ class HTTPConnection(HttpToolsProtocol):
         super().on_message_begin()
         self._phase = _Phase.HEAD
         self._deadline = self.loop.time() + self._bounds.header_seconds
-        self._wire_bytes = self._head_bytes = 0
+        self._wire_bytes = self._head_bytes = self._body_bytes = 0
 
     def on_url(self, url: bytes) -> None:
         """Count a part of the path."""
@@ -317,6 +321,11 @@ class HTTPConnection(HttpToolsProtocol):
         self._phase = _Phase.BODY
         self._deadline = self.loop.time() + self._bounds.body_seconds
         self._open.is_busy(self)
+
+    def on_body(self, body: bytes) -> None:
+        """Count a piece of the body."""
+        self._body_bytes += len(body)
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         """Stop the clock: the client has sent its request."""

@@ -131,7 +131,7 @@ class Health:
                 async with asyncio.timeout(READY_SECONDS):
                     counts = await self._queue.counts()
                     shown = {name: asdict(each) for name, each in counts.items()}
-            # After a failure too, so that scrapers add no load to a database in trouble.
+            # After a failure too, so that scrapers add no load to a database that does not answer.
             self._counted_at = time.monotonic()
             self._queue.metrics.show_jobs(shown)
 

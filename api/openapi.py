@@ -27,7 +27,7 @@ def describe(
     schemas: dict[str, Schema] = {}
     requests: dict[str, str] = {}
     for job_type in job_types:
-        # Names of job types begin with a small letter, so they collide with no other name.
+        # Names of job types begin with a small letter, and the other names with a capital.
         payload, request = f"{job_type.name}.payload", f"{job_type.name}.request"
         schemas[payload] = _moved(job_type.payload_schema, payload)
         schemas[request] = _request_of(job_type, payload)
@@ -67,7 +67,7 @@ def _request_of(job_type: JobType[Any], payload: str) -> Schema:
 
 
 def _moved(schema: Mapping[str, Any], name: str) -> Schema:
-    """Return the schema of a payload whose references lead to where it stands in the document."""
+    """Return the schema of a payload with its references adjusted to its place in the document."""
     moved = {
         key: _moved_value(key, value, name) for key, value in schema.items() if key != "$schema"
     }
@@ -83,7 +83,7 @@ def _moved(schema: Mapping[str, Any], name: str) -> Schema:
 
 def _moved_value(key: str, value: Any, name: str) -> Any:
     if key in ("default", "examples", "const", "enum"):
-        return value  # Values of the payload, whatever they look like.
+        return value  # Values of the payload, which may look like schemas.
     if key in ("properties", "patternProperties", "$defs") and isinstance(value, Mapping):
         return {field: _moved_value("", each, name) for field, each in value.items()}
     if isinstance(value, Mapping):
@@ -141,24 +141,24 @@ _OPTIONS: Final[dict[str, Schema]] = {
         "type": ["integer", "null"],
         "minimum": 0,
         "maximum": 100,
-        "description": "Of due jobs the higher ones go first. 50 unless given.",
+        "description": "Among due jobs, the higher priority runs first. Defaults to 50.",
     },
     "scheduleAt": {
         "type": ["string", "null"],
         "format": "date-time",
-        "description": "The earliest time of the first run. Now unless given.",
+        "description": "The earliest time of the first run. Defaults to now.",
     },
     "maxAttempts": {
         "type": ["integer", "null"],
         "minimum": 1,
         "maximum": 1_000,
-        "description": "How often the job runs at most. The policy's unless given.",
+        "description": "How often the job runs at most. Defaults to the policy of the job type.",
     },
     "idempotencyKey": {
         "type": ["string", "null"],
         "minLength": 1,
         "maxLength": 255,
-        "description": "The same key and payload return the first job.",
+        "description": "A second request with the same key and payload returns the first job.",
     },
 }
 
@@ -220,7 +220,7 @@ _SCHEMAS: Final[dict[str, Schema]] = {
             "attempts": _list_of(_ref("JobAttempt")),
             "allAttempts": {
                 "type": "boolean",
-                "description": "Whether `attempts` has all of them, or the latest that fit.",
+                "description": "Whether `attempts` has all attempts. If false, it has the latest.",
             },
         }
     ),
@@ -248,12 +248,12 @@ _SCHEMAS: Final[dict[str, Schema]] = {
                     "hasNextPage": _TRUTH,
                     "stoppedEarly": {
                         "type": "boolean",
-                        "description": "Whether the page has fewer jobs than `first` and there are,"
-                        " because it would have been too large.",
+                        "description": "Whether the page has fewer jobs than `first` although more"
+                        " follow, because it would have been too large.",
                     },
                     "endCursor": {
                         **_or_null(_TEXT),
-                        "description": "For `after`, to get the next page.",
+                        "description": "Pass it as `after` to get the next page.",
                     },
                 }
             ),
@@ -286,20 +286,20 @@ _REFUSALS: Final = {
     "401": "The request has no valid token.",
     "403": "The token lacks the scope, or excludes the job type.",
     "404": "The job or the job type does not exist.",
-    "409": "The state of the job, or its idempotency key, does not allow it.",
+    "409": "The status of the job, its idempotency key or an existing picture does not allow it.",
     "413": "The request is too large.",
-    "415": "The Content-Type is not application/json, or the body is compressed.",
+    "415": "The Content-Type is not one that the request takes, or the body is compressed.",
     "422": "The input is not valid. `details` has the faults.",
-    "429": "There are too many requests: wait for the seconds in `Retry-After`.",
+    "429": "There are too many requests. Wait for the seconds in `Retry-After`.",
     "500": "An unexpected error, which is logged under the `errorId`.",
-    "503": "The database does not answer: send the request again.",
+    "503": "The database or another service is not available. Send the request again.",
 }
 _ALWAYS: Final = ("401", "403", "429", "500", "503")
 _WITH_BODY: Final = ("400", "413", "415", "422")
 
 
 def _answers(good: Mapping[str, tuple[str, Schema]], *refused: str) -> dict[str, Any]:
-    """Return the answers of an operation: the good ones by status, and the refusals."""
+    """Return the answers of an operation: successes by status, and refusals."""
     described = {status: (_REFUSALS[status], _ref("Error")) for status in (*refused, *_ALWAYS)}
     return {
         status: {"description": text, "content": {JSON: {"schema": schema}}}
@@ -335,11 +335,11 @@ def _paths() -> dict[str, Any]:
                 "operationId": "listJobs",
                 "summary": "A page of jobs, newest first. Needs jobs:read or jobs:own.",
                 "parameters": [
-                    _parameter("type", _list_of(_TEXT), "Job types, all unless given."),
+                    _parameter("type", _list_of(_TEXT), "Job types. Defaults to all."),
                     _parameter(
                         "status",
                         _list_of({"type": "string", "enum": [each.value for each in JobStatus]}),
-                        "Statuses, all unless given.",
+                        "Statuses. Defaults to all.",
                     ),
                     *(_parameter(name, schema, text) for name, schema, text in _FILTERS),
                     _parameter(
@@ -347,7 +347,7 @@ def _paths() -> dict[str, Any]:
                         {"type": "integer", "minimum": 1, "maximum": 200, "default": 50},
                         "The number of jobs on the page.",
                     ),
-                    _parameter("after", _TEXT, "The `endCursor` of the page before."),
+                    _parameter("after", _TEXT, "The `endCursor` of the previous page."),
                 ],
                 "responses": _answers(page, "422"),
             },

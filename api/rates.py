@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from limits import RateLimitItem
 
 MAX_CALLERS: Final = 20_000
-"""Callers that are counted at once, about 8 MB. Beyond that, the count of the one that has been
-silent for the longest time begins again."""
+"""Callers that are counted at once, about 8 MB. Beyond that, the count of the caller whose last
+request is the longest ago begins again."""
 
 
 class Exceeded(NamedTuple):

@@ -213,8 +213,8 @@ class _Endpoint:
 async def enqueue(request: _Request) -> _Answer:
     """`POST /jobs` with the fields of `EnqueueJobInput`. Needs `jobs:enqueue` or `jobs:own`.
 
-    201 with the new job's place in `Location`; 200 when its idempotency key gave back a job that
-    was there already. Errors are `{"error": {"code", "message", "details"}}`.
+    201 with the path of the new job in `Location`; 200 if the idempotency key belongs to an
+    existing job, which is returned. Errors are `{"error": {"code", "message", "details"}}`.
     """
     caller, queue = request.caller, request.queue
     caller.need("jobs:enqueue", "jobs:own")
@@ -231,8 +231,8 @@ async def enqueue(request: _Request) -> _Answer:
 async def enqueue_many(request: _Request) -> _Answer:
     """`POST /jobs/bulk` with `jobs`, up to 1,000, and `atomic`. Needs `jobs:enqueue` or `jobs:own`.
 
-    200 with `results` in the order of the jobs: of each its `status`, which `POST /jobs` would have
-    answered, and its `job` or its `error`. With `atomic`, all jobs are stored or none.
+    200 with `results` in the order of the jobs. Each has the `status` that `POST /jobs` would have
+    had, and a `job` or an `error`. With `atomic`, all jobs are stored or none.
     """
     caller, queue = request.caller, request.queue
     caller.need("jobs:enqueue", "jobs:own")
@@ -255,7 +255,7 @@ async def list_jobs(request: _Request) -> _Answer:
     """`GET /jobs`: a page of jobs, newest first. Needs `jobs:read` or `jobs:own`.
 
     The parameters are `type` and `status`, each as often as needed, the other fields of `JobFilter`
-    once, `first` (50), and `after`, the `endCursor` of the page before. `Link` has the URL of the
+    once, `first` (50), and `after`, the `endCursor` of the previous page. `Link` has the URL of the
     next page (RFC 8288).
     """
     caller = request.caller
@@ -288,7 +288,7 @@ async def list_jobs(request: _Request) -> _Answer:
 async def show(request: _Request) -> _Answer:
     """`GET /jobs/{id}`. Needs `jobs:read` or `jobs:own`.
 
-    Of attempts that are too large together, the latest are in the answer, and `allAttempts` is
+    If the attempts are too large together, the answer has the latest ones, and `allAttempts` is
     false.
     """
     request.caller.need("jobs:own", "jobs:read")
@@ -321,10 +321,10 @@ async def retry(request: _Request) -> _Answer:
 
 
 async def upload(request: _Request) -> _Answer:
-    """`POST /assets/{assetId}/{versionNumber}` with a picture. Needs the scope `jobs:enqueue`.
+    """`POST /assets/{assetId}/{versionNumber}` with a picture. Needs `jobs:enqueue` or `jobs:own`.
 
-    201 with the place of the picture, which is what the payload of `thumbnail.create` needs. The
-    same picture again is 201 again. 409 if the version has another one.
+    201 with the place of the picture, which is what the payload of `thumbnail.create` needs. 201
+    also for the same picture again. 409 if the version has another one.
     """
     request.caller.need("jobs:enqueue", "jobs:own")
     assert request.uploads is not None
@@ -364,8 +364,8 @@ async def describe(request: _Request) -> _Answer:
 
 async def _change(request: _Request, change: Callable[..., Awaitable[JobRecord]]) -> _Answer:
     request.caller.need("jobs:own", "jobs:admin")
-    # JSON is demanded also where it says nothing: for it, a browser asks before it sends a request
-    # from a page of another site.
+    # JSON is required even for an empty object: a browser then sends a preflight request (CORS)
+    # before a request from a page of another site.
     given = await request.json()
     if given != {}:
         message = f"Expected an empty object; got {shortened(given)}."

@@ -125,7 +125,7 @@ class Settings(BaseSettings):
         ge=65_536,
         le=1_073_741_824,
         description="The most bytes of payloads, results and other large values per answer. A page"
-        " of `jobs` stops early before it exceeds them, and its cursor goes on from there.",
+        " of `jobs` stops early before it exceeds them; its cursor leads to the next page.",
     )
     max_answer_fields: int = Field(
         default=_REQUEST.answer_fields,

@@ -32,7 +32,7 @@ RETRY_SECONDS: Final = 5.0
 """The pause between fetches after one that failed."""
 
 UNKNOWN_ID_SECONDS: Final = 30.0
-"""The pause between fetches for key ids that the set lacks: a stranger can invent ids."""
+"""The pause between fetches for key ids that the set lacks: anyone can invent ids."""
 
 KEEP_SECONDS: Final = 3_600.0
 """How long the keys of the last good fetch are used while fetches fail."""

@@ -1,11 +1,13 @@
-"""Uploads: pictures for `thumbnail.create` come in by `POST /assets/{assetId}/{versionNumber}`."""
+"""Uploads of pictures for `thumbnail.create`: `POST /assets/{assetId}/{versionNumber}`."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
-from typing import BinaryIO, Final
+from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import BinaryIO, Final, TypeVar
 
 import structlog
 from pydantic import JsonValue, TypeAdapter, ValidationError
@@ -20,16 +22,24 @@ FORMATS: Final[Mapping[str, tuple[str, tuple[bytes, ...]]]] = {
     "image/webp": ("webp", (b"RIFF",)),
     "image/gif": ("gif", (b"GIF87a", b"GIF89a")),
 }
-"""The Content-Types that are taken: the extension of the file, and how its content begins."""
+"""The accepted Content-Types: the extension of the file, and how its content begins."""
+
+STORAGE_SECONDS: Final = 60.0
+"""How long one step of the storage may take, such as to send a picture to a bucket."""
+
+STORAGE_THREADS: Final = 8
+"""How many steps of the storage run at once, in threads of their own: if it hangs, only they do."""
 
 _ASSET_ID: Final[TypeAdapter[str]] = TypeAdapter(AssetId)
 _VERSION: Final[TypeAdapter[int]] = TypeAdapter(VersionNumber)
+
+T = TypeVar("T")
 
 log = structlog.get_logger("job_registry.uploads")
 
 
 class AssetInvalid(CodedError):
-    """Raised when what was sent is not what its Content-Type says, or its place is not valid."""
+    """Raised when the content does not match its Content-Type, or its place is not valid."""
 
     code = "asset_invalid"
 
@@ -52,12 +62,12 @@ class AssetExists(CodedError):
 
 
 class AssetsUnavailable(CodedError):
-    """Raised when the storage of the assets fails. The reason is in the log."""
+    """Raised when the storage of the assets fails or takes too long. The log has the reason."""
 
     code = "assets_unavailable"
 
     def __init__(self) -> None:
-        super().__init__("The storage of the assets does not work now. Send the request again.")
+        super().__init__("The storage of the assets is not available. Send the request again.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +85,10 @@ class Uploads:
 
     assets: str
     max_bytes: int
+    storage_seconds: float = STORAGE_SECONDS
+    _threads: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(STORAGE_THREADS, "uploads"), init=False
+    )
 
     async def store(
         self, asset_id: str, version_number: str, media_type: str, content: AsyncIterator[bytes]
@@ -85,7 +99,7 @@ class Uploads:
             AssetInvalid: the place or the content is not valid.
             AssetExists: the version has another picture.
             BodyTooLarge: the content is too large. The rest of it is not read.
-            AssetsUnavailable: the storage failed.
+            AssetsUnavailable: the storage failed, or took too long.
         """
         extension, signatures = FORMATS[media_type]
         try:
@@ -97,18 +111,18 @@ class Uploads:
                 " letters, digits, _, - and ., which does not start with a ., and a whole number"
                 " from 1."
             ) from None
-        # Here, because the start of a server should not pay for it.
+        # Imported here, so that the start of a server does not load it.
         from job_registry.asset_files import AssetFiles
 
         try:
             files = AssetFiles(self.assets, asset, version)
-            # In threads: a disk or a bucket may take its time.
-            incoming = await asyncio.to_thread(files.begin)
+            incoming = await self._in_thread(files.begin, files.discard)
             try:
                 size = await self._receive(incoming.file, content, signatures, media_type)
-                kept = await asyncio.to_thread(files.keep, incoming, extension)
-            finally:
-                await asyncio.to_thread(files.discard, incoming)
+            except BaseException:
+                self._threads.submit(files.discard, incoming)  # Nobody waits for it.
+                raise
+            kept = await self._in_thread(partial(files.keep, incoming, extension))
         except Fail as refused:
             raise AssetInvalid(str(refused)) from None
         except OSError as error:
@@ -136,10 +150,30 @@ class Uploads:
                 start += chunk[:_START]
                 if len(start) >= _START and not start.startswith(signatures):
                     break
-            await asyncio.to_thread(file.write, chunk)
+            await self._in_thread(partial(file.write, chunk))
         if not start.startswith(signatures):
             raise AssetInvalid(f"The content is not of the type {media_type}.")
         return size
+
+    async def _in_thread(
+        self, step: Callable[[], T], undo: Callable[[T], object] = lambda _: None
+    ) -> T:
+        """Run a step of the storage in a thread.
+
+        One for which nobody waits any more goes on, and then `undo` is called with its result.
+
+        Raises:
+            OSError: it failed or took too long.
+        """
+        running = asyncio.get_running_loop().run_in_executor(self._threads, step)
+        try:
+            await asyncio.wait([running], timeout=self.storage_seconds)
+            if not running.done():
+                raise TimeoutError(f"It took longer than {self.storage_seconds:g} seconds.")
+        except BaseException:
+            running.add_done_callback(lambda late: late.exception() or undo(late.result()))
+            raise
+        return running.result()
 
 
 _START: Final = 8

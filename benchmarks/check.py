@@ -2,9 +2,9 @@
 
     python -m benchmarks.check [--jobs 1000000]
 
-Stores that many queued jobs on SQLite and on PostgreSQL, the payloads of a tenth of which the job
-type of today reads by an upgrade, and reads them in a process of its own. A hundredth of that is
-read first: the memory must not grow with the queue. The exit code is 1 if it grows by 50 MB.
+Stores that many queued jobs on SQLite and on PostgreSQL, and reads them in a process of its own.
+The current job type reads a tenth of the payloads by an upgrade. A hundredth of the jobs is read
+first: the memory must not grow with the queue. The exit code is 1 if it grows by 50 MB.
 """
 
 from __future__ import annotations

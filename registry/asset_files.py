@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import posixpath
-import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -17,24 +16,25 @@ from job_registry import Fail
 from job_registry.errors import shortened
 
 MAX_FILE_BYTES: Final = 33_554_432
-"""Bytes of a picture's file, which is read into memory: twice what a photo of 50 million pixels
-has."""
+"""The largest picture file in bytes, because the file is read into memory: twice the size of a
+photo of 50 million pixels."""
 
 ABANDONED_SECONDS: Final = 3_600.0
-"""How old a partly written file is when no job can still be writing it."""
+"""The age after which a partly written file counts as abandoned: nothing writes for so long."""
 
 
 class Incoming(NamedTuple):
-    """A file that is being received, and its path if it is in the folder of its asset."""
+    """A file that is being received, its path, and whether that is beside the picture's."""
 
     file: BinaryIO
-    path: Path | None
+    path: Path
+    is_beside: bool
 
 
 class AssetFiles:
     """`{assetId}/{versionNumber}.*` below the assets, and `{assetId}/{versionNumber}/` beside it.
 
-    `assets` is a folder or an fsspec URL, `s3://bucket/assets` for one.
+    `assets` is a folder or an fsspec URL, such as `s3://bucket/assets`.
     """
 
     def __init__(self, assets: str, asset_id: str, version_number: int) -> None:
@@ -44,12 +44,12 @@ class AssetFiles:
         self._local = isinstance(self._files, fsspec.get_filesystem_class("file"))
 
     def read(self) -> tuple[bytes, str]:
-        """Return the content of the picture, and what errors call it.
+        """Return the content of the picture, and its name for error messages.
 
         Raises:
-            Fail: it is missing, or there are several, or it is too large: nothing that another
-                attempt would change.
-            OSError: the storage failed; that may pass.
+            Fail: it is missing, there are several, or it is too large. Another attempt would not
+                help.
+            OSError: the storage failed. Another attempt may succeed.
         """
         path = self._source()
         shown = _shown(f"{self._name}{posixpath.splitext(path)[1]}")
@@ -63,7 +63,7 @@ class AssetFiles:
         raise Fail(f"{shown} is too large: {has}the limit is {MAX_FILE_BYTES:,} bytes.")
 
     def write(self, name: str, content: bytes) -> str:
-        """Writes a thumbnail, whole or not at all, and gives its path below the assets."""
+        """Write a thumbnail, whole or not at all, and return its path below the assets."""
         path = f"{self._name}/{name}"
         target = f"{self._root}/{path}"
         if self._local:
@@ -83,15 +83,16 @@ class AssetFiles:
         return path
 
     def begin(self) -> Incoming:
-        """Open a file for a picture that is being received. `discard` ends it, kept or not."""
-        if not self._local:
-            return Incoming(tempfile.TemporaryFile(), None)
-        return Incoming(*self._begin_partial(f"{self._root}/{self._name}"))
+        """Open a file for a picture that is being received. `keep` or `discard` ends it."""
+        if self._local:
+            return Incoming(*self._begin_partial(f"{self._root}/{self._name}"), True)
+        file, path = tempfile.mkstemp()
+        return Incoming(os.fdopen(file, "w+b"), Path(path), False)
 
     def _begin_partial(self, target: str) -> tuple[BinaryIO, Path]:
         """Create a file beside `target`, to be moved there once it is whole, and return its path.
 
-        Only the owner may read it, whatever the umask: a picture may be of anything.
+        Only the owner may read it, whatever the umask, because pictures may be private.
         """
         folder = Path(target).parent
         self._stay_inside(str(folder))
@@ -102,28 +103,33 @@ class AssetFiles:
         return os.fdopen(private, "w+b"), partial
 
     def discard(self, incoming: Incoming) -> None:
-        """Close a file that was received. What `keep` has kept stays."""
+        """Close and remove a file that was received."""
         incoming.file.close()
-        if incoming.path is not None:
-            incoming.path.unlink(missing_ok=True)
+        incoming.path.unlink(missing_ok=True)
 
     def keep(self, incoming: Incoming, extension: str) -> bool:
         """Make a received file the picture of this version. Return False if it has another one.
 
-        The same content again is True: a client that got no answer may send it again.
+        Return True for the same content again: a client that got no answer may send it again. The
+        received file is removed in any case.
 
         Raises:
             OSError: the storage failed. Nothing is kept.
         """
+        try:
+            return self._keep(incoming, extension)
+        finally:
+            self.discard(incoming)
+
+    def _keep(self, incoming: Incoming, extension: str) -> bool:
         target = f"{self._root}/{self._name}.{extension}"
         incoming.file.flush()
         if sources := self._sources():
             return sources == [target] and self._is_same(incoming.file, target)
-        if incoming.path is None:
-            incoming.file.seek(0)
-            # An object store shows an object once its upload is complete.
-            with self._files.open(target, "wb") as remote:
-                shutil.copyfileobj(incoming.file, remote, 1 << 20)
+        if not incoming.is_beside:
+            # An object store shows an object once its upload is complete. To write it through an
+            # open file would complete it on an error too: closing sends what is there.
+            self._files.put_file(str(incoming.path), target)
             return True
         os.fsync(incoming.file.fileno())
         try:
@@ -173,14 +179,18 @@ class AssetFiles:
         return sources[0]
 
     def _stay_inside(self, path: str) -> None:
-        """A symbolic link may stand in the assets; it may not lead out of them."""
+        """Check that a path is inside the assets. Symbolic links may not point outside.
+
+        Raises:
+            Fail: it is outside.
+        """
         real, root = os.path.realpath(path), os.path.realpath(self._root)
         if os.path.commonpath([real, root]) != root:
-            raise Fail(f"{self._name} leads out of the assets.")
+            raise Fail(f"{self._name} is a link to a place outside the assets.")
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Remove what processes that were killed while they wrote have left."""
+    """Remove the files of processes that were killed while they wrote."""
     for partial in folder.glob("*.partial"):
         with contextlib.suppress(OSError):
             if partial.lstat().st_mtime < time.time() - ABANDONED_SECONDS:
@@ -188,7 +198,7 @@ def _remove_abandoned(folder: Path) -> None:
 
 
 def _shown(name: str) -> str:
-    """Return a name for a sentence: strangers may have chosen it."""
+    """Return a name in a form that is safe in a sentence: it may come from anyone."""
     return shortened(name, 100).strip('"')
 
 

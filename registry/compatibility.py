@@ -1,10 +1,10 @@
 """Compares two JSON Schemas, draft 2020-12: what one admits and the other refuses.
 
-It is pure: no payload is read. Where it is unsure, it reports a difference. It sees only what a
-schema states: what Python code checks, such as a validator, is not part of a schema.
+It reads only the schemas, and no payloads. Where it is unsure, it reports a difference. Checks in
+Python code, such as those of a validator, are not part of a schema and are not compared.
 
-JSON Schema is read as Pydantic does where the two differ: 1.0 is not an integer, the items of a set
-may repeat in JSON, and a `discriminator` requires its field.
+Where JSON Schema and Pydantic differ, it follows Pydantic: the items of a set may repeat in JSON,
+and a `discriminator` requires its field. The constant 1.0 is not counted as an integer.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ MAX_DIFFERENCES: Final = 100
 """Differences that one comparison returns."""
 
 MAX_COMPARISONS: Final = 20_000
-"""Pairs of schemas that are compared. After that the comparison cannot tell."""
+"""Pairs of schemas that are compared. Further pairs are reported as uncertain."""
 
 MAX_ALTERNATIVES: Final = 500
-"""Combinations of the branches of several unions that are looked at."""
+"""Combinations of the branches of several unions that are compared."""
 
 _MAX_PARTS: Final = 100
 _MAX_SAFE_INT: Final = 2**53
 
 _Node = Mapping[str, Any]
 _Nodes = tuple[_Node, ...]
-"""Schemas that hold at the same time."""
+"""Schemas that a value has to fit all at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +43,9 @@ class Difference:
     """One place where a value that was admitted is refused, or may be.
 
     `path` is a JSON Pointer into a payload, such as "/sizes/*/width": "*" is any item or entry, and
-    "" the whole payload. `before` and `after` are what is demanded, in short words: "optional",
+    "" the whole payload. `before` and `after` are what is required, in short words: "optional",
     "integer", "at most 100". `reason` is a sentence. `is_certain` is False where the comparison
-    cannot tell, such as for one pattern against another.
+    cannot decide, for example between two patterns.
     """
 
     path: str
@@ -64,14 +64,14 @@ def narrowings(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[Dif
         comparison = _Comparison(before, after)
         return () if comparison.are_same else comparison.compare((before,), after, 0)
     except RecursionError:
-        return (_untold("", "The schemas are nested too deep to be compared."),)
+        return (_uncertain("The schemas are nested too deep to be compared."),)
 
 
 def changed_defaults(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[Difference, ...]:
     """Return the fields whose default changed: a payload without the field now means another value.
 
-    Nothing is refused for it. A default that `after` does not state, because a function makes it or
-    because the field is required, is uncertain.
+    No payload is refused because of it. The difference is uncertain if `after` states no default,
+    because a function makes it or because the field is required.
     """
     found: dict[tuple[str, str, str], Difference] = {}
     for path, old, new in _paired(before, after):
@@ -94,8 +94,8 @@ def changed_defaults(before: Mapping[str, Any], after: Mapping[str, Any]) -> tup
 class _Comparison:
     """One run: what is known about pairs of schemas, and how much was compared.
 
-    A pair that is being compared is assumed to hold, which is how recursive models end. What was
-    found to hold under that assumption is forgotten if the pair turns out to differ.
+    A pair that is being compared is assumed to be compatible, so that recursive models end. What
+    was found compatible under that assumption is forgotten if the pair turns out to differ.
     """
 
     def __init__(self, before: _Node, after: _Node) -> None:
@@ -114,11 +114,11 @@ class _Comparison:
 
     @property
     def are_same(self) -> bool:
-        """Whether the whole schemas demand the same in the same words."""
+        """Whether the two whole schemas are the same, apart from annotations."""
         return _WHOLE in self._same_definitions
 
     def compare(self, before: _Nodes, after: _Node | bool, depth: int) -> tuple[Difference, ...]:
-        """Return what all of `before` together admit and `after` refuses, relative to here."""
+        """Return what all of `before` together admit and `after` refuses, with paths from here."""
         after = _node(after)
         if any(self._is_same(node, after) for node in before):
             return ()
@@ -129,10 +129,10 @@ class _Comparison:
             self._assumed.add(key)
             return ()
         if depth > MAX_DEPTH:
-            return (_untold("", f"More than {MAX_DEPTH} levels of nesting are not compared."),)
+            return (_uncertain(f"More than {MAX_DEPTH} levels of nesting are not compared."),)
         self._count += 1
         if self._count > MAX_COMPARISONS:
-            return (_untold("", "The schemas are too large to be compared in full."),)
+            return (_uncertain("The schemas are too large to be compared in full."),)
         self._open.add(key)
         start = len(self._held)
         found: dict[Difference, None] = {}
@@ -168,7 +168,7 @@ class _Comparison:
         if "$ref" in after:
             target = _resolved(after["$ref"], self._after)
             if target is None:
-                yield _untold("", f"The reference {shortened(after['$ref'])} cannot be followed.")
+                yield _uncertain(f"The reference {shortened(after['$ref'])} cannot be followed.")
             else:
                 yield from self.compare(view.nodes, target, depth)
         for part in after.get("allOf", ()):
@@ -180,8 +180,8 @@ class _Comparison:
             if tag is not None:
                 yield from self._outside_union(view, after["oneOf"], tag, depth)
             elif not self._has_same(view, _ONE_OF, after["oneOf"]):
-                yield _untold("", "Exactly one of several schemas has to fit (oneOf).")
-        yield from self._untold_keywords(view, after)
+                yield _uncertain("Exactly one of several schemas has to fit (oneOf).")
+        yield from self._unknown_keywords(view, after)
         yield from _refused_types(view, after)
         yield from _refused_values(view, after)
         types = view.types & _types_of(after)
@@ -194,7 +194,7 @@ class _Comparison:
         if "object" in types:
             yield from self._refused_objects(view, after, depth)
 
-    def _untold_keywords(self, view: _View, after: _Node) -> Iterator[Difference]:
+    def _unknown_keywords(self, view: _View, after: _Node) -> Iterator[Difference]:
         """Yield a difference for each keyword of `after` whose effect is not known."""
         for key, value in after.items():
             if key in _COMPARED or key in _ANNOTATIONS or key.startswith("x-"):
@@ -210,20 +210,20 @@ class _Comparison:
                 "",
                 _keyword_words(key, next((n[key] for n in view.nodes if key in n), _MISSING)),
                 _keyword_words(key, value),
-                f"Whether {key} admits the same values cannot be told from the schemas.",
+                f"The schemas alone do not show whether {key} admits the same values.",
                 False,
             )
 
     def _refused_arrays(self, view: _View, after: _Node, depth: int) -> Iterator[Difference]:
         if isinstance(after.get("items"), list):
-            yield _untold("/*", "A list of items is of an older draft of JSON Schema.")
+            yield _uncertain("A list as `items` belongs to an older draft of JSON Schema.", "/*")
             return
         was_set, is_set = view.any_true("uniqueItems"), after.get("uniqueItems") is True
         longest = _least(view.numbers("maxItems"))
         shortest = _greatest(view.numbers("minItems"), 0)
         is_alike = True
         if was_set:
-            # JSON may repeat the items of a Python set: only the set's length is bounded.
+            # JSON may repeat the items of a Python set: only the length of the set is bounded.
             is_alike = is_set and any(
                 self._is_same_value(node.get("items", True), after.get("items", True))
                 for node in view.nodes
@@ -286,7 +286,7 @@ class _Comparison:
         )
 
     def _refused_entries(self, view: _View, after: _Node, depth: int) -> Iterator[Difference]:
-        """Yield what is refused of the entries whose names are in neither schema."""
+        """Yield what is refused among the entries whose names are in neither schema."""
         patterns = after.get("patternProperties", {})
         demands: list[tuple[str | None, _Node]] = [(key, _node(patterns[key])) for key in patterns]
         if "additionalProperties" in after:
@@ -316,7 +316,7 @@ class _Comparison:
                 )
 
     def _name_schema(self, schema: Any) -> _Node:
-        """Return what names were demanded to be. Pydantic reads keys that are numbers from text."""
+        """Return what `before` requires of names. Pydantic reads numeric keys from text."""
         alternatives = self._alternatives((_node(schema),), self._before)
         is_text = alternatives and all("string" in _View(each).types for each in alternatives)
         return _node(schema) if is_text else _VAGUE
@@ -404,7 +404,7 @@ class _Comparison:
     def _alternatives(self, nodes: Iterable[_Node], root: _Node) -> list[_Nodes]:
         """Return schemas without references, allOf and unions: each value fits one of the tuples.
 
-        Where there are too many combinations, or a reference leads nowhere, they admit more.
+        They admit more where there are too many combinations, or a reference has no target.
         """
         found: list[_Nodes] = [()]
         for node in nodes:
@@ -436,7 +436,7 @@ class _Comparison:
         return found
 
     def _flat(self, node: _Node) -> _Node:
-        """Return what a schema demands by itself, always the same object for the same schema."""
+        """Return a schema's own keywords, always the same object for the same schema."""
         if not any(key in node for key in ("$ref", "allOf", "anyOf", "oneOf")):
             return node
         flat = self._flat_nodes.get(id(node))
@@ -452,7 +452,7 @@ class _Comparison:
         return flat
 
     def _has_same(self, view: _View, key: str, value: Any) -> bool:
-        """Return whether a schema of the view has the same demand under this keyword."""
+        """Return whether a schema of the view has an equivalent value for this keyword."""
         return any(self._is_same_value(node.get(key, _MISSING), value) for node in view.nodes)
 
     def _is_same(self, before: _Node, after: _Node) -> bool:
@@ -464,14 +464,14 @@ class _Comparison:
         return self._text_of(before) == text and self._leads_to_same(text)
 
     def _is_same_value(self, before: Any, after: Any) -> bool:
-        """Return whether two values of a keyword are the same demand."""
+        """Return whether two values of a keyword require the same."""
         if before is _MISSING or after is _MISSING:
             return before is after
         text = _canonical(after)
         return _canonical(before) == text and self._leads_to_same(text)
 
     def _leads_to_same(self, text: str) -> bool:
-        """Return whether every reference in a schema's text leads to the same on both sides."""
+        """Return whether every reference in a schema's text has the same target on both sides."""
         return self._before is self._after or all(
             name in self._same_definitions for name in _REFERENCES.findall(text)
         )
@@ -483,7 +483,7 @@ class _Comparison:
         return text
 
     def _find_same_definitions(self) -> set[str]:
-        """Return the references that lead to the same demands on both sides."""
+        """Return the references whose targets require the same on both sides."""
         texts: dict[str, str] = {}
         waiting, seen = [_WHOLE], {_WHOLE}
         while waiting:
@@ -492,7 +492,7 @@ class _Comparison:
             new = _resolved(json.loads(name), self._after)
             if old is None or new is None:
                 if old is new:
-                    # What leads out of both documents leads to the same.
+                    # A target outside both documents is the same for both.
                     texts[name] = ""
                 continue
             text = _canonical(old)
@@ -514,14 +514,14 @@ class _Comparison:
 
 
 class _Pair(NamedTuple):
-    """What is compared with what: the identities of the schemas."""
+    """The identities of the schemas that are compared."""
 
     before: frozenset[int]
     after: int
 
 
 class _View:
-    """What several schemas without unions admit together. It may say more, and never less."""
+    """What several schemas without unions admit together: at least that, and perhaps more."""
 
     def __init__(self, nodes: Iterable[_Node]) -> None:
         self.nodes: _Nodes = tuple(nodes)
@@ -549,7 +549,7 @@ class _View:
 
     @property
     def is_exact(self) -> bool:
-        """Whether the view admits no more than its schemas, as far as it matters for certainty."""
+        """Whether the view admits no more than its schemas, so that differences are certain."""
         holds_parts = self.values is not None and any(text[0] in "[{" for text in self.values)
         return _VAGUE not in self.nodes and not holds_parts
 
@@ -560,12 +560,12 @@ class _View:
 
     @property
     def loose_types(self) -> frozenset[str]:
-        """The types, with all of numbers and booleans for one of them."""
+        """The types. If one is a number or boolean, all number and boolean types are included."""
         return self.types | _LOOSE_TYPES if self.types & _LOOSE_TYPES else self.types
 
     @cached_property
     def words(self) -> str:
-        """Return what is admitted, in short words."""
+        """What is admitted, in short words."""
         if self.values is not None:
             return _values_words(self.values)
         words = _types_words(self.types)
@@ -586,12 +586,12 @@ class _View:
 
     @cached_property
     def required(self) -> frozenset[str]:
-        """The fields that are always there."""
+        """The fields that are always present."""
         return frozenset(name for names in self.all("required") for name in names)
 
     @cached_property
     def names(self) -> dict[str, None]:
-        """The fields that a schema names and none forbids."""
+        """The fields that a schema names and that no schema forbids."""
         named = [name for properties in self.all("properties") for name in properties]
         return {
             name: None
@@ -601,7 +601,7 @@ class _View:
 
     @property
     def is_closed(self) -> bool:
-        """Whether there are no fields but those that are named."""
+        """Whether only named fields are admitted."""
         return any(
             node.get("additionalProperties") is False and not node.get("patternProperties")
             for node in self.nodes
@@ -637,7 +637,7 @@ class _View:
         return _unique(_item_of(node, index) for node in self.nodes)
 
     def excludes(self, other: _View) -> bool:
-        """Return whether no value is admitted by both, as far as types and constants say."""
+        """Return whether types and constants show that no value is admitted by both."""
         if self.values is not None and other.values is not None:
             mine = {_loose(text) for text in self.values}
             return mine.isdisjoint(_loose(text) for text in other.values)
@@ -666,7 +666,7 @@ def _refused_types(view: _View, after: _Node) -> Iterator[Difference]:
         whole = view.values is not None and view.has_numeric_values
         yield _difference(view, view.words, now, f"{what} is refused.", not whole)
     elif view.has_numeric_values and _values_of(after) is None:
-        # A constant of Pydantic admits whatever Python finds equal to it: 1, 1.0 and true.
+        # Pydantic compares constants as Python does, for which 1, 1.0 and true are equal.
         equal = {
             kind
             for text in view.values or ()
@@ -807,7 +807,7 @@ def _refused_sizes(
 ) -> Iterator[Difference]:
     """Yield where a length, between two bounds before, may be less or more than `after` admits.
 
-    Where lengths are not measured alike on both sides, `sizes` are not those that `view` states.
+    Where the two sides measure lengths differently, `sizes` are not those that `view` states.
     """
     for key, size, word in zip(keys, sizes, ("least", "most"), strict=True):
         bound = after.get(key)
@@ -907,7 +907,7 @@ def _paired(before: _Node, after: _Node) -> Iterator[tuple[str, _Node, _Node]]:
 
 
 def _likeness(branch: Any, root: _Node) -> object:
-    """Return what makes a branch of a union the same as one of another schema: its tag or type."""
+    """Return a key by which branches of two unions correspond: the tag or the type."""
     node = _followed(branch, root)
     constants = {
         name: _text(inner["const"])
@@ -929,7 +929,7 @@ def _followed(node: Any, root: _Node) -> _Node:
 
 
 def _resolved(reference: Any, root: _Node) -> _Node | None:
-    """Return the schema that a reference within the document leads to."""
+    """Return the target of a reference within the document."""
     if not isinstance(reference, str) or not reference.startswith("#"):
         return None
     found: Any = root
@@ -966,7 +966,7 @@ def _tag_of(node: _Node) -> str | None:
 
 
 def _property_of(node: _Node, name: str, *, maybe: bool) -> list[_Node]:
-    """Return what a schema demands of a field. `maybe` includes what a pattern may demand."""
+    """Return what a schema requires of a field. `maybe` includes what a pattern may require."""
     found = []
     properties = node.get("properties", {})
     is_other = name not in properties
@@ -988,7 +988,7 @@ def _item_of(node: _Node, index: int) -> _Node:
 
 
 def _product(left: list[_Nodes], right: list[_Nodes]) -> list[_Nodes]:
-    """Return every combination; what would be too many admits more instead."""
+    """Return every combination. If there are too many, return fewer that admit more."""
     if len(left) > 1 and len(right) > 1 and len(left) * len(right) > MAX_ALTERNATIVES:
         return [(*each, _VAGUE) for each in left]
     return [a + b for a in left for b in right]
@@ -1027,7 +1027,7 @@ def _types_of_value(text: str) -> frozenset[str]:
         case int():
             return frozenset({"integer"})
         case float():
-            # Of an enum of floats. JSON Schema takes 1.0 for an integer.
+            # From an enum of floats, where JSON Schema would count 1.0 as an integer.
             return frozenset({"fraction"})
         case str():
             return frozenset({"string"})
@@ -1042,7 +1042,7 @@ def _number_of(text: str) -> int | float | None:
 
 
 def _loose(text: str) -> tuple[str, Any]:
-    """Return a key that is equal for constants that Python finds equal: 1, 1.0 and true."""
+    """Return the same key for constants that are equal in Python, such as 1, 1.0 and true."""
     value = json.loads(text)
     if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
         return "number", Fraction(value)
@@ -1054,14 +1054,14 @@ def _fits_format(before: str, after: str) -> bool:
 
 
 def _refuses_some(pattern: Any, shortest: float, longest: float) -> bool:
-    """Return whether a text of this length is known that the pattern does not match."""
+    """Return whether one of a few texts of this length does not match the pattern."""
     samples = [c * int(n) for c in ("a", "0", " ", "\x01") for n in (shortest, longest) if n < 999]
     samples += [c for c in ("a", "0", " ", "\x01", "") if shortest <= len(c) <= longest]
     return any(_matches(pattern, sample) is False for sample in samples)
 
 
 def _matches(pattern: Any, text: str) -> bool | None:
-    """Return whether a pattern is found in a text. None: Python cannot tell."""
+    """Return whether a pattern is found in a text. None: Python cannot use the pattern."""
     try:
         return re.search(pattern, text) is not None
     except (re.error, TypeError, OverflowError, RecursionError):
@@ -1089,7 +1089,7 @@ def _difference(view: _View, before: str, after: str, reason: str, certain: bool
     return Difference("", before, after, reason, certain and view.is_exact)
 
 
-def _untold(path: str, reason: str) -> Difference:
+def _uncertain(reason: str, path: str = "") -> Difference:
     return Difference(path, "unknown", "unknown", reason, False)
 
 
@@ -1103,7 +1103,7 @@ def _text(value: Any) -> str:
 
 
 def _canonical(value: Any) -> str:
-    """Return the JSON text of what a schema, or the value of a keyword, demands."""
+    """Return the JSON text of a schema, or of a keyword's value, without annotations."""
     return _text(_demands(value))
 
 
@@ -1165,7 +1165,7 @@ _NOTHING: Final[_Node] = {"not": {}}
 _STRING: Final[_Node] = {"type": "string"}
 _VAGUE: Final[_Node] = {"$comment": "Admits more than the schema it stands for."}
 _ONE_OF: Final = " oneOf"
-"""Where a schema without unions keeps its oneOf, for comparison only."""
+"""The key under which a schema without unions keeps its oneOf, for comparison only."""
 
 _LOWER: Final = ("minimum", "exclusiveMinimum")
 _UPPER: Final = ("maximum", "exclusiveMaximum")
@@ -1198,7 +1198,7 @@ _COMPARED: Final = frozenset(
         *("items", "prefixItems", "minItems", "maxItems", "uniqueItems"),
         *("properties", "required", "additionalProperties", "patternProperties"),
         *("propertyNames", "minProperties", "maxProperties"),
-        # With the keyword that they belong to.
+        # Compared together with the keyword that they belong to.
         *("then", "else", "minContains", "maxContains"),
     }
 )
@@ -1208,13 +1208,13 @@ _GROUPS: Final = {
 }
 _NOT_LOCAL: Final = ("unevaluatedProperties", "unevaluatedItems", "$dynamicRef", "$recursiveRef")
 _READ: Final = ("decimal", "integer", "number")
-"""Formats of text that is read as a number, which has bounds."""
+"""Formats of text that is read as a number, and can have a number's bounds."""
 
 _WIDEST: Final = frozenset({"password", "binary"})
 """Formats that admit any text."""
 
 _TEXT: Final = frozenset({"password"})
-"""Formats whose length is that of the text."""
+"""Formats whose values are as long as their text."""
 
 _WIDER: Final = {
     **{f"uuid{version}": "uuid" for version in range(1, 9)},
@@ -1230,4 +1230,4 @@ _FAMILIES: Final = {
     **dict.fromkeys(("date", "date-time", "time", "duration"), "time"),
     **{name: name for name in ("decimal", "email", "uri", "integer", "number", "boolean")},
 }
-"""Formats that refuse some text, by what they may have in common."""
+"""Formats that refuse some text, by family. Formats of one family may admit the same text."""

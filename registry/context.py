@@ -1,4 +1,4 @@
-"""`JobContext`: what a handler is given beside its payload."""
+"""`JobContext`: what a handler receives beside its payload."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ class JobContext:
             DefinitionError: the class of the payload belongs to no job type, or to several.
             PayloadInvalid: the payload is invalid.
             CodedError: an option is out of range, or there are too many jobs (`validation_error`).
-            RuntimeError: the handler has ended; a task or a thread of it goes on.
+            RuntimeError: the handler has ended, and one of its tasks or threads calls this.
         """
         return self._enqueue(
             payload,
@@ -158,7 +158,7 @@ class JobContext:
     def cancel_requested(self) -> bool:
         """Whether to stop: the job was cancelled, or its lease is lost, or the worker stops.
 
-        Plain functions look here now and then, and raise `Cancel`. Async handlers are cancelled
+        Plain functions check this now and then, and raise `Cancel`. Async handlers are cancelled
         instead.
         """
         return self._cancelled()

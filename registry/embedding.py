@@ -46,7 +46,7 @@ def embedded(model: type[BaseModel]) -> CoreSchema:
         schema, definitions = schema["schema"], schema["definitions"]
     reference = schema.get("ref") or schema.get("schema_ref")
     if schema["type"] == "definition-ref":
-        # A model that contains itself: its parts go on meaning the model.
+        # A model that contains itself: its parts still refer to the model.
         schema = next(each for each in definitions if each["ref"] == reference)
         schema = changed(schema, dict)
     schema.pop("ref", None)
@@ -57,7 +57,7 @@ def embedded(model: type[BaseModel]) -> CoreSchema:
 
 
 def _renamed(part: dict[str, Any]) -> dict[str, Any]:
-    """Return a part with references of its own: elsewhere they mean the class as it stands."""
+    """Return a part with its own references: elsewhere they refer to the unchanged class."""
     renamed = dict(part)
     for key in ("ref", "schema_ref"):
         if key in part:
@@ -88,7 +88,7 @@ def _refused(model: type[BaseModel], faults: Iterable[Violation], sent: object) 
             place.append(int(name) if isinstance(value, list) else name)
             value = value[place[-1]]
         error = PydanticCustomError(fault.code, "{message}", {"message": fault.message})
-        # As text: frameworks answer with it, and no JSON can hold it.
+        # As text: frameworks put it into their answer, and JSON has no such value.
         lines.append(InitErrorDetails(type=error, loc=tuple(place), input=shortened(value)))
     return ValidationError.from_exception_data(model.__name__, lines)
 

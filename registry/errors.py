@@ -152,7 +152,7 @@ def near(name: str, names: Iterable[str], *, count: int = 1) -> tuple[str, ...]:
 
 @dataclass(slots=True)
 class FaultBudget:
-    """What may still be said about the faults of one request.
+    """How many more faults of one request may be listed.
 
     A request may hold thousands of payloads, each with thousands of faults. To find a fault's
     place and to write its sentence takes far longer than to notice it, so only the first faults of

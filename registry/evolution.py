@@ -24,7 +24,7 @@ class Outcome(StrEnum):
     """Nothing fails. The jobs stay queued until a newer worker takes them."""
     BREAK = "break"
     UNKNOWN = "unknown"
-    """The two schemas do not tell. It counts as a break."""
+    """The schemas alone do not show it. It counts as a break."""
 
     @property
     def breaks(self) -> bool:
@@ -50,9 +50,9 @@ ChangeKind = Literal[
 class Change:
     """One difference between a released job type and the code.
 
-    `path` is a JSON Pointer: of kind "payload" and "default" into the payload, of kind "policy"
-    into the policy, otherwise "". `before` and `after` are what was there and what is there;
-    None means nothing. `advice` says how to keep what breaks.
+    `path` is a JSON Pointer: into the payload if `kind` is "payload" or "default", into the policy
+    if it is "policy", otherwise "". `before` and `after` are the two values; None means that there
+    is none. `advice` says how to avoid the break.
     """
 
     job_type: str
@@ -79,30 +79,30 @@ class Change:
 
 
 def changes_between(
-    released: ReleasedTypes, today: ReleasedTypes, running: Mapping[str, int] | None = None
+    released: ReleasedTypes, current: ReleasedTypes, running: Mapping[str, int] | None = None
 ) -> list[Change]:
-    """Return what has changed since the release, in the order of the names.
+    """Return what has changed since the release, sorted by name.
 
-    `running` is how many jobs of each type run now, if that is known, by the name of the release or
-    of today.
+    `running` is how many jobs of each type run now, if that is known, by the released or the
+    current name.
     """
     running = running or {}
-    names = {former: name for name, each in today.items() for former in each.former_names}
-    names |= {name: name for name in today}
-    added = today.keys() - released.keys() - {names.get(name) for name in released}
+    names = {former: name for name, each in current.items() for former in each.former_names}
+    names |= {name: name for name in current}
+    added = current.keys() - released.keys() - {names.get(name) for name in released}
     changes = [
         Change(name, "added", "", None, name, "The job type is new.") for name in sorted(added)
     ]
     for name, before in released.items():
         found = names.get(name)
         if found is None:
-            changes.append(_removed(name, before, {each: today[each] for each in added}))
+            changes.append(_removed(name, before, {each: current[each] for each in added}))
             continue
         if found != name:
             changes.append(_renamed(name, found))
         now = max(running.get(name, 0), running.get(found, 0))
-        changes += _changes_of(found, before, today[found], now)
-        changes += _former_names(name, before, found, names, today)
+        changes += _changes_of(found, before, current[found], now)
+        changes += _former_names(name, before, found, names, current)
     return sorted(
         changes, key=lambda change: (change.job_type, _ORDER.index(change.kind), change.path)
     )
@@ -125,7 +125,7 @@ def _removed(name: str, before: ReleasedType, added: ReleasedTypes) -> Change:
     ]
     return Change(
         name, "removed", "", name, None,
-        "The job type is gone, and no other has its name in former_names.",
+        "The job type was removed, and no other has its name in former_names.",
         stored_jobs=Outcome.BREAK,
         older_clients=Outcome.BREAK,
         advice=(*advice, "Keep it until none of its jobs is queued and no client uses it."),
@@ -146,7 +146,7 @@ def _former_names(
     before: ReleasedType,
     found: str,
     names: Mapping[str, str],
-    today: ReleasedTypes,
+    current: ReleasedTypes,
 ) -> Iterator[Change]:
     for former in before.former_names:
         if former not in names:
@@ -158,7 +158,7 @@ def _former_names(
                 advice=(f'Keep former_names=["{former}"] until no job of this name is left.',),
             )  # fmt: skip
         elif names[former] != found:
-            yield from _payload_changes(names[former], before, today[names[former]])
+            yield from _payload_changes(names[former], before, current[names[former]])
 
 
 def _changes_of(
@@ -198,7 +198,7 @@ def _payload_changes(name: str, before: ReleasedType, after: ReleasedType) -> It
             older_workers = Outcome.WAIT
         reasons = [each.reason for each in here]
         if not here:
-            # `back` sees the change from the other side, and so does its reason.
+            # `back` compares the other way round, and its reason is about that direction.
             here = [replace(each, before=each.after, after=each.before) for each in back]
             reasons = ["Older workers refuse a payload that uses the new form."]
         advice = [_FIRST_ADVICE.get(here[0].after, "")] if stored_jobs.breaks else []
@@ -224,11 +224,11 @@ _FIRST_ADVICE: Final[Mapping[str, str]] = {
     "required": "Give the field a default.",
     "not a field": "Keep the field, optional, until no job has it and no client sends it.",
 }
-"""What keeps everything, by what is demanded of a field today."""
+"""What keeps everything working, by what the code requires of a field now."""
 
 
 def _older_forms(name: str, before: ReleasedType, after: ReleasedType) -> Iterator[Change]:
-    """Yield the older forms that the release still read or accepted, and the code does not."""
+    """Yield the older forms that the release read or accepted, and the code does not."""
     read = [after.payload_schema, *(form.payload_schema for form in after.older_forms)]
     admitted = [
         after.payload_schema,
@@ -287,7 +287,7 @@ def _changed_defaults(was: Schema, is_: Schema) -> tuple[Difference, ...]:
 
 
 _NOT_A_SCHEMA: Final = (TypeError, ValueError, AttributeError, LookupError)
-"""What the comparison raises for what a file or a server has in place of a schema."""
+"""What the comparison raises if a file or a server has something that is not a schema."""
 
 
 def _outcome(differences: Iterable[Difference]) -> Outcome:
@@ -298,7 +298,7 @@ def _outcome(differences: Iterable[Difference]) -> Outcome:
 
 
 def _outcome_over(schema: Schema, by: Iterable[Schema]) -> Outcome:
-    """Return the best outcome for `schema` over the schemas that may admit it."""
+    """Return the best outcome for `schema` among the schemas that may admit it."""
     outcomes = {_outcome(_narrowings(schema, each)) for each in by}
     return next(
         each for each in (Outcome.SURVIVE, Outcome.UNKNOWN, Outcome.BREAK) if each in outcomes
@@ -306,10 +306,10 @@ def _outcome_over(schema: Schema, by: Iterable[Schema]) -> Outcome:
 
 
 def settled_by_queue(changes: Iterable[Change], read: Mapping[str, int]) -> list[Change]:
-    """Return the changes, with what the payloads in the queue prove where the schemas do not tell.
+    """Return the changes, decided by the payloads in the queue where the schemas do not decide.
 
-    `read` is how many unfinished jobs of each type of today were read, for the types of which none
-    was refused. Payloads prove something about clients only if there are some.
+    `read` is how many unfinished jobs were read, by the current job type, for the types of which no
+    payload was refused. Without payloads nothing is known about clients.
     """
     return [
         _settled(change, read[change.job_type]) if change.job_type in read else change
@@ -414,4 +414,4 @@ _KINDS: Final[Mapping[str, tuple[type, ...]]] = {
     "backoff": (dict,),
     "onMismatch": (str,),
 }
-"""What the fields of a policy are, because a file may have anything."""
+"""The types of the fields of a policy. A file may have other values there."""

@@ -32,7 +32,7 @@ class WorkerExtension:
     run in processes; the names it yields are attributes of `job.state`.
 
     Raises:
-        DefinitionError: `middleware` holds something else than async functions of two arguments,
+        DefinitionError: `middleware` holds something other than async functions of two arguments,
             or `lifespan` is not a function without arguments.
     """
 

@@ -60,9 +60,9 @@ class JobType(Generic[P]):
     """A type of job: its name, the model of its payload, its policy and its handler.
 
     `name` is lower-case words joined by dots, `thumbnail.create`, at most 100 characters.
-    `description` is the payload's docstring unless given. `example` is a payload, as JSON; where
-    it is left out one is made from the fields' defaults and `examples`. A type with no handler
-    is worked by remote workers.
+    `description` is the payload's docstring unless given. `example` is a payload, as JSON; without
+    it, one is made from the fields' defaults and `examples`. Remote workers run the jobs of a type
+    without a handler.
 
     `run_in` says where the handler runs: "loop", on the worker's event loop, for `async def`;
     "thread", for plain functions that wait; "process", a process of its own, for what computes,
@@ -80,7 +80,7 @@ class JobType(Generic[P]):
     that the type had: stored jobs and clients that use one belong to this type.
 
     Raises:
-        DefinitionError: the definition is wrong, and says what and where.
+        DefinitionError: the definition is wrong. The message says what and where.
     """
 
     def __init__(
@@ -211,7 +211,7 @@ class JobType(Generic[P]):
 
     @property
     def run(self) -> Handler | None:
-        """The handler. None if remote workers run the jobs."""
+        """The handler, or None if remote workers run the jobs."""
         return self._handler
 
     @property
@@ -256,14 +256,13 @@ class JobType(Generic[P]):
         """A hash of what the payload's schema demands: 64 hexadecimal digits of SHA-256.
 
         It is stored with each job. A job that was admitted in an older form has the hash of the
-        older model. Titles, descriptions and examples are left out: a better sentence is not
-        another type.
+        older model. Titles, descriptions and examples do not change it.
         """
         return self._model.fingerprint
 
     @cached_property
     def readable_fingerprints(self) -> tuple[str, ...]:
-        """The `payload_fingerprint` of today's model, and those of the older models."""
+        """The `payload_fingerprint` of the current model, and those of the older models."""
         older = (each.model.fingerprint for each in self._older)
         return tuple(dict.fromkeys((self.payload_fingerprint, *older)))
 
@@ -298,8 +297,8 @@ class JobType(Generic[P]):
         counts as one that does not fit.
 
         Raises:
-            DefinitionError: the older model is not strict, is today's, or has an upgrade already;
-                or this is not a plain function of one argument that returns a `Payload`.
+            DefinitionError: the older model is not strict, is the current one, or has an upgrade
+                already; or this is not a plain function of one argument that returns a `Payload`.
         """
         where = f"job type {self.name}"
         if not (isinstance(older, type) and issubclass(older, Payload)):
@@ -349,14 +348,14 @@ class JobType(Generic[P]):
                 )
 
     def read(self, payload: bytes | str, budget: FaultBudget | None = None) -> P:
-        """Parse a stored payload, JSON text: by today's model, or else by an older one.
+        """Parse a stored payload, JSON text: by the current model, or else by an older one.
 
         An older payload is upgraded. The first older model that fits decides, beginning with the
         newest. Faults are charged to `budget`.
 
         Raises:
             PayloadInvalid: no model fits, or the upgrade failed. The violations are those of
-                today's model.
+                the current model.
         """
         document = from_json(payload)
         try:

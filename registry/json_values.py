@@ -136,9 +136,9 @@ def text_fault(text: str) -> str | None:
 def json_document(value: object, *, max_bytes: int) -> tuple[bytes, list[Violation]]:
     """Return the compact JSON text of a value, in UTF-8, and the faults of the value.
 
-    With violations the text is of a copy in which each faulty value is a harmless one of the same
-    kind, so that the rest can be judged as well. It is empty when the value is too large, too
-    deep, or too faulty to be judged.
+    If there are violations, the text is that of a copy in which each faulty value is replaced by a
+    valid one of the same kind, so that the rest can be checked too. It is empty if the value is too
+    large, too deep, or has too many faults.
     """
     faults = _Faults()
     if _quickly_sound(value, 0):

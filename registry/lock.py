@@ -18,7 +18,7 @@ from job_registry.payload_schema import demands_of, json_schema_of
 from job_registry.violations import PayloadShape
 
 LOCK_FORMAT: Final = 1
-"""It goes up when a reader of the format before it would misread the file."""
+"""It is raised when a reader of the previous format would misread the file."""
 
 MAX_LOCK_BYTES: Final = 32 * 1024 * 1024
 
@@ -72,19 +72,19 @@ class Lock:
 
 
 def released_types(job_types: Iterable[JobType[Any]]) -> ReleasedTypes:
-    """Return what these job types promise today."""
+    """Return what these job types promise now."""
     return {job_type.name: _released(job_type) for job_type in job_types}
 
 
 def lock_text(lock: Lock) -> str:
-    """Return the text of a lock: the same text for the same promises, with a line for each."""
+    """Return the text of a lock, one line per promise. The same promises give the same text."""
     content = {
         "format": LOCK_FORMAT,
         "jobTypes": _sorted({
             name: released.model_dump(mode="json", by_alias=True)
             for name, released in lock.job_types.items()
         }),
-        # A line each, so that a difference is readable.
+        # One line per item, so that a difference is readable.
         "graphql": lock.graphql.splitlines(),
     }  # fmt: skip
     text = json.dumps(content, indent=2, ensure_ascii=False)
@@ -129,7 +129,7 @@ def _released(job_type: JobType[Any]) -> ReleasedType:
         for model in job_type.older_payloads
     ]
     policy = asdict(job_type.policy)
-    # As GraphQL has it.
+    # As the GraphQL enum spells it.
     policy["on_mismatch"] = policy["on_mismatch"].upper()
     return ReleasedType(
         fingerprint=job_type.fingerprint,

@@ -18,7 +18,7 @@ JSON_SCHEMA_DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
 
 
 def json_schema_of(model: type[BaseModel], description: str) -> dict[str, Any]:
-    """Return a model's JSON Schema, draft 2020-12, with the names of the wire."""
+    """Return a model's JSON Schema, draft 2020-12, with camelCase names."""
     schema: dict[str, Any] = model.model_json_schema(by_alias=True, schema_generator=_JsonSchema)
     described = {"$schema": JSON_SCHEMA_DIALECT, **schema}
     if description:
@@ -31,7 +31,7 @@ def json_schema_of(model: type[BaseModel], description: str) -> dict[str, Any]:
 def fingerprint_of(schema: Mapping[str, Any]) -> str:
     """Return a hash of what a schema demands: 64 hexadecimal digits of SHA-256.
 
-    Titles, descriptions and examples are left out: a better sentence is not another type.
+    Titles, descriptions and examples do not change it.
     """
     text = json.dumps(demands_of(schema), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
@@ -164,11 +164,9 @@ def _example_of(schema: Any, definitions: Mapping[str, Any], depth: int) -> Json
     for key in ("const", "default"):
         if key in schema:
             return cast(JsonValue, schema[key])
-    for key in ("anyOf", "oneOf"):
+    for key in ("anyOf", "oneOf", "allOf"):
         if key in schema:
             return _example_of(schema[key][0], definitions, depth + 1)
-    if "allOf" in schema:
-        return _example_of(schema["allOf"][0], definitions, depth + 1)
     match schema.get("type"):
         case "object":
             required = schema.get("required", ())
@@ -196,11 +194,16 @@ def _example_of(schema: Any, definitions: Mapping[str, Any], depth: int) -> Json
 
 
 def _example_number(schema: Mapping[str, Any]) -> int | float:
-    step = schema.get("multipleOf", 1)
-    value = schema.get("minimum", schema.get("exclusiveMinimum", 0) + step)
-    if "minimum" not in schema and "exclusiveMinimum" not in schema:
-        value = min(step, schema.get("maximum", schema.get("exclusiveMaximum", step + 1) - step))
-    return cast("int | float", value)
+    step = cast("int | float", schema.get("multipleOf", 1))
+    if "minimum" in schema:
+        return cast("int | float", schema["minimum"])
+    if "exclusiveMinimum" in schema:
+        return cast("int | float", schema["exclusiveMinimum"] + step)
+    if "maximum" in schema:
+        return cast("int | float", min(step, schema["maximum"]))
+    if "exclusiveMaximum" in schema:
+        return cast("int | float", min(step, schema["exclusiveMaximum"] - step))
+    return step
 
 
 _FORMATS: Final = {

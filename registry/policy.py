@@ -65,9 +65,9 @@ class JobPolicy:
     """Wait between attempts."""
 
     on_mismatch: OnMismatch = "park"
-    """What happens to a queued job whose stored payload the job type of today cannot read. "park"
-    keeps it queued for a process that can read it, such as the next deploy. "fail" fails it at
-    once, as `payload_invalid`."""
+    """What happens to a queued job whose stored payload the current job type cannot read. "park"
+    keeps it queued for a process that can read it, such as one of the next deploy. "fail" fails it
+    at once, as `payload_invalid`."""
 
     def __post_init__(self) -> None:
         faults = _range_faults(self)

@@ -50,7 +50,7 @@ class JobRegistry(Mapping[str, JobType[Any]]):
     `max_payload_bytes` bounds a payload's compact JSON text. `extensions` are what workers put
     around the handlers, the outermost first. `suggests` lets errors name similar names and values.
 
-    As a mapping it has the names of today. `get_type`, and every method that takes the name of a
+    As a mapping it has the current names. `get_type`, and every method that takes the name of a
     job type, also finds a type by one of its former names.
 
     Raises:
@@ -146,20 +146,20 @@ class JobRegistry(Mapping[str, JobType[Any]]):
 
     @property
     def renamed(self) -> Mapping[str, str]:
-        """The name of today for each former name."""
+        """The current name for each former name."""
         return self._renamed
 
     def current_name(self, job_type: str) -> str:
-        """Return the name of today of a type that had this name; any other name as it is."""
+        """Return the current name of a type that had this name; any other name as it is."""
         return self._renamed.get(job_type, job_type)
 
     def read(self, job_type: str, payload: bytes | str) -> Payload:
-        """Parse a stored payload, JSON text: by today's model, or an older one and its upgrades.
+        """Parse a stored payload, JSON text: by the current model, or an older one with upgrades.
 
         Raises:
             JobTypeNotFound: no job type has this name, or had it.
-            PayloadInvalid: no model fits, or an upgrade failed. The violations are those of today's
-                model.
+            PayloadInvalid: no model fits, or an upgrade failed. The violations are those of the
+                current model.
         """
         budget = self.fault_budget()
         read: Payload = self.get_type(job_type, budget).read(payload, budget)
@@ -229,8 +229,8 @@ class JobRegistry(Mapping[str, JobType[Any]]):
     ) -> AdmittedPayload:
         """Check a payload, a JSON value in Python, against its job type.
 
-        It fits if today's model admits it, or one of the older models in `accepts`. The faults are
-        charged to the budget of the request; without one, this payload is all of it.
+        It fits if the current model admits it, or one of the older models in `accepts`. The faults
+        are charged to the budget of the request; without `budget`, this payload has one of its own.
 
         Raises:
             JobTypeNotFound: there is no such job type.
@@ -263,7 +263,7 @@ class JobRegistry(Mapping[str, JobType[Any]]):
 
 
 def _renamed(job_types: Mapping[str, JobType[Any]]) -> dict[str, str]:
-    """Return the name of today for each former name.
+    """Return the current name for each former name.
 
     Raises:
         DefinitionError: a former name is that of another type, now or formerly.

@@ -1,4 +1,4 @@
-"""Older models of a payload, and the functions that upgrade from them to today's model."""
+"""Older models of a payload, and the functions that upgrade from them to the current model."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class PayloadModel:
                 raise DefinitionError(f"{where} sets {option}={model.model_config.get(option)!r}")
         try:
             model.model_rebuild()
-            # Also finds, today and not at the first request, what has no JSON Schema.
+            # Made here, so that a model without a JSON Schema is an error at the start.
             self.schema: Mapping[str, Any] = json_schema_of(model, description)
         except (PydanticUserError, PydanticSchemaGenerationError, NameError) as error:
             raise DefinitionError(f"{where} has no JSON Schema: {error}") from error
@@ -75,18 +75,18 @@ class Upgrade:
 
 
 class UpgradeFailed(Exception):
-    """Raised when the upgrade of a payload raises, or returns something else. For this package."""
+    """Raised when an upgrade raises, or returns another model. Not seen outside this package."""
 
 
 @dataclass(frozen=True, slots=True)
 class OlderModel:
-    """An older model of a payload, with the upgrades that lead from it to today's model."""
+    """An older model of a payload, with the upgrades that lead from it to the current model."""
 
     model: PayloadModel
     steps: tuple[tuple[Callable[[Any], Any], type[Payload]], ...]
 
     def upgraded(self, payload: Payload) -> Payload:
-        """Return the payload in today's form.
+        """Return the payload in its current form.
 
         Raises:
             UpgradeFailed: an upgrade raised, or returned something other than the newer model.
@@ -112,13 +112,13 @@ def upgrade_fault(job_type: str, model: PayloadModel) -> Violation:
 
 
 def upgrade_of(
-    where: str, today: type[Payload], older: PayloadModel, function: Callable[[Any], Any]
+    where: str, current: type[Payload], older: PayloadModel, function: Callable[[Any], Any]
 ) -> Upgrade:
-    """Return the upgrade that a function is.
+    """Return the `Upgrade` of a function.
 
     Raises:
         DefinitionError: it is not a plain function of one argument, or its annotations say that it
-            takes or returns something else than a payload.
+            takes or returns something other than a payload.
     """
     where = f"{where}: the upgrade {named(function)}"
     try:
@@ -132,7 +132,7 @@ def upgrade_of(
     ):
         raise DefinitionError(f"{where} must be a plain function that returns the newer payload")
     annotation = _annotation_of_result(function)
-    newer: type[Payload] | str = today
+    newer: type[Payload] | str = current
     if isinstance(annotation, str):
         newer = annotation
     elif annotation is not inspect.Signature.empty:
@@ -159,15 +159,15 @@ def _annotation_of_result(function: Callable[..., Any]) -> Any:
 
 
 def older_models(
-    where: str, today: type[Payload], upgrades: Sequence[Upgrade]
+    where: str, current: type[Payload], upgrades: Sequence[Upgrade]
 ) -> tuple[OlderModel, ...]:
-    """Return the older models, those first from which fewer upgrades lead to today's.
+    """Return the older models, those first that need fewer upgrades to the current one.
 
     Raises:
-        DefinitionError: the upgrades from a model do not lead to today's.
+        DefinitionError: the upgrades from a model do not lead to the current one.
     """
     by_model = {upgrade.older.model: upgrade for upgrade in upgrades}
-    by_name = {model.__name__: model for model in (*by_model, today)}
+    by_name = {model.__name__: model for model in (*by_model, current)}
     found: list[OlderModel] = []
     for first in upgrades:
         steps: list[tuple[Callable[[Any], Any], type[Payload]]] = []
@@ -175,21 +175,21 @@ def older_models(
         while True:
             wanted = upgrade.newer
             newer = by_name.get(wanted.rpartition(".")[2]) if isinstance(wanted, str) else wanted
-            if newer is None or (newer is not today and newer not in by_model):
+            if newer is None or (newer is not current and newer not in by_model):
                 name = wanted if isinstance(wanted, str) else wanted.__name__
                 raise DefinitionError(
                     f"{where}: the upgrade {named(upgrade.function)} returns {name}, which is"
-                    f" neither the payload {today.__name__} nor a model with an upgrade; add the"
-                    f" upgrade from {name}, or return {today.__name__}"
+                    f" neither the payload {current.__name__} nor a model with an upgrade; add the"
+                    f" upgrade from {name}, or return {current.__name__}"
                 )
             steps.append((upgrade.function, newer))
-            if newer is today:
+            if newer is current:
                 break
             if newer in passed:
-                circle = " to ".join(each.__name__ for each in (*passed, newer))
+                cycle = " to ".join(each.__name__ for each in (*passed, newer))
                 raise DefinitionError(
-                    f"{where}: the upgrades go in a circle, from {circle}, and never reach the"
-                    f" payload {today.__name__}"
+                    f"{where}: the upgrades form a cycle, from {cycle}, and never reach the"
+                    f" payload {current.__name__}"
                 )
             passed.append(newer)
             upgrade = by_model[newer]

@@ -20,7 +20,7 @@ from job_registry.errors import FaultBudget, Violation, shortened, shortened_tex
 from job_registry.json_values import MAX_VIOLATIONS, json_document, pointer_of
 
 MAX_COLLECTED: Final = 2_000
-"""Faults that are asked of Pydantic at once. 256 KiB of `{}` may have a million, in 2 GB."""
+"""Faults that Pydantic lists at once. 256 KiB of `{}` may have a million, which take 2 GB."""
 
 MAX_EXAMINED: Final = 1_000
 """Faults of one payload that are read."""
@@ -97,7 +97,7 @@ class PayloadShape:
         return list(budget.listed("The payload", violations, examined=len(faults)))
 
     def _with_fewer_faults(self, error: ValidationError, sent: object) -> ValidationError | None:
-        """Return the error; of a flood of faults that of the first items of each array.
+        """Return the error, or if it has too many faults, that of the first items of each array.
 
         Pydantic can only list all faults of an error at once.
         """
@@ -168,7 +168,7 @@ class PayloadShape:
                     schema = _tagged(schema, label)
                 continue
             if kind == "json":
-                # The parts go on inside the text of a string.
+                # The further parts are inside the text of a string.
                 break
             is_key = kind == "dict" and parts[1:2] == ["[key]"] and _may_refuse_keys(schema)
             # Pydantic's label for a faulty key, unless an object below has this very key.
@@ -248,7 +248,7 @@ class PayloadShape:
         return best, choices[best]
 
     def _admits(self, schema: Any, below: Sequence[int | str]) -> int:
-        """Return how well a location goes on below this schema."""
+        """Return how well the rest of a location fits this schema."""
         schema = self._settled(schema)
         kind = schema["type"] if schema else ""
         if not below:

@@ -1,7 +1,7 @@
 """How the fields of a payload read JSON: dates, numbers and UUIDs exactly as its JSON Schema says.
 
-Pydantic reads more than that: "2030" as a time in 1970, "1_000" as a decimal, "{...}" as a UUID.
-And it refuses 1.0 as an integer, which it is by draft 2020-12.
+Pydantic accepts more: "2030" as a time in 1970, "1_000" as a decimal, "{...}" as a UUID. It also
+refuses 1.0 as an integer, which JSON Schema (draft 2020-12) allows.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ _OFFSET: Final = r"(?:[Zz]|[+-][0-9]{2}:[0-9]{2})"
 _FULL_DATE: Final = re.compile(_DATE)
 _FULL_TIME: Final = re.compile(_CLOCK + _OFFSET)
 _DATE_TIME: Final = re.compile(f"{_DATE}[Tt]{_CLOCK}{_OFFSET}?")
-# Years, months and days after each other, or weeks. Of seconds also a fraction, and a sign in
-# front, as Pydantic writes them: RFC 3339 has neither.
+# Years, months and days, or weeks. Beyond RFC 3339, a fraction of a second and a leading sign, as
+# Pydantic writes them.
 _DURATION: Final = re.compile(
     r"[+-]?P(?=[0-9T])(?:[0-9]+W|(?:[0-9]+Y)?(?:[0-9]+M)?(?:[0-9]+D)?"
     r"(?:T(?=[0-9])(?:[0-9]+H)?(?:[0-9]+M)?(?:[0-9]+(?:\.[0-9]+)?S)?)?)"
 )
 _UUID: Final = re.compile(r"[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
-# No exponent, no spaces, no underscores, and digits of ASCII only.
+# Without exponents, spaces and underscores, and with ASCII digits only.
 _DECIMAL: Final = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)")
 _WHOLE: Final = 2.0**63
 _SECONDS: Final = TypeAdapter(timedelta)
 
 Reader = Callable[[Any, ValidationInfo], Any]
-"""Reads a value of JSON before Pydantic does."""
+"""A validator that runs before Pydantic's own."""
 
 
 def parse_date_time(text: str) -> datetime:
-    """Parse a time in RFC 3339. Of a fraction of a second, six digits are kept.
+    """Parse a time in RFC 3339. Six digits of a fraction of a second are kept.
 
-    A time without an offset is returned as it is, for callers that name its place. A leap second,
-    which ends in `:60`, is refused: no clock here has it.
+    A time without an offset is returned without one; the caller decides whether to refuse it. A
+    leap second, which ends in `:60`, is refused, because Python and the databases have none.
 
     Raises:
         ValueError: the text is not a date and a time of day.
@@ -53,12 +53,12 @@ def parse_date_time(text: str) -> datetime:
 
 
 def with_wire_text(part: dict[str, Any]) -> Any:
-    """Return a part of a core schema that reads JSON as its JSON Schema says, if it has such."""
+    """Return a part of a core schema, changed to read JSON as its JSON Schema says if needed."""
     kind = part.get("type", "")
     if kind == "dict":
         return _with_keys_as_text(part)
     if kind == "decimal":
-        # Without an exponent, which a decimal in JSON does not have.
+        # Written without an exponent, which `_DECIMAL` would refuse.
         plain = core_schema.plain_serializer_function_ser_schema(
             _plain_decimal, return_schema=core_schema.str_schema(), when_used="json-unless-none"
         )
@@ -77,7 +77,7 @@ def with_wire_text(part: dict[str, Any]) -> Any:
 
 
 def _with_keys_as_text(part: dict[str, Any]) -> dict[str, Any]:
-    """Return a dict whose keys are not read as numbers: in JSON they are strings."""
+    """Return a dict without the reader of whole numbers for its keys: JSON keys are strings."""
     keys = part.get("keys_schema", {})
     if keys.get("type") == "function-before" and keys["function"]["function"] is _whole:
         return {**part, "keys_schema": keys["schema"]}
@@ -111,7 +111,7 @@ def _plain_decimal(value: Decimal) -> str:
 
 
 def _text_reader(pattern: re.Pattern[str], parse: Callable[[str], object], fault: str) -> Reader:
-    """Return a validator that parses a string in JSON, and leaves all else to Pydantic."""
+    """Return a validator that parses a JSON string, and leaves other values to Pydantic."""
 
     def read(value: Any, info: ValidationInfo) -> Any:
         if info.mode != "json" or not isinstance(value, str):

@@ -68,12 +68,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """With `-n auto`, three test processes for two cores: tests wait as often as they compute.
+    """With `-n auto`, two test processes for each core: tests wait as often as they compute.
 
     The slow ones, many of which measure how long a process takes to end, have a core each.
     """
     cores = len(os.sched_getaffinity(0))
-    return cores if config.getoption("--slow") else max(1, cores * 3 // 2)
+    return cores if config.getoption("--slow") else cores * 2
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -273,6 +273,62 @@ def _rest(draw: st.DrawFn) -> HttpRequest:
     return HttpRequest("rest", shape, "POST", "/jobs", _JSON, _body(text, tail))
 
 
+_FILTERS: Final = (
+    "type", "status", "createdBy", "createdAfter", "finishedBefore", "idempotencyKey", "errorCode",
+    "search", "first", "after", "unknown",
+)  # fmt: skip
+_CHANGES: Final = (
+    "/jobs/bulk", f"/jobs/{JOB_ID}/cancel", f"/jobs/{JOB_ID}/retry", f"/jobs/{JOB_ID}/unknown",
+)  # fmt: skip
+
+
+@st.composite
+def _rest_routes(draw: st.DrawFn) -> HttpRequest:
+    """Draw a list of jobs by a hostile filter, or a change with a hostile body."""
+    if draw(st.booleans()):
+        value = draw(_values(MAX_URL // 3))
+        names = draw(st.lists(st.sampled_from(_FILTERS), min_size=1, max_size=3))
+        text = quote(_text(value).strip('"').encode(errors="replace"))
+        query = "&".join(f"{name}={text}" for name in names)
+        shape = f"{'&'.join(names)} {value}"
+        return HttpRequest("rest, routes", shape, "GET", f"/jobs?{query}"[:MAX_URL])
+    path = draw(st.sampled_from(_CHANGES))
+    value = draw(_values(BODY_LIMIT - 200))
+    text, times = _text(value), 1
+    if path == "/jobs/bulk" and draw(st.booleans()):
+        _, text = draw(_with_hostile_field(_JOB, _fields_of("EnqueueJobInput"), text))
+        times = _fitting(draw(_TIMES), len(text.encode(errors="replace")) + 1, BODY_LIMIT - 200)
+        text = f'{{"jobs":[{",".join([text] * times)}]}}'
+    return HttpRequest(
+        "rest, routes", f"{path} {times} × {value}", "POST", path, _JSON, _body(text)
+    )
+
+
+_UPLOADS: Final = {
+    "image/png": b"\x89PNG\r\n\x1a\n",
+    "image/jpeg": b"\xff\xd8\xff",
+    "image/gif": b"GIF89a",
+    "image/webp": b"RIFF",
+    "image/svg+xml": b"<svg>",
+}
+
+
+@st.composite
+def _uploads(draw: st.DrawFn) -> HttpRequest:
+    """Draw a file for the assets: an odd name, a type, and up to 40 MB."""
+    unit = draw(st.sampled_from(("a", ".", "..%2f", "%00", "%ff", "%f0%9f%98%80", "a/")))
+    name = Repeated(unit, _fitting(draw(_TIMES), len(unit), draw(st.sampled_from((3, 20_000)))))
+    version = draw(st.sampled_from(("1", "0", "-1", "9" * 5_000, "1e9", "%d9%a1", "", "1/2")))
+    media_type, start = draw(st.sampled_from(sorted(_UPLOADS.items())))
+    times = draw(st.sampled_from((0, 1, 100, 1_000_000, 40_000_000)))
+    body = draw(st.sampled_from((start, b""))) + draw(st.sampled_from((b"\0", b"9"))) * times
+    headers = ((b"content-type", media_type.encode()),)
+    shape = f"{name}/{version[:10]} {media_type} {body[:8]!r} × {times:,}"
+    return HttpRequest(
+        "uploads", shape, "POST", f"/assets/{name.text}/{version}"[:MAX_URL], headers, body
+    )
+
+
 _HEADERS: Final = ("accept", "authorization", "content-type", "cookie", "origin", "traceparent")
 
 
@@ -572,6 +628,8 @@ def _after_init(draw: st.DrawFn) -> SocketMessages:
 
 REQUESTS: Final[dict[str, st.SearchStrategy[Request]]] = {
     "rest": _rest(),
+    "rest, routes": _rest_routes(),
+    "uploads": _uploads(),
     "http": _http(),
     "graphql, variables": _graphql(as_literal=False),
     "graphql, literals": _graphql(as_literal=True),

@@ -74,7 +74,7 @@ async def hostile_server(folder: Path) -> AsyncIterator[MeasuredServer]:
     """Start a server with the default limits on SQLite. Its large results fill an answer."""
     url = f"sqlite:///{folder}/jobs.db"
     await asyncio.to_thread(migrations.upgrade, url)
-    async with measured_server(url, lease_seconds="3600") as server:
+    async with measured_server(url, lease_seconds="3600", assets=str(folder)) as server:
         async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
             results: list[Any] = ["x" * _RESULT_BYTES, [{"a": 0}] * (_RESULT_BYTES // 9)]
             leases = await _lease(client, _RESULTS)

@@ -12,7 +12,7 @@ from tests.hostile import REQUESTS, draw_requests, plain_documents
 from tests.hostile_requests import hostile_server, measure
 from tests.measured_server import MeasuredServer
 
-pytestmark = [pytest.mark.any_database, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.xdist_group("generated")]
 
 REQUESTS_PER_KIND = 3
 

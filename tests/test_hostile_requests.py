@@ -18,7 +18,8 @@ from job_registry_api.queue.models import JobError
 from job_registry_api.queue.queue import JobQueue
 from tests.measured_server import MeasuredServer, measured_server
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+# One process fills the servers with large jobs.
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.xdist_group("hostile requests")]
 
 CPU_SECONDS: Final = 0.5
 """What a request may cost on a machine that does nothing else."""

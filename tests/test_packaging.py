@@ -24,7 +24,8 @@ VERSION = PROJECT["project"]["version"]
 WITHOUT_GRAPHIQL = "JOB_REGISTRY_WITHOUT_GRAPHIQL"
 WHEEL_SOURCES = ("api", "registry", "alembic", "pyproject.toml", "README.md", "LICENSE")
 
-pytestmark = pytest.mark.xdist_group("packaging")  # One process builds the wheel.
+# One process builds the wheel.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("packaging")]
 
 
 @pytest.fixture(scope="module")

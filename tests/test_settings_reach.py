@@ -310,9 +310,10 @@ def test_connections_have_the_bounds_that_are_set() -> None:
             "JOBS_IDLE_TIMEOUT_SECONDS": "104",
             "JOBS_UNREAD_TIMEOUT_SECONDS": "105",
             "JOBS_MAX_BODY_BYTES": "106000",
+            "JOBS_MAX_UPLOAD_BYTES": "107000",
         }
     )
-    assert bounds_of(settings) == Bounds(101, 102, 103, 104, 105, 106_000)
+    assert bounds_of(settings) == Bounds(101, 102, 103, 104, 105, 106_000, 107_000)
 
 
 # The command
@@ -347,6 +348,7 @@ def test_the_database_that_is_set_is_used(jobs: Shell, command: list[str]) -> No
     assert sorted(path.name for path in jobs.folder.glob("*.db")) == ["elsewhere.db"]
 
 
+@pytest.mark.slow
 @reaches("database_schema")
 def test_the_schema_that_is_set_is_used(fresh_postgresql_url: str, jobs: Shell) -> None:
     payload = '{"batchId": "b", "escrowId": "e"}'

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import os
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import httpx
 import pytest
 from PIL import Image
 
+from job_registry_api.uploads import AssetsUnavailable, Uploads
 from tests.http_client import Visit, serving
 from tests.test_auth import AUTH, bearer
 
@@ -126,6 +128,20 @@ async def test_of_uploads_at_the_same_time_at_most_one_is_kept(visit: Visit, ass
             assert any(each.status_code == 201 for each in answers) == bool(kept)
 
 
+async def test_a_picture_may_be_larger_than_other_requests(
+    database_url: str, assets: Path
+) -> None:
+    large = bytes(20_000_000)
+    async with (
+        serving(database_url, "--no-worker", assets=str(assets)) as (address, _),
+        httpx.AsyncClient(base_url=f"http://{address}", timeout=20) as client,
+    ):
+        assert (await post(client, PNG + large)).status_code == 201
+        assert code_of(await post(client, large)) == (422, "asset_invalid")
+        job = await client.post("/jobs", content=large, headers=of_type("application/json"))
+        assert code_of(job) == (413, "too_large")
+
+
 async def test_a_client_that_hangs_up_leaves_nothing(database_url: str, assets: Path) -> None:
     async with serving(database_url, "--no-worker", assets=str(assets)) as (address, _):
         host, _, port = address.partition(":")
@@ -220,6 +236,33 @@ async def test_pictures_are_stored_in_a_bucket_too(visit: Visit) -> None:
         assert code_of(await post(client, JPEG, "image/jpeg")) == (409, "asset_exists")
     with fsspec.open(f"{bucket}/a/1.png", "rb") as file:
         assert file.read() == PNG
+
+
+class StalledBucket(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec has no types
+    """A bucket behind a network that answers nothing."""
+
+    protocol = "stalled"
+    answers = threading.Event()
+
+    def ls(self, path: str, detail: bool = True, **kwargs: Any) -> list[Any]:
+        assert self.answers.wait(30)
+        return []
+
+
+async def test_a_bucket_that_does_not_answer_is_a_503_and_holds_up_nothing_else() -> None:
+    fsspec.register_implementation("stalled", StalledBucket, clobber=True)
+    uploads = Uploads("stalled://bucket", 1_000, storage_seconds=0.2)
+    try:
+        for _ in range(3):
+            for failed in await asyncio.gather(
+                *(uploads.store("a", "1", "image/png", pieces(PNG, 1)) for _ in range(10)),
+                return_exceptions=True,
+            ):
+                assert isinstance(failed, AssetsUnavailable)
+        async with asyncio.timeout(1):
+            assert await asyncio.to_thread(lambda: "at once") == "at once"
+    finally:
+        StalledBucket.answers.set()
 
 
 async def test_uploads_can_be_switched_off(visit: Visit) -> None:

@@ -1,6 +1,6 @@
 """Parked jobs, and the versions of job types that workers have.
 
-The table `job` is as it was, so that processes of the previous release go on working.
+The table `job` is unchanged, so that processes of the previous release continue to work.
 PostgreSQL's functions are in `0003_evolution.sql`.
 """
 
@@ -75,7 +75,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    # The previous release does not know parked jobs: it is to look at them again.
+    # The previous release does not know parked jobs, so they become due again.
     op.execute("""
         UPDATE job SET next_run_at =
             (SELECT due_at FROM job_parked WHERE job_parked.job_id = job.id)

@@ -32,15 +32,16 @@ LANGUAGE plpgsql
 -- `wanted` is an array of {"type", "limit", "heads", "group", "fingerprint", "readable"} in the
 -- order of their turns. `limit` is the type's concurrency limit or null. `heads`, if given, lists
 -- [priority, next_run_at] pairs: only jobs from these times on are read. See `QueueHeads` in
--- postgresql.py. The names of a type, today's and the former ones, have the same number `group`, and
--- share its limit. `fingerprint` is that of the worker: jobs that others have parked and it has not
--- are leased too. `readable`, an array of fingerprints, leases only jobs that were admitted under
--- one of them, parked or not.
+-- postgresql.py. The current and the former names of a type have the same number `group`, and share
+-- its limit. `fingerprint` is that of the worker: jobs that others have parked and it has not are
+-- leased too. With `readable`, an array of fingerprints, only jobs that were admitted under one of
+-- them are leased, parked or not.
 --
 -- Higher priorities go first. Types of one priority take turns, in the order given. Within a type
 -- and priority the oldest goes first, whatever its name and whether or not it is parked: otherwise a
--- worker that leases one job at a time would take parked jobs only when no job is due. Rows that another transaction has locked are skipped. No more
--- jobs are leased once their payloads have 1,000,000 bytes of text: a client reads them whole.
+-- worker that leases one job at a time would take parked jobs only when no job is due. Rows that
+-- another transaction has locked are skipped. No more jobs are leased once their payloads have
+-- 1,000,000 bytes of text: a client reads them whole.
 --
 -- Jobs of a type with a limit are taken only under the type's lock, after its running jobs were
 -- counted in a later statement, which sees what the previous holder of the lock committed. A type

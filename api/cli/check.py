@@ -1,4 +1,4 @@
-"""`job-registry check`: whether stored jobs, older workers and older clients survive the code."""
+"""`job-registry check`: what the code breaks for stored jobs, older workers and older clients."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def check(
         ),
     ] = False,
 ) -> None:
-    """Say which stored jobs, older workers and older clients your code breaks.
+    """Show what your code breaks for stored jobs, older workers and older clients.
 
     Exit codes: 0 nothing breaks, 1 something breaks or may break, 2 it could not be checked: wrong
     usage, no lock, or a server or a database that does not answer.
@@ -153,7 +153,7 @@ def _replay(settings: Settings, registry: JobRegistry) -> Replay:
         if fit.verdict in (Verdict.EMPTY, Verdict.TOO_NEW):
             fail(WRONG_USAGE, fit.sentence)
         if fit.verdict is Verdict.OUTDATED:
-            # The gate runs before a deploy, which migrates. What it reads has been there always.
+            # The check runs before the deploy that migrates. What it reads is in every revision.
             say(fit.sentence, err)
         with _progress() as on_page:
             return replay(
@@ -203,15 +203,15 @@ def _compare(
 
 
 def _read_whole(registry: JobRegistry, replay: Replay) -> Mapping[str, int]:
-    """Return the unfinished jobs of each type of today of which every payload is read."""
+    """Return the number of unfinished jobs, for the types of which every payload can be read."""
     jobs, refused = Counter[str](), Counter[str]()
     for name, count in replay.jobs.items():
         try:
-            today = registry.get_type(name).name
+            current = registry.get_type(name).name
         except JobTypeNotFound:
             continue
-        jobs[today] += count
-        refused[today] += replay.refused[name]
+        jobs[current] += count
+        refused[current] += replay.refused[name]
     return {name: jobs[name] for name in registry if not refused[name]}
 
 

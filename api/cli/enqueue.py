@@ -46,16 +46,18 @@ def enqueue(
         ),
     ],
     priority: Annotated[
-        int | None, typer.Option(help="0 to 100, higher first. Defaults to 50.")
+        int | None, typer.Option(help="Priority, 0 to 100, higher first. Defaults to 50.")
     ] = None,
     schedule_at: Annotated[
-        str | None, typer.Option(help="Earliest time of the first run: 2030-01-31T12:00:00Z.")
+        str | None,
+        typer.Option(help="Earliest time of the first run, such as 2030-01-31T12:00:00Z."),
     ] = None,
     max_attempts: Annotated[
-        int | None, typer.Option(help="1 to 1,000. Defaults to the policy.")
+        int | None, typer.Option(help="Most attempts, 1 to 1,000. Defaults to the policy.")
     ] = None,
     idempotency_key: Annotated[
-        str | None, typer.Option(help="Makes it safe to repeat the command. For a single payload.")
+        str | None,
+        typer.Option(help="A key that makes the command safe to repeat. For one payload."),
     ] = None,
     atomic: Annotated[
         bool, typer.Option(help="Store all payloads or none, up to JOBS_MAX_BULK_SIZE.")

@@ -9,7 +9,7 @@ from job_registry_api.cli.output import REFUSED, fail
 
 
 def listen(host: str, port: int, chosen_by: str) -> socket.socket:
-    """Return a socket that listens there. Ends the command if the address is taken.
+    """Return a socket that listens on an address. End the command if the address is taken.
 
     `chosen_by` names the options that choose the port.
     """
@@ -26,6 +26,6 @@ def listen(host: str, port: int, chosen_by: str) -> socket.socket:
 
 
 def address_of(bound: socket.socket) -> str:
-    """Return its address as it stands in a URL."""
+    """Return the address of a socket in the form of a URL."""
     host, port = bound.getsockname()[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -31,19 +31,19 @@ def lock(
     from job_registry.lock import Lock, lock_text, released_types
     from job_registry_api.graphql.schema import bare_sdl
 
-    today = released_types(registry.values())
-    text = lock_text(Lock(today, bare_sdl(registry)))
+    current = released_types(registry.values())
+    text = lock_text(Lock(current, bare_sdl(registry)))
     path = Path(file)
     former = _former(path)
     _write_whole(path, text)
-    renamed = _renamed(former, today)
-    changes = _differences(former, today, renamed)
+    renamed = _renamed(former, current)
+    changes = _differences(former, current, renamed)
     if as_json:
-        print_json({"file": file, "jobTypes": len(today), "renamed": renamed, **changes})
+        print_json({"file": file, "jobTypes": len(current), "renamed": renamed, **changes})
     else:
         changes["renamed"] = [f"{older} to {name}" for older, name in renamed.items()]
         parts = [f"{what}: {', '.join(names)}" for what, names in changes.items() if names]
-        kinds = "1 job type" if len(today) == 1 else f"{len(today):,} job types"
+        kinds = "1 job type" if len(current) == 1 else f"{len(current):,} job types"
         say(f"{file}: {kinds}. {'; '.join(parts) or 'No job type has changed'}.")
 
 
@@ -57,23 +57,25 @@ def _former(path: Path) -> ReleasedTypes:
         return {}
 
 
-def _renamed(former: ReleasedTypes, today: ReleasedTypes) -> dict[str, str]:
+def _renamed(former: ReleasedTypes, current: ReleasedTypes) -> dict[str, str]:
     """Return the new names of job types by their names in the file that is replaced."""
     return {
         older: name
-        for name, released in sorted(today.items())
+        for name, released in sorted(current.items())
         for older in released.former_names
         if name not in former and older in former
     }
 
 
 def _differences(
-    former: ReleasedTypes, today: ReleasedTypes, renamed: dict[str, str]
+    former: ReleasedTypes, current: ReleasedTypes, renamed: dict[str, str]
 ) -> dict[str, list[str]]:
     return {
-        "added": sorted(today.keys() - former.keys() - set(renamed.values())),
-        "changed": sorted(name for name in today.keys() & former if today[name] != former[name]),
-        "removed": sorted(former.keys() - today.keys() - renamed.keys()),
+        "added": sorted(current.keys() - former.keys() - set(renamed.values())),
+        "changed": sorted(
+            name for name in current.keys() & former if current[name] != former[name]
+        ),
+        "removed": sorted(former.keys() - current.keys() - renamed.keys()),
     }
 
 

@@ -119,7 +119,7 @@ def sentences(refusal: CodedError) -> list[str]:
 
 def refusal_json(refusal: CodedError) -> dict[str, Any]:
     """Return a refusal as `--json` prints it."""
-    # `violations` is there for every refusal, so that a program can read it without a test.
+    # Every refusal has `violations`, so that a program can read it without a check.
     content = {"code": refusal.code, "message": str(refusal), "violations": []}
     return content | refusal.details()
 

@@ -33,7 +33,7 @@ def read(file: str) -> str:
 
 
 def parse(text: str, file: str) -> Any:
-    """Return the payload in a text. Ends the command if it is not JSON."""
+    """Return the payload in a text. End the command if it is not JSON."""
     try:
         return parse_json(text)
     except NotJson as error:

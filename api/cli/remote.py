@@ -31,7 +31,7 @@ QUERIES: Final = (_QUERY % (" formerNames", " onMismatch"), _QUERY % ("", ""))
 
 
 class ServerFailed(Exception):
-    """Raised when a server does not tell its job types. Its message is for people."""
+    """Raised when the job types of a server cannot be read. Its message is for people."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ def read_server(url: str, token: str | None) -> ServerTypes:
     """Return the job types of the server at a URL. Without a path, it is that of `/graphql`.
 
     Raises:
-        ServerFailed: the URL is wrong, the server does not answer in time, or not as expected.
+        ServerFailed: the URL is wrong, or the server does not answer in time or as expected.
     """
     if "@" in url:
         raise ServerFailed("Expected a URL without a user and a password. Use --token.")
@@ -85,7 +85,7 @@ async def _job_types(url: str, token: str | None) -> ServerTypes:
             except (KeyError, TypeError, ValueError):
                 raise ServerFailed("Its job types do not have the expected form.") from None
             return ServerTypes(Lock(released), running)
-    raise ServerFailed(f"It does not tell its job types. {_message(answer)}")
+    raise ServerFailed(f"It did not return its job types. {_message(answer)}")
 
 
 async def _answer(url: str, token: str | None, query: str) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def _message(answer: dict[str, Any]) -> str:
     match answer.get("errors"):
         case [{"message": str(message)}, *_]:
             return shortened_text(message)
-    return "Its answer has no error either."
+    return "Its answer has no error message."
 
 
 def _reason(error: Exception) -> str:

@@ -36,7 +36,7 @@ class Compared:
 
 @dataclass(frozen=True, slots=True)
 class Queue:
-    """The unfinished jobs of a database, and the concurrency limits of today by job type."""
+    """The unfinished jobs of a database, and the current concurrency limits by job type."""
 
     replay: Replay
     limits: Mapping[str, int]
@@ -178,7 +178,7 @@ _SEEN: Final = {
     Outcome.SURVIVE: "survive",
     Outcome.WAIT: "leave such jobs to newer workers",
     Outcome.BREAK: "break",
-    Outcome.UNKNOWN: "may break: the schemas do not tell",
+    Outcome.UNKNOWN: "may break: the schemas alone do not show it",
 }
 
 

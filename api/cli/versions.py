@@ -69,7 +69,7 @@ def versions(type_names: TypeNames = None, as_json: AsJson = False) -> None:
 def unpark(type_names: TypeNames = None, as_json: AsJson = False) -> None:
     """Let every worker try the parked jobs of some job types again.
 
-    Needed only if no fingerprint changed, as after a repair inside an upgrade function.
+    Needed only if no fingerprint changed, for example after a repair inside an upgrade function.
     """
     settings = startup.read_settings()
     registry = startup.read_registry(settings)
@@ -84,7 +84,7 @@ def unpark(type_names: TypeNames = None, as_json: AsJson = False) -> None:
 
 
 def _known(registry: JobRegistry, type_names: list[str] | None, as_json: bool) -> list[str]:
-    """Return the names of today. Ends the command if there is no such type."""
+    """Return the current names. End the command if there is no such type."""
     try:
         return [registry.get_type(name).name for name in type_names or registry]
     except JobTypeNotFound as unknown:

@@ -17,7 +17,7 @@ from job_registry_api.graphql.context import Context, context_of, enter_context
 
 _OPEN: Final = "open"
 OPEN: Final = {_OPEN: True}
-"""The metadata of a field that every caller who reaches its object may read."""
+"""The metadata of a field that is open to every caller who can reach its object."""
 
 GUARDED: Final = ("Query", "Mutation", "Subscription", "Job")
 """The types whose fields declare their access scopes."""

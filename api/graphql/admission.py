@@ -1,8 +1,7 @@
 """What a caller may see of the schema, and which fields it may use, before anything is coerced.
 
-A caller that is limited to some job types gets a schema with only these in `TypedJobInput`. So
-validation, suggestions and introspection cannot mention the others: for such a caller they do not
-exist.
+A caller that is limited to some job types gets a schema with only these in `TypedJobInput`.
+Validation, suggestions and introspection then cannot mention the others.
 """
 
 from __future__ import annotations

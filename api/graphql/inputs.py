@@ -104,8 +104,9 @@ class JobFilterInput:
     search: str | None = strawberry.field(
         default=None,
         description="Jobs with this id or this idempotency key, and failed jobs with all of these"
-        " words in the code or the message of the error, among the newest 10,000 failed ones. For"
-        " the jobs of one creator: among the newest 10,000 of these.",
+        " words in the code or the message of the error. Words are looked for in the newest 10,000"
+        " failed jobs; with `createdBy`, in the failed ones among that caller's newest 10,000"
+        " jobs.",
     )
 
     def filter(self) -> JobFilter:
@@ -144,9 +145,9 @@ class LeaseJobsInput:
     )
     fingerprints: list[TypeFingerprintInput] | None = strawberry.field(
         default=None,
-        description="The payloads that the worker can read. Of each job type that is named here,"
+        description="The payloads that the worker can read. For each job type that is named here,"
         " only jobs that were admitted under one of its fingerprints are leased. The others stay"
-        " for other workers. A type may be named several times. Of types that are not named, all"
+        " for other workers. A type may be named several times. For types that are not named, all"
         " jobs are leased, except parked ones.",
     )
 

@@ -1,4 +1,4 @@
-"""Mutations: enqueue, cancel and retry jobs, and work them remotely.
+"""Mutations: enqueue, cancel and retry jobs, and run them as a remote worker.
 
 `enqueue`, whose input depends on the job types, is in `typed_mutation`.
 """
@@ -53,7 +53,7 @@ class LeaseJobsSuccess:
     leases: list[JobLease] = strawberry.field(description="The leases of this worker.")
 
 
-@strawberry.type(description="The waits of the worker end.")
+@strawberry.type(description="The waits of the worker's `leaseJobs` requests are ended.")
 class StopWaitingSuccess:
     worker_id: str = strawberry.field(description="The worker's name.")
 

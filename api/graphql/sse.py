@@ -16,7 +16,7 @@ from job_registry_api.http_messages import wait_for_disconnect
 
 EVENT_STREAM: Final = b"text/event-stream"
 KEEP_ALIVE_SECONDS: Final = 15.0
-"""Proxies end connections that are silent for longer."""
+"""How long a stream sends nothing. Proxies end connections without data after a while."""
 
 
 async def send_events(

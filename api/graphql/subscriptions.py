@@ -26,7 +26,7 @@ from job_registry_api.queue.models import JobRecord
 from job_registry_api.queue.requests import parse_job_id, unknown_types
 
 VERIFIED_SECONDS: Final = 60.0
-"""How long a subscription goes on without its token being verified again."""
+"""How long a subscription continues before its token is verified again."""
 
 
 @strawberry.type(description="A change of a job, sent once it is committed.")

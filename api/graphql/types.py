@@ -19,8 +19,8 @@ from job_registry_api.graphql.context import Context, context_of
 from job_registry_api.queue import claiming, models, reading
 
 READERS: Final[tuple[AccessScope, ...]] = ("jobs:read", "jobs:work")
-"""Who may read what became of a job. A caller who may only enqueue can reach a job that another
-caller stored: by its idempotency key and payload."""
+"""Who may read the result and the errors of a job. A caller who may only enqueue can reach a job
+that another caller stored: by its idempotency key and payload."""
 
 
 @strawberry.enum(description="The state of a job.")
@@ -132,7 +132,8 @@ class JobCounts:
     failed: int = strawberry.field(description="Failed and not yet deleted.")
     cancelled: int = strawberry.field(description="Cancelled and not yet deleted.")
     parked: int = strawberry.field(
-        description="The parked ones among the queued jobs: no worker could read their payload yet."
+        description="Parked jobs, which are also counted as queued: no worker could read their"
+        " payload yet."
     )
 
     @classmethod
@@ -183,7 +184,7 @@ class JobTypeVersion:
 
 
 @strawberry.type(
-    description="A job type that this server does not know, and that the queue has jobs of."
+    description="A job type that has jobs in the queue and that this server does not know."
 )
 class UnregisteredType:
     name: str = strawberry.field(description="The name that the jobs are stored under.")

@@ -65,7 +65,7 @@ class Changing(Opening):
             found = dict.fromkeys(self.registry.get_type(name) for name in job_types)
             stored = [name for each in found for name in (each.name, *each.former_names)]
         unparked = 0
-        # Jobs that a worker parks again in the meantime are left out: it would go on without end.
+        # Jobs that a worker parks again in the meantime are left out: this would never end.
         parked_until = await self._store.last_parked_at()
         while stored and parked_until is not None:
             jobs = await self._store.unpark(stored, parked_until=parked_until, jobs=UNPARK_BATCH)

@@ -198,7 +198,7 @@ class Enqueueing(Opening):
         """Store a job. When this returns, the job is on disk.
 
         `job` is the payload, whose class determines the job type, with the options of `request`;
-        or a request by the name of the type. `created_by` names who asked for the job.
+        or a request by the name of the type. `created_by` is the subject that enqueues it.
 
         With `session`, a session of the caller on the same database, the job is inserted in the
         caller's transaction: it becomes visible when the caller commits, and is discarded when

@@ -1,8 +1,8 @@
 """Which jobs to list, and the query of a page: each filter is served by an index.
 
-Pages are in the order of ids, which is that of creation. The condition that an index is read for is
-chosen here and not by the database: the others are written so that no index serves them. So a page
-costs the same on both databases, with and without statistics.
+Pages are in the order of ids, which is that of creation. The index is chosen here and not by the
+database: the other conditions are written so that no index can serve them. So a page costs the same
+on both databases, with and without statistics.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ MAX_SEARCH: Final = 255
 """The longest text to search for, in characters."""
 
 SEARCHED_JOBS: Final = 10_000
-"""The words of a search are looked for in the errors of so many jobs at most, the newest ones.
+"""How many jobs a search for words reads at most, the newest first.
 
-No index finds words inside a text on both databases, and one that does would cost each failure.
+No index finds words inside a text on both databases, and it would make each failure more expensive.
 """
 
 ID_SLACK: Final = timedelta(hours=1)
 """How far the clock of the process that enqueued a job may differ from that of the database.
 
-The id has the time of the first, `created_at` that of the second. A range of `created_at` is read
-as a range of ids that is longer by this at each end.
+The id has the time of the process, `created_at` that of the database. A range of `created_at` is
+read as a range of ids that is longer by this at each end.
 """
 
 JSON_VALUES: Final = ("payload", "progress", "result", "error")
 """The columns of a job that may be large."""
 
 SMALL: Final = 4_096
-"""The length of a JSON value up to which a page of jobs has it at once."""
+"""The length up to which the JSON values of a page are read together with its jobs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class JobFilter:
     idempotency key, or words of the error of one of the 10,000 newest failed jobs; with
     `created_by`, of one among the 10,000 newest jobs of that creator.
 
-    The jobs that finished in a range of time are all read, and then sorted: choose a short one.
+    All jobs that finished in a range of time are read and then sorted, so choose a short range.
     """
 
     types: tuple[str, ...] = ()
@@ -83,10 +83,10 @@ class JobFilter:
 
 
 def owned_by(owner: Owner | None) -> list[Any]:
-    """Return the condition that a job is the owner's; none for None, who owns all."""
+    """Return the condition that a job is the owner's; no condition for None."""
     if owner is None:
         return []
-    # `created_by = NULL` would be written as IS NULL.
+    # SQLAlchemy would write `created_by = NULL` as IS NULL.
     return [sqlalchemy.false() if owner.subject is None else col(Job.created_by) == owner.subject]
 
 
@@ -119,7 +119,7 @@ def filtered(
         conditions.append(col(Job.id) < after)
     order: Any = col(Job.id)
     if by_finish:
-        # No index has this order, so that the one of the range is read.
+        # No index has this order, so the database reads the index of the range.
         order = func.coalesce(order, order)
     return listed().where(*conditions).order_by(order.desc()).limit(first)
 
@@ -150,7 +150,7 @@ def _others(wanted: JobFilter, *, is_led: bool) -> list[Any]:
 
 
 def _hidden(column: Any, hide: bool) -> Any:
-    """Return an expression with the value of a column, which no index serves."""
+    """Return an expression with the value of a column that no index can serve."""
     return func.coalesce(column, column, type_=column.type) if hide else column
 
 

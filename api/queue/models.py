@@ -74,7 +74,7 @@ class AttemptOutcome(StrEnum):
 
 
 def _json() -> Any:
-    return JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
+    return JSON().with_variant(JSONB(), "postgresql")
 
 
 class UtcTime(TypeDecorator[datetime]):
@@ -491,7 +491,7 @@ class AttemptRecord:
     finished_at: datetime | None
     outcome: AttemptOutcome | None
     error: JobError | None
-    still_running: bool = False
+    still_running: bool
 
 
 @dataclass(frozen=True, slots=True)

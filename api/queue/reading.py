@@ -240,7 +240,7 @@ class Reading(Opening):
         Raises:
             JobNotFound: no job has this id.
             JobFailed: the job failed or was cancelled.
-            TimeoutError: the job has not ended in time. It goes on.
+            TimeoutError: the job has not ended in time. It is not cancelled.
             QueueUnavailable: the database does not answer, or the queue was closed.
         """
         self.check_open()
@@ -363,7 +363,7 @@ class Reading(Opening):
         With `owner`, only jobs that this subject enqueued are listed.
 
         It stops early at `most` jobs, and before the job with which the weight of all would exceed
-        `max_bytes`. The first job is on it whatever its weight.
+        `max_bytes`. It always has the first job.
 
         Raises:
             InputInvalid: `first` is not 1 to `max_page_size`, or a value of the filter is wrong.

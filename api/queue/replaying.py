@@ -1,4 +1,4 @@
-"""Replaying: whether the job types of this process read the payloads that are stored.
+"""Replaying: whether the job types of this process can read the stored payloads.
 
 It reads the queued and the running jobs, a page at a time, and writes nothing. Each page is one
 short transaction, so that no snapshot is held for long.
@@ -22,11 +22,11 @@ from job_registry_api.queue.models import JobStatus
 from job_registry_api.queue.store import Store, StoredPayload
 
 FIRST: Final = uuid.UUID(int=0)
-"""Before the id of every job."""
+"""Less than the id of any job."""
 
 PAGE_JOBS: Final = 1_000
 PAGE_CHARACTERS: Final = 4_000_000
-"""A page ends with the payload that makes it so long, so that memory stays bounded."""
+"""A page ends with the payload that reaches this total, so that memory stays bounded."""
 
 SAMPLES: Final = 3
 """How many ids are kept of the jobs with the same fault."""
@@ -35,7 +35,7 @@ MAX_FAULTS: Final = 200
 """How many different faults are kept per job type. The others are counted as one, `more`."""
 
 OnPage = Callable[[int, int], None]
-"""Called after each page with the jobs that were read, and with about how many there are."""
+"""Called after each page with the number of jobs that were read, and an estimate of the total."""
 
 
 @dataclass(slots=True)
@@ -54,7 +54,7 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What today's model refuses in payloads. `path` is a JSON Pointer with * for an index."""
+    """What the current model refuses in payloads. `path` is a JSON Pointer with * for an index."""
 
     job_type: str
     path: str
@@ -65,9 +65,9 @@ class Fault:
 class Replay:
     """The outcome of a replay. Job types have the names that are stored with the jobs.
 
-    `jobs` are the unfinished jobs of each type, `refused` those whose payload is not read, and
-    `faults` why. `unknown` are the types that this process does not know. `running` counts jobs per
-    type of today.
+    `jobs` are the unfinished jobs of each type, `refused` those whose payload cannot be read, and
+    `faults` says why. `unknown` are the types that this process does not know. `running` counts the
+    running jobs by the current name of their type.
     """
 
     jobs: Counter[str] = field(default_factory=Counter)
@@ -83,7 +83,7 @@ class Replay:
 
     @property
     def reads_all(self) -> bool:
-        """Whether every payload is read."""
+        """Whether every payload can be read."""
         return not self.refused and not self.unknown
 
 
@@ -96,9 +96,9 @@ def replay(
     timeout_seconds: float = defaults.TIMEOUT_SECONDS,
     on_page: OnPage = lambda done, total: None,
 ) -> Replay:
-    """Read every unfinished payload of a database, and return which ones the registry refuses.
+    """Read the payload of every unfinished job, and return which ones the registry refuses.
 
-    Synchronous. It needs a role that may SELECT.
+    Synchronous. The role of the database needs only SELECT.
 
     Raises:
         QueueUnavailable: the database does not answer.
@@ -127,7 +127,7 @@ async def _replay(store: Store, registry: JobRegistry, on_page: OnPage) -> Repla
     expected = 0
     for name, jobs in (await store.counts_by_status()).items():
         running = jobs.get(JobStatus.RUNNING, 0)
-        found.running[_name_of_today(registry, name)] += running
+        found.running[registry.current_name(name)] += running
         expected += running + jobs.get(JobStatus.QUEUED, 0)
     after = FIRST
     while True:
@@ -135,7 +135,7 @@ async def _replay(store: Store, registry: JobRegistry, on_page: OnPage) -> Repla
         for stored in page:
             _read(registry, stored, found)
         on_page(found.total, max(expected, found.total))
-        # Ctrl-C cancels this task at its next wait, which should not be that for a connection.
+        # Ctrl-C cancels this task where it next waits, which should not be for a connection.
         await asyncio.sleep(0)
         characters = sum(len(stored.text) for stored in page)
         if len(page) < PAGE_JOBS and characters < PAGE_CHARACTERS:
@@ -153,7 +153,7 @@ def _read(registry: JobRegistry, stored: StoredPayload, found: Replay) -> None:
     except PayloadInvalid as invalid:
         faults = {(_without_indexes(each.path), each.code) for each in invalid.violations}
     except Exception as error:
-        # A validator of the user's may raise anything. A worker could not run the job either.
+        # A user's validator may raise anything. A worker could not run the job either.
         faults = {("", f"raised {type(error).__name__}")}
     else:
         return
@@ -172,10 +172,3 @@ def _faults_of(job_type: str, faults: Mapping[Fault, Found]) -> int:
 def _without_indexes(path: str) -> str:
     """Return a JSON Pointer with * for each index, so that the items of an array count as one."""
     return "/".join("*" if token.isdecimal() else token for token in path.split("/"))
-
-
-def _name_of_today(registry: JobRegistry, name: str) -> str:
-    try:
-        return registry.get_type(name).name
-    except JobTypeNotFound:
-        return name

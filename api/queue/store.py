@@ -68,7 +68,7 @@ AHEAD_LIMIT: Final = 1_000
 """How many jobs ahead are counted at most. Beyond that the exact number is not useful."""
 
 COUNTED_JOBS: Final = 10_000
-"""How many jobs of a type are counted at most to tell its versions."""
+"""How many jobs of a type are counted at most for its versions."""
 
 WAITS_ENDED: Final = "worker.stopped_waiting"
 """The event of a worker that waits for no more jobs."""
@@ -290,10 +290,10 @@ class Store(ABC):
 
     _database: Database
     renamed: Mapping[str, str] = MappingProxyType({})
-    """The name of today for each former name of a type. Records have the names of today."""
+    """The current name for each former name of a type. Records have the current names."""
 
     def record(self, row: Mapping[str, Any]) -> JobRecord:
-        """Return the job of a row of `job` with converted values, by the name of its type today."""
+        """Return the job of a row of `job` with converted values, under the current type name."""
         job = JobRecord.of(row)
         name = self.renamed.get(job.type)
         return job if name is None else job._replace(type=name)
@@ -593,8 +593,8 @@ class Store(ABC):
     ) -> list[Listed]:
         """Return jobs of the owner, newest first, starting after `after`, without what is large.
 
-        It is a keyset page: its cost does not depend on
-        its position. Ids are UUIDv7, so they are in the order of creation.
+        It is a keyset page: its cost does not depend on its position. Ids are UUIDv7, so they are
+        in the order of creation.
         """
         types, statuses = wanted.types, wanted.statuses
         if owner is not None or not wanted.is_simple:

@@ -167,9 +167,9 @@ class _Link:
 class _Descriptors:
     """The file descriptors that this process works with: its socket, and those of its event loop.
 
-    A handler can close them, for example with all that it did not open itself. Nothing notices:
-    the event loop then waits for ever, and what is sent goes nowhere, or into a file of the handler
-    that has got the same descriptor.
+    A handler can close them, for example when it closes all descriptors that it did not open. That
+    raises no error: the event loop then waits without end, and what is sent is lost, or written to
+    a file of the handler with the same descriptor.
     """
 
     def __init__(self) -> None:
@@ -202,7 +202,7 @@ class _Descriptors:
         return checked
 
     def _check(self) -> None:
-        # A forked child that goes on as the handler has no link, and reports nothing.
+        # A forked child that continues as the handler has no link, and reports nothing.
         if os.getpid() == self._process and any(
             _identity(descriptor) != identity for descriptor, identity in self._identities.items()
         ):

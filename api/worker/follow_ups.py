@@ -31,7 +31,7 @@ class FollowUps:
         self.jobs: list[NewJob] = []
         self.refusal: str | None = None
         self._has_ended = False
-        # A thread of the handler may go on: its job is stored or refused, and never lost.
+        # A thread of the handler may still run: its job is stored or refused, and never lost.
         self._lock = threading.Lock()
 
     def end(self) -> None:

@@ -183,7 +183,7 @@ def report_of(end: End, now: Circumstances) -> Report:
         case Raised("fail", message=message):
             return FailAttempt("failed", message or "The handler raised Fail.", retryable=False)
     if now.releasing:
-        # The handler stopped because it had to, by whatever exception, or was stopped.
+        # The handler was stopped, or stopped by any exception because of the request.
         return Release()
     match end:
         case Raised("cancel") if now.out_of_touch and not now.cancel_requested:

@@ -1,1 +1,1 @@
-"""The built-in job types, a file each."""
+"""The built-in job types, one file per type."""

@@ -1,8 +1,8 @@
-"""Reads the headers of a picture, and cuts the file down to its first frame, without decoding it.
+"""Reads the headers of a picture, and reduces the file to its first frame, without decoding it.
 
-The files come from strangers. Libraries read much that a thumbnail does not need: later frames,
-profiles, text, previews. A small file can make them allocate memory or compute without bound there,
-so only the parts that hold the pixels of the first frame are passed on.
+The files are untrusted. Libraries read much that a thumbnail does not need: later frames, profiles,
+text, previews. A small file can make them allocate memory or compute without bound there, so only
+the parts that hold the pixels of the first frame are passed on.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MAX_GIF_HEADER_BYTES: Final = 1_048_576
 
 
 class Refused(Exception):
-    """Raised when a file is not used. The message continues a sentence about the file."""
+    """Raised when a file is refused. The message continues a sentence about the file."""
 
 
 @dataclass(frozen=True, slots=True)

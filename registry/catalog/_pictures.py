@@ -1,4 +1,4 @@
-"""Decodes one picture of a stranger within bounds, and draws its thumbnails."""
+"""Decodes one untrusted picture within limits, and draws its thumbnails."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def decode(content: bytes, shown: str, *, longest_edge: int) -> Source:
         image = _resized(image, target)
     except MemoryError:
         raise
-    # Decoding happens in memory, so whatever goes wrong in it is the file's fault. The words of the
+    # Decoding happens in memory, so the cause of any error is the file. The messages of the
     # libraries are for programmers.
     except Exception:
         raise Fail(
@@ -133,7 +133,7 @@ def _for_resizing(image: Image.Image) -> Image.Image:
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         if image.mode != "RGBA":
             image = image.convert("RGBA")
-        # Transparent pixels must not lend their colour to others.
+        # The colour of transparent pixels must not mix with that of others.
         return image.convert("RGBa")
     return image.convert("L" if image.mode == "1" else "RGB") if image.mode in "1P" else image
 

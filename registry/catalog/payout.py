@@ -1,4 +1,4 @@
-"""`payout.execute`: pays a batch out of escrow. It has no handler here: remote workers do it."""
+"""`payout.execute`: pays a batch out of escrow. It has no handler: remote workers run it."""
 
 from __future__ import annotations
 

@@ -56,8 +56,8 @@ thumbnail_create = JobType(
     name="thumbnail.create",
     payload=ThumbnailCreate,
     policy=JobPolicy(max_attempts=3, timeout_seconds=300),
-    # It computes, and it reads pictures of strangers with a library in C: a crash or a picture
-    # that takes forever then costs one process, and every core renders.
+    # It computes, and it reads untrusted pictures with a library in C. In a process of its own, a
+    # crash or an endless picture costs only that process, and jobs use all cores.
     run_in="process",
     memory_limit_mb=MEMORY_LIMIT_MB,
 )
@@ -65,8 +65,8 @@ thumbnail_create = JobType(
 
 @thumbnail_create.handler
 def render(job: JobContext, payload: ThumbnailCreate) -> ThumbnailResult:
-    """Renders each size: longest edge, never enlarged, turned as EXIF says, written whole."""
-    # Here, because `job-registry types` should not pay for an imaging library.
+    """Render each size: by the longest edge, never enlarged, turned as EXIF says."""
+    # Imported here, so that `job-registry types` does not load an imaging library.
     from job_registry.asset_files import AssetFiles
     from job_registry.catalog._pictures import decode
 

@@ -105,6 +105,7 @@ def test_the_same_code_breaks_nothing(code: Code) -> None:
     assert result.stdout == "Changes since registry.lock.json: none.\n"
 
 
+@pytest.mark.slow
 def test_the_report_for_programs_has_every_change(code: Code) -> None:
     code.write(fields("to: str", "cc: str | None = None"))
     result = code("check", "--json")
@@ -330,6 +331,7 @@ def test_recursive_models_are_compared(code: Code) -> None:
 # Usage
 
 
+@pytest.mark.slow
 def test_without_a_lock_the_command_says_how_to_write_one(code: Code) -> None:
     (code.folder / "registry.lock.json").unlink()
     missing = code("check")
@@ -396,6 +398,7 @@ def test_a_catalog_that_cannot_be_imported_is_a_sentence(code: Code) -> None:
     assert result.stderr.startswith("The job types cannot be loaded: myjobs: RuntimeError: no")
 
 
+@pytest.mark.slow
 def test_control_characters_of_a_lock_do_not_reach_the_terminal(code: Code) -> None:
     path = code.folder / "registry.lock.json"
     lock = json.loads(path.read_text())
@@ -421,6 +424,7 @@ def test_control_characters_of_a_lock_do_not_reach_the_terminal(code: Code) -> N
 # GitHub
 
 
+@pytest.mark.slow
 def test_annotations_are_written_for_github_and_escaped(code: Code) -> None:
     strange = "from pydantic import Field\n" + fields(
         "to: str", "subject: str = 'Hello'", "x: str = Field(alias='50%: a,b\\n::error::c')"
@@ -451,6 +455,7 @@ def test_a_warning_is_annotated_and_a_safe_change_is_not(code: Code) -> None:
 # Generated clients
 
 
+@pytest.mark.slow
 def test_breaking_dangerous_and_safe_changes_of_the_graphql_schema_are_told(code: Code) -> None:
     without = code("check", "--clients")
     assert without.returncode == 2
@@ -468,6 +473,7 @@ def test_breaking_dangerous_and_safe_changes_of_the_graphql_schema_are_told(code
 # A running server
 
 
+@pytest.mark.slow
 def test_a_server_is_compared_and_its_running_jobs_count(code: Code) -> None:
     process = code.start("serve", "--port", "0", "--no-worker", JOBS_LOG_LEVEL="warning")
     assert process.stderr is not None
@@ -540,12 +546,12 @@ def server(status: int, body: bytes, *, headers: dict[str, str] | None = None) -
          ' "<html>Welcome</html>".'),
         (502, b"\x1b[31mbad", "the HTTP status 502 and \"\\u001b[31mbad\"."),
         (200, b"[]", 'the HTTP status 200 and "[]".'),
-        (200, b'{"data": []}', "It does not tell its job types."),
+        (200, b'{"data": []}', "It did not return its job types."),
         (200, b'{"data": {"jobTypes": [1]}}', "do not have the expected form."),
         (200, b'{"data": {"jobTypes": [{"name": "a"}]}}', "do not have the expected form."),
         (401, b'{"errors": [{"message": "A token is needed.\x07"}]}'.replace(b"\x07", b"\\u0007"),
-         "It does not tell its job types. A token is needed.\\u0007"),
-        (200, b'{"errors": 1}', "It does not tell its job types. "),
+         "It did not return its job types. A token is needed.\\u0007"),
+        (200, b'{"errors": 1}', "It did not return its job types. "),
         (302, b"", "the HTTP status 302"),
     ],
 )  # fmt: skip
@@ -560,6 +566,7 @@ def test_a_server_that_is_not_one_is_a_sentence(
     assert "logged as" not in result.stderr
 
 
+@pytest.mark.slow
 def test_the_token_is_sent_and_never_printed(code: Code) -> None:
     with server(403, b'{"errors": [{"message": "no"}]}') as (url, requests):
         result = code("check", "--against", url, "--token", "s3cret-token")
@@ -623,6 +630,7 @@ def enqueue(code: Code, url: str, *payloads: dict[str, Any], job_type: str = "ma
     assert stored.returncode == 0, stored.stderr
 
 
+@pytest.mark.any_database
 def test_every_stored_payload_is_read_and_those_that_are_refused_are_counted(
     code: Code, database_url: str
 ) -> None:
@@ -648,6 +656,7 @@ def test_every_stored_payload_is_read_and_those_that_are_refused_are_counted(
     assert run_sql(database_url, "SELECT status, count(*) FROM job GROUP BY status") == before
 
 
+@pytest.mark.any_database
 def test_the_payloads_of_the_queue_prove_what_the_schemas_do_not_tell(
     code: Code, database_url: str
 ) -> None:
@@ -673,6 +682,7 @@ def test_the_payloads_of_the_queue_prove_what_the_schemas_do_not_tell(
     assert (refused.returncode, *outcomes(change)) == (1, "unknown", "wait", "unknown")
 
 
+@pytest.mark.any_database
 def test_upgrades_and_former_names_are_used_for_what_is_stored(
     code: Code, database_url: str
 ) -> None:
@@ -704,6 +714,7 @@ def test_upgrades_and_former_names_are_used_for_what_is_stored(
     assert report["database"]["jobTypes"] == [{"jobType": "mail.send", "jobs": 2, "refused": 1}]
 
 
+@pytest.mark.any_database
 def test_types_that_the_code_does_not_know_are_named(code: Code, database_url: str) -> None:
     enqueue(code, database_url, {"to": "a"}, {"to": "b"})
     code.write(V1.replace("mail.send", "mail.other"))
@@ -718,6 +729,7 @@ def test_types_that_the_code_does_not_know_are_named(code: Code, database_url: s
     assert last == ("Unfinished jobs in the database: 2; 0 cannot be read, 2 have an unknown type.")
 
 
+@pytest.mark.any_database
 def test_running_jobs_are_read_too_and_compared_with_the_limit(
     code: Code, database_url: str
 ) -> None:
@@ -824,6 +836,7 @@ def test_a_database_without_tables_is_a_sentence(code: Code, tmp_path: Path) -> 
     assert not (tmp_path / "none.db").exists()
 
 
+@pytest.mark.slow
 def test_a_database_that_is_away_is_a_sentence(code: Code) -> None:
     away = code("check", "--database", "postgresql://ada:lovelace@127.0.0.1:1/jobs")
     assert away.returncode == 2
@@ -834,6 +847,7 @@ def test_a_database_that_is_away_is_a_sentence(code: Code) -> None:
     assert "lovelace" not in wrong.stderr
 
 
+@pytest.mark.slow
 def test_a_database_that_the_deploy_will_migrate_is_read(code: Code, tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'jobs.db'}"
     enqueue(code, url, {"to": "a"})
@@ -844,6 +858,7 @@ def test_a_database_that_the_deploy_will_migrate_is_read(code: Code, tmp_path: P
     assert "Unfinished jobs in the database: 1;" in result.stdout
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_reading_of_a_database_at_once(code: Code, tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'jobs.db'}"
     enqueue(code, url, *({"to": f"{n}"} for n in range(3_000)))

@@ -218,6 +218,7 @@ def test_the_types_are_listed_one_per_line_in_a_pipe(jobs: Shell) -> None:
     assert "Pay one batch of payouts out of its escrow account." in lines[1]
 
 
+@pytest.mark.slow
 def test_the_schema_is_printed_and_a_reader_that_stops_is_no_error(jobs: Shell) -> None:
     command = f"{sys.executable} -m job_registry_api.cli schema | head -1; echo ${{PIPESTATUS[0]}}"
     result = subprocess.run(
@@ -231,6 +232,7 @@ def test_the_schema_is_printed_and_a_reader_that_stops_is_no_error(jobs: Shell) 
     assert "/jobs/{id}/cancel" in described["paths"]
 
 
+@pytest.mark.slow
 def test_a_database_that_is_away_is_a_sentence(jobs: Shell) -> None:
     url = "postgresql://ada:lovelace@127.0.0.1:1/jobs"
     for command in (["migrate"], ["serve"], ["worker"], ["enqueue", "thumbnail.create", "-"]):
@@ -270,6 +272,7 @@ def test_serve_migrates_answers_works_and_ends_quietly(jobs: Shell, number: int)
     assert (jobs.folder / "jobs.db").exists()
 
 
+@pytest.mark.slow
 def test_a_port_that_is_taken_is_a_sentence(jobs: Shell) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -103,6 +103,7 @@ def test_the_lock_has_the_former_names_and_the_older_forms_of_a_type(code: Code)
     assert form.payload_schema["required"] == ["address"]
 
 
+@pytest.mark.slow
 def test_the_same_promises_are_the_same_text(code: Code) -> None:
     first = lock_of(code).read_bytes()
     code.write(
@@ -114,6 +115,7 @@ def test_the_same_promises_are_the_same_text(code: Code) -> None:
     assert lock_of(code).read_bytes() == first
 
 
+@pytest.mark.slow
 def test_a_difference_of_two_locks_is_readable(code: Code) -> None:
     before = lock_of(code).read_text().splitlines()
     code.write(TYPES.replace("concurrency_limit=5", "concurrency_limit=6"))
@@ -143,6 +145,7 @@ def test_the_summary_is_there_for_programs(code: Code) -> None:
     assert sorted(path.name for path in code.folder.iterdir()) == ["myjobs.py", "other.json"]
 
 
+@pytest.mark.slow
 def test_a_lock_that_cannot_be_written_leaves_the_former_one(code: Code) -> None:
     before = lock_of(code).read_bytes()
     (code.folder / "folder").mkdir()
@@ -154,6 +157,7 @@ def test_a_lock_that_cannot_be_written_leaves_the_former_one(code: Code) -> None
     assert not [path for path in code.folder.iterdir() if path.name.startswith(".registry")]
 
 
+@pytest.mark.slow
 def test_a_lock_with_the_marks_of_a_merge_is_written_again(code: Code) -> None:
     text = lock_of(code).read_text()
     file = code.folder / "registry.lock.json"

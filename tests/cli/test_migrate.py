@@ -34,6 +34,7 @@ def test_migrate_names_each_step_and_then_has_nothing_to_do(jobs: Shell) -> None
     assert (first.returncode, second.returncode) == (0, 0)
 
 
+@pytest.mark.slow
 def test_migrate_reports_the_same_to_programs(jobs: Shell) -> None:
     first = json.loads(jobs("migrate", "--json").stdout)
     assert first["from"] is None
@@ -43,6 +44,7 @@ def test_migrate_reports_the_same_to_programs(jobs: Shell) -> None:
     assert again == {"from": first["to"], "to": first["to"], "steps": []}
 
 
+@pytest.mark.slow
 def test_a_check_exits_with_1_until_the_database_fits(jobs: Shell) -> None:
     before = jobs("migrate", "--check")
     assert (before.returncode, before.stdout) == (1, "")
@@ -62,6 +64,7 @@ def test_a_check_exits_with_1_until_the_database_fits(jobs: Shell) -> None:
     assert (told["fits"], told["revision"]) == (True, told["needed"])
 
 
+@pytest.mark.slow
 def test_grants_are_printed_as_sql(jobs: Shell, fresh_postgresql_url: str) -> None:
     result = jobs("migrate", "--grants", "web-app", JOBS_DATABASE_URL=fresh_postgresql_url)
     assert result.returncode == 0
@@ -215,6 +218,7 @@ def test_an_error_nobody_foresaw_is_a_sentence_with_the_id_it_is_logged_under(
     assert "locals" not in stderr
 
 
+@pytest.mark.slow
 def test_migrating_a_shared_database_is_a_step_of_its_own(jobs: Shell, postgresql_url: str) -> None:
     url = postgresql_url.replace("/migrated", "/template1")
     for command in (["serve"], ["worker"], ["enqueue", "thumbnail.create", "-"]):

@@ -91,6 +91,7 @@ async def test_the_exceptions_of_the_handler_are_raised_as_written(imported: Imp
         await shop.send(job, shop.InvoiceSend(invoice_id="inv-busy"))
 
 
+@pytest.mark.slow
 def test_the_tests_of_the_testing_page_pass(tmp_path: Path) -> None:
     write_modules(tmp_path)
     names = [block.argument for block in blocks("module", "testing.md")]

@@ -94,6 +94,7 @@ async def follow(client: httpx.AsyncClient, job_id: str) -> AsyncIterator[dict[s
                     return
 
 
+@pytest.mark.slow
 def test_its_own_tests_pass() -> None:
     plugins = ["-p", "pytest_asyncio.plugin", "-p", "job_registry_api.pytest_plugin"]
     done = subprocess.run(
@@ -114,6 +115,7 @@ def test_its_own_tests_pass() -> None:
     assert re.search(r"\d+ passed in", done.stdout), done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.any_database
 async def test_an_order_is_followed_to_its_end_after_a_restart(
     environment: dict[str, str],

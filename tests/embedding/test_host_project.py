@@ -106,6 +106,7 @@ async def test_the_hosts_alembic_sees_its_own_tables_only(
     assert "No new upgrade operations detected" in alembic(project, environment, "check")
 
 
+@pytest.mark.any_database
 @pytest.mark.usefixtures("tables")
 async def test_the_hosts_transaction_stores_its_row_and_the_job_or_neither(
     project: Path, environment: dict[str, str]
@@ -123,6 +124,7 @@ async def test_the_hosts_transaction_stores_its_row_and_the_job_or_neither(
     assert jobs.json() == {"data": {"jobs": {"nodes": [{"status": "SUCCEEDED"}]}}}
 
 
+@pytest.mark.slow
 @pytest.mark.any_database
 @pytest.mark.usefixtures("tables")
 async def test_subscriptions_are_served_under_the_prefix_by_sse_and_websocket(

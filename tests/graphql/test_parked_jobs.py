@@ -210,6 +210,7 @@ async def test_types_that_the_server_does_not_know_are_listed_to_who_may_see_the
         assert [each["name"] for each in found.json()["data"]["unregisteredTypes"]] == ["lost"]
 
 
+@pytest.mark.any_database
 async def test_the_command_line_shows_versions_and_unparks(
     database_url: str, tmp_path: Path, registry: JobRegistry
 ) -> None:

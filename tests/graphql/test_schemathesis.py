@@ -9,6 +9,7 @@ import asyncio
 import os
 from typing import Any
 
+import pytest
 import schemathesis
 from graphql import parse_value
 from hypothesis import strategies as st
@@ -18,7 +19,7 @@ from tests.graphql.test_inputs import literal
 from tests.http_client import serving
 from tests.random_requests import send_for_each_operation
 
-DOCUMENTS = int(os.environ.get("TEST_DOCUMENTS", "15"))
+DOCUMENTS = int(os.environ.get("TEST_DOCUMENTS", "8"))
 """How many for each field of Query and Mutation."""
 
 NAMES = st.from_regex(r"[a-zA-Z][a-zA-Z0-9]{0,5}", fullmatch=True)
@@ -30,6 +31,7 @@ ANY_JSON = st.recursive(
 TIMES = st.datetimes(timezones=st.just(None) | st.timezones()).map(str) | st.text(max_size=8)
 
 
+@pytest.mark.any_database
 async def test_no_document_breaks_the_server_or_makes_it_tell_its_insides(
     database_url: str,
 ) -> None:

@@ -130,6 +130,7 @@ async def test_who_hangs_up_gets_nothing_more_and_costs_nothing_more(visit: Visi
     assert len(received) == before
 
 
+@pytest.mark.any_database
 async def test_a_thousand_clients_that_hang_up_leave_nothing_behind(visit: Visit) -> None:
     async with visit() as client, asyncio.timeout(60):
         application = application_of(client)

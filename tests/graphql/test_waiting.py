@@ -20,6 +20,7 @@ LEASE = """mutation { leaseJobs(input: {
 }) { __typename ... on LeaseJobsSuccess { leases { token } } } }"""
 
 
+@pytest.mark.any_database
 async def test_a_long_poll_whose_client_has_hung_up_is_given_no_job(
     queue: JobQueue, database_url: str
 ) -> None:

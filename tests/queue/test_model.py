@@ -370,7 +370,7 @@ class QueueMachine(RuleBasedStateMachine):
 
 
 @pytest.mark.parametrize(
-    ("examples", "steps"), [(9, 50), pytest.param(100, 80, marks=pytest.mark.soak)]
+    ("examples", "steps"), [(5, 50), pytest.param(100, 80, marks=pytest.mark.soak)]
 )
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
 def test_the_queue_does_what_the_model_does(

@@ -116,7 +116,14 @@ async def work(queue: JobQueue, types: list[str]) -> None:
 
 
 @pytest.mark.parametrize("analyzed", [False, True], ids=["unanalyzed", "analyzed"])
-@pytest.mark.parametrize("jobs", [0, 1_000, pytest.param(500_000, marks=pytest.mark.soak)])
+@pytest.mark.parametrize(
+    "jobs",
+    [
+        pytest.param(0, marks=pytest.mark.slow),
+        1_000,
+        pytest.param(500_000, marks=pytest.mark.soak),
+    ],
+)
 @pytest.mark.parametrize("types", [pytest.param(1, marks=pytest.mark.slow), 100])
 async def test_no_statement_is_estimated_near_what_postgresql_compiles(
     debian_server: Server, debian_url: str, types: int, jobs: int, analyzed: bool

@@ -392,6 +392,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", ["", "info"])
 def test_lines_go_to_the_logs_of_the_program_and_never_to_its_output(
     tmp_path: Path, level: str

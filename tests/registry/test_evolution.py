@@ -167,7 +167,7 @@ WRONG_STEPS: list[tuple[list[tuple[Any, Any]], str]] = [
     ([(MailSendV1, to_v2)], "returns MailSendV2, which is neither the payload MailSend nor"),
     (
         [(MailSendV1, to_v2), (MailSendV2, to_v1)],
-        "in a circle, from MailSendV1 to MailSendV2 to MailSendV1, and never reach",
+        "form a cycle, from MailSendV1 to MailSendV2 to MailSendV1, and never reach",
     ),
 ]
 

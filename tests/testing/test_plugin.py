@@ -132,12 +132,14 @@ def test_its_fixtures_work_in_async_and_in_ordinary_tests(
     assert passed(run(*options, plugins=(plugin,))) == 3
 
 
+@pytest.mark.slow
 def test_it_works_in_several_processes(project: Path, run: Run) -> None:
     write(project, "test_mail.py", TESTS, MARK="")
     options = ["-o", "asyncio_mode=auto", "-n", "2"]
     assert passed(run(*options, plugins=("pytest_asyncio.plugin", "xdist"))) == 3
 
 
+@pytest.mark.slow
 def test_the_registry_can_be_overridden(project: Path, run: Run) -> None:
     write(
         project,

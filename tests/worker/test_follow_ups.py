@@ -230,6 +230,7 @@ async def test_a_job_that_is_enqueued_after_the_handler_has_ended_is_refused(hou
         contexts[0].enqueue(Next(step=1))
 
 
+@pytest.mark.any_database
 @pytest.mark.parametrize("runs_in", ["thread", "process"])
 async def test_a_thread_that_outlives_its_handler_is_told_that_its_job_is_refused(
     house: House, tmp_path: Path, runs_in: str
@@ -344,6 +345,7 @@ async def test_another_process_hears_of_the_new_job_and_of_the_completed_one(
     assert sorted(names) == ["job.created", "job.created", "job.started", "job.succeeded"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("act", "status", "message"),
     [

@@ -148,6 +148,7 @@ async def test_how_a_handler_ends_in_a_process_is_reported(
     assert await house.outcomes(ended) == outcomes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["crowd", "gentle"])
 async def test_a_handler_that_closes_the_descriptors_of_its_process_ends_it_at_once(
     house: Crowd, kind: str
@@ -162,6 +163,7 @@ async def test_a_handler_that_closes_the_descriptors_of_its_process_ends_it_at_o
     assert (await house.run("describe", kind=kind)).status == "succeeded"
 
 
+@pytest.mark.slow
 async def test_what_a_process_sends_is_not_written_into_a_file_of_its_handler(
     house: Crowd, tmp_path: Path
 ) -> None:
@@ -229,6 +231,7 @@ async def test_a_handler_in_a_process_gets_its_cancellation_at_once(
         assert (tmp_path / "pids").read_text() == "cancelled"
 
 
+@pytest.mark.slow
 async def test_a_crash_costs_no_other_job_anything(house: Crowd, tmp_path: Path) -> None:
     waiting = await house.enqueue("until cancelled", str(tmp_path / "pids"))
     await written(tmp_path / "pids")
@@ -254,6 +257,7 @@ async def test_a_plain_function_may_run_an_event_loop_of_its_own(house: Crowd) -
     assert (await house.run("run a coroutine")).result == "done"
 
 
+@pytest.mark.slow
 async def test_a_crash_is_noticed_though_a_forked_child_lives_on(
     house: Crowd, tmp_path: Path
 ) -> None:
@@ -308,6 +312,7 @@ def test_a_process_that_is_gone_may_be_talked_to_on_any_event_loop() -> None:
             runner.run(talk())
 
 
+@pytest.mark.slow
 async def test_handlers_that_compute_use_several_cores(database_url: str) -> None:
     async with crowd_of(database_url, concurrency=2) as house:
         # Warm both, so that the start of an interpreter is not measured.
@@ -317,6 +322,7 @@ async def test_handlers_that_compute_use_several_cores(database_url: str) -> Non
     assert len({str(job.result) for job in done}) == 2
 
 
+@pytest.mark.slow
 async def test_the_processes_end_with_their_worker(database_url: str, tmp_path: Path) -> None:
     async with crowd_of(database_url) as house:
         idle = (await house.run("describe")).result

@@ -116,6 +116,7 @@ async def test_a_crash_far_below_the_limit_is_a_crash(diner: Diner) -> None:
     )
 
 
+@pytest.mark.slow
 async def test_a_process_that_exceeded_its_limit_is_replaced(diner: Diner) -> None:
     first = await diner.succeed("bytes")
     assert await diner.succeed("bytes") == first
@@ -126,6 +127,7 @@ async def test_a_process_that_exceeded_its_limit_is_replaced(diner: Diner) -> No
             await asyncio.sleep(0.02)
 
 
+@pytest.mark.slow
 async def test_what_earlier_jobs_left_does_not_fail_a_later_one(diner: Diner) -> None:
     """Leftovers count, so that a process never grows beyond its limit; a full one is replaced."""
     first = await diner.succeed("keep", 20)

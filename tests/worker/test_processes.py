@@ -94,6 +94,7 @@ async def until(queue: JobQueue, job: JobRecord, status: JobStatus) -> JobRecord
     return now
 
 
+@pytest.mark.any_database
 async def test_an_idle_worker_starts_a_new_job_at_once(
     naps: JobQueue, database_url: str, catalog: Path
 ) -> None:
@@ -123,6 +124,7 @@ async def test_sigterm_lets_a_running_job_end(
     assert (await naps.get(job.id)).status is JobStatus.SUCCEEDED
 
 
+@pytest.mark.slow
 @pytest.mark.any_database
 async def test_sigterm_does_not_wait_for_a_thread_longer_than_it_is_configured_to(
     naps: JobQueue, database_url: str, catalog: Path
@@ -152,6 +154,7 @@ async def test_a_second_signal_releases_running_jobs(
     assert (back.status, back.attempt) == (JobStatus.QUEUED, 0)
 
 
+@pytest.mark.any_database
 async def test_an_idle_worker_takes_over_the_job_of_one_that_was_killed(
     naps: JobQueue, database_url: str, catalog: Path
 ) -> None:

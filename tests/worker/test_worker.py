@@ -144,6 +144,7 @@ async def test_what_a_handler_raises_says_how_its_attempt_ends(
     assert await house.outcomes(ended) == outcomes
 
 
+@pytest.mark.any_database
 async def test_a_snoozed_job_runs_again_without_spending_an_attempt(house: House) -> None:
     @house.job_type.handler
     async def work(job: JobContext, _payload: Text) -> int:

@@ -160,10 +160,10 @@ FROM jsonb_to_recordset(CAST(:wanted AS jsonb)) AS wanted (
 JOIN job_registry.job ON job.type = wanted.type AND job.idempotency_key = wanted.key
 
 -- name: newest
--- The ids of the newest jobs of several types and statuses. Of each pair the newest are read from its index,
--- and merged: no index has them in one order. The status is a range, and not an equality, so that
--- only the index of type, status and id has the order: that of type and id would read every job
--- of a type in search of a rare status.
+-- Return the ids of the newest jobs of several types and statuses. The newest of each pair are read
+-- from its index, and merged: no index has them in one order. The status is a range and not an
+-- equality, so that only the index of type, status and id has the order: that of type and id would
+-- read every job of a type in search of a rare status.
 SELECT newest.id FROM jsonb_to_recordset(CAST(:pairs AS jsonb)) AS pair (type text, status text)
 CROSS JOIN LATERAL (
     SELECT job.id FROM job_registry.job

@@ -269,7 +269,8 @@ WHERE id = :id AND status IN ('queued', 'running') AND (NOT :owned OR created_by
 RETURNING *
 
 -- name: retry
--- Queue a failed or cancelled job; if it is owned, one of this owner. If no attempt is left, allow one more.
+-- Queue a failed or cancelled job; if it is owned, one of this owner. If no attempt is left, allow
+-- one more.
 UPDATE job SET
     status = 'queued', next_run_at = :now, finished_at = NULL, cancel_requested_at = NULL,
     lease_token = NULL, progress = NULL, quick_returns = 0,
@@ -310,8 +311,8 @@ FROM job WHERE type = :type AND idempotency_key = :key
 SELECT payload FROM job WHERE id = :id
 
 -- name: newest
--- The ids of the newest jobs of several types and statuses. Of each pair the newest are read from its index,
--- and merged: no index has them in one order.
+-- Return the ids of the newest jobs of several types and statuses. The newest of each pair are read
+-- from its index, and merged: no index has them in one order.
 SELECT job.id FROM json_each(:pairs) AS pair CROSS JOIN job ON job.id IN (
     SELECT newest.id FROM job AS newest
     WHERE newest.type = json_extract(pair.value, '$.type')
