@@ -14,8 +14,7 @@ from typing import Any, Final, TypeVar, cast
 
 import asyncpg
 import sqlalchemy.exc
-from sqlalchemy import event
-from sqlalchemy.dialects.postgresql.asyncpg import dialect
+from sqlalchemy import Dialect, event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.sql.compiler import SQLCompiler
 
@@ -172,7 +171,7 @@ class PostgreSQLDatabase(Database):
                 `ATTEMPTS` times.
         """
         deadline = self._deadline()
-        positional, names = _positional(sql)
+        positional, names = _positional(sql, self.engine.dialect)
         values = [parameters[name] for name in names]
 
         async def once() -> Sequence[Mapping[str, Any]]:
@@ -520,9 +519,9 @@ def _after_statement(connection: Any, *_: Any) -> None:
 
 
 @lru_cache(maxsize=512)
-def _positional(sql: str) -> tuple[str, tuple[str, ...]]:
+def _positional(sql: str, dialect: Dialect) -> tuple[str, tuple[str, ...]]:
     """Return a statement with the driver's numbers instead of names, and the names in order."""
-    compiled = statement(sql).compile(dialect=dialect())
+    compiled = statement(sql).compile(dialect=dialect)
     assert isinstance(compiled, SQLCompiler)
     return compiled.string, tuple(compiled.positiontup or ())
 

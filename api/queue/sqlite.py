@@ -415,7 +415,7 @@ class _Transaction:
                 most = min(share, rooms[lane.type], left)
                 taken = self._due(lane, level, most) if most > 0 else []
                 for row in taken:
-                    leased.append(self._lease(row["id"], claim))
+                    leased.append(self._lease(row["id"], row["timeout_seconds"], claim))
                     bytes_left -= row["bytes"]
                     if bytes_left <= 0:
                         return leased
@@ -497,8 +497,7 @@ class _Transaction:
             below = level
         return None
 
-    def _lease(self, job_id: str, claim: Claim) -> Row:
-        timeout = self.rows("timeout_of", id=job_id)[0][0]
+    def _lease(self, job_id: str, timeout: int, claim: Claim) -> Row:
         lease = {"id": job_id, "worker": claim.worker_id, "token": secrets.token_hex(16)}
         (row,) = self.rows(
             "lease",

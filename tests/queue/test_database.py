@@ -354,8 +354,8 @@ async def test_a_statement_survives_serialization_failures(fresh_postgresql_url:
             async with database.transaction() as connection:
                 whole = sql if "SEQUENCE" in sql else "CREATE F" + sql
                 await connection.exec_driver_sql(whole)
-        ((answer,),) = await database.execute_at_once("SELECT fails_twice()", {})
-        assert answer == 7
+        (row,) = await database.execute_at_once("SELECT fails_twice() AS answer", {})
+        assert row["answer"] == 7
 
 
 async def test_a_statement_that_always_fails_is_given_up(fresh_postgresql_url: str) -> None:

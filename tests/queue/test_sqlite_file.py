@@ -19,7 +19,7 @@ import pytest
 from sqlalchemy import text
 
 from job_registry import EnqueueRequest, JobRegistry
-from job_registry_api.queue import file_writes, sqlite_database
+from job_registry_api.queue import sqlite_database
 from job_registry_api.queue.errors import QueueUnavailable
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.sqlite_database import MAX_WAL_BYTES, SQLiteDatabase
@@ -328,7 +328,7 @@ async def test_a_commit_of_another_process_is_noticed_before_the_next_poll(
 async def test_a_commit_is_noticed_by_polls_where_no_write_is(
     path: Path, database: SQLiteDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(file_writes.ctypes, "CDLL", lambda *_, **__: object())
+    monkeypatch.setattr("ctypes.CDLL", lambda *_, **__: object())
     noticed = asyncio.Event()
     listening = asyncio.create_task(database.listen(lambda _: None, noticed.set))
     await asyncio.sleep(0.1)
