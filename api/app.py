@@ -132,7 +132,7 @@ def create_app(
         answer_fields=settings.max_answer_fields,
     )
     executor = Executor(
-        Admission(registry),
+        Admission(registry, federation=settings.federation),
         Limits(
             tokens=settings.max_query_tokens,
             depth=settings.max_query_depth,

@@ -148,6 +148,15 @@ class Caller:
         """Return whether the caller has one of these access scopes."""
         return not self.access_scopes.isdisjoint(access_scopes) or ADMIN in self.access_scopes
 
+    def as_reader(self) -> Caller:
+        """Return only what the answers to queries depend on.
+
+        Callers whose readers are equal get the same answers. Whose jobs they are makes no
+        difference to a caller that may read all of them.
+        """
+        subject = None if self.has("jobs:read") else self.subject
+        return replace(self, subject=subject, expires_at=None)
+
     def need_types(self, job_types: Iterable[str]) -> None:
         """Check that the caller may use each of these job types.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import resource
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from http import HTTPStatus
@@ -17,9 +18,11 @@ import structlog
 import uvicorn
 from pydantic_core import to_json
 from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.websockets import WebSocketDisconnect
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from uvicorn.server import ServerState
+from websockets.exceptions import InvalidState
 from websockets.frames import Frame
 from websockets.http11 import Request
 
@@ -27,7 +30,9 @@ from job_registry_api.http_messages import (
     GUARDING_HEADERS,
     HEALTH_PATHS,
     MAX_UNADMITTED_MESSAGE,
+    TRY_AGAIN_LATER,
     WEBSOCKET_ADMISSION,
+    WEBSOCKET_TEXTS,
     error_content,
     respond_json,
 )
@@ -568,6 +573,7 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
             self.scope["extensions"] = {
                 **(self.scope.get("extensions") or {}),
                 WEBSOCKET_ADMISSION: {"admit": self.admit},
+                WEBSOCKET_TEXTS: {"send": self.send_texts},
             }
 
     def data_received(self, data: bytes) -> None:
@@ -601,6 +607,16 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
         """Take the answer to a ping."""
         self._count_control_frame()
         super().handle_pong(event)
+
+    def keepalive_timeout(self) -> None:
+        """Close the connection of a client that has not answered a ping.
+
+        A laptop that slept reads the code later. After uvicorn's own code, 1011, clients of
+        graphql-ws do not connect again.
+        """
+        self.pong_timer = None
+        self.pending_ping_payload = None
+        self._fail(TRY_AGAIN_LATER, "A ping was not answered")
 
     def send_receive_event_to_app(self) -> None:
         """Pass a complete message to the application."""
@@ -639,6 +655,22 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
         if self.close_sent:
             self._parse()  # The answer to the close frame.
 
+    async def send_texts(self, texts: Sequence[bytes]) -> None:
+        """Send text messages with one write.
+
+        Raises:
+            WebSocketDisconnect: the client hung up.
+        """
+        await self.writable.wait()
+        if self.disconnected or self.close_sent:
+            raise WebSocketDisconnect(1006)
+        try:
+            for text in texts:
+                self.conn.send_text(text)
+        except InvalidState:
+            raise WebSocketDisconnect(1006) from None
+        self.transport.write(b"".join(self.conn.data_to_send()))
+
     def resume_writing(self) -> None:
         """Go on writing: the client has read."""
         self._unread.forget()
@@ -653,11 +685,11 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
         elif not self.writable.is_set():
             if self._unread.is_stalled(now, size, self._bounds.unread_seconds):
                 self._unread.forget()
-                self._fail(1008, "The client does not read its messages")
+                self._fail(TRY_AGAIN_LATER, "The client does not read its messages")
         elif not self._incomplete_bytes or self.read_paused:
             self._incomplete_since = now
         elif now - self._incomplete_since > self._bounds.body_seconds:
-            self._fail(1008, "A message did not arrive in time")
+            self._fail(TRY_AGAIN_LATER, "A message did not arrive in time")
 
     def end(self) -> None:
         """End the connection at once."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Final
 from urllib.parse import quote
 
@@ -32,6 +32,16 @@ HEALTH_PATHS: Final = ("/healthz", "/readyz", "/metrics")
 
 WEBSOCKET_ADMISSION: Final = "jobs.websocket.admission"
 """The ASGI extension whose function `admit` lifts the bound of messages before admission."""
+
+WEBSOCKET_TEXTS: Final = "jobs.websocket.texts"
+"""The ASGI extension whose function `send` sends several text messages with one write."""
+
+SendTexts = Callable[[Sequence[bytes]], Awaitable[None]]
+"""Sends texts in UTF-8, each as a message."""
+
+TRY_AGAIN_LATER: Final = 1013
+"""The code of a WebSocket that is closed for a reason that may pass. Clients of graphql-ws connect
+again after it, and give up after 1008, 1009 and 1011."""
 
 MAX_UNADMITTED_MESSAGE: Final = 16_384
 """The largest WebSocket message before admission, in bytes: it has to hold a bearer token."""

@@ -279,6 +279,12 @@ class Settings(BaseSettings):
         description="Answers of this size and more are compressed with gzip for clients that take"
         " it. Not compressed by default: a proxy usually does it.",
     )
+    federation: bool = Field(
+        default=False,
+        description="Whether the GraphQL schema is served as a subgraph of Apollo Federation:"
+        " `_entities` finds jobs by their ids, and `_service` gives the schema to every caller with"
+        " a scope, also without introspection.",
+    )
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         default=(),
         description="Origins whose pages may send requests from a browser, separated by commas:"

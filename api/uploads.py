@@ -120,7 +120,7 @@ class Uploads:
             try:
                 size = await self._receive(incoming.file, content, signatures, media_type)
             except BaseException:
-                self._threads.submit(files.discard, incoming)  # Nobody waits for it.
+                await self._in_thread(partial(files.discard, incoming))
                 raise
             kept = await self._in_thread(partial(files.keep, incoming, extension))
         except Fail as refused:

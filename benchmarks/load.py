@@ -40,7 +40,7 @@ def server(command: list[str], port: int, environment: dict[str, str]) -> Iterat
         stderr=subprocess.DEVNULL,
     )
     try:
-        until = time.monotonic() + 20
+        until = time.monotonic() + 60
         while True:
             try:
                 with urlopen(f"http://127.0.0.1:{port}/healthz", timeout=1):

@@ -385,6 +385,7 @@ NEEDED = {
     "{ unregisteredTypes { name } }": {"jobs:read"},
     '{ job(id: "a") { __typename } }': {"jobs:own", "jobs:read"},
     '{ awaitJob(id: "a") { __typename } }': {"jobs:own", "jobs:read"},
+    '{ node(id: "a") { __typename } }': {"jobs:own", "jobs:read"},
     "{ jobs { nodes { id } } }": {"jobs:own", "jobs:read"},
     'mutation { enqueueJob(input: {type: "test.ping", payload: {}}) { __typename } }': {
         "jobs:own",

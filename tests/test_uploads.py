@@ -128,9 +128,7 @@ async def test_of_uploads_at_the_same_time_at_most_one_is_kept(visit: Visit, ass
             assert any(each.status_code == 201 for each in answers) == bool(kept)
 
 
-async def test_a_picture_may_be_larger_than_other_requests(
-    database_url: str, assets: Path
-) -> None:
+async def test_a_picture_may_be_larger_than_other_requests(database_url: str, assets: Path) -> None:
     large = bytes(20_000_000)
     async with (
         serving(database_url, "--no-worker", assets=str(assets)) as (address, _),

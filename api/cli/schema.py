@@ -15,8 +15,14 @@ def schema(
     openapi: Annotated[
         bool, typer.Option("--openapi", help="Print the OpenAPI description of REST instead.")
     ] = False,
+    federation: Annotated[
+        bool,
+        typer.Option("--federation", help="Print the schema as a subgraph of Apollo Federation."),
+    ] = False,
 ) -> None:
     """Print the GraphQL schema of the job types in JOBS_CATALOG, with its documentation."""
+    if openapi and federation:
+        raise typer.BadParameter("--openapi and --federation exclude each other.")
     settings = startup.read_settings()
     registry = startup.read_registry(settings)
     if openapi:
@@ -26,6 +32,6 @@ def schema(
             describe(registry.values(), settings.root_path, uploads=settings.max_upload_bytes > 0)
         )
         return
-    from job_registry_api.graphql.schema import sdl
+    from job_registry_api.graphql.schema import sdl, subgraph_sdl
 
-    sys.stdout.write(sdl(registry))
+    sys.stdout.write(subgraph_sdl(registry) if federation else sdl(registry))

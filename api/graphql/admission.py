@@ -38,9 +38,10 @@ class View(NamedTuple):
 class Admission:
     """Admits callers to the fields and job types of a schema."""
 
-    def __init__(self, registry: JobRegistry) -> None:
+    def __init__(self, registry: JobRegistry, *, federation: bool = False) -> None:
         self._registry = registry
-        schema = build_schema(registry)
+        self._federation = federation
+        schema = build_schema(registry, federation=federation)
         self._schema = executable(schema)
         self._limited: OrderedDict[frozenset[str], GraphQLSchema] = OrderedDict()
         self._access_scopes: dict[OperationType, dict[str, tuple[AccessScope, ...]]] = {
@@ -64,7 +65,8 @@ class Admission:
         limited = self._limited.get(visible)
         if limited is None:
             types = [self._registry[name] for name in sorted(visible)]
-            limited = self._limited[visible] = executable(build_schema(JobRegistry(types)))
+            schema = build_schema(JobRegistry(types), federation=self._federation)
+            limited = self._limited[visible] = executable(schema)
             if len(self._limited) > MAX_SCHEMAS:
                 self._limited.popitem(last=False)
         self._limited.move_to_end(visible)

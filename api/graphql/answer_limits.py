@@ -28,7 +28,7 @@ from job_registry_api.queue.models import JobRecord, weight_of
 SMALL_WEIGHT: Final = 10_000
 """The weight of a job up to which its values are kept and not charged: a request has 30 of them."""
 
-_INTERFACES: Final = ("Error",)
+_INTERFACES: Final = ("Error", "Node")
 
 
 class Selected(NamedTuple):

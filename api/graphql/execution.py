@@ -21,12 +21,14 @@ from graphql import (
     NoSchemaIntrospectionCustomRule,
     OperationDefinitionNode,
     OperationType,
+    create_source_event_stream,
     execute,
     parse,
     specified_rules,
-    subscribe,
     validate,
 )
+from graphql import Executor as OperationExecutor
+from pydantic_core import to_json
 from strawberry.schema.validation_rules.one_of import OneOfInputValidationRule
 
 from job_registry.errors import shortened_text
@@ -48,6 +50,8 @@ from job_registry_api.graphql.request_errors import (
     format_exception,
     format_result,
 )
+from job_registry_api.graphql.shared_events import Answers, SharedEvents, answers_of
+from job_registry_api.graphql.subscriptions import FollowedJobs
 
 MAX_CACHED_BYTES: Final = 32_000_000
 """The most memory that parsed documents are kept in."""
@@ -101,6 +105,7 @@ class Executor:
             self._rules.append(NoSchemaIntrospectionCustomRule)
         self._documents = _DocumentCache()
         self._persisted = PersistedDocuments() if persisted is None else persisted
+        self._shared = SharedEvents()
 
     def prepare(self, request: Mapping[str, Any], caller: Caller) -> Prepared:
         """Parse the document of a request, and validate it against what the caller may see.
@@ -134,27 +139,37 @@ class Executor:
         if refused is not None:
             return refused
         result = execute(
-            prepared.schema, prepared.document, **self._options(prepared, variables, context)
+            prepared.schema,
+            prepared.document,
+            context_value=context,
+            variable_values=variables,
+            operation_name=_name(prepared.operation),
+            hide_suggestions=not self._limits.suggestions,
         )
         return await result if isawaitable(result) else result
 
     async def results(
-        self, prepared: Prepared, variables: dict[str, Any] | None, context: Context
-    ) -> AsyncGenerator[dict[str, Any]]:
-        """Yield the formatted result of a query or mutation, or one per event of a subscription.
+        self,
+        prepared: Prepared,
+        variables: dict[str, Any] | None,
+        context: Context,
+        after: str | None = None,
+    ) -> AsyncGenerator[Answers]:
+        """Yield the result of a query or mutation, or the results of the events of a subscription.
 
-        When a subscription fails, for example because its token expires, the last result is that
-        error.
+        A subscription continues after the event with the id `after`. When it fails, for example
+        because its token expires, the last result is that error.
         """
         try:
             if prepared.is_subscription:
-                async with aclosing(self._events(prepared, variables, context)) as events:
-                    async for result in events:
-                        yield format_result(result)
+                async with aclosing(self._events(prepared, variables, context, after)) as results:
+                    async for answers in results:
+                        yield answers
             else:
-                yield format_result(await self.execute(prepared, variables, context))
+                result = await self.execute(prepared, variables, context)
+                yield await answers_of(format_result(result))
         except Exception as error:
-            yield {"errors": [format_exception(error)]}
+            yield await answers_of({"errors": [format_exception(error)]})
 
     def _refused(
         self, prepared: Prepared, variables: dict[str, Any] | None, context: Context
@@ -185,35 +200,46 @@ class Executor:
             return ExecutionResult(None, [GraphQLError("", original_error=exceeded)])
         return None
 
-    def _options(
-        self, prepared: Prepared, variables: dict[str, Any] | None, context: Context
-    ) -> dict[str, Any]:
-        """Return the arguments that `execute` and `subscribe` share."""
-        return {
-            "context_value": context,
-            "variable_values": variables,
-            "operation_name": _name(prepared.operation),
-            "hide_suggestions": not self._limits.suggestions,
-        }
-
     async def _events(
-        self, prepared: Prepared, variables: dict[str, Any] | None, context: Context
-    ) -> AsyncGenerator[ExecutionResult]:
+        self,
+        prepared: Prepared,
+        variables: dict[str, Any] | None,
+        context: Context,
+        after: str | None,
+    ) -> AsyncGenerator[Answers]:
+        def built(context: Context) -> OperationExecutor[Any] | list[GraphQLError]:
+            return OperationExecutor.build(
+                prepared.schema,
+                prepared.document,
+                context_value=context,
+                raw_variable_values=variables,
+                operation_name=_name(prepared.operation),
+                hide_suggestions=not self._limits.suggestions,
+            )
+
+        def built_again(context: Context) -> OperationExecutor[Any]:
+            again = built(context)
+            assert isinstance(again, OperationExecutor)
+            return again
+
         refused = self._refused(prepared, variables, context)
         if refused is not None:
-            yield refused
+            yield await answers_of(format_result(refused))
             return
-        subscribed = subscribe(
-            prepared.schema, prepared.document, **self._options(prepared, variables, context)
-        )
-        results = await subscribed if isawaitable(subscribed) else subscribed
-        if isinstance(results, ExecutionResult):
-            yield results
+        operation = built(context)
+        if isinstance(operation, list):
+            yield await answers_of(format_result(ExecutionResult(None, operation)))
             return
-        assert isinstance(results, AsyncGenerator)
-        async with aclosing(results):
-            async for result in results:
-                yield result
+        created = create_source_event_stream(operation)
+        source = await created if isawaitable(created) else created
+        if isinstance(source, ExecutionResult):
+            yield await answers_of(format_result(source))
+            return
+        assert isinstance(source, FollowedJobs)
+        same = (prepared, to_json(variables or {}))
+        async with aclosing(self._shared.answers(same, built_again, source, after)) as results:
+            async for answers in results:
+                yield answers
 
     def _document(self, text: str, view: View) -> DocumentNode:
         """Return the document of a text that is valid in a caller's view of the schema.

@@ -130,7 +130,9 @@ class GraphQLOverHTTP:
         else:
             if as_events:
                 ended = scope["app"].state.queue.events.ended
-                await send_events(receive, send, self._executor.results(*request), ended)
+                after = header(scope, b"last-event-id").decode("latin-1") or None
+                results = self._executor.results(*request, after)
+                await send_events(receive, send, results, ended)
                 return
         if media_type == EVENT_STREAM:
             media_type = JSON
@@ -149,9 +151,13 @@ class GraphQLOverHTTP:
         method = scope["method"]
         if method not in ("GET", "POST") or (method == "GET" and not self._get_queries):
             allowed = "GET and POST" if self._get_queries else "POST"
-            raise _refused(
-                405, f"GraphQL takes {allowed}.", allow=allowed.replace(" and", ",").encode()
-            )
+            message = f"GraphQL takes {allowed}."
+            if method in ("PUT", "DELETE"):
+                message += (
+                    " GraphQL over SSE is served in the distinct connections mode, not the single"
+                    " connection mode: leave out the option singleConnection of graphql-sse."
+                )
+            raise _refused(405, message, allow=allowed.replace(" and", ",").encode())
         try:
             caller = await self._authenticator.authenticate(scope)
         except auth.REFUSALS as error:

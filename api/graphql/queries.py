@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import uuid
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import replace
 from datetime import datetime
-from typing import Annotated, Final
+from functools import cache
+from typing import Annotated, Any, Final, TypeVar
 
 import strawberry
 
@@ -24,12 +27,14 @@ from job_registry_api.graphql.types import (
     JobEdge,
     JobPolicy,
     JobType,
+    Node,
     PageInfo,
     UnregisteredType,
 )
-from job_registry_api.queue.errors import InputInvalid
+from job_registry_api.queue.errors import InputInvalid, JobNotFound
 from job_registry_api.queue.filters import JobFilter
 from job_registry_api.queue.models import weight_of
+from job_registry_api.queue.reading import JobTotal
 
 JobTypeResult = Annotated[
     JobType | errors.JobTypeNotFound,
@@ -50,6 +55,9 @@ AwaitJobResult = Annotated[
         "AwaitJobResult", description="The job as it is after the wait, or why there is none."
     ),
 ]
+
+FIELDS_PER_TOTAL: Final = 1_000
+"""To count 10,000 jobs takes about as long as to answer so many fields."""
 
 FIELDS_PER_JOB: Final = 10
 """How many fields of a job take as long to answer as reading the job. Without this charge, 30 pages
@@ -198,8 +206,24 @@ class Query:
 
     @strawberry.field(
         extensions=[Requires("jobs:own", "jobs:read")],
-        description="A page of jobs, newest first. A page that would exceed the limits of an answer"
-        " stops early: see `pageInfo.stoppedEarly`.",
+        description="The object with this id, a job. Null if there is none.",
+    )
+    async def node(
+        self,
+        info: Info,
+        id: Annotated[strawberry.ID, strawberry.argument(description="The object's id.")],
+    ) -> Node | None:
+        context = context_of(info)
+        try:
+            return Job.of(await context.job(id, context.caller.owner_unless("jobs:read")))
+        except JobNotFound:
+            return None
+
+    @strawberry.field(
+        extensions=[Requires("jobs:own", "jobs:read")],
+        description="A page of jobs, newest first: the first ones after a cursor, or the last ones"
+        " before one. A page that would exceed the limits of an answer stops early: see"
+        " `pageInfo.stoppedEarly`.",
     )
     async def jobs(
         self,
@@ -209,31 +233,49 @@ class Query:
             strawberry.argument(description="Which jobs to list. Defaults to all jobs."),
         ] = None,
         first: Annotated[
-            int,
+            int | None,
             strawberry.argument(
                 description="The number of jobs on the page, 1 to 200 unless the server is"
-                " configured otherwise."
+                " configured otherwise. Defaults to 50 without `last`."
             ),
-        ] = 50,
+        ] = None,
         after: Annotated[
             str | None,
             strawberry.argument(
-                description="The `endCursor` of the previous page. Null for the first page."
+                description="Only jobs behind this cursor: the `endCursor` of the previous page."
+            ),
+        ] = None,
+        last: Annotated[
+            int | None,
+            strawberry.argument(
+                description="The number of jobs at the end of the list, within the limits of"
+                " `first`. Not together with `first`."
+            ),
+        ] = None,
+        before: Annotated[
+            str | None,
+            strawberry.argument(
+                description="Only jobs in front of this cursor: the `startCursor` of the next page."
             ),
         ] = None,
     ) -> JobConnection | None:
         wanted = filter.filter() if filter else JobFilter()
-        caller, registry = context_of(info).caller, context_of(info).queue.registry
-        wanted = replace(wanted, types=caller.types_to_list(wanted.types, registry))
-        budget, of_each = context_of(info).budget, selected(info)
+        context = context_of(info)
+        caller, queue, budget = context.caller, context.queue, context.budget
+        wanted = replace(wanted, types=caller.types_to_list(wanted.types, queue.registry))
+        owner = caller.owner_unless("jobs:read")
+        behind, ahead = _id_of(after, "/after"), _id_of(before, "/before")
+        of_each = selected(info)
         fields = FIELDS_PER_JOB + of_each.fields
         async with budget.reading:
             budget.check_reading()
-            page = await context_of(info).queue.list(
+            page = await queue.list(
                 wanted,
                 first=first,
-                after=None if after is None else _id_of(after),
-                owner=caller.owner_unless("jobs:read"),
+                after=behind,
+                last=last,
+                before=ahead,
+                owner=owner,
                 # One job at least: its fields say what exceeds a limit.
                 most=max(1, budget.fields_left // fields),
                 max_bytes=min(budget.reading_left, budget.bytes_left // of_each.copies),
@@ -241,26 +283,55 @@ class Query:
             budget.charge_reading(page.weight)
             budget.charge_fields(len(page.jobs) * fields)
         edges = [JobEdge(cursor=_cursor_of(job.id), node=Job.of(job)) for job in page.jobs]
+
+        async def has_older() -> bool:
+            if last is None or ahead is None:
+                return page.has_next_page
+            async with budget.reading:
+                return await queue.has_any(wanted, not_newer_than=ahead, owner=owner)
+
+        async def has_newer() -> bool:
+            if last is not None or behind is None:
+                return page.has_previous_page
+            async with budget.reading:
+                return await queue.has_any(wanted, not_older_than=behind, owner=owner)
+
+        async def total() -> JobTotal:
+            async with budget.reading:
+                budget.charge_fields(FIELDS_PER_TOTAL)
+                return await queue.count(wanted, owner=owner)
+
         return JobConnection(
             edges=edges,
             nodes=[edge.node for edge in edges],
             page_info=PageInfo(
-                has_next_page=page.has_next_page,
+                has_older=_once(has_older),
+                has_newer=_once(has_newer),
                 stopped_early=page.stopped_early,
-                has_previous_page=after is not None,
                 start_cursor=edges[0].cursor if edges else None,
                 end_cursor=edges[-1].cursor if edges else None,
             ),
+            total=_once(total),
         )
+
+
+Read = TypeVar("Read")
+
+
+def _once(read: Callable[[], Coroutine[Any, Any, Read]]) -> Callable[[], Awaitable[Read]]:
+    """Return a function that reads at its first call, for several fields with the same value."""
+    return cache(lambda: asyncio.ensure_future(read()))
 
 
 def _cursor_of(job_id: uuid.UUID) -> str:
     return base64.urlsafe_b64encode(job_id.bytes).decode().rstrip("=")
 
 
-def _id_of(cursor: str) -> uuid.UUID:
+def _id_of(cursor: str | None, path: str) -> uuid.UUID | None:
+    if cursor is None:
+        return None
     try:
         return uuid.UUID(bytes=base64.b64decode(cursor + "==", altchars=b"-_", validate=True))
     except (ValueError, binascii.Error):
-        message = "Expected the endCursor of another page."
-        raise InputInvalid((Violation("/after", "invalid_format", message),)) from None
+        message = "Expected the cursor of a job on another page."
+        raise InputInvalid((Violation(path, "invalid_format", message),)) from None

@@ -22,6 +22,8 @@ from strawberry.schema.config import StrawberryConfig
 from job_registry import JobRegistry
 from job_registry_api.graphql.access_scopes import GUARDED, check_access_scope
 from job_registry_api.graphql.errors import EXCEPTION_HANDLERS
+from job_registry_api.graphql.federation import SCALARS as FEDERATION_SCALARS
+from job_registry_api.graphql.federation import SUBGRAPH, federated_query
 from job_registry_api.graphql.mutations import Mutation
 from job_registry_api.graphql.queries import Query
 from job_registry_api.graphql.scalars import SCALARS
@@ -35,14 +37,15 @@ SDL_FILE: Final = Path(__file__).parent / "schema.graphql"
 """The schema as it is committed, for clients' code generators and for review."""
 
 
-def build_schema(registry: JobRegistry) -> strawberry.Schema:
-    """Build the schema for these job types.
+def build_schema(registry: JobRegistry, *, federation: bool = False) -> strawberry.Schema:
+    """Build the schema for these job types. With `federation`, it is served as a subgraph.
 
     Raises:
         DefinitionError: the job types cannot stand together in `TypedJobInput`.
         LookupError: a field does not declare its access scope.
     """
-    return schema_with(mutation_of(registry))
+    query = federated_query(subgraph_sdl(registry)) if federation else Query
+    return schema_with(mutation_of(registry), query)
 
 
 def mutation_of(registry: JobRegistry) -> type[Mutation]:
@@ -72,6 +75,12 @@ def sdl(registry: JobRegistry) -> str:
     return build_schema(registry).as_str().removeprefix(ONE_OF).strip() + "\n"
 
 
+def subgraph_sdl(registry: JobRegistry) -> str:
+    """Return the schema as `sdl` does, as a subgraph of Apollo Federation."""
+    # Composition does not know the directive by itself.
+    return f"{ONE_OF}\n\n{sdl(registry)}\n{SUBGRAPH}"
+
+
 def bare_sdl(registry: JobRegistry) -> str:
     """Return the schema as `sdl` does, without descriptions: they are not part of the contract."""
     document = parse(sdl(registry), no_location=True)
@@ -89,17 +98,17 @@ def _without_job_types() -> strawberry.Schema:
     return schema_with(Mutation)
 
 
-def schema_with(mutation: type[Mutation]) -> strawberry.Schema:
-    """Build the schema with these mutations.
+def schema_with(mutation: type[Mutation], query: type[Query] = Query) -> strawberry.Schema:
+    """Build the schema with these mutations and queries.
 
     Raises:
         LookupError: a field does not declare its access scope.
     """
     schema = strawberry.Schema(
-        query=Query,
+        query=query,
         mutation=mutation,
         subscription=Subscription,
-        config=StrawberryConfig(scalar_map=SCALARS),
+        config=StrawberryConfig(scalar_map={**SCALARS, **FEDERATION_SCALARS}),
         exception_handlers=EXCEPTION_HANDLERS,
     )
     _check_access_scopes(schema)

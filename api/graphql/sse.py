@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from typing import Any, Final
+from typing import Final
 
 from starlette.types import Receive, Send
 
-from job_registry_api.answer_text import json_in_pieces
+from job_registry_api.graphql.shared_events import Answers
 from job_registry_api.http_messages import wait_for_disconnect
 
 EVENT_STREAM: Final = b"text/event-stream"
@@ -20,9 +20,9 @@ KEEP_ALIVE_SECONDS: Final = 15.0
 
 
 async def send_events(
-    receive: Receive, send: Send, contents: AsyncGenerator[dict[str, Any]], ended: asyncio.Event
+    receive: Receive, send: Send, results: AsyncGenerator[Answers], ended: asyncio.Event
 ) -> None:
-    """Send each content as an event, until they end or the client hangs up.
+    """Send each result as an event, until they end or the client hangs up.
 
     Once the server stops, which sets `ended`, a subscription ends without `complete`: it has not
     failed, and its client connects again.
@@ -33,38 +33,34 @@ async def send_events(
         (b"x-accel-buffering", b"no"),
     ]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
+    sending = asyncio.ensure_future(_send_all(send, results, ended))
     gone = asyncio.ensure_future(wait_for_disconnect(receive))
-    following: asyncio.Future[dict[str, Any]] | None = None
     try:
-        while True:
-            following = following or asyncio.ensure_future(anext(contents))
-            await asyncio.wait(
-                (following, gone),
+        while not (sending.done() or gone.done()):
+            done, _ = await asyncio.wait(
+                (sending, gone),
                 timeout=KEEP_ALIVE_SECONDS,
                 return_when=asyncio.FIRST_COMPLETED,
             )
-            if gone.done():
-                return
-            if not following.done():
+            if not done:
                 await _send_text(send, b":\n\n")
-                continue
-            try:
-                content = following.result()
-            except StopAsyncIteration:
-                break
-            following = None
-            if "data" not in content and ended.is_set():
-                await send({"type": "http.response.body", "body": b""})
-                return
-            await _send_text(send, b"event: next\ndata: " + await json_in_pieces(content) + b"\n\n")
-        await _send_text(send, b"event: complete\ndata:\n\n")
-        await send({"type": "http.response.body", "body": b""})
+        if sending.done():
+            sending.result()
     finally:
         gone.cancel()
-        if following is not None:
-            following.cancel()
-            await asyncio.wait([following])
-        await contents.aclose()
+        sending.cancel()
+        await asyncio.wait((sending,))
+        await results.aclose()
+
+
+async def _send_all(send: Send, results: AsyncGenerator[Answers], ended: asyncio.Event) -> None:
+    async for answers in results:
+        if answers.each[-1].errors is not None and ended.is_set():
+            break
+        await _send_text(send, answers.as_events)
+    else:
+        await _send_text(send, b"event: complete\ndata:\n\n")
+    await send({"type": "http.response.body", "body": b""})
 
 
 async def _send_text(send: Send, text: bytes) -> None:

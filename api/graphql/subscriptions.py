@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator
-from typing import Annotated, Final
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, field
+from typing import Annotated, Final, cast
 
 import strawberry
 
 from job_registry import Violation
-from job_registry_api.auth import Unauthenticated
+from job_registry_api.auth import Caller, Unauthenticated
+from job_registry_api.budget import Budget
 from job_registry_api.graphql.access_scopes import Requires
 from job_registry_api.graphql.context import (
     Context,
@@ -23,6 +26,7 @@ from job_registry_api.graphql.types import Job, JobStatus
 from job_registry_api.queue import events
 from job_registry_api.queue.errors import InputInvalid, JobNotFound
 from job_registry_api.queue.models import JobRecord
+from job_registry_api.queue.recent_events import Numbered
 from job_registry_api.queue.requests import parse_job_id, unknown_types
 
 VERIFIED_SECONDS: Final = 60.0
@@ -84,8 +88,9 @@ class Subscription:
         description="The events of jobs from now on, of every process, in the order of commits."
         " With `jobId`, the first event is `job.current`, with the job as it is, so that nothing"
         " is missed between reading and subscribing. With the scope `jobs:own` alone, these are the"
-        " events of the caller's own jobs. A subscriber that falls 1,000 events behind is dropped"
-        " with the error `events_missed`. It must read the jobs and subscribe again.",
+        " events of the caller's own jobs. A subscriber that falls 60 seconds or 50,000 events of"
+        " the queue behind is dropped with the error `events_missed`. It must read the jobs and"
+        " subscribe again.",
     )
     async def job_events(
         self,
@@ -110,58 +115,119 @@ class Subscription:
         types = job_types and [queue.registry.current_name(name) for name in job_types]
         if types is None and caller.job_types is not None:
             types = sorted(caller.job_types)
-        return _events(context_of(info), hosted_operation.get(), of_job, types)
+        # Executors iterate over it. Ours reads from it what several subscribers share.
+        return cast(
+            AsyncGenerator[JobEvent, None],
+            FollowedJobs(context_of(info), of_job, types, hosted_operation.get()),
+        )
 
 
-async def _events(
-    context: Context,
-    hosted: HostedOperation | None,
-    job_id: uuid.UUID | None,
-    types: list[str] | None,
-) -> AsyncGenerator[JobEvent, None]:
-    """Yield events while the caller's token is valid.
+@dataclass(eq=False)
+class FollowedJobs:
+    """The events that one subscriber follows, as an async iterable.
 
-    Raises:
-        Unauthenticated: the token has expired or is otherwise invalid.
+    `types` are the current names of job types.
     """
-    verified_at = time.time()
-    with context.queue.events.subscribe(job_id=job_id, types=types) as subscription:
-        if job_id is not None:
-            # Read after subscribing, so that each later change is an event.
-            current = await context.job(str(job_id), context.caller.owner_unless("jobs:read"))
-            if types is None or current.type in types:
-                hosted_operation.set(hosted)
-                yield JobEvent.current(current)
+
+    context: Context
+    job_id: uuid.UUID | None
+    types: Sequence[str] | None
+    hosted: HostedOperation | None = None
+    verified_at: float = field(default_factory=time.time)
+
+    async def __aiter__(self) -> AsyncIterator[JobEvent]:
+        """Yield events while the caller's token is valid.
+
+        Raises:
+            EventsMissed: events were missed.
+            JobNotFound: the caller follows one job, and may not see it.
+            Unauthenticated: the token has expired or is otherwise invalid.
+        """
+        with self.subscribed() as subscription:
+            current = await self.current()
+            if current is not None:
+                hosted_operation.set(self.hosted)
+                yield current
+            while True:
+                await self.wait(subscription)
+                for _, _, event in await self.visible(subscription.take_unread()):
+                    self.context.forget()
+                    # Each event may be requested by another task, which resolves its fields.
+                    hosted_operation.set(self.hosted)
+                    yield JobEvent.of(event)
+
+    def subscribed(self, after: str | None = None) -> AbstractContextManager[events.Subscription]:
+        """Subscribe to the events, from the one with the id `after` on.
+
+        Raises:
+            EventsMissed: the events after it cannot be read any more.
+        """
+        return self.context.queue.events.subscribe(
+            job_id=self.job_id, types=self.types, after=after
+        )
+
+    async def current(self) -> JobEvent | None:
+        """Return the first event of a job that is followed, None if none is.
+
+        It is read after subscribing, so that each later change is an event.
+
+        Raises:
+            JobNotFound: the caller may not see the job.
+        """
+        if self.job_id is None:
+            return None
+        owner = self.context.caller.owner_unless("jobs:read")
+        job = await self.context.job(str(self.job_id), owner)
+        return JobEvent.current(job) if self.types is None or job.type in self.types else None
+
+    async def wait(self, subscription: events.Subscription) -> None:
+        """Wait for events, and for as long verify the caller's token again and again.
+
+        Raises:
+            Unauthenticated: the token has expired or is otherwise invalid.
+        """
         while True:
-            found: list[events.JobEvent] = []
-            try:
-                async with asyncio.timeout(_seconds_valid(context, verified_at)):
-                    found = await _next_events(context, subscription)
-            except StopAsyncIteration:
+            seconds = _seconds_valid(self.context, self.verified_at)
+            if seconds <= 0:
+                await _verify_again(self.context)
+                self.verified_at = time.time()
+            elif subscription.has_unread:
                 return
-            except TimeoutError:
-                pass
-            if _seconds_valid(context, verified_at) <= 0:
-                await _verify_again(context)
-                verified_at = time.time()
-            for event in found:
-                context.forget()
-                # Each event may be requested by another task, which resolves its fields.
-                hosted_operation.set(hosted)
-                yield JobEvent.of(event)
+            else:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(seconds):
+                        await subscription.wait()
 
+    def shared_by(self, caller: Caller) -> FollowedJobs:
+        """Return the same for a group of subscribers that `caller` stands for."""
+        limits = self.context.budget.limits
+        context = Context(self.context.queue, caller, budget=Budget(limits))
+        context.operation = self.context.operation
+        return FollowedJobs(context, self.job_id, self.types)
 
-async def _next_events(
-    context: Context, subscription: events.Subscription
-) -> list[events.JobEvent]:
-    """Wait for events, and return those that the caller may see."""
-    event = await anext(subscription)
-    owner = context.caller.owner_unless("jobs:read")
-    if owner is None or subscription.job_id is not None:
-        return [event]
-    found = [event, *subscription.take_unread()]
-    creators = await context.queue.creators({each.job_id for each in found})
-    return [each for each in found if context.caller.owns(creators.get(each.job_id))]
+    def read(self, after: int, most: int) -> tuple[list[Numbered[events.JobEvent]], int]:
+        """Return which of the next `most` events are followed, and the number to read on after.
+
+        Raises:
+            EventsMissed: the next events cannot be read any more.
+        """
+        return self.context.queue.events.read(
+            after, job_id=self.job_id, types=self.types, most=most
+        )
+
+    async def visible(
+        self, found: list[Numbered[events.JobEvent]]
+    ) -> list[Numbered[events.JobEvent]]:
+        """Return the events that the caller may see."""
+        caller = self.context.caller
+        if caller.owner_unless("jobs:read") is None or self.job_id is not None or not found:
+            return found
+        creators = await self.context.queue.creators({each.item.job_id for each in found})
+        return [each for each in found if caller.owns(creators.get(each.item.job_id))]
+
+    def id_of(self, each: Numbered[events.JobEvent]) -> str:
+        """Return the id of an event, after which a subscription can be continued."""
+        return self.context.queue.events.id_of(each)
 
 
 def _seconds_valid(context: Context, verified_at: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from datetime import datetime
 from enum import Enum
 from typing import Annotated, Any, Final
@@ -17,6 +18,9 @@ from job_registry_api.graphql.access_scopes import OPEN, Requires, RequiresOrOwn
 from job_registry_api.graphql.answer_limits import Charged, selected
 from job_registry_api.graphql.context import Context, context_of
 from job_registry_api.queue import claiming, models, reading
+
+MAX_INT: Final = 2**31 - 1
+"""The greatest `Int`."""
 
 READERS: Final[tuple[AccessScope, ...]] = ("jobs:read", "jobs:work")
 """Who may read the result and the errors of a job. A caller who may only enqueue can reach a job
@@ -379,8 +383,13 @@ WaitingReason = Annotated[
 ]
 
 
+@strawberry.interface(description="An object with an id of its own, which `node` finds.")
+class Node:
+    id: strawberry.ID = strawberry.field(description="The id, unique among all objects.")
+
+
 @strawberry.type(description="A job: a payload of some type, its state, and its result.")
-class Job:
+class Job(Node):
     record: strawberry.Private[models.JobRecord]
     id: strawberry.ID = strawberry.field(
         metadata=OPEN, description="A UUID of version 7: later jobs have greater ids."
@@ -513,21 +522,29 @@ class Job:
 
 @strawberry.type(description="The position of a page among all pages.")
 class PageInfo:
-    has_next_page: bool = strawberry.field(description="Whether older jobs follow.")
-    has_previous_page: bool = strawberry.field(
-        description="Whether the page was requested with `after`."
-    )
+    has_older: strawberry.Private[Callable[[], Awaitable[bool]]]
+    has_newer: strawberry.Private[Callable[[], Awaitable[bool]]]
     start_cursor: str | None = strawberry.field(
-        description="The cursor of the first job on the page."
+        description="The cursor of the first job on the page. Pass it as `before`, with `last`, for"
+        " the previous page."
     )
     end_cursor: str | None = strawberry.field(
         description="The cursor of the last job on the page. Pass it as `after` for the next page."
     )
     stopped_early: bool = strawberry.field(
-        description="Whether the page has fewer jobs than `first` although more follow, because"
-        " they would exceed the limit of an answer in fields (`JOBS_MAX_ANSWER_FIELDS`) or bytes"
-        " (`JOBS_MAX_ANSWER_BYTES`). Pass `endCursor` as `after` to read on."
+        description="Whether the page has fewer jobs than `first` or `last` although there are"
+        " more, because they would exceed the limit of an answer in fields"
+        " (`JOBS_MAX_ANSWER_FIELDS`) or bytes (`JOBS_MAX_ANSWER_BYTES`). Read on from its"
+        " `endCursor`, or with `last` from its `startCursor`."
     )
+
+    @strawberry.field(description="Whether older jobs follow.")
+    async def has_next_page(self) -> bool:
+        return await self.has_older()
+
+    @strawberry.field(description="Whether newer jobs precede.")
+    async def has_previous_page(self) -> bool:
+        return await self.has_newer()
 
 
 @strawberry.type(description="A job on a page, and its cursor.")
@@ -541,6 +558,20 @@ class JobConnection:
     edges: list[JobEdge] = strawberry.field(description="The jobs with their cursors.")
     nodes: list[Job] = strawberry.field(description="The jobs without cursors.")
     page_info: PageInfo = strawberry.field(description="The position of the page.")
+    total: strawberry.Private[Callable[[], Awaitable[reading.JobTotal]]]
+
+    @strawberry.field(
+        description="The number of jobs on all pages. It is exact for a filter of types and"
+        " statuses, and where the index of another field of the filter, or of the caller's own"
+        " jobs, has at most 10,000 jobs. Otherwise it is an estimate, as if the jobs had been"
+        " stored at a steady rate."
+    )
+    async def total_count(self) -> int | None:
+        return min((await self.total()).jobs, MAX_INT)
+
+    @strawberry.field(description="Whether `totalCount` is an estimate.")
+    async def total_count_is_estimate(self) -> bool | None:
+        return (await self.total()).is_estimate
 
 
 @strawberry.type(

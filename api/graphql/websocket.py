@@ -12,18 +12,31 @@ from functools import partial
 from typing import Any, Final
 from urllib.parse import urlsplit
 
+from pydantic_core import to_json
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from job_registry_api.answer_text import json_in_pieces
-from job_registry_api.auth import REFUSALS, Authenticator, Caller, TooManyRequests
+from job_registry_api.auth import (
+    REFUSALS,
+    Authenticator,
+    Caller,
+    TooManyRequests,
+)
 from job_registry_api.budget import BudgetExceeded, parse_request_json
 from job_registry_api.graphql.context import Context
 from job_registry_api.graphql.execution import DocumentRefused, Executor, request_faults
 from job_registry_api.graphql.request_errors import format_exception
-from job_registry_api.http_messages import MAX_UNADMITTED_MESSAGE, WEBSOCKET_ADMISSION
+from job_registry_api.graphql.shared_events import Answers, answers_of
+from job_registry_api.http_messages import (
+    MAX_UNADMITTED_MESSAGE,
+    TRY_AGAIN_LATER,
+    WEBSOCKET_ADMISSION,
+    WEBSOCKET_TEXTS,
+    SendTexts,
+)
 from job_registry_api.logs import log_unexpected
+from job_registry_api.signing_keys import AuthenticationUnavailable
 
 PROTOCOL: Final = "graphql-transport-ws"
 INIT_SECONDS: Final = 10.0
@@ -134,6 +147,10 @@ class _Connection:
         self._unread_bytes = 0
         self._too_much_unread = asyncio.Event()
         self._ended: asyncio.Event = socket.app.state.queue.events.ended
+        self._send_at_once: SendTexts | None = None
+        extension = socket.scope.get("extensions", {}).get(WEBSOCKET_TEXTS)
+        if extension is not None:
+            self._send_at_once = extension["send"]
 
     async def serve(self) -> None:
         """Answer messages until the client hangs up.
@@ -172,7 +189,7 @@ class _Connection:
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             if too_much.done():
-                raise _ProtocolViolation(1008, "The client does not read its messages")
+                raise _ProtocolViolation(TRY_AGAIN_LATER, "The client does not read its messages")
             if ended.done():
                 if self._operations:
                     await asyncio.wait(self._operations.values(), timeout=END_SECONDS)
@@ -250,45 +267,48 @@ class _Connection:
             self._caller = await self._authenticator.authenticate(
                 self._socket.scope, self._authorization
             )
+        except (TooManyRequests, AuthenticationUnavailable) as refused:
+            raise _ProtocolViolation(TRY_AGAIN_LATER, str(refused)) from None
         except REFUSALS:
             raise _ProtocolViolation(4403, "Forbidden") from None
         await self._send("connection_ack")
 
     async def _run(self, operation_id: str, payload: dict[str, Any], caller: Caller) -> None:
         """Execute an operation, and send its results."""
+        begin = b'{"type":"next","id":' + to_json(operation_id) + b',"payload":'
         try:
-            async with aclosing(self._contents(payload, caller)) as contents:
-                async for content in contents:
-                    if "data" not in content:
-                        if self._ended.is_set():
-                            # The subscription has not failed: its client subscribes elsewhere.
-                            self._operations.pop(operation_id, None)
-                            return
+            async with aclosing(self._results(payload, caller)) as results:
+                async for answers in results:
+                    texts = [begin + each.text + b"}" for each in answers.each if not each.errors]
+                    if texts:
+                        await self._send_texts(texts)
+                    errors = answers.each[-1].errors
+                    if errors is not None:
                         # Nothing was executed, or the events end: no message follows.
                         self._operations.pop(operation_id, None)
-                        await self._send("error", operation_id, content["errors"])
+                        # If the server stops, the subscription has not failed: its client
+                        # subscribes elsewhere.
+                        if not self._ended.is_set():
+                            await self._send("error", operation_id, errors)
                         return
-                    await self._send("next", operation_id, content)
             self._operations.pop(operation_id, None)
             await self._send("complete", operation_id)
         except WebSocketDisconnect:
             pass  # `serve` ends for the same reason.
 
-    async def _contents(
-        self, payload: dict[str, Any], caller: Caller
-    ) -> AsyncGenerator[dict[str, Any]]:
+    async def _results(self, payload: dict[str, Any], caller: Caller) -> AsyncGenerator[Answers]:
         faults = request_faults(payload)
         if faults:
-            yield {"errors": [{"message": fault} for fault in faults]}
+            yield await answers_of({"errors": [{"message": fault} for fault in faults]})
             return
         try:
             await self._authenticator.authenticate_again(self._socket.scope, self._authorization)
             prepared = self._executor.prepare(payload, caller)
         except DocumentRefused as refused:
-            yield {"errors": [error.formatted for error in refused.errors]}
+            yield await answers_of({"errors": [error.formatted for error in refused.errors]})
             return
         except Exception as error:
-            yield {"errors": [format_exception(error)]}
+            yield await answers_of({"errors": [format_exception(error)]})
             return
         verify_again = partial(
             self._authenticator.verify_again, self._socket.scope, self._authorization
@@ -297,8 +317,8 @@ class _Connection:
         async with aclosing(
             self._executor.results(prepared, payload.get("variables"), context)
         ) as results:
-            async for content in results:
-                yield content
+            async for answers in results:
+                yield answers
 
     async def _send(self, kind: str, operation_id: str | None = None, payload: Any = None) -> None:
         message: dict[str, Any] = {"type": kind}
@@ -306,15 +326,23 @@ class _Connection:
             message["id"] = operation_id
         if payload is not None:
             message["payload"] = payload
-        text = (await json_in_pieces(message)).decode()
-        self._unread_bytes += len(text)
+        await self._send_texts([to_json(message)])
+
+    async def _send_texts(self, texts: Sequence[bytes]) -> None:
+        """Send messages, at once if the server can."""
+        size = sum(map(len, texts))
+        self._unread_bytes += size
         # One answer alone may be as large as it is.
-        if self._unread_bytes > max(MAX_UNREAD_BYTES, len(text)):
+        if self._unread_bytes > max(MAX_UNREAD_BYTES, size):
             self._too_much_unread.set()
         try:
-            await self._socket.send_text(text)
+            if self._send_at_once is not None:
+                await self._send_at_once(texts)
+            else:
+                for text in texts:
+                    await self._socket.send_text(text.decode())
         finally:
-            self._unread_bytes -= len(text)
+            self._unread_bytes -= size
 
 
 async def _deny(socket: WebSocket, refused: TooManyRequests) -> None:

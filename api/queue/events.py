@@ -25,6 +25,7 @@ unknown names, keys and further columns, so that newer versions can add some.
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections import deque
 from collections.abc import (
     AsyncIterator,
@@ -37,6 +38,7 @@ from collections.abc import (
 )
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from types import MappingProxyType
 from typing import Any, Final, Literal, NamedTuple, cast
 from uuid import UUID
@@ -49,6 +51,7 @@ from job_registry_api.queue.database import Database
 from job_registry_api.queue.errors import EventsMissed, QueueUnavailable
 from job_registry_api.queue.event_stream import EventStream, Gap
 from job_registry_api.queue.models import JobRecord, JobStatus
+from job_registry_api.queue.recent_events import Numbered, RecentEvents
 from job_registry_api.queue.store import WAITS_ENDED, Store
 
 EventName = Literal[
@@ -89,8 +92,8 @@ _AFTER_CHANGE: Final[dict[JobStatus, EventName]] = {
 }
 """The event of each status that a change leaves a job in."""
 
-MAX_UNREAD_EVENTS: Final = 1_000
-"""How many events a subscriber may be behind before it is dropped."""
+READ_AT_ONCE: Final = 1_000
+"""How many events a subscriber reads at most before others take their turn."""
 
 MAX_ECHOES: Final = 10_000
 """How many own events may be awaited from the database at a time."""
@@ -200,27 +203,56 @@ class Subscription:
 
     job_id: UUID | None
     types: frozenset[str] | None
+    position: int
+    """The number of the latest event that was read or passed over."""
+    _recent: RecentEvents[JobEvent]
+    _idle: dict[UUID | None, set[Subscription]]
     _skipped: dict[JobEvent, int] = field(default_factory=dict)
     _unread: deque[JobEvent] = field(default_factory=deque)
-    _news: asyncio.Event = field(default_factory=asyncio.Event)
-    _missed: str | None = None
+    _woken: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __aiter__(self) -> AsyncIterator[JobEvent]:
         return self
 
     async def __anext__(self) -> JobEvent:
         while not self._unread:
-            if self._missed is not None:
-                raise EventsMissed(self._missed)
-            self._news.clear()
-            await self._news.wait()
+            await self.wait()
+            self._unread.extend(each.item for each in self.take_unread())
         return self._unread.popleft()
 
-    def take_unread(self) -> list[JobEvent]:
-        """Return the events that can be read without waiting."""
-        unread = list(self._unread)
-        self._unread.clear()
-        return unread
+    @property
+    def has_unread(self) -> bool:
+        """Whether there are events after `position`, or they were missed."""
+        return self.position < self._recent.last
+
+    def take_unread(self) -> list[Numbered[JobEvent]]:
+        """Return the events that can be read without waiting, up to `READ_AT_ONCE`.
+
+        Raises:
+            EventsMissed: the next events cannot be read any more.
+        """
+        found, self.position = self._recent.read(self.position, READ_AT_ONCE)
+        return [e for e in found if self.includes(e.item) and not self.is_skipped(e.item)]
+
+    async def wait(self) -> None:
+        """Wait until there are events after `position`, or they were missed."""
+        while not self.has_unread:
+            self._woken.clear()
+            waiting = self._idle.setdefault(self.job_id, set())
+            waiting.add(self)
+            try:
+                await self._woken.wait()
+            finally:
+                if not self._woken.is_set():
+                    self.position = self._recent.last
+                waiting.discard(self)
+                if not waiting and self._idle.get(self.job_id) is waiting:
+                    del self._idle[self.job_id]
+
+    def wake(self, passed: int) -> None:
+        """End `wait`. The events up to the number `passed` are not included in the subscription."""
+        self.position = passed
+        self._woken.set()
 
     def includes(self, event: JobEvent) -> bool:
         """Return whether the subscription includes this event."""
@@ -232,22 +264,12 @@ class Subscription:
         """Skip these events, each this many times, because they precede the subscription."""
         self._skipped |= {e: count for e, count in earlier.items() if count and self.includes(e)}
 
-    def offer(self, event: JobEvent) -> None:
-        """Add an event if the subscription includes it. Never waits."""
-        if event in self._skipped:
-            self.skip({event: self._skipped.pop(event) - 1})
-            return
-        if self._missed is None and self.includes(event):
-            if len(self._unread) >= MAX_UNREAD_EVENTS:
-                self.drop(f"the subscriber was more than {MAX_UNREAD_EVENTS} events behind")
-            else:
-                self._unread.append(event)
-                self._news.set()
-
-    def drop(self, reason: str) -> None:
-        """Add no further events. The iterator raises after the events it holds."""
-        self._missed = self._missed or reason
-        self._news.set()
+    def is_skipped(self, event: JobEvent) -> bool:
+        """Return whether an event that is read now is to be skipped."""
+        if not self._skipped or event not in self._skipped:
+            return False
+        self.skip({event: self._skipped.pop(event) - 1})
+        return True
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -298,7 +320,11 @@ class Events:
         self._work: dict[_Callback, frozenset[str]] = {}
         self._cancellations: dict[_Callback, None] = {}
         self._waits: dict[_Callback, None] = {}
+        self._recent: RecentEvents[JobEvent] = RecentEvents()
         self._subscriptions: set[Subscription] = set()
+        self._idle: dict[UUID | None, set[Subscription]] = {}
+        """The subscriptions that wait, by their job."""
+        self._id_key: Final = secrets.token_bytes(16)
         self._stream: EventStream | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._echoes: dict[JobEvent, int] = {}
@@ -333,24 +359,91 @@ class Events:
 
     @contextmanager
     def subscribe(
-        self, *, job_id: UUID | None = None, types: Collection[str] | None = None
+        self,
+        *,
+        job_id: UUID | None = None,
+        types: Collection[str] | None = None,
+        after: str | None = None,
     ) -> Iterator[Subscription]:
         """Subscribe to the events of one job, of jobs of these types, or of all jobs.
 
         The subscription includes every event that is committed after this call, and none that
         this process published before. Events that another process committed shortly before may be
         included.
+
+        With `after`, an id that `id_of` returned in this or another process, the subscription
+        includes every event after that one. Between two equal events, some may come again.
+
+        Raises:
+            EventsMissed: the events after that id cannot be read any more, or it is not an id.
         """
         self._bind_to_loop()
-        subscription = Subscription(job_id, None if types is None else frozenset(types))
-        subscription.skip({event: count for event, count in self._echoes.items() if count > 0})
+        wanted = None if types is None else frozenset(types)
+        position = self._recent.last if after is None else self._position_of(after)
         if self._shut is not None:
-            subscription.drop(self._shut)
+            position = self._recent.append(Gap(self._shut)) - 1
+        subscription = Subscription(job_id, wanted, position, self._recent, self._idle)
+        if after is None:
+            subscription.skip({event: count for event, count in self._echoes.items() if count > 0})
         self._subscriptions.add(subscription)
         try:
             yield subscription
         finally:
             self._subscriptions.discard(subscription)
+
+    def read(
+        self,
+        after: int,
+        *,
+        job_id: UUID | None = None,
+        types: Collection[str] | None = None,
+        most: int = READ_AT_ONCE,
+    ) -> tuple[list[Numbered[JobEvent]], int]:
+        """Return which of the next `most` events are of this job and of these types, and the number
+        to read on after.
+
+        Raises:
+            EventsMissed: the next events cannot be read any more.
+        """
+        found, position = self._recent.read(after, most)
+        return [
+            each
+            for each in found
+            if (job_id is None or each.item.job_id == job_id)
+            and (types is None or each.item.type in types)
+        ], position
+
+    def id_of(self, each: Numbered[JobEvent]) -> str:
+        """Return the id of an event, after which any process can continue a subscription.
+
+        Numbers would tell how many events there are of the jobs of others, so a hash of them tells
+        equal events apart.
+        """
+        name, job_id, _, attempt = each.item
+        return f"{self._tag(each.number)}/{each.at}/{job_id.hex}/{name}/{attempt}"
+
+    def _position_of(self, event_id: str) -> int:
+        """Return the number of an event by its id.
+
+        Raises:
+            EventsMissed: the events after it cannot be read any more, or it is not an id.
+        """
+        number: int | None = None
+        with suppress(ValueError):
+            tag, at, job_id, name, attempt = event_id.split("/")
+            wanted = (name, UUID(job_id), int(attempt))
+            number = self._recent.position_of(
+                lambda event: (event.name, event.job_id, event.attempt) == wanted,
+                int(at),
+                lambda number: self._tag(number) == tag,
+            )
+        if number is None:
+            raise EventsMissed("the events after Last-Event-ID cannot be read here any more")
+        return number
+
+    def _tag(self, number: int) -> str:
+        data = number.to_bytes(8, "big")
+        return blake2b(data, digest_size=6, key=self._id_key).hexdigest()
 
     @contextmanager
     def waiting_for(self, types: Iterable[str], limited: Iterable[str]) -> Iterator[asyncio.Event]:
@@ -533,8 +626,16 @@ class Events:
     def _offer(self, event: JobEvent) -> None:
         if event.name == "job.settled":
             return
-        for subscription in self._subscriptions:
-            self._guard(subscription.offer, event)
+        passed = self._recent.append(event) - 1
+        for job_id in (event.job_id, None):
+            for subscription in tuple(self._idle.get(job_id, ())):
+                if subscription.includes(event):
+                    self._guard(self._wake_subscription, subscription, passed)
+
+    def _wake_subscription(self, subscription: Subscription, passed: int) -> None:
+        # Later events find it awake: it reads them when it runs.
+        self._idle[subscription.job_id].discard(subscription)
+        subscription.wake(passed)
 
     def _miss(self, reason: str) -> None:
         self._echoes.clear()
@@ -545,8 +646,10 @@ class Events:
         self._drop(reason)
 
     def _drop(self, reason: str) -> None:
-        for subscription in self._subscriptions:
-            self._guard(subscription.drop, reason)
+        """Let every subscriber that has read all events before this fail with `EventsMissed`."""
+        passed = self._recent.append(Gap(reason)) - 1
+        for subscription in [each for idle in self._idle.values() for each in idle]:
+            self._guard(self._wake_subscription, subscription, passed)
 
     def _guard(self, call: Callable[..., None], *arguments: Any) -> None:
         try:

@@ -52,6 +52,36 @@ JSON_VALUES: Final = ("payload", "progress", "result", "error")
 SMALL: Final = 4_096
 """The length up to which the JSON values of a page are read together with its jobs."""
 
+FIRST_ID: Final = uuid.UUID(int=0)
+LAST_ID: Final = uuid.UUID(int=2**128 - 1)
+"""Ids that no job has: lower and greater than those of all jobs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A part of a list of jobs, newest first: `size` of the jobs that are older than the job
+    `after` and newer than the job `before`. With `from_end` they are the last of these, not the
+    first."""
+
+    size: int
+    after: uuid.UUID | None = None
+    before: uuid.UUID | None = None
+    from_end: bool = False
+
+    def conditions(self) -> list[Any]:
+        """Return the conditions that a job is between the ends."""
+        conditions: list[Any] = []
+        if self.after is not None:
+            conditions.append(col(Job.id) < self.after)
+        if self.before is not None:
+            conditions.append(col(Job.id) > self.before)
+        return conditions
+
+    def taken(self, query: Any, order: Any = None) -> Any:
+        """Return the query of the part of a list. The last jobs come oldest first."""
+        order = col(Job.id) if order is None else order
+        return query.order_by(order.asc() if self.from_end else order.desc()).limit(self.size)
+
 
 @dataclass(frozen=True, slots=True)
 class JobFilter:
@@ -81,6 +111,11 @@ class JobFilter:
         """Whether only types and statuses are given."""
         return self == JobFilter(self.types, self.statuses)
 
+    @property
+    def is_of_finished(self) -> bool:
+        """Whether a range of the time of the end is given."""
+        return self.finished_after is not None or self.finished_before is not None
+
 
 def owned_by(owner: Owner | None) -> list[Any]:
     """Return the condition that a job is the owner's; no condition for None."""
@@ -93,35 +128,88 @@ def owned_by(owner: Owner | None) -> list[Any]:
 def filtered(
     wanted: JobFilter,
     owner: Owner | None,
+    part: Slice,
     *,
-    first: int,
-    after: uuid.UUID | None,
     ahead: timedelta = timedelta(),
 ) -> Any:
-    """Return the query of a page of jobs, newest first, as `Listed` has them.
+    """Return the query of a page of jobs, as `Listed` has them.
 
     `ahead` is how far the database's clock has been advanced, in tests.
     """
-    creator = owner.subject if owner is not None else wanted.created_by
-    leading: list[Any] = []
-    if wanted.search is not None:
-        leading = [col(Job.id).in_(_found(wanted.search, creator))]
-    elif wanted.idempotency_key is not None:
-        leading = [_has_key(wanted.idempotency_key)]
-    elif creator is not None:
-        leading = [col(Job.created_by) == creator]
-    elif wanted.error_code is not None:
-        leading = [_has_code(wanted.error_code)]
-    by_finish = not leading and (wanted.finished_after or wanted.finished_before) is not None
+    leading = _leading(wanted, owner)
     conditions = [*leading, *owned_by(owner), *_others(wanted, is_led=bool(leading))]
-    conditions += _created(wanted, ahead)
-    if after is not None:
-        conditions.append(col(Job.id) < after)
+    conditions += [*_created(wanted), *_created_ids(wanted, ahead), *part.conditions()]
     order: Any = col(Job.id)
-    if by_finish:
+    if not leading and wanted.is_of_finished:
         # No index has this order, so the database reads the index of the range.
         order = func.coalesce(order, order)
-    return listed().where(*conditions).order_by(order.desc()).limit(first)
+    return part.taken(listed().where(*conditions), order)
+
+
+def counted(
+    wanted: JobFilter, owner: Owner | None, *, most: int, ahead: timedelta = timedelta()
+) -> Any:
+    """Return the query that counts jobs in ranges of an index, the newest `most` of each.
+
+    It has a row per range: how many jobs were `read`, how many of them `matched` the whole filter,
+    the time of the `newest` and of the `last` one that was read, and of the `oldest` in the range,
+    if not all were read.
+    """
+    leading = _leading(wanted, owner)
+    matching = [*owned_by(owner), *_others(wanted, is_led=True), *_created(wanted)]
+    ids = _created_ids(wanted, ahead)
+    if leading or not wanted.is_of_finished:
+        created = col(Job.created_at)
+        return _range([*leading, *ids], created, col(Job.id), matching, most)
+    # A range of each status: no index has the jobs of several in the order of their end.
+    finished = col(Job.finished_at)
+    ranges = [
+        _range(
+            [col(Job.status) == str(status), *_between(finished, wanted)],
+            finished,
+            finished,
+            [*matching, *ids],
+            most,
+        )
+        for status in FINAL
+        if status in (wanted.statuses or FINAL)
+    ]
+    return union_all(*ranges) if ranges else None
+
+
+def _range(inside: list[Any], time: Any, order: Any, matching: list[Any], most: int) -> Any:
+    """Return the query that counts the jobs in a range of an index, in its `order`."""
+    matched: Any = sqlalchemy.and_(sqlalchemy.true(), *matching)
+    read = (
+        sqlalchemy.select(time.label("time"), sqlalchemy.case((matched, 1), else_=0).label("one"))
+        .select_from(Job)
+        .where(*inside)
+        .order_by(order.desc())
+        .limit(most)
+        .subquery()
+    )
+    oldest = sqlalchemy.select(time).where(*inside).order_by(order.asc()).limit(1)
+    return sqlalchemy.select(
+        func.count().label("read"),
+        func.coalesce(func.sum(read.c.one), 0).label("matched"),
+        func.max(read.c.time).label("newest"),
+        func.min(read.c.time).label("last"),
+        sqlalchemy.case((func.count() >= most, oldest.scalar_subquery())).label("oldest"),
+    )
+
+
+def _leading(wanted: JobFilter, owner: Owner | None) -> list[Any]:
+    """Return the condition whose index is read; none if it is that of a time or of all jobs."""
+    creator = owner.subject if owner is not None else wanted.created_by
+    if wanted.search is not None:
+        return [col(Job.id).in_(_found(wanted.search, creator))]
+    if wanted.idempotency_key is not None:
+        return [_has_key(wanted.idempotency_key)]
+    if creator is not None:
+        return [col(Job.created_by) == creator]
+    if wanted.error_code is not None:
+        return [_has_code(wanted.error_code)]
+    return []
 
 
 def _others(wanted: JobFilter, *, is_led: bool) -> list[Any]:
@@ -130,14 +218,14 @@ def _others(wanted: JobFilter, *, is_led: bool) -> list[Any]:
     kind: Any = col(Job.type)
     status: Any = col(Job.status)
     statuses = wanted.statuses
-    if wanted.finished_after is not None or wanted.finished_before is not None:
+    if wanted.is_of_finished:
         # The index of finishing times begins with the status.
         statuses = tuple(s for s in statuses or FINAL if s in FINAL)
         conditions += _between(_hidden(col(Job.finished_at), is_led), wanted)
         kind = _hidden(kind, True)
     if wanted.types:
         conditions.append(_hidden(kind, is_led).in_(wanted.types))
-    if statuses or wanted.finished_after is not None or wanted.finished_before is not None:
+    if statuses or wanted.is_of_finished:
         conditions.append(_hidden(status, is_led).in_([str(each) for each in statuses]))
     if is_led:
         if wanted.created_by is not None:
@@ -163,14 +251,22 @@ def _between(column: Any, wanted: JobFilter) -> list[Any]:
     return bounds
 
 
-def _created(wanted: JobFilter, ahead: timedelta) -> list[Any]:
-    """Return the conditions of the time of creation, as ranges of ids too."""
+def _created(wanted: JobFilter) -> list[Any]:
+    """Return the conditions of the time of creation. No index serves them: see `_created_ids`."""
     conditions: list[Any] = []
     if wanted.created_after is not None:
         conditions.append(col(Job.created_at) >= wanted.created_after)
-        conditions.append(col(Job.id) >= _first_id(wanted.created_after - ID_SLACK - ahead))
     if wanted.created_before is not None:
         conditions.append(col(Job.created_at) < wanted.created_before)
+    return conditions
+
+
+def _created_ids(wanted: JobFilter, ahead: timedelta) -> list[Any]:
+    """Return the range of ids that jobs created then can have."""
+    conditions: list[Any] = []
+    if wanted.created_after is not None:
+        conditions.append(col(Job.id) >= _first_id(wanted.created_after - ID_SLACK - ahead))
+    if wanted.created_before is not None:
         conditions.append(col(Job.id) < _first_id(wanted.created_before + ID_SLACK))
     return conditions
 
@@ -235,29 +331,23 @@ def _uuid_of(text: str) -> uuid.UUID | None:
         return None
 
 
-def newest(
-    types: Sequence[str], statuses: Sequence[JobStatus], *, first: int, after: uuid.UUID | None
-) -> Any:
+def unfiltered(types: Sequence[str], statuses: Sequence[JobStatus], part: Slice) -> Any:
     """Return the query of a page of one type, or of all, in the order of an index.
 
-    With several statuses, the newest ids of each are read and merged, because no index has them in
-    one order.
+    With several statuses, the ids of each are read and merged, because no index has them in one
+    order.
     """
-
-    def page(query: Any) -> Any:
-        return query.order_by(col(Job.id).desc()).limit(first)
-
-    behind = [] if after is None else [col(Job.id) < after]
+    between = part.conditions()
     of_types = [col(Job.type) == name for name in types]
     of_statuses = [[col(Job.status) == str(status)] for status in dict.fromkeys(statuses)] or [[]]
-    conditions = [[*of_types, *one, *behind] for one in of_statuses]
+    conditions = [[*of_types, *one, *between] for one in of_statuses]
     if len(conditions) == 1:
-        return page(listed().where(*conditions[0]))
+        return part.taken(listed().where(*conditions[0]))
     found = union_all(
-        *(page(select(Job.id).where(*each)).subquery().select() for each in conditions)
+        *(part.taken(select(Job.id).where(*each)).subquery().select() for each in conditions)
     ).subquery()
-    ids = sqlalchemy.select(found.c.id).order_by(found.c.id.desc()).limit(first)
-    return listed().where(col(Job.id).in_(ids)).order_by(col(Job.id).desc())
+    ids = part.taken(sqlalchemy.select(found.c.id), found.c.id)
+    return part.taken(listed().where(col(Job.id).in_(ids)))
 
 
 @lru_cache

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import structlog
 from pydantic import JsonValue
@@ -25,7 +26,13 @@ from job_registry_api.queue.errors import (
     QueueUnavailable,
 )
 from job_registry_api.queue.events import Events, Subscription
-from job_registry_api.queue.filters import MAX_SEARCH, JobFilter
+from job_registry_api.queue.filters import (
+    FIRST_ID,
+    LAST_ID,
+    MAX_SEARCH,
+    JobFilter,
+    Slice,
+)
 from job_registry_api.queue.models import (
     AttemptRecord,
     JobCounts,
@@ -38,10 +45,24 @@ from job_registry_api.queue.models import (
 )
 from job_registry_api.queue.opening import Opening
 from job_registry_api.queue.requests import EARLIEST, LATEST, MAX_WAIT_SECONDS, parse_job_id
-from job_registry_api.queue.store import PIECE_BYTES, Listed, Store, Waiting, ids_of_piece
+from job_registry_api.queue.store import (
+    PIECE_BYTES,
+    CountedRange,
+    Listed,
+    Store,
+    Waiting,
+    ids_of_piece,
+)
 
 MAX_FILTER_TYPES: Final = 100
 """A page is merged from one query per type and status. SQLite merges at most 500 queries."""
+
+PAGE_SIZE: Final = 50
+"""The jobs of a page whose size is not given."""
+
+EXACT_TOTAL: Final = 10_000
+"""Up to so many jobs a filter's total is exact. Beyond it is an estimate, so that its cost does not
+grow with the queue."""
 
 MISSED_PAUSE_SECONDS: Final = 0.2
 """How long `result` waits before it reads the job again when events were missed."""
@@ -58,14 +79,26 @@ log = structlog.get_logger("job_registry.reading")
 
 @dataclass(frozen=True, slots=True)
 class JobPage:
-    """A page of jobs, newest first. The cursor of a job is its id."""
+    """A page of jobs, newest first. The cursor of a job is its id.
+
+    Whether other jobs stand before it or behind it was read at the end to which it was read. At
+    its other end it is assumed: of a page after or before a job, True.
+    """
 
     jobs: list[JobRecord]
     has_next_page: bool
+    has_previous_page: bool = False
     stopped_early: bool = False
     """Whether it has fewer jobs than there are and were requested, because of a limit."""
     weight: int = 0
     """The memory that its jobs take, and the one that did not fit."""
+
+
+class JobTotal(NamedTuple):
+    """How many jobs there are, and whether that is an estimate."""
+
+    jobs: int
+    is_estimate: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +180,17 @@ def _mismatch(parked: Parked) -> PayloadMismatch:
     )
 
 
+def _estimated(counted: CountedRange) -> float:
+    """Return how many jobs a range has, as if they had come at a steady rate."""
+    if counted.newest is None or counted.last is None or counted.oldest is None:
+        return counted.matched
+    read = (counted.newest - counted.last).total_seconds()
+    every = (counted.newest - counted.oldest).total_seconds()
+    if counted.matched == 0 or every == 0:
+        return counted.matched
+    return counted.matched * every / read if read > 0 else math.inf
+
+
 def _together(one: TypeVersion, other: TypeVersion) -> TypeVersion:
     seen = [each.worker_seen_at for each in (one, other) if each.worker_seen_at is not None]
     return TypeVersion(
@@ -190,12 +234,15 @@ def _faults_of(wanted: JobFilter) -> Iterator[Violation]:
             yield Violation(path, "out_of_range", message)
 
 
-def _stopped(jobs: list[JobRecord], weight: int) -> JobPage:
-    """Return a page that stopped early. The weight includes the job that did not fit.
+class _PageRead(NamedTuple):
+    """The jobs of a page that were read. The weight includes the job that did not fit.
 
     The database reads that job to find its size, so pages that all stop at it must not be free.
     """
-    return JobPage(jobs, has_next_page=True, stopped_early=True, weight=weight)
+
+    jobs: list[JobRecord]
+    weight: int
+    is_whole: bool
 
 
 class Reading(Opening):
@@ -225,6 +272,23 @@ class Reading(Opening):
         """
         self.check_open()
         return await self._get(parse_job_id(job_id), owner)
+
+    async def get_many(
+        self,
+        job_ids: Iterable[uuid.UUID],
+        *,
+        owner: Owner | None = None,
+        max_bytes: int | None = None,
+    ) -> JobPage:
+        """Return the jobs with these ids, in any order. `owner` is that of `get`.
+
+        It stops early before the job with which the weight of all would exceed `max_bytes`.
+        """
+        self.check_open()
+        page = await self._read_page(await self._store.list_many(job_ids, owner), max_bytes)
+        return JobPage(
+            page.jobs, has_next_page=False, stopped_early=not page.is_whole, weight=page.weight
+        )
 
     async def _get(self, job_id: uuid.UUID, owner: Owner | None = None) -> JobRecord:
         job = await self._store.get(job_id, owner)
@@ -352,55 +416,120 @@ class Reading(Opening):
         self,
         job_filter: JobFilter = JobFilter(),
         *,
-        first: int = 50,
+        first: int | None = None,
         after: uuid.UUID | None = None,
+        last: int | None = None,
+        before: uuid.UUID | None = None,
         owner: Owner | None = None,
         most: int | None = None,
         max_bytes: int | None = None,
     ) -> JobPage:
-        """Return a page of jobs, newest first, starting after the job `after`.
+        """Return a page of jobs, newest first: the `first` ones after the job `after`.
 
-        With `owner`, only jobs that this subject enqueued are listed.
+        With `last`, it is the last ones before the job `before`. Without either, the first 50. With
+        `owner`, only jobs that this subject enqueued are listed.
 
         It stops early at `most` jobs, and before the job with which the weight of all would exceed
         `max_bytes`. It always has the first job.
 
         Raises:
-            InputInvalid: `first` is not 1 to `max_page_size`, or a value of the filter is wrong.
+            InputInvalid: `first` or `last` is not 1 to `max_page_size`, both are given, or a value
+                of the filter is wrong.
         """
         self.check_open()
-        faults = []
-        if not 1 <= first <= self._max_page_size:
-            message = f"Expected 1 to {self._max_page_size} jobs per page; got {first}."
-            faults.append(Violation("/first", "out_of_range", message))
-        if len(job_filter.types) > MAX_FILTER_TYPES:
-            message = f"Expected at most {MAX_FILTER_TYPES} job types; got {len(job_filter.types)}."
-            faults.append(Violation("/filter/types", "too_long", message))
-        faults += _faults_of(job_filter)
+        faults = list(self._faults_of_size(first, last))
+        size = first if last is None else last
+        part = Slice(PAGE_SIZE if size is None else size, after, before, from_end=last is not None)
+        wanted = self._as_stored(job_filter, faults)
+        if wanted is None:
+            return JobPage([], has_next_page=False)
+        found = await self._store.list_jobs(wanted, owner, replace(part, size=part.size + 1))
+        chosen = found[: part.size if most is None else min(part.size, most)]
+        page = await self._read_page(chosen, max_bytes)
+        more = not page.is_whole or len(found) > len(chosen)
+        return JobPage(
+            page.jobs[::-1] if part.from_end else page.jobs,
+            has_next_page=before is not None if part.from_end else more,
+            has_previous_page=more if part.from_end else after is not None,
+            stopped_early=not page.is_whole or len(chosen) < min(part.size, len(found)),
+            weight=page.weight,
+        )
+
+    async def has_any(
+        self,
+        job_filter: JobFilter = JobFilter(),
+        *,
+        not_newer_than: uuid.UUID | None = None,
+        not_older_than: uuid.UUID | None = None,
+        owner: Owner | None = None,
+    ) -> bool:
+        """Return whether the list has a job on this side of another one, that one included.
+
+        Raises:
+            InputInvalid: a value of the filter is wrong.
+        """
+        self.check_open()
+        wanted = self._as_stored(job_filter, [])
+        after = not_newer_than and uuid.UUID(int=min(not_newer_than.int + 1, LAST_ID.int))
+        before = not_older_than and uuid.UUID(int=max(not_older_than.int - 1, FIRST_ID.int))
+        part = Slice(1, after, before, from_end=before is not None)
+        return wanted is not None and bool(await self._store.list_jobs(wanted, owner, part))
+
+    async def count(
+        self, job_filter: JobFilter = JobFilter(), *, owner: Owner | None = None
+    ) -> JobTotal:
+        """Return how many jobs the list has.
+
+        The total of types and statuses is exact. With another field of the filter, or with `owner`,
+        it is exact if the index of that field has at most 10,000 jobs. Otherwise the 10,000 newest
+        are read, and the total is estimated from the time that they span.
+
+        Raises:
+            InputInvalid: a value of the filter is wrong.
+        """
+        self.check_open()
+        wanted = self._as_stored(job_filter, [])
+        if wanted is None or (owner is not None and owner.subject is None):
+            return JobTotal(0, False)
+        if owner is None and wanted.is_simple:
+            return JobTotal(await self._store.count_all(wanted), False)
+        ranges = await self._store.count_ranges(wanted, owner, EXACT_TOTAL + 1)
+        if all(each.read <= EXACT_TOTAL for each in ranges):
+            return JobTotal(sum(each.matched for each in ranges), False)
+        estimate = sum(map(_estimated, ranges))
+        return JobTotal(round(min(estimate, await self._store.count_all(wanted))), True)
+
+    def _faults_of_size(self, first: int | None, last: int | None) -> Iterator[Violation]:
+        for path, size in (("/first", first), ("/last", last)):
+            if size is not None and not 1 <= size <= self._max_page_size:
+                message = f"Expected 1 to {self._max_page_size} jobs per page; got {size}."
+                yield Violation(path, "out_of_range", message)
+        if first is not None and last is not None:
+            message = "Expected either first or last; got both."
+            yield Violation("/last", "conflicting", message)
+
+    def _as_stored(self, wanted: JobFilter, faults: Sequence[Violation]) -> JobFilter | None:
+        """Return the filter with the names under which jobs are stored. None: it finds no jobs.
+
+        Raises:
+            InputInvalid: there are `faults`, or a value of the filter is wrong.
+        """
+        if len(wanted.types) > MAX_FILTER_TYPES:
+            message = f"Expected at most {MAX_FILTER_TYPES} job types; got {len(wanted.types)}."
+            faults = [*faults, Violation("/filter/types", "too_long", message)]
+        faults = [*faults, *_faults_of(wanted)]
         if faults:
             raise InputInvalid(tuple(faults))
         # The database refuses these names in a query, so no job has one of them.
         types = tuple(
             stored
-            for name in job_filter.types
+            for name in wanted.types
             if text_fault(name) is None
             for stored in self._stored_names(name)
         )
-        if job_filter.types and not types:
-            return JobPage([], has_next_page=False)
-        found = await self._store.list_jobs(
-            replace(job_filter, types=types), owner, first=first + 1, after=after
-        )
-        chosen = found[: first if most is None else min(first, most)]
-        page = await self._read_page(chosen, max_bytes)
-        return JobPage(
-            page.jobs,
-            has_next_page=page.stopped_early or len(found) > len(chosen),
-            stopped_early=page.stopped_early or len(chosen) < min(first, len(found)),
-            weight=page.weight,
-        )
+        return None if wanted.types and not types else replace(wanted, types=types)
 
-    async def _read_page(self, listed: Sequence[Listed], max_bytes: int | None) -> JobPage:
+    async def _read_page(self, listed: Sequence[Listed], max_bytes: int | None) -> _PageRead:
         """Return the first of these jobs, as many as `max_bytes` allows, and one at least.
 
         What is large is read a piece at a time, because objects take more memory than their text.
@@ -413,7 +542,7 @@ class Reading(Opening):
             if each.is_partial:
                 room = PIECE_BYTES if max_bytes is None else max_bytes - weight
                 if max_bytes is not None and jobs and each.size > room:
-                    return _stopped(jobs, weight + each.size)
+                    return _PageRead(jobs, weight + each.size, is_whole=False)
                 if each.job.id not in whole:
                     partial = (other for other in listed[index:] if other.is_partial)
                     ids = ids_of_piece(partial, min(PIECE_BYTES, room))
@@ -423,10 +552,10 @@ class Reading(Opening):
                 continue
             weight_of_job = weight_of(job)
             if max_bytes is not None and jobs and weight + weight_of_job > max_bytes:
-                return _stopped(jobs, weight + weight_of_job)
+                return _PageRead(jobs, weight + weight_of_job, is_whole=False)
             weight += weight_of_job
             jobs.append(job)
-        return JobPage(jobs, has_next_page=False, weight=weight)
+        return _PageRead(jobs, weight, is_whole=True)
 
     async def counts(self) -> dict[str, JobCounts]:
         """Return the number of jobs per type and status, including types no longer registered.

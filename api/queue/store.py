@@ -25,13 +25,17 @@ from sqlmodel import col, select
 from job_registry_api import defaults
 from job_registry_api.queue.database import Database, quoted
 from job_registry_api.queue.filters import (
+    FIRST_ID,
     JSON_VALUES,
+    LAST_ID,
     JobFilter,
+    Slice,
     columns,
+    counted,
     filtered,
     listed,
-    newest,
     owned_by,
+    unfiltered,
 )
 from job_registry_api.queue.models import (
     AttemptOutcome,
@@ -79,7 +83,6 @@ EVENTS_KEPT_SECONDS: Final = 60
 RECOVERY_BATCH: Final = 100
 """How many lost leases one claim recovers at most, so that claims stay fast after an outage."""
 
-_BEHIND_ALL: Final = uuid.UUID(int=2**128 - 1)
 _UNBOUNDED: Final = 2**62
 
 PIECE_BYTES: Final = 1_000_000
@@ -101,7 +104,19 @@ class Listed(NamedTuple):
     is_partial: bool
 
 
-"""Greater than the id of any job."""
+class CountedRange(NamedTuple):
+    """How many jobs in a range of an index were read, and how many of them are wanted.
+
+    The times are those of the newest job, of the last one that was read, and of the oldest one in
+    the range, None if all were read.
+    """
+
+    read: int
+    matched: int
+    newest: datetime | None
+    last: datetime | None
+    oldest: datetime | None
+
 
 EVENT_BATCHES_PRUNED: Final = 10_000
 """How many stored batches one transaction deletes at most."""
@@ -588,18 +603,15 @@ class Store(ABC):
             )
         return attempts, not rows or rows[0]["attempts"] == len(rows)
 
-    async def list_jobs(
-        self, wanted: JobFilter, owner: Owner | None, *, first: int, after: uuid.UUID | None
-    ) -> list[Listed]:
-        """Return jobs of the owner, newest first, starting after `after`, without what is large.
+    async def list_jobs(self, wanted: JobFilter, owner: Owner | None, part: Slice) -> list[Listed]:
+        """Return a part of the jobs of the owner, without what is large.
 
-        It is a keyset page: its cost does not depend on its position. Ids are UUIDv7, so they are
-        in the order of creation.
+        The first jobs come newest first, the last ones oldest first. It is a keyset page: its cost
+        does not depend on its position. Ids are UUIDv7, so they are in the order of creation.
         """
         types, statuses = wanted.types, wanted.statuses
         if owner is not None or not wanted.is_simple:
-            ahead = timedelta(seconds=self._database.ahead_seconds)
-            page = filtered(wanted, owner, first=first, after=after, ahead=ahead)
+            page = filtered(wanted, owner, part, ahead=self._ahead())
         elif len(types) > 1:
             # As a union, 100 types and 4 statuses take half a second to build and to compile.
             pairs = [
@@ -607,13 +619,47 @@ class Store(ABC):
                 for name in dict.fromkeys(types)
                 for status in dict.fromkeys(statuses or JobStatus)
             ]
-            behind = (after or _BEHIND_ALL).hex
-            values = {"pairs": json_text(pairs), "after": behind, "first": first}
-            ids = [row["id"] for row in await self._read("newest", values)]
-            page = listed().where(col(Job.id).in_(ids)).order_by(col(Job.id).desc())
+            values = {
+                "pairs": json_text(pairs),
+                "older_than": (part.after or LAST_ID).hex,
+                "newer_than": (part.before or FIRST_ID).hex,
+                "most": part.size,
+            }
+            found = await self._read("oldest" if part.from_end else "newest", values)
+            ids = [row["id"] for row in found]
+            page = part.taken(listed().where(col(Job.id).in_(ids)))
         else:
-            page = newest(types, statuses, first=first, after=after)
+            page = unfiltered(types, statuses, part)
         return [self._listed_of(row) for row in await self._select(page)]
+
+    async def list_many(self, job_ids: Iterable[uuid.UUID], owner: Owner | None) -> list[Listed]:
+        """Return the jobs of the owner with these ids, without what is large."""
+        query = listed().where(col(Job.id).in_(list(job_ids)), *owned_by(owner))
+        return [self._listed_of(row) for row in await self._select(query)]
+
+    async def count_all(self, wanted: JobFilter) -> int:
+        """Return how many jobs of these types and statuses there are. Few rows are read."""
+        jobs = func.coalesce(func.sum(JobCount.jobs), 0).label("jobs")
+        query = select(jobs)
+        if wanted.types:
+            query = query.where(col(JobCount.type).in_(wanted.types))
+        if wanted.statuses:
+            query = query.where(col(JobCount.status).in_([str(each) for each in wanted.statuses]))
+        (row,) = await self._select(query)
+        return int(row["jobs"])
+
+    async def count_ranges(
+        self, wanted: JobFilter, owner: Owner | None, most: int
+    ) -> list[CountedRange]:
+        """Return how many jobs of the owner are among the newest `most` of each range of an index
+        that may have them.
+        """
+        query = counted(wanted, owner, most=most, ahead=self._ahead())
+        rows = [] if query is None else await self._select(query)
+        return [CountedRange(**row) for row in rows]
+
+    def _ahead(self) -> timedelta:
+        return timedelta(seconds=self._database.ahead_seconds)
 
     async def waiting(self, job_ids: Iterable[uuid.UUID]) -> dict[uuid.UUID, Waiting]:
         """Return what queued jobs wait for. Jobs that are not queued are left out."""

@@ -22,7 +22,7 @@ from job_registry_api.queue.errors import QueueUnavailable
 from job_registry_api.queue.events import running_loop
 from job_registry_api.queue.filters import JobFilter
 from job_registry_api.queue.models import JobRecord
-from job_registry_api.queue.reading import JobPage
+from job_registry_api.queue.reading import JobPage, JobTotal
 
 if TYPE_CHECKING:
     from job_registry_api.queue.queue import JobQueue
@@ -100,11 +100,19 @@ class SyncQueue:
         self,
         job_filter: JobFilter = JobFilter(),
         *,
-        first: int = 50,
+        first: int | None = None,
         after: uuid.UUID | None = None,
+        last: int | None = None,
+        before: uuid.UUID | None = None,
     ) -> JobPage:
         """Return a page of jobs, newest first."""
-        return self._run(lambda: self._queue.list(job_filter, first=first, after=after))
+        return self._run(
+            lambda: self._queue.list(job_filter, first=first, after=after, last=last, before=before)
+        )
+
+    def count(self, job_filter: JobFilter = JobFilter()) -> JobTotal:
+        """Return how many jobs the list has."""
+        return self._run(lambda: self._queue.count(job_filter))
 
     def result(self, job_id: str | uuid.UUID, *, timeout: float | None = None) -> JsonValue:
         """Wait until the job has ended, and return its result."""

@@ -340,7 +340,7 @@ async def test_a_prefix_keeps_the_names_of_both_apart(queue: JobQueue) -> None:
     text = schema.as_str()
     for expected in (
         "type Job {",
-        "type QueueJob {",
+        "type QueueJob implements QueueNode {",
         "type Error {",
         "interface QueueError {",
         "union QueueEnqueueJobResult =",

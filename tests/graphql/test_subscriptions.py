@@ -245,3 +245,4 @@ async def test_the_single_connection_mode_is_refused(address: str) -> None:
     async with httpx.AsyncClient() as client:
         response = await client.put(f"http://{address}/graphql")
     assert (response.status_code, response.headers["allow"]) == (405, "GET, POST")
+    assert "distinct connections mode" in response.json()["errors"][0]["message"]

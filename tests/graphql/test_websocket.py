@@ -13,11 +13,13 @@ from typing import Any, cast
 
 import httpx
 import pytest
+import uvicorn
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidMessage, InvalidStatus
 from websockets.typing import Subprotocol
 
 from job_registry_api.auth import Authenticator
+from job_registry_api.connections import Bounds, ServerConfig
 from job_registry_api.graphql import websocket
 from tests.http_client import serving
 from tests.measured_server import measured_server
@@ -223,6 +225,50 @@ async def test_a_connection_is_initialised_once(socket: ClientConnection) -> Non
     assert await answers(socket, INIT, INIT) == ["connection_ack", 4429]
 
 
+async def test_a_connection_above_the_rate_limit_is_to_be_tried_again(database_url: str) -> None:
+    """After 4403, a client takes its token for a wrong one."""
+    async with serving(database_url, "--no-worker", rate_limit="2/hour") as (address, _):
+        url = f"ws://{address}/graphql"
+        sockets = [await connect(url, subprotocols=[PROTOCOL]) for _ in range(3)]
+        answered = [await answers(socket, INIT) for socket in sockets]
+        assert answered == [["connection_ack"], ["connection_ack"], [1013]]
+        reason = sockets[2].close_reason
+        assert reason is not None
+        assert "2 requests per hour" in reason
+        for socket in sockets:
+            await socket.close()
+
+
+async def test_a_client_that_answers_no_ping_is_to_try_again() -> None:
+    """A laptop that slept. After 1011, which uvicorn sends, clients of graphql-ws give up."""
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "websocket":
+            await receive()
+            await send({"type": "websocket.accept"})
+            await receive()
+
+    bounds = Bounds(100, 5, 5, 5, 5, 1_000, 1_000)
+    config = ServerConfig(cast(Any, application), bounds, port=0, lifespan="off", log_level="error")
+    config.ws_ping_interval = config.ws_ping_timeout = 0.05
+    server = uvicorn.Server(config)
+    serving_task = asyncio.create_task(server.serve())
+    while not server.started:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(
+        b"GET / HTTP/1.1\r\nhost: localhost\r\nupgrade: websocket\r\nconnection: upgrade\r\n"
+        b"sec-websocket-version: 13\r\nsec-websocket-key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+    )
+    async with asyncio.timeout(10):
+        received = await reader.read()
+    writer.close()
+    server.should_exit = True
+    await serving_task
+    assert b"\x03\xf5A ping was not answered" in received
+
+
 async def test_a_flood_of_pings_closes_the_connection(socket: ClientConnection) -> None:
     await answers(socket, INIT)
     with contextlib.suppress(ConnectionClosed):
@@ -317,7 +363,7 @@ async def test_a_client_that_does_not_read_is_closed_with_a_code(database_url: s
         # How long the server reads from the database before its answers are left unread depends on
         # the machine. Five seconds after the close frame it ends the connection: the code is lost.
         codes = [await code_after(seconds) for seconds in (3, 6, 9, 12)]
-        assert 1008 in codes
+        assert 1013 in codes
 
 
 @pytest.mark.slow
@@ -342,4 +388,4 @@ async def test_a_message_has_to_arrive_in_time_and_an_idle_connection_stays(
 
         with contextlib.suppress(ConnectionClosed):
             await socket.send(slow())
-        assert await closed_with(socket) == 1008
+        assert await closed_with(socket) == 1013

@@ -117,7 +117,7 @@ QUICK_QUEUE_TESTS: Final = _queue(
 ABOUT_QUEUE: Final = (
     ("api/queue/caller_transactions.py", _queue("caller_transactions")),
     ("alembic/versions/0002_claims.sql", (*QUICK_QUEUE_TESTS, *_queue("claiming", "locks"))),
-    ("api/queue/statements", (*QUICK_QUEUE_TESTS, *_queue("claiming", "enqueue"))),
+    ("api/queue/statements", (*QUICK_QUEUE_TESTS, *_queue("claiming", "enqueue", "parking"))),
     ("api/queue/claiming.py", (*_queue("claiming"), "tests/test_metrics.py")),
     ("api/queue/database.py", _queue("database", "sqlite_file")),
     ("api/queue/enqueueing.py", _queue("enqueue")),
@@ -127,7 +127,16 @@ ABOUT_QUEUE: Final = (
     ("api/queue/readiness.py", ("tests/test_health.py",)),
     ("api/queue/requests.py", _queue("enqueue")),
     ("api/queue/upkeep.py", _queue("upkeep")),
+    ("api/queue/filters.py", _queue("filters")),
+    ("api/queue/reading.py", _queue("filters", "small_faults")),
+    ("api/queue/replaying.py", _queue("replaying")),
+    ("api/queue/changing.py", _queue("parking", "life_of_a_job")),
+    ("api/queue/p", (*_queue("database"), "tests/test_outages.py")),
+    ("api/queue/sqlite_database.py", _queue("database", "sqlite_file")),
+    ("api/queue/queue.py", _queue("programs", "small_faults")),
     ("alembic/versions/0001_jobs.py", _queue("migrations", "small_faults")),
+    ("alembic/versions/0003_evolution", (*_queue("parking", "claiming"), *QUICK_QUEUE_TESTS)),
+    ("alembic/versions/0004", _queue("filters", "migrations")),
 )
 AREAS: Final = (
     Area(
@@ -183,12 +192,23 @@ AREAS: Final = (
             "tests/graphql/test_typed.py",
             "tests/worker/test_worker.py",
             "tests/worker/test_extensions.py",
+            "tests/cli",
+            "tests/test_uploads.py",
         ),
         ("tests/registry",),
         (
             (
                 "registry/violations.py",
                 ("tests/registry/test_violations.py", "tests/registry/test_payloads.py"),
+            ),
+            ("registry/compatibility.py", ("tests/registry/test_compatibility.py",)),
+            ("registry/evolution.py", ("tests/registry/test_evolution.py",)),
+            ("registry/upgrades.py", ("tests/registry/test_evolution.py",)),
+            ("registry/lock.py", ("tests/cli/test_lock.py",)),
+            ("registry/wire_text.py", ("tests/registry/test_wire_text.py",)),
+            (
+                "registry/asset_files.py",
+                ("tests/registry/test_thumbnails.py", "tests/test_uploads.py"),
             ),
             ("registry/payload", ("tests/registry/test_payloads.py",)),
             ("registry/json_values.py", ("tests/registry/test_payloads.py",)),

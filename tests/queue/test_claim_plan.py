@@ -117,24 +117,32 @@ LISTS = {
 }
 
 
+@pytest.mark.parametrize("size", [{"first": 50}, {"last": 50}], ids=["first", "last"])
 @pytest.mark.parametrize("wanted", LISTS.values(), ids=LISTS.keys())
 async def test_on_sqlite_a_page_of_jobs_reads_indexes_and_sorts_no_more_than_pages(
-    tmp_path: Path, sqlite_template: Path, registry: JobRegistry, wanted: JobFilter
+    tmp_path: Path,
+    sqlite_template: Path,
+    registry: JobRegistry,
+    wanted: JobFilter,
+    size: dict[str, Any],
 ) -> None:
     shutil.copy(sqlite_template, tmp_path / "jobs.db")
     database = open_database(f"sqlite:///{tmp_path / 'jobs.db'}", timeout_seconds=None)
     await fill(database, 2_000)
-    steps = [row[-1] for row in await explained(database, registry, wanted, "EXPLAIN QUERY PLAN")]
+    explain = "EXPLAIN QUERY PLAN"
+    steps = [row[-1] for row in await explained(database, registry, wanted, explain, **size)]
     await database.close()
     # Without a filter the primary key is read, in its order. `anon` are the ids of some pages.
-    scans = [s for s in steps if re.match(r"SCAN (?!anon|pair|newest|\(subquery)(?!.* USING)", s)]
+    scans = [
+        s for s in steps if re.match(r"SCAN (?!anon|pair|newest|oldest|\(subquery)(?!.* USING)", s)
+    ]
     assert not scans, steps
     if len(wanted.types) < 2 and len(wanted.statuses) < 2:
         assert not [step for step in steps if "TEMP B-TREE" in step], steps
 
 
 async def explained(
-    database: Database, registry: JobRegistry, wanted: JobFilter, explain: str
+    database: Database, registry: JobRegistry, wanted: JobFilter, explain: str, **size: Any
 ) -> list[Any]:
     """The plan of the query that `list_jobs` runs."""
     ran: list[tuple[str, Any]] = []
@@ -143,7 +151,7 @@ async def explained(
         ran.append((sql, parameters))
 
     event.listen(database.engine.sync_engine, "before_cursor_execute", note)
-    await JobQueue(registry, database).list(wanted)
+    await JobQueue(registry, database).list(wanted, **size)
     event.remove(database.engine.sync_engine, "before_cursor_execute", note)
     sql, parameters = ran[0]  # That of the page; those after it read jobs by their ids.
     async with database.reading() as connection:
@@ -165,8 +173,9 @@ async def test_on_postgresql_what_an_operation_reads_does_not_grow_with_the_queu
             "next due": await blocks(database, NEXT_DUE),
         }
         for name, wanted in LISTS.items():
-            ((plan,),) = await explained(database, registry, wanted, EXPLAIN)
-            read[jobs][f"list of {name}"] = blocks_of(plan)
+            for size in ({"first": 50}, {"last": 50}):
+                ((plan,),) = await explained(database, registry, wanted, EXPLAIN, **size)
+                read[jobs][f"{size} of {name}"] = blocks_of(plan)
     await database.close()
     small, large = read.values()
     # An index has a level more, perhaps, for each job of a page and of the pages it is made of.

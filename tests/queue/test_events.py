@@ -12,7 +12,7 @@ import textwrap
 import threading
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
 
 import httpx
@@ -27,7 +27,6 @@ from job_registry_api.queue.enqueueing import Enqueued
 from job_registry_api.queue.errors import EventsMissed, LeaseLost
 from job_registry_api.queue.event_stream import Gap, KeptBatches
 from job_registry_api.queue.events import (
-    MAX_UNREAD_EVENTS,
     STATUS_AFTER,
     JobEvent,
     Subscription,
@@ -36,6 +35,7 @@ from job_registry_api.queue.events import (
 from job_registry_api.queue.models import JobError, JobStatus
 from job_registry_api.queue.postgresql_database import PostgreSQLDatabase
 from job_registry_api.queue.queue import JobQueue
+from job_registry_api.queue.recent_events import KEPT_SECONDS, RecentEvents
 from job_registry_api.queue.store import EVENTS_KEPT_SECONDS, message_of
 from tests import CODE
 
@@ -167,18 +167,60 @@ async def test_a_subscriber_gets_nothing_that_its_process_did_before(queue: JobQ
         assert (event.name, event.job_id) == ("job.cancelled", first.id)
 
 
-async def test_a_slow_subscriber_is_dropped_with_an_error_and_holds_nobody_up(
-    queue: JobQueue,
+async def test_no_burst_drops_a_subscriber(queue: JobQueue) -> None:
+    with queue.events.subscribe() as slow:
+        for _ in range(3):
+            await queue.enqueue_many([PING] * 900)
+        await take(slow, 2_700)
+
+
+async def test_a_subscriber_that_is_too_far_behind_is_dropped_and_holds_nobody_up(
+    queue: JobQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("job_registry_api.queue.recent_events.MAX_KEPT_EVENTS", 1_000)
     with queue.events.subscribe() as slow, queue.events.subscribe() as other:
-        await queue.enqueue_many([PING] * 900)
-        await take(other, 900)
-        await queue.enqueue_many([PING] * 900)
-        # The other one reads in time, and misses nothing.
-        await take(other, 900)
-        await take(slow, MAX_UNREAD_EVENTS)
+        for _ in range(3):
+            await queue.enqueue_many([PING] * 900)
+            # The other one reads in time, and misses nothing.
+            await take(other, 900)
         with pytest.raises(EventsMissed, match="behind"):
             await anext(slow)
+    assert len(queue.events._recent._entries) < 1_300
+
+
+async def test_events_are_kept_for_a_minute() -> None:
+    now = 1_000_000.0
+    recent: RecentEvents[str] = RecentEvents(clock=lambda: now)
+    for number in range(300):
+        recent.append(f"event {number}")
+    now += KEPT_SECONDS - 1
+    for number in range(300):
+        recent.append(f"later event {number}")
+    assert recent.read(0, 1) == ([(1, 1_000_000, "event 0")], 1)
+    now += 2
+    for number in range(300):
+        recent.append(f"last event {number}")
+    with pytest.raises(EventsMissed, match="60 seconds"):
+        recent.read(0, 1)
+    assert recent.read(300, 1) == ([(301, 1_000_059, "later event 0")], 301)
+
+
+@pytest.mark.any_database
+async def test_a_subscriber_whom_nothing_concerned_is_not_behind(
+    queue: JobQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("job_registry_api.queue.recent_events.MAX_KEPT_EVENTS", 300)
+    with queue.events.subscribe(types=["test.pong"]) as waiting:
+        # The wait is interrupted now and then, as a subscription over HTTP does.
+        for _ in range(3):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(0.2):
+                    await asyncio.gather(anext(waiting), queue.enqueue_many([PING] * 900))
+        following = asyncio.create_task(anext(waiting))
+        await asyncio.sleep(0)
+        await queue.enqueue_many([PING] * 900)
+        job = (await queue.enqueue(EnqueueRequest("test.pong", {}))).job
+        assert (await asyncio.wait_for(following, 10)).job_id == job.id
 
 
 async def test_nothing_is_delivered_of_what_was_not_committed(
@@ -284,9 +326,12 @@ async def test_a_broken_subscriber_harms_neither_the_caller_nor_the_others(
     queue: JobQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with queue.events.subscribe() as broken, queue.events.subscribe() as sound:
-        monkeypatch.setattr(broken, "offer", _unwritable)
+        monkeypatch.setattr(broken, "wake", _unwritable)
+        waiting = asyncio.create_task(broken.wait())
+        await asyncio.sleep(0)
         job = (await queue.enqueue(PING)).job
         assert [event.job_id for event in await take(sound, 1)] == [job.id]
+        waiting.cancel()
     assert queue.events.failures == 1
 
 

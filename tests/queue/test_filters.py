@@ -7,6 +7,7 @@ import json
 import re
 import uuid
 from datetime import UTC, datetime, timedelta
+from itertools import product
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from job_registry import EnqueueRequest
 from job_registry_api import JobFilter, JobQueue
 from job_registry_api.queue import filters
 from job_registry_api.queue.errors import InputInvalid
-from job_registry_api.queue.filters import filtered
+from job_registry_api.queue.filters import Slice, counted, filtered
 from job_registry_api.queue.models import JobError, JobRecord, JobStatus, Owner
 from tests.conftest import run_sql
 
@@ -210,8 +211,15 @@ SQLITE = {
 }
 
 
-def plan_of(url: str, wanted: JobFilter, owner: Owner | None) -> str:
-    query = filtered(wanted, owner, first=51, after=None)
+def queries_of(wanted: JobFilter, owner: Owner | None) -> dict[str, Any]:
+    return {
+        "first": filtered(wanted, owner, Slice(51)),
+        "last": filtered(wanted, owner, Slice(51, from_end=True)),
+        "total": counted(wanted, owner, most=51),
+    }
+
+
+def plan_of(url: str, query: Any) -> str:
     kind: Any = sqlite if url.startswith("sqlite") else postgresql
     dialect = kind.dialect()
     text = str(query.compile(dialect=dialect, compile_kwargs={"literal_binds": True}))
@@ -235,8 +243,11 @@ def test_each_filter_reads_its_index_and_no_whole_table(
         FILL.format(**(SQLITE if is_sqlite else POSTGRESQL)),
         "ANALYZE",
     )
-    for name, (wanted, owner, indexes) in INDEXES.items():
-        plan = plan_of(database_url, wanted, owner)
+    for (name, (wanted, owner, indexes)), part in product(
+        INDEXES.items(), ("first", "last", "total")
+    ):
+        plan = plan_of(database_url, queries_of(wanted, owner)[part])
+        name = f"{part} of {name}"
         names = {"sqlite_autoindex_job_1" if each == "job_pkey" else each for each in indexes}
         if not is_sqlite:
             names = indexes

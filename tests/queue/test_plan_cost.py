@@ -111,6 +111,8 @@ async def work(queue: JobQueue, types: list[str]) -> None:
         await queue.list(JobFilter(types=tuple(types)))
         await queue.list(JobFilter(statuses=(JobStatus.QUEUED, JobStatus.RUNNING)))
         await queue.list(JobFilter((name,), (JobStatus.SUCCEEDED,)), after=job.id)
+        await queue.list(JobFilter(types=tuple(types)), last=50)
+        await queue.count(JobFilter(created_by="ada"))
         await queue.prune(JobStatus.SUCCEEDED, keep_seconds=3_600, jobs=100)
         await queue.tidy()
 

@@ -167,11 +167,24 @@ JOIN job_registry.job ON job.type = wanted.type AND job.idempotency_key = wanted
 SELECT newest.id FROM jsonb_to_recordset(CAST(:pairs AS jsonb)) AS pair (type text, status text)
 CROSS JOIN LATERAL (
     SELECT job.id FROM job_registry.job
-    WHERE job.type = pair.type AND job.status >= pair.status
-        AND (job.status, job.id) < (pair.status, CAST(:after AS uuid))
-    ORDER BY job.status DESC, job.id DESC LIMIT :first
+    WHERE job.type = pair.type
+        AND (job.status, job.id) > (pair.status, CAST(:newer_than AS uuid))
+        AND (job.status, job.id) < (pair.status, CAST(:older_than AS uuid))
+    ORDER BY job.status DESC, job.id DESC LIMIT :most
 ) AS newest
-ORDER BY newest.id DESC LIMIT :first
+ORDER BY newest.id DESC LIMIT :most
+
+-- name: oldest
+-- The ids of the oldest jobs of several types and statuses, as `newest` reads the newest.
+SELECT oldest.id FROM jsonb_to_recordset(CAST(:pairs AS jsonb)) AS pair (type text, status text)
+CROSS JOIN LATERAL (
+    SELECT job.id FROM job_registry.job
+    WHERE job.type = pair.type
+        AND (job.status, job.id) > (pair.status, CAST(:newer_than AS uuid))
+        AND (job.status, job.id) < (pair.status, CAST(:older_than AS uuid))
+    ORDER BY job.status, job.id LIMIT :most
+) AS oldest
+ORDER BY oldest.id LIMIT :most
 
 -- name: lease_states
 -- Return the states of leases: in force, job succeeded by this lease, or neither.

@@ -313,9 +313,20 @@ SELECT payload FROM job WHERE id = :id
 SELECT job.id FROM json_each(:pairs) AS pair CROSS JOIN job ON job.id IN (
     SELECT newest.id FROM job AS newest
     WHERE newest.type = json_extract(pair.value, '$.type')
-        AND newest.status = json_extract(pair.value, '$.status') AND newest.id < :after
-    ORDER BY newest.id DESC LIMIT :first)
-ORDER BY job.id DESC LIMIT :first
+        AND newest.status = json_extract(pair.value, '$.status')
+        AND newest.id < :older_than AND newest.id > :newer_than
+    ORDER BY newest.id DESC LIMIT :most)
+ORDER BY job.id DESC LIMIT :most
+
+-- name: oldest
+-- The ids of the oldest jobs of several types and statuses, as `newest` reads the newest.
+SELECT job.id FROM json_each(:pairs) AS pair CROSS JOIN job ON job.id IN (
+    SELECT oldest.id FROM job AS oldest
+    WHERE oldest.type = json_extract(pair.value, '$.type')
+        AND oldest.status = json_extract(pair.value, '$.status')
+        AND oldest.id < :older_than AND oldest.id > :newer_than
+    ORDER BY oldest.id LIMIT :most)
+ORDER BY job.id LIMIT :most
 
 -- name: lease_states
 -- Return the states of leases: in force, job succeeded by this lease, or neither.

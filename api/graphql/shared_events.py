@@ -1,0 +1,254 @@
+"""The results of subscriptions, executed once for all subscribers that get the same.
+
+Two subscribers get the same if they sent the same operation and variables, and if nothing in the
+rights of their callers makes a difference.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
+from inspect import isawaitable
+from typing import Any, Final, NamedTuple
+
+from graphql import Executor as OperationExecutor
+from graphql import execute_subscription_event
+from pydantic_core import to_json
+
+from job_registry_api.answer_text import json_in_pieces
+from job_registry_api.graphql.context import Context
+from job_registry_api.graphql.request_errors import format_result
+from job_registry_api.graphql.subscriptions import FollowedJobs, JobEvent
+from job_registry_api.queue import events
+from job_registry_api.turns import SLICE_SECONDS, Turns
+
+BATCH_EVENTS: Final = 64
+"""The most events of a batch. Batches end at multiples of it, so that subscribers that began at
+different events soon share batches."""
+
+BATCH_BYTES: Final = 262_144
+"""A batch ends with the result that makes it this long."""
+
+MAX_KEPT_BYTES: Final = 33_554_432
+"""The most bytes of results that are kept for further subscribers, in one process. Whoever is
+behind those that are kept has them executed again."""
+
+_OVERHEAD: Final = 500
+"""About how many bytes a result, or a batch, takes beside its text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The JSON text of one result.
+
+    `errors` are set if the result has no data: nothing was executed, or the events have ended.
+    """
+
+    text: bytes
+    event_id: str | None = None
+    errors: Sequence[dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Results that are sent at once. Several subscribers may have the same object."""
+
+    each: tuple[Answer, ...]
+
+    @cached_property
+    def as_events(self) -> bytes:
+        """The results as server-sent events, made once for all subscribers."""
+        return b"".join(map(_as_event, self.each))
+
+
+async def answers_of(content: dict[str, Any]) -> Answers:
+    """Return one formatted result."""
+    errors = None if "data" in content else content["errors"]
+    return Answers((Answer(await json_in_pieces(content), errors=errors),))
+
+
+class _Batch(NamedTuple):
+    """The events of a group after one number and up to another, and their results."""
+
+    events: tuple[events.JobEvent, ...]
+    answers: Answers
+    end: int
+    size: int
+
+
+class SharedEvents:
+    """The groups of subscribers that share results, of one application."""
+
+    def __init__(self) -> None:
+        self._groups: dict[object, _Group] = {}
+        self._kept: OrderedDict[tuple[_Group, int], int] = OrderedDict()
+        """The size of each batch that is kept, the oldest first."""
+        self._kept_bytes = 0
+        self._turns = Turns()
+
+    async def answers(
+        self,
+        operation: object,
+        build: Callable[[Context], OperationExecutor[Any]],
+        followed: FollowedJobs,
+        after: str | None,
+    ) -> AsyncGenerator[Answers]:
+        """Yield the results of a subscription, from the event with the id `after` on.
+
+        Operations that are equal are the same for everybody. `build` builds one for a context.
+
+        Raises:
+            EventsMissed: events were missed.
+            JobNotFound: the caller follows one job, and may not see it.
+            Unauthenticated: the caller's token has expired or is otherwise invalid.
+        """
+        with (
+            followed.subscribed(after) as subscription,
+            self._joined(operation, build, followed) as group,
+        ):
+            current = await followed.current()
+            if current is not None and after is None:
+                yield await answers_of(await group.execute(current))
+            while True:
+                await followed.wait(subscription)
+                await self._turns.take()
+                batch = group.batches.get(subscription.position)
+                if batch is None:
+                    batch = await group.batch_after(subscription.position)
+                    # Others may have waited for the same batch.
+                    await self._turns.take()
+                subscription.position = batch.end
+                skipped = [subscription.is_skipped(event) for event in batch.events]
+                if not any(skipped):
+                    answers = batch.answers
+                else:
+                    kept = zip(batch.answers.each, skipped, strict=True)
+                    answers = Answers(tuple(each for each, is_skipped in kept if not is_skipped))
+                if answers.each:
+                    yield answers
+
+    def keep(self, group: _Group, after: int, batch: _Batch) -> None:
+        """Keep a batch for the other subscribers of its group."""
+        group.batches[after] = batch
+        self._kept[group, after] = batch.size
+        self._kept_bytes += batch.size
+        while self._kept_bytes > MAX_KEPT_BYTES:
+            self._forget(*next(iter(self._kept)))
+
+    @contextmanager
+    def _joined(
+        self,
+        operation: object,
+        build: Callable[[Context], OperationExecutor[Any]],
+        followed: FollowedJobs,
+    ) -> Iterator[_Group]:
+        """Return the group of those who get the same results."""
+        # What is executed for all knows nothing of its callers that is not in the key.
+        caller = followed.context.caller.as_reader()
+        key = (operation, caller)
+        group = self._groups.get(key)
+        if group is None:
+            group = self._groups[key] = _Group(self, build, followed.shared_by(caller))
+        group.members += 1
+        try:
+            yield group
+        finally:
+            group.members -= 1
+            if not group.members:
+                del self._groups[key]
+                group.end()
+                for after in tuple(group.batches):
+                    self._forget(group, after)
+
+    def _forget(self, group: _Group, after: int) -> None:
+        del group.batches[after]
+        self._kept_bytes -= self._kept.pop((group, after))
+
+
+class _Group:
+    """Subscribers that get the same results."""
+
+    def __init__(
+        self,
+        shared: SharedEvents,
+        build: Callable[[Context], OperationExecutor[Any]],
+        followed: FollowedJobs,
+    ) -> None:
+        self.members = 0
+        self.batches: dict[int, _Batch] = {}
+        """The batches that are kept, by the number that they begin after."""
+        self._shared = shared
+        self._followed = followed
+        self._operation = build(followed.context)
+        self._executing = asyncio.Lock()
+        self._made: dict[int, asyncio.Task[_Batch]] = {}
+
+    async def batch_after(self, after: int) -> _Batch:
+        """Make a batch, or wait for the one that is being made.
+
+        Raises:
+            EventsMissed: the next events cannot be read any more.
+        """
+        making = self._made.get(after)
+        if making is None:
+            making = self._made[after] = asyncio.create_task(self._make(after))
+            making.add_done_callback(partial(self._is_made, after))
+        # The subscriber that began it may leave.
+        return await asyncio.shield(making)
+
+    async def execute(self, event: JobEvent) -> dict[str, Any]:
+        """Return the formatted result of one event."""
+        async with self._executing:
+            self._followed.context.forget()
+            result = execute_subscription_event(self._operation.build_per_event_executor(event))
+            return format_result(await result if isawaitable(result) else result)
+
+    def end(self) -> None:
+        """Make no more batches: nobody is left."""
+        for making in self._made.values():
+            making.cancel()
+
+    async def _make(self, after: int) -> _Batch:
+        found, end = self._followed.read(after, BATCH_EVENTS - after % BATCH_EVENTS)
+        found = await self._followed.visible(found)
+        answers: list[Answer] = []
+        size = 0
+        begun = time.monotonic()
+        for each in found:
+            content = await self.execute(JobEvent.of(each.item))
+            is_large = self._followed.context.budget.is_large
+            text = await json_in_pieces(content) if is_large else to_json(content)
+            answers.append(Answer(text, self._followed.id_of(each)))
+            size += len(text) + _OVERHEAD
+            if size > BATCH_BYTES:
+                end = each.number
+                break
+            if time.monotonic() - begun > SLICE_SECONDS:
+                await asyncio.sleep(0)
+                begun = time.monotonic()
+        executed = tuple(each.item for each in found[: len(answers)])
+        batch = _Batch(executed, Answers(tuple(answers)), end, size + _OVERHEAD)
+        if self.members > 1:
+            self._shared.keep(self, after, batch)
+        return batch
+
+    def _is_made(self, after: int, making: asyncio.Task[_Batch]) -> None:
+        del self._made[after]
+        if not making.cancelled():
+            making.exception()  # Whoever waits for it gets it. Nobody may.
+
+
+def _as_event(answer: Answer) -> bytes:
+    if answer.errors is not None:
+        # Without this, a browser would continue after an event that cannot be continued after.
+        name = b"id:\n"
+    elif answer.event_id is not None:
+        name = b"id: " + answer.event_id.encode() + b"\n"
+    else:
+        name = b""
+    return b"event: next\n" + name + b"data: " + answer.text + b"\n\n"

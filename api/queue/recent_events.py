@@ -1,0 +1,117 @@
+"""The latest events of all processes, numbered in the order in which this process read them.
+
+Every subscriber reads from this one list, so a subscriber that is behind costs no memory of its
+own, and a burst of events drops nobody.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from collections.abc import Callable
+from typing import Final, Generic, NamedTuple, TypeVar
+
+from job_registry_api.queue.errors import EventsMissed
+from job_registry_api.queue.event_stream import Gap
+
+KEPT_SECONDS: Final = 60.0
+"""How long an event can be read. A subscriber that is further behind has missed it."""
+
+MAX_KEPT_EVENTS: Final = 50_000
+"""The most events that can be read, about 15 MB. Older ones are dropped first."""
+
+MAX_CLOCK_SKEW: Final = 5.0
+"""How far the clocks of two processes may differ, in seconds, for `position_of`."""
+
+_TRIMMED_AT_ONCE: Final = 256
+
+T = TypeVar("T")
+
+
+class Numbered(NamedTuple, Generic[T]):
+    """An event, its number in this process, and when it was read, in seconds of Unix time."""
+
+    number: int
+    at: int
+    item: T
+
+
+class RecentEvents(Generic[T]):
+    """A list that is appended to at its end and trimmed at its beginning.
+
+    Numbers begin at 1 and have no holes. A `Gap` has a number too: nobody can read across it.
+    """
+
+    def __init__(self, *, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self._entries: list[tuple[float, T | Gap]] = []
+        self._first = 1
+        self._complete_since = clock()
+        """From when on the entries are all events that there were."""
+
+    @property
+    def last(self) -> int:
+        """The number of the newest entry, 0 before the first."""
+        return self._first + len(self._entries) - 1
+
+    def append(self, item: T | Gap) -> int:
+        """Add an event or a gap, and return its number."""
+        now = self._clock()
+        self._entries.append((now, item))
+        if isinstance(item, Gap):
+            self._complete_since = now
+        if self.last % _TRIMMED_AT_ONCE == 0:
+            self._trim(now)
+        return self.last
+
+    def read(self, after: int, most: int) -> tuple[list[Numbered[T]], int]:
+        """Return up to `most` events after a number, and the number to read on after.
+
+        Raises:
+            EventsMissed: the next event is no longer kept, or there is a gap before it.
+        """
+        begin = after + 1 - self._first
+        if begin < 0:
+            raise EventsMissed(
+                f"the subscriber was more than {KEPT_SECONDS:.0f} seconds"
+                f" or {MAX_KEPT_EVENTS:,} events behind"
+            )
+        found: list[Numbered[T]] = []
+        for number, (at, item) in enumerate(self._entries[begin : begin + most], after + 1):
+            if isinstance(item, Gap):
+                if not found and number == after + 1:
+                    raise EventsMissed(item.reason)
+                return found, number - 1
+            found.append(Numbered(number, int(at), item))
+        return found, after + len(found)
+
+    def position_of(
+        self, is_event: Callable[[T], bool], at: int, is_number: Callable[[int], bool]
+    ) -> int | None:
+        """Return the number of an event that was read at this time, here or in another process.
+
+        `is_number` recognizes the number of an event of this process. Another process has read the
+        same events in the same order, so there the first equal event at that time is taken: nothing
+        after it is missed, and what lies between two equal ones may be read again. Return None if
+        events after it may not be kept.
+        """
+        equal = [
+            (when, number)
+            for number, (when, item) in enumerate(self._entries, self._first)
+            if not isinstance(item, Gap) and is_event(item)
+        ]
+        for _, number in equal:
+            if is_number(number):
+                return number
+        if self._complete_since > at - MAX_CLOCK_SKEW:
+            return None
+        return next((n for when, n in equal if abs(when - at) <= MAX_CLOCK_SKEW + 1), None)
+
+    def _trim(self, now: float) -> None:
+        old = bisect_left(self._entries, now - KEPT_SECONDS, key=lambda entry: entry[0])
+        # The newest entry stays, also where the clock was set back.
+        dropped = min(max(old, len(self._entries) - MAX_KEPT_EVENTS), len(self._entries) - 1)
+        if dropped > 0:
+            del self._entries[:dropped]
+            self._first += dropped
+            self._complete_since = max(self._complete_since, self._entries[0][0])

@@ -1,0 +1,375 @@
+"""Many subscribers: an event is executed once for all that get the same, and nobody gets more."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, MutableMapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import httpx
+import jwt
+import pytest
+
+from job_registry import EnqueueRequest
+from job_registry_api.auth import JOB_TYPES_CLAIM
+from job_registry_api.graphql import shared_events
+from job_registry_api.queue import recent_events
+from job_registry_api.queue.queue import JobQueue
+from job_registry_api.turns import Turns
+from tests.http_client import Visit, application_of, queue_of
+from tests.test_own_jobs import AUTH, SECRET
+
+pytestmark = pytest.mark.any_database
+
+PING, PONG = EnqueueRequest("test.ping", {}), EnqueueRequest("test.pong", {})
+JOBS = "subscription ($types: [String!]) { jobEvents(jobTypes: $types) { name job { id } } }"
+IDS = "subscription { jobEvents { jobId } }"
+ONE = "subscription ($id: ID) { jobEvents(jobId: $id) { name status } }"
+
+
+class Stream:
+    """The server-sent events of one subscriber: an HTTP client without buffers."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self.hang_up = asyncio.Event()
+
+    @property
+    def events(self) -> list[tuple[str, Any]]:
+        """The id and the data of each `next` event so far."""
+        found = []
+        for event in self.text.split("\n\n"):
+            fields = dict(line.split(":", 1) for line in event.splitlines() if ":" in line)
+            if fields.get("event") == " next":
+                found.append((fields.get("id", "none").strip(), json.loads(fields["data"])))
+        return found
+
+    @property
+    def data(self) -> list[Any]:
+        """What each event has of the subscription's field."""
+        return [content["data"]["jobEvents"] for _, content in self.events]
+
+    @property
+    def codes(self) -> list[str]:
+        """The codes of all errors."""
+        contents = [content for _, content in self.events]
+        return [e["extensions"]["code"] for each in contents for e in each.get("errors", ())]
+
+    async def until(self, count: int) -> None:
+        """Wait for this many events, and then for one that is too many."""
+        async with asyncio.timeout(20):
+            while self.text.count("event: next") < count:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)
+        assert len(self.events) == count
+
+
+@asynccontextmanager
+async def following(
+    client: httpx.AsyncClient,
+    query: str = IDS,
+    headers: dict[str, str] | None = None,
+    **variables: Any,
+) -> AsyncIterator[Stream]:
+    """Subscribe until the block is left."""
+    application, stream = application_of(client), Stream()
+    body = json.dumps({"query": query, "variables": variables}).encode()
+    messages = [{"type": "http.request", "body": body}]
+
+    async def receive() -> dict[str, Any]:
+        if messages:
+            return messages.pop()
+        await stream.hang_up.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        stream.text += message.get("body", b"").decode()
+
+    given = {"content-type": "application/json", "accept": "text/event-stream"} | (headers or {})
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/graphql",
+        "query_string": b"",
+        "headers": [(name.encode(), value.encode()) for name, value in given.items()],
+    }
+    before = queue_of(client).events.subscribers
+    serving = asyncio.create_task(application(scope, receive, send))
+    try:
+        async with asyncio.timeout(10):
+            while queue_of(client).events.subscribers == before and "event:" not in stream.text:  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+        yield stream
+    finally:
+        stream.hang_up.set()
+        await serving
+
+
+def bearer(subject: str, scope: str, **claims: Any) -> dict[str, str]:
+    claims |= {"iss": "https://i.example", "aud": "jobs", "sub": subject, "scope": scope}
+    token = jwt.encode({"exp": int(time.time()) + 600, **claims}, SECRET, "HS256")
+    return {"authorization": f"Bearer {token}"}
+
+
+# Once for all
+
+
+async def test_an_event_is_executed_once_for_all_subscribers_of_an_operation(
+    visit: Visit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = 0
+    get = JobQueue.get
+
+    async def counted(*arguments: Any, **options: Any) -> Any:
+        nonlocal reads
+        reads += 1
+        return await get(*arguments, **options)
+
+    monkeypatch.setattr(JobQueue, "get", counted)
+    async with visit() as client, AsyncExitStack() as stack:
+        streams = [await stack.enter_async_context(following(client, JOBS)) for _ in range(10)]
+        # Another operation, and other variables, are executed for themselves.
+        other = await stack.enter_async_context(following(client, JOBS.replace("name ", "")))
+        types = await stack.enter_async_context(following(client, JOBS, types=["test.ping"]))
+        job = (await queue_of(client).enqueue(PING)).job
+        for stream in (*streams, other, types):
+            await stream.until(1)
+    assert reads == 3
+    assert [each.data for each in (*streams, types)] == [
+        [{"name": "job.created", "job": {"id": str(job.id)}}]
+    ] * 11
+    assert other.data == [{"job": {"id": str(job.id)}}]
+    assert len({stream.text for stream in streams}) == 1
+
+
+async def test_callers_with_other_rights_share_nothing(visit: Visit) -> None:
+    async with visit(**AUTH) as client, AsyncExitStack() as stack:
+        query = "subscription { jobEvents { type job { createdBy payload } } }"
+        rights = {
+            "ada": bearer("ada", "jobs:own"),
+            "bob": bearer("bob", "jobs:own"),
+            "carol": bearer("carol", "jobs:read"),
+            "dora": bearer("dora", "jobs:read"),
+            "limited": bearer("eve", "jobs:read", **{JOB_TYPES_CLAIM: ["test.pong"]}),
+            "limited own": bearer("ada", "jobs:own", **{JOB_TYPES_CLAIM: ["test.pong"]}),
+        }
+        streams = {
+            name: await stack.enter_async_context(following(client, query, headers))
+            for name, headers in rights.items()
+        }
+        queue = queue_of(client)
+        for request, subject in ((PING, "ada"), (PING, "bob"), (PONG, "ada"), (PONG, "bob")):
+            await queue.enqueue(request, created_by=subject)
+        for name in ("carol", "dora"):
+            await streams[name].until(4)
+        for name in ("ada", "bob", "limited"):
+            await streams[name].until(2)
+        await streams["limited own"].until(1)
+        seen = {
+            name: {(each["type"], each["job"]["createdBy"]) for each in stream.data}
+            for name, stream in streams.items()
+        }
+    everything = {(t, c) for t in ("test.ping", "test.pong") for c in ("ada", "bob")}
+    assert seen == {
+        "ada": {each for each in everything if each[1] == "ada"},
+        "bob": {each for each in everything if each[1] == "bob"},
+        "carol": everything,
+        "dora": everything,
+        "limited": {each for each in everything if each[0] == "test.pong"},
+        "limited own": {("test.pong", "ada")},
+    }
+
+
+async def test_a_subscription_ends_with_its_own_token_and_leaves_the_others(visit: Visit) -> None:
+    async with visit(auth_leeway_seconds="0", **AUTH) as client, AsyncExitStack() as stack:
+        short = bearer("ada", "jobs:read", exp=int(time.time()) + 2)
+        expiring = await stack.enter_async_context(following(client, IDS, short))
+        staying = await stack.enter_async_context(
+            following(client, IDS, bearer("bob", "jobs:read"))
+        )
+        await queue_of(client).enqueue(PING)
+        await staying.until(1)
+        async with asyncio.timeout(10):
+            while "complete" not in expiring.text:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        await queue_of(client).enqueue(PING)
+        await staying.until(2)
+    assert expiring.codes == ["unauthenticated"]
+    assert expiring.text.count("jobId") == 1
+
+
+# Bursts
+
+
+async def test_a_bulk_drops_no_subscriber(visit: Visit) -> None:
+    async with visit() as client, AsyncExitStack() as stack:
+        streams = [await stack.enter_async_context(following(client)) for _ in range(2)]
+        for _ in range(2):
+            await queue_of(client).enqueue_many([PING] * 600)
+        for stream in streams:
+            await stream.until(1_200)
+    assert len({each["jobId"] for each in streams[0].data}) == 1_200
+
+
+async def test_results_that_are_not_kept_are_executed_again(
+    visit: Visit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_events, "MAX_KEPT_BYTES", 1_000)
+    monkeypatch.setattr(shared_events, "BATCH_BYTES", 1_000)
+    async with visit() as client, AsyncExitStack() as stack:
+        streams = [await stack.enter_async_context(following(client)) for _ in range(3)]
+        await queue_of(client).enqueue_many([PING] * 200)
+        for stream in streams:
+            await stream.until(200)
+        assert len({stream.text for stream in streams}) == 1
+
+
+async def test_subscribers_that_leave_leave_nothing_behind(visit: Visit) -> None:
+    async with visit() as client:
+        await queue_of(client).enqueue(PING)
+        before = len(asyncio.all_tasks())
+        for _ in range(3):
+            async with AsyncExitStack() as stack:
+                for number in range(20):
+                    types = ["test.ping", "test.pong"][: number % 3] or None
+                    await stack.enter_async_context(following(client, JOBS, types=types))
+                await queue_of(client).enqueue(PING)
+        assert queue_of(client).events.subscribers == 0
+        async with asyncio.timeout(5):
+            while len(asyncio.all_tasks()) > before:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+
+
+async def test_many_tasks_take_turns_and_others_run_in_between() -> None:
+    turns, running = Turns(), 0
+    longest = 0
+
+    async def busy() -> None:
+        nonlocal running
+        await turns.take()
+        running += 1
+        time.sleep(0.001)  # noqa: ASYNC251
+
+    async def other() -> None:
+        nonlocal running, longest
+        while True:
+            longest, running = max(longest, running), 0
+            await asyncio.sleep(0)
+
+    watching = asyncio.create_task(other())
+    tasks = [asyncio.create_task(busy()) for _ in range(100)]
+    tasks[50].cancel()
+    await asyncio.wait(tasks)
+    watching.cancel()
+    assert longest <= 8
+    # Whoever comes later is not kept waiting.
+    async with asyncio.timeout(5):
+        await turns.take()
+
+
+# Continuing
+
+
+async def test_a_client_continues_after_the_last_event_it_has(visit: Visit) -> None:
+    async with visit() as client:
+        queue = queue_of(client)
+        async with following(client) as first:
+            await queue.enqueue_many([PING] * 3)
+            await first.until(3)
+        ids = [event_id for event_id, _ in first.events]
+        assert len(set(ids)) == 3
+        await queue.enqueue(PONG)
+        async with following(client, IDS, {"last-event-id": ids[2]}) as again:
+            await again.until(1)
+            await queue.enqueue(PONG)
+            await again.until(2)
+        async with following(client, IDS, {"last-event-id": ids[0]}) as earlier:
+            await earlier.until(4)
+    assert earlier.events == first.events[1:] + again.events
+    assert len({each["jobId"] for each in (*first.data, *again.data)}) == 5
+
+
+async def test_a_client_continues_in_another_process(
+    visit: Visit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Both have read events for longer than their clocks may differ.
+    monkeypatch.setattr(recent_events, "MAX_CLOCK_SKEW", -60.0)
+    async with visit() as one, visit() as other:
+        async with following(one) as first:
+            await queue_of(one).enqueue_many([PING] * 3)
+            await first.until(3)
+        await queue_of(one).enqueue(PONG)
+        monkeypatch.setattr(recent_events, "MAX_CLOCK_SKEW", 5.0)
+        last = {"last-event-id": first.events[1][0]}
+        async with following(other, IDS, last) as refused:
+            await refused.until(1)
+        monkeypatch.setattr(queue_of(other).events._recent, "_complete_since", 0.0)
+        async with following(other, IDS, last) as again:
+            await again.until(2)
+    assert again.data[0] == first.data[2]
+    # It began to read events too short a time ago to know that none is missing.
+    assert refused.codes == ["events_missed"]
+
+
+@pytest.mark.parametrize("unknown", ["1", "0123456789ab/1/2/3/4", "é/é", "x" * 5_000])
+async def test_a_client_that_cannot_continue_is_told_so_once(visit: Visit, unknown: str) -> None:
+    async with visit() as client:
+        await queue_of(client).enqueue(PING)
+        async with following(client, IDS, {"last-event-id": unknown}) as stream:
+            await stream.until(1)
+    assert stream.codes == ["events_missed"]
+    # The empty id resets that of a browser, which then connects without one.
+    assert stream.events[0][0] == ""
+    assert stream.text.endswith("event: complete\ndata:\n\n")
+
+
+async def test_whoever_continues_to_follow_one_job_gets_its_changes_and_not_its_state(
+    visit: Visit,
+) -> None:
+    async with visit() as client:
+        queue = queue_of(client)
+        job = (await queue.enqueue(PING)).job
+        async with following(client, ONE, id=str(job.id)) as first:
+            (lease,) = await queue.lease(["test.ping"], "w")
+            await first.until(2)
+        # The state has no id: whoever reconnects after it alone begins with the state again.
+        assert [each[0] == "none" for each in first.events] == [True, False]
+        await queue.enqueue_many([PING] * 100)
+        await queue.complete(lease.token)
+        last = {"last-event-id": first.events[1][0]}
+        async with following(client, ONE, last, id=str(job.id)) as again:
+            await again.until(1)
+    assert [each["name"] for each in (*first.data, *again.data)] == [
+        "job.current",
+        "job.started",
+        "job.succeeded",
+    ]
+
+
+async def test_whoever_continues_sees_no_more_than_before(visit: Visit) -> None:
+    async with visit(**AUTH) as client:
+        queue = queue_of(client)
+        reader, ada, bob = (
+            bearer("r", "jobs:read"),
+            bearer("ada", "jobs:own"),
+            bearer("bob", "jobs:own"),
+        )
+        async with following(client, IDS, reader) as first:
+            await queue.enqueue(PING, created_by="carol")
+            await first.until(1)
+        last = {"last-event-id": first.events[0][0]}
+        job = (await queue.enqueue(PING, created_by="ada")).job
+        async with (
+            following(client, IDS, ada | last) as own,
+            following(client, IDS, bob | last) as none,
+        ):
+            await own.until(1)
+        async with following(client, ONE, bob | last, id=str(job.id)) as theirs:
+            await theirs.until(1)
+    assert own.data == [{"jobId": str(job.id)}]
+    assert none.events == []
+    assert theirs.codes == ["job_not_found"]
+    assert "job.created" not in theirs.text
