@@ -14,7 +14,7 @@ test: install tests/frontend/node_modules
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
 
 # What starts and ends many processes: shutdown, crashes, upgrades, every command's errors.
-test-slow: install
+test-slow: install tests/frontend/node_modules
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup --slow -m slow
 
 # The queue's tests once more, on the system's PostgreSQL: with LLVM, unlike the one from PyPI.

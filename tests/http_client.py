@@ -19,7 +19,7 @@ from job_registry import JobRegistry
 from job_registry_api.app import create_app
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.settings import load_settings
-from tests.forks import Command
+from tests.forks import CLI, Command
 
 
 class ApplicationClient(httpx.AsyncClient):
@@ -89,12 +89,16 @@ def execute(http: httpx.AsyncClient) -> Execute:
 
 @asynccontextmanager
 async def serving(
-    database_url: str, *options: str, **settings: str
+    database_url: str, *options: str, module: str = CLI, **settings: str
 ) -> AsyncIterator[tuple[str, int]]:
-    """The host and port, and the process id, of a `job-registry serve` of the test's own."""
+    """The host and port, and the process id, of a `job-registry serve` of the test's own.
+
+    `module` is the program, which takes the same arguments.
+    """
     given = {f"JOBS_{name.upper()}": value for name, value in settings.items()}
     environment = {**os.environ, "JOBS_DATABASE_URL": database_url, "JOBS_LOG_LEVEL": "error"}
-    process = Command(["serve", "--port", "0", *options], environment=environment | given)
+    arguments = ["serve", "--port", "0", *options]
+    process = Command(arguments, environment=environment | given, module=module)
     assert process.stderr is not None
     banner = await asyncio.to_thread(process.stderr.readline)
     try:

@@ -7,21 +7,21 @@ Validation, suggestions and introspection then cannot mention the others.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
-from typing import Any, Final, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Final, NamedTuple
 
+import strawberry
 from graphql import (
-    DocumentNode,
+    FieldNode,
     GraphQLError,
     GraphQLSchema,
-    OperationDefinitionNode,
     OperationType,
 )
 
 from job_registry import JobRegistry
 from job_registry_api.auth import ACCESS_SCOPES, AccessScope, Caller, Forbidden
 from job_registry_api.graphql.access_scopes import access_scopes_of
-from job_registry_api.graphql.argument_limits import root_fields
+from job_registry_api.graphql.compiled import Compiler, StrawberryClasses
 from job_registry_api.graphql.schema import build_schema, executable
 
 MAX_SCHEMAS: Final = 64
@@ -33,6 +33,8 @@ class View(NamedTuple):
 
     schema: GraphQLSchema
     job_types: frozenset[str] | None
+    compiler: Compiler
+    """Compiles the operations of this schema."""
 
 
 class Admission:
@@ -42,12 +44,13 @@ class Admission:
         self._registry = registry
         self._federation = federation
         schema = build_schema(registry, federation=federation)
-        self._schema = executable(schema)
-        self._limited: OrderedDict[frozenset[str], GraphQLSchema] = OrderedDict()
+        self._view = _view(schema, None)
+        self._limited: OrderedDict[frozenset[str], View] = OrderedDict()
+        self._when_dropped: Callable[[frozenset[str]], None] | None = None
         self._access_scopes: dict[OperationType, dict[str, tuple[AccessScope, ...]]] = {
             operation: {name: access_scopes_of(schema, root.name, name) for name in root.fields}
             for operation in OperationType
-            if (root := self._schema.get_root_type(operation)) is not None
+            if (root := self._view.schema.get_root_type(operation)) is not None
         }
 
     def view_of(self, caller: Caller) -> View:
@@ -58,38 +61,45 @@ class Admission:
         """
         caller.need(*ACCESS_SCOPES)
         if caller.job_types is None:
-            return View(self._schema, None)
+            return self._view
         visible = caller.job_types & frozenset(self._registry)
         if len(visible) == len(self._registry):
-            return View(self._schema, None)
+            return self._view
         limited = self._limited.get(visible)
         if limited is None:
             types = [self._registry[name] for name in sorted(visible)]
             schema = build_schema(JobRegistry(types), federation=self._federation)
-            limited = self._limited[visible] = executable(schema)
+            limited = self._limited[visible] = _view(schema, visible)
             if len(self._limited) > MAX_SCHEMAS:
-                self._limited.popitem(last=False)
+                dropped, _ = self._limited.popitem(last=False)
+                if self._when_dropped is not None:
+                    self._when_dropped(dropped)
         self._limited.move_to_end(visible)
-        return View(limited, visible)
+        return limited
+
+    def when_dropped(self, forget: Callable[[frozenset[str]], None]) -> None:
+        """Call this with the job types of each schema that is no longer kept."""
+        self._when_dropped = forget
 
     def refusals(
-        self,
-        document: DocumentNode,
-        operation: OperationDefinitionNode,
-        variables: Mapping[str, Any] | None,
-        caller: Caller,
+        self, operation: OperationType, executed: Iterable[FieldNode], caller: Caller
     ) -> list[GraphQLError]:
-        """Return an error for each field of an operation that a caller may not use.
+        """Return an error for each of these root fields that a caller may not use.
 
         If there is one, nothing of the operation may be executed, and its variables are not to be
         coerced.
         """
-        needed = self._access_scopes[operation.operation]
+        needed = self._access_scopes[operation]
         errors = []
-        for node in root_fields(document, operation, variables or {}):
+        for node in executed:
             try:
                 caller.need(*needed.get(node.name.value, ()) or ACCESS_SCOPES)
             except Forbidden as forbidden:
                 key = (node.alias or node.name).value
                 errors.append(GraphQLError("", node, path=[key], original_error=forbidden))
         return errors
+
+
+def _view(schema: strawberry.Schema, job_types: frozenset[str] | None) -> View:
+    compiler = Compiler(executable(schema), StrawberryClasses(schema))
+    return View(compiler.schema, job_types, compiler)

@@ -5,7 +5,7 @@ Arguments that share a variable count each for itself: each is coerced, checked 
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from graphql import (
@@ -35,15 +35,15 @@ from job_registry_api.graphql.document_limits import fragments_of
 
 def check_arguments(
     schema: GraphQLSchema,
-    document: DocumentNode,
     operation: OperationDefinitionNode,
+    executed: Sequence[FieldNode],
     variables: Mapping[str, Any],
     limits: RequestLimits,
     *,
     of_request: RequestSize | None = None,
     names: Container[str] | None = None,
 ) -> None:
-    """Check the arguments of the root fields of an operation: of all, or of those with `names`.
+    """Check the arguments of the root fields that are executed: of all, or of those with `names`.
 
     `of_request` is the size of the whole request, if that is known.
 
@@ -54,9 +54,7 @@ def check_arguments(
     if root is None:
         return
     fields = [
-        each
-        for each in root_fields(document, operation, variables)
-        if each.arguments and (names is None or each.name.value in names)
+        each for each in executed if each.arguments and (names is None or each.name.value in names)
     ]
     if of_request is not None:
         # The common case: even if every argument were the whole request, it would be allowed.
@@ -72,31 +70,53 @@ def check_arguments(
             size.add_argument(argument.value, known.type if known else None)
 
 
-def root_fields(
-    document: DocumentNode, operation: OperationDefinitionNode, variables: Mapping[str, Any]
-) -> Iterator[FieldNode]:
-    """Yield the root fields that are executed, with fragments in place. The document is valid.
+class RootFields:
+    """The root fields of an operation of a valid document, with fragments in place."""
 
-    Nothing of a field that `@skip` or `@include` leaves out is coerced.
-    """
-    fragments = fragments_of(document)
-    values = {
-        definition.variable.name.value: variables.get(
-            definition.variable.name.value,
-            definition.default_value.value
-            if isinstance(definition.default_value, BooleanValueNode)
-            else None,
+    def __init__(self, document: DocumentNode, operation: OperationDefinitionNode) -> None:
+        self._document = document
+        self._operation = operation
+        all_ = [*_root_selections(document, operation, lambda _: False)]
+        self._always: Sequence[FieldNode] | None = None
+        if not any(node.directives for node in all_):
+            self._always = [node for node in all_ if isinstance(node, FieldNode)]
+
+    def executed(self, variables: Mapping[str, Any]) -> Sequence[FieldNode]:
+        """Return those that are executed.
+
+        Nothing of a field that `@skip` or `@include` leaves out is coerced.
+        """
+        if self._always is not None:
+            return self._always
+        values = {
+            definition.variable.name.value: variables.get(
+                definition.variable.name.value,
+                definition.default_value.value
+                if isinstance(definition.default_value, BooleanValueNode)
+                else None,
+            )
+            for definition in self._operation.variable_definitions or ()
+        }
+        executed = _root_selections(
+            self._document, self._operation, lambda node: _is_skipped(node, values)
         )
-        for definition in operation.variable_definitions or ()
-    }
+        return [node for node in executed if isinstance(node, FieldNode)]
+
+
+def _root_selections(
+    document: DocumentNode,
+    operation: OperationDefinitionNode,
+    is_skipped: Callable[[SelectionNode], bool],
+) -> Iterator[SelectionNode]:
+    """Yield the selections of the root, with those in fragments, but those that are skipped."""
+    fragments = fragments_of(document)
     waiting: list[SelectionSetNode] = [operation.selection_set]
     while waiting:
         for node in waiting.pop().selections:
-            if _is_skipped(node, values):
+            if is_skipped(node):
                 continue
+            yield node
             match node:
-                case FieldNode():
-                    yield node
                 case InlineFragmentNode():
                     waiting.append(node.selection_set)
                 case FragmentSpreadNode() if node.name.value in fragments:

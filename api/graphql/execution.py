@@ -35,7 +35,8 @@ from job_registry.errors import shortened_text
 from job_registry_api.auth import Caller, Forbidden
 from job_registry_api.budget import Budget, BudgetExceeded, RequestLimits
 from job_registry_api.graphql.admission import Admission, View
-from job_registry_api.graphql.argument_limits import check_arguments
+from job_registry_api.graphql.argument_limits import RootFields, check_arguments
+from job_registry_api.graphql.compiled import CompiledOperation
 from job_registry_api.graphql.context import Context, SentVariables, sent_variables
 from job_registry_api.graphql.document_limits import (
     Limits,
@@ -54,10 +55,16 @@ from job_registry_api.graphql.shared_events import Answers, SharedEvents, answer
 from job_registry_api.graphql.subscriptions import FollowedJobs
 
 MAX_CACHED_BYTES: Final = 32_000_000
-"""The most memory that parsed documents are kept in."""
+"""The most memory that parsed documents and compiled operations are kept in."""
 
 BYTES_PER_TOKEN: Final = 600
 """The memory of a parsed document, measured: 300 to 560 bytes per token."""
+
+BYTES_PER_FIELD: Final = 1_500
+"""The memory of a compiled operation, measured: 800 to 1,260 bytes per field."""
+
+USES_TO_COMPILE: Final = 2
+"""An operation is compiled when it is executed so often: most documents of people come once."""
 
 
 class DocumentRefused(Exception):
@@ -75,6 +82,8 @@ class Prepared(NamedTuple):
     operation: OperationDefinitionNode
     schema: GraphQLSchema
     """The schema with the job types that the caller may see."""
+    root_fields: RootFields
+    compiled: CompiledOperation | None = None
 
     @property
     def is_mutation(self) -> bool:
@@ -104,6 +113,7 @@ class Executor:
         if not limits.introspection:
             self._rules.append(NoSchemaIntrospectionCustomRule)
         self._documents = _DocumentCache()
+        admission.when_dropped(self._documents.forget)
         self._persisted = PersistedDocuments() if persisted is None else persisted
         self._shared = SharedEvents()
 
@@ -128,8 +138,7 @@ class Executor:
             raise DocumentRefused([error]) from None
         document = self._document(named.text, view)
         self._persisted.keep(named)
-        operation = _operation(document, request.get("operationName"))
-        return Prepared(document, operation, view.schema)
+        return document.prepared(request.get("operationName"))
 
     async def execute(
         self, prepared: Prepared, variables: dict[str, Any] | None, context: Context
@@ -138,6 +147,10 @@ class Executor:
         refused = self._refused(prepared, variables, context)
         if refused is not None:
             return refused
+        if prepared.compiled is not None:
+            return await prepared.compiled.execute(
+                context, variables or {}, hide_suggestions=not self._limits.suggestions
+            )
         result = execute(
             prepared.schema,
             prepared.document,
@@ -179,9 +192,8 @@ class Executor:
         The scopes of its fields are checked first, then the size of its arguments, before they are
         coerced. This begins its budget.
         """
-        refusals = self._admission.refusals(
-            prepared.document, prepared.operation, variables, context.caller
-        )
+        executed = prepared.root_fields.executed(variables or {})
+        refusals = self._admission.refusals(prepared.operation.operation, executed, context.caller)
         if refusals:
             return ExecutionResult(None, refusals)
         context.budget = Budget(self.request_limits)
@@ -190,8 +202,8 @@ class Executor:
         try:
             check_arguments(
                 prepared.schema,
-                prepared.document,
                 prepared.operation,
+                executed,
                 variables or {},
                 self.request_limits,
                 of_request=context.size,
@@ -241,15 +253,15 @@ class Executor:
             async for answers in results:
                 yield answers
 
-    def _document(self, text: str, view: View) -> DocumentNode:
+    def _document(self, text: str, view: View) -> _Document:
         """Return the document of a text that is valid in a caller's view of the schema.
 
         A generated client sends the same few documents again and again, and to parse and validate
         one takes longer than to execute it.
         """
-        document = self._documents.get(text, view.job_types)
-        if document is not None:
-            return document
+        kept = self._documents.get(text, view.job_types)
+        if kept is not None:
+            return kept
         try:
             check_length(text, self._limits)
             document = parse(text, max_tokens=self._limits.tokens)
@@ -267,8 +279,7 @@ class Executor:
             raise DocumentRefused([too_complex("The document is nested too deep.")]) from None
         if errors:
             raise DocumentRefused(_merged(errors))
-        self._documents.add(text, view.job_types, document)
-        return document
+        return self._documents.add(_Document(text, document, view))
 
 
 def request_faults(request: Mapping[str, Any]) -> list[str]:
@@ -291,6 +302,58 @@ def request_faults(request: Mapping[str, Any]) -> list[str]:
     return faults
 
 
+class _Document:
+    """A valid document, and its operations: compiled, if they were executed before."""
+
+    def __init__(self, text: str, document: DocumentNode, view: View) -> None:
+        self.text = text
+        self.job_types = view.job_types
+        self._document = document
+        self._compiler = view.compiler
+        self._operations: dict[str | None, tuple[Prepared, int]] = {}
+        tokens = document.token_count or len(text)
+        self._bytes = sys.getsizeof(text) + BYTES_PER_TOKEN * tokens
+        self.charged = 0
+        """How many bytes the cache counts it as."""
+
+    def prepared(self, name: str | None) -> Prepared:
+        """Return an operation, by its name if the document has several.
+
+        Raises:
+            DocumentRefused: it has none of this name.
+        """
+        known = self._operations.get(name)
+        if known is None:
+            operation = _operation(self._document, name)
+            known = (
+                Prepared(
+                    self._document,
+                    operation,
+                    self._compiler.schema,
+                    RootFields(self._document, operation),
+                ),
+                0,
+            )
+        prepared, uses = known
+        uses += 1
+        if uses == USES_TO_COMPILE:
+            compiled = self._compiler.compile(self._document, prepared.operation)
+            prepared = prepared._replace(compiled=compiled)
+        if uses <= USES_TO_COMPILE:
+            self._operations[name] = prepared, uses
+        return prepared
+
+    @property
+    def bytes(self) -> int:
+        """About how many bytes of memory it takes."""
+        fields = sum(
+            prepared.compiled.fields
+            for prepared, _ in self._operations.values()
+            if prepared.compiled is not None
+        )
+        return self._bytes + BYTES_PER_FIELD * fields
+
+
 class _DocumentCache:
     """The documents that were used last, up to a size in memory.
 
@@ -298,29 +361,36 @@ class _DocumentCache:
     """
 
     def __init__(self) -> None:
-        self._documents: OrderedDict[tuple[str, frozenset[str] | None], DocumentNode]
-        self._documents = OrderedDict()
+        self._documents: OrderedDict[tuple[str, frozenset[str] | None], _Document] = OrderedDict()
         self._bytes = 0
 
-    def get(self, text: str, job_types: frozenset[str] | None) -> DocumentNode | None:
+    def get(self, text: str, job_types: frozenset[str] | None) -> _Document | None:
         """Return the document of a text, if it is kept."""
         document = self._documents.get((text, job_types))
         if document is not None:
             self._documents.move_to_end((text, job_types))
+            self._charge(document)
         return document
 
-    def add(self, text: str, job_types: frozenset[str] | None, document: DocumentNode) -> None:
+    def add(self, document: _Document) -> _Document:
         """Keep a document, and drop those that were not used for the longest time."""
-        self._documents[text, job_types] = document
-        self._bytes += _size_of(text, document)
+        self._documents[document.text, document.job_types] = document
+        self._charge(document)
+        return document
+
+    def forget(self, job_types: frozenset[str]) -> None:
+        """Drop the documents of a schema."""
+        for key in [key for key in self._documents if key[1] == job_types]:
+            self._bytes -= self._documents.pop(key).charged
+
+    def _charge(self, document: _Document) -> None:
+        """Count a document, which grows as its operations are compiled."""
+        size = document.bytes
+        self._bytes += size - document.charged
+        document.charged = size
         while self._bytes > MAX_CACHED_BYTES:
-            (oldest, _), dropped = self._documents.popitem(last=False)
-            self._bytes -= _size_of(oldest, dropped)
-
-
-def _size_of(text: str, document: DocumentNode) -> int:
-    """Return about how many bytes of memory a document takes."""
-    return sys.getsizeof(text) + BYTES_PER_TOKEN * (document.token_count or len(text))
+            _, dropped = self._documents.popitem(last=False)
+            self._bytes -= dropped.charged
 
 
 def _operation(document: DocumentNode, name: str | None) -> OperationDefinitionNode:

@@ -23,7 +23,7 @@ from strawberry.types.union import StrawberryUnion
 
 from job_registry import CodedError
 from job_registry_api.budget import BudgetExceeded, RequestLimits
-from job_registry_api.graphql.argument_limits import check_arguments, root_fields
+from job_registry_api.graphql.argument_limits import RootFields, check_arguments
 from job_registry_api.graphql.context import (
     Authenticate,
     HostedOperation,
@@ -107,14 +107,16 @@ def graphql_types(
             executed = _operation_of(self.execution_context)
             variables = self.execution_context.variables or {}
             sent_variables.set(None if executed is None else SentVariables(variables, executed[1]))
-            if executed is None or not any(
-                each.name.value in names for each in root_fields(*executed, variables)
-            ):
+            if executed is None:
+                return None
+            fields = RootFields(*executed).executed(variables)
+            if not any(each.name.value in names for each in fields):
                 return None
             try:
                 check_arguments(
                     executable(self.execution_context.schema),
-                    *executed,
+                    executed[1],
+                    fields,
                     variables,
                     limits,
                     names=names,

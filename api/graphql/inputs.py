@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import MISSING
 from datetime import datetime
-from typing import cast
+from typing import Any, NamedTuple, TypeVar, cast
+from weakref import WeakKeyDictionary
 
 import strawberry
 from pydantic import JsonValue
+from strawberry.schema.name_converter import NameConverter
+from strawberry.types.arguments import InputContext
+from strawberry.types.base import (
+    StrawberryList,
+    StrawberryMaybe,
+    StrawberryObjectDefinition,
+    StrawberryOptional,
+    get_object_definition,
+    has_object_definition,
+)
+from strawberry.types.field import StrawberryField
+from strawberry.types.lazy_type import LazyType
 
 from job_registry import EnqueueRequest
 from job_registry.wire_text import parse_date_time
@@ -16,7 +31,66 @@ from job_registry_api.queue import models
 from job_registry_api.queue.filters import JobFilter
 from job_registry_api.queue.models import JobError
 
+Made = TypeVar("Made")
 
+
+def built_directly(cls: type[Made]) -> type[Made]:
+    """Let an input be built by a plan that is made once per schema.
+
+    Strawberry resolves the types and converts the names of all fields for each value, which took a
+    quarter of the time of an `enqueueJob`. What it makes is the same.
+    """
+    definition = get_object_definition(cls, strict=True)
+    plans: WeakKeyDictionary[NameConverter, list[_PlannedField]] = WeakKeyDictionary()
+
+    def from_input(made: type, value: Mapping[str, Any], context: InputContext) -> Any:
+        names = context.config.name_converter
+        plan = plans.get(names)
+        if plan is None:
+            plan = plans[names] = [
+                _planned(field, names, definition) for field in definition.fields
+            ]
+        arguments = {}
+        for python_name, name, is_required, kind in plan:
+            if name in value:
+                given = value[name]
+                arguments[python_name] = (
+                    given if kind is None else context.convert(given, kind, name)
+                )
+            elif is_required:
+                arguments[python_name] = None
+        return made(**arguments)
+
+    definition.from_input = from_input
+    return cls
+
+
+class _PlannedField(NamedTuple):
+    python_name: str
+    name: str
+    is_required: bool
+    """Whether the class has no default for it."""
+    kind: Any
+    """Its type, if its values are lists or inputs, which are converted; else None."""
+
+
+def _planned(
+    field: StrawberryField, names: NameConverter, definition: StrawberryObjectDefinition
+) -> _PlannedField:
+    kind: Any = field.resolve_type(type_definition=definition)
+    inner = kind
+    while isinstance(inner, StrawberryOptional) and not isinstance(inner, StrawberryMaybe):
+        inner = inner.of_type
+    is_converted = isinstance(inner, StrawberryList | StrawberryMaybe | LazyType) or (
+        has_object_definition(inner)
+    )
+    is_required = field.default is MISSING and field.default_factory is MISSING
+    return _PlannedField(
+        field.python_name, names.from_field(field), is_required, kind if is_converted else None
+    )
+
+
+@built_directly
 @strawberry.input(description="How a job is stored and run. Omitted fields use their defaults.")
 class EnqueueOptions:
     priority: int | None = strawberry.field(
@@ -58,6 +132,7 @@ def _time_of(value: object) -> datetime | None:
     return parse_date_time(value) if isinstance(value, str) else cast("datetime | None", value)
 
 
+@built_directly
 @strawberry.input(description="A job to store.")
 class EnqueueJobInput(EnqueueOptions):
     type: str = strawberry.field(description="The job type, such as `thumbnail.create`.")
@@ -70,6 +145,7 @@ class EnqueueJobInput(EnqueueOptions):
         return self.request_for(self.type, self.payload)
 
 
+@built_directly
 @strawberry.input(name="JobFilter", description="Which jobs to list. All fields must match.")
 class JobFilterInput:
     types: list[str] | None = strawberry.field(
@@ -125,6 +201,7 @@ class JobFilterInput:
         )
 
 
+@built_directly
 @strawberry.input(description="A payload of a job type that a worker can read.")
 class TypeFingerprintInput:
     type: str = strawberry.field(description="The job type, one of `jobTypes`.")
@@ -133,6 +210,7 @@ class TypeFingerprintInput:
     )
 
 
+@built_directly
 @strawberry.input(description="Which jobs to lease, and for which worker.")
 class LeaseJobsInput:
     job_types: list[str] = strawberry.field(description="The job types the worker can run.")
@@ -159,6 +237,7 @@ class LeaseJobsInput:
         return readable
 
 
+@built_directly
 @strawberry.input(description="Why an attempt failed.")
 class JobErrorInput:
     message: str = strawberry.field(description="A sentence for people.")

@@ -23,6 +23,7 @@ from pydantic import JsonValue
 from pydantic_core import to_jsonable_python
 
 from job_registry import DefinitionError, JobRegistry, JobType
+from job_registry_api.graphql.inputs import built_directly
 from job_registry_api.graphql.scalars import SCALARS, TEXT_TYPES, BigInt
 
 TYPED_JOB_INPUT: Final = "TypedJobInput"
@@ -102,6 +103,7 @@ def typed_job_input(
         one_of=True,
         description="A job to store: exactly one field, named for the job type, with its payload.",
     )
+    built_directly(made)
     return cast("type[TypedJob]", made)
 
 
@@ -218,6 +220,7 @@ class _OfJobType:
                 schema.get("description") or f"`{schema.get('title', name)}` of a payload."
             )
             strawberry.input(made, name=name, description=description)
+            built_directly(made)
         return made
 
     def _field(self, owner: str, name: str, schema: Any, *, required: bool) -> _Field:

@@ -55,7 +55,7 @@ def as_unavailable(error: BaseException | None) -> QueueUnavailable | None:
             if error.connection_invalidated:
                 return QueueUnavailable(_first_line(error.orig))
             return _postgresql_unavailable(error.orig)
-        case asyncpg.PostgresError() | asyncpg.InterfaceError():
+        case asyncpg.PostgresError() | asyncpg.InterfaceError() | asyncpg.InternalClientError():
             return _postgresql_unavailable(error)
         case OSError() | sqlalchemy.exc.TimeoutError():
             return QueueUnavailable(_first_line(error))

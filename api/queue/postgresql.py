@@ -84,6 +84,10 @@ class PostgreSQLStore(Store):
         return _holders(await self._read("holders", _wanted(jobs)))
 
     async def insert_all(self, jobs: Sequence[NewJob]) -> tuple[dict[uuid.UUID, Stored], bool]:
+        if not any(job.idempotency_key is not None for job in jobs):
+            # Nothing can conflict, so one statement stores all or none.
+            return await self.insert(jobs), True
+
         async def insert_all(connection: AsyncConnection) -> dict[uuid.UUID, Stored]:
             return await self._insert_or_refuse(connection, jobs, wait=True)
 
@@ -334,13 +338,10 @@ class PostgreSQLStore(Store):
         """Run a statement that changes something."""
         sql = self._sql[name]
         sender = self._sender if ":process" in sql else {}
-        rows = await self._database.execute_at_once(sql, {**sender, **parameters})
-        return [dict(row._mapping) for row in rows]
+        return await self._database.execute_at_once(sql, {**sender, **parameters})
 
     async def _read(self, name: str, parameters: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-        async with self._database.reading() as connection:
-            result = await connection.execute(statement(self._sql[name]), parameters)
-            return [dict(row) for row in result.mappings()]
+        return await self._database.execute_at_once(self._sql[name], parameters)
 
     def _read_within(
         self, connection: Connection, name: str, parameters: Mapping[str, Any]

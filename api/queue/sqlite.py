@@ -7,6 +7,7 @@ no further locks. The statements are in `statements/sqlite.sql`.
 from __future__ import annotations
 
 import random
+import re
 import secrets
 import sqlite3
 import uuid
@@ -49,6 +50,7 @@ from job_registry_api.queue.store import (
     Store,
     Stored,
     error_text,
+    ids_text,
     json_text,
     message_of,
     owner_values,
@@ -104,7 +106,7 @@ class SQLiteStore(Store):
         now = str(connection.execute(statement(SQL["now"]), shift).scalar_one())
         for job in jobs:
             if connection.execute(statement(SQL["insert"]), _new_job(job, now)).rowcount:
-                stored[job.id] = _stored(job, now)
+                stored[job.id] = _stored(job, _time(now))
                 created.append(("job.created", job.id.hex, job.type, 0))
             else:
                 key = (job.type, job.idempotency_key or "")
@@ -310,14 +312,19 @@ class _Transaction:
             self.change("keep_events", message=message_of(process, self._events))
 
     def insert(self, jobs: Sequence[NewJob]) -> dict[uuid.UUID, Stored]:
-        stored: dict[uuid.UUID, Stored] = {}
-        for job in jobs:
-            if self._cursor.execute(SQL["insert"], _new_job(job, self.now)).rowcount:
-                stored[job.id] = _stored(job, self.now)
-                self._events.append(("job.created", job.id.hex, job.type, 0))
-            else:
-                stored |= self.holders([job])
+        values = [_values(job, self.now) for job in jobs]
+        inserted = self._cursor.executemany(_INSERT, values).rowcount
+        new = jobs if inserted == len(jobs) else self._found(jobs)
+        stored = {job.id: _stored(job, self._now) for job in new}
+        self._events += [("job.created", job.id.hex, job.type, 0) for job in new]
+        if len(stored) < len(jobs):
+            stored |= self.holders([job for job in jobs if job.id not in stored])
         return stored
+
+    def _found(self, jobs: Sequence[NewJob]) -> list[NewJob]:
+        """Return those of the jobs that are stored."""
+        found = {row["id"] for row in self.rows("found", ids=ids_text(job.id for job in jobs))}
+        return [job for job in jobs if job.id.hex in found]
 
     def holders(self, jobs: Sequence[NewJob]) -> dict[uuid.UUID, Stored]:
         return {
@@ -408,7 +415,7 @@ class _Transaction:
                 most = min(share, rooms[lane.type], left)
                 taken = self._due(lane, level, most) if most > 0 else []
                 for row in taken:
-                    leased.append(self._lease(row["id"], claim))
+                    leased.append(self._lease(row["id"], row["timeout_seconds"], claim))
                     bytes_left -= row["bytes"]
                     if bytes_left <= 0:
                         return leased
@@ -490,8 +497,7 @@ class _Transaction:
             below = level
         return None
 
-    def _lease(self, job_id: str, claim: Claim) -> Row:
-        timeout = self.rows("timeout_of", id=job_id)[0][0]
+    def _lease(self, job_id: str, timeout: int, claim: Claim) -> Row:
         lease = {"id": job_id, "worker": claim.worker_id, "token": secrets.token_hex(16)}
         (row,) = self.rows(
             "lease",
@@ -760,9 +766,33 @@ def _new_job(job: NewJob, now: str) -> dict[str, Any]:
     }
 
 
-def _stored(job: NewJob, now: str) -> Stored:
-    created_at = _time(now)
-    return Stored(created_at, job.next_run_at.astimezone(UTC) if job.next_run_at else created_at)
+def _values(job: NewJob, now: str) -> tuple[Any, ...]:
+    """Return the same, in the order of `_INSERTED`."""
+    return (
+        job.id.hex,
+        job.type,
+        job.fingerprint,
+        job.payload.decode(),
+        job.priority,
+        job.max_attempts,
+        job.timeout_seconds,
+        job.backoff_base_seconds,
+        job.backoff_cap_seconds,
+        time_text(job.next_run_at) if job.next_run_at else None,
+        job.idempotency_key,
+        job.created_by,
+        now,
+    )
+
+
+_INSERTED: Final = (*NewJob._fields[:-1], "now")
+
+_INSERT: Final = re.sub(r":(\w+)", lambda name: f"?{_INSERTED.index(name[1]) + 1}", SQL["insert"])
+"""The statement with numbers: to bind 13 values by name takes a third of the time of an insert."""
+
+
+def _stored(job: NewJob, now: datetime) -> Stored:
+    return Stored(now, job.next_run_at.astimezone(UTC) if job.next_run_at else now)
 
 
 def _text(document: bytes | None) -> str | None:

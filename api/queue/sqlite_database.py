@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import sqlite3
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, closing, suppress
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple, TypeVar
 from urllib.parse import quote
@@ -27,9 +27,20 @@ from job_registry_api.queue.database import (
 )
 from job_registry_api.queue.driver_errors import unavailable_sqlite
 from job_registry_api.queue.errors import QueueUnavailable
+from job_registry_api.queue.file_writes import FileWrites
 
 SQLITE_POLL_SECONDS: Final = 0.1
-"""How often `listen` checks SQLite for commits of other processes (`PRAGMA data_version`)."""
+"""How often `listen` checks SQLite for commits of other processes (`PRAGMA data_version`) where the
+system does not notify it of writes."""
+
+SQLITE_REST_SECONDS: Final = 0.02
+"""How long `listen` waits after a commit before it looks for the next one, so that a busy database
+is not read after each."""
+
+_VISIBLE_SECONDS: Final = 0.001
+_LONGEST_COMMIT_SECONDS: Final = 0.1
+"""A commit is visible some time after its write: once the disk has it. It is looked for at growing
+intervals between these."""
 
 MAX_WAL_BYTES: Final = 4 * 1024 * 1024
 """SQLite truncates its write-ahead log to this size when it restarts the log."""
@@ -155,15 +166,21 @@ class SQLiteDatabase(Database):
             try:
                 # On the event loop on purpose: the pragma reads a counter in shared memory in a few
                 # microseconds, and a thread's round trip takes a hundred.
-                with closing(self._file.connect()) as connection:
+                with closing(self._file.connect()) as connection, self._file.writes() as writes:
                     identity = self._file.identity()
+                    soon = 0.0
                     while True:
                         self._file.check(identity)
                         version = connection.execute("PRAGMA data_version").fetchone()
                         if version != last:
-                            last = version
+                            last, soon = version, 0.0
                             on_gap()
-                        await asyncio.sleep(SQLITE_POLL_SECONDS)
+                            await asyncio.sleep(SQLITE_REST_SECONDS)
+                        elif soon:
+                            await asyncio.sleep(soon)
+                            soon = soon * 2 if soon < _LONGEST_COMMIT_SECONDS else 0.0
+                        elif await writes.next(SQLITE_POLL_SECONDS):
+                            soon = _VISIBLE_SECONDS
             except (sqlite3.Error, QueueUnavailable):
                 last = None
                 await asyncio.sleep(1.0)
@@ -274,6 +291,15 @@ class _File:
             raise
         return connection
 
+    @contextmanager
+    def writes(self) -> Iterator[FileWrites]:
+        """Notice writes to the log of the file, which precede each commit."""
+        writes = FileWrites(f"{self._path}-wal")
+        try:
+            yield writes
+        finally:
+            writes.close()
+
     def identity(self) -> _Identity:
         """Return the identity of the file at this path.
 
@@ -369,6 +395,9 @@ class _WriterThread:
         if self._opened is None:
             identity = self._file.identity() if "mode=rwc" not in self._file.uri else None
             connection = self._file.connect()
+            # The table has triggers, so SQLite keeps a journal of each statement, and writes it to
+            # a temporary file otherwise.
+            connection.execute("PRAGMA temp_store = MEMORY")
             self._opened = connection, identity or self._file.identity()
         return self._opened
 

@@ -22,6 +22,9 @@ SHOP: Final = ROOT / "docs" / "examples" / "shop"
 WORKERS: Final = ROOT / "docs" / "examples" / "workers"
 """The workers in Python and TypeScript. `tests/remote` runs them."""
 
+REACT: Final = ROOT / "docs" / "examples" / "react"
+"""The frontend. `test_react.py` builds it and drives it in a browser."""
+
 MARKERS: Final = {
     "module": "python",
     "shell": "console",
@@ -32,8 +35,9 @@ MARKERS: Final = {
     "unit": "ini",
     "workflow": "yaml",
     "nginx": "nginx",
+    "client": "ts yaml json toml python",
 }
-"""The markers, each with the language of its blocks."""
+"""The markers, each with the languages of its blocks."""
 
 _BLOCK: Final = re.compile(
     r"(?:^<!-- (?P<kind>[a-z ]+?)(?:: (?P<argument>\S+))? -->\n)?"

@@ -248,7 +248,7 @@ async def test_sessions_have_timeouts_keepalive_and_read_committed(proxied: Prox
                 ]
             },
         )  # fmt: skip
-        assert {row.name: row.setting for row in rows} == {
+        assert {row["name"]: row["setting"] for row in rows} == {
             "default_transaction_isolation": "read committed",
             "jit": "off",
             "statement_timeout": "9000",
@@ -354,8 +354,8 @@ async def test_a_statement_survives_serialization_failures(fresh_postgresql_url:
             async with database.transaction() as connection:
                 whole = sql if "SEQUENCE" in sql else "CREATE F" + sql
                 await connection.exec_driver_sql(whole)
-        ((answer,),) = await database.execute_at_once("SELECT fails_twice()", {})
-        assert answer == 7
+        (row,) = await database.execute_at_once("SELECT fails_twice() AS answer", {})
+        assert row["answer"] == 7
 
 
 async def test_a_statement_that_always_fails_is_given_up(fresh_postgresql_url: str) -> None:
@@ -379,7 +379,7 @@ async def test_a_column_that_a_migration_adds_does_not_break_prepared_statements
         )
         await database.execute_at_once("INSERT INTO job_type_state (type) VALUES ('x')", {})
         (row,) = await database.execute_at_once("SELECT * FROM job_type_state", {})
-        assert row.more is None
+        assert row["more"] is None
 
 
 # What errors become

@@ -531,7 +531,7 @@ async def test_when_the_commit_fails_each_caller_gets_the_error_and_nothing_is_s
         raise sqlite3.OperationalError("the database went away before the commit")
 
     with monkeypatch.context() as broken:
-        broken.setattr("sqlalchemy.ext.asyncio.AsyncConnection.execute", away)
+        broken.setattr("asyncpg.Connection.fetch", away)
         broken.setattr("job_registry_api.queue.sqlite._Transaction.announce", lost)
         jobs = [ping(idempotency_key=key and f"{key} {n}") for n in range(10)]
         results = await asyncio.gather(*map(queue.enqueue, jobs), return_exceptions=True)

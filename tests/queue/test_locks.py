@@ -235,7 +235,7 @@ async def test_no_lock_is_held_while_a_large_document_is_sent_however_small_it_i
         " NULL, NULL)",
         {},
     )
-    assert [row[0] for row in claimed] == [None]
+    assert [row["payload"] for row in claimed] == [None]
     await queue.enqueue(EnqueueRequest("race.text", payload))
     (lease,) = await queue.lease(["race.text"], "w")
     assert lease.job.payload == payload

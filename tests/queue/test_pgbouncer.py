@@ -174,7 +174,7 @@ async def test_nothing_of_a_session_outlives_a_transaction(
     inside = await database.execute_at_once(
         f"SELECT name, setting FROM pg_settings WHERE name IN ({names})", {}
     )
-    assert {row.name: row.setting for row in inside} == {
+    assert {row["name"]: row["setting"] for row in inside} == {
         "statement_timeout": "6300",
         "lock_timeout": "5600",
         "jit": "off",

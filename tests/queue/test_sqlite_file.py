@@ -6,6 +6,7 @@ import asyncio
 import gc
 import shutil
 import sqlite3
+import sys
 import threading
 import time
 import warnings
@@ -18,6 +19,7 @@ import pytest
 from sqlalchemy import text
 
 from job_registry import EnqueueRequest, JobRegistry
+from job_registry_api.queue import sqlite_database
 from job_registry_api.queue.errors import QueueUnavailable
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.sqlite_database import MAX_WAL_BYTES, SQLiteDatabase
@@ -304,3 +306,35 @@ async def test_a_checkpoint_empties_the_log_and_holds_up_no_writer(
     assert slowest < 1
     assert await database.checkpoint()
     assert log.stat().st_size == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems notify of no writes")
+async def test_a_commit_of_another_process_is_noticed_before_the_next_poll(
+    path: Path, database: SQLiteDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite_database, "SQLITE_POLL_SECONDS", 60.0)
+    noticed = asyncio.Event()
+    listening = asyncio.create_task(database.listen(lambda _: None, noticed.set))
+    await asyncio.sleep(0.1)
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        for number in range(3):
+            noticed.clear()
+            other.execute("INSERT INTO job_type_state (type) VALUES (?)", (str(number),))
+            async with asyncio.timeout(5):
+                await noticed.wait()
+    listening.cancel()
+
+
+async def test_a_commit_is_noticed_by_polls_where_no_write_is(
+    path: Path, database: SQLiteDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ctypes.CDLL", lambda *_, **__: object())
+    noticed = asyncio.Event()
+    listening = asyncio.create_task(database.listen(lambda _: None, noticed.set))
+    await asyncio.sleep(0.1)
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        noticed.clear()
+        other.execute("INSERT INTO job_type_state (type) VALUES ('other')")
+    async with asyncio.timeout(5):
+        await noticed.wait()
+    listening.cancel()

@@ -21,6 +21,10 @@ VALUES (
     coalesce(:next_run_at, :now))
 ON CONFLICT (type, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING
 
+-- name: found
+-- Return which of these jobs are stored.
+SELECT job.id FROM json_each(:ids) AS wanted CROSS JOIN job ON job.id = wanted.value
+
 -- name: keep_events
 -- Store the events of this transaction, for other processes to read.
 INSERT INTO job_event_batch (message, created_at) VALUES (:message, :now)
@@ -65,14 +69,15 @@ SELECT (SELECT count(*) FROM job WHERE status = 'running' AND type = :type)
          AND job.type = :type)
 
 -- name: due
--- Return the due jobs of a type and priority, oldest first, with the sizes of their payloads.
-SELECT id, length(payload) AS bytes FROM job
+-- Return the due jobs of a type and priority, oldest first, with their timeouts and
+-- the sizes of their payloads.
+SELECT id, timeout_seconds, length(payload) AS bytes FROM job
 WHERE status = 'queued' AND type = :type AND priority = :priority AND next_run_at <= :now
 ORDER BY next_run_at, id LIMIT :jobs
 
 -- name: due_readable
 -- The same, of jobs that were admitted under one of some fingerprints.
-SELECT id, length(payload) AS bytes FROM job
+SELECT id, timeout_seconds, length(payload) AS bytes FROM job
 WHERE status = 'queued' AND type = :type AND priority = :priority AND next_run_at <= :now
   AND fingerprint IN (SELECT value FROM json_each(:readable))
 ORDER BY next_run_at, id LIMIT :jobs
@@ -96,7 +101,7 @@ ORDER BY priority DESC, due_at LIMIT 1
 
 -- name: due_parked
 -- Return the parked jobs of a type and priority that these fingerprints refused, oldest first.
-SELECT job.id, length(job.payload) AS bytes FROM (
+SELECT job.id, job.timeout_seconds, length(job.payload) AS bytes FROM (
     SELECT job_id, due_at FROM job_parked
     WHERE parked_at IS NOT NULL AND type = :type AND refused_by = :refused
       AND priority = :priority
@@ -193,10 +198,6 @@ RETURNING *
 -- Store the attempt of a lease.
 INSERT INTO job_attempt (job_id, attempt, worker_id, started_at, lease_token)
 VALUES (:id, :attempt, :worker, :now, :token)
-
--- name: timeout_of
--- Return the timeout of a job.
-SELECT timeout_seconds FROM job WHERE id = :id
 
 -- name: running_lease
 -- Return the running job of a lease. `:late` accepts an expired lease: `timed_out` only past the

@@ -1,0 +1,410 @@
+"""Compiles an operation, executes it, and leaves what is odd to graphql-core."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from inspect import CORO_CREATED, getcoroutinestate, isawaitable, iscoroutine
+from typing import Any, Final
+
+from graphql import (
+    BooleanValueNode,
+    DocumentNode,
+    ExecutionResult,
+    FieldNode,
+    FragmentDefinitionNode,
+    GraphQLObjectType,
+    GraphQLResolveInfo,
+    GraphQLSchema,
+    InlineFragmentNode,
+    OperationDefinitionNode,
+    OperationType,
+    SelectionNode,
+    SelectionSetNode,
+    VariableNode,
+    VariableValues,
+    execute,
+)
+
+from job_registry_api.graphql.compiled.inputs import InputCompiler, Variables
+from job_registry_api.graphql.compiled.leaving import NotCompiled, Odd
+from job_registry_api.graphql.compiled.outputs import Branch, Call, Classes, OutputCompiler, Step
+
+MAX_FIELDS: Final = 1_000
+"""The most fields of one operation, counted once per object type of a union or interface."""
+
+MAX_VARIANTS: Final = 8
+"""The most combinations of the variables of `@skip` and `@include` that are compiled."""
+
+_INCLUSION: Final = ("skip", "include")
+
+
+class Different(AssertionError):
+    """Raised by `CompiledOperation.verify`: graphql-core executes the operation differently."""
+
+
+class Compiler:
+    """Compiles operations of one schema."""
+
+    def __init__(self, schema: GraphQLSchema, classes: Classes) -> None:
+        self.schema = schema
+        self.classes = classes
+        self._inputs = InputCompiler(schema)
+
+    def compile(
+        self, document: DocumentNode, operation: OperationDefinitionNode
+    ) -> CompiledOperation | None:
+        """Compile an operation of a valid document; return None if only graphql-core executes it.
+
+        That holds for subscriptions, introspection, directives other than `@skip` and `@include`,
+        very large selections, and objects whose Python class does not decide their type.
+        """
+        root = self.schema.get_root_type(operation.operation)
+        if root is None or operation.operation is OperationType.SUBSCRIPTION:
+            return None
+        try:
+            variables = self._inputs.variables(operation)
+            compiled = CompiledOperation(self, document, operation, root, variables)
+            compiled.prepare()
+        except NotCompiled:
+            return None
+        return compiled
+
+
+class CompiledOperation:
+    """An operation that is executed the compiled way as far as everything is as it should be."""
+
+    def __init__(
+        self,
+        compiler: Compiler,
+        document: DocumentNode,
+        operation: OperationDefinitionNode,
+        root: GraphQLObjectType,
+        variables: Variables,
+    ) -> None:
+        self._compiler = compiler
+        self._document = document
+        self._operation = operation
+        self._root = root
+        self._variables = variables
+        self._is_serial = operation.operation is OperationType.MUTATION
+        self._fragments = {
+            node.name.value: node
+            for node in document.definitions
+            if isinstance(node, FragmentDefinitionNode)
+        }
+        self._conditions = _conditions(operation, self._fragments)
+        self._variants: dict[tuple[bool, ...], list[Step] | None] = {}
+        self.fields = 0
+        """How many fields are compiled, to estimate the memory."""
+
+    def prepare(self) -> None:
+        """Compile the only variant, if there is only one.
+
+        Raises:
+            NotCompiled: only graphql-core executes the operation.
+        """
+        if not self._conditions:
+            self._variants[()] = self._compiled({})
+
+    async def execute(
+        self,
+        context: Any,
+        sent: Mapping[str, Any],
+        *,
+        root_value: Any = None,
+        **options: Any,
+    ) -> ExecutionResult:
+        """Execute the operation with these variables.
+
+        `options` are those of graphql-core's `execute`, for what is left to it.
+        """
+        calls: list[Call] = []
+        try:
+            data = await self._data(context, sent, root_value, calls)
+        except Exception:
+            # It comes again, if it is an error: graphql-core gets what the resolvers have raised.
+            return await self._by_graphql_core(context, sent, root_value, calls, options)
+        return ExecutionResult(data, None)
+
+    async def verify(
+        self,
+        context: Any,
+        sent: Mapping[str, Any],
+        *,
+        root_value: Any = None,
+        **options: Any,
+    ) -> tuple[ExecutionResult, Exception | None]:
+        """Execute the operation, and compare with graphql-core. Return also why it left, if it did.
+
+        graphql-core gets what the resolvers have returned, so that each runs once.
+
+        Raises:
+            Different: the data, the arguments of a resolver or its info are not the same.
+        """
+        calls: list[Call] = []
+        reason: Exception | None = None
+        data: dict[str, Any] | None = None
+        try:
+            data = await self._data(context, sent, root_value, calls)
+        except Exception as error:
+            reason = error
+        found: list[str] = []
+        result = await self._by_graphql_core(
+            context, sent, root_value, calls, options, found, is_whole=reason is None
+        )
+        if reason is None:
+            if result.errors or repr(result.data) != repr(data):
+                found.append(f"compiled: {data!r}, by graphql-core: {result!r}")
+            found += [f"only compiled: {_keys(each)}" for each in calls if not each.is_handed_out]
+        if found:
+            raise Different("\n".join(found))
+        return result, reason
+
+    async def _data(
+        self, context: Any, sent: Mapping[str, Any], root_value: Any, calls: list[Call]
+    ) -> dict[str, Any]:
+        variables = self._variables(sent)
+        data: dict[str, Any] = {}
+        if self._is_serial:
+            for step in self._steps(variables):
+                branch = Branch(context, root_value, variables, calls)
+                step(root_value, branch, None, data)
+                await _finish(branch)
+            return data
+        waiting: list[Branch] = []
+        for step in self._steps(variables):
+            branch = Branch(context, root_value, variables, calls)
+            step(root_value, branch, None, data)
+            if branch.waiting:
+                waiting.append(branch)
+        if len(waiting) == 1:
+            await _finish(waiting[0])
+        elif waiting:
+            # All have ended before one of them leaves: graphql-core needs what they returned.
+            ends = await asyncio.gather(*map(_finish, waiting), return_exceptions=True)
+            for end in sorted(filter(None, ends), key=lambda end: isinstance(end, Exception)):
+                raise end
+        return data
+
+    def _steps(self, variables: VariableValues) -> list[Step]:
+        """Return the root fields for the values that `@skip` and `@include` have.
+
+        Raises:
+            Odd: a value is not a Boolean, or its combination is not compiled.
+        """
+        values = {name: variables.coerced.get(name) for name in self._conditions}
+        variant = tuple(value is True for value in values.values())
+        if not all(value.__class__ is bool for value in values.values()):
+            raise Odd
+        if variant not in self._variants and len(self._variants) < MAX_VARIANTS:
+            try:
+                self._variants[variant] = self._compiled(values)
+            except NotCompiled:
+                self._variants[variant] = None
+        steps = self._variants.get(variant)
+        if steps is None:
+            raise Odd
+        return steps
+
+    def _compiled(self, values: Mapping[str, Any]) -> list[Step]:
+        """Compile the fields for these values of `@skip` and `@include`.
+
+        Raises:
+            NotCompiled: only graphql-core executes the operation.
+        """
+        output = OutputCompiler(
+            self._compiler.schema,
+            self._fragments,
+            self._operation,
+            self._compiler.classes,
+            lambda node: _is_included(node, values),
+            MAX_FIELDS - self.fields,
+        )
+        try:
+            return output.root(self._root)
+        finally:
+            self.fields += output.fields
+
+    async def _by_graphql_core(
+        self,
+        context: Any,
+        sent: Mapping[str, Any],
+        root_value: Any,
+        calls: Sequence[Call],
+        options: Mapping[str, Any],
+        differences: list[str] | None = None,
+        *,
+        is_whole: bool = False,
+    ) -> ExecutionResult:
+        """Execute by graphql-core, which gets what the calls have returned or raised.
+
+        `differences` gets those of the calls. All were made before, if the first execution
+        `is_whole`.
+        """
+        name = self._operation.name.value if self._operation.name else None
+        attribute_of = self._compiler.classes.attribute_of
+        known = {_keys(call): call for call in calls}
+
+        def hand_out(
+            next_: Callable[..., Any], source: Any, info: GraphQLResolveInfo[Any], **arguments: Any
+        ) -> Any:
+            call = known.get(tuple(info.path.as_list()))
+            if call is None:
+                if is_whole and not (
+                    info.field_name == "__typename"
+                    or attribute_of(info.parent_type.name, info.field_name)
+                ):
+                    assert differences is not None
+                    differences.append(f"only by graphql-core: {info.path.as_list()}")
+                return next_(source, info, **arguments)
+            call.is_handed_out = True
+            if differences is not None:
+                differences.extend(_differences(call, info, arguments))
+            if call.error is not None:
+                raise call.error
+            return call.value
+
+        try:
+            result = execute(
+                self._compiler.schema,
+                self._document,
+                root_value,
+                context,
+                dict(sent),
+                name,
+                middleware=[hand_out] if calls or differences is not None else None,
+                **options,
+            )
+            return await result if isawaitable(result) else result
+        finally:
+            for call in calls:
+                if not call.is_handed_out:
+                    _close(call.value)
+
+
+async def _finish(branch: Branch) -> None:
+    """Await what resolvers have returned, level by level, and complete it.
+
+    Raises:
+        Odd: something is odd.
+        Exception: the error of a resolver.
+    """
+    while branch.waiting:
+        waiting, branch.waiting = branch.waiting, []
+        await _settle([each.call for each in waiting])
+        for call, complete, answer, key in waiting:
+            if call.error is not None:
+                raise call.error
+            answer[key] = complete(call.value, branch, call.info.path)
+
+
+async def _settle(calls: list[Call]) -> None:
+    """Await the results of resolvers together, until all have ended."""
+    if len(calls) == 1:
+        call = calls[0]
+        try:
+            call.value = await call.value
+        except Exception as error:
+            call.value, call.error = None, error
+        return
+    outcomes = await asyncio.gather(*(call.value for call in calls), return_exceptions=True)
+    for call, outcome in zip(calls, outcomes, strict=True):
+        if not isinstance(outcome, BaseException):
+            call.value = outcome
+        elif isinstance(outcome, Exception):
+            call.value, call.error = None, outcome
+        else:
+            raise outcome
+
+
+def _conditions(
+    operation: OperationDefinitionNode, fragments: Mapping[str, FragmentDefinitionNode]
+) -> tuple[str, ...]:
+    """Return the names of the variables that `@skip` and `@include` have.
+
+    Raises:
+        NotCompiled: the document has other directives.
+    """
+    names: set[str] = set()
+    definitions = (operation, *fragments.values())
+    variables = operation.variable_definitions or ()
+    if any(each.directives for each in definitions) or any(each.directives for each in variables):
+        raise NotCompiled("a directive")
+    waiting: list[SelectionSetNode] = [each.selection_set for each in definitions]
+    while waiting:
+        for node in waiting.pop().selections:
+            for directive in node.directives or ():
+                if directive.name.value not in _INCLUSION:
+                    raise NotCompiled("a directive")
+                for argument in directive.arguments or ():
+                    if isinstance(argument.value, VariableNode):
+                        names.add(argument.value.name.value)
+                    elif not isinstance(argument.value, BooleanValueNode):
+                        raise NotCompiled("a directive")
+            match node:
+                case FieldNode(selection_set=SelectionSetNode() as inner):
+                    waiting.append(inner)
+                case InlineFragmentNode(selection_set=inner):
+                    waiting.append(inner)
+    return tuple(sorted(names))
+
+
+def _is_included(node: SelectionNode, values: Mapping[str, Any]) -> bool:
+    for directive in node.directives or ():
+        (argument,) = directive.arguments or ()
+        value = argument.value
+        if isinstance(value, VariableNode):
+            is_set = values[value.name.value]
+        else:
+            assert isinstance(value, BooleanValueNode)
+            is_set = value.value
+        if is_set is (directive.name.value == "skip"):
+            return False
+    return True
+
+
+def _keys(call: Call) -> tuple[str | int, ...]:
+    return tuple(call.info.path.as_list())
+
+
+def _close(value: object) -> None:
+    """Close a coroutine that nobody will await."""
+    if iscoroutine(value) and getcoroutinestate(value) == CORO_CREATED:
+        value.close()
+
+
+def _differences(
+    call: Call, info: GraphQLResolveInfo[Any], arguments: Mapping[str, Any]
+) -> list[str]:
+    """Return how graphql-core calls a resolver differently."""
+    found = []
+    if repr(call.arguments) != repr(arguments):
+        found.append(f"{_keys(call)}: {call.arguments!r}, by graphql-core {arguments!r}")
+    ours = call.info._asdict()
+    for name, theirs in info._asdict().items():
+        mine = ours[name]
+        match name:
+            case "field_nodes":
+                same = [*map(id, mine)] == [*map(id, theirs)]
+            case "path" | "fragments":
+                same = mine == theirs
+            case "variable_values":
+                same = _described(mine) == _described(theirs)
+            case "async_helpers":
+                same = True
+            case _:
+                same = mine is theirs or mine == theirs
+        if not same:
+            found.append(f"{_keys(call)}: the info's {name} is {mine!r}, not {theirs!r}")
+    return found
+
+
+def _described(variables: VariableValues) -> str:
+    """Return the text of variables without the addresses of objects."""
+    sources = [
+        (name, repr(source.value), str(source.signature.type), source.signature.default)
+        for name, source in variables.sources.items()
+    ]
+    defaults = [(*each, default and default.literal) for *each, default in sources]
+    return repr((defaults, variables.coerced))

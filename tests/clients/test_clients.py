@@ -1,0 +1,223 @@
+"""One program per GraphQL client, each set up as docs/clients.md shows: all must see the same.
+
+A program enqueues by both doors, reads, pages, follows a job over a restart of the server, cancels
+it, and shows faults. It prints `restart the server` once it follows the job, and a report at its
+end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import httpx
+import pytest
+
+from job_registry_api.graphql.schema import SDL_FILE
+from tests import ROOT
+from tests.docs.pages import blocks
+from tests.http_client import serving
+from tests.postgresql_server import free_port
+from tests.test_own_jobs import ADA, BOB, SECRET
+
+HERE: Final = Path(__file__).parent
+PACKAGES: Final = ROOT / "tests" / "frontend" / "node_modules"
+
+WITHOUT_SUBSCRIPTIONS: Final = {"fetch", "graphql_request"}
+PROGRAMS: Final = sorted(
+    path.stem for path in HERE.glob("programs/*.ts") if path.stem != "scenario"
+)
+
+UV: Final = str(Path(sys.executable).with_name("uv"))
+
+PYTHON_PROGRAMS: Final = {
+    "gql": "gql[httpx,websockets]==4.4.0",
+    "ariadne_codegen": "ariadne-codegen[subscriptions]==0.19.0",
+}
+"""The clients in Python, each with its package. Both need graphql-core, in different versions."""
+
+REPORT: Final[dict[str, Any]] = {
+    "read": {
+        "type": "payout.execute",
+        "status": "QUEUED",
+        "priority": 80,
+        "payload": {"batchId": "b-2", "escrowId": "e-1"},
+        "createdBy": "ada",
+        "createdAt": True,
+    },
+    "the job of another": "job_not_found",
+    "pages": [
+        {"jobs": [0, 1], "next": True, "previous": False, "total": 3},
+        {"jobs": [2], "next": False, "previous": True, "total": 3},
+        {"jobs": [1, 2], "next": False, "previous": True, "total": 3},
+        {"jobs": [0], "next": True, "previous": False, "total": 3},
+    ],
+    "violations": [
+        "/assetId pattern_mismatch",
+        "/sizes/1 out_of_range",
+        "/versionNumber required",
+    ],
+    "a wrong type": [
+        "Variable '$job' has invalid value at .payoutExecute.batchId:"
+        " String cannot represent a non string value: 1"
+    ],
+    "beside a failed field": {
+        "data": {"job": "Job", "jobs": None},
+        "errors": [[["jobs"], "validation_error"]],
+    },
+    "events": ["job.current QUEUED", "job.current QUEUED", "job.cancelled CANCELLED"],
+    "cancelled twice": "job_state_conflict",
+    "read again": "CANCELLED",
+}
+
+AUTHENTICATION: Final = {
+    "auth_hs256_secret": SECRET,
+    "auth_issuer": "https://i.example",
+    "auth_audience": "jobs",
+}
+
+pytestmark = [
+    pytest.mark.slow,
+    # One process for all: the programs are built once, for one port.
+    pytest.mark.xdist_group("clients"),
+]
+
+
+@pytest.fixture(scope="module")
+def port() -> int:
+    return free_port()
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory, port: int) -> Path:
+    """The programs in TypeScript, generated, checked and bundled: a frontend's whole build."""
+    if shutil.which("node") is None or not (PACKAGES / ".bin").is_dir():
+        pytest.skip("Node's packages are not there: `make test` fetches them")
+    folder = tmp_path_factory.mktemp("clients")
+    source = folder / "src"
+    shutil.copytree(HERE / "programs", source / "programs")
+    for name in ("login.ts", "operations.graphql"):
+        shutil.copy(HERE / name, source)
+    for name in ("package.json", "tsconfig.json", "vite.config.ts"):
+        shutil.copy(HERE / name, folder)
+    shutil.copy(SDL_FILE, folder)
+    (folder / "node_modules").symlink_to(PACKAGES)
+    for name, text in _setups(port).items():
+        if name == "codegen.yml":
+            # The server wants a token.
+            text = text.replace(f"http://127.0.0.1:{port}/graphql", SDL_FILE.name)
+        (source if name.endswith(".ts") else folder).joinpath(name).write_text(text, "utf-8")
+    for program, *options in (
+        ["relay-compiler"],
+        ["graphql-codegen"],
+        ["tsc"],
+        ["vite", "build"],
+    ):
+        ran = subprocess.run(
+            [folder / "node_modules" / ".bin" / program, *options],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=500,
+            check=False,
+        )
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+    return folder / "dist"
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+async def test_a_client_in_typescript_does_all_that_it_can(
+    name: str, built: Path, port: int, sqlite_template: Path, tmp_path: Path
+) -> None:
+    shutil.copy(sqlite_template, tmp_path / "jobs.db")
+    report = await _run(["node", str(built / f"{name}.js")], port, tmp_path)
+    assert report == REPORT | ({"events": []} if name in WITHOUT_SUBSCRIPTIONS else {})
+
+
+@pytest.mark.parametrize("name", PYTHON_PROGRAMS)
+async def test_a_client_in_python_does_all_that_it_can(
+    name: str, port: int, sqlite_template: Path, tmp_path: Path
+) -> None:
+    with_package = (UV, "run", "--no-project", "--isolated", "--with", PYTHON_PROGRAMS[name])
+    if fault := await _fault_of(*with_package, "python", "-c", "", folder=tmp_path):
+        pytest.skip(f"{PYTHON_PROGRAMS[name]} cannot be installed: {fault[-300:]}")
+    shutil.copytree(HERE / "python", tmp_path, dirs_exist_ok=True)
+    shutil.copy(HERE / "operations.graphql", tmp_path)
+    shutil.copy(SDL_FILE, tmp_path)
+    for file, text in _setups(port).items():
+        if file.endswith((".py", ".toml")):
+            (tmp_path / file).write_text(text, "utf-8")
+    if name == "ariadne_codegen":
+        assert await _fault_of(*with_package, "ariadne-codegen", folder=tmp_path) is None
+    shutil.copy(sqlite_template, tmp_path / "jobs.db")
+    command = [*with_package, "python", f"with_{name}.py"]
+    assert await _run(command, port, tmp_path) == REPORT
+
+
+async def _fault_of(*command: str, folder: Path) -> str | None:
+    """Run a command, and return what it says if it fails."""
+    process = await asyncio.create_subprocess_exec(
+        *command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    async with asyncio.timeout(200):
+        _, said = await process.communicate()
+    return said.decode() if process.returncode else None
+
+
+def _setups(port: int) -> dict[str, str]:
+    """The setups that the page shows, for a server at this port."""
+    return {
+        str(block.argument): block.text.replace("127.0.0.1:8000", f"127.0.0.1:{port}")
+        for block in blocks("client")
+    }
+
+
+async def _run(command: Sequence[str], port: int, folder: Path) -> Any:
+    """Run a program beside a server that restarts when the program says so; return its report."""
+    token = ADA["authorization"].removeprefix("Bearer ")
+    url = f"sqlite:///{folder / 'jobs.db'}"
+    options = ("--no-worker", "--port", str(port))
+    async with serving(url, *options, **AUTHENTICATION):
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            await _job_of_another(port),
+            cwd=folder,
+            env={**os.environ, "TOKEN": token},
+            stdout=asyncio.subprocess.PIPE,
+        )
+        try:
+            line = await _line(process)
+        except BaseException:
+            process.kill()
+            raise
+    try:
+        async with serving(url, *options, **AUTHENTICATION):
+            if line == "restart the server":
+                line = await _line(process)
+            async with asyncio.timeout(30):
+                assert await process.wait() == 0
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    return json.loads(line)
+
+
+async def _line(process: asyncio.subprocess.Process) -> str:
+    assert process.stdout is not None
+    async with asyncio.timeout(120):
+        return (await process.stdout.readline()).decode().strip()
+
+
+async def _job_of_another(port: int) -> str:
+    job = {"type": "payout.execute", "payload": {"batchId": "b-0", "escrowId": "e-1"}}
+    async with httpx.AsyncClient() as client:
+        response = await client.post(f"http://127.0.0.1:{port}/jobs", json=job, headers=BOB)
+    return str(response.json()["jobId"])

@@ -1,0 +1,173 @@
+"""The example page in React: built, and driven in a browser with a token of `jobs:own`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Final
+
+import httpx
+import pytest
+from PIL import Image
+from playwright.async_api import FilePayload, expect
+
+from job_registry_api.graphql.schema import SDL_FILE
+from tests import ROOT
+from tests.docs.pages import REACT
+from tests.http_client import serving
+from tests.postgresql_server import free_port
+from tests.test_own_jobs import ADA, BOB, SECRET, bearer
+from tests.web.browser import browsing, needs_browser
+
+PACKAGES: Final = ROOT / "tests" / "frontend" / "node_modules"
+"""The packages of the example, in the same versions."""
+
+SCREENSHOT: Final = ROOT / "build" / "react.png"
+WORKER: Final = bearer("worker", "jobs:work")
+
+LEASE = """mutation { leaseJobs(input: {jobTypes: ["thumbnail.create"], workerId: "w"}) {
+  ... on LeaseJobsSuccess { leases { leaseToken } } } }"""
+HEARTBEAT = """mutation ($token: String!, $progress: JSON) {
+  heartbeatJob(leaseToken: $token, progress: $progress) {
+    ... on HeartbeatJobSuccess { cancelRequested } } }"""
+RELEASE = "mutation ($token: String!) { releaseJob(leaseToken: $token) { __typename } }"
+
+
+def test_the_packages_are_those_that_the_tests_have() -> None:
+    frontend = json.loads((ROOT / "tests/frontend/package.json").read_text())["devDependencies"]
+    example = json.loads((REACT / "package.json").read_text())
+    assert (example["dependencies"] | example["devDependencies"]).items() <= frontend.items()
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The example, generated from the committed schema, checked and built."""
+    if shutil.which("node") is None or not (PACKAGES / ".bin").is_dir():
+        pytest.skip("Node's packages are not there: `make test` fetches them")
+    folder = tmp_path_factory.mktemp("react")
+    ignored = shutil.ignore_patterns("node_modules", "gen", "dist")
+    shutil.copytree(REACT, folder, dirs_exist_ok=True, ignore=ignored)
+    (folder / "node_modules").symlink_to(PACKAGES)
+    ran = subprocess.run(
+        ["npm", "run", "build"],
+        cwd=folder,
+        env={**os.environ, "SCHEMA": str(SDL_FILE)},
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return folder
+
+
+@asynccontextmanager
+async def page_server(folder: Path, server: str) -> AsyncIterator[str]:
+    """The host and port of the built page, which passes requests on to a server."""
+    address = f"127.0.0.1:{(port := free_port())}"
+    process = await asyncio.create_subprocess_exec(
+        *("node_modules/.bin/vite", "preview", "--host", "127.0.0.1"),
+        *("--port", str(port), "--strictPort"),
+        cwd=folder,
+        env={**os.environ, "SERVER": f"http://{server}"},
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    try:
+        async with asyncio.timeout(60):
+            while str(port) not in (await process.stdout.readline()).decode():
+                assert process.returncode is None
+        yield address
+    finally:
+        process.terminate()
+        await process.wait()
+
+
+@needs_browser
+@pytest.mark.slow
+async def test_a_user_sees_faults_at_their_fields_and_follows_and_cancels_own_jobs(
+    built: Path, sqlite_template: Path, tmp_path: Path
+) -> None:
+    shutil.copy(sqlite_template, tmp_path / "jobs.db")
+    settings = {
+        "auth_hs256_secret": SECRET,
+        "auth_issuer": "https://i.example",
+        "auth_audience": "jobs",
+        "assets": str(tmp_path / "assets"),
+    }
+    async with (
+        serving(f"sqlite:///{tmp_path / 'jobs.db'}", "--no-worker", **settings) as (server, _),
+        httpx.AsyncClient(base_url=f"http://{server}", timeout=30) as client,
+        page_server(built, server) as address,
+        browsing(address) as page,
+    ):
+        # The job of another user is not shown.
+        job = {"type": "thumbnail.create", "payload": {"assetId": "bobs", "versionNumber": 1}}
+        assert (await client.post("/jobs", json=job, headers=BOB)).status_code == 201
+        token = ADA["authorization"].removeprefix("Bearer ")
+        await page.add_init_script(f"localStorage.setItem('token', {json.dumps(token)})")
+        await page.goto(f"http://{address}/")
+
+        picture = FilePayload(name="cat.png", mimeType="image/png", buffer=_png())
+        button = page.get_by_role("button", name="Create thumbnails")
+        rows = page.locator("tbody tr")
+        await page.get_by_label("Picture").set_input_files(picture)
+        await page.get_by_label("Sizes").fill("128, 0")
+        await button.click()
+        of_sizes = page.locator("label", has_text="Sizes").get_by_role("alert")
+        await expect(of_sizes).to_have_text("Expected a value of at least 1; got 0.")
+        await page.get_by_label("Sizes").fill("128, 64")
+        await page.get_by_label("Priority").fill("200")
+        await button.click()
+        of_priority = page.locator("label", has_text="Priority").get_by_role("alert")
+        await expect(of_priority).to_contain_text("200")
+        await expect(of_sizes).to_have_count(0)
+        await expect(rows).to_have_count(0)
+
+        await page.get_by_label("Priority").fill("80")
+        await button.click()
+        await expect(rows).to_have_count(1)
+        await expect(rows).to_contain_text("queued")
+        await expect(page.get_by_role("alert")).to_have_count(0)
+        assert [each.name for each in (tmp_path / "assets").glob("*/1.png")] == ["1.png"]
+
+        # A worker leases it before the other user's, whose priority is lower.
+        (lease,) = (await _ask(client, LEASE))["leaseJobs"]["leases"]
+        running = {"token": lease["leaseToken"], "progress": {"rendered": 1, "of": 2}}
+        await _ask(client, HEARTBEAT, **running)
+        await expect(rows).to_contain_text("running")
+        await expect(rows.locator("progress")).to_have_attribute("value", "1")
+        SCREENSHOT.parent.mkdir(exist_ok=True)
+        await page.screenshot(path=SCREENSHOT)
+        cancel = page.get_by_role("button", name="Cancel")
+        await cancel.click()
+        await expect(cancel).to_be_disabled()
+        assert (await _ask(client, HEARTBEAT, **running))["heartbeatJob"]["cancelRequested"]
+        await _ask(client, RELEASE, token=lease["leaseToken"])
+        await expect(rows).to_contain_text("cancelled")
+        await expect(cancel).to_have_count(0)
+
+        await button.click()
+        await expect(rows).to_have_count(2)
+        await cancel.click()
+        await expect(page.locator('tr[data-status="CANCELLED"]')).to_have_count(2)
+
+
+async def _ask(client: httpx.AsyncClient, document: str, **variables: Any) -> Any:
+    content = {"query": document, "variables": variables}
+    answer = (await client.post("/graphql", json=content, headers=WORKER)).json()
+    assert "errors" not in answer, answer
+    return answer["data"]
+
+
+def _png() -> bytes:
+    file = BytesIO()
+    Image.new("RGB", (32, 32), "navy").save(file, "PNG")
+    return file.getvalue()
