@@ -380,7 +380,7 @@ def _fields_of(name: str) -> list[str]:
 def _valid(name: str, kind: GraphQLInputType) -> str:
     """Return a JSON value that is valid for an argument."""
     named = get_named_type(kind)
-    if name == "after":
+    if name in ("after", "before", "last"):
         return "null"
     if name == "leaseToken":
         return f'"{LEASE_TOKEN}"'

@@ -110,6 +110,14 @@ async def test_a_request_may_have_as_many_values_as_set(visit: Visit) -> None:
             assert answer.status_code == (200 if status == 422 else 413)
 
 
+@reaches("federation")
+async def test_the_schema_is_a_subgraph_if_that_is_set(visit: Visit) -> None:
+    for federation in ("true", "false"):
+        async with visit(federation=federation) as client:
+            answer = await client.post("/graphql", json={"query": "{ _service { sdl } }"})
+            assert ("errors" in answer.json()) == (federation == "false")
+
+
 @reaches("max_body_bytes")
 async def test_a_body_may_be_as_large_as_set(visit: Visit) -> None:
     body = {"type": "test.ping", "payload": {"text": "x" * 2_000}}

@@ -69,21 +69,21 @@ async def reading_job(info: strawberry.Info[Context, None]) -> AsyncIterator[Non
 
 
 def kept_for_answer(info: strawberry.Info[Context, None], job: JobRecord) -> JobRecord:
-    """Return a job without the large values that the answer will not have. Charge the others.
+    """Return a job without the large values that the answer will not have. Charge all of them.
 
     A request has many fields, and what one of them has read is kept until all are resolved.
     """
-    if weight_of(job) < SMALL_WEIGHT:
+    weight = weight_of(job)
+    if weight < SMALL_WEIGHT:
         return job
+    context_of(info).budget.charge_reading(weight)
     of_each = selected(info)
-    job = job._replace(
+    return job._replace(
         payload=job.payload if of_each.payloads else None,
         progress=job.progress if of_each.progresses else None,
         result=job.result if of_each.results else None,
         error=job.error if of_each.errors else None,
     )
-    context_of(info).budget.charge_reading(weight_of(job))
-    return job
 
 
 def selected(info: strawberry.Info[Context, None]) -> Selected:

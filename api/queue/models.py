@@ -465,10 +465,10 @@ class JobRecord(NamedTuple):
 def weight_of(job: JobRecord) -> int:
     """Return about how many bytes of memory the JSON values of a job take, at least their text.
 
-    Each comma in them counts as 24: the objects of `[{},{}]` take more than their text.
+    Each comma in them counts as 32: the objects of `[{},{}]` take more than their text.
     """
     texts = [to_json(value) for value in (job.payload, job.progress, job.result, job.error)]
-    return sum(len(text) + 24 * text.count(b",") for text in texts)
+    return sum(len(text) + 32 * text.count(b",") for text in texts)
 
 
 def error_of(value: Any) -> JobError | None:

@@ -583,7 +583,7 @@ class Store(ABC):
         """Return the latest attempts of these jobs up to a size, oldest first; and if they are all.
 
         An attempt counts with 200 bytes and its error, each comma of which counts as 48 more:
-        `weight_of` counts half as many, and its jobs are read a piece at a time.
+        `weight_of` counts fewer, and its jobs are read a piece at a time.
         """
         attempts: dict[uuid.UUID, list[AttemptRecord]] = {job_id: [] for job_id in job_ids}
         rows = await self._read("attempts", {"ids": ids_text(job_ids), "max_bytes": max_bytes})

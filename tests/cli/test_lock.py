@@ -142,7 +142,7 @@ def test_the_summary_is_there_for_programs(code: Code) -> None:
         "changed": [],
         "removed": [],
     }
-    assert sorted(path.name for path in code.folder.iterdir()) == ["myjobs.py", "other.json"]
+    assert sorted(path.name for path in code.folder.glob("*.*")) == ["myjobs.py", "other.json"]
 
 
 @pytest.mark.slow
