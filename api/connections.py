@@ -559,6 +559,17 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
         self._held = b""
         super().connection_lost(exc)
 
+    def shutdown(self) -> None:
+        """Close a connection that is still open with 1001, going away. uvicorn sends 1012."""
+        if self.close_sent or not self.handshake_complete:
+            super().shutdown()
+            return
+        self.stop_keepalive()
+        self.queue.put_nowait({"type": "websocket.disconnect", "code": 1001})
+        self.conn.send_close(1001)
+        self.transport.write(b"".join(self.conn.data_to_send()))
+        self.transport.close()
+
     def admit(self) -> None:
         """Let the client send messages of the full size."""
         self._is_admitted = True

@@ -239,8 +239,15 @@ async def test_a_connection_above_the_rate_limit_is_to_be_tried_again(database_u
             await socket.close()
 
 
-async def test_a_client_that_answers_no_ping_is_to_try_again() -> None:
-    """A laptop that slept. After 1011, which uvicorn sends, clients of graphql-ws give up."""
+HANDSHAKE = (
+    b"GET / HTTP/1.1\r\nhost: localhost\r\nupgrade: websocket\r\nconnection: upgrade\r\n"
+    b"sec-websocket-version: 13\r\nsec-websocket-key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+)
+
+
+@contextlib.asynccontextmanager
+async def deaf_application(**options: Any) -> AsyncIterator[tuple[uvicorn.Server, int]]:
+    """A server, and its port, of an application that accepts a WebSocket and never closes it."""
 
     async def application(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "websocket":
@@ -250,23 +257,39 @@ async def test_a_client_that_answers_no_ping_is_to_try_again() -> None:
 
     bounds = Bounds(100, 5, 5, 5, 5, 1_000, 1_000)
     config = ServerConfig(cast(Any, application), bounds, port=0, lifespan="off", log_level="error")
-    config.ws_ping_interval = config.ws_ping_timeout = 0.05
+    for name, value in options.items():
+        setattr(config, name, value)
     server = uvicorn.Server(config)
     serving_task = asyncio.create_task(server.serve())
     while not server.started:  # noqa: ASYNC110
         await asyncio.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(
-        b"GET / HTTP/1.1\r\nhost: localhost\r\nupgrade: websocket\r\nconnection: upgrade\r\n"
-        b"sec-websocket-version: 13\r\nsec-websocket-key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
-    )
-    async with asyncio.timeout(10):
-        received = await reader.read()
-    writer.close()
+    yield server, server.servers[0].sockets[0].getsockname()[1]
     server.should_exit = True
     await serving_task
+
+
+async def test_a_client_that_answers_no_ping_is_to_try_again() -> None:
+    """A laptop that slept. After 1011, which uvicorn sends, clients of graphql-ws give up."""
+    async with deaf_application(ws_ping_interval=0.05, ws_ping_timeout=0.05) as (_, port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(HANDSHAKE)
+        async with asyncio.timeout(10):
+            received = await reader.read()
+        writer.close()
     assert b"\x03\xf5A ping was not answered" in received
+
+
+async def test_what_the_application_has_not_closed_when_the_server_stops_is_closed_with_1001() -> (
+    None
+):
+    async with deaf_application() as (server, port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(HANDSHAKE)
+        async with asyncio.timeout(10):
+            await reader.readuntil(b"\r\n\r\n")
+            server.should_exit = True
+            assert await reader.read() == b"\x88\x02\x03\xe9"
+        writer.close()
 
 
 async def test_a_flood_of_pings_closes_the_connection(socket: ClientConnection) -> None:
