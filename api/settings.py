@@ -282,8 +282,8 @@ class Settings(BaseSettings):
     federation: bool = Field(
         default=False,
         description="Whether the GraphQL schema is served as a subgraph of Apollo Federation:"
-        " `_entities` finds jobs by their ids, and `_service` gives the schema to every caller with"
-        " a scope, also without introspection.",
+        " `_entities` returns jobs by their ids, and `_service` returns the schema to every caller"
+        " with a scope, even if introspection is off.",
     )
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         default=(),

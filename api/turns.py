@@ -1,4 +1,4 @@
-"""Tasks that have something to do at once take turns, with other requests in between."""
+"""Lets tasks that become ready at the same time take turns, with other requests in between."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ SLICE_SECONDS: Final = 0.002
 """How long tasks that take turns may run before other requests run for as long."""
 
 MAX_AT_ONCE: Final = 256
+"""The most tasks that run before the time is measured."""
 
 
 class Turns:
     """A queue of tasks on one event loop.
 
     A thousand tasks that one event wakes would all run before the loop serves anything else. After
-    `await turns.take()` they run a few at a time: as many as took `SLICE_SECONDS` so far.
+    `await turns.take()` they run a few at a time. Their number is adjusted so that they take about
+    `SLICE_SECONDS`.
     """
 
     def __init__(self) -> None:
@@ -49,7 +51,7 @@ class Turns:
             self._is_active = False
             return
         self._begun = loop.time()
-        # This runs after the tasks, which the loop has just been given.
+        # `_pause` runs after the tasks: the loop runs callbacks in the order of scheduling.
         loop.call_soon(self._pause, loop)
 
     def _pause(self, loop: asyncio.AbstractEventLoop) -> None:

@@ -1,7 +1,7 @@
 """The schema as a subgraph of Apollo Federation: `_service`, and `_entities` for jobs by their ids.
 
-Strawberry's own federation schema resolves each representation for itself and knows no access
-scopes, so these two fields are ordinary ones here.
+Strawberry's federation schema resolves each representation separately and has no access scopes, so
+these two fields are ordinary ones here.
 """
 
 # Without `from __future__ import annotations`: annotations name a union and a scalar.
@@ -29,7 +29,7 @@ extend schema @link(url: "https://specs.apollo.dev/federation/v2.3", import: ["@
 
 extend type Job @key(fields: "id")
 """
-"""What makes the schema a subgraph: other subgraphs refer to a job by its id."""
+"""The directives that make the schema a subgraph: other subgraphs refer to a job by its id."""
 
 Representation = NewType("Representation", object)
 
@@ -44,7 +44,7 @@ SCALARS: Final[dict[object, ScalarDefinition]] = {
 
 Entity = Annotated[
     Job,
-    strawberry.union("_Entity", description="What other subgraphs refer to."),
+    strawberry.union("_Entity", description="The types that other subgraphs refer to."),
 ]
 
 
@@ -54,7 +54,7 @@ class Service:
 
 
 def federated_query(subgraph_sdl: str) -> type[Query]:
-    """Return the queries with those that a router sends. `subgraph_sdl` is what it composes."""
+    """Return `Query` with the fields for a router. `subgraph_sdl` is the schema for it."""
 
     @strawberry.type(
         name="Query",
@@ -110,10 +110,10 @@ def federated_query(subgraph_sdl: str) -> type[Query]:
 
 
 def _ids_of(representations: list[Representation]) -> list[uuid.UUID | None]:
-    """Return the ids of jobs; None for one that no job can have.
+    """Return the ids of jobs; None for an id that no job can have.
 
     Raises:
-        InputInvalid: something is not the representation of a job.
+        InputInvalid: a representation is not that of a job.
     """
     faults: list[Violation] = []
     ids: list[uuid.UUID | None] = []

@@ -206,7 +206,7 @@ class Query:
 
     @strawberry.field(
         extensions=[Requires("jobs:own", "jobs:read")],
-        description="The object with this id, a job. Null if there is none.",
+        description="The job with this id. Null if there is none.",
     )
     async def node(
         self,
@@ -242,20 +242,20 @@ class Query:
         after: Annotated[
             str | None,
             strawberry.argument(
-                description="Only jobs behind this cursor: the `endCursor` of the previous page."
+                description="Only jobs after this cursor: the `endCursor` of the previous page."
             ),
         ] = None,
         last: Annotated[
             int | None,
             strawberry.argument(
-                description="The number of jobs at the end of the list, within the limits of"
-                " `first`. Not together with `first`."
+                description="The number of jobs on the page, counted from the end of the list, with"
+                " the same limits as `first`. Not allowed together with `first`."
             ),
         ] = None,
         before: Annotated[
             str | None,
             strawberry.argument(
-                description="Only jobs in front of this cursor: the `startCursor` of the next page."
+                description="Only jobs before this cursor: the `startCursor` of the next page."
             ),
         ] = None,
     ) -> JobConnection | None:

@@ -1,7 +1,7 @@
-"""The results of subscriptions, executed once for all subscribers that get the same.
+"""The results of subscriptions, executed once for all subscribers that get the same results.
 
-Two subscribers get the same if they sent the same operation and variables, and if nothing in the
-rights of their callers makes a difference.
+Two subscribers get the same results if they sent the same operation and variables, and if their
+callers have the same access.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ BATCH_EVENTS: Final = 64
 different events soon share batches."""
 
 BATCH_BYTES: Final = 262_144
-"""A batch ends with the result with which it takes so much memory."""
+"""A batch ends with the result that makes it larger than this, in bytes of memory."""
 
 MAX_KEPT_BYTES: Final = 33_554_432
-"""The most bytes of results that are kept for further subscribers, in one process. Whoever is
-behind those that are kept has them executed again."""
+"""The most bytes of results that are kept for other subscribers, in one process. For a subscriber
+that is behind these results, the operation is executed again."""
 
 MAX_GROUPS_AT_ONCE: Final = 8
-"""How many groups execute a batch at once. An event that thousands follow, each with variables of
-their own, would otherwise keep other requests waiting for seconds."""
+"""How many groups execute a batch at once. An event with thousands of subscribers, each with
+different variables, would otherwise keep other requests waiting for seconds."""
 
 _OVERHEAD: Final = 500
-"""About how many bytes a result, or a batch, takes beside its text."""
+"""About how many bytes a result, or a batch, takes in addition to its text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Answers:
-    """Results that are sent at once. Several subscribers may have the same object."""
+    """Results that are sent together. Several subscribers may share one object."""
 
     each: tuple[Answer, ...]
 
@@ -71,7 +71,7 @@ class Answers:
 
 
 async def answers_of(content: dict[str, Any]) -> Answers:
-    """Return one formatted result."""
+    """Return `Answers` with one formatted result."""
     errors = None if "data" in content else content["errors"]
     return Answers((Answer(await json_in_pieces(content), errors=errors),))
 
@@ -104,17 +104,18 @@ class SharedEvents:
         followed: FollowedJobs,
         after: str | None,
     ) -> AsyncGenerator[Answers]:
-        """Yield the results of a subscription, from the event with the id `after` on.
+        """Yield the results of a subscription, beginning after the event with the id `after`.
 
-        Operations that are equal are the same for everybody. `build` builds one for a context.
+        Equal values of `operation` stand for the same document and variables. `build` builds the
+        executor of the operation for a context.
 
         Raises:
             EventsMissed: events were missed.
-            JobNotFound: the caller follows one job, and may not see it.
+            JobNotFound: the caller follows one job that does not exist, or that it may not see.
             Unauthenticated: the caller's token has expired or is otherwise invalid.
         """
         if after is not None:
-            # Before the id is looked up, which would tell what happens to the job of another.
+            # Before the id is looked up: the look-up would reveal events of another caller's job.
             await followed.current()
         with (
             followed.subscribed(after) as subscription,
@@ -130,7 +131,7 @@ class SharedEvents:
                 batch = group.batches.get(subscription.position)
                 if batch is None:
                     batch = await group.batch_after(subscription.position)
-                    # Others may have waited for the same batch.
+                    # Other subscribers may have waited for the same batch.
                     await self._turns.take()
                 subscription.position = batch.end
                 skipped = [subscription.is_skipped(event) for event in batch.events]
@@ -157,8 +158,8 @@ class SharedEvents:
         build: Callable[[Context], OperationExecutor[Any]],
         followed: FollowedJobs,
     ) -> Iterator[_Group]:
-        """Return the group of those who get the same results."""
-        # What is executed for all knows nothing of its callers that is not in the key.
+        """Return the group of the subscribers that get the same results."""
+        # A shared execution depends only on those properties of the caller that are in the key.
         caller = followed.context.caller.as_reader()
         key = (operation, caller)
         group = self._groups.get(key)
@@ -208,7 +209,7 @@ class _Group:
         if making is None:
             making = self._made[after] = asyncio.create_task(self._make_in_turn(after))
             making.add_done_callback(partial(self._is_made, after))
-        # The subscriber that began it may leave.
+        # The subscriber that started it may leave.
         return await asyncio.shield(making)
 
     async def execute(self, event: JobEvent) -> dict[str, Any]:
@@ -219,7 +220,7 @@ class _Group:
             return format_result(await result if isawaitable(result) else result)
 
     def end(self) -> None:
-        """Make no more batches: nobody is left."""
+        """Cancel the batches that are being made: no subscriber is left."""
         for making in self._made.values():
             making.cancel()
 
@@ -255,12 +256,12 @@ class _Group:
     def _is_made(self, after: int, making: asyncio.Task[_Batch]) -> None:
         del self._made[after]
         if not making.cancelled():
-            making.exception()  # Whoever waits for it gets it. Nobody may.
+            making.exception()  # Those that wait for the batch get it; there may be none.
 
 
 def _as_event(answer: Answer) -> bytes:
     if answer.errors is not None:
-        # Without this, a browser would continue after an event that cannot be continued after.
+        # An empty id: otherwise a browser would try to continue after its last event again.
         name = b"id:\n"
     elif answer.event_id is not None:
         name = b"id: " + answer.event_id.encode() + b"\n"

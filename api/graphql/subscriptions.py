@@ -87,11 +87,11 @@ class Subscription:
     @strawberry.subscription(
         extensions=[Requires("jobs:own", "jobs:read")],
         description="The events of jobs from now on, of every process, in the order of commits."
-        " With `jobId`, the first event is `job.current`, with the job as it is, so that nothing"
-        " is missed between reading and subscribing. With the scope `jobs:own` alone, these are the"
-        " events of the caller's own jobs. A subscriber that falls 60 seconds or 50,000 events of"
-        " the queue behind is dropped with the error `events_missed`. It must read the jobs and"
-        " subscribe again.",
+        " With `jobId`, the first event is `job.current`, with the current state of the job, so"
+        " that no change is missed between reading and subscribing. With the scope `jobs:own`"
+        " alone, these are the events of the caller's own jobs. A subscriber that falls 60 seconds"
+        " or 50,000 events of the queue behind is dropped with the error `events_missed`. It must"
+        " read the jobs and subscribe again.",
     )
     async def job_events(
         self,

@@ -383,7 +383,7 @@ WaitingReason = Annotated[
 ]
 
 
-@strawberry.interface(description="An object with an id of its own, which `node` finds.")
+@strawberry.interface(description="An object that `node` returns by its id.")
 class Node:
     id: strawberry.ID = strawberry.field(description="The id, unique among all objects.")
 
@@ -561,10 +561,10 @@ class JobConnection:
     total: strawberry.Private[Callable[[], Awaitable[reading.JobTotal]]]
 
     @strawberry.field(
-        description="The number of jobs on all pages. It is exact for a filter of types and"
-        " statuses, and where the index of another field of the filter, or of the caller's own"
-        " jobs, has at most 10,000 jobs. Otherwise it is an estimate, as if the jobs had been"
-        " stored at a steady rate."
+        description="The number of jobs on all pages. It is exact without a filter, and with a"
+        " filter of types and statuses. With another filter, or with the scope `jobs:own` alone, it"
+        " is exact up to 10,000 entries of the index that is read. Above that it is an estimate, as"
+        " if the jobs had been stored at a steady rate."
     )
     async def total_count(self) -> int | None:
         return min((await self.total()).jobs, MAX_INT)

@@ -1,4 +1,4 @@
-"""Notices writes of other processes to a file, by inotify of Linux."""
+"""Notices writes of other processes to a file, with inotify on Linux."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ IN_MODIFY: Final = 0x2
 
 
 class FileWrites:
-    """Notices writes to a file, which is opened later if it does not exist yet.
+    """Notices writes to a file. A file that does not exist yet is watched once it exists.
 
-    Use it on one event loop. Where the system has no inotify, or no watch is left, nothing is
-    noticed.
+    Use it on one event loop. If the system has no inotify, or its limit of watches is reached,
+    no write is noticed.
     """
 
     def __init__(self, path: str) -> None:
@@ -24,7 +24,7 @@ class FileWrites:
         self._written = asyncio.Event()
         self._is_watching = False
         self._descriptor: int | None = None
-        # Python's standard library does not have it. Elsewhere than on Linux, libc lacks it too.
+        # Python's standard library has no inotify; libc has it only on Linux.
         with suppress(AttributeError, OSError, TypeError):
             self._libc = ctypes.CDLL(None, use_errno=True)
             descriptor = self._libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -43,7 +43,7 @@ class FileWrites:
         return written
 
     def close(self) -> None:
-        """Notice no more writes."""
+        """Stop watching the file."""
         if self._descriptor is not None:
             asyncio.get_running_loop().remove_reader(self._descriptor)
             os.close(self._descriptor)

@@ -1,7 +1,7 @@
 """The latest events of all processes, numbered in the order in which this process read them.
 
-Every subscriber reads from this one list, so a subscriber that is behind costs no memory of its
-own, and a burst of events drops nobody.
+All subscribers read from this one list, so a subscriber that is behind needs no buffer that could
+fill up.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from job_registry_api.queue.errors import EventsMissed
 from job_registry_api.queue.event_stream import Gap
 
 KEPT_SECONDS: Final = 60.0
-"""How long an event can be read. A subscriber that is further behind has missed it."""
+"""How long an event can be read. A subscriber that is further behind has missed events."""
 
 MAX_KEPT_EVENTS: Final = 50_000
 """The most events that can be read, about 15 MB. Older ones are dropped first."""
@@ -37,9 +37,9 @@ class Numbered(NamedTuple, Generic[T]):
 
 
 class RecentEvents(Generic[T]):
-    """A list that is appended to at its end and trimmed at its beginning.
+    """A list of events that grows at its end and is trimmed at its beginning.
 
-    Numbers begin at 1 and have no holes. A `Gap` has a number too: nobody can read across it.
+    Numbers begin at 1 and are consecutive. A `Gap` has a number too: no reader can read past it.
     """
 
     def __init__(self, *, clock: Callable[[], float] = time.time) -> None:
@@ -47,7 +47,7 @@ class RecentEvents(Generic[T]):
         self._entries: list[tuple[float, T | Gap]] = []
         self._first = 1
         self._complete_since = clock()
-        """From when on the entries are all events that there were."""
+        """The time since which no event is missing from the entries."""
 
     @property
     def last(self) -> int:
@@ -58,7 +58,7 @@ class RecentEvents(Generic[T]):
         """Add an event or a gap, and return its number."""
         now = self._clock()
         if self._entries:
-            # In order, also where the clock was set back: `position_of` searches by time.
+            # In order even if the clock was set back: `position_of` searches by time.
             now = max(now, self._entries[-1][0])
         self._entries.append((now, item))
         if isinstance(item, Gap):
@@ -96,7 +96,7 @@ class RecentEvents(Generic[T]):
         `is_number` recognizes the number of an event of this process. Another process has read the
         same events in the same order, so there the first equal event at that time is taken: nothing
         after it is missed, and what lies between two equal ones may be read again. Return None if
-        events after it may not be kept.
+        events after it may be missing.
         """
         # A thousand clients may continue at once, so only the entries of that time are compared.
         begin = bisect_left(self._entries, at - MAX_CLOCK_SKEW - 1, key=_time_of)
@@ -115,7 +115,7 @@ class RecentEvents(Generic[T]):
 
     def _trim(self, now: float) -> None:
         old = bisect_left(self._entries, now - KEPT_SECONDS, key=_time_of)
-        # The newest entry stays, also where the clock was set back.
+        # The newest entry stays even if the clock was set back.
         dropped = min(max(old, len(self._entries) - MAX_KEPT_EVENTS), len(self._entries) - 1)
         if dropped > 0:
             del self._entries[:dropped]

@@ -1,4 +1,4 @@
-// The tests' own: the token is given, and Node 20 has no WebSocket.
+// The login of the tests: the token is in the environment. Node 20 has no WebSocket.
 import WebSocket from "ws";
 
 Object.assign(globalThis, { WebSocket });

@@ -1,8 +1,8 @@
-"""One program per GraphQL client, each set up as docs/clients.md shows: all must see the same.
+"""One program per GraphQL client, each set up as docs/clients.md shows: all must get the same.
 
-A program enqueues by both doors, reads, pages, follows a job over a restart of the server, cancels
-it, and shows faults. It prints `restart the server` once it follows the job, and a report at its
-end.
+A program enqueues by both mutations, reads, pages, follows a job over a restart of the server,
+cancels it, and provokes errors. It prints `restart the server` once it follows the job, and a
+report at its end.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def port() -> int:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory, port: int) -> Path:
-    """The programs in TypeScript, generated, checked and bundled: a frontend's whole build."""
+    """The programs in TypeScript, generated, type-checked and bundled, as a frontend is built."""
     if shutil.which("node") is None or not (PACKAGES / ".bin").is_dir():
         pytest.skip("Node's packages are not there: `make test` fetches them")
     folder = tmp_path_factory.mktemp("clients")
@@ -111,7 +111,7 @@ def built(tmp_path_factory: pytest.TempPathFactory, port: int) -> Path:
     (folder / "node_modules").symlink_to(PACKAGES)
     for name, text in _setups(port).items():
         if name == "codegen.yml":
-            # The server wants a token.
+            # Introspection would need a token.
             text = text.replace(f"http://127.0.0.1:{port}/graphql", SDL_FILE.name)
         (source if name.endswith(".ts") else folder).joinpath(name).write_text(text, "utf-8")
     for program, *options in (
@@ -162,7 +162,7 @@ async def test_a_client_in_python_does_all_that_it_can(
 
 
 async def _fault_of(*command: str, folder: Path) -> str | None:
-    """Run a command, and return what it says if it fails."""
+    """Run a command, and return its standard error if it fails."""
     process = await asyncio.create_subprocess_exec(
         *command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )

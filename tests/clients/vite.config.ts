@@ -3,7 +3,7 @@ import { transformAsync } from "@babel/core";
 import { readdirSync } from "node:fs";
 import { defineConfig, type Plugin } from "vite";
 
-/** Replaces the `graphql` tags of Relay by what its compiler generated. */
+/** Replaces the `graphql` tags of Relay with the code that its compiler generated. */
 const relay: Plugin = {
   name: "relay",
   enforce: "pre",

@@ -1,13 +1,13 @@
-"""Compiled operations: trees of closures that hold only the way of success.
+"""Compiled operations: trees of closures that handle only expected values.
 
 A `Compiler` is for one schema, and compiles valid operations that are executed often. Variables,
-arguments and results are checked by their exact classes. Whatever else comes, such as a null in a
-non-null, an unexpected class, a resolver's error or a bad variable, leaves the compiled way:
-graphql-core then executes the operation, and its `middleware` hands out what the resolvers have
-already returned or raised. So no resolver runs twice, and the rules about errors, nulls and paths
-stay in graphql-core.
+arguments and results are checked by their exact classes. Anything unexpected, such as a null in a
+non-null field, another class, an error of a resolver or an invalid variable, ends the compiled
+execution: graphql-core then executes the operation, and its `middleware` returns what the resolvers
+have already returned or raised. So no resolver runs twice, and the rules about errors, nulls and
+paths stay in graphql-core.
 
-Nothing here knows jobs, and only `strawberry_classes` knows Strawberry.
+Nothing here depends on jobs, and only `strawberry_classes` depends on Strawberry.
 """
 
 from job_registry_api.graphql.compiled.operation import (

@@ -1,6 +1,6 @@
-"""Variables and arguments as functions of what the client sent.
+"""Compiles the coercion of variables and arguments.
 
-They accept what is certainly right and raise `Odd` for everything else.
+The compiled functions coerce values that are certainly valid, and raise `Odd` for all others.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ MAX_INT: Final = 2**31 - 1
 
 _IMMUTABLE: Final = (str, int, float, bool, type(None), Enum)
 _SINGLE: Final = frozenset({str, int, float, bool, dict})
-"""The classes of JSON values that stand for a list with one entry."""
+"""The classes of JSON values that are coerced to a list with one entry."""
 
 _NO_VARIABLES: Final = VariableValues({}, {})
 
 
 class InputCompiler:
-    """Compiles the variables of operations. The functions for a schema's inputs are made once."""
+    """Compiles the variables of operations. The function for each input type is made once."""
 
     def __init__(self, schema: GraphQLSchema) -> None:
         self._schema = schema
@@ -79,8 +79,8 @@ class InputCompiler:
     def _variable(self, definition: VariableDefinitionNode) -> _Variable:
         """Compile one variable.
 
-        The signature in a source has no public constructor. That of the same variable with a
-        nullable type differs from it in the type alone.
+        The signature in a `VariableValueSource` has no public constructor, so it is taken from the
+        same variable with a nullable type, and only its type is replaced.
         """
         name = definition.variable.name.value
         kind = type_from_ast(self._schema, definition.type)
@@ -105,14 +105,14 @@ class InputCompiler:
                 raise NotCompiled("a variable with a bad default")
             if isinstance(value, _IMMUTABLE):
                 default = partial(_same, value)
-            else:  # Each execution gets lists and objects of its own, as from graphql-core.
+            else:  # Each execution gets new lists and objects, as from graphql-core.
                 default = partial(self._by_graphql_core, definition)
         by_graphql_core: Coerce = partial(self._by_graphql_core, definition)
         coerce = by_graphql_core if self._is_recursive(kind) else self._coercion(kind)
         return _Variable(name, coerce, source, default, is_non_null)
 
     def _by_graphql_core(self, definition: VariableDefinitionNode, *sent: Any) -> Any:
-        """Coerce the value of a variable, which may nest without an end, or make its default."""
+        """Coerce the value of a variable, which may be nested without a limit, or its default."""
         name = definition.variable.name.value
         given = {name: sent[0]} if sent else {}
         values = get_variable_values(self._schema, [definition], given, max_errors=1)
@@ -141,7 +141,7 @@ class InputCompiler:
         return _of_leaf(kind)
 
     def _is_recursive(self, kind: GraphQLInputType, above: frozenset[str] = frozenset()) -> bool:
-        """Whether values of a type may be nested without an end."""
+        """Return whether values of a type may be nested without a limit."""
         while isinstance(kind, GraphQLList | GraphQLNonNull):
             kind = kind.of_type
         if not isinstance(kind, GraphQLInputObjectType):
@@ -210,7 +210,7 @@ def compile_arguments(field: GraphQLField, node: FieldNode) -> Arguments:
             return lambda variables: get_argument_values(field, node, variables)
         constant = get_argument_values(alone, node, _NO_VARIABLES)
         if value is not None and not isinstance(constant[out_name], _IMMUTABLE):
-            # Each execution gets lists and objects of its own, as from graphql-core.
+            # Each execution gets new lists and objects, as from graphql-core.
             return lambda variables: get_argument_values(field, node, variables)
         fixed |= constant
 
@@ -308,8 +308,10 @@ def _of_object(kind: GraphQLInputObjectType, coercions: Mapping[str, Coerce]) ->
 
 
 def _default_of(field: GraphQLInputField) -> Any:
-    """Return the coerced default of an input's field, by graphql-core's public function for one of
-    an argument; Undefined if it has none."""
+    """Return the coerced default of an input field; Undefined if it has none.
+
+    graphql-core's public function coerces the defaults of arguments, so the field is made one.
+    """
     if is_required_input_field(field):
         return Undefined
     argument = GraphQLArgument(

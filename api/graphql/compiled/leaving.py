@@ -1,11 +1,12 @@
-"""The exceptions by which an operation is not compiled, or leaves the compiled way."""
+"""The exceptions that prevent the compilation of an operation, or end a compiled execution."""
 
 from __future__ import annotations
 
 
 class NotCompiled(Exception):
-    """Raised while an operation is compiled: it has something that only graphql-core executes."""
+    """Raised while an operation is compiled: it has a part that only graphql-core executes."""
 
 
 class Odd(Exception):
-    """Raised while a compiled operation is executed: only graphql-core knows what comes of this."""
+    """Raised while a compiled operation is executed: a value is unexpected, and graphql-core
+    executes the operation instead."""

@@ -1,4 +1,4 @@
-"""Compiles an operation, executes it, and leaves what is odd to graphql-core."""
+"""Compiles an operation and executes it. Executions with unexpected values go to graphql-core."""
 
 from __future__ import annotations
 
@@ -56,8 +56,9 @@ class Compiler:
     ) -> CompiledOperation | None:
         """Compile an operation of a valid document; return None if only graphql-core executes it.
 
-        That holds for subscriptions, introspection, directives other than `@skip` and `@include`,
-        very large selections, and objects whose Python class does not decide their type.
+        Only graphql-core executes subscriptions, introspection, directives other than `@skip` and
+        `@include`, very large selections, and objects whose Python class does not determine their
+        type.
         """
         root = self.schema.get_root_type(operation.operation)
         if root is None or operation.operation is OperationType.SUBSCRIPTION:
@@ -72,7 +73,7 @@ class Compiler:
 
 
 class CompiledOperation:
-    """An operation that is executed the compiled way as far as everything is as it should be."""
+    """An operation that is executed by closures, and by graphql-core if a value is unexpected."""
 
     def __init__(
         self,
@@ -117,13 +118,13 @@ class CompiledOperation:
     ) -> ExecutionResult:
         """Execute the operation with these variables.
 
-        `options` are those of graphql-core's `execute`, for what is left to it.
+        `options` are those of graphql-core's `execute`, if it executes the operation.
         """
         calls: list[Call] = []
         try:
             data = await self._data(context, sent, root_value, calls)
         except Exception:
-            # It comes again, if it is an error: graphql-core gets what the resolvers have raised.
+            # An error of a resolver is not lost: graphql-core gets what the resolvers have raised.
             return await self._by_graphql_core(context, sent, root_value, calls, options)
         return ExecutionResult(data, None)
 
@@ -135,8 +136,9 @@ class CompiledOperation:
         root_value: Any = None,
         **options: Any,
     ) -> tuple[ExecutionResult, Exception | None]:
-        """Execute the operation, and compare with graphql-core. Return also why it left, if it did.
+        """Execute the operation, and compare the result with that of graphql-core.
 
+        Return the result, and the exception that ended the compiled execution, if any.
         graphql-core gets what the resolvers have returned, so that each runs once.
 
         Raises:
@@ -181,14 +183,14 @@ class CompiledOperation:
         if len(waiting) == 1:
             await _finish(waiting[0])
         elif waiting:
-            # All have ended before one of them leaves: graphql-core needs what they returned.
+            # Wait for all, even if one fails: graphql-core needs what the resolvers returned.
             ends = await asyncio.gather(*map(_finish, waiting), return_exceptions=True)
             for end in sorted(filter(None, ends), key=lambda end: isinstance(end, Exception)):
                 raise end
         return data
 
     def _steps(self, variables: VariableValues) -> list[Step]:
-        """Return the root fields for the values that `@skip` and `@include` have.
+        """Return the steps of the root fields for the values of `@skip` and `@include`.
 
         Raises:
             Odd: a value is not a Boolean, or its combination is not compiled.
@@ -239,8 +241,8 @@ class CompiledOperation:
     ) -> ExecutionResult:
         """Execute by graphql-core, which gets what the calls have returned or raised.
 
-        `differences` gets those of the calls. All were made before, if the first execution
-        `is_whole`.
+        Differences between the calls are appended to `differences`. `is_whole` says that the
+        compiled execution succeeded, so that graphql-core must not make further calls.
         """
         name = self._operation.name.value if self._operation.name else None
         attribute_of = self._compiler.classes.attribute_of
@@ -287,7 +289,7 @@ async def _finish(branch: Branch) -> None:
     """Await what resolvers have returned, level by level, and complete it.
 
     Raises:
-        Odd: something is odd.
+        Odd: a value is unexpected.
         Exception: the error of a resolver.
     """
     while branch.waiting:
@@ -300,7 +302,7 @@ async def _finish(branch: Branch) -> None:
 
 
 async def _settle(calls: list[Call]) -> None:
-    """Await the results of resolvers together, until all have ended."""
+    """Await the results of resolvers together, until each has returned or raised."""
     if len(calls) == 1:
         call = calls[0]
         try:
@@ -321,7 +323,7 @@ async def _settle(calls: list[Call]) -> None:
 def _conditions(
     operation: OperationDefinitionNode, fragments: Mapping[str, FragmentDefinitionNode]
 ) -> tuple[str, ...]:
-    """Return the names of the variables that `@skip` and `@include` have.
+    """Return the names of the variables in `@skip` and `@include`.
 
     Raises:
         NotCompiled: the document has other directives.
@@ -377,7 +379,7 @@ def _close(value: object) -> None:
 def _differences(
     call: Call, info: GraphQLResolveInfo[Any], arguments: Mapping[str, Any]
 ) -> list[str]:
-    """Return how graphql-core calls a resolver differently."""
+    """Return the differences between a compiled call and the call by graphql-core."""
     found = []
     if repr(call.arguments) != repr(arguments):
         found.append(f"{_keys(call)}: {call.arguments!r}, by graphql-core {arguments!r}")

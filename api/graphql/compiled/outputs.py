@@ -1,4 +1,4 @@
-"""Results as functions of what resolvers return.
+"""Compiles the selections of an operation.
 
 A completer turns a value into its part of the answer, or raises `Odd`. The awaitables of resolvers
 are collected in `Branch.waiting`, to be awaited together, so that data loaders load for all objects
@@ -51,18 +51,18 @@ from job_registry_api.graphql.compiled.leaving import NotCompiled, Odd
 
 
 class Classes(Protocol):
-    """What the compiled operation knows of the Python objects behind a schema."""
+    """Information about the Python classes behind a schema."""
 
     def class_of(self, type_name: str) -> type | None:
         """Return the class whose direct instances are all of this object type or enum; None if
-        their class does not decide it."""
+        the class does not determine the type."""
 
     def attribute_of(self, type_name: str, field_name: str) -> str | None:
-        """Return the attribute of the object that a field is; None if the field has a resolver."""
+        """Return the attribute that a field reads; None if the field has a resolver."""
 
 
 class Call:
-    """A call of a resolver, and what it has returned or raised so far."""
+    """A call of a resolver, and what it has returned or raised."""
 
     __slots__ = ("arguments", "error", "info", "is_handed_out", "value")
 
@@ -91,7 +91,7 @@ class Branch:
 
 
 Complete = Callable[[Any, Branch, Path | None], Any]
-"""Returns the answer for a value. The path is that of the value, where something below needs it."""
+"""Returns the answer for a value. The path is that of the value, if a field below it needs one."""
 
 
 class Waiting(NamedTuple):
@@ -115,7 +115,7 @@ Step = Callable[[Any, Branch, Path | None, dict[str, Any]], None]
 
 
 class OutputCompiler:
-    """Compiles the selections of one operation. `is_included` decides `@skip` and `@include`."""
+    """Compiles the selections of one operation. `is_included` evaluates `@skip` and `@include`."""
 
     def __init__(
         self,
@@ -266,7 +266,7 @@ class _Field(NamedTuple):
 
     step: Step
     read: tuple[str, str, Complete] | None
-    """Its key, attribute and completer, if that is all of it."""
+    """Its key, attribute and completer, if it calls no resolver."""
     calls: bool
 
 
@@ -288,7 +288,7 @@ def _call(
     arguments_of: Arguments,
     complete: Complete,
 ) -> Step:
-    """Return the step that calls a resolver. An awaitable is left to `Branch.waiting`."""
+    """Return the step that calls a resolver. An awaitable is appended to `Branch.waiting`."""
 
     def call(source: Any, branch: Branch, path: Path | None, answer: dict[str, Any]) -> None:
         arguments = arguments_of(branch.variables)

@@ -1,4 +1,4 @@
-"""What a Strawberry schema tells of the classes behind its types, by its public API."""
+"""The Python classes behind the types of a Strawberry schema, read through its public API."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from strawberry.types.enum import StrawberryEnumDefinition
 class StrawberryClasses:
     """The classes behind the types of a Strawberry schema.
 
-    An object of exactly the class of a type is of that type. That does not hold for objects that
-    `strawberry.cast` has marked, for generic types, and for types that decide it themselves.
+    A direct instance of the class of a type is an object of that type. That does not hold for
+    objects marked by `strawberry.cast`, for generic types, and for types with `is_type_of` or
+    `resolve_type`.
     """
 
     def __init__(self, schema: strawberry.Schema) -> None:
         self._schema = schema
 
     def class_of(self, type_name: str) -> type | None:
-        """Return the class of an object type or enum; None if it does not decide the type."""
+        """Return the class of an object type or enum; None if it does not determine the type."""
         match self._schema.get_type_by_name(type_name):
             case StrawberryObjectDefinition() as definition:
                 decides_itself = definition.is_type_of is not None or any(
@@ -31,7 +32,7 @@ class StrawberryClasses:
         return None
 
     def attribute_of(self, type_name: str, field_name: str) -> str | None:
-        """Return the attribute of a field without a resolver and without field extensions."""
+        """Return the attribute that a field reads; None if it has a resolver or extensions."""
         field = self._schema.get_field_for_type(field_name, type_name)
         if field is None or not field.is_basic_field or field.default_resolver is not getattr:
             return None

@@ -89,21 +89,21 @@ const MUTATIONS: Record<string, GraphQLTaggedNode> = {
   Cancel: CANCEL,
 };
 
-/** The document of Relay for one of the scenario's. */
+/** Returns Relay's document for a document of the scenario. */
 function ours(documents: Record<string, GraphQLTaggedNode>, theirs: DocumentNode) {
   const [operation] = theirs.definitions;
   const name = operation?.kind === "OperationDefinition" ? operation.name?.value : undefined;
   return documents[name ?? ""] as GraphQLTaggedNode;
 }
 
-/** A request that was not executed: Relay throws an error that has the answer as its source. */
+/** Returns the errors of a request that was not executed: Relay's error has the answer as its `source`. */
 function refused(error: unknown): { errors: readonly Failure[] } {
   const { source } = error as { source?: { errors: readonly Failure[] } };
   if (!source) throw error;
   return { errors: source.errors };
 }
 
-/** The field with `@catch` of the scenario is its value, or the extensions of its errors. */
+/** The scenario's field with `@catch`: its value, or its errors. */
 type Caught = { jobs?: { ok: false; errors: Failure[] } | { ok: true; value: unknown } };
 
 const query: Execute = async <Data>(

@@ -1,4 +1,4 @@
-// What every client does: `runScenario` prints a line of JSON with what the client showed of it.
+// The requests that every client sends. `runScenario` prints the results that it got as a line of JSON.
 
 import type { TypedDocumentNode } from "@graphql-typed-document-node/core";
 import {
@@ -20,7 +20,7 @@ export type Failure = {
   extensions?: Record<string, unknown> | undefined;
 };
 
-/** What a request got: data, errors, or both. */
+/** The answer to a request: data, errors, or both. */
 export type Answer<Data> = { data?: Data | null | undefined; errors?: readonly Failure[] };
 
 export type Execute = <Data, Variables extends Record<string, unknown>>(

@@ -1,4 +1,4 @@
-"""The tests' own: the token is given."""
+"""The login of the tests: the token is in the environment."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""What every client does, as in `programs/scenario.ts`: prints what the client showed of it."""
+"""The requests that every client sends, as in `programs/scenario.ts`. Prints the results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True)
 class Answer:
-    """The data of an answer, null or not, and its errors as the client showed them."""
+    """The data of an answer, which may be null, and its errors as the client returned them."""
 
     data: Any
     errors: Sequence[dict[str, Any]] = ()

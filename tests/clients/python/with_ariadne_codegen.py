@@ -37,7 +37,7 @@ def _given(name: str, value: Any) -> Any:
     try:
         return INPUTS[name].model_validate(value)
     except ValidationError:
-        # The generated model refuses it by itself; here the server is to refuse it.
+        # The generated model refuses the value, but the server is what is tested.
         return INPUTS[name].model_construct(None, **value)
 
 

@@ -1,4 +1,4 @@
-// The user's newest jobs. Events keep them up to date: the cache knows jobs by their id.
+// The user's newest jobs. Events keep them up to date: the cache identifies jobs by their id.
 
 import { useMutation, useQuery, useSubscription } from "@apollo/client/react";
 import { graphql } from "./gen";
@@ -70,7 +70,7 @@ export function Jobs() {
 
 function Row({ job }: { job: JobRowFragment }) {
   const [cancel, { loading }] = useMutation(CANCEL);
-  // What the handler of thumbnail.create reports.
+  // The progress that the handler of thumbnail.create reports.
   const progress = job.progress as { rendered: number; of: number } | null;
   const { sizes } = job.payload as { sizes?: number[] };
   const isEnding = loading || job.cancelRequestedAt != null;

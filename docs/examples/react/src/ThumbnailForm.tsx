@@ -1,4 +1,4 @@
-// Uploads a picture and enqueues its thumbnails. The server says what is wrong with each field.
+// Uploads a picture and enqueues its thumbnails. The messages at the fields come from the server.
 
 import { useMutation } from "@apollo/client/react";
 import { type FormEvent, useState } from "react";
@@ -22,7 +22,7 @@ type Faults = Record<string, string[]>;
 
 export function ThumbnailForm() {
   const [enqueue] = useMutation(ENQUEUE, { refetchQueries: ["Jobs"] });
-  // One id per picture: to send the same picture again is not a fault.
+  // One id per choice of a picture: uploading the same picture again is not an error.
   const [picture, setPicture] = useState<{ file: File; assetId: string }>();
   const [sizes, setSizes] = useState("128, 512");
   const [priority, setPriority] = useState("50");
@@ -54,7 +54,7 @@ export function ThumbnailForm() {
   async function submit(event: FormEvent) {
     event.preventDefault();
     setSending(true);
-    // What is not the user's fault is in an exception: no connection, a token that has expired.
+    // Errors that the user cannot correct are exceptions: no connection, an expired token.
     setFaults(await send().catch((error: Error) => ({ "": [error.message] })));
     setSending(false);
   }
@@ -101,7 +101,7 @@ function Messages({ of = [] }: { of?: string[] | undefined }) {
   ));
 }
 
-/** Groups violations by field: the path of the second size is `/sizes/1`. */
+/** Groups violations by the first part of their path: that of the second size is `/sizes/1`. */
 function byField(violations: { path: string; message: string }[]): Faults {
   const faults: Faults = {};
   for (const { path, message } of violations) (faults[path.split("/")[1] ?? ""] ??= []).push(message);
@@ -112,7 +112,7 @@ function numbersOf(text: string): number[] {
   return text.split(",").filter((each) => each.trim()).map(Number);
 }
 
-/** Returns the message of the server if it refuses the picture. */
+/** Uploads the picture. Returns the server's message if it is refused. */
 async function upload(file: File, assetId: string): Promise<string | undefined> {
   const response = await fetch(`/assets/${assetId}/1`, {
     method: "POST",

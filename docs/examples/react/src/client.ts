@@ -18,12 +18,12 @@ const webSocket = createClient({
   retryAttempts: Infinity,
   shouldRetry: () => true,
   retryWait: async (retries) => {
-    // By default, the wait doubles without end.
+    // By default, the wait doubles without a limit.
     const seconds = Math.min(2 ** retries, 30) * Math.random();
     await new Promise((resolve) => setTimeout(resolve, seconds * 1000));
   },
   on: {
-    // Events of the time without a connection are not sent again.
+    // The server does not repeat the events that were sent while there was no connection.
     connected: (_socket, _payload, wasRetry) => {
       if (wasRetry) void client.refetchQueries({ include: "active" });
     },

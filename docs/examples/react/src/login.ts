@@ -1,4 +1,4 @@
-// Replace this by your login. A user needs a token with the scope `jobs:own`; a server without
+// Replace this with your login. A user needs a token with the scope `jobs:own`; a server without
 // authentication needs none.
 
 export function authorization(): Record<string, string> {
