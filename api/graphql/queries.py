@@ -57,11 +57,11 @@ AwaitJobResult = Annotated[
 ]
 
 FIELDS_PER_TOTAL: Final = 1_000
-"""To count 10,000 jobs takes about as long as to answer so many fields."""
+"""Counting 10,000 jobs takes about as long as answering this many fields."""
 
 FIELDS_PER_JOB: Final = 10
-"""How many fields of a job take as long to answer as reading the job. Without this charge, 30 pages
-of 200 jobs took 0.7 s of CPU."""
+"""How many fields take as long to answer as reading one job. Without this charge, 30 pages of 200
+jobs took 0.7 s of CPU."""
 
 
 @strawberry.type(description="`enqueueJob` would store this job.")
@@ -319,7 +319,7 @@ Read = TypeVar("Read")
 
 
 def _once(read: Callable[[], Coroutine[Any, Any, Read]]) -> Callable[[], Awaitable[Read]]:
-    """Return a function that reads at its first call, for several fields with the same value."""
+    """Return a function that reads once, at its first call: several fields share the value."""
     return cache(lambda: asyncio.ensure_future(read()))
 
 

@@ -158,7 +158,7 @@ class FollowedJobs:
                     yield JobEvent.of(event)
 
     def subscribed(self, after: str | None = None) -> AbstractContextManager[events.Subscription]:
-        """Subscribe to the events, from the one with the id `after` on.
+        """Subscribe to the events after the one with the id `after`, or from now on.
 
         Raises:
             EventsMissed: the events after it cannot be read any more.
@@ -171,15 +171,15 @@ class FollowedJobs:
         """Check that an event is one of those that the caller follows and may see.
 
         Raises:
-            EventsMissed: it is not. The same as for an event that never happened, so that nobody
-                learns from a made-up id what happens to the jobs of others.
+            EventsMissed: it is not. The error is the same as for an event that never happened, so
+                that a made-up id reveals nothing about the jobs of other callers.
         """
         found, _ = self.read(number - 1, 1)
         if not await self.visible(found):
             raise EventsMissed(NOT_CONTINUED)
 
     async def current(self) -> JobEvent | None:
-        """Return the first event of a job that is followed, None if none is.
+        """Return the first event if one job is followed, otherwise None.
 
         It is read after subscribing, so that each later change is an event.
 
@@ -193,7 +193,7 @@ class FollowedJobs:
         return JobEvent.current(job) if self.types is None or job.type in self.types else None
 
     async def wait(self, subscription: events.Subscription) -> None:
-        """Wait for events, and for as long verify the caller's token again and again.
+        """Wait for events, and verify the caller's token again from time to time while waiting.
 
         Raises:
             Unauthenticated: the token has expired or is otherwise invalid.
@@ -211,7 +211,7 @@ class FollowedJobs:
                         await subscription.wait()
 
     def shared_by(self, caller: Caller) -> FollowedJobs:
-        """Return the same for a group of subscribers that `caller` stands for."""
+        """Return the same events for a group of subscribers, which `caller` represents."""
         limits = self.context.budget.limits
         context = Context(self.context.queue, caller, budget=Budget(limits))
         context.operation = self.context.operation
@@ -243,7 +243,7 @@ class FollowedJobs:
 
 
 def _seconds_valid(context: Context, verified_at: float) -> float:
-    """Return for how long a token that was verified then needs not be verified again."""
+    """Return for how many seconds a token that was verified at this time remains verified."""
     until = verified_at + VERIFIED_SECONDS
     return min(until, context.caller.expires_at or until) - time.time()
 
