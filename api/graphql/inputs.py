@@ -180,9 +180,9 @@ class JobFilterInput:
     search: str | None = strawberry.field(
         default=None,
         description="Jobs with this id or this idempotency key, and failed jobs with all of these"
-        " words in the code or the message of the error. Words are looked for in the newest 10,000"
-        " failed jobs; with `createdBy`, in the failed ones among that caller's newest 10,000"
-        " jobs.",
+        " words in the code or the message of the error. The newest 10,000 failed jobs are"
+        " searched for words; with `createdBy`, or with the scope `jobs:own` alone, the failed ones"
+        " among the newest 10,000 jobs of that caller.",
     )
 
     def filter(self) -> JobFilter:

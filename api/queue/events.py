@@ -419,8 +419,8 @@ class Events:
     def id_of(self, each: Numbered[JobEvent]) -> str:
         """Return the id of an event, after which any process can continue a subscription.
 
-        Numbers would tell how many events there are of the jobs of others, so a hash of them tells
-        equal events apart.
+        The number itself would reveal how many events the jobs of other callers have, so the id has
+        a hash of it, which distinguishes equal events.
         """
         name, job_id, _, attempt = each.item
         return f"{self._tag(each.number)}/{each.at}/{job_id.hex}/{name}/{attempt}"
