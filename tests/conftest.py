@@ -70,10 +70,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """With `-n auto`, two test processes for each core: tests wait as often as they compute.
 
-    The slow ones, many of which measure how long a process takes to end, have a core each.
+    For the slow ones, many of which measure how long a process takes to end, three for two cores.
     """
     cores = len(os.sched_getaffinity(0))
-    return cores if config.getoption("--slow") else cores * 2
+    return max(1, cores * 3 // 2) if config.getoption("--slow") else cores * 2
 
 
 @pytest.hookimpl(tryfirst=True)
