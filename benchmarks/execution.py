@@ -77,7 +77,7 @@ def executed(
     size = RequestSize(300, 10)
 
     async def execute() -> None:
-        execution.USES_TO_COMPILE = uses  # type: ignore[misc]
+        vars(execution)["USES_TO_COMPILE"] = uses
         prepared = executor.prepare({"query": document}, ANYONE)
         context = Context(cast("JobQueue", queue), ANYONE, size=size)
         result = await executor.execute(prepared, variables, context)

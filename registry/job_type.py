@@ -8,7 +8,7 @@ import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, Final, Generic, Literal, TypeVar, get_args
+from typing import Any, Final, Generic, Literal, TypeVar, cast, get_args
 
 from pydantic import JsonValue, ValidationError
 from pydantic_core import from_json
@@ -369,7 +369,7 @@ class JobType(Generic[P]):
             if old is None:
                 continue
             try:
-                return older.upgraded(old)  # type: ignore[return-value]  # Checked there.
+                return cast(P, older.upgraded(old))
             except UpgradeFailed as failed:
                 upgrade_faults, cause = [upgrade_fault(self.name, older.model)], failed.__cause__
                 break
@@ -391,7 +391,7 @@ class JobType(Generic[P]):
             if old is None:
                 continue
             try:
-                return older.upgraded(old), older.model.fingerprint  # type: ignore[return-value]
+                return cast(P, older.upgraded(old)), older.model.fingerprint
             except UpgradeFailed as failed:
                 fault = upgrade_fault(self.name, older.model)
                 raise PayloadInvalid(self.name, [fault]) from failed.__cause__

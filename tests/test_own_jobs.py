@@ -6,7 +6,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import jwt
@@ -212,7 +212,7 @@ async def test_a_key_of_another_tells_nothing_but_that_it_is_taken(
 
 
 async def test_a_subscriber_gets_the_events_of_its_own_jobs_only(client: httpx.AsyncClient) -> None:
-    queue: JobQueue = client.application.state.queue  # type: ignore[attr-defined]
+    queue: JobQueue = cast(Any, client).application.state.queue
     schema = host_schema(graphql_types(queue, authenticate=caller_of))
     bob = HostContext("bob", frozenset({"jobs:own"}))
     document = "subscription { jobEvents { name jobId job { createdBy } } }"

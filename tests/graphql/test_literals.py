@@ -89,7 +89,7 @@ class Color(enum.Enum):
     RED = "#f00"
 
 
-Color = strawberry.enum(Color)  # type: ignore[misc]
+Color = strawberry.enum(Color)  # type: ignore[misc]  # as users write it
 
 
 @strawberry.input

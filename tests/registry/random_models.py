@@ -313,6 +313,11 @@ def _model(name: str, fields: Fields, **more: Any) -> type[Payload]:
     return create_model(name, __base__=Payload, __module__=__name__, **(definitions | more))
 
 
+def _of(generic: Any, arguments: Any) -> Any:
+    """Return a generic type of these arguments, which are known only at run time."""
+    return generic[arguments]
+
+
 def type_of(spec: Spec) -> Any:
     """Return the Python type of a spec."""
     kind = spec[0]
@@ -335,16 +340,16 @@ def type_of(spec: Spec) -> Any:
         case "enum":
             return enum.Enum("Choice", {f"V{i}": value for i, value in enumerate(spec[1])})
         case "list":
-            return Annotated[list[type_of(spec[1])], Field(**dict(spec[2]))]  # type: ignore[misc]
+            return Annotated[_of(list, type_of(spec[1])), Field(**dict(spec[2]))]
         case "set":
-            return Annotated[set[type_of(spec[1])], Field(**dict(spec[2]))]  # type: ignore[misc]
+            return Annotated[_of(set, type_of(spec[1])), Field(**dict(spec[2]))]
         case "many":
-            return tuple[type_of(spec[1]), ...]  # type: ignore[misc]
+            return _of(tuple, (type_of(spec[1]), ...))
         case "tuple":
-            return tuple[tuple(map(type_of, spec[1])) or ()]  # type: ignore[misc]
+            return _of(tuple, tuple(map(type_of, spec[1])))
         case "dict":
             names, values = type_of(spec[1]), type_of(spec[2])
-            return Annotated[dict[names, values], Field(**dict(spec[3]))]  # type: ignore[valid-type]
+            return Annotated[_of(dict, (names, values)), Field(**dict(spec[3]))]
         case "union":
             return Union[tuple(map(type_of, spec[1]))]  # noqa: UP007
         case "tagged":

@@ -101,5 +101,6 @@ def _hint(graphql_type: GraphQLType) -> Any:
     assert is_non_null_type(graphql_type)
     inner: Any = graphql_type.of_type
     if is_list_type(inner):
-        return list[_hint(inner.of_type)]  # type: ignore[misc]
+        list_of: Any = list
+        return list_of[_hint(inner.of_type)]
     return SCALARS.get(inner.name) or getattr(protocol, inner.name)

@@ -344,26 +344,22 @@ async def test_a_handler_that_tidies_up_after_its_cancellation_is_not_cancelled_
     assert tidied == [True]
 
 
-# mypy takes no decorator above a property; Pydantic's documentation ignores the same.
 class DividesByZero(BaseModel):
     total: int = 1
 
-    @computed_field  # type: ignore[prop-decorator]  # see above
-    @property
+    @computed_field
     def share(self) -> float:
         return self.total / 0
 
 
 class Exits(BaseModel):
-    @computed_field  # type: ignore[prop-decorator]  # see above
-    @property
+    @computed_field
     def code(self) -> int:
         sys.exit(3)
 
 
 class SaysNul(BaseModel):
-    @computed_field  # type: ignore[prop-decorator]  # see above
-    @property
+    @computed_field
     def text(self) -> str:
         raise ValueError("\0 \ud800")
 
