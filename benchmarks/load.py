@@ -79,14 +79,25 @@ async def load(
 async def _send(port: int, request: bytes, counts: list[int], place: int, until: float) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     while time.monotonic() < until:
-        writer.write(request)
-        head = await reader.readuntil(b"\r\n\r\n")
-        length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
-        body = await reader.readexactly(length)
-        if b" 20" not in head[:14] or b'"errors"' in body:
-            raise RuntimeError((head + body).decode()[:500])
+        await exchange(reader, writer, request)
         counts[place] += 1
     writer.close()
+
+
+async def exchange(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes
+) -> None:
+    """Send a request on a connection, and read its answer.
+
+    Raises:
+        RuntimeError: the answer was not 200 or 201, or has GraphQL errors.
+    """
+    writer.write(request)
+    head = await reader.readuntil(b"\r\n\r\n")
+    length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+    body = await reader.readexactly(length)
+    if b" 20" not in head[:14] or b'"errors"' in body:
+        raise RuntimeError((head + body).decode()[:500])
 
 
 def post(path: str, content: object) -> bytes:

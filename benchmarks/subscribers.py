@@ -29,7 +29,7 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
-from benchmarks.load import post, server
+from benchmarks.load import exchange, post, server
 from job_registry_api.queue import migrations
 from tests import CODE
 from tests.postgresql_server import free_port
@@ -161,14 +161,8 @@ def _counts(process: subprocess.Popen[str]) -> tuple[int, int]:
 
 async def ask(streams: tuple[asyncio.StreamReader, asyncio.StreamWriter], request: bytes) -> float:
     """Send a request on a connection, and return the time until its answer in milliseconds."""
-    reader, writer = streams
     begun = time.perf_counter()
-    writer.write(request)
-    head = await reader.readuntil(b"\r\n\r\n")
-    length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
-    body = await reader.readexactly(length)
-    if b" 20" not in head[:14] or b'"errors"' in body:
-        raise RuntimeError((head + body).decode()[:500])
+    await exchange(*streams, request)
     return (time.perf_counter() - begun) * 1_000
 
 

@@ -78,7 +78,7 @@ class Admission:
         return limited
 
     def when_dropped(self, forget: Callable[[frozenset[str]], None]) -> None:
-        """Call this with the job types of each schema that is no longer kept."""
+        """Have `forget` called with the job types of each schema that is dropped."""
         self._when_dropped = forget
 
     def refusals(

@@ -17,12 +17,7 @@ from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from job_registry_api.auth import (
-    REFUSALS,
-    Authenticator,
-    Caller,
-    TooManyRequests,
-)
+from job_registry_api.auth import REFUSALS, Authenticator, Caller, TooManyRequests
 from job_registry_api.budget import BudgetExceeded, parse_request_json
 from job_registry_api.graphql.context import Context
 from job_registry_api.graphql.execution import DocumentRefused, Executor, request_faults

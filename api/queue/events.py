@@ -193,6 +193,11 @@ def _text(value: Any, table: Sequence[Any]) -> str:
     return value
 
 
+def _is_followed(event: JobEvent, job_id: UUID | None, types: Collection[str] | None) -> bool:
+    """Return whether an event is of this job and of one of these types. None: of any."""
+    return (job_id is None or event.job_id == job_id) and (types is None or event.type in types)
+
+
 NOT_CONTINUED: Final = "the events after Last-Event-ID cannot be read here any more"
 
 
@@ -259,9 +264,7 @@ class Subscription:
 
     def includes(self, event: JobEvent) -> bool:
         """Return whether the subscription includes this event."""
-        return (self.job_id is None or event.job_id == self.job_id) and (
-            self.types is None or event.type in self.types
-        )
+        return _is_followed(event, self.job_id, self.types)
 
     def skip(self, earlier: Mapping[JobEvent, int]) -> None:
         """Skip these events, each this many times, because they precede the subscription."""
@@ -409,12 +412,7 @@ class Events:
             EventsMissed: the next events cannot be read any more.
         """
         found, position = self._recent.read(after, most)
-        return [
-            each
-            for each in found
-            if (job_id is None or each.item.job_id == job_id)
-            and (types is None or each.item.type in types)
-        ], position
+        return [each for each in found if _is_followed(each.item, job_id, types)], position
 
     def id_of(self, each: Numbered[JobEvent]) -> str:
         """Return the id of an event, after which any process can continue a subscription.

@@ -283,8 +283,8 @@ class PostgreSQLDatabase(Database):
             if driver.is_closed():
                 # What ended it has probably ended those that were opened before, too.
                 self._lost_at = asyncio.get_running_loop().time()
-            if (told := self._as_told(error, driver, began, deadline)) is not None:
-                raise told from error
+            if (reported := self._reported(error, driver, began, deadline)) is not None:
+                raise reported from error
             raise
         finally:
             pooled.close()
@@ -306,12 +306,12 @@ class PostgreSQLDatabase(Database):
                     driver.expire_at(deadline)
                 yield connection
         except (sqlalchemy.exc.SQLAlchemyError, *_DRIVER_ERRORS) as error:
-            told = self._as_told(error, driver, began, None if each else deadline)
-            if told is not None:
-                raise told from error
+            reported = self._reported(error, driver, began, None if each else deadline)
+            if reported is not None:
+                raise reported from error
             raise
 
-    def _as_told(
+    def _reported(
         self, error: Exception, driver: Any, began: float, deadline: float | None
     ) -> QueueUnavailable | None:
         """Return the error that a caller gets; None if the statement is at fault."""

@@ -71,7 +71,7 @@ class RecentEvents(Generic[T]):
         """Return up to `most` events after a number, and the number to read on after.
 
         Raises:
-            EventsMissed: the next event is no longer kept, or there is a gap before it.
+            EventsMissed: the next event has been dropped, or there is a gap before it.
         """
         begin = after + 1 - self._first
         if begin < 0:

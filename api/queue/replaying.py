@@ -18,11 +18,9 @@ from job_registry_api import defaults
 from job_registry_api.queue.database import Pooler, stored_text
 from job_registry_api.queue.databases import open_database, store_of
 from job_registry_api.queue.driver_errors import unavailable
+from job_registry_api.queue.filters import FIRST_ID
 from job_registry_api.queue.models import JobStatus
 from job_registry_api.queue.store import Store, StoredPayload
-
-FIRST: Final = uuid.UUID(int=0)
-"""Less than the id of any job."""
 
 PAGE_JOBS: Final = 1_000
 PAGE_CHARACTERS: Final = 4_000_000
@@ -129,7 +127,7 @@ async def _replay(store: Store, registry: JobRegistry, on_page: OnPage) -> Repla
         running = jobs.get(JobStatus.RUNNING, 0)
         found.running[registry.current_name(name)] += running
         expected += running + jobs.get(JobStatus.QUEUED, 0)
-    after = FIRST
+    after = FIRST_ID
     while True:
         page = await store.unfinished(after=after, jobs=PAGE_JOBS, characters=PAGE_CHARACTERS)
         for stored in page:

@@ -105,7 +105,7 @@ class SQLiteStore(Store):
         shift = {"shift": self._database.shift}
         now = str(connection.execute(statement(SQL["now"]), shift).scalar_one())
         for job in jobs:
-            if connection.execute(statement(SQL["insert"]), _new_job(job, now)).rowcount:
+            if connection.execute(statement(SQL["insert"]), _named(job, now)).rowcount:
                 stored[job.id] = _stored(job, _time(now))
                 created.append(("job.created", job.id.hex, job.type, 0))
             else:
@@ -756,18 +756,13 @@ _PROBE: Final = NewJob(
 """The job that `check_writes` inserts and rolls back."""
 
 
-def _new_job(job: NewJob, now: str) -> dict[str, Any]:
-    return {
-        **job._asdict(),
-        "id": job.id.hex,
-        "payload": job.payload.decode(),
-        "next_run_at": time_text(job.next_run_at) if job.next_run_at else None,
-        "now": now,
-    }
+def _named(job: NewJob, now: str) -> dict[str, Any]:
+    """Return the values of `insert` by their names."""
+    return dict(zip(_INSERTED, _values(job, now), strict=True))
 
 
 def _values(job: NewJob, now: str) -> tuple[Any, ...]:
-    """Return the same, in the order of `_INSERTED`."""
+    """Return the values of `insert`, in the order of `_INSERTED`."""
     return (
         job.id.hex,
         job.type,

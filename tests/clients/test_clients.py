@@ -21,18 +21,17 @@ import httpx
 import pytest
 
 from job_registry_api.graphql.schema import SDL_FILE
-from tests import ROOT
 from tests.docs.pages import blocks
 from tests.http_client import serving
+from tests.node_packages import build_project, skip_without_packages
 from tests.postgresql_server import free_port
 from tests.test_own_jobs import ADA, BOB, SECRET
 
 HERE: Final = Path(__file__).parent
-PACKAGES: Final = ROOT / "tests" / "frontend" / "node_modules"
 
 WITHOUT_SUBSCRIPTIONS: Final = {"fetch", "graphql_request"}
 PROGRAMS: Final = sorted(
-    path.stem for path in HERE.glob("programs/*.ts") if path.stem != "scenario"
+    path.stem for path in HERE.glob("programs/*.ts") if path.stem not in ("scenario", "iterating")
 )
 
 UV: Final = str(Path(sys.executable).with_name("uv"))
@@ -98,8 +97,7 @@ def port() -> int:
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory, port: int) -> Path:
     """The programs in TypeScript, generated, type-checked and bundled, as a frontend is built."""
-    if shutil.which("node") is None or not (PACKAGES / ".bin").is_dir():
-        pytest.skip("Node's packages are not there: `make test` fetches them")
+    skip_without_packages()
     folder = tmp_path_factory.mktemp("clients")
     source = folder / "src"
     shutil.copytree(HERE / "programs", source / "programs")
@@ -108,27 +106,12 @@ def built(tmp_path_factory: pytest.TempPathFactory, port: int) -> Path:
     for name in ("package.json", "tsconfig.json", "vite.config.ts"):
         shutil.copy(HERE / name, folder)
     shutil.copy(SDL_FILE, folder)
-    (folder / "node_modules").symlink_to(PACKAGES)
     for name, text in _setups(port).items():
         if name == "codegen.yml":
             # Introspection would need a token.
             text = text.replace(f"http://127.0.0.1:{port}/graphql", SDL_FILE.name)
         (source if name.endswith(".ts") else folder).joinpath(name).write_text(text, "utf-8")
-    for program, *options in (
-        ["relay-compiler"],
-        ["graphql-codegen"],
-        ["tsc"],
-        ["vite", "build"],
-    ):
-        ran = subprocess.run(
-            [folder / "node_modules" / ".bin" / program, *options],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            timeout=500,
-            check=False,
-        )
-        assert ran.returncode == 0, ran.stdout + ran.stderr
+    build_project(folder, ["relay-compiler"], ["graphql-codegen"], ["tsc"], ["vite", "build"])
     return folder / "dist"
 
 

@@ -22,12 +22,10 @@ from job_registry_api.graphql.schema import SDL_FILE
 from tests import ROOT
 from tests.docs.pages import REACT
 from tests.http_client import serving
+from tests.node_packages import build_project, copy_project, skip_without_packages
 from tests.postgresql_server import free_port
 from tests.test_own_jobs import ADA, BOB, SECRET, bearer
 from tests.web.browser import browsing, needs_browser
-
-PACKAGES: Final = ROOT / "tests" / "frontend" / "node_modules"
-"""The packages of the example, in the same versions."""
 
 SCREENSHOT: Final = ROOT / "build" / "react.png"
 WORKER: Final = bearer("worker", "jobs:work")
@@ -49,22 +47,10 @@ def test_the_packages_are_those_that_the_tests_have() -> None:
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The example, generated from the committed schema, checked and built."""
-    if shutil.which("node") is None or not (PACKAGES / ".bin").is_dir():
-        pytest.skip("Node's packages are not there: `make test` fetches them")
+    skip_without_packages()
     folder = tmp_path_factory.mktemp("react")
-    ignored = shutil.ignore_patterns("node_modules", "gen", "dist")
-    shutil.copytree(REACT, folder, dirs_exist_ok=True, ignore=ignored)
-    (folder / "node_modules").symlink_to(PACKAGES)
-    ran = subprocess.run(
-        ["npm", "run", "build"],
-        cwd=folder,
-        env={**os.environ, "SCHEMA": str(SDL_FILE)},
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stdout + ran.stderr
+    copy_project(REACT, folder)
+    build_project(folder, ["npm", "run", "build"], SCHEMA=str(SDL_FILE))
     return folder
 
 

@@ -271,7 +271,7 @@ async def by_graphql_core(text: str, context: Context, /, **variables: Any) -> E
     return await result if isawaitable(result) else result
 
 
-def told(result: ExecutionResult) -> tuple[str, list[str]]:
+def shown(result: ExecutionResult) -> tuple[str, list[str]]:
     errors = [repr(error.formatted) for error in result.errors or ()]
     return repr(result.data), sorted(errors)
 
@@ -282,7 +282,7 @@ def alike(result: ExecutionResult, expected: ExecutionResult) -> bool:
     When nulls of two fields spread to the same place, one error is enough by the specification
     (6.4.4). graphql-core has both if the second field fails before the first one is abandoned.
     """
-    (data, errors), (expected_data, expected_errors) = told(result), told(expected)
+    (data, errors), (expected_data, expected_errors) = shown(result), shown(expected)
     if data != expected_data or bool(errors) != bool(expected_errors):
         return False
     fewer, more = sorted((errors, expected_errors), key=len)
@@ -306,9 +306,9 @@ async def same(text: str, faults: dict[str, str] | None = None, /, **variables: 
     ours, theirs, again = (Context(faults or {}) for _ in range(3))
     expected = await by_graphql_core(text, theirs, **variables)
     result = await operation.execute(ours, variables)
-    assert alike(result, expected), (told(result), told(expected))
+    assert alike(result, expected), (shown(result), shown(expected))
     verified, left = await operation.verify(again, variables)
-    assert alike(verified, expected), (told(verified), told(expected))
+    assert alike(verified, expected), (shown(verified), shown(expected))
     await background_work()
     for each in (ours, again):
         assert not each.called or max(each.called.values()) == 1

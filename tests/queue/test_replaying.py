@@ -12,6 +12,7 @@ from job_registry import EnqueueRequest, JobRegistry, JobType, Payload
 from job_registry_api.queue import replaying
 from job_registry_api.queue.databases import open_database, store_of
 from job_registry_api.queue.errors import QueueUnavailable
+from job_registry_api.queue.filters import FIRST_ID
 from job_registry_api.queue.models import JobStatus
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.replaying import Fault, Replay, replay
@@ -57,7 +58,7 @@ async def test_a_page_ends_with_the_payload_that_makes_it_long(
     await queue.enqueue_many([EnqueueRequest("test.ping", {"text": text}) for text in texts])
     database = open_database(database_url, read_only=True)
     store = store_of(database, "")
-    pages, after = [], replaying.FIRST
+    pages, after = [], FIRST_ID
     while page := await store.unfinished(after=after, jobs=10, characters=5_000):
         pages.append([len(stored.text) // 1_000 for stored in page])
         after = page[-1].id
@@ -74,7 +75,7 @@ async def test_a_job_that_is_claimed_or_given_back_between_two_pages_is_read_onc
     assert lease.job.id == ids[0]
     database = open_database(database_url, read_only=True)
     store = store_of(database, "")
-    first = await store.unfinished(after=replaying.FIRST, jobs=3, characters=10_000)
+    first = await store.unfinished(after=FIRST_ID, jobs=3, characters=10_000)
     await queue.release(lease.token)
     later = await queue.lease(["test.ping"], "w", limit=6)
     assert len(later) == 6

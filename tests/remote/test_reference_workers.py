@@ -10,7 +10,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -21,12 +20,10 @@ from typing import Any, Final
 import httpx
 import pytest
 
-from tests import ROOT
+from job_registry_api.graphql.schema import SDL_FILE
 from tests.docs.pages import WORKERS
 from tests.http_client import serving
-
-PACKAGES: Final = ROOT / "tests" / "frontend" / "node_modules"
-"""The packages of the example in TypeScript, in the same versions."""
+from tests.node_packages import build_project, copy_project, skip_without_packages
 
 LEASE_SECONDS: Final = "3"
 
@@ -38,28 +35,10 @@ Start = Callable[..., Awaitable[asyncio.subprocess.Process]]
 @pytest.fixture(scope="module")
 def built_typescript(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The example in TypeScript, generated from the committed schema and compiled."""
-    if shutil.which("node") is None or not (PACKAGES / ".bin").is_dir():
-        pytest.skip("Node's packages are not there: `make test` fetches them")
+    skip_without_packages()
     folder = tmp_path_factory.mktemp("typescript")
-    shutil.copytree(
-        WORKERS / "typescript",
-        folder,
-        dirs_exist_ok=True,
-        ignore=shutil.ignore_patterns("node_modules", "gen", "build"),
-    )
-    (folder / "node_modules").symlink_to(PACKAGES)
-    schema = ROOT / "api" / "graphql" / "schema.graphql"
-    for program in (["graphql-codegen"], ["tsc"]):
-        ran = subprocess.run(
-            [folder / "node_modules" / ".bin" / program[0]],
-            cwd=folder,
-            env={**os.environ, "SCHEMA": str(schema)},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert ran.returncode == 0, ran.stdout + ran.stderr
+    copy_project(WORKERS / "typescript", folder)
+    build_project(folder, ["graphql-codegen"], ["tsc"], SCHEMA=str(SDL_FILE))
     return folder
 
 
