@@ -45,32 +45,31 @@ class Compression:
             await self._app(scope, receive, send)
             return
 
-        start: Message = {}
+        start: Message | None = None
         compress: Compress | None = None
         in_thread = False
 
         async def send_compressed(message: Message) -> None:
             nonlocal start, compress, in_thread
-            if message["type"] == "http.response.start":
-                start = message
+            if message["type"] == "http.response.start" and _is_compressible(message):
+                start = message  # It depends on the size of the answer.
                 return
-            if message["type"] != "http.response.body":
-                await send(message)
-                return
-            body, more = message.get("body", b""), message.get("more_body", False)
-            if start:
-                # Answers without a Content-Length are event streams.
-                headers = MutableHeaders(scope=start)
-                size = int(headers.get("content-length", 0)) if more else len(body)
-                if size >= self._min_bytes and _is_compressible(start["status"], headers):
-                    compress, in_thread = _compressor(encoding), size >= THREAD_BYTES
+            if message["type"] == "http.response.body":
+                body, more = message.get("body", b""), message.get("more_body", False)
+                if start is not None:
+                    headers = MutableHeaders(scope=start)
+                    size = int(headers.get("content-length", 0)) if more else len(body)
+                    if size >= self._min_bytes:
+                        compress, in_thread = _compressor(encoding), size >= THREAD_BYTES
+                if compress is not None:
                     body = await self._compressed(compress, body, more, in_thread)
-                    _describe(headers, encoding, None if more else len(body))
-                await send(start)
-                start = {}
-            elif compress is not None:
-                body = await self._compressed(compress, body, more, in_thread)
-            await send({**message, "body": body})
+                    message = {**message, "body": body}
+                if start is not None:
+                    if compress is not None:
+                        _describe(headers, encoding, None if more else len(body))
+                    await send(start)
+                    start = None
+            await send(message)
 
         await self._app(scope, receive, send_compressed)
 
@@ -106,9 +105,10 @@ def _weight(parameter: str) -> float:
     return float(value) if name == "q" and re.fullmatch(r"[01](\.\d{0,3})?", value) else 0.0
 
 
-def _is_compressible(status: int, headers: Headers) -> bool:
+def _is_compressible(start: Message) -> bool:
+    headers = Headers(scope=start)
     return (
-        status != 206
+        start["status"] != 206
         and "content-encoding" not in headers
         and _COMPRESSIBLE.match(headers.get("content-type", "")) is not None
     )
