@@ -294,7 +294,7 @@ class _Connection:
     async def _results(self, payload: dict[str, Any], caller: Caller) -> AsyncGenerator[Answers]:
         faults = request_faults(payload)
         if faults:
-            yield await answers_of({"errors": [{"message": fault} for fault in faults]})
+            yield await answers_of({"errors": faults})
             return
         try:
             await self._authenticator.authenticate_again(self._socket.scope, self._authorization)
