@@ -57,6 +57,14 @@ SQLITE: Final = {
     " SELECT n FROM c)",
 }
 
+SQLITE_INDEXES: Final = (
+    "SELECT name, sql FROM sqlite_master WHERE tbl_name = 'job' AND sql LIKE 'CREATE % INDEX %'"
+    " OR tbl_name = 'job' AND sql LIKE 'CREATE INDEX %'"
+)
+POSTGRESQL_INDEXES: Final = (
+    "SELECT indexname, indexdef FROM pg_indexes WHERE tablename = 'job' AND indexname <> 'job_pkey'"
+)
+
 
 def filters(now: datetime, jobs: int) -> dict[str, tuple[JobFilter, Owner | None]]:
     """Return the filters that are measured."""
@@ -113,13 +121,19 @@ def _fill(url: str, start: int, jobs: int) -> None:
     parts = SQLITE if is_sqlite else POSTGRESQL
     values = {name: part.format(start=start, jobs=jobs) for name, part in parts.items()}
     fill = FILL.format(**values)
+    # The indexes are built afterwards, which takes a third of the time.
     if is_sqlite:
         with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as file:
-            file.executescript(f"BEGIN; {fill}; COMMIT; ANALYZE;")
+            indexes = dict(file.execute(SQLITE_INDEXES).fetchall())
+            drop = [f"DROP INDEX {name}" for name in indexes]
+            file.executescript(";".join(["BEGIN", *drop, fill, *indexes.values(), "COMMIT"]))
+            file.execute("ANALYZE")
         return
     with psycopg.connect(url, autocommit=True) as connection:
         connection.execute("SET search_path = job_registry")
-        connection.execute(fill.encode())
+        indexes = dict(connection.execute(POSTGRESQL_INDEXES).fetchall())
+        for statement in (*(f"DROP INDEX {name}" for name in indexes), fill, *indexes.values()):
+            connection.execute(statement.encode())
         connection.execute("VACUUM ANALYZE job")
 
 
