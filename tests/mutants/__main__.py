@@ -28,7 +28,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Final
 
-from tests.mutants.faults import Mutant, python_mutants, sql_mutants
+from tests.mutants.faults import Mutant, python_mutants, replaced_functions, sql_mutants
 from tests.mutants.runner import Runner
 from tests.mutants.stages import AREAS, NOT_FOR_MUTANTS, Area, Stage, stages_of
 from tests.postgresql_server import ServerMissing, running_server
@@ -103,10 +103,15 @@ def main() -> None:
 
 
 def _mutants(area: Area) -> Iterator[Mutant]:
-    paths = sorted({path for pattern in area.paths for path in ROOT.glob(pattern)})
-    for path in paths:
+    replaced: set[str] = set()
+    # The latest migration first: it may replace functions of the others.
+    for path in sorted({path for each in area.paths for path in ROOT.glob(each)}, reverse=True):
         text, relative = path.read_text("utf-8"), path.relative_to(ROOT)
-        yield from sql_mutants(relative, text) if area.sql else python_mutants(relative, text)
+        if area.sql:
+            yield from sql_mutants(relative, text, replaced)
+            replaced |= replaced_functions(text)
+        else:
+            yield from python_mutants(relative, text)
 
 
 def _size(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.mutants.__main__ import ROOT, sample
-from tests.mutants.faults import python_mutants, sql_mutants
+from tests.mutants.faults import python_mutants, replaced_functions, sql_mutants
 from tests.mutants.stages import AREAS, stages_of
 
 CLAIM = """\
@@ -127,3 +127,14 @@ def test_a_sample_is_drawn_again_and_a_larger_one_contains_it() -> None:
     small, large = sample(mutants, 3, seed=1), sample(mutants, 6, seed=1)
     assert small == sample(mutants, 3, seed=1) == large[:3]
     assert small != sample(mutants, 3, seed=2)
+
+
+def test_functions_that_a_later_migration_replaces_get_no_faults() -> None:
+    text = (
+        "CREATE FUNCTION one() RETURNS void AS $$ DELETE FROM job WHERE a <= 1 $$;\n"
+        "CREATE FUNCTION two() RETURNS void AS $$ DELETE FROM job WHERE b <= 1 $$;\n"
+    )
+    replaced = replaced_functions("CREATE OR REPLACE FUNCTION one() RETURNS void AS $$ $$;")
+    assert replaced == {"one"}
+    assert {mutant.line for mutant in sql_mutants(Path("0001.sql"), text, replaced)} == {2}
+    assert {mutant.line for mutant in sql_mutants(Path("0001.sql"), text)} == {1, 2}
