@@ -368,6 +368,13 @@ class Settings(BaseSettings):
         le=65_535,
         description="Port that `job-registry serve` listens on. 0 picks a free port.",
     )
+    serve_processes: int = Field(
+        default=1,
+        ge=1,
+        le=128,
+        description="How many processes `job-registry serve` serves from, on one port. With more"
+        " than 1, the worker runs in one more process. The other settings are per process.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info",
         description="The lowest level to log: `debug`, `info` (one line per event of a job),"

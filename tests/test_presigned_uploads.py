@@ -162,7 +162,7 @@ async def test_a_picture_that_another_process_kept_meanwhile_is_not_replaced(
     upload_id = await send(client, picture(colour="blue"))
     bucket.pipe_file("pictures/assets/cat/1.png", PNG)
     found = AssetFiles._sources
-    answers = iter([[]])  # As another process sees the bucket just before.
+    answers: Iterator[list[Any]] = iter([[]])  # As another process sees the bucket just before.
     monkeypatch.setattr(AssetFiles, "_sources", lambda files: next(answers, None) or found(files))
     assert code_of(await finish(client, upload_id)) == (409, "asset_exists")
     assert bucket.cat_file("pictures/assets/cat/1.png") == PNG

@@ -564,6 +564,16 @@ def test_the_server_listens_where_it_is_set_to(house: Path, option: bool) -> Non
         assert answer.status == 200
 
 
+@reaches("serve_processes")
+@pytest.mark.parametrize("option", [False, True], ids=["variable", "option"])
+def test_the_server_has_as_many_processes_as_set(house: Path, option: bool) -> None:
+    arguments = ["--processes", "2"] if option else []
+    settings = {} if option else {"serve_processes": "2"}
+    with running(house, "serve", "--port", "0", *arguments, **settings) as process:
+        assert process.stderr is not None
+        assert " from 2 processes " in process.stderr.readline()
+
+
 @reaches("log_level", "log_format")
 def test_the_log_is_written_as_set(sqlite_template: Path, house: Path) -> None:
     def lines(**settings: str) -> list[str]:
