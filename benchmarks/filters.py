@@ -17,6 +17,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -107,11 +108,12 @@ async def measure(url: str, jobs: int, calls: int) -> dict[str, list[float]]:
     async with JobQueue.from_url(url, registry) as queue:
         found = {}
         for name, (wanted, owner) in filters(now, jobs).items():
-            found[name] = [
-                await _median(calls, lambda w=wanted, o=owner: queue.list(w, owner=o)),
-                await _median(calls, lambda w=wanted, o=owner: queue.list(w, last=50, owner=o)),
-                await _median(calls, lambda w=wanted, o=owner: queue.count(w, owner=o)),
-            ]
+            reads = (
+                partial(queue.list, wanted, owner=owner),
+                partial(queue.list, wanted, last=50, owner=owner),
+                partial(queue.count, wanted, owner=owner),
+            )
+            found[name] = [await _median(calls, read) for read in reads]
         return found
 
 

@@ -27,6 +27,7 @@ from job_registry_api.graphql.execution import (
 from job_registry_api.graphql.request_errors import (
     BAD_REQUEST,
     coded,
+    format_error,
     format_exception,
     format_result,
 )
@@ -101,8 +102,8 @@ class GraphQLOverHTTP:
                 "The response is application/graphql-response+json, application/json or"
                 " text/event-stream; the Accept header allows none of them."
             )
-            content = {"errors": [coded("not_acceptable", message).formatted]}
-            await respond_json(send, 406, content)
+            refusal = format_error(coded("not_acceptable", message))
+            await respond_json(send, 406, {"errors": [refusal]})
             return
         headers: tuple[tuple[bytes, bytes], ...] = ()
         is_large = False
@@ -229,12 +230,12 @@ class GraphQLOverHTTP:
 
 
 def _refused(message: str) -> RequestRefused:
-    return RequestRefused(400, [coded(BAD_REQUEST, message).formatted])
+    return RequestRefused(400, [format_error(coded(BAD_REQUEST, message))])
 
 
 def _not_allowed(message: str, *, allow: bytes) -> RequestRefused:
-    error = coded("method_not_allowed", message)
-    return RequestRefused(405, [error.formatted], headers=((b"allow", allow),))
+    error = format_error(coded("method_not_allowed", message))
+    return RequestRefused(405, [error], headers=((b"allow", allow),))
 
 
 def _checked(content: dict[str, Any]) -> dict[str, Any]:
