@@ -114,6 +114,7 @@ def configuration() -> tuple[str, str] | None:
 
 _configuration: tuple[str, str] | None = None
 
+
 def log_together(log: Any, lines: Iterable[Mapping[str, Any]]) -> None:
     """Log lines of the level info that belong to one moment. Each has its `event`.
 
