@@ -123,6 +123,8 @@ class Attempt:
         self._queue = equipment.queue
         self._token = lease.token
         self._job = lease.job
+        self._registered: JobType[Any] = self._queue.registry.get_type(lease.job.type)
+        self._runs_in = self._registered.runs_in
         # The database counts from the lease, which is earlier by the latency of its answer, and the
         # claims of other workers end attempts that timed out. End early, to report it first.
         self._deadline = time.monotonic() + lease.job.timeout_seconds - EARLY_SECONDS
@@ -160,14 +162,14 @@ class Attempt:
 
     async def run(self) -> None:
         """Run the attempt and report it."""
-        registered: JobType[Any] = self._queue.registry.get_type(self._job.type)
+        registered = self._registered
         hold = Hold(
             token=self._token,
             name=f"{self._job.type} {self._job.id}",
             on_cancel=self.cancel,
             on_lost=self._lose,
             on_out_of_touch=self._lose_touch,
-            blocks_loop=registered.runs_in == "loop",
+            blocks_loop=self._runs_in == "loop",
         )
         self._equipment.keeper.hold(hold)
         if self._check_at_once:
@@ -259,7 +261,7 @@ class Attempt:
 
     def _start_here(self, registered: JobType[Any], payload: Any) -> HandlerCall:
         assert registered.run is not None
-        runs_in = registered.runs_in
+        runs_in = self._runs_in
         if runs_in == "process":
             runs_in = "loop" if is_async(registered.run) else "thread"
         max_bytes = self._queue.registry.max_payload_bytes

@@ -36,8 +36,8 @@ from job_registry_api.worker.processes import LEAVE_SECONDS, HandlerProcesses, a
 from job_registry_api.worker.running import tasks_of_handlers_contained
 
 GATHER_SECONDS: Final = 0.005
-"""How long a worker with a free slot waits for more free slots after it was full. With a batch of
-them it does not wait."""
+"""How long a worker with a free slot waits for more free slots after it was full. With half of them
+free it does not wait."""
 
 CLAIM_SECONDS: Final = 1.0
 """How long a claim under way may take once the worker stops."""
@@ -111,8 +111,6 @@ class Worker:
         """Set once the lifespans have started."""
         self._queue = queue
         self._concurrency = concurrency
-        # Half of the slots: the database leases one half while the other half runs.
-        self._batch = min(MAX_LEASE, -(-concurrency // 2))
         self._assets = assets
         self._shutdown_seconds = shutdown_seconds
         self._keep_succeeded_days = keep_succeeded_days
@@ -313,14 +311,14 @@ class Worker:
             if len(self._running) == self._concurrency and not self._stopping.is_set():
                 await _wait(self._ended, 10)
             # Short jobs end within a moment of each other: make one claim for all of them.
-            if self._concurrency - len(self._running) < self._batch:
+            if 2 * len(self._running) > self._concurrency:
                 await _wait(self._stopping, GATHER_SECONDS)
             return
         self._cancelled.clear()
         leases = await self._queue.lease(
             self.types,
             self.worker_id,
-            limit=min(free, self._batch),
+            limit=min(free, MAX_LEASE),
             wait_seconds=MAX_WAIT_SECONDS,
             stop=self._stopping,
         )
