@@ -410,9 +410,10 @@ class Leasing:
         # Each statement of a group has a deadline, so this call needs none of its own.
         outcome = await self._reports.submit(report)
         if outcome is None:
-            outcome = await self._database.patiently(
+            ended: Ended | LeaseLost = await self._database.patiently(
                 lambda: self._reports.submit(report), "another transaction has locked the job"
             )
+            outcome = ended
         if isinstance(outcome, LeaseLost):
             raise outcome
         return outcome

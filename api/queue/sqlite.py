@@ -152,12 +152,12 @@ class SQLiteStore(Store):
         return Claimed(
             [
                 ClaimedJob(
-                    job=self._job(row),
+                    job=self.record(row),
                     token=row["lease_token"],
-                    expires_at=_time(row["lease_expires_at"]),
-                    deadline_at=_time(row["deadline_at"]),
+                    expires_at=row["lease_expires_at"],
+                    deadline_at=row["deadline_at"],
                 )
-                for row in leased
+                for row in map(_typed, leased)
             ],
             [self._job(row) for row in recovered],
         )
@@ -745,11 +745,10 @@ class _Transaction:
 
 def _typed(row: Row) -> dict[str, Any]:
     """Return a row of a statement with converted values."""
-    values = dict(row)
-    for name in values.keys() & CONVERSIONS.keys():
-        if values[name] is not None:
-            values[name] = CONVERSIONS[name](values[name])
-    return values
+    return {
+        name: value if value is None or name not in CONVERSIONS else CONVERSIONS[name](value)
+        for name, value in dict(row).items()
+    }
 
 
 def time_text(time: datetime) -> str:
@@ -758,7 +757,7 @@ def time_text(time: datetime) -> str:
 
 
 def _time(value: str) -> datetime:
-    return datetime.fromisoformat(value).replace(tzinfo=UTC)
+    return datetime.fromisoformat(f"{value}+00:00")
 
 
 def _document(value: Any) -> Any:

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from pydantic import JsonValue
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
@@ -73,10 +74,10 @@ async def test_a_success_of_a_worker_is_stored_as_a_completion_is(queue: JobQueu
     """A worker does not read the job that it reports."""
     completed, succeeded = await enqueue(queue), await enqueue(queue)
     leases = {each.job.id: each for each in await queue.lease(["test.ping"], "worker-1", limit=2)}
-    result = {"text": '\u00e9"\\', "number": 1e300}
+    result: JsonValue = {"text": '\u00e9"\\', "number": 1e300}
     await queue.complete(leases[completed.id].token, result)
     for _ in range(2):
-        assert await queue.succeed(leases[succeeded.id].token, result) is None
+        await queue.succeed(leases[succeeded.id].token, result)
     first, second = await queue.get(completed.id), await queue.get(succeeded.id)
     assert second.result == first.result == result
     assert (second.status, second.attempt, second.error) == (JobStatus.SUCCEEDED, 1, None)
