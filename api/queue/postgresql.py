@@ -47,6 +47,7 @@ from job_registry_api.queue.store import (
     Stored,
     error_text,
     json_text,
+    message_of,
     owner_values,
     refuses,
     statements,
@@ -60,6 +61,9 @@ SLOW_LOOKS: Final = 3
 SECONDS_PER_JOB: Final = 0.002
 LOOK_SHARE: Final = 0.05
 LONGEST_FAST_SECONDS: Final = 2.0
+
+MAX_NOTIFIED: Final = 7_900
+"""The most bytes of events in a notification, as in `job_announce`."""
 
 
 class PostgreSQLStore(Store):
@@ -80,14 +84,31 @@ class PostgreSQLStore(Store):
             stored |= await self.holders(keyed)
         return stored
 
+    async def insert_unkeyed(self, jobs: Sequence[NewJob]) -> tuple[list[Stored], int | None]:
+        events = [("job.created", job.id.hex, job.type, 0) for job in jobs]
+        message = message_of(self._sender["process"], events)
+        columns = dict(zip(NewJob._fields, map(list, zip(*jobs, strict=True)), strict=True))
+        (row,) = await self._run(
+            "insert_unkeyed",
+            {
+                **columns,
+                "payload": [job.payload.decode() for job in jobs],
+                "message": message,
+                "is_batch": self._sender["keep"] or len(message.encode()) > MAX_NOTIFIED,
+                "channel": self._database.schema,
+            },
+        )
+        now = row["now"]
+        stored = [
+            Stored(now, now if job.next_run_at is None else job.next_run_at.astimezone(UTC))
+            for job in jobs
+        ]
+        return stored, None if self._sender["keep"] else row["batch"]
+
     async def holders(self, jobs: Sequence[NewJob]) -> dict[uuid.UUID, Stored]:
         return _holders(await self._read("holders", _wanted(jobs)))
 
     async def insert_all(self, jobs: Sequence[NewJob]) -> tuple[dict[uuid.UUID, Stored], bool]:
-        if not any(job.idempotency_key is not None for job in jobs):
-            # Nothing can conflict, so one statement stores all or none.
-            return await self.insert(jobs), True
-
         async def insert_all(connection: AsyncConnection) -> dict[uuid.UUID, Stored]:
             return await self._insert_or_refuse(connection, jobs, wait=True)
 

@@ -11,6 +11,38 @@ SELECT job_id AS id, job_created_at AS created_at, job_next_run_at AS next_run_a
 FROM job_registry.job_insert(
     CAST(:jobs AS jsonb), CAST(:process AS text), CAST(:keep AS boolean), CAST(:wait AS boolean))
 
+-- name: insert_unkeyed
+-- Store new jobs without idempotency keys, so that nothing can conflict, and announce them.
+-- `:message` has their events. If it is long, it is stored as a batch, and the notification names
+-- the batch, as `job_announce` does. One array per column takes half the time of a JSON text for
+-- both sides, and 5 % more than COPY, which would need a transaction.
+WITH clock AS MATERIALIZED (
+    SELECT clock_timestamp() AS now
+), made AS (
+    INSERT INTO job_registry.job (
+        id, type, fingerprint, status, payload, priority, attempt, max_attempts, timeout_seconds,
+        backoff_base_seconds, backoff_cap_seconds, created_by, created_at, next_run_at)
+    SELECT new.id, new.type, new.fingerprint, 'queued', CAST(new.payload AS jsonb), new.priority, 0,
+        new.max_attempts, new.timeout_seconds, new.backoff_base_seconds, new.backoff_cap_seconds,
+        new.created_by, clock.now, coalesce(new.next_run_at, clock.now)
+    FROM clock CROSS JOIN unnest(
+        CAST(:id AS uuid[]), CAST(:type AS text[]), CAST(:fingerprint AS text[]),
+        CAST(:payload AS text[]), CAST(:priority AS smallint[]), CAST(:max_attempts AS integer[]),
+        CAST(:timeout_seconds AS integer[]), CAST(:backoff_base_seconds AS double precision[]),
+        CAST(:backoff_cap_seconds AS double precision[]), CAST(:next_run_at AS timestamptz[]),
+        CAST(:created_by AS text[])
+    ) AS new (id, type, fingerprint, payload, priority, max_attempts, timeout_seconds,
+        backoff_base_seconds, backoff_cap_seconds, next_run_at, created_by)
+), batch AS (
+    INSERT INTO job_registry.job_event_batch (message, created_at)
+    SELECT CAST(:message AS text), clock.now FROM clock WHERE CAST(:is_batch AS boolean)
+    RETURNING id
+)
+SELECT clock.now, batch.id AS batch, pg_notify(CAST(:channel AS text), CASE
+    WHEN batch.id IS NULL THEN CAST(:message AS text)
+    ELSE CAST(jsonb_build_object('process', CAST(:process AS text), 'batch', batch.id) AS text) END)
+FROM clock LEFT JOIN batch ON true
+
 -- name: claim
 -- Lease due jobs, and end the attempts whose lease has expired.
 SELECT * FROM job_registry.job_claim(
