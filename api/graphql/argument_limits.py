@@ -56,18 +56,27 @@ def check_arguments(
     fields = [
         each for each in executed if each.arguments and (names is None or each.name.value in names)
     ]
+    fits = False
     if of_request is not None:
-        # The common case: even if every argument were the whole request, it would be allowed.
+        # The common cases: even if every argument were the whole request, it would be allowed, or
+        # only the number of jobs is left to be checked.
         uses = 1 + sum(1 for each in fields for _ in _variables_in(each.arguments or ()))
-        most = min(limits.bulk_size, limits.typed_values, limits.values)
-        if of_request.values * uses <= most and of_request.bytes * uses <= limits.body_bytes:
+        values = of_request.values * uses
+        fits = (
+            values <= min(limits.typed_values, limits.values)
+            and of_request.bytes * uses <= limits.body_bytes
+        )
+        if fits and values <= limits.bulk_size:
             return
     size = _Size(variables, _defaults(operation), limits)
     for each in fields:
         definition = root.fields.get(each.name.value)
         for argument in each.arguments or ():
             known = definition.args.get(argument.name.value) if definition else None
-            size.add_argument(argument.value, known.type if known else None)
+            kind = known.type if known else None
+            size.add_jobs(argument.value, kind)
+            if not fits:
+                size.add_values(argument.value, kind)
 
 
 class RootFields:
@@ -154,14 +163,11 @@ class _Size:
         self._values = 0
         self._characters = 0
 
-    def add_argument(self, node: ValueNode, kind: GraphQLInputType | None) -> None:
-        """Add an argument of a root field. A list of objects is a list of jobs."""
+    def add_jobs(self, node: ValueNode, kind: GraphQLInputType | None) -> None:
+        """Add the jobs of an argument of a root field: a list of objects is a list of jobs."""
         item = _item_of(kind)
-        if item is not None and isinstance(_nullable(item), GraphQLInputObjectType):
-            self._add_jobs(node)
-        self._add_literal(node, kind)
-
-    def _add_jobs(self, node: ValueNode) -> None:
+        if item is None or not isinstance(_nullable(item), GraphQLInputObjectType):
+            return
         match node:
             case VariableNode():
                 value = self._variables.get(node.name.value)
@@ -174,7 +180,7 @@ class _Size:
             message = f"The request enqueues {self._jobs:,} jobs. Send several requests."
             raise BudgetExceeded(message, self._limits.bulk_size, "JOBS_MAX_BULK_SIZE")
 
-    def _add_literal(self, node: ValueNode, kind: GraphQLInputType | None) -> None:
+    def add_values(self, node: ValueNode, kind: GraphQLInputType | None) -> None:
         """Add a value in the document, which may hold variables."""
         kind = _nullable(kind)
         match node:
@@ -183,15 +189,15 @@ class _Size:
                 if name in self._variables:
                     self._add(name, kind)
                 elif name in self._defaults:
-                    self._add_literal(self._defaults[name], kind)
+                    self.add_values(self._defaults[name], kind)
                 return
             case ListValueNode():
                 item = _item_of(kind)
                 for each in node.values:
-                    self._add_literal(each, item)
+                    self.add_values(each, item)
             case ObjectValueNode():
                 for given in node.fields:
-                    self._add_literal(given.value, _field_of(kind, given.name.value))
+                    self.add_values(given.value, _field_of(kind, given.name.value))
             case _:
                 value = getattr(node, "value", None)
                 self._characters += len(value) if isinstance(value, str) else 0
