@@ -272,12 +272,12 @@ class Settings(BaseSettings):
         " these are `X-Forwarded-For` and `X-Forwarded-Proto` taken as the client's address and"
         " scheme.",
     )
-    gzip_bytes: int | None = Field(
+    compress_bytes: int | None = Field(
         default=None,
         ge=500,
         le=1_073_741_824,
-        description="Answers of this size and more are compressed with gzip for clients that take"
-        " it. Not compressed by default: a proxy usually does it.",
+        description="Answers of this size and more are compressed with Brotli or gzip for clients"
+        " that take it. Not compressed by default: a proxy usually does it.",
     )
     federation: bool = Field(
         default=False,

@@ -195,13 +195,13 @@ async def test_pages_may_send_the_headers_that_are_set(visit: Visit) -> None:
             assert (await client.options("/graphql", headers=asked)).status_code == status
 
 
-@reaches("root_path", "gzip_bytes")
+@reaches("root_path", "compress_bytes")
 async def test_the_application_is_published_as_set(visit: Visit) -> None:
     body = {"query": "{ jobTypes { payloadSchema } }"}
     for settings, status, encoding in (
         ({}, 404, None),
         ({"root_path": "/queue"}, 200, None),
-        ({"root_path": "/queue", "gzip_bytes": "500"}, 200, "gzip"),
+        ({"root_path": "/queue", "compress_bytes": "500"}, 200, "br"),
     ):
         async with visit(**settings) as client:
             answer = await client.post("/queue/graphql", json=body)

@@ -46,6 +46,7 @@ from uuid import UUID
 import structlog
 from pydantic_core import from_json
 
+from job_registry_api.logs import log_together
 from job_registry_api.metrics import Metrics
 from job_registry_api.queue.database import Database
 from job_registry_api.queue.errors import EventsMissed, QueueUnavailable
@@ -365,7 +366,7 @@ class Events:
         for event in happened:
             if event.name == "job.created":
                 self._metrics.enqueued(event.type)
-            self._guard(_log, event)
+        self._guard(_log, happened)
         self._guard(self._hand_over, happened)
 
     def remember_batch(self, number: int, events: Sequence[JobEvent]) -> None:
@@ -695,13 +696,19 @@ class Events:
                 log.exception("events.delivery_failed")
 
 
-def _log(event: JobEvent) -> None:
-    log.info(
-        event.name,
-        job_id=str(event.job_id),
-        type=event.type,
-        status=event.status.value,
-        attempt=event.attempt,
+def _log(events: Sequence[JobEvent]) -> None:
+    log_together(
+        log,
+        [
+            {
+                "event": event.name,
+                "job_id": str(event.job_id),
+                "type": event.type,
+                "status": event.status.value,
+                "attempt": event.attempt,
+            }
+            for event in events
+        ],
     )
 
 
