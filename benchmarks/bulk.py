@@ -3,11 +3,11 @@
     python -m benchmarks.bulk [--other CHECKOUT]
 
 Prints jobs per second, and the CPU time per job of the program and of PostgreSQL: `enqueueJobs`
-over GraphQL, `queue.enqueue_many` in Python and `job-registry enqueue` of JSON Lines. All take turns
-in three rounds; the figures are medians. With another checkout of the repository, such as a git
-worktree of the version before, its code takes turns with this one. The lines of the other end with
-the CPU time of this version as a fraction of the other's. On a machine that others use, only the CPU
-times can be compared.
+over GraphQL, `queue.enqueue_many` in Python and `job-registry enqueue` of JSON Lines. All take
+turns in three rounds; the figures are medians. With another checkout of the repository, such as a
+git worktree of the version before, its code takes turns with this one. The lines of the other end
+with the CPU time of this version as a fraction of the other's. On a machine that others use, only
+the CPU times can be compared.
 """
 
 from __future__ import annotations

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from operator import attrgetter
 from typing import Any, Final
 
 from sqlalchemy import Connection, insert, text
@@ -85,14 +86,21 @@ class PostgreSQLStore(Store):
         return stored
 
     async def insert_unkeyed(self, jobs: Sequence[NewJob]) -> tuple[list[Stored], int | None]:
-        events = [("job.created", job.id.hex, job.type, 0) for job in jobs]
+        ids = [job.id.hex for job in jobs]
+        events = [
+            ("job.created", job_id, job.type, 0) for job_id, job in zip(ids, jobs, strict=True)
+        ]
         message = message_of(self._sender["process"], events)
-        columns = dict(zip(NewJob._fields, map(list, zip(*jobs, strict=True)), strict=True))
+        places: dict[tuple[Any, ...], int] = {}
+        kinds = [places.setdefault(_kind_of(job), len(places) + 1) for job in jobs]
         (row,) = await self._run(
             "insert_unkeyed",
             {
-                **columns,
-                "payload": [job.payload.decode() for job in jobs],
+                "ids": ids,
+                "payloads": [job.payload.decode() for job in jobs],
+                "times": [job.next_run_at for job in jobs],
+                "kinds": kinds,
+                **dict(zip(_KIND, zip(*places, strict=True), strict=True)),
                 "message": message,
                 "is_batch": self._sender["keep"] or len(message.encode()) > MAX_NOTIFIED,
                 "channel": self._database.schema,
@@ -490,6 +498,21 @@ _MISSING_GRANTS: Final = text(
 
 
 _EARLIEST: Final = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+_KIND: Final = (
+    "type",
+    "fingerprint",
+    "priority",
+    "max_attempts",
+    "timeout_seconds",
+    "backoff_base_seconds",
+    "backoff_cap_seconds",
+    "created_by",
+)
+"""What many jobs of a bulk have in common."""
+
+_kind_of: Callable[[NewJob], tuple[Any, ...]] = attrgetter(*_KIND)
 
 
 def _new_jobs(jobs: Sequence[NewJob]) -> str:

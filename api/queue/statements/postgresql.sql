@@ -14,25 +14,26 @@ FROM job_registry.job_insert(
 -- name: insert_unkeyed
 -- Store new jobs without idempotency keys, so that nothing can conflict, and announce them.
 -- `:message` has their events. If it is long, it is stored as a batch, and the notification names
--- the batch, as `job_announce` does. One array per column takes half the time of a JSON text for
--- both sides, and 5 % more than COPY, which would need a transaction.
+-- the batch, as `job_announce` does. Most jobs of a bulk differ only in their ids and payloads, so
+-- what else they have is sent once for each `kind`. Arrays take less time on both sides than a JSON
+-- text, and hardly more than COPY, which would need a transaction.
 WITH clock AS MATERIALIZED (
     SELECT clock_timestamp() AS now
 ), made AS (
     INSERT INTO job_registry.job (
         id, type, fingerprint, status, payload, priority, attempt, max_attempts, timeout_seconds,
         backoff_base_seconds, backoff_cap_seconds, created_by, created_at, next_run_at)
-    SELECT new.id, new.type, new.fingerprint, 'queued', CAST(new.payload AS jsonb), new.priority, 0,
-        new.max_attempts, new.timeout_seconds, new.backoff_base_seconds, new.backoff_cap_seconds,
-        new.created_by, clock.now, coalesce(new.next_run_at, clock.now)
+    SELECT CAST(new.id AS uuid), (CAST(:type AS text[]))[new.kind],
+        (CAST(:fingerprint AS text[]))[new.kind], 'queued', CAST(new.payload AS jsonb),
+        (CAST(:priority AS smallint[]))[new.kind], 0, (CAST(:max_attempts AS integer[]))[new.kind],
+        (CAST(:timeout_seconds AS integer[]))[new.kind],
+        (CAST(:backoff_base_seconds AS double precision[]))[new.kind],
+        (CAST(:backoff_cap_seconds AS double precision[]))[new.kind],
+        (CAST(:created_by AS text[]))[new.kind], clock.now, coalesce(new.next_run_at, clock.now)
     FROM clock CROSS JOIN unnest(
-        CAST(:id AS uuid[]), CAST(:type AS text[]), CAST(:fingerprint AS text[]),
-        CAST(:payload AS text[]), CAST(:priority AS smallint[]), CAST(:max_attempts AS integer[]),
-        CAST(:timeout_seconds AS integer[]), CAST(:backoff_base_seconds AS double precision[]),
-        CAST(:backoff_cap_seconds AS double precision[]), CAST(:next_run_at AS timestamptz[]),
-        CAST(:created_by AS text[])
-    ) AS new (id, type, fingerprint, payload, priority, max_attempts, timeout_seconds,
-        backoff_base_seconds, backoff_cap_seconds, next_run_at, created_by)
+        CAST(:ids AS text[]), CAST(:payloads AS text[]), CAST(:times AS timestamptz[]),
+        CAST(:kinds AS integer[])
+    ) AS new (id, payload, next_run_at, kind)
 ), batch AS (
     INSERT INTO job_registry.job_event_batch (message, created_at)
     SELECT CAST(:message AS text), clock.now FROM clock WHERE CAST(:is_batch AS boolean)
