@@ -6,7 +6,7 @@ Arguments that share a variable count each for itself: each is coerced, checked 
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from graphql import (
     BooleanValueNode,
@@ -56,27 +56,18 @@ def check_arguments(
     fields = [
         each for each in executed if each.arguments and (names is None or each.name.value in names)
     ]
-    fits = False
     if of_request is not None:
-        # The common cases: even if every argument were the whole request, it would be allowed, or
-        # only the number of jobs is left to be checked.
+        # The common case: even if every argument were the whole request, it would be allowed.
         uses = 1 + sum(1 for each in fields for _ in _variables_in(each.arguments or ()))
-        values = of_request.values * uses
-        fits = (
-            values <= min(limits.typed_values, limits.values)
-            and of_request.bytes * uses <= limits.body_bytes
-        )
-        if fits and values <= limits.bulk_size:
+        most = min(limits.bulk_size, limits.typed_values, limits.values)
+        if of_request.values * uses <= most and of_request.bytes * uses <= limits.body_bytes:
             return
     size = _Size(variables, _defaults(operation), limits)
     for each in fields:
         definition = root.fields.get(each.name.value)
         for argument in each.arguments or ():
             known = definition.args.get(argument.name.value) if definition else None
-            kind = known.type if known else None
-            size.add_jobs(argument.value, kind)
-            if not fits:
-                size.add_values(argument.value, kind)
+            size.add_argument(argument.value, known.type if known else None)
 
 
 class RootFields:
@@ -163,11 +154,14 @@ class _Size:
         self._values = 0
         self._characters = 0
 
-    def add_jobs(self, node: ValueNode, kind: GraphQLInputType | None) -> None:
-        """Add the jobs of an argument of a root field: a list of objects is a list of jobs."""
+    def add_argument(self, node: ValueNode, kind: GraphQLInputType | None) -> None:
+        """Add an argument of a root field. A list of objects is a list of jobs."""
         item = _item_of(kind)
-        if item is None or not isinstance(_nullable(item), GraphQLInputObjectType):
-            return
+        if item is not None and isinstance(_nullable(item), GraphQLInputObjectType):
+            self._add_jobs(node)
+        self._add_literal(node, kind)
+
+    def _add_jobs(self, node: ValueNode) -> None:
         match node:
             case VariableNode():
                 value = self._variables.get(node.name.value)
@@ -180,7 +174,7 @@ class _Size:
             message = f"The request enqueues {self._jobs:,} jobs. Send several requests."
             raise BudgetExceeded(message, self._limits.bulk_size, "JOBS_MAX_BULK_SIZE")
 
-    def add_values(self, node: ValueNode, kind: GraphQLInputType | None) -> None:
+    def _add_literal(self, node: ValueNode, kind: GraphQLInputType | None) -> None:
         """Add a value in the document, which may hold variables."""
         kind = _nullable(kind)
         match node:
@@ -189,15 +183,15 @@ class _Size:
                 if name in self._variables:
                     self._add(name, kind)
                 elif name in self._defaults:
-                    self.add_values(self._defaults[name], kind)
+                    self._add_literal(self._defaults[name], kind)
                 return
             case ListValueNode():
                 item = _item_of(kind)
                 for each in node.values:
-                    self.add_values(each, item)
+                    self._add_literal(each, item)
             case ObjectValueNode():
                 for given in node.fields:
-                    self.add_values(given.value, _field_of(kind, given.name.value))
+                    self._add_literal(given.value, _field_of(kind, given.name.value))
             case _:
                 value = getattr(node, "value", None)
                 self._characters += len(value) if isinstance(value, str) else 0
@@ -240,15 +234,21 @@ class _Count(NamedTuple):
     characters: int
 
 
+_INNER: Final = (GraphQLList, GraphQLInputObjectType)
+"""The types whose values hold others that have a type."""
+
+
 def _count(value: Any, kind: GraphQLInputType | None) -> _Count:
     """Count a value along its type, as far as the schema has one. Below that it is any JSON."""
     values = typed = characters = 0
     waiting: list[tuple[Any, GraphQLInputType | None]] = [(value, kind)]
     untyped: list[Any] = []
+    # The objects of a bulk have the same fields.
+    fields_of: dict[GraphQLInputType, dict[str, GraphQLInputType | None]] = {}
     while waiting:
         each, kind = waiting.pop()
         kind = _nullable(kind)
-        is_inner = isinstance(kind, GraphQLList | GraphQLInputObjectType)
+        is_inner = isinstance(kind, _INNER)
         if kind is None or (type(each) in (dict, list) and not is_inner):
             typed += kind is not None
             untyped.append(each)
@@ -259,7 +259,11 @@ def _count(value: Any, kind: GraphQLInputType | None) -> _Count:
             characters += len(each)
         elif type(each) is dict:
             characters += sum(map(len, each))
-            waiting += ((item, _field_of(kind, name)) for name, item in each.items())
+            fields = fields_of.setdefault(kind, {})
+            for name, item in each.items():
+                if name not in fields:
+                    fields[name] = _field_of(kind, name)
+                waiting.append((item, fields[name]))
         elif type(each) is list:
             item_kind = _item_of(kind)
             waiting += ((item, item_kind) for item in each)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from operator import attrgetter
@@ -93,14 +93,19 @@ class PostgreSQLStore(Store):
         message = message_of(self._sender["process"], events)
         places: dict[tuple[Any, ...], int] = {}
         kinds = [places.setdefault(_kind_of(job), len(places) + 1) for job in jobs]
+        columns = dict(zip(_KIND, map(list, zip(*places, strict=True)), strict=True))
+        times = [job.next_run_at and job.next_run_at.isoformat() for job in jobs]
         (row,) = await self._run(
             "insert_unkeyed",
             {
-                "ids": ids,
+                "ids": _array(ids),
                 "payloads": [job.payload.decode() for job in jobs],
-                "times": [job.next_run_at for job in jobs],
-                "kinds": kinds,
-                **dict(zip(_KIND, zip(*places, strict=True), strict=True)),
+                "times": _array(times),
+                "kinds": _array(kinds),
+                **{
+                    name: values if name in _TEXTS else _array(values)
+                    for name, values in columns.items()
+                },
                 "message": message,
                 "is_batch": self._sender["keep"] or len(message.encode()) > MAX_NOTIFIED,
                 "channel": self._database.schema,
@@ -512,7 +517,14 @@ _KIND: Final = (
 )
 """What many jobs of a bulk have in common."""
 
+_TEXTS: Final = frozenset({"type", "fingerprint", "created_by"})
+
 _kind_of: Callable[[NewJob], tuple[Any, ...]] = attrgetter(*_KIND)
+
+
+def _array(values: Iterable[object]) -> str:
+    """Return an array of PostgreSQL as text. No value has characters that need quotes."""
+    return "{" + ",".join(["NULL" if each is None else str(each) for each in values]) + "}"
 
 
 def _new_jobs(jobs: Sequence[NewJob]) -> str:
