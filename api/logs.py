@@ -12,7 +12,7 @@ import logging
 import secrets
 import sys
 import traceback
-from collections.abc import MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from contextlib import suppress
 from typing import Any, BinaryIO, Final, Literal, TextIO, cast
 
@@ -43,6 +43,7 @@ def configure_logs(
     _configuration = (level, style)
     stream = stream or sys.stderr
     factory: Any = structlog.WriteLoggerFactory(cast(TextIO, _Unfailing(stream)))
+    wrapper = structlog.make_filtering_bound_logger(_LEVELS[level])
     console = style == "console" or (style == "auto" and stream.isatty())
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
@@ -57,9 +58,10 @@ def configure_logs(
     else:
         render, render_text = _render_json, _render_json_text
         factory = structlog.BytesLoggerFactory(cast(BinaryIO, _Unfailing(stream.buffer)))
+        wrapper = _joining(wrapper, shared[1:])
     structlog.configure(
         processors=[*shared, render],
-        wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
+        wrapper_class=wrapper,
         logger_factory=factory,
         cache_logger_on_first_use=True,
     )
@@ -79,6 +81,44 @@ def configure_logs(
     logging.basicConfig(handlers=[handler], level=_LEVELS[level], force=True)
     for name in _QUIET:
         logging.getLogger(name).setLevel(max(_LEVELS[level], logging.WARNING))
+
+
+def info_each(log: Any, lines: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
+    """Log lines, events with their values, at the level info.
+
+    As JSON they have one time and are written at once. That takes a tenth of the time.
+    """
+    together = getattr(log, _TOGETHER, None)
+    if together is not None:
+        together(lines)
+        return
+    for event, values in lines:
+        log.info(event, **values)
+
+
+_TOGETHER: Final = "info_together"
+
+
+def _joining(
+    wrapper: type[Any], processors: Iterable[structlog.typing.Processor]
+) -> type[structlog.typing.FilteringBoundLogger]:
+    """Return a class of loggers that can write JSON lines together: see `info_each`."""
+
+    def info_together(self: Any, lines: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
+        if not self.is_enabled_for(logging.INFO):
+            return
+        bound = structlog.contextvars.get_contextvars()
+        added: Any = {}
+        for processor in processors:
+            added = processor(None, "info", added)
+        joined = b"\n".join(
+            _render_json(None, "info", {**bound, **values, "event": event, **added})
+            for event, values in lines
+        )
+        if joined:
+            self._logger.info(joined)
+
+    return type("JoiningLogger", (wrapper,), {_TOGETHER: info_together})
 
 
 def use_standard_logging() -> None:

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections import deque
+from collections import Counter, deque
 from collections.abc import (
     AsyncIterator,
     Callable,
@@ -46,6 +46,7 @@ from uuid import UUID
 import structlog
 from pydantic_core import from_json
 
+from job_registry_api.logs import info_each
 from job_registry_api.metrics import Metrics
 from job_registry_api.queue.database import Database
 from job_registry_api.queue.errors import EventsMissed, QueueUnavailable
@@ -357,10 +358,10 @@ class Events:
         the job twice. Errors are counted in `failures`.
         """
         happened = tuple(events)
-        for event in happened:
-            if event.name == "job.created":
-                self._metrics.enqueued(event.type)
-            self._guard(_log, event)
+        created = Counter(event.type for event in happened if event.name == "job.created")
+        for job_type, jobs in created.items():
+            self._metrics.enqueued(job_type, jobs)
+        self._guard(_log, happened)
         self._guard(self._hand_over, happened)
 
     @contextmanager
@@ -666,13 +667,21 @@ class Events:
                 log.exception("events.delivery_failed")
 
 
-def _log(event: JobEvent) -> None:
-    log.info(
-        event.name,
-        job_id=str(event.job_id),
-        type=event.type,
-        status=event.status.value,
-        attempt=event.attempt,
+def _log(events: Sequence[JobEvent]) -> None:
+    info_each(
+        log,
+        (
+            (
+                event.name,
+                {
+                    "job_id": str(event.job_id),
+                    "type": event.type,
+                    "status": event.status.value,
+                    "attempt": event.attempt,
+                },
+            )
+            for event in events
+        ),
     )
 
 
