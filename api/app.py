@@ -158,6 +158,7 @@ def create_app(
     )
     application = JobsApplication(
         lifespan,
+        busiest=("/graphql", graphql_http),
         routes=[
             Route("/graphql", graphql_http),
             WebSocketRoute("/graphql", graphql_websocket),
