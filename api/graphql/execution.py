@@ -35,7 +35,7 @@ from job_registry.errors import shortened_text
 from job_registry_api.auth import Caller, Forbidden
 from job_registry_api.budget import Budget, BudgetExceeded, RequestLimits
 from job_registry_api.graphql.admission import Admission, View
-from job_registry_api.graphql.argument_limits import RootFields, check_arguments
+from job_registry_api.graphql.argument_limits import RootFields, check_arguments, is_small
 from job_registry_api.graphql.compiled import CompiledOperation
 from job_registry_api.graphql.context import Context, SentVariables, sent_variables
 from job_registry_api.graphql.document_limits import (
@@ -199,6 +199,8 @@ class Executor:
         context.budget = Budget(self.request_limits)
         context.operation = (prepared.document, prepared.operation)
         sent_variables.set(SentVariables(variables or {}, prepared.operation))
+        if is_small(context.size, prepared.root_fields, self.request_limits):
+            return None
         try:
             check_arguments(
                 prepared.schema,
@@ -206,7 +208,6 @@ class Executor:
                 executed,
                 variables or {},
                 self.request_limits,
-                of_request=context.size,
             )
         except BudgetExceeded as exceeded:
             return ExecutionResult(None, [GraphQLError("", original_error=exceeded)])

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import partial
 from itertools import chain
 from typing import Final, Literal, NamedTuple, Unpack, cast, overload
 
@@ -446,9 +445,8 @@ class Enqueueing(Opening):
         outcomes = dict(zip((job.id for job in jobs), await self._insert(jobs), strict=True))
         for job in jobs:
             if outcomes[job.id] is None:
-                outcomes[job.id] = await self._database.patiently(
-                    partial(self._keyed_inserts.submit, job),
-                    "another transaction holds the idempotency key",
+                outcomes[job.id] = await self._database.patiently_in(
+                    self._keyed_inserts, job, "another transaction holds the idempotency key"
                 )
         return [present(outcomes[job.id]) for job in jobs], True
 
@@ -502,8 +500,8 @@ class Enqueueing(Opening):
         """Insert a job with others in one statement. An existing job is read whole."""
         inserts = self._inserts if new.idempotency_key is None else self._keyed_inserts
         for _ in range(10):
-            stored = await self._database.patiently(
-                lambda: inserts.submit(new), "another transaction holds the idempotency key"
+            stored = await self._database.patiently_in(
+                inserts, new, "another transaction holds the idempotency key"
             )
             if stored.existing is None:
                 return stored

@@ -391,8 +391,8 @@ class Leasing:
         )
 
     async def _report(self, report: Report) -> JobRecord:
-        outcome: JobRecord | LeaseLost = await self._database.patiently(
-            lambda: self._reports.submit(report), "another transaction has locked the job"
+        outcome: JobRecord | LeaseLost = await self._database.patiently_in(
+            self._reports, report, "another transaction has locked the job"
         )
         if isinstance(outcome, LeaseLost):
             raise outcome
