@@ -347,11 +347,10 @@ class _Document:
     @property
     def bytes(self) -> int:
         """About how many bytes of memory it takes."""
-        fields = sum(
-            prepared.compiled.fields
-            for prepared, _ in self._operations.values()
-            if prepared.compiled is not None
-        )
+        fields = 0
+        for prepared, _ in self._operations.values():
+            if prepared.compiled is not None:
+                fields += prepared.compiled.fields
         return self._bytes + BYTES_PER_FIELD * fields
 
 
@@ -387,6 +386,8 @@ class _DocumentCache:
     def _charge(self, document: _Document) -> None:
         """Count a document, which grows as its operations are compiled."""
         size = document.bytes
+        if size == document.charged:
+            return
         self._bytes += size - document.charged
         document.charged = size
         while self._bytes > MAX_CACHED_BYTES:

@@ -403,7 +403,9 @@ class Enqueueing(Opening):
         """Return the job that a request describes. Raises as `enqueue` does; writes nothing."""
         budget = budget or FaultBudget()
         job_type = self.registry.get_type(request.type, budget)
-        faults = list(budget.listed("The request", list(input_faults(request))))
+        faults = list(input_faults(request))
+        if faults:
+            faults = list(budget.listed("The request", faults))
         try:
             admitted = self.registry.admit(request.type, request.payload, budget)
         except PayloadInvalid as invalid:

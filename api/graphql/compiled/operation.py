@@ -196,6 +196,8 @@ class CompiledOperation:
         Raises:
             Odd: a value is not a Boolean, or its combination is not compiled.
         """
+        if not self._conditions:
+            return self._variants[()] or []
         values = {name: variables.coerced.get(name) for name in self._conditions}
         variant = tuple(value is True for value in values.values())
         if not all(value.__class__ is bool for value in values.values()):
