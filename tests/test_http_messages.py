@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import pytest
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
-from job_registry_api.app import create_app
+from job_registry_api.application import ShortWay
 from job_registry_api.http_messages import CACHED_LENGTH, GuardedResponses, cached_if_short
-from job_registry_api.settings import load_settings
 
 
 async def nothing() -> Message:
@@ -64,34 +60,32 @@ def test_the_meaning_of_a_short_header_is_computed_once_and_that_of_a_long_one_e
     assert computed == [short, long, long]
 
 
-async def test_a_middleware_that_is_added_to_the_application_sees_requests_to_graphql(
-    tmp_path: Path,
+@pytest.mark.parametrize(
+    ("path", "root_path", "is_short"),
+    [
+        ("/graphql", "", True),
+        ("/jobs/graphql", "/jobs", True),
+        ("/graphql", "/jobs", False),
+        ("/graphql/", "", False),
+        ("/jobs", "", False),
+    ],
+)
+async def test_the_short_way_is_for_one_path_alone(
+    path: str, root_path: str, is_short: bool
 ) -> None:
-    seen: list[str] = []
+    taken: list[str] = []
 
-    class Added:
-        def __init__(self, app: ASGIApp) -> None:
-            self._app = app
+    async def router(_scope: Scope, _receive: Receive, _send: Send) -> None:
+        taken.append("router")
 
-        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-            seen.append(scope["path"])
-            await self._app(scope, receive, send)
+    async def endpoint(_scope: Scope, _receive: Receive, _send: Send) -> None:
+        taken.append("endpoint")
 
-    async def ignore(_message: Any) -> None:
+    async def ignored(_message: Message) -> None:
         pass
 
-    settings = load_settings({"JOBS_DATABASE_URL": f"sqlite:///{tmp_path / 'jobs.db'}"})
-    for added, expected in ((False, []), (True, ["/graphql"])):
-        app = create_app(settings)
-        if added:
-            app.add_middleware(Added)
-        scope = {
-            "type": "http",
-            "method": "DELETE",
-            "path": "/graphql",
-            "query_string": b"",
-            "headers": [],
-        }
-        async with app.running():
-            await app(scope, nothing, ignore)
-        assert seen == expected
+    short_way = ShortWay(router, path="/graphql", endpoint=endpoint)
+    for kind in ("http", "websocket"):
+        scope = {"type": kind, "path": path, "root_path": root_path}
+        await short_way(scope, nothing, ignored)
+    assert taken == ["endpoint" if is_short else "router", "router"]

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import pytest
 import structlog
 
-from job_registry_api.logs import configure_logs, info_each
+from job_registry_api.logs import configure_logs, log_together
 
 
 class FullDisk(io.BufferedIOBase):
@@ -50,12 +50,12 @@ def test_lines_that_are_logged_together_are_those_that_are_logged_alone() -> Non
     configure_logs("info", "json", io.TextIOWrapper(written, write_through=True))
     try:
         log = structlog.get_logger("test")
-        events = [("job.created", {"job_id": str(number), "attempt": 0}) for number in range(2)]
+        events = [{"event": "job.created", "job_id": str(number)} for number in range(2)]
         with structlog.contextvars.bound_contextvars(request="7"):
-            for event, values in events:
-                log.info(event, **values)
-            info_each(log, events)
-        info_each(log, [])
+            for event in events:
+                log.info(**event)
+            log_together(log, events)
+        log_together(log, [])
         lines = [{**json.loads(line), "timestamp": ""} for line in written.getvalue().splitlines()]
         assert lines[2:] == lines[:2]
         assert [(line["job_id"], line["request"]) for line in lines[2:]] == [("0", "7"), ("1", "7")]
@@ -68,7 +68,7 @@ def test_nothing_is_logged_together_below_the_level(style: Literal["console", "j
     written = io.BytesIO()
     configure_logs("warning", style, io.TextIOWrapper(written, write_through=True))
     try:
-        info_each(structlog.get_logger("test"), [("job.created", {"attempt": 0})])
+        log_together(structlog.get_logger("test"), [{"event": "job.created"}])
         assert written.getvalue() == b""
     finally:
         configure_logs("error", "console")

@@ -278,7 +278,7 @@ async def test_a_log_that_cannot_be_written_fails_no_operation(
             assert names[-1] == "job.cancelled"
     assert job.status is JobStatus.QUEUED
     assert (await queue.counts())["test.ping"].queued == 0
-    assert queue.events.failures == 8
+    assert queue.events.failures == 7
     await database.close()
 
 
