@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections import deque
+from collections import Counter, deque
 from collections.abc import (
     AsyncIterator,
     Callable,
@@ -370,9 +370,9 @@ class Events:
         the job twice. Errors are counted in `failures`.
         """
         happened = tuple(events)
-        for event in happened:
-            if event.name == "job.created":
-                self._metrics.enqueued(event.type)
+        created = Counter(event.type for event in happened if event.name == "job.created")
+        for job_type, jobs in created.items():
+            self._metrics.enqueued(job_type, jobs)
         self._guard(_log, happened)
         self._guard(self._hand_over, happened)
 
