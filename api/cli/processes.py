@@ -157,7 +157,7 @@ class _Processes:
         """Start processes, and return whether they run. If one does not start, end all."""
         children = [await self._start(role) for role in roles]
         for child in children:
-            if child is None or await child.has_started() or self._ending.is_set():
+            if child is None or await self._has_started(child) or self._ending.is_set():
                 continue
             # It has printed why, unless it was ended by a signal.
             code = await child.wait()
@@ -166,6 +166,17 @@ class _Processes:
             self._code = code if code > 0 else REFUSED
             self._end()
         return not self._ending.is_set()
+
+    async def _has_started(self, child: _Child) -> bool:
+        """Wait until a process has started or ended, or until all end: it may hang at its start."""
+        started = asyncio.create_task(child.has_started())
+        ending = asyncio.create_task(self._ending.wait())
+        await asyncio.wait({started, ending}, return_when=asyncio.FIRST_COMPLETED)
+        ending.cancel()
+        if not started.done():
+            started.cancel()
+            return False
+        return started.result()
 
     async def _start(self, role: _Role) -> _Child | None:
         """Start the process of a role. None: all processes are ending."""

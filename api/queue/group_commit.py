@@ -42,7 +42,8 @@ class GroupCommit(Generic[Item, Result]):
         """Return the item's result after its commit, or raise what its commit raised.
 
         The item of a cancelled caller may still be committed, and so may one whose result did not
-        come in time.
+        come in time after its commit began. One whose time ends earlier is not: its caller may have
+        sent it again.
 
         Raises:
             TimeoutError: there is no result at this time of the event loop.
@@ -58,7 +59,9 @@ class GroupCommit(Generic[Item, Result]):
         try:
             while self._waiting:
                 count = min(len(self._waiting), self._max_items)
-                await self._commit_group([self._waiting.popleft() for _ in range(count)])
+                group = [self._waiting.popleft() for _ in range(count)]
+                if in_time := [each for each in group if not _is_late(each[1])]:
+                    await self._commit_group(in_time)
                 self._deadlines.forget_done()
         finally:
             self._task = None
@@ -86,6 +89,11 @@ class GroupCommit(Generic[Item, Result]):
             for (_, future), result in zip(group, results, strict=True):
                 if not future.done():
                     future.set_result(result)
+
+
+def _is_late(future: asyncio.Future[Any]) -> bool:
+    """Return whether a caller has been told that its result did not come in time."""
+    return future.done() and not future.cancelled()
 
 
 class _Deadlines:

@@ -7,6 +7,9 @@ import json
 import os
 import signal
 import socket
+import sys
+import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +19,10 @@ import httpx
 import psutil
 import pytest
 
+from job_registry_api.cli import processes
 from job_registry_api.cli.listening import listen, listen_together
+from job_registry_api.settings import Settings
+from job_registry_api.shutdown import FORCED
 from tests.cli.test_cli import Shell
 from tests.test_shutdown import GRACE, PROCESSES, SOON, Process, catalog, running, sqlite_url
 
@@ -72,6 +78,31 @@ def test_reload_is_refused(tmp_path: Path) -> None:
         assert refused.stderr == (
             "--reload restarts one process. Leave out --processes and JOBS_SERVE_PROCESSES.\n"
         )
+
+
+@pytest.mark.any_database
+def test_a_process_that_hangs_at_its_start_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started, hanging = tmp_path / "started", tmp_path / "hanging"
+    # The shell ignores the signals, and what it executes inherits that.
+    hanging.write_text(f"#!/bin/sh\ntrap '' TERM USR1\ntouch {started}\nexec sleep 60\n", "utf-8")
+    hanging.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(hanging))
+    monkeypatch.setattr(processes, "KILL_SECONDS", 0.1)
+
+    def end_once_started() -> None:
+        while not started.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    ending = threading.Thread(target=end_once_started)
+    ending.start()
+    settings = Settings(port=0, serve_processes=2, shutdown_seconds=0)
+    with pytest.raises(SystemExit) as ended:
+        processes.serve_in_processes(settings, worker=False)
+    ending.join()
+    assert ended.value.code == FORCED
 
 
 @pytest.mark.slow
