@@ -119,7 +119,7 @@ class Called(Resumable):
     ) -> object:
         before = self.call_before()
         if before is not None:
-            return await self.outcome_of(before, arguments)
+            return self.outcome_of(before, arguments)
         return await next_(source, info, **arguments)
 
 

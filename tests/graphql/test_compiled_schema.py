@@ -19,6 +19,7 @@ from job_registry_api.graphql.admission import Admission
 from job_registry_api.graphql.context import Context
 from job_registry_api.graphql.document_limits import Limits
 from job_registry_api.graphql.execution import DocumentRefused, Executor
+from job_registry_api.graphql.request_errors import format_result
 from job_registry_api.queue.models import JobError
 from job_registry_api.queue.queue import JobQueue
 from tests.graphql.random_operations import RandomOperation
@@ -122,3 +123,40 @@ def test_random_operations_are_answered_as_by_graphql_core(run: Any) -> None:
 @pytest.mark.slow
 def test_many_random_operations_are_answered_as_by_graphql_core(run: Any) -> None:
     assert run(2_000) > 800
+
+
+@pytest.mark.parametrize(
+    ("document", "caller", "data", "codes"),
+    [
+        (
+            'query ($t: Int = 0) { a: jobType(jobType: "none") { __typename }'
+            ' b: awaitJob(id: "x", timeoutSeconds: $t) { __typename } }',
+            ANYONE,
+            {"a": {"__typename": "JobTypeNotFound"}, "b": None},
+            {("b",): "bad_user_input"},
+        ),
+        (
+            'mutation { a: enqueueJob(input: {type: "test.ping", payload: {}}) {'
+            " ... on EnqueueJobSuccess { job { attempts { attempt } progress } } } }",
+            Caller("bob", frozenset({"jobs:enqueue"})),
+            {"a": {"job": {"attempts": None, "progress": None}}},
+            {("a", "job", "attempts"): "forbidden", ("a", "job", "progress"): "forbidden"},
+        ),
+    ],
+)
+async def test_a_resolver_that_has_not_begun_when_the_next_one_fails_is_called_once(
+    document: str,
+    caller: Caller,
+    data: Any,
+    codes: Any,
+    sqlite_template: Path,
+    tmp_path: Path,
+    registry: JobRegistry,
+) -> None:
+    async with queue_with_jobs(sqlite_template, tmp_path, registry) as (queue, _):
+        executor = Executor(Admission(registry), Limits())
+        prepared = executor.prepare({"query": document}, caller)
+        result = await executor.execute(prepared, {"t": None}, Context(queue, caller))
+    assert result.data == data
+    errors = format_result(result)["errors"]
+    assert {tuple(each["path"]): each["extensions"]["code"] for each in errors} == codes

@@ -266,6 +266,10 @@ class CompiledOperation:
             call.is_handed_out = True
             if differences is not None:
                 differences.extend(_differences(call, info, arguments))
+            if call.converted is not None and _has_not_begun(call.value):
+                # The layers make the first call: within `resuming`, it would wait for itself.
+                _close(call.value)
+                return next_(source, info, **arguments)
             if call.converted is not None:
                 return _resumed(call, next_(source, info, **arguments), differences)
             if call.error is not None:
@@ -391,6 +395,10 @@ def _close(value: object) -> None:
     """Close a coroutine that nobody will await."""
     if iscoroutine(value) and getcoroutinestate(value) == CORO_CREATED:
         value.close()
+
+
+def _has_not_begun(value: object) -> bool:
+    return iscoroutine(value) and getcoroutinestate(value) == CORO_CREATED
 
 
 def _differences(

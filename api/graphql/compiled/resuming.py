@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from inspect import isawaitable
 from typing import Any, Final
 
 from strawberry.extensions import FieldExtension
@@ -35,9 +34,9 @@ class Resumable(FieldExtension):
         """Return the direct call whose outcome the field must use; None if there was none."""
         return _resumed.get()
 
-    async def outcome_of(self, call: Call, arguments: Mapping[str, Any]) -> Any:
+    def outcome_of(self, call: Call, arguments: Mapping[str, Any]) -> Any:
         """Return, or raise, what the resolver has returned or raised in a direct call."""
         call.converted_again = dict(arguments)
         if call.error is not None:
             raise call.error
-        return await call.value if isawaitable(call.value) else call.value
+        return call.value
