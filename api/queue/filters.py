@@ -337,17 +337,43 @@ def unfiltered(types: Sequence[str], statuses: Sequence[JobStatus], part: Slice)
     With several statuses, the ids of each are read and merged, because no index has them in one
     order.
     """
-    between = part.conditions()
-    of_types = [col(Job.type) == name for name in types]
-    of_statuses = [[col(Job.status) == str(status)] for status in dict.fromkeys(statuses)] or [[]]
-    conditions = [[*of_types, *one, *between] for one in of_statuses]
-    if len(conditions) == 1:
-        return part.taken(listed().where(*conditions[0]))
+    (kind,) = types or (None,)
+    if len(statuses) < 2:
+        return _in_order(listed(), kind, *(statuses or (None,)), part)
     found = union_all(
-        *(part.taken(select(Job.id).where(*each)).subquery().select() for each in conditions)
+        *(
+            _in_order(select(Job.id), kind, status, part).subquery().select()
+            for status in dict.fromkeys(statuses)
+        )
     ).subquery()
     ids = part.taken(sqlalchemy.select(found.c.id), found.c.id)
     return part.taken(listed().where(col(Job.id).in_(ids)))
+
+
+def _in_order(query: Any, kind: str | None, status: JobStatus | None, part: Slice) -> Any:
+    """Return the query of a part of the jobs of a type, of a status, or of both.
+
+    A range of an index and not an equality, so that only this index has the order. Otherwise the
+    database reads all jobs in the order of another one, if it expects to find many that match.
+    """
+    columns: list[Any] = []
+    values: list[Any] = []
+    for column, value in ((col(Job.type), kind), (col(Job.status), status)):
+        if value is not None:
+            columns.append(column)
+            values.append(sqlalchemy.literal(str(value), column.type))
+    if not columns:
+        return part.taken(query.where(*part.conditions()))
+
+    def place(job_id: uuid.UUID) -> Any:
+        return sqlalchemy.tuple_(*values, sqlalchemy.literal(job_id, col(Job.id).type))
+
+    ranked = sqlalchemy.tuple_(*columns, col(Job.id))
+    query = query.where(
+        ranked > place(part.before or FIRST_ID), ranked < place(part.after or LAST_ID)
+    )
+    order = [each.asc() if part.from_end else each.desc() for each in columns]
+    return part.taken(query.order_by(*order))
 
 
 @lru_cache

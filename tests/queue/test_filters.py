@@ -17,7 +17,7 @@ from job_registry import EnqueueRequest
 from job_registry_api import JobFilter, JobQueue
 from job_registry_api.queue import filters
 from job_registry_api.queue.errors import InputInvalid
-from job_registry_api.queue.filters import Slice, counted, filtered
+from job_registry_api.queue.filters import Slice, counted, filtered, unfiltered
 from job_registry_api.queue.models import JobError, JobRecord, JobStatus, Owner
 from tests.conftest import run_sql
 
@@ -254,3 +254,42 @@ def test_each_filter_reads_its_index_and_no_whole_table(
         assert not [each for each in names if each not in plan], (name, plan)
         assert not re.search(r'"Seq Scan"[^{}]*"Relation Name": "job"', plan), (name, plan)
         assert "SCAN job\n" not in plan + "\n", (name, plan)
+
+
+SIMPLE: dict[str, tuple[tuple[str, ...], tuple[JobStatus, ...], str]] = {
+    "type": (("t1",), (), "job_by_type"),
+    "status": ((), (JobStatus.FAILED,), "job_by_status"),
+    "type and status": (("t1",), (JobStatus.FAILED,), "job_by_type_and_status"),
+    "statuses": ((), (JobStatus.FAILED, JobStatus.SUCCEEDED), "job_by_status"),
+    "type and statuses": (
+        ("t1",),
+        (JobStatus.FAILED, JobStatus.SUCCEEDED),
+        "job_by_type_and_status",
+    ),
+}
+
+
+def test_types_and_statuses_read_their_index(database_url: str) -> None:
+    """Also if most jobs match, and the database expects to find a page soon without the index."""
+    is_sqlite = database_url.startswith("sqlite")
+    run_sql(
+        database_url,
+        *([] if is_sqlite else ["SET search_path = job_registry"]),
+        FILL.format(**(SQLITE if is_sqlite else POSTGRESQL)),
+        "ANALYZE",
+    )
+    middle = uuid.UUID(int=2**127)
+    parts = {
+        "first": Slice(51),
+        "last": Slice(51, from_end=True),
+        "after": Slice(51, after=middle),
+        "before": Slice(51, before=middle, from_end=True),
+    }
+    for (name, (types, statuses, index)), (place, part) in product(SIMPLE.items(), parts.items()):
+        plan = plan_of(database_url, unfiltered(types, statuses, part))
+        name = f"{place} of {name}"
+        assert re.search(rf"\b{index}\b", plan), (name, plan)
+        assert not re.search(r'"Seq Scan"[^{}]*"Relation Name": "job"', plan), (name, plan)
+        assert "TEMP B-TREE" not in plan or len(statuses) > 1, (name, plan)
+        if not is_sqlite:
+            assert '"Index Name": "job_pkey"' not in plan or len(statuses) > 1, (name, plan)
