@@ -169,6 +169,23 @@ INDEXES: dict[str, tuple[JobFilter, Owner | None, set[str]]] = {
         None,
         {"job_pkey"},
     ),
+    "created after": (JobFilter(created_after=HOUR), None, {"job_pkey"}),
+    "created before": (JobFilter(created_before=HOUR + timedelta(hours=1)), None, {"job_pkey"}),
+    "created by, of a type and status": (
+        JobFilter(types=("t1",), statuses=(JobStatus.FAILED,), created_by="u7"),
+        None,
+        {"job_by_creator"},
+    ),
+    "error code of a type": (
+        JobFilter(types=("t1",), error_code="e3"),
+        None,
+        {"job_by_error_code"},
+    ),
+    "finished after": (
+        JobFilter(finished_after=HOUR + timedelta(hours=5)),
+        None,
+        {"job_finished"},
+    ),
     "finished": (
         JobFilter(finished_after=HOUR, finished_before=HOUR + timedelta(hours=1)),
         None,
