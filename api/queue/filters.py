@@ -138,10 +138,8 @@ def filtered(
     """
     ranked = _ranked(wanted, owner)
     if ranked is not None:
-        # Without a second condition of the same: the database would expect too few jobs.
-        others = replace(wanted, **{ranked.field: None})
-        if ranked.field == "created_by" and wanted.created_by not in (None, ranked.value):
-            others = wanted
+        # Without a second condition of this field: the database would expect too few jobs.
+        others = ranked.without(wanted)
         conditions = [*ranked.conditions, *_others(others, is_led=True), *_created(wanted)]
         within = _within(part, wanted, ahead)
         return _in_order(listed().where(*conditions), [(ranked.column, ranked.value)], within)
@@ -229,6 +227,12 @@ class _Ranked(NamedTuple):
     value: str
     conditions: list[Any]
     """Those of the index, which is partial."""
+
+    def without(self, wanted: JobFilter) -> JobFilter:
+        """Return the other fields of a filter. An owner may ask for the jobs of another creator."""
+        if self.field == "error_code":
+            return replace(wanted, error_code=None)
+        return replace(wanted, created_by=None) if wanted.created_by == self.value else wanted
 
 
 def _ranked(wanted: JobFilter, owner: Owner | None) -> _Ranked | None:
@@ -379,17 +383,15 @@ def unfiltered(types: Sequence[str], statuses: Sequence[JobStatus], part: Slice)
     """Return the query of a page of one type, or of all, in the order of an index.
 
     With several statuses, the ids of each are read and merged, because no index has them in one
-    order.
+    order. The ids of a type and a status are read first, because only their own index has these.
     """
     of_type = [(col(Job.type), name) for name in types]
     of_statuses = [[(col(Job.status), str(each))] for each in dict.fromkeys(statuses)] or [[]]
-    if len(of_statuses) == 1:
-        return _in_order(listed(), [*of_type, *of_statuses[0]], part)
+    equal = [[*of_type, *one] for one in of_statuses]
+    if len(equal) == 1 and len(equal[0]) < 2:
+        return _in_order(listed(), equal[0], part)
     found = union_all(
-        *(
-            _in_order(select(Job.id), [*of_type, *one], part).subquery().select()
-            for one in of_statuses
-        )
+        *(_in_order(select(Job.id), each, part).subquery().select() for each in equal)
     ).subquery()
     ids = part.taken(sqlalchemy.select(found.c.id), found.c.id)
     return part.taken(listed().where(col(Job.id).in_(ids)))
@@ -398,24 +400,26 @@ def unfiltered(types: Sequence[str], statuses: Sequence[JobStatus], part: Slice)
 def _in_order(query: Any, equal: Sequence[tuple[Any, str]], part: Slice) -> Any:
     """Return the query of a part of the jobs where expressions have these values.
 
-    An index begins with the expressions and ends with the id. The condition is a range of it and
-    not an equality, so that only this index has the order. Otherwise the database reads all jobs in
-    the order of another one, or sorts all that match, if it expects many or few.
+    An index begins with the expressions and ends with the id. The last condition is a range of it
+    and not an equality, so that the index of ids does not have the order. Otherwise the database
+    reads all jobs in search of those that match, or sorts these, if it expects many or few.
     """
     if not equal:
         return part.taken(query.where(*part.conditions()))
-    columns = [column for column, _ in equal]
-    values = [sqlalchemy.literal(value, column.type) for column, value in equal]
+    *others, (column, value) = equal
 
     def place(job_id: uuid.UUID) -> Any:
-        return sqlalchemy.tuple_(*values, sqlalchemy.literal(job_id, col(Job.id).type))
+        return sqlalchemy.tuple_(
+            sqlalchemy.literal(value, column.type), sqlalchemy.literal(job_id, sqlalchemy.Uuid())
+        )
 
-    ranked = sqlalchemy.tuple_(*columns, col(Job.id))
+    ranked = sqlalchemy.tuple_(column, col(Job.id))
     query = query.where(
-        ranked > place(part.before or FIRST_ID), ranked < place(part.after or LAST_ID)
+        *(each == wanted for each, wanted in others),
+        ranked > place(part.before or FIRST_ID),
+        ranked < place(part.after or LAST_ID),
     )
-    order = [each.asc() if part.from_end else each.desc() for each in columns]
-    return part.taken(query.order_by(*order))
+    return part.taken(query.order_by(column.asc() if part.from_end else column.desc()))
 
 
 @lru_cache

@@ -298,7 +298,7 @@ def test_types_and_statuses_read_their_index(database_url: str) -> None:
         database_url,
         *([] if is_sqlite else ["SET search_path = job_registry"]),
         FILL.format(**(SQLITE if is_sqlite else POSTGRESQL)),
-        "ANALYZE",
+        "ANALYZE" if is_sqlite else "VACUUM ANALYZE job",
     )
     middle = uuid.UUID(int=2**127)
     parts = {
@@ -312,6 +312,7 @@ def test_types_and_statuses_read_their_index(database_url: str) -> None:
         name = f"{place} of {name}"
         assert re.search(rf"\b{index}\b", plan), (name, plan)
         assert not re.search(r'"Seq Scan"[^{}]*"Relation Name": "job"', plan), (name, plan)
-        assert "TEMP B-TREE" not in plan or len(statuses) > 1, (name, plan)
+        assert "TEMP B-TREE" not in plan or "LIST SUBQUERY" in plan, (name, plan)
         if not is_sqlite:
-            assert '"Index Name": "job_pkey"' not in plan or len(statuses) > 1, (name, plan)
+            by_id = '"Index Cond": "(id = ' in plan or "job_pkey" not in plan
+            assert by_id, (name, plan)
