@@ -49,7 +49,7 @@ from pydantic_core import from_json
 from job_registry_api.logs import log_together
 from job_registry_api.metrics import Metrics
 from job_registry_api.queue.database import Database
-from job_registry_api.queue.errors import EventsMissed, QueueUnavailable
+from job_registry_api.queue.errors import EventsMissed, QueueUnavailable, reason_of
 from job_registry_api.queue.event_stream import EventStream, Gap
 from job_registry_api.queue.models import JobRecord, JobStatus
 from job_registry_api.queue.recent_events import Numbered, RecentEvents
@@ -339,6 +339,7 @@ class Events:
         """The subscriptions that wait, by their job."""
         self._id_key: Final = secrets.token_bytes(16)
         self._stream: EventStream | None = None
+        self._recalling: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._echoes: dict[JobEvent, int] = {}
         """Own events that were published and not yet read from the stream. Negative counts are
@@ -404,6 +405,40 @@ class Events:
         finally:
             self._subscriptions.discard(subscription)
 
+    async def recall(self, after: str) -> None:
+        """Load the stored events of the time before this process started, if the event with the id
+        `after` is not among those that it has read itself.
+
+        They are loaded once. Where the database does not keep events in order, none are.
+        """
+        if self._stream is None:
+            return
+        with suppress(EventsMissed):
+            self._position_of(after)
+            return
+        if self._recalling is None:
+            self._recalling = asyncio.create_task(self._load(self._stream), name="job-events-past")
+        await asyncio.wait({self._recalling})
+
+    async def _load(self, stream: EventStream) -> None:
+        earlier: list[tuple[float, JobEvent]] = []
+        try:
+            history = await stream.history()
+            if history is None:
+                return
+            batches, complete_since = history
+            for batch in batches:
+                at = batch.created_at.timestamp()
+                message = decode(batch.message)
+                earlier += [(at, e) for e in self._renamed_in(message) if _is_public(e)]
+                if batch.id % 100 == 0:
+                    await asyncio.sleep(0)  # Let other requests through.
+        except Exception as error:
+            with suppress(Exception):
+                log.warning("events.not_recalled", reason=reason_of(error))
+            return
+        self._recent.prepend(earlier, complete_since)
+
     def read(
         self,
         after: int,
@@ -453,7 +488,7 @@ class Events:
         return number
 
     def _tag(self, number: int) -> str:
-        data = number.to_bytes(8, "big")
+        data = number.to_bytes(8, "big", signed=True)
         return blake2b(data, digest_size=6, key=self._id_key).hexdigest()
 
     @contextmanager
@@ -539,7 +574,12 @@ class Events:
                 feeding.cancel()
                 self._stream = None
                 self._echoes.clear()
-            await asyncio.wait({feeding})
+            tasks = {feeding}
+            if self._recalling is not None:
+                self._recalling.cancel()
+                tasks.add(self._recalling)
+                self._recalling = None
+            await asyncio.wait(tasks)
 
     def drop_subscribers(self, reason: str) -> None:
         """End all open and later subscriptions with `EventsMissed`."""
@@ -571,15 +611,22 @@ class Events:
         for worker_id in message.stopped_waiting:
             self.end_waits(worker_id)
         own = message.process == self.process
-        events = message.events
-        if self._renamed:
-            events = tuple(e._replace(type=self._renamed.get(e.type, e.type)) for e in events)
+        events = self._renamed_in(message)
         for event in events:
             if not own or self._is_first(event, published=False):
                 self._wake(event)
         self._offer(events)
         # Let subscribers read these events before more are delivered.
         await asyncio.sleep(0)
+
+    def _renamed_in(self, message: Message) -> Sequence[JobEvent]:
+        """Return the events of a message, each with the current name of its job type."""
+        if not self._renamed:
+            return message.events
+        return [
+            event._replace(type=self._renamed.get(event.type, event.type))
+            for event in message.events
+        ]
 
     def _bind_to_loop(self) -> None:
         """Without `listening`, deliver on the loop of the caller."""
@@ -636,7 +683,7 @@ class Events:
                 self._guard(callback, event.type)
 
     def _offer(self, events: Sequence[JobEvent]) -> None:
-        offered = [event for event in events if event.name != "job.settled"]
+        offered = [event for event in events if _is_public(event)]
         last = self._recent.extend(offered)
         if not self._idle:
             return
@@ -674,6 +721,11 @@ class Events:
             # The log itself may have failed.
             with suppress(Exception):
                 log.exception("events.delivery_failed")
+
+
+def _is_public(event: JobEvent) -> bool:
+    """Return whether subscribers get an event."""
+    return event.name != "job.settled"
 
 
 def _log(events: Sequence[JobEvent]) -> None:

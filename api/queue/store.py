@@ -93,6 +93,14 @@ LISTED_AT_ONCE: Final = 50
 """How many jobs are read at once for their sizes and their small values."""
 
 
+class StoredEvents(NamedTuple):
+    """A stored batch of events: its id, the time of its transaction, and its message."""
+
+    id: int
+    created_at: datetime
+    message: str
+
+
 class Listed(NamedTuple):
     """A job of a page, and the length of its JSON values.
 
@@ -776,6 +784,12 @@ class Store(ABC):
         behind = select(JobEventBatch).where(col(JobEventBatch.id) > number)
         rows = await self._select(behind.order_by(col(JobEventBatch.id)).limit(1_000))
         return {row["id"]: row["message"] for row in rows}
+
+    async def events_until(self, number: int, most: int) -> list[StoredEvents]:
+        """Return the stored batches with ids up to `number`, the newest first."""
+        until = select(JobEventBatch).where(col(JobEventBatch.id) <= number)
+        rows = await self._select(until.order_by(col(JobEventBatch.id).desc()).limit(most))
+        return [StoredEvents(row["id"], row["created_at"], row["message"]) for row in rows]
 
     async def events_among(self, numbers: Sequence[int]) -> dict[int, str]:
         """Return the stored batches with these ids."""
