@@ -183,9 +183,9 @@ async def rate_of_times(queue: JobQueue, database: Database, since: datetime) ->
             f"SELECT count(*), min(started_at), max(finished_at) FROM {table}"
             f" WHERE created_at >= '{since:%Y-%m-%d %H:%M:%S.%f}+00'"
         )
-        jobs, *ends = times.one()
-        first, last = (datetime.fromisoformat(str(time)) for time in ends)
-    return float(jobs / (last - first).total_seconds())
+        row = times.one()
+    first, last = (datetime.fromisoformat(str(time)) for time in row[1:])
+    return float(row[0] / (last - first).total_seconds())
 
 
 def goals(folder: Path, jobs: int, old: str | None, rounds: int = 3) -> None:

@@ -262,7 +262,14 @@ class Leasing:
         job_id, secret = _parts(token)
         text = None if result is None else self._document("result", result)
         succeeded = AttemptOutcome.SUCCEEDED
-        await self._report(Report(job_id, secret, succeeded, result=text, reads_job=False))
+        report = Report(job_id, secret, succeeded, result=text, reads_job=False)
+        # Each statement of a group has a deadline. A timer per report would take as long as the
+        # rest of this call.
+        outcome = await self._reports.submit(report)
+        if outcome is None:
+            await self._report(report)
+        elif isinstance(outcome, LeaseLost):
+            raise outcome
 
     async def _complete_and_insert(
         self, report: Report, follow_ups: Sequence[NewJob]
@@ -407,13 +414,9 @@ class Leasing:
         return present((await self._report(report)).job)
 
     async def _report(self, report: Report) -> Ended:
-        # Each statement of a group has a deadline, so this call needs none of its own.
-        outcome = await self._reports.submit(report)
-        if outcome is None:
-            ended: Ended | LeaseLost = await self._database.patiently(
-                lambda: self._reports.submit(report), "another transaction has locked the job"
-            )
-            outcome = ended
+        outcome: Ended | LeaseLost = await self._database.patiently(
+            lambda: self._reports.submit(report), "another transaction has locked the job"
+        )
         if isinstance(outcome, LeaseLost):
             raise outcome
         return outcome
