@@ -184,7 +184,7 @@ async def rate_of_times(queue: JobQueue, database: Database, since: datetime) ->
             f" WHERE created_at >= '{since:%Y-%m-%d %H:%M:%S.%f}+00'"
         )
         row = times.one()
-    first, last = (datetime.fromisoformat(str(time)) for time in row[1:])
+    first, last = map(datetime.fromisoformat, map(str, row[1:]))
     return float(row[0] / (last - first).total_seconds())
 
 
