@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections import deque
+from collections import Counter, deque
 from collections.abc import (
     AsyncIterator,
     Callable,
@@ -97,6 +97,7 @@ READ_AT_ONCE: Final = 1_000
 """How many events a subscriber reads at most before others take their turn."""
 
 MAX_ECHOES: Final = 10_000
+MAX_BATCHES: Final = 16
 """How many own events may be awaited from the database at a time."""
 
 STOP_SECONDS: Final = 5.0
@@ -176,13 +177,15 @@ def decode(text: str | bytes) -> Message:
         events: list[JobEvent] = []
         stopped: list[str] = []
         for name, job_id, job_type, attempt, *_ in message.get("events", ()):
-            text_of_name = _text(name, names)
-            if text_of_name == WAITS_ENDED:
-                stopped.append(_text(job_type, types))
+            if type(name) is not str:
+                name = _text(name, names)
+            if type(job_type) is not str:
+                job_type = _text(job_type, types)
+            if name == WAITS_ENDED:
+                stopped.append(job_type)
                 continue
-            known = cast(EventName, text_of_name)
-            event = JobEvent(known, UUID(job_id), _text(job_type, types), int(attempt))
-            if known in STATUS_AFTER:
+            event = JobEvent(cast(EventName, name), UUID(job_id), job_type, int(attempt))
+            if name in STATUS_AFTER:
                 events.append(event)
     except (AttributeError, IndexError, KeyError, OverflowError, TypeError) as error:
         raise ValueError("the message does not have the form of a message") from error
@@ -341,6 +344,8 @@ class Events:
         self._stream: EventStream | None = None
         self._recalling: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._batches: dict[int, Sequence[JobEvent]] = {}
+        """The latest batches that this process stored, until it is notified of them."""
         self._echoes: dict[JobEvent, int] = {}
         """Own events that were published and not yet read from the stream. Negative counts are
         events that were read and not yet published."""
@@ -365,11 +370,18 @@ class Events:
         the job twice. Errors are counted in `failures`.
         """
         happened = tuple(events)
-        for event in happened:
-            if event.name == "job.created":
-                self._metrics.enqueued(event.type)
+        created = Counter(event.type for event in happened if event.name == "job.created")
+        for job_type, jobs in created.items():
+            self._metrics.enqueued(job_type, jobs)
         self._guard(_log, happened)
         self._guard(self._hand_over, happened)
+
+    def remember_batch(self, number: int, events: Sequence[JobEvent]) -> None:
+        """Remember the events of a batch that this process has stored. Never raises.
+
+        When the process is notified of the batch, it does not read and parse it.
+        """
+        self._guard(self._remember, number, events)
 
     @contextmanager
     def subscribe(
@@ -574,6 +586,7 @@ class Events:
                 feeding.cancel()
                 self._stream = None
                 self._echoes.clear()
+                self._batches.clear()
             tasks = {feeding}
             if self._recalling is not None:
                 self._recalling.cancel()
@@ -594,7 +607,9 @@ class Events:
             return
         try:
             message = decode(item)
-            if message.batch is not None:
+            if (known := self._known(message)) is not None:
+                message = message._replace(events=tuple(known))
+            elif message.batch is not None:
                 kept = await self._store.events(message.batch)
                 if kept is None:
                     self._miss("events were deleted before this process read them")
@@ -627,6 +642,18 @@ class Events:
             event._replace(type=self._renamed.get(event.type, event.type))
             for event in message.events
         ]
+
+    def _known(self, message: Message) -> Sequence[JobEvent] | None:
+        """Return the events of a batch, if this process has just stored it."""
+        if message.batch is None or message.process != self.process:
+            return None
+        return self._batches.pop(message.batch, None)
+
+    def _remember(self, number: int, events: Sequence[JobEvent]) -> None:
+        if self._stream is not None:
+            if len(self._batches) >= MAX_BATCHES:
+                del self._batches[next(iter(self._batches))]
+            self._batches[number] = events
 
     def _bind_to_loop(self) -> None:
         """Without `listening`, deliver on the loop of the caller."""

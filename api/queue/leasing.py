@@ -262,14 +262,7 @@ class Leasing:
         job_id, secret = _parts(token)
         text = None if result is None else self._document("result", result)
         succeeded = AttemptOutcome.SUCCEEDED
-        report = Report(job_id, secret, succeeded, result=text, reads_job=False)
-        # Each statement of a group has a deadline. A timer per report would take as long as the
-        # rest of this call.
-        outcome = await self._reports.submit(report)
-        if outcome is None:
-            await self._report(report)
-        elif isinstance(outcome, LeaseLost):
-            raise outcome
+        await self._report(Report(job_id, secret, succeeded, result=text, reads_job=False))
 
     async def _complete_and_insert(
         self, report: Report, follow_ups: Sequence[NewJob]
@@ -414,8 +407,8 @@ class Leasing:
         return present((await self._report(report)).job)
 
     async def _report(self, report: Report) -> Ended:
-        outcome: Ended | LeaseLost = await self._database.patiently(
-            lambda: self._reports.submit(report), "another transaction has locked the job"
+        outcome: Ended | LeaseLost = await self._database.patiently_in(
+            self._reports, report, "another transaction has locked the job"
         )
         if isinstance(outcome, LeaseLost):
             raise outcome

@@ -89,6 +89,10 @@ class SQLiteStore(Store):
     async def insert(self, jobs: Sequence[NewJob]) -> dict[uuid.UUID, Stored]:
         return await self._write(lambda t: t.insert(jobs))
 
+    async def insert_unkeyed(self, jobs: Sequence[NewJob]) -> tuple[list[Stored], int | None]:
+        stored = await self.insert(jobs)
+        return [stored[job.id] for job in jobs], None
+
     async def insert_all(self, jobs: Sequence[NewJob]) -> tuple[dict[uuid.UUID, Stored], bool]:
         try:
             return await self._write(lambda t: t.insert_or_refuse(jobs)), True

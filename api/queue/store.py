@@ -357,6 +357,14 @@ class Store(ABC):
         """
 
     @abstractmethod
+    async def insert_unkeyed(self, jobs: Sequence[NewJob]) -> tuple[list[Stored], int | None]:
+        """Insert jobs without idempotency keys, all or none.
+
+        Return their outcomes in order, and the batch of their events if the process is notified
+        of it.
+        """
+
+    @abstractmethod
     async def insert_all(self, jobs: Sequence[NewJob]) -> tuple[dict[uuid.UUID, Stored], bool]:
         """Insert all jobs, or none if one conflicts with the existing job of its key.
 
