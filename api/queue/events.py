@@ -40,7 +40,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from types import MappingProxyType
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, cast
 from uuid import UUID
 
 import structlog
@@ -178,7 +178,7 @@ def decode(text: str | bytes) -> Message:
             if name == WAITS_ENDED:
                 stopped.append(job_type)
                 continue
-            event = JobEvent(name, UUID(job_id), job_type, int(attempt))
+            event = JobEvent(cast(EventName, name), UUID(job_id), job_type, int(attempt))
             if name in STATUS_AFTER:
                 events.append(event)
     except (AttributeError, IndexError, KeyError, OverflowError, TypeError) as error:
