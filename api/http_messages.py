@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocket
 
 from job_registry import CodedError
 from job_registry_api.answer_text import PIECE_BYTES
@@ -263,6 +264,15 @@ async def respond_unexpected(send: Send, where: str, error: Exception) -> None:
     error_id = log_unexpected(where, error)
     message = f"Something went wrong here. It is logged as {error_id}."
     await respond_json(send, 500, error_content("internal_error", message, [{"errorId": error_id}]))
+
+
+async def deny(socket: WebSocket, response: Response) -> None:
+    """Answer a WebSocket's handshake with a response, or with 403 where the server can send no
+    other."""
+    if "websocket.http.response" in socket.scope.get("extensions", {}):
+        await socket.send_denial_response(response)
+    else:
+        await socket.close()
 
 
 async def answer_method_not_allowed(_request: Request, error: Exception) -> Response:

@@ -17,6 +17,7 @@ from graphql import (
     ExecutionResult,
     GraphQLError,
     GraphQLSchema,
+    GraphQLSyntaxError,
     Node,
     NoSchemaIntrospectionCustomRule,
     OperationDefinitionNode,
@@ -46,8 +47,14 @@ from job_registry_api.graphql.document_limits import (
 )
 from job_registry_api.graphql.persisted_documents import PersistedDocuments, names_document
 from job_registry_api.graphql.request_errors import (
+    BAD_REQUEST,
     MAX_ERRORS,
     MAX_MESSAGE,
+    OPERATION_RESOLUTION_FAILURE,
+    PARSE_FAILED,
+    VALIDATION_FAILED,
+    coded,
+    format_error,
     format_exception,
     format_result,
 )
@@ -273,8 +280,10 @@ class Executor:
                 max_errors=MAX_ERRORS,
                 hide_suggestions=not self._limits.suggestions,
             )
+        except GraphQLSyntaxError as error:
+            raise DocumentRefused([_shortened(error, PARSE_FAILED)]) from None
         except GraphQLError as error:
-            raise DocumentRefused([_shortened(error)]) from None
+            raise DocumentRefused([error]) from None
         except RecursionError:
             raise DocumentRefused([too_complex("The document is nested too deep.")]) from None
         if errors:
@@ -282,8 +291,8 @@ class Executor:
         return self._documents.add(_Document(text, document, view))
 
 
-def request_faults(request: Mapping[str, Any]) -> list[str]:
-    """Return what is wrong with the members of a GraphQL request, a sentence each."""
+def request_faults(request: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return an error for each member of a GraphQL request that is wrong."""
     faults = []
     query = request.get("query")
     if (
@@ -299,7 +308,7 @@ def request_faults(request: Mapping[str, Any]) -> list[str]:
     ):
         if request.get(name) is not None and not isinstance(request[name], kind):
             faults.append(f"{name} has to be {expected} or null.")
-    return faults
+    return [format_error(coded(BAD_REQUEST, fault)) for fault in faults]
 
 
 class _Document:
@@ -408,7 +417,7 @@ def _operation(document: DocumentNode, name: str | None) -> OperationDefinitionN
         message = "The document has no operation."
     else:
         message = f'The document has no operation named "{name[:100]}".'
-    raise DocumentRefused([GraphQLError(message)])
+    raise DocumentRefused([coded(OPERATION_RESOLUTION_FAILURE, message)])
 
 
 def _name(operation: OperationDefinitionNode) -> str | None:
@@ -420,17 +429,18 @@ def _merged(errors: list[GraphQLError]) -> list[GraphQLError]:
     nodes: dict[str, list[Node]] = {}
     for error in errors:
         nodes.setdefault(error.message, []).extend(error.nodes or ())
-    return [_shortened(GraphQLError(message, nodes=where)) for message, where in nodes.items()]
+    return [
+        _shortened(GraphQLError(message, nodes=where), VALIDATION_FAILED)
+        for message, where in nodes.items()
+    ]
 
 
-def _shortened(error: GraphQLError) -> GraphQLError:
-    """Return an error whose message quotes at most 1,000 characters of the document."""
-    if len(error.message) <= MAX_MESSAGE:
-        return error
+def _shortened(error: GraphQLError, code: str) -> GraphQLError:
+    """Return an error with a code, whose message quotes at most 1,000 characters."""
     return GraphQLError(
         shortened_text(error.message, MAX_MESSAGE),
         nodes=error.nodes,
         source=error.source,
         positions=error.positions,
-        extensions=error.extensions,
+        extensions={"code": code},
     )

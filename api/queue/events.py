@@ -49,11 +49,11 @@ from pydantic_core import from_json
 from job_registry_api.logs import log_together
 from job_registry_api.metrics import Metrics
 from job_registry_api.queue.database import Database
-from job_registry_api.queue.errors import EventsMissed, QueueUnavailable
+from job_registry_api.queue.errors import EventsMissed, QueueUnavailable, reason_of
 from job_registry_api.queue.event_stream import EventStream, Gap
 from job_registry_api.queue.models import JobRecord, JobStatus
 from job_registry_api.queue.recent_events import Numbered, RecentEvents
-from job_registry_api.queue.store import WAITS_ENDED, Store
+from job_registry_api.queue.store import WAITS_ENDED, Ended, Store
 
 EventName = Literal[
     "job.created",
@@ -142,6 +142,12 @@ class JobEvent(NamedTuple):
     def of_change(cls, job: JobRecord) -> JobEvent:
         """Return the event of a job whose attempt ended, or that was cancelled or retried."""
         return cls.of("job.parked" if job.is_parked else _AFTER_CHANGE[job.status], job)
+
+    @classmethod
+    def of_end(cls, ended: Ended) -> JobEvent:
+        """Return the event of a job whose attempt was ended."""
+        name: EventName = "job.parked" if ended.is_parked else _AFTER_CHANGE[ended.status]
+        return cls(name, ended.id, ended.type, ended.attempt)
 
 
 class Message(NamedTuple):
@@ -336,12 +342,13 @@ class Events:
         """The subscriptions that wait, by their job."""
         self._id_key: Final = secrets.token_bytes(16)
         self._stream: EventStream | None = None
+        self._recalling: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._echoes: dict[JobEvent, int] = {}
-        self._batches: dict[int, Sequence[JobEvent]] = {}
-        """The latest batches that this process stored, until it is notified of them."""
         """Own events that were published and not yet read from the stream. Negative counts are
         events that were read and not yet published."""
+        self._batches: dict[int, Sequence[JobEvent]] = {}
+        """The latest batches that this process stored, until it is notified of them."""
         self._shut: str | None = None
         self.ended: Final = asyncio.Event()
         """Set when all subscriptions have been ended, because the process shuts down."""
@@ -400,7 +407,7 @@ class Events:
         wanted = None if types is None else frozenset(types)
         position = self._recent.last if after is None else self._position_of(after)
         if self._shut is not None:
-            position = self._recent.append(Gap(self._shut)) - 1
+            position = self._recent.extend([Gap(self._shut)]) - 1
         subscription = Subscription(job_id, wanted, position, self._recent, self._idle)
         if after is None:
             subscription.skip({event: count for event, count in self._echoes.items() if count > 0})
@@ -409,6 +416,40 @@ class Events:
             yield subscription
         finally:
             self._subscriptions.discard(subscription)
+
+    async def recall(self, after: str) -> None:
+        """Load the stored events of the time before this process started, if the event with the id
+        `after` is not among those that it has read itself.
+
+        They are loaded once. Where the database does not keep events in order, none are.
+        """
+        if self._stream is None:
+            return
+        with suppress(EventsMissed):
+            self._position_of(after)
+            return
+        if self._recalling is None:
+            self._recalling = asyncio.create_task(self._load(self._stream), name="job-events-past")
+        await asyncio.wait({self._recalling})
+
+    async def _load(self, stream: EventStream) -> None:
+        earlier: list[tuple[float, JobEvent]] = []
+        try:
+            history = await stream.history()
+            if history is None:
+                return
+            batches, complete_since = history
+            for batch in batches:
+                at = batch.created_at.timestamp()
+                message = decode(batch.message)
+                earlier += [(at, e) for e in self._renamed_in(message) if _is_public(e)]
+                if batch.id % 100 == 0:
+                    await asyncio.sleep(0)  # Let other requests through.
+        except Exception as error:
+            with suppress(Exception):
+                log.warning("events.not_recalled", reason=reason_of(error))
+            return
+        self._recent.prepend(earlier, complete_since)
 
     def read(
         self,
@@ -459,7 +500,7 @@ class Events:
         return number
 
     def _tag(self, number: int) -> str:
-        data = number.to_bytes(8, "big")
+        data = number.to_bytes(8, "big", signed=True)
         return blake2b(data, digest_size=6, key=self._id_key).hexdigest()
 
     @contextmanager
@@ -546,7 +587,12 @@ class Events:
                 self._stream = None
                 self._echoes.clear()
                 self._batches.clear()
-            await asyncio.wait({feeding})
+            tasks = {feeding}
+            if self._recalling is not None:
+                self._recalling.cancel()
+                tasks.add(self._recalling)
+                self._recalling = None
+            await asyncio.wait(tasks)
 
     def drop_subscribers(self, reason: str) -> None:
         """End all open and later subscriptions with `EventsMissed`."""
@@ -580,12 +626,11 @@ class Events:
         for worker_id in message.stopped_waiting:
             self.end_waits(worker_id)
         own = message.process == self.process
-        for event in message.events:
-            if (name := self._renamed.get(event.type)) is not None:
-                event = event._replace(type=name)
+        events = self._renamed_in(message)
+        for event in events:
             if not own or self._is_first(event, published=False):
                 self._wake(event)
-            self._offer(event)
+        self._offer(events)
         # Let subscribers read these events before more are delivered.
         await asyncio.sleep(0)
 
@@ -600,6 +645,15 @@ class Events:
             if len(self._batches) >= MAX_BATCHES:
                 del self._batches[next(iter(self._batches))]
             self._batches[number] = events
+
+    def _renamed_in(self, message: Message) -> Sequence[JobEvent]:
+        """Return the events of a message, each with the current name of its job type."""
+        if not self._renamed:
+            return message.events
+        return [
+            event._replace(type=self._renamed.get(event.type, event.type))
+            for event in message.events
+        ]
 
     def _bind_to_loop(self) -> None:
         """Without `listening`, deliver on the loop of the caller."""
@@ -618,8 +672,8 @@ class Events:
         for event in events:
             if self._is_first(event, published=True):
                 self._wake(event)
-            if self._stream is None:
-                self._offer(event)
+        if self._stream is None:
+            self._offer(events)
         if self._stream is not None and self._subscriptions:
             self._stream.look()
 
@@ -644,7 +698,7 @@ class Events:
         if event.name == "job.cancel_requested":
             for callback in tuple(self._cancellations):
                 self._guard(callback, event.job_id)
-        if not (event.queued or event.made_room):
+        if not (self._waiting or self._work) or not (event.queued or event.made_room):
             return
         for woken, (types, limited) in self._waiting.items():
             if (event.queued and event.type in types) or (
@@ -655,16 +709,16 @@ class Events:
             if event.queued or event.type in limited:
                 self._guard(callback, event.type)
 
-    def _offer(self, event: JobEvent) -> None:
-        if event.name == "job.settled":
-            return
-        passed = self._recent.append(event) - 1
+    def _offer(self, events: Sequence[JobEvent]) -> None:
+        offered = [event for event in events if _is_public(event)]
+        last = self._recent.extend(offered)
         if not self._idle:
             return
-        for job_id in (event.job_id, None):
-            for subscription in tuple(self._idle.get(job_id, ())):
-                if subscription.includes(event):
-                    self._guard(self._wake_subscription, subscription, passed)
+        for passed, event in enumerate(offered, last - len(offered)):
+            for job_id in (event.job_id, None):
+                for subscription in tuple(self._idle.get(job_id, ())):
+                    if subscription.includes(event):
+                        self._guard(self._wake_subscription, subscription, passed)
 
     def _wake_subscription(self, subscription: Subscription, passed: int) -> None:
         # Later events find it awake: it reads them when it runs.
@@ -681,7 +735,7 @@ class Events:
 
     def _drop(self, reason: str) -> None:
         """Let every subscriber that has read all events before this fail with `EventsMissed`."""
-        passed = self._recent.append(Gap(reason)) - 1
+        passed = self._recent.extend([Gap(reason)]) - 1
         for subscription in [each for idle in self._idle.values() for each in idle]:
             self._guard(self._wake_subscription, subscription, passed)
 
@@ -694,6 +748,11 @@ class Events:
             # The log itself may have failed.
             with suppress(Exception):
                 log.exception("events.delivery_failed")
+
+
+def _is_public(event: JobEvent) -> bool:
+    """Return whether subscribers get an event."""
+    return event.name != "job.settled"
 
 
 def _log(events: Sequence[JobEvent]) -> None:

@@ -39,6 +39,7 @@ from job_registry_api.queue.store import (
     Claim,
     Claimed,
     ClaimedJob,
+    Ended,
     LeaseRenewal,
     NewJob,
     Refused,
@@ -265,15 +266,19 @@ class PostgreSQLStore(Store):
         }
         return await self._jobs(await self._run("recover", parameters))
 
-    async def end(self, reports: Sequence[Report]) -> dict[uuid.UUID, JobRecord]:
+    async def end(self, reports: Sequence[Report]) -> dict[uuid.UUID, Ended]:
         parks = [report for report in reports if report.parked_for is not None]
         others = [report for report in reports if report.parked_for is None]
         rows: list[Mapping[str, Any]] = []
-        if others:
+        ended: dict[uuid.UUID, Ended] = {}
+        if others and any(report.reads_job for report in others):
             rows += await self._run("end", {"reports": _reports(others)})
+        elif others:
+            narrow = await self._run("end_unread", {"reports": _reports(others)})
+            ended = {row["id"]: self.ended(row) for row in narrow}
         if parks:
             rows += await self._run("park", {"parks": _parks(parks)})
-        return {job.id: job for job in await self._jobs(rows)}
+        return ended | {job.id: Ended.of(job) for job in await self._jobs(rows)}
 
     async def renew(
         self, renewals: Sequence[LeaseRenewal], lease_seconds: float

@@ -135,7 +135,7 @@ def _not_behaviour(text: str) -> Iterator[tuple[tuple[int, int], tuple[int, int]
                 yield _span(node)
             case ast.Call(func=ast.Name(id="dataclass"), keywords=keywords):
                 yield from map(_span, keywords)
-            case ast.Name(id="abstractmethod" | "final" | "override"):
+            case ast.Name(id="abstractmethod" | "final" | "overload" | "override"):
                 # The place of a decorator begins at the @.
                 (line, column), end = _span(node)
                 yield (line, max(0, column - 1)), end

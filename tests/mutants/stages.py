@@ -74,13 +74,16 @@ QUICK_SECONDS: Final = 40.0
 
 
 def stages_of_line(area: Area, path: Path, line: int, recorded: Lines) -> list[Stage]:
-    """Return the stages for a fault in a line: the tests that execute it, the quickest first.
+    """Return the stages for a fault in a line: the tests that execute it.
 
-    If none is recorded, they are those for its file.
+    Those about the file go first, and of these and of the others the quickest. If no test is
+    recorded, the stages are those for the file.
     """
     tests = recorded.of(path, line)
     if not tests:
         return stages_of(area, path)
+    about = _about(area, path)
+    tests.sort(key=lambda test: not _within(test.partition("::")[0], about))
     spent = list(accumulate(recorded.seconds[test] for test in tests))
     quick = max(1, bisect(spent, QUICK_SECONDS))
     stages = [Stage(tuple(tests[:quick]), is_quick=True)]
@@ -94,9 +97,7 @@ def stages_of_line(area: Area, path: Path, line: int, recorded: Lines) -> list[S
 def stages_of(area: Area, path: Path) -> list[Stage]:
     """Return the stages for a fault in the file."""
     one_database = _one_database(path)
-    first = next(
-        (tests for prefix, tests in area.about if str(path).startswith(prefix)), area.quick
-    )
+    first = _about(area, path)
     second = tuple(each for each in area.quick if not _within(each, first))
     # The quick ones on one database, which is enough for what most files do.
     quickly = one_database or ("-k", "not postgresql")
@@ -109,6 +110,11 @@ def stages_of(area: Area, path: Path) -> list[Stage]:
     if area.slow:
         stages.append(Stage(area.slow, options=SLOW))
     return stages
+
+
+def _about(area: Area, path: Path) -> tuple[str, ...]:
+    """Return the tests about a file."""
+    return next((tests for prefix, tests in area.about if str(path).startswith(prefix)), area.quick)
 
 
 TWO_AT_ONCE: Final = ("-n", "2")

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests import CODE, ROOT
 from tests.mutants import lines
 from tests.mutants.__main__ import sample
@@ -168,9 +170,13 @@ def test_a_fault_runs_the_tests_of_its_line_or_those_of_its_file() -> None:
     quick, rest = stages_of_line(area, path, 7, recorded)
     assert (len(quick.tests), quick.is_quick, len(rest.tests)) == (2, True, 2)
     assert all(quick.has(test) for test in quick.tests)
+    about = "tests/queue/test_upkeep.py::slow"
+    with_it = Lines({str(path): {7: frozenset({*tests, about})}}, {**tests, about: 30.0})
+    assert stages_of_line(area, path, 7, with_it)[0].tests[0] == about
     assert stages_of_line(area, path, 3, recorded) == stages_of(area, path)
 
 
+@pytest.mark.slow
 def test_the_plugin_records_the_lines_of_a_test(tmp_path: Path) -> None:
     test = "tests/registry/test_errors.py"
     subprocess.run(

@@ -67,6 +67,11 @@ SELECT * FROM job_registry.job_recover(
 SELECT * FROM job_registry.job_end(
     CAST(:reports AS jsonb), CAST(:process AS text), CAST(:keep AS boolean))
 
+-- name: end_unread
+-- Do the same, and return only what is told about the jobs.
+SELECT id, type, status, attempt, next_run_at FROM job_registry.job_end(
+    CAST(:reports AS jsonb), CAST(:process AS text), CAST(:keep AS boolean))
+
 -- name: renew
 -- Renew leases, and the places of timed-out attempts.
 SELECT * FROM job_registry.job_renew(
