@@ -17,7 +17,7 @@ from job_registry import JobRegistry
 from job_registry.discovery import load_registry
 from job_registry.errors import shortened
 from job_registry_api import pages, rest
-from job_registry_api.application import JobsApplication, StartedApplication
+from job_registry_api.application import JobsApplication, ShortWay, StartedApplication
 from job_registry_api.auth import create_authenticator
 from job_registry_api.budget import RequestLimits
 from job_registry_api.compression import Compression
@@ -168,7 +168,10 @@ def create_app(
             *([Route("/", pages.root()), *pages.assets()] if settings.graphiql else ()),
         ],
         exception_handlers={404: rest.answer_not_found, 405: answer_method_not_allowed},
-        middleware=_middleware(settings),
+        middleware=[
+            *_middleware(settings),
+            Middleware(ShortWay, path="/graphql", endpoint=graphql_http),
+        ],
     )
     # Until the application has started there is nothing to end.
     application.state.end = application.state.abandon = lambda: None

@@ -148,6 +148,26 @@ class StartedApplication:
         await self._app(scope, receive, send)
 
 
+class ShortWay:
+    """Middleware that passes the HTTP requests of one path to its endpoint, without the router.
+
+    The endpoint takes every method and answers every error, so that the rest of Starlette has
+    nothing to do there. It would take a tenth of the CPU time of an enqueue.
+    """
+
+    def __init__(self, app: ASGIApp, *, path: str, endpoint: ASGIApp) -> None:
+        self._app = app
+        self._path = path
+        self._endpoint = endpoint
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        is_here = scope["type"] == "http" and (
+            scope["path"] == scope.get("root_path", "") + self._path
+        )
+        await (self._endpoint if is_here else self._app)(scope, receive, send)
+
+
 def _described(error: Exception) -> CodedError:
     """Log why the application does not run, and return the error for clients."""
     match error:

@@ -102,9 +102,9 @@ class Metrics:
             registry=self._registry,
         )
 
-    def enqueued(self, job_type: str) -> None:
-        """Count a stored job."""
-        self._enqueued.labels(self._label(job_type)).inc()
+    def enqueued(self, job_type: str, jobs: int) -> None:
+        """Count stored jobs."""
+        self._enqueued.labels(self._label(job_type)).inc(jobs)
 
     def attempt_ended(self, job_type: str, outcome: str, attempts: int = 1) -> None:
         """Count the end of an attempt, or of several with the same outcome."""

@@ -203,7 +203,7 @@ def postgresql_cpu(postmaster: psutil.Process) -> float:
     for child in postmaster.children():
         with contextlib.suppress(psutil.NoSuchProcess):
             total += sum(child.cpu_times()[:2])
-    return total
+    return float(total)
 
 
 def run(url: str, postmaster: psutil.Process, checkouts: dict[str, Path]) -> None:

@@ -6,6 +6,7 @@ Arguments that share a variable count each for itself: each is coerced, checked 
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any, Final, NamedTuple
 
 from graphql import (
@@ -40,12 +41,9 @@ def check_arguments(
     variables: Mapping[str, Any],
     limits: RequestLimits,
     *,
-    of_request: RequestSize | None = None,
     names: Container[str] | None = None,
 ) -> None:
     """Check the arguments of the root fields that are executed: of all, or of those with `names`.
-
-    `of_request` is the size of the whole request, if that is known.
 
     Raises:
         BudgetExceeded: they have more values, characters or jobs than a limit allows.
@@ -56,18 +54,23 @@ def check_arguments(
     fields = [
         each for each in executed if each.arguments and (names is None or each.name.value in names)
     ]
-    if of_request is not None:
-        # The common case: even if every argument were the whole request, it would be allowed.
-        uses = 1 + sum(1 for each in fields for _ in _variables_in(each.arguments or ()))
-        most = min(limits.bulk_size, limits.typed_values, limits.values)
-        if of_request.values * uses <= most and of_request.bytes * uses <= limits.body_bytes:
-            return
     size = _Size(variables, _defaults(operation), limits)
     for each in fields:
         definition = root.fields.get(each.name.value)
         for argument in each.arguments or ():
             known = definition.args.get(argument.name.value) if definition else None
             size.add_argument(argument.value, known.type if known else None)
+
+
+def is_small(request: RequestSize | None, fields: RootFields, limits: RequestLimits) -> bool:
+    """Return whether a request is so small that `check_arguments` has nothing to find.
+
+    The common case: even if every argument were the whole request, it would be allowed.
+    """
+    if request is None:
+        return False
+    most = min(limits.bulk_size, limits.typed_values, limits.values)
+    return request.values * fields.uses <= most and request.bytes * fields.uses <= limits.body_bytes
 
 
 class RootFields:
@@ -80,6 +83,14 @@ class RootFields:
         self._always: Sequence[FieldNode] | None = None
         if not any(node.directives for node in all_):
             self._always = [node for node in all_ if isinstance(node, FieldNode)]
+
+    @cached_property
+    def uses(self) -> int:
+        """How often the arguments hold one value at most: one more than they use variables."""
+        selections = _root_selections(self._document, self._operation, lambda _: False)
+        fields = [node for node in selections if isinstance(node, FieldNode)]
+        arguments = [each for node in fields for each in node.arguments or ()]
+        return 1 + sum(1 for _ in _variables_in(arguments))
 
     def executed(self, variables: Mapping[str, Any]) -> Sequence[FieldNode]:
         """Return those that are executed.

@@ -36,7 +36,7 @@ from job_registry.errors import shortened_text
 from job_registry_api.auth import Caller, Forbidden
 from job_registry_api.budget import Budget, BudgetExceeded, RequestLimits
 from job_registry_api.graphql.admission import Admission, View
-from job_registry_api.graphql.argument_limits import RootFields, check_arguments
+from job_registry_api.graphql.argument_limits import RootFields, check_arguments, is_small
 from job_registry_api.graphql.compiled import CompiledOperation
 from job_registry_api.graphql.context import Context, SentVariables, sent_variables
 from job_registry_api.graphql.document_limits import (
@@ -206,6 +206,8 @@ class Executor:
         context.budget = Budget(self.request_limits)
         context.operation = (prepared.document, prepared.operation)
         sent_variables.set(SentVariables(variables or {}, prepared.operation))
+        if is_small(context.size, prepared.root_fields, self.request_limits):
+            return None
         try:
             check_arguments(
                 prepared.schema,
@@ -213,7 +215,6 @@ class Executor:
                 executed,
                 variables or {},
                 self.request_limits,
-                of_request=context.size,
             )
         except BudgetExceeded as exceeded:
             return ExecutionResult(None, [GraphQLError("", original_error=exceeded)])
@@ -355,11 +356,10 @@ class _Document:
     @property
     def bytes(self) -> int:
         """About how many bytes of memory it takes."""
-        fields = sum(
-            prepared.compiled.fields
-            for prepared, _ in self._operations.values()
-            if prepared.compiled is not None
-        )
+        fields = 0
+        for prepared, _ in self._operations.values():
+            if prepared.compiled is not None:
+                fields += prepared.compiled.fields
         return self._bytes + BYTES_PER_FIELD * fields
 
 
@@ -395,6 +395,8 @@ class _DocumentCache:
     def _charge(self, document: _Document) -> None:
         """Count a document, which grows as its operations are compiled."""
         size = document.bytes
+        if size == document.charged:
+            return
         self._bytes += size - document.charged
         document.charged = size
         while self._bytes > MAX_CACHED_BYTES:

@@ -36,6 +36,7 @@ from job_registry_api.http_messages import (
     BodyTooLarge,
     ClientGone,
     UnsupportedMediaType,
+    cached_if_short,
     check_media,
     header,
     read_body,
@@ -245,6 +246,7 @@ def _checked(content: dict[str, Any]) -> dict[str, Any]:
     return content
 
 
+@cached_if_short
 def _negotiated(accept: bytes) -> bytes | None:
     """Return the media type of the response: the one that the client prefers; None for none."""
     if accept in (b"", b"*/*"):

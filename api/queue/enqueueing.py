@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import partial
 from itertools import chain
 from typing import Final, Literal, NamedTuple, Unpack, cast, overload
 
@@ -137,7 +136,7 @@ class Enqueueing(Opening):
 
     def __init__(self) -> None:
         # Separate groups: a job without a key never shares a statement with one that has to wait.
-        self._inserts = GroupCommit(self._insert_unkeyed)
+        self._inserts: GroupCommit[NewJob, Stored | None] = GroupCommit(self._insert_unkeyed)
         self._keyed_inserts = GroupCommit(self._insert)
 
     def request(
@@ -457,9 +456,8 @@ class Enqueueing(Opening):
         outcomes = dict(zip((job.id for job in jobs), await self._insert(jobs), strict=True))
         for job in jobs:
             if outcomes[job.id] is None:
-                outcomes[job.id] = await self._database.patiently(
-                    partial(self._keyed_inserts.submit, job),
-                    "another transaction holds the idempotency key",
+                outcomes[job.id] = await self._database.patiently_in(
+                    self._keyed_inserts, job, "another transaction holds the idempotency key"
                 )
         return [present(outcomes[job.id]) for job in jobs], True
 
@@ -522,8 +520,8 @@ class Enqueueing(Opening):
         """Insert a job with others in one statement. An existing job is read whole."""
         inserts = self._inserts if new.idempotency_key is None else self._keyed_inserts
         for _ in range(10):
-            stored = await self._database.patiently(
-                lambda: inserts.submit(new), "another transaction holds the idempotency key"
+            stored = await self._database.patiently_in(
+                inserts, new, "another transaction holds the idempotency key"
             )
             if stored.existing is None:
                 return stored

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections import deque
+from collections import Counter, deque
 from collections.abc import (
     AsyncIterator,
     Callable,
@@ -344,11 +344,11 @@ class Events:
         self._stream: EventStream | None = None
         self._recalling: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._batches: dict[int, Sequence[JobEvent]] = {}
+        """The latest batches that this process stored, until it is notified of them."""
         self._echoes: dict[JobEvent, int] = {}
         """Own events that were published and not yet read from the stream. Negative counts are
         events that were read and not yet published."""
-        self._batches: dict[int, Sequence[JobEvent]] = {}
-        """The latest batches that this process stored, until it is notified of them."""
         self._shut: str | None = None
         self.ended: Final = asyncio.Event()
         """Set when all subscriptions have been ended, because the process shuts down."""
@@ -370,9 +370,9 @@ class Events:
         the job twice. Errors are counted in `failures`.
         """
         happened = tuple(events)
-        for event in happened:
-            if event.name == "job.created":
-                self._metrics.enqueued(event.type)
+        created = Counter(event.type for event in happened if event.name == "job.created")
+        for job_type, jobs in created.items():
+            self._metrics.enqueued(job_type, jobs)
         self._guard(_log, happened)
         self._guard(self._hand_over, happened)
 
@@ -634,6 +634,15 @@ class Events:
         # Let subscribers read these events before more are delivered.
         await asyncio.sleep(0)
 
+    def _renamed_in(self, message: Message) -> Sequence[JobEvent]:
+        """Return the events of a message, each with the current name of its job type."""
+        if not self._renamed:
+            return message.events
+        return [
+            event._replace(type=self._renamed.get(event.type, event.type))
+            for event in message.events
+        ]
+
     def _known(self, message: Message) -> Sequence[JobEvent] | None:
         """Return the events of a batch, if this process has just stored it."""
         if message.batch is None or message.process != self.process:
@@ -645,15 +654,6 @@ class Events:
             if len(self._batches) >= MAX_BATCHES:
                 del self._batches[next(iter(self._batches))]
             self._batches[number] = events
-
-    def _renamed_in(self, message: Message) -> Sequence[JobEvent]:
-        """Return the events of a message, each with the current name of its job type."""
-        if not self._renamed:
-            return message.events
-        return [
-            event._replace(type=self._renamed.get(event.type, event.type))
-            for event in message.events
-        ]
 
     def _bind_to_loop(self) -> None:
         """Without `listening`, deliver on the loop of the caller."""

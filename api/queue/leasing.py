@@ -407,13 +407,9 @@ class Leasing:
         return present((await self._report(report)).job)
 
     async def _report(self, report: Report) -> Ended:
-        # Each statement of a group has a deadline, so this call needs none of its own.
-        outcome = await self._reports.submit(report)
-        if outcome is None:
-            ended: Ended | LeaseLost = await self._database.patiently(
-                lambda: self._reports.submit(report), "another transaction has locked the job"
-            )
-            outcome = ended
+        outcome: Ended | LeaseLost = await self._database.patiently_in(
+            self._reports, report, "another transaction has locked the job"
+        )
         if isinstance(outcome, LeaseLost):
             raise outcome
         return outcome

@@ -76,7 +76,6 @@ class PostgreSQLStore(Store):
     def __init__(self, database: PostgreSQLDatabase, process: str) -> None:
         self._database = database
         self._sql = statements("postgresql", database.schema)
-        self._process = process
         self._sender = {"process": process, "keep": database.keeps_events}
         self._heads = QueueHeads()
 
@@ -92,7 +91,7 @@ class PostgreSQLStore(Store):
         events = [
             ("job.created", job_id, job.type, 0) for job_id, job in zip(ids, jobs, strict=True)
         ]
-        message = message_of(self._process, events)
+        message = message_of(str(self._sender["process"]), events)
         places: dict[tuple[Any, ...], int] = {}
         kinds = [places.setdefault(_kind_of(job), len(places) + 1) for job in jobs]
         columns = dict(zip(_KIND, map(list, zip(*places, strict=True)), strict=True))
