@@ -108,9 +108,14 @@ class Command:
 
 
 def run(
-    arguments: Sequence[str], *, environment: Mapping[str, str], folder: Path, stdin: str = ""
+    arguments: Sequence[str],
+    *,
+    environment: Mapping[str, str],
+    folder: Path,
+    module: str = CLI,
+    stdin: str = "",
 ) -> subprocess.CompletedProcess[str]:
-    """Run `job-registry` with these arguments to its end, as `subprocess.run` does."""
+    """Run `job-registry`, or another module, to its end, as `subprocess.run` does."""
     with (
         tempfile.TemporaryFile() as given,
         tempfile.TemporaryFile() as out,
@@ -119,7 +124,9 @@ def run(
         given.write(stdin.encode())
         given.seek(0)
         streams = (given, out, err)
-        command = Command(arguments, environment=environment, folder=folder, streams=streams)
+        command = Command(
+            arguments, environment=environment, module=module, folder=folder, streams=streams
+        )
         try:
             code = command.wait(60)
         except subprocess.TimeoutExpired:
