@@ -11,16 +11,16 @@ from typing import Any, cast
 import structlog
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.middleware.gzip import GZipMiddleware
 from starlette.routing import Route, WebSocketRoute
 
 from job_registry import JobRegistry
 from job_registry.discovery import load_registry
 from job_registry.errors import shortened
 from job_registry_api import pages, rest
-from job_registry_api.application import JobsApplication, StartedApplication
+from job_registry_api.application import JobsApplication, ShortWay, StartedApplication
 from job_registry_api.auth import create_authenticator
 from job_registry_api.budget import RequestLimits
+from job_registry_api.compression import Compression
 from job_registry_api.graphql.admission import Admission
 from job_registry_api.graphql.document_limits import Limits
 from job_registry_api.graphql.execution import Executor
@@ -168,7 +168,10 @@ def create_app(
             *([Route("/", pages.root()), *pages.assets()] if settings.graphiql else ()),
         ],
         exception_handlers={404: rest.answer_not_found, 405: answer_method_not_allowed},
-        middleware=_middleware(settings),
+        middleware=[
+            *_middleware(settings),
+            Middleware(ShortWay, path="/graphql", endpoint=graphql_http),
+        ],
     )
     # Until the application has started there is nothing to end.
     application.state.end = application.state.abandon = lambda: None
@@ -218,9 +221,9 @@ def _middleware(settings: Settings) -> list[Middleware]:
     vary, used = ["Accept"], []
     if settings.root_path:
         used.append(Middleware(PublishedUnder, prefix=settings.root_path))
-    if settings.gzip_bytes is not None:
+    if settings.compress_bytes is not None:
         vary.append("Accept-Encoding")
-        used.append(Middleware(GZipMiddleware, minimum_size=settings.gzip_bytes, compresslevel=5))
+        used.append(Middleware(Compression, min_bytes=settings.compress_bytes))
     if settings.cors_origins:
         vary.append("Origin")
         used.append(

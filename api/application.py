@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 
 import structlog
 from starlette.applications import Starlette
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.websockets import WebSocket
 
 from job_registry import CodedError
-from job_registry_api.http_messages import error_content, respond_json
+from job_registry_api.http_messages import deny, error_content, respond_json
 from job_registry_api.logs import log_unexpected
 from job_registry_api.queue.errors import QueueUnavailable
 
@@ -141,9 +143,29 @@ class StartedApplication:
             try:
                 await application.ensure_running()
             except Exception as error:
-                await _respond_unavailable(scope, send, _described(error))
+                await _respond_unavailable(scope, receive, send, _described(error))
                 return
         await self._app(scope, receive, send)
+
+
+class ShortWay:
+    """Middleware that passes the HTTP requests of one path to its endpoint, without the router.
+
+    The endpoint takes every method and answers every error, so that the rest of Starlette has
+    nothing to do there. It would take a tenth of the CPU time of an enqueue.
+    """
+
+    def __init__(self, app: ASGIApp, *, path: str, endpoint: ASGIApp) -> None:
+        self._app = app
+        self._path = path
+        self._endpoint = endpoint
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        is_here = scope["type"] == "http" and (
+            scope["path"] == scope.get("root_path", "") + self._path
+        )
+        await (self._endpoint if is_here else self._app)(scope, receive, send)
 
 
 def _described(error: Exception) -> CodedError:
@@ -158,11 +180,9 @@ def _described(error: Exception) -> CodedError:
     return NotRunning(f"The application could not start. It is logged as {error_id}.")
 
 
-async def _respond_unavailable(scope: Scope, send: Send, error: CodedError) -> None:
-    if scope["type"] == "websocket":
-        # Before it is accepted: the handshake is answered with 403, the only status there is.
-        await send({"type": "websocket.close", "code": 1013, "reason": ""})
-        return
+async def _respond_unavailable(
+    scope: Scope, receive: Receive, send: Send, error: CodedError
+) -> None:
     content: dict[str, Any]
     if scope["path"].endswith("/graphql"):
         extensions = {"code": error.code, **error.details()}
@@ -170,4 +190,9 @@ async def _respond_unavailable(scope: Scope, send: Send, error: CodedError) -> N
     else:
         details = [error.details()] if error.details() else []
         content = error_content(error.code, str(error), details)
-    await respond_json(send, 503, content, headers=((b"retry-after", b"1"),))
+    if scope["type"] == "http":
+        await respond_json(send, 503, content, headers=((b"retry-after", b"1"),))
+    else:
+        await deny(
+            WebSocket(scope, receive, send), JSONResponse(content, 503, {"retry-after": "1"})
+        )

@@ -24,7 +24,7 @@ from job_registry import CodedError, JobRegistry
 from job_registry.errors import shortened
 from job_registry.job_type import is_type_name
 from job_registry.json_values import text_fault
-from job_registry_api.http_messages import header
+from job_registry_api.http_messages import cached_if_short, header
 from job_registry_api.queue.enqueueing import OthersJobs
 from job_registry_api.queue.models import Owner
 from job_registry_api.rates import Exceeded, Rates
@@ -504,7 +504,11 @@ def _address(request: Scope) -> str:
     A host with IPv6 has as many addresses as it likes within its network of 64 bits.
     """
     client = request.get("client")
-    text = client[0] if client else ""
+    return _name_of_address(client[0] if client else "")
+
+
+@cached_if_short
+def _name_of_address(text: str) -> str:
     try:
         address = ip_address(text)
     except ValueError:
@@ -519,12 +523,17 @@ def _address(request: Scope) -> str:
 def _check_is_local(request: Scope) -> None:
     # `job-registry serve` listens on loopback only; a host application may listen everywhere.
     client = request.get("client")
-    host = client[0] if client else ""
-    if _is_address(host) and not _is_loopback(ip_address(host)):
+    if _is_elsewhere(client[0] if client else ""):
         raise Forbidden(
             "Without authentication, only this machine may use the queue. To open it to others, set"
             " JOBS_AUTH_HS256_SECRET or JOBS_AUTH_JWKS."
         )
+
+
+@cached_if_short
+def _is_elsewhere(host: str) -> bool:
+    """Return whether a host is the address of another machine."""
+    return _is_address(host) and not _is_loopback(ip_address(host))
 
 
 def _is_loopback(address: IPv4Address | IPv6Address) -> bool:
@@ -537,6 +546,7 @@ def _refuse_if(exceeded: Exceeded | None) -> None:
         raise TooManyRequests(_rate(exceeded.limit), max(1, round(exceeded.seconds)))
 
 
+@cached_if_short
 def _host(header: str) -> str:
     """Return the host of a Host header without its port; a malformed header as it is."""
     try:
@@ -545,6 +555,7 @@ def _host(header: str) -> str:
         return header
 
 
+@cached_if_short
 def _is_address(host: str) -> bool:
     try:
         ip_address(host)

@@ -33,7 +33,7 @@ class RequestLimits:
     values: int = 200_000
     bulk_size: int = MAX_BULK_SIZE
     answer_bytes: int = 8_388_608
-    answer_fields: int = 50_000
+    answer_fields: int = 20_000
 
     @property
     def typed_values(self) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Any, Final
+from functools import lru_cache
+from typing import Any, Final, TypeVar
 from urllib.parse import quote
 
 from pydantic_core import to_json
@@ -13,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocket
 
 from job_registry import CodedError
 from job_registry_api.answer_text import PIECE_BYTES
@@ -45,6 +47,13 @@ again after it, and give up after 1008, 1009 and 1011."""
 
 MAX_UNADMITTED_MESSAGE: Final = 16_384
 """The largest WebSocket message before admission, in bytes: it has to hold a bearer token."""
+
+CACHED_HEADERS: Final = 1_000
+CACHED_LENGTH: Final = 256
+"""The bounds of a cache of what headers mean: how many, and how long each is at most."""
+
+Text = TypeVar("Text", str, bytes)
+Meaning = TypeVar("Meaning")
 
 
 class BodyTooLarge(CodedError):
@@ -88,6 +97,20 @@ class ClientGone(Exception):
     """Raised when the client disconnected before it sent its whole request."""
 
 
+def cached_if_short(meaning_of: Callable[[Text], Meaning]) -> Callable[[Text], Meaning]:
+    """Cache what the function returns for the latest short texts.
+
+    Clients send the same few headers with every request. Long ones are computed each time, so that
+    the memory of the cache is bounded.
+    """
+    cached = lru_cache(maxsize=CACHED_HEADERS)(meaning_of)
+
+    def look_up(text: Text) -> Meaning:
+        return cached(text) if len(text) <= CACHED_LENGTH else meaning_of(text)
+
+    return look_up
+
+
 class GuardedResponses:
     """Middleware that keeps responses out of caches, and browsers from guessing what they are.
 
@@ -101,6 +124,9 @@ class GuardedResponses:
     def __init__(self, app: ASGIApp, *, vary: Sequence[str] = ()) -> None:
         self._app = app
         self._vary = vary
+        whole = MutableHeaders(GUARDING_HEADERS)
+        self._add_vary(whole)
+        self._guarding = whole.raw
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
@@ -114,13 +140,11 @@ class GuardedResponses:
             nonlocal has_started
             if message["type"] == "http.response.start":
                 has_started = True
-                headers = MutableHeaders(scope=message)
-                for name, value in GUARDING_HEADERS.items():
-                    headers.setdefault(name, value)
-                present = headers.get("vary", "").lower()
-                for name in self._vary:
-                    if name.lower() not in present:
-                        headers.add_vary_header(name)
+                headers = message["headers"] = list(message.get("headers", ()))
+                present = {name for name, _ in headers}
+                headers += [pair for pair in self._guarding if pair[0] not in present]
+                if b"vary" in present:
+                    self._add_vary(MutableHeaders(raw=headers))
             await send(message)
 
         try:
@@ -129,6 +153,12 @@ class GuardedResponses:
             if has_started:
                 raise  # The server ends the connection: the client sees that the rest is missing.
             await respond_unexpected(send_guarded, "http", error)
+
+    def _add_vary(self, headers: MutableHeaders) -> None:
+        present = headers.get("vary", "").lower()
+        for name in self._vary:
+            if name.lower() not in present:
+                headers.add_vary_header(name)
 
 
 class PublishedUnder:
@@ -244,6 +274,7 @@ def check_not_compressed(scope: Scope) -> None:
         )
 
 
+@cached_if_short
 def _is_json(content_type: bytes) -> bool:
     """Return whether a Content-Type is application/json in UTF-8. Other parameters are ignored."""
     media_type, *parameters = content_type.lower().replace(b" ", b"").split(b";")
@@ -263,6 +294,15 @@ async def respond_unexpected(send: Send, where: str, error: Exception) -> None:
     error_id = log_unexpected(where, error)
     message = f"Something went wrong here. It is logged as {error_id}."
     await respond_json(send, 500, error_content("internal_error", message, [{"errorId": error_id}]))
+
+
+async def deny(socket: WebSocket, response: Response) -> None:
+    """Answer a WebSocket's handshake with a response, or with 403 where the server can send no
+    other."""
+    if "websocket.http.response" in socket.scope.get("extensions", {}):
+        await socket.send_denial_response(response)
+    else:
+        await socket.close()
 
 
 async def answer_method_not_allowed(_request: Request, error: Exception) -> Response:

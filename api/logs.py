@@ -12,7 +12,7 @@ import logging
 import secrets
 import sys
 import traceback
-from collections.abc import MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from typing import Any, BinaryIO, Final, Literal, TextIO, cast
 
@@ -39,7 +39,7 @@ def configure_logs(
     Lines of the standard library's `logging` have the same format and context. Libraries that this
     project uses log only warnings and errors.
     """
-    global _configuration
+    global _configuration, _together
     _configuration = (level, style)
     stream = stream or sys.stderr
     factory: Any = structlog.WriteLoggerFactory(cast(TextIO, _Unfailing(stream)))
@@ -57,6 +57,7 @@ def configure_logs(
     else:
         render, render_text = _render_json, _render_json_text
         factory = structlog.BytesLoggerFactory(cast(BinaryIO, _Unfailing(stream.buffer)))
+    _together = None if console else _Together(factory, shared, _LEVELS[level] <= logging.INFO)
     structlog.configure(
         processors=[*shared, render],
         wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
@@ -112,6 +113,56 @@ def configuration() -> tuple[str, str] | None:
 
 
 _configuration: tuple[str, str] | None = None
+
+
+def log_together(log: Any, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Log lines of the level info that belong to one moment. Each has its `event`.
+
+    Lines of JSON share their time, their context and one write: alone, a line takes ten times the
+    CPU.
+    """
+    if _together is not None and _together.is_configured():
+        _together.write(lines)
+    else:
+        for line in lines:
+            log.info(**line)
+
+
+class _Together:
+    """Writes lines of JSON together, in the format of `configure_logs`."""
+
+    def __init__(
+        self,
+        factory: structlog.BytesLoggerFactory,
+        processors: Sequence[structlog.typing.Processor],
+        is_enabled: bool,
+    ) -> None:
+        self._factory = factory
+        self._logger = factory()
+        self._processors = processors
+        self._is_enabled = is_enabled
+
+    def is_configured(self) -> bool:
+        """Return whether structlog is still configured like this. A test may capture lines."""
+        configured = structlog.get_config()
+        return (
+            configured["logger_factory"] is self._factory
+            and configured["processors"][-1] is _render_json
+        )
+
+    def write(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Write the lines at once."""
+        if not self._is_enabled:
+            return
+        common: Any = {}
+        for process in self._processors:
+            common = process(self._logger, "info", common)
+        texts = [_render_json(self._logger, "info", {**common, **line}) for line in lines]
+        if texts:
+            self._logger.info(b"\n".join(texts))
+
+
+_together: _Together | None = None
 
 _QUIET: Final = (
     "aiosqlite",

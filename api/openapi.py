@@ -297,8 +297,9 @@ _REFUSALS: Final = {
     "400": "The body is not JSON.",
     "401": "The request has no valid token.",
     "403": "The token lacks the scope, or excludes the job type.",
-    "404": "The job or the job type does not exist.",
-    "409": "The status of the job, its idempotency key or an existing picture does not allow it.",
+    "404": "The job, the job type or the upload does not exist.",
+    "409": "The status of the job, its idempotency key, an existing picture or the storage does not"
+    " allow it.",
     "413": "The request is too large.",
     "415": "The Content-Type is not one that the request takes, or the body is compressed.",
     "422": "The input is not valid. `details` has the faults.",
@@ -320,7 +321,11 @@ def _answers(good: Mapping[str, tuple[str, Schema]], *refused: str) -> dict[str,
 
 
 def _body(name: str) -> dict[str, Any]:
-    return {"required": True, "content": {JSON: {"schema": _ref(name)}}}
+    return _body_of(_ref(name))
+
+
+def _body_of(schema: Schema) -> dict[str, Any]:
+    return {"required": True, "content": {JSON: {"schema": schema}}}
 
 
 def _parameter(name: str, schema: Schema, description: str) -> dict[str, Any]:
@@ -422,38 +427,70 @@ def _paths(max_page_size: int, max_bulk_size: int) -> dict[str, Any]:
     }
 
 
+_PLACE: Final[list[dict[str, Any]]] = [
+    {"name": "assetId", "in": "path", "required": True, "schema": _TEXT},
+    {
+        "name": "versionNumber",
+        "in": "path",
+        "required": True,
+        "schema": {"type": "integer", "minimum": 1, "maximum": 2**31 - 1},
+    },
+]
+_STORED: Final = _answers(
+    {
+        "201": (
+            "The picture is stored.",
+            _object({"assetId": _TEXT, "versionNumber": _NUMBER, "bytes": _NUMBER}),
+        )
+    },
+    "404",
+    "409",
+    "413",
+    "415",
+    "422",
+)
 _UPLOAD: Final[dict[str, Any]] = {
     "/assets/{assetId}/{versionNumber}": {
         "post": {
             "operationId": "uploadAsset",
             "summary": "Store the picture of one version of an asset."
             " Needs jobs:enqueue or jobs:own.",
-            "parameters": [
-                {"name": "assetId", "in": "path", "required": True, "schema": _TEXT},
-                {
-                    "name": "versionNumber",
-                    "in": "path",
-                    "required": True,
-                    "schema": {"type": "integer", "minimum": 1, "maximum": 2**31 - 1},
-                },
-            ],
+            "parameters": _PLACE,
             "requestBody": {
                 "required": True,
                 "content": {media_type: {} for media_type in FORMATS},
             },
+            "responses": _STORED,
+        }
+    },
+    "/assets/{assetId}/{versionNumber}/presign": {
+        "post": {
+            "operationId": "presignAsset",
+            "summary": "Get a URL to send a picture to the bucket directly, with PUT and exactly as"
+            " many bytes. Then finish the upload. Needs jobs:enqueue or jobs:own.",
+            "parameters": _PLACE,
+            "requestBody": _body_of(_object({"bytes": {"type": "integer", "minimum": 1}})),
             "responses": _answers(
                 {
                     "201": (
-                        "The picture is stored.",
-                        _object({"assetId": _TEXT, "versionNumber": _NUMBER, "bytes": _NUMBER}),
+                        "The URL, and the id to finish the upload with.",
+                        _object({"uploadId": _TEXT, "url": _TEXT, "expiresAt": _TIME}),
                     )
                 },
                 "404",
                 "409",
-                "413",
-                "415",
-                "422",
+                *_WITH_BODY,
             ),
         }
-    }
+    },
+    "/assets/{assetId}/{versionNumber}/finish": {
+        "post": {
+            "operationId": "finishAsset",
+            "summary": "Store a picture that was sent to a presigned URL."
+            " Needs jobs:enqueue or jobs:own.",
+            "parameters": _PLACE,
+            "requestBody": _body_of(_object({"uploadId": _TEXT})),
+            "responses": {**_STORED, **_answers({}, "400")},
+        }
+    },
 }

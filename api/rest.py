@@ -61,6 +61,9 @@ from job_registry_api.uploads import (
     AssetExists,
     AssetInvalid,
     AssetsUnavailable,
+    PresignedUrlsMissing,
+    Uploaded,
+    UploadNotFound,
     Uploads,
 )
 
@@ -69,11 +72,13 @@ _STATUSES: Final[Mapping[type[CodedError], int]] = {
     NotJson: 400,
     JobTypeNotFound: 404,
     JobNotFound: 404,
+    UploadNotFound: 404,
     MethodNotAllowed: 405,
     IdempotencyConflict: 409,
     IdempotencyKeyTaken: 409,
     JobStateConflict: 409,
     AssetExists: 409,
+    PresignedUrlsMissing: 409,
     BodyTooLarge: 413,
     BudgetExceeded: 413,
     UnsupportedMediaType: 415,
@@ -162,8 +167,14 @@ def routes(
         "/jobs/{id}/cancel": {"POST": cancel},
         "/jobs/{id}/retry": {"POST": retry},
         **({"/openapi.json": {"GET": describe}} if described else {}),
-        **({"/assets/{asset_id}/{version_number}": {"POST": upload}} if uploads else {}),
     }
+    if uploads:
+        place = "/assets/{asset_id}/{version_number}"
+        served |= {
+            place: {"POST": upload},
+            f"{place}/presign": {"POST": presign_upload},
+            f"{place}/finish": {"POST": finish_upload},
+        }
     return [
         Route(path, _Endpoint(methods, authenticator, limits, uploads))
         for path, methods in served.items()
@@ -340,12 +351,60 @@ async def upload(request: _Request) -> _Answer:
     stored = await request.uploads.store(
         place["asset_id"], place["version_number"], media_type, body_of(request.receive)
     )
+    return _Answer(201, _place(stored))
+
+
+async def presign_upload(request: _Request) -> _Answer:
+    """`POST /assets/{assetId}/{versionNumber}/presign` with the `bytes` of a picture.
+
+    201 with a `url` of the bucket: the client sends the picture there with PUT, then finishes with
+    the `uploadId`. 409 if the storage has no presigned URLs. Needs `jobs:enqueue` or `jobs:own`.
+    """
+    request.caller.need("jobs:enqueue", "jobs:own")
+    assert request.uploads is not None
+    size = _only_field("bytes", await request.json())
+    if type(size) is not int or size < 1:
+        message = f"Expected a whole number from 1; got {shortened(size)}."
+        raise InputInvalid((Violation("/bytes", "wrong_type", message),))
+    place = request.scope["path_params"]
+    presigned = await request.uploads.presign(place["asset_id"], place["version_number"], size)
     content = {
+        "uploadId": presigned.upload_id,
+        "url": presigned.url,
+        "expiresAt": _time(presigned.expires_at),
+    }
+    return _Answer(201, content)
+
+
+async def finish_upload(request: _Request) -> _Answer:
+    """`POST /assets/{assetId}/{versionNumber}/finish` with the `uploadId` of a presigned URL.
+
+    Answers as `upload`. 404 if nothing was written to the URL. Needs `jobs:enqueue` or `jobs:own`.
+    """
+    request.caller.need("jobs:enqueue", "jobs:own")
+    assert request.uploads is not None
+    upload_id = _only_field("uploadId", await request.json())
+    if not isinstance(upload_id, str):
+        message = f"Expected the uploadId of a presigned URL; got {shortened(upload_id)}."
+        raise InputInvalid((Violation("/uploadId", "wrong_type", message),))
+    place = request.scope["path_params"]
+    stored = await request.uploads.finish(place["asset_id"], place["version_number"], upload_id)
+    return _Answer(201, _place(stored))
+
+
+def _only_field(name: str, given: JsonValue) -> JsonValue:
+    if isinstance(given, dict) and list(given) == [name]:
+        return given[name]
+    message = f"Expected an object with the field {name} alone; got {shortened(given)}."
+    raise InputInvalid((Violation("", "wrong_type", message),))
+
+
+def _place(stored: Uploaded) -> dict[str, Any]:
+    return {
         "assetId": stored.asset_id,
         "versionNumber": stored.version_number,
         "bytes": stored.size,
     }
-    return _Answer(201, content)
 
 
 async def describe(request: _Request) -> _Answer:

@@ -272,12 +272,12 @@ class Settings(BaseSettings):
         " these are `X-Forwarded-For` and `X-Forwarded-Proto` taken as the client's address and"
         " scheme.",
     )
-    gzip_bytes: int | None = Field(
+    compress_bytes: int | None = Field(
         default=None,
         ge=500,
         le=1_073_741_824,
-        description="Answers of this size and more are compressed with gzip for clients that take"
-        " it. Not compressed by default: a proxy usually does it.",
+        description="Answers of this size and more are compressed with Brotli or gzip for clients"
+        " that take it. Not compressed by default: a proxy usually does it.",
     )
     federation: bool = Field(
         default=False,
@@ -367,6 +367,13 @@ class Settings(BaseSettings):
         ge=0,
         le=65_535,
         description="Port that `job-registry serve` listens on. 0 picks a free port.",
+    )
+    serve_processes: int = Field(
+        default=1,
+        ge=1,
+        le=128,
+        description="How many processes `job-registry serve` serves from, on one port. With more"
+        " than 1, the worker runs in one more process. The other settings are per process.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info",

@@ -34,6 +34,9 @@ LEFTOVER_SECONDS: Final = 2.0
 LAST_SECONDS: Final = 2.0
 """How long the last log line and `abandon` may take. Both may block."""
 
+AT_ONCE: Final = signal.SIGUSR1
+"""The second signal of a process that has a supervisor."""
+
 log = structlog.get_logger("job_registry.shutdown")
 
 
@@ -45,6 +48,10 @@ class Shutdown:
     `FORCED`. A third signal ends the process at once. This still applies after the context is left,
     because closing connections may hang too.
 
+    With `supervised`, SIGTERM and SIGINT count once, and `AT_ONCE` is the second signal and each
+    further one. A terminal or a process manager may send a signal to every process, and the
+    supervisor sends it as well.
+
     Enter it in the main thread. Forked children get the default handling of signals: a SIGTERM to a
     child ends the child and does not reach its parent.
     """
@@ -55,10 +62,12 @@ class Shutdown:
         *,
         seconds: float,
         abandon: Callable[[], None] = lambda: None,
+        supervised: bool = False,
     ) -> None:
         self._end = end
         self._seconds = seconds
         self._abandon = abandon
+        self._supervised = supervised
         # `put` is reentrant, so a signal handler may call it. None means that the work has ended.
         self._signals: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._signalled = False
@@ -69,7 +78,7 @@ class Shutdown:
         # and wait for the lock that the other one holds.
         threading.Thread(target=self._watch, name="shutdown", daemon=True).start()
         os.register_at_fork(after_in_child=_forget_signals)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, *([AT_ONCE] if self._supervised else ())):
             signal.signal(number, self._receive)
         return self
 
@@ -87,12 +96,16 @@ class Shutdown:
         self._signals.put(None)
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
+        if self._signalled and self._supervised and number != AT_ONCE:
+            return
         if not self._signalled:
             self._signalled = True
             # The kernel can end the process even if no thread can run, because a library holds the
             # interpreter lock.
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.setitimer(signal.ITIMER_REAL, self._seconds + 2 * LAST_SECONDS)
+            if number == AT_ONCE:
+                self._signals.put(number)  # It has overtaken the first signal.
         self._signals.put(number)
 
     def _watch(self) -> None:
@@ -140,6 +153,7 @@ def _forget_signals() -> None:
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(AT_ONCE, signal.SIG_DFL)
 
 
 def _kill_children() -> None:

@@ -1,13 +1,21 @@
-"""Uploads of pictures for `thumbnail.create`: `POST /assets/{assetId}/{versionNumber}`."""
+"""Uploads of pictures for `thumbnail.create`: `POST /assets/{assetId}/{versionNumber}`.
+
+A client sends the picture to the server, or to the bucket with a presigned URL. In both cases the
+server checks it, and it becomes the picture of its version whole or not at all.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+import re
+import secrets
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import BinaryIO, Final, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, Final, TypeVar
 
 import structlog
 from pydantic import JsonValue, TypeAdapter, ValidationError
@@ -15,6 +23,9 @@ from pydantic import JsonValue, TypeAdapter, ValidationError
 from job_registry import CodedError, Fail
 from job_registry.catalog.thumbnail import AssetId, VersionNumber
 from job_registry_api.http_messages import BodyTooLarge
+
+if TYPE_CHECKING:
+    from job_registry.asset_files import AssetFiles
 
 FORMATS: Final[Mapping[str, tuple[str, tuple[bytes, ...]]]] = {
     "image/jpeg": ("jpg", (b"\xff\xd8\xff",)),
@@ -29,6 +40,11 @@ STORAGE_SECONDS: Final = 60.0
 
 STORAGE_THREADS: Final = 8
 """How many steps of the storage run at once, in threads of their own: if it hangs, only they do."""
+
+PRESIGNED_SECONDS: Final = 900
+"""How long a presigned URL is valid."""
+
+_UPLOAD_ID: Final = re.compile("[0-9a-f]{32}")
 
 _ASSET_ID: Final[TypeAdapter[str]] = TypeAdapter(AssetId)
 _VERSION: Final[TypeAdapter[int]] = TypeAdapter(VersionNumber)
@@ -61,6 +77,29 @@ class AssetExists(CodedError):
         return self.place
 
 
+class UploadNotFound(CodedError):
+    """Raised when nothing was written to a presigned URL, or what was written was finished."""
+
+    code = "upload_not_found"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "Nothing was written to the URL of this uploadId, or it was finished before."
+        )
+
+
+class PresignedUrlsMissing(CodedError):
+    """Raised when the storage of the assets has no presigned URLs, as a folder."""
+
+    code = "presigned_urls_missing"
+
+    def __init__(self, asset_id: str, version_number: int) -> None:
+        super().__init__(
+            "The storage of the assets has no presigned URLs. Send the picture to"
+            f" POST /assets/{asset_id}/{version_number} instead."
+        )
+
+
 class AssetsUnavailable(CodedError):
     """Raised when the storage of the assets fails or takes too long. The log has the reason."""
 
@@ -77,6 +116,15 @@ class Uploaded:
     asset_id: str
     version_number: int
     size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Presigned:
+    """A URL to write a picture to, the id to finish with, and until when the URL is valid."""
+
+    upload_id: str
+    url: str
+    expires_at: datetime
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,21 +149,10 @@ class Uploads:
             BodyTooLarge: the content is too large. The rest of it is not read.
             AssetsUnavailable: the storage failed, or took too long.
         """
+        place = _place_of(asset_id, version_number)
         extension, signatures = FORMATS[media_type]
-        try:
-            asset = _ASSET_ID.validate_python(asset_id, strict=True)
-            version = _VERSION.validate_strings(version_number, strict=True)
-        except ValidationError:
-            raise AssetInvalid(
-                "Expected /assets/{assetId}/{versionNumber}, such as /assets/cat/1: an assetId of"
-                " letters, digits, _, - and ., which does not start with a ., and a whole number"
-                " from 1."
-            ) from None
-        # Imported here, so that the start of a server does not load it.
-        from job_registry.asset_files import AssetFiles
-
-        try:
-            files = AssetFiles(self.assets, asset, version)
+        with _faults_of_storage():
+            files = self._files_of(place)
             incoming = await self._in_thread(files.begin, files.discard)
             try:
                 size = await self._receive(incoming.file, content, signatures, media_type)
@@ -123,15 +160,56 @@ class Uploads:
                 await self._in_thread(partial(files.discard, incoming))
                 raise
             kept = await self._in_thread(partial(files.keep, incoming, extension))
-        except Fail as refused:
-            raise AssetInvalid(str(refused)) from None
-        except OSError as error:
-            log.warning("upload.failed", reason=str(error))
-            raise AssetsUnavailable from None
-        if not kept:
-            raise AssetExists(asset, version)
-        log.info("asset.uploaded", asset_id=asset, version_number=version, bytes=size)
-        return Uploaded(asset, version, size)
+        return _stored(place, size, kept)
+
+    async def presign(self, asset_id: str, version_number: str, size: int) -> Presigned:
+        """Return a URL with which a client writes a picture of this size to the bucket itself.
+
+        `finish` stores it.
+
+        Raises:
+            AssetInvalid: the place is not valid.
+            BodyTooLarge: the picture is too large.
+            PresignedUrlsMissing: the storage has none.
+            AssetsUnavailable: the storage failed, or took too long.
+        """
+        place = _place_of(asset_id, version_number)
+        if size > self.max_bytes:
+            raise BodyTooLarge(self.max_bytes)
+        upload_id = secrets.token_hex(16)
+        expires_at = datetime.now(UTC) + timedelta(seconds=PRESIGNED_SECONDS)
+        with _faults_of_storage():
+            files = self._files_of(place)
+            url = await self._in_thread(partial(files.presign, upload_id, size, PRESIGNED_SECONDS))
+        if url is None:
+            raise PresignedUrlsMissing(*place)
+        return Presigned(upload_id, url, expires_at)
+
+    async def finish(self, asset_id: str, version_number: str, upload_id: str) -> Uploaded:
+        """Store a picture that a client has written with a presigned URL, as `store` does.
+
+        What the client wrote is removed, unless the storage fails.
+
+        Raises:
+            AssetInvalid: the place or the content is not valid.
+            UploadNotFound: nothing was written, or it was finished before.
+            AssetExists: the version has another picture.
+            BodyTooLarge: the picture is too large.
+            AssetsUnavailable: the storage failed, or took too long. It may be called again.
+        """
+        place = _place_of(asset_id, version_number)
+        if not _UPLOAD_ID.fullmatch(upload_id):
+            raise UploadNotFound
+        with _faults_of_storage():
+            files = self._files_of(place)
+            size, kept = await self._in_thread(partial(_finish, files, upload_id, self.max_bytes))
+        return _stored(place, size, kept)
+
+    def _files_of(self, place: tuple[str, int]) -> AssetFiles:
+        # Imported here, so that the start of a server does not load it.
+        from job_registry.asset_files import AssetFiles
+
+        return AssetFiles(self.assets, *place)
 
     async def _receive(
         self,
@@ -173,7 +251,87 @@ class Uploads:
         except BaseException:
             running.add_done_callback(lambda late: late.exception() or undo(late.result()))
             raise
-        return running.result()
+        try:
+            return running.result()
+        except (CodedError, Fail, OSError):
+            raise
+        except Exception as error:  # The client of a bucket has errors of its own.
+            raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+def _place_of(asset_id: str, version_number: str) -> tuple[str, int]:
+    try:
+        return (
+            _ASSET_ID.validate_python(asset_id, strict=True),
+            _VERSION.validate_strings(version_number, strict=True),
+        )
+    except ValidationError:
+        raise AssetInvalid(
+            "Expected /assets/{assetId}/{versionNumber}, such as /assets/cat/1: an assetId of"
+            " letters, digits, _, - and ., which does not start with a ., and a whole number"
+            " from 1."
+        ) from None
+
+
+@contextmanager
+def _faults_of_storage() -> Iterator[None]:
+    try:
+        yield
+    except Fail as refused:
+        raise AssetInvalid(str(refused)) from None
+    except OSError as error:
+        log.warning("upload.failed", reason=str(error))
+        raise AssetsUnavailable from None
+
+
+def _finish(files: AssetFiles, upload_id: str, max_bytes: int) -> tuple[int, bool]:
+    """Keep a picture that a client has written with a presigned URL.
+
+    Return its size, and whether it was kept: see `AssetFiles.keep`.
+    """
+    size = files.uploaded_size(upload_id)
+    if size is None:
+        raise UploadNotFound
+    try:
+        if size > max_bytes:
+            raise BodyTooLarge(max_bytes)
+        incoming = files.receive(upload_id)
+        try:
+            size = incoming.path.stat().st_size
+            if size > max_bytes:  # It was replaced meanwhile.
+                raise BodyTooLarge(max_bytes)
+            kept = files.keep(incoming, _extension_of(incoming.file.read(_START)))
+        finally:
+            files.discard(incoming)
+    except OSError:
+        raise  # It can be finished once the storage works again.
+    except BaseException:
+        _remove(files, upload_id)
+        raise
+    _remove(files, upload_id)
+    return size, kept
+
+
+def _remove(files: AssetFiles, upload_id: str) -> None:
+    try:
+        files.remove_uploaded(upload_id)
+    except Exception as error:
+        log.warning("upload.not_removed", reason=str(error))
+
+
+def _extension_of(start: bytes) -> str:
+    for extension, signatures in FORMATS.values():
+        if start.startswith(signatures):
+            return extension
+    raise AssetInvalid(f"The content is not of one of the types {', '.join(FORMATS)}.")
+
+
+def _stored(place: tuple[str, int], size: int, kept: bool) -> Uploaded:
+    if not kept:
+        raise AssetExists(*place)
+    asset_id, version_number = place
+    log.info("asset.uploaded", asset_id=asset_id, version_number=version_number, bytes=size)
+    return Uploaded(asset_id, version_number, size)
 
 
 _START: Final = 8

@@ -1,10 +1,11 @@
 """Measures what many subscribers cost a server, and what its other requests notice.
 
     python -m benchmarks.subscribers [--subscribers 1000] [--jobs 100] [--seconds 8]
-        [--transport sse|websocket] [--database sqlite|URL] [--old WORKTREE]
+        [--transport sse|websocket] [--database sqlite|postgresql|URL] [--worker] [--old WORKTREE]
 
-One server process on loopback, without a worker, so that each job is one event. A second process
-follows all events on one connection per subscriber. This one enqueues at a fixed rate and reads a
+One server process on loopback, without a worker, so that each job is one event. With `--worker` it
+runs the jobs too, and each is three events. A second process follows all events on one connection
+per subscriber. This one enqueues at a fixed rate and reads a
 page of jobs 20 times per second. With `--old`, the server of another checkout takes turns with
 this one. benchmarks/README.md has the results.
 """
@@ -23,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,11 +33,26 @@ from typing import ClassVar
 from benchmarks.load import exchange, post, server
 from job_registry_api.queue import migrations
 from tests import CODE
-from tests.postgresql_server import free_port
+from tests.postgresql_server import free_port, running_server
 
 SUBSCRIPTION = "subscription { jobEvents { name jobId type status attempt } }"
 QUERY = "{ jobs(first: 10) { nodes { id type status createdAt } } }"
-JOB = {"type": "payout.execute", "payload": {"batchId": "b", "escrowId": "e"}}
+JOB = {"type": "bench.nothing", "payload": {}}
+CATALOG = """
+from job_registry import JobContext, JobPolicy, JobType, Payload
+
+
+class Nothing(Payload):
+    pass
+
+
+nothing = JobType(name="bench.nothing", payload=Nothing, policy=JobPolicy())
+
+
+@nothing.handler
+async def work(job: JobContext, payload: Nothing) -> None:
+    pass
+"""
 MARK = b'"jobEvents":{'
 DRAIN_SECONDS = 10.0
 """How long events may arrive after the last job."""
@@ -200,14 +216,16 @@ async def enqueue(port: int, per_second: int, seconds: float) -> int:
     return stored
 
 
-async def _all_follow(port: int, following: subprocess.Popen[str], subscribers: int) -> int:
-    """Enqueue jobs until one of them reaches every subscriber. Return the events until then."""
+async def _all_follow(
+    port: int, following: subprocess.Popen[str], subscribers: int, events: int
+) -> int:
+    """Enqueue jobs until the events of one reach every subscriber. Return the number until then."""
     before = 0
     for _ in range(60):
         await enqueue(port, 1, 0.1)
         await asyncio.sleep(1)
         delivered, _ = await asyncio.to_thread(_counts, following)
-        if delivered == before + subscribers:
+        if delivered == before + subscribers * events:
             return delivered
         before = delivered
     raise RuntimeError("the subscribers do not get all events")
@@ -219,22 +237,26 @@ async def measure(code: str, options: argparse.Namespace, folder: Path) -> Found
     if url == "sqlite":
         url = f"sqlite:///{shutil.copy(folder / 'jobs.db', tempfile.mkdtemp(dir=folder))}"
     environment = {
-        "PYTHONPATH": code,
+        "PYTHONPATH": f"{folder}{os.pathsep}{code}",
+        "JOBS_CATALOG": "bench_jobs",
         "JOBS_DATABASE_URL": url,
         "JOBS_LOG_LEVEL": "error",
         "JOBS_MAX_CONNECTIONS": str(options.subscribers + 100),
     }
-    command = ["-m", "job_registry_api.cli", "serve", "--no-worker", "--port", str(port)]
+    command = ["-m", "job_registry_api.cli", "serve", "--port", str(port)]
+    if not options.worker:
+        command.append("--no-worker")
+    events = 3 if options.worker else 1
     with server(command, port, environment) as process:
         await enqueue(port, 50, 0.5)
         idle = await queries(port, 2)
         with followers(port, options.transport, options.subscribers) as following:
-            begun_at = await _all_follow(port, following, options.subscribers)
+            begun_at = await _all_follow(port, following, options.subscribers, events)
             before = sum(process.cpu_times()[:2])
             (loaded, stored) = await asyncio.gather(
                 queries(port, options.seconds), enqueue(port, options.jobs, options.seconds)
             )
-            expected = stored * options.subscribers
+            expected = stored * options.subscribers * events
             stopped = time.monotonic()
             while True:
                 delivered, ended = await asyncio.to_thread(_counts, following)
@@ -286,13 +308,19 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=100, help="per second")
     parser.add_argument("--seconds", type=float, default=8.0)
     parser.add_argument("--transport", choices=["sse", "websocket"], default="sse")
-    parser.add_argument("--database", default="sqlite", help="`sqlite` or a URL")
+    parser.add_argument("--database", default="sqlite", help="`sqlite`, `postgresql` or a URL")
+    parser.add_argument("--worker", action="store_true", help="run the jobs too")
     parser.add_argument("--old", help="the worktree of another version, which takes turns")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="jobs-benchmark-"))
     try:
+        (folder / "bench_jobs.py").write_text(CATALOG)
         migrations.upgrade(f"sqlite:///{folder / 'jobs.db'}")
-        asyncio.run(run(options, folder))
+        with ExitStack() as stack:
+            if options.database == "postgresql":
+                options.database = stack.enter_context(running_server({})).url
+                migrations.upgrade(options.database)
+            asyncio.run(run(options, folder))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

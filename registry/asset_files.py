@@ -22,6 +22,9 @@ photo of 50 million pixels."""
 ABANDONED_SECONDS: Final = 3_600.0
 """The age after which a partly written file counts as abandoned: nothing writes for so long."""
 
+UPLOADS: Final = ".uploads"
+"""The folder in a bucket for what clients write with presigned URLs. No asset has this id."""
+
 
 class Incoming(NamedTuple):
     """A file that is being received, its path, and whether that is beside the picture's."""
@@ -102,6 +105,50 @@ class AssetFiles:
         private = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         return os.fdopen(private, "w+b"), partial
 
+    def presign(self, upload_id: str, size: int, seconds: int) -> str | None:
+        """Return a URL with which a client can write a file of exactly this size to the bucket.
+
+        The file is not the picture yet: see `receive`. The URL is valid for so many seconds. Return
+        None if the storage has no URLs that write.
+        """
+        if "s3" not in self._files.protocol:
+            return None
+        # In some regions the default is version 2 of signatures, which does not include the size.
+        config = {**self._files.config_kwargs, "signature_version": "s3v4"}
+        options = {**self._files.storage_options, "config_kwargs": config}
+        url = type(self._files)(**options).sign(
+            self._uploaded(upload_id), seconds, client_method="put_object", ContentLength=size
+        )
+        return str(url)
+
+    def uploaded_size(self, upload_id: str) -> int | None:
+        """Return how many bytes a client wrote with a presigned URL. None: there is no file."""
+        try:
+            return int(self._files.info(self._uploaded(upload_id), refresh=True)["size"])
+        except FileNotFoundError:
+            return None
+
+    def receive(self, upload_id: str) -> Incoming:
+        """Copy a file that a client wrote with a presigned URL. `keep` or `discard` ends the copy.
+
+        Whatever the client writes to the URL from now on does not change the copy.
+        """
+        file, path = tempfile.mkstemp()
+        incoming = Incoming(os.fdopen(file, "w+b"), Path(path), False)
+        try:
+            self._files.get_file(self._uploaded(upload_id), path)
+        except BaseException:
+            self.discard(incoming)
+            raise
+        return incoming
+
+    def remove_uploaded(self, upload_id: str) -> None:
+        """Remove a file that a client wrote with a presigned URL."""
+        self._files.rm_file(self._uploaded(upload_id))
+
+    def _uploaded(self, upload_id: str) -> str:
+        return f"{self._root}/{UPLOADS}/{self._name}/{upload_id}"
+
     def discard(self, incoming: Incoming) -> None:
         """Close and remove a file that was received."""
         incoming.file.close()
@@ -129,18 +176,29 @@ class AssetFiles:
         if not incoming.is_beside:
             # An object store shows an object once its upload is complete. To write it through an
             # open file would complete it on an error too: closing sends what is there.
-            self._files.put_file(str(incoming.path), target)
-            return True
+            try:
+                self._files.put_file(str(incoming.path), target, mode="create")
+            except FileExistsError:
+                return self._is_same(incoming.file, target)
+            return self._is_only(target)
         os.fsync(incoming.file.fileno())
         try:
             # Unlike a rename, a link replaces nothing that another upload has kept meanwhile.
             os.link(incoming.path, target)
         except FileExistsError:
             return self._is_same(incoming.file, target)
-        if self._sources() != [target]:  # Another format was kept at the same time.
-            Path(target).unlink(missing_ok=True)
-            return False
-        return True
+        return self._is_only(target)
+
+    def _is_only(self, target: str) -> bool:
+        """Return whether the version has no other picture than this one. If it has, remove this.
+
+        Another upload may have kept a picture of another format at the same time.
+        """
+        if set(self._sources()) <= {target}:
+            return True
+        with contextlib.suppress(FileNotFoundError):
+            self._files.rm_file(target)
+        return False
 
     def _is_same(self, file: BinaryIO, path: str) -> bool:
         file.seek(0)

@@ -6,6 +6,7 @@ import gzip
 import json
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -14,9 +15,13 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 from websockets.asyncio.client import connect
 from websockets.typing import Subprotocol
 
+from job_registry_api.compression import Compression, preferred_encoding
+from job_registry_api.http_messages import respond_json
 from tests import ROOT
 from tests.docs.pages import blocks_of
 from tests.http_client import Visit, serving
@@ -81,14 +86,38 @@ async def test_a_forwarded_address_is_no_way_around_the_check_of_machines(
     assert (refused.status_code, own.status_code) == (403, 201)
 
 
-async def test_large_answers_are_compressed_if_that_is_set(visit: Visit) -> None:
-    async with visit(gzip_bytes="500") as client:
+@pytest.mark.parametrize(
+    ("accepted", "encoding"),
+    [
+        ("gzip, deflate, br, zstd", "br"),
+        ("gzip, deflate", "gzip"),
+        ("x-gzip", "gzip"),
+        ("GZIP;q=1.0, br;q=0.5", "gzip"),
+        ("br ; q=0.5, gzip;q=0.5", "br"),
+        ("*", "br"),
+        ("br;q=0, *;q=0.1", "gzip"),
+        ("gzip;q=0", None),
+        ("identity, gzip;q=0.5", None),
+        ("identity;q=0.5, gzip;q=0.6, br;q=nothing", "gzip"),
+        ("*;q=0", None),
+        ("zstd", None),
+        ("", None),
+    ],
+)
+def test_an_answer_is_encoded_as_the_client_prefers(accepted: str, encoding: str | None) -> None:
+    assert preferred_encoding(accepted.lower()) == encoding
+
+
+@pytest.mark.parametrize("encoding", ["br", "gzip"])
+async def test_large_answers_are_compressed_if_that_is_set(visit: Visit, encoding: str) -> None:
+    async with visit(compress_bytes="500") as client:
+        client.headers["accept-encoding"] = encoding
         large = await client.post("/graphql", json=TYPES)
         small = await client.post("/graphql", json={"query": "{ __typename }"})
         plain = await client.post("/graphql", json=TYPES, headers={"accept-encoding": "identity"})
     async with visit() as client:
         unset = await client.post("/graphql", json=TYPES)
-    assert large.headers["content-encoding"] == "gzip"
+    assert large.headers["content-encoding"] == encoding
     assert int(large.headers["content-length"]) < len(plain.content)
     assert large.json() == plain.json()
     for answer in (large, small, plain):
@@ -97,9 +126,55 @@ async def test_large_answers_are_compressed_if_that_is_set(visit: Visit) -> None
         assert "content-encoding" not in answer.headers
 
 
+@pytest.mark.parametrize("encoding", ["br", "gzip"])
+async def test_an_answer_in_many_pieces_is_compressed_outside_of_the_event_loop(
+    encoding: str,
+) -> None:
+    content = [{"id": number, "name": f"job {number}"} for number in range(30_000)]
+    threads = {threading.current_thread()}
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await respond_json(send, 200, content)
+        threads.update(threading.enumerate())
+
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(Compression(app, min_bytes=500)), base_url="http://jobs"
+    ) as client:
+        answer = await client.get("/", headers={"accept-encoding": encoding})
+    assert answer.headers["content-encoding"] == encoding
+    assert answer.json() == content
+    assert "content-length" not in answer.headers
+    assert any(thread.name.startswith("compression") for thread in threads)
+
+
+@pytest.mark.parametrize(
+    ("headers", "encoding"),
+    [
+        ({"content-type": "application/graphql-response+json; charset=utf-8"}, "gzip"),
+        ({"content-type": "text/html", "etag": '"1"'}, "gzip"),
+        ({"content-type": "image/png"}, None),
+        ({"content-type": "text/event-stream"}, None),
+        ({"content-type": "application/json", "content-encoding": "zstd"}, "zstd"),
+    ],
+)
+async def test_only_text_that_is_not_compressed_yet_is_compressed(
+    headers: dict[str, str], encoding: str | None
+) -> None:
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(
+            Compression(Response("x" * 1_000, headers=headers), min_bytes=500)
+        ),
+        base_url="http://jobs",
+    ) as client:
+        client.headers["accept-encoding"] = "gzip"
+        async with client.stream("GET", "/") as answer:
+            assert answer.headers.get("content-encoding") == encoding
+            assert answer.headers.get("etag") == ('W/"1"' if "etag" in headers else None)
+
+
 async def test_events_are_not_held_back_by_compression(database_url: str) -> None:
     async with (
-        serving(database_url, gzip_bytes="500") as (at, _),
+        serving(database_url, compress_bytes="500") as (at, _),
         httpx.AsyncClient(base_url=f"http://{at}", timeout=10) as client,
         client.stream(
             "POST",

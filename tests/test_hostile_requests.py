@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any, Final
 
 import httpx
@@ -300,6 +301,27 @@ async def test_a_large_answer_stays_within_the_bounds(
     response, exceeded = await measured(full_server, GRAPHQL, graphql(LARGE_ANSWERS[name]))
     assert not exceeded
     assert len(response.content) < 10_000_000
+
+
+async def test_pages_of_many_small_jobs_stay_within_the_bounds(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/jobs.db"
+    await asyncio.to_thread(migrations.upgrade, url)
+    async with JobQueue.from_url(url, JobRegistry([anything]), lease_seconds=30) as queue:
+        for _ in range(3):
+            await queue.enqueue_many([EnqueueRequest("test.anything", {"value": 0})] * 1_000)
+    fields = (
+        "id type status priority attempt maxAttempts createdAt nextRunAt payload result progress"
+        " error { code message } waitingReason { __typename } attempts { attempt outcome }"
+    )
+    pages = aliases("query", f"jobs(first: 200) {{ nodes {{ {fields} }} }}")
+    async with measured_server(url, catalog=__name__) as server:
+        # The second time, the document has been compiled.
+        for _ in range(2):
+            response, exceeded = await measured(server, GRAPHQL, graphql(pages))
+            assert not exceeded
+    (first, *_) = response.json()["errors"]
+    assert first["extensions"]["setting"] == "JOBS_MAX_ANSWER_FIELDS"
+    assert len(response.json()["data"]["a0"]["nodes"]) == 200
 
 
 async def test_a_page_that_stops_early_says_so_and_its_cursor_goes_on(

@@ -1,15 +1,16 @@
-"""Log lines that cannot be written are dropped, and the work they tell of goes on."""
+"""Log lines that cannot be written are dropped. Lines of a group are written together."""
 
 from __future__ import annotations
 
 import errno
 import io
+import json
 from typing import Any, Literal
 
 import pytest
 import structlog
 
-from job_registry_api.logs import configure_logs
+from job_registry_api.logs import configure_logs, log_together
 
 
 class FullDisk(io.BufferedIOBase):
@@ -40,5 +41,34 @@ def test_a_line_that_cannot_be_written_is_dropped(style: Literal["console", "jso
         assert disk.refused >= 3
         disk.close()
         log.info("nor this")
+    finally:
+        configure_logs("error", "console")
+
+
+def test_lines_that_are_logged_together_are_those_that_are_logged_alone() -> None:
+    written = io.BytesIO()
+    configure_logs("info", "json", io.TextIOWrapper(written, write_through=True))
+    try:
+        log = structlog.get_logger("test")
+        events = [{"event": "job.created", "job_id": str(number)} for number in range(2)]
+        with structlog.contextvars.bound_contextvars(request="7"):
+            for event in events:
+                log.info(**event)
+            log_together(log, events)
+        log_together(log, [])
+        lines = [{**json.loads(line), "timestamp": ""} for line in written.getvalue().splitlines()]
+        assert lines[2:] == lines[:2]
+        assert [(line["job_id"], line["request"]) for line in lines[2:]] == [("0", "7"), ("1", "7")]
+    finally:
+        configure_logs("error", "console")
+
+
+@pytest.mark.parametrize("style", ["console", "json"])
+def test_nothing_is_logged_together_below_the_level(style: Literal["console", "json"]) -> None:
+    written = io.BytesIO()
+    configure_logs("warning", style, io.TextIOWrapper(written, write_through=True))
+    try:
+        log_together(structlog.get_logger("test"), [{"event": "job.created"}])
+        assert written.getvalue() == b""
     finally:
         configure_logs("error", "console")

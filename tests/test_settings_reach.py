@@ -195,13 +195,13 @@ async def test_pages_may_send_the_headers_that_are_set(visit: Visit) -> None:
             assert (await client.options("/graphql", headers=asked)).status_code == status
 
 
-@reaches("root_path", "gzip_bytes")
+@reaches("root_path", "compress_bytes")
 async def test_the_application_is_published_as_set(visit: Visit) -> None:
     body = {"query": "{ jobTypes { payloadSchema } }"}
     for settings, status, encoding in (
         ({}, 404, None),
         ({"root_path": "/queue"}, 200, None),
-        ({"root_path": "/queue", "gzip_bytes": "500"}, 200, "gzip"),
+        ({"root_path": "/queue", "compress_bytes": "500"}, 200, "br"),
     ):
         async with visit(**settings) as client:
             answer = await client.post("/queue/graphql", json=body)
@@ -562,6 +562,16 @@ def test_the_server_listens_where_it_is_set_to(house: Path, option: bool) -> Non
         assert f"http://127.0.0.2:{port}/graphql" in process.stderr.readline()
         answer = urllib.request.urlopen(f"http://127.0.0.2:{port}/readyz", timeout=20)
         assert answer.status == 200
+
+
+@reaches("serve_processes")
+@pytest.mark.parametrize("option", [False, True], ids=["variable", "option"])
+def test_the_server_has_as_many_processes_as_set(house: Path, option: bool) -> None:
+    arguments = ["--processes", "2"] if option else []
+    settings = {} if option else {"serve_processes": "2"}
+    with running(house, "serve", "--port", "0", *arguments, **settings) as process:
+        assert process.stderr is not None
+        assert " from 2 processes " in process.stderr.readline()
 
 
 @reaches("log_level", "log_format")

@@ -111,10 +111,11 @@ class Process:
     """A `job-registry serve` or `job-registry worker`, and the lines it logs."""
 
     def __init__(self, command: str, url: str, catalog: Path, **settings: object) -> None:
-        arguments = ["--port", "0"] if command == "serve" else []
+        name, *options = command.split()
+        arguments = [name, *(["--port", "0"] if name == "serve" else []), *options]
         given = {"shutdown_seconds": GRACE, "log_format": "json", "catalog": "hanging"} | settings
         self.popen = subprocess.Popen(
-            [sys.executable, "-m", "job_registry_api.cli", command, *arguments],
+            [sys.executable, "-m", "job_registry_api.cli", *arguments],
             env={
                 **os.environ,
                 "JOBS_DATABASE_URL": url,
@@ -123,6 +124,7 @@ class Process:
             },
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,
         )
         self.lines: list[str] = []
         self._unread: queue.SimpleQueue[str | None] = queue.SimpleQueue()
@@ -193,9 +195,11 @@ def ask(url: str, question: Any) -> Any:
 
 
 both_commands = pytest.mark.parametrize("command", ["serve", "worker"])
+PROCESSES = "serve --processes 2"
+with_processes = pytest.mark.parametrize("command", ["serve", "worker", PROCESSES])
 
 
-@both_commands
+@with_processes
 @pytest.mark.parametrize(
     ("handler", "least"),
     [("stuck", GRACE), ("stubborn", 0)],
@@ -223,7 +227,7 @@ def test_a_handler_that_blocks_the_event_loop_is_ended_and_what_hung_is_logged(
         assert "block_the_event_loop" in line["main_thread"]
 
 
-@both_commands
+@with_processes
 def test_a_second_signal_releases_a_hanging_job_at_once(
     command: str, sqlite_url: str, catalog: Path
 ) -> None:

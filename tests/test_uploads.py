@@ -268,6 +268,22 @@ async def test_a_bucket_that_does_not_answer_is_a_503_and_holds_up_nothing_else(
     assert (await uploads.store("a", "2", "image/png", pieces(PNG, 1))).size == len(PNG)
 
 
+class BucketWithoutCredentials(fsspec.AbstractFileSystem):  # type: ignore[misc]
+    """A bucket whose client raises an error of its own."""
+
+    protocol = "without-credentials"
+
+    def ls(self, path: str, detail: bool = True, **kwargs: Any) -> list[Any]:
+        raise RuntimeError("Unable to locate credentials")
+
+
+async def test_an_error_of_any_class_from_a_bucket_is_a_503() -> None:
+    fsspec.register_implementation("without-credentials", BucketWithoutCredentials, clobber=True)
+    uploads = Uploads("without-credentials://bucket", 1_000)
+    with pytest.raises(AssetsUnavailable):
+        await uploads.store("a", "1", "image/png", pieces(PNG, 1))
+
+
 async def test_uploads_can_be_switched_off(visit: Visit) -> None:
     async with visit(max_upload_bytes="0") as client:
         assert (await post(client)).status_code == 404
@@ -280,4 +296,37 @@ async def test_an_upload_needs_the_scope_to_enqueue(visit: Visit, assets: Path) 
         for scope, status in (("jobs:read", 403), ("jobs:enqueue", 201)):
             headers = of_type("image/png") | bearer(scope=scope)
             answer = await client.post("/assets/a/1", content=PNG, headers=headers)
+            assert answer.status_code == status
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "expected"),
+    [
+        ("a/1/presign", {"bytes": 100}, (409, "presigned_urls_missing")),
+        ("a/1/presign", {"bytes": 33_554_433}, (413, "too_large")),
+        ("a/1/presign", {"bytes": "100"}, (422, "validation_error")),
+        ("a/1/presign", {"bytes": 0}, (422, "validation_error")),
+        ("a/1/presign", {"bytes": 1, "type": "image/png"}, (422, "validation_error")),
+        ("a/0/presign", {"bytes": 100}, (422, "asset_invalid")),
+        ("a/1/finish", {"uploadId": "0" * 32}, (404, "upload_not_found")),
+        ("a/1/finish", {"uploadId": "../1.png"}, (404, "upload_not_found")),
+        ("a/1/finish", {"uploadId": 1}, (422, "validation_error")),
+        ("a/1/finish", {}, (422, "validation_error")),
+        ("a/0/finish", {"uploadId": "0" * 32}, (422, "asset_invalid")),
+    ],
+)
+async def test_a_folder_has_no_presigned_urls(
+    visit: Visit, assets: Path, path: str, body: Any, expected: tuple[int, str]
+) -> None:
+    async with visit(assets=str(assets)) as client:
+        assert code_of(await client.post(f"/assets/{path}", json=body)) == expected
+
+
+@pytest.mark.parametrize("path", ["presign", "finish"])
+async def test_presigned_urls_need_the_scope_to_enqueue(visit: Visit, path: str) -> None:
+    async with visit(**AUTH) as client:
+        body = {"bytes": 1} if path == "presign" else {"uploadId": "0" * 32}
+        for scope, status in (("jobs:read", 403), ("jobs:own", 404 if path == "finish" else 409)):
+            headers = bearer(scope=scope)
+            answer = await client.post(f"/assets/a/1/{path}", json=body, headers=headers)
             assert answer.status_code == status

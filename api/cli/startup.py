@@ -24,6 +24,11 @@ RELOAD: Final = typer.Option(
 )
 """The option of the commands that run jobs."""
 
+CHANNEL: Final = typer.Option(
+    "--channel", hidden=True, help="The descriptor of the channel to `serve --processes`."
+)
+"""The option with which `serve --processes` starts its processes."""
+
 
 def read_settings(*, log_events: bool = False, **overrides: Any) -> Settings:
     """Read the settings, and configure the logs before anything else can fail or write lines.

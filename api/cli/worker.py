@@ -15,12 +15,14 @@ from job_registry import JobRegistry, JobTypeNotFound
 from job_registry_api.cli import startup
 from job_registry_api.cli.listening import address_of, listen
 from job_registry_api.cli.output import REFUSED, WRONG_USAGE, err, fail, say
+from job_registry_api.cli.supervisor import Supervisor, supervisor_on
 from job_registry_api.settings import Settings
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
 
     from job_registry_api.connections import Bounds
+    from job_registry_api.worker import Worker
 
 HEALTH_CONNECTIONS: Final = 64
 """The most connections of the health port."""
@@ -45,6 +47,7 @@ def worker(
     ] = None,
     health_host: Annotated[str, typer.Option(help="Address of the health port.")] = "127.0.0.1",
     reload: Annotated[bool, startup.RELOAD] = False,
+    channel: Annotated[int | None, startup.CHANNEL] = None,
 ) -> None:
     """Run jobs until SIGTERM, which lets running jobs end. A second SIGTERM does not wait."""
     settings = startup.read_settings(log_events=True, worker_concurrency=concurrency)
@@ -53,6 +56,7 @@ def worker(
 
         run_with_reload(settings)
         return
+    supervisor = supervisor_on(channel)
     registry = startup.read_registry(settings)
     names = [name.strip() for name in (types or "").split(",") if name.strip()]
     if types is not None and not names:
@@ -63,7 +67,7 @@ def worker(
                 fail(WRONG_USAGE, f"{name} has no handler. Its jobs are run by remote workers.")
         except JobTypeNotFound as unknown:
             fail(WRONG_USAGE, f"--types: {unknown}")
-    if not any(job_type.has_handler for job_type in registry.values()):
+    if channel is None and not any(job_type.has_handler for job_type in registry.values()):
         fail(WRONG_USAGE, "No job type has a handler, so there is nothing to run.")
     startup.prepare_database(settings)
     health_socket = None
@@ -75,13 +79,17 @@ def worker(
     startup.exclude_start_from_collection()
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            runner.run(_work(settings, registry, names, health_socket))
+            runner.run(_work(settings, registry, names, health_socket, supervisor))
     except WorkerStartError as error:
         fail(REFUSED, str(error))
 
 
 async def _work(
-    settings: Settings, registry: JobRegistry, types: Sequence[str], health_socket: socket | None
+    settings: Settings,
+    registry: JobRegistry,
+    types: Sequence[str],
+    health_socket: socket | None,
+    supervisor: Supervisor | None,
 ) -> None:
     from job_registry_api.queue.queue import JobQueue
     from job_registry_api.shutdown import Shutdown
@@ -105,6 +113,7 @@ async def _work(
                     worker.stop,
                     seconds=settings.shutdown_seconds + CLOSE_SECONDS,
                     abandon=worker.abandon,
+                    supervised=supervisor is not None,
                 )
             )
             if health_socket is not None:
@@ -117,8 +126,25 @@ async def _work(
                 await stack.enter_async_context(
                     _health_served(health_app(health), bounds, health_socket)
                 )
+            if supervisor is not None:
+                stack.enter_context(_told_once_started(supervisor, worker))
             await worker.run()
         shutdown.work_has_ended()
+
+
+@contextlib.contextmanager
+def _told_once_started(supervisor: Supervisor, worker: Worker) -> Iterator[None]:
+    """Tell the supervisor when the worker has started."""
+
+    async def tell() -> None:
+        await worker.started.wait()
+        supervisor.tell_started()
+
+    telling = asyncio.create_task(tell(), name="started")
+    try:
+        yield
+    finally:
+        telling.cancel()
 
 
 @contextlib.asynccontextmanager

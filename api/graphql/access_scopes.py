@@ -9,10 +9,10 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 import strawberry
-from strawberry.extensions import FieldExtension
 from strawberry.types.field import StrawberryField
 
 from job_registry_api.auth import AccessScope, Caller
+from job_registry_api.graphql.compiled import Resumable
 from job_registry_api.graphql.context import Context, context_of, enter_context
 
 _OPEN: Final = "open"
@@ -23,7 +23,7 @@ GUARDED: Final = ("Query", "Mutation", "Subscription", "Job")
 """The types whose fields declare their access scopes."""
 
 
-class Requires(FieldExtension):
+class Requires(Resumable):
     """Requires one of these access scopes of the caller, and says so in the field's description."""
 
     def __init__(self, *access_scopes: AccessScope) -> None:
@@ -64,7 +64,10 @@ class Requires(FieldExtension):
             Forbidden: the caller has none of the access scopes.
             Unauthenticated: the host of the schema gives the caller no access.
         """
-        context = await enter_context(info)
+        before = self.call_before()
+        if before is not None:
+            return await self.outcome_of(before, arguments)
+        context = info.context if isinstance(info.context, Context) else await enter_context(info)
         self._check(context.caller, source)
         return await next_(source, info, **arguments)
 

@@ -5,8 +5,8 @@ A page of jobs ends before it exceeds them. What cannot end early is refused as 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Mapping
+from types import TracebackType
 from typing import Any, Final, NamedTuple
 
 import strawberry
@@ -51,21 +51,36 @@ class Selected(NamedTuple):
 _UNKNOWN: Final = Selected(payloads=1, progresses=1, results=1, errors=1)
 
 
-@asynccontextmanager
-async def reading_job(info: strawberry.Info[Context, None]) -> AsyncIterator[None]:
-    """Wait for the other fields that read jobs, and check that one more may be read.
+class ReadingJob:
+    """A context in which a field reads a job: it waits for the other fields that do.
 
     Raises:
         BudgetExceeded: the jobs that were read are large enough for an answer.
     """
-    budget = context_of(info).budget
-    async with budget.reading:
-        budget.check_reading()
+
+    # Not `asynccontextmanager`, which takes as long as validating a payload.
+    def __init__(self, info: strawberry.Info[Context, None]) -> None:
+        self._info = info
+        self._budget = context_of(info).budget
+
+    async def __aenter__(self) -> None:
+        await self._budget.reading.acquire()
         try:
-            yield
-        except IdempotencyConflict as conflict:
-            existing = kept_for_answer(info, conflict.existing_job)
-            raise IdempotencyConflict(existing, conflict.differing_paths) from None
+            self._budget.check_reading()
+        except BaseException:
+            self._budget.reading.release()
+            raise
+
+    async def __aexit__(
+        self,
+        _kind: type[BaseException] | None,
+        error: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None:
+        self._budget.reading.release()
+        if isinstance(error, IdempotencyConflict):
+            existing = kept_for_answer(self._info, error.existing_job)
+            raise IdempotencyConflict(existing, error.differing_paths) from None
 
 
 def kept_for_answer(info: strawberry.Info[Context, None], job: JobRecord) -> JobRecord:

@@ -6,7 +6,8 @@ Arguments that share a variable count each for itself: each is coerced, checked 
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any, Final, NamedTuple
 
 from graphql import (
     BooleanValueNode,
@@ -40,12 +41,9 @@ def check_arguments(
     variables: Mapping[str, Any],
     limits: RequestLimits,
     *,
-    of_request: RequestSize | None = None,
     names: Container[str] | None = None,
 ) -> None:
     """Check the arguments of the root fields that are executed: of all, or of those with `names`.
-
-    `of_request` is the size of the whole request, if that is known.
 
     Raises:
         BudgetExceeded: they have more values, characters or jobs than a limit allows.
@@ -56,18 +54,23 @@ def check_arguments(
     fields = [
         each for each in executed if each.arguments and (names is None or each.name.value in names)
     ]
-    if of_request is not None:
-        # The common case: even if every argument were the whole request, it would be allowed.
-        uses = 1 + sum(1 for each in fields for _ in _variables_in(each.arguments or ()))
-        most = min(limits.bulk_size, limits.typed_values, limits.values)
-        if of_request.values * uses <= most and of_request.bytes * uses <= limits.body_bytes:
-            return
     size = _Size(variables, _defaults(operation), limits)
     for each in fields:
         definition = root.fields.get(each.name.value)
         for argument in each.arguments or ():
             known = definition.args.get(argument.name.value) if definition else None
             size.add_argument(argument.value, known.type if known else None)
+
+
+def is_small(request: RequestSize | None, fields: RootFields, limits: RequestLimits) -> bool:
+    """Return whether a request is so small that `check_arguments` has nothing to find.
+
+    The common case: even if every argument were the whole request, it would be allowed.
+    """
+    if request is None:
+        return False
+    most = min(limits.bulk_size, limits.typed_values, limits.values)
+    return request.values * fields.uses <= most and request.bytes * fields.uses <= limits.body_bytes
 
 
 class RootFields:
@@ -80,6 +83,14 @@ class RootFields:
         self._always: Sequence[FieldNode] | None = None
         if not any(node.directives for node in all_):
             self._always = [node for node in all_ if isinstance(node, FieldNode)]
+
+    @cached_property
+    def uses(self) -> int:
+        """How often the arguments hold one value at most: one more than they use variables."""
+        selections = _root_selections(self._document, self._operation, lambda _: False)
+        fields = [node for node in selections if isinstance(node, FieldNode)]
+        arguments = [each for node in fields for each in node.arguments or ()]
+        return 1 + sum(1 for _ in _variables_in(arguments))
 
     def executed(self, variables: Mapping[str, Any]) -> Sequence[FieldNode]:
         """Return those that are executed.
@@ -234,15 +245,21 @@ class _Count(NamedTuple):
     characters: int
 
 
+_INNER: Final = (GraphQLList, GraphQLInputObjectType)
+"""The types whose values hold others that have a type."""
+
+
 def _count(value: Any, kind: GraphQLInputType | None) -> _Count:
     """Count a value along its type, as far as the schema has one. Below that it is any JSON."""
     values = typed = characters = 0
     waiting: list[tuple[Any, GraphQLInputType | None]] = [(value, kind)]
     untyped: list[Any] = []
+    # The objects of a bulk have the same fields.
+    fields_of: dict[GraphQLInputType, dict[str, GraphQLInputType | None]] = {}
     while waiting:
         each, kind = waiting.pop()
         kind = _nullable(kind)
-        is_inner = isinstance(kind, GraphQLList | GraphQLInputObjectType)
+        is_inner = isinstance(kind, _INNER)
         if kind is None or (type(each) in (dict, list) and not is_inner):
             typed += kind is not None
             untyped.append(each)
@@ -253,7 +270,11 @@ def _count(value: Any, kind: GraphQLInputType | None) -> _Count:
             characters += len(each)
         elif type(each) is dict:
             characters += sum(map(len, each))
-            waiting += ((item, _field_of(kind, name)) for name, item in each.items())
+            fields = fields_of.setdefault(kind, {})
+            for name, item in each.items():
+                if name not in fields:
+                    fields[name] = _field_of(kind, name)
+                waiting.append((item, fields[name]))
         elif type(each) is list:
             item_kind = _item_of(kind)
             waiting += ((item, item_kind) for item in each)

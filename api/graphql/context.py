@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from inspect import isawaitable
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from uuid import UUID
 
 import strawberry
@@ -166,8 +166,7 @@ hosted_operation: Final[ContextVar[HostedOperation | None]] = ContextVar(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class SentVariables:
+class SentVariables(NamedTuple):
     """The variables of an operation as the client sent them, for JSON literals that hold some."""
 
     sent: Mapping[str, Any]

@@ -16,6 +16,8 @@ from graphql import (
     SelectionSetNode,
 )
 
+from job_registry_api.graphql.request_errors import coded
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -88,7 +90,7 @@ def fragments_of(document: DocumentNode) -> dict[str, FragmentDefinitionNode]:
 
 def too_complex(message: str) -> GraphQLError:
     """Return the error for a document that exceeds a limit."""
-    return GraphQLError(message, extensions={"code": "document_too_complex"})
+    return coded("document_too_complex", message)
 
 
 class _Size(NamedTuple):

@@ -17,6 +17,7 @@ from graphql import (
     ExecutionResult,
     GraphQLError,
     GraphQLSchema,
+    GraphQLSyntaxError,
     Node,
     NoSchemaIntrospectionCustomRule,
     OperationDefinitionNode,
@@ -35,7 +36,7 @@ from job_registry.errors import shortened_text
 from job_registry_api.auth import Caller, Forbidden
 from job_registry_api.budget import Budget, BudgetExceeded, RequestLimits
 from job_registry_api.graphql.admission import Admission, View
-from job_registry_api.graphql.argument_limits import RootFields, check_arguments
+from job_registry_api.graphql.argument_limits import RootFields, check_arguments, is_small
 from job_registry_api.graphql.compiled import CompiledOperation
 from job_registry_api.graphql.context import Context, SentVariables, sent_variables
 from job_registry_api.graphql.document_limits import (
@@ -46,8 +47,14 @@ from job_registry_api.graphql.document_limits import (
 )
 from job_registry_api.graphql.persisted_documents import PersistedDocuments, names_document
 from job_registry_api.graphql.request_errors import (
+    BAD_REQUEST,
     MAX_ERRORS,
     MAX_MESSAGE,
+    OPERATION_RESOLUTION_FAILURE,
+    PARSE_FAILED,
+    VALIDATION_FAILED,
+    coded,
+    format_error,
     format_exception,
     format_result,
 )
@@ -199,6 +206,8 @@ class Executor:
         context.budget = Budget(self.request_limits)
         context.operation = (prepared.document, prepared.operation)
         sent_variables.set(SentVariables(variables or {}, prepared.operation))
+        if is_small(context.size, prepared.root_fields, self.request_limits):
+            return None
         try:
             check_arguments(
                 prepared.schema,
@@ -206,7 +215,6 @@ class Executor:
                 executed,
                 variables or {},
                 self.request_limits,
-                of_request=context.size,
             )
         except BudgetExceeded as exceeded:
             return ExecutionResult(None, [GraphQLError("", original_error=exceeded)])
@@ -273,8 +281,10 @@ class Executor:
                 max_errors=MAX_ERRORS,
                 hide_suggestions=not self._limits.suggestions,
             )
+        except GraphQLSyntaxError as error:
+            raise DocumentRefused([_shortened(error, PARSE_FAILED)]) from None
         except GraphQLError as error:
-            raise DocumentRefused([_shortened(error)]) from None
+            raise DocumentRefused([error]) from None
         except RecursionError:
             raise DocumentRefused([too_complex("The document is nested too deep.")]) from None
         if errors:
@@ -282,8 +292,8 @@ class Executor:
         return self._documents.add(_Document(text, document, view))
 
 
-def request_faults(request: Mapping[str, Any]) -> list[str]:
-    """Return what is wrong with the members of a GraphQL request, a sentence each."""
+def request_faults(request: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return an error for each member of a GraphQL request that is wrong."""
     faults = []
     query = request.get("query")
     if (
@@ -299,7 +309,7 @@ def request_faults(request: Mapping[str, Any]) -> list[str]:
     ):
         if request.get(name) is not None and not isinstance(request[name], kind):
             faults.append(f"{name} has to be {expected} or null.")
-    return faults
+    return [format_error(coded(BAD_REQUEST, fault)) for fault in faults]
 
 
 class _Document:
@@ -346,11 +356,10 @@ class _Document:
     @property
     def bytes(self) -> int:
         """About how many bytes of memory it takes."""
-        fields = sum(
-            prepared.compiled.fields
-            for prepared, _ in self._operations.values()
-            if prepared.compiled is not None
-        )
+        fields = 0
+        for prepared, _ in self._operations.values():
+            if prepared.compiled is not None:
+                fields += prepared.compiled.fields
         return self._bytes + BYTES_PER_FIELD * fields
 
 
@@ -386,6 +395,8 @@ class _DocumentCache:
     def _charge(self, document: _Document) -> None:
         """Count a document, which grows as its operations are compiled."""
         size = document.bytes
+        if size == document.charged:
+            return
         self._bytes += size - document.charged
         document.charged = size
         while self._bytes > MAX_CACHED_BYTES:
@@ -408,7 +419,7 @@ def _operation(document: DocumentNode, name: str | None) -> OperationDefinitionN
         message = "The document has no operation."
     else:
         message = f'The document has no operation named "{name[:100]}".'
-    raise DocumentRefused([GraphQLError(message)])
+    raise DocumentRefused([coded(OPERATION_RESOLUTION_FAILURE, message)])
 
 
 def _name(operation: OperationDefinitionNode) -> str | None:
@@ -420,17 +431,18 @@ def _merged(errors: list[GraphQLError]) -> list[GraphQLError]:
     nodes: dict[str, list[Node]] = {}
     for error in errors:
         nodes.setdefault(error.message, []).extend(error.nodes or ())
-    return [_shortened(GraphQLError(message, nodes=where)) for message, where in nodes.items()]
+    return [
+        _shortened(GraphQLError(message, nodes=where), VALIDATION_FAILED)
+        for message, where in nodes.items()
+    ]
 
 
-def _shortened(error: GraphQLError) -> GraphQLError:
-    """Return an error whose message quotes at most 1,000 characters of the document."""
-    if len(error.message) <= MAX_MESSAGE:
-        return error
+def _shortened(error: GraphQLError, code: str) -> GraphQLError:
+    """Return an error with a code, whose message quotes at most 1,000 characters."""
     return GraphQLError(
         shortened_text(error.message, MAX_MESSAGE),
         nodes=error.nodes,
         source=error.source,
         positions=error.positions,
-        extensions=error.extensions,
+        extensions={"code": code},
     )

@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any, Final, NamedTuple
 from urllib.parse import parse_qs
 
-from graphql import GraphQLError
 from pydantic_core import to_json
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -25,12 +24,19 @@ from job_registry_api.graphql.execution import (
     Prepared,
     request_faults,
 )
-from job_registry_api.graphql.request_errors import format_exception, format_result
+from job_registry_api.graphql.request_errors import (
+    BAD_REQUEST,
+    coded,
+    format_error,
+    format_exception,
+    format_result,
+)
 from job_registry_api.graphql.sse import EVENT_STREAM, send_events
 from job_registry_api.http_messages import (
     BodyTooLarge,
     ClientGone,
     UnsupportedMediaType,
+    cached_if_short,
     check_media,
     header,
     read_body,
@@ -97,7 +103,8 @@ class GraphQLOverHTTP:
                 "The response is application/graphql-response+json, application/json or"
                 " text/event-stream; the Accept header allows none of them."
             )
-            await respond_json(send, 406, {"errors": [{"message": message}]})
+            refusal = format_error(coded("not_acceptable", message))
+            await respond_json(send, 406, {"errors": [refusal]})
             return
         headers: tuple[tuple[bytes, bytes], ...] = ()
         is_large = False
@@ -110,7 +117,7 @@ class GraphQLOverHTTP:
                 message = (
                     "A subscription is served to Accept: text/event-stream, or over a WebSocket."
                 )
-                raise DocumentRefused([GraphQLError(message)])
+                raise DocumentRefused([coded("not_acceptable", message)])
             if not as_events:
                 content = format_result(await self._executor.execute(*request))
                 # Without data nothing was executed: the variables do not fit.
@@ -157,7 +164,7 @@ class GraphQLOverHTTP:
                     " GraphQL over SSE is served in the distinct connections mode, not the single"
                     " connection mode: leave out the option singleConnection of graphql-sse."
                 )
-            raise _refused(405, message, allow=allowed.replace(" and", ",").encode())
+            raise _not_allowed(message, allow=allowed.replace(" and", ",").encode())
         try:
             caller = await self._authenticator.authenticate(scope)
         except auth.REFUSALS as error:
@@ -171,7 +178,7 @@ class GraphQLOverHTTP:
             content = _checked(parsed)
         prepared = self._executor.prepare(content, caller)
         if method == "GET" and prepared.is_mutation:
-            raise _refused(405, "A mutation is sent with POST.", allow=b"POST")
+            raise _not_allowed("A mutation is sent with POST.", allow=b"POST")
         context = Context(
             scope["app"].state.queue,
             caller,
@@ -188,22 +195,19 @@ class GraphQLOverHTTP:
         try:
             check_media(scope)
         except UnsupportedMediaType as error:
-            errors = [{"message": str(error)}]
-            raise RequestRefused(415, errors, headers=error.headers) from None
+            raise RequestRefused(415, [format_exception(error)], headers=error.headers) from None
         try:
             body = await read_body(scope, receive, self._limits.body_bytes)
-        except BodyTooLarge:
-            raise _refused(
-                413, f"A request is at most {self._limits.body_bytes:,} bytes long."
-            ) from None
+        except BodyTooLarge as error:
+            raise RequestRefused(413, [format_exception(error)]) from None
         try:
             content, size = parse_request_json(body, self._limits)
         except BudgetExceeded as error:
             raise RequestRefused(413, [format_exception(error)]) from None
         except NotJson as error:
-            raise _refused(400, str(error)) from None
+            raise RequestRefused(400, [format_exception(error)]) from None
         if not isinstance(content, dict):
-            raise _refused(400, "The body has to be one object with a query; there are no batches.")
+            raise _refused("The body has to be one object with a query; there are no batches.")
         return content, size
 
     def _of_query_string(self, query_string: bytes) -> dict[str, Any]:
@@ -220,24 +224,29 @@ class GraphQLOverHTTP:
             raise RequestRefused(413, [format_exception(error)]) from None
         except ValueError:
             message = "variables and extensions have to be JSON in the query string."
-            raise _refused(400, message) from None
+            raise _refused(message) from None
         if not content.get("operationName"):
             content.pop("operationName", None)
         return content
 
 
-def _refused(status: int, message: str, *, allow: bytes | None = None) -> RequestRefused:
-    headers = ((b"allow", allow),) if allow else ()
-    return RequestRefused(status, [{"message": message}], headers=headers)
+def _refused(message: str) -> RequestRefused:
+    return RequestRefused(400, [format_error(coded(BAD_REQUEST, message))])
+
+
+def _not_allowed(message: str, *, allow: bytes) -> RequestRefused:
+    error = format_error(coded("method_not_allowed", message))
+    return RequestRefused(405, [error], headers=((b"allow", allow),))
 
 
 def _checked(content: dict[str, Any]) -> dict[str, Any]:
     faults = request_faults(content)
     if faults:
-        raise RequestRefused(400, [{"message": fault} for fault in faults])
+        raise RequestRefused(400, faults)
     return content
 
 
+@cached_if_short
 def _negotiated(accept: bytes) -> bytes | None:
     """Return the media type of the response: the one that the client prefers; None for none."""
     if accept in (b"", b"*/*"):

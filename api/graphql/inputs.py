@@ -42,14 +42,22 @@ def built_directly(cls: type[Made]) -> type[Made]:
     """
     definition = get_object_definition(cls, strict=True)
     plans: WeakKeyDictionary[NameConverter, list[_PlannedField]] = WeakKeyDictionary()
+    latest: tuple[NameConverter | None, list[_PlannedField]] = (None, [])
 
-    def from_input(made: type, value: Mapping[str, Any], context: InputContext) -> Any:
-        names = context.config.name_converter
+    def plan_of(names: NameConverter) -> list[_PlannedField]:
+        nonlocal latest
         plan = plans.get(names)
         if plan is None:
             plan = plans[names] = [
                 _planned(field, names, definition) for field in definition.fields
             ]
+        latest = (names, plan)
+        return plan
+
+    def from_input(made: type, value: Mapping[str, Any], context: InputContext) -> Any:
+        names, plan = latest
+        if names is not context.config.name_converter:
+            plan = plan_of(context.config.name_converter)
         arguments = {}
         for python_name, name, is_required, kind in plan:
             if name in value:

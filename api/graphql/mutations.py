@@ -18,7 +18,7 @@ import job_registry
 from job_registry import EnqueueRequest
 from job_registry_api.graphql import errors
 from job_registry_api.graphql.access_scopes import Requires
-from job_registry_api.graphql.answer_limits import kept_for_answer, reading_job, selected
+from job_registry_api.graphql.answer_limits import ReadingJob, kept_for_answer, selected
 from job_registry_api.graphql.context import Context, context_of
 from job_registry_api.graphql.inputs import EnqueueJobInput, JobErrorInput, LeaseJobsInput
 from job_registry_api.graphql.types import Job, JobLease
@@ -311,7 +311,7 @@ class Mutation:
         ] = None,
     ) -> HeartbeatJobResult | None:
         await _check_lease(context_of(info), lease_token)
-        async with reading_job(info):
+        async with ReadingJob(info):
             heartbeat = await context_of(info).queue.heartbeat(lease_token, progress)
             return HeartbeatJobSuccess(
                 expires_at=heartbeat.expires_at,
@@ -441,7 +441,7 @@ async def stored(info: Info, request: EnqueueRequest) -> EnqueueJobSuccess:
         BudgetExceeded: the jobs that the request has read are large enough for an answer.
     """
     context = context_of(info)
-    async with reading_job(info):
+    async with ReadingJob(info):
         enqueued = await context.queue.enqueue(
             request,
             created_by=context.caller.subject,
@@ -455,7 +455,7 @@ async def stored(info: Info, request: EnqueueRequest) -> EnqueueJobSuccess:
 
 async def _changed(info: Info, change: Callable[[], Awaitable[JobRecord]]) -> JobChanged:
     """Change a job, which counts as read. It is not changed if no more jobs may be read."""
-    async with reading_job(info):
+    async with ReadingJob(info):
         return JobChanged.of(kept_for_answer(info, await change()))
 
 

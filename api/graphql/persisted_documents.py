@@ -21,6 +21,7 @@ from typing import Any, Final, NamedTuple
 from graphql import GraphQLError
 
 from job_registry.errors import shortened
+from job_registry_api.graphql.request_errors import BAD_REQUEST, coded
 
 MAX_KEPT_BYTES: Final = 8_000_000
 """The most memory that the texts of automatic persisted queries take. The oldest are dropped."""
@@ -69,14 +70,14 @@ class PersistedDocuments:
         if self._trusted is not None:
             return Named(self._trusted_text(text, name))
         if name is not None and not self._automatic:
-            raise _refusal("PersistedQueryNotSupported", "PERSISTED_QUERY_NOT_SUPPORTED")
+            raise coded("PERSISTED_QUERY_NOT_SUPPORTED", "PersistedQueryNotSupported")
         if text is None:
             return Named(self._kept_text(name))
         if name is None or not is_hash:
             return Named(text)
         if hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest() != name:
             message = "The sha256Hash of persistedQuery is not the SHA-256 of the query."
-            raise _refusal(message, "persisted_query_mismatch")
+            raise coded("persisted_query_mismatch", message)
         return Named(text, keep_as=None if name in self._kept else name)
 
     def keep(self, named: Named) -> None:
@@ -91,7 +92,7 @@ class PersistedDocuments:
 
     def _kept_text(self, name: str | None) -> str:
         if name is None:
-            raise GraphQLError("query has to be a string with a GraphQL document.")
+            raise coded(BAD_REQUEST, "query has to be a string with a GraphQL document.")
         kept = self._kept.get(name)
         if kept is None:
             raise _not_found()
@@ -107,9 +108,9 @@ class PersistedDocuments:
             if found is None:
                 raise _not_found()
             return found
-        raise _refusal(
-            "This server executes only the documents of its manifest. Send the id of one.",
+        raise coded(
             "document_not_trusted",
+            "This server executes only the documents of its manifest. Send the id of one.",
         )
 
 
@@ -169,28 +170,25 @@ def _name_of(request: Mapping[str, Any]) -> tuple[str | None, bool]:
     persisted = extensions.get("persistedQuery")
     if persisted is not None:
         if not isinstance(persisted, dict) or persisted.get("version") != 1:
-            raise GraphQLError("persistedQuery has to be an object with version 1.")
+            raise coded(BAD_REQUEST, "persistedQuery has to be an object with version 1.")
         name = persisted.get("sha256Hash")
         if not isinstance(name, str) or not 0 < len(name) <= MAX_ID_LENGTH:
-            raise GraphQLError("The sha256Hash of persistedQuery has to be a string.")
+            raise coded(BAD_REQUEST, "The sha256Hash of persistedQuery has to be a string.")
         return name, True
     for member in _MEMBERS:
         name = request.get(member)
         if name is None:
             continue
         if not isinstance(name, str) or not 0 < len(name) <= MAX_ID_LENGTH:
-            raise GraphQLError(f"{member} has to be a string of 1 to {MAX_ID_LENGTH} characters.")
+            message = f"{member} has to be a string of 1 to {MAX_ID_LENGTH} characters."
+            raise coded(BAD_REQUEST, message)
         return name.removeprefix(_SHA256), False
     return None, False
 
 
 def _not_found() -> GraphQLError:
     """Return the error after which a client sends the text too. Clients look for these words."""
-    return _refusal("PersistedQueryNotFound", "PERSISTED_QUERY_NOT_FOUND")
-
-
-def _refusal(message: str, code: str) -> GraphQLError:
-    return GraphQLError(message, extensions={"code": code})
+    return coded("PERSISTED_QUERY_NOT_FOUND", "PersistedQueryNotFound")
 
 
 def _size_of(text: str) -> int:

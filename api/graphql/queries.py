@@ -17,7 +17,7 @@ import strawberry
 from job_registry import Violation
 from job_registry_api.graphql import errors
 from job_registry_api.graphql.access_scopes import Requires
-from job_registry_api.graphql.answer_limits import kept_for_answer, reading_job, selected
+from job_registry_api.graphql.answer_limits import ReadingJob, kept_for_answer, selected
 from job_registry_api.graphql.context import Context, context_of
 from job_registry_api.graphql.inputs import EnqueueJobInput, JobFilterInput
 from job_registry_api.graphql.types import (
@@ -155,7 +155,7 @@ class Query:
     ) -> ValidateJobResult | None:
         caller = context_of(info).caller
         caller.need_types([input.type])
-        async with reading_job(info):
+        async with ReadingJob(info):
             valid = await context_of(info).queue.validate(
                 input.request(),
                 created_by=caller.subject,

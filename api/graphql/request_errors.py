@@ -15,6 +15,18 @@ MAX_ERRORS: Final = 20
 
 MAX_MESSAGE: Final = 1_000
 
+# The codes of requests that do not fit GraphQL or the schema: Apollo's names, in lower case.
+PARSE_FAILED: Final = "graphql_parse_failed"
+VALIDATION_FAILED: Final = "graphql_validation_failed"
+BAD_USER_INPUT: Final = "bad_user_input"
+BAD_REQUEST: Final = "bad_request"
+OPERATION_RESOLUTION_FAILURE: Final = "operation_resolution_failure"
+
+
+def coded(code: str, message: str) -> GraphQLError:
+    """Return an error with a code."""
+    return GraphQLError(message, extensions={"code": code})
+
 
 def format_result(result: ExecutionResult) -> dict[str, Any]:
     """Format a result for a response. It has no `data`, not even null, if nothing was executed."""
@@ -44,8 +56,10 @@ def format_error(error: GraphQLError) -> dict[str, Any]:
     extensions: dict[str, Any]
     match original:
         case None | GraphQLError():
-            # GraphQL's own messages quote names and values of the request.
-            return {**error.formatted, "message": shortened_text(error.message, MAX_MESSAGE)}
+            # GraphQL's own, of a variable or an argument: the document itself is valid. It quotes
+            # names and values of the request.
+            message = shortened_text(error.message, MAX_MESSAGE)
+            extensions = {"code": BAD_USER_INPUT, **(error.extensions or {})}
         case CodedError():
             message, extensions = str(original), {"code": original.code, **original.details()}
         case _:

@@ -117,6 +117,7 @@ class SharedEvents:
         if after is not None:
             # Before the id is looked up: the look-up would reveal events of another caller's job.
             await followed.current()
+            await followed.context.queue.events.recall(after)
         with (
             followed.subscribed(after) as subscription,
             self._joined(operation, build, followed) as group,

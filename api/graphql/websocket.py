@@ -29,6 +29,7 @@ from job_registry_api.http_messages import (
     WEBSOCKET_ADMISSION,
     WEBSOCKET_TEXTS,
     SendTexts,
+    deny,
 )
 from job_registry_api.logs import log_unexpected
 from job_registry_api.signing_keys import AuthenticationUnavailable
@@ -80,7 +81,7 @@ class GraphQLOverWebSocket:
         try:
             self._authenticator.check_stranger(socket.scope)
         except TooManyRequests as refused:
-            await _deny(socket, refused)
+            await deny(socket, _too_many(refused))
             return
         if PROTOCOL not in socket.scope["subprotocols"]:
             self._authenticator.count_stranger(socket.scope)
@@ -294,7 +295,7 @@ class _Connection:
     async def _results(self, payload: dict[str, Any], caller: Caller) -> AsyncGenerator[Answers]:
         faults = request_faults(payload)
         if faults:
-            yield await answers_of({"errors": [{"message": fault} for fault in faults]})
+            yield await answers_of({"errors": faults})
             return
         try:
             await self._authenticator.authenticate_again(self._socket.scope, self._authorization)
@@ -340,14 +341,9 @@ class _Connection:
             self._unread_bytes -= size
 
 
-async def _deny(socket: WebSocket, refused: TooManyRequests) -> None:
-    """Answer the handshake with 429, or with 403 where the server cannot."""
-    if "websocket.http.response" not in socket.scope.get("extensions", {}):
-        await socket.close()
-        return
+def _too_many(refused: TooManyRequests) -> JSONResponse:
     content = {"errors": [format_exception(refused)]}
-    headers = {"retry-after": str(refused.retry_after)}
-    await socket.send_denial_response(JSONResponse(content, 429, headers))
+    return JSONResponse(content, 429, {"retry-after": str(refused.retry_after)})
 
 
 def _admit(scope: Scope) -> None:

@@ -24,6 +24,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from job_registry_api.queue.driver_errors import as_unavailable
 from job_registry_api.queue.errors import QueueUnavailable
+from job_registry_api.queue.group_commit import GroupCommit
 
 POLL_SECONDS: Final = 0.5
 """How often `listen` reports a gap where PostgreSQL's notifications cannot reach this process."""
@@ -35,6 +36,7 @@ LOCKED_PAUSE_SECONDS: Final = 0.02
 """How long to wait before trying a locked row again. The pause doubles up to half a second."""
 
 T = TypeVar("T")
+Item = TypeVar("Item")
 
 log = structlog.get_logger("job_registry.database")
 
@@ -147,17 +149,28 @@ class Database(ABC):
         Raises:
             QueueUnavailable: it is still locked at the end of the database's timeout.
         """
+
+        async def attempt_until(time: float) -> T | None:
+            async with asyncio.timeout_at(None if math.isinf(time) else time):
+                return await attempt()
+
+        return await self._patiently(attempt_until, locked)
+
+    async def patiently_in(self, group: GroupCommit[Item, T | None], item: Item, locked: str) -> T:
+        """Submit an item to a group until its result is not None, as `patiently` does."""
+        return await self._patiently(lambda time: group.submit(item, until=time), locked)
+
+    async def _patiently(self, attempt: Callable[[float], Awaitable[T | None]], locked: str) -> T:
+        """Call `attempt` with the time of the event loop at which it ends with a TimeoutError."""
         clock = asyncio.get_running_loop().time
         give_up = clock() + self.timeout_seconds
         pause = LOCKED_PAUSE_SECONDS
         try:
-            # An attempt may wait for a group commit in progress; the deadline includes that.
-            async with asyncio.timeout_at(None if math.isinf(give_up) else give_up):
-                while (outcome := await attempt()) is None:
-                    if clock() + pause > give_up:
-                        raise QueueUnavailable(locked, "busy")
-                    await asyncio.sleep(pause)
-                    pause = min(0.5, pause * 2)
+            while (outcome := await attempt(give_up)) is None:
+                if clock() + pause > give_up:
+                    raise QueueUnavailable(locked, "busy")
+                await asyncio.sleep(pause)
+                pause = min(0.5, pause * 2)
         except TimeoutError as error:
             reason = f"no answer within {self.timeout_seconds:g} seconds"
             raise QueueUnavailable(reason, "timeout") from error

@@ -19,7 +19,7 @@ import structlog
 
 from job_registry_api.queue.database import Database
 from job_registry_api.queue.errors import reason_of
-from job_registry_api.queue.store import EVENTS_KEPT_SECONDS, Store
+from job_registry_api.queue.store import EVENTS_KEPT_SECONDS, Store, StoredEvents
 
 POLL_SECONDS: Final = 0.25
 """How often stored batches are read on PostgreSQL, where nothing announces new ones."""
@@ -38,6 +38,9 @@ BATCHES_BEFORE: Final = 100
 
 BATCHES_AT_ONCE: Final = 1_000
 """How many batches `Store.events_after` returns at most."""
+
+HISTORY_BATCHES: Final = 10_000
+"""How many batches of the time before a process started it reads at most."""
 
 DELETED: Final = "events were deleted before this process read them"
 
@@ -59,13 +62,33 @@ class EventStream:
 
     def __init__(self, database: Database, store: Store) -> None:
         self._database = database
+        self._store = store
         self._kept = KeptBatches(store, gapless=database.notices_commits)
         self._notified: deque[str | Gap] = deque()
         self._news = asyncio.Event()
         self._ended = False
         self._is_failing = False
-        self.begun = asyncio.Event()
+        self.begun: Final = asyncio.Event()
         """Set when the stream includes every message that is committed from then on."""
+
+    async def history(self) -> tuple[list[StoredEvents], float] | None:
+        """Return the stored batches that precede the stream, in order, and the Unix time since
+        which they are complete. None: that is not known.
+
+        Only where batches become visible in the order of their ids can a client continue among
+        them: on PostgreSQL, one with a lower id may have been committed later.
+        """
+        number = self._kept.begun_at
+        if number is None or not self._database.notices_commits:
+            return None
+        read_at = time.time()
+        newest = await self._store.events_until(number, HISTORY_BATCHES)
+        if any(batch.id != number - index for index, batch in enumerate(newest)):
+            return None
+        since = read_at - EVENTS_KEPT_SECONDS  # Only older ones have been deleted.
+        if len(newest) == HISTORY_BATCHES:
+            since = newest[-1].created_at.timestamp()
+        return newest[::-1], since
 
     async def feed(self, take: Take) -> None:
         """Call `take` with each message and gap, one after another, until `end` is called."""
@@ -171,11 +194,15 @@ class KeptBatches:
         self._late: dict[int, float] = {}
         """Ids before `_last` that have no batch yet, and when that was first seen."""
         self._read_at = clock()
+        self.begun_at: int | None = None
+        """The id of the last batch that is not read because reading began after it."""
 
     async def read(self) -> list[str | Gap]:
         """Return the next messages, in order. The first call only finds the end of the table."""
         if self._last is None:
-            await self._begin(await self._store.last_event())
+            newest = await self._store.last_event()
+            await self._begin(newest)
+            self.begun_at = newest
             return []
         deleted = False
         batches = await self._store.events_after(self._last)

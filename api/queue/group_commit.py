@@ -7,9 +7,10 @@ wait, and 32 concurrent callers share one commit (one fsync).
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from job_registry_api.queue.errors import QueueUnavailable
 
@@ -35,14 +36,20 @@ class GroupCommit(Generic[Item, Result]):
         self._max_items = max_items
         self._waiting: deque[tuple[Item, asyncio.Future[Result]]] = deque()
         self._task: asyncio.Task[None] | None = None
+        self._deadlines = _Deadlines()
 
-    async def submit(self, item: Item) -> Result:
+    async def submit(self, item: Item, *, until: float = math.inf) -> Result:
         """Return the item's result after its commit, or raise what its commit raised.
 
-        The item of a cancelled caller may still be committed.
+        The item of a cancelled caller may still be committed, and so may one whose result did not
+        come in time.
+
+        Raises:
+            TimeoutError: there is no result at this time of the event loop.
         """
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         self._waiting.append((item, future))
+        self._deadlines.add(future, until)
         if self._task is None:
             self._task = asyncio.create_task(self._run(), name="group-commit")
         return await future
@@ -52,6 +59,7 @@ class GroupCommit(Generic[Item, Result]):
             while self._waiting:
                 count = min(len(self._waiting), self._max_items)
                 await self._commit_group([self._waiting.popleft() for _ in range(count)])
+                self._deadlines.forget_done()
         finally:
             self._task = None
             # Callers are left only if this task was cancelled.
@@ -78,3 +86,42 @@ class GroupCommit(Generic[Item, Result]):
             for (_, future), result in zip(group, results, strict=True):
                 if not future.done():
                     future.set_result(result)
+
+
+class _Deadlines:
+    """Ends futures that are not done in time, with one timer for all of them.
+
+    A timer for each takes longer than to insert a job.
+    """
+
+    def __init__(self) -> None:
+        self._futures: deque[tuple[float, asyncio.Future[Any]]] = deque()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def add(self, future: asyncio.Future[Any], until: float) -> None:
+        """End a future with a TimeoutError at this time of its event loop."""
+        if math.isinf(until):
+            return
+        self._futures.append((until, future))
+        if self._timer is None or self._timer.when() > until:
+            self._set_timer(future.get_loop(), until)
+
+    def forget_done(self) -> None:
+        """Forget the first futures, as far as they are done."""
+        while self._futures and self._futures[0][1].done():
+            self._futures.popleft()
+
+    def _set_timer(self, loop: asyncio.AbstractEventLoop, time: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = loop.call_at(time, self._end_late, loop)
+
+    def _end_late(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._timer = None
+        now = loop.time()
+        for until, future in self._futures:
+            if until <= now and not future.done():
+                future.set_exception(TimeoutError())
+        self._futures = deque(each for each in self._futures if not each[1].done())
+        if self._futures:
+            self._set_timer(loop, min(until for until, _ in self._futures))

@@ -443,8 +443,9 @@ class Reading(Opening):
         wanted = self._as_stored(job_filter, faults)
         if wanted is None:
             return JobPage([], has_next_page=False)
-        found = await self._store.list_jobs(wanted, owner, replace(part, size=part.size + 1))
-        chosen = found[: part.size if most is None else min(part.size, most)]
+        allowed = part.size if most is None else min(part.size, most)
+        found = await self._store.list_jobs(wanted, owner, replace(part, size=allowed + 1))
+        chosen = found[:allowed]
         page = await self._read_page(chosen, max_bytes)
         more = not page.is_whole or len(found) > len(chosen)
         return JobPage(

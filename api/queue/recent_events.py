@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from job_registry_api.queue.errors import EventsMissed
@@ -39,7 +39,8 @@ class Numbered(NamedTuple, Generic[T]):
 class RecentEvents(Generic[T]):
     """A list of events that grows at its end and is trimmed at its beginning.
 
-    Numbers begin at 1 and are consecutive. A `Gap` has a number too: no reader can read past it.
+    Numbers are consecutive, and 1 is that of the first event since the start. A `Gap` has a number
+    too: no reader can read past it.
     """
 
     def __init__(self, *, clock: Callable[[], float] = time.time) -> None:
@@ -48,24 +49,46 @@ class RecentEvents(Generic[T]):
         self._first = 1
         self._complete_since = clock()
         """The time since which no event is missing from the entries."""
+        self._is_whole = True
+        """Whether it has every event since the start."""
 
     @property
     def last(self) -> int:
         """The number of the newest entry, 0 before the first."""
         return self._first + len(self._entries) - 1
 
-    def append(self, item: T | Gap) -> int:
-        """Add an event or a gap, and return its number."""
+    def extend(self, items: Sequence[T | Gap]) -> int:
+        """Add events and gaps, and return the number of the last."""
         now = self._clock()
         if self._entries:
             # In order even if the clock was set back: `position_of` searches by time.
             now = max(now, self._entries[-1][0])
-        self._entries.append((now, item))
-        if isinstance(item, Gap):
-            self._complete_since = now
-        if self.last % _TRIMMED_AT_ONCE == 0:
+        before = self.last
+        self._entries += [(now, item) for item in items]
+        if any(isinstance(item, Gap) for item in items):
+            self._complete_since, self._is_whole = now, False
+        if self.last // _TRIMMED_AT_ONCE > before // _TRIMMED_AT_ONCE:
             self._trim(now)
         return self.last
+
+    def prepend(self, earlier: Sequence[tuple[float, T]], complete_since: float) -> None:
+        """Add the events before the start, in order, each with its time.
+
+        No event between `complete_since` and the start is missing from them. They are of no use if
+        events since the start are missing, and are then not added.
+        """
+        if not self._is_whole:
+            return
+        kept: list[tuple[float, T | Gap]] = []
+        before = self._entries[0][0] if self._entries else self._clock()
+        for at, item in reversed(earlier[-MAX_KEPT_EVENTS:]):
+            before = min(before, at)  # In order even if the clock was set back.
+            kept.append((before, item))
+        self._entries[:0] = kept[::-1]
+        self._first -= len(kept)
+        if len(kept) < len(earlier):
+            complete_since = before
+        self._complete_since = min(self._complete_since, complete_since)
 
     def read(self, after: int, most: int) -> tuple[list[Numbered[T]], int]:
         """Return up to `most` events after a number, and the number to read on after.
@@ -120,6 +143,7 @@ class RecentEvents(Generic[T]):
         if dropped > 0:
             del self._entries[:dropped]
             self._first += dropped
+            self._is_whole = False
             self._complete_since = max(self._complete_since, self._entries[0][0])
 
 

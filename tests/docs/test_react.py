@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Final
@@ -18,6 +18,9 @@ import pytest
 from PIL import Image
 from playwright.async_api import FilePayload, expect
 
+from job_registry import EnqueueRequest
+from job_registry.discovery import load_registry
+from job_registry_api import JobQueue
 from job_registry_api.graphql.schema import SDL_FILE
 from tests import ROOT
 from tests.docs.pages import REACT
@@ -29,6 +32,8 @@ from tests.web.browser import browsing, needs_browser
 
 SCREENSHOT: Final = ROOT / "build" / "react.png"
 WORKER: Final = bearer("worker", "jobs:work")
+
+THUMBNAIL: Final = {"assetId": "cat", "versionNumber": 1}
 
 LEASE = """mutation { leaseJobs(input: {jobTypes: ["thumbnail.create"], workerId: "w"}) {
   ... on LeaseJobsSuccess { leases { leaseToken } } } }"""
@@ -144,6 +149,41 @@ async def test_a_user_sees_faults_at_their_fields_and_follows_and_cancels_own_jo
         await expect(rows).to_have_count(2)
         await cancel.click()
         await expect(page.locator('tr[data-status="CANCELLED"]')).to_have_count(2)
+
+
+@needs_browser
+@pytest.mark.slow
+async def test_the_page_keeps_its_jobs_over_a_restart_and_reads_them_again(
+    built: Path, sqlite_template: Path, tmp_path: Path
+) -> None:
+    shutil.copy(sqlite_template, tmp_path / "jobs.db")
+    url = f"sqlite:///{tmp_path / 'jobs.db'}"
+    server = f"127.0.0.1:{free_port()}"
+    listening = ("--no-worker", "--port", server.rpartition(":")[2])
+    registry = load_registry(("job_registry.catalog",))
+
+    async def enqueue() -> None:
+        async with JobQueue.from_url(url, registry) as queue:
+            await queue.enqueue(EnqueueRequest("thumbnail.create", THUMBNAIL))
+
+    await enqueue()
+    async with AsyncExitStack() as stack:
+        async with serving(url, *listening):
+            address = await stack.enter_async_context(page_server(built, server))
+            page = await stack.enter_async_context(browsing(address, restarts=True))
+            await page.goto(f"http://{address}/")
+            rows, alert = page.locator("tbody tr"), page.get_by_role("alert")
+            await expect(rows).to_have_count(1)
+        await enqueue()
+        # The page connects again, but cannot read the jobs yet.
+        await page.route("**/graphql", lambda route: route.abort())
+        async with serving(url, *listening):
+            await expect(alert).to_have_count(1, timeout=60_000)
+            await expect(rows).to_have_count(1)
+            await page.unroute("**/graphql")
+            await enqueue()
+            await expect(rows).to_have_count(3)
+            await expect(alert).to_have_count(0)
 
 
 async def _ask(client: httpx.AsyncClient, document: str, **variables: Any) -> Any:

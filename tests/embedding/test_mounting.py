@@ -16,6 +16,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Mount, Route
+from starlette.types import Message
 from structlog.testing import capture_logs
 
 from job_registry import JobContext, JobRegistry, JobType, Payload, WorkerExtension
@@ -214,6 +215,36 @@ async def test_a_start_that_fails_is_a_503_and_the_next_request_tries_again(
     assert int(rest.headers["retry-after"]) >= 1
     assert rest.headers["cache-control"] == "no-store"
     assert str(tmp_path) not in rest.text + graphql.text
+
+
+@pytest.mark.parametrize("can_deny", [True, False])
+async def test_a_websocket_is_refused_while_the_application_cannot_start(
+    tmp_path: Path, registry: JobRegistry, can_deny: bool
+) -> None:
+    jobs = create_app(settings_of(f"sqlite:///{tmp_path / 'later' / 'jobs.db'}"), registry)
+    scope = {
+        "type": "websocket",
+        "path": "/graphql",
+        "query_string": b"",
+        "headers": [],
+        "subprotocols": ["graphql-transport-ws"],
+        "extensions": {"websocket.http.response": {}} if can_deny else {},
+    }
+    sent: list[Any] = []
+
+    async def receive() -> Message:
+        return {"type": "websocket.connect"}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    await jobs(scope, receive, send)
+    if can_deny:
+        assert sent[0]["status"] == 503
+        assert (b"retry-after", b"1") in sent[0]["headers"]
+        assert b"queue_unavailable" in sent[1]["body"]
+    else:  # The server answers with 403.
+        assert [each["type"] for each in sent] == ["websocket.close"]
 
 
 @pytest.mark.any_database

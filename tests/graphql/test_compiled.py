@@ -9,7 +9,7 @@ import asyncio
 import gc
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
@@ -32,10 +32,19 @@ from graphql import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strawberry.dataloader import DataLoader
+from strawberry.extensions import FieldExtension
 from strawberry.schema.config import StrawberryConfig
 from strawberry.schema.validation_rules.one_of import OneOfInputValidationRule
+from strawberry.types.field import StrawberryField
 
-from job_registry_api.graphql.compiled import CompiledOperation, Compiler, StrawberryClasses
+from job_registry_api.graphql.compiled import (
+    CompiledOperation,
+    Compiler,
+    Different,
+    Resumable,
+    StrawberryClasses,
+)
+from job_registry_api.graphql.compiled.outputs import Direct
 from job_registry_api.graphql.schema import executable
 from tests.graphql.random_operations import RandomOperation
 
@@ -100,6 +109,31 @@ class Context:
 
 
 Info = strawberry.Info[Context, None]
+
+
+class Called(Resumable):
+    """The outermost extension of fields that are called directly."""
+
+    async def resolve_async(
+        self, next_: Callable[..., Any], source: object, info: Info, **arguments: object
+    ) -> object:
+        before = self.call_before()
+        if before is not None:
+            return await self.outcome_of(before, arguments)
+        return await next_(source, info, **arguments)
+
+
+class Within(FieldExtension):
+    """An extension within it, which runs once like the resolver."""
+
+    async def resolve_async(
+        self, next_: Callable[..., Any], source: object, info: Info, **arguments: object
+    ) -> object:
+        info.context.called[" ".join(["within", *map(str, info.path.as_list())])] += 1
+        return await next_(source, info, **arguments)
+
+
+DIRECT: list[FieldExtension] = [Within(), Called()]
 
 
 @strawberry.interface
@@ -168,7 +202,7 @@ class Whole(Named):
     things: list[Thing | None]
     named: list[Named]
 
-    @strawberry.field
+    @strawberry.field(extensions=DIRECT)
     async def later(self, info: Info, wait: int = 0) -> Whole | None:
         for _ in range(wait):
             await asyncio.sleep(0)
@@ -200,6 +234,21 @@ def whole() -> Whole:
 
 
 @strawberry.type
+class Refused:
+    why: str
+
+
+class Handler:
+    """Answers `Faulty` as data, where a field can return it."""
+
+    exception_type = Faulty
+    error_type = Refused
+
+    def handle(self, exception: Faulty, *, field: StrawberryField, info: Info) -> Refused:
+        return Refused(why=str(exception))
+
+
+@strawberry.type
 class Query:
     @strawberry.field
     async def whole(self, info: Info) -> Whole | None:
@@ -210,11 +259,11 @@ class Query:
         result: Whole = info.context.at(info, "direct", whole())
         return result
 
-    @strawberry.field
+    @strawberry.field(extensions=DIRECT)
     async def thing(self, info: Info, number: int = 1) -> Thing | None:
         return info.context.at(info, "thing", whole().things[number % 5])
 
-    @strawberry.field
+    @strawberry.field(extensions=DIRECT)
     async def told(
         self,
         info: Info,
@@ -238,9 +287,16 @@ class Query:
 
 @strawberry.type
 class Mutation:
-    @strawberry.mutation
+    @strawberry.mutation(extensions=DIRECT)
     async def add(self, info: Info, number: int) -> Part | None:
         return info.context.at(info, f"add {number}", Part(name="added", number=number))
+
+    @strawberry.mutation(extensions=DIRECT)
+    async def put_point(
+        self, info: Info, point: Point
+    ) -> Annotated[Part | Refused, strawberry.union("PartOrRefused")]:
+        part: Part = info.context.at(info, "put_point", Part(name="put", number=point.x))
+        return part
 
     @strawberry.mutation
     def put(self, info: Info, number: int) -> Part:
@@ -254,16 +310,20 @@ STRAWBERRY = strawberry.Schema(
     mutation=Mutation,
     types=[Other, Part],
     config=StrawberryConfig(scalar_map={Money: MONEY}),
+    exception_handlers=[Handler()],
 )
 SCHEMA = executable(STRAWBERRY)
 
 
-def compiled(text: str) -> CompiledOperation | None:
+CLASSES = StrawberryClasses(STRAWBERRY)
+
+
+def compiled(text: str, classes: StrawberryClasses = CLASSES) -> CompiledOperation | None:
     document = parse(text)
     assert validate(SCHEMA, document, RULES) == []
     operation = document.definitions[0]
     assert isinstance(operation, OperationDefinitionNode)
-    return Compiler(SCHEMA, StrawberryClasses(STRAWBERRY)).compile(document, operation)
+    return Compiler(SCHEMA, classes).compile(document, operation)
 
 
 async def by_graphql_core(text: str, context: Context, /, **variables: Any) -> ExecutionResult:
@@ -349,6 +409,44 @@ MUTATIONS = """mutation { a: add(number: 1) { name tenfold } b: add(number: 2) {
 @pytest.mark.parametrize("number", ["add 1", "add 2", "add 3", "put 4", "add 5", "sure"])
 async def test_no_mutation_runs_twice_when_one_of_several_fails(number: str, fault: str) -> None:
     await same(MUTATIONS, {number: fault})
+
+
+PUT_POINT = """mutation($x: Int!) { putPoint(point: {x: $x, tags: ["c"]}) {
+  __typename ... on Part { number tenfold } ... on Refused { why } } }"""
+
+
+async def test_an_error_of_a_direct_call_is_answered_as_data_where_strawberry_does() -> None:
+    assert CLASSES.direct_of("Mutation", "putPoint") is not None
+    assert await same(PUT_POINT, x=7)
+    assert not await same(PUT_POINT, {"put_point": "raise"}, x=7)
+    operation = compiled(PUT_POINT)
+    assert operation is not None
+    result = await operation.execute(Context({"put_point": "raise"}), {"x": 7})
+    assert result.data == {"putPoint": {"__typename": "Refused", "why": "put_point"}}
+
+
+@pytest.mark.parametrize("name", ["whole", "direct", "name", "unknown"])
+def test_a_resolver_without_a_resumable_extension_is_not_called_directly(name: str) -> None:
+    assert CLASSES.direct_of("Query", name) is None
+
+
+async def test_the_verify_mode_finds_arguments_that_strawberry_converts_differently() -> None:
+    class Wrong(StrawberryClasses):
+        def direct_of(self, type_name: str, field_name: str) -> Direct | None:
+            direct = super().direct_of(type_name, field_name)
+            if direct is None:
+                return None
+
+            def converted(info: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+                own_info, arguments = direct.converted(info, given)
+                return own_info, dict.fromkeys(arguments, 8)
+
+            return direct._replace(converted=converted)
+
+    operation = compiled("mutation { add(number: 7) { number } }", Wrong(STRAWBERRY))
+    assert operation is not None
+    with pytest.raises(Different, match="'number': 8"):
+        await operation.verify(Context(), {})
 
 
 async def test_mutations_run_in_order_and_a_null_in_a_non_null_stops_the_rest() -> None:

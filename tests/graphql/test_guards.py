@@ -104,6 +104,63 @@ async def test_a_document_past_a_limit_is_too_complex_by_its_code(visit: Visit) 
     assert error["extensions"] == {"code": "document_too_complex"}
 
 
+@pytest.mark.parametrize(
+    ("request_", "code"),
+    [
+        ({"query": "{ jobs {"}, "graphql_parse_failed"),
+        ({"query": '{ jobs(after: "open) }'}, "graphql_parse_failed"),
+        ({"query": "{ nothing }"}, "graphql_validation_failed"),
+        ({"query": "{ jobs(first: true) { nodes { id } } }"}, "graphql_validation_failed"),
+        ({"query": "query ($id: ID!) { job(id: $id) { __typename } }"}, "bad_user_input"),
+        (
+            {
+                "query": "query ($first: Int) { jobs(first: $first) { totalCount } }",
+                "variables": {"first": "1"},
+            },
+            "bad_user_input",
+        ),
+        (
+            {"query": "query A { __typename } query B { __typename }"},
+            "operation_resolution_failure",
+        ),
+        ({"query": "{ __typename }", "operationName": "B"}, "operation_resolution_failure"),
+        ({"query": "subscription { jobEvents { name } }"}, "not_acceptable"),
+        ({"query": 1}, "bad_request"),
+        ({"query": "{ __typename }", "variables": []}, "bad_request"),
+        ([], "bad_request"),
+    ],
+)
+async def test_a_request_that_does_not_fit_the_schema_has_the_code_of_its_fault(
+    visit: Visit, request_: Any, code: str
+) -> None:
+    async with visit() as client:
+        answer = await client.post("/graphql", json=request_)
+    assert {error["extensions"]["code"] for error in answer.json()["errors"]} == {code}
+
+
+async def test_an_http_request_that_is_not_of_graphql_has_the_code_of_its_fault(
+    visit: Visit,
+) -> None:
+    json_type = {"content-type": "application/json"}
+    async with visit(max_body_bytes="1024") as client:
+        answers = [
+            await client.post("/graphql", content=b"{", headers=json_type),
+            await client.post("/graphql", content=b"{}", headers={"content-type": "text/plain"}),
+            await client.post("/graphql", content=b" " * 1_025, headers=json_type),
+            await client.post("/graphql", json={}, headers={"accept": "image/png"}),
+            await client.put("/graphql", json={}),
+        ]
+    assert [
+        (each.status_code, each.json()["errors"][0]["extensions"]["code"]) for each in answers
+    ] == [
+        (400, "not_json"),
+        (415, "unsupported_media_type"),
+        (413, "too_large"),
+        (406, "not_acceptable"),
+        (405, "method_not_allowed"),
+    ]
+
+
 async def test_fragments_that_double_each_other_are_reported_at_once(visit: Visit) -> None:
     doubling = " ".join(
         f"fragment F{number} on Query {{ ...F{number - 1} ...F{number - 1} }}"

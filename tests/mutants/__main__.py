@@ -2,10 +2,12 @@
 
     python -m tests.mutants [--sample-per-area 30] [--only api/queue] [--unnoticed]
 
-Faults go into copies of the project, never into the project itself. Each runs the tests that
-`stages.py` names for its file, those about the file first, until one fails. Results are kept in
-`.mutants/results.jsonl`, so that a run goes on where the last one stopped; a changed file starts
-anew. At the end: the score, and every fault that no test noticed.
+Faults go into copies of the project, never into the project itself. First, all tests run without
+a fault, and it is recorded which lines each of them executes. A fault then runs the tests that
+execute its line, the quickest first, until one fails; a fault in a file of SQL runs those that
+`stages.py` names. Results are kept in `.mutants/results.jsonl`, so that a run goes on where the
+last one stopped; a changed file starts anew. At the end: the score, and every fault that no test
+noticed.
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,14 +29,16 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Final
 
-from tests.mutants.faults import Mutant, python_mutants, sql_mutants
+from tests.mutants import lines
+from tests.mutants.faults import Mutant, python_mutants, replaced_functions, sql_mutants
+from tests.mutants.lines import Lines
 from tests.mutants.runner import Runner
-from tests.mutants.stages import AREAS, NOT_FOR_MUTANTS, Area, Stage, stages_of
+from tests.mutants.stages import AREAS, NOT_FOR_MUTANTS, Area, Stage, stages_of_line
 from tests.postgresql_server import ServerMissing, running_server
 
 ROOT: Final = Path(__file__).resolve().parent.parent.parent
 RESULTS: Final = ROOT / ".mutants" / "results.jsonl"
-SECONDS: Final = ROOT / ".mutants" / "seconds.json"
+RECORDED: Final = ROOT / ".mutants" / "lines"
 
 NO_TESTS: Final = 5
 """The exit code of pytest if no test was selected."""
@@ -59,7 +62,7 @@ def main() -> None:
     parser.add_argument("--unnoticed", action="store_true", help="try those of the sample again")
     parser.add_argument("--again", action="store_true", help="forget the results so far")
     parser.add_argument(
-        "--no-baseline", action="store_true", help="take the tests' seconds from the last run"
+        "--no-baseline", action="store_true", help="take the tests of each line from the last run"
     )
     parser.add_argument("--list", action="store_true", help="only count the faults")
     arguments = parser.parse_args()
@@ -103,10 +106,15 @@ def main() -> None:
 
 
 def _mutants(area: Area) -> Iterator[Mutant]:
-    paths = sorted({path for pattern in area.paths for path in ROOT.glob(pattern)})
-    for path in paths:
+    replaced: set[str] = set()
+    # The latest migration first: it may replace functions of the others.
+    for path in sorted({path for each in area.paths for path in ROOT.glob(each)}, reverse=True):
         text, relative = path.read_text("utf-8"), path.relative_to(ROOT)
-        yield from sql_mutants(relative, text) if area.sql else python_mutants(relative, text)
+        if area.sql:
+            yield from sql_mutants(relative, text, replaced)
+            replaced |= replaced_functions(text)
+        else:
+            yield from python_mutants(relative, text)
 
 
 def _size(
@@ -131,13 +139,9 @@ def sample(mutants: Sequence[Mutant], size: int, seed: int) -> list[Mutant]:
     return sorted(mutants, key=place)[:size]
 
 
-Seconds = dict[str, float]
-"""The seconds that each test file takes without a fault."""
-
-
-def _limit(stage: Stage, seconds: Seconds) -> float:
+def _limit(stage: Stage, recorded: Lines) -> float:
     """Return the seconds after which the tests of a stage hang."""
-    usual = sum(each for path, each in seconds.items() if stage.has(path))
+    usual = sum(each for test, each in recorded.seconds.items() if stage.has(test))
     return max(MIN_LIMIT_SECONDS, LIMIT_FACTOR * usual)
 
 
@@ -145,7 +149,6 @@ def _try_all(
     todo: Sequence[tuple[Area, Mutant]], arguments: argparse.Namespace, postgresql: str
 ) -> None:
     copies: SimpleQueue[Copy] = SimpleQueue()
-    seconds: Seconds = json.loads(SECONDS.read_text("utf-8")) if SECONDS.exists() else {}
     with tempfile.TemporaryDirectory(prefix="jobs-mutants-") as folder, ExitStack() as stack:
         for number in range(arguments.jobs):
             place = _copy(Path(folder) / str(number))
@@ -154,11 +157,11 @@ def _try_all(
             copies.put(Copy(place, runner, postgresql))
         if not arguments.no_baseline:
             copy = copies.get()
-            for stage in {each: None for area, _ in todo for each in area.everything}:
-                seconds.update(_baseline(copy, stage))
+            shutil.rmtree(RECORDED, ignore_errors=True)
+            for number, stage in enumerate({each: None for area, _ in todo for each in area.all}):
+                _baseline(copy, stage, RECORDED / str(number))
             copies.put(copy)
-            SECONDS.parent.mkdir(exist_ok=True)
-            SECONDS.write_text(json.dumps(seconds, indent=1), "utf-8")
+        recorded = Lines.of_folders(RECORDED)
 
         def attempt(pair: tuple[Area, Mutant]) -> None:
             area, mutant = pair
@@ -172,10 +175,10 @@ def _try_all(
             try:
                 place.write_text(mutated, "utf-8")
                 started = time.monotonic()
-                stages = stages_of(area, mutant.path)
+                stages = stages_of_line(area, mutant.path, mutant.line, recorded)
                 if arguments.quick:
                     stages = [stage for stage in stages if stage.is_quick]
-                outcome, by = _test(copy, stages, seconds)
+                outcome, by = _test(copy, stages, recorded)
                 if arguments.quick and outcome == "survived":
                     outcome = "undecided"
                 _keep(area, mutant, outcome, by, time.monotonic() - started)
@@ -209,39 +212,35 @@ def _copy(folder: Path) -> Path:
     return folder
 
 
-def _baseline(copy: Copy, stage: Stage) -> dict[str, float]:
-    """Run tests without a fault, and return the seconds of each file."""
-    report = copy.folder / "baseline.xml"
-    code, failed = copy.run([*stage.arguments, f"--junit-xml={report}"])
+def _baseline(copy: Copy, stage: Stage, folder: Path) -> None:
+    """Run tests without a fault, and record in a folder which lines they execute."""
+    folder.mkdir(parents=True)
+    recording = {lines.FOLDER: str(folder)}
+    code, failed = copy.run(["-p", lines.__name__, *stage.arguments], environment=recording)
     if failed:
         # A test that fails because the machine is busy passes by itself.
         code, failed = copy.run(stage.again(failed))
-    if code != 0:
+    if code not in (0, NO_TESTS):
         sys.exit(f"Tests fail without any fault. Mend them first: {', '.join(failed)}")
-    seconds: Seconds = {}
-    for case in ElementTree.parse(report).iter("testcase"):
-        module = case.get("classname", "").replace(".", "/") + ".py"
-        seconds[module] = seconds.get(module, 0) + float(case.get("time", 0))
-    return {path: round(total, 1) for path, total in seconds.items()}
 
 
-def _test(copy: Copy, stages: Sequence[Stage], seconds: Seconds) -> tuple[str, str]:
+def _test(copy: Copy, stages: Sequence[Stage], recorded: Lines) -> tuple[str, str]:
     """Run the stages until a test fails.
 
     Return `killed` and the test, `timeout` and the tests that hung, or `survived`.
     """
-    for number, stage in enumerate(stages):
-        limit = _limit(stage, seconds)
+    for stage in stages:
+        limit = _limit(stage, recorded)
         passed_alone: list[str] = []
         while True:
             without = [f"--deselect={test}" for test in passed_alone]
             code, failed = copy.run(["-x", *stage.arguments, *without], limit)
             if code is None:
-                return "timeout", " ".join(stage.tests)
+                return "timeout", " ".join(stage.tests[:5])
             if code in (0, NO_TESTS):
                 break
-            # A test may fail because the machine is busy. Those about the file do not measure time.
-            if number == 0 or not failed or copy.run(stage.again(failed), limit)[0] != 0:
+            # A test may fail because the machine is busy.
+            if not failed or copy.run(stage.again(failed), limit)[0] != 0:
                 return "killed", " ".join(failed) or f"exit code {code}"
             passed_alone += failed
     return "survived", ""
@@ -256,7 +255,10 @@ class Copy:
     postgresql: str
 
     def run(
-        self, arguments: Sequence[str], limit: float | None = None
+        self,
+        arguments: Sequence[str],
+        limit: float | None = None,
+        environment: Mapping[str, str] = {},
     ) -> tuple[int | None, list[str]]:
         """Run pytest. Return its exit code, or None if it hangs, and the tests that failed."""
         failed = self.folder / "failed.txt"
@@ -266,7 +268,7 @@ class Copy:
                 "-q", "--no-header", "--tb=no", f"--postgresql={self.postgresql}", *arguments,
                 *NOT_FOR_MUTANTS,
             ],
-            {"FAILED_TESTS": str(failed)},
+            {"FAILED_TESTS": str(failed), **environment},
             limit,
         )  # fmt: skip
         return code, failed.read_text("utf-8").splitlines() if failed.exists() else []

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from bisect import bisect
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Final
+
+from tests.mutants.lines import Lines
 
 NOT_FOR_MUTANTS: Final = (
     # Slow, with servers of their own, and about costs, which no fault of these changes.
@@ -32,9 +36,11 @@ class Stage:
         """The arguments of pytest that run some of the tests by themselves."""
         return [*tests, *(each for each in self.options if each == "--slow")]
 
-    def has(self, path: str) -> bool:
-        """Return whether the test file belongs to this stage."""
-        return _within(path, self.tests) and not _within(path, self.without)
+    def has(self, test: str) -> bool:
+        """Return whether a test, or a file of tests, belongs to this stage."""
+        path = test.partition("::")[0]
+        is_in = test in self.tests or _within(path, self.tests)
+        return is_in and not _within(path, self.without)
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,7 @@ class Area:
     sql: bool = False
 
     @property
-    def everything(self) -> list[Stage]:
+    def all(self) -> list[Stage]:
         """All tests of the area, and the slow ones."""
         stages = [Stage(self.tests, options=self.options)]
         if self.slow:
@@ -63,12 +69,35 @@ class Area:
         return stages
 
 
+QUICK_SECONDS: Final = 40.0
+"""How long the quick tests of a line may take without a fault."""
+
+
+def stages_of_line(area: Area, path: Path, line: int, recorded: Lines) -> list[Stage]:
+    """Return the stages for a fault in a line: the tests that execute it.
+
+    Those about the file go first, and of these and of the others the quickest. If no test is
+    recorded, the stages are those for the file.
+    """
+    tests = recorded.of(path, line)
+    if not tests:
+        return stages_of(area, path)
+    about = _about(area, path)
+    tests.sort(key=lambda test: not _within(test.partition("::")[0], about))
+    spent = list(accumulate(recorded.seconds[test] for test in tests))
+    quick = max(1, bisect(spent, QUICK_SECONDS))
+    stages = [Stage(tuple(tests[:quick]), is_quick=True)]
+    if tests[quick:]:
+        stages.append(Stage(tuple(tests[quick:])))
+    if area.slow:
+        stages.append(Stage(area.slow, options=SLOW))
+    return stages
+
+
 def stages_of(area: Area, path: Path) -> list[Stage]:
     """Return the stages for a fault in the file."""
     one_database = _one_database(path)
-    first = next(
-        (tests for prefix, tests in area.about if str(path).startswith(prefix)), area.quick
-    )
+    first = _about(area, path)
     second = tuple(each for each in area.quick if not _within(each, first))
     # The quick ones on one database, which is enough for what most files do.
     quickly = one_database or ("-k", "not postgresql")
@@ -83,6 +112,11 @@ def stages_of(area: Area, path: Path) -> list[Stage]:
     return stages
 
 
+def _about(area: Area, path: Path) -> tuple[str, ...]:
+    """Return the tests about a file."""
+    return next((tests for prefix, tests in area.about if str(path).startswith(prefix)), area.quick)
+
+
 TWO_AT_ONCE: Final = ("-n", "2")
 SLOW: Final = ("--slow", "-m", "slow")
 
@@ -91,7 +125,7 @@ def _one_database(path: Path) -> tuple[str, ...]:
     """Leave out the tests of a database that never reads the file."""
     if path.stem == "sqlite":
         return ("-k", "not postgresql")
-    if path.stem == "postgresql" or path == Path("alembic/versions/0002_claims.sql"):
+    if path.stem == "postgresql" or (path.suffix == ".sql" and "alembic" in path.parts):
         return ("-k", "not sqlite")
     return ()
 

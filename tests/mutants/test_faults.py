@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
-from tests.mutants.__main__ import ROOT, sample
-from tests.mutants.faults import python_mutants, sql_mutants
-from tests.mutants.stages import AREAS, stages_of
+import pytest
+
+from tests import CODE, ROOT
+from tests.mutants import lines
+from tests.mutants.__main__ import sample
+from tests.mutants.faults import python_mutants, replaced_functions, sql_mutants
+from tests.mutants.lines import Lines
+from tests.mutants.stages import AREAS, stages_of, stages_of_line
 
 CLAIM = """\
 -- Take a job WHERE nobody <= somebody: a comment is no fault's place.
 UPDATE job SET progress = NULL, attempt = attempt + 1
-WHERE id = (
+WHERE attempt <= 9 AND id = (
     SELECT id FROM job WHERE status = 'queued' AND next_run_at <= now()
     ORDER BY priority DESC LIMIT 1 FOR UPDATE SKIP LOCKED
 )
@@ -29,7 +38,8 @@ def test_locks_conditions_comparisons_and_bounds_are_mutated_one_at_a_time() -> 
     assert "'queued'\n" in faults["condition dropped: AND next_run_at <= now()"]
     assert "WHERE true AND" in faults["condition dropped: status = 'queued'"]
     assert "next_run_at > now()" in faults["comparison turned: <="]
-    assert "next_run_at < now()" in faults["boundary moved: <="]
+    # The time of `now()` is left alone: no test can stop the clock at a microsecond.
+    assert "attempt < 9" in faults["boundary moved: <="]
     assert "priority ASC" in faults["order turned: DESC"]
     assert "SET attempt" in faults["assignment dropped: progress = NULL,"]
     assert "attempt - 1" in faults["sign turned: + 1"]
@@ -127,3 +137,54 @@ def test_a_sample_is_drawn_again_and_a_larger_one_contains_it() -> None:
     small, large = sample(mutants, 3, seed=1), sample(mutants, 6, seed=1)
     assert small == sample(mutants, 3, seed=1) == large[:3]
     assert small != sample(mutants, 3, seed=2)
+
+
+def test_functions_that_a_later_migration_replaces_get_no_faults() -> None:
+    text = (
+        "CREATE FUNCTION one() RETURNS void AS $$ DELETE FROM job WHERE a <= 1 $$;\n"
+        "CREATE FUNCTION two() RETURNS void AS $$ DELETE FROM job WHERE b <= 1 $$;\n"
+    )
+    replaced = replaced_functions("CREATE OR REPLACE FUNCTION one() RETURNS void AS $$ $$;")
+    assert replaced == {"one"}
+    assert {mutant.line for mutant in sql_mutants(Path("0001.sql"), text, replaced)} == {2}
+    assert {mutant.line for mutant in sql_mutants(Path("0001.sql"), text)} == {1, 2}
+
+
+def test_a_line_has_the_tests_that_execute_it_the_quickest_first(tmp_path: Path) -> None:
+    for folder, worker, tests in (("0", "gw0", {"a": 3.0, "b": 1.0}), ("1", "alone", {"c": 2.0})):
+        (tmp_path / folder).mkdir()
+        executed = {"api/x.py": {"7": list(range(len(tests)))}}
+        text = json.dumps({"seconds": tests, "lines": executed})
+        (tmp_path / folder / f"{worker}.json").write_text(text)
+    recorded = Lines.of_folders(tmp_path)
+    assert recorded.of(Path("api/x.py"), 7) == ["b", "c", "a"]
+    # A later line of the same statement.
+    assert recorded.of(Path("api/x.py"), 9) == ["b", "c", "a"]
+    assert recorded.of(Path("api/x.py"), 6) == recorded.of(Path("api/y.py"), 7) == []
+
+
+def test_a_fault_runs_the_tests_of_its_line_or_those_of_its_file() -> None:
+    area, path = AREAS[1], Path("api/queue/upkeep.py")
+    tests = {f"tests/queue/test_x.py::{n}": 15.0 for n in range(4)}
+    recorded = Lines({str(path): {7: frozenset(tests)}}, tests)
+    quick, rest = stages_of_line(area, path, 7, recorded)
+    assert (len(quick.tests), quick.is_quick, len(rest.tests)) == (2, True, 2)
+    assert all(quick.has(test) for test in quick.tests)
+    about = "tests/queue/test_upkeep.py::slow"
+    with_it = Lines({str(path): {7: frozenset({*tests, about})}}, {**tests, about: 30.0})
+    assert stages_of_line(area, path, 7, with_it)[0].tests[0] == about
+    assert stages_of_line(area, path, 3, recorded) == stages_of(area, path)
+
+
+@pytest.mark.slow
+def test_the_plugin_records_the_lines_of_a_test(tmp_path: Path) -> None:
+    test = "tests/registry/test_errors.py"
+    subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "tests.mutants.lines", test],
+        env={**os.environ, lines.FOLDER: str(tmp_path), "PYTHONPATH": CODE},
+        cwd=ROOT, check=True, timeout=60, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    recorded = Lines.of_folders(tmp_path.parent)
+    found = {each for tests in recorded.tests["registry/errors.py"].values() for each in tests}
+    assert found
+    assert {each.partition("::")[0] for each in found} == {test}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import time
-import uuid
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -250,13 +249,13 @@ async def test_concurrent_enqueues_share_commits(
 ) -> None:
     # Given a store that notes the size of each insert
     sizes: list[int] = []
-    insert = queue._store.insert
+    insert = queue._store.insert_unkeyed
 
-    async def noting(jobs: Sequence[NewJob]) -> dict[uuid.UUID, Stored]:
+    async def noting(jobs: Sequence[NewJob]) -> tuple[list[Stored], int | None]:
         sizes.append(len(jobs))
         return await insert(jobs)
 
-    monkeypatch.setattr(queue._store, "insert", noting)
+    monkeypatch.setattr(queue._store, "insert_unkeyed", noting)
 
     # When a hundred callers come at once
     await asyncio.gather(*(queue.enqueue(ping(str(n))) for n in range(100)))

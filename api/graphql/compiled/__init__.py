@@ -7,7 +7,7 @@ execution: graphql-core then executes the operation, and its `middleware` return
 have already returned or raised. So no resolver runs twice, and the rules about errors, nulls and
 paths stay in graphql-core.
 
-Nothing here depends on jobs, and only `strawberry_classes` depends on Strawberry.
+Nothing here depends on jobs, and only `strawberry_classes` and `resuming` depend on Strawberry.
 """
 
 from job_registry_api.graphql.compiled.operation import (
@@ -15,6 +15,7 @@ from job_registry_api.graphql.compiled.operation import (
     Compiler,
     Different,
 )
+from job_registry_api.graphql.compiled.resuming import Resumable
 from job_registry_api.graphql.compiled.strawberry_classes import StrawberryClasses
 
-__all__ = ["CompiledOperation", "Compiler", "Different", "StrawberryClasses"]
+__all__ = ["CompiledOperation", "Compiler", "Different", "Resumable", "StrawberryClasses"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from inspect import CORO_CREATED, getcoroutinestate, isawaitable, iscoroutine
 from typing import Any, Final
 
@@ -29,6 +29,7 @@ from graphql import (
 from job_registry_api.graphql.compiled.inputs import InputCompiler, Variables
 from job_registry_api.graphql.compiled.leaving import NotCompiled, Odd
 from job_registry_api.graphql.compiled.outputs import Branch, Call, Classes, OutputCompiler, Step
+from job_registry_api.graphql.compiled.resuming import resuming
 
 MAX_FIELDS: Final = 1_000
 """The most fields of one operation, counted once per object type of a union or interface."""
@@ -195,6 +196,8 @@ class CompiledOperation:
         Raises:
             Odd: a value is not a Boolean, or its combination is not compiled.
         """
+        if not self._conditions:
+            return self._variants[()] or []
         values = {name: variables.coerced.get(name) for name in self._conditions}
         variant = tuple(value is True for value in values.values())
         if not all(value.__class__ is bool for value in values.values()):
@@ -263,6 +266,8 @@ class CompiledOperation:
             call.is_handed_out = True
             if differences is not None:
                 differences.extend(_differences(call, info, arguments))
+            if call.converted is not None:
+                return _resumed(call, next_(source, info, **arguments), differences)
             if call.error is not None:
                 raise call.error
             return call.value
@@ -283,6 +288,18 @@ class CompiledOperation:
             for call in calls:
                 if not call.is_handed_out:
                     _close(call.value)
+
+
+async def _resumed(call: Call, layers: Awaitable[Any], differences: list[str] | None) -> Any:
+    """Return the outcome of a direct call, through the layers that handle its errors."""
+    try:
+        with resuming(call):
+            return await layers
+    finally:
+        if differences is not None and repr(call.converted) != repr(call.converted_again):
+            differences.append(
+                f"{_keys(call)}: {call.converted!r}, by the layers {call.converted_again!r}"
+            )
 
 
 async def _finish(branch: Branch) -> None:

@@ -60,15 +60,49 @@ class Classes(Protocol):
     def attribute_of(self, type_name: str, field_name: str) -> str | None:
         """Return the attribute that a field reads; None if the field has a resolver."""
 
+    def direct_of(self, type_name: str, field_name: str) -> Direct | None:
+        """Return how the resolver of a field is called directly; None if it is not."""
+
+
+class Direct(NamedTuple):
+    """How a resolver is called without the layers that handle its errors.
+
+    graphql-core goes through these layers if the compiled execution ends early. The field then has
+    to use the outcome of the direct call: see `outcome_before`.
+    """
+
+    converted: Callable[[GraphQLResolveInfo[Any], dict[str, Any]], tuple[Any, dict[str, Any]]]
+    """Returns the info and the arguments that the resolver gets."""
+    call: Callable[..., Awaitable[Any]]
+    """Calls the resolver with the source, that info and those arguments."""
+
 
 class Call:
-    """A call of a resolver, and what it has returned or raised."""
+    """A call of a resolver, and what it has returned or raised.
 
-    __slots__ = ("arguments", "error", "info", "is_handed_out", "value")
+    `converted` are the arguments of a direct call, `converted_again` those by the usual layers.
+    """
 
-    def __init__(self, info: GraphQLResolveInfo[Any], arguments: dict[str, Any]) -> None:
+    __slots__ = (
+        "arguments",
+        "converted",
+        "converted_again",
+        "error",
+        "info",
+        "is_handed_out",
+        "value",
+    )
+
+    def __init__(
+        self,
+        info: GraphQLResolveInfo[Any],
+        arguments: dict[str, Any],
+        converted: dict[str, Any] | None = None,
+    ) -> None:
         self.info = info
         self.arguments = arguments
+        self.converted = converted
+        self.converted_again: dict[str, Any] | None = None
         self.value: Any = None
         """Its result; an awaitable until that has been awaited."""
         self.error: Exception | None = None
@@ -213,7 +247,11 @@ class OutputCompiler:
             self._schema, self._fragments, self._operation, parent, key, nodes, field
         )
         arguments = compile_arguments(field, nodes[0])
-        step = _call(key, field.resolve, info_of, arguments, completer.complete)
+        direct = self._classes.direct_of(parent.name, name)
+        if direct is not None:
+            step = _call_directly(key, direct, info_of, arguments, completer.complete)
+        else:
+            step = _call(key, field.resolve, info_of, arguments, completer.complete)
         return _Field(step, None, True)
 
     def _completer(self, kind: GraphQLOutputType, nodes: list[FieldNode]) -> Completer:
@@ -305,6 +343,32 @@ def _call(
             branch.waiting.append(Waiting(made, complete, answer, key))
         else:
             answer[key] = complete(value, branch, info.path)
+
+    return call
+
+
+def _call_directly(
+    key: str,
+    direct: Direct,
+    info_of: Callable[[Branch, Path | None], GraphQLResolveInfo[Any]],
+    arguments_of: Arguments,
+    complete: Complete,
+) -> Step:
+    """Return the step that calls an async resolver directly.
+
+    If its arguments cannot be converted there is no call, and graphql-core makes the first one.
+    """
+    converted_of, resolve = direct
+
+    def call(source: Any, branch: Branch, path: Path | None, answer: dict[str, Any]) -> None:
+        arguments = arguments_of(branch.variables)
+        info = info_of(branch, path)
+        own_info, converted = converted_of(info, arguments)
+        made = Call(info, arguments, converted)
+        branch.calls.append(made)
+        answer[key] = None
+        made.value = resolve(source, own_info, **converted)
+        branch.waiting.append(Waiting(made, complete, answer, key))
 
     return call
 

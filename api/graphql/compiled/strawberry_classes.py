@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Final
+
 import strawberry
-from strawberry.types.base import StrawberryObjectDefinition
+from graphql import GraphQLResolveInfo
+from strawberry.extensions import FieldExtension
+from strawberry.extensions.field_extension import build_field_extension_resolvers
+from strawberry.types.arguments import InputContext, StrawberryArgument, convert_argument
+from strawberry.types.base import (
+    StrawberryObjectDefinition,
+    StrawberryOptional,
+    get_object_definition,
+)
 from strawberry.types.enum import StrawberryEnumDefinition
+from strawberry.types.field import StrawberryField
+
+from job_registry_api.graphql.compiled.outputs import Direct
+from job_registry_api.graphql.compiled.resuming import Resumable
+
+_UNCONVERTED: Final = (str, int, float, bool, strawberry.ID)
 
 
 class StrawberryClasses:
@@ -37,3 +55,79 @@ class StrawberryClasses:
         if field is None or not field.is_basic_field or field.default_resolver is not getattr:
             return None
         return field.python_name
+
+    def direct_of(self, type_name: str, field_name: str) -> Direct | None:
+        """Return how an async resolver is called directly, if its outermost extension is a
+        `Resumable`.
+
+        The extensions and the resolver are those that Strawberry calls, with the same arguments.
+        What is left out are its exception handlers, and looking up how to convert the arguments.
+        """
+        field = self._schema.get_field_for_type(field_name, type_name)
+        if field is None or not _is_direct(field):
+            return None
+        resolver = field.base_resolver
+        assert resolver is not None
+        with_self, with_info = resolver.self_parameter, resolver.info_parameter
+
+        def resolve(source: Any, info: strawberry.Info, **arguments: Any) -> Any:
+            if with_info is not None:
+                arguments["info"] = info
+            return resolver(source, **arguments) if with_self else resolver(**arguments)
+
+        call: Callable[..., Any] = resolve
+        for extension in build_field_extension_resolvers(field):
+            call = partial(extension, call)
+        name_of = self._schema.config.name_converter.from_argument
+        converters = [
+            (name_of(each), each.python_name, self._converter(each)) for each in field.arguments
+        ]
+        info_class = self._schema.config.info_class
+
+        def converted(
+            graphql_info: GraphQLResolveInfo[Any], given: dict[str, Any]
+        ) -> tuple[strawberry.Info, dict[str, Any]]:
+            info = info_class(graphql_info, field)
+            return info, {
+                python_name: given[name] if convert is None else convert(given[name], info)
+                for name, python_name, convert in converters
+                if name in given
+            }
+
+        return Direct(converted, call)
+
+    def _converter(
+        self, argument: StrawberryArgument
+    ) -> Callable[[Any, strawberry.Info], Any] | None:
+        """Return the function that converts an argument; None if it stays as it is."""
+        config, scalars = self._schema.config, self._schema.schema_converter.scalar_registry
+        kind: Any = argument.type
+        path = (self._schema.config.name_converter.from_argument(argument),)
+        inner: Any = kind.of_type if type(kind) is StrawberryOptional else kind
+        if inner in _UNCONVERTED:
+            return None
+        definition = get_object_definition(inner)
+        build = definition.from_input if definition is not None else None
+
+        def convert(value: Any, info: strawberry.Info) -> Any:
+            if value.__class__ is dict and build is not None:
+                return build(inner, value, InputContext(info, config, scalars, path))
+            return convert_argument(value, kind, scalars, config, info, path=path)
+
+        return convert
+
+
+def _is_direct(field: StrawberryField) -> bool:
+    resolver, extensions = field.base_resolver, field.extensions
+    return (
+        resolver is not None
+        and field.is_async
+        and not field.is_subscription
+        and bool(extensions)
+        and isinstance(extensions[-1], Resumable)
+        and all(type(each).map_arguments is FieldExtension.map_arguments for each in extensions)
+        and type(field).get_result is StrawberryField.get_result
+        and resolver.parent_parameter is None
+        and resolver.root_parameter is None
+        and (resolver.info_parameter is None or resolver.info_parameter.name == "info")
+    )

@@ -44,27 +44,29 @@ const CANCEL = graphql(`
 `);
 
 export function Jobs() {
-  const { data, error, refetch } = useQuery(JOBS);
+  const { data, previousData, error, refetch } = useQuery(JOBS);
   useSubscription(EVENTS, {
     onData: ({ data: { data: event } }) => {
       if (event?.jobEvents.name === "job.created") void refetch();
     },
   });
-  if (error) return <p role="alert">{error.message}</p>;
+  // If the jobs cannot be read again, the old ones remain. Events still update them.
+  const jobs = (data ?? previousData)?.jobs?.nodes;
   return (
-    <table>
-      <thead>
-        <tr>
-          <th>Sizes</th>
-          <th>Status</th>
-          <th>Progress</th>
-          <th />
-        </tr>
-      </thead>
-      <tbody>
-        {data?.jobs?.nodes.map((job) => <Row job={job} key={job.id} />)}
-      </tbody>
-    </table>
+    <>
+      {error && <p role="alert">{error.message}</p>}
+      <table>
+        <thead>
+          <tr>
+            <th>Sizes</th>
+            <th>Status</th>
+            <th>Progress</th>
+            <th />
+          </tr>
+        </thead>
+        <tbody>{jobs?.map((job) => <Row job={job} key={job.id} />)}</tbody>
+      </table>
+    </>
   );
 }
 

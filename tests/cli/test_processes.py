@@ -1,0 +1,170 @@
+"""`serve --processes` serves from several processes, which start, die and end together."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from job_registry_api.cli.listening import listen, listen_together
+from tests.cli.test_cli import Shell
+from tests.test_shutdown import GRACE, PROCESSES, SOON, Process, catalog, running, sqlite_url
+
+__all__ = ["catalog", "sqlite_url"]
+
+
+@pytest.mark.any_database
+def test_the_sockets_share_the_connections_of_one_address() -> None:
+    with contextlib.ExitStack() as stack:
+        sockets = [
+            stack.enter_context(each) for each in listen_together("127.0.0.1", 0, 2, "--port")
+        ]
+        address = sockets[0].getsockname()
+        for _ in range(64):
+            stack.enter_context(socket.create_connection(address))
+        counts = []
+        for each in sockets:
+            each.setblocking(False)
+            counts.append(0)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    stack.enter_context(each.accept()[0])
+                    counts[-1] += 1
+        assert sum(counts) == 64
+        # Each gets half of them; less than 8 is as likely as one in a billion.
+        assert min(counts) >= 8
+
+
+@pytest.mark.any_database
+def test_an_address_that_others_share_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    for others in (listen_together("127.0.0.1", 0, 2, "-"), [listen("127.0.0.1", 0, "-")]):
+        port = others[0].getsockname()[1]
+        with pytest.raises(SystemExit) as ended:
+            listen_together("127.0.0.1", port, 2, "--port or JOBS_PORT")
+        assert ended.value.code == 1
+        assert capsys.readouterr().err == (
+            f"Cannot listen on 127.0.0.1:{port}: Address already in use."
+            " Choose another port with --port or JOBS_PORT.\n"
+        )
+        for each in others:
+            each.close()
+
+
+@pytest.mark.any_database
+def test_reload_is_refused(tmp_path: Path) -> None:
+    jobs = Shell(tmp_path)
+    for options, settings in (
+        (["--processes", "2"], {}),
+        ([], {"JOBS_SERVE_PROCESSES": "2"}),
+    ):
+        refused = jobs("serve", "--reload", *options, **settings)
+        assert refused.returncode == 2
+        assert refused.stderr == (
+            "--reload restarts one process. Leave out --processes and JOBS_SERVE_PROCESSES.\n"
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["database", "catalog"])
+def test_what_keeps_it_from_starting_is_said_once(
+    fault: str, sqlite_url: str, catalog: Path
+) -> None:
+    url, code, said = sqlite_url, 2, "The job types cannot be loaded: hanging: "
+    if fault == "database":
+        url, code = "postgresql://u:secret@127.0.0.1:1/jobs", 1
+        said = "The database is not available: "
+    else:
+        (catalog / "hanging.py").write_text("syntax error", "utf-8")
+    process = Process(PROCESSES, url, catalog)
+    try:
+        assert process.popen.wait(60) == code
+    finally:
+        process.close()
+    banner, sentence = process.lines
+    assert banner.startswith("Job Registry serves http://")
+    assert banner.endswith(" from 2 processes  (Ctrl-C ends it)\n")
+    assert sentence.startswith(said)
+
+
+@contextmanager
+def serving_in_processes(url: str, catalog: Path) -> Iterator[Process]:
+    process = Process(PROCESSES, url, catalog, log_level="info")
+    try:
+        process.wait_for_line("processes.started")
+        yield process
+    finally:
+        process.close()
+
+
+def servers(process: Process) -> list[psutil.Process]:
+    """The processes that serve, without the worker."""
+    children = psutil.Process(process.popen.pid).children()
+    return [child for child in children if "serve" in child.cmdline()]
+
+
+def address(process: Process) -> str:
+    return process.lines[0].split("http://")[1].split("/graphql")[0]
+
+
+@pytest.mark.slow
+def test_all_processes_serve_and_one_that_dies_is_restarted(sqlite_url: str, catalog: Path) -> None:
+    with serving_in_processes(sqlite_url, catalog) as process, contextlib.ExitStack() as stack:
+        url = f"http://{address(process)}"
+        clients = [stack.enter_context(httpx.Client(base_url=url, timeout=30)) for _ in range(32)]
+        for client in clients:
+            assert client.get("/healthz").status_code == 200
+        first, second = servers(process)
+        served = Counter(
+            {
+                each.pid: sum(c.status == "ESTABLISHED" for c in each.net_connections("tcp"))
+                for each in (first, second)
+            }
+        )
+        assert min(served[first.pid], served[second.pid]) >= 4
+        # A job that one process stores is run in the worker's own process.
+        answer = clients[0].post("/jobs", json={"type": "quick", "payload": {}})
+        assert answer.status_code == 201
+        process.wait_for_line("job.succeeded")
+
+        first.kill()
+        line = json.loads(process.wait_for_line("process.ended"))
+        assert (line["process"], line["process_id"], line["signal"]) == (
+            "server 1",
+            first.pid,
+            "SIGKILL",
+        )
+        assert line["level"] == "error"
+        # Connections that wait for the new process are served once it has started.
+        for _ in range(8):
+            assert httpx.get(f"{url}/readyz", timeout=30).status_code == 200
+
+        assert len(servers(process)) == 2
+        # However the supervisor ends, nothing is left.
+        children = psutil.Process(process.popen.pid).children(recursive=True)
+        process.popen.kill()
+        assert psutil.wait_procs(children, timeout=GRACE + SOON)[1] == []
+
+
+@pytest.mark.slow
+def test_ctrl_c_at_a_terminal_counts_once(sqlite_url: str, catalog: Path) -> None:
+    settings = {"shutdown_seconds": 2.0}
+    with running(PROCESSES, sqlite_url, catalog, "stuck", **settings) as (process, job):
+        process.wait_for_line("processes.started")
+        children = psutil.Process(process.popen.pid).children(recursive=True)
+        os.killpg(process.popen.pid, signal.SIGINT)
+        with pytest.raises(psutil.TimeoutExpired):
+            # A second signal would not wait for the job.
+            psutil.Process(process.popen.pid).wait(1.5)
+        assert process.popen.wait(10) == 0
+        assert psutil.wait_procs(children, timeout=1)[1] == []
+        assert job().attempt == 0

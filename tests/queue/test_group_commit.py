@@ -1,0 +1,78 @@
+"""Concurrent calls share commits, and each has its own deadline."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+
+from job_registry_api.queue.group_commit import GroupCommit
+
+
+class Commits:
+    """Groups that were committed, in order. A commit takes until `may_end` is set."""
+
+    def __init__(self) -> None:
+        self.groups: list[list[int]] = []
+        self.may_end = asyncio.Event()
+
+    async def commit(self, items: Sequence[int]) -> list[int]:
+        self.groups.append(list(items))
+        await self.may_end.wait()
+        return [item * 10 for item in items]
+
+
+def after(seconds: float) -> float:
+    return asyncio.get_running_loop().time() + seconds
+
+
+async def test_calls_that_arrive_during_a_commit_share_the_next_one() -> None:
+    commits = Commits()
+    group = GroupCommit(commits.commit)
+    async with asyncio.timeout(5), asyncio.TaskGroup() as tasks:
+        results = [tasks.create_task(group.submit(0, until=after(60)))]
+        while not commits.groups:
+            await asyncio.sleep(0)
+        results += [tasks.create_task(group.submit(item, until=after(60))) for item in (1, 2)]
+        await asyncio.sleep(0)
+        commits.may_end.set()
+    assert [task.result() for task in results] == [0, 10, 20]
+    assert commits.groups == [[0], [1, 2]]
+
+
+async def test_a_call_ends_at_its_deadline_and_the_others_go_on() -> None:
+    commits = Commits()
+    group = GroupCommit(commits.commit)
+    until = [after(60), after(0.05), after(0.02), after(60)]
+    calls = [asyncio.create_task(group.submit(item, until=time)) for item, time in enumerate(until)]
+    done, _ = await asyncio.wait(calls[1:3], timeout=5)
+    assert done == set(calls[1:3])
+    assert all(isinstance(call.exception(), TimeoutError) for call in done)
+    assert not calls[0].done()
+    # A later call has a deadline too, after the timer of the earlier ones has ended.
+    with pytest.raises(TimeoutError):
+        await group.submit(4, until=after(0.02))
+    commits.may_end.set()
+    assert [await calls[0], await calls[3], await group.submit(5)] == [0, 30, 50]
+    assert commits.groups == [[0, 1, 2, 3], [4], [5]]  # What is late is committed all the same.
+
+
+async def test_many_calls_have_one_timer() -> None:
+    commits = Commits()
+    commits.may_end.set()
+    group = GroupCommit(commits.commit)
+    timers = 0
+    loop = asyncio.get_running_loop()
+    call_at = loop.call_at
+
+    def counted(*arguments: object) -> asyncio.TimerHandle:
+        nonlocal timers
+        timers += 1
+        return call_at(*arguments)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "call_at", counted)
+        for _ in range(5):
+            await asyncio.gather(*(group.submit(item, until=after(60)) for item in range(20)))
+    assert timers == 1
