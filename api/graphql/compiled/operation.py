@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from inspect import CORO_CREATED, getcoroutinestate, isawaitable, iscoroutine
 from typing import Any, Final
 
@@ -267,7 +268,7 @@ class CompiledOperation:
             if differences is not None:
                 differences.extend(_differences(call, info, arguments))
             if call.converted is not None:
-                return _resumed(call, next_(source, info, **arguments), differences)
+                return _resumed(call, partial(next_, source, info, **arguments), differences)
             if call.error is not None:
                 raise call.error
             return call.value
@@ -290,11 +291,13 @@ class CompiledOperation:
                     _close(call.value)
 
 
-async def _resumed(call: Call, layers: Awaitable[Any], differences: list[str] | None) -> Any:
+async def _resumed(
+    call: Call, layers: Callable[[], Awaitable[Any]], differences: list[str] | None
+) -> Any:
     """Return the outcome of a direct call, through the layers that handle its errors."""
     try:
         with resuming(call):
-            return await layers
+            return await layers()
     finally:
         if differences is not None and repr(call.converted) != repr(call.converted_again):
             differences.append(
