@@ -329,6 +329,7 @@ async def _settle(calls: list[Call]) -> None:
             call.value = await call.value
         except Exception as error:
             call.value, call.error = None, error
+            await _answer_error(call)
         return
     outcomes = await asyncio.gather(*(call.value for call in calls), return_exceptions=True)
     for call, outcome in zip(calls, outcomes, strict=True):
@@ -336,8 +337,22 @@ async def _settle(calls: list[Call]) -> None:
             call.value = outcome
         elif isinstance(outcome, Exception):
             call.value, call.error = None, outcome
+            await _answer_error(call)
         else:
             raise outcome
+
+
+async def _answer_error(call: Call) -> None:
+    """Let the layers that a direct call left out answer its error, with data or another error."""
+    if call.layers is None:
+        return
+    try:
+        with resuming(call):
+            value = await call.layers(call.source, call.info, **call.arguments)
+    except Exception as error:
+        call.error = error
+    else:
+        call.value, call.error = value, None
 
 
 def _conditions(
