@@ -106,9 +106,9 @@ class Metrics:
         """Count stored jobs."""
         self._enqueued.labels(self._label(job_type)).inc(jobs)
 
-    def attempt_ended(self, job_type: str, outcome: str) -> None:
-        """Count the end of an attempt."""
-        self._attempts.labels(self._label(job_type), outcome).inc()
+    def attempt_ended(self, job_type: str, outcome: str, attempts: int = 1) -> None:
+        """Count the end of an attempt, or of several with the same outcome."""
+        self._attempts.labels(self._label(job_type), outcome).inc(attempts)
 
     def parked(self, job_type: str) -> None:
         """Count a job that was parked."""

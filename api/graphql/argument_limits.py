@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from graphql import (
     BooleanValueNode,
@@ -245,15 +245,21 @@ class _Count(NamedTuple):
     characters: int
 
 
+_INNER: Final = (GraphQLList, GraphQLInputObjectType)
+"""The types whose values hold others that have a type."""
+
+
 def _count(value: Any, kind: GraphQLInputType | None) -> _Count:
     """Count a value along its type, as far as the schema has one. Below that it is any JSON."""
     values = typed = characters = 0
     waiting: list[tuple[Any, GraphQLInputType | None]] = [(value, kind)]
     untyped: list[Any] = []
+    # The objects of a bulk have the same fields.
+    fields_of: dict[GraphQLInputType, dict[str, GraphQLInputType | None]] = {}
     while waiting:
         each, kind = waiting.pop()
         kind = _nullable(kind)
-        is_inner = isinstance(kind, GraphQLList | GraphQLInputObjectType)
+        is_inner = isinstance(kind, _INNER)
         if kind is None or (type(each) in (dict, list) and not is_inner):
             typed += kind is not None
             untyped.append(each)
@@ -264,7 +270,11 @@ def _count(value: Any, kind: GraphQLInputType | None) -> _Count:
             characters += len(each)
         elif type(each) is dict:
             characters += sum(map(len, each))
-            waiting += ((item, _field_of(kind, name)) for name, item in each.items())
+            fields = fields_of.setdefault(kind, {})
+            for name, item in each.items():
+                if name not in fields:
+                    fields[name] = _field_of(kind, name)
+                waiting.append((item, fields[name]))
         elif type(each) is list:
             item_kind = _item_of(kind)
             waiting += ((item, item_kind) for item in each)

@@ -351,7 +351,8 @@ class _WaitingLine:
 
     def leave(self, waiter: _Waiter) -> None:
         """Remove a caller. An empty waiting line ends."""
-        with suppress(ValueError):
+        # Mostly it has been served and removed. The error of `remove` would quote it.
+        if waiter in self._waiters:
             self._waiters.remove(waiter)
         if not self._waiters:
             self._woken.set()

@@ -59,6 +59,9 @@ from job_registry_api.queue.store import (
 
 DEFAULT_PRIORITY: Final = 50
 
+_NO_OPTIONS: Final = EnqueueRequest("", None)[2:]
+"""What a request has after its type and payload if it has no options."""
+
 OthersJobs = Literal["described", "returned", "hidden"]
 """What a caller learns of the job of another creator that has its idempotency key: everything, the
 job if the payload is the same, or nothing but that the key is taken."""
@@ -133,7 +136,7 @@ class Enqueueing(Opening):
 
     def __init__(self) -> None:
         # Separate groups: a job without a key never shares a statement with one that has to wait.
-        self._inserts = GroupCommit(self._insert)
+        self._inserts: GroupCommit[NewJob, Stored | None] = GroupCommit(self._insert_unkeyed)
         self._keyed_inserts = GroupCommit(self._insert)
 
     def request(
@@ -388,8 +391,9 @@ class Enqueueing(Opening):
         """Admit the jobs of a bulk. Yields after each job that is refused."""
         for index, request in enumerate(bulk.requests):
             try:
-                new = self.admit(request, created_by, bulk.budget)
-                bulk.admitted[index] = new._replace(hides_others=bulk.others == "hidden")
+                bulk.admitted[index] = self.admit(
+                    request, created_by, bulk.budget, hides_others=bulk.others == "hidden"
+                )
             except (JobTypeNotFound, PayloadInvalid, InputInvalid) as refusal:
                 bulk.results[index] = refusal
                 yield
@@ -399,13 +403,15 @@ class Enqueueing(Opening):
         request: EnqueueRequest,
         created_by: str | None = None,
         budget: FaultBudget | None = None,
+        *,
+        hides_others: bool = False,
     ) -> NewJob:
         """Return the job that a request describes. Raises as `enqueue` does; writes nothing."""
         budget = budget or FaultBudget()
         job_type = self.registry.get_type(request.type, budget)
-        faults = list(input_faults(request))
-        if faults:
-            faults = list(budget.listed("The request", faults))
+        faults: list[Violation] = []
+        if request[2:] != _NO_OPTIONS:
+            faults += budget.listed("The request", list(input_faults(request)))
         try:
             admitted = self.registry.admit(request.type, request.payload, budget)
         except PayloadInvalid as invalid:
@@ -430,12 +436,15 @@ class Enqueueing(Opening):
             next_run_at=request.schedule_at,
             idempotency_key=request.idempotency_key,
             created_by=created_by,
+            hides_others=hides_others,
         )
 
     async def _insert_bulk(
         self, jobs: Sequence[NewJob], *, atomic: bool
     ) -> tuple[list[Stored], bool]:
         """Return the outcome of each job, and whether the jobs were committed."""
+        if all(job.idempotency_key is None for job in jobs):
+            return await self._insert_unkeyed(jobs), True
         if atomic:
             stored, committed = await self._database.patiently(
                 lambda: self._insert_all(jobs),
@@ -451,6 +460,15 @@ class Enqueueing(Opening):
                     self._keyed_inserts, job, "another transaction holds the idempotency key"
                 )
         return [present(outcomes[job.id]) for job in jobs], True
+
+    async def _insert_unkeyed(self, jobs: Sequence[NewJob]) -> list[Stored]:
+        """Insert jobs without keys. Nothing can conflict, so one statement stores all or none."""
+        stored, batch = await self._store.insert_unkeyed(jobs)
+        events = [JobEvent("job.created", job.id, job.type, 0) for job in jobs]
+        if batch is not None:
+            self.events.remember_batch(batch, events)
+        self.events.publish(events)
+        return stored
 
     async def _insert_all(
         self, jobs: Sequence[NewJob]

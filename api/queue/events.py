@@ -53,7 +53,7 @@ from job_registry_api.queue.errors import EventsMissed, QueueUnavailable, reason
 from job_registry_api.queue.event_stream import EventStream, Gap
 from job_registry_api.queue.models import JobRecord, JobStatus
 from job_registry_api.queue.recent_events import Numbered, RecentEvents
-from job_registry_api.queue.store import WAITS_ENDED, Store
+from job_registry_api.queue.store import WAITS_ENDED, Ended, Store
 
 EventName = Literal[
     "job.created",
@@ -97,6 +97,7 @@ READ_AT_ONCE: Final = 1_000
 """How many events a subscriber reads at most before others take their turn."""
 
 MAX_ECHOES: Final = 10_000
+MAX_BATCHES: Final = 16
 """How many own events may be awaited from the database at a time."""
 
 STOP_SECONDS: Final = 5.0
@@ -142,6 +143,12 @@ class JobEvent(NamedTuple):
         """Return the event of a job whose attempt ended, or that was cancelled or retried."""
         return cls.of("job.parked" if job.is_parked else _AFTER_CHANGE[job.status], job)
 
+    @classmethod
+    def of_end(cls, ended: Ended) -> JobEvent:
+        """Return the event of a job whose attempt was ended."""
+        name: EventName = "job.parked" if ended.is_parked else _AFTER_CHANGE[ended.status]
+        return cls(name, ended.id, ended.type, ended.attempt)
+
 
 class Message(NamedTuple):
     """The message of a process: its events, or the id of the batch that holds them.
@@ -170,13 +177,15 @@ def decode(text: str | bytes) -> Message:
         events: list[JobEvent] = []
         stopped: list[str] = []
         for name, job_id, job_type, attempt, *_ in message.get("events", ()):
-            text_of_name = _text(name, names)
-            if text_of_name == WAITS_ENDED:
-                stopped.append(_text(job_type, types))
+            if type(name) is not str:
+                name = _text(name, names)
+            if type(job_type) is not str:
+                job_type = _text(job_type, types)
+            if name == WAITS_ENDED:
+                stopped.append(job_type)
                 continue
-            known = cast(EventName, text_of_name)
-            event = JobEvent(known, UUID(job_id), _text(job_type, types), int(attempt))
-            if known in STATUS_AFTER:
+            event = JobEvent(cast(EventName, name), UUID(job_id), job_type, int(attempt))
+            if name in STATUS_AFTER:
                 events.append(event)
     except (AttributeError, IndexError, KeyError, OverflowError, TypeError) as error:
         raise ValueError("the message does not have the form of a message") from error
@@ -335,6 +344,8 @@ class Events:
         self._stream: EventStream | None = None
         self._recalling: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._batches: dict[int, Sequence[JobEvent]] = {}
+        """The latest batches that this process stored, until it is notified of them."""
         self._echoes: dict[JobEvent, int] = {}
         """Own events that were published and not yet read from the stream. Negative counts are
         events that were read and not yet published."""
@@ -365,6 +376,13 @@ class Events:
         self._guard(_log, happened)
         self._guard(self._hand_over, happened)
 
+    def remember_batch(self, number: int, events: Sequence[JobEvent]) -> None:
+        """Remember the events of a batch that this process has stored. Never raises.
+
+        When the process is notified of the batch, it does not read and parse it.
+        """
+        self._guard(self._remember, number, events)
+
     @contextmanager
     def subscribe(
         self,
@@ -389,7 +407,7 @@ class Events:
         wanted = None if types is None else frozenset(types)
         position = self._recent.last if after is None else self._position_of(after)
         if self._shut is not None:
-            position = self._recent.append(Gap(self._shut)) - 1
+            position = self._recent.extend([Gap(self._shut)]) - 1
         subscription = Subscription(job_id, wanted, position, self._recent, self._idle)
         if after is None:
             subscription.skip({event: count for event, count in self._echoes.items() if count > 0})
@@ -568,6 +586,7 @@ class Events:
                 feeding.cancel()
                 self._stream = None
                 self._echoes.clear()
+                self._batches.clear()
             tasks = {feeding}
             if self._recalling is not None:
                 self._recalling.cancel()
@@ -588,7 +607,9 @@ class Events:
             return
         try:
             message = decode(item)
-            if message.batch is not None:
+            if (known := self._known(message)) is not None:
+                message = message._replace(events=tuple(known))
+            elif message.batch is not None:
                 kept = await self._store.events(message.batch)
                 if kept is None:
                     self._miss("events were deleted before this process read them")
@@ -605,18 +626,34 @@ class Events:
         for worker_id in message.stopped_waiting:
             self.end_waits(worker_id)
         own = message.process == self.process
-        for event in self._renamed_in(message):
+        events = self._renamed_in(message)
+        for event in events:
             if not own or self._is_first(event, published=False):
                 self._wake(event)
-            self._offer(event)
+        self._offer(events)
         # Let subscribers read these events before more are delivered.
         await asyncio.sleep(0)
 
-    def _renamed_in(self, message: Message) -> Iterator[JobEvent]:
-        """Yield the events of a message, each with the current name of its job type."""
-        for event in message.events:
-            name = self._renamed.get(event.type)
-            yield event if name is None else event._replace(type=name)
+    def _renamed_in(self, message: Message) -> Sequence[JobEvent]:
+        """Return the events of a message, each with the current name of its job type."""
+        if not self._renamed:
+            return message.events
+        return [
+            event._replace(type=self._renamed.get(event.type, event.type))
+            for event in message.events
+        ]
+
+    def _known(self, message: Message) -> Sequence[JobEvent] | None:
+        """Return the events of a batch, if this process has just stored it."""
+        if message.batch is None or message.process != self.process:
+            return None
+        return self._batches.pop(message.batch, None)
+
+    def _remember(self, number: int, events: Sequence[JobEvent]) -> None:
+        if self._stream is not None:
+            if len(self._batches) >= MAX_BATCHES:
+                del self._batches[next(iter(self._batches))]
+            self._batches[number] = events
 
     def _bind_to_loop(self) -> None:
         """Without `listening`, deliver on the loop of the caller."""
@@ -635,8 +672,8 @@ class Events:
         for event in events:
             if self._is_first(event, published=True):
                 self._wake(event)
-            if self._stream is None:
-                self._offer(event)
+        if self._stream is None:
+            self._offer(events)
         if self._stream is not None and self._subscriptions:
             self._stream.look()
 
@@ -661,7 +698,7 @@ class Events:
         if event.name == "job.cancel_requested":
             for callback in tuple(self._cancellations):
                 self._guard(callback, event.job_id)
-        if not (event.queued or event.made_room):
+        if not (self._waiting or self._work) or not (event.queued or event.made_room):
             return
         for woken, (types, limited) in self._waiting.items():
             if (event.queued and event.type in types) or (
@@ -672,14 +709,16 @@ class Events:
             if event.queued or event.type in limited:
                 self._guard(callback, event.type)
 
-    def _offer(self, event: JobEvent) -> None:
-        if not _is_public(event):
+    def _offer(self, events: Sequence[JobEvent]) -> None:
+        offered = [event for event in events if _is_public(event)]
+        last = self._recent.extend(offered)
+        if not self._idle:
             return
-        passed = self._recent.append(event) - 1
-        for job_id in (event.job_id, None):
-            for subscription in tuple(self._idle.get(job_id, ())):
-                if subscription.includes(event):
-                    self._guard(self._wake_subscription, subscription, passed)
+        for passed, event in enumerate(offered, last - len(offered)):
+            for job_id in (event.job_id, None):
+                for subscription in tuple(self._idle.get(job_id, ())):
+                    if subscription.includes(event):
+                        self._guard(self._wake_subscription, subscription, passed)
 
     def _wake_subscription(self, subscription: Subscription, passed: int) -> None:
         # Later events find it awake: it reads them when it runs.
@@ -696,7 +735,7 @@ class Events:
 
     def _drop(self, reason: str) -> None:
         """Let every subscriber that has read all events before this fail with `EventsMissed`."""
-        passed = self._recent.append(Gap(reason)) - 1
+        passed = self._recent.extend([Gap(reason)]) - 1
         for subscription in [each for idle in self._idle.values() for each in idle]:
             self._guard(self._wake_subscription, subscription, passed)
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from operator import attrgetter
 from typing import Any, Final
 
 from sqlalchemy import Connection, insert, text
@@ -38,6 +39,7 @@ from job_registry_api.queue.store import (
     Claim,
     Claimed,
     ClaimedJob,
+    Ended,
     LeaseRenewal,
     NewJob,
     Refused,
@@ -47,6 +49,7 @@ from job_registry_api.queue.store import (
     Stored,
     error_text,
     json_text,
+    message_of,
     owner_values,
     refuses,
     statements,
@@ -60,6 +63,9 @@ SLOW_LOOKS: Final = 3
 SECONDS_PER_JOB: Final = 0.002
 LOOK_SHARE: Final = 0.05
 LONGEST_FAST_SECONDS: Final = 2.0
+
+MAX_NOTIFIED: Final = 7_900
+"""The most bytes of events in a notification, as in `job_announce`."""
 
 
 class PostgreSQLStore(Store):
@@ -80,14 +86,43 @@ class PostgreSQLStore(Store):
             stored |= await self.holders(keyed)
         return stored
 
+    async def insert_unkeyed(self, jobs: Sequence[NewJob]) -> tuple[list[Stored], int | None]:
+        ids = [job.id.hex for job in jobs]
+        events = [
+            ("job.created", job_id, job.type, 0) for job_id, job in zip(ids, jobs, strict=True)
+        ]
+        message = message_of(str(self._sender["process"]), events)
+        places: dict[tuple[Any, ...], int] = {}
+        kinds = [places.setdefault(_kind_of(job), len(places) + 1) for job in jobs]
+        columns = dict(zip(_KIND, map(list, zip(*places, strict=True)), strict=True))
+        times = [job.next_run_at and job.next_run_at.isoformat() for job in jobs]
+        (row,) = await self._run(
+            "insert_unkeyed",
+            {
+                "ids": _array(ids),
+                "payloads": [job.payload.decode() for job in jobs],
+                "times": _array(times),
+                "kinds": _array(kinds),
+                **{
+                    name: values if name in _TEXTS else _array(values)
+                    for name, values in columns.items()
+                },
+                "message": message,
+                "is_batch": self._sender["keep"] or len(message.encode()) > MAX_NOTIFIED,
+                "channel": self._database.schema,
+            },
+        )
+        now = row["now"]
+        stored = [
+            Stored(now, now if job.next_run_at is None else job.next_run_at.astimezone(UTC))
+            for job in jobs
+        ]
+        return stored, None if self._sender["keep"] else row["batch"]
+
     async def holders(self, jobs: Sequence[NewJob]) -> dict[uuid.UUID, Stored]:
         return _holders(await self._read("holders", _wanted(jobs)))
 
     async def insert_all(self, jobs: Sequence[NewJob]) -> tuple[dict[uuid.UUID, Stored], bool]:
-        if not any(job.idempotency_key is not None for job in jobs):
-            # Nothing can conflict, so one statement stores all or none.
-            return await self.insert(jobs), True
-
         async def insert_all(connection: AsyncConnection) -> dict[uuid.UUID, Stored]:
             return await self._insert_or_refuse(connection, jobs, wait=True)
 
@@ -230,15 +265,19 @@ class PostgreSQLStore(Store):
         }
         return await self._jobs(await self._run("recover", parameters))
 
-    async def end(self, reports: Sequence[Report]) -> dict[uuid.UUID, JobRecord]:
+    async def end(self, reports: Sequence[Report]) -> dict[uuid.UUID, Ended]:
         parks = [report for report in reports if report.parked_for is not None]
         others = [report for report in reports if report.parked_for is None]
         rows: list[Mapping[str, Any]] = []
-        if others:
+        ended: dict[uuid.UUID, Ended] = {}
+        if others and any(report.reads_job for report in others):
             rows += await self._run("end", {"reports": _reports(others)})
+        elif others:
+            narrow = await self._run("end_unread", {"reports": _reports(others)})
+            ended = {row["id"]: self.ended(row) for row in narrow}
         if parks:
             rows += await self._run("park", {"parks": _parks(parks)})
-        return {job.id: job for job in await self._jobs(rows)}
+        return ended | {job.id: Ended.of(job) for job in await self._jobs(rows)}
 
     async def renew(
         self, renewals: Sequence[LeaseRenewal], lease_seconds: float
@@ -469,6 +508,28 @@ _MISSING_GRANTS: Final = text(
 
 
 _EARLIEST: Final = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+_KIND: Final = (
+    "type",
+    "fingerprint",
+    "priority",
+    "max_attempts",
+    "timeout_seconds",
+    "backoff_base_seconds",
+    "backoff_cap_seconds",
+    "created_by",
+)
+"""What many jobs of a bulk have in common."""
+
+_TEXTS: Final = frozenset({"type", "fingerprint", "created_by"})
+
+_kind_of: Callable[[NewJob], tuple[Any, ...]] = attrgetter(*_KIND)
+
+
+def _array(values: Iterable[object]) -> str:
+    """Return an array of PostgreSQL as text. No value has characters that need quotes."""
+    return "{" + ",".join(["NULL" if each is None else str(each) for each in values]) + "}"
 
 
 def _new_jobs(jobs: Sequence[NewJob]) -> str:

@@ -57,16 +57,17 @@ class RecentEvents(Generic[T]):
         """The number of the newest entry, 0 before the first."""
         return self._first + len(self._entries) - 1
 
-    def append(self, item: T | Gap) -> int:
-        """Add an event or a gap, and return its number."""
+    def extend(self, items: Sequence[T | Gap]) -> int:
+        """Add events and gaps, and return the number of the last."""
         now = self._clock()
         if self._entries:
             # In order even if the clock was set back: `position_of` searches by time.
             now = max(now, self._entries[-1][0])
-        self._entries.append((now, item))
-        if isinstance(item, Gap):
+        before = self.last
+        self._entries += [(now, item) for item in items]
+        if any(isinstance(item, Gap) for item in items):
             self._complete_since, self._is_whole = now, False
-        if self.last % _TRIMMED_AT_ONCE == 0:
+        if self.last // _TRIMMED_AT_ONCE > before // _TRIMMED_AT_ONCE:
             self._trim(now)
         return self.last
 

@@ -42,6 +42,7 @@ from job_registry_api.queue.store import (
     Claim,
     Claimed,
     ClaimedJob,
+    Ended,
     LeaseRenewal,
     NewJob,
     Refused,
@@ -87,6 +88,10 @@ class SQLiteStore(Store):
 
     async def insert(self, jobs: Sequence[NewJob]) -> dict[uuid.UUID, Stored]:
         return await self._write(lambda t: t.insert(jobs))
+
+    async def insert_unkeyed(self, jobs: Sequence[NewJob]) -> tuple[list[Stored], int | None]:
+        stored = await self.insert(jobs)
+        return [stored[job.id] for job in jobs], None
 
     async def insert_all(self, jobs: Sequence[NewJob]) -> tuple[dict[uuid.UUID, Stored], bool]:
         try:
@@ -151,12 +156,12 @@ class SQLiteStore(Store):
         return Claimed(
             [
                 ClaimedJob(
-                    job=self._job(row),
+                    job=self.record(row),
                     token=row["lease_token"],
-                    expires_at=_time(row["lease_expires_at"]),
-                    deadline_at=_time(row["deadline_at"]),
+                    expires_at=row["lease_expires_at"],
+                    deadline_at=row["deadline_at"],
                 )
-                for row in leased
+                for row in map(_typed, leased)
             ],
             [self._job(row) for row in recovered],
         )
@@ -165,9 +170,21 @@ class SQLiteStore(Store):
         rows = await self._write(lambda t: t.recover(lease_seconds))
         return [self._job(row) for row in rows]
 
-    async def end(self, reports: Sequence[Report]) -> dict[uuid.UUID, JobRecord]:
-        rows = await self._write(lambda t: [row for r in reports if (row := t.end(r)) is not None])
-        return {job.id: job for job in map(self._job, rows)}
+    async def end(self, reports: Sequence[Report]) -> dict[uuid.UUID, Ended]:
+        unread = [r for r in reports if r.outcome is AttemptOutcome.SUCCEEDED and not r.reads_job]
+        others = [r for r in reports if r.outcome is not AttemptOutcome.SUCCEEDED or r.reads_job]
+
+        def work(transaction: _Transaction) -> tuple[list[Row], list[Row]]:
+            read = [row for report in others if (row := transaction.end(report)) is not None]
+            return transaction.succeed(unread) if unread else [], read
+
+        narrow, rows = await self._write(work)
+        ended = {job.id: Ended.of(job) for job in map(self._job, rows)}
+        for row in narrow:
+            job_id = uuid.UUID(row["id"])
+            name = self.renamed.get(row["type"], row["type"])
+            ended[job_id] = Ended(job_id, name, JobStatus.SUCCEEDED, row["attempt"], False)
+        return ended
 
     async def renew(
         self, renewals: Sequence[LeaseRenewal], lease_seconds: float
@@ -236,9 +253,7 @@ class SQLiteStore(Store):
             connection.execute("SAVEPOINT readiness")
             transaction = _Transaction(connection, self._database.shift)
             transaction.insert([_PROBE])
-            transaction.change(
-                "open_attempt", id=_PROBE.id.hex, attempt=1, worker="readiness", token=""
-            )
+            transaction.change("open_attempt", id=_PROBE.id.hex, worker="readiness")
             transaction.announce(self._process)
             connection.execute("ROLLBACK TO SAVEPOINT readiness")
             # SQLite writes to its files only when it commits. Committing an unchanged page detects
@@ -414,11 +429,15 @@ class _Transaction:
                     break
                 most = min(share, rooms[lane.type], left)
                 taken = self._due(lane, level, most) if most > 0 else []
+                fitting: list[Row] = []
                 for row in taken:
-                    leased.append(self._lease(row["id"], row["timeout_seconds"], claim))
+                    fitting.append(row)
                     bytes_left -= row["bytes"]
                     if bytes_left <= 0:
-                        return leased
+                        break
+                leased += self._lease(fitting, claim)
+                if bytes_left <= 0:
+                    return leased
                 rooms[lane.type] -= len(taken)
                 if len(taken) < most:
                     below = self._next_level(lane, level)
@@ -497,19 +516,39 @@ class _Transaction:
             below = level
         return None
 
-    def _lease(self, job_id: str, timeout: int, claim: Claim) -> Row:
-        lease = {"id": job_id, "worker": claim.worker_id, "token": secrets.token_hex(16)}
-        (row,) = self.rows(
-            "lease",
-            **lease,
-            lease=claim.lease_seconds,
-            held_until=self.at(claim.lease_seconds),
-            deadline_at=self.at(timeout),
-            lease_expires_at=self.at(min(timeout, claim.lease_seconds)),
-        )
-        self.change("open_attempt", attempt=row["attempt"], **lease)
-        self._add_event("job.started", row)
-        return dict(row)
+    def _lease(self, due: Sequence[Row], claim: Claim) -> list[Row]:
+        """Lease jobs, and return them in their order."""
+        if not due:
+            return []
+        # Few timeouts differ, and a time takes as long as a lease to format.
+        ends = {
+            timeout: (self.at(timeout), self.at(min(timeout, claim.lease_seconds)))
+            for timeout in {row["timeout_seconds"] for row in due}
+        }
+        leases = [
+            {
+                "id": row["id"],
+                "token": secrets.token_hex(16),
+                "deadline_at": ends[row["timeout_seconds"]][0],
+                "lease_expires_at": ends[row["timeout_seconds"]][1],
+            }
+            for row in due
+        ]
+        leased = {
+            row["id"]: dict(row)
+            for row in self.rows(
+                "lease",
+                leases=json_text(leases),
+                worker=claim.worker_id,
+                lease=claim.lease_seconds,
+                held_until=self.at(claim.lease_seconds),
+            )
+        }
+        ids = json_text(list(leased))
+        self.change("open_attempts", ids=ids)
+        for row in leased.values():
+            self._add_event("job.started", row)
+        return [leased[row["id"]] for row in due if row["id"] in leased]
 
     def end(self, report: Report, *, recovering: bool = False) -> Row | None:
         """End an attempt if its lease is in force. See `job_end` in `0002_claims.sql`."""
@@ -556,13 +595,31 @@ class _Transaction:
             error=None if succeeded else error or job["error"],
             lease_token=report.token if succeeded else None,
         )
-        attempts = ended["attempt"] + ended["returns"]
-        if attempts % 32 == 0:
-            self.change("forget_returned", id=job["id"])
-            if attempts > 1_000:
-                self.change("forget_oldest", id=job["id"])
+        self._forget_attempts(ended)
         self._add_event("job.retrying" if status == "queued" else f"job.{status}", ended)
         return dict(ended)
+
+    def succeed(self, reports: Sequence[Report]) -> list[Row]:
+        """End attempts whose lease is in force as succeeded, as `end` does, in two statements."""
+        leases = [
+            {"id": report.job_id.hex, "token": report.token, "result": _text(report.result)}
+            for report in reports
+        ]
+        rows = self.rows("succeed", leases=json_text(leases))
+        if rows:
+            self.change("close_succeeded", ids=json_text([row["id"] for row in rows]))
+        for row in rows:
+            self._forget_attempts(row)
+            self._add_event("job.succeeded", row)
+        return rows
+
+    def _forget_attempts(self, ended: Row) -> None:
+        """Delete the oldest attempts of a job that has many."""
+        attempts = ended["attempt"] + ended["returns"]
+        if attempts % 32 == 0:
+            self.change("forget_returned", id=ended["id"])
+            if attempts > 1_000:
+                self.change("forget_oldest", id=ended["id"])
 
     def park(self, report: Report) -> Row | None:
         """Park a job that its worker cannot read. See `job_park` in `0003_evolution.sql`."""
@@ -692,11 +749,10 @@ class _Transaction:
 
 def _typed(row: Row) -> dict[str, Any]:
     """Return a row of a statement with converted values."""
-    values = dict(row)
-    for name in values.keys() & CONVERSIONS.keys():
-        if values[name] is not None:
-            values[name] = CONVERSIONS[name](values[name])
-    return values
+    return {
+        name: value if value is None or name not in CONVERSIONS else CONVERSIONS[name](value)
+        for name, value in dict(row).items()
+    }
 
 
 def time_text(time: datetime) -> str:
@@ -705,7 +761,7 @@ def time_text(time: datetime) -> str:
 
 
 def _time(value: str) -> datetime:
-    return datetime.fromisoformat(value).replace(tzinfo=UTC)
+    return datetime.fromisoformat(f"{value}+00:00")
 
 
 def _document(value: Any) -> Any:

@@ -38,6 +38,7 @@ from job_registry_api.queue.filters import (
     unfiltered,
 )
 from job_registry_api.queue.models import (
+    PARKED_UNTIL,
     AttemptOutcome,
     AttemptRecord,
     Job,
@@ -239,6 +240,7 @@ class Report:
     RELEASED, SNOOZED and `spend=False` do not spend the attempt. TIMED_OUT with `still_running`
     keeps the attempt's place in the concurrency limit, because its handler has not stopped.
     RELEASED with `parked_for`, the fingerprint of the worker, parks the job; `error` says why.
+    Unless `reads_job`, the job is not read: a worker does not need it.
     """
 
     job_id: uuid.UUID
@@ -251,6 +253,23 @@ class Report:
     spend: bool = True
     still_running: bool = False
     parked_for: str | None = None
+    reads_job: bool = True
+
+
+class Ended(NamedTuple):
+    """A job whose attempt was ended. `job` is the whole of it, if the report reads it."""
+
+    id: uuid.UUID
+    type: str
+    status: JobStatus
+    attempt: int
+    is_parked: bool
+    job: JobRecord | None = None
+
+    @classmethod
+    def of(cls, job: JobRecord) -> Ended:
+        """Return a job that was read."""
+        return cls(job.id, job.type, job.status, job.attempt, job.is_parked, job)
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,12 +340,28 @@ class Store(ABC):
         name = self.renamed.get(job.type)
         return job if name is None else job._replace(type=name)
 
+    def ended(self, row: Mapping[str, Any]) -> Ended:
+        """Return the job of a row that has only some of its columns."""
+        name = row["type"]
+        status = JobStatus(row["status"])
+        is_parked = status is JobStatus.QUEUED and row["next_run_at"] == PARKED_UNTIL
+        current = self.renamed.get(name, name)
+        return Ended(row["id"], current, status, row["attempt"], is_parked)
+
     @abstractmethod
     async def insert(self, jobs: Sequence[NewJob]) -> dict[uuid.UUID, Stored]:
         """Insert jobs, except those whose type already has a job with the idempotency key.
 
         The unique index decides. If another transaction is inserting or deleting a job with the
         key, the job is missing from the result; this method does not wait for that transaction.
+        """
+
+    @abstractmethod
+    async def insert_unkeyed(self, jobs: Sequence[NewJob]) -> tuple[list[Stored], int | None]:
+        """Insert jobs without idempotency keys, all or none.
+
+        Return their outcomes in order, and the batch of their events if the process is notified
+        of it.
         """
 
     @abstractmethod
@@ -386,7 +421,7 @@ class Store(ABC):
         """
 
     @abstractmethod
-    async def end(self, reports: Sequence[Report]) -> dict[uuid.UUID, JobRecord]:
+    async def end(self, reports: Sequence[Report]) -> dict[uuid.UUID, Ended]:
         """End attempts as reported, at most one per job, if the lease is in force.
 
         The result lacks jobs whose lease is lost, and jobs whose row another transaction has

@@ -26,7 +26,7 @@ PROGRESS_SECONDS: Final = 1.0
 """The shortest time between two writes of a job's progress."""
 
 TICK_SECONDS: Final = 1.0
-"""How often the keeper checks the worker's event loop while it holds leases."""
+"""How often the keeper looks for leases, and checks the worker's event loop while it has some."""
 
 BLOCKED_SECONDS: Final = 2.0
 """How long an event loop may not respond before it counts as blocked."""
@@ -107,10 +107,8 @@ class LeaseKeeper:
             if not self._holds:
                 # The loop is not checked while there are no leases.
                 self._turned_at = time.monotonic()
+            # Without an alarm: the thread looks often enough for the first renewal.
             self._holds[hold.token] = hold
-            first = len(self._holds) == 1
-        if first:
-            self._alarm()
 
     def renew_at_once(self, token: str) -> None:
         """Renew a lease now, to check whether its job is cancelled."""
@@ -205,11 +203,8 @@ class LeaseKeeper:
         pause, not_before = 0.1, 0.0
         async with self._queue.in_another_loop(pool_size=2) as self._own:
             while not self._ending:
-                due_in = self._due_in()
-                if due_in is not None:
-                    due_in = max(due_in, not_before - time.monotonic())
-                    due_in = min(due_in, TICK_SECONDS)
-                await _wait(self._wake, due_in)
+                due_in = max(self._due_in(), not_before - time.monotonic())
+                await _wait(self._wake, min(due_in, TICK_SECONDS))
                 self._wake.clear()
                 self._watch_loop()
                 if time.monotonic() < not_before or self._ending:
@@ -228,12 +223,12 @@ class LeaseKeeper:
                     pause = 0.1
                     self._answered(holds, renewals, answers)
 
-    def _due_in(self) -> float | None:
-        """Return the seconds until the next renewal; None without leases."""
+    def _due_in(self) -> float:
+        """Return the seconds until the next renewal, also of a lease that is held from now on."""
         now = time.monotonic()
         with self._lock:
             if not self._holds:
-                return None
+                return self._every
             return max(0.0, min(self._due_at(hold) for hold in self._holds.values()) - now)
 
     def _due_at(self, hold: Hold) -> float:
@@ -354,7 +349,7 @@ class LeaseKeeper:
         self._turned_at, self._awaits_turn = time.monotonic(), False
 
 
-async def _wait(event: asyncio.Event, seconds: float | None) -> None:
+async def _wait(event: asyncio.Event, seconds: float) -> None:
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(seconds):
             await event.wait()

@@ -36,7 +36,8 @@ from job_registry_api.worker.processes import LEAVE_SECONDS, HandlerProcesses, a
 from job_registry_api.worker.running import tasks_of_handlers_contained
 
 GATHER_SECONDS: Final = 0.005
-"""How long a worker with a free slot waits for more free slots after it was full."""
+"""How long a worker with a free slot waits for more free slots after it was full. With half of them
+free it does not wait."""
 
 CLAIM_SECONDS: Final = 1.0
 """How long a claim under way may take once the worker stops."""
@@ -310,7 +311,8 @@ class Worker:
             if len(self._running) == self._concurrency and not self._stopping.is_set():
                 await _wait(self._ended, 10)
             # Short jobs end within a moment of each other: make one claim for all of them.
-            await _wait(self._stopping, GATHER_SECONDS)
+            if 2 * len(self._running) > self._concurrency:
+                await _wait(self._stopping, GATHER_SECONDS)
             return
         self._cancelled.clear()
         leases = await self._queue.lease(

@@ -87,7 +87,7 @@ def test_what_keeps_it_from_starting_is_said_once(
         (catalog / "hanging.py").write_text("syntax error", "utf-8")
     process = Process(PROCESSES, url, catalog)
     try:
-        assert process.popen.wait(30) == code
+        assert process.popen.wait(60) == code
     finally:
         process.close()
     banner, sentence = process.lines

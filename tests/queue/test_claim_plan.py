@@ -105,6 +105,23 @@ async def test_on_sqlite_a_statement_reads_an_index_and_sorts_no_more_than_a_pag
     assert name == "unfinished" or not [step for step in steps if "TEMP B-TREE" in step], steps
 
 
+@pytest.mark.parametrize("name", ["lease", "open_attempts", "succeed", "close_succeeded"])
+async def test_on_sqlite_leases_and_their_ends_find_jobs_by_their_ids(
+    tmp_path: Path, sqlite_template: Path, name: str
+) -> None:
+    shutil.copy(sqlite_template, tmp_path / "jobs.db")
+    database = open_database(f"sqlite:///{tmp_path / 'jobs.db'}", timeout_seconds=None)
+    await fill(database, 2_000)
+    values = {"leases": "[]", "ids": "[]", "now": "2030", "worker": "w", "lease": 30}
+    async with database.reading() as connection:
+        query = text(f"EXPLAIN QUERY PLAN {statements('sqlite')[name]}")
+        plan = await connection.execute(query, values | {"held_until": "2030"})
+        steps = [row[-1] for row in plan]
+    await database.close()
+    read = [step for step in steps if re.match(r"(SEARCH|SCAN) job(_attempt)?\b", step)]
+    assert [step for step in read if re.search(r"\((job_)?id=\?\)$", step)] == read, steps
+
+
 LISTS = {
     "all": JobFilter(),
     "a type": JobFilter(types=("test.ping",)),

@@ -192,14 +192,14 @@ async def test_events_are_kept_for_a_minute() -> None:
     now = 1_000_000.0
     recent: RecentEvents[str] = RecentEvents(clock=lambda: now)
     for number in range(300):
-        recent.append(f"event {number}")
+        recent.extend([f"event {number}"])
     now += KEPT_SECONDS - 1
     for number in range(300):
-        recent.append(f"later event {number}")
+        recent.extend([f"later event {number}"])
     assert recent.read(0, 1) == ([(1, 1_000_000, "event 0")], 1)
     now += 2
     for number in range(300):
-        recent.append(f"last event {number}")
+        recent.extend([f"last event {number}"])
     with pytest.raises(EventsMissed, match="60 seconds"):
         recent.read(0, 1)
     assert recent.read(300, 1) == ([(301, 1_000_059, "later event 0")], 301)
@@ -954,7 +954,7 @@ async def test_the_place_of_an_event_is_found_among_those_of_its_time() -> None:
     now, compared = 1_000.0, 0
     recent: RecentEvents[int] = RecentEvents(clock=lambda: now)
     for number in range(1, 41):
-        recent.append(number)
+        recent.extend([number])
         now += 1.0
 
     def is_event(item: int) -> bool:
@@ -968,5 +968,5 @@ async def test_the_place_of_an_event_is_found_among_those_of_its_time() -> None:
     assert compared <= 2 * 13
     assert recent.position_of(is_event, 1_030, lambda number: False) is None
     now -= 3_600.0
-    assert recent.append(20) == 41
+    assert recent.extend([20]) == 41
     assert recent.position_of(is_event, 1_039, lambda number: number == 41) == 41

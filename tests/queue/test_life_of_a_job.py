@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from pydantic import JsonValue
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
@@ -67,6 +68,51 @@ async def test_the_same_completion_sent_twice_succeeds_twice_and_writes_once(
     both = await asyncio.gather(*(queue.complete(lease.token, 3) for _ in range(3)))
     assert {done.result for done in (first, second, *both)} == {1}
     assert await outcomes(queue, job) == ["succeeded"]
+
+
+async def test_a_success_of_a_worker_is_stored_as_a_completion_is(queue: JobQueue) -> None:
+    """A worker does not read the job that it reports."""
+    completed, succeeded = await enqueue(queue), await enqueue(queue)
+    leases = {each.job.id: each for each in await queue.lease(["test.ping"], "worker-1", limit=2)}
+    result: JsonValue = {"text": '\u00e9"\\', "number": 1e300}
+    await queue.complete(leases[completed.id].token, result)
+    for _ in range(2):
+        await queue.succeed(leases[succeeded.id].token, result)
+    first, second = await queue.get(completed.id), await queue.get(succeeded.id)
+    assert second.result == first.result == result
+    assert (second.status, second.attempt, second.error) == (JobStatus.SUCCEEDED, 1, None)
+    assert second.finished_at is not None
+    assert await outcomes(queue, succeeded) == ["succeeded"]
+
+
+async def test_a_success_is_refused_if_the_lease_is_lost(queue: JobQueue) -> None:
+    job = await enqueue(queue)
+    lost = await lease_one(queue)
+    await queue.release(lost.token)
+    held = await lease_one(queue)
+    with pytest.raises(LeaseLost):
+        await queue.succeed(lost.token, 1)
+    assert (await queue.get(job.id)).status is JobStatus.RUNNING
+    await queue.succeed(held.token, 2)
+    assert (await queue.get(job.id)).result == 2
+
+
+async def test_reports_of_one_group_do_not_disturb_each_other(queue: JobQueue) -> None:
+    jobs = [await enqueue(queue) for _ in range(4)]
+    leases = {each.job.id: each for each in await queue.lease(["test.ping"], "worker-1", limit=4)}
+    tokens = [leases[job.id].token for job in jobs]
+    await queue.release(tokens[3])
+    answers = await asyncio.gather(
+        queue.succeed(tokens[0], 1),
+        queue.complete(tokens[1], 2),
+        queue.fail(tokens[2], BROKEN, retryable=False),
+        queue.succeed(tokens[3], 4),
+        return_exceptions=True,
+    )
+    assert isinstance(answers[3], LeaseLost)
+    stored = [await queue.get(job.id) for job in jobs]
+    assert [job.status.value for job in stored] == ["succeeded", "succeeded", "failed", "queued"]
+    assert [job.result for job in stored] == [1, 2, None, None]
 
 
 async def test_of_two_reports_at_once_one_counts(queue: JobQueue) -> None:

@@ -194,7 +194,7 @@ async def test_a_report_that_comes_too_late_is_not_repeated(
         reported += 1
         raise LeaseLost
 
-    monkeypatch.setattr(house.queue, "complete", lost)
+    monkeypatch.setattr(house.queue, "succeed", lost)
     async with house.working() as worker:
         job = await house.enqueue()
         await house.until(job, JobStatus.RUNNING)

@@ -11,6 +11,44 @@ SELECT job_id AS id, job_created_at AS created_at, job_next_run_at AS next_run_a
 FROM job_registry.job_insert(
     CAST(:jobs AS jsonb), CAST(:process AS text), CAST(:keep AS boolean), CAST(:wait AS boolean))
 
+-- name: insert_unkeyed
+-- Store new jobs without idempotency keys, so that nothing can conflict, and announce them.
+-- `:message` has their events. If it is long, it is stored as a batch, and the notification names
+-- the batch, as `job_announce` does. Most jobs of a bulk differ only in their ids and payloads, so
+-- what else they have is sent once for each `kind`. Arrays take less time on both sides than a JSON
+-- text, and hardly more than COPY, which would need a transaction. Those of other types than text
+-- are sent as texts: the driver would query the catalog for each type on each connection.
+WITH common AS MATERIALIZED (
+    SELECT clock_timestamp() AS now, CAST(:type AS text[]) AS type,
+        CAST(:fingerprint AS text[]) AS fingerprint,
+        CAST(CAST(:priority AS text) AS smallint[]) AS priority,
+        CAST(CAST(:max_attempts AS text) AS integer[]) AS max_attempts,
+        CAST(CAST(:timeout_seconds AS text) AS integer[]) AS timeout_seconds,
+        CAST(CAST(:backoff_base_seconds AS text) AS double precision[]) AS base,
+        CAST(CAST(:backoff_cap_seconds AS text) AS double precision[]) AS cap,
+        CAST(:created_by AS text[]) AS created_by
+), made AS (
+    INSERT INTO job_registry.job (
+        id, type, fingerprint, status, payload, priority, attempt, max_attempts, timeout_seconds,
+        backoff_base_seconds, backoff_cap_seconds, created_by, created_at, next_run_at)
+    SELECT new.id, common.type[kind], common.fingerprint[kind], 'queued',
+        CAST(new.payload AS jsonb), common.priority[kind], 0, common.max_attempts[kind],
+        common.timeout_seconds[kind], common.base[kind], common.cap[kind], common.created_by[kind],
+        common.now, coalesce(new.next_run_at, common.now)
+    FROM common CROSS JOIN unnest(
+        CAST(CAST(:ids AS text) AS uuid[]), CAST(:payloads AS text[]),
+        CAST(CAST(:times AS text) AS timestamptz[]), CAST(CAST(:kinds AS text) AS integer[])
+    ) AS new (id, payload, next_run_at, kind)
+), batch AS (
+    INSERT INTO job_registry.job_event_batch (message, created_at)
+    SELECT CAST(:message AS text), common.now FROM common WHERE CAST(:is_batch AS boolean)
+    RETURNING id
+)
+SELECT common.now, batch.id AS batch, pg_notify(CAST(:channel AS text), CASE
+    WHEN batch.id IS NULL THEN CAST(:message AS text)
+    ELSE CAST(jsonb_build_object('process', CAST(:process AS text), 'batch', batch.id) AS text) END)
+FROM common LEFT JOIN batch ON true
+
 -- name: claim
 -- Lease due jobs, and end the attempts whose lease has expired.
 SELECT * FROM job_registry.job_claim(
@@ -27,6 +65,11 @@ SELECT * FROM job_registry.job_recover(
 -- name: end
 -- End attempts as reported by their workers.
 SELECT * FROM job_registry.job_end(
+    CAST(:reports AS jsonb), CAST(:process AS text), CAST(:keep AS boolean))
+
+-- name: end_unread
+-- Do the same, and return only what is told about the jobs.
+SELECT id, type, status, attempt, next_run_at FROM job_registry.job_end(
     CAST(:reports AS jsonb), CAST(:process AS text), CAST(:keep AS boolean))
 
 -- name: renew
@@ -161,16 +204,15 @@ JOIN job_registry.job ON job.type = wanted.type AND job.idempotency_key = wanted
 
 -- name: newest
 -- Return the ids of the newest jobs of several types and statuses. The newest of each pair are read
--- from its index, and merged: no index has them in one order. The status is a range and not an
--- equality, so that only the index of type, status and id has the order: that of type and id would
--- read every job of a type in search of a rare status.
+-- from its index, and merged: no index has them in one order. A pair is a range and not an equality,
+-- so that only the index of type, status and id has the order: another one would read every job of a
+-- type, or of a status, in search of a rare pair.
 SELECT newest.id FROM jsonb_to_recordset(CAST(:pairs AS jsonb)) AS pair (type text, status text)
 CROSS JOIN LATERAL (
     SELECT job.id FROM job_registry.job
-    WHERE job.type = pair.type
-        AND (job.status, job.id) > (pair.status, CAST(:newer_than AS uuid))
-        AND (job.status, job.id) < (pair.status, CAST(:older_than AS uuid))
-    ORDER BY job.status DESC, job.id DESC LIMIT :most
+    WHERE (job.type, job.status, job.id) > (pair.type, pair.status, CAST(:newer_than AS uuid))
+        AND (job.type, job.status, job.id) < (pair.type, pair.status, CAST(:older_than AS uuid))
+    ORDER BY job.type DESC, job.status DESC, job.id DESC LIMIT :most
 ) AS newest
 ORDER BY newest.id DESC LIMIT :most
 
@@ -179,10 +221,9 @@ ORDER BY newest.id DESC LIMIT :most
 SELECT oldest.id FROM jsonb_to_recordset(CAST(:pairs AS jsonb)) AS pair (type text, status text)
 CROSS JOIN LATERAL (
     SELECT job.id FROM job_registry.job
-    WHERE job.type = pair.type
-        AND (job.status, job.id) > (pair.status, CAST(:newer_than AS uuid))
-        AND (job.status, job.id) < (pair.status, CAST(:older_than AS uuid))
-    ORDER BY job.status, job.id LIMIT :most
+    WHERE (job.type, job.status, job.id) > (pair.type, pair.status, CAST(:newer_than AS uuid))
+        AND (job.type, job.status, job.id) < (pair.type, pair.status, CAST(:older_than AS uuid))
+    ORDER BY job.type, job.status, job.id LIMIT :most
 ) AS oldest
 ORDER BY oldest.id LIMIT :most
 

@@ -186,18 +186,30 @@ FROM (
 GROUP BY fingerprint
 
 -- name: lease
--- Lease a job.
+-- Lease jobs.
 UPDATE job SET
     status = 'running', attempt = attempt + 1, next_run_at = NULL, started_at = :now,
-    worker_id = :worker, progress = NULL, lease_token = :token, lease_seconds = :lease,
-    held_until = :held_until, deadline_at = :deadline_at, lease_expires_at = :lease_expires_at
-WHERE id = :id
+    worker_id = :worker, progress = NULL, lease_token = lease.token, lease_seconds = :lease,
+    held_until = :held_until, deadline_at = lease.deadline_at,
+    lease_expires_at = lease.lease_expires_at
+FROM (
+    SELECT json_extract(value, '$.id') AS job_id, json_extract(value, '$.token') AS token,
+        json_extract(value, '$.deadline_at') AS deadline_at,
+        json_extract(value, '$.lease_expires_at') AS lease_expires_at
+    FROM json_each(:leases)) AS lease
+WHERE job.id = lease.job_id
 RETURNING *
 
--- name: open_attempt
--- Store the attempt of a lease.
+-- name: open_attempts
+-- Store the attempts of leases.
 INSERT INTO job_attempt (job_id, attempt, worker_id, started_at, lease_token)
-VALUES (:id, :attempt, :worker, :now, :token)
+SELECT job.id, job.attempt, job.worker_id, job.started_at, job.lease_token
+FROM json_each(:ids) AS leased CROSS JOIN job ON job.id = leased.value
+
+-- name: open_attempt
+-- Store an attempt, to check that it can be written.
+INSERT INTO job_attempt (job_id, attempt, worker_id, started_at, lease_token)
+VALUES (:id, 1, :worker, :now, '')
 
 -- name: running_lease
 -- Return the running job of a lease. `:late` accepts an expired lease: `timed_out` only past the
@@ -214,6 +226,27 @@ UPDATE job SET
     lease_token = :lease_token, lease_expires_at = NULL, deadline_at = NULL, held_until = NULL
 WHERE id = :id
 RETURNING *
+
+-- name: succeed
+-- End attempts whose lease is in force as succeeded. With `+`, the jobs are found by their ids and
+-- not by their status.
+UPDATE job SET
+    status = 'succeeded', next_run_at = NULL, finished_at = :now, quick_returns = 0,
+    result = lease.result, error = NULL,
+    lease_expires_at = NULL, deadline_at = NULL, held_until = NULL
+FROM (
+    SELECT json_extract(value, '$.id') AS job_id, json_extract(value, '$.token') AS token,
+        json_extract(value, '$.result') AS result
+    FROM json_each(:leases)) AS lease
+WHERE job.id = lease.job_id AND job.lease_token = lease.token
+  AND +job.status = 'running' AND +job.lease_expires_at > :now
+RETURNING id, type, attempt, returns
+
+-- name: close_succeeded
+-- Store the outcome of attempts that have succeeded.
+UPDATE job_attempt
+SET finished_at = :now, outcome = 'succeeded', error = NULL, held_until = NULL
+WHERE job_id IN (SELECT value FROM json_each(:ids)) AND finished_at IS NULL
 
 -- name: close_attempt
 -- Store the outcome of an attempt.
