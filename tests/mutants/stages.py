@@ -156,7 +156,7 @@ ABOUT_QUEUE: Final = (
     ("api/queue/database.py", _queue("database", "sqlite_file")),
     ("api/queue/enqueueing.py", _queue("enqueue")),
     ("api/queue/event", _queue("events")),
-    ("api/queue/group_commit.py", _queue("small_faults", "enqueue")),
+    ("api/queue/group_commit.py", _queue("group_commit", "small_faults", "enqueue")),
     ("api/queue/migrations.py", _queue("migrations")),
     ("api/queue/readiness.py", ("tests/test_health.py",)),
     ("api/queue/requests.py", _queue("enqueue")),
