@@ -208,7 +208,11 @@ AREAS: Final = (
             ("api/worker/child.py", ("tests/worker/test_in_processes.py",)),
             ("api/worker/results.py", ("tests/worker/test_leases.py",)),
         ),
-        slow=("tests/worker/test_shutdown.py",),
+        slow=(
+            "tests/worker/test_shutdown.py",
+            "tests/worker/test_in_processes.py",
+            "tests/worker/test_memory_limit.py",
+        ),
     ),
     Area(
         "auth",
