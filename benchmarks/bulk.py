@@ -199,7 +199,7 @@ def raw(url: str, *, insert: bool) -> Result:
 
 def postgresql_cpu(postmaster: psutil.Process) -> float:
     """Return the CPU time of all processes of PostgreSQL so far, those that have ended included."""
-    total = sum(postmaster.cpu_times()[:4])
+    total = float(sum(postmaster.cpu_times()[:4]))
     for child in postmaster.children():
         with contextlib.suppress(psutil.NoSuchProcess):
             total += sum(child.cpu_times()[:2])

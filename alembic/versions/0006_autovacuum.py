@@ -2,13 +2,14 @@
 
 By default it waits for a fifth of a table to change. With ten million finished jobs, that is two
 million dead rows, and every claim and every page has to pass over those in its index. The settings
-here are per table, so they take effect without a restart, and an operator can change them.
+here are per table, so they take effect without a restart. Those that an operator has made are kept.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
+import sqlalchemy as sa
 from alembic import op
 
 revision = "0006"
@@ -43,11 +44,20 @@ SETTINGS: Final = {
 def upgrade() -> None:
     if op.get_bind().dialect.name == "postgresql":
         for table, settings in SETTINGS.items():
-            listed = ", ".join(f"{name} = {value}" for name, value in settings.items())
-            op.execute(f"ALTER TABLE {table} SET ({listed})")
+            own = _options(table)
+            listed = [f"{name} = {value}" for name, value in settings.items() if name not in own]
+            if listed:
+                op.execute(f"ALTER TABLE {table} SET ({', '.join(listed)})")
 
 
 def downgrade() -> None:
     if op.get_bind().dialect.name == "postgresql":
         for table, settings in SETTINGS.items():
             op.execute(f"ALTER TABLE {table} RESET ({', '.join(settings)})")
+
+
+def _options(table: str) -> set[str]:
+    """Return the names of the storage parameters that a table has."""
+    query = sa.text("SELECT unnest(reloptions) FROM pg_class WHERE oid = to_regclass(:table)")
+    found = op.get_bind().execute(query, {"table": table}).scalars()
+    return {each.partition("=")[0] for each in found}

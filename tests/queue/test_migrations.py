@@ -572,6 +572,21 @@ def test_an_index_that_was_not_built_to_its_end_is_built_again(fresh_postgresql_
     ]
 
 
+def test_the_settings_of_autovacuum_that_an_operator_made_are_kept(
+    fresh_postgresql_url: str,
+) -> None:
+    migrations.downgrade(fresh_postgresql_url, "0005")
+    run_sql(
+        fresh_postgresql_url,
+        "ALTER TABLE job_registry.job SET (autovacuum_vacuum_threshold = 77, fillfactor = 90)",
+    )
+    migrations.upgrade(fresh_postgresql_url)
+    query = "SELECT unnest(reloptions) FROM pg_class WHERE oid = 'job_registry.job'::regclass"
+    options = {row[0] for row in run_sql(fresh_postgresql_url, query)}
+    assert {"autovacuum_vacuum_threshold=77", "fillfactor=90"} <= options
+    assert "autovacuum_vacuum_scale_factor=0.01" in options
+
+
 async def test_undoing_the_parking_of_jobs_leaves_them_due(
     database_url: str, registry: JobRegistry
 ) -> None:
