@@ -232,7 +232,7 @@ async def test_a_job_that_is_enqueued_after_the_handler_has_ended_is_refused(hou
 
 
 @pytest.mark.any_database
-@pytest.mark.parametrize("runs_in", ["thread", "process"])
+@pytest.mark.parametrize("runs_in", ["thread", pytest.param("process", marks=pytest.mark.slow)])
 async def test_a_thread_that_outlives_its_handler_is_told_that_its_job_is_refused(
     house: House, tmp_path: Path, runs_in: str
 ) -> None:
