@@ -175,7 +175,10 @@ async def test_fragments_that_double_each_other_are_reported_at_once(visit: Visi
 
 async def test_the_limits_hold_on_every_way_in(database_url: str) -> None:
     document = "subscription { a: jobEvents { name } }"
-    said = "The document has more than 0 aliases and repeated fields."
+    said = (
+        "The document has more than 0 aliases and repeated fields. JOBS_MAX_QUERY_ALIASES sets this"
+        " limit."
+    )
     async with (
         serving(database_url, "--no-worker", max_query_aliases="0") as (address, _),
         httpx.AsyncClient(base_url=f"http://{address}") as client,
