@@ -27,11 +27,11 @@ from job_registry_api.http_messages import BodyTooLarge
 if TYPE_CHECKING:
     from job_registry.asset_files import AssetFiles
 
-FORMATS: Final[Mapping[str, tuple[str, tuple[bytes, ...]]]] = {
-    "image/jpeg": ("jpg", (b"\xff\xd8\xff",)),
-    "image/png": ("png", (b"\x89PNG\r\n\x1a\n",)),
-    "image/webp": ("webp", (b"RIFF",)),
-    "image/gif": ("gif", (b"GIF87a", b"GIF89a")),
+FORMATS: Final[Mapping[str, tuple[str, re.Pattern[bytes]]]] = {
+    "image/jpeg": ("jpg", re.compile(rb"\xff\xd8\xff")),
+    "image/png": ("png", re.compile(rb"\x89PNG\r\n\x1a\n")),
+    "image/webp": ("webp", re.compile(rb"RIFF.{4}WEBP", re.DOTALL)),
+    "image/gif": ("gif", re.compile(rb"GIF8[79]a")),
 }
 """The accepted Content-Types: the extension of the file, and how its content begins."""
 
@@ -150,12 +150,12 @@ class Uploads:
             AssetsUnavailable: the storage failed, or took too long.
         """
         place = _place_of(asset_id, version_number)
-        extension, signatures = FORMATS[media_type]
+        extension, signature = FORMATS[media_type]
         with _faults_of_storage():
             files = self._files_of(place)
             incoming = await self._in_thread(files.begin, files.discard)
             try:
-                size = await self._receive(incoming.file, content, signatures, media_type)
+                size = await self._receive(incoming.file, content, signature, media_type)
             except BaseException:
                 await self._in_thread(partial(files.discard, incoming))
                 raise
@@ -215,7 +215,7 @@ class Uploads:
         self,
         file: BinaryIO,
         content: AsyncIterator[bytes],
-        signatures: tuple[bytes, ...],
+        signature: re.Pattern[bytes],
         media_type: str,
     ) -> int:
         """Write the content into a file, and return its size."""
@@ -226,10 +226,10 @@ class Uploads:
                 raise BodyTooLarge(self.max_bytes)
             if len(start) < _START:
                 start += chunk[:_START]
-                if len(start) >= _START and not start.startswith(signatures):
+                if len(start) >= _START and not signature.match(start):
                     break
             await self._in_thread(partial(file.write, chunk))
-        if not start.startswith(signatures):
+        if not signature.match(start):
             raise AssetInvalid(f"The content is not of the type {media_type}.")
         return size
 
@@ -320,8 +320,8 @@ def _remove(files: AssetFiles, upload_id: str) -> None:
 
 
 def _extension_of(start: bytes) -> str:
-    for extension, signatures in FORMATS.values():
-        if start.startswith(signatures):
+    for extension, signature in FORMATS.values():
+        if signature.match(start):
             return extension
     raise AssetInvalid(f"The content is not of one of the types {', '.join(FORMATS)}.")
 
@@ -334,5 +334,5 @@ def _stored(place: tuple[str, int], size: int, kept: bool) -> Uploaded:
     return Uploaded(asset_id, version_number, size)
 
 
-_START: Final = 8
+_START: Final = 12
 """How many bytes the longest signature has."""

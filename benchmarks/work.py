@@ -147,38 +147,45 @@ async def goals_of(url: str, folder: Path, code: str, jobs: int) -> Figures:
     # Not `from_url`, which refuses the database of another version.
     database = open_database(url)
     queue = JobQueue(REGISTRY, database)
+    wanted = await stored(queue, jobs)
     with workers(1, url, folder, 100, code):
+        batches = await rate_of_times(queue, database, wanted)
         found = await delays(queue, 60)
-        batches = await rate_from_times(queue, database, jobs)
     singly = 0.0
     if database.name == "postgresql":
+        wanted = await stored(queue, jobs // 20)
         with workers(1, url, folder, 1, code):
-            singly = await rate_from_times(queue, database, jobs // 20)
+            singly = await rate_of_times(queue, database, wanted)
     await database.close()
     quantiles = statistics.quantiles(found, n=20)
     return Figures(batches, singly, statistics.median(found), quantiles[18])
 
 
-async def rate_from_times(queue: JobQueue, database: Database, jobs: int) -> float:
-    """Return the jobs per second between the first start and the last end.
+async def stored(queue: JobQueue, jobs: int) -> datetime:
+    """Enqueue this many jobs, and return when the first was stored."""
+    first = (await queue.enqueue(JOB)).job.created_at
+    for start in range(1, jobs, 1_000):
+        await queue.enqueue_many([JOB] * min(1_000, jobs - start))
+    return first
 
-    The times are those in the database, so that nothing has to ask for them often.
+
+async def rate_of_times(queue: JobQueue, database: Database, since: datetime) -> float:
+    """Return the jobs per second between the first start and the last end of these jobs.
+
+    The times are those in the database, so that nothing has to ask for them often, and the start
+    of the worker does not count.
     """
-    done = (await queue.counts())["bench.nothing"].succeeded
-    due = datetime.now(UTC) + timedelta(seconds=2)
-    job = EnqueueRequest("bench.nothing", {}, schedule_at=due)
-    for start in range(0, jobs, 1_000):
-        await queue.enqueue_many([job] * min(1_000, jobs - start))
-    while (await queue.counts())["bench.nothing"].succeeded < done + jobs:
+    while (counts := (await queue.counts())["bench.nothing"]).queued or counts.running:
         await asyncio.sleep(0.25)
     table = "job" if database.schema is None else f"{database.schema}.job"
     async with database.reading() as connection:
         times = await connection.exec_driver_sql(
-            f"SELECT min(started_at), max(finished_at) FROM {table}"
-            f" WHERE started_at >= '{due:%Y-%m-%d %H:%M:%S.%f}+00'"
+            f"SELECT count(*), min(started_at), max(finished_at) FROM {table}"
+            f" WHERE created_at >= '{since:%Y-%m-%d %H:%M:%S.%f}+00'"
         )
-        first, last = (datetime.fromisoformat(str(time)) for time in times.one())
-    return jobs / (last - first).total_seconds()
+        row = times.one()
+    first, last = map(datetime.fromisoformat, map(str, row[1:]))
+    return float(row[0] / (last - first).total_seconds())
 
 
 def goals(folder: Path, jobs: int, old: str | None, rounds: int = 3) -> None:
@@ -336,7 +343,7 @@ def main() -> None:
     configure_logs("error", "console")
     try:
         if not arguments.only_jit:
-            goals(folder, arguments.jobs, arguments.old)
+            goals(folder, arguments.jobs // 2, arguments.old)
         if arguments.only_goals:
             return
         if not arguments.only_jit:

@@ -63,6 +63,7 @@ def test_everything_that_the_image_copies_is_in_its_context() -> None:
         assert any(source == each or source.startswith(f"{each}/") for each in kept), source
 
 
+@pytest.mark.slow
 def test_the_steps_of_the_image_give_a_command_that_runs(tmp_path: Path) -> None:
     build, site = tmp_path / "build", tmp_path / "site"
     build.mkdir()

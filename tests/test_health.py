@@ -6,8 +6,6 @@ import asyncio
 import os
 import signal
 import socket
-import subprocess
-import sys
 import textwrap
 import time
 from collections.abc import Iterator
@@ -25,7 +23,7 @@ from job_registry_api.queue.errors import QueueUnavailable
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.worker import Worker
 from job_registry_api.worker import loop as worker_module
-from tests import CODE
+from tests import CODE, forks
 from tests.conftest import run_sql
 from tests.forks import Command
 from tests.test_auth import AUTH, bearer
@@ -169,15 +167,8 @@ def test_a_health_port_that_is_taken_is_a_sentence(tmp_path: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        result = subprocess.run(
-            [sys.executable, "-m", "job_registry_api.cli", "worker", "--health-port", port],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": CODE},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=60,
-        )
+        command = ["worker", "--health-port", port]
+        result = forks.run(command, environment=os.environ, folder=tmp_path)
     assert result.returncode == 1
     reason = f"Cannot listen on 127.0.0.1:{port}: Address already in use."
     assert result.stderr == f"{reason} Choose another port with --health-port.\n"

@@ -182,6 +182,7 @@ async def test_a_picture_is_bounded(visit: Visit, assets: Path, declared: bool) 
         (b"", "image/png", (422, "asset_invalid")),
         (PNG[:4], "image/png", (422, "asset_invalid")),
         (b"<svg/>" * 100, "image/png", (422, "asset_invalid")),
+        (b"RIFF\0\0\0\0WAVE" * 9, "image/webp", (422, "asset_invalid")),
         (b"<svg/>", "image/svg+xml", (415, "unsupported_media_type")),
         (PNG, "application/json", (415, "unsupported_media_type")),
         (PNG, "", (415, "unsupported_media_type")),

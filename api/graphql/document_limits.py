@@ -70,13 +70,13 @@ def check_size(document: DocumentNode, limits: Limits) -> None:
             size = _size(node.selection_set, fragments, sizes)
         else:
             continue
-        for what, came, most in (
-            ("levels of fields", size.depth, limits.depth),
-            ("aliases and repeated fields", size.aliases, limits.aliases),
-            ("directives", size.directives + directives, limits.directives),
+        for what, came, most, setting in (
+            ("levels of fields", size.depth, limits.depth, "DEPTH"),
+            ("aliases and repeated fields", size.aliases, limits.aliases, "ALIASES"),
+            ("directives", size.directives + directives, limits.directives, "DIRECTIVES"),
         ):
             if came > most:
-                raise too_complex(f"The document has more than {most:,} {what}.")
+                raise has_too_many(what, most, f"JOBS_MAX_QUERY_{setting}")
 
 
 def fragments_of(document: DocumentNode) -> dict[str, FragmentDefinitionNode]:
@@ -86,6 +86,12 @@ def fragments_of(document: DocumentNode) -> dict[str, FragmentDefinitionNode]:
         for node in document.definitions
         if isinstance(node, FragmentDefinitionNode)
     }
+
+
+def has_too_many(what: str, most: int, setting: str) -> GraphQLError:
+    """Return the error for a document that exceeds the limit of a setting."""
+    message = f"The document has more than {most:,} {what}. {setting} sets this limit."
+    return coded("document_too_complex", message, limit=most, setting=setting)
 
 
 def too_complex(message: str) -> GraphQLError:

@@ -43,6 +43,7 @@ from job_registry_api.graphql.document_limits import (
     Limits,
     check_length,
     check_size,
+    has_too_many,
     too_complex,
 )
 from job_registry_api.graphql.persisted_documents import PersistedDocuments, names_document
@@ -282,6 +283,10 @@ class Executor:
                 hide_suggestions=not self._limits.suggestions,
             )
         except GraphQLSyntaxError as error:
+            if f"more than {self._limits.tokens} tokens" in error.message:
+                setting = "JOBS_MAX_QUERY_TOKENS"
+                refusal = has_too_many("tokens", self._limits.tokens, setting)
+                raise DocumentRefused([refusal]) from None
             raise DocumentRefused([_shortened(error, PARSE_FAILED)]) from None
         except GraphQLError as error:
             raise DocumentRefused([error]) from None

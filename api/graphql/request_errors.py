@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from graphql import ExecutionResult, GraphQLError
+from pydantic import JsonValue
 
 from job_registry import CodedError
 from job_registry.errors import shortened_text
@@ -23,9 +24,9 @@ BAD_REQUEST: Final = "bad_request"
 OPERATION_RESOLUTION_FAILURE: Final = "operation_resolution_failure"
 
 
-def coded(code: str, message: str) -> GraphQLError:
-    """Return an error with a code."""
-    return GraphQLError(message, extensions={"code": code})
+def coded(code: str, message: str, **details: JsonValue) -> GraphQLError:
+    """Return an error with a code and details."""
+    return GraphQLError(message, extensions={"code": code, **details})
 
 
 def format_result(result: ExecutionResult) -> dict[str, Any]:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import sqlalchemy
 from sqlalchemy import func, union_all
@@ -136,6 +136,13 @@ def filtered(
 
     `ahead` is how far the database's clock has been advanced, in tests.
     """
+    ranked = _ranked(wanted, owner)
+    if ranked is not None:
+        # Without a second condition of this field: the database would expect too few jobs.
+        others = ranked.without(wanted)
+        conditions = [*ranked.conditions, *_others(others, is_led=True), *_created(wanted)]
+        within = _within(part, wanted, ahead)
+        return _in_order(listed().where(*conditions), [(ranked.column, ranked.value)], within)
     leading = _leading(wanted, owner)
     conditions = [*leading, *owned_by(owner), *_others(wanted, is_led=bool(leading))]
     conditions += [*_created(wanted), *_created_ids(wanted, ahead), *part.conditions()]
@@ -210,6 +217,47 @@ def _leading(wanted: JobFilter, owner: Owner | None) -> list[Any]:
     if wanted.error_code is not None:
         return [_has_code(wanted.error_code)]
     return []
+
+
+class _Ranked(NamedTuple):
+    """The field of a filter whose index is read, and the expression that begins this index."""
+
+    field: str
+    column: Any
+    value: str
+    conditions: list[Any]
+    """Those of the index, which is partial."""
+
+    def without(self, wanted: JobFilter) -> JobFilter:
+        """Return the other fields of a filter. An owner may ask for the jobs of another creator."""
+        if self.field == "error_code":
+            return replace(wanted, error_code=None)
+        return replace(wanted, created_by=None) if wanted.created_by == self.value else wanted
+
+
+def _ranked(wanted: JobFilter, owner: Owner | None) -> _Ranked | None:
+    """Return the field whose index has the order of ids. None: no field has one."""
+    creator = owner.subject if owner is not None else wanted.created_by
+    if wanted.search is not None or wanted.idempotency_key is not None:
+        return None
+    if creator is not None:
+        column: Any = col(Job.created_by)
+        return _Ranked("created_by", column, creator, [column.is_not(None)])
+    if wanted.error_code is not None and owner is None:
+        given = col(Job.error).is_not(None)
+        return _Ranked("error_code", error_code(), wanted.error_code, [given])
+    return None
+
+
+def _within(part: Slice, wanted: JobFilter, ahead: timedelta) -> Slice:
+    """Return the part with the ends of the range of ids that jobs created then can have."""
+    before, after = part.before or FIRST_ID, part.after or LAST_ID
+    if wanted.created_after is not None:
+        earliest = _first_id(wanted.created_after - ID_SLACK - ahead)
+        before = max(before, uuid.UUID(int=max(0, earliest.int - 1)))
+    if wanted.created_before is not None:
+        after = min(after, _first_id(wanted.created_before + ID_SLACK))
+    return replace(part, before=before, after=after)
 
 
 def _others(wanted: JobFilter, *, is_led: bool) -> list[Any]:
@@ -335,19 +383,43 @@ def unfiltered(types: Sequence[str], statuses: Sequence[JobStatus], part: Slice)
     """Return the query of a page of one type, or of all, in the order of an index.
 
     With several statuses, the ids of each are read and merged, because no index has them in one
-    order.
+    order. The ids of a type and a status are read first, because only their own index has these.
     """
-    between = part.conditions()
-    of_types = [col(Job.type) == name for name in types]
-    of_statuses = [[col(Job.status) == str(status)] for status in dict.fromkeys(statuses)] or [[]]
-    conditions = [[*of_types, *one, *between] for one in of_statuses]
-    if len(conditions) == 1:
-        return part.taken(listed().where(*conditions[0]))
+    of_type = [(col(Job.type), name) for name in types]
+    of_statuses = [[(col(Job.status), str(each))] for each in dict.fromkeys(statuses)] or [[]]
+    equal = [[*of_type, *one] for one in of_statuses]
+    if len(equal) == 1 and len(equal[0]) < 2:
+        return _in_order(listed(), equal[0], part)
     found = union_all(
-        *(part.taken(select(Job.id).where(*each)).subquery().select() for each in conditions)
+        *(_in_order(select(Job.id), each, part).subquery().select() for each in equal)
     ).subquery()
     ids = part.taken(sqlalchemy.select(found.c.id), found.c.id)
     return part.taken(listed().where(col(Job.id).in_(ids)))
+
+
+def _in_order(query: Any, equal: Sequence[tuple[Any, str]], part: Slice) -> Any:
+    """Return the query of a part of the jobs where expressions have these values.
+
+    An index begins with the expressions and ends with the id. The last condition is a range of it
+    and not an equality, so that the index of ids does not have the order. Otherwise the database
+    reads all jobs in search of those that match, or sorts these, if it expects many or few.
+    """
+    if not equal:
+        return part.taken(query.where(*part.conditions()))
+    *others, (column, value) = equal
+
+    def place(job_id: uuid.UUID) -> Any:
+        return sqlalchemy.tuple_(
+            sqlalchemy.literal(value, column.type), sqlalchemy.literal(job_id, sqlalchemy.Uuid())
+        )
+
+    ranked = sqlalchemy.tuple_(column, col(Job.id))
+    query = query.where(
+        *(each == wanted for each, wanted in others),
+        ranked > place(part.before or FIRST_ID),
+        ranked < place(part.after or LAST_ID),
+    )
+    return part.taken(query.order_by(column.asc() if part.from_end else column.desc()))
 
 
 @lru_cache

@@ -145,7 +145,7 @@ COMMANDS = lines(
 
 
 @pytest.mark.parametrize("arguments", COMMANDS)
-@pytest.mark.parametrize("buffered", [True, False])
+@pytest.mark.parametrize("buffered", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_an_output_that_cannot_be_written_is_a_sentence(
     jobs: Shell, arguments: list[str], buffered: bool
 ) -> None:
@@ -156,7 +156,7 @@ def test_an_output_that_cannot_be_written_is_a_sentence(
 
 
 @pytest.mark.parametrize("arguments", COMMANDS)
-@pytest.mark.parametrize("buffered", [True, False])
+@pytest.mark.parametrize("buffered", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_command_whose_output_is_read_no_further_ends_silently(
     jobs: Shell, arguments: list[str], buffered: bool
 ) -> None:

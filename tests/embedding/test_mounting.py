@@ -103,6 +103,7 @@ async def ended() -> None:
             await asyncio.wait({task})
 
 
+@pytest.mark.any_database
 @both_hosts
 @pytest.mark.parametrize("joined", [True, False], ids=["joined", "not joined"])
 @pytest.mark.parametrize("prefix", ["/queue", "/internal/the queue"])
@@ -131,6 +132,7 @@ async def test_a_mounted_application_serves_graphql_rest_health_and_its_page(
     assert f"{encoded}/graphql" in unknown.json()["error"]["message"]
 
 
+@pytest.mark.any_database
 @both_hosts
 async def test_the_application_leaves_the_hosts_own_routes_alone(
     host: MakeHost, database_url: str, registry: JobRegistry
@@ -151,6 +153,7 @@ async def test_the_application_leaves_the_hosts_own_routes_alone(
     assert refused.headers["cache-control"] == "no-store"
 
 
+@pytest.mark.any_database
 @pytest.mark.parametrize("address", ["192.0.2.1", "2001:db8::1", "::ffff:192.0.2.1"])
 async def test_without_authentication_other_machines_are_refused(
     address: str, database_url: str, registry: JobRegistry
@@ -244,6 +247,7 @@ async def test_a_websocket_is_refused_while_the_application_cannot_start(
         assert [each["type"] for each in sent] == ["websocket.close"]
 
 
+@pytest.mark.any_database
 async def test_a_worker_that_cannot_start_is_a_503_whose_reason_is_in_the_log(
     database_url: str,
 ) -> None:
@@ -366,6 +370,7 @@ async def test_an_open_queue_of_the_host_is_used_and_left_open(
         assert (await queue.get(answer.json()["jobId"])).type == "payout.execute"
 
 
+@pytest.mark.any_database
 async def test_a_queue_that_is_not_open_is_named_when_the_host_joins(
     database_url: str, registry: JobRegistry
 ) -> None:
@@ -377,6 +382,7 @@ async def test_a_queue_that_is_not_open_is_named_when_the_host_joins(
     await queue.close()
 
 
+@pytest.mark.any_database
 async def test_a_queue_and_a_registry_or_suggestions_that_the_settings_forbid_are_refused(
     database_url: str, registry: JobRegistry
 ) -> None:

@@ -74,6 +74,7 @@ async def url(sqlite_template: Path, tmp_path: Path) -> AsyncIterator[str]:
         yield f"http://{address}/graphql"
 
 
+@pytest.mark.slow
 def test_the_schema_passes_the_recommended_lint(project: Path) -> None:
     linted = node(project, "eslint", "--max-warnings", "0", f"gen/{SDL_FILE.name}")
     assert linted.returncode == 0, linted.stdout + linted.stderr

@@ -47,7 +47,7 @@ VIOLATIONS = "{ ... on PayloadInvalid { violations { path code } } }"
 
 
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(payload=JSON_VALUES.filter(lambda value: value is not None), known=st.booleans())
 async def test_a_payload_means_the_same_as_a_literal_and_as_a_variable(

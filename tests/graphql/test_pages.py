@@ -179,6 +179,7 @@ async def test_the_total_of_another_filter_is_exact_up_to_a_bound(
         assert 11 <= found["totalCount"] <= 24, wanted
 
 
+@pytest.mark.any_database
 async def test_the_total_is_counted_only_where_it_is_selected(
     http: httpx.AsyncClient, execute: Execute, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -165,6 +165,7 @@ async def test_a_remote_worker_names_what_it_can_read(
     assert await leased(today, older) == [{"text": "a"}]
 
 
+@pytest.mark.any_database
 @pytest.mark.parametrize(
     ("named", "code"),
     [
@@ -233,6 +234,7 @@ async def test_the_command_line_shows_versions_and_unparks(
     assert json.loads(jobs("unpark", "--json", **settings).stdout) == {"unparked": 0}
 
 
+@pytest.mark.any_database
 async def test_the_typed_input_takes_the_older_form_too(http: httpx.AsyncClient) -> None:
     document = """mutation { enqueue(job: {testPing: %s}) {
         __typename ... on EnqueueJobSuccess { job { payload } }

@@ -156,7 +156,7 @@ ABOUT_QUEUE: Final = (
     ("api/queue/database.py", _queue("database", "sqlite_file")),
     ("api/queue/enqueueing.py", _queue("enqueue")),
     ("api/queue/event", _queue("events")),
-    ("api/queue/group_commit.py", _queue("small_faults", "enqueue")),
+    ("api/queue/group_commit.py", _queue("group_commit", "small_faults", "enqueue")),
     ("api/queue/migrations.py", _queue("migrations")),
     ("api/queue/readiness.py", ("tests/test_health.py",)),
     ("api/queue/requests.py", _queue("enqueue")),
@@ -208,7 +208,11 @@ AREAS: Final = (
             ("api/worker/child.py", ("tests/worker/test_in_processes.py",)),
             ("api/worker/results.py", ("tests/worker/test_leases.py",)),
         ),
-        slow=("tests/worker/test_shutdown.py",),
+        slow=(
+            "tests/worker/test_shutdown.py",
+            "tests/worker/test_in_processes.py",
+            "tests/worker/test_memory_limit.py",
+        ),
     ),
     Area(
         "auth",

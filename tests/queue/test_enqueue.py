@@ -6,7 +6,7 @@ import asyncio
 import sqlite3
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
 import pytest
@@ -298,6 +298,33 @@ async def test_a_bulk_answers_each_in_order(queue: JobQueue) -> None:
     assert kinds == ["Enqueued", "JobTypeNotFound", "InputInvalid", "Enqueued"]
     jobs = (await queue.list()).jobs
     assert [job.payload for job in jobs] == [{"text": "c"}, {"text": "a"}]
+
+
+async def test_each_job_of_a_bulk_is_stored_with_what_it_has(queue: JobQueue) -> None:
+    later = datetime(2030, 1, 1, tzinfo=timezone(timedelta(hours=2)))
+    jobs = [
+        ping(
+            f'"{n}", {{NULL}} \\',
+            priority=n % 3,
+            max_attempts=1 + n % 4,
+            schedule_at=later if n % 2 else None,
+        )
+        for n in range(24)
+    ]
+    results = await queue.enqueue_many(jobs, created_by="ada, {x}")
+    for job, result in zip(jobs, results, strict=True):
+        assert isinstance(result, Enqueued)
+        stored = await queue.get(result.job.id)
+        assert stored == result.job
+        assert (stored.payload, stored.priority, stored.max_attempts, stored.created_by) == (
+            job.payload,
+            job.priority,
+            job.max_attempts,
+            "ada, {x}",
+        )
+        assert stored.next_run_at == (job.schedule_at or stored.created_at)
+        assert result.job.next_run_at is not None
+        assert result.job.next_run_at.utcoffset() == timedelta()
 
 
 async def test_an_atomic_bulk_stores_all_or_none(queue: JobQueue) -> None:

@@ -96,6 +96,7 @@ async def work(queue: JobQueue, types: list[str]) -> None:
         assert len(leases) > 5
         await queue.heartbeat(leases[0].token, {"done": turn})
         await asyncio.gather(*(queue.complete(lease.token) for lease in leases[5:]))
+        await queue.succeed(leases[4].token)
         await queue.fail(leases[0].token, BROKEN)
         await queue.release(leases[1].token)
         await queue.snooze(leases[2].token, 30)

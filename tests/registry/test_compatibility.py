@@ -617,7 +617,7 @@ def test_changed_defaults_are_found_in_nested_and_recursive_models() -> None:
     ]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.integers(0, 2**32))
 def test_what_is_called_compatible_is_disproved_by_no_payload(seed: int) -> None:
     """Models that are edited step by step, each compared with each, and payloads of each."""

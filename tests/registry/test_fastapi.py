@@ -239,7 +239,7 @@ async def test_openapi_has_each_payload_once_with_its_camel_case_names(
     assert line["properties"]["unitPrice"]["type"] == "string"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     changes=st.dictionaries(
         st.sampled_from([*FULL, "send_at", "other"]),

@@ -197,7 +197,7 @@ NEARLY = st.fixed_dictionaries(
 )  # fmt: skip
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(payload=JUNK | NEARLY)
 def test_junk_is_refused_with_violations_or_admitted_and_never_crashes(payload: Any) -> None:
     try:
@@ -230,7 +230,7 @@ JSON_LIKE = st.fixed_dictionaries(
 )  # fmt: skip
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(payload=JSON_LIKE)
 def test_the_json_schema_says_the_same_as_the_registry(payload: dict[str, Any]) -> None:
     validator = Draft202012Validator(dict(thumbnail_create.payload_schema))

@@ -414,13 +414,13 @@ def refuses_each_lax_value(shape: Shape) -> bool:
     return True
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(shape=shapes(SCALARS, CLASSES))
 def test_what_is_accepted_refuses_each_lax_value_at_any_depth(shape: Shape) -> None:
     refuses_each_lax_value(shape)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(shape=shapes(STRICT_SCALARS, STRICT_CLASSES))
 def test_what_is_strict_in_all_its_parts_is_accepted(shape: Shape) -> None:
     assert refuses_each_lax_value(shape)

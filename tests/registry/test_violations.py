@@ -257,7 +257,7 @@ def faults(model: type[Payload], example: Any, payload: object) -> set[tuple[str
     return set()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(data=st.data(), made=modelled(3))
 def test_one_fault_is_found_where_it_was_made(data: st.DataObject, made: tuple[Any, Any]) -> None:
     model, value = made

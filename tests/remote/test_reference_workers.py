@@ -42,7 +42,7 @@ def built_typescript(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(params=["python", "typescript"])
+@pytest.fixture(params=["python", pytest.param("typescript", marks=pytest.mark.slow)])
 async def start(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Start]:
     """Starts a worker. `seconds` is how long each payout takes."""
     if request.param == "python":

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import CODE, ROOT
+from tests import CODE, ROOT, forks
 
 PLUGIN = "job_registry_api.pytest_plugin"
 
@@ -84,14 +84,11 @@ def run(project: Path) -> Run:
         named = [word for name in (PLUGIN, *plugins) for word in ("-p", name)]
         if "pytest_asyncio.plugin" in plugins:
             named += ["-o", "asyncio_default_fixture_loop_scope=function"]
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", *named, "-p", "no:cacheprovider", *arguments],
-            cwd=project,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=120,
+        done = forks.run(
+            [*named, "-p", "no:cacheprovider", *arguments],
+            environment=environment,
+            folder=project,
+            module="pytest",
         )
         assert done.returncode == int(fails), done.stdout + done.stderr
         return done.stdout

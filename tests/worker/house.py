@@ -43,7 +43,7 @@ class House:
             await asyncio.wait_for(task, 20)
 
     async def until(self, job: JobRecord, *statuses: JobStatus) -> JobRecord:
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(30):
             while (now := await self.queue.get(job.id)).status not in statuses:
                 await asyncio.sleep(0.01)
         return now

@@ -218,6 +218,7 @@ async def test_a_lease_is_renewed_while_another_transaction_holds_the_key_of_a_n
     assert [job.id for job in await followers(house)] == [first.job.id]
 
 
+@pytest.mark.any_database
 async def test_a_job_that_is_enqueued_after_the_handler_has_ended_is_refused(house: House) -> None:
     contexts: list[JobContext] = []
 
@@ -231,7 +232,7 @@ async def test_a_job_that_is_enqueued_after_the_handler_has_ended_is_refused(hou
 
 
 @pytest.mark.any_database
-@pytest.mark.parametrize("runs_in", ["thread", "process"])
+@pytest.mark.parametrize("runs_in", ["thread", pytest.param("process", marks=pytest.mark.slow)])
 async def test_a_thread_that_outlives_its_handler_is_told_that_its_job_is_refused(
     house: House, tmp_path: Path, runs_in: str
 ) -> None:
@@ -255,6 +256,7 @@ async def test_a_thread_that_outlives_its_handler_is_told_that_its_job_is_refuse
     assert len(await followers(house)) >= 1
 
 
+@pytest.mark.any_database
 async def test_a_handler_is_told_the_id_of_the_job_that_it_enqueues(house: House) -> None:
     @house.job_type.handler
     async def work(job: JobContext, payload: houses.Text) -> list[str]:
@@ -274,6 +276,7 @@ async def test_a_lost_lease_stores_nothing(house: House) -> None:
     assert await followers(house) == []
 
 
+@pytest.mark.any_database
 async def test_a_handler_gets_the_error_of_a_job_that_is_invalid(house: House) -> None:
     errors: list[Exception] = []
     wrong: Any = "one"

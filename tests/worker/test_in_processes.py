@@ -54,7 +54,7 @@ class Crowd:
     async def until(self, job: JobRecord, *statuses: JobStatus) -> JobRecord:
         async with asyncio.timeout(30):
             while (now := await self.queue.get(job.id)).status not in statuses:
-                await asyncio.sleep(0.01)
+                await asyncio.sleep(0.03)
         return now
 
     async def run(self, act: str, argument: str = "", kind: str = "crowd") -> JobRecord:
@@ -131,11 +131,21 @@ async def test_a_process_is_warm_and_has_its_lifespan_middleware_and_context(hou
     [
         ("raise", "failed", "handler_failed", "ValueError: from a process", ["failed"] * 3),
         ("fail", "failed", "failed", "for good", ["failed"]),
-        ("sys.exit", "failed", "handler_failed", "the handler raised SystemExit", ["failed"] * 3),
+        pytest.param(
+            *("sys.exit", "failed", "handler_failed", "the handler raised SystemExit"),
+            ["failed"] * 3,
+            marks=pytest.mark.slow,
+        ),
         ("large", "failed", "result_invalid", "at most 262,144 bytes", ["failed"]),
-        ("generator", "failed", "result_invalid", "generator", ["failed"]),
+        pytest.param(
+            *("generator", "failed", "result_invalid", "generator", ["failed"]),
+            marks=pytest.mark.slow,
+        ),
         ("segfault", "failed", "process_died", "killed by signal 11 (SIGSEGV)", ["failed"] * 3),
-        ("exit", "failed", "process_died", "ended with exit code 3", ["failed"] * 3),
+        pytest.param(
+            *("exit", "failed", "process_died", "ended with exit code 3", ["failed"] * 3),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 async def test_how_a_handler_ends_in_a_process_is_reported(
@@ -174,7 +184,9 @@ async def test_what_a_process_sends_is_not_written_into_a_file_of_its_handler(
     assert path.read_bytes() == b""
 
 
-@pytest.mark.parametrize("descriptors", ["0 1", "1 2", "0 3"])
+@pytest.mark.parametrize(
+    "descriptors", [*(pytest.param(two, marks=pytest.mark.slow) for two in ("0 1", "1 2")), "0 3"]
+)
 async def test_a_handler_may_close_its_standard_streams(house: Crowd, descriptors: str) -> None:
     assert (await house.run("close", descriptors)).status == "succeeded"
     assert (await house.run("describe")).status == "succeeded"
@@ -252,6 +264,7 @@ async def test_a_process_that_is_killed_while_it_waits_costs_no_attempt(house: C
     assert await house.outcomes(done) == ["succeeded"]
 
 
+@pytest.mark.slow
 async def test_a_plain_function_may_run_an_event_loop_of_its_own(house: Crowd) -> None:
     """As it may in a thread: the next attempt after a crash runs in a process."""
     assert (await house.run("run a coroutine")).result == "done"
@@ -292,6 +305,7 @@ async def test_a_process_that_cannot_be_started_fails_the_attempt_at_once(
     assert await house.outcomes(ended) == ["failed"] * 3
 
 
+@pytest.mark.slow
 def test_a_process_that_is_gone_may_be_talked_to_on_any_event_loop() -> None:
     async def talk() -> None:
         process = processes._Process(

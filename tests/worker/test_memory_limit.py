@@ -44,7 +44,7 @@ class Diner:
         job = (await self.queue.enqueue(request)).job
         async with asyncio.timeout(30):
             while (now := await self.queue.get(job.id)).finished_at is None:
-                await asyncio.sleep(0.01)
+                await asyncio.sleep(0.03)
         return now
 
     async def succeed(self, how: str, megabytes: int = 0, kind: str = "hungry") -> Any:
@@ -68,7 +68,7 @@ async def diner(database_url: str) -> AsyncIterator[Diner]:
     await database.close()
 
 
-@pytest.mark.parametrize("kind", ["hungry", "hungry_async"])
+@pytest.mark.parametrize("kind", ["hungry", pytest.param("hungry_async", marks=pytest.mark.slow)])
 async def test_a_handler_may_use_its_limit_and_not_more(diner: Diner, kind: str) -> None:
     assert isinstance(await diner.succeed("bytes", 56, kind), int)
     failed = await diner.run("bytes", 66, kind, max_attempts=2)
@@ -79,7 +79,13 @@ async def test_a_handler_may_use_its_limit_and_not_more(diner: Diner, kind: str)
     assert [attempt.outcome for attempt in attempts] == ["failed", "failed"]
 
 
-@pytest.mark.parametrize("how", ["small objects", "result", "map", "says otherwise"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "small objects",
+        *(pytest.param(how, marks=pytest.mark.slow) for how in ("result", "map", "says otherwise")),
+    ],
+)
 async def test_the_error_names_the_limit_wherever_memory_runs_out(diner: Diner, how: str) -> None:
     failed = await diner.run(how, 400)
     assert failed.error is not None
@@ -106,6 +112,7 @@ async def test_a_crash_close_to_the_limit_counts_as_exceeding_it(diner: Diner) -
     )
 
 
+@pytest.mark.slow
 async def test_a_crash_far_below_the_limit_is_a_crash(diner: Diner) -> None:
     failed = await diner.run("crashes early")
     assert failed.error is not None

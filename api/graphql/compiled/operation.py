@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from inspect import CORO_CREATED, getcoroutinestate, isawaitable, iscoroutine
 from typing import Any, Final
 
@@ -271,7 +272,7 @@ class CompiledOperation:
                 _close(call.value)
                 return next_(source, info, **arguments)
             if call.converted is not None:
-                return _resumed(call, next_(source, info, **arguments), differences)
+                return _resumed(call, partial(next_, source, info, **arguments), differences)
             if call.error is not None:
                 raise call.error
             return call.value
@@ -294,11 +295,13 @@ class CompiledOperation:
                     _close(call.value)
 
 
-async def _resumed(call: Call, layers: Awaitable[Any], differences: list[str] | None) -> Any:
+async def _resumed(
+    call: Call, layers: Callable[[], Awaitable[Any]], differences: list[str] | None
+) -> Any:
     """Return the outcome of a direct call, through the layers that handle its errors."""
     try:
         with resuming(call):
-            return await layers
+            return await layers()
     finally:
         if differences is not None and repr(call.converted) != repr(call.converted_again):
             differences.append(
@@ -330,6 +333,7 @@ async def _settle(calls: list[Call]) -> None:
             call.value = await call.value
         except Exception as error:
             call.value, call.error = None, error
+            await _answer_error(call)
         return
     outcomes = await asyncio.gather(*(call.value for call in calls), return_exceptions=True)
     for call, outcome in zip(calls, outcomes, strict=True):
@@ -337,8 +341,22 @@ async def _settle(calls: list[Call]) -> None:
             call.value = outcome
         elif isinstance(outcome, Exception):
             call.value, call.error = None, outcome
+            await _answer_error(call)
         else:
             raise outcome
+
+
+async def _answer_error(call: Call) -> None:
+    """Let the layers that a direct call left out answer its error, with data or another error."""
+    if call.layers is None:
+        return
+    try:
+        with resuming(call):
+            value = await call.layers(call.source, call.info, **call.arguments)
+    except Exception as error:
+        call.error = error
+    else:
+        call.value, call.error = value, None
 
 
 def _conditions(

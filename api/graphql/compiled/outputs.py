@@ -67,8 +67,8 @@ class Classes(Protocol):
 class Direct(NamedTuple):
     """How a resolver is called without the layers that handle its errors.
 
-    graphql-core goes through these layers if the compiled execution ends early. The field then has
-    to use the outcome of the direct call: see `outcome_before`.
+    After an error, the layers answer it: the field is resolved again, and then has to use the
+    outcome of the direct call. See `Resumable`.
     """
 
     converted: Callable[[GraphQLResolveInfo[Any], dict[str, Any]], tuple[Any, dict[str, Any]]]
@@ -81,6 +81,7 @@ class Call:
     """A call of a resolver, and what it has returned or raised.
 
     `converted` are the arguments of a direct call, `converted_again` those by the usual layers.
+    `layers` resolves the field with these layers.
     """
 
     __slots__ = (
@@ -90,6 +91,8 @@ class Call:
         "error",
         "info",
         "is_handed_out",
+        "layers",
+        "source",
         "value",
     )
 
@@ -98,11 +101,15 @@ class Call:
         info: GraphQLResolveInfo[Any],
         arguments: dict[str, Any],
         converted: dict[str, Any] | None = None,
+        layers: Callable[..., Any] | None = None,
+        source: Any = None,
     ) -> None:
         self.info = info
         self.arguments = arguments
         self.converted = converted
         self.converted_again: dict[str, Any] | None = None
+        self.layers = layers
+        self.source = source
         self.value: Any = None
         """Its result; an awaitable until that has been awaited."""
         self.error: Exception | None = None
@@ -249,7 +256,9 @@ class OutputCompiler:
         arguments = compile_arguments(field, nodes[0])
         direct = self._classes.direct_of(parent.name, name)
         if direct is not None:
-            step = _call_directly(key, direct, info_of, arguments, completer.complete)
+            step = _call_directly(
+                key, direct, field.resolve, info_of, arguments, completer.complete
+            )
         else:
             step = _call(key, field.resolve, info_of, arguments, completer.complete)
         return _Field(step, None, True)
@@ -350,6 +359,7 @@ def _call(
 def _call_directly(
     key: str,
     direct: Direct,
+    layers: Callable[..., Any],
     info_of: Callable[[Branch, Path | None], GraphQLResolveInfo[Any]],
     arguments_of: Arguments,
     complete: Complete,
@@ -364,7 +374,7 @@ def _call_directly(
         arguments = arguments_of(branch.variables)
         info = info_of(branch, path)
         own_info, converted = converted_of(info, arguments)
-        made = Call(info, arguments, converted)
+        made = Call(info, arguments, converted, layers, source)
         branch.calls.append(made)
         answer[key] = None
         made.value = resolve(source, own_info, **converted)

@@ -204,16 +204,15 @@ JOIN job_registry.job ON job.type = wanted.type AND job.idempotency_key = wanted
 
 -- name: newest
 -- Return the ids of the newest jobs of several types and statuses. The newest of each pair are read
--- from its index, and merged: no index has them in one order. The status is a range and not an
--- equality, so that only the index of type, status and id has the order: that of type and id would
--- read every job of a type in search of a rare status.
+-- from its index, and merged: no index has them in one order. A pair is a range and not an equality,
+-- so that only the index of type, status and id has the order: another one would read every job of a
+-- type, or of a status, in search of a rare pair.
 SELECT newest.id FROM jsonb_to_recordset(CAST(:pairs AS jsonb)) AS pair (type text, status text)
 CROSS JOIN LATERAL (
     SELECT job.id FROM job_registry.job
-    WHERE job.type = pair.type
-        AND (job.status, job.id) > (pair.status, CAST(:newer_than AS uuid))
-        AND (job.status, job.id) < (pair.status, CAST(:older_than AS uuid))
-    ORDER BY job.status DESC, job.id DESC LIMIT :most
+    WHERE (job.type, job.status, job.id) > (pair.type, pair.status, CAST(:newer_than AS uuid))
+        AND (job.type, job.status, job.id) < (pair.type, pair.status, CAST(:older_than AS uuid))
+    ORDER BY job.type DESC, job.status DESC, job.id DESC LIMIT :most
 ) AS newest
 ORDER BY newest.id DESC LIMIT :most
 
@@ -222,10 +221,9 @@ ORDER BY newest.id DESC LIMIT :most
 SELECT oldest.id FROM jsonb_to_recordset(CAST(:pairs AS jsonb)) AS pair (type text, status text)
 CROSS JOIN LATERAL (
     SELECT job.id FROM job_registry.job
-    WHERE job.type = pair.type
-        AND (job.status, job.id) > (pair.status, CAST(:newer_than AS uuid))
-        AND (job.status, job.id) < (pair.status, CAST(:older_than AS uuid))
-    ORDER BY job.status, job.id LIMIT :most
+    WHERE (job.type, job.status, job.id) > (pair.type, pair.status, CAST(:newer_than AS uuid))
+        AND (job.type, job.status, job.id) < (pair.type, pair.status, CAST(:older_than AS uuid))
+    ORDER BY job.type, job.status, job.id LIMIT :most
 ) AS oldest
 ORDER BY oldest.id LIMIT :most
 
