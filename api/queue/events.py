@@ -52,7 +52,7 @@ from job_registry_api.queue.database import Database
 from job_registry_api.queue.errors import EventsMissed, QueueUnavailable, reason_of
 from job_registry_api.queue.event_stream import EventStream, Gap
 from job_registry_api.queue.models import JobRecord, JobStatus
-from job_registry_api.queue.recent_events import Numbered, RecentEvents
+from job_registry_api.queue.recent_events import MAX_KEPT_EVENTS, Numbered, RecentEvents
 from job_registry_api.queue.store import WAITS_ENDED, Ended, Store
 
 EventName = Literal[
@@ -439,17 +439,19 @@ class Events:
             if history is None:
                 return
             batches, complete_since = history
-            for batch in batches:
+            for batch in reversed(batches):
                 at = batch.created_at.timestamp()
                 message = decode(batch.message)
-                earlier += [(at, e) for e in self._renamed_in(message) if _is_public(e)]
-                if batch.id % 100 == 0:
-                    await asyncio.sleep(0)  # Let other requests through.
+                events = [(at, e) for e in self._renamed_in(message) if _is_public(e)]
+                earlier += reversed(events)
+                if len(earlier) > MAX_KEPT_EVENTS:
+                    break  # `prepend` keeps no more.
+                await asyncio.sleep(0)  # Let other requests through.
         except Exception as error:
             with suppress(Exception):
                 log.warning("events.not_recalled", reason=reason_of(error))
             return
-        self._recent.prepend(earlier, complete_since)
+        self._recent.prepend(earlier[::-1], complete_since)
 
     def read(
         self,

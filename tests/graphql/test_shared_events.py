@@ -16,7 +16,7 @@ import pytest
 from job_registry import EnqueueRequest
 from job_registry_api.auth import JOB_TYPES_CLAIM
 from job_registry_api.graphql import shared_events
-from job_registry_api.queue import recent_events
+from job_registry_api.queue import events, recent_events
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.turns import Turns
 from tests.http_client import Visit, application_of, queue_of
@@ -365,6 +365,28 @@ async def test_a_client_continues_after_a_restart_where_the_database_keeps_event
     assert again.data[0] == first.data[2]
     assert len({each["jobId"] for each in again.data}) == 4
     assert later.data == again.data[1:]
+
+
+async def test_no_more_events_of_the_time_before_a_restart_are_read_than_are_kept(
+    visit: Visit, monkeypatch: pytest.MonkeyPatch, database_url: str
+) -> None:
+    async with visit() as old:
+        for _ in range(6):
+            await queue_of(old).enqueue_many([PING] * 3)
+    read = 0
+
+    def counted(text: str | bytes) -> events.Message:
+        nonlocal read
+        read += 1
+        return decode(text)
+
+    decode = events.decode
+    monkeypatch.setattr(events, "MAX_KEPT_EVENTS", 4)
+    monkeypatch.setattr(events, "decode", counted)
+    async with visit() as new:
+        await queue_of(new).events.recall("unknown")
+    # PostgreSQL does not keep them in order.
+    assert read == (0 if database_url.startswith("postgresql") else 2)
 
 
 @pytest.mark.parametrize(
