@@ -91,7 +91,7 @@ async def test_a_bad_literal_is_a_violation_of_the_payload(
     [
         ("{assetId: " + "[" * 900 + "]" * 900 + "}", "nested too deep"),
         ("{a: " * 450 + "1" + "}" * 450, "nested too deep"),
-        ("[" + "1 " * 2_001 + "]", "more than 2000 tokens"),
+        ("[" + "1 " * 2_001 + "]", "more than 2,000 tokens"),
         ('{assetId: "\\ud800"}', "Invalid Unicode escape sequence"),
         ("{assetId: $undefined}", "not defined"),
     ],
