@@ -295,7 +295,10 @@ def _finish(files: AssetFiles, upload_id: str, max_bytes: int) -> tuple[int, boo
     try:
         if size > max_bytes:
             raise BodyTooLarge(max_bytes)
-        incoming = files.receive(upload_id)
+        try:
+            incoming = files.receive(upload_id)
+        except FileNotFoundError:
+            raise UploadNotFound from None  # Another request has finished it meanwhile.
         try:
             size = incoming.path.stat().st_size
             if size > max_bytes:  # It was replaced meanwhile.

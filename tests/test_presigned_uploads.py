@@ -168,6 +168,16 @@ async def test_a_picture_that_another_process_kept_meanwhile_is_not_replaced(
     assert bucket.cat_file("pictures/assets/cat/1.png") == PNG
 
 
+async def test_an_upload_that_another_request_finishes_meanwhile_is_not_found(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from job_registry.asset_files import AssetFiles
+
+    # As another request sees the bucket just before the picture is removed.
+    monkeypatch.setattr(AssetFiles, "uploaded_size", lambda files, upload_id: 100)
+    assert code_of(await finish(client, "0" * 32)) == (404, "upload_not_found")
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [

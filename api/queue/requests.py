@@ -98,7 +98,8 @@ def input_faults(request: EnqueueRequest) -> Iterator[Violation]:
         ("/priority", request.priority, 0, 100),
         ("/maxAttempts", request.max_attempts, 1, 1_000),
     ):
-        if value is not None and not low <= value <= high:
+        # True counts as 1 in Python, and as no number in PostgreSQL.
+        if value is not None and (isinstance(value, bool) or not low <= value <= high):
             yield Violation(
                 path,
                 "out_of_range",

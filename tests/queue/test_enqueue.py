@@ -589,3 +589,13 @@ async def test_an_atomic_bulk_with_one_key_and_payload_twice_stores_it_once(
     results = await queue.enqueue_many([ping("one", idempotency_key="k")] * 2, atomic=True)
     assert [getattr(result, "deduplicated", None) for result in results] == [False, True]
     assert len((await queue.list()).jobs) == 1
+
+
+@pytest.mark.any_database
+async def test_a_truth_value_is_no_number(queue: JobQueue) -> None:
+    with pytest.raises(InputInvalid) as caught:
+        await queue.enqueue(EnqueueRequest("test.ping", {}, priority=True, max_attempts=True))
+    assert [(each.path, each.message) for each in caught.value.violations] == [
+        ("/priority", "Expected a whole number from 0 to 100; got True."),
+        ("/maxAttempts", "Expected a whole number from 1 to 1,000; got True."),
+    ]
