@@ -409,6 +409,7 @@ def other_payloads(selection: str, atomic: bool = False) -> bytes:
     return graphql(query, i=jobs, a=atomic)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("atomic", [False, True])
 async def test_a_bulk_whose_keys_have_large_jobs_stays_within_the_bounds(
     keyed_server: MeasuredServer, atomic: bool
@@ -423,6 +424,7 @@ async def test_a_bulk_whose_keys_have_large_jobs_stays_within_the_bounds(
     assert results[200]["__typename"] == ("InputInvalid" if atomic else "EnqueueJobSuccess")
 
 
+@pytest.mark.slow
 async def test_a_bulk_whose_answer_would_have_too_large_jobs_is_refused_before_it_is_stored(
     keyed_server: MeasuredServer,
 ) -> None:
@@ -443,6 +445,7 @@ async def test_a_bulk_whose_answer_would_have_too_large_jobs_is_refused_before_i
     assert response.json()["data"]["validateJob"] == {"duplicateOf": None}
 
 
+@pytest.mark.slow
 async def test_a_page_of_jobs_with_large_errors_stays_within_the_bounds(
     keyed_server: MeasuredServer,
 ) -> None:
@@ -481,6 +484,7 @@ ONE_BY_ONE: Final = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ONE_BY_ONE)
 async def test_fields_that_each_read_a_large_job_stay_within_the_bounds(
     keyed_server: MeasuredServer, name: str
@@ -494,6 +498,7 @@ async def test_fields_that_each_read_a_large_job_stay_within_the_bounds(
         assert len(response.json()["data"]) == 30
 
 
+@pytest.mark.slow
 async def test_the_attempts_of_a_job_with_large_errors_stay_within_the_bounds(
     keyed_server: MeasuredServer,
 ) -> None:
