@@ -179,12 +179,14 @@ def test_a_fault_runs_the_tests_of_its_line_or_those_of_its_file() -> None:
 @pytest.mark.slow
 def test_the_plugin_records_the_lines_of_a_test(tmp_path: Path) -> None:
     test = "tests/registry/test_errors.py"
+    folder = tmp_path / "run"
+    folder.mkdir()
     subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "tests.mutants.lines", test],
-        env={**os.environ, lines.FOLDER: str(tmp_path), "PYTHONPATH": CODE},
+        env={**os.environ, lines.FOLDER: str(folder), "PYTHONPATH": CODE},
         cwd=ROOT, check=True, timeout=60, stdout=subprocess.DEVNULL,
     )  # fmt: skip
-    recorded = Lines.of_folders(tmp_path.parent)
+    recorded = Lines.of_folders(tmp_path)
     found = {each for tests in recorded.tests["registry/errors.py"].values() for each in tests}
     assert found
     assert {each.partition("::")[0] for each in found} == {test}
