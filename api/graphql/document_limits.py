@@ -15,6 +15,7 @@ from graphql import (
     OperationDefinitionNode,
     SelectionSetNode,
 )
+from pydantic import JsonValue
 
 from job_registry_api.graphql.request_errors import coded
 
@@ -71,12 +72,22 @@ def check_size(document: DocumentNode, limits: Limits) -> None:
         else:
             continue
         for what, came, most, setting in (
-            ("levels of fields", size.depth, limits.depth, "DEPTH"),
-            ("aliases and repeated fields", size.aliases, limits.aliases, "ALIASES"),
-            ("directives", size.directives + directives, limits.directives, "DIRECTIVES"),
+            ("levels of fields", size.depth, limits.depth, "JOBS_MAX_QUERY_DEPTH"),
+            (
+                "aliases and repeated fields",
+                size.aliases,
+                limits.aliases,
+                "JOBS_MAX_QUERY_ALIASES",
+            ),
+            (
+                "directives",
+                size.directives + directives,
+                limits.directives,
+                "JOBS_MAX_QUERY_DIRECTIVES",
+            ),
         ):
             if came > most:
-                raise has_too_many(what, most, f"JOBS_MAX_QUERY_{setting}")
+                raise has_too_many(what, most, setting)
 
 
 def fragments_of(document: DocumentNode) -> dict[str, FragmentDefinitionNode]:
@@ -91,12 +102,12 @@ def fragments_of(document: DocumentNode) -> dict[str, FragmentDefinitionNode]:
 def has_too_many(what: str, most: int, setting: str) -> GraphQLError:
     """Return the error for a document that exceeds the limit of a setting."""
     message = f"The document has more than {most:,} {what}. {setting} sets this limit."
-    return coded("document_too_complex", message, limit=most, setting=setting)
+    return too_complex(message, limit=most, setting=setting)
 
 
-def too_complex(message: str) -> GraphQLError:
+def too_complex(message: str, **details: JsonValue) -> GraphQLError:
     """Return the error for a document that exceeds a limit."""
-    return coded("document_too_complex", message)
+    return coded("document_too_complex", message, **details)
 
 
 class _Size(NamedTuple):

@@ -72,11 +72,11 @@ class EventStream:
         """Set when the stream includes every message that is committed from then on."""
 
     async def history(self) -> tuple[list[StoredEvents], float] | None:
-        """Return the stored batches that precede the stream, in order, and the Unix time since
-        which they are complete. None: that is not known.
+        """Return the stored batches that precede the stream, the newest first, and the Unix time
+        since which they are complete. None: that is not known.
 
-        Only where batches become visible in the order of their ids can a client continue among
-        them: on PostgreSQL, one with a lower id may have been committed later.
+        A client can continue among them only if batches become visible in the order of their ids.
+        On PostgreSQL they do not: a batch may be committed after one with a higher id.
         """
         number = self._kept.begun_at
         if number is None or not self._database.notices_commits:
@@ -88,7 +88,7 @@ class EventStream:
         since = read_at - EVENTS_KEPT_SECONDS  # Only older ones have been deleted.
         if len(newest) == HISTORY_BATCHES:
             since = newest[-1].created_at.timestamp()
-        return newest[::-1], since
+        return newest, since
 
     async def feed(self, take: Take) -> None:
         """Call `take` with each message and gap, one after another, until `end` is called."""

@@ -97,8 +97,10 @@ READ_AT_ONCE: Final = 1_000
 """How many events a subscriber reads at most before others take their turn."""
 
 MAX_ECHOES: Final = 10_000
-MAX_BATCHES: Final = 16
 """How many own events may be awaited from the database at a time."""
+
+MAX_BATCHES: Final = 16
+"""How many own batches may be awaited from the database at a time with their events."""
 
 STOP_SECONDS: Final = 5.0
 """How long `listening` waits at its end for a statement in progress."""
@@ -134,20 +136,14 @@ class JobEvent(NamedTuple):
         )
 
     @classmethod
-    def of(cls, name: EventName, job: JobRecord) -> JobEvent:
+    def of(cls, name: EventName, job: JobRecord | Ended) -> JobEvent:
         """Return the event `name` of a job, as read after the event."""
         return cls(name, job.id, job.type, job.attempt)
 
     @classmethod
-    def of_change(cls, job: JobRecord) -> JobEvent:
+    def of_change(cls, job: JobRecord | Ended) -> JobEvent:
         """Return the event of a job whose attempt ended, or that was cancelled or retried."""
         return cls.of("job.parked" if job.is_parked else _AFTER_CHANGE[job.status], job)
-
-    @classmethod
-    def of_end(cls, ended: Ended) -> JobEvent:
-        """Return the event of a job whose attempt was ended."""
-        name: EventName = "job.parked" if ended.is_parked else _AFTER_CHANGE[ended.status]
-        return cls(name, ended.id, ended.type, ended.attempt)
 
 
 class Message(NamedTuple):
@@ -439,7 +435,7 @@ class Events:
             if history is None:
                 return
             batches, complete_since = history
-            for batch in reversed(batches):
+            for batch in batches:
                 at = batch.created_at.timestamp()
                 message = decode(batch.message)
                 events = [(at, e) for e in self._renamed_in(message) if _is_public(e)]

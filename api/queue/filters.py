@@ -252,11 +252,11 @@ def _ranked(wanted: JobFilter, owner: Owner | None) -> _Ranked | None:
 def _within(part: Slice, wanted: JobFilter, ahead: timedelta) -> Slice:
     """Return the part with the ends of the range of ids that jobs created then can have."""
     before, after = part.before or FIRST_ID, part.after or LAST_ID
-    if wanted.created_after is not None:
-        earliest = _first_id(wanted.created_after - ID_SLACK - ahead)
-        before = max(before, uuid.UUID(int=max(0, earliest.int - 1)))
-    if wanted.created_before is not None:
-        after = min(after, _first_id(wanted.created_before + ID_SLACK))
+    lowest, end = _id_range(wanted, ahead)
+    if lowest is not None:
+        before = max(before, uuid.UUID(int=max(0, lowest.int - 1)))
+    if end is not None:
+        after = min(after, end)
     return replace(part, before=before, after=after)
 
 
@@ -310,13 +310,23 @@ def _created(wanted: JobFilter) -> list[Any]:
 
 
 def _created_ids(wanted: JobFilter, ahead: timedelta) -> list[Any]:
-    """Return the range of ids that jobs created then can have."""
+    """Return the conditions that an id is one that jobs created then can have."""
+    lowest, end = _id_range(wanted, ahead)
     conditions: list[Any] = []
-    if wanted.created_after is not None:
-        conditions.append(col(Job.id) >= _first_id(wanted.created_after - ID_SLACK - ahead))
-    if wanted.created_before is not None:
-        conditions.append(col(Job.id) < _first_id(wanted.created_before + ID_SLACK))
+    if lowest is not None:
+        conditions.append(col(Job.id) >= lowest)
+    if end is not None:
+        conditions.append(col(Job.id) < end)
     return conditions
+
+
+def _id_range(wanted: JobFilter, ahead: timedelta) -> tuple[uuid.UUID | None, uuid.UUID | None]:
+    """Return the lowest id that jobs created then can have, and the first one that is too high."""
+    after, before = wanted.created_after, wanted.created_before
+    return (
+        None if after is None else _first_id(after - ID_SLACK - ahead),
+        None if before is None else _first_id(before + ID_SLACK),
+    )
 
 
 def _first_id(time: datetime) -> uuid.UUID:

@@ -92,7 +92,7 @@ class GroupCommit(Generic[Item, Result]):
 
 
 def _is_late(future: asyncio.Future[Any]) -> bool:
-    """Return whether a caller has been told that its result did not come in time."""
+    """Return whether the time of a caller has ended, so that it has got an error already."""
     return future.done() and not future.cancelled()
 
 

@@ -423,7 +423,7 @@ class Leasing:
             turn = {report.job_id: index for index, report in reversed(waiting.items())}
             these = [waiting.pop(index) for index in sorted(turn.values())]
             jobs = await self._store.end(these)
-            self.events.publish(map(JobEvent.of_end, jobs.values()))
+            self.events.publish(map(JobEvent.of_change, jobs.values()))
             outcomes: Counter[tuple[str, str]] = Counter()
             for report in these:
                 if (job := jobs.get(report.job_id)) is not None:

@@ -180,11 +180,7 @@ class SQLiteStore(Store):
 
         narrow, rows = await self._write(work)
         ended = {job.id: Ended.of(job) for job in map(self._job, rows)}
-        for row in narrow:
-            job_id = uuid.UUID(row["id"])
-            name = self.renamed.get(row["type"], row["type"])
-            ended[job_id] = Ended(job_id, name, JobStatus.SUCCEEDED, row["attempt"], False)
-        return ended
+        return ended | {job.id: job for job in map(self.ended, map(_typed, narrow))}
 
     async def renew(
         self, renewals: Sequence[LeaseRenewal], lease_seconds: float

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import time
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -88,17 +89,28 @@ PARAMETERS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
-async def test_on_sqlite_a_statement_reads_an_index_and_sorts_no_more_than_a_page(
-    tmp_path: Path, sqlite_template: Path, name: str
-) -> None:
+@pytest.fixture
+async def filled_file(tmp_path: Path, sqlite_template: Path) -> AsyncIterator[Database]:
+    """A SQLite database with 2,000 queued jobs and as many finished ones."""
     shutil.copy(sqlite_template, tmp_path / "jobs.db")
     database = open_database(f"sqlite:///{tmp_path / 'jobs.db'}", timeout_seconds=None)
     await fill(database, 2_000)
+    yield database
+    await database.close()
+
+
+async def steps_of(database: Database, name: str, values: dict[str, Any]) -> list[str]:
+    """The steps of the plan of a statement of SQLite."""
     async with database.reading() as connection:
         query = text(f"EXPLAIN QUERY PLAN {statements('sqlite')[name]}")
-        steps = [row[-1] for row in await connection.execute(query, PARAMETERS[name])]
-    await database.close()
+        return [row[-1] for row in await connection.execute(query, values)]
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+async def test_on_sqlite_a_statement_reads_an_index_and_sorts_no_more_than_a_page(
+    filled_file: Database, name: str
+) -> None:
+    steps = await steps_of(filled_file, name, PARAMETERS[name])
     scans = [s for s in steps if re.match(r"SCAN (job|job_parked|other|due)\b(?!.* USING)", s)]
     assert not scans, steps
     # The page of unfinished jobs is put together from two.
@@ -107,17 +119,10 @@ async def test_on_sqlite_a_statement_reads_an_index_and_sorts_no_more_than_a_pag
 
 @pytest.mark.parametrize("name", ["lease", "open_attempts", "succeed", "close_succeeded"])
 async def test_on_sqlite_leases_and_their_ends_find_jobs_by_their_ids(
-    tmp_path: Path, sqlite_template: Path, name: str
+    filled_file: Database, name: str
 ) -> None:
-    shutil.copy(sqlite_template, tmp_path / "jobs.db")
-    database = open_database(f"sqlite:///{tmp_path / 'jobs.db'}", timeout_seconds=None)
-    await fill(database, 2_000)
     values = {"leases": "[]", "ids": "[]", "now": "2030", "worker": "w", "lease": 30}
-    async with database.reading() as connection:
-        query = text(f"EXPLAIN QUERY PLAN {statements('sqlite')[name]}")
-        plan = await connection.execute(query, values | {"held_until": "2030"})
-        steps = [row[-1] for row in plan]
-    await database.close()
+    steps = await steps_of(filled_file, name, values | {"held_until": "2030"})
     read = [step for step in steps if re.match(r"(SEARCH|SCAN) job(_attempt)?\b", step)]
     assert [step for step in read if re.search(r"\((job_)?id=\?\)$", step)] == read, steps
 
@@ -137,18 +142,10 @@ LISTS = {
 @pytest.mark.parametrize("size", [{"first": 50}, {"last": 50}], ids=["first", "last"])
 @pytest.mark.parametrize("wanted", LISTS.values(), ids=LISTS.keys())
 async def test_on_sqlite_a_page_of_jobs_reads_indexes_and_sorts_no_more_than_pages(
-    tmp_path: Path,
-    sqlite_template: Path,
-    registry: JobRegistry,
-    wanted: JobFilter,
-    size: dict[str, Any],
+    filled_file: Database, registry: JobRegistry, wanted: JobFilter, size: dict[str, Any]
 ) -> None:
-    shutil.copy(sqlite_template, tmp_path / "jobs.db")
-    database = open_database(f"sqlite:///{tmp_path / 'jobs.db'}", timeout_seconds=None)
-    await fill(database, 2_000)
     explain = "EXPLAIN QUERY PLAN"
-    steps = [row[-1] for row in await explained(database, registry, wanted, explain, **size)]
-    await database.close()
+    steps = [row[-1] for row in await explained(filled_file, registry, wanted, explain, **size)]
     # Without a filter the primary key is read, in its order. `anon` are the ids of some pages.
     scans = [
         s for s in steps if re.match(r"SCAN (?!anon|pair|newest|oldest|\(subquery)(?!.* USING)", s)

@@ -6,7 +6,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from inspect import CORO_CREATED, getcoroutinestate, isawaitable, iscoroutine
-from typing import Any, Final
+from types import CoroutineType
+from typing import Any, Final, TypeGuard
 
 from graphql import (
     BooleanValueNode,
@@ -411,11 +412,11 @@ def _keys(call: Call) -> tuple[str | int, ...]:
 
 def _close(value: object) -> None:
     """Close a coroutine that nobody will await."""
-    if iscoroutine(value) and getcoroutinestate(value) == CORO_CREATED:
+    if _has_not_begun(value):
         value.close()
 
 
-def _has_not_begun(value: object) -> bool:
+def _has_not_begun(value: object) -> TypeGuard[CoroutineType[Any, Any, Any]]:
     return iscoroutine(value) and getcoroutinestate(value) == CORO_CREATED
 
 

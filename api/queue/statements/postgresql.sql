@@ -68,7 +68,7 @@ SELECT * FROM job_registry.job_end(
     CAST(:reports AS jsonb), CAST(:process AS text), CAST(:keep AS boolean))
 
 -- name: end_unread
--- Do the same, and return only what is told about the jobs.
+-- Do what `end` does, and return only what events and metrics need of the jobs.
 SELECT id, type, status, attempt, next_run_at FROM job_registry.job_end(
     CAST(:reports AS jsonb), CAST(:process AS text), CAST(:keep AS boolean))
 

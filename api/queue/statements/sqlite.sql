@@ -240,7 +240,7 @@ FROM (
     FROM json_each(:leases)) AS lease
 WHERE job.id = lease.job_id AND job.lease_token = lease.token
   AND +job.status = 'running' AND +job.lease_expires_at > :now
-RETURNING id, type, attempt, returns
+RETURNING id, type, status, attempt, next_run_at, returns
 
 -- name: close_succeeded
 -- Store the outcome of attempts that have succeeded.
