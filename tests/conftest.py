@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import re
 import shutil
 import uuid
 from collections.abc import AsyncIterator, Iterator
@@ -340,8 +341,9 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Writes the ids of the tests that failed to the file that FAILED_TESTS names, a line each."""
     path = os.environ.get("FAILED_TESTS")
     if path:
+        # pytest-xdist adds the group of a test to its id, by which pytest does not find it.
         failed = [
-            report.nodeid
+            re.sub(r"@[^]@]*$", "", report.nodeid)
             for outcome in ("failed", "error")
             for report in terminalreporter.stats.get(outcome, ())
         ]
