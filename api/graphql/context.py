@@ -18,6 +18,7 @@ from strawberry.dataloader import DataLoader
 
 from job_registry_api.auth import Caller, Unauthenticated
 from job_registry_api.budget import Budget, BudgetExceeded, RequestLimits, RequestSize
+from job_registry_api.graphql.selections import Selections
 from job_registry_api.http_messages import wait_for_disconnect
 from job_registry_api.queue.errors import JobNotFound
 from job_registry_api.queue.models import (
@@ -44,8 +45,8 @@ class Context:
     size: RequestSize | None = None
     """The size of the whole request, if that is known."""
     budget: Budget = field(default_factory=Budget)
-    operation: tuple[DocumentNode, OperationDefinitionNode] | None = field(default=None, repr=False)
-    """The operation that is executed, and its document."""
+    selections: Selections | None = field(default=None, repr=False)
+    """What the operation that is executed selects."""
     _gone: asyncio.Event | None = field(default=None, repr=False)
     _watching: asyncio.Task[None] | None = field(default=None, repr=False)
     _counts: asyncio.Future[dict[str, JobCounts]] | None = field(default=None, repr=False)
@@ -157,7 +158,8 @@ class HostedOperation:
                 if not isinstance(caller, Caller):
                     raise TypeError("`authenticate` must return a Caller or None")
                 budget = Budget(self.limits)
-                self.context = Context(self.queue, caller, budget=budget, operation=self.operation)
+                selections = Selections(*self.operation)
+                self.context = Context(self.queue, caller, budget=budget, selections=selections)
         return self.context
 
 

@@ -59,6 +59,7 @@ from job_registry_api.graphql.request_errors import (
     format_exception,
     format_result,
 )
+from job_registry_api.graphql.selections import Selections
 from job_registry_api.graphql.shared_events import Answers, SharedEvents, answers_of
 from job_registry_api.graphql.subscriptions import FollowedJobs
 
@@ -91,6 +92,7 @@ class Prepared(NamedTuple):
     schema: GraphQLSchema
     """The schema with the job types that the caller may see."""
     root_fields: RootFields
+    selections: Selections
     compiled: CompiledOperation | None = None
 
     @property
@@ -205,7 +207,7 @@ class Executor:
         if refusals:
             return ExecutionResult(None, refusals)
         context.budget = Budget(self.request_limits)
-        context.operation = (prepared.document, prepared.operation)
+        context.selections = prepared.selections
         sent_variables.set(SentVariables(variables or {}, prepared.operation))
         if is_small(context.size, prepared.root_fields, self.request_limits):
             return None
@@ -346,6 +348,7 @@ class _Document:
                     operation,
                     self._compiler.schema,
                     RootFields(self._document, operation),
+                    Selections(self._document, operation),
                 ),
                 0,
             )

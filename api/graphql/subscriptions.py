@@ -214,7 +214,7 @@ class FollowedJobs:
         """Return the same events for a group of subscribers, which `caller` represents."""
         limits = self.context.budget.limits
         context = Context(self.context.queue, caller, budget=Budget(limits))
-        context.operation = self.context.operation
+        context.selections = self.context.selections
         return FollowedJobs(context, self.job_id, self.types)
 
     def read(self, after: int, most: int) -> tuple[list[Numbered[events.JobEvent]], int]:
