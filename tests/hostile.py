@@ -553,6 +553,72 @@ def _graphql_documents(draw: st.DrawFn) -> HttpRequest:
     return HttpRequest("graphql, documents", str(document), "POST", "/graphql", _JSON, body)
 
 
+_CHOSEN: Final = {"first": "200", "timeoutSeconds": "1"}
+"""Arguments that need not be given: the largest page, and a short wait."""
+_DEEPEST: Final = 4
+_ALIASES: Final = st.sampled_from((1, 2, 14, 29))
+
+
+@st.composite
+def _selections(draw: st.DrawFn, named: GraphQLNamedType, depth: int, wide: int) -> str:
+    """Draw what is selected of a type; at the depth `wide`, a field has many aliases."""
+    if isinstance(named, GraphQLUnionType):
+        members = " ".join(
+            f"... on {member.name} {draw(_selections(member, depth, wide))}"
+            for member in named.types
+        )
+        return f"{{ __typename {members} }}"
+    assert isinstance(named, GraphQLObjectType | GraphQLInterfaceType)
+    names = [name for name, each in named.fields.items() if depth > 0 or _is_leaf(each)]
+    if not names:
+        return "{ __typename }"
+    drawn = draw(st.lists(st.sampled_from(names), min_size=1, max_size=6, unique=True))
+    if "nodes" in names and "nodes" not in drawn:
+        drawn.append("nodes")
+    calls = [
+        draw(_calls(named, name, depth, wide, draw(_ALIASES) if depth == wide and not n else 1))
+        for n, name in enumerate(drawn)
+    ]
+    return f"{{ {' '.join(calls)} }}"
+
+
+@st.composite
+def _calls(
+    draw: st.DrawFn,
+    named: GraphQLObjectType | GraphQLInterfaceType,
+    name: str,
+    depth: int,
+    wide: int,
+    times: int,
+) -> str:
+    """Draw a field so many times."""
+    each = named.fields[name]
+    arguments = {
+        argument: _CHOSEN.get(argument) or _literal(_valid(argument, of.type))
+        for argument, of in each.args.items()
+        if argument in _CHOSEN or is_required_argument(of)
+    }
+    call = f"{name}({', '.join(f'{a}: {v}' for a, v in arguments.items())})" if arguments else name
+    kind = get_named_type(each.type)
+    inner = "" if _is_leaf(each) else f" {draw(_selections(kind, depth - 1, wide))}"
+    if times == 1:
+        return call + inner
+    return " ".join(f"{name}{number}: {call}{inner}" for number in range(times))
+
+
+@st.composite
+def _graphql_selections(draw: st.DrawFn) -> HttpRequest:
+    """Draw a valid query, mostly of jobs, with many aliases of one field."""
+    query = _SCHEMA.query_type
+    assert query is not None
+    name = draw(st.sampled_from(("jobs", "jobs", "jobs", "jobs", *query.fields)))
+    wide = draw(st.integers(0, _DEEPEST))
+    times = draw(_ALIASES) if wide == _DEEPEST else 1
+    document = f"{{ {draw(_calls(query, name, _DEEPEST, wide, times))} }}"
+    body = _body(json.dumps({"query": document}))
+    return HttpRequest("graphql, selections", document, "POST", "/graphql", _JSON, body)
+
+
 @st.composite
 def _get(draw: st.DrawFn) -> HttpRequest:
     size = MAX_URL // 3
@@ -634,6 +700,7 @@ REQUESTS: Final[dict[str, st.SearchStrategy[Request]]] = {
     "graphql, variables": _graphql(as_literal=False),
     "graphql, literals": _graphql(as_literal=True),
     "graphql, documents": _graphql_documents(),
+    "graphql, selections": _graphql_selections(),
     "get": _get(),
     "websocket, before": _before_init(),
     "websocket, after": _after_init(),

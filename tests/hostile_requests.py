@@ -37,6 +37,10 @@ _SUBSCRIPTION_SECONDS: Final = 0.3
 """How long messages that start no operation with an end may keep the server busy."""
 _RESULTS: Final = 24
 _RESULT_BYTES: Final = 250_000
+_SMALL_JOBS: Final = 100
+"""So many small jobs are on the newest page, before the large ones."""
+_ATTEMPTS: Final = 3
+"""How often each of them was attempted."""
 
 _COUNTS: Final = "{ jobTypes { counts { queued running succeeded failed cancelled } } }"
 _ENQUEUE: Final = "mutation($i: [EnqueueJobInput!]!) { enqueueJobs(inputs: $i) { __typename } }"
@@ -48,6 +52,7 @@ _LEASE: Final = (
 _COMPLETE: Final = (
     "mutation($t: String!, $r: JSON) { completeJob(leaseToken: $t, result: $r) { __typename } }"
 )
+_RELEASE: Final = "mutation($t: String!) { releaseJob(leaseToken: $t) { __typename } }"
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,11 @@ class _Answers:
 
 @asynccontextmanager
 async def hostile_server(folder: Path) -> AsyncIterator[MeasuredServer]:
-    """Start a server with the default limits on SQLite. Its large results fill an answer."""
+    """Start a server with the default limits on SQLite.
+
+    Its newest jobs are small, and were attempted a few times; the results of the others fill an
+    answer.
+    """
     url = f"sqlite:///{folder}/jobs.db"
     await asyncio.to_thread(migrations.upgrade, url)
     async with measured_server(url, lease_seconds="3600", assets=str(folder)) as server:
@@ -84,6 +93,11 @@ async def hostile_server(folder: Path) -> AsyncIterator[MeasuredServer]:
                     for number, (token, _) in enumerate(leases)
                 )
             )
+            leases = await _lease(client, _SMALL_JOBS)
+            for attempt in range(_ATTEMPTS):
+                await asyncio.gather(*(_query(client, _RELEASE, t=token) for token, _ in leases))
+                if attempt + 1 < _ATTEMPTS:
+                    leases = await _lease(client, _SMALL_JOBS, stored=True)
         yield server
 
 
@@ -193,14 +207,20 @@ async def _stored(client: httpx.AsyncClient) -> int:
     return sum(sum(each["counts"].values()) for each in types)
 
 
-async def _lease(client: httpx.AsyncClient, jobs: int) -> list[tuple[str, str]]:
-    """Store and lease jobs. Return the token of each lease and the id of its job."""
+async def _lease(
+    client: httpx.AsyncClient, jobs: int, *, stored: bool = False
+) -> list[tuple[str, str]]:
+    """Store jobs, unless they are stored, and lease them.
+
+    Return the token of each lease and the id of its job.
+    """
     job = {
         "type": "thumbnail.create",
         "priority": 100,
         "payload": {"assetId": "a", "versionNumber": 1},
     }
-    await _query(client, _ENQUEUE, i=[job] * jobs)
+    if not stored:
+        await _query(client, _ENQUEUE, i=[job] * jobs)
     leases = (await _query(client, _LEASE, n=jobs))["leaseJobs"]["leases"]
     return [(lease["leaseToken"], lease["job"]["id"]) for lease in leases]
 

@@ -8,6 +8,7 @@ import sqlite3
 import textwrap
 from contextlib import closing
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from sqlalchemy.engine import make_url
@@ -83,7 +84,7 @@ def test_grants_are_printed_as_sql(jobs: Shell, fresh_postgresql_url: str) -> No
 def test_grants_of_a_database_without_tables_say_what_to_do(
     jobs: Shell, postgresql_url: str
 ) -> None:
-    url = postgresql_url.replace("/migrated", "/template1")
+    url = urlsplit(postgresql_url)._replace(path="/template1").geturl()
     result = jobs("migrate", "--grants", "web", JOBS_DATABASE_URL=url)
     assert (result.returncode, result.stdout) == (1, "")
     assert "Run `job-registry migrate`" in result.stderr
@@ -220,7 +221,7 @@ def test_an_error_nobody_foresaw_is_a_sentence_with_the_id_it_is_logged_under(
 
 @pytest.mark.slow
 def test_migrating_a_shared_database_is_a_step_of_its_own(jobs: Shell, postgresql_url: str) -> None:
-    url = postgresql_url.replace("/migrated", "/template1")
+    url = urlsplit(postgresql_url)._replace(path="/template1").geturl()
     for command in (["serve"], ["worker"], ["enqueue", "thumbnail.create", "-"]):
         result = jobs(*command, stdin=GOOD, JOBS_DATABASE_URL=url)
         assert result.returncode == 1
