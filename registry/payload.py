@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextvars import ContextVar
 from typing import Any, Final, cast
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, JsonValue
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, JsonValue, PydanticUserError
 from pydantic.alias_generators import to_camel
 from pydantic_core import CoreSchema, PydanticSerializationError
 
@@ -50,6 +50,13 @@ class Payload(BaseModel):
         outside = _in_payload.set(True)
         try:
             return cast(CoreSchema, changed(handler(source), with_wire_text))
+        except PydanticUserError as error:
+            if error.code != "discriminator-validator":
+                raise
+            raise TypeError(
+                f"{cls.__name__} has a discriminator of numbers or of true and false: use a"
+                " Literal of strings, because JSON's true is not its 1, and Python's is"
+            ) from error
         finally:
             _in_payload.reset(outside)
 

@@ -1,7 +1,7 @@
 """How the fields of a payload read JSON: dates, numbers and UUIDs exactly as its JSON Schema says.
 
-Pydantic accepts more: "2030" as a time in 1970, "1_000" as a decimal, "{...}" as a UUID. It also
-refuses 1.0 as an integer, which JSON Schema (draft 2020-12) allows.
+Pydantic accepts more: "2030" as a time in 1970, "1_000" as a decimal, "{...}" as a UUID, true as
+`Literal[1]`. It also refuses 1.0 as an integer, which JSON Schema (draft 2020-12) allows.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal, InvalidOperation
+from enum import Enum
 from typing import Any, Final, cast
 from uuid import UUID
 
@@ -57,6 +58,8 @@ def with_wire_text(part: dict[str, Any]) -> Any:
     kind = part.get("type", "")
     if kind == "dict":
         return _with_keys_as_text(part)
+    if kind in ("literal", "enum"):
+        return _with_numbers_apart(part)
     if kind == "decimal":
         # Written without an exponent, which `_DECIMAL` would refuse.
         plain = core_schema.plain_serializer_function_ser_schema(
@@ -82,6 +85,29 @@ def _with_keys_as_text(part: dict[str, Any]) -> dict[str, Any]:
     if keys.get("type") == "function-before" and keys["function"]["function"] is _whole:
         return {**part, "keys_schema": keys["schema"]}
     return part
+
+
+def _with_numbers_apart(part: dict[str, Any]) -> Any:
+    """Return values to choose from, of which true is not 1: Pydantic compares them in Python."""
+    members = part["expected"] if part["type"] == "literal" else part["members"]
+    values = [each.value if isinstance(each, Enum) else each for each in members]
+    numbers = [value for value in values if isinstance(value, int | float)]
+    if not numbers:
+        return part
+    booleans = {value for value in numbers if isinstance(value, bool)}
+    others = {value for value in numbers if not isinstance(value, bool)}
+    expected = " or ".join(filter(None, [", ".join(map(repr, values[:-1])), repr(values[-1])]))
+    fault: Any = "literal_error" if part["type"] == "literal" else "enum"
+
+    def read(value: Any, info: ValidationInfo) -> Any:
+        alike = booleans if isinstance(value, bool) else others
+        if info.mode == "json" and isinstance(value, int | float) and value not in alike:
+            raise PydanticKnownError(fault, {"expected": expected})
+        return value
+
+    # What refers to the values now refers to them with their reader.
+    inner = {key: value for key, value in part.items() if key != "ref"}
+    return core_schema.with_info_before_validator_function(read, _core(inner), ref=part.get("ref"))
 
 
 def reads_decimals_as_text(schema: Any) -> bool:

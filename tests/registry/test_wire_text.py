@@ -9,6 +9,7 @@ import datetime as dt
 import re
 from collections.abc import Callable
 from decimal import Decimal
+from enum import IntEnum
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
@@ -19,6 +20,11 @@ from hypothesis import strategies as st
 from pydantic import Field, NaiveDatetime, PositiveInt
 
 from job_registry import JobRegistry, JobType, Payload, PayloadInvalid
+
+
+class Grade(IntEnum):
+    FIRST = 1
+    SECOND = 2
 
 
 class Item(Payload):
@@ -41,6 +47,9 @@ class Whole(Payload):
     number: float | None = None
     either: int | str | None = None
     choice: Literal["a", "b"] | None = None
+    version: Literal[1, 2] | None = None
+    certain: Literal[True] | None = None
+    grade: Grade | None = None
     marks: tuple[Annotated[int, Field(ge=0, le=9)], ...] = ()
     items: tuple[Item, ...] = ()
     by_day: dict[str, int] = Field(default_factory=dict)
@@ -144,10 +153,19 @@ NUMBERS = (
 
 
 @settings(max_examples=80, deadline=None)
-@given(field=st.sampled_from(["integer", "positive", "number", "either", "choice"]), value=NUMBERS)
+@given(
+    field=st.sampled_from(
+        ["integer", "positive", "number", "either", "choice", "version", "certain", "grade"]
+    ),
+    value=NUMBERS,
+)
 @example(field="integer", value=1.0)
 @example(field="integer", value=-0.0)
 @example(field="positive", value=1.5)
+@example(field="version", value=True)
+@example(field="version", value=1.0)
+@example(field="certain", value=1)
+@example(field="grade", value=True)
 def test_a_number_is_admitted_if_and_only_if_the_schema_admits_it(field: str, value: Any) -> None:
     if not isinstance(value, str) or value.isprintable():
         assert admits({field: value}) == VALIDATOR.is_valid({field: value}), value
@@ -194,6 +212,19 @@ def test_what_the_handler_gets_is_what_the_text_says() -> None:
     assert parsed.by_day == {"2030": 1}
     # What is stored is what was sent.
     assert b"123456789+05:30" in admitted.json
+
+
+def test_models_are_told_apart_by_strings() -> None:
+    class First(Payload):
+        version: Literal[1]
+
+    class Second(Payload):
+        version: Literal[2]
+
+    with pytest.raises(TypeError, match="use a Literal of strings, because JSON's true is not its"):
+
+        class Either(Payload):
+            part: Annotated[First | Second, Field(discriminator="version")]
 
 
 def test_keys_of_an_object_are_still_read_as_numbers() -> None:
