@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from job_registry import EnqueueRequest
 from job_registry_api.queue.models import JobStatus
 from job_registry_api.queue.queue import JobQueue
@@ -51,3 +53,17 @@ async def test_an_attempt_times_out_in_its_time_after_the_clock_has_stepped_back
     (recovered,) = await queue.recover()
     assert recovered.error is not None
     assert recovered.error.code == "timed_out"
+
+
+async def test_a_process_with_shorter_leases_leaves_longer_ones_as_they_are(
+    queue: JobQueue, database_url: str
+) -> None:
+    await queue.enqueue(EnqueueRequest("test.ping", {}))
+    (lease,) = await queue.lease(["test.ping"], "w")
+    async with JobQueue.from_url(database_url, queue.registry, lease_seconds=2) as other:
+        await asyncio.sleep(0.6)
+        assert await other.recover() == []
+        # A lease that ends too late by the clock would have been started again.
+        await advance(database_url, 29.6)
+        (recovered,) = await other.recover()
+    assert recovered.id == lease.job.id

@@ -302,6 +302,19 @@ async def test_the_versions_of_a_type_are_counted(deploys: Deploys) -> None:
     assert after.worker_seen_at is not None
 
 
+async def test_a_job_that_is_no_longer_parked_is_not_counted_as_parked(deploys: Deploys) -> None:
+    old, new = await deploys(of(Old)), await deploys(of(New))
+    for _ in range(3):
+        await note(old)
+    await park(new)
+    await lease(old, limit=1)
+    assert await new.unpark(["note"]) == 2
+    versions = {each.fingerprint: each for each in await old.versions("note")}
+    before = versions[old.registry["note"].fingerprint]
+    assert (before.queued, before.running, before.parked) == (2, 1, 0)
+    assert versions[new.registry["note"].fingerprint].refused == 0
+
+
 async def test_types_that_are_not_registered_are_counted(deploys: Deploys) -> None:
     old = await deploys(of(Old))
     await note(old)
