@@ -502,7 +502,7 @@ _MISSING_GRANTS: Final = text(
     JOIN pg_attribute ON attrelid = to_regclass(name) AND attnum > 0 AND NOT attisdropped
         AND attidentity = ''
     CROSS JOIN LATERAL pg_get_serial_sequence(name, attname) AS sequence
-    WHERE sequence IS NOT NULL AND NOT has_sequence_privilege(sequence, 'USAGE')
+    WHERE NOT has_sequence_privilege(sequence, 'USAGE')
     """
 )
 

@@ -581,10 +581,16 @@ def test_the_settings_of_autovacuum_that_an_operator_made_are_kept(
         "ALTER TABLE job_registry.job SET (autovacuum_vacuum_threshold = 77, fillfactor = 90)",
     )
     migrations.upgrade(fresh_postgresql_url)
-    query = "SELECT unnest(reloptions) FROM pg_class WHERE oid = 'job_registry.job'::regclass"
-    options = {row[0] for row in run_sql(fresh_postgresql_url, query)}
-    assert {"autovacuum_vacuum_threshold=77", "fillfactor=90"} <= options
-    assert "autovacuum_vacuum_scale_factor=0.01" in options
+
+    def options(table: str) -> set[str]:
+        query = (
+            f"SELECT unnest(reloptions) FROM pg_class WHERE oid = 'job_registry.{table}'::regclass"
+        )
+        return {row[0] for row in run_sql(fresh_postgresql_url, query)}
+
+    assert {"autovacuum_vacuum_threshold=77", "fillfactor=90"} <= options("job")
+    assert "autovacuum_vacuum_scale_factor=0.01" in options("job")
+    assert "autovacuum_vacuum_threshold=5000" in options("job_attempt")
 
 
 async def test_undoing_the_parking_of_jobs_leaves_them_due(

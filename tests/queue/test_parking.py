@@ -292,8 +292,10 @@ async def test_the_versions_of_a_type_are_counted(deploys: Deploys) -> None:
         await note(old)
     await park(new, limit=2)
     await new.enqueue(EnqueueRequest("note", {"words": []}))
-    await lease(new, limit=1)
+    await lease(new, "note", "other", limit=1)
     versions = {each.fingerprint: each for each in await old.versions("note")}
+    # `other`, of which a worker was seen too, has the fingerprint of the old `note`.
+    assert old.registry["other"].fingerprint == old.registry["note"].fingerprint
     before = versions[old.registry["note"].fingerprint]
     after = versions[new.registry["note"].fingerprint]
     assert (before.queued, before.running, before.parked) == (0, 1, 2)
