@@ -378,6 +378,19 @@ async def test_attempts_that_were_released_are_kept_up_to_a_bound(
     assert 32 <= len(await outcomes(queue, job)) <= 64
 
 
+async def test_of_attempts_that_are_too_large_together_the_latest_are_given(
+    queue: JobQueue,
+) -> None:
+    job = await enqueue(queue)
+    for _ in range(3):
+        await queue.fail((await lease_one(queue)).token, BROKEN, retryable=False)
+        await queue.retry(job.id)
+    for max_bytes, attempts in ((1, [3]), (10**6, [1, 2, 3])):
+        latest, are_all = await queue.latest_attempts([job.id], max_bytes)
+        assert [each.attempt for each in latest[job.id]] == attempts
+        assert are_all == (len(attempts) == 3)
+
+
 async def test_attempts_of_a_job_that_is_cancelled_and_retried_are_kept_up_to_a_bound(
     queue: JobQueue,
 ) -> None:

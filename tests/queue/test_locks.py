@@ -203,6 +203,24 @@ async def test_counts_are_folded_past_rows_that_another_is_folding(
         assert rows == [(2,), (2,), (6,)]
 
 
+async def test_events_are_deleted_past_those_that_another_is_deleting(
+    fresh_postgresql_url: str,
+) -> None:
+    async with queues(fresh_postgresql_url, 1) as (queue,):
+        for _ in range(3):
+            # The events of a large bulk do not fit in a notification, so they are stored.
+            await fill(queue, "race.free", 500)
+        old = "UPDATE job_event_batch SET created_at = created_at - interval '1 hour'"
+        await asyncio.to_thread(run_sql, fresh_postgresql_url, old)
+        lock = "SELECT id FROM job_event_batch ORDER BY id LIMIT 1 FOR UPDATE"
+        async with locked(fresh_postgresql_url, lock), asyncio.timeout(PROMPT_SECONDS):
+            await queue.tidy()
+        rows = await asyncio.to_thread(
+            run_sql, fresh_postgresql_url, "SELECT count(*) FROM job_event_batch"
+        )
+        assert rows == [(1,)]
+
+
 async def test_a_limited_type_whose_row_is_locked_stops_no_claim_of_other_types(
     fresh_postgresql_url: str,
 ) -> None:
