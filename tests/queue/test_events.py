@@ -158,6 +158,20 @@ async def test_own_subscribers_get_own_events_where_nobody_listens(
     await database.close()
 
 
+async def test_a_subscriber_that_leaves_takes_the_events_of_no_other_of_the_same_job(
+    queue: JobQueue,
+) -> None:
+    job = (await queue.enqueue(EnqueueRequest("test.ping", {}))).job
+    with queue.events.subscribe(job_id=job.id) as one, queue.events.subscribe(job_id=job.id) as two:
+        waiting, leaving = asyncio.create_task(anext(one)), asyncio.create_task(anext(two))
+        await asyncio.sleep(0)
+        leaving.cancel()
+        await asyncio.wait([leaving])
+        await queue.cancel(job.id)
+        async with asyncio.timeout(5):
+            assert (await waiting).name == "job.cancelled"
+
+
 async def test_a_subscriber_gets_nothing_that_its_process_did_before(queue: JobQueue) -> None:
     first = (await queue.enqueue(PING)).job
     with queue.events.subscribe(job_id=first.id) as received:

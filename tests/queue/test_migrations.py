@@ -593,6 +593,15 @@ def test_the_settings_of_autovacuum_that_an_operator_made_are_kept(
     assert "autovacuum_vacuum_threshold=5000" in options("job_attempt")
 
 
+def test_grants_name_each_object_of_the_queue_once_and_no_others(fresh_postgresql_url: str) -> None:
+    # A table of the operator's own in the same schema, with a sequence.
+    run_sql(fresh_postgresql_url, "CREATE TABLE job_registry.mine (id serial PRIMARY KEY)")
+    statements = migrations.grants(fresh_postgresql_url, "web")
+    assert len(set(statements)) == len(statements)
+    assert any("job_attempt_id_seq" in each for each in statements)
+    assert not any("mine" in each for each in statements)
+
+
 async def test_undoing_the_parking_of_jobs_leaves_them_due(
     database_url: str, registry: JobRegistry
 ) -> None:
