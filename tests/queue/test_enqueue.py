@@ -23,7 +23,7 @@ from job_registry import (
     PayloadInvalid,
 )
 from job_registry_api.defaults import MAX_PAGE_SIZE
-from job_registry_api.queue.enqueueing import Enqueued
+from job_registry_api.queue.enqueueing import Enqueued, ExistingValues
 from job_registry_api.queue.errors import (
     IdempotencyConflict,
     InputInvalid,
@@ -146,6 +146,32 @@ async def test_an_unknown_type_and_an_invalid_payload_are_refused(queue: JobQueu
     with pytest.raises(PayloadInvalid) as refused:
         await queue.enqueue(EnqueueRequest("thumbnail.create", {"versionNumber": 1}))
     assert [v.path for v in refused.value.violations] == ["/assetId"]
+
+
+async def test_a_job_that_is_given_back_has_its_result(queue: JobQueue) -> None:
+    keyed = ping(idempotency_key="k")
+    await queue.enqueue(keyed)
+    (lease,) = await queue.lease(["test.ping"], "w")
+    await queue.complete(lease.token, {"done": True})
+    assert (await queue.enqueue(keyed)).job.result == {"done": True}
+    (given,) = await queue.enqueue_many([keyed])
+    assert isinstance(given, Enqueued)
+    assert (given.deduplicated, given.job.result) == (True, {"done": True})
+
+
+async def test_the_values_of_existing_jobs_are_checked_before_any_job_is_stored(
+    queue: JobQueue,
+) -> None:
+    def refuse(size: int) -> None:
+        raise ValueError(f"{size > 1_000}")
+
+    keyed = ping(idempotency_key="k")
+    await queue.enqueue(keyed)
+    (lease,) = await queue.lease(["test.ping"], "w")
+    await queue.complete(lease.token, "x" * 5_000)
+    with pytest.raises(ValueError, match="True"):
+        await queue.enqueue_many([ping(), keyed], values=ExistingValues(check=refuse))
+    assert (await queue.count()).jobs == 1
 
 
 async def test_the_same_key_and_payload_give_back_the_first_job(queue: JobQueue) -> None:

@@ -19,6 +19,7 @@ from job_registry_api.queue import filters
 from job_registry_api.queue.errors import InputInvalid
 from job_registry_api.queue.filters import Slice, counted, filtered, unfiltered
 from job_registry_api.queue.models import JobError, JobRecord, JobStatus, Owner
+from job_registry_api.queue.reading import JobTotal
 from tests.conftest import run_sql
 
 PING = EnqueueRequest("test.ping", {})
@@ -85,6 +86,29 @@ async def test_jobs_are_found_by_their_key_in_every_type(queue: JobQueue) -> Non
     assert await found(queue, idempotency_key="k") == [two, one]
     assert await found(queue, idempotency_key="k", types=("test.ping",)) == [one]
     assert await found(queue, idempotency_key="none") == []
+    by_ada = await queue.enqueue(PONG._replace(idempotency_key="a"), created_by="ada")
+    await queue.enqueue(PONG, created_by="ada")
+    assert await found(queue, idempotency_key="a", created_by="ada") == [by_ada.job.id]
+    assert await found(queue, idempotency_key="k", created_by="ada") == []
+
+
+async def test_what_a_filter_finds_is_counted(queue: JobQueue) -> None:
+    job = await failed(queue, "bank_closed", "The bank is closed.", by="ada")
+    for _ in range(2):
+        await queue.enqueue(PING, created_by="ada")
+    for fields, jobs in (
+        ({"created_by": "ada"}, 3),
+        ({"created_by": "ada", "types": ("test.ping",)}, 2),
+        ({"created_after": job.created_at}, 3),
+        ({"finished_after": job.finished_at}, 1),
+        ({"finished_before": job.finished_at}, 0),
+        ({"error_code": "bank_closed"}, 1),
+        ({"search": "bank"}, 1),
+        ({"idempotency_key": "k"}, 0),
+        ({"types": ("test.ping",)}, 2),
+    ):
+        wanted: Any = fields
+        assert await queue.count(JobFilter(**wanted)) == JobTotal(jobs, False), fields
 
 
 async def test_jobs_are_found_by_the_code_of_their_latest_error(queue: JobQueue) -> None:
@@ -114,6 +138,7 @@ async def test_a_search_finds_an_id_a_key_or_words_of_an_error(queue: JobQueue) 
     assert await found(queue, search="100%") == [job.id]
     assert await found(queue, search="10%closed") == []
     assert await found(queue, search="the_bank") == []
+    await queue.enqueue(PING, created_by="ada")
     assert await found(queue, search="bank", created_by="ada") == [job.id]
     page = await queue.list(JobFilter(search="bank"), owner=Owner("bob"))
     assert [each.id for each in page.jobs] == [other.id]

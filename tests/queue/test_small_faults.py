@@ -441,3 +441,8 @@ DELETE_EVERY_BATCH = {
     ],
 }
 """Statements after which every kept batch is deleted as soon as it is there."""
+
+
+async def test_a_wait_of_no_seconds_returns_the_job_as_it_is(queue: JobQueue) -> None:
+    job = (await queue.enqueue(EnqueueRequest("test.ping", {}))).job
+    assert (await queue.wait(job.id, seconds=0)).status is JobStatus.QUEUED
