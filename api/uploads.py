@@ -22,10 +22,12 @@ from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from job_registry import CodedError, Fail
 from job_registry.catalog.thumbnail import AssetId, VersionNumber
+from job_registry.presigning import CannotPresign
 from job_registry_api.http_messages import BodyTooLarge
 
 if TYPE_CHECKING:
     from job_registry.asset_files import AssetFiles
+    from job_registry.presigning import PresignedPut
 
 FORMATS: Final[Mapping[str, tuple[str, re.Pattern[bytes]]]] = {
     "image/jpeg": ("jpg", re.compile(rb"\xff\xd8\xff")),
@@ -89,13 +91,13 @@ class UploadNotFound(CodedError):
 
 
 class PresignedUrlsMissing(CodedError):
-    """Raised when the storage of the assets has no presigned URLs, as a folder."""
+    """Raised when there are no presigned URLs: for a folder, or if the credentials cannot sign."""
 
     code = "presigned_urls_missing"
 
     def __init__(self, asset_id: str, version_number: int) -> None:
         super().__init__(
-            "The storage of the assets has no presigned URLs. Send the picture to"
+            "This server has no presigned URLs for its assets. Send the picture to"
             f" POST /assets/{asset_id}/{version_number} instead."
         )
 
@@ -120,10 +122,10 @@ class Uploaded:
 
 @dataclass(frozen=True, slots=True)
 class Presigned:
-    """A URL to write a picture to, the id to finish with, and until when the URL is valid."""
+    """A request to write a picture with, the id to finish with, and until when it is valid."""
 
     upload_id: str
-    url: str
+    put: PresignedPut
     expires_at: datetime
 
 
@@ -163,14 +165,14 @@ class Uploads:
         return _stored(place, size, kept)
 
     async def presign(self, asset_id: str, version_number: str, size: int) -> Presigned:
-        """Return a URL with which a client writes a picture of this size to the bucket itself.
+        """Return a request with which a client writes a picture of this size to the bucket itself.
 
         `finish` stores it.
 
         Raises:
             AssetInvalid: the place is not valid.
             BodyTooLarge: the picture is too large.
-            PresignedUrlsMissing: the storage has none.
+            PresignedUrlsMissing: the storage has none, or its credentials cannot sign.
             AssetsUnavailable: the storage failed, or took too long.
         """
         place = _place_of(asset_id, version_number)
@@ -180,10 +182,16 @@ class Uploads:
         expires_at = datetime.now(UTC) + timedelta(seconds=PRESIGNED_SECONDS)
         with _faults_of_storage():
             files = self._files_of(place)
-            url = await self._in_thread(partial(files.presign, upload_id, size, PRESIGNED_SECONDS))
-        if url is None:
+            try:
+                put = await self._in_thread(
+                    partial(files.presign, upload_id, size, PRESIGNED_SECONDS)
+                )
+            except CannotPresign as error:
+                log.warning("upload.cannot_presign", reason=str(error))
+                put = None
+        if put is None:
             raise PresignedUrlsMissing(*place)
-        return Presigned(upload_id, url, expires_at)
+        return Presigned(upload_id, put, expires_at)
 
     async def finish(self, asset_id: str, version_number: str, upload_id: str) -> Uploaded:
         """Store a picture that a client has written with a presigned URL, as `store` does.
@@ -253,7 +261,7 @@ class Uploads:
             raise
         try:
             return running.result()
-        except (CodedError, Fail, OSError):
+        except (CannotPresign, CodedError, Fail, OSError):
             raise
         except Exception as error:  # The client of a bucket has errors of its own.
             raise OSError(f"{type(error).__name__}: {error}") from error

@@ -13,8 +13,10 @@ from typing import Any
 import fsspec
 import httpx
 import pytest
+import structlog
 from PIL import Image
 
+from job_registry_api import uploads
 from job_registry_api.uploads import AssetsUnavailable, Uploads
 from tests.http_client import Visit, serving
 from tests.test_auth import AUTH, bearer
@@ -50,6 +52,16 @@ async def post(
     client: httpx.AsyncClient, content: Any = PNG, media_type: str = "image/png", place: str = "a/1"
 ) -> httpx.Response:
     return await client.post(f"/assets/{place}", content=content, headers=of_type(media_type))
+
+
+def log_of_uploads(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Return a list that fills with what uploads log."""
+    capture = structlog.testing.LogCapture()
+    logger = structlog.wrap_logger(
+        None, processors=[capture], wrapper_class=structlog.make_filtering_bound_logger(0)
+    )
+    monkeypatch.setattr(uploads, "log", logger)
+    return capture.entries
 
 
 def code_of(answer: httpx.Response) -> tuple[int, str]:
@@ -198,7 +210,10 @@ async def test_what_is_no_picture_is_refused(
 
 @pytest.mark.parametrize(
     "place",
-    [".hidden/1", "a/0", "a/-1", "a/x", "a/2147483648", "a/1.5", "a%00/1", f"{'a' * 201}/1", "é/1"],
+    [
+        *(".hidden/1", "a%00/1", f"{'a' * 201}/1", "é/1"),
+        *("a/0", "a/-1", "a/1.5", "a/x", "a/2147483648"),
+    ],
 )
 async def test_a_place_that_is_none_is_refused(visit: Visit, assets: Path, place: str) -> None:
     async with visit(assets=str(assets)) as client:
@@ -253,11 +268,11 @@ class StalledBucket(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec 
 
 async def test_a_bucket_that_does_not_answer_is_a_503_and_holds_up_nothing_else() -> None:
     fsspec.register_implementation("stalled", StalledBucket, clobber=True)
-    uploads = Uploads("stalled://bucket", 1_000, storage_seconds=0.5)
+    stalled = Uploads("stalled://bucket", 1_000, storage_seconds=0.5)
     try:
         for _ in range(3):
             for failed in await asyncio.gather(
-                *(uploads.store("a", "1", "image/png", pieces(PNG, 1)) for _ in range(10)),
+                *(stalled.store("a", "1", "image/png", pieces(PNG, 1)) for _ in range(10)),
                 return_exceptions=True,
             ):
                 assert isinstance(failed, AssetsUnavailable)
@@ -266,7 +281,7 @@ async def test_a_bucket_that_does_not_answer_is_a_503_and_holds_up_nothing_else(
     finally:
         StalledBucket.answers.set()
     # It works again, after what was left of the others.
-    assert (await uploads.store("a", "2", "image/png", pieces(PNG, 1))).size == len(PNG)
+    assert (await stalled.store("a", "2", "image/png", pieces(PNG, 1))).size == len(PNG)
 
 
 class BucketWithoutCredentials(fsspec.AbstractFileSystem):  # type: ignore[misc]
@@ -280,9 +295,9 @@ class BucketWithoutCredentials(fsspec.AbstractFileSystem):  # type: ignore[misc]
 
 async def test_an_error_of_any_class_from_a_bucket_is_a_503() -> None:
     fsspec.register_implementation("without-credentials", BucketWithoutCredentials, clobber=True)
-    uploads = Uploads("without-credentials://bucket", 1_000)
+    without_credentials = Uploads("without-credentials://bucket", 1_000)
     with pytest.raises(AssetsUnavailable):
-        await uploads.store("a", "1", "image/png", pieces(PNG, 1))
+        await without_credentials.store("a", "1", "image/png", pieces(PNG, 1))
 
 
 async def test_uploads_can_be_switched_off(visit: Visit) -> None:
