@@ -342,7 +342,10 @@ async def upload(request: _Request) -> _Answer:
     media_type = header(request.scope, b"content-type").decode("latin-1")
     media_type = media_type.partition(";")[0].strip().lower()
     if media_type not in FORMATS:
-        raise UnsupportedMediaType(f"The Content-Type must be one of {', '.join(FORMATS)}.")
+        raise UnsupportedMediaType(
+            "The body must be the picture itself, not a form, and the Content-Type one of"
+            f" {', '.join(FORMATS)}."
+        )
     check_not_compressed(request.scope)
     declared = header(request.scope, b"content-length")
     if declared.isdigit() and int(declared) > request.uploads.max_bytes:

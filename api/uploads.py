@@ -18,16 +18,15 @@ from functools import partial
 from typing import TYPE_CHECKING, BinaryIO, Final, TypeVar
 
 import structlog
-from pydantic import JsonValue, TypeAdapter, ValidationError
+from pydantic import JsonValue, TypeAdapter
 
 from job_registry import CodedError, Fail
 from job_registry.catalog.thumbnail import AssetId, VersionNumber
-from job_registry.presigning import CannotPresign
+from job_registry.presigning import CannotPresign, PresignedPut
 from job_registry_api.http_messages import BodyTooLarge
 
 if TYPE_CHECKING:
     from job_registry.asset_files import AssetFiles
-    from job_registry.presigning import PresignedPut
 
 FORMATS: Final[Mapping[str, tuple[str, re.Pattern[bytes]]]] = {
     "image/jpeg": ("jpg", re.compile(rb"\xff\xd8\xff")),
@@ -47,6 +46,8 @@ PRESIGNED_SECONDS: Final = 900
 """How long a presigned URL is valid."""
 
 _UPLOAD_ID: Final = re.compile("[0-9a-f]{32}")
+
+_NUMBER: Final = re.compile("[1-9][0-9]{0,9}")
 
 _ASSET_ID: Final[TypeAdapter[str]] = TypeAdapter(AssetId)
 _VERSION: Final[TypeAdapter[int]] = TypeAdapter(VersionNumber)
@@ -154,7 +155,7 @@ class Uploads:
         place = _place_of(asset_id, version_number)
         extension, signature = FORMATS[media_type]
         with _faults_of_storage():
-            files = self._files_of(place)
+            files = await self._files_of(place)
             incoming = await self._in_thread(files.begin, files.discard)
             try:
                 size = await self._receive(incoming.file, content, signature, media_type)
@@ -181,7 +182,7 @@ class Uploads:
         upload_id = secrets.token_hex(16)
         expires_at = datetime.now(UTC) + timedelta(seconds=PRESIGNED_SECONDS)
         with _faults_of_storage():
-            files = self._files_of(place)
+            files = await self._files_of(place)
             try:
                 put = await self._in_thread(
                     partial(files.presign, upload_id, size, PRESIGNED_SECONDS)
@@ -209,15 +210,13 @@ class Uploads:
         if not _UPLOAD_ID.fullmatch(upload_id):
             raise UploadNotFound
         with _faults_of_storage():
-            files = self._files_of(place)
+            files = await self._files_of(place)
             size, kept = await self._in_thread(partial(_finish, files, upload_id, self.max_bytes))
         return _stored(place, size, kept)
 
-    def _files_of(self, place: tuple[str, int]) -> AssetFiles:
-        # Imported here, so that the start of a server does not load it.
-        from job_registry.asset_files import AssetFiles
-
-        return AssetFiles(self.assets, *place)
+    async def _files_of(self, place: tuple[str, int]) -> AssetFiles:
+        # A bucket's client takes seconds to import, and may look for credentials on the network.
+        return await self._in_thread(partial(_files_of, self.assets, place))
 
     async def _receive(
         self,
@@ -267,13 +266,23 @@ class Uploads:
             raise OSError(f"{type(error).__name__}: {error}") from error
 
 
+def _files_of(assets: str, place: tuple[str, int]) -> AssetFiles:
+    # Imported here, so that the start of a server does not load it.
+    from job_registry.asset_files import AssetFiles
+
+    return AssetFiles(assets, *place)
+
+
 def _place_of(asset_id: str, version_number: str) -> tuple[str, int]:
     try:
+        # One version has one path: Python reads 1, 01, +1 and others as the same number.
+        if not _NUMBER.fullmatch(version_number):
+            raise ValueError
         return (
             _ASSET_ID.validate_python(asset_id, strict=True),
-            _VERSION.validate_strings(version_number, strict=True),
+            _VERSION.validate_python(int(version_number), strict=True),
         )
-    except ValidationError:
+    except ValueError:
         raise AssetInvalid(
             "Expected /assets/{assetId}/{versionNumber}, such as /assets/cat/1: an assetId of"
             " letters, digits, _, - and ., which does not start with a ., and a whole number"

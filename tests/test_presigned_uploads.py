@@ -26,6 +26,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 
 from job_registry.catalog.thumbnail import ThumbnailCreate, render
 from job_registry.testing import job_context
+from job_registry_api import uploads
 from tests.buckets import (
     AZURE_ACCOUNT,
     SERVERS,
@@ -221,6 +222,18 @@ async def test_a_url_of_azure_creates_and_nothing_else(
     assert bucket.read(f".uploads/cat/1/{presigned['uploadId']}") == PNG
 
 
+async def test_a_url_of_azure_expires(
+    client: httpx.AsyncClient, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if bucket.kind != "az":
+        pytest.skip("the servers of the others check no signatures")
+    monkeypatch.setattr(uploads, "PRESIGNED_SECONDS", 1)
+    presigned = await presign(client)
+    await asyncio.sleep(2.1)
+    assert (await write(presigned, PNG)).status_code == 403
+    assert bucket.objects() == []
+
+
 async def test_a_picture_may_be_finished_after_it_was_not_there_yet(
     client: httpx.AsyncClient,
 ) -> None:
@@ -414,7 +427,7 @@ async def test_the_program_of_the_guide_uploads_to_every_storage(
     program_port: int,
     in_a_folder: bool,
 ) -> None:
-    async def uploads(content: bytes) -> str:
+    async def upload(content: bytes) -> str:
         (tmp_path / "picture").write_bytes(content)
         node = await asyncio.create_subprocess_exec(
             *("node", program, tmp_path / "picture", "image/png"), stderr=subprocess.PIPE
@@ -432,9 +445,9 @@ async def test_the_program_of_the_guide_uploads_to_every_storage(
         try:
             while not server.started:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
-            assert await uploads(PNG) == ""
-            assert "has another picture" in await uploads(picture(colour="blue"))
-            assert "The content is not of" in await uploads(b"<svg/>" * 100)
+            assert await upload(PNG) == ""
+            assert "has another picture" in await upload(picture(colour="blue"))
+            assert "The content is not of" in await upload(b"<svg/>" * 100)
         finally:
             server.should_exit = True
             await serving
