@@ -63,7 +63,7 @@ def _google(files: Any, path: str, size: int, seconds: int) -> PresignedPut:
 
 
 def _azure(files: Any, path: str, size: int, seconds: int) -> PresignedPut:
-    """Azure cannot bound the size."""
+    """Return the request. A signature of Azure cannot bound the size."""
     from azure.storage.blob import BlobSasPermissions, generate_blob_sas
 
     service = files.service_client

@@ -156,7 +156,8 @@ def azure_server(folder: Path) -> Iterator[dict[str, str]]:
     if shutil.which("npm") is None:
         pytest.skip(f"{AZURE_SERVER} needs npm")
     folder.mkdir()
-    _run("npm", "install", "--no-audit", "--no-fund", "--prefix", str(folder), AZURE_SERVER)
+    options = ("--no-audit", "--no-fund", "--ignore-scripts", "--prefix", str(folder))
+    _run("npm", "install", *options, AZURE_SERVER)
     port = free_port()
     command = (
         *(str(folder / "node_modules" / ".bin" / "azurite-blob"), "--blobPort", str(port)),
