@@ -466,15 +466,23 @@ _UPLOAD: Final[dict[str, Any]] = {
     "/assets/{assetId}/{versionNumber}/presign": {
         "post": {
             "operationId": "presignAsset",
-            "summary": "Get a URL to send a picture to the bucket directly, with PUT and exactly as"
-            " many bytes. Then finish the upload. Needs jobs:enqueue or jobs:own.",
+            "summary": "Get a request to send a picture to the bucket directly, of exactly as many"
+            " bytes. Then finish the upload. Needs jobs:enqueue or jobs:own.",
             "parameters": _PLACE,
             "requestBody": _body_of(_object({"bytes": {"type": "integer", "minimum": 1}})),
             "responses": _answers(
                 {
                     "201": (
-                        "The URL, and the id to finish the upload with.",
-                        _object({"uploadId": _TEXT, "url": _TEXT, "expiresAt": _TIME}),
+                        "The request, and the id to finish the upload with.",
+                        _object(
+                            {
+                                "uploadId": _TEXT,
+                                "method": {"const": "PUT"},
+                                "url": _TEXT,
+                                "headers": {"type": "object", "additionalProperties": _TEXT},
+                                "expiresAt": _TIME,
+                            }
+                        ),
                     )
                 },
                 "404",

@@ -342,7 +342,10 @@ async def upload(request: _Request) -> _Answer:
     media_type = header(request.scope, b"content-type").decode("latin-1")
     media_type = media_type.partition(";")[0].strip().lower()
     if media_type not in FORMATS:
-        raise UnsupportedMediaType(f"The Content-Type must be one of {', '.join(FORMATS)}.")
+        raise UnsupportedMediaType(
+            "The body must be the picture itself, not a form, and the Content-Type one of"
+            f" {', '.join(FORMATS)}."
+        )
     check_not_compressed(request.scope)
     declared = header(request.scope, b"content-length")
     if declared.isdigit() and int(declared) > request.uploads.max_bytes:
@@ -357,8 +360,9 @@ async def upload(request: _Request) -> _Answer:
 async def presign_upload(request: _Request) -> _Answer:
     """`POST /assets/{assetId}/{versionNumber}/presign` with the `bytes` of a picture.
 
-    201 with a `url` of the bucket: the client sends the picture there with PUT, then finishes with
-    the `uploadId`. 409 if the storage has no presigned URLs. Needs `jobs:enqueue` or `jobs:own`.
+    201 with the `method`, `url` and `headers` of a request to the bucket: the client sends the
+    picture with it, then finishes with the `uploadId`. 409 if there are no presigned URLs. Needs
+    `jobs:enqueue` or `jobs:own`.
     """
     request.caller.need("jobs:enqueue", "jobs:own")
     assert request.uploads is not None
@@ -370,7 +374,9 @@ async def presign_upload(request: _Request) -> _Answer:
     presigned = await request.uploads.presign(place["asset_id"], place["version_number"], size)
     content = {
         "uploadId": presigned.upload_id,
-        "url": presigned.url,
+        "method": "PUT",
+        "url": presigned.put.url,
+        "headers": dict(presigned.put.headers),
         "expiresAt": _time(presigned.expires_at),
     }
     return _Answer(201, content)

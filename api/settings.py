@@ -90,8 +90,8 @@ class Settings(BaseSettings):
     assets: str = Field(
         default=defaults.ASSETS,
         min_length=1,
-        description="Where jobs read and write files: a folder, or an fsspec URL such as"
-        " `s3://bucket/assets`.",
+        description="Where jobs read and write files: a folder, or the fsspec URL of a bucket,"
+        " such as `s3://bucket/assets`, `gs://bucket/assets` or `az://container/assets`.",
     )
     max_upload_bytes: int = Field(
         default=33_554_432,

@@ -18,10 +18,11 @@ from functools import partial
 from typing import TYPE_CHECKING, BinaryIO, Final, TypeVar
 
 import structlog
-from pydantic import JsonValue, TypeAdapter, ValidationError
+from pydantic import JsonValue, TypeAdapter
 
 from job_registry import CodedError, Fail
 from job_registry.catalog.thumbnail import AssetId, VersionNumber
+from job_registry.presigning import CannotPresign, PresignedPut
 from job_registry_api.http_messages import BodyTooLarge
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ PRESIGNED_SECONDS: Final = 900
 """How long a presigned URL is valid."""
 
 _UPLOAD_ID: Final = re.compile("[0-9a-f]{32}")
+
+_NUMBER: Final = re.compile("[1-9][0-9]{0,9}")
 
 _ASSET_ID: Final[TypeAdapter[str]] = TypeAdapter(AssetId)
 _VERSION: Final[TypeAdapter[int]] = TypeAdapter(VersionNumber)
@@ -89,13 +92,13 @@ class UploadNotFound(CodedError):
 
 
 class PresignedUrlsMissing(CodedError):
-    """Raised when the storage of the assets has no presigned URLs, as a folder."""
+    """Raised when there are no presigned URLs: for a folder, or if the credentials cannot sign."""
 
     code = "presigned_urls_missing"
 
     def __init__(self, asset_id: str, version_number: int) -> None:
         super().__init__(
-            "The storage of the assets has no presigned URLs. Send the picture to"
+            "This server has no presigned URLs for its assets. Send the picture to"
             f" POST /assets/{asset_id}/{version_number} instead."
         )
 
@@ -120,10 +123,10 @@ class Uploaded:
 
 @dataclass(frozen=True, slots=True)
 class Presigned:
-    """A URL to write a picture to, the id to finish with, and until when the URL is valid."""
+    """A request to write a picture with, the id to finish with, and until when it is valid."""
 
     upload_id: str
-    url: str
+    put: PresignedPut
     expires_at: datetime
 
 
@@ -152,7 +155,7 @@ class Uploads:
         place = _place_of(asset_id, version_number)
         extension, signature = FORMATS[media_type]
         with _faults_of_storage():
-            files = self._files_of(place)
+            files = await self._files_of(place)
             incoming = await self._in_thread(files.begin, files.discard)
             try:
                 size = await self._receive(incoming.file, content, signature, media_type)
@@ -163,14 +166,14 @@ class Uploads:
         return _stored(place, size, kept)
 
     async def presign(self, asset_id: str, version_number: str, size: int) -> Presigned:
-        """Return a URL with which a client writes a picture of this size to the bucket itself.
+        """Return a request with which a client writes a picture of this size to the bucket itself.
 
         `finish` stores it.
 
         Raises:
             AssetInvalid: the place is not valid.
             BodyTooLarge: the picture is too large.
-            PresignedUrlsMissing: the storage has none.
+            PresignedUrlsMissing: the storage has none, or its credentials cannot sign.
             AssetsUnavailable: the storage failed, or took too long.
         """
         place = _place_of(asset_id, version_number)
@@ -179,11 +182,17 @@ class Uploads:
         upload_id = secrets.token_hex(16)
         expires_at = datetime.now(UTC) + timedelta(seconds=PRESIGNED_SECONDS)
         with _faults_of_storage():
-            files = self._files_of(place)
-            url = await self._in_thread(partial(files.presign, upload_id, size, PRESIGNED_SECONDS))
-        if url is None:
+            files = await self._files_of(place)
+            try:
+                put = await self._in_thread(
+                    partial(files.presign, upload_id, size, PRESIGNED_SECONDS)
+                )
+            except CannotPresign as error:
+                log.warning("upload.cannot_presign", reason=str(error))
+                put = None
+        if put is None:
             raise PresignedUrlsMissing(*place)
-        return Presigned(upload_id, url, expires_at)
+        return Presigned(upload_id, put, expires_at)
 
     async def finish(self, asset_id: str, version_number: str, upload_id: str) -> Uploaded:
         """Store a picture that a client has written with a presigned URL, as `store` does.
@@ -201,15 +210,13 @@ class Uploads:
         if not _UPLOAD_ID.fullmatch(upload_id):
             raise UploadNotFound
         with _faults_of_storage():
-            files = self._files_of(place)
+            files = await self._files_of(place)
             size, kept = await self._in_thread(partial(_finish, files, upload_id, self.max_bytes))
         return _stored(place, size, kept)
 
-    def _files_of(self, place: tuple[str, int]) -> AssetFiles:
-        # Imported here, so that the start of a server does not load it.
-        from job_registry.asset_files import AssetFiles
-
-        return AssetFiles(self.assets, *place)
+    async def _files_of(self, place: tuple[str, int]) -> AssetFiles:
+        # A bucket's client takes seconds to import, and may look for credentials on the network.
+        return await self._in_thread(partial(_files_of, self.assets, place))
 
     async def _receive(
         self,
@@ -253,19 +260,29 @@ class Uploads:
             raise
         try:
             return running.result()
-        except (CodedError, Fail, OSError):
+        except (CannotPresign, CodedError, Fail, OSError):
             raise
         except Exception as error:  # The client of a bucket has errors of its own.
             raise OSError(f"{type(error).__name__}: {error}") from error
 
 
+def _files_of(assets: str, place: tuple[str, int]) -> AssetFiles:
+    # Imported here, so that the start of a server does not load it.
+    from job_registry.asset_files import AssetFiles
+
+    return AssetFiles(assets, *place)
+
+
 def _place_of(asset_id: str, version_number: str) -> tuple[str, int]:
     try:
+        # One version has one path: Python reads 1, 01, +1 and others as the same number.
+        if not _NUMBER.fullmatch(version_number):
+            raise ValueError
         return (
             _ASSET_ID.validate_python(asset_id, strict=True),
-            _VERSION.validate_strings(version_number, strict=True),
+            _VERSION.validate_python(int(version_number), strict=True),
         )
-    except ValidationError:
+    except ValueError:
         raise AssetInvalid(
             "Expected /assets/{assetId}/{versionNumber}, such as /assets/cat/1: an assetId of"
             " letters, digits, _, - and ., which does not start with a ., and a whole number"

@@ -14,6 +14,7 @@ import fsspec
 
 from job_registry import Fail
 from job_registry.errors import shortened
+from job_registry.presigning import PresignedPut, presign
 
 MAX_FILE_BYTES: Final = 33_554_432
 """The largest picture file in bytes, because the file is read into memory: twice the size of a
@@ -105,21 +106,16 @@ class AssetFiles:
         private = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         return os.fdopen(private, "w+b"), partial
 
-    def presign(self, upload_id: str, size: int, seconds: int) -> str | None:
-        """Return a URL with which a client can write a file of exactly this size to the bucket.
+    def presign(self, upload_id: str, size: int, seconds: int) -> PresignedPut | None:
+        """Return a request with which a client can write a file of this size to the bucket.
 
-        The file is not the picture yet: see `receive`. The URL is valid for so many seconds. Return
-        None if the storage has no URLs that write.
+        The file is not the picture yet: see `receive`. Return None if the storage has no requests
+        that write.
+
+        Raises:
+            CannotPresign: the credentials of the bucket cannot sign.
         """
-        if "s3" not in self._files.protocol:
-            return None
-        # In some regions the default is version 2 of signatures, which does not include the size.
-        config = {**self._files.config_kwargs, "signature_version": "s3v4"}
-        options = {**self._files.storage_options, "config_kwargs": config}
-        url = type(self._files)(**options).sign(
-            self._uploaded(upload_id), seconds, client_method="put_object", ContentLength=size
-        )
-        return str(url)
+        return presign(self._files, self._uploaded(upload_id), size, seconds)
 
     def uploaded_size(self, upload_id: str) -> int | None:
         """Return how many bytes a client wrote with a presigned URL. None: there is no file."""
@@ -213,8 +209,10 @@ class AssetFiles:
     def _sources(self) -> list[str]:
         """Return the files that are the picture of this version."""
         folder, version = posixpath.split(f"{self._root}/{self._name}")
+        # Another process may have stored a picture. Not every file system knows `refresh`.
+        self._files.invalidate_cache(folder)
         try:
-            names = self._files.ls(folder, detail=False, refresh=True)
+            names = self._files.ls(folder, detail=False)
         except FileNotFoundError:
             return []
         return sorted(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import os
+import re
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -13,8 +14,10 @@ from typing import Any
 import fsspec
 import httpx
 import pytest
+import structlog
 from PIL import Image
 
+from job_registry_api import uploads
 from job_registry_api.uploads import AssetsUnavailable, Uploads
 from tests.http_client import Visit, serving
 from tests.test_auth import AUTH, bearer
@@ -50,6 +53,16 @@ async def post(
     client: httpx.AsyncClient, content: Any = PNG, media_type: str = "image/png", place: str = "a/1"
 ) -> httpx.Response:
     return await client.post(f"/assets/{place}", content=content, headers=of_type(media_type))
+
+
+def log_of_uploads(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Return a list that fills with what uploads log."""
+    capture = structlog.testing.LogCapture()
+    logger = structlog.wrap_logger(
+        None, processors=[capture], wrapper_class=structlog.make_filtering_bound_logger(0)
+    )
+    monkeypatch.setattr(uploads, "log", logger)
+    return capture.entries
 
 
 def code_of(answer: httpx.Response) -> tuple[int, str]:
@@ -186,6 +199,7 @@ async def test_a_picture_is_bounded(visit: Visit, assets: Path, declared: bool) 
         (b"<svg/>", "image/svg+xml", (415, "unsupported_media_type")),
         (PNG, "application/json", (415, "unsupported_media_type")),
         (PNG, "", (415, "unsupported_media_type")),
+        (PNG, "multipart/form-data; boundary=a", (415, "unsupported_media_type")),
     ],
 )
 async def test_what_is_no_picture_is_refused(
@@ -198,7 +212,10 @@ async def test_what_is_no_picture_is_refused(
 
 @pytest.mark.parametrize(
     "place",
-    [".hidden/1", "a/0", "a/-1", "a/x", "a/2147483648", "a/1.5", "a%00/1", f"{'a' * 201}/1", "é/1"],
+    [
+        *(".hidden/1", "a%00/1", f"{'a' * 201}/1", "é/1"),
+        *("a/0", "a/-1", "a/+1", "a/01", "a/1_0", "a/1.5", "a/x", "a/%D9%A1", "a/2147483648"),
+    ],
 )
 async def test_a_place_that_is_none_is_refused(visit: Visit, assets: Path, place: str) -> None:
     async with visit(assets=str(assets)) as client:
@@ -253,11 +270,11 @@ class StalledBucket(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec 
 
 async def test_a_bucket_that_does_not_answer_is_a_503_and_holds_up_nothing_else() -> None:
     fsspec.register_implementation("stalled", StalledBucket, clobber=True)
-    uploads = Uploads("stalled://bucket", 1_000, storage_seconds=0.5)
+    stalled = Uploads("stalled://bucket", 1_000, storage_seconds=0.5)
     try:
         for _ in range(3):
             for failed in await asyncio.gather(
-                *(uploads.store("a", "1", "image/png", pieces(PNG, 1)) for _ in range(10)),
+                *(stalled.store("a", "1", "image/png", pieces(PNG, 1)) for _ in range(10)),
                 return_exceptions=True,
             ):
                 assert isinstance(failed, AssetsUnavailable)
@@ -266,7 +283,7 @@ async def test_a_bucket_that_does_not_answer_is_a_503_and_holds_up_nothing_else(
     finally:
         StalledBucket.answers.set()
     # It works again, after what was left of the others.
-    assert (await uploads.store("a", "2", "image/png", pieces(PNG, 1))).size == len(PNG)
+    assert (await stalled.store("a", "2", "image/png", pieces(PNG, 1))).size == len(PNG)
 
 
 class BucketWithoutCredentials(fsspec.AbstractFileSystem):  # type: ignore[misc]
@@ -280,9 +297,50 @@ class BucketWithoutCredentials(fsspec.AbstractFileSystem):  # type: ignore[misc]
 
 async def test_an_error_of_any_class_from_a_bucket_is_a_503() -> None:
     fsspec.register_implementation("without-credentials", BucketWithoutCredentials, clobber=True)
-    uploads = Uploads("without-credentials://bucket", 1_000)
+    without_credentials = Uploads("without-credentials://bucket", 1_000)
     with pytest.raises(AssetsUnavailable):
-        await uploads.store("a", "1", "image/png", pieces(PNG, 1))
+        await without_credentials.store("a", "1", "image/png", pieces(PNG, 1))
+
+
+class BucketThatConnectsSlowly(fsspec.AbstractFileSystem):  # type: ignore[misc]
+    """A bucket whose client looks for credentials on the network."""
+
+    protocol = "connecting"
+    may_connect = threading.Event()
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        assert self.may_connect.wait(30)
+
+
+async def test_a_bucket_that_connects_slowly_holds_up_nothing_else() -> None:
+    fsspec.register_implementation("connecting", BucketThatConnectsSlowly, clobber=True)
+    connecting = Uploads("connecting://bucket", 1_000, storage_seconds=0.5)
+    threading.Timer(5, BucketThatConnectsSlowly.may_connect.set).start()
+    try:
+        async with asyncio.timeout(3):
+            with pytest.raises(AssetsUnavailable):
+                await connecting.store("a", "1", "image/png", pieces(PNG, 1))
+            with pytest.raises(AssetsUnavailable):
+                await connecting.presign("a", "1", 100)
+            with pytest.raises(AssetsUnavailable):
+                await connecting.finish("a", "1", "0" * 32)
+    finally:
+        BucketThatConnectsSlowly.may_connect.set()
+
+
+@pytest.mark.parametrize("assets", ["adl://bucket", "none://bucket"])
+async def test_a_storage_without_its_package_is_a_503_and_the_log_names_it(
+    visit: Visit, assets: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged = log_of_uploads(monkeypatch)
+    async with visit(assets=assets) as client:
+        uploaded = await post(client)
+        presigned = await client.post("/assets/a/1/presign", json={"bytes": 100})
+    assert code_of(uploaded) == code_of(presigned) == (503, "assets_unavailable")
+    assert [entry["event"] for entry in logged] == ["upload.failed"] * 2
+    for entry in logged:
+        assert re.search("install adlfs|Protocol not known: none", entry["reason"])
 
 
 async def test_uploads_can_be_switched_off(visit: Visit) -> None:
