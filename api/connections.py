@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import resource
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from http import HTTPStatus
@@ -22,9 +21,9 @@ from starlette.websockets import WebSocketDisconnect
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from uvicorn.server import ServerState
-from websockets.exceptions import InvalidState
 from websockets.frames import Frame
 from websockets.http11 import Request
+from websockets.protocol import State
 
 from job_registry_api.http_messages import (
     GUARDING_HEADERS,
@@ -32,7 +31,7 @@ from job_registry_api.http_messages import (
     MAX_UNADMITTED_MESSAGE,
     TRY_AGAIN_LATER,
     WEBSOCKET_ADMISSION,
-    WEBSOCKET_TEXTS,
+    WEBSOCKET_FRAMES,
     error_content,
     respond_json,
 )
@@ -584,7 +583,7 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
             self.scope["extensions"] = {
                 **(self.scope.get("extensions") or {}),
                 WEBSOCKET_ADMISSION: {"admit": self.admit},
-                WEBSOCKET_TEXTS: {"send": self.send_texts},
+                WEBSOCKET_FRAMES: {"send": self.send_frames},
             }
 
     def data_received(self, data: bytes) -> None:
@@ -666,21 +665,18 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
         if self.close_sent:
             self._parse()  # The answer to the close frame.
 
-    async def send_texts(self, texts: Sequence[bytes]) -> None:
-        """Send text messages with one write.
+    async def send_frames(self, frames: bytes) -> None:
+        """Send text messages, which are frames already, with one write.
+
+        Nothing is compressed here, so many connections share most of the bytes of their frames.
 
         Raises:
             WebSocketDisconnect: the client hung up.
         """
         await self.writable.wait()
-        if self.disconnected or self.close_sent:
+        if self.disconnected or self.close_sent or self.conn.state is not State.OPEN:
             raise WebSocketDisconnect(1006)
-        try:
-            for text in texts:
-                self.conn.send_text(text)
-        except InvalidState:
-            raise WebSocketDisconnect(1006) from None
-        self.transport.write(b"".join(self.conn.data_to_send()))
+        self.transport.write(frames)
 
     def resume_writing(self) -> None:
         """Go on writing: the client has read."""

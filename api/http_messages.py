@@ -35,11 +35,11 @@ HEALTH_PATHS: Final = ("/healthz", "/readyz", "/metrics")
 WEBSOCKET_ADMISSION: Final = "jobs.websocket.admission"
 """The ASGI extension whose function `admit` lifts the bound of messages before admission."""
 
-WEBSOCKET_TEXTS: Final = "jobs.websocket.texts"
+WEBSOCKET_FRAMES: Final = "jobs.websocket.frames"
 """The ASGI extension whose function `send` sends several text messages with one write."""
 
-SendTexts = Callable[[Sequence[bytes]], Awaitable[None]]
-"""Sends texts in UTF-8, each as a message."""
+SendFrames = Callable[[bytes], Awaitable[None]]
+"""Sends messages, each as a frame: the result of `text_frame_head`, and a text in UTF-8."""
 
 TRY_AGAIN_LATER: Final = 1013
 """The code of a WebSocket that is closed for a reason that may pass. Clients of graphql-ws connect
@@ -282,6 +282,18 @@ def _is_json(content_type: bytes) -> bool:
     return media_type == JSON_TYPE and all(
         each.removeprefix(b"charset=").strip(b'"') == b"utf-8" for each in charsets
     )
+
+
+def text_frame_head(length: int) -> bytes:
+    """Return what comes before a text of this many bytes in its WebSocket frame.
+
+    RFC 6455, section 5.2: the only frame of its message, from a server, so it is not masked.
+    """
+    if length < 126:
+        return bytes((0x81, length))
+    if length < 65_536:
+        return b"\x81\x7e" + length.to_bytes(2, "big")
+    return b"\x81\x7f" + length.to_bytes(8, "big")
 
 
 def error_content(code: str, message: str, details: Sequence[Any] = ()) -> dict[str, Any]:

@@ -24,10 +24,11 @@ from job_registry_api.answer_text import json_in_pieces
 from job_registry_api.graphql.context import Context
 from job_registry_api.graphql.request_errors import format_result
 from job_registry_api.graphql.subscriptions import FollowedJobs, JobEvent
+from job_registry_api.http_messages import text_frame_head
 from job_registry_api.queue import events
 from job_registry_api.turns import SLICE_SECONDS, Turns
 
-BATCH_EVENTS: Final = 64
+BATCH_EVENTS: Final = 256
 """The most events of a batch. Batches end at multiples of it, so that subscribers that began at
 different events soon share batches."""
 
@@ -58,16 +59,50 @@ class Answer:
     errors: Sequence[dict[str, Any]] | None = None
 
 
-@dataclass(frozen=True)
 class Answers:
     """Results that are sent together. Several subscribers may share one object."""
 
-    each: tuple[Answer, ...]
+    def __init__(self, each: tuple[Answer, ...]) -> None:
+        self.each: Final = each
+        self._pieces: tuple[bytes, ...] = ()
+        self._pieces_for = -1
 
     @cached_property
     def as_events(self) -> bytes:
         """The results as server-sent events, made once for all subscribers."""
         return b"".join(map(_as_event, self.each))
+
+    def as_messages(self, operation_id: bytes) -> list[bytes]:
+        """Return the results as messages of graphql-transport-ws.
+
+        `operation_id` is the id that the client gave its operation, as JSON.
+        """
+        begin = _BEFORE_ID + operation_id + _AFTER_ID
+        return [begin + each.text + b"}" for each in self.each]
+
+    def as_frames(self, operation_id: bytes) -> bytes:
+        """Return the same messages as frames.
+
+        Everything between the ids is made once for all subscribers with an id of this length, which
+        is most of them: clients give consecutive numbers or UUIDs.
+        """
+        # Of one length alone: clients with ids of every length could fill the memory.
+        if len(operation_id) != self._pieces_for:
+            self._pieces_for = len(operation_id)
+            self._pieces = tuple(self._between_ids(len(operation_id)))
+        return operation_id.join(self._pieces)
+
+    def _between_ids(self, id_length: int) -> Iterator[bytes]:
+        rest = b""
+        for each in self.each:
+            length = len(_BEFORE_ID) + id_length + len(_AFTER_ID) + len(each.text) + 1
+            yield rest + text_frame_head(length) + _BEFORE_ID
+            rest = _AFTER_ID + each.text + b"}"
+        yield rest
+
+
+_BEFORE_ID: Final = b'{"type":"next","id":'
+_AFTER_ID: Final = b',"payload":'
 
 
 async def answers_of(content: dict[str, Any]) -> Answers:
@@ -133,14 +168,16 @@ class SharedEvents:
                 if batch is None:
                     batch = await group.batch_after(subscription.position)
                     # Other subscribers may have waited for the same batch.
-                    await self._turns.take()
+                    await self._turns.take(again=True)
                 subscription.position = batch.end
-                skipped = [subscription.is_skipped(event) for event in batch.events]
-                if not any(skipped):
-                    answers = batch.answers
-                else:
-                    kept = zip(batch.answers.each, skipped, strict=True)
-                    answers = Answers(tuple(each for each, is_skipped in kept if not is_skipped))
+                answers = batch.answers
+                if subscription.skips:
+                    skipped = [subscription.is_skipped(event) for event in batch.events]
+                    if any(skipped):
+                        kept = zip(answers.each, skipped, strict=True)
+                        answers = Answers(
+                            tuple(each for each, is_skipped in kept if not is_skipped)
+                        )
                 if answers.each:
                     yield answers
 
@@ -240,8 +277,8 @@ class _Group:
             is_large = self._followed.context.budget.is_large
             text = await json_in_pieces(content) if is_large else to_json(content)
             answers.append(Answer(text, self._followed.id_of(each)))
-            # Its text is kept a second time as a server-sent event.
-            size += 2 * len(text) + _OVERHEAD
+            # Its text is also kept as a server-sent event and as a frame of WebSockets.
+            size += 3 * len(text) + _OVERHEAD
             if size > BATCH_BYTES:
                 end = each.number
                 break

@@ -6,8 +6,8 @@ https://github.com/enisdenjo/graphql-ws/blob/master/PROTOCOL.md
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing, contextmanager, suppress
 from functools import partial
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -27,9 +27,10 @@ from job_registry_api.http_messages import (
     MAX_UNADMITTED_MESSAGE,
     TRY_AGAIN_LATER,
     WEBSOCKET_ADMISSION,
-    WEBSOCKET_TEXTS,
-    SendTexts,
+    WEBSOCKET_FRAMES,
+    SendFrames,
     deny,
+    text_frame_head,
 )
 from job_registry_api.logs import log_unexpected
 from job_registry_api.signing_keys import AuthenticationUnavailable
@@ -143,10 +144,10 @@ class _Connection:
         self._unread_bytes = 0
         self._too_much_unread = asyncio.Event()
         self._ended: asyncio.Event = socket.app.state.queue.events.ended
-        self._send_at_once: SendTexts | None = None
-        extension = socket.scope.get("extensions", {}).get(WEBSOCKET_TEXTS)
+        self._send_frames: SendFrames | None = None
+        extension = socket.scope.get("extensions", {}).get(WEBSOCKET_FRAMES)
         if extension is not None:
-            self._send_at_once = extension["send"]
+            self._send_frames = extension["send"]
 
     async def serve(self) -> None:
         """Answer messages until the client hangs up.
@@ -271,15 +272,14 @@ class _Connection:
 
     async def _run(self, operation_id: str, payload: dict[str, Any], caller: Caller) -> None:
         """Execute an operation, and send its results."""
-        begin = b'{"type":"next","id":' + to_json(operation_id) + b',"payload":'
+        id_text = to_json(operation_id)
         try:
             async with aclosing(self._results(payload, caller)) as results:
                 async for answers in results:
-                    texts = [begin + each.text + b"}" for each in answers.each if not each.errors]
-                    if texts:
-                        await self._send_texts(texts)
                     errors = answers.each[-1].errors
-                    if errors is not None:
+                    if errors is None:
+                        await self._send_results(id_text, answers)
+                    else:
                         # Nothing was executed, or the events end: no message follows.
                         self._operations.pop(operation_id, None)
                         # If the server stops, the subscription has not failed: its client
@@ -322,21 +322,34 @@ class _Connection:
             message["id"] = operation_id
         if payload is not None:
             message["payload"] = payload
-        await self._send_texts([to_json(message)])
+        text = to_json(message)
+        with self._unread(len(text)):
+            if self._send_frames is not None:
+                await self._send_frames(text_frame_head(len(text)) + text)
+            else:
+                await self._socket.send_text(text.decode())
 
-    async def _send_texts(self, texts: Sequence[bytes]) -> None:
-        """Send messages, at once if the server can."""
-        size = sum(map(len, texts))
+    async def _send_results(self, operation_id: bytes, answers: Answers) -> None:
+        """Send results of an operation, with one write if the server can."""
+        if self._send_frames is not None:
+            frames = answers.as_frames(operation_id)
+            with self._unread(len(frames)):
+                await self._send_frames(frames)
+            return
+        texts = answers.as_messages(operation_id)
+        with self._unread(sum(map(len, texts))):
+            for text in texts:
+                await self._socket.send_text(text.decode())
+
+    @contextmanager
+    def _unread(self, size: int) -> Iterator[None]:
+        """Count bytes while they wait for the client to read."""
         self._unread_bytes += size
         # One answer alone may be as large as it is.
         if self._unread_bytes > max(MAX_UNREAD_BYTES, size):
             self._too_much_unread.set()
         try:
-            if self._send_at_once is not None:
-                await self._send_at_once(texts)
-            else:
-                for text in texts:
-                    await self._socket.send_text(text.decode())
+            yield
         finally:
             self._unread_bytes -= size
 

@@ -37,7 +37,13 @@ BATCHES_BEFORE: Final = 100
 """How many ids before the newest one are checked for late commits when reading starts."""
 
 BATCHES_AT_ONCE: Final = 1_000
-"""How many batches `Store.events_after` returns at most."""
+"""How many batches are read at most before their events are delivered."""
+
+READ_REST: Final = 3.0
+MAX_READ_REST_SECONDS: Final = 0.01
+"""How many times as long as it took to read stored batches they are not read again, and how long at
+most. A read costs as much as a small request, so on SQLite a busy process would otherwise spend a
+third of its time on reading each of its commits by itself."""
 
 HISTORY_BATCHES: Final = 10_000
 """How many batches of the time before a process started it reads at most."""
@@ -100,8 +106,12 @@ class EventStream:
                 pause = POLL_SECONDS if keeps and not self._database.notices_commits else None
                 if not keeps:
                     await self._take_notified(take)
-                elif not await self._take_kept(take):
-                    pause = RETRY_SECONDS
+                else:
+                    begun = time.monotonic()
+                    if not await self._take_kept(take):
+                        pause = RETRY_SECONDS
+                    took = time.monotonic() - begun
+                    await asyncio.sleep(min(READ_REST * took, MAX_READ_REST_SECONDS))
                 with suppress(TimeoutError):
                     async with asyncio.timeout(pause):
                         await self._news.wait()
@@ -205,8 +215,10 @@ class KeptBatches:
             self.begun_at = newest
             return []
         deleted = False
-        batches = await self._store.events_after(self._last)
-        if not batches:
+        # With the last one that was read: as long as it is there, nothing has been deleted since.
+        batches = await self._store.events_after(self._last - 1, BATCHES_AT_ONCE + 1)
+        last = batches.pop(self._last, None)
+        if not batches and last is None:
             newest = await self._store.last_event()
             if 0 < newest < self._last:
                 await self._begin(newest)

@@ -220,7 +220,7 @@ class Subscription:
     position: int
     """The number of the latest event that was read or passed over."""
     _recent: RecentEvents[JobEvent]
-    _idle: dict[UUID | None, set[Subscription]]
+    _idle: _Idle
     _skipped: dict[JobEvent, int] = field(default_factory=dict)
     _unread: deque[JobEvent] = field(default_factory=deque)
     _woken: asyncio.Event = field(default_factory=asyncio.Event)
@@ -252,16 +252,13 @@ class Subscription:
         """Wait until there are events after `position`, or they were missed."""
         while not self.has_unread:
             self._woken.clear()
-            waiting = self._idle.setdefault(self.job_id, set())
-            waiting.add(self)
+            self._idle.add(self)
             try:
                 await self._woken.wait()
             finally:
                 if not self._woken.is_set():
                     self.position = self._recent.last
-                waiting.discard(self)
-                if not waiting and self._idle.get(self.job_id) is waiting:
-                    del self._idle[self.job_id]
+                self._idle.discard(self)
 
     def wake(self, passed: int) -> None:
         """End `wait`. The events up to the number `passed` are not included in the subscription."""
@@ -276,12 +273,65 @@ class Subscription:
         """Skip these events, each this many times, because they precede the subscription."""
         self._skipped |= {e: count for e, count in earlier.items() if count and self.includes(e)}
 
+    @property
+    def skips(self) -> bool:
+        """Whether some events are still to be skipped."""
+        return bool(self._skipped)
+
     def is_skipped(self, event: JobEvent) -> bool:
         """Return whether an event that is read now is to be skipped."""
-        if not self._skipped or event not in self._skipped:
+        if event not in self._skipped:
             return False
         self.skip({event: self._skipped.pop(event) - 1})
         return True
+
+
+class _Idle:
+    """The subscriptions that wait, by what they follow.
+
+    Thousands may wait, and an event that none of them follows should cost nothing.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: dict[UUID | None, dict[frozenset[str] | None, set[Subscription]]] = {}
+
+    def add(self, subscription: Subscription) -> None:
+        """Add a subscription."""
+        of_job = self._waiting.setdefault(subscription.job_id, {})
+        of_job.setdefault(subscription.types, set()).add(subscription)
+
+    def discard(self, subscription: Subscription) -> None:
+        """Remove a subscription, if it is there."""
+        of_job = self._waiting.get(subscription.job_id, {})
+        waiting = of_job.get(subscription.types, set())
+        waiting.discard(subscription)
+        if not waiting:
+            of_job.pop(subscription.types, None)
+        if not of_job:
+            self._waiting.pop(subscription.job_id, None)
+
+    def take(self, event: JobEvent) -> list[Subscription]:
+        """Remove and return the subscriptions that include an event."""
+        if not self._waiting:
+            return []
+        return [
+            each
+            for job_id in (event.job_id, None)
+            for types in tuple(self._waiting.get(job_id, ()))
+            if types is None or event.type in types
+            for each in self._taken(job_id, types)
+        ]
+
+    def take_all(self) -> list[Subscription]:
+        """Remove and return all subscriptions."""
+        of_jobs, self._waiting = self._waiting, {}
+        return [each for of_job in of_jobs.values() for some in of_job.values() for each in some]
+
+    def _taken(self, job_id: UUID | None, types: frozenset[str] | None) -> set[Subscription]:
+        taken = self._waiting[job_id].pop(types)
+        if not self._waiting[job_id]:
+            del self._waiting[job_id]
+        return taken
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -334,8 +384,7 @@ class Events:
         self._waits: dict[_Callback, None] = {}
         self._recent: RecentEvents[JobEvent] = RecentEvents()
         self._subscriptions: set[Subscription] = set()
-        self._idle: dict[UUID | None, set[Subscription]] = {}
-        """The subscriptions that wait, by their job."""
+        self._idle = _Idle()
         self._id_key: Final = secrets.token_bytes(16)
         self._stream: EventStream | None = None
         self._recalling: asyncio.Task[None] | None = None
@@ -710,18 +759,10 @@ class Events:
     def _offer(self, events: Sequence[JobEvent]) -> None:
         offered = [event for event in events if _is_public(event)]
         last = self._recent.extend(offered)
-        if not self._idle:
-            return
         for passed, event in enumerate(offered, last - len(offered)):
-            for job_id in (event.job_id, None):
-                for subscription in tuple(self._idle.get(job_id, ())):
-                    if subscription.includes(event):
-                        self._guard(self._wake_subscription, subscription, passed)
-
-    def _wake_subscription(self, subscription: Subscription, passed: int) -> None:
-        # Later events find it awake: it reads them when it runs.
-        self._idle[subscription.job_id].discard(subscription)
-        subscription.wake(passed)
+            # Later events find them awake: they read them when they run.
+            for subscription in self._idle.take(event):
+                self._guard(subscription.wake, passed)
 
     def _miss(self, reason: str) -> None:
         self._echoes.clear()
@@ -734,8 +775,8 @@ class Events:
     def _drop(self, reason: str) -> None:
         """Let every subscriber that has read all events before this fail with `EventsMissed`."""
         passed = self._recent.extend([Gap(reason)]) - 1
-        for subscription in [each for idle in self._idle.values() for each in idle]:
-            self._guard(self._wake_subscription, subscription, passed)
+        for subscription in self._idle.take_all():
+            self._guard(subscription.wake, passed)
 
     def _guard(self, call: Callable[..., None], *arguments: Any) -> None:
         try:

@@ -787,11 +787,10 @@ class Store(ABC):
         rows = await self._select(select(JobEventBatch).where(JobEventBatch.id == number))
         return str(rows[0]["message"]) if rows else None
 
-    async def events_after(self, number: int) -> dict[int, str]:
-        """Return up to 1,000 stored batches after `number`, by id and in order."""
-        behind = select(JobEventBatch).where(col(JobEventBatch.id) > number)
-        rows = await self._select(behind.order_by(col(JobEventBatch.id)).limit(1_000))
-        return {row["id"]: row["message"] for row in rows}
+    async def events_after(self, number: int, most: int = 1_000) -> dict[int, str]:
+        """Return up to `most` stored batches after `number`, by id and in order."""
+        rows = await self._read("events_after", {"after": number, "most": most})
+        return {row["number"]: row["message"] for row in rows}
 
     async def events_until(self, number: int, most: int) -> list[StoredEvents]:
         """Return the stored batches with ids up to `number`, the newest first."""

@@ -12,10 +12,17 @@ from typing import Any
 import httpx
 import jwt
 import pytest
+from pydantic_core import from_json
+from websockets.client import ClientProtocol
+from websockets.frames import Frame
+from websockets.protocol import State
+from websockets.uri import parse_uri
 
 from job_registry import EnqueueRequest
+from job_registry_api import turns as turns_module
 from job_registry_api.auth import JOB_TYPES_CLAIM
 from job_registry_api.graphql import shared_events
+from job_registry_api.graphql.shared_events import Answer, Answers
 from job_registry_api.queue import events, recent_events
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.turns import Turns
@@ -294,6 +301,69 @@ async def test_many_tasks_take_turns_and_others_run_in_between() -> None:
     # Whoever comes later is not kept waiting.
     async with asyncio.timeout(5):
         await turns.take()
+
+
+async def test_a_task_that_comes_back_during_a_round_waits_for_the_next_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(turns_module, "MAX_REST_SECONDS", 0.2)
+    monkeypatch.setattr(turns_module, "REST", 1_000)
+    turns, served = Turns(), list[int]()
+
+    async def follow(number: int) -> None:
+        for _ in range(3):
+            await turns.take()
+            served.append(number)
+            time.sleep(0.001)  # noqa: ASYNC251
+            await asyncio.sleep(0)
+
+    begun = time.monotonic()
+    await asyncio.gather(*map(follow, range(30)))
+    rounds = [sorted(served[at : at + 30]) for at in range(0, 90, 30)]
+    assert rounds == [[*range(30)]] * 3
+    assert time.monotonic() - begun > 0.4
+
+
+async def test_a_turn_that_is_not_finished_goes_on_in_the_same_round(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(turns_module, "MAX_REST_SECONDS", 30)
+    monkeypatch.setattr(turns_module, "REST", 1e6)
+    turns = Turns()
+
+    async def follow() -> None:
+        await turns.take()
+        await asyncio.sleep(0)
+        await turns.take(again=True)
+
+    async with asyncio.timeout(5):
+        await asyncio.gather(*(follow() for _ in range(30)))
+
+
+async def test_a_task_alone_hardly_waits() -> None:
+    turns = Turns()
+    begun = time.monotonic()
+    for _ in range(10):
+        await turns.take()
+    assert time.monotonic() - begun < 0.2
+
+
+# Frames
+
+
+@pytest.mark.parametrize("size", [0, 10, 125, 126, 60_000, 65_536, 200_000])
+def test_results_are_frames_that_share_all_but_the_ids(size: int) -> None:
+    texts = (b'{"data":"' + b"x" * size + b'"}', b'{"data":1}')
+    answers = Answers(tuple(map(Answer, texts)))
+    for operation_id in (b'"1"', b'"2"', b'"' + b"i" * 255 + b'"', b'"3"'):
+        client = ClientProtocol(parse_uri("ws://127.0.0.1"), state=State.OPEN, max_size=None)
+        client.receive_data(answers.as_frames(operation_id))
+        received = [
+            bytes(frame.data) for frame in client.events_received() if isinstance(frame, Frame)
+        ]
+        assert received == answers.as_messages(operation_id)
+        assert [from_json(each)["payload"] for each in received] == [*map(from_json, texts)]
+        assert {from_json(each)["id"] for each in received} == {from_json(operation_id)}
 
 
 # Continuing

@@ -10,6 +10,7 @@ import signal
 import sys
 import textwrap
 import threading
+import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -21,6 +22,7 @@ import structlog
 from sqlalchemy import text
 
 from job_registry import EnqueueRequest, JobRegistry
+from job_registry_api.queue import event_stream
 from job_registry_api.queue.database import Database
 from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.enqueueing import Enqueued
@@ -36,7 +38,7 @@ from job_registry_api.queue.models import JobError, JobStatus
 from job_registry_api.queue.postgresql_database import PostgreSQLDatabase
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.recent_events import KEPT_SECONDS, RecentEvents
-from job_registry_api.queue.store import EVENTS_KEPT_SECONDS, message_of
+from job_registry_api.queue.store import EVENTS_KEPT_SECONDS, Store, message_of
 from tests import CODE
 
 PING = EnqueueRequest("test.ping", {})
@@ -815,6 +817,29 @@ async def test_a_batch_that_commits_late_is_delivered_late(
     await database.close()
 
 
+async def test_a_busy_process_reads_several_stored_batches_at_once(
+    queue: JobQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not queue._database.keeps_events:
+        pytest.skip("PostgreSQL notifies of each transaction")
+    monkeypatch.setattr(event_stream, "READ_REST", 1e6)
+    monkeypatch.setattr(event_stream, "MAX_READ_REST_SECONDS", 0.5)
+    reads = 0
+    read = Store.events_after
+
+    async def counted(*arguments: Any) -> dict[int, str]:
+        nonlocal reads
+        reads += 1
+        return await read(*arguments)
+
+    monkeypatch.setattr(Store, "events_after", counted)
+    with queue.events.subscribe() as received:
+        begun = time.monotonic()
+        jobs = [(await queue.enqueue(PING)).job.id for _ in range(30)]
+        assert [event.job_id for event in await take(received, 30)] == jobs
+        assert reads <= (time.monotonic() - begun) / 0.5 + 2
+
+
 class Table:
     """What is visible of `job_event_batch`, by id."""
 
@@ -825,8 +850,9 @@ class Table:
     async def last_event(self) -> int:
         return max(self.rows, default=0)
 
-    async def events_after(self, number: int) -> dict[int, str]:
-        return {each: self.rows[each] for each in sorted(self.rows) if each > number}
+    async def events_after(self, number: int, most: int = 1_000) -> dict[int, str]:
+        after = [each for each in sorted(self.rows) if each > number]
+        return {each: self.rows[each] for each in after[:most]}
 
     async def events_among(self, numbers: Sequence[int]) -> dict[int, str]:
         self.looked_up += numbers

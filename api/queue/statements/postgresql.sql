@@ -304,6 +304,11 @@ WITH taken AS (
 INSERT INTO job_registry.job_count (type, status, jobs)
 SELECT type, status, sum(jobs) FROM taken GROUP BY type, status HAVING sum(jobs) <> 0
 
+-- name: events_after
+-- Return the batches of events that follow one, in order.
+SELECT id AS number, message FROM job_registry.job_event_batch
+WHERE id > :after ORDER BY id LIMIT :most
+
 -- name: last_event
 -- Return the id of the newest stored batch.
 SELECT coalesce(max(id), 0) FROM job_registry.job_event_batch

@@ -452,6 +452,10 @@ DELETE FROM job WHERE id IN (
 -- Delete counts that are zero.
 DELETE FROM job_count WHERE jobs = 0
 
+-- name: events_after
+-- Return the batches of events that follow one, in order.
+SELECT id AS number, message FROM job_event_batch WHERE id > :after ORDER BY id LIMIT :most
+
 -- name: last_event
 -- Return the id of the newest batch, even if it was deleted.
 SELECT coalesce((SELECT seq FROM sqlite_sequence WHERE name = 'job_event_batch'), 0)
