@@ -429,6 +429,16 @@ class Store(ABC):
         """
 
     @abstractmethod
+    async def succeed_and_claim(
+        self, reports: Sequence[Report], claim: Claim
+    ) -> tuple[dict[uuid.UUID, Ended], Claimed]:
+        """Do what `end` does for attempts that succeeded and whose jobs are not read, then what
+        `claim` does, in one transaction.
+
+        A worker that is busy takes its next jobs with one round trip and one commit.
+        """
+
+    @abstractmethod
     async def renew(
         self, renewals: Sequence[LeaseRenewal], lease_seconds: float
     ) -> dict[tuple[uuid.UUID, str], Renewed | None]:
