@@ -211,7 +211,7 @@ class PostgreSQLStore(Store):
         rows = await self._run("succeed_and_claim", parameters)
         if heads is None:
             self._heads.record_full_claim(started, time.monotonic(), len(rows))
-        ended = {row["id"]: self.ended(row) for row in rows if row["is_report"]}
+        ended = self._succeeded([row for row in rows if row["is_report"]])
         claimed = Claimed([], [], everything=False)
         # The reports are committed. Without the jobs, whose leases are released, they still count.
         with suppress(QueueUnavailable):
@@ -264,17 +264,20 @@ class PostgreSQLStore(Store):
 
     async def end(self, reports: Sequence[Report]) -> dict[uuid.UUID, Ended]:
         parks = [report for report in reports if report.parked_for is not None]
-        others = [report for report in reports if report.parked_for is None]
+        unread = [report for report in reports if not report.reads_job]
+        others = [r for r in reports if r.reads_job and r.parked_for is None]
         rows: list[Mapping[str, Any]] = []
         ended: dict[uuid.UUID, Ended] = {}
-        if others and any(report.reads_job for report in others):
+        if unread:
+            ended = self._succeeded(await self._run("succeed", {"reports": _reports(unread)}))
+        if others:
             rows += await self._run("end", {"reports": _reports(others)})
-        elif others:
-            narrow = await self._run("end_unread", {"reports": _reports(others)})
-            ended = {row["id"]: self.ended(row) for row in narrow}
         if parks:
             rows += await self._run("park", {"parks": _parks(parks)})
         return ended | {job.id: Ended.of(job) for job in await self._jobs(rows)}
+
+    def _succeeded(self, rows: Sequence[Mapping[str, Any]]) -> dict[uuid.UUID, Ended]:
+        return {row["id"]: self.ended(row) for row in rows}
 
     async def renew(
         self, renewals: Sequence[LeaseRenewal], lease_seconds: float

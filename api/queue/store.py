@@ -240,7 +240,7 @@ class Report:
     RELEASED, SNOOZED and `spend=False` do not spend the attempt. TIMED_OUT with `still_running`
     keeps the attempt's place in the concurrency limit, because its handler has not stopped.
     RELEASED with `parked_for`, the fingerprint of the worker, parks the job; `error` says why.
-    Unless `reads_job`, the job is not read: a worker does not need it.
+    Unless `reads_job`, the job of a success is not read: a worker does not need it.
     """
 
     job_id: uuid.UUID
