@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
@@ -21,7 +21,7 @@ from job_registry import JobRegistry
 from job_registry_api.metrics import Metrics
 from job_registry_api.queue.events import Events, JobEvent
 from job_registry_api.queue.models import AttemptOutcome, JobRecord, JobStatus
-from job_registry_api.queue.store import Claim, Store
+from job_registry_api.queue.store import Claim, Claimed, Store
 
 WORKER_SEEN_SECONDS: Final = 10.0
 """How often a process records in the database that it runs a type."""
@@ -62,6 +62,20 @@ class Lease:
         return (self.expires_at - self.job.started_at).total_seconds()
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class BusyWorker:
+    """A worker of this process, whose next jobs can be claimed together with reports.
+
+    `wanted` returns how many jobs it wants in exchange for a number of reports, and `take` gets
+    their leases. Neither waits.
+    """
+
+    types: tuple[str, ...]
+    worker_id: str
+    wanted: Callable[[int], int]
+    take: Callable[[Sequence[Lease]], None]
+
+
 def count_recovered(metrics: Metrics, recovered: Sequence[JobRecord]) -> None:
     """Count the attempts that were ended because their lease expired."""
     for job in recovered:
@@ -94,6 +108,7 @@ class Claiming:
         self._give_back = give_back
         self._metrics = metrics
         self._lines: dict[_Line, _WaitingLine] = {}
+        self._busy: list[BusyWorker] = []
         self._seen: dict[str, float] = {}
         self._served: dict[str, int] = {}
         self._turn = itertools.count(1)
@@ -175,22 +190,51 @@ class Claiming:
     ) -> tuple[list[Lease], bool]:
         """Lease jobs that are due now. Return them, and whether all due jobs were considered."""
         await self.show_worker(types, readable)
-        limits = self.limits(types)
+        claim = self._claim(types, worker_id, limit, readable, thorough=thorough)
+        claimed = await self._store.claim(claim)
+        return self.leased(claimed), claimed.everything
+
+    def _claim(
+        self,
+        types: Sequence[str],
+        worker_id: str,
+        limit: int,
+        readable: Readable | None = None,
+        *,
+        thorough: bool = False,
+    ) -> Claim:
         # Types of one priority take turns. The one whose last turn is longest ago comes first.
         turns = tuple(sorted(types, key=lambda name: self._served.get(name, 0)))
-        claimed = await self._store.claim(
-            Claim(
-                turns,
-                limits,
-                worker_id,
-                limit,
-                self._lease_seconds,
-                thorough,
-                former=self._former(types),
-                fingerprints=self._fingerprints(types) if readable is None else {},
-                readable=readable or {},
-            )
+        return Claim(
+            turns,
+            self.limits(types),
+            worker_id,
+            limit,
+            self._lease_seconds,
+            thorough,
+            former=self._former(types),
+            fingerprints=self._fingerprints(types) if readable is None else {},
+            readable=readable or {},
         )
+
+    @contextmanager
+    def busy(self, worker: BusyWorker) -> Iterator[None]:
+        """Claim jobs for this worker together with reports, while the context is open."""
+        self._busy.append(worker)
+        try:
+            yield
+        finally:
+            self._busy.remove(worker)
+
+    def claim_with(self, reports: int) -> tuple[BusyWorker, Claim] | None:
+        """Return the claim to make together with a number of reports, and for whom."""
+        for worker in () if self.is_ending else self._busy:
+            if (jobs := worker.wanted(reports)) > 0:
+                return worker, self._claim(worker.types, worker.worker_id, jobs)
+        return None
+
+    def leased(self, claimed: Claimed) -> list[Lease]:
+        """Announce what a claim did, and return its leases."""
         for each in claimed.leased:
             self._served[each.job.type] = next(self._turn)
         happened = [JobEvent.of_change(job) for job in claimed.recovered]
@@ -208,7 +252,7 @@ class Claiming:
             for each in claimed.leased
         ]
         leases.sort(key=lambda lease: -lease.job.priority)
-        return leases, claimed.everything
+        return leases
 
     def limits(self, types: Sequence[str]) -> dict[str, int]:
         """Return the concurrency limits of the types that have one."""

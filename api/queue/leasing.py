@@ -7,18 +7,19 @@ import re
 import uuid
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final, NamedTuple
 
+import structlog
 from pydantic import JsonValue
 from pydantic_core import from_json
 
 from job_registry import JobRegistry, Violation
 from job_registry.json_values import json_document
 from job_registry_api.metrics import Metrics
-from job_registry_api.queue.claiming import Claiming, Lease, Readable
+from job_registry_api.queue.claiming import BusyWorker, Claiming, Lease, Readable
 from job_registry_api.queue.database import Database
 from job_registry_api.queue.enqueueing import created_events
 from job_registry_api.queue.errors import (
@@ -26,6 +27,7 @@ from job_registry_api.queue.errors import (
     InputInvalid,
     LeaseLost,
     QueueUnavailable,
+    reason_of,
 )
 from job_registry_api.queue.events import Events, JobEvent
 from job_registry_api.queue.group_commit import GroupCommit
@@ -47,6 +49,11 @@ from job_registry_api.queue.store import (
     Store,
     present,
 )
+
+REPORTS_AT_ONCE: Final = 50
+"""How many attempts one statement ends. While it runs, a worker runs the jobs of the one before."""
+
+log = structlog.get_logger("job_registry.leasing")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +85,7 @@ class Leasing:
     _store: Store
 
     def __init__(self) -> None:
-        self._reports = GroupCommit(self._end)
+        self._reports = GroupCommit(self._end, max_items=REPORTS_AT_ONCE)
         self._claiming = Claiming(
             self._store,
             self.registry,
@@ -133,6 +140,14 @@ class Leasing:
             stop=stop,
             readable=reads,
         )
+
+    def leasing_with_reports(self, worker: BusyWorker) -> AbstractContextManager[None]:
+        """Lease jobs for this worker together with reports of success, while the context is open.
+
+        A report and the next lease then take one round trip and one commit. A worker that has free
+        slots calls `lease`, which waits for jobs.
+        """
+        return self._claiming.busy(worker)
 
     async def stop_waiting(self, worker_id: str) -> None:
         """End the waits of a worker's `lease` calls, in every process. Later calls wait again.
@@ -422,7 +437,7 @@ class Leasing:
             # One report per job in a statement. Of two reports for one lease the first one counts.
             turn = {report.job_id: index for index, report in reversed(waiting.items())}
             these = [waiting.pop(index) for index in sorted(turn.values())]
-            jobs = await self._store.end(these)
+            jobs = await self._end_and_lease(these)
             self.events.publish(map(JobEvent.of_change, jobs.values()))
             outcomes: Counter[tuple[str, str]] = Counter()
             for report in these:
@@ -463,6 +478,24 @@ class Leasing:
                 else:
                     ended[turn[report.job_id]] = LeaseLost()
         return [ended[index] for index in range(len(reports))]
+
+    async def _end_and_lease(self, reports: Sequence[Report]) -> dict[uuid.UUID, Ended]:
+        """End attempts, and lease the next jobs of a busy worker in the same statement."""
+        only_unread = all(
+            each.outcome is AttemptOutcome.SUCCEEDED and not each.reads_job for each in reports
+        )
+        found = self._claiming.claim_with(len(reports)) if only_unread else None
+        if found is None:
+            return await self._store.end(reports)
+        worker, claim = found
+        try:
+            ended, claimed = await self._store.succeed_and_claim(reports, claim)
+        except Exception as error:
+            # A claim may fail or wait for a lock. That must not delay what has been done.
+            log.warning("leases.not_claimed", reason=reason_of(error))
+            return await self._store.end(reports)
+        worker.take(self._claiming.leased(claimed))
+        return ended
 
     async def _give_back(self, leases: Sequence[Lease]) -> None:
         """Release leases whose caller is gone."""

@@ -197,31 +197,30 @@ class PostgreSQLStore(Store):
         self, claim: Claim, heads: Mapping[str, Any] | None, look_back: float | None
     ) -> Claimed:
         started = time.monotonic()
-        rows = await self._run(
-            "claim",
-            {
-                "wanted": json_text(
-                    [
-                        {
-                            "type": stored,
-                            "limit": claim.limits.get(name),
-                            "heads": None if heads is None else heads.get(stored),
-                            "group": group,
-                            "fingerprint": claim.fingerprints.get(name),
-                            "readable": claim.readable.get(name),
-                        }
-                        for group, name, stored in claim.lanes()
-                    ]
-                ),
-                "most": claim.jobs,
-                "worker": claim.worker_id,
-                "lease": claim.lease_seconds,
-                "look_back": look_back,
-                "timed_out": error_text(TIMED_OUT),
-                "lost": error_text(LOST),
-            },
-        )
-        ended = time.monotonic()
+        rows = await self._run("claim", _claimed_by(claim, heads, look_back))
+        if heads is None:
+            self._heads.record_full_claim(started, time.monotonic(), len(rows))
+        return await self._claimed(rows, everything=heads is None)
+
+    async def succeed_and_claim(
+        self, reports: Sequence[Report], claim: Claim
+    ) -> tuple[dict[uuid.UUID, Ended], Claimed]:
+        started = time.monotonic()
+        heads, look_back = self._heads.known(started)
+        parameters = _claimed_by(claim, heads, look_back) | {"reports": _reports(reports)}
+        rows = await self._run("succeed_and_claim", parameters)
+        if heads is None:
+            self._heads.record_full_claim(started, time.monotonic(), len(rows))
+        ended = self._succeeded([row for row in rows if row["is_report"]])
+        claimed = Claimed([], [], everything=False)
+        # The reports are committed. Without the jobs, whose leases are released, they still count.
+        with suppress(QueueUnavailable):
+            rows = [row for row in rows if not row["is_report"]]
+            claimed = await self._claimed(rows, everything=heads is None)
+        return ended, claimed
+
+    async def _claimed(self, rows: Sequence[Mapping[str, Any]], *, everything: bool) -> Claimed:
+        """Return the outcome of a claim that has returned these rows."""
         taken = [row for row in rows if row["status"] == "running"]
         try:
             recovered = await self._jobs([row for row in rows if row["status"] != "running"])
@@ -243,9 +242,7 @@ class PostgreSQLStore(Store):
         ]
         for row in taken:
             self._heads.record_taken(row["type"], row["priority"], row["next_run_at"])
-        if heads is None:
-            self._heads.record_full_claim(started, ended, len(rows))
-        return Claimed(leased, recovered, everything=heads is None)
+        return Claimed(leased, recovered, everything)
 
     async def _release(self, taken: Sequence[Mapping[str, Any]]) -> None:
         """Release leases that no caller gets. If that fails, the leases expire."""
@@ -267,17 +264,20 @@ class PostgreSQLStore(Store):
 
     async def end(self, reports: Sequence[Report]) -> dict[uuid.UUID, Ended]:
         parks = [report for report in reports if report.parked_for is not None]
-        others = [report for report in reports if report.parked_for is None]
+        unread = [report for report in reports if not report.reads_job]
+        others = [r for r in reports if r.reads_job and r.parked_for is None]
         rows: list[Mapping[str, Any]] = []
         ended: dict[uuid.UUID, Ended] = {}
-        if others and any(report.reads_job for report in others):
+        if unread:
+            ended = self._succeeded(await self._run("succeed", {"reports": _reports(unread)}))
+        if others:
             rows += await self._run("end", {"reports": _reports(others)})
-        elif others:
-            narrow = await self._run("end_unread", {"reports": _reports(others)})
-            ended = {row["id"]: self.ended(row) for row in narrow}
         if parks:
             rows += await self._run("park", {"parks": _parks(parks)})
         return ended | {job.id: Ended.of(job) for job in await self._jobs(rows)}
+
+    def _succeeded(self, rows: Sequence[Mapping[str, Any]]) -> dict[uuid.UUID, Ended]:
+        return {row["id"]: self.ended(row) for row in rows}
 
     async def renew(
         self, renewals: Sequence[LeaseRenewal], lease_seconds: float
@@ -546,6 +546,32 @@ def _new_jobs(jobs: Sequence[NewJob]) -> str:
             for job in jobs
         ]
     )
+
+
+def _claimed_by(
+    claim: Claim, heads: Mapping[str, Any] | None, look_back: float | None
+) -> dict[str, Any]:
+    """Return the parameters of a claim."""
+    wanted = [
+        {
+            "type": stored,
+            "limit": claim.limits.get(name),
+            "heads": None if heads is None else heads.get(stored),
+            "group": group,
+            "fingerprint": claim.fingerprints.get(name),
+            "readable": claim.readable.get(name),
+        }
+        for group, name, stored in claim.lanes()
+    ]
+    return {
+        "wanted": json_text(wanted),
+        "most": claim.jobs,
+        "worker": claim.worker_id,
+        "lease": claim.lease_seconds,
+        "look_back": look_back,
+        "timed_out": error_text(TIMED_OUT),
+        "lost": error_text(LOST),
+    }
 
 
 def _reports(reports: Sequence[Report]) -> str:

@@ -148,11 +148,19 @@ class SQLiteStore(Store):
         return self._job(row), stored
 
     async def claim(self, claim: Claim) -> Claimed:
-        def work(transaction: _Transaction) -> tuple[list[Row], list[Row]]:
-            recovered = transaction.recover(claim.lease_seconds)
-            return transaction.claim(claim), recovered
+        return self._claimed(*await self._write(lambda t: t.recover_and_claim(claim)))
 
-        leased, recovered = await self._write(work)
+    async def succeed_and_claim(
+        self, reports: Sequence[Report], claim: Claim
+    ) -> tuple[dict[uuid.UUID, Ended], Claimed]:
+        def work(transaction: _Transaction) -> tuple[list[Row], list[Row], list[Row]]:
+            return transaction.succeed(reports), *transaction.recover_and_claim(claim)
+
+        narrow, leased, recovered = await self._write(work)
+        ended = {job.id: job for job in map(self.ended, map(_typed, narrow))}
+        return ended, self._claimed(leased, recovered)
+
+    def _claimed(self, leased: Sequence[Row], recovered: Sequence[Row]) -> Claimed:
         return Claimed(
             [
                 ClaimedJob(
@@ -398,6 +406,11 @@ class _Transaction:
             )
         newest = int((self._now.timestamp() + CLOCK_SLACK_SECONDS) * 1_000)
         self.change("set_due", newest=f"{newest:012x}", **most)
+
+    def recover_and_claim(self, claim: Claim) -> tuple[list[Row], list[Row]]:
+        """Return the leased jobs, and those whose lost attempts were ended first."""
+        recovered = self.recover(claim.lease_seconds)
+        return self.claim(claim), recovered
 
     def claim(self, claim: Claim) -> list[Row]:
         """Lease jobs, one priority level after the other, with the types of a level in turns."""

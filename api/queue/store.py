@@ -240,7 +240,7 @@ class Report:
     RELEASED, SNOOZED and `spend=False` do not spend the attempt. TIMED_OUT with `still_running`
     keeps the attempt's place in the concurrency limit, because its handler has not stopped.
     RELEASED with `parked_for`, the fingerprint of the worker, parks the job; `error` says why.
-    Unless `reads_job`, the job is not read: a worker does not need it.
+    Unless `reads_job`, the job of a success is not read: a worker does not need it.
     """
 
     job_id: uuid.UUID
@@ -426,6 +426,16 @@ class Store(ABC):
 
         The result lacks jobs whose lease is lost, and jobs whose row another transaction has
         locked. A requested cancellation takes precedence over every outcome but success.
+        """
+
+    @abstractmethod
+    async def succeed_and_claim(
+        self, reports: Sequence[Report], claim: Claim
+    ) -> tuple[dict[uuid.UUID, Ended], Claimed]:
+        """Do what `end` does for attempts that succeeded and whose jobs are not read, then what
+        `claim` does, in one transaction.
+
+        A worker that is busy takes its next jobs with one round trip and one commit.
         """
 
     @abstractmethod

@@ -135,6 +135,8 @@ class Attempt:
         self._call: HandlerCall | ProcessCall | None = None
         self._follow_ups = FollowUps(self._queue, lease.job.created_by)
         self._reporting = False
+        self.has_ended = False
+        """Whether the handler has ended, and only its report is left."""
         self.overdue = False
 
     @property
@@ -230,7 +232,8 @@ class Attempt:
                 self._log.warning("job.attempt_failed", code=report.code)
             elif isinstance(end, Raised) and end.kind not in _UNFORESEEN:
                 self._log.info("job.attempt_failed", code=report.code)
-        self.overdue = isinstance(end, StillRunning) and not self._now.releasing
+        self.has_ended = not isinstance(end, StillRunning)
+        self.overdue = not self.has_ended and not self._now.releasing
         del end
         try:
             if isinstance(report, TimeOut):

@@ -23,6 +23,7 @@ import structlog
 from job_registry import DefinitionError, WorkerExtension
 from job_registry_api import defaults
 from job_registry_api.logs import log_unexpected
+from job_registry_api.queue.claiming import BusyWorker, Lease
 from job_registry_api.queue.errors import QueueUnavailable
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.reading import log_unregistered_types
@@ -41,6 +42,10 @@ free it does not wait."""
 
 CLAIM_SECONDS: Final = 1.0
 """How long a claim under way may take once the worker stops."""
+
+MAX_CANCELLED: Final = 1_000
+"""How many cancelled jobs that do not run here are remembered, in case a claim has just leased one.
+"""
 
 SHORTEST_PAUSE: Final = 0.2
 LONGEST_PAUSE: Final = 5.0
@@ -121,7 +126,8 @@ class Worker:
         self._stopping_now = asyncio.Event()
         self._running: dict[asyncio.Task[None], Attempt] = {}
         self._ended = asyncio.Event()
-        self._cancelled: set[UUID] = set()
+        self._cancelled: dict[UUID, None] = {}
+        self._is_claiming = False
         self._turned_at: float | None = None
         self._keeper = LeaseKeeper(queue)
         in_processes = [n for n in self.types if registry.get_type(n).run_in == "process"]
@@ -234,8 +240,15 @@ class Worker:
             log.info("worker.started", worker_id=self.worker_id, types=list(self.types))
             try:
                 await log_unregistered_types(self._queue)
+                busy = BusyWorker(
+                    self.types,
+                    self.worker_id,
+                    self._wanted,
+                    lambda leases: self._take(equipment, leases),
+                )
                 with (
                     self._queue.events.on_cancel_requested(self._cancel),
+                    self._queue.leasing_with_reports(busy),
                     tasks_of_handlers_contained(),
                 ):
                     await self._work(equipment)
@@ -304,24 +317,47 @@ class Worker:
 
     async def _lease_some(self, equipment: Equipment) -> None:
         free = self._concurrency - len(self._running)
-        if free == 0:
+        if free <= 0:
             # The worker is busy, not gone: renew what `NoWorkerSeen` is derived from.
             await self._queue.show_worker(self.types)
             self._ended.clear()
-            if len(self._running) == self._concurrency and not self._stopping.is_set():
+            if len(self._running) >= self._concurrency and not self._stopping.is_set():
                 await _wait(self._ended, 10)
             # Short jobs end within a moment of each other: make one claim for all of them.
             if 2 * len(self._running) > self._concurrency:
                 await _wait(self._stopping, GATHER_SECONDS)
             return
-        self._cancelled.clear()
-        leases = await self._queue.lease(
-            self.types,
-            self.worker_id,
-            limit=min(free, MAX_LEASE),
-            wait_seconds=MAX_WAIT_SECONDS,
-            stop=self._stopping,
-        )
+        self._is_claiming = True
+        try:
+            leases = await self._queue.lease(
+                self.types,
+                self.worker_id,
+                limit=min(free, MAX_LEASE),
+                wait_seconds=MAX_WAIT_SECONDS,
+                stop=self._stopping,
+            )
+        finally:
+            self._is_claiming = False
+        self._start(equipment, leases)
+
+    def _wanted(self, reports: int) -> int:
+        """Return how many jobs to lease in exchange for reports: none unless this worker is full,
+        because a worker with a free slot leases for itself, or waits for jobs.
+        """
+        is_full = len(self._running) >= self._concurrency
+        if self._is_claiming or not is_full or self._stopping.is_set():
+            return 0
+        handlers = sum(not attempt.has_ended for attempt in self._running.values())
+        return min(reports, self._concurrency - handlers, MAX_LEASE)
+
+    def _take(self, equipment: Equipment, leases: Sequence[Lease]) -> None:
+        """Run jobs that were leased together with reports."""
+        if self._stopping.is_set():
+            self._queue.give_back(leases)
+        else:
+            self._start(equipment, leases)
+
+    def _start(self, equipment: Equipment, leases: Sequence[Lease]) -> None:
         for lease in leases:
             attempt = Attempt(equipment, lease, check_at_once=lease.job.id in self._cancelled)
             task = asyncio.create_task(attempt.run(), name=f"job {lease.job.id}")
@@ -339,8 +375,9 @@ class Worker:
                 attempt.cancel()
                 return
         # A claim under way may have leased the job before it was cancelled.
-        if len(self._cancelled) < 1_000:
-            self._cancelled.add(job_id)
+        self._cancelled[job_id] = None
+        if len(self._cancelled) > MAX_CANCELLED:
+            del self._cancelled[next(iter(self._cancelled))]
 
     async def _finish(self) -> None:
         """Let running jobs end, release the rest, and abandon handlers that do not stop."""

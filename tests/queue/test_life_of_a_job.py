@@ -411,6 +411,17 @@ async def test_attempts_that_a_handler_cancels_are_kept_up_to_a_bound(queue: Job
     assert 32 <= len(await outcomes(queue, job)) <= 64
 
 
+async def test_a_success_leaves_a_bounded_number_of_released_attempts(
+    queue: JobQueue, database_url: str
+) -> None:
+    job = await enqueue(queue)
+    for _ in range(63):
+        await queue.release((await lease_one(queue)).token)
+        await advance(database_url, 61)
+    await queue.succeed((await lease_one(queue)).token)
+    assert await outcomes(queue, job) == ["released"] * 32 + ["succeeded"]
+
+
 @pytest.mark.slow  # A thousand attempts.
 @pytest.mark.parametrize("spend", [True, False])
 async def test_attempts_of_a_job_that_fails_and_is_retried_are_kept_up_to_a_bound(

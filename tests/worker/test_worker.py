@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 import structlog
@@ -37,6 +38,7 @@ from job_registry_api.queue.errors import QueueUnavailable
 from job_registry_api.queue.models import JobRecord, JobStatus
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.reading import PayloadMismatch
+from job_registry_api.queue.store import Claim, Claimed, Ended, Report
 from job_registry_api.worker import Worker
 from job_registry_api.worker.attempt import _warned
 from tests.conftest import run_sql
@@ -52,6 +54,50 @@ class Unprintable(Exception):
 
     def __str__(self) -> str:
         raise ValueError("no text")
+
+
+@pytest.mark.parametrize("concurrency", [1, 3])
+async def test_a_full_worker_claims_with_its_reports_and_stays_within_its_slots(
+    house: House, monkeypatch: pytest.MonkeyPatch, concurrency: int
+) -> None:
+    # Given twelve jobs, and a count of the claims that are made alone
+    alone, together, running, most = [], [], 0, 0
+    store = house.queue._store
+    claim, succeed_and_claim = store.claim, store.succeed_and_claim
+
+    async def count_claim(wanted: Claim) -> Claimed:
+        alone.append(wanted)
+        return await claim(wanted)
+
+    async def count_both(
+        reports: Sequence[Report], wanted: Claim
+    ) -> tuple[dict[UUID, Ended], Claimed]:
+        together.append(wanted)
+        return await succeed_and_claim(reports, wanted)
+
+    monkeypatch.setattr(store, "claim", count_claim)
+    monkeypatch.setattr(store, "succeed_and_claim", count_both)
+
+    @house.job_type.handler
+    async def run(job: JobContext, payload: Text) -> None:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(0.01)
+        running -= 1
+
+    jobs = [await house.enqueue() for _ in range(12)]
+
+    # When a worker runs them
+    async with house.working(concurrency=concurrency):
+        for job in jobs:
+            await house.until(job, JobStatus.SUCCEEDED)
+
+    # I expect every slot in use, no job twice, and most jobs from claims that came with a report
+    assert most == concurrency
+    assert [len(await house.outcomes(job)) for job in jobs] == [1] * 12
+    assert together
+    assert len(alone) <= 3 + concurrency
 
 
 async def test_an_async_handler_runs_with_its_parsed_payload_and_returns_the_result(

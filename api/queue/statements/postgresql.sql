@@ -67,10 +67,21 @@ SELECT * FROM job_registry.job_recover(
 SELECT * FROM job_registry.job_end(
     CAST(:reports AS jsonb), CAST(:process AS text), CAST(:keep AS boolean))
 
--- name: end_unread
--- Do what `end` does, and return only what events and metrics need of the jobs.
-SELECT id, type, status, attempt, next_run_at FROM job_registry.job_end(
+-- name: succeed
+-- End attempts as succeeded, and return only what events and metrics need of the jobs.
+SELECT id, type, status, attempt, next_run_at FROM job_registry.job_succeed(
     CAST(:reports AS jsonb), CAST(:process AS text), CAST(:keep AS boolean))
+
+-- name: succeed_and_claim
+-- Do what `succeed` does, then what `claim` does. The attempts are ended first, so that their places
+-- in the concurrency limits are free; in another order, fewer jobs would be claimed.
+SELECT true AS is_report, ended.* FROM job_registry.job_succeed(
+    CAST(:reports AS jsonb), CAST(:process AS text), CAST(:keep AS boolean)) AS ended
+UNION ALL
+SELECT false, claimed.* FROM job_registry.job_claim(
+    CAST(:wanted AS jsonb), CAST(:most AS integer), CAST(:worker AS text),
+    CAST(:lease AS double precision), CAST(:process AS text), CAST(:keep AS boolean),
+    CAST(:look_back AS double precision), CAST(:timed_out AS text), CAST(:lost AS text)) AS claimed
 
 -- name: renew
 -- Renew leases, and the places of timed-out attempts.
