@@ -343,9 +343,12 @@ class Worker:
     def _wanted(self, reports: int) -> int:
         """Return how many jobs to lease in exchange for reports: none unless this worker is full,
         because a worker with a free slot leases for itself, or waits for jobs.
+
+        None either while many reports wait for locked rows: their leases are held, too.
         """
-        is_full = len(self._running) >= self._concurrency
-        if self._is_claiming or not is_full or self._stopping.is_set():
+        if self._is_claiming or self._stopping.is_set():
+            return 0
+        if not self._concurrency <= len(self._running) < 2 * self._concurrency:
             return 0
         handlers = sum(not attempt.has_ended for attempt in self._running.values())
         return min(reports, self._concurrency - handlers, MAX_LEASE)

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AsyncExitStack
 from typing import Any
 
 import asyncpg
@@ -226,6 +227,36 @@ async def test_a_job_whose_row_is_locked_during_two_renewals_keeps_its_lease_and
         assert (await house.queue.get(job.id)).progress == "half"
         done = await house.until(job, JobStatus.SUCCEEDED)
     assert (done.result, await house.outcomes(done)) == ("done", ["succeeded"])
+
+
+async def test_reports_that_wait_for_locked_rows_do_not_let_a_worker_lease_ever_more_jobs(
+    house: House, database_url: str
+) -> None:
+    if database_url.startswith("sqlite"):
+        pytest.skip("SQLite locks no rows")
+    locks, ran = AsyncExitStack(), []
+
+    # Given a handler whose job another transaction locks before it is reported
+    @house.job_type.handler
+    async def work(job: JobContext, _payload: Text) -> None:
+        ran.append(job.id)
+        if len(ran) <= 6:
+            lock = f"SELECT 1 FROM job WHERE id = '{job.id}' FOR UPDATE"
+            await locks.enter_async_context(locked(database_url, lock))
+
+    jobs = [await house.enqueue() for _ in range(6)]
+
+    # When a worker with one slot runs six jobs
+    async with house.working(concurrency=1):
+        await asyncio.sleep(1.0)
+        at_once = len(ran)
+        ran += [""] * 6
+        await locks.aclose()
+        for job in jobs:
+            await house.until(job, JobStatus.SUCCEEDED)
+
+    # I expect it to have leased one more than it has slots, and not all of them
+    assert 1 <= at_once <= 2
 
 
 @short_lease
