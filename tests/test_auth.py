@@ -116,6 +116,13 @@ async def test_without_a_token_every_interface_requires_one(
     assert error["code"] == "unauthenticated"
 
 
+async def test_a_valid_token_by_another_scheme_is_refused(visit: Visit) -> None:
+    async with visit(**AUTH) as client:
+        for scheme, status in (("Basic", 401), ("Token", 401), ("bearer", 404)):
+            headers = {"authorization": f"{scheme} {token('jobs:read')}"}
+            assert (await client.get("/jobs/a", headers=headers)).status_code == status, scheme
+
+
 async def test_health_and_the_page_need_no_token(visit: Visit) -> None:
     async with visit(**AUTH) as client:
         assert (await client.get("/healthz")).status_code == 200

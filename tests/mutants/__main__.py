@@ -175,7 +175,13 @@ def _try_all(
             try:
                 place.write_text(mutated, "utf-8")
                 started = time.monotonic()
-                stages = stages_of_line(area, mutant.path, mutant.line, recorded)
+                stages = stages_of_line(
+                    area,
+                    mutant.path,
+                    mutant.line,
+                    recorded,
+                    is_decorator="Decorator" in mutant.fault,
+                )
                 if arguments.quick:
                     stages = [stage for stage in stages if stage.is_quick]
                 outcome, by = _test(copy, stages, recorded)

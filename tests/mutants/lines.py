@@ -94,14 +94,15 @@ class Lines:
                     tests[path][int(line)] = known | {names[number] for number in numbers}
         return cls(tests, seconds)
 
-    def of(self, path: Path, line: int) -> list[str]:
+    def of(self, path: Path, line: int, *, is_decorator: bool = False) -> list[str]:
         """Return the tests that execute a line, the quickest first.
 
         Of a line that is not recorded, they are those of the nearest line before it: it belongs to
-        the same statement.
+        the same statement. A decorator belongs to the function after it.
         """
         lines = self.tests.get(str(path), {})
-        for near in range(line, max(0, line - NEAR), -1):
-            if near in lines:
+        after, before = range(line, line + NEAR), range(line, max(0, line - NEAR), -1)
+        for near in after if is_decorator else before:
+            if lines.get(near):
                 return sorted(lines[near], key=lambda test: self.seconds[test])
         return []

@@ -73,13 +73,15 @@ QUICK_SECONDS: Final = 40.0
 """How long the quick tests of a line may take without a fault."""
 
 
-def stages_of_line(area: Area, path: Path, line: int, recorded: Lines) -> list[Stage]:
+def stages_of_line(
+    area: Area, path: Path, line: int, recorded: Lines, *, is_decorator: bool = False
+) -> list[Stage]:
     """Return the stages for a fault in a line: the tests that execute it.
 
     Those about the file go first, and of these and of the others the quickest. If no test is
     recorded, the stages are those for the file.
     """
-    tests = recorded.of(path, line)
+    tests = recorded.of(path, line, is_decorator=is_decorator)
     if not tests:
         return stages_of(area, path)
     about = _about(area, path)
@@ -140,6 +142,7 @@ def _queue(*names: str) -> tuple[str, ...]:
 
 QUEUE_TESTS: Final = (
     "tests/queue",
+    "tests/cli/test_migrate.py",
     "tests/test_health.py",
     "tests/test_metrics.py",
     "tests/graphql/test_graphql.py",
@@ -217,8 +220,15 @@ AREAS: Final = (
     Area(
         "auth",
         ("api/auth.py",),
-        ("tests/test_auth.py", "tests/graphql/test_guards.py", "tests/graphql/test_websocket.py"),
-        ("tests/test_auth.py",),
+        (
+            "tests/test_auth.py",
+            "tests/test_tokens.py",
+            "tests/test_own_jobs.py",
+            "tests/graphql/test_guards.py",
+            "tests/graphql/test_parked_jobs.py",
+            "tests/graphql/test_websocket.py",
+        ),
+        ("tests/test_auth.py", "tests/test_tokens.py"),
     ),
     Area(
         "registry",

@@ -224,6 +224,9 @@ NARROWER: list[tuple[Any, Any, str, str, str, JsonValue]] = [
     (Decimal, Annotated[Decimal, Field(gt=0)], "/v", "any number", "more than 0", "0"),
     (Decimal, Annotated[Decimal, Field(decimal_places=2)], "/v", "any number of decimal places",
      "at most 2 decimal places", "1.234"),
+    (Annotated[Decimal, Field(max_digits=5, decimal_places=2)],
+     Annotated[Decimal, Field(max_digits=5, decimal_places=3)], "/v",
+     "at most 3 digits before the point", "at most 2 digits before the point", "123.4"),
     (str, Literal["a"], "/v", "string", '"a"', "b"),
     (Literal["a", "b"], Literal["a"], "/v", 'one of "a", "b"', '"a"', "b"),
     (MoreColour, Colour, "/v", 'one of "red", "blue", "green"', 'one of "red", "blue"', "green"),
@@ -511,6 +514,15 @@ def test_schemas_that_no_model_made_are_compared(
 ) -> None:
     wrapped = ({"properties": {"v": each}} for each in (before, after))
     assert (narrowings(*wrapped) == ()) is is_compatible
+
+
+def test_a_keyword_that_cannot_be_compared_is_shown_as_it_was_and_is() -> None:
+    before = {"properties": {"v": {"type": "string"}}}
+    after = {"properties": {"v": {"type": "string", "not": {"const": "a"}}}}
+    (found,) = narrowings(before, after)
+    assert (found.before, found.after) == ("no not", 'not {"const": "a"}')
+    (found,) = narrowings(after, {"properties": {"v": {"type": "string", "not": {"const": "b"}}}})
+    assert (found.before, found.after) == ('not {"const": "a"}', 'not {"const": "b"}')
 
 
 def test_a_union_whose_branches_are_chosen_by_a_function_cannot_be_told() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from decimal import Decimal
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given, settings
@@ -126,6 +126,33 @@ def test_the_size_limit_is_exact() -> None:
     small.admit("payout.execute", {**base, "escrowId": "x" * room})
     with pytest.raises(PayloadInvalid):
         small.admit("payout.execute", {**base, "escrowId": "x" * (room + 1)})
+
+
+def test_a_fault_in_a_payload_of_half_the_size_limit_is_found() -> None:
+    long = JobRegistry([payout_execute], max_payload_bytes=100)
+    with pytest.raises(PayloadInvalid) as refused:
+        long.admit("payout.execute", {"batchId": "b" * 60 + "\0", "escrowId": "e"})
+    assert [v.path for v in refused.value.violations] == ["/batchId"]
+
+
+def test_all_violations_are_listed_if_they_are_as_many_as_the_bound() -> None:
+    with pytest.raises(PayloadInvalid) as refused:
+        REGISTRY.validate("thumbnail.create", {**GOOD, **dict.fromkeys(
+            (f"field{n}" for n in range(MAX_VIOLATIONS)), 1)})  # fmt: skip
+    assert {v.code for v in refused.value.violations} == {"unknown_field"}
+    assert len(refused.value.violations) == MAX_VIOLATIONS
+
+
+def test_the_key_at_fault_is_named() -> None:
+    class Labelled(Payload):
+        counts: dict[Literal["red", "blue"], int]
+
+    registry = JobRegistry([JobType(name="test.labelled", payload=Labelled)])
+    with pytest.raises(PayloadInvalid) as refused:
+        registry.admit("test.labelled", {"counts": {"green": 1}})
+    (violation,) = refused.value.violations
+    assert violation.path == "/counts/green"
+    assert violation.message.endswith('got "green".')
 
 
 def test_the_number_of_violations_is_bounded() -> None:
