@@ -11,6 +11,8 @@ from typing import Any, cast
 import structlog
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, WebSocketRoute
 
 from job_registry import JobRegistry
@@ -36,6 +38,8 @@ from job_registry_api.http_messages import (
     GuardedResponses,
     PublishedUnder,
     answer_method_not_allowed,
+    error_content,
+    prefix_of,
 )
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.reading import log_unregistered_types
@@ -167,7 +171,7 @@ def create_app(
             *health_routes(lambda request: cast(Health, request.app.state.health)),
             *([Route("/", pages.root()), *pages.assets()] if settings.graphiql else ()),
         ],
-        exception_handlers={404: rest.answer_not_found, 405: answer_method_not_allowed},
+        exception_handlers={404: _answer_not_found, 405: answer_method_not_allowed},
         middleware=[
             *_middleware(settings),
             Middleware(ShortWay, path="/graphql", endpoint=graphql_http),
@@ -232,11 +236,21 @@ def _middleware(settings: Settings) -> list[Middleware]:
                 allow_origins=settings.cors_origins,
                 allow_methods=["GET", "POST"],
                 allow_headers=settings.cors_headers,
-                expose_headers=["location", "retry-after", "www-authenticate"],
+                expose_headers=["link", "location", "retry-after", "www-authenticate"],
                 max_age=3_600,
             )
         )
     return [Middleware(GuardedResponses, vary=vary), *used, Middleware(StartedApplication)]
+
+
+async def _answer_not_found(request: Request, _error: Exception) -> Response:
+    """Answer a request for a path that nothing is served at."""
+    # The assets of the page are mounted, and a mount adds its path to the prefix.
+    prefix = prefix_of(request.scope).removesuffix(f"/{pages.ASSETS}")
+    message = (
+        f"Nothing is served at this path. GraphQL is at {prefix}/graphql and REST at {prefix}/jobs."
+    )
+    return JSONResponse(error_content("not_found", message), 404)
 
 
 @asynccontextmanager

@@ -21,6 +21,7 @@ from job_registry_api.auth import REFUSALS, STATUSES, Authenticator, Forbidden, 
 from job_registry_api.http_messages import (
     GuardedResponses,
     answer_method_not_allowed,
+    error_content,
 )
 from job_registry_api.metrics import CONTENT_TYPE, Attempts
 from job_registry_api.queue.errors import QueueUnavailable
@@ -117,7 +118,7 @@ class Health:
             if caller.subject is None and not _is_local(request):
                 raise Forbidden("Without authentication, only this machine may read the metrics.")
         except REFUSALS as error:
-            body = {"error": {"code": error.code, "message": error.summary}}
+            body = error_content(error.code, error.summary)
             headers = {name.decode(): value.decode() for name, value in headers_of(error)}
             return JSONResponse(body, STATUSES[type(error)], headers)
         return None

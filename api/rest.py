@@ -12,8 +12,6 @@ from urllib.parse import parse_qsl, urlencode
 
 from pydantic import JsonValue
 from pydantic.alias_generators import to_camel, to_snake
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
@@ -273,13 +271,16 @@ async def list_jobs(request: _Request) -> _Answer:
     caller.need("jobs:own", "jobs:read")
     wanted = _wanted_page(request.scope["query_string"])
     types = caller.types_to_list(wanted.filter.types, request.queue.registry)
-    page = await request.queue.list(
-        replace(wanted.filter, types=types),
-        first=wanted.first,
-        after=wanted.after,
-        owner=caller.owner_unless("jobs:read"),
-        max_bytes=request.limits.answer_bytes,
-    )
+    try:
+        page = await request.queue.list(
+            replace(wanted.filter, types=types),
+            first=wanted.first,
+            after=wanted.after,
+            owner=caller.owner_unless("jobs:read"),
+            max_bytes=request.limits.answer_bytes,
+        )
+    except InputInvalid as invalid:
+        raise _of_parameters(invalid) from None
     cursor = str(page.jobs[-1].id) if page.jobs else None
     content = {
         "jobs": [_job(job) for job in page.jobs],
@@ -367,6 +368,8 @@ async def presign_upload(request: _Request) -> _Answer:
     request.caller.need("jobs:enqueue", "jobs:own")
     assert request.uploads is not None
     size = _only_field("bytes", await request.json())
+    if isinstance(size, float) and size.is_integer():
+        size = int(size)
     if type(size) is not int or size < 1:
         message = f"Expected a whole number from 1; got {shortened(size)}."
         raise InputInvalid((Violation("/bytes", "wrong_type", message),))
@@ -472,7 +475,13 @@ def _wanted_page(query_string: bytes) -> _WantedPage:
     statuses: list[JobStatus] = []
     once: dict[str, Any] = {}
     first, after = 50, None
+    seen: set[str] = set()
     for name, value in given:
+        if name in seen and name not in ("type", "status"):
+            message = "Expected this parameter once. Only type and status may be repeated."
+            faults.append(Violation(pointer_of([name]), "repeated", message))
+            continue
+        seen.add(name)
         match name:
             case "createdBy" | "idempotencyKey" | "errorCode" | "search":
                 once[to_snake(name)] = value
@@ -511,6 +520,17 @@ def _wanted_page(query_string: bytes) -> _WantedPage:
     others = [(name, value) for name, value in given if name != "after"]
     job_filter = JobFilter(types=tuple(types), statuses=tuple(statuses), **once)
     return _WantedPage(job_filter, first, after, others)
+
+
+def _of_parameters(invalid: InputInvalid) -> InputInvalid:
+    """Return the faults of a filter under the names of the parameters that it was made from."""
+    renamed = {"/filter/types": "/type"}
+    return InputInvalid(
+        tuple(
+            replace(fault, path=renamed.get(fault.path, fault.path.removeprefix("/filter")))
+            for fault in invalid.violations
+        )
+    )
 
 
 def _bulk_of(value: JsonValue, most: int) -> tuple[list[JsonValue], bool]:
@@ -596,15 +616,6 @@ def _as_json(fields: dict[str, Any]) -> dict[str, Any]:
         to_camel(name): _time(value) if isinstance(value, datetime) else value
         for name, value in fields.items()
     }
-
-
-async def answer_not_found(request: Request, _error: Exception) -> Response:
-    """Answer a request for a path that nothing is served at."""
-    prefix = prefix_of(request.scope)
-    message = (
-        f"Nothing is served at this path. GraphQL is at {prefix}/graphql and REST at {prefix}/jobs."
-    )
-    return JSONResponse(error_content("not_found", message), 404)
 
 
 async def _respond_error(send: Send, error: Exception) -> None:

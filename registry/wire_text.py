@@ -18,8 +18,10 @@ from pydantic import TypeAdapter, ValidationError, ValidationInfo
 from pydantic_core import CoreSchema, PydanticKnownError, core_schema
 
 _DATE: Final = r"[0-9]{4}-[0-9]{2}-[0-9]{2}"
-_CLOCK: Final = r"[0-9]{2}:[0-9]{2}:[0-9]{2}(?:\.[0-9]+)?"
-_OFFSET: Final = r"(?:[Zz]|[+-][0-9]{2}:[0-9]{2})"
+# `fromisoformat` takes an offset of +01:60.
+_HOUR_AND_MINUTE: Final = r"(?:[01][0-9]|2[0-3]):[0-5][0-9]"
+_CLOCK: Final = rf"{_HOUR_AND_MINUTE}:[0-9]{{2}}(?:\.[0-9]+)?"
+_OFFSET: Final = rf"(?:[Zz]|[+-]{_HOUR_AND_MINUTE})"
 _FULL_DATE: Final = re.compile(_DATE)
 _FULL_TIME: Final = re.compile(_CLOCK + _OFFSET)
 _DATE_TIME: Final = re.compile(f"{_DATE}[Tt]{_CLOCK}{_OFFSET}?")

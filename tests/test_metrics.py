@@ -203,6 +203,8 @@ async def test_strangers_read_no_metrics(visit: Visit) -> None:
             response = await client.get("/metrics", headers=headers)
             assert response.status_code == status
             assert ("job_registry_enqueued" in response.text) == (status == 200)
+            if status != 200:
+                assert response.json()["error"].keys() == {"code", "message", "details"}
         # Probes have no token.
         assert (await client.get("/healthz")).status_code == 200
         assert (await client.get("/readyz")).status_code == 200

@@ -112,7 +112,11 @@ async def test_a_page_has_no_next_one_at_the_end(http: httpx.AsyncClient) -> Non
         ("after=x", [("/after", "invalid_format")]),
         ("statuses=queued&first=-1", [("/statuses", "unknown_field"), ("/first", "wrong_type")]),
         ("&".join(["type=a"] * 201), [("", "invalid_format")]),
-        ("&".join(f"type=t{number}" for number in range(101)), [("/filter/types", "too_long")]),
+        ("&".join(f"type=t{number}" for number in range(101)), [("/type", "too_long")]),
+        ("search=", [("/search", "out_of_range")]),
+        ("createdAfter=1969-12-31T00:00:00Z", [("/createdAfter", "out_of_range")]),
+        ("createdBy=ada&createdBy=bob", [("/createdBy", "repeated")]),
+        ("first=1&status=queued&status=failed&first=2", [("/first", "repeated")]),
     ],
 )
 async def test_wrong_parameters_are_told_together(

@@ -362,6 +362,8 @@ async def test_an_upload_needs_the_scope_to_enqueue(visit: Visit, assets: Path) 
     ("path", "body", "expected"),
     [
         ("a/1/presign", {"bytes": 100}, (409, "presigned_urls_missing")),
+        ("a/1/presign", {"bytes": 100.0}, (409, "presigned_urls_missing")),
+        ("a/1/presign", {"bytes": 100.5}, (422, "validation_error")),
         ("a/1/presign", {"bytes": 33_554_433}, (413, "too_large")),
         ("a/1/presign", {"bytes": "100"}, (422, "validation_error")),
         ("a/1/presign", {"bytes": 0}, (422, "validation_error")),

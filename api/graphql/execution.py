@@ -32,7 +32,6 @@ from graphql import Executor as OperationExecutor
 from pydantic_core import to_json
 from strawberry.schema.validation_rules.one_of import OneOfInputValidationRule
 
-from job_registry.errors import shortened_text
 from job_registry_api.auth import Caller, Forbidden
 from job_registry_api.budget import Budget, BudgetExceeded, RequestLimits
 from job_registry_api.graphql.admission import Admission, View
@@ -50,7 +49,6 @@ from job_registry_api.graphql.persisted_documents import PersistedDocuments, nam
 from job_registry_api.graphql.request_errors import (
     BAD_REQUEST,
     MAX_ERRORS,
-    MAX_MESSAGE,
     OPERATION_RESOLUTION_FAILURE,
     PARSE_FAILED,
     VALIDATION_FAILED,
@@ -58,6 +56,7 @@ from job_registry_api.graphql.request_errors import (
     format_error,
     format_exception,
     format_result,
+    message_of,
 )
 from job_registry_api.graphql.selections import Selections
 from job_registry_api.graphql.shared_events import Answers, SharedEvents, answers_of
@@ -448,7 +447,7 @@ def _merged(errors: list[GraphQLError]) -> list[GraphQLError]:
 def _shortened(error: GraphQLError, code: str) -> GraphQLError:
     """Return an error with a code, whose message quotes at most 1,000 characters."""
     return GraphQLError(
-        shortened_text(error.message, MAX_MESSAGE),
+        message_of(error),
         nodes=error.nodes,
         source=error.source,
         positions=error.positions,

@@ -71,7 +71,7 @@ class _Request(NamedTuple):
 
 
 class GraphQLOverHTTP:
-    """Serves the schema at one path.
+    """Serves the schema at one path. HEAD is answered as GET.
 
     `page` is the response to a browser's GET, if any. POST needs a JSON Content-Type, so that a
     form on a foreign page cannot execute a mutation: a browser sends a preflight request (CORS).
@@ -155,9 +155,9 @@ class GraphQLOverHTTP:
             RequestRefused: the request is not well formed, or its caller is not authenticated.
             DocumentRefused: its document cannot be executed.
         """
-        method = scope["method"]
+        method = "GET" if scope["method"] == "HEAD" else scope["method"]
         if method not in ("GET", "POST") or (method == "GET" and not self._get_queries):
-            allowed = "GET and POST" if self._get_queries else "POST"
+            allowed = "GET, HEAD and POST" if self._get_queries else "POST"
             message = f"GraphQL takes {allowed}."
             if method in ("PUT", "DELETE"):
                 message += (
@@ -179,6 +179,8 @@ class GraphQLOverHTTP:
         prepared = self._executor.prepare(content, caller)
         if method == "GET" and prepared.is_mutation:
             raise _not_allowed("A mutation is sent with POST.", allow=b"POST")
+        if scope["method"] == "HEAD" and prepared.is_subscription:
+            raise _not_allowed("A subscription is sent with GET or POST.", allow=b"GET, POST")
         context = Context(
             scope["app"].state.queue,
             caller,

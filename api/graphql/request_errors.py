@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Final
 
 from graphql import ExecutionResult, GraphQLError
@@ -27,6 +28,22 @@ OPERATION_RESOLUTION_FAILURE: Final = "operation_resolution_failure"
 def coded(code: str, message: str, **details: JsonValue) -> GraphQLError:
     """Return an error with a code and details."""
     return GraphQLError(message, extensions={"code": code, **details})
+
+
+def message_of(error: GraphQLError) -> str:
+    """Return the message of an error of GraphQL's own, bounded and without words of Python."""
+    message = shortened_text(error.message, MAX_MESSAGE)
+    if message.startswith("Variable '$"):
+        # It ends with a value of the variable, as Python writes it.
+        return _QUOTED_OR_WORD.sub(lambda found: _JSON_WORDS.get(found[0], found[0]), message)
+    # A value from the document is quoted as it stands there.
+    return message.replace("not to be None", "not to be null")
+
+
+_QUOTED_OR_WORD: Final = re.compile(
+    r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|(?<![\w.$])(?:None|True|False)\b"""
+)
+_JSON_WORDS: Final = {"None": "null", "True": "true", "False": "false"}
 
 
 def format_result(result: ExecutionResult) -> dict[str, Any]:
@@ -59,7 +76,7 @@ def format_error(error: GraphQLError) -> dict[str, Any]:
         case None | GraphQLError():
             # GraphQL's own, of a variable or an argument: the document itself is valid. It quotes
             # names and values of the request.
-            message = shortened_text(error.message, MAX_MESSAGE)
+            message = message_of(error)
             extensions = {"code": BAD_USER_INPUT, **(error.extensions or {})}
         case CodedError():
             message, extensions = str(original), {"code": original.code, **original.details()}

@@ -326,6 +326,11 @@ async def test_queries_go_by_get_and_mutations_do_not(http: httpx.AsyncClient) -
         await http.get("/graphql", params={"query": query, "variables": "{"})
     ).status_code == 400
     assert (await http.put("/graphql", json={})).status_code == 405
+    head = await http.head("/graphql", params={"query": query})
+    assert (head.status_code, head.content) == (200, b"")
+    endless = {"query": "subscription { jobEvents { name } }"}
+    head = await http.head("/graphql", params=endless, headers={"accept": "text/event-stream"})
+    assert (head.status_code, head.headers["allow"]) == (405, "GET, POST")
     assert (await http.post("/graphql", content=b"query={x}")).status_code == 415
 
 

@@ -434,6 +434,7 @@ async def test_only_the_pages_of_listed_origins_may_call(database_url: str, visi
         closed = await preflight(client, ours)
     assert admitted.headers["access-control-allow-origin"] == ours
     assert answer.headers["access-control-allow-origin"] == ours
+    assert "link" in answer.headers["access-control-expose-headers"].split(", ")
     for response in (refused, closed):
         assert "access-control-allow-origin" not in response.headers
     async with serving(database_url, "--no-worker", cors_origins=ours) as (address, _):

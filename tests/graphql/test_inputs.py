@@ -199,6 +199,8 @@ NO_TIMES += [
     "2030-W05-4T12:00:00Z",
     "2030-01-31T12:00:60Z",
     "2030-01-31T24:00:00Z",
+    "2030-01-31T12:00:00+01:60",
+    "2030-01-31T12:00:00+24:00",
 ]
 
 
@@ -312,3 +314,27 @@ async def test_a_document_is_executed_as_strawberry_executes_it(
     )
     assert expected.errors is None
     assert await execute(query, **variables) == expected.data
+
+
+@pytest.mark.parametrize(
+    ("declared", "used", "value", "quoted"),
+    [
+        ("$value: ID!", "job(id: $value)", True, "true"),
+        ("$value: ID!", "job(id: $value)", None, "null"),
+        ("$value: ID!", "job(id: $value)", {"None": [None, False]}, "{'None': [null, false]}"),
+        ("$value: JobFilter", "jobs(filter: $value)", {"statuses": [None]}, "null"),
+        ("$value: JobFilter", "jobs(filter: $value)", {"types": ["True", False]}, "false"),
+        ("$value: Int", "jobs(first: $value)", "it's None", '"it\'s None"'),
+        ("", 'awaitJob(id: "x", timeoutSeconds: null)', None, "null"),
+        ("", "jobs(first: None)", None, "None"),
+    ],
+)
+async def test_no_message_speaks_of_python(
+    http: httpx.AsyncClient, declared: str, used: str, value: Any, quoted: str
+) -> None:
+    query = f"query {f'({declared})' if declared else ''} {{ {used} {{ __typename }} }}"
+    answer = await http.post("/graphql", json={"query": query, "variables": {"value": value}})
+    (error,) = answer.json()["errors"]
+    assert quoted in error["message"]
+    rest = error["message"].replace(quoted, "")
+    assert not any(word in rest for word in ("None", "True", "False"))

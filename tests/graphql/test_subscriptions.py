@@ -244,5 +244,5 @@ async def test_a_server_that_stops_closes_websockets_with_1001(database_url: str
 async def test_the_single_connection_mode_is_refused(address: str) -> None:
     async with httpx.AsyncClient() as client:
         response = await client.put(f"http://{address}/graphql")
-    assert (response.status_code, response.headers["allow"]) == (405, "GET, POST")
+    assert (response.status_code, response.headers["allow"]) == (405, "GET, HEAD, POST")
     assert "distinct connections mode" in response.json()["errors"][0]["message"]

@@ -109,11 +109,11 @@ def _has_gap(text: str) -> bool:
 
 FORMS = {
     "dateTime": r"(\d{4}|2030)-(0[1-9]|1[0-2]|\d\d)-(0[1-9]|[12]\d|\d\d)[Tt _]?"
-    r"([01]\d|\d\d):[0-5]\d(:[0-6]\d)?(\.\d{1,9})?([Zz]|[+-][01]\d:?[0-5]\d)?",
+    r"([01]\d|\d\d):[0-5]\d(:[0-6]\d)?(\.\d{1,9})?([Zz]|[+-][01]\d:?[0-6]\d)?",
     "naive": r"2030-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3\d)[Tt ]"
     r"([01]\d|2\d):[0-5]\d:[0-5]\d(\.\d{1,9})?Z?",
     "date": r"(\d{4}|2030)-?(0[1-9]|1[0-2]|\d)-?(0[1-9]|[12]\d|3\d|\d)( |T00:00:00)?",
-    "time": r"([01]\d|2\d):[0-5]\d(:[0-6]\d)?(\.\d{1,9})?([Zz]|[+-][012]\d:?[0-5]\d)?",
+    "time": r"([01]\d|2\d):[0-5]\d(:[0-6]\d)?(\.\d{1,9})?([Zz]|[+-][012]\d:?[0-6]\d)?",
     "duration": r"[+-]?P?(\d{1,3}W|(\d{1,3}Y)?(\d{1,3}M)?(\d{1,3}D)?)(T(\d{1,3}H)?(\d{1,3}M)?"
     r"(\d{1,3}(\.\d)?S)?)?",
     "uuid": r"(\{|urn:uuid:)?[0-9a-fA-F]{8}-?[0-9a-f]{4}-?[0-9a-f]{4}-?"
@@ -261,3 +261,10 @@ def test_a_time_in_python_needs_its_offset_too(payload: Whole) -> None:
 def test_what_a_payload_in_python_is_written_as_is_admitted(payload: Whole) -> None:
     parsed = REGISTRY.admit("test.whole", REGISTRY.request(payload).payload).payload
     assert parsed == payload
+
+
+@pytest.mark.parametrize("text", ["2030-01-31T12:00:00+01:60", "2030-01-31T12:00:00-23:99"])
+def test_an_offset_has_at_most_59_minutes(text: str) -> None:
+    for payload in ({"dateTime": text}, {"time": text.partition("T")[2]}):
+        assert not VALIDATOR.is_valid(payload)
+        assert not admits(payload)

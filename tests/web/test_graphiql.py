@@ -249,6 +249,7 @@ async def test_what_the_page_loads_is_kept_for_good_by_its_name(visit: Visit) ->
         page = await client.get("/graphql", headers={"accept": "text/html"})
         loaded = await client.get(f"/graphql/assets/{script}")
         missing = await client.get("/graphql/assets/index-0.js")
+        assert "GraphQL is at /graphql and REST at /jobs" in missing.json()["error"]["message"]
     assert f'src="./graphql/assets/{script}"' in page.text
     assert loaded.headers["cache-control"] == "public, max-age=31536000, immutable"
     assert missing.status_code == 404
