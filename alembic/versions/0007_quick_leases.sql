@@ -81,13 +81,14 @@ LANGUAGE plpgsql
     SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off AS $$
 -- Lease up to `most` due jobs of the wanted types, for `lease` seconds, and announce that.
 --
--- `wanted` is an array of {"type", "limit", "heads", "group", "fingerprint", "readable"} in the
--- order of their turns. `limit` is the type's concurrency limit or null. `heads`, if given, lists
+-- `wanted` is an array of {"type", "limit", "heads", "group", "fingerprint", "readable", "waits"} in
+-- the order of their turns. `limit` is the type's concurrency limit or null. `heads`, if given, lists
 -- [priority, next_run_at] pairs: only jobs from these times on are read. See `QueueHeads` in
 -- postgresql.py. The current and the former names of a type have the same number `group`, and share
 -- its limit. `fingerprint` is that of the worker: jobs that others have parked and it has not are
 -- leased too. With `readable`, an array of fingerprints, only jobs that were admitted under one of
--- them are leased, parked or not.
+-- them are leased, parked or not. With `waits` false, nothing is leased if another claim
+-- holds a lock: to lease jobs of other types instead would pass over higher priorities.
 --
 -- Higher priorities go first. Types of one priority take turns, in the order given. Within a type
 -- and priority the oldest goes first, whatever its name and whether or not it is parked: otherwise a
@@ -109,6 +110,7 @@ DECLARE
     groups integer[];     -- the names with the same number share a limit
     workers text[];       -- the fingerprints of the worker, or null
     readable jsonb[];     -- the fingerprints that the worker can read, or null
+    waits boolean;        -- whether to wait for the locks of types with a limit
     refusers text[];      -- of a lane of parked jobs: who has refused them. Null: due jobs
     tops smallint[];      -- the highest priority at which each has a due job, or null
     rooms integer[];      -- how many jobs may be taken from each group
@@ -118,6 +120,7 @@ DECLARE
     reads text[];         -- the fingerprints that the worker can read in a lane
     lanes integer;        -- how many types take turns
     turns integer[];      -- the lanes of a priority in the order of their turns
+    lock bigint;          -- the advisory lock of a name
     several boolean;      -- whether a group has more than one lane
     level smallint;       -- the current priority
     head timestamptz;     -- from which time on a type's jobs are read
@@ -152,8 +155,9 @@ BEGIN
         array_agg(coalesce(CAST(want.value ->> 'group' AS integer), want.place::integer)
             ORDER BY want.place),
         array_agg(want.value ->> 'fingerprint' ORDER BY want.place),
-        array_agg(nullif(want.value -> 'readable', 'null') ORDER BY want.place)
-    INTO names, limits, heads, groups, workers, readable
+        array_agg(nullif(want.value -> 'readable', 'null') ORDER BY want.place),
+        bool_and(coalesce(CAST(want.value ->> 'waits' AS boolean), true))
+    INTO names, limits, heads, groups, workers, readable, waits
     FROM jsonb_array_elements(wanted) WITH ORDINALITY AS want (value, place);
     wide := coalesce(cardinality(names), 0);
     FOR lane IN 1 .. wide LOOP
@@ -194,8 +198,13 @@ BEGIN
                 WHERE tops[active] IS NOT NULL)
             GROUP BY names[place] ORDER BY names[place]
         LOOP
-            PERFORM pg_advisory_xact_lock(hashtextextended(
-                'job type ' || to_regclass('job')::oid || ' ' || names[lane], 0));
+            lock := hashtextextended(
+                'job type ' || to_regclass('job')::oid || ' ' || names[lane], 0);
+            IF waits THEN
+                PERFORM pg_advisory_xact_lock(lock);
+            ELSIF NOT pg_try_advisory_xact_lock(lock) THEN
+                RETURN;
+            END IF;
         END LOOP;
     END IF;
     now := clock_timestamp();

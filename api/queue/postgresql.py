@@ -207,7 +207,9 @@ class PostgreSQLStore(Store):
     ) -> tuple[dict[uuid.UUID, Ended], Claimed]:
         started = time.monotonic()
         heads, look_back = self._heads.known(started)
-        parameters = _claimed_by(claim, heads, look_back) | {"reports": _reports(reports)}
+        # A claim that waits for the lock of a type, which another process holds, delays the reports.
+        parameters = _claimed_by(claim, heads, look_back, waits=False)
+        parameters["reports"] = _reports(reports)
         rows = await self._run("succeed_and_claim", parameters)
         if heads is None:
             self._heads.record_full_claim(started, time.monotonic(), len(rows))
@@ -549,7 +551,7 @@ def _new_jobs(jobs: Sequence[NewJob]) -> str:
 
 
 def _claimed_by(
-    claim: Claim, heads: Mapping[str, Any] | None, look_back: float | None
+    claim: Claim, heads: Mapping[str, Any] | None, look_back: float | None, *, waits: bool = True
 ) -> dict[str, Any]:
     """Return the parameters of a claim."""
     wanted = [
@@ -560,6 +562,7 @@ def _claimed_by(
             "group": group,
             "fingerprint": claim.fingerprints.get(name),
             "readable": claim.readable.get(name),
+            "waits": waits,
         }
         for group, name, stored in claim.lanes()
     ]

@@ -435,7 +435,8 @@ class Store(ABC):
         """Do what `end` does for attempts that succeeded and whose jobs are not read, then what
         `claim` does, in one transaction.
 
-        A worker that is busy takes its next jobs with one round trip and one commit.
+        A worker that is busy takes its next jobs with one round trip and one commit. The claim
+        leases nothing if it would have to wait for another one.
         """
 
     @abstractmethod

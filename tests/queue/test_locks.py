@@ -15,6 +15,7 @@ import pytest
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
 from job_registry import EnqueueRequest, JobRegistry, JobType, Payload
+from job_registry_api.queue.claiming import BusyWorker, Lease
 from job_registry_api.queue.database import async_url
 from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.enqueueing import Enqueued
@@ -238,6 +239,36 @@ async def test_a_limited_type_whose_row_is_locked_stops_no_claim_of_other_types(
         if "race.only_0" not in leased:
             (lease,) = await queue.lease(["race.only_0"], "w", wait_seconds=5)
             assert lease.job.type == "race.only_0"
+
+
+async def test_reports_do_not_wait_for_a_claim_of_a_limited_type_that_hangs(
+    fresh_postgresql_url: str,
+) -> None:
+    async with queues(fresh_postgresql_url, 1) as (queue,):
+        # Given a full worker of a limited type and of another, and due jobs of each
+        types = ("race.free", "race.only_0")
+        await fill(queue, "race.free", 4)
+        await fill(queue, "race.only_0", 2)
+        leases = await queue.lease(types, "w", limit=3)
+        taken: list[Lease] = []
+        full = BusyWorker(types, "w", lambda reports: reports, taken.extend)
+        # And a process that hangs in its claim of the limited type
+        claim = (
+            """SELECT * FROM job_claim('[{"type": "race.only_0", "limit": 1}]',"""
+            " 1, 'x', 30, 'p', false, NULL, NULL, NULL)"
+        )
+        async with locked(fresh_postgresql_url, claim):
+            with queue.leasing_with_reports(full):
+                # When the worker reports one job after the other
+                for lease in leases:
+                    started = time.monotonic()
+                    await queue.succeed(lease.token)
+                    # I expect no report to wait, and no job to be leased before those of the
+                    # limited type, which may have a higher priority
+                    assert time.monotonic() - started < PROMPT_SECONDS
+        assert taken == []
+        # The worker, which has free slots now, claims for itself.
+        assert len(await queue.lease(types, "w", limit=5)) == 3
 
 
 async def test_no_lock_is_held_while_a_large_document_is_sent_however_small_it_is_stored(
