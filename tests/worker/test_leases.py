@@ -147,7 +147,7 @@ async def test_an_error_of_a_renewal_does_not_end_the_renewals(
 
 @pytest.mark.any_database
 @pytest.mark.parametrize("error", failures(), ids=lambda error: type(error).__name__)
-@pytest.mark.parametrize("report", ["complete", "fail", "snooze"])
+@pytest.mark.parametrize("report", ["succeed", "fail", "snooze"])
 async def test_an_error_of_a_report_does_not_lose_it(
     house: House, monkeypatch: pytest.MonkeyPatch, error: Exception, report: str
 ) -> None:
@@ -177,8 +177,9 @@ async def test_an_error_of_a_report_does_not_lose_it(
 
     monkeypatch.setattr(house.queue, report, flaky)
     done = await house.run(report)
-    former = {"complete": [], "fail": ["failed"], "snooze": ["snoozed"]}[report]
+    former = {"succeed": [], "fail": ["failed"], "snooze": ["snoozed"]}[report]
     assert await house.outcomes(done) == [*former, "succeeded"]
+    assert failed == 4
 
 
 async def test_a_report_that_comes_too_late_is_not_repeated(
@@ -306,6 +307,7 @@ async def test_a_blocked_event_loop_loses_no_lease_and_the_log_names_the_job(
         line["event"] for line in lines if line["event"].startswith("event loop blocked for")
     ][:1]
     assert f"work {blocks.id}" in named.partition("while running ")[2]
+    assert [line["event"] for line in lines].count("worker.loop_turns_again") == 1
 
 
 @pytest.mark.parametrize("kind", ["async", "thread"])

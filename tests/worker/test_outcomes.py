@@ -31,8 +31,10 @@ from job_registry_api.worker.outcomes import (
     raised,
     report_of,
 )
+from job_registry_api.worker.results import result_of
 
 AS_USUAL = Circumstances()
+EMPTY: tuple[Any, ...] = ({}, [], "", 0, {"a": {}, "b": []}, [{}])
 CANCELLED = Circumstances(cancel_requested=True)
 STOPPING = Circumstances(releasing=True)
 TIMED_OUT = Circumstances(timed_out=True)
@@ -150,3 +152,8 @@ def test_an_exception_is_reported_by_name_and_words_and_its_traceback_has_no_wor
     assert (told.kind, told.name, told.message) == ("error", "ValueError", "secret")
     assert "test_outcomes.py" in told.traceback
     assert "secret" not in told.traceback.replace('raise ValueError("secret")', "")
+
+
+@pytest.mark.parametrize("value", EMPTY)
+def test_an_empty_result_is_kept(value: Any) -> None:
+    assert result_of(value, max_bytes=100) == Returned(value)
