@@ -20,6 +20,7 @@ from PIL import Image, ImageOps
 
 from job_registry import Fail
 from job_registry.asset_files import MAX_FILE_BYTES
+from job_registry.catalog._picture_headers import Refused, first_frame
 from tests.registry.test_thumbnails import thumbnails
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
@@ -281,6 +282,15 @@ def test_many_small_parts_are_refused_within_a_moment(
     begun = time.process_time()
     assert refusal(tmp_path, content) == words
     assert time.process_time() - begun < 0.5
+
+
+def test_a_picture_may_have_a_hundred_scans() -> None:
+    progressive = jpeg(8, 8, progressive=True)
+    first, empty = b"\xff\xda\x00\x0c", b"\xff\xda\x00\x08\x01\x01\x00\x00\x00\x00"
+    more = 100 - progressive.count(b"\xff\xda")
+    first_frame(progressive.replace(first, empty * more + first, 1))
+    with pytest.raises(Refused, match="more than 100 scans"):
+        first_frame(progressive.replace(first, empty * (more + 1) + first, 1))
 
 
 def test_fill_bytes_before_a_marker_cost_nothing(tmp_path: Path) -> None:

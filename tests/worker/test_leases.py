@@ -182,6 +182,31 @@ async def test_an_error_of_a_report_does_not_lose_it(
     assert failed == 4
 
 
+class SlowlyConverted(BaseModel):
+    @computed_field
+    def slow(self) -> str:
+        time.sleep(0.5)
+        return "done"
+
+
+async def test_a_cancellation_while_a_result_is_converted_does_not_undo_the_work(
+    house: House,
+) -> None:
+    returned = asyncio.Event()
+
+    @house.job_type.handler
+    async def work(_job: JobContext, _payload: Text) -> SlowlyConverted:
+        returned.set()
+        return SlowlyConverted()
+
+    async with house.working():
+        job = await house.enqueue()
+        await returned.wait()
+        await house.queue.cancel(job.id)
+        done = await house.until(job, JobStatus.SUCCEEDED, JobStatus.CANCELLED)
+    assert (done.status, done.result) == (JobStatus.SUCCEEDED, {"slow": "done"})
+
+
 async def test_a_report_that_comes_too_late_is_not_repeated(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
