@@ -223,6 +223,8 @@ BEGIN
             tops[lane] := NULL;
         END IF;
     END LOOP;
+    -- Again: a job that ended before the count is not to be recorded as running longer than that.
+    now := clock_timestamp();
 
     several := cardinality(names) > (SELECT count(DISTINCT number) FROM unnest(groups) AS number);
     WHILE remaining > 0 LOOP

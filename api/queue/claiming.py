@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
+from uuid import UUID
 
 import structlog
 
@@ -66,13 +67,13 @@ class Lease:
 class BusyWorker:
     """A worker of this process, whose next jobs can be claimed together with reports.
 
-    `wanted` returns how many jobs it wants in exchange for a number of reports, and `take` gets
-    their leases. Neither waits.
+    `wanted` returns how many jobs it wants in exchange for the reports of some jobs, of which other
+    workers may have run some. `take` gets their leases. Neither waits.
     """
 
     types: tuple[str, ...]
     worker_id: str
-    wanted: Callable[[int], int]
+    wanted: Callable[[Collection[UUID]], int]
     take: Callable[[Sequence[Lease]], None]
 
 
@@ -226,10 +227,10 @@ class Claiming:
         finally:
             self._busy.remove(worker)
 
-    def claim_with(self, reports: int) -> tuple[BusyWorker, Claim] | None:
-        """Return the claim to make together with a number of reports, and for whom."""
+    def claim_with(self, reported: Collection[UUID]) -> tuple[BusyWorker, Claim] | None:
+        """Return the claim to make together with the reports of these jobs, and for whom."""
         for worker in () if self.is_ending else self._busy:
-            if (jobs := worker.wanted(reports)) > 0:
+            if (jobs := worker.wanted(reported)) > 0:
                 return worker, self._claim(worker.types, worker.worker_id, jobs)
         return None
 

@@ -484,7 +484,8 @@ class Leasing:
         only_unread = all(
             each.outcome is AttemptOutcome.SUCCEEDED and not each.reads_job for each in reports
         )
-        found = self._claiming.claim_with(len(reports)) if only_unread else None
+        reported = {each.job_id for each in reports}
+        found = self._claiming.claim_with(reported) if only_unread else None
         if found is None:
             return await self._store.end(reports)
         worker, claim = found

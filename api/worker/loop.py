@@ -12,7 +12,7 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Final, Self
@@ -340,18 +340,22 @@ class Worker:
             self._is_claiming = False
         self._start(equipment, leases)
 
-    def _wanted(self, reports: int) -> int:
+    def _wanted(self, reported: Collection[UUID]) -> int:
         """Return how many jobs to lease in exchange for reports: none unless this worker is full,
         because a worker with a free slot leases for itself, or waits for jobs.
 
         None either while many reports wait for locked rows: their leases are held, too.
+
+        Only its own reports count. Until they are stored their slots are in use, while that of a
+        job that is reported in another way may be free before the leases come.
         """
         if self._is_claiming or self._stopping.is_set():
             return 0
         if not self._concurrency <= len(self._running) < 2 * self._concurrency:
             return 0
         handlers = sum(not attempt.has_ended for attempt in self._running.values())
-        return min(reports, self._concurrency - handlers, MAX_LEASE)
+        own = sum(attempt.job_id in reported for attempt in self._running.values())
+        return min(own, self._concurrency - handlers, MAX_LEASE)
 
     def _take(self, equipment: Equipment, leases: Sequence[Lease]) -> None:
         """Run jobs that were leased together with reports."""

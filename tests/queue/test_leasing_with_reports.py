@@ -24,7 +24,9 @@ class Full:
 
     def __init__(self, *types: str, slots: int = 1) -> None:
         self.leases: list[Lease] = []
-        self.worker = BusyWorker(types, "full", lambda reports: min(reports, slots), self.take)
+        self.worker = BusyWorker(
+            types, "full", lambda reported: min(len(reported), slots), self.take
+        )
 
     def take(self, leases: Sequence[Lease]) -> None:
         self.leases += leases

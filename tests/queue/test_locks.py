@@ -251,7 +251,7 @@ async def test_reports_do_not_wait_for_a_claim_of_a_limited_type_that_hangs(
         await fill(queue, "race.only_0", 2)
         leases = await queue.lease(types, "w", limit=3)
         taken: list[Lease] = []
-        full = BusyWorker(types, "w", lambda reports: reports, taken.extend)
+        full = BusyWorker(types, "w", len, taken.extend)
         # And a process that hangs in its claim of the limited type
         claim = (
             """SELECT * FROM job_claim('[{"type": "race.only_0", "limit": 1}]',"""

@@ -104,6 +104,31 @@ async def complete_all(queue: JobQueue, leases: list[Lease]) -> None:
     await asyncio.gather(*(queue.complete(lease.token) for lease in leases))
 
 
+async def test_a_job_that_takes_the_place_of_another_is_recorded_as_later(
+    fresh_postgresql_url: str,
+) -> None:
+    # Given a claim that takes long to count the running jobs of a type
+    slow_count = """CREATE OR REPLACE FUNCTION job_running(name text, at timestamptz)
+        RETURNS integer LANGUAGE plpgsql AS $$ BEGIN
+            PERFORM pg_sleep(0.3);
+            RETURN (SELECT count(*) FROM job WHERE status = 'running' AND type = name);
+        END $$"""
+    await asyncio.to_thread(run_sql, fresh_postgresql_url, slow_count)
+    async with queues(fresh_postgresql_url, 2) as (first, second):
+        await fill(first, ONLY[0].name, 2)
+        (ended,) = await first.lease([ONLY[0].name], "w")
+        # When the running one ends before the count, and after the claim has begun
+        claim = asyncio.create_task(second.lease([ONLY[0].name], "w"))
+        await asyncio.sleep(0.1)
+        await first.succeed(ended.token)
+        (next_one,) = await claim
+        # I expect what is recorded to be within the limit too
+        attempts = await first.attempts([ended.job.id, next_one.job.id])
+        finished_at = attempts[ended.job.id][0].finished_at
+        assert finished_at is not None
+        assert finished_at < attempts[next_one.job.id][0].started_at
+
+
 @pytest.mark.parametrize("seconds", [2, pytest.param(5, marks=pytest.mark.slow)])
 async def test_types_of_limit_one_never_run_twice_at_once_while_jobs_arrive(
     database_url: str, tmp_path: Path, seconds: float

@@ -379,3 +379,35 @@ def test_a_context_outside_a_worker_says_where_to_get_one() -> None:
     job = JobContext("1", "work", 1, 3, 30)
     with pytest.raises(RuntimeError, match=r"job_registry\.testing"):
         job.enqueue(Next(step=1))
+
+
+async def test_a_worker_beside_another_one_stays_within_its_slots(house: House) -> None:
+    # Given a type whose jobs enqueue others, and so are reported by themselves
+    running = most = 0
+
+    @house.job_type.handler
+    async def work(job: JobContext, payload: houses.Text) -> None:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        job.enqueue(Next(step=1), schedule_at=datetime(2040, 1, 31, tzinfo=UTC))
+        await asyncio.sleep(0.005)
+        running -= 1
+
+    # And another one, whose jobs are reported in groups
+    @house.queue.registry.get_type("shared.one").handler
+    async def share(job: JobContext, payload: Shared) -> None:
+        await asyncio.sleep(0.002)
+
+    # When each has a worker in one process
+    await house.queue.enqueue_many([EnqueueRequest("shared.one", {})] * 400)
+    jobs = [await house.enqueue() for _ in range(60)]
+    async with (
+        house.working(types=["work"], concurrency=1),
+        house.working(types=["shared.one"], concurrency=4),
+    ):
+        for job in jobs:
+            await house.until(job, JobStatus.SUCCEEDED)
+
+    # I expect the reports of one to bring no job to the other, whose slot is taken in the meantime
+    assert most == 1
