@@ -207,7 +207,7 @@ class PostgreSQLStore(Store):
     ) -> tuple[dict[uuid.UUID, Ended], Claimed]:
         started = time.monotonic()
         heads, look_back = self._heads.known(started)
-        # A claim that waits for the lock of a type that another process holds delays the reports.
+        # A claim that waits for another one, of a type with a limit, would delay the reports.
         parameters = _claimed_by(claim, heads, look_back, waits=False)
         parameters["reports"] = _reports(reports)
         rows = await self._run("succeed_and_claim", parameters)

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
+from contextvars import copy_context
 from dataclasses import dataclass
 from typing import Final, Self
 from uuid import UUID
@@ -125,6 +126,9 @@ class Worker:
         self._stopping = asyncio.Event()
         self._stopping_now = asyncio.Event()
         self._running: dict[asyncio.Task[None], Attempt] = {}
+        self._context = copy_context()
+        """The context variables in which jobs run, those of `run`. Leases that come with reports
+        come in the context of the first report."""
         self._ended = asyncio.Event()
         self._cancelled: dict[UUID, None] = {}
         self._is_claiming = False
@@ -235,6 +239,7 @@ class Worker:
                 state,
                 self._assets,
             )
+            self._context = copy_context()
             self._keeper.start()
             self.started.set()
             log.info("worker.started", worker_id=self.worker_id, types=list(self.types))
@@ -367,7 +372,9 @@ class Worker:
     def _start(self, equipment: Equipment, leases: Sequence[Lease]) -> None:
         for lease in leases:
             attempt = Attempt(equipment, lease, check_at_once=lease.job.id in self._cancelled)
-            task = asyncio.create_task(attempt.run(), name=f"job {lease.job.id}")
+            task = asyncio.create_task(
+                attempt.run(), name=f"job {lease.job.id}", context=self._context.copy()
+            )
             self._running[task] = attempt
             task.add_done_callback(self._forget)
 

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -98,6 +99,37 @@ async def test_a_full_worker_claims_with_its_reports_and_stays_within_its_slots(
     assert [len(await house.outcomes(job)) for job in jobs] == [1] * 12
     assert together
     assert len(alone) <= 3 + concurrency
+
+
+async def test_a_job_that_comes_with_a_report_does_not_run_in_the_context_of_another_caller(
+    house: House,
+) -> None:
+    # Given a context variable that is set in a request, and nowhere else
+    request: ContextVar[str] = ContextVar("request", default="none")
+    seen = set()
+
+    @house.job_type.handler
+    async def run(job: JobContext, payload: Text) -> None:
+        seen.add(request.get())
+
+    jobs = [await house.enqueue() for _ in range(60)]
+    await house.queue.enqueue_many([EnqueueRequest("remote", {})] * 60)
+    leases = await house.queue.lease(["remote"], "elsewhere", limit=60)
+
+    async def complete_all() -> None:
+        request.set("a request")
+        for lease in leases:
+            await house.queue.complete(lease.token)
+
+    # When the request reports jobs at the same time as a full worker
+    completing = asyncio.create_task(complete_all())
+    async with house.working(concurrency=1):
+        for job in jobs:
+            await house.until(job, JobStatus.SUCCEEDED)
+    await completing
+
+    # I expect no handler to see it
+    assert seen == {"none"}
 
 
 async def test_an_async_handler_runs_with_its_parsed_payload_and_returns_the_result(
