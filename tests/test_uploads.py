@@ -329,7 +329,7 @@ async def test_a_bucket_that_connects_slowly_holds_up_nothing_else() -> None:
         BucketThatConnectsSlowly.may_connect.set()
 
 
-@pytest.mark.parametrize("assets", ["adl://bucket", "none://bucket"])
+@pytest.mark.parametrize("assets", ["box://bucket", "none://bucket"])
 async def test_a_storage_without_its_package_is_a_503_and_the_log_names_it(
     visit: Visit, assets: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -340,7 +340,7 @@ async def test_a_storage_without_its_package_is_a_503_and_the_log_names_it(
     assert code_of(uploaded) == code_of(presigned) == (503, "assets_unavailable")
     assert [entry["event"] for entry in logged] == ["upload.failed"] * 2
     for entry in logged:
-        assert re.search("install adlfs|Protocol not known: none", entry["reason"])
+        assert re.search("install boxfs|Protocol not known: none", entry["reason"])
 
 
 async def test_uploads_can_be_switched_off(visit: Visit) -> None:

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from itertools import chain
 from typing import Final, Literal, NamedTuple, Unpack, cast, overload
 
@@ -433,7 +433,8 @@ class Enqueueing(Opening):
             timeout_seconds=policy.timeout_seconds,
             backoff_base_seconds=policy.backoff.base_seconds,
             backoff_cap_seconds=policy.backoff.cap_seconds,
-            next_run_at=request.schedule_at,
+            # PostgreSQL reads no offset of 16 hours and more, which RFC 3339 has.
+            next_run_at=request.schedule_at and request.schedule_at.astimezone(UTC),
             idempotency_key=request.idempotency_key,
             created_by=created_by,
             hides_others=hides_others,

@@ -113,10 +113,7 @@ class PostgreSQLStore(Store):
             },
         )
         now = row["now"]
-        stored = [
-            Stored(now, now if job.next_run_at is None else job.next_run_at.astimezone(UTC))
-            for job in jobs
-        ]
+        stored = [Stored(now, now if job.next_run_at is None else job.next_run_at) for job in jobs]
         return stored, None if self._sender["keep"] else row["batch"]
 
     async def holders(self, jobs: Sequence[NewJob]) -> dict[uuid.UUID, Stored]:
@@ -541,9 +538,7 @@ def _new_jobs(jobs: Sequence[NewJob]) -> str:
                 **job._asdict(),
                 "id": job.id.hex,
                 "payload": job.payload.decode(),
-                "next_run_at": job.next_run_at.astimezone(UTC).isoformat()
-                if job.next_run_at
-                else None,
+                "next_run_at": job.next_run_at and job.next_run_at.isoformat(),
             }
             for job in jobs
         ]

@@ -852,7 +852,7 @@ _INSERT: Final = re.sub(r":(\w+)", lambda name: f"?{_INSERTED.index(name[1]) + 1
 
 
 def _stored(job: NewJob, now: datetime) -> Stored:
-    return Stored(now, job.next_run_at.astimezone(UTC) if job.next_run_at else now)
+    return Stored(now, job.next_run_at or now)
 
 
 def _text(document: bytes | None) -> str | None:

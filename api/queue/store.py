@@ -140,7 +140,7 @@ class StoredPayload(NamedTuple):
 
 
 class NewJob(NamedTuple):
-    """A job to insert. `payload` is JSON text; `next_run_at` None means now."""
+    """A job to insert. `payload` is JSON text; `next_run_at` is in UTC, and None means now."""
 
     id: uuid.UUID
     type: str

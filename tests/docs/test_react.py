@@ -140,7 +140,10 @@ async def test_a_user_sees_faults_at_their_fields_and_follows_and_cancels_own_jo
         cancel = page.get_by_role("button", name="Cancel")
         await cancel.click()
         await expect(cancel).to_be_disabled()
-        assert (await _ask(client, HEARTBEAT, **running))["heartbeatJob"]["cancelRequested"]
+        # The button is disabled before the server has answered.
+        async with asyncio.timeout(10):
+            while not (await _ask(client, HEARTBEAT, **running))["heartbeatJob"]["cancelRequested"]:
+                await asyncio.sleep(0.05)
         await _ask(client, RELEASE, token=lease["leaseToken"])
         await expect(rows).to_contain_text("cancelled")
         await expect(cancel).to_have_count(0)

@@ -72,6 +72,18 @@ async def test_the_calls_max_attempts_override_the_policys(queue: JobQueue) -> N
     assert (await queue.get(job.id)).max_attempts == 10
 
 
+@pytest.mark.parametrize("hours", [-23, -16, 16, 19, 23])
+async def test_a_time_may_have_any_offset(queue: JobQueue, hours: int) -> None:
+    later = datetime(2055, 5, 9, 5, tzinfo=timezone(timedelta(hours=hours, minutes=9)))
+    one = await queue.enqueue(ping(schedule_at=later))
+    keyed = await queue.enqueue(ping(schedule_at=later, idempotency_key="k"))
+    many = await queue.enqueue_many([ping(schedule_at=later)] * 2)
+    for enqueued in (one, keyed, *many):
+        assert isinstance(enqueued, Enqueued)
+        assert (await queue.get(enqueued.job.id)).next_run_at == later
+        assert enqueued.job.next_run_at == later
+
+
 async def test_schedule_at_delays_the_first_run(queue: JobQueue) -> None:
     later = datetime.now(UTC) + timedelta(hours=1)
     job = (await queue.enqueue(ping(schedule_at=later))).job
