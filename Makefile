@@ -92,7 +92,10 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 		$(PIP) --no-deps --editable .
 	@touch $@
 
+# Compiled here: the tests start hundreds of processes, and where Python may write no bytecode, each
+# would compile all that it imports.
 .venv/installed: .venv/running
 	@echo "Installing the development tools ..." >&2
-	@$(UV_PIP) --require-hashes -r requirements-dev.txt || $(PIP) --require-hashes -r requirements-dev.txt
+	@$(UV_PIP) --compile-bytecode --require-hashes -r requirements-dev.txt || \
+		$(PIP) --require-hashes -r requirements-dev.txt
 	@touch $@
