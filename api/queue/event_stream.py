@@ -82,7 +82,7 @@ class EventStream:
         since which they are complete. None: that is not known.
 
         A client can continue among them only if batches become visible in the order of their ids.
-        On PostgreSQL they do not: a batch may be committed after one with a higher id.
+        On PostgreSQL a batch may become visible after one with a higher id.
         """
         number = self._kept.begun_at
         if number is None or not self._database.notices_commits:
@@ -225,7 +225,7 @@ class KeptBatches:
                 return [Gap("the database was replaced by an older one")]
             if newest > self._last:
                 # Committed between the two reads, or already deleted.
-                batches = await self._store.events_after(self._last)
+                batches = await self._store.events_after(self._last, BATCHES_AT_ONCE)
                 deleted = not batches and self._gapless
                 self._last = newest if deleted else self._last
         if self._gapless:
@@ -237,7 +237,7 @@ class KeptBatches:
         self._read_at = self._clock()
         if not self._gapless and newest:
             before = max(0, newest - BATCHES_BEFORE)
-            self._expect(before, await self._store.events_after(before))
+            self._expect(before, await self._store.events_after(before, BATCHES_AT_ONCE))
 
     def _in_order(self, batches: dict[int, str]) -> list[str | Gap]:
         items: list[str | Gap] = []

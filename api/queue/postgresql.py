@@ -113,7 +113,7 @@ class PostgreSQLStore(Store):
             },
         )
         now = row["now"]
-        stored = [Stored(now, now if job.next_run_at is None else job.next_run_at) for job in jobs]
+        stored = [Stored(now, job.next_run_at or now) for job in jobs]
         return stored, None if self._sender["keep"] else row["batch"]
 
     async def holders(self, jobs: Sequence[NewJob]) -> dict[uuid.UUID, Stored]:

@@ -798,7 +798,7 @@ class Store(ABC):
         rows = await self._select(select(JobEventBatch).where(JobEventBatch.id == number))
         return str(rows[0]["message"]) if rows else None
 
-    async def events_after(self, number: int, most: int = 1_000) -> dict[int, str]:
+    async def events_after(self, number: int, most: int) -> dict[int, str]:
         """Return up to `most` stored batches after `number`, by id and in order."""
         rows = await self._read("events_after", {"after": number, "most": most})
         return {row["number"]: row["message"] for row in rows}

@@ -47,7 +47,7 @@ def test_the_sockets_share_the_connections_of_one_address() -> None:
                     stack.enter_context(each.accept()[0])
                     counts[-1] += 1
         assert sum(counts) == 64
-        # Each should get half of them. The chance of fewer than 8 is one in a billion.
+        # Each gets about half of them. By chance, one gets fewer than 8 once in a billion runs.
         assert min(counts) >= 8
 
 
