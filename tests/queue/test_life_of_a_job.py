@@ -331,15 +331,17 @@ async def test_due_jobs_go_by_priority_then_time_then_id(queue: JobQueue) -> Non
 
 
 async def test_types_of_one_priority_take_turns(queue: JobQueue) -> None:
-    # Given a flood of one type, and then some jobs of another
+    # Given a flood of one type, then some jobs of another, and a job of a lower priority
     for _ in range(20):
         await enqueue(queue, "test.ping")
     for _ in range(3):
         await enqueue(queue, "test.pong")
+    await enqueue(queue, "test.limited", priority=10)
 
     # When jobs are leased one by one, and when they are leased together
     singly = [(await queue.lease(["test.ping", "test.pong"], "w"))[0].job.type for _ in range(4)]
-    together = await queue.lease(["test.ping", "test.pong"], "w", limit=6)
+    types = ["test.ping", "test.pong", "test.limited"]
+    together = await queue.lease(types, "w", limit=6)
 
     # I expect the other type to have every second turn, for as long as it has jobs
     assert singly in (["test.ping", "test.pong"] * 2, ["test.pong", "test.ping"] * 2)

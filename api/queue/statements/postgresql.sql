@@ -251,8 +251,7 @@ JOIN job_registry.job ON job.id = lease.id
 -- name: attempts
 -- Return the latest attempts of these jobs up to a size, oldest first, and how many there are.
 SELECT job_id, attempt, worker_id, started_at, finished_at, outcome, error, attempts,
-    finished_at IS NOT NULL AND held_until IS NOT NULL AND held_until > clock_timestamp()
-        AS still_running
+    held_until > clock_timestamp() AS still_running
 FROM (
     SELECT *, count(*) OVER () AS attempts, row_number() OVER (ORDER BY id DESC) AS place,
         sum(200 + coalesce(49 * length(CAST(error AS text))
