@@ -153,7 +153,8 @@ async def test_a_locked_running_job_stops_nobody_elses_report(
             case "complete":
                 return await queue.complete(token)
             case "succeed":
-                return await queue.succeed(token)
+                await queue.succeed(token)
+                return None
             case "park":
                 return await queue.park(token, "1" * 64, BROKEN)
             case "fail":
