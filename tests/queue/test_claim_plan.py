@@ -170,6 +170,29 @@ async def test_on_sqlite_a_page_of_jobs_reads_indexes_and_sorts_no_more_than_pag
         assert not [step for step in steps if "TEMP B-TREE" in step], steps
 
 
+async def test_a_page_of_several_types_reads_no_more_jobs_than_it_has(queue: JobQueue) -> None:
+    for name in ("test.ping", "test.pong", "test.limited"):
+        await queue.enqueue_many([EnqueueRequest(name, {})] * 4)
+    wanted = JobFilter(("test.ping", "test.pong", "test.limited"), (JobStatus.QUEUED,))
+    read: list[int] = []
+
+    def note(_connection: Any, _cursor: Any, _sql: str, parameters: Any, *_: Any) -> None:
+        read.append(len([each for each in parameters if ID.match(str(each))]))
+
+    engine = queue._database.engine.sync_engine
+    event.listen(engine, "before_cursor_execute", note)
+    for size in ({"first": 2}, {"last": 2}):
+        options: dict[str, Any] = size
+        assert len((await queue.list(wanted, **options)).jobs) == 2
+    event.remove(engine, "before_cursor_execute", note)
+    # One more shows whether there is another page.
+    assert max(read) == 3
+
+
+ID = re.compile(r"0[0-9a-f]{7}-?[0-9a-f]{4}-?7")
+"""The ids of jobs of this time."""
+
+
 async def explained(
     database: Database, registry: JobRegistry, wanted: JobFilter, explain: str, **size: Any
 ) -> list[Any]:

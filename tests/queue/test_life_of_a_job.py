@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -437,13 +438,23 @@ async def test_attempts_of_a_job_that_fails_and_is_retried_are_kept_up_to_a_boun
     assert 1_000 <= len(await outcomes(queue, job)) <= 1_032
 
 
+@pytest.mark.parametrize(
+    ("text", "counts"),
+    [
+        # PostgreSQL stores this one compressed.
+        ("ab" * 125_000, [4, 4, 2, 0]),
+        # As JSON, each of these takes six bytes.
+        ("".join(random.Random(1).choices([chr(n) for n in range(1, 8)], k=40_000)), [5, 5, 0, 0]),
+    ],
+    ids=["compressed", "escaped"],
+)
 async def test_no_more_jobs_are_leased_once_their_payloads_have_a_megabyte(
-    queue: JobQueue,
+    queue: JobQueue, text: str, counts: list[int]
 ) -> None:
-    payload = {"text": "ab" * 125_000}
+    payload = {"text": text}
     jobs = [(await queue.enqueue(EnqueueRequest("test.ping", payload))).job for _ in range(10)]
     together = [await queue.lease(["test.ping", "test.pong"], "w", limit=100) for _ in range(4)]
-    assert [len(leases) for leases in together] == [4, 4, 2, 0]
+    assert [len(leases) for leases in together] == counts
     # In order, and the others were never leased
     assert [lease.job.id for leases in together for lease in leases] == [job.id for job in jobs]
     assert {len(await outcomes(queue, job)) for job in jobs} == {1}

@@ -44,8 +44,12 @@ async def sql(url: str, *statements: str) -> list[Any]:
 
 
 @pytest.fixture
-async def unordered(queue: JobQueue, database_url: str) -> JobQueue:
+async def unordered(
+    queue: JobQueue, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> JobQueue:
     """A queue whose tables have only unique indexes."""
+    # On a busy machine claims would be taken for slow ones, and not look at everything.
+    monkeypatch.setattr(postgresql, "SLOW_LOOK_SECONDS", 1_000.0)
     if database_url.startswith("sqlite"):
         named = "SELECT name FROM sqlite_master WHERE type = 'index' AND sql LIKE 'CREATE INDEX%'"
         await sql(
@@ -226,12 +230,13 @@ async def test_a_lease_in_force_is_left_as_it_is_however_often_leases_are_looked
 
 
 async def test_leases_from_the_future_are_restarted_in_batches(
-    queue: JobQueue, database_url: str, monkeypatch: pytest.MonkeyPatch
+    unordered: JobQueue, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    queue = unordered
     for module in (sqlite, postgresql):
         monkeypatch.setattr(module, "RECOVERY_BATCH", 1)
     await queue.enqueue_many([PING] * 2)
-    first, second = await queue.lease(["test.ping"], "w", limit=2)
+    _, second = await queue.lease(["test.ping"], "w", limit=2)
     # The clock steps back by an hour, after one of them was renewed.
     await advance(database_url, 5)
     await queue.heartbeat(second.token)
@@ -242,7 +247,9 @@ async def test_leases_from_the_future_are_restarted_in_batches(
         await queue.recover()
         after = {str(each) for (each,) in await sql(database_url, ends)}
         assert len(after - before) == 1, changed
-    assert first.token != second.token
+        if not database_url.startswith("sqlite"):
+            # The furthest first: that end of the index is read.
+            assert before - after == {max(before)}
     await queue.recover()
     assert {str(each) for (each,) in await sql(database_url, ends)} == after
 
