@@ -43,6 +43,7 @@ from job_registry_api.queue.store import (
     Claimed,
     ClaimedJob,
     Ended,
+    LeaseLogs,
     LeaseRenewal,
     NewJob,
     Refused,
@@ -197,6 +198,9 @@ class SQLiteStore(Store):
             return {(r.job_id, r.token): transaction.renew(r, lease_seconds) for r in renewals}
 
         return await self._write(work)
+
+    async def store_logs(self, logs: Sequence[LeaseLogs]) -> None:
+        await self._write(lambda t: t.store_logs(logs))
 
     async def settle(self, leases: Sequence[tuple[uuid.UUID, str]]) -> None:
         await self._write(lambda t: t.settle(leases))
@@ -712,6 +716,13 @@ class _Transaction:
             self._add_event("job.progressed", job)
         seconds_left = (_time(job["deadline_at"]) - self._now).total_seconds()
         return Renewed(_time(expires_at), seconds_left, job["cancel_requested_at"] is not None)
+
+    def store_logs(self, logs: Iterable[LeaseLogs]) -> None:
+        for each in logs:
+            lease = {"id": each.job_id.hex, "token": each.token}
+            self.change("store_logs", lines=each.lines.decode(), **lease)
+            for row in self.rows("running_lease", late="", **lease):
+                self._add_event("job.progressed", row)
 
     def settle(self, leases: Iterable[tuple[uuid.UUID, str]]) -> None:
         for job_id, token in leases:
