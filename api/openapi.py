@@ -429,7 +429,7 @@ def _paths(max_page_size: int, max_bulk_size: int) -> dict[str, Any]:
         "/jobs/{id}/logs": {
             "get": {
                 "operationId": "getJobLogs",
-                "summary": "What the handler of a job logged. Needs jobs:read or jobs:work.",
+                "summary": "What the handler of a job logged. Needs jobs:read.",
                 "parameters": [job_id],
                 "responses": _answers({"200": ("The lines.", _ref("JobLogs"))}, "404"),
             }

@@ -318,12 +318,12 @@ async def show(request: _Request) -> _Answer:
 
 
 async def show_logs(request: _Request) -> _Answer:
-    """`GET /jobs/{id}/logs`. Needs `jobs:read` or `jobs:work`.
+    """`GET /jobs/{id}/logs`. Needs `jobs:read`.
 
     If the lines are too large together, the answer has those of the latest attempts, and `allLines`
     is false.
     """
-    request.caller.need("jobs:read", "jobs:work")
+    request.caller.need("jobs:read")
     job = await request.visible_job(None)
     most = request.limits.answer_bytes
     attempts, has_all_attempts = await request.queue.latest_attempts([job.id], most)
