@@ -291,15 +291,20 @@ class Leasing:
             "another transaction has locked the job, or holds an idempotency key",
         )
 
-    async def succeed(self, token: str, result: JsonValue = None) -> None:
+    async def succeed(
+        self, token: str, result: JsonValue = None, *, logs: bytes | None = None
+    ) -> None:
         """Do what `complete` does, without reading the job, which takes longer.
 
+        `logs`, text of `job_logs`, replaces the stored log lines of the attempt; None keeps them.
         Raises as `complete` does.
         """
         job_id, secret = _parts(token)
         text = None if result is None else self._document("result", result)
         succeeded = AttemptOutcome.SUCCEEDED
-        await self._report(Report(job_id, secret, succeeded, result=text, reads_job=False))
+        await self._report(
+            Report(job_id, secret, succeeded, result=text, reads_job=False, logs=logs)
+        )
 
     async def _complete_and_insert(
         self, report: Report, follow_ups: Sequence[NewJob]

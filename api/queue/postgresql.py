@@ -590,6 +590,7 @@ def _reports(reports: Sequence[Report]) -> str:
                 "result": report.result.decode() if report.result is not None else None,
                 "error": error_text(report.error),
                 "still_running": report.still_running,
+                **({} if report.logs is None else {"logs": report.logs.decode()}),
             }
             for report in reports
         ]

@@ -621,6 +621,10 @@ class _Transaction:
         rows = self.rows("succeed", leases=json_text(leases))
         if rows:
             self.change("close_succeeded", ids=json_text([row["id"] for row in rows]))
+            ended = {row["id"] for row in rows}
+            for report in reports:
+                if report.logs is not None and report.job_id.hex in ended:
+                    self._store_logs(report.job_id, report.token, report.logs)
         for row in rows:
             self._forget_attempts(row)
             self._add_event("job.succeeded", row)
@@ -719,10 +723,12 @@ class _Transaction:
 
     def store_logs(self, logs: Iterable[LeaseLogs]) -> None:
         for each in logs:
-            lease = {"id": each.job_id.hex, "token": each.token}
-            self.change("store_logs", lines=each.lines.decode(), **lease)
-            for row in self.rows("running_lease", late="", **lease):
+            self._store_logs(*each)
+            for row in self.rows("running_lease", late="", id=each.job_id.hex, token=each.token):
                 self._add_event("job.progressed", row)
+
+    def _store_logs(self, job_id: uuid.UUID, token: str, lines: bytes) -> None:
+        self.change("store_logs", id=job_id.hex, token=token, lines=lines.decode())
 
     def settle(self, leases: Iterable[tuple[uuid.UUID, str]]) -> None:
         for job_id, token in leases:

@@ -240,7 +240,8 @@ class Report:
     RELEASED, SNOOZED and `spend=False` do not spend the attempt. TIMED_OUT with `still_running`
     keeps the attempt's place in the concurrency limit, because its handler has not stopped.
     RELEASED with `parked_for`, the fingerprint of the worker, parks the job; `error` says why.
-    Unless `reads_job`, the job of a success is not read: a worker does not need it.
+    Unless `reads_job`, the job of a success is not read: a worker does not need it. The `logs` of
+    such a report replace the stored log lines; None keeps them.
     """
 
     job_id: uuid.UUID
@@ -254,6 +255,7 @@ class Report:
     still_running: bool = False
     parked_for: str | None = None
     reads_job: bool = True
+    logs: bytes | None = None
 
 
 class Ended(NamedTuple):

@@ -31,6 +31,7 @@ from job_registry_api.queue.queue import JobQueue
 from job_registry_api.worker.follow_ups import REFUSED, FollowUps
 from job_registry_api.worker.job_log import JobLog, LineLimit, Tail
 from job_registry_api.worker.lease_keeper import Hold, LeaseKeeper
+from job_registry_api.worker.log_writer import WRITE_SECONDS
 from job_registry_api.worker.outcomes import (
     Circumstances,
     Complete,
@@ -138,6 +139,8 @@ class Attempt:
         self._call: HandlerCall | ProcessCall | None = None
         self._follow_ups = FollowUps(self._queue, lease.job.created_by)
         self._reporting = False
+        self._lines: bytes | None = None
+        """The log lines that are not stored yet, once the handler has ended."""
         self.has_ended = False
         """Whether the handler has ended, and only its report is left."""
         self.overdue = False
@@ -227,7 +230,7 @@ class Attempt:
         elif isinstance(end, Died) and not stopping:
             self._log.warning("job.process_died", reason=how_it_died(end.exit_code))
         await self._store_last_progress()
-        await self._equipment.keeper.logs.flush(self._token)
+        self._lines = await self._equipment.keeper.logs.take(self._token)
         report = report_of(end, self._now)
         if isinstance(report, Complete) and self._follow_ups.refusal is not None:
             report = _refused(self._follow_ups.refusal)
@@ -427,16 +430,29 @@ class Attempt:
         except Exception as error:
             self._log.warning("job.progress_lost", reason=reason_of(error))
 
+    async def _store_last_lines(self) -> None:
+        """Store the log lines that no report brings along."""
+        lines, self._lines = self._lines, None
+        if lines is None:
+            return
+        try:
+            async with asyncio.timeout(WRITE_SECONDS):
+                await self._queue.store_logs([(self._token, lines)])
+        except Exception as error:
+            self._log.warning("job.logs_not_stored", reason=reason_of(error))
+
     async def _report(self, report: Report) -> None:
         queue, token = self._queue, self._token
+        jobs = self._follow_ups.jobs
+        if jobs or not isinstance(report, Complete):
+            await self._store_last_lines()
         match report:
             case Complete(result):
-                jobs = self._follow_ups.jobs
                 try:
                     if jobs:
                         await self._repeat(lambda: queue.complete(token, result, follow_ups=jobs))
                     else:
-                        await self._repeat(lambda: queue.succeed(token, result))
+                        await self._repeat(lambda: queue.succeed(token, result, logs=self._lines))
                 except InputInvalid as invalid:
                     message = f"The handler's result cannot be stored: {invalid}"
                     await self._report(FailAttempt("result_invalid", message, retryable=False))

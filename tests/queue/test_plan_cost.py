@@ -112,7 +112,7 @@ async def work(queue: JobQueue, types: list[str]) -> None:
         await queue.retry(leases[3].job.id)
         await queue.get(job.id)
         await queue.attempts([each.job.id for each in leases])
-        assert await queue.logs(leases[0].job.id) == logged
+        assert (await queue.logs(leases[0].job.id))[-1:] == logged
         await queue.waiting_reason(job)
         await queue.counts()
         await queue.list(JobFilter(types=(name,)))

@@ -6,16 +6,18 @@ import asyncio
 import os
 import threading
 import time
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from pydantic_core import from_json, to_json
 
-from job_registry import JobContext, Retry
+from job_registry import Fail, JobContext, Retry
+from job_registry_api import JobQueue
 from job_registry_api.queue.errors import InputInvalid, LeaseLost
 from job_registry_api.queue.job_logs import MAX_BYTES, LogLevel, LogLine
 from job_registry_api.queue.models import JobRecord, JobStatus
 from job_registry_api.worker.job_log import LINES_PER_SECOND, JobLog, LineLimit, Tail, text_of
+from job_registry_api.worker.log_writer import LogWriter
 from tests.conftest import run_sql
 from tests.worker import crowd
 from tests.worker.house import House, Text
@@ -271,23 +273,71 @@ async def test_lines_of_an_attempt_that_timed_out_are_kept(house: House) -> None
 
 
 @pytest.mark.any_database
-async def test_when_lines_cannot_be_stored_the_job_succeeds_and_the_worker_says_so(
+async def test_when_lines_cannot_be_stored_the_job_ends_as_it_would_and_the_worker_says_so(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     @house.job_type.handler
     async def work(job: JobContext, payload: Text) -> None:
         job.log.info("line")
+        raise Fail("for good")
 
     async def refuse(_queue: Any, _logs: Any) -> None:
         raise OSError(os.strerror(28))
 
     monkeypatch.setattr("job_registry_api.queue.leasing.Leasing.store_logs", refuse)
-    log = logged("job_registry_api.worker.log_writer.log", monkeypatch)
+    log = logged("job_registry_api.worker.attempt.log", monkeypatch)
     began = time.monotonic()
     job = await house.run()
-    assert job.status is JobStatus.SUCCEEDED
+    assert job.status is JobStatus.FAILED
+    assert job.error is not None
+    assert job.error.message == "for good"
     assert time.monotonic() - began < 2
-    assert log.getvalue().count(b"worker.logs_not_stored") == 1
+    assert log.getvalue().count(b"job.logs_not_stored") == 1
+
+
+@pytest.mark.parametrize("how", ["follow-up", "result that cannot be stored"])
+async def test_lines_are_kept_however_the_job_succeeds_or_does_not(house: House, how: str) -> None:
+    @house.job_type.handler
+    async def work(job: JobContext, payload: Text) -> Any:
+        job.log.info(how, text=payload.text)
+        if how == "follow-up" and payload.text == "first":
+            job.enqueue(Text(text="next"), job_type="work")
+        return float("nan") if how != "follow-up" else None
+
+    job = await house.run("first")
+    assert await lines(house, job) == [("info", how, {"text": "first"})]
+
+
+class SlowQueue:
+    """Stores lines when it may."""
+
+    def __init__(self) -> None:
+        self.stored: list[Any] = []
+        self.begun = asyncio.Event()
+        self.may_store = asyncio.Event()
+
+    async def store_logs(self, logs: list[Any]) -> None:
+        self.begun.set()
+        await self.may_store.wait()
+        self.stored += logs
+
+
+async def test_the_last_lines_wait_for_older_ones_that_are_being_stored() -> None:
+    """Otherwise the older ones could arrive last, and replace them."""
+    writer, queue, tail = LogWriter(), SlowQueue(), Tail(10)
+    running = asyncio.create_task(writer.run(cast(JobQueue, queue)))
+    writer.add("t", tail, b"one")
+    await asyncio.wait_for(queue.begun.wait(), 5)
+    writer.add("t", tail, b"two")
+    taking = asyncio.create_task(writer.take("t"))
+    other = asyncio.create_task(writer.take("other"))
+    await asyncio.sleep(0.1)
+    assert (taking.done(), other.done()) == (False, True)
+    queue.may_store.set()
+    assert await asyncio.wait_for(taking, 5) == b"one\ntwo"
+    assert queue.stored == [("t", b"one")]
+    assert await writer.take("t") is None
+    running.cancel()
 
 
 async def test_a_remote_worker_sends_its_last_lines_with_heartbeats(house: House) -> None:
