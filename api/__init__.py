@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         QueueUnavailable,
     )
     from job_registry_api.queue.filters import JobFilter
+    from job_registry_api.queue.job_logs import LogLevel, LogLine
     from job_registry_api.queue.migrations import QUEUE_TABLES, MigrationRefused
     from job_registry_api.queue.models import AttemptRecord, JobError, JobRecord, JobStatus
     from job_registry_api.queue.queue import JobQueue
@@ -54,6 +55,8 @@ __all__ = [
     "JobStateConflict",
     "JobStatus",
     "JobsApplication",
+    "LogLevel",
+    "LogLine",
     "MigrationRefused",
     "QueueUnavailable",
     "RequestLimits",
@@ -83,6 +86,7 @@ _HOMES: Final = {
         "JobStateConflict",
         "QueueUnavailable",
     ),
+    "queue.job_logs": ("LogLevel", "LogLine"),
     "queue.migrations": ("QUEUE_TABLES", "MigrationRefused"),
     "queue.models": ("AttemptRecord", "JobError", "JobRecord", "JobStatus"),
     "queue.queue": ("JobQueue",),

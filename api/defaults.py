@@ -35,6 +35,7 @@ CORS_HEADERS: Final = (
 """What clients of GraphQL and OpenTelemetry send from a browser beside the simple headers."""
 
 KEEP_FAILED_DAYS: Final = 90.0
+KEEP_LOG_LINES: Final = 100
 KEEP_SUCCEEDED_DAYS: Final = 7.0
 LEASE_SECONDS: Final = 30.0
 LOCK_FILE: Final = "registry.lock.json"

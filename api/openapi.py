@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from job_registry import JobType
 from job_registry_api.defaults import MAX_BULK_SIZE, MAX_PAGE_SIZE
+from job_registry_api.queue.job_logs import LogLevel
 from job_registry_api.queue.models import AttemptOutcome, JobStatus
 from job_registry_api.queue.reading import PAGE_SIZE
 from job_registry_api.uploads import FORMATS
@@ -261,6 +262,26 @@ _SCHEMAS: Final[dict[str, Schema]] = {
             "stillRunning": _TRUTH,
         }
     ),
+    "JobLogs": _object(
+        {
+            "lines": _list_of(
+                _object(
+                    {
+                        "attempt": _NUMBER,
+                        "loggedAt": _TIME,
+                        "level": {"enum": [level.value for level in LogLevel]},
+                        "message": _TEXT,
+                        "data": {"type": "object"},
+                    }
+                )
+            ),
+            "allLines": {
+                "type": "boolean",
+                "description": "Whether `lines` has the lines of all attempts. If false, it has"
+                " those of the latest.",
+            },
+        }
+    ),
     "JobError": _object({"code": _TEXT, "message": _TEXT, "details": {}}),
     "JobSummary": _SUMMARY,
     "JobPage": _object(
@@ -403,6 +424,14 @@ def _paths(max_page_size: int, max_bulk_size: int) -> dict[str, Any]:
                 "summary": "One job, with its attempts. Needs jobs:read or jobs:own.",
                 "parameters": [job_id],
                 "responses": _answers({"200": ("The job.", _ref("JobWithAttempts"))}, "404"),
+            }
+        },
+        "/jobs/{id}/logs": {
+            "get": {
+                "operationId": "getJobLogs",
+                "summary": "What the handler of a job logged. Needs jobs:read.",
+                "parameters": [job_id],
+                "responses": _answers({"200": ("The lines.", _ref("JobLogs"))}, "404"),
             }
         },
         "/jobs/{id}/cancel": {

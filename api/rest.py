@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from itertools import islice
 from typing import Any, Final, NamedTuple
 from urllib.parse import parse_qsl, urlencode
@@ -51,6 +51,7 @@ from job_registry_api.queue.errors import (
     QueueUnavailable,
 )
 from job_registry_api.queue.filters import JobFilter
+from job_registry_api.queue.job_logs import LOG_WEIGHT, lines_of
 from job_registry_api.queue.models import JobRecord, JobStatus, Owner
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.requests import parse_request
@@ -162,6 +163,7 @@ def routes(
         "/jobs": {"GET": list_jobs, "POST": enqueue},
         "/jobs/bulk": {"POST": enqueue_many},
         "/jobs/{id}": {"GET": show},
+        "/jobs/{id}/logs": {"GET": show_logs},
         "/jobs/{id}/cancel": {"POST": cancel},
         "/jobs/{id}/retry": {"POST": retry},
         **({"/openapi.json": {"GET": describe}} if described else {}),
@@ -308,10 +310,37 @@ async def show(request: _Request) -> _Answer:
     attempts, is_all = await request.queue.latest_attempts([job.id], request.limits.answer_bytes)
     content = _job(job)
     content["attempts"] = [
-        {name: value for name, value in _as_json(asdict(attempt)).items() if name != "jobId"}
+        {k: v for k, v in _as_json(asdict(attempt)).items() if k not in ("id", "jobId")}
         for attempt in attempts[job.id]
     ]
     content["allAttempts"] = is_all
+    return _Answer(200, content, may_be_large=True)
+
+
+async def show_logs(request: _Request) -> _Answer:
+    """`GET /jobs/{id}/logs`. Needs `jobs:read`.
+
+    If the lines are too large together, the answer has those of the latest attempts, and `allLines`
+    is false.
+    """
+    request.caller.need("jobs:read")
+    job = await request.visible_job(None)
+    most = request.limits.answer_bytes
+    attempts, has_all_attempts = await request.queue.latest_attempts([job.id], most)
+    ids = [attempt.id for attempt in attempts[job.id]]
+    texts, has_all_lines = await request.queue.log_texts(ids, most // LOG_WEIGHT)
+    lines = [
+        {
+            "attempt": attempt.attempt,
+            "loggedAt": _time(attempt.started_at + timedelta(seconds=line.seconds)),
+            "level": line.level.value,
+            "message": line.message,
+            "data": line.data,
+        }
+        for attempt in attempts[job.id]
+        for line in lines_of(texts.get(attempt.id, ""))
+    ]
+    content: dict[str, Any] = {"lines": lines, "allLines": has_all_attempts and has_all_lines}
     return _Answer(200, content, may_be_large=True)
 
 

@@ -169,6 +169,13 @@ class Settings(BaseSettings):
         le=36_500.0,
         description="Days until a failed or cancelled job is deleted, with its attempts.",
     )
+    keep_log_lines: int = Field(
+        default=defaults.KEEP_LOG_LINES,
+        ge=0,
+        le=1_000,
+        description="How many log lines of an attempt are kept with its job, the last ones. 0 keeps"
+        " none.",
+    )
     parked_days: float = Field(
         default=defaults.PARKED_DAYS,
         ge=0.0,

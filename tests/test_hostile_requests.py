@@ -15,6 +15,7 @@ from pydantic import JsonValue
 
 from job_registry import EnqueueRequest, JobRegistry, JobType, Payload
 from job_registry_api.queue import migrations
+from job_registry_api.queue.job_logs import LogLevel, LogLine
 from job_registry_api.queue.models import JobError
 from job_registry_api.queue.queue import JobQueue
 from tests.measured_server import MeasuredServer, measured_server
@@ -327,6 +328,54 @@ async def test_pages_of_many_small_jobs_stay_within_the_bounds(tmp_path: Path) -
                 assert len(response.json()["data"]["a0"]["nodes"]) == 200
             else:
                 assert len(response.json()["data"]["jobs"]["nodes"]) == 200
+
+
+async def test_log_lines_stay_within_the_bounds(tmp_path: Path) -> None:
+    """Those of many jobs, of many attempts of a job, and those that a worker sends."""
+    url = f"sqlite:///{tmp_path}/jobs.db"
+    await asyncio.to_thread(migrations.upgrade, url)
+    data: JsonValue = {str(number): number for number in range(20)}
+    dense = [LogLine(LogLevel.INFO, "x", 0.0, data)] * 300
+    short = [LogLine(LogLevel.INFO, "x", 0.0)] * 1_000
+    async with JobQueue.from_url(url, JobRegistry([anything]), lease_seconds=300) as queue:
+        request = EnqueueRequest("test.anything", {"value": 0}, max_attempts=200)
+        await queue.enqueue_many([request] * 60)
+        retried = (await queue.enqueue(request._replace(priority=100))).job
+        for turn in range(150):
+            (lease,) = await queue.lease(["test.anything"], "w")
+            await queue.heartbeat(lease.token, logs=short if turn % 2 else dense)
+            if turn < 90:
+                await queue.fail(lease.token, JobError("bad", "It failed."), retry_after_seconds=0)
+    lines = "logs(last: 1000) { loggedAt level message data }"
+    some = "logs(last: 10) { level }"
+    aliased = " ".join(f"l{number}: {lines}" for number in range(28))
+    one = f'{{ job(id: "{retried.id}") {{ ... on Job {{ attempts {{ %s }} }} }} }}'
+    documents = [
+        f"{{ jobs(first: 200) {{ nodes {{ attempts {{ {lines} }} }} }} }}",
+        f"{{ jobs(first: 200) {{ nodes {{ attempts {{ {some} }} }} }} }}",
+        f"{{ jobs(first: 200) {{ nodes {{ attempts {{ {aliased} }} }} }} }}",
+        one % lines,
+        one % aliased,
+    ]
+    beat = 'mutation($l: [JobLogLineInput!]) { heartbeatJob(leaseToken: "%s", logs: $l) {' + (
+        " __typename ... on InputInvalid { violations { path message } } } }"
+    )
+    wrong = [{"message": "", "seconds": -1, "data": [[]] * 5}] * 20_000
+    async with measured_server(url, catalog=__name__) as server:
+        for document in [*documents, *documents]:
+            response, exceeded = await measured(server, GRAPHQL, graphql(document))
+            assert not exceeded, document[:80]
+            assert len(response.content) < 10_000_000
+        for sent in (wrong, wrong[:1_000]):
+            _, exceeded = await measured(server, GRAPHQL, graphql(beat % lease.token, l=sent))
+            assert not exceeded
+        async with (
+            httpx.AsyncClient(base_url=server.url, timeout=100) as client,
+            server.measuring() as cost,
+        ):
+            answer = await client.get(f"/jobs/{retried.id}/logs")
+        assert answer.json()["allLines"] is False
+        assert not cost.within(cpu_seconds=0.5, peak_bytes=MEGABYTES * 2**20, silence_seconds=1)
 
 
 async def test_a_page_that_stops_early_says_so_and_its_cursor_goes_on(

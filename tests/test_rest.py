@@ -366,7 +366,7 @@ async def test_the_server_does_as_its_description_says(database_url: str) -> Non
         async with httpx.AsyncClient(base_url=f"http://{address}") as client:
             job_id = await enqueued(client)
         tried = await asyncio.to_thread(send_requests, f"http://{address}/openapi.json", job_id)
-    assert len(tried) == 9
+    assert len(tried) == 10
 
 
 def send_requests(url: str, job_id: str) -> list[str]:

@@ -395,6 +395,8 @@ CATALOG = """
     @look.handler
     async def look_around(job: JobContext, payload: Empty) -> None:
         job.progress({"assets": job.assets})
+        for step in range(5):
+            job.log.info("looked", step=step)
         await asyncio.sleep(600)
 
     def seen(url, **options):
@@ -465,6 +467,7 @@ PARKED = (
     "worker_concurrency",
     "keep_succeeded_days",
     "keep_failed_days",
+    "keep_log_lines",
     "parked_days",
     "database_pool_size",
     "database_timeout_seconds",
@@ -492,6 +495,7 @@ def test_what_is_set_for_a_worker_reaches_it(
         "lease_seconds": "77",
         "keep_succeeded_days": "3",
         "keep_failed_days": "5",
+        "keep_log_lines": "2",
         "parked_days": "3",
         "database_pool_size": "7",
         "database_timeout_seconds": "12",
@@ -505,6 +509,9 @@ def test_what_is_set_for_a_worker_reaches_it(
         lease = """SELECT DISTINCT round((julianday(lease_expires_at) - julianday(started_at))
             * 86400 / 10) FROM job WHERE status = 'running'"""
         assert run_sql(url, lease) == [(8,)]
+        kept = """SELECT DISTINCT length(logs) - length(replace(logs, 'looked', ''))
+            FROM job_attempt WHERE logs IS NOT NULL"""
+        eventually(lambda: run_sql(url, kept), [(2 * len("looked"),)])
         finished = "SELECT status, count(*) FROM job WHERE finished_at NOT NULL GROUP BY status"
         # One of each kept, and one that was parked for too long.
         eventually(lambda: run_sql(url, finished), [("failed", 2), ("succeeded", 1)])

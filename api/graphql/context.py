@@ -21,6 +21,7 @@ from job_registry_api.budget import Budget, BudgetExceeded, RequestLimits, Reque
 from job_registry_api.graphql.selections import Selections
 from job_registry_api.http_messages import wait_for_disconnect
 from job_registry_api.queue.errors import JobNotFound
+from job_registry_api.queue.job_logs import LOG_WEIGHT
 from job_registry_api.queue.models import (
     AttemptRecord,
     JobCounts,
@@ -51,6 +52,7 @@ class Context:
     _watching: asyncio.Task[None] | None = field(default=None, repr=False)
     _counts: asyncio.Future[dict[str, JobCounts]] | None = field(default=None, repr=False)
     _attempts: DataLoader[UUID, list[AttemptRecord]] | None = field(default=None, repr=False)
+    _logs: DataLoader[int, str] | None = field(default=None, repr=False)
     _waiting_reasons: DataLoader[JobRecord, WaitingReason | None] | None = field(
         default=None, repr=False
     )
@@ -87,6 +89,13 @@ class Context:
         return self._attempts
 
     @property
+    def logs(self) -> DataLoader[int, str]:
+        """Load the text of the log lines of attempts, with one query for all of a page."""
+        if self._logs is None:
+            self._logs = DataLoader(load_fn=self._load_logs)
+        return self._logs
+
+    @property
     def waiting_reasons(self) -> DataLoader[JobRecord, WaitingReason | None]:
         """Load why jobs wait, with one query for all jobs of a page."""
         if self._waiting_reasons is None:
@@ -111,7 +120,7 @@ class Context:
 
     def forget(self) -> None:
         """Drop the loaded data, and begin a new budget, for the next event of a subscription."""
-        self._counts = self._attempts = self._waiting_reasons = None
+        self._counts = self._attempts = self._logs = self._waiting_reasons = None
         self.budget = Budget(self.budget.limits)
 
     async def _load_attempts(self, job_ids: list[UUID]) -> list[list[AttemptRecord]]:
@@ -121,6 +130,17 @@ class Context:
             message = "The attempts of these jobs are too large. Request the jobs one by one."
             raise BudgetExceeded(message, limits.answer_bytes, "JOBS_MAX_ANSWER_BYTES")
         return [attempts[job_id] for job_id in job_ids]
+
+    async def _load_logs(self, attempts: list[int]) -> list[str]:
+        async with self.budget.reading:
+            left = self.budget.reading_left // LOG_WEIGHT
+            texts, is_all = await self.queue.log_texts(attempts, left)
+            if not is_all:
+                message = "The log lines are too large. Request those of fewer jobs."
+                setting = "JOBS_MAX_ANSWER_BYTES"
+                raise BudgetExceeded(message, self.budget.limits.answer_bytes, setting)
+            self.budget.charge_reading(LOG_WEIGHT * sum(map(len, texts.values())))
+        return [texts.get(attempt, "") for attempt in attempts]
 
     async def _load_waiting_reasons(self, jobs: list[JobRecord]) -> list[WaitingReason | None]:
         reasons = await self.queue.waiting_reasons(jobs)

@@ -26,9 +26,10 @@ from strawberry.types.lazy_type import LazyType
 from job_registry import EnqueueRequest
 from job_registry.wire_text import parse_date_time
 from job_registry_api.graphql.scalars import TimeText
-from job_registry_api.graphql.types import JobStatus
+from job_registry_api.graphql.types import JobLogLevel, JobStatus
 from job_registry_api.queue import models
 from job_registry_api.queue.filters import JobFilter
+from job_registry_api.queue.job_logs import LogLevel, LogLine
 from job_registry_api.queue.models import JobError
 
 Made = TypeVar("Made")
@@ -243,6 +244,29 @@ class LeaseJobsInput:
         for each in self.fingerprints or ():
             readable.setdefault(each.type, []).append(each.fingerprint)
         return readable
+
+
+@built_directly
+@strawberry.input(description="A line that a remote worker's handler logged.")
+class JobLogLineInput:
+    message: str = strawberry.field(
+        description="What happened, usually a short name: 1 to 1,000 characters."
+    )
+    seconds: float = strawberry.field(
+        description="When it was logged, counted from the start of the attempt."
+    )
+    level: JobLogLevel = strawberry.field(
+        default=JobLogLevel.INFO, description="How important it is."
+    )
+    data: JsonValue | None = strawberry.field(
+        default=None,
+        description="The named values of the line: an object of at most 20 texts of up to 200"
+        " characters, numbers, truth values and nulls.",
+    )
+
+    def line(self) -> LogLine:
+        """Return the line as the queue stores it."""
+        return LogLine(LogLevel[self.level.name], self.message, self.seconds, self.data)
 
 
 @built_directly

@@ -20,7 +20,12 @@ from job_registry_api.graphql import errors
 from job_registry_api.graphql.access_scopes import Requires
 from job_registry_api.graphql.answer_limits import ReadingJob, kept_for_answer, selected
 from job_registry_api.graphql.context import Context, context_of
-from job_registry_api.graphql.inputs import EnqueueJobInput, JobErrorInput, LeaseJobsInput
+from job_registry_api.graphql.inputs import (
+    EnqueueJobInput,
+    JobErrorInput,
+    JobLogLineInput,
+    LeaseJobsInput,
+)
 from job_registry_api.graphql.types import Job, JobLease
 from job_registry_api.queue.changing import Changing
 from job_registry_api.queue.claiming import Lease
@@ -309,10 +314,19 @@ class Mutation:
                 description="The progress of the job, as any JSON. Null keeps the last one."
             ),
         ] = None,
+        logs: Annotated[
+            list[JobLogLineInput] | None,
+            strawberry.argument(
+                description="The last log lines of the attempt, oldest first: at most 1,000, and"
+                " 64 KB. They replace those that were sent before, so a repeated heartbeat adds"
+                " nothing. Null keeps them."
+            ),
+        ] = None,
     ) -> HeartbeatJobResult | None:
         await _check_lease(context_of(info), lease_token)
+        lines = None if logs is None else [each.line() for each in logs]
         async with ReadingJob(info):
-            heartbeat = await context_of(info).queue.heartbeat(lease_token, progress)
+            heartbeat = await context_of(info).queue.heartbeat(lease_token, progress, lines)
             return HeartbeatJobSuccess(
                 expires_at=heartbeat.expires_at,
                 seconds_to_expiry=heartbeat.seconds_to_expiry,

@@ -21,11 +21,12 @@ _INTERFACES: Final = ("Error", "Node")
 
 
 class Selected(NamedTuple):
-    """What an operation selects below a field: how many fields in all, below `attempts`, and with
-    the name of each of a job's values that may be large."""
+    """What an operation selects below a field: how many fields in all, below `attempts`, below
+    `logs`, and with the name of each of a job's values that may be large."""
 
     fields: int = 0
     of_attempts: int = 0
+    of_logs: int = 0
     payloads: int = 0
     progresses: int = 0
     results: int = 0
@@ -109,6 +110,7 @@ def _with(name: str, below: Selected) -> Selected:
     return Selected(
         below.fields + 1,
         below.of_attempts + (below.fields if name == "attempts" else 0),
+        below.of_logs + (below.fields if name == "logs" else 0),
         below.payloads + (name == "payload"),
         below.progresses + (name == "progress"),
         below.results + (name == "result"),

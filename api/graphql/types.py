@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from datetime import datetime
+from datetime import datetime, timedelta
 from enum import Enum
 from typing import Annotated, Any, Final
 
@@ -18,6 +18,7 @@ from job_registry_api.graphql.access_scopes import OPEN, Requires, RequiresOrOwn
 from job_registry_api.graphql.answer_limits import Charged, selected
 from job_registry_api.graphql.context import Context, context_of
 from job_registry_api.queue import claiming, models, reading
+from job_registry_api.queue.job_logs import LogLine, check_log_lines, count_lines, lines_of
 
 MAX_INT: Final = 2**31 - 1
 """The greatest `Int`."""
@@ -283,8 +284,37 @@ class JobError:
         return cls(code=error.code, message=error.message, details=error.details)
 
 
+@strawberry.enum(description="How important a log line is.")
+class JobLogLevel(Enum):
+    INFO = strawberry.enum_value("info", description="It says what happened.")
+    WARNING = strawberry.enum_value("warning", description="It needs attention.")
+    ERROR = strawberry.enum_value("error", description="Something failed.")
+
+
+@strawberry.type(description="A line that a handler logged.")
+class JobLogLine:
+    logged_at: datetime = strawberry.field(description="When it was logged.")
+    level: JobLogLevel = strawberry.field(description="How important it is.")
+    message: str = strawberry.field(
+        extensions=[Charged()], description="What happened, usually a short name."
+    )
+    data: JsonValue = strawberry.field(
+        extensions=[Charged()], description="The named values of the line: a JSON object."
+    )
+
+    @classmethod
+    def of(cls, line: LogLine, began: datetime) -> JobLogLine:
+        return cls(
+            logged_at=began + timedelta(seconds=line.seconds),
+            level=JobLogLevel[line.level.name],
+            message=line.message,
+            data=line.data,
+        )
+
+
 @strawberry.type(description="One run of a job, from the start of its lease to the end.")
 class JobAttempt:
+    id: strawberry.Private[int]
     attempt: int = strawberry.field(
         description="The number of the attempt. The next attempt after a released or snoozed one"
         " has the same number."
@@ -303,9 +333,29 @@ class JobAttempt:
     )
     error: JobError | None = strawberry.field(description="Why the attempt failed, if it did.")
 
+    @strawberry.field(
+        extensions=[Requires(*READERS)],
+        description="What its handler logged by `job.log`, or a remote worker sent, oldest first."
+        " Only the last lines are kept (`JOBS_KEEP_LOG_LINES`). While it runs, they appear after"
+        " about a second.",
+    )
+    async def logs(
+        self,
+        info: strawberry.Info[Context, None],
+        last: Annotated[
+            int, strawberry.argument(description="How many lines to return at most, the last ones.")
+        ] = 100,
+    ) -> list[JobLogLine] | None:
+        check_log_lines(last)
+        context = context_of(info)
+        text = await context.logs.load(self.id)
+        context.budget.charge_fields(min(last, count_lines(text)) * selected(info).of_logs)
+        return [JobLogLine.of(line, self.started_at) for line in lines_of(text, last)]
+
     @classmethod
     def of(cls, attempt: models.AttemptRecord) -> JobAttempt:
         return cls(
+            id=attempt.id,
             attempt=attempt.attempt,
             worker_id=attempt.worker_id,
             started_at=attempt.started_at,

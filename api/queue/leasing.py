@@ -31,6 +31,7 @@ from job_registry_api.queue.errors import (
 )
 from job_registry_api.queue.events import Events, JobEvent
 from job_registry_api.queue.group_commit import GroupCommit
+from job_registry_api.queue.job_logs import LogLine, text_of_lines
 from job_registry_api.queue.models import AttemptOutcome, JobError, JobRecord, JobStatus
 from job_registry_api.queue.requests import (
     check_lease,
@@ -41,6 +42,7 @@ from job_registry_api.queue.requests import (
 from job_registry_api.queue.store import (
     TIMED_OUT,
     Ended,
+    LeaseLogs,
     LeaseRenewal,
     LeaseState,
     NewJob,
@@ -183,18 +185,28 @@ class Leasing:
             raise LeaseLost
         return job.type
 
-    async def heartbeat(self, token: str, progress: JsonValue = None) -> Heartbeat:
+    async def heartbeat(
+        self, token: str, progress: JsonValue = None, logs: Sequence[LogLine] | None = None
+    ) -> Heartbeat:
         """Renew a lease for another lease time, never past the attempt's deadline.
 
-        `progress`, any JSON, is stored with the job; None keeps the stored progress.
+        `progress`, any JSON, is stored with the job; None keeps the stored progress. `logs` are the
+        last log lines of the attempt, oldest first. They replace those that are stored; None keeps
+        them.
 
         Raises:
             LeaseLost: the lease is no longer in force.
-            InputInvalid: `progress` is not JSON, or larger than a payload may be.
+            InputInvalid: `progress` is not JSON, or larger than a payload may be; or there are more
+                log lines, or larger ones, than are kept. The lease is then not renewed.
         """
-        job_id, _ = _parts(token)
+        job_id, secret = _parts(token)
         text = None if progress is None else self._document("progress", progress)
+        lines, faults = text_of_lines(logs or ())
+        if faults:
+            raise InputInvalid(tuple(faults))
         (renewed,) = await self.renew([Renewal(token, text)])
+        if logs is not None and isinstance(renewed, Renewed):
+            await self._store.store_logs([LeaseLogs(job_id, secret, lines)])
         if isinstance(renewed, LeaseLost):
             raise renewed
         job = await self._store.get(job_id)
@@ -207,6 +219,8 @@ class Leasing:
             seconds_to_expiry = (
                 renewed.seconds_left - (deadline - renewed.expires_at).total_seconds()
             )
+        if logs is not None:
+            self.events.publish([JobEvent.of("job.progressed", job)])
         return Heartbeat(
             job,
             renewed.expires_at,
@@ -241,6 +255,14 @@ class Leasing:
                 self.events.publish([JobEvent.of("job.progressed", j) for j in jobs.values()])
         return [renewed.get(key) or LeaseLost() for key in keys]
 
+    async def store_logs(self, logs: Sequence[tuple[str, bytes]]) -> None:
+        """Replace the log lines of attempts, by their tokens. The lines are text of `job_logs`.
+
+        The lease does not have to be in force. Lines of a row that another transaction has locked
+        are not stored.
+        """
+        await self._store.store_logs([LeaseLogs(*_parts(token), lines) for token, lines in logs])
+
     async def settle(self, tokens: Sequence[str]) -> None:
         """Free the places of timed-out attempts whose handlers have stopped."""
         if tokens:
@@ -269,15 +291,20 @@ class Leasing:
             "another transaction has locked the job, or holds an idempotency key",
         )
 
-    async def succeed(self, token: str, result: JsonValue = None) -> None:
+    async def succeed(
+        self, token: str, result: JsonValue = None, *, logs: bytes | None = None
+    ) -> None:
         """Do what `complete` does, without reading the job, which takes longer.
 
+        `logs`, text of `job_logs`, replaces the stored log lines of the attempt; None keeps them.
         Raises as `complete` does.
         """
         job_id, secret = _parts(token)
         text = None if result is None else self._document("result", result)
         succeeded = AttemptOutcome.SUCCEEDED
-        await self._report(Report(job_id, secret, succeeded, result=text, reads_job=False))
+        await self._report(
+            Report(job_id, secret, succeeded, result=text, reads_job=False, logs=logs)
+        )
 
     async def _complete_and_insert(
         self, report: Report, follow_ups: Sequence[NewJob]

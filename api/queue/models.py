@@ -299,6 +299,8 @@ class JobAttempt(Table, table=True):
     # of its lease.
     held_until: datetime | None = Field(sa_column=Column(_time()))
     lease_token: str | None = Field(sa_column=Column(Text))
+    # Its last log lines, as `job_logs` writes them.
+    logs: str | None = Field(sa_column=Column(Text))
 
 
 class JobParked(Table, table=True):
@@ -481,9 +483,11 @@ class AttemptRecord:
     """A lease of a job, as it was read. `outcome` is None while it is in force.
 
     `still_running` means that the attempt has timed out and its handler has not stopped. Until it
-    stops, the attempt keeps its place in the concurrency limit of its type.
+    stops, the attempt keeps its place in the concurrency limit of its type. `id` is that of the
+    lease; `attempt` is the number that it has for users.
     """
 
+    id: int
     job_id: uuid.UUID
     attempt: int
     worker_id: str

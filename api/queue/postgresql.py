@@ -40,6 +40,7 @@ from job_registry_api.queue.store import (
     Claimed,
     ClaimedJob,
     Ended,
+    LeaseLogs,
     LeaseRenewal,
     NewJob,
     Refused,
@@ -301,6 +302,10 @@ class PostgreSQLStore(Store):
             )
             for row in rows
         }
+
+    async def store_logs(self, logs: Sequence[LeaseLogs]) -> None:
+        kept = [{"id": e.job_id.hex, "token": e.token, "lines": e.lines.decode()} for e in logs]
+        await self._run("store_logs", {"kept": json_text(kept)})
 
     async def settle(self, leases: Sequence[tuple[uuid.UUID, str]]) -> None:
         ended = json_text([{"id": job_id.hex, "token": token} for job_id, token in leases])
@@ -583,6 +588,7 @@ def _reports(reports: Sequence[Report]) -> str:
                 "result": report.result.decode() if report.result is not None else None,
                 "error": error_text(report.error),
                 "still_running": report.still_running,
+                **({} if report.logs is None else {"logs": report.logs.decode()}),
             }
             for report in reports
         ]

@@ -33,6 +33,7 @@ from job_registry_api.queue.filters import (
     JobFilter,
     Slice,
 )
+from job_registry_api.queue.job_logs import LogLine, lines_of
 from job_registry_api.queue.models import (
     AttemptRecord,
     JobCounts,
@@ -66,6 +67,9 @@ grow with the queue."""
 
 MISSED_PAUSE_SECONDS: Final = 0.2
 """How long `result` waits before it reads the job again when events were missed."""
+
+MAX_LOG_BYTES: Final = 8_388_608
+"""The most bytes of log lines that `logs` reads."""
 
 MAX_CREATORS: Final = 10_000
 """For how many jobs it is remembered who enqueued them."""
@@ -411,6 +415,26 @@ class Reading(Opening):
         Those of each job are in order, oldest first.
         """
         return await self._store.latest_attempts(job_ids, max_bytes)
+
+    async def logs(self, job_id: uuid.UUID) -> list[LogLine]:
+        """Return the log lines that are kept of a job, oldest first.
+
+        The worker keeps the last ones of each attempt. Of a job with very many attempts, the result
+        has those of the latest attempts, up to eight megabytes.
+        """
+        attempts = (await self.attempts([job_id]))[job_id]
+        texts, _ = await self.log_texts([attempt.id for attempt in attempts], MAX_LOG_BYTES)
+        return [line for attempt in attempts for line in lines_of(texts.get(attempt.id, ""))]
+
+    async def log_texts(
+        self, attempts: Sequence[int], max_bytes: int
+    ) -> tuple[dict[int, str], bool]:
+        """Return the log lines of attempts, by `AttemptRecord.id`, and whether they are all.
+
+        They are text, which `lines_of` reads, of the latest attempts up to a size. Attempts without
+        lines are missing.
+        """
+        return await self._store.logs(attempts, max_bytes)
 
     async def list(
         self,

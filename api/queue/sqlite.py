@@ -43,6 +43,7 @@ from job_registry_api.queue.store import (
     Claimed,
     ClaimedJob,
     Ended,
+    LeaseLogs,
     LeaseRenewal,
     NewJob,
     Refused,
@@ -197,6 +198,9 @@ class SQLiteStore(Store):
             return {(r.job_id, r.token): transaction.renew(r, lease_seconds) for r in renewals}
 
         return await self._write(work)
+
+    async def store_logs(self, logs: Sequence[LeaseLogs]) -> None:
+        await self._write(lambda t: t.store_logs(logs))
 
     async def settle(self, leases: Sequence[tuple[uuid.UUID, str]]) -> None:
         await self._write(lambda t: t.settle(leases))
@@ -617,6 +621,10 @@ class _Transaction:
         rows = self.rows("succeed", leases=json_text(leases))
         if rows:
             self.change("close_succeeded", ids=json_text([row["id"] for row in rows]))
+            ended = {row["id"] for row in rows}
+            for report in reports:
+                if report.logs is not None and report.job_id.hex in ended:
+                    self._store_logs(report.job_id, report.token, report.logs)
         for row in rows:
             self._forget_attempts(row)
             self._add_event("job.succeeded", row)
@@ -712,6 +720,15 @@ class _Transaction:
             self._add_event("job.progressed", job)
         seconds_left = (_time(job["deadline_at"]) - self._now).total_seconds()
         return Renewed(_time(expires_at), seconds_left, job["cancel_requested_at"] is not None)
+
+    def store_logs(self, logs: Iterable[LeaseLogs]) -> None:
+        for each in logs:
+            self._store_logs(*each)
+            for row in self.rows("running_lease", late="", id=each.job_id.hex, token=each.token):
+                self._add_event("job.progressed", row)
+
+    def _store_logs(self, job_id: uuid.UUID, token: str, lines: bytes) -> None:
+        self.change("store_logs", id=job_id.hex, token=token, lines=lines.decode())
 
     def settle(self, leases: Iterable[tuple[uuid.UUID, str]]) -> None:
         for job_id, token in leases:

@@ -240,7 +240,8 @@ class Report:
     RELEASED, SNOOZED and `spend=False` do not spend the attempt. TIMED_OUT with `still_running`
     keeps the attempt's place in the concurrency limit, because its handler has not stopped.
     RELEASED with `parked_for`, the fingerprint of the worker, parks the job; `error` says why.
-    Unless `reads_job`, the job of a success is not read: a worker does not need it.
+    Unless `reads_job`, the job of a success is not read: a worker does not need it. The `logs` of
+    such a report replace the stored log lines; None keeps them.
     """
 
     job_id: uuid.UUID
@@ -254,6 +255,7 @@ class Report:
     still_running: bool = False
     parked_for: str | None = None
     reads_job: bool = True
+    logs: bytes | None = None
 
 
 class Ended(NamedTuple):
@@ -286,6 +288,14 @@ class LeaseRenewal(NamedTuple):
     job_id: uuid.UUID
     token: str
     progress: bytes | None = None
+
+
+class LeaseLogs(NamedTuple):
+    """The log lines of an attempt, as text of `job_logs`. They replace those that are stored."""
+
+    job_id: uuid.UUID
+    token: str
+    lines: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -447,6 +457,13 @@ class Store(ABC):
 
         None means that the lease is lost; a timed-out attempt keeps its place. If another
         transaction has locked the row, the lease is unchanged.
+        """
+
+    @abstractmethod
+    async def store_logs(self, logs: Sequence[LeaseLogs]) -> None:
+        """Store the log lines of attempts, whether or not their lease is in force.
+
+        Those of a row that another transaction has locked are not stored.
         """
 
     @abstractmethod
@@ -645,6 +662,7 @@ class Store(ABC):
             job_id = row["job_id"]
             attempts[job_id].append(
                 AttemptRecord(
+                    id=row["attempt_id"],
                     job_id=job_id,
                     attempt=row["attempt"],
                     worker_id=row["worker_id"],
@@ -656,6 +674,18 @@ class Store(ABC):
                 )
             )
         return attempts, not rows or rows[0]["attempts"] == len(rows)
+
+    async def logs(self, attempt_ids: Sequence[int], max_bytes: int) -> tuple[dict[int, str], bool]:
+        """Return the log lines of attempts, as text, up to a size; and if they are all.
+
+        Those of the latest attempts come first. Attempts without lines are missing.
+        """
+        rows = await self._read(
+            "logs", {"ids": json_text(list(attempt_ids)), "max_bytes": max_bytes}
+        )
+        return {row["attempt_id"]: row["logs"] for row in rows}, not rows or rows[0][
+            "logged"
+        ] == len(rows)
 
     async def list_jobs(self, wanted: JobFilter, owner: Owner | None, part: Slice) -> list[Listed]:
         """Return a part of the jobs of the owner, without what is large.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import builtins
 import os
 import threading
 import uuid
@@ -21,6 +22,7 @@ from job_registry_api.queue.enqueueing import Enqueued, Refusal
 from job_registry_api.queue.errors import QueueUnavailable
 from job_registry_api.queue.events import running_loop
 from job_registry_api.queue.filters import JobFilter
+from job_registry_api.queue.job_logs import LogLine
 from job_registry_api.queue.models import JobRecord
 from job_registry_api.queue.reading import JobPage, JobTotal
 
@@ -95,6 +97,10 @@ class SyncQueue:
     def get(self, job_id: str | uuid.UUID) -> JobRecord:
         """Return a job."""
         return self._run(lambda: self._queue.get(job_id))
+
+    def logs(self, job_id: uuid.UUID) -> builtins.list[LogLine]:
+        """Return the log lines that are kept of a job, oldest first."""
+        return self._run(lambda: self._queue.logs(job_id))
 
     def list(
         self,

@@ -12,6 +12,7 @@ from typing import Any, Final
 from job_registry import JobContext
 from job_registry.context import State
 from job_registry.extension import CallNext
+from job_registry_api import defaults
 from job_registry_api.queue.claiming import Lease
 from job_registry_api.queue.models import AttemptOutcome, AttemptRecord, JobRecord, JobStatus
 from job_registry_api.queue.queue import JobQueue
@@ -104,7 +105,9 @@ class _Run:
         self._raised: _RaisedError | None = None
         self._ended: AttemptRecord | None = None
         middleware = (self._watch, *(m for e in queue.registry.extensions for m in e.middleware))
-        equipment = Equipment(queue, keeper, None, middleware, state, assets)
+        equipment = Equipment(
+            queue, keeper, None, middleware, state, assets, defaults.KEEP_LOG_LINES
+        )
         self._attempt = Attempt(equipment, lease)
 
     async def finish(self, give_up: float, timeout: float) -> DrainedJob:

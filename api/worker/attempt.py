@@ -29,7 +29,9 @@ from job_registry_api.queue.leasing import Renewal
 from job_registry_api.queue.models import JobError
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.worker.follow_ups import REFUSED, FollowUps
+from job_registry_api.worker.job_log import JobLog, LineLimit, Tail
 from job_registry_api.worker.lease_keeper import Hold, LeaseKeeper
+from job_registry_api.worker.log_writer import WRITE_SECONDS
 from job_registry_api.worker.outcomes import (
     Circumstances,
     Complete,
@@ -99,6 +101,7 @@ class Equipment:
     middleware: tuple[Any, ...]
     state: State
     assets: str
+    keep_log_lines: int
 
 
 @dataclass(slots=True, eq=False)
@@ -127,7 +130,8 @@ class Attempt:
         self._runs_in = self._registered.runs_in
         # The database counts from the lease, which is earlier by the latency of its answer, and the
         # claims of other workers end attempts that timed out. End early, to report it first.
-        self._deadline = time.monotonic() + lease.job.timeout_seconds - EARLY_SECONDS
+        self._began = time.monotonic()
+        self._deadline = self._began + lease.job.timeout_seconds - EARLY_SECONDS
         self._now = Circumstances(cancel_requested=lease.job.cancel_requested_at is not None)
         self._stop = StopRequest()
         self._stop_by = float("inf")
@@ -135,6 +139,8 @@ class Attempt:
         self._call: HandlerCall | ProcessCall | None = None
         self._follow_ups = FollowUps(self._queue, lease.job.created_by)
         self._reporting = False
+        self._lines: bytes | None = None
+        """The log lines that are not stored yet, once the handler has ended."""
         self.has_ended = False
         """Whether the handler has ended, and only its report is left."""
         self.overdue = False
@@ -224,6 +230,7 @@ class Attempt:
         elif isinstance(end, Died) and not stopping:
             self._log.warning("job.process_died", reason=how_it_died(end.exit_code))
         await self._store_last_progress()
+        self._lines = await self._equipment.keeper.logs.take(self._token)
         report = report_of(end, self._now)
         if isinstance(report, Complete) and self._follow_ups.refusal is not None:
             report = _refused(self._follow_ups.refusal)
@@ -259,6 +266,7 @@ class Attempt:
             self._job.payload,
             deadline=self._deadline,
             on_progress=self._progress_sink(),
+            on_log_line=self._line_sink(),
             on_follow_up=self._follow_ups.add_from_process,
         )
 
@@ -274,7 +282,7 @@ class Attempt:
             **self._facts(),
             assets=self._equipment.assets,
             state=self._equipment.state,
-            log=handler_log,
+            log=self._kept(handler_log),
             _report=Progress(self._progress_sink(), handler_log, max_bytes=max_bytes).report,
             _enqueue=self._follow_ups.add,
             _cancelled=self._stop,
@@ -304,6 +312,17 @@ class Attempt:
         # Not a method: a handler may keep its context, and with it the attempt.
         keeper, token = self._equipment.keeper, self._token
         return lambda text: keeper.progress(token, text)
+
+    def _kept(self, handler_log: Any) -> JobLog:
+        """Return a logger whose lines are kept with the attempt."""
+        return JobLog(handler_log, LineLimit(self._line_sink(), self._began), self._began)
+
+    def _line_sink(self) -> Callable[[bytes], None]:
+        most = self._equipment.keep_log_lines
+        if most == 0:
+            return lambda line: None
+        logs, token, tail = self._equipment.keeper.logs, self._token, Tail(most)
+        return lambda line: logs.add(token, tail, line)
 
     def _process_address(self, registered: JobType[Any]) -> str | None:
         """Return the address from which a process imports the handler; None to run it here.
@@ -411,16 +430,29 @@ class Attempt:
         except Exception as error:
             self._log.warning("job.progress_lost", reason=reason_of(error))
 
+    async def _store_last_lines(self) -> None:
+        """Store the log lines that no report brings along."""
+        lines, self._lines = self._lines, None
+        if lines is None:
+            return
+        try:
+            async with asyncio.timeout(WRITE_SECONDS):
+                await self._queue.store_logs([(self._token, lines)])
+        except Exception as error:
+            self._log.warning("job.logs_not_stored", reason=reason_of(error))
+
     async def _report(self, report: Report) -> None:
         queue, token = self._queue, self._token
+        jobs = self._follow_ups.jobs
+        if jobs or not isinstance(report, Complete):
+            await self._store_last_lines()
         match report:
             case Complete(result):
-                jobs = self._follow_ups.jobs
                 try:
                     if jobs:
                         await self._repeat(lambda: queue.complete(token, result, follow_ups=jobs))
                     else:
-                        await self._repeat(lambda: queue.succeed(token, result))
+                        await self._repeat(lambda: queue.succeed(token, result, logs=self._lines))
                 except InputInvalid as invalid:
                     message = f"The handler's result cannot be stored: {invalid}"
                     await self._report(FailAttempt("result_invalid", message, retryable=False))

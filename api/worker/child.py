@@ -1,8 +1,8 @@
 """The process in which handlers with `run_in="process"` run, one at a time.
 
 The worker sends frames of JSON over a socket: `start` once, `run` for each job, `cancel`, and
-`leave`. The process answers `ready` or `failed` once, and `begun`, `progress`, `follow_up` and
-`ended` per job, and `limited` if its type has a memory limit.
+`leave`. The process answers `ready` or `failed` once, and `begun`, `progress`, `logged`,
+`follow_up` and `ended` per job, and `limited` if its type has a memory limit.
 When the socket closes, the process kills its process group, which includes all processes that the
 handlers have started.
 """
@@ -36,6 +36,7 @@ from job_registry.job_type import is_async
 from job_registry.payload import document_of
 from job_registry_api.logs import configure_logs, log_unexpected, use_standard_logging
 from job_registry_api.worker.extensions import WorkerStartError, lifespans
+from job_registry_api.worker.job_log import JobLog, LineLimit
 from job_registry_api.worker.memory_limit import MemoryLimit
 from job_registry_api.worker.outcomes import (
     End,
@@ -275,6 +276,9 @@ async def _run(
     def pass_on(text: bytes) -> None:
         link.send({"progress": run["number"], "text": text.decode()})
 
+    def keep(line: bytes) -> None:
+        link.send({"logged": run["number"], "line": line.decode()})
+
     ended = threading.Event()
     enqueueing = threading.Lock()
 
@@ -296,15 +300,17 @@ async def _run(
         return job_id
 
     progress = Progress(pass_on, log, max_bytes=start["max_bytes"])
+    deadline = time.monotonic() + run["seconds_left"]
+    began = deadline - job["timeout_seconds"]
     context = JobContext(
         **job,
         assets=start["assets"],
         state=state,
-        log=log,
+        log=JobLog(log, LineLimit(keep, began), began),
         _report=progress.report,
         _enqueue=enqueue,
         _cancelled=current.cancelled.is_set,
-        _deadline=time.monotonic() + run["seconds_left"],
+        _deadline=deadline,
     )
     handler, limit_mb = job_type.run, job_type.memory_limit_mb
     assert handler is not None  # Checked by job_type_at.

@@ -1,7 +1,8 @@
 """Renews the leases of a worker, in a thread with its own event loop and database connection.
 
 A handler that blocks the worker's event loop does not delay it. It renews all leases in one
-statement, stores progress, receives cancellations, and notices when the worker's loop is blocked.
+statement, stores progress and log lines, receives cancellations, and notices when the worker's loop
+is blocked.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 import structlog
 
@@ -21,6 +22,7 @@ from job_registry_api.queue.errors import LeaseLost, QueueUnavailable, reason_of
 from job_registry_api.queue.leasing import Renewal
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.store import Renewed
+from job_registry_api.worker.log_writer import LogWriter
 
 PROGRESS_SECONDS: Final = 1.0
 """The shortest time between two writes of a job's progress."""
@@ -85,6 +87,8 @@ class LeaseKeeper:
         self._turned_at = time.monotonic()
         self._awaits_turn = False
         self._blocked_warned = 0.0
+        self.logs = LogWriter()
+        """Stores the log lines of handlers on the loop of this thread."""
 
     def start(self) -> None:
         """Start the thread. Call it on the worker's event loop."""
@@ -201,7 +205,10 @@ class LeaseKeeper:
     async def _keep(self) -> None:
         self._loop, self._wake = asyncio.get_running_loop(), asyncio.Event()
         pause, not_before = 0.1, 0.0
-        async with self._queue.in_another_loop(pool_size=2) as self._own:
+        async with (
+            self._queue.in_another_loop(pool_size=2) as self._own,
+            _beside(self.logs.run(self._own)),
+        ):
             while not self._ending:
                 due_in = max(self._due_in(), not_before - time.monotonic())
                 await _wait(self._wake, min(due_in, TICK_SECONDS))
@@ -347,6 +354,17 @@ class LeaseKeeper:
             log.warning("worker.loop_turns_again", seconds=round(seconds, 1))
         self._blocked_warned = 0.0
         self._turned_at, self._awaits_turn = time.monotonic(), False
+
+
+@contextlib.asynccontextmanager
+async def _beside(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Run work beside this task, until the context ends."""
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
 
 
 async def _wait(event: asyncio.Event, seconds: float) -> None:

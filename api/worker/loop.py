@@ -26,6 +26,7 @@ from job_registry_api import defaults
 from job_registry_api.logs import log_unexpected
 from job_registry_api.queue.claiming import BusyWorker, Lease
 from job_registry_api.queue.errors import QueueUnavailable
+from job_registry_api.queue.job_logs import MAX_LINES
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.reading import log_unregistered_types
 from job_registry_api.queue.requests import MAX_LEASE, MAX_WAIT_SECONDS
@@ -83,12 +84,13 @@ class Worker:
     and write files. `worker_id` names the worker in attempts. After `stop`, running jobs have
     `shutdown_seconds` to end. `extensions` default to those of the registry. Succeeded jobs are
     deleted `keep_succeeded_days` after they ended, failed and cancelled jobs after
-    `keep_failed_days`. Jobs that no worker could read for `parked_days` fail.
+    `keep_failed_days`. Jobs that no worker could read for `parked_days` fail. With each attempt its
+    last `keep_log_lines` log lines are kept, at most 1,000.
 
     Raises:
         DefinitionError: a handler with `run_in="process"` cannot be imported by its process.
         JobTypeNotFound: `types` names a type that the registry does not have.
-        ValueError: `concurrency` or `shutdown_seconds` is too low.
+        ValueError: `concurrency`, `shutdown_seconds` or `keep_log_lines` is too low.
     """
 
     def __init__(
@@ -104,11 +106,14 @@ class Worker:
         keep_succeeded_days: float = defaults.KEEP_SUCCEEDED_DAYS,
         keep_failed_days: float = defaults.KEEP_FAILED_DAYS,
         parked_days: float = defaults.PARKED_DAYS,
+        keep_log_lines: int = defaults.KEEP_LOG_LINES,
     ) -> None:
         if concurrency < 1:
             raise ValueError(f"concurrency: expected 1 or more; got {concurrency}")
         if shutdown_seconds < 0:
             raise ValueError(f"shutdown_seconds: expected 0 or more; got {shutdown_seconds}")
+        if keep_log_lines < 0:
+            raise ValueError(f"keep_log_lines: expected 0 or more; got {keep_log_lines}")
         registry = queue.registry
         named = types or [name for name in registry if registry[name].has_handler]
         self.types = tuple(dict.fromkeys(registry.get_type(name).name for name in named))
@@ -122,6 +127,7 @@ class Worker:
         self._keep_succeeded_days = keep_succeeded_days
         self._keep_failed_days = keep_failed_days
         self._parked_days = parked_days
+        self._keep_log_lines = min(keep_log_lines, MAX_LINES)
         self._extensions = tuple(registry.extensions if extensions is None else extensions)
         self._stopping = asyncio.Event()
         self._stopping_now = asyncio.Event()
@@ -238,6 +244,7 @@ class Worker:
                 tuple(each for extension in self._extensions for each in extension.middleware),
                 state,
                 self._assets,
+                self._keep_log_lines,
             )
             self._context = copy_context()
             self._keeper.start()

@@ -91,6 +91,7 @@ class HandlerProcesses:
         *,
         deadline: float,
         on_progress: Callable[[bytes], None],
+        on_log_line: Callable[[bytes], None],
         on_follow_up: Callable[[Mapping[str, Any]], None],
     ) -> ProcessCall:
         """Run a job's handler in an idle process, or in a new one."""
@@ -107,6 +108,7 @@ class HandlerProcesses:
             limit_mb=limit_mb,
             deadline=deadline,
             on_progress=on_progress,
+            on_log_line=on_log_line,
             on_follow_up=on_follow_up,
         )
 
@@ -191,6 +193,7 @@ class ProcessCall:
         limit_mb: int | None,
         deadline: float,
         on_progress: Callable[[bytes], None],
+        on_log_line: Callable[[bytes], None],
         on_follow_up: Callable[[Mapping[str, Any]], None],
     ) -> None:
         self._processes = processes
@@ -199,6 +202,7 @@ class ProcessCall:
         self._near_limit = False
         self._deadline = deadline
         self._on_progress = on_progress
+        self._on_log_line = on_log_line
         self._on_follow_up = on_follow_up
         self._stop_requested = False
         self._killed = False
@@ -262,6 +266,8 @@ class ProcessCall:
                     process.is_begun = True
                 elif message.get("progress") == process.number:
                     self._on_progress(message["text"].encode())
+                elif message.get("logged") == process.number:
+                    self._on_log_line(message["line"].encode())
                 elif message.get("follow_up") == process.number:
                     self._on_follow_up(message["job"])
                 elif message.get("limited") == process.number:

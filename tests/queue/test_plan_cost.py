@@ -19,6 +19,7 @@ import pytest
 from job_registry import EnqueueRequest, JobPolicy, JobRegistry, JobType
 from job_registry_api.queue.claiming import Lease
 from job_registry_api.queue.filters import JobFilter
+from job_registry_api.queue.job_logs import LogLevel, LogLine
 from job_registry_api.queue.models import JobError, JobStatus
 from job_registry_api.queue.queue import JobQueue
 from tests.conftest import run_sql
@@ -98,7 +99,8 @@ async def work(queue: JobQueue, types: list[str]) -> None:
             while len(leases) <= 5:
                 leases += await queue.lease(types, "w", limit=10)
                 leases += await queue.lease(types, "w", limit=100)
-        await queue.heartbeat(leases[0].token, {"done": turn})
+        logged = [LogLine(LogLevel.INFO, "turn", 0.0, {"number": turn})]
+        await queue.heartbeat(leases[0].token, {"done": turn}, logged)
         await asyncio.gather(*(queue.complete(lease.token) for lease in leases[5:]))
         await queue.succeed(leases[4].token)
         await queue.fail(leases[0].token, BROKEN)
@@ -110,6 +112,7 @@ async def work(queue: JobQueue, types: list[str]) -> None:
         await queue.retry(leases[3].job.id)
         await queue.get(job.id)
         await queue.attempts([each.job.id for each in leases])
+        assert (await queue.logs(leases[0].job.id))[-1:] == logged
         await queue.waiting_reason(job)
         await queue.counts()
         await queue.list(JobFilter(types=(name,)))

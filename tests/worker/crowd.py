@@ -120,6 +120,11 @@ def act(job: JobContext, payload: Act) -> Any:
             while not job.cancel_requested:
                 time.sleep(0.01)
             raise Fail("cancelled by itself")
+        case "log":
+            job.log.info("from a process", argument=payload.argument)
+        case "log and crash":
+            job.log.info("about to crash")
+            os.kill(os.getpid(), signal.SIGSEGV)
         case "progress":
             job.progress({"step": 1})
             job.progress(float("nan"))

@@ -89,6 +89,10 @@ SELECT * FROM job_registry.job_renew(
     CAST(:renewals AS jsonb), CAST(:lease AS double precision), CAST(:process AS text),
     CAST(:keep AS boolean))
 
+-- name: store_logs
+-- Replace the log lines of attempts.
+SELECT job_registry.job_store_logs(CAST(:kept AS jsonb), CAST(:process AS text), CAST(:keep AS boolean))
+
 -- name: settle
 -- Free the places of timed-out attempts.
 SELECT job_registry.job_settle(CAST(:ended AS jsonb), CAST(:process AS text), CAST(:keep AS boolean))
@@ -250,10 +254,12 @@ JOIN job_registry.job ON job.id = lease.id
 
 -- name: attempts
 -- Return the latest attempts of these jobs up to a size, oldest first, and how many there are.
-SELECT job_id, attempt, worker_id, started_at, finished_at, outcome, error, attempts,
+SELECT id AS attempt_id, job_id, attempt, worker_id, started_at, finished_at, outcome, error,
+    attempts,
     held_until > clock_timestamp() AS still_running
 FROM (
-    SELECT *, count(*) OVER () AS attempts, row_number() OVER (ORDER BY id DESC) AS place,
+    SELECT id, job_id, attempt, worker_id, started_at, finished_at, outcome, error, held_until,
+        count(*) OVER () AS attempts, row_number() OVER (ORDER BY id DESC) AS place,
         sum(200 + coalesce(49 * length(CAST(error AS text))
                            - 48 * length(replace(CAST(error AS text), ',', '')), 0))
             OVER (ORDER BY id DESC) AS bytes
@@ -264,6 +270,19 @@ FROM (
 ) AS sized
 WHERE bytes <= CAST(:max_bytes AS bigint) OR place = 1
 ORDER BY id
+
+-- name: logs
+-- Return the log lines of attempts up to a size, and how many attempts have some.
+SELECT id AS attempt_id, logs, logged FROM (
+    SELECT id, logs, count(*) OVER () AS logged, row_number() OVER (ORDER BY id DESC) AS place,
+        sum(octet_length(logs)) OVER (ORDER BY id DESC) AS bytes
+    FROM job_registry.job_attempt
+    WHERE logs IS NOT NULL AND id IN (
+        SELECT CAST(wanted.id AS bigint)
+        FROM jsonb_array_elements_text(CAST(:ids AS jsonb)) AS wanted (id))
+) AS sized
+WHERE bytes <= CAST(:max_bytes AS bigint) OR place = 1
+ORDER BY id DESC
 
 -- name: waiting
 -- Return what queued jobs wait for.

@@ -280,6 +280,10 @@ WHERE id = :id
 UPDATE job_attempt SET held_until = :held_until
 WHERE job_id = :id AND lease_token = :token AND held_until IS NOT NULL
 
+-- name: store_logs
+-- Replace the log lines of an attempt.
+UPDATE job_attempt SET logs = :lines WHERE job_id = :id AND lease_token = :token
+
 -- name: settle
 -- Free the place of a timed-out attempt. The type is that of `:id`: in RETURNING, SQLite would find
 -- `job_attempt.job_id` by reading all jobs.
@@ -371,15 +375,27 @@ CROSS JOIN job ON job.id = json_extract(lease.value, '$.id')
 
 -- name: attempts
 -- Return the latest attempts of these jobs up to a size, oldest first, and how many there are.
-SELECT job_id, attempt, worker_id, started_at, finished_at, outcome, error, attempts,
+SELECT id AS attempt_id, job_id, attempt, worker_id, started_at, finished_at, outcome, error,
+    attempts,
     held_until > strftime('%Y-%m-%d %H:%M:%f', 'now', :shift) || '000' AS still_running
 FROM (
-    SELECT *, count(*) OVER () AS attempts, row_number() OVER (ORDER BY id DESC) AS place,
+    SELECT id, job_id, attempt, worker_id, started_at, finished_at, outcome, error, held_until,
+        count(*) OVER () AS attempts, row_number() OVER (ORDER BY id DESC) AS place,
         sum(200 + coalesce(49 * length(error) - 48 * length(replace(error, ',', '')), 0))
             OVER (ORDER BY id DESC) AS bytes
     FROM job_attempt WHERE job_id IN (SELECT value FROM json_each(:ids)))
 WHERE bytes <= :max_bytes OR place = 1
 ORDER BY id
+
+-- name: logs
+-- Return the log lines of attempts up to a size, and how many attempts have some.
+SELECT id AS attempt_id, logs, logged FROM (
+    SELECT id, logs, count(*) OVER () AS logged, row_number() OVER (ORDER BY id DESC) AS place,
+        sum(length(CAST(logs AS BLOB))) OVER (ORDER BY id DESC) AS bytes
+    FROM job_attempt
+    WHERE logs IS NOT NULL AND id IN (SELECT value FROM json_each(:ids)))
+WHERE bytes <= :max_bytes OR place = 1
+ORDER BY id DESC
 
 -- name: waiting
 -- Return what queued jobs wait for. Each count reads one range of an index, up to a bound. Higher
