@@ -57,7 +57,11 @@ BEGIN
             UPDATE job_attempt SET
                 finished_at = now, outcome = 'succeeded', error = NULL, held_until = NULL,
                 logs = coalesce(held.logs, job_attempt.logs)
-            FROM held WHERE job_attempt.job_id = held.id AND job_attempt.finished_at IS NULL
+            -- Found job by job. The planner takes the index of open attempts for empty, and would
+            -- read all of it: during a long transaction it has an entry of every attempt since.
+            FROM held WHERE job_attempt.id = (
+                SELECT open.id FROM job_attempt AS open
+                WHERE open.job_id = held.id AND open.finished_at IS NULL)
         )
         UPDATE job SET
             status = 'succeeded', next_run_at = NULL, finished_at = now, quick_returns = 0,

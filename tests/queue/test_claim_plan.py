@@ -289,16 +289,19 @@ async def test_on_postgresql_a_report_reads_nothing_of_the_jobs_done_since_a_lon
         for statement in RAN:
             async with database.reading() as connection:
                 await connection.exec_driver_sql(statement)
-        await queue.enqueue_many([EnqueueRequest("test.ping", {})] * 2)
-        leases = await queue.lease(["test.ping"], "w", limit=2)
+        await queue.enqueue_many([EnqueueRequest("test.ping", {})] * 3)
+        leases = await queue.lease(["test.ping"], "w", limit=3)
         lease = leases[0]
-        named, parked = [
+        named, parked, succeeded = [
             {"id": each.job.id.hex, "token": each.token[32:], "fingerprint": "1" * 64}
             for each in leases
         ]
-        renewals, parks = [json_text([each]) for each in (named, parked)]
+        renewals, parks, successes = [json_text([each]) for each in (named, parked, succeeded)]
         reports = json_text([named | {"outcome": "succeeded", "retryable": True, "spend": True}])
         read = {
+            "succeed": await blocks(
+                database, f"SELECT * FROM job_succeed('{successes}', 'p', true)"
+            ),
             "park": await blocks(database, f"SELECT * FROM job_park('{parks}', 'p', true)"),
             "settle": await blocks(database, f"SELECT job_settle('{parks}', 'p', true)"),
             "renew": await blocks(
