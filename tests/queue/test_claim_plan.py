@@ -141,6 +141,20 @@ BY_ID = (
 """The statements of SQLite that read only the jobs that they name."""
 
 
+@pytest.mark.parametrize("name", ["next_level", "any_parked", "next_refused", "next_parked_level"])
+async def test_on_sqlite_a_claim_reads_one_row_to_know_what_is_next(
+    filled_file: Database, name: str
+) -> None:
+    values = PARAMETERS[name]
+    if name != "next_level":
+        async with filled_file.transaction() as connection:
+            for statement in PARK["sqlite"]:
+                await connection.exec_driver_sql(statement.format(refused="f"))
+    async with filled_file.reading() as connection:
+        rows = (await connection.execute(text(statements("sqlite")[name]), values)).all()
+    assert len(rows) == 1
+
+
 LISTS = {
     "all": JobFilter(),
     "a type": JobFilter(types=("test.ping",)),

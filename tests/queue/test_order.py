@@ -302,6 +302,16 @@ async def test_jobs_ahead_are_those_of_the_same_type_that_go_first(unordered: Jo
     assert await queue.waiting_reason(before) is None
 
 
+async def test_jobs_ahead_are_counted_up_to_a_bound(queue: JobQueue, database_url: str) -> None:
+    for priority in (50, 90):
+        await queue.enqueue_many([PING._replace(priority=priority)] * 3)
+    first, *_, last = [(await stored(queue, PING, priority=10)) for _ in range(4)]
+    found = await queue._store._read("waiting", {"ids": store.ids_text([first, last]), "most": 2})
+    # SQLite reads up to the bound of each priority.
+    bounds = (4, 6) if database_url.startswith("sqlite") else (2, 2)
+    assert {row["id"]: row["ahead"] for row in found} == {first: bounds[0], last: bounds[1]}
+
+
 async def test_ended_jobs_are_deleted_in_batches_those_first_that_ended_first(
     unordered: JobQueue, database_url: str
 ) -> None:

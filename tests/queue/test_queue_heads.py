@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from typing import cast
 
 from job_registry import EnqueueRequest, JobRegistry
 from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.postgresql import SLOW_LOOKS, PostgreSQLStore, QueueHeads
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.store import Claim
+from tests.conftest import advance, run_sql
 
 NOON = datetime(2030, 1, 1, 12, tzinfo=UTC)
 
@@ -68,6 +71,49 @@ def test_everything_is_looked_at_again_for_a_twentieth_of_the_time_and_within_tw
     end = slow_looks(heads, 100.0, took=5.0)
     assert heads.known(end + 1.9)[0] is not None
     assert heads.known(end + 2.1)[0] is None
+
+
+async def test_a_level_is_that_of_a_due_job_of_the_type_from_its_head_on(
+    fresh_postgresql_url: str, registry: JobRegistry
+) -> None:
+    async with JobQueue.from_url(fresh_postgresql_url, registry, lease_seconds=30) as queue:
+        ping = EnqueueRequest("test.ping", {})
+        for priority, at in ((90, NOON + timedelta(hours=1)), (50, NOON), (20, NOON)):
+            await queue.enqueue(ping._replace(priority=priority, schedule_at=at))
+        await queue.enqueue(ping._replace(type="test.pong", priority=70, schedule_at=NOON))
+        # A job that runs is of no level.
+        await queue.enqueue(ping._replace(priority=80))
+        assert len(await queue.lease(["test.ping"], "w")) == 1
+
+    async def level(below: int, due: datetime, heads: str = "NULL") -> int | None:
+        """The level of an instant, and from heads on, each [priority, time]."""
+        query = f"SELECT job_next_level('test.ping', {below}::smallint, '{due}', {heads})"
+        ((found,),) = await asyncio.to_thread(run_sql, fresh_postgresql_url, query)
+        return cast("int | None", found)
+
+    soon, early = NOON + timedelta(seconds=1), NOON - timedelta(seconds=1)
+    times = [f'[{priority}, "{NOON.isoformat()}"]' for priority in (90, 80, 70, 50, 20)]
+    later = [each.replace("12:00:00", "12:00:01") for each in times]
+    for heads in ("NULL", f"'[{', '.join(times)}]'"):
+        assert await level(101, NOON, heads) == 50
+        assert await level(101, NOON + timedelta(hours=1), heads) == 90
+        assert await level(50, soon, heads) == 20
+        assert await level(20, soon, heads) is None
+        assert await level(101, early, heads) is None
+    assert await level(101, soon, f"'[{', '.join(later)}]'") is None
+
+
+async def test_leases_are_looked_for_as_far_back_as_the_last_full_claim(
+    fresh_postgresql_url: str, registry: JobRegistry
+) -> None:
+    async with JobQueue.from_url(fresh_postgresql_url, registry, lease_seconds=30) as queue:
+        await queue.enqueue(EnqueueRequest("test.ping", {}))
+        await queue.lease(["test.ping"], "w")
+        await advance(fresh_postgresql_url, 50)
+    for look_back, found in ((10, 0), (600, 1)):
+        recover = f"SELECT id FROM job_recover('p', false, 9, {look_back}, 30, NULL, NULL)"
+        rows = await asyncio.to_thread(run_sql, fresh_postgresql_url, recover)
+        assert len(rows) == found
 
 
 async def test_a_claim_in_between_starts_at_the_last_taken_job_of_each_priority(

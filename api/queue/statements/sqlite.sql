@@ -51,8 +51,7 @@ WHERE id = :id
 -- stepped back. Ids begin with the time, so only the end of the primary key is read.
 UPDATE job SET next_run_at = :now
 WHERE id IN (
-    SELECT id FROM job WHERE id > :newest AND status = 'queued' AND next_run_at = created_at
-      AND created_at > :now
+    SELECT id FROM job WHERE id > :newest AND next_run_at = created_at AND created_at > :now
     LIMIT :most)
 
 -- name: next_level
@@ -127,8 +126,9 @@ SELECT job_id, due_at FROM job_parked
 WHERE parked_at IS NOT NULL AND type = :type AND parked_at <= :parked_until LIMIT :jobs
 
 -- name: unpark
--- Make a parked job due for every worker.
-UPDATE job SET next_run_at = :due_at WHERE id = :id AND status = 'queued' RETURNING *
+-- Make a parked job due for every worker. It is queued: a trigger records that a job is no longer
+-- parked.
+UPDATE job SET next_run_at = :due_at WHERE id = :id RETURNING *
 
 -- name: forget_parked
 -- Forget which workers refused a job.
@@ -139,9 +139,9 @@ DELETE FROM job_parked WHERE job_id = :id
 SELECT job_id, error FROM job_parked WHERE parked_at < :before ORDER BY parked_at LIMIT :jobs
 
 -- name: fail_parked
--- Fail a parked job.
+-- Fail a parked job, which is queued.
 UPDATE job SET status = 'failed', next_run_at = NULL, finished_at = :now, error = :error
-WHERE id = :id AND status = 'queued' RETURNING *
+WHERE id = :id RETURNING *
 
 -- name: see_version
 -- Record that a worker has a version of a type.
