@@ -170,6 +170,7 @@ ABOUT_QUEUE: Final = (
             *QUICK_QUEUE_TESTS,
             *_queue("claim_plan", "claiming", "enqueue", "parking", "replaying"),
             "tests/test_own_jobs.py",
+            "tests/test_logs_of_jobs.py",
         ),
     ),
     ("api/queue/claiming.py", (*_queue("claiming"), "tests/test_metrics.py")),
@@ -195,6 +196,10 @@ ABOUT_QUEUE: Final = (
     ),
     ("alembic/versions/0005", (*QUICK_QUEUE_TESTS, *_queue("enqueue", "locks", "claim_plan"))),
     ("alembic/versions/0006", _queue("migrations")),
+    (
+        "alembic/versions/0008",
+        (*QUICK_QUEUE_TESTS, "tests/worker/test_job_logs.py", "tests/test_logs_of_jobs.py"),
+    ),
     (
         "alembic/versions/0007",
         (*QUICK_QUEUE_TESTS, *_queue("parking", "leasing_with_reports", "locks", "claiming")),
