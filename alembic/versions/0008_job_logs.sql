@@ -55,7 +55,7 @@ BEGIN
                 FOR UPDATE SKIP LOCKED) AS running
         ), closed AS (
             UPDATE job_attempt SET
-                finished_at = now, outcome = 'succeeded', error = NULL, held_until = NULL,
+                finished_at = now, outcome = 'succeeded',
                 logs = coalesce(held.logs, job_attempt.logs)
             -- Found job by job. The planner takes the index of open attempts for empty, and would
             -- read all of it: during a long transaction it has an entry of every attempt since.
@@ -64,7 +64,7 @@ BEGIN
                 WHERE open.job_id = held.id AND open.finished_at IS NULL)
         )
         UPDATE job SET
-            status = 'succeeded', next_run_at = NULL, finished_at = now, quick_returns = 0,
+            status = 'succeeded', finished_at = now, quick_returns = 0,
             result = CAST(held.result AS jsonb), error = NULL,
             lease_expires_at = NULL, deadline_at = NULL, held_until = NULL
         FROM held WHERE job.id = held.id
