@@ -509,7 +509,7 @@ _GRANTS: Final = text("""
 WITH home AS (
     SELECT oid, nspname FROM pg_namespace WHERE nspname = CAST(:schema AS text)
 ), ours AS (
-    SELECT pg_class.oid, relnamespace FROM pg_class JOIN home ON home.oid = relnamespace
+    SELECT pg_class.oid FROM pg_class JOIN home ON home.oid = relnamespace
     WHERE relkind IN ('r', 'p') AND relname = ANY(CAST(:tables AS text[]))
 )
 SELECT statement FROM (
@@ -518,7 +518,7 @@ SELECT statement FROM (
     UNION ALL
     SELECT 2, relname, format('GRANT SELECT, INSERT, UPDATE, DELETE ON TABLE %I.%I TO %I;',
         nspname, relname, CAST(:role AS text))
-    FROM ours JOIN pg_class USING (oid) JOIN home ON home.oid = pg_class.relnamespace
+    FROM ours JOIN pg_class USING (oid) CROSS JOIN home
     UNION ALL
     SELECT 3, CAST(:version_table AS text), format('GRANT SELECT ON TABLE %I.%I TO %I;',
         nspname, CAST(:version_table AS text), CAST(:role AS text)) FROM home
@@ -527,8 +527,7 @@ SELECT statement FROM (
         nspname, sequence.relname, CAST(:role AS text))
     FROM pg_depend
     JOIN pg_class AS sequence ON sequence.oid = pg_depend.objid AND sequence.relkind = 'S'
-    JOIN ours ON ours.oid = pg_depend.refobjid
-    JOIN home ON home.oid = sequence.relnamespace
+    JOIN ours ON ours.oid = pg_depend.refobjid CROSS JOIN home
     WHERE pg_depend.deptype IN ('a', 'i')
     UNION ALL
     SELECT 5, proname, format('GRANT EXECUTE ON FUNCTION %I.%I(%s) TO %I;',

@@ -328,10 +328,8 @@ class PostgreSQLStore(Store):
     async def see_worker(
         self, types: Sequence[str], versions: Sequence[tuple[str, str]] = ()
     ) -> None:
-        seen = [{"type": name, "fingerprint": value} for name, value in sorted(versions)]
-        await self._run(
-            "see_worker", {"types": json_text(sorted(types)), "versions": json_text(seen)}
-        )
+        seen = [{"type": name, "fingerprint": value} for name, value in versions]
+        await self._run("see_worker", {"types": json_text(types), "versions": json_text(seen)})
 
     async def unpark(
         self, types: Sequence[str], *, parked_until: datetime, jobs: int

@@ -30,7 +30,7 @@ from queue import SimpleQueue
 from typing import Final
 
 from tests.mutants import lines
-from tests.mutants.faults import Mutant, python_mutants, replaced_functions, sql_mutants
+from tests.mutants.faults import Mutant, python_mutants, replaced, sql_mutants
 from tests.mutants.lines import Lines
 from tests.mutants.runner import Runner
 from tests.mutants.stages import AREAS, NOT_FOR_MUTANTS, Area, Stage, stages_of_line
@@ -106,13 +106,13 @@ def main() -> None:
 
 
 def _mutants(area: Area) -> Iterator[Mutant]:
-    replaced: set[str] = set()
-    # The latest migration first: it may replace functions of the others.
+    left_out: set[str] = set()
+    # The latest migration first: it may replace functions and triggers of the others.
     for path in sorted({path for each in area.paths for path in ROOT.glob(each)}, reverse=True):
         text, relative = path.read_text("utf-8"), path.relative_to(ROOT)
         if area.sql:
-            yield from sql_mutants(relative, text, replaced)
-            replaced |= replaced_functions(text)
+            yield from sql_mutants(relative, text, left_out)
+            left_out |= replaced(text)
         else:
             yield from python_mutants(relative, text)
 

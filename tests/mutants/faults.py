@@ -5,7 +5,8 @@ from __future__ import annotations
 import ast
 import hashlib
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -47,8 +48,11 @@ _COMPARISON: Final = (
     rf"|[\w.]+ IN \([^()]*\))"
 )
 
-# Not before an operator: what is left would be no SQL, which every test notices.
-_END: Final = r"(?=\s|\)|$|;|\")(?!\s+[-+*/|])"
+# Not before an operator: what is left would be no SQL, which every test notices. `--` is none.
+_END: Final = r"(?=\s|\)|$|;|\")(?!\s+(?:[+*/|]|-(?!-)))"
+
+# No test can stop the clock at a microsecond.
+_NOT_NOW: Final = r"(?! (?::?now\b|clock_timestamp\(|strftime\('[^']*', 'now'))"
 
 # What is replaced, and by what; each place is a fault of its own. `{...}` is a placeholder of an
 # f-string, such as `{d.skip_locked}`.
@@ -67,9 +71,8 @@ SQL_RULES: Final[tuple[tuple[str, str, str], ...]] = (
     ("comparison turned", r"(?<= )>(?= )", "<="),
     ("comparison turned", r"\bIS NOT NULL\b", "IS NULL"),
     ("comparison turned", r"\bIS NULL\b", "IS NOT NULL"),
-    # No test can stop the clock at a microsecond.
-    ("boundary moved", r"(?<!\bnow )(?<= )<=(?= )(?! :?now\b)", "<"),
-    ("boundary moved", r"(?<!\bnow )(?<= )>=(?= )(?! :?now\b)", ">"),
+    ("boundary moved", rf"(?<!\bnow )(?<= )<=(?= ){_NOT_NOW}", "<"),
+    ("boundary moved", rf"(?<!\bnow )(?<= )>=(?= ){_NOT_NOW}", ">"),
     ("order turned", r"\bDESC\b", "ASC"),
     ("order dropped", r"\bORDER BY [^\n()]*?(?=\s+LIMIT\b|\s*\)|\n|\")", ""),
     ("bound dropped", r"\s+LIMIT (?::\w+|\{\w+\}|\d+|\w+)", ""),
@@ -160,24 +163,42 @@ def _mutated_python(text: str, name: str, occurrence: int) -> str | None:
     return mutated
 
 
-def replaced_functions(text: str) -> set[str]:
-    """The functions of earlier migrations that this one replaces."""
-    return set(re.findall(r"^CREATE OR REPLACE FUNCTION (\w+)", text, re.M))
+def replaced(text: str) -> set[str]:
+    """The functions and triggers of earlier migrations that this one replaces.
+
+    A trigger is replaced by one of the same name.
+    """
+    functions = re.findall(r"^CREATE OR REPLACE FUNCTION (\w+)", text, re.M)
+    return {*functions, *_triggers(text)}
 
 
-def sql_mutants(path: Path, text: str, replaced: Collection[str] = frozenset()) -> Iterator[Mutant]:
+def _triggers(text: str) -> list[str]:
+    return re.findall(r"\bCREATE TRIGGER (\w+) ", text)
+
+
+def sql_mutants(
+    path: Path, text: str, left_out: AbstractSet[str] = frozenset()
+) -> Iterator[Mutant]:
     """The file with each of our own faults in its SQL: all of a .sql, the strings of a .py.
 
-    Functions that a later migration has `replaced` are left out: they do not run.
+    `left_out` are functions and triggers that a later migration has replaced: they do not run.
     """
-    is_sql = path.suffix == ".sql"
-    spans = list(_in_force(text, replaced)) if is_sql else list(_sql_strings(text))
+    if path.suffix == ".sql":
+        spans = list(_in_force(text, left_out))
+    else:
+        spans = [
+            (start, end)
+            for start, end in _sql_strings(text)
+            if left_out.isdisjoint(_triggers(text[start:end]))
+        ]
     seen: set[str] = set()
     for start, end in spans:
         comments = [found.span() for found in _COMMENT.finditer(text, start, end)]
         for fault, pattern, replacement in SQL_RULES:
             for found in re.compile(pattern, re.M).finditer(text, start, end):
                 if any(a <= found.start() < b for a, b in comments):
+                    continue
+                if _makes_no_difference(text, fault, found):
                     continue
                 mutated = text[: found.start()] + found.expand(replacement) + text[found.end() :]
                 if mutated not in seen:
@@ -188,12 +209,32 @@ def sql_mutants(path: Path, text: str, replaced: Collection[str] = frozenset()) 
                     yield Mutant(path, line, told, key, partial(str, mutated))
 
 
-def _in_force(text: str, replaced: Collection[str]) -> Iterator[tuple[int, int]]:
-    """Where a .sql has statements, but for those that make the replaced functions."""
+def _makes_no_difference(text: str, fault: str, found: re.Match[str]) -> bool:
+    """Return whether the database gives the same rows without it, whatever the tables have."""
+    statement = text[text.rfind(";", 0, found.start()) + 1 : found.start()]
+    match fault:
+        case "bound dropped":
+            # SELECT INTO of PL/pgSQL takes the first row, and reads no further.
+            is_last = found[0].strip() == "LIMIT 1" and text.startswith(";", found.end())
+            return is_last and re.search(r"\bSELECT\b[^()]*\bINTO\b", statement) is not None
+        case "order dropped":
+            # The rows of a function come in the order of their numbers.
+            rest = text[found.end() : text.find(";", found.end())]
+            numbers = re.findall(r"WITH ORDINALITY AS (\w+) \(\w+, (\w+)\)", rest)
+            if found[0] in {f"ORDER BY {alias}.{number}" for alias, number in numbers}:
+                return True
+            # What is only counted has no order; it may choose the index.
+            counted = r"count\(\*\) FROM \(\s*SELECT 1 FROM (?:[^()]|\([^()]*\))*$"
+            return re.search(counted, statement) is not None
+    return False
+
+
+def _in_force(text: str, left_out: AbstractSet[str]) -> Iterator[tuple[int, int]]:
+    """Where a .sql has statements, but for those that make the functions that are left out."""
     starts = [found.start() for found in re.finditer(r"^CREATE ", text, re.M)]
     for start, end in pairwise([0, *starts, len(text)]):
         made = re.match(r"CREATE (?:OR REPLACE )?FUNCTION (\w+)", text[start:end])
-        if made is None or made[1] not in replaced:
+        if made is None or made[1] not in left_out:
             yield start, end
 
 

@@ -149,12 +149,29 @@ QUEUE_TESTS: Final = (
     "tests/graphql/test_subscriptions.py",
 )
 QUICK_QUEUE_TESTS: Final = _queue(
-    "small_faults", "life_of_a_job", "overrunning_attempts", "clocks", "queue_heads", "upkeep"
+    "order",
+    "ends",
+    "small_faults",
+    "life_of_a_job",
+    "overrunning_attempts",
+    "clocks",
+    "queue_heads",
+    "upkeep",
 )
 ABOUT_QUEUE: Final = (
     ("api/queue/caller_transactions.py", _queue("caller_transactions")),
-    ("alembic/versions/0002_claims.sql", (*QUICK_QUEUE_TESTS, *_queue("claiming", "locks"))),
-    ("api/queue/statements", (*QUICK_QUEUE_TESTS, *_queue("claiming", "enqueue", "parking"))),
+    (
+        "alembic/versions/0002_claims.sql",
+        (*QUICK_QUEUE_TESTS, *_queue("claim_plan", "claiming", "locks")),
+    ),
+    (
+        "api/queue/statements",
+        (
+            *QUICK_QUEUE_TESTS,
+            *_queue("claim_plan", "claiming", "enqueue", "parking", "replaying"),
+            "tests/test_own_jobs.py",
+        ),
+    ),
     ("api/queue/claiming.py", (*_queue("claiming"), "tests/test_metrics.py")),
     ("api/queue/database.py", _queue("database", "sqlite_file")),
     ("api/queue/enqueueing.py", _queue("enqueue")),
@@ -172,7 +189,16 @@ ABOUT_QUEUE: Final = (
     ("api/queue/sqlite_database.py", _queue("database", "sqlite_file")),
     ("api/queue/queue.py", _queue("programs", "small_faults")),
     ("alembic/versions/0001_jobs.py", _queue("migrations", "small_faults")),
-    ("alembic/versions/0003_evolution", (*_queue("parking", "claiming"), *QUICK_QUEUE_TESTS)),
+    (
+        "alembic/versions/0003_evolution",
+        (*_queue("parking", "migrations", "locks", "claiming"), *QUICK_QUEUE_TESTS),
+    ),
+    ("alembic/versions/0005", (*QUICK_QUEUE_TESTS, *_queue("enqueue", "locks", "claim_plan"))),
+    ("alembic/versions/0006", _queue("migrations")),
+    (
+        "alembic/versions/0007",
+        (*QUICK_QUEUE_TESTS, *_queue("parking", "leasing_with_reports", "locks", "claiming")),
+    ),
     ("alembic/versions/0004", _queue("filters", "migrations")),
 )
 AREAS: Final = (

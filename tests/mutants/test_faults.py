@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import pytest
 from tests import CODE, ROOT
 from tests.mutants import lines
 from tests.mutants.__main__ import sample
-from tests.mutants.faults import python_mutants, replaced_functions, sql_mutants
+from tests.mutants.faults import python_mutants, replaced, sql_mutants
 from tests.mutants.lines import Lines
 from tests.mutants.stages import AREAS, stages_of, stages_of_line
 
@@ -144,10 +145,45 @@ def test_functions_that_a_later_migration_replaces_get_no_faults() -> None:
         "CREATE FUNCTION one() RETURNS void AS $$ DELETE FROM job WHERE a <= 1 $$;\n"
         "CREATE FUNCTION two() RETURNS void AS $$ DELETE FROM job WHERE b <= 1 $$;\n"
     )
-    replaced = replaced_functions("CREATE OR REPLACE FUNCTION one() RETURNS void AS $$ $$;")
-    assert replaced == {"one"}
-    assert {mutant.line for mutant in sql_mutants(Path("0001.sql"), text, replaced)} == {2}
+    left_out = replaced("CREATE OR REPLACE FUNCTION one() RETURNS void AS $$ $$;")
+    assert left_out == {"one"}
+    assert {mutant.line for mutant in sql_mutants(Path("0001.sql"), text, left_out)} == {2}
     assert {mutant.line for mutant in sql_mutants(Path("0001.sql"), text)} == {1, 2}
+
+
+def test_triggers_that_a_later_migration_makes_again_get_no_faults() -> None:
+    former = (
+        "one = 'CREATE TRIGGER one AFTER UPDATE ON job WHEN OLD.a <> NEW.a BEGIN SELECT 1; END'\n"
+        "two = 'CREATE TRIGGER two AFTER UPDATE ON job WHEN OLD.a <> NEW.a BEGIN SELECT 1; END'\n"
+    )
+    left_out = replaced("UPDATED = 'CREATE TRIGGER one AFTER UPDATE ON job'\n")
+    assert {mutant.line for mutant in sql_mutants(Path("0001.py"), former, left_out)} == {2}
+    assert {mutant.line for mutant in sql_mutants(Path("0001.py"), former)} == {1, 2}
+
+
+def test_what_the_database_does_anyway_is_no_fault() -> None:
+    faults = faults_of(
+        "claim.sql",
+        """\
+SELECT id INTO first FROM job WHERE a = 1 ORDER BY id LIMIT 1;
+SELECT id INTO one FROM job WHERE id = (SELECT id FROM job LIMIT 1);
+SELECT count(*) FROM (SELECT 1 FROM job WHERE (a, b) < (1, 2) ORDER BY time LIMIT 5) AS first
+ORDER BY first;
+SELECT array_agg(each.value ORDER BY each.place), array_agg(each.value ORDER BY each.value)
+FROM unnest(ids) WITH ORDINALITY AS each (value, place);
+SELECT late AND deadline_at <= clock_timestamp() AND other_at <= made_at;
+SELECT deadline_at <= strftime('%Y-%m-%d %H:%M:%f', 'now', :shift) || '000';
+""",
+    )
+    counts = Counter(fault.partition(":")[0] for fault in faults)
+    # The LIMIT of the subquery and of the counted rows, the orders by `id`, `first` and
+    # `each.value`, and the boundary of `other_at`.
+    assert (counts["bound dropped"], counts["order dropped"], counts["boundary moved"]) == (2, 3, 1)
+
+
+def test_a_condition_at_the_end_of_a_named_statement_is_dropped() -> None:
+    text = "UPDATE job SET a = 1 WHERE id = 1 AND b IS NULL\n\n-- name: next\nSELECT 1\n"
+    assert "condition dropped: AND b IS NULL" in faults_of("claim.sql", text)
 
 
 def test_a_line_has_the_tests_that_execute_it_the_quickest_first(tmp_path: Path) -> None:

@@ -111,20 +111,34 @@ async def test_on_sqlite_a_statement_reads_an_index_and_sorts_no_more_than_a_pag
     filled_file: Database, name: str
 ) -> None:
     steps = await steps_of(filled_file, name, PARAMETERS[name])
-    scans = [s for s in steps if re.match(r"SCAN (job|job_parked|other|due)\b(?!.* USING)", s)]
+    scans = [
+        s
+        for s in steps
+        if re.match(r"SCAN (job|job_attempt|job_parked|other|due)\b(?!.* USING)", s)
+    ]
     assert not scans, steps
     # The page of unfinished jobs is put together from two.
     assert name == "unfinished" or not [step for step in steps if "TEMP B-TREE" in step], steps
 
 
-@pytest.mark.parametrize("name", ["lease", "open_attempts", "succeed", "close_succeeded"])
 async def test_on_sqlite_leases_and_their_ends_find_jobs_by_their_ids(
-    filled_file: Database, name: str
+    filled_file: Database,
 ) -> None:
-    values = {"leases": "[]", "ids": "[]", "now": "2030", "worker": "w", "lease": 30}
-    steps = await steps_of(filled_file, name, values | {"held_until": "2030"})
-    read = [step for step in steps if re.match(r"(SEARCH|SCAN) job(_attempt)?\b", step)]
-    assert [step for step in read if re.search(r"\((job_)?id=\?\)$", step)] == read, steps
+    for name in BY_ID:
+        values = dict.fromkeys(re.findall(r"(?<!\w):(\w+)", statements("sqlite")[name]), "2030")
+        steps = await steps_of(filled_file, name, values)
+        read = [step for step in steps if re.match(r"(SEARCH|SCAN) job(_\w+)?\b", step)]
+        assert read, (name, steps)
+        by_id = r"\((job_)?id=\?( AND (id|rowid)<\?)?\)$"
+        assert [step for step in read if re.search(by_id, step)] == read, (name, steps)
+
+
+BY_ID = (
+    "lease", "open_attempts", "succeed", "close_succeeded", "running_lease", "end", "close_attempt",
+    "forget_returned", "forget_oldest", "set_lease", "renew", "hold", "settle", "cancel", "retry",
+    "refused_by", "unpark", "forget_parked", "fail_parked", "lease_states", "attempts", "found",
+)  # fmt: skip
+"""The statements of SQLite that read only the jobs that they name."""
 
 
 LISTS = {
@@ -154,6 +168,29 @@ async def test_on_sqlite_a_page_of_jobs_reads_indexes_and_sorts_no_more_than_pag
     # With several conditions, the ids of pages are sorted.
     if len(wanted.types) + len(wanted.statuses) < 2:
         assert not [step for step in steps if "TEMP B-TREE" in step], steps
+
+
+async def test_a_page_of_several_types_reads_no_more_jobs_than_it_has(queue: JobQueue) -> None:
+    for name in ("test.ping", "test.pong", "test.limited"):
+        await queue.enqueue_many([EnqueueRequest(name, {})] * 4)
+    wanted = JobFilter(("test.ping", "test.pong", "test.limited"), (JobStatus.QUEUED,))
+    read: list[int] = []
+
+    def note(_connection: Any, _cursor: Any, _sql: str, parameters: Any, *_: Any) -> None:
+        read.append(len([each for each in parameters if ID.match(str(each))]))
+
+    engine = queue._database.engine.sync_engine
+    event.listen(engine, "before_cursor_execute", note)
+    for size in ({"first": 2}, {"last": 2}):
+        options: dict[str, Any] = size
+        assert len((await queue.list(wanted, **options)).jobs) == 2
+    event.remove(engine, "before_cursor_execute", note)
+    # One more shows whether there is another page.
+    assert max(read) == 3
+
+
+ID = re.compile(r"0[0-9a-f]{7}-?[0-9a-f]{4}-?7")
+"""The ids of jobs of this time."""
 
 
 async def explained(
@@ -186,6 +223,7 @@ async def test_on_postgresql_what_an_operation_reads_does_not_grow_with_the_queu
         read[jobs] = {
             "claim": await blocks(database, CLAIM),
             "next due": await blocks(database, NEXT_DUE),
+            "recover": await blocks(database, RECOVER),
         }
         for name, wanted in LISTS.items():
             for size in ({"first": 50}, {"last": 50}):
@@ -251,12 +289,18 @@ async def test_on_postgresql_a_report_reads_nothing_of_the_jobs_done_since_a_lon
         for statement in RAN:
             async with database.reading() as connection:
                 await connection.exec_driver_sql(statement)
-        await queue.enqueue(EnqueueRequest("test.ping", {}))
-        (lease,) = await queue.lease(["test.ping"], "w")
-        named = {"id": lease.job.id.hex, "token": lease.token[32:]}
-        renewals = json_text([named])
+        await queue.enqueue_many([EnqueueRequest("test.ping", {})] * 2)
+        leases = await queue.lease(["test.ping"], "w", limit=2)
+        lease = leases[0]
+        named, parked = [
+            {"id": each.job.id.hex, "token": each.token[32:], "fingerprint": "1" * 64}
+            for each in leases
+        ]
+        renewals, parks = [json_text([each]) for each in (named, parked)]
         reports = json_text([named | {"outcome": "succeeded", "retryable": True, "spend": True}])
         read = {
+            "park": await blocks(database, f"SELECT * FROM job_park('{parks}', 'p', true)"),
+            "settle": await blocks(database, f"SELECT job_settle('{parks}', 'p', true)"),
             "renew": await blocks(
                 database, f"SELECT * FROM job_renew('{renewals}', 30, 'p', true)"
             ),
@@ -290,6 +334,7 @@ CLAIM = (
     """SELECT * FROM job_claim('[{"type": "test.ping"}, {"type": "test.limited", "limit": 2}]',"""
     " 10, 'w', 30, 'p', true, NULL, NULL, NULL)"
 )
+RECOVER = "SELECT * FROM job_recover('p', true, 100, NULL, 30, NULL, NULL)"
 NEXT_DUE = """SELECT job_next_due('[{"type": "test.ping"}]')"""
 
 

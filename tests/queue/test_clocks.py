@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import shutil
+import time
+import uuid
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
 
-from job_registry import EnqueueRequest
-from job_registry_api.queue.models import JobStatus
+import pytest
+
+from job_registry import EnqueueRequest, JobRegistry
+from job_registry_api.queue import sqlite
+from job_registry_api.queue.databases import open_database
+from job_registry_api.queue.models import JobError, JobStatus
 from job_registry_api.queue.queue import JobQueue
 from tests.conftest import advance
 
@@ -37,6 +48,61 @@ async def test_a_worker_that_is_alive_keeps_its_lease_when_the_clock_steps_back(
     await advance(database_url, 20)
     await queue.heartbeat(lease.token)
     assert (await queue.complete(lease.token)).status is JobStatus.SUCCEEDED
+
+
+async def test_whoever_claims_notices_that_the_clock_has_stepped_back(
+    queue: JobQueue, database_url: str
+) -> None:
+    job = (await queue.enqueue(EnqueueRequest("test.ping", {}))).job
+    await queue.lease(["test.ping"], "dead")
+    await advance(database_url, -HOUR)
+    assert await queue.lease(["test.pong"], "w") == []
+    await advance(database_url, 31)
+    assert await queue.lease(["test.pong"], "w") == []
+    assert (await queue.get(job.id)).status is JobStatus.QUEUED
+
+
+async def test_jobs_that_were_due_at_once_are_due_when_the_clock_of_sqlite_has_stepped_back(
+    tmp_path: Path, sqlite_template: Path, registry: JobRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite, "RECOVERY_BATCH", 1)
+    shutil.copy(sqlite_template, tmp_path / "jobs.db")
+    # Given a clock that is an hour ahead, by which the ids of jobs are made as well
+    ahead, numbers = [float(HOUR)], itertools.count()
+    database = open_database(f"sqlite:///{tmp_path / 'jobs.db'}", ahead=lambda: ahead[0])
+
+    def new_id() -> uuid.UUID:
+        milliseconds = int((time.time() + HOUR) * 1_000)
+        return uuid.UUID(f"{milliseconds:012x}70008000{next(numbers):012x}")
+
+    queue = JobQueue(registry, database, new_id=new_id)
+    ping = EnqueueRequest("test.ping", {})
+
+    async def enqueue(**options: Any) -> uuid.UUID:
+        return (await queue.enqueue(ping._replace(**options))).job.id
+
+    await enqueue()
+    (lease,) = await queue.lease(["test.ping"], "w")
+    await queue.park(lease.token, "1" * 64, JobError("payload_invalid", "It does not fit."))
+    due = [await enqueue(), await enqueue()]
+    await enqueue(schedule_at=datetime.now(UTC) + timedelta(hours=3))
+
+    # When the clock steps back, and a client whose own clock is ahead stores a job
+    ahead[0] = 0.0
+    new = await queue.get(await enqueue())
+
+    # I expect those that were due taken, some with each claim, and the time of no other changed
+    taken = [
+        {each.job.id for each in await queue.lease(["test.ping"], "w", limit=9, readable={})}
+        for _ in range(4)
+    ]
+    assert [len(each) for each in taken] == [2, 1, 0, 0]
+    assert taken[0] | taken[1] == {*due, new.id}
+    await queue.recover()
+    last = await queue.get(await enqueue(priority=1))
+    await queue.recover()
+    assert (await queue.get(last.id)).next_run_at == last.created_at
+    await database.close()
 
 
 async def test_an_attempt_times_out_in_its_time_after_the_clock_has_stepped_back(

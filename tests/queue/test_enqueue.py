@@ -276,6 +276,20 @@ async def test_a_key_holds_whatever_became_of_its_job(queue: JobQueue) -> None:
     assert (again.job.id, again.job.status) == (first.job.id, JobStatus.SUCCEEDED)
 
 
+async def test_a_key_belongs_to_its_type(queue: JobQueue) -> None:
+    requests = [
+        EnqueueRequest(name, {}, idempotency_key="k") for name in ("test.pong", "test.ping")
+    ]
+    first = [await queue.enqueue(request) for request in requests]
+    for request, enqueued in zip(requests, first, strict=True):
+        for again in (await queue.enqueue(request), *await queue.enqueue_many([request])):
+            assert not isinstance(again, Exception)
+            assert (again.job.id, again.deduplicated) == (enqueued.job.id, True)
+        duplicate = await queue.validate(request)
+        assert duplicate.duplicate_of is not None
+        assert duplicate.duplicate_of.id == enqueued.job.id
+
+
 async def test_fifty_concurrent_callers_with_one_key_make_one_job(queue: JobQueue) -> None:
     results = await asyncio.gather(*(queue.enqueue(ping(idempotency_key="k")) for _ in range(50)))
     assert len({result.job.id for result in results}) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -331,15 +332,17 @@ async def test_due_jobs_go_by_priority_then_time_then_id(queue: JobQueue) -> Non
 
 
 async def test_types_of_one_priority_take_turns(queue: JobQueue) -> None:
-    # Given a flood of one type, and then some jobs of another
+    # Given a flood of one type, then some jobs of another, and a job of a lower priority
     for _ in range(20):
         await enqueue(queue, "test.ping")
     for _ in range(3):
         await enqueue(queue, "test.pong")
+    await enqueue(queue, "test.limited", priority=10)
 
     # When jobs are leased one by one, and when they are leased together
     singly = [(await queue.lease(["test.ping", "test.pong"], "w"))[0].job.type for _ in range(4)]
-    together = await queue.lease(["test.ping", "test.pong"], "w", limit=6)
+    types = ["test.ping", "test.pong", "test.limited"]
+    together = await queue.lease(types, "w", limit=6)
 
     # I expect the other type to have every second turn, for as long as it has jobs
     assert singly in (["test.ping", "test.pong"] * 2, ["test.pong", "test.ping"] * 2)
@@ -435,13 +438,23 @@ async def test_attempts_of_a_job_that_fails_and_is_retried_are_kept_up_to_a_boun
     assert 1_000 <= len(await outcomes(queue, job)) <= 1_032
 
 
+@pytest.mark.parametrize(
+    ("text", "counts"),
+    [
+        # PostgreSQL stores this one compressed.
+        ("ab" * 125_000, [4, 4, 2, 0]),
+        # As JSON, each of these takes six bytes.
+        ("".join(random.Random(1).choices([chr(n) for n in range(1, 8)], k=40_000)), [5, 5, 0, 0]),
+    ],
+    ids=["compressed", "escaped"],
+)
 async def test_no_more_jobs_are_leased_once_their_payloads_have_a_megabyte(
-    queue: JobQueue,
+    queue: JobQueue, text: str, counts: list[int]
 ) -> None:
-    payload = {"text": "ab" * 125_000}
+    payload = {"text": text}
     jobs = [(await queue.enqueue(EnqueueRequest("test.ping", payload))).job for _ in range(10)]
     together = [await queue.lease(["test.ping", "test.pong"], "w", limit=100) for _ in range(4)]
-    assert [len(leases) for leases in together] == [4, 4, 2, 0]
+    assert [len(leases) for leases in together] == counts
     # In order, and the others were never leased
     assert [lease.job.id for leases in together for lease in leases] == [job.id for job in jobs]
     assert {len(await outcomes(queue, job)) for job in jobs} == {1}

@@ -19,11 +19,13 @@ from job_registry_api.queue.claiming import BusyWorker, Lease
 from job_registry_api.queue.database import async_url
 from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.enqueueing import Enqueued
+from job_registry_api.queue.leasing import Renewal
 from job_registry_api.queue.models import JobError, JobRecord, JobStatus
 from job_registry_api.queue.postgresql_database import PostgreSQLDatabase
 from job_registry_api.queue.queue import JobQueue
+from job_registry_api.queue.store import Renewed
 from tests.conftest import advance, run_sql
-from tests.queue.race_jobs import queues
+from tests.queue.race_jobs import ONLY, queues
 from tests.queue.test_races import complete_all, fill, locked
 
 PROMPT_SECONDS = 1.5
@@ -99,7 +101,50 @@ async def test_a_bulk_that_waits_for_a_key_stops_no_other_enqueue(
         ]  # fmt: skip
 
 
-@pytest.mark.parametrize("how", ["complete", "fail", "release", "snooze"])
+async def test_a_bulk_that_waits_for_its_first_key_holds_none_of_the_others(
+    fresh_postgresql_url: str,
+) -> None:
+    first, second, third = [
+        EnqueueRequest("race.free", {}, idempotency_key=key) for key in ("a", "b", "c")
+    ]
+    async with two_queues_and_a_session(fresh_postgresql_url) as (caller, other, session):
+        await caller.enqueue(first, session=session)
+        bulk = asyncio.create_task(other.enqueue_many([third, second, first], atomic=True))
+        await asyncio.sleep(0.2)
+        async with asyncio.timeout(PROMPT_SECONDS):
+            for request in (second, third):
+                assert not (await caller.enqueue(request)).deduplicated
+        assert not bulk.done()
+        await session.rollback()
+        async with asyncio.timeout(10):
+            results = await bulk
+        assert [isinstance(each, Enqueued) and each.deduplicated for each in results] == [
+            True, True, False,
+        ]  # fmt: skip
+
+
+async def test_who_needs_a_key_of_a_bulk_that_waits_for_another_stops_nobody_else(
+    fresh_postgresql_url: str,
+) -> None:
+    first, second, free = [
+        EnqueueRequest("race.free", {}, idempotency_key=key) for key in ("a", "b", "free")
+    ]
+    async with two_queues_and_a_session(fresh_postgresql_url) as (caller, other, session):
+        await caller.enqueue(second, session=session)
+        bulk = asyncio.create_task(other.enqueue_many([first, second], atomic=True))
+        await asyncio.sleep(0.2)
+        # Together, so that they are stored in one group.
+        waiting, prompt = [asyncio.create_task(caller.enqueue(each)) for each in (first, free)]
+        async with asyncio.timeout(PROMPT_SECONDS):
+            await prompt
+        assert not waiting.done()
+        await session.rollback()
+        async with asyncio.timeout(10):
+            assert (await waiting).deduplicated
+            await bulk
+
+
+@pytest.mark.parametrize("how", ["complete", "succeed", "fail", "release", "snooze", "park"])
 async def test_a_locked_running_job_stops_nobody_elses_report(
     fresh_postgresql_url: str, how: str
 ) -> None:
@@ -107,6 +152,11 @@ async def test_a_locked_running_job_stops_nobody_elses_report(
         match how:
             case "complete":
                 return await queue.complete(token)
+            case "succeed":
+                await queue.succeed(token)
+                return None
+            case "park":
+                return await queue.park(token, "1" * 64, BROKEN)
             case "fail":
                 return await queue.fail(token, BROKEN)
             case "release":
@@ -151,6 +201,68 @@ async def test_a_locked_running_job_stops_nobody_elses_heartbeat_or_cancellation
                 await queue.cancel(cancelled.job.id)
         async with asyncio.timeout(10):
             assert (await waiting).job.id == held.job.id
+
+
+async def test_a_renewal_of_several_leaves_out_a_locked_job_and_says_so(
+    fresh_postgresql_url: str,
+) -> None:
+    async with queues(fresh_postgresql_url, 1) as (queue,):
+        await fill(queue, "race.free", 2)
+        held, beating = await queue.lease(["race.free"], "w", limit=2)
+        for cancelled in (False, True):
+            if cancelled:
+                await queue.cancel(held.job.id)
+            async with locked_job(fresh_postgresql_url, held.job):
+                async with asyncio.timeout(PROMPT_SECONDS):
+                    answers = await queue.renew([Renewal(held.token), Renewal(beating.token)])
+            busy, renewed = answers
+            assert isinstance(busy, Renewed)
+            assert isinstance(renewed, Renewed)
+            assert (busy.renewed, renewed.renewed) == (False, True)
+            assert (busy.cancel_requested, renewed.cancel_requested) == (cancelled, False)
+            assert busy.expires_at == held.expires_at
+            assert 50 < busy.seconds_left <= 60
+
+
+async def test_leases_from_the_future_are_restarted_past_one_that_another_holds_locked(
+    fresh_postgresql_url: str,
+) -> None:
+    async with queues(fresh_postgresql_url, 1) as (queue,):
+        await fill(queue, "race.free", 3)
+        held, *rest = await queue.lease(["race.free"], "w", limit=3)
+        await advance(fresh_postgresql_url, -3_600)
+        async with locked_job(fresh_postgresql_url, held.job):
+            async with asyncio.timeout(PROMPT_SECONDS):
+                await queue.recover()
+        await advance(fresh_postgresql_url, 31)
+        recovered = await queue.recover()
+        assert {job.id for job in recovered} == {lease.job.id for lease in rest}
+
+
+@pytest.mark.parametrize("table", ["job", "job_parked"])
+@pytest.mark.parametrize("how", ["lease", "unpark", "fail"])
+async def test_parked_jobs_are_taken_past_one_that_another_holds_locked(
+    fresh_postgresql_url: str, how: str, table: str
+) -> None:
+    async def take(queue: JobQueue) -> int:
+        match how:
+            case "lease":
+                return len(await queue.lease(["race.free"], "w", limit=9))
+            case "unpark":
+                return await queue.unpark(["race.free"])
+        return await queue.fail_parked(parked_days=7, jobs=9)
+
+    async with queues(fresh_postgresql_url, 1) as (queue,):
+        await fill(queue, "race.free", 3)
+        leases = await queue.lease(["race.free"], "w", limit=3)
+        for lease in leases:
+            await queue.park(lease.token, "1" * 64, BROKEN)
+        await advance(fresh_postgresql_url, 8 * 86_400)
+        column = "id" if table == "job" else "job_id"
+        lock = f"SELECT 1 FROM {table} WHERE {column} = '{leases[1].job.id}' FOR UPDATE"
+        async with locked(fresh_postgresql_url, lock), asyncio.timeout(PROMPT_SECONDS):
+            assert await take(queue) == 2
+        assert await take(queue) == 1
 
 
 async def test_recovery_passes_over_a_lost_job_that_another_holds_locked(
@@ -241,6 +353,51 @@ async def test_a_limited_type_whose_row_is_locked_stops_no_claim_of_other_types(
             assert lease.job.type == "race.only_0"
 
 
+async def test_a_claim_that_waits_for_a_limited_type_holds_up_none_that_comes_later(
+    fresh_postgresql_url: str,
+) -> None:
+    first, *later = [job_type.name for job_type in ONLY]
+    async with queues(fresh_postgresql_url, 2) as (queue, other):
+        for name in (first, *later):
+            await fill(queue, name, 1)
+        claim = (
+            f"""SELECT * FROM job_claim('[{{"type": "{first}", "limit": 1}}]',"""
+            " 1, 'x', 30, 'p', false, NULL, NULL, NULL)"
+        )
+        async with locked(fresh_postgresql_url, claim):
+            # Whatever the order in which it names them
+            waiting = asyncio.create_task(queue.lease([*reversed(later), first], "w", limit=9))
+            await asyncio.sleep(0.2)
+            assert not waiting.done()
+            for name in later:
+                async with asyncio.timeout(PROMPT_SECONDS):
+                    assert len(await other.lease([name], "w")) == 1
+        # The other claim was undone.
+        async with asyncio.timeout(10):
+            assert [lease.job.type for lease in await waiting] == [first]
+
+
+@pytest.mark.parametrize("table", ["job_type_state", "job_type_version"])
+async def test_workers_are_recorded_in_one_order_so_that_they_cannot_deadlock(
+    fresh_postgresql_url: str, table: str
+) -> None:
+    names = ["race.other", "race.only_0", "race.free"]
+    versions = [(name, "1" * 64) for name in names]
+    async with queues(fresh_postgresql_url, 2) as (queue, other):
+        await queue._store.see_worker(names, versions)
+        lock = f"SELECT 1 FROM {table} WHERE type = 'race.free' FOR UPDATE"
+        async with locked(fresh_postgresql_url, lock):
+            waiting = asyncio.create_task(queue._store.see_worker(names, versions))
+            await asyncio.sleep(0.2)
+            async with asyncio.timeout(PROMPT_SECONDS):
+                await other._store.see_worker(
+                    *((names[:2], []) if table == "job_type_state" else ([], versions[:2]))
+                )
+            assert not waiting.done()
+        async with asyncio.timeout(10):
+            await waiting
+
+
 async def test_reports_do_not_wait_for_a_claim_of_a_limited_type_that_hangs(
     fresh_postgresql_url: str,
 ) -> None:
@@ -314,6 +471,25 @@ async def test_statements_that_hold_locks_leave_out_documents_over_8_kb(
         change = f"UPDATE job SET {column} = to_jsonb('{text}'::text)"
         rows = await asyncio.to_thread(run_sql, fresh_postgresql_url, unchecked, change, small)
         assert [tuple(row) for row in rows] == [(is_left_out,)]
+
+
+@pytest.mark.parametrize("column", ["payload", "result", "error"])
+async def test_a_claim_leaves_out_documents_over_8_kb(
+    fresh_postgresql_url: str, column: str
+) -> None:
+    async with queues(fresh_postgresql_url, 1) as (queue,):
+        for text, is_left_out in (
+            ("a" * 9_000, True), (secrets.token_urlsafe(6_600), True), ("a" * 7_000, False),
+            (secrets.token_urlsafe(5_000), False),
+        ):  # fmt: skip
+            await fill(queue, "race.free", 1)
+            change = f"UPDATE job SET {column} = to_jsonb('{text}'::text) WHERE status = 'queued'"
+            claim = (
+                """SELECT payload IS NULL FROM job_claim('[{"type": "race.free"}]', 1, 'w', 30,"""
+                " 'p', false, NULL, NULL, NULL)"
+            )
+            rows = await asyncio.to_thread(run_sql, fresh_postgresql_url, change, claim)
+            assert [tuple(row) for row in rows] == [(is_left_out,)], len(text)
 
 
 class Text(Payload):

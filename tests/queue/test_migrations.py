@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -556,6 +558,9 @@ def test_an_index_that_was_not_built_to_its_end_is_built_again(fresh_postgresql_
     """Filters are slow without these indexes, but nothing else depends on them."""
     run_sql(
         fresh_postgresql_url,
+        # The application has an index of that name on a table of its own.
+        "CREATE TABLE public.mine (id integer)",
+        "CREATE INDEX job_by_creator ON public.mine (id)",
         "DROP INDEX job_registry.job_by_creator",
         "UPDATE pg_index SET indisvalid = false"
         " WHERE indexrelid = 'job_registry.job_by_error_code'::regclass",
@@ -564,7 +569,8 @@ def test_an_index_that_was_not_built_to_its_end_is_built_again(fresh_postgresql_
     assert migrations.upgrade(fresh_postgresql_url).steps == ()
     query = (
         "SELECT relname, indisvalid FROM pg_index JOIN pg_class ON oid = indexrelid"
-        " WHERE relname IN ('job_by_creator', 'job_by_error_code') ORDER BY relname"
+        " WHERE relnamespace = 'job_registry'::regnamespace"
+        " AND relname IN ('job_by_creator', 'job_by_error_code') ORDER BY relname"
     )
     assert [tuple(row) for row in run_sql(fresh_postgresql_url, query)] == [
         ("job_by_creator", True),
@@ -594,10 +600,24 @@ def test_the_settings_of_autovacuum_that_an_operator_made_are_kept(
 
 
 def test_grants_name_each_object_of_the_queue_once_and_no_others(fresh_postgresql_url: str) -> None:
-    # A table of the operator's own in the same schema, with a sequence.
-    run_sql(fresh_postgresql_url, "CREATE TABLE job_registry.mine (id serial PRIMARY KEY)")
+    # A table of the operator's own in the same schema, with a sequence; and in another schema, a
+    # table and a function with such names.
+    run_sql(
+        fresh_postgresql_url,
+        "CREATE TABLE job_registry.mine (id serial PRIMARY KEY)",
+        "CREATE TABLE public.job (id serial PRIMARY KEY)",
+        "CREATE FUNCTION public.job_mine() RETURNS void LANGUAGE sql AS ''",
+    )
     statements = migrations.grants(fresh_postgresql_url, "web")
     assert len(set(statements)) == len(statements)
+    assert not any("public" in each for each in statements)
+    kinds = [re.search(r" ON (\w+) (.*) TO ", each) for each in statements]
+    named = [(kind[1], kind[2]) for kind in kinds if kind is not None]
+    # By kind, and then by name.
+    in_order = ["SCHEMA", "TABLE", "SEQUENCE", "FUNCTION"]
+    assert [*dict.fromkeys(kind for kind, _ in named)] == in_order
+    for kind in ("SEQUENCE", "FUNCTION"):
+        assert (names := [name for each, name in named if each == kind]) == sorted(names)
     assert any("job_attempt_id_seq" in each for each in statements)
     assert not any("mine" in each for each in statements)
 
@@ -607,26 +627,39 @@ async def test_undoing_the_parking_of_jobs_leaves_them_due(
 ) -> None:
     """The release before knows no parked jobs: it is to look at them again."""
 
-    async def parked() -> None:
+    refused = JobError("payload_invalid", "It does not fit.")
+    later = datetime.now(UTC) + timedelta(hours=1)
+
+    async def parked() -> list[datetime | None]:
+        """Park two jobs, and leave two that wait, of which one was parked before."""
         database = open_database(database_url)
         queue = JobQueue(registry, database)
-        await queue.enqueue(EnqueueRequest("test.ping", {}))
-        (lease,) = await queue.lease(["test.ping"], "w")
-        await queue.park(lease.token, "f" * 64, JobError("payload_invalid", "It does not fit."))
+        ping = EnqueueRequest("test.ping", {})
+        jobs = [(await queue.enqueue(ping)).job.id for _ in range(3)]
+        times: list[datetime | None] = []
+        leases = await queue.lease(["test.ping"], "w", limit=3)
+        for lease in leases:
+            await queue.park(lease.token, "f" * 64, refused)
+            times.append(lease.job.started_at)
+        await queue.cancel(jobs[2])
+        await queue.retry(jobs[2])
+        (lease,) = await queue.lease(["test.ping"], "w", readable={})
+        times[2] = (await queue.snooze(lease.token, 3_600)).next_run_at
+        times.append((await queue.enqueue(ping._replace(schedule_at=later))).job.next_run_at)
         await database.close()
+        return times
 
     async def leased() -> int:
         database = open_database(database_url)
         try:
-            return len(await JobQueue(registry, database).lease(["test.ping"], "w"))
+            return len(await JobQueue(registry, database).lease(["test.ping"], "w", limit=9))
         finally:
             await database.close()
 
-    await parked()
+    times = await parked()
     await asyncio.to_thread(migrations.downgrade, database_url, "0002")
-    ((due,),) = await asyncio.to_thread(
-        run_sql, database_url, "SELECT count(*) FROM job WHERE next_run_at < '9000-01-01'"
-    )
-    assert due == 1
+    rows = await asyncio.to_thread(run_sql, database_url, "SELECT next_run_at FROM job ORDER BY id")
+    due = [datetime.fromisoformat(str(time)).replace(tzinfo=UTC) for (time,) in rows]
+    assert due == times
     await asyncio.to_thread(migrations.upgrade, database_url)
-    assert await leased() == 1
+    assert await leased() == 2

@@ -82,9 +82,10 @@ async def test_a_claim_in_between_starts_at_the_last_taken_job_of_each_priority(
     for priority in (50, 90):
         await queue.enqueue_many([ping._replace(priority=priority)] * 2)
         assert len(await queue.lease(["test.ping"], "w")) == 1
-    # And an older one that the full claim has not seen
-    unseen = ping._replace(priority=70)
-    await queue.enqueue(unseen)
+    # And two that the full claim has not seen: of another priority, and older
+    await queue.enqueue(ping._replace(priority=70))
+    long_ago = datetime.now(UTC) - timedelta(hours=1)
+    await queue.enqueue(ping._replace(priority=50, schedule_at=long_ago))
     # For a minute from now on, claims are those in between.
     slow_looks(store._heads, time.monotonic() + 60)
 
@@ -94,6 +95,6 @@ async def test_a_claim_in_between_starts_at_the_last_taken_job_of_each_priority(
     assert not claimed.everything
     # A claim that finds nothing there looks at everything, if its caller does not wait.
     assert not (await store.claim(claim)).leased
-    (last,) = (await store.claim(replace(claim, thorough=True))).leased
-    assert last.job.priority == 70
+    last = (await store.claim(replace(claim, thorough=True))).leased
+    assert [each.job.priority for each in last] == [70, 50]
     await database.close()

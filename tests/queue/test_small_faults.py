@@ -40,11 +40,13 @@ PING = EnqueueRequest("test.ping", {})
 REPORTS: dict[str, Callable[[JobQueue, str], Awaitable[object]]] = {
     "heartbeat": lambda queue, token: queue.heartbeat(token, {"from": "an intruder"}),
     "complete": lambda queue, token: queue.complete(token, {"from": "an intruder"}),
+    "succeed": lambda queue, token: queue.succeed(token, {"from": "an intruder"}),
     "fail": lambda queue, token: queue.fail(token, BROKEN),
     "release": lambda queue, token: queue.release(token),
     "snooze": lambda queue, token: queue.snooze(token, 10),
     "time_out": lambda queue, token: queue.time_out(token),
     "stop": lambda queue, token: queue.stop(token, BROKEN),
+    "park": lambda queue, token: queue.park(token, "f" * 64, BROKEN),
 }
 
 every_report = pytest.mark.parametrize("report", REPORTS.values(), ids=REPORTS)

@@ -23,6 +23,7 @@ from job_registry_api.queue import sqlite_database
 from job_registry_api.queue.errors import QueueUnavailable
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.sqlite_database import MAX_WAL_BYTES, SQLiteDatabase
+from tests.conftest import run_sql
 
 PING = EnqueueRequest("test.ping", {})
 
@@ -53,6 +54,25 @@ async def stored(database: SQLiteDatabase) -> set[str]:
     async with database.reading() as connection:
         rows = await connection.execute(text("SELECT type FROM job_type_state"))
         return {row.type for row in rows}
+
+
+async def test_a_table_of_the_application_with_numbers_of_its_own_hides_no_events(
+    tmp_path: Path, sqlite_template: Path, registry: JobRegistry
+) -> None:
+    shutil.copy(sqlite_template, tmp_path / "jobs.db")
+    url = f"sqlite:///{tmp_path / 'jobs.db'}"
+    await asyncio.to_thread(
+        run_sql,
+        url,
+        "CREATE TABLE mine (id INTEGER PRIMARY KEY AUTOINCREMENT)",
+        "INSERT INTO mine VALUES (1000)",
+    )
+    async with JobQueue.from_url(url, registry) as queue, JobQueue.from_url(url, registry) as other:
+        with queue.events.subscribe() as heard:
+            for _ in range(2):
+                job = (await other.enqueue(EnqueueRequest("test.ping", {}))).job
+                async with asyncio.timeout(5):
+                    assert (await anext(heard)).job_id == job.id
 
 
 async def test_a_read_that_is_cancelled_leaves_no_connection_behind(path: Path) -> None:

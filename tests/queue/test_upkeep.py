@@ -108,6 +108,21 @@ async def test_upkeep_deletes_old_events_however_many_there_are(
     assert rows == [(0,)]
 
 
+async def test_versions_are_forgotten_a_month_after_their_workers_were_last_seen(
+    queue: JobQueue, database_url: str
+) -> None:
+    await queue.show_worker(["test.ping", "test.pong"])
+    await advance(database_url, 29 * DAY)
+    await queue.tidy()
+    assert len(await queue.versions("test.ping")) == 1
+    fingerprint = queue.registry["test.ping"].fingerprint
+    await queue._store.see_worker([], [("test.ping", fingerprint)])
+    await advance(database_url, 2 * DAY)
+    await queue.tidy()
+    assert len(await queue.versions("test.ping")) == 1
+    assert await queue.versions("test.pong") == []
+
+
 async def test_pruning_ends_with_the_transaction_that_is_under_way_when_the_process_stops(
     queue: JobQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:

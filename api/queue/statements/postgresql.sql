@@ -256,8 +256,7 @@ JOIN job_registry.job ON job.id = lease.id
 -- Return the latest attempts of these jobs up to a size, oldest first, and how many there are.
 SELECT id AS attempt_id, job_id, attempt, worker_id, started_at, finished_at, outcome, error,
     attempts,
-    finished_at IS NOT NULL AND held_until IS NOT NULL AND held_until > clock_timestamp()
-        AS still_running
+    held_until > clock_timestamp() AS still_running
 FROM (
     SELECT id, job_id, attempt, worker_id, started_at, finished_at, outcome, error, held_until,
         count(*) OVER () AS attempts, row_number() OVER (ORDER BY id DESC) AS place,

@@ -231,7 +231,7 @@ RETURNING *
 -- End attempts whose lease is in force as succeeded. With `+`, the jobs are found by their ids and
 -- not by their status.
 UPDATE job SET
-    status = 'succeeded', next_run_at = NULL, finished_at = :now, quick_returns = 0,
+    status = 'succeeded', finished_at = :now, quick_returns = 0,
     result = lease.result, error = NULL,
     lease_expires_at = NULL, deadline_at = NULL, held_until = NULL
 FROM (
@@ -245,7 +245,7 @@ RETURNING id, type, status, attempt, next_run_at, returns
 -- name: close_succeeded
 -- Store the outcome of attempts that have succeeded.
 UPDATE job_attempt
-SET finished_at = :now, outcome = 'succeeded', error = NULL, held_until = NULL
+SET finished_at = :now, outcome = 'succeeded'
 WHERE job_id IN (SELECT value FROM json_each(:ids)) AND finished_at IS NULL
 
 -- name: close_attempt
@@ -278,19 +278,18 @@ WHERE id = :id
 -- name: hold
 -- Renew the place of a timed-out attempt.
 UPDATE job_attempt SET held_until = :held_until
-WHERE job_id = :id AND lease_token = :token AND finished_at IS NOT NULL
-  AND held_until IS NOT NULL
+WHERE job_id = :id AND lease_token = :token AND held_until IS NOT NULL
 
 -- name: store_logs
 -- Replace the log lines of an attempt.
 UPDATE job_attempt SET logs = :lines WHERE job_id = :id AND lease_token = :token
 
 -- name: settle
--- Free the place of a timed-out attempt.
+-- Free the place of a timed-out attempt. The type is that of `:id`: in RETURNING, SQLite would find
+-- `job_attempt.job_id` by reading all jobs.
 UPDATE job_attempt SET held_until = NULL
-WHERE job_id = :id AND lease_token = :token AND finished_at IS NOT NULL
-  AND held_until IS NOT NULL
-RETURNING attempt, (SELECT type FROM job WHERE job.id = job_attempt.job_id) AS type
+WHERE job_id = :id AND lease_token = :token AND held_until IS NOT NULL
+RETURNING attempt, (SELECT type FROM job WHERE id = :id) AS type
 
 -- name: cancel
 -- Cancel a queued job, or record that a running one must stop; if it is owned, one of this owner.
@@ -366,13 +365,9 @@ SELECT job.id FROM json_each(:pairs) AS pair CROSS JOIN job ON job.id IN (
 ORDER BY job.id LIMIT :most
 
 -- name: lease_states
--- Return the states of leases: in force, job succeeded by this lease, or neither.
-SELECT job.id,
-    job.status = 'running' AND job.lease_token = json_extract(lease.value, '$.token')
-        AND (job.lease_expires_at > strftime('%Y-%m-%d %H:%M:%f', 'now', :shift) || '000'
-             OR json_extract(lease.value, '$.late')
-                AND job.deadline_at <= strftime('%Y-%m-%d %H:%M:%f', 'now', :shift) || '000')
-        AS in_force,
+-- Return whether jobs succeeded by these leases. None of them is in force: a report under such a
+-- lease ends the attempt, and no other transaction can have locked the job.
+SELECT job.id, 0 AS in_force,
     job.status = 'succeeded' AND job.lease_token = json_extract(lease.value, '$.token')
         AS succeeded
 FROM json_each(:leases) AS lease
@@ -382,8 +377,7 @@ CROSS JOIN job ON job.id = json_extract(lease.value, '$.id')
 -- Return the latest attempts of these jobs up to a size, oldest first, and how many there are.
 SELECT id AS attempt_id, job_id, attempt, worker_id, started_at, finished_at, outcome, error,
     attempts,
-    finished_at IS NOT NULL AND held_until IS NOT NULL
-        AND held_until > strftime('%Y-%m-%d %H:%M:%f', 'now', :shift) || '000' AS still_running
+    held_until > strftime('%Y-%m-%d %H:%M:%f', 'now', :shift) || '000' AS still_running
 FROM (
     SELECT id, job_id, attempt, worker_id, started_at, finished_at, outcome, error, held_until,
         count(*) OVER () AS attempts, row_number() OVER (ORDER BY id DESC) AS place,
