@@ -258,6 +258,10 @@ AREAS: Final = (
                 "registry/asset_files.py",
                 ("tests/registry/test_thumbnails.py", "tests/test_uploads.py"),
             ),
+            (
+                "registry/payload_schema.py",
+                ("tests/registry/test_payload_schema.py", "tests/registry/test_payloads.py"),
+            ),
             ("registry/payload", ("tests/registry/test_payloads.py",)),
             ("registry/json_values.py", ("tests/registry/test_payloads.py",)),
             ("registry/discovery.py", ("tests/registry/test_discovery.py",)),

@@ -90,14 +90,22 @@ class Store:
     @abstractmethod
     def take(self, *, jobs: int = 1, all: bool = False) -> None:
         log.info("taken", some=jobs > 0)
+        self._log.info("taken", some=jobs > 0)
+        for one, other in zip(self.all, jobs, strict=True):
+            pass
+        for one, other in zip(self.all, jobs, strict=False):
+            pass
         self.size -= jobs
 """
     faults = {
         (mutant.line, mutant.fault.partition(" ")[0])
         for mutant in python_mutants(Path("store.py"), source)
     }
-    # What is left: the decorator of the class as a whole, and the defaults.
-    assert faults == {(1, "RemoveDecorator"), (7, "NumberReplacer"), (7, "FalseWithTrue")}
+    # What is left: the decorator of the class as a whole, the defaults, and the loops.
+    assert faults == {
+        (1, "RemoveDecorator"), (7, "NumberReplacer"), (7, "FalseWithTrue"),
+        (10, "ZeroIterationForLoop"), (12, "ZeroIterationForLoop"), (12, "FalseWithTrue"),
+    }  # fmt: skip
 
 
 def test_the_tests_about_a_file_run_first_and_no_test_runs_twice() -> None:
