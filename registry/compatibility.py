@@ -1042,8 +1042,8 @@ def _fits_format(before: str, after: str) -> bool:
 
 def _refuses_some(pattern: Any, shortest: float, longest: float) -> bool:
     """Return whether a pattern refuses any of a few sample texts of this length."""
-    samples = [c * int(n) for c in ("a", "0", " ", "\x01") for n in (shortest, longest) if n < 999]
-    samples += [c for c in ("a", "0", " ", "\x01", "") if shortest <= len(c) <= longest]
+    lengths = [int(n) for n in (shortest, 1, longest) if shortest <= n <= longest and n < 999]
+    samples = [character * length for character in "a0 \x01" for length in lengths]
     return any(_matches(pattern, sample) is False for sample in samples)
 
 

@@ -475,6 +475,8 @@ def test_the_same_words_that_lead_to_another_definition_are_a_difference() -> No
 
 
 INT, TEXT, ONLY = {"type": "integer"}, {"type": "string"}, {"additionalProperties": False}
+DECIMAL = {**TEXT, "format": "decimal"}
+LETTERS = ", ".join(f'"{letter}"' for letter in "abcdefghij")
 SET: dict[str, Any] = {"type": "array", "items": {"type": "integer"}, "uniqueItems": True}
 SET_OF_NUMBERS: dict[str, Any] = {**SET, "items": {"type": "number"}}
 
@@ -597,6 +599,36 @@ SCHEMAS: list[tuple[Any, Any, bool]] = [
     ({**ONLY, "properties": {"a": TEXT}}, {"patternProperties": {"(": INT}}, False),
     ({"type": "object"}, {"patternProperties": {"^a": INT}}, False),
     ({"type": "object"}, {"additionalProperties": INT}, False),
+    ({"type": "number", "minimum": 3}, {"exclusiveMinimum": 3}, False),
+    ({"type": "number", "exclusiveMinimum": 3}, {"minimum": 3}, True),
+    ({"type": "number", "exclusiveMinimum": 3}, {"exclusiveMinimum": 3, "maximum": 5}, False),
+    (
+        {"type": "number", "exclusiveMinimum": 3, "maximum": 5},
+        {"exclusiveMinimum": 3, "maximum": 6},
+        True,
+    ),
+    ({"enum": [4, 5]}, {"minimum": 3}, True),
+    ({"enum": [2, 5]}, {"minimum": 3}, False),
+    ({"enum": [0, 2]}, {"maximum": 3}, True),
+    ({"enum": [0, 4]}, {"maximum": 3}, False),
+    # An item beyond the longest array does not count.
+    ({"prefixItems": [INT, INT], "maxItems": 1}, {"prefixItems": [INT, TEXT]}, True),
+    ({"prefixItems": [INT], "maxItems": 1}, {"prefixItems": [INT], "items": TEXT}, True),
+    ({"prefixItems": [INT], "maxItems": 2}, {"prefixItems": [INT], "items": TEXT}, False),
+    ({**DECIMAL, "maxDigits": 5}, {**DECIMAL, "maxDigits": 6}, True),
+    ({**DECIMAL, "maxDigits": 5}, {**DECIMAL, "maxDigits": 5, "decimalPlaces": 5}, False),
+    (
+        {**DECIMAL, "maxDigits": 5, "decimalPlaces": 2},
+        {**DECIMAL, "maxDigits": 6, "decimalPlaces": 3},
+        True,
+    ),
+    ({"const": 1.5}, {"exclusiveMinimum": 1.5}, False),
+    ({"oneOf": [INT, TEXT], "minLength": 2}, {"oneOf": [INT, TEXT], "minLength": 1}, True),
+    (
+        {**ONLY, "patternProperties": {"^a": TEXT}},
+        {**ONLY, "patternProperties": {"^a": {"type": ["string", "null"]}}},
+        True,
+    ),
     # Keywords beside those of a union hold for each of its branches.
     (
         {"minimum": 3, "anyOf": [{"type": "integer"}, {"type": "null"}]},
@@ -755,10 +787,50 @@ WORDS: list[tuple[Any, Any, Difference]] = [
         ),
     ),
     (
+        {**TEXT, "minLength": 2, "maxLength": 2},
+        {"pattern": "^[b-y]+$"},
+        Difference(
+            "", "string", 'pattern "^[b-y]+$"', "Text that does not match the pattern is refused.",
+            True,
+        ),
+    ),
+    (
+        {**TEXT, "minLength": 1, "maxLength": 3},
+        {"pattern": "^.$|^...$"},
+        Difference(
+            "", "string", 'pattern "^.$|^...$"', "Text that does not match the pattern is refused.",
+            False,
+        ),
+    ),
+    (
+        TEXT,
+        {"pattern": "^$|^..+$"},
+        Difference(
+            "", "string", 'pattern "^$|^..+$"', "Text that does not match the pattern is refused.",
+            True,
+        ),
+    ),
+    (
         TEXT,
         {"pattern": "zz"},
         Difference(
             "", "string", 'pattern "zz"', "Text that does not match the pattern is refused.", True
+        ),
+    ),
+    (
+        {"enum": [*"abcdefghij"]},
+        INT,
+        Difference(
+            "", f"one of {LETTERS}", "integer",
+            "A value of type string is refused.", True,
+        ),
+    ),
+    (
+        {"enum": [*"abcdefghijk"]},
+        INT,
+        Difference(
+            "", f"one of {LETTERS}, …", "integer",
+            "A value of type string is refused.", True,
         ),
     ),
     (
@@ -869,6 +941,9 @@ def test_at_most_100_differences_are_returned() -> None:
     before = {"properties": {f"f{n}": {"type": "integer"} for n in range(3_000)}}
     after = {"properties": {f"f{n}": {"type": "string"} for n in range(3_000)}}
     assert len(narrowings(before, after)) == MAX_DIFFERENCES == 100
+    before = {"properties": {f"f{n}": {"default": 1} for n in range(150)}}
+    after = {"properties": {f"f{n}": {"default": 2} for n in range(150)}}
+    assert len(changed_defaults(before, after)) == 100
 
 
 def nested_unions(depth: int, width: int, leaf: str) -> dict[str, Any]:
