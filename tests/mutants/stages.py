@@ -206,10 +206,20 @@ AREAS: Final = (
         (
             ("api/worker/outcomes.py", ("tests/worker/test_outcomes.py",)),
             ("api/worker/extensions.py", ("tests/worker/test_extensions.py",)),
-            ("api/worker/lease_keeper.py", ("tests/worker/test_leases.py",)),
-            ("api/worker/processes.py", ("tests/worker/test_in_processes.py",)),
-            ("api/worker/child.py", ("tests/worker/test_in_processes.py",)),
-            ("api/worker/results.py", ("tests/worker/test_leases.py",)),
+            (
+                "api/worker/lease_keeper.py",
+                ("tests/worker/test_lease_keeper.py", "tests/worker/test_leases.py"),
+            ),
+            (
+                "api/worker/processes.py",
+                ("tests/worker/test_process_pool.py", "tests/worker/test_in_processes.py"),
+            ),
+            (
+                "api/worker/child.py",
+                ("tests/worker/test_child.py", "tests/worker/test_in_processes.py"),
+            ),
+            ("api/worker/results.py", ("tests/worker/test_results.py",)),
+            ("api/worker/progress.py", ("tests/worker/test_results.py",)),
         ),
         slow=(
             "tests/worker/test_shutdown.py",

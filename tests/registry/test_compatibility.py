@@ -941,9 +941,9 @@ def test_at_most_100_differences_are_returned() -> None:
     before = {"properties": {f"f{n}": {"type": "integer"} for n in range(3_000)}}
     after = {"properties": {f"f{n}": {"type": "string"} for n in range(3_000)}}
     assert len(narrowings(before, after)) == MAX_DIFFERENCES == 100
-    before = {"properties": {f"f{n}": {"default": 1} for n in range(150)}}
-    after = {"properties": {f"f{n}": {"default": 2} for n in range(150)}}
-    assert len(changed_defaults(before, after)) == 100
+    one: Any = {"properties": {f"f{n}": {"default": 1} for n in range(150)}}
+    other: Any = {"properties": {f"f{n}": {"default": 2} for n in range(150)}}
+    assert len(changed_defaults(one, other)) == 100
 
 
 def nested_unions(depth: int, width: int, leaf: str) -> dict[str, Any]:
