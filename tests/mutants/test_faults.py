@@ -161,7 +161,8 @@ def test_functions_that_a_later_migration_replaces_get_no_faults() -> None:
 def test_a_line_has_the_tests_that_execute_it_the_quickest_first(tmp_path: Path) -> None:
     for folder, worker, tests in (("0", "gw0", {"a": 3.0, "b": 1.0}), ("1", "alone", {"c": 2.0})):
         (tmp_path / folder).mkdir()
-        executed = {"api/x.py": {"7": list(range(len(tests)))}}
+        # Line 12 is executed by no test, but on import.
+        executed = {"api/x.py": {"7": list(range(len(tests))), "12": []}}
         text = json.dumps({"seconds": tests, "lines": executed})
         (tmp_path / folder / f"{worker}.json").write_text(text)
     recorded = Lines.of_folders(tmp_path)
@@ -169,6 +170,8 @@ def test_a_line_has_the_tests_that_execute_it_the_quickest_first(tmp_path: Path)
     # A later line of the same statement.
     assert recorded.of(Path("api/x.py"), 9) == ["b", "c", "a"]
     assert recorded.of(Path("api/x.py"), 6) == recorded.of(Path("api/y.py"), 7) == []
+    assert recorded.of(Path("api/x.py"), 12) == recorded.of(Path("api/x.py"), 14) == []
+    assert recorded.of(Path("api/x.py"), 5, is_decorator=True) == ["b", "c", "a"]
 
 
 def test_a_fault_runs_the_tests_of_its_line_or_those_of_its_file() -> None:

@@ -411,8 +411,8 @@ REFERENCES = {
     "#/properties/c~0d": True,
     "#/properties/0": False,
     "#/title/0": False,
-    "#properties/a~1b": False,
-    "properties/a~1b": False,
+    "#x/properties": False,
+    "x/properties": False,
 }
 
 
