@@ -47,8 +47,10 @@ from job_registry_api.queue.opening import Opening
 from job_registry_api.queue.requests import EARLIEST, LATEST, MAX_WAIT_SECONDS, parse_job_id
 from job_registry_api.queue.store import (
     PIECE_BYTES,
+    SAMPLED_BLOCKS,
     CountedRange,
     Listed,
+    SampledJobs,
     Store,
     Waiting,
     ids_of_piece,
@@ -180,15 +182,27 @@ def _mismatch(parked: Parked) -> PayloadMismatch:
     )
 
 
-def _estimated(counted: CountedRange) -> float:
-    """Return how many jobs a range has, as if they had come at a steady rate."""
+def _at_steady_rate(counted: CountedRange) -> float:
+    """Return how many more jobs a range has, as if all had come at the rate of those read."""
     if counted.newest is None or counted.last is None or counted.oldest is None:
-        return counted.matched
+        return 0
     read = (counted.newest - counted.last).total_seconds()
-    every = (counted.newest - counted.oldest).total_seconds()
-    if counted.matched == 0 or every == 0:
-        return counted.matched
-    return counted.matched * every / read if read > 0 else math.inf
+    rest = (counted.last - counted.oldest).total_seconds()
+    if counted.matched == 0 or rest <= 0:
+        return 0
+    return counted.matched * rest / read if read > 0 else math.inf
+
+
+def _plausible(sample: SampledJobs) -> tuple[float, float]:
+    """Return between which shares the wanted jobs are of all, from a sample: its standard error.
+
+    Jobs of one place were often stored together, so a place counts as one.
+    """
+    if sample.of_kind == 0:
+        return 0, 1
+    share, places = sample.beyond / sample.of_kind, min(SAMPLED_BLOCKS, sample.of_kind)
+    error = math.sqrt(share * (1 - share) / places)
+    return share - error, share + error + 1 / places
 
 
 def _together(one: TypeVersion, other: TypeVersion) -> TypeVersion:
@@ -482,8 +496,10 @@ class Reading(Opening):
         """Return how many jobs the list has.
 
         The total of types and statuses is exact. With another field of the filter, or with `owner`,
-        it is exact if the index of that field has at most 10,000 jobs. Otherwise the 10,000 newest
-        are read, and the total is estimated from the time that they span.
+        it is exact if the index of that field has at most 10,000 jobs. Otherwise it is an estimate:
+        the 10,000 newest are read, and the others estimated from a sample of all jobs. It is at
+        most the number of jobs of the types and statuses. With `owner`, it is estimated from the
+        owner's jobs alone, of which at most 110,000 are counted.
 
         Raises:
             InputInvalid: a value of the filter is wrong.
@@ -495,15 +511,32 @@ class Reading(Opening):
         if owner is None and wanted.is_simple:
             return JobTotal(await self._store.count_all(wanted), False)
         ranges = await self._store.count_ranges(wanted, owner, EXACT_TOTAL + 1)
+        matched = sum(each.matched for each in ranges)
         if all(each.read <= EXACT_TOTAL for each in ranges):
-            return JobTotal(sum(each.matched for each in ranges), False)
-        estimate = sum(map(_estimated, ranges))
+            return JobTotal(matched, False)
+        if wanted.search is not None or wanted.idempotency_key is not None:
+            return JobTotal(matched, True)  # They find few more jobs than are counted.
         if owner is None:
-            estimate = min(estimate, await self._store.count_all(wanted))
-        elif math.isinf(estimate):
-            # The number of all jobs would tell the owner how many jobs others have.
-            estimate = sum(each.matched for each in ranges)
-        return JobTotal(round(estimate), True)
+            return JobTotal(await self._estimated(wanted, ranges), True)
+        (newest,) = ranges
+        rest = await self._store.sample_own(wanted, owner, newest.end)
+        read = rest.matched / rest.read if rest.read else matched / newest.read
+        return JobTotal(matched + round(rest.jobs * read), True)
+
+    async def _estimated(self, wanted: JobFilter, ranges: Sequence[CountedRange]) -> int:
+        """Return about how many jobs a filter finds, of which some ranges have been counted.
+
+        A steady rate is assumed where a sample of all jobs does not refute it: it has few of those
+        jobs that are rare. In a burst, thousands of jobs come at a rate that says nothing about the
+        others.
+        """
+        jobs = await self._store.count_all(wanted)
+        sample = await self._store.sample(wanted, [each.end for each in ranges])
+        at_end = sum(each.at_end for each in ranges)
+        least, most = (share * jobs - at_end for share in _plausible(sample))
+        steady = sum(map(_at_steady_rate, ranges))
+        matched = sum(each.matched for each in ranges)
+        return min(jobs, matched + max(0, round(min(max(least, steady), most))))
 
     def _faults_of_size(self, first: int | None, last: int | None) -> Iterator[Violation]:
         for path, size in (("/first", first), ("/last", last)):

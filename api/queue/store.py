@@ -29,12 +29,15 @@ from job_registry_api.queue.filters import (
     JSON_VALUES,
     LAST_ID,
     JobFilter,
+    Sample,
     Slice,
     columns,
     counted,
     filtered,
     listed,
     owned_by,
+    sampled,
+    sampled_own,
     unfiltered,
 )
 from job_registry_api.queue.models import (
@@ -84,6 +87,14 @@ EVENTS_KEPT_SECONDS: Final = 60
 RECOVERY_BATCH: Final = 100
 """How many lost leases one claim recovers at most, so that claims stay fast after an outage."""
 
+SAMPLED_BLOCKS: Final = 1_000
+"""From how many random places in the table of jobs a sample is read."""
+
+OWN_JOBS: Final = 100_000
+"""How many jobs of an owner are counted at most in addition to those whose columns are read."""
+
+OWN_JOBS_PER_SAMPLED: Final = 50
+
 _UNBOUNDED: Final = 2**62
 
 PIECE_BYTES: Final = 1_000_000
@@ -116,15 +127,35 @@ class Listed(NamedTuple):
 class CountedRange(NamedTuple):
     """How many jobs in a range of an index were read, and how many of them are wanted.
 
-    The times are those of the newest job, of the last one that was read, and of the oldest one in
-    the range, None if all were read.
+    `end` is the place in the index of the last one that was read, and `at_end` the number of wanted
+    ones at that place. The times are those of the newest job, of the last one that was read, and of
+    the oldest one in the range. `end` and `oldest` are None if all were read.
     """
 
     read: int
     matched: int
+    at_end: int
+    end: Any
     newest: datetime | None
     last: datetime | None
     oldest: datetime | None
+
+
+class SampledJobs(NamedTuple):
+    """How many jobs of a sample have the wanted types and statuses, and how many of these are
+    wanted and have not been counted."""
+
+    of_kind: int
+    beyond: int
+
+
+class SampledOwn(NamedTuple):
+    """How many jobs of an owner have not been counted, at most `OWN_JOBS`; how many of them are in
+    a sample, and how many of those are wanted."""
+
+    jobs: int
+    read: int
+    matched: int
 
 
 EVENT_BATCHES_PRUNED: Final = 10_000
@@ -697,8 +728,8 @@ class Store(ABC):
         query = select(jobs)
         if wanted.types:
             query = query.where(col(JobCount.type).in_(wanted.types))
-        if wanted.statuses:
-            query = query.where(col(JobCount.status).in_([str(each) for each in wanted.statuses]))
+        if statuses := wanted.possible_statuses:
+            query = query.where(col(JobCount.status).in_([str(each) for each in statuses]))
         (row,) = await self._select(query)
         return int(row["jobs"])
 
@@ -711,6 +742,28 @@ class Store(ABC):
         query = counted(wanted, owner, most=most, ahead=self._ahead())
         rows = [] if query is None else await self._select(query)
         return [CountedRange(**row) for row in rows]
+
+    async def sample(self, wanted: JobFilter, ends: Sequence[Any]) -> SampledJobs:
+        """Count jobs of a random sample of all jobs. `ends` are those of the ranges that
+        `count_ranges` has counted for the filter.
+
+        It costs the same however many jobs there are, and finds jobs wherever they are in time.
+        """
+        query = sampled(await self._sample(SAMPLED_BLOCKS), wanted, ends, ahead=self._ahead())
+        (row,) = await self._select(query)
+        return SampledJobs(int(row["of_kind"]), int(row["beyond"]))
+
+    @abstractmethod
+    async def _sample(self, blocks: int) -> Sample:
+        """Choose jobs at random: those in so many places of the table."""
+
+    async def sample_own(self, wanted: JobFilter, owner: Owner, end: Any) -> SampledOwn:
+        """Count jobs of the owner beyond the end of what `count_ranges` has counted."""
+        query = sampled_own(
+            wanted, owner, end, most=OWN_JOBS, each=OWN_JOBS_PER_SAMPLED, ahead=self._ahead()
+        )
+        (row,) = await self._select(query)
+        return SampledOwn(int(row["jobs"]), int(row["read"]), int(row["matched"]))
 
     def _ahead(self) -> timedelta:
         return timedelta(seconds=self._database.ahead_seconds)
