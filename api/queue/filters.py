@@ -47,6 +47,16 @@ The id has the time of the process, `created_at` that of the database. A range o
 read as a range of ids that is longer by this at each end.
 """
 
+WIDE_RANGE: Final = 5_000
+"""How many jobs of a status that finished in a range of time are read and sorted at most. Those of
+a wider range are found among all jobs of the status, the newest first."""
+
+WALKED_JOBS: Final = 10_000
+"""How many jobs of each status are read at most in search of those that finished in a range."""
+
+WALK_SLACK: Final = timedelta(minutes=5)
+"""The same as `ID_SLACK` for these searches, which read the jobs of this time as well."""
+
 JSON_VALUES: Final = ("payload", "progress", "result", "error")
 """The columns of a job that may be large."""
 
@@ -93,7 +103,8 @@ class JobFilter:
     idempotency key, or words of the error of one of the 10,000 newest failed jobs; with
     `created_by`, of one among the 10,000 newest jobs of that creator.
 
-    All jobs that finished in a range of time are read and then sorted, so choose a short range.
+    Of a wide range of the time of the end, a page stops early at 10,000 jobs of a status that
+    finished at other times.
     """
 
     types: tuple[str, ...] = ()
@@ -160,6 +171,59 @@ def filtered(
         # No index has this order, so the database reads the index of the range.
         order = func.coalesce(order, order)
     return part.taken(listed().where(*conditions), order)
+
+
+def widths(wanted: JobFilter, owner: Owner | None) -> Any:
+    """Return the query of whether more than `WIDE_RANGE` jobs finished in a range of time, for each
+    status that they can have. None: no such range is read."""
+    if not wanted.is_of_finished or _leading(wanted, owner) or not wanted.possible_statuses:
+        return None
+    finished: Any = col(Job.finished_at)
+    ranges = (
+        sqlalchemy.select(finished)
+        .where(col(Job.status) == str(status), *_between(finished, wanted))
+        # Otherwise the database may expect to find so many soon without the index.
+        .order_by(finished.desc())
+        .limit(WIDE_RANGE + 1)
+        .subquery()
+        for status in wanted.possible_statuses
+    )
+    is_wide = (func.count() > WIDE_RANGE).label("is_wide")
+    return union_all(*(sqlalchemy.select(is_wide).select_from(each) for each in ranges))
+
+
+def walked(
+    wanted: JobFilter, part: Slice, status: JobStatus, *, ahead: timedelta = timedelta()
+) -> Any:
+    """Return the query of the ids of jobs of a status, in the order of an index of ids, among
+    `WALKED_JOBS` of it: those that finished in a range of time."""
+    read = _walk(wanted, part, status, ahead, Job.id, Job.type, Job.created_at, Job.finished_at)
+    rows = read.subquery()
+    conditions = [*_between(col(Job.finished_at), wanted), *_created(wanted)]
+    if wanted.types:
+        conditions.append(col(Job.type).in_(wanted.types))
+    # They stay in their order. To sort them, the database would have to read all of them.
+    matching = (_as_of(rows, each) for each in conditions)
+    return sqlalchemy.select(rows.c.id).where(*matching).limit(part.size)
+
+
+def walk_end(
+    wanted: JobFilter, part: Slice, status: JobStatus, *, ahead: timedelta = timedelta()
+) -> Any:
+    """Return the query of the id at which `walked` stops, if it stops before the end."""
+    return _walk(wanted, part, status, ahead, Job.id).offset(WALKED_JOBS - 1).limit(1)
+
+
+def _walk(
+    wanted: JobFilter, part: Slice, status: JobStatus, ahead: timedelta, *columns: Any
+) -> Any:
+    within = replace(_within(part, wanted, ahead), size=WALKED_JOBS)
+    if wanted.finished_before is not None and within.after is not None:
+        # A job is enqueued before it ends.
+        after = min(within.after, _first_id(wanted.finished_before + WALK_SLACK))
+        within = replace(within, after=after)
+    kind = [(col(Job.type), wanted.types[0])] if len(wanted.types) == 1 else []
+    return _in_order(select(*columns), [*kind, (col(Job.status), str(status))], within)
 
 
 def counted(
@@ -247,11 +311,16 @@ class Sample(NamedTuple):
     def of(self, condition: Any) -> Any:
         """Return a condition of jobs as one of these rows."""
 
-        def replaced(element: Any, **_: Any) -> Any:
-            is_column = isinstance(element, sqlalchemy.Column)
-            return self.rows.c[element.key] if is_column else None
+        return _as_of(self.rows, condition)
 
-        return replacement_traverse(condition, {}, replaced)
+
+def _as_of(rows: Any, condition: Any) -> Any:
+    """Return a condition of jobs as one of these rows, which have the same columns."""
+
+    def replaced(element: Any, **_: Any) -> Any:
+        return rows.c[element.key] if isinstance(element, sqlalchemy.Column) else None
+
+    return replacement_traverse(condition, {}, replaced)
 
 
 class _Range(NamedTuple):

@@ -92,6 +92,9 @@ class JobPage:
     has_previous_page: bool = False
     stopped_early: bool = False
     """Whether it has fewer jobs than there are and were requested, because of a limit."""
+    stopped_at: uuid.UUID | None = None
+    """Where to read on, if it stopped early at the limit of a search and not after a job: `after`
+    or, with `last`, `before`. It may have no jobs then."""
     weight: int = 0
     """The memory that its jobs take, and the one that did not fit."""
 
@@ -444,7 +447,8 @@ class Reading(Opening):
         `owner`, only jobs that this subject enqueued are listed.
 
         It stops early at `most` jobs, and before the job with which the weight of all would exceed
-        `max_bytes`. It always has the first job.
+        `max_bytes`, but always has the first job. It also stops, perhaps without any, where too
+        many jobs were searched for those that finished in a wide range of time: see `stopped_at`.
 
         Raises:
             InputInvalid: `first` or `last` is not 1 to `max_page_size`, both are given, or a value
@@ -458,15 +462,23 @@ class Reading(Opening):
         if wanted is None:
             return JobPage([], has_next_page=False)
         allowed = part.size if most is None else min(part.size, most)
-        found = await self._store.list_jobs(wanted, owner, replace(part, size=allowed + 1))
+        found, stopped_at = await self._store.list_jobs(
+            wanted, owner, replace(part, size=allowed + 1)
+        )
         chosen = found[:allowed]
         page = await self._read_page(chosen, max_bytes)
         more = not page.is_whole or len(found) > len(chosen)
+        if more:
+            stopped_at = None
+        more = more or stopped_at is not None
         return JobPage(
             page.jobs[::-1] if part.from_end else page.jobs,
             has_next_page=before is not None if part.from_end else more,
             has_previous_page=more if part.from_end else after is not None,
-            stopped_early=not page.is_whole or len(chosen) < min(part.size, len(found)),
+            stopped_early=not page.is_whole
+            or len(chosen) < min(part.size, len(found))
+            or stopped_at is not None,
+            stopped_at=stopped_at,
             weight=page.weight,
         )
 
@@ -478,7 +490,8 @@ class Reading(Opening):
         not_older_than: uuid.UUID | None = None,
         owner: Owner | None = None,
     ) -> bool:
-        """Return whether the list has a job on this side of another one, that one included.
+        """Return whether the list has a job on this side of another one, that one included. Where a
+        search for it stops early, it is assumed.
 
         Raises:
             InputInvalid: a value of the filter is wrong.
@@ -488,7 +501,10 @@ class Reading(Opening):
         after = not_newer_than and uuid.UUID(int=min(not_newer_than.int + 1, LAST_ID.int))
         before = not_older_than and uuid.UUID(int=max(not_older_than.int - 1, FIRST_ID.int))
         part = Slice(1, after, before, from_end=before is not None)
-        return wanted is not None and bool(await self._store.list_jobs(wanted, owner, part))
+        if wanted is None:
+            return False
+        found = await self._store.list_jobs(wanted, owner, part)
+        return bool(found.listed) or found.stopped_at is not None
 
     async def count(
         self, job_filter: JobFilter = JobFilter(), *, owner: Owner | None = None

@@ -283,12 +283,16 @@ class SQLiteStore(Store):
     async def _sample(self, blocks: int) -> Sample:
         # Rows are stored in the order of `rowid`, so neighbours are in one page of the file.
         rowid: Any = literal_column("job.rowid", Integer)
-        ends = select(func.min(rowid).label("first"), func.max(rowid).label("last"))
-        (row,) = await self._select(ends.select_from(METADATA.tables["job"]))
-        first, last = row["first"] or 0, row["last"] or 0
+        # Apart, each reads one row. Together they would read all.
+        first, last = (
+            select(end(rowid)).select_from(METADATA.tables["job"]).scalar_subquery()
+            for end in (func.min, func.max)
+        )
+        (row,) = await self._select(select(first.label("first"), last.label("last")))
+        places = (row["first"] or 0, row["last"] or 0)
         chosen = [
             begin + step
-            for begin in (random.randint(first, last) for _ in range(blocks))
+            for begin in (random.randint(*places) for _ in range(blocks))
             for step in range(ROWS_PER_BLOCK)
         ]
         values = func.json_each(json_text(chosen)).table_valued("value")

@@ -39,6 +39,9 @@ from job_registry_api.queue.filters import (
     sampled,
     sampled_own,
     unfiltered,
+    walk_end,
+    walked,
+    widths,
 )
 from job_registry_api.queue.models import (
     PARKED_UNTIL,
@@ -122,6 +125,14 @@ class Listed(NamedTuple):
     job: JobRecord
     size: int
     is_partial: bool
+
+
+class Found(NamedTuple):
+    """A part of a list of jobs."""
+
+    listed: list[Listed]
+    stopped_at: uuid.UUID | None = None
+    """The id at which the search for more jobs stopped. None: there are no more in this part."""
 
 
 class CountedRange(NamedTuple):
@@ -688,12 +699,41 @@ class Store(ABC):
             )
         return attempts, not rows or rows[0]["attempts"] == len(rows)
 
-    async def list_jobs(self, wanted: JobFilter, owner: Owner | None, part: Slice) -> list[Listed]:
+    async def list_jobs(self, wanted: JobFilter, owner: Owner | None, part: Slice) -> Found:
         """Return a part of the jobs of the owner, without what is large.
 
         The first jobs come newest first, the last ones oldest first. It is a keyset page: its cost
         does not depend on its position. Ids are UUIDv7, so they are in the order of creation.
         """
+        counting = widths(wanted, owner)
+        if counting is not None and any(row["is_wide"] for row in await self._select(counting)):
+            return await self._walk(wanted, part)
+        return Found(await self._list_all(wanted, owner, part))
+
+    async def _walk(self, wanted: JobFilter, part: Slice) -> Found:
+        """Search the jobs of each status for those that finished in a range of time."""
+        ids: list[uuid.UUID] = []
+        ends: list[uuid.UUID] = []
+        for status in wanted.possible_statuses:
+            rows = await self._select(walked(wanted, part, status, ahead=self._ahead()))
+            ids += [row["id"] for row in rows]
+            if len(rows) < part.size:
+                end = await self._select(walk_end(wanted, part, status, ahead=self._ahead()))
+                ends += [row["id"] for row in end]
+        # Beyond the first end, jobs of that status may be missing.
+        stopped_at = (min if part.from_end else max)(ends, default=None)
+        ids.sort(reverse=not part.from_end)
+        if stopped_at is not None:
+            ids = [
+                each for each in ids if (each <= stopped_at) == part.from_end or each == stopped_at
+            ]
+        ids = ids[: part.size]
+        if len(ids) == part.size:
+            stopped_at = None
+        page = part.taken(listed().where(col(Job.id).in_(ids)))
+        return Found([self._listed_of(row) for row in await self._select(page)], stopped_at)
+
+    async def _list_all(self, wanted: JobFilter, owner: Owner | None, part: Slice) -> list[Listed]:
         types, statuses = wanted.types, wanted.statuses
         if owner is not None or not wanted.is_simple:
             page = filtered(wanted, owner, part, ahead=self._ahead())
