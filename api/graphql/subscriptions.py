@@ -178,6 +178,16 @@ class FollowedJobs:
         if not await self.visible(found):
             raise EventsMissed(NOT_CONTINUED)
 
+    async def can_continue(self, after: str) -> bool:
+        """Return whether the events after the one with this id can be read, and the caller may see
+        that one."""
+        try:
+            with self.subscribed(after) as subscription:
+                await self.check_seen(subscription.position)
+        except EventsMissed:
+            return False
+        return True
+
     async def current(self) -> JobEvent | None:
         """Return the first event if one job is followed, otherwise None.
 

@@ -17,9 +17,19 @@ from itertools import zip_longest
 from typing import Any, Final, NamedTuple, TypeVar
 
 from pydantic_core import from_json
-from sqlalchemy import JSON, Connection, NestedTransaction, Uuid
+from sqlalchemy import (
+    JSON,
+    Connection,
+    Integer,
+    NestedTransaction,
+    Uuid,
+    func,
+    literal_column,
+    select,
+)
 
 from job_registry_api.queue.database import read_json, statement
+from job_registry_api.queue.filters import Sample
 from job_registry_api.queue.models import (
     METADATA,
     PARKED_UNTIL,
@@ -74,6 +84,9 @@ MAX_REFUSED: Final = 16
 
 NUMBER_LENGTHS: Final = 6
 """How many times as long as another an equal JSON text may be: 1000000000000000000 is 1e18."""
+
+ROWS_PER_BLOCK: Final = 5
+"""How many rows of neighbours a sample of jobs reads."""
 
 RETURNED: Final = (AttemptOutcome.RELEASED, AttemptOutcome.SNOOZED)
 
@@ -270,6 +283,24 @@ class SQLiteStore(Store):
             connection.execute(f"PRAGMA user_version = {int(version)}")
 
         await self._database.write(check, timeout_seconds=timeout_seconds)
+
+    async def _sample(self, blocks: int) -> Sample:
+        # Rows are stored in the order of `rowid`, so neighbours are in one page of the file.
+        rowid: Any = literal_column("job.rowid", Integer)
+        # Apart, each reads one row. Together they would read all.
+        first, last = (
+            select(end(rowid)).select_from(METADATA.tables["job"]).scalar_subquery()
+            for end in (func.min, func.max)
+        )
+        (row,) = await self._select(select(first.label("first"), last.label("last")))
+        places = (row["first"] or 0, row["last"] or 0)
+        chosen = [
+            begin + step
+            for begin in (random.randint(*places) for _ in range(blocks))
+            for step in range(ROWS_PER_BLOCK)
+        ]
+        values = func.json_each(json_text(chosen)).table_valued("value")
+        return Sample(METADATA.tables["job"], [rowid.in_(select(values.c.value))])
 
     async def _write(self, work: Callable[[_Transaction], T]) -> T:
         def run(connection: sqlite3.Connection) -> T:
