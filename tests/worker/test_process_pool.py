@@ -117,6 +117,7 @@ class Call:
 
     def __init__(self, pool: HandlerProcesses, memory_limit_mb: int | None = None) -> None:
         self.progress: list[bytes] = []
+        self.lines: list[bytes] = []
         self.follow_ups: list[Any] = []
         job_type = JobType(
             name="a", payload=Empty, run_in="process", memory_limit_mb=memory_limit_mb
@@ -128,6 +129,7 @@ class Call:
             {},
             deadline=time.monotonic() + 60,
             on_progress=self.progress.append,
+            on_log_line=self.lines.append,
             on_follow_up=self.follow_ups.append,
         )
 
