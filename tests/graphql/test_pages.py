@@ -12,7 +12,8 @@ import pytest
 
 from job_registry import EnqueueRequest
 from job_registry_api import JobFilter
-from job_registry_api.queue import filters, reading
+from job_registry_api.queue import filters as queue_filters
+from job_registry_api.queue import reading
 from job_registry_api.queue.reading import JobTotal
 from tests.http_client import Execute, Visit, queue_of
 from tests.test_own_jobs import ADA, AUTH, BOB, NOWHERE, ask, bearer, enqueue
@@ -275,8 +276,8 @@ async def test_a_search_that_stops_early_says_where_to_read_on(
         if job_id == jobs[7]:
             await asyncio.sleep(0.01)
             before = (ended.finished_at or ended.created_at) + timedelta(milliseconds=5)
-    monkeypatch.setattr(filters, "WIDE_RANGE", 0)
-    monkeypatch.setattr(filters, "WALKED_JOBS", 3)
+    monkeypatch.setattr(queue_filters, "WIDE_RANGE", 0)
+    monkeypatch.setattr(queue_filters, "WALKED_JOBS", 3)
     found: list[list[str]] = []
     after = None
     while True:
@@ -291,6 +292,6 @@ async def test_a_search_that_stops_early_says_where_to_read_on(
     rest, path = [], f"/jobs?finishedBefore={quote(before.isoformat())}"
     while path:
         answer = await http.get(path)
-        rest.append([job["id"] for job in answer.json()["jobs"]])
+        rest.append([job["jobId"] for job in answer.json()["jobs"]])
         path = answer.links.get("next", {}).get("url", "")
     assert rest == found
