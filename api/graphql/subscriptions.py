@@ -88,7 +88,8 @@ class Subscription:
         extensions=[Requires("jobs:own", "jobs:read")],
         description="The events of jobs from now on, of every process, in the order of commits."
         " With `jobId`, the first event is `job.current`, with the current state of the job, so"
-        " that no change is missed between reading and subscribing. With the scope `jobs:own`"
+        " that no change is missed between reading and subscribing; so does a stream of server-sent"
+        " events that cannot be continued after its `Last-Event-ID`. With the scope `jobs:own`"
         " alone, these are the events of the caller's own jobs. A subscriber that falls 60 seconds"
         " or 50,000 events of the queue behind is dropped with the error `events_missed`. It must"
         " read the jobs and subscribe again.",
