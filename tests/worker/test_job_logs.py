@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import io
+import logging
 import os
+import sys
 import threading
 import time
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import pytest
 from pydantic_core import from_json, to_json
 
 from job_registry import Fail, JobContext, Retry
 from job_registry_api import JobQueue
+from job_registry_api.logs import configure_logs
 from job_registry_api.queue.errors import InputInvalid, LeaseLost
 from job_registry_api.queue.job_logs import MAX_BYTES, LogLevel, LogLine
 from job_registry_api.queue.models import JobRecord, JobStatus
@@ -184,6 +189,112 @@ async def test_whatever_a_handler_logs_its_job_succeeds_and_the_lines_are_small(
     assert isinstance(numbers, dict)
     assert numbers["nan"] == "nan"
     assert str(numbers["big"]).startswith("1000")
+
+
+class OddText(str):
+    """A text that cannot be shortened."""
+
+    __slots__ = ()
+
+    def __getitem__(self, _part: Any) -> str:
+        raise RuntimeError("no")
+
+
+@pytest.mark.any_database
+@pytest.mark.parametrize("style", ["json", "console"])
+async def test_no_value_of_a_line_fails_the_job_or_hides_the_line(
+    house: House, style: Literal["json", "console"]
+) -> None:
+    cyclic: list[Any] = []
+    cyclic.append(cyclic)
+    values: list[Any] = [Odd(), [Odd()], cyclic, b"\xff", "\ud800", 10**5_000, OddText("x")]
+
+    @house.job_type.handler
+    def work(job: JobContext, payload: Text) -> None:
+        log: Any = job.log
+        for number, value in enumerate(values):
+            log.info(f"value {number}", value=value)
+        log.debug("odd", value=Odd())
+        log.info(Odd())
+        log.info("too few %s %s", 1)
+        log.info("value of a name %(a)s", {"a": 1})
+        log.info("a name that structlog takes itself", method_name=1)
+
+    written = io.BytesIO()
+    stream = io.TextIOWrapper(written, "utf-8", write_through=True)
+    try:
+        configure_logs("debug", style, stream)
+        job = await house.run()
+    finally:
+        configure_logs("error", "console")
+    assert job.status is JobStatus.SUCCEEDED
+    kept = await lines(house, job)
+    assert [message for _, message, _ in kept] == [
+        *(f"value {number}" for number in range(len(values))),
+        "<Odd: RuntimeError>",
+        "too few %s %s",
+        "value of a name 1",
+        "a name that structlog takes itself",
+    ]
+    assert [data["value"] for _, _, data in kept[-6:-4]] == [
+        "<int: ValueError>",
+        "<OddText: RuntimeError>",
+    ]
+    text = written.getvalue().decode()
+    if style == "json":
+        for number in range(len(values)):
+            assert f'"value {number}"' in text
+        assert text.count("job_log.line_not_written") == 2
+        assert "<Odd: RuntimeError>" in text
+
+
+async def test_every_way_of_structlog_to_log_keeps_the_line(house: House) -> None:
+    @house.job_type.handler
+    async def work(job: JobContext, payload: Text) -> None:
+        log: Any = job.log
+        log.warn("warn")
+        log.fatal("fatal")
+        log.log(logging.WARNING, "log %s", "level")
+        log.log(logging.DEBUG, "nothing")
+        await log.ainfo("ainfo")
+        log.bind(a=1, b=2).unbind("a").info("unbind")
+        log.bind(a=1).try_unbind("a", "b").info("try_unbind")
+        log.bind(a=1).new(b=2).info("new")
+        copy.copy(log).info("copy")
+
+    job = await house.run()
+    assert await lines(house, job) == [
+        ("warning", "warn", {}),
+        ("error", "fatal", {}),
+        ("warning", "log level", {}),
+        ("info", "ainfo", {}),
+        ("info", "unbind", {"b": 2}),
+        ("info", "try_unbind", {}),
+        ("info", "new", {"b": 2}),
+        ("info", "copy", {}),
+    ]
+
+
+async def test_an_exception_is_kept_however_it_is_named(house: House) -> None:
+    @house.job_type.handler
+    def work(job: JobContext, payload: Text) -> None:
+        log: Any = job.log
+        try:
+            raise KeyError("secret")
+        except KeyError as error:
+            caught = error
+            log.info("as a number", exc_info=1)
+            log.warning("as logging does", exc_info=sys.exc_info())
+        log.error("the exception", exc_info=caught)
+        log.exception("after it was handled", exc_info=caught)
+        log.error("none", exc_info=True)
+        log.error("none", exc_info=(None, None, None))
+
+    job = await house.run()
+    kept = await lines(house, job)
+    assert ["KeyError" in data.get("exception", "") for _, _, data in kept] == [True] * 4 + [
+        False
+    ] * 2
 
 
 async def test_a_flood_of_lines_is_cut_and_the_next_line_says_so(house: House) -> None:
