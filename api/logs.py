@@ -92,6 +92,7 @@ def use_standard_logging() -> None:
             processors=[
                 structlog.contextvars.merge_contextvars,
                 structlog.stdlib.filter_by_level,
+                structlog.stdlib.PositionalArgumentsFormatter(),
                 structlog.processors.ExceptionRenderer(_of_exc_info),
                 _as_text,
             ],

@@ -22,6 +22,7 @@ from job_registry_api.logs import traceback_of
 from job_registry_api.queue.job_logs import (
     MAX_BYTES,
     MAX_LINE_BYTES,
+    MAX_LINES,
     MAX_MESSAGE,
     MAX_TEXT,
     MAX_VALUES,
@@ -31,8 +32,8 @@ from job_registry_api.queue.job_logs import (
 )
 from job_registry_api.worker.outcomes import storable
 
-LINES_PER_SECOND: Final = 500
-"""How many lines of an attempt are kept per second. The next line says how many were not."""
+SENT_PER_SECOND: Final = 500
+"""How many lines of an attempt its process sends per second before it sends only the last ones."""
 
 MAX_TRACEBACK: Final = 2_000
 """The most characters of a traceback that are kept, the last ones."""
@@ -224,34 +225,6 @@ _short: Final = reprlib.Repr()
 _short.maxstring = _short.maxother = _short.maxlong = MAX_TEXT
 
 
-class LineLimit:
-    """Passes on `LINES_PER_SECOND` lines per second, and counts the others."""
-
-    def __init__(self, keep: Keep, began: float) -> None:
-        self._keep = keep
-        self._began = began
-        self._since = began
-        self._lines = 0
-        self._dropped = 0
-
-    def __call__(self, text: bytes) -> None:
-        """Pass on a line, or drop it."""
-        now = time.monotonic()
-        if now - self._since >= 1.0:
-            self._since, self._lines = now, 0
-        self._lines += 1
-        if self._lines > LINES_PER_SECOND:
-            self._dropped += 1
-            return
-        if self._dropped:
-            dropped, self._dropped = self._dropped, 0
-            values = {"lines": dropped}
-            self._keep(
-                text_of(LogLevel.WARNING, "job_log.lines_dropped", now - self._began, values)
-            )
-        self._keep(text)
-
-
 class Tail:
     """The last log lines of an attempt, in at most `most` lines and `MAX_BYTES`. Thread-safe."""
 
@@ -273,3 +246,43 @@ class Tail:
         """Return the text of the lines, as it is stored."""
         with self._lock:
             return b"\n".join(self._lines)
+
+    def take(self) -> list[bytes]:
+        """Return the lines, and drop them."""
+        with self._lock:
+            lines, self._lines, self._bytes = list(self._lines), deque(), 0
+        return lines
+
+
+class Sender:
+    """Sends lines of an attempt, not many more than `SENT_PER_SECOND`. Thread-safe.
+
+    In a flood only the last ones are sent, with the next line after that second or by `flush`.
+    """
+
+    def __init__(self, send: Keep) -> None:
+        self._send = send
+        self._since = time.monotonic()
+        self._sent = 0
+        self._waiting = Tail(MAX_LINES)
+        self._lock = threading.Lock()
+
+    def __call__(self, line: bytes) -> None:
+        """Send a line, or keep it for later."""
+        with self._lock:
+            now = time.monotonic()
+            if now - self._since >= 1.0:
+                self._since, self._sent = now, 0
+            self._waiting.add(line)
+            if self._sent < SENT_PER_SECOND:
+                self._send_waiting()
+
+    def flush(self) -> None:
+        """Send the lines that wait."""
+        with self._lock:
+            self._send_waiting()
+
+    def _send_waiting(self) -> None:
+        for line in self._waiting.take():
+            self._sent += 1
+            self._send(line)
