@@ -79,6 +79,9 @@ Row = Mapping[str, Any]
 CLOCK_SLACK_SECONDS: Final = 1.0
 """How far in the future a time may be. Beyond that, the clock is assumed to have stepped back."""
 
+LOGS_SECONDS: Final = 1.5
+"""How long a write of log lines waits for other processes. Workers wait slightly longer for it."""
+
 MAX_REFUSED: Final = 16
 """How many fingerprints that refused a job are remembered."""
 
@@ -213,7 +216,9 @@ class SQLiteStore(Store):
         return await self._write(work)
 
     async def store_logs(self, logs: Sequence[LeaseLogs]) -> None:
-        await self._write(lambda t: t.store_logs(logs))
+        # A cancelled write still ends. It must not wait for longer than its caller does, because
+        # newer lines may then be stored before.
+        await self._write(lambda t: t.store_logs(logs), timeout_seconds=LOGS_SECONDS)
 
     async def settle(self, leases: Sequence[tuple[uuid.UUID, str]]) -> None:
         await self._write(lambda t: t.settle(leases))
@@ -302,14 +307,16 @@ class SQLiteStore(Store):
         values = func.json_each(json_text(chosen)).table_valued("value")
         return Sample(METADATA.tables["job"], [rowid.in_(select(values.c.value))])
 
-    async def _write(self, work: Callable[[_Transaction], T]) -> T:
+    async def _write(
+        self, work: Callable[[_Transaction], T], *, timeout_seconds: float | None = None
+    ) -> T:
         def run(connection: sqlite3.Connection) -> T:
             transaction = _Transaction(connection, self._database.shift)
             result = work(transaction)
             transaction.announce(self._process)
             return result
 
-        return await self._database.write(run)
+        return await self._database.write(run, timeout_seconds=timeout_seconds)
 
     async def _read(self, name: str, parameters: Mapping[str, Any]) -> Sequence[Row]:
         async with self._database.reading() as connection:

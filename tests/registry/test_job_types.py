@@ -177,6 +177,22 @@ def test_everything_is_frozen() -> None:
             change()
 
 
+def test_a_context_of_a_test_logs_to_the_standard_library(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    log = JobContext("1", "a", 1, 3, 60).log.bind(page=3)
+    try:
+        raise KeyError("x")
+    except KeyError:
+        log.exception("failed", of=9)
+    log.critical("on fire")
+    assert [(line.levelname, line.getMessage()) for line in caplog.records] == [
+        ("ERROR", "failed {'page': 3, 'of': 9}"),
+        ("CRITICAL", "on fire {'page': 3}"),
+    ]
+    assert caplog.records[0].exc_info is not None
+
+
 def test_one_handler_is_attached_and_given_back() -> None:
     job_type = JobType(name="a", payload=Note)
     assert not job_type.has_handler
