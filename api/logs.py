@@ -92,6 +92,7 @@ def use_standard_logging() -> None:
             processors=[
                 structlog.contextvars.merge_contextvars,
                 structlog.stdlib.filter_by_level,
+                structlog.stdlib.PositionalArgumentsFormatter(),
                 structlog.processors.ExceptionRenderer(_of_exc_info),
                 _as_text,
             ],
@@ -190,7 +191,7 @@ class _ConsoleRenderer(structlog.dev.ConsoleRenderer):
 
 def _escaped(value: Any) -> Any:
     """Escape the text of a value, except the line breaks of a traceback."""
-    text = value if isinstance(value, str | None) else repr(value)
+    text = value if isinstance(value, str | None) else _repr_of(value)
     return text and "\n".join(escaped(line) for line in text.split("\n"))
 
 
@@ -220,7 +221,33 @@ class _Unfailing:
 
 def _render_json(_logger: Any, _method: str, line: MutableMapping[str, Any]) -> bytes:
     """Render a line as JSON bytes: a busy server writes thousands per second."""
-    return to_json(line, fallback=repr, inf_nan_mode="constants")
+    try:
+        return to_json(line, fallback=repr, inf_nan_mode="constants")
+    except Exception:
+        sound = {_sound(str(key)): _renderable(value) for key, value in line.items()}
+        return to_json(sound, fallback=repr, inf_nan_mode="constants")
+
+
+def _renderable(value: Any) -> Any:
+    """Return a value that is JSON as it is, and the text of any other."""
+    try:
+        to_json(value, fallback=repr, inf_nan_mode="constants")
+    except Exception:
+        return _sound(value if isinstance(value, str) else _repr_of(value))
+    return value
+
+
+def _sound(text: str) -> str:
+    """Return a text without surrogates, which no encoding has."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _repr_of(value: object) -> str:
+    """Return the `repr` of a value, or its type and why it has none."""
+    try:
+        return repr(value)
+    except Exception as error:
+        return f"<{type(value).__name__}: {type(error).__name__}>"
 
 
 def traceback_of(error: BaseException) -> str:

@@ -293,7 +293,8 @@ _SCHEMAS: Final[dict[str, Schema]] = {
                     "stoppedEarly": {
                         "type": "boolean",
                         "description": "Whether the page has fewer jobs than `first` although more"
-                        " follow, because it would have been too large.",
+                        " follow, because it would have been too large or too many jobs would have"
+                        " been searched. It may have no jobs then.",
                     },
                     "endCursor": {
                         **_or_null(_TEXT),

@@ -283,7 +283,8 @@ async def list_jobs(request: _Request) -> _Answer:
         )
     except InputInvalid as invalid:
         raise _of_parameters(invalid) from None
-    cursor = str(page.jobs[-1].id) if page.jobs else None
+    last = page.stopped_at or (page.jobs[-1].id if page.jobs else None)
+    cursor = None if last is None else str(last)
     content = {
         "jobs": [_job(job) for job in page.jobs],
         "pageInfo": {

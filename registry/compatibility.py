@@ -139,7 +139,7 @@ class _Comparison:
         views = [_View(nodes) for nodes in self._alternatives(before, self._before)]
         for view in views:
             for each in self._refused(view, after, depth):
-                if len(views) > 1 and each.path == "" and each.before == view.words:
+                if each.path == "" and each.before == view.words:
                     each = replace(each, before=_alternatives_words(v.words for v in views))
                 found[each] = None
             if len(found) > MAX_DIFFERENCES:
@@ -199,11 +199,9 @@ class _Comparison:
         for key, value in after.items():
             if key in _COMPARED or key in _ANNOTATIONS or key.startswith("x-"):
                 continue
-            group = _GROUPS.get(key, (key,))
-            if key != group[0]:
-                continue
             if key not in _NOT_LOCAL and all(
-                self._has_same(view, each, after.get(each, _MISSING)) for each in group
+                self._has_same(view, each, after.get(each, _MISSING))
+                for each in _GROUPS.get(key, (key,))
             ):
                 continue
             yield Difference(
@@ -393,7 +391,7 @@ class _Comparison:
                 yield self._made.setdefault(("type", each), {"type": each})
         elif view.types == {"boolean"}:
             yield from (self._const("true"), self._const("false"))
-        elif tag is not None and "object" in view.types:
+        elif tag is not None:
             for text in _View(view.field(tag)).values or ():
                 key = (f"tag {text}", tag)
                 yield self._made.setdefault(key, {"properties": {tag: self._const(text)}})
@@ -456,12 +454,8 @@ class _Comparison:
         return any(self._is_same_value(node.get(key, _MISSING), value) for node in view.nodes)
 
     def _is_same(self, before: _Node, after: _Node) -> bool:
-        if not after:
-            return True
         text = self._text_of(after)
-        if text == "{}":
-            return True
-        return self._text_of(before) == text and self._leads_to_same(text)
+        return text == "{}" or (self._text_of(before) == text and self._leads_to_same(text))
 
     def _is_same_value(self, before: Any, after: Any) -> bool:
         """Return whether two values of a keyword require the same."""
@@ -490,11 +484,7 @@ class _Comparison:
             name = waiting.pop()
             old = _resolved(json.loads(name), self._before)
             new = _resolved(json.loads(name), self._after)
-            if old is None or new is None:
-                if old is new:
-                    # A target outside both documents is the same for both.
-                    texts[name] = ""
-                continue
+            # A target outside both documents is the same for both.
             text = _canonical(old)
             if text == _canonical(new):
                 texts[name] = text
@@ -545,7 +535,7 @@ class _View:
     @property
     def is_empty(self) -> bool:
         """Whether no value is admitted."""
-        return not self.types or any(map(_is_nothing, self.nodes))
+        return not self.types
 
     @property
     def is_exact(self) -> bool:
@@ -646,13 +636,12 @@ class _View:
             return not (self.loose_types & other.loose_types)
         if not self.types & other.types:
             return True
-        if self.types != {"object"} or other.types != {"object"}:
+        if self.types & other.types != {"object"}:
             return False
         for name in self.required | other.required:
-            if name in self.names and name in other.names:
-                one, two = _View(self.field(name)), _View(other.field(name))
-                if one.values is not None and two.values is not None and one.excludes(two):
-                    return True
+            one, two = _View(self.field(name)), _View(other.field(name))
+            if one.values is not None and two.values is not None and one.excludes(two):
+                return True
         return False
 
 
@@ -663,8 +652,8 @@ def _refused_types(view: _View, after: _Node) -> Iterator[Difference]:
         now = _types_words(types)
         is_fraction = refused == {"fraction"}
         what = "A number such as 1.5" if is_fraction else f"A value of type {_types_words(refused)}"
-        whole = view.values is not None and view.has_numeric_values
-        yield _difference(view, view.words, now, f"{what} is refused.", not whole)
+        is_certain = not view.has_numeric_values
+        yield _difference(view, view.words, now, f"{what} is refused.", is_certain)
     elif view.has_numeric_values and _values_of(after) is None:
         # Pydantic compares constants as Python does, for which 1, 1.0 and true are equal.
         equal = {
@@ -930,10 +919,10 @@ def _followed(node: Any, root: _Node) -> _Node:
 
 def _resolved(reference: Any, root: _Node) -> _Node | None:
     """Return the target of a reference within the document."""
-    if not isinstance(reference, str) or not reference.startswith("#"):
+    if not isinstance(reference, str) or not f"{reference}/".startswith("#/"):
         return None
     found: Any = root
-    for token in reference[1:].split("/")[1:]:
+    for token in reference.split("/")[1:]:
         name = token.replace("~1", "/").replace("~0", "~")
         if isinstance(found, Mapping) and name in found:
             found = found[name]
@@ -941,8 +930,6 @@ def _resolved(reference: Any, root: _Node) -> _Node | None:
             found = found[int(name)]
         else:
             return None
-    if reference != "#" and not reference.startswith("#/"):
-        return None
     return _node(found) if isinstance(found, Mapping | bool) else None
 
 
@@ -955,7 +942,7 @@ def _node(schema: Any) -> _Node:
 
 
 def _is_nothing(node: _Node) -> bool:
-    return node is _NOTHING or ("not" in node and node["not"] in (True, {}))
+    return "not" in node and node["not"] in (True, {})
 
 
 def _tag_of(node: _Node) -> str | None:
@@ -1055,8 +1042,8 @@ def _fits_format(before: str, after: str) -> bool:
 
 def _refuses_some(pattern: Any, shortest: float, longest: float) -> bool:
     """Return whether a pattern refuses any of a few sample texts of this length."""
-    samples = [c * int(n) for c in ("a", "0", " ", "\x01") for n in (shortest, longest) if n < 999]
-    samples += [c for c in ("a", "0", " ", "\x01", "") if shortest <= len(c) <= longest]
+    lengths = [int(n) for n in (shortest, 1, longest) if shortest <= n <= longest and n < 999]
+    samples = [character * length for character in "a0 \x01" for length in lengths]
     return any(_matches(pattern, sample) is False for sample in samples)
 
 

@@ -33,21 +33,43 @@ class JobLogger(Protocol):
     def error(self, event: str, **values: Any) -> Any:
         """Write a line about a failure."""
 
+    def critical(self, event: str, **values: Any) -> Any:
+        """Write a line about a failure that needs attention at once."""
+
+    def exception(self, event: str, **values: Any) -> Any:
+        """Write a line about the exception that is being handled."""
+
+    def bind(self, **values: Any) -> JobLogger:
+        """Return a logger that adds these values to each line."""
+        ...
+
 
 class _PlainLogger:
     """The logger of a context outside a worker: the standard library's."""
 
+    def __init__(self, **values: Any) -> None:
+        self._values = values
+
     def debug(self, event: str, **values: Any) -> None:
-        _plain_log.debug(_PLAIN, event, values)
+        _plain_log.debug(_PLAIN, event, {**self._values, **values})
 
     def info(self, event: str, **values: Any) -> None:
-        _plain_log.info(_PLAIN, event, values)
+        _plain_log.info(_PLAIN, event, {**self._values, **values})
 
     def warning(self, event: str, **values: Any) -> None:
-        _plain_log.warning(_PLAIN, event, values)
+        _plain_log.warning(_PLAIN, event, {**self._values, **values})
 
     def error(self, event: str, **values: Any) -> None:
-        _plain_log.error(_PLAIN, event, values)
+        _plain_log.error(_PLAIN, event, {**self._values, **values})
+
+    def critical(self, event: str, **values: Any) -> None:
+        _plain_log.critical(_PLAIN, event, {**self._values, **values})
+
+    def exception(self, event: str, **values: Any) -> None:
+        _plain_log.exception(_PLAIN, event, {**self._values, **values})
+
+    def bind(self, **values: Any) -> _PlainLogger:
+        return _PlainLogger(**{**self._values, **values})
 
 
 _plain_log: Final = logging.getLogger("job_registry.handler")

@@ -14,6 +14,9 @@ from pydantic_core import core_schema, to_jsonable_python
 
 from job_registry.wire_text import reads_decimals_as_text
 
+MAX_REFERENCES: Final = 10
+"""How many models an example has inside each other."""
+
 JSON_SCHEMA_DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
 
 
@@ -151,13 +154,16 @@ def _demands(schema: Any) -> Any:
     }
 
 
-def _example_of(schema: Any, definitions: Mapping[str, Any], depth: int) -> JsonValue:
-    """A value of this JSON Schema, from its examples and defaults where it has any."""
-    if depth > 20 or schema is True:
+def _example_of(schema: Any, definitions: Mapping[str, Any], references: int) -> JsonValue:
+    """A value of this JSON Schema, from its examples and defaults where it has any.
+
+    Only references can lead back to a schema, so their number bounds the depth.
+    """
+    if references > MAX_REFERENCES or schema is True:
         return None
     if "$ref" in schema:
-        name = schema["$ref"].rsplit("/", 1)[-1]
-        return _example_of(definitions[name], definitions, depth + 1)
+        name = schema["$ref"].rpartition("/")[2]
+        return _example_of(definitions[name], definitions, references + 1)
     for key in ("examples", "enum"):
         if schema.get(key):
             return cast(JsonValue, schema[key][0])
@@ -166,20 +172,21 @@ def _example_of(schema: Any, definitions: Mapping[str, Any], depth: int) -> Json
             return cast(JsonValue, schema[key])
     for key in ("anyOf", "oneOf", "allOf"):
         if key in schema:
-            return _example_of(schema[key][0], definitions, depth + 1)
+            return _example_of(schema[key][0], definitions, references)
     match schema.get("type"):
         case "object":
             required = schema.get("required", ())
             return {
-                name: _example_of(inner, definitions, depth + 1)
+                name: _example_of(inner, definitions, references)
                 for name, inner in schema.get("properties", {}).items()
                 if name in required or "default" in inner
             }
         case "array":
             if "prefixItems" in schema:
-                return [_example_of(item, definitions, depth + 1) for item in schema["prefixItems"]]
+                items = schema["prefixItems"]
+                return [_example_of(item, definitions, references) for item in items]
             count = schema.get("minItems", 1)
-            return [_example_of(schema.get("items", True), definitions, depth + 1)] * count
+            return [_example_of(schema.get("items", True), definitions, references)] * count
         case "integer" | "number":
             return _example_number(schema)
         case "boolean":

@@ -72,3 +72,32 @@ def test_nothing_is_logged_together_below_the_level(style: Literal["console", "j
         assert written.getvalue() == b""
     finally:
         configure_logs("error", "console")
+
+
+class Odd:
+    """A value that cannot be shown."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no")
+
+
+def test_a_line_of_json_shows_what_is_not_json() -> None:
+    written = io.BytesIO()
+    configure_logs("info", "json", io.TextIOWrapper(written, write_through=True))
+    try:
+        log = structlog.get_logger("test")
+        log.info("odd", odd=Odd(), bytes=b"\xff", alone="\ud800", small=[1], own={1})
+        line = json.loads(written.getvalue())
+        assert (
+            line.items()
+            >= {
+                "event": "odd",
+                "odd": "<Odd: RuntimeError>",
+                "bytes": "b'\\xff'",
+                "alone": "\\ud800",
+                "small": [1],
+                "own": [1],
+            }.items()
+        )
+    finally:
+        configure_logs("error", "console")

@@ -118,6 +118,17 @@ async def test_a_line_that_cannot_be_kept_is_named(client: httpx.AsyncClient) ->
     assert len(attempt["logs"]) == 3
 
 
+async def test_the_limit_of_jobs_per_request_is_not_one_of_log_lines(visit: Visit) -> None:
+    async with visit(**AUTH, max_bulk_size="2") as client:
+        _, token = await logged(client, LINES)
+        line = '{message: "x", seconds: 1}'
+        beat = 'mutation { heartbeatJob(leaseToken: "%s", logs: [%s]) { __typename } }'
+        beat %= (token, 3 * line)
+        assert await ask(client, WORKER, beat) == {
+            "heartbeatJob": {"__typename": "HeartbeatJobSuccess"}
+        }
+
+
 async def test_the_lines_of_a_page_are_read_within_the_bounds_of_an_answer(visit: Visit) -> None:
     async with visit(**AUTH, max_answer_bytes=65_536, max_answer_fields=1_000) as client:
         many = [{"message": "x" * 600, "seconds": 1.0}] * 20

@@ -150,6 +150,10 @@ def _is_skipped(node: SelectionNode, values: Mapping[str, Any]) -> bool:
     return False
 
 
+_LOG_LINE: Final = "JobLogLineInput"
+"""The one input type whose lists are not jobs. `heartbeatJob` limits its lines."""
+
+
 class _Size:
     """The size of arguments, so far. Each addition checks it."""
 
@@ -166,9 +170,9 @@ class _Size:
         self._characters = 0
 
     def add_argument(self, node: ValueNode, kind: GraphQLInputType | None) -> None:
-        """Add an argument of a root field. A list of objects is a list of jobs."""
-        item = _item_of(kind)
-        if item is not None and isinstance(_nullable(item), GraphQLInputObjectType):
+        """Add an argument of a root field."""
+        item = _nullable(_item_of(kind))
+        if isinstance(item, GraphQLInputObjectType) and item.name != _LOG_LINE:
             self._add_jobs(node)
         self._add_literal(node, kind)
 

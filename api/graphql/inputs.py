@@ -174,8 +174,8 @@ class JobFilterInput:
     )
     finished_after: TimeText | None = strawberry.field(
         default=None,
-        description="Jobs that ended at this time or later. All jobs that ended in a range of time"
-        " are read and sorted, so choose a short one.",
+        description="Jobs that ended at this time or later. A page of a wide range of time"
+        " may stop early: see `pageInfo.stoppedEarly`.",
     )
     finished_before: TimeText | None = strawberry.field(
         default=None, description="Jobs that ended before this time."

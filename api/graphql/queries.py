@@ -283,6 +283,10 @@ class Query:
             budget.charge_reading(page.weight)
             budget.charge_fields(len(page.jobs) * fields)
         edges = [JobEdge(cursor=_cursor_of(job.id), node=Job.of(job)) for job in page.jobs]
+        start, end = (edges[0].cursor, edges[-1].cursor) if edges else (None, None)
+        if page.stopped_at is not None:
+            stopped_at = _cursor_of(page.stopped_at)
+            start, end = (start, stopped_at) if last is None else (stopped_at, end)
 
         async def has_older() -> bool:
             if last is None or ahead is None:
@@ -308,8 +312,8 @@ class Query:
                 has_older=_once(has_older),
                 has_newer=_once(has_newer),
                 stopped_early=page.stopped_early,
-                start_cursor=edges[0].cursor if edges else None,
-                end_cursor=edges[-1].cursor if edges else None,
+                start_cursor=start,
+                end_cursor=end,
             ),
             total=_once(total),
         )

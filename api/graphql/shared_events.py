@@ -153,6 +153,8 @@ class SharedEvents:
             # Before the id is looked up: the look-up would reveal events of another caller's job.
             await followed.current()
             await followed.context.queue.events.recall(after)
+            if followed.job_id is not None and not await followed.can_continue(after):
+                after = None  # The state of the job has what was missed.
         with (
             followed.subscribed(after) as subscription,
             self._joined(operation, build, followed) as group,

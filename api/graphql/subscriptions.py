@@ -88,7 +88,8 @@ class Subscription:
         extensions=[Requires("jobs:own", "jobs:read")],
         description="The events of jobs from now on, of every process, in the order of commits."
         " With `jobId`, the first event is `job.current`, with the current state of the job, so"
-        " that no change is missed between reading and subscribing. With the scope `jobs:own`"
+        " that no change is missed between reading and subscribing; so does a stream of server-sent"
+        " events that cannot be continued after its `Last-Event-ID`. With the scope `jobs:own`"
         " alone, these are the events of the caller's own jobs. A subscriber that falls 60 seconds"
         " or 50,000 events of the queue behind is dropped with the error `events_missed`. It must"
         " read the jobs and subscribe again.",
@@ -177,6 +178,16 @@ class FollowedJobs:
         found, _ = self.read(number - 1, 1)
         if not await self.visible(found):
             raise EventsMissed(NOT_CONTINUED)
+
+    async def can_continue(self, after: str) -> bool:
+        """Return whether the events after the one with this id can be read, and the caller may see
+        that one."""
+        try:
+            with self.subscribed(after) as subscription:
+                await self.check_seen(subscription.position)
+        except EventsMissed:
+            return False
+        return True
 
     async def current(self) -> JobEvent | None:
         """Return the first event if one job is followed, otherwise None.

@@ -575,17 +575,21 @@ class PageInfo:
     has_older: strawberry.Private[Callable[[], Awaitable[bool]]]
     has_newer: strawberry.Private[Callable[[], Awaitable[bool]]]
     start_cursor: str | None = strawberry.field(
-        description="The cursor of the first job on the page. Pass it as `before`, with `last`, for"
+        description="The cursor of the first job on the page, or of the place where a"
+        " search with `last` stopped. Pass it as `before`, with `last`, for"
         " the previous page."
     )
     end_cursor: str | None = strawberry.field(
-        description="The cursor of the last job on the page. Pass it as `after` for the next page."
+        description="The cursor of the last job on the page, or of the place where a"
+        " search stopped. Pass it as `after` for the next page."
     )
     stopped_early: bool = strawberry.field(
         description="Whether the page has fewer jobs than `first` or `last` although there are"
         " more, because they would exceed the limit of an answer in fields"
-        " (`JOBS_MAX_ANSWER_FIELDS`) or bytes (`JOBS_MAX_ANSWER_BYTES`). Read on from its"
-        " `endCursor`, or with `last` from its `startCursor`."
+        " (`JOBS_MAX_ANSWER_FIELDS`) or bytes (`JOBS_MAX_ANSWER_BYTES`), or because more than"
+        " 10,000 jobs of a status would be searched for those that ended in a wide range of time."
+        " It may have no jobs then. Read on from its `endCursor`, or with `last` from its"
+        " `startCursor`."
     )
 
     @strawberry.field(description="Whether older jobs follow.")
@@ -613,8 +617,8 @@ class JobConnection:
     @strawberry.field(
         description="The number of jobs on all pages. It is exact without a filter, and with a"
         " filter of types and statuses. With another filter, or with the scope `jobs:own` alone, it"
-        " is exact up to 10,000 entries of the index that is read. Above that it is an estimate, as"
-        " if the jobs had been stored at a steady rate."
+        " is exact up to 10,000 entries of the index that is read. Above that it is an estimate,"
+        " from a sample of the jobs. With `jobs:own` alone, at most 110,000 jobs are counted."
     )
     async def total_count(self) -> int | None:
         return min((await self.total()).jobs, MAX_INT)

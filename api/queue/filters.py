@@ -17,6 +17,7 @@ from typing import Any, Final, NamedTuple
 
 import sqlalchemy
 from sqlalchemy import func, union_all
+from sqlalchemy.sql.visitors import replacement_traverse
 from sqlmodel import col, select
 
 from job_registry_api.queue.models import (
@@ -45,6 +46,16 @@ ID_SLACK: Final = timedelta(hours=1)
 The id has the time of the process, `created_at` that of the database. A range of `created_at` is
 read as a range of ids that is longer by this at each end.
 """
+
+WIDE_RANGE: Final = 5_000
+"""How many jobs of a status that finished in a range of time are read and sorted at most. Those of
+a wider range are found among all jobs of the status, the newest first."""
+
+WALKED_JOBS: Final = 10_000
+"""How many jobs of each status are read at most in search of those that finished in a range."""
+
+WALK_SLACK: Final = timedelta(minutes=5)
+"""The same as `ID_SLACK` for these searches, which read the jobs of this time as well."""
 
 JSON_VALUES: Final = ("payload", "progress", "result", "error")
 """The columns of a job that may be large."""
@@ -92,7 +103,8 @@ class JobFilter:
     idempotency key, or words of the error of one of the 10,000 newest failed jobs; with
     `created_by`, of one among the 10,000 newest jobs of that creator.
 
-    All jobs that finished in a range of time are read and then sorted, so choose a short range.
+    Of a wide range of the time of the end, a page stops early at 10,000 jobs of a status that
+    finished at other times.
     """
 
     types: tuple[str, ...] = ()
@@ -115,6 +127,14 @@ class JobFilter:
     def is_of_finished(self) -> bool:
         """Whether a range of the time of the end is given."""
         return self.finished_after is not None or self.finished_before is not None
+
+    @property
+    def possible_statuses(self) -> tuple[JobStatus, ...]:
+        """The statuses of the jobs that can match. Empty without a restriction, except for a range
+        of the time of the end with statuses of jobs that have not ended."""
+        if not self.is_of_finished:
+            return self.statuses
+        return tuple(each for each in self.statuses or FINAL if each in FINAL)
 
 
 def owned_by(owner: Owner | None) -> list[Any]:
@@ -153,56 +173,223 @@ def filtered(
     return part.taken(listed().where(*conditions), order)
 
 
+def widths(wanted: JobFilter, owner: Owner | None) -> Any:
+    """Return the query of whether more than `WIDE_RANGE` jobs finished in a range of time, for each
+    status that they can have. None: no such range is read."""
+    if not wanted.is_of_finished or _leading(wanted, owner) or not wanted.possible_statuses:
+        return None
+    finished: Any = col(Job.finished_at)
+    ranges = (
+        sqlalchemy.select(finished)
+        .where(col(Job.status) == str(status), *_between(finished, wanted))
+        # Otherwise the database may expect to find so many soon without the index.
+        .order_by(finished.desc())
+        .limit(WIDE_RANGE + 1)
+        .subquery()
+        for status in wanted.possible_statuses
+    )
+    is_wide = (func.count() > WIDE_RANGE).label("is_wide")
+    return union_all(*(sqlalchemy.select(is_wide).select_from(each) for each in ranges))
+
+
+def walked(
+    wanted: JobFilter, part: Slice, status: JobStatus, *, ahead: timedelta = timedelta()
+) -> Any:
+    """Return the query of the ids of jobs of a status, in the order of an index of ids, among
+    `WALKED_JOBS` of it: those that finished in a range of time."""
+    read = _walk(wanted, part, status, ahead, Job.id, Job.type, Job.created_at, Job.finished_at)
+    rows = read.subquery()
+    conditions = [*_between(col(Job.finished_at), wanted), *_created(wanted)]
+    if wanted.types:
+        conditions.append(col(Job.type).in_(wanted.types))
+    # They stay in their order. To sort them, the database would have to read all of them.
+    matching = (_as_of(rows, each) for each in conditions)
+    return sqlalchemy.select(rows.c.id).where(*matching).limit(part.size)
+
+
+def walk_end(
+    wanted: JobFilter, part: Slice, status: JobStatus, *, ahead: timedelta = timedelta()
+) -> Any:
+    """Return the query of the id at which `walked` stops, if it stops before the end."""
+    return _walk(wanted, part, status, ahead, Job.id).offset(WALKED_JOBS - 1).limit(1)
+
+
+def _walk(
+    wanted: JobFilter, part: Slice, status: JobStatus, ahead: timedelta, *columns: Any
+) -> Any:
+    within = replace(_within(part, wanted, ahead), size=WALKED_JOBS)
+    if wanted.finished_before is not None and within.after is not None:
+        # A job is enqueued before it ends.
+        after = min(within.after, _first_id(wanted.finished_before + WALK_SLACK))
+        within = replace(within, after=after)
+    kind = [(col(Job.type), wanted.types[0])] if len(wanted.types) == 1 else []
+    return _in_order(select(*columns), [*kind, (col(Job.status), str(status))], within)
+
+
 def counted(
     wanted: JobFilter, owner: Owner | None, *, most: int, ahead: timedelta = timedelta()
 ) -> Any:
     """Return the query that counts jobs in ranges of an index, the newest `most` of each.
 
-    It has a row per range: how many jobs were `read`, how many of them `matched` the whole filter,
-    the time of the `newest` and of the `last` one that was read, and of the `oldest` in the range,
-    if not all were read.
+    It has a row per range; its columns are those of `CountedRange`.
     """
+    ranges = _ranges(wanted, owner, ahead)
+    return union_all(*(_counted(each, most) for each in ranges)) if ranges else None
+
+
+def sampled(
+    sample: Sample,
+    wanted: JobFilter,
+    ends: Sequence[Any],
+    *,
+    ahead: timedelta = timedelta(),
+) -> Any:
+    """Return the query that counts jobs of a sample: those `of_kind`, of the wanted types and
+    statuses, and those of them that are `beyond` the ends of the ranges and match the filter.
+
+    `ends` are those of the ranges of `counted`, in their order. None: the range was read whole.
+    """
+    beyond = [
+        sqlalchemy.and_(*each.inside, each.order <= end, *each.matching)
+        for each, end in zip(_ranges(wanted, None, ahead), ends, strict=True)
+        if end is not None
+    ]
+    kind: list[Any] = []
+    if wanted.types:
+        kind.append(col(Job.type).in_(wanted.types))
+    if statuses := wanted.possible_statuses:
+        kind.append(col(Job.status).in_([str(each) for each in statuses]))
+    return (
+        sqlalchemy.select(
+            func.count().label("of_kind"),
+            func.coalesce(func.sum(_one_if(sample.of(sqlalchemy.or_(*beyond)))), 0).label("beyond"),
+        )
+        .select_from(sample.rows)
+        .where(*sample.chosen, *map(sample.of, kind))
+    )
+
+
+def sampled_own(
+    wanted: JobFilter,
+    owner: Owner,
+    end: Any,
+    *,
+    most: int,
+    each: int,
+    ahead: timedelta = timedelta(),
+) -> Any:
+    """Return the query that counts the owner's jobs beyond the end of what `counted` has read: how
+    many there are, `most` at most, how many of these are in a sample, and how many of those match.
+
+    The sample has one of `each` so many jobs. It is taken from the index of the owner's jobs, so it
+    reveals nothing about the jobs of others.
+    """
+    (found,) = _ranges(wanted, owner, ahead)
+    newest = (
+        sqlalchemy.select(col(Job.id).label("id"))
+        .where(*found.inside, found.order < end)
+        .order_by(found.order.desc())
+        .limit(most)
+        .subquery()
+    )
+    place = func.row_number().over(order_by=newest.c.id.desc()).label("place")
+    placed = sqlalchemy.select(newest.c.id, place).cte()
+    chosen = sqlalchemy.select(placed.c.id).where(placed.c.place % each == 0)
+    return sqlalchemy.select(
+        sqlalchemy.select(func.count()).select_from(placed).scalar_subquery().label("jobs"),
+        func.count().label("read"),
+        func.coalesce(func.sum(_one_if(sqlalchemy.and_(*found.matching))), 0).label("matched"),
+    ).where(col(Job.id).in_(chosen))
+
+
+class Sample(NamedTuple):
+    """Jobs that are chosen at random: `rows` of the table, with the conditions `chosen`."""
+
+    rows: Any
+    chosen: Sequence[Any] = ()
+
+    def of(self, condition: Any) -> Any:
+        """Return a condition of jobs as one of these rows."""
+
+        return _as_of(self.rows, condition)
+
+
+def _as_of(rows: Any, condition: Any) -> Any:
+    """Return a condition of jobs as one of these rows, which have the same columns."""
+
+    def replaced(element: Any, **_: Any) -> Any:
+        return rows.c[element.key] if isinstance(element, sqlalchemy.Column) else None
+
+    return replacement_traverse(condition, {}, replaced)
+
+
+class _Range(NamedTuple):
+    """A range of an index that has every job that is wanted, and others."""
+
+    inside: list[Any]
+    """The conditions of the range."""
+    time: Any
+    order: Any
+    """The column that the index is read by, the highest value first."""
+    matching: list[Any]
+    """The other conditions."""
+
+
+def _ranges(wanted: JobFilter, owner: Owner | None, ahead: timedelta) -> list[_Range]:
     leading = _leading(wanted, owner)
-    matching = [*owned_by(owner), *_others(wanted, is_led=True), *_created(wanted)]
+    matching = [
+        sqlalchemy.true(),
+        *owned_by(owner),
+        *_others(wanted, is_led=True),
+        *_created(wanted),
+    ]
     ids = _created_ids(wanted, ahead)
     if leading or not wanted.is_of_finished:
-        created = col(Job.created_at)
-        return _range([*leading, *ids], created, col(Job.id), matching, most)
+        return [_Range([*leading, *ids], col(Job.created_at), col(Job.id), matching)]
     # A range of each status: no index has the jobs of several in the order of their end.
     finished = col(Job.finished_at)
-    ranges = [
-        _range(
+    return [
+        _Range(
             [col(Job.status) == str(status), *_between(finished, wanted)],
             finished,
             finished,
             [*matching, *ids],
-            most,
         )
-        for status in FINAL
-        if status in (wanted.statuses or FINAL)
+        for status in wanted.possible_statuses
     ]
-    return union_all(*ranges) if ranges else None
 
 
-def _range(inside: list[Any], time: Any, order: Any, matching: list[Any], most: int) -> Any:
-    """Return the query that counts the jobs in a range of an index, in its `order`."""
-    matched: Any = sqlalchemy.and_(sqlalchemy.true(), *matching)
+def _counted(each: _Range, most: int) -> Any:
+    """Return the query that counts the jobs in a range of an index, in its order."""
     read = (
-        sqlalchemy.select(time.label("time"), sqlalchemy.case((matched, 1), else_=0).label("one"))
+        sqlalchemy.select(
+            each.order.label("place"),
+            each.time.label("time"),
+            _one_if(sqlalchemy.and_(*each.matching)).label("one"),
+        )
         .select_from(Job)
-        .where(*inside)
-        .order_by(order.desc())
+        .where(*each.inside)
+        .order_by(each.order.desc())
         .limit(most)
-        .subquery()
+        .cte()
     )
-    oldest = sqlalchemy.select(time).where(*inside).order_by(order.asc()).limit(1)
+    # PostgreSQL before 18 has no min(uuid).
+    end = sqlalchemy.select(read.c.place).order_by(read.c.place).limit(1).scalar_subquery()
+    oldest = sqlalchemy.select(each.time).where(*each.inside).order_by(each.order.asc()).limit(1)
+    is_full = func.count() >= most
     return sqlalchemy.select(
         func.count().label("read"),
         func.coalesce(func.sum(read.c.one), 0).label("matched"),
+        func.coalesce(func.sum(read.c.one * _one_if(read.c.place == end)), 0).label("at_end"),
+        sqlalchemy.case((is_full, end)).label("end"),
         func.max(read.c.time).label("newest"),
         func.min(read.c.time).label("last"),
-        sqlalchemy.case((func.count() >= most, oldest.scalar_subquery())).label("oldest"),
+        sqlalchemy.case((is_full, oldest.scalar_subquery())).label("oldest"),
     )
+
+
+def _one_if(condition: Any) -> Any:
+    return sqlalchemy.case((condition, 1), else_=0)
 
 
 def _leading(wanted: JobFilter, owner: Owner | None) -> list[Any]:
@@ -265,10 +452,9 @@ def _others(wanted: JobFilter, *, is_led: bool) -> list[Any]:
     conditions: list[Any] = []
     kind: Any = col(Job.type)
     status: Any = col(Job.status)
-    statuses = wanted.statuses
+    # The index of finishing times begins with the status.
+    statuses = wanted.possible_statuses
     if wanted.is_of_finished:
-        # The index of finishing times begins with the status.
-        statuses = tuple(s for s in statuses or FINAL if s in FINAL)
         conditions += _between(_hidden(col(Job.finished_at), is_led), wanted)
         kind = _hidden(kind, True)
     if wanted.types:

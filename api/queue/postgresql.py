@@ -14,12 +14,14 @@ from datetime import UTC, datetime
 from operator import attrgetter
 from typing import Any, Final
 
-from sqlalchemy import Connection, insert, text
+from sqlalchemy import BigInteger, Connection, cast, func, insert, select, text
+from sqlalchemy.dialects.postgresql import REGCLASS
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from job_registry_api.queue.database import quoted, statement
 from job_registry_api.queue.driver_errors import GRANT
 from job_registry_api.queue.errors import QueueUnavailable
+from job_registry_api.queue.filters import Sample
 from job_registry_api.queue.models import (
     METADATA,
     AttemptOutcome,
@@ -374,6 +376,15 @@ class PostgreSQLStore(Store):
                 raise QueueUnavailable(reason, "permission_denied")
 
         await self._database.retrying(check, timeout_seconds=timeout_seconds)
+
+    async def _sample(self, blocks: int) -> Sample:
+        name = f"{quoted(self._database.schema)}.job"
+        size = func.pg_relation_size(cast(name, REGCLASS)) / cast(
+            func.current_setting("block_size"), BigInteger
+        )
+        (row,) = await self._select(select(size.label("blocks")))
+        percent = min(100.0, 100.0 * blocks / max(1, int(row["blocks"])))
+        return Sample(METADATA.tables["job"].tablesample(func.system(percent)))
 
     async def _run(self, name: str, parameters: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
         """Run a statement that changes something."""

@@ -48,8 +48,10 @@ from job_registry_api.queue.opening import Opening
 from job_registry_api.queue.requests import EARLIEST, LATEST, MAX_WAIT_SECONDS, parse_job_id
 from job_registry_api.queue.store import (
     PIECE_BYTES,
+    SAMPLED_BLOCKS,
     CountedRange,
     Listed,
+    SampledJobs,
     Store,
     Waiting,
     ids_of_piece,
@@ -94,6 +96,9 @@ class JobPage:
     has_previous_page: bool = False
     stopped_early: bool = False
     """Whether it has fewer jobs than there are and were requested, because of a limit."""
+    stopped_at: uuid.UUID | None = None
+    """Where to read on, if it stopped early at the limit of a search and not after a job: `after`
+    or, with `last`, `before`. It may have no jobs then."""
     weight: int = 0
     """The memory that its jobs take, and the one that did not fit."""
 
@@ -184,15 +189,27 @@ def _mismatch(parked: Parked) -> PayloadMismatch:
     )
 
 
-def _estimated(counted: CountedRange) -> float:
-    """Return how many jobs a range has, as if they had come at a steady rate."""
+def _at_steady_rate(counted: CountedRange) -> float:
+    """Return how many more jobs a range has, as if all had come at the rate of those read."""
     if counted.newest is None or counted.last is None or counted.oldest is None:
-        return counted.matched
+        return 0
     read = (counted.newest - counted.last).total_seconds()
-    every = (counted.newest - counted.oldest).total_seconds()
-    if counted.matched == 0 or every == 0:
-        return counted.matched
-    return counted.matched * every / read if read > 0 else math.inf
+    rest = (counted.last - counted.oldest).total_seconds()
+    if counted.matched == 0 or rest <= 0:
+        return 0
+    return counted.matched * rest / read if read > 0 else math.inf
+
+
+def _plausible(sample: SampledJobs) -> tuple[float, float]:
+    """Return between which shares the wanted jobs are of all, from a sample: its standard error.
+
+    Jobs of one place were often stored together, so a place counts as one.
+    """
+    if sample.of_kind == 0:
+        return 0, 1
+    share, places = sample.beyond / sample.of_kind, min(SAMPLED_BLOCKS, sample.of_kind)
+    error = math.sqrt(share * (1 - share) / places)
+    return share - error, share + error + 1 / places
 
 
 def _together(one: TypeVersion, other: TypeVersion) -> TypeVersion:
@@ -454,7 +471,8 @@ class Reading(Opening):
         `owner`, only jobs that this subject enqueued are listed.
 
         It stops early at `most` jobs, and before the job with which the weight of all would exceed
-        `max_bytes`. It always has the first job.
+        `max_bytes`, but always has the first job. It also stops, perhaps without any, where too
+        many jobs were searched for those that finished in a wide range of time: see `stopped_at`.
 
         Raises:
             InputInvalid: `first` or `last` is not 1 to `max_page_size`, both are given, or a value
@@ -468,15 +486,23 @@ class Reading(Opening):
         if wanted is None:
             return JobPage([], has_next_page=False)
         allowed = part.size if most is None else min(part.size, most)
-        found = await self._store.list_jobs(wanted, owner, replace(part, size=allowed + 1))
+        found, stopped_at = await self._store.list_jobs(
+            wanted, owner, replace(part, size=allowed + 1)
+        )
         chosen = found[:allowed]
         page = await self._read_page(chosen, max_bytes)
         more = not page.is_whole or len(found) > len(chosen)
+        if more:
+            stopped_at = None
+        more = more or stopped_at is not None
         return JobPage(
             page.jobs[::-1] if part.from_end else page.jobs,
             has_next_page=before is not None if part.from_end else more,
             has_previous_page=more if part.from_end else after is not None,
-            stopped_early=not page.is_whole or len(chosen) < min(part.size, len(found)),
+            stopped_early=not page.is_whole
+            or len(chosen) < min(part.size, len(found))
+            or stopped_at is not None,
+            stopped_at=stopped_at,
             weight=page.weight,
         )
 
@@ -488,7 +514,8 @@ class Reading(Opening):
         not_older_than: uuid.UUID | None = None,
         owner: Owner | None = None,
     ) -> bool:
-        """Return whether the list has a job on this side of another one, that one included.
+        """Return whether the list has a job on this side of another one, that one included. Where a
+        search for it stops early, it is assumed.
 
         Raises:
             InputInvalid: a value of the filter is wrong.
@@ -498,7 +525,10 @@ class Reading(Opening):
         after = not_newer_than and uuid.UUID(int=min(not_newer_than.int + 1, LAST_ID.int))
         before = not_older_than and uuid.UUID(int=max(not_older_than.int - 1, FIRST_ID.int))
         part = Slice(1, after, before, from_end=before is not None)
-        return wanted is not None and bool(await self._store.list_jobs(wanted, owner, part))
+        if wanted is None:
+            return False
+        found = await self._store.list_jobs(wanted, owner, part)
+        return bool(found.listed) or found.stopped_at is not None
 
     async def count(
         self, job_filter: JobFilter = JobFilter(), *, owner: Owner | None = None
@@ -506,8 +536,10 @@ class Reading(Opening):
         """Return how many jobs the list has.
 
         The total of types and statuses is exact. With another field of the filter, or with `owner`,
-        it is exact if the index of that field has at most 10,000 jobs. Otherwise the 10,000 newest
-        are read, and the total is estimated from the time that they span.
+        it is exact if the index of that field has at most 10,000 jobs. Otherwise it is an estimate:
+        the 10,000 newest are read, and the others estimated from a sample of all jobs. It is at
+        most the number of jobs of the types and statuses. With `owner`, it is estimated from the
+        owner's jobs alone, of which at most 110,000 are counted.
 
         Raises:
             InputInvalid: a value of the filter is wrong.
@@ -519,15 +551,32 @@ class Reading(Opening):
         if owner is None and wanted.is_simple:
             return JobTotal(await self._store.count_all(wanted), False)
         ranges = await self._store.count_ranges(wanted, owner, EXACT_TOTAL + 1)
+        matched = sum(each.matched for each in ranges)
         if all(each.read <= EXACT_TOTAL for each in ranges):
-            return JobTotal(sum(each.matched for each in ranges), False)
-        estimate = sum(map(_estimated, ranges))
+            return JobTotal(matched, False)
+        if wanted.search is not None or wanted.idempotency_key is not None:
+            return JobTotal(matched, True)  # They find few more jobs than are counted.
         if owner is None:
-            estimate = min(estimate, await self._store.count_all(wanted))
-        elif math.isinf(estimate):
-            # The number of all jobs would tell the owner how many jobs others have.
-            estimate = sum(each.matched for each in ranges)
-        return JobTotal(round(estimate), True)
+            return JobTotal(await self._estimated(wanted, ranges), True)
+        (newest,) = ranges
+        rest = await self._store.sample_own(wanted, owner, newest.end)
+        read = rest.matched / rest.read if rest.read else matched / newest.read
+        return JobTotal(matched + round(rest.jobs * read), True)
+
+    async def _estimated(self, wanted: JobFilter, ranges: Sequence[CountedRange]) -> int:
+        """Return about how many jobs a filter finds, of which some ranges have been counted.
+
+        A steady rate is assumed where a sample of all jobs does not refute it: it has few of those
+        jobs that are rare. In a burst, thousands of jobs come at a rate that says nothing about the
+        others.
+        """
+        jobs = await self._store.count_all(wanted)
+        sample = await self._store.sample(wanted, [each.end for each in ranges])
+        at_end = sum(each.at_end for each in ranges)
+        least, most = (share * jobs - at_end for share in _plausible(sample))
+        steady = sum(map(_at_steady_rate, ranges))
+        matched = sum(each.matched for each in ranges)
+        return min(jobs, matched + max(0, round(min(max(least, steady), most))))
 
     def _faults_of_size(self, first: int | None, last: int | None) -> Iterator[Violation]:
         for path, size in (("/first", first), ("/last", last)):

@@ -17,9 +17,19 @@ from itertools import zip_longest
 from typing import Any, Final, NamedTuple, TypeVar
 
 from pydantic_core import from_json
-from sqlalchemy import JSON, Connection, NestedTransaction, Uuid
+from sqlalchemy import (
+    JSON,
+    Connection,
+    Integer,
+    NestedTransaction,
+    Uuid,
+    func,
+    literal_column,
+    select,
+)
 
 from job_registry_api.queue.database import read_json, statement
+from job_registry_api.queue.filters import Sample
 from job_registry_api.queue.models import (
     METADATA,
     PARKED_UNTIL,
@@ -69,11 +79,17 @@ Row = Mapping[str, Any]
 CLOCK_SLACK_SECONDS: Final = 1.0
 """How far in the future a time may be. Beyond that, the clock is assumed to have stepped back."""
 
+LOGS_SECONDS: Final = 1.5
+"""How long a write of log lines waits for other processes. Workers wait slightly longer for it."""
+
 MAX_REFUSED: Final = 16
 """How many fingerprints that refused a job are remembered."""
 
 NUMBER_LENGTHS: Final = 6
 """How many times as long as another an equal JSON text may be: 1000000000000000000 is 1e18."""
+
+ROWS_PER_BLOCK: Final = 5
+"""How many rows of neighbours a sample of jobs reads."""
 
 RETURNED: Final = (AttemptOutcome.RELEASED, AttemptOutcome.SNOOZED)
 
@@ -200,7 +216,9 @@ class SQLiteStore(Store):
         return await self._write(work)
 
     async def store_logs(self, logs: Sequence[LeaseLogs]) -> None:
-        await self._write(lambda t: t.store_logs(logs))
+        # A cancelled write still ends. It must not wait for longer than its caller does, because
+        # newer lines may then be stored before.
+        await self._write(lambda t: t.store_logs(logs), timeout_seconds=LOGS_SECONDS)
 
     async def settle(self, leases: Sequence[tuple[uuid.UUID, str]]) -> None:
         await self._write(lambda t: t.settle(leases))
@@ -271,14 +289,34 @@ class SQLiteStore(Store):
 
         await self._database.write(check, timeout_seconds=timeout_seconds)
 
-    async def _write(self, work: Callable[[_Transaction], T]) -> T:
+    async def _sample(self, blocks: int) -> Sample:
+        # Rows are stored in the order of `rowid`, so neighbours are in one page of the file.
+        rowid: Any = literal_column("job.rowid", Integer)
+        # Apart, each reads one row. Together they would read all.
+        first, last = (
+            select(end(rowid)).select_from(METADATA.tables["job"]).scalar_subquery()
+            for end in (func.min, func.max)
+        )
+        (row,) = await self._select(select(first.label("first"), last.label("last")))
+        places = (row["first"] or 0, row["last"] or 0)
+        chosen = [
+            begin + step
+            for begin in (random.randint(*places) for _ in range(blocks))
+            for step in range(ROWS_PER_BLOCK)
+        ]
+        values = func.json_each(json_text(chosen)).table_valued("value")
+        return Sample(METADATA.tables["job"], [rowid.in_(select(values.c.value))])
+
+    async def _write(
+        self, work: Callable[[_Transaction], T], *, timeout_seconds: float | None = None
+    ) -> T:
         def run(connection: sqlite3.Connection) -> T:
             transaction = _Transaction(connection, self._database.shift)
             result = work(transaction)
             transaction.announce(self._process)
             return result
 
-        return await self._database.write(run)
+        return await self._database.write(run, timeout_seconds=timeout_seconds)
 
     async def _read(self, name: str, parameters: Mapping[str, Any]) -> Sequence[Row]:
         async with self._database.reading() as connection:

@@ -29,13 +29,19 @@ from job_registry_api.queue.filters import (
     JSON_VALUES,
     LAST_ID,
     JobFilter,
+    Sample,
     Slice,
     columns,
     counted,
     filtered,
     listed,
     owned_by,
+    sampled,
+    sampled_own,
     unfiltered,
+    walk_end,
+    walked,
+    widths,
 )
 from job_registry_api.queue.models import (
     PARKED_UNTIL,
@@ -84,6 +90,14 @@ EVENTS_KEPT_SECONDS: Final = 60
 RECOVERY_BATCH: Final = 100
 """How many lost leases one claim recovers at most, so that claims stay fast after an outage."""
 
+SAMPLED_BLOCKS: Final = 1_000
+"""From how many random places in the table of jobs a sample is read."""
+
+OWN_JOBS: Final = 100_000
+"""How many jobs of an owner are counted at most in addition to those whose columns are read."""
+
+OWN_JOBS_PER_SAMPLED: Final = 50
+
 _UNBOUNDED: Final = 2**62
 
 PIECE_BYTES: Final = 1_000_000
@@ -113,18 +127,46 @@ class Listed(NamedTuple):
     is_partial: bool
 
 
+class Found(NamedTuple):
+    """A part of a list of jobs."""
+
+    listed: list[Listed]
+    stopped_at: uuid.UUID | None = None
+    """The id at which the search for more jobs stopped. None: there are no more in this part."""
+
+
 class CountedRange(NamedTuple):
     """How many jobs in a range of an index were read, and how many of them are wanted.
 
-    The times are those of the newest job, of the last one that was read, and of the oldest one in
-    the range, None if all were read.
+    `end` is the place in the index of the last one that was read, and `at_end` the number of wanted
+    ones at that place. The times are those of the newest job, of the last one that was read, and of
+    the oldest one in the range. `end` and `oldest` are None if all were read.
     """
 
     read: int
     matched: int
+    at_end: int
+    end: Any
     newest: datetime | None
     last: datetime | None
     oldest: datetime | None
+
+
+class SampledJobs(NamedTuple):
+    """How many jobs of a sample have the wanted types and statuses, and how many of these are
+    wanted and have not been counted."""
+
+    of_kind: int
+    beyond: int
+
+
+class SampledOwn(NamedTuple):
+    """How many jobs of an owner have not been counted, at most `OWN_JOBS`; how many of them are in
+    a sample, and how many of those are wanted."""
+
+    jobs: int
+    read: int
+    matched: int
 
 
 EVENT_BATCHES_PRUNED: Final = 10_000
@@ -687,12 +729,41 @@ class Store(ABC):
             "logged"
         ] == len(rows)
 
-    async def list_jobs(self, wanted: JobFilter, owner: Owner | None, part: Slice) -> list[Listed]:
+    async def list_jobs(self, wanted: JobFilter, owner: Owner | None, part: Slice) -> Found:
         """Return a part of the jobs of the owner, without what is large.
 
         The first jobs come newest first, the last ones oldest first. It is a keyset page: its cost
         does not depend on its position. Ids are UUIDv7, so they are in the order of creation.
         """
+        counting = widths(wanted, owner)
+        if counting is not None and any(row["is_wide"] for row in await self._select(counting)):
+            return await self._walk(wanted, part)
+        return Found(await self._list_all(wanted, owner, part))
+
+    async def _walk(self, wanted: JobFilter, part: Slice) -> Found:
+        """Search the jobs of each status for those that finished in a range of time."""
+        ids: list[uuid.UUID] = []
+        ends: list[uuid.UUID] = []
+        for status in wanted.possible_statuses:
+            rows = await self._select(walked(wanted, part, status, ahead=self._ahead()))
+            ids += [row["id"] for row in rows]
+            if len(rows) < part.size:
+                end = await self._select(walk_end(wanted, part, status, ahead=self._ahead()))
+                ends += [row["id"] for row in end]
+        # Beyond the first end, jobs of that status may be missing.
+        stopped_at = (min if part.from_end else max)(ends, default=None)
+        ids.sort(reverse=not part.from_end)
+        if stopped_at is not None:
+            ids = [
+                each for each in ids if (each <= stopped_at) == part.from_end or each == stopped_at
+            ]
+        ids = ids[: part.size]
+        if len(ids) == part.size:
+            stopped_at = None
+        page = part.taken(listed().where(col(Job.id).in_(ids)))
+        return Found([self._listed_of(row) for row in await self._select(page)], stopped_at)
+
+    async def _list_all(self, wanted: JobFilter, owner: Owner | None, part: Slice) -> list[Listed]:
         types, statuses = wanted.types, wanted.statuses
         if owner is not None or not wanted.is_simple:
             page = filtered(wanted, owner, part, ahead=self._ahead())
@@ -727,8 +798,8 @@ class Store(ABC):
         query = select(jobs)
         if wanted.types:
             query = query.where(col(JobCount.type).in_(wanted.types))
-        if wanted.statuses:
-            query = query.where(col(JobCount.status).in_([str(each) for each in wanted.statuses]))
+        if statuses := wanted.possible_statuses:
+            query = query.where(col(JobCount.status).in_([str(each) for each in statuses]))
         (row,) = await self._select(query)
         return int(row["jobs"])
 
@@ -741,6 +812,28 @@ class Store(ABC):
         query = counted(wanted, owner, most=most, ahead=self._ahead())
         rows = [] if query is None else await self._select(query)
         return [CountedRange(**row) for row in rows]
+
+    async def sample(self, wanted: JobFilter, ends: Sequence[Any]) -> SampledJobs:
+        """Count jobs of a random sample of all jobs. `ends` are those of the ranges that
+        `count_ranges` has counted for the filter.
+
+        It costs the same however many jobs there are, and finds jobs wherever they are in time.
+        """
+        query = sampled(await self._sample(SAMPLED_BLOCKS), wanted, ends, ahead=self._ahead())
+        (row,) = await self._select(query)
+        return SampledJobs(int(row["of_kind"]), int(row["beyond"]))
+
+    @abstractmethod
+    async def _sample(self, blocks: int) -> Sample:
+        """Choose jobs at random: those in so many places of the table."""
+
+    async def sample_own(self, wanted: JobFilter, owner: Owner, end: Any) -> SampledOwn:
+        """Count jobs of the owner beyond the end of what `count_ranges` has counted."""
+        query = sampled_own(
+            wanted, owner, end, most=OWN_JOBS, each=OWN_JOBS_PER_SAMPLED, ahead=self._ahead()
+        )
+        (row,) = await self._select(query)
+        return SampledOwn(int(row["jobs"]), int(row["read"]), int(row["matched"]))
 
     def _ahead(self) -> timedelta:
         return timedelta(seconds=self._database.ahead_seconds)

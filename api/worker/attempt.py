@@ -29,7 +29,7 @@ from job_registry_api.queue.leasing import Renewal
 from job_registry_api.queue.models import JobError
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.worker.follow_ups import REFUSED, FollowUps
-from job_registry_api.worker.job_log import JobLog, LineLimit, Tail
+from job_registry_api.worker.job_log import JobLog, Tail
 from job_registry_api.worker.lease_keeper import Hold, LeaseKeeper
 from job_registry_api.worker.log_writer import WRITE_SECONDS
 from job_registry_api.worker.outcomes import (
@@ -315,7 +315,7 @@ class Attempt:
 
     def _kept(self, handler_log: Any) -> JobLog:
         """Return a logger whose lines are kept with the attempt."""
-        return JobLog(handler_log, LineLimit(self._line_sink(), self._began), self._began)
+        return JobLog(handler_log, self._line_sink(), self._began)
 
     def _line_sink(self) -> Callable[[bytes], None]:
         most = self._equipment.keep_log_lines

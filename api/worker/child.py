@@ -36,7 +36,7 @@ from job_registry.job_type import is_async
 from job_registry.payload import document_of
 from job_registry_api.logs import configure_logs, log_unexpected, use_standard_logging
 from job_registry_api.worker.extensions import WorkerStartError, lifespans
-from job_registry_api.worker.job_log import JobLog, LineLimit
+from job_registry_api.worker.job_log import JobLog, Sender
 from job_registry_api.worker.memory_limit import MemoryLimit
 from job_registry_api.worker.outcomes import (
     End,
@@ -276,8 +276,7 @@ async def _run(
     def pass_on(text: bytes) -> None:
         link.send({"progress": run["number"], "text": text.decode()})
 
-    def keep(line: bytes) -> None:
-        link.send({"logged": run["number"], "line": line.decode()})
+    lines = Sender(lambda line: link.send({"logged": run["number"], "line": line.decode()}))
 
     ended = threading.Event()
     enqueueing = threading.Lock()
@@ -306,7 +305,7 @@ async def _run(
         **job,
         assets=start["assets"],
         state=state,
-        log=JobLog(log, LineLimit(keep, began), began),
+        log=JobLog(log, lines, began),
         _report=progress.report,
         _enqueue=enqueue,
         _cancelled=current.cancelled.is_set,
@@ -332,6 +331,7 @@ async def _run(
     await asyncio.wait({call.ended})
     with enqueueing:
         ended.set()
+    lines.flush()
     current.request_stop = None
     memory.lift()
     end = end_of(call.ended)

@@ -6,12 +6,14 @@ Each line goes to the worker's log at once. `log_writer` stores the last lines o
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 import reprlib
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from pydantic import JsonValue
@@ -20,6 +22,7 @@ from job_registry_api.logs import traceback_of
 from job_registry_api.queue.job_logs import (
     MAX_BYTES,
     MAX_LINE_BYTES,
+    MAX_LINES,
     MAX_MESSAGE,
     MAX_TEXT,
     MAX_VALUES,
@@ -29,8 +32,8 @@ from job_registry_api.queue.job_logs import (
 )
 from job_registry_api.worker.outcomes import storable
 
-LINES_PER_SECOND: Final = 500
-"""How many lines of an attempt are kept per second. The next line says how many were not."""
+SENT_PER_SECOND: Final = 500
+"""How many lines of an attempt its process sends per second before it sends only the last ones."""
 
 MAX_TRACEBACK: Final = 2_000
 """The most characters of a traceback that are kept, the last ones."""
@@ -40,12 +43,27 @@ _MAX_INT: Final = 2**53
 Keep = Callable[[bytes], None]
 """Keeps the text of a line. It is called in any thread."""
 
+_LEVELS: Final = {
+    **dict.fromkeys(("info", "ainfo"), LogLevel.INFO),
+    **dict.fromkeys(("warning", "warn", "awarning"), LogLevel.WARNING),
+    **dict.fromkeys(("error", "err", "aerror", "exception", "aexception"), LogLevel.ERROR),
+    **dict.fromkeys(("critical", "fatal", "acritical", "afatal"), LogLevel.ERROR),
+}
+"""The level of the lines that each method of structlog's loggers writes."""
+
+_METHODS: Final = (
+    (logging.CRITICAL, "critical"),
+    (logging.ERROR, "error"),
+    (logging.WARNING, "warning"),
+    (logging.INFO, "info"),
+)
+
 
 class JobLog:
     """The logger of a handler: it logs each line, and keeps those of the level info and above.
 
     `began` is when the attempt began, by the monotonic clock. What this class does not have it
-    takes from the logger.
+    takes from the logger. A line that cannot be written or kept raises nothing, as with `logging`.
     """
 
     def __init__(
@@ -56,56 +74,101 @@ class JobLog:
         self._began = began
         self._values = values or {}
 
-    def info(self, event: str, *arguments: Any, **values: Any) -> Any:
+    def debug(self, event: Any, *arguments: Any, **values: Any) -> Any:
+        """Log a line for developers. It is not kept."""
+        return self._write("debug", event, *arguments, **values)
+
+    def info(self, event: Any, *arguments: Any, **values: Any) -> Any:
         """Log and keep a line for operators."""
-        self._keep_line(LogLevel.INFO, event, arguments, values)
-        return self._logger.info(event, *arguments, **values)
+        return self._write("info", event, *arguments, **values)
 
-    def warning(self, event: str, *arguments: Any, **values: Any) -> Any:
+    def warning(self, event: Any, *arguments: Any, **values: Any) -> Any:
         """Log and keep a line about something that needs attention."""
-        self._keep_line(LogLevel.WARNING, event, arguments, values)
-        return self._logger.warning(event, *arguments, **values)
+        return self._write("warning", event, *arguments, **values)
 
-    def error(self, event: str, *arguments: Any, **values: Any) -> Any:
+    def error(self, event: Any, *arguments: Any, **values: Any) -> Any:
         """Log and keep a line about a failure."""
-        self._keep_line(LogLevel.ERROR, event, arguments, values)
-        return self._logger.error(event, *arguments, **values)
+        return self._write("error", event, *arguments, **values)
 
-    def critical(self, event: str, *arguments: Any, **values: Any) -> Any:
+    def critical(self, event: Any, *arguments: Any, **values: Any) -> Any:
         """Log and keep a line about a failure that needs attention at once."""
-        self._keep_line(LogLevel.ERROR, event, arguments, values)
-        return self._logger.critical(event, *arguments, **values)
+        return self._write("critical", event, *arguments, **values)
 
-    def exception(self, event: str, *arguments: Any, **values: Any) -> Any:
+    def exception(self, event: Any, *arguments: Any, **values: Any) -> Any:
         """Log and keep a line about the exception that is being handled."""
-        self._keep_line(LogLevel.ERROR, event, arguments, {**values, "exc_info": True})
-        return self._logger.exception(event, *arguments, **values)
+        return self._write("exception", event, *arguments, **{"exc_info": True, **values})
+
+    def log(self, level: int, event: Any, *arguments: Any, **values: Any) -> Any:
+        """Log a line of a level of `logging`, and keep it from `logging.INFO`."""
+        method = next((name for least, name in _METHODS if level >= least), "debug")
+        return self._write(method, event, *arguments, **values)
 
     def bind(self, **values: Any) -> JobLog:
         """Return a logger that adds these values to each line."""
-        bound = {**self._values, **values}
-        return JobLog(self._logger.bind(**values), self._keep, self._began, bound)
+        return self._with(self._logger.bind(**values), {**self._values, **values})
+
+    def new(self, **values: Any) -> JobLog:
+        """Return a logger that adds these values to each line, and no others."""
+        return self._with(self._logger.new(**values), values)
+
+    def unbind(self, *names: str) -> JobLog:
+        """Return a logger without these values."""
+        return self._without(self._logger.unbind(*names), names)
+
+    def try_unbind(self, *names: str) -> JobLog:
+        """Return a logger without these values, if it has them."""
+        return self._without(self._logger.try_unbind(*names), names)
 
     def __getattr__(self, name: str) -> Any:
         """Return an attribute of the logger."""
-        return getattr(self._logger, name)
+        if name.startswith("_"):
+            # Also of an instance that `copy` has not filled yet.
+            raise AttributeError(name, name=name, obj=self)
+        attribute = getattr(self._logger, name)
+        return functools.partial(self._write, name) if name in _LEVELS else attribute
 
-    def _keep_line(
-        self, level: LogLevel, event: Any, arguments: tuple[Any, ...], values: Mapping[str, Any]
-    ) -> None:
+    def _with(self, logger: Any, values: Mapping[str, Any]) -> JobLog:
+        return JobLog(logger, self._keep, self._began, values)
+
+    def _without(self, logger: Any, names: Sequence[str]) -> JobLog:
+        return self._with(logger, {k: v for k, v in self._values.items() if k not in names})
+
+    def _write(self, method: str, event: Any, /, *arguments: Any, **values: Any) -> Any:
         # Whatever a handler logs, and whatever its values do when they are shown, it goes on.
         with contextlib.suppress(Exception):
-            message = str(event) % arguments if arguments else str(event)
-            seconds = time.monotonic() - self._began
-            self._keep(text_of(level, message, seconds, {**self._values, **values}))
+            if (level := _LEVELS.get(method)) is not None:
+                message = _message_of(event, arguments)
+                seconds = time.monotonic() - self._began
+                self._keep(text_of(level, message, seconds, {**self._values, **values}))
+        try:
+            return getattr(self._logger, method)(event, *arguments, **values)
+        except Exception as error:
+            with contextlib.suppress(Exception):
+                # Not its values, which may be what cannot be written.
+                self._logger.warning("job_log.line_not_written", exc_info=error)
+            return None
+
+
+def _message_of(event: Any, arguments: tuple[Any, ...]) -> str:
+    """Return the message of a line with its arguments, as structlog and `logging` show them."""
+    try:
+        text = event if type(event) is str else str(event)
+    except Exception as error:
+        return _not_shown(event, error)
+    if not arguments:
+        return text
+    try:
+        first = arguments[0]
+        return text % (first if len(arguments) == 1 and isinstance(first, Mapping) else arguments)
+    except Exception:
+        return text
 
 
 def text_of(level: LogLevel, message: str, seconds: float, values: Mapping[str, Any]) -> bytes:
     """Return the text of a line, shortened to what is kept."""
     data: dict[str, JsonValue] = {}
-    exc_info = values.get("exc_info")
-    error = sys.exception() if exc_info is True else exc_info
-    if isinstance(error, BaseException):
+    error = _error_of(values.get("exc_info"))
+    if error is not None:
         data["exception"] = storable(traceback_of(error)[-MAX_TRACEBACK:])
     for name, value in values.items():
         if len(data) == MAX_VALUES:
@@ -123,8 +186,29 @@ def text_of(level: LogLevel, message: str, seconds: float, values: Mapping[str, 
             message = message[: len(message) // 2]
 
 
+def _error_of(exc_info: Any) -> BaseException | None:
+    """Return the exception that a line is about, as structlog and `logging` understand it."""
+    match exc_info:
+        case BaseException():
+            return exc_info
+        case (_, BaseException() as error, _):
+            return error
+    return sys.exception() if exc_info and not isinstance(exc_info, tuple) else None
+
+
 def _shown(value: Any) -> JsonValue:
     """Return a value of a line as it is if it is small, and otherwise the beginning of its text."""
+    try:
+        return _small(value)
+    except Exception as error:
+        return storable(_not_shown(value, error)[:MAX_TEXT])
+
+
+def _not_shown(value: Any, error: Exception) -> str:
+    return f"<{type(value).__name__}: {type(error).__name__}>"
+
+
+def _small(value: Any) -> JsonValue:
     match value:
         case None | bool():
             return value
@@ -139,34 +223,6 @@ def _shown(value: Any) -> JsonValue:
 
 _short: Final = reprlib.Repr()
 _short.maxstring = _short.maxother = _short.maxlong = MAX_TEXT
-
-
-class LineLimit:
-    """Passes on `LINES_PER_SECOND` lines per second, and counts the others."""
-
-    def __init__(self, keep: Keep, began: float) -> None:
-        self._keep = keep
-        self._began = began
-        self._since = began
-        self._lines = 0
-        self._dropped = 0
-
-    def __call__(self, text: bytes) -> None:
-        """Pass on a line, or drop it."""
-        now = time.monotonic()
-        if now - self._since >= 1.0:
-            self._since, self._lines = now, 0
-        self._lines += 1
-        if self._lines > LINES_PER_SECOND:
-            self._dropped += 1
-            return
-        if self._dropped:
-            dropped, self._dropped = self._dropped, 0
-            values = {"lines": dropped}
-            self._keep(
-                text_of(LogLevel.WARNING, "job_log.lines_dropped", now - self._began, values)
-            )
-        self._keep(text)
 
 
 class Tail:
@@ -190,3 +246,43 @@ class Tail:
         """Return the text of the lines, as it is stored."""
         with self._lock:
             return b"\n".join(self._lines)
+
+    def take(self) -> list[bytes]:
+        """Return the lines, and drop them."""
+        with self._lock:
+            lines, self._lines, self._bytes = list(self._lines), deque(), 0
+        return lines
+
+
+class Sender:
+    """Sends lines of an attempt, not many more than `SENT_PER_SECOND`. Thread-safe.
+
+    In a flood only the last ones are sent, with the next line after that second or by `flush`.
+    """
+
+    def __init__(self, send: Keep) -> None:
+        self._send = send
+        self._since = time.monotonic()
+        self._sent = 0
+        self._waiting = Tail(MAX_LINES)
+        self._lock = threading.Lock()
+
+    def __call__(self, line: bytes) -> None:
+        """Send a line, or keep it for later."""
+        with self._lock:
+            now = time.monotonic()
+            if now - self._since >= 1.0:
+                self._since, self._sent = now, 0
+            self._waiting.add(line)
+            if self._sent < SENT_PER_SECOND:
+                self._send_waiting()
+
+    def flush(self) -> None:
+        """Send the lines that wait."""
+        with self._lock:
+            self._send_waiting()
+
+    def _send_waiting(self) -> None:
+        for line in self._waiting.take():
+            self._sent += 1
+            self._send(line)

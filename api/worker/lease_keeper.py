@@ -108,9 +108,6 @@ class LeaseKeeper:
     def hold(self, hold: Hold) -> None:
         """Renew a lease from now on."""
         with self._lock:
-            if not self._holds:
-                # The loop is not checked while there are no leases.
-                self._turned_at = time.monotonic()
             # Without an alarm: the thread looks often enough for the first renewal.
             self._holds[hold.token] = hold
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Sequence
 from typing import Final
 
 import structlog
@@ -22,7 +21,7 @@ STORE_SECONDS: Final = 1.0
 """How often the lines of running attempts are stored."""
 
 WRITE_SECONDS: Final = 2.0
-"""How long one write may take. Reports of attempts whose lines it stores wait for its end."""
+"""How long one write may take. Reports of the attempts whose lines it stores wait for its end."""
 
 STORED_AT_ONCE: Final = 50
 """The lines of how many attempts are stored in one statement."""
@@ -37,8 +36,10 @@ class LogWriter:
         self._lock = threading.Lock()
         self._changed: dict[str, Tail] = {}
         """The tails with lines that are not stored, by the token of the lease."""
-        self._writing: set[str] = set()
+        self._writing: dict[str, Tail] = {}
+        """The tails whose lines are being stored."""
         self._awaited: dict[str, asyncio.Future[None]] = {}
+        self._fails = False
 
     def add(self, token: str, tail: Tail, line: bytes) -> None:
         """Add a line to the tail of an attempt. It is stored soon, unless it is taken before."""
@@ -49,7 +50,7 @@ class LogWriter:
     async def take(self, token: str) -> bytes | None:
         """Return all lines of an attempt if some are not stored, and leave them to the caller.
 
-        Waits for a write in progress, whose older lines would otherwise replace the caller's.
+        Waits for a write of its lines, whose older lines would otherwise replace the caller's.
         """
         if not self._changed and not self._writing:
             return None
@@ -59,9 +60,9 @@ class LogWriter:
                 written = self._awaited[token] = asyncio.get_running_loop().create_future()
         if written is not None:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(written, 2 * WRITE_SECONDS)
+                await asyncio.wait_for(written, WRITE_SECONDS + 0.5)
         with self._lock:
-            tail = self._changed.pop(token, None)
+            tail = self._changed.pop(token, None) or self._writing.get(token)
         return None if tail is None else tail.text()
 
     async def run(self, queue: JobQueue) -> None:
@@ -69,28 +70,40 @@ class LogWriter:
         while True:
             await asyncio.sleep(STORE_SECONDS)
             with self._lock:
-                changed, self._changed = list(self._changed.items()), {}
-                self._writing = {token for token, _ in changed}
-            for start in range(0, len(changed), STORED_AT_ONCE):
-                await self._store(queue, changed[start : start + STORED_AT_ONCE])
+                tokens = list(self._changed)
+            for start in range(0, len(tokens), STORED_AT_ONCE):
+                with self._lock:
+                    # Those of attempts that have ended are taken.
+                    self._writing = {
+                        token: self._changed.pop(token)
+                        for token in tokens[start : start + STORED_AT_ONCE]
+                        if token in self._changed
+                    }
+                if not await self._store(queue):
+                    break  # The others would fail as well, each after a while.
 
-    async def _store(self, queue: JobQueue, tails: Sequence[tuple[str, Tail]]) -> None:
-        failed = False
+    async def _store(self, queue: JobQueue) -> bool:
+        """Store the lines in `_writing`. Return whether they are stored."""
+        stored = False
         try:
-            async with asyncio.timeout(WRITE_SECONDS):
-                await queue.store_logs([(token, tail.text()) for token, tail in tails])
+            if self._writing:
+                async with asyncio.timeout(WRITE_SECONDS):
+                    await queue.store_logs([(k, tail.text()) for k, tail in self._writing.items()])
+            stored = True
         except Exception as error:
-            failed = True
-            log.warning("worker.logs_not_stored", reason=reason_of(error))
-        with self._lock:
-            for token, tail in tails:
-                self._writing.discard(token)
-                awaited = self._awaited.pop(token, None)
-                if failed:
-                    self._changed.setdefault(token, tail)
-                if awaited is not None:
-                    with contextlib.suppress(RuntimeError):  # The worker's loop is closed.
-                        awaited.get_loop().call_soon_threadsafe(_settle, awaited)
+            if not self._fails:
+                log.warning("worker.logs_not_stored", reason=reason_of(error))
+        finally:
+            self._fails = not stored
+            with self._lock:
+                written, self._writing = self._writing, {}
+                if not stored:
+                    self._changed = {**written, **self._changed}
+                awaited = [self._awaited.pop(token) for token in written if token in self._awaited]
+            for each in awaited:
+                with contextlib.suppress(RuntimeError):  # The worker's loop is closed.
+                    each.get_loop().call_soon_threadsafe(_settle, each)
+        return stored
 
 
 def _settle(future: asyncio.Future[None]) -> None:

@@ -79,12 +79,12 @@ def _walk(value: object, limit: int) -> tuple[int, bool]:
         if kind is str:
             size += len(item) + 2
         elif kind is dict:
-            size += 4 * len(item)
+            size += 2 * len(item)
             if size <= limit:
                 waiting.extend(item.values())
                 waiting.extend(key for key in item if type(key) is str)
         elif kind is list or kind is tuple:
-            size += 2 * len(item)
+            size += len(item)
             if size <= limit:
                 waiting.extend(item)
         else:

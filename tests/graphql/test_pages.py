@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import timedelta
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
 
 from job_registry import EnqueueRequest
 from job_registry_api import JobFilter
+from job_registry_api.queue import filters as queue_filters
 from job_registry_api.queue import reading
 from job_registry_api.queue.reading import JobTotal
 from tests.http_client import Execute, Visit, queue_of
@@ -259,3 +262,36 @@ async def test_an_estimate_of_ones_own_jobs_tells_nothing_of_those_of_others(
             await enqueue(client, BOB)
     assert found[0]["totalCountIsEstimate"]
     assert found[1] == found[0]
+
+
+async def test_a_search_that_stops_early_says_where_to_read_on(
+    http: httpx.AsyncClient, execute: Execute, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given more jobs that ended at other times than are searched for a page, I expect pages
+    without jobs, and a cursor that leads past them."""
+    jobs = await enqueued(http, 8)
+    queue = queue_of(http)
+    for job_id in (jobs[7], *jobs[:7]):
+        ended = await queue.cancel(job_id)
+        if job_id == jobs[7]:
+            await asyncio.sleep(0.01)
+            before = (ended.finished_at or ended.created_at) + timedelta(milliseconds=5)
+    monkeypatch.setattr(queue_filters, "WIDE_RANGE", 0)
+    monkeypatch.setattr(queue_filters, "WALKED_JOBS", 3)
+    found: list[list[str]] = []
+    after = None
+    while True:
+        wanted = {"finishedBefore": before.isoformat()}
+        page = (await execute(PAGE, filter=wanted, first=5, after=after))["jobs"]
+        found.append(ids(page))
+        assert page["pageInfo"]["stoppedEarly"] == page["pageInfo"]["hasNextPage"]
+        after = page["pageInfo"]["endCursor"]
+        if not page["pageInfo"]["hasNextPage"]:
+            break
+    assert found == [[], [], [jobs[7]]]
+    rest, path = [], f"/jobs?finishedBefore={quote(before.isoformat())}"
+    while path:
+        answer = await http.get(path)
+        rest.append([job["jobId"] for job in answer.json()["jobs"]])
+        path = answer.links.get("next", {}).get("url", "")
+    assert rest == found

@@ -503,6 +503,21 @@ async def test_whoever_continues_to_follow_one_job_gets_its_changes_and_not_its_
     ]
 
 
+@pytest.mark.parametrize("unknown", ["1", f"0123456789ab/1/{NOWHERE}/job.created/0"])
+async def test_whoever_cannot_continue_to_follow_one_job_begins_with_its_state(
+    visit: Visit, unknown: str
+) -> None:
+    async with visit() as client:
+        queue = queue_of(client)
+        job = (await queue.enqueue(PING)).job
+        last = {"last-event-id": unknown}
+        async with following(client, ONE, last, id=str(job.id)) as again:
+            await again.until(1)
+            await queue.cancel(job.id)
+            await again.until(2)
+    assert [each["name"] for each in again.data] == ["job.current", "job.cancelled"]
+
+
 async def test_whoever_continues_sees_no_more_than_before(visit: Visit) -> None:
     async with visit(**AUTH) as client:
         queue = queue_of(client)

@@ -13,6 +13,8 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 from websockets.typing import Subprotocol
 
+from job_registry import EnqueueRequest
+from job_registry_api import JobQueue
 from tests.http_client import Visit, application_of, serving
 
 TRANSPORT = Subprotocol("graphql-transport-ws")
@@ -246,3 +248,50 @@ async def test_the_single_connection_mode_is_refused(address: str) -> None:
         response = await client.put(f"http://{address}/graphql")
     assert (response.status_code, response.headers["allow"]) == (405, "GET, HEAD, POST")
     assert "distinct connections mode" in response.json()["errors"][0]["message"]
+
+
+async def test_whoever_follows_one_job_misses_nothing_over_a_restart(
+    queue: JobQueue, database_url: str
+) -> None:
+    """Given a job that ends while no server runs, I expect a client that continues to learn of it:
+    by the event where the database keeps it, otherwise by the state of the job."""
+    request = EnqueueRequest("payout.execute", {"batchId": "b", "escrowId": "e"})
+    job = (await queue.enqueue(request)).job
+    query = "subscription ($id: ID) { jobEvents(jobId: $id) { name status } }"
+    body = {"query": query, "variables": {"id": str(job.id)}}
+    headers = {"accept": "text/event-stream"}
+
+    async def read(address: str, count: int, *, leasing: bool) -> tuple[list[Any], str]:
+        """Return so many events, and the last id that came with one."""
+        found: list[Any] = []
+        event_id = ""
+        url = f"http://{address}/graphql"
+        async with (
+            asyncio.timeout(20),
+            httpx.AsyncClient() as client,
+            client.stream("POST", url, json=body, headers=headers) as response,
+        ):
+            async for line in response.aiter_lines():
+                name, _, value = line.partition(": ")
+                if name == "id":
+                    event_id = value
+                elif name == "data":
+                    found.append(json.loads(value)["data"]["jobEvents"])
+                    if len(found) == 1 and leasing:
+                        (lease,) = await queue.lease(["payout.execute"], "w")
+                        leases.append(lease.token)
+                    if len(found) == count:
+                        break
+        return found, event_id
+
+    leases: list[str] = []
+    async with serving(database_url, "--no-worker") as (address, _):
+        seen, event_id = await read(address, 2, leasing=True)
+    assert [each["name"] for each in seen] == ["job.current", "job.started"]
+    await queue.complete(leases[0])
+    headers["last-event-id"] = event_id
+    async with serving(database_url, "--no-worker") as (address, _):
+        seen, _ = await read(address, 1, leasing=False)
+    is_kept = database_url.startswith("sqlite")
+    name = "job.succeeded" if is_kept else "job.current"
+    assert seen == [{"name": name, "status": "SUCCEEDED"}]

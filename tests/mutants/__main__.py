@@ -158,7 +158,13 @@ def _try_all(
         if not arguments.no_baseline:
             copy = copies.get()
             shutil.rmtree(RECORDED, ignore_errors=True)
-            for number, stage in enumerate({each: None for area, _ in todo for each in area.all}):
+            stages = {
+                stage: None
+                for area, _ in todo
+                for stage in area.all
+                if not arguments.quick or "--slow" not in stage.options
+            }
+            for number, stage in enumerate(stages):
                 _baseline(copy, stage, RECORDED / str(number))
             copies.put(copy)
         recorded = Lines.of_folders(RECORDED)

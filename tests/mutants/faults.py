@@ -132,8 +132,17 @@ def _not_behaviour(text: str) -> Iterator[tuple[tuple[int, int], tuple[int, int]
     for the type checker or saves memory."""
     for node in ast.walk(ast.parse(text)):
         match node:
-            case ast.Expr(value=ast.Call(func=ast.Attribute(value=ast.Name(id="log" | "_log")))):
+            case ast.Expr(
+                value=ast.Call(
+                    func=ast.Attribute(
+                        value=ast.Name(id="log" | "_log") | ast.Attribute(attr="log" | "_log")
+                    )
+                )
+            ):
                 yield _span(node)
+            case ast.Call(func=ast.Name(id="zip"), keywords=keywords):
+                # `strict=True` asserts something about the code itself.
+                yield from (_span(each) for each in keywords if _is_true(each.value))
             case ast.FunctionDef(name="__repr__") | ast.If(test=ast.Name(id="TYPE_CHECKING")):
                 yield _span(node)
             case ast.Call(func=ast.Name(id="dataclass"), keywords=keywords):
@@ -142,6 +151,10 @@ def _not_behaviour(text: str) -> Iterator[tuple[tuple[int, int], tuple[int, int]
                 # The place of a decorator begins at the @.
                 (line, column), end = _span(node)
                 yield (line, max(0, column - 1)), end
+
+
+def _is_true(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and node.value is True
 
 
 def _span(node: ast.AST) -> tuple[tuple[int, int], tuple[int, int]]:

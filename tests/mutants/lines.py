@@ -98,11 +98,12 @@ class Lines:
         """Return the tests that execute a line, the quickest first.
 
         Of a line that is not recorded, they are those of the nearest line before it: it belongs to
-        the same statement. A decorator belongs to the function after it.
+        the same statement. A decorator belongs to the function after it. A line that runs when the
+        module is imported, such as a constant or a default, has no tests.
         """
         lines = self.tests.get(str(path), {})
         after, before = range(line, line + NEAR), range(line, max(0, line - NEAR), -1)
         for near in after if is_decorator else before:
-            if lines.get(near):
+            if near in lines and (lines[near] or not is_decorator):
                 return sorted(lines[near], key=lambda test: self.seconds[test])
         return []

@@ -237,10 +237,22 @@ AREAS: Final = (
         (
             ("api/worker/outcomes.py", ("tests/worker/test_outcomes.py",)),
             ("api/worker/extensions.py", ("tests/worker/test_extensions.py",)),
-            ("api/worker/lease_keeper.py", ("tests/worker/test_leases.py",)),
-            ("api/worker/processes.py", ("tests/worker/test_in_processes.py",)),
-            ("api/worker/child.py", ("tests/worker/test_in_processes.py",)),
-            ("api/worker/results.py", ("tests/worker/test_leases.py",)),
+            (
+                "api/worker/lease_keeper.py",
+                ("tests/worker/test_lease_keeper.py", "tests/worker/test_leases.py"),
+            ),
+            (
+                "api/worker/processes.py",
+                ("tests/worker/test_process_pool.py", "tests/worker/test_in_processes.py"),
+            ),
+            (
+                "api/worker/child.py",
+                ("tests/worker/test_child.py", "tests/worker/test_in_processes.py"),
+            ),
+            ("api/worker/results.py", ("tests/worker/test_results.py",)),
+            ("api/worker/memory_limit.py", ("tests/worker/test_memory_limit.py",)),
+            ("api/worker/follow_ups.py", ("tests/worker/test_follow_ups.py",)),
+            ("api/worker/progress.py", ("tests/worker/test_results.py",)),
         ),
         slow=(
             "tests/worker/test_shutdown.py",
@@ -289,11 +301,28 @@ AREAS: Final = (
                 "registry/asset_files.py",
                 ("tests/registry/test_thumbnails.py", "tests/test_uploads.py"),
             ),
+            (
+                "registry/payload_schema.py",
+                ("tests/registry/test_payload_schema.py", "tests/registry/test_payloads.py"),
+            ),
             ("registry/payload", ("tests/registry/test_payloads.py",)),
-            ("registry/json_values.py", ("tests/registry/test_payloads.py",)),
+            (
+                "registry/json_values.py",
+                ("tests/registry/test_json_values.py", "tests/registry/test_payloads.py"),
+            ),
             ("registry/discovery.py", ("tests/registry/test_discovery.py",)),
             ("registry/errors.py", ("tests/registry/test_errors.py",)),
-            ("registry/catalog", ("tests/registry/test_thumbnails.py",)),
+            (
+                "registry/catalog/_picture_headers.py",
+                (
+                    "tests/registry/test_picture_headers.py",
+                    "tests/registry/test_hostile_pictures.py",
+                ),
+            ),
+            (
+                "registry/catalog",
+                ("tests/registry/test_thumbnails.py", "tests/registry/test_hostile_pictures.py"),
+            ),
             ("registry/extension.py", ("tests/worker/test_extensions.py",)),
             ("registry/context.py", ("tests/worker/test_worker.py",)),
         ),

@@ -91,14 +91,22 @@ class Store:
     @abstractmethod
     def take(self, *, jobs: int = 1, all: bool = False) -> None:
         log.info("taken", some=jobs > 0)
+        self._log.info("taken", some=jobs > 0)
+        for one, other in zip(self.all, jobs, strict=True):
+            pass
+        for one, other in zip(self.all, jobs, strict=False):
+            pass
         self.size -= jobs
 """
     faults = {
         (mutant.line, mutant.fault.partition(" ")[0])
         for mutant in python_mutants(Path("store.py"), source)
     }
-    # What is left: the decorator of the class as a whole, and the defaults.
-    assert faults == {(1, "RemoveDecorator"), (7, "NumberReplacer"), (7, "FalseWithTrue")}
+    # What is left: the decorator of the class as a whole, the defaults, and the loops.
+    assert faults == {
+        (1, "RemoveDecorator"), (7, "NumberReplacer"), (7, "FalseWithTrue"),
+        (10, "ZeroIterationForLoop"), (12, "ZeroIterationForLoop"), (12, "FalseWithTrue"),
+    }  # fmt: skip
 
 
 def test_the_tests_about_a_file_run_first_and_no_test_runs_twice() -> None:
@@ -189,7 +197,8 @@ def test_a_condition_at_the_end_of_a_named_statement_is_dropped() -> None:
 def test_a_line_has_the_tests_that_execute_it_the_quickest_first(tmp_path: Path) -> None:
     for folder, worker, tests in (("0", "gw0", {"a": 3.0, "b": 1.0}), ("1", "alone", {"c": 2.0})):
         (tmp_path / folder).mkdir()
-        executed = {"api/x.py": {"7": list(range(len(tests)))}}
+        # Line 12 is executed by no test, but on import.
+        executed = {"api/x.py": {"7": list(range(len(tests))), "12": []}}
         text = json.dumps({"seconds": tests, "lines": executed})
         (tmp_path / folder / f"{worker}.json").write_text(text)
     recorded = Lines.of_folders(tmp_path)
@@ -197,6 +206,8 @@ def test_a_line_has_the_tests_that_execute_it_the_quickest_first(tmp_path: Path)
     # A later line of the same statement.
     assert recorded.of(Path("api/x.py"), 9) == ["b", "c", "a"]
     assert recorded.of(Path("api/x.py"), 6) == recorded.of(Path("api/y.py"), 7) == []
+    assert recorded.of(Path("api/x.py"), 12) == recorded.of(Path("api/x.py"), 14) == []
+    assert recorded.of(Path("api/x.py"), 5, is_decorator=True) == ["b", "c", "a"]
 
 
 def test_a_fault_runs_the_tests_of_its_line_or_those_of_its_file() -> None:

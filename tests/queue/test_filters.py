@@ -161,6 +161,62 @@ async def test_pages_of_a_filter_hold_every_job_once(queue: JobQueue) -> None:
         assert seen == ids[::-1]
 
 
+async def pages(queue: JobQueue, wanted: JobFilter, *, last: bool) -> tuple[list[uuid.UUID], int]:
+    """The jobs of all pages, newest first, and how many pages there are."""
+    seen: list[uuid.UUID] = []
+    place = None
+    for count in range(1, 200):
+        if last:
+            page = await queue.list(wanted, last=2, before=place)
+            more, seen = page.has_previous_page, [job.id for job in page.jobs] + seen
+        else:
+            page = await queue.list(wanted, first=2, after=place)
+            more, seen = page.has_next_page, seen + [job.id for job in page.jobs]
+        if not more:
+            return seen, count
+        assert page.stopped_early == (page.stopped_at is not None)
+        place = page.stopped_at or page.jobs[0 if last else -1].id
+    raise AssertionError("There is no last page.")
+
+
+@pytest.mark.parametrize("last", [False, True])
+async def test_pages_of_a_wide_range_of_ends_hold_every_job_once(
+    queue: JobQueue, monkeypatch: pytest.MonkeyPatch, last: bool
+) -> None:
+    """Given jobs that ended in another order than they came in, and more of them than are searched
+    for a page, I expect that pages stop early and continue where they stopped."""
+    jobs = [(await queue.enqueue(PONG if n % 5 == 0 else PING)).job.id for n in range(24)]
+    early = [await queue.cancel(job_id) for job_id in jobs[3:9]]
+    for _ in range(4):
+        await failed(queue, "e", "It broke.")
+    late = [await queue.cancel(job_id) for job_id in (jobs[20], *jobs[10:14], jobs[2])]
+    since = late[0].finished_at
+    assert since is not None
+    ended = [job.id for job in (*early, *late)]
+    ended += [job.id for job in (await queue.list(JobFilter(statuses=(JobStatus.FAILED,)))).jobs]
+    counts = []
+    for wanted in (
+        JobFilter(finished_after=since),
+        JobFilter(finished_before=since),
+        JobFilter(finished_after=early[1].finished_at, finished_before=late[3].finished_at),
+        JobFilter(("test.pong",), finished_after=early[0].finished_at),
+        JobFilter(("test.pong", "test.ping"), finished_before=since),
+        JobFilter(statuses=(JobStatus.CANCELLED,), finished_after=since),
+        JobFilter(finished_after=since, created_before=late[2].created_at),
+    ):
+        sorted_ones, whole = await pages(queue, wanted, last=last)
+        assert set(sorted_ones) <= set(ended)
+        with monkeypatch.context() as patch:
+            patch.setattr(filters, "WIDE_RANGE", 0)
+            assert await pages(queue, wanted, last=last) == (sorted_ones, whole)
+            patch.setattr(filters, "WALKED_JOBS", 3)
+            found, count = await pages(queue, wanted, last=last)
+            assert found == sorted_ones, wanted
+            counts.append(count - whole)
+    assert min(counts) >= 0
+    assert max(counts) > 0
+
+
 @pytest.mark.any_database
 async def test_a_value_that_no_job_can_have_is_refused_with_its_path(queue: JobQueue) -> None:
     wrong = JobFilter(
@@ -301,6 +357,47 @@ def test_each_filter_reads_its_index_and_no_whole_table(
         assert "SCAN job\n" not in plan + "\n", (name, plan)
         if part != "total" and alone in IN_ORDER:
             assert not re.search(r'"Node Type": "Sort"|TEMP B-TREE', plan), (name, plan)
+
+
+WIDE: dict[str, JobFilter] = {
+    "finished after": JobFilter(finished_after=HOUR),
+    "finished before": JobFilter(finished_before=HOUR + timedelta(hours=5)),
+    "finished": JobFilter(finished_after=HOUR, finished_before=HOUR + timedelta(hours=5)),
+    "finished of a type": JobFilter(("t1",), finished_after=HOUR),
+    "finished of types": JobFilter(("t1", "t2"), finished_after=HOUR),
+    "finished and created": JobFilter(
+        finished_after=HOUR, created_before=HOUR + timedelta(hours=5)
+    ),
+}
+
+
+def test_a_wide_range_of_ends_reads_an_index_in_its_order(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it is wide is read from the index of ends, of which few entries are counted."""
+    # The table is smaller than a production's, and so are the parts of it that are read.
+    monkeypatch.setattr(filters, "WIDE_RANGE", 20)
+    monkeypatch.setattr(filters, "WALKED_JOBS", 100)
+    is_sqlite = database_url.startswith("sqlite")
+    run_sql(
+        database_url,
+        *([] if is_sqlite else ["SET search_path = job_registry"]),
+        FILL.format(**(SQLITE if is_sqlite else POSTGRESQL)),
+        "ANALYZE" if is_sqlite else "VACUUM ANALYZE job",
+    )
+    for (name, wanted), is_last in product(WIDE.items(), (False, True)):
+        part = Slice(51, from_end=is_last)
+        read = filters.walked(wanted, part, JobStatus.FAILED)
+        end = filters.walk_end(wanted, part, JobStatus.FAILED)
+        for query, read_index in (
+            (read, "job_by_(type_and_)?status"),
+            (end, "job_by_(type_and_)?status"),
+            (filters.widths(wanted, None), "job_finished"),
+        ):
+            plan = plan_of(database_url, query)
+            assert re.search(rf"\b{read_index}\b", plan), (name, plan)
+            assert not re.search(r'"Node Type": "Sort"|TEMP B-TREE', plan), (name, plan)
+            assert not re.search(r'"Seq Scan"[^{}]*"Relation Name": "job"', plan), (name, plan)
 
 
 SIMPLE: dict[str, tuple[tuple[str, ...], tuple[JobStatus, ...], str]] = {

@@ -8,7 +8,7 @@ import itertools
 import json
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from decimal import Decimal
 from random import Random
 from typing import Annotated, Any, Literal
@@ -16,6 +16,8 @@ from typing import Annotated, Any, Literal
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
+from jsonschema.validators import extend
 from pydantic import (
     UUID4,
     AwareDatetime,
@@ -29,13 +31,14 @@ from pydantic import (
     create_model,
 )
 
-from job_registry import JobRegistry, Payload, PayloadInvalid
+from job_registry import JobRegistry, Payload, PayloadInvalid, compatibility
 from job_registry.compatibility import (
     MAX_DIFFERENCES,
     Difference,
     changed_defaults,
     narrowings,
 )
+from job_registry.json_values import MAX_DEPTH
 from job_registry.payload_schema import json_schema_of
 from tests.registry.random_models import (
     edited_fields,
@@ -353,10 +356,12 @@ def test_titles_descriptions_examples_and_names_of_definitions_demand_nothing() 
     before = {
         "$defs": {"A": {"type": "integer", "title": "A"}},
         "properties": {"a": {"$ref": "#/$defs/A"}},
+        "not": {"const": "a", "title": "B"},
     }
     after = {
         "$defs": {"B": {"type": "integer", "description": "Other.", "examples": [3]}},
         "properties": {"a": {"$ref": "#/$defs/B", "default": 3, "x-order": 1}},
+        "not": {"const": "a", "title": "C"},
         "description": "Another.",
     }
     assert narrowings(before, after) == ()
@@ -398,6 +403,31 @@ def test_a_reference_to_the_whole_is_followed() -> None:
     assert [each.path for each in narrowings(tree("number"), tree("integer"))] == ["/size"]
 
 
+REFERENCES = {
+    "#/allOf/0": True,
+    "#/allOf/1": False,
+    "#/allOf/x": False,
+    "#/properties/a~1b": True,
+    "#/properties/c~0d": True,
+    "#/properties/0": False,
+    "#/title/0": False,
+    "#x/properties": False,
+    "x/properties": False,
+}
+
+
+@pytest.mark.parametrize("reference", REFERENCES)
+def test_a_reference_within_the_document_is_followed(reference: str) -> None:
+    after = {
+        "properties": {"a/b": {}, "c~d": {}, "v": {"$ref": reference}},
+        "allOf": [{}],
+        "title": "x",
+    }
+    found = [each.reason for each in narrowings({}, after)]
+    followed = f'The reference "{reference}" cannot be followed.'
+    assert found == ([] if REFERENCES[reference] else [followed])
+
+
 KEYWORDS: list[tuple[Any, Any]] = [
     ({}, {"not": {"type": "string"}}),
     ({}, {"if": {"type": "string"}, "then": {"minLength": 1}}),
@@ -410,6 +440,8 @@ KEYWORDS: list[tuple[Any, Any]] = [
     ({}, {"$ref": "#/nowhere"}),
     ({}, {"items": [{"type": "string"}]}),
     ({"madeUp": 3}, {"madeUp": 4}),
+    ({"madeUp": 3, "other": 3}, {"madeUp": 3, "other": 4}),
+    ({"$ref": "#"}, {"$ref": 5}),
     ({"contains": {"type": "string"}}, {"contains": {"type": "string"}, "minContains": 2}),
     ({"format": "one"}, {"format": "two"}),
     (
@@ -441,6 +473,12 @@ def test_the_same_words_that_lead_to_another_definition_are_a_difference() -> No
     assert narrowings(schema("string"), schema("string")) == ()
     assert narrowings(schema("string"), schema("integer"))
 
+
+INT, TEXT, ONLY = {"type": "integer"}, {"type": "string"}, {"additionalProperties": False}
+DECIMAL = {**TEXT, "format": "decimal"}
+LETTERS = ", ".join(f'"{letter}"' for letter in "abcdefghij")
+SET: dict[str, Any] = {"type": "array", "items": {"type": "integer"}, "uniqueItems": True}
+SET_OF_NUMBERS: dict[str, Any] = {**SET, "items": {"type": "number"}}
 
 SCHEMAS: list[tuple[Any, Any, bool]] = [
     ({}, True, True),
@@ -500,6 +538,103 @@ SCHEMAS: list[tuple[Any, Any, bool]] = [
     ({"type": "array", "uniqueItems": True}, {"uniqueItems": True}, True),
     ({"anyOf": [{"const": "a"}, {"const": "b"}]}, {"enum": ["a", "b", "c"]}, True),
     ({"minimum": 2**53 + 1, "type": "integer"}, {"minimum": 2**53 + 1, "type": "number"}, False),
+    ({"type": "number"}, {"multipleOf": 0.5}, False),
+    ({"type": "number"}, {"multipleOf": 1}, False),
+    ({"type": "number"}, {"multipleOf": 0}, True),
+    ({"type": "string", "format": "uri"}, {"minLength": 0}, True),
+    ({"type": "string", "format": "uri", "minLength": 3}, {"minLength": 1}, False),
+    ({}, {"minItems": 0, "minLength": 0, "minProperties": 0}, True),
+    ({"type": "array"}, {"minItems": 1}, False),
+    ({"type": "array", "maxItems": 1}, {"uniqueItems": True}, True),
+    ({"type": "array", "maxItems": 2}, {"uniqueItems": True}, False),
+    (
+        {"type": "array", "uniqueItems": True, "maxItems": 2},
+        {"uniqueItems": True, "maxItems": 3},
+        True,
+    ),
+    # A set of two integers may be one of fewer numbers, and a list of at least two.
+    ({**SET, "minItems": 2}, {"items": {"type": "number"}, "minItems": 2}, True),
+    ({**SET, "minItems": 2}, {**SET_OF_NUMBERS, "minItems": 1}, True),
+    ({**SET, "minItems": 2}, {**SET_OF_NUMBERS, "minItems": 2}, False),
+    (SET, {**SET_OF_NUMBERS, "minItems": 1}, False),
+    ({"type": ["boolean", "null"]}, {"enum": [True, False, None]}, True),
+    ({"type": ["boolean", "null"]}, {"enum": [True, False]}, False),
+    ({"type": ["boolean", "null"]}, {"enum": [True, None]}, False),
+    ({"type": "boolean"}, {"enum": [False, None]}, False),
+    ({"type": "boolean"}, {"enum": [True, False]}, True),
+    ({"type": "null"}, {"const": None}, True),
+    ({"type": "null"}, {"enum": [True, False]}, False),
+    # A constant also admits what Python counts as equal: true for 1, and false for 0.
+    ({"const": 0}, {"type": "number"}, False),
+    ({"const": 1}, {"type": "number"}, False),
+    ({"const": 0}, {"type": ["number", "boolean"]}, True),
+    ({"const": 5}, {"type": "number"}, True),
+    ({"const": -1}, {"type": "number"}, True),
+    ({"const": {"title": "a"}}, {"const": {"title": "b"}}, False),
+    ({"const": {"a": 1, "b": 2}}, {"const": {"b": 2, "a": 1}}, True),
+    ({"not": True}, TEXT, True),
+    ({"not": {}}, TEXT, True),
+    (TEXT, {"not": True}, False),
+    ({"enum": [{"title": "a"}]}, {"enum": [{"title": "b"}]}, False),
+    ({"propertyNames": {"type": "integer"}}, {"propertyNames": {"maxLength": 3}}, False),
+    # A pattern demands something only of the names that match it, as do further properties.
+    ({**ONLY, "properties": {"b": INT}}, {"patternProperties": {"^a": TEXT}}, True),
+    (
+        {**ONLY, "properties": {"b": INT}},
+        {**ONLY, "properties": {"b": INT}, "patternProperties": {"^a": TEXT}},
+        True,
+    ),
+    ({**ONLY, "properties": {"ab": INT}}, {**ONLY, "patternProperties": {"^a": INT}}, True),
+    (
+        {"patternProperties": {"(": TEXT}, "additionalProperties": INT},
+        {"properties": {"a": INT}},
+        False,
+    ),
+    ({**ONLY, "properties": {"b": INT}}, {**ONLY, "patternProperties": {"^a": INT}}, False),
+    (
+        {"properties": {"a": False, "b": TEXT}},
+        {"properties": {"a": INT, "b": INT}},
+        False,
+    ),
+    ({**ONLY, "properties": {"a": TEXT}}, {"patternProperties": {"(": INT}}, False),
+    ({"type": "object"}, {"patternProperties": {"^a": INT}}, False),
+    ({"type": "object"}, {"additionalProperties": INT}, False),
+    ({"type": "number", "minimum": 3}, {"exclusiveMinimum": 3}, False),
+    ({"type": "number", "exclusiveMinimum": 3}, {"minimum": 3}, True),
+    ({"type": "number", "exclusiveMinimum": 3}, {"exclusiveMinimum": 3, "maximum": 5}, False),
+    (
+        {"type": "number", "exclusiveMinimum": 3, "maximum": 5},
+        {"exclusiveMinimum": 3, "maximum": 6},
+        True,
+    ),
+    ({"enum": [4, 5]}, {"minimum": 3}, True),
+    ({"enum": [2, 5]}, {"minimum": 3}, False),
+    ({"enum": [0, 2]}, {"maximum": 3}, True),
+    ({"enum": [0, 4]}, {"maximum": 3}, False),
+    # An item beyond the longest array does not count.
+    ({"prefixItems": [INT, INT], "maxItems": 1}, {"prefixItems": [INT, TEXT]}, True),
+    ({"prefixItems": [INT], "maxItems": 1}, {"prefixItems": [INT], "items": TEXT}, True),
+    ({"prefixItems": [INT], "maxItems": 2}, {"prefixItems": [INT], "items": TEXT}, False),
+    ({**DECIMAL, "maxDigits": 5}, {**DECIMAL, "maxDigits": 6}, True),
+    ({**DECIMAL, "maxDigits": 5}, {**DECIMAL, "maxDigits": 5, "decimalPlaces": 5}, False),
+    (
+        {**DECIMAL, "maxDigits": 5, "decimalPlaces": 2},
+        {**DECIMAL, "maxDigits": 6, "decimalPlaces": 3},
+        True,
+    ),
+    ({"const": 1.5}, {"exclusiveMinimum": 1.5}, False),
+    ({"oneOf": [INT, TEXT], "minLength": 2}, {"oneOf": [INT, TEXT], "minLength": 1}, True),
+    (
+        {**ONLY, "patternProperties": {"^a": TEXT}},
+        {**ONLY, "patternProperties": {"^a": {"type": ["string", "null"]}}},
+        True,
+    ),
+    # Keywords beside those of a union hold for each of its branches.
+    (
+        {"minimum": 3, "anyOf": [{"type": "integer"}, {"type": "null"}]},
+        {"anyOf": [{"type": "integer", "minimum": 3}, {"type": "null"}]},
+        True,
+    ),
     (
         {"properties": {"title": {"type": "string"}}},
         {"properties": {"title": {"type": "integer"}}},
@@ -514,6 +649,273 @@ def test_schemas_that_no_model_made_are_compared(
 ) -> None:
     wrapped = ({"properties": {"v": each}} for each in (before, after))
     assert (narrowings(*wrapped) == ()) is is_compatible
+
+
+WORDS: list[tuple[Any, Any, Difference]] = [
+    (
+        {"type": "number"},
+        {"type": "integer"},
+        Difference("", "number", "integer", "A number such as 1.5 is refused.", True),
+    ),
+    (
+        {"type": ["integer", "null"]},
+        {"type": "integer"},
+        Difference("", "integer or null", "integer", "A value of type null is refused.", True),
+    ),
+    (
+        {"type": "string", "minLength": 1},
+        {"minLength": 3},
+        Difference(
+            "", "at least 1 character", "at least 3 characters", "Fewer characters are refused.",
+            True,
+        ),
+    ),
+    (
+        {"type": "array", "maxItems": 3},
+        {"maxItems": 2},
+        Difference("", "at most 3 items", "at most 2 items", "More items are refused.", True),
+    ),
+    # The two sides measure differently, so that what was stated is no bound.
+    (
+        {**SET, "maxItems": 2},
+        {"type": "array", "maxItems": 2},
+        Difference(
+            "", "at most 2 items", "at most 2 items",
+            "The number of items is counted in another way, and is now bounded.", False,
+        ),
+    ),
+    (
+        {**SET, "minItems": 1},
+        {**SET_OF_NUMBERS, "minItems": 2},
+        Difference(
+            "", "at least 1 item", "at least 2 items",
+            "The number of items is counted in another way, and is now bounded.", False,
+        ),
+    ),
+    (
+        SET,
+        {**SET_OF_NUMBERS, "minItems": 2},
+        Difference(
+            "", "any number of items", "at least 2 items",
+            "The number of items is counted in another way, and is now bounded.", False,
+        ),
+    ),
+    (
+        {"allOf": [{**SET, "minItems": 1}, {"minItems": 2}]},
+        {**SET_OF_NUMBERS, "minItems": 3},
+        Difference(
+            "", "at least 2 items", "at least 3 items",
+            "The number of items is counted in another way, and is now bounded.", False,
+        ),
+    ),
+    (
+        {"allOf": [{**SET, "maxItems": 3}, {"maxItems": 2}]},
+        {"type": "array", "maxItems": 1},
+        Difference(
+            "", "at most 2 items", "at most 1 item",
+            "The number of items is counted in another way, and is now bounded.", False,
+        ),
+    ),
+    (
+        {"type": "object", "required": ["a"]},
+        {"minProperties": 2},
+        Difference("", "at least 1 field", "at least 2 fields", "Fewer fields are refused.", True),
+    ),
+    # What the items of a constant are is not compared.
+    (
+        {"const": {"a": 1}},
+        {"required": ["b"]},
+        Difference("/b", "optional", "required", "A payload without this field is refused.", False),
+    ),
+    (
+        {"allOf": [{"type": "string", "format": "date"}, {"format": "email"}]},
+        {"type": "integer"},
+        Difference(
+            "", "string (format date)", "integer", "A value of type string is refused.", True
+        ),
+    ),
+    (
+        {"allOf": [{"type": "string", "format": "date"}, {"format": "email"}]},
+        {"format": "uuid"},
+        Difference(
+            "", "format date", "format uuid", "Text that is not of the format uuid is refused.",
+            True,
+        ),
+    ),
+    (
+        {"allOf": [{"type": "string", "pattern": "^a"}, {"pattern": "b$"}]},
+        {"pattern": "c"},
+        Difference(
+            "", 'pattern "^a"', 'pattern "c"', "Text that does not match the pattern is refused.",
+            False,
+        ),
+    ),
+    (
+        {"allOf": [{"type": "number", "multipleOf": 2}, {"multipleOf": 5}]},
+        {"multipleOf": 3},
+        Difference(
+            "", "a multiple of 2", "a multiple of 3",
+            "A number that is not a multiple of 3 is refused.", False,
+        ),
+    ),
+    (
+        {"type": "string"},
+        {"anyOf": [{"type": "integer"}, {"type": "null"}]},
+        Difference(
+            "", "string", "integer or null", "String is not among what is admitted.", True
+        ),
+    ),
+    # Of two branches that admit a part, the nearest is shown: the other one may admit the rest.
+    (
+        INT,
+        {"anyOf": [{**INT, "minimum": 5}, {**INT, "maximum": 3}]},
+        Difference(
+            "", "any number", "at least 5", "A number that is not at least 5 is refused.", False
+        ),
+    ),
+    (
+        {"items": TEXT},
+        {"items": False},
+        Difference("/*", "string", "nothing", "No value is admitted here any more.", True),
+    ),
+    # A pattern that refuses none of a few texts may refuse others.
+    (
+        TEXT,
+        {"pattern": "^"},
+        Difference(
+            "", "string", 'pattern "^"', "Text that does not match the pattern is refused.", False
+        ),
+    ),
+    (
+        {**TEXT, "minLength": 2, "maxLength": 2},
+        {"pattern": "^[b-y]+$"},
+        Difference(
+            "", "string", 'pattern "^[b-y]+$"', "Text that does not match the pattern is refused.",
+            True,
+        ),
+    ),
+    (
+        {**TEXT, "minLength": 1, "maxLength": 3},
+        {"pattern": "^.$|^...$"},
+        Difference(
+            "", "string", 'pattern "^.$|^...$"', "Text that does not match the pattern is refused.",
+            False,
+        ),
+    ),
+    (
+        TEXT,
+        {"pattern": "^$|^..+$"},
+        Difference(
+            "", "string", 'pattern "^$|^..+$"', "Text that does not match the pattern is refused.",
+            True,
+        ),
+    ),
+    (
+        TEXT,
+        {"pattern": "zz"},
+        Difference(
+            "", "string", 'pattern "zz"', "Text that does not match the pattern is refused.", True
+        ),
+    ),
+    (
+        {"enum": [*"abcdefghij"]},
+        INT,
+        Difference(
+            "", f"one of {LETTERS}", "integer",
+            "A value of type string is refused.", True,
+        ),
+    ),
+    (
+        {"enum": [*"abcdefghijk"]},
+        INT,
+        Difference(
+            "", f"one of {LETTERS}, …", "integer",
+            "A value of type string is refused.", True,
+        ),
+    ),
+    (
+        {"const": "a"},
+        {"type": "integer"},
+        Difference("", '"a"', "integer", "A value of type string is refused.", True),
+    ),
+    (
+        {"type": "number", "multipleOf": 2},
+        {"minimum": 1},
+        Difference(
+            "", "any number", "at least 1", "A number that is not at least 1 is refused.", False
+        ),
+    ),
+    (
+        {"type": "integer", "minimum": 2**53},
+        {"type": "number", "minimum": 2**53},
+        Difference(
+            "", f"at least {2**53}", f"at least {2**53}",
+            f"A number that is not at least {2**53} is refused.", False,
+        ),
+    ),
+    # Without constants of their own, the branches do not say which tags they take.
+    (
+        {
+            "type": "object",
+            "properties": {"kind": {"const": "a"}, "x": {"const": "y"}},
+            "required": ["kind", "x"],
+        },
+        {
+            "discriminator": {"propertyName": "kind"},
+            "oneOf": [{"type": "object", "properties": {"x": {"const": "z"}}, "required": ["x"]}],
+        },
+        Difference("", "object", "object", "Object is not among what is admitted.", True),
+    ),
+    (
+        {"const": 1},
+        {"anyOf": [{"type": "string"}, {"type": "boolean"}]},
+        Difference("", "1", "boolean", "A value of type integer is refused.", False),
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("before", "after", "difference"), WORDS)
+def test_a_difference_says_what_is_refused(before: Any, after: Any, difference: Difference) -> None:
+    assert narrowings(before, after) == (difference,)
+
+
+UUIDS = tuple(f"uuid{version}" for version in range(1, 9))
+FAMILIES = [
+    ("uuid", *UUIDS),
+    ("ipv4", "ipv6", "ipvanyaddress"),
+    ("date", "date-time", "time", "duration"),
+    *[(name,) for name in ("decimal", "email", "uri", "integer", "number", "boolean")],
+]
+INCLUDED = {
+    *((each, "uuid") for each in UUIDS),
+    *((f"ipv{v}{what}", f"ipvany{what or 'address'}")
+      for v in (4, 6) for what in ("", "network", "interface")),
+    ("file-path", "path"),
+    ("directory-path", "path"),
+}  # fmt: skip
+
+
+def test_text_of_a_format_fits_a_format_that_includes_it_and_no_other() -> None:
+    def between_formats(one: str, other: str) -> tuple[Difference, ...]:
+        return narrowings(
+            {"type": "string", "format": one}, {"type": "string", "format": other, "title": "v"}
+        )
+
+    family = {each: names[0] for names in FAMILIES for each in names}
+    for one, other in itertools.product(family, family):
+        found = between_formats(one, other)
+        assert (found == ()) is (one == other or (one, other) in INCLUDED), (one, other)
+        # Of one family, both may admit the same text.
+        assert any(each.is_certain for each in found) is (family[one] != family[other])
+    for one, other in INCLUDED:
+        assert between_formats(one, other) == ()
+        assert not any(each.is_certain for each in between_formats(other, one))
+        assert between_formats(other, one)
+    # Any text is a password, and what no one knows cannot be told.
+    assert between_formats("uuid", "password") == ()
+    assert [each.is_certain for each in between_formats("uuid", "mine")] == [False]
+    for unknown in ("mine", "uuid0", "uuid9"):
+        assert [each.is_certain for each in between_formats(unknown, "uuid")] == [False]
 
 
 def test_a_keyword_that_cannot_be_compared_is_shown_as_it_was_and_is() -> None:
@@ -539,6 +941,9 @@ def test_at_most_100_differences_are_returned() -> None:
     before = {"properties": {f"f{n}": {"type": "integer"} for n in range(3_000)}}
     after = {"properties": {f"f{n}": {"type": "string"} for n in range(3_000)}}
     assert len(narrowings(before, after)) == MAX_DIFFERENCES == 100
+    one: Any = {"properties": {f"f{n}": {"default": 1} for n in range(150)}}
+    other: Any = {"properties": {f"f{n}": {"default": 2} for n in range(150)}}
+    assert len(changed_defaults(one, other)) == 100
 
 
 def nested_unions(depth: int, width: int, leaf: str) -> dict[str, Any]:
@@ -579,6 +984,69 @@ def test_a_chain_of_models_that_no_payload_can_fill_cannot_be_told() -> None:
         return {"$defs": {**definitions, "N2000": {"type": leaf}}, "$ref": "#/$defs/N0"}
 
     (found,) = narrowings(chain("string"), chain("integer"))
+    assert not found.is_certain
+
+
+STEPS: dict[str, Callable[[Any], Any]] = {
+    "items": lambda inner: {"items": inner},
+    "prefixItems": lambda inner: {"prefixItems": [inner]},
+    "properties": lambda inner: {"properties": {"a": inner}},
+    "patternProperties": lambda inner: {"patternProperties": {"^a": inner}},
+    "additionalProperties": lambda inner: {"additionalProperties": inner},
+    "propertyNames": lambda inner: {"propertyNames": inner},
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("levels", [MAX_DEPTH, MAX_DEPTH + 1])
+def test_64_levels_of_nesting_are_compared(step: str, levels: int) -> None:
+    def nested(leaf: str) -> Any:
+        schema = STEPS[step]({"type": leaf})
+        for _ in range(levels - 1):
+            schema = {"properties": {"a": schema}}
+        return schema
+
+    (found,) = narrowings(nested("string"), nested("integer"))
+    assert found.is_certain is (levels == 64)
+    if not found.is_certain:
+        assert found.reason.endswith("More than 64 levels of nesting are not compared.")
+
+
+def test_only_so_many_pairs_of_schemas_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wide(kind: str, fields: int) -> Any:
+        properties = {f"f{n}": {"type": kind} for n in range(fields)}
+        return {"type": "object", "properties": properties}
+
+    monkeypatch.setattr(compatibility, "MAX_COMPARISONS", 5)
+    assert narrowings(wide("integer", 4), wide("number", 4)) == ()
+    (found,) = narrowings(wide("integer", 5), wide("number", 5))
+    assert found.path == "/f4"
+    assert found.reason == "The schemas are too large to be compared in full."
+
+
+def test_only_so_many_combinations_of_unions_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compatibility, "MAX_ALTERNATIVES", 4)
+    kinds = {"anyOf": [{"type": "integer"}, {"type": "string"}]}
+    after = {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string"}]}
+
+    def bounds(count: int) -> Any:
+        return {"anyOf": [{"minimum": n} for n in range(1, count + 1)]}
+
+    assert narrowings({"allOf": [kinds, bounds(2)]}, after) == ()
+    for two in ([kinds, bounds(3)], [bounds(3), kinds]):
+        found = narrowings({"allOf": two}, after)
+        assert found
+        assert not any(each.is_certain for each in found)
+    # One union is compared in full, alone and beside something else.
+    texts = [f"c{n}" for n in range(9)]
+    assert narrowings({"anyOf": [{"const": text} for text in texts]}, {"enum": texts}) == ()
+    assert narrowings({"allOf": [bounds(9), {"type": "integer"}]}, {"type": "integer"}) == ()
+
+
+@pytest.mark.parametrize("pattern", [5, "(", "a{99999999999}", "(" * 2_000 + ")" * 2_000])
+def test_a_pattern_that_python_cannot_use_cannot_be_told(pattern: Any) -> None:
+    (found,) = narrowings({"type": "string"}, {"type": "string", "pattern": pattern})
+    assert found.reason == "Text that does not match the pattern is refused."
     assert not found.is_certain
 
 
@@ -629,6 +1097,41 @@ def test_changed_defaults_are_found_in_nested_and_recursive_models() -> None:
     ]
 
 
+def test_defaults_of_the_branches_of_a_union_are_compared_by_tag_or_by_name() -> None:
+    def branch(size: int, **more: Any) -> dict[str, Any]:
+        return {"properties": {"size": {"default": size}, **more}}
+
+    def schema(sizes: tuple[int, int], names: tuple[str, str], *, tagged: bool) -> dict[str, Any]:
+        kinds: Any = [{"kind": {"const": kind}} if tagged else {} for kind in ("a", "b")]
+        return {
+            "$defs": dict(zip(names, map(branch_of, sizes, kinds), strict=True)),
+            "properties": {"v": {"anyOf": [{"$ref": f"#/$defs/{name}"} for name in names]}},
+        }
+
+    def branch_of(size: int, more: Any) -> dict[str, Any]:
+        return branch(size, **more)
+
+    one, two = branch(1), branch(2)
+    # By their tags, with other names
+    before, after = schema((1, 2), ("A", "B"), tagged=True), schema((1, 3), ("C", "D"), tagged=True)
+    assert [each.after for each in changed_defaults(before, after)] == ["default 3"]
+    # Without tags, by name
+    before, after = (
+        schema((1, 2), ("A", "B"), tagged=False),
+        schema((3, 1), ("B", "A"), tagged=False),
+    )
+    assert [(each.before, each.after) for each in changed_defaults(before, after)] == [
+        ("default 2", "default 3")
+    ]
+    # Of tuples, as far as both go
+    before, after = {"prefixItems": [{"default": 1}]}, {"prefixItems": [{"default": 2}, {}]}
+    assert [each.path for each in changed_defaults(before, after)] == ["/0"]
+    # Where no further fields are admitted, none has a default
+    assert not changed_defaults({"additionalProperties": one}, {"additionalProperties": False})
+    # Of several that are alike, with the first
+    assert changed_defaults({"anyOf": [one]}, {"anyOf": [one, two]}) == ()
+
+
 @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.integers(0, 2**32))
 def test_what_is_called_compatible_is_disproved_by_no_payload(seed: int) -> None:
@@ -645,10 +1148,18 @@ def test_what_is_called_compatible_is_disproved_by_no_payload(seed: int) -> None
             continue
         for _ in range(25):
             payload = random_object(random, before[0], before[0])
-            if admits(before[2], payload):
-                assert admits(after[2], payload), (before[0], after[0], payload)
+            if admits(before[2], payload) and not admits(after[2], payload):
+                # An Enum also takes what equals its numbers, such as true for 1, though its schema
+                # does not say so. The comparison has only the schema.
+                assert not fits(before[1], payload), (before[0], after[0], payload)
     for _, schema, _ in versions:
         assert narrowings(schema, json.loads(json.dumps(dict(schema)))) == ()
+
+
+def fits(schema: Mapping[str, Any], payload: JsonValue) -> bool:
+    """Return whether a payload is valid under a schema. The items of a set may repeat in JSON."""
+    validator = extend(Draft202012Validator, {"uniqueItems": lambda *_: ()})
+    return bool(validator(dict(schema)).is_valid(payload))
 
 
 def admits(registry: JobRegistry, payload: JsonValue) -> bool:

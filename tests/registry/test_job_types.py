@@ -79,7 +79,10 @@ def test_a_bad_name_is_refused(name: Any) -> None:
         ({"max_attempts": 1.5}, "max_attempts is 1.5"),
         ({"timeout_seconds": 0}, "timeout_seconds is 0"),
         ({"timeout_seconds": "60"}, 'timeout_seconds is "60"'),
+        ({"timeout_seconds": 604_801}, "timeout_seconds is 604801"),
         ({"concurrency_limit": 0}, "concurrency_limit is 0"),
+        ({"concurrency_limit": 100_001}, "is 100001, expected a whole number from 1 to 100,000"),
+        ({"on_mismatch": "stop"}, 'on_mismatch is "stop", expected park or fail'),
         ({"backoff": 2}, "backoff is 2"),
     ],
 )
@@ -93,10 +96,46 @@ def test_every_fault_of_a_policy_is_reported() -> None:
         JobPolicy(max_attempts=0, timeout_seconds=0)
 
 
-@pytest.mark.parametrize("options", [{"base_seconds": -1}, {"base_seconds": 9, "cap_seconds": 8}])
-def test_a_bad_backoff_is_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(DefinitionError, match="Backoff"):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_attempts": 1, "timeout_seconds": 1, "concurrency_limit": 1},
+        {"max_attempts": 1_000, "timeout_seconds": 604_800, "concurrency_limit": 100_000},
+        {"concurrency_limit": None},
+    ],
+)
+def test_a_policy_within_its_bounds_is_taken(options: dict[str, Any]) -> None:
+    policy = JobPolicy(**options)
+    assert {name: getattr(policy, name) for name in options} == options
+
+
+def test_a_policy_has_defaults() -> None:
+    policy = JobPolicy()
+    assert (policy.max_attempts, policy.timeout_seconds) == (3, 300)
+    assert (policy.concurrency_limit, policy.on_mismatch) == (None, "park")
+    assert policy.backoff == Backoff(base_seconds=2.0, cap_seconds=3_600.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        ({"base_seconds": -1}, "base_seconds is -1, expected a number from 0 to 86,400"),
+        ({"base_seconds": 86_401}, "base_seconds is 86401"),
+        ({"base_seconds": None}, "base_seconds is null"),
+        ({"cap_seconds": -0.5}, "cap_seconds is -0.5, expected a number from 0 to 2,678,400"),
+        ({"cap_seconds": 2_678_401}, "cap_seconds is 2678401"),
+        ({"base_seconds": 9, "cap_seconds": 8}, "cap_seconds 8 is below base_seconds 9"),
+    ],
+)
+def test_a_bad_backoff_is_refused(options: dict[str, Any], fault: str) -> None:
+    with pytest.raises(DefinitionError, match=f"Backoff: {fault}"):
         Backoff(**options)
+
+
+@pytest.mark.parametrize("seconds", [(0, 0), (0.5, 0.5), (86_400, 2_678_400)])
+def test_a_backoff_within_its_bounds_is_taken(seconds: tuple[float, float]) -> None:
+    backoff = Backoff(*seconds)
+    assert (backoff.base_seconds, backoff.cap_seconds) == seconds
 
 
 @pytest.mark.parametrize("payload", [dict, BaseModel, None, Note()])
@@ -136,6 +175,22 @@ def test_everything_is_frozen() -> None:
     ):
         with pytest.raises((AttributeError, TypeError, ValueError)):
             change()
+
+
+def test_a_context_of_a_test_logs_to_the_standard_library(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    log = JobContext("1", "a", 1, 3, 60).log.bind(page=3)
+    try:
+        raise KeyError("x")
+    except KeyError:
+        log.exception("failed", of=9)
+    log.critical("on fire")
+    assert [(line.levelname, line.getMessage()) for line in caplog.records] == [
+        ("ERROR", "failed {'page': 3, 'of': 9}"),
+        ("CRITICAL", "on fire {'page': 3}"),
+    ]
+    assert caplog.records[0].exc_info is not None
 
 
 def test_one_handler_is_attached_and_given_back() -> None:

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, Field, Json, RootModel, Strict, create_model
+from pydantic_core import CoreSchema, core_schema
 from typing_extensions import TypeAliasType, TypedDict
 
 from job_registry import DefinitionError, JobRegistry, JobType, Payload, PayloadInvalid
@@ -118,6 +119,27 @@ class Money(BaseModel):
     amount: Decimal
 
 
+def deliver(address: Address) -> None:
+    """Pydantic reads the arguments of a function too."""
+
+
+class InSteps:
+    """Read as an address, and then changed."""
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> CoreSchema:
+        then = core_schema.no_info_plain_validator_function(lambda value: value)
+        return core_schema.chain_schema([handler(Address), then])
+
+
+class Labelled:
+    """A union whose choices have labels."""
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> CoreSchema:
+        return core_schema.union_schema([(handler(Address), "address"), handler(int)])
+
+
 LaxInt = Annotated[int, Strict(False)]
 AliasOfLax = TypeAliasType("AliasOfLax", list[Address])
 AliasOfDecimal = TypeAliasType("AliasOfDecimal", Decimal)
@@ -163,6 +185,9 @@ ADDRESS = (
         (OwnRules, "or set __pydantic_config__ = ConfigDict(strict=True, extra='forbid')"),
         (DictAddress, "or set __pydantic_config__ = ConfigDict(strict=True, extra='forbid')"),
         (Pair, f"part.address is {ADDRESS}"),
+        (deliver, f"part.address is {ADDRESS}"),
+        (InSteps, f"part is {ADDRESS}"),
+        (Labelled, f"part is {ADDRESS}"),
         (LaxInt, "part is not strict: remove strict=False"),
         (Annotated[int | None, Field(strict=False)], "part is not strict: remove strict=False"),
         (Annotated[datetime, Field(strict=False)], "part is not strict: remove strict=False"),

@@ -160,6 +160,8 @@ NUMBERS = (
     value=NUMBERS,
 )
 @example(field="integer", value=1.0)
+@example(field="integer", value=-(2.0**63))
+@example(field="integer", value=2.0**63)
 @example(field="integer", value=-0.0)
 @example(field="positive", value=1.5)
 @example(field="version", value=True)

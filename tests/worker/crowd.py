@@ -122,6 +122,11 @@ def act(job: JobContext, payload: Act) -> Any:
             raise Fail("cancelled by itself")
         case "log":
             job.log.info("from a process", argument=payload.argument)
+        case "flood":
+            lines = int(payload.argument)
+            for number in range(lines):
+                job.log.info("flood", number=number)
+            job.log.info("after", number=lines)
         case "log and crash":
             job.log.info("about to crash")
             os.kill(os.getpid(), signal.SIGSEGV)

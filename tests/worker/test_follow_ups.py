@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+import uuid
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -27,12 +28,15 @@ from job_registry import (
     Retry,
     Snooze,
 )
+from job_registry.payload import document_of
 from job_registry_api import JobError, JobQueue, JobStatus
 from job_registry_api.queue.database import async_url
 from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.errors import InputInvalid, LeaseLost
 from job_registry_api.queue.leasing import Renewal
 from job_registry_api.queue.models import JobRecord
+from job_registry_api.worker.child import address_of_class
+from job_registry_api.worker.follow_ups import FollowUps
 from tests.worker import house as houses
 from tests.worker.house import House
 
@@ -373,6 +377,40 @@ async def test_a_handler_in_a_process_enqueues_too(
         (follower,) = await followers(house)
         assert done.result == str(follower.id)
         assert (follower.priority, follower.next_run_at) == (80, datetime(2040, 1, 31, tzinfo=UTC))
+
+
+async def test_a_job_of_a_handler_in_a_process_is_found_by_its_payload(house: House) -> None:
+    def message(payload: Payload, **options: Any) -> dict[str, Any]:
+        return {
+            "id": str(uuid.uuid4()),
+            "class": address_of_class(type(payload)),
+            "payload": document_of(payload),
+            "options": {"schedule_at": None, "job_type": None, **options},
+        }
+
+    # Given jobs of two types, one of them by its name
+    follow_ups = FollowUps(house.queue, "creator")
+    sent = [
+        message(Next(step=1), schedule_at="2040-01-31T00:00:00+00:00", priority=80),
+        message(Shared(), job_type="shared.two"),
+    ]
+    for each in sent:
+        follow_ups.add_from_process(each)
+
+    # I expect them with the ids of which their handler knows
+    assert follow_ups.refusal is None
+    assert [str(job.id) for job in follow_ups.jobs] == [each["id"] for each in sent]
+    assert [job.type for job in follow_ups.jobs] == ["next", "shared.two"]
+    assert [job.created_by for job in follow_ups.jobs] == ["creator"] * 2
+    first = follow_ups.jobs[0]
+    assert (first.priority, first.next_run_at) == (80, datetime(2040, 1, 31, tzinfo=UTC))
+
+    # And the first refusal to be kept, whatever comes after it
+    for payload in (Stranger(step=1), Shared()):
+        follow_ups.add_from_process(message(payload))
+    assert follow_ups.refusal is not None
+    assert follow_ups.refusal.startswith("no job type of this registry has the payload")
+    assert len(follow_ups.jobs) == 2
 
 
 def test_a_context_outside_a_worker_says_where_to_get_one() -> None:

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import io
+import logging
 import os
+import sqlite3
+import sys
 import threading
 import time
-from typing import Any, cast
+from contextlib import closing
+from typing import Any, Literal, cast
 
 import pytest
+import structlog
 from pydantic_core import from_json, to_json
 
 from job_registry import Fail, JobContext, Retry
 from job_registry_api import JobQueue
-from job_registry_api.queue.errors import InputInvalid, LeaseLost
+from job_registry_api.logs import configure_logs, use_standard_logging
+from job_registry_api.queue.errors import InputInvalid, LeaseLost, QueueUnavailable
 from job_registry_api.queue.job_logs import MAX_BYTES, LogLevel, LogLine
 from job_registry_api.queue.models import JobRecord, JobStatus
-from job_registry_api.worker.job_log import LINES_PER_SECOND, JobLog, LineLimit, Tail, text_of
-from job_registry_api.worker.log_writer import LogWriter
+from job_registry_api.worker.job_log import SENT_PER_SECOND, JobLog, Tail, text_of
+from job_registry_api.worker.log_writer import STORED_AT_ONCE, WRITE_SECONDS, LogWriter
 from tests.conftest import run_sql
 from tests.worker import crowd
 from tests.worker.house import House, Text
@@ -186,26 +194,157 @@ async def test_whatever_a_handler_logs_its_job_succeeds_and_the_lines_are_small(
     assert str(numbers["big"]).startswith("1000")
 
 
-async def test_a_flood_of_lines_is_cut_and_the_next_line_says_so(house: House) -> None:
+class OddText(str):
+    """A text that cannot be shortened."""
+
+    __slots__ = ()
+
+    def __getitem__(self, _part: Any) -> str:
+        raise RuntimeError("no")
+
+
+@pytest.mark.any_database
+@pytest.mark.parametrize("style", ["json", "console"])
+async def test_no_value_of_a_line_fails_the_job_or_hides_the_line(
+    house: House, style: Literal["json", "console"]
+) -> None:
+    cyclic: list[Any] = []
+    cyclic.append(cyclic)
+    values: list[Any] = [Odd(), [Odd()], cyclic, b"\xff", "\ud800", 10**5_000, OddText("x")]
+
+    @house.job_type.handler
+    def work(job: JobContext, payload: Text) -> None:
+        log: Any = job.log
+        for number, value in enumerate(values):
+            log.info(f"value {number}", value=value)
+        log.debug("odd", value=Odd())
+        log.info(Odd())
+        log.info("too few %s %s", 1)
+        log.info("value of a name %(a)s", {"a": 1})
+        log.info("a name that structlog takes itself", method_name=1)
+
+    written = io.BytesIO()
+    stream = io.TextIOWrapper(written, "utf-8", write_through=True)
+    try:
+        configure_logs("debug", style, stream)
+        job = await house.run()
+    finally:
+        configure_logs("error", "console")
+    assert job.status is JobStatus.SUCCEEDED
+    kept = await lines(house, job)
+    assert [message for _, message, _ in kept] == [
+        *(f"value {number}" for number in range(len(values))),
+        "<Odd: RuntimeError>",
+        "too few %s %s",
+        "value of a name 1",
+        "a name that structlog takes itself",
+    ]
+    assert [data["value"] for _, _, data in kept[-6:-4]] == [
+        "<int: ValueError>",
+        "<OddText: RuntimeError>",
+    ]
+    text = written.getvalue().decode()
+    if style == "json":
+        for number in range(len(values)):
+            assert f'"value {number}"' in text
+        assert text.count("job_log.line_not_written") == 2
+        assert "<Odd: RuntimeError>" in text
+
+
+async def test_every_way_of_structlog_to_log_keeps_the_line(house: House) -> None:
     @house.job_type.handler
     async def work(job: JobContext, payload: Text) -> None:
-        for number in range(LINES_PER_SECOND + 250):
-            job.log.info("flood", number=number)
-        await asyncio.sleep(1.05)
-        job.log.info("after")
+        log: Any = job.log
+        log.warn("warn")
+        log.fatal("fatal")
+        log.log(logging.WARNING, "log %s", "level")
+        log.log(logging.DEBUG, "nothing")
+        await log.ainfo("ainfo")
+        log.bind(a=1, b=2).unbind("a").info("unbind")
+        log.bind(a=1).try_unbind("a", "b").info("try_unbind")
+        log.bind(a=1).new(b=2).info("new")
+        copy.copy(log).info("copy")
+
+    job = await house.run()
+    assert await lines(house, job) == [
+        ("warning", "warn", {}),
+        ("error", "fatal", {}),
+        ("warning", "log level", {}),
+        ("info", "ainfo", {}),
+        ("info", "unbind", {"b": 2}),
+        ("info", "try_unbind", {}),
+        ("info", "new", {"b": 2}),
+        ("info", "copy", {}),
+    ]
+
+
+@pytest.mark.any_database
+async def test_in_a_program_with_standard_logging_a_line_has_its_arguments(
+    house: House, caplog: pytest.LogCaptureFixture
+) -> None:
+    @house.job_type.handler
+    def work(job: JobContext, payload: Text) -> None:
+        log: Any = job.log
+        log.error("page %s of %d", "one", 9)
+
+    structlog.reset_defaults()
+    try:
+        use_standard_logging()
+        await house.run()
+    finally:
+        configure_logs("error", "console")
+    assert ["page one of 9 job_id" in each.getMessage() for each in caplog.records] == [True]
+
+
+async def test_an_exception_is_kept_however_it_is_named(house: House) -> None:
+    @house.job_type.handler
+    def work(job: JobContext, payload: Text) -> None:
+        log: Any = job.log
+        try:
+            raise KeyError("secret")
+        except KeyError as error:
+            caught = error
+            log.info("as a number", exc_info=1)
+            log.warning("as logging does", exc_info=sys.exc_info())
+        log.error("the exception", exc_info=caught)
+        log.exception("after it was handled", exc_info=caught)
+        log.error("none", exc_info=True)
+        log.error("none", exc_info=(None, None, None))
 
     job = await house.run()
     kept = await lines(house, job)
-    assert kept[-2:] == [
-        ("warning", "job_log.lines_dropped", {"lines": 250}),
-        ("info", "after", {}),
+    assert ["KeyError" in data.get("exception", "") for _, _, data in kept] == [True] * 4 + [
+        False
+    ] * 2
+
+
+async def test_of_a_flood_of_lines_the_last_ones_are_kept(house: House) -> None:
+    @house.job_type.handler
+    def work(job: JobContext, payload: Text) -> None:
+        for number in range(2_000):
+            job.log.info("flood", number=number)
+        raise Fail("because of the last line")
+
+    job = await house.run()
+    kept = await lines(house, job)
+    assert [data["number"] for _, _, data in kept] == list(range(1_900, 2_000))
+
+
+async def test_of_a_flood_of_lines_in_a_process_the_last_ones_are_kept(database_url: str) -> None:
+    async with crowd_of(database_url) as house:
+        job = await house.run("flood", str(2 * SENT_PER_SECOND))
+        kept = await house.queue.logs(job.id)
+    messages = [(line.message, cast(Any, line.data)["number"]) for line in kept]
+    last = 2 * SENT_PER_SECOND
+    assert messages == [
+        *(("flood", number) for number in range(last - 99, last)),
+        ("after", last),
     ]
-    assert len(kept) == 100
 
 
 def test_the_lines_of_an_attempt_are_at_most_64_kb() -> None:
     kept: list[bytes] = []
-    log = JobLog(_Silent(), LineLimit(kept.append, 0.0), time.monotonic())
+    log = JobLog(_Silent(), kept.append, time.monotonic())
     log.info("m" * 2_000, **{f"v{n}": "é" * 300 for n in range(30)})
     assert 1_000 < len(kept[0]) <= 4_096
     line = text_of(INFO, "m" * 900, 1.0, {})
@@ -338,6 +477,62 @@ async def test_the_last_lines_wait_for_older_ones_that_are_being_stored() -> Non
     assert queue.stored == [("t", b"one")]
     assert await writer.take("t") is None
     running.cancel()
+
+
+async def test_the_last_lines_do_not_wait_for_those_of_other_attempts() -> None:
+    """Otherwise a job waits for the lines of all others where the database is slow."""
+    writer, queue = LogWriter(), SlowQueue()
+    tokens = [f"t{number}" for number in range(STORED_AT_ONCE + 1)]
+    for token in tokens:
+        writer.add(token, Tail(10), b"one")
+    running = asyncio.create_task(writer.run(cast(JobQueue, queue)))
+    await asyncio.wait_for(queue.begun.wait(), 5)
+    assert await asyncio.wait_for(writer.take(tokens[-1]), 0.5) == b"one"
+    queue.may_store.set()
+    await asyncio.sleep(0.1)
+    assert [token for token, _ in queue.stored] == tokens[:-1]
+    running.cancel()
+
+
+async def test_in_an_outage_lines_are_tried_together_and_said_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("job_registry_api.worker.log_writer.STORE_SECONDS", 0.02)
+    log = logged("job_registry_api.worker.log_writer.log", monkeypatch)
+    tries: list[int] = []
+
+    class Outage:
+        async def store_logs(self, logs: list[Any]) -> None:
+            tries.append(len(logs))
+            if len(tries) < 4:
+                raise OSError(os.strerror(28))
+
+    writer = LogWriter()
+    for number in range(2 * STORED_AT_ONCE):
+        writer.add(f"t{number}", Tail(10), b"one")
+    running = asyncio.create_task(writer.run(cast(JobQueue, Outage())))
+    async with asyncio.timeout(5):
+        while len(tries) < 5:
+            await asyncio.sleep(0.01)
+    running.cancel()
+    assert log.getvalue().count(b"worker.logs_not_stored") == 1
+    assert await writer.take("t0") is None
+
+
+async def test_lines_whose_write_was_given_up_on_do_not_replace_newer_ones(house: House) -> None:
+    if not house.database_url.startswith("sqlite"):
+        pytest.skip("a cancelled write ends only on SQLite")
+    await house.enqueue("x")
+    (lease,) = await house.queue.lease(["work"], "w")
+    path = house.database_url.split("///")[1]
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises((QueueUnavailable, TimeoutError)):
+            async with asyncio.timeout(WRITE_SECONDS):
+                await house.queue.store_logs([(lease.token, b'["info",0.0,"old",{}]')])
+        other.execute("ROLLBACK")
+    await asyncio.sleep(0.5)
+    assert await house.queue.logs(lease.job.id) == []
 
 
 async def test_a_remote_worker_sends_its_last_lines_with_heartbeats(house: House) -> None:

@@ -208,7 +208,7 @@ async def test_a_cancellation_while_a_result_is_converted_does_not_undo_the_work
 
 
 async def test_a_report_that_comes_too_late_is_not_repeated(
-    house: House, monkeypatch: pytest.MonkeyPatch
+    house: House, monkeypatch: pytest.MonkeyPatch, lines: list[dict[str, Any]]
 ) -> None:
     @house.job_type.handler
     async def work(_job: JobContext, _payload: Text) -> str:
@@ -229,6 +229,7 @@ async def test_a_report_that_comes_too_late_is_not_repeated(
             while worker.health.running or not reported:
                 await asyncio.sleep(0.01)
     assert reported == 1
+    assert [line["event"] for line in lines].count("job.lease_lost") == 1
 
 
 @short_lease

@@ -138,7 +138,8 @@ async def test_an_async_handler_runs_with_its_parsed_payload_and_returns_the_res
     @house.job_type.handler
     async def work(job: JobContext, payload: Text) -> dict[str, Any]:
         house.ran.append(job.id)
-        return {"text": payload.text, "attempt": job.attempt, "left": job.seconds_left > 1}
+        # A moment less than its timeout, so that the worker ends it before the queue does
+        return {"text": payload.text, "attempt": job.attempt, "left": 1 < job.seconds_left < 60}
 
     done = await house.run("hello")
     assert done.status is JobStatus.SUCCEEDED
@@ -384,7 +385,7 @@ async def test_an_overdue_thread_does_not_hold_up_the_end_of_its_worker(house: H
 @about_leases
 @pytest.mark.parametrize("kind", ["async", "thread"])
 async def test_a_handler_whose_lease_is_lost_is_stopped_and_writes_nothing(
-    house: House, kind: str
+    house: House, kind: str, lines: list[dict[str, Any]]
 ) -> None:
     told = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -411,6 +412,8 @@ async def test_a_handler_whose_lease_is_lost_is_stopped_and_writes_nothing(
         await asyncio.wait_for(told.wait(), 5)
         ended = await house.until(job, JobStatus.FAILED)
     assert (ended.result, await house.outcomes(job)) == (None, ["lost"])
+    lost = [line for line in lines if line["event"] == "job.lease_lost"]
+    assert [line["job_id"] for line in lost] == [str(job.id)]
 
 
 @pytest.mark.parametrize("kind", ["async", "thread"])
@@ -722,6 +725,64 @@ async def test_news_of_a_job_ends_the_wait_for_a_database_that_was_away(
         began = time.monotonic()
         await house.until(await house.enqueue(), JobStatus.SUCCEEDED)
         assert time.monotonic() - began < 2
+
+
+async def test_a_job_that_no_current_model_reads_fails_at_once_if_its_policy_says_so(
+    database_url: str,
+) -> None:
+    policy = JobPolicy(max_attempts=3, on_mismatch="fail")
+    job_type = JobType(name="strict", payload=Text, policy=policy)
+    job_type.handler(lambda job, payload: None)
+    database = open_database(database_url)
+    queue = JobQueue(JobRegistry([job_type]), database)
+    async with queue.events.listening():
+        house = House(queue, database_url, job_type)
+        job = (await queue.enqueue(EnqueueRequest("strict", {"text": "a"}))).job
+        changed = """UPDATE job SET payload = '{"text": 1}'"""
+        await asyncio.to_thread(run_sql, database_url, changed)
+        async with house.working():
+            ended = await house.until(job, JobStatus.FAILED)
+    await database.close()
+    assert ended.error is not None
+    assert ended.error.code == "payload_invalid"
+    # Its handler has not run.
+    assert ended.attempt == 0
+
+
+async def test_a_full_worker_waits_for_the_end_of_a_job(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = 0
+    show_worker = house.queue.show_worker
+
+    async def count(types: Sequence[str]) -> None:
+        nonlocal shown
+        shown += 1
+        await show_worker(types)
+
+    monkeypatch.setattr(house.queue, "show_worker", count)
+
+    @house.job_type.handler
+    async def work(_job: JobContext, _payload: Text) -> None:
+        await asyncio.sleep(0.3)
+
+    async with house.working(concurrency=1):
+        await house.until(await house.enqueue(), JobStatus.SUCCEEDED)
+    assert 1 <= shown <= 2
+
+
+async def test_the_options_of_a_worker_are_checked(house: House) -> None:
+    with pytest.raises(ValueError, match="concurrency: expected 1 or more; got 0"):
+        Worker(house.queue, concurrency=0)
+    with pytest.raises(ValueError, match="shutdown_seconds: expected 0 or more; got -1"):
+        Worker(house.queue, shutdown_seconds=-1)
+    worker = Worker(house.queue, concurrency=1, shutdown_seconds=0, types=["work", "work"])
+    assert worker.types == ("work",)
+    assert worker.health.running == worker.health.overdue == worker.overdue == 0
+    assert worker.health.loop_blocked_seconds == worker.health.renewals_behind_seconds == 0
+    assert not worker.is_stopping
+    worker.stop()
+    assert worker.is_stopping
 
 
 async def test_types_without_a_handler_are_left_for_remote_workers(

@@ -1,0 +1,209 @@
+"""The JSON Schema of each kind of field, and the example that is made from it."""
+
+from __future__ import annotations
+
+import datetime
+import uuid
+from decimal import Decimal
+from typing import Annotated, Any, Literal
+
+import pytest
+from pydantic import (
+    AnyUrl,
+    AwareDatetime,
+    Field,
+    HttpUrl,
+    NaiveDatetime,
+    PastDate,
+    StringConstraints,
+    create_model,
+)
+
+from job_registry import DefinitionError, JobType, Payload
+from job_registry.payload_schema import MAX_REFERENCES, NAIVE, json_schema_of
+
+NEW_YEAR = datetime.datetime(2030, 1, 1, tzinfo=datetime.UTC)
+TEXT = {"type": "string"}
+NUMBERS = {"type": "object", "additionalProperties": {"type": "integer"}}
+
+
+def payload_of(annotation: Any) -> type[Payload]:
+    """Return a payload with one field, `v`."""
+    return create_model("Some", __base__=Payload, v=(annotation, ...))
+
+
+def example_of(annotation: Any) -> Any:
+    return JobType(name="a", payload=payload_of(annotation)).example_payload
+
+
+@pytest.mark.parametrize(
+    ("annotation", "schema"),
+    [
+        (Decimal, {**TEXT, "format": "decimal"}),
+        (
+            Annotated[Decimal, Field(ge=1, lt=Decimal("2.5"), multiple_of=0.25)],
+            {**TEXT, "format": "decimal", "minimum": 1, "exclusiveMaximum": 2.5,
+             "multipleOf": 0.25},
+        ),
+        (
+            Annotated[Decimal, Field(gt=Decimal("0.5"), le=10)],
+            {**TEXT, "format": "decimal", "exclusiveMinimum": 0.5, "maximum": 10},
+        ),
+        (
+            Annotated[Decimal, Field(max_digits=6, decimal_places=2)],
+            {**TEXT, "format": "decimal", "maxDigits": 6, "decimalPlaces": 2},
+        ),
+        (str, TEXT),
+        (
+            Annotated[str, StringConstraints(to_lower=True, max_length=3)],
+            {**TEXT, "maxLength": 3, "normalized": ["to_lower"]},
+        ),
+        (
+            Annotated[str, StringConstraints(to_upper=True, strip_whitespace=True)],
+            {**TEXT, "normalized": ["strip_whitespace", "to_upper"]},
+        ),
+        (
+            Annotated[datetime.date, Field(ge=datetime.date(2020, 1, 1), lt=NEW_YEAR.date())],
+            {**TEXT, "format": "date", "formatMinimum": "2020-01-01",
+             "formatExclusiveMaximum": "2030-01-01"},
+        ),
+        (PastDate, {**TEXT, "format": "date", "relativeToNow": "past"}),
+        (datetime.datetime, {**TEXT, "format": "date-time"}),
+        (AwareDatetime, {**TEXT, "format": "date-time", "timezone": "aware"}),
+        (NaiveDatetime, {**TEXT, "pattern": NAIVE, "timezone": "naive"}),
+        (
+            Annotated[datetime.datetime, Field(gt=NEW_YEAR)],
+            {**TEXT, "format": "date-time", "formatExclusiveMinimum": "2030-01-01T00:00:00Z"},
+        ),
+        (
+            Annotated[datetime.time, Field(ge=datetime.time(8))],
+            {**TEXT, "format": "time", "formatMinimum": "08:00:00"},
+        ),
+        (
+            Annotated[datetime.timedelta, Field(le=datetime.timedelta(hours=1))],
+            {**TEXT, "format": "duration", "formatMaximum": "PT1H"},
+        ),
+        (AnyUrl, {**TEXT, "format": "uri", "minLength": 1}),
+        (
+            HttpUrl,
+            {**TEXT, "format": "uri", "minLength": 1, "maxLength": 2083,
+             "schemes": ["http", "https"]},
+        ),
+        (dict[str, int], NUMBERS),
+        (dict[Any, int], NUMBERS),
+        (dict[int, int], {**NUMBERS, "propertyNames": {"format": "integer"}}),
+        (dict[bool, int], {**NUMBERS, "propertyNames": {"format": "boolean"}}),
+        (dict[uuid.UUID, int], {**NUMBERS, "propertyNames": {"format": "uuid"}}),
+        (dict[Literal["a", "b"], int], {**NUMBERS, "propertyNames": {"enum": ["a", "b"]}}),
+        (
+            dict[Annotated[str, Field(min_length=2)], int],
+            {**NUMBERS, "propertyNames": {"minLength": 2}},
+        ),
+        (
+            dict[Annotated[int, Field(ge=1)], int],
+            {**NUMBERS, "propertyNames": {"format": "integer", "minimum": 1}},
+        ),
+        (
+            dict[int | datetime.date, int],
+            {**NUMBERS, "propertyNames": {"anyOf": [{"format": "integer"}, {"format": "date"}]}},
+        ),
+        (
+            dict[Annotated[str, Field(pattern="^a")], int],
+            {"type": "object", "patternProperties": {"^a": {"type": "integer"}},
+             "additionalProperties": False},
+        ),
+    ],
+)  # fmt: skip
+def test_a_schema_says_what_a_payload_admits(annotation: Any, schema: dict[str, Any]) -> None:
+    found = json_schema_of(payload_of(annotation), "")["properties"]["v"]
+    assert found == {**schema, "title": "V"}
+
+
+@pytest.mark.parametrize(
+    ("annotation", "example"),
+    [
+        (int, 1),
+        (bool, True),
+        (None, None),
+        (Any, None),
+        (str, "example"),
+        (datetime.date, "2030-01-31"),
+        (datetime.timedelta, "PT1H"),
+        (Decimal, "1.00"),
+        (Annotated[str, Field(min_length=10)], "examplexxx"),
+        (Annotated[str, Field(max_length=3)], "exa"),
+        (Annotated[int, Field(ge=3)], 3),
+        (Annotated[int, Field(gt=3)], 4),
+        (Annotated[int, Field(le=-3)], -3),
+        (Annotated[int, Field(le=9)], 1),
+        (Annotated[int, Field(lt=9)], 1),
+        (Annotated[int, Field(lt=1)], 0),
+        (Annotated[float, Field(lt=0)], -1),
+        (Annotated[int, Field(multiple_of=7)], 7),
+        (Annotated[int, Field(gt=0, multiple_of=7)], 7),
+        (Annotated[int, Field(lt=7, multiple_of=7)], 0),
+        (list[int], [1]),
+        (list[Any], [None]),
+        (Annotated[list[int], Field(min_length=0)], []),
+        (Annotated[list[int], Field(min_length=3)], [1, 1, 1]),
+        (tuple[int, str], [1, "example"]),
+        (dict[str, int], {}),
+        (str | int, "example"),
+        (Literal["a", "b"], "a"),
+        (Literal["a"], "a"),
+        (Annotated[int, Field(examples=[5, 6])], 5),
+    ],
+)
+def test_an_example_is_made_from_the_schema(annotation: Any, example: Any) -> None:
+    assert example_of(annotation) == {"v": example}
+
+
+def test_an_example_has_the_required_fields_and_those_with_a_stated_default() -> None:
+    class Some(Payload):
+        a: int
+        b: int = 5
+        c: int = Field(default_factory=int)
+
+    assert JobType(name="a", payload=Some).example_payload == {"a": 1, "b": 5}
+
+
+@pytest.mark.parametrize("models", [MAX_REFERENCES, MAX_REFERENCES + 1])
+def test_an_example_has_10_models_inside_each_other(models: int) -> None:
+    annotation: Any = int
+    for number in range(models):
+        annotation = create_model(f"M{number}", __base__=Payload, v=(annotation, ...))
+    if models <= 10:
+        example = example_of(annotation)
+        for _ in range(models + 1):
+            example = example["v"]
+        assert example == 1
+    else:
+        with pytest.raises(DefinitionError, match="example"):
+            example_of(annotation)
+
+
+class Endless(Payload):
+    next: Endless
+
+
+def test_a_model_that_requires_itself_has_no_example() -> None:
+    with pytest.raises(DefinitionError, match="example"):
+        JobType(name="a", payload=Endless)
+
+
+def test_the_schema_of_a_payload_has_its_docstring_and_that_of_a_plain_one_none() -> None:
+    class Plain(Payload):
+        a: int = 1
+
+    class Described(Payload):
+        """What it is."""
+
+        a: int = 1
+
+    assert "description" not in JobType(name="a", payload=Plain).payload_schema
+    described = JobType(name="a", payload=Described)
+    assert described.payload_schema["description"] == "What it is."
+    # Only people read it.
+    assert JobType(name="a", payload=Described, description="Other.").fingerprint == (
+        described.fingerprint
+    )
