@@ -428,7 +428,7 @@ def test_an_item_of_a_tuple_has_the_fields_of_its_own_model() -> None:
     class Route(Payload):
         stops: tuple[int, Place, Annotated[int, Field(ge=5)]]
 
-    example = {"stops": [1, {"city": "x"}, 5]}
+    example: Any = {"stops": [1, {"city": "x"}, 5]}
     registry = JobRegistry([JobType(name="a", payload=Route, example=example)])
     with pytest.raises(PayloadInvalid) as refused:
         registry.admit("a", {"stops": [1, {"city": "x", "citi": 1}, 4]})
