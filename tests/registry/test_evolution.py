@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import pytest
@@ -158,13 +158,28 @@ def of_two(older: MailSendV2, other: MailSendV2) -> MailSend:
     return MailSend(to=[older.to, other.to])
 
 
+def generated(older: MailSendV2) -> Iterator[MailSend]:
+    yield MailSend(to=[older.to])
+
+
+async def generated_later(older: MailSendV2) -> AsyncIterator[MailSend]:
+    yield MailSend(to=[older.to])
+
+
+def to_an_int(older: MailSendV2) -> int:
+    return len(older.to)
+
+
 WRONG_STEPS: list[tuple[list[tuple[Any, Any]], str]] = [
     ([(dict, to_today)], "upgrade\\(dict\\), expected a subclass of Payload"),
     ([(MailSend, to_today)], "upgrade\\(MailSend\\) is of the payload itself"),
     ([(Lax, to_today)], "older payload Lax sets extra='allow'"),
     ([(MailSendV2, to_today)] * 2, "there is an upgrade from MailSendV2 already, .*to_today"),
     ([(MailSendV2, to_a_dict)], "to_a_dict is annotated to return .*expected a subclass"),
+    ([(MailSendV2, to_an_int)], "to_an_int is annotated to return .*expected a subclass"),
     ([(MailSendV2, later)], "later must be a plain function"),
+    ([(MailSendV2, generated)], "generated must be a plain function"),
+    ([(MailSendV2, generated_later)], "generated_later must be a plain function"),
     ([(MailSendV2, of_two)], "of_two must take one argument"),
     ([(MailSendV1, to_v1)], "to_v1 returns MailSendV1, the model that it upgrades from"),
     ([(MailSendV1, to_v2)], "returns MailSendV2, which is neither the payload MailSend nor"),
