@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ConfigDict
 
 from job_registry import (
+    Backoff,
     DefinitionError,
     JobPolicy,
     JobRegistry,
@@ -20,6 +21,8 @@ from job_registry import (
     Payload,
     PayloadInvalid,
 )
+from job_registry.evolution import changes_between
+from job_registry.lock import released_types
 
 
 class MailSendV1(Payload):
@@ -155,13 +158,28 @@ def of_two(older: MailSendV2, other: MailSendV2) -> MailSend:
     return MailSend(to=[older.to, other.to])
 
 
+def generated(older: MailSendV2) -> Iterator[MailSend]:
+    yield MailSend(to=[older.to])
+
+
+async def generated_later(older: MailSendV2) -> AsyncIterator[MailSend]:
+    yield MailSend(to=[older.to])
+
+
+def to_an_int(older: MailSendV2) -> int:
+    return len(older.to)
+
+
 WRONG_STEPS: list[tuple[list[tuple[Any, Any]], str]] = [
     ([(dict, to_today)], "upgrade\\(dict\\), expected a subclass of Payload"),
     ([(MailSend, to_today)], "upgrade\\(MailSend\\) is of the payload itself"),
     ([(Lax, to_today)], "older payload Lax sets extra='allow'"),
     ([(MailSendV2, to_today)] * 2, "there is an upgrade from MailSendV2 already, .*to_today"),
     ([(MailSendV2, to_a_dict)], "to_a_dict is annotated to return .*expected a subclass"),
+    ([(MailSendV2, to_an_int)], "to_an_int is annotated to return .*expected a subclass"),
     ([(MailSendV2, later)], "later must be a plain function"),
+    ([(MailSendV2, generated)], "generated must be a plain function"),
+    ([(MailSendV2, generated_later)], "generated_later must be a plain function"),
     ([(MailSendV2, of_two)], "of_two must take one argument"),
     ([(MailSendV1, to_v1)], "to_v1 returns MailSendV1, the model that it upgrades from"),
     ([(MailSendV1, to_v2)], "returns MailSendV2, which is neither the payload MailSend nor"),
@@ -329,3 +347,43 @@ def test_a_chain_of_upgrades_applies_each_step_once_and_in_order(
             passed.append(at)
         read: Any = registry.read("a", json.dumps({f"v{source}": values}))
         assert read.v5 == [*values, *passed]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "running", "reason", "is_notable"),
+    [
+        ({"concurrency_limit": 5}, {"concurrency_limit": 6}, 9, "More jobs may run", False),
+        ({"concurrency_limit": 5}, {"concurrency_limit": None}, 9, "More jobs may run", False),
+        ({}, {"concurrency_limit": 5}, 5, "Fewer jobs may run at once. It takes", True),
+        ({}, {"concurrency_limit": 5}, 6, "Fewer jobs may run at once, and 6 run now", True),
+        ({"concurrency_limit": 5}, {"concurrency_limit": 4}, 4, "Fewer jobs may run at once. It",
+         True),
+        ({"timeout_seconds": 5}, {"timeout_seconds": 6}, 0, "Attempts may take more time", False),
+        ({"timeout_seconds": 5}, {"timeout_seconds": 4}, 0, "Attempts may take less time", True),
+        ({"max_attempts": 5}, {"max_attempts": 6}, 0, "Jobs have more attempts", False),
+        ({"max_attempts": 5}, {"max_attempts": 4}, 0, "Jobs have fewer attempts", True),
+        ({}, {"backoff": Backoff(5.0)}, 0, "The wait between attempts has changed", False),
+        ({}, {"on_mismatch": "fail"}, 0, "A job whose stored payload cannot be read fails", True),
+        ({"on_mismatch": "fail"}, {}, 0, "A job whose stored payload cannot be read stays queued",
+         False),
+    ],
+)  # fmt: skip
+def test_a_change_of_a_policy_says_what_it_means_and_whether_to_take_note(
+    before: dict[str, Any],
+    after: dict[str, Any],
+    running: int,
+    reason: str,
+    is_notable: bool,
+) -> None:
+    released, current = (
+        released_types([JobType(name="a", payload=Empty, policy=JobPolicy(**options))])
+        for options in (before, after)
+    )
+    (change,) = changes_between(released, current, {"a": running})
+    assert change.reason.startswith(reason)
+    assert change.is_notable is is_notable
+    assert changes_between(released, released, {"a": running}) == []
+
+
+class Empty(Payload):
+    """Nothing."""

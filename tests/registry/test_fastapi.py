@@ -281,3 +281,21 @@ def test_an_instance_is_made_from_python_values_as_before() -> None:
     Mail.model_rebuild(force=True)
     assert Mail(send_at=noon).send_at == noon
     assert Mail.model_validate_json(json.dumps(FULL)) == REGISTRY.validate("mail", FULL)
+
+
+class Tree(Payload):
+    planted: date
+    below: tuple[Tree, ...] = ()
+
+
+class Garden(BaseModel):
+    oldest: Tree | None = None
+    trees: list[Tree] = []
+
+
+def test_a_recursive_payload_at_two_places_is_read_as_json_at_both() -> None:
+    tree = {"planted": "2030-01-31", "below": [{"planted": "2031-01-31"}]}
+    parsed = Tree.model_validate_json(json.dumps(tree))
+    garden = Garden.model_validate({"oldest": tree, "trees": [tree]})
+    assert garden == Garden(oldest=parsed, trees=[parsed])
+    assert Garden.model_validate_json(json.dumps({"oldest": tree, "trees": [tree]})) == garden

@@ -6,12 +6,12 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import date, datetime
 from decimal import Decimal
 from enum import Enum
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, ForwardRef, Literal, cast
 from uuid import UUID
 
 import pytest
 from jsonschema import Draft202012Validator
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from job_registry import (
     Backoff,
@@ -159,6 +159,21 @@ def test_a_payload_with_no_json_schema_is_refused() -> None:
 
     with pytest.raises(DefinitionError, match="JSON Schema"):
         JobType(name="a", payload=Odd)
+
+    # One refers to a class that is not there, the other one to a class that Pydantic cannot read.
+    not_there: Any = ForwardRef("NotThere")
+    unfinished = create_model("Unfinished", __base__=Payload, code=(not_there, ...))
+    with pytest.raises(DefinitionError, match="JSON Schema"):
+        JobType(name="a", payload=unfinished)
+
+    class Late(Payload):
+        code: Code
+
+    class Code:
+        pass
+
+    with pytest.raises(DefinitionError, match="JSON Schema"):
+        JobType(name="a", payload=Late)
 
 
 def test_everything_is_frozen() -> None:

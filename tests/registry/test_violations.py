@@ -419,3 +419,20 @@ def test_a_date_or_time_written_as_a_number_of_seconds_is_refused_wherever_it_is
     sentence = 'Expected a date and time in ISO 8601, such as 2030-01-31T12:00:00Z; got "2030".'
     assert refused.value.violations[1].message == sentence
     assert refused.value.violations[3].message.startswith("Expected a date in ISO 8601")
+
+
+def test_an_item_of_a_tuple_has_the_fields_of_its_own_model() -> None:
+    class Place(Payload):
+        city: str
+
+    class Route(Payload):
+        stops: tuple[int, Place, Annotated[int, Field(ge=5)]]
+
+    example: Any = {"stops": [1, {"city": "x"}, 5]}
+    registry = JobRegistry([JobType(name="a", payload=Route, example=example)])
+    with pytest.raises(PayloadInvalid) as refused:
+        registry.admit("a", {"stops": [1, {"city": "x", "citi": 1}, 4]})
+    assert [each.message for each in refused.value.violations] == [
+        'There is no field "citi". Did you mean city?',
+        "Expected a value of at least 5; got 4.",
+    ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import gc
 import sys
 import threading
 import time
@@ -26,6 +27,7 @@ from job_registry_api.queue.errors import LeaseLost, QueueUnavailable
 from job_registry_api.queue.leasing import Renewal
 from job_registry_api.queue.models import JobStatus
 from job_registry_api.queue.queue import JobQueue
+from job_registry_api.worker import attempt
 from tests.conftest import run_sql
 from tests.queue.test_races import locked
 from tests.worker.house import House, Text
@@ -205,6 +207,59 @@ async def test_a_cancellation_while_a_result_is_converted_does_not_undo_the_work
         await house.queue.cancel(job.id)
         done = await house.until(job, JobStatus.SUCCEEDED, JobStatus.CANCELLED)
     assert (done.status, done.result) == (JobStatus.SUCCEEDED, {"slow": "done"})
+
+
+async def test_a_cancellation_while_a_report_is_repeated_is_too_late(
+    house: House, monkeypatch: pytest.MonkeyPatch, lines: list[dict[str, Any]]
+) -> None:
+    @house.job_type.handler
+    async def work(_job: JobContext, _payload: Text) -> str:
+        return "done"
+
+    succeed, asked = house.queue.succeed, False
+
+    async def flaky(token: str, result: JsonValue = None) -> Any:
+        nonlocal asked
+        if not asked:
+            asked = True
+            await house.queue.cancel(job.id)
+            await asyncio.sleep(0.05)
+            raise QueueUnavailable("away")
+        return await succeed(token, result)
+
+    monkeypatch.setattr(house.queue, "succeed", flaky)
+    job = await house.enqueue()
+    async with house.working():
+        done = await house.until(job, JobStatus.SUCCEEDED, JobStatus.CANCELLED)
+    assert (done.status, done.result) == (JobStatus.SUCCEEDED, "done")
+    assert "job.cancelling" not in [line["event"] for line in lines]
+
+
+async def test_an_unexpected_error_of_an_attempt_ends_with_it(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unheard: list[dict[str, Any]] = []
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _loop, context: unheard.append(context))
+    tried = asyncio.Event()
+
+    @house.job_type.handler
+    async def work(_job: JobContext, _payload: Text) -> str:
+        return "done"
+
+    def fail(*_arguments: Any) -> Any:
+        tried.set()
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(attempt, "report_of", fail)
+    async with house.working() as worker:
+        await house.enqueue()
+        await asyncio.wait_for(tried.wait(), 10)
+        async with asyncio.timeout(5):
+            while worker.health.running:
+                await asyncio.sleep(0.01)
+    gc.collect()
+    assert unheard == []
 
 
 async def test_a_report_that_comes_too_late_is_not_repeated(

@@ -101,6 +101,34 @@ async def test_a_full_worker_claims_with_its_reports_and_stays_within_its_slots(
     assert len(alone) <= 3 + concurrency
 
 
+async def test_a_worker_that_stops_leases_no_job_with_its_last_report(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on, claims = asyncio.Event(), []
+    store = house.queue._store
+    succeed_and_claim = store.succeed_and_claim
+
+    async def count(reports: Sequence[Report], wanted: Claim) -> tuple[dict[UUID, Ended], Claimed]:
+        claims.append(wanted)
+        return await succeed_and_claim(reports, wanted)
+
+    monkeypatch.setattr(store, "succeed_and_claim", count)
+
+    @house.job_type.handler
+    async def run(job: JobContext, payload: Text) -> None:
+        await go_on.wait()
+
+    async with house.working(concurrency=1) as worker:
+        last = await house.enqueue()
+        await house.until(last, JobStatus.RUNNING)
+        waiting = await house.enqueue()
+        worker.stop()
+        go_on.set()
+        await house.until(last, JobStatus.SUCCEEDED)
+    assert claims == []
+    assert await house.outcomes(waiting) == []
+
+
 async def test_a_job_that_comes_with_a_report_does_not_run_in_the_context_of_another_caller(
     house: House,
 ) -> None:
