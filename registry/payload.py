@@ -7,7 +7,7 @@ from typing import Any, Final, cast
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, JsonValue, PydanticUserError
 from pydantic.alias_generators import to_camel
-from pydantic_core import CoreSchema, PydanticSerializationError
+from pydantic_core import CoreSchema, PydanticSerializationError, core_schema
 
 from job_registry.embedding import changed, embedded
 from job_registry.errors import shortened, shortened_text
@@ -15,6 +15,40 @@ from job_registry.wire_text import with_wire_text
 
 _in_payload: Final = ContextVar("in_payload", default=False)
 """Whether the core schema of a payload is being made, so that others are parts of it."""
+
+
+def _reading_wire_text(schema: CoreSchema, handler: GetCoreSchemaHandler) -> CoreSchema:
+    """Return the schema of a payload that reads JSON as its JSON Schema says, and so do the enums
+    and the classes in it that are no payloads: Pydantic defines them apart."""
+    definitions: dict[str, Any] = {}
+
+    def change(part: dict[str, Any]) -> Any:
+        if part.get("type") != "definition-ref":
+            return with_wire_text(part)
+        try:
+            defined: Any = handler.resolve_ref_schema(cast(CoreSchema, part))
+        except LookupError:
+            return part  # A payload that is not complete, such as this one.
+        if _is_of_payload(defined):
+            return part
+        # By another name: elsewhere, the class reads what Pydantic does.
+        name = f"{part['schema_ref']}wire"
+        if name not in definitions:
+            definitions[name] = None  # It may refer to itself.
+            definitions[name] = changed({**defined, "ref": name}, change)
+        return {**part, "schema_ref": name}
+
+    whole: CoreSchema = changed(schema, change)
+    if not definitions:
+        return whole
+    return core_schema.definitions_schema(whole, list(definitions.values()))
+
+
+def _is_of_payload(schema: Any) -> bool:
+    """Return whether this is the schema of a payload, perhaps with validators around it."""
+    while schema["type"] != "model" and isinstance(schema.get("schema"), dict):
+        schema = schema["schema"]
+    return schema["type"] == "model" and issubclass(schema["cls"], Payload)
 
 
 class Payload(BaseModel):
@@ -49,7 +83,7 @@ class Payload(BaseModel):
             return handler(source) if _in_payload.get() else embedded(cls)
         outside = _in_payload.set(True)
         try:
-            return cast(CoreSchema, changed(handler(source), with_wire_text))
+            return _reading_wire_text(handler(source), handler)
         except PydanticUserError as error:
             if error.code != "discriminator-validator":
                 raise

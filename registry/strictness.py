@@ -6,14 +6,14 @@ every kind of class, alias and annotation.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from pydantic import BaseModel, RootModel, TypeAdapter
 from pydantic.dataclasses import is_pydantic_dataclass
 
 from job_registry.payload import Payload
-from job_registry.wire_text import reads_decimals_as_text
+from job_registry.wire_text import reads_as_its_schema_says, reads_decimals_as_text
 
 # What these take from JSON depends on strictness. All other kinds take the same either way.
 _DEPEND: Final = (
@@ -29,6 +29,7 @@ _DEPEND: Final = (
     "lax-or-strict",
 )
 _EXTRA: Final = {"ignore": "drops unknown fields", "allow": "takes unknown fields"}
+_OWN_RULES: Final = "reads times, decimals, UUIDs or enums by rules of its own"
 _STRICT: Final = "ConfigDict(strict=True, extra='forbid')"
 
 
@@ -58,7 +59,7 @@ class _Finder:
     def sentences(self) -> list[str]:
         """Return what was found."""
         classes = [
-            f"{path} is {cls.__name__}, which {' and '.join(reasons)}: {_mend(cls)}"
+            f"{path} is {cls.__name__}, which {' and '.join(reasons)}: {_mend(cls, reasons)}"
             for cls, (path, reasons) in self._classes.items()
         ]
         return classes + self._parts
@@ -82,6 +83,8 @@ class _Finder:
             extra = schema.get("extra_behavior") or config.get("extra_fields_behavior", "ignore")
             if extra != "forbid":
                 self._add(owner, _EXTRA[extra])
+        if reads_as_its_schema_says(schema) and _validates_itself(owner.cls):
+            self._add(owner, _OWN_RULES)
         strict = schema.get("strict", config.get("strict", False))
         if kind == "decimal":
             self._parts.append(
@@ -102,6 +105,14 @@ class _Finder:
         _, reasons = self._classes.setdefault(owner.cls, (owner.path, []))
         if reason not in reasons:
             reasons.append(reason)
+
+
+def _validates_itself(cls: type) -> bool:
+    """Return whether Pydantic validates instances by what the class has compiled for itself, and
+    not as a part of the payload."""
+    return is_pydantic_dataclass(cls) or (
+        issubclass(cls, BaseModel) and not issubclass(cls, Payload)
+    )
 
 
 def _depends(schema: Any, config: Mapping[str, Any]) -> bool:
@@ -151,9 +162,15 @@ def _below(schema: Any) -> Iterator[tuple[str, Any]]:
                 yield "", schema["schema"]
 
 
-def _mend(cls: type) -> str:
+def _mend(cls: type, reasons: Sequence[str]) -> str:
     """Return how to make a class as strict as a payload."""
     name = cls.__name__
+    if _OWN_RULES in reasons:
+        return (
+            f"use what is in {name} itself"
+            if issubclass(cls, RootModel)
+            else f"derive {name} from Payload"
+        )
     if issubclass(cls, Payload):
         return f"leave strict and extra out of the model_config of {name}"
     if issubclass(cls, RootModel):

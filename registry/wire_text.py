@@ -37,6 +37,9 @@ _DECIMAL: Final = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)")
 _WHOLE: Final = 2.0**63
 _SECONDS: Final = TypeAdapter(timedelta)
 
+_TAGGED: Final = "job_registry_reads_as_its_schema_says"
+_TAG: Final[dict[str, Any]] = {_TAGGED: True}
+
 Reader = Callable[[Any, ValidationInfo], Any]
 """A validator that runs before Pydantic's own."""
 
@@ -58,6 +61,8 @@ def parse_date_time(text: str) -> datetime:
 def with_wire_text(part: dict[str, Any]) -> Any:
     """Return a part of a core schema, changed to read JSON as its JSON Schema says if needed."""
     kind = part.get("type", "")
+    # What refers to this part then refers to it with its reader.
+    ref, inner = part.get("ref"), {key: value for key, value in part.items() if key != "ref"}
     if kind == "dict":
         return _with_keys_as_text(part)
     if kind in ("literal", "enum"):
@@ -67,10 +72,12 @@ def with_wire_text(part: dict[str, Any]) -> Any:
         plain = core_schema.plain_serializer_function_ser_schema(
             _plain_decimal, return_schema=core_schema.str_schema(), when_used="json-unless-none"
         )
-        part = {**part, "serialization": part.get("serialization", plain)}
+        inner["serialization"] = part.get("serialization", plain)
         return core_schema.no_info_before_validator_function(
             _decimal_text,
-            _core(part),
+            _core(inner),
+            ref=ref,
+            metadata=_TAG,
             json_schema_input_schema=core_schema.str_schema(),
         )
     read = _READERS.get(kind)
@@ -78,7 +85,11 @@ def with_wire_text(part: dict[str, Any]) -> Any:
         read = _aware
     if read is None:
         return part
-    return core_schema.with_info_before_validator_function(read, _core(part))
+    # Without its reader, an integer takes less than its schema says, and nothing more.
+    tag = None if kind == "int" else _TAG
+    return core_schema.with_info_before_validator_function(
+        read, _core(inner), ref=ref, metadata=tag
+    )
 
 
 def _with_keys_as_text(part: dict[str, Any]) -> dict[str, Any]:
@@ -109,7 +120,14 @@ def _with_numbers_apart(part: dict[str, Any]) -> Any:
 
     # What refers to the values now refers to them with their reader.
     inner = {key: value for key, value in part.items() if key != "ref"}
-    return core_schema.with_info_before_validator_function(read, _core(inner), ref=part.get("ref"))
+    return core_schema.with_info_before_validator_function(
+        read, _core(inner), ref=part.get("ref"), metadata=_TAG
+    )
+
+
+def reads_as_its_schema_says(schema: Any) -> bool:
+    """Return whether this is a core schema of `with_wire_text` that takes less than Pydantic's."""
+    return _TAGGED in (schema.get("metadata") or ())
 
 
 def reads_decimals_as_text(schema: Any) -> bool:

@@ -119,6 +119,31 @@ class Money(BaseModel):
     amount: Decimal
 
 
+class Meeting(BaseModel):
+    model_config = STRICT
+
+    at: datetime
+
+
+@pydantic.dataclasses.dataclass(config=STRICT)
+class DataMeeting:
+    at: datetime
+
+
+class Grade(Enum):
+    GOOD = 1
+
+
+class Graded(BaseModel):
+    model_config = STRICT
+
+    grade: Grade
+
+
+class Moment(RootModel[datetime]):
+    model_config = ConfigDict(strict=True)
+
+
 def deliver(address: Address) -> None:
     """Pydantic reads the arguments of a function too."""
 
@@ -151,6 +176,7 @@ def job_type(annotation: Any, **options: Any) -> JobType[Any]:
     return JobType(name="order.send", payload=payload, **options)
 
 
+OWN_RULES = "which reads times, decimals, UUIDs or enums by rules of its own"
 ADDRESS = (
     "Address, which drops unknown fields and is not strict: derive Address from Payload, or set"
     " model_config = ConfigDict(strict=True, extra='forbid')"
@@ -191,8 +217,11 @@ ADDRESS = (
         (LaxInt, "part is not strict: remove strict=False"),
         (Annotated[int | None, Field(strict=False)], "part is not strict: remove strict=False"),
         (Annotated[datetime, Field(strict=False)], "part is not strict: remove strict=False"),
-        (Money, "part.amount is a decimal in Money that is read from a JSON number"),
-        (AliasOfDecimal, "part is a decimal in Order that is read from a JSON number"),
+        (Money, f"part is Money, {OWN_RULES}: derive Money from Payload"),
+        (Meeting, f"part is Meeting, {OWN_RULES}: derive Meeting from Payload"),
+        (DataMeeting, f"part is DataMeeting, {OWN_RULES}: derive DataMeeting from Payload"),
+        (Graded, f"part is Graded, {OWN_RULES}: derive Graded from Payload"),
+        (Moment, f"part is Moment, {OWN_RULES}: use what is in Moment itself"),
     ],
 )
 def test_a_part_that_is_less_strict_is_refused_with_what_to_do(
@@ -319,15 +348,17 @@ STRICT_SCALARS = [
     Shape(float, 1.5, ("1.5", True)),
     Shape(bool, True, ("true", 1)),
     Shape(str, "x", (1, None)),
-    Shape(datetime, "2030-01-31T12:00:00Z", (5, "x")),
+    Shape(datetime, "2030-01-31T12:00:00Z", (5, "x", "2030")),
     Shape(Alias, 1, ("1",)),
-    Shape(Size, 1, ("1",)),
+    Shape(Size, 1, ("1", True)),
+    Shape(Grade, 1, ("1", True)),
+    Shape(Decimal, "1.5", (1.5, "x", "1_0")),
+    Shape(AliasOfDecimal, "1.5", (1.5, "x")),
+    Shape(UUID, "01a20b59-007a-7000-8000-000000000000", ("01a20b59007a70008000000000000000",)),
 ]
 SCALARS = [
     *STRICT_SCALARS,
     Shape(LaxInt, 1, ("12345", True)),
-    Shape(Decimal, "1.5", (1.5, "x")),
-    Shape(AliasOfDecimal, "1.5", (1.5,)),
 ]
 
 
@@ -368,13 +399,13 @@ def data_class(config: ConfigDict | None) -> Make:
 
 STRICT_CLASSES = [
     model(Payload, ConfigDict()),
-    model(BaseModel, STRICT),
-    data_class(STRICT),
     typed_dict(STRICT),
     named_tuple,
 ]
 CLASSES = [
     *STRICT_CLASSES,
+    model(BaseModel, STRICT),
+    data_class(STRICT),
     model(Payload, ConfigDict(extra="ignore")),
     model(Payload, ConfigDict(strict=False)),
     model(BaseModel, ConfigDict(strict=True)),
