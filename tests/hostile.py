@@ -366,6 +366,7 @@ _VALID: Final[dict[str, str]] = {
 _VALID_FIELDS: Final[dict[str, dict[str, str]]] = {
     "EnqueueJobInput": _JOB,
     "JobErrorInput": {"message": '"a"'},
+    "JobLogLineInput": {"message": '"m"', "seconds": "0.5"},
     "LeaseJobsInput": {"jobTypes": '["thumbnail.create"]', "workerId": '"w"'},
     "TypedJobInput": {"thumbnailCreate": _object(_PAYLOAD)},
 }

@@ -218,14 +218,14 @@ async def test_a_cancellation_while_a_report_is_repeated_is_too_late(
 
     succeed, asked = house.queue.succeed, False
 
-    async def flaky(token: str, result: JsonValue = None) -> Any:
+    async def flaky(token: str, result: JsonValue = None, **options: Any) -> Any:
         nonlocal asked
         if not asked:
             asked = True
             await house.queue.cancel(job.id)
             await asyncio.sleep(0.05)
             raise QueueUnavailable("away")
-        return await succeed(token, result)
+        return await succeed(token, result, **options)
 
     monkeypatch.setattr(house.queue, "succeed", flaky)
     job = await house.enqueue()
