@@ -341,10 +341,10 @@ async def test_log_lines_stay_within_the_bounds(tmp_path: Path) -> None:
         request = EnqueueRequest("test.anything", {"value": 0}, max_attempts=200)
         await queue.enqueue_many([request] * 60)
         retried = (await queue.enqueue(request._replace(priority=100))).job
-        for turn in range(150):
+        for turn in range(80):
             (lease,) = await queue.lease(["test.anything"], "w")
             await queue.heartbeat(lease.token, logs=short if turn % 2 else dense)
-            if turn < 90:
+            if turn < 45:
                 await queue.fail(lease.token, JobError("bad", "It failed."), retry_after_seconds=0)
     lines = "logs(last: 1000) { loggedAt level message data }"
     some = "logs(last: 10) { level }"
@@ -362,7 +362,8 @@ async def test_log_lines_stay_within_the_bounds(tmp_path: Path) -> None:
     )
     wrong = [{"message": "", "seconds": -1, "data": [[]] * 5}] * 20_000
     async with measured_server(url, catalog=__name__) as server:
-        for document in [*documents, *documents]:
+        # The second time, the document has been compiled.
+        for document in [documents[0], *documents]:
             response, exceeded = await measured(server, GRAPHQL, graphql(document))
             assert not exceeded, document[:80]
             assert len(response.content) < 10_000_000
@@ -375,7 +376,11 @@ async def test_log_lines_stay_within_the_bounds(tmp_path: Path) -> None:
         ):
             answer = await client.get(f"/jobs/{retried.id}/logs")
         assert answer.json()["allLines"] is False
-        assert not cost.within(cpu_seconds=0.5, peak_bytes=MEGABYTES * 2**20, silence_seconds=1)
+        assert not cost.within(
+            cpu_seconds=CPU_SECONDS,
+            peak_bytes=MEGABYTES * 2**20,
+            silence_seconds=SILENCE_SECONDS,
+        )
 
 
 async def test_a_page_that_stops_early_says_so_and_its_cursor_goes_on(

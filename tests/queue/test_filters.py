@@ -179,7 +179,7 @@ async def pages(queue: JobQueue, wanted: JobFilter, *, last: bool) -> tuple[list
     raise AssertionError("There is no last page.")
 
 
-@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("last", [False, pytest.param(True, marks=pytest.mark.slow)])
 async def test_pages_of_a_wide_range_of_ends_hold_every_job_once(
     queue: JobQueue, monkeypatch: pytest.MonkeyPatch, last: bool
 ) -> None:

@@ -42,7 +42,7 @@ DISTRIBUTIONS: dict[str, tuple[Came, ...]] = {
     ),
 }
 
-QUICK = ("in a burst", "in a burst, then steadily", "steadily, then in a burst")
+QUICK = ("in a burst, then steadily",)
 
 # One creator has 2 of 3 jobs, the others a few each. The newest sixth is queued, a tenth of the
 # others has failed. Jobs end an hour after they came.

@@ -104,6 +104,7 @@ async def test_lines_of_a_running_attempt_appear_within_two_seconds(house: House
         await house.until(job, JobStatus.SUCCEEDED)
 
 
+@pytest.mark.any_database
 async def test_lines_of_a_handler_that_blocks_the_event_loop_appear_while_it_does(
     house: House,
 ) -> None:
@@ -330,6 +331,7 @@ async def test_of_a_flood_of_lines_the_last_ones_are_kept(house: House) -> None:
     assert [data["number"] for _, _, data in kept] == list(range(1_900, 2_000))
 
 
+@pytest.mark.any_database
 async def test_of_a_flood_of_lines_in_a_process_the_last_ones_are_kept(database_url: str) -> None:
     async with crowd_of(database_url) as house:
         job = await house.run("flood", str(2 * SENT_PER_SECOND))
@@ -378,6 +380,7 @@ async def test_an_exception_is_kept_with_its_traceback_and_without_its_message(
     assert "secret" not in str(data)
 
 
+@pytest.mark.any_database
 async def test_lines_of_a_process_are_kept_also_of_one_that_crashes(database_url: str) -> None:
     async with crowd_of(database_url) as house:
         done = await house.run("log", "one")
