@@ -341,10 +341,10 @@ async def test_log_lines_stay_within_the_bounds(tmp_path: Path) -> None:
         request = EnqueueRequest("test.anything", {"value": 0}, max_attempts=200)
         await queue.enqueue_many([request] * 60)
         retried = (await queue.enqueue(request._replace(priority=100))).job
-        for turn in range(80):
+        for turn in range(100):
             (lease,) = await queue.lease(["test.anything"], "w")
             await queue.heartbeat(lease.token, logs=short if turn % 2 else dense)
-            if turn < 45:
+            if turn < 75:
                 await queue.fail(lease.token, JobError("bad", "It failed."), retry_after_seconds=0)
     lines = "logs(last: 1000) { loggedAt level message data }"
     some = "logs(last: 10) { level }"
