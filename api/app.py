@@ -271,5 +271,6 @@ def _worker(queue: JobQueue, settings: Settings) -> Worker:
         shutdown_seconds=settings.shutdown_seconds,
         keep_succeeded_days=settings.keep_succeeded_days,
         keep_failed_days=settings.keep_failed_days,
+        keep_log_lines=settings.keep_log_lines,
         parked_days=settings.parked_days,
     )

@@ -41,6 +41,7 @@ export default [
               "JobError",
               "JobEvent",
               "JobLease",
+              "JobLogLine",
               "JobPolicy",
               "JobType",
               "JobTypeVersion",
