@@ -210,7 +210,8 @@ class Crash:
             if not names:
                 continue
             name = random.choice(names)
-            if random.random() < 0.5 and len(stopped) < 2:
+            # The first one is killed, so that a short run has a killed process.
+            if self.killed and random.random() < 0.5 and len(stopped) < 2:
                 stopped.add(name)
                 long = random.random() < 0.4
                 seconds = LONG_FREEZE_SECONDS + 1 if long else random.uniform(0.1, 0.9)
