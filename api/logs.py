@@ -247,7 +247,12 @@ def _repr_of(value: object) -> str:
     try:
         return repr(value)
     except Exception as error:
-        return f"<{type(value).__name__}: {type(error).__name__}>"
+        return not_shown(value, error)
+
+
+def not_shown(value: object, error: Exception) -> str:
+    """Return what stands for a value that raises an error when it is shown."""
+    return f"<{type(value).__name__}: {type(error).__name__}>"
 
 
 def traceback_of(error: BaseException) -> str:

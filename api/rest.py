@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from itertools import islice
 from typing import Any, Final, NamedTuple
 from urllib.parse import parse_qsl, urlencode
@@ -333,7 +333,7 @@ async def show_logs(request: _Request) -> _Answer:
     lines = [
         {
             "attempt": attempt.attempt,
-            "loggedAt": _time(attempt.started_at + timedelta(seconds=line.seconds)),
+            "loggedAt": _time(line.logged_at(attempt.started_at)),
             "level": line.level.value,
             "message": line.message,
             "data": line.data,

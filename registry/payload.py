@@ -18,8 +18,11 @@ _in_payload: Final = ContextVar("in_payload", default=False)
 
 
 def _reading_wire_text(schema: CoreSchema, handler: GetCoreSchemaHandler) -> CoreSchema:
-    """Return the schema of a payload that reads JSON as its JSON Schema says, and so do the enums
-    and the classes in it that are no payloads: Pydantic defines them apart."""
+    """Return the schema of a payload, changed to read JSON as its JSON Schema says.
+
+    Pydantic keeps enums and classes that are not payloads in separate definitions. These are
+    changed too.
+    """
     definitions: dict[str, Any] = {}
 
     def change(part: dict[str, Any]) -> Any:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, RootModel, TypeAdapter
 from pydantic.dataclasses import is_pydantic_dataclass
 
 from job_registry.payload import Payload
-from job_registry.wire_text import reads_as_its_schema_says, reads_decimals_as_text
+from job_registry.wire_text import reads_as_its_schema_says
 
 # What these take from JSON depends on strictness. All other kinds take the same either way.
 _DEPEND: Final = (
@@ -86,17 +86,12 @@ class _Finder:
         if reads_as_its_schema_says(schema) and _validates_itself(owner.cls):
             self._add(owner, _OWN_RULES)
         strict = schema.get("strict", config.get("strict", False))
-        if kind == "decimal":
-            self._parts.append(
-                f"{path} is a decimal in {owner.cls.__name__} that is read from a JSON number,"
-                " which may have lost digits: annotate a field of a Payload with Decimal itself"
-            )
-        elif not strict and _depends(schema, config):
+        if not strict and _depends(schema, config):
             if schema.get("strict") is False:
                 self._parts.append(f"{path} is not strict: remove strict=False")
             else:
                 self._add(owner, "is not strict")
-        elif not reads_decimals_as_text(schema):
+        else:
             for step, below in _below(schema):
                 self.visit(below, f"{path}{step}".lstrip("."), config, owner)
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from datetime import datetime, timedelta
+from datetime import datetime
 from enum import Enum
 from typing import Annotated, Any, Final
 
@@ -305,7 +305,7 @@ class JobLogLine:
     @classmethod
     def of(cls, line: LogLine, began: datetime) -> JobLogLine:
         return cls(
-            logged_at=began + timedelta(seconds=line.seconds),
+            logged_at=line.logged_at(began),
             level=JobLogLevel[line.level.name],
             message=line.message,
             data=line.data,

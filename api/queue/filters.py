@@ -310,7 +310,6 @@ class Sample(NamedTuple):
 
     def of(self, condition: Any) -> Any:
         """Return a condition of jobs as one of these rows."""
-
         return _as_of(self.rows, condition)
 
 

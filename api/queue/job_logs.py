@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Final
 
@@ -52,6 +53,10 @@ class LogLine:
     seconds: float
     data: JsonValue = None
     """Its named values: an object of texts, numbers, truth values and nulls. None means none."""
+
+    def logged_at(self, began: datetime) -> datetime:
+        """Return when it was logged, from the start of its attempt by the database's clock."""
+        return began + timedelta(seconds=self.seconds)
 
 
 def line_as_text(line: LogLine) -> bytes:

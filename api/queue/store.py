@@ -725,9 +725,8 @@ class Store(ABC):
         rows = await self._read(
             "logs", {"ids": json_text(list(attempt_ids)), "max_bytes": max_bytes}
         )
-        return {row["attempt_id"]: row["logs"] for row in rows}, not rows or rows[0][
-            "logged"
-        ] == len(rows)
+        is_all = not rows or rows[0]["logged"] == len(rows)
+        return {row["attempt_id"]: row["logs"] for row in rows}, is_all
 
     async def list_jobs(self, wanted: JobFilter, owner: Owner | None, part: Slice) -> Found:
         """Return a part of the jobs of the owner, without what is large.

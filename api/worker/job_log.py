@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from pydantic import JsonValue
 
-from job_registry_api.logs import traceback_of
+from job_registry_api.logs import not_shown, traceback_of
 from job_registry_api.queue.job_logs import (
     MAX_BYTES,
     MAX_LINE_BYTES,
@@ -154,7 +154,7 @@ def _message_of(event: Any, arguments: tuple[Any, ...]) -> str:
     try:
         text = event if type(event) is str else str(event)
     except Exception as error:
-        return _not_shown(event, error)
+        return not_shown(event, error)
     if not arguments:
         return text
     try:
@@ -201,11 +201,7 @@ def _shown(value: Any) -> JsonValue:
     try:
         return _small(value)
     except Exception as error:
-        return storable(_not_shown(value, error)[:MAX_TEXT])
-
-
-def _not_shown(value: Any, error: Exception) -> str:
-    return f"<{type(value).__name__}: {type(error).__name__}>"
+        return storable(not_shown(value, error)[:MAX_TEXT])
 
 
 def _small(value: Any) -> JsonValue:

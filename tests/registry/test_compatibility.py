@@ -675,7 +675,7 @@ WORDS: list[tuple[Any, Any, Difference]] = [
         {"maxItems": 2},
         Difference("", "at most 3 items", "at most 2 items", "More items are refused.", True),
     ),
-    # The two sides measure differently, so that what was stated is no bound.
+    # The two sides are bounded in different ways, so the earlier bound says nothing here.
     (
         {**SET, "maxItems": 2},
         {"type": "array", "maxItems": 2},
@@ -778,7 +778,7 @@ WORDS: list[tuple[Any, Any, Difference]] = [
         {"items": False},
         Difference("/*", "string", "nothing", "No value is admitted here any more.", True),
     ),
-    # A pattern that refuses none of a few texts may refuse others.
+    # A pattern may accept the texts that are tried and refuse others.
     (
         TEXT,
         {"pattern": "^"},
@@ -911,7 +911,7 @@ def test_text_of_a_format_fits_a_format_that_includes_it_and_no_other() -> None:
         assert between_formats(one, other) == ()
         assert not any(each.is_certain for each in between_formats(other, one))
         assert between_formats(other, one)
-    # Any text is a password, and what no one knows cannot be told.
+    # Any text is a password. Nothing is known about a format of the user.
     assert between_formats("uuid", "password") == ()
     assert [each.is_certain for each in between_formats("uuid", "mine")] == [False]
     for unknown in ("mine", "uuid0", "uuid9"):
@@ -1126,7 +1126,7 @@ def test_defaults_of_the_branches_of_a_union_are_compared_by_tag_or_by_name() ->
     # Of tuples, as far as both go
     before, after = {"prefixItems": [{"default": 1}]}, {"prefixItems": [{"default": 2}, {}]}
     assert [each.path for each in changed_defaults(before, after)] == ["/0"]
-    # Where no further fields are admitted, none has a default
+    # If further fields are not admitted, none of them has a default
     assert not changed_defaults({"additionalProperties": one}, {"additionalProperties": False})
     # Of several that are alike, with the first
     assert changed_defaults({"anyOf": [one]}, {"anyOf": [one, two]}) == ()

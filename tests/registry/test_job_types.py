@@ -160,7 +160,7 @@ def test_a_payload_with_no_json_schema_is_refused() -> None:
     with pytest.raises(DefinitionError, match="JSON Schema"):
         JobType(name="a", payload=Odd)
 
-    # One refers to a class that is not there, the other one to a class that Pydantic cannot read.
+    # The first refers to a class that does not exist, the second to one that Pydantic cannot read.
     not_there: Any = ForwardRef("NotThere")
     unfinished = create_model("Unfinished", __base__=Payload, code=(not_there, ...))
     with pytest.raises(DefinitionError, match="JSON Schema"):

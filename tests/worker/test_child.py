@@ -124,7 +124,7 @@ def test_messages_travel_as_frames_until_the_other_end_is_closed() -> None:
     assert link.receive() == {}
     ours.shutdown(socket.SHUT_RDWR)
     assert other.receive() is None
-    # It cannot be sent any more, which is no error: the process is about to end.
+    # This can no longer be sent. That is not an error, because the process is about to end.
     link.send(messages[1])
     ours.close()
     theirs.close()

@@ -272,8 +272,8 @@ class Unreadable(Exception):
 
 
 def test_an_exception_whose_text_cannot_be_read_is_reported_by_its_name() -> None:
-    told = raised(Unreadable())
-    assert (told.name, told.message) == ("Unreadable", "(message unavailable)")
+    failure = raised(Unreadable())
+    assert (failure.name, failure.message) == ("Unreadable", "(message unavailable)")
 
 
 @pytest.mark.parametrize("value", EMPTY)

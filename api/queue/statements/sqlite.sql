@@ -126,8 +126,8 @@ SELECT job_id, due_at FROM job_parked
 WHERE parked_at IS NOT NULL AND type = :type AND parked_at <= :parked_until LIMIT :jobs
 
 -- name: unpark
--- Make a parked job due for every worker. It is queued: a trigger records that a job is no longer
--- parked.
+-- Make a parked job due for every worker. A parked job is queued, because a trigger removes the mark
+-- when that changes.
 UPDATE job SET next_run_at = :due_at WHERE id = :id RETURNING *
 
 -- name: forget_parked
