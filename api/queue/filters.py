@@ -578,13 +578,15 @@ def unfiltered(types: Sequence[str], statuses: Sequence[JobStatus], part: Slice)
     """Return the query of a page of one type, or of all, in the order of an index.
 
     With several statuses, the ids of each are read and merged, because no index has them in one
-    order. The ids of a type and a status are read first, because only their own index has these.
+    order. Nor has one the jobs of a type whatever their status: each index makes every change of a
+    job more expensive.
     """
     of_type = [(col(Job.type), name) for name in types]
-    of_statuses = [[(col(Job.status), str(each))] for each in dict.fromkeys(statuses)] or [[]]
-    equal = [[*of_type, *one] for one in of_statuses]
-    if len(equal) == 1 and len(equal[0]) < 2:
+    wanted = [str(each) for each in dict.fromkeys(statuses or (JobStatus if types else ()))]
+    equal = [[*of_type, (col(Job.status), each)] for each in wanted] or [of_type]
+    if len(equal) == 1 and not types:
         return _in_order(listed(), equal[0], part)
+    # The ids of a type and a status are read first, because only their own index has these.
     found = union_all(
         *(_in_order(select(Job.id), each, part).subquery().select() for each in equal)
     ).subquery()

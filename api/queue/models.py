@@ -189,7 +189,6 @@ class Job(Table, table=True):
             postgresql_where=text("idempotency_key IS NOT NULL"),
         ),
         Index("job_by_status", "status", "id"),
-        Index("job_by_type", "type", "id"),
         Index("job_by_type_and_status", "type", "status", "id"),
         # Jobs of one creator: of a filter, and of the callers who see only their own.
         Index(

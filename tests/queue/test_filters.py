@@ -401,7 +401,7 @@ def test_a_wide_range_of_ends_reads_an_index_in_its_order(
 
 
 SIMPLE: dict[str, tuple[tuple[str, ...], tuple[JobStatus, ...], str]] = {
-    "type": (("t1",), (), "job_by_type"),
+    "type": (("t1",), (), "job_by_type_and_status"),
     "status": ((), (JobStatus.FAILED,), "job_by_status"),
     "type and status": (("t1",), (JobStatus.FAILED,), "job_by_type_and_status"),
     "statuses": ((), (JobStatus.FAILED, JobStatus.SUCCEEDED), "job_by_status"),

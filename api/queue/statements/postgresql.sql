@@ -149,7 +149,7 @@ SELECT * FROM job_registry.job_fail_parked(
 -- name: prune_versions
 -- Delete the versions of types whose workers were last seen long ago.
 DELETE FROM job_registry.job_type_version WHERE worker_seen_at <
-    clock_timestamp() - make_interval(secs => CAST(:keep_seconds AS double precision))
+    statement_timestamp() - make_interval(secs => CAST(:keep_seconds AS double precision))
 RETURNING type
 
 -- name: versions
@@ -219,15 +219,16 @@ JOIN job_registry.job ON job.type = wanted.type AND job.idempotency_key = wanted
 
 -- name: newest
 -- Return the ids of the newest jobs of several types and statuses. The newest of each pair are read
--- from its index, and merged: no index has them in one order. A pair is a range and not an equality,
--- so that only the index of type, status and id has the order: another one would read every job of a
--- type, or of a status, in search of a rare pair.
+-- from its index, and merged: no index has them in one order. The type is one of an array and not
+-- equal to a value: otherwise it would not count for the order, and the index of ids or that of a
+-- status could be read in search of a rare pair. As a comparison of rows, the range of ids would not
+-- end the search (PostgreSQL 17 and older).
 SELECT newest.id FROM jsonb_to_recordset(CAST(:pairs AS jsonb)) AS pair (type text, status text)
 CROSS JOIN LATERAL (
     SELECT job.id FROM job_registry.job
-    WHERE (job.type, job.status, job.id) > (pair.type, pair.status, CAST(:newer_than AS uuid))
-        AND (job.type, job.status, job.id) < (pair.type, pair.status, CAST(:older_than AS uuid))
-    ORDER BY job.type DESC, job.status DESC, job.id DESC LIMIT :most
+    WHERE job.type = ANY (ARRAY[pair.type]) AND job.status = pair.status
+        AND job.id > CAST(:newer_than AS uuid) AND job.id < CAST(:older_than AS uuid)
+    ORDER BY job.type DESC, job.id DESC LIMIT :most
 ) AS newest
 ORDER BY newest.id DESC LIMIT :most
 
@@ -236,9 +237,9 @@ ORDER BY newest.id DESC LIMIT :most
 SELECT oldest.id FROM jsonb_to_recordset(CAST(:pairs AS jsonb)) AS pair (type text, status text)
 CROSS JOIN LATERAL (
     SELECT job.id FROM job_registry.job
-    WHERE (job.type, job.status, job.id) > (pair.type, pair.status, CAST(:newer_than AS uuid))
-        AND (job.type, job.status, job.id) < (pair.type, pair.status, CAST(:older_than AS uuid))
-    ORDER BY job.type, job.status, job.id LIMIT :most
+    WHERE job.type = ANY (ARRAY[pair.type]) AND job.status = pair.status
+        AND job.id > CAST(:newer_than AS uuid) AND job.id < CAST(:older_than AS uuid)
+    ORDER BY job.type, job.id LIMIT :most
 ) AS oldest
 ORDER BY oldest.id LIMIT :most
 
@@ -314,12 +315,13 @@ SELECT id, type, text FROM counted
 WHERE characters - length(text) < CAST(:characters AS bigint) ORDER BY id
 
 -- name: prune
--- Delete jobs that ended long ago, oldest first. Skip locked rows.
+-- Delete jobs that ended long ago, oldest first. Skip locked rows. `clock_timestamp` may change while
+-- a statement runs, so that no index serves a comparison with it: every job would be read.
 WITH pruned AS (
     DELETE FROM job_registry.job WHERE id IN (
         SELECT id FROM job_registry.job
         WHERE status = :status AND finished_at <
-            clock_timestamp() - make_interval(secs => CAST(:keep_seconds AS double precision))
+            statement_timestamp() - make_interval(secs => CAST(:keep_seconds AS double precision))
         ORDER BY finished_at LIMIT :jobs FOR UPDATE SKIP LOCKED)
     RETURNING id)
 SELECT count(*) FROM pruned
@@ -348,7 +350,7 @@ WITH pruned AS (
     DELETE FROM job_registry.job_event_batch WHERE id IN (
         SELECT id FROM job_registry.job_event_batch
         WHERE created_at <
-            clock_timestamp() - make_interval(secs => CAST(:keep_seconds AS double precision))
+            statement_timestamp() - make_interval(secs => CAST(:keep_seconds AS double precision))
         ORDER BY id LIMIT :batches FOR UPDATE SKIP LOCKED)
     RETURNING id)
 SELECT count(*) FROM pruned
