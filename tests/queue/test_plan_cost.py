@@ -98,10 +98,11 @@ def plans(log: str, database: str) -> Iterator[Plan]:
 
 
 def rows(part: dict[str, Any]) -> int:
-    handled = part["Actual Rows"] + sum(
+    handled: int = part["Actual Rows"] + sum(
         number for name, number in part.items() if name.startswith("Rows Removed")
     )
-    return max([handled * part["Actual Loops"], *map(rows, part.get("Plans", ()))])
+    handled *= part["Actual Loops"]
+    return max([handled, *map(rows, part.get("Plans", ()))])
 
 
 async def work(queue: JobQueue, types: list[str]) -> None:
