@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import AliasPath, Field, create_model, field_validator
+from pydantic import AliasPath, AnyHttpUrl, Field, create_model, field_validator
 from pydantic import Json as JsonText
+from pydantic_core import PydanticCustomError
 
 from job_registry import JobPolicy, JobRegistry, JobType, Payload, PayloadInvalid, Violation
 from job_registry.catalog.thumbnail import thumbnail_create
@@ -436,3 +437,32 @@ def test_an_item_of_a_tuple_has_the_fields_of_its_own_model() -> None:
         'There is no field "citi". Did you mean city?',
         "Expected a value of at least 5; got 4.",
     ]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("link", "ftp://x", "Expected a URL with the scheme 'http' or 'https'; got \"ftp://x\"."),
+        ("link", "x", 'Expected a URL, such as https://example.com/; got "x".'),
+        ("code", "odd", 'The code odd is odd; got "odd".'),
+        ("code", "uneven", 'Expected an even code; got "uneven".'),
+    ],
+)
+def test_the_words_of_a_validator_are_kept(field: str, value: str, message: str) -> None:
+    class Linked(Payload):
+        link: AnyHttpUrl | None = None
+        code: str = ""
+
+        @field_validator("code")
+        @classmethod
+        def _even(cls, code: str) -> str:
+            if code == "odd":
+                raise PydanticCustomError("odd", "The code {code} is odd", {"code": code})
+            if code == "uneven":
+                raise PydanticCustomError("odd", "Input should be an even code")
+            return code
+
+    registry = JobRegistry([JobType(name="a", payload=Linked)])
+    with pytest.raises(PayloadInvalid) as refused:
+        registry.admit("a", {field: value})
+    assert [each.message for each in refused.value.violations] == [message]
