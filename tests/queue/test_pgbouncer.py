@@ -21,7 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
 from job_registry import EnqueueRequest, JobContext, JobRegistry, JobType, Payload
-from job_registry_api import JobFilter, Worker
+from job_registry_api import JobFailed, JobFilter, Worker
 from job_registry_api.queue.database import async_url
 from job_registry_api.queue.errors import QueueUnavailable
 from job_registry_api.queue.postgresql_database import PostgreSQLDatabase
@@ -164,6 +164,35 @@ async def test_jobs_of_handlers_and_of_sessions_are_stored_by_way_of_it(pooled_u
     await engine.dispose()
     numbers = sorted(cast(dict[str, int], job.payload)["number"] for job in stored)
     assert numbers == [*range(10), 20, 21, 21, 21, 40, 100]
+
+
+logging_job = JobType(name="logging", payload=First)
+
+
+@logging_job.handler
+async def log_lines(job: JobContext, payload: First) -> None:
+    for line in range(4):
+        job.log.info("step", line=line)
+        await asyncio.sleep(0.3)
+    if payload.number % 5 == 0:
+        raise ValueError("five")
+
+
+async def test_lines_of_jobs_are_stored_by_way_of_it(pooled_url: str) -> None:
+    types: list[JobType[Any]] = [logging_job]
+    async with JobQueue.from_url(pooled_url, types, pooler="transaction") as queue:
+        async with Worker(queue, concurrency=30).running():
+            enqueued = [queue.enqueue(First(number=n), max_attempts=1) for n in range(60)]
+            jobs = [each.job for each in await asyncio.gather(*enqueued)]
+            for number, job in enumerate(jobs):
+                if number % 5:
+                    await queue.result(job.id, timeout=30)
+                else:
+                    with pytest.raises(JobFailed):
+                        await queue.result(job.id, timeout=30)
+        for job in jobs:
+            lines = [line.data for line in await queue.logs(job.id)]
+            assert lines == [{"line": number} for number in range(4)]
 
 
 async def test_nothing_of_a_session_outlives_a_transaction(
