@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 BULK = 1_000
 """Jobs per transaction: enough to be fast, few enough to show progress."""
 
+LISTED = 100
+"""How many refused lines are listed for people. An atomic call has few lines: it lists all."""
+
 
 def enqueue(
     type_name: TypeName,
@@ -135,6 +138,7 @@ async def _enqueue_all(
 
     counts = {"stored": 0, "deduplicated": 0, "refused": 0}
     size = len(lines) if atomic else min(BULK, settings.max_bulk_size)
+    listed = len(lines) if atomic else LISTED
     async with JobQueue.from_settings(settings, registry, prepare=False) as queue:
         progress = Progress(
             *Progress.get_default_columns()[:2],
@@ -156,8 +160,10 @@ async def _enqueue_all(
                         err.print(f"Stopped at line {batch[0][0]:,}: {_summary(counts)}.")
                     raise
                 for number, result in results:
-                    _show_enqueued(number, result, counts, len(lines) > 1, as_json)
+                    _show_enqueued(number, result, counts, listed, len(lines) > 1, as_json)
                 progress.advance(bar, len(batch))
+    if counts["refused"] > listed and not as_json:
+        say(f"The first {listed} refused lines are listed. --json lists all of them.", err)
     if len(lines) > 1 and not as_json:
         say(_summary(counts))
     return counts["refused"]
@@ -206,13 +212,18 @@ async def _enqueue_batch(
 
 
 def _show_enqueued(
-    number: int, result: Enqueued | Refusal, counts: dict[str, int], many: bool, as_json: bool
+    number: int,
+    result: Enqueued | Refusal,
+    counts: dict[str, int],
+    listed: int,
+    many: bool,
+    as_json: bool,
 ) -> None:
     if isinstance(result, CodedError):
         counts["refused"] += 1
         if as_json:
             print_json({"line": number, **refusal_json(result)}, lines=True)
-        else:
+        elif counts["refused"] <= listed:
             where = f"line {number}: " if many else ""
             for text in sentences(result):
                 say(f"{where}{text}", err)

@@ -795,19 +795,18 @@ def _is_public(event: JobEvent) -> bool:
 
 
 def _log(events: Sequence[JobEvent]) -> None:
-    log_together(
-        log,
-        [
-            {
-                "event": event.name,
-                "job_id": str(event.job_id),
-                "type": event.type,
-                "status": event.status.value,
-                "attempt": event.attempt,
-            }
-            for event in events
-        ],
+    # Not a list: nothing is made where no line of this level is written.
+    lines = (
+        {
+            "event": event.name,
+            "job_id": str(event.job_id),
+            "type": event.type,
+            "status": event.status.value,
+            "attempt": event.attempt,
+        }
+        for event in events
     )
+    log_together(log, lines)
 
 
 def running_loop() -> asyncio.AbstractEventLoop | None:

@@ -170,6 +170,17 @@ def test_every_line_that_keeps_an_atomic_bulk_from_being_stored_is_named(jobs: S
     assert atomic.stdout == "0 stored, 0 deduplicated, 3 refused\n"
 
 
+def test_of_a_file_of_wrong_lines_the_first_are_listed(jobs: Shell) -> None:
+    lines = "nope\n" * 150 + GOOD
+    listed = jobs("enqueue", "thumbnail.create", "-", stdin=lines)
+    assert listed.stdout == "1 stored, 0 deduplicated, 150 refused\n"
+    *named, end = listed.stderr.splitlines()
+    assert [each.split(":")[0] for each in named] == [f"line {n}" for n in range(1, 101)]
+    assert end == "The first 100 refused lines are listed. --json lists all of them."
+    in_json = jobs("enqueue", "thumbnail.create", "-", "--json", stdin=lines)
+    assert len(in_json.stdout.splitlines()) == 151
+
+
 @pytest.mark.slow
 def test_a_bulk_that_the_database_interrupts_says_how_far_it_came(jobs: Shell) -> None:
     # Given files that cannot grow beyond 4 MB
