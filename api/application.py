@@ -165,6 +165,9 @@ class ShortWay:
         is_here = scope["type"] == "http" and (
             scope["path"] == scope.get("root_path", "") + self._path
         )
+        if scope["type"] != "lifespan" and scope["path"].endswith("\n"):
+            # Starlette's routes would take it: their "$" also matches before a last line feed.
+            scope = {**scope, "path": scope["path"] + "\n"}
         await (self._endpoint if is_here else self._app)(scope, receive, send)
 
 

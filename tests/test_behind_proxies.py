@@ -221,7 +221,10 @@ async def test_bodies_are_json_that_is_not_compressed(
         assert "Content-Encoding" in answer.text
 
 
-@pytest.mark.parametrize("path", ["/nothing", "/graphql/x/y", "/healthz/x"])
+@pytest.mark.parametrize(
+    "path",
+    ["/nothing", "/graphql/x/y", "/healthz/x", "/graphql%0A", "/jobs%0A", "/healthz%0A", "/%0A"],
+)
 async def test_unknown_paths_are_answered_with_json(visit: Visit, path: str) -> None:
     async with visit() as client:
         answer = await client.get(path, headers={"accept": "text/html"})
