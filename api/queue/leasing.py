@@ -204,7 +204,7 @@ class Leasing:
         lines, faults = text_of_lines(logs or ())
         if faults:
             raise InputInvalid(tuple(faults))
-        (renewed,) = await self.renew([Renewal(token, text)])
+        (renewed,) = await self._renewed([Renewal(token, text)])
         if logs is not None and isinstance(renewed, Renewed):
             await self._store.store_logs([LeaseLogs(job_id, secret, lines)])
         if isinstance(renewed, LeaseLost):
@@ -219,7 +219,7 @@ class Leasing:
             seconds_to_expiry = (
                 renewed.seconds_left - (deadline - renewed.expires_at).total_seconds()
             )
-        if logs is not None:
+        if progress is not None or logs is not None:
             self.events.publish([JobEvent.of("job.progressed", job)])
         return Heartbeat(
             job,
@@ -235,6 +235,20 @@ class Leasing:
         The result of an attempt that has timed out is `LeaseLost`. It keeps its place in the
         concurrency limit of its type.
         """
+        renewed = await self._renewed(renewals)
+        progressed = [
+            _parts(renewal.token)[0]
+            for renewal, result in zip(renewals, renewed, strict=True)
+            if renewal.progress is not None and isinstance(result, Renewed)
+        ]
+        if progressed:
+            # The renewal is committed and announced to other processes, whether this works or not.
+            with suppress(QueueUnavailable):
+                jobs = await self._store.get_many(progressed)
+                self.events.publish([JobEvent.of("job.progressed", j) for j in jobs.values()])
+        return renewed
+
+    async def _renewed(self, renewals: Sequence[Renewal]) -> list[Renewed | LeaseLost]:
         keys = [_parts(renewal.token) for renewal in renewals]
         renewed = await self._store.renew(
             [
@@ -243,16 +257,6 @@ class Leasing:
             ],
             self.lease_seconds,
         )
-        progressed = [
-            job_id
-            for (job_id, secret), renewal in zip(keys, renewals, strict=True)
-            if renewal.progress is not None and renewed.get((job_id, secret)) is not None
-        ]
-        if progressed:
-            # The renewal is committed and announced to other processes, whether this works or not.
-            with suppress(QueueUnavailable):
-                jobs = await self._store.get_many(progressed)
-                self.events.publish([JobEvent.of("job.progressed", j) for j in jobs.values()])
         return [renewed.get(key) or LeaseLost() for key in keys]
 
     async def store_logs(self, logs: Sequence[tuple[str, bytes]]) -> None:
