@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,10 +31,19 @@ from job_registry_api.settings import Settings
 
 if TYPE_CHECKING:
     from job_registry_api.queue.enqueueing import Enqueued, Refusal
+    from job_registry_api.queue.errors import QueueUnavailable
     from job_registry_api.queue.queue import JobQueue
+
+    Results = list[tuple[int, Enqueued | Refusal]]
+
+Batch = list[tuple[int, str]]
+"""Lines of a file and their numbers."""
 
 BULK = 1_000
 """Jobs per transaction: enough to be fast, few enough to show progress."""
+
+UNDER_WAY = 2
+"""Batches at once: while the database stores one, the lines of the next are read and checked."""
 
 LISTED = 100
 """How many refused lines are listed for people. An atomic call has few lines: it lists all."""
@@ -151,22 +161,56 @@ async def _enqueue_all(
         )
         with progress:
             bar = progress.add_task("enqueue", total=len(lines))
-            for start in range(0, len(lines), size):
-                batch = lines[start : start + size]
-                try:
-                    results = await _enqueue_batch(queue, type_name, batch, options, atomic)
-                except QueueUnavailable:
-                    if len(lines) > 1:
-                        err.print(f"Stopped at line {batch[0][0]:,}: {_summary(counts)}.")
-                    raise
+            batches = (lines[start : start + size] for start in range(0, len(lines), size))
+            stored = _in_order(
+                batches, lambda batch: _enqueue_batch(queue, type_name, batch, options, atomic)
+            )
+            failed: list[tuple[Batch, QueueUnavailable]] = []
+            done = 0
+            async for batch, results in stored:
+                if isinstance(results, QueueUnavailable):
+                    failed.append((batch, results))
+                    continue
                 for number, result in results:
                     _show_enqueued(number, result, counts, listed, len(lines) > 1, as_json)
                 progress.advance(bar, len(batch))
+                done = batch[-1][0]
+        if failed:
+            unknown, error = failed[0]
+            if len(lines) > 1:
+                err.print(f"Stopped at line {unknown[0][0]:,}: {_summary(counts)}.")
+            if done > unknown[-1][0]:
+                err.print(f"The lines after {unknown[-1][0]:,} are done up to line {done:,}.")
+            raise error
     if counts["refused"] > listed and not as_json:
         say(f"The first {listed} refused lines are listed. --json lists all of them.", err)
     if len(lines) > 1 and not as_json:
         say(_summary(counts))
     return counts["refused"]
+
+
+async def _in_order(
+    batches: Iterator[Batch], store: Callable[[Batch], Coroutine[Any, Any, Results]]
+) -> AsyncIterator[tuple[Batch, Results | QueueUnavailable]]:
+    """Store batches, and yield the results of each in order. None is begun after a failure."""
+    from job_registry_api.queue.errors import QueueUnavailable
+
+    async def stored(batch: Batch) -> tuple[Batch, Results | QueueUnavailable]:
+        try:
+            return batch, await store(batch)
+        except QueueUnavailable as error:
+            return batch, error
+
+    running: deque[asyncio.Task[tuple[Batch, Results | QueueUnavailable]]] = deque()
+    for batch in batches:
+        running.append(asyncio.create_task(stored(batch)))
+        if len(running) == UNDER_WAY:
+            result = await running.popleft()
+            yield result
+            if isinstance(result[1], QueueUnavailable):
+                break
+    for task in running:
+        yield await task
 
 
 def _summary(counts: dict[str, int]) -> str:
@@ -176,10 +220,10 @@ def _summary(counts: dict[str, int]) -> str:
 async def _enqueue_batch(
     queue: JobQueue,
     type_name: str,
-    batch: list[tuple[int, str]],
+    batch: Batch,
     options: dict[str, Any],
     atomic: bool,
-) -> Iterator[tuple[int, Enqueued | Refusal]]:
+) -> Results:
     from job_registry import EnqueueRequest
     from job_registry_api.queue.enqueueing import NOT_STORED, not_stored
     from job_registry_api.queue.errors import IdempotencyConflict, InputInvalid
@@ -208,7 +252,7 @@ async def _enqueue_batch(
         }
     left = requests.keys() - results.keys()
     results |= dict.fromkeys(left, not_stored(sorted(results), "line", "lines"))
-    return iter(sorted(results.items()))
+    return sorted(results.items())
 
 
 def _show_enqueued(
