@@ -41,6 +41,45 @@ async def test_calls_that_arrive_during_a_commit_share_the_next_one() -> None:
     assert commits.groups == [[0], [1, 2]]
 
 
+async def test_after_a_group_of_several_calls_the_next_one_waits_while_calls_arrive() -> None:
+    commits = Commits()
+    commits.may_end.set()
+    group = GroupCommit(commits.commit)
+    await asyncio.gather(group.submit(0), group.submit(1))
+    calls = []
+    for item in (2, 3, 4):
+        calls.append(asyncio.create_task(group.submit(item)))
+        for _ in range(3):  # A server reads the next request a turn or two of its loop later.
+            await asyncio.sleep(0)
+    assert await asyncio.gather(*calls) == [20, 30, 40]
+    assert commits.groups == [[0, 1], [2, 3, 4]]
+
+
+async def test_a_single_caller_does_not_wait_for_others() -> None:
+    commits = Commits()
+    group = GroupCommit(commits.commit)
+    for item in range(3):
+        call = asyncio.create_task(group.submit(item))
+        for _ in range(2):  # The call, and its commit.
+            await asyncio.sleep(0)
+        assert commits.groups[-1] == [item]
+        commits.may_end.set()
+        await call
+        commits.may_end.clear()
+
+
+async def test_a_group_that_is_full_does_not_wait() -> None:
+    commits = Commits()
+    commits.may_end.set()
+    group = GroupCommit(commits.commit, max_items=2)
+    await asyncio.gather(*(group.submit(item) for item in range(2)))
+    calls = [asyncio.create_task(group.submit(item)) for item in range(2, 5)]
+    for _ in range(2):
+        await asyncio.sleep(0)
+    assert commits.groups[:2] == [[0, 1], [2, 3]]
+    assert await asyncio.gather(*calls) == [20, 30, 40]
+
+
 async def test_a_call_ends_at_its_deadline_and_the_others_go_on() -> None:
     commits = Commits()
     group = GroupCommit(commits.commit)
