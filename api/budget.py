@@ -44,6 +44,9 @@ class RequestLimits:
         return max(MIN_TYPED_VALUES, TYPED_VALUES_PER_JOB * self.bulk_size)
 
 
+DEFAULT_LIMITS: Final = RequestLimits()
+
+
 class BudgetExceeded(CodedError):
     """Raised when a request needs more than a limit allows. `setting` is the one that sets it."""
 
@@ -91,7 +94,7 @@ def parse_request_json(
 class Budget:
     """What is left for one request. Each event of a subscription counts as a request."""
 
-    limits: RequestLimits = field(default_factory=RequestLimits)
+    limits: RequestLimits = DEFAULT_LIMITS
     faults: FaultBudget = field(default_factory=FaultBudget)
     reading: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while jobs are read, so that each read knows what those before it took."""

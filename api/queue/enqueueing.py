@@ -156,10 +156,11 @@ class Enqueueing(Opening):
         self, method: str, job: Payload | EnqueueRequest, options: EnqueueOptions
     ) -> EnqueueRequest:
         """Return the request of a payload and its options, which `method` was called with."""
-        for name in options.keys() - EnqueueOptions.__annotations__.keys():
-            names = (*EnqueueOptions.__annotations__, "created_by", "session")
-            hint = "".join(f"; did you mean {each}?" for each in near(name, names))
-            raise TypeError(f"{method}() has no argument {name}{hint}")
+        if options:
+            for name in options.keys() - EnqueueOptions.__annotations__.keys():
+                names = (*EnqueueOptions.__annotations__, "created_by", "session")
+                hint = "".join(f"; did you mean {each}?" for each in near(name, names))
+                raise TypeError(f"{method}() has no argument {name}{hint}")
         if not isinstance(job, EnqueueRequest):
             return self.registry.request(job, **options)
         if options:
@@ -464,10 +465,9 @@ class Enqueueing(Opening):
 
     async def _insert_unkeyed(self, jobs: Sequence[NewJob]) -> list[Stored]:
         """Insert jobs without keys. Nothing can conflict, so one statement stores all or none."""
-        stored, batch = await self._store.insert_unkeyed(jobs)
+        stored, announced = await self._store.insert_unkeyed(jobs)
         events = [JobEvent("job.created", job.id, job.type, 0) for job in jobs]
-        if batch is not None:
-            self.events.remember_batch(batch, events)
+        self.events.remember(announced, events)
         self.events.publish(events)
         return stored
 

@@ -50,7 +50,7 @@ from job_registry_api.logs import log_together
 from job_registry_api.metrics import Metrics
 from job_registry_api.queue.database import Database
 from job_registry_api.queue.errors import EventsMissed, QueueUnavailable, reason_of
-from job_registry_api.queue.event_stream import EventStream, Gap
+from job_registry_api.queue.event_stream import DELETED, EventStream, Gap
 from job_registry_api.queue.models import JobRecord, JobStatus
 from job_registry_api.queue.recent_events import MAX_KEPT_EVENTS, Numbered, RecentEvents
 from job_registry_api.queue.store import WAITS_ENDED, Ended, Store
@@ -99,8 +99,8 @@ READ_AT_ONCE: Final = 1_000
 MAX_ECHOES: Final = 10_000
 """How many own events may be awaited from the database at a time."""
 
-MAX_BATCHES: Final = 16
-"""How many own batches may be awaited from the database at a time with their events."""
+MAX_REMEMBERED: Final = 16
+"""How many own messages or batches may be awaited from the database at a time with their events."""
 
 STOP_SECONDS: Final = 5.0
 """How long `listening` waits at its end for a statement in progress."""
@@ -389,8 +389,8 @@ class Events:
         self._stream: EventStream | None = None
         self._recalling: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._batches: dict[int, Sequence[JobEvent]] = {}
-        """The latest batches that this process stored, until it is notified of them."""
+        self._remembered: dict[int | str, Sequence[JobEvent]] = {}
+        """The events of the latest messages and batches of this process, until it reads them."""
         self._echoes: dict[JobEvent, int] = {}
         """Own events that were published and not yet read from the stream. Negative counts are
         events that were read and not yet published."""
@@ -421,12 +421,12 @@ class Events:
         self._guard(_log, happened)
         self._guard(self._hand_over, happened)
 
-    def remember_batch(self, number: int, events: Sequence[JobEvent]) -> None:
-        """Remember the events of a batch that this process has stored. Never raises.
+    def remember(self, announced: int | str, events: Sequence[JobEvent]) -> None:
+        """Remember the events of a message, or of a stored batch, of this process. Never raises.
 
-        When the process is notified of the batch, it does not read and parse it.
+        The process then does not parse its own message, or read the batch it is notified of.
         """
-        self._guard(self._remember, number, events)
+        self._guard(self._remember, announced, events)
 
     @contextmanager
     def subscribe(
@@ -633,7 +633,7 @@ class Events:
                 feeding.cancel()
                 self._stream = None
                 self._echoes.clear()
-                self._batches.clear()
+                self._remembered.clear()
             tasks = {feeding}
             if self._recalling is not None:
                 self._recalling.cancel()
@@ -653,15 +653,10 @@ class Events:
             self._miss(item.reason)
             return
         try:
-            message = decode(item)
-            if (known := self._known(message)) is not None:
-                message = message._replace(events=tuple(known))
-            elif message.batch is not None:
-                kept = await self._store.events(message.batch)
-                if kept is None:
-                    self._miss("events were deleted before this process read them")
-                    return
-                message = decode(kept)
+            message = await self._message_of(item)
+        except EventsMissed as missed:
+            self._miss(missed.reason)
+            return
         except QueueUnavailable:
             self._miss("the database is not available")
             return
@@ -690,17 +685,33 @@ class Events:
             for event in message.events
         ]
 
-    def _known(self, message: Message) -> Sequence[JobEvent] | None:
-        """Return the events of a batch, if this process has just stored it."""
-        if message.batch is None or message.process != self.process:
-            return None
-        return self._batches.pop(message.batch, None)
+    async def _message_of(self, text: str) -> Message:
+        """Return a message with its events.
 
-    def _remember(self, number: int, events: Sequence[JobEvent]) -> None:
+        Raises:
+            EventsMissed: it names a batch that has been deleted.
+            QueueUnavailable: the batch cannot be read now.
+            ValueError: it is malformed.
+        """
+        if (events := self._remembered.pop(text, None)) is not None:
+            return Message(self.process, tuple(events))
+        message = decode(text)
+        if message.batch is None:
+            return message
+        if message.process == self.process:
+            events = self._remembered.pop(message.batch, None)
+        if events is not None:
+            return message._replace(events=tuple(events))
+        kept = await self._store.events(message.batch)
+        if kept is None:
+            raise EventsMissed(DELETED)
+        return decode(kept)
+
+    def _remember(self, announced: int | str, events: Sequence[JobEvent]) -> None:
         if self._stream is not None:
-            if len(self._batches) >= MAX_BATCHES:
-                del self._batches[next(iter(self._batches))]
-            self._batches[number] = events
+            if len(self._remembered) >= MAX_REMEMBERED:
+                del self._remembered[next(iter(self._remembered))]
+            self._remembered[announced] = events
 
     def _bind_to_loop(self) -> None:
         """Without `listening`, deliver on the loop of the caller."""

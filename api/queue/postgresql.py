@@ -89,7 +89,7 @@ class PostgreSQLStore(Store):
             stored |= await self.holders(keyed)
         return stored
 
-    async def insert_unkeyed(self, jobs: Sequence[NewJob]) -> tuple[list[Stored], int | None]:
+    async def insert_unkeyed(self, jobs: Sequence[NewJob]) -> tuple[list[Stored], int | str]:
         ids = [job.id.hex for job in jobs]
         events = [
             ("job.created", job_id, job.type, 0) for job_id, job in zip(ids, jobs, strict=True)
@@ -117,7 +117,8 @@ class PostgreSQLStore(Store):
         )
         now = row["now"]
         stored = [Stored(now, job.next_run_at or now) for job in jobs]
-        return stored, None if self._sender["keep"] else row["batch"]
+        is_notified_of_batch = row["batch"] is not None and not self._sender["keep"]
+        return stored, row["batch"] if is_notified_of_batch else message
 
     async def holders(self, jobs: Sequence[NewJob]) -> dict[uuid.UUID, Stored]:
         return _holders(await self._read("holders", _wanted(jobs)))

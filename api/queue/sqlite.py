@@ -106,9 +106,12 @@ class SQLiteStore(Store):
     async def insert(self, jobs: Sequence[NewJob]) -> dict[uuid.UUID, Stored]:
         return await self._write(lambda t: t.insert(jobs))
 
-    async def insert_unkeyed(self, jobs: Sequence[NewJob]) -> tuple[list[Stored], int | None]:
-        stored = await self.insert(jobs)
-        return [stored[job.id] for job in jobs], None
+    async def insert_unkeyed(self, jobs: Sequence[NewJob]) -> tuple[list[Stored], int | str]:
+        def work(transaction: _Transaction) -> tuple[dict[uuid.UUID, Stored], str]:
+            return transaction.insert(jobs), transaction.announce(self._process)
+
+        stored, message = await self._write(work)
+        return [stored[job.id] for job in jobs], message
 
     async def insert_all(self, jobs: Sequence[NewJob]) -> tuple[dict[uuid.UUID, Stored], bool]:
         try:
@@ -367,10 +370,14 @@ class _Transaction:
         """Run a statement and return how many rows it changed."""
         return self._cursor.execute(SQL[name], {"now": self.now, **parameters}).rowcount
 
-    def announce(self, process: str) -> None:
-        """Store the events, for other processes to read."""
-        if self._events:
-            self.change("keep_events", message=message_of(process, self._events))
+    def announce(self, process: str) -> str:
+        """Store the events, for other processes to read. Return their message; "" for none."""
+        if not self._events:
+            return ""
+        message = message_of(process, self._events)
+        self._events = []
+        self.change("keep_events", message=message)
+        return message
 
     def insert(self, jobs: Sequence[NewJob]) -> dict[uuid.UUID, Stored]:
         values = [_values(job, self.now) for job in jobs]

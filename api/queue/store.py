@@ -409,11 +409,11 @@ class Store(ABC):
         """
 
     @abstractmethod
-    async def insert_unkeyed(self, jobs: Sequence[NewJob]) -> tuple[list[Stored], int | None]:
+    async def insert_unkeyed(self, jobs: Sequence[NewJob]) -> tuple[list[Stored], int | str]:
         """Insert jobs without idempotency keys, all or none.
 
-        Return their outcomes in order, and the batch of their events if the process is notified
-        of it.
+        Return their outcomes in order, and what the process will read of their events: the id of
+        a batch, or the message.
         """
 
     @abstractmethod

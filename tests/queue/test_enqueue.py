@@ -303,7 +303,7 @@ async def test_concurrent_enqueues_share_commits(
     sizes: list[int] = []
     insert = queue._store.insert_unkeyed
 
-    async def noting(jobs: Sequence[NewJob]) -> tuple[list[Stored], int | None]:
+    async def noting(jobs: Sequence[NewJob]) -> tuple[list[Stored], int | str]:
         sizes.append(len(jobs))
         return await insert(jobs)
 
