@@ -125,16 +125,18 @@ class Database(ABC):
                 yield connection
 
     @asynccontextmanager
-    async def reading(self) -> AsyncIterator[AsyncConnection]:
+    async def reading(self, *, in_order: bool = False) -> AsyncIterator[AsyncConnection]:
         """Open a connection on which each statement is a transaction with its own deadline.
 
-        Behind a pooler the whole block is one READ COMMITTED transaction with one deadline.
+        Behind a pooler the whole block is one READ COMMITTED transaction with one deadline. So it
+        is on PostgreSQL for statements that read the first rows of an index `in_order`: otherwise
+        it reads and sorts all of them wherever it expects few.
 
         Raises:
             QueueUnavailable: the database does not answer.
         """
         with self._counting():
-            async with self._read(self._deadline()) as connection:
+            async with self._read(self._deadline(), in_order=in_order) as connection:
                 yield connection
 
     @abstractmethod
@@ -208,7 +210,9 @@ class Database(ABC):
         """See `transaction`."""
 
     @abstractmethod
-    def _read(self, deadline: float | None) -> AbstractAsyncContextManager[AsyncConnection]:
+    def _read(
+        self, deadline: float | None, *, in_order: bool
+    ) -> AbstractAsyncContextManager[AsyncConnection]:
         """See `reading`."""
 
     @asynccontextmanager

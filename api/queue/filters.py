@@ -16,12 +16,16 @@ from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
 import sqlalchemy
-from sqlalchemy import func, union_all
+from sqlalchemy import Text, func, union_all
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.visitors import replacement_traverse
 from sqlmodel import col, select
 
 from job_registry_api.queue.models import (
     FINAL,
+    METADATA,
     Job,
     JobCount,
     JobRecord,
@@ -79,13 +83,14 @@ class Slice:
     before: uuid.UUID | None = None
     from_end: bool = False
 
-    def conditions(self) -> list[Any]:
+    def conditions(self, job_id: Any = None) -> list[Any]:
         """Return the conditions that a job is between the ends."""
+        job_id = col(Job.id) if job_id is None else job_id
         conditions: list[Any] = []
         if self.after is not None:
-            conditions.append(col(Job.id) < self.after)
+            conditions.append(job_id < self.after)
         if self.before is not None:
-            conditions.append(col(Job.id) > self.before)
+            conditions.append(job_id > self.before)
         return conditions
 
     def taken(self, query: Any, order: Any = None) -> Any:
@@ -124,6 +129,15 @@ class JobFilter:
         return self == JobFilter(self.types, self.statuses)
 
     @property
+    def is_of_kind(self) -> bool:
+        """Whether only types, statuses and a range of the time of creation are given."""
+        return self == replace(
+            JobFilter(self.types, self.statuses),
+            created_after=self.created_after,
+            created_before=self.created_before,
+        )
+
+    @property
     def is_of_finished(self) -> bool:
         """Whether a range of the time of the end is given."""
         return self.finished_after is not None or self.finished_before is not None
@@ -142,48 +156,101 @@ def owned_by(owner: Owner | None) -> list[Any]:
     if owner is None:
         return []
     # SQLAlchemy would write `created_by = NULL` as IS NULL.
-    return [sqlalchemy.false() if owner.subject is None else col(Job.created_by) == owner.subject]
+    if owner.subject is None:
+        return [sqlalchemy.false()]
+    return [_hidden(col(Job.created_by), True) == owner.subject]
 
 
-def filtered(
-    wanted: JobFilter,
-    owner: Owner | None,
-    part: Slice,
-    *,
-    ahead: timedelta = timedelta(),
-) -> Any:
-    """Return the query of a page of jobs, as `Listed` has them.
+def ordered(wanted: JobFilter, owner: Owner | None, part: Slice) -> Any:
+    """Return the query of a page of jobs, as `Listed` has them, in the order of an index.
 
-    `ahead` is how far the database's clock has been advanced, in tests.
+    None: no index has the order. The part is `narrowed`.
     """
-    ranked = _ranked(wanted, owner)
-    if ranked is not None:
-        # Without a second condition of this field: the database would expect too few jobs.
-        others = ranked.without(wanted)
-        conditions = [*ranked.conditions, *_others(others, is_led=True), *_created(wanted)]
-        within = _within(part, wanted, ahead)
-        return _in_order(listed().where(*conditions), [(ranked.column, ranked.value)], within)
-    leading = _leading(wanted, owner)
-    conditions = [*leading, *owned_by(owner), *_others(wanted, is_led=bool(leading))]
-    conditions += [*_created(wanted), *_created_ids(wanted, ahead), *part.conditions()]
-    order: Any = col(Job.id)
-    if not leading and wanted.is_of_finished:
-        # No index has this order, so the database reads the index of the range.
-        order = func.coalesce(order, order)
-    return part.taken(listed().where(*conditions), order)
+    lead = _lead(wanted, owner)
+    if lead is not None and lead.equal:
+        conditions = [*lead.conditions, *_others(lead.others, is_led=True), *_created(wanted)]
+        return _page(listed().where(*conditions), lead.equal, part)
+    statuses = set(wanted.statuses)
+    if owner is not None or not wanted.is_of_kind or wanted.types or len(statuses) > 1:
+        return None
+    of_status = [(col(Job.status), str(each)) for each in statuses]
+    return _page(listed().where(*_created(wanted)), of_status, part)
+
+
+def merged(wanted: JobFilter, part: Slice) -> Any:
+    """Return the query of the ids of a page of jobs of several statuses: those of each status in
+    the order of its index."""
+    each_in_order = (
+        _page(select(Job.id).where(*_created(wanted)), [(col(Job.status), str(status))], part)
+        .subquery()
+        .select()
+        for status in dict.fromkeys(wanted.statuses)
+    )
+    ids = union_all(*each_in_order).subquery().c.id
+    return part.taken(sqlalchemy.select(ids), ids)
+
+
+def found(wanted: JobFilter, owner: Owner | None, part: Slice) -> Any:
+    """Return the query of a page of jobs that are few, and sorted: those with a key, and those that
+    finished in a narrow range of time."""
+    lead = _lead(wanted, owner)
+    conditions = [*lead.conditions] if lead is not None else []
+    conditions += [*owned_by(owner), *_others(wanted, is_led=lead is not None), *_created(wanted)]
+    # No index has this order, so the database reads that of the conditions.
+    order = _hidden(col(Job.id), True)
+    return part.taken(listed().where(*conditions, *part.conditions(order)), order)
+
+
+def searched(wanted: JobFilter, owner: Owner | None, part: Slice) -> Any:
+    """Return the query of the ids of a page of jobs whose error has the words of the search, of the
+    `SEARCHED_JOBS` newest ones. The part is `narrowed`."""
+    creator = owner.subject if owner is not None else wanted.created_by
+    newest: Any = sqlalchemy.select(*METADATA.tables["job"].c)
+    newest = newest.where(*Slice(0, LAST_ID, FIRST_ID).conditions())
+    if creator is None:
+        newest = _in_order(newest, [(col(Job.status), str(JobStatus.FAILED))])
+    else:
+        newest = newest.where(col(Job.created_by).is_not(None))
+        newest = _in_order(newest, [(col(Job.created_by), creator)])
+    rows = newest.limit(SEARCHED_JOBS).subquery()
+    said = func.coalesce(error_code(), "") + " " + func.coalesce(error_message(), "")
+    conditions = [
+        col(Job.status) == str(JobStatus.FAILED),
+        *(said.ilike(_pattern(word), escape="\\") for word in (wanted.search or "").split()),
+        *_remaining(wanted, owner, part),
+    ]
+    matching = (_as_of(rows, each) for each in conditions)
+    return part.taken(sqlalchemy.select(rows.c.id).where(*matching), rows.c.id)
+
+
+def identified(wanted: JobFilter, owner: Owner | None, part: Slice) -> Any:
+    """Return the query of the ids of the jobs whose id or key is the text of the search."""
+    text = wanted.search or ""
+    is_it = [_has_key(text)]
+    if (job_id := _uuid_of(text)) is not None:
+        is_it.append(col(Job.id) == job_id)
+    remaining = _remaining(wanted, owner, part)
+    return union_all(*(select(Job.id).where(each, *remaining) for each in is_it))
+
+
+def _remaining(wanted: JobFilter, owner: Owner | None, part: Slice) -> list[Any]:
+    """Return the conditions of the other fields, in a form that no index can serve."""
+    between = part.conditions(_hidden(col(Job.id), True))
+    return [*owned_by(owner), *_others(wanted, is_led=True), *_created(wanted), *between]
 
 
 def widths(wanted: JobFilter, owner: Owner | None) -> Any:
     """Return the query of whether more than `WIDE_RANGE` jobs finished in a range of time, for each
     status that they can have. None: no such range is read."""
-    if not wanted.is_of_finished or _leading(wanted, owner) or not wanted.possible_statuses:
+    if not wanted.is_of_finished or _lead(wanted, owner) or not wanted.possible_statuses:
         return None
     finished: Any = col(Job.finished_at)
     ranges = (
-        sqlalchemy.select(finished)
-        .where(col(Job.status) == str(status), *_between(finished, wanted))
-        # Otherwise the database may expect to find so many soon without the index.
-        .order_by(finished.desc())
+        _in_order(
+            sqlalchemy.select(finished).where(*_between(finished, wanted)),
+            [(col(Job.status), str(status))],
+            finished,
+        )
         .limit(WIDE_RANGE + 1)
         .subquery()
         for status in wanted.possible_statuses
@@ -217,13 +284,13 @@ def walk_end(
 def _walk(
     wanted: JobFilter, part: Slice, status: JobStatus, ahead: timedelta, *columns: Any
 ) -> Any:
-    within = replace(_within(part, wanted, ahead), size=WALKED_JOBS)
-    if wanted.finished_before is not None and within.after is not None:
+    within = replace(narrowed(part, wanted, ahead), size=WALKED_JOBS)
+    if wanted.finished_before is not None:
         # A job is enqueued before it ends.
-        after = min(within.after, _first_id(wanted.finished_before + WALK_SLACK))
-        within = replace(within, after=after)
+        end = _first_id(wanted.finished_before + WALK_SLACK)
+        within = replace(within, after=min(within.after or end, end))
     kind = [(col(Job.type), wanted.types[0])] if len(wanted.types) == 1 else []
-    return _in_order(select(*columns), [*kind, (col(Job.status), str(status))], within)
+    return _page(select(*columns), [*kind, (col(Job.status), str(status))], within)
 
 
 def counted(
@@ -250,15 +317,15 @@ def sampled(
     `ends` are those of the ranges of `counted`, in their order. None: the range was read whole.
     """
     beyond = [
-        sqlalchemy.and_(*each.inside, each.order <= end, *each.matching)
+        sqlalchemy.and_(*each.has(), each.order <= end, *each.matching)
         for each, end in zip(_ranges(wanted, None, ahead), ends, strict=True)
         if end is not None
     ]
     kind: list[Any] = []
     if wanted.types:
-        kind.append(col(Job.type).in_(wanted.types))
+        kind.append(_hidden(col(Job.type), True).in_(wanted.types))
     if statuses := wanted.possible_statuses:
-        kind.append(col(Job.status).in_([str(each) for each in statuses]))
+        kind.append(_hidden(col(Job.status), True).in_([str(each) for each in statuses]))
     return (
         sqlalchemy.select(
             func.count().label("of_kind"),
@@ -285,14 +352,8 @@ def sampled_own(
     reveals nothing about the jobs of others.
     """
     (found,) = _ranges(wanted, owner, ahead)
-    newest = (
-        sqlalchemy.select(col(Job.id).label("id"))
-        .where(*found.inside, found.order < end)
-        .order_by(found.order.desc())
-        .limit(most)
-        .subquery()
-    )
-    place = func.row_number().over(order_by=newest.c.id.desc()).label("place")
+    newest = found.read(col(Job.id).label("id")).where(found.order < end).limit(most).subquery()
+    place = func.row_number().over().label("place")
     placed = sqlalchemy.select(newest.c.id, place).cte()
     chosen = sqlalchemy.select(placed.c.id).where(placed.c.place % each == 0)
     return sqlalchemy.select(
@@ -325,6 +386,8 @@ def _as_of(rows: Any, condition: Any) -> Any:
 class _Range(NamedTuple):
     """A range of an index that has every job that is wanted, and others."""
 
+    equal: list[tuple[Any, str]]
+    """The expressions that the index begins with, and their values."""
     inside: list[Any]
     """The conditions of the range."""
     time: Any
@@ -333,27 +396,38 @@ class _Range(NamedTuple):
     matching: list[Any]
     """The other conditions."""
 
+    def read(self, *columns: Any, from_end: bool = False) -> Any:
+        """Return the query of the jobs in the range, in its order."""
+        query = sqlalchemy.select(*columns).select_from(Job).where(*self.inside)
+        return _in_order(query, self.equal, self.order, from_end=from_end)
+
+    def has(self) -> list[Any]:
+        """Return the conditions that a job is in the range."""
+        return [*(column == value for column, value in self.equal), *self.inside]
+
 
 def _ranges(wanted: JobFilter, owner: Owner | None, ahead: timedelta) -> list[_Range]:
-    leading = _leading(wanted, owner)
+    lead = _lead(wanted, owner)
+    others = wanted if lead is None else lead.others
     matching = [
         sqlalchemy.true(),
         *owned_by(owner),
-        *_others(wanted, is_led=True),
+        *_others(others, is_led=True),
         *_created(wanted),
     ]
-    ids = _created_ids(wanted, ahead)
-    if leading or not wanted.is_of_finished:
-        return [_Range([*leading, *ids], col(Job.created_at), col(Job.id), matching)]
+    # The jobs that have a key are few, and sorted.
+    order = _hidden(col(Job.id), lead is not None and not lead.equal)
+    ids = narrowed(Slice(0), wanted, ahead).conditions(order)
+    if lead is not None:
+        inside = [*lead.conditions, *ids]
+        return [_Range(lead.equal, inside, col(Job.created_at), order, matching)]
+    if not wanted.is_of_finished:
+        return [_Range([], ids, col(Job.created_at), col(Job.id), matching)]
     # A range of each status: no index has the jobs of several in the order of their end.
     finished = col(Job.finished_at)
+    inside = _between(finished, wanted)
     return [
-        _Range(
-            [col(Job.status) == str(status), *_between(finished, wanted)],
-            finished,
-            finished,
-            [*matching, *ids],
-        )
+        _Range([(col(Job.status), str(status))], inside, finished, finished, [*matching, *ids])
         for status in wanted.possible_statuses
     ]
 
@@ -361,20 +435,17 @@ def _ranges(wanted: JobFilter, owner: Owner | None, ahead: timedelta) -> list[_R
 def _counted(each: _Range, most: int) -> Any:
     """Return the query that counts the jobs in a range of an index, in its order."""
     read = (
-        sqlalchemy.select(
+        each.read(
             each.order.label("place"),
             each.time.label("time"),
             _one_if(sqlalchemy.and_(*each.matching)).label("one"),
         )
-        .select_from(Job)
-        .where(*each.inside)
-        .order_by(each.order.desc())
         .limit(most)
         .cte()
     )
     # PostgreSQL before 18 has no min(uuid).
     end = sqlalchemy.select(read.c.place).order_by(read.c.place).limit(1).scalar_subquery()
-    oldest = sqlalchemy.select(each.time).where(*each.inside).order_by(each.order.asc()).limit(1)
+    oldest = each.read(each.time, from_end=True).limit(1)
     is_full = func.count() >= most
     return sqlalchemy.select(
         func.count().label("read"),
@@ -391,52 +462,39 @@ def _one_if(condition: Any) -> Any:
     return sqlalchemy.case((condition, 1), else_=0)
 
 
-def _leading(wanted: JobFilter, owner: Owner | None) -> list[Any]:
-    """Return the condition whose index is read; none if it is that of a time or of all jobs."""
-    creator = owner.subject if owner is not None else wanted.created_by
-    if wanted.search is not None:
-        return [col(Job.id).in_(_found(wanted.search, creator))]
-    if wanted.idempotency_key is not None:
-        return [_has_key(wanted.idempotency_key)]
-    if creator is not None:
-        return [col(Job.created_by) == creator]
-    if wanted.error_code is not None:
-        return [_has_code(wanted.error_code)]
-    return []
+class _Lead(NamedTuple):
+    """The field of a filter whose index is read."""
 
-
-class _Ranked(NamedTuple):
-    """The field of a filter whose index is read, and the expression that begins this index."""
-
-    field: str
-    column: Any
-    value: str
+    equal: list[tuple[Any, str]]
+    """The expression that the index begins with, and its value. Empty for a key, which few jobs
+    have."""
     conditions: list[Any]
-    """Those of the index, which is partial."""
-
-    def without(self, wanted: JobFilter) -> JobFilter:
-        """Return the other fields of a filter. An owner may ask for the jobs of another creator."""
-        if self.field == "error_code":
-            return replace(wanted, error_code=None)
-        return replace(wanted, created_by=None) if wanted.created_by == self.value else wanted
+    others: JobFilter
+    """The other fields."""
 
 
-def _ranked(wanted: JobFilter, owner: Owner | None) -> _Ranked | None:
-    """Return the field whose index has the order of ids. None: no field has one."""
+def _lead(wanted: JobFilter, owner: Owner | None) -> _Lead | None:
+    """Return the field whose index is read. None: that of a time, of the statuses or of all ids."""
     creator = owner.subject if owner is not None else wanted.created_by
-    if wanted.search is not None or wanted.idempotency_key is not None:
-        return None
+    if wanted.idempotency_key is not None:
+        return _Lead([], [_has_key(wanted.idempotency_key)], wanted)
     if creator is not None:
         column: Any = col(Job.created_by)
-        return _Ranked("created_by", column, creator, [column.is_not(None)])
-    if wanted.error_code is not None and owner is None:
-        given = col(Job.error).is_not(None)
-        return _Ranked("error_code", error_code(), wanted.error_code, [given])
+        # An owner may ask for the jobs of another creator.
+        others = replace(wanted, created_by=None) if wanted.created_by == creator else wanted
+        return _Lead([(column, creator)], [column.is_not(None)], others)
+    if wanted.error_code is not None:
+        given, others = col(Job.error).is_not(None), replace(wanted, error_code=None)
+        return _Lead([(error_code(), wanted.error_code)], [given], others)
     return None
 
 
-def _within(part: Slice, wanted: JobFilter, ahead: timedelta) -> Slice:
-    """Return the part with the ends of the range of ids that jobs created then can have."""
+def narrowed(part: Slice, wanted: JobFilter, ahead: timedelta) -> Slice:
+    """Return the part with the ends of the range of ids that jobs created then can have.
+
+    It always has both ends. With fewer, SQLite reads all jobs in the order of ids in search of a
+    value that most values are more frequent than.
+    """
     before, after = part.before or FIRST_ID, part.after or LAST_ID
     lowest, end = _id_range(wanted, ahead)
     if lowest is not None:
@@ -485,23 +543,12 @@ def _between(column: Any, wanted: JobFilter) -> list[Any]:
 
 
 def _created(wanted: JobFilter) -> list[Any]:
-    """Return the conditions of the time of creation. No index serves them: see `_created_ids`."""
+    """Return the conditions of the time of creation. No index serves them: see `narrowed`."""
     conditions: list[Any] = []
     if wanted.created_after is not None:
         conditions.append(col(Job.created_at) >= wanted.created_after)
     if wanted.created_before is not None:
         conditions.append(col(Job.created_at) < wanted.created_before)
-    return conditions
-
-
-def _created_ids(wanted: JobFilter, ahead: timedelta) -> list[Any]:
-    """Return the conditions that an id is one that jobs created then can have."""
-    lowest, end = _id_range(wanted, ahead)
-    conditions: list[Any] = []
-    if lowest is not None:
-        conditions.append(col(Job.id) >= lowest)
-    if end is not None:
-        conditions.append(col(Job.id) < end)
     return conditions
 
 
@@ -525,42 +572,8 @@ def _has_key(key: str) -> Any:
 
     The index of keys begins with the type, and `job_count` has every type that has jobs.
     """
-    types = select(JobCount.type).distinct()
-    return (col(Job.type).in_(types)) & (col(Job.idempotency_key) == key)
-
-
-def _has_code(code: str) -> Any:
-    return col(Job.error).is_not(None) & (error_code() == code)
-
-
-def _found(text: str, creator: str | None) -> Any:
-    """Return the query of the ids of the jobs that a search finds."""
-    words = [_pattern(word) for word in text.split()]
-    newest: Any = sqlalchemy.select(
-        col(Job.id).label("id"),
-        col(Job.status).label("status"),
-        error_code().label("code"),
-        error_message().label("message"),
-    )
-    if creator is None:
-        # A range, and not an equality: only the index of status and id has this order. That of ids
-        # would read every job in search of the failed ones.
-        failed = str(JobStatus.FAILED)
-        newest = newest.where(col(Job.status) >= failed, col(Job.status) <= failed)
-        newest = newest.order_by(col(Job.status).desc(), col(Job.id).desc())
-    else:
-        newest = newest.where(col(Job.created_by) == creator).order_by(col(Job.id).desc())
-    searched = newest.limit(SEARCHED_JOBS).subquery()
-    said = func.coalesce(searched.c.code, "") + " " + func.coalesce(searched.c.message, "")
-    by_words = sqlalchemy.select(searched.c.id).where(
-        searched.c.status == str(JobStatus.FAILED),
-        *(said.ilike(word, escape="\\") for word in words),
-    )
-    parts = [by_words, sqlalchemy.select(col(Job.id)).where(_has_key(text))]
-    job_id = _uuid_of(text)
-    if job_id is not None:
-        parts.append(sqlalchemy.select(col(Job.id)).where(col(Job.id) == job_id))
-    return sqlalchemy.select(union_all(*parts).subquery().c.id)
+    types = select(JobCount.type).distinct().scalar_subquery()
+    return sqlalchemy.and_(_is_in(col(Job.type), types), col(Job.idempotency_key) == key)
 
 
 def _pattern(word: str) -> str:
@@ -574,49 +587,95 @@ def _uuid_of(text: str) -> uuid.UUID | None:
         return None
 
 
-def unfiltered(types: Sequence[str], statuses: Sequence[JobStatus], part: Slice) -> Any:
-    """Return the query of a page of one type, or of all, in the order of an index.
+def _page(query: Any, equal: Sequence[tuple[Any, str]], part: Slice) -> Any:
+    """Return the query of a part of the jobs where expressions have these values."""
+    query = query.where(*part.conditions())
+    return _in_order(query, equal, from_end=part.from_end).limit(part.size)
 
-    With several statuses, the ids of each are read and merged, because no index has them in one
-    order. Nor has one the jobs of a type whatever their status: each index makes every change of a
-    job more expensive.
+
+def _in_order(
+    query: Any,
+    equal: Sequence[tuple[Any, str]],
+    column: Any = None,
+    *,
+    from_end: bool = False,
+) -> Any:
+    """Return the query of the jobs where expressions have these values, in the order of a column:
+    that of ids, if it is None.
+
+    An index begins with the expressions and goes on with the column. Conditions of a range of the
+    column begin and end the search in it.
     """
-    of_type = [(col(Job.type), name) for name in types]
-    wanted = [str(each) for each in dict.fromkeys(statuses or (JobStatus if types else ()))]
-    equal = [[*of_type, (col(Job.status), each)] for each in wanted] or [of_type]
-    if len(equal) == 1 and not types:
-        return _in_order(listed(), equal[0], part)
-    # The ids of a type and a status are read first, because only their own index has these.
-    found = union_all(
-        *(_in_order(select(Job.id), each, part).subquery().select() for each in equal)
-    ).subquery()
-    ids = part.taken(sqlalchemy.select(found.c.id), found.c.id)
-    return part.taken(listed().where(col(Job.id).in_(ids)))
+    last: Any = col(Job.id) if column is None else column
+    order = last.asc() if from_end else last.desc()
+    if equal:
+        (first, value), *others = equal
+        query = query.where(first == _any_of(value), *(each == wanted for each, wanted in others))
+        order = _order(first.asc() if from_end else first.desc(), order)
+    return query.order_by(order)
 
 
-def _in_order(query: Any, equal: Sequence[tuple[Any, str]], part: Slice) -> Any:
-    """Return the query of a part of the jobs where expressions have these values.
+class _any_of(FunctionElement[str]):  # noqa: N801 - a function of SQL
+    """The value of an expression, by which an index is read in its order.
 
-    An index begins with the expressions and ends with the id. The last condition is a range of it
-    and not an equality, so that the index of ids does not have the order. Otherwise the database
-    reads all jobs in search of those that match, or sorts these, if it expects many or few.
+    On PostgreSQL it is one of an array, so that the expression counts for the order of the query,
+    and no other index has this order. With an equality, the database reads all jobs in the order of
+    ids in search of those that match, if it expects many. A comparison of rows would not end a
+    search at its second value (PostgreSQL 17 and older). SQLite prefers the index of an equality.
     """
-    if not equal:
-        return part.taken(query.where(*part.conditions()))
-    *others, (column, value) = equal
 
-    def place(job_id: uuid.UUID) -> Any:
-        return sqlalchemy.tuple_(
-            sqlalchemy.literal(value, column.type), sqlalchemy.literal(job_id, sqlalchemy.Uuid())
-        )
+    inherit_cache = True
+    type = Text()
 
-    ranked = sqlalchemy.tuple_(column, col(Job.id))
-    query = query.where(
-        *(each == wanted for each, wanted in others),
-        ranked > place(part.before or FIRST_ID),
-        ranked < place(part.after or LAST_ID),
-    )
-    return part.taken(query.order_by(column.asc() if part.from_end else column.desc()))
+    def __init__(self, value: str) -> None:
+        super().__init__(sqlalchemy.literal(value, Text()))
+
+
+class _order(FunctionElement[Any]):  # noqa: N801 - a function of SQL
+    """The order of an index that begins with an expression and goes on with a column. SQLite needs
+    the column alone: it would sort by an expression, though it has one value."""
+
+    inherit_cache = True
+
+
+@compiles(_order)
+def _whole_order(element: _order, compiler: SQLCompiler, **options: Any) -> str:
+    return compiler.process(element.clauses, **options)
+
+
+@compiles(_order, "sqlite")
+def _order_of_column(element: _order, compiler: SQLCompiler, **options: Any) -> str:
+    _, column = element.clauses
+    return compiler.process(column, **options)
+
+
+class _is_in(FunctionElement[Any]):  # noqa: N801 - a function of SQL
+    """Whether a column has one of the values of a query. PostgreSQL reads these first, so that it
+    does not join all jobs with them."""
+
+    inherit_cache = True
+
+
+@compiles(_is_in)
+def _in_array(element: _is_in, compiler: SQLCompiler, **options: Any) -> str:
+    column, values = (compiler.process(each, **options) for each in element.clauses)
+    return f"{column} = ANY (ARRAY{values})"
+
+
+@compiles(_is_in, "sqlite")
+def _in_rows(element: _is_in, compiler: SQLCompiler, **options: Any) -> str:
+    column, values = (compiler.process(each, **options) for each in element.clauses)
+    return f"{column} IN {values}"
+
+
+@compiles(_any_of)
+def _one_of_array(element: _any_of, compiler: SQLCompiler, **options: Any) -> str:
+    return f"ANY (ARRAY[{compiler.process(element.clauses, **options)}])"
+
+
+@compiles(_any_of, "sqlite")
+def _only_value(element: _any_of, compiler: SQLCompiler, **options: Any) -> str:
+    return compiler.process(element.clauses, **options)
 
 
 @lru_cache

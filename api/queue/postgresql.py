@@ -356,7 +356,8 @@ class PostgreSQLStore(Store):
 
     async def prune(self, status: JobStatus, *, keep_seconds: float, jobs: int) -> int:
         parameters = {"status": str(status), "keep_seconds": keep_seconds, "jobs": jobs}
-        return int(next(iter((await self._run("prune", parameters))[0].values())))
+        (row,) = await self._run("prune", parameters, in_order=True)
+        return int(next(iter(row.values())))
 
     async def fold_counts(self) -> None:
         await self._run("fold_counts", {"rows": 10_000})
@@ -387,14 +388,20 @@ class PostgreSQLStore(Store):
         percent = min(100.0, 100.0 * blocks / max(1, int(row["blocks"])))
         return Sample(METADATA.tables["job"].tablesample(func.system(percent)))
 
-    async def _run(self, name: str, parameters: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-        """Run a statement that changes something."""
+    async def _run(
+        self, name: str, parameters: Mapping[str, Any], *, in_order: bool = False
+    ) -> Sequence[Mapping[str, Any]]:
+        """Run a statement that changes something. For `in_order`, see `Database.reading`."""
         sql = self._sql[name]
         sender = self._sender if ":process" in sql else {}
-        return await self._database.execute_at_once(sql, {**sender, **parameters})
+        values = {**sender, **parameters}
+        return await self._database.execute_at_once(sql, values, in_order=in_order)
 
-    async def _read(self, name: str, parameters: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-        return await self._database.execute_at_once(self._sql[name], parameters)
+    async def _read(
+        self, name: str, parameters: Mapping[str, Any], *, in_order: bool = False
+    ) -> Sequence[Mapping[str, Any]]:
+        sql = self._sql[name]
+        return await self._database.execute_at_once(sql, parameters, in_order=in_order)
 
     def _read_within(
         self, connection: Connection, name: str, parameters: Mapping[str, Any]

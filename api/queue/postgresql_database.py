@@ -54,6 +54,10 @@ _DRIVER_ERRORS: Final = (
 
 T = TypeVar("T")
 
+IN_ORDER: Final = {"enable_sort": "off", "jit": "off"}
+"""The settings of a statement that reads an index in order. A sort that nothing can replace stays
+possible, at an estimated cost from which PostgreSQL would compile the statement."""
+
 
 class PostgreSQLDatabase(Database):
     """A PostgreSQL database, by its URL: `postgresql://user@host/name`.
@@ -158,9 +162,9 @@ class PostgreSQLDatabase(Database):
         return await _again(once)
 
     async def execute_at_once(
-        self, sql: str, parameters: Mapping[str, Any]
+        self, sql: str, parameters: Mapping[str, Any], *, in_order: bool = False
     ) -> Sequence[Mapping[str, Any]]:
-        """Run one statement in autocommit and return its rows.
+        """Run one statement in autocommit and return its rows. For `in_order`, see `reading`.
 
         It is prepared on the driver's connection: SQLAlchemy's execution takes four times the CPU.
         A process that freezes leaves no transaction open. The statement runs again after a
@@ -176,9 +180,9 @@ class PostgreSQLDatabase(Database):
 
         async def once() -> Sequence[Mapping[str, Any]]:
             async with self._driver(deadline) as driver:
-                if not self._is_pooled:
+                if not self._is_pooled and not in_order:
                     return cast(list[Mapping[str, Any]], await driver.fetch(positional, *values))
-                async with self._transaction_on(driver):
+                async with self._transaction_on(driver, in_order=in_order):
                     return cast(list[Mapping[str, Any]], await driver.fetch(positional, *values))
 
         with self._counting():
@@ -212,9 +216,11 @@ class PostgreSQLDatabase(Database):
             return self._pooled_transaction(deadline)
         return self._direct_transaction(deadline)
 
-    def _read(self, deadline: float | None) -> AbstractAsyncContextManager[AsyncConnection]:
-        if self._is_pooled:
-            return self._pooled_transaction(deadline)
+    def _read(
+        self, deadline: float | None, *, in_order: bool
+    ) -> AbstractAsyncContextManager[AsyncConnection]:
+        if self._is_pooled or in_order:
+            return self._pooled_transaction(deadline, in_order=in_order)
         return self._connection(self._autocommit, deadline, each=True)
 
     @asynccontextmanager
@@ -228,21 +234,26 @@ class PostgreSQLDatabase(Database):
                 raise
 
     @asynccontextmanager
-    async def _pooled_transaction(self, deadline: float | None) -> AsyncIterator[AsyncConnection]:
+    async def _pooled_transaction(
+        self, deadline: float | None, *, in_order: bool = False
+    ) -> AsyncIterator[AsyncConnection]:
         """Open a transaction with local settings."""
         async with self._connection(self._autocommit, deadline) as connection:
             driver = (await connection.get_raw_connection()).driver_connection
             assert isinstance(driver, _Connection)
-            async with self._transaction_on(driver):
+            async with self._transaction_on(driver, in_order=in_order):
                 yield connection
 
     @asynccontextmanager
-    async def _transaction_on(self, driver: _Connection) -> AsyncIterator[None]:
+    async def _transaction_on(
+        self, driver: _Connection, *, in_order: bool = False
+    ) -> AsyncIterator[None]:
         """Open a transaction with local settings. Its start and its end take a round trip each."""
         try:
+            chosen = self._server_settings(self._url) | (IN_ORDER if in_order else {})
             settings = "".join(
                 f"; SET LOCAL {name} = '{value}'"
-                for name, value in self._server_settings(self._url).items()
+                for name, value in chosen.items()
                 if not name.startswith("default_transaction_")
             )
             access = " READ ONLY" if self._is_read_only else ""

@@ -321,9 +321,15 @@ class SQLiteStore(Store):
 
         return await self._database.write(run, timeout_seconds=timeout_seconds)
 
-    async def _read(self, name: str, parameters: Mapping[str, Any]) -> Sequence[Row]:
-        async with self._database.reading() as connection:
-            values = {**parameters, "shift": self._database.shift}
+    async def _read(
+        self, name: str, parameters: Mapping[str, Any], *, in_order: bool = False
+    ) -> Sequence[Row]:
+        async with self._database.reading(in_order=in_order) as connection:
+            values = {
+                key: time_text(value) if isinstance(value, datetime) else value
+                for key, value in parameters.items()
+            }
+            values["shift"] = self._database.shift
             result = await connection.execute(statement(SQL[name]), values)
             return [_typed(dict(row)) for row in result.mappings()]
 

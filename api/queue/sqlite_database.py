@@ -191,7 +191,9 @@ class SQLiteDatabase(Database):
         await self._thread.close()
 
     @asynccontextmanager
-    async def _read(self, deadline: float | None) -> AsyncIterator[AsyncConnection]:
+    async def _read(
+        self, deadline: float | None, *, in_order: bool
+    ) -> AsyncIterator[AsyncConnection]:
         with unavailable_sqlite():
             # Before it is opened: the thread of a connection that fails to open may outlive the
             # event loop that it reports to.

@@ -33,12 +33,16 @@ from job_registry_api.queue.filters import (
     Slice,
     columns,
     counted,
-    filtered,
+    found,
+    identified,
     listed,
+    merged,
+    narrowed,
+    ordered,
     owned_by,
     sampled,
     sampled_own,
-    unfiltered,
+    searched,
     walk_end,
     walked,
     widths,
@@ -60,7 +64,7 @@ from job_registry_api.queue.models import (
     TypeVersion,
     error_of,
 )
-from job_registry_api.queue.requests import differing_paths
+from job_registry_api.queue.requests import EARLIEST, LATEST, differing_paths
 
 T = TypeVar("T")
 
@@ -584,8 +588,13 @@ class Store(ABC):
         """
 
     @abstractmethod
-    async def _read(self, name: str, parameters: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-        """Run a statement that only reads, and return its rows with converted values."""
+    async def _read(
+        self, name: str, parameters: Mapping[str, Any], *, in_order: bool = False
+    ) -> Sequence[Mapping[str, Any]]:
+        """Run a statement that only reads, and return its rows with converted values.
+
+        For `in_order`, see `Database.reading`.
+        """
 
     @abstractmethod
     def _read_within(
@@ -593,9 +602,9 @@ class Store(ABC):
     ) -> Sequence[Mapping[str, Any]]:
         """Do the same in a transaction that is open on this connection."""
 
-    async def _select(self, query: Executable) -> list[dict[str, Any]]:
-        """Run an ordinary query."""
-        async with self._database.reading() as connection:
+    async def _select(self, query: Executable, *, in_order: bool = False) -> list[dict[str, Any]]:
+        """Run an ordinary query. For `in_order`, see `Database.reading`."""
+        async with self._database.reading(in_order=in_order) as connection:
             return [dict(row) for row in (await connection.execute(query)).mappings()]
 
     # Reads. The statements have the same names and columns on both databases.
@@ -734,8 +743,11 @@ class Store(ABC):
         The first jobs come newest first, the last ones oldest first. It is a keyset page: its cost
         does not depend on its position. Ids are UUIDv7, so they are in the order of creation.
         """
+        if wanted.search is not None:
+            return Found(await self._of_ids(await self._search(wanted, owner, part), part))
         counting = widths(wanted, owner)
-        if counting is not None and any(row["is_wide"] for row in await self._select(counting)):
+        rows = [] if counting is None else await self._select(counting, in_order=True)
+        if any(row["is_wide"] for row in rows):
             return await self._walk(wanted, part)
         return Found(await self._list_all(wanted, owner, part))
 
@@ -744,11 +756,12 @@ class Store(ABC):
         ids: list[uuid.UUID] = []
         ends: list[uuid.UUID] = []
         for status in wanted.possible_statuses:
-            rows = await self._select(walked(wanted, part, status, ahead=self._ahead()))
+            read = walked(wanted, part, status, ahead=self._ahead())
+            rows = await self._select(read, in_order=True)
             ids += [row["id"] for row in rows]
             if len(rows) < part.size:
-                end = await self._select(walk_end(wanted, part, status, ahead=self._ahead()))
-                ends += [row["id"] for row in end]
+                last = walk_end(wanted, part, status, ahead=self._ahead())
+                ends += [row["id"] for row in await self._select(last, in_order=True)]
         # Beyond the first end, jobs of that status may be missing.
         stopped_at = (min if part.from_end else max)(ends, default=None)
         ids.sort(reverse=not part.from_end)
@@ -759,32 +772,53 @@ class Store(ABC):
         ids = ids[: part.size]
         if len(ids) == part.size:
             stopped_at = None
-        page = part.taken(listed().where(col(Job.id).in_(ids)))
-        return Found([self._listed_of(row) for row in await self._select(page)], stopped_at)
+        return Found(await self._of_ids(ids, part), stopped_at)
 
     async def _list_all(self, wanted: JobFilter, owner: Owner | None, part: Slice) -> list[Listed]:
-        types, statuses = wanted.types, wanted.statuses
-        if owner is not None or not wanted.is_simple:
-            page = filtered(wanted, owner, part, ahead=self._ahead())
-        elif len(types) > 1:
-            # As a union, 100 types and 4 statuses take half a second to build and to compile.
-            pairs = [
-                {"type": name, "status": status}
-                for name in dict.fromkeys(types)
-                for status in dict.fromkeys(statuses or JobStatus)
-            ]
-            values = {
-                "pairs": json_text(pairs),
-                "older_than": (part.after or LAST_ID).hex,
-                "newer_than": (part.before or FIRST_ID).hex,
-                "most": part.size,
-            }
-            found = await self._read("oldest" if part.from_end else "newest", values)
-            ids = [row["id"] for row in found]
-            page = part.taken(listed().where(col(Job.id).in_(ids)))
+        within = narrowed(part, wanted, self._ahead())
+        if (page := ordered(wanted, owner, within)) is not None:
+            rows = await self._select(page, in_order=True)
+        elif owner is None and wanted.is_of_kind:
+            return await self._of_ids(await self._merged(wanted, within), part)
         else:
-            page = unfiltered(types, statuses, part)
+            rows = await self._select(found(wanted, owner, within))
+        return [self._listed_of(row) for row in rows]
+
+    async def _of_ids(self, ids: Sequence[uuid.UUID], part: Slice) -> list[Listed]:
+        """Return the jobs of a page whose ids were read."""
+        page = part.taken(listed().where(col(Job.id).in_(ids)))
         return [self._listed_of(row) for row in await self._select(page)]
+
+    async def _search(self, wanted: JobFilter, owner: Owner | None, part: Slice) -> list[uuid.UUID]:
+        """Return the ids of a page of a search."""
+        within = narrowed(part, wanted, self._ahead())
+        by_words = await self._select(searched(wanted, owner, within), in_order=True)
+        by_name = await self._select(identified(wanted, owner, within))
+        ids = {row["id"] for row in (*by_words, *by_name)}
+        return sorted(ids, reverse=not part.from_end)[: part.size]
+
+    async def _merged(self, wanted: JobFilter, part: Slice) -> list[uuid.UUID]:
+        """Return the ids of a page of jobs of some types or statuses, of which no index has the
+        order. They are merged from the index of each."""
+        if not wanted.types:
+            rows = await self._select(merged(wanted, part), in_order=True)
+            return [row["id"] for row in rows]
+        # As a union, 100 types and 4 statuses take half a second to build and to compile.
+        pairs = [
+            {"type": name, "status": status}
+            for name in dict.fromkeys(wanted.types)
+            for status in dict.fromkeys(wanted.statuses or JobStatus)
+        ]
+        values = {
+            "pairs": json_text(pairs),
+            "older_than": (part.after or LAST_ID).hex,
+            "newer_than": (part.before or FIRST_ID).hex,
+            "created_after": wanted.created_after or EARLIEST,
+            "created_before": wanted.created_before or LATEST,
+            "most": part.size,
+        }
+        name = "oldest" if part.from_end else "newest"
+        return [row["id"] for row in await self._read(name, values, in_order=True)]
 
     async def list_many(self, job_ids: Iterable[uuid.UUID], owner: Owner | None) -> list[Listed]:
         """Return the jobs of the owner with these ids, without what is large."""
@@ -808,8 +842,12 @@ class Store(ABC):
         """Return how many jobs of the owner are among the newest `most` of each range of an index
         that may have them.
         """
+        if wanted.search is not None:
+            jobs = len(await self._search(wanted, owner, Slice(most)))
+            return [CountedRange(jobs, jobs, 0, None, None, None, None)]
         query = counted(wanted, owner, most=most, ahead=self._ahead())
-        rows = [] if query is None else await self._select(query)
+        in_order = wanted.idempotency_key is None
+        rows = [] if query is None else await self._select(query, in_order=in_order)
         return [CountedRange(**row) for row in rows]
 
     async def sample(self, wanted: JobFilter, ends: Sequence[Any]) -> SampledJobs:
@@ -831,7 +869,7 @@ class Store(ABC):
         query = sampled_own(
             wanted, owner, end, most=OWN_JOBS, each=OWN_JOBS_PER_SAMPLED, ahead=self._ahead()
         )
-        (row,) = await self._select(query)
+        (row,) = await self._select(query, in_order=True)
         return SampledOwn(int(row["jobs"]), int(row["read"]), int(row["matched"]))
 
     def _ahead(self) -> timedelta:
@@ -902,7 +940,8 @@ class Store(ABC):
 
     async def versions(self, job_type: str) -> list[TypeVersion]:
         """Return the versions of the jobs that are stored under this name, and of its workers."""
-        rows = await self._read("versions", {"type": job_type, "most": COUNTED_JOBS})
+        versions = {"type": job_type, "most": COUNTED_JOBS}
+        rows = await self._read("versions", versions, in_order=True)
         return [
             TypeVersion(
                 row["fingerprint"],

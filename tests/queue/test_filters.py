@@ -1,26 +1,20 @@
-"""Which jobs each filter finds, and which index it reads at a million jobs."""
+"""Which jobs each filter finds. What that costs is in `test_filter_cost.py`."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-import re
 import uuid
 from datetime import UTC, datetime, timedelta
-from itertools import product
 from typing import Any
 
 import pytest
-from sqlalchemy.dialects import postgresql, sqlite
 
 from job_registry import EnqueueRequest
 from job_registry_api import JobFilter, JobQueue
 from job_registry_api.queue import filters
 from job_registry_api.queue.errors import InputInvalid
-from job_registry_api.queue.filters import Slice, counted, filtered, unfiltered
 from job_registry_api.queue.models import JobError, JobRecord, JobStatus, Owner
 from job_registry_api.queue.reading import JobTotal
-from tests.conftest import run_sql
 
 PING = EnqueueRequest("test.ping", {})
 PONG = EnqueueRequest("test.pong", {})
@@ -230,211 +224,3 @@ async def test_a_value_that_no_job_can_have_is_refused_with_its_path(queue: JobQ
         ("/filter/search", "out_of_range"),
         ("/filter/createdAfter", "time_zone_missing"),
     ]
-
-
-# Plans
-
-HOUR = datetime(2030, 1, 1, tzinfo=UTC)
-INDEXES: dict[str, tuple[JobFilter, Owner | None, set[str]]] = {
-    "created by": (JobFilter(created_by="u7"), None, {"job_by_creator"}),
-    "own": (JobFilter(), Owner("u7"), {"job_by_creator"}),
-    "own of a type and status": (
-        JobFilter(types=("t1",), statuses=(JobStatus.QUEUED,)),
-        Owner("u7"),
-        {"job_by_creator"},
-    ),
-    "error code": (JobFilter(error_code="e3"), None, {"job_by_error_code"}),
-    "key": (JobFilter(idempotency_key="k5"), None, {"job_idempotency_key"}),
-    "created": (
-        JobFilter(created_after=HOUR, created_before=HOUR + timedelta(hours=1)),
-        None,
-        {"job_pkey"},
-    ),
-    "created after": (JobFilter(created_after=HOUR), None, {"job_pkey"}),
-    "created before": (JobFilter(created_before=HOUR + timedelta(hours=1)), None, {"job_pkey"}),
-    "created by, of a type and status": (
-        JobFilter(types=("t1",), statuses=(JobStatus.FAILED,), created_by="u7"),
-        None,
-        {"job_by_creator"},
-    ),
-    "error code of a type": (
-        JobFilter(types=("t1",), error_code="e3"),
-        None,
-        {"job_by_error_code"},
-    ),
-    "finished after": (
-        JobFilter(finished_after=HOUR + timedelta(hours=5)),
-        None,
-        {"job_finished"},
-    ),
-    "finished": (
-        JobFilter(finished_after=HOUR, finished_before=HOUR + timedelta(hours=1)),
-        None,
-        {"job_finished"},
-    ),
-    "finished of a type": (
-        JobFilter(types=("t1",), finished_before=HOUR + timedelta(minutes=30)),
-        None,
-        {"job_finished"},
-    ),
-    "search": (
-        JobFilter(search=str(uuid.UUID(int=1))),
-        None,
-        {"job_by_status", "job_idempotency_key", "job_pkey"},
-    ),
-}
-IN_ORDER = {"created by", "own", "error code", "created", "created after", "created before"}
-"""The filters whose pages read no more jobs than they have."""
-
-FILL = """
-    INSERT INTO job (id, type, fingerprint, status, payload, priority, attempt, max_attempts,
-        timeout_seconds, backoff_base_seconds, backoff_cap_seconds, created_at, next_run_at,
-        finished_at, created_by, idempotency_key, error)
-    SELECT {id}, 't' || (n % 10), 'f', CASE n % 30 WHEN 0 THEN 'queued' WHEN 1 THEN 'succeeded'
-            ELSE 'failed' END, '{{}}', 50, 0, 3, 60, 1, 8, {time},
-        CASE n % 30 WHEN 0 THEN {time} END, CASE n % 30 WHEN 0 THEN NULL ELSE {time} END,
-        'u' || (n % 100), CASE n % 2 WHEN 0 THEN 'k' || n END,
-        CASE n % 30 WHEN 2 THEN {error} END
-    FROM {numbers}"""
-POSTGRESQL = {
-    "id": "CAST(lpad(to_hex(1900000000000 + n * 1000), 12, '0') || '7000800000000000'"
-    " || lpad(to_hex(n), 4, '0') AS uuid)",
-    "time": "TIMESTAMPTZ '2030-01-01' + n * interval '1 second'",
-    "error": """CAST('{"code": "e' || (n % 7) || '", "message": "It broke."}' AS jsonb)""",
-    "numbers": "generate_series(1, 20000) AS n",
-}
-SQLITE = {
-    "id": "printf('%012x7000800000000000%04x', 1900000000000 + n * 1000, n)",
-    "time": "strftime('%Y-%m-%d %H:%M:%f', '2030-01-01', '+' || n || ' seconds') || '000'",
-    "error": """'{"code": "e' || (n % 7) || '", "message": "It broke."}'""",
-    "numbers": "(WITH RECURSIVE c (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c WHERE n < 2000)"
-    " SELECT n FROM c)",
-}
-
-
-def queries_of(wanted: JobFilter, owner: Owner | None) -> dict[str, Any]:
-    return {
-        "first": filtered(wanted, owner, Slice(51)),
-        "last": filtered(wanted, owner, Slice(51, from_end=True)),
-        "total": counted(wanted, owner, most=51),
-    }
-
-
-def plan_of(url: str, query: Any) -> str:
-    kind: Any = sqlite if url.startswith("sqlite") else postgresql
-    dialect = kind.dialect()
-    text = str(query.compile(dialect=dialect, compile_kwargs={"literal_binds": True}))
-    if url.startswith("sqlite"):
-        return "\n".join(row[3] for row in run_sql(url, "EXPLAIN QUERY PLAN " + text))
-    text = text.replace("FROM job", "FROM job_registry.job").replace("%%", "%")
-    (row,) = run_sql(url, "SET search_path = job_registry", "EXPLAIN (FORMAT JSON) " + text)
-    return json.dumps(row[0])
-
-
-def test_each_filter_reads_its_index_and_no_whole_table(
-    database_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The plan does not depend on the number of jobs: it is chosen by how the query is written."""
-    # The table is smaller than a production's, and so is the part of it that a search reads.
-    monkeypatch.setattr(filters, "SEARCHED_JOBS", 50)
-    is_sqlite = database_url.startswith("sqlite")
-    run_sql(
-        database_url,
-        *([] if is_sqlite else ["SET search_path = job_registry"]),
-        FILL.format(**(SQLITE if is_sqlite else POSTGRESQL)),
-        "ANALYZE",
-    )
-    for (alone, (wanted, owner, indexes)), part in product(
-        INDEXES.items(), ("first", "last", "total")
-    ):
-        plan = plan_of(database_url, queries_of(wanted, owner)[part])
-        name = f"{part} of {alone}"
-        names = {"sqlite_autoindex_job_1" if each == "job_pkey" else each for each in indexes}
-        if not is_sqlite:
-            names = indexes
-        assert not [each for each in names if each not in plan], (name, plan)
-        assert not re.search(r'"Seq Scan"[^{}]*"Relation Name": "job"', plan), (name, plan)
-        assert "SCAN job\n" not in plan + "\n", (name, plan)
-        if part != "total" and alone in IN_ORDER:
-            assert not re.search(r'"Node Type": "Sort"|TEMP B-TREE', plan), (name, plan)
-
-
-WIDE: dict[str, JobFilter] = {
-    "finished after": JobFilter(finished_after=HOUR),
-    "finished before": JobFilter(finished_before=HOUR + timedelta(hours=5)),
-    "finished": JobFilter(finished_after=HOUR, finished_before=HOUR + timedelta(hours=5)),
-    "finished of a type": JobFilter(("t1",), finished_after=HOUR),
-    "finished of types": JobFilter(("t1", "t2"), finished_after=HOUR),
-    "finished and created": JobFilter(
-        finished_after=HOUR, created_before=HOUR + timedelta(hours=5)
-    ),
-}
-
-
-def test_a_wide_range_of_ends_reads_an_index_in_its_order(
-    database_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whether it is wide is read from the index of ends, of which few entries are counted."""
-    # The table is smaller than a production's, and so are the parts of it that are read.
-    monkeypatch.setattr(filters, "WIDE_RANGE", 20)
-    monkeypatch.setattr(filters, "WALKED_JOBS", 100)
-    is_sqlite = database_url.startswith("sqlite")
-    run_sql(
-        database_url,
-        *([] if is_sqlite else ["SET search_path = job_registry"]),
-        FILL.format(**(SQLITE if is_sqlite else POSTGRESQL)),
-        "ANALYZE" if is_sqlite else "VACUUM ANALYZE job",
-    )
-    for (name, wanted), is_last in product(WIDE.items(), (False, True)):
-        part = Slice(51, from_end=is_last)
-        read = filters.walked(wanted, part, JobStatus.FAILED)
-        end = filters.walk_end(wanted, part, JobStatus.FAILED)
-        for query, read_index in (
-            (read, "job_by_(type_and_)?status"),
-            (end, "job_by_(type_and_)?status"),
-            (filters.widths(wanted, None), "job_finished"),
-        ):
-            plan = plan_of(database_url, query)
-            assert re.search(rf"\b{read_index}\b", plan), (name, plan)
-            assert not re.search(r'"Node Type": "Sort"|TEMP B-TREE', plan), (name, plan)
-            assert not re.search(r'"Seq Scan"[^{}]*"Relation Name": "job"', plan), (name, plan)
-
-
-SIMPLE: dict[str, tuple[tuple[str, ...], tuple[JobStatus, ...], str]] = {
-    "type": (("t1",), (), "job_by_type_and_status"),
-    "status": ((), (JobStatus.FAILED,), "job_by_status"),
-    "type and status": (("t1",), (JobStatus.FAILED,), "job_by_type_and_status"),
-    "statuses": ((), (JobStatus.FAILED, JobStatus.SUCCEEDED), "job_by_status"),
-    "type and statuses": (
-        ("t1",),
-        (JobStatus.FAILED, JobStatus.SUCCEEDED),
-        "job_by_type_and_status",
-    ),
-}
-
-
-def test_types_and_statuses_read_their_index(database_url: str) -> None:
-    """Also if most jobs match, and the database expects to find a page soon without the index."""
-    is_sqlite = database_url.startswith("sqlite")
-    run_sql(
-        database_url,
-        *([] if is_sqlite else ["SET search_path = job_registry"]),
-        FILL.format(**(SQLITE if is_sqlite else POSTGRESQL)),
-        "ANALYZE" if is_sqlite else "VACUUM ANALYZE job",
-    )
-    middle = uuid.UUID(int=2**127)
-    parts = {
-        "first": Slice(51),
-        "last": Slice(51, from_end=True),
-        "after": Slice(51, after=middle),
-        "before": Slice(51, before=middle, from_end=True),
-    }
-    for (name, (types, statuses, index)), (place, part) in product(SIMPLE.items(), parts.items()):
-        plan = plan_of(database_url, unfiltered(types, statuses, part))
-        name = f"{place} of {name}"
-        assert re.search(rf"\b{index}\b", plan), (name, plan)
-        assert not re.search(r'"Seq Scan"[^{}]*"Relation Name": "job"', plan), (name, plan)
-        assert "TEMP B-TREE" not in plan or "LIST SUBQUERY" in plan, (name, plan)
-        if not is_sqlite:
-            by_id = '"Index Cond": "(id = ' in plan or "job_pkey" not in plan
-            assert by_id, (name, plan)

@@ -228,6 +228,8 @@ CROSS JOIN LATERAL (
     SELECT job.id FROM job_registry.job
     WHERE job.type = ANY (ARRAY[pair.type]) AND job.status = pair.status
         AND job.id > CAST(:newer_than AS uuid) AND job.id < CAST(:older_than AS uuid)
+        AND job.created_at >= CAST(:created_after AS timestamptz)
+        AND job.created_at < CAST(:created_before AS timestamptz)
     ORDER BY job.type DESC, job.id DESC LIMIT :most
 ) AS newest
 ORDER BY newest.id DESC LIMIT :most
@@ -239,6 +241,8 @@ CROSS JOIN LATERAL (
     SELECT job.id FROM job_registry.job
     WHERE job.type = ANY (ARRAY[pair.type]) AND job.status = pair.status
         AND job.id > CAST(:newer_than AS uuid) AND job.id < CAST(:older_than AS uuid)
+        AND job.created_at >= CAST(:created_after AS timestamptz)
+        AND job.created_at < CAST(:created_before AS timestamptz)
     ORDER BY job.type, job.id LIMIT :most
 ) AS oldest
 ORDER BY oldest.id LIMIT :most
@@ -298,12 +302,12 @@ SELECT clock_timestamp() AS now
 -- payloads. The page ends with the payload that makes it `:characters` long.
 WITH page AS (
     (SELECT id FROM job_registry.job
-     WHERE status = 'queued' AND id > CAST(:after AS uuid)
-     ORDER BY id LIMIT CAST(:jobs AS integer))
+     WHERE status = ANY (ARRAY['queued']) AND id > CAST(:after AS uuid)
+     ORDER BY status, id LIMIT CAST(:jobs AS integer))
     UNION ALL
     (SELECT id FROM job_registry.job
-     WHERE status = 'running' AND id > CAST(:after AS uuid)
-     ORDER BY id LIMIT CAST(:jobs AS integer))
+     WHERE status = ANY (ARRAY['running']) AND id > CAST(:after AS uuid)
+     ORDER BY status, id LIMIT CAST(:jobs AS integer))
     ORDER BY id LIMIT CAST(:jobs AS integer)),
 found AS MATERIALIZED (
     SELECT job.id, job.type, CAST(job.payload AS text) AS text

@@ -351,6 +351,7 @@ SELECT job.id FROM json_each(:pairs) AS pair CROSS JOIN job ON job.id IN (
     WHERE newest.type = json_extract(pair.value, '$.type')
         AND newest.status = json_extract(pair.value, '$.status')
         AND newest.id < :older_than AND newest.id > :newer_than
+        AND newest.created_at >= :created_after AND newest.created_at < :created_before
     ORDER BY newest.id DESC LIMIT :most)
 ORDER BY job.id DESC LIMIT :most
 
@@ -361,6 +362,7 @@ SELECT job.id FROM json_each(:pairs) AS pair CROSS JOIN job ON job.id IN (
     WHERE oldest.type = json_extract(pair.value, '$.type')
         AND oldest.status = json_extract(pair.value, '$.status')
         AND oldest.id < :older_than AND oldest.id > :newer_than
+        AND oldest.created_at >= :created_after AND oldest.created_at < :created_before
     ORDER BY oldest.id LIMIT :most)
 ORDER BY job.id LIMIT :most
 
