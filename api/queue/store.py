@@ -899,7 +899,7 @@ class Store(ABC):
         page = {"after": after.hex, "jobs": jobs, "characters": characters}
         return [
             StoredPayload(row["id"], row["type"], row["text"])
-            for row in await self._read("unfinished", page)
+            for row in await self._read("unfinished", page, in_order=True)
         ]
 
     async def now(self) -> datetime:

@@ -1,5 +1,5 @@
-"""Each page and each count of `jobs` finds what a plain filter finds, and costs the same however
-long the queue is: with and without statistics, and with those of a time when it was short."""
+"""Each page and each count of `jobs` costs the same however long the queue is, and each page has
+what a plain filter finds: with and without statistics, and with those of a shorter queue."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import itertools
 import shutil
 import sqlite3
 import uuid
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -20,10 +20,11 @@ import psycopg
 import pytest
 from sqlalchemy import Engine, event
 
-from job_registry_api.queue import filters, reading, store
+from job_registry_api.queue import filters, reading, replaying, store
 from job_registry_api.queue.filters import JobFilter
 from job_registry_api.queue.models import JobStatus, Owner
 from job_registry_api.queue.queue import JobQueue
+from job_registry_api.queue.replaying import replay
 from tests.conftest import run_sql
 from tests.postgresql_server import Server
 from tests.queue.race_jobs import queues
@@ -41,6 +42,8 @@ LIMITS: Final[dict[tuple[Any, str], int]] = {
     (reading, "SAMPLED_BLOCKS"): 5,
     (store, "SAMPLED_BLOCKS"): 5,
     (store, "OWN_JOBS"): 200,
+    (store, "COUNTED_JOBS"): 100,
+    (replaying, "PAGE_JOBS"): 500,
     (filters, "WIDE_RANGE"): 50,
     (filters, "WALKED_JOBS"): 200,
     (filters, "SEARCHED_JOBS"): 100,
@@ -265,20 +268,28 @@ async def test_few_rows_are_read_on_postgresql(
         await run_sql_in("ANALYZE")
     await run_sql_in(*settings)
     wrong: list[Any] = []
-    async with queues(debian_url, 1, registry_of(2)) as (queue,):
+
+    async def check(what: str, reading_it: Awaitable[Any]) -> Any:
+        start = debian_server.log.stat().st_size
+        result = await reading_it
+        with debian_server.log.open("rb") as stream:
+            stream.seek(start)
+            read = list(plans(stream.read().decode("utf-8", "replace"), name))
+        assert read
+        for each in read:
+            if each.rows > MAX_ROWS or each.blocks > MAX_BLOCKS:
+                wrong.append((what, each.rows, each.blocks))
+        return result
+
+    registry = registry_of(2)
+    async with queues(debian_url, 1, registry) as (queue,):
         for case in cases(jobs):
-            start = debian_server.log.stat().st_size
-            if await case.read(queue) not in (None, case.expected(jobs)):
+            if await check(case.name, case.read(queue)) not in (None, case.expected(jobs)):
                 wrong.append(case.name)
-            with debian_server.log.open("rb") as stream:
-                stream.seek(start)
-                read = list(plans(stream.read().decode("utf-8", "replace"), name))
-            assert read
-            wrong += [
-                (case.name, each.rows, each.blocks)
-                for each in read
-                if each.rows > MAX_ROWS or each.blocks > MAX_BLOCKS
-            ]
+        await check("versions", queue.versions("plan.type_0"))
+        replayed = await check("replay", asyncio.to_thread(replay, debian_url, registry))
+        assert replayed.total == sum(each.status == "queued" for each in jobs)
+        assert await check("prune", queue.prune(JobStatus.FAILED, keep_seconds=0, jobs=50)) == 50
     assert not wrong, "\n".join(map(str, wrong))
 
 
@@ -304,6 +315,9 @@ async def test_a_longer_queue_costs_no_more_on_sqlite(
                         wrong.append(case.name)
                     name = case.name.replace(str(jobs[size // 2].id), "")
                     steps[-1][name] = next(counter) - start
+                start = next(counter)
+                await queue.versions("plan.type_0")
+                steps[-1]["versions"] = next(counter) - start
     short, long = steps
     assert not wrong
     grown = {

@@ -310,8 +310,10 @@ WITH page AS (
      ORDER BY status, id LIMIT CAST(:jobs AS integer))
     ORDER BY id LIMIT CAST(:jobs AS integer)),
 found AS MATERIALIZED (
-    SELECT job.id, job.type, CAST(job.payload AS text) AS text
-    FROM page JOIN job_registry.job ON job.id = page.id),
+    SELECT each.id, each.type, each.text
+    FROM page CROSS JOIN LATERAL (
+        SELECT job.id, job.type, CAST(job.payload AS text) AS text
+        FROM job_registry.job WHERE job.id = page.id OFFSET 0) AS each),
 counted AS (
     SELECT *, sum(length(text)) OVER (ORDER BY id ROWS UNBOUNDED PRECEDING) AS characters
     FROM found)
@@ -320,13 +322,14 @@ WHERE characters - length(text) < CAST(:characters AS bigint) ORDER BY id
 
 -- name: prune
 -- Delete jobs that ended long ago, oldest first. Skip locked rows. `clock_timestamp` may change while
--- a statement runs, so that no index serves a comparison with it: every job would be read.
+-- a statement runs, so that no index serves a comparison with it: every job would be read. So it
+-- would be in a join with the ids of the old ones.
 WITH pruned AS (
-    DELETE FROM job_registry.job WHERE id IN (
+    DELETE FROM job_registry.job WHERE id = ANY (ARRAY(
         SELECT id FROM job_registry.job
         WHERE status = :status AND finished_at <
             statement_timestamp() - make_interval(secs => CAST(:keep_seconds AS double precision))
-        ORDER BY finished_at LIMIT :jobs FOR UPDATE SKIP LOCKED)
+        ORDER BY finished_at LIMIT :jobs FOR UPDATE SKIP LOCKED))
     RETURNING id)
 SELECT count(*) FROM pruned
 
