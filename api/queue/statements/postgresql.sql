@@ -222,7 +222,7 @@ JOIN job_registry.job ON job.type = wanted.type AND job.idempotency_key = wanted
 -- from its index, and merged: no index has them in one order. The type is one of an array and not
 -- equal to a value: otherwise it would not count for the order, and the index of ids or that of a
 -- status could be read in search of a rare pair. As a comparison of rows, the range of ids would not
--- end the search (PostgreSQL 17 and older).
+-- end the search (PostgreSQL 17 and older). It runs with sorts disabled: see `Database.reading`.
 SELECT newest.id FROM jsonb_to_recordset(CAST(:pairs AS jsonb)) AS pair (type text, status text)
 CROSS JOIN LATERAL (
     SELECT job.id FROM job_registry.job
@@ -322,8 +322,8 @@ WHERE characters - length(text) < CAST(:characters AS bigint) ORDER BY id
 
 -- name: prune
 -- Delete jobs that ended long ago, oldest first. Skip locked rows. `clock_timestamp` may change while
--- a statement runs, so that no index serves a comparison with it: every job would be read. So it
--- would be in a join with the ids of the old ones.
+-- a statement runs, so that no index serves a comparison with it: every job would be read. It would
+-- be in a join with the old ones, too: their ids are an array.
 WITH pruned AS (
     DELETE FROM job_registry.job WHERE id = ANY (ARRAY(
         SELECT id FROM job_registry.job

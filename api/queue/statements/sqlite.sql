@@ -160,15 +160,13 @@ SELECT fingerprint, sum(queued) AS queued, sum(running) AS running, sum(parked) 
 FROM (
     SELECT fingerprint, count(*) AS queued, 0 AS running, 0 AS parked, 0 AS refused, NULL AS seen
     FROM (
-        SELECT fingerprint FROM job INDEXED BY job_claim WHERE status = 'queued' AND type = :type
+        SELECT fingerprint FROM job WHERE status = 'queued' AND type = :type
             AND next_run_at < '9999-01-01 00:00:00.000000'
         ORDER BY priority DESC, next_run_at, id LIMIT :most)
     GROUP BY fingerprint
     UNION ALL
     SELECT fingerprint, 0, count(*), 0, 0, NULL
-    FROM (
-        SELECT fingerprint FROM job INDEXED BY job_running
-        WHERE status = 'running' AND type = :type LIMIT :most)
+    FROM (SELECT fingerprint FROM job WHERE status = 'running' AND type = :type LIMIT :most)
     GROUP BY fingerprint
     UNION ALL
     SELECT fingerprint, 0, 0, count(*), 0, NULL
@@ -443,12 +441,10 @@ FROM job WHERE status = 'queued' AND id IN (SELECT value FROM json_each(:ids))
 -- payloads. The page ends with the payload that makes it `:characters` long.
 WITH page (id) AS (
     SELECT id FROM (
-        SELECT id FROM job INDEXED BY job_by_status
-        WHERE status = 'queued' AND id > :after ORDER BY id LIMIT :jobs)
+        SELECT id FROM job WHERE status = 'queued' AND id > :after ORDER BY id LIMIT :jobs)
     UNION ALL
     SELECT id FROM (
-        SELECT id FROM job INDEXED BY job_by_status
-        WHERE status = 'running' AND id > :after ORDER BY id LIMIT :jobs)
+        SELECT id FROM job WHERE status = 'running' AND id > :after ORDER BY id LIMIT :jobs)
     ORDER BY id LIMIT :jobs),
 found AS MATERIALIZED (
     SELECT job.id, job.type, CAST(job.payload AS TEXT) AS text
