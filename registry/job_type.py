@@ -133,6 +133,7 @@ class JobType(Generic[P]):
         documentation = description or inspect.getdoc(payload) or ""
         set_(self, "description", "" if documentation == inspect.getdoc(Payload) else documentation)
         set_(self, "_handler", None)
+        set_(self, "_runs_in", None)
         set_(self, "_example", None if example is None else dict(example))
         set_(
             self,
@@ -155,6 +156,7 @@ class JobType(Generic[P]):
     _model: PayloadModel
     _upgrades: dict[type[Payload], Upgrade]
     _handler: Handler | None
+    _runs_in: RunIn | None
     _example: dict[str, JsonValue] | None
 
     def __setattr__(self, attribute: str, _value: object) -> None:
@@ -202,6 +204,9 @@ class JobType(Generic[P]):
                 ' leave run_in out, or use "process"'
             )
         object.__setattr__(self, "_handler", function)
+        # Once: each attempt reads it, and to find out whether a function is async takes a while.
+        runs_in = self.run_in or ("loop" if is_async(function) else "thread")
+        object.__setattr__(self, "_runs_in", runs_in)
         return function
 
     @property
@@ -217,9 +222,7 @@ class JobType(Generic[P]):
     @property
     def runs_in(self) -> RunIn | None:
         """Where the handler runs, also if `run_in` is not given. None without a handler."""
-        if self._handler is None:
-            return None
-        return self.run_in or ("loop" if is_async(self._handler) else "thread")
+        return self._runs_in
 
     @cached_property
     def payload_schema(self) -> Mapping[str, Any]:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from datetime import datetime
 from typing import Annotated, Final
 
@@ -281,7 +280,7 @@ class Mutation:
             if len(fitting) < len(leases):
                 queue.give_back(leases[len(fitting) :])
                 leases = fitting
-            leases = [replace(each, job=kept_for_answer(info, each.job)) for each in leases]
+            leases = [each._replace(job=kept_for_answer(info, each.job)) for each in leases]
         return LeaseJobsSuccess(leases=[JobLease.of(lease) for lease in leases])
 
     @strawberry.mutation(

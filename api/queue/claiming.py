@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, 
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from uuid import UUID
 
 import structlog
@@ -42,8 +42,7 @@ only if a message is lost without notice."""
 log = structlog.get_logger("job_registry.leasing")
 
 
-@dataclass(frozen=True, slots=True)
-class Lease:
+class Lease(NamedTuple):
     """A job that a worker holds until `expires_at`, and with heartbeats until `deadline_at`.
 
     `token` is a secret of the worker. It identifies the lease in every later call.

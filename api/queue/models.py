@@ -6,10 +6,11 @@ Queries are in `store.py`, statements in `statements/`.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
+from operator import itemgetter
 from typing import Any, ClassVar, Final, Literal, NamedTuple
 
 from pydantic import JsonValue
@@ -55,6 +56,10 @@ class JobStatus(StrEnum):
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     CANCELLED = "cancelled"
+
+
+STATUSES: Final = {status.value: status for status in JobStatus}
+"""The statuses by their values. To call the enum takes ten times as long."""
 
 
 FINAL: Final = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED)
@@ -449,18 +454,25 @@ class JobRecord(NamedTuple):
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> JobRecord:
-        """Return the job of a row of `job` with converted values."""
-        values = {name: row[name] for name in cls._fields}
-        values["status"] = JobStatus(row["status"])
-        values["error"] = error_of(row["error"])
-        if values["next_run_at"] == PARKED_UNTIL:
-            values["next_run_at"] = None
-        return cls(**values)
+        """Return the job of a row of `job` with converted values.
+
+        The `next_run_at` of a row that a claim returns is when the job was due.
+        """
+        values = list(_values_of(row))
+        status = values[_STATUS] = STATUSES[row["status"]]
+        if status is not JobStatus.QUEUED or row["next_run_at"] == PARKED_UNTIL:
+            values[_NEXT_RUN_AT] = None
+        values[_ERROR] = error_of(row["error"])
+        return cls(*values)
 
     @property
     def is_parked(self) -> bool:
         """Whether the job waits for a worker that can read its payload."""
         return self.status is JobStatus.QUEUED and self.next_run_at is None
+
+
+_values_of: Final[Callable[[Mapping[str, Any]], tuple[Any, ...]]] = itemgetter(*JobRecord._fields)
+_STATUS, _NEXT_RUN_AT, _ERROR = map(JobRecord._fields.index, ("status", "next_run_at", "error"))
 
 
 def weight_of(job: JobRecord) -> int:

@@ -210,7 +210,7 @@ class PostgreSQLStore(Store):
         heads, look_back = self._heads.known(started)
         # A claim that waits for another one, of a type with a limit, would delay the reports.
         parameters = _claimed_by(claim, heads, look_back, waits=False)
-        parameters["reports"] = _reports(reports)
+        parameters["reports"] = _successes(reports)
         rows = await self._run("succeed_and_claim", parameters)
         if heads is None:
             self._heads.record_full_claim(started, time.monotonic(), len(rows))
@@ -235,7 +235,7 @@ class PostgreSQLStore(Store):
             raise
         leased = [
             ClaimedJob(
-                job=jobs[row["id"]]._replace(next_run_at=None),
+                job=jobs[row["id"]],
                 token=row["lease_token"],
                 expires_at=row["lease_expires_at"],
                 deadline_at=row["deadline_at"],
@@ -272,7 +272,7 @@ class PostgreSQLStore(Store):
         rows: list[Mapping[str, Any]] = []
         ended: dict[uuid.UUID, Ended] = {}
         if unread:
-            ended = self._succeeded(await self._run("succeed", {"reports": _reports(unread)}))
+            ended = self._succeeded(await self._run("succeed", {"reports": _successes(unread)}))
         if others:
             rows += await self._run("end", {"reports": _reports(others)})
         if parks:
@@ -607,6 +607,20 @@ def _reports(reports: Sequence[Report]) -> str:
                 "result": report.result.decode() if report.result is not None else None,
                 "error": error_text(report.error),
                 "still_running": report.still_running,
+            }
+            for report in reports
+        ]
+    )
+
+
+def _successes(reports: Sequence[Report]) -> str:
+    """Return the reports of success for `job_succeed`, which reads nothing else of them."""
+    return json_text(
+        [
+            {
+                "id": report.job_id.hex,
+                "token": report.token,
+                **({} if report.result is None else {"result": report.result.decode()}),
                 **({} if report.logs is None else {"logs": report.logs.decode()}),
             }
             for report in reports

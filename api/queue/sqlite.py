@@ -409,7 +409,7 @@ class _Transaction:
             )
         }
 
-    def _holder(self, job: NewJob, row: Row) -> Stored:
+    def _holder(self, job: NewJob, row: sqlite3.Row) -> Stored:
         """Return the outcome for a new job whose key belongs to the job of this row."""
         text = job.payload.decode()
         is_same = bool(row["is_same"])
@@ -418,7 +418,7 @@ class _Transaction:
             # Equal values may have different texts, such as 1 and 1.0.
             (payload,) = self.rows("payload", id=row["id"])[0]
             is_same = not differing_paths(read_json(payload), from_json(job.payload), 1)
-        holder = JobRecord.of(_typed(row))
+        holder = JobRecord.of(_typed(_dict(row)))
         return Stored(holder.created_at, holder.created_at, holder, is_same)
 
     def insert_or_refuse(self, jobs: Sequence[NewJob]) -> dict[uuid.UUID, Stored]:
@@ -598,8 +598,8 @@ class _Transaction:
             }
             for row in due
         ]
-        leased = {
-            row["id"]: dict(row)
+        leased: dict[str, Row] = {
+            row["id"]: _dict(row)
             for row in self.rows(
                 "lease",
                 leases=json_text(leases),
@@ -622,7 +622,7 @@ class _Transaction:
         rows = self.rows("running_lease", id=report.job_id.hex, token=report.token, late=late)
         if not rows:
             return None
-        job = dict(rows[0])
+        job = _dict(rows[0])
         returned = report.outcome in RETURNED
         quickly = returned and job["started_at"] > self.at(-10)
         if report.outcome is AttemptOutcome.SUCCEEDED:
@@ -661,7 +661,7 @@ class _Transaction:
         )
         self._forget_attempts(ended)
         self._add_event("job.retrying" if status == "queued" else f"job.{status}", ended)
-        return dict(ended)
+        return _dict(ended)
 
     def succeed(self, reports: Sequence[Report]) -> list[Row]:
         """End attempts whose lease is in force as succeeded, as `end` does, in two statements."""
@@ -669,7 +669,7 @@ class _Transaction:
             {"id": report.job_id.hex, "token": report.token, "result": _text(report.result)}
             for report in reports
         ]
-        rows = self.rows("succeed", leases=json_text(leases))
+        rows: list[Row] = [_dict(row) for row in self.rows("succeed", leases=json_text(leases))]
         if rows:
             self.change("close_succeeded", ids=json_text([row["id"] for row in rows]))
             ended = {row["id"] for row in rows}
@@ -695,7 +695,7 @@ class _Transaction:
         rows = self.rows("running_lease", late="", **lease)
         if not rows:
             return None
-        job = dict(rows[0])
+        job = _dict(rows[0])
         is_cancelled = job["cancel_requested_at"] is not None
         error = error_text(report.error)
         outcome = "cancelled" if is_cancelled else "released"
@@ -729,7 +729,7 @@ class _Transaction:
         if (ended["attempt"] + ended["returns"]) % 32 == 0:
             self.change("forget_returned", id=job["id"])
         self._add_event("job.cancelled" if is_cancelled else "job.parked", ended)
-        return dict(ended)
+        return _dict(ended)
 
     def unpark(self, types: Sequence[str], parked_until: str, jobs: int) -> list[Row]:
         changed: list[Row] = []
@@ -739,7 +739,7 @@ class _Transaction:
             ):
                 for row in self.rows("unpark", id=parked["job_id"], due_at=parked["due_at"]):
                     self._add_event("job.unparked", row)
-                    changed.append(dict(row))
+                    changed.append(_dict(row))
                 self.change("forget_parked", id=parked["job_id"])
         return changed
 
@@ -748,7 +748,7 @@ class _Transaction:
         for parked in self.rows("parked_before", before=before, jobs=jobs):
             for row in self.rows("fail_parked", id=parked["job_id"], error=parked["error"]):
                 self._add_event("job.failed", row)
-                failed.append(dict(row))
+                failed.append(_dict(row))
         return failed
 
     def renew(self, renewal: LeaseRenewal, lease_seconds: float) -> Renewed | None:
@@ -790,13 +790,13 @@ class _Transaction:
         for row in self.rows("cancel", id=job_id.hex, **owner_values(owner)):
             running = row["status"] == "running"
             self._add_event("job.cancel_requested" if running else "job.cancelled", row)
-            return dict(row)
+            return _dict(row)
         return None
 
     def retry(self, job_id: uuid.UUID, owner: Owner | None) -> Row | None:
         for row in self.rows("retry", id=job_id.hex, **owner_values(owner)):
             self._add_event("job.retrying", row)
-            return dict(row)
+            return _dict(row)
         return None
 
     def next_due(self, types: Sequence[str], limits: Mapping[str, int]) -> float | None:
@@ -824,11 +824,17 @@ class _Transaction:
         self._events.append((name, row["id"], row["type"], row["attempt"]))
 
 
+def _dict(row: sqlite3.Row) -> dict[str, Any]:
+    """Return a row as a dictionary: `dict(row)` looks for the value of each name by comparing it
+    with all names, which takes three times as long."""
+    return dict(zip(row.keys(), row, strict=True))
+
+
 def _typed(row: Row) -> dict[str, Any]:
     """Return a row of a statement with converted values."""
     return {
         name: value if value is None or name not in CONVERSIONS else CONVERSIONS[name](value)
-        for name, value in dict(row).items()
+        for name, value in row.items()
     }
 
 

@@ -49,6 +49,7 @@ from job_registry_api.queue.filters import (
 )
 from job_registry_api.queue.models import (
     PARKED_UNTIL,
+    STATUSES,
     AttemptOutcome,
     AttemptRecord,
     Job,
@@ -254,8 +255,7 @@ class Claim:
                 yield number, name, stored
 
 
-@dataclass(frozen=True, slots=True)
-class ClaimedJob:
+class ClaimedJob(NamedTuple):
     """A claimed job, the token of its lease, and when the lease and the attempt end."""
 
     job: JobRecord
@@ -277,8 +277,7 @@ class Claimed:
     everything: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
+class Report(NamedTuple):
     """How an attempt ended, as a worker reports it. `token` and `job_id` belong to its lease.
 
     `outcome` SUCCEEDED has a `result`. FAILED has an `error`; the job is tried again if `retryable`
@@ -288,6 +287,8 @@ class Report:
     RELEASED with `parked_for`, the fingerprint of the worker, parks the job; `error` says why.
     Unless `reads_job`, the job of a success is not read: a worker does not need it. The `logs` of
     such a report replace the stored log lines; None keeps them.
+
+    It is a tuple because every attempt creates one, and a frozen dataclass takes 2 us longer.
     """
 
     job_id: uuid.UUID
@@ -399,7 +400,7 @@ class Store(ABC):
     def ended(self, row: Mapping[str, Any]) -> Ended:
         """Return the job of a row that has only some of its columns."""
         name = row["type"]
-        status = JobStatus(row["status"])
+        status = STATUSES[row["status"]]
         is_parked = status is JobStatus.QUEUED and row["next_run_at"] == PARKED_UNTIL
         current = self.renamed.get(name, name)
         return Ended(row["id"], current, status, row["attempt"], is_parked)

@@ -83,6 +83,8 @@ REPORT_SECONDS: Final = 10.0
 AFTER_CRASH: Final = ("lost", "process_died")
 """The error codes after which the next attempt runs in a separate process."""
 
+_ORDINARY: Final = Circumstances()
+
 _UNFORESEEN: Final = ("error", "stopped")
 
 log = structlog.get_logger("job_registry.worker")
@@ -126,13 +128,16 @@ class Attempt:
         self._queue = equipment.queue
         self._token = lease.token
         self._job = lease.job
+        self._id = str(lease.job.id)
         self._registered: JobType[Any] = self._queue.registry.get_type(lease.job.type)
         self._runs_in = self._registered.runs_in
         # The database counts from the lease, which is earlier by the latency of its answer, and the
         # claims of other workers end attempts that timed out. End early, to report it first.
         self._began = time.monotonic()
         self._deadline = self._began + lease.job.timeout_seconds - EARLY_SECONDS
-        self._now = Circumstances(cancel_requested=lease.job.cancel_requested_at is not None)
+        self._now = _ORDINARY
+        if lease.job.cancel_requested_at is not None:
+            self._now = Circumstances(cancel_requested=True)
         self._stop = StopRequest()
         self._stop_by = float("inf")
         self._news: asyncio.Future[None] | None = None
@@ -151,7 +156,7 @@ class Attempt:
 
     def _named(self) -> dict[str, Any]:
         """Return what names this attempt in a log line."""
-        return {"job_id": str(self._job.id), "type": self._job.type, "attempt": self._job.attempt}
+        return {"job_id": self._id, "type": self._job.type, "attempt": self._job.attempt}
 
     @property
     def job_id(self) -> Any:
@@ -173,7 +178,7 @@ class Attempt:
         registered = self._registered
         hold = Hold(
             token=self._token,
-            name=f"{self._job.type} {self._job.id}",
+            name=f"{self._job.type} {self._id}",
             on_cancel=self.cancel,
             on_lost=self._lose,
             on_out_of_touch=self._lose_touch,
@@ -300,7 +305,7 @@ class Attempt:
     def _facts(self) -> dict[str, Any]:
         """Return the fields of the `JobContext` that describe the job."""
         return {
-            "id": str(self._job.id),
+            "id": self._id,
             "type": self._job.type,
             "attempt": self._job.attempt,
             "max_attempts": self._job.max_attempts,

@@ -379,9 +379,7 @@ class Worker:
     def _start(self, equipment: Equipment, leases: Sequence[Lease]) -> None:
         for lease in leases:
             attempt = Attempt(equipment, lease, check_at_once=lease.job.id in self._cancelled)
-            task = asyncio.create_task(
-                attempt.run(), name=f"job {lease.job.id}", context=self._context.copy()
-            )
+            task = asyncio.create_task(attempt.run(), context=self._context.copy())
             self._running[task] = attempt
             task.add_done_callback(self._forget)
 

@@ -52,6 +52,7 @@ async def test_a_leased_job_runs_and_a_completed_one_succeeded(queue: JobQueue) 
     assert (lease.job.id, lease.job.status, lease.job.attempt) == (job.id, JobStatus.RUNNING, 1)
     assert lease.job.worker_id == "worker-1"
     assert lease.job.started_at is not None
+    assert lease.job.next_run_at is None
     assert (lease.deadline_at - lease.job.started_at).total_seconds() == 60
 
     done = await queue.complete(lease.token, {"ok": True})

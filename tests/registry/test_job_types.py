@@ -272,6 +272,7 @@ def test_an_async_handler_runs_on_the_event_loop_and_a_plain_one_in_a_thread(
     handler: Any, place: str
 ) -> None:
     job_type = JobType(name="a", payload=Note)
+    assert job_type.runs_in is None
     job_type.handler(handler)
     assert job_type.runs_in == place
     in_thread = JobType(name="b", payload=Note, run_in="thread")
