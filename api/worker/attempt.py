@@ -191,6 +191,9 @@ class Attempt:
             await self._attempt(registered)
         except LeaseLost:
             self._log.warning("job.lease_lost")
+            if self.has_ended:
+                # The queue may have timed the attempt out, and does not know that it has ended.
+                await self._free_place()
         except QueueUnavailable as error:
             self._log.warning("job.not_reported", reason=error.reason)
         except Exception as error:
@@ -418,11 +421,15 @@ class Attempt:
         finally:
             self.overdue = False
         self._log.warning("job.overdue_ended", seconds=round(time.monotonic() - since, 1))
-        self._equipment.keeper.drop(self._token)
         if self._now.timed_out:
-            with contextlib.suppress(Exception):
-                # If this fails, the place is free when the lease has expired.
-                await self._repeat(lambda: self._queue.settle([self._token]))
+            await self._free_place()
+
+    async def _free_place(self) -> None:
+        """Free the place of an attempt that has timed out, because its handler has ended."""
+        self._equipment.keeper.drop(self._token)
+        with contextlib.suppress(Exception):
+            # If this fails, the place is free when the lease has expired.
+            await self._repeat(lambda: self._queue.settle([self._token]))
 
     async def _store_last_progress(self) -> None:
         """Store the progress that the keeper has not stored yet."""

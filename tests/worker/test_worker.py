@@ -393,6 +393,35 @@ async def test_a_thread_that_outlives_its_timeout_holds_its_slot_until_it_ends(
 
 @pytest.mark.any_database
 @about_timeouts
+async def test_a_handler_that_ends_after_the_queue_timed_it_out_frees_its_place_at_once(
+    house: House,
+) -> None:
+    # Given a handler that blocks the event loop, so that another process ends its attempt first
+    async def recover() -> None:
+        database = open_database(house.database_url)
+        await JobQueue(house.queue.registry, database).recover()
+        await database.close()
+
+    @house.job_type.handler
+    async def work(_job: JobContext, _payload: Text) -> None:
+        time.sleep(2.1)  # noqa: ASYNC251
+        ending = threading.Thread(target=lambda: asyncio.run(recover()))
+        ending.start()
+        ending.join()
+
+    async with house.working():
+        job = await house.enqueue(max_attempts=1)
+        await house.until(job, JobStatus.FAILED)
+        assert await house.outcomes(job) == ["timed_out"]
+
+        # Then the place in the limit is not kept for the rest of the lease, 30 seconds
+        async with asyncio.timeout(5):
+            while (await house.queue.attempts([job.id]))[job.id][0].still_running:
+                await asyncio.sleep(0.01)
+
+
+@pytest.mark.any_database
+@about_timeouts
 async def test_an_overdue_thread_does_not_hold_up_the_end_of_its_worker(house: House) -> None:
     given_up = threading.Event()
 
