@@ -18,7 +18,10 @@ def listen(host: str, port: int, chosen_by: str) -> socket.socket:
 
 
 def listen_together(host: str, port: int, count: int, chosen_by: str) -> list[socket.socket]:
-    """Return a socket for each of `count` processes. All listen on the same address.
+    """Return a socket for each of `count` processes, all of the same address.
+
+    The first one listens. The others get connections once their processes listen, when they have
+    started: a connection before that would wait for a process that cannot accept it yet.
 
     On Linux the kernel distributes connections evenly over the sockets. If all processes accept
     from one socket, one process may get nearly all connections of a client (measured: 31 of 32).
@@ -29,7 +32,7 @@ def listen_together(host: str, port: int, count: int, chosen_by: str) -> list[so
     # It has shown that the address is free: another group of sockets would let these join.
     port = alone.getsockname()[1]
     alone.close()
-    return [_listen(host, port, chosen_by, shared=True) for _ in range(count)]
+    return [_listen(host, port, chosen_by, shared=True, now=each == 0) for each in range(count)]
 
 
 def inherited(descriptor: int) -> socket.socket:
@@ -39,7 +42,9 @@ def inherited(descriptor: int) -> socket.socket:
     return listening
 
 
-def _listen(host: str, port: int, chosen_by: str, *, shared: bool) -> socket.socket:
+def _listen(
+    host: str, port: int, chosen_by: str, *, shared: bool, now: bool = True
+) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     bound = socket.socket(family, socket.SOCK_STREAM)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -47,7 +52,8 @@ def _listen(host: str, port: int, chosen_by: str, *, shared: bool) -> socket.soc
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     try:
         bound.bind((host, port))
-        bound.listen(2048)
+        if now:
+            bound.listen(2048)
     except OSError as error:
         bound.close()
         advice = f" Choose another port with {chosen_by}." if error.errno == EADDRINUSE else ""

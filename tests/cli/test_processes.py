@@ -35,17 +35,27 @@ def test_the_sockets_share_the_connections_of_one_address() -> None:
         sockets = [
             stack.enter_context(each) for each in listen_together("127.0.0.1", 0, 2, "--port")
         ]
-        address = sockets[0].getsockname()
-        for _ in range(64):
-            stack.enter_context(socket.create_connection(address))
-        counts = []
-        for each in sockets:
-            each.setblocking(False)
-            counts.append(0)
-            with contextlib.suppress(BlockingIOError):
-                while True:
-                    stack.enter_context(each.accept()[0])
-                    counts[-1] += 1
+
+        def connect() -> list[int]:
+            """Return how many of 64 connections each socket gets."""
+            for _ in range(64):
+                stack.enter_context(socket.create_connection(sockets[0].getsockname()))
+            counts = []
+            for each in sockets:
+                each.setblocking(False)
+                counts.append(0)
+                with contextlib.suppress(OSError):
+                    while True:
+                        stack.enter_context(each.accept()[0])
+                        counts[-1] += 1
+            return counts
+
+        # The second process has not started yet: nobody must wait for it
+        assert connect() == [64, 0]
+
+        # uvicorn listens when its process has started
+        sockets[1].listen(2048)
+        counts = connect()
         assert sum(counts) == 64
         # Each gets about half of them. By chance, one gets fewer than 8 once in a billion runs.
         assert min(counts) >= 8
