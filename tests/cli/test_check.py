@@ -47,6 +47,8 @@ class Code(Shell):
     def write(self, source: str) -> None:
         (self.folder / "myjobs.py").write_text(textwrap.dedent(source))
         self.environment["JOBS_CATALOG"] = "myjobs"
+        # Bytecode of a source as long as this one, and written in the same second, would run.
+        self.environment["PYTHONDONTWRITEBYTECODE"] = "1"
 
     def lock(self, source: str) -> Path:
         """Write the lock of this code."""

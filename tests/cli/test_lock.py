@@ -33,6 +33,8 @@ class Code(Shell):
     def write(self, source: str) -> None:
         (self.folder / "myjobs.py").write_text(textwrap.dedent(source))
         self.environment["JOBS_CATALOG"] = "myjobs"
+        # Bytecode of a source as long as this one, and written in the same second, would run.
+        self.environment["PYTHONDONTWRITEBYTECODE"] = "1"
 
 
 @pytest.fixture

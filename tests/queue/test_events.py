@@ -455,7 +455,7 @@ async def test_a_database_that_cannot_be_read_for_a_while_loses_no_events(
     failed = asyncio.Event()
 
     @asynccontextmanager
-    async def away(_database: Database) -> AsyncIterator[None]:
+    async def away(_database: Database, **_options: Any) -> AsyncIterator[None]:
         failed.set()
         raise OSError("disk I/O error")
         yield
