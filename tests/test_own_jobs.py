@@ -13,9 +13,10 @@ import jwt
 import pytest
 
 from job_registry import EnqueueRequest
-from job_registry_api import Caller, JobQueue, graphql_types
+from job_registry_api import Caller, JobFilter, JobQueue, graphql_types
+from job_registry_api.queue import filters
 from job_registry_api.queue.errors import JobNotFound
-from job_registry_api.queue.models import JobStatus, Owner
+from job_registry_api.queue.models import JobError, JobStatus, Owner
 from tests.embedding.test_merged_graphql import HostContext, caller_of, host_schema, run
 from tests.http_client import Visit
 
@@ -263,6 +264,29 @@ async def test_a_hosts_caller_without_a_subject_owns_no_jobs(queue: JobQueue) ->
     for answered in ("EnqueueJobSuccess", "InputInvalid"):
         data, _ = await run(schema, KEYED, input=sent)
         assert data["enqueueJob"]["__typename"] == answered
+
+
+@pytest.mark.parametrize("is_wide", [False, True])
+async def test_no_filter_lists_the_jobs_of_others_to_a_caller_without_a_subject(
+    queue: JobQueue, monkeypatch: pytest.MonkeyPatch, is_wide: bool
+) -> None:
+    if is_wide:
+        monkeypatch.setattr(filters, "WIDE_RANGE", 0)
+    await queue.enqueue(EnqueueRequest("test.ping", {}, idempotency_key="k"), created_by="ada")
+    (lease,) = await queue.lease(["test.ping"], "w")
+    job = await queue.fail(lease.token, JobError("broken", "It broke."), retryable=False)
+    for wanted in (
+        JobFilter(error_code="broken"),
+        JobFilter(finished_after=job.finished_at),
+        JobFilter(created_after=job.created_at),
+        JobFilter(created_by="ada"),
+        JobFilter(idempotency_key="k"),
+        JobFilter(search="broke"),
+        JobFilter(search=str(job.id)),
+        JobFilter(types=("test.ping",), statuses=(JobStatus.FAILED,)),
+    ):
+        assert [each.id for each in (await queue.list(wanted)).jobs] == [job.id], wanted
+        assert (await queue.list(wanted, owner=Owner(None))).jobs == [], wanted
 
 
 OWN = frozenset({"jobs:own"})

@@ -744,6 +744,8 @@ class Store(ABC):
         The first jobs come newest first, the last ones oldest first. It is a keyset page: its cost
         does not depend on its position. Ids are UUIDv7, so they are in the order of creation.
         """
+        if owner is not None and owner.subject is None:
+            return Found([])  # Without a subject, there is no index of the owner's jobs to read.
         if wanted.search is not None:
             return Found(await self._of_ids(await self._search(wanted, owner, part), part))
         counting = widths(wanted, owner)
