@@ -321,7 +321,10 @@ class HTTPConnection(HttpToolsProtocol):
             self._stop(HTTPStatus.TOO_MANY_REQUESTS)
         super().on_headers_complete()
         if self.cycle is not None:
-            self.cycle.transport = cast(asyncio.Transport, _ResponseTransport(self))
+            # A response to HEAD ends with its head, and "100 Continue" is no head.
+            head_waits = self.scope["method"] != "HEAD" and not self.expect_100_continue
+            response = _ResponseTransport(self, head_waits=head_waits)
+            self.cycle.transport = cast(asyncio.Transport, response)
         self._phase = _Phase.BODY
         self._deadline = self.loop.time() + self._bounds.body_seconds
         self._open.is_busy(self)
@@ -455,14 +458,15 @@ class HTTPConnection(HttpToolsProtocol):
 class _ResponseTransport:
     """What uvicorn writes a response to. It closes a connection as `HTTPConnection.close` does.
 
-    The head waits for the first part of the body until the end of this turn of the event loop, and
-    shares its write: a write to a socket takes longer than most of what makes a response.
+    If `head_waits`, the head waits for the first part of the body until the end of this turn of the
+    event loop, and shares its write: a write to a socket takes longer than most of what makes a
+    response.
     """
 
-    def __init__(self, connection: HTTPConnection) -> None:
+    def __init__(self, connection: HTTPConnection, *, head_waits: bool) -> None:
         self._connection = connection
         self._head = b""
-        self._has_begun = False
+        self._has_begun = not head_waits
 
     def write(self, data: bytes) -> None:
         if self._has_begun:

@@ -23,10 +23,18 @@ class Recorded(asyncio.Transport):
         super().__init__()
         self.writes: list[bytes] = []
         self.is_closed = False
+        self.has_written_eof = False
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         assert not self.is_closed
+        assert not self.has_written_eof
         self.writes.append(bytes(data))
+
+    def can_write_eof(self) -> bool:
+        return True
+
+    def write_eof(self) -> None:
+        self.has_written_eof = True
 
     def is_closing(self) -> bool:
         return self.is_closed
@@ -119,6 +127,47 @@ async def test_the_head_of_a_stream_does_not_wait_for_its_first_event() -> None:
     begun.set()
     await turns()
     assert transport.writes[1:] == [b"5\r\nevent\r\n", b"0\r\n\r\n"]
+    connection.connection_lost(None)
+
+
+@pytest.mark.parametrize("ending", ["garbage", "shutdown", "limit"])
+async def test_a_response_without_a_body_is_written_before_the_connection_ends(ending: str) -> None:
+    """A HEAD request is answered completely when its head is sent. What the same turn of the event
+    loop brings next must not be written before it, nor instead of it."""
+
+    async def answer_and_go_on(_scope: Scope, _receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+        if ending == "garbage":
+            connection.data_received(b"\0\r\n\r\n")
+        elif ending == "shutdown":
+            connection.shutdown()
+        else:
+            connection.end()  # As the oldest connection that waits, for a new one.
+
+    connection, transport = connected(cast(ASGIApp, answer_and_go_on))
+    connection.data_received(b"HEAD / HTTP/1.1\r\nhost: localhost\r\n\r\n")
+    await turns()
+    heads = [each.split(b"\r\n")[0] for each in transport.writes]
+    assert heads == [b"HTTP/1.1 200 OK", b"HTTP/1.1 400 Bad Request"][: 1 + (ending == "garbage")]
+    connection.connection_lost(None)
+
+
+async def test_a_client_that_is_to_continue_is_told_so_before_it_is_refused() -> None:
+    async def read(_scope: Scope, receive: Receive, _send: Send) -> None:
+        waiting = asyncio.ensure_future(receive())
+        await asyncio.sleep(0)
+        connection.data_received(b"no size of a chunk\r\n")
+        await waiting
+
+    connection, transport = connected(cast(ASGIApp, read))
+    connection.data_received(
+        b"POST / HTTP/1.1\r\nhost: localhost\r\nexpect: 100-continue\r\n"
+        b"transfer-encoding: chunked\r\n\r\n"
+    )
+    await turns()
+    heads = [each.split(b"\r\n")[0] for each in transport.writes]
+    assert heads == [b"HTTP/1.1 100 Continue", b"HTTP/1.1 400 Bad Request"]
     connection.connection_lost(None)
 
 
