@@ -1,8 +1,8 @@
 """Concurrent calls in one process share one statement and one commit.
 
 There is no timer: calls that arrive during a commit join the next one. After a group of several
-calls, the next one is committed once no more calls arrive. A single caller does not wait, and 32
-concurrent callers share one commit (one fsync).
+calls, the next one also waits while more calls arrive, at most for as long as the last commit took.
+A single caller does not wait, and 32 concurrent callers share one commit (one fsync).
 """
 
 from __future__ import annotations
@@ -42,8 +42,9 @@ class GroupCommit(Generic[Item, Result]):
         self._max_items = max_items
         self._waiting: deque[tuple[Item, asyncio.Future[Result]]] = deque()
         self._task: asyncio.Task[None] | None = None
-        self._expects_more = False
-        """Whether the latest group had several items."""
+        self._gathering_seconds = 0.0
+        """How long the next group may wait for more items. A server that is nearly busy never runs
+        out of them: without a limit, the first one would wait until a thousand have come."""
         self._deadlines = _Deadlines()
 
     async def submit(self, item: Item, *, until: float = math.inf) -> Result:
@@ -64,15 +65,16 @@ class GroupCommit(Generic[Item, Result]):
         return await future
 
     async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
         try:
             while self._waiting:
-                if self._expects_more:
-                    await self._gather()
+                await self._gather(loop.time() + self._gathering_seconds)
                 count = min(len(self._waiting), self._max_items)
-                self._expects_more = count > 1
+                began = loop.time()
                 group = [self._waiting.popleft() for _ in range(count)]
                 if in_time := [each for each in group if not _is_late(each[1])]:
                     await self._commit_group(in_time)
+                self._gathering_seconds = loop.time() - began if count > 1 else 0.0
                 self._deadlines.forget_done()
         finally:
             self._task = None
@@ -81,10 +83,10 @@ class GroupCommit(Generic[Item, Result]):
                 future.cancel()
             self._waiting.clear()
 
-    async def _gather(self) -> None:
-        """Wait while calls arrive, and the group has room for them."""
-        count = 0
-        while count < len(self._waiting) < self._max_items:
+    async def _gather(self, until: float) -> None:
+        """Wait while calls arrive, and the group has room for them, at most until this time."""
+        loop, count = asyncio.get_running_loop(), 0
+        while count < len(self._waiting) < self._max_items and loop.time() < until:
             count = len(self._waiting)
             for _ in range(GATHERING_TURNS):
                 await asyncio.sleep(0)

@@ -43,8 +43,8 @@ async def test_calls_that_arrive_during_a_commit_share_the_next_one() -> None:
 
 async def test_after_a_group_of_several_calls_the_next_one_waits_while_calls_arrive() -> None:
     commits = Commits()
-    commits.may_end.set()
     group = GroupCommit(commits.commit)
+    asyncio.get_running_loop().call_later(0.2, commits.may_end.set)
     await asyncio.gather(group.submit(0), group.submit(1))
     calls = []
     for item in (2, 3, 4):
@@ -53,6 +53,21 @@ async def test_after_a_group_of_several_calls_the_next_one_waits_while_calls_arr
             await asyncio.sleep(0)
     assert await asyncio.gather(*calls) == [20, 30, 40]
     assert commits.groups == [[0, 1], [2, 3, 4]]
+
+
+async def test_calls_that_never_stop_arriving_do_not_hold_up_a_commit() -> None:
+    commits = Commits()
+    group = GroupCommit(commits.commit, max_items=1_000_000)
+    asyncio.get_running_loop().call_later(0.02, commits.may_end.set)
+    await asyncio.gather(group.submit(0), group.submit(1))
+    began = asyncio.get_running_loop().time()
+    calls = []
+    while len(commits.groups) < 2 and asyncio.get_running_loop().time() < began + 5:
+        calls.append(asyncio.create_task(group.submit(2)))
+        await asyncio.sleep(0)
+    # It waits for about as long as the commit before it took.
+    assert asyncio.get_running_loop().time() < began + 1
+    await asyncio.gather(*calls)
 
 
 async def test_a_single_caller_does_not_wait_for_others() -> None:
@@ -70,8 +85,8 @@ async def test_a_single_caller_does_not_wait_for_others() -> None:
 
 async def test_a_group_that_is_full_does_not_wait() -> None:
     commits = Commits()
-    commits.may_end.set()
     group = GroupCommit(commits.commit, max_items=2)
+    asyncio.get_running_loop().call_later(0.2, commits.may_end.set)
     await asyncio.gather(*(group.submit(item) for item in range(2)))
     calls = [asyncio.create_task(group.submit(item)) for item in range(2, 5)]
     for _ in range(2):
