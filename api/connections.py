@@ -321,7 +321,8 @@ class HTTPConnection(HttpToolsProtocol):
             self._stop(HTTPStatus.TOO_MANY_REQUESTS)
         super().on_headers_complete()
         if self.cycle is not None:
-            # A response to HEAD ends with its head, and "100 Continue" is no head.
+            # A response to HEAD has no body to wait for. After "100 Continue" the client sends its
+            # body, so that must not wait either.
             head_waits = self.scope["method"] != "HEAD" and not self.expect_100_continue
             response = _ResponseTransport(self, head_waits=head_waits)
             self.cycle.transport = cast(asyncio.Transport, response)

@@ -1,9 +1,10 @@
 """Drop the index of a type's jobs: that of type and status lists them, a status at a time.
 
-An index costs every insert, claim and end of a job an entry. And without statistics PostgreSQL took
-this one for a page of several types: 8 s instead of 0.05 s at a million jobs.
+Every insert, claim and end of a job writes an entry of each index. And without statistics,
+PostgreSQL chose this one to read a page of a hundred types, which then took 8 s instead of 26 ms at
+half a million queued and as many finished jobs.
 
-A process of the release before lists the jobs of one type by sorting them while both run.
+While processes of the release before run, they sort the jobs of a type to list them.
 """
 
 from __future__ import annotations

@@ -631,6 +631,16 @@ class _any_of(FunctionElement[str]):  # noqa: N801 - a function of SQL
         super().__init__(sqlalchemy.literal(value, Text()))
 
 
+@compiles(_any_of)
+def _one_of_array(element: _any_of, compiler: SQLCompiler, **options: Any) -> str:
+    return f"ANY (ARRAY[{compiler.process(element.clauses, **options)}])"
+
+
+@compiles(_any_of, "sqlite")
+def _only_value(element: _any_of, compiler: SQLCompiler, **options: Any) -> str:
+    return compiler.process(element.clauses, **options)
+
+
 class _order(FunctionElement[Any]):  # noqa: N801 - a function of SQL
     """The order of an index that begins with an expression and goes on with a column. SQLite needs
     the column alone: it would sort by an expression, though it has one value."""
@@ -666,16 +676,6 @@ def _in_array(element: _is_in, compiler: SQLCompiler, **options: Any) -> str:
 def _in_rows(element: _is_in, compiler: SQLCompiler, **options: Any) -> str:
     column, values = (compiler.process(each, **options) for each in element.clauses)
     return f"{column} IN {values}"
-
-
-@compiles(_any_of)
-def _one_of_array(element: _any_of, compiler: SQLCompiler, **options: Any) -> str:
-    return f"ANY (ARRAY[{compiler.process(element.clauses, **options)}])"
-
-
-@compiles(_any_of, "sqlite")
-def _only_value(element: _any_of, compiler: SQLCompiler, **options: Any) -> str:
-    return compiler.process(element.clauses, **options)
 
 
 @lru_cache
