@@ -73,6 +73,9 @@ class Database(ABC):
         self._opened_with = opened_with | {"timeout_seconds": timeout_seconds}
         self._background: set[asyncio.Task[None]] = set()
         """Connections that return to the pool while nobody waits for it."""
+        self._places = asyncio.Semaphore(pool_size)
+        """One for each connection. Who waits for a place gets it in turn. The pool itself gives a
+        connection to whoever asks first when it returns, so that busy callers starve others."""
         self._autocommit = engine.execution_options(isolation_level="AUTOCOMMIT")
 
     def for_another_loop(self, *, pool_size: int) -> Self:
@@ -221,19 +224,32 @@ class Database(ABC):
     ) -> AsyncIterator[AsyncConnection]:
         """Open a connection of the pool."""
         began = asyncio.get_running_loop().time()
+        await self._take_place(deadline)
         try:
-            async with asyncio.timeout_at(deadline):
-                connection = await self._acquire(engine)
-        except QueueUnavailable:
-            raise
-        except Exception as error:
-            waited = self.timeout_seconds if deadline is None else deadline - began
-            raise self._connecting_failed(error, waited) from error
-        try:
-            yield connection
+            try:
+                async with asyncio.timeout_at(deadline):
+                    connection = await self._acquire(engine)
+            except QueueUnavailable:
+                raise
+            except Exception as error:
+                waited = self.timeout_seconds if deadline is None else deadline - began
+                raise self._connecting_failed(error, waited) from error
+            try:
+                yield connection
+            finally:
+                # In a separate task, so that the connection of a cancelled caller is returned.
+                await asyncio.shield(self._in_background(connection.close()))
         finally:
-            # Close in a separate task, so that the connection of a cancelled caller is returned.
-            await asyncio.shield(self._in_background(connection.close()))
+            self._places.release()
+
+    async def _take_place(self, deadline: float | None) -> None:
+        """Wait until a connection may be taken."""
+        try:
+            # A timer takes longer than a place that is free.
+            async with asyncio.timeout_at(deadline if self._places.locked() else None):
+                await self._places.acquire()
+        except TimeoutError as error:
+            raise self._all_in_use() from error
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
@@ -247,15 +263,16 @@ class Database(ABC):
     def _connecting_failed(self, error: Exception, seconds: float) -> QueueUnavailable:
         match error:
             case sqlalchemy.exc.TimeoutError():
-                return QueueUnavailable(
-                    f"all {self._pool_size} connections (JOBS_DATABASE_POOL_SIZE) are in use",
-                    "timeout",
-                )
+                return self._all_in_use()
             case TimeoutError():
                 return QueueUnavailable(
                     f"no connection to the database within {round(seconds, 1):g} seconds", "timeout"
                 )
         return as_unavailable(error) or QueueUnavailable(str(error) or type(error).__name__)
+
+    def _all_in_use(self) -> QueueUnavailable:
+        reason = f"all {self._pool_size} connections (JOBS_DATABASE_POOL_SIZE) are in use"
+        return QueueUnavailable(reason, "timeout")
 
     @contextmanager
     def _counting(self) -> Iterator[None]:

@@ -14,7 +14,7 @@ from typing import Any, Final, TypeVar, cast
 
 import asyncpg
 import sqlalchemy.exc
-from sqlalchemy import Dialect, event
+from sqlalchemy import Dialect, PoolProxiedConnection, event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.sql.compiler import SQLCompiler
 
@@ -94,6 +94,9 @@ class PostgreSQLDatabase(Database):
         if listen_url is not None:
             self._listen_url = postgresql_url.parse(listen_url)
         self._connections: weakref.WeakSet[_Connection] = weakref.WeakSet()
+        self._spare: list[PoolProxiedConnection] = []
+        """Connections that statements have used and not returned to the pool: to take one from it
+        takes more CPU than the client's part of a short statement."""
         self._lost_at = float("-inf")
         """When a statement last ended because its connection was lost."""
         engine = create_async_engine(
@@ -115,7 +118,7 @@ class PostgreSQLDatabase(Database):
             ),
         )
         event.listen(engine.sync_engine, "connect", _connected)
-        event.listen(engine.sync_engine, "checkout", self._check_out)
+        event.listen(engine.sync_engine, "checkout", self._checked_out)
         event.listen(engine.sync_engine, "checkin", _check_in)
         event.listen(engine.sync_engine, "before_cursor_execute", _before_statement)
         event.listen(engine.sync_engine, "after_cursor_execute", _after_statement)
@@ -207,9 +210,16 @@ class PostgreSQLDatabase(Database):
 
     async def close(self) -> None:
         """See `Database.close`."""
+        while self._spare:
+            self._spare.pop().close()
         await super().close()
         for connection in list(self._connections):
             connection.terminate()
+
+    async def _acquire(self, engine: AsyncEngine) -> AsyncConnection:
+        if self._spare:
+            self._spare.pop().close()
+        return await super()._acquire(engine)
 
     def _begin(self, deadline: float | None) -> AbstractAsyncContextManager[AsyncConnection]:
         if self._is_pooled:
@@ -273,32 +283,48 @@ class PostgreSQLDatabase(Database):
     async def _driver(self, deadline: float | None) -> AsyncIterator[_Connection]:
         """Open a connection of the pool as its driver's, which is dropped at the deadline."""
         began = asyncio.get_running_loop().time()
+        await self._take_place(deadline)
+        try:
+            pooled = self._take_spare() or await self._check_out(began, deadline)
+            driver = _driver_of(pooled)
+            try:
+                driver.expire_at(deadline)
+                yield driver
+            except asyncio.CancelledError:
+                # To wait for the answer of the server would wait for the network.
+                driver.terminate()
+                raise
+            except _DRIVER_ERRORS as error:
+                if driver.is_closed():
+                    # What ended it has probably ended those that were opened before, too.
+                    self._lost_at = asyncio.get_running_loop().time()
+                if (reported := self._reported(error, driver, began, deadline)) is not None:
+                    raise reported from error
+                raise
+            finally:
+                driver.expire_at(None)
+                self._spare.append(pooled)
+        finally:
+            self._places.release()
+
+    def _take_spare(self) -> PoolProxiedConnection | None:
+        """Return a connection that the last statements have used, if it is still open."""
+        while self._spare:
+            pooled = self._spare.pop()
+            if self._may_use(_driver_of(pooled)):
+                return pooled
+            pooled.close()
+        return None
+
+    async def _check_out(self, began: float, deadline: float | None) -> PoolProxiedConnection:
         try:
             async with asyncio.timeout_at(deadline):
-                pooled = await self.engine.raw_connection()
+                return await self.engine.raw_connection()
         except QueueUnavailable:
             raise
         except Exception as error:
             waited = self.timeout_seconds if deadline is None else deadline - began
             raise self._connecting_failed(error, waited) from error
-        driver = pooled.driver_connection
-        assert isinstance(driver, _Connection)
-        try:
-            driver.expire_at(deadline)
-            yield driver
-        except asyncio.CancelledError:
-            # To wait for the answer of the server would wait for the network.
-            driver.terminate()
-            raise
-        except _DRIVER_ERRORS as error:
-            if driver.is_closed():
-                # What ended it has probably ended those that were opened before, too.
-                self._lost_at = asyncio.get_running_loop().time()
-            if (reported := self._reported(error, driver, began, deadline)) is not None:
-                raise reported from error
-            raise
-        finally:
-            pooled.close()
 
     @asynccontextmanager
     async def _connection(
@@ -332,11 +358,14 @@ class PostgreSQLDatabase(Database):
             return QueueUnavailable(reason, "timeout")
         return as_unavailable(error)
 
-    def _check_out(self, dbapi_connection: Any, _record: Any, _proxy: Any) -> None:
-        driver = dbapi_connection.driver_connection
-        if driver.is_closed() or driver.opened_at < self._lost_at:
-            # The server ended it while it was idle, or probably has. The pool opens another.
-            raise sqlalchemy.exc.DisconnectionError
+    def _checked_out(self, dbapi_connection: Any, _record: Any, _proxy: Any) -> None:
+        if not self._may_use(dbapi_connection.driver_connection):
+            raise sqlalchemy.exc.DisconnectionError  # The pool opens another.
+
+    def _may_use(self, driver: _Connection) -> bool:
+        """Return whether the server has not ended a connection while it was idle, as far as that is
+        known or probable."""
+        return not driver.is_closed() and driver.opened_at >= self._lost_at
 
     async def _connect(self) -> _Connection:
         return await self._open(self._url, direct=not self._is_pooled)
@@ -454,15 +483,18 @@ class _Connection(asyncpg.Connection):  # type: ignore[misc]  # asyncpg has no t
         self.opened_at = asyncio.get_running_loop().time()
         self.seconds_per_statement: float | None = None
         self._socket_transport = transport
-        self._expiry: asyncio.TimerHandle | None = None
+        self._expires_at: float | None = None
+        self._timer: asyncio.TimerHandle | None = None
 
     def expire_at(self, when: float | None) -> None:
-        """Drop this connection at a time of the loop's clock. None removes the deadline."""
-        if self._expiry is not None:
-            self._expiry.cancel()
-            self._expiry = None
-        if when is not None:
-            self._expiry = asyncio.get_running_loop().call_at(when, self._expire)
+        """Drop this connection at a time of the loop's clock. None removes the deadline.
+
+        A timer that runs stays, as long as it is early enough: each statement has a deadline, and
+        hardly any reaches it.
+        """
+        self._expires_at = when
+        if when is not None and (self._timer is None or self._timer.when() > when):
+            self._set_timer(when)
 
     def keep_alive(self, url: PostgresqlUrl, seconds: float) -> None:
         """Set TCP keepalive, so that the operating system detects a lost peer."""
@@ -497,14 +529,32 @@ class _Connection(asyncpg.Connection):  # type: ignore[misc]  # asyncpg has no t
 
     def terminate(self) -> None:
         """Drop the connection at once."""
-        if self._expiry is not None:
-            self._expiry.cancel()
+        self._expires_at = None
+        if self._timer is not None:
+            self._timer.cancel()
         super().terminate()
 
+    def _set_timer(self, when: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_at(when, self._expire)
+
     def _expire(self) -> None:
-        if not self.is_closed():
+        self._timer = None
+        when = self._expires_at
+        if when is None or self.is_closed():
+            return
+        if asyncio.get_running_loop().time() < when:
+            self._set_timer(when)
+        else:
             self.expired = True
             self.terminate()
+
+
+def _driver_of(pooled: PoolProxiedConnection) -> _Connection:
+    driver = pooled.driver_connection
+    assert isinstance(driver, _Connection)
+    return driver
 
 
 def _connected(dbapi_connection: Any, _record: Any) -> None:

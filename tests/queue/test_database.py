@@ -6,8 +6,8 @@ import asyncio
 import gc
 import socket
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +235,73 @@ async def test_the_pool_is_waited_for_no_longer_than_the_deadline(
                 await database.execute_at_once("SELECT 1", {})
         assert "JOBS_DATABASE_POOL_SIZE" in refused.value.reason
         await database.execute_at_once("SELECT 1", {})
+
+
+async def test_statements_and_transactions_share_the_connections_of_one_pool(
+    proxied: Proxy,
+) -> None:
+    async with opened_postgresql(proxied.url, pool_size=2) as database:
+
+        async def transact() -> None:
+            async with database.transaction() as connection:
+                await connection.execute(text("SELECT pg_sleep(0.01)"))
+
+        statement = "SELECT pg_sleep(0.01)"
+        for _ in range(5):
+            await database.execute_at_once(statement, {})
+            calls = [database.execute_at_once(statement, {}) for _ in range(5)]
+            await asyncio.gather(*calls, *(transact() for _ in range(5)))
+        assert proxied.connections == 2
+
+
+async def kept_busy(
+    call: Callable[[], Awaitable[object]], wanted: AbstractAsyncContextManager[object]
+) -> None:
+    """Enter a context while four tasks call again and again."""
+    is_over = False
+
+    async def again() -> None:
+        while not is_over:
+            await call()
+
+    busy = [asyncio.create_task(again()) for _ in range(4)]
+    await asyncio.sleep(0.05)
+    try:
+        with within(0.5):
+            async with wanted:
+                pass
+    finally:
+        is_over = True
+        await asyncio.gather(*busy)
+
+
+async def test_a_transaction_gets_its_turn_while_statements_use_the_only_connection(
+    fresh_postgresql_url: str,
+) -> None:
+    async with opened_postgresql(fresh_postgresql_url, pool_size=1) as database:
+        await kept_busy(lambda: database.execute_at_once("SELECT 1", {}), database.transaction())
+
+
+async def test_a_reader_gets_its_turn_while_others_use_the_only_connection(
+    database_url: str,
+) -> None:
+    async with opened(database_url, pool_size=1) as database:
+
+        async def read() -> None:
+            async with database.reading() as connection:
+                await connection.execute(text("SELECT 1"))
+
+        await kept_busy(read, database.reading())
+
+
+async def test_a_closed_database_leaves_no_connection_to_the_garbage_collector(
+    fresh_postgresql_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with opened_postgresql(fresh_postgresql_url) as database:
+        await asyncio.gather(*(database.execute_at_once("SELECT 1", {}) for _ in range(3)))
+    del database
+    gc.collect()
+    assert not caplog.records
 
 
 async def test_sessions_have_timeouts_keepalive_and_read_committed(proxied: Proxy) -> None:
