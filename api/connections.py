@@ -57,7 +57,8 @@ MAX_FRAGMENTS: Final = 1_000
 """Fragments per WebSocket message: empty ones are free of the limit of its size."""
 
 PIECE: Final = 16_384
-"""How many bytes of WebSocket frames are parsed before other connections are served."""
+"""How many bytes of a request are parsed before its size is checked, and of WebSocket frames before
+other connections are served."""
 
 MIN_READ: Final = 262_144
 """Bytes of an answer that a client has to read within the time limit, or all that is left."""
@@ -251,8 +252,8 @@ class HTTPConnection(HttpToolsProtocol):
         self._deadline: float | None = None
         self._unread = _Unread()
         self._wire_bytes = 0
-        self._head_bytes = 0
         self._body_bytes = 0
+        self.headers = []
         self._refusal: HTTPStatus | None = None
         self._is_ending = False
         self._ignored_bytes = 0
@@ -282,11 +283,19 @@ class HTTPConnection(HttpToolsProtocol):
             if self._ignored_bytes > LINGER_BYTES:
                 self.transport.close()
             return
-        self._wire_bytes += len(data)
-        super().data_received(data)
-        if self.has_ended or self.transport.get_protocol() is not self:
-            return
-        if self._phase is _Phase.HEAD and self._wire_bytes > MAX_HEAD_BYTES:
+        for start in range(0, len(data), PIECE):
+            piece = data[start : start + PIECE]
+            self._wire_bytes += len(piece)
+            super().data_received(piece)
+            if self.has_ended or self.transport.get_protocol() is not self or self._refuses_size():
+                return
+
+    def _refuses_size(self) -> bool:
+        """Refuse the request if it is too large, and return whether it is."""
+        # What comes after a body of chunks are headers, too.
+        if len(self.headers) > MAX_HEADERS or (
+            self._phase is _Phase.HEAD and self._wire_bytes > MAX_HEAD_BYTES
+        ):
             self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
         # Chunks have their own overhead, and a body is read to its end after its response. What
         # takes the body bounds it more tightly.
@@ -295,30 +304,23 @@ class HTTPConnection(HttpToolsProtocol):
             or self._wire_bytes - self._body_bytes > self._bounds.body_bytes + MAX_HEAD_BYTES
         ):
             self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
+        else:
+            return False
+        return True
 
     def on_message_begin(self) -> None:
         """Begin to count the head of a request."""
         super().on_message_begin()
         self._phase = _Phase.HEAD
         self._deadline = self.loop.time() + self._bounds.header_seconds
-        self._wire_bytes = self._head_bytes = self._body_bytes = 0
-
-    def on_url(self, url: bytes) -> None:
-        """Count a part of the path."""
-        self._count_head(len(url))
-        super().on_url(url)
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """Count a header, or a trailer after the body."""
-        self._count_head(len(name) + len(value))
-        super().on_header(name, value)
-        if len(self.headers) > MAX_HEADERS:
-            self._stop(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+        self._wire_bytes = self._body_bytes = 0
 
     def on_headers_complete(self) -> None:
         """Serve the request; its body may still come."""
         if len(self.pipeline) >= MAX_PIPELINED:
             self._stop(HTTPStatus.TOO_MANY_REQUESTS)
+        if len(self.headers) > MAX_HEADERS or self._head_is_too_large():
+            self._stop(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
         super().on_headers_complete()
         if self.cycle is not None:
             # A response to HEAD has no body to wait for. After "100 Continue" the client sends its
@@ -427,10 +429,12 @@ class HTTPConnection(HttpToolsProtocol):
             self._deadline = self.loop.time() + self._bounds.idle_seconds
             self._open.waits(self)
 
-    def _count_head(self, length: int) -> None:
-        self._head_bytes += length
-        if self._head_bytes > MAX_HEAD_BYTES:
-            self._stop(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+    def _head_is_too_large(self) -> bool:
+        # The piece that a head begins in is not among the bytes on the wire.
+        if self._wire_bytes <= MAX_HEAD_BYTES - PIECE:
+            return False
+        sizes = [len(name) + len(value) for name, value in self.headers]
+        return len(self.url) + sum(sizes) > MAX_HEAD_BYTES
 
     def _stop(self, status: HTTPStatus) -> None:
         """Stop the parser, which then refuses the request."""

@@ -144,6 +144,37 @@ async def test_a_request_that_is_not_within_the_bounds_is_refused(
     assert json.loads(answer.partition("\r\n\r\n")[2])["error"]["message"]
 
 
+BODY = b'{"query":"{ __typename }"}'
+
+
+@pytest.mark.parametrize(("size", "status"), [(65_536, 200), (65_537, 431)])
+async def test_the_size_of_a_head_is_exact_with_its_body_in_the_same_write(
+    address: str, size: int, status: int
+) -> None:
+    headers = {b"host": b"localhost", b"content-type": b"application/json"}
+    headers[b"content-length"] = b"%d" % len(BODY)
+    counted = len(b"/graphql" + b"filler") + sum(map(len, [*headers, *headers.values()]))
+    headers[b"filler"] = b"x" * (size - counted)
+    head = b"".join(b"%s: %s\r\n" % pair for pair in headers.items())
+    answer = await answer_to(address, b"POST /graphql HTTP/1.1\r\n" + head + b"\r\n" + BODY)
+    assert answer.startswith(f"HTTP/1.1 {status} "), answer[:200]
+
+
+@pytest.mark.parametrize(("headers", "status"), [(100, 200), (101, 431)])
+async def test_the_number_of_headers_is_exact(address: str, headers: int, status: int) -> None:
+    more = b"a: b\r\n" * (headers - 1)
+    answer = await answer_to(
+        address, b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n" + more, b"\r\n"
+    )
+    assert answer.startswith(f"HTTP/1.1 {status} "), answer[:200]
+
+
+async def test_headers_after_a_body_of_chunks_are_counted_too(address: str) -> None:
+    chunked = POST + b"transfer-encoding: chunked\r\n\r\n0\r\n"
+    answer = await answer_to(address, chunked, *[b"a: b\r\n" * 50] * 4, b"\r\n", pause=0.02)
+    assert answer.startswith("HTTP/1.1 431 "), answer[:200]
+
+
 TOO_LARGE = b"x" * 1_000_000
 HANDSHAKE = (
     b"GET /graphql HTTP/1.1\r\nhost: localhost\r\nupgrade: websocket\r\nconnection: upgrade\r\n"
