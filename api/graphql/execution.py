@@ -302,19 +302,18 @@ def request_faults(request: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return an error for each member of a GraphQL request that is wrong."""
     faults = []
     query = request.get("query")
-    if (
-        not names_document(request)
-        if query is None
-        else not isinstance(query, str) or not query.strip()
-    ):
+    if query is None:
+        is_wrong = not names_document(request)
+    else:
+        is_wrong = not isinstance(query, str) or not query.strip()
+    if is_wrong:
         faults.append("query has to be a string with a GraphQL document.")
-    for name, kind, expected in (
-        ("variables", dict, "an object"),
-        ("extensions", dict, "an object"),
-        ("operationName", str, "a string"),
-    ):
-        if request.get(name) is not None and not isinstance(request[name], kind):
-            faults.append(f"{name} has to be {expected} or null.")
+    if not isinstance(request.get("variables"), dict | None):
+        faults.append("variables has to be an object or null.")
+    if not isinstance(request.get("extensions"), dict | None):
+        faults.append("extensions has to be an object or null.")
+    if not isinstance(request.get("operationName"), str | None):
+        faults.append("operationName has to be a string or null.")
     return [format_error(coded(BAD_REQUEST, fault)) for fault in faults]
 
 
@@ -328,7 +327,8 @@ class _Document:
         self._compiler = view.compiler
         self._operations: dict[str | None, tuple[Prepared, int]] = {}
         tokens = document.token_count or len(text)
-        self._bytes = sys.getsizeof(text) + BYTES_PER_TOKEN * tokens
+        self.bytes = sys.getsizeof(text) + BYTES_PER_TOKEN * tokens
+        """About how many bytes of memory it takes."""
         self.charged = 0
         """How many bytes the cache counts it as."""
 
@@ -356,18 +356,10 @@ class _Document:
         if uses == USES_TO_COMPILE:
             compiled = self._compiler.compile(self._document, prepared.operation)
             prepared = prepared._replace(compiled=compiled)
+            self.bytes += BYTES_PER_FIELD * (0 if compiled is None else compiled.fields)
         if uses <= USES_TO_COMPILE:
             self._operations[name] = prepared, uses
         return prepared
-
-    @property
-    def bytes(self) -> int:
-        """About how many bytes of memory it takes."""
-        fields = 0
-        for prepared, _ in self._operations.values():
-            if prepared.compiled is not None:
-                fields += prepared.compiled.fields
-        return self._bytes + BYTES_PER_FIELD * fields
 
 
 class _DocumentCache:
@@ -401,11 +393,10 @@ class _DocumentCache:
 
     def _charge(self, document: _Document) -> None:
         """Count a document, which grows as its operations are compiled."""
-        size = document.bytes
-        if size == document.charged:
+        if document.bytes == document.charged:
             return
-        self._bytes += size - document.charged
-        document.charged = size
+        self._bytes += document.bytes - document.charged
+        document.charged = document.bytes
         while self._bytes > MAX_CACHED_BYTES:
             _, dropped = self._documents.popitem(last=False)
             self._bytes -= dropped.charged
