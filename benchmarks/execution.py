@@ -22,7 +22,6 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
-from types import SimpleNamespace
 from typing import Any, cast
 
 from pydantic import JsonValue
@@ -41,6 +40,7 @@ from job_registry_api.graphql.mutations import EnqueueJobSuccess
 from job_registry_api.queue.enqueueing import Enqueued
 from job_registry_api.queue.models import JobRecord, JobStatus
 from job_registry_api.queue.queue import JobQueue
+from job_registry_api.queue.reading import JobPage
 
 PAGE = """{ jobs(first: 50) { nodes { id type status priority attempt nextRunAt payload }
   pageInfo { hasNextPage endCursor } } }"""
@@ -64,9 +64,8 @@ class FakeQueue:
     async def enqueue(self, _request: EnqueueRequest, **_: object) -> Enqueued:
         return Enqueued(RECORD)
 
-    async def list(self, *_: object, **__: object) -> object:
-        jobs = [RECORD] * 50
-        return SimpleNamespace(jobs=jobs, weight=50, has_next_page=False, stopped_early=False)
+    async def list(self, *_: object, **__: object) -> JobPage:
+        return JobPage([RECORD] * 50, has_next_page=False, weight=50)
 
 
 def executed(

@@ -67,7 +67,9 @@ class Requires(Resumable):
         before = self.call_before()
         if before is not None:
             return self.outcome_of(before, arguments)
-        context = info.context if isinstance(info.context, Context) else await enter_context(info)
+        context = info.context
+        if not isinstance(context, Context):
+            context = await enter_context(info)
         self._check(context.caller, source)
         return await next_(source, info, **arguments)
 

@@ -48,7 +48,10 @@ class Admission:
         self._limited: OrderedDict[frozenset[str], View] = OrderedDict()
         self._when_dropped: Callable[[frozenset[str]], None] | None = None
         self._access_scopes: dict[OperationType, dict[str, tuple[AccessScope, ...]]] = {
-            operation: {name: access_scopes_of(schema, root.name, name) for name in root.fields}
+            operation: {
+                name: access_scopes_of(schema, root.name, name) or ACCESS_SCOPES
+                for name in root.fields
+            }
             for operation in OperationType
             if (root := self._view.schema.get_root_type(operation)) is not None
         }
@@ -93,7 +96,7 @@ class Admission:
         errors = []
         for node in executed:
             try:
-                caller.need(*needed.get(node.name.value, ()) or ACCESS_SCOPES)
+                caller.need(*needed.get(node.name.value, ACCESS_SCOPES))
             except Forbidden as forbidden:
                 key = (node.alias or node.name).value
                 errors.append(GraphQLError("", node, path=[key], original_error=forbidden))

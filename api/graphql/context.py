@@ -48,13 +48,17 @@ class Context:
     budget: Budget = field(default_factory=Budget)
     selections: Selections | None = field(default=None, repr=False)
     """What the operation that is executed selects."""
-    _gone: asyncio.Event | None = field(default=None, repr=False)
-    _watching: asyncio.Task[None] | None = field(default=None, repr=False)
-    _counts: asyncio.Future[dict[str, JobCounts]] | None = field(default=None, repr=False)
-    _attempts: DataLoader[UUID, list[AttemptRecord]] | None = field(default=None, repr=False)
-    _logs: DataLoader[int, str] | None = field(default=None, repr=False)
+    _gone: asyncio.Event | None = field(default=None, init=False, repr=False)
+    _watching: asyncio.Task[None] | None = field(default=None, init=False, repr=False)
+    _counts: asyncio.Future[dict[str, JobCounts]] | None = field(
+        default=None, init=False, repr=False
+    )
+    _attempts: DataLoader[UUID, list[AttemptRecord]] | None = field(
+        default=None, init=False, repr=False
+    )
+    _logs: DataLoader[int, str] | None = field(default=None, init=False, repr=False)
     _waiting_reasons: DataLoader[JobRecord, WaitingReason | None] | None = field(
-        default=None, repr=False
+        default=None, init=False, repr=False
     )
 
     async def counts(self) -> dict[str, JobCounts]:
@@ -207,8 +211,9 @@ sent_variables: Final[ContextVar[SentVariables | None]] = ContextVar("sent_varia
 
 def context_of(info: strawberry.Info[Any, Any]) -> Context:
     """Return the context of a field, below a root field that has entered it."""
-    if isinstance(info.context, Context):
-        return info.context
+    context = info.context
+    if isinstance(context, Context):
+        return context
     operation = _hosted(info)
     if operation is None or operation.context is None:
         raise RuntimeError("this type is only for the root fields of `graphql_types`")

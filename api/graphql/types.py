@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from datetime import datetime
 from enum import Enum
+from operator import attrgetter
 from typing import Annotated, Any, Final
 
 import strawberry
 from pydantic import JsonValue
+from strawberry.types.base import get_object_definition
 
 from job_registry import JobPolicy as Policy
 from job_registry import JobType as RegisteredType
@@ -545,29 +547,36 @@ class Job(Node):
                 return PayloadMismatch.of(mismatch)
         return None
 
+    def __init__(self, record: models.JobRecord) -> None:
+        self.record = record
+
     @classmethod
     def of(cls, record: models.JobRecord) -> Job:
-        return cls(
-            record=record,
-            id=strawberry.ID(str(record.id)),
-            type=record.type,
-            status=JobStatus[record.status.name],
-            priority=record.priority,
-            attempt=record.attempt,
-            max_attempts=record.max_attempts,
-            timeout_seconds=record.timeout_seconds,
-            next_run_at=record.next_run_at,
-            created_at=record.created_at,
-            started_at=record.started_at,
-            finished_at=record.finished_at,
-            created_by=record.created_by,
-            idempotency_key=record.idempotency_key,
-            cancel_requested_at=record.cancel_requested_at,
-            worker_id=record.worker_id,
-            progress=record.progress,
-            result=record.result,
-            error=JobError.of(record.error),
-        )
+        return cls(record)
+
+
+def _read_from_record(cls: type[Job], read: dict[str, Callable[[Job], object]]) -> None:
+    """Make the fields of jobs properties, which read the record when they are selected.
+
+    Few of the fields are: to copy all of them took a third of the time of a resolver. `read` are
+    those that differ from the record's.
+    """
+    for each in get_object_definition(cls, strict=True).fields:
+        name = each.python_name
+        if each.base_resolver is None and name != "record":
+            setattr(cls, name, property(read.get(name, attrgetter(f"record.{name}"))))
+
+
+_STATUSES: Final = {each: JobStatus[each.name] for each in models.JobStatus}
+
+_read_from_record(
+    Job,
+    {
+        "id": lambda job: str(job.record.id),
+        "status": lambda job: _STATUSES[job.record.status],
+        "error": lambda job: JobError.of(job.record.error),
+    },
+)
 
 
 @strawberry.type(description="The position of a page among all pages.")

@@ -236,29 +236,43 @@ def _same(value: Any) -> Any:
     return value
 
 
-_BUILT_IN: Final = (GraphQLString, GraphQLID, GraphQLInt, GraphQLFloat, GraphQLBoolean)
-_EXACT: Final[dict[str, Callable[[Any], bool]]] = {
-    "String": lambda value: value.__class__ is str,
-    "ID": lambda value: value.__class__ is str,
-    "Int": lambda value: value.__class__ is int and MIN_INT <= value <= MAX_INT,
-    "Float": lambda value: value.__class__ is float and isfinite(value),
-    "Boolean": lambda value: value.__class__ is bool,
-}
-
-
 def _of_leaf(kind: Any) -> Coerce:
-    exact = _EXACT[kind.name] if kind in _BUILT_IN else None
     coerce_input_value = kind.coerce_input_value
 
     def of_leaf(value: Any) -> Any:
-        if exact is not None and exact(value):
-            return value
         coerced = Undefined if value is None else coerce_input_value(value)
         if coerced is Undefined:
             raise Odd
         return coerced
 
+    if kind in (GraphQLString, GraphQLID):
+        return _of_class(str, of_leaf)
+    if kind is GraphQLBoolean:
+        return _of_class(bool, of_leaf)
+    if kind is GraphQLInt:
+        return _of_int(of_leaf)
+    if kind is GraphQLFloat:
+        return _of_float(of_leaf)
     return of_leaf
+
+
+def _of_class(cls: type, other: Coerce) -> Coerce:
+    return lambda value: value if value.__class__ is cls else other(value)
+
+
+def _of_int(other: Coerce) -> Coerce:
+    def of_int(value: Any) -> Any:
+        is_valid = value.__class__ is int and MIN_INT <= value <= MAX_INT
+        return value if is_valid else other(value)
+
+    return of_int
+
+
+def _of_float(other: Coerce) -> Coerce:
+    def of_float(value: Any) -> Any:
+        return value if value.__class__ is float and isfinite(value) else other(value)
+
+    return of_float
 
 
 def _of_list(coerce_item: Coerce) -> Coerce:
@@ -273,34 +287,32 @@ def _of_list(coerce_item: Coerce) -> Coerce:
 
 
 def _of_object(kind: GraphQLInputObjectType, coercions: Mapping[str, Coerce]) -> Coerce:
-    fields = [
-        (
-            name,
-            each.out_name or name,
-            coercions[name],
-            _default_of(each),
-            is_required_input_field(each),
-        )
+    out_names = {name: each.out_name or name for name, each in kind.fields.items()}
+    fields = {name: (out_name, coercions[name]) for name, out_name in out_names.items()}
+    # The fields stay in the order of the type, whatever the client sends.
+    defaults = {out_names[name]: _default_of(each) for name, each in kind.fields.items()}
+    without_default = [
+        (name, out_names[name], is_required_input_field(each))
         for name, each in kind.fields.items()
+        if defaults[out_names[name]] is Undefined
     ]
     out_type, is_one_of = kind.out_type, kind.is_one_of
 
     def of_object(value: Any) -> Any:
         if value.__class__ is not dict:
             raise Odd
-        coerced: dict[str, Any] = {}
-        known = 0
-        for name, out_name, coerce, default, is_required in fields:
-            if name in value:
-                coerced[out_name] = coerce(value[name])
-                known += 1
-            elif is_required:
+        coerced = defaults.copy()
+        for name, given in value.items():
+            if name not in fields:
                 raise Odd
-            elif default is not Undefined:
-                coerced[out_name] = default
-        if known != len(value):
-            raise Odd
-        if is_one_of and (known != 1 or len(coerced) != 1 or None in coerced.values()):
+            out_name, coerce = fields[name]
+            coerced[out_name] = coerce(given)
+        for name, out_name, is_required in without_default:
+            if name not in value:
+                if is_required:
+                    raise Odd
+                del coerced[out_name]
+        if is_one_of and (len(value) != 1 or len(coerced) != 1 or None in coerced.values()):
             raise Odd
         return out_type(coerced)
 

@@ -158,10 +158,8 @@ class CompiledOperation:
         result = await self._by_graphql_core(
             context, sent, root_value, calls, options, found, is_whole=reason is None
         )
-        if reason is None:
-            if result.errors or repr(result.data) != repr(data):
-                found.append(f"compiled: {data!r}, by graphql-core: {result!r}")
-            found += [f"only compiled: {_keys(each)}" for each in calls if not each.is_handed_out]
+        if reason is None and (result.errors or repr(result.data) != repr(data)):
+            found.append(f"compiled: {data!r}, by graphql-core: {result!r}")
         if found:
             raise Different("\n".join(found))
         return result, reason
@@ -170,15 +168,16 @@ class CompiledOperation:
         self, context: Any, sent: Mapping[str, Any], root_value: Any, calls: list[Call]
     ) -> dict[str, Any]:
         variables = self._variables(sent)
+        steps = self._steps(variables)
         data: dict[str, Any] = {}
-        if self._is_serial:
-            for step in self._steps(variables):
-                branch = Branch(context, root_value, variables, calls)
+        if self._is_serial or len(steps) == 1:
+            branch = Branch(context, root_value, variables, calls)
+            for step in steps:
                 step(root_value, branch, None, data)
                 await _finish(branch)
             return data
         waiting: list[Branch] = []
-        for step in self._steps(variables):
+        for step in steps:
             branch = Branch(context, root_value, variables, calls)
             step(root_value, branch, None, data)
             if branch.waiting:
@@ -252,11 +251,13 @@ class CompiledOperation:
         name = self._operation.name.value if self._operation.name else None
         attribute_of = self._compiler.classes.attribute_of
         known = {_keys(call): call for call in calls}
+        left = known.copy()
 
         def hand_out(
             next_: Callable[..., Any], source: Any, info: GraphQLResolveInfo[Any], **arguments: Any
         ) -> Any:
-            call = known.get(tuple(info.path.as_list()))
+            path = tuple(info.path.as_list())
+            call = known.get(path)
             if call is None:
                 if is_whole and not (
                     info.field_name == "__typename"
@@ -265,7 +266,7 @@ class CompiledOperation:
                     assert differences is not None
                     differences.append(f"only by graphql-core: {info.path.as_list()}")
                 return next_(source, info, **arguments)
-            call.is_handed_out = True
+            left.pop(path, None)
             if differences is not None:
                 differences.extend(_differences(call, info, arguments))
             if call.converted is not None and _has_not_begun(call.value):
@@ -289,25 +290,27 @@ class CompiledOperation:
                 middleware=[hand_out] if calls or differences is not None else None,
                 **options,
             )
-            return await result if isawaitable(result) else result
+            result = await result if isawaitable(result) else result
         finally:
-            for call in calls:
-                if not call.is_handed_out:
-                    _close(call.value)
+            for call in left.values():
+                _close(call.value)
+        if is_whole and differences is not None:
+            differences += [f"only compiled: {path}" for path in left]
+        return result
 
 
 async def _resumed(
     call: Call, layers: Callable[[], Awaitable[Any]], differences: list[str] | None
 ) -> Any:
     """Return the outcome of a direct call, through the layers that handle its errors."""
-    try:
-        with resuming(call):
+    with resuming(call) as resumed:
+        try:
             return await layers()
-    finally:
-        if differences is not None and repr(call.converted) != repr(call.converted_again):
-            differences.append(
-                f"{_keys(call)}: {call.converted!r}, by the layers {call.converted_again!r}"
-            )
+        finally:
+            if differences is not None and repr(call.converted) != repr(resumed.arguments):
+                differences.append(
+                    f"{_keys(call)}: {call.converted!r}, by the layers {resumed.arguments!r}"
+                )
 
 
 async def _finish(branch: Branch) -> None:
@@ -319,43 +322,43 @@ async def _finish(branch: Branch) -> None:
     """
     while branch.waiting:
         waiting, branch.waiting = branch.waiting, []
-        await _settle([each.call for each in waiting])
-        for call, complete, answer, key in waiting:
+        if len(waiting) == 1:
+            call = waiting[0]
+            try:
+                call.value = await call.value
+            except Exception as error:
+                await _answer_error(call, error)
+        else:
+            await _settle(waiting)
+        for call in waiting:
             if call.error is not None:
                 raise call.error
-            answer[key] = complete(call.value, branch, call.info.path)
+            key, complete, _ = call.field
+            call.answer[key] = complete(call.value, branch, call.info.path)
 
 
 async def _settle(calls: list[Call]) -> None:
     """Await the results of resolvers together, until each has returned or raised."""
-    if len(calls) == 1:
-        call = calls[0]
-        try:
-            call.value = await call.value
-        except Exception as error:
-            call.value, call.error = None, error
-            await _answer_error(call)
-        return
     outcomes = await asyncio.gather(*(call.value for call in calls), return_exceptions=True)
     for call, outcome in zip(calls, outcomes, strict=True):
         if not isinstance(outcome, BaseException):
             call.value = outcome
         elif isinstance(outcome, Exception):
-            call.value, call.error = None, outcome
-            await _answer_error(call)
+            await _answer_error(call, outcome)
         else:
             raise outcome
 
 
-async def _answer_error(call: Call) -> None:
+async def _answer_error(call: Call, error: Exception) -> None:
     """Let the layers that a direct call left out answer its error, with data or another error."""
-    if call.layers is None:
+    call.value, call.error = None, error
+    if call.converted is None:
         return
     try:
         with resuming(call):
-            value = await call.layers(call.source, call.info, **call.arguments)
-    except Exception as error:
-        call.error = error
+            value = await call.field.layers(call.source, call.info, **call.arguments)
+    except Exception as another:
+        call.error = another
     else:
         call.value, call.error = value, None
 

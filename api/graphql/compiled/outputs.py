@@ -78,42 +78,31 @@ class Direct(NamedTuple):
 
 
 class Call:
-    """A call of a resolver, and what it has returned or raised.
+    """A call of a resolver, what it has returned or raised, and where its result belongs.
 
-    `converted` are the arguments of a direct call, `converted_again` those by the usual layers.
-    `layers` resolves the field with these layers.
+    `converted` are the arguments of a direct call.
     """
 
-    __slots__ = (
-        "arguments",
-        "converted",
-        "converted_again",
-        "error",
-        "info",
-        "is_handed_out",
-        "layers",
-        "source",
-        "value",
-    )
+    __slots__ = ("answer", "arguments", "converted", "error", "field", "info", "source", "value")
 
     def __init__(
         self,
+        field: ResolvedField,
         info: GraphQLResolveInfo[Any],
         arguments: dict[str, Any],
+        source: Any,
+        answer: dict[str, Any],
         converted: dict[str, Any] | None = None,
-        layers: Callable[..., Any] | None = None,
-        source: Any = None,
     ) -> None:
+        self.field = field
         self.info = info
         self.arguments = arguments
-        self.converted = converted
-        self.converted_again: dict[str, Any] | None = None
-        self.layers = layers
         self.source = source
+        self.answer = answer
+        self.converted = converted
         self.value: Any = None
         """Its result; an awaitable until that has been awaited."""
         self.error: Exception | None = None
-        self.is_handed_out = False
 
 
 class Branch:
@@ -128,20 +117,21 @@ class Branch:
         self.root_value = root_value
         self.variables = variables
         self.calls = calls
-        self.waiting: list[Waiting] = []
+        self.waiting: list[Call] = []
+        """Those whose results are awaitables."""
 
 
 Complete = Callable[[Any, Branch, Path | None], Any]
 """Returns the answer for a value. The path is that of the value, if a field below it needs one."""
 
 
-class Waiting(NamedTuple):
-    """A resolver's awaitable, and where the completed result belongs."""
+class ResolvedField(NamedTuple):
+    """A field with a resolver."""
 
-    call: Call
-    complete: Complete
-    answer: dict[str, Any]
     key: str
+    complete: Complete
+    layers: Callable[..., Any]
+    """Resolves the field with all layers, also those that a direct call leaves out."""
 
 
 class Completer(NamedTuple):
@@ -254,14 +244,11 @@ class OutputCompiler:
             self._schema, self._fragments, self._operation, parent, key, nodes, field
         )
         arguments = compile_arguments(field, nodes[0])
+        resolved = ResolvedField(key, completer.complete, field.resolve)
         direct = self._classes.direct_of(parent.name, name)
         if direct is not None:
-            step = _call_directly(
-                key, direct, field.resolve, info_of, arguments, completer.complete
-            )
-        else:
-            step = _call(key, field.resolve, info_of, arguments, completer.complete)
-        return _Field(step, None, True)
+            return _Field(_call_directly(resolved, direct, info_of, arguments), None, True)
+        return _Field(_call(resolved, info_of, arguments), None, True)
 
     def _completer(self, kind: GraphQLOutputType, nodes: list[FieldNode]) -> Completer:
         if isinstance(kind, GraphQLNonNull):
@@ -328,19 +315,14 @@ def _read(key: str, attribute: str, completer: Completer, type_name: str) -> _Fi
     return _Field(read, None if calls else (key, attribute, complete), calls)
 
 
-def _call(
-    key: str,
-    resolve: Callable[..., Any],
-    info_of: Callable[[Branch, Path | None], GraphQLResolveInfo[Any]],
-    arguments_of: Arguments,
-    complete: Complete,
-) -> Step:
-    """Return the step that calls a resolver. An awaitable is appended to `Branch.waiting`."""
+def _call(field: ResolvedField, info_of: InfoOf, arguments_of: Arguments) -> Step:
+    """Return the step that calls a resolver. An awaitable is left to `Branch.waiting`."""
+    key, complete, resolve = field
 
     def call(source: Any, branch: Branch, path: Path | None, answer: dict[str, Any]) -> None:
         arguments = arguments_of(branch.variables)
         info = info_of(branch, path)
-        made = Call(info, arguments)
+        made = Call(field, info, arguments, source, answer)
         branch.calls.append(made)
         try:
             value = made.value = resolve(source, info, **arguments)
@@ -349,7 +331,7 @@ def _call(
             raise
         if value.__class__ is CoroutineType or is_awaitable(value):
             answer[key] = None
-            branch.waiting.append(Waiting(made, complete, answer, key))
+            branch.waiting.append(made)
         else:
             answer[key] = complete(value, branch, info.path)
 
@@ -357,30 +339,30 @@ def _call(
 
 
 def _call_directly(
-    key: str,
-    direct: Direct,
-    layers: Callable[..., Any],
-    info_of: Callable[[Branch, Path | None], GraphQLResolveInfo[Any]],
-    arguments_of: Arguments,
-    complete: Complete,
+    field: ResolvedField, direct: Direct, info_of: InfoOf, arguments_of: Arguments
 ) -> Step:
     """Return the step that calls an async resolver directly.
 
     If its arguments cannot be converted there is no call, and graphql-core makes the first one.
     """
     converted_of, resolve = direct
+    key = field.key
 
     def call(source: Any, branch: Branch, path: Path | None, answer: dict[str, Any]) -> None:
         arguments = arguments_of(branch.variables)
         info = info_of(branch, path)
         own_info, converted = converted_of(info, arguments)
-        made = Call(info, arguments, converted, layers, source)
+        made = Call(field, info, arguments, source, answer, converted)
         branch.calls.append(made)
         answer[key] = None
         made.value = resolve(source, own_info, **converted)
-        branch.waiting.append(Waiting(made, complete, answer, key))
+        branch.waiting.append(made)
 
     return call
+
+
+InfoOf = Callable[[Branch, Path | None], GraphQLResolveInfo[Any]]
+"""Returns the info of a field, below an object at this path."""
 
 
 def _info_of(
@@ -391,8 +373,9 @@ def _info_of(
     key: str,
     nodes: list[FieldNode],
     field: GraphQLField,
-) -> Callable[[Branch, Path | None], GraphQLResolveInfo[Any]]:
+) -> InfoOf:
     name, type_name, return_type = nodes[0].name.value, parent.name, field.type
+    path_of_root_field = Path(None, key, type_name)
 
     def info_of(branch: Branch, path: Path | None) -> GraphQLResolveInfo[Any]:
         return GraphQLResolveInfo(
@@ -400,7 +383,7 @@ def _info_of(
             nodes,
             return_type,
             parent,
-            Path(path, key, type_name),
+            path_of_root_field if path is None else Path(path, key, type_name),
             schema,
             fragments,
             branch.root_value,
@@ -540,10 +523,12 @@ def _of_enum(kind: GraphQLEnumType, cls: type | None, is_nullable: bool) -> Comp
     other = _of_leaf(kind, is_nullable)
     if cls is None or not issubclass(cls, Enum):
         return other
-    names = {member: kind.coerce_output_value(member) for member in cls}
+    # By identity: to hash a member takes longer than the rest.
+    names = {id(member): kind.coerce_output_value(member) for member in cls}
 
     def of_enum(value: Any, branch: Branch, path: Path | None) -> Any:
-        return names[value] if value.__class__ is cls else other(value, branch, path)
+        name = names.get(id(value))
+        return other(value, branch, path) if name is None else name
 
     return of_enum
 

@@ -11,15 +11,25 @@ from strawberry.extensions import FieldExtension
 
 from job_registry_api.graphql.compiled.outputs import Call
 
-_resumed: Final[ContextVar[Call | None]] = ContextVar("resumed_call", default=None)
+
+class Resumed:
+    """A direct call whose outcome is used, and the `arguments` of the layers that use it."""
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        self.arguments: dict[str, Any] | None = None
+
+
+_resumed: Final[ContextVar[Resumed | None]] = ContextVar("resumed", default=None)
 
 
 @contextmanager
-def resuming(call: Call) -> Iterator[None]:
+def resuming(call: Call) -> Iterator[Resumed]:
     """Let the field that is resolved in this context use the outcome of a direct call."""
-    token = _resumed.set(call)
+    resumed = Resumed(call)
+    token = _resumed.set(resumed)
     try:
-        yield
+        yield resumed
     finally:
         _resumed.reset(token)
 
@@ -30,13 +40,13 @@ class Resumable(FieldExtension):
     Its `resolve_async` calls `call_before` first, and does nothing else if there was a call.
     """
 
-    def call_before(self) -> Call | None:
+    def call_before(self) -> Resumed | None:
         """Return the direct call whose outcome the field must use; None if there was none."""
         return _resumed.get()
 
-    def outcome_of(self, call: Call, arguments: Mapping[str, Any]) -> Any:
+    def outcome_of(self, before: Resumed, arguments: Mapping[str, Any]) -> Any:
         """Return, or raise, what the resolver has returned or raised in a direct call."""
-        call.converted_again = dict(arguments)
-        if call.error is not None:
-            raise call.error
-        return call.value
+        before.arguments = dict(arguments)
+        if before.call.error is not None:
+            raise before.call.error
+        return before.call.value

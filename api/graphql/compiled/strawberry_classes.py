@@ -18,6 +18,7 @@ from strawberry.types.base import (
 )
 from strawberry.types.enum import StrawberryEnumDefinition
 from strawberry.types.field import StrawberryField
+from strawberry.types.fields.resolver import StrawberryResolver
 
 from job_registry_api.graphql.compiled.outputs import Direct
 from job_registry_api.graphql.compiled.resuming import Resumable
@@ -68,14 +69,7 @@ class StrawberryClasses:
             return None
         resolver = field.base_resolver
         assert resolver is not None
-        with_self, with_info = resolver.self_parameter, resolver.info_parameter
-
-        def resolve(source: Any, info: strawberry.Info, **arguments: Any) -> Any:
-            if with_info is not None:
-                arguments["info"] = info
-            return resolver(source, **arguments) if with_self else resolver(**arguments)
-
-        call: Callable[..., Any] = resolve
+        call = _called(resolver)
         for extension in build_field_extension_resolvers(field):
             call = partial(extension, call)
         name_of = self._schema.config.name_converter.from_argument
@@ -117,6 +111,18 @@ class StrawberryClasses:
         return convert
 
 
+def _called(resolver: StrawberryResolver[Any]) -> Callable[..., Any]:
+    """Return how a resolver is called with the source, the info and the arguments."""
+    function: Any = resolver.wrapped_func
+    if resolver.self_parameter is None:
+        if resolver.info_parameter is None:
+            return lambda _, _info, **arguments: function(**arguments)
+        return lambda _, info, **arguments: function(info=info, **arguments)
+    if resolver.info_parameter is None:
+        return lambda source, _info, **arguments: function(source, **arguments)
+    return lambda source, info, **arguments: function(source, info=info, **arguments)
+
+
 def _is_direct(field: StrawberryField) -> bool:
     resolver, extensions = field.base_resolver, field.extensions
     return (
@@ -127,6 +133,7 @@ def _is_direct(field: StrawberryField) -> bool:
         and isinstance(extensions[-1], Resumable)
         and all(type(each).map_arguments is FieldExtension.map_arguments for each in extensions)
         and type(field).get_result is StrawberryField.get_result
+        and callable(resolver.wrapped_func)
         and resolver.parent_parameter is None
         and resolver.root_parameter is None
         and (resolver.info_parameter is None or resolver.info_parameter.name == "info")
