@@ -215,6 +215,7 @@ class Claiming:
             former=self._former(types),
             fingerprints=self._fingerprints(types) if readable is None else {},
             readable=readable or {},
+            sender=self._events.sender(),
         )
 
     @contextmanager
@@ -239,7 +240,7 @@ class Claiming:
             self._served[each.job.type] = next(self._turn)
         happened = [JobEvent.of_change(job) for job in claimed.recovered]
         happened += [JobEvent.of("job.started", each.job) for each in claimed.leased]
-        self._events.publish(happened)
+        self._events.publish(happened, claimed.sender)
         count_recovered(self._metrics, claimed.recovered)
         leases = [
             Lease(

@@ -3,11 +3,14 @@
 Each event is logged, wakes workers that wait for jobs, and is delivered to subscribers in every
 process.
 
-Processes exchange events as messages, one per transaction: JSON objects, in notifications of
+Processes exchange events as messages, one or two per transaction: JSON objects, in notifications of
 PostgreSQL or in rows of `job_event_batch`. `process` is the id of the sending process. Each event
 is an array of its name, the job's id, the job's type and the attempt:
 
     {"process": "5f0c…", "events": [["job.created", "01a20b59007a…", "payout.execute", 0]]}
+
+The id may be followed by a slash and the number of the message, such as "5f0c…/17". By it a process
+recognizes its own message without parsing it.
 
 Names and types may also be listed once, and events then hold their indexes:
 
@@ -25,6 +28,8 @@ unknown names, keys and further columns, so that newer versions can add some.
 from __future__ import annotations
 
 import asyncio
+import itertools
+import re
 import secrets
 from collections import Counter, deque
 from collections.abc import (
@@ -84,6 +89,8 @@ STATUS_AFTER: Final[dict[EventName, JobStatus]] = {
     "job.unparked": JobStatus.QUEUED,
 }
 
+STATUS_TEXT_AFTER: Final = {name: status.value for name, status in STATUS_AFTER.items()}
+
 _AFTER_CHANGE: Final[dict[JobStatus, EventName]] = {
     JobStatus.QUEUED: "job.retrying",
     JobStatus.RUNNING: "job.cancel_requested",
@@ -101,6 +108,9 @@ MAX_ECHOES: Final = 10_000
 
 MAX_REMEMBERED: Final = 16
 """How many own messages or batches may be awaited from the database at a time with their events."""
+
+MAX_NUMBERED: Final = 200
+"""How many own messages with a number may be awaited from the database at a time."""
 
 STOP_SECONDS: Final = 5.0
 """How long `listening` waits at its end for a statement in progress."""
@@ -185,7 +195,12 @@ def decode(text: str | bytes) -> Message:
                 events.append(event)
     except (AttributeError, IndexError, KeyError, OverflowError, TypeError) as error:
         raise ValueError("the message does not have the form of a message") from error
-    return Message(process, tuple(events), batch, tuple(stopped))
+    return Message(process.partition("/")[0], tuple(events), batch, tuple(stopped))
+
+
+_NUMBERED: Final = re.compile(r'"process": ?"([^"/\\]+/\d+)"')
+"""The sender in the text of a message that has a number. Within a text of the message, the quotes
+would be escaped."""
 
 
 def _text(value: Any, table: Sequence[Any]) -> str:
@@ -310,10 +325,13 @@ class _Idle:
         if not of_job:
             self._waiting.pop(subscription.job_id, None)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no subscription waits."""
+        return not self._waiting
+
     def take(self, event: JobEvent) -> list[Subscription]:
         """Remove and return the subscriptions that include an event."""
-        if not self._waiting:
-            return []
         return [
             each
             for job_id in (event.job_id, None)
@@ -391,9 +409,13 @@ class Events:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._remembered: dict[int | str, Sequence[JobEvent]] = {}
         """The events of the latest messages and batches of this process, until it reads them."""
+        self._numbers: Final = itertools.count(1)
+        self._numbered: dict[str, Sequence[JobEvent]] = {}
+        """The events of own messages with a number that were published and not yet read, by their
+        senders."""
         self._echoes: dict[JobEvent, int] = {}
-        """Own events that were published and not yet read from the stream. Negative counts are
-        events that were read and not yet published."""
+        """Other own events that were published and not yet read from the stream. Negative counts
+        are events that were read and not yet published."""
         self._shut: str | None = None
         self.ended: Final = asyncio.Event()
         """Set when all subscriptions have been ended, because the process shuts down."""
@@ -408,8 +430,15 @@ class Events:
         """How many subscriptions are open in this process."""
         return len(self._subscriptions)
 
-    def publish(self, events: Iterable[JobEvent]) -> None:
+    def sender(self) -> str:
+        """Return the sender of a message with a number, for a statement that sends one message."""
+        return f"{self.process}/{next(self._numbers)}"
+
+    def publish(self, events: Iterable[JobEvent], sender: str | None = None) -> None:
         """Log committed events and wake the waiting callers in this process. Never raises.
+
+        `sender` is that of the message that has these events in this order, and no others. This
+        process then does not parse the message.
 
         To the caller an error here would look like an error of the commit, and a retry would store
         the job twice. Errors are counted in `failures`.
@@ -419,7 +448,7 @@ class Events:
         for job_type, jobs in created.items():
             self._metrics.enqueued(job_type, jobs)
         self._guard(_log, happened)
-        self._guard(self._hand_over, happened)
+        self._guard(self._hand_over, happened, sender)
 
     def remember(self, announced: int | str, events: Sequence[JobEvent]) -> None:
         """Remember the events of a message, or of a stored batch, of this process. Never raises.
@@ -456,6 +485,8 @@ class Events:
         subscription = Subscription(job_id, wanted, position, self._recent, self._idle)
         if after is None:
             subscription.skip({event: count for event, count in self._echoes.items() if count > 0})
+            for events in self._numbered.values():
+                subscription.skip(Counter(events))
         self._subscriptions.add(subscription)
         try:
             yield subscription
@@ -633,6 +664,7 @@ class Events:
                 feeding.cancel()
                 self._stream = None
                 self._echoes.clear()
+                self._numbered.clear()
                 self._remembered.clear()
             tasks = {feeding}
             if self._recalling is not None:
@@ -652,6 +684,10 @@ class Events:
         if isinstance(item, Gap):
             self._miss(item.reason)
             return
+        if (published := self._published_in(item)) is not None:
+            self._offer(published)
+            await asyncio.sleep(0)
+            return
         try:
             message = await self._message_of(item)
         except EventsMissed as missed:
@@ -669,12 +705,22 @@ class Events:
             self.end_waits(worker_id)
         own = message.process == self.process
         events = self._renamed_in(message)
-        for event in events:
-            if not own or self._is_first(event, published=False):
-                self._wake(event)
+        if own:
+            self._wake([event for event in events if self._is_first(event, published=False)])
+        else:
+            self._wake(events)
         self._offer(events)
         # Let subscribers read these events before more are delivered.
         await asyncio.sleep(0)
+
+    def _published_in(self, text: str) -> Sequence[JobEvent] | None:
+        """Return the events of an own message that were published before; None of any other.
+
+        A message that arrives before the answer to the statement that sent it is parsed.
+        """
+        if not self._numbered or (found := _NUMBERED.search(text)) is None:
+            return None
+        return self._numbered.pop(found[1], None)
 
     def _renamed_in(self, message: Message) -> Sequence[JobEvent]:
         """Return the events of a message, each with the current name of its job type."""
@@ -718,21 +764,28 @@ class Events:
         if self._stream is None:
             self._loop = running_loop()
 
-    def _hand_over(self, events: Sequence[JobEvent]) -> None:
+    def _hand_over(self, events: Sequence[JobEvent], sender: str | None) -> None:
         """Deliver the events on the loop of this object, from any thread."""
         loop = self._loop
         if loop is None or loop.is_closed() or loop is running_loop():
-            self._deliver(events)
+            self._deliver(events, sender)
         else:
-            loop.call_soon_threadsafe(self._deliver, events)
+            loop.call_soon_threadsafe(self._deliver, events, sender)
 
-    def _deliver(self, events: Sequence[JobEvent]) -> None:
-        for event in events:
-            if self._is_first(event, published=True):
-                self._wake(event)
+    def _deliver(self, events: Sequence[JobEvent], sender: str | None) -> None:
         if self._stream is None:
+            self._wake(events)
             self._offer(events)
-        if self._stream is not None and self._subscriptions:
+            return
+        # A message that was read before it was published has been counted event by event.
+        if sender is not None and events and self._echoes.get(events[0], 0) >= 0:
+            if len(self._numbered) >= MAX_NUMBERED:
+                del self._numbered[next(iter(self._numbered))]
+            self._numbered[sender] = events
+            self._wake(events)
+        else:
+            self._wake([event for event in events if self._is_first(event, published=True)])
+        if self._subscriptions:
             self._stream.look()
 
     def _is_first(self, event: JobEvent, *, published: bool) -> bool:
@@ -741,8 +794,6 @@ class Events:
         An own event is published and read from the stream, in either order. Sometimes it is only
         read: a caller that is cancelled during its commit publishes nothing.
         """
-        if self._stream is None:
-            return True
         step = 1 if published else -1
         count = self._echoes.pop(event, 0)
         if count + step:
@@ -751,13 +802,18 @@ class Events:
             self._echoes[event] = count + step
         return count * step >= 0
 
-    def _wake(self, event: JobEvent) -> None:
+    def _wake(self, events: Iterable[JobEvent]) -> None:
         """Wake the callers that wait for jobs or for cancellations."""
-        if event.name == "job.cancel_requested":
-            for callback in tuple(self._cancellations):
-                self._guard(callback, event.job_id)
-        if not (self._waiting or self._work) or not (event.queued or event.made_room):
-            return
+        somebody_waits = bool(self._waiting or self._work)
+        for event in events:
+            if event.name == "job.cancel_requested":
+                for callback in tuple(self._cancellations):
+                    self._guard(callback, event.job_id)
+            if somebody_waits and (event.queued or event.made_room):
+                self._wake_for(event)
+
+    def _wake_for(self, event: JobEvent) -> None:
+        """Wake the callers that wait for jobs of the event's type."""
         for woken, (types, limited) in self._waiting.items():
             if (event.queued and event.type in types) or (
                 event.made_room and event.type in limited
@@ -770,6 +826,8 @@ class Events:
     def _offer(self, events: Sequence[JobEvent]) -> None:
         offered = [event for event in events if _is_public(event)]
         last = self._recent.extend(offered)
+        if self._idle.is_empty:
+            return
         for passed, event in enumerate(offered, last - len(offered)):
             # Later events find them awake: they read them when they run.
             for subscription in self._idle.take(event):
@@ -777,6 +835,7 @@ class Events:
 
     def _miss(self, reason: str) -> None:
         self._echoes.clear()
+        self._numbered.clear()
         for woken in self._waiting:
             woken.set()
         for callback in tuple(self._work):
@@ -809,13 +868,13 @@ def _log(events: Sequence[JobEvent]) -> None:
     # Not a list: nothing is made where no line of this level is written.
     lines = (
         {
-            "event": event.name,
-            "job_id": str(event.job_id),
-            "type": event.type,
-            "status": event.status.value,
-            "attempt": event.attempt,
+            "event": name,
+            "job_id": str(job_id),
+            "type": job_type,
+            "status": STATUS_TEXT_AFTER[name],
+            "attempt": attempt,
         }
-        for event in events
+        for name, job_id, job_type, attempt in events
     )
     log_together(log, lines)
 

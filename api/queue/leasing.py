@@ -468,8 +468,8 @@ class Leasing:
             # One report per job in a statement. Of two reports for one lease the first one counts.
             turn = {report.job_id: index for index, report in reversed(waiting.items())}
             these = [waiting.pop(index) for index in sorted(turn.values())]
-            jobs = await self._end_and_lease(these)
-            self.events.publish(map(JobEvent.of_change, jobs.values()))
+            jobs, sender = await self._end_and_lease(these)
+            self.events.publish(map(JobEvent.of_change, jobs.values()), sender)
             outcomes: Counter[tuple[str, str]] = Counter()
             for report in these:
                 if (job := jobs.get(report.job_id)) is not None:
@@ -510,24 +510,28 @@ class Leasing:
                     ended[turn[report.job_id]] = LeaseLost()
         return [ended[index] for index in range(len(reports))]
 
-    async def _end_and_lease(self, reports: Sequence[Report]) -> dict[uuid.UUID, Ended]:
-        """End attempts, and lease the next jobs of a busy worker in the same statement."""
-        only_unread = all(
-            each.outcome is AttemptOutcome.SUCCEEDED and not each.reads_job for each in reports
-        )
-        reported = {each.job_id for each in reports}
-        found = self._claiming.claim_with(reported) if only_unread else None
+    async def _end_and_lease(
+        self, reports: Sequence[Report]
+    ) -> tuple[dict[uuid.UUID, Ended], str | None]:
+        """End attempts, and lease the next jobs of a busy worker in the same statement.
+
+        Return the ended jobs, and the sender of the message of their events, if it has no others.
+        """
+        if any(each.outcome is not _SUCCEEDED or each.reads_job for each in reports):
+            return await self._store.end(reports), None
+        sender = self.events.sender()
+        found = self._claiming.claim_with({each.job_id for each in reports})
         if found is None:
-            return await self._store.end(reports)
+            return await self._store.succeed(reports, sender), sender
         worker, claim = found
         try:
-            ended, claimed = await self._store.succeed_and_claim(reports, claim)
+            ended, claimed = await self._store.succeed_and_claim(reports, sender, claim)
         except Exception as error:
             # A claim may fail or wait for a lock. That must not delay what has been done.
             log.warning("leases.not_claimed", reason=reason_of(error))
-            return await self._store.end(reports)
+            return await self._store.end(reports), None
         worker.take(self._claiming.leased(claimed))
-        return ended
+        return ended, sender
 
     async def _give_back(self, leases: Sequence[Lease]) -> None:
         """Release leases whose caller is gone."""
@@ -556,5 +560,7 @@ def _parts(token: str) -> tuple[uuid.UUID, str]:
         raise LeaseLost
     return uuid.UUID(token[:32]), token[32:]
 
+
+_SUCCEEDED: Final = AttemptOutcome.SUCCEEDED
 
 _TOKEN: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)

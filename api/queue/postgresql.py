@@ -79,6 +79,7 @@ class PostgreSQLStore(Store):
     def __init__(self, database: PostgreSQLDatabase, process: str) -> None:
         self._database = database
         self._sql = statements("postgresql", database.schema)
+        self._process = process
         self._sender = {"process": process, "keep": database.keeps_events}
         self._heads = QueueHeads()
 
@@ -94,7 +95,7 @@ class PostgreSQLStore(Store):
         events = [
             ("job.created", job_id, job.type, 0) for job_id, job in zip(ids, jobs, strict=True)
         ]
-        message = message_of(str(self._sender["process"]), events)
+        message = message_of(self._process, events)
         places: dict[tuple[Any, ...], int] = {}
         kinds = [places.setdefault(_kind_of(job), len(places) + 1) for job in jobs]
         columns = dict(zip(_KIND, map(list, zip(*places, strict=True)), strict=True))
@@ -198,19 +199,23 @@ class PostgreSQLStore(Store):
         self, claim: Claim, heads: Mapping[str, Any] | None, look_back: float | None
     ) -> Claimed:
         started = time.monotonic()
-        rows = await self._run("claim", _claimed_by(claim, heads, look_back))
+        rows = await self._run("claim", _claimed_by(claim, heads, look_back, self._process))
         if heads is None:
             self._heads.record_full_claim(started, time.monotonic(), len(rows))
-        return await self._claimed(rows, everything=heads is None)
+        return await self._claimed(claim, rows, everything=heads is None)
+
+    async def succeed(self, reports: Sequence[Report], sender: str) -> dict[uuid.UUID, Ended]:
+        parameters = {"reports": _successes(reports), "process": sender}
+        return self._succeeded(await self._run("succeed", parameters))
 
     async def succeed_and_claim(
-        self, reports: Sequence[Report], claim: Claim
+        self, reports: Sequence[Report], sender: str, claim: Claim
     ) -> tuple[dict[uuid.UUID, Ended], Claimed]:
         started = time.monotonic()
         heads, look_back = self._heads.known(started)
         # A claim that waits for another one, of a type with a limit, would delay the reports.
-        parameters = _claimed_by(claim, heads, look_back, waits=False)
-        parameters["reports"] = _successes(reports)
+        parameters = _claimed_by(claim, heads, look_back, self._process, waits=False)
+        parameters |= {"reports": _successes(reports), "reporter": sender}
         rows = await self._run("succeed_and_claim", parameters)
         if heads is None:
             self._heads.record_full_claim(started, time.monotonic(), len(rows))
@@ -219,10 +224,12 @@ class PostgreSQLStore(Store):
         # The reports are committed. Without the jobs, whose leases are released, they still count.
         with suppress(QueueUnavailable):
             rows = [row for row in rows if not row["is_report"]]
-            claimed = await self._claimed(rows, everything=heads is None)
+            claimed = await self._claimed(claim, rows, everything=heads is None)
         return ended, claimed
 
-    async def _claimed(self, rows: Sequence[Mapping[str, Any]], *, everything: bool) -> Claimed:
+    async def _claimed(
+        self, claim: Claim, rows: Sequence[Mapping[str, Any]], *, everything: bool
+    ) -> Claimed:
         """Return the outcome of a claim that has returned these rows."""
         taken = [row for row in rows if row["status"] == "running"]
         try:
@@ -245,7 +252,9 @@ class PostgreSQLStore(Store):
         ]
         for row in taken:
             self._heads.record_taken(row["type"], row["priority"], row["next_run_at"])
-        return Claimed(leased, recovered, everything)
+        # Jobs whose attempts it ended have a message of their own, with the same sender.
+        sender = claim.sender if len(leased) == len(rows) else None
+        return Claimed(leased, recovered, everything, sender)
 
     async def _release(self, taken: Sequence[Mapping[str, Any]]) -> None:
         """Release leases that no caller gets. If that fails, the leases expire."""
@@ -272,7 +281,7 @@ class PostgreSQLStore(Store):
         rows: list[Mapping[str, Any]] = []
         ended: dict[uuid.UUID, Ended] = {}
         if unread:
-            ended = self._succeeded(await self._run("succeed", {"reports": _successes(unread)}))
+            ended = await self.succeed(unread, self._process)
         if others:
             rows += await self._run("end", {"reports": _reports(others)})
         if parks:
@@ -568,9 +577,14 @@ def _new_jobs(jobs: Sequence[NewJob]) -> str:
 
 
 def _claimed_by(
-    claim: Claim, heads: Mapping[str, Any] | None, look_back: float | None, *, waits: bool = True
+    claim: Claim,
+    heads: Mapping[str, Any] | None,
+    look_back: float | None,
+    process: str,
+    *,
+    waits: bool = True,
 ) -> dict[str, Any]:
-    """Return the parameters of a claim."""
+    """Return the parameters of a claim of this process."""
     wanted = [
         {
             "type": stored,
@@ -591,6 +605,7 @@ def _claimed_by(
         "look_back": look_back,
         "timed_out": error_text(TIMED_OUT),
         "lost": error_text(LOST),
+        "process": claim.sender or process,
     }
 
 

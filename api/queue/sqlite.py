@@ -168,19 +168,29 @@ class SQLiteStore(Store):
         return self._job(row), stored
 
     async def claim(self, claim: Claim) -> Claimed:
-        return self._claimed(*await self._write(lambda t: t.recover_and_claim(claim)))
+        leased, recovered = await self._write(
+            lambda t: t.recover_and_claim(claim), sender=claim.sender
+        )
+        return self._claimed(claim, leased, recovered)
+
+    async def succeed(self, reports: Sequence[Report], sender: str) -> dict[uuid.UUID, Ended]:
+        return self._succeeded(await self._write(lambda t: t.succeed(reports), sender=sender))
 
     async def succeed_and_claim(
-        self, reports: Sequence[Report], claim: Claim
+        self, reports: Sequence[Report], sender: str, claim: Claim
     ) -> tuple[dict[uuid.UUID, Ended], Claimed]:
         def work(transaction: _Transaction) -> tuple[list[Row], list[Row], list[Row]]:
-            return transaction.succeed(reports), *transaction.recover_and_claim(claim)
+            ended = transaction.succeed(reports)
+            transaction.announce(sender)
+            return ended, *transaction.recover_and_claim(claim)
 
-        narrow, leased, recovered = await self._write(work)
-        ended = {job.id: job for job in map(self.ended, map(_typed, narrow))}
-        return ended, self._claimed(leased, recovered)
+        ended, leased, recovered = await self._write(work, sender=claim.sender)
+        return self._succeeded(ended), self._claimed(claim, leased, recovered)
 
-    def _claimed(self, leased: Sequence[Row], recovered: Sequence[Row]) -> Claimed:
+    def _succeeded(self, rows: Sequence[Row]) -> dict[uuid.UUID, Ended]:
+        return {job.id: job for job in map(self.ended, map(_typed, rows))}
+
+    def _claimed(self, claim: Claim, leased: Sequence[Row], recovered: Sequence[Row]) -> Claimed:
         return Claimed(
             [
                 ClaimedJob(
@@ -192,6 +202,8 @@ class SQLiteStore(Store):
                 for row in map(_typed, leased)
             ],
             [self._job(row) for row in recovered],
+            # One message has the events of both.
+            sender=None if recovered else claim.sender,
         )
 
     async def recover(self, lease_seconds: float) -> list[JobRecord]:
@@ -208,7 +220,7 @@ class SQLiteStore(Store):
 
         narrow, rows = await self._write(work)
         ended = {job.id: Ended.of(job) for job in map(self._job, rows)}
-        return ended | {job.id: job for job in map(self.ended, map(_typed, narrow))}
+        return ended | self._succeeded(narrow)
 
     async def renew(
         self, renewals: Sequence[LeaseRenewal], lease_seconds: float
@@ -311,12 +323,16 @@ class SQLiteStore(Store):
         return Sample(METADATA.tables["job"], [rowid.in_(select(values.c.value))])
 
     async def _write(
-        self, work: Callable[[_Transaction], T], *, timeout_seconds: float | None = None
+        self,
+        work: Callable[[_Transaction], T],
+        *,
+        sender: str | None = None,
+        timeout_seconds: float | None = None,
     ) -> T:
         def run(connection: sqlite3.Connection) -> T:
             transaction = _Transaction(connection, self._database.shift)
             result = work(transaction)
-            transaction.announce(self._process)
+            transaction.announce(sender or self._process)
             return result
 
         return await self._database.write(run, timeout_seconds=timeout_seconds)
@@ -610,9 +626,10 @@ class _Transaction:
         }
         ids = json_text(list(leased))
         self.change("open_attempts", ids=ids)
-        for row in leased.values():
+        in_order = [leased[row["id"]] for row in due if row["id"] in leased]
+        for row in in_order:
             self._add_event("job.started", row)
-        return [leased[row["id"]] for row in due if row["id"] in leased]
+        return in_order
 
     def end(self, report: Report, *, recovering: bool = False) -> Row | None:
         """End an attempt if its lease is in force. See `job_end` in `0002_claims.sql`."""

@@ -235,7 +235,7 @@ class Claim:
     `former` has the former names of types, whose jobs are claimed with them and share their limit.
     `fingerprints` has those of the worker: of these types it also gets the parked jobs that it has
     not refused. `readable` has the fingerprints under which a job of a type must have been
-    admitted.
+    admitted. `sender` is that of the message of its events; None is the process.
     """
 
     types: tuple[str, ...]
@@ -247,6 +247,7 @@ class Claim:
     former: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     readable: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    sender: str | None = None
 
     def lanes(self) -> Iterator[tuple[int, str, str]]:
         """Yield the names under which jobs are stored: the number of the type, its name, theirs."""
@@ -269,12 +270,14 @@ class Claimed:
     """The outcome of a claim: the leased jobs, and the jobs whose lost attempts it ended first.
 
     `everything` says whether all due jobs were considered. A claim does not always do that while
-    a long transaction makes it expensive.
+    a long transaction makes it expensive. `sender` is that of the message that has the events of
+    the leased jobs, in their order, and no others. None: that is not known.
     """
 
     leased: list[ClaimedJob]
     recovered: list[JobRecord]
     everything: bool = True
+    sender: str | None = None
 
 
 class Report(NamedTuple):
@@ -486,11 +489,17 @@ class Store(ABC):
         """
 
     @abstractmethod
+    async def succeed(self, reports: Sequence[Report], sender: str) -> dict[uuid.UUID, Ended]:
+        """Do what `end` does for attempts that succeeded and whose jobs are not read.
+
+        `sender` is that of the message, which has the events of the result in its order.
+        """
+
+    @abstractmethod
     async def succeed_and_claim(
-        self, reports: Sequence[Report], claim: Claim
+        self, reports: Sequence[Report], sender: str, claim: Claim
     ) -> tuple[dict[uuid.UUID, Ended], Claimed]:
-        """Do what `end` does for attempts that succeeded and whose jobs are not read, then what
-        `claim` does, in one transaction.
+        """Do what `succeed` does, then what `claim` does, in one transaction with two messages.
 
         A worker that is busy takes its next jobs with one round trip and one commit. The claim
         leases nothing if it would have to wait for another one.

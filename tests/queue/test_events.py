@@ -12,6 +12,7 @@ import textwrap
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
@@ -23,6 +24,7 @@ from sqlalchemy import text
 
 from job_registry import EnqueueRequest, JobRegistry
 from job_registry_api.queue import event_stream
+from job_registry_api.queue.claiming import BusyWorker
 from job_registry_api.queue.database import Database
 from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.enqueueing import Enqueued
@@ -181,6 +183,71 @@ async def test_a_subscriber_gets_nothing_that_its_process_did_before(queue: JobQ
         await queue.cancel(first.id)
         (event,) = await take(received, 1)
         assert (event.name, event.job_id) == ("job.cancelled", first.id)
+
+
+async def test_leases_and_successes_of_its_process_reach_a_subscriber_once_and_in_order(
+    queue: JobQueue, other: JobQueue
+) -> None:
+    # Given jobs that are leased and completed one after another, by a worker that is busy
+    await queue.enqueue_many([PING] * 20)
+    leases = deque(await queue.lease(["test.ping"], "w", limit=4))
+    worker = BusyWorker(("test.ping",), "w", len, leases.extend)
+    names: dict[uuid.UUID, list[str]] = {}
+
+    # When one subscribes here and one in another process, after the first jobs have started
+    with (
+        queue.events.subscribe() as here,
+        other.events.subscribe() as there,
+        queue.leasing_with_reports(worker),
+    ):
+        while leases:
+            await queue.succeed(leases.popleft().token)
+        heard_here = await take(here, 36)
+        await queue.enqueue(LIMITED)
+        (after,) = await take(here, 1)
+        heard_there = [event async for event in _until(there, after)]
+
+    # I expect both to get the same, and the one here nothing that had happened before
+    for event in heard_here:
+        names.setdefault(event.job_id, []).append(event.name)
+    assert sorted(map(tuple, names.values())) == (
+        [("job.started", "job.succeeded")] * 16 + [("job.succeeded",)] * 4
+    )
+    assert heard_there[-36:] == heard_here
+    assert after.name == "job.created"
+
+
+async def _until(subscription: Subscription, last: JobEvent) -> AsyncIterator[JobEvent]:
+    async with asyncio.timeout(10):
+        async for event in subscription:
+            if event == last:
+                return
+            yield event
+
+
+async def test_what_a_lost_lease_announces_is_not_taken_for_what_the_claim_leases(
+    database_url: str, registry: JobRegistry
+) -> None:
+    # Given a lease that expires, and a job that is due
+    async with (
+        JobQueue.from_url(database_url, registry, lease_seconds=1) as queue,
+        JobQueue.from_url(database_url, registry, lease_seconds=1) as other,
+    ):
+        lost = (await queue.enqueue(PING)).job
+        assert await queue.lease(["test.ping"], "dies")
+        await asyncio.sleep(1.2)
+        due = (await queue.enqueue(LIMITED)).job
+
+        # When one claim ends the lost attempt and leases the other job
+        with queue.events.subscribe() as here, other.events.subscribe(job_id=due.id) as there:
+            assert [each.job for each in await queue.lease(["test.limited"], "w")] != []
+            heard = {(event.name, event.job_id) for event in await take(here, 2)}
+            # Another process may also hear of the job's creation.
+            while (await take(there, 1))[0].name != "job.started":
+                pass
+
+    # I expect both events, here and in other processes
+    assert heard == {("job.retrying", lost.id), ("job.started", due.id)}
 
 
 async def test_no_burst_drops_a_subscriber(queue: JobQueue) -> None:
@@ -696,7 +763,7 @@ async def test_a_job_whose_caller_was_cancelled_during_the_commit_is_worked_at_o
     waiting = asyncio.create_task(queue.lease(["test.ping"], "w", wait_seconds=20))
     await asyncio.sleep(0.2)
     # Such a caller stores its job, and comes to nothing after that.
-    monkeypatch.setattr(queue.events, "publish", lambda _events: None)
+    monkeypatch.setattr(queue.events, "publish", lambda *_: None)
     job = (await queue.enqueue(PING)).job
     async with asyncio.timeout(2):
         (lease,) = await waiting

@@ -71,10 +71,10 @@ async def test_a_full_worker_claims_with_its_reports_and_stays_within_its_slots(
         return await claim(wanted)
 
     async def count_both(
-        reports: Sequence[Report], wanted: Claim
+        reports: Sequence[Report], sender: str, wanted: Claim
     ) -> tuple[dict[UUID, Ended], Claimed]:
         together.append(wanted)
-        return await succeed_and_claim(reports, wanted)
+        return await succeed_and_claim(reports, sender, wanted)
 
     monkeypatch.setattr(store, "claim", count_claim)
     monkeypatch.setattr(store, "succeed_and_claim", count_both)
@@ -108,9 +108,11 @@ async def test_a_worker_that_stops_leases_no_job_with_its_last_report(
     store = house.queue._store
     succeed_and_claim = store.succeed_and_claim
 
-    async def count(reports: Sequence[Report], wanted: Claim) -> tuple[dict[UUID, Ended], Claimed]:
+    async def count(
+        reports: Sequence[Report], sender: str, wanted: Claim
+    ) -> tuple[dict[UUID, Ended], Claimed]:
         claims.append(wanted)
-        return await succeed_and_claim(reports, wanted)
+        return await succeed_and_claim(reports, sender, wanted)
 
     monkeypatch.setattr(store, "succeed_and_claim", count)
 

@@ -76,7 +76,7 @@ SELECT id, type, status, attempt, next_run_at FROM job_registry.job_succeed(
 -- Do what `succeed` does, then what `claim` does. The attempts are ended first, so that their places
 -- in the concurrency limits are free; in another order, fewer jobs would be claimed.
 SELECT true AS is_report, ended.* FROM job_registry.job_succeed(
-    CAST(:reports AS jsonb), CAST(:process AS text), CAST(:keep AS boolean)) AS ended
+    CAST(:reports AS jsonb), CAST(:reporter AS text), CAST(:keep AS boolean)) AS ended
 UNION ALL
 SELECT false, claimed.* FROM job_registry.job_claim(
     CAST(:wanted AS jsonb), CAST(:most AS integer), CAST(:worker AS text),
