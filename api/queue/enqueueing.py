@@ -465,10 +465,10 @@ class Enqueueing(Opening):
 
     async def _insert_unkeyed(self, jobs: Sequence[NewJob]) -> list[Stored]:
         """Insert jobs without keys. Nothing can conflict, so one statement stores all or none."""
-        stored, announced = await self._store.insert_unkeyed(jobs)
+        sender = self.events.sender()
+        stored = await self._store.insert_unkeyed(jobs, sender)
         events = [JobEvent("job.created", job.id, job.type, 0) for job in jobs]
-        self.events.remember(announced, events)
-        self.events.publish(events)
+        self.events.publish(events, sender)
         return stored
 
     async def _insert_all(

@@ -106,9 +106,6 @@ READ_AT_ONCE: Final = 1_000
 MAX_ECHOES: Final = 10_000
 """How many own events may be awaited from the database at a time."""
 
-MAX_REMEMBERED: Final = 16
-"""How many own messages or batches may be awaited from the database at a time with their events."""
-
 MAX_NUMBERED: Final = 200
 """How many own messages with a number may be awaited from the database at a time."""
 
@@ -407,8 +404,6 @@ class Events:
         self._stream: EventStream | None = None
         self._recalling: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._remembered: dict[int | str, Sequence[JobEvent]] = {}
-        """The events of the latest messages and batches of this process, until it reads them."""
         self._numbers: Final = itertools.count(1)
         self._numbered: dict[str, Sequence[JobEvent]] = {}
         """The events of own messages with a number that were published and not yet read, by their
@@ -438,7 +433,7 @@ class Events:
         """Log committed events and wake the waiting callers in this process. Never raises.
 
         `sender` is that of the message that has these events in this order, and no others. This
-        process then does not parse the message.
+        process then does not parse the message, or read the stored batch that it names.
 
         To the caller an error here would look like an error of the commit, and a retry would store
         the job twice. Errors are counted in `failures`.
@@ -449,13 +444,6 @@ class Events:
             self._metrics.enqueued(job_type, jobs)
         self._guard(_log, happened)
         self._guard(self._hand_over, happened, sender)
-
-    def remember(self, announced: int | str, events: Sequence[JobEvent]) -> None:
-        """Remember the events of a message, or of a stored batch, of this process. Never raises.
-
-        The process then does not parse its own message, or read the batch it is notified of.
-        """
-        self._guard(self._remember, announced, events)
 
     @contextmanager
     def subscribe(
@@ -665,7 +653,6 @@ class Events:
                 self._stream = None
                 self._echoes.clear()
                 self._numbered.clear()
-                self._remembered.clear()
             tasks = {feeding}
             if self._recalling is not None:
                 self._recalling.cancel()
@@ -739,25 +726,13 @@ class Events:
             QueueUnavailable: the batch cannot be read now.
             ValueError: it is malformed.
         """
-        if (events := self._remembered.pop(text, None)) is not None:
-            return Message(self.process, tuple(events))
         message = decode(text)
         if message.batch is None:
             return message
-        if message.process == self.process:
-            events = self._remembered.pop(message.batch, None)
-        if events is not None:
-            return message._replace(events=tuple(events))
         kept = await self._store.events(message.batch)
         if kept is None:
             raise EventsMissed(DELETED)
         return decode(kept)
-
-    def _remember(self, announced: int | str, events: Sequence[JobEvent]) -> None:
-        if self._stream is not None:
-            if len(self._remembered) >= MAX_REMEMBERED:
-                del self._remembered[next(iter(self._remembered))]
-            self._remembered[announced] = events
 
     def _bind_to_loop(self) -> None:
         """Without `listening`, deliver on the loop of the caller."""

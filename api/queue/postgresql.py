@@ -90,12 +90,12 @@ class PostgreSQLStore(Store):
             stored |= await self.holders(keyed)
         return stored
 
-    async def insert_unkeyed(self, jobs: Sequence[NewJob]) -> tuple[list[Stored], int | str]:
+    async def insert_unkeyed(self, jobs: Sequence[NewJob], sender: str) -> list[Stored]:
         ids = [job.id.hex for job in jobs]
         events = [
             ("job.created", job_id, job.type, 0) for job_id, job in zip(ids, jobs, strict=True)
         ]
-        message = message_of(self._process, events)
+        message = message_of(sender, events)
         places: dict[tuple[Any, ...], int] = {}
         kinds = [places.setdefault(_kind_of(job), len(places) + 1) for job in jobs]
         columns = dict(zip(_KIND, map(list, zip(*places, strict=True)), strict=True))
@@ -114,12 +114,11 @@ class PostgreSQLStore(Store):
                 "message": message,
                 "is_batch": self._sender["keep"] or len(message.encode()) > MAX_NOTIFIED,
                 "channel": self._database.schema,
+                "process": sender,
             },
         )
         now = row["now"]
-        stored = [Stored(now, job.next_run_at or now) for job in jobs]
-        is_notified_of_batch = row["batch"] is not None and not self._sender["keep"]
-        return stored, row["batch"] if is_notified_of_batch else message
+        return [Stored(now, job.next_run_at or now) for job in jobs]
 
     async def holders(self, jobs: Sequence[NewJob]) -> dict[uuid.UUID, Stored]:
         return _holders(await self._read("holders", _wanted(jobs)))

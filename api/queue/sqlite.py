@@ -106,12 +106,14 @@ class SQLiteStore(Store):
     async def insert(self, jobs: Sequence[NewJob]) -> dict[uuid.UUID, Stored]:
         return await self._write(lambda t: t.insert(jobs))
 
-    async def insert_unkeyed(self, jobs: Sequence[NewJob]) -> tuple[list[Stored], int | str]:
-        def work(transaction: _Transaction) -> tuple[dict[uuid.UUID, Stored], str]:
-            return transaction.insert(jobs), transaction.announce(self._process)
+    async def insert_unkeyed(self, jobs: Sequence[NewJob], sender: str) -> list[Stored]:
+        def work(transaction: _Transaction) -> dict[uuid.UUID, Stored]:
+            stored = transaction.insert(jobs)
+            transaction.announce(sender)
+            return stored
 
-        stored, message = await self._write(work)
-        return [stored[job.id] for job in jobs], message
+        stored = await self._write(work)
+        return [stored[job.id] for job in jobs]
 
     async def insert_all(self, jobs: Sequence[NewJob]) -> tuple[dict[uuid.UUID, Stored], bool]:
         try:

@@ -417,11 +417,10 @@ class Store(ABC):
         """
 
     @abstractmethod
-    async def insert_unkeyed(self, jobs: Sequence[NewJob]) -> tuple[list[Stored], int | str]:
-        """Insert jobs without idempotency keys, all or none.
+    async def insert_unkeyed(self, jobs: Sequence[NewJob], sender: str) -> list[Stored]:
+        """Insert jobs without idempotency keys, all or none. Return their outcomes in order.
 
-        Return their outcomes in order, and what the process will read of their events: the id of
-        a batch, or the message.
+        `sender` is that of the one message of their events.
         """
 
     @abstractmethod

@@ -303,9 +303,9 @@ async def test_concurrent_enqueues_share_commits(
     sizes: list[int] = []
     insert = queue._store.insert_unkeyed
 
-    async def noting(jobs: Sequence[NewJob]) -> tuple[list[Stored], int | str]:
+    async def noting(jobs: Sequence[NewJob], sender: str) -> list[Stored]:
         sizes.append(len(jobs))
-        return await insert(jobs)
+        return await insert(jobs, sender)
 
     monkeypatch.setattr(queue._store, "insert_unkeyed", noting)
 

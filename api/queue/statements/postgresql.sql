@@ -44,7 +44,7 @@ WITH common AS MATERIALIZED (
     SELECT CAST(:message AS text), common.now FROM common WHERE CAST(:is_batch AS boolean)
     RETURNING id
 )
-SELECT common.now, batch.id AS batch, pg_notify(CAST(:channel AS text), CASE
+SELECT common.now, pg_notify(CAST(:channel AS text), CASE
     WHEN batch.id IS NULL THEN CAST(:message AS text)
     ELSE CAST(jsonb_build_object('process', CAST(:process AS text), 'batch', batch.id) AS text) END)
 FROM common LEFT JOIN batch ON true
