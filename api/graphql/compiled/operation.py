@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from inspect import CORO_CREATED, getcoroutinestate, isawaitable, iscoroutine
 from types import CoroutineType
@@ -273,8 +274,12 @@ class CompiledOperation:
                 # The layers make the first call: within `resuming`, it would wait for itself.
                 _close(call.value)
                 return next_(source, info, **arguments)
+            if call.field.is_async:
+                layers = partial(next_, source, info, **arguments)
+                return _resumed_later(call, layers, differences)
             if call.converted is not None:
-                return _resumed(call, partial(next_, source, info, **arguments), differences)
+                with _resumed(call, differences):
+                    return next_(source, info, **arguments)
             if call.error is not None:
                 raise call.error
             return call.value
@@ -299,18 +304,24 @@ class CompiledOperation:
         return result
 
 
-async def _resumed(
-    call: Call, layers: Callable[[], Awaitable[Any]], differences: list[str] | None
-) -> Any:
-    """Return the outcome of a direct call, through the layers that handle its errors."""
+@contextmanager
+def _resumed(call: Call, differences: list[str] | None) -> Iterator[None]:
+    """Let the layers that handle errors use the outcome of a direct call, and compare it."""
     with resuming(call) as resumed:
         try:
-            return await layers()
+            yield
         finally:
             if differences is not None and repr(call.converted) != repr(resumed.arguments):
                 differences.append(
                     f"{_keys(call)}: {call.converted!r}, by the layers {resumed.arguments!r}"
                 )
+
+
+async def _resumed_later(
+    call: Call, layers: Callable[[], Awaitable[Any]], differences: list[str] | None
+) -> Any:
+    with _resumed(call, differences):
+        return await layers()
 
 
 async def _finish(branch: Branch) -> None:
@@ -333,7 +344,7 @@ async def _finish(branch: Branch) -> None:
         for call in waiting:
             if call.error is not None:
                 raise call.error
-            key, complete, _ = call.field
+            key, complete, *_ = call.field
             call.answer[key] = complete(call.value, branch, call.info.path)
 
 

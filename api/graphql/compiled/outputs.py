@@ -73,8 +73,10 @@ class Direct(NamedTuple):
 
     converted: Callable[[GraphQLResolveInfo[Any], dict[str, Any]], tuple[Any, dict[str, Any]]]
     """Returns the info and the arguments that the resolver gets."""
-    call: Callable[..., Awaitable[Any]]
+    call: Callable[..., Any]
     """Calls the resolver with the source, that info and those arguments."""
+    is_async: bool
+    """Whether it returns an awaitable. Otherwise it may raise at once."""
 
 
 class Call:
@@ -132,6 +134,8 @@ class ResolvedField(NamedTuple):
     complete: Complete
     layers: Callable[..., Any]
     """Resolves the field with all layers, also those that a direct call leaves out."""
+    is_async: bool
+    """Whether the layers certainly return an awaitable."""
 
 
 class Completer(NamedTuple):
@@ -244,11 +248,13 @@ class OutputCompiler:
             self._schema, self._fragments, self._operation, parent, key, nodes, field
         )
         arguments = compile_arguments(field, nodes[0])
-        resolved = ResolvedField(key, completer.complete, field.resolve)
         direct = self._classes.direct_of(parent.name, name)
-        if direct is not None:
-            return _Field(_call_directly(resolved, direct, info_of, arguments), None, True)
-        return _Field(_call(resolved, info_of, arguments), None, True)
+        is_async = direct is not None and direct.is_async
+        resolved = ResolvedField(key, completer.complete, field.resolve, is_async)
+        if direct is None:
+            return _Field(_call(resolved, info_of, arguments), None, True)
+        call = _call_directly if is_async else _call_directly_at_once
+        return _Field(call(resolved, direct, info_of, arguments), None, True)
 
     def _completer(self, kind: GraphQLOutputType, nodes: list[FieldNode]) -> Completer:
         if isinstance(kind, GraphQLNonNull):
@@ -317,7 +323,7 @@ def _read(key: str, attribute: str, completer: Completer, type_name: str) -> _Fi
 
 def _call(field: ResolvedField, info_of: InfoOf, arguments_of: Arguments) -> Step:
     """Return the step that calls a resolver. An awaitable is left to `Branch.waiting`."""
-    key, complete, resolve = field
+    key, complete, resolve, _ = field
 
     def call(source: Any, branch: Branch, path: Path | None, answer: dict[str, Any]) -> None:
         arguments = arguments_of(branch.variables)
@@ -345,7 +351,7 @@ def _call_directly(
 
     If its arguments cannot be converted there is no call, and graphql-core makes the first one.
     """
-    converted_of, resolve = direct
+    converted_of, resolve, _ = direct
     key = field.key
 
     def call(source: Any, branch: Branch, path: Path | None, answer: dict[str, Any]) -> None:
@@ -357,6 +363,29 @@ def _call_directly(
         answer[key] = None
         made.value = resolve(source, own_info, **converted)
         branch.waiting.append(made)
+
+    return call
+
+
+def _call_directly_at_once(
+    field: ResolvedField, direct: Direct, info_of: InfoOf, arguments_of: Arguments
+) -> Step:
+    """Return the step that calls directly a resolver that is not async."""
+    converted_of, resolve, _ = direct
+    key, complete = field.key, field.complete
+
+    def call(source: Any, branch: Branch, path: Path | None, answer: dict[str, Any]) -> None:
+        arguments = arguments_of(branch.variables)
+        info = info_of(branch, path)
+        own_info, converted = converted_of(info, arguments)
+        made = Call(field, info, arguments, source, answer, converted)
+        branch.calls.append(made)
+        try:
+            value = made.value = resolve(source, own_info, **converted)
+        except Exception as error:
+            made.error = error
+            raise
+        answer[key] = complete(value, branch, info.path)
 
     return call
 
