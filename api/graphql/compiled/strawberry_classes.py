@@ -22,6 +22,7 @@ from strawberry.types.fields.resolver import StrawberryResolver
 
 from job_registry_api.graphql.compiled.outputs import Direct
 from job_registry_api.graphql.compiled.resuming import Resumable
+from job_registry_api.graphql.compiled.strawberry_inputs import InputBuilder
 
 _UNCONVERTED: Final = (str, int, float, bool, strawberry.ID)
 
@@ -100,6 +101,10 @@ class StrawberryClasses:
             return None
         definition = get_object_definition(inner)
         build = definition.from_input if definition is not None else None
+        if isinstance(build, InputBuilder):
+            build_alone = build.without_context(config.name_converter)
+            if build_alone is not None:
+                return lambda value, _: build_alone(value) if value is not None else None
 
         def convert(value: Any, info: strawberry.Info) -> Any:
             if value.__class__ is dict and build is not None:
