@@ -48,6 +48,9 @@ class Requires(Resumable):
         Raises:
             Forbidden: the caller has none of the access scopes.
         """
+        before = self.call_before()
+        if before is not None:
+            return self.outcome_of(before, arguments)
         self._check(context_of(info).caller, source)
         return next_(source, info, **arguments)
 

@@ -11,8 +11,8 @@ from typing import Any, Final
 
 import strawberry
 from pydantic_core import to_json
-from strawberry.extensions import FieldExtension
 
+from job_registry_api.graphql.compiled import Resumable
 from job_registry_api.graphql.context import Context, context_of
 from job_registry_api.graphql.selections import Selected
 from job_registry_api.queue.errors import IdempotencyConflict
@@ -85,7 +85,7 @@ def selected(info: strawberry.Info[Context, None]) -> Selected:
     return selections.below(str(path.key))
 
 
-class Charged(FieldExtension):
+class Charged(Resumable):
     """Charges a value that may be large, a text or any JSON, to the answer of the request."""
 
     def resolve(
@@ -100,6 +100,9 @@ class Charged(FieldExtension):
         Raises:
             BudgetExceeded: the answer would be too large.
         """
+        before = self.call_before()
+        if before is not None:
+            return self.outcome_of(before, arguments)
         value = next_(source, info, **arguments)
         if value is not None:
             size = len(value if type(value) is str else to_json(value))

@@ -23,7 +23,7 @@ from pydantic import JsonValue
 from pydantic_core import to_jsonable_python
 
 from job_registry import DefinitionError, JobRegistry, JobType
-from job_registry_api.graphql.inputs import built_directly
+from job_registry_api.graphql.compiled import built_directly
 from job_registry_api.graphql.scalars import SCALARS, TEXT_TYPES, BigInt
 
 TYPED_JOB_INPUT: Final = "TypedJobInput"

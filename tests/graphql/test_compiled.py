@@ -70,9 +70,15 @@ def parsed_money(value: object) -> int:
     return int(value[:-3])
 
 
+def formatted_money(value: object) -> str:
+    if not isinstance(value, int):
+        raise ValueError("Expected a number.")
+    return f"{value}EUR"
+
+
 MONEY = strawberry.scalar(
     name="Money",
-    serialize=lambda value: f"{value}EUR",
+    serialize=formatted_money,
     parse_value=parsed_money,
 )
 
@@ -114,6 +120,14 @@ Info = strawberry.Info[Context, None]
 class Called(Resumable):
     """The outermost extension of fields that are called directly."""
 
+    def resolve(
+        self, next_: Callable[..., Any], source: object, info: Info, **arguments: object
+    ) -> object:
+        before = self.call_before()
+        if before is not None:
+            return self.outcome_of(before, arguments)
+        return next_(source, info, **arguments)
+
     async def resolve_async(
         self, next_: Callable[..., Any], source: object, info: Info, **arguments: object
     ) -> object:
@@ -126,6 +140,12 @@ class Called(Resumable):
 class Within(FieldExtension):
     """An extension within it, which runs once like the resolver."""
 
+    def resolve(
+        self, next_: Callable[..., Any], source: object, info: Info, **arguments: object
+    ) -> object:
+        info.context.called[" ".join(["within", *map(str, info.path.as_list())])] += 1
+        return info.context.at(info, f"within {info.field_name}", next_(source, info, **arguments))
+
     async def resolve_async(
         self, next_: Callable[..., Any], source: object, info: Info, **arguments: object
     ) -> object:
@@ -134,6 +154,21 @@ class Within(FieldExtension):
 
 
 DIRECT: list[FieldExtension] = [Within(), Called()]
+
+
+@strawberry.input
+class Factor:
+    by: int
+
+
+@strawberry.type
+class Checked:
+    number: int
+
+
+@strawberry.type
+class Refused:
+    why: str
 
 
 @strawberry.interface
@@ -154,11 +189,23 @@ class Part(Named):
         value: int = info.context.at(info, "sure", self.number)
         return value
 
+    @strawberry.field(extensions=DIRECT)
+    def times(self, info: Info, factor: Factor | None = None) -> int:
+        by = factor.by if factor is not None else 1
+        value: int = info.context.at(info, "times", self.number * by)
+        return value
+
+    @strawberry.field(extensions=DIRECT)
+    def checked(self) -> Annotated[Checked | Refused, strawberry.union("CheckedOrRefused")]:
+        if self.number == 2:
+            raise Faulty("checked")
+        return Checked(number=self.number)
+
 
 @strawberry.type
 class Other(Named):
     colours: list[Colour | None]
-    price: Money | None = None
+    price: Money | None = strawberry.field(default=None, extensions=DIRECT)
 
 
 Thing = Annotated[Part | Other, strawberry.union("Thing")]
@@ -231,11 +278,6 @@ def whole() -> Whole:
         things=[*things, None, others],
         named=[others, Part(name="named", number=4)],
     )
-
-
-@strawberry.type
-class Refused:
-    why: str
 
 
 class Handler:
@@ -383,7 +425,7 @@ EVERYTHING = """{ __typename
   direct { ...All } a: thing { ...T } b: thing(number: 4) { ...T } }
 fragment All on Whole { __typename name ratio count when grid part { ...P } maybe { ...P }
   things { ...T } named { n: name __typename ... on Named { name } ... on Part { number } } }
-fragment P on Part { name number tenfold sure }
+fragment P on Part { name number tenfold sure times(factor: {by: 3}) }
 fragment T on Thing { __typename ... on Named { name } ... on Part { ...P }
   ... on Other { colours price } }"""
 
@@ -393,12 +435,19 @@ async def test_every_kind_of_value_is_answered_as_by_graphql_core() -> None:
 
 
 @pytest.mark.parametrize("fault", ["raise", "null", "odd", "error"])
-@pytest.mark.parametrize("name", ["whole", "direct", "thing", "later", "surely", "tenfold", "sure"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("whole", "direct", "thing", "later", "surely", "tenfold", "sure", "times"),
+        *("within times", "within price"),
+    ],
+)
 async def test_what_is_odd_is_left_to_graphql_core_and_no_resolver_runs_twice(
     name: str, fault: str
 ) -> None:
     stayed = await same(EVERYTHING, {name: fault})
-    assert stayed == (fault == "null" and name in ("whole", "thing", "later", "tenfold"))
+    nullable = ("whole", "thing", "later", "tenfold", "within price")
+    assert stayed == (fault == "null" and name in nullable)
 
 
 MUTATIONS = """mutation { a: add(number: 1) { name tenfold } b: add(number: 2) { tenfold sure }
@@ -425,12 +474,43 @@ async def test_an_error_of_a_direct_call_is_answered_as_data_where_strawberry_do
     assert result.data == {"putPoint": {"__typename": "Refused", "why": "put_point"}}
 
 
+CHECKED = """{ whole { things { ... on Part {
+  checked { __typename ... on Checked { number } ... on Refused { why } } } } } }"""
+
+
+async def test_an_error_of_a_direct_call_at_once_is_answered_as_data_where_strawberry_does() -> (
+    None
+):
+    direct = CLASSES.direct_of("Part", "checked")
+    assert direct is not None
+    assert not direct.is_async
+    assert not await same(CHECKED)
+    operation = compiled(CHECKED)
+    assert operation is not None
+    result = await operation.execute(Context(), {})
+    assert result.errors is None
+    assert result.data is not None
+    assert result.data["whole"]["things"][1:3] == [
+        {"checked": {"__typename": "Checked", "number": 1}},
+        {"checked": {"__typename": "Refused", "why": "checked"}},
+    ]
+
+
 @pytest.mark.parametrize("name", ["whole", "direct", "name", "unknown"])
 def test_a_resolver_without_a_resumable_extension_is_not_called_directly(name: str) -> None:
     assert CLASSES.direct_of("Query", name) is None
 
 
-async def test_the_verify_mode_finds_arguments_that_strawberry_converts_differently() -> None:
+@pytest.mark.parametrize(
+    ("text", "difference"),
+    [
+        ("mutation { add(number: 7) { number } }", "'number': 8"),
+        ("{ whole { part { times(factor: {by: 7}) } } }", "'factor': 8"),
+    ],
+)
+async def test_the_verify_mode_finds_arguments_that_strawberry_converts_differently(
+    text: str, difference: str
+) -> None:
     class Wrong(StrawberryClasses):
         def direct_of(self, type_name: str, field_name: str) -> Direct | None:
             direct = super().direct_of(type_name, field_name)
@@ -443,9 +523,9 @@ async def test_the_verify_mode_finds_arguments_that_strawberry_converts_differen
 
             return direct._replace(converted=converted)
 
-    operation = compiled("mutation { add(number: 7) { number } }", Wrong(STRAWBERRY))
+    operation = compiled(text, Wrong(STRAWBERRY))
     assert operation is not None
-    with pytest.raises(Different, match="'number': 8"):
+    with pytest.raises(Different, match=difference):
         await operation.verify(Context(), {})
 
 
@@ -643,8 +723,8 @@ VALUES: dict[str, list[Any]] = {
     "Money": ["5EUR", "0EUR"],
 }
 FAULTS = [
-    *("whole", "direct", "thing", "later", "surely", "tenfold", "sure", "told"),
-    *("add 1", "put 7"),
+    *("whole", "direct", "thing", "later", "surely", "tenfold", "sure", "times", "told"),
+    *("within times", "within checked", "within price", "add 1", "put 7"),
 ]
 
 

@@ -7,7 +7,8 @@ execution: graphql-core then executes the operation, and its `middleware` return
 have already returned or raised. So no resolver runs twice, and the rules about errors, nulls and
 paths stay in graphql-core.
 
-Nothing here depends on jobs, and only `strawberry_classes` and `resuming` depend on Strawberry.
+Nothing here depends on jobs, and only `resuming`, `strawberry_classes` and `strawberry_inputs`
+depend on Strawberry.
 """
 
 from job_registry_api.graphql.compiled.operation import (
@@ -17,5 +18,13 @@ from job_registry_api.graphql.compiled.operation import (
 )
 from job_registry_api.graphql.compiled.resuming import Resumable
 from job_registry_api.graphql.compiled.strawberry_classes import StrawberryClasses
+from job_registry_api.graphql.compiled.strawberry_inputs import built_directly
 
-__all__ = ["CompiledOperation", "Compiler", "Different", "Resumable", "StrawberryClasses"]
+__all__ = [
+    "CompiledOperation",
+    "Compiler",
+    "Different",
+    "Resumable",
+    "StrawberryClasses",
+    "built_directly",
+]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from inspect import CORO_CREATED, getcoroutinestate, isawaitable, iscoroutine
 from types import CoroutineType
@@ -125,7 +126,7 @@ class CompiledOperation:
         """
         calls: list[Call] = []
         try:
-            data = await self._data(context, sent, root_value, calls)
+            data = await self._begun(context, sent, root_value, calls)
         except Exception:
             # An error of a resolver is not lost: graphql-core gets what the resolvers have raised.
             return await self._by_graphql_core(context, sent, root_value, calls, options)
@@ -151,7 +152,7 @@ class CompiledOperation:
         reason: Exception | None = None
         data: dict[str, Any] | None = None
         try:
-            data = await self._data(context, sent, root_value, calls)
+            data = await self._begun(context, sent, root_value, calls)
         except Exception as error:
             reason = error
         found: list[str] = []
@@ -164,32 +165,16 @@ class CompiledOperation:
             raise Different("\n".join(found))
         return result, reason
 
-    async def _data(
+    def _begun(
         self, context: Any, sent: Mapping[str, Any], root_value: Any, calls: list[Call]
-    ) -> dict[str, Any]:
+    ) -> Awaitable[dict[str, Any]]:
+        """Coerce the variables, and return the awaitable that executes the operation."""
         variables = self._variables(sent)
         steps = self._steps(variables)
-        data: dict[str, Any] = {}
         if self._is_serial or len(steps) == 1:
-            branch = Branch(context, root_value, variables, calls)
-            for step in steps:
-                step(root_value, branch, None, data)
-                await _finish(branch)
-            return data
-        waiting: list[Branch] = []
-        for step in steps:
-            branch = Branch(context, root_value, variables, calls)
-            step(root_value, branch, None, data)
-            if branch.waiting:
-                waiting.append(branch)
-        if len(waiting) == 1:
-            await _finish(waiting[0])
-        elif waiting:
-            # Wait for all, even if one fails: graphql-core needs what the resolvers returned.
-            ends = await asyncio.gather(*map(_finish, waiting), return_exceptions=True)
-            for end in sorted(filter(None, ends), key=lambda end: isinstance(end, Exception)):
-                raise end
-        return data
+            return _in_order(steps, Branch(context, root_value, variables, calls), {})
+        branches = [Branch(context, root_value, variables, calls) for _ in steps]
+        return _at_once(steps, branches)
 
     def _steps(self, variables: VariableValues) -> list[Step]:
         """Return the steps of the root fields for the values of `@skip` and `@include`.
@@ -273,8 +258,12 @@ class CompiledOperation:
                 # The layers make the first call: within `resuming`, it would wait for itself.
                 _close(call.value)
                 return next_(source, info, **arguments)
+            if call.field.is_async:
+                layers = partial(next_, source, info, **arguments)
+                return _resumed_later(call, layers, differences)
             if call.converted is not None:
-                return _resumed(call, partial(next_, source, info, **arguments), differences)
+                with _resumed(call, differences):
+                    return next_(source, info, **arguments)
             if call.error is not None:
                 raise call.error
             return call.value
@@ -299,13 +288,12 @@ class CompiledOperation:
         return result
 
 
-async def _resumed(
-    call: Call, layers: Callable[[], Awaitable[Any]], differences: list[str] | None
-) -> Any:
-    """Return the outcome of a direct call, through the layers that handle its errors."""
+@contextmanager
+def _resumed(call: Call, differences: list[str] | None) -> Iterator[None]:
+    """Let the layers that handle errors use the outcome of a direct call, and compare it."""
     with resuming(call) as resumed:
         try:
-            return await layers()
+            yield
         finally:
             if differences is not None and repr(call.converted) != repr(resumed.arguments):
                 differences.append(
@@ -313,28 +301,52 @@ async def _resumed(
                 )
 
 
-async def _finish(branch: Branch) -> None:
-    """Await what resolvers have returned, level by level, and complete it.
+async def _resumed_later(
+    call: Call, layers: Callable[[], Awaitable[Any]], differences: list[str] | None
+) -> Any:
+    with _resumed(call, differences):
+        return await layers()
+
+
+async def _at_once(steps: Sequence[Step], branches: Sequence[Branch]) -> dict[str, Any]:
+    """Execute the root fields of a query together, until each has ended."""
+    data: dict[str, Any] = {}
+    fields = (_in_order([step], branch, data) for step, branch in zip(steps, branches, strict=True))
+    # Wait for all, even if one fails: graphql-core needs what the resolvers returned.
+    ends = await asyncio.gather(*fields, return_exceptions=True)
+    failed = [end for end in ends if isinstance(end, BaseException)]
+    for end in sorted(failed, key=lambda end: isinstance(end, Exception)):
+        raise end
+    return data
+
+
+async def _in_order(steps: Sequence[Step], branch: Branch, data: dict[str, Any]) -> dict[str, Any]:
+    """Execute root fields, each with all that is below it, and return the data.
+
+    What the resolvers of a level have returned is awaited together, and then completed.
 
     Raises:
         Odd: a value is unexpected.
         Exception: the error of a resolver.
     """
-    while branch.waiting:
-        waiting, branch.waiting = branch.waiting, []
-        if len(waiting) == 1:
-            call = waiting[0]
-            try:
-                call.value = await call.value
-            except Exception as error:
-                await _answer_error(call, error)
-        else:
-            await _settle(waiting)
-        for call in waiting:
-            if call.error is not None:
-                raise call.error
-            key, complete, _ = call.field
-            call.answer[key] = complete(call.value, branch, call.info.path)
+    for step in steps:
+        step(branch.root_value, branch, None, data)
+        while branch.waiting:
+            waiting, branch.waiting = branch.waiting, []
+            if len(waiting) == 1:
+                call = waiting[0]
+                try:
+                    call.value = await call.value
+                except Exception as error:
+                    await _answer_error(call, error)
+            else:
+                await _settle(waiting)
+            for call in waiting:
+                if call.error is not None:
+                    raise call.error
+                key, complete, *_ = call.field
+                call.answer[key] = complete(call.value, branch, call.info.path)
+    return data
 
 
 async def _settle(calls: list[Call]) -> None:

@@ -73,8 +73,10 @@ class Direct(NamedTuple):
 
     converted: Callable[[GraphQLResolveInfo[Any], dict[str, Any]], tuple[Any, dict[str, Any]]]
     """Returns the info and the arguments that the resolver gets."""
-    call: Callable[..., Awaitable[Any]]
+    call: Callable[..., Any]
     """Calls the resolver with the source, that info and those arguments."""
+    is_async: bool
+    """Whether it returns an awaitable. Otherwise it may raise at once."""
 
 
 class Call:
@@ -132,6 +134,8 @@ class ResolvedField(NamedTuple):
     complete: Complete
     layers: Callable[..., Any]
     """Resolves the field with all layers, also those that a direct call leaves out."""
+    is_async: bool
+    """Whether the layers certainly return an awaitable."""
 
 
 class Completer(NamedTuple):
@@ -139,6 +143,12 @@ class Completer(NamedTuple):
 
     complete: Complete
     calls: bool
+    exact: type
+    """The class whose direct instances are their own answers; `_NoClass` if there is none."""
+
+
+class _NoClass:
+    """A class without instances."""
 
 
 Step = Callable[[Any, Branch, Path | None, dict[str, Any]], None]
@@ -230,7 +240,7 @@ class OutputCompiler:
             raise NotCompiled("too many fields")
         name = nodes[0].name.value
         if name == "__typename":
-            return _read(key, "__class__", Completer(_constant(parent.name), False), parent.name)
+            return _constant(key, parent.name)
         field = self._schema.get_field(parent, name)
         if field is None or name.startswith("__"):
             raise NotCompiled("introspection")
@@ -244,11 +254,13 @@ class OutputCompiler:
             self._schema, self._fragments, self._operation, parent, key, nodes, field
         )
         arguments = compile_arguments(field, nodes[0])
-        resolved = ResolvedField(key, completer.complete, field.resolve)
         direct = self._classes.direct_of(parent.name, name)
-        if direct is not None:
-            return _Field(_call_directly(resolved, direct, info_of, arguments), None, True)
-        return _Field(_call(resolved, info_of, arguments), None, True)
+        is_async = direct is not None and direct.is_async
+        resolved = ResolvedField(key, completer.complete, field.resolve, is_async)
+        if direct is None:
+            return _Field(_call(resolved, info_of, arguments), key, True)
+        call = _call_directly if is_async else _call_directly_at_once
+        return _Field(call(resolved, direct, info_of, arguments), key, True)
 
     def _completer(self, kind: GraphQLOutputType, nodes: list[FieldNode]) -> Completer:
         if isinstance(kind, GraphQLNonNull):
@@ -261,13 +273,12 @@ class OutputCompiler:
         match kind:
             case GraphQLList():
                 item = self._completer(kind.of_type, nodes)
-                return Completer(_of_list(item, is_nullable), item.calls)
+                return Completer(_of_list(item, is_nullable), item.calls, _NoClass)
             case GraphQLScalarType():
-                return Completer(_of_scalar(kind, is_nullable), False)
+                return Completer(_of_scalar(kind, is_nullable), False, _exact_class(kind))
             case GraphQLEnumType():
-                return Completer(
-                    _of_enum(kind, self._classes.class_of(kind.name), is_nullable), False
-                )
+                complete = _of_enum(kind, self._classes.class_of(kind.name), is_nullable)
+                return Completer(complete, False, _NoClass)
             case GraphQLObjectType() | GraphQLInterfaceType() | GraphQLUnionType():
                 return self._of_objects(kind, nodes, is_nullable)
         raise NotCompiled("an unknown type")
@@ -292,32 +303,47 @@ class OutputCompiler:
             fields = self._fields_of(each, sets)
             calls = calls or any(field.calls for field in fields)
             by_class[cls] = _of_fields(fields)
-        return Completer(_of_class(by_class, is_nullable), calls)
+        return Completer(_of_class(by_class, is_nullable), calls, _NoClass)
 
 
 class _Field(NamedTuple):
-    """A field of an object type, compiled."""
+    """A field of an object type, compiled. If it calls no resolver, it is a constant or read."""
 
     step: Step
-    read: tuple[str, str, Complete] | None
-    """Its key, attribute and completer, if it calls no resolver."""
+    key: str
     calls: bool
+    constant: str | None = None
+    read: tuple[str, str, type, Complete] | None = None
+    """Its key, attribute, the class of values that are answers, and the completer of others."""
+
+
+def _constant(key: str, value: str) -> _Field:
+    """Return a field with the same value for each object."""
+
+    def constant(_: Any, _branch: Branch, _path: Path | None, answer: dict[str, Any]) -> None:
+        answer[key] = value
+
+    return _Field(constant, key, False, constant=value)
 
 
 def _read(key: str, attribute: str, completer: Completer, type_name: str) -> _Field:
     """Return a field that is an attribute of the object."""
-    complete, calls = completer
+    complete, calls, exact = completer
 
     def read(source: Any, branch: Branch, path: Path | None, answer: dict[str, Any]) -> None:
-        below = Path(path, key, type_name) if calls else None
-        answer[key] = complete(getattr(source, attribute), branch, below)
+        value = getattr(source, attribute)
+        if value.__class__ is exact:
+            answer[key] = value
+        else:
+            below = Path(path, key, type_name) if calls else None
+            answer[key] = complete(value, branch, below)
 
-    return _Field(read, None if calls else (key, attribute, complete), calls)
+    return _Field(read, key, calls, read=None if calls else (key, attribute, exact, complete))
 
 
 def _call(field: ResolvedField, info_of: InfoOf, arguments_of: Arguments) -> Step:
     """Return the step that calls a resolver. An awaitable is left to `Branch.waiting`."""
-    key, complete, resolve = field
+    key, complete, resolve, _ = field
 
     def call(source: Any, branch: Branch, path: Path | None, answer: dict[str, Any]) -> None:
         arguments = arguments_of(branch.variables)
@@ -345,7 +371,7 @@ def _call_directly(
 
     If its arguments cannot be converted there is no call, and graphql-core makes the first one.
     """
-    converted_of, resolve = direct
+    converted_of, resolve, _ = direct
     key = field.key
 
     def call(source: Any, branch: Branch, path: Path | None, answer: dict[str, Any]) -> None:
@@ -357,6 +383,29 @@ def _call_directly(
         answer[key] = None
         made.value = resolve(source, own_info, **converted)
         branch.waiting.append(made)
+
+    return call
+
+
+def _call_directly_at_once(
+    field: ResolvedField, direct: Direct, info_of: InfoOf, arguments_of: Arguments
+) -> Step:
+    """Return the step that calls directly a resolver that is not async."""
+    converted_of, resolve, _ = direct
+    key, complete = field.key, field.complete
+
+    def call(source: Any, branch: Branch, path: Path | None, answer: dict[str, Any]) -> None:
+        arguments = arguments_of(branch.variables)
+        info = info_of(branch, path)
+        own_info, converted = converted_of(info, arguments)
+        made = Call(field, info, arguments, source, answer, converted)
+        branch.calls.append(made)
+        try:
+            value = made.value = resolve(source, own_info, **converted)
+        except Exception as error:
+            made.error = error
+            raise
+        answer[key] = complete(value, branch, info.path)
 
     return call
 
@@ -416,23 +465,10 @@ def _track(values: Sequence[Any]) -> None:
 _HELPERS: Final = GraphQLResolveInfoHelpers(gather=_gather, track=_track)
 
 
-def _constant(value: str) -> Complete:
-    return lambda _value, _branch, _path: value
-
-
 def _of_fields(fields: list[_Field]) -> Complete:
     """Return the completer of an object whose class is known."""
-    reads = [each.read for each in fields if each.read is not None]
-    if len(reads) == len(fields):
-
-        def of_attributes(value: Any, branch: Branch, _path: Path | None) -> dict[str, Any]:
-            return {
-                key: complete(getattr(value, attribute), branch, None)
-                for key, attribute, complete in reads
-            }
-
-        return of_attributes
-
+    if not any(each.calls for each in fields):
+        return _of_attributes(fields)
     steps = [each.step for each in fields]
 
     def of_steps(value: Any, branch: Branch, path: Path | None) -> dict[str, Any]:
@@ -442,6 +478,21 @@ def _of_fields(fields: list[_Field]) -> Complete:
         return answer
 
     return of_steps
+
+
+def _of_attributes(fields: list[_Field]) -> Complete:
+    """Return the completer of an object without resolvers: of a page, or of a result."""
+    template = {each.key: each.constant for each in fields}
+    reads = [each.read for each in fields if each.read is not None]
+
+    def of_attributes(value: Any, branch: Branch, _path: Path | None) -> dict[str, Any]:
+        answer: dict[str, Any] = template.copy()
+        for key, attribute, exact, complete in reads:
+            read = getattr(value, attribute)
+            answer[key] = read if read.__class__ is exact else complete(read, branch, None)
+        return answer
+
+    return of_attributes
 
 
 def _of_class(by_class: Mapping[type, Complete], is_nullable: bool) -> Complete:
@@ -459,7 +510,7 @@ def _of_class(by_class: Mapping[type, Complete], is_nullable: bool) -> Complete:
 
 
 def _of_list(item: Completer, is_nullable: bool) -> Complete:
-    complete, calls = item
+    complete, calls, _ = item
 
     def of_list(value: Any, branch: Branch, path: Path | None) -> Any:
         if value.__class__ is list:
@@ -474,6 +525,12 @@ def _of_list(item: Completer, is_nullable: bool) -> Complete:
         raise Odd
 
     return of_list
+
+
+def _exact_class(kind: GraphQLScalarType) -> type:
+    if kind in (GraphQLString, GraphQLID):
+        return str
+    return bool if kind is GraphQLBoolean else _NoClass
 
 
 def _of_scalar(kind: GraphQLScalarType, is_nullable: bool) -> Complete:

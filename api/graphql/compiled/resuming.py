@@ -35,9 +35,10 @@ def resuming(call: Call) -> Iterator[Resumed]:
 
 
 class Resumable(FieldExtension):
-    """The outermost extension of async fields whose resolvers are called directly.
+    """The outermost extension of fields whose resolvers are called directly.
 
-    Its `resolve_async` calls `call_before` first, and does nothing else if there was a call.
+    Its `resolve` and `resolve_async` call `call_before` first, and do nothing else if there was a
+    call.
     """
 
     def call_before(self) -> Resumed | None:

@@ -22,6 +22,7 @@ from strawberry.types.fields.resolver import StrawberryResolver
 
 from job_registry_api.graphql.compiled.outputs import Direct
 from job_registry_api.graphql.compiled.resuming import Resumable
+from job_registry_api.graphql.compiled.strawberry_inputs import InputBuilder
 
 _UNCONVERTED: Final = (str, int, float, bool, strawberry.ID)
 
@@ -58,8 +59,8 @@ class StrawberryClasses:
         return field.python_name
 
     def direct_of(self, type_name: str, field_name: str) -> Direct | None:
-        """Return how an async resolver is called directly, if its outermost extension is a
-        `Resumable`.
+        """Return how a resolver, or the attribute of a field with extensions, is called directly,
+        if its outermost extension is a `Resumable`.
 
         The extensions and the resolver are those that Strawberry calls, with the same arguments.
         What is left out are its exception handlers, and looking up how to convert the arguments.
@@ -67,9 +68,7 @@ class StrawberryClasses:
         field = self._schema.get_field_for_type(field_name, type_name)
         if field is None or not _is_direct(field):
             return None
-        resolver = field.base_resolver
-        assert resolver is not None
-        call = _called(resolver)
+        call = _called(field)
         for extension in build_field_extension_resolvers(field):
             call = partial(extension, call)
         name_of = self._schema.config.name_converter.from_argument
@@ -88,7 +87,7 @@ class StrawberryClasses:
                 if name in given
             }
 
-        return Direct(converted, call)
+        return Direct(converted, call, field.is_async)
 
     def _converter(
         self, argument: StrawberryArgument
@@ -102,6 +101,10 @@ class StrawberryClasses:
             return None
         definition = get_object_definition(inner)
         build = definition.from_input if definition is not None else None
+        if isinstance(build, InputBuilder):
+            build_alone = build.without_context(config.name_converter)
+            if build_alone is not None:
+                return lambda value, _: build_alone(value) if value is not None else None
 
         def convert(value: Any, info: strawberry.Info) -> Any:
             if value.__class__ is dict and build is not None:
@@ -111,8 +114,11 @@ class StrawberryClasses:
         return convert
 
 
-def _called(resolver: StrawberryResolver[Any]) -> Callable[..., Any]:
-    """Return how a resolver is called with the source, the info and the arguments."""
+def _called(field: StrawberryField) -> Callable[..., Any]:
+    """Return how the resolver of a field is called with the source, the info and the arguments."""
+    resolver, name = field.base_resolver, field.python_name
+    if resolver is None:
+        return lambda source, _: getattr(source, name)
     function: Any = resolver.wrapped_func
     if resolver.self_parameter is None:
         if resolver.info_parameter is None:
@@ -126,14 +132,22 @@ def _called(resolver: StrawberryResolver[Any]) -> Callable[..., Any]:
 def _is_direct(field: StrawberryField) -> bool:
     resolver, extensions = field.base_resolver, field.extensions
     return (
-        resolver is not None
-        and field.is_async
-        and not field.is_subscription
-        and bool(extensions)
+        bool(extensions)
         and isinstance(extensions[-1], Resumable)
+        and all(
+            each.supports_async if field.is_async else each.supports_sync for each in extensions
+        )
         and all(type(each).map_arguments is FieldExtension.map_arguments for each in extensions)
         and type(field).get_result is StrawberryField.get_result
-        and callable(resolver.wrapped_func)
+        and not field.is_subscription
+        and (field.default_resolver is getattr if resolver is None else _is_plain(resolver))
+    )
+
+
+def _is_plain(resolver: StrawberryResolver[Any]) -> bool:
+    """Return whether a resolver is called with `self`, `info` and the arguments of the field."""
+    return (
+        callable(resolver.wrapped_func)
         and resolver.parent_parameter is None
         and resolver.root_parameter is None
         and (resolver.info_parameter is None or resolver.info_parameter.name == "info")
