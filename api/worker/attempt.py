@@ -463,7 +463,11 @@ class Attempt:
                     if jobs:
                         await self._repeat(lambda: queue.complete(token, result, follow_ups=jobs))
                     else:
-                        await self._repeat(lambda: queue.succeed(token, result, logs=self._lines))
+                        await self._repeat(
+                            lambda: queue.succeed(
+                                token, result, logs=self._lines, job_id=self._job.id
+                            )
+                        )
                 except InputInvalid as invalid:
                     message = f"The handler's result cannot be stored: {invalid}"
                     await self._report(FailAttempt("result_invalid", message, retryable=False))
