@@ -296,18 +296,26 @@ class Leasing:
         )
 
     async def succeed(
-        self, token: str, result: JsonValue = None, *, logs: bytes | None = None
+        self,
+        token: str,
+        result: JsonValue = None,
+        *,
+        logs: bytes | None = None,
+        job_id: uuid.UUID | None = None,
     ) -> None:
         """Do what `complete` does, without reading the job, which takes longer.
 
         `logs`, text of `job_logs`, replaces the stored log lines of the attempt; None keeps them.
-        Raises as `complete` does.
+        `job_id` is that of the lease's job. Without it, it is parsed from the token. Raises as
+        `complete` does.
         """
-        job_id, secret = _parts(token)
+        if job_id is None:
+            job_id, secret = _parts(token)
+        else:
+            secret = token[32:]
         text = None if result is None else self._document("result", result)
-        succeeded = AttemptOutcome.SUCCEEDED
         await self._report(
-            Report(job_id, secret, succeeded, result=text, reads_job=False, logs=logs)
+            Report(job_id, secret, _SUCCEEDED, result=text, reads_job=False, logs=logs)
         )
 
     async def _complete_and_insert(

@@ -463,7 +463,7 @@ class JobRecord(NamedTuple):
         if status is not JobStatus.QUEUED or row["next_run_at"] == PARKED_UNTIL:
             values[_NEXT_RUN_AT] = None
         values[_ERROR] = error_of(row["error"])
-        return cls(*values)
+        return cls._make(values)
 
     @property
     def is_parked(self) -> bool:

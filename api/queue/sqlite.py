@@ -176,7 +176,8 @@ class SQLiteStore(Store):
         return self._claimed(claim, leased, recovered)
 
     async def succeed(self, reports: Sequence[Report], sender: str) -> dict[uuid.UUID, Ended]:
-        return self._succeeded(await self._write(lambda t: t.succeed(reports), sender=sender))
+        rows = await self._write(lambda t: t.succeed(reports), sender=sender)
+        return self._succeeded(reports, rows)
 
     async def succeed_and_claim(
         self, reports: Sequence[Report], sender: str, claim: Claim
@@ -187,10 +188,12 @@ class SQLiteStore(Store):
             return ended, *transaction.recover_and_claim(claim)
 
         ended, leased, recovered = await self._write(work, sender=claim.sender)
-        return self._succeeded(ended), self._claimed(claim, leased, recovered)
+        return self._succeeded(reports, ended), self._claimed(claim, leased, recovered)
 
-    def _succeeded(self, rows: Sequence[Row]) -> dict[uuid.UUID, Ended]:
-        return {job.id: job for job in map(self.ended, map(_typed, rows))}
+    def _succeeded(self, reports: Sequence[Report], rows: Sequence[Row]) -> dict[uuid.UUID, Ended]:
+        # They have few columns, of which only the id is converted. The reports have it.
+        ids = {report.job_id.hex: report.job_id for report in reports}
+        return {ids[row["id"]]: self.ended({**row, "id": ids[row["id"]]}) for row in rows}
 
     def _claimed(self, claim: Claim, leased: Sequence[Row], recovered: Sequence[Row]) -> Claimed:
         return Claimed(
@@ -222,7 +225,7 @@ class SQLiteStore(Store):
 
         narrow, rows = await self._write(work)
         ended = {job.id: Ended.of(job) for job in map(self._job, rows)}
-        return ended | self._succeeded(narrow)
+        return ended | self._succeeded(unread, narrow)
 
     async def renew(
         self, renewals: Sequence[LeaseRenewal], lease_seconds: float
@@ -851,10 +854,12 @@ def _dict(row: sqlite3.Row) -> dict[str, Any]:
 
 def _typed(row: Row) -> dict[str, Any]:
     """Return a row of a statement with converted values."""
-    return {
-        name: value if value is None or name not in CONVERSIONS else CONVERSIONS[name](value)
-        for name, value in row.items()
-    }
+    typed = dict(row)
+    # Not the columns of the row: a job has twice as many.
+    for name, convert in CONVERSIONS.items():
+        if (value := typed.get(name)) is not None:
+            typed[name] = convert(value)
+    return typed
 
 
 def time_text(time: datetime) -> str:

@@ -7,6 +7,7 @@ import contextlib
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Final
 
 import structlog
@@ -83,8 +84,6 @@ REPORT_SECONDS: Final = 10.0
 AFTER_CRASH: Final = ("lost", "process_died")
 """The error codes after which the next attempt runs in a separate process."""
 
-_ORDINARY: Final = Circumstances()
-
 _UNFORESEEN: Final = ("error", "stopped")
 
 log = structlog.get_logger("job_registry.worker")
@@ -135,20 +134,31 @@ class Attempt:
         # claims of other workers end attempts that timed out. End early, to report it first.
         self._began = time.monotonic()
         self._deadline = self._began + lease.job.timeout_seconds - EARLY_SECONDS
-        self._now = _ORDINARY
         if lease.job.cancel_requested_at is not None:
             self._now = Circumstances(cancel_requested=True)
         self._stop = StopRequest()
-        self._stop_by = float("inf")
-        self._news: asyncio.Future[None] | None = None
-        self._call: HandlerCall | ProcessCall | None = None
         self._follow_ups = FollowUps(self._queue, lease.job.created_by)
-        self._reporting = False
-        self._lines: bytes | None = None
-        """The log lines that are not stored yet, once the handler has ended."""
-        self.has_ended = False
-        """Whether the handler has ended, and only its report is left."""
-        self.overdue = False
+        self._hold = Hold(
+            token=self._token,
+            name=f"{self._job.type} {self._id}",
+            on_cancel=self.cancel,
+            on_lost=self._lose,
+            on_out_of_touch=self._lose_touch,
+            blocks_loop=self._runs_in == "loop",
+        )
+
+    # What most attempts never change. These are defaults of the class.
+    _now = Circumstances()
+    _stop_by = float("inf")
+    _news: asyncio.Future[None] | None = None
+    _call: HandlerCall | ProcessCall | None = None
+    _reporting = False
+    _lines: bytes | None = None
+    """The log lines that are not stored yet, once the handler has ended."""
+    has_ended = False
+    """Whether the handler has ended, and only its report is left."""
+    overdue = False
+    """Whether the handler runs on after its attempt has ended."""
 
     @property
     def _log(self) -> Any:
@@ -175,20 +185,11 @@ class Attempt:
 
     async def run(self) -> None:
         """Run the attempt and report it."""
-        registered = self._registered
-        hold = Hold(
-            token=self._token,
-            name=f"{self._job.type} {self._id}",
-            on_cancel=self.cancel,
-            on_lost=self._lose,
-            on_out_of_touch=self._lose_touch,
-            blocks_loop=self._runs_in == "loop",
-        )
-        self._equipment.keeper.hold(hold)
+        self._equipment.keeper.hold(self._hold)
         if self._check_at_once:
             self._equipment.keeper.renew_at_once(self._token)
         try:
-            await self._attempt(registered)
+            await self._attempt(self._registered)
         except LeaseLost:
             self._log.warning("job.lease_lost")
             if self.has_ended:
@@ -200,7 +201,8 @@ class Attempt:
             log_unexpected("worker", error)
         finally:
             self._equipment.keeper.drop(self._token)
-            # The keeper and the handler's context refer to this attempt: break the cycle.
+            # They refer to this attempt: break the cycles.
+            del self._hold
             self._call = None
 
     async def _attempt(self, registered: JobType[Any]) -> None:
@@ -237,7 +239,8 @@ class Attempt:
             self._log.warning("job.memory_limit_exceeded", exception=end.traceback)
         elif isinstance(end, Died) and not stopping:
             self._log.warning("job.process_died", reason=how_it_died(end.exit_code))
-        await self._store_last_progress()
+        if self._hold.has_progress:
+            await self._store_last_progress()
         self._lines = await self._equipment.keeper.logs.take(self._token)
         report = report_of(end, self._now)
         if isinstance(report, Complete) and self._follow_ups.refusal is not None:
@@ -284,14 +287,14 @@ class Attempt:
         if runs_in == "process":
             runs_in = "loop" if is_async(registered.run) else "thread"
         max_bytes = self._queue.registry.max_payload_bytes
-        # With initial values, which are bound when a line is logged: most handlers log none.
-        handler_log = structlog.get_logger("job_registry.handler", **self._named())
+        # Called when a line is logged: most handlers log none.
+        make_logger = partial(structlog.get_logger, "job_registry.handler", **self._named())
         context = JobContext(
             **self._facts(),
             assets=self._equipment.assets,
             state=self._equipment.state,
-            log=self._kept(handler_log),
-            _report=Progress(self._progress_sink(), handler_log, max_bytes=max_bytes).report,
+            log=JobLog(make_logger, self._line_sink(), self._began),
+            _report=Progress(self._progress_sink(), make_logger, max_bytes=max_bytes).report,
             _enqueue=self._follow_ups.add,
             _cancelled=self._stop,
             _deadline=self._deadline,
@@ -320,10 +323,6 @@ class Attempt:
         # Not a method: a handler may keep its context, and with it the attempt.
         keeper, token = self._equipment.keeper, self._token
         return lambda text: keeper.progress(token, text)
-
-    def _kept(self, handler_log: Any) -> JobLog:
-        """Return a logger whose lines are kept with the attempt."""
-        return JobLog(handler_log, self._line_sink(), self._began)
 
     def _line_sink(self) -> Callable[[bytes], None]:
         most = self._equipment.keep_log_lines
@@ -464,7 +463,11 @@ class Attempt:
                     if jobs:
                         await self._repeat(lambda: queue.complete(token, result, follow_ups=jobs))
                     else:
-                        await self._repeat(lambda: queue.succeed(token, result, logs=self._lines))
+                        await self._repeat(
+                            lambda: queue.succeed(
+                                token, result, logs=self._lines, job_id=self._job.id
+                            )
+                        )
                 except InputInvalid as invalid:
                     message = f"The handler's result cannot be stored: {invalid}"
                     await self._report(FailAttempt("result_invalid", message, retryable=False))

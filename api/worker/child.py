@@ -298,14 +298,14 @@ async def _run(
             link.send({"follow_up": run["number"], "job": sent})
         return job_id
 
-    progress = Progress(pass_on, log, max_bytes=start["max_bytes"])
+    progress = Progress(pass_on, lambda: log, max_bytes=start["max_bytes"])
     deadline = time.monotonic() + run["seconds_left"]
     began = deadline - job["timeout_seconds"]
     context = JobContext(
         **job,
         assets=start["assets"],
         state=state,
-        log=JobLog(log, lines, began),
+        log=JobLog(lambda: log, lines, began),
         _report=progress.report,
         _enqueue=enqueue,
         _cancelled=current.cancelled.is_set,

@@ -64,15 +64,25 @@ class JobLog:
 
     `began` is when the attempt began, by the monotonic clock. What this class does not have it
     takes from the logger. A line that cannot be written or kept raises nothing, as with `logging`.
+
+    `make_logger` is called for the first line: most handlers write none.
     """
 
     def __init__(
-        self, logger: Any, keep: Keep, began: float, values: Mapping[str, Any] | None = None
+        self,
+        make_logger: Callable[[], Any],
+        keep: Keep,
+        began: float,
+        values: Mapping[str, Any] | None = None,
     ) -> None:
-        self._logger = logger
+        self._make_logger = make_logger
         self._keep = keep
         self._began = began
         self._values = values or {}
+
+    @functools.cached_property
+    def _logger(self) -> Any:
+        return self._make_logger()
 
     def debug(self, event: Any, *arguments: Any, **values: Any) -> Any:
         """Log a line for developers. It is not kept."""
@@ -128,7 +138,7 @@ class JobLog:
         return functools.partial(self._write, name) if name in _LEVELS else attribute
 
     def _with(self, logger: Any, values: Mapping[str, Any]) -> JobLog:
-        return JobLog(logger, self._keep, self._began, values)
+        return JobLog(lambda: logger, self._keep, self._began, values)
 
     def _without(self, logger: Any, names: Sequence[str]) -> JobLog:
         return self._with(logger, {k: v for k, v in self._values.items() if k not in names})

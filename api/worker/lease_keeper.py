@@ -41,9 +41,12 @@ log = structlog.get_logger("job_registry.worker")
 Callback = Callable[[], None]
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(eq=False)
 class Hold:
-    """A lease to renew. The callbacks run on the worker's event loop, each at most once."""
+    """A lease to renew. The callbacks run on the worker's event loop, each at most once.
+
+    Every attempt makes one, so what most of them never change is a default of the class.
+    """
 
     token: str
     name: str
@@ -54,15 +57,21 @@ class Hold:
     renewed_at: float = field(default_factory=time.monotonic)
     answered_at: float = field(default_factory=time.monotonic)
     """When the database last confirmed the lease."""
-    progressed_at: float = float("-inf")
-    progress: bytes | None = None
-    sending_progress: bool = False
-    landed: asyncio.Future[None] | None = None
+    progressed_at: float = field(default=float("-inf"), init=False)
+    progress: bytes | None = field(default=None, init=False)
+    sending_progress: bool = field(default=False, init=False)
+    landed: asyncio.Future[None] | None = field(default=None, init=False)
     """Set once the write of the progress that is being sent has succeeded or failed."""
-    ended: bool = False
+    ended: bool = field(default=False, init=False)
     """Whether the attempt has ended in the queue. Only its place in the limit is then renewed."""
-    cancel_reported: bool = False
-    out_of_touch_reported: bool = False
+    cancel_reported: bool = field(default=False, init=False)
+    out_of_touch_reported: bool = field(default=False, init=False)
+
+    @property
+    def has_progress(self) -> bool:
+        """Whether some progress is not stored yet. Thread-safe."""
+        # In this order, because it is marked as being sent before it no longer waits.
+        return self.progress is not None or self.sending_progress
 
 
 class LeaseKeeper:
@@ -254,8 +263,8 @@ class LeaseKeeper:
                 holds.append(hold)
                 renewals.append(Renewal(hold.token, hold.progress))
                 if hold.progress is not None:
-                    hold.progress, hold.progressed_at = None, now
                     hold.sending_progress = True
+                    hold.progress, hold.progressed_at = None, now
                 hold.renewed_at = now
         return holds, renewals
 

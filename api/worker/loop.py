@@ -377,9 +377,10 @@ class Worker:
             self._start(equipment, leases)
 
     def _start(self, equipment: Equipment, leases: Sequence[Lease]) -> None:
+        loop = asyncio.get_running_loop()
         for lease in leases:
             attempt = Attempt(equipment, lease, check_at_once=lease.job.id in self._cancelled)
-            task = asyncio.create_task(attempt.run(), context=self._context.copy())
+            task = loop.create_task(attempt.run(), context=self._context.copy())
             self._running[task] = attempt
             task.add_done_callback(self._forget)
 

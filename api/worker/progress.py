@@ -12,13 +12,19 @@ from job_registry.json_values import json_document
 
 
 class Progress:
-    """The progress of one attempt. `pass_on` receives valid JSON text, in any thread."""
+    """The progress of one attempt. `pass_on` receives valid JSON text, in any thread.
 
-    def __init__(self, pass_on: Callable[[bytes], None], log: Any, *, max_bytes: int) -> None:
+    `make_logger` is called for a value that cannot be stored.
+    """
+
+    _warned = False
+
+    def __init__(
+        self, pass_on: Callable[[bytes], None], make_logger: Callable[[], Any], *, max_bytes: int
+    ) -> None:
         self._pass_on = pass_on
-        self._log = log
+        self._make_logger = make_logger
         self._max_bytes = max_bytes
-        self._warned = False
 
     def report(self, value: JsonValue) -> None:
         """Pass on a copy of a value. Never raises.
@@ -36,4 +42,4 @@ class Progress:
             self._pass_on(text)
         elif not self._warned:
             self._warned = True
-            self._log.warning("job.progress_refused", reason=reason)
+            self._make_logger().warning("job.progress_refused", reason=reason)

@@ -20,7 +20,7 @@ import structlog
 
 from job_registry import CallNext, JobContext
 from job_registry_api.worker.extensions import around
-from job_registry_api.worker.outcomes import End, raised
+from job_registry_api.worker.outcomes import End, Returned, raised
 from job_registry_api.worker.results import is_small, result_of
 
 _in_handler: contextvars.ContextVar[bool] = contextvars.ContextVar("in_handler", default=False)
@@ -49,7 +49,7 @@ class HandlerCall:
         self._returned = False
         handler = self._in_a_thread if in_thread else self._on_the_loop
         call = around(middleware, job, lambda: handler(function, job, payload))
-        self.ended: asyncio.Task[End] = asyncio.create_task(
+        self.ended: asyncio.Task[End] = asyncio.get_running_loop().create_task(
             self._run(call, job, max_bytes), name=f"handler of job {job.id}"
         )
 
@@ -78,6 +78,8 @@ class HandlerCall:
             end = raised(error)
             _forget(error)
             return end
+        if result is None:
+            return Returned(None)
         if is_small_enough(result):
             return result_of(result, max_bytes=max_bytes)
         converted: End = await in_thread(lambda: result_of(result, max_bytes=max_bytes))

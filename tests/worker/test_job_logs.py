@@ -346,7 +346,7 @@ async def test_of_a_flood_of_lines_in_a_process_the_last_ones_are_kept(database_
 
 def test_the_lines_of_an_attempt_are_at_most_64_kb() -> None:
     kept: list[bytes] = []
-    log = JobLog(_Silent(), kept.append, time.monotonic())
+    log = JobLog(_Silent, kept.append, time.monotonic())
     log.info("m" * 2_000, **{f"v{n}": "é" * 300 for n in range(30)})
     assert 1_000 < len(kept[0]) <= 4_096
     line = text_of(INFO, "m" * 900, 1.0, {})

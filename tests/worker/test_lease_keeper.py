@@ -91,8 +91,9 @@ class Held(Hold):
             on_out_of_touch=hear("out of touch"),
             blocks_loop=options.pop("blocks_loop", False),
             renewed_at=time.monotonic() - ago,
-            **options,
         )
+        for name, value in options.items():
+            setattr(self, name, value)
 
 
 def keeper_of(queue: Any) -> LeaseKeeper:

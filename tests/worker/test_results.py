@@ -140,7 +140,7 @@ def test_progress_that_cannot_be_stored_is_one_warning_and_not_passed_on() -> No
         def warning(self, event: str, **facts: Any) -> None:
             warnings.append({"event": event, **facts})
 
-    progress = Progress(passed.append, Log(), max_bytes=20)
+    progress = Progress(passed.append, Log, max_bytes=20)
     progress.report([1, {"a": "b"}])
     progress.report("x" * 18)
     progress.report([float("nan"), "\0"])
