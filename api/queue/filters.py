@@ -170,10 +170,9 @@ def ordered(wanted: JobFilter, owner: Owner | None, part: Slice) -> Any:
     if lead is not None and lead.equal:
         conditions = [*lead.conditions, *_others(lead.others, is_led=True), *_created(wanted)]
         return _page(listed().where(*conditions), lead.equal, part)
-    statuses = set(wanted.statuses)
-    if owner is not None or not wanted.is_of_kind or wanted.types or len(statuses) > 1:
+    if owner is not None or not wanted.is_of_kind or wanted.types or len(wanted.statuses) > 1:
         return None
-    of_status = [(col(Job.status), str(each)) for each in statuses]
+    of_status = [(col(Job.status), str(each)) for each in wanted.statuses]
     return _page(listed().where(*_created(wanted)), of_status, part)
 
 
@@ -184,7 +183,7 @@ def merged(wanted: JobFilter, part: Slice) -> Any:
         _page(select(Job.id).where(*_created(wanted)), [(col(Job.status), str(status))], part)
         .subquery()
         .select()
-        for status in dict.fromkeys(wanted.statuses)
+        for status in wanted.statuses
     )
     ids = union_all(*each_in_order).subquery().c.id
     return part.taken(sqlalchemy.select(ids), ids)

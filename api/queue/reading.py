@@ -588,7 +588,8 @@ class Reading(Opening):
             yield Violation("/last", "conflicting", message)
 
     def _as_stored(self, wanted: JobFilter, faults: Sequence[Violation]) -> JobFilter | None:
-        """Return the filter with the names under which jobs are stored. None: it finds no jobs.
+        """Return the filter with the names under which jobs are stored, and each type and status
+        once. None: it finds no jobs.
 
         Raises:
             InputInvalid: there are `faults`, or a value of the filter is wrong.
@@ -600,13 +601,20 @@ class Reading(Opening):
         if faults:
             raise InputInvalid(tuple(faults))
         # The database refuses these names in a query, so no job has one of them.
-        types = tuple(
+        types = [
             stored
             for name in wanted.types
             if text_fault(name) is None
             for stored in self._stored_names(name)
+        ]
+        if wanted.types and not types:
+            return None
+        # A query has a part for each of them.
+        return replace(
+            wanted,
+            types=tuple(dict.fromkeys(types)),
+            statuses=tuple(dict.fromkeys(wanted.statuses)),
         )
-        return None if wanted.types and not types else replace(wanted, types=types)
 
     async def _read_page(self, listed: Sequence[Listed], max_bytes: int | None) -> _PageRead:
         """Return the first of these jobs, as many as `max_bytes` allows, and one at least.

@@ -817,8 +817,8 @@ class Store(ABC):
         # As a union, 100 types and 4 statuses take half a second to build and to compile.
         pairs = [
             {"type": name, "status": status}
-            for name in dict.fromkeys(wanted.types)
-            for status in dict.fromkeys(wanted.statuses or JobStatus)
+            for name in wanted.types
+            for status in wanted.statuses or JobStatus
         ]
         values = {
             "pairs": json_text(pairs),

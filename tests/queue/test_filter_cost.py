@@ -67,7 +67,7 @@ class Stored(NamedTuple):
     id: uuid.UUID
     type: str
     status: str
-    created_by: str
+    created_by: str | None
     key: str | None
     code: str | None
     created_at: datetime
@@ -79,7 +79,7 @@ class Stored(NamedTuple):
             (not wanted.types or self.type in wanted.types)
             and (not wanted.statuses or self.status in wanted.statuses)
             and wanted.created_by in (None, self.created_by)
-            and (owner is None or owner.subject == self.created_by)
+            and (owner is None or owner.subject == self.created_by is not None)
             and wanted.idempotency_key in (None, self.key)
             and wanted.error_code in (None, self.code)
             and (wanted.created_after is None or created >= wanted.created_after)

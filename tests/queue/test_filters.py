@@ -211,6 +211,23 @@ async def test_pages_of_a_wide_range_of_ends_hold_every_job_once(
     assert max(counts) > 0
 
 
+@pytest.mark.parametrize("wide", [False, True])
+async def test_a_status_or_type_that_is_named_twice_counts_once(
+    queue: JobQueue, monkeypatch: pytest.MonkeyPatch, wide: bool
+) -> None:
+    jobs = [(await queue.enqueue(PING)).job.id for _ in range(3)]
+    ended = [await queue.cancel(job_id) for job_id in jobs]
+    if wide:
+        monkeypatch.setattr(filters, "WIDE_RANGE", 0)
+    for wanted in (
+        JobFilter(statuses=(JobStatus.CANCELLED,) * 2, finished_after=ended[0].finished_at),
+        JobFilter(types=("test.ping",) * 2, finished_after=ended[0].finished_at),
+        JobFilter(types=("test.ping",) * 2, statuses=(JobStatus.CANCELLED,) * 2),
+    ):
+        assert (await pages(queue, wanted, last=False))[0] == jobs[::-1]
+        assert await queue.count(wanted) == JobTotal(3, False)
+
+
 @pytest.mark.any_database
 async def test_a_value_that_no_job_can_have_is_refused_with_its_path(queue: JobQueue) -> None:
     wrong = JobFilter(
