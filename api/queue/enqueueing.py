@@ -409,9 +409,9 @@ class Enqueueing(Opening):
     ) -> NewJob:
         """Return the job that a request describes. Raises as `enqueue` does; writes nothing."""
         budget = budget or FaultBudget()
-        job_type = self.registry.get_type(request.type, budget)
         faults: list[Violation] = []
         if request[2:] != _NO_OPTIONS:
+            self.registry.get_type(request.type, budget)  # Without a type, they do not matter.
             faults += budget.listed("The request", list(input_faults(request)))
         try:
             admitted = self.registry.admit(request.type, request.payload, budget)
@@ -423,10 +423,10 @@ class Enqueueing(Opening):
             ]
         if faults:
             raise InputInvalid(tuple(faults))
-        policy = job_type.policy
+        policy = admitted.job_type.policy
         return NewJob(
             id=self._new_id(),
-            type=job_type.name,
+            type=admitted.job_type.name,
             fingerprint=admitted.fingerprint,
             payload=admitted.json,
             priority=DEFAULT_PRIORITY if request.priority is None else request.priority,
