@@ -302,8 +302,11 @@ class PostgreSQLDatabase(Database):
                     raise reported from error
                 raise
             finally:
-                driver.expire_at(None)
-                self._spare.append(pooled)
+                if driver.is_closed():
+                    pooled.close()
+                else:
+                    driver.expire_at(None)
+                    self._spare.append(pooled)
         finally:
             self._places.release()
 

@@ -294,16 +294,6 @@ async def test_a_reader_gets_its_turn_while_others_use_the_only_connection(
         await kept_busy(read, database.reading())
 
 
-async def test_a_closed_database_leaves_no_connection_to_the_garbage_collector(
-    fresh_postgresql_url: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    async with opened_postgresql(fresh_postgresql_url) as database:
-        await asyncio.gather(*(database.execute_at_once("SELECT 1", {}) for _ in range(3)))
-    del database
-    gc.collect()
-    assert not caplog.records
-
-
 async def test_sessions_have_timeouts_keepalive_and_read_committed(proxied: Proxy) -> None:
     async with opened_postgresql(proxied.url, timeout_seconds=10) as database:
         rows = await database.execute_at_once(
