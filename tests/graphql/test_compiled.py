@@ -153,6 +153,33 @@ class Within(FieldExtension):
         return await next_(source, info, **arguments)
 
 
+class Checking(Resumable):
+    """An extension that only checks."""
+
+    def check(self, source: object, info: strawberry.Info[Any, Any]) -> None:
+        # It is not counted: a check may run again if the resolver has not begun.
+        if info.context.faults.get(f"check {info.field_name}") == "raise":
+            raise Faulty("check")
+
+    def resolve(
+        self, next_: Callable[..., Any], source: object, info: Info, **arguments: object
+    ) -> object:
+        before = self.call_before()
+        if before is not None:
+            return self.outcome_of(before, arguments)
+        self.check(source, info)
+        return next_(source, info, **arguments)
+
+    async def resolve_async(
+        self, next_: Callable[..., Any], source: object, info: Info, **arguments: object
+    ) -> object:
+        before = self.call_before()
+        if before is not None:
+            return self.outcome_of(before, arguments)
+        self.check(source, info)
+        return await next_(source, info, **arguments)
+
+
 DIRECT: list[FieldExtension] = [Within(), Called()]
 
 
@@ -194,6 +221,16 @@ class Part(Named):
         by = factor.by if factor is not None else 1
         value: int = info.context.at(info, "times", self.number * by)
         return value
+
+    @strawberry.field(extensions=[Checking()])
+    def weight(self, info: Info) -> int | None:
+        return info.context.at(info, "weight", self.number)
+
+    @strawberry.field(extensions=[Checking()])
+    async def guarded(
+        self, info: Info, factor: int = 1
+    ) -> Annotated[Checked | Refused, strawberry.union("CheckedOrRefused")] | None:
+        return Checked(number=info.context.at(info, "guarded", self.number * factor))
 
     @strawberry.field(extensions=DIRECT)
     def checked(self) -> Annotated[Checked | Refused, strawberry.union("CheckedOrRefused")]:
@@ -425,7 +462,8 @@ EVERYTHING = """{ __typename
   direct { ...All } a: thing { ...T } b: thing(number: 4) { ...T } }
 fragment All on Whole { __typename name ratio count when grid part { ...P } maybe { ...P }
   things { ...T } named { n: name __typename ... on Named { name } ... on Part { number } } }
-fragment P on Part { name number tenfold sure times(factor: {by: 3}) }
+fragment P on Part { name number tenfold sure times(factor: {by: 3}) weight
+  guarded(factor: 2) { ... on Checked { number } ... on Refused { why } } }
 fragment T on Thing { __typename ... on Named { name } ... on Part { ...P }
   ... on Other { colours price } }"""
 
@@ -439,15 +477,21 @@ async def test_every_kind_of_value_is_answered_as_by_graphql_core() -> None:
     "name",
     [
         *("whole", "direct", "thing", "later", "surely", "tenfold", "sure", "times"),
-        *("within times", "within price"),
+        *("within times", "within price", "check weight", "weight", "check guarded", "guarded"),
     ],
 )
 async def test_what_is_odd_is_left_to_graphql_core_and_no_resolver_runs_twice(
     name: str, fault: str
 ) -> None:
     stayed = await same(EVERYTHING, {name: fault})
-    nullable = ("whole", "thing", "later", "tenfold", "within price")
-    assert stayed == (fault == "null" and name in nullable)
+    stays: tuple[str, ...] = ("null",)
+    if name.startswith("check"):  # It raises or does nothing.
+        stays = ("null", "odd", "error")
+    elif name == "guarded":  # Its error is data.
+        stays = ("raise",)
+    elif name in ("direct", "surely", "sure", "times", "within times"):  # They are non-null.
+        stays = ()
+    assert stayed == (fault in stays)
 
 
 MUTATIONS = """mutation { a: add(number: 1) { name tenfold } b: add(number: 2) { tenfold sure }
@@ -725,6 +769,7 @@ VALUES: dict[str, list[Any]] = {
 FAULTS = [
     *("whole", "direct", "thing", "later", "surely", "tenfold", "sure", "times", "told"),
     *("within times", "within checked", "within price", "add 1", "put 7"),
+    *("check weight", "weight", "check guarded", "guarded"),
 ]
 
 

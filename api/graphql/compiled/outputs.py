@@ -73,10 +73,10 @@ class Direct(NamedTuple):
 
     converted: Callable[[GraphQLResolveInfo[Any], dict[str, Any]], tuple[Any, dict[str, Any]]]
     """Returns the info and the arguments that the resolver gets."""
-    call: Callable[..., Any]
+    call: Callable[[Any, Any, dict[str, Any]], Any]
     """Calls the resolver with the source, that info and those arguments."""
     is_async: bool
-    """Whether it returns an awaitable. Otherwise it may raise at once."""
+    """Whether it returns an awaitable."""
 
 
 class Call:
@@ -381,7 +381,11 @@ def _call_directly(
         made = Call(field, info, arguments, source, answer, converted)
         branch.calls.append(made)
         answer[key] = None
-        made.value = resolve(source, own_info, **converted)
+        try:
+            made.value = resolve(source, own_info, converted)
+        except Exception as error:
+            made.error = error
+            raise
         branch.waiting.append(made)
 
     return call
@@ -401,7 +405,7 @@ def _call_directly_at_once(
         made = Call(field, info, arguments, source, answer, converted)
         branch.calls.append(made)
         try:
-            value = made.value = resolve(source, own_info, **converted)
+            value = made.value = resolve(source, own_info, converted)
         except Exception as error:
             made.error = error
             raise

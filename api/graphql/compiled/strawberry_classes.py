@@ -68,9 +68,6 @@ class StrawberryClasses:
         field = self._schema.get_field_for_type(field_name, type_name)
         if field is None or not _is_direct(field):
             return None
-        call = _called(field)
-        for extension in build_field_extension_resolvers(field):
-            call = partial(extension, call)
         name_of = self._schema.config.name_converter.from_argument
         converters = [
             (name_of(each), each.python_name, self._converter(each)) for each in field.arguments
@@ -87,7 +84,7 @@ class StrawberryClasses:
                 if name in given
             }
 
-        return Direct(converted, call, field.is_async)
+        return Direct(converted, _called(field), field.is_async)
 
     def _converter(
         self, argument: StrawberryArgument
@@ -114,7 +111,25 @@ class StrawberryClasses:
         return convert
 
 
-def _called(field: StrawberryField) -> Callable[..., Any]:
+def _called(field: StrawberryField) -> Callable[[Any, strawberry.Info, dict[str, Any]], Any]:
+    """Return how a field is resolved with the source, the info and the arguments."""
+    resolve = _resolved(field)
+    match field.extensions:
+        case [Resumable() as only] if type(only).check is not Resumable.check:
+            check = only.check
+        case _:
+            for extension in build_field_extension_resolvers(field):
+                resolve = partial(extension, resolve)
+            return lambda source, info, arguments: resolve(source, info, **arguments)
+
+    def checked(source: Any, info: strawberry.Info, arguments: dict[str, Any]) -> Any:
+        check(source, info)
+        return resolve(source, info, **arguments)
+
+    return checked
+
+
+def _resolved(field: StrawberryField) -> Callable[..., Any]:
     """Return how the resolver of a field is called with the source, the info and the arguments."""
     resolver, name = field.base_resolver, field.python_name
     if resolver is None:
