@@ -77,12 +77,12 @@ class StrawberryClasses:
         def converted(
             graphql_info: GraphQLResolveInfo[Any], given: dict[str, Any]
         ) -> tuple[strawberry.Info, dict[str, Any]]:
-            info = info_class(graphql_info, field)
-            return info, {
-                python_name: given[name] if convert is None else convert(given[name], info)
-                for name, python_name, convert in converters
-                if name in given
-            }
+            info, arguments = info_class(graphql_info, field), {}
+            for name, python_name, convert in converters:
+                if name in given:
+                    value = given[name]
+                    arguments[python_name] = value if convert is None else convert(value, info)
+            return info, arguments
 
         return Direct(converted, _called(field), field.is_async)
 
