@@ -574,16 +574,19 @@ def _of_float(kind: GraphQLScalarType, is_nullable: bool) -> Complete:
     return of_float
 
 
+_NO_MEMBER: Final = (object(), "")
+
+
 def _of_enum(kind: GraphQLEnumType, cls: type | None, is_nullable: bool) -> Complete:
     other = _of_leaf(kind, is_nullable)
     if cls is None or not issubclass(cls, Enum):
         return other
-    # By identity: to hash a member takes longer than the rest.
-    names = {id(member): kind.coerce_output_value(member) for member in cls}
+    # By identity: to hash a member takes longer than all the rest.
+    names = {id(member): (member, kind.coerce_output_value(member)) for member in cls}
 
     def of_enum(value: Any, branch: Branch, path: Path | None) -> Any:
-        name = names.get(id(value))
-        return other(value, branch, path) if name is None else name
+        member, name = names.get(id(value), _NO_MEMBER)
+        return name if member is value else other(value, branch, path)
 
     return of_enum
 
