@@ -43,6 +43,7 @@ from job_registry_api.graphql.compiled import (
     Different,
     Resumable,
     StrawberryClasses,
+    built_directly,
 )
 from job_registry_api.graphql.compiled.outputs import Direct
 from job_registry_api.graphql.schema import executable
@@ -183,9 +184,13 @@ class Checking(Resumable):
 DIRECT: list[FieldExtension] = [Within(), Called()]
 
 
+@built_directly
 @strawberry.input
 class Factor:
     by: int
+    unit_name: str | None = strawberry.UNSET
+    least: int = 2
+    most: int | None
 
 
 @strawberry.type
@@ -270,7 +275,7 @@ class Choice:
 
 
 def plain(value: Any) -> Any:
-    if isinstance(value, Tree | Point | Choice):
+    if isinstance(value, Tree | Point | Choice | Factor):
         return {name: plain(each) for name, each in vars(value).items()}
     return [plain(each) for each in value] if isinstance(value, list) else repr(value)
 
@@ -358,8 +363,10 @@ class Query:
         flag: bool | None = True,
         ratio: float = 1.5,
         text: str | None = "text",
+        factor: Factor | None = None,
+        factors: list[Factor] | None = None,
     ) -> str | None:
-        given = [tree, trees, point, choice, colour, money, money_by_default]
+        given = [tree, trees, point, choice, colour, money, money_by_default, factor, factors]
         more = [ids, matrix, flag, ratio, text]
         return info.context.at(info, "told", repr([plain(each) for each in [*given, *more]]))
 
@@ -593,9 +600,10 @@ async def test_a_level_of_objects_is_loaded_at_once() -> None:
 
 TOLD = """query ($tree: Tree, $trees: [Tree!], $point: Point, $choice: Choice,
   $colour: Colour! = RED, $money: Money, $ids: [ID!], $matrix: [[Int]!], $flag: Boolean,
-  $ratio: Float! = 2, $text: String = "given") {
+  $ratio: Float! = 2, $text: String = "given", $factor: Factor, $factors: [Factor!]) {
   told(tree: $tree, trees: $trees, point: $point, choice: $choice, colour: $colour, money: $money,
-    ids: $ids, matrix: $matrix, flag: $flag, ratio: $ratio, text: $text) }"""
+    ids: $ids, matrix: $matrix, flag: $flag, ratio: $ratio, text: $text,
+    factor: $factor, factors: $factors) }"""
 
 
 @pytest.mark.parametrize(
@@ -644,6 +652,12 @@ TOLD = """query ($tree: Tree, $trees: [Tree!], $point: Point, $choice: Choice,
         ({"ratio": None}, False),
         ({"ratio": 10**400}, False),
         ({"text": 1}, False),
+        ({"factor": {"by": 3}}, True),
+        ({"factor": {"most": 4, "least": 1, "unitName": "m", "by": 3}}, True),
+        ({"factor": {"by": 3, "unitName": None}, "factors": None}, True),
+        ({"factors": [{"by": 1}, {"most": None, "by": 2}], "factor": None}, True),
+        ({"factors": {"by": 1}}, True),
+        ({"factors": [{"least": 1}]}, False),
         ({"unknown": 1}, True),
     ],
 )

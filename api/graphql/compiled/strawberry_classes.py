@@ -12,6 +12,7 @@ from strawberry.extensions import FieldExtension
 from strawberry.extensions.field_extension import build_field_extension_resolvers
 from strawberry.types.arguments import InputContext, StrawberryArgument, convert_argument
 from strawberry.types.base import (
+    StrawberryList,
     StrawberryObjectDefinition,
     StrawberryOptional,
     get_object_definition,
@@ -92,16 +93,19 @@ class StrawberryClasses:
         """Return the function that converts an argument; None if it stays as it is."""
         config, scalars = self._schema.config, self._schema.schema_converter.scalar_registry
         kind: Any = argument.type
-        path = (self._schema.config.name_converter.from_argument(argument),)
+        path = (config.name_converter.from_argument(argument),)
         inner: Any = kind.of_type if type(kind) is StrawberryOptional else kind
         if inner in _UNCONVERTED:
             return None
-        definition = get_object_definition(inner)
+        is_list = type(inner) is StrawberryList
+        definition = get_object_definition(inner.of_type if is_list else inner)
         build = definition.from_input if definition is not None else None
         if isinstance(build, InputBuilder):
-            build_alone = build.without_context(config.name_converter)
-            if build_alone is not None:
-                return lambda value, _: build_alone(value) if value is not None else None
+            alone = build.without_context(config.name_converter)
+            if alone is not None and is_list:
+                return lambda value, _: None if value is None else [*map(alone, value)]
+            if alone is not None:
+                return lambda value, _: None if value is None else alone(value)
 
         def convert(value: Any, info: strawberry.Info) -> Any:
             if value.__class__ is dict and build is not None:
