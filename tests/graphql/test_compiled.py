@@ -10,7 +10,7 @@ import gc
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from enum import Enum
 from inspect import isawaitable
@@ -665,6 +665,54 @@ async def test_variables_are_coerced_as_by_graphql_core(
     variables: dict[str, Any], stays: bool
 ) -> None:
     assert await same(TOLD, **variables) is stays
+
+
+@strawberry.input
+class UsualFactor:
+    by: int
+    unit_name: str | None = strawberry.UNSET
+    least: int = 2
+    most: int | None
+
+
+@strawberry.input
+class UsualFactors:
+    factor: UsualFactor
+    others: list[UsualFactor] | None = None
+    colour: Colour | None
+
+
+@built_directly
+@strawberry.input
+class Factors:
+    factor: Factor
+    others: list[Factor] | None = None
+    colour: Colour | None
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        {"factor": {"by": 1}},
+        {"factor": {"most": 4, "least": 1, "unitName": "m", "by": 3}, "colour": "VERT"},
+        {"factor": {"by": 1, "unitName": None, "most": None}, "others": [], "colour": None},
+        {"factor": {"by": 1}, "others": [{"by": 2}, {"least": 9, "by": 3, "unitName": ""}]},
+        {"factor": {"by": 1}, "others": None},
+    ],
+)
+def test_inputs_that_are_built_directly_are_those_of_strawberry(sent: dict[str, Any]) -> None:
+    @strawberry.type
+    class Query:
+        @strawberry.field
+        def built(self, ours: Factors, theirs: UsualFactors) -> list[str]:
+            assert isinstance(ours.factor, Factor)
+            return [repr(asdict(ours)), repr(asdict(theirs))]
+
+    text = "query ($ours: Factors!, $theirs: UsualFactors!) { built(ours: $ours, theirs: $theirs) }"
+    result = strawberry.Schema(query=Query).execute_sync(text, {"ours": sent, "theirs": sent})
+    assert result.errors is None
+    assert result.data is not None
+    assert result.data["built"][0] == result.data["built"][1]
 
 
 async def test_a_recursive_input_that_is_nested_too_deep_is_refused_as_by_graphql_core() -> None:
