@@ -7,7 +7,7 @@ arguments before they are coerced, its faults as they are found, and its answer 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from pydantic import JsonValue
@@ -95,12 +95,26 @@ class Budget:
     """What is left for one request. Each event of a subscription counts as a request."""
 
     limits: RequestLimits = DEFAULT_LIMITS
-    faults: FaultBudget = field(default_factory=FaultBudget)
-    reading: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held while jobs are read, so that each read knows what those before it took."""
+    _faults: FaultBudget | None = None
+    _reading: asyncio.Lock | None = None
     _fields: int = 0
     _bytes: int = 0
     _read: int = 0
+
+    # Both are made when they are used first, because every request has a budget.
+    @property
+    def faults(self) -> FaultBudget:
+        """How many more faults may be listed."""
+        if self._faults is None:
+            self._faults = FaultBudget()
+        return self._faults
+
+    @property
+    def reading(self) -> asyncio.Lock:
+        """Held while jobs are read, so that each read knows what those before it took."""
+        if self._reading is None:
+            self._reading = asyncio.Lock()
+        return self._reading
 
     @property
     def fields_left(self) -> int:

@@ -36,6 +36,14 @@ class Requires(Resumable):
         if not description.endswith(self._sentence):
             field.description = f"{description} {self._sentence}".strip()
 
+    def check(self, source: Any, info: strawberry.Info[Any, Any]) -> None:
+        """Check the access scopes of the caller.
+
+        Raises:
+            Forbidden: the caller has none of them.
+        """
+        self._check(context_of(info).caller, source)
+
     def resolve(
         self,
         next_: Callable[..., Any],
@@ -51,7 +59,7 @@ class Requires(Resumable):
         before = self.call_before()
         if before is not None:
             return self.outcome_of(before, arguments)
-        self._check(context_of(info).caller, source)
+        self.check(source, info)
         return next_(source, info, **arguments)
 
     async def resolve_async(

@@ -454,16 +454,23 @@ async def stored(info: Info, request: EnqueueRequest) -> EnqueueJobSuccess:
         BudgetExceeded: the jobs that the request has read are large enough for an answer.
     """
     context = context_of(info)
+    if request.idempotency_key is None:  # The job is new, and nothing is read.
+        return EnqueueJobSuccess.of(await _enqueued(context, request))
     async with ReadingJob(info):
-        enqueued = await context.queue.enqueue(
-            request,
-            created_by=context.caller.subject,
-            others=context.caller.others_jobs,
-            budget=context.budget.faults,
-        )
+        enqueued = await _enqueued(context, request)
         if enqueued.deduplicated:
             enqueued = enqueued._replace(job=kept_for_answer(info, enqueued.job))
         return EnqueueJobSuccess.of(enqueued)
+
+
+def _enqueued(context: Context, request: EnqueueRequest) -> Awaitable[Enqueued]:
+    caller = context.caller
+    return context.queue.enqueue(
+        request,
+        created_by=caller.subject,
+        others=caller.others_jobs,
+        budget=context.budget.faults,
+    )
 
 
 async def _changed(info: Info, change: Callable[[], Awaitable[JobRecord]]) -> JobChanged:

@@ -10,7 +10,7 @@ import gc
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from enum import Enum
 from inspect import isawaitable
@@ -43,6 +43,7 @@ from job_registry_api.graphql.compiled import (
     Different,
     Resumable,
     StrawberryClasses,
+    built_directly,
 )
 from job_registry_api.graphql.compiled.outputs import Direct
 from job_registry_api.graphql.schema import executable
@@ -153,12 +154,43 @@ class Within(FieldExtension):
         return await next_(source, info, **arguments)
 
 
+class Checking(Resumable):
+    """An extension that only checks."""
+
+    def check(self, source: object, info: strawberry.Info[Any, Any]) -> None:
+        # It is not counted: a check may run again if the resolver has not begun.
+        if info.context.faults.get(f"check {info.field_name}") == "raise":
+            raise Faulty("check")
+
+    def resolve(
+        self, next_: Callable[..., Any], source: object, info: Info, **arguments: object
+    ) -> object:
+        before = self.call_before()
+        if before is not None:
+            return self.outcome_of(before, arguments)
+        self.check(source, info)
+        return next_(source, info, **arguments)
+
+    async def resolve_async(
+        self, next_: Callable[..., Any], source: object, info: Info, **arguments: object
+    ) -> object:
+        before = self.call_before()
+        if before is not None:
+            return self.outcome_of(before, arguments)
+        self.check(source, info)
+        return await next_(source, info, **arguments)
+
+
 DIRECT: list[FieldExtension] = [Within(), Called()]
 
 
+@built_directly
 @strawberry.input
 class Factor:
     by: int
+    unit_name: str | None = strawberry.UNSET
+    least: int = 2
+    most: int | None
 
 
 @strawberry.type
@@ -194,6 +226,16 @@ class Part(Named):
         by = factor.by if factor is not None else 1
         value: int = info.context.at(info, "times", self.number * by)
         return value
+
+    @strawberry.field(extensions=[Checking()])
+    def weight(self, info: Info) -> int | None:
+        return info.context.at(info, "weight", self.number)
+
+    @strawberry.field(extensions=[Checking()])
+    async def guarded(
+        self, info: Info, factor: int = 1
+    ) -> Annotated[Checked | Refused, strawberry.union("CheckedOrRefused")] | None:
+        return Checked(number=info.context.at(info, "guarded", self.number * factor))
 
     @strawberry.field(extensions=DIRECT)
     def checked(self) -> Annotated[Checked | Refused, strawberry.union("CheckedOrRefused")]:
@@ -233,7 +275,7 @@ class Choice:
 
 
 def plain(value: Any) -> Any:
-    if isinstance(value, Tree | Point | Choice):
+    if isinstance(value, Tree | Point | Choice | Factor):
         return {name: plain(each) for name, each in vars(value).items()}
     return [plain(each) for each in value] if isinstance(value, list) else repr(value)
 
@@ -321,8 +363,10 @@ class Query:
         flag: bool | None = True,
         ratio: float = 1.5,
         text: str | None = "text",
+        factor: Factor | None = None,
+        factors: list[Factor] | None = None,
     ) -> str | None:
-        given = [tree, trees, point, choice, colour, money, money_by_default]
+        given = [tree, trees, point, choice, colour, money, money_by_default, factor, factors]
         more = [ids, matrix, flag, ratio, text]
         return info.context.at(info, "told", repr([plain(each) for each in [*given, *more]]))
 
@@ -425,7 +469,8 @@ EVERYTHING = """{ __typename
   direct { ...All } a: thing { ...T } b: thing(number: 4) { ...T } }
 fragment All on Whole { __typename name ratio count when grid part { ...P } maybe { ...P }
   things { ...T } named { n: name __typename ... on Named { name } ... on Part { number } } }
-fragment P on Part { name number tenfold sure times(factor: {by: 3}) }
+fragment P on Part { name number tenfold sure times(factor: {by: 3}) weight
+  guarded(factor: 2) { ... on Checked { number } ... on Refused { why } } }
 fragment T on Thing { __typename ... on Named { name } ... on Part { ...P }
   ... on Other { colours price } }"""
 
@@ -439,15 +484,21 @@ async def test_every_kind_of_value_is_answered_as_by_graphql_core() -> None:
     "name",
     [
         *("whole", "direct", "thing", "later", "surely", "tenfold", "sure", "times"),
-        *("within times", "within price"),
+        *("within times", "within price", "check weight", "weight", "check guarded", "guarded"),
     ],
 )
 async def test_what_is_odd_is_left_to_graphql_core_and_no_resolver_runs_twice(
     name: str, fault: str
 ) -> None:
     stayed = await same(EVERYTHING, {name: fault})
-    nullable = ("whole", "thing", "later", "tenfold", "within price")
-    assert stayed == (fault == "null" and name in nullable)
+    stays: tuple[str, ...] = ("null",)
+    if name.startswith("check"):  # It raises or does nothing.
+        stays = ("null", "odd", "error")
+    elif name == "guarded":  # Its error is data.
+        stays = ("raise",)
+    elif name in ("direct", "surely", "sure", "times", "within times"):  # They are non-null.
+        stays = ()
+    assert stayed == (fault in stays)
 
 
 MUTATIONS = """mutation { a: add(number: 1) { name tenfold } b: add(number: 2) { tenfold sure }
@@ -549,9 +600,10 @@ async def test_a_level_of_objects_is_loaded_at_once() -> None:
 
 TOLD = """query ($tree: Tree, $trees: [Tree!], $point: Point, $choice: Choice,
   $colour: Colour! = RED, $money: Money, $ids: [ID!], $matrix: [[Int]!], $flag: Boolean,
-  $ratio: Float! = 2, $text: String = "given") {
+  $ratio: Float! = 2, $text: String = "given", $factor: Factor, $factors: [Factor!]) {
   told(tree: $tree, trees: $trees, point: $point, choice: $choice, colour: $colour, money: $money,
-    ids: $ids, matrix: $matrix, flag: $flag, ratio: $ratio, text: $text) }"""
+    ids: $ids, matrix: $matrix, flag: $flag, ratio: $ratio, text: $text,
+    factor: $factor, factors: $factors) }"""
 
 
 @pytest.mark.parametrize(
@@ -600,6 +652,12 @@ TOLD = """query ($tree: Tree, $trees: [Tree!], $point: Point, $choice: Choice,
         ({"ratio": None}, False),
         ({"ratio": 10**400}, False),
         ({"text": 1}, False),
+        ({"factor": {"by": 3}}, True),
+        ({"factor": {"most": 4, "least": 1, "unitName": "m", "by": 3}}, True),
+        ({"factor": {"by": 3, "unitName": None}, "factors": None}, True),
+        ({"factors": [{"by": 1}, {"most": None, "by": 2}], "factor": None}, True),
+        ({"factors": {"by": 1}}, True),
+        ({"factors": [{"least": 1}]}, False),
         ({"unknown": 1}, True),
     ],
 )
@@ -607,6 +665,54 @@ async def test_variables_are_coerced_as_by_graphql_core(
     variables: dict[str, Any], stays: bool
 ) -> None:
     assert await same(TOLD, **variables) is stays
+
+
+@strawberry.input
+class UsualFactor:
+    by: int
+    unit_name: str | None = strawberry.UNSET
+    least: int = 2
+    most: int | None
+
+
+@strawberry.input
+class UsualFactors:
+    factor: UsualFactor
+    others: list[UsualFactor] | None = None
+    colour: Colour | None
+
+
+@built_directly
+@strawberry.input
+class Factors:
+    factor: Factor
+    others: list[Factor] | None = None
+    colour: Colour | None
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        {"factor": {"by": 1}},
+        {"factor": {"most": 4, "least": 1, "unitName": "m", "by": 3}, "colour": "VERT"},
+        {"factor": {"by": 1, "unitName": None, "most": None}, "others": [], "colour": None},
+        {"factor": {"by": 1}, "others": [{"by": 2}, {"least": 9, "by": 3, "unitName": ""}]},
+        {"factor": {"by": 1}, "others": None},
+    ],
+)
+def test_inputs_that_are_built_directly_are_those_of_strawberry(sent: dict[str, Any]) -> None:
+    @strawberry.type
+    class Query:
+        @strawberry.field
+        def built(self, ours: Factors, theirs: UsualFactors) -> list[str]:
+            assert isinstance(ours.factor, Factor)
+            return [repr(asdict(ours)), repr(asdict(theirs))]
+
+    text = "query ($ours: Factors!, $theirs: UsualFactors!) { built(ours: $ours, theirs: $theirs) }"
+    result = strawberry.Schema(query=Query).execute_sync(text, {"ours": sent, "theirs": sent})
+    assert result.errors is None
+    assert result.data is not None
+    assert result.data["built"][0] == result.data["built"][1]
 
 
 async def test_a_recursive_input_that_is_nested_too_deep_is_refused_as_by_graphql_core() -> None:
@@ -725,6 +831,7 @@ VALUES: dict[str, list[Any]] = {
 FAULTS = [
     *("whole", "direct", "thing", "later", "surely", "tenfold", "sure", "times", "told"),
     *("within times", "within checked", "within price", "add 1", "put 7"),
+    *("check weight", "weight", "check guarded", "guarded"),
 ]
 
 

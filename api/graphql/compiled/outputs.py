@@ -73,10 +73,10 @@ class Direct(NamedTuple):
 
     converted: Callable[[GraphQLResolveInfo[Any], dict[str, Any]], tuple[Any, dict[str, Any]]]
     """Returns the info and the arguments that the resolver gets."""
-    call: Callable[..., Any]
+    call: Callable[[Any, Any, dict[str, Any]], Any]
     """Calls the resolver with the source, that info and those arguments."""
     is_async: bool
-    """Whether it returns an awaitable. Otherwise it may raise at once."""
+    """Whether it returns an awaitable."""
 
 
 class Call:
@@ -258,9 +258,9 @@ class OutputCompiler:
         is_async = direct is not None and direct.is_async
         resolved = ResolvedField(key, completer.complete, field.resolve, is_async)
         if direct is None:
-            return _Field(_call(resolved, info_of, arguments), key, True)
+            return _Field(key, _call(resolved, info_of, arguments), True)
         call = _call_directly if is_async else _call_directly_at_once
-        return _Field(call(resolved, direct, info_of, arguments), key, True)
+        return _Field(key, call(resolved, direct, info_of, arguments), True)
 
     def _completer(self, kind: GraphQLOutputType, nodes: list[FieldNode]) -> Completer:
         if isinstance(kind, GraphQLNonNull):
@@ -307,14 +307,18 @@ class OutputCompiler:
 
 
 class _Field(NamedTuple):
-    """A field of an object type, compiled. If it calls no resolver, it is a constant or read."""
+    """A field of an object type, compiled."""
 
-    step: Step
     key: str
+    step: Step
     calls: bool
     constant: str | None = None
-    read: tuple[str, str, type, Complete] | None = None
-    """Its key, attribute, the class of values that are answers, and the completer of others."""
+    """Its value for every object, if that is the same."""
+    complete: Complete | None = None
+    """Completes the attribute, if the field is one and has no resolvers below it."""
+    attribute: str = ""
+    exact: type = _NoClass
+    """The class of attributes that need not be completed."""
 
 
 def _constant(key: str, value: str) -> _Field:
@@ -323,7 +327,7 @@ def _constant(key: str, value: str) -> _Field:
     def constant(_: Any, _branch: Branch, _path: Path | None, answer: dict[str, Any]) -> None:
         answer[key] = value
 
-    return _Field(constant, key, False, constant=value)
+    return _Field(key, constant, False, constant=value)
 
 
 def _read(key: str, attribute: str, completer: Completer, type_name: str) -> _Field:
@@ -331,14 +335,12 @@ def _read(key: str, attribute: str, completer: Completer, type_name: str) -> _Fi
     complete, calls, exact = completer
 
     def read(source: Any, branch: Branch, path: Path | None, answer: dict[str, Any]) -> None:
-        value = getattr(source, attribute)
-        if value.__class__ is exact:
-            answer[key] = value
-        else:
-            below = Path(path, key, type_name) if calls else None
-            answer[key] = complete(value, branch, below)
+        below = Path(path, key, type_name) if calls else None
+        answer[key] = complete(getattr(source, attribute), branch, below)
 
-    return _Field(read, key, calls, read=None if calls else (key, attribute, exact, complete))
+    if calls:
+        return _Field(key, read, True)
+    return _Field(key, read, False, complete=complete, attribute=attribute, exact=exact)
 
 
 def _call(field: ResolvedField, info_of: InfoOf, arguments_of: Arguments) -> Step:
@@ -381,7 +383,11 @@ def _call_directly(
         made = Call(field, info, arguments, source, answer, converted)
         branch.calls.append(made)
         answer[key] = None
-        made.value = resolve(source, own_info, **converted)
+        try:
+            made.value = resolve(source, own_info, converted)
+        except Exception as error:
+            made.error = error
+            raise
         branch.waiting.append(made)
 
     return call
@@ -401,7 +407,7 @@ def _call_directly_at_once(
         made = Call(field, info, arguments, source, answer, converted)
         branch.calls.append(made)
         try:
-            value = made.value = resolve(source, own_info, **converted)
+            value = made.value = resolve(source, own_info, converted)
         except Exception as error:
             made.error = error
             raise
@@ -467,32 +473,24 @@ _HELPERS: Final = GraphQLResolveInfoHelpers(gather=_gather, track=_track)
 
 def _of_fields(fields: list[_Field]) -> Complete:
     """Return the completer of an object whose class is known."""
-    if not any(each.calls for each in fields):
-        return _of_attributes(fields)
-    steps = [each.step for each in fields]
-
-    def of_steps(value: Any, branch: Branch, path: Path | None) -> dict[str, Any]:
-        answer: dict[str, Any] = {}
-        for step in steps:
-            step(value, branch, path, answer)
-        return answer
-
-    return of_steps
-
-
-def _of_attributes(fields: list[_Field]) -> Complete:
-    """Return the completer of an object without resolvers: of a page, or of a result."""
     template = {each.key: each.constant for each in fields}
-    reads = [each.read for each in fields if each.read is not None]
+    plan = [
+        (each.key, each.attribute, each.exact, each.complete, each.step)
+        for each in fields
+        if each.constant is None
+    ]
 
-    def of_attributes(value: Any, branch: Branch, _path: Path | None) -> dict[str, Any]:
+    def of_fields(value: Any, branch: Branch, path: Path | None) -> dict[str, Any]:
         answer: dict[str, Any] = template.copy()
-        for key, attribute, exact, complete in reads:
+        for key, attribute, exact, complete, step in plan:
+            if complete is None:
+                step(value, branch, path, answer)
+                continue
             read = getattr(value, attribute)
             answer[key] = read if read.__class__ is exact else complete(read, branch, None)
         return answer
 
-    return of_attributes
+    return of_fields
 
 
 def _of_class(by_class: Mapping[type, Complete], is_nullable: bool) -> Complete:
@@ -576,16 +574,19 @@ def _of_float(kind: GraphQLScalarType, is_nullable: bool) -> Complete:
     return of_float
 
 
+_NO_MEMBER: Final = (object(), "")
+
+
 def _of_enum(kind: GraphQLEnumType, cls: type | None, is_nullable: bool) -> Complete:
     other = _of_leaf(kind, is_nullable)
     if cls is None or not issubclass(cls, Enum):
         return other
-    # By identity: to hash a member takes longer than the rest.
-    names = {id(member): kind.coerce_output_value(member) for member in cls}
+    # By identity: to hash a member takes longer than all the rest.
+    names = {id(member): (member, kind.coerce_output_value(member)) for member in cls}
 
     def of_enum(value: Any, branch: Branch, path: Path | None) -> Any:
-        name = names.get(id(value))
-        return other(value, branch, path) if name is None else name
+        member, name = names.get(id(value), _NO_MEMBER)
+        return name if member is value else other(value, branch, path)
 
     return of_enum
 

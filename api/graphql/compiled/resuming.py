@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Final
 
+from strawberry import Info
 from strawberry.extensions import FieldExtension
 
 from job_registry_api.graphql.compiled.outputs import Call
@@ -38,8 +39,14 @@ class Resumable(FieldExtension):
     """The outermost extension of fields whose resolvers are called directly.
 
     Its `resolve` and `resolve_async` call `call_before` first, and do nothing else if there was a
-    call.
+    call. An extension that only checks overrides `check`, which direct calls use instead of them.
     """
+
+    def check(self, source: Any, info: Info[Any, Any]) -> None:
+        """Check whether the field may be resolved; raise an error otherwise.
+
+        A field that has not begun to be resolved may be checked again.
+        """
 
     def call_before(self) -> Resumed | None:
         """Return the direct call whose outcome the field must use; None if there was none."""

@@ -12,6 +12,7 @@ from strawberry.extensions import FieldExtension
 from strawberry.extensions.field_extension import build_field_extension_resolvers
 from strawberry.types.arguments import InputContext, StrawberryArgument, convert_argument
 from strawberry.types.base import (
+    StrawberryList,
     StrawberryObjectDefinition,
     StrawberryOptional,
     get_object_definition,
@@ -68,9 +69,6 @@ class StrawberryClasses:
         field = self._schema.get_field_for_type(field_name, type_name)
         if field is None or not _is_direct(field):
             return None
-        call = _called(field)
-        for extension in build_field_extension_resolvers(field):
-            call = partial(extension, call)
         name_of = self._schema.config.name_converter.from_argument
         converters = [
             (name_of(each), each.python_name, self._converter(each)) for each in field.arguments
@@ -80,14 +78,14 @@ class StrawberryClasses:
         def converted(
             graphql_info: GraphQLResolveInfo[Any], given: dict[str, Any]
         ) -> tuple[strawberry.Info, dict[str, Any]]:
-            info = info_class(graphql_info, field)
-            return info, {
-                python_name: given[name] if convert is None else convert(given[name], info)
-                for name, python_name, convert in converters
-                if name in given
-            }
+            info, arguments = info_class(graphql_info, field), {}
+            for name, python_name, convert in converters:
+                if name in given:
+                    value = given[name]
+                    arguments[python_name] = value if convert is None else convert(value, info)
+            return info, arguments
 
-        return Direct(converted, call, field.is_async)
+        return Direct(converted, _called(field), field.is_async)
 
     def _converter(
         self, argument: StrawberryArgument
@@ -95,16 +93,19 @@ class StrawberryClasses:
         """Return the function that converts an argument; None if it stays as it is."""
         config, scalars = self._schema.config, self._schema.schema_converter.scalar_registry
         kind: Any = argument.type
-        path = (self._schema.config.name_converter.from_argument(argument),)
+        path = (config.name_converter.from_argument(argument),)
         inner: Any = kind.of_type if type(kind) is StrawberryOptional else kind
         if inner in _UNCONVERTED:
             return None
-        definition = get_object_definition(inner)
+        is_list = type(inner) is StrawberryList
+        definition = get_object_definition(inner.of_type if is_list else inner)
         build = definition.from_input if definition is not None else None
         if isinstance(build, InputBuilder):
-            build_alone = build.without_context(config.name_converter)
-            if build_alone is not None:
-                return lambda value, _: build_alone(value) if value is not None else None
+            alone = build.without_context(config.name_converter)
+            if alone is not None and is_list:
+                return lambda value, _: None if value is None else [*map(alone, value)]
+            if alone is not None:
+                return lambda value, _: None if value is None else alone(value)
 
         def convert(value: Any, info: strawberry.Info) -> Any:
             if value.__class__ is dict and build is not None:
@@ -114,7 +115,25 @@ class StrawberryClasses:
         return convert
 
 
-def _called(field: StrawberryField) -> Callable[..., Any]:
+def _called(field: StrawberryField) -> Callable[[Any, strawberry.Info, dict[str, Any]], Any]:
+    """Return how a field is resolved with the source, the info and the arguments."""
+    resolve = _resolved(field)
+    match field.extensions:
+        case [Resumable() as only] if type(only).check is not Resumable.check:
+            check = only.check
+        case _:
+            for extension in build_field_extension_resolvers(field):
+                resolve = partial(extension, resolve)
+            return lambda source, info, arguments: resolve(source, info, **arguments)
+
+    def checked(source: Any, info: strawberry.Info, arguments: dict[str, Any]) -> Any:
+        check(source, info)
+        return resolve(source, info, **arguments)
+
+    return checked
+
+
+def _resolved(field: StrawberryField) -> Callable[..., Any]:
     """Return how the resolver of a field is called with the source, the info and the arguments."""
     resolver, name = field.base_resolver, field.python_name
     if resolver is None:
