@@ -629,17 +629,16 @@ def _reports(reports: Sequence[Report]) -> str:
 
 def _successes(reports: Sequence[Report]) -> str:
     """Return the reports of success for `job_succeed`, which reads nothing else of them."""
-    return json_text(
-        [
-            {
-                "id": report.job_id.hex,
-                "token": report.token,
-                **({} if report.result is None else {"result": report.result.decode()}),
-                **({} if report.logs is None else {"logs": report.logs.decode()}),
-            }
-            for report in reports
-        ]
-    )
+    return json_text([_success(report) for report in reports])
+
+
+def _success(report: Report) -> dict[str, str]:
+    success = {"id": report.job_id.hex, "token": report.token}
+    if report.result is not None:
+        success["result"] = report.result.decode()
+    if report.logs is not None:
+        success["logs"] = report.logs.decode()
+    return success
 
 
 def _parks(reports: Sequence[Report]) -> str:

@@ -127,6 +127,7 @@ class Attempt:
         self._queue = equipment.queue
         self._token = lease.token
         self._job = lease.job
+        self.job_id = lease.job.id
         self._id = str(lease.job.id)
         self._registered: JobType[Any] = self._queue.registry.get_type(lease.job.type)
         self._runs_in = self._registered.runs_in
@@ -167,11 +168,6 @@ class Attempt:
     def _named(self) -> dict[str, Any]:
         """Return what names this attempt in a log line."""
         return {"job_id": self._id, "type": self._job.type, "attempt": self._job.attempt}
-
-    @property
-    def job_id(self) -> Any:
-        """The id of the job."""
-        return self._job.id
 
     def cancel(self) -> None:
         """Stop the handler, because the job is cancelled."""
@@ -465,7 +461,7 @@ class Attempt:
                     else:
                         await self._repeat(
                             lambda: queue.succeed(
-                                token, result, logs=self._lines, job_id=self._job.id
+                                token, result, logs=self._lines, job_id=self.job_id
                             )
                         )
                 except InputInvalid as invalid:
