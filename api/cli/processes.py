@@ -51,11 +51,6 @@ def serve_in_processes(settings: Settings, *, worker: bool) -> NoReturn:
     sockets = listen_together(
         settings.host, settings.port, settings.serve_processes, "--port or JOBS_PORT"
     )
-    say(
-        f"Job Registry serves http://{address_of(sockets[0])}/graphql"
-        f" from {len(sockets)} processes  (Ctrl-C ends it)",
-        err,
-    )
     roles = [
         _Role(f"server {number}", ("serve", "--no-worker"), listening)
         for number, listening in enumerate(sockets, 1)
@@ -127,8 +122,10 @@ class _Processes:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._end)
         first, *others = self._roles
-        if await self._start_all([first]) and await self._start_all(others):
-            log.info("processes.started", processes=[role.name for role in self._roles])
+        if await self._start_all([first]):
+            self._say_where()
+            if await self._start_all(others):
+                log.info("processes.started", processes=[role.name for role in self._roles])
         keeping = [asyncio.create_task(self._keep(child)) for child in self._running.values()]
         await self._ending.wait()
         if keeping:
@@ -138,6 +135,14 @@ class _Processes:
             child.send(signal.SIGKILL)
         await asyncio.gather(*keeping)
         return self._code
+
+    def _say_where(self) -> None:
+        sockets = [role.listening for role in self._roles if role.listening is not None]
+        say(
+            f"Job Registry serves http://{address_of(sockets[0])}/graphql"
+            f" from {len(sockets)} processes  (Ctrl-C ends it)",
+            err,
+        )
 
     def _end(self) -> None:
         """End all processes. Each further call is one more signal for them."""
