@@ -109,6 +109,9 @@ MAX_ECHOES: Final = 10_000
 MAX_NUMBERED: Final = 200
 """How many own messages with a number may be awaited from the database at a time."""
 
+ANSWER_TURNS: Final = 5
+"""How many turns of the event loop an own message waits for the answer to its statement."""
+
 STOP_SECONDS: Final = 5.0
 """How long `listening` waits at its end for a statement in progress."""
 
@@ -671,7 +674,7 @@ class Events:
         if isinstance(item, Gap):
             self._miss(item.reason)
             return
-        if (published := self._published_in(item)) is not None:
+        if (published := await self._published_in(item)) is not None:
             self._offer(published)
             await asyncio.sleep(0)
             return
@@ -700,14 +703,18 @@ class Events:
         # Let subscribers read these events before more are delivered.
         await asyncio.sleep(0)
 
-    def _published_in(self, text: str) -> Sequence[JobEvent] | None:
-        """Return the events of an own message that were published before; None of any other.
+    async def _published_in(self, text: str) -> Sequence[JobEvent] | None:
+        """Return the published events of an own message; None of any other, which is parsed.
 
-        A message that arrives before the answer to the statement that sent it is parsed.
+        The message often arrives just before the answer to the statement that sent it.
         """
-        if not self._numbered or (found := _NUMBERED.search(text)) is None:
+        if self.process not in text or (found := _NUMBERED.search(text)) is None:
             return None
-        return self._numbered.pop(found[1], None)
+        for _ in range(ANSWER_TURNS):
+            if (events := self._numbered.pop(found[1], None)) is not None:
+                return events
+            await asyncio.sleep(0)
+        return None
 
     def _renamed_in(self, message: Message) -> Sequence[JobEvent]:
         """Return the events of a message, each with the current name of its job type."""
