@@ -16,6 +16,7 @@ from job_registry_api import defaults
 from job_registry_api.queue.claiming import Lease
 from job_registry_api.queue.models import AttemptOutcome, AttemptRecord, JobRecord, JobStatus
 from job_registry_api.queue.queue import JobQueue
+from job_registry_api.worker.alarm import Alarm
 from job_registry_api.worker.attempt import Attempt, Equipment
 from job_registry_api.worker.extensions import lifespans
 from job_registry_api.worker.lease_keeper import LeaseKeeper
@@ -106,7 +107,7 @@ class _Run:
         self._ended: AttemptRecord | None = None
         middleware = (self._watch, *(m for e in queue.registry.extensions for m in e.middleware))
         equipment = Equipment(
-            queue, keeper, None, middleware, state, assets, defaults.KEEP_LOG_LINES
+            queue, keeper, Alarm(), None, middleware, state, assets, defaults.KEEP_LOG_LINES
         )
         self._attempt = Attempt(equipment, lease)
 

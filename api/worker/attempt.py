@@ -29,6 +29,7 @@ from job_registry_api.queue.errors import (
 from job_registry_api.queue.leasing import Renewal
 from job_registry_api.queue.models import JobError
 from job_registry_api.queue.queue import JobQueue
+from job_registry_api.worker.alarm import Alarm
 from job_registry_api.worker.follow_ups import REFUSED, FollowUps
 from job_registry_api.worker.job_log import JobLog, Tail
 from job_registry_api.worker.lease_keeper import Hold, LeaseKeeper
@@ -98,6 +99,7 @@ class Equipment:
 
     queue: JobQueue
     keeper: LeaseKeeper
+    alarm: Alarm
     processes: HandlerProcesses | None
     middleware: tuple[Any, ...]
     state: State
@@ -376,14 +378,13 @@ class Attempt:
 
     async def _next_news(self, until: float) -> None:
         """Wait until the handler has ended or must stop, at most until this time."""
-        loop = asyncio.get_running_loop()
-        self._news = loop.create_future()
+        self._news = asyncio.get_running_loop().create_future()
         # Not `asyncio.timeout` around an `asyncio.Event`, which take five times the CPU.
-        timer = loop.call_later(until - time.monotonic(), self._notice)
+        self._equipment.alarm.set(self._notice, until)
         try:
             await self._news
         finally:
-            timer.cancel()
+            self._equipment.alarm.clear(self._notice)
 
     def _notice(self, _ended: asyncio.Task[End] | None = None) -> None:
         if self._news is not None and not self._news.done():

@@ -31,6 +31,7 @@ from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.reading import log_unregistered_types
 from job_registry_api.queue.requests import MAX_LEASE, MAX_WAIT_SECONDS
 from job_registry_api.queue.upkeep import maintain
+from job_registry_api.worker.alarm import Alarm
 from job_registry_api.worker.attempt import RELEASE_SECONDS, Attempt, Equipment
 from job_registry_api.worker.extensions import lifespans
 from job_registry_api.worker.lease_keeper import END_SECONDS, LeaseKeeper
@@ -240,6 +241,7 @@ class Worker:
             equipment = Equipment(
                 self._queue,
                 self._keeper,
+                Alarm(),
                 self._processes,
                 tuple(each for extension in self._extensions for each in extension.middleware),
                 state,
