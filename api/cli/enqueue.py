@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
+import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,8 +22,10 @@ from job_registry_api.cli.output import (
     REFUSED,
     WRONG_USAGE,
     AsJson,
+    OutputFailed,
     err,
     fail,
+    fail_without_output,
     print_json,
     refusal_json,
     say,
@@ -44,6 +49,12 @@ BULK = 1_000
 
 UNDER_WAY = 2
 """Batches at once: while the database stores one, the lines of the next are read and checked."""
+
+UNKNOWN = ("unreachable", "timeout")
+"""Kinds of failures after which the database may have stored a batch."""
+
+INTERRUPTED = 130
+"""The exit code of a command that Ctrl-C ended."""
 
 LISTED = 100
 """How many refused lines are listed for people. An atomic call has few lines: it lists all."""
@@ -159,29 +170,39 @@ async def _enqueue_all(
             transient=True,
             disable=len(lines) < 2 or not err.is_terminal,
         )
-        with progress:
+        with progress, _interruptible() as stopping:
             bar = progress.add_task("enqueue", total=len(lines))
             batches = (lines[start : start + size] for start in range(0, len(lines), size))
             stored = _in_order(
-                batches, lambda batch: _enqueue_batch(queue, type_name, batch, options, atomic)
+                batches,
+                lambda batch: _enqueue_batch(queue, type_name, batch, options, atomic),
+                stopping,
             )
             failed: list[tuple[Batch, QueueUnavailable]] = []
+            unwritten: OutputFailed | None = None
             done = 0
             async for batch, results in stored:
                 if isinstance(results, QueueUnavailable):
                     failed.append((batch, results))
                     continue
                 for number, result in results:
-                    _show_enqueued(number, result, counts, listed, len(lines) > 1, as_json)
+                    try:
+                        _show_enqueued(number, result, counts, listed, len(lines) > 1, as_json)
+                    except OutputFailed as failure:
+                        unwritten = failure
+                        stopping.set()
                 progress.advance(bar, len(batch))
                 done = batch[-1][0]
-        if failed:
-            unknown, error = failed[0]
-            if len(lines) > 1:
-                err.print(f"Stopped at line {unknown[0][0]:,}: {_summary(counts)}.")
-            if done > unknown[-1][0]:
-                err.print(f"The lines after {unknown[-1][0]:,} are done up to line {done:,}.")
-            raise error
+    if failed:
+        if len(lines) > 1:
+            for sentence in _where_it_stopped(failed, done, counts):
+                say(sentence, err)
+        raise failed[0][1]
+    stopped = [] if done == lines[-1][0] else _where_it_stopped(failed, done, counts)
+    if unwritten is not None:
+        fail_without_output(unwritten, *stopped)
+    if stopped:
+        fail(INTERRUPTED, *stopped)
     if counts["refused"] > listed and not as_json:
         say(f"The first {listed} refused lines are listed. --json lists all of them.", err)
     if len(lines) > 1 and not as_json:
@@ -189,10 +210,46 @@ async def _enqueue_all(
     return counts["refused"]
 
 
+@contextmanager
+def _interruptible() -> Iterator[threading.Event]:
+    """Let Ctrl-C set an event, so that what is under way is stored and shown. A second one ends the
+    command at once."""
+    stopping = threading.Event()
+
+    def stop(*_: object) -> None:
+        stopping.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    former = signal.signal(signal.SIGINT, stop)
+    try:
+        yield stopping
+    finally:
+        signal.signal(signal.SIGINT, former)
+
+
+def _where_it_stopped(
+    failed: list[tuple[Batch, QueueUnavailable]], done: int, counts: dict[str, int]
+) -> list[str]:
+    """Return which lines are stored of a file that is not stored whole."""
+    first = failed[0][0][0][0] if failed else done + 1
+    sentences = [f"Stopped at line {first:,}: {_summary(counts)}."]
+    if not failed:
+        return sentences
+    last = failed[-1][0][-1][0]
+    if any(error.kind in UNKNOWN for _, error in failed):
+        sentences.append(f"It is not known whether the lines {first:,} to {last:,} are stored.")
+    if done > last:
+        sentences.append(f"The lines after {last:,} are done up to line {done:,}.")
+    return sentences
+
+
 async def _in_order(
-    batches: Iterator[Batch], store: Callable[[Batch], Coroutine[Any, Any, Results]]
+    batches: Iterator[Batch],
+    store: Callable[[Batch], Coroutine[Any, Any, Results]],
+    stopping: threading.Event,
 ) -> AsyncIterator[tuple[Batch, Results | QueueUnavailable]]:
-    """Store batches, and yield the results of each in order. None is begun after a failure."""
+    """Store batches, and yield the results of each in order. None is begun after a failure, or
+    when `stopping` is set."""
     from job_registry_api.queue.errors import QueueUnavailable
 
     async def stored(batch: Batch) -> tuple[Batch, Results | QueueUnavailable]:
@@ -203,6 +260,8 @@ async def _in_order(
 
     running: deque[asyncio.Task[tuple[Batch, Results | QueueUnavailable]]] = deque()
     for batch in batches:
+        if stopping.is_set():
+            break
         running.append(asyncio.create_task(stored(batch)))
         if len(running) == UNDER_WAY:
             result = await running.popleft()

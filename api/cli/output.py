@@ -70,15 +70,18 @@ class Output:
         return getattr(self._stream, name)
 
 
-def fail_without_output(failure: OutputFailed) -> NoReturn:
-    """End a command whose output cannot be written, silently if nobody reads it."""
+def fail_without_output(failure: OutputFailed, *unfinished: str) -> NoReturn:
+    """End a command whose output cannot be written, silently if nobody reads it.
+
+    `unfinished` are sentences on what the command has not done for that reason.
+    """
     if failure.error is not None:
         # Python would write the rest when it ends, and report the failure again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    if failure.is_reader_gone:
+    if failure.is_reader_gone and not unfinished:
         sys.exit(0)
     reason = str(failure) or "standard output is closed"
-    fail(REFUSED, f"The output could not be written: {reason}.")
+    fail(REFUSED, *unfinished, f"The output could not be written: {reason}.")
 
 
 def say(text: str, console: Console = out) -> None:

@@ -24,6 +24,8 @@ File = Annotated[
 def read(file: str) -> str:
     """Return the text of a file, or of standard input for `-`."""
     name = "standard input" if file == "-" else file
+    if file == "-" and sys.stdin is None:
+        fail(WRONG_USAGE, "Cannot read standard input: it is closed.")
     try:
         return (sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()).decode()
     except UnicodeDecodeError as error:

@@ -197,12 +197,13 @@ def test_a_bulk_that_the_database_interrupts_says_how_far_it_came(jobs: Shell) -
     )
     # Then the command says how many jobs it stored, and where it stopped
     assert stopped.returncode == 1
-    progress, reason = stopped.stderr.splitlines()
+    progress, unknown, reason = stopped.stderr.splitlines()
     with closing(sqlite3.connect(jobs.folder / "jobs.db")) as database:
         ((stored,),) = database.execute("SELECT count(*) FROM job").fetchall()
     assert 0 < stored < 20_000
     line = f"Stopped at line {stored + 1:,}: {stored:,} stored, 0 deduplicated, 0 refused."
     assert progress == line
+    assert unknown.startswith(f"It is not known whether the lines {stored + 1:,} to ")
     assert reason.startswith("The database is not available: ")
 
 
