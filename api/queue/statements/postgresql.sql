@@ -50,13 +50,8 @@ SELECT common.now, pg_notify(CAST(:channel AS text), CASE
 FROM common LEFT JOIN batch ON true
 
 -- name: claim
--- Lease due jobs, and end the attempts whose lease has expired. Not `*`: a worker reads thousands of
--- rows per second, and a fifth of the columns is of no use to it.
-SELECT id, type, fingerprint, status, payload, priority, attempt, max_attempts, timeout_seconds,
-    created_at, idempotency_key, created_by, next_run_at, started_at, finished_at,
-    cancel_requested_at, worker_id, progress, result, error, lease_token, lease_expires_at,
-    deadline_at
-FROM job_registry.job_claim(
+-- Lease due jobs, and end the attempts whose lease has expired.
+SELECT * FROM job_registry.job_claim(
     CAST(:wanted AS jsonb), CAST(:most AS integer), CAST(:worker AS text),
     CAST(:lease AS double precision), CAST(:process AS text), CAST(:keep AS boolean),
     CAST(:look_back AS double precision), CAST(:timed_out AS text), CAST(:lost AS text))
@@ -80,21 +75,13 @@ SELECT id, type, status, attempt, next_run_at FROM job_registry.job_succeed(
 -- name: succeed_and_claim
 -- Do what `succeed` does, then what `claim` does. The attempts are ended first, so that their places
 -- in the concurrency limits are free; in another order, fewer jobs would be claimed.
-SELECT true AS is_report, id, type, fingerprint, status, payload, priority, attempt, max_attempts, timeout_seconds,
-    created_at, idempotency_key, created_by, next_run_at, started_at, finished_at,
-    cancel_requested_at, worker_id, progress, result, error, lease_token, lease_expires_at,
-    deadline_at
-FROM job_registry.job_succeed(
-    CAST(:reports AS jsonb), CAST(:reporter AS text), CAST(:keep AS boolean))
+SELECT true AS is_report, ended.* FROM job_registry.job_succeed(
+    CAST(:reports AS jsonb), CAST(:reporter AS text), CAST(:keep AS boolean)) AS ended
 UNION ALL
-SELECT false, id, type, fingerprint, status, payload, priority, attempt, max_attempts, timeout_seconds,
-    created_at, idempotency_key, created_by, next_run_at, started_at, finished_at,
-    cancel_requested_at, worker_id, progress, result, error, lease_token, lease_expires_at,
-    deadline_at
-FROM job_registry.job_claim(
+SELECT false, claimed.* FROM job_registry.job_claim(
     CAST(:wanted AS jsonb), CAST(:most AS integer), CAST(:worker AS text),
     CAST(:lease AS double precision), CAST(:process AS text), CAST(:keep AS boolean),
-    CAST(:look_back AS double precision), CAST(:timed_out AS text), CAST(:lost AS text))
+    CAST(:look_back AS double precision), CAST(:timed_out AS text), CAST(:lost AS text)) AS claimed
 
 -- name: renew
 -- Renew leases, and the places of timed-out attempts.
