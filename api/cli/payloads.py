@@ -47,7 +47,8 @@ def parse_lines(text: str, file: str) -> list[tuple[int, str]]:
     with contextlib.suppress(NotJson):
         parse_json(text)
         return [(1, text)]
-    lines = [(n, line) for n, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    # Not `splitlines`, which also ends a line at separators that JSON allows inside strings.
+    lines = [(n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if len(lines) < 2:
         parse(text, file)
     return lines

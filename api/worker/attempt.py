@@ -189,7 +189,9 @@ class Attempt:
         try:
             await self._attempt(self._registered)
         except LeaseLost:
-            self._log.warning("job.lease_lost")
+            # An attempt that has timed out is logged as that; the queue may have ended it first.
+            if not self._now.timed_out:
+                self._log.warning("job.lease_lost")
             if self.has_ended:
                 # The queue may have timed the attempt out, and does not know that it has ended.
                 await self._free_place()

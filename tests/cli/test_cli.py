@@ -158,6 +158,13 @@ def test_many_lines_are_enqueued_and_each_refused_one_is_named(jobs: Shell) -> N
     assert "0 stored" in atomic.stdout
 
 
+def test_lines_end_with_a_line_feed_alone(jobs: Shell) -> None:
+    # JSON allows other separators of lines inside strings, as Unicode has them.
+    lines = [f'{{"batchId": "a{mark}b", "escrowId": "e"}}' for mark in "\u2028\u2029\x85"]
+    stored = jobs("enqueue", "payout.execute", "-", stdin="\r\n".join(lines))
+    assert (stored.stdout, stored.stderr) == ("3 stored, 0 deduplicated, 0 refused\n", "")
+
+
 def test_every_line_that_keeps_an_atomic_bulk_from_being_stored_is_named(jobs: Shell) -> None:
     lines = "\n".join([GOOD, "nope", '{"x": 1}'])
     atomic = jobs("enqueue", "thumbnail.create", "-", "--atomic", stdin=lines)

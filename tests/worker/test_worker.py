@@ -424,6 +424,33 @@ async def test_a_handler_that_ends_after_the_queue_timed_it_out_frees_its_place_
 
 @pytest.mark.any_database
 @about_timeouts
+async def test_a_timeout_that_the_queue_recorded_first_is_not_logged_as_a_lost_lease(
+    house: House, monkeypatch: pytest.MonkeyPatch, lines: list[dict[str, Any]]
+) -> None:
+    @house.job_type.handler
+    async def work(_job: JobContext, _payload: Text) -> None:
+        await asyncio.sleep(30)
+
+    time_out = house.queue.time_out
+
+    async def late(token: str, **options: Any) -> Any:
+        await time_out(token)
+        return await time_out(token, **options)
+
+    monkeypatch.setattr(house.queue, "time_out", late)
+    async with house.working() as worker:
+        job = await house.enqueue(max_attempts=1)
+        await house.until(job, JobStatus.FAILED)
+        async with asyncio.timeout(5):
+            while worker.health.running:
+                await asyncio.sleep(0.01)
+    events = [line["event"] for line in lines]
+    assert "job.timed_out" in events
+    assert "job.lease_lost" not in events
+
+
+@pytest.mark.any_database
+@about_timeouts
 async def test_an_overdue_thread_does_not_hold_up_the_end_of_its_worker(house: House) -> None:
     given_up = threading.Event()
 
