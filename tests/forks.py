@@ -195,6 +195,8 @@ def _fork_for_each_request(connection: socket.socket) -> tuple[str, list[str]]:
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    # Python reads this variable only when it starts.
+    sys.dont_write_bytecode = bool(environment.get("PYTHONDONTWRITEBYTECODE"))
     # As `python -m` has it, with the folder first.
     sys.path[:0] = [folder, *environment.get("PYTHONPATH", "").split(os.pathsep)]
     return module, arguments
