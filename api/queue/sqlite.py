@@ -108,12 +108,7 @@ class SQLiteStore(Store):
         return await self._write(lambda t: t.insert(jobs))
 
     async def insert_unkeyed(self, jobs: Sequence[NewJob], sender: str) -> list[Stored]:
-        def work(transaction: _Transaction) -> dict[uuid.UUID, Stored]:
-            stored = transaction.insert(jobs)
-            transaction.announce(sender)
-            return stored
-
-        stored = await self._write(work)
+        stored = await self._write(lambda t: t.insert(jobs), sender=sender)
         return [stored[job.id] for job in jobs]
 
     async def insert_all(self, jobs: Sequence[NewJob]) -> tuple[dict[uuid.UUID, Stored], bool]:
@@ -398,14 +393,12 @@ class _Transaction:
         """Run a statement and return how many rows it changed."""
         return self._cursor.execute(SQL[name], {"now": self.now, **parameters}).rowcount
 
-    def announce(self, process: str) -> str:
-        """Store the events, for other processes to read. Return their message; "" for none."""
-        if not self._events:
-            return ""
-        message = message_of(process, self._events)
-        self._events = []
-        self.change("keep_events", message=message)
-        return message
+    def announce(self, process: str) -> None:
+        """Store the events, for other processes to read."""
+        if self._events:
+            message = message_of(process, self._events)
+            self._events = []
+            self.change("keep_events", message=message)
 
     def insert(self, jobs: Sequence[NewJob]) -> dict[uuid.UUID, Stored]:
         rows = [_row_of(_values(job, self.now)) for job in jobs]

@@ -43,7 +43,7 @@ REGISTRY: Final = JobRegistry(
         JobType(name="page.print", payload=Nothing),
     ]
 )
-"""Other jobs have the former name of a type, or a type that is no longer registered."""
+"""The other jobs have a former name of a type, or a type that is not registered any more."""
 
 
 def made(jobs: int, seed: int) -> list[Stored]:
