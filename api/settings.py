@@ -199,7 +199,7 @@ class Settings(BaseSettings):
         ge=100,
         le=100_000,
         description="The most tokens per GraphQL document: names, numbers, strings and punctuation."
-        " Values in variables do not count.",
+        " It may have 25 characters per token. Values in variables do not count.",
     )
     max_query_depth: int = Field(
         default=15,

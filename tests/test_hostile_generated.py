@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
+from typing import Final
 
 import httpx
 import pytest
 import pytest_asyncio
 
-from tests.hostile import REQUESTS, draw_requests, plain_documents
+from tests.hostile import REQUESTS, SocketMessages, draw_requests, plain_documents
 from tests.hostile_requests import hostile_server, measure
 from tests.measured_server import MeasuredServer
 
@@ -32,6 +34,37 @@ async def test_a_drawn_request_is_answered_within_the_bounds(
         # Room for a busy machine: five times the silence that is promised.
         outcome = await measure(server, request, cpu_seconds=0.5, silence_seconds=5.0)
         assert not outcome.faults, request
+
+
+LONG_DOCUMENTS: Final = {
+    "a comment": "#§{}",
+    "a name": "{{ a§{} }}",
+    "a string": '{{ job(id: "§{}") {{ id }} }}',
+    "a number": "{{ jobs(first: §{}) {{ nodes {{ id }} }} }}",
+}
+
+
+@pytest.mark.parametrize("length", [49_900, 190_000])
+@pytest.mark.parametrize("kind", LONG_DOCUMENTS)
+async def test_each_long_document_on_a_websocket_costs_little(
+    server: MeasuredServer, kind: str, length: int
+) -> None:
+    document, fill = LONG_DOCUMENTS[kind], "1" if kind == "a number" else "x"
+    messages = tuple(
+        json.dumps(
+            {
+                "type": "subscribe",
+                "id": str(number),
+                "payload": {
+                    "query": document.replace("§", f"{1_000 + number}").format(fill * length)
+                },
+            }
+        )
+        for number in range(44)
+    )
+    request = SocketMessages("websocket, after", f"44 × {kind}", messages, True, len(messages))
+    outcome = await measure(server, request, cpu_seconds=0.5, silence_seconds=5.0)
+    assert not outcome.faults
 
 
 async def test_the_operations_that_are_made_hostile_are_executed(server: MeasuredServer) -> None:

@@ -103,6 +103,19 @@ async def test_a_document_may_ask_for_so_much_and_no_more(
     assert strict.status_code == 400
 
 
+async def test_a_document_may_have_25_characters_per_token_that_it_may_have(visit: Visit) -> None:
+    async with visit(max_query_tokens="100") as client:
+        taken = await ask(client, "{ __typename } #".ljust(2_500, "x"))
+        refused = await ask(client, "{ __typename } #".ljust(2_501, "x"))
+    assert taken.json() == {"data": {"__typename": "Query"}}
+    (error,) = refused.json()["errors"]
+    assert error["message"] == (
+        "The document has more than 2,500 characters, 25 per token of JOBS_MAX_QUERY_TOKENS."
+        " Send long values in variables."
+    )
+    assert error["extensions"] == {"code": "document_too_complex"}
+
+
 @pytest.mark.parametrize(
     ("request_", "code"),
     [
