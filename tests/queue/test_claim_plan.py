@@ -328,6 +328,46 @@ async def test_on_postgresql_a_report_reads_nothing_of_the_jobs_done_since_a_lon
     assert max(read.values()) < FEW_BLOCKS, read
 
 
+async def test_on_postgresql_a_claim_reads_nothing_of_the_jobs_that_ran_since_a_long_snapshot_began(
+    fresh_postgresql_url: str, registry: JobRegistry
+) -> None:
+    """The statistics are those of an idle queue, as after most runs of autovacuum."""
+    database = open_database(fresh_postgresql_url, timeout_seconds=None)
+    queue = JobQueue(registry, database)
+    async with outsider(fresh_postgresql_url, "REPEATABLE READ") as report:
+        await report.exec_driver_sql("SELECT count(*) FROM job")
+        for statement in RAN:
+            async with database.reading() as connection:
+                await connection.exec_driver_sql(statement)
+        await queue.enqueue_many([EnqueueRequest("test.ping", {})] * 3)
+        read = {
+            "claim": await entries(database, LATER_CLAIM),
+            "recover": await entries(database, RECOVER.replace("NULL, 30", "3, 60")),
+        }
+    await database.close()
+    assert max(read.values()) < FEW_ENTRIES, read
+
+
+async def test_on_postgresql_a_claim_does_not_read_what_runs(
+    fresh_postgresql_url: str, registry: JobRegistry
+) -> None:
+    """The statistics are those of an idle queue."""
+    database = open_database(fresh_postgresql_url, timeout_seconds=None)
+    queue = JobQueue(registry, database)
+    running, *_ = RAN
+    for statement in (*RAN, "VACUUM ANALYZE job", running):
+        async with database.reading() as connection:
+            await connection.exec_driver_sql(statement)
+    await queue.enqueue_many([EnqueueRequest("test.ping", {})] * 3)
+    read = {
+        "claim": await entries(database, CLAIM.replace("30", "60")),
+        "next due": await entries(database, NEXT_DUE),
+        "recover": await entries(database, RECOVER.replace("30", "60")),
+    }
+    await database.close()
+    assert max(read.values()) < FEW_ENTRIES, read
+
+
 FEW_BLOCKS = 2_500
 """A new connection reads a thousand of the catalog alone; each job a call passes over is one more.
 """
@@ -346,11 +386,19 @@ RAN = (
     "UPDATE job_attempt SET finished_at = now(), outcome = 'succeeded'",
     "ANALYZE",
 )
+FEW_ENTRIES = 100
+"""Of ten thousand."""
+
 WAITING = """SELECT * FROM job_waiting('["{}"]', 1000)"""
 CLAIM = (
     """SELECT * FROM job_claim('[{"type": "test.ping"}, {"type": "test.limited", "limit": 2}]',"""
     " 10, 'w', 30, 'p', true, NULL, NULL, NULL)"
 )
+LATER_CLAIM = (
+    """SELECT * FROM job_claim('[{"type": "test.ping", "heads": [[50, "2020-01-01T00:00Z"]]}]',"""
+    " 3, 'w', 60, 'p', true, 3, NULL, NULL)"
+)
+"""One that starts where an earlier one of the process took its jobs."""
 RECOVER = "SELECT * FROM job_recover('p', true, 100, NULL, 30, NULL, NULL)"
 NEXT_DUE = """SELECT job_next_due('[{"type": "test.ping"}]')"""
 
@@ -363,6 +411,22 @@ async def blocks(database: Database, statement: str) -> int:
     async with database.transaction() as connection:
         plan = (await connection.exec_driver_sql(f"{EXPLAIN} {statement}")).scalar_one()
     return blocks_of(plan)
+
+
+async def entries(database: Database, statement: str) -> int:
+    """How many entries of the indexes of jobs a statement reads, dead ones included."""
+    async with database.transaction() as connection:
+        # What the connection did before counts too, until it is added to the server's statistics.
+        before = (await connection.exec_driver_sql(ENTRIES)).scalar_one()
+        await connection.exec_driver_sql(statement)
+        after = (await connection.exec_driver_sql(ENTRIES)).scalar_one()
+    return int(after - before)
+
+
+ENTRIES = """
+    SELECT sum(pg_stat_get_xact_tuples_returned(indexrelid)) FROM pg_index
+    WHERE indrelid = CAST('job' AS regclass)
+"""
 
 
 def blocks_of(plan: Any) -> int:
