@@ -134,9 +134,10 @@ async def fill(url: str, filled: int, size: int) -> None:
         async with database.transaction() as connection:
             await connection.exec_driver_sql(text)
     async with database.reading() as connection:
-        # What autovacuum does within minutes.
-        analyze = "VACUUM ANALYZE" if database.name == "postgresql" else "ANALYZE"
-        await connection.exec_driver_sql(analyze)
+        # What autovacuum and the checkpointer do within minutes.
+        steps = ("VACUUM ANALYZE", "CHECKPOINT") if database.name == "postgresql" else ("ANALYZE",)
+        for step in steps:
+            await connection.exec_driver_sql(step)
     await database.close()
 
 
