@@ -96,12 +96,17 @@ def _refused(model: type[BaseModel], faults: Iterable[Violation], sent: object) 
 def changed(schema: Any, change: Callable[[dict[str, Any]], Any]) -> Any:
     """Return a copy of a core schema in which each part is changed, the innermost first."""
     if isinstance(schema, dict):
-        return change(
-            {
-                key: value if key in ("metadata", "default") else changed(value, change)
-                for key, value in schema.items()
-            }
-        )
+        return change({key: _changed_below(key, value, change) for key, value in schema.items()})
     if isinstance(schema, list | tuple):
         return type(schema)(changed(value, change) for value in schema)
     return schema
+
+
+def _changed_below(key: str, value: Any, change: Callable[[dict[str, Any]], Any]) -> Any:
+    """Return a copy of what a part has under a key, with its own parts changed."""
+    if key in ("metadata", "default"):
+        return value
+    if key in ("fields", "choices") and isinstance(value, dict):
+        # Parts by name. The mapping itself is not a part: a field may be named `type` or `default`.
+        return {name: changed(part, change) for name, part in value.items()}
+    return changed(value, change)

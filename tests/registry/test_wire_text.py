@@ -17,7 +17,14 @@ import jsonschema_rs
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from pydantic import Field, NaiveDatetime, PositiveInt
+from pydantic import (
+    Field,
+    NaiveDatetime,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+    create_model,
+)
 
 from job_registry import JobRegistry, JobType, Payload, PayloadInvalid
 
@@ -240,6 +247,40 @@ def test_keys_of_an_object_are_still_read_as_numbers() -> None:
     parsed = keyed.admit("test.keyed", {"byNumber": {"5": 1.0}}).payload
     assert isinstance(parsed, Keyed)
     assert parsed.by_number == {5: 1}
+
+
+@pytest.mark.parametrize(
+    "name", ["type", "ref", "metadata", "default", "fields", "choices", "members", "properties"]
+)
+def test_a_field_may_be_named_like_a_part_of_a_schema(name: str) -> None:
+    fields: dict[str, Any] = {name: (dt.datetime, ...)}
+    model = create_model("Named", __base__=Payload, **fields)
+    named = JobRegistry([JobType(name="test.named", payload=model)])
+    listed: TypeAdapter[Any] = TypeAdapter(list[model])
+    good, bad = {name: "2030-01-31T12:00:00Z"}, {name: "2030"}
+    assert named.admit("test.named", good).payload == listed.validate_python([good])[0]
+    with pytest.raises(PayloadInvalid, match="Expected a date and time"):
+        named.admit("test.named", bad)
+    with pytest.raises(ValidationError):
+        listed.validate_python([bad])
+
+
+def test_the_tag_of_a_union_may_be_named_like_a_part_of_a_schema() -> None:
+    class Plain(Payload):
+        kind: Literal["default"]
+        at: dt.datetime
+
+    class Special(Payload):
+        kind: Literal["type"]
+
+    class Either(Payload):
+        part: Annotated[Plain | Special, Field(discriminator="kind")]
+
+    either = JobRegistry([JobType(name="test.either", payload=Either)])
+    assert either.admit("test.either", {"part": {"kind": "type"}})
+    assert either.admit("test.either", {"part": {"kind": "default", "at": "2030-01-31T12:00:00Z"}})
+    with pytest.raises(PayloadInvalid, match="Expected a date and time"):
+        either.admit("test.either", {"part": {"kind": "default", "at": "2030"}})
 
 
 @pytest.mark.parametrize(
