@@ -9,8 +9,10 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import sys
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from importlib import metadata
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
@@ -137,10 +139,8 @@ def _in_entry_point(entry: metadata.EntryPoint) -> list[JobType[Any]]:
     where = f"entry point {entry.name} = {entry.value}"
     try:
         loaded = entry.load()
-    except DefinitionError as error:
-        raise DefinitionError(f"{where}: {error}") from error
-    except Exception as error:
-        raise DefinitionError(f"{where}: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise DefinitionError(f"{where}: {_reason(error)}") from error
     if isinstance(loaded, ModuleType):
         return _in_module(loaded.__name__)
     if isinstance(loaded, JobType):
@@ -161,10 +161,27 @@ def _of(module: ModuleType) -> list[JobType[Any]]:
 def _import(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
-    except DefinitionError as error:
-        raise DefinitionError(f"{name}: {error}") from error
-    except Exception as error:
-        raise DefinitionError(f"{name}: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise DefinitionError(f"{name}: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """Return why a module could not be imported, and the line of it: `… (myjobs.py, line 8)`."""
+    match error:
+        case SyntaxError():  # It says where.
+            return f"{type(error).__name__}: {error}"
+        case DefinitionError():
+            reason = str(error)
+        case SystemExit():
+            reason = f"sys.exit({shortened(error.code)}) was called during the import"
+        case _:
+            reason = f"{type(error).__name__}: {error}"
+    lines = [
+        f" ({Path(frame.f_code.co_filename).name}, line {line})"
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if frame.f_code.co_name == "<module>"
+    ]
+    return reason + "".join(lines[-1:])
 
 
 def _raise(name: str) -> None:

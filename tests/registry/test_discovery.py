@@ -54,7 +54,27 @@ def test_a_module_and_all_modules_of_a_package_are_searched(folder: Path) -> Non
     ("modules", "catalog", "message"),
     [
         ({}, ["not_there"], "not_there: ModuleNotFoundError"),
-        ({"broken": "1 / 0"}, ["broken"], "broken: ZeroDivisionError"),
+        (
+            {"broken": "one = 1\none / 0"},
+            ["broken"],
+            r"broken: ZeroDivisionError: division by zero \(broken.py, line 2\)",
+        ),
+        (
+            {"outer": "import inner", "inner": "\n\nimport nowhere"},
+            ["outer"],
+            r"outer: ModuleNotFoundError: No module named 'nowhere' \(inner.py, line 3\)",
+        ),
+        ({"typo": "def ("}, ["typo"], r"typo: SyntaxError: .* \(typo.py, line 1\)$"),
+        (
+            {"script": "import sys\nsys.exit(0)"},
+            ["script"],
+            r"script: sys.exit\(0\) was called during the import \(script.py, line 2\)",
+        ),
+        (
+            {"zero": "from job_registry import JobPolicy\nJobPolicy(max_attempts=0)"},
+            ["zero"],
+            r"zero: JobPolicy: max_attempts is 0, .* \(zero.py, line 2\)",
+        ),
         ({"empty": ""}, ["empty"], "empty: no JobType is defined"),
         (
             {"bad": JOBS.format(name="Bad Name")},
