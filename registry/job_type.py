@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import re
+import typing
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
@@ -177,7 +178,8 @@ class JobType(Generic[P]):
 
         Raises:
             DefinitionError: there is a handler already, or this is not a function of two
-                arguments, or it cannot run where `run_in` says.
+                arguments, or it is annotated with another payload, or it cannot run where `run_in`
+                says.
         """
         where = f"job type {self.name}"
         if self._handler is not None:
@@ -197,6 +199,12 @@ class JobType(Generic[P]):
             raise DefinitionError(
                 f"{where}: the handler {named(function)} takes (payload, job), expected"
                 " (job, payload)"
+            )
+        other = _payload_of(function)
+        if other is not None and not issubclass(self.payload, other):
+            raise DefinitionError(
+                f"{where}: the handler {named(function)} takes {other.__name__}, expected"
+                f" {self.payload.__name__}"
             )
         if self.run_in == "thread" and is_async(function):
             raise DefinitionError(
@@ -473,6 +481,18 @@ def _has_swapped_arguments(function: Callable[..., Any], payload: type[Payload])
     if parameters and parameters[0].annotation is inspect.Parameter.empty:
         names[0] = payload.__name__ if parameters[0].name.strip("_") == "payload" else ""
     return names[:1] == [payload.__name__] or names[1:] == ["JobContext"]
+
+
+def _payload_of(function: Callable[..., Any]) -> type[Payload] | None:
+    """Return the payload that a handler is annotated to take, if it can be told at run time."""
+    try:
+        hints = typing.get_type_hints(function)
+    except (NameError, TypeError, AttributeError):
+        return None
+    for name in list(inspect.signature(function).parameters)[1:2]:
+        if isinstance(hint := hints.get(name), type) and issubclass(hint, Payload):
+            return hint
+    return None
 
 
 def _annotation_name(annotation: object) -> str:

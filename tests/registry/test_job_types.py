@@ -253,6 +253,17 @@ def test_a_handler_with_swapped_arguments_is_refused() -> None:
             JobType(name="a", payload=Note).handler(handler)
 
 
+def test_a_handler_of_another_payload_is_refused() -> None:
+    def copied(job: JobContext, payload: Everything) -> None: ...
+
+    def general(job: JobContext, payload: Payload) -> None: ...
+
+    job_type: JobType[Any] = JobType(name="a", payload=Note)
+    with pytest.raises(DefinitionError, match=r"copied takes Everything, expected Note"):
+        job_type.handler(copied)
+    job_type.handler(general)
+
+
 class ObjectHandler:
     """A handler that is an object."""
 
