@@ -21,6 +21,7 @@ from pydantic_core import to_json
 
 from job_registry.errors import escaped
 
+_MAX_MEMBERS: Final = 5
 _LEVELS: Final = {
     "debug": logging.DEBUG,
     "info": logging.INFO,
@@ -263,16 +264,37 @@ def traceback_of(error: BaseException) -> str:
     """
     parts: list[str] = []
     seen: set[int] = set()
-    following: BaseException | None = error
-    while following is not None and id(following) not in seen:
-        seen.add(id(following))
-        name = f"{type(following).__module__}.{type(following).__qualname__}"
-        words = following.strerror if isinstance(following, OSError) else None
-        frames = "".join(traceback.format_tb(following.__traceback__))
-        parts.append(f"{frames}{name.removeprefix('builtins.')}{f': {words}' if words else ''}")
-        hidden = following.__suppress_context__
-        following = following.__cause__ or (None if hidden else following.__context__)
-    return "\n\ncaused by\n\n".join(parts)
+    waiting: list[tuple[BaseException, str]] = [(error, "")]
+    while waiting:
+        each, relation = waiting.pop(0)
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        name = f"{type(each).__module__}.{type(each).__qualname__}"
+        words = each.strerror if isinstance(each, OSError) else None
+        frames = "".join(traceback.format_tb(each.__traceback__))
+        parts.append(
+            f"{relation}{frames}{name.removeprefix('builtins.')}{f': {words}' if words else ''}"
+        )
+        following = [(inner, "\n\nin this group\n\n") for inner in members_of(each)]
+        cause = each.__cause__ or (None if each.__suppress_context__ else each.__context__)
+        if cause is not None:
+            following.append((cause, "\n\ncaused by\n\n"))
+        waiting[:0] = following
+    return "".join(parts)
+
+
+def members_of(error: BaseException) -> list[BaseException]:
+    """Return the first exceptions of a group and of the groups in it. Others have none."""
+    members: list[BaseException] = []
+    waiting = [error]
+    while waiting and len(members) < _MAX_MEMBERS:
+        each = waiting.pop(0)
+        if isinstance(each, BaseExceptionGroup):
+            waiting[:0] = each.exceptions
+        elif each is not error:
+            members.append(each)
+    return members
 
 
 def _of_exc_info(exc_info: Any) -> str:

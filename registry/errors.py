@@ -141,8 +141,10 @@ def counted_faults(what: str, faults: int) -> str:
 
 
 def _check_delay(name: str, seconds: float) -> None:
-    if not 0 <= seconds <= MAX_DELAY_SECONDS:
-        raise ValueError(f"{name} is {seconds}, expected 0 to {MAX_DELAY_SECONDS:,}")
+    if not isinstance(seconds, int | float) or not 0 <= seconds <= MAX_DELAY_SECONDS:
+        raise ValueError(
+            f"{name} is {shortened(seconds)}, expected 0 to {MAX_DELAY_SECONDS:,} seconds"
+        )
 
 
 def near(name: str, names: Iterable[str], *, count: int = 1) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from pydantic import JsonValue
 
 from job_registry import Cancel, Fail, Retry, Snooze
 from job_registry.errors import shortened_text
-from job_registry_api.logs import traceback_of
+from job_registry_api.logs import members_of, traceback_of
 
 MAX_MESSAGE: Final = 2_000
 
@@ -217,9 +217,15 @@ def report_of(end: End, now: Circumstances) -> Report:
 
 
 def raised(error: BaseException) -> Raised:
-    """Convert a handler's exception to data: the exception itself would keep every frame alive."""
-    name, message = type(error).__name__, storable(words_of(error))
-    match error:
+    """Convert a handler's exception to data: the exception itself would keep every frame alive.
+
+    A group of one exception counts as that exception: task groups raise groups.
+    """
+    sole = error
+    while isinstance(sole, BaseExceptionGroup) and len(sole.exceptions) == 1:
+        sole = sole.exceptions[0]
+    name, message = type(sole).__name__, storable(words_of(sole))
+    match sole:
         case Snooze(seconds=seconds):
             return Raised("snooze", name, message, seconds)
         case Retry(after=after):
@@ -299,11 +305,18 @@ def end_from_json(content: Mapping[str, Any]) -> End:
 
 
 def words_of(error: BaseException) -> str:
-    """Return the text of an exception. Its `__str__` is user code, and may raise or exit."""
+    """Return the text of an exception, and of those in a group.
+
+    Its `__str__` is user code, and may raise or exit.
+    """
     try:
-        return str(error)
+        words = str(error)
     except BaseException:
-        return "(message unavailable)"
+        words = "(message unavailable)"
+    if isinstance(error, BaseExceptionGroup):
+        inner = [f"{type(each).__name__}: {words_of(each)}" for each in members_of(error)]
+        words = "; ".join([words, *inner])
+    return words
 
 
 def storable(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -86,8 +87,10 @@ def test_a_handler_may_delay_its_job_by_up_to_a_year(seconds: float) -> None:
     assert Retry("later", after=seconds).after == Snooze(seconds).seconds == seconds
 
 
-@pytest.mark.parametrize("seconds", [-0.5, -1, YEAR + 1, float("nan"), float("inf")])
-def test_another_delay_is_refused(seconds: float) -> None:
+@pytest.mark.parametrize(
+    "seconds", [-0.5, -1, YEAR + 1, float("nan"), float("inf"), "5", timedelta(seconds=5)]
+)
+def test_another_delay_is_refused(seconds: Any) -> None:
     with pytest.raises(ValueError, match="Retry: after is .*, expected 0 to 31,536,000"):
         Retry(after=seconds)
     with pytest.raises(ValueError, match="Snooze: seconds is .*, expected 0 to 31,536,000"):

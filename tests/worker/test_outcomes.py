@@ -90,6 +90,20 @@ SEGFAULT = "The handler's process was killed by signal 11 (SIGSEGV)."
         (BOOM, OUT_OF_TOUCH, FAILED),
         (BOOM, STOPPING, Release()),
         (raised(KeyError()), AS_USUAL, FailAttempt("handler_failed", "KeyError")),
+        (raised(ExceptionGroup("g", [RuntimeError("boom")])), AS_USUAL, FAILED),
+        (
+            raised(ExceptionGroup("g", [ExceptionGroup("h", [Fail("f")])])),
+            AS_USUAL,
+            FailAttempt("failed", "f", retryable=False),
+        ),
+        (raised(BaseExceptionGroup("g", [asyncio.CancelledError()])), STOPPING, Release()),
+        (
+            raised(ExceptionGroup("g", [KeyError(1), ExceptionGroup("h", [Fail("f")])])),
+            AS_USUAL,
+            FailAttempt(
+                "handler_failed", "ExceptionGroup: g (2 sub-exceptions); KeyError: 1; Fail: f"
+            ),
+        ),
         (BOOM, TIMED_OUT, TimeOut(still_running=False)),
         (STOPPED, AS_USUAL, FailAttempt("handler_failed", "CancelledError")),
         (STOPPED, CANCELLED, WHILE_RUNNING),
@@ -176,6 +190,21 @@ def test_a_process_that_dies_is_reported_with_its_signal_or_exit_code(
     exit_code: int, sentence: str
 ) -> None:
     assert how_it_died(exit_code) == sentence
+
+
+async def test_the_traceback_of_a_task_group_shows_where_its_tasks_failed() -> None:
+    async def step(number: int) -> None:
+        raise ValueError(f"secret {number}")
+
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(step(1))
+            tasks.create_task(step(2))
+    except* ValueError as error:
+        told = raised(error)
+    assert told.message.endswith("; ValueError: secret 1; ValueError: secret 2")
+    assert told.traceback.count("in step") == 2
+    assert "secret" not in told.traceback.replace('raise ValueError(f"secret {number}")', "")
 
 
 def test_an_exception_is_reported_by_name_and_words_and_its_traceback_has_no_words() -> None:
