@@ -59,6 +59,11 @@ IN_ORDER: Final = {"enable_sort": "off", "jit": "off"}
 possible, at an estimated cost from which PostgreSQL would compile the statement."""
 
 
+_POOLER_ADVICE: Final = (
+    ". If the URL leads through PgBouncer, set JOBS_DATABASE_POOLER=transaction."
+)
+
+
 class PostgreSQLDatabase(Database):
     """A PostgreSQL database, by its URL: `postgresql://user@host/name`.
 
@@ -385,7 +390,7 @@ class PostgreSQLDatabase(Database):
         wanted = ["standby", "any"] if url.session == "prefer-standby" else [url.session]
         tries = [(host, port, session) for session in wanted for host, port in hosts]
         last: Exception | None = None
-        last_host: str | None = None
+        where = ""
         for host, port, session in tries:
             try:
                 connection = await asyncpg.connect(
@@ -401,10 +406,11 @@ class PostgreSQLDatabase(Database):
                 )
             except (OSError, TimeoutError, asyncpg.TargetServerAttributeNotMatched,
                     asyncpg.CannotConnectNowError) as error:  # fmt: skip
-                last, last_host = error, host
+                last, where = error, _where(host, port)
                 continue
             except (asyncpg.PostgresError, asyncpg.InterfaceError, ValueError) as error:
-                raise QueueUnavailable(str(error), kind_of(error)) from error
+                advice = _POOLER_ADVICE if "unsupported startup parameter" in str(error) else ""
+                raise QueueUnavailable(f"{error}{advice}", kind_of(error)) from error
             connection.keep_alive(url, self._timeout or defaults.TIMEOUT_SECONDS)
             self._connections.add(connection)
             # Until the pool has the connection, nothing else ends it if the server stops answering.
@@ -413,7 +419,6 @@ class PostgreSQLDatabase(Database):
         if isinstance(last, TimeoutError):
             reason = f"no connection to the database within {round(seconds, 1):g} seconds"
             raise QueueUnavailable(reason, "timeout") from last
-        where = f"{last_host}: " if last_host else ""
         raise QueueUnavailable(where + connecting_failed_by(last)) from last
 
     def _server_settings(self, url: PostgresqlUrl) -> dict[str, str]:
@@ -552,6 +557,13 @@ class _Connection(asyncpg.Connection):  # type: ignore[misc]  # asyncpg has no t
         else:
             self.expired = True
             self.terminate()
+
+
+def _where(host: str | None, port: int | None) -> str:
+    """Return what to put before the reason for which a host did not answer."""
+    if host is None or port is None or host.startswith("/"):  # A folder of sockets.
+        return f"{host}: " if host else ""
+    return f"[{host}]:{port}: " if ":" in host else f"{host}:{port}: "
 
 
 def _driver_of(pooled: PoolProxiedConnection) -> _Connection:

@@ -121,7 +121,7 @@ async def test_a_server_that_does_not_listen_is_reported_in_words(host: str) -> 
         ) as database:
             with pytest.raises(QueueUnavailable) as refused:
                 await database.execute_at_once("SELECT 1", {})
-    assert refused.value.reason == f"{host}: Connection refused"
+    assert refused.value.reason == f"{host}:{port}: Connection refused"
 
 
 async def test_idle_connections_that_died_cost_one_call_one_deadline(proxied: Proxy) -> None:

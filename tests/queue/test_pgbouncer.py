@@ -114,6 +114,16 @@ async def test_two_queues_share_its_connections(pooled_url: str, registry: JobRe
         assert (counts.queued, counts.succeeded) == (0, 90)
 
 
+async def test_a_url_through_it_without_the_setting_is_refused_with_advice(pooled_url: str) -> None:
+    database = PostgreSQLDatabase(pooled_url)
+    try:
+        with pytest.raises(QueueUnavailable) as refused:
+            await database.execute_at_once("SELECT 1", {})
+    finally:
+        await database.close()
+    assert "set JOBS_DATABASE_POOLER=transaction" in refused.value.reason
+
+
 class First(Payload):
     number: int
 
