@@ -102,7 +102,7 @@ class IdempotencyConflict(Error):
         return cls(
             code=error.code,
             message=error.summary,
-            existing_job=Job.of(error.existing_job),
+            existing_job=Job(error.existing_job),
             differing_paths=list(error.differing_paths),
         )
 

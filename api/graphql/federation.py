@@ -104,7 +104,7 @@ def federated_query(subgraph_sdl: str) -> type[Query]:
                 if found.stopped_early:
                     budget.check_reading()
             jobs = {job.id: job for job in found.jobs if caller.may_see(job.type)}
-            return [Job.of(jobs[each]) if each in jobs else None for each in wanted]
+            return [Job(jobs[each]) if each in jobs else None for each in wanted]
 
     return FederatedQuery
 

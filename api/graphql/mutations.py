@@ -49,7 +49,7 @@ class EnqueueJobSuccess:
 
     @classmethod
     def of(cls, enqueued: Enqueued) -> EnqueueJobSuccess:
-        return cls(job=Job.of(enqueued.job), deduplicated=enqueued.deduplicated)
+        return cls(job=Job(enqueued.job), deduplicated=enqueued.deduplicated)
 
 
 @strawberry.type(description="The leased jobs. The list is empty when no job was due.")
@@ -86,7 +86,7 @@ class JobChanged:
 
     @classmethod
     def of(cls, job: JobRecord) -> JobChanged:
-        return cls(job=Job.of(job))
+        return cls(job=Job(job))
 
 
 @strawberry.type(description="The parked jobs are due again.")
@@ -331,7 +331,7 @@ class Mutation:
                 seconds_to_expiry=heartbeat.seconds_to_expiry,
                 seconds_left=heartbeat.seconds_left,
                 cancel_requested=heartbeat.cancel_requested,
-                job=Job.of(kept_for_answer(info, heartbeat.job)),
+                job=Job(kept_for_answer(info, heartbeat.job)),
             )
 
     @strawberry.mutation(

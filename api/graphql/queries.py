@@ -24,12 +24,12 @@ from job_registry_api.graphql.types import (
     Job,
     JobConnection,
     JobCounts,
-    JobEdge,
     JobPolicy,
     JobType,
     Node,
     PageInfo,
     UnregisteredType,
+    cursor_of,
 )
 from job_registry_api.queue.errors import InputInvalid, JobNotFound
 from job_registry_api.queue.filters import JobFilter
@@ -168,7 +168,7 @@ class Query:
                 timeout_seconds=valid.timeout_seconds,
                 priority=valid.priority,
                 next_run_at=valid.next_run_at,
-                duplicate_of=Job.of(kept_for_answer(info, duplicate)) if duplicate else None,
+                duplicate_of=Job(kept_for_answer(info, duplicate)) if duplicate else None,
             )
 
     @strawberry.field(extensions=[Requires("jobs:own", "jobs:read")], description="One job.")
@@ -178,7 +178,7 @@ class Query:
         id: Annotated[strawberry.ID, strawberry.argument(description="The job's id.")],
     ) -> JobResult | None:
         context = context_of(info)
-        return Job.of(await context.job(id, context.caller.owner_unless("jobs:read")))
+        return Job(await context.job(id, context.caller.owner_unless("jobs:read")))
 
     @strawberry.field(
         extensions=[Requires("jobs:own", "jobs:read")],
@@ -202,7 +202,7 @@ class Query:
         async with context.budget.reading:
             context.budget.check_reading()
             context.budget.charge_reading(weight_of(job))
-        return Job.of(job)
+        return Job(job)
 
     @strawberry.field(
         extensions=[Requires("jobs:own", "jobs:read")],
@@ -215,7 +215,7 @@ class Query:
     ) -> Node | None:
         context = context_of(info)
         try:
-            return Job.of(await context.job(id, context.caller.owner_unless("jobs:read")))
+            return Job(await context.job(id, context.caller.owner_unless("jobs:read")))
         except JobNotFound:
             return None
 
@@ -282,10 +282,11 @@ class Query:
             )
             budget.charge_reading(page.weight)
             budget.charge_fields(len(page.jobs) * fields)
-        edges = [JobEdge(cursor=_cursor_of(job.id), node=Job.of(job)) for job in page.jobs]
-        start, end = (edges[0].cursor, edges[-1].cursor) if edges else (None, None)
+        start, end = None, None
+        if page.jobs:
+            start, end = cursor_of(page.jobs[0].id), cursor_of(page.jobs[-1].id)
         if page.stopped_at is not None:
-            stopped_at = _cursor_of(page.stopped_at)
+            stopped_at = cursor_of(page.stopped_at)
             start, end = (start, stopped_at) if last is None else (stopped_at, end)
 
         async def has_older() -> bool:
@@ -306,8 +307,7 @@ class Query:
                 return await queue.count(wanted, owner=owner)
 
         return JobConnection(
-            edges=edges,
-            nodes=[edge.node for edge in edges],
+            nodes=[Job(job) for job in page.jobs],
             page_info=PageInfo(
                 has_older=_once(has_older),
                 has_newer=_once(has_newer),
@@ -325,10 +325,6 @@ Read = TypeVar("Read")
 def _once(read: Callable[[], Coroutine[Any, Any, Read]]) -> Callable[[], Awaitable[Read]]:
     """Return a function that reads once, at its first call: several fields share the value."""
     return cache(lambda: asyncio.ensure_future(read()))
-
-
-def _cursor_of(job_id: uuid.UUID) -> str:
-    return base64.urlsafe_b64encode(job_id.bytes).decode().rstrip("=")
 
 
 def _id_of(cursor: str | None, path: str) -> uuid.UUID | None:

@@ -56,7 +56,7 @@ class JobEvent:
         context = context_of(info)
         owner = context.caller.owner_unless("jobs:read")
         try:
-            return Job.of(await context.job(self.job_id, owner))
+            return Job(await context.job(self.job_id, owner))
         except JobNotFound:
             return None
 

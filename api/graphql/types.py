@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Awaitable, Callable
 from datetime import datetime
 from enum import Enum
 from operator import attrgetter
 from typing import Annotated, Any, Final
+from uuid import UUID
 
 import strawberry
 from pydantic import JsonValue
@@ -550,10 +552,6 @@ class Job(Node):
     def __init__(self, record: models.JobRecord) -> None:
         self.record = record
 
-    @classmethod
-    def of(cls, record: models.JobRecord) -> Job:
-        return cls(record)
-
 
 def _read_from_record(cls: type[Job], read: dict[str, Callable[[Job], object]]) -> None:
     """Make the fields of jobs properties, which read the record when they are selected.
@@ -610,6 +608,11 @@ class PageInfo:
         return await self.has_newer()
 
 
+def cursor_of(job_id: UUID) -> str:
+    """Return the position of a job in a list."""
+    return base64.urlsafe_b64encode(job_id.bytes).decode().rstrip("=")
+
+
 @strawberry.type(description="A job on a page, and its cursor.")
 class JobEdge:
     cursor: str = strawberry.field(description="The position of the job in the list, opaque.")
@@ -618,7 +621,10 @@ class JobEdge:
 
 @strawberry.type(description="A page of jobs, newest first.")
 class JobConnection:
-    edges: list[JobEdge] = strawberry.field(description="The jobs with their cursors.")
+    @strawberry.field(description="The jobs with their cursors.")
+    def edges(self) -> list[JobEdge]:
+        return [JobEdge(cursor=cursor_of(each.record.id), node=each) for each in self.nodes]
+
     nodes: list[Job] = strawberry.field(description="The jobs without cursors.")
     page_info: PageInfo = strawberry.field(description="The position of the page.")
     total: strawberry.Private[Callable[[], Awaitable[reading.JobTotal]]]
@@ -668,7 +674,7 @@ class JobLease:
     def of(cls, lease: claiming.Lease) -> JobLease:
         return cls(
             lease_token=lease.token,
-            job=Job.of(lease.job),
+            job=Job(lease.job),
             expires_at=lease.expires_at,
             deadline_at=lease.deadline_at,
             lease_seconds=lease.lease_seconds,

@@ -228,14 +228,14 @@ class PostgreSQLDatabase(Database):
 
     def _begin(self, deadline: float | None) -> AbstractAsyncContextManager[AsyncConnection]:
         if self._is_pooled:
-            return self._pooled_transaction(deadline)
+            return self._configured_transaction(deadline)
         return self._direct_transaction(deadline)
 
     def _read(
         self, deadline: float | None, *, in_order: bool
     ) -> AbstractAsyncContextManager[AsyncConnection]:
         if self._is_pooled or in_order:
-            return self._pooled_transaction(deadline, in_order=in_order)
+            return self._configured_transaction(deadline, in_order=in_order)
         return self._connection(self._autocommit, deadline, each=True)
 
     @asynccontextmanager
@@ -249,7 +249,7 @@ class PostgreSQLDatabase(Database):
                 raise
 
     @asynccontextmanager
-    async def _pooled_transaction(
+    async def _configured_transaction(
         self, deadline: float | None, *, in_order: bool = False
     ) -> AsyncIterator[AsyncConnection]:
         """Open a transaction with local settings."""
