@@ -58,6 +58,19 @@ NAIVE: Final = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-
 class _JsonSchema(GenerateJsonSchema):
     """Pydantic's JSON Schema, made true where strictness narrows what it says."""
 
+    _class_config: Mapping[str, Any] = {}
+    """The configuration of the class whose fields are described."""
+
+    def generate_inner(self, schema: Any) -> JsonSchemaValue:
+        """Note the configuration of a class for its fields."""
+        if "config" not in schema:
+            return super().generate_inner(schema)
+        outer, self._class_config = self._class_config, schema["config"]
+        try:
+            return super().generate_inner(schema)
+        finally:
+            self._class_config = outer
+
     def function_before_schema(
         self, schema: core_schema.BeforeValidatorFunctionSchema
     ) -> JsonSchemaValue:
@@ -77,7 +90,11 @@ class _JsonSchema(GenerateJsonSchema):
 
     def str_schema(self, schema: core_schema.StringSchema) -> JsonSchemaValue:
         """Name what is done to text before its length and its pattern are checked."""
-        changes = [name for name in ("strip_whitespace", "to_lower", "to_upper") if name in schema]
+        changes = [
+            name
+            for name in ("strip_whitespace", "to_lower", "to_upper")
+            if schema.get(name, self._class_config.get(f"str_{name}"))
+        ]
         return {**super().str_schema(schema), **({"normalized": changes} if changes else {})}
 
     def date_schema(self, schema: core_schema.DateSchema) -> JsonSchemaValue:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import uuid
 from decimal import Decimal
 from typing import Annotated, Any, Literal
@@ -11,6 +12,7 @@ import pytest
 from pydantic import (
     AnyUrl,
     AwareDatetime,
+    ConfigDict,
     Field,
     HttpUrl,
     NaiveDatetime,
@@ -62,6 +64,7 @@ def example_of(annotation: Any) -> Any:
             Annotated[str, StringConstraints(to_upper=True, strip_whitespace=True)],
             {**TEXT, "normalized": ["strip_whitespace", "to_upper"]},
         ),
+        (Annotated[str, StringConstraints(strip_whitespace=False)], TEXT),
         (
             Annotated[datetime.date, Field(ge=datetime.date(2020, 1, 1), lt=NEW_YEAR.date())],
             {**TEXT, "format": "date", "formatMinimum": "2020-01-01",
@@ -117,6 +120,28 @@ def example_of(annotation: Any) -> Any:
 def test_a_schema_says_what_a_payload_admits(annotation: Any, schema: dict[str, Any]) -> None:
     found = json_schema_of(payload_of(annotation), "")["properties"]["v"]
     assert found == {**schema, "title": "V"}
+
+
+def test_a_schema_says_what_a_class_does_to_its_text() -> None:
+    class Address(Payload):
+        city: str
+
+    class Order(Payload):
+        model_config = ConfigDict(str_strip_whitespace=True, str_to_lower=True)
+        item: str
+        note: Annotated[str, StringConstraints(strip_whitespace=False)]
+        address: Address
+        tags: list[str]
+
+    schema = json_schema_of(Order, "")
+    fields = schema["properties"]
+    assert fields["item"]["normalized"] == ["strip_whitespace", "to_lower"]
+    assert fields["note"]["normalized"] == ["to_lower"]
+    assert fields["tags"]["items"]["normalized"] == ["strip_whitespace", "to_lower"]
+    assert "normalized" not in schema["$defs"]["Address"]["properties"]["city"]
+    payload = {"item": " A ", "note": " B ", "address": {"city": " C "}, "tags": [" D "]}
+    read = Order.model_validate_json(json.dumps(payload))
+    assert (read.item, read.note, read.address.city, read.tags) == ("a", " b ", " C ", ["d"])
 
 
 @pytest.mark.parametrize(

@@ -451,6 +451,25 @@ async def test_a_timeout_that_the_queue_recorded_first_is_not_logged_as_a_lost_l
 
 @pytest.mark.any_database
 @about_timeouts
+async def test_a_handler_that_ends_by_itself_after_its_timeout_is_logged_as_timed_out(
+    house: House, lines: list[dict[str, Any]]
+) -> None:
+    @house.job_type.handler
+    async def work(_job: JobContext, _payload: Text) -> str:
+        time.sleep(2.5)  # The worker cannot stop it: it holds up the event loop.
+        return "too late"
+
+    async with house.working():
+        job = await house.enqueue(max_attempts=1)
+        ended = await house.until(job, JobStatus.FAILED)
+    assert (ended.result, await house.outcomes(job)) == (None, ["timed_out"])
+    about = [line for line in lines if line.get("job_id") == str(job.id)]
+    assert [line["event"] for line in about] == ["job.timed_out"]
+    assert (about[0]["timeout_seconds"], about[0]["still_running"]) == (2, False)
+
+
+@pytest.mark.any_database
+@about_timeouts
 async def test_an_overdue_thread_does_not_hold_up_the_end_of_its_worker(house: House) -> None:
     given_up = threading.Event()
 
