@@ -160,6 +160,8 @@ class Attempt:
     """The log lines that are not stored yet, once the handler has ended."""
     has_ended = False
     """Whether the handler has ended, and only its report is left."""
+    _ended_late = False
+    """Whether the handler ended by itself after its timeout, so that its report may be refused."""
     overdue = False
     """Whether the handler runs on after its attempt has ended."""
 
@@ -190,7 +192,9 @@ class Attempt:
             await self._attempt(self._registered)
         except LeaseLost:
             # An attempt that has timed out is logged as that; the queue may have ended it first.
-            if not self._now.timed_out:
+            if self._ended_late:
+                self._log_timeout(still_running=False)
+            elif not self._now.timed_out:
                 self._log.warning("job.lease_lost")
             if self.has_ended:
                 # The queue may have timed the attempt out, and does not know that it has ended.
@@ -231,6 +235,7 @@ class Attempt:
             call = self._start_here(registered, payload)
             end = await self._end_of(call)
         self._reporting = True
+        self._ended_late = not self._now.timed_out and time.monotonic() >= self._deadline
         self._follow_ups.end()
         stopping = self._stop.is_requested
         if isinstance(end, Raised) and end.kind in _UNFORESEEN and not stopping:
@@ -255,11 +260,7 @@ class Attempt:
         del end
         try:
             if isinstance(report, TimeOut):
-                self._log.warning(
-                    "job.timed_out",
-                    timeout_seconds=self._job.timeout_seconds,
-                    still_running=report.still_running,
-                )
+                self._log_timeout(still_running=report.still_running)
                 self._equipment.keeper.keep_place(self._token)
             if self._now.lost:
                 self._log.warning("job.lease_lost")
@@ -267,6 +268,13 @@ class Attempt:
         finally:
             if not call.ended.done() and not self._now.releasing:
                 await self._outlive(call)
+
+    def _log_timeout(self, *, still_running: bool) -> None:
+        self._log.warning(
+            "job.timed_out",
+            timeout_seconds=self._job.timeout_seconds,
+            still_running=still_running,
+        )
 
     def _start_in_process(self, registered: JobType[Any], address: str) -> ProcessCall:
         assert self._equipment.processes is not None
