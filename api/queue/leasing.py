@@ -50,6 +50,7 @@ from job_registry_api.queue.store import (
     Report,
     Store,
     present,
+    timed_out,
 )
 
 REPORTS_AT_ONCE: Final = 50
@@ -425,11 +426,13 @@ class Leasing:
             Report(job_id, secret, AttemptOutcome.SNOOZED, delay_seconds=seconds)
         )
 
-    async def time_out(self, token: str, *, still_running: bool = False) -> JobRecord:
+    async def time_out(
+        self, token: str, *, timeout_seconds: int | None = None, still_running: bool = False
+    ) -> JobRecord:
         """End an attempt at its timeout. With `still_running` its handler has not stopped.
 
         The attempt then keeps its place in the concurrency limit for the length of a lease.
-        `renew` extends that, and `settle` ends it.
+        `renew` extends that, and `settle` ends it. `timeout_seconds` are for the message.
 
         Raises:
             LeaseLost: the queue has already ended the attempt.
@@ -440,7 +443,7 @@ class Leasing:
                 job_id,
                 secret,
                 AttemptOutcome.TIMED_OUT,
-                error=TIMED_OUT,
+                error=TIMED_OUT if timeout_seconds is None else timed_out(timeout_seconds),
                 still_running=still_running,
             )
         )

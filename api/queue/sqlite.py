@@ -48,7 +48,6 @@ from job_registry_api.queue.store import (
     EVENTS_KEPT_SECONDS,
     LOST,
     RECOVERY_BATCH,
-    TIMED_OUT,
     WAITS_ENDED,
     Claim,
     Claimed,
@@ -70,6 +69,7 @@ from job_registry_api.queue.store import (
     refuses,
     statements,
     stored_before,
+    timed_out,
 )
 
 SQL: Final = statements("sqlite")
@@ -456,7 +456,7 @@ class _Transaction:
                 job_id=uuid.UUID(row["id"]),
                 token=row["lease_token"],
                 outcome=AttemptOutcome.TIMED_OUT if late else AttemptOutcome.LOST,
-                error=TIMED_OUT if late else LOST,
+                error=timed_out(row["timeout_seconds"]) if late else LOST,
             )
             job = self.end(report, recovering=True)
             if job is not None:

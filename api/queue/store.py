@@ -76,6 +76,8 @@ Each is read whole, and its objects may take 24 times the memory of their text.
 """
 
 TIMED_OUT: Final = JobError("timed_out", "The attempt exceeded its timeoutSeconds.")
+"""The error of an attempt that PostgreSQL ends: one for all that a claim finds."""
+
 LOST: Final = JobError(
     "lost", "The lease was not renewed: the worker stopped, or lost its connection to the queue."
 )
@@ -110,6 +112,12 @@ PIECE_BYTES: Final = 1_000_000
 
 LISTED_AT_ONCE: Final = 50
 """How many jobs are read at once for their sizes and their small values."""
+
+
+def timed_out(timeout_seconds: int) -> JobError:
+    """Return the error of an attempt that took longer than this."""
+    message = f"The attempt exceeded its timeoutSeconds of {timeout_seconds}."
+    return JobError(TIMED_OUT.code, message)
 
 
 class StoredEvents(NamedTuple):

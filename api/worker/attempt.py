@@ -497,7 +497,12 @@ class Attempt:
             case SnoozeFor(seconds):
                 await self._repeat(lambda: queue.snooze(token, seconds))
             case TimeOut(still_running):
-                await self._repeat(lambda: queue.time_out(token, still_running=still_running))
+                seconds = self._job.timeout_seconds
+                await self._repeat(
+                    lambda: queue.time_out(
+                        token, timeout_seconds=seconds, still_running=still_running
+                    )
+                )
             case Nothing():
                 pass
 

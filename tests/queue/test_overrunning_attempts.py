@@ -176,8 +176,10 @@ async def test_a_timeout_is_accepted_after_the_deadline_if_the_queue_has_not_end
     job = (await queue.enqueue(EnqueueRequest("test.ping", {}))).job
     (lease_,) = await queue.lease(["test.ping"], "w")
     await advance(database_url, 61)
-    timed_out = await queue.time_out(lease_.token)
+    timed_out = await queue.time_out(lease_.token, timeout_seconds=60)
     assert (timed_out.id, timed_out.status) == (job.id, JobStatus.QUEUED)
+    assert timed_out.error is not None
+    assert timed_out.error.message == "The attempt exceeded its timeoutSeconds of 60."
     with pytest.raises(LeaseLost):
         await queue.time_out(lease_.token)
 

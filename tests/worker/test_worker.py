@@ -357,9 +357,9 @@ async def test_a_thread_that_outlives_its_timeout_holds_its_slot_until_it_ends(
     told: list[bool] = []
     time_out = house.queue.time_out
 
-    async def spy_time_out(token: str, *, still_running: bool = False) -> JobRecord:
+    async def spy_time_out(token: str, *, still_running: bool = False, **options: Any) -> JobRecord:
         told.append(still_running)
-        return await time_out(token, still_running=still_running)
+        return await time_out(token, still_running=still_running, **options)
 
     async def spy_settle(tokens: Sequence[str]) -> None:
         assert len(tokens) == 1
@@ -456,7 +456,8 @@ async def test_a_handler_that_ends_by_itself_after_its_timeout_is_logged_as_time
 ) -> None:
     @house.job_type.handler
     async def work(_job: JobContext, _payload: Text) -> str:
-        time.sleep(2.5)  # The worker cannot stop it: it holds up the event loop.
+        # It holds up the event loop, so the worker cannot stop it.
+        time.sleep(2.5)  # noqa: ASYNC251
         return "too late"
 
     async with house.working():
