@@ -180,7 +180,8 @@ class Settings(BaseSettings):
         default=defaults.PARKED_DAYS,
         ge=0.0,
         le=36_500.0,
-        description="Days until a job that no worker can read fails as `payload_invalid`.",
+        description="Days until a job that no worker can read fails as `payload_invalid`, counted"
+        " from the last time a worker refused it.",
     )
     max_page_size: int = Field(
         default=defaults.MAX_PAGE_SIZE,

@@ -315,6 +315,9 @@ async def test_a_longer_queue_costs_no_more_on_sqlite(
                         wrong.append(case.name)
                     name = case.name.replace(str(jobs[size // 2].id), "")
                     steps[-1][name] = next(counter) - start
+                start = next(counter)
+                await queue.versions("plan.type_0")
+                steps[-1]["versions"] = next(counter) - start
     short, long = steps
     assert not wrong
     grown = {

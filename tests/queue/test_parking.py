@@ -254,6 +254,21 @@ async def test_a_job_that_was_parked_for_too_long_fails(
     assert len(await lease(old)) == 1
 
 
+async def test_a_refusal_by_another_version_starts_the_days_of_a_parked_job_anew(
+    deploys: Deploys, database_url: str
+) -> None:
+    old, new, newest = await deploys(of(Old)), await deploys(of(New)), await deploys(of(Newest))
+    await note(old)
+    await park(new)
+    await advance(database_url, 6 * 86_400)
+    await park(newest)
+    assert await lease(new) == []  # The same version does not get it again.
+    await advance(database_url, 6 * 86_400)
+    assert await old.fail_parked(parked_days=7, jobs=10) == 0
+    await advance(database_url, 2 * 86_400)
+    assert await old.fail_parked(parked_days=7, jobs=10) == 1
+
+
 async def test_the_last_sixteen_refusals_are_remembered(deploys: Deploys) -> None:
     queue = await deploys(of(Old))
     await note(queue)
