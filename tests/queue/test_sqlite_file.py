@@ -13,6 +13,7 @@ import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import pytest
@@ -73,6 +74,33 @@ async def test_a_table_of_the_application_with_numbers_of_its_own_hides_no_event
                 job = (await other.enqueue(EnqueueRequest("test.ping", {}))).job
                 async with asyncio.timeout(5):
                     assert (await anext(heard)).job_id == job.id
+
+
+async def test_the_jobs_of_a_bulk_are_inserted_by_few_statements(
+    path: Path, registry: JobRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inserts: set[str] = set()
+    connect = sqlite3.connect
+
+    def note(statement: str) -> None:
+        # It is called again for each trigger. The values, such as ids, are in the text.
+        if statement.startswith("INSERT INTO job ("):
+            inserts.add(statement)
+
+    def traced(*args: Any, **options: Any) -> sqlite3.Connection:
+        connection: sqlite3.Connection = connect(*args, **options)
+        connection.set_trace_callback(note)
+        return connection
+
+    monkeypatch.setattr(sqlite3, "connect", traced)
+    async with JobQueue.from_url(f"sqlite:///{path}", registry) as queue:
+        stored = await queue.enqueue_many([PING] * 199)
+        # 64 rows three times, then 4, 2 and 1.
+        assert (len(stored), len(inserts)) == (199, 6)
+        inserts.clear()
+        await asyncio.gather(*(queue.enqueue(PING) for _ in range(100)))
+        # The first begins at once, and the others share a commit.
+        assert 1 <= len(inserts) <= 10
 
 
 async def test_a_read_that_is_cancelled_leaves_no_connection_behind(path: Path) -> None:
