@@ -52,7 +52,10 @@ def migrate(
     elif check:
         with startup.database_errors():
             fit = migrations.examine(
-                url, timeout_seconds=settings.database_timeout_seconds, **where
+                url,
+                timeout_seconds=settings.database_timeout_seconds,
+                read_only=True,
+                **where,
             )
         _print_fit(fit, as_json)
         if not fit.fits:

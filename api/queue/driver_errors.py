@@ -30,17 +30,6 @@ def unavailable() -> Iterator[None]:
         raise
 
 
-@contextmanager
-def unavailable_sqlite() -> Iterator[None]:
-    """Turn the errors of SQLite that mean this into `QueueUnavailable`."""
-    try:
-        yield
-    except (sqlalchemy.exc.SQLAlchemyError, sqlite3.Error) as error:
-        if (as_error := as_unavailable(error)) is not None:
-            raise as_error from error
-        raise
-
-
 def as_unavailable(error: BaseException | None) -> QueueUnavailable | None:
     """Return the `QueueUnavailable` for an error, or None if the statement is at fault, for example
     because it violates a constraint."""

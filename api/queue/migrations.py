@@ -25,7 +25,7 @@ from sqlalchemy import Connection, inspect, text
 
 from job_registry_api import defaults
 from job_registry_api.queue.database import Database, Pooler, quoted
-from job_registry_api.queue.databases import file_of, open_database
+from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.driver_errors import Transient, unavailable
 from job_registry_api.queue.errors import QueueUnavailable
 from job_registry_api.queue.models import METADATA
@@ -189,8 +189,7 @@ def prepare(
 
     if open_database(url).migrates_at_start:
         # A database that fits is not locked: the caller may be in a transaction of its own.
-        file = file_of(url)
-        if file is not None and file.exists() and fit_now().fits:
+        if fit_now().fits:
             return
         upgrade(url)
     fit = fit_now()

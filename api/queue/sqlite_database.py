@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import sqlite3
+import stat
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
@@ -25,8 +27,8 @@ from job_registry_api.queue.database import (
     read_json,
     seconds_of,
 )
-from job_registry_api.queue.driver_errors import unavailable_sqlite
-from job_registry_api.queue.errors import QueueUnavailable
+from job_registry_api.queue.driver_errors import as_unavailable
+from job_registry_api.queue.errors import QueueUnavailable, UnavailableKind
 from job_registry_api.queue.file_writes import FileWrites
 
 SQLITE_POLL_SECONDS: Final = 0.1
@@ -98,6 +100,7 @@ class SQLiteDatabase(Database):
             json_deserializer=read_json,
             connect_args={"timeout": self._file.busy_seconds, "isolation_level": None},
         )
+        event.listen(engine.sync_engine, "do_connect", self._file.check_access)
         event.listen(engine.sync_engine, "connect", self._file.prepare)
         event.listen(engine.sync_engine, "checkout", self._file.check_out)
         super().__init__(
@@ -130,7 +133,7 @@ class SQLiteDatabase(Database):
                 disk), or its file was deleted or replaced.
         """
         deadline = self._deadline(timeout_seconds)
-        with self._counting(), unavailable_sqlite():
+        with self._counting(), self._file.unavailable():
             await self._acquire_writer(deadline)
             left = None if deadline is None else max(0.0, deadline - _now())
             try:
@@ -152,7 +155,7 @@ class SQLiteDatabase(Database):
 
     async def checkpoint(self) -> bool:
         """See `Database.checkpoint`."""
-        with unavailable_sqlite():
+        with self._file.unavailable():
             return await asyncio.to_thread(self._file.checkpoint)
 
     async def lock_migrations(self, connection: AsyncConnection) -> None:
@@ -194,7 +197,7 @@ class SQLiteDatabase(Database):
     async def _read(
         self, deadline: float | None, *, in_order: bool
     ) -> AsyncIterator[AsyncConnection]:
-        with unavailable_sqlite():
+        with self._file.unavailable():
             # Before it is opened: the thread of a connection that fails to open may outlive the
             # event loop that it reports to.
             self._file.identity()
@@ -214,7 +217,7 @@ class SQLiteDatabase(Database):
     @asynccontextmanager
     async def _begin(self, deadline: float | None) -> AsyncIterator[AsyncConnection]:
         # For migrations: alembic needs a connection of SQLAlchemy. The queue uses `write`.
-        with unavailable_sqlite():
+        with self._file.unavailable():
             self._file.identity()
             await self._acquire_writer(deadline)
             try:
@@ -253,7 +256,11 @@ class SQLiteDatabase(Database):
         except QueueUnavailable as missing:
             # The error of SQLite says only that it cannot open the file.
             return missing
-        return super()._connecting_failed(error, seconds)
+        return self._file.naming(super()._connecting_failed(error, seconds))
+
+
+_OF_THE_FILE: Final = frozenset({"unreachable", "disk_full", "read_only"})
+"""The kinds of errors that depend on the file, its disk or its mode."""
 
 
 class _Identity(NamedTuple):
@@ -283,6 +290,7 @@ class _File:
 
     def connect(self) -> sqlite3.Connection:
         """Open the file."""
+        self.check_access()
         connection = sqlite3.connect(
             self.uri, uri=True, timeout=self.busy_seconds, isolation_level=None
         )
@@ -306,14 +314,63 @@ class _File:
         """Return the identity of the file at this path.
 
         Raises:
-            QueueUnavailable: the file does not exist.
+            QueueUnavailable: the file does not exist, or this process may not search its folder.
         """
         try:
             found = self._path.stat()
+        except PermissionError as error:
+            raise self._fault(str(error.strerror), "permission_denied") from error
         except OSError as error:
-            reason = f"the database's file {self._path}: {error.strerror}"
-            raise QueueUnavailable(reason, "file_missing") from error
+            if self._folder.is_dir():
+                raise self._fault(str(error.strerror), "file_missing") from error
+            reason = f"there is no folder {self._folder}"
+            raise self._fault(reason, "unreachable") from error
         return _Identity(found.st_dev, found.st_ino)
+
+    def check_access(self, *_connecting: object) -> None:
+        """Check that this process may write to the file, and to the log and the index beside it.
+
+        SQLite opens a file that it may not write to for reading. The connection, and all later ones
+        of the process, then stay read-only when the file becomes writable.
+
+        Raises:
+            QueueUnavailable: it may not.
+        """
+        if self._pragmas is _READING:
+            return
+        files = [self._path.with_name(self._path.name + end) for end in ("", "-wal", "-shm")]
+        found = [path for path in files if os.access(path, os.F_OK)]
+        for path in found:
+            if path.is_dir():
+                raise self._fault(os.strerror(errno.EISDIR), "unreachable")
+            if not os.access(path, os.R_OK | os.W_OK):
+                mode = stat.S_IMODE(path.stat().st_mode)
+                reason = f"this process may not write to {path.name} (mode {mode:04o})"
+                raise self._fault(reason, "read_only")
+        if found != files and not os.access(self._folder, os.W_OK | os.X_OK):
+            reason = f"this process may not create files beside it, in {self._folder}"
+            raise self._fault(reason, "read_only")
+
+    @contextmanager
+    def unavailable(self) -> Iterator[None]:
+        """Turn the errors of an unavailable, full or busy file into `QueueUnavailable`."""
+        try:
+            yield
+        except (sqlalchemy.exc.SQLAlchemyError, sqlite3.Error) as error:
+            if (as_error := as_unavailable(error)) is not None:
+                raise self.naming(as_error) from error
+            raise
+
+    def naming(self, error: QueueUnavailable) -> QueueUnavailable:
+        """Return an error of SQLite with the path of the file, which SQLite's messages lack."""
+        return self._fault(error.reason, error.kind) if error.kind in _OF_THE_FILE else error
+
+    def _fault(self, reason: str, kind: UnavailableKind) -> QueueUnavailable:
+        return QueueUnavailable(f"the database's file {self._path}: {reason}", kind)
+
+    @property
+    def _folder(self) -> Path:
+        return self._path.absolute().parent
 
     def check(self, opened: _Identity) -> None:
         """Check that the opened file is still the one at this path.
@@ -322,7 +379,7 @@ class _File:
             QueueUnavailable: it was deleted or replaced.
         """
         if self.identity() != opened:
-            raise QueueUnavailable(f"the database's file {self._path} was replaced", "file_missing")
+            raise self._fault("it was replaced", "file_missing")
 
     def prepare(self, dbapi_connection: Any, record: Any) -> None:
         """Set up a connection of the pool."""
