@@ -32,7 +32,8 @@ class PostgresqlUrl:
     hosts: tuple[tuple[str, int | None], ...] = field(default=(), repr=False)
     shuffle_hosts: bool = False
     session: str = "any"
-    """`target_session_attrs`."""
+    """`target_session_attrs`. Without it, one of several hosts has to be `read-write`: on a standby
+    the queue can do nothing. libpq's default is `any`."""
     connect_seconds: float | None = None
     keepalives: bool = True
     keepalive_idle_seconds: int | None = None
@@ -94,7 +95,7 @@ def parse(url: str, environment: Mapping[str, str] | None = None) -> PostgresqlU
         + (f"?{urlencode(passed)}" if passed else ""),
         hosts=hosts,
         shuffle_hosts=options.get("load_balance_hosts") == "random",
-        session=options.get("target_session_attrs") or "any",
+        session=options.get("target_session_attrs") or ("read-write" if len(hosts) > 1 else "any"),
         # As libpq: at least two seconds, and no limit for zero or less.
         connect_seconds=max(2.0, connect_seconds) if connect_seconds > 0 else None,
         keepalives=options.get("keepalives") != "0",

@@ -77,6 +77,14 @@ class Server:
         command = ["-m", "immediate", "-w", "-t", str(int(START_SECONDS)), "restart"]
         self._control(*command, "-l", str(self.log))
 
+    def start(self) -> None:
+        """Start again after `stop`, on the same port."""
+        self._control("-w", "-t", str(int(START_SECONDS)), "-l", str(self.log), "start")
+
+    def promote(self) -> None:
+        """Make a standby the primary."""
+        self._control("-w", "-t", str(int(START_SECONDS)), "promote")
+
     def stop(self) -> None:
         """Stop by the postmaster's process id, and wait until it has ended."""
         try:
@@ -143,6 +151,27 @@ def running_server(
         server = Server("", log, binaries, data, account)
         try:
             yield _start(server, folder, settings)
+        finally:
+            server.stop()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def standby_of(primary: Server) -> Iterator[Server]:
+    """Run a hot standby of a server on loopback while the context is open."""
+    folder = data_folder("jobs-standby-")
+    try:
+        if primary.account is not None:
+            shutil.chown(folder, primary.account)
+        data = folder / "data"
+        _run(
+            primary.account, primary.binaries / "pg_basebackup", "-d", primary.url, "-D", data,
+            "--write-recovery-conf", "--checkpoint=fast", "--no-sync",
+        )  # fmt: skip
+        server = Server("", folder / "server.log", primary.binaries, data, primary.account)
+        try:
+            yield _start(server, folder, TEST_SETTINGS)
         finally:
             server.stop()
     finally:

@@ -53,6 +53,8 @@ def as_unavailable(error: BaseException | None) -> QueueUnavailable | None:
 
 _MIGRATE: Final = "Run `job-registry migrate`."
 
+_READ_ONLY: Final = "The server is a standby, or set to default_transaction_read_only."
+
 
 def _postgresql_unavailable(error: BaseException | None) -> QueueUnavailable | None:
     """Classify an error by https://www.postgresql.org/docs/current/errcodes-appendix.html."""
@@ -66,6 +68,8 @@ def _postgresql_unavailable(error: BaseException | None) -> QueueUnavailable | N
             return QueueUnavailable(f"{reason}. {_MIGRATE}", kind)
         case "permission_denied":
             return QueueUnavailable(f"{reason}. {GRANT}", kind)
+        case "read_only":
+            return QueueUnavailable(f"{reason}. {_READ_ONLY}", kind)
     if state in _OUTAGES or state[:2] in _OUTAGES or _is_lost(error):
         return QueueUnavailable(f"{reason} ({state})" if state else reason, kind)
     return None
@@ -80,7 +84,6 @@ _OUTAGES: Final = frozenset(
         "53",  # resources: 53100 disk full, 53300 too many connections
         "57",  # operator: 57014 statement_timeout, 57P01 shutdown
         "58",  # system error of the server
-        "25006",  # read-only: a standby after a failover
         "25P02",  # the transaction has already failed
         "25P03",  # idle_in_transaction_session_timeout
         "55P03",  # lock_timeout

@@ -39,6 +39,10 @@ from job_registry_api.queue.driver_errors import (
 )
 from job_registry_api.queue.errors import QueueUnavailable
 
+READ_ONLY_SECONDS: Final = 1.0
+"""How long a connection is used whose server takes no writes. Then another one is opened, which may
+lead to the new primary: the server of the old one may never end it."""
+
 ATTEMPTS: Final = 5
 """How many times a transaction runs that PostgreSQL aborts because of a deadlock."""
 
@@ -103,7 +107,8 @@ class PostgreSQLDatabase(Database):
         """Connections that statements have used and not returned to the pool: to take one from it
         takes more CPU than the client's part of a short statement."""
         self._lost_at = float("-inf")
-        """When a statement last ended because its connection was lost."""
+        """Connections that were opened before this time of the loop's clock are not used: one of
+        them was lost, or its server takes no writes."""
         engine = create_async_engine(
             # asyncpg parses the URL, because it supports lists of hosts and PG* variables.
             "postgresql+asyncpg://",
@@ -364,15 +369,19 @@ class PostgreSQLDatabase(Database):
             seconds = self.timeout_seconds if deadline is None else deadline - began
             reason = f"the database did not answer within {seconds:.3g} seconds"
             return QueueUnavailable(reason, "timeout")
-        return as_unavailable(error)
+        reported = as_unavailable(error)
+        if reported is not None and reported.kind == "read_only":
+            now = asyncio.get_running_loop().time()
+            self._lost_at = max(self._lost_at, now - READ_ONLY_SECONDS)
+        return reported
 
     def _checked_out(self, dbapi_connection: Any, _record: Any, _proxy: Any) -> None:
         if not self._may_use(dbapi_connection.driver_connection):
             raise sqlalchemy.exc.DisconnectionError  # The pool opens another.
 
     def _may_use(self, driver: _Connection) -> bool:
-        """Return whether the server has not ended a connection while it was idle, as far as that is
-        known or probable."""
+        """Return whether the server has not ended a connection while it was idle, and takes writes,
+        as far as that is known or probable."""
         return not driver.is_closed() and driver.opened_at >= self._lost_at
 
     async def _connect(self) -> _Connection:
@@ -387,11 +396,13 @@ class PostgreSQLDatabase(Database):
             random.shuffle(hosts)
         settings = dict(url.server_settings) | (self._server_settings(url) if direct else {})
         # Each with a share of the time, so that a host that drops packets does not use all of it.
-        wanted = ["standby", "any"] if url.session == "prefer-standby" else [url.session]
-        tries = [(host, port, session) for session in wanted for host, port in hosts]
+        # A session that is read-only by its settings would not be found to be read-write.
+        session = "any" if self._is_read_only and url.session == "read-write" else url.session
+        wanted = ["standby", "any"] if session == "prefer-standby" else [session]
+        tries = [(host, port, attributes) for attributes in wanted for host, port in hosts]
         last: Exception | None = None
         where = ""
-        for host, port, session in tries:
+        for host, port, attributes in tries:
             try:
                 connection = await asyncpg.connect(
                     url.dsn,
@@ -400,7 +411,7 @@ class PostgreSQLDatabase(Database):
                     timeout=seconds / len(tries),
                     connection_class=_Connection,
                     server_settings=settings,
-                    target_session_attrs=session,
+                    target_session_attrs=attributes,
                     servicefile=url.service_file,
                     statement_cache_size=100 if direct else 0,
                 )
@@ -419,6 +430,11 @@ class PostgreSQLDatabase(Database):
         if isinstance(last, TimeoutError):
             reason = f"no connection to the database within {round(seconds, 1):g} seconds"
             raise QueueUnavailable(reason, "timeout") from last
+        if isinstance(last, asyncpg.TargetServerAttributeNotMatched):
+            # The message of asyncpg has the attribute as a Python value.
+            reason = f"{where}the server is not {session} (target_session_attrs)"
+            takes_writes = session in ("read-write", "primary")
+            raise QueueUnavailable(reason, "read_only" if takes_writes else "unreachable") from last
         raise QueueUnavailable(where + connecting_failed_by(last)) from last
 
     def _server_settings(self, url: PostgresqlUrl) -> dict[str, str]:
@@ -463,8 +479,8 @@ class PostgreSQLDatabase(Database):
             pause = min(pause * 2, 5.0)
 
     async def _watch(self, connection: _Connection, lost: asyncio.Event) -> None:
-        """Return when the connection is lost. When nothing arrives for a while, a query checks the
-        connection."""
+        """Return when the connection is lost, or its server takes no writes: others then write to
+        another one. When nothing arrives for a while, a query checks that."""
         seconds = min(self.timeout_seconds, defaults.TIMEOUT_SECONDS)
         loop = asyncio.get_running_loop()
         while not lost.is_set():
@@ -473,7 +489,8 @@ class PostgreSQLDatabase(Database):
                     await lost.wait()
                 return
             connection.expire_at(loop.time() + seconds)
-            await connection.execute("SELECT 1")
+            if await connection.fetchval("SHOW transaction_read_only") == "on":
+                return
             connection.expire_at(None)
 
 
