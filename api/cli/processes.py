@@ -160,17 +160,22 @@ class _Processes:
 
     async def _start_all(self, roles: Sequence[_Role]) -> bool:
         """Start processes, and return whether they run. If one does not start, end all."""
-        children = [await self._start(role) for role in roles]
-        for child in children:
-            if child is None or await self._has_started(child) or self._ending.is_set():
-                continue
-            # It has printed why, unless it was ended by a signal.
-            code = await child.wait()
-            if code < 0:
-                log.error("process.not_started", process=child.role.name, **_ended(code))
-            self._code = code if code > 0 else REFUSED
-            self._end()
+        await asyncio.gather(*map(self._start_first_time, roles))
         return not self._ending.is_set()
+
+    async def _start_first_time(self, role: _Role) -> None:
+        """Start a process, and end all if it does not start, also those that still start."""
+        child = await self._start(role)
+        if child is None or await self._has_started(child):
+            return
+        code = None if self._ending.is_set() else await child.wait()
+        if code is None or self._ending.is_set():
+            return
+        # It has printed why, unless it was ended by a signal.
+        if code < 0:
+            log.error("process.not_started", process=role.name, **_ended(code))
+        self._code = code if code > 0 else REFUSED
+        self._end()
 
     async def _has_started(self, child: _Child) -> bool:
         """Wait until a process has started or ended, or until all end: it may hang at its start."""

@@ -7,7 +7,7 @@ import os
 import random
 import socket
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from functools import lru_cache
 from typing import Any, Final, TypeVar, cast
@@ -404,16 +404,18 @@ class PostgreSQLDatabase(Database):
         where = ""
         for host, port, attributes in tries:
             try:
-                connection = await asyncpg.connect(
-                    url.dsn,
-                    host=host,
-                    port=port,
-                    timeout=seconds / len(tries),
-                    connection_class=_Connection,
-                    server_settings=settings,
-                    target_session_attrs=attributes,
-                    servicefile=url.service_file,
-                    statement_cache_size=100 if direct else 0,
+                connection = await self._undisturbed(
+                    asyncpg.connect(
+                        url.dsn,
+                        host=host,
+                        port=port,
+                        timeout=seconds / len(tries),
+                        connection_class=_Connection,
+                        server_settings=settings,
+                        target_session_attrs=attributes,
+                        servicefile=url.service_file,
+                        statement_cache_size=100 if direct else 0,
+                    )
                 )
             except (OSError, TimeoutError, asyncpg.TargetServerAttributeNotMatched,
                     asyncpg.CannotConnectNowError) as error:  # fmt: skip
@@ -426,7 +428,7 @@ class PostgreSQLDatabase(Database):
             self._connections.add(connection)
             # Until the pool has the connection, nothing else ends it if the server stops answering.
             connection.expire_at(asyncio.get_running_loop().time() + seconds)
-            return cast(_Connection, connection)
+            return connection
         if isinstance(last, TimeoutError):
             reason = f"no connection to the database within {round(seconds, 1):g} seconds"
             raise QueueUnavailable(reason, "timeout") from last
@@ -436,6 +438,19 @@ class PostgreSQLDatabase(Database):
             takes_writes = session in ("read-write", "primary")
             raise QueueUnavailable(reason, "read_only" if takes_writes else "unreachable") from last
         raise QueueUnavailable(where + connecting_failed_by(last)) from last
+
+    async def _undisturbed(self, connecting: Coroutine[Any, Any, _Connection]) -> _Connection:
+        """Open a connection. If the caller is cancelled, it is opened nevertheless, and dropped.
+
+        Where the opening of a socket is cancelled before the reply about TLS, asyncpg leaves an
+        error behind that asyncio writes to standard error.
+        """
+        opening = asyncio.create_task(connecting)
+        try:
+            return await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            self._in_background(_drop(opening))
+            raise
 
     def _server_settings(self, url: PostgresqlUrl) -> dict[str, str]:
         """Return the settings of a session, without those that the URL sets.
@@ -581,6 +596,12 @@ def _where(host: str | None, port: int | None) -> str:
     if host is None or port is None or host.startswith("/"):  # A folder of sockets.
         return f"{host}: " if host else ""
     return f"[{host}]:{port}: " if ":" in host else f"{host}:{port}: "
+
+
+async def _drop(opening: asyncio.Task[_Connection]) -> None:
+    """Drop a connection once it is open."""
+    with suppress(Exception):
+        (await opening).terminate()
 
 
 def _driver_of(pooled: PoolProxiedConnection) -> _Connection:

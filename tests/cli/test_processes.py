@@ -115,6 +115,35 @@ def test_a_process_that_hangs_at_its_start_is_killed(
     assert ended.value.code == FORCED
 
 
+@pytest.mark.any_database
+def test_a_process_that_fails_at_its_start_ends_all_though_another_still_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, program = tmp_path / "first", tmp_path / "program"
+    # The first server says that it has started, the second one takes long, and the worker fails.
+    program.write_text(
+        f"""#!/bin/sh
+        case "$3" in worker) exit 2;; esac
+        [ -e {first} ] && exec sleep 30
+        touch {first}
+        while [ "$1" != --channel ]; do shift; done
+        exec {sys.executable} -c "
+import os, time
+os.write($2, b'+')
+time.sleep(30)"
+        """,
+        "utf-8",
+    )
+    program.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(program))
+    began = time.monotonic()
+    settings = Settings(port=0, serve_processes=2, shutdown_seconds=0)
+    with pytest.raises(SystemExit) as ended:
+        processes.serve_in_processes(settings, worker=True)
+    assert ended.value.code == 2
+    assert time.monotonic() - began < 10
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["database", "catalog"])
 def test_what_keeps_it_from_starting_is_said_once(

@@ -186,6 +186,26 @@ async def test_a_cancelled_caller_is_cancelled_at_once_and_leaves_nothing(proxie
         await cancelled_at_once(call, database, proxied)
 
 
+async def test_callers_that_are_cancelled_while_a_connection_opens_leave_no_error_behind(
+    proxied: Proxy,
+) -> None:
+    loop = asyncio.get_running_loop()
+    reported: list[object] = []
+    loop.set_exception_handler(lambda _loop, context: reported.append(context))
+    for step in range(200):
+        async with opened_postgresql(proxied.url, timeout_seconds=2) as database:
+            call = asyncio.create_task(database.execute_at_once("SELECT 1", {}))
+            # Each is cancelled at another moment of the opening.
+            for _ in range(step % 20):
+                await asyncio.sleep(0)
+            call.cancel()
+            await asyncio.wait({call})
+    gc.collect()
+    await asyncio.sleep(0.1)
+    assert reported == []
+    assert proxied.open_connections == 0
+
+
 async def test_a_cancelled_transaction_does_not_wait_for_its_rollback(proxied: Proxy) -> None:
     async with opened_postgresql(proxied.url, timeout_seconds=30) as database:
         inside = asyncio.Event()
