@@ -247,7 +247,7 @@ async def test_a_worker_whose_claim_hangs_says_for_how_long(
         await task
 
 
-async def test_a_lease_that_is_not_renewed_is_counted_and_reported(
+async def test_a_lease_that_is_not_renewed_is_counted(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry = JobRegistry([napping()])
@@ -261,8 +261,6 @@ async def test_a_lease_that_is_not_renewed_is_counted_and_reported(
         worker = Worker(queue, concurrency=2, assets="assets", shutdown_seconds=0)
         task = asyncio.create_task(worker.run())
         async with asyncio.timeout(10):
-            while worker.health.renewals_behind_seconds == 0:
-                await asyncio.sleep(0.01)
             while Samples(queue.metrics.text().decode())("lease_renewal_failures_total") < 1:
                 await asyncio.sleep(0.01)
         worker.stop()

@@ -96,6 +96,8 @@ class LeaseKeeper:
         self._turned_at = time.monotonic()
         self._awaits_turn = False
         self._blocked_warned = 0.0
+        self._unavailable_at = float("-inf")
+        """When the database was last found to be unavailable."""
         self.logs = LogWriter()
         """Stores the log lines of handlers on the loop of this thread."""
 
@@ -170,12 +172,15 @@ class LeaseKeeper:
 
     @property
     def seconds_behind(self) -> float:
-        """By how many seconds the most overdue renewal is late; 0 if none is. Thread-safe."""
+        """By how many seconds the most overdue renewal is late; 0 if none is. Thread-safe.
+
+        A renewal is not late while it is tried, and the database is not available.
+        """
         with self._lock:
             longest_ago = min((hold.answered_at for hold in self._holds.values()), default=None)
         if longest_ago is None:
             return 0.0
-        return max(0.0, time.monotonic() - longest_ago - self._every)
+        return max(0.0, time.monotonic() - max(longest_ago, self._unavailable_at) - self._every)
 
     @property
     def loop_blocked_seconds(self) -> float:
@@ -304,6 +309,8 @@ class LeaseKeeper:
         )
         self._queue.metrics.lease_renewal_failed()
         now = time.monotonic()
+        if unavailable:
+            self._unavailable_at = now
         with self._lock:
             for hold, renewal in zip(holds, renewals, strict=True):
                 # Due at once.

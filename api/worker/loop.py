@@ -66,7 +66,8 @@ class WorkerHealth:
 
     `loop_blocked_seconds` is how long its event loop has not responded, or how long a claim has
     taken beyond its longest wait for a job. `renewals_behind_seconds` is by how much renewals of
-    leases are late. `overdue` counts handlers that run on after their attempt has ended.
+    leases are late, other than by an outage of the database. `overdue` counts handlers that run on
+    after their attempt has ended.
     """
 
     loop_blocked_seconds: float

@@ -313,6 +313,21 @@ async def test_renewals_behind_are_measured_from_the_last_answer() -> None:
     assert 5 <= keeper.seconds_behind < 6
 
 
+async def test_renewals_that_the_database_does_not_answer_are_not_behind() -> None:
+    queue = Answers()
+
+    def away(_renewal: Renewal) -> Answer:
+        raise QueueUnavailable("away")
+
+    queue.answer = away
+    async with keeping(queue, Held("a", 60, answered_at=time.monotonic() - 60)) as keeper:
+        # A restart of the worker, which a health check causes, does not bring a database back.
+        await until(lambda: queue.failures)
+        assert keeper.seconds_behind == 0.0
+        await until(lambda: queue.failures > 1)
+        assert keeper.seconds_behind == 0.0
+
+
 @pytest.mark.parametrize("blocks_loop", [True, False])
 async def test_a_blocked_event_loop_is_measured_and_named(
     monkeypatch: pytest.MonkeyPatch, lines: list[dict[str, Any]], blocks_loop: bool
