@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import resource
+from array import array
 from dataclasses import dataclass
 from enum import Enum, auto
 from http import HTTPStatus
@@ -15,6 +16,7 @@ from typing import Any, Final, Protocol, cast
 
 import structlog
 import uvicorn
+from httptools import HttpParserUpgrade, HttpRequestParser
 from pydantic_core import to_json
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocketDisconnect
@@ -251,6 +253,9 @@ class HTTPConnection(HttpToolsProtocol):
         self._phase = _Phase.HEAD
         self._deadline: float | None = None
         self._unread = _Unread()
+        self.parser = _RequestParser(self)
+        # As uvicorn does: what follows a request with "Connection: close" is no error.
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
         self._wire_bytes = 0
         self._body_bytes = 0
         self.headers = []
@@ -321,6 +326,8 @@ class HTTPConnection(HttpToolsProtocol):
             self._stop(HTTPStatus.TOO_MANY_REQUESTS)
         if len(self.headers) > MAX_HEADERS or self._head_is_too_large():
             self._stop(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+        if self.ignores_upgrade:
+            return  # The parser begins again, with the same head.
         super().on_headers_complete()
         if self.cycle is not None:
             # A response to HEAD has no body to wait for. After "100 Continue" the client sends its
@@ -339,6 +346,8 @@ class HTTPConnection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """Stop the clock: the client has sent its request."""
+        if self.ignores_upgrade:
+            return
         super().on_message_complete()
         self._phase = _Phase.RESPONSE
         self._deadline = None
@@ -352,6 +361,23 @@ class HTTPConnection(HttpToolsProtocol):
         self._wait_if_done()
         if self._phase is _Phase.BODY and self.cycle.response_complete:
             self._open.waits(self)  # For the rest of a body that nobody reads.
+
+    @property
+    def ignores_upgrade(self) -> bool:
+        """Whether the request is to change to another protocol than WebSocket, as Java's client
+        requests with "Upgrade: h2c". It is then served as any other (RFC 9110, 7.8)."""
+        if not self.parser.should_upgrade() or self.parser.get_method() == b"CONNECT":
+            return False
+        last = dict(self.headers)  # As in uvicorn, the last header of a name counts.
+        tokens = [each.strip() for each in last.get(b"connection", b"").lower().split(b",")]
+        return b"upgrade" not in tokens or last.get(b"upgrade", b"").lower() != b"websocket"
+
+    def head_without_upgrade(self) -> bytes:
+        """Return the head of the request without "Upgrade"."""
+        version = self.parser.get_http_version().encode()
+        lines = [self.parser.get_method() + b" " + self.url + b" HTTP/" + version]
+        lines += [name + b": " + value for name, value in self.headers if name != b"upgrade"]
+        return b"\r\n".join([*lines, b"", b""])
 
     def handle_websocket_upgrade(self) -> None:
         """Become a WebSocket, which counts as one connection with its handshake."""
@@ -458,6 +484,30 @@ class HTTPConnection(HttpToolsProtocol):
             return
         self.transport.write(_refusal(status))
         self.close()
+
+
+class _RequestParser(HttpRequestParser):
+    """The parser of a connection. It parses the body of a request whose upgrade is ignored.
+
+    By itself it leaves what follows the head to the other protocol, and would then parse the body
+    as the next request.
+    """
+
+    def __init__(self, connection: HTTPConnection) -> None:
+        super().__init__(connection)
+        self._connection = connection
+
+    def feed_data(self, data: bytes | bytearray | memoryview | array[int]) -> None:
+        """Parse a piece of what the client has sent."""
+        while True:
+            try:
+                super().feed_data(data)
+                return
+            except HttpParserUpgrade as upgrade:
+                if not self._connection.ignores_upgrade:
+                    raise
+                (offset,) = upgrade.args
+                data = self._connection.head_without_upgrade() + bytes(data)[offset:]
 
 
 class _ResponseTransport:

@@ -133,6 +133,7 @@ async def test_a_connection_serves_one_request_after_the_other(address: str) -> 
         (POST + b"content-length: 5\r\ncontent-length: 6\r\n\r\n", 400),
         (POST + b"content-length: -5\r\n\r\n", 400),
         (POST + b"transfer-encoding: chunked\r\n\r\nxyz\r\n", 400),
+        (b"CONNECT localhost:80 HTTP/1.1\r\nhost: localhost\r\n\r\n" + HEALTH, 400),
         (b"\x16\x03\x01" + b"\x00" * 50, 400),
     ],
 )
@@ -173,6 +174,45 @@ async def test_headers_after_a_body_of_chunks_are_counted_too(address: str) -> N
     chunked = POST + b"transfer-encoding: chunked\r\n\r\n0\r\n"
     answer = await answer_to(address, chunked, *[b"a: b\r\n" * 50] * 4, b"\r\n", pause=0.02)
     assert answer.startswith("HTTP/1.1 431 "), answer[:200]
+
+
+H2C = b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAEAAEAAAAI\r\n"
+"""What Java's client sends with the first request of a connection."""
+
+UPGRADES = {
+    "h2c": H2C,
+    "websocket in the first of two headers": b"connection: upgrade\r\nupgrade: websocket\r\n"
+    b"connection: keep-alive\r\n",
+}
+
+
+@pytest.mark.parametrize("upgrade", UPGRADES.values(), ids=UPGRADES)
+@pytest.mark.parametrize("pause", [0.0, 0.1], ids=["at once", "later"])
+@pytest.mark.parametrize("is_chunked", [False, True], ids=["length", "chunks"])
+async def test_a_request_for_another_protocol_is_served_with_its_body(
+    address: str, upgrade: bytes, pause: float, is_chunked: bool
+) -> None:
+    body, size = BODY, b"content-length: %d\r\n\r\n" % len(BODY)
+    if is_chunked:
+        body, size = (
+            b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY),
+            b"transfer-encoding: chunked\r\n\r\n",
+        )
+    requests = [POST + upgrade + size, body] * 2 + [HEALTH, HEALTH]
+    if not pause:
+        requests = [b"".join(requests)]
+    answer = await answer_to(address, *requests, pause=pause)
+    assert answer.count("HTTP/1.1 ") == answer.count("HTTP/1.1 200 ") == 4, answer
+    assert answer.count('{"data":{"__typename":"Query"}}') == 2
+
+
+async def test_the_body_of_a_request_for_another_protocol_is_not_read_as_a_request(
+    address: str,
+) -> None:
+    head = POST + H2C + b"content-length: %d\r\n\r\n" % len(HEALTH)
+    answer = await answer_to(address, head, HEALTH, pause=0.1)
+    assert answer.count("HTTP/1.1") == 1
+    assert answer.startswith("HTTP/1.1 400 "), answer
 
 
 TOO_LARGE = b"x" * 1_000_000
