@@ -86,6 +86,7 @@ _OUTAGES: Final = frozenset(
         "58",  # system error of the server
         "25P02",  # the transaction has already failed
         "25P03",  # idle_in_transaction_session_timeout
+        "25P04",  # transaction_timeout
         "55P03",  # lock_timeout
         "28",  # authorization
         "3D000",  # no such database
@@ -107,6 +108,7 @@ _KINDS: Final[Mapping[str, UnavailableKind]] = {
     "55P03": "timeout",
     "57014": "timeout",
     "25P03": "timeout",
+    "25P04": "timeout",
 }
 
 

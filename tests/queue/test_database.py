@@ -481,6 +481,19 @@ async def test_locks_and_slow_statements_are_given_up_by_the_server(
         assert {slow.value.kind, locked.value.kind} == {"timeout"}
 
 
+async def test_a_timeout_of_transactions_is_an_outage_as_other_timeouts_are(
+    fresh_postgresql_url: str,
+) -> None:
+    # The server raises it from version 17 on, and then ends the connection.
+    ending = """DO $$ BEGIN
+        RAISE 'terminating connection due to transaction timeout' USING ERRCODE = '25P04';
+        END $$"""
+    async with opened_postgresql(fresh_postgresql_url) as database:
+        with pytest.raises(QueueUnavailable) as ended:
+            await database.execute_at_once(ending, {})
+    assert ended.value.kind == "timeout"
+
+
 @pytest.mark.parametrize(
     ("sql", "kind", "named"),
     [
