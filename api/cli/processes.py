@@ -235,8 +235,16 @@ class _Processes:
                 **_ended(code),
                 restart_in_seconds=pause,
             )
+            self._leave_to_others(child.role.listening)
             await self._pause(pause)
             child = await self._start(child.role)
+
+    def _leave_to_others(self, listening: socket.socket | None) -> None:
+        """Let the other processes get the connections of one that has died, until its successor
+        listens. Each connection to its own socket would wait for that."""
+        others = (role.listening for role in self._roles if role.listening is not listening)
+        if listening is not None and any(each is not None and _listens(each) for each in others):
+            listening.shutdown(socket.SHUT_RDWR)
 
     async def _pause(self, seconds: float) -> None:
         with suppress(TimeoutError):
@@ -246,6 +254,10 @@ class _Processes:
 
 _ENDED_BY_SIGNAL: Final = (0, REFUSED, 130, -signal.SIGTERM, -AT_ONCE)
 """Exit codes of a process that ended in time. Those but 0 are of one that had not started yet."""
+
+
+def _listens(bound: socket.socket) -> bool:
+    return bool(bound.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
 
 
 def _ended(code: int) -> dict[str, object]:
