@@ -364,7 +364,11 @@ class PostgreSQLDatabase(Database):
     def _reported(
         self, error: Exception, driver: Any, began: float, deadline: float | None
     ) -> QueueUnavailable | None:
-        """Return the error that a caller gets; None if the statement is at fault."""
+        """Return the error that a caller gets; None if the statement is at fault.
+
+        A session stays read-only after its database no longer is, and after a failover a new
+        connection may lead to another server. So connections that cannot write are replaced.
+        """
         if driver is not None and driver.expired:
             seconds = self.timeout_seconds if deadline is None else deadline - began
             reason = f"the database did not answer within {seconds:.3g} seconds"

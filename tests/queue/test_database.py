@@ -544,6 +544,37 @@ async def test_a_missing_grant_is_named(dml_only: str, registry: JobRegistry) ->
             assert "job-registry migrate --grants" in refused.value.reason
 
 
+async def test_connections_from_when_the_database_was_read_only_are_replaced(
+    fresh_postgresql_url: str, registry: JobRegistry
+) -> None:
+    name = make_url(fresh_postgresql_url).database
+    setting = f"ALTER DATABASE {name} {{}} default_transaction_read_only"
+    async with (
+        opened_postgresql(fresh_postgresql_url, timeout_seconds=10, pool_size=4) as database,
+        # A session keeps the value that a database had when it began.
+        opened_postgresql(fresh_postgresql_url) as administrator,
+    ):
+        queue = JobQueue(registry, database)
+        await administrator.execute_at_once(setting.format("SET") + " = on", {})
+        calls = [
+            queue.enqueue(PING),
+            queue.enqueue_many([PING] * 2, atomic=True),
+            queue.lease(["test.ping"], "w"),
+            queue.ping(),
+        ]
+        for refused in await asyncio.gather(*calls, return_exceptions=True):
+            assert isinstance(refused, QueueUnavailable)
+            assert refused.kind == "read_only"
+        await administrator.execute_at_once(setting.format("RESET"), {})
+        await asyncio.sleep(1.2)
+        # One call finds out, and replaces all connections of that time.
+        with suppress(QueueUnavailable):
+            await queue.enqueue(PING)
+        await asyncio.gather(*(queue.enqueue(PING) for _ in range(4)))
+        await asyncio.gather(*(queue.enqueue_many([PING] * 2, atomic=True) for _ in range(4)))
+        await queue.ping()
+
+
 async def test_a_violated_constraint_is_the_statements_own_fault(database_url: str) -> None:
     async with opened(database_url) as database:
         with pytest.raises(sqlalchemy.exc.IntegrityError):
