@@ -431,6 +431,16 @@ class _WriterThread:
         self._executor.shutdown()
 
     def _commit(self, work: Callable[[sqlite3.Connection], T], busy: int) -> T:
+        try:
+            return self._commit_now(work, busy)
+        except sqlite3.OperationalError as error:
+            # SQLite opens a file that may not be written to read it, and keeps to that.
+            code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
+            if code & 0xFF == sqlite3.SQLITE_READONLY:
+                self._close()
+            raise
+
+    def _commit_now(self, work: Callable[[sqlite3.Connection], T], busy: int) -> T:
         connection, identity = self._connection()
         connection.execute(f"PRAGMA busy_timeout = {busy}")
         connection.execute("BEGIN IMMEDIATE")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import shutil
 import sqlite3
 import sys
+import tempfile
 import threading
 import time
 import warnings
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import closing
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -240,6 +242,42 @@ async def test_a_file_that_vanishes_is_noticed_and_one_that_comes_back_is_used(
         rows = other.execute("SELECT id FROM job").fetchall()
     assert {row[0] for row in rows} == {job.id.hex, again.id.hex}
     await queue.ping()
+
+
+@contextmanager
+def unprivileged_folder() -> Iterator[Path]:
+    """A folder of a user who is bound by the modes of files, as whom this process acts: root is
+    not."""
+    nobody = 65_534
+    with tempfile.TemporaryDirectory() as name:
+        if os.geteuid() != 0:
+            yield Path(name)
+            return
+        os.chown(name, nobody, nobody)
+        os.seteuid(nobody)
+        try:
+            yield Path(name)
+        finally:
+            os.seteuid(0)
+
+
+async def test_a_file_that_may_be_written_again_is_written(sqlite_template: Path) -> None:
+    template = sqlite_template.read_bytes()
+    with unprivileged_folder() as folder:
+        path = folder / "jobs.db"
+        path.write_bytes(template)
+        path.chmod(0o400)
+        database = SQLiteDatabase(f"sqlite:///{path}")
+        for _ in range(2):
+            with pytest.raises(QueueUnavailable) as refused:
+                await database.write(store("a"))
+            assert refused.value.kind == "read_only"
+        # SQLite has given its log and its index the mode of the file.
+        for each in folder.iterdir():
+            each.chmod(0o600)
+        await database.write(store("b"))
+        assert await stored(database) == {"b"}
+        await database.close()
 
 
 async def test_a_file_deleted_during_a_write_is_not_answered_as_stored(
