@@ -339,15 +339,15 @@ class _File:
         if self._pragmas is _READING:
             return
         files = [self._path.with_name(self._path.name + end) for end in ("", "-wal", "-shm")]
-        found = [path for path in files if os.access(path, os.F_OK)]
+        found = [path for path in files if _may(path, os.F_OK)]
         for path in found:
             if path.is_dir():
                 raise self._fault(os.strerror(errno.EISDIR), "unreachable")
-            if not os.access(path, os.R_OK | os.W_OK):
+            if not _may(path, os.R_OK | os.W_OK):
                 mode = stat.S_IMODE(path.stat().st_mode)
                 reason = f"this process may not write to {path.name} (mode {mode:04o})"
                 raise self._fault(reason, "read_only")
-        if found != files and not os.access(self._folder, os.W_OK | os.X_OK):
+        if found != files and not _may(self._folder, os.W_OK | os.X_OK):
             reason = f"this process may not create files beside it, in {self._folder}"
             raise self._fault(reason, "read_only")
 
@@ -431,16 +431,6 @@ class _WriterThread:
         self._executor.shutdown()
 
     def _commit(self, work: Callable[[sqlite3.Connection], T], busy: int) -> T:
-        try:
-            return self._commit_now(work, busy)
-        except sqlite3.OperationalError as error:
-            # SQLite opens a file that may not be written to read it, and keeps to that.
-            code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
-            if code & 0xFF == sqlite3.SQLITE_READONLY:
-                self._close()
-            raise
-
-    def _commit_now(self, work: Callable[[sqlite3.Connection], T], busy: int) -> T:
         connection, identity = self._connection()
         connection.execute(f"PRAGMA busy_timeout = {busy}")
         connection.execute("BEGIN IMMEDIATE")
@@ -474,6 +464,11 @@ class _WriterThread:
         if self._opened is not None:
             self._opened[0].close()
             self._opened = None
+
+
+def _may(path: Path, mode: int) -> bool:
+    """As `os.access`, but of the user as whom the process acts."""
+    return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
 
 
 async def _awaited(connecting: AsyncConnection) -> AsyncConnection:
