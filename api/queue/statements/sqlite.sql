@@ -154,22 +154,23 @@ DELETE FROM job_type_version WHERE worker_seen_at < :before
 
 -- name: versions
 -- Return how many jobs of a type, up to a number, were admitted under each fingerprint, and when a
--- worker of it was last seen. A claim's own index gives the queued jobs that run first. The indexes
--- are named: if most jobs are of the type, SQLite would read them all after ANALYZE.
+-- worker of it was last seen. A claim's own index gives the queued jobs that run first. After ANALYZE,
+-- if most jobs are of the type, SQLite would read them all: without `+`, by the times of the queued
+-- ones, and to find running ones by more than their ids.
 SELECT fingerprint, sum(queued) AS queued, sum(running) AS running, sum(parked) AS parked,
     sum(refused) AS refused, max(seen) AS worker_seen_at
 FROM (
     SELECT fingerprint, count(*) AS queued, 0 AS running, 0 AS parked, 0 AS refused, NULL AS seen
     FROM (
-        SELECT fingerprint FROM job INDEXED BY job_claim
-        WHERE status = 'queued' AND type = :type AND next_run_at < '9999-01-01 00:00:00.000000'
+        SELECT fingerprint FROM job WHERE status = 'queued' AND type = :type
+            AND +next_run_at < '9999-01-01 00:00:00.000000'
         ORDER BY priority DESC, next_run_at, id LIMIT :most)
     GROUP BY fingerprint
     UNION ALL
     SELECT fingerprint, 0, count(*), 0, 0, NULL
     FROM (
-        SELECT fingerprint FROM job INDEXED BY job_running
-        WHERE status = 'running' AND type = :type LIMIT :most)
+        SELECT fingerprint FROM job WHERE id IN (
+            SELECT id FROM job WHERE status = 'running' AND type = :type LIMIT :most))
     GROUP BY fingerprint
     UNION ALL
     SELECT fingerprint, 0, 0, count(*), 0, NULL
