@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
+from functools import partial
 from inspect import isawaitable
 from typing import Any, Final, NamedTuple
 
@@ -295,7 +296,8 @@ class Executor:
             raise DocumentRefused([too_complex("The document is nested too deep.")]) from None
         if errors:
             raise DocumentRefused(_merged(errors))
-        return self._documents.add(_Document(text, document, view))
+        grown = partial(self._documents.grow, (text, view.job_types))
+        return self._documents.add(_Document(text, document, view, grown))
 
 
 def request_faults(request: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -320,17 +322,18 @@ def request_faults(request: Mapping[str, Any]) -> list[dict[str, Any]]:
 class _Document:
     """A valid document, and its operations: compiled, if they were executed before."""
 
-    def __init__(self, text: str, document: DocumentNode, view: View) -> None:
+    def __init__(
+        self, text: str, document: DocumentNode, view: View, grown: Callable[[int], None]
+    ) -> None:
         self.text = text
         self.job_types = view.job_types
         self._document = document
         self._compiler = view.compiler
+        self._grown = grown
         self._operations: dict[str | None, tuple[Prepared, int]] = {}
         tokens = document.token_count or len(text)
         self.bytes = sys.getsizeof(text) + BYTES_PER_TOKEN * tokens
-        """About how many bytes of memory it takes."""
-        self.charged = 0
-        """How many bytes the cache counts it as."""
+        """About how many bytes of memory it takes, with what is compiled of it."""
 
     def prepared(self, name: str | None) -> Prepared:
         """Return an operation, by its name if the document has several.
@@ -354,9 +357,8 @@ class _Document:
         prepared, uses = known
         uses += 1
         if uses == USES_TO_COMPILE:
-            compiled = self._compiler.compile(self._document, prepared.operation)
+            compiled = self._compiler.compile(self._document, prepared.operation, self._grown)
             prepared = prepared._replace(compiled=compiled)
-            self.bytes += BYTES_PER_FIELD * (0 if compiled is None else compiled.fields)
         if uses <= USES_TO_COMPILE:
             self._operations[name] = prepared, uses
         return prepared
@@ -377,29 +379,32 @@ class _DocumentCache:
         document = self._documents.get((text, job_types))
         if document is not None:
             self._documents.move_to_end((text, job_types))
-            self._charge(document)
         return document
 
     def add(self, document: _Document) -> _Document:
         """Keep a document, and drop those that were not used for the longest time."""
         self._documents[document.text, document.job_types] = document
-        self._charge(document)
+        self._take(document.bytes)
         return document
+
+    def grow(self, key: tuple[str, frozenset[str] | None], fields: int) -> None:
+        """Count fields of a document that were compiled, unless it was dropped."""
+        document = self._documents.get(key)
+        if document is not None:
+            document.bytes += BYTES_PER_FIELD * fields
+            self._take(BYTES_PER_FIELD * fields)
 
     def forget(self, job_types: frozenset[str]) -> None:
         """Drop the documents of a schema."""
         for key in [key for key in self._documents if key[1] == job_types]:
-            self._bytes -= self._documents.pop(key).charged
+            self._bytes -= self._documents.pop(key).bytes
 
-    def _charge(self, document: _Document) -> None:
-        """Count a document, which grows as its operations are compiled."""
-        if document.bytes == document.charged:
-            return
-        self._bytes += document.bytes - document.charged
-        document.charged = document.bytes
+    def _take(self, size: int) -> None:
+        """Count memory, and drop the documents that were not used for the longest time."""
+        self._bytes += size
         while self._bytes > MAX_CACHED_BYTES:
             _, dropped = self._documents.popitem(last=False)
-            self._bytes -= dropped.charged
+            self._bytes -= dropped.bytes
 
 
 def _operation(document: DocumentNode, name: str | None) -> OperationDefinitionNode:

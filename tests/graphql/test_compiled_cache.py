@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 from graphql import parse
@@ -11,8 +12,11 @@ from job_registry import JobRegistry
 from job_registry_api.auth import ANYONE, Caller
 from job_registry_api.graphql import admission, execution
 from job_registry_api.graphql.admission import Admission
+from job_registry_api.graphql.context import Context
 from job_registry_api.graphql.document_limits import Limits
 from job_registry_api.graphql.execution import Executor
+from job_registry_api.queue.databases import open_database
+from job_registry_api.queue.queue import JobQueue
 
 TEXT = "query One { jobTypes { name } } query Two { jobTypes { description } }"
 
@@ -51,8 +55,27 @@ def test_what_was_not_used_for_the_longest_time_makes_room_for_what_is_compiled(
     for text in texts:
         is_compiled(executor, text, None)
     assert is_compiled(executor, texts[0], None)
-    is_compiled(executor, texts[0], None)  # Now its size counts.
-    assert is_compiled(executor, texts[0], None)
+    assert not is_compiled(executor, texts[1], None)
+
+
+async def test_what_is_compiled_for_the_values_of_variables_makes_room_too(
+    executor: Executor, registry: JobRegistry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [
+        "query ($a: Boolean!) { jobTypes @include(if: $a) { name description } }",
+        "{ jobTypes { name } }",
+    ]
+    sizes = [
+        execution.BYTES_PER_TOKEN * parse(text).token_count + sys.getsizeof(text) for text in texts
+    ]
+    monkeypatch.setattr(execution, "MAX_CACHED_BYTES", sum(sizes) + 100)
+    queue = JobQueue(registry, open_database(f"sqlite:///{tmp_path / 'unused.db'}"))
+    for text in reversed(texts):
+        assert not is_compiled(executor, text, None)
+    prepared = executor.prepare({"query": texts[0]}, ANYONE)
+    assert prepared.compiled is not None
+    result = await executor.execute(prepared, {"a": True}, Context(queue, ANYONE))
+    assert result.errors is None
     assert not is_compiled(executor, texts[1], None)
 
 

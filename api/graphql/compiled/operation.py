@@ -56,20 +56,26 @@ class Compiler:
         self._inputs = InputCompiler(schema)
 
     def compile(
-        self, document: DocumentNode, operation: OperationDefinitionNode
+        self,
+        document: DocumentNode,
+        operation: OperationDefinitionNode,
+        grown: Callable[[int], None] = lambda fields: None,
     ) -> CompiledOperation | None:
         """Compile an operation of a valid document; return None if only graphql-core executes it.
 
         Only graphql-core executes subscriptions, introspection, directives other than `@skip` and
         `@include`, very large selections, and objects whose Python class does not determine their
         type.
+
+        `grown` is called with the number of fields that were compiled, from which their memory can
+        be estimated: now, or when the values of `@skip` and `@include` are known.
         """
         root = self.schema.get_root_type(operation.operation)
         if root is None or operation.operation is OperationType.SUBSCRIPTION:
             return None
         try:
             variables = self._inputs.variables(operation)
-            compiled = CompiledOperation(self, document, operation, root, variables)
+            compiled = CompiledOperation(self, document, operation, root, variables, grown)
             compiled.prepare()
         except NotCompiled:
             return None
@@ -86,8 +92,10 @@ class CompiledOperation:
         operation: OperationDefinitionNode,
         root: GraphQLObjectType,
         variables: Variables,
+        grown: Callable[[int], None],
     ) -> None:
         self._compiler = compiler
+        self._grown = grown
         self._document = document
         self._operation = operation
         self._root = root
@@ -101,7 +109,7 @@ class CompiledOperation:
         self._conditions = _conditions(operation, self._fragments)
         self._variants: dict[tuple[bool, ...], list[Step] | None] = {}
         self.fields = 0
-        """How many fields are compiled, to estimate the memory."""
+        """How many fields have been compiled."""
 
     def prepare(self) -> None:
         """Compile the only variant, if there is only one.
@@ -213,9 +221,11 @@ class CompiledOperation:
             MAX_FIELDS - self.fields,
         )
         try:
-            return output.root(self._root)
+            steps = output.root(self._root)
         finally:
             self.fields += output.fields
+        self._grown(output.fields)
+        return steps
 
     async def _by_graphql_core(
         self,
