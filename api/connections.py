@@ -254,8 +254,6 @@ class HTTPConnection(HttpToolsProtocol):
         self._deadline: float | None = None
         self._unread = _Unread()
         self.parser = _RequestParser(self)
-        # As uvicorn does: what follows a request with "Connection: close" is no error.
-        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
         self._wire_bytes = 0
         self._body_bytes = 0
         self.headers = []
@@ -495,19 +493,23 @@ class _RequestParser(HttpRequestParser):
 
     def __init__(self, connection: HTTPConnection) -> None:
         super().__init__(connection)
+        # As uvicorn does: what follows a request with "Connection: close" is no error.
+        self.set_dangerous_leniencies(lenient_data_after_close=True)
         self._connection = connection
 
     def feed_data(self, data: bytes | bytearray | memoryview | array[int]) -> None:
         """Parse a piece of what the client has sent."""
-        while True:
-            try:
-                super().feed_data(data)
-                return
-            except HttpParserUpgrade as upgrade:
-                if not self._connection.ignores_upgrade:
-                    raise
-                (offset,) = upgrade.args
-                data = self._connection.head_without_upgrade() + bytes(data)[offset:]
+        try:
+            super().feed_data(data)
+        except HttpParserUpgrade as upgrade:
+            connection = self._connection
+            if not connection.ignores_upgrade:
+                raise
+            (offset,) = upgrade.args
+            again = connection.head_without_upgrade() + bytes(data)[offset:]
+            # Another parser: after "Connection: close" this one has ended.
+            connection.parser = _RequestParser(connection)
+            connection.parser.feed_data(again)
 
 
 class _ResponseTransport:

@@ -206,6 +206,15 @@ async def test_a_request_for_another_protocol_is_served_with_its_body(
     assert answer.count('{"data":{"__typename":"Query"}}') == 2
 
 
+async def test_a_request_for_another_protocol_may_be_the_last_of_its_connection(
+    address: str,
+) -> None:
+    head = POST + H2C + b"connection: close\r\ncontent-length: %d\r\n\r\n" % len(BODY)
+    answer = await answer_to(address, head + BODY, wait=0.8)
+    assert answer.startswith("HTTP/1.1 200 ")
+    assert answer.endswith('{"data":{"__typename":"Query"}}')
+
+
 async def test_the_body_of_a_request_for_another_protocol_is_not_read_as_a_request(
     address: str,
 ) -> None:
