@@ -43,6 +43,9 @@ READ_ONLY_SECONDS: Final = 1.0
 """How long a connection is used whose server takes no writes. Then another one is opened, which may
 lead to the new primary: the server of the old one may never end it."""
 
+DROP_SECONDS: Final = 1.0
+"""How long a connection may open on for a caller who is cancelled."""
+
 ATTEMPTS: Final = 5
 """How many times a transaction runs that PostgreSQL aborts because of a deadlock."""
 
@@ -603,9 +606,11 @@ def _where(host: str | None, port: int | None) -> str:
 
 
 async def _drop(opening: asyncio.Task[_Connection]) -> None:
-    """Drop a connection once it is open."""
+    """Drop a connection once it is open, or soon, so that those of a server that does not answer do
+    not become many."""
     with suppress(Exception):
-        (await opening).terminate()
+        async with asyncio.timeout(DROP_SECONDS):
+            (await opening).terminate()
 
 
 def _driver_of(pooled: PoolProxiedConnection) -> _Connection:
