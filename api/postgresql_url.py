@@ -90,12 +90,13 @@ def parse(url: str, environment: Mapping[str, str] | None = None) -> PostgresqlU
     database = options.get("database") or options.get("dbname")
     name = f"/{quote(database, safe='')}" if database else parts["name"]
     connect_seconds = whole.get("connect_timeout", 0)
+    several = len(hosts) > 1 or (not hosts and "," in environment.get("PGHOST", ""))
     return PostgresqlUrl(
         dsn=f"postgresql://{parts['credentials'] or ''}{name or ''}"
         + (f"?{urlencode(passed)}" if passed else ""),
         hosts=hosts,
         shuffle_hosts=options.get("load_balance_hosts") == "random",
-        session=options.get("target_session_attrs") or ("read-write" if len(hosts) > 1 else "any"),
+        session=options.get("target_session_attrs") or ("read-write" if several else "any"),
         # As libpq: at least two seconds, and no limit for zero or less.
         connect_seconds=max(2.0, connect_seconds) if connect_seconds > 0 else None,
         keepalives=options.get("keepalives") != "0",

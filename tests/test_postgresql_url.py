@@ -56,6 +56,24 @@ def test_an_option_of_libpq_is_honoured(option: str, field: str, value: Any) -> 
 
 
 @pytest.mark.parametrize(
+    ("url", "environment", "session"),
+    [
+        ("postgresql://a/d", {}, "any"),
+        ("postgresql://a,b/d", {}, "read-write"),
+        ("postgresql:///d?host=a,b", {}, "read-write"),
+        ("postgresql:///d", {"PGHOST": "a,b"}, "read-write"),
+        ("postgresql://c/d", {"PGHOST": "a,b"}, "any"),
+        ("postgresql://a,b/d?target_session_attrs=any", {}, "any"),
+        ("postgresql://a,b/d", {"PGTARGETSESSIONATTRS": "any"}, "any"),
+    ],
+)
+def test_one_of_several_hosts_has_to_take_writes_unless_it_is_said_otherwise(
+    url: str, environment: dict[str, str], session: str
+) -> None:
+    assert parse(url, environment).session == session
+
+
+@pytest.mark.parametrize(
     "option",
     ["channel_binding=prefer", "channel_binding=disable", "gssencmode=disable",
      "gssencmode=prefer", "sslcompression=0", "sslsni=1", "sslcertmode=allow", "gssdelegation=0",
