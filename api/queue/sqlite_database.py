@@ -328,7 +328,8 @@ class _File:
         return _Identity(found.st_dev, found.st_ino)
 
     def check_access(self, *_connecting: object) -> None:
-        """Check that this process may write to the file, and to the log and the index beside it.
+        """Check that this process may write to the file, and to the log and the index beside it. To
+        read, it has to be allowed to read them.
 
         SQLite opens a file that it may not write to for reading. The connection, and all later ones
         of the process, then stay read-only when the file becomes writable.
@@ -336,18 +337,22 @@ class _File:
         Raises:
             QueueUnavailable: it may not.
         """
-        if self._pragmas is _READING:
-            return
-        files = [self._path.with_name(self._path.name + end) for end in ("", "-wal", "-shm")]
-        found = [path for path in files if _may(path, os.F_OK)]
-        for path in found:
-            if path.is_dir():
+        reads = self._pragmas is _READING
+        what, right = ("read", os.R_OK) if reads else ("write to", os.R_OK | os.W_OK)
+        creates = False
+        for path in (self._path.with_name(self._path.name + end) for end in ("", "-wal", "-shm")):
+            try:
+                mode = path.stat().st_mode
+            except OSError:
+                creates = not reads
+                continue
+            if stat.S_ISDIR(mode):
                 raise self._fault(os.strerror(errno.EISDIR), "unreachable")
-            if not _may(path, os.R_OK | os.W_OK):
-                mode = stat.S_IMODE(path.stat().st_mode)
-                reason = f"this process may not write to {path.name} (mode {mode:04o})"
-                raise self._fault(reason, "read_only")
-        if found != files and not _may(self._folder, os.W_OK | os.X_OK):
+            # Another process, the last one to close the file, may have deleted what is beside it.
+            if not _may(path, right) and _may(path, os.F_OK):
+                reason = f"this process may not {what} {path.name} (mode {stat.S_IMODE(mode):04o})"
+                raise self._fault(reason, "permission_denied" if reads else "read_only")
+        if creates and not _may(self._folder, os.W_OK | os.X_OK):
             reason = f"this process may not create files beside it, in {self._folder}"
             raise self._fault(reason, "read_only")
 

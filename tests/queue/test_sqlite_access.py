@@ -101,6 +101,21 @@ def test_a_file_that_cannot_be_used_is_named_with_the_reason(
     assert refused.returncode == 1
 
 
+def test_a_check_of_the_schema_needs_to_read_and_not_to_write(
+    tmp_path: Path, sqlite_template: Path
+) -> None:
+    shutil.copy(sqlite_template, tmp_path / "jobs.db")
+    check = ("-m", "job_registry_api.cli", "migrate", "--check")
+    (tmp_path / "jobs.db").chmod(0o400)
+    assert as_a_user(*check, folder=tmp_path).returncode == 0
+    (tmp_path / "jobs.db").chmod(0o200)
+    refused = as_a_user(*check, folder=tmp_path)
+    assert refused.stderr == (
+        "The database is not available: the database's file jobs.db:"
+        " this process may not read jobs.db (mode 0200)\n"
+    )
+
+
 RECOVERY = """
 import asyncio, os, sys
 from job_registry_api.queue.errors import QueueUnavailable
