@@ -594,9 +594,10 @@ class PageInfo:
         description="Whether the page has fewer jobs than `first` or `last` although there are"
         " more, because they would exceed the limit of an answer in fields"
         " (`JOBS_MAX_ANSWER_FIELDS`) or bytes (`JOBS_MAX_ANSWER_BYTES`), or because more than"
-        " 10,000 jobs of a status would be searched for those that ended in a wide range of time."
-        " It may have no jobs then. Read on from its `endCursor`, or with `last` from its"
-        " `startCursor`."
+        " 10,000 jobs of a status would be searched for those that ended in a wide range of time,"
+        " or more than 10,000 of a creator or an error code for those that other fields of the"
+        " filter want. It may have no jobs then. Read on from its `endCursor`, or with `last` from"
+        " its `startCursor`."
     )
 
     @strawberry.field(description="Whether older jobs follow.")

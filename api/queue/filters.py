@@ -56,7 +56,8 @@ WIDE_RANGE: Final = 5_000
 a wider range are found among all jobs of the status, the newest first."""
 
 WALKED_JOBS: Final = 10_000
-"""How many jobs of each status are read at most in search of those that finished in a range."""
+"""How many jobs of each status are read at most in search of those that finished in a range, and
+how many of a creator or an error code in search of those that other fields want."""
 
 WALK_SLACK: Final = timedelta(minutes=5)
 """The same as `ID_SLACK` for these searches, which read the jobs of this time as well."""
@@ -109,7 +110,8 @@ class JobFilter:
     `created_by`, of one among the 10,000 newest jobs of that creator.
 
     Of a wide range of the time of the end, a page stops early at 10,000 jobs of a status that
-    finished at other times.
+    finished at other times. With `created_by` or `error_code`, it stops early at 10,000 jobs of
+    these that other fields do not want, unless at most 5,000 jobs have the types and statuses.
     """
 
     types: tuple[str, ...] = ()
@@ -258,38 +260,78 @@ def widths(wanted: JobFilter, owner: Owner | None) -> Any:
     return union_all(*(sqlalchemy.select(is_wide).select_from(each) for each in ranges))
 
 
-def walked(
-    wanted: JobFilter, part: Slice, status: JobStatus, *, ahead: timedelta = timedelta()
-) -> Any:
-    """Return the query of the ids of jobs of a status, in the order of an index of ids, among
-    `WALKED_JOBS` of it: those that finished in a range of time."""
-    read = _walk(wanted, part, status, ahead, Job.id, Job.type, Job.created_at, Job.finished_at)
-    rows = read.subquery()
-    conditions = [*_between(col(Job.finished_at), wanted), *_created(wanted)]
-    if wanted.types:
-        conditions.append(col(Job.type).in_(wanted.types))
-    # They stay in their order. To sort them, the database would have to read all of them.
-    matching = (_as_of(rows, each) for each in conditions)
-    return sqlalchemy.select(rows.c.id).where(*matching).limit(part.size)
+class Walk(NamedTuple):
+    """Jobs that are read in the order of an index of ids, in search of those that are wanted."""
+
+    equal: list[tuple[Any, str]]
+    """The expressions that the index begins with, and their values."""
+    conditions: list[Any]
+    """The condition of the index."""
+    within: Slice
+    matching: list[Any]
+    """The conditions of the wanted jobs."""
+    compared: list[Any]
+    """The columns of these conditions. SQLite reads all that it is given, of all jobs."""
+
+    def read(self, *columns: Any) -> Any:
+        """Return the query of the first `WALKED_JOBS` jobs."""
+        return _page(select(*columns).where(*self.conditions), self.equal, self.within)
 
 
-def walk_end(
-    wanted: JobFilter, part: Slice, status: JobStatus, *, ahead: timedelta = timedelta()
-) -> Any:
-    """Return the query of the id at which `walked` stops, if it stops before the end."""
-    return _walk(wanted, part, status, ahead, Job.id).offset(WALKED_JOBS - 1).limit(1)
+def is_sifted(wanted: JobFilter, owner: Owner | None) -> bool:
+    """Return whether a page is a part of the jobs of a creator or an error code."""
+    lead = _lead(wanted, owner)
+    return lead is not None and bool(lead.equal) and bool(_others(lead.others, is_led=True))
 
 
-def _walk(
-    wanted: JobFilter, part: Slice, status: JobStatus, ahead: timedelta, *columns: Any
-) -> Any:
+def walks(
+    wanted: JobFilter,
+    owner: Owner | None,
+    part: Slice,
+    *,
+    by_error: bool = False,
+    ahead: timedelta = timedelta(),
+) -> list[Walk]:
+    """Return where to look for jobs: among those of a creator or an error code or, for a range of
+    the time of the end, among those of each status. `by_error` prefers the error code."""
     within = replace(narrowed(part, wanted, ahead), size=WALKED_JOBS)
     if wanted.finished_before is not None:
         # A job is enqueued before it ends.
         end = _first_id(wanted.finished_before + WALK_SLACK)
         within = replace(within, after=min(within.after or end, end))
+    compared: list[Any] = [Job.id, Job.type, Job.status, Job.created_at, Job.finished_at]
+    if (lead := _lead(wanted, owner, by_error=by_error)) is not None:
+        compared.append(Job.created_by)
+        matching = [*owned_by(owner), *_others(lead.others, is_led=True), *_created(wanted)]
+        if lead.others.error_code is not None:
+            compared.append(Job.error)
+        return [Walk(lead.equal, lead.conditions, within, matching, compared)]
+    matching = [*_between(col(Job.finished_at), wanted), *_created(wanted)]
+    if wanted.types:
+        matching.append(col(Job.type).in_(wanted.types))
     kind = [(col(Job.type), wanted.types[0])] if len(wanted.types) == 1 else []
-    return _page(select(*columns), [*kind, (col(Job.status), str(status))], within)
+    return [
+        Walk([*kind, (col(Job.status), str(status))], [], within, matching, compared)
+        for status in wanted.possible_statuses
+    ]
+
+
+def walked(walk: Walk, size: int) -> Any:
+    """Return the query of the ids of the first `size` wanted jobs among those of a walk."""
+    rows = walk.read(*walk.compared).subquery()
+    # They stay in their order. To sort them, the database would have to read all of them.
+    matching = (_as_of(rows, each) for each in walk.matching)
+    return sqlalchemy.select(rows.c.id).where(*matching).limit(size)
+
+
+def walk_end(walk: Walk) -> Any:
+    """Return the query of the id at which a walk stops, if it stops before the end."""
+    return walk.read(Job.id).offset(WALKED_JOBS - 1).limit(1)
+
+
+def among(ids: Sequence[uuid.UUID], wanted: JobFilter, owner: Owner | None, part: Slice) -> Any:
+    """Return the query of a page of the wanted jobs among those with these ids."""
+    return part.taken(listed().where(col(Job.id).in_(ids), *_remaining(wanted, owner, part)))
 
 
 def counted(
@@ -472,12 +514,12 @@ class _Lead(NamedTuple):
     """The other fields."""
 
 
-def _lead(wanted: JobFilter, owner: Owner | None) -> _Lead | None:
+def _lead(wanted: JobFilter, owner: Owner | None, *, by_error: bool = False) -> _Lead | None:
     """Return the field whose index is read. None: that of a time, of the statuses or of all ids."""
     creator = owner.subject if owner is not None else wanted.created_by
     if wanted.idempotency_key is not None:
         return _Lead([], [_has_key(wanted.idempotency_key)], wanted)
-    if creator is not None:
+    if creator is not None and not (by_error and wanted.error_code is not None):
         column: Any = col(Job.created_by)
         # An owner may ask for the jobs of another creator.
         others = replace(wanted, created_by=None) if wanted.created_by == creator else wanted

@@ -472,7 +472,7 @@ class Reading(Opening):
 
         It stops early at `most` jobs, and before the job with which the weight of all would exceed
         `max_bytes`, but always has the first job. It also stops, perhaps without any, where too
-        many jobs were searched for those that finished in a wide range of time: see `stopped_at`.
+        many jobs were searched for those that match several fields: see `stopped_at`.
 
         Raises:
             InputInvalid: `first` or `last` is not 1 to `max_page_size`, both are given, or a value

@@ -10,7 +10,7 @@ import re
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import lru_cache
 from importlib import resources
@@ -31,10 +31,12 @@ from job_registry_api.queue.filters import (
     JobFilter,
     Sample,
     Slice,
+    among,
     columns,
     counted,
     found,
     identified,
+    is_sifted,
     listed,
     merged,
     narrowed,
@@ -45,6 +47,7 @@ from job_registry_api.queue.filters import (
     searched,
     walk_end,
     walked,
+    walks,
     widths,
 )
 from job_registry_api.queue.models import (
@@ -104,6 +107,10 @@ OWN_JOBS: Final = 100_000
 """How many jobs of an owner are counted at most in addition to those whose columns are read."""
 
 OWN_JOBS_PER_SAMPLED: Final = 50
+
+RARE_JOBS: Final = 5_000
+"""How many jobs have some types and statuses at most, so that a page of those of a creator or an
+error code among them is never cut short."""
 
 _UNBOUNDED: Final = 2**62
 
@@ -764,24 +771,47 @@ class Store(ABC):
             return Found([])  # Without a subject, there is no index of the owner's jobs to read.
         if wanted.search is not None:
             return Found(await self._of_ids(await self._search(wanted, owner, part), part))
+        if wanted.is_of_finished and not wanted.possible_statuses:
+            return Found([])
+        if is_sifted(wanted, owner):
+            return await self._sift(wanted, owner, part)
         counting = widths(wanted, owner)
         rows = [] if counting is None else await self._select(counting, in_order=True)
         if any(row["is_wide"] for row in rows):
-            return await self._walk(wanted, part)
+            return await self._walk(wanted, owner, part)
         return Found(await self._list_all(wanted, owner, part))
 
-    async def _walk(self, wanted: JobFilter, part: Slice) -> Found:
-        """Search the jobs of each status for those that finished in a range of time."""
+    async def _sift(self, wanted: JobFilter, owner: Owner | None, part: Slice) -> Found:
+        """Search the jobs of a creator or an error code for those that other fields want."""
+        if owner is not None and wanted.created_by not in (None, owner.subject):
+            return Found([])
+        found = await self._walk(wanted, owner, part)
+        if found.stopped_at is not None and wanted.error_code is not None:
+            found = await self._walk(wanted, owner, part, by_error=True)
+        kind = JobFilter(wanted.types, wanted.possible_statuses)
+        if found.stopped_at is None or kind == JobFilter():
+            return found
+        if await self.count_all(kind) > RARE_JOBS:
+            return found
+        # Such as the running jobs of a creator who has very many.
+        within = narrowed(part, wanted, self._ahead())
+        ids = await self._merged(kind, replace(within, size=RARE_JOBS))
+        rows = await self._select(among(ids, wanted, owner, part))
+        return Found([self._listed_of(row) for row in rows])
+
+    async def _walk(
+        self, wanted: JobFilter, owner: Owner | None, part: Slice, *, by_error: bool = False
+    ) -> Found:
+        """Search a limited number of jobs, in the order of an index."""
         ids: list[uuid.UUID] = []
         ends: list[uuid.UUID] = []
-        for status in wanted.possible_statuses:
-            read = walked(wanted, part, status, ahead=self._ahead())
-            rows = await self._select(read, in_order=True)
+        for walk in walks(wanted, owner, part, by_error=by_error, ahead=self._ahead()):
+            rows = await self._select(walked(walk, part.size), in_order=True)
             ids += [row["id"] for row in rows]
             if len(rows) < part.size:
-                last = walk_end(wanted, part, status, ahead=self._ahead())
-                ends += [row["id"] for row in await self._select(last, in_order=True)]
-        # Beyond the first end, jobs of that status may be missing.
+                last = await self._select(walk_end(walk), in_order=True)
+                ends += [row["id"] for row in last]
+        # Beyond the first end, jobs of that index may be missing.
         stopped_at = (min if part.from_end else max)(ends, default=None)
         ids.sort(reverse=not part.from_end)
         if stopped_at is not None:

@@ -43,6 +43,7 @@ LIMITS: Final[dict[tuple[Any, str], int]] = {
     (store, "SAMPLED_BLOCKS"): 5,
     (store, "OWN_JOBS"): 200,
     (store, "COUNTED_JOBS"): 100,
+    (store, "RARE_JOBS"): 50,
     (replaying, "PAGE_JOBS"): 500,
     (filters, "WIDE_RANGE"): 50,
     (filters, "WALKED_JOBS"): 200,
@@ -164,6 +165,19 @@ VALUES: Final[dict[str, dict[str, Any]]] = {
     "status": {"statuses": (JobStatus.FAILED,)},
     "rare status": {"statuses": (JobStatus.CANCELLED,)},
     "statuses": {"statuses": (JobStatus.FAILED, JobStatus.CANCELLED, JobStatus.RUNNING)},
+    "creator and status": {"created_by": "ada", "statuses": (JobStatus.FAILED,)},
+    "creator and rare status": {"created_by": "ada", "statuses": (JobStatus.CANCELLED,)},
+    "creator and rare type": {"created_by": "ada", "types": ("plan.type_1",)},
+    "creator and rare code": {"created_by": "ada", "error_code": "rare"},
+    "own and no code": {"owner": Owner("ada"), "error_code": "none"},
+    "own and rare status": {"owner": Owner("ada"), "statuses": (JobStatus.CANCELLED,)},
+    "code and rare type": {"error_code": "c", "types": ("plan.type_1",)},
+    "code and rare creator": {"error_code": "c", "created_by": "bob"},
+    "creator, and status of a rare type": {
+        "created_by": "ada",
+        "types": ("plan.type_1",),
+        "statuses": (JobStatus.QUEUED, JobStatus.CANCELLED),
+    },
     "rare type and status": {"types": ("plan.type_1",), "statuses": (JobStatus.FAILED,)},
 }
 """Filters whose pages read an index in its order."""

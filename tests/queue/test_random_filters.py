@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from job_registry import JobRegistry, JobType, Payload
-from job_registry_api.queue import filters
+from job_registry_api.queue import filters, store
 from job_registry_api.queue.filters import JobFilter
 from job_registry_api.queue.models import FINAL, JobStatus, Owner
 from job_registry_api.queue.queue import JobQueue
@@ -153,6 +153,7 @@ def asked(jobs: list[Stored]) -> st.SearchStrategy[Asked]:
     limits: dict[str, st.SearchStrategy[int]] = {
         "WIDE_RANGE": st.sampled_from([0, 10, 5_000]),
         "WALKED_JOBS": st.sampled_from([1, 5, 30, 10_000]),
+        "RARE_JOBS": st.sampled_from([0, 10, 5_000]),
         "SEARCHED_JOBS": st.sampled_from([1, 30, 10_000]),
     }
     return st.builds(
@@ -214,7 +215,7 @@ async def checked(queue: JobQueue, each: Asked) -> None:
     after, before = each.after or filters.LAST_ID, each.before or filters.FIRST_ID
     with pytest.MonkeyPatch.context() as patch:
         for name, number in each.limits.items():
-            patch.setattr(filters, name, number)
+            patch.setattr(store if name == "RARE_JOBS" else filters, name, number)
         assert await read(queue, each) == [job_id for job_id in found if before < job_id < after]
         total = await queue.count(each.wanted, owner=each.owner)
         assert total == JobTotal(len(found), False)
