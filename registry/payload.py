@@ -26,6 +26,8 @@ def _reading_wire_text(schema: CoreSchema, handler: GetCoreSchemaHandler) -> Cor
     definitions: dict[str, Any] = {}
 
     def change(part: dict[str, Any]) -> Any:
+        if part.get("type") == "model-fields":
+            _check_names(part)
         if part.get("type") != "definition-ref":
             return with_wire_text(part)
         try:
@@ -45,6 +47,18 @@ def _reading_wire_text(schema: CoreSchema, handler: GetCoreSchemaHandler) -> Cor
     if not definitions:
         return whole
     return core_schema.definitions_schema(whole, list(definitions.values()))
+
+
+def _check_names(fields: dict[str, Any]) -> None:
+    """Refuse two fields with one name in JSON: both would read the same value."""
+    names: dict[str, str] = {}
+    for field, part in fields["fields"].items():
+        name = part.get("validation_alias", field)
+        if isinstance(name, str) and names.setdefault(name, field) != field:
+            raise TypeError(
+                f"{fields['model_name']} has two fields that are {name} in JSON, {names[name]} and"
+                f" {field}: rename one, or give one Field(alias=...)"
+            )
 
 
 def _is_of_payload(schema: Any) -> bool:

@@ -239,6 +239,20 @@ def test_models_are_told_apart_by_strings() -> None:
             part: Annotated[First | Second, Field(discriminator="version")]
 
 
+def test_two_fields_have_two_names_in_json() -> None:
+    with pytest.raises(TypeError, match="Lines has two fields that are line1 in JSON, line_1 and"):
+
+        class Lines(Payload):
+            line_1: str
+            line1: str
+
+    class Apart(Payload):
+        line_1: str = Field(alias="first")
+        line1: str
+
+    assert Apart(line_1="a", line1="b").model_dump() == {"first": "a", "line1": "b"}
+
+
 def test_keys_of_an_object_are_still_read_as_numbers() -> None:
     class Keyed(Payload):
         by_number: dict[int, int]
