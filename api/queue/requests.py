@@ -93,35 +93,48 @@ _FIELDS: Final[dict[str, tuple[str, Any, str]]] = {
 
 
 def input_faults(request: EnqueueRequest) -> Iterator[Violation]:
-    """Yield the faults of a request outside its payload."""
+    """Yield the faults of a request outside its payload.
+
+    A Python program may give any value. SQLite would store 1.5 as a priority.
+    """
     for path, value, low, high in (
         ("/priority", request.priority, 0, 100),
         ("/maxAttempts", request.max_attempts, 1, 1_000),
     ):
+        if value is None:
+            continue
         # True counts as 1 in Python, and as no number in PostgreSQL.
-        if value is not None and (isinstance(value, bool) or not low <= value <= high):
+        is_whole = isinstance(value, int) and not isinstance(value, bool)
+        if not is_whole or not low <= value <= high:
             yield Violation(
                 path,
-                "out_of_range",
-                f"Expected a whole number from {low} to {high:,}; got {value}.",
+                "out_of_range" if is_whole else "wrong_type",
+                f"Expected a whole number from {low} to {high:,}; got {shortened(value)}.",
             )
-    if request.schedule_at is not None and request.schedule_at.tzinfo is None:
-        yield Violation(
-            "/scheduleAt",
-            "time_zone_missing",
-            f"Expected {_TIME}, such as 2030-01-31T12:00:00Z;"
-            f" got {request.schedule_at.isoformat()}.",
-        )
-    elif request.schedule_at is not None and not EARLIEST <= request.schedule_at < LATEST:
-        yield Violation(
-            "/scheduleAt",
-            "out_of_range",
-            f"Expected a time from {EARLIEST.year} to {LATEST.year - 1} in UTC;"
-            f" got {request.schedule_at.isoformat()}.",
-        )
-    key = request.idempotency_key
+    at: Any = request.schedule_at
+    if at is not None:
+        if not isinstance(at, datetime):
+            message = f"Expected a datetime with an offset from UTC; got {shortened(at)}."
+            yield Violation("/scheduleAt", "wrong_type", message)
+        elif at.tzinfo is None:
+            yield Violation(
+                "/scheduleAt",
+                "time_zone_missing",
+                f"Expected {_TIME}, such as 2030-01-31T12:00:00Z; got {at.isoformat()}.",
+            )
+        elif not EARLIEST <= at < LATEST:
+            yield Violation(
+                "/scheduleAt",
+                "out_of_range",
+                f"Expected a time from {EARLIEST.year} to {LATEST.year - 1} in UTC;"
+                f" got {at.isoformat()}.",
+            )
+    key: Any = request.idempotency_key
     if key is not None:
-        if not 1 <= len(key) <= 255:
+        if not isinstance(key, str):
+            message = f"Expected a string of 1 to 255 characters; got {shortened(key)}."
+            yield Violation("/idempotencyKey", "wrong_type", message)
+        elif not 1 <= len(key) <= 255:
             yield Violation(
                 "/idempotencyKey",
                 "out_of_range",

@@ -644,10 +644,27 @@ async def test_an_atomic_bulk_with_one_key_and_payload_twice_stores_it_once(
 
 
 @pytest.mark.any_database
-async def test_a_truth_value_is_no_number(queue: JobQueue) -> None:
-    with pytest.raises(InputInvalid) as caught:
-        await queue.enqueue(EnqueueRequest("test.ping", {}, priority=True, max_attempts=True))
-    assert [(each.path, each.message) for each in caught.value.violations] == [
-        ("/priority", "Expected a whole number from 0 to 100; got True."),
-        ("/maxAttempts", "Expected a whole number from 1 to 1,000; got True."),
+async def test_an_option_of_another_type_is_refused(queue: JobQueue) -> None:
+    wrong: list[dict[str, Any]] = [
+        {"priority": True, "max_attempts": True},
+        {"priority": 1.5, "max_attempts": "5"},
+        {"schedule_at": "2030-01-31T12:00:00Z", "idempotency_key": 7},
+        {"schedule_at": timedelta(hours=1), "idempotency_key": b"key"},
+    ]
+    said: list[str] = []
+    for options in wrong:
+        with pytest.raises(InputInvalid) as caught:
+            await queue.enqueue(ping(**options))
+        assert {each.code for each in caught.value.violations} == {"wrong_type"}
+        said += [f"{each.path}: {each.message}" for each in caught.value.violations]
+    assert said == [
+        "/priority: Expected a whole number from 0 to 100; got true.",
+        "/maxAttempts: Expected a whole number from 1 to 1,000; got true.",
+        "/priority: Expected a whole number from 0 to 100; got 1.5.",
+        '/maxAttempts: Expected a whole number from 1 to 1,000; got "5".',
+        '/scheduleAt: Expected a datetime with an offset from UTC; got "2030-01-31T12:00:00Z".',
+        "/idempotencyKey: Expected a string of 1 to 255 characters; got 7.",
+        "/scheduleAt: Expected a datetime with an offset from UTC; got a value of the type"
+        " timedelta.",
+        "/idempotencyKey: Expected a string of 1 to 255 characters; got a value of the type bytes.",
     ]
