@@ -149,7 +149,9 @@ def _check_delay(name: str, seconds: float) -> None:
 
 def near(name: str, names: Iterable[str], *, count: int = 1) -> tuple[str, ...]:
     """Return the names that are similar to a name that does not exist, the best first."""
-    return tuple(difflib.get_close_matches(name[:100], names, n=count, cutoff=0.6))
+    by_letters = {each.casefold(): each for each in names}
+    found = difflib.get_close_matches(name[:100].casefold(), by_letters, n=count, cutoff=0.6)
+    return tuple(by_letters[each] for each in found)
 
 
 @dataclass(slots=True)

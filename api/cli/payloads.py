@@ -27,7 +27,8 @@ def read(file: str) -> str:
     if file == "-" and sys.stdin is None:
         fail(WRONG_USAGE, "Cannot read standard input: it is closed.")
     try:
-        return (sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()).decode()
+        content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        return content.decode("utf-8-sig")  # Windows writes a byte order mark.
     except UnicodeDecodeError as error:
         fail(WRONG_USAGE, f"Cannot read {name}: byte {error.start + 1:,} is not UTF-8.")
     except (OSError, ValueError) as error:

@@ -111,6 +111,12 @@ def test_bytes_that_are_no_text_are_a_sentence(jobs: Shell) -> None:
     assert given.stderr == b"Cannot read standard input: byte 17 is not UTF-8.\n"
 
 
+def test_a_file_of_windows_may_begin_with_a_byte_order_mark(jobs: Shell) -> None:
+    payload = b'\xef\xbb\xbf{"assetId": "cat", "versionNumber": 1}\r\n'
+    (jobs.folder / "marked").write_bytes(payload)
+    assert jobs("validate", "thumbnail.create", "marked").stdout == "valid\n"
+
+
 @pytest.mark.parametrize(
     "arguments",
     lines("types", "policy a", "validate a -", "enqueue a -", "schema", "worker", "serve --port 0"),

@@ -134,6 +134,8 @@ def test_similar_names_are_suggested_until_the_comparisons_are_spent() -> None:
     assert near("payout.exeute", names) == ("payout.execute",)
     assert near("payout.exeute", names, count=2) == ("payout.execute", "payout.executed")
     assert near("x", names) == ()
+    assert near("PAYOUT.EXECUTE", names) == ("payout.execute",)
+    assert near("assetid", ["assetId"]) == ("assetId",)
     budget = FaultBudget(comparisons=4)
     assert budget.suggestion("payout.exeute", names) == " Did you mean payout.execute?"
     assert budget.near("payout.exeute", names, count=2) == names_of("execute", "executed")
