@@ -137,7 +137,9 @@ async def in_thread(function: Callable[[], Any], ended: asyncio.Future[None] | N
             else:
                 deliver(None, error)
         except BaseException as error:
-            deliver(None, RuntimeError(f"the handler raised {type(error).__name__}"))
+            exited = RuntimeError(f"the handler raised {type(error).__name__}")
+            exited.__cause__ = error
+            deliver(None, exited)
         else:
             deliver(result, None)
 

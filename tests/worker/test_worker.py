@@ -711,6 +711,25 @@ async def test_the_log_names_the_code_of_a_failed_attempt_and_not_its_message(
     assert "private" not in repr(lines)
 
 
+@pytest.mark.parametrize("kind", ["async", "thread"])
+async def test_the_log_says_where_a_handler_called_exit(
+    house: House, kind: str, lines: list[dict[str, Any]]
+) -> None:
+    def parse_arguments() -> None:
+        sys.exit(2)
+
+    async def work(_job: JobContext, _payload: Text) -> None:
+        parse_arguments()
+
+    def work_in_thread(_job: JobContext, _payload: Text) -> None:
+        parse_arguments()
+
+    house.job_type.handler(work if kind == "async" else work_in_thread)
+    await house.run(max_attempts=1)
+    [line] = [line for line in lines if line["event"] == "job.attempt_failed"]
+    assert "in parse_arguments" in line["exception"]
+
+
 @pytest.mark.any_database
 async def test_stopping_lets_running_jobs_end_and_releases_the_rest(house: House) -> None:
     @house.job_type.handler
