@@ -20,6 +20,7 @@ import structlog
 
 from job_registry import JobRegistry
 from job_registry_api.metrics import Metrics
+from job_registry_api.queue.errors import QueueUnavailable
 from job_registry_api.queue.events import Events, JobEvent
 from job_registry_api.queue.models import AttemptOutcome, JobRecord, JobStatus
 from job_registry_api.queue.store import Claim, Claimed, Store
@@ -112,6 +113,8 @@ class Claiming:
         self._seen: dict[str, float] = {}
         self._served: dict[str, int] = {}
         self._turn = itertools.count(1)
+        self.failed_at = float("-inf")
+        """When a claim last failed, in the time of the event loop."""
         self.is_ending = False
         """Whether the process shuts down. Calls then return without waiting."""
         self._returning: set[asyncio.Task[None]] = set()
@@ -191,8 +194,18 @@ class Claiming:
         """Lease jobs that are due now. Return them, and whether all due jobs were considered."""
         await self.show_worker(types, readable)
         claim = self._claim(types, worker_id, limit, readable, thorough=thorough)
-        claimed = await self._store.claim(claim)
+        with self.noting_failure():
+            claimed = await self._store.claim(claim)
         return self.leased(claimed), claimed.everything
+
+    @contextmanager
+    def noting_failure(self) -> Iterator[None]:
+        """Note when a claim fails: the database may have made it, or may still make it."""
+        try:
+            yield
+        except QueueUnavailable:
+            self.failed_at = asyncio.get_running_loop().time()
+            raise
 
     def _claim(
         self,

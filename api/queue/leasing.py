@@ -6,7 +6,7 @@ import asyncio
 import re
 import uuid
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -52,6 +52,9 @@ from job_registry_api.queue.store import (
     present,
     timed_out,
 )
+
+ANSWER_MARGIN_SECONDS: Final = 1.0
+"""How much longer than its deadlines the answer to a claim may take to reach the worker."""
 
 REPORTS_AT_ONCE: Final = 50
 """How many attempts one statement ends. While it runs, a worker runs the jobs of the one before."""
@@ -151,6 +154,34 @@ class Leasing:
         slots calls `lease`, which waits for jobs.
         """
         return self._claiming.busy(worker)
+
+    async def release_unanswered(self, worker_id: str, runs: Callable[[uuid.UUID], bool]) -> None:
+        """Release the jobs that a worker leased without learning of it, unspent.
+
+        When the database does not answer a claim in time, it may have made it, or make it once it
+        goes on. Nobody runs these jobs; at the end of their leases their attempts would be spent.
+        `runs` returns whether the worker runs a job. The answer to a claim, with the reading of
+        large jobs, takes at most twice the timeout of the database, so younger leases are left.
+
+        It reads the database only for a while after a claim has failed, so it can be called often.
+        The name must be that of one worker alone.
+
+        Raises:
+            QueueUnavailable: the database is still away.
+        """
+        longest = 2 * self._database.timeout_seconds + ANSWER_MARGIN_SECONDS
+        since = asyncio.get_running_loop().time() - self._claiming.failed_at
+        if longest >= self.lease_seconds or since > longest + self.lease_seconds:
+            return
+        found = await self._store.unanswered(worker_id, seconds=longest)
+        released = 0
+        for job_id, secret in found:
+            if not runs(job_id):
+                with suppress(LeaseLost):
+                    await self.release(job_id.hex + secret)
+                    released += 1
+        if released:
+            log.warning("leases.unanswered", jobs=released, worker_id=worker_id)
 
     async def stop_waiting(self, worker_id: str) -> None:
         """End the waits of a worker's `lease` calls, in every process. Later calls wait again.
@@ -536,7 +567,8 @@ class Leasing:
             return await self._store.succeed(reports, sender), sender
         worker, claim = found
         try:
-            ended, claimed = await self._store.succeed_and_claim(reports, sender, claim)
+            with self._claiming.noting_failure():
+                ended, claimed = await self._store.succeed_and_claim(reports, sender, claim)
         except Exception as error:
             # A claim may fail or wait for a lock. That must not delay what has been done.
             log.warning("leases.not_claimed", reason=reason_of(error))

@@ -554,6 +554,11 @@ class Store(ABC):
         Return None if the job is neither, or does not exist, or is not the owner's.
         """
 
+    async def unanswered(self, worker_id: str, *, seconds: float) -> list[tuple[uuid.UUID, str]]:
+        """Return the running jobs that a worker leased longer ago, and their tokens."""
+        rows = await self._read("unanswered", {"worker": worker_id, "seconds": seconds})
+        return [(row["id"], row["lease_token"]) for row in rows]
+
     @abstractmethod
     async def next_due(self, types: Sequence[str], limits: Mapping[str, int]) -> float | None:
         """Return the seconds until a claim may find more jobs, or None if no time is known."""

@@ -50,6 +50,9 @@ MAX_CANCELLED: Final = 1_000
 """How many cancelled jobs that do not run here are remembered, in case a claim has just leased one.
 """
 
+UNANSWERED_SECONDS: Final = 2.0
+"""How often a worker looks for leases that it does not know of, after a claim has failed."""
+
 SHORTEST_PAUSE: Final = 0.2
 LONGEST_PAUSE: Final = 5.0
 """How long a worker waits between claims during an outage. The pauses double."""
@@ -120,6 +123,8 @@ class Worker:
         named = types or [name for name in registry if registry[name].has_handler]
         self.types = tuple(dict.fromkeys(registry.get_type(name).name for name in named))
         self.worker_id = worker_id or _worker_id()
+        self._has_own_name = worker_id is None
+        """Whether no other worker has this name."""
         self.started = asyncio.Event()
         """Set once the lifespans have started."""
         self._queue = queue
@@ -274,6 +279,7 @@ class Worker:
 
     async def _work(self, equipment: Equipment) -> None:
         leasing = asyncio.create_task(self._lease_until_stop(equipment), name="leasing")
+        unanswered = asyncio.create_task(self._release_unanswered(), name="unanswered")
         upkeep = asyncio.create_task(
             maintain(
                 self._queue,
@@ -287,7 +293,7 @@ class Worker:
         try:
             await self._stopping.wait()
             # Not cancelled at once: the jobs that a claim has just leased would be lost.
-            await asyncio.wait({leasing, upkeep}, timeout=CLAIM_SECONDS)
+            await asyncio.wait({leasing, upkeep, unanswered}, timeout=CLAIM_SECONDS)
             leasing.cancel()
             await self._finish()
         except asyncio.CancelledError:
@@ -299,6 +305,7 @@ class Worker:
             raise
         finally:
             upkeep.cancel()
+            unanswered.cancel()
 
     async def _lease_until_stop(self, equipment: Equipment) -> None:
         pause = SHORTEST_PAUSE
@@ -314,6 +321,20 @@ class Worker:
             except Exception as error:
                 log_unexpected("worker", error)
                 await _wait(self._stopping, 1.0)
+
+    async def _release_unanswered(self) -> None:
+        """Release what claims have leased whose answers did not come."""
+        while self._has_own_name and not self._stopping.is_set():
+            await _wait(self._stopping, UNANSWERED_SECONDS)
+            try:
+                await self._queue.release_unanswered(self.worker_id, self._runs)
+            except QueueUnavailable:
+                pass  # It is tried again.
+            except Exception as error:
+                log_unexpected("worker", error)
+
+    def _runs(self, job_id: UUID) -> bool:
+        return any(attempt.job_id == job_id for attempt in self._running.values())
 
     async def _pause(self, seconds: float) -> None:
         """Wait before the next claim. An event of a job ends the wait: the database is back."""

@@ -83,6 +83,12 @@ SELECT false, claimed.* FROM job_registry.job_claim(
     CAST(:lease AS double precision), CAST(:process AS text), CAST(:keep AS boolean),
     CAST(:look_back AS double precision), CAST(:timed_out AS text), CAST(:lost AS text)) AS claimed
 
+-- name: unanswered
+-- Return the leases of a worker that are older than the answer to its claim can be.
+SELECT id, lease_token FROM job_registry.job
+WHERE status = 'running' AND worker_id = CAST(:worker AS text)
+  AND started_at < clock_timestamp() - make_interval(secs => CAST(:seconds AS double precision))
+
 -- name: renew
 -- Renew leases, and the places of timed-out attempts.
 SELECT * FROM job_registry.job_renew(

@@ -272,6 +272,12 @@ DELETE FROM job_attempt
 WHERE job_id = :id AND id <= (
     SELECT id FROM job_attempt WHERE job_id = :id ORDER BY id DESC LIMIT 1 OFFSET 1000)
 
+-- name: unanswered
+-- Return the leases of a worker that are older than the answer to its claim can be.
+SELECT id, lease_token FROM job
+WHERE status = 'running' AND worker_id = :worker
+  AND started_at < strftime('%Y-%m-%d %H:%M:%f', 'now', :shift, '-' || :seconds || ' seconds') || '000'
+
 -- name: renew
 -- Renew a lease.
 UPDATE job SET
