@@ -197,14 +197,17 @@ class AssetFiles:
         return False
 
     def _is_same(self, file: BinaryIO, path: str) -> bool:
+        """Return whether a file has the same content. It has not if it was removed meanwhile: by an
+        upload that found another one."""
         file.seek(0)
-        with self._files.open(path, "rb") as other:
+        with contextlib.suppress(FileNotFoundError), self._files.open(path, "rb") as other:
             while True:
                 piece = file.read(1 << 20)
                 if piece != other.read(len(piece) or 1):
                     return False
                 if not piece:
                     return True
+        return False
 
     def _sources(self) -> list[str]:
         """Return the files that are the picture of this version."""

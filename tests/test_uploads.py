@@ -141,6 +141,20 @@ async def test_of_uploads_at_the_same_time_at_most_one_is_kept(visit: Visit, ass
             assert any(each.status_code == 201 for each in answers) == bool(kept)
 
 
+async def test_an_upload_whose_rival_is_removed_meanwhile_is_refused(
+    visit: Visit, assets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three at once, one may find the file of another, which the third one has just removed."""
+
+    def link(source: Path, target: str) -> None:
+        raise FileExistsError(target)
+
+    async with visit(assets=str(assets)) as client:
+        monkeypatch.setattr(os, "link", link)
+        assert code_of(await post(client)) == (409, "asset_exists")
+    assert files_of(assets) == []
+
+
 async def test_a_picture_may_be_larger_than_other_requests(database_url: str, assets: Path) -> None:
     large = bytes(20_000_000)
     async with (
