@@ -493,7 +493,7 @@ class _RequestParser(HttpRequestParser):
 
     def __init__(self, connection: HTTPConnection) -> None:
         super().__init__(connection)
-        # As uvicorn does: what follows a request with "Connection: close" is no error.
+        # As in uvicorn, data after a request with "Connection: close" is not an error.
         self.set_dangerous_leniencies(lenient_data_after_close=True)
         self._connection = connection
 

@@ -484,7 +484,7 @@ def _has_swapped_arguments(function: Callable[..., Any], payload: type[Payload])
 
 
 def _payload_of(function: Callable[..., Any]) -> type[Payload] | None:
-    """Return the payload that a handler is annotated to take, if it can be told at run time."""
+    """Return the payload that a handler is annotated to take, if that is known at run time."""
     try:
         hints = typing.get_type_hints(function)
     except (NameError, TypeError, AttributeError):

@@ -140,38 +140,39 @@ def running_server(
     account = _unprivileged_account()
     prefix = "jobs-debian-"
     folder = data_folder(prefix) if in_memory else Path(tempfile.mkdtemp(prefix=prefix))
-    try:
-        if account is not None:
-            shutil.chown(folder, account)
-        data, log = folder / "data", folder / "server.log"
-        _run(
-            account, binaries / "initdb", "-D", data, "-U", "postgres", "-A", "trust",
-            "-E", "UTF8", "--locale=C.UTF-8", "--no-sync", "--no-instructions",
-        )  # fmt: skip
-        server = Server("", log, binaries, data, account)
-        try:
-            yield _start(server, folder, settings)
-        finally:
-            server.stop()
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    data = folder / "data"
+    server = Server("", folder / "server.log", binaries, data, account)
+    with _created(
+        server, folder, settings, binaries / "initdb", "-D", data, "-U", "postgres", "-A", "trust",
+        "-E", "UTF8", "--locale=C.UTF-8", "--no-sync", "--no-instructions",
+    ) as running:  # fmt: skip
+        yield running
 
 
 @contextmanager
 def standby_of(primary: Server) -> Iterator[Server]:
     """Run a hot standby of a server on loopback while the context is open."""
     folder = data_folder("jobs-standby-")
+    data = folder / "data"
+    server = Server("", folder / "server.log", primary.binaries, data, primary.account)
+    with _created(
+        server, folder, TEST_SETTINGS, primary.binaries / "pg_basebackup", "-d", primary.url,
+        "-D", data, "--write-recovery-conf", "--checkpoint=fast", "--no-sync",
+    ) as running:  # fmt: skip
+        yield running
+
+
+@contextmanager
+def _created(
+    server: Server, folder: Path, settings: Mapping[str, str], *command: str | Path
+) -> Iterator[Server]:
+    """Create the data of a server by a command, and run it while the context is open."""
     try:
-        if primary.account is not None:
-            shutil.chown(folder, primary.account)
-        data = folder / "data"
-        _run(
-            primary.account, primary.binaries / "pg_basebackup", "-d", primary.url, "-D", data,
-            "--write-recovery-conf", "--checkpoint=fast", "--no-sync",
-        )  # fmt: skip
-        server = Server("", folder / "server.log", primary.binaries, data, primary.account)
+        if server.account is not None:
+            shutil.chown(folder, server.account)
+        _run(server.account, *command)
         try:
-            yield _start(server, folder, TEST_SETTINGS)
+            yield _start(server, folder, settings)
         finally:
             server.stop()
     finally:

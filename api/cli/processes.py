@@ -166,10 +166,10 @@ class _Processes:
     async def _start_first_time(self, role: _Role) -> None:
         """Start a process, and end all if it does not start, also those that still start."""
         child = await self._start(role)
-        if child is None or await self._has_started(child):
+        if child is None or await self._has_started(child) or self._ending.is_set():
             return
-        code = None if self._ending.is_set() else await child.wait()
-        if code is None or self._ending.is_set():
+        code = await child.wait()
+        if self._ending.is_set():
             return
         # It has printed why, unless it was ended by a signal.
         if code < 0:

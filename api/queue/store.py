@@ -791,7 +791,8 @@ class Store(ABC):
         if owner is not None and wanted.created_by not in (None, owner.subject):
             return Found([])
         found = await self._walk(wanted, owner, part)
-        if found.stopped_at is not None and wanted.error_code is not None:
+        has_creator = owner is not None or wanted.created_by is not None
+        if found.stopped_at is not None and has_creator and wanted.error_code is not None:
             found = await self._walk(wanted, owner, part, by_error=True)
         kind = JobFilter(wanted.types, wanted.possible_statuses)
         if found.stopped_at is None or kind == JobFilter():

@@ -7,6 +7,7 @@ import re
 import shutil
 import time
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -293,17 +294,27 @@ async def test_jobs_of_higher_priority_that_are_scheduled_for_later_cost_nothing
     await database.close()
 
 
-async def test_on_postgresql_a_report_reads_nothing_of_the_jobs_done_since_a_long_snapshot_began(
-    fresh_postgresql_url: str, registry: JobRegistry
-) -> None:
-    database = open_database(fresh_postgresql_url, timeout_seconds=None)
+@asynccontextmanager
+async def long_snapshot(
+    url: str, registry: JobRegistry
+) -> AsyncIterator[tuple[Database, JobQueue]]:
+    """A queue with three due jobs, where 10,000 others ran since a snapshot that is still open."""
+    database = open_database(url, timeout_seconds=None)
     queue = JobQueue(registry, database)
-    async with outsider(fresh_postgresql_url, "REPEATABLE READ") as report:
+    async with outsider(url, "REPEATABLE READ") as report:
         await report.exec_driver_sql("SELECT count(*) FROM job")
         for statement in RAN:
             async with database.reading() as connection:
                 await connection.exec_driver_sql(statement)
         await queue.enqueue_many([EnqueueRequest("test.ping", {})] * 3)
+        yield database, queue
+    await database.close()
+
+
+async def test_on_postgresql_a_report_reads_nothing_of_the_jobs_done_since_a_long_snapshot_began(
+    fresh_postgresql_url: str, registry: JobRegistry
+) -> None:
+    async with long_snapshot(fresh_postgresql_url, registry) as (database, queue):
         leases = await queue.lease(["test.ping"], "w", limit=3)
         lease = leases[0]
         named, parked, succeeded = [
@@ -323,8 +334,7 @@ async def test_on_postgresql_a_report_reads_nothing_of_the_jobs_done_since_a_lon
             ),
             "end": await blocks(database, f"SELECT * FROM job_end('{reports}', 'p', true)"),
         }
-    assert (await queue.get(lease.job.id)).status is JobStatus.SUCCEEDED
-    await database.close()
+        assert (await queue.get(lease.job.id)).status is JobStatus.SUCCEEDED
     assert max(read.values()) < FEW_BLOCKS, read
 
 
@@ -332,19 +342,11 @@ async def test_on_postgresql_a_claim_reads_nothing_of_the_jobs_that_ran_since_a_
     fresh_postgresql_url: str, registry: JobRegistry
 ) -> None:
     """The statistics are those of an idle queue, as after most runs of autovacuum."""
-    database = open_database(fresh_postgresql_url, timeout_seconds=None)
-    queue = JobQueue(registry, database)
-    async with outsider(fresh_postgresql_url, "REPEATABLE READ") as report:
-        await report.exec_driver_sql("SELECT count(*) FROM job")
-        for statement in RAN:
-            async with database.reading() as connection:
-                await connection.exec_driver_sql(statement)
-        await queue.enqueue_many([EnqueueRequest("test.ping", {})] * 3)
+    async with long_snapshot(fresh_postgresql_url, registry) as (database, _):
         read = {
             "claim": await entries(database, LATER_CLAIM),
             "recover": await entries(database, RECOVER.replace("NULL, 30", "3, 60")),
         }
-    await database.close()
     assert max(read.values()) < FEW_ENTRIES, read
 
 

@@ -201,20 +201,20 @@ async def test_the_traceback_of_a_task_group_shows_where_its_tasks_failed() -> N
             tasks.create_task(step(1))
             tasks.create_task(step(2))
     except* ValueError as error:
-        told = raised(error)
-    assert told.message.endswith("; ValueError: secret 1; ValueError: secret 2")
-    assert told.traceback.count("in step") == 2
-    assert "secret" not in told.traceback.replace('raise ValueError(f"secret {number}")', "")
+        report = raised(error)
+    assert report.message.endswith("; ValueError: secret 1; ValueError: secret 2")
+    assert report.traceback.count("in step") == 2
+    assert "secret" not in report.traceback.replace('raise ValueError(f"secret {number}")', "")
 
 
 def test_an_exception_is_reported_by_name_and_words_and_its_traceback_has_no_words() -> None:
     try:
         raise ValueError("secret")
     except ValueError as error:
-        told = raised(error)
-    assert (told.kind, told.name, told.message) == ("error", "ValueError", "secret")
-    assert "test_outcomes.py" in told.traceback
-    assert "secret" not in told.traceback.replace('raise ValueError("secret")', "")
+        report = raised(error)
+    assert (report.kind, report.name, report.message) == ("error", "ValueError", "secret")
+    assert "test_outcomes.py" in report.traceback
+    assert "secret" not in report.traceback.replace('raise ValueError("secret")', "")
 
 
 def caused(error: BaseException, by: BaseException, *, hidden: bool = False) -> BaseException:
