@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,7 +59,8 @@ class Nap(Payload):
 
 def log(what, job):
     # One appended write per line, so that lines of several processes do not mix.
-    line = f"{what} {job.type} {job.id} {os.getpid()} {time.monotonic()}\\n".encode()
+    ids = f"{job.id} {os.getpid()} {os.getppid()}"
+    line = f"{what} {job.type} {ids} {time.monotonic()}\\n".encode()
     os.write(LOG, line)
 
 LOG = os.open(os.environ["CRASH_LOG"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -100,6 +101,12 @@ class Run(NamedTuple):
     type: str
     start: float
     end: float
+    job: str
+    pid: int
+
+    def changes(self) -> tuple[tuple[float, bool], tuple[float, bool]]:
+        """Return the times at which the run starts and ends, and whether it starts then."""
+        return (self.start, True), (self.end, False)
 
 
 @dataclass
@@ -136,6 +143,14 @@ class Crash:
         process.send_signal(signal.SIGKILL)
         process.wait()
         self.killed[process.pid] = time.monotonic()
+
+    def story(self, run: Run) -> str:
+        """Describe a run, and what happened to its process."""
+        name = next((n for n, each in self.processes.items() if each.pid == run.pid), "gone")
+        times = [f"runs {run.start:.3f} to {run.end:.3f}"]
+        times += [f"frozen {a:.3f} to {b:.3f}" for a, b in self.frozen.get(run.pid, ())]
+        times += [f"killed {self.killed[run.pid]:.3f}"] if run.pid in self.killed else []
+        return f"job {run.job}, process {run.pid} ({name}): {', '.join(times)}"
 
     async def enqueue(self, ports: list[int], until: float, caller: int) -> None:
         """Enqueue jobs until then, and remember those that were answered with 201."""
@@ -344,8 +359,9 @@ async def _judge(crash: Crash, url: str, folder: Path, ports: list[int]) -> int:
     finally:
         await connection.close()
     stuck = await asyncio.to_thread(crash.terminate)
-    runs = list(_runs(folder / "handlers.log", crash))
-    most = {name: _most_at_once([run for run in runs if run.type == name]) for name in LIMITS}
+    runs = list(runs_of(folder / "handlers.log", crash))
+    together = {name: most_at_once(run for run in runs if run.type == name) for name in LIMITS}
+    most = {name: len(found) for name, found in together.items()}
     doubled = sum(len(found) > 1 for found in crash.keys.values()) + (keyed - sent)
     freezes = [until - since for times in crash.frozen.values() for since, until in times]
     broken = {
@@ -354,7 +370,11 @@ async def _judge(crash: Crash, url: str, folder: Path, ports: list[int]) -> int:
         "not finished": left,
         "not succeeded": failed,
         "completed twice": twice,
-        "over the limit": [name for name, limit in LIMITS.items() if most[name] > limit],
+        "over the limit": {
+            name: [crash.story(run) for run in together[name]]
+            for name, limit in LIMITS.items()
+            if most[name] > limit
+        },
         "servers that are not ready again": len(ports) - ready,
         "workers that do not work again": WORKERS - again,
         "processes that did not end on SIGTERM": stuck,
@@ -372,8 +392,11 @@ async def _judge(crash: Crash, url: str, folder: Path, ports: list[int]) -> int:
         "most at once": {name: f"{most[name]} of {limit}" for name, limit in LIMITS.items()},
         **broken,
     }
-    print(json.dumps(report, indent=2), flush=True)
     good = not any(broken.values())
+    if not good:
+        print((folder / "errors.log").read_text("utf-8")[-4_000:])
+    # Last, because where only the end of an output is kept, that is what matters.
+    print(json.dumps(report, indent=2), flush=True)
     print("every promise was kept" if good else "A PROMISE WAS BROKEN", flush=True)
     return 0 if good and crash.answered and crash.killed else 1
 
@@ -407,49 +430,56 @@ async def _all_well(crash: Crash, folder: Path, ports: list[int]) -> tuple[int, 
             with (folder / "handlers.log").open("rb") as stream:
                 stream.seek(read)
                 lines = stream.read().decode().splitlines()
-            working = workers & {int(line.split()[3]) for line in lines if len(line.split()) == 5}
+            working = workers & {int(line.split()[3]) for line in lines if len(line.split()) == 6}
     return len(ready), len(working)
 
 
-def _runs(log: Path, crash: Crash) -> Iterator[Run]:
+def runs_of(log: Path, crash: Crash) -> Iterator[Run]:
     """Return the runs of handlers that count against a limit.
 
-    The runs of a killed process end with it. A process that was frozen for longer than a lease has
-    lost its jobs without knowing: those runs count up to the freeze, and not at all if they began
-    just after it, with an expired lease.
+    The runs of a killed process end with it, and those in processes of a killed worker end with
+    that: the attempt after a lost one runs in a process of its own. A process that was frozen for
+    longer than a lease has lost its jobs without knowing: those runs count up to the freeze, and
+    not at all if they began just after it, with an expired lease.
     """
-    open_: dict[tuple[str, int], tuple[str, float]] = {}
-    runs: list[tuple[Run, int]] = []
+    open_: dict[tuple[str, int], tuple[Run, int]] = {}
+    runs: list[Run] = []
     for line in sorted(
-        log.read_text("utf-8").splitlines(), key=lambda each: float(each.split()[4])
+        log.read_text("utf-8").splitlines(), key=lambda each: float(each.split()[5])
     ):
-        what, kind, job_id, process, at = line.split()
-        pid = int(process)
+        what, kind, job_id, number, parent, at = line.split()
+        pid = int(number)
         if what == "start":
-            open_[job_id, pid] = (kind, float(at))
+            open_[job_id, pid] = (Run(kind, float(at), float("inf"), job_id, pid), int(parent))
         elif (job_id, pid) in open_:
-            _, start = open_.pop((job_id, pid))
-            runs.append((Run(kind, start, float(at)), pid))
-    for (_, pid), (kind, start) in open_.items():
-        runs.append((Run(kind, start, crash.killed.get(pid, float("inf"))), pid))
-    for run, pid in runs:
-        end, counts = run.end, True
-        for since, until in crash.frozen.get(pid, ()):
+            run, _ = open_.pop((job_id, pid))
+            runs.append(run._replace(end=float(at)))
+    for run, worker in open_.values():
+        end = min(crash.killed.get(each, run.end) for each in (run.pid, worker))
+        runs.append(run._replace(end=end))
+    for run in runs:
+        last, counts = run.end, True
+        for since, until in crash.frozen.get(run.pid, ()):
             if until - since > LONG_FREEZE_SECONDS:
                 counts = counts and not until - 0.01 <= run.start <= until + 0.5
-                if run.start <= since < end:
-                    end = since
-        if counts:
-            yield run._replace(end=end)
+                if run.start <= since < last:
+                    last = since
+        if counts and last > run.start:
+            yield run._replace(end=last)
 
 
-def _most_at_once(runs: list[Run]) -> int:
+def most_at_once(runs: Iterable[Run]) -> list[Run]:
+    """Return the largest set of runs that went on at the same time."""
     # At the same time, ends are counted before starts.
-    changes = sorted([(run.start, 1) for run in runs] + [(run.end, -1) for run in runs])
-    now = most = 0
-    for _, step in changes:
-        now += step
-        most = max(most, now)
+    changes = sorted((at, is_start, run) for run in runs for at, is_start in run.changes())
+    now: set[Run] = set()
+    most: list[Run] = []
+    for _, is_start, run in changes:
+        if is_start:
+            now.add(run)
+            most = list(now) if len(now) > len(most) else most
+        else:
+            now.discard(run)
     return most
 
 
@@ -515,8 +545,6 @@ def main() -> None:
     try:
         with _postgresql(arguments.postgresql, folder) as server:
             code = asyncio.run(run(arguments.minutes * 60, folder, server))
-        if code:
-            print((folder / "errors.log").read_text("utf-8")[-4_000:])
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     sys.exit(code)
