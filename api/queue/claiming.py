@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -30,6 +31,9 @@ WORKER_SEEN_SECONDS: Final = 10.0
 
 Readable = Mapping[str, tuple[str, ...]]
 """For types, the fingerprints under which a job must have been admitted for a caller to read it."""
+
+SLOW_CLAIM_SECONDS: Final = 0.5
+"""From how slow an answer on a claim's leases may be over. No lease is shorter."""
 
 MIN_PAUSE_SECONDS: Final = 0.02
 MAX_LOCKED_PAUSE_SECONDS: Final = 1.0
@@ -55,6 +59,8 @@ class Lease(NamedTuple):
     deadline_at: datetime
     lease_seconds: float
     """How long the lease lasts after each heartbeat, but never past `deadline_at`."""
+    asked_at: float
+    """When this process asked for it, as `time.monotonic()`. It began then or later."""
 
     @property
     def seconds_to_expiry(self) -> float:
@@ -114,7 +120,9 @@ class Claiming:
         self._served: dict[str, int] = {}
         self._turn = itertools.count(1)
         self.failed_at = float("-inf")
-        """When a claim last failed, in the time of the event loop."""
+        """When a claim last failed, as `time.monotonic()`."""
+        self._under_way: list[float] = []
+        """When the claims began that have not ended."""
         self.is_ending = False
         """Whether the process shuts down. Calls then return without waiting."""
         self._returning: set[asyncio.Task[None]] = set()
@@ -194,18 +202,28 @@ class Claiming:
         """Lease jobs that are due now. Return them, and whether all due jobs were considered."""
         await self.show_worker(types, readable)
         claim = self._claim(types, worker_id, limit, readable, thorough=thorough)
-        with self.noting_failure():
+        with self.under_way() as asked_at:
             claimed = await self._store.claim(claim)
-        return self.leased(claimed), claimed.everything
+        return self.leased(claimed, asked_at), claimed.everything
 
     @contextmanager
-    def noting_failure(self) -> Iterator[None]:
-        """Note when a claim fails: the database may have made it, or may still make it."""
+    def under_way(self) -> Iterator[float]:
+        """Note that a claim is under way, and when it fails: the database may have made it, or may
+        still make it. Return when it began."""
+        began = time.monotonic()
+        self._under_way.append(began)
         try:
-            yield
+            yield began
         except QueueUnavailable:
-            self.failed_at = asyncio.get_running_loop().time()
+            self.failed_at = time.monotonic()
             raise
+        finally:
+            self._under_way.remove(began)
+
+    def is_late(self, seconds: float) -> bool:
+        """Return whether a claim has been under way for longer than this."""
+        latest = time.monotonic() - seconds
+        return any(began < latest for began in self._under_way)
 
     def _claim(
         self,
@@ -247,8 +265,12 @@ class Claiming:
                 return worker, self._claim(worker.types, worker.worker_id, jobs)
         return None
 
-    def leased(self, claimed: Claimed) -> list[Lease]:
-        """Announce what a claim did, and return its leases."""
+    def leased(self, claimed: Claimed, asked_at: float) -> list[Lease]:
+        """Announce what a claim did, and return its leases that are in force.
+
+        `asked_at` is when it began, as `time.monotonic()`. A process that was frozen meanwhile, or
+        a machine, may read the answer when others run the jobs already.
+        """
         for each in claimed.leased:
             self._served[each.job.type] = next(self._turn)
         happened = [JobEvent.of_change(job) for job in claimed.recovered]
@@ -262,9 +284,16 @@ class Claiming:
                 each.expires_at,
                 each.deadline_at,
                 self._lease_seconds,
+                asked_at,
             )
             for each in claimed.leased
         ]
+        waited = time.monotonic() - asked_at
+        if waited > SLOW_CLAIM_SECONDS and (
+            late := [each for each in leases if each.seconds_to_expiry <= waited]
+        ):
+            log.warning("leases.too_late", leases=len(late), seconds=round(waited, 1))
+            leases = [each for each in leases if each.seconds_to_expiry > waited]
         leases.sort(key=lambda lease: -lease.job.priority)
         return leases
 

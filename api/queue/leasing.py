@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -161,7 +162,8 @@ class Leasing:
         When the database does not answer a claim in time, it may have made it, or make it once it
         goes on. Nobody runs these jobs; at the end of their leases their attempts would be spent.
         `runs` returns whether the worker runs a job. The answer to a claim, with the reading of
-        large jobs, takes at most twice the timeout of the database, so younger leases are left.
+        large jobs, takes at most twice the timeout of the database, so younger leases are left, and
+        all of them while a claim takes longer: its process was frozen, and its answer is there.
 
         It reads the database only for a while after a claim has failed, so it can be called often.
         The name must be that of one worker alone.
@@ -170,8 +172,10 @@ class Leasing:
             QueueUnavailable: the database is still away.
         """
         longest = 2 * self._database.timeout_seconds + ANSWER_MARGIN_SECONDS
-        since = asyncio.get_running_loop().time() - self._claiming.failed_at
+        since = time.monotonic() - self._claiming.failed_at
         if longest >= self.lease_seconds or since > longest + self.lease_seconds:
+            return
+        if self._claiming.is_late(longest):
             return
         found = await self._store.unanswered(worker_id, seconds=longest)
         released = 0
@@ -567,13 +571,13 @@ class Leasing:
             return await self._store.succeed(reports, sender), sender
         worker, claim = found
         try:
-            with self._claiming.noting_failure():
+            with self._claiming.under_way() as asked_at:
                 ended, claimed = await self._store.succeed_and_claim(reports, sender, claim)
         except Exception as error:
             # A claim may fail or wait for a lock. That must not delay what has been done.
             log.warning("leases.not_claimed", reason=reason_of(error))
             return await self._store.end(reports), None
-        worker.take(self._claiming.leased(claimed))
+        worker.take(self._claiming.leased(claimed, asked_at))
         return ended, sender
 
     async def _give_back(self, leases: Sequence[Lease]) -> None:

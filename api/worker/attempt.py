@@ -148,6 +148,8 @@ class Attempt:
             on_lost=self._lose,
             on_out_of_touch=self._lose_touch,
             blocks_loop=self._runs_in == "loop",
+            renewed_at=lease.asked_at,
+            in_touch_at=lease.asked_at,
         )
 
     # What most attempts never change. These are defaults of the class.
@@ -584,7 +586,7 @@ class Attempt:
     def _lose_touch(self) -> None:
         if not self._reporting:
             self._log.warning("job.out_of_touch")
-            self._request_stop(CANCEL_GRACE_SECONDS, out_of_touch=True)
+            self._request_stop(self._equipment.keeper.grace_seconds, out_of_touch=True)
 
     def _request_stop(self, grace: float, **why: bool) -> None:
         self._now = replace(self._now, **why)

@@ -30,6 +30,10 @@ PROGRESS_SECONDS: Final = 1.0
 TICK_SECONDS: Final = 1.0
 """How often the keeper looks for leases, and checks the worker's event loop while it has some."""
 
+EARLY_SECONDS: Final = 1.0
+"""How long before the end of a lease that is not renewed its handler is told to stop, at most a
+tenth of the lease. It has then ended when another worker may run the job."""
+
 BLOCKED_SECONDS: Final = 2.0
 """How long an event loop may not respond before it counts as blocked."""
 
@@ -57,6 +61,8 @@ class Hold:
     renewed_at: float = field(default_factory=time.monotonic)
     answered_at: float = field(default_factory=time.monotonic)
     """When the database last confirmed the lease."""
+    in_touch_at: float = field(default_factory=time.monotonic)
+    """When the last request began that the database has answered. The lease is as old, at most."""
     progressed_at: float = field(default=float("-inf"), init=False)
     progress: bytes | None = field(default=None, init=False)
     sending_progress: bool = field(default=False, init=False)
@@ -85,6 +91,10 @@ class LeaseKeeper:
     def __init__(self, queue: JobQueue) -> None:
         self._queue = queue
         self._every = queue.lease_seconds / 3
+        early = min(EARLY_SECONDS, queue.lease_seconds / 10)
+        self.grace_seconds = early / 2
+        """How long a handler that is out of touch may take to stop, before its process is killed."""
+        self._stop_after = queue.lease_seconds - early
         self._holds: dict[str, Hold] = {}
         self._lock = threading.Lock()
         self._worker_loop: asyncio.AbstractEventLoop | None = None
@@ -219,6 +229,7 @@ class LeaseKeeper:
         async with (
             self._queue.in_another_loop(pool_size=2) as self._own,
             _beside(self.logs.run(self._own)),
+            _beside(self._watch_touch()),
         ):
             while not self._ending:
                 due_in = max(self._due_in(), not_before - time.monotonic())
@@ -230,6 +241,7 @@ class LeaseKeeper:
                 holds, renewals = self._collect()
                 if not holds:
                     continue
+                asked_at = time.monotonic()
                 try:
                     async with asyncio.timeout(max(5.0, self._every)):
                         answers = await self._own.renew(renewals)
@@ -239,7 +251,7 @@ class LeaseKeeper:
                     pause = min(pause * 2, 2.0, self._every)
                 else:
                     pause = 0.1
-                    self._answered(holds, renewals, answers)
+                    self._answered(holds, renewals, answers, asked_at)
 
     def _due_in(self) -> float:
         """Return the seconds until the next renewal, also of a lease that is held from now on."""
@@ -278,6 +290,7 @@ class LeaseKeeper:
         holds: Sequence[Hold],
         renewals: Sequence[Renewal],
         answers: Sequence[Renewed | LeaseLost],
+        asked_at: float,
     ) -> None:
         now = time.monotonic()
         with self._lock:
@@ -289,6 +302,7 @@ class LeaseKeeper:
                         hold.progress = renewal.progress
                 else:
                     hold.answered_at = now
+                hold.in_touch_at = asked_at
                 self._landed(hold)
                 if isinstance(answer, LeaseLost):
                     if not hold.ended:
@@ -318,10 +332,25 @@ class LeaseKeeper:
                 if hold.progress is None:
                     hold.progress = renewal.progress
                 self._landed(hold)
-                expired = now - hold.answered_at > self._queue.lease_seconds
-                if expired and not hold.out_of_touch_reported and not hold.ended:
-                    hold.out_of_touch_reported = True
-                    self._call_on_worker_loop(hold.on_out_of_touch)
+
+    async def _watch_touch(self) -> None:
+        """Stop handlers whose leases end, because the database has not answered for that long.
+
+        Beside the renewals: one that is not answered takes as long as the network lets it.
+        """
+        while True:
+            now = time.monotonic()
+            next_at = now + min(TICK_SECONDS, self._stop_after)
+            with self._lock:
+                for hold in self._holds.values():
+                    if hold.ended or hold.out_of_touch_reported:
+                        continue
+                    stop_at = hold.in_touch_at + self._stop_after
+                    if stop_at <= now:
+                        hold.out_of_touch_reported = True
+                        self._call_on_worker_loop(hold.on_out_of_touch)
+                    next_at = min(next_at, stop_at)
+            await asyncio.sleep(max(0.01, next_at - now))
 
     def _landed(self, hold: Hold) -> None:
         hold.sending_progress = False

@@ -276,16 +276,16 @@ async def test_a_worker_that_is_out_of_touch_hears_it_once_per_outage() -> None:
 
     queue.answer = answer
     long_ago = time.monotonic() - 31
-    out_of_touch = Held("a", 11, answered_at=long_ago)
-    ended = Held("b", 11, answered_at=long_ago, ended=True)
-    in_touch = Held("c", 11, answered_at=time.monotonic() - 20)
+    out_of_touch = Held("a", 11, in_touch_at=long_ago)
+    ended = Held("b", 11, in_touch_at=long_ago, ended=True)
+    in_touch = Held("c", 11, in_touch_at=time.monotonic() - 20)
     async with keeping(queue, out_of_touch, ended, in_touch) as keeper:
         await until(lambda: queue.failures == 2)
         await a_moment()
         assert out_of_touch.heard == ["out of touch in MainThread"]
         away = False
-        await until(lambda: out_of_touch.answered_at > long_ago)
-        out_of_touch.answered_at, away = long_ago, True
+        await until(lambda: out_of_touch.in_touch_at > long_ago)
+        out_of_touch.in_touch_at, away = long_ago, True
         keeper.renew_at_once("a")
         await until(lambda: len(out_of_touch.heard) == 2)
     assert (ended.heard, in_touch.heard) == ([], [])

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any
+from uuid import UUID
 
 import pytest
 
@@ -28,15 +30,27 @@ class Nothing(Payload):
     """No fields."""
 
 
+class Long(Payload):
+    """A payload that is read by a statement of its own."""
+
+    text: str
+
+
 def once() -> JobType[Nothing]:
     """A job type whose jobs may be attempted once."""
     return JobType(name="once", payload=Nothing, policy=JobPolicy(max_attempts=1))
 
 
 @asynccontextmanager
-async def opened(url: str, job_type: JobType[Nothing]) -> AsyncIterator[JobQueue]:
+async def opened(
+    url: str, job_type: JobType[Any], *, lease_seconds: float = 30.0
+) -> AsyncIterator[JobQueue]:
     async with JobQueue.from_url(
-        url, JobRegistry([job_type]), timeout_seconds=TIMEOUT_SECONDS, prepare=False
+        url,
+        JobRegistry([job_type]),
+        timeout_seconds=TIMEOUT_SECONDS,
+        prepare=False,
+        lease_seconds=lease_seconds,
     ) as queue:
         yield queue
 
@@ -103,6 +117,56 @@ async def test_a_lease_is_released_once_its_answer_can_no_longer_come(
     assert (found.status, found.attempt) == (JobStatus.QUEUED, 0)
     outcomes = "SELECT outcome FROM job_attempt"
     assert await asyncio.to_thread(run_sql, fresh_postgresql_url, outcomes) == [("released",)]
+
+
+async def frozen_while_a_claim_is_answered(proxied: Proxy, seconds: float) -> None:
+    """Freeze this process between a claim that another task makes now, and its answer."""
+    proxied.stall()
+    await asyncio.sleep(0.1)
+    proxied.resume()  # The proxy has a thread of its own.
+    time.sleep(seconds)  # noqa: ASYNC251
+
+
+async def test_an_answer_that_a_frozen_process_has_not_read_yet_keeps_its_lease(
+    fresh_postgresql_url: str, proxied: Proxy
+) -> None:
+    job_type = JobType(name="once", payload=Long)
+    async with (
+        opened(fresh_postgresql_url, job_type) as direct,
+        opened(proxied.url, job_type) as queue,
+    ):
+        assert not await queue.lease(["once"], "w")  # The statement is prepared now.
+        proxied.stall()
+        with pytest.raises(QueueUnavailable):
+            await queue.lease(["once"], "w")
+        proxied.resume()
+        assert not await queue.lease(["once"], "w")
+        await direct.enqueue(EnqueueRequest("once", {"text": "x" * 250_000}))
+        leased: list[UUID] = []
+
+        async def lease() -> None:
+            leased.extend(each.job.id for each in await queue.lease(["once"], "w"))
+
+        async def freeze() -> None:
+            await frozen_while_a_claim_is_answered(proxied, LONGEST_SECONDS + 0.3)
+            await queue.release_unanswered("w", lambda job_id: job_id in leased)
+
+        await asyncio.gather(lease(), freeze(), return_exceptions=True)
+    released = "SELECT id FROM job_attempt WHERE outcome = 'released'"
+    assert not await asyncio.to_thread(run_sql, fresh_postgresql_url, released)
+
+
+async def test_a_lease_that_is_over_when_its_process_thaws_is_not_given_out(
+    proxied: Proxy,
+) -> None:
+    async with opened(proxied.url, once(), lease_seconds=1.5) as queue:
+        assert not await queue.lease(["once"], "w")
+        await queue.enqueue(EnqueueRequest("once", {}))
+        answer = asyncio.create_task(queue.lease(["once"], "w"))
+        await frozen_while_a_claim_is_answered(proxied, 1.7)
+        with suppress(QueueUnavailable):
+            for lease in await answer:
+                await queue.heartbeat(lease.token)
 
 
 async def test_on_sqlite_a_lease_is_released_after_a_claim_has_failed(
