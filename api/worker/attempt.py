@@ -289,6 +289,7 @@ class Attempt:
             on_progress=self._progress_sink(),
             on_log_line=self._line_sink(),
             on_follow_up=self._follow_ups.add_from_process,
+            may_start=partial(self._may_start, self._hold),
         )
 
     def _start_here(self, registered: JobType[Any], payload: Any) -> HandlerCall:
@@ -317,6 +318,12 @@ class Attempt:
             middleware=self._equipment.middleware,
             max_bytes=max_bytes,
         )
+
+    def _may_start(self, hold: Hold) -> bool:
+        """Return whether the lease is sure to be in force, once a process has started."""
+        if not self._equipment.keeper.is_in_touch(hold):
+            self._lose_touch()
+        return not self._stop.is_requested
 
     def _facts(self) -> dict[str, Any]:
         """Return the fields of the `JobContext` that describe the job."""
@@ -584,7 +591,7 @@ class Attempt:
             self._request_stop(CANCEL_GRACE_SECONDS, lost=True)
 
     def _lose_touch(self) -> None:
-        if not self._reporting:
+        if not self._reporting and not self._now.out_of_touch:
             self._log.warning("job.out_of_touch")
             self._request_stop(self._equipment.keeper.grace_seconds, out_of_touch=True)
 

@@ -93,7 +93,7 @@ class LeaseKeeper:
         self._every = queue.lease_seconds / 3
         early = min(EARLY_SECONDS, queue.lease_seconds / 10)
         self.grace_seconds = early / 2
-        """How long a handler that is out of touch may take to stop, before its process is killed."""
+        """How long a handler out of touch may take to stop, before its process is killed."""
         self._stop_after = queue.lease_seconds - early
         self._holds: dict[str, Hold] = {}
         self._lock = threading.Lock()
@@ -138,6 +138,10 @@ class LeaseKeeper:
             if token in self._holds:
                 self._holds[token].renewed_at = float("-inf")
         self._alarm()
+
+    def is_in_touch(self, hold: Hold) -> bool:
+        """Return whether the lease is sure to be in force for another moment."""
+        return time.monotonic() < hold.in_touch_at + self._stop_after
 
     def keep_place(self, token: str) -> None:
         """Renew only the place in the concurrency limit, because the attempt has timed out."""
@@ -346,7 +350,7 @@ class LeaseKeeper:
                     if hold.ended or hold.out_of_touch_reported:
                         continue
                     stop_at = hold.in_touch_at + self._stop_after
-                    if stop_at <= now:
+                    if now >= stop_at:
                         hold.out_of_touch_reported = True
                         self._call_on_worker_loop(hold.on_out_of_touch)
                     next_at = min(next_at, stop_at)

@@ -34,6 +34,7 @@ from job_registry_api.worker.outcomes import (
     End,
     MemoryExceeded,
     NotStarted,
+    Raised,
     end_from_json,
 )
 
@@ -93,8 +94,13 @@ class HandlerProcesses:
         on_progress: Callable[[bytes], None],
         on_log_line: Callable[[bytes], None],
         on_follow_up: Callable[[Mapping[str, Any]], None],
+        may_start: Callable[[], bool] = lambda: True,
     ) -> ProcessCall:
-        """Run a job's handler in an idle process, or in a new one."""
+        """Run a job's handler in an idle process, or in a new one.
+
+        `may_start` is asked once the process is ready, which can take seconds. If it returns False,
+        the call ends as one whose handler was cancelled.
+        """
         limit_mb = job_type.memory_limit_mb
         run = {
             "address": address,
@@ -110,6 +116,7 @@ class HandlerProcesses:
             on_progress=on_progress,
             on_log_line=on_log_line,
             on_follow_up=on_follow_up,
+            may_start=may_start,
         )
 
     def take(self, limit_mb: int | None = None) -> _Process:
@@ -195,6 +202,7 @@ class ProcessCall:
         on_progress: Callable[[bytes], None],
         on_log_line: Callable[[bytes], None],
         on_follow_up: Callable[[Mapping[str, Any]], None],
+        may_start: Callable[[], bool],
     ) -> None:
         self._processes = processes
         self._run = run
@@ -204,6 +212,7 @@ class ProcessCall:
         self._on_progress = on_progress
         self._on_log_line = on_log_line
         self._on_follow_up = on_follow_up
+        self._may_start = may_start
         self._stop_requested = False
         self._killed = False
         self._process: _Process | None = None
@@ -256,9 +265,9 @@ class ProcessCall:
             if "failed" in message:
                 return NotStarted(message["failed"])
             process.is_ready = True
+        if self._stop_requested or not self._may_start():
+            return Raised("stopped", "CancelledError", "")
         process.run({**self._run, "seconds_left": self._deadline - time.monotonic()})
-        if self._stop_requested:
-            process.cancel()
         watch: asyncio.Task[None] | None = None
         try:
             while (message := await process.receive()) is not None:

@@ -291,6 +291,17 @@ async def test_a_worker_that_is_out_of_touch_hears_it_once_per_outage() -> None:
     assert (ended.heard, in_touch.heard) == ([], [])
 
 
+@pytest.mark.parametrize(("lease_seconds", "last"), [(30, 29.0), (3, 2.7), (1, 0.9)])
+async def test_a_lease_is_sure_until_shortly_before_it_may_be_over(
+    lease_seconds: float, last: float
+) -> None:
+    queue = Answers()
+    queue.lease_seconds = lease_seconds
+    keeper = keeper_of(queue)
+    assert keeper.is_in_touch(Held("a", in_touch_at=time.monotonic() - last + 0.05))
+    assert not keeper.is_in_touch(Held("a", in_touch_at=time.monotonic() - last - 0.05))
+
+
 async def test_failed_renewals_are_repeated_after_ever_longer_pauses() -> None:
     queue = Answers()
 

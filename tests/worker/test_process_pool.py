@@ -115,7 +115,12 @@ def pool() -> Any:
 class Call:
     """One call in a pool, and what its handler passed on."""
 
-    def __init__(self, pool: HandlerProcesses, memory_limit_mb: int | None = None) -> None:
+    def __init__(
+        self,
+        pool: HandlerProcesses,
+        memory_limit_mb: int | None = None,
+        may_start: Callable[[], bool] = lambda: True,
+    ) -> None:
         self.progress: list[bytes] = []
         self.lines: list[bytes] = []
         self.follow_ups: list[Any] = []
@@ -131,6 +136,7 @@ class Call:
             on_progress=self.progress.append,
             on_log_line=self.lines.append,
             on_follow_up=self.follow_ups.append,
+            may_start=may_start,
         )
 
     async def end(self) -> End:
@@ -336,13 +342,23 @@ async def test_a_handler_that_is_killed_has_died(started: list[StandIn]) -> None
     assert len(started) == 1
 
 
-async def test_a_stop_that_is_requested_before_the_start_is_passed_on(
+async def test_a_stop_that_is_requested_before_the_process_is_ready_keeps_it_for_another_job(
     started: list[StandIn],
 ) -> None:
-    call = Call(pool())
+    all_of_them = pool()
+    call = Call(all_of_them)
     call.call.request_stop()
-    await call.end()
-    assert started[0].cancelled == 1
+    assert await call.end() == Raised("stopped", "CancelledError", "")
+    assert started[0].sent == []
+    assert all_of_them.take() is started[0]
+
+
+async def test_a_handler_does_not_start_once_its_lease_is_not_sure(
+    started: list[StandIn],
+) -> None:
+    call = Call(pool(), may_start=lambda: False)
+    assert await call.end() == Raised("stopped", "CancelledError", "")
+    assert started[0].sent == []
 
 
 async def test_a_stop_is_passed_on_while_the_handler_runs(started: list[StandIn]) -> None:
