@@ -45,6 +45,7 @@ from tests.postgresql_server import ServerMissing, free_port, installed, running
 from tests.proxy import Proxy
 
 LIMITS = {"crash.limited": 5, "crash.only": 1}
+LONG_SHARE = {"crash.limited": 0.03, "crash.only": 0.006}
 LEASE_SECONDS = 6
 CALLERS = 12
 WORKERS = 4
@@ -102,7 +103,8 @@ class Run(NamedTuple):
     start: float
     end: float
     job: str
-    pid: int
+    pids: tuple[int, int]
+    """Of its process, and of the parent of that, which is the worker if the handler has its own."""
 
     def changes(self) -> tuple[tuple[float, bool], tuple[float, bool]]:
         """Return the times at which the run starts and ends, and whether it starts then."""
@@ -145,12 +147,12 @@ class Crash:
         self.killed[process.pid] = time.monotonic()
 
     def story(self, run: Run) -> str:
-        """Describe a run, and what happened to its process."""
-        name = next((n for n, each in self.processes.items() if each.pid == run.pid), "gone")
-        times = [f"runs {run.start:.3f} to {run.end:.3f}"]
-        times += [f"frozen {a:.3f} to {b:.3f}" for a, b in self.frozen.get(run.pid, ())]
-        times += [f"killed {self.killed[run.pid]:.3f}"] if run.pid in self.killed else []
-        return f"job {run.job}, process {run.pid} ({name}): {', '.join(times)}"
+        """Describe a run, and what happened to its processes."""
+        told = [f"job {run.job} runs {run.start:.3f} to {run.end:.3f} in {run.pids}"]
+        for pid in run.pids:
+            told += [f"{pid} frozen {a:.3f} to {b:.3f}" for a, b in self.frozen.get(pid, ())]
+            told += [f"{pid} killed {self.killed[pid]:.3f}"] if pid in self.killed else []
+        return ", ".join(told)
 
     async def enqueue(self, ports: list[int], until: float, caller: int) -> None:
         """Enqueue jobs until then, and remember those that were answered with 201."""
@@ -164,7 +166,7 @@ class Crash:
                 kind = random.choice(names)
                 job: dict[str, Any] = {
                     "type": kind,
-                    "payload": {"milliseconds": random.randint(1, 30)},
+                    "payload": {"milliseconds": _milliseconds(kind)},
                 }
                 if kind == "crash.keyed":
                     job["idempotencyKey"] = f"{caller}.{number}"
@@ -254,7 +256,8 @@ class Crash:
                 case _:
                     self.weather["black-holed"] += 1
                     proxy.black_hole()
-                    await asyncio.sleep(random.choice([0.0, 3.0]))
+                    # Once for longer than a lease: the workers behind it have to stop handlers.
+                    await asyncio.sleep(random.choice([0.0, 3.0, LEASE_SECONDS + 3.0]))
             proxy.resume()
 
     def terminate(self) -> int:
@@ -271,6 +274,13 @@ class Crash:
                 process.kill()
                 process.wait()
         return stuck
+
+
+def _milliseconds(kind: str) -> int:
+    """Return how long a job runs: mostly a moment, a few limited ones for longer than a lease."""
+    if random.random() < LONG_SHARE.get(kind, 0.0):
+        return random.randint(1_000, int(LEASE_SECONDS * 1_500))
+    return random.randint(1, 30)
 
 
 async def run(seconds: float, folder: Path, server: Server) -> int:
@@ -442,24 +452,22 @@ def runs_of(log: Path, crash: Crash) -> Iterator[Run]:
     longer than a lease has lost its jobs without knowing: those runs count up to the freeze, and
     not at all if they began just after it, with an expired lease.
     """
-    open_: dict[tuple[str, int], tuple[Run, int]] = {}
+    open_: dict[tuple[str, int], Run] = {}
     runs: list[Run] = []
     for line in sorted(
         log.read_text("utf-8").splitlines(), key=lambda each: float(each.split()[5])
     ):
-        what, kind, job_id, number, parent, at = line.split()
-        pid = int(number)
+        what, kind, job_id, pid, parent, at = line.split()
+        key = (job_id, int(pid))
         if what == "start":
-            open_[job_id, pid] = (Run(kind, float(at), float("inf"), job_id, pid), int(parent))
-        elif (job_id, pid) in open_:
-            run, _ = open_.pop((job_id, pid))
-            runs.append(run._replace(end=float(at)))
-    for run, worker in open_.values():
-        end = min(crash.killed.get(each, run.end) for each in (run.pid, worker))
-        runs.append(run._replace(end=end))
+            open_[key] = Run(kind, float(at), float("inf"), job_id, (int(pid), int(parent)))
+        elif key in open_:
+            runs.append(open_.pop(key)._replace(end=float(at)))
+    for run in open_.values():
+        runs.append(run._replace(end=min(crash.killed.get(pid, run.end) for pid in run.pids)))
     for run in runs:
         last, counts = run.end, True
-        for since, until in crash.frozen.get(run.pid, ()):
+        for since, until in (each for pid in run.pids for each in crash.frozen.get(pid, ())):
             if until - since > LONG_FREEZE_SECONDS:
                 counts = counts and not until - 0.01 <= run.start <= until + 0.5
                 if run.start <= since < last:
