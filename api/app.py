@@ -125,6 +125,7 @@ def create_app(
             app.state.end = end
             if working is not None:
                 app.state.abandon = working.abandon
+                app.state.handlers_left = lambda: working.handlers_left
             yield
 
     authenticator = create_authenticator(settings, registry.renamed)
@@ -179,6 +180,7 @@ def create_app(
     )
     # Until the application has started there is nothing to end.
     application.state.end = application.state.abandon = lambda: None
+    application.state.handlers_left = lambda: 0
     return application
 
 

@@ -71,6 +71,7 @@ class Shutdown:
         # `put` is reentrant, so a signal handler may call it. None means that the work has ended.
         self._signals: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._signalled = False
+        self._leftover_seconds = LEFTOVER_SECONDS
 
     def __enter__(self) -> Shutdown:
         self._loop = asyncio.get_running_loop()
@@ -91,8 +92,13 @@ class Shutdown:
         # The signal handlers stay: signals still count while connections close.
         return
 
-    def work_has_ended(self) -> None:
-        """Give remaining tasks and threads a moment, then exit with 0."""
+    def work_has_ended(self, *, at_once: bool = False) -> None:
+        """Give remaining tasks and threads a moment, then exit with 0.
+
+        With `at_once` they get none: what they do is done by other processes already.
+        """
+        if at_once:
+            self._leftover_seconds = 0.0
         self._signals.put(None)
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
@@ -118,7 +124,7 @@ class Shutdown:
                 break
             if received is None:
                 _kill_children()
-                seconds, code = LEFTOVER_SECONDS, 0
+                seconds, code = self._leftover_seconds, 0
             elif allowed:
                 seconds = allowed.pop(0)
                 with suppress(RuntimeError):  # The loop is closed already.

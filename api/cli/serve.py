@@ -136,7 +136,7 @@ def _server(
                 supervised=supervisor is not None,
             ) as shutdown:
                 yield
-            shutdown.work_has_ended()
+            shutdown.work_has_ended(at_once=application.state.handlers_left() > 0)
 
         def end(self) -> None:
             self.should_exit = True

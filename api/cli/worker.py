@@ -130,6 +130,8 @@ async def _work(
             if supervisor is not None:
                 stack.enter_context(_told_once_started(supervisor, worker))
             await worker.run()
+            if worker.handlers_left:
+                shutdown.work_has_ended(at_once=True)
         shutdown.work_has_ended()
 
 

@@ -166,6 +166,8 @@ class Attempt:
     """Whether the handler ended by itself after its timeout, so that its report may be refused."""
     overdue = False
     """Whether the handler runs on after its attempt has ended."""
+    is_left = False
+    """Whether the handler runs on although its job is released, because the worker stops."""
 
     @property
     def _log(self) -> Any:
@@ -259,6 +261,7 @@ class Attempt:
                 self._log.info("job.attempt_failed", code=report.code)
         self.has_ended = not isinstance(end, StillRunning)
         self.overdue = not self.has_ended and not self._now.releasing
+        self.is_left = not self.has_ended and self._now.releasing
         del end
         try:
             if isinstance(report, TimeOut):

@@ -139,6 +139,9 @@ class Worker:
         self._stopping = asyncio.Event()
         self._stopping_now = asyncio.Event()
         self._running: dict[asyncio.Task[None], Attempt] = {}
+        self.handlers_left = 0
+        """How many handlers have not stopped with the worker, although their jobs may run elsewhere
+        now. A process should end at once if there are some."""
         self._context = copy_context()
         """The context variables in which jobs run, those of `run`. Leases that come with reports
         come in the context of the first report."""
@@ -436,7 +439,8 @@ class Worker:
         ):
             await asyncio.wait({now, *tasks}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
         now.cancel()
-        for attempt in list(self._running.values()):
+        attempts = list(self._running.values())
+        for attempt in attempts:
             attempt.release()
         if tasks := self._unfinished():
             await asyncio.wait(tasks, timeout=RELEASE_SECONDS + 1.0)
@@ -444,6 +448,7 @@ class Worker:
             if not attempt.overdue:
                 log.warning("worker.left_behind", job_id=str(attempt.job_id))
             task.cancel()
+        self.handlers_left = sum(attempt.is_left or attempt.overdue for attempt in attempts)
 
     def _unfinished(self) -> list[asyncio.Task[None]]:
         return [task for task, attempt in self._running.items() if not attempt.overdue]

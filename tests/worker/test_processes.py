@@ -8,7 +8,7 @@ import signal
 import statistics
 import sys
 import textwrap
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -60,7 +60,9 @@ async def naps(database_url: str, catalog: Path) -> AsyncIterator[JobQueue]:
 
 
 @contextmanager
-def worker(database_url: str, catalog: Path, **settings: object) -> Iterator[Command]:
+def worker(
+    database_url: str, catalog: Path, *, command: Sequence[str] = ("worker",), **settings: object
+) -> Iterator[Command]:
     environment = {
         **os.environ,
         "JOBS_DATABASE_URL": database_url,
@@ -69,7 +71,7 @@ def worker(database_url: str, catalog: Path, **settings: object) -> Iterator[Com
         "PYTHONPATH": f"{catalog}{os.pathsep}{CODE}",
         **{f"JOBS_{name.upper()}": str(value) for name, value in settings.items()},
     }
-    process = Command(["worker"], environment=environment)
+    process = Command([*command], environment=environment)
     try:
         assert process.stderr is not None
         for line in process.stderr:
@@ -137,6 +139,20 @@ async def test_sigterm_does_not_wait_for_a_thread_longer_than_it_is_configured_t
     assert process.returncode == 0
     back = await naps.get(job.id)
     assert (back.status, back.attempt) == (JobStatus.QUEUED, 0)
+
+
+@pytest.mark.parametrize("command", [["worker"], ["serve", "--port", "0"]])
+async def test_a_process_ends_as_soon_as_it_has_released_the_job_of_a_handler_that_runs_on(
+    command: list[str], naps: JobQueue, database_url: str, catalog: Path
+) -> None:
+    with worker(database_url, catalog, command=command, shutdown_seconds=0.5) as process:
+        job = await enqueue(naps, 60, "deep_sleep")
+        await until(naps, job, JobStatus.RUNNING)
+        process.send_signal(signal.SIGTERM)
+        await until(naps, job, JobStatus.QUEUED)
+        # Another worker may start it now.
+        await asyncio.to_thread(process.wait, 1)
+    assert process.returncode == 0
 
 
 @pytest.mark.any_database
