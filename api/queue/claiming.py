@@ -266,10 +266,11 @@ class Claiming:
         return None
 
     def leased(self, claimed: Claimed, asked_at: float) -> list[Lease]:
-        """Announce what a claim did, and return its leases that are in force.
+        """Announce what a claim did, and return its leases that are sure to be in force.
 
-        `asked_at` is when it began, as `time.monotonic()`. A process that was frozen meanwhile, or
-        a machine, may read the answer when others run the jobs already.
+        `asked_at` is when it began, as `time.monotonic()`. A process that was frozen meanwhile may
+        read the answer when others run the jobs already. It releases these leases: when the claim
+        had waited before, they are still in force.
         """
         for each in claimed.leased:
             self._served[each.job.type] = next(self._turn)
@@ -293,6 +294,7 @@ class Claiming:
             late := [each for each in leases if each.seconds_to_expiry <= waited]
         ):
             log.warning("leases.too_late", leases=len(late), seconds=round(waited, 1))
+            self.give_back(late)
             leases = [each for each in leases if each.seconds_to_expiry > waited]
         leases.sort(key=lambda lease: -lease.job.priority)
         return leases

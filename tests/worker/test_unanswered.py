@@ -43,12 +43,16 @@ def once() -> JobType[Nothing]:
 
 @asynccontextmanager
 async def opened(
-    url: str, job_type: JobType[Any], *, lease_seconds: float = 30.0
+    url: str,
+    job_type: JobType[Any],
+    *,
+    lease_seconds: float = 30.0,
+    timeout_seconds: float = TIMEOUT_SECONDS,
 ) -> AsyncIterator[JobQueue]:
     async with JobQueue.from_url(
         url,
         JobRegistry([job_type]),
-        timeout_seconds=TIMEOUT_SECONDS,
+        timeout_seconds=timeout_seconds,
         prepare=False,
         lease_seconds=lease_seconds,
     ) as queue:
@@ -167,6 +171,23 @@ async def test_a_lease_that_is_over_when_its_process_thaws_is_not_given_out(
         with suppress(QueueUnavailable):
             for lease in await answer:
                 await queue.heartbeat(lease.token)
+
+
+async def test_a_lease_that_may_be_over_when_its_process_thaws_is_released(
+    proxied: Proxy,
+) -> None:
+    """The answer is read two seconds after the claim, while the lease is half as old."""
+    async with opened(proxied.url, once(), lease_seconds=2.0, timeout_seconds=5.0) as queue:
+        assert not await queue.lease(["once"], "w")
+        job = (await queue.enqueue(EnqueueRequest("once", {}))).job
+        proxied.stall()
+        answer = asyncio.create_task(queue.lease(["once"], "w"))
+        await asyncio.sleep(1.1)
+        proxied.resume()
+        time.sleep(1.1)  # noqa: ASYNC251
+        assert await answer == []
+        found = await until(queue, job, JobStatus.QUEUED, seconds=5)
+        assert found.attempt == 0
 
 
 async def test_on_sqlite_a_lease_is_released_after_a_claim_has_failed(
