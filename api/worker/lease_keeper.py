@@ -62,7 +62,7 @@ class Hold:
     answered_at: float = field(default_factory=time.monotonic)
     """When the database last confirmed the lease."""
     in_touch_at: float = field(default_factory=time.monotonic)
-    """When the last request began that the database has answered. The lease is as old, at most."""
+    """When the last claim or renewal began that has succeeded. The lease is as old, at most."""
     progressed_at: float = field(default=float("-inf"), init=False)
     progress: bytes | None = field(default=None, init=False)
     sending_progress: bool = field(default=False, init=False)
@@ -100,6 +100,8 @@ class LeaseKeeper:
         self._worker_loop: asyncio.AbstractEventLoop | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._wake: asyncio.Event | None = None
+        self._old_lease: asyncio.Event | None = None
+        """Set when a lease is held whose claim took long, so that it is to be stopped soon."""
         self._ending = False
         self._thread: threading.Thread | None = None
         self._ended = threading.Event()
@@ -121,7 +123,7 @@ class LeaseKeeper:
     async def end(self) -> None:
         """End the thread, within a bounded time."""
         self._ending = True
-        self._alarm()
+        self._alarm(self._wake)
         give_up = time.monotonic() + END_SECONDS
         while self._thread is not None and self._thread.is_alive() and time.monotonic() < give_up:  # noqa: ASYNC110
             await asyncio.sleep(0.005)
@@ -129,15 +131,18 @@ class LeaseKeeper:
     def hold(self, hold: Hold) -> None:
         """Renew a lease from now on."""
         with self._lock:
-            # Without an alarm: the thread looks often enough for the first renewal.
             self._holds[hold.token] = hold
+        # Mostly without an alarm: the thread looks often enough for the renewal of a new lease.
+        if hold.renewed_at + self._every / 2 <= time.monotonic():
+            self._alarm(self._wake)
+            self._alarm(self._old_lease)
 
     def renew_at_once(self, token: str) -> None:
         """Renew a lease now, to check whether its job is cancelled."""
         with self._lock:
             if token in self._holds:
                 self._holds[token].renewed_at = float("-inf")
-        self._alarm()
+        self._alarm(self._wake)
 
     def is_in_touch(self, hold: Hold) -> bool:
         """Return whether the lease is sure to be in force for another moment."""
@@ -163,7 +168,7 @@ class LeaseKeeper:
             alarm = hold.progress is None
             hold.progress = text
         if alarm:
-            self._alarm()
+            self._alarm(self._wake)
 
     async def take_progress(self, token: str) -> bytes | None:
         """Return the progress that is not stored yet, and forget it.
@@ -229,11 +234,12 @@ class LeaseKeeper:
 
     async def _keep(self) -> None:
         self._loop, self._wake = asyncio.get_running_loop(), asyncio.Event()
+        self._old_lease = asyncio.Event()
         pause, not_before = 0.1, 0.0
         async with (
             self._queue.in_another_loop(pool_size=2) as self._own,
             _beside(self.logs.run(self._own)),
-            _beside(self._watch_touch()),
+            _beside(self._watch_touch(self._old_lease)),
         ):
             while not self._ending:
                 due_in = max(self._due_in(), not_before - time.monotonic())
@@ -300,13 +306,15 @@ class LeaseKeeper:
         with self._lock:
             for hold, renewal, answer in zip(holds, renewals, answers, strict=True):
                 if isinstance(answer, Renewed) and not answer.renewed:
-                    # Another transaction has locked the row: try again soon.
+                    # Another transaction has locked the row: try again soon. The lease ends as if
+                    # there had been no answer.
                     hold.renewed_at = now - self._every * 3 / 4
                     if hold.progress is None:
                         hold.progress = renewal.progress
                 else:
                     hold.answered_at = now
-                hold.in_touch_at = asked_at
+                    hold.in_touch_at = asked_at
+                    hold.out_of_touch_reported = False
                 self._landed(hold)
                 if isinstance(answer, LeaseLost):
                     if not hold.ended:
@@ -315,7 +323,6 @@ class LeaseKeeper:
                 elif answer.cancel_requested and not hold.cancel_reported:
                     hold.cancel_reported = True
                     self._call_on_worker_loop(hold.on_cancel)
-                hold.out_of_touch_reported = False
 
     def _failed(self, holds: Sequence[Hold], renewals: Sequence[Renewal], error: Exception) -> None:
         unavailable = isinstance(error, QueueUnavailable | TimeoutError)
@@ -337,14 +344,14 @@ class LeaseKeeper:
                     hold.progress = renewal.progress
                 self._landed(hold)
 
-    async def _watch_touch(self) -> None:
-        """Stop handlers whose leases end, because the database has not answered for that long.
+    async def _watch_touch(self, old_lease: asyncio.Event) -> None:
+        """Stop handlers whose leases end, because they could not be renewed for that long.
 
         Beside the renewals: one that is not answered takes as long as the network lets it.
         """
         while True:
             now = time.monotonic()
-            next_at = now + min(TICK_SECONDS, self._stop_after)
+            next_at = now + min(TICK_SECONDS, self._stop_after / 2)
             with self._lock:
                 for hold in self._holds.values():
                     if hold.ended or hold.out_of_touch_reported:
@@ -354,7 +361,8 @@ class LeaseKeeper:
                         hold.out_of_touch_reported = True
                         self._call_on_worker_loop(hold.on_out_of_touch)
                     next_at = min(next_at, stop_at)
-            await asyncio.sleep(max(0.01, next_at - now))
+            await _wait(old_lease, max(0.01, next_at - now))
+            old_lease.clear()
 
     def _landed(self, hold: Hold) -> None:
         hold.sending_progress = False
@@ -367,11 +375,10 @@ class LeaseKeeper:
         with contextlib.suppress(RuntimeError):  # The worker's loop is closed.
             self._worker_loop.call_soon_threadsafe(callback)
 
-    def _alarm(self) -> None:
-        loop, wake = self._loop, self._wake
-        if loop is not None and wake is not None:
+    def _alarm(self, event: asyncio.Event | None) -> None:
+        if self._loop is not None and event is not None:
             with contextlib.suppress(RuntimeError):  # The thread is ending.
-                loop.call_soon_threadsafe(wake.set)
+                self._loop.call_soon_threadsafe(event.set)
 
     # The worker's event loop
 

@@ -291,6 +291,32 @@ async def test_a_worker_that_is_out_of_touch_hears_it_once_per_outage() -> None:
     assert (ended.heard, in_touch.heard) == ([], [])
 
 
+async def test_a_handler_whose_row_is_locked_is_stopped_before_its_lease_ends() -> None:
+    queue = Answers(lease_seconds=1.0)
+    queue.answer = lambda _renewal: in_force(renewed=False)
+    locked = Held("locked")
+    began = locked.in_touch_at
+    async with keeping(queue, locked):
+        await until(lambda: locked.heard)
+        assert 0.85 < time.monotonic() - began < 1.0
+        await asyncio.sleep(0.2)
+    assert locked.heard == ["out of touch in MainThread"]
+
+
+async def test_a_lease_that_is_old_when_it_is_held_is_renewed_and_watched_at_once() -> None:
+    queue = Answers(lease_seconds=3.0)
+    queue.go_on.clear()
+    async with keeping(queue) as keeper:
+        await asyncio.sleep(0.1)  # The thread waits for a second now.
+        old = Held("old", 2.3, in_touch_at=time.monotonic() - 2.3)
+        keeper.hold(old)
+        await asyncio.sleep(0.1)
+        assert queue.tokens == [["old"]]
+        await until(lambda: old.heard)
+        assert time.monotonic() - old.in_touch_at < 2.9
+        queue.go_on.set()
+
+
 @pytest.mark.parametrize(("lease_seconds", "last"), [(30, 29.0), (3, 2.7), (1, 0.9)])
 async def test_a_lease_is_sure_until_shortly_before_it_may_be_over(
     lease_seconds: float, last: float
