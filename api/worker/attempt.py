@@ -296,6 +296,8 @@ class Attempt:
         )
 
     def _start_here(self, registered: JobType[Any], payload: Any) -> HandlerCall:
+        """Start the handler in this process. It does not begin if its stop is requested already."""
+        self._may_start(self._hold)
         assert registered.run is not None
         runs_in = self._runs_in
         if runs_in == "process":
@@ -323,7 +325,7 @@ class Attempt:
         )
 
     def _may_start(self, hold: Hold) -> bool:
-        """Return whether the lease is sure to be in force, once a process has started."""
+        """Return whether to start the handler. A lease that may be over requests its stop."""
         if not self._equipment.keeper.is_in_touch(hold):
             self._lose_touch()
         return not self._stop.is_requested
@@ -505,7 +507,11 @@ class Attempt:
                     lambda error: queue.stop(token, error),
                 )
             case Release():
-                await self._repeat(lambda: queue.release(token))
+                # A lease that is over cannot be released, and the slot is needed.
+                until = self._hold.in_touch_at + queue.lease_seconds
+                await self._repeat(
+                    lambda: queue.release(token), until if self._now.out_of_touch else None
+                )
             case SnoozeFor(seconds):
                 await self._repeat(lambda: queue.snooze(token, seconds))
             case TimeOut(still_running):
@@ -559,15 +565,18 @@ class Attempt:
             short = JobError(error.code, shortened_text(error.message, 100))
             await self._repeat(lambda: send(short))
 
-    async def _repeat(self, report: Callable[[], Awaitable[Any]]) -> None:
+    async def _repeat(
+        self, report: Callable[[], Awaitable[Any]], give_up: float | None = None
+    ) -> None:
         """Send a report, and repeat it while it fails and the lease may still be in force.
 
         An outage, a lock or a deadlock must not lose finished work. Only the database decides that
         a report is too late.
         """
         pause, failures = 0.05, 0
-        give_up = max(time.monotonic() + self._queue.lease_seconds, self._deadline)
-        give_up += REPORT_SECONDS
+        if give_up is None:
+            give_up = max(time.monotonic() + self._queue.lease_seconds, self._deadline)
+            give_up += REPORT_SECONDS
         while True:
             try:
                 await report()

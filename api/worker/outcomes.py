@@ -187,15 +187,15 @@ def report_of(end: End, now: Circumstances) -> Report:
         return Release()
     match end:
         case Raised("cancel") if now.out_of_touch and not now.cancel_requested:
-            return Nothing()  # It stopped because of the outage; the job is not cancelled.
+            return Release()  # It stopped because of the outage; the job is not cancelled.
         case Raised("cancel", message=message):
             return Stop(message or "The handler cancelled the job.")
         case Raised("stopped") if now.cancel_requested:
             return Stop("The job was cancelled while it ran.")
         case Died() if now.cancel_requested:
             return Stop("The job was cancelled while it ran. Its process was killed.")
-        case Raised("stopped") | Died() | StillRunning() if now.out_of_touch:
-            return Nothing()
+        case Raised("stopped") | Died() if now.out_of_touch:
+            return Release()
         case Raised(name=name, message=message):
             # This includes a handler that cancels itself.
             return FailAttempt("handler_failed", ": ".join(filter(None, (name, message))))

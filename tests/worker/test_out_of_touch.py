@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
-from contextlib import AsyncExitStack
-from typing import Literal
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any, Literal
 
 import pytest
 
 from job_registry import EnqueueRequest, JobContext, JobPolicy, JobRegistry, JobType, Payload
 from job_registry_api import Worker
+from job_registry_api.queue.claiming import Lease
+from job_registry_api.queue.models import JobStatus
 from job_registry_api.queue.queue import JobQueue
+from tests.conftest import run_sql
 from tests.proxy import Proxy
 
 LEASE_SECONDS = 3.0
@@ -48,6 +51,20 @@ def job_type(run_in: Literal["loop", "thread"], note: Callable[[str, float], Non
     return made
 
 
+@asynccontextmanager
+async def opened(
+    url: str, kind: JobType[Nap], *, lease_seconds: float = LEASE_SECONDS
+) -> AsyncIterator[JobQueue]:
+    async with JobQueue.from_url(
+        url,
+        JobRegistry([kind]),
+        lease_seconds=lease_seconds,
+        timeout_seconds=0.9,
+        prepare=False,
+    ) as queue:
+        yield queue
+
+
 @pytest.mark.parametrize("run_in", ["loop", "thread"])
 async def test_a_handler_ends_before_its_place_is_given_to_another(
     run_in: Literal["loop", "thread"], fresh_postgresql_url: str, proxied: Proxy
@@ -55,19 +72,10 @@ async def test_a_handler_ends_before_its_place_is_given_to_another(
     noted: list[tuple[float, str]] = []
     kind = job_type(run_in, lambda what, at: noted.append((at, what)))
     async with AsyncExitStack() as stack:
-
-        async def opened(url: str) -> JobQueue:
-            return await stack.enter_async_context(
-                JobQueue.from_url(
-                    url,
-                    JobRegistry([kind]),
-                    lease_seconds=LEASE_SECONDS,
-                    timeout_seconds=0.9,
-                    prepare=False,
-                )
-            )
-
-        direct, away = await opened(fresh_postgresql_url), await opened(proxied.url)
+        direct, away = [
+            await stack.enter_async_context(opened(url, kind))
+            for url in (fresh_postgresql_url, proxied.url)
+        ]
         await stack.enter_async_context(Worker(away, concurrency=1).running())
         await direct.enqueue(EnqueueRequest("only", {"seconds": 20}))
         await direct.enqueue(EnqueueRequest("only", {"seconds": 0.1}))
@@ -81,3 +89,53 @@ async def test_a_handler_ends_before_its_place_is_given_to_another(
                 await asyncio.sleep(0.01)
         proxied.resume()
     assert [what for _, what in sorted(noted)] == ["start", "end"] * 2
+
+
+async def test_a_handler_that_was_stopped_spends_no_attempt_if_the_outage_ends_in_time(
+    fresh_postgresql_url: str, proxied: Proxy
+) -> None:
+    noted: list[str] = []
+    kind = job_type("loop", lambda what, at: noted.append(what))
+    async with (
+        opened(proxied.url, kind, lease_seconds=6.0) as queue,
+        Worker(queue, concurrency=1).running() as worker,
+    ):
+        await queue.enqueue(EnqueueRequest("only", {"seconds": 20}))
+        while not noted:
+            await asyncio.sleep(0.01)
+        proxied.stall()
+        while "end" not in noted:
+            await asyncio.sleep(0.01)
+        proxied.resume()
+        while noted != ["start", "end", "start"]:
+            await asyncio.sleep(0.01)
+        worker.stop()
+        worker.stop()
+    outcomes = "SELECT outcome FROM job_attempt ORDER BY id"
+    found = await asyncio.to_thread(run_sql, fresh_postgresql_url, outcomes)
+    assert found == [("released",), ("released",)]
+
+
+async def test_a_handler_does_not_start_if_its_lease_ended_while_the_loop_was_blocked(
+    fresh_postgresql_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noted: list[str] = []
+    kind = job_type("loop", lambda what, at: noted.append(what))
+    async with opened(fresh_postgresql_url, kind, lease_seconds=1.0) as queue:
+        job = (await queue.enqueue(EnqueueRequest("only", {"seconds": 0.1}))).job
+        lease, blocked = queue.lease, False
+
+        async def lease_and_block(*arguments: Any, **options: Any) -> list[Lease]:
+            nonlocal blocked
+            leases = await lease(*arguments, **options)
+            if leases and not blocked:
+                blocked = True
+                time.sleep(1.2)  # noqa: ASYNC251
+            return leases
+
+        monkeypatch.setattr(queue, "lease", lease_and_block)
+        async with Worker(queue, concurrency=1).running(), asyncio.timeout(15):
+            while (await queue.get(job.id)).status is not JobStatus.SUCCEEDED:
+                await asyncio.sleep(0.01)
+    assert blocked
+    assert noted == ["start", "end"]
