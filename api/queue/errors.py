@@ -158,6 +158,7 @@ UnavailableKind = Literal[
     "timeout",
     "busy",
     "disk_full",
+    "notify_queue_full",
     "read_only",
     "file_missing",
     "schema_outdated",

@@ -513,6 +513,9 @@ class PostgreSQLDatabase(Database):
             connection.expire_at(loop.time() + seconds)
             if await connection.fetchval("SHOW transaction_read_only") == "on":
                 return
+            # Once the server's queue of notifications has been full, nothing else removes those
+            # that every session has received.
+            await connection.fetchval("SELECT pg_notification_queue_usage()")
             connection.expire_at(None)
 
 
