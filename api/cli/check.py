@@ -14,6 +14,7 @@ import typer
 
 from job_registry import JobRegistry, JobTypeNotFound
 from job_registry_api.cli import startup
+from job_registry_api.cli.lock_file import read_file
 from job_registry_api.cli.output import REFUSED, WRONG_USAGE, AsJson, err, fail, print_json, say
 from job_registry_api.defaults import LOCK_FILE
 
@@ -108,25 +109,16 @@ def check(
 
 
 def _read_lock(name: str | None, *, is_needed: bool) -> Lock | None:
-    from job_registry.lock import MAX_LOCK_BYTES, LockInvalid, read_lock
-
     path = Path(name or LOCK_FILE)
     try:
-        if name is None and not is_needed and not path.exists():
-            return None
-        with path.open("rb") as stream:
-            # One more, so that a larger file is noticed without reading it.
-            return read_lock(stream.read(MAX_LOCK_BYTES + 1))
+        return read_file(path)
     except FileNotFoundError:
+        if name is None and not is_needed:
+            return None
         fail(
             WRONG_USAGE,
             f"There is no lock {path}. Write it with `job-registry lock` and commit it.",
         )
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        fail(WRONG_USAGE, f"Cannot read {path}: {reason}.")
-    except LockInvalid as invalid:
-        fail(WRONG_USAGE, f"{path} is not a lock that this version can read. {invalid}")
 
 
 def _read_server(url: str, token: str | None) -> ServerTypes:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from job_registry_api.cli import startup
+from job_registry_api.cli.lock_file import read_file
 from job_registry_api.cli.output import REFUSED, AsJson, fail, print_json, say
 from job_registry_api.defaults import LOCK_FILE
 
@@ -25,7 +26,8 @@ def lock(
 ) -> None:
     """Write what the job types promise to registry.lock.json.
 
-    Commit the file with each release: `check` compares later code with it.
+    Commit the file with each release: `check` compares later code with it. A file that is not a
+    lock is not replaced.
     """
     registry = startup.read_registry(startup.read_settings())
     from job_registry.lock import Lock, lock_text, released_types
@@ -48,12 +50,13 @@ def lock(
 
 
 def _former(path: Path) -> ReleasedTypes:
-    """Return the job types of the file that is replaced, or none if it is not a lock."""
-    from job_registry.lock import LockInvalid, read_lock
-
+    """Return the job types of the file that is replaced."""
     try:
-        return read_lock(path.read_bytes()).job_types
-    except (OSError, ValueError, LockInvalid):
+        return read_file(
+            path,
+            "It was left as it is. Restore or delete it, and run `job-registry lock` again.",
+        ).job_types
+    except FileNotFoundError:
         return {}
 
 

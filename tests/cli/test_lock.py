@@ -148,25 +148,48 @@ def test_the_summary_is_there_for_programs(code: Code) -> None:
 
 
 @pytest.mark.slow
-def test_a_lock_that_cannot_be_written_leaves_the_former_one(code: Code) -> None:
+@pytest.mark.parametrize(
+    ("file", "exit_code", "says"),
+    [
+        ("missing/registry.lock.json", 1, "Cannot write missing/registry.lock.json: "),
+        ("folder", 2, "Cannot read folder: "),
+        ("registry.lock.json/x", 2, "Cannot read registry.lock.json/x: "),
+    ],
+)
+def test_a_lock_that_cannot_be_written_leaves_the_former_one(
+    code: Code, file: str, exit_code: int, says: str
+) -> None:
     before = lock_of(code).read_bytes()
     (code.folder / "folder").mkdir()
-    for file in ("folder", "missing/registry.lock.json", "registry.lock.json/x"):
-        failed = code("lock", "--lock", file)
-        assert failed.returncode == 1
-        assert failed.stderr.startswith(f"Cannot write {file}: ")
+    failed = code("lock", "--lock", file)
+    assert failed.returncode == exit_code
+    assert failed.stderr.startswith(says)
     assert (code.folder / "registry.lock.json").read_bytes() == before
     assert not [path for path in code.folder.iterdir() if path.name.startswith(".registry")]
 
 
-@pytest.mark.slow
-def test_a_lock_with_the_marks_of_a_merge_is_written_again(code: Code) -> None:
-    text = lock_of(code).read_text()
+@pytest.mark.parametrize(
+    ("begins", "says"),
+    [
+        ("<<<<<<< ours\n", "It is not valid JSON: unexpected character at line 1, column 1."),
+        (
+            '{"format": 2}',
+            "/format: Expected 1, the format of this version of Job Registry; got 2.",
+        ),
+    ],
+)
+def test_a_file_that_is_not_a_lock_is_not_replaced(code: Code, begins: str, says: str) -> None:
     file = code.folder / "registry.lock.json"
-    file.write_text(f"<<<<<<< ours\n{text}")
-    assert code("check").returncode == 2
+    file.write_text(begins)
+    refused = code("lock")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr.splitlines() == [
+        f"registry.lock.json is not a lock that this version can read. {says}",
+        "It was left as it is. Restore or delete it, and run `job-registry lock` again.",
+    ]
+    assert file.read_text() == begins
+    file.unlink()
     assert code("lock").returncode == 0
-    assert file.read_text() == text
 
 
 def test_a_catalog_that_cannot_be_imported_writes_nothing(code: Code) -> None:
