@@ -68,6 +68,8 @@ def serve(
         return
     supervisor = supervisor_on(channel)
     registry = startup.read_registry(settings)
+    if worker or settings.max_upload_bytes:
+        startup.check_assets(settings.assets)
 
     from job_registry_api.app import create_app
     from job_registry_api.connections import ServerConfig, bounds_of

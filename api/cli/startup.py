@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import gc
+import importlib.util
 import os
 import stat
 import sys
@@ -17,7 +18,7 @@ import typer
 from job_registry import JobRegistry
 from job_registry.discovery import load_registry
 from job_registry_api.cli.output import REFUSED, fail
-from job_registry_api.settings import Settings, load_settings
+from job_registry_api.settings import Settings, SettingsInvalid, load_settings
 
 RELOAD: Final = typer.Option(
     "--reload", help="Restart when a Python file changes. For development."
@@ -52,6 +53,45 @@ def read_registry(settings: Settings) -> JobRegistry:
     if "" not in sys.path:
         sys.path.insert(0, "")
     return load_registry(settings.catalog, max_payload_bytes=settings.max_payload_bytes)
+
+
+def check_assets(assets: str) -> None:
+    """Check that the assets can be a folder or a bucket, without the network.
+
+    Raises:
+        SettingsInvalid: they cannot.
+    """
+    scheme, is_url, _ = assets.partition("://")
+    fault = _fault_of_scheme(scheme) if is_url else _fault_of_folder(assets)
+    if fault is not None:
+        # A URL may have a password.
+        shown = f"{scheme}://..." if is_url else assets
+        raise SettingsInvalid([f"JOBS_ASSETS={shown}: {fault}."])
+
+
+def _fault_of_scheme(scheme: str) -> str | None:
+    from fsspec.registry import known_implementations, registry
+
+    scheme = scheme.partition("::")[0]  # As in simplecache::s3://bucket/assets.
+    if scheme in registry:
+        return None
+    if scheme not in known_implementations:
+        return "expected a folder, or the URL of a bucket, such as s3://bucket/assets"
+    # To import a client takes seconds.
+    client = known_implementations[scheme]
+    package = client["class"].partition(".")[0]
+    is_installed = importlib.util.find_spec(package) is not None
+    return None if is_installed else client.get("err", f"install {package}")
+
+
+def _fault_of_folder(folder: str) -> str | None:
+    try:
+        os.scandir(folder).close()
+    except FileNotFoundError:
+        return None  # The first upload creates it.
+    except OSError as error:
+        return error.strerror
+    return None
 
 
 def prepare_database(settings: Settings) -> None:

@@ -69,6 +69,7 @@ def worker(
             fail(WRONG_USAGE, f"--types: {unknown}")
     if channel is None and not any(job_type.has_handler for job_type in registry.values()):
         fail(WRONG_USAGE, "No job type has a handler, so there is nothing to run.")
+    startup.check_assets(settings.assets)
     startup.prepare_database(settings)
     health_socket = None
     if health_port is not None:

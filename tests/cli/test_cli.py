@@ -55,6 +55,27 @@ def jobs(tmp_path: Path) -> Shell:
     return Shell(tmp_path)
 
 
+@pytest.mark.parametrize("command", ["serve", "worker"])
+@pytest.mark.parametrize(
+    ("assets", "says"),
+    [
+        ("s4://key:secret@bucket/assets", "JOBS_ASSETS=s4://...: expected a folder, or the URL of"),
+        ("oss://bucket/assets", "JOBS_ASSETS=oss://...: Install ossfs to access"),
+        ("picture", "JOBS_ASSETS=picture: Not a directory"),
+        ("picture/assets", "JOBS_ASSETS=picture/assets: Not a directory"),
+    ],
+)
+def test_assets_that_cannot_be_used_stop_the_start(
+    jobs: Shell, command: str, assets: str, says: str
+) -> None:
+    (jobs.folder / "picture").write_text("")
+    started = jobs(command, JOBS_ASSETS=assets, JOBS_PORT="0")
+    assert (started.returncode, started.stdout) == (2, "")
+    assert started.stderr.startswith(f"These settings are wrong:\n  {says}")
+    assert "secret" not in started.stderr
+    assert not (jobs.folder / "jobs.db").exists()
+
+
 def test_help_names_every_command_and_the_exit_codes(jobs: Shell) -> None:
     result = jobs("--help")
     assert result.returncode == 0
