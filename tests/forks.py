@@ -225,6 +225,7 @@ if __name__ == "__main__":
     import uvicorn  # noqa: F401
 
     import job_registry_api.app
+    import job_registry_api.cli.command
     import job_registry_api.queue.migrations
     import job_registry_api.worker  # noqa: F401
     from job_registry_api import cli

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from job_registry_api.cli import app
+from job_registry_api.cli.command import app
 from job_registry_api.settings import load_settings
 from tests import ROOT
 

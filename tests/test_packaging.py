@@ -201,7 +201,7 @@ def test_a_command_imports_only_what_it_needs(
     code = f"""
 import sys
 from typer.testing import CliRunner
-from job_registry_api.cli import app
+from job_registry_api.cli.command import app
 payload = '{{"assetId": "a", "versionNumber": 1}}'
 result = CliRunner().invoke(app, {command.split()}, input=payload)
 assert result.exit_code == 0, result.output

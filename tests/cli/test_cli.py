@@ -55,6 +55,31 @@ def jobs(tmp_path: Path) -> Shell:
     return Shell(tmp_path)
 
 
+@pytest.mark.parametrize("ignored", [False, True])
+def test_ctrl_c_while_the_command_is_imported_ends_it_without_a_word(
+    jobs: Shell, ignored: bool
+) -> None:
+    (jobs.folder / "typer.py").write_text(
+        "import pathlib, time\n"
+        "pathlib.Path('importing').touch()\n"
+        "time.sleep(0.5)\n"
+        "raise SystemExit('imported')\n"
+    )
+    # A shell starts a command in the background so.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if ignored else None
+    command = jobs.start("types")
+    if before is not None:
+        signal.signal(signal.SIGINT, before)
+    give_up = time.monotonic() + 30
+    while not (jobs.folder / "importing").exists():
+        assert time.monotonic() < give_up
+        time.sleep(0.01)
+    command.send_signal(signal.SIGINT)
+    out, err = command.communicate(timeout=30)
+    ended = (1, "", "imported\n") if ignored else (130, "", "")
+    assert (command.returncode, out, err) == ended
+
+
 @pytest.mark.parametrize("command", ["serve", "worker"])
 @pytest.mark.parametrize(
     ("assets", "says"),

@@ -12,7 +12,7 @@ import yaml
 from typer.testing import CliRunner
 
 from job_registry import JobPolicy
-from job_registry_api.cli import app
+from job_registry_api.cli.command import app
 from job_registry_api.graphql.schema import SDL_FILE
 from job_registry_api.queue.events import STATUS_AFTER
 from job_registry_api.settings import Settings

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from job_registry_api.cli import app
+from job_registry_api.cli.command import app
 from tests.frontend.test_frontend import node, project, pytestmark  # noqa: F401
 
 

@@ -1,0 +1,102 @@
+"""The commands of `job-registry` together, and what their errors become.
+
+The files of the commands are imported at each start. What only one command needs, such as the
+database or GraphQL, is imported in its function.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from typing import Annotated, TextIO, cast
+
+import typer
+
+from job_registry import DefinitionError
+from job_registry_api.cli import (
+    check,
+    enqueue,
+    lock,
+    migrate,
+    registry,
+    schema,
+    serve,
+    startup,
+    versions,
+    worker,
+)
+from job_registry_api.cli.output import (
+    WRONG_USAGE,
+    Output,
+    OutputFailed,
+    fail,
+    fail_unexpectedly,
+    fail_without_output,
+    say,
+)
+from job_registry_api.settings import SettingsInvalid
+
+app = typer.Typer(
+    name="job-registry",
+    help="A typed job queue: an invalid job is rejected when it is enqueued.",
+    epilog="Settings are JOBS_* variables; docs/settings.md lists them. Exit codes: 0 done,"
+    " 1 refused, 2 wrong usage or settings, 3 did not end in time.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def run() -> None:
+    """Run the command. Expected errors become a message and an exit code."""
+    startup.collect_garbage_rarely()
+    try:
+        with contextlib.redirect_stdout(cast(TextIO, Output(sys.stdout))):
+            try:
+                app()
+            finally:
+                sys.stdout.flush()
+    except OutputFailed as failure:
+        fail_without_output(failure)
+    except SettingsInvalid as invalid:
+        fail(WRONG_USAGE, "These settings are wrong:", *(f"  {each}" for each in invalid.faults))
+    except DefinitionError as wrong:
+        fail(WRONG_USAGE, f"The job types cannot be loaded: {wrong}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        fail_unexpectedly(error)
+
+
+def _version(requested: bool) -> None:
+    if requested:
+        from importlib.metadata import version
+
+        say(f"job-registry {version('job-registry')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None: ...
+
+
+for command in (
+    serve.serve,
+    worker.worker,
+    migrate.migrate,
+    registry.types,
+    registry.policy,
+    registry.validate,
+    enqueue.enqueue,
+    lock.lock,
+    check.check,
+    schema.schema,
+    versions.versions,
+    versions.unpark,
+):
+    app.command()(command)
