@@ -44,6 +44,7 @@ from job_registry_api.queue.models import JobRecord, JobStatus, weight_of
 from job_registry_api.queue.opening import Opening
 from job_registry_api.queue.requests import (
     MAX_DIFFERING,
+    creator_faults,
     differing_paths,
     input_faults,
 )
@@ -413,6 +414,7 @@ class Enqueueing(Opening):
         if request[2:] != _NO_OPTIONS:
             self.registry.get_type(request.type, budget)  # Without a type, they do not matter.
             faults += budget.listed("The request", list(input_faults(request)))
+        faults += creator_faults(created_by)
         try:
             admitted = self.registry.admit(request.type, request.payload, budget)
         except PayloadInvalid as invalid:

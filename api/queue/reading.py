@@ -240,19 +240,33 @@ def _faults_of(wanted: JobFilter) -> Iterator[Violation]:
         text, path = getattr(wanted, name), f"/filter/{to_camel(name)}"
         if text is None:
             continue
-        if not 1 <= len(text) <= MAX_SEARCH or not text.strip():
+        if not isinstance(text, str):
+            message = f"Expected a string of 1 to {MAX_SEARCH} characters; got {shortened(text)}."
+            yield Violation(path, "wrong_type", message)
+        elif not 1 <= len(text) <= MAX_SEARCH or not text.strip():
             message = f"Expected a string of 1 to {MAX_SEARCH} characters; got {shortened(text)}."
             yield Violation(path, "out_of_range", message)
         elif fault := text_fault(text):
             yield Violation(path, "invalid_text", fault)
     for name in ("created_after", "created_before", "finished_after", "finished_before"):
         time, path = getattr(wanted, name), f"/filter/{to_camel(name)}"
-        if time is not None and time.tzinfo is None:
+        if time is not None and not isinstance(time, datetime):
+            message = f"Expected a datetime with an offset from UTC; got {shortened(time)}."
+            yield Violation(path, "wrong_type", message)
+        elif time is not None and time.tzinfo is None:
             message = "Expected a date and time with an offset from UTC; got one without."
             yield Violation(path, "time_zone_missing", message)
         elif time is not None and not EARLIEST <= time < LATEST:
             message = f"Expected a time from {EARLIEST.year} to {LATEST.year - 1} in UTC."
             yield Violation(path, "out_of_range", message)
+
+
+def _faults_of_ends(*ends: object) -> Iterator[Violation]:
+    """Yield the faults of the jobs that a page is after and before."""
+    for path, end in zip(("/after", "/before"), ends, strict=True):
+        if end is not None and not isinstance(end, uuid.UUID):
+            message = f"Expected the id of a job as a uuid.UUID; got {shortened(end)}."
+            yield Violation(path, "wrong_type", message)
 
 
 class _PageRead(NamedTuple):
@@ -476,10 +490,10 @@ class Reading(Opening):
 
         Raises:
             InputInvalid: `first` or `last` is not 1 to `max_page_size`, both are given, or a value
-                of the filter is wrong.
+                of the filter, `after` or `before` is wrong.
         """
         self.check_open()
-        faults = list(self._faults_of_size(first, last))
+        faults = [*self._faults_of_size(first, last), *_faults_of_ends(after, before)]
         size = first if last is None else last
         part = Slice(PAGE_SIZE if size is None else size, after, before, from_end=last is not None)
         wanted = self._as_stored(job_filter, faults)

@@ -144,6 +144,17 @@ def input_faults(request: EnqueueRequest) -> Iterator[Violation]:
             yield Violation("/idempotencyKey", "invalid_text", fault)
 
 
+def creator_faults(created_by: Any) -> Iterator[Violation]:
+    """Yield the faults of the subject that enqueues a job. SQLite would store a number."""
+    if created_by is None:
+        return
+    if not isinstance(created_by, str):
+        message = f"Expected a string; got {shortened(created_by)}."
+        yield Violation("/createdBy", "wrong_type", message)
+    elif fault := text_fault(created_by):
+        yield Violation("/createdBy", "invalid_text", fault)
+
+
 def check_lease(
     registry: JobRegistry,
     job_types: Sequence[str],

@@ -668,3 +668,19 @@ async def test_an_option_of_another_type_is_refused(queue: JobQueue) -> None:
         " timedelta.",
         "/idempotencyKey: Expected a string of 1 to 255 characters; got a value of the type bytes.",
     ]
+
+
+@pytest.mark.any_database
+@pytest.mark.parametrize(
+    ("creator", "code"), [(7, "wrong_type"), (b"ada", "wrong_type"), ("a\0", "invalid_text")]
+)
+async def test_a_creator_that_is_not_a_text_is_refused(
+    queue: JobQueue, creator: Any, code: str
+) -> None:
+    with pytest.raises(InputInvalid) as caught:
+        await queue.enqueue(ping(), created_by=creator)
+    (in_bulk,) = await queue.enqueue_many([ping()], created_by=creator)
+    assert isinstance(in_bulk, InputInvalid)
+    for refused in (caught.value, in_bulk):
+        assert [(each.path, each.code) for each in refused.violations] == [("/createdBy", code)]
+    assert (await queue.count()).jobs == 0

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from job_registry import EnqueueRequest
+from job_registry import EnqueueRequest, Violation
 from job_registry_api import JobFilter, JobQueue
 from job_registry_api.queue import filters
 from job_registry_api.queue.errors import InputInvalid
@@ -241,3 +241,29 @@ async def test_a_value_that_no_job_can_have_is_refused_with_its_path(queue: JobQ
         ("/filter/search", "out_of_range"),
         ("/filter/createdAfter", "time_zone_missing"),
     ]
+
+
+@pytest.mark.any_database
+async def test_a_value_of_another_type_is_refused_with_its_path(queue: JobQueue) -> None:
+    wrong: list[dict[str, Any]] = [
+        {"created_by": 7, "error_code": b"declined"},
+        {"created_by": b"ada", "search": []},
+        {"created_after": "2030-01-31T12:00:00Z", "finished_before": 7},
+    ]
+    faults: list[Violation] = []
+    for fields in wrong:
+        for read in (queue.list, queue.count):
+            with pytest.raises(InputInvalid) as refused:
+                await read(JobFilter(**fields))
+        faults += refused.value.violations
+    wrong = [{"after": "x"}, {"before": b"0" * 16}, {"after": 7, "before": str(uuid.uuid4())}]
+    for ends in wrong:
+        with pytest.raises(InputInvalid) as refused:
+            await queue.list(**ends)
+        faults += refused.value.violations
+    assert {fault.code for fault in faults} == {"wrong_type"}
+    assert [fault.path for fault in faults] == [
+        "/filter/createdBy", "/filter/errorCode", "/filter/createdBy", "/filter/search",
+        "/filter/createdAfter", "/filter/finishedBefore", "/after", "/before", "/after", "/before",
+    ]  # fmt: skip
+    assert faults[-2].message == "Expected the id of a job as a uuid.UUID; got 7."
