@@ -167,17 +167,20 @@ class Caller:
             if not self.may_see(job_type):
                 raise Forbidden(f"This token does not allow jobs of type {shortened(job_type)}.")
 
-    def types_to_list(self, wanted: Sequence[str], registry: JobRegistry) -> tuple[str, ...]:
-        """Return the types to list jobs of, if these are wanted; empty if all are.
+    def types_to_list(
+        self, wanted: Sequence[str] | None, registry: JobRegistry
+    ) -> tuple[str, ...] | None:
+        """Return the types to list jobs of, if these are wanted. None means all.
 
         Raises:
             Forbidden: the token is limited to other types.
         """
-        self.need_types(wanted)
-        if wanted or self.job_types is None:
+        if wanted is not None:
+            self.need_types(wanted)
             return tuple(wanted)
-        # An empty tuple would restrict nothing, and every job has a type with a name.
-        return tuple(sorted({registry.current_name(name) for name in self.job_types})) or ("",)
+        if self.job_types is None:
+            return None
+        return tuple(sorted({registry.current_name(name) for name in self.job_types}))
 
     @property
     def others_jobs(self) -> OthersJobs:

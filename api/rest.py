@@ -548,7 +548,7 @@ def _wanted_page(query_string: bytes) -> _WantedPage:
     if faults:
         raise InputInvalid(tuple(faults))
     others = [(name, value) for name, value in given if name != "after"]
-    job_filter = JobFilter(types=tuple(types), statuses=tuple(statuses), **once)
+    job_filter = JobFilter(types=tuple(types) or None, statuses=tuple(statuses) or None, **once)
     return _WantedPage(job_filter, first, after, others)
 
 

@@ -73,10 +73,13 @@ class EnqueueJobInput(EnqueueOptions):
 @strawberry.input(name="JobFilter", description="Which jobs to list. All fields must match.")
 class JobFilterInput:
     types: list[str] | None = strawberry.field(
-        default=None, description="Jobs of these types. Defaults to all types."
+        default=None,
+        description="Jobs of these types: none if the list is empty. Defaults to all types.",
     )
     statuses: list[JobStatus] | None = strawberry.field(
-        default=None, description="Jobs with one of these statuses. Defaults to all statuses."
+        default=None,
+        description="Jobs with one of these statuses: none if the list is empty. Defaults to all"
+        " statuses.",
     )
     created_by: str | None = strawberry.field(
         default=None, description="Jobs that this caller enqueued: the `sub` of its token."
@@ -111,9 +114,12 @@ class JobFilterInput:
 
     def filter(self) -> JobFilter:
         """Return the filter of the queue."""
+        statuses = self.statuses
         return JobFilter(
-            types=tuple(self.types or ()),
-            statuses=tuple(models.JobStatus[each.name] for each in self.statuses or ()),
+            types=None if self.types is None else tuple(self.types),
+            statuses=None
+            if statuses is None
+            else tuple(models.JobStatus[each.name] for each in statuses),
             created_by=self.created_by,
             created_after=_time_of(self.created_after),
             created_before=_time_of(self.created_before),

@@ -102,7 +102,7 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class JobFilter:
-    """Which jobs to list. Each field that is given must match; an empty tuple restricts nothing.
+    """Which jobs to list. Each field that is given must match; an empty tuple matches no jobs.
 
     `created_after` and `finished_after` include their time, `created_before` and `finished_before`
     do not. `error_code` is the code of a job's latest error. `search` is a job's id, its
@@ -114,8 +114,8 @@ class JobFilter:
     these that other fields do not want, unless at most 5,000 jobs have the types and statuses.
     """
 
-    types: tuple[str, ...] = ()
-    statuses: tuple[JobStatus, ...] = ()
+    types: tuple[str, ...] | None = None
+    statuses: tuple[JobStatus, ...] | None = None
     created_by: str | None = None
     created_after: datetime | None = None
     created_before: datetime | None = None
@@ -149,7 +149,7 @@ class JobFilter:
         """The statuses of the jobs that can match. Empty without a restriction, except for a range
         of the time of the end with statuses of jobs that have not ended."""
         if not self.is_of_finished:
-            return self.statuses
+            return self.statuses or ()
         return tuple(each for each in self.statuses or FINAL if each in FINAL)
 
 
@@ -172,9 +172,10 @@ def ordered(wanted: JobFilter, owner: Owner | None, part: Slice) -> Any:
     if lead is not None and lead.equal:
         conditions = [*lead.conditions, *_others(lead.others, is_led=True), *_created(wanted)]
         return _page(listed().where(*conditions), lead.equal, part)
-    if owner is not None or not wanted.is_of_kind or wanted.types or len(wanted.statuses) > 1:
+    statuses = wanted.possible_statuses
+    if owner is not None or not wanted.is_of_kind or wanted.types or len(statuses) > 1:
         return None
-    of_status = [(col(Job.status), str(each)) for each in wanted.statuses]
+    of_status = [(col(Job.status), str(each)) for each in statuses]
     return _page(listed().where(*_created(wanted)), of_status, part)
 
 
@@ -185,7 +186,7 @@ def merged(wanted: JobFilter, part: Slice) -> Any:
         _page(select(Job.id).where(*_created(wanted)), [(col(Job.status), str(status))], part)
         .subquery()
         .select()
-        for status in wanted.statuses
+        for status in wanted.possible_statuses
     )
     ids = union_all(*each_in_order).subquery().c.id
     return part.taken(sqlalchemy.select(ids), ids)
@@ -309,7 +310,7 @@ def walks(
     matching = [*_between(col(Job.finished_at), wanted), *_created(wanted)]
     if wanted.types:
         matching.append(col(Job.type).in_(wanted.types))
-    kind = [(col(Job.type), wanted.types[0])] if len(wanted.types) == 1 else []
+    kind = [(col(Job.type), wanted.types[0])] if wanted.types and len(wanted.types) == 1 else []
     return [
         Walk([*kind, (col(Job.status), str(status))], [], within, matching, compared)
         for status in wanted.possible_statuses

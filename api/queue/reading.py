@@ -608,8 +608,8 @@ class Reading(Opening):
         Raises:
             InputInvalid: there are `faults`, or a value of the filter is wrong.
         """
-        if len(wanted.types) > MAX_FILTER_TYPES:
-            message = f"Expected at most {MAX_FILTER_TYPES} job types; got {len(wanted.types)}."
+        if (count := len(wanted.types or ())) > MAX_FILTER_TYPES:
+            message = f"Expected at most {MAX_FILTER_TYPES} job types; got {count}."
             faults = [*faults, Violation("/filter/types", "too_long", message)]
         faults = [*faults, *_faults_of(wanted)]
         if faults:
@@ -617,17 +617,19 @@ class Reading(Opening):
         # The database refuses these names in a query, so no job has one of them.
         types = [
             stored
-            for name in wanted.types
+            for name in wanted.types or ()
             if text_fault(name) is None
             for stored in self._stored_names(name)
         ]
-        if wanted.types and not types:
+        if wanted.types is not None and not types:
+            return None
+        if wanted.statuses is not None and not wanted.statuses:
             return None
         # A query has a part for each of them.
         return replace(
             wanted,
-            types=tuple(dict.fromkeys(types)),
-            statuses=tuple(dict.fromkeys(wanted.statuses)),
+            types=tuple(dict.fromkeys(types)) or None,
+            statuses=tuple(dict.fromkeys(wanted.statuses or ())) or None,
         )
 
     async def _read_page(self, listed: Sequence[Listed], max_bytes: int | None) -> _PageRead:

@@ -794,7 +794,7 @@ class Store(ABC):
         has_creator = owner is not None or wanted.created_by is not None
         if found.stopped_at is not None and has_creator and wanted.error_code is not None:
             found = await self._walk(wanted, owner, part, by_error=True)
-        kind = JobFilter(wanted.types, wanted.possible_statuses)
+        kind = JobFilter(wanted.types, wanted.possible_statuses or None)
         if found.stopped_at is None or kind == JobFilter():
             return found
         if await self.count_all(kind) > RARE_JOBS:

@@ -40,6 +40,18 @@ def sides(page: dict[str, Any]) -> tuple[bool, bool]:
     return page["pageInfo"]["hasPreviousPage"], page["pageInfo"]["hasNextPage"]
 
 
+async def test_an_empty_list_of_types_or_statuses_lists_no_jobs(
+    http: httpx.AsyncClient, execute: Execute
+) -> None:
+    await enqueued(http, 2)
+    filters: list[Any] = [{"types": []}, {"statuses": []}, {"types": [], "statuses": ["QUEUED"]}]
+    for wanted in filters:
+        page = (await execute(PAGE, filter=wanted))["jobs"]
+        assert (ids(page), sides(page)) == ([], (False, False))
+        last = (await execute(PAGE, filter=wanted, last=1))["jobs"]
+        assert (ids(last), sides(last)) == ([], (False, False))
+
+
 @pytest.mark.parametrize(
     "wanted",
     [
@@ -143,6 +155,9 @@ async def test_the_total_of_types_and_statuses_is_exact(
         ({}, 5),
         ({"statuses": ["QUEUED"]}, 4),
         ({"types": ["test.pong"]}, 0),
+        ({"types": []}, 0),
+        ({"statuses": []}, 0),
+        ({"types": None, "statuses": None}, 5),
         ({"types": ["test.ping", "unknown"], "statuses": ["CANCELLED", "FAILED"]}, 1),
     ):
         found = (await execute(TOTAL, filter=wanted))["jobs"]

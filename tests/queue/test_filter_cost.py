@@ -77,8 +77,8 @@ class Stored(NamedTuple):
     def matches(self, wanted: JobFilter, owner: Owner | None) -> bool:
         created, finished = self.created_at, self.finished_at
         return (
-            (not wanted.types or self.type in wanted.types)
-            and (not wanted.statuses or self.status in wanted.statuses)
+            (wanted.types is None or self.type in wanted.types)
+            and (wanted.statuses is None or self.status in wanted.statuses)
             and wanted.created_by in (None, self.created_by)
             and (owner is None or owner.subject == self.created_by is not None)
             and wanted.idempotency_key in (None, self.key)

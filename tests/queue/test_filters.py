@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -38,6 +38,15 @@ async def test_jobs_are_found_by_who_enqueued_them(queue: JobQueue) -> None:
     assert await found(queue, created_by="ada", types=("test.ping",)) == ada[:1]
     assert await found(queue, created_by="ada", statuses=(JobStatus.FAILED,)) == []
     assert await found(queue, created_by="eve") == []
+
+
+@pytest.mark.any_database
+async def test_an_empty_tuple_finds_no_jobs(queue: JobQueue) -> None:
+    job = (await queue.enqueue(PING)).job.id
+    assert await found(queue, types=None, statuses=None) == [job]
+    for empty in ({"types": ()}, {"statuses": ()}, {"types": (), "created_by": "ada"}):
+        assert await found(queue, **empty) == []
+        assert await queue.count(JobFilter(**cast(Any, empty))) == JobTotal(0, False)
 
 
 async def test_jobs_are_found_by_the_time_of_their_creation(queue: JobQueue) -> None:

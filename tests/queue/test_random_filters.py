@@ -95,10 +95,10 @@ class Asked(NamedTuple):
 
     def expected(self, jobs: list[Stored]) -> list[uuid.UUID]:
         """Return the ids of all jobs of the list, newest first."""
-        types = set(self.wanted.types)
-        if types & set(MAIL):
-            types |= set(MAIL)
-        wanted = replace(self.wanted, types=tuple(types))
+        types = self.wanted.types
+        if types is not None and set(types) & set(MAIL):
+            types = (*types, *MAIL)
+        wanted = replace(self.wanted, types=types)
         text = self.wanted.search
         hits = None if text is None else self._hits(jobs, text)
         return [
