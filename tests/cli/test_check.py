@@ -880,7 +880,7 @@ def test_ctrl_c_ends_the_reading_of_a_database_at_once(code: Code, tmp_path: Pat
             def check(cls, value: str) -> str:
                 if value.isdigit():
                     Path("reading").touch()
-                    time.sleep(0.001)
+                    time.sleep(0.002)
                 return value
 
         mail_send = JobType(name="mail.send", payload=MailSend)
