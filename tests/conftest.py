@@ -13,6 +13,7 @@ import gc
 import os
 import re
 import shutil
+import signal
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -40,6 +41,11 @@ from tests.postgresql_server import (
     memory,
     running_server,
 )
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell runs commands in the background so, and those that the tests start would inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 # Where pytest keeps `tmp_path`: a commit of SQLite in memory waits for no disk.
 if folder := memory():

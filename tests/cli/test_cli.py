@@ -75,7 +75,10 @@ def test_ctrl_c_while_the_command_is_imported_ends_it_without_a_word(
         assert time.monotonic() < give_up
         time.sleep(0.01)
     command.send_signal(signal.SIGINT)
-    out, err = command.communicate(timeout=30)
+    try:
+        out, err = command.communicate(timeout=20)
+    finally:
+        command.kill()
     ended = (1, "", "imported\n") if ignored else (130, "", "")
     assert (command.returncode, out, err) == ended
 
