@@ -151,11 +151,11 @@ class Crash:
 
     def story(self, run: Run) -> str:
         """Describe a run, and what happened to its processes."""
-        told = [f"job {run.job} runs {run.start:.3f} to {run.end:.3f} in {run.pids}"]
+        parts = [f"job {run.job} runs {run.start:.3f} to {run.end:.3f} in {run.pids}"]
         for pid in run.pids:
-            told += [f"{pid} frozen {a:.3f} to {b:.3f}" for a, b in self.frozen.get(pid, ())]
-            told += [f"{pid} killed {self.killed[pid]:.3f}"] if pid in self.killed else []
-        return ", ".join(told)
+            parts += [f"{pid} frozen {a:.3f} to {b:.3f}" for a, b in self.frozen.get(pid, ())]
+            parts += [f"{pid} killed {self.killed[pid]:.3f}"] if pid in self.killed else []
+        return ", ".join(parts)
 
     async def enqueue(self, ports: list[int], until: float, caller: int) -> None:
         """Enqueue jobs until then, and remember those that were answered with 201."""

@@ -59,8 +59,8 @@ class Lease(NamedTuple):
     deadline_at: datetime
     lease_seconds: float
     """How long the lease lasts after each heartbeat, but never past `deadline_at`."""
-    asked_at: float
-    """When this process asked for it, as `time.monotonic()`. It began then or later."""
+    requested_at: float
+    """When its claim was sent, as `time.monotonic()`. The lease began then or later."""
 
     @property
     def seconds_to_expiry(self) -> float:
@@ -202,9 +202,9 @@ class Claiming:
         """Lease jobs that are due now. Return them, and whether all due jobs were considered."""
         await self.show_worker(types, readable)
         claim = self._claim(types, worker_id, limit, readable, thorough=thorough)
-        with self.under_way() as asked_at:
+        with self.under_way() as requested_at:
             claimed = await self._store.claim(claim)
-        return self.leased(claimed, asked_at), claimed.everything
+        return self.leased(claimed, requested_at), claimed.everything
 
     @contextmanager
     def under_way(self) -> Iterator[float]:
@@ -220,7 +220,7 @@ class Claiming:
         finally:
             self._under_way.remove(began)
 
-    def is_late(self, seconds: float) -> bool:
+    def has_waited(self, seconds: float) -> bool:
         """Return whether a claim has been under way for longer than this."""
         latest = time.monotonic() - seconds
         return any(began < latest for began in self._under_way)
@@ -265,11 +265,11 @@ class Claiming:
                 return worker, self._claim(worker.types, worker.worker_id, jobs)
         return None
 
-    def leased(self, claimed: Claimed, asked_at: float) -> list[Lease]:
+    def leased(self, claimed: Claimed, requested_at: float) -> list[Lease]:
         """Announce what a claim did, and return its leases that are sure to be in force.
 
-        `asked_at` is when it began, as `time.monotonic()`. A process that was frozen meanwhile may
-        read the answer when others run the jobs already. It releases these leases: when the claim
+        `requested_at` is when it began, as `time.monotonic()`. A process that was frozen meanwhile
+        may read the answer when others run the jobs already. It releases these leases: if the claim
         had waited before, they are still in force.
         """
         for each in claimed.leased:
@@ -285,11 +285,11 @@ class Claiming:
                 each.expires_at,
                 each.deadline_at,
                 self._lease_seconds,
-                asked_at,
+                requested_at,
             )
             for each in claimed.leased
         ]
-        waited = time.monotonic() - asked_at
+        waited = time.monotonic() - requested_at
         if waited > SLOW_CLAIM_SECONDS and (
             late := [each for each in leases if each.seconds_to_expiry <= waited]
         ):

@@ -175,7 +175,7 @@ class Leasing:
         since = time.monotonic() - self._claiming.failed_at
         if longest >= self.lease_seconds or since > longest + self.lease_seconds:
             return
-        if self._claiming.is_late(longest):
+        if self._claiming.has_waited(longest):
             return
         found = await self._store.unanswered(worker_id, seconds=longest)
         released = 0
@@ -571,13 +571,13 @@ class Leasing:
             return await self._store.succeed(reports, sender), sender
         worker, claim = found
         try:
-            with self._claiming.under_way() as asked_at:
+            with self._claiming.under_way() as requested_at:
                 ended, claimed = await self._store.succeed_and_claim(reports, sender, claim)
         except Exception as error:
             # A claim may fail or wait for a lock. That must not delay what has been done.
             log.warning("leases.not_claimed", reason=reason_of(error))
             return await self._store.end(reports), None
-        worker.take(self._claiming.leased(claimed, asked_at))
+        worker.take(self._claiming.leased(claimed, requested_at))
         return ended, sender
 
     async def _give_back(self, leases: Sequence[Lease]) -> None:

@@ -240,11 +240,10 @@ def _faults_of(wanted: JobFilter) -> Iterator[Violation]:
         text, path = getattr(wanted, name), f"/filter/{to_camel(name)}"
         if text is None:
             continue
+        message = f"Expected a string of 1 to {MAX_SEARCH} characters; got {shortened(text)}."
         if not isinstance(text, str):
-            message = f"Expected a string of 1 to {MAX_SEARCH} characters; got {shortened(text)}."
             yield Violation(path, "wrong_type", message)
         elif not 1 <= len(text) <= MAX_SEARCH or not text.strip():
-            message = f"Expected a string of 1 to {MAX_SEARCH} characters; got {shortened(text)}."
             yield Violation(path, "out_of_range", message)
         elif fault := text_fault(text):
             yield Violation(path, "invalid_text", fault)

@@ -148,8 +148,8 @@ class Attempt:
             on_lost=self._lose,
             on_out_of_touch=self._lose_touch,
             blocks_loop=self._runs_in == "loop",
-            renewed_at=lease.asked_at,
-            in_touch_at=lease.asked_at,
+            renewed_at=lease.requested_at,
+            in_touch_at=lease.requested_at,
         )
 
     # What most attempts never change. These are defaults of the class.

@@ -31,8 +31,8 @@ TICK_SECONDS: Final = 1.0
 """How often the keeper looks for leases, and checks the worker's event loop while it has some."""
 
 EARLY_SECONDS: Final = 1.0
-"""How long before the end of a lease that is not renewed its handler is told to stop, at most a
-tenth of the lease. It has then ended when another worker may run the job."""
+"""The time between the stop of a handler and the end of its lease, if the lease cannot be renewed.
+It is at most a tenth of the lease. Once the lease ends, another worker may run the job."""
 
 BLOCKED_SECONDS: Final = 2.0
 """How long an event loop may not respond before it counts as blocked."""
@@ -251,7 +251,7 @@ class LeaseKeeper:
                 holds, renewals = self._collect()
                 if not holds:
                     continue
-                asked_at = time.monotonic()
+                requested_at = time.monotonic()
                 try:
                     async with asyncio.timeout(max(5.0, self._every)):
                         answers = await self._own.renew(renewals)
@@ -261,7 +261,7 @@ class LeaseKeeper:
                     pause = min(pause * 2, 2.0, self._every)
                 else:
                     pause = 0.1
-                    self._answered(holds, renewals, answers, asked_at)
+                    self._answered(holds, renewals, answers, requested_at)
 
     def _due_in(self) -> float:
         """Return the seconds until the next renewal, also of a lease that is held from now on."""
@@ -300,7 +300,7 @@ class LeaseKeeper:
         holds: Sequence[Hold],
         renewals: Sequence[Renewal],
         answers: Sequence[Renewed | LeaseLost],
-        asked_at: float,
+        requested_at: float,
     ) -> None:
         now = time.monotonic()
         with self._lock:
@@ -313,7 +313,7 @@ class LeaseKeeper:
                         hold.progress = renewal.progress
                 else:
                     hold.answered_at = now
-                    hold.in_touch_at = asked_at
+                    hold.in_touch_at = requested_at
                     hold.out_of_touch_reported = False
                 self._landed(hold)
                 if isinstance(answer, LeaseLost):

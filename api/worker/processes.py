@@ -98,8 +98,8 @@ class HandlerProcesses:
     ) -> ProcessCall:
         """Run a job's handler in an idle process, or in a new one.
 
-        `may_start` is asked once the process is ready, which can take seconds. If it returns False,
-        the call ends as one whose handler was cancelled.
+        `may_start` is called once the process is ready, which can take seconds. If it returns
+        False, the call ends as one whose handler was cancelled.
         """
         limit_mb = job_type.memory_limit_mb
         run = {

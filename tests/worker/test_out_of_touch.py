@@ -22,13 +22,13 @@ LEASE_SECONDS = 3.0
 
 
 class Nap(Payload):
-    """How long the handler runs, unless it is told to stop."""
+    """How long the handler runs, unless it is stopped."""
 
     seconds: float
 
 
 def job_type(run_in: Literal["loop", "thread"], note: Callable[[str, float], None]) -> JobType[Nap]:
-    """Return a type whose jobs note when they run, one at once, and stop when they are told."""
+    """Return a type whose jobs note when they run, one at once, and stop when that is requested."""
     made = JobType(name="only", payload=Nap, policy=JobPolicy(concurrency_limit=1))
 
     async def run(job: JobContext, payload: Nap) -> None:
