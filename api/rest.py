@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Final, NamedTuple
 from urllib.parse import parse_qsl, urlencode
 
 from pydantic import JsonValue
-from pydantic.alias_generators import to_camel, to_snake
+from pydantic.alias_generators import to_snake
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
@@ -40,6 +39,7 @@ from job_registry_api.http_messages import (
     respond_json,
     respond_unexpected,
 )
+from job_registry_api.job_json import json_of_attempts, json_of_job, json_of_line, json_of_time
 from job_registry_api.queue.changing import Changing
 from job_registry_api.queue.enqueueing import Enqueued, ExistingValues, Refusal
 from job_registry_api.queue.errors import (
@@ -286,7 +286,7 @@ async def list_jobs(request: _Request) -> _Answer:
     last = page.stopped_at or (page.jobs[-1].id if page.jobs else None)
     cursor = None if last is None else str(last)
     content = {
-        "jobs": [_job(job) for job in page.jobs],
+        "jobs": [json_of_job(job) for job in page.jobs],
         "pageInfo": {
             "hasNextPage": page.has_next_page,
             "stoppedEarly": page.stopped_early,
@@ -309,11 +309,8 @@ async def show(request: _Request) -> _Answer:
     request.caller.need("jobs:own", "jobs:read")
     job = await request.visible_job(request.caller.owner_unless("jobs:read"))
     attempts, is_all = await request.queue.latest_attempts([job.id], request.limits.answer_bytes)
-    content = _job(job)
-    content["attempts"] = [
-        {k: v for k, v in _as_json(asdict(attempt)).items() if k not in ("id", "jobId")}
-        for attempt in attempts[job.id]
-    ]
+    content = json_of_job(job)
+    content["attempts"] = json_of_attempts(attempts[job.id])
     content["allAttempts"] = is_all
     return _Answer(200, content, may_be_large=True)
 
@@ -331,13 +328,7 @@ async def show_logs(request: _Request) -> _Answer:
     ids = [attempt.id for attempt in attempts[job.id]]
     texts, has_all_lines = await request.queue.log_texts(ids, most // LOG_WEIGHT)
     lines = [
-        {
-            "attempt": attempt.attempt,
-            "loggedAt": _time(line.logged_at(attempt.started_at)),
-            "level": line.level.value,
-            "message": line.message,
-            "data": line.data,
-        }
+        json_of_line(line, attempt)
         for attempt in attempts[job.id]
         for line in lines_of(texts.get(attempt.id, ""))
     ]
@@ -410,7 +401,7 @@ async def presign_upload(request: _Request) -> _Answer:
         "method": "PUT",
         "url": presigned.put.url,
         "headers": dict(presigned.put.headers),
-        "expiresAt": _time(presigned.expires_at),
+        "expiresAt": json_of_time(presigned.expires_at),
     }
     return _Answer(201, content)
 
@@ -475,7 +466,7 @@ async def _change(request: _Request, change: Callable[..., Awaitable[JobRecord]]
     owner = request.caller.owner_unless("jobs:admin")
     if request.caller.job_types is not None:
         await request.visible_job(owner)
-    return _Answer(200, _job(await change(request.queue, request.job_id, owner=owner)))
+    return _Answer(200, json_of_job(await change(request.queue, request.job_id, owner=owner)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -622,7 +613,7 @@ def _summary(job: JobRecord) -> dict[str, Any]:
         "jobId": str(job.id),
         "status": job.status.value,
         "type": job.type,
-        "nextRunAt": _time(job.next_run_at),
+        "nextRunAt": json_of_time(job.next_run_at),
     }
 
 
@@ -632,20 +623,6 @@ def _result(result: Enqueued | Refusal) -> dict[str, Any]:
         return {"status": _created(result), "job": _summary(result.job)}
     content = error_content(result.code, result.summary, _listed(result.details()))
     return {"status": _STATUSES[type(result)], **content}
-
-
-def _job(job: JobRecord) -> dict[str, Any]:
-    content = _as_json(job._asdict())
-    content["jobId"] = content.pop("id")
-    return content
-
-
-def _as_json(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return a record's fields as REST has them: in camelCase, times in UTC."""
-    return {
-        to_camel(name): _time(value) if isinstance(value, datetime) else value
-        for name, value in fields.items()
-    }
 
 
 async def _respond_error(send: Send, error: Exception) -> None:
@@ -678,7 +655,3 @@ def _headers(error: Exception) -> tuple[tuple[bytes, bytes], ...]:
         case QueueUnavailable() | AssetsUnavailable():
             return ((b"retry-after", b"1"),)
     return auth.headers_of(error)
-
-
-def _time(time: datetime | None) -> str | None:
-    return None if time is None else time.astimezone(UTC).isoformat().replace("+00:00", "Z")

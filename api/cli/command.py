@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from typing import Annotated, TextIO, cast
+from collections.abc import Callable
+from typing import Annotated, Final, TextIO, cast
 
 import typer
 
@@ -16,6 +17,7 @@ from job_registry import DefinitionError
 from job_registry_api.cli import (
     check,
     enqueue,
+    jobs,
     lock,
     migrate,
     registry,
@@ -85,18 +87,23 @@ def _options(
 ) -> None: ...
 
 
-for command in (
-    serve.serve,
-    worker.worker,
-    migrate.migrate,
-    registry.types,
-    registry.policy,
-    registry.validate,
-    enqueue.enqueue,
-    lock.lock,
-    check.check,
-    schema.schema,
-    versions.versions,
-    versions.unpark,
-):
-    app.command()(command)
+_COMMANDS: Final[dict[str, Callable[..., None]]] = {
+    "serve": serve.serve,
+    "worker": worker.worker,
+    "migrate": migrate.migrate,
+    "types": registry.types,
+    "policy": registry.policy,
+    "validate": registry.validate,
+    "enqueue": enqueue.enqueue,
+    "list": jobs.list_jobs,
+    "show": jobs.show,
+    "cancel": jobs.cancel,
+    "retry": jobs.retry,
+    "versions": versions.versions,
+    "unpark": versions.unpark,
+    "lock": lock.lock,
+    "check": check.check,
+    "schema": schema.schema,
+}
+for _name, _command in _COMMANDS.items():
+    app.command(_name)(_command)

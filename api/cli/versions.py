@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from job_registry_api.queue.models import JobCounts, TypeVersion
 
 TypeNames = Annotated[
-    list[str] | None, typer.Argument(metavar="[TYPE]...", help="Job types. Defaults to all.")
+    list[str] | None, typer.Argument(metavar="TYPE", help="Job types. Defaults to all.")
 ]
 
 SHOWN_DIGITS = 12
