@@ -54,7 +54,7 @@ from job_registry_api.queue.filters import JobFilter
 from job_registry_api.queue.job_logs import LOG_WEIGHT, lines_of
 from job_registry_api.queue.models import JobRecord, JobStatus, Owner
 from job_registry_api.queue.queue import JobQueue
-from job_registry_api.queue.requests import parse_request
+from job_registry_api.queue.requests import parse_request, read_request
 from job_registry_api.uploads import (
     FORMATS,
     AssetExists,
@@ -230,8 +230,13 @@ async def enqueue(request: _Request) -> _Answer:
     caller, queue = request.caller, request.queue
     caller.need("jobs:enqueue", "jobs:own")
     budget = queue.registry.fault_budget()
-    given = parse_request(await request.json(), budget=budget)
+    given, faults = read_request(await request.json(), budget=budget)
+    if given is None:
+        raise InputInvalid(tuple(faults))
     caller.need_types([given.type])
+    if faults:
+        # Refuses it for the faults of its payload too.
+        queue.admit(given, caller.subject, budget, found=faults)
     enqueued = await queue.enqueue(
         given, created_by=caller.subject, others=caller.others_jobs, budget=budget
     )

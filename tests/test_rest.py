@@ -139,6 +139,25 @@ async def test_a_page_stops_before_it_is_too_large(visit: Visit) -> None:
 # Bulks
 
 
+async def test_a_job_is_refused_for_all_its_faults_at_once(http: httpx.AsyncClient) -> None:
+    wrong = {**PAYOUT, "payload": {"batchId": 7}, "priority": "high", "maxAttempts": 0, "prio": 1}
+    answer = await http.post("/jobs", json=wrong)
+    assert answer.status_code == 422
+    assert faults(answer) == [
+        ("/prio", "unknown_field"),
+        ("/priority", "wrong_type"),
+        ("/maxAttempts", "out_of_range"),
+        ("/payload/batchId", "wrong_type"),
+        ("/payload/escrowId", "required"),
+    ]
+    # Nothing else matters where the type is unknown, or is no name.
+    unknown = await http.post("/jobs", json={**wrong, "type": "no.such"})
+    assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "job_type_not_found")
+    no_name = await http.post("/jobs", json={**wrong, "type": 7, "maxAttempts": 1})
+    assert [path for path, _ in faults(no_name)] == ["/prio", "/type", "/priority"]
+    assert (await http.get("/jobs")).json()["jobs"] == []
+
+
 async def test_a_bulk_has_a_result_for_each_job(http: httpx.AsyncClient) -> None:
     keyed = {**PAYOUT, "idempotencyKey": "k"}
     jobs = [PAYOUT, {**PAYOUT, "payload": {}}, {**PAYOUT, "type": "no.such"}, keyed, keyed]

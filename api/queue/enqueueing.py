@@ -407,11 +407,15 @@ class Enqueueing(Opening):
         budget: FaultBudget | None = None,
         *,
         hides_others: bool = False,
+        found: Sequence[Violation] = (),
     ) -> NewJob:
-        """Return the job that a request describes. Raises as `enqueue` does; writes nothing."""
+        """Return the job that a request describes. Raises as `enqueue` does; writes nothing.
+
+        `found` are faults of fields that the request does not have. It is refused for these too.
+        """
         budget = budget or FaultBudget()
-        faults: list[Violation] = []
-        if request[2:] != _NO_OPTIONS:
+        faults = list(found)
+        if faults or request[2:] != _NO_OPTIONS:
             self.registry.get_type(request.type, budget)  # Without a type, they do not matter.
             faults += budget.listed("The request", list(input_faults(request)))
         faults += creator_faults(created_by)

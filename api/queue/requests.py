@@ -41,9 +41,22 @@ def parse_request(
         InputInvalid: a field is missing, unknown or of the wrong type. Ranges and the payload are
             checked when the job is enqueued.
     """
+    request, faults = read_request(value, path=path, budget=budget)
+    if request is None or faults:
+        raise InputInvalid(tuple(faults))
+    return request
+
+
+def read_request(
+    value: object, *, path: str = "", budget: FaultBudget | None = None
+) -> tuple[EnqueueRequest | None, list[Violation]]:
+    """Return the request of a JSON object's sound fields, and the faults of the others.
+
+    The request is None if the type or the payload is one of these. Raises nothing.
+    """
     if not isinstance(value, Mapping):
         message = f"Expected an object with type and payload; got {shortened(value)}."
-        raise InputInvalid((Violation(path, "wrong_type", message),))
+        return None, [Violation(path, "wrong_type", message)]
     budget = budget or FaultBudget()
     faults: list[Violation] = []
     unknown = [str(name) for name in value if name not in _FIELDS]
@@ -77,9 +90,7 @@ def parse_request(
                 faults.append(Violation(at, "invalid_format", message))
         else:
             given[attribute] = came
-    if faults:
-        raise InputInvalid(tuple(faults))
-    return EnqueueRequest(**given)
+    return (EnqueueRequest(**given) if {"type", "payload"} <= given.keys() else None), faults
 
 
 _FIELDS: Final[dict[str, tuple[str, Any, str]]] = {
