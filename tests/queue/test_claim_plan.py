@@ -16,6 +16,7 @@ import pytest
 from sqlalchemy import event, text
 
 from job_registry import EnqueueRequest, JobRegistry
+from job_registry.discovery import load_registry
 from job_registry_api.queue.database import Database
 from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.errors import InputInvalid
@@ -274,6 +275,34 @@ async def test_on_postgresql_a_filled_table_without_statistics_costs_no_more(
     }
     await database.close()
     assert max(read.values()) < FEW_BLOCKS, read
+
+
+@pytest.mark.parametrize("analyzed", [False, True], ids=["never", "when it was idle"])
+async def test_on_postgresql_a_burst_of_equal_jobs_is_read_by_the_index_of_claims(
+    fresh_postgresql_url: str, analyzed: bool
+) -> None:
+    """To the planner, two indexes seem to have the one job that it expects, and that without the
+    order is the smaller one: each claim read and sorted the whole queue, until the next ANALYZE."""
+    database = open_database(fresh_postgresql_url, timeout_seconds=None)
+    queue = JobQueue(load_registry(["job_registry.catalog"]), database)
+    if analyzed:
+        async with database.reading() as connection:
+            await connection.exec_driver_sql("ANALYZE")
+    payout = EnqueueRequest("payout.execute", {"batchId": "b", "escrowId": "e"})
+    for _ in range(20):
+        await queue.enqueue_many([payout] * 1_000)
+    job = (await queue.enqueue(payout)).job
+    read = {
+        name: await entries(database, statement.replace("test.ping", payout.type))
+        for name, statement in {
+            "claim": CLAIM,
+            "later claim": LATER_CLAIM,
+            "next due": NEXT_DUE,
+            "waiting": WAITING.format(job.id).replace("1000", "50"),
+        }.items()
+    }
+    await database.close()
+    assert max(read.values()) < FEW_ENTRIES, read
 
 
 async def test_jobs_of_higher_priority_that_are_scheduled_for_later_cost_nothing(
