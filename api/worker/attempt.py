@@ -60,6 +60,7 @@ from job_registry_api.worker.outcomes import (
 from job_registry_api.worker.processes import HandlerProcesses, ProcessCall, address_of
 from job_registry_api.worker.progress import Progress
 from job_registry_api.worker.running import HandlerCall
+from job_registry_api.worker.watchdog import Term
 
 CANCEL_GRACE_SECONDS: Final = 3.0
 """How long a cancelled handler in a process may take to end before it is killed."""
@@ -238,6 +239,8 @@ class Attempt:
             self._log.warning("job.cannot_be_isolated")
             call = self._start_here(registered, payload)
             end = await self._end_of(call)
+        if isinstance(end, Died) and end.too_late:
+            self._notice_too_late()
         self._reporting = True
         self._ended_late = not self._now.timed_out and time.monotonic() >= self._deadline
         self._follow_ups.end()
@@ -283,6 +286,8 @@ class Attempt:
 
     def _start_in_process(self, registered: JobType[Any], address: str) -> ProcessCall:
         assert self._equipment.processes is not None
+        term = Term(at_most=self._deadline)
+        self._equipment.keeper.limit(self._hold, term)
         return self._equipment.processes.call(
             address,
             registered,
@@ -293,6 +298,7 @@ class Attempt:
             on_log_line=self._line_sink(),
             on_follow_up=self._follow_ups.add_from_process,
             may_start=partial(self._may_start, self._hold),
+            term=term,
         )
 
     def _start_here(self, registered: JobType[Any], payload: Any) -> HandlerCall:
@@ -606,6 +612,13 @@ class Attempt:
         if not self._reporting and not self._now.out_of_touch:
             self._log.warning("job.out_of_touch")
             self._request_stop(self._equipment.keeper.grace_seconds, out_of_touch=True)
+
+    def _notice_too_late(self) -> None:
+        """Note why the watchdog has killed the handler, while this worker did not run."""
+        if time.monotonic() >= self._deadline:
+            self._now = replace(self._now, timed_out=True)
+        else:
+            self._lose_touch()
 
     def _request_stop(self, grace: float, **why: bool) -> None:
         self._now = replace(self._now, **why)

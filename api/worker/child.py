@@ -4,20 +4,19 @@ The worker sends frames of JSON over a socket: `start` once, `run` for each job,
 `leave`. The process answers `ready` or `failed` once, and `begun`, `progress`, `logged`,
 `follow_up` and `ended` per job, and `limited` if its type has a memory limit.
 When the socket closes, the process kills its process group, which includes all processes that the
-handlers have started.
+handlers have started. The watchdog of the worker does so too, because no thread notices that the
+socket is closed while a handler holds the interpreter lock.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import functools
 import os
 import signal
 import socket
 import struct
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -68,7 +67,6 @@ def frame(message: dict[str, Any]) -> bytes:
 
 def main(descriptor: int) -> None:
     """Run jobs for the worker at the other end of this socket until it sends `leave`."""
-    _end_with_worker()
     link = _Link(socket.socket(fileno=descriptor))
     link.socket.set_inheritable(False)
     os.register_at_fork(after_in_child=lambda: _replace(descriptor))
@@ -89,21 +87,6 @@ def main(descriptor: int) -> None:
         link.send({"failed": f"The handler's process cannot load its job types: {error}"})
 
 
-def _end_with_worker() -> None:
-    """Let the kernel end this process when its worker ends, on Linux.
-
-    The socket closes then too, but no thread notices while a library holds the interpreter lock.
-    The alarm leaves the socket a second, because that way ends the handler's own processes as well.
-    """
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        # The kernel calls alarm(SIGHUP), whose argument of 1 is one second, and SIGALRM ends the
-        # process. No Python code has to run.
-        libc.signal(int(signal.SIGHUP), ctypes.cast(libc.alarm, ctypes.c_void_p))
-        # The kernel watches the thread that started this process: that of the worker's event loop.
-        libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGHUP))
-
-
 def _replace(descriptor: int) -> None:
     """Replace the socket in a forked child, so that it closes when the parent ends.
 
@@ -112,9 +95,6 @@ def _replace(descriptor: int) -> None:
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, descriptor, inheritable=False)
     os.close(null)
-
-
-_PR_SET_PDEATHSIG: Final = 1
 
 
 def job_type_at(address: str, name: str, handler_module: str | None) -> JobType[Any]:

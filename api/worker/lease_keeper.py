@@ -23,6 +23,7 @@ from job_registry_api.queue.leasing import Renewal
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.store import Renewed
 from job_registry_api.worker.log_writer import LogWriter
+from job_registry_api.worker.watchdog import Term
 
 PROGRESS_SECONDS: Final = 1.0
 """The shortest time between two writes of a job's progress."""
@@ -72,6 +73,8 @@ class Hold:
     """Whether the attempt has ended in the queue. Only its place in the limit is then renewed."""
     cancel_reported: bool = field(default=False, init=False)
     out_of_touch_reported: bool = field(default=False, init=False)
+    term: Term | None = field(default=None, init=False)
+    """Until when the process of the handler may run, if it has one."""
 
     @property
     def has_progress(self) -> bool:
@@ -147,6 +150,16 @@ class LeaseKeeper:
     def is_in_touch(self, hold: Hold) -> bool:
         """Return whether the lease is sure to be in force for another moment."""
         return time.monotonic() < hold.in_touch_at + self._stop_after
+
+    def limit(self, hold: Hold, term: Term) -> None:
+        """Let a term end with the lease, and move its end with each renewal."""
+        with self._lock:
+            hold.term = term
+            self._move(hold)
+
+    def _move(self, hold: Hold) -> None:
+        if hold.term is not None:
+            hold.term.end_at(hold.in_touch_at + self._stop_after + self.grace_seconds)
 
     def keep_place(self, token: str) -> None:
         """Renew only the place in the concurrency limit, because the attempt has timed out."""
@@ -320,7 +333,9 @@ class LeaseKeeper:
                     if not hold.ended:
                         hold.ended = True
                         self._call_on_worker_loop(hold.on_lost)
-                elif answer.cancel_requested and not hold.cancel_reported:
+                    continue
+                self._move(hold)
+                if answer.cancel_requested and not hold.cancel_reported:
                     hold.cancel_reported = True
                     self._call_on_worker_loop(hold.on_cancel)
 

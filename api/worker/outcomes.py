@@ -77,11 +77,13 @@ class Died:
     """The handler's process ended without a report. A negative exit code is a signal.
 
     `limit_mb` is the memory limit of its job type. `near_limit`: it was close to that limit.
+    `too_late`: the watchdog killed it, because its worker did not run until its lease ended.
     """
 
     exit_code: int
     limit_mb: int | None = None
     near_limit: bool = False
+    too_late: bool = False
 
 
 @dataclass(frozen=True, slots=True)

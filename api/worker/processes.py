@@ -37,6 +37,7 @@ from job_registry_api.worker.outcomes import (
     Raised,
     end_from_json,
 )
+from job_registry_api.worker.watchdog import Term, Watchdog
 
 IDLE_SECONDS: Final = 60.0
 """How long a process waits for its next job before it ends."""
@@ -79,6 +80,7 @@ class HandlerProcesses:
                 " run in processes, because each process imports it from there"
             )
         self._start = {"assets": assets, "extensions": addresses, "max_bytes": max_bytes}
+        self._watchdog = Watchdog()
         self._idle: list[_Process] = []
         self._all: set[_Process] = set()
         self._closed = False
@@ -95,8 +97,9 @@ class HandlerProcesses:
         on_log_line: Callable[[bytes], None],
         on_follow_up: Callable[[Mapping[str, Any]], None],
         may_start: Callable[[], bool] = lambda: True,
+        term: Term | None = None,
     ) -> ProcessCall:
-        """Run a job's handler in an idle process, or in a new one.
+        """Run a job's handler in an idle process, or in a new one. It is killed after the `term`.
 
         `may_start` is called once the process is ready, which can take seconds. If it returns
         False, the call ends as one whose handler was cancelled.
@@ -117,6 +120,7 @@ class HandlerProcesses:
             on_log_line=on_log_line,
             on_follow_up=on_follow_up,
             may_start=may_start,
+            term=term or Term(),
         )
 
     def take(self, limit_mb: int | None = None) -> _Process:
@@ -124,7 +128,11 @@ class HandlerProcesses:
 
         What earlier jobs have left in the process counts towards the memory limit of the next. A
         process in which that is more than half of the limit is replaced.
+
+        Raises:
+            OSError: no process can be started, or no watchdog.
         """
+        self._watchdog.start()
         while self._idle:
             process = self._idle.pop()
             alive = process.stop_waiting()
@@ -134,7 +142,7 @@ class HandlerProcesses:
                 self.replace(process)
             else:
                 return process
-        process = _Process({**self._start, "logs": configuration()})
+        process = _Process({**self._start, "logs": configuration()}, self._watchdog)
         self._all.add(process)
         return process
 
@@ -161,6 +169,7 @@ class HandlerProcesses:
         while any(each.is_alive() for each in idle) and time.monotonic() < give_up:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         await asyncio.gather(*(self.end(process) for process in list(self._all)))
+        self._watchdog.end()
 
     def kill_all(self) -> None:
         """Kill every process now. Thread-safe."""
@@ -203,6 +212,7 @@ class ProcessCall:
         on_log_line: Callable[[bytes], None],
         on_follow_up: Callable[[Mapping[str, Any]], None],
         may_start: Callable[[], bool],
+        term: Term,
     ) -> None:
         self._processes = processes
         self._run = run
@@ -213,6 +223,7 @@ class ProcessCall:
         self._on_log_line = on_log_line
         self._on_follow_up = on_follow_up
         self._may_start = may_start
+        self._term = term
         self._stop_requested = False
         self._killed = False
         self._process: _Process | None = None
@@ -244,7 +255,8 @@ class ProcessCall:
             if end is None:
                 exit_code = await self._processes.end(process)
                 if process.is_begun or not process.was_used or self._killed:
-                    return Died(exit_code, self._limit_mb, self._near_limit)
+                    too_late = process.was_too_late
+                    return Died(exit_code, self._limit_mb, self._near_limit, too_late)
                 continue
             if isinstance(end, NotStarted) and not process.is_ready:
                 await self._processes.end(process)
@@ -265,11 +277,13 @@ class ProcessCall:
             if "failed" in message:
                 return NotStarted(message["failed"])
             process.is_ready = True
-        if self._stop_requested or not self._may_start():
-            return Raised("stopped", "CancelledError", "")
-        process.run({**self._run, "seconds_left": self._deadline - time.monotonic()})
         watch: asyncio.Task[None] | None = None
+        # Before the lease is checked: the worker may be stopped after that.
+        process.begin(self._term)
         try:
+            if self._stop_requested or not self._may_start():
+                return Raised("stopped", "CancelledError", "")
+            process.run({**self._run, "seconds_left": self._deadline - time.monotonic()})
             while (message := await process.receive()) is not None:
                 if message.get("begun") == process.number:
                     process.is_begun = True
@@ -286,6 +300,7 @@ class ProcessCall:
                     process.left_over = message["left_over"]
                     return end_from_json(message["end"])
         finally:
+            self._term.finish()
             if watch is not None:
                 watch.cancel()
         return None
@@ -304,7 +319,7 @@ class ProcessCall:
 class _Process:
     """One process and the socket to it."""
 
-    def __init__(self, start: dict[str, Any]) -> None:
+    def __init__(self, start: dict[str, Any], watchdog: Watchdog) -> None:
         self.is_ready = False
         self.is_begun = False
         self.was_used = False
@@ -324,6 +339,7 @@ class _Process:
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )
+            self._watched = watchdog.watch(self._popen.pid)
         except BaseException:
             self._ours.close()
             raise
@@ -333,6 +349,15 @@ class _Process:
     @property
     def pid(self) -> int:
         return self._popen.pid
+
+    def begin(self, term: Term) -> None:
+        """Let the watchdog kill the process at the end of this term."""
+        term.begin(self._watched)
+
+    @property
+    def was_too_late(self) -> bool:
+        """Whether the watchdog has killed the process at the end of a term."""
+        return self._watched.was_killed
 
     def run(self, run: dict[str, Any]) -> None:
         """Send a job."""
@@ -393,6 +418,7 @@ class _Process:
                 break
             await asyncio.sleep(0.002)
         self.kill()
+        self._watched.forget()
         give_up = time.monotonic() + 5
         while self.is_alive() and time.monotonic() < give_up:  # noqa: ASYNC110
             await asyncio.sleep(0.005)

@@ -32,6 +32,7 @@ from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.models import JobRecord, JobStatus
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.worker import Worker, processes
+from job_registry_api.worker.watchdog import Watchdog
 from tests.conftest import run_sql
 from tests.worker import crowd
 
@@ -307,9 +308,12 @@ async def test_a_process_that_cannot_be_started_fails_the_attempt_at_once(
 
 @pytest.mark.slow
 def test_a_process_that_is_gone_may_be_talked_to_on_any_event_loop() -> None:
+    watchdog = Watchdog()
+    watchdog.start()
+
     async def talk() -> None:
         process = processes._Process(
-            {"assets": "", "extensions": [], "max_bytes": 1_000, "logs": None}
+            {"assets": "", "extensions": [], "max_bytes": 1_000, "logs": None}, watchdog
         )
         assert await process.receive() == {"ready": True}
         process.is_ready = True
@@ -324,6 +328,7 @@ def test_a_process_that_is_gone_may_be_talked_to_on_any_event_loop() -> None:
     for factory in (asyncio.new_event_loop, uvloop.new_event_loop):
         with asyncio.Runner(loop_factory=factory) as runner:
             runner.run(talk())
+    watchdog.end()
 
 
 @pytest.mark.slow

@@ -27,6 +27,7 @@ from job_registry_api.worker.outcomes import (
     end_as_json,
 )
 from job_registry_api.worker.processes import HandlerProcesses, ProcessCall
+from job_registry_api.worker.watchdog import Term
 
 Message = dict[str, Any]
 
@@ -39,7 +40,7 @@ class StandIn:
 
     pid = 4242
 
-    def __init__(self, start: Message) -> None:
+    def __init__(self, start: Message, watchdog: StandInWatchdog) -> None:
         self.start = start
         self.is_ready = self.is_begun = self.was_used = False
         self.left_over = self.number = self.cancelled = self.received = 0
@@ -49,6 +50,11 @@ class StandIn:
         self.seeing_off: asyncio.Task[Any] | None = None
         self.retire: Callable[[], None] = lambda: None
         self.started.append(self)
+
+    was_too_late = False
+
+    def begin(self, term: Term) -> None:
+        pass
 
     def run(self, run: Message) -> None:
         self.number += 1
@@ -84,6 +90,16 @@ class StandIn:
         return 3
 
 
+class StandInWatchdog:
+    """A watchdog that watches nothing."""
+
+    def start(self) -> None:
+        pass
+
+    def end(self) -> None:
+        pass
+
+
 READY: Message = {"ready": True}
 
 
@@ -104,6 +120,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[StandIn]:
     """The processes that were started."""
     StandIn.started, StandIn.script = [], answering(READY, {"begun": 1}, ended())
     monkeypatch.setattr(processes, "_Process", StandIn)
+    monkeypatch.setattr(processes, "Watchdog", StandInWatchdog)
     monkeypatch.setattr(processes, "LEAVE_SECONDS", 0.05)
     return StandIn.started
 
@@ -230,7 +247,7 @@ async def test_processes_leave_and_end_when_the_worker_ends(
     await asyncio.wait_for(closing, 1)
     assert [each.ended for each in started] == [True, True]
     # One that comes back later ends as well.
-    late = StandIn({})
+    late = StandIn({}, StandInWatchdog())
     all_of_them.give_back(late)
     await asyncio.wait_for(late.seeing_off or asyncio.sleep(0), 1)
     assert late.ended
@@ -372,7 +389,7 @@ async def test_a_stop_is_passed_on_while_the_handler_runs(started: list[StandIn]
 async def test_a_process_that_cannot_be_started_says_why(
     started: list[StandIn], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(_start: Message) -> None:
+    def refuse(_start: Message, _watchdog: StandInWatchdog) -> None:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     monkeypatch.setattr(processes, "_Process", refuse)
