@@ -4,7 +4,8 @@
 
 4 workers and 2 servers share one PostgreSQL, half of them through a proxy. Short jobs are enqueued
 over HTTP: of a type without a limit, of one with the limit 5, of one with the limit 1, and with
-idempotency keys, where each request is repeated until it is answered and once more after that.
+idempotency keys, where each request is repeated until it is answered and once more after that. Long
+ones are of a type with the limit 1 whose handlers run in processes.
 Meanwhile random processes get SIGKILL and are started again, or get SIGSTOP and, after less than a
 second or more than a lease, SIGCONT. The proxy stalls, resets and drops connections. PostgreSQL is
 restarted without notice halfway.
@@ -44,8 +45,9 @@ from tests import CODE
 from tests.postgresql_server import ServerMissing, free_port, installed, running_server
 from tests.proxy import Proxy
 
-LIMITS = {"crash.limited": 5, "crash.only": 1}
-LONG_SHARE = {"crash.limited": 0.03, "crash.only": 0.006}
+IN_PROCESS = "crash.process"
+LIMITS = {"crash.limited": 5, "crash.only": 1, IN_PROCESS: 1}
+LONG_SHARE = {"crash.limited": 0.03, "crash.only": 0.006, IN_PROCESS: 1.0}
 LEASE_SECONDS = 6
 CALLERS = 12
 WORKERS = 4
@@ -70,11 +72,19 @@ def log(what, job):
 LOG = os.open(os.environ["CRASH_LOG"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 soon = Backoff(base_seconds=0.1, cap_seconds=0.5)
 
-def job_type(name, limit=None):
+def job_type(name, limit=None, run_in=None, handler=None):
     policy = JobPolicy(max_attempts=1000, timeout_seconds=30, concurrency_limit=limit, backoff=soon)
-    made = JobType(name=name, payload=Nap, policy=policy)
-    made.handler(nap)
+    made = JobType(name=name, payload=Nap, policy=policy, run_in=run_in)
+    made.handler(handler or nap)
     return made
+
+def stay(job: JobContext, payload: Nap):
+    log("start", job)
+    until = time.monotonic() + payload.milliseconds / 1000
+    while time.monotonic() < until:
+        time.sleep(0.005)
+        log("goes-on", job)
+    log("end", job)
 
 async def nap(job: JobContext, payload: Nap):
     log("start", job)
@@ -87,6 +97,7 @@ free = job_type("crash.free")
 keyed = job_type("crash.keyed")
 limited = job_type("crash.limited", 5)
 only = job_type("crash.only", 1)
+process = job_type("crash.process", 1, "process", stay)
 """
 
 
@@ -180,6 +191,14 @@ class Crash:
                 else:
                     await self._send(client, own, job)
                 await asyncio.sleep(random.uniform(0, 0.05))
+
+    async def enqueue_for_processes(self, ports: list[int], until: float) -> None:
+        """Enqueue so many jobs with handlers in processes that mostly one runs, for seconds."""
+        async with httpx.AsyncClient(timeout=4) as client:
+            while time.monotonic() < until:
+                payload = {"milliseconds": _milliseconds(IN_PROCESS)}
+                await self._send(client, ports, {"type": IN_PROCESS, "payload": payload})
+                await asyncio.sleep(LEASE_SECONDS)
 
     async def _send_until_answered(
         self, client: httpx.AsyncClient, ports: list[int], job: dict[str, Any]
@@ -318,6 +337,7 @@ async def run(seconds: float, folder: Path, server: Server) -> int:
             work = [
                 asyncio.create_task(crash.kill_or_freeze_at_random(until)),
                 asyncio.create_task(crash.spoil_the_network(proxy, until)),
+                asyncio.create_task(crash.enqueue_for_processes(ports, until)),
                 *(asyncio.create_task(crash.enqueue(ports, until, n)) for n in range(CALLERS)),
             ]
             await asyncio.sleep(seconds / 2)
@@ -456,7 +476,8 @@ def runs_of(log: Path, crash: Crash) -> Iterator[Run]:
     The runs of a killed process end with it, and those in processes of a killed worker end with
     that: the attempt after a lost one runs in a process of its own. A process that was frozen for
     longer than a lease has lost its jobs without knowing: those runs count up to the freeze, and
-    not at all if they began just after it, with an expired lease.
+    not at all if they began just after it, with an expired lease. The process of a handler is not
+    frozen with its worker: that of a `crash.process` counts for as long as it writes to the log.
     """
     open_: dict[tuple[str, int], Run] = {}
     runs: list[Run] = []
@@ -465,13 +486,21 @@ def runs_of(log: Path, crash: Crash) -> Iterator[Run]:
     ):
         what, kind, job_id, pid, parent, at = line.split()
         key = (job_id, int(pid))
-        if what == "start":
-            open_[key] = Run(kind, float(at), float("inf"), job_id, (int(pid), int(parent)))
+        if what == "goes-on":
+            open_[key] = open_[key]._replace(end=float(at))
+        elif what == "start":
+            end = float(at) if kind == IN_PROCESS else float("inf")
+            open_[key] = Run(kind, float(at), end, job_id, (int(pid), int(parent)))
         elif key in open_:
             runs.append(open_.pop(key)._replace(end=float(at)))
     for run in open_.values():
-        runs.append(run._replace(end=min(crash.killed.get(pid, run.end) for pid in run.pids)))
+        if run.type != IN_PROCESS:
+            run = run._replace(end=min(crash.killed.get(pid, run.end) for pid in run.pids))
+        runs.append(run)
     for run in runs:
+        if run.type == IN_PROCESS:
+            yield run
+            continue
         last, counts = run.end, True
         for since, until in (each for pid in run.pids for each in crash.frozen.get(pid, ())):
             if until - since > LONG_FREEZE_SECONDS:

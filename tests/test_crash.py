@@ -60,3 +60,19 @@ def test_a_frozen_process_has_lost_what_it_ran_once_its_leases_are_over(tmp_path
     assert most(tmp_path, log, frozen={1: [(1.5, 1.5 + long)]}) == 1
     # A short freeze ends no lease: such a run still counts.
     assert most(tmp_path, log, frozen={1: [(1.5, 1.5 + short)]}) == 2
+
+
+def test_a_process_that_is_not_frozen_with_its_worker_still_counts(tmp_path: Path) -> None:
+    long = LONG_FREEZE_SECONDS + 1
+    log = "".join(
+        f"{what} crash.process {job} {pid} 9 {at}\n"
+        for what, job, pid, at in [
+            ("start", "a", 1, 1.0),
+            ("goes-on", "a", 1, 8.8),
+            ("start", "b", 2, 8.9),
+            ("goes-on", "a", 1, 9.1),
+            ("end", "b", 2, 9.5),
+        ]
+    )
+    assert most(tmp_path, log, frozen={9: [(1.5, 1.5 + long)]}) == 2
+    assert most(tmp_path, log.replace("9.1", "8.85"), frozen={9: [(1.5, 1.5 + long)]}) == 1

@@ -62,7 +62,6 @@ class Watchdog:
             bufsize=0,
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
             pass_fds=[self._memory],
             # Ctrl-Z at a terminal does not reach it.
             start_new_session=True,
