@@ -78,7 +78,7 @@ class Watchdog:
         assert self._table is not None, "the watchdog is not started"
         for row in range(0, len(self._table), _COLUMNS):
             if self._table[row + _GROUP] in (_UNUSED, _FREE):
-                self._table[row + _UNTIL] = _FOREVER
+                self._table[row + _UNTIL], self._table[row + _KILLED] = _FOREVER, 0.0
                 self._table[row + _GROUP] = group
                 return Watched(self, self._table, row)
         raise OSError(f"a worker has at most {MAX_PROCESSES} processes")
@@ -193,7 +193,7 @@ def _watch(worker: int, memory: int) -> None:
             if until > time.monotonic():
                 look_at = min(look_at, until)
                 continue
-            # The id of the group, because the row may be another group's by now.
+            # The group, because the row may be another one's by now.
             table[row + _KILLED] = group
             _kill(group)
         pause = max(0.0, look_at - time.monotonic())

@@ -249,6 +249,10 @@ AREAS: Final = (
                 "api/worker/child.py",
                 ("tests/worker/test_child.py", "tests/worker/test_in_processes.py"),
             ),
+            (
+                "api/worker/watchdog.py",
+                ("tests/worker/test_watchdog.py", "tests/worker/test_stopped_workers.py"),
+            ),
             ("api/worker/results.py", ("tests/worker/test_results.py",)),
             ("api/worker/memory_limit.py", ("tests/worker/test_memory_limit.py",)),
             ("api/worker/follow_ups.py", ("tests/worker/test_follow_ups.py",)),

@@ -261,7 +261,7 @@ async def test_a_handler_whose_time_is_over_ends_before_its_worker_runs_again(
             process.resume()
         thawed_at = time.monotonic()
         while not is_free(catalog):
-            assert time.monotonic() < thawed_at + 0.2
+            assert time.monotonic() < thawed_at + 2
             await asyncio.sleep(0.001)
 
 
@@ -287,7 +287,7 @@ async def test_what_a_handler_has_started_ends_with_a_killed_worker(
         first.kill()
         killed_at = time.monotonic()
         while not is_free(catalog):
-            assert time.monotonic() < killed_at + 0.5
+            assert time.monotonic() < killed_at + 2
             await asyncio.sleep(0.001)
 
 
