@@ -22,6 +22,7 @@ from job_registry_api.queue.leasing import Renewal
 from job_registry_api.queue.store import Renewed
 from job_registry_api.worker import lease_keeper
 from job_registry_api.worker.lease_keeper import Hold, LeaseKeeper
+from job_registry_api.worker.watchdog import Term
 
 Answer = Renewed | LeaseLost
 
@@ -326,6 +327,40 @@ async def test_a_lease_is_sure_until_shortly_before_it_may_be_over(
     keeper = keeper_of(queue)
     assert keeper.is_in_touch(Held("a", in_touch_at=time.monotonic() - last + 0.05))
     assert not keeper.is_in_touch(Held("a", in_touch_at=time.monotonic() - last - 0.05))
+
+
+class NotedTerm(Term):
+    """A term that notes its ends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ends: list[float] = []
+
+    def end_at(self, when: float) -> None:
+        self.ends.append(when)
+
+
+async def test_a_process_may_run_until_shortly_before_its_lease_may_be_over() -> None:
+    queue = Answers(lease_seconds=30.0)
+    answers: dict[str, Answer] = {
+        "renewed": in_force(),
+        "locked": in_force(renewed=False),
+        "lost": LeaseLost(),
+    }
+    queue.answer = lambda renewal: answers[renewal.token]
+    began = time.monotonic()
+    holds = [Held(token, 11, in_touch_at=began - 11) for token in answers]
+    terms = [NotedTerm() for _ in holds]
+    async with keeping(queue) as keeper:
+        for hold, term in zip(holds, terms, strict=True):
+            keeper.limit(hold, term)
+            keeper.hold(hold)
+        await until(lambda: holds[2].heard)
+        ended = time.monotonic()
+    # The lease lasts 30 s from the request that renewed it. Its handler is stopped a second before.
+    assert [term.ends[0] for term in terms] == [began - 11 + 29.5] * 3
+    assert began + 29.5 <= terms[0].ends[-1] <= ended + 29.5
+    assert {terms[1].ends[-1], terms[2].ends[-1]} == {began - 11 + 29.5}
 
 
 async def test_failed_renewals_are_repeated_after_ever_longer_pauses() -> None:
