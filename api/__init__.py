@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from job_registry_api.queue.reading import JobPage
     from job_registry_api.queue.sync import SyncQueue
     from job_registry_api.settings import Settings, SettingsInvalid, load_settings
+    from job_registry_api.tracing import Tracing
     from job_registry_api.worker.extensions import WorkerStartError
     from job_registry_api.worker.loop import Worker
 
@@ -63,6 +64,7 @@ __all__ = [
     "Settings",
     "SettingsInvalid",
     "SyncQueue",
+    "Tracing",
     "Worker",
     "WorkerStartError",
     "create_app",
@@ -94,6 +96,7 @@ _HOMES: Final = {
     "queue.reading": ("JobPage",),
     "queue.sync": ("SyncQueue",),
     "settings": ("Settings", "SettingsInvalid", "load_settings"),
+    "tracing": ("Tracing",),
     "worker.extensions": ("WorkerStartError",),
     "worker.loop": ("Worker",),
 }

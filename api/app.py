@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import structlog
 from starlette.middleware import Middleware
@@ -14,12 +14,18 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, WebSocketRoute
+from starlette.types import ASGIApp
 
 from job_registry import JobRegistry
 from job_registry.discovery import load_registry
 from job_registry.errors import shortened
 from job_registry_api import pages, rest
-from job_registry_api.application import JobsApplication, ShortWay, StartedApplication
+from job_registry_api.application import (
+    JobsApplication,
+    ShortWay,
+    StartedApplication,
+    TracedEndpoint,
+)
 from job_registry_api.auth import create_authenticator
 from job_registry_api.budget import RequestLimits
 from job_registry_api.compression import Compression
@@ -48,6 +54,9 @@ from job_registry_api.settings import Settings, SettingsInvalid, load_settings
 from job_registry_api.uploads import Uploads
 from job_registry_api.worker import Worker, WorkerStartError
 
+if TYPE_CHECKING:
+    from job_registry_api.tracing import Tracing
+
 log = structlog.get_logger("job_registry.app")
 
 
@@ -57,13 +66,15 @@ def create_app(
     *,
     queue: JobQueue | None = None,
     worker: bool = False,
+    tracing: Tracing | None = None,
     prepare: bool = True,
 ) -> JobsApplication:
     """Create the application. With `worker`, jobs that have a handler run in this process as well.
 
     `settings` default to those of the `JOBS_*` variables, `registry` to the job types of
     `JOBS_CATALOG`. With `queue`, the application uses an open queue and its registry, and neither
-    opens nor closes it. With `prepare`, the start creates and migrates a SQLite database, and
+    opens nor closes it. With `tracing`, which defaults to that of the queue, requests, enqueues and
+    attempts are traced. With `prepare`, the start creates and migrates a SQLite database, and
     checks that a PostgreSQL database has been migrated.
 
     During an outage of the database the application answers 503, and it recovers by itself. After
@@ -78,13 +89,17 @@ def create_app(
     """
     settings = load_settings() if settings is None else settings
     registry = _registry(settings, registry, queue)
+    if queue is not None:
+        if tracing not in (None, queue.tracing):
+            raise TypeError("a queue has its own tracing; pass either a queue or tracing")
+        tracing = queue.tracing
 
     @asynccontextmanager
     async def lifespan(app: JobsApplication) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
             if queue is None:
                 used = await stack.enter_async_context(
-                    JobQueue.from_settings(settings, registry, prepare=prepare)
+                    JobQueue.from_settings(settings, registry, tracing=tracing, prepare=prepare)
                 )
             elif queue.loop is asyncio.get_running_loop():
                 used = queue
@@ -149,12 +164,21 @@ def create_app(
         limits,
         _persisted_documents(settings),
     )
-    graphql_http = GraphQLOverHTTP(
+    graphql_http: ASGIApp = GraphQLOverHTTP(
         executor,
         authenticator,
         get_queries=settings.get_queries,
         page=pages.graphiql() if settings.graphiql else None,
     )
+    rest_routes = rest.routes(
+        authenticator, limits, described=settings.introspection, uploads=_uploads(settings)
+    )
+    if tracing is not None:
+        graphql_http = TracedEndpoint(graphql_http, "/graphql", tracing)
+        rest_routes = [
+            Route(each.path, TracedEndpoint(each.endpoint, each.path, tracing))
+            for each in rest_routes
+        ]
     graphql_websocket = GraphQLOverWebSocket(
         executor,
         authenticator,
@@ -166,9 +190,7 @@ def create_app(
         routes=[
             Route("/graphql", graphql_http),
             WebSocketRoute("/graphql", graphql_websocket),
-            *rest.routes(
-                authenticator, limits, described=settings.introspection, uploads=_uploads(settings)
-            ),
+            *rest_routes,
             *health_routes(lambda request: cast(Health, request.app.state.health)),
             *([Route("/", pages.root()), *pages.assets()] if settings.graphiql else ()),
         ],

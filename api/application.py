@@ -6,18 +6,21 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from contextvars import Context
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import structlog
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
 from job_registry import CodedError
 from job_registry_api.http_messages import deny, error_content, respond_json
 from job_registry_api.logs import log_unexpected
 from job_registry_api.queue.errors import QueueUnavailable
+
+if TYPE_CHECKING:
+    from job_registry_api.tracing import Tracing
 
 log = structlog.get_logger("job_registry.app")
 
@@ -169,6 +172,35 @@ class ShortWay:
             # Starlette's routes would take it: their "$" also matches before a last line feed.
             scope = {**scope, "path": scope["path"] + "\n"}
         await (self._endpoint if is_here else self._app)(scope, receive, send)
+
+
+class TracedEndpoint:
+    """An endpoint whose requests have a span, unless the host has begun one for them.
+
+    `route` is the path with its parameters by name.
+    """
+
+    def __init__(self, endpoint: ASGIApp, route: str, tracing: Tracing) -> None:
+        self._endpoint = endpoint
+        self._route = route
+        self._tracing = tracing
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one HTTP request."""
+        if self._tracing.is_traced_by_host():
+            await self._endpoint(scope, receive, send)
+            return
+        headers = [value for name, value in scope["headers"] if name == b"traceparent"]
+        with self._tracing.serving(
+            scope["method"], self._route, scope["path"], scope["scheme"], headers
+        ) as span:
+
+            async def send_traced(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    span.answered(message["status"])
+                await send(message)
+
+            await self._endpoint(scope, receive, send_traced)
 
 
 def _described(error: Exception) -> CodedError:

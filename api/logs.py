@@ -12,7 +12,7 @@ import logging
 import secrets
 import sys
 import traceback
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from typing import Any, BinaryIO, Final, Literal, TextIO, cast
 
@@ -47,6 +47,7 @@ def configure_logs(
     console = style == "console" or (style == "auto" and stream.isatty())
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
+        _with_trace_ids,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.ExceptionRenderer(_of_exc_info),
@@ -69,11 +70,11 @@ def configure_logs(
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[
-                *shared[:1],
+                *shared[:2],
                 structlog.stdlib.add_log_level,
                 structlog.stdlib.add_logger_name,
                 structlog.stdlib.ExtraAdder(),
-                *shared[2:],
+                *shared[3:],
             ],
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, render_text],
         )
@@ -92,6 +93,7 @@ def use_standard_logging() -> None:
         structlog.configure(
             processors=[
                 structlog.contextvars.merge_contextvars,
+                _with_trace_ids,
                 structlog.stdlib.filter_by_level,
                 structlog.stdlib.PositionalArgumentsFormatter(),
                 structlog.processors.ExceptionRenderer(_of_exc_info),
@@ -107,6 +109,25 @@ def _as_text(_logger: Any, _method: str, line: MutableMapping[str, Any]) -> str:
     values = [f"{key}={value}" for key, value in line.items() if key != "event"]
     text = " ".join([str(line["event"]), *values])
     return text if exception is None else f"{text}\n{exception}"
+
+
+def show_trace_ids(ids_of: Callable[[object], Mapping[str, str]]) -> None:
+    """Add to each line what `ids_of` returns for its `job_id`: the ids of a span, if there is one.
+
+    The argument is None for a line without a `job_id`.
+    """
+    global _trace_ids_of
+    _trace_ids_of = ids_of
+
+
+_trace_ids_of: Callable[[object], Mapping[str, str]] | None = None
+
+
+def _with_trace_ids(_logger: Any, _method: str, line: MutableMapping[str, Any]) -> Any:
+    if _trace_ids_of is not None:
+        for name, value in _trace_ids_of(line.get("job_id")).items():
+            line.setdefault(name, value)
+    return line
 
 
 def configuration() -> tuple[str, str] | None:
@@ -159,6 +180,9 @@ class _Together:
         common: Any = {}
         for process in self._processors:
             common = process(self._logger, "info", common)
+        if _trace_ids_of is not None:
+            # Most are written outside the contexts of the jobs that they name.
+            lines = [{**line, **_trace_ids_of(line.get("job_id"))} for line in lines]
         texts = [_render_json(self._logger, "info", {**common, **line}) for line in lines]
         if texts:
             self._logger.info(b"\n".join(texts))

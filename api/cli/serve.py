@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import uvicorn
     from starlette.applications import Starlette
 
+    from job_registry_api.tracing import Tracing
+
 
 def serve(
     host: Annotated[
@@ -70,11 +72,12 @@ def serve(
     registry = startup.read_registry(settings)
     if worker or settings.max_upload_bytes:
         startup.check_assets(settings.assets)
+    tracing = startup.read_tracing()
 
     from job_registry_api.app import create_app
     from job_registry_api.connections import ServerConfig, bounds_of
 
-    application = create_app(settings, registry, worker=worker, prepare=False)
+    application = create_app(settings, registry, worker=worker, tracing=tracing, prepare=False)
     startup.prepare_database(settings)
     config = ServerConfig(
         application,
@@ -90,7 +93,7 @@ def serve(
         # Requests and jobs have the same time to end, from the same signal.
         timeout_graceful_shutdown=max(1, int(settings.shutdown_seconds)),
     )
-    server = _server(config, application, settings, supervisor)
+    server = _server(config, application, settings, supervisor, tracing)
     if fd is not None:
         listening = inherited(fd)
     else:
@@ -112,6 +115,7 @@ def _server(
     application: Starlette,
     settings: Settings,
     supervisor: Supervisor | None,
+    tracing: Tracing | None,
 ) -> uvicorn.Server:
     """Create a uvicorn server that ends with `Shutdown`.
 
@@ -138,6 +142,8 @@ def _server(
                 supervised=supervisor is not None,
             ) as shutdown:
                 yield
+            if tracing is not None:
+                tracing.close()
             shutdown.work_has_ended(at_once=application.state.handlers_left() > 0)
 
         def end(self) -> None:

@@ -11,7 +11,7 @@ import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import typer
 
@@ -19,6 +19,10 @@ from job_registry import JobRegistry
 from job_registry.discovery import load_registry
 from job_registry_api.cli.output import REFUSED, fail
 from job_registry_api.settings import Settings, SettingsInvalid, load_settings
+from job_registry_api.tracing_settings import configured_tracing
+
+if TYPE_CHECKING:
+    from job_registry_api.tracing import Tracing
 
 RELOAD: Final = typer.Option(
     "--reload", help="Restart when a Python file changes. For development."
@@ -92,6 +96,17 @@ def _fault_of_folder(folder: str) -> str | None:
     except OSError as error:
         return error.strerror
     return None
+
+
+def read_tracing() -> Tracing | None:
+    """Set up tracing, if variables of OpenTelemetry configure it.
+
+    Call it once the job types are loaded: their modules may have set a provider of their own.
+
+    Raises:
+        SettingsInvalid: a variable is wrong, or the packages for tracing are not installed.
+    """
+    return configured_tracing(os.environ)
 
 
 def prepare_database(settings: Settings) -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from starlette.applications import Starlette
 
     from job_registry_api.connections import Bounds
+    from job_registry_api.tracing import Tracing
     from job_registry_api.worker import Worker
 
 HEALTH_CONNECTIONS: Final = 64
@@ -70,6 +71,7 @@ def worker(
     if channel is None and not any(job_type.has_handler for job_type in registry.values()):
         fail(WRONG_USAGE, "No job type has a handler, so there is nothing to run.")
     startup.check_assets(settings.assets)
+    tracing = startup.read_tracing()
     startup.prepare_database(settings)
     health_socket = None
     if health_port is not None:
@@ -80,7 +82,7 @@ def worker(
     startup.exclude_start_from_collection()
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            runner.run(_work(settings, registry, names, health_socket, supervisor))
+            runner.run(_work(settings, registry, names, health_socket, supervisor, tracing))
     except WorkerStartError as error:
         fail(REFUSED, str(error))
 
@@ -91,13 +93,14 @@ async def _work(
     types: Sequence[str],
     health_socket: socket | None,
     supervisor: Supervisor | None,
+    tracing: Tracing | None,
 ) -> None:
     from job_registry_api.queue.queue import JobQueue
     from job_registry_api.shutdown import Shutdown
     from job_registry_api.worker import Worker
     from job_registry_api.worker.loop import CLOSE_SECONDS
 
-    async with JobQueue.from_settings(settings, registry, prepare=False) as queue:
+    async with JobQueue.from_settings(settings, registry, tracing=tracing, prepare=False) as queue:
         worker = Worker(
             queue,
             types=types or None,
@@ -131,6 +134,8 @@ async def _work(
             if supervisor is not None:
                 stack.enter_context(_told_once_started(supervisor, worker))
             await worker.run()
+            if tracing is not None:
+                tracing.close()
             if worker.handlers_left:
                 shutdown.work_has_ended(at_once=True)
         shutdown.work_has_ended()

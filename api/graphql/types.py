@@ -670,6 +670,10 @@ class JobLease:
         description="The time until the attempt times out, counted from the start of the lease."
         " Unlike `deadlineAt`, it does not depend on the worker's clock."
     )
+    traceparent: str | None = strawberry.field(
+        description="The span that enqueued the job, as W3C Trace Context writes it: the parent of"
+        " the worker's own span. Null if the enqueue was not traced."
+    )
 
     @classmethod
     def of(cls, lease: claiming.Lease) -> JobLease:
@@ -681,4 +685,5 @@ class JobLease:
             lease_seconds=lease.lease_seconds,
             seconds_to_expiry=lease.seconds_to_expiry,
             seconds_left=lease.job.timeout_seconds,
+            traceparent=lease.traceparent,
         )

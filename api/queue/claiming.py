@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import Context
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final, NamedTuple
@@ -61,6 +62,8 @@ class Lease(NamedTuple):
     """How long the lease lasts after each heartbeat, but never past `deadline_at`."""
     requested_at: float
     """When its claim was sent, as `time.monotonic()`. The lease began then or later."""
+    traceparent: str | None = None
+    """The span that enqueued the job (W3C Trace Context); None if its enqueue was not traced."""
 
     @property
     def seconds_to_expiry(self) -> float:
@@ -286,6 +289,7 @@ class Claiming:
                 each.deadline_at,
                 self._lease_seconds,
                 requested_at,
+                each.traceparent,
             )
             for each in claimed.leased
         ]
@@ -436,7 +440,8 @@ class _WaitingLine:
         self._waiters.append(waiter)
         self._woken.set()
         if self.task is None:
-            self.task = asyncio.create_task(self._run(), name="leases")
+            # In a context of its own: its claims are not of its first caller alone.
+            self.task = asyncio.create_task(self._run(), name="leases", context=Context())
 
     def leave(self, waiter: _Waiter) -> None:
         """Remove a caller. An empty waiting line ends."""

@@ -8,11 +8,11 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import aclosing, suppress
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import chain
-from typing import Final, Literal, NamedTuple, Unpack, cast, overload
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple, Unpack, cast, overload
 
 from pydantic import JsonValue
 from pydantic_core import from_json, to_json
@@ -57,6 +57,9 @@ from job_registry_api.queue.store import (
     refuses,
     stored_before,
 )
+
+if TYPE_CHECKING:
+    from job_registry_api.tracing import Tracing
 
 DEFAULT_PRIORITY: Final = 50
 
@@ -134,6 +137,8 @@ class Enqueueing(Opening):
     max_bulk_size: int
     """The most jobs of one call."""
     _new_id: Callable[[], uuid.UUID]
+    tracing: Tracing | None
+    """Creates the spans of enqueues; None if they are not traced."""
 
     def __init__(self) -> None:
         # Separate groups: a job without a key never shares a statement with one that has to wait.
@@ -230,7 +235,13 @@ class Enqueueing(Opening):
                 )
             )
         new = self.admit(request, created_by, budget)
-        return _enqueued(new, request, await self._insert_one(new), others, budget)
+        if self.tracing is None:
+            return _enqueued(new, request, await self._insert_one(new), others, budget)
+        with self.tracing.sending({new.id: new.type}) as span:
+            new = new._replace(traceparent=span.traceparent)
+            enqueued = _enqueued(new, request, await self._insert_one(new), others, budget)
+            span.sent(enqueued.job.id)
+            return enqueued
 
     async def enqueue_many(
         self,
@@ -263,12 +274,12 @@ class Enqueueing(Opening):
         for _ in self._admit_each(bulk, created_by):
             # Listing faults takes milliseconds. A bulk of them would block the event loop.
             await asyncio.sleep(0)
-        if new := bulk.jobs_to_store():
-            if session is None:
+        with self._sending(bulk) as new:
+            if new and session is None:
                 await self._check_existing(new, values)
                 stored, committed = await self._insert_bulk(new, atomic=atomic)
                 await self._record(bulk, stored, committed, values)
-            else:
+            elif new and session is not None:
                 stored, committed = await _async(session).run_sync(
                     lambda opened: self._insert_bulk_within(opened, new, atomic=atomic)
                 )
@@ -287,9 +298,21 @@ class Enqueueing(Opening):
         bulk = self._bulk(jobs, atomic=atomic)
         for _ in self._admit_each(bulk, created_by):
             pass
-        if new := bulk.jobs_to_store():
-            bulk.record_all(*self._insert_bulk_within(session, new, atomic=atomic))
+        with self._sending(bulk) as new:
+            if new:
+                bulk.record_all(*self._insert_bulk_within(session, new, atomic=atomic))
         return bulk.in_order()
+
+    @contextmanager
+    def _sending(self, bulk: _Bulk) -> Iterator[list[NewJob]]:
+        """Yield the jobs of a bulk to store. If enqueues are traced, they have one span."""
+        new = bulk.jobs_to_store()
+        if self.tracing is None or not new:
+            yield new
+            return
+        with self.tracing.sending({job.id: job.type for job in new}, is_batch=True) as span:
+            bulk.set_traceparent(span.traceparent)
+            yield bulk.jobs_to_store()
 
     async def validate(
         self,
@@ -332,6 +355,22 @@ class Enqueueing(Opening):
         """Store a job in the transaction of a session without asyncio. Raises as `enqueue` does."""
         budget = budget or FaultBudget()
         new = self.admit(request, created_by, budget)
+        if self.tracing is None:
+            return self._enqueue_within(session, new, request, others, budget)
+        with self.tracing.sending({new.id: new.type}) as span:
+            new = new._replace(traceparent=span.traceparent)
+            enqueued = self._enqueue_within(session, new, request, others, budget)
+            span.sent(enqueued.job.id)
+            return enqueued
+
+    def _enqueue_within(
+        self,
+        session: Session,
+        new: NewJob,
+        request: EnqueueRequest,
+        others: OthersJobs,
+        budget: FaultBudget,
+    ) -> Enqueued:
         stored = self._insert_within(session, [new])
         enqueued = _enqueued(new, request, stored[new.id], others, budget)
         self._publish_within(session, [new], stored)
@@ -614,6 +653,11 @@ class _Bulk:
     def jobs_to_store(self) -> list[NewJob]:
         """Return the admitted jobs; none if the call is atomic and a job was refused."""
         return [] if self.atomic and self.results else list(self.admitted.values())
+
+    def set_traceparent(self, traceparent: str | None) -> None:
+        """Set the span that enqueues the jobs."""
+        for index, job in self.admitted.items():
+            self.admitted[index] = job._replace(traceparent=traceparent)
 
     def record_all(self, stored: Sequence[Stored], committed: bool) -> None:
         """Record the outcomes of the admitted jobs."""

@@ -11,6 +11,7 @@ import asyncio
 import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from contextvars import Context
 from typing import Any, Final, Generic, TypeVar
 
 from job_registry_api.queue.errors import QueueUnavailable
@@ -61,7 +62,8 @@ class GroupCommit(Generic[Item, Result]):
         self._waiting.append((item, future))
         self._deadlines.add(future, until)
         if self._task is None:
-            self._task = asyncio.create_task(self._run(), name="group-commit")
+            # In a context of its own: what it does and logs is not of its first caller alone.
+            self._task = asyncio.create_task(self._run(), name="group-commit", context=Context())
         return await future
 
     async def _run(self) -> None:

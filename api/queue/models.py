@@ -254,6 +254,8 @@ class Job(Table, table=True):
     # How many attempts ended unspent, and how many in a row were given back within seconds.
     returns: int = Field(sa_column=Column(Integer, nullable=False, server_default="0"))
     quick_returns: int = Field(sa_column=Column(Integer, nullable=False, server_default="0"))
+    # The span that enqueued the job, as W3C Trace Context writes it: 55 characters.
+    traceparent: str | None = Field(sa_column=Column(Text))
 
 
 class JobAttempt(Table, table=True):

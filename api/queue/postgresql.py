@@ -245,6 +245,7 @@ class PostgreSQLStore(Store):
                 token=row["lease_token"],
                 expires_at=row["lease_expires_at"],
                 deadline_at=row["deadline_at"],
+                traceparent=row["traceparent"],
             )
             for row in taken
             if row["id"] in jobs
@@ -548,10 +549,11 @@ _KIND: Final = (
     "backoff_base_seconds",
     "backoff_cap_seconds",
     "created_by",
+    "traceparent",
 )
 """What many jobs of a bulk have in common."""
 
-_TEXTS: Final = frozenset({"type", "fingerprint", "created_by"})
+_TEXTS: Final = frozenset({"type", "fingerprint", "created_by", "traceparent"})
 
 _kind_of: Callable[[NewJob], tuple[Any, ...]] = attrgetter(*_KIND)
 

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import cached_property
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from uuid_utils.compat import uuid7
 
@@ -34,6 +34,9 @@ from job_registry_api.queue.sync import SyncQueue
 from job_registry_api.queue.upkeep import Upkeep
 from job_registry_api.settings import Settings, check_database, load_settings
 
+if TYPE_CHECKING:
+    from job_registry_api.tracing import Tracing
+
 
 class JobQueue(Enqueueing, Reading, Leasing, Changing, Upkeep):
     """The queue. A program creates it with `from_url` or `from_settings`, and opens it:
@@ -49,7 +52,8 @@ class JobQueue(Enqueueing, Reading, Leasing, Changing, Upkeep):
     is not open on the running event loop.
 
     `new_id` creates the ids of new jobs (UUIDv7); tests can pass their own. `metrics` are the
-    metrics of the process; pass them when a process opens several queues.
+    metrics of the process; pass them when a process opens several queues. With `tracing`, enqueues
+    and attempts are traced; None traces nothing.
     """
 
     def __init__(
@@ -62,6 +66,7 @@ class JobQueue(Enqueueing, Reading, Leasing, Changing, Upkeep):
         max_bulk_size: int = defaults.MAX_BULK_SIZE,
         new_id: Callable[[], uuid.UUID] = uuid7,
         metrics: Metrics | None = None,
+        tracing: Tracing | None = None,
         prepare: Callable[[], object] | None = None,
     ) -> None:
         self.registry = registry
@@ -79,6 +84,7 @@ class JobQueue(Enqueueing, Reading, Leasing, Changing, Upkeep):
         database.on_unavailable = self.metrics.database_unavailable
         self.events = Events(database, self._store, process, self.metrics, registry.renamed)
         self._new_id = new_id
+        self.tracing = tracing
         Enqueueing.__init__(self)
         Reading.__init__(self)
         Leasing.__init__(self)
@@ -97,14 +103,15 @@ class JobQueue(Enqueueing, Reading, Leasing, Changing, Upkeep):
         listen_url: str | None = None,
         max_page_size: int = defaults.MAX_PAGE_SIZE,
         max_bulk_size: int = defaults.MAX_BULK_SIZE,
+        tracing: Tracing | None = None,
         prepare: bool = True,
     ) -> Self:
         """Return the queue on a database: `sqlite:///jobs.db` or `postgresql://USER@HOST/NAME`.
 
         `registry` is a registry, or the job types for one. With `prepare`, opening the queue
         creates and migrates a SQLite database, and checks that a PostgreSQL database has been
-        migrated. `docs/settings.md` explains the other arguments, which have the names of the
-        settings.
+        migrated. With `tracing`, enqueues and attempts are traced. `docs/settings.md` explains the
+        other arguments, which have the names of the settings.
 
         Raises:
             DefinitionError: two job types have the same name, or `registry` is something else.
@@ -140,6 +147,7 @@ class JobQueue(Enqueueing, Reading, Leasing, Changing, Upkeep):
             lease_seconds=lease_seconds,
             max_page_size=max_page_size,
             max_bulk_size=max_bulk_size,
+            tracing=tracing,
             prepare=prepare_database if prepare else None,
         )
         queue.must_be_open = True
@@ -151,11 +159,13 @@ class JobQueue(Enqueueing, Reading, Leasing, Changing, Upkeep):
         settings: Settings | None = None,
         registry: JobRegistry | Iterable[JobType[Any]] | None = None,
         *,
+        tracing: Tracing | None = None,
         prepare: bool = True,
     ) -> Self:
         """Return the queue of the settings: without `settings`, those of the `JOBS_*` variables.
 
-        `registry` defaults to the job types of `JOBS_CATALOG`. `prepare` is that of `from_url`.
+        `registry` defaults to the job types of `JOBS_CATALOG`. `tracing` and `prepare` are those of
+        `from_url`.
 
         Raises:
             SettingsInvalid: a variable is wrong.
@@ -177,6 +187,7 @@ class JobQueue(Enqueueing, Reading, Leasing, Changing, Upkeep):
             listen_url=settings.database_listen_url,
             max_page_size=settings.max_page_size,
             max_bulk_size=settings.max_bulk_size,
+            tracing=tracing,
             prepare=prepare,
         )
 
@@ -249,7 +260,11 @@ class JobQueue(Enqueueing, Reading, Leasing, Changing, Upkeep):
         database = self._database.for_another_loop(pool_size=pool_size)
         try:
             yield JobQueue(
-                self.registry, database, lease_seconds=self.lease_seconds, metrics=self.metrics
+                self.registry,
+                database,
+                lease_seconds=self.lease_seconds,
+                metrics=self.metrics,
+                tracing=self.tracing,
             )
         finally:
             await database.close()

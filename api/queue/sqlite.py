@@ -199,6 +199,7 @@ class SQLiteStore(Store):
                     token=row["lease_token"],
                     expires_at=row["lease_expires_at"],
                     deadline_at=row["deadline_at"],
+                    traceparent=row["traceparent"],
                 )
                 for row in map(_typed, leased)
             ],
@@ -938,6 +939,7 @@ def _values(job: NewJob, now: str) -> tuple[Any, ...]:
         time_text(job.next_run_at) if job.next_run_at else None,
         job.idempotency_key,
         job.created_by,
+        job.traceparent,
         now,
     )
 

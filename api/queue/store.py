@@ -216,6 +216,8 @@ class NewJob(NamedTuple):
     next_run_at: datetime | None
     idempotency_key: str | None
     created_by: str | None
+    traceparent: str | None = None
+    """The span that enqueues it, if enqueues are traced."""
     hides_others: bool = False
     """Whether the creator may not learn of the job of another that has the key."""
 
@@ -272,12 +274,16 @@ class Claim:
 
 
 class ClaimedJob(NamedTuple):
-    """A claimed job, the token of its lease, and when the lease and the attempt end."""
+    """A claimed job, the token of its lease, and when the lease and the attempt end.
+
+    `traceparent` is the span that enqueued the job, if enqueues are traced.
+    """
 
     job: JobRecord
     token: str
     expires_at: datetime
     deadline_at: datetime
+    traceparent: str | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 from pydantic_core import to_json
@@ -53,6 +53,7 @@ from job_registry_api.worker.outcomes import (
     TimeOut,
     end_of,
     how_it_died,
+    outcome_of,
     raised,
     report_of,
     storable,
@@ -61,6 +62,9 @@ from job_registry_api.worker.processes import HandlerProcesses, ProcessCall, add
 from job_registry_api.worker.progress import Progress
 from job_registry_api.worker.running import HandlerCall
 from job_registry_api.worker.watchdog import Term
+
+if TYPE_CHECKING:
+    from job_registry_api.tracing import AttemptSpan
 
 CANCEL_GRACE_SECONDS: Final = 3.0
 """How long a cancelled handler in a process may take to end before it is killed."""
@@ -130,6 +134,7 @@ class Attempt:
         self._queue = equipment.queue
         self._token = lease.token
         self._job = lease.job
+        self._traceparent = lease.traceparent
         self.job_id = lease.job.id
         self._id = str(lease.job.id)
         self._registered: JobType[Any] = self._queue.registry.get_type(lease.job.type)
@@ -158,6 +163,8 @@ class Attempt:
     _stop_by = float("inf")
     _news: asyncio.Future[None] | None = None
     _call: HandlerCall | ProcessCall | None = None
+    _span: AttemptSpan | None = None
+    """The span of the attempt, if attempts are traced."""
     _reporting = False
     _lines: bytes | None = None
     """The log lines that are not stored yet, once the handler has ended."""
@@ -198,23 +205,37 @@ class Attempt:
         except LeaseLost:
             # An attempt that has timed out is logged as that; the queue may have ended it first.
             if self._ended_late:
+                self._note(TimeOut(still_running=False))
                 self._log_timeout(still_running=False)
             elif not self._now.timed_out:
+                self._note(Nothing())
                 self._log.warning("job.lease_lost")
             if self.has_ended:
                 # The queue may have timed the attempt out, and does not know that it has ended.
                 await self._free_place()
         except QueueUnavailable as error:
+            if self._span is not None:
+                self._span.failed(error.code)
             self._log.warning("job.not_reported", reason=error.reason)
         except Exception as error:
             log_unexpected("worker", error)
         finally:
             self._equipment.keeper.drop(self._token)
+            if self._span is not None:
+                self._span.forget()
             # They refer to this attempt: break the cycles.
             del self._hold
             self._call = None
 
     async def _attempt(self, registered: JobType[Any]) -> None:
+        if (tracing := self._queue.tracing) is not None:
+            self._span = tracing.processing(
+                self._id,
+                self._job.type,
+                attempt=self._job.attempt,
+                worker_id=self._job.worker_id,
+                parent=self._traceparent,
+            )
         try:
             payload = registered.read(to_json(self._job.payload))
         except PayloadInvalid as invalid:
@@ -275,6 +296,8 @@ class Attempt:
             await self._report(report)
         finally:
             if not call.ended.done() and not self._now.releasing:
+                if self._span is not None:
+                    self._span.end()
                 await self._outlive(call)
 
     def _log_timeout(self, *, still_running: bool) -> None:
@@ -297,6 +320,7 @@ class Attempt:
             on_progress=self._progress_sink(),
             on_log_line=self._line_sink(),
             on_follow_up=self._follow_ups.add_from_process,
+            traceparent=None if self._span is None else self._span.traceparent,
             may_start=partial(self._may_start, self._hold),
             term=term,
         )
@@ -479,7 +503,13 @@ class Attempt:
         except Exception as error:
             self._log.warning("job.logs_not_stored", reason=reason_of(error))
 
+    def _note(self, report: Report) -> None:
+        """Record on the span how the attempt ended."""
+        if self._span is not None:
+            self._span.ended_as(*outcome_of(report))
+
     async def _report(self, report: Report) -> None:
+        self._note(report)
         queue, token = self._queue, self._token
         jobs = self._follow_ups.jobs
         if jobs or not isinstance(report, Complete):
@@ -537,7 +567,10 @@ class Attempt:
             "The stored payload does not match the current schema of the job type.",
             [violation.as_json() for violation in invalid.violations],
         )
-        if registered.policy.on_mismatch == "park":
+        parks = registered.policy.on_mismatch == "park"
+        if self._span is not None:
+            self._span.ended_as("parked" if parks else "failed", error.code)
+        if parks:
             fingerprint = registered.fingerprint
             if _is_first_in_a_minute(registered.name):
                 self._log.warning(

@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import structlog
 from pydantic import JsonValue
@@ -48,11 +48,17 @@ from job_registry_api.worker.outcomes import (
 from job_registry_api.worker.progress import Progress
 from job_registry_api.worker.running import HandlerCall, tasks_of_handlers_contained
 
+if TYPE_CHECKING:
+    from job_registry_api.tracing import Tracing
+
 HEADER: Final = struct.Struct("!I")
 """The header of each frame: the number of bytes that follow."""
 
 CUT_OFF: Final = 74
 """The exit code of a process that cannot report to its worker: EX_IOERR of sysexits.h."""
+
+SPANS_SECONDS: Final = 0.5
+"""How long the last spans may take to be sent. The worker kills the process after a second."""
 
 ENDED: Final = "the handler of this job has ended, so it cannot enqueue a job"
 
@@ -77,14 +83,36 @@ def main(descriptor: int) -> None:
         configure_logs(*start["logs"])
     else:
         use_standard_logging()
+    tracing = _tracing() if start["traced"] else None
     try:
         with contextlib.suppress(asyncio.CancelledError):
-            asyncio.run(_serve(link, start))
+            asyncio.run(_serve(link, start, tracing))
     except WorkerStartError as error:
         log_unexpected("handler process", error)
         link.send({"failed": str(error)})
     except DefinitionError as error:
         link.send({"failed": f"The handler's process cannot load its job types: {error}"})
+    finally:
+        if tracing is not None:
+            tracing.close(SPANS_SECONDS)
+
+
+def _tracing() -> Tracing:
+    """Return tracing by the variables of OpenTelemetry, or by what the lifespans set up.
+
+    A worker that was handed its tracing may have variables that are not for this process.
+    """
+    from job_registry_api.settings import SettingsInvalid
+    from job_registry_api.tracing import Tracing
+    from job_registry_api.tracing_settings import configured_tracing
+
+    try:
+        return configured_tracing(os.environ) or Tracing()
+    except SettingsInvalid as invalid:
+        structlog.get_logger("job_registry.worker").warning(
+            "tracing.not_configured", reason=str(invalid)
+        )
+        return Tracing()
 
 
 def _replace(descriptor: int) -> None:
@@ -208,7 +236,7 @@ class _Current:
         self.request_stop: Callable[[], None] | None = None
 
 
-async def _serve(link: _Link, start: dict[str, Any]) -> None:
+async def _serve(link: _Link, start: dict[str, Any], tracing: Tracing | None) -> None:
     loop = asyncio.get_running_loop()
     jobs: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
     current = _Current()
@@ -222,7 +250,9 @@ async def _serve(link: _Link, start: dict[str, Any]) -> None:
         link.send({"ready": True})
         with tasks_of_handlers_contained():
             while (run := await jobs.get()) is not None:
-                end = await _run(link, descriptors, run, current, start, middleware, state, memory)
+                end = await _run(
+                    link, descriptors, run, current, start, middleware, state, memory, tracing
+                )
                 link.send(
                     {
                         "ended": run["number"],
@@ -241,6 +271,7 @@ async def _run(
     middleware: list[Any],
     state: State,
     memory: MemoryLimit,
+    tracing: Tracing | None,
 ) -> End:
     job = run["job"]
     log = structlog.get_logger("job_registry.handler").bind(
@@ -270,6 +301,7 @@ async def _run(
             "class": address_of_class(type(payload)),
             "payload": document_of(payload),
             "options": options,
+            "traceparent": None if tracing is None else tracing.current(),
         }
         # Before the message that the handler has ended, or not at all.
         with enqueueing:
@@ -296,15 +328,17 @@ async def _run(
     if limit_mb is not None and memory.idle is not None:
         handler = memory.around(handler, limit_mb)
         link.send({"limited": run["number"], "near": memory.near})
-    call = HandlerCall(
-        descriptors.checked_after(handler),
-        context,
-        payload,
-        # In a thread, as in a worker: a plain function may run an event loop itself.
-        in_thread=not is_async(job_type.run),
-        middleware=middleware,
-        max_bytes=start["max_bytes"],
-    )
+    belonging = contextlib.nullcontext() if tracing is None else tracing.within(run["traceparent"])
+    with belonging:
+        call = HandlerCall(
+            descriptors.checked_after(handler),
+            context,
+            payload,
+            # In a thread, as in a worker: a plain function may run an event loop itself.
+            in_thread=not is_async(job_type.run),
+            middleware=middleware,
+            max_bytes=start["max_bytes"],
+        )
     current.request_stop = call.request_stop
     if current.cancelled.is_set():
         call.request_stop()

@@ -60,17 +60,23 @@ class FollowUps:
         try:
             name = options.pop("job_type") or self._type_of(message["class"])
             request = EnqueueRequest(name, message["payload"], **options)
-            self._add(request, uuid.UUID(message["id"]))
+            self._add(request, uuid.UUID(message["id"]), message.get("traceparent"))
         except (CodedError, DefinitionError) as refused:
             self.refusal = self.refusal or str(refused)
 
-    def _add(self, request: EnqueueRequest, job_id: uuid.UUID | None = None) -> NewJob:
+    def _add(
+        self, request: EnqueueRequest, job_id: uuid.UUID | None = None, parent: str | None = None
+    ) -> NewJob:
         most = self._queue.max_bulk_size
         if len(self.jobs) >= most:
             message = f"A handler can enqueue at most {most} jobs."
             raise InputInvalid((Violation("", "too_long", message),))
         new = self._queue.admit(request, self._created_by)
-        self.jobs.append(new if job_id is None else new._replace(id=job_id))
+        if job_id is not None:
+            new = new._replace(id=job_id)
+        if (tracing := self._queue.tracing) is not None:
+            new = new._replace(traceparent=tracing.created(new.id, new.type, parent))
+        self.jobs.append(new)
         return self.jobs[-1]
 
     def _type_of(self, address: str) -> str:

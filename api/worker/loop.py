@@ -165,6 +165,7 @@ class Worker:
             extensions=self._extensions,
             max_bytes=registry.max_payload_bytes,
             needed=bool(in_processes),
+            traced=queue.tracing is not None,
         )
 
     @property

@@ -218,6 +218,25 @@ def report_of(end: End, now: Circumstances) -> Report:
     return Nothing()
 
 
+def outcome_of(report: Report) -> tuple[str, str | None]:
+    """Return the outcome of an attempt with this report, and the code of its error."""
+    match report:
+        case Complete():
+            return "succeeded", None
+        case FailAttempt(code):
+            return "failed", code
+        case Stop():
+            return "cancelled", None
+        case Release():
+            return "released", None
+        case SnoozeFor():
+            return "snoozed", None
+        case TimeOut():
+            return "timed_out", "timed_out"
+        case Nothing():
+            return "lost", "lost"
+
+
 def raised(error: BaseException) -> Raised:
     """Convert a handler's exception to data: the exception itself would keep every frame alive.
 

@@ -71,6 +71,7 @@ class HandlerProcesses:
         extensions: Sequence[WorkerExtension],
         max_bytes: int,
         needed: bool,
+        traced: bool = False,
     ) -> None:
         addresses = [locate(each) for each in extensions]
         self.can_start = None not in addresses
@@ -79,7 +80,12 @@ class HandlerProcesses:
                 "a WorkerExtension must be at the top level of an importable module when handlers"
                 " run in processes, because each process imports it from there"
             )
-        self._start = {"assets": assets, "extensions": addresses, "max_bytes": max_bytes}
+        self._start = {
+            "assets": assets,
+            "extensions": addresses,
+            "max_bytes": max_bytes,
+            "traced": traced,
+        }
         self._watchdog = Watchdog()
         self._idle: list[_Process] = []
         self._all: set[_Process] = set()
@@ -96,10 +102,13 @@ class HandlerProcesses:
         on_progress: Callable[[bytes], None],
         on_log_line: Callable[[bytes], None],
         on_follow_up: Callable[[Mapping[str, Any]], None],
+        traceparent: str | None = None,
         may_start: Callable[[], bool] = lambda: True,
         term: Term | None = None,
     ) -> ProcessCall:
         """Run a job's handler in an idle process, or in a new one. It is killed after the `term`.
+
+        `traceparent` is the span that the handler belongs to, if attempts are traced.
 
         `may_start` is called once the process is ready, which can take seconds. If it returns
         False, the call ends as one whose handler was cancelled.
@@ -110,6 +119,7 @@ class HandlerProcesses:
             "handler_module": getattr(job_type.run, "__module__", None),
             "job": dict(job),
             "payload": payload,
+            "traceparent": traceparent,
         }
         return ProcessCall(
             self,

@@ -663,3 +663,41 @@ async def test_undoing_the_parking_of_jobs_leaves_them_due(
     assert due == times
     await asyncio.to_thread(migrations.upgrade, database_url)
     assert await leased() == 2
+
+
+async def test_what_processes_of_the_release_before_store_has_no_span_and_runs(
+    database_url: str, registry: JobRegistry
+) -> None:
+    """They do not send the column of revision 0012."""
+    await asyncio.to_thread(migrations.downgrade, database_url, "0011")
+    job = {
+        "id": "01a20b59007a7389bb53785ecafc486c",
+        "type": "test.ping",
+        "fingerprint": registry["test.ping"].fingerprint,
+        "payload": '{"text": "a"}',
+        "priority": 50,
+        "max_attempts": 3,
+        "timeout_seconds": 60,
+        "backoff_base_seconds": 2.0,
+        "backoff_cap_seconds": 60.0,
+    }
+    if database_url.startswith("sqlite"):
+        columns = ", ".join(job)
+        values = ", ".join(f"'{value}'" for value in job.values())
+        insert = (
+            f"INSERT INTO job ({columns}, status, attempt, created_at, next_run_at) VALUES"
+            f" ({values}, 'queued', 0, '2026-01-01 00:00:00.000000', '2026-01-01 00:00:00.000000')"
+        )
+    else:
+        text = json.dumps([job]).replace("'", "''")
+        insert = f"SELECT job_insert('{text}', 'p', false, false)"
+    await asyncio.to_thread(run_sql, database_url, insert)
+    await asyncio.to_thread(migrations.upgrade, database_url)
+    other = insert.replace("01a20b59", "01a20b5a")
+    await asyncio.to_thread(run_sql, database_url, other)
+
+    async with JobQueue.from_url(database_url, registry) as queue:
+        leases = await queue.lease(["test.ping"], "w", limit=9)
+        assert [lease.traceparent for lease in leases] == [None, None]
+        for lease in leases:
+            await queue.complete(lease.token, None)

@@ -26,15 +26,15 @@ WITH common AS MATERIALIZED (
         CAST(CAST(:timeout_seconds AS text) AS integer[]) AS timeout_seconds,
         CAST(CAST(:backoff_base_seconds AS text) AS double precision[]) AS base,
         CAST(CAST(:backoff_cap_seconds AS text) AS double precision[]) AS cap,
-        CAST(:created_by AS text[]) AS created_by
+        CAST(:created_by AS text[]) AS created_by, CAST(:traceparent AS text[]) AS traceparent
 ), made AS (
     INSERT INTO job_registry.job (
         id, type, fingerprint, status, payload, priority, attempt, max_attempts, timeout_seconds,
-        backoff_base_seconds, backoff_cap_seconds, created_by, created_at, next_run_at)
+        backoff_base_seconds, backoff_cap_seconds, created_by, traceparent, created_at, next_run_at)
     SELECT new.id, common.type[kind], common.fingerprint[kind], 'queued',
         CAST(new.payload AS jsonb), common.priority[kind], 0, common.max_attempts[kind],
         common.timeout_seconds[kind], common.base[kind], common.cap[kind], common.created_by[kind],
-        common.now, coalesce(new.next_run_at, common.now)
+        common.traceparent[kind], common.now, coalesce(new.next_run_at, common.now)
     FROM common CROSS JOIN unnest(
         CAST(CAST(:ids AS text) AS uuid[]), CAST(:payloads AS text[]),
         CAST(CAST(:times AS text) AS timestamptz[]), CAST(CAST(:kinds AS text) AS integer[])

@@ -13,11 +13,11 @@ SELECT strftime('%Y-%m-%d %H:%M:%f', 'now', :shift) || '000' AS now
 -- Store a new job, unless its type already has a job with the idempotency key.
 INSERT INTO job (
     id, type, fingerprint, status, payload, priority, attempt, max_attempts, timeout_seconds,
-    backoff_base_seconds, backoff_cap_seconds, idempotency_key, created_by, created_at,
+    backoff_base_seconds, backoff_cap_seconds, idempotency_key, created_by, traceparent, created_at,
     next_run_at)
 VALUES (
     :id, :type, :fingerprint, 'queued', :payload, :priority, 0, :max_attempts, :timeout_seconds,
-    :backoff_base_seconds, :backoff_cap_seconds, :idempotency_key, :created_by, :now,
+    :backoff_base_seconds, :backoff_cap_seconds, :idempotency_key, :created_by, :traceparent, :now,
     coalesce(:next_run_at, :now))
 ON CONFLICT (type, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING
 
