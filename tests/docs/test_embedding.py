@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
 
 from job_registry_api import QUEUE_TABLES
 from tests.conftest import run_sql
@@ -92,6 +93,17 @@ async def test_an_opening_and_its_job_are_stored_together_or_not_at_all(
     assert result == {"sent": "editors@example.com"}
     assert len(jobs) == 1
     assert [tuple(row) for row in openings] == [("cook",)]
+
+
+async def test_the_enqueues_of_a_traced_queue_belong_to_the_program_s_trace(
+    example: Callable[[str], Any],
+) -> None:
+    program = example("traced")
+    async with program.queue, program.jobs.running():
+        with TracerProvider().get_tracer("shop").start_as_current_span("order") as order:
+            await program.queue.enqueue(__import__("myjobs").MailSend(to="ada@example.com"))
+        (lease,) = await program.queue.lease(["mail.send"], "w")
+    assert f"-{order.get_span_context().trace_id:032x}-" in lease.traceparent
 
 
 async def test_the_merged_schema_serves_both_and_knows_the_user(

@@ -64,7 +64,7 @@ def test_every_module_of_the_pages_is_imported_by_a_test() -> None:
     tested |= {str(block.argument) for block in blocks("module", "testing.md")}
     # By `test_embedding.py`.
     tested |= {"mounted.py", "mounted_starlette.py", "openings.py", "merged_graphql.py"}
-    tested |= {"leave_out.py"}
+    tested |= {"leave_out.py", "traced.py"}
     assert {block.argument for block in blocks("module")} == tested
 
 
