@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable
 from datetime import datetime
 from typing import Annotated, Final
@@ -55,6 +56,10 @@ class EnqueueJobSuccess:
 @strawberry.type(description="The leased jobs. The list is empty when no job was due.")
 class LeaseJobsSuccess:
     leases: list[JobLease] = strawberry.field(description="The leases of this worker.")
+    waited_seconds: float = strawberry.field(
+        description="How long the server waited for a job before it leased these. Count the times"
+        " of the leases from when the request was sent, plus this time: the answer may arrive late."
+    )
 
 
 @strawberry.type(description="The waits of the worker's `leaseJobs` requests are ended.")
@@ -259,6 +264,7 @@ class Mutation:
             strawberry.argument(description="The job types, the worker, and how many jobs."),
         ],
     ) -> LeaseJobsResult | None:
+        received_at = time.monotonic()
         context_of(info).caller.need_types(input.job_types)
         queue, budget, of_each = context_of(info).queue, context_of(info).budget, selected(info)
         budget.charge_fields(max(0, min(input.limit, MAX_LEASE)) * of_each.fields)
@@ -281,7 +287,11 @@ class Mutation:
                 queue.give_back(leases[len(fitting) :])
                 leases = fitting
             leases = [each._replace(job=kept_for_answer(info, each.job)) for each in leases]
-        return LeaseJobsSuccess(leases=[JobLease.of(lease) for lease in leases])
+        began_at = min((each.requested_at for each in leases), default=time.monotonic())
+        return LeaseJobsSuccess(
+            leases=[JobLease.of(lease) for lease in leases],
+            waited_seconds=began_at - received_at,
+        )
 
     @strawberry.mutation(
         extensions=[Requires("jobs:work")],

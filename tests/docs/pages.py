@@ -6,6 +6,7 @@ A marker is a comment right before its block: `<!-- shell -->`, or with an argum
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -122,7 +123,8 @@ def write_modules(folder: Path, modules: Sequence[Block] | None = None) -> list[
 
 
 def matches(shown: object, came: object) -> bool:
-    """Whether an answer is as shown. `…` in a shown text stands for any text."""
+    """Whether an answer is as shown. `…` in a shown text stands for any text, and a shown number
+    with a fraction stands for similar ones."""
     match shown:
         case dict():
             return (
@@ -138,6 +140,8 @@ def matches(shown: object, came: object) -> bool:
             )
         case str():
             return isinstance(came, str) and pattern_of(shown).fullmatch(came) is not None
+        case float():
+            return isinstance(came, float) and math.isclose(shown, came, rel_tol=0.5)
     return shown == came and type(shown) is type(came)
 
 

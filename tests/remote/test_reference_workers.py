@@ -24,6 +24,7 @@ from job_registry_api.graphql.schema import SDL_FILE
 from tests.docs.pages import WORKERS
 from tests.http_client import serving
 from tests.node_packages import build_project, copy_project, skip_without_packages
+from tests.proxy import Proxy
 
 LEASE_SECONDS: Final = "3"
 
@@ -306,3 +307,44 @@ async def test_a_worker_that_lost_its_lease_drops_the_job(url: str, start: Start
         assert outcomes(other) == ["succeeded"]
         job = await read(server, job_id)
         assert (job["result"], outcomes(job)) == ("another", ["lost", "succeeded"])
+
+
+async def test_a_lease_that_ended_on_its_way_is_not_run(
+    url: str, start: Start, tmp_path: Path
+) -> None:
+    async with server_of(url) as server:
+        with Proxy(str(server.base_url)) as proxy:
+            await start(f"127.0.0.1:{proxy.port}", seconds=0)
+            warm = await enqueue(server, "b-1")
+            await until(server, warm, "succeeded")
+            await asyncio.sleep(0.5)
+            # The worker waits for jobs. The answer with the next one does not reach it.
+            proxy.stall()
+            job_id = await enqueue(server, "b-2")
+            await until(server, job_id, "running")
+            await asyncio.sleep(float(LEASE_SECONDS) + 0.5)
+            proxy.resume()
+            await until(server, job_id, "succeeded")
+        log = (tmp_path / "worker.log").read_text()
+        # Another worker could run the first attempt already, so only the second one is run.
+        assert f"{job_id} attempt 1" not in log
+        assert f"{job_id} attempt 2" in log
+
+
+@pytest.mark.slow
+async def test_a_lease_that_is_almost_over_when_it_arrives_is_renewed(
+    url: str, start: Start
+) -> None:
+    async with server_of(url, lease_seconds="9") as server:
+        with Proxy(str(server.base_url)) as proxy:
+            await start(f"127.0.0.1:{proxy.port}", seconds=4)
+            warm = await enqueue(server, "b-1")
+            await until(server, warm, "succeeded")
+            await asyncio.sleep(0.5)
+            proxy.stall()
+            job_id = await enqueue(server, "b-2")
+            await until(server, job_id, "running")
+            await asyncio.sleep(8)
+            proxy.resume()
+            job = await until(server, job_id, "succeeded")
+            assert outcomes(job) == ["succeeded"]

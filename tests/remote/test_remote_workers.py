@@ -134,6 +134,25 @@ async def test_a_worker_needs_no_clock(
         assert beat["secondsToExpiry"] == pytest.approx(expected, abs=5)
 
 
+WAITED = """mutation ($wait: Int!) {
+  leaseJobs(input: {jobTypes: ["payout.execute"], workerId: "python", waitSeconds: $wait}) {
+    ... on LeaseJobsSuccess { waitedSeconds leases { secondsToExpiry } } } }"""
+
+
+@pytest.mark.any_database
+async def test_a_worker_knows_when_its_leases_began(server: httpx.AsyncClient) -> None:
+    waiting = asyncio.create_task(graphql(server, WAITED, wait=20))
+    await asyncio.sleep(1.5)
+    await enqueue(server, "b-1")
+    leased = await waiting
+    assert len(leased["leases"]) == 1
+    assert 1 <= leased["waitedSeconds"] < 3
+    await enqueue(server, "b-2")
+    leased = await graphql(server, WAITED, wait=20)
+    assert len(leased["leases"]) == 1
+    assert leased["waitedSeconds"] < 1
+
+
 STOP = """mutation ($worker: String!) { stopWaiting(workerId: $worker) {
   ... on StopWaitingSuccess { workerId } ... on InputInvalid { violations { path } } } }"""
 

@@ -34,7 +34,11 @@ class Snooze(Exception):
 class Job:
     """A leased job, as its handler sees it."""
 
-    def __init__(self, lease: JobLease) -> None:
+    def __init__(self, lease: JobLease, began: float) -> None:
+        """`began` is when the lease began, or earlier, by the clock of the event loop."""
+        self.expires_at = began + lease["secondsToExpiry"]
+        # A second before the server ends the attempt, so that the report is in time.
+        self.times_out_at = began + max(lease["secondsLeft"] - 1, lease["secondsLeft"] / 2)
         self.token = lease["leaseToken"]
         self.id, self.type = lease["job"]["id"], lease["job"]["type"]
         self.attempt, self.payload = lease["job"]["attempt"], lease["job"]["payload"]
@@ -54,10 +58,11 @@ class Job:
         if self.handler is not None:
             self.handler.cancel()
 
-    def expires_in(self, seconds: float) -> None:
+    def expire_at(self, time: float) -> None:
         """Stop the job then, unless a heartbeat comes first: another worker may run it."""
         self.close()
-        self._expiry = asyncio.get_running_loop().call_later(seconds, self.stop, "lost")
+        self.expires_at = time
+        self._expiry = asyncio.get_running_loop().call_at(time, self.stop, "lost")
 
     def close(self) -> None:
         if self._expiry is not None:

@@ -34,6 +34,7 @@ class Violation(TypedDict):
 class LeaseJobsSuccess(TypedDict):
     kind: Literal["LeaseJobsSuccess"]
     leases: list[JobLease]
+    waitedSeconds: float
 
 
 class HeartbeatJobSuccess(TypedDict):
@@ -73,6 +74,7 @@ mutation ($input: LeaseJobsInput!) {
     kind: __typename
     ... Invalid
     ... on LeaseJobsSuccess {
+      waitedSeconds
       leases {
         leaseToken leaseSeconds secondsToExpiry secondsLeft
         job { id type attempt payload }

@@ -43,7 +43,10 @@ class Worker:
         self._concurrency, self._grace = concurrency, grace
         self._running: dict[asyncio.Task[None], Job] = {}
         self._stopping = asyncio.Event()
-        self._beat_seconds = 1.0
+        self._beat_seconds = 1 / 3
+        """Until a lease says otherwise, for the shortest that there is."""
+        self._late = asyncio.Event()
+        """Set when a lease arrives that is to be renewed at once."""
 
     def stop(self) -> None:
         """Lease no more jobs. Running jobs have `grace` seconds to end, and are then released."""
@@ -61,7 +64,7 @@ class Worker:
                     await asyncio.wait({stopping, *self._running}, return_when="FIRST_COMPLETED")
                     continue
                 try:
-                    leases = await self._lease(free, stopping)
+                    began, leases = await self._lease(free, stopping)
                     failures = 0
                 except Unreachable as error:
                     log.warning("leaseJobs: %s", error)
@@ -70,7 +73,7 @@ class Worker:
                     failures += 1
                     continue
                 for lease in leases:
-                    self._start(lease)
+                    self._start(lease, began)
         finally:
             self.stop()
             if self._running:
@@ -82,8 +85,9 @@ class Worker:
             stopping.cancel()
             beating.cancel()
 
-    async def _lease(self, limit: int, stopping: asyncio.Task[Any]) -> list[JobLease]:
-        types = list(self._handlers)
+    async def _lease(self, limit: int, stopping: asyncio.Task[Any]) -> tuple[float, list[JobLease]]:
+        """Return when the leases began, and the leases."""
+        types, sent = list(self._handlers), asyncio.get_running_loop().time()
         poll = asyncio.create_task(self._client.lease(types, self.id, limit, WAIT_SECONDS))
         await asyncio.wait({poll, stopping}, return_when="FIRST_COMPLETED")
         for _ in range(3):
@@ -95,26 +99,28 @@ class Worker:
             await asyncio.wait({poll}, timeout=0.5)
         if not poll.done():
             poll.cancel()
-            return []
+            return sent, []
         answer = poll.result()
         if answer["kind"] == "InputInvalid":
             raise Refused(f"leaseJobs: {answer['violations']}")
-        return answer["leases"]
+        return sent + answer["waitedSeconds"], answer["leases"]
 
-    def _start(self, lease: JobLease) -> None:
-        job = Job(lease)
+    def _start(self, lease: JobLease, began: float) -> None:
+        job = Job(lease, began)
+        job.expire_at(job.expires_at)
         self._beat_seconds = lease["leaseSeconds"] / 3
-        job.expires_in(lease["secondsToExpiry"])
-        # A second before the server does, so that the report is in time.
-        timeout = max(lease["secondsLeft"] - 1, lease["secondsLeft"] / 2)
-        task = asyncio.create_task(self._work(job, timeout))
+        task = asyncio.create_task(self._work(job))
         self._running[task] = job
         task.add_done_callback(self._running.pop)
+        if began + self._beat_seconds < asyncio.get_running_loop().time():
+            self._late.set()
 
-    async def _work(self, job: Job, timeout: float) -> None:
-        if not self._stopping.is_set():
+    async def _work(self, job: Job) -> None:
+        loop = asyncio.get_running_loop()
+        # A job whose lease may have ended on its way is not run, only released.
+        if not self._stopping.is_set() and loop.time() < job.expires_at:
             job.handler = asyncio.create_task(self._handle(job))
-            timer = asyncio.get_running_loop().call_later(timeout, job.stop, "timed_out")
+            timer = loop.call_at(job.times_out_at, job.stop, "timed_out")
             await asyncio.wait({job.handler})
             timer.cancel()
         await self._report(job, *ending(job))
@@ -157,7 +163,9 @@ class Worker:
             began = loop.time()
             renewed = await asyncio.gather(*(self._renew(job) for job in self._running.values()))
             pause = self._beat_seconds if all(renewed) else min(1.0, self._beat_seconds)
-            await asyncio.sleep(max(0.0, began + pause - loop.time()))
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._late.wait(), max(0.0, began + pause - loop.time()))
+            self._late.clear()
 
     async def _renew(self, job: Job) -> bool:
         """Send one heartbeat. Return False if it has to be sent again soon."""
@@ -175,7 +183,7 @@ class Worker:
             log.error("%s: %s", job.id, answer["violations"])
             job.latest_progress = None
         else:
-            job.expires_in(sent + answer["secondsToExpiry"] - loop.time())
+            job.expire_at(sent + answer["secondsToExpiry"])
             if answer["cancelRequested"]:
                 job.stop("cancelled")
         return answer["kind"] != "InputInvalid"

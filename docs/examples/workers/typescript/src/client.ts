@@ -8,6 +8,7 @@ const LEASE = graphql(`
       __typename
       ... on InputInvalid { violations { path message } }
       ... on LeaseJobsSuccess {
+        waitedSeconds
         leases {
           leaseToken leaseSeconds secondsToExpiry secondsLeft
           job { id type attempt payload }

@@ -24,7 +24,8 @@ export class Worker {
   readonly #handlers: Record<string, Handler>;
   readonly #options: Options;
   readonly #running = new Set<Job>();
-  #beatSeconds = 1;
+  /** Until a lease says otherwise, for the shortest that there is. */
+  #beatSeconds = 1 / 3;
   #stopping = false;
   #poll: AbortController | undefined;
   #wake = () => {};
@@ -55,7 +56,8 @@ export class Worker {
           continue;
         }
         try {
-          for (const lease of await this.#lease(free)) void this.#work(lease);
+          const { began, leases } = await this.#lease(free);
+          for (const lease of leases) void this.#work(lease, began);
           failures = 0;
         } catch (error) {
           if (!(error instanceof Unreachable)) throw error;
@@ -71,16 +73,18 @@ export class Worker {
     }
   }
 
-  async #lease(limit: number): Promise<Leases> {
+  /** Lease jobs. `began` is when their leases began, or earlier. */
+  async #lease(limit: number): Promise<{ began: number; leases: Leases }> {
     const jobTypes = Object.keys(this.#handlers);
     const input = { jobTypes, workerId: this.id, limit, waitSeconds: WAIT_SECONDS };
+    const sent = now();
     this.#poll = new AbortController();
     try {
       const answer = await this.#client.lease(input, this.#poll.signal);
       if (answer.__typename === "InputInvalid") {
         throw new Refused(`leaseJobs: ${JSON.stringify(answer.violations)}`);
       }
-      return answer.leases;
+      return { began: sent + answer.waitedSeconds, leases: answer.leases };
     } finally {
       this.#poll = undefined;
     }
@@ -95,16 +99,19 @@ export class Worker {
     this.#poll?.abort();
   }
 
-  async #work(lease: Lease): Promise<void> {
+  async #work(lease: Lease, began: number): Promise<void> {
     const job = new Job(lease);
+    const age = now() - began;
     this.#running.add(job);
     this.#beatSeconds = lease.leaseSeconds / 3;
-    job.expiresIn(lease.secondsToExpiry);
+    job.expiresIn(lease.secondsToExpiry - age);
+    if (age > this.#beatSeconds) void this.#renew(job);
     let ending: Ending = { kind: "release" };
-    if (!this.#stopping) {
+    // A job whose lease may have ended on its way is not run, only released.
+    if (!this.#stopping && age < lease.secondsToExpiry) {
       log(`${job.type} ${job.id} attempt ${job.attempt}`);
       // A second before the server does, so that the report is in time.
-      const timeout = Math.max(lease.secondsLeft - 1, lease.secondsLeft / 2);
+      const timeout = Math.max(lease.secondsLeft - 1, lease.secondsLeft / 2) - age;
       const timer = setTimeout(() => job.stop("timed_out"), timeout * 1000);
       ending = await endingOf(job, this.#handlers[job.type]!);
       clearTimeout(timer);
