@@ -67,8 +67,8 @@ class Settings(BaseSettings):
     )
     database_pooler: Literal["session", "transaction"] = Field(
         default="session",
-        description="`transaction` if the URL leads through PgBouncer, whatever its mode."
-        " `session` otherwise.",
+        description="`transaction` if the URL leads through PgBouncer, in its mode `transaction` or"
+        " `session`. `session` otherwise.",
     )
     database_listen_url: str | None = Field(
         default=None,

@@ -15,6 +15,12 @@ import sqlalchemy.exc
 
 from job_registry_api.queue.errors import QueueUnavailable, UnavailableKind
 
+_POOLER: Final = "If the URL leads through PgBouncer, set JOBS_DATABASE_POOLER=transaction."
+
+_STATEMENT_POOLING: Final = (
+    "The queue needs transactions. Set pool_mode to transaction or session in PgBouncer."
+)
+
 GRANT: Final = "The role lacks a grant: `job-registry migrate --grants ROLE` prints those it needs."
 
 
@@ -42,7 +48,7 @@ def as_unavailable(error: BaseException | None) -> QueueUnavailable | None:
             if isinstance(error.orig, sqlite3.Error):
                 return _sqlite_unavailable(error.orig)
             if error.connection_invalidated:
-                return QueueUnavailable(_first_line(error.orig))
+                return QueueUnavailable(advised(_first_line(error.orig)))
             return _postgresql_unavailable(error.orig)
         case asyncpg.PostgresError() | asyncpg.InterfaceError() | asyncpg.InternalClientError():
             return _postgresql_unavailable(error)
@@ -65,7 +71,9 @@ _NOTIFY_QUEUE: Final = (
 def _postgresql_unavailable(error: BaseException | None) -> QueueUnavailable | None:
     """Classify an error by https://www.postgresql.org/docs/current/errcodes-appendix.html."""
     state = getattr(error, "sqlstate", None) or ""
-    reason = _first_line(error)
+    reason = advised(_first_line(error))
+    if state in _PREPARED:
+        return QueueUnavailable(f"{reason}. {_POOLER}")
     if state in _TRANSIENT or _is_stale_plan(error):
         return Transient(f"{reason} ({state})", "busy")
     if _is_notify_queue_full(error):
@@ -85,6 +93,9 @@ def _postgresql_unavailable(error: BaseException | None) -> QueueUnavailable | N
 
 _TRANSIENT: Final = frozenset({"40001", "40P01"})
 """Serialization failure and deadlock."""
+
+_PREPARED: Final = frozenset({"26000", "42P05"})
+"""A prepared statement is missing or already there: the session is not the one before."""
 
 _OUTAGES: Final = frozenset(
     {
@@ -202,6 +213,15 @@ def connecting_failed_by(error: Exception | None) -> str:
         if number is not None:
             return os.strerror(int(number))
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def advised(reason: str) -> str:
+    """Add to an error of PgBouncer what to do."""
+    if "unsupported startup parameter" in reason:
+        return f"{reason}. {_POOLER}"
+    if "statement pooling mode" in reason:
+        return f"{reason}. {_STATEMENT_POOLING}"
+    return reason
 
 
 def _first_line(error: BaseException | None) -> str:

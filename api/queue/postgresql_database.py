@@ -33,11 +33,15 @@ from job_registry_api.queue.database import (
 )
 from job_registry_api.queue.driver_errors import (
     Transient,
+    advised,
     as_unavailable,
     connecting_failed_by,
     kind_of,
 )
-from job_registry_api.queue.errors import QueueUnavailable
+from job_registry_api.queue.errors import QueueUnavailable, reason_of
+
+NOT_LISTENING_LOG_SECONDS: Final = 60.0
+"""How often the log says that the connection for notifications fails."""
 
 READ_ONLY_SECONDS: Final = 1.0
 """How long a connection is used whose server takes no writes. Then another one is opened, which may
@@ -64,11 +68,6 @@ T = TypeVar("T")
 IN_ORDER: Final = {"enable_sort": "off", "jit": "off"}
 """The settings of a statement that reads an index in order. A sort that nothing can replace stays
 possible, at an estimated cost from which PostgreSQL would compile the statement."""
-
-
-_POOLER_ADVICE: Final = (
-    ". If the URL leads through PgBouncer, set JOBS_DATABASE_POOLER=transaction."
-)
 
 
 class PostgreSQLDatabase(Database):
@@ -429,8 +428,7 @@ class PostgreSQLDatabase(Database):
                 last, where = error, _where(host, port)
                 continue
             except (asyncpg.PostgresError, asyncpg.InterfaceError, ValueError) as error:
-                advice = _POOLER_ADVICE if "unsupported startup parameter" in str(error) else ""
-                raise QueueUnavailable(f"{error}{advice}", kind_of(error)) from error
+                raise QueueUnavailable(advised(str(error)), kind_of(error)) from error
             connection.keep_alive(url, self._timeout or defaults.TIMEOUT_SECONDS)
             self._connections.add(connection)
             # Until the pool has the connection, nothing else ends it if the server stops answering.
@@ -481,9 +479,9 @@ class PostgreSQLDatabase(Database):
     async def _listen(
         self, url: PostgresqlUrl, on_message: Listener, on_gap: Callable[[], None]
     ) -> None:
-        pause = 0.1
+        pause, logged_at = 0.1, float("-inf")
         while True:
-            with suppress(QueueUnavailable, OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+            try:
                 connection = await self._open(url, direct=True)
                 try:
                     lost = asyncio.Event()
@@ -497,6 +495,12 @@ class PostgreSQLDatabase(Database):
                     await self._watch(connection, lost)
                 finally:
                     connection.terminate()
+            except (QueueUnavailable, OSError, asyncpg.PostgresError,
+                    asyncpg.InterfaceError) as error:  # fmt: skip
+                now = asyncio.get_running_loop().time()
+                if now >= logged_at + NOT_LISTENING_LOG_SECONDS:
+                    logged_at = now
+                    log.warning("database.not_listening", reason=reason_of(error))
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(pause * 2, 5.0)
 

@@ -1,4 +1,4 @@
-"""PgBouncer in transaction mode: every transaction may be on another server connection."""
+"""PgBouncer, mostly in transaction mode: every transaction may be on another connection."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+import structlog
 from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
 from job_registry import EnqueueRequest, JobContext, JobRegistry, JobType, Payload
 from job_registry_api import JobFailed, JobFilter, Worker
-from job_registry_api.queue.database import async_url
+from job_registry_api.queue.database import Pooler, async_url
 from job_registry_api.queue.errors import QueueUnavailable
 from job_registry_api.queue.postgresql_database import PostgreSQLDatabase
 from job_registry_api.queue.queue import JobQueue
@@ -41,7 +42,14 @@ PING = EnqueueRequest("test.ping", {})
 @pytest.fixture
 def pooled_url(fresh_postgresql_url: str, tmp_path: Path) -> Iterator[str]:
     """The URL of a fresh, migrated database by way of a PgBouncer in transaction mode."""
-    parts = urlsplit(fresh_postgresql_url)
+    with pooling(fresh_postgresql_url, tmp_path, "pool_mode = transaction") as url:
+        yield url
+
+
+@contextmanager
+def pooling(database_url: str, tmp_path: Path, *settings: str) -> Iterator[str]:
+    """Run a PgBouncer in front of a database. Yield the URL by way of it."""
+    parts = urlsplit(database_url)
     host = parse_qs(parts.query).get("host", [parts.hostname])[0]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -56,9 +64,9 @@ def pooled_url(fresh_postgresql_url: str, tmp_path: Path) -> Iterator[str]:
         listen_port = {port}
         unix_socket_dir =
         auth_type = any
-        pool_mode = transaction
         default_pool_size = 3
-        """.replace("\n        ", "\n"),
+        """.replace("\n        ", "\n")
+        + "\n".join(settings),
         "utf-8",
     )
     command = [str(PGBOUNCER), str(configuration)]
@@ -122,6 +130,59 @@ async def test_a_url_through_it_without_the_setting_is_refused_with_advice(poole
     finally:
         await database.close()
     assert "set JOBS_DATABASE_POOLER=transaction" in refused.value.reason
+
+
+IGNORING = (
+    "ignore_startup_parameters = default_transaction_isolation, jit, lock_timeout,"
+    " statement_timeout, idle_in_transaction_session_timeout"
+)
+
+
+@pytest.mark.parametrize("pooler", ["transaction", "session"])
+async def test_a_pool_of_statements_is_refused_with_advice(
+    fresh_postgresql_url: str, tmp_path: Path, registry: JobRegistry, pooler: Pooler
+) -> None:
+    with pooling(fresh_postgresql_url, tmp_path, "pool_mode = statement", IGNORING) as url:
+        database = PostgreSQLDatabase(url, pooler=pooler)
+        try:
+            with pytest.raises(QueueUnavailable) as refused:
+                await JobQueue(registry, database).ping()
+        finally:
+            await database.close()
+    assert "statement pooling mode" in refused.value.reason
+    assert "Set pool_mode to transaction or session in PgBouncer." in refused.value.reason
+
+
+async def test_a_pool_that_ignores_the_settings_of_sessions_is_refused_with_advice(
+    fresh_postgresql_url: str, tmp_path: Path, registry: JobRegistry
+) -> None:
+    with pooling(fresh_postgresql_url, tmp_path, "pool_mode = transaction", IGNORING) as url:
+        database = PostgreSQLDatabase(url)
+        queue = JobQueue(registry, database)
+        with pytest.raises(QueueUnavailable) as refused:
+            # A statement is prepared on one connection of the server, and runs on another.
+            for _ in range(20):
+                await asyncio.gather(*(queue.counts() for _ in range(10)))
+        await database.close()
+    assert "set JOBS_DATABASE_POOLER=transaction" in refused.value.reason
+
+
+async def test_a_listen_url_that_leads_through_it_is_logged(
+    pooled_url: str, registry: JobRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capture = structlog.testing.LogCapture()
+    logger = structlog.wrap_logger(
+        None, processors=[capture], wrapper_class=structlog.make_filtering_bound_logger(0)
+    )
+    monkeypatch.setattr("job_registry_api.queue.postgresql_database.log", logger)
+    database = PostgreSQLDatabase(pooled_url, pooler="transaction", listen_url=pooled_url)
+    async with JobQueue(registry, database).events.listening(), asyncio.timeout(10):
+        while not capture.entries:
+            await asyncio.sleep(0.01)
+    await database.close()
+    (line,) = capture.entries
+    assert line["event"] == "database.not_listening"
+    assert "unsupported startup parameter" in line["reason"]
 
 
 class First(Payload):
