@@ -41,6 +41,7 @@ class Proxy:
         self._thread = threading.Thread(target=self._run, name="proxy", daemon=True)
         self._started = threading.Event()
         self._mode: Mode = "pass"
+        self._answer_seconds = 0.0
         self._open: set[_Connection] = set()
         self.connections = 0
         self.port = 0
@@ -81,6 +82,10 @@ class Proxy:
     def stall(self) -> None:
         """Hold all bytes back until `resume`; then they arrive, late and in order."""
         self._set("stall")
+
+    def slow_down(self, seconds: float) -> None:
+        """From now on, deliver each answer that much later."""
+        self._answer_seconds = seconds
 
     def black_hole(self) -> None:
         """Swallow all bytes of every connection for good, as a firewall that lost its state.
@@ -125,7 +130,7 @@ class Proxy:
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
-        connection = _Connection(reader, writer)
+        connection = _Connection(reader, writer, lambda: self._answer_seconds)
         self._open.add(connection)
         try:
             connection.apply(self._mode)
@@ -138,8 +143,14 @@ class Proxy:
 class _Connection:
     """One client's connection and its other half, to the server."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        answer_seconds: Callable[[], float],
+    ) -> None:
         self._client = reader, writer
+        self._answer_seconds = answer_seconds
         self._writers = [writer]
         self._flowing = asyncio.Event()
         self._swallowed = False
@@ -179,6 +190,8 @@ class _Connection:
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(OSError):
             while data := await reader.read(65_536):
+                if reader is not self._client[0] and (seconds := self._answer_seconds()):
+                    await asyncio.sleep(seconds)
                 await self._flowing.wait()
                 if not self._swallowed:
                     writer.write(data)

@@ -269,6 +269,15 @@ class JobQueue(Enqueueing, Reading, Leasing, Changing, Upkeep):
         finally:
             await database.close()
 
+    async def connect(self) -> None:
+        """Open a connection to the database, so that the next call does not wait for one.
+
+        Raises:
+            QueueUnavailable: the database is not available.
+        """
+        async with self._database.reading():
+            pass
+
     def end_waits(self) -> None:
         """End all waits for leases and all subscriptions, because the process shuts down."""
         self._claiming.end()

@@ -75,6 +75,9 @@ RELEASE_SECONDS: Final = 2.0
 EARLY_SECONDS: Final = 0.1
 """How much earlier than the database the worker ends an attempt at its timeout."""
 
+LATE_ANSWER_SECONDS: Final = 0.5
+"""How late the answer to a claim may come before the worker checks how much time is left."""
+
 LATE_SECONDS: Final = 0.02
 """How long an async handler may take to end after its timeout before it counts as overdue."""
 
@@ -143,6 +146,7 @@ class Attempt:
         # claims of other workers end attempts that timed out. End early, to report it first.
         self._began = time.monotonic()
         self._deadline = self._began + lease.job.timeout_seconds - EARLY_SECONDS
+        self._is_late = self._began > lease.requested_at + LATE_ANSWER_SECONDS
         if lease.job.cancel_requested_at is not None:
             self._now = Circumstances(cancel_requested=True)
         self._stop = StopRequest()
@@ -201,6 +205,8 @@ class Attempt:
         if self._check_at_once:
             self._equipment.keeper.renew_at_once(self._token)
         try:
+            if self._is_late:
+                await self._correct_deadline()
             await self._attempt(self._registered)
         except LeaseLost:
             # An attempt that has timed out is logged as that; the queue may have ended it first.
@@ -226,6 +232,15 @@ class Attempt:
             # They refer to this attempt: break the cycles.
             del self._hold
             self._call = None
+
+    async def _correct_deadline(self) -> None:
+        """Let the attempt time out when it does in the database. Its claim was answered late."""
+        with contextlib.suppress(QueueUnavailable):
+            (renewed,) = await self._queue.renew([Renewal(self._token)])
+            if isinstance(renewed, LeaseLost):
+                raise renewed
+            deadline = time.monotonic() + renewed.seconds_left - EARLY_SECONDS
+            self._deadline = min(self._deadline, deadline)
 
     async def _attempt(self, registered: JobType[Any]) -> None:
         if (tracing := self._queue.tracing) is not None:

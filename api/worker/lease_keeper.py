@@ -113,6 +113,8 @@ class LeaseKeeper:
         self._blocked_warned = 0.0
         self._unavailable_at = float("-inf")
         """When the database was last found to be unavailable."""
+        self.has_connected = False
+        """Whether its first connection to the database has opened or failed."""
         self.logs = LogWriter()
         """Stores the log lines of handlers on the loop of this thread."""
 
@@ -253,6 +255,7 @@ class LeaseKeeper:
             self._queue.in_another_loop(pool_size=2) as self._own,
             _beside(self.logs.run(self._own)),
             _beside(self._watch_touch(self._old_lease)),
+            _beside(self._connect(self._own)),
         ):
             while not self._ending:
                 due_in = max(self._due_in(), not_before - time.monotonic())
@@ -275,6 +278,14 @@ class LeaseKeeper:
                 else:
                     pause = 0.1
                     self._answered(holds, renewals, answers, requested_at)
+
+    async def _connect(self, own: JobQueue) -> None:
+        """Open the connection for renewals. The first one takes a dozen answers of PostgreSQL."""
+        try:
+            with contextlib.suppress(Exception):
+                await own.connect()
+        finally:
+            self.has_connected = True
 
     def _due_in(self) -> float:
         """Return the seconds until the next renewal, also of a lease that is held from now on."""

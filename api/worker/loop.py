@@ -46,6 +46,9 @@ free it does not wait."""
 CLAIM_SECONDS: Final = 1.0
 """How long a claim under way may take once the worker stops."""
 
+CONNECTING_SECONDS: Final = 0.005
+"""How often a worker that starts looks whether leases can be renewed."""
+
 MAX_CANCELLED: Final = 1_000
 """How many cancelled jobs that do not run here are remembered, in case a claim has just leased one.
 """
@@ -312,6 +315,9 @@ class Worker:
             unanswered.cancel()
 
     async def _lease_until_stop(self, equipment: Equipment) -> None:
+        # On a slow network, a short lease would end before its first renewal.
+        while not self._keeper.has_connected and not self._stopping.is_set():
+            await _wait(self._stopping, CONNECTING_SECONDS)
         pause = SHORTEST_PAUSE
         while self.types and not self._stopping.is_set():
             self._turned_at = time.monotonic()

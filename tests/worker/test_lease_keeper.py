@@ -53,6 +53,9 @@ class Answers:
             raise RuntimeError("a bug")
         yield self
 
+    async def connect(self) -> None:
+        pass
+
     async def renew(self, renewals: Sequence[Renewal]) -> list[Answer]:
         self.sent.append(list(renewals))
         while not self.go_on.is_set():

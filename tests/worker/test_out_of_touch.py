@@ -116,6 +116,55 @@ async def test_a_handler_that_was_stopped_spends_no_attempt_if_the_outage_ends_i
     assert found == [("released",), ("released",)]
 
 
+async def test_the_first_jobs_outlast_their_leases_on_a_slow_network(proxied: Proxy) -> None:
+    noted: list[str] = []
+    kind = job_type("loop", lambda what, at: noted.append(what))
+    # To open a connection takes a dozen answers.
+    proxied.slow_down(0.1)
+    async with (
+        JobQueue.from_url(
+            proxied.url, JobRegistry([kind]), lease_seconds=1.0, prepare=False
+        ) as queue,
+        Worker(queue, concurrency=1).running(),
+    ):
+        job = (await queue.enqueue(EnqueueRequest("only", {"seconds": 2.5}))).job
+        while (await queue.get(job.id)).status is not JobStatus.SUCCEEDED:
+            await asyncio.sleep(0.1)
+    assert noted == ["start", "end"]
+
+
+async def test_a_handler_times_out_in_time_although_its_claim_was_answered_late(
+    fresh_postgresql_url: str, proxied: Proxy
+) -> None:
+    ended: list[float] = []
+    kind = JobType(name="only", payload=Nap, policy=JobPolicy(timeout_seconds=4, max_attempts=1))
+
+    async def run(job: JobContext, payload: Nap) -> None:
+        try:
+            await asyncio.sleep(payload.seconds)
+        finally:
+            ended.append(time.time())
+
+    kind.handler(run)
+    async with (
+        JobQueue.from_url(proxied.url, JobRegistry([kind]), prepare=False) as queue,
+        opened(fresh_postgresql_url, kind) as direct,
+        Worker(queue, concurrency=1).running(),
+    ):
+        await asyncio.sleep(1.0)
+        proxied.slow_down(2.0)
+        job = (await direct.enqueue(EnqueueRequest("only", {"seconds": 20}))).job
+        while (leased := await direct.get(job.id)).started_at is None:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(1.0)
+        proxied.slow_down(0.0)
+        while not ended:
+            await asyncio.sleep(0.01)
+        while (await direct.get(job.id)).status is not JobStatus.FAILED:
+            await asyncio.sleep(0.1)
+    assert 3.5 < ended[0] - leased.started_at.timestamp() < 4.5
+
+
 async def test_a_handler_does_not_start_if_its_lease_ended_while_the_loop_was_blocked(
     fresh_postgresql_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
