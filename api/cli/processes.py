@@ -242,8 +242,10 @@ class _Processes:
     def _leave_to_others(self, listening: socket.socket | None) -> None:
         """Let the other processes get the connections of one that has died, until its successor
         listens. Each connection to its own socket would wait for that."""
+        if listening is None or not _listens(listening):
+            return  # It died before it listened.
         others = (role.listening for role in self._roles if role.listening is not listening)
-        if listening is not None and any(each is not None and _listens(each) for each in others):
+        if any(each is not None and _listens(each) for each in others):
             listening.shutdown(socket.SHUT_RDWR)
 
     async def _pause(self, seconds: float) -> None:

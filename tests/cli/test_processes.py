@@ -241,6 +241,26 @@ def test_all_processes_serve_and_one_that_dies_is_restarted(sqlite_url: str, cat
 
 
 @pytest.mark.slow
+def test_a_process_that_dies_again_before_it_serves_is_restarted(
+    sqlite_url: str, catalog: Path
+) -> None:
+    with serving_in_processes(sqlite_url, catalog) as process:
+        victim, other = servers(process)
+        give_up = time.monotonic() + 40
+        for deaths in (1, 2):
+            victim.kill()
+            while sum("process.ended" in line for line in process.lines) < deaths:
+                assert time.monotonic() < give_up
+                time.sleep(0.01)
+            while not (started := [each for each in servers(process) if each != other]):
+                assert time.monotonic() < give_up
+                time.sleep(0.01)
+            (victim,) = started
+        process.popen.send_signal(signal.SIGTERM)
+        assert process.popen.wait(GRACE + SOON) == 0
+
+
+@pytest.mark.slow
 def test_ctrl_c_at_a_terminal_counts_once(sqlite_url: str, catalog: Path) -> None:
     settings = {"shutdown_seconds": 2.0}
     with running(PROCESSES, sqlite_url, catalog, "stuck", **settings) as (process, job):
