@@ -101,7 +101,7 @@ def built(tmp_path_factory: pytest.TempPathFactory, port: int) -> Path:
     folder = tmp_path_factory.mktemp("clients")
     source = folder / "src"
     shutil.copytree(HERE / "programs", source / "programs")
-    for name in ("login.ts", "operations.graphql"):
+    for name in ("login.ts", "operations.graphql", "refused.ts"):
         shutil.copy(HERE / name, source)
     for name in ("package.json", "tsconfig.json", "vite.config.ts"):
         shutil.copy(HERE / name, folder)
@@ -122,6 +122,20 @@ async def test_a_client_in_typescript_does_all_that_it_can(
     shutil.copy(sqlite_template, tmp_path / "jobs.db")
     report = await _run(["node", str(built / f"{name}.js")], port, tmp_path)
     assert report == REPORT | ({"events": []} if name in WITHOUT_SUBSCRIPTIONS else {})
+
+
+async def test_introspection_of_a_server_generates_the_same_types_as_its_schema_file(
+    built: Path, port: int, sqlite_template: Path, tmp_path: Path
+) -> None:
+    shutil.copy(sqlite_template, tmp_path / "jobs.db")
+    (tmp_path / "src").mkdir()
+    shutil.copy(HERE / "operations.graphql", tmp_path / "src")
+    (tmp_path / "codegen.yml").write_text(_setups(port)["codegen.yml"], "utf-8")
+    async with serving(f"sqlite:///{tmp_path / 'jobs.db'}", "--no-worker", "--port", str(port)):
+        await asyncio.to_thread(build_project, tmp_path, ["graphql-codegen"])
+    for name in ("graphql.ts", "possibleTypes.ts"):
+        from_server = (tmp_path / "src" / "gen" / name).read_text("utf-8")
+        assert from_server == (built.parent / "src" / "gen" / name).read_text("utf-8")
 
 
 @pytest.mark.parametrize("name", PYTHON_PROGRAMS)
