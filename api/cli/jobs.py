@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 from pydantic_core import to_json
-from rich.table import Table
-from rich.text import Text
+from rich.cells import cell_len
 
 from job_registry import CodedError, JobRegistry, JobTypeNotFound
 from job_registry.errors import escaped, shortened_text
@@ -30,7 +29,6 @@ from job_registry_api.cli.output import (
     err,
     fail,
     fail_without_output,
-    out,
     print_json,
     refusal_json,
     refuse,
@@ -143,7 +141,7 @@ def retry(job_ids: JobIds, as_json: AsJson = False) -> None:
 def _opened() -> tuple[Settings, JobRegistry]:
     settings = startup.read_settings()
     registry = startup.read_registry(settings)
-    startup.prepare_database(settings)
+    startup.prepare_database(settings, only_check=True)
     return settings, registry
 
 
@@ -160,9 +158,7 @@ class _Printed:
     def __init__(self, only_ids: bool, as_json: bool) -> None:
         self.only_ids = only_ids
         self.as_json = as_json
-        self._table = Table(box=None, pad_edge=False)
-        for title in ("id", "type", "status", "attempt", "created", "why"):
-            self._table.add_column(title, overflow="fold")
+        self._rows = [("id", "type", "status", "attempt", "created", "why")]
 
     def add(self, job: JobRecord, waits: WaitingReason | None) -> None:
         if self.only_ids:
@@ -170,23 +166,27 @@ class _Printed:
         elif self.as_json:
             print_json(_json_of(job, waits), lines=True)
         else:
-            cells = (
-                str(job.id),
-                job.type,
-                job.status.value,
-                f"{job.attempt}/{job.max_attempts}",
-                _time(job.created_at),
-                shortened_text("; ".join(_reasons(job, waits)), SHOWN_CHARACTERS),
+            why = shortened_text("; ".join(_reasons(job, waits)), SHOWN_CHARACTERS)
+            self._rows.append(
+                (
+                    str(job.id),
+                    job.type,
+                    job.status.value,
+                    f"{job.attempt}/{job.max_attempts}",
+                    _time(job.created_at),
+                    escaped(why),
+                )
             )
-            # Not as strings, in which Rich would read [brackets] as its markup.
-            self._table.add_row(*(Text(escaped(each)) for each in cells))
 
     def end(self) -> None:
         if self.only_ids or self.as_json:
             return
-        if not out.is_terminal:
-            out.width = 1_000  # One line per job, for grep.
-        out.print(self._table)
+        # One line per job, for grep, and so that an id can be copied from a narrow terminal.
+        widths = [max(map(cell_len, column)) for column in zip(*self._rows, strict=True)]
+        for row in self._rows:
+            cells = zip(row, widths, strict=True)
+            padded = (cell + " " * (width - cell_len(cell)) for cell, width in cells)
+            say("  ".join(padded).rstrip())
 
 
 async def _list(

@@ -109,8 +109,12 @@ def read_tracing() -> Tracing | None:
     return configured_tracing(os.environ)
 
 
-def prepare_database(settings: Settings) -> None:
-    """Migrate an SQLite database. Check that a PostgreSQL database is migrated."""
+def prepare_database(settings: Settings, *, only_check: bool = False) -> None:
+    """Migrate an SQLite database. Check that a PostgreSQL database is migrated.
+
+    With `only_check`, SQLite is only checked too: a command that reads or repairs may be run in the
+    wrong folder, or by a newer version than that of the running processes.
+    """
     from job_registry_api.queue import migrations
     from job_registry_api.queue.databases import file_of
 
@@ -120,6 +124,7 @@ def prepare_database(settings: Settings) -> None:
             pooler=settings.database_pooler,
             schema=settings.database_schema,
             timeout_seconds=settings.database_timeout_seconds,
+            only_check=only_check,
         )
     if (file := file_of(settings.database_url)) is not None:
         _warn_of_other_readers(file)

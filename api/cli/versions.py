@@ -34,7 +34,7 @@ def versions(type_names: TypeNames = None, as_json: AsJson = False) -> None:
     settings = startup.read_settings()
     registry = startup.read_registry(settings)
     names = _known(registry, type_names, as_json)
-    startup.prepare_database(settings)
+    startup.prepare_database(settings, only_check=True)
     with startup.database_errors():
         found, unregistered = asyncio.run(_versions(settings, registry, names))
     if as_json:
@@ -74,7 +74,7 @@ def unpark(type_names: TypeNames = None, as_json: AsJson = False) -> None:
     settings = startup.read_settings()
     registry = startup.read_registry(settings)
     _known(registry, type_names, as_json)
-    startup.prepare_database(settings)
+    startup.prepare_database(settings, only_check=True)
     with startup.database_errors():
         unparked = asyncio.run(_unpark(settings, registry, type_names))
     if as_json:

@@ -25,7 +25,7 @@ from sqlalchemy import Connection, inspect, text
 
 from job_registry_api import defaults
 from job_registry_api.queue.database import Database, Pooler, quoted
-from job_registry_api.queue.databases import open_database
+from job_registry_api.queue.databases import file_of, open_database
 from job_registry_api.queue.driver_errors import Transient, unavailable
 from job_registry_api.queue.errors import QueueUnavailable
 from job_registry_api.queue.models import METADATA
@@ -176,8 +176,11 @@ def prepare(
     pooler: Pooler = "session",
     timeout_seconds: float = defaults.TIMEOUT_SECONDS,
     schema: str = defaults.SCHEMA,
+    only_check: bool = False,
 ) -> None:
     """Check that the database fits this version, after migrating it if it is SQLite.
+
+    With `only_check`, SQLite is not migrated either.
 
     Raises:
         MigrationRefused: it does not fit, or as in `upgrade`.
@@ -187,14 +190,16 @@ def prepare(
     def fit_now() -> Fit:
         return examine(url, pooler=pooler, timeout_seconds=timeout_seconds, schema=schema)
 
-    if open_database(url).migrates_at_start:
+    if open_database(url).migrates_at_start and not only_check:
         # A database that fits is not locked: the caller may be in a transaction of its own.
         if fit_now().fits:
             return
         upgrade(url)
     fit = fit_now()
     if not fit.fits:
-        raise MigrationRefused(fit.sentence)
+        file = file_of(url)
+        where = "" if file is None else f" Its file is {file.absolute()}."
+        raise MigrationRefused(fit.sentence + where)
 
 
 def downgrade(url: str, revision: str = "base", *, schema: str = defaults.SCHEMA) -> Migrated:

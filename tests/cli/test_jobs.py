@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +19,7 @@ from typing import Any
 import pytest
 
 from job_registry_api.cli.jobs import Status
+from job_registry_api.queue import migrations
 from job_registry_api.queue.models import JobStatus
 from tests.cli.test_cli import Shell, jobs
 
@@ -100,6 +105,29 @@ def test_jobs_are_listed_newest_first_with_the_reason_why_they_wait(demo: Shell)
     first = json.loads(demo("list", "--json").stdout.splitlines()[0])
     assert (first["jobId"], first["payload"]) == (later, {"number": 0})
     assert first["waitingReason"] == {"kind": "ScheduledFor", "nextRunAt": "2030-01-31T12:00:00Z"}
+
+
+def test_the_list_is_one_line_per_job_also_on_a_narrow_terminal(demo: Shell) -> None:
+    (job,) = enqueued(demo, "demo.waits")
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 40, 0, 0))
+    with os.fdopen(ours, "rb") as screen:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "job_registry_api.cli", "list"],
+            cwd=demo.folder,
+            env=demo.environment | {"TERM": "xterm"},
+            stdout=theirs,
+        )
+        assert process.wait(timeout=30) == 0
+        printed = os.read(screen.fileno(), 10_000).decode()
+    os.close(theirs)
+    titles, row, end = printed.split("\r\n")
+    assert titles.split() == ["id", "type", "status", "attempt", "created", "why"]
+    assert row.startswith(f"{job}  demo.waits  queued  0/1      ")
+    assert row.endswith("waits: no worker was ever seen for its type")
+    assert end == ""
+    # Spaces at the ends of lines would fill lines of the screen.
+    assert "why " not in titles
 
 
 def test_ids_are_cancelled_and_retried_through_pipes(demo: Shell) -> None:
@@ -188,7 +216,27 @@ def test_jobs_of_a_type_that_is_not_registered_any_more_are_listed(demo: Shell) 
     assert "demo.longer" in unknown.stderr
 
 
+@pytest.mark.parametrize("command", ["list", "show x", "cancel x", "retry x", "versions", "unpark"])
+def test_a_command_for_operators_neither_creates_nor_migrates_a_database(
+    jobs: Shell, command: str
+) -> None:
+    file = jobs.folder / "jobs.db"
+    nothing = jobs(*command.split())
+    assert (nothing.returncode, nothing.stdout) == (1, "")
+    assert nothing.stderr == (
+        "The database has no Job Registry tables yet. Run `job-registry migrate`."
+        f" Its file is {file}.\n"
+    )
+    assert not file.exists()
+    migrations.upgrade(f"sqlite:///{file}", "0009")
+    outdated = jobs(*command.split())
+    assert (outdated.returncode, outdated.stdout) == (1, "")
+    assert outdated.stderr.startswith("The database schema is out of date: it is at revision 0009")
+    assert f"Run `job-registry migrate`. Its file is {file}." in outdated.stderr
+
+
 def test_wrong_options_are_wrong_usage(demo: Shell) -> None:
+    assert demo("migrate").returncode == 0
     for arguments, said in (
         (["list", "--status", "done"], "'done' is not one of 'queued'"),
         (["list", "--after", "x"], "--after: expected the id of a job; got x."),
@@ -202,6 +250,7 @@ def test_wrong_options_are_wrong_usage(demo: Shell) -> None:
 
 
 def test_a_job_that_does_not_exist_is_refused(demo: Shell) -> None:
+    assert demo("migrate").returncode == 0
     done = demo("show", "nonsense", "--json")
     assert done.returncode == 1
     assert json.loads(done.stdout)["code"] == "job_not_found"
