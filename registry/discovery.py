@@ -131,7 +131,11 @@ def _modules(name: str) -> Iterator[ModuleType]:
 def _in_module(name: str) -> list[JobType[Any]]:
     job_types = [job_type for each in _modules(name) for job_type in _of(each)]
     if not job_types:
-        raise DefinitionError(f"{name}: no JobType is defined at the top level of this module")
+        # Another module of the same name may come first.
+        file = getattr(sys.modules[name], "__file__", None) or "built-in"
+        raise DefinitionError(
+            f"{name}: no JobType is defined at the top level of this module, {file}"
+        )
     return job_types
 
 
@@ -172,16 +176,24 @@ def _reason(error: BaseException) -> str:
             return f"{type(error).__name__}: {error}"
         case DefinitionError():
             reason = str(error)
+        case ModuleNotFoundError() if not _lines_of(error):  # The catalog names it.
+            return (
+                f"{error}. Python searches {Path(sys.path[0]).absolute()} first, then PYTHONPATH"
+                " and the installed packages"
+            )
         case SystemExit():
             reason = f"sys.exit({shortened(error.code)}) was called during the import"
         case _:
             reason = f"{type(error).__name__}: {error}"
-    lines = [
+    return reason + "".join(_lines_of(error)[-1:])
+
+
+def _lines_of(error: BaseException) -> list[str]:
+    return [
         f" ({Path(frame.f_code.co_filename).name}, line {line})"
         for frame, line in traceback.walk_tb(error.__traceback__)
         if frame.f_code.co_name == "<module>"
     ]
-    return reason + "".join(lines[-1:])
 
 
 def _raise(name: str) -> None:

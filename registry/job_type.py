@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import re
+import types
 import typing
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import cached_property
@@ -201,7 +202,7 @@ class JobType(Generic[P]):
                 " (job, payload)"
             )
         other = _payload_of(function)
-        if other is not None and not issubclass(self.payload, other):
+        if other is not None and not _is_a(self.payload, other):
             raise DefinitionError(
                 f"{where}: the handler {named(function)} takes {other.__name__}, expected"
                 f" {self.payload.__name__}"
@@ -483,16 +484,25 @@ def _has_swapped_arguments(function: Callable[..., Any], payload: type[Payload])
     return names[:1] == [payload.__name__] or names[1:] == ["JobContext"]
 
 
-def _payload_of(function: Callable[..., Any]) -> type[Payload] | None:
-    """Return the payload that a handler is annotated to take, if that is known at run time."""
+def _payload_of(function: Callable[..., Any]) -> type | None:
+    """Return the class that a handler is annotated to take, if that is known at run time."""
     try:
         hints = typing.get_type_hints(function)
     except (NameError, TypeError, AttributeError):
         return None
     for name in list(inspect.signature(function).parameters)[1:2]:
-        if isinstance(hint := hints.get(name), type) and issubclass(hint, Payload):
+        hint = typing.get_origin(hints.get(name)) or hints.get(name)
+        # Both are classes in some versions of Python.
+        if isinstance(hint, type) and hint not in (Any, types.UnionType):
             return hint
     return None
+
+
+def _is_a(payload: type[Payload], other: type) -> bool:
+    try:
+        return issubclass(payload, other)
+    except TypeError:  # A protocol may not be checked at run time.
+        return True
 
 
 def _annotation_name(annotation: object) -> str:

@@ -304,6 +304,9 @@ def _change_all(
     """Change the jobs one after another. End with `REFUSED` if one could not be changed."""
     if "-" in job_ids:
         job_ids = [each for each in job_ids if each != "-"] + read("-").split()
+    job_ids = list(dict.fromkeys(job_ids))
+    from job_registry_api.queue.errors import QueueUnavailable
+
     settings, registry = _opened()
     changed = 0
     refused = 0
@@ -324,12 +327,18 @@ def _change_all(
             else:
                 say(f"{result.id} {_state(result)}")
 
-    try:
-        with startup.database_errors():
+    with startup.database_errors():
+        try:
             asyncio.run(change_all())
-    except OutputFailed as failure:
-        left = len(job_ids) - changed - refused
-        fail_without_output(failure, *([f"{left:,} of the jobs were not {done}."] if left else []))
+        except OutputFailed as failure:
+            left = len(job_ids) - changed - refused
+            unfinished = [f"{left:,} of the jobs were not {done}."] if left else []
+            fail_without_output(failure, *unfinished)
+        except (QueueUnavailable, KeyboardInterrupt):
+            # One more may have been changed, whose answer did not come.
+            left = len(job_ids) - changed - refused
+            say(f"Stopped: {changed:,} {done}, {refused:,} refused, {left:,} left.", err)
+            raise
     if refused:
         sys.exit(REFUSED)
 
@@ -344,7 +353,7 @@ async def _changes(
     from job_registry_api.queue.queue import JobQueue
 
     async with JobQueue.from_settings(settings, registry, prepare=False) as queue:
-        for job_id in dict.fromkeys(job_ids):
+        for job_id in job_ids:
             try:
                 yield await change(queue)(job_id)
             except (JobNotFound, JobStateConflict) as error:

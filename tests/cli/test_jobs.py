@@ -7,13 +7,14 @@ import json
 import os
 import pty
 import signal
+import sqlite3
 import struct
 import subprocess
 import sys
 import termios
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import pytest
@@ -254,6 +255,19 @@ def test_a_job_that_does_not_exist_is_refused(demo: Shell) -> None:
     done = demo("show", "nonsense", "--json")
     assert done.returncode == 1
     assert json.loads(done.stdout)["code"] == "job_not_found"
+
+
+def test_a_command_that_the_database_stops_says_how_far_it_came(demo: Shell) -> None:
+    ids = enqueued(demo, "demo.waits", numbers=3)
+    with closing(sqlite3.connect(demo.folder / "jobs.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        done = demo("cancel", "nonsense", *ids, JOBS_DATABASE_TIMEOUT_SECONDS="1")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        'There is no job "nonsense".\n'
+        "Stopped: 0 cancelled, 1 refused, 3 left.\n"
+        "The database is not available: database is locked\n"
+    )
 
 
 def test_an_output_that_nobody_reads_does_not_hide_what_was_left_alone(demo: Shell) -> None:

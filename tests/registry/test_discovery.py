@@ -53,7 +53,13 @@ def test_a_module_and_all_modules_of_a_package_are_searched(folder: Path) -> Non
 @pytest.mark.parametrize(
     ("modules", "catalog", "message"),
     [
-        ({}, ["not_there"], "not_there: ModuleNotFoundError"),
+        (
+            {},
+            ["not_there"],
+            r"not_there: No module named 'not_there'\. Python searches {folder} first, then"
+            r" PYTHONPATH and the installed packages$",
+        ),
+        ({"here": ""}, ["here.py"], r"here.py: No module .* 'here' is not a package\. Python se"),
         (
             {"broken": "one = 1\none / 0"},
             ["broken"],
@@ -75,7 +81,13 @@ def test_a_module_and_all_modules_of_a_package_are_searched(folder: Path) -> Non
             ["zero"],
             r"zero: JobPolicy: max_attempts is 0, .* \(zero.py, line 2\)",
         ),
-        ({"empty": ""}, ["empty"], "empty: no JobType is defined"),
+        (
+            {"empty": ""},
+            ["empty"],
+            r"empty: no JobType is defined at the top level of this module, {folder}/empty.py$",
+        ),
+        # A module of the standard library hides the user's own.
+        ({"sys": JOBS.format(name="mail")}, ["sys"], "no JobType is .* of this module, built-in$"),
         (
             {"bad": JOBS.format(name="Bad Name")},
             ["bad"],
@@ -93,7 +105,7 @@ def test_what_is_wrong_stops_the_start_and_names_the_module(
 ) -> None:
     for name, text in modules.items():
         write(folder / f"{name}.py", text)
-    with pytest.raises(DefinitionError, match=message):
+    with pytest.raises(DefinitionError, match=message.replace("{folder}", str(folder))):
         discover(catalog)
 
 

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import date, datetime
 from decimal import Decimal
 from enum import Enum
-from typing import Annotated, Any, ForwardRef, Literal, cast
+from typing import Annotated, Any, ForwardRef, Literal, Protocol, cast
 from uuid import UUID
 
 import pytest
@@ -256,12 +256,42 @@ def test_a_handler_with_swapped_arguments_is_refused() -> None:
 def test_a_handler_of_another_payload_is_refused() -> None:
     def copied(job: JobContext, payload: Everything) -> None: ...
 
+    def unparsed(job: JobContext, payload: dict[str, Any]) -> None: ...
+
     def general(job: JobContext, payload: Payload) -> None: ...
 
     job_type: JobType[Any] = JobType(name="a", payload=Note)
+    with pytest.raises(DefinitionError, match=r"unparsed takes dict, expected Note"):
+        job_type.handler(unparsed)
     with pytest.raises(DefinitionError, match=r"copied takes Everything, expected Note"):
         job_type.handler(copied)
     job_type.handler(general)
+
+
+class Sized(Protocol):
+    def __len__(self) -> int: ...
+
+
+def _of_any(job: JobContext, payload: Any) -> None: ...
+
+
+def _of_object(job: JobContext, payload: object) -> None: ...
+
+
+def _of_a_model(job: JobContext, payload: BaseModel) -> None: ...
+
+
+def _of_a_union(job: JobContext, payload: Note | dict[str, Any]) -> None: ...
+
+
+def _of_a_protocol(job: JobContext, payload: Sized) -> None: ...
+
+
+@pytest.mark.parametrize("handler", [_of_any, _of_object, _of_a_model, _of_a_union, _of_a_protocol])
+def test_a_handler_of_something_more_general_is_accepted(handler: Any) -> None:
+    job_type: JobType[Any] = JobType(name="a", payload=Note)
+    job_type.handler(handler)
+    assert job_type.has_handler
 
 
 class ObjectHandler:
