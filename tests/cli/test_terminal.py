@@ -182,6 +182,33 @@ def test_a_closed_output_is_a_sentence(jobs: Shell) -> None:
     assert (result.returncode, result.stderr) == (1, expected)
 
 
+@pytest.mark.parametrize(
+    ("closed", "arguments", "code"),
+    [
+        ("2>&-", "types --json", 0),
+        ("2>&-", "policy nope", 1),
+        ("2>&-", "enqueue payout.execute payout.json", 0),
+        ("<&- 2>&-", "enqueue payout.execute payout.json", 0),
+        (">&- 2>&-", "types", 1),
+    ],
+)
+def test_a_command_runs_also_with_a_closed_standard_error(
+    jobs: Shell, closed: str, arguments: str, code: int
+) -> None:
+    (jobs.folder / "payout.json").write_text('{"batchId": "b", "escrowId": "e"}')
+    result = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m job_registry_api.cli {arguments} {closed}"],
+        env=jobs.environment,
+        cwd=jobs.folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (result.returncode, result.stderr) == (code, "")
+    assert "Traceback" not in result.stdout
+    assert (result.stdout != "") == (code == 0)
+
+
 def run_to(
     output: TextIO, jobs: Shell, arguments: list[str], buffered: bool
 ) -> subprocess.CompletedProcess[str]:
