@@ -180,6 +180,9 @@ def _sqlite_unavailable(error: sqlite3.Error) -> QueueUnavailable | None:
         if re.match(r"no such (table|column|function|index)|table \w+ has no column", reason):
             return QueueUnavailable(f"{reason}. {_MIGRATE}", "schema_outdated")
         return None
+    if code == sqlite3.SQLITE_IOERR_SHMSIZE:
+        # The first connection had no room for the index of the log, and SQLite does not say why.
+        return QueueUnavailable("database or disk is full", "disk_full")
     kind = _SQLITE_KINDS.get(primary)
     return None if kind is None else QueueUnavailable(reason, kind)
 

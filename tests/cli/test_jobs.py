@@ -270,6 +270,24 @@ def test_a_command_that_the_database_stops_says_how_far_it_came(demo: Shell) -> 
     )
 
 
+def test_a_command_that_starts_on_a_full_disk_says_so(demo: Shell) -> None:
+    assert demo("migrate").returncode == 0
+    # No file may grow above 8 kB, so there is no room for the index beside the database.
+    done = subprocess.run(
+        ["bash", "-c", f"ulimit -f 8; exec {sys.executable} -m job_registry_api.cli list"],
+        cwd=demo.folder,
+        env=demo.environment | {"PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert done.stderr == (
+        "The database is not available: the database's file jobs.db: database or disk is full\n"
+    )
+
+
 def test_an_output_that_nobody_reads_does_not_hide_what_was_left_alone(demo: Shell) -> None:
     ids = enqueued(demo, "demo.waits", numbers=3)
     reader, writer = os.pipe()
