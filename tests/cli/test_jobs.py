@@ -36,7 +36,10 @@ class Number(Payload):
 once = JobPolicy(max_attempts=1)
 fails = JobType(name="demo.fails", payload=Number, policy=once)
 waits = JobType(name="demo.waits", payload=Number, policy=once)
+later = JobPolicy(max_attempts=2, backoff=Backoff(base_seconds=3600, cap_seconds=3600))
+again = JobType(name="demo.again", payload=Number, policy=later)
 
+@again.handler
 @fails.handler
 async def run(job: JobContext, payload: Number) -> None:
     job.log.warning("about to fail", number=payload.number)
@@ -184,6 +187,31 @@ def test_a_failed_job_shows_its_attempts_its_error_and_its_log(demo: Shell) -> N
     for shown_text in (text, row):
         assert "[red]no" in shown_text
         assert "\x1b" not in shown_text
+
+
+def test_a_job_that_waits_for_its_next_attempt_does_not_run(demo: Shell) -> None:
+    (again,) = enqueued(demo, "demo.again")
+    with worker(demo):
+        while not shown(demo, again)["attempts"]:
+            time.sleep(0.05)
+        job = wait_for(demo, again, "queued")
+    row = demo("list").stdout.splitlines()[1]
+    assert "waits until 20" in row
+    assert job["error"]["code"] in row
+    assert "runs in" not in row + demo("show", again).stdout
+
+
+def test_a_parked_job_names_the_faults_of_its_payload(demo: Shell) -> None:
+    (parked,) = enqueued(demo, "demo.waits")
+    renamed = CATALOG.replace("number: int", "size: int").replace("payload.number", "1")
+    (demo.folder / "demo_jobs.py").write_text(renamed)
+    with worker(demo):
+        while not shown(demo, parked)["attempts"]:
+            time.sleep(0.05)
+        wait_for(demo, parked, "queued")
+    (why,) = [line for line in demo("show", parked).stdout.splitlines() if line.startswith("why")]
+    assert "cannot read it: /number: There is no field" in why
+    assert why.endswith('/size: The required field "size" is missing.')
 
 
 def test_a_running_job_is_stopped_by_its_worker(demo: Shell) -> None:
