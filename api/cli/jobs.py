@@ -302,11 +302,11 @@ def _change_all(
     change: Callable[[JobQueue], Callable[[str], Awaitable[JobRecord]]],
 ) -> None:
     """Change the jobs one after another. End with `REFUSED` if one could not be changed."""
+    from job_registry_api.queue.errors import QueueUnavailable
+
     if "-" in job_ids:
         job_ids = [each for each in job_ids if each != "-"] + read("-").split()
     job_ids = list(dict.fromkeys(job_ids))
-    from job_registry_api.queue.errors import QueueUnavailable
-
     settings, registry = _opened()
     changed = 0
     refused = 0
