@@ -148,6 +148,7 @@ def test_a_collector_gets_one_trace_with_the_spans_of_the_handler(
     assert SECRET not in str(ours)
 
 
+@pytest.mark.slow
 @pytest.mark.any_database
 def test_the_lines_of_a_process_of_handlers_name_the_span(
     database_url: str, collector: Collector
@@ -212,6 +213,7 @@ def test_a_collector_that_never_answers_delays_no_request_no_job_and_no_shutdown
     assert not [line for line in served.lines if "exception" in line]
 
 
+@pytest.mark.slow
 @pytest.mark.any_database
 def test_an_outage_of_the_collector_is_logged_once_and_so_is_its_end(database_url: str) -> None:
     port = free_port()

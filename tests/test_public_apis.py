@@ -29,7 +29,10 @@ PYTHON = re.compile(
 SCHEMA = ("api/graphql/schema.py", "schema._schema")
 """Strawberry has no public name for it."""
 
-REPLACED = {"sys.argv[1:]"}  # By `first_minute`, which runs the command as if it were called so.
+REPLACED = {
+    "sys.argv[1:]",  # By `first_minute`, which runs the command as if it were called so.
+    "sys.stderr",  # By the command, if it was closed before the start.
+}
 
 
 def private_reads(source: str) -> Iterator[tuple[int, str]]:

@@ -189,6 +189,7 @@ def test_a_failed_job_shows_its_attempts_its_error_and_its_log(demo: Shell) -> N
         assert "\x1b" not in shown_text
 
 
+@pytest.mark.slow
 def test_a_job_that_waits_for_its_next_attempt_does_not_run(demo: Shell) -> None:
     (again,) = enqueued(demo, "demo.again")
     with worker(demo):
@@ -201,6 +202,7 @@ def test_a_job_that_waits_for_its_next_attempt_does_not_run(demo: Shell) -> None
     assert "runs in" not in row + demo("show", again).stdout
 
 
+@pytest.mark.slow
 def test_a_parked_job_names_the_faults_of_its_payload(demo: Shell) -> None:
     (parked,) = enqueued(demo, "demo.waits")
     renamed = CATALOG.replace("number: int", "size: int").replace("payload.number", "1")
@@ -316,6 +318,7 @@ def test_a_command_that_starts_on_a_full_disk_says_so(demo: Shell) -> None:
     )
 
 
+@pytest.mark.slow
 def test_an_output_that_nobody_reads_does_not_hide_what_was_left_alone(demo: Shell) -> None:
     ids = enqueued(demo, "demo.waits", numbers=3)
     reader, writer = os.pipe()

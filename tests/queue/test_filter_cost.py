@@ -257,7 +257,7 @@ def limits(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("statistics", "plan"),
     [
-        ("none", "custom"),
+        pytest.param("none", "custom", marks=pytest.mark.slow),
         ("stale", "generic"),
         pytest.param("none", "generic", marks=pytest.mark.slow),
         pytest.param("stale", "custom", marks=pytest.mark.slow),
@@ -307,7 +307,11 @@ async def test_few_rows_are_read_on_postgresql(
     assert not wrong, "\n".join(map(str, wrong))
 
 
-@pytest.mark.parametrize("analyzed", [False, True], ids=["unanalyzed", "analyzed"])
+@pytest.mark.parametrize(
+    "analyzed",
+    [False, pytest.param(True, marks=pytest.mark.slow)],
+    ids=["unanalyzed", "analyzed"],
+)
 async def test_a_longer_queue_costs_no_more_on_sqlite(
     sqlite_template: Path, tmp_path: Path, analyzed: bool
 ) -> None:

@@ -153,7 +153,11 @@ async def work(queue: JobQueue, types: list[str]) -> None:
         await queue.tidy()
 
 
-@pytest.mark.parametrize("analyzed", [False, True], ids=["unanalyzed", "analyzed"])
+@pytest.mark.parametrize(
+    "analyzed",
+    [False, pytest.param(True, marks=pytest.mark.slow)],
+    ids=["unanalyzed", "analyzed"],
+)
 @pytest.mark.parametrize(
     "jobs",
     [

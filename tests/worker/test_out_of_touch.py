@@ -116,6 +116,7 @@ async def test_a_handler_that_was_stopped_spends_no_attempt_if_the_outage_ends_i
     assert found == [("released",), ("released",)]
 
 
+@pytest.mark.slow
 async def test_the_first_jobs_outlast_their_leases_on_a_slow_network(proxied: Proxy) -> None:
     noted: list[str] = []
     kind = job_type("loop", lambda what, at: noted.append(what))
@@ -133,6 +134,7 @@ async def test_the_first_jobs_outlast_their_leases_on_a_slow_network(proxied: Pr
     assert noted == ["start", "end"]
 
 
+@pytest.mark.slow
 async def test_a_handler_times_out_in_time_although_its_claim_was_answered_late(
     fresh_postgresql_url: str, proxied: Proxy
 ) -> None:

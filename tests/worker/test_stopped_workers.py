@@ -166,7 +166,13 @@ async def outcomes(queue: JobQueue, job: JobRecord) -> list[str | None]:
     return [attempt.outcome for attempt in (await queue.attempts([job.id]))[job.id]]
 
 
-@pytest.mark.parametrize("act", ["sleep", "hold the interpreter lock", "start a process"])
+@pytest.mark.parametrize(
+    "act",
+    [
+        "hold the interpreter lock",
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ("sleep", "start a process")),
+    ],
+)
 async def test_a_handler_ends_before_its_job_runs_elsewhere_while_its_worker_is_stopped(
     queue: JobQueue, fresh_postgresql_url: str, catalog: Path, act: str
 ) -> None:
@@ -243,6 +249,7 @@ async def test_a_handler_ends_in_time_while_another_holds_the_interpreter_lock_o
         assert "process_died" not in first.communicate(20)[1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="waits for the state of processes in /proc")
 async def test_a_handler_whose_time_is_over_ends_before_its_worker_runs_again(
     queue: JobQueue, fresh_postgresql_url: str, catalog: Path
@@ -265,6 +272,7 @@ async def test_a_handler_whose_time_is_over_ends_before_its_worker_runs_again(
             await asyncio.sleep(0.001)
 
 
+@pytest.mark.slow
 async def test_a_handler_runs_on_while_its_worker_renews_a_short_lease(
     queue: JobQueue, fresh_postgresql_url: str, catalog: Path
 ) -> None:
@@ -291,6 +299,7 @@ async def test_what_a_handler_has_started_ends_with_a_killed_worker(
             await asyncio.sleep(0.001)
 
 
+@pytest.mark.slow
 async def test_a_watchdog_that_is_killed_is_replaced_with_the_next_job(
     queue: JobQueue, fresh_postgresql_url: str, catalog: Path
 ) -> None:
