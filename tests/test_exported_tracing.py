@@ -123,7 +123,10 @@ def collector() -> Iterator[Collector]:
         yield collector
 
 
-@pytest.mark.parametrize("kind", ["traced.loop", "traced.thread", "traced.process"])
+@pytest.mark.parametrize(
+    "kind",
+    ["traced.loop", pytest.param("traced.thread", marks=pytest.mark.slow), "traced.process"],
+)
 def test_a_collector_gets_one_trace_with_the_spans_of_the_handler(
     database_url: str, collector: Collector, kind: str
 ) -> None:
@@ -176,6 +179,7 @@ def test_every_process_of_serve_exports_its_spans(database_url: str, collector: 
     assert {span.service for span in collector.spans} == {"shop"}
 
 
+@pytest.mark.slow
 @pytest.mark.any_database
 def test_the_last_spans_are_sent_when_a_process_ends(
     database_url: str, collector: Collector
@@ -240,6 +244,7 @@ def test_an_outage_of_the_collector_is_logged_once_and_so_is_its_end(database_ur
     assert not [line for line in served.lines if "opentelemetry" in line.get("logger", "")]
 
 
+@pytest.mark.slow
 @pytest.mark.any_database
 def test_a_collector_that_refuses_spans_is_an_outage(
     database_url: str, collector: Collector
@@ -252,6 +257,7 @@ def test_a_collector_that_refuses_spans_is_an_outage(
         assert "timeout" in failed["reason"]
 
 
+@pytest.mark.slow
 @pytest.mark.any_database
 def test_a_worker_by_itself_exports_its_spans(
     database_url: str, collector: Collector, tmp_path: Path

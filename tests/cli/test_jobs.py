@@ -111,6 +111,7 @@ def test_jobs_are_listed_newest_first_with_the_reason_why_they_wait(demo: Shell)
     assert first["waitingReason"] == {"kind": "ScheduledFor", "nextRunAt": "2030-01-31T12:00:00Z"}
 
 
+@pytest.mark.slow
 def test_the_list_is_one_line_per_job_also_on_a_narrow_terminal(demo: Shell) -> None:
     (job,) = enqueued(demo, "demo.waits")
     ours, theirs = pty.openpty()
@@ -216,6 +217,7 @@ def test_a_parked_job_names_the_faults_of_its_payload(demo: Shell) -> None:
     assert why.endswith('/size: The required field "size" is missing.')
 
 
+@pytest.mark.slow
 def test_a_running_job_is_stopped_by_its_worker(demo: Shell) -> None:
     (running,) = enqueued(demo, "demo.waits")
     with worker(demo):
@@ -226,6 +228,7 @@ def test_a_running_job_is_stopped_by_its_worker(demo: Shell) -> None:
         wait_for(demo, running, "cancelled")
 
 
+@pytest.mark.slow
 def test_a_list_has_many_pages_and_says_what_it_leaves_out(demo: Shell) -> None:
     ids = enqueued(demo, "demo.waits", numbers=120)[::-1]
     small = {"JOBS_MAX_PAGE_SIZE": "50"}
@@ -287,6 +290,7 @@ def test_a_job_that_does_not_exist_is_refused(demo: Shell) -> None:
     assert json.loads(done.stdout)["code"] == "job_not_found"
 
 
+@pytest.mark.slow
 def test_a_command_that_the_database_stops_says_how_far_it_came(demo: Shell) -> None:
     ids = enqueued(demo, "demo.waits", numbers=3)
     with closing(sqlite3.connect(demo.folder / "jobs.db", isolation_level=None)) as other:
@@ -300,6 +304,7 @@ def test_a_command_that_the_database_stops_says_how_far_it_came(demo: Shell) -> 
     )
 
 
+@pytest.mark.slow
 def test_a_command_that_starts_on_a_full_disk_says_so(demo: Shell) -> None:
     assert demo("migrate").returncode == 0
     # No file may grow above 8 kB, so there is no room for the index beside the database.

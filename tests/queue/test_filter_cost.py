@@ -309,7 +309,7 @@ async def test_few_rows_are_read_on_postgresql(
 
 @pytest.mark.parametrize(
     "analyzed",
-    [False, pytest.param(True, marks=pytest.mark.slow)],
+    [pytest.param(each, marks=pytest.mark.slow) for each in (False, True)],
     ids=["unanalyzed", "analyzed"],
 )
 async def test_a_longer_queue_costs_no_more_on_sqlite(
