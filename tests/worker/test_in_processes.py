@@ -313,7 +313,8 @@ def test_a_process_that_is_gone_may_be_talked_to_on_any_event_loop() -> None:
 
     async def talk() -> None:
         process = processes._Process(
-            {"assets": "", "extensions": [], "max_bytes": 1_000, "logs": None}, watchdog
+            {"assets": "", "extensions": [], "max_bytes": 1_000, "traced": False, "logs": None},
+            watchdog,
         )
         assert await process.receive() == {"ready": True}
         process.is_ready = True
