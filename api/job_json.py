@@ -17,6 +17,7 @@ def json_of_job(job: JobRecord) -> dict[str, Any]:
     """Return a job as JSON has it. Its `jobId` is the `id` of the record."""
     content = json_of_fields(job._asdict())
     content["jobId"] = str(content.pop("id"))
+    content["error"] = None if job.error is None else asdict(job.error)
     return content
 
 

@@ -114,7 +114,7 @@ def _as_text(_logger: Any, _method: str, line: MutableMapping[str, Any]) -> str:
 def show_trace_ids(ids_of: Callable[[object], Mapping[str, str]]) -> None:
     """Add to each line what `ids_of` returns for its `job_id`: the ids of a span, if there is one.
 
-    The argument is None for a line without a `job_id`.
+    For a line without a `job_id`, it is called with None.
     """
     global _trace_ids_of
     _trace_ids_of = ids_of

@@ -150,7 +150,7 @@ async def test_a_job_is_refused_for_all_its_faults_at_once(http: httpx.AsyncClie
         ("/payload/batchId", "wrong_type"),
         ("/payload/escrowId", "required"),
     ]
-    # Nothing else matters where the type is unknown, or is no name.
+    # If the type is unknown, or is not a string, the payload cannot be checked.
     unknown = await http.post("/jobs", json={**wrong, "type": "no.such"})
     assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "job_type_not_found")
     no_name = await http.post("/jobs", json={**wrong, "type": 7, "maxAttempts": 1})

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from enum import StrEnum
@@ -108,10 +108,11 @@ def list_jobs(
         error_code=error_code,
         search=search,
     )
+    older_than = _end(after)
     settings, registry = _opened()
     with startup.database_errors():
         asyncio.run(
-            _list(settings, registry, wanted, limit, _end(after), _Printed(only_ids, as_json))
+            _list(settings, registry, wanted, limit, older_than, _Printed(only_ids, as_json))
         )
 
 
@@ -130,12 +131,12 @@ def cancel(job_ids: JobIds, as_json: AsJson = False) -> None:
 
     The worker of a running job is requested to stop it.
     """
-    _change_all(job_ids, as_json, "cancelled", lambda queue: queue.cancel)
+    _change_all(job_ids, as_json, "cancelled", lambda queue, job_id: queue.cancel(job_id))
 
 
 def retry(job_ids: JobIds, as_json: AsJson = False) -> None:
     """Queue failed or cancelled jobs again, to run now, with at least one attempt left."""
-    _change_all(job_ids, as_json, "retried", lambda queue: queue.retry)
+    _change_all(job_ids, as_json, "retried", lambda queue, job_id: queue.retry(job_id))
 
 
 def _opened() -> tuple[Settings, JobRegistry]:
@@ -299,10 +300,11 @@ def _change_all(
     job_ids: list[str],
     as_json: bool,
     done: str,
-    change: Callable[[JobQueue], Callable[[str], Awaitable[JobRecord]]],
+    change: Callable[[JobQueue, str], Awaitable[JobRecord]],
 ) -> None:
     """Change the jobs one after another. End with `REFUSED` if one could not be changed."""
-    from job_registry_api.queue.errors import QueueUnavailable
+    from job_registry_api.queue.errors import JobNotFound, JobStateConflict, QueueUnavailable
+    from job_registry_api.queue.queue import JobQueue
 
     if "-" in job_ids:
         job_ids = [each for each in job_ids if each != "-"] + read("-").split()
@@ -313,19 +315,22 @@ def _change_all(
 
     async def change_all() -> None:
         nonlocal changed, refused
-        async for result in _changes(settings, registry, job_ids, change):
-            if isinstance(result, CodedError):
-                refused += 1
+        async with JobQueue.from_settings(settings, registry, prepare=False) as queue:
+            for job_id in job_ids:
+                try:
+                    job = await change(queue, job_id)
+                except (JobNotFound, JobStateConflict) as refusal:
+                    refused += 1
+                    if as_json:
+                        print_json(refusal_json(refusal), lines=True)
+                    else:
+                        say(str(refusal), err)
+                    continue
+                changed += 1
                 if as_json:
-                    print_json(refusal_json(result), lines=True)
+                    print_json(_json_of(job, None), lines=True)
                 else:
-                    say(str(result), err)
-                continue
-            changed += 1
-            if as_json:
-                print_json(_json_of(result, None), lines=True)
-            else:
-                say(f"{result.id} {_state(result)}")
+                    say(f"{job.id} {_state(job)}")
 
     with startup.database_errors():
         try:
@@ -343,23 +348,6 @@ def _change_all(
         sys.exit(REFUSED)
 
 
-async def _changes(
-    settings: Settings,
-    registry: JobRegistry,
-    job_ids: list[str],
-    change: Callable[[JobQueue], Callable[[str], Awaitable[JobRecord]]],
-) -> AsyncIterator[JobRecord | CodedError]:
-    from job_registry_api.queue.errors import JobNotFound, JobStateConflict
-    from job_registry_api.queue.queue import JobQueue
-
-    async with JobQueue.from_settings(settings, registry, prepare=False) as queue:
-        for job_id in job_ids:
-            try:
-                yield await change(queue)(job_id)
-            except (JobNotFound, JobStateConflict) as error:
-                yield error
-
-
 def _state(job: JobRecord) -> str:
     if job.cancel_requested_at is not None and job.finished_at is None:
         return f"{job.status.value}, its worker is requested to stop it"
@@ -370,7 +358,6 @@ def _json_of(job: JobRecord, waits: WaitingReason | None) -> dict[str, Any]:
     from job_registry_api.job_json import json_of_fields, json_of_job
 
     content = json_of_job(job)
-    content["error"] = None if job.error is None else asdict(job.error)
     content["waitingReason"] = (
         None if waits is None else {"kind": type(waits).__name__, **json_of_fields(asdict(waits))}
     )

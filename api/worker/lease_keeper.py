@@ -280,7 +280,7 @@ class LeaseKeeper:
                     self._answered(holds, renewals, answers, requested_at)
 
     async def _connect(self, own: JobQueue) -> None:
-        """Open the connection for renewals. The first one takes a dozen answers of PostgreSQL."""
+        """Open the connection for renewals. It takes a dozen round trips to PostgreSQL."""
         try:
             with contextlib.suppress(Exception):
                 await own.connect()

@@ -162,6 +162,14 @@ def is_free(catalog: Path) -> bool:
     return True
 
 
+async def until_free(catalog: Path) -> None:
+    """Wait until no process holds the lock of the handler, for two seconds at most."""
+    give_up = time.monotonic() + 2
+    while not is_free(catalog):
+        assert time.monotonic() < give_up
+        await asyncio.sleep(0.001)
+
+
 async def outcomes(queue: JobQueue, job: JobRecord) -> list[str | None]:
     return [attempt.outcome for attempt in (await queue.attempts([job.id]))[job.id]]
 
@@ -266,10 +274,7 @@ async def test_a_handler_whose_time_is_over_ends_before_its_worker_runs_again(
         assert not is_free(catalog)
         for process in others:
             process.resume()
-        thawed_at = time.monotonic()
-        while not is_free(catalog):
-            assert time.monotonic() < thawed_at + 2
-            await asyncio.sleep(0.001)
+        await until_free(catalog)
 
 
 @pytest.mark.slow
@@ -293,10 +298,7 @@ async def test_what_a_handler_has_started_ends_with_a_killed_worker(
         await until_noted(catalog, "alone 1")
         await asyncio.sleep(0.2)
         first.kill()
-        killed_at = time.monotonic()
-        while not is_free(catalog):
-            assert time.monotonic() < killed_at + 2
-            await asyncio.sleep(0.001)
+        await until_free(catalog)
 
 
 @pytest.mark.slow
