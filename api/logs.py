@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import secrets
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from contextlib import suppress
@@ -22,6 +23,7 @@ from pydantic_core import to_json
 from job_registry.errors import escaped
 
 _MAX_MEMBERS: Final = 5
+_MAX_CALLS: Final = 12
 _LEVELS: Final = {
     "debug": logging.DEBUG,
     "info": logging.INFO,
@@ -306,6 +308,20 @@ def traceback_of(error: BaseException) -> str:
             following.append((cause, "\n\ncaused by\n\n"))
         waiting[:0] = following
     return "".join(parts)
+
+
+def stack_of(thread: threading.Thread | None) -> list[str]:
+    """Return where a thread is at this moment: the file, line and function of its last calls.
+
+    The innermost call comes last. A thread that has ended, or has run no Python yet, has none.
+    """
+    frame = None if thread is None else sys._current_frames().get(thread.ident or 0)
+    calls: list[str] = []
+    while frame is not None and len(calls) < _MAX_CALLS:
+        code = frame.f_code
+        calls.append(f"{code.co_filename}:{frame.f_lineno} {code.co_qualname}")
+        frame = frame.f_back
+    return calls[::-1]
 
 
 def members_of(error: BaseException) -> list[BaseException]:

@@ -14,13 +14,14 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Final
 
 import structlog
+
+from job_registry_api.logs import stack_of
 
 FORCED: Final = 3
 """The exit code of a process that did not end in time."""
@@ -142,12 +143,11 @@ class Shutdown:
     def _give_up(self) -> None:
         abandoning = threading.Thread(target=self._abandon, daemon=True)
         abandoning.start()
-        main = sys._current_frames().get(threading.main_thread().ident or 0)
         with suppress(Exception):  # A handler may have closed the streams.
             log.error(
                 "shutdown.forced",
                 threads=sorted(thread.name for thread in threading.enumerate()),
-                main_thread="".join(traceback.format_stack(main)) if main else None,
+                main_thread=stack_of(threading.main_thread()),
             )
             sys.stdout.flush()
             sys.stderr.flush()

@@ -481,7 +481,9 @@ class Attempt:
         try:
             await asyncio.wait({call.ended}, timeout=1.0)
             while not call.ended.done():
-                self._log.warning("job.overdue", seconds=round(time.monotonic() - since, 1))
+                self._log.warning(
+                    "job.overdue", seconds=round(time.monotonic() - since, 1), stack=call.stack()
+                )
                 await asyncio.wait({call.ended}, timeout=OVERDUE_LOG_SECONDS)
         finally:
             self.overdue = False

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import structlog
 
-from job_registry_api.logs import log_unexpected
+from job_registry_api.logs import log_unexpected, stack_of
 from job_registry_api.queue.errors import LeaseLost, QueueUnavailable, reason_of
 from job_registry_api.queue.leasing import Renewal
 from job_registry_api.queue.queue import JobQueue
@@ -101,6 +101,7 @@ class LeaseKeeper:
         self._holds: dict[str, Hold] = {}
         self._lock = threading.Lock()
         self._worker_loop: asyncio.AbstractEventLoop | None = None
+        self._worker_thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._wake: asyncio.Event | None = None
         self._old_lease: asyncio.Event | None = None
@@ -121,6 +122,7 @@ class LeaseKeeper:
     def start(self) -> None:
         """Start the thread. Call it on the worker's event loop."""
         self._worker_loop = asyncio.get_running_loop()
+        self._worker_thread = threading.current_thread()
         self._turned_at = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="lease-keeper", daemon=True)
         self._thread.start()
@@ -424,6 +426,7 @@ class LeaseKeeper:
             log.warning(
                 f"event loop blocked for {seconds:.0f} s while running {names}",
                 seconds=round(seconds, 1),
+                stack=stack_of(self._worker_thread),
             )
 
     def _turned(self) -> None:

@@ -245,6 +245,10 @@ class ProcessCall:
         if self._process is not None:
             self._process.cancel()
 
+    def stack(self) -> list[str]:
+        """Return nothing: a process that was killed runs no Python."""
+        return []
+
     def kill(self) -> None:
         """Kill the handler and every process it has started."""
         self._killed = True

@@ -19,6 +19,7 @@ from typing import Any
 import structlog
 
 from job_registry import CallNext, JobContext
+from job_registry_api.logs import stack_of
 from job_registry_api.worker.extensions import around
 from job_registry_api.worker.outcomes import End, Returned, raised
 from job_registry_api.worker.results import is_small, result_of
@@ -46,6 +47,7 @@ class HandlerCall:
         max_bytes: int,
     ) -> None:
         self._threads: set[asyncio.Future[None]] = set()
+        self._thread_name = f"job {job.id}"
         self._returned = False
         handler = self._in_a_thread if in_thread else self._on_the_loop
         call = around(middleware, job, lambda: handler(function, job, payload))
@@ -60,6 +62,11 @@ class HandlerCall:
 
     def kill(self) -> None:
         """Do nothing: a handler in this process cannot be killed."""
+
+    def stack(self) -> list[str]:
+        """Return where a handler in a thread is at this moment, the innermost call last."""
+        named = (each for each in threading.enumerate() if each.name == self._thread_name)
+        return stack_of(next(named, None))
 
     async def _run(self, call: CallNext, job: JobContext, max_bytes: int) -> End:
         _in_handler.set(True)
@@ -96,7 +103,9 @@ class HandlerCall:
         thread: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._threads.add(thread)
         thread.add_done_callback(self._threads.discard)
-        answer = await in_thread(lambda: function(*arguments), thread)
+        answer = await in_thread(
+            lambda: function(*arguments), thread, thread_name=self._thread_name
+        )
         if inspect.isawaitable(answer):
             return await self._on_the_loop(lambda: answer)
         return answer
@@ -110,7 +119,12 @@ def is_small_enough(result: object) -> bool:
         return True  # `result_of` refuses it at once.
 
 
-async def in_thread(function: Callable[[], Any], ended: asyncio.Future[None] | None = None) -> Any:
+async def in_thread(
+    function: Callable[[], Any],
+    ended: asyncio.Future[None] | None = None,
+    *,
+    thread_name: str = "job",
+) -> Any:
     """Run a plain function in its own thread, with the context variables of this task.
 
     `ended` is set once the function has ended, even if this call was cancelled before.
@@ -144,7 +158,7 @@ async def in_thread(function: Callable[[], Any], ended: asyncio.Future[None] | N
             deliver(result, None)
 
     try:
-        threading.Thread(target=run, name="job", daemon=True).start()
+        threading.Thread(target=run, name=thread_name, daemon=True).start()
     except BaseException:
         if ended is not None:
             ended.set_result(None)

@@ -384,10 +384,11 @@ async def test_a_blocked_event_loop_loses_no_lease_and_the_log_names_the_job(
         watching.join()
     assert await house.outcomes(neighbour) == ["succeeded"]
     assert await house.outcomes(blocks) == ["succeeded"]
-    (named,) = [
-        line["event"] for line in lines if line["event"].startswith("event loop blocked for")
-    ][:1]
-    assert f"work {blocks.id}" in named.partition("while running ")[2]
+    named = next(line for line in lines if line["event"].startswith("event loop blocked for"))
+    assert f"work {blocks.id}" in named["event"].partition("while running ")[2]
+    place, _, function = named["stack"][-1].partition(" ")
+    assert place.rpartition(":")[0] == __file__
+    assert function.endswith(".work")
     assert [line["event"] for line in lines].count("worker.loop_turns_again") == 1
 
 

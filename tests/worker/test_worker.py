@@ -471,7 +471,9 @@ async def test_a_handler_that_ends_by_itself_after_its_timeout_is_logged_as_time
 
 @pytest.mark.any_database
 @about_timeouts
-async def test_an_overdue_thread_does_not_hold_up_the_end_of_its_worker(house: House) -> None:
+async def test_an_overdue_thread_is_shown_and_does_not_hold_up_the_end_of_its_worker(
+    house: House, lines: list[dict[str, Any]]
+) -> None:
     given_up = threading.Event()
 
     @house.job_type.handler
@@ -481,10 +483,13 @@ async def test_an_overdue_thread_does_not_hold_up_the_end_of_its_worker(house: H
     async with house.working() as worker:
         await house.enqueue(max_attempts=1)
         async with asyncio.timeout(10):
-            while not worker.overdue:
+            while "job.overdue" not in [line["event"] for line in lines]:
                 await asyncio.sleep(0.01)
+        assert worker.overdue == 1
         stopped = time.monotonic()
     assert time.monotonic() - stopped < 2
+    overdue = next(line for line in lines if line["event"] == "job.overdue")
+    assert any(call.startswith(__file__) and call.endswith(".work") for call in overdue["stack"])
     given_up.set()
 
 
