@@ -166,6 +166,8 @@ class Attempt:
     _now = Circumstances()
     _stop_by = float("inf")
     _news: asyncio.Future[None] | None = None
+    _raised_at: str | None = None
+    """Where the handler was when it was stopped, or raised: a traceback."""
     _call: HandlerCall | ProcessCall | None = None
     _span: AttemptSpan | None = None
     """The span of the attempt, if attempts are traced."""
@@ -301,6 +303,8 @@ class Attempt:
         self.has_ended = not isinstance(end, StillRunning)
         self.overdue = not self.has_ended and not self._now.releasing
         self.is_left = not self.has_ended and self._now.releasing
+        if isinstance(end, Raised):
+            self._raised_at = end.traceback
         del end
         try:
             if isinstance(report, TimeOut):
@@ -320,6 +324,7 @@ class Attempt:
             "job.timed_out",
             timeout_seconds=self._job.timeout_seconds,
             still_running=still_running,
+            **({"exception": self._raised_at} if self._raised_at else {}),
         )
 
     def _start_in_process(self, registered: JobType[Any], address: str) -> ProcessCall:
