@@ -224,10 +224,17 @@ def tasks_of_handlers_contained() -> Iterator[None]:
 
 
 class _Contained(Coroutine[Any, Any, Any]):
-    """A coroutine that raises RuntimeError instead of SystemExit and KeyboardInterrupt."""
+    """A coroutine that raises RuntimeError instead of SystemExit and KeyboardInterrupt.
+
+    It has the attributes of the coroutine in it, such as `cr_running`: anyio reads the state of its
+    tasks from them, and asyncio their names and stacks.
+    """
 
     def __init__(self, work: Coroutine[Any, Any, Any]) -> None:
         self._work = work
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._work, name)
 
     def send(self, value: Any) -> Any:
         with _no_exit():

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import anyio
 import pytest
 import structlog
 from pydantic import JsonValue, field_validator
@@ -737,6 +738,26 @@ async def test_the_log_says_where_a_handler_called_exit(
 
 
 @pytest.mark.any_database
+@pytest.mark.any_database
+async def test_a_handler_may_cancel_a_task_group_of_anyio_and_name_its_tasks(house: House) -> None:
+    async def wait_long() -> None:
+        await asyncio.sleep(60)
+
+    @house.job_type.handler
+    async def work(_job: JobContext, _payload: Text) -> str:
+        async with anyio.create_task_group() as group:
+            group.start_soon(wait_long)
+            group.cancel_scope.cancel()
+        task = asyncio.create_task(wait_long())
+        await asyncio.sleep(0)
+        shown, stack = repr(task), task.get_stack()
+        task.cancel()
+        return f"{'wait_long() running at' in shown} {len(stack)}"
+
+    ended = await house.run(max_attempts=1)
+    assert (ended.error, ended.result) == (None, "True 1")
+
+
 async def test_stopping_lets_running_jobs_end_and_releases_the_rest(house: House) -> None:
     @house.job_type.handler
     async def work(_job: JobContext, payload: Text) -> None:
