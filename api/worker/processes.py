@@ -265,7 +265,12 @@ class ProcessCall:
                 return NotStarted(f"A process for the handler cannot be started: {reason}.")
             if self._killed:
                 process.kill()
-            end = await self._run_in(process)
+            try:
+                end = await self._run_in(process)
+            except Exception:
+                # Its handler must not run on after the attempt, which ends with this error.
+                await self._processes.end(process)
+                raise
             if end is None:
                 exit_code = await self._processes.end(process)
                 if process.is_begun or not process.was_used or self._killed:

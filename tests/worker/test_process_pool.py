@@ -137,6 +137,7 @@ class Call:
         pool: HandlerProcesses,
         memory_limit_mb: int | None = None,
         may_start: Callable[[], bool] = lambda: True,
+        on_follow_up: Callable[[Any], None] | None = None,
     ) -> None:
         self.progress: list[bytes] = []
         self.lines: list[bytes] = []
@@ -152,7 +153,7 @@ class Call:
             deadline=time.monotonic() + 60,
             on_progress=self.progress.append,
             on_log_line=self.lines.append,
-            on_follow_up=self.follow_ups.append,
+            on_follow_up=on_follow_up or self.follow_ups.append,
             may_start=may_start,
         )
 
@@ -279,6 +280,23 @@ async def test_what_a_process_sends_about_its_job_is_passed_on(started: list[Sta
     # The same process runs the next job.
     assert await Call(all_of_them).end() == Raised("error", "ValueError", "x")
     assert started == [process]
+
+
+async def test_a_process_is_ended_if_what_it_sends_raises_an_error(started: list[StandIn]) -> None:
+    # Given a job whose validator has a bug
+    def refuse(_job: Any) -> None:
+        raise KeyError("rate")
+
+    StandIn.script = answering(READY, {"begun": 1}, {"follow_up": 1, "job": "next"}, ended())
+    all_of_them = pool()
+    call = Call(all_of_them, on_follow_up=refuse)
+
+    # I expect its handler not to run on after the attempt has ended
+    with pytest.raises(KeyError):
+        await call.end()
+    assert [each.ended for each in started] == [True]
+    await Call(all_of_them).end()
+    assert len(started) == 2
 
 
 async def test_a_process_that_cannot_load_its_handler_says_why(started: list[StandIn]) -> None:
