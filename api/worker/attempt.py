@@ -599,9 +599,9 @@ class Attempt:
                     "job.payload_mismatch",
                     fingerprint=fingerprint,
                     admitted_under=self._job.fingerprint,
+                    # Without their messages, which quote the payload.
                     violations=[
-                        f"{each.path or 'payload'}: {each.message}"
-                        for each in invalid.violations[:5]
+                        f"{each.path or 'payload'}: {each.code}" for each in invalid.violations[:5]
                     ],
                     exc_info=invalid.__cause__,
                 )

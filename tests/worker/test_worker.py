@@ -574,11 +574,11 @@ async def test_a_stored_payload_that_todays_schema_refuses_is_not_run(house: Hou
 @pytest.mark.parametrize(
     ("payload", "violation"),
     [
-        ('{"text": 1}', "/text: Expected a string; got 1."),
-        ("[]", "payload: Expected an object; got []."),
+        ('{"text": 4111222233334444}', "/text: wrong_type"),
+        ('["4111222233334444"]', "payload: wrong_type"),
     ],
 )
-async def test_jobs_whose_payload_does_not_fit_are_one_warning_per_type_and_minute(
+async def test_jobs_whose_payload_does_not_fit_are_one_warning_without_values_per_type_and_minute(
     house: House, monkeypatch: pytest.MonkeyPatch, payload: str, violation: str
 ) -> None:
     jobs = [await house.enqueue() for _ in range(5)]
@@ -593,6 +593,7 @@ async def test_jobs_whose_payload_does_not_fit_are_one_warning_per_type_and_minu
     assert (warning["event"], warning["type"]) == ("job.payload_mismatch", "work")
     assert warning["fingerprint"] == house.job_type.fingerprint
     assert warning["violations"] == [violation]
+    assert "4111222233334444" not in log.getvalue().decode()
 
 
 def logged(name: str, monkeypatch: pytest.MonkeyPatch) -> io.BytesIO:
@@ -738,7 +739,6 @@ async def test_the_log_says_where_a_handler_called_exit(
 
 
 @pytest.mark.any_database
-@pytest.mark.any_database
 async def test_a_handler_may_cancel_a_task_group_of_anyio_and_name_its_tasks(house: House) -> None:
     async def wait_long() -> None:
         await asyncio.sleep(60)
@@ -758,6 +758,7 @@ async def test_a_handler_may_cancel_a_task_group_of_anyio_and_name_its_tasks(hou
     assert (ended.error, ended.result) == (None, "True 1")
 
 
+@pytest.mark.any_database
 async def test_stopping_lets_running_jobs_end_and_releases_the_rest(house: House) -> None:
     @house.job_type.handler
     async def work(_job: JobContext, payload: Text) -> None:
