@@ -120,12 +120,13 @@ def import_from(address: str) -> Any:
 
 
 def _modules(name: str) -> Iterator[ModuleType]:
+    """Yield a module, and all modules of a package, except those whose names start with `_`."""
     module = _import(name)
     yield module
-    if hasattr(module, "__path__"):
-        for info in pkgutil.walk_packages(module.__path__, prefix=f"{name}.", onerror=_raise):
-            if not any(part.startswith("_") for part in info.name.split(".")):
-                yield _import(info.name)
+    # Not `walk_packages`: it imports every package in the package, also one to leave out.
+    for info in pkgutil.iter_modules(getattr(module, "__path__", ())):
+        if not info.name.startswith("_"):
+            yield from _modules(f"{name}.{info.name}")
 
 
 def _in_module(name: str) -> list[JobType[Any]]:
@@ -194,7 +195,3 @@ def _lines_of(error: BaseException) -> list[str]:
         for frame, line in traceback.walk_tb(error.__traceback__)
         if frame.f_code.co_name == "<module>"
     ]
-
-
-def _raise(name: str) -> None:
-    _import(name)

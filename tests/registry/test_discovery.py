@@ -50,6 +50,19 @@ def test_a_module_and_all_modules_of_a_package_are_searched(folder: Path) -> Non
     ]  # fmt: skip
 
 
+def test_a_part_of_a_package_with_an_underscore_is_not_even_imported(folder: Path) -> None:
+    write(folder / "_app/__init__.py", "")
+    write(folder / "_app/jobs/__init__.py", "")
+    write(folder / "_app/jobs/mail.py", JOBS.format(name="app.mail"))
+    # A named package is searched, whatever its name is.
+    for name in ("_app", "_app.jobs"):
+        assert list(load_registry([name])) == ["app.mail"]
+    write(folder / "_app/jobs/_heavy/__init__.py", "raise RuntimeError('imported')")
+    write(folder / "_app/jobs/_heavy/mail.py", JOBS.format(name="heavy.mail"))
+    write(folder / "_app/jobs/_one.py", "raise RuntimeError('imported')")
+    assert list(load_registry(["_app"])) == ["app.mail"]
+
+
 @pytest.mark.parametrize(
     ("modules", "catalog", "message"),
     [
