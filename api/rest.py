@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Final, NamedTuple
@@ -16,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from job_registry import CodedError, EnqueueRequest, JobTypeNotFound, PayloadInvalid, Violation
 from job_registry.errors import FaultBudget, shortened
-from job_registry.json_values import MAX_VIOLATIONS, NotJson, pointer_of
+from job_registry.json_values import NotJson, pointer_of
 from job_registry.wire_text import parse_date_time
 from job_registry_api import auth, openapi
 from job_registry_api.answer_text import json_in_pieces
@@ -54,7 +55,7 @@ from job_registry_api.queue.filters import JobFilter
 from job_registry_api.queue.job_logs import LOG_WEIGHT, lines_of
 from job_registry_api.queue.models import JobRecord, JobStatus, Owner
 from job_registry_api.queue.queue import JobQueue
-from job_registry_api.queue.requests import parse_request, read_request
+from job_registry_api.queue.requests import read_request
 from job_registry_api.uploads import (
     FORMATS,
     AssetExists,
@@ -230,9 +231,9 @@ async def enqueue(request: _Request) -> _Answer:
     caller, queue = request.caller, request.queue
     caller.need("jobs:enqueue", "jobs:own")
     budget = queue.registry.fault_budget()
-    given, faults = read_request(await request.json(), budget=budget)
+    given, faults = read_request(await request.json(), budget)
     if given is None:
-        raise InputInvalid(tuple(faults))
+        raise InputInvalid(faults)
     caller.need_types([given.type])
     if faults:
         # Refuses it for the faults of its payload too.
@@ -254,10 +255,10 @@ async def enqueue_many(request: _Request) -> _Answer:
     caller.need("jobs:enqueue", "jobs:own")
     budget = queue.registry.fault_budget()
     jobs, atomic = _bulk_of(await request.json(), request.limits.bulk_size)
-    given = _requests_of(jobs, budget)
-    caller.need_types(each.type for each in given)
+    read = [read_request(job, budget) for job in jobs]
+    caller.need_types(given.type for given, _ in read if given is not None)
     results = await queue.enqueue_many(
-        given,
+        await _requests_of(queue, read, caller.subject, budget),
         atomic=atomic,
         created_by=caller.subject,
         others=caller.others_jobs,
@@ -563,48 +564,53 @@ def _bulk_of(value: JsonValue, most: int) -> tuple[list[JsonValue], bool]:
     """Return the jobs of a bulk, and whether it is atomic.
 
     Raises:
-        InputInvalid: it is not an object with `jobs`.
+        InputInvalid: it is not an object with `jobs`; lists every fault outside them.
         BudgetExceeded: it has too many jobs.
     """
-    if not isinstance(value, dict) or not isinstance(value.get("jobs"), list):
+    if not isinstance(value, dict):
         message = f'Expected an object such as {{"jobs": [...]}}; got {shortened(value)}.'
-        raise InputInvalid((Violation("/jobs", "wrong_type", message),))
+        raise InputInvalid((Violation("", "wrong_type", message),))
     faults = [
         Violation(pointer_of([name]), "unknown_field", f"There is no field {shortened(name)}.")
         for name in islice((name for name in value if name not in ("jobs", "atomic")), 100)
     ]
+    jobs = value.get("jobs")
+    if not isinstance(jobs, list):
+        given = shortened(jobs) if "jobs" in value else "none"
+        faults.append(Violation("/jobs", "wrong_type", f"Expected a list of jobs; got {given}."))
+        jobs = []
     atomic = value.get("atomic", False)
     if not isinstance(atomic, bool):
         message = f"Expected true or false; got {shortened(atomic)}."
         faults.append(Violation("/atomic", "wrong_type", message))
     if faults:
         raise InputInvalid(tuple(faults))
-    jobs = value["jobs"]
-    assert isinstance(jobs, list)
     if len(jobs) > most:
         message = "The request has too many jobs."
         raise BudgetExceeded(message, most, "JOBS_MAX_BULK_SIZE")
     return jobs, bool(atomic)
 
 
-def _requests_of(jobs: list[JsonValue], budget: FaultBudget) -> list[EnqueueRequest]:
-    """Return the requests of a bulk.
-
-    Raises:
-        InputInvalid: a job is not an object with the fields of a request; it lists the first
-            faults.
-    """
-    requests: list[EnqueueRequest] = []
-    faults: list[Violation] = []
-    for index, job in enumerate(jobs):
-        try:
-            requests.append(parse_request(job, path=f"/jobs/{index}", budget=budget))
-        except InputInvalid as invalid:
-            faults += invalid.violations
-            if len(faults) >= MAX_VIOLATIONS:
-                break
-    if faults:
-        raise InputInvalid(tuple(faults[:MAX_VIOLATIONS]))
+async def _requests_of(
+    queue: JobQueue,
+    read: Sequence[tuple[EnqueueRequest | None, Sequence[Violation]]],
+    created_by: str | None,
+    budget: FaultBudget,
+) -> list[EnqueueRequest | Refusal]:
+    """Return the request of each job of a bulk; in place of a faulty one, why it is refused."""
+    requests: list[EnqueueRequest | Refusal] = []
+    for given, faults in read:
+        if given is None:
+            requests.append(InputInvalid(tuple(faults)))
+        elif not faults:
+            requests.append(given)
+        else:
+            try:
+                queue.admit(given, created_by, budget, found=faults)
+            except (JobTypeNotFound, InputInvalid) as refusal:
+                requests.append(refusal)
+            # Listing faults takes milliseconds. A bulk of them would block the event loop.
+            await asyncio.sleep(0)
     return requests
 
 

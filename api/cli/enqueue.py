@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from job_registry import CodedError, JobRegistry, JobTypeNotFound, PayloadInvalid, Violation
+from job_registry import CodedError, JobRegistry, PayloadInvalid, Violation
 from job_registry.json_values import NotJson, parse_json
 from job_registry.wire_text import parse_date_time
 from job_registry_api.cli import startup
@@ -285,33 +285,24 @@ async def _enqueue_batch(
 ) -> Results:
     from job_registry import EnqueueRequest
     from job_registry_api.queue.enqueueing import NOT_STORED, not_stored
-    from job_registry_api.queue.errors import IdempotencyConflict, InputInvalid
+    from job_registry_api.queue.errors import InputInvalid
 
-    results: dict[int, Enqueued | Refusal] = {}
-    requests: dict[int, EnqueueRequest] = {}
-    for number, text in batch:
+    jobs: list[EnqueueRequest | Refusal] = []
+    for _, text in batch:
         try:
-            requests[number] = EnqueueRequest(type_name, parse_json(text), **options)
+            jobs.append(EnqueueRequest(type_name, parse_json(text), **options))
         except NotJson as error:
-            violation = Violation("", "not_json", str(error))
-            results[number] = PayloadInvalid(type_name, [violation])
-    if atomic and results:
-        # Nothing is stored. Find the faults of the other lines too.
-        for number, request in requests.items():
-            try:
-                await queue.validate(request)
-            except (JobTypeNotFound, PayloadInvalid, InputInvalid, IdempotencyConflict) as refusal:
-                results[number] = refusal
-    elif requests:
-        stored = await queue.enqueue_many(list(requests.values()), atomic=atomic)
-        results |= {
-            number: result
-            for number, result in zip(requests, stored, strict=True)
-            if not (isinstance(result, InputInvalid) and result.violations[0].code == NOT_STORED)
-        }
-    left = requests.keys() - results.keys()
-    results |= dict.fromkeys(left, not_stored(sorted(results), "line", "lines"))
-    return sorted(results.items())
+            jobs.append(PayloadInvalid(type_name, [Violation("", "not_json", str(error))]))
+    stored = await queue.enqueue_many(jobs, atomic=atomic)
+    results = dict(zip((number for number, _ in batch), stored, strict=True))
+    left = {
+        number
+        for number, result in results.items()
+        if isinstance(result, InputInvalid) and result.violations[0].code == NOT_STORED
+    }
+    if left:
+        results |= dict.fromkeys(left, not_stored(sorted(results.keys() - left), "line", "lines"))
+    return list(results.items())
 
 
 def _show_enqueued(

@@ -245,7 +245,7 @@ class Enqueueing(Opening):
 
     async def enqueue_many(
         self,
-        jobs: Sequence[Payload | EnqueueRequest],
+        jobs: Sequence[Payload | EnqueueRequest | Refusal],
         *,
         atomic: bool = False,
         created_by: str | None = None,
@@ -257,10 +257,11 @@ class Enqueueing(Opening):
         """Store up to `max_bulk_size` jobs. Return a result for each, in order.
 
         Each job is a payload or, with options of its own, a `request`. The result of a refused job
-        is its error. With `atomic`, one refusal means that no job is stored; the results of valid
-        jobs are then `InputInvalid` with the code `not_stored`. The faults of all jobs are charged
-        to one `budget`. `session` is that of `enqueue`. `values` says which JSON values of existing
-        jobs the results have; with a session, they have all.
+        is its error; a job that the caller has refused is given as its error. With `atomic`, one
+        refusal means that no job is stored; the results of valid jobs are then `InputInvalid` with
+        the code `not_stored`. The faults of all jobs are charged to one `budget`. `session` is that
+        of `enqueue`. `values` says which JSON values of existing jobs the results have; with a
+        session, they have all.
 
         Conflicts with existing payloads of `COMPARED_BYTES` in total are compared. Those of further
         jobs are said to be at the whole payload: "".
@@ -416,7 +417,7 @@ class Enqueueing(Opening):
 
     def _bulk(
         self,
-        jobs: Sequence[Payload | EnqueueRequest],
+        jobs: Sequence[Payload | EnqueueRequest | Refusal],
         *,
         atomic: bool,
         others: OthersJobs = "described",
@@ -425,12 +426,17 @@ class Enqueueing(Opening):
         if len(jobs) > self.max_bulk_size:
             message = f"Expected at most {self.max_bulk_size} jobs per call; got {len(jobs)}."
             raise InputInvalid((Violation("", "too_long", message),))
-        requests = [self.request(job) for job in jobs]
-        return _Bulk(requests, atomic, others, budget or FaultBudget())
+        bulk = _Bulk(len(jobs), atomic, others, budget or FaultBudget())
+        for index, job in enumerate(jobs):
+            if isinstance(job, Refusal):
+                bulk.results[index] = job
+            else:
+                bulk.requests[index] = self.request(job)
+        return bulk
 
     def _admit_each(self, bulk: _Bulk, created_by: str | None) -> Iterator[None]:
         """Admit the jobs of a bulk. Yields after each job that is refused."""
-        for index, request in enumerate(bulk.requests):
+        for index, request in bulk.requests.items():
             try:
                 bulk.admitted[index] = self.admit(
                     request, created_by, bulk.budget, hides_others=bulk.others == "hidden"
@@ -641,12 +647,14 @@ class Enqueueing(Opening):
 
 @dataclass(frozen=True, slots=True)
 class _Bulk:
-    """A call of `enqueue_many`: the jobs that were admitted, and the results so far, by index."""
+    """A call of `enqueue_many`: its requests, the jobs that were admitted, and the results so far,
+    by index."""
 
-    requests: list[EnqueueRequest]
+    size: int
     atomic: bool
     others: OthersJobs
     budget: FaultBudget
+    requests: dict[int, EnqueueRequest] = field(default_factory=dict)
     admitted: dict[int, NewJob] = field(default_factory=dict)
     results: dict[int, Enqueued | Refusal] = field(default_factory=dict)
 
@@ -693,7 +701,7 @@ class _Bulk:
             for index in self.admitted:
                 if not isinstance(self.results.get(index), Exception):
                     self.results[index] = because
-        return [self.results[index] for index in range(len(self.requests))]
+        return [self.results[index] for index in range(self.size)]
 
 
 def created_events(jobs: Sequence[NewJob], stored: Mapping[uuid.UUID, Stored]) -> list[JobEvent]:

@@ -32,44 +32,31 @@ LATEST: Final = datetime(9000, 1, 1, tzinfo=UTC)
 _TIME: Final = "a date and time with an offset from UTC"
 
 
-def parse_request(
-    value: object, *, path: str = "", budget: FaultBudget | None = None
-) -> EnqueueRequest:
-    """Return the request that a JSON object describes, with the fields of `EnqueueJobInput`.
-
-    Raises:
-        InputInvalid: a field is missing, unknown or of the wrong type. Ranges and the payload are
-            checked when the job is enqueued.
-    """
-    request, faults = read_request(value, path=path, budget=budget)
-    if request is None or faults:
-        raise InputInvalid(tuple(faults))
-    return request
-
-
 def read_request(
-    value: object, *, path: str = "", budget: FaultBudget | None = None
-) -> tuple[EnqueueRequest | None, list[Violation]]:
+    value: object, budget: FaultBudget
+) -> tuple[EnqueueRequest | None, tuple[Violation, ...]]:
     """Return the request of a JSON object's sound fields, and the faults of the others.
 
-    The request is None if the type or the payload is one of these. Raises nothing.
+    The fields are those of `EnqueueJobInput`. Faults are that one is missing, unknown or of the
+    wrong type: ranges and the payload are checked when the job is enqueued. The request is None if
+    the type or the payload is faulty. Raises nothing.
     """
     if not isinstance(value, Mapping):
         message = f"Expected an object with type and payload; got {shortened(value)}."
-        return None, [Violation(path, "wrong_type", message)]
-    budget = budget or FaultBudget()
+        return None, budget.listed("The request", [Violation("", "wrong_type", message)])
     faults: list[Violation] = []
     unknown = [str(name) for name in value if name not in _FIELDS]
-    for name in unknown[:MAX_VIOLATIONS]:
+    listed = 0 if budget.is_spent else MAX_VIOLATIONS
+    for name in unknown[:listed]:
         message = f"There is no field {shortened(name)}.{budget.suggestion(name, _FIELDS)}"
-        at = pointer(path, name) if len(name) <= MAX_POINTER else path
+        at = pointer("", name) if len(name) <= MAX_POINTER else ""
         faults.append(Violation(at, "unknown_field", message))
-    if len(unknown) > MAX_VIOLATIONS:
-        more = len(unknown) - MAX_VIOLATIONS
-        faults.append(Violation(path, "more", f"{more:,} more faults are not listed."))
+    if len(unknown) > listed:
+        more = len(unknown) - listed
+        faults.append(Violation("", "more", f"{more:,} more faults are not listed."))
     given: dict[str, Any] = {}
     for name, (attribute, kind, expected) in _FIELDS.items():
-        at = pointer(path, name)
+        at = pointer("", name)
         came = value.get(name)
         if came is None and name not in ("type", "payload"):
             continue
@@ -90,7 +77,8 @@ def read_request(
                 faults.append(Violation(at, "invalid_format", message))
         else:
             given[attribute] = came
-    return (EnqueueRequest(**given) if {"type", "payload"} <= given.keys() else None), faults
+    request = EnqueueRequest(**given) if {"type", "payload"} <= given.keys() else None
+    return request, budget.listed("The request", faults)
 
 
 _FIELDS: Final[dict[str, tuple[str, Any, str]]] = {
