@@ -9,12 +9,11 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from job_registry import CodedError, JobRegistry, PayloadInvalid, Violation
+from job_registry import CodedError, JobRegistry, JobTypeNotFound, PayloadInvalid, Violation
 from job_registry.json_values import NotJson, parse_json
 from job_registry.wire_text import parse_date_time
 from job_registry_api.cli import startup
@@ -26,8 +25,10 @@ from job_registry_api.cli.output import (
     err,
     fail,
     fail_without_output,
+    of_options,
     print_json,
     refusal_json,
+    refuse,
     say,
     sentences,
 )
@@ -91,14 +92,12 @@ def enqueue(
     """Store one job, or one per line."""
     settings = startup.read_settings()
     registry = startup.read_registry(settings)
-    text = read(file)
-    options = {
-        "priority": priority,
-        "schedule_at": _schedule_time(schedule_at),
-        "max_attempts": max_attempts,
-        "idempotency_key": idempotency_key,
-    }
-    lines = parse_lines(text, file)
+    try:
+        registry.get_type(type_name)
+    except JobTypeNotFound as unknown:
+        refuse(unknown, as_json)
+    options = _options(priority, schedule_at, max_attempts, idempotency_key)
+    lines = parse_lines(read(file), file)
     if len(lines) > 1 and idempotency_key is not None:
         fail(WRONG_USAGE, f"--idempotency-key is for a single payload; got {len(lines):,}.")
     if atomic and len(lines) > settings.max_bulk_size:
@@ -116,18 +115,34 @@ def enqueue(
         sys.exit(REFUSED)
 
 
-def _schedule_time(text: str | None) -> datetime | None:
-    try:
-        time = None if text is None else parse_date_time(text)
-    except ValueError:
-        time = None
-    if text is not None and (time is None or time.tzinfo is None):
-        fail(
-            WRONG_USAGE,
-            "--schedule-at: expected a time with its offset, such as 2030-01-31T12:00:00Z;"
-            f" got {text}.",
-        )
-    return time
+def _options(
+    priority: int | None,
+    schedule_at: str | None,
+    max_attempts: int | None,
+    idempotency_key: str | None,
+) -> dict[str, Any]:
+    """Return the options of every job. End the command if one is wrong."""
+    from job_registry import EnqueueRequest
+    from job_registry_api.queue.requests import input_faults
+
+    faults: list[str] = []
+    options: dict[str, Any] = {
+        "priority": priority,
+        "max_attempts": max_attempts,
+        "idempotency_key": idempotency_key,
+    }
+    if schedule_at is not None:
+        try:
+            options["schedule_at"] = parse_date_time(schedule_at)
+        except ValueError:
+            faults.append(
+                "--schedule-at: Expected a time with its offset, such as 2030-01-31T12:00:00Z;"
+                f" got {schedule_at}."
+            )
+    faults += of_options(input_faults(EnqueueRequest("", None, **options)))
+    if faults:
+        fail(WRONG_USAGE, *faults)
+    return options
 
 
 async def _enqueue_all(

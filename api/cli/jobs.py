@@ -29,6 +29,7 @@ from job_registry_api.cli.output import (
     err,
     fail,
     fail_without_output,
+    of_options,
     print_json,
     refusal_json,
     refuse,
@@ -38,7 +39,6 @@ from job_registry_api.cli.payloads import read
 from job_registry_api.settings import Settings
 
 if TYPE_CHECKING:
-    from job_registry_api.queue.errors import InputInvalid
     from job_registry_api.queue.filters import JobFilter
     from job_registry_api.queue.models import JobError, JobRecord
     from job_registry_api.queue.queue import JobQueue
@@ -211,7 +211,7 @@ async def _list(
                     wanted, first=min(limit - listed, settings.max_page_size), after=after
                 )
             except InputInvalid as invalid:
-                fail(WRONG_USAGE, *_of_options(invalid))
+                fail(WRONG_USAGE, *of_options(invalid.violations))
             # A reason may take milliseconds: it counts the jobs that go first.
             reasons = {} if printed.only_ids else await queue.waiting_reasons(page.jobs)
             for job in page.jobs:
@@ -234,15 +234,6 @@ async def _check_types(queue: JobQueue, names: Sequence[str], as_json: bool) -> 
                 queue.registry.get_type(name)
             except JobTypeNotFound as refusal:
                 refuse(refusal, as_json)
-
-
-def _of_options(invalid: InputInvalid) -> Iterator[str]:
-    """Yield the faults of a filter, under the names of the options that it was made from."""
-    from pydantic.alias_generators import to_snake
-
-    for fault in invalid.violations:
-        name = to_snake(fault.path.rsplit("/filter/", 1)[-1].split("/")[0]).replace("_", "-")
-        yield f"{'TYPE' if name == 'types' else '--' + name}: {fault.message}"
 
 
 async def _show(settings: Settings, registry: JobRegistry, job_id: str, as_json: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
@@ -118,6 +118,16 @@ def sentences(refusal: CodedError) -> list[str]:
     if not violations:
         return [str(refusal)]
     return [f"{each.path or 'payload'}: {each.message}" for each in violations]
+
+
+def of_options(faults: Iterable[Violation]) -> Iterator[str]:
+    """Yield the faults of a request or a filter, by the options that it was made from."""
+    from pydantic.alias_generators import to_snake
+
+    for fault in faults:
+        field = fault.path.removeprefix("/filter").lstrip("/").split("/")[0]
+        name = to_snake(field).replace("_", "-")
+        yield f"{'TYPE' if name == 'types' else '--' + name}: {fault.message}"
 
 
 def refusal_json(refusal: CodedError) -> dict[str, Any]:

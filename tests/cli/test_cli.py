@@ -189,9 +189,31 @@ def test_one_payload_is_enqueued_with_its_options(jobs: Shell) -> None:
     conflict = jobs("enqueue", "thumbnail.create", "-", *options, stdin=other)
     assert conflict.returncode == 1
     assert json.loads(conflict.stdout)["code"] == "idempotency_conflict"
-    refused = jobs("enqueue", "thumbnail.create", "-", "--priority", "101", stdin=GOOD)
-    assert refused.returncode == 1
-    assert "/priority" in refused.stderr
+
+
+def test_what_is_wrong_for_every_line_is_said_once_and_before_a_line_is_read(jobs: Shell) -> None:
+    wrong = ["--priority", "101", "--max-attempts", "0", "--idempotency-key", ""]
+    command = ("enqueue", "thumbnail.create", "not-there.jsonl")
+    refused = jobs(*command, *wrong, "--schedule-at", "1969-01-01T00:00:00Z")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr.splitlines() == [
+        "--priority: Expected a whole number from 0 to 100; got 101.",
+        "--max-attempts: Expected a whole number from 1 to 1,000; got 0.",
+        "--schedule-at: Expected a time from 1970 to 8999 in UTC; got 1969-01-01T00:00:00+00:00.",
+        "--idempotency-key: Expected a string of 1 to 255 characters; got 0 characters.",
+    ]
+    soon = jobs(*command, "--priority", "-1", "--schedule-at", "soon")
+    assert [each.split(":")[0] for each in soon.stderr.splitlines()] == [
+        "--schedule-at",
+        "--priority",
+    ]
+    unknown = jobs("enqueue", "thumbnail.creat", "-", stdin=f"{GOOD}\n{GOOD}")
+    assert (unknown.returncode, unknown.stdout) == (1, "")
+    (said,) = unknown.stderr.splitlines()
+    assert "thumbnail.create" in said
+    as_json = jobs("enqueue", "thumbnail.creat", "-", "--json", stdin=f"{GOOD}\n{GOOD}")
+    assert json.loads(as_json.stdout)["code"] == "job_type_not_found"
+    assert list(jobs.folder.iterdir()) == []
 
 
 def test_many_lines_are_enqueued_and_each_refused_one_is_named(jobs: Shell) -> None:
