@@ -184,6 +184,7 @@ def create_app(
         authenticator,
         allowed_origins=settings.cors_origins,
         max_operations=settings.max_websocket_operations,
+        tracing=tracing,
     )
     application = JobsApplication(
         lifespan,

@@ -190,9 +190,8 @@ class TracedEndpoint:
         if self._tracing.is_traced_by_host():
             await self._endpoint(scope, receive, send)
             return
-        headers = [value for name, value in scope["headers"] if name == b"traceparent"]
         with self._tracing.serving(
-            scope["method"], self._route, scope["path"], scope["scheme"], headers
+            scope["method"], self._route, scope["path"], scope["scheme"], scope["headers"]
         ) as span:
 
             async def send_traced(message: Message) -> None:

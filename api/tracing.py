@@ -1,12 +1,13 @@
-"""Spans of OpenTelemetry: requests, enqueues, and attempts of jobs.
+"""Spans of OpenTelemetry: requests, operations over WebSockets, enqueues, and attempts of jobs.
 
 The only module that imports OpenTelemetry, which is an optional requirement. So it is imported only
-where tracing is configured. Names follow the semantic conventions for HTTP and for messaging, and
-no span has a payload, a result, or the message of an exception.
+where tracing is configured. Names follow the semantic conventions for HTTP, GraphQL and messaging,
+and no span has a payload, a result, or the message of an exception.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sys
 import threading
@@ -40,6 +41,8 @@ SYSTEM: Final = "job_registry"
 
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"})
 
+Headers = Sequence[tuple[bytes, bytes]]
+
 log = structlog.get_logger("job_registry.tracing")
 
 
@@ -59,6 +62,11 @@ class OpenSpan:
         self._span.set_attribute("http.response.status_code", status)
         if status >= 500:
             self.failed(str(status))
+
+    def executes(self, operation_type: str) -> None:
+        """Record that a GraphQL operation is a query, a mutation or a subscription."""
+        self._span.update_name(operation_type)
+        self._span.set_attribute("graphql.operation.type", operation_type)
 
     def sent(self, job_id: UUID) -> None:
         """Record the id of the job that was stored, or found by its idempotency key."""
@@ -114,16 +122,15 @@ class Tracing:
 
     @contextmanager
     def serving(
-        self, method: str, route: str, path: str, scheme: str, traceparents: Sequence[bytes]
+        self, method: str, route: str, path: str, scheme: str, headers: Headers
     ) -> Iterator[OpenSpan]:
         """Trace a request as a part of the trace that its `traceparent` header names, if it names
         one."""
         named = method if method in _METHODS else "_OTHER"
-        parent = _context_of(traceparents[0].decode("latin-1")) if len(traceparents) == 1 else None
         span = self._tracer.start_span(
             f"{'HTTP' if named == '_OTHER' else named} {route}",
             # Not the span of another request, whose task may have accepted the connection.
-            context.Context() if parent is None else parent,
+            _context_of_headers(headers) or context.Context(),
             SpanKind.SERVER,
             {
                 "http.request.method": named,
@@ -133,6 +140,29 @@ class Tracing:
             },
         )
         with self._current(span):
+            yield OpenSpan(span)
+
+    @contextmanager
+    def operating(
+        self, path: str, named: Sequence[Mapping[str, Any]], handshake: Headers
+    ) -> Iterator[OpenSpan]:
+        """Trace a GraphQL operation that came over a WebSocket.
+
+        It is a part of the trace that a `traceparent` names: that of the first JSON object in
+        `named` that has a valid one, or else that of the handshake's headers. A host that traces
+        the connection has read the handshake, so its span comes instead.
+        """
+        parent = next(filter(None, map(_context_in, named)), None)
+        if parent is None and not self.is_traced_by_host():
+            parent = _context_of_headers(handshake) or context.Context()
+        span = self._tracer.start_span(
+            "GraphQL Operation",
+            parent,
+            SpanKind.SERVER,
+            {"network.protocol.name": "websocket", "url.path": path},
+        )
+        # The client ends a subscription, or hangs up: that cancels it.
+        with self._current(span, expected=(asyncio.CancelledError,)):
             yield OpenSpan(span)
 
     @contextmanager
@@ -214,11 +244,16 @@ class Tracing:
         """Do nothing: a program's own provider is closed by the program."""
 
     @contextmanager
-    def _current(self, span: Span) -> Iterator[None]:
-        """Let a span be the current one, and end it. It records the type of an exception."""
+    def _current(
+        self, span: Span, *, expected: tuple[type[BaseException], ...] = ()
+    ) -> Iterator[None]:
+        """Let a span be the current one, and end it. It records the type of an exception that is
+        not expected."""
         token = context.attach(context.set_value(_OURS, True, trace.set_span_in_context(span)))
         try:
             yield
+        except expected:
+            raise
         except BaseException as error:
             OpenSpan(span).failed(_type_of(error))
             raise
@@ -374,6 +409,18 @@ def _context_of(traceparent: str | None) -> Context | None:
         return None
     found = _propagator.extract({"traceparent": traceparent}, context.Context())
     return found if trace.get_current_span(found).get_span_context().is_valid else None
+
+
+def _context_of_headers(headers: Headers) -> Context | None:
+    """Return the context that a `traceparent` header names; None if there is not exactly one."""
+    values = [value for name, value in headers if name == b"traceparent"]
+    return _context_of(values[0].decode("latin-1")) if len(values) == 1 else None
+
+
+def _context_in(named: Mapping[str, Any]) -> Context | None:
+    """Return the context that the `traceparent` of a JSON object names."""
+    traceparent = named.get("traceparent")
+    return _context_of(traceparent) if isinstance(traceparent, str) else None
 
 
 def _operation(name: str, job_type: str | None) -> dict[str, Any]:

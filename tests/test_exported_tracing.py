@@ -17,6 +17,8 @@ from typing import Any
 
 import httpx
 import pytest
+from websockets.sync.client import connect
+from websockets.typing import Subprotocol
 
 from job_registry_api.settings import SettingsInvalid
 from job_registry_api.tracing import CLOSE_SECONDS
@@ -418,6 +420,29 @@ def test_requests_that_are_sent_at_once_on_a_connection_are_traces_of_their_own(
         served.end()
     for name in ("POST /jobs", "send traced.plain"):
         assert [span.trace for span in collector.named(name)] == traces
+
+
+@pytest.mark.any_database
+def test_operations_over_a_websocket_are_exported(database_url: str, collector: Collector) -> None:
+    query = """mutation { enqueueJob(input: {type: "traced.loop", payload: {}}) {
+      __typename } }"""
+    operation = {"query": query, "extensions": TRACEPARENT}
+    with serving(database_url, OTEL_EXPORTER_OTLP_ENDPOINT=collector.url) as served:
+        address = f"ws://{served.client.base_url.netloc.decode()}/graphql"
+        with connect(address, subprotocols=[Subprotocol("graphql-transport-ws")]) as socket:
+            for message in (
+                {"type": "connection_init"},
+                {"type": "subscribe", "id": "1", "payload": operation},
+            ):
+                socket.send(json.dumps(message))
+            answered = [json.loads(socket.recv(20))["type"] for _ in range(3)]
+        until(lambda: collector.named("process traced.loop"))
+        served.end()
+    assert answered == ["connection_ack", "next", "complete"]
+    operation_span, sent = collector.one("mutation"), collector.one("send traced.loop")
+    assert (operation_span.trace, operation_span.parent) == (TRACE, SPAN)
+    assert sent.parent == operation_span.id
+    assert collector.one("process traced.loop").parent == sent.id
 
 
 CONSOLE = """

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import aclosing, contextmanager, suppress
+from contextlib import AbstractContextManager, aclosing, contextmanager, nullcontext, suppress
 from functools import partial
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
 from pydantic_core import to_json
@@ -35,6 +35,9 @@ from job_registry_api.http_messages import (
 from job_registry_api.logs import log_unexpected
 from job_registry_api.signing_keys import AuthenticationUnavailable
 
+if TYPE_CHECKING:
+    from job_registry_api.tracing import OpenSpan, Tracing
+
 PROTOCOL: Final = "graphql-transport-ws"
 INIT_SECONDS: Final = 10.0
 """A client whose `connection_init` has not been acknowledged by then is disconnected."""
@@ -55,6 +58,7 @@ class GraphQLOverWebSocket:
     One connection runs up to `max_operations` at once. The bearer token is that of the handshake's
     Authorization header or, as a browser cannot send one there, `Authorization` in the payload of
     `connection_init`. A page in a browser may connect from this origin and from `allowed_origins`.
+    With `tracing`, each operation has a span.
     """
 
     def __init__(
@@ -64,10 +68,12 @@ class GraphQLOverWebSocket:
         *,
         allowed_origins: Sequence[str],
         max_operations: int,
+        tracing: Tracing | None = None,
     ) -> None:
         self._executor = executor
         self._authenticator = authenticator
         self._max_operations = max_operations
+        self._tracing = tracing
         self._allowed_origins = frozenset(allowed_origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -92,7 +98,7 @@ class GraphQLOverWebSocket:
         await socket.accept(PROTOCOL)
         try:
             await _Connection(
-                socket, self._executor, self._authenticator, self._max_operations
+                socket, self._executor, self._authenticator, self._max_operations, self._tracing
             ).serve()
         except _ProtocolViolation as violation:
             # A close frame holds 123 bytes of reason (RFC 6455, section 5.5).
@@ -132,11 +138,15 @@ class _Connection:
         executor: Executor,
         authenticator: Authenticator,
         max_operations: int,
+        tracing: Tracing | None,
     ) -> None:
         self._socket = socket
         self._executor = executor
         self._authenticator = authenticator
         self._max_operations = max_operations
+        self._tracing = tracing
+        self._traceparent: Any = None
+        """The `traceparent` of `connection_init`, unchecked."""
         self._caller: Caller | None = None
         self._authorization: str | None = None
         self._was_counted = False
@@ -259,6 +269,7 @@ class _Connection:
             raise _ProtocolViolation(4429, "Too many initialisation requests")
         given = payload.get("Authorization", payload.get("authorization"))
         self._authorization = given if isinstance(given, str) else None
+        self._traceparent = payload.get("traceparent")
         self._was_counted = True
         try:
             self._caller = await self._authenticator.authenticate(
@@ -272,27 +283,41 @@ class _Connection:
 
     async def _run(self, operation_id: str, payload: dict[str, Any], caller: Caller) -> None:
         """Execute an operation, and send its results."""
-        id_text = to_json(operation_id)
-        try:
-            async with aclosing(self._results(payload, caller)) as results:
-                async for answers in results:
-                    errors = answers.each[-1].errors
-                    if errors is None:
-                        await self._send_results(id_text, answers)
-                    else:
-                        # Nothing was executed, or the events end: no message follows.
-                        self._operations.pop(operation_id, None)
-                        # If the server stops, the subscription has not failed: its client
-                        # subscribes elsewhere.
-                        if not self._ended.is_set():
-                            await self._send("error", operation_id, errors)
-                        return
-            self._operations.pop(operation_id, None)
-            await self._send("complete", operation_id)
-        except WebSocketDisconnect:
-            pass  # `serve` ends for the same reason.
+        # `serve` ends for the same reason.
+        with suppress(WebSocketDisconnect), self._span_of(payload) as span:
+            await self._run_within(span, operation_id, payload, caller)
 
-    async def _results(self, payload: dict[str, Any], caller: Caller) -> AsyncGenerator[Answers]:
+    def _span_of(self, payload: dict[str, Any]) -> AbstractContextManager[OpenSpan | None]:
+        if self._tracing is None:
+            return nullcontext()
+        scope, extensions = self._socket.scope, payload.get("extensions")
+        named = [extensions] if isinstance(extensions, dict) else []
+        named.append({"traceparent": self._traceparent})
+        return self._tracing.operating(scope["path"], named, scope["headers"])
+
+    async def _run_within(
+        self, span: OpenSpan | None, operation_id: str, payload: dict[str, Any], caller: Caller
+    ) -> None:
+        id_text = to_json(operation_id)
+        async with aclosing(self._results(span, payload, caller)) as results:
+            async for answers in results:
+                errors = answers.each[-1].errors
+                if errors is None:
+                    await self._send_results(id_text, answers)
+                else:
+                    # Nothing was executed, or the events end: no message follows.
+                    self._operations.pop(operation_id, None)
+                    # If the server stops, the subscription has not failed: its client
+                    # subscribes elsewhere.
+                    if not self._ended.is_set():
+                        await self._send("error", operation_id, errors)
+                    return
+        self._operations.pop(operation_id, None)
+        await self._send("complete", operation_id)
+
+    async def _results(
+        self, span: OpenSpan | None, payload: dict[str, Any], caller: Caller
+    ) -> AsyncGenerator[Answers]:
         faults = request_faults(payload)
         if faults:
             yield await answers_of({"errors": faults})
@@ -306,6 +331,8 @@ class _Connection:
         except Exception as error:
             yield await answers_of({"errors": [format_exception(error)]})
             return
+        if span is not None:
+            span.executes(prepared.operation.operation.value)
         verify_again = partial(
             self._authenticator.verify_again, self._socket.scope, self._authorization
         )
