@@ -384,13 +384,10 @@ class Events:
         self,
         database: Database,
         store: Store,
-        process: str,
         metrics: Metrics,
         renamed: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self._renamed = renamed
-        self.process: Final = process
-        """The id of this process in messages."""
         self.failures = 0
         """How many log lines, deliveries and callbacks have failed since the start."""
         self._database = database
@@ -403,7 +400,7 @@ class Events:
         self._recent: RecentEvents[JobEvent] = RecentEvents()
         self._subscriptions: set[Subscription] = set()
         self._idle = _Idle()
-        self._id_key: Final = secrets.token_bytes(16)
+        self._id_key = secrets.token_bytes(16)
         self._stream: EventStream | None = None
         self._recalling: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -417,6 +414,11 @@ class Events:
         self._shut: str | None = None
         self.ended: Final = asyncio.Event()
         """Set when all subscriptions have been ended, because the process shuts down."""
+
+    @property
+    def process(self) -> str:
+        """The id of this process in messages."""
+        return self._store.process
 
     @property
     def is_listening(self) -> bool:
@@ -636,6 +638,9 @@ class Events:
     @asynccontextmanager
     async def listening(self) -> AsyncIterator[None]:
         """Receive the events of every process, including this one, while the context is open."""
+        # Processes that were forked after the queue was created have one of these each.
+        self._store.process = new_process()
+        self._id_key = secrets.token_bytes(16)
         stream = EventStream(self._database, self._store)
         self._loop = asyncio.get_running_loop()
         self._stream = stream
@@ -859,6 +864,11 @@ def _log(events: Sequence[JobEvent]) -> None:
         for name, job_id, job_type, attempt in events
     )
     log_together(log, lines)
+
+
+def new_process() -> str:
+    """Return an id for a process in messages."""
+    return secrets.token_hex(8)
 
 
 def running_loop() -> asyncio.AbstractEventLoop | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 
 from job_registry_api.queue.events import running_loop
 
@@ -19,14 +20,29 @@ class Opening:
 
     _was_opened = False
 
+    _opened_in: int | None = None
+    """The id of the process that has opened the queue."""
+
+    def check_process(self) -> None:
+        """Check that the queue was not opened by a process that this one is a fork of.
+
+        Raises:
+            RuntimeError: it was. Its connections, and its event loop, are those of the other one.
+        """
+        if self._opened_in not in (None, os.getpid()):
+            raise RuntimeError(
+                "the queue was opened before this process was forked; create one in each process"
+            )
+
     def check_open(self) -> None:
         """Check that the queue is open on the running event loop.
 
         Raises:
-            RuntimeError: it is not open, or on another event loop.
+            RuntimeError: it is not open, or on another event loop, or in another process.
         """
         if not self.must_be_open or (self.loop is not None and self.loop is running_loop()):
             return
+        self.check_process()
         if self.loop is not None:
             raise RuntimeError(
                 "the queue is open on another event loop; open a queue for each event loop, or use"

@@ -72,16 +72,20 @@ MAX_NOTIFIED: Final = 7_900
 
 
 class PostgreSQLStore(Store):
-    """The operations on PostgreSQL. `process` names the sender of events."""
+    """The operations on PostgreSQL."""
 
     _database: PostgreSQLDatabase
 
     def __init__(self, database: PostgreSQLDatabase, process: str) -> None:
         self._database = database
         self._sql = statements("postgresql", database.schema)
-        self._process = process
-        self._sender = {"process": process, "keep": database.keeps_events}
+        self.process = process
         self._heads = QueueHeads()
+
+    @property
+    def _sender(self) -> dict[str, Any]:
+        """The parameters of a statement that announces events."""
+        return {"process": self.process, "keep": self._database.keeps_events}
 
     async def insert(self, jobs: Sequence[NewJob]) -> dict[uuid.UUID, Stored]:
         rows = await self._run("insert", {"jobs": _new_jobs(jobs), "wait": False})
@@ -112,7 +116,7 @@ class PostgreSQLStore(Store):
                     for name, values in columns.items()
                 },
                 "message": message,
-                "is_batch": self._sender["keep"] or len(message.encode()) > MAX_NOTIFIED,
+                "is_batch": self._database.keeps_events or len(message.encode()) > MAX_NOTIFIED,
                 "channel": self._database.schema,
                 "process": sender,
             },
@@ -198,7 +202,7 @@ class PostgreSQLStore(Store):
         self, claim: Claim, heads: Mapping[str, Any] | None, look_back: float | None
     ) -> Claimed:
         started = time.monotonic()
-        rows = await self._run("claim", _claimed_by(claim, heads, look_back, self._process))
+        rows = await self._run("claim", _claimed_by(claim, heads, look_back, self.process))
         if heads is None:
             self._heads.record_full_claim(started, time.monotonic(), len(rows))
         return await self._claimed(claim, rows, everything=heads is None)
@@ -213,7 +217,7 @@ class PostgreSQLStore(Store):
         started = time.monotonic()
         heads, look_back = self._heads.known(started)
         # A claim that waits for another one, of a type with a limit, would delay the reports.
-        parameters = _claimed_by(claim, heads, look_back, self._process, waits=False)
+        parameters = _claimed_by(claim, heads, look_back, self.process, waits=False)
         parameters |= {"reports": _successes(reports), "reporter": sender}
         rows = await self._run("succeed_and_claim", parameters)
         if heads is None:
@@ -281,7 +285,7 @@ class PostgreSQLStore(Store):
         rows: list[Mapping[str, Any]] = []
         ended: dict[uuid.UUID, Ended] = {}
         if unread:
-            ended = await self.succeed(unread, self._process)
+            ended = await self.succeed(unread, self.process)
         if others:
             rows += await self._run("end", {"reports": _reports(others)})
         if parks:

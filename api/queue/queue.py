@@ -6,7 +6,7 @@ Its operations are in `enqueueing.py`, `reading.py`, `leasing.py`, `changing.py`
 from __future__ import annotations
 
 import asyncio
-import secrets
+import os
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -26,7 +26,7 @@ from job_registry_api.queue.database import Database, Pooler
 from job_registry_api.queue.databases import open_database, store_of
 from job_registry_api.queue.enqueueing import Enqueueing
 from job_registry_api.queue.errors import QueueUnavailable
-from job_registry_api.queue.events import Events
+from job_registry_api.queue.events import Events, new_process
 from job_registry_api.queue.leasing import Leasing
 from job_registry_api.queue.readiness import Readiness
 from job_registry_api.queue.reading import Reading
@@ -76,13 +76,12 @@ class JobQueue(Enqueueing, Reading, Leasing, Changing, Upkeep):
         self._database = database
         self._prepare = prepare
         self._opened: AsyncExitStack | None = None
-        process = secrets.token_hex(8)
-        self._store = store_of(database, process)
+        self._store = store_of(database, new_process())
         self._store.renamed = registry.renamed
         self._readiness = Readiness(self._store)
         self.metrics = Metrics(registry) if metrics is None else metrics
         database.on_unavailable = self.metrics.database_unavailable
-        self.events = Events(database, self._store, process, self.metrics, registry.renamed)
+        self.events = Events(database, self._store, self.metrics, registry.renamed)
         self._new_id = new_id
         self.tracing = tracing
         Enqueueing.__init__(self)
@@ -206,14 +205,16 @@ class JobQueue(Enqueueing, Reading, Leasing, Changing, Upkeep):
             QueueUnavailable: the database does not answer, if the queue was created to prepare it.
                 The message says why.
         """
+        self.check_process()
         if self._opened is not None:
             raise RuntimeError("the queue is open already, or was closed")
-        self._opened = AsyncExitStack()
+        self._opened, self._opened_in = AsyncExitStack(), os.getpid()
         if self._prepare is not None:
             try:
                 await asyncio.to_thread(self._prepare)
             except BaseException as error:
-                self._opened = None  # Nothing is open yet, and the next call may succeed.
+                # Nothing is open yet, and the next call may succeed.
+                self._opened = self._opened_in = None
                 if isinstance(error, QueueUnavailable):
                     raise QueueUnavailable(error.reason, error.kind, when_opening=True) from error
                 raise

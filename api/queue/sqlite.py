@@ -96,13 +96,13 @@ RETURNED: Final = (AttemptOutcome.RELEASED, AttemptOutcome.SNOOZED)
 
 
 class SQLiteStore(Store):
-    """The operations on SQLite. `process` names the sender of events."""
+    """The operations on SQLite."""
 
     _database: SQLiteDatabase
 
     def __init__(self, database: SQLiteDatabase, process: str) -> None:
         self._database = database
-        self._process = process
+        self.process = process
 
     async def insert(self, jobs: Sequence[NewJob]) -> dict[uuid.UUID, Stored]:
         return await self._write(lambda t: t.insert(jobs))
@@ -136,7 +136,7 @@ class SQLiteStore(Store):
                 holder = self.find_by_key_within(connection, [key])[key]
                 stored[job.id] = stored_before(holder, job)
         if created:
-            kept = {"message": message_of(self._process, created), "now": now}
+            kept = {"message": message_of(self.process, created), "now": now}
             connection.execute(statement(SQL["keep_events"]), kept)
         return stored
 
@@ -297,7 +297,7 @@ class SQLiteStore(Store):
             transaction = _Transaction(connection, self._database.shift)
             transaction.insert([_PROBE])
             transaction.change("open_attempt", id=_PROBE.id.hex, worker="readiness")
-            transaction.announce(self._process)
+            transaction.announce(self.process)
             connection.execute("ROLLBACK TO SAVEPOINT readiness")
             # SQLite writes to its files only when it commits. Committing an unchanged page detects
             # a full disk.
@@ -334,7 +334,7 @@ class SQLiteStore(Store):
         def run(connection: sqlite3.Connection) -> T:
             transaction = _Transaction(connection, self._database.shift)
             result = work(transaction)
-            transaction.announce(sender or self._process)
+            transaction.announce(sender or self.process)
             return result
 
         return await self._database.write(run, timeout_seconds=timeout_seconds)

@@ -411,6 +411,8 @@ class Store(ABC):
     Each operation raises `QueueUnavailable` if the database does not answer in time.
     """
 
+    process: str
+    """Names the sender of events."""
     _database: Database
     renamed: Mapping[str, str] = MappingProxyType({})
     """The current name for each former name of a type. Records have the current names."""

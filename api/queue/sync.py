@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import builtins
-import os
 import threading
 import uuid
 from collections.abc import Callable, Coroutine, Sequence
@@ -50,7 +49,6 @@ class SyncQueue:
     def __init__(self, queue: JobQueue) -> None:
         self._queue = queue
         self._lock = threading.Lock()
-        self._process = os.getpid()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._calls: set[Future[Any]] = set()
@@ -159,6 +157,8 @@ class SyncQueue:
         self.close()
 
     def _run(self, operation: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        # Another thread may have had the lock when this process was forked.
+        self._queue.check_process()
         with self._lock:
             loop = self._event_loop()
             if running_loop() is loop:
@@ -177,10 +177,6 @@ class SyncQueue:
             raise
 
     def _event_loop(self) -> asyncio.AbstractEventLoop:
-        if os.getpid() != self._process:
-            raise RuntimeError(
-                "the queue was created before this process was forked; create it after the fork"
-            )
         if self._closing:
             raise QueueUnavailable("the queue was closed")
         if self._loop is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import multiprocessing
 import os
 import signal
@@ -12,6 +13,7 @@ import sys
 import threading
 import time
 import uuid
+import warnings
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -477,6 +479,20 @@ def test_a_failed_start_is_an_error_and_leaves_no_thread(tmp_path: Path) -> None
     assert not [thread for thread in threading.enumerate() if thread.name == "job-queue"]
 
 
+def _answer_of_a_fork(queue: JobQueue) -> str:
+    context = multiprocessing.get_context("fork")
+    answer = context.Queue()
+    child = context.Process(target=_enqueue_after_fork, args=(queue, answer), daemon=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*multi-threaded.*fork", DeprecationWarning)
+        child.start()
+    try:
+        return str(answer.get(timeout=10))
+    finally:
+        child.kill()
+        child.join(10)
+
+
 def _enqueue_after_fork(queue: JobQueue, answer: Any) -> None:
     try:
         queue.sync.enqueue(MailSend(to="ada"))
@@ -485,7 +501,6 @@ def _enqueue_after_fork(queue: JobQueue, answer: Any) -> None:
         answer.put(str(error))
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_ctrl_c_during_the_first_call_ends_the_thread_that_opens_the_queue(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
@@ -512,12 +527,30 @@ def test_ctrl_c_during_the_first_call_ends_the_thread_that_opens_the_queue(
 
 def test_a_forked_process_does_not_use_the_connections_of_its_parent(closed: JobQueue) -> None:
     closed.sync.enqueue(MailSend(to="ada"))
-    context = multiprocessing.get_context("fork")
-    answer = context.Queue()
-    child = context.Process(target=_enqueue_after_fork, args=(closed, answer))
-    child.start()
-    assert "before this process was forked" in answer.get(timeout=10)
-    child.join(10)
+    assert "before this process was forked" in _answer_of_a_fork(closed)
+
+
+async def test_a_forked_process_does_not_wait_for_the_event_loop_of_its_parent(
+    database_url: str,
+) -> None:
+    async with JobQueue.from_url(database_url, [mail_send]) as queue:
+        assert "before this process was forked" in _answer_of_a_fork(queue)
+
+
+@pytest.mark.any_database
+def test_a_queue_that_nobody_has_opened_can_be_opened_in_each_fork(closed: JobQueue) -> None:
+    assert closed.sync  # As in a module: `enqueue = queue.sync.enqueue`.
+    assert [_answer_of_a_fork(closed) for _ in range(2)] == ["enqueued"] * 2
+    closed.sync.enqueue(MailSend(to="ada"))
+    assert len(closed.sync.list().jobs) == 3
+
+
+def test_forks_that_open_the_same_queue_are_different_senders_of_events(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/jobs.db"
+    queue = JobQueue.from_url(url, [mail_send])
+    assert [_answer_of_a_fork(queue) for _ in range(2)] == ["enqueued"] * 2
+    messages = [json.loads(text) for (text,) in run_sql(url, "SELECT message FROM job_event_batch")]
+    assert len({message["process"].partition("/")[0] for message in messages}) == 2
 
 
 # In the transactions of the program.
