@@ -188,7 +188,8 @@ async def test_a_plain_function_runs_in_a_thread_of_its_own(house: House) -> Non
     def work(_job: JobContext, _payload: Text) -> str:
         return threading.current_thread().name
 
-    assert (await house.run()).result == "job"
+    done = await house.run()
+    assert done.result == f"job {done.id}"
 
 
 async def test_jobs_run_beside_each_other_up_to_the_concurrency(house: House) -> None:
