@@ -11,7 +11,7 @@ from pydantic_core import CoreSchema, PydanticSerializationError, core_schema
 
 from job_registry.embedding import changed, embedded
 from job_registry.errors import shortened, shortened_text
-from job_registry.wire_text import with_wire_text
+from job_registry.wire_text import reveals_secrets, with_wire_text
 
 _in_payload: Final = ContextVar("in_payload", default=False)
 """Whether the core schema of a payload is being made, so that others are parts of it."""
@@ -113,7 +113,7 @@ class Payload(BaseModel):
 
 
 def document_of(payload: Payload) -> JsonValue:
-    """Return a payload as JSON, with every field.
+    """Return a payload as JSON, as it is stored: with every field, secrets as well.
 
     Raises:
         TypeError: it is not a `Payload`.
@@ -121,9 +121,15 @@ def document_of(payload: Payload) -> JsonValue:
     """
     if not isinstance(payload, Payload):
         raise TypeError(f"expected an instance of a Payload; got {shortened(payload)}")
+    stored = reveals_secrets.set(True)
     try:
-        # Without warnings about fields of another type: the JSON is validated again.
-        document: JsonValue = payload.model_dump(mode="json", by_alias=True, warnings=False)
+        # Without computed fields, and without warnings about fields of another type: the JSON is
+        # validated again.
+        document: JsonValue = payload.model_dump(
+            mode="json", by_alias=True, round_trip=True, warnings=False
+        )
     except PydanticSerializationError as error:
         raise ValueError(shortened_text(str(error), 200)) from error
+    finally:
+        reveals_secrets.reset(stored)
     return document

@@ -13,7 +13,7 @@ from pydantic import BaseModel, RootModel, TypeAdapter
 from pydantic.dataclasses import is_pydantic_dataclass
 
 from job_registry.payload import Payload
-from job_registry.wire_text import reads_as_its_schema_says
+from job_registry.wire_text import is_secret, reads_as_its_schema_says
 
 # What these take from JSON depends on strictness. All other kinds take the same either way.
 _DEPEND: Final = (
@@ -30,6 +30,7 @@ _DEPEND: Final = (
 )
 _EXTRA: Final = {"ignore": "drops unknown fields", "allow": "takes unknown fields"}
 _OWN_RULES: Final = "reads times, decimals, UUIDs or enums by rules of its own"
+_HIDES_SECRETS: Final = "would be stored without its secrets"
 _STRICT: Final = "ConfigDict(strict=True, extra='forbid')"
 
 
@@ -85,6 +86,8 @@ class _Finder:
                 self._add(owner, _EXTRA[extra])
         if reads_as_its_schema_says(schema) and _validates_itself(owner.cls):
             self._add(owner, _OWN_RULES)
+        if is_secret(schema) and _validates_itself(owner.cls):
+            self._add(owner, _HIDES_SECRETS)
         strict = schema.get("strict", config.get("strict", False))
         if not strict and _depends(schema, config):
             if schema.get("strict") is False:
@@ -160,7 +163,7 @@ def _below(schema: Any) -> Iterator[tuple[str, Any]]:
 def _mend(cls: type, reasons: Sequence[str]) -> str:
     """Return how to make a class as strict as a payload."""
     name = cls.__name__
-    if _OWN_RULES in reasons:
+    if _OWN_RULES in reasons or _HIDES_SECRETS in reasons:
         return (
             f"use what is in {name} itself"
             if issubclass(cls, RootModel)

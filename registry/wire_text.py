@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextvars import ContextVar
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal, InvalidOperation
 from enum import Enum
 from typing import Any, Final, cast
 from uuid import UUID
 
-from pydantic import TypeAdapter, ValidationError, ValidationInfo
+from pydantic import SerializationInfo, TypeAdapter, ValidationError, ValidationInfo
 from pydantic_core import CoreSchema, PydanticKnownError, core_schema
 
 _DATE: Final = r"[0-9]{4}-[0-9]{2}-[0-9]{2}"
@@ -39,6 +40,9 @@ _SECONDS: Final = TypeAdapter(timedelta)
 
 _TAGGED: Final = "job_registry_reads_as_its_schema_says"
 _TAG: Final[dict[str, Any]] = {_TAGGED: True}
+
+reveals_secrets: Final = ContextVar("reveals_secrets", default=False)
+"""Whether a payload is written to be stored. Otherwise Pydantic writes stars for a secret."""
 
 Reader = Callable[[Any, ValidationInfo], Any]
 """A validator that runs before Pydantic's own."""
@@ -80,6 +84,8 @@ def with_wire_text(part: dict[str, Any]) -> Any:
             metadata=_TAG,
             json_schema_input_schema=core_schema.str_schema(),
         )
+    if kind == "function-plain" and _hides_secrets(part["function"]):
+        return {**part, "function": _SecretWriter(part["function"])}
     read = _READERS.get(kind)
     if kind == "datetime" and part.get("tz_constraint") != "naive":
         read = _aware
@@ -130,6 +136,11 @@ def reads_as_its_schema_says(schema: Any) -> bool:
     return _TAGGED in (schema.get("metadata") or ())
 
 
+def is_secret(schema: Any) -> bool:
+    """Return whether this is the core schema of a secret in a `Payload`."""
+    return isinstance(schema.get("serialization", {}).get("function"), _SecretWriter)
+
+
 def reads_decimals_as_text(schema: Any) -> bool:
     """Return whether this is the core schema of a decimal in a `Payload`."""
     return bool(
@@ -154,6 +165,22 @@ def _decimal_text(value: object) -> object:
 
 def _plain_decimal(value: Decimal) -> str:
     return format(value, "f")
+
+
+def _hides_secrets(function: object) -> bool:
+    """Return whether this is Pydantic's serializer of `SecretStr`, `SecretBytes` or `Secret`."""
+    name = getattr(function, "__name__", "")
+    return getattr(function, "__module__", "") == "pydantic.types" and "_secret" in name
+
+
+class _SecretWriter:
+    """Writes a secret itself if the payload is stored, and what Pydantic writes otherwise."""
+
+    def __init__(self, hide: Callable[[Any, SerializationInfo], Any]) -> None:
+        self._hide = hide
+
+    def __call__(self, value: Any, info: SerializationInfo) -> Any:
+        return value.get_secret_value() if reveals_secrets.get() else self._hide(value, info)
 
 
 def _text_reader(pattern: re.Pattern[str], parse: Callable[[str], object], fault: str) -> Reader:

@@ -14,7 +14,7 @@ import pydantic.dataclasses
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import BaseModel, ConfigDict, Field, Json, RootModel, Strict, create_model
+from pydantic import BaseModel, ConfigDict, Field, Json, RootModel, SecretStr, Strict, create_model
 from pydantic_core import CoreSchema, core_schema
 from typing_extensions import TypeAliasType, TypedDict
 
@@ -119,6 +119,16 @@ class Money(BaseModel):
     amount: Decimal
 
 
+class Account(BaseModel):
+    model_config = STRICT
+
+    password: SecretStr | None
+
+
+class Password(RootModel[SecretStr]):
+    model_config = ConfigDict(strict=True)
+
+
 class Meeting(BaseModel):
     model_config = STRICT
 
@@ -176,6 +186,7 @@ def job_type(annotation: Any, **options: Any) -> JobType[Any]:
     return JobType(name="order.send", payload=payload, **options)
 
 
+HIDDEN = "which would be stored without its secrets"
 OWN_RULES = "which reads times, decimals, UUIDs or enums by rules of its own"
 ADDRESS = (
     "Address, which drops unknown fields and is not strict: derive Address from Payload, or set"
@@ -222,6 +233,8 @@ ADDRESS = (
         (DataMeeting, f"part is DataMeeting, {OWN_RULES}: derive DataMeeting from Payload"),
         (Graded, f"part is Graded, {OWN_RULES}: derive Graded from Payload"),
         (Moment, f"part is Moment, {OWN_RULES}: use what is in Moment itself"),
+        (Account, f"part is Account, {HIDDEN}: derive Account from Payload"),
+        (Password, f"part is Password, {HIDDEN}: use what is in Password itself"),
     ],
 )
 def test_a_part_that_is_less_strict_is_refused_with_what_to_do(

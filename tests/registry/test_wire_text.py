@@ -19,10 +19,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import (
     Field,
+    Json,
     NaiveDatetime,
     PositiveInt,
+    Secret,
+    SecretBytes,
+    SecretStr,
     TypeAdapter,
     ValidationError,
+    computed_field,
     create_model,
 )
 
@@ -321,6 +326,34 @@ def test_a_time_in_python_needs_its_offset_too(payload: Whole) -> None:
 def test_what_a_payload_in_python_is_written_as_is_admitted(payload: Whole) -> None:
     parsed = REGISTRY.admit("test.whole", REGISTRY.request(payload).payload).payload
     assert parsed == payload
+
+
+class Login(Payload):
+    """A payload whose fields Pydantic writes in another way than it reads them."""
+
+    password: SecretStr
+    sizes: Json[list[int]]
+    pin: SecretBytes | None = None
+    born: Secret[dt.date] | None = None
+
+    @computed_field
+    def length(self) -> int:
+        return len(self.password)
+
+
+def test_a_payload_in_python_is_stored_with_its_secrets_and_without_what_is_computed() -> None:
+    sent = {"password": "hunter2", "sizes": "[1,2]", "pin": "12", "born": "2000-01-31"}
+    registry = JobRegistry([JobType(name="login", payload=Login, example=sent)])
+    payload = registry.validate("login", sent)
+    document = registry.request(payload).payload
+    assert document == sent
+    assert registry.admit("login", document).payload == payload
+
+    # Elsewhere the secrets remain hidden.
+    dumped = payload.model_dump(mode="json", by_alias=True)
+    assert (dumped["password"], dumped["pin"], dumped["born"]) == ("**********",) * 3
+    assert dumped["length"] == 7
+    assert "hunter2" not in payload.model_dump_json() + repr(payload)
 
 
 @pytest.mark.parametrize("text", ["2030-01-31T12:00:00+01:60", "2030-01-31T12:00:00-23:99"])
