@@ -10,7 +10,6 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import AbstractContextManager, aclosing, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import urlsplit
 
 from pydantic_core import to_json
 from starlette.responses import JSONResponse
@@ -115,7 +114,7 @@ class GraphQLOverWebSocket:
         return (
             not origin  # Not a browser.
             or socket.headers.get("sec-fetch-site") == "same-origin"
-            or urlsplit(origin).netloc == socket.headers.get("host", "").lower()
+            or origin.partition("://")[1:] == ("://", socket.headers.get("host", "").lower())
             or origin in self._allowed_origins
         )
 

@@ -451,7 +451,13 @@ async def test_only_the_pages_of_listed_origins_may_call(database_url: str, visi
     for response in (refused, closed):
         assert "access-control-allow-origin" not in response.headers
     async with serving(database_url, "--no-worker", cors_origins=ours) as (address, _):
-        for origin, opens in ((ours, True), (evil, False), (f"http://{address}", True)):
+        malformed = ("http://[", "null", address)
+        for origin, opens in (
+            (ours, True),
+            (evil, False),
+            (f"http://{address}", True),
+            *((each, False) for each in malformed),
+        ):
             try:
                 async with connect(
                     f"ws://{address}/graphql",
