@@ -72,7 +72,9 @@ class MethodNotAllowed(CodedError):
 
     def __init__(self, *allowed: str) -> None:
         self.allowed = allowed
-        super().__init__(f"This path accepts only {' and '.join(allowed)}.")
+        *first, last = allowed
+        listed = f"{', '.join(first)} and {last}" if first else last
+        super().__init__(f"This path accepts only {listed}.")
 
 
 class UnsupportedMediaType(CodedError):

@@ -308,6 +308,8 @@ async def test_other_methods_are_405(
     # GET does not take `bulk` for the id of a job.
     answer = await http.request(method, path)
     assert (answer.status_code, answer.headers["allow"]) == (405, allowed)
+    listed = " and ".join(allowed.rsplit(", ", 1))
+    assert answer.json()["error"]["message"] == f"This path accepts only {listed}."
 
 
 # Scopes

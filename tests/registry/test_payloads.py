@@ -190,6 +190,10 @@ def test_a_users_own_validator_makes_violations_and_its_bugs_are_not_hidden() ->
         def _check(cls, value: int) -> int:
             if value == 13:
                 raise KeyError("a bug")
+            if value == 14:
+                raise AssertionError  # As `assert` does without a message.
+            if value == 15:
+                raise ValueError
             if value % 2:
                 raise ValueError("has to be even")
             return value
@@ -202,6 +206,11 @@ def test_a_users_own_validator_makes_violations_and_its_bugs_are_not_hidden() ->
     assert "has to be even" in violation.message
     with pytest.raises(KeyError):
         registry.validate("own", {"even": 13})
+    for value in (14, 15):
+        with pytest.raises(PayloadInvalid) as refused:
+            registry.validate("own", {"even": value})
+        (violation,) = refused.value.violations
+        assert violation.message == f"The value is not allowed; got {value}."
 
 
 JUNK: st.SearchStrategy[Any] = st.recursive(
