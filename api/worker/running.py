@@ -14,7 +14,7 @@ import threading
 import traceback
 from collections.abc import Callable, Coroutine, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 import structlog
 
@@ -175,10 +175,10 @@ def _settle(future: asyncio.Future[Any], result: Any, error: BaseException | Non
 
 
 def _forget(error: BaseException) -> None:
-    """Clear the frames of an exception, and of the exceptions that caused it.
+    """Drop the tracebacks of an exception, and of the exceptions that caused it.
 
-    Frames form reference cycles through the job, its task and the handler's variables, and cycles
-    wait for the garbage collector, which runs rarely (see `job_registry_api.cli`).
+    Their frames form reference cycles through the job, its task and the handler's variables, and
+    cycles wait for the garbage collector, which runs rarely (see `job_registry_api.cli`).
     """
     waiting: list[BaseException | None] = [error]
     seen: set[int] = set()
@@ -187,12 +187,24 @@ def _forget(error: BaseException) -> None:
         if each is None or id(each) in seen:
             continue
         seen.add(id(each))
-        if each.__traceback__ is not None:
-            traceback.clear_frames(each.__traceback__)
-            each.__traceback__ = None
+        for frame, _ in traceback.walk_tb(each.__traceback__):
+            # A coroutine may have caught this exception earlier, and go on: clearing its frame
+            # would end it.
+            if not frame.f_code.co_flags & _CAN_GO_ON:
+                with contextlib.suppress(RuntimeError):  # It is executing.
+                    frame.clear()
+        each.__traceback__ = None
         waiting += [each.__cause__, each.__context__]
         if isinstance(each, BaseExceptionGroup):
             waiting += each.exceptions
+
+
+_CAN_GO_ON: Final = (
+    inspect.CO_COROUTINE
+    | inspect.CO_GENERATOR
+    | inspect.CO_ASYNC_GENERATOR
+    | inspect.CO_ITERABLE_COROUTINE
+)
 
 
 @contextmanager

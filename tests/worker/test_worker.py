@@ -739,6 +739,46 @@ async def test_the_log_says_where_a_handler_called_exit(
     assert "in parse_arguments" in line["exception"]
 
 
+class Connector:
+    """A client that connects in the background, as those of message brokers do."""
+
+    error: Exception | None = None
+    tries = 0
+
+    async def connect(self) -> None:
+        raise OSError("refused")
+
+    async def keep_connecting(self) -> None:
+        while True:
+            try:
+                await self.connect()
+            except OSError as error:
+                self.error = error
+            self.tries += 1
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.any_database
+@pytest.mark.parametrize("again", [True, False])
+async def test_a_task_whose_error_a_handler_raises_too_goes_on(house: House, again: bool) -> None:
+    connector = Connector()
+    connecting = asyncio.create_task(connector.keep_connecting())
+
+    @house.job_type.handler
+    async def work(_job: JobContext, _payload: Text) -> None:
+        assert connector.error is not None
+        if again:
+            raise connector.error
+        raise RuntimeError("not connected") from connector.error
+
+    await asyncio.sleep(0.02)
+    assert (await house.run(max_attempts=1)).status is JobStatus.FAILED
+    tries = connector.tries
+    await asyncio.sleep(0.1)
+    assert connector.tries > tries
+    connecting.cancel()
+
+
 @pytest.mark.any_database
 async def test_a_handler_may_cancel_a_task_group_of_anyio_and_name_its_tasks(house: House) -> None:
     async def wait_long() -> None:
