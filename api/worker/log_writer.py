@@ -52,8 +52,6 @@ class LogWriter:
 
         Waits for a write of its lines, whose older lines would otherwise replace the caller's.
         """
-        if not self._changed and not self._writing:
-            return None
         written: asyncio.Future[None] | None = None
         with self._lock:
             if token in self._writing:

@@ -482,6 +482,37 @@ async def test_the_last_lines_wait_for_older_ones_that_are_being_stored() -> Non
     running.cancel()
 
 
+async def test_the_last_lines_are_not_missed_while_a_write_begins() -> None:
+    """The loop of the worker takes lines while the thread of the writer picks what to store."""
+    writer, queue = LogWriter(), SlowQueue()
+    queue.may_store.set()
+    taken: list[tuple[bytes | None, list[Any]]] = []
+
+    async def take() -> None:
+        taken.append((await writer.take("t"), queue.stored.copy()))
+
+    class Token(str):
+        """Its lines are taken once they are not marked as changed, and not yet as being stored."""
+
+        looked_up = 0
+
+        def __hash__(self) -> int:
+            self.looked_up += 1
+            if self.looked_up == 4:
+                thread = threading.Thread(target=lambda: asyncio.run(take()))
+                thread.start()
+                thread.join(0.2)
+            return super().__hash__()
+
+    writer.add(Token("t"), Tail(10), b"one")
+    running = asyncio.create_task(writer.run(cast(JobQueue, queue)))
+    async with asyncio.timeout(5):
+        while not taken:
+            await asyncio.sleep(0.01)
+    running.cancel()
+    assert taken == [(None, [("t", b"one")])]
+
+
 async def test_the_last_lines_do_not_wait_for_those_of_other_attempts() -> None:
     """Otherwise a job waits for the lines of all others where the database is slow."""
     writer, queue = LogWriter(), SlowQueue()
