@@ -6,11 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from job_registry_api import defaults
+from job_registry_api.queue import sqlite_database
 from job_registry_api.queue.database import Database, Pooler
 from job_registry_api.queue.postgresql import PostgreSQLStore
 from job_registry_api.queue.postgresql_database import PostgreSQLDatabase
 from job_registry_api.queue.sqlite import SQLiteStore
-from job_registry_api.queue.sqlite_database import SQLiteDatabase
+from job_registry_api.queue.sqlite_database import SQLiteDatabase, path_of
 from job_registry_api.queue.store import Store
 
 
@@ -53,7 +54,12 @@ def open_database(
 
 def file_of(url: str) -> Path | None:
     """Return the file of an SQLite database; None for PostgreSQL."""
-    return Path(url.partition(":///")[2]) if url.startswith("sqlite") else None
+    return path_of(url) if url.startswith("sqlite") else None
+
+
+def anchored(url: str) -> str:
+    """Return the URL of the same database, whatever the folder of the process will be."""
+    return sqlite_database.anchored(url) if url.startswith("sqlite") else url
 
 
 def store_of(database: Database, process: str) -> Store:

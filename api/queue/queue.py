@@ -23,7 +23,7 @@ from job_registry_api.logs import use_standard_logging
 from job_registry_api.metrics import Metrics
 from job_registry_api.queue.changing import Changing
 from job_registry_api.queue.database import Database, Pooler
-from job_registry_api.queue.databases import open_database, store_of
+from job_registry_api.queue.databases import anchored, open_database, store_of
 from job_registry_api.queue.enqueueing import Enqueueing
 from job_registry_api.queue.errors import QueueUnavailable
 from job_registry_api.queue.events import Events, new_process
@@ -125,6 +125,7 @@ class JobQueue(Enqueueing, Reading, Leasing, Changing, Upkeep):
             max_bulk_size=max_bulk_size,
         )
         use_standard_logging()
+        url = anchored(url)
         database = open_database(
             url,
             pool_size=pool_size,

@@ -12,11 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple, TypeVar
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import sqlalchemy.exc
 from sqlalchemy import event
-from sqlalchemy.engine import URL, make_url
+from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from job_registry_api import defaults
@@ -62,6 +62,17 @@ _READING: Final = ("query_only=ON",)
 T = TypeVar("T")
 
 
+def path_of(url: str) -> Path:
+    """Return the path of the file in a URL: `sqlite:///jobs.db`."""
+    return Path(unquote(url.partition(":///")[2]))
+
+
+def anchored(url: str) -> str:
+    """Return the URL with an absolute path. A program, or a handler, may change the folder of its
+    process later, where the path would be another file."""
+    return f"sqlite:///{quote(str(path_of(url).absolute()))}"
+
+
 class SQLiteDatabase(Database):
     """A SQLite database, by its URL: `sqlite:///jobs.db`. `create` creates a missing file.
     `read_only` opens it so that nothing can be written.
@@ -86,9 +97,9 @@ class SQLiteDatabase(Database):
         ahead: Callable[[], float] | None = None,
     ) -> None:
         self._ahead = ahead
-        path = make_url(url).database or ""
+        url = anchored(url)
         mode: _Mode = "ro" if read_only else "rwc" if create else "rw"
-        self._file = _File(path, mode=mode, timeout_seconds=timeout_seconds)
+        self._file = _File(path_of(url), mode=mode, timeout_seconds=timeout_seconds)
         self._thread = _WriterThread(self._file)
         # SQLite has one writer at a time. Waiting for this lock is fair. Waiting in SQLite's busy
         # handler is not, so only writes of other processes are waited for there.
@@ -276,16 +287,16 @@ class _File:
     A deleted file stays writable for processes that have it open, and what they write is lost.
     """
 
-    def __init__(self, path: str, *, mode: _Mode, timeout_seconds: float | None) -> None:
-        self._path = Path(path)
+    def __init__(self, path: Path, *, mode: _Mode, timeout_seconds: float | None) -> None:
+        self._path = path
         # `rwc` is for migrations. Otherwise a missing file must not be created empty.
-        self.uri = f"file:{quote(path)}?mode={mode}"
+        self.uri = f"file:{quote(str(path))}?mode={mode}"
         self._pragmas = _READING if mode == "ro" else _PRAGMAS
         if mode == "rwc":
             # For its owner only, whatever the umask: it holds payloads. SQLite gives its log and
             # its index the mode of the file.
             with suppress(OSError):  # It exists, or SQLite will say what is wrong.
-                os.close(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+                os.close(os.open(self._target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
         self.busy_seconds = 0.9 * min(seconds_of(timeout_seconds), HOUR_SECONDS)
 
     def connect(self) -> sqlite3.Connection:
@@ -304,7 +315,7 @@ class _File:
     @contextmanager
     def writes(self) -> Iterator[FileWrites]:
         """Notice writes to the log of the file, which precede each commit."""
-        writes = FileWrites(f"{self._path}-wal")
+        writes = FileWrites(f"{self._target}-wal")
         try:
             yield writes
         finally:
@@ -340,7 +351,8 @@ class _File:
         reads = self._pragmas is _READING
         what, right = ("read", os.R_OK) if reads else ("write to", os.R_OK | os.W_OK)
         creates = False
-        for path in (self._path.with_name(self._path.name + end) for end in ("", "-wal", "-shm")):
+        target = self._target
+        for path in (target.with_name(target.name + end) for end in ("", "-wal", "-shm")):
             try:
                 mode = path.stat().st_mode
             except OSError:
@@ -374,8 +386,13 @@ class _File:
         return QueueUnavailable(f"the database's file {self._path}: {reason}", kind)
 
     @property
+    def _target(self) -> Path:
+        """The file itself, if the path is a symbolic link: its log and its index are beside it."""
+        return Path(os.path.realpath(self._path))
+
+    @property
     def _folder(self) -> Path:
-        return self._path.absolute().parent
+        return self._target.parent
 
     def check(self, opened: _Identity) -> None:
         """Check that the opened file is still the one at this path.

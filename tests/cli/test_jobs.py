@@ -319,7 +319,8 @@ def test_a_command_that_starts_on_a_full_disk_says_so(demo: Shell) -> None:
     )
     assert done.returncode == 1
     assert done.stderr == (
-        "The database is not available: the database's file jobs.db: database or disk is full\n"
+        f"The database is not available: the database's file {demo.folder}/jobs.db:"
+        " database or disk is full\n"
     )
 
 

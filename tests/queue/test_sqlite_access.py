@@ -111,7 +111,7 @@ def test_a_check_of_the_schema_needs_to_read_and_not_to_write(
     (tmp_path / "jobs.db").chmod(0o200)
     refused = as_a_user(*check, folder=tmp_path)
     assert refused.stderr == (
-        "The database is not available: the database's file jobs.db:"
+        f"The database is not available: the database's file {tmp_path}/jobs.db:"
         " this process may not read jobs.db (mode 0200)\n"
     )
 

@@ -311,6 +311,41 @@ async def test_a_path_with_characters_of_urls_is_that_path(
     await database.close()
 
 
+async def test_a_relative_path_stays_the_same_file_when_the_folder_of_the_process_changes(
+    tmp_path: Path, sqlite_template: Path, registry: JobRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    for folder in (here, elsewhere):
+        folder.mkdir()
+        shutil.copy(sqlite_template, folder / "jobs.db")
+    monkeypatch.chdir(here)
+    opened_here = JobQueue.from_url("sqlite:///jobs.db", registry)
+    created_here = JobQueue.from_url("sqlite:///new.db", registry)
+    async with opened_here:
+        await opened_here.enqueue(PING)
+        monkeypatch.chdir(elsewhere)  # As a handler, or a daemon at its start, may do.
+        await opened_here.enqueue(PING)
+        async with opened_here.in_another_loop() as other:
+            await other.enqueue(PING)
+        async with created_here:
+            await created_here.enqueue(PING)
+    jobs = "SELECT id FROM job"
+    databases = [here / "jobs.db", here / "new.db", elsewhere / "jobs.db"]
+    numbers = [await asyncio.to_thread(run_sql, f"sqlite:///{each}", jobs) for each in databases]
+    assert [len(rows) for rows in numbers] == [3, 1, 0]
+    assert not (elsewhere / "new.db").exists()
+
+
+async def test_a_symbolic_link_may_lead_to_a_file_that_does_not_exist_yet(
+    tmp_path: Path, registry: JobRegistry
+) -> None:
+    (tmp_path / "volume").mkdir()
+    (tmp_path / "jobs.db").symlink_to("volume/jobs.db")
+    async with JobQueue.from_url(f"sqlite:///{tmp_path}/jobs.db", registry) as queue:
+        await queue.enqueue(PING)
+    assert (tmp_path / "volume" / "jobs.db").exists()
+
+
 async def test_the_listener_notices_commits_of_a_file_that_came_back(
     path: Path, database: SQLiteDatabase
 ) -> None:
@@ -395,9 +430,13 @@ async def test_a_checkpoint_empties_the_log_and_holds_up_no_writer(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems notify of no writes")
+@pytest.mark.parametrize("is_link", [False, True])
 async def test_a_commit_of_another_process_is_noticed_before_the_next_poll(
-    path: Path, database: SQLiteDatabase, monkeypatch: pytest.MonkeyPatch
+    path: Path, monkeypatch: pytest.MonkeyPatch, is_link: bool
 ) -> None:
+    link = path.with_name("link.db")
+    link.symlink_to(path)
+    database = SQLiteDatabase(f"sqlite:///{link if is_link else path}")
     monkeypatch.setattr(sqlite_database, "SQLITE_POLL_SECONDS", 60.0)
     noticed = asyncio.Event()
     listening = asyncio.create_task(database.listen(lambda _: None, noticed.set))
@@ -409,6 +448,7 @@ async def test_a_commit_of_another_process_is_noticed_before_the_next_poll(
             async with asyncio.timeout(5):
                 await noticed.wait()
     listening.cancel()
+    await database.close()
 
 
 async def test_a_commit_is_noticed_by_polls_where_no_write_is(
