@@ -276,7 +276,7 @@ class PostgreSQLDatabase(Database):
             settings = "".join(
                 f"; SET LOCAL {name} = '{value}'"
                 for name, value in chosen.items()
-                if not name.startswith("default_transaction_")
+                if not name.startswith(("default_transaction_", "idle_session_"))
             )
             access = " READ ONLY" if self._is_read_only else ""
             await driver.execute(f"BEGIN ISOLATION LEVEL READ COMMITTED{access}{settings}")
@@ -466,7 +466,8 @@ class PostgreSQLDatabase(Database):
         settings = {"default_transaction_isolation": "read committed"}
         if self._is_read_only:
             settings["default_transaction_read_only"] = "on"
-        optional = {"jit": "off"}
+        # The server would end connections of the pool at the moment at which they are used.
+        optional = {"jit": "off", "idle_session_timeout": "0"}
         if self._timeout is not None:
             milliseconds = int(self._timeout * 1_000)
             optional |= {

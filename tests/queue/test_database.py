@@ -321,7 +321,7 @@ async def test_sessions_have_timeouts_keepalive_and_read_committed(proxied: Prox
             {
                 "names": [
                     "default_transaction_isolation", "jit", "statement_timeout", "lock_timeout",
-                    "idle_in_transaction_session_timeout",
+                    "idle_in_transaction_session_timeout", "idle_session_timeout",
                 ]
             },
         )  # fmt: skip
@@ -331,7 +331,23 @@ async def test_sessions_have_timeouts_keepalive_and_read_committed(proxied: Prox
             "statement_timeout": "9000",
             "lock_timeout": "8000",
             "idle_in_transaction_session_timeout": "10000",
+            "idle_session_timeout": "0",
         }
+
+
+async def test_connections_of_the_pool_stay_open_where_idle_sessions_are_ended(
+    fresh_postgresql_url: str,
+) -> None:
+    name = make_url(fresh_postgresql_url).database
+    setting = f"ALTER DATABASE {name} SET idle_session_timeout = '50ms'"
+    await asyncio.to_thread(run_sql, fresh_postgresql_url, setting)
+    async with opened_postgresql(fresh_postgresql_url) as database:
+        sessions = set()
+        for _ in range(2):
+            (row,) = await database.execute_at_once("SELECT pg_backend_pid() AS session", {})
+            sessions.add(row["session"])
+            await asyncio.sleep(0.3)
+        assert len(sessions) == 1
 
 
 @pytest.mark.parametrize("uvloop", [False, True], ids=["asyncio", "uvloop"])

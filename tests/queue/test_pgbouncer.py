@@ -134,7 +134,8 @@ async def test_a_url_through_it_without_the_setting_is_refused_with_advice(poole
 
 IGNORING = (
     "ignore_startup_parameters = default_transaction_isolation, jit, lock_timeout,"
-    " statement_timeout, idle_in_transaction_session_timeout"
+    " statement_timeout, idle_in_transaction_session_timeout,"
+    " idle_session_timeout"
 )
 
 
