@@ -84,11 +84,17 @@ def job_context(
     name = "test.job" if job_type is None else job_type.name
 
     def report(value: JsonValue) -> None:
-        text, faults = json_document(
-            to_jsonable_python(value, by_alias=True), max_bytes=DEFAULT_MAX_PAYLOAD_BYTES
-        )
+        try:
+            converted = to_jsonable_python(value, by_alias=True)
+        except Exception as error:
+            from job_registry_api.worker.results import why_not_json
+
+            reason = why_not_json(value, error)
+            raise TypeError(f"the progress cannot be stored: {reason}") from error
+        text, faults = json_document(converted, max_bytes=DEFAULT_MAX_PAYLOAD_BYTES)
         if faults:
-            raise TypeError(f"the progress cannot be stored: {faults[0].message}")
+            place = faults[0].path or "/"
+            raise TypeError(f"the progress cannot be stored: {place}: {faults[0].message}")
         reports.append(from_json(text))
 
     def enqueue(payload: Payload, **options: Any) -> str:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
+from dataclasses import fields as fields_of
+from dataclasses import is_dataclass
 from typing import Any, Final
 
 from pydantic import JsonValue
-from pydantic_core import to_jsonable_python
+from pydantic_core import PydanticSerializationError, to_jsonable_python
 
 from job_registry import Violation
 from job_registry.errors import shortened_text
-from job_registry.json_values import json_document
+from job_registry.json_values import MAX_DEPTH, json_document, pointer_of
 from job_registry_api.worker.outcomes import (
     Raised,
     ResultRefused,
@@ -45,25 +47,100 @@ def result_of(value: object, *, max_bytes: int) -> Returned | ResultRefused | Ra
         if _walk(converted, max_bytes)[0] > max_bytes:
             return _too_large(max_bytes)
         _, faults = json_document(converted, max_bytes=max_bytes)
-    except _NotOneValue as error:
-        return ResultRefused(f"The handler's result is not JSON: it holds a {error.kind}.")
     except MemoryError as error:
         return raised(error)
     except BaseException as error:  # Including SystemExit, which would end the process.
-        words = shortened_text(storable(words_of(error)), 500)
-        return ResultRefused(
-            f"The handler's result cannot be converted to JSON: {type(error).__name__}: {words}"
-        )
+        return ResultRefused(f"The handler's result is not JSON: {why_not_json(value, error)}")
     if faults:
         return ResultRefused(f"The handler's result cannot be stored: {_sentences(faults)}")
     return Returned(converted)
 
 
+def why_not_json(value: object, error: BaseException) -> str:
+    """Return the place in a value that is not JSON, and what is wrong there.
+
+    `error` was raised when the whole value was converted. It does not say where.
+    """
+    path: list[str | int] = []
+    seen: set[int] = set()
+    while len(path) < MAX_DEPTH and id(value) not in seen:  # A value may contain itself.
+        seen.add(id(value))
+        part = _part_that_fails(value)
+        if part is None:
+            break
+        path.append(part[0])
+        value = part[1]
+    place = pointer_of(path) or "/"
+    if not isinstance(error, _NotOneValue | PydanticSerializationError):
+        words = shortened_text(storable(words_of(error)), 500)
+        return f"{place}: {type(error).__name__}: {words}"
+    if isinstance(value, dict):
+        name = next((key for key in value if not _is_convertible({key: None})), value)
+        return f"{place}: Expected text as the name of a field; got {_kind_of(name)}."
+    return f"{place}: Expected a JSON value; got {_kind_of(value)}."
+
+
+def _kind_of(value: object) -> str:
+    return f"a value of the type {type(value).__name__}"
+
+
+def _part_that_fails(value: Any) -> tuple[str | int, object] | None:
+    """Return the first part of a value that is not JSON, after its name or index.
+
+    None if every part is.
+    """
+    if hasattr(type(value), "__pydantic_serializer__"):
+        return _field_that_fails(value)
+    parts: Iterable[tuple[str | int, object]] = ()
+    if isinstance(value, dict):
+        parts = ((key if isinstance(key, int) else str(key), part) for key, part in value.items())
+    elif isinstance(value, list | tuple | set | frozenset):
+        parts = enumerate(value)
+    elif is_dataclass(value):
+        parts = ((field.name, getattr(value, field.name)) for field in fields_of(value))
+    return next((part for part in parts if not _is_convertible(part[1])), None)
+
+
+def _field_that_fails(model: Any) -> tuple[str, object] | None:
+    """Return the first field of a Pydantic model that is not JSON.
+
+    A model may convert a field by a function of its own, so that its value alone says nothing.
+    """
+    kind = type(model)
+
+    def converts(*names: str) -> bool:
+        try:
+            kind.__pydantic_serializer__.to_python(
+                model, mode="json", by_alias=True, include=set(names)
+            )
+        except BaseException:
+            return False
+        return True
+
+    fields = kind.__pydantic_fields__
+    if converts():  # Otherwise the fault is not in a field.
+        for name in (*fields, *kind.__pydantic_decorators__.computed_fields):
+            if not converts(name):
+                alias = fields[name].serialization_alias if name in fields else None
+                return alias or name, vars(model).get(name)
+    return None
+
+
+def _is_convertible(value: object) -> bool:
+    try:
+        _walk(value, _SEARCHED_BYTES)
+        to_jsonable_python(value, by_alias=True)
+    except BaseException:
+        return False
+    return True
+
+
+_SEARCHED_BYTES: Final = 1_048_576
+"""How much of a value is searched for iterators: it may contain itself."""
+
+
 class _NotOneValue(Exception):
     """Raised for an iterator, which can be read only once and may never end."""
-
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
 
 
 def _walk(value: object, limit: int) -> tuple[int, bool]:
@@ -92,7 +169,7 @@ def _walk(value: object, limit: int) -> tuple[int, bool]:
             if not (item is None or kind in (bool, int, float)):
                 plain = False
                 if isinstance(item, Iterator | AsyncIterator):
-                    raise _NotOneValue(kind.__name__)
+                    raise _NotOneValue
     return size, plain
 
 

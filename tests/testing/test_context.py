@@ -53,8 +53,10 @@ def test_it_refuses_what_a_worker_would_refuse() -> None:
         job.enqueue(MailSend(to="ada"), priority=101)
     with pytest.raises(TypeError, match="expected an instance of a Payload"):
         job.enqueue(cast(Any, {"to": "ada"}))
-    with pytest.raises(TypeError, match="the progress cannot be stored: "):
+    with pytest.raises(TypeError, match="the progress cannot be stored: /: Expected a finite"):
         job.progress(float("nan"))
+    with pytest.raises(TypeError, match="the progress cannot be stored: /a/1: Expected a JSON"):
+        job.progress(cast(Any, {"a": [0, object()]}))
     assert (job.enqueued, job.progress_reports) == ([], [])
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from pydantic import BaseModel, Field, computed_field
+from pydantic import BaseModel, ConfigDict, Field, computed_field, field_serializer
 
 from job_registry_api.worker.outcomes import Raised, ResultRefused, Returned
 from job_registry_api.worker.progress import Progress
@@ -83,6 +84,93 @@ def test_the_first_five_faults_of_a_result_are_named() -> None:
     refused = result_of("\0", max_bytes=100)
     assert isinstance(refused, ResultRefused)
     assert refused.reason.startswith("The handler's result cannot be stored: /: Expected")
+
+
+class Unknown:
+    """What JSON does not have."""
+
+
+@dataclass
+class Row:
+    name: str
+    value: Any = 1
+
+
+class Order(BaseModel):
+    """Its dates are written by a function of its own, which does not make them a fault."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+    made: Unknown = Unknown()
+    lines: list[Any] = Field([], serialization_alias="orderLines")
+
+    @field_serializer("made")
+    def text(self, _made: Unknown) -> str:
+        return "today"
+
+
+class Broken(BaseModel):
+    x: int = 1
+
+    @computed_field
+    def total(self) -> int:
+        raise LookupError("no total")
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (Unknown(), "/: Expected a JSON value; got a value of the type Unknown."),
+        (
+            {"items": [1, {"a/b": 2}, {"a/b": Unknown()}, Unknown()]},
+            "/items/2/a~1b: Expected a JSON value; got a value of the type Unknown.",
+        ),
+        (
+            [{1: (0, {Unknown()})}],
+            "/0/1/1/0: Expected a JSON value; got a value of the type Unknown.",
+        ),
+        (
+            {"rows": [Row("a"), Row("b", Unknown())]},
+            "/rows/1/value: Expected a JSON value; got a value of the type Unknown.",
+        ),
+        (
+            {"order": Order(lines=[1, Unknown()])},
+            "/order/orderLines/1: Expected a JSON value; got a value of the type Unknown.",
+        ),
+        (
+            {"a": [{Unknown(): 1}]},
+            "/a/0: Expected text as the name of a field; got a value of the type Unknown.",
+        ),
+        (
+            {"a": 1, "rows": [iter("abc")]},
+            "/rows/0: Expected a JSON value; got a value of the type str_ascii_iterator.",
+        ),
+        ([[range(3)]], "/0/0: Expected a JSON value; got a value of the type range."),
+        (
+            [0, (c for c in "a")],
+            "/1: Expected a JSON value; got a value of the type gen",
+        ),
+        ({"call": print}, "/call: Expected a JSON value; got a value of the type builtin_function"),
+        ({"all": [Broken()]}, "/all/0/total: LookupError: no total"),
+        ([0, b"\xff"], "/1: UnicodeDecodeError: 'utf-8' codec can't decode byte 0xff in position"),
+    ],
+)
+def test_a_result_that_is_not_json_names_the_place_in_it(value: Any, reason: str) -> None:
+    refused = result_of(value, max_bytes=1_000)
+    assert isinstance(refused, ResultRefused)
+    assert refused.reason.startswith(f"The handler's result is not JSON: {reason}")
+
+
+def test_a_result_that_holds_itself_is_refused() -> None:
+    row, plain = Row("a"), Row("b")
+    row.value = {"again": [row]}
+    refused = result_of({"rows": [row]}, max_bytes=1_000)
+    assert isinstance(refused, ResultRefused)
+    assert "/rows/0/value/again/0: ValueError: Circular reference" in refused.reason
+    plain.value = [[]]
+    plain.value[0].append(plain.value)
+    refused = result_of([plain], max_bytes=1_000)
+    assert isinstance(refused, ResultRefused)
+    assert "/0/value/0/0: ValueError: Circular reference" in refused.reason
 
 
 class OutOfMemory(BaseModel):
