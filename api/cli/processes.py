@@ -46,7 +46,8 @@ def serve_in_processes(settings: Settings, *, worker: bool) -> NoReturn:
     """Serve from `serve_processes` processes until SIGTERM or SIGINT, then exit.
 
     The first one starts alone: it migrates an SQLite database, and if it cannot start it prints
-    why, once. Its exit code is then that of the command.
+    why, once. Its exit code is then that of the command. A signal before it serves ends the command
+    as it ends `serve` with one process: with 130 for SIGINT, and by SIGTERM itself.
     """
     sockets = listen_together(
         settings.host, settings.port, settings.serve_processes, "--port or JOBS_PORT"
@@ -57,7 +58,11 @@ def serve_in_processes(settings: Settings, *, worker: bool) -> NoReturn:
     ]
     if worker:
         roles.append(_Role("worker", ("worker",), None))
-    sys.exit(asyncio.run(_Processes(settings, roles).run()))
+    code = asyncio.run(_Processes(settings, roles).run())
+    if code == -signal.SIGTERM:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGTERM)
+    sys.exit(128 - code if code < 0 else code)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,16 +118,23 @@ class _Processes:
         }
         self._running: dict[str, _Child] = {}
         self._signals = 0
+        self._interrupted_by: int | None = None
+        """The signal that came before anything was served."""
+        self._serves = False
         self._ending = asyncio.Event()
         self._code = 0
 
     async def run(self) -> int:
-        """Run all processes until a signal. Return the exit code of the command."""
+        """Run all processes until a signal. Return the exit code of the command.
+
+        It is negative for a signal that came before anything was served.
+        """
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._end)
+            loop.add_signal_handler(number, self._end_by, number)
         first, *others = self._roles
         if await self._start_all([first]):
+            self._serves = True
             self._say_where()
             if await self._start_all(others):
                 log.info("processes.started", processes=[role.name for role in self._roles])
@@ -134,7 +146,7 @@ class _Processes:
             log.error("process.killed", process=child.role.name, process_id=child.process.pid)
             child.send(signal.SIGKILL)
         await asyncio.gather(*keeping)
-        return self._code
+        return self._code or -(self._interrupted_by or 0)
 
     def _say_where(self) -> None:
         sockets = [role.listening for role in self._roles if role.listening is not None]
@@ -143,6 +155,11 @@ class _Processes:
             f" from {len(sockets)} processes  (Ctrl-C ends it)",
             err,
         )
+
+    def _end_by(self, number: int) -> None:
+        if not self._serves and not self._ending.is_set():
+            self._interrupted_by = number
+        self._end()
 
     def _end(self) -> None:
         """End all processes. Each further call is one more signal for them."""

@@ -116,6 +116,33 @@ def test_a_process_that_hangs_at_its_start_is_killed(
 
 
 @pytest.mark.any_database
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "options", [pytest.param((), marks=pytest.mark.slow), ("--processes", "2")]
+)
+def test_a_signal_before_it_serves_ends_it_with_the_code_of_the_signal(
+    tmp_path: Path, options: tuple[str, ...], number: signal.Signals
+) -> None:
+    (tmp_path / "slow.py").write_text(
+        "import pathlib, time\npathlib.Path('importing').touch()\ntime.sleep(60)\n"
+    )
+    jobs = Shell(tmp_path)
+    process = jobs.start("serve", "--port", "0", *options, JOBS_CATALOG="slow")
+    try:
+        give_up = time.monotonic() + 30
+        while not (tmp_path / "importing").exists():
+            assert time.monotonic() < give_up
+            time.sleep(0.01)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    # A shell shows both as 128 and the number.
+    code = 130 if number == signal.SIGINT else -signal.SIGTERM
+    assert (process.returncode, out, err) == (code, "", "")
+
+
+@pytest.mark.any_database
 def test_a_process_that_fails_at_its_start_ends_all_though_another_still_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
