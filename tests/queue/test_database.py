@@ -100,6 +100,28 @@ async def test_a_black_hole_ends_connecting_at_the_deadline(proxied: Proxy) -> N
         assert refused.value.kind == "timeout"
 
 
+async def test_the_first_operation_waits_for_no_more_answers_than_a_later_one(
+    proxied: Proxy,
+) -> None:
+    proxied.slow_down(0.1)
+    # It opens a connection and prepares its statement: two answers each.
+    async with opened_postgresql(proxied.url, timeout_seconds=0.8) as database:
+        rows = await database.execute_at_once("SELECT 1 AS n", {})
+    assert [row["n"] for row in rows] == [1]
+
+
+async def test_what_the_dialect_takes_from_the_driver_is_what_the_server_says(
+    fresh_postgresql_url: str,
+) -> None:
+    async with opened_postgresql(fresh_postgresql_url) as database:
+        async with database.reading() as connection:
+            query = text("SELECT current_setting('server_version_num')::int AS number")
+            number = (await connection.execute(query)).scalar_one()
+        dialect = database.engine.dialect
+    assert dialect.server_version_info == (number // 10_000,)
+    assert not dialect._backslash_escapes  # type: ignore[attr-defined]
+
+
 async def test_an_outage_is_reported_with_the_time_that_was_waited(proxied: Proxy) -> None:
     async def read(connection: AsyncConnection) -> None:
         await connection.execute(text("SELECT 1"))
