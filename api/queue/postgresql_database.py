@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mappi
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from functools import lru_cache
 from typing import Any, Final, TypeVar, cast
+from uuid import uuid4
 
 import asyncpg
 import sqlalchemy.exc
@@ -44,6 +45,16 @@ from job_registry_api.queue.errors import QueueUnavailable, reason_of
 
 NOT_LISTENING_LOG_SECONDS: Final = 60.0
 """How often the log says that the connection for notifications fails."""
+
+CHECK_CHANNEL: Final = "job_registry check"
+"""The channel on which a connection for notifications is checked. It has no events, which processes
+of earlier releases would try to read."""
+
+NOT_NOTIFIED: Final = (
+    "LISTEN is accepted, but a notification did not arrive within {seconds:g} seconds. The URL for"
+    " notifications leads through PgBouncer in transaction mode, or to another database. Set"
+    " JOBS_DATABASE_LISTEN_URL to a direct URL of the same database."
+)
 
 READ_ONLY_SECONDS: Final = 1.0
 """How long a connection is used whose server takes no writes. Then another one is opened, which may
@@ -489,6 +500,7 @@ class PostgreSQLDatabase(Database):
                 try:
                     lost = asyncio.Event()
                     connection.add_termination_listener(lambda _, lost=lost: lost.set())
+                    await self._check_notified(connection)
                     await connection.add_listener(
                         self.schema, lambda _c, _pid, _channel, message: on_message(message)
                     )
@@ -506,6 +518,35 @@ class PostgreSQLDatabase(Database):
                     log.warning("database.not_listening", reason=reason_of(error))
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(pause * 2, 5.0)
+
+    async def _check_notified(self, connection: _Connection) -> None:
+        """Check that a notification from the pool's connections arrives at this one. A pooler may
+        accept LISTEN and forward nothing.
+
+        Raises:
+            QueueUnavailable: it does not arrive.
+        """
+        seconds = min(self.timeout_seconds, defaults.TIMEOUT_SECONDS)
+        connection.expire_at(asyncio.get_running_loop().time() + 3 * seconds)
+        token, ended = uuid4().hex, asyncio.Event()
+
+        def take(_connection: Any, _pid: int, _channel: str, message: str) -> None:
+            if message == token:
+                ended.set()
+
+        connection.add_termination_listener(lambda _: ended.set())
+        await connection.add_listener(CHECK_CHANNEL, take)
+        sql = "SELECT pg_notify(:channel, :message)"
+        try:
+            await self.execute_at_once(sql, {"channel": CHECK_CHANNEL, "message": token})
+        except QueueUnavailable:
+            ended.set()  # Nothing was sent, so nothing is known of this connection.
+        try:
+            async with asyncio.timeout(seconds):
+                await ended.wait()
+        except TimeoutError:
+            raise QueueUnavailable(NOT_NOTIFIED.format(seconds=seconds)) from None
+        await connection.remove_listener(CHECK_CHANNEL, take)
 
     async def _watch(self, connection: _Connection, lost: asyncio.Event) -> None:
         """Return when the connection is lost, or its server takes no writes: others then write to

@@ -186,6 +186,63 @@ async def test_a_listen_url_that_leads_through_it_is_logged(
     assert "unsupported startup parameter" in line["reason"]
 
 
+@pytest.mark.parametrize("leads", ["through the pool", "to another database"])
+async def test_a_listen_url_on_which_no_notification_arrives_is_logged(
+    fresh_postgresql_url: str,
+    tmp_path: Path,
+    registry: JobRegistry,
+    monkeypatch: pytest.MonkeyPatch,
+    leads: str,
+) -> None:
+    """LISTEN is accepted there."""
+    capture = structlog.testing.LogCapture()
+    logger = structlog.wrap_logger(
+        None, processors=[capture], wrapper_class=structlog.make_filtering_bound_logger(0)
+    )
+    monkeypatch.setattr("job_registry_api.queue.postgresql_database.log", logger)
+    with pooling(fresh_postgresql_url, tmp_path, "pool_mode = transaction", IGNORING) as url:
+        elsewhere = urlsplit(fresh_postgresql_url)._replace(path="/postgres").geturl()
+        listen_url = url if leads == "through the pool" else elsewhere
+        database = PostgreSQLDatabase(
+            url, pooler="transaction", listen_url=listen_url, timeout_seconds=1.0
+        )
+        async with JobQueue(registry, database).events.listening(), asyncio.timeout(10):
+            while not capture.entries:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(2.5)
+        await database.close()
+    (line,) = capture.entries
+    assert line["event"] == "database.not_listening"
+    assert "PgBouncer in transaction mode, or to another database" in line["reason"]
+
+
+@pytest.mark.parametrize("mode", ["session", "direct"])
+async def test_a_listen_url_that_works_is_not_logged(
+    fresh_postgresql_url: str,
+    tmp_path: Path,
+    registry: JobRegistry,
+    monkeypatch: pytest.MonkeyPatch,
+    mode: str,
+) -> None:
+    capture = structlog.testing.LogCapture()
+    logger = structlog.wrap_logger(
+        None, processors=[capture], wrapper_class=structlog.make_filtering_bound_logger(0)
+    )
+    monkeypatch.setattr("job_registry_api.queue.postgresql_database.log", logger)
+    with pooling(fresh_postgresql_url, tmp_path, "pool_mode = session", IGNORING) as url:
+        listen_url = url if mode == "session" else fresh_postgresql_url
+        one, other = (
+            PostgreSQLDatabase(fresh_postgresql_url, pooler="transaction", listen_url=listen_url)
+            for _ in range(2)
+        )
+        queues = JobQueue(registry, one), JobQueue(registry, other)
+        async with queues[0].events.listening(), queues[1].events.listening():
+            await check_events_arrive(*queues)
+        for database in (one, other):
+            await database.close()
+    assert capture.entries == []
+
+
 class First(Payload):
     number: int
 
