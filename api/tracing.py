@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TextIO
 from uuid import UUID
 
 import structlog
@@ -166,6 +166,14 @@ class Tracing:
             yield OpenSpan(span)
 
     @contextmanager
+    def running(self, command: str, environment: Mapping[str, str]) -> Iterator[None]:
+        """Trace a command, as a part of the trace that `TRACEPARENT` names, if it names one."""
+        parent = _context_of(environment.get("TRACEPARENT"))
+        span = self._tracer.start_span(command, parent, SpanKind.INTERNAL)
+        with self._current(span):
+            yield
+
+    @contextmanager
     def sending(self, jobs: Mapping[UUID, str], *, is_batch: bool = False) -> Iterator[OpenSpan]:
         """Trace an enqueue of these jobs: their types by their ids."""
         types = set(jobs.values())
@@ -265,16 +273,17 @@ class Tracing:
 class ExportedTracing(Tracing):
     """Tracing of a command: its provider, which becomes the global one, exports all spans.
 
-    `exporters` are names: `otlp`, `console`. If the program around the command has set a provider
-    of its own, such as that of `opentelemetry-instrument`, this one is used instead.
+    `exporters` are names: `otlp`, or `console`, which prints on `console`. If the program around
+    the command has set a provider of its own, such as that of `opentelemetry-instrument`, this one
+    is used instead.
 
     Raises:
         ImportError: the SDK or an exporter is not installed.
         ValueError: a variable of the SDK is wrong.
     """
 
-    def __init__(self, exporters: Sequence[str]) -> None:
-        self._provider = _sdk_provider(exporters)
+    def __init__(self, exporters: Sequence[str], *, console: TextIO | None = None) -> None:
+        self._provider = _sdk_provider(exporters, sys.stdout if console is None else console)
         super().__init__(self._provider)
 
     def close(self, seconds: float = CLOSE_SECONDS) -> None:
@@ -286,7 +295,7 @@ class ExportedTracing(Tracing):
             log.warning("tracing.spans_lost", reason="the last spans were not sent in time")
 
 
-def _sdk_provider(exporters: Sequence[str]) -> SdkTracerProvider:
+def _sdk_provider(exporters: Sequence[str], console: TextIO) -> SdkTracerProvider:
     from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.trace import TracerProvider as SdkTracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
@@ -326,25 +335,25 @@ def _sdk_provider(exporters: Sequence[str]) -> SdkTracerProvider:
     # Not at the exit of the interpreter, which would wait for the SDK's own timeout.
     provider = SdkTracerProvider(resource=resource, shutdown_on_exit=False)
     for name in exporters:
-        provider.add_span_processor(BatchSpanProcessor(Exporter(_EXPORTERS[name](), name)))
+        provider.add_span_processor(BatchSpanProcessor(Exporter(_EXPORTERS[name](console), name)))
     _keep_quiet()
     trace.set_tracer_provider(provider)
     return provider
 
 
-def _otlp() -> Any:
+def _otlp(_console: TextIO) -> Any:
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
     return OTLPSpanExporter()
 
 
-def _console() -> Any:
+def _console(console: TextIO) -> Any:
     from opentelemetry.sdk.trace.export import ConsoleSpanExporter
 
-    return ConsoleSpanExporter(out=sys.stdout)
+    return ConsoleSpanExporter(out=console)
 
 
-_EXPORTERS: Final[Mapping[str, Callable[[], Any]]] = {"otlp": _otlp, "console": _console}
+_EXPORTERS: Final[Mapping[str, Callable[[TextIO], Any]]] = {"otlp": _otlp, "console": _console}
 
 
 class _LastWords(logging.Handler):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TextIO
 from urllib.parse import urlsplit
 
 from job_registry.errors import shortened
@@ -19,8 +19,12 @@ PROTOCOLS: Final = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PR
 EXTRA: Final = "job-registry[otel]"
 
 
-def configured_tracing(environment: Mapping[str, str]) -> Tracing | None:
+def configured_tracing(
+    environment: Mapping[str, str], *, console: TextIO | None = None
+) -> Tracing | None:
     """Return the tracing that these variables configure; None if they configure none.
+
+    The exporter `console` prints on `console`, which defaults to standard output.
 
     Raises:
         SettingsInvalid: a variable is wrong, or the packages for tracing are not installed.
@@ -32,7 +36,7 @@ def configured_tracing(environment: Mapping[str, str]) -> Tracing | None:
     try:
         from job_registry_api.tracing import ExportedTracing
 
-        return ExportedTracing(exporters)
+        return ExportedTracing(exporters, console=console)
     except ImportError:
         message = f"{because}: tracing needs packages that are not installed: {EXTRA}"
         raise SettingsInvalid([message]) from None

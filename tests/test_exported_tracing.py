@@ -25,7 +25,8 @@ from job_registry_api.tracing import CLOSE_SECONDS
 from job_registry_api.tracing_settings import configured_tracing, traces_exporters
 from tests import CODE
 from tests.collector import Collector, Sent, collecting
-from tests.forks import Command
+from tests.conftest import run_sql
+from tests.forks import Command, run
 from tests.postgresql_server import free_port
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -443,6 +444,75 @@ def test_operations_over_a_websocket_are_exported(database_url: str, collector: 
     assert (operation_span.trace, operation_span.parent) == (TRACE, SPAN)
     assert sent.parent == operation_span.id
     assert collector.one("process traced.loop").parent == sent.id
+
+
+def enqueue(url: str, folder: Path, variables: dict[str, str], lines: int = 1) -> tuple[str, str]:
+    """Run `job-registry enqueue`. Return what it prints on standard output and standard error."""
+    file = folder / "payloads.jsonl"
+    file.write_text("{}\n" * lines, "utf-8")
+    given = {"JOBS_DATABASE_URL": url, "JOBS_CATALOG": "tests.traced_jobs", **variables}
+    environment = {**os.environ, **given}
+    arguments = ["enqueue", "traced.plain", str(file)]
+    done = run(arguments, environment=environment, folder=folder)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
+
+
+@pytest.mark.any_database
+def test_jobs_of_the_command_join_the_trace_of_its_environment(
+    database_url: str, collector: Collector, tmp_path: Path
+) -> None:
+    named = {name.upper(): value for name, value in TRACEPARENT.items()}
+    given = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.url, **named}
+    out, said = enqueue(database_url, tmp_path, given, 1_500)
+    assert (out, said) == ("1,500 stored, 0 deduplicated, 0 refused\n", "")
+    command = collector.one("job-registry enqueue")
+    sent = collector.named("send traced.plain")
+    assert (command.trace, command.parent, command.kind) == (TRACE, SPAN, "INTERNAL")
+    assert {span.parent for span in sent} == {command.id}
+    stored = {row[0] for row in run_sql(database_url, "SELECT DISTINCT traceparent FROM job")}
+    assert stored == {f"00-{TRACE}-{span.id}-01" for span in sent}
+
+
+@pytest.mark.slow
+@pytest.mark.any_database
+@pytest.mark.parametrize("value", [None, "", "not one"])
+def test_the_command_without_a_trace_in_its_environment_begins_one(
+    database_url: str, collector: Collector, tmp_path: Path, value: str | None
+) -> None:
+    given = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.url}
+    given |= {} if value is None else {"TRACEPARENT": value}
+    enqueue(database_url, tmp_path, given)
+    command, sent = collector.one("job-registry enqueue"), collector.one("send traced.plain")
+    assert not command.parent
+    assert (sent.trace, sent.parent) == (command.trace, command.id)
+
+
+@pytest.mark.slow
+@pytest.mark.any_database
+@pytest.mark.parametrize(
+    "variables",
+    [{"OTEL_TRACES_EXPORTER": "zipkin"}, {"OTEL_EXPORTER_OTLP_ENDPOINT": "localhost:4318"}],
+)
+def test_the_command_stores_jobs_where_tracing_cannot_be_configured(
+    database_url: str, tmp_path: Path, variables: dict[str, str]
+) -> None:
+    """The variables may be meant for other programs of the machine."""
+    given = {"TRACEPARENT": TRACEPARENT["traceparent"]}
+    out, said = enqueue(database_url, tmp_path, variables | given)
+    assert out.endswith(" queued\n")
+    assert "tracing.not_configured" in said
+    assert next(iter(variables)) in said
+    assert run_sql(database_url, "SELECT traceparent FROM job") == [(None,)]
+
+
+@pytest.mark.slow
+@pytest.mark.any_database
+def test_the_command_prints_its_spans_on_standard_error(database_url: str, tmp_path: Path) -> None:
+    out, said = enqueue(database_url, tmp_path, {"OTEL_TRACES_EXPORTER": "console"})
+    assert out.endswith(" queued\n")
+    assert out.count("\n") == 1
+    assert '"name": "job-registry enqueue"' in said
 
 
 CONSOLE = """

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from job_registry_api.queue.enqueueing import Enqueued, Refusal
     from job_registry_api.queue.errors import QueueUnavailable
     from job_registry_api.queue.queue import JobQueue
+    from job_registry_api.tracing import Tracing
 
     Results = list[tuple[int, Enqueued | Refusal]]
 
@@ -107,9 +108,9 @@ def enqueue(
             f" got {len(lines):,}.",
         )
     startup.prepare_database(settings)
-    with startup.database_errors():
+    with startup.database_errors(), startup.traced_command("enqueue") as tracing:
         refused = asyncio.run(
-            _enqueue_all(settings, registry, type_name, lines, options, atomic, as_json)
+            _enqueue_all(settings, registry, tracing, type_name, lines, options, atomic, as_json)
         )
     if refused:
         sys.exit(REFUSED)
@@ -148,6 +149,7 @@ def _options(
 async def _enqueue_all(
     settings: Settings,
     registry: JobRegistry,
+    tracing: Tracing | None,
     type_name: str,
     lines: list[tuple[int, str]],
     options: dict[str, Any],
@@ -175,7 +177,7 @@ async def _enqueue_all(
     counts = {"stored": 0, "deduplicated": 0, "refused": 0}
     size = len(lines) if atomic else min(BULK, settings.max_bulk_size)
     listed = len(lines) if atomic else LISTED
-    async with JobQueue.from_settings(settings, registry, prepare=False) as queue:
+    async with JobQueue.from_settings(settings, registry, tracing=tracing, prepare=False) as queue:
         progress = Progress(
             *Progress.get_default_columns()[:2],
             MofNCompleteColumn(),

@@ -109,6 +109,33 @@ def read_tracing() -> Tracing | None:
     return configured_tracing(os.environ)
 
 
+@contextlib.contextmanager
+def traced_command(name: str) -> Iterator[Tracing | None]:
+    """Trace this run of a command that ends by itself, if variables configure tracing.
+
+    It joins the trace of `TRACEPARENT` in the environment. Tracing that cannot be configured is
+    logged and does not stop the command: the variables may be meant for other programs.
+    """
+    try:
+        # Standard output is the command's.
+        tracing = configured_tracing(os.environ, console=sys.stderr)
+    except SettingsInvalid as invalid:
+        import structlog
+
+        structlog.get_logger("job_registry.tracing").warning(
+            "tracing.not_configured", reason=str(invalid)
+        )
+        tracing = None
+    if tracing is None:
+        yield None
+        return
+    try:
+        with tracing.running(f"job-registry {name}", os.environ):
+            yield tracing
+    finally:
+        tracing.close()
+
+
 def prepare_database(settings: Settings, *, only_check: bool = False) -> None:
     """Migrate an SQLite database. Check that a PostgreSQL database is migrated.
 
