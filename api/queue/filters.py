@@ -218,7 +218,7 @@ def searched(wanted: JobFilter, owner: Owner | None, part: Slice) -> Any:
     said = func.coalesce(error_code(), "") + " " + func.coalesce(error_message(), "")
     conditions = [
         col(Job.status) == str(JobStatus.FAILED),
-        *(said.ilike(_pattern(word), escape="\\") for word in (wanted.search or "").split()),
+        *(said.ilike(_pattern(word), escape="!") for word in (wanted.search or "").split()),
         *_remaining(wanted, owner, part),
     ]
     matching = (_as_of(rows, each) for each in conditions)
@@ -619,7 +619,8 @@ def _has_key(key: str) -> Any:
 
 
 def _pattern(word: str) -> str:
-    return "%" + re.sub(r"([\\%_])", r"\\\1", word) + "%"
+    # Not by a backslash, which PostgreSQL reads in two ways: see `standard_conforming_strings`.
+    return "%" + re.sub(r"([!%_])", r"!\1", word) + "%"
 
 
 def _uuid_of(text: str) -> uuid.UUID | None:

@@ -17,7 +17,6 @@ import asyncpg
 import sqlalchemy.exc
 from sqlalchemy import Connection, Dialect, PoolProxiedConnection, dialects, event
 from sqlalchemy.dialects.postgresql.asyncpg import PGDialect_asyncpg
-from sqlalchemy.engine.interfaces import IsolationLevel
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.sql.compiler import SQLCompiler
 
@@ -576,19 +575,10 @@ class _Dialect(PGDialect_asyncpg):
 
     supports_statement_cache = True
 
-    def _get_server_version_info(self, connection: Connection) -> tuple[int, ...]:
-        return (_driver_of(connection.connection).get_server_version().major,)
-
-    def _get_default_schema_name(self, connection: Connection) -> str:
-        raise NotImplementedError  # It has none: every statement names its schema.
-
-    def get_default_isolation_level(self, dbapi_conn: Any) -> IsolationLevel:
-        """Return the isolation level of every session."""
-        return "READ COMMITTED"
-
-    def _set_backslash_escapes(self, connection: Connection) -> None:
-        settings = _driver_of(connection.connection).get_settings()
-        self._backslash_escapes = settings.standard_conforming_strings == "off"
+    def initialize(self, connection: Connection) -> None:
+        """Set what depends on the server, from what the driver knows of it already."""
+        self.server_version_info = (_driver_of(connection.connection).get_server_version().major,)
+        self.default_isolation_level = "READ COMMITTED"
 
 
 dialects.registry.register("postgresql.job_registry", __name__, _Dialect.__name__)

@@ -119,7 +119,6 @@ async def test_what_the_dialect_takes_from_the_driver_is_what_the_server_says(
             number = (await connection.execute(query)).scalar_one()
         dialect = database.engine.dialect
     assert dialect.server_version_info == (number // 10_000,)
-    assert not dialect._backslash_escapes  # type: ignore[attr-defined]
 
 
 async def test_an_outage_is_reported_with_the_time_that_was_waited(proxied: Proxy) -> None:

@@ -141,6 +141,9 @@ async def test_a_search_finds_an_id_a_key_or_words_of_an_error(queue: JobQueue) 
     assert await found(queue, search="100%") == [job.id]
     assert await found(queue, search="10%closed") == []
     assert await found(queue, search="the_bank") == []
+    shouted = await failed(queue, "path", r"No such path: C:\bank!", by="carl")
+    assert await found(queue, search=r"c:\bank") == [shouted.id]
+    assert await found(queue, search="bank!") == [shouted.id]
     await queue.enqueue(PING, created_by="ada")
     assert await found(queue, search="bank", created_by="ada") == [job.id]
     page = await queue.list(JobFilter(search="bank"), owner=Owner("bob"))
