@@ -9,6 +9,7 @@ from typing import Final
 from job_registry import JobRegistry
 from job_registry_api.queue.errors import InputInvalid, JobNotFound, JobStateConflict
 from job_registry_api.queue.events import Events, JobEvent
+from job_registry_api.queue.filters import check_owner
 from job_registry_api.queue.models import JobRecord, Owner
 from job_registry_api.queue.opening import Opening
 from job_registry_api.queue.requests import parse_job_id, unknown_types
@@ -83,6 +84,7 @@ class Changing(Opening):
         operation: str,
     ) -> JobRecord:
         self.check_open()
+        check_owner(owner)
         job = await change(parse_job_id(job_id), owner)
         if job is None:
             found = await self._store.get(parse_job_id(job_id), owner)

@@ -28,7 +28,7 @@ from job_registry import (
     Violation,
 )
 from job_registry.enqueue_request import EnqueueOptions
-from job_registry.errors import FaultBudget, near
+from job_registry.errors import FaultBudget, near, shortened
 from job_registry_api.queue.caller_transactions import publish_after_commit
 from job_registry_api.queue.database import Database
 from job_registry_api.queue.errors import (
@@ -47,6 +47,8 @@ from job_registry_api.queue.requests import (
     creator_faults,
     differing_paths,
     input_faults,
+    is_list,
+    type_faults,
 )
 from job_registry_api.queue.store import (
     NewJob,
@@ -423,6 +425,9 @@ class Enqueueing(Opening):
         others: OthersJobs = "described",
         budget: FaultBudget | None = None,
     ) -> _Bulk:
+        if not is_list(jobs):
+            message = f"Expected a list of payloads and requests; got {shortened(jobs)}."
+            raise InputInvalid((Violation("/jobs", "wrong_type", message),))
         if len(jobs) > self.max_bulk_size:
             message = f"Expected at most {self.max_bulk_size} jobs per call; got {len(jobs)}."
             raise InputInvalid((Violation("", "too_long", message),))
@@ -458,6 +463,8 @@ class Enqueueing(Opening):
 
         `found` are faults of fields that the request does not have. It is refused for these too.
         """
+        if wrong := type_faults("/type", request.type):
+            raise InputInvalid(wrong)
         budget = budget or FaultBudget()
         faults = list(found)
         if faults or request[2:] != _NO_OPTIONS:

@@ -23,6 +23,9 @@ from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.visitors import replacement_traverse
 from sqlmodel import col, select
 
+from job_registry import Violation
+from job_registry.errors import shortened
+from job_registry_api.queue.errors import InputInvalid
 from job_registry_api.queue.models import (
     FINAL,
     METADATA,
@@ -71,6 +74,17 @@ SMALL: Final = 4_096
 FIRST_ID: Final = uuid.UUID(int=0)
 LAST_ID: Final = uuid.UUID(int=2**128 - 1)
 """Ids that no job has: lower and greater than those of all jobs."""
+
+
+def check_owner(owner: object) -> None:
+    """Check that an owner is one.
+
+    Raises:
+        InputInvalid: it is something else, such as the subject itself.
+    """
+    if owner is not None and not isinstance(owner, Owner):
+        message = f"Expected an Owner; got {shortened(owner)}."
+        raise InputInvalid((Violation("/owner", "wrong_type", message),))
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from pydantic import JsonValue
 from pydantic_core import from_json
 
 from job_registry import JobRegistry, Violation
+from job_registry.errors import shortened
 from job_registry.json_values import json_document
 from job_registry_api.metrics import Metrics
 from job_registry_api.queue.claiming import BusyWorker, Claiming, Lease, Readable
@@ -603,6 +604,9 @@ class Leasing:
 
 def _parts(token: str) -> tuple[uuid.UUID, str]:
     """Return the two parts of a lease token: the id of the job, and a random secret."""
+    if not isinstance(token, str):
+        message = f"Expected the token of a lease; got {shortened(token)}."
+        raise InputInvalid((Violation("/leaseToken", "wrong_type", message),))
     if not _TOKEN.fullmatch(token):
         raise LeaseLost
     return uuid.UUID(token[:32]), token[32:]

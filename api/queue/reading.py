@@ -32,6 +32,7 @@ from job_registry_api.queue.filters import (
     MAX_SEARCH,
     JobFilter,
     Slice,
+    check_owner,
 )
 from job_registry_api.queue.job_logs import LogLine, lines_of
 from job_registry_api.queue.models import (
@@ -45,7 +46,16 @@ from job_registry_api.queue.models import (
     weight_of,
 )
 from job_registry_api.queue.opening import Opening
-from job_registry_api.queue.requests import EARLIEST, LATEST, MAX_WAIT_SECONDS, parse_job_id
+from job_registry_api.queue.requests import (
+    EARLIEST,
+    LATEST,
+    MAX_WAIT_SECONDS,
+    checked_ids,
+    parse_job_id,
+    seconds_faults,
+    size_faults,
+    type_faults,
+)
 from job_registry_api.queue.store import (
     PIECE_BYTES,
     SAMPLED_BLOCKS,
@@ -234,8 +244,13 @@ async def _is_news(events: Subscription, stopped: asyncio.Future[Any], seconds: 
         event.cancel()
 
 
-def _faults_of(wanted: JobFilter) -> Iterator[Violation]:
+def _faults_of(wanted: Any) -> Iterator[Violation]:
     """Yield the faults of the values of a filter."""
+    if not isinstance(wanted, JobFilter):
+        message = f"Expected a JobFilter; got {shortened(wanted)}."
+        yield Violation("/filter", "wrong_type", message)
+        return
+    yield from _faults_of_lists(wanted.types, wanted.statuses)
     for name in ("created_by", "idempotency_key", "error_code", "search"):
         text, path = getattr(wanted, name), f"/filter/{to_camel(name)}"
         if text is None:
@@ -258,6 +273,30 @@ def _faults_of(wanted: JobFilter) -> Iterator[Violation]:
         elif time is not None and not EARLIEST <= time < LATEST:
             message = f"Expected a time from {EARLIEST.year} to {LATEST.year - 1} in UTC."
             yield Violation(path, "out_of_range", message)
+
+
+def _faults_of_lists(types: Any, statuses: Any) -> Iterator[Violation]:
+    for path, values, what in (
+        ("/filter/types", types, "names of job types"),
+        ("/filter/statuses", statuses, "statuses"),
+    ):
+        if values is not None and not isinstance(values, tuple | list | set | frozenset):
+            message = f"Expected a tuple of {what}; got {shortened(values)}."
+            yield Violation(path, "wrong_type", message)
+        elif values is not None and path == "/filter/types":
+            if len(values) > MAX_FILTER_TYPES:
+                message = f"Expected at most {MAX_FILTER_TYPES} job types; got {len(values)}."
+                yield Violation(path, "too_long", message)
+            for index, name in enumerate(values):
+                yield from type_faults(f"{path}/{index}", name)
+        else:
+            for index, status in enumerate(values or ()):
+                if status not in _STATUSES:
+                    message = f"Expected one of {', '.join(JobStatus)}; got {shortened(status)}."
+                    yield Violation(f"{path}/{index}", "invalid_value", message)
+
+
+_STATUSES: Final = tuple(JobStatus)
 
 
 def _faults_of_ends(*ends: object) -> Iterator[Violation]:
@@ -319,12 +358,15 @@ class Reading(Opening):
         It stops early before the job with which the weight of all would exceed `max_bytes`.
         """
         self.check_open()
-        page = await self._read_page(await self._store.list_many(job_ids, owner), max_bytes)
+        check_owner(owner)
+        listed = await self._store.list_many(checked_ids(job_ids), owner)
+        page = await self._read_page(listed, max_bytes)
         return JobPage(
             page.jobs, has_next_page=False, stopped_early=not page.is_whole, weight=page.weight
         )
 
     async def _get(self, job_id: uuid.UUID, owner: Owner | None = None) -> JobRecord:
+        check_owner(owner)
         job = await self._store.get(job_id, owner)
         if job is None:
             raise JobNotFound(str(job_id))
@@ -340,8 +382,11 @@ class Reading(Opening):
             JobFailed: the job failed or was cancelled.
             TimeoutError: the job has not ended in time. It is not cancelled.
             QueueUnavailable: the database does not answer, or the queue was closed.
+            InputInvalid: `timeout` is not a number from 0.
         """
         self.check_open()
+        if timeout is not None and (faults := seconds_faults("/timeout", timeout, math.inf)):
+            raise InputInvalid(faults)
         if not self.events.is_listening:
             raise QueueUnavailable("the queue was closed")
         try:
@@ -375,9 +420,8 @@ class Reading(Opening):
             JobNotFound: no job has this id, or another subject enqueued it.
             InputInvalid: `seconds` is not 0 to 30.
         """
-        if not 0 <= seconds <= MAX_WAIT_SECONDS:
-            message = f"Expected a number of seconds from 0 to {MAX_WAIT_SECONDS}; got {seconds}."
-            raise InputInvalid((Violation("/timeoutSeconds", "out_of_range", message),))
+        if faults := seconds_faults("/timeoutSeconds", seconds, MAX_WAIT_SECONDS):
+            raise InputInvalid(faults)
         clock = asyncio.get_running_loop().time
         until = clock() + seconds
         stopped = asyncio.ensure_future((stop or asyncio.Event()).wait())
@@ -435,7 +479,7 @@ class Reading(Opening):
 
     async def attempts(self, job_ids: Sequence[uuid.UUID]) -> Attempts:
         """Return the attempts of each of these jobs, oldest first, in one query."""
-        return await self._store.attempts(job_ids)
+        return await self._store.attempts(checked_ids(job_ids))
 
     async def latest_attempts(
         self, job_ids: Sequence[uuid.UUID], max_bytes: int
@@ -446,12 +490,16 @@ class Reading(Opening):
         """
         return await self._store.latest_attempts(job_ids, max_bytes)
 
-    async def logs(self, job_id: uuid.UUID) -> list[LogLine]:
+    async def logs(self, job_id: str | uuid.UUID) -> list[LogLine]:
         """Return the log lines that are kept of a job, oldest first.
 
         The worker keeps the last ones of each attempt. Of a job with very many attempts, the result
         has those of the latest attempts, up to eight megabytes.
+
+        Raises:
+            JobNotFound: the id is text that is not a UUID.
         """
+        job_id = parse_job_id(job_id)
         attempts = (await self.attempts([job_id]))[job_id]
         texts, _ = await self.log_texts([attempt.id for attempt in attempts], MAX_LOG_BYTES)
         return [line for attempt in attempts for line in lines_of(texts.get(attempt.id, ""))]
@@ -492,6 +540,7 @@ class Reading(Opening):
                 of the filter, `after` or `before` is wrong.
         """
         self.check_open()
+        check_owner(owner)
         faults = [*self._faults_of_size(first, last), *_faults_of_ends(after, before)]
         size = first if last is None else last
         part = Slice(PAGE_SIZE if size is None else size, after, before, from_end=last is not None)
@@ -534,6 +583,7 @@ class Reading(Opening):
             InputInvalid: a value of the filter is wrong.
         """
         self.check_open()
+        check_owner(owner)
         wanted = self._as_stored(job_filter, [])
         after = not_newer_than and uuid.UUID(int=min(not_newer_than.int + 1, LAST_ID.int))
         before = not_older_than and uuid.UUID(int=max(not_older_than.int - 1, FIRST_ID.int))
@@ -558,6 +608,7 @@ class Reading(Opening):
             InputInvalid: a value of the filter is wrong.
         """
         self.check_open()
+        check_owner(owner)
         wanted = self._as_stored(job_filter, [])
         if wanted is None or (owner is not None and owner.subject is None):
             return JobTotal(0, False)
@@ -593,9 +644,8 @@ class Reading(Opening):
 
     def _faults_of_size(self, first: int | None, last: int | None) -> Iterator[Violation]:
         for path, size in (("/first", first), ("/last", last)):
-            if size is not None and not 1 <= size <= self.max_page_size:
-                message = f"Expected 1 to {self.max_page_size} jobs per page; got {size}."
-                yield Violation(path, "out_of_range", message)
+            if size is not None:
+                yield from size_faults(path, size, self.max_page_size)
         if first is not None and last is not None:
             message = "Expected either first or last; got both."
             yield Violation("/last", "conflicting", message)
@@ -607,9 +657,6 @@ class Reading(Opening):
         Raises:
             InputInvalid: there are `faults`, or a value of the filter is wrong.
         """
-        if (count := len(wanted.types or ())) > MAX_FILTER_TYPES:
-            message = f"Expected at most {MAX_FILTER_TYPES} job types; got {count}."
-            faults = [*faults, Violation("/filter/types", "too_long", message)]
         faults = [*faults, *_faults_of(wanted)]
         if faults:
             raise InputInvalid(tuple(faults))

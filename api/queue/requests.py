@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -167,22 +168,15 @@ def check_lease(
     Raises:
         InputInvalid: a value is out of range; lists every fault.
     """
-    faults: list[Violation] = []
-    if not job_types:
-        faults.append(
-            Violation(
-                "/jobTypes", "too_short", "Expected an array of at least 1 job type; got none."
-            )
-        )
-    faults += unknown_types(registry, job_types)
+    faults = unknown_types(registry, job_types)
+    if not faults and not job_types:
+        message = "Expected an array of at least 1 job type; got none."
+        faults.append(Violation("/jobTypes", "too_short", message))
     faults += _worker_id_faults(worker_id)
-    if not 1 <= limit <= MAX_LEASE:
-        message = f"Expected a whole number from 1 to {MAX_LEASE}; got {limit}."
-        faults.append(Violation("/limit", "out_of_range", message))
-    if not 0 <= wait <= MAX_WAIT_SECONDS:
-        message = f"Expected a number of seconds from 0 to {MAX_WAIT_SECONDS}; got {wait}."
-        faults.append(Violation("/waitSeconds", "out_of_range", message))
-    faults += _readable_faults(job_types, readable)
+    faults += size_faults("/limit", limit, MAX_LEASE)
+    faults += seconds_faults("/waitSeconds", wait, MAX_WAIT_SECONDS)
+    if is_list(job_types):
+        faults += _readable_faults(job_types, readable)
     if faults:
         raise InputInvalid(tuple(faults))
 
@@ -212,19 +206,27 @@ def check_worker_id(worker_id: str) -> None:
         raise InputInvalid(tuple(faults))
 
 
-def _worker_id_faults(worker_id: str) -> list[Violation]:
+def _worker_id_faults(worker_id: Any) -> list[Violation]:
+    message = "Expected a string of 1 to 255 characters without NUL."
+    if not isinstance(worker_id, str):
+        return [Violation("/workerId", "wrong_type", message)]
     if 1 <= len(worker_id) <= 255 and not text_fault(worker_id):
         return []
-    message = "Expected a string of 1 to 255 characters without NUL."
     return [Violation("/workerId", "out_of_range", message)]
 
 
 def unknown_types(registry: JobRegistry, job_types: Iterable[str]) -> list[Violation]:
     """Return a violation for each name without a job type, up to 100 and one for the rest."""
+    if not is_list(job_types):
+        message = f"Expected a list of names of job types; got {shortened(job_types)}."
+        return [Violation("/jobTypes", "wrong_type", message)]
     budget = registry.fault_budget()
     faults: list[Violation] = []
     more = 0
-    for index, name in enumerate(job_types):
+    for index, name in enumerate(cast("Iterable[Any]", job_types)):
+        if not isinstance(name, str):
+            faults.append(_no_name(f"/jobTypes/{index}", name))
+            continue
         if name in registry or name in registry.renamed:
             continue
         if len(faults) == MAX_VIOLATIONS:
@@ -243,9 +245,66 @@ def check_seconds(field: str, seconds: float) -> None:
     Raises:
         InputInvalid: the delay is negative or longer than a year.
     """
-    if not 0 <= seconds <= MAX_DELAY_SECONDS:
-        message = f"Expected a number of seconds from 0 to {MAX_DELAY_SECONDS:,}; got {seconds}."
-        raise InputInvalid((Violation(f"/{field}", "out_of_range", message),))
+    if faults := seconds_faults(f"/{field}", seconds, MAX_DELAY_SECONDS):
+        raise InputInvalid(faults)
+
+
+def seconds_faults(path: str, seconds: Any, most: float) -> tuple[Violation, ...]:
+    """Return the fault of a number of seconds, which is from 0 to `most`."""
+    is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+    if is_number and 0 <= seconds <= most:
+        return ()
+    up_to = f" from 0 to {most:,}" if most < math.inf else ""
+    message = f"Expected a number of seconds{up_to}; got {shortened(seconds)}."
+    return (Violation(path, "out_of_range" if is_number else "wrong_type", message),)
+
+
+def size_faults(path: str, size: Any, most: int) -> tuple[Violation, ...]:
+    """Return the fault of a number of jobs, which is from 1 to `most`."""
+    is_whole = isinstance(size, int) and not isinstance(size, bool)
+    if is_whole and 1 <= size <= most:
+        return ()
+    message = f"Expected a whole number from 1 to {most:,}; got {shortened(size)}."
+    return (Violation(path, "out_of_range" if is_whole else "wrong_type", message),)
+
+
+def is_list(values: object) -> bool:
+    """Return whether these are several values. A text is one, although it has characters."""
+    return isinstance(values, Iterable) and not isinstance(values, str | bytes | Mapping)
+
+
+def type_faults(path: str, name: object) -> tuple[Violation, ...]:
+    """Return the fault of the name of a job type that is not text."""
+    return () if isinstance(name, str) else (_no_name(path, name),)
+
+
+def _no_name(path: str, name: object) -> Violation:
+    message = f"Expected the name of a job type; got {shortened(name)}."
+    return Violation(path, "wrong_type", message)
+
+
+def checked_ids(job_ids: Iterable[uuid.UUID]) -> list[uuid.UUID]:
+    """Return the ids of jobs.
+
+    Raises:
+        InputInvalid: one is not a UUID; lists the first faults.
+    """
+    if not is_list(job_ids):
+        message = f"Expected a list of ids of jobs; got {shortened(job_ids)}."
+        raise InputInvalid((Violation("/jobIds", "wrong_type", message),))
+    ids = list(job_ids)
+    faults = (
+        Violation(
+            f"/jobIds/{index}",
+            "wrong_type",
+            f"Expected the id of a job as a uuid.UUID; got {shortened(job_id)}.",
+        )
+        for index, job_id in enumerate(ids)
+        if not isinstance(job_id, uuid.UUID)
+    )
+    if listed := tuple(islice(faults, MAX_VIOLATIONS)):
+        raise InputInvalid(listed)
+    return ids
 
 
 MAX_DIFFERING: Final = 100
@@ -290,9 +349,13 @@ def parse_job_id(job_id: str | uuid.UUID) -> uuid.UUID:
 
     Raises:
         JobNotFound: it is not a UUID, so no job has it.
+        InputInvalid: it is neither text nor a UUID.
     """
     if isinstance(job_id, uuid.UUID):
         return job_id
+    if not isinstance(job_id, str):
+        message = f"Expected the id of a job, as text or a uuid.UUID; got {shortened(job_id)}."
+        raise InputInvalid((Violation("/jobId", "wrong_type", message),))
     try:
         return uuid.UUID(job_id)
     except ValueError:

@@ -96,7 +96,7 @@ class SyncQueue:
         """Return a job."""
         return self._run(lambda: self._queue.get(job_id))
 
-    def logs(self, job_id: uuid.UUID) -> builtins.list[LogLine]:
+    def logs(self, job_id: str | uuid.UUID) -> builtins.list[LogLine]:
         """Return the log lines that are kept of a job, oldest first."""
         return self._run(lambda: self._queue.logs(job_id))
 

@@ -289,7 +289,7 @@ async def test_pages_and_bulks_are_as_large_as_the_settings_say(visit: Visit) ->
         too_many = await ask(client, bulk % (job * 3))
     assert "errors" not in page.json()
     assert "errors" not in stored.json()
-    assert "Expected 1 to 50 jobs per page; got 51." in messages(too_long)[0]
+    assert "Expected a whole number from 1 to 50; got 51." in messages(too_long)[0]
     assert "The request enqueues 3 jobs." in messages(too_many)[0]
 
 
