@@ -192,6 +192,20 @@ class Tracing:
         finally:
             _forget(ids)
 
+    @contextmanager
+    def named_in_lines(self, traceparents: Mapping[str, str | None]) -> Iterator[None]:
+        """Let log lines of these jobs name the spans that enqueued them, by the ids of the jobs."""
+        spans = {
+            job_id: trace.get_current_span(found).get_span_context()
+            for job_id, traceparent in traceparents.items()
+            if job_id not in _spans_of_jobs and (found := _context_of(traceparent)) is not None
+        }
+        _spans_of_jobs.update(spans)
+        try:
+            yield
+        finally:
+            _forget(spans)
+
     def created(self, job_id: UUID, job_type: str, parent: str | None = None) -> str | None:
         """Trace that a handler enqueues a job, which is stored once its own job has succeeded.
 

@@ -504,10 +504,12 @@ async def test_log_lines_name_the_span_of_their_job(traced: Traced, kind: str) -
         event: {
             e["job_id"]: e["trace_id"] for e in lines if e["event"] == event and "trace_id" in e
         }
-        for event in ("job.created", "acting", "job.succeeded")
+        for event in ("job.created", "job.started", "acting", "job.succeeded")
     }
     assert found == dict.fromkeys(found, jobs)
     spans = {attributes(e)["messaging.message.id"]: ids(e)[1] for e in traced.named(f"send {kind}")}
     created = {e["job_id"]: e["span_id"] for e in lines if e["event"] == "job.created"}
     assert created == spans
+    # The attempt has no span yet.
+    assert {e["job_id"]: e["span_id"] for e in lines if e["event"] == "job.started"} == spans
     assert not [e for e in lines if e["event"] == "worker.started" and "trace_id" in e]

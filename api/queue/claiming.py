@@ -11,11 +11,11 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import Context
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from uuid import UUID
 
 import structlog
@@ -25,7 +25,10 @@ from job_registry_api.metrics import Metrics
 from job_registry_api.queue.errors import QueueUnavailable
 from job_registry_api.queue.events import Events, JobEvent
 from job_registry_api.queue.models import AttemptOutcome, JobRecord, JobStatus
-from job_registry_api.queue.store import Claim, Claimed, Store
+from job_registry_api.queue.store import Claim, Claimed, ClaimedJob, Store
+
+if TYPE_CHECKING:
+    from job_registry_api.tracing import Tracing
 
 WORKER_SEEN_SECONDS: Final = 10.0
 """How often a process records in the database that it runs a type."""
@@ -110,6 +113,7 @@ class Claiming:
         lease_seconds: float,
         give_back: Callable[[Sequence[Lease]], Awaitable[None]],
         metrics: Metrics,
+        tracing: Tracing | None,
     ) -> None:
         self._store = store
         self._registry = registry
@@ -117,6 +121,7 @@ class Claiming:
         self._lease_seconds = lease_seconds
         self._give_back = give_back
         self._metrics = metrics
+        self._tracing = tracing
         self._lines: dict[_Line, _WaitingLine] = {}
         self._busy: list[BusyWorker] = []
         self._seen: dict[str, float] = {}
@@ -279,7 +284,8 @@ class Claiming:
             self._served[each.job.type] = next(self._turn)
         happened = [JobEvent.of_change(job) for job in claimed.recovered]
         happened += [JobEvent.of("job.started", each.job) for each in claimed.leased]
-        self._events.publish(happened, claimed.sender)
+        with self._named_in_lines(claimed.leased):
+            self._events.publish(happened, claimed.sender)
         count_recovered(self._metrics, claimed.recovered)
         leases = [
             Lease(
@@ -302,6 +308,12 @@ class Claiming:
             leases = [each for each in leases if each.seconds_to_expiry > waited]
         leases.sort(key=lambda lease: -lease.job.priority)
         return leases
+
+    def _named_in_lines(self, leased: Sequence[ClaimedJob]) -> AbstractContextManager[None]:
+        """Let the log lines of jobs name their traces: their attempts have no spans yet."""
+        if self._tracing is None:
+            return nullcontext()
+        return self._tracing.named_in_lines({str(each.job.id): each.traceparent for each in leased})
 
     def limits(self, types: Sequence[str]) -> dict[str, int]:
         """Return the concurrency limits of the types that have one."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import structlog
 from pydantic import JsonValue
@@ -55,6 +55,9 @@ from job_registry_api.queue.store import (
     timed_out,
 )
 
+if TYPE_CHECKING:
+    from job_registry_api.tracing import Tracing
+
 ANSWER_MARGIN_SECONDS: Final = 1.0
 """How much longer than its deadlines the answer to a claim may take to reach the worker."""
 
@@ -89,6 +92,7 @@ class Leasing:
     events: Events
     lease_seconds: float
     metrics: Metrics
+    tracing: Tracing | None
     _database: Database
     _store: Store
 
@@ -101,6 +105,7 @@ class Leasing:
             lease_seconds=self.lease_seconds,
             give_back=self._give_back,
             metrics=self.metrics,
+            tracing=self.tracing,
         )
 
     async def lease(
