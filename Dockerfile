@@ -15,8 +15,9 @@ RUN npm run build
 FROM python:3.13-slim AS build
 WORKDIR /build
 RUN python -m venv /venv
-COPY requirements.txt ./
-RUN /venv/bin/pip install --no-cache-dir --require-hashes -r requirements.txt
+# With the packages that export traces, which are used only where variables of OpenTelemetry are set.
+COPY requirements-otel.txt ./
+RUN /venv/bin/pip install --no-cache-dir --require-hashes -r requirements-otel.txt
 COPY pyproject.toml README.md LICENSE ./
 COPY alembic alembic
 COPY registry registry

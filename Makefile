@@ -51,6 +51,9 @@ lock: install
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 		--no-emit-index-url --no-emit-find-links --no-header --no-annotate \
 		pyproject.toml --group dev -o requirements-dev.txt
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+		--no-emit-index-url --no-emit-find-links --no-header --no-annotate \
+		--constraints requirements-dev.txt pyproject.toml --extra otel -o requirements-otel.txt
 
 clean:
 	rm -rf .venv build dist api/web/dist api/web/node_modules tests/frontend/node_modules

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 ROOT: Final = Path(__file__).parent.parent
-LOCKS: Final = ("requirements.txt", "requirements-dev.txt")
+LOCKS: Final = ("requirements.txt", "requirements-dev.txt", "requirements-otel.txt")
 NODE_FOLDERS: Final = ("api/web", "tests/frontend")
 SECONDS: Final = 300
 

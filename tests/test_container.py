@@ -63,6 +63,15 @@ def test_everything_that_the_image_copies_is_in_its_context() -> None:
         assert any(source == each or source.startswith(f"{each}/") for each in kept), source
 
 
+def test_the_image_can_export_traces() -> None:
+    locks = [line.split()[-1] for line in instructions() if "--require-hashes" in line]
+    assert locks
+    for lock in locks:
+        text = (ROOT / lock).read_text("utf-8")
+        assert "opentelemetry-sdk==" in text
+        assert "opentelemetry-exporter-otlp-proto-http==" in text
+
+
 @pytest.mark.slow
 def test_the_steps_of_the_image_give_a_command_that_runs(tmp_path: Path) -> None:
     build, site = tmp_path / "build", tmp_path / "site"

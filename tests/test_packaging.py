@@ -154,6 +154,11 @@ def test_the_migrations_folder_does_not_hide_the_library_from_who_works_in_the_c
             + PROJECT["dependency-groups"]["dev"]
             + PROJECT["build-system"]["requires"],
         ),
+        (
+            "requirements-otel.txt",
+            PROJECT["project"]["dependencies"]
+            + PROJECT["project"]["optional-dependencies"]["otel"],
+        ),
     ],
 )
 def test_a_lock_has_what_the_project_needs_by_hash_and_from_any_index(
@@ -176,6 +181,12 @@ def test_a_lock_has_what_the_project_needs_by_hash_and_from_any_index(
         version = pinned.get(canonicalize_name(requirement.name), "")
         assert version, f"{requirement.name} is not in {lock}: make lock"
         assert requirement.specifier.contains(version), f"{lock} has {requirement} as {version}"
+
+
+def test_the_image_has_the_versions_that_are_tested() -> None:
+    tested = (ROOT / "requirements-dev.txt").read_text("utf-8").splitlines()
+    installed = (ROOT / "requirements-otel.txt").read_text("utf-8").splitlines()
+    assert [line for line in installed if "==" in line and line not in tested] == []
 
 
 DATABASE = {"sqlalchemy", "sqlmodel", "alembic", "asyncpg", "aiosqlite"}
