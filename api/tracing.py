@@ -240,6 +240,27 @@ class Tracing:
         )
         return AttemptSpan(span, job_id)
 
+    def recovered(
+        self, job_id: str, job_type: str, *, attempt: int, outcome: str, parent: str | None
+    ) -> None:
+        """Trace that an attempt has ended because its lease expired: its worker has probably died,
+        and the span of the attempt with it.
+
+        `parent` is the span that enqueued the job.
+        """
+        span = self._tracer.start_span(
+            f"settle {job_type}",
+            _context_of(parent) or context.Context(),
+            SpanKind.INTERNAL,
+            {
+                **_operation("settle", job_type),
+                "messaging.message.id": job_id,
+                "job_registry.attempt": attempt,
+            },
+        )
+        OpenSpan(span).ended_as(outcome, None if outcome == "cancelled" else outcome)
+        span.end()
+
     @contextmanager
     def within(self, traceparent: str | None) -> Iterator[None]:
         """Let what happens in this context belong to a span of another process."""

@@ -29,7 +29,7 @@ from job_registry_api.queue.database import async_url
 from job_registry_api.queue.errors import IdempotencyConflict
 from job_registry_api.queue.models import JobRecord
 from tests import traced_jobs
-from tests.conftest import run_sql
+from tests.conftest import advance, run_sql
 from tests.http_client import ApplicationClient
 from tests.traced_jobs import Plain
 
@@ -258,6 +258,32 @@ async def test_a_released_attempt_and_the_next_one_have_a_span_each(traced: Trac
         while (await traced.queue.get(job_id)).status is not JobStatus.RUNNING:
             await asyncio.sleep(0.02)
     assert attributes(traced.one("process traced.process"))["job_registry.outcome"] == "released"
+
+
+@pytest.mark.parametrize("by", ["recover", "claim"])
+async def test_an_attempt_whose_worker_dies_is_in_the_trace_of_its_job(
+    traced: Traced, by: str
+) -> None:
+    job_id = await traced.enqueue("traced.plain", headers={"traceparent": TRACEPARENT})
+    await traced.queue.lease(["traced.plain"], "dies")
+    await advance(traced.url, 31)
+    if by == "recover":
+        await traced.queue.recover()
+    else:
+        await traced.queue.lease(["traced.plain"], "next")
+    settled = traced.one("settle traced.plain")
+    assert parent(settled) == ids(traced.one("send traced.plain"))
+    assert settled.status.status_code is StatusCode.ERROR
+    assert attributes(settled) == {
+        "messaging.system": "job_registry",
+        "messaging.operation.name": "settle",
+        "messaging.operation.type": "settle",
+        "messaging.destination.name": "traced.plain",
+        "messaging.message.id": str(job_id),
+        "job_registry.attempt": 1,
+        "job_registry.outcome": "lost",
+        "error.type": "lost",
+    }
 
 
 async def test_a_bulk_has_one_span_and_all_its_jobs_belong_to_it(traced: Traced) -> None:

@@ -25,7 +25,7 @@ from job_registry_api.metrics import Metrics
 from job_registry_api.queue.errors import QueueUnavailable
 from job_registry_api.queue.events import Events, JobEvent
 from job_registry_api.queue.models import AttemptOutcome, JobRecord, JobStatus
-from job_registry_api.queue.store import Claim, Claimed, ClaimedJob, Store
+from job_registry_api.queue.store import Claim, Claimed, ClaimedJob, Recovered, Store
 
 if TYPE_CHECKING:
     from job_registry_api.tracing import Tracing
@@ -89,13 +89,19 @@ class BusyWorker:
     take: Callable[[Sequence[Lease]], None]
 
 
-def count_recovered(metrics: Metrics, recovered: Sequence[JobRecord]) -> None:
-    """Count the attempts that were ended because their lease expired."""
-    for job in recovered:
+def note_recovered(
+    metrics: Metrics, tracing: Tracing | None, recovered: Collection[Recovered]
+) -> None:
+    """Count and trace the attempts that were ended because their lease expired."""
+    for job, traceparent in recovered:
         outcome = AttemptOutcome.CANCELLED.value
         if job.status is not JobStatus.CANCELLED and job.error is not None:
             outcome = job.error.code
         metrics.attempt_ended(job.type, outcome)
+        if tracing is not None:
+            tracing.recovered(
+                str(job.id), job.type, attempt=job.attempt, outcome=outcome, parent=traceparent
+            )
 
 
 class Claiming:
@@ -282,11 +288,11 @@ class Claiming:
         """
         for each in claimed.leased:
             self._served[each.job.type] = next(self._turn)
-        happened = [JobEvent.of_change(job) for job in claimed.recovered]
+        happened = [JobEvent.of_change(each.job) for each in claimed.recovered]
         happened += [JobEvent.of("job.started", each.job) for each in claimed.leased]
         with self._named_in_lines(claimed.leased):
             self._events.publish(happened, claimed.sender)
-        count_recovered(self._metrics, claimed.recovered)
+        note_recovered(self._metrics, self._tracing, claimed.recovered)
         leases = [
             Lease(
                 each.job.id.hex + each.token,

@@ -45,6 +45,7 @@ from job_registry_api.queue.store import (
     LeaseLogs,
     LeaseRenewal,
     NewJob,
+    Recovered,
     Refused,
     Renewed,
     Report,
@@ -236,7 +237,8 @@ class PostgreSQLStore(Store):
         """Return the outcome of a claim that has returned these rows."""
         taken = [row for row in rows if row["status"] == "running"]
         try:
-            recovered = await self._jobs([row for row in rows if row["status"] != "running"])
+            ended = [row for row in rows if row["status"] != "running"]
+            recovered = await self._recovered(ended) if ended else []
             jobs = {job.id: job for job in await self._jobs(taken)}
         except BaseException:
             # The claim is committed, and its caller does not get the leases.
@@ -269,14 +271,18 @@ class PostgreSQLStore(Store):
         if returned:
             await self.end(returned)
 
-    async def recover(self, lease_seconds: float) -> list[JobRecord]:
+    async def recover(self, lease_seconds: float) -> list[Recovered]:
         parameters = {
             "most": RECOVERY_BATCH,
             "lease": lease_seconds,
             "timed_out": error_text(TIMED_OUT),
             "lost": error_text(LOST),
         }
-        return await self._jobs(await self._run("recover", parameters))
+        return await self._recovered(await self._run("recover", parameters))
+
+    async def _recovered(self, rows: Sequence[Mapping[str, Any]]) -> list[Recovered]:
+        traceparents = {row["id"]: row["traceparent"] for row in rows}
+        return [Recovered(job, traceparents[job.id]) for job in await self._jobs(rows)]
 
     async def end(self, reports: Sequence[Report]) -> dict[uuid.UUID, Ended]:
         parks = [report for report in reports if report.parked_for is not None]

@@ -56,6 +56,7 @@ from job_registry_api.queue.store import (
     LeaseLogs,
     LeaseRenewal,
     NewJob,
+    Recovered,
     Refused,
     Renewed,
     Report,
@@ -203,14 +204,14 @@ class SQLiteStore(Store):
                 )
                 for row in map(_typed, leased)
             ],
-            [self._job(row) for row in recovered],
+            [Recovered(self._job(row), row["traceparent"]) for row in recovered],
             # One message has the events of both.
             sender=None if recovered else claim.sender,
         )
 
-    async def recover(self, lease_seconds: float) -> list[JobRecord]:
+    async def recover(self, lease_seconds: float) -> list[Recovered]:
         rows = await self._write(lambda t: t.recover(lease_seconds))
-        return [self._job(row) for row in rows]
+        return [Recovered(self._job(row), row["traceparent"]) for row in rows]
 
     async def end(self, reports: Sequence[Report]) -> dict[uuid.UUID, Ended]:
         unread = [r for r in reports if r.outcome is AttemptOutcome.SUCCEEDED and not r.reads_job]

@@ -286,6 +286,16 @@ class ClaimedJob(NamedTuple):
     traceparent: str | None
 
 
+class Recovered(NamedTuple):
+    """A job whose attempt was ended because its lease had expired.
+
+    `traceparent` is the span that enqueued it, if enqueues are traced.
+    """
+
+    job: JobRecord
+    traceparent: str | None
+
+
 @dataclass(frozen=True, slots=True)
 class Claimed:
     """The outcome of a claim: the leased jobs, and the jobs whose lost attempts it ended first.
@@ -296,7 +306,7 @@ class Claimed:
     """
 
     leased: list[ClaimedJob]
-    recovered: list[JobRecord]
+    recovered: list[Recovered]
     everything: bool = True
     sender: str | None = None
 
@@ -495,7 +505,7 @@ class Store(ABC):
         """
 
     @abstractmethod
-    async def recover(self, lease_seconds: float) -> list[JobRecord]:
+    async def recover(self, lease_seconds: float) -> list[Recovered]:
         """End attempts whose lease has expired: `timed_out` past the deadline, otherwise `lost`.
 
         The attempt is spent. The job is queued again after its backoff, failed if no attempt is

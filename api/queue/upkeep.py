@@ -9,18 +9,22 @@ from __future__ import annotations
 import asyncio
 import random
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 import structlog
 
 from job_registry_api import defaults
 from job_registry_api.metrics import Metrics
-from job_registry_api.queue.claiming import count_recovered
+from job_registry_api.queue.claiming import note_recovered
 from job_registry_api.queue.database import Database
 from job_registry_api.queue.errors import QueueUnavailable
 from job_registry_api.queue.events import Events, JobEvent
 from job_registry_api.queue.models import JobRecord, JobStatus
 from job_registry_api.queue.readiness import Readiness
 from job_registry_api.queue.store import EVENT_BATCHES_PRUNED, Store
+
+if TYPE_CHECKING:
+    from job_registry_api.tracing import Tracing
 
 DAY_SECONDS = 86_400
 VERSION_DAYS = 30
@@ -39,6 +43,7 @@ class Upkeep:
     events: Events
     lease_seconds: float
     metrics: Metrics
+    tracing: Tracing | None
     _database: Database
     _store: Store
     _readiness: Readiness
@@ -50,9 +55,9 @@ class Upkeep:
     async def recover(self) -> list[JobRecord]:
         """End the attempts whose lease has expired, and return their jobs. Claims do this too."""
         recovered = await self._store.recover(self.lease_seconds)
-        self.events.publish([JobEvent.of_change(job) for job in recovered])
-        count_recovered(self.metrics, recovered)
-        return recovered
+        self.events.publish([JobEvent.of_change(each.job) for each in recovered])
+        note_recovered(self.metrics, self.tracing, recovered)
+        return [each.job for each in recovered]
 
     async def fail_parked(self, *, parked_days: float, jobs: int) -> int:
         """Fail up to `jobs` jobs that have been parked for longer, as `payload_invalid`."""
