@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any, Final
 
 from graphql import ExecutionResult, GraphQLError
@@ -10,6 +11,7 @@ from pydantic import JsonValue
 
 from job_registry import CodedError
 from job_registry.errors import shortened_text
+from job_registry_api.auth import Unauthenticated
 from job_registry_api.logs import log_unexpected
 
 MAX_ERRORS: Final = 20
@@ -85,3 +87,11 @@ def format_error(error: GraphQLError) -> dict[str, Any]:
             message = f"Something went wrong here. It is logged as {error_id}."
             extensions = {"code": "internal_error", "errorId": error_id}
     return {**error.formatted, "message": message, "extensions": extensions}
+
+
+def token_fault(errors: Iterable[dict[str, Any]]) -> str | None:
+    """Return why the caller's token is not valid any more, if the formatted errors say so."""
+    for error in errors:
+        if error.get("extensions", {}).get("code") == Unauthenticated.code:
+            return str(error["message"])
+    return None

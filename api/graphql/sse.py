@@ -11,6 +11,7 @@ from typing import Final
 
 from starlette.types import Receive, Send
 
+from job_registry_api.graphql.request_errors import token_fault
 from job_registry_api.graphql.shared_events import Answers
 from job_registry_api.http_messages import wait_for_disconnect
 
@@ -24,8 +25,9 @@ async def send_events(
 ) -> None:
     """Send each result as an event, until they end or the client hangs up.
 
-    Once the server stops, which sets `ended`, a subscription ends without `complete`: it has not
-    failed, and its client connects again.
+    Once the server stops, which sets `ended`, or the token is not valid any more, a subscription
+    ends without `complete`: it has not failed, and its client connects again, with the token that
+    it has then.
     """
     headers = [
         (b"content-type", EVENT_STREAM + b"; charset=utf-8"),
@@ -55,7 +57,8 @@ async def send_events(
 
 async def _send_all(send: Send, results: AsyncGenerator[Answers], ended: asyncio.Event) -> None:
     async for answers in results:
-        if answers.each[-1].errors is not None and ended.is_set():
+        errors = answers.each[-1].errors
+        if errors is not None and (ended.is_set() or token_fault(errors) is not None):
             break
         await _send_text(send, answers.as_events)
     else:

@@ -20,7 +20,7 @@ from job_registry_api.auth import REFUSALS, Authenticator, Caller, TooManyReques
 from job_registry_api.budget import BudgetExceeded, parse_request_json
 from job_registry_api.graphql.context import Context
 from job_registry_api.graphql.execution import DocumentRefused, Executor, request_faults
-from job_registry_api.graphql.request_errors import format_exception
+from job_registry_api.graphql.request_errors import format_exception, token_fault
 from job_registry_api.graphql.shared_events import Answers, answers_of
 from job_registry_api.http_messages import (
     MAX_UNADMITTED_MESSAGE,
@@ -42,7 +42,8 @@ INIT_SECONDS: Final = 10.0
 """A client whose `connection_init` has not been acknowledged by then is disconnected."""
 
 END_SECONDS: Final = 2.0
-"""How long the queries and mutations of a connection may run on when the server stops."""
+"""How long the queries and mutations of a connection may run on when the server stops, or when the
+token of the connection is not valid any more."""
 
 MAX_UNREAD_BYTES: Final = 16_777_216
 """Results that wait for one client to read. A client with more of them is disconnected."""
@@ -152,6 +153,8 @@ class _Connection:
         self._operations: dict[str, asyncio.Task[None]] = {}
         self._unread_bytes = 0
         self._too_much_unread = asyncio.Event()
+        self._token_fault: asyncio.Future[str] = asyncio.Future()
+        """Why the token is not valid any more."""
         self._ended: asyncio.Event = socket.app.state.queue.events.ended
         self._send_frames: SendFrames | None = None
         extension = socket.scope.get("extensions", {}).get(WEBSOCKET_FRAMES)
@@ -184,22 +187,26 @@ class _Connection:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _answer_all(self) -> None:
-        """Answer messages until the client hangs up or leaves too much unread, or the server stops.
+        """Answer messages until the client hangs up or leaves too much unread, the token is not
+        valid any more, or the server stops.
 
-        The code 1001 lets clients connect again, and subscribe again, by themselves.
+        The codes 1001 and 4403 let clients connect again, with the token that they have then, and
+        subscribe again, by themselves.
         """
         messages = asyncio.create_task(self._answer_each())
         too_much = asyncio.create_task(self._too_much_unread.wait())
         ended = asyncio.create_task(self._ended.wait())
-        tasks = (messages, too_much, ended)
+        tasks = (messages, too_much, ended, self._token_fault)
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             if too_much.done():
                 raise _ProtocolViolation(TRY_AGAIN_LATER, "The client does not read its messages")
-            if ended.done():
+            if ended.done() or self._token_fault.done():
                 if self._operations:
                     await asyncio.wait(self._operations.values(), timeout=END_SECONDS)
-                raise _ProtocolViolation(1001, "The server stops")
+                if ended.done():
+                    raise _ProtocolViolation(1001, "The server stops")
+                raise _ProtocolViolation(4403, self._token_fault.result())
             messages.result()
         finally:
             for task in tasks:
@@ -276,8 +283,8 @@ class _Connection:
             )
         except (TooManyRequests, AuthenticationUnavailable) as refused:
             raise _ProtocolViolation(TRY_AGAIN_LATER, str(refused)) from None
-        except REFUSALS:
-            raise _ProtocolViolation(4403, "Forbidden") from None
+        except REFUSALS as refused:
+            raise _ProtocolViolation(4403, str(refused)) from None
         await self._send("connection_ack")
 
     async def _run(self, operation_id: str, payload: dict[str, Any], caller: Caller) -> None:
@@ -306,9 +313,12 @@ class _Connection:
                 else:
                     # Nothing was executed, or the events end: no message follows.
                     self._operations.pop(operation_id, None)
-                    # If the server stops, the subscription has not failed: its client
-                    # subscribes elsewhere.
-                    if not self._ended.is_set():
+                    # If the connection is closed next, the operation has not failed: its client
+                    # sends it again, elsewhere or with another token.
+                    if (fault := token_fault(errors)) is not None:
+                        if not self._token_fault.done():
+                            self._token_fault.set_result(fault)
+                    elif not self._ended.is_set():
                         await self._send("error", operation_id, errors)
                     return
         self._operations.pop(operation_id, None)

@@ -1,8 +1,8 @@
 """One program per GraphQL client, each set up as docs/clients.md shows: all must get the same.
 
 A program enqueues by both mutations, reads, pages, follows a job over a restart of the server,
-cancels it, and provokes errors. It prints `restart the server` once it follows the job, and a
-report at its end.
+after which its first token is not valid any more, cancels it, and provokes errors. It prints
+`restart the server` once it follows the job, and a report at its end.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import httpx
+import jwt
 import pytest
 
 from job_registry_api.graphql.schema import SDL_FILE
@@ -76,8 +77,9 @@ REPORT: Final[dict[str, Any]] = {
     "read again": "CANCELLED",
 }
 
+NEXT_SECRET: Final = "the secret of the server after its restart"
+
 AUTHENTICATION: Final = {
-    "auth_hs256_secret": SECRET,
     "auth_issuer": "https://i.example",
     "auth_audience": "jobs",
 }
@@ -178,15 +180,16 @@ def _setups(port: int) -> dict[str, str]:
 
 async def _run(command: Sequence[str], port: int, folder: Path) -> Any:
     """Run a program beside a server that restarts when the program says so; return its report."""
-    token = ADA["authorization"].removeprefix("Bearer ")
+    token_file = folder / "token"
+    token_file.write_text(_token(SECRET), "ascii")
     url = f"sqlite:///{folder / 'jobs.db'}"
     options = ("--no-worker", "--port", str(port))
-    async with serving(url, *options, **AUTHENTICATION):
+    async with serving(url, *options, **AUTHENTICATION, auth_hs256_secret=SECRET):
         process = await asyncio.create_subprocess_exec(
             *command,
             await _job_of_another(port),
             cwd=folder,
-            env={**os.environ, "TOKEN": token},
+            env={**os.environ, "TOKEN_FILE": str(token_file)},
             stdout=asyncio.subprocess.PIPE,
         )
         try:
@@ -195,7 +198,8 @@ async def _run(command: Sequence[str], port: int, folder: Path) -> Any:
             process.kill()
             raise
     try:
-        async with serving(url, *options, **AUTHENTICATION):
+        token_file.write_text(_token(NEXT_SECRET), "ascii")
+        async with serving(url, *options, **AUTHENTICATION, auth_hs256_secret=NEXT_SECRET):
             if line == "restart the server":
                 line = await _line(process)
             async with asyncio.timeout(30):
@@ -205,6 +209,12 @@ async def _run(command: Sequence[str], port: int, folder: Path) -> Any:
             process.kill()
             await process.wait()
     return json.loads(line)
+
+
+def _token(secret: str) -> str:
+    token = ADA["authorization"].removeprefix("Bearer ")
+    claims = jwt.decode(token, SECRET, ["HS256"], audience=AUTHENTICATION["auth_audience"])
+    return jwt.encode(claims, secret, "HS256")
 
 
 async def _line(process: asyncio.subprocess.Process) -> str:

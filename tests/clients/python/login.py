@@ -1,7 +1,8 @@
-"""The login of the tests: the token is in the environment."""
+"""The login of the tests: the token of the moment is in a file."""
 
 import os
+from pathlib import Path
 
 
 def token() -> str:
-    return os.environ["TOKEN"]
+    return Path(os.environ["TOKEN_FILE"]).read_text("ascii")
