@@ -138,6 +138,40 @@ async def test_graphiql_runs_its_ready_tabs_completes_documents_and_sends_the_to
 @pytest.mark.slow
 @needs_page
 @needs_browser
+async def test_graphiql_shows_the_same_tab_with_its_variables_after_a_reload(
+    page: Page, address: str
+) -> None:
+    tabs = page.locator(".graphiql-tab")
+    query = page.locator(".graphiql-query-editor .view-lines")
+    variables = page.locator(".graphiql-editor-tool .view-lines").first
+    await page.goto(f"http://{address}/graphql")
+    await expect(query).to_contain_text("enqueueJob")
+    await page.reload()
+    await expect(query).to_contain_text("enqueueJob")
+    await expect(variables).to_contain_text("versionNumber")
+    await expect(tabs).to_have_count(3)
+    await open_tab(page, "Policies")
+    await page.reload()
+    await expect(query).to_contain_text("jobPolicy")
+    await expect(variables).to_contain_text("jobType")
+    await expect(tabs).to_have_count(3)
+
+
+@pytest.mark.slow
+@needs_page
+@needs_browser
+async def test_a_narrow_page_has_room_for_the_tabs_and_the_token(page: Page, address: str) -> None:
+    await page.set_viewport_size({"width": 600, "height": 800})
+    await page.goto(f"http://{address}/graphql")
+    for name in ("Enqueue", "Policies", "Follow", "Use"):
+        button = page.get_by_role("button", name=name, exact=True)
+        await expect(button).to_be_in_viewport(ratio=1)
+    await expect(page.get_by_label("Bearer token")).to_be_in_viewport(ratio=1)
+
+
+@pytest.mark.slow
+@needs_page
+@needs_browser
 @pytest.mark.parametrize("address", ["/internal/queue"], indirect=True)
 async def test_graphiql_loads_and_runs_below_the_prefix_of_a_host(page: Page, address: str) -> None:
     await page.goto(f"http://{address}/internal/queue/")

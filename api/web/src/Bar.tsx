@@ -32,7 +32,7 @@ export function Bar() {
           type="password"
           autoComplete="off"
           spellCheck={false}
-          placeholder="none"
+          placeholder="token"
           value={token}
           onChange={(event) => setToken(event.target.value)}
         />

@@ -25,9 +25,22 @@ const SCALARS = {
   BigInt: { type: ["integer", "string"] as ("integer" | "string")[] },
 };
 
-// GraphiQL shows the first tab's own variables only once it is chosen. What a visitor wrote, and
-// GraphiQL keeps under this key, goes first.
-const variables = localStorage.getItem("graphiql:variables") ?? enqueueVariables;
+/** Returns the tab to show first: the active one of the last visit, or the first of ours. GraphiQL
+ * opens the tab of that text; without a text, it shows the first tab without its variables, and on
+ * the next visit an empty one. */
+function shownTab(): { query: string | null; variables: string | null } {
+  try {
+    const kept = JSON.parse(localStorage.getItem("graphiql:tabState") ?? "") as {
+      activeTabIndex: number;
+      tabs: typeof TABS;
+    };
+    return kept.tabs[kept.activeTabIndex] ?? TABS[0]!;
+  } catch {
+    return TABS[0]!;
+  }
+}
+
+const shown = shownTab();
 
 const page = document.getElementById("page");
 if (page === null) throw new Error("index.html has no element with the id page");
@@ -36,7 +49,8 @@ createRoot(page).render(
   <GraphiQL
     fetcher={fetcher}
     defaultTabs={TABS}
-    initialVariables={variables}
+    initialQuery={shown.query ?? ""}
+    initialVariables={shown.variables ?? ""}
     customScalarSchemas={SCALARS}
     defaultEditorToolsVisibility="variables"
   >
