@@ -74,9 +74,9 @@ def _postgresql_unavailable(error: BaseException | None) -> QueueUnavailable | N
     reason = advised(_first_line(error))
     if state in _PREPARED:
         return QueueUnavailable(f"{reason}. {_POOLER}")
-    if state in _TRANSIENT or _is_stale_plan(error):
+    if state in _TRANSIENT or _is_stale_plan(error) or _is_of_former_columns(error):
         return Transient(f"{reason} ({state})", "busy")
-    if _is_notify_queue_full(error):
+    if _is_raised_by(error, asyncpg.ProgramLimitExceededError, "PreCommit_Notify"):
         return QueueUnavailable(f"{reason}. {_NOTIFY_QUEUE}", "notify_queue_full")
     kind = kind_of(error)
     match kind:
@@ -140,15 +140,24 @@ def _is_stale_plan(error: BaseException | None) -> bool:
     return any(isinstance(each, asyncpg.InvalidCachedStatementError) for each in _causes(error))
 
 
-def _is_notify_queue_full(error: BaseException | None) -> bool:
-    """Return whether a commit failed because its notifications have no room.
+def _is_of_former_columns(error: BaseException | None) -> bool:
+    """Return whether the columns of a table changed while a function of the queue ran.
 
-    Its SQLSTATE is that of every limit of the server, such as that of an index's entry. Its message
-    may be translated, but not the name of the server's function.
+    It returns rows of the table, and has begun with other columns than the table has now.
+    """
+    return _is_raised_by(error, asyncpg.DatatypeMismatchError, "build_attrmap_by_position")
+
+
+def _is_raised_by(
+    error: BaseException | None, kind: type[asyncpg.PostgresError], function: str
+) -> bool:
+    """Return whether a function of the server has raised the error.
+
+    The SQLSTATE is that of many errors. The message may be translated, but not the name of the
+    function.
     """
     return any(
-        isinstance(each, asyncpg.ProgramLimitExceededError)
-        and getattr(each, "server_source_function", None) == "PreCommit_Notify"
+        isinstance(each, kind) and getattr(each, "server_source_function", None) == function
         for each in _causes(error)
     )
 

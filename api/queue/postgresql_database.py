@@ -55,9 +55,13 @@ NOT_NOTIFIED: Final = (
     " JOBS_DATABASE_LISTEN_URL to a direct URL of the same database."
 )
 
-READ_ONLY_SECONDS: Final = 1.0
-"""How long a connection is used whose server takes no writes. Then another one is opened, which may
-lead to the new primary: the server of the old one may never end it."""
+SUSPECT_SECONDS: Final = 1.0
+"""How long a connection is used after its opening while statements fail by what may be its own
+fault. Then another one is opened."""
+
+_MAY_BE_OF_THE_SESSION: Final = frozenset({"read_only", "schema_outdated"})
+"""Errors that a new connection may not have: it may lead to the new primary, where the server of
+the old one never ends it, and a session may keep the columns that a table had."""
 
 DROP_SECONDS: Final = 1.0
 """How long a connection may open on for a caller who is cancelled."""
@@ -381,16 +385,17 @@ class PostgreSQLDatabase(Database):
         """Return the error that a caller gets; None if the statement is at fault.
 
         A session stays read-only after its database no longer is, and after a failover a new
-        connection may lead to another server. So connections that cannot write are replaced.
+        connection may lead to another server. So connections that cannot write are replaced. So are
+        those that miss a column: when one was dropped, the functions of some sessions read it on.
         """
         if driver is not None and driver.expired:
             seconds = self.timeout_seconds if deadline is None else deadline - began
             reason = f"the database did not answer within {seconds:.3g} seconds"
             return QueueUnavailable(reason, "timeout")
         reported = as_unavailable(error)
-        if reported is not None and reported.kind == "read_only":
+        if reported is not None and reported.kind in _MAY_BE_OF_THE_SESSION:
             now = asyncio.get_running_loop().time()
-            self._lost_at = max(self._lost_at, now - READ_ONLY_SECONDS)
+            self._lost_at = max(self._lost_at, now - SUSPECT_SECONDS)
         return reported
 
     def _checked_out(self, dbapi_connection: Any, _record: Any, _proxy: Any) -> None:

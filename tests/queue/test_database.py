@@ -496,6 +496,43 @@ async def test_a_column_that_a_migration_adds_does_not_break_prepared_statements
         assert row["more"] is None
 
 
+async def test_a_statement_during_which_a_column_is_added_is_run_again(
+    fresh_postgresql_url: str,
+) -> None:
+    made = ("CREATE SEQUENCE tries", "CREATE TABLE shape (a int, b int)")
+    function = """CREATE FUNCTION grows() RETURNS SETOF shape LANGUAGE plpgsql AS $$
+        DECLARE r record;
+        BEGIN
+            IF nextval('tries') = 1 THEN SELECT 1 INTO r; ELSE SELECT 1, 2 INTO r; END IF;
+            RETURN NEXT r;
+        END $$"""
+    await asyncio.to_thread(run_sql, fresh_postgresql_url, *made, function)
+    async with opened_postgresql(fresh_postgresql_url) as database:
+        (row,) = await database.execute_at_once("SELECT b FROM grows()", {})
+        assert row["b"] == 2
+
+
+async def test_a_session_that_still_reads_a_column_that_was_dropped_is_replaced(
+    fresh_postgresql_url: str,
+) -> None:
+    function = """CREATE FUNCTION reads() RETURNS int LANGUAGE plpgsql AS $$
+        BEGIN
+            IF current_setting('test.stale', true) = 'on' THEN
+                RAISE EXCEPTION 'attribute 31 of type record has been dropped'
+                    USING ERRCODE = 'undefined_column';
+            END IF;
+            RETURN 7;
+        END $$"""
+    await asyncio.to_thread(run_sql, fresh_postgresql_url, function)
+    async with opened_postgresql(fresh_postgresql_url) as database:
+        await database.execute_at_once("SELECT set_config('test.stale', 'on', false)", {})
+        await asyncio.sleep(1.1)
+        with pytest.raises(QueueUnavailable):
+            await database.execute_at_once("SELECT reads()", {})
+        (row,) = await database.execute_at_once("SELECT reads() AS answer", {})
+        assert row["answer"] == 7
+
+
 # What errors become
 
 
