@@ -78,9 +78,10 @@ class Database(ABC):
         connection to whoever asks first when it returns, so that busy callers starve others."""
         self._autocommit = engine.execution_options(isolation_level="AUTOCOMMIT")
 
-    def for_another_loop(self, *, pool_size: int) -> Self:
-        """Return the same database for another event loop, with its own connections."""
-        return type(self)(**self._opened_with, pool_size=pool_size)
+    def for_another_loop(self, *, pool_size: int | None = None) -> Self:
+        """Return the same database for another event loop, with its own connections: by default, as
+        many as this one has."""
+        return type(self)(**self._opened_with, pool_size=pool_size or self._pool_size)
 
     @property
     @abstractmethod

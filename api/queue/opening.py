@@ -18,7 +18,8 @@ class Opening:
     """Whether operations need an open queue: programs and commands open theirs. A queue on a
     `Database` that somebody else manages can be used as it is."""
 
-    _was_opened = False
+    was_opened = False
+    """Whether the queue is open, or was."""
 
     _opened_in: int | None = None
     """The id of the process that has opened the queue."""
@@ -48,6 +49,6 @@ class Opening:
                 "the queue is open on another event loop; open a queue for each event loop, or use"
                 " `queue.sync`"
             )
-        if self._was_opened:
+        if self.was_opened:
             raise RuntimeError("the queue was closed")
         raise RuntimeError("the queue is not open; open it first: `async with queue:`")

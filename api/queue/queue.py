@@ -45,7 +45,8 @@ class JobQueue(Enqueueing, Reading, Leasing, Changing, Upkeep):
             await queue.enqueue(MailSend(to="ada@example.com"))
 
     While it is open it receives events of other processes, which `result`, subscriptions and
-    workers need. An open queue belongs to one event loop; `queue.sync` is for code without one.
+    workers need. An open queue belongs to one event loop; `queue.sync` is for code without one. One
+    that was closed can be opened again, also on another event loop.
 
     Each operation is atomic: it completes, or it raises and changes nothing. Every operation can
     raise `QueueUnavailable`, when the database does not answer, and `RuntimeError`, when the queue
@@ -73,17 +74,23 @@ class JobQueue(Enqueueing, Reading, Leasing, Changing, Upkeep):
         self.lease_seconds = lease_seconds
         self.max_page_size = max_page_size
         self.max_bulk_size = max_bulk_size
-        self._database = database
         self._prepare = prepare
         self._opened: AsyncExitStack | None = None
-        self._store = store_of(database, new_process())
-        self._store.renamed = registry.renamed
-        self._readiness = Readiness(self._store)
+        self._is_spent = False
+        """Whether the connections were used by an event loop, and do not serve another one."""
         self.metrics = Metrics(registry) if metrics is None else metrics
-        database.on_unavailable = self.metrics.database_unavailable
-        self.events = Events(database, self._store, self.metrics, registry.renamed)
         self._new_id = new_id
         self.tracing = tracing
+        self._use(database)
+
+    def _use(self, database: Database) -> None:
+        """Create what belongs to one event loop: the connections, and the work in progress."""
+        self._database = database
+        database.on_unavailable = self.metrics.database_unavailable
+        self._store = store_of(database, new_process())
+        self._store.renamed = self.registry.renamed
+        self._readiness = Readiness(self._store)
+        self.events = Events(database, self._store, self.metrics, self.registry.renamed)
         Enqueueing.__init__(self)
         Reading.__init__(self)
         Leasing.__init__(self)
@@ -208,24 +215,27 @@ class JobQueue(Enqueueing, Reading, Leasing, Changing, Upkeep):
         """
         self.check_process()
         if self._opened is not None:
-            raise RuntimeError("the queue is open already, or was closed")
+            raise RuntimeError("the queue is open already, or is still being closed")
+        if self._is_spent:
+            self._use(self._database.for_another_loop())
         self._opened, self._opened_in = AsyncExitStack(), os.getpid()
-        if self._prepare is not None:
-            try:
+        try:
+            if self._prepare is not None:
                 await asyncio.to_thread(self._prepare)
-            except BaseException as error:
-                # Nothing is open yet, and the next call may succeed.
-                self._opened = self._opened_in = None
-                if isinstance(error, QueueUnavailable):
-                    raise QueueUnavailable(error.reason, error.kind, when_opening=True) from error
-                raise
-        async with AsyncExitStack() as opening:
-            opening.push_async_callback(self._database.close)
-            await opening.enter_async_context(self.events.listening())
-            opening.push_async_callback(self._finish)
-            self._opened = opening.pop_all()
+            self._is_spent = True
+            async with AsyncExitStack() as opening:
+                opening.push_async_callback(self._database.close)
+                await opening.enter_async_context(self.events.listening())
+                opening.push_async_callback(self._finish)
+                self._opened = opening.pop_all()
+        except BaseException as error:
+            # Nothing is open, and the next call may succeed.
+            self._opened = self._opened_in = None
+            if isinstance(error, QueueUnavailable):
+                raise QueueUnavailable(error.reason, error.kind, when_opening=True) from error
+            raise
         self.loop = asyncio.get_running_loop()
-        self._was_opened = True
+        self.was_opened = True
 
     async def __aexit__(
         self,
@@ -239,10 +249,13 @@ class JobQueue(Enqueueing, Reading, Leasing, Changing, Upkeep):
     async def close(self) -> None:
         """Close the queue: end all waits, and wait for background work to finish."""
         self.loop = None
-        if self._opened is None:
+        if self._opened is not None:
+            try:
+                await self._opened.aclose()
+            finally:
+                self._opened = self._opened_in = None
+        elif not self._is_spent:
             await self._finish()
-        else:
-            await self._opened.aclose()
 
     async def _finish(self) -> None:
         self.end_waits()

@@ -40,8 +40,9 @@ class SyncQueue:
     """The operations of a queue, each of which blocks until it is done. Thread-safe.
 
     If the queue is open, they run on its event loop, so call them from another thread. Otherwise
-    the first call opens the queue in a new thread, until `close`. With a `session`, the
-    job is written by the calling thread, on the connection of that session.
+    the first call opens the queue in a new thread, until `close`. A queue that was closed is opened
+    again only in a `with`. With a `session`, the job is written by the calling thread, on the
+    connection of that session.
 
     Each operation raises what the operation of `JobQueue` with the same name raises.
     """
@@ -54,6 +55,7 @@ class SyncQueue:
         self._calls: set[Future[Any]] = set()
         """The calls in progress."""
         self._closing = False
+        self._is_entered = False
 
     def request(
         self, job: Payload | EnqueueRequest, **options: Unpack[EnqueueOptions]
@@ -140,12 +142,14 @@ class SyncQueue:
             loop, thread = self._loop, self._thread
             self._loop = self._thread = None
             self._closing = thread is not None
+            self._is_entered = False
         if loop is not None and thread is not None:
             loop.call_soon_threadsafe(loop.stop)
             thread.join()
             self._closing = False
 
     def __enter__(self) -> Self:
+        self._is_entered = True
         return self
 
     def __exit__(
@@ -182,6 +186,9 @@ class SyncQueue:
         if self._loop is None:
             if self._queue.loop is not None:
                 return self._queue.loop
+            # Threads that call while a program ends would open it again, and nobody would close it.
+            if self._queue.was_opened and not self._is_entered:
+                raise RuntimeError("the queue was closed")
             self._loop = self._open_in_thread()
         return self._loop
 

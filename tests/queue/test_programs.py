@@ -15,6 +15,7 @@ import time
 import uuid
 import warnings
 from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
@@ -50,6 +51,7 @@ from job_registry_api import (
 )
 from job_registry_api.queue.database import async_url
 from job_registry_api.queue.enqueueing import Enqueued
+from job_registry_api.queue.events import Events
 from tests import ROOT
 from tests.conftest import run_sql
 
@@ -301,6 +303,48 @@ async def test_a_worker_that_could_run_no_job_is_a_sentence(queue: JobQueue) -> 
 async def test_a_queue_is_opened_once(queue: JobQueue) -> None:
     with pytest.raises(RuntimeError, match="open already"):
         await queue.open()
+
+
+def test_a_queue_that_was_closed_can_be_opened_again(database_url: str) -> None:
+    """As a module's queue in each test of a web application, or in each command of a program."""
+    queue = JobQueue.from_url(database_url, [mail_send])
+
+    async def send_one() -> Any:
+        async with queue, Worker(queue).running():
+            with queue.events.subscribe() as events:
+                job = (await queue.enqueue(MailSend(to="ada"))).job
+                assert (await anext(aiter(events))).job_id == job.id
+                return await queue.result(job.id, timeout=10)
+
+    assert [asyncio.run(send_one()) for _ in range(2)] == [{"sent": 1}] * 2
+    for _ in range(2):
+        with queue.sync as sync:
+            sync.enqueue(MailSend(to="ada"))
+    with queue.sync as sync:
+        assert len(sync.list().jobs) == 4
+    with pytest.raises(RuntimeError, match="the queue was closed"):
+        asyncio.run(queue.list())
+    with pytest.raises(RuntimeError, match="the queue was closed"):
+        queue.sync.list()
+
+
+async def test_a_queue_whose_opening_was_cancelled_can_be_opened(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @asynccontextmanager
+    async def long_in_coming(_: Events) -> AsyncIterator[None]:
+        await asyncio.sleep(30)
+        yield
+
+    queue = JobQueue.from_url(database_url, [mail_send])
+    with monkeypatch.context() as patch:
+        patch.setattr(Events, "listening", long_in_coming)
+        opening = asyncio.create_task(queue.open())
+        await asyncio.sleep(0.5)
+        opening.cancel()
+        await asyncio.wait({opening})
+    async with queue:
+        await queue.enqueue(MailSend(to="ada"))
 
 
 async def test_the_settings_and_the_catalog_are_those_of_the_variables(
