@@ -5,7 +5,7 @@ Arguments that share a variable count each for itself: each is coerced, checked 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Final, NamedTuple
 
@@ -13,25 +13,22 @@ from graphql import (
     BooleanValueNode,
     DocumentNode,
     FieldNode,
-    FragmentSpreadNode,
     GraphQLInputObjectType,
     GraphQLInputType,
     GraphQLList,
     GraphQLNonNull,
     GraphQLSchema,
-    InlineFragmentNode,
     ListValueNode,
     Node,
     ObjectValueNode,
     OperationDefinitionNode,
     SelectionNode,
-    SelectionSetNode,
     ValueNode,
     VariableNode,
 )
 
 from job_registry_api.budget import BudgetExceeded, RequestLimits, RequestSize, too_many_values
-from job_registry_api.graphql.document_limits import fragments_of
+from job_registry_api.graphql.selections import root_selections
 
 
 def check_arguments(
@@ -80,7 +77,7 @@ class RootFields:
     def __init__(self, document: DocumentNode, operation: OperationDefinitionNode) -> None:
         self._document = document
         self._operation = operation
-        all_ = [*_root_selections(document, operation, lambda _: False)]
+        all_ = [*root_selections(document, operation)]
         self._always: Sequence[FieldNode] | None = None
         if not any(node.directives for node in all_):
             self._always = [node for node in all_ if isinstance(node, FieldNode)]
@@ -88,7 +85,7 @@ class RootFields:
     @cached_property
     def uses(self) -> int:
         """How often the arguments hold one value at most: one more than they use variables."""
-        selections = _root_selections(self._document, self._operation, lambda _: False)
+        selections = root_selections(self._document, self._operation)
         fields = [node for node in selections if isinstance(node, FieldNode)]
         arguments = [each for node in fields for each in node.arguments or ()]
         return 1 + sum(1 for _ in _variables_in(arguments))
@@ -109,31 +106,10 @@ class RootFields:
             )
             for definition in self._operation.variable_definitions or ()
         }
-        executed = _root_selections(
+        executed = root_selections(
             self._document, self._operation, lambda node: _is_skipped(node, values)
         )
         return [node for node in executed if isinstance(node, FieldNode)]
-
-
-def _root_selections(
-    document: DocumentNode,
-    operation: OperationDefinitionNode,
-    is_skipped: Callable[[SelectionNode], bool],
-) -> Iterator[SelectionNode]:
-    """Yield the selections of the root, with those in fragments, but those that are skipped."""
-    fragments = fragments_of(document)
-    waiting: list[SelectionSetNode] = [operation.selection_set]
-    while waiting:
-        for node in waiting.pop().selections:
-            if is_skipped(node):
-                continue
-            yield node
-            match node:
-                case InlineFragmentNode():
-                    waiting.append(node.selection_set)
-                case FragmentSpreadNode() if node.name.value in fragments:
-                    # Its fields are the same each time it is spread.
-                    waiting.append(fragments.pop(node.name.value).selection_set)
 
 
 def _is_skipped(node: SelectionNode, values: Mapping[str, Any]) -> bool:

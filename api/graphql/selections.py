@@ -1,8 +1,8 @@
-"""What an operation selects below its root fields: that many fields, these large values."""
+"""What an operation selects: its root fields, and how many fields and large values below each."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Final, NamedTuple
 
 from graphql import (
@@ -12,6 +12,7 @@ from graphql import (
     FragmentSpreadNode,
     InlineFragmentNode,
     OperationDefinitionNode,
+    SelectionNode,
     SelectionSetNode,
 )
 
@@ -53,23 +54,50 @@ class Selections:
         """Return what is selected below a root field."""
         known = self._below.get(response_name)
         if known is None:
-            fragments = fragments_of(self._document)
-            known = _below(self._operation.selection_set, fragments, {}, only=response_name)
-            self._below[response_name] = known
+            known = self._below[response_name] = self._count(response_name)
         return known
+
+    def _count(self, response_name: str) -> Selected:
+        fragments = fragments_of(self._document)
+        total = Selected()
+        known: dict[str, Selected] = {}
+        for node in root_selections(self._document, self._operation):
+            match node:
+                case FieldNode(selection_set=SelectionSetNode() as below):
+                    if (node.alias or node.name).value == response_name:
+                        total = _sum(total, _below(below, fragments, known))
+        return total
+
+
+def root_selections(
+    document: DocumentNode,
+    operation: OperationDefinitionNode,
+    is_skipped: Callable[[SelectionNode], bool] = lambda _: False,
+) -> Iterator[SelectionNode]:
+    """Yield the selections of the root, with those in fragments, but those that are skipped."""
+    fragments = fragments_of(document)
+    waiting: list[SelectionSetNode] = [operation.selection_set]
+    while waiting:
+        for node in waiting.pop().selections:
+            if is_skipped(node):
+                continue
+            yield node
+            match node:
+                case InlineFragmentNode():
+                    waiting.append(node.selection_set)
+                case FragmentSpreadNode() if node.name.value in fragments:
+                    # Its fields are the same each time it is spread.
+                    waiting.append(fragments.pop(node.name.value).selection_set)
 
 
 def _below(
     selection_set: SelectionSetNode,
     fragments: Mapping[str, FragmentDefinitionNode],
     known: dict[str, Selected],
-    *,
-    only: str | None = None,
 ) -> Selected:
-    """Return what is selected, or what is selected below the fields with one response name.
+    """Return what is selected. `known` keeps that of each fragment.
 
-    `known` keeps that of each fragment. Of the fragments on several object types the largest
-    counts, because an object has one type.
+    Of the fragments on several object types the largest counts, because an object has one type.
     """
     total = Selected()
     of_types: dict[str, Selected] = {}
@@ -77,27 +105,22 @@ def _below(
     for node in selection_set.selections:
         match node:
             case FieldNode(name=name, selection_set=inner):
-                if only is not None and (node.alias or name).value != only:
-                    continue
                 below = Selected() if inner is None else _below(inner, fragments, known)
-                total = _sum(total, below if only is not None else _with(name.value, below))
+                total = _sum(total, _with(name.value, below))
                 continue
             case InlineFragmentNode(type_condition=condition, selection_set=inner):
-                below = _below(inner, fragments, known, only=only)
+                below = _below(inner, fragments, known)
                 kind = condition.name.value if condition is not None else None
             case FragmentSpreadNode(name=name) if name.value not in spread:
                 spread.add(name.value)
                 fragment = fragments[name.value]
-                if name.value not in known or only is not None:
-                    below = _below(fragment.selection_set, fragments, known, only=only)
-                    if only is None:
-                        known[name.value] = below
-                else:
-                    below = known[name.value]
+                if name.value not in known:
+                    known[name.value] = _below(fragment.selection_set, fragments, known)
+                below = known[name.value]
                 kind = fragment.type_condition.name.value
             case _:
                 continue
-        if kind is None or kind in _INTERFACES or only is not None:
+        if kind is None or kind in _INTERFACES:
             total = _sum(total, below)
         else:
             of_types[kind] = _sum(of_types.get(kind, Selected()), below)

@@ -186,6 +186,20 @@ async def test_fragments_that_double_each_other_are_reported_at_once(visit: Visi
     assert "within itself" in messages(cycled)[0]
 
 
+async def test_fragments_that_double_each_other_without_an_alias_are_read_once(
+    visit: Visit,
+) -> None:
+    doubling = " ".join(
+        f"fragment F{number} on Query {{ ... {{ ...F{number - 1} }} ... {{ ...F{number - 1} }} }}"
+        for number in range(1, 60)
+    )
+    document = f"{{ ...F59 }} fragment F0 on Query {{ jobTypes {{ name }} }} {doubling}"
+    async with visit() as client, asyncio.timeout(5):
+        for _ in range(3):  # Compiled as well.
+            answer = (await ask(client, document)).json()
+            assert answer["data"]["jobTypes"][0]["name"] == "payout.execute"
+
+
 async def test_the_limits_hold_on_every_way_in(database_url: str) -> None:
     document = "subscription { a: jobEvents { name } }"
     said = (
