@@ -332,7 +332,7 @@ class Enqueueing(Opening):
         now = await self._store.now()
         duplicate: JobRecord | None = None
         if new.idempotency_key is not None:
-            names = [each.type for each in (new, *self._under_former_names([new]))]
+            names = [each.type for each in (new, *_under_former_names(self.registry, [new]))]
             found = await self._store.find_by_key((name, new.idempotency_key) for name in names)
             duplicate = next(iter(found.values()), None)
         if duplicate is not None:
@@ -396,7 +396,7 @@ class Enqueueing(Opening):
     def _insert_within(self, session: Session, jobs: Sequence[NewJob]) -> dict[uuid.UUID, Stored]:
         connection = session.connection()
         stored: dict[uuid.UUID, Stored] = {}
-        former = self._under_former_names(jobs)
+        former = _under_former_names(self.registry, jobs)
         if former:
             keys = {(job.type, job.idempotency_key or "") for job in former}
             found = self._store.find_by_key_within(connection, keys)
@@ -533,8 +533,8 @@ class Enqueueing(Opening):
         self, jobs: Sequence[NewJob]
     ) -> tuple[dict[uuid.UUID, Stored], bool] | None:
         """Insert all jobs or none. Return None if a job with one of the keys is being deleted."""
-        held = await self._held_under_former_names(jobs)
-        if any(outcome.conflicts for outcome in held.values()):
+        held = await held_under_former_names(self._store, self.registry, jobs)
+        if any(refuses(job, held[job.id]) for job in jobs if job.id in held):
             nothing = next(iter(held.values()))._replace(existing=None)
             return {job.id: held.get(job.id, nothing) for job in jobs}, False
         rest = [job for job in jobs if job.id not in held]
@@ -544,36 +544,11 @@ class Enqueueing(Opening):
 
     async def _insert(self, jobs: Sequence[NewJob]) -> list[Stored | None]:
         """Insert jobs in one statement. None means that another transaction holds the key."""
-        stored = await self._held_under_former_names(jobs)
+        stored = await held_under_former_names(self._store, self.registry, jobs)
         if rest := [job for job in jobs if job.id not in stored]:
             stored |= await self._store.insert(rest)
         self._publish_created(jobs, stored)
         return [stored.get(job.id) for job in jobs]
-
-    async def _held_under_former_names(self, jobs: Sequence[NewJob]) -> dict[uuid.UUID, Stored]:
-        """Return the outcomes of the jobs whose key a job has under a former name of the type.
-
-        Only processes that have the former name as the name of the type insert such jobs. One that
-        is inserted at this moment is not found.
-        """
-        former = self._under_former_names(jobs)
-        held = await self._store.holders(former) if former else {}
-        types = {job.id: job.type for job in jobs}
-        return {
-            job_id: outcome._replace(
-                existing=present(outcome.existing)._replace(type=types[job_id])
-            )
-            for job_id, outcome in held.items()
-        }
-
-    def _under_former_names(self, jobs: Sequence[NewJob]) -> list[NewJob]:
-        """Return the jobs that have a key, once for each former name of their type."""
-        return [
-            job._replace(type=former)
-            for job in jobs
-            if job.idempotency_key is not None
-            for former in self.registry.get_type(job.type).former_names
-        ]
 
     async def _insert_one(self, new: NewJob) -> Stored:
         """Insert a job with others in one statement. An existing job is read whole."""
@@ -709,6 +684,33 @@ class _Bulk:
                 if not isinstance(self.results.get(index), Exception):
                     self.results[index] = because
         return [self.results[index] for index in range(self.size)]
+
+
+async def held_under_former_names(
+    store: Store, registry: JobRegistry, jobs: Sequence[NewJob]
+) -> dict[uuid.UUID, Stored]:
+    """Return the outcomes of the jobs whose key a job has under a former name of the type.
+
+    Only processes that have the former name as the name of the type insert such jobs. One that is
+    inserted at this moment is not found.
+    """
+    former = _under_former_names(registry, jobs)
+    held = await store.holders(former) if former else {}
+    types = {job.id: job.type for job in jobs}
+    return {
+        job_id: outcome._replace(existing=present(outcome.existing)._replace(type=types[job_id]))
+        for job_id, outcome in held.items()
+    }
+
+
+def _under_former_names(registry: JobRegistry, jobs: Sequence[NewJob]) -> list[NewJob]:
+    """Return the jobs that have a key, once for each former name of their type."""
+    return [
+        job._replace(type=former)
+        for job in jobs
+        if job.idempotency_key is not None
+        for former in registry.get_type(job.type).former_names
+    ]
 
 
 def created_events(jobs: Sequence[NewJob], stored: Mapping[uuid.UUID, Stored]) -> list[JobEvent]:

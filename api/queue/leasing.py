@@ -23,7 +23,7 @@ from job_registry.json_values import json_document
 from job_registry_api.metrics import Metrics
 from job_registry_api.queue.claiming import BusyWorker, Claiming, Lease, Readable
 from job_registry_api.queue.database import Database
-from job_registry_api.queue.enqueueing import created_events
+from job_registry_api.queue.enqueueing import created_events, held_under_former_names
 from job_registry_api.queue.errors import (
     IdempotencyConflict,
     InputInvalid,
@@ -364,9 +364,14 @@ class Leasing:
         self, report: Report, follow_ups: Sequence[NewJob]
     ) -> JobRecord | None:
         """Return the completed job. None means that another transaction has locked something."""
-        job, stored = await self._store.complete_and_insert(report, follow_ups)
+        held = await held_under_former_names(self._store, self.registry, follow_ups)
+        rest = [new for new in follow_ups if new.id not in held]
+        job: JobRecord | None = None
+        stored = held
+        if not any(outcome.conflicts for outcome in held.values()):
+            job, stored = await self._store.complete_and_insert(report, rest)
         if job is not None:
-            self.events.publish([*created_events(follow_ups, stored), JobEvent.of_change(job)])
+            self.events.publish([*created_events(rest, stored), JobEvent.of_change(job)])
             self.metrics.attempt_ended(job.type, report.outcome.value)
             return job
         for new in follow_ups:

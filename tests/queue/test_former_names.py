@@ -11,7 +11,12 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from job_registry import EnqueueRequest, JobPolicy, JobRegistry, JobType, Payload
 from job_registry_api.queue.database import async_url
 from job_registry_api.queue.databases import open_database
-from job_registry_api.queue.errors import IdempotencyConflict
+from job_registry_api.queue.errors import (
+    IdempotencyConflict,
+    IdempotencyKeyTaken,
+    InputInvalid,
+    LeaseLost,
+)
 from job_registry_api.queue.filters import JobFilter
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.reading import ConcurrencyLimitReached
@@ -102,6 +107,38 @@ async def test_an_idempotency_key_holds_over_both_names(
     )
     assert all(isinstance(each, Exception) for each in refused)
     assert (await after.validate(job("note", key="k"))).duplicate_of is not None
+
+
+async def test_an_atomic_bulk_is_refused_for_a_hidden_job_under_the_former_name(
+    queues: tuple[JobQueue, JobQueue],
+) -> None:
+    before, after = queues
+    stored = (await before.enqueue(job("memo", key="k"), created_by="ann")).job
+    refused = await after.enqueue_many(
+        [job("note", key="k"), job("note")], atomic=True, created_by="bob", others="hidden"
+    )
+    assert [type(each) for each in refused] == [IdempotencyKeyTaken, InputInvalid]
+    assert [each.id for each in (await after.list()).jobs] == [stored.id]
+
+
+async def test_an_idempotency_key_of_a_follow_up_holds_over_both_names(
+    queues: tuple[JobQueue, JobQueue],
+) -> None:
+    before, after = queues
+    stored = (await before.enqueue(job("memo", key="k"))).job
+    await after.enqueue(job("note"))
+    leases = {lease.job.id: lease for lease in await after.lease(["note"], "w", limit=2)}
+    del leases[stored.id]
+    (lease,) = leases.values()
+    with pytest.raises(IdempotencyConflict) as refused:
+        await after.complete(lease.token, follow_ups=[after.admit(job("note", "other", key="k"))])
+    assert refused.value.existing_job.id == stored.id
+    new = [after.admit(job("note", key="k")), after.admit(job("note", key="new"))]
+    await after.complete(lease.token, follow_ups=new)
+    listed = {each.id for each in (await after.list()).jobs}
+    assert listed == {stored.id, lease.job.id, new[1].id}
+    with pytest.raises(LeaseLost):
+        await after.complete(lease.token[:32] + "0" * 32, follow_ups=new)
 
 
 async def test_a_cancelled_or_retried_job_keeps_its_name_of_today(
