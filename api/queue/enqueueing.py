@@ -513,12 +513,19 @@ class Enqueueing(Opening):
             if committed:
                 self._publish_created(jobs, stored)
             return [stored[job.id] for job in jobs], committed
-        outcomes = dict(zip((job.id for job in jobs), await self._insert(jobs), strict=True))
-        for job in jobs:
+        # Jobs without a key come last. If an error ends the call before, none of them is stored,
+        # and a caller that sends the bulk again stores no job twice.
+        keyed = [job for job in jobs if job.idempotency_key is not None]
+        unkeyed = [job for job in jobs if job.idempotency_key is None]
+        outcomes = dict(zip((job.id for job in keyed), await self._insert(keyed), strict=True))
+        for job in keyed:
             if outcomes[job.id] is None:
                 outcomes[job.id] = await self._database.patiently_in(
                     self._keyed_inserts, job, "another transaction holds the idempotency key"
                 )
+        if unkeyed:
+            inserted = await self._insert_unkeyed(unkeyed)
+            outcomes |= zip((job.id for job in unkeyed), inserted, strict=True)
         return [present(outcomes[job.id]) for job in jobs], True
 
     async def _insert_unkeyed(self, jobs: Sequence[NewJob]) -> list[Stored]:
@@ -618,10 +625,12 @@ class Enqueueing(Opening):
                 if compared > COMPARED_BYTES and not (values.payload or values.others):
                     return
                 await asyncio.sleep(0)  # A comparison takes milliseconds.
-        while committed and of_existing:  # They were deleted in the meantime.
-            for index, _ in of_existing.pop(next(iter(of_existing))):
+        for outcomes in of_existing.values() if committed else ():
+            while outcomes:  # They were deleted in the meantime.
+                index, _ = outcomes[0]
                 outcome = await self._insert_one(bulk.admitted[index])
                 bulk.record(index, outcome, committed, values)
+                del outcomes[0]
 
     def _publish_created(self, jobs: Sequence[NewJob], stored: Mapping[uuid.UUID, Stored]) -> None:
         self.events.publish(created_events(jobs, stored))

@@ -92,7 +92,12 @@ class PostgreSQLStore(Store):
         rows = await self._run("insert", {"jobs": _new_jobs(jobs), "wait": False})
         stored = _stored(rows)
         if keyed := _keyed(jobs, stored):
-            stored |= await self.holders(keyed)
+            try:
+                stored |= await self.holders(keyed)
+            except QueueUnavailable:
+                # The new jobs are committed. The others are tried again.
+                if not stored:
+                    raise
         return stored
 
     async def insert_unkeyed(self, jobs: Sequence[NewJob], sender: str) -> list[Stored]:

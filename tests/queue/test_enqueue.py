@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import time
+import uuid
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
@@ -266,6 +267,49 @@ async def test_a_bulk_stores_a_job_whose_key_was_freed_while_it_ran(
     assert isinstance(result, Enqueued)
     assert result.job.id != first.job.id
     assert (await queue.get(result.job.id)).payload == {"text": "two"}
+
+
+async def test_a_bulk_is_answered_though_a_job_whose_key_was_freed_cannot_be_stored(
+    queue: JobQueue, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = await queue.enqueue(ping("one", idempotency_key="k"))
+    insert = queue._insert_bulk
+
+    async def away(_new: NewJob) -> Stored:
+        raise QueueUnavailable("it is away for a moment")
+
+    async def insert_and_delete(*arguments: Any, **options: Any) -> Any:
+        stored = await insert(*arguments, **options)
+        delete = "DELETE FROM job WHERE idempotency_key = 'k'"
+        await asyncio.to_thread(run_sql, database_url, delete)
+        monkeypatch.setattr(queue, "_insert_one", away)
+        return stored
+
+    monkeypatch.setattr(queue, "_insert_bulk", insert_and_delete)
+    again, new = await queue.enqueue_many([ping("one", idempotency_key="k"), ping("new")])
+    assert isinstance(again, Enqueued)
+    assert (again.job.id, again.deduplicated) == (first.job.id, True)
+    assert isinstance(new, Enqueued)
+    assert (await queue.get(new.job.id)).payload == {"text": "new"}
+
+
+async def test_a_stored_job_is_answered_though_the_holder_of_another_key_cannot_be_read(
+    queue: JobQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = await queue.enqueue(ping(idempotency_key="held"))
+    holders = queue._store.holders
+
+    async def away(_jobs: Sequence[NewJob]) -> dict[uuid.UUID, Stored]:
+        monkeypatch.setattr(queue._store, "holders", holders)
+        raise QueueUnavailable("it is away for a moment")
+
+    monkeypatch.setattr(queue._store, "holders", away)
+    # Both are in one group.
+    again, new = await asyncio.gather(
+        queue.enqueue(ping(idempotency_key="held")), queue.enqueue(ping(idempotency_key="free"))
+    )
+    assert (again.job.id, again.deduplicated) == (first.job.id, True)
+    assert not new.deduplicated
 
 
 async def test_a_key_holds_whatever_became_of_its_job(queue: JobQueue) -> None:

@@ -19,6 +19,7 @@ from job_registry_api.queue.claiming import BusyWorker, Lease
 from job_registry_api.queue.database import async_url
 from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.enqueueing import Enqueued
+from job_registry_api.queue.errors import QueueUnavailable
 from job_registry_api.queue.leasing import Renewal
 from job_registry_api.queue.models import JobError, JobRecord, JobStatus
 from job_registry_api.queue.postgresql_database import PostgreSQLDatabase
@@ -99,6 +100,29 @@ async def test_a_bulk_that_waits_for_a_key_stops_no_other_enqueue(
         assert [isinstance(each, Enqueued) and each.deduplicated for each in results] == [
             False, False,
         ]  # fmt: skip
+
+
+async def test_a_bulk_that_cannot_get_a_key_stores_no_job_that_would_be_stored_again(
+    fresh_postgresql_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, free = (EnqueueRequest("race.free", {}, idempotency_key=key) for key in ("held", "free"))
+    bulk = [EnqueueRequest("race.free", {}), held, free]
+
+    async def busy(*_arguments: object) -> None:
+        raise QueueUnavailable("another transaction holds the idempotency key", "busy")
+
+    async with two_queues_and_a_session(fresh_postgresql_url) as (caller, other, session):
+        await caller.enqueue(held, session=session)
+        with monkeypatch.context() as impatient:
+            impatient.setattr(other._database, "patiently_in", busy)
+            with pytest.raises(QueueUnavailable):
+                await other.enqueue_many(bulk)
+        await session.rollback()
+        results = await other.enqueue_many(bulk)
+        assert [isinstance(each, Enqueued) and each.deduplicated for each in results] == [
+            False, False, True,
+        ]  # fmt: skip
+        assert len((await other.list()).jobs) == 3
 
 
 async def test_a_bulk_that_waits_for_its_first_key_holds_none_of_the_others(
