@@ -342,7 +342,7 @@ class Enqueueing(Opening):
             max_attempts=new.max_attempts,
             timeout_seconds=new.timeout_seconds,
             priority=new.priority,
-            next_run_at=max(now, new.next_run_at or now),
+            next_run_at=new.next_run_at or now,
             duplicate_of=duplicate,
         )
 

@@ -465,6 +465,10 @@ async def test_a_dry_run_says_what_enqueue_would_and_writes_nothing(queue: JobQu
     assert (valid.max_attempts, valid.timeout_seconds, valid.duplicate_of) == (7, 60, None)
     assert (await queue.list()).jobs == []
 
+    past = ping(schedule_at=datetime(2020, 1, 1, tzinfo=UTC))
+    next_run_at = (await queue.validate(past)).next_run_at
+    assert next_run_at == (await queue.enqueue(past)).job.next_run_at
+
     first = await queue.enqueue(ping(idempotency_key="k"))
     duplicate = await queue.validate(ping(idempotency_key="k"))
     assert duplicate.duplicate_of == first.job
