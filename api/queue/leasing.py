@@ -507,7 +507,11 @@ class Leasing:
 
     async def _end_attempt(self, report: Report) -> JobRecord:
         """Report, and return the job."""
-        return present((await self._report(report)).job)
+        ended = await self._report(report)
+        job = ended.job or await self._store.get(ended.id)
+        if job is None:  # It was deleted in the meantime.
+            raise LeaseLost
+        return job
 
     async def _report(self, report: Report) -> Ended:
         outcome: Ended | LeaseLost = await self._database.patiently_in(
@@ -525,7 +529,14 @@ class Leasing:
             # One report per job in a statement. Of two reports for one lease the first one counts.
             turn = {report.job_id: index for index, report in reversed(waiting.items())}
             these = [waiting.pop(index) for index in sorted(turn.values())]
-            jobs, sender = await self._end_and_lease(these)
+            try:
+                jobs, sender = await self._end_and_lease(these)
+            except QueueUnavailable:
+                # The reports before these are committed and answered. These are tried again.
+                if not ended:
+                    raise
+                ended |= dict.fromkeys(turn.values())
+                continue
             self.events.publish(map(JobEvent.of_change, jobs.values()), sender)
             outcomes: Counter[tuple[str, str]] = Counter()
             for report in these:

@@ -215,7 +215,7 @@ class PostgreSQLStore(Store):
 
     async def succeed(self, reports: Sequence[Report], sender: str) -> dict[uuid.UUID, Ended]:
         parameters = {"reports": _successes(reports), "process": sender}
-        return self._succeeded(await self._run("succeed", parameters))
+        return self._ended(await self._run("succeed", parameters))
 
     async def succeed_and_claim(
         self, reports: Sequence[Report], sender: str, claim: Claim
@@ -228,7 +228,7 @@ class PostgreSQLStore(Store):
         rows = await self._run("succeed_and_claim", parameters)
         if heads is None:
             self._heads.record_full_claim(started, time.monotonic(), len(rows))
-        ended = self._succeeded([row for row in rows if row["is_report"]])
+        ended = self._ended([row for row in rows if row["is_report"]])
         claimed = Claimed([], [], everything=False)
         # The reports are committed. Without the jobs, whose leases are released, they still count.
         with suppress(QueueUnavailable):
@@ -293,17 +293,30 @@ class PostgreSQLStore(Store):
         parks = [report for report in reports if report.parked_for is not None]
         unread = [report for report in reports if not report.reads_job]
         others = [r for r in reports if r.reads_job and r.parked_for is None]
-        rows: list[Mapping[str, Any]] = []
         ended: dict[uuid.UUID, Ended] = {}
-        if unread:
-            ended = await self.succeed(unread, self.process)
-        if others:
-            rows += await self._run("end", {"reports": _reports(others)})
-        if parks:
-            rows += await self._run("park", {"parks": _parks(parks)})
-        return ended | {job.id: Ended.of(job) for job in await self._jobs(rows)}
+        try:
+            if unread:
+                ended = await self.succeed(unread, self.process)
+            if others:
+                ended |= await self._ended_by("end", {"reports": _reports(others)})
+            if parks:
+                ended |= await self._ended_by("park", {"parks": _parks(parks)})
+        except QueueUnavailable:
+            # These are committed. The caller reports the others again.
+            if not ended:
+                raise
+        return ended
 
-    def _succeeded(self, rows: Sequence[Mapping[str, Any]]) -> dict[uuid.UUID, Ended]:
+    async def _ended_by(self, name: str, parameters: Mapping[str, Any]) -> dict[uuid.UUID, Ended]:
+        rows = await self._run(name, parameters)
+        ended = self._ended(rows)
+        # They are committed. If large documents cannot be read now, the caller reads these jobs.
+        with suppress(QueueUnavailable):
+            ended |= {job.id: Ended.of(job) for job in await self._jobs(rows)}
+        return ended
+
+    def _ended(self, rows: Sequence[Mapping[str, Any]]) -> dict[uuid.UUID, Ended]:
+        """Return the jobs of rows without reading more of them."""
         return {row["id"]: self.ended(row) for row in rows}
 
     async def renew(

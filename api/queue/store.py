@@ -340,7 +340,10 @@ class Report(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """A job whose attempt was ended. `job` is the whole of it, if the report reads it."""
+    """A job whose attempt was ended.
+
+    `job` is the whole of it, if the report reads it and the database could read it after the end.
+    """
 
     id: uuid.UUID
     type: str

@@ -6,8 +6,9 @@ import asyncio
 import secrets
 import shutil
 import uuid
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,7 +32,7 @@ from job_registry_api.queue.reading import (
     NoWorkerSeen,
     ScheduledFor,
 )
-from job_registry_api.queue.store import LeaseState, Report
+from job_registry_api.queue.store import Ended, LeaseState, Report
 from tests.conftest import advance, run_sql
 
 BROKEN = JobError("broken", "It broke.")
@@ -154,6 +155,70 @@ async def test_a_report_is_answered_though_what_became_of_another_cannot_be_read
     assert isinstance(answers[0], LeaseLost)
     assert isinstance(answers[1], JobRecord)
     assert answers[1].status is JobStatus.QUEUED
+
+
+async def test_a_report_is_answered_though_the_repetition_of_another_fails(
+    queue: JobQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await queue.enqueue_many([PING, PING])
+    twice, once = await queue.lease(["test.ping"], "w", limit=2)
+    end = queue._store.end
+    groups: list[int] = []
+
+    async def unavailable_later(reports: Sequence[Report]) -> dict[uuid.UUID, Ended]:
+        groups.append(len(reports))
+        if len(groups) == 2:
+            raise QueueUnavailable("it is away for a moment")
+        return await end(reports)
+
+    monkeypatch.setattr(queue._store, "end", unavailable_later)
+    # All are in one group, which has a statement for each report of a job.
+    answers = await asyncio.gather(
+        *(queue.fail(lease.token, BROKEN) for lease in (twice, twice, once)),
+        return_exceptions=True,
+    )
+    assert [type(each) for each in answers] == [JobRecord, LeaseLost, JobRecord]
+    assert groups == [2, 1, 1]
+
+
+async def test_reports_are_answered_though_a_later_statement_of_their_group_fails(
+    fresh_postgresql_url: str, registry: JobRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with JobQueue.from_url(fresh_postgresql_url, registry, prepare=False) as queue:
+        await queue.enqueue_many([PING, PING])
+        failed, parked = await queue.lease(["test.ping"], "w", limit=2)
+        store: Any = queue._store
+        run = store._run
+
+        async def unavailable(name: str, parameters: Mapping[str, Any]) -> object:
+            if name == "park":
+                monkeypatch.setattr(store, "_run", run)
+                raise QueueUnavailable("it is away for a moment")
+            return await run(name, parameters)
+
+        monkeypatch.setattr(store, "_run", unavailable)
+        answers = await asyncio.gather(
+            queue.fail(failed.token, BROKEN), queue.park(parked.token, "f" * 64, BROKEN)
+        )
+        assert [each.is_parked for each in answers] == [False, True]
+
+
+async def test_reports_are_answered_though_a_large_job_cannot_be_read_at_once(
+    queue: JobQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = {"text": secrets.token_hex(20_000)}
+    await queue.enqueue_many([PING, EnqueueRequest("test.ping", large)])
+    leases = await queue.lease(["test.ping"], "w", limit=2)
+    get_many = queue._store.get_many
+
+    async def unavailable(_ids: Iterable[uuid.UUID]) -> dict[uuid.UUID, JobRecord]:
+        monkeypatch.setattr(queue._store, "get_many", get_many)
+        raise QueueUnavailable("it is away for a moment")
+
+    monkeypatch.setattr(queue._store, "get_many", unavailable)
+    answers = await asyncio.gather(*(queue.fail(lease.token, BROKEN) for lease in leases))
+    assert [each.error for each in answers] == [BROKEN, BROKEN]
+    assert large in [each.payload for each in answers]
 
 
 async def test_a_renewal_is_answered_though_its_event_cannot_be_published_here(
