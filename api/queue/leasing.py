@@ -261,7 +261,8 @@ class Leasing:
             seconds_to_expiry = (
                 renewed.seconds_left - (deadline - renewed.expires_at).total_seconds()
             )
-        if progress is not None or logs is not None:
+        # Progress that a lock kept from being stored was not announced.
+        if (progress is not None and renewed.renewed) or logs is not None:
             self.events.publish([JobEvent.of("job.progressed", job)])
         return Heartbeat(
             job,
@@ -281,7 +282,7 @@ class Leasing:
         progressed = [
             _parts(renewal.token)[0]
             for renewal, result in zip(renewals, renewed, strict=True)
-            if renewal.progress is not None and isinstance(result, Renewed)
+            if renewal.progress is not None and isinstance(result, Renewed) and result.renewed
         ]
         if progressed:
             # The renewal is committed and announced to other processes, whether this works or not.

@@ -248,6 +248,25 @@ async def test_a_renewal_of_several_leaves_out_a_locked_job_and_says_so(
             assert 30 < busy.seconds_left <= 60
 
 
+@pytest.mark.parametrize("how", ["heartbeat", "renew"])
+async def test_progress_that_a_lock_kept_from_being_stored_hides_no_later_progress(
+    fresh_postgresql_url: str, how: str
+) -> None:
+    async with queues(fresh_postgresql_url, 1) as (queue,):
+        await fill(queue, "race.free", 1)
+        (lease,) = await queue.lease(["race.free"], "w")
+        async with locked_job(fresh_postgresql_url, lease.job):
+            if how == "heartbeat":
+                await queue.heartbeat(lease.token, {"at": 1})
+            else:
+                await queue.renew([Renewal(lease.token, b'{"at": 1}')])
+        with queue.events.subscribe(job_id=lease.job.id) as events:
+            await queue.heartbeat(lease.token, {"at": 2})
+            async with asyncio.timeout(10):
+                assert (await anext(events)).name == "job.progressed"
+        assert (await queue.get(lease.job.id)).progress == {"at": 2}
+
+
 async def test_leases_from_the_future_are_restarted_past_one_that_another_holds_locked(
     fresh_postgresql_url: str,
 ) -> None:
