@@ -33,6 +33,7 @@ from job_registry_api.queue.models import (
 )
 from job_registry_api.queue.postgresql_database import PostgreSQLDatabase
 from job_registry_api.queue.store import (
+    COUNTS_FOLDED,
     EVENT_BATCHES_PRUNED,
     EVENTS_KEPT_SECONDS,
     LOST,
@@ -396,8 +397,9 @@ class PostgreSQLStore(Store):
         (row,) = await self._run("prune", parameters, in_order=True)
         return int(next(iter(row.values())))
 
-    async def fold_counts(self) -> None:
-        await self._run("fold_counts", {"rows": 10_000})
+    async def fold_counts(self) -> int:
+        (row,) = await self._run("fold_counts", {"rows": COUNTS_FOLDED})
+        return int(next(iter(row.values())))
 
     async def prune_events(self) -> int:
         parameters = {"keep_seconds": EVENTS_KEPT_SECONDS, "batches": EVENT_BATCHES_PRUNED}

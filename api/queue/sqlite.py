@@ -282,8 +282,8 @@ class SQLiteStore(Store):
             lambda t: t.change("prune", status=str(status), before=t.at(-keep_seconds), jobs=jobs)
         )
 
-    async def fold_counts(self) -> None:
-        await self._write(lambda t: t.change("fold_counts"))
+    async def fold_counts(self) -> int:
+        return await self._write(lambda t: t.change("fold_counts"))
 
     async def prune_events(self) -> int:
         return await self._write(

@@ -189,6 +189,9 @@ class SampledOwn(NamedTuple):
     matched: int
 
 
+COUNTS_FOLDED: Final = 10_000
+"""How many rows of counts one transaction merges at most."""
+
 EVENT_BATCHES_PRUNED: Final = 10_000
 """How many stored batches one transaction deletes at most."""
 
@@ -619,8 +622,11 @@ class Store(ABC):
         """
 
     @abstractmethod
-    async def fold_counts(self) -> None:
-        """Merge the rows of the table of counts."""
+    async def fold_counts(self) -> int:
+        """Merge rows of the table of counts, or delete those that are zero.
+
+        Return how many; on PostgreSQL, at most `COUNTS_FOLDED`.
+        """
 
     @abstractmethod
     async def prune_events(self) -> int:

@@ -21,7 +21,7 @@ from job_registry_api.queue.errors import QueueUnavailable
 from job_registry_api.queue.events import Events, JobEvent
 from job_registry_api.queue.models import JobRecord, JobStatus
 from job_registry_api.queue.readiness import Readiness
-from job_registry_api.queue.store import EVENT_BATCHES_PRUNED, Store
+from job_registry_api.queue.store import COUNTS_FOLDED, EVENT_BATCHES_PRUNED, Store
 
 if TYPE_CHECKING:
     from job_registry_api.tracing import Tracing
@@ -71,15 +71,16 @@ class Upkeep:
         """Delete up to `jobs` jobs that ended with `status` longer ago than `keep_seconds`."""
         return await self._store.prune(status, keep_seconds=keep_seconds, jobs=jobs)
 
-    async def tidy(self) -> int:
+    async def tidy(self) -> bool:
         """Merge counts, truncate the log of SQLite, delete old events and versions of types.
 
-        Return how many batches of events were deleted, at most 10,000.
+        Return whether there may be more counts to merge or more events to delete.
         """
-        await self._store.fold_counts()
+        folded = await self._store.fold_counts()
         await self._store.prune_versions(keep_seconds=VERSION_DAYS * DAY_SECONDS)
         await self._database.checkpoint()
-        return await self._store.prune_events()
+        deleted = await self._store.prune_events()
+        return folded >= COUNTS_FOLDED or deleted >= EVENT_BATCHES_PRUNED
 
 
 async def maintain(
@@ -120,9 +121,9 @@ async def maintain(
 
 
 async def tidy_in_batches(queue: Upkeep, stop: asyncio.Event) -> None:
-    """Merge counts, truncate the log of SQLite, and delete all old events."""
+    """Merge all counts, truncate the log of SQLite, and delete all old events."""
     while not stop.is_set():
-        if await queue.tidy() < EVENT_BATCHES_PRUNED:
+        if not await queue.tidy():
             return
         await asyncio.sleep(PRUNE_PAUSE_SECONDS)
 

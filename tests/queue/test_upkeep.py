@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from job_registry import EnqueueRequest
+from job_registry import EnqueueRequest, JobRegistry
 from job_registry_api.queue import upkeep
 from job_registry_api.queue.models import JobError, JobStatus
 from job_registry_api.queue.queue import JobQueue
@@ -106,6 +106,23 @@ async def test_upkeep_deletes_old_events_however_many_there_are(
 
     rows = await asyncio.to_thread(run_sql, database_url, "SELECT count(*) FROM job_event_batch")
     assert rows == [(0,)]
+
+
+async def test_upkeep_merges_the_counts_however_many_there_are(
+    fresh_postgresql_url: str, registry: JobRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given more rows of counts than one transaction merges
+    monkeypatch.setattr("job_registry_api.queue.upkeep.COUNTS_FOLDED", 10)
+    monkeypatch.setattr("job_registry_api.queue.postgresql.COUNTS_FOLDED", 10)
+    count = "INSERT INTO job_count (type, status, jobs) VALUES ('test.ping', 'queued', 1)"
+    await asyncio.to_thread(run_sql, fresh_postgresql_url, *[count] * 35)
+
+    async with JobQueue.from_url(fresh_postgresql_url, registry, prepare=False) as queue:
+        await upkeep.tidy_in_batches(queue, asyncio.Event())
+        assert (await queue.counts())["test.ping"].queued == 35
+
+    rows = await asyncio.to_thread(run_sql, fresh_postgresql_url, "SELECT jobs FROM job_count")
+    assert rows == [(35,)]
 
 
 async def test_versions_are_forgotten_a_month_after_their_workers_were_last_seen(

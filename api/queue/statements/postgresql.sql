@@ -344,9 +344,11 @@ SELECT count(*) FROM pruned
 WITH taken AS (
     DELETE FROM job_registry.job_count WHERE id IN (
         SELECT id FROM job_registry.job_count ORDER BY id LIMIT :rows FOR UPDATE SKIP LOCKED)
-    RETURNING type, status, jobs)
-INSERT INTO job_registry.job_count (type, status, jobs)
-SELECT type, status, sum(jobs) FROM taken GROUP BY type, status HAVING sum(jobs) <> 0
+    RETURNING type, status, jobs
+), merged AS (
+    INSERT INTO job_registry.job_count (type, status, jobs)
+    SELECT type, status, sum(jobs) FROM taken GROUP BY type, status HAVING sum(jobs) <> 0)
+SELECT count(*) FROM taken
 
 -- name: events_after
 -- Return the batches of events that follow one, in order.
