@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from operator import attrgetter
 from typing import Any, Final
@@ -201,9 +202,12 @@ class PostgreSQLStore(Store):
 
     async def claim(self, claim: Claim) -> Claimed:
         claimed = await self._look(claim, *self._heads.known(time.monotonic()))
-        if claim.thorough and not (claimed.leased or claimed.everything):
-            return await self._look(claim, None, None)
-        return claimed
+        if not claim.thorough or claimed.leased or claimed.everything:
+            return claimed
+        whole = await self._look(claim, None, None)
+        if not claimed.recovered:
+            return whole
+        return replace(whole, recovered=[*claimed.recovered, *whole.recovered], sender=None)
 
     async def _look(
         self, claim: Claim, heads: Mapping[str, Any] | None, look_back: float | None

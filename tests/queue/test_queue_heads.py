@@ -144,3 +144,22 @@ async def test_a_claim_in_between_starts_at_the_last_taken_job_of_each_priority(
     last = (await store.claim(replace(claim, thorough=True))).leased
     assert [each.job.priority for each in last] == [70, 50]
     await database.close()
+
+
+async def test_a_claim_that_looks_twice_returns_what_it_recovered_the_first_time(
+    fresh_postgresql_url: str, registry: JobRegistry
+) -> None:
+    async with JobQueue.from_url(fresh_postgresql_url, registry, prepare=False) as queue:
+        store = queue._store
+        assert isinstance(store, PostgreSQLStore)
+        lost = (await queue.enqueue(EnqueueRequest("test.ping", {}))).job
+        await queue.lease(["test.ping"], "w")
+        # For a minute from now on, claims do not look at everything.
+        slow_looks(store._heads, time.monotonic() + 60)
+        store._heads._looked_at = time.monotonic() - 600
+        await advance(fresh_postgresql_url, 50)
+        with queue.events.subscribe(job_id=lost.id) as events:
+            assert await queue.lease(["test.ping"], "w") == []
+            assert (await anext(events)).name == "job.retrying"
+        ended = 'job_registry_attempts_total{outcome="lost",type="test.ping"} 1.0'
+        assert ended in queue.metrics.text().decode()
