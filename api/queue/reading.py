@@ -81,7 +81,7 @@ MISSED_PAUSE_SECONDS: Final = 0.2
 """How long `result` waits before it reads the job again when events were missed."""
 
 MAX_LOG_BYTES: Final = 8_388_608
-"""The most bytes of log lines that `logs` reads."""
+"""The most bytes of log lines that `logs` reads, and the most of the attempts that they are of."""
 
 MAX_CREATORS: Final = 10_000
 """For how many jobs it is remembered who enqueued them."""
@@ -493,14 +493,16 @@ class Reading(Opening):
     async def logs(self, job_id: str | uuid.UUID) -> list[LogLine]:
         """Return the log lines that are kept of a job, oldest first.
 
-        The worker keeps the last ones of each attempt. Of a job with very many attempts, the result
-        has those of the latest attempts, up to eight megabytes.
+        The worker keeps the last ones of each attempt. Of a job with very many attempts, or with
+        large errors, the result has those of the latest attempts, up to eight megabytes.
 
         Raises:
             JobNotFound: the id is text that is not a UUID.
         """
         job_id = parse_job_id(job_id)
-        attempts = (await self.attempts([job_id]))[job_id]
+        # Errors of a thousand attempts may take half a gigabyte.
+        latest, _ = await self.latest_attempts([job_id], MAX_LOG_BYTES)
+        attempts = latest[job_id]
         texts, _ = await self.log_texts([attempt.id for attempt in attempts], MAX_LOG_BYTES)
         return [line for attempt in attempts for line in lines_of(texts.get(attempt.id, ""))]
 

@@ -23,6 +23,7 @@ from job_registry_api.queue.errors import (
 from job_registry_api.queue.event_stream import Gap, KeptBatches
 from job_registry_api.queue.events import Subscription
 from job_registry_api.queue.filters import JobFilter
+from job_registry_api.queue.job_logs import LogLevel, LogLine, line_as_text
 from job_registry_api.queue.leasing import Renewal
 from job_registry_api.queue.models import JobError, JobRecord, JobStatus
 from job_registry_api.queue.queue import JobQueue
@@ -508,6 +509,19 @@ DELETE_EVERY_BATCH = {
     ],
 }
 """Statements after which every kept batch is deleted as soon as it is there."""
+
+
+async def test_the_lines_of_a_job_with_large_errors_are_read_up_to_a_size(
+    queue: JobQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("job_registry_api.queue.reading.MAX_LOG_BYTES", 6_000)
+    job = (await queue.enqueue(PING)).job
+    for message in ("first", "second", "third"):
+        (lease,) = await queue.lease(["test.ping"], "w")
+        line = line_as_text(LogLine(LogLevel.INFO, message, 0.0))
+        await queue.store_logs([(lease.token, line)])
+        await queue.fail(lease.token, JobError("broken", "x" * 5_000), retry_after_seconds=0)
+    assert [line.message for line in await queue.logs(job.id)] == ["third"]
 
 
 async def test_a_wait_of_no_seconds_returns_the_job_as_it_is(queue: JobQueue) -> None:
