@@ -206,7 +206,7 @@ class JobQueue(Enqueueing, Reading, Leasing, Changing, Upkeep):
     async def open(self) -> None:
         """Open the queue, for code that closes it elsewhere than in an `async with`.
 
-        If it raises, it can be called again.
+        If it raises one of these, it can be called again.
 
         Raises:
             MigrationRefused: the database does not fit this version, and says what to do.

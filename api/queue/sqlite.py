@@ -638,7 +638,7 @@ class _Transaction:
         return in_order
 
     def end(self, report: Report, *, recovering: bool = False) -> Row | None:
-        """End an attempt if its lease is in force. See `job_end` in `0002_claims.sql`."""
+        """End an attempt if its lease is in force. See `job_end` in `0005_quick_writes.sql`."""
         if report.parked_for is not None:
             return self.park(report)
         late = str(report.outcome)

@@ -1,7 +1,7 @@
 -- The statements of the queue on PostgreSQL, each with its name and its purpose. Ordinary reads are
 -- queries in store.py.
 --
--- Statements that change jobs call the functions of migration 0002, so that each is one statement
+-- Statements that change jobs call functions of the migrations, so that each is one statement
 -- in autocommit and a client that freezes holds no lock. `:keep` stores the events of the
 -- transaction instead of sending them in the notification.
 
