@@ -57,6 +57,7 @@ from job_registry_api.queue.requests import (
     type_faults,
 )
 from job_registry_api.queue.store import (
+    AHEAD_LIMIT,
     PIECE_BYTES,
     SAMPLED_BLOCKS,
     CountedRange,
@@ -85,6 +86,9 @@ MAX_LOG_BYTES: Final = 8_388_608
 
 MAX_CREATORS: Final = 10_000
 """For how many jobs it is remembered who enqueued them."""
+
+FEW_WAITING: Final = 100
+"""For so many jobs of a type and a priority, the jobs ahead are counted for each."""
 
 WORKER_ABSENT_SECONDS: Final = 60.0
 """After this time without a claim, a type counts as having no worker."""
@@ -751,7 +755,7 @@ class Reading(Opening):
     async def waiting_reasons(
         self, jobs: Iterable[JobRecord]
     ) -> dict[uuid.UUID, WaitingReason | None]:
-        """Return why each of these jobs waits, in one query. None: it is not queued."""
+        """Return why each of these jobs waits. None: it is not queued."""
         reasons: dict[uuid.UUID, WaitingReason | None] = {}
         queued: dict[uuid.UUID, JobRecord] = {}
         parked: list[uuid.UUID] = []
@@ -760,7 +764,7 @@ class Reading(Opening):
                 parked.append(job.id)
             elif job.next_run_at is not None:
                 queued[job.id] = job
-        waiting = await self._store.waiting(queued) if queued else {}
+        waiting = await self._waiting(queued.values())
         renamed = [
             job
             for job in queued.values()
@@ -780,6 +784,41 @@ class Reading(Opening):
         for job_id in parked:
             reasons[job_id] = _mismatch(refusals[job_id]) if job_id in refusals else None
         return reasons
+
+    async def _waiting(self, jobs: Iterable[JobRecord]) -> dict[uuid.UUID, Waiting]:
+        """Return what queued jobs wait for.
+
+        To count the jobs ahead of each of 10,000 jobs takes seconds. If too many to count are ahead
+        of the first job of a type and a priority, as many are ahead of those behind it.
+        """
+        lines: dict[tuple[str, int], list[tuple[datetime, uuid.UUID]]] = {}
+        for job in jobs:
+            if job.next_run_at is not None:
+                line = lines.setdefault((job.type, job.priority), [])
+                line.append((job.next_run_at, job.id))
+        wanted: list[uuid.UUID] = []
+        behind: list[list[tuple[datetime, uuid.UUID]]] = []
+        for (job_type, _), line in lines.items():
+            # Jobs that are stored under a former name wait in another line.
+            if len(line) <= FEW_WAITING or len(self._stored_names(job_type)) > 1:
+                wanted += (job_id for _, job_id in line)
+            else:
+                line.sort()
+                wanted.append(line[0][1])
+                behind.append(line)
+        waiting = await self._store.waiting(wanted) if wanted else {}
+        uncounted: list[uuid.UUID] = []
+        for (first_at, first_id), *others in behind:
+            first = waiting.get(first_id)
+            if first is None or first.ahead < AHEAD_LIMIT:
+                uncounted += (job_id for _, job_id in others)
+                continue
+            for at, job_id in others:
+                due_in_seconds = first.due_in_seconds + (at - first_at).total_seconds()
+                waiting[job_id] = replace(first, due_in_seconds=due_in_seconds)
+        if uncounted:
+            waiting |= await self._store.waiting(uncounted)
+        return waiting
 
     async def waiting_reason(self, job: JobRecord) -> WaitingReason | None:
         """Return why a queued job waits. None: it is not queued."""
