@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import posixpath
+import random
 import tempfile
 import time
 from pathlib import Path
@@ -22,6 +23,12 @@ photo of 50 million pixels."""
 
 ABANDONED_SECONDS: Final = 3_600.0
 """The age after which a partly written file counts as abandoned: nothing writes for so long."""
+
+MOST_TRIES: Final = 10
+"""How often a picture is stored again that gave way to another one, which gave way too."""
+
+PAUSE_SECONDS: Final = 0.1
+"""The longest pause before that. It is random, so that one of several is first."""
 
 UPLOADS: Final = ".uploads"
 """The folder in a bucket for what clients write with presigned URLs. No asset has this id."""
@@ -160,7 +167,14 @@ class AssetFiles:
             OSError: the storage failed. Nothing is kept.
         """
         try:
-            return self._keep(incoming, extension)
+            for _ in range(MOST_TRIES):
+                if self._keep(incoming, extension):
+                    return True
+                if self._sources():
+                    return False
+                # Uploads of several formats at once have found and removed one another's.
+                time.sleep(random.uniform(0, PAUSE_SECONDS))
+            raise OSError(f"several uploads of {self._name} at once prevented one another")
         finally:
             self.discard(incoming)
 
