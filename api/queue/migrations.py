@@ -143,8 +143,8 @@ def upgrade(
     schema are moved to it. A compatible database that a newer version has migrated is not changed.
 
     Raises:
-        MigrationRefused: the database is too new, the schema has a table of the same name that is
-            not Job Registry's, or the role may not create tables.
+        MigrationRefused: the database is too new or cannot store every character, the schema has a
+            table of the same name that is not Job Registry's, or the role may not create tables.
         QueueUnavailable: the database does not answer, or cannot write.
     """
 
@@ -157,6 +157,7 @@ def upgrade(
         if fit.verdict is Verdict.COMPATIBLE:
             return Migrated(fit.revision, fit.revision)
         if fit.verdict is Verdict.EMPTY:
+            _refuse_encoding(connection, schema)
             _refuse_collisions(connection, schema)
         return _migrate(connection, "upgrade", revision, schema)
 
@@ -451,6 +452,23 @@ def _build_indexes(database: Database) -> None:
 
     with _refusals():
         _run(database, run)
+
+
+def _refuse_encoding(connection: Connection, schema: str | None) -> None:
+    """Refuse a PostgreSQL database that could not store the payloads and results of all jobs."""
+    if schema is None:
+        return
+    encoding = connection.exec_driver_sql("SHOW server_encoding").scalar()
+    if encoding not in _ENCODINGS:
+        raise MigrationRefused(
+            f"The encoding of the database is {encoding}, which lacks characters that payloads and"
+            " results may have. Create a database for Job Registry: CREATE DATABASE jobs ENCODING"
+            " 'UTF8' LOCALE 'C.UTF-8' TEMPLATE template0."
+        )
+
+
+_ENCODINGS: Final = frozenset({"UTF8", "SQL_ASCII"})
+"""SQL_ASCII stores bytes as they are."""
 
 
 def _refuse_collisions(connection: Connection, schema: str | None) -> None:

@@ -351,6 +351,19 @@ def test_a_role_that_may_not_create_tables_is_a_sentence(fresh_postgresql_url: s
             migrations.upgrade(url)
 
 
+def test_a_database_that_cannot_store_every_character_is_refused(postgresql_url: str) -> None:
+    name = f"latin_{uuid.uuid4().hex[:8]}"
+    like = "ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0"
+    run_sql(postgresql_url, f"CREATE DATABASE {name} {like}")
+    try:
+        url = make_url(postgresql_url).set(database=name).render_as_string(hide_password=False)
+        with pytest.raises(migrations.MigrationRefused, match="is LATIN1, .* ENCODING 'UTF8'"):
+            migrations.upgrade(url)
+        assert run_sql(url, "SELECT to_regnamespace('job_registry')::text") == [(None,)]
+    finally:
+        run_sql(postgresql_url, f"DROP DATABASE {name} WITH (FORCE)")
+
+
 def test_the_printed_grants_are_all_that_serving_and_working_need(
     fresh_postgresql_url: str, registry: JobRegistry
 ) -> None:
