@@ -228,6 +228,8 @@ def _usable_keys(body: bytes, *, refuse_short: bool = False) -> Iterator[Key]:
             key = jwt.PyJWK.from_dict(entry)
         except (jwt.PyJWTError, ValueError, TypeError, AttributeError, KeyError):
             continue
+        except NotImplementedError:  # A key for the algorithm "none".
+            continue
         name = key.algorithm_name if key.public_key_use in (None, "sig") else None
         # Symmetric keys in a public set are ignored.
         if name not in ("RS256", "ES256", "EdDSA"):

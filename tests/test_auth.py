@@ -222,6 +222,7 @@ def public_keys(**more: dict[str, Any]) -> dict[str, Any]:
     ]
     unusable = [
         {"kty": "oct", "k": "c2VjcmV0LXNlY3JldC1zZWNyZXQtc2VjcmV0LXNlY3JldA", "kid": "HS256"},
+        {"kty": "oct", "k": "c2VjcmV0", "alg": "none"},
         keys[0] | {"kid": "encryption", "use": "enc"},
         keys[0] | {"kid": "RS512", "alg": "RS512"},
     ]
