@@ -141,17 +141,33 @@ async def test_of_uploads_at_the_same_time_at_most_one_is_kept(visit: Visit, ass
             assert any(each.status_code == 201 for each in answers) == bool(kept)
 
 
-async def test_an_upload_whose_rival_is_removed_meanwhile_is_refused(
+async def test_an_upload_whose_rival_is_removed_meanwhile_is_stored(
     visit: Visit, assets: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of three at once, one may find the file of another, which the third one has just removed."""
 
+    really, rivals = os.link, [1]
+
+    def link(source: Path, target: str) -> None:
+        if rivals and rivals.pop():
+            raise FileExistsError(target)
+        really(source, target)
+
+    async with visit(assets=str(assets)) as client:
+        monkeypatch.setattr(os, "link", link)
+        assert (await post(client)).status_code == 201
+    assert files_of(assets) == ["a/1.png"]
+
+
+async def test_an_upload_that_always_finds_a_rival_without_a_file_can_be_sent_again(
+    visit: Visit, assets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def link(source: Path, target: str) -> None:
         raise FileExistsError(target)
 
     async with visit(assets=str(assets)) as client:
         monkeypatch.setattr(os, "link", link)
-        assert code_of(await post(client)) == (409, "asset_exists")
+        assert code_of(await post(client)) == (503, "assets_unavailable")
     assert files_of(assets) == []
 
 
