@@ -35,6 +35,10 @@ different events soon share batches."""
 BATCH_BYTES: Final = 262_144
 """A batch ends with the result that makes it larger than this, in bytes of memory."""
 
+BATCH_SECONDS: Final = 0.2
+"""A batch ends with the result that is made later than this. With a slow database, which is read
+for each event with a job, subscribers would otherwise wait for seconds for a whole batch."""
+
 MAX_KEPT_BYTES: Final = 33_554_432
 """The most bytes of results that are kept for other subscribers, in one process. For a subscriber
 that is behind these results, the operation is executed again."""
@@ -274,6 +278,7 @@ class _Group:
         answers: list[Answer] = []
         size = 0
         begun = time.monotonic()
+        ends_at = begun + BATCH_SECONDS
         for each in found:
             content = await self.execute(JobEvent.of(each.item))
             is_large = self._followed.context.budget.is_large
@@ -281,10 +286,11 @@ class _Group:
             answers.append(Answer(text, self._followed.id_of(each)))
             # Its text is also kept as a server-sent event and as a frame of WebSockets.
             size += 3 * len(text) + _OVERHEAD
-            if size > BATCH_BYTES:
+            now = time.monotonic()
+            if size > BATCH_BYTES or now > ends_at:
                 end = each.number
                 break
-            if time.monotonic() - begun > SLICE_SECONDS:
+            if now - begun > SLICE_SECONDS:
                 await asyncio.sleep(0)
                 begun = time.monotonic()
         executed = tuple(each.item for each in found[: len(answers)])

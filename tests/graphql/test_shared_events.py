@@ -214,6 +214,27 @@ async def test_a_subscription_ends_with_its_own_token_and_leaves_the_others(visi
 # Bursts
 
 
+async def test_events_of_a_burst_are_not_held_back_until_all_of_them_are_read(
+    visit: Visit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each event with a job reads it. With a slow database, a whole batch took seconds."""
+    get = JobQueue.get
+
+    async def slow_get(*arguments: Any, **named: Any) -> Any:
+        await asyncio.sleep(0.02)
+        return await get(*arguments, **named)
+
+    monkeypatch.setattr(JobQueue, "get", slow_get)
+    async with (
+        visit() as client,
+        following(client, "subscription { jobEvents { job { id } } }") as stream,
+    ):
+        await queue_of(client).enqueue_many([PING] * 200)
+        async with asyncio.timeout(2):
+            while not stream.events:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+
+
 async def test_a_bulk_drops_no_subscriber(visit: Visit) -> None:
     async with visit() as client, AsyncExitStack() as stack:
         streams = [await stack.enter_async_context(following(client)) for _ in range(2)]
