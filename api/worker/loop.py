@@ -128,6 +128,7 @@ class Worker:
         self.worker_id = worker_id or _worker_id()
         self._has_own_name = worker_id is None
         """Whether no other worker has this name."""
+        self._created_in = os.getpid()
         self.started = asyncio.Event()
         """Set once the lifespans have started."""
         self._queue = queue
@@ -250,6 +251,9 @@ class Worker:
             RuntimeError: the queue is not open on this event loop.
         """
         self._queue.check_open()
+        if self._has_own_name and self._created_in != os.getpid():
+            # Other forks of the process that created this worker have its name as well.
+            self.worker_id, self._created_in = _worker_id(), os.getpid()
         async with lifespans(self._extensions) as state:
             equipment = Equipment(
                 self._queue,

@@ -14,9 +14,10 @@ import threading
 import time
 import uuid
 import warnings
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -524,9 +525,14 @@ def test_a_failed_start_is_an_error_and_leaves_no_thread(tmp_path: Path) -> None
 
 
 def _answer_of_a_fork(queue: JobQueue) -> str:
+    return _in_a_fork(partial(_enqueued, queue))
+
+
+def _in_a_fork(function: Callable[[], str]) -> str:
+    """Return what a function returns in a process that is forked from this one."""
     context = multiprocessing.get_context("fork")
     answer = context.Queue()
-    child = context.Process(target=_enqueue_after_fork, args=(queue, answer), daemon=True)
+    child = context.Process(target=lambda: answer.put(function()), daemon=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*multi-threaded.*fork", DeprecationWarning)
         child.start()
@@ -537,12 +543,24 @@ def _answer_of_a_fork(queue: JobQueue) -> str:
         child.join(10)
 
 
-def _enqueue_after_fork(queue: JobQueue, answer: Any) -> None:
+def _enqueued(queue: JobQueue) -> str:
     try:
         queue.sync.enqueue(MailSend(to="ada"))
-        answer.put("enqueued")
     except RuntimeError as error:
-        answer.put(str(error))
+        return str(error)
+    return "enqueued"
+
+
+def _worked(worker: Worker, queue: JobQueue) -> str:
+    """Return the name under which the worker has run a job."""
+
+    async def work() -> str:
+        async with queue, worker.running():
+            job = (await queue.enqueue(MailSend(to="ada"))).job
+            await queue.result(job.id, timeout=10)
+            return (await queue.get(job.id)).worker_id or ""
+
+    return asyncio.run(work())
 
 
 def test_ctrl_c_during_the_first_call_ends_the_thread_that_opens_the_queue(
@@ -595,6 +613,15 @@ def test_forks_that_open_the_same_queue_are_different_senders_of_events(tmp_path
     assert [_answer_of_a_fork(queue) for _ in range(2)] == ["enqueued"] * 2
     messages = [json.loads(text) for (text,) in run_sql(url, "SELECT message FROM job_event_batch")]
     assert len({message["process"].partition("/")[0] for message in messages}) == 2
+
+
+@pytest.mark.any_database
+def test_forks_that_run_the_same_worker_are_different_workers(closed: JobQueue) -> None:
+    worker = Worker(closed)
+    names = {_in_a_fork(partial(_worked, worker, closed)) for _ in range(2)}
+    assert len(names | {worker.worker_id}) == 3
+    named = Worker(closed, worker_id="mail-1")
+    assert _in_a_fork(partial(_worked, named, closed)) == "mail-1"
 
 
 # In the transactions of the program.
