@@ -231,7 +231,9 @@ def _uploads(settings: Settings) -> Uploads | None:
     """Return where pictures are stored. None: none are taken."""
     if settings.max_upload_bytes == 0:
         return None
-    return Uploads(settings.assets, settings.max_upload_bytes)
+    # Handlers in this process may change its folder.
+    assets = settings.assets if "://" in settings.assets else str(Path(settings.assets).absolute())
+    return Uploads(assets, settings.max_upload_bytes)
 
 
 def _persisted_documents(settings: Settings) -> PersistedDocuments:

@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from contextvars import copy_context
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, Self
 from uuid import UUID
 
@@ -133,7 +134,8 @@ class Worker:
         """Set once the lifespans have started."""
         self._queue = queue
         self._concurrency = concurrency
-        self._assets = assets
+        # A handler may change the folder of this process.
+        self._assets = assets if "://" in assets else str(Path(assets).absolute())
         self._shutdown_seconds = shutdown_seconds
         self._keep_succeeded_days = keep_succeeded_days
         self._keep_failed_days = keep_failed_days
@@ -165,7 +167,7 @@ class Worker:
         if limited and address_space() is None:
             log.warning("worker.memory_not_limited", types=limited, platform=sys.platform)
         self._processes = HandlerProcesses(
-            assets=assets,
+            assets=self._assets,
             extensions=self._extensions,
             max_bytes=registry.max_payload_bytes,
             needed=bool(in_processes),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import os
 import sys
 import threading
 import time
@@ -181,6 +182,22 @@ async def test_an_async_handler_runs_with_its_parsed_payload_and_returns_the_res
     assert attempt.worker_id == done.worker_id
     assert attempt.finished_at is not None
     assert attempt.started_at <= attempt.finished_at
+
+
+async def test_a_handler_that_changes_the_folder_of_the_process_moves_no_assets(
+    house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    @house.job_type.handler
+    def work(job: JobContext, _payload: Text) -> str:
+        os.chdir("/")
+        return job.assets
+
+    async with house.working(assets="files"):
+        for _ in range(2):
+            done = await house.until(await house.enqueue(), JobStatus.SUCCEEDED)
+            assert done.result == str(tmp_path / "files")
 
 
 async def test_a_plain_function_runs_in_a_thread_of_its_own(house: House) -> None:
