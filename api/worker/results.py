@@ -7,7 +7,7 @@ from dataclasses import fields as fields_of
 from dataclasses import is_dataclass
 from typing import Any, Final
 
-from pydantic import JsonValue
+from pydantic import BaseModel, JsonValue
 from pydantic_core import PydanticSerializationError, to_jsonable_python
 
 from job_registry import Violation
@@ -89,7 +89,7 @@ def _part_that_fails(value: Any) -> tuple[str | int, object] | None:
 
     None if every part is.
     """
-    if hasattr(type(value), "__pydantic_serializer__"):
+    if isinstance(value, BaseModel):
         return _field_that_fails(value)
     parts: Iterable[tuple[str | int, object]] = ()
     if isinstance(value, dict):
@@ -101,25 +101,22 @@ def _part_that_fails(value: Any) -> tuple[str | int, object] | None:
     return next((part for part in parts if not _is_convertible(part[1])), None)
 
 
-def _field_that_fails(model: Any) -> tuple[str, object] | None:
+def _field_that_fails(model: BaseModel) -> tuple[str, object] | None:
     """Return the first field of a Pydantic model that is not JSON.
 
     A model may convert a field by a function of its own, so that its value alone says nothing.
     """
-    kind = type(model)
 
     def converts(*names: str) -> bool:
         try:
-            kind.__pydantic_serializer__.to_python(
-                model, mode="json", by_alias=True, include=set(names)
-            )
+            model.model_dump(mode="json", by_alias=True, include=set(names))
         except BaseException:
             return False
         return True
 
-    fields = kind.__pydantic_fields__
+    fields = type(model).model_fields
     if converts():  # Otherwise the fault is not in a field.
-        for name in (*fields, *kind.__pydantic_decorators__.computed_fields):
+        for name in (*fields, *type(model).model_computed_fields):
             if not converts(name):
                 alias = fields[name].serialization_alias if name in fields else None
                 return alias or name, vars(model).get(name)
