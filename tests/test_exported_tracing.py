@@ -128,7 +128,11 @@ def collector() -> Iterator[Collector]:
 
 @pytest.mark.parametrize(
     "kind",
-    ["traced.loop", pytest.param("traced.thread", marks=pytest.mark.slow), "traced.process"],
+    [
+        "traced.loop",
+        pytest.param("traced.thread", marks=pytest.mark.slow),
+        pytest.param("traced.process", marks=pytest.mark.slow),
+    ],
 )
 def test_a_collector_gets_one_trace_with_the_spans_of_the_handler(
     database_url: str, collector: Collector, kind: str
@@ -197,6 +201,7 @@ def test_the_last_spans_are_sent_when_a_process_ends(
     assert took < CLOSE_SECONDS + SOON
 
 
+@pytest.mark.slow
 @pytest.mark.any_database
 def test_a_collector_that_never_answers_delays_no_request_no_job_and_no_shutdown(
     database_url: str, collector: Collector

@@ -330,6 +330,7 @@ async def test_pages_of_many_small_jobs_stay_within_the_bounds(tmp_path: Path) -
                 assert len(response.json()["data"]["jobs"]["nodes"]) == 200
 
 
+@pytest.mark.slow
 async def test_log_lines_stay_within_the_bounds(tmp_path: Path) -> None:
     """Those of many jobs, of many attempts of a job, and those that a worker sends."""
     url = f"sqlite:///{tmp_path}/jobs.db"

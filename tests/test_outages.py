@@ -106,6 +106,7 @@ async def test_a_worker_starts_and_works_where_each_answer_takes_long(
     assert "not available" not in said
 
 
+@pytest.mark.slow
 async def test_a_network_that_swallows_packets_is_a_503_and_does_not_hold_up_the_end(
     proxied: Proxy,
 ) -> None:

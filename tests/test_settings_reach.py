@@ -572,7 +572,9 @@ def test_the_server_listens_where_it_is_set_to(house: Path, option: bool) -> Non
 
 
 @reaches("serve_processes")
-@pytest.mark.parametrize("option", [False, True], ids=["variable", "option"])
+@pytest.mark.parametrize(
+    "option", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["variable", "option"]
+)
 def test_the_server_has_as_many_processes_as_set(house: Path, option: bool) -> None:
     arguments = ["--processes", "2"] if option else []
     settings = {} if option else {"serve_processes": "2"}

@@ -407,6 +407,7 @@ def secret_verifier() -> TokenVerifier:
     return TokenVerifier(keys, issuer=ISSUER, audience="jobs", leeway_seconds=0.0)
 
 
+@pytest.mark.slow
 async def test_the_cache_of_tokens_is_bounded_by_their_number_and_length(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

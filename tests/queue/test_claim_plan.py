@@ -536,6 +536,7 @@ async def test_on_postgresql_a_claim_reads_no_parked_jobs_of_its_own_and_few_of_
     assert max(read) < FEW_BLOCKS, read
 
 
+@pytest.mark.slow
 async def test_on_sqlite_a_claim_takes_no_longer_among_parked_jobs(
     tmp_path: Path, sqlite_template: Path, registry: JobRegistry
 ) -> None:

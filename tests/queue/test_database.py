@@ -536,6 +536,7 @@ async def test_a_session_that_still_reads_a_column_that_was_dropped_is_replaced(
 # What errors become
 
 
+@pytest.mark.slow
 async def test_locks_and_slow_statements_are_given_up_by_the_server(
     fresh_postgresql_url: str,
 ) -> None:

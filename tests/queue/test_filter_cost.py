@@ -258,7 +258,7 @@ def limits(monkeypatch: pytest.MonkeyPatch) -> None:
     ("statistics", "plan"),
     [
         pytest.param("none", "custom", marks=pytest.mark.slow),
-        ("stale", "generic"),
+        pytest.param("stale", "generic", marks=pytest.mark.slow),
         pytest.param("none", "generic", marks=pytest.mark.slow),
         pytest.param("stale", "custom", marks=pytest.mark.slow),
         pytest.param("new", "custom", marks=pytest.mark.slow),

@@ -162,7 +162,7 @@ async def work(queue: JobQueue, types: list[str]) -> None:
     "jobs",
     [
         pytest.param(0, marks=pytest.mark.slow),
-        40_000,
+        pytest.param(40_000, marks=pytest.mark.slow),
         pytest.param(500_000, marks=pytest.mark.soak),
     ],
 )

@@ -196,7 +196,7 @@ async def stored_queue(database_url: str) -> AsyncIterator[JobQueue]:
         yield queue
 
 
-@pytest.mark.parametrize("examples", [50, pytest.param(3_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [20, pytest.param(3_000, marks=pytest.mark.slow)])
 async def test_pages_and_totals_of_random_filters_are_those_that_plain_python_finds(
     stored_queue: JobQueue, examples: int
 ) -> None:

@@ -157,6 +157,7 @@ async def test_five_jobs_at_once_outlast_their_leases(url: str, start: Start) ->
         assert await ended(worker, within=4) == 0
 
 
+@pytest.mark.slow
 async def test_each_end_of_a_handler_is_reported_as_such(url: str, start: Start) -> None:
     async with server_of(url) as server:
         escrows = ["unknown", "closed", "review"]
@@ -309,6 +310,7 @@ async def test_a_worker_that_lost_its_lease_drops_the_job(url: str, start: Start
         assert (job["result"], outcomes(job)) == ("another", ["lost", "succeeded"])
 
 
+@pytest.mark.slow
 async def test_a_lease_that_ended_on_its_way_is_not_run(
     url: str, start: Start, tmp_path: Path
 ) -> None:

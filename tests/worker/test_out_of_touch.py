@@ -91,6 +91,7 @@ async def test_a_handler_ends_before_its_place_is_given_to_another(
     assert [what for _, what in sorted(noted)] == ["start", "end"] * 2
 
 
+@pytest.mark.slow
 async def test_a_handler_that_was_stopped_spends_no_attempt_if_the_outage_ends_in_time(
     fresh_postgresql_url: str, proxied: Proxy
 ) -> None:

@@ -241,6 +241,7 @@ async def test_a_handler_ends_at_its_timeout_while_its_worker_is_stopped(
     assert "job.timed_out" in log
 
 
+@pytest.mark.slow
 async def test_a_handler_ends_in_time_while_another_holds_the_interpreter_lock_of_its_worker(
     queue: JobQueue, fresh_postgresql_url: str, catalog: Path
 ) -> None:

@@ -67,6 +67,7 @@ async def until(queue: JobQueue, job: JobRecord, status: JobStatus, *, seconds: 
     return found
 
 
+@pytest.mark.slow
 async def test_a_job_whose_claim_arrives_after_an_outage_runs_with_its_only_attempt(
     fresh_postgresql_url: str, proxied: Proxy
 ) -> None:
