@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Final, TypeAlias
 from urllib.parse import quote
@@ -107,7 +107,7 @@ Request = HttpRequest | SocketMessages
 class Repeated:
     """`before`, `unit` so many times, `middle`, `tail` as many times, `after`.
 
-    Each `§` in the unit becomes the number of the repetition.
+    Each `§` in the unit becomes the number of the repetition, and each `¶` the number after it.
     """
 
     unit: Shape
@@ -128,7 +128,9 @@ class Repeated:
         """The text itself."""
         unit = _text(self.unit)
         if "§" in unit:
-            units = self.separator.join(unit.replace("§", str(n)) for n in range(self.times))
+            units = self.separator.join(
+                unit.replace("§", str(n)).replace("¶", str(n + 1)) for n in range(self.times)
+            )
         else:
             units = (unit + self.separator) * (self.times - 1) + unit
         tails = self.tail * self.times
@@ -487,6 +489,12 @@ def _graphql(draw: st.DrawFn, *, as_literal: bool) -> HttpRequest:
     return HttpRequest(kind, f"{shape} {tail!r}", "POST", "/graphql", _JSON, body)
 
 
+def _doubling(n: int, *, on: str, before: str, body: str, end: str) -> Repeated:
+    """Return fragments that spread each other twice: 2 ** n spreads, if each were followed."""
+    unit = f"fragment f§ on {on} {{ {body} }} "
+    return Repeated(unit, n, before=before, after=f"fragment f{n} on {on} {{ {end} }}")
+
+
 _DOCUMENTS: Final[tuple[Callable[[int], Repeated], ...]] = (
     lambda n: Repeated(" ", n, after="{ jobTypes { name } }"),
     lambda n: Repeated(",\n", n, after="{ jobTypes { name } }"),
@@ -507,6 +515,14 @@ _DOCUMENTS: Final[tuple[Callable[[int], Repeated], ...]] = (
     lambda n: Repeated("query q§ { jobTypes { name } } ", n),
     lambda n: Repeated("...f§ ", n, before="{ ", after=" }"),
     lambda n: Repeated("fragment f§ on Query { ...f0 ...f1 } ", n, before="{ ...f0 } "),
+    *(
+        partial(_doubling, on=on, before=before, body=body, end=end)
+        for on, before, end in (
+            ("Query", "{ ...f0 } ", "jobTypes { name }"),
+            ("JobType", "{ jobTypes { ...f0 } } ", "name"),
+        )
+        for body in ("...f¶ ...f¶", "... { ...f¶ } ... { ...f¶ }", "...f¶ __typename ... { ...f¶ }")
+    ),
     lambda n: Repeated("... { ", n, before="{ jobTypes ", middle="name", tail="}", after=" }"),
     lambda n: Repeated("... on Query { ", n, before="{ ", middle="jobTypes { name }", tail="}"),
     lambda n: Repeated("x", n, before='{ job(id: "', after='") { __typename } }'),
