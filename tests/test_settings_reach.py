@@ -505,7 +505,7 @@ def test_what_is_set_for_a_worker_reaches_it(
     (house / "databases.jsonl").unlink()
     with running(house, command, *arguments, **settings) as process:
         running_jobs = "SELECT json_extract(progress, '$.assets') FROM job WHERE status = 'running'"
-        eventually(lambda: run_sql(url, running_jobs), [("pictures",)] * 3)
+        eventually(lambda: run_sql(url, running_jobs), [(str(house / "pictures"),)] * 3)
         lease = """SELECT DISTINCT round((julianday(lease_expires_at) - julianday(started_at))
             * 86400 / 10) FROM job WHERE status = 'running'"""
         assert run_sql(url, lease) == [(8,)]
