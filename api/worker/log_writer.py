@@ -56,6 +56,8 @@ class LogWriter:
         with self._lock:
             if token in self._writing:
                 written = self._awaited[token] = asyncio.get_running_loop().create_future()
+            elif token not in self._changed:
+                return None  # As for most attempts.
         if written is not None:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(written, WRITE_SECONDS + 0.5)
