@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, TextIO
 from uuid import UUID
 
@@ -227,17 +228,9 @@ class Tracing:
 
         `parent` is the span that enqueued the job.
         """
-        span = self._tracer.start_span(
-            f"process {job_type}",
-            _context_of(parent) or context.Context(),
-            SpanKind.CONSUMER,
-            {
-                **_operation("process", job_type),
-                "messaging.message.id": job_id,
-                "messaging.client.id": worker_id or "",
-                "job_registry.attempt": attempt,
-            },
-        )
+        worker = {"messaging.client.id": worker_id or ""}
+        kind = SpanKind.CONSUMER
+        span = self._of_attempt("process", kind, job_id, job_type, attempt, parent, worker)
         return AttemptSpan(span, job_id)
 
     def recovered(
@@ -248,18 +241,32 @@ class Tracing:
 
         `parent` is the span that enqueued the job.
         """
-        span = self._tracer.start_span(
-            f"settle {job_type}",
-            _context_of(parent) or context.Context(),
-            SpanKind.INTERNAL,
-            {
-                **_operation("settle", job_type),
-                "messaging.message.id": job_id,
-                "job_registry.attempt": attempt,
-            },
-        )
+        span = self._of_attempt("settle", SpanKind.INTERNAL, job_id, job_type, attempt, parent)
         OpenSpan(span).ended_as(outcome, None if outcome == "cancelled" else outcome)
         span.end()
+
+    def _of_attempt(
+        self,
+        operation: str,
+        kind: SpanKind,
+        job_id: str,
+        job_type: str,
+        attempt: int,
+        parent: str | None,
+        more: Mapping[str, str] = MappingProxyType({}),
+    ) -> Span:
+        """Begin a span with the attributes of every span of an attempt, and `more`."""
+        return self._tracer.start_span(
+            f"{operation} {job_type}",
+            _context_of(parent) or context.Context(),
+            kind,
+            {
+                **_operation(operation, job_type),
+                "messaging.message.id": job_id,
+                "job_registry.attempt": attempt,
+                **more,
+            },
+        )
 
     @contextmanager
     def within(self, traceparent: str | None) -> Iterator[None]:
