@@ -7,7 +7,8 @@ import json
 import threading
 import time
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -602,6 +603,20 @@ async def test_a_websocket_is_authenticated_by_its_first_message_or_its_header(
         assert await opened({"Authorization": 7}) == 4403
 
 
+@asynccontextmanager
+async def subscribing(
+    address: str,
+) -> AsyncIterator[tuple[ClientConnection, Callable[..., Awaitable[None]]]]:
+    """A WebSocket for GraphQL, and a function that sends a message of these fields on it."""
+    subprotocol = Subprotocol("graphql-transport-ws")
+    async with connect(f"ws://{address}/graphql", subprotocols=[subprotocol]) as socket:
+
+        async def send(**message: Any) -> None:
+            await socket.send(json.dumps(message))
+
+        yield socket, send
+
+
 async def until_closed(socket: ClientConnection) -> tuple[list[Any], int, str]:
     """The messages until the server closes the connection, and with which code and reason."""
     received = []
@@ -617,15 +632,9 @@ async def test_a_websocket_is_closed_once_its_token_has_expired(database_url: st
     the token of the moment, and subscribe again."""
     async with (
         serving(database_url, "--no-worker", **AUTH, auth_leeway_seconds="0") as (address, _),
-        connect(
-            f"ws://{address}/graphql", subprotocols=[Subprotocol("graphql-transport-ws")]
-        ) as socket,
+        subscribing(address) as (socket, send),
         asyncio.timeout(20),
     ):
-
-        async def send(**message: Any) -> None:
-            await socket.send(json.dumps(message))
-
         short = bearer("jobs:read", exp=time.time() + 1.5)
         await send(type="connection_init", payload=short)
         for operation_id in ("1", "2"):
@@ -642,15 +651,9 @@ async def test_an_operation_after_the_token_has_expired_closes_the_websocket_onc
     async with (
         serving(database_url, "--no-worker", **AUTH, auth_leeway_seconds="0") as (address, _),
         httpx.AsyncClient(base_url=f"http://{address}") as client,
-        connect(
-            f"ws://{address}/graphql", subprotocols=[Subprotocol("graphql-transport-ws")]
-        ) as socket,
+        subscribing(address) as (socket, send),
         asyncio.timeout(20),
     ):
-
-        async def send(**message: Any) -> None:
-            await socket.send(json.dumps(message))
-
         job = {"type": "payout.execute", "payload": {"batchId": "b", "escrowId": "e"}}
         stored = await client.post("/jobs", json=job, headers=bearer("jobs:enqueue"))
         wait = "query ($id: ID!) { awaitJob(id: $id, timeoutSeconds: 3) { __typename } }"

@@ -9,7 +9,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -168,20 +168,26 @@ async def test_a_pool_that_ignores_the_settings_of_sessions_is_refused_with_advi
     assert "set JOBS_DATABASE_POOLER=transaction" in refused.value.reason
 
 
-async def test_a_listen_url_that_leads_through_it_is_logged(
-    pooled_url: str, registry: JobRegistry, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def logged(monkeypatch: pytest.MonkeyPatch) -> list[MutableMapping[str, Any]]:
+    """What the connections to PostgreSQL log."""
     capture = structlog.testing.LogCapture()
     logger = structlog.wrap_logger(
         None, processors=[capture], wrapper_class=structlog.make_filtering_bound_logger(0)
     )
     monkeypatch.setattr("job_registry_api.queue.postgresql_database.log", logger)
+    return capture.entries
+
+
+async def test_a_listen_url_that_leads_through_it_is_logged(
+    pooled_url: str, registry: JobRegistry, logged: list[MutableMapping[str, Any]]
+) -> None:
     database = PostgreSQLDatabase(pooled_url, pooler="transaction", listen_url=pooled_url)
     async with JobQueue(registry, database).events.listening(), asyncio.timeout(10):
-        while not capture.entries:
+        while not logged:
             await asyncio.sleep(0.01)
     await database.close()
-    (line,) = capture.entries
+    (line,) = logged
     assert line["event"] == "database.not_listening"
     assert "unsupported startup parameter" in line["reason"]
 
@@ -191,15 +197,10 @@ async def test_a_listen_url_on_which_no_notification_arrives_is_logged(
     fresh_postgresql_url: str,
     tmp_path: Path,
     registry: JobRegistry,
-    monkeypatch: pytest.MonkeyPatch,
+    logged: list[MutableMapping[str, Any]],
     leads: str,
 ) -> None:
     """LISTEN is accepted there."""
-    capture = structlog.testing.LogCapture()
-    logger = structlog.wrap_logger(
-        None, processors=[capture], wrapper_class=structlog.make_filtering_bound_logger(0)
-    )
-    monkeypatch.setattr("job_registry_api.queue.postgresql_database.log", logger)
     with pooling(fresh_postgresql_url, tmp_path, "pool_mode = transaction", IGNORING) as url:
         elsewhere = urlsplit(fresh_postgresql_url)._replace(path="/postgres").geturl()
         listen_url = url if leads == "through the pool" else elsewhere
@@ -207,11 +208,11 @@ async def test_a_listen_url_on_which_no_notification_arrives_is_logged(
             url, pooler="transaction", listen_url=listen_url, timeout_seconds=1.0
         )
         async with JobQueue(registry, database).events.listening(), asyncio.timeout(10):
-            while not capture.entries:
+            while not logged:
                 await asyncio.sleep(0.01)
             await asyncio.sleep(2.5)
         await database.close()
-    (line,) = capture.entries
+    (line,) = logged
     assert line["event"] == "database.not_listening"
     assert "PgBouncer in transaction mode, or to another database" in line["reason"]
 
@@ -221,14 +222,9 @@ async def test_a_listen_url_that_works_is_not_logged(
     fresh_postgresql_url: str,
     tmp_path: Path,
     registry: JobRegistry,
-    monkeypatch: pytest.MonkeyPatch,
+    logged: list[MutableMapping[str, Any]],
     mode: str,
 ) -> None:
-    capture = structlog.testing.LogCapture()
-    logger = structlog.wrap_logger(
-        None, processors=[capture], wrapper_class=structlog.make_filtering_bound_logger(0)
-    )
-    monkeypatch.setattr("job_registry_api.queue.postgresql_database.log", logger)
     with pooling(fresh_postgresql_url, tmp_path, "pool_mode = session", IGNORING) as url:
         listen_url = url if mode == "session" else fresh_postgresql_url
         one, other = (
@@ -240,7 +236,7 @@ async def test_a_listen_url_that_works_is_not_logged(
             await check_events_arrive(*queues)
         for database in (one, other):
             await database.close()
-    assert capture.entries == []
+    assert logged == []
 
 
 class First(Payload):
