@@ -25,10 +25,10 @@ class Opening:
     """The id of the process that has opened the queue."""
 
     def check_process(self) -> None:
-        """Check that the queue was not opened by a process that this one is a fork of.
+        """Check that this process was not forked while the queue was open.
 
         Raises:
-            RuntimeError: it was. Its connections, and its event loop, are those of the other one.
+            RuntimeError: it was. The connections and the event loop are those of its parent.
         """
         if self._opened_in not in (None, os.getpid()):
             raise RuntimeError(
