@@ -17,6 +17,7 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.types import ASGIApp
 
 from job_registry import JobRegistry
+from job_registry.asset_place import anchored
 from job_registry.discovery import load_registry
 from job_registry.errors import shortened
 from job_registry_api import pages, rest
@@ -231,9 +232,7 @@ def _uploads(settings: Settings) -> Uploads | None:
     """Return where pictures are stored. None: none are taken."""
     if settings.max_upload_bytes == 0:
         return None
-    # Handlers in this process may change its folder.
-    assets = settings.assets if "://" in settings.assets else str(Path(settings.assets).absolute())
-    return Uploads(assets, settings.max_upload_bytes)
+    return Uploads(anchored(settings.assets), settings.max_upload_bytes)
 
 
 def _persisted_documents(settings: Settings) -> PersistedDocuments:

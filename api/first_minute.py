@@ -17,6 +17,7 @@ from typing import Final
 
 from rich.console import Console
 
+from job_registry.asset_place import is_url
 from job_registry_api.cli import main as jobs
 from job_registry_api.cli.listening import listen
 from job_registry_api.settings import SettingsInvalid, load_settings
@@ -102,7 +103,7 @@ def main() -> None:
         # A taken port ends the program before it prints what to try.
         listen(settings.host, settings.port, "JOBS_PORT").close()
         # Not for a bucket, which is not ours to fill, nor for port 0, which is not known yet.
-        if "://" not in settings.assets and settings.port:
+        if not is_url(settings.assets) and settings.port:
             try:
                 draw_sample(settings.assets)
                 say(what_to_try(settings.host, settings.port, settings.assets))

@@ -16,13 +16,13 @@ from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from contextvars import copy_context
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final, Self
 from uuid import UUID
 
 import structlog
 
 from job_registry import DefinitionError, WorkerExtension
+from job_registry.asset_place import anchored
 from job_registry_api import defaults
 from job_registry_api.logs import log_unexpected
 from job_registry_api.queue.claiming import BusyWorker, Lease
@@ -134,8 +134,7 @@ class Worker:
         """Set once the lifespans have started."""
         self._queue = queue
         self._concurrency = concurrency
-        # A handler may change the folder of this process.
-        self._assets = assets if "://" in assets else str(Path(assets).absolute())
+        self._assets = anchored(assets)
         self._shutdown_seconds = shutdown_seconds
         self._keep_succeeded_days = keep_succeeded_days
         self._keep_failed_days = keep_failed_days
