@@ -53,10 +53,8 @@ import asyncio, gc, json, sys, time
 from job_registry import EnqueueRequest
 from job_registry.discovery import load_registry
 from job_registry_api import JobQueue
-from job_registry_api.logs import configure_logs
 
 async def main(url, job, size, bulks):
-    configure_logs("warning", "json")
     async with JobQueue.from_url(url, load_registry(["job_registry.catalog"])) as queue:
         jobs = [EnqueueRequest(job["type"], job["payload"])] * size
         await queue.enqueue_many(jobs)

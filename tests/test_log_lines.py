@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 from collections.abc import Iterator
 from typing import Any, Literal
 
 import pytest
 import structlog
 
-from job_registry_api.logs import configure_logs, log_together
+from job_registry_api.logs import configure_logs, log_together, use_standard_logging
 
 LINES = [{"event": "job.started", "job_id": str(n), "attempt": n} for n in range(3)]
 
@@ -70,3 +71,34 @@ def test_lines_can_be_captured_by_tests_of_a_program(file: File) -> None:
         log_together(log, LINES)
     assert captured == [{**line, "log_level": "info"} for line in LINES]
     assert file.getvalue() == b""
+
+
+class TestInAProgramWithItsOwnLogs:
+    @pytest.fixture(autouse=True)
+    def in_a_program(self, file: File) -> None:
+        structlog.reset_defaults()
+        use_standard_logging()
+
+    def test_lines_that_logging_drops_are_not_made(self, caplog: pytest.LogCaptureFixture) -> None:
+        lines = iter(LINES)
+        with caplog.at_level(logging.WARNING, "test"):
+            log_together(structlog.get_logger("test"), lines)
+        assert list(lines) == LINES
+        assert caplog.messages == []
+
+    def test_lines_are_written_from_when_logging_writes_them(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        log = structlog.get_logger("test")
+        with caplog.at_level(logging.WARNING, "test"):
+            log_together(log, LINES)
+        with caplog.at_level(logging.INFO, "test"):
+            log_together(log, LINES)
+        assert caplog.messages == [f"job.started job_id={n} attempt={n}" for n in range(3)]
+
+    def test_lines_that_logging_drops_can_be_captured(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        with caplog.at_level(logging.WARNING, "test"), structlog.testing.capture_logs() as captured:
+            log_together(structlog.get_logger("test"), LINES)
+        assert captured == [{**line, "log_level": "info"} for line in LINES]
