@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -21,6 +21,7 @@ from job_registry_api.budget import Budget, BudgetExceeded, RequestLimits, Reque
 from job_registry_api.graphql.selections import Selections
 from job_registry_api.http_messages import wait_for_disconnect
 from job_registry_api.queue.errors import JobNotFound
+from job_registry_api.queue.events import JobEvent
 from job_registry_api.queue.job_logs import LOG_WEIGHT
 from job_registry_api.queue.models import (
     AttemptRecord,
@@ -31,6 +32,46 @@ from job_registry_api.queue.models import (
 )
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.reading import WaitingReason
+
+JOBS_AT_ONCE: Final = 32
+"""How many jobs of events are read at once."""
+
+JOBS_BYTES: Final = 1_000_000
+"""The most that the jobs that are read at once weigh together."""
+
+
+class JobsOfEvents:
+    """The jobs of events that are sent one after another, read some at a time.
+
+    Otherwise each event of a burst would wait for an answer of the database.
+    """
+
+    def __init__(self, queue: JobQueue, events: Sequence[JobEvent]) -> None:
+        self._queue = queue
+        self._ids = list(dict.fromkeys(event.job_id for event in events))
+        self._read: dict[UUID, JobRecord | None] = {}
+
+    async def get(self, job_id: str, owner: Owner | None) -> JobRecord:
+        """Return the job of one of the events. `owner` is that of `JobQueue.get`.
+
+        Raises:
+            JobNotFound: the job was deleted, or another subject enqueued it.
+        """
+        wanted = UUID(job_id)
+        if wanted not in self._read:
+            place = self._ids.index(wanted)
+            ids = self._ids[place : place + JOBS_AT_ONCE]
+            if len(ids) > 1:
+                page = await self._queue.get_many(ids, owner=owner, max_bytes=JOBS_BYTES)
+                # Without those that did not fit; those that are not found are None.
+                self._read = {} if page.stopped_early else dict.fromkeys(ids)
+                self._read |= {job.id: job for job in page.jobs}
+        if wanted not in self._read:
+            return await self._queue.get(job_id, owner=owner)
+        job = self._read[wanted]
+        if job is None:
+            raise JobNotFound(job_id)
+        return job
 
 
 @dataclass
@@ -108,15 +149,22 @@ class Context:
             )
         return self._waiting_reasons
 
-    async def job(self, job_id: str, owner: Owner | None) -> JobRecord:
+    async def job(
+        self, job_id: str, owner: Owner | None, jobs: JobsOfEvents | None = None
+    ) -> JobRecord:
         """Return a job that the caller may see. With `owner`, it has to be this subject's.
+
+        With `jobs`, it is one of these.
 
         Raises:
             JobNotFound: no job has this id, it is another's, or the token excludes its type.
         """
         async with self.budget.reading:
             self.budget.check_reading()
-            job = await self.queue.get(job_id, owner=owner)
+            if jobs is None:
+                job = await self.queue.get(job_id, owner=owner)
+            else:
+                job = await jobs.get(job_id, owner)
             self.budget.charge_reading(weight_of(job))
         if not self.caller.may_see(job.type):
             raise JobNotFound(job_id)

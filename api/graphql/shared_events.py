@@ -36,8 +36,8 @@ BATCH_BYTES: Final = 262_144
 """A batch ends with the result that makes it larger than this, in bytes of memory."""
 
 BATCH_SECONDS: Final = 0.2
-"""A batch ends with the result that is made later than this. With a slow database, which is read
-for each event with a job, subscribers would otherwise wait for seconds for a whole batch."""
+"""A batch ends with the result that is made later than this. With a slow database, from which jobs
+are read, subscribers would otherwise wait for seconds for a whole batch."""
 
 MAX_KEPT_BYTES: Final = 33_554_432
 """The most bytes of results that are kept for other subscribers, in one process. For a subscriber
@@ -275,12 +275,13 @@ class _Group:
     async def _make(self, after: int) -> _Batch:
         found, end = self._followed.read(after, BATCH_EVENTS - after % BATCH_EVENTS)
         found = await self._followed.visible(found)
+        jobs = self._followed.jobs_of(found)
         answers: list[Answer] = []
         size = 0
         begun = time.monotonic()
         ends_at = begun + BATCH_SECONDS
         for each in found:
-            content = await self.execute(JobEvent.of(each.item))
+            content = await self.execute(JobEvent.of(each.item, jobs))
             is_large = self._followed.context.budget.is_large
             text = await json_in_pieces(content) if is_large else to_json(content)
             answers.append(Answer(text, self._followed.id_of(each)))

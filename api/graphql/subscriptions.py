@@ -19,6 +19,7 @@ from job_registry_api.graphql.access_scopes import Requires
 from job_registry_api.graphql.context import (
     Context,
     HostedOperation,
+    JobsOfEvents,
     context_of,
     hosted_operation,
 )
@@ -47,6 +48,7 @@ class JobEvent:
     type: str = strawberry.field(description="Its job type.")
     status: JobStatus = strawberry.field(description="Its status after the event.")
     attempt: int = strawberry.field(description="How many attempts had begun.")
+    jobs: strawberry.Private[JobsOfEvents | None] = None
 
     @strawberry.field(
         description="The job when this field is read, which may be later than the event. Null once"
@@ -56,7 +58,7 @@ class JobEvent:
         context = context_of(info)
         owner = context.caller.owner_unless("jobs:read")
         try:
-            return Job(await context.job(self.job_id, owner))
+            return Job(await context.job(self.job_id, owner, self.jobs))
         except JobNotFound:
             return None
 
@@ -72,13 +74,14 @@ class JobEvent:
         )
 
     @classmethod
-    def of(cls, event: events.JobEvent) -> JobEvent:
+    def of(cls, event: events.JobEvent, jobs: JobsOfEvents | None = None) -> JobEvent:
         return cls(
             name=event.name,
             job_id=strawberry.ID(str(event.job_id)),
             type=event.type,
             status=JobStatus[event.status.name],
             attempt=event.attempt,
+            jobs=jobs,
         )
 
 
@@ -247,6 +250,10 @@ class FollowedJobs:
             return found
         creators = await self.context.queue.creators({each.item.job_id for each in found})
         return [each for each in found if caller.owns(creators.get(each.item.job_id))]
+
+    def jobs_of(self, found: Sequence[Numbered[events.JobEvent]]) -> JobsOfEvents:
+        """Return the jobs of these events, which are sent soon."""
+        return JobsOfEvents(self.context.queue, [each.item for each in found])
 
     def id_of(self, each: Numbered[events.JobEvent]) -> str:
         """Return the id of an event, after which a subscription can be continued."""
