@@ -394,7 +394,6 @@ class Events:
         self._store = store
         self._metrics = metrics
         self._waiting: dict[asyncio.Event, tuple[frozenset[str], frozenset[str]]] = {}
-        self._work: dict[_Callback, frozenset[str]] = {}
         self._cancellations: dict[_Callback, None] = {}
         self._waits: dict[_Callback, None] = {}
         self._recent: RecentEvents[JobEvent] = RecentEvents()
@@ -590,23 +589,6 @@ class Events:
             del self._waiting[woken]
 
     @contextmanager
-    def on_work(
-        self, callback: Callable[[str | None], None], *, limited: Collection[str] = ()
-    ) -> Iterator[None]:
-        """Call `callback` with a job type each time a claim may find one more job of that type.
-
-        It is called once for each job that is queued and, for the `limited` types, once for each
-        job that ends. None stands for any number of jobs of any type: events were missed, or the
-        connection was opened or reopened.
-        """
-        registered = _Callback(callback, asyncio.get_running_loop())
-        self._work[registered] = frozenset(limited)
-        try:
-            yield
-        finally:
-            del self._work[registered]
-
-    @contextmanager
     def on_cancel_requested(self, callback: Callable[[UUID], None]) -> Iterator[None]:
         """Call `callback` with a running job's id when its cancellation is requested.
 
@@ -791,12 +773,11 @@ class Events:
 
     def _wake(self, events: Iterable[JobEvent]) -> None:
         """Wake the callers that wait for jobs or for cancellations."""
-        somebody_waits = bool(self._waiting or self._work)
         for event in events:
             if event.name == "job.cancel_requested":
                 for callback in tuple(self._cancellations):
                     self._guard(callback, event.job_id)
-            if somebody_waits and (event.queued or event.made_room):
+            if self._waiting and (event.queued or event.made_room):
                 self._wake_for(event)
 
     def _wake_for(self, event: JobEvent) -> None:
@@ -806,9 +787,6 @@ class Events:
                 event.made_room and event.type in limited
             ):
                 woken.set()
-        for callback, limited in tuple(self._work.items()):
-            if event.queued or event.type in limited:
-                self._guard(callback, event.type)
 
     def _offer(self, events: Sequence[JobEvent]) -> None:
         offered = [event for event in events if _is_public(event)]
@@ -825,8 +803,6 @@ class Events:
         self._numbered.clear()
         for woken in self._waiting:
             woken.set()
-        for callback in tuple(self._work):
-            self._guard(callback, None)
         self._drop(reason)
 
     def _drop(self, reason: str) -> None:

@@ -412,13 +412,14 @@ async def test_a_commit_in_another_thread_is_published_on_the_queues_own_loop(
         with Session(engine) as session:
             session.connection()
             created = JobEvent("job.created", uuid.uuid4(), "test.pong", 0)
-            publish_after_commit(session, queue.events.publish, [created])
+            cancelled = JobEvent("job.cancel_requested", uuid.uuid4(), "test.pong", 1)
+            publish_after_commit(session, queue.events.publish, [created, cancelled])
             session.commit()
         engine.dispose()
 
     with (
         queue.events.waiting_for(["test.pong"], []) as woken,
-        queue.events.on_work(lambda _: announced.append(threading.get_ident())),
+        queue.events.on_cancel_requested(lambda _: announced.append(threading.get_ident())),
     ):
         await asyncio.to_thread(commit)
         async with asyncio.timeout(5):

@@ -113,18 +113,23 @@ async def test_the_end_of_a_timed_out_handler_is_announced_once_and_to_those_who
     leases = await queue.lease(["test.ping", "test.limited"], "w", limit=3)
     for lease in leases:
         await queue.time_out(lease.token, still_running=True)
-    work: list[str | None] = []
     with (
-        queue.events.on_work(work.append, limited=["test.ping", "test.limited"]),
+        queue.events.waiting_for([], ["test.ping"]) as ping,
+        queue.events.waiting_for([], ["test.limited"]) as limited,
+        queue.events.waiting_for([], ["test.pong"]) as pong,
         queue.events.subscribe() as heard,
     ):
+        woken = []
         for _ in range(2):
             await other.settle([lease.token for lease in leases])
-        await other.enqueue(PING._replace(type="test.pong"))
-        async with asyncio.timeout(5):
-            await anext(heard)
+            await other.enqueue(PING._replace(type="test.pong"))
+            async with asyncio.timeout(5):
+                await anext(heard)
+            woken.append([each.is_set() for each in (ping, limited, pong)])
+            ping.clear()
+            limited.clear()
     await database.close()
-    assert sorted(map(str, work)) == ["test.limited", "test.limited", "test.ping", "test.pong"]
+    assert woken == [[True, True, False], [False, False, False]]
 
 
 def attempts_of(url: str, job_id: uuid.UUID) -> str:

@@ -442,15 +442,16 @@ async def test_broken_callbacks_harm_neither_the_caller_nor_the_others(
     received: list[object] = []
     events = queue.events
     with (
-        events.on_work(_unwritable),
+        events.on_waits_ended(_unwritable),
         events.on_cancel_requested(_unwritable),
-        events.on_work(received.append),
+        events.on_waits_ended(received.append),
         events.on_cancel_requested(received.append),
     ):
         job = (await queue.enqueue(PING)).job
         assert await queue.lease(["test.ping"], "w")
         await queue.cancel(job.id)
-        assert received == ["test.ping", job.id]
+        events.end_waits("w")
+        assert received == [job.id, "w"]
     assert events.failures == 2
 
 
@@ -560,11 +561,9 @@ async def test_a_lost_connection_is_reported_to_subscribers_and_to_those_that_wa
 ) -> None:
     if database_url.startswith("sqlite"):
         pytest.skip("SQLite has no connection to lose")
-    work: list[str | None] = []
     with (
         queue.events.subscribe() as received,
         queue.events.waiting_for(["test.pong"], []) as woken,
-        queue.events.on_work(work.append),
     ):
         database = open_database(database_url)
         async with database.reading() as connection:
@@ -576,7 +575,6 @@ async def test_a_lost_connection_is_reported_to_subscribers_and_to_those_that_wa
         with pytest.raises(EventsMissed, match="connection"):
             await take(received, 1)
         assert woken.is_set()
-        assert work == [None]
     with queue.events.subscribe() as received:
         job = (await queue.enqueue(PING)).job
         assert [event.job_id for event in await take(received, 1)] == [job.id]
@@ -689,33 +687,44 @@ async def test_a_garbled_message_is_one_log_line_and_events_missed(
 # Who waits for work, and for cancellations
 
 
-async def test_work_is_reported_once_for_each_job_by_this_process_and_others(
+async def test_each_job_wakes_those_that_wait_once_by_this_process_and_others(
     queue: JobQueue, other: JobQueue
 ) -> None:
-    work: list[str | None] = []
     with (
-        queue.events.on_work(work.append, limited=["test.limited"]),
+        queue.events.waiting_for(["test.ping"], []) as for_ping,
+        queue.events.waiting_for(["test.limited"], ["test.limited"]) as for_limited,
         queue.events.subscribe() as received,
     ):
-        for each in (queue, other):
-            await each.enqueue_many([PING] * 3)
-            await each.enqueue(LIMITED)
-        # Own jobs are told at once, and not again when they are received.
-        assert work[:4] == ["test.ping"] * 3 + ["test.limited"]
-        await take(received, 8)
-        assert work == (["test.ping"] * 3 + ["test.limited"]) * 2
 
-        work.clear()
+        def woken() -> list[bool]:
+            were = [for_ping.is_set(), for_limited.is_set()]
+            for_ping.clear()
+            for_limited.clear()
+            return were
+
+        await queue.enqueue(PING)
+        # An own job wakes them at once, and not again when it is received.
+        assert woken() == [True, False]
+        await take(received, 1)
+        assert woken() == [False, False]
+        await other.enqueue_many([PING] * 3)
+        await take(received, 3)
+        assert woken() == [True, False]
+        await other.enqueue(LIMITED)
+        await queue.enqueue(LIMITED)
+        await take(received, 2)
+        assert woken() == [False, True]
+
         for each in (queue, other):
             (ping,) = await each.lease(["test.ping"], "w")
             (limited,) = await each.lease(["test.limited"], "w")
             # That a ping ends makes room for nobody.
             await each.complete(ping.token)
+            await take(received, 3)
+            assert woken() == [False, False]
             await each.complete(limited.token)
-        await take(received, 8)
-        assert work == ["test.limited"] * 2
-    await queue.enqueue(PING)
-    assert len(work) == 2
+            await take(received, 1)
+            assert woken() == [False, True]
 
 
 @pytest.mark.parametrize("where", ["this process", "another"])
