@@ -23,6 +23,7 @@ from typing import Any
 import psycopg
 import pytest
 import strawberry
+from sqlalchemy import URL, make_url
 
 from job_registry import Backoff, JobPolicy, JobRegistry, JobType, Payload
 from job_registry.catalog.payout import payout_execute
@@ -284,6 +285,13 @@ def with_foreign_search_path(url: str) -> str:
     if url.startswith("sqlite"):
         return url
     return url + ("&" if "?" in url else "?") + "options=-csearch_path%3Dpg_catalog"
+
+
+def async_url(url: str) -> URL:
+    """The URL with the async driver of this project."""
+    parsed = make_url(url.replace("postgres://", "postgresql://", 1))
+    driver = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+asyncpg"}
+    return parsed.set(drivername=driver[parsed.get_backend_name()])
 
 
 def run_sql(url: str, *statements: str) -> list[Any]:

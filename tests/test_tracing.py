@@ -25,11 +25,10 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from job_registry import EnqueueRequest, JobRegistry
 from job_registry_api import JobQueue, JobStatus, Tracing, Worker, create_app, load_settings
 from job_registry_api.logs import configure_logs
-from job_registry_api.queue.database import async_url
 from job_registry_api.queue.errors import IdempotencyConflict
 from job_registry_api.queue.models import JobRecord
 from tests import traced_jobs
-from tests.conftest import advance, run_sql
+from tests.conftest import advance, async_url, run_sql
 from tests.http_client import ApplicationClient
 from tests.traced_jobs import Plain
 

@@ -19,7 +19,6 @@ import structlog
 from pydantic import JsonValue
 from pydantic_core import from_json, to_json
 from sqlalchemy import TextClause, text
-from sqlalchemy.engine import URL, make_url
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from job_registry_api.queue.driver_errors import as_unavailable
@@ -299,13 +298,6 @@ def seconds_of(timeout: float | None) -> float:
 def quoted(name: str) -> str:
     """Return a quoted SQL identifier."""
     return '"' + name.replace('"', '""') + '"'
-
-
-def async_url(url: str) -> URL:
-    """Return the URL with the async driver of this project."""
-    parsed = make_url(url.replace("postgres://", "postgresql://", 1))
-    driver = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+asyncpg"}
-    return parsed.set(drivername=driver[parsed.get_backend_name()])
 
 
 def read_json(value: str) -> JsonValue:

@@ -20,9 +20,9 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from job_registry import EnqueueRequest, JobRegistry
 from job_registry_api.queue.caller_transactions import publish_after_commit
-from job_registry_api.queue.database import async_url
 from job_registry_api.queue.events import JobEvent, Subscription
 from job_registry_api.queue.queue import JobQueue
+from tests.conftest import async_url
 
 PING = EnqueueRequest("test.ping", {})
 

@@ -9,7 +9,6 @@ import pytest
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
 from job_registry import EnqueueRequest, JobPolicy, JobRegistry, JobType, Payload
-from job_registry_api.queue.database import async_url
 from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.errors import (
     IdempotencyConflict,
@@ -20,6 +19,7 @@ from job_registry_api.queue.errors import (
 from job_registry_api.queue.filters import JobFilter
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.reading import ConcurrencyLimitReached
+from tests.conftest import async_url
 
 
 class Note(Payload):

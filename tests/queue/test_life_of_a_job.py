@@ -16,7 +16,6 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from job_registry import EnqueueRequest, JobRegistry
 from job_registry.errors import MAX_DELAY_SECONDS
 from job_registry_api.queue.claiming import Lease
-from job_registry_api.queue.database import async_url
 from job_registry_api.queue.errors import InputInvalid, JobNotFound, JobStateConflict, LeaseLost
 from job_registry_api.queue.models import AttemptOutcome, JobError, JobRecord, JobStatus
 from job_registry_api.queue.queue import JobQueue
@@ -26,7 +25,7 @@ from job_registry_api.queue.reading import (
     NoWorkerSeen,
     ScheduledFor,
 )
-from tests.conftest import advance
+from tests.conftest import advance, async_url
 
 BROKEN = JobError("broken", "It broke.")
 CONTROLS = [chr(code) for code in (*range(1, 8), 11, *range(14, 32))]

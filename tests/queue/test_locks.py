@@ -16,7 +16,6 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
 from job_registry import EnqueueRequest, JobRegistry, JobType, Payload
 from job_registry_api.queue.claiming import BusyWorker, Lease
-from job_registry_api.queue.database import async_url
 from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.enqueueing import Enqueued
 from job_registry_api.queue.errors import QueueUnavailable
@@ -25,7 +24,7 @@ from job_registry_api.queue.models import JobError, JobRecord, JobStatus
 from job_registry_api.queue.postgresql_database import PostgreSQLDatabase
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.store import Renewed
-from tests.conftest import advance, run_sql
+from tests.conftest import advance, async_url, run_sql
 from tests.queue.race_jobs import ONLY, queues
 from tests.queue.test_races import complete_all, fill, locked
 

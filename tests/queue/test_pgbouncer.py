@@ -23,11 +23,11 @@ from sqlalchemy.orm import Session
 
 from job_registry import EnqueueRequest, JobContext, JobRegistry, JobType, Payload
 from job_registry_api import JobFailed, JobFilter, Worker
-from job_registry_api.queue.database import Pooler, async_url
+from job_registry_api.queue.database import Pooler
 from job_registry_api.queue.errors import QueueUnavailable
 from job_registry_api.queue.postgresql_database import PostgreSQLDatabase
 from job_registry_api.queue.queue import JobQueue
-from tests.conftest import run_sql
+from tests.conftest import async_url, run_sql
 from tests.http_client import serving
 
 PGBOUNCER = shutil.which("pgbouncer") or shutil.which("pgbouncer", path="/usr/sbin")

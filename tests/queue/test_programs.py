@@ -50,11 +50,10 @@ from job_registry_api import (
     create_app,
     load_settings,
 )
-from job_registry_api.queue.database import async_url
 from job_registry_api.queue.enqueueing import Enqueued
 from job_registry_api.queue.events import Events
 from tests import ROOT
-from tests.conftest import run_sql
+from tests.conftest import async_url, run_sql
 
 TESTS = [
     "-p", "no:xdist", "tests/queue/test_programs.py", "tests/queue/test_caller_transactions.py",

@@ -25,12 +25,11 @@ from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
 from job_registry import EnqueueRequest, JobPolicy, JobRegistry, JobType
 from job_registry_api.queue.claiming import Lease
-from job_registry_api.queue.database import async_url
 from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.models import JobStatus
 from job_registry_api.queue.queue import JobQueue
 from tests import CODE
-from tests.conftest import run_sql
+from tests.conftest import async_url, run_sql
 from tests.forks import Command
 from tests.queue.race_jobs import ONLY, REGISTRY, Nap, most_at_once, queues, read_log
 

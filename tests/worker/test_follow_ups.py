@@ -30,13 +30,13 @@ from job_registry import (
 )
 from job_registry.payload import document_of
 from job_registry_api import JobError, JobQueue, JobStatus
-from job_registry_api.queue.database import async_url
 from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.errors import InputInvalid, LeaseLost
 from job_registry_api.queue.leasing import Renewal
 from job_registry_api.queue.models import JobRecord
 from job_registry_api.worker.child import address_of_class
 from job_registry_api.worker.follow_ups import FollowUps
+from tests.conftest import async_url
 from tests.worker import house as houses
 from tests.worker.house import House
 
