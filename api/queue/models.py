@@ -173,9 +173,11 @@ class Job(Table, table=True):
             sqlite_where=text("status = 'queued'"),
             postgresql_where=text("status = 'queued'"),
         ),
+        # The running jobs of a type with a limit are counted by the ends of their leases.
         Index(
-            "job_running",
+            "job_lease_by_type",
             "type",
+            "lease_expires_at",
             sqlite_where=text("status = 'running'"),
             postgresql_where=text("status = 'running'"),
         ),

@@ -327,12 +327,12 @@ async def test_jobs_of_higher_priority_that_are_scheduled_for_later_cost_nothing
 async def long_snapshot(
     url: str, registry: JobRegistry
 ) -> AsyncIterator[tuple[Database, JobQueue]]:
-    """A queue with three due jobs, where 10,000 others ran since a snapshot that is still open."""
+    """A queue with three due jobs, where 20,000 others ran since a snapshot that is still open."""
     database = open_database(url, timeout_seconds=None)
     queue = JobQueue(registry, database)
     async with outsider(url, "REPEATABLE READ") as report:
         await report.exec_driver_sql("SELECT count(*) FROM job")
-        for statement in RAN:
+        for statement in (RAN_BEFORE, *RAN):
             async with database.reading() as connection:
                 await connection.exec_driver_sql(statement)
         await queue.enqueue_many([EnqueueRequest("test.ping", {})] * 3)
@@ -371,9 +371,11 @@ async def test_on_postgresql_a_claim_reads_nothing_of_the_jobs_that_ran_since_a_
     fresh_postgresql_url: str, registry: JobRegistry
 ) -> None:
     """The statistics are those of an idle queue, as after most runs of autovacuum."""
-    async with long_snapshot(fresh_postgresql_url, registry) as (database, _):
+    async with long_snapshot(fresh_postgresql_url, registry) as (database, queue):
+        await queue.enqueue(EnqueueRequest("test.limited", {}))
         read = {
             "claim": await entries(database, LATER_CLAIM),
+            "claim of a type with a limit": await entries(database, LATER_CLAIM_WITH_LIMIT),
             "recover": await entries(database, RECOVER.replace("NULL, 30", "3, 60")),
         }
     assert max(read.values()) < FEW_ENTRIES, read
@@ -390,6 +392,7 @@ async def test_on_postgresql_a_claim_does_not_read_what_runs(
         async with database.reading() as connection:
             await connection.exec_driver_sql(statement)
     await queue.enqueue_many([EnqueueRequest("test.ping", {})] * 3)
+    await queue.enqueue(EnqueueRequest("test.limited", {}))
     read = {
         "claim": await entries(database, CLAIM.replace("30", "60")),
         "next due": await entries(database, NEXT_DUE),
@@ -417,6 +420,9 @@ RAN = (
     "UPDATE job_attempt SET finished_at = now(), outcome = 'succeeded'",
     "ANALYZE",
 )
+RAN_BEFORE = RAN[0].replace("test.ping", "test.limited").replace("+ interval '1", "- interval '10")
+"""Jobs of a type with a limit, whose leases ended ten minutes ago."""
+
 FEW_ENTRIES = 100
 """Of ten thousand."""
 
@@ -430,6 +436,9 @@ LATER_CLAIM = (
     " 3, 'w', 60, 'p', true, 3, NULL, NULL)"
 )
 """One that starts where an earlier one of the process took its jobs."""
+LATER_CLAIM_WITH_LIMIT = LATER_CLAIM.replace("test.ping", "test.limited").replace(
+    '"heads"', '"limit": 2, "heads"'
+)
 RECOVER = "SELECT * FROM job_recover('p', true, 100, NULL, 30, NULL, NULL)"
 NEXT_DUE = """SELECT job_next_due('[{"type": "test.ping"}]')"""
 
