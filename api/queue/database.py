@@ -146,6 +146,15 @@ class Database(ABC):
     async def lock_migrations(self, connection: AsyncConnection) -> None:
         """Exclude other migrations until the end of the transaction."""
 
+    async def execute_alone(self, sql: str) -> None:
+        """Run a statement that cannot be part of a transaction, also behind a pooler.
+
+        Raises:
+            QueueUnavailable: the database does not answer.
+        """
+        async with self.reading() as connection:
+            await connection.exec_driver_sql(sql)
+
     async def patiently(self, attempt: Callable[[], Awaitable[T | None]], locked: str) -> T:
         """Call `attempt` until it does not return None, which means that something is locked.
 

@@ -20,6 +20,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeVar
 
+import asyncpg
 import sqlalchemy.exc
 from sqlalchemy import Connection, inspect, text
 
@@ -421,20 +422,19 @@ def _build_indexes(database: Database) -> None:
     async def build_next() -> bool:
         """Build one index, or wait for another process that builds one. False: all are there."""
         async with database.reading() as connection:
-            # In autocommit: each statement by itself.
             found = await connection.execute(_INDEXES, {"schema": database.schema})
             state = {row.name: row for row in found}
-            missing = [n for n in sorted(wanted) if n not in state or not state[n].is_valid]
-            if not missing:
-                return False
-            if any(name in state and state[name].is_being_built for name in missing):
-                await asyncio.sleep(BUILDING_PAUSE_SECONDS)
-                return True
-            name = missing[0]
-            await connection.exec_driver_sql(f"DROP INDEX CONCURRENTLY IF EXISTS {home}.{name}")
-            await connection.exec_driver_sql(
-                f"CREATE INDEX CONCURRENTLY IF NOT EXISTS {name} ON {home}.{wanted[name]}"
-            )
+        missing = [n for n in sorted(wanted) if n not in state or not state[n].is_valid]
+        if not missing:
+            return False
+        if any(name in state and state[name].is_being_built for name in missing):
+            await asyncio.sleep(BUILDING_PAUSE_SECONDS)
+            return True
+        name = missing[0]
+        await database.execute_alone(f"DROP INDEX CONCURRENTLY IF EXISTS {home}.{name}")
+        await database.execute_alone(
+            f"CREATE INDEX CONCURRENTLY IF NOT EXISTS {name} ON {home}.{wanted[name]}"
+        )
         return True
 
     async def run() -> None:
@@ -488,9 +488,10 @@ def _refusals() -> Iterator[None]:
     """Turn errors that an operator can fix into `MigrationRefused`."""
     try:
         yield
-    except sqlalchemy.exc.DBAPIError as error:
-        state = getattr(error.orig, "sqlstate", None) or ""
-        words = str(error.orig)
+    except (sqlalchemy.exc.DBAPIError, asyncpg.PostgresError) as error:
+        origin = error.orig if isinstance(error, sqlalchemy.exc.DBAPIError) else error
+        state = getattr(origin, "sqlstate", None) or ""
+        words = str(origin)
         reason = words.partition(">: ")[2] or words
         # 42P06, 42P07, 42710, 42723: a schema, table, object or function of this name exists.
         exists = re.search(r" already exists|already (a table|an index) named", reason)

@@ -219,6 +219,15 @@ class PostgreSQLDatabase(Database):
         with self._counting():
             return await _again(once)
 
+    async def execute_alone(self, sql: str) -> None:
+        """See `Database.execute_alone`.
+
+        The driver sends it in one message: a pooler may give each message another connection.
+        """
+        with self._counting():
+            async with self._driver(self._deadline()) as driver:
+                await driver.execute(sql)
+
     async def lock_migrations(self, connection: AsyncConnection) -> None:
         """See `Database.lock_migrations`."""
         await connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({MIGRATION_LOCK})")
@@ -288,7 +297,8 @@ class PostgreSQLDatabase(Database):
     ) -> AsyncIterator[None]:
         """Open a transaction with local settings. Its start and its end take a round trip each."""
         try:
-            chosen = self._server_settings(self._url) | (IN_ORDER if in_order else {})
+            chosen = self._server_settings(self._url) | self._unbounded(self._url, driver)
+            chosen |= IN_ORDER if in_order else {}
             settings = "".join(
                 f"; SET LOCAL {name} = '{value}'"
                 for name, value in chosen.items()
@@ -450,6 +460,8 @@ class PostgreSQLDatabase(Database):
             self._connections.add(connection)
             # Until the pool has the connection, nothing else ends it if the server stops answering.
             connection.expire_at(asyncio.get_running_loop().time() + seconds)
+            for name, value in self._unbounded(url, connection).items() if direct else ():
+                await connection.execute(f"SET {name} = '{value}'")
             return connection
         if isinstance(last, TimeoutError):
             reason = f"no connection to the database within {round(seconds, 1):g} seconds"
@@ -484,15 +496,23 @@ class PostgreSQLDatabase(Database):
         if self._is_read_only:
             settings["default_transaction_read_only"] = "on"
         # The server would end connections of the pool at the moment at which they are used.
-        optional = {"jit": "off", "idle_session_timeout": "0"}
-        if self._timeout is not None:
-            milliseconds = int(self._timeout * 1_000)
-            optional |= {
-                "lock_timeout": f"{milliseconds * 8 // 10}ms",
-                "statement_timeout": f"{milliseconds * 9 // 10}ms",
-                "idle_in_transaction_session_timeout": f"{milliseconds}ms",
-            }
+        # Without a timeout, 0 switches off those of the database or the role.
+        milliseconds = 0 if self._timeout is None else int(self._timeout * 1_000)
+        optional = {
+            "jit": "off",
+            "idle_session_timeout": "0",
+            "lock_timeout": f"{milliseconds * 8 // 10}ms",
+            "statement_timeout": f"{milliseconds * 9 // 10}ms",
+            "idle_in_transaction_session_timeout": f"{milliseconds}ms",
+        }
         return settings | {name: v for name, v in optional.items() if not url.sets(name)}
+
+    def _unbounded(self, url: PostgresqlUrl, driver: _Connection) -> dict[str, str]:
+        """Return what a database without a timeout sets besides. It is not among the settings with
+        which a session begins: older servers do not have it, and would refuse the connection."""
+        name = "transaction_timeout"
+        is_bounded = self._timeout is not None or url.sets(name)
+        return {} if is_bounded or driver.get_server_version().major < 17 else {name: "0"}
 
     async def _listen(
         self, url: PostgresqlUrl, on_message: Listener, on_gap: Callable[[], None]

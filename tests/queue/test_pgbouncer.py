@@ -23,6 +23,7 @@ from sqlalchemy.orm import Session
 
 from job_registry import EnqueueRequest, JobContext, JobRegistry, JobType, Payload
 from job_registry_api import JobFailed, JobFilter, Worker
+from job_registry_api.queue import migrations
 from job_registry_api.queue.database import Pooler
 from job_registry_api.queue.errors import QueueUnavailable
 from job_registry_api.queue.postgresql_database import PostgreSQLDatabase
@@ -426,3 +427,14 @@ async def test_two_servers_start_one_after_the_other(pooled_url: str) -> None:
                 assert (await client.post("/jobs", json=job)).status_code == 201
             ready = await client.get("/readyz")
             assert (ready.status_code, ready.json()) == (200, {"status": "ok"})
+
+
+def test_a_database_is_migrated_through_it(fresh_postgresql_url: str, tmp_path: Path) -> None:
+    run_sql(fresh_postgresql_url, "DROP SCHEMA job_registry CASCADE")
+    with pooling(fresh_postgresql_url, tmp_path, "pool_mode = transaction") as url:
+        assert migrations.upgrade(url, pooler="transaction").steps
+        assert migrations.upgrade(url, pooler="transaction").steps == ()
+    # That one is built outside the transaction of the migration.
+    index = "'job_registry.job_by_creator'::regclass"
+    query = f"SELECT indisvalid FROM pg_index WHERE indexrelid = {index}"
+    assert [row.indisvalid for row in run_sql(fresh_postgresql_url, query)] == [True]
