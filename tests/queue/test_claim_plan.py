@@ -381,6 +381,27 @@ async def test_on_postgresql_a_claim_reads_nothing_of_the_jobs_that_ran_since_a_
     assert max(read.values()) < FEW_ENTRIES, read
 
 
+async def test_on_postgresql_a_later_claim_of_several_priorities_reads_nothing_of_what_ran(
+    fresh_postgresql_url: str, registry: JobRegistry
+) -> None:
+    """The table has no statistics yet."""
+    database = open_database(fresh_postgresql_url, timeout_seconds=None)
+    queue = JobQueue(registry, database)
+    async with outsider(fresh_postgresql_url, "REPEATABLE READ") as report:
+        await report.exec_driver_sql("SELECT count(*) FROM job")
+        for _ in range(5):
+            await queue.enqueue_many([EnqueueRequest("test.ping", {})] * 1_000)
+        async with database.transaction() as connection:
+            await connection.exec_driver_sql(
+                "UPDATE job SET status = 'succeeded', next_run_at = NULL, finished_at = now()"
+            )
+        job = (await queue.enqueue(EnqueueRequest("test.ping", {}))).job
+        known = [[priority, str(job.next_run_at)] for priority in (60, 50, 40)]
+        read = await entries(database, CLAIM_FROM.format(json_text(known)))
+    await database.close()
+    assert read < FEW_ENTRIES
+
+
 async def test_on_postgresql_a_claim_does_not_read_what_runs(
     fresh_postgresql_url: str, registry: JobRegistry
 ) -> None:
@@ -431,11 +452,12 @@ CLAIM = (
     """SELECT * FROM job_claim('[{"type": "test.ping"}, {"type": "test.limited", "limit": 2}]',"""
     " 10, 'w', 30, 'p', true, NULL, NULL, NULL)"
 )
-LATER_CLAIM = (
-    """SELECT * FROM job_claim('[{"type": "test.ping", "heads": [[50, "2020-01-01T00:00Z"]]}]',"""
+CLAIM_FROM = (
+    """SELECT * FROM job_claim('[{{"type": "test.ping", "heads": {}}}]',"""
     " 3, 'w', 60, 'p', true, 3, NULL, NULL)"
 )
 """One that starts where an earlier one of the process took its jobs."""
+LATER_CLAIM = CLAIM_FROM.format('[[50, "2020-01-01T00:00Z"]]')
 LATER_CLAIM_WITH_LIMIT = LATER_CLAIM.replace("test.ping", "test.limited").replace(
     '"heads"', '"limit": 2, "heads"'
 )
