@@ -384,7 +384,8 @@ class _Comparison:
     def _parts(self, view: _View, tag: str | None) -> Iterator[_Node]:
         """Yield schemas that divide what the view admits: by type, by value, by tag."""
         if view.values is not None:
-            for text in view.values:
+            # 1 and true are equal in Python, so that a constant 1 does not divide them.
+            for text in {_loose(text): text for text in view.values}.values():
                 yield self._const(text)
         elif len(view.types) > 1:
             for each in sorted(view.types):

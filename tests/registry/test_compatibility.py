@@ -968,6 +968,22 @@ def test_nested_unions_are_compared_in_bounded_time(depth: int, width: int) -> N
     assert time.process_time() - started < 10
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (Literal[1, True], int | bool),
+        (Literal["a", 1, True, None], Literal["a", 1, True, "b"] | None),
+        (Literal[0, False, 1, True], tagged(Mail, Text)),
+    ],
+)
+def test_constants_that_are_equal_in_python_are_compared_in_bounded_time(
+    before: Any, after: Any
+) -> None:
+    started = time.process_time()
+    between(before, after)
+    assert time.process_time() - started < 2
+
+
 def test_a_schema_of_thousands_of_nodes_is_compared() -> None:
     wide = {"anyOf": [{"type": "string"}, {"type": "integer", "minimum": 1}, {"type": "null"}]}
     wider = {"anyOf": [{"type": "string"}, {"type": "integer"}, {"type": "null"}]}
