@@ -16,7 +16,12 @@ from typing import Any, Final, cast
 from uuid import UUID
 
 from pydantic import SerializationInfo, TypeAdapter, ValidationError, ValidationInfo
-from pydantic_core import CoreSchema, PydanticKnownError, core_schema
+from pydantic_core import (
+    CoreSchema,
+    PydanticKnownError,
+    PydanticSerializationUnexpectedValue,
+    core_schema,
+)
 
 _DATE: Final = r"[0-9]{4}-[0-9]{2}-[0-9]{2}"
 # `fromisoformat` takes an offset of +01:60.
@@ -163,7 +168,10 @@ def _decimal_text(value: object) -> object:
     return value
 
 
-def _plain_decimal(value: Decimal) -> str:
+def _plain_decimal(value: object) -> str:
+    if not isinstance(value, Decimal):
+        # Of a union: the writer of another member is to write it.
+        raise PydanticSerializationUnexpectedValue("Expected a decimal")
     return format(value, "f")
 
 

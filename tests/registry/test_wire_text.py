@@ -328,6 +328,27 @@ def test_what_a_payload_in_python_is_written_as_is_admitted(payload: Whole) -> N
     assert parsed == payload
 
 
+class Amount(Payload):
+    total: Decimal | int | float | dt.date | list[Decimal | int] | None = None
+    by_name: dict[str, Decimal | float] = Field(default_factory=dict)
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        Amount(total=2**60 + 1),
+        Amount(total=0.1234567891),
+        Amount(total=dt.date(2030, 1, 31)),
+        Amount(total=[Decimal("1.10"), 5]),
+        Amount(by_name={"a": 1e-300, "b": Decimal("1E+2")}),
+    ],
+)
+def test_a_value_beside_a_decimal_in_a_union_is_written_as_what_it_is(payload: Amount) -> None:
+    registry = JobRegistry([JobType(name="amount", payload=Amount)])
+    parsed = registry.validate("amount", registry.request(payload).payload)
+    assert repr(parsed) == repr(payload).replace("1E+2", "100")
+
+
 class Login(Payload):
     """A payload whose fields Pydantic writes in another way than it reads them."""
 
