@@ -121,9 +121,30 @@ class _JsonSchema(GenerateJsonSchema):
         schemes = schema.get("allowed_schemes")
         return {**super().url_schema(schema), **({"schemes": sorted(schemes)} if schemes else {})}
 
+    def multi_host_url_schema(self, schema: core_schema.MultiHostUrlSchema) -> JsonSchemaValue:
+        """Return the format, the length and the schemes."""
+        schemes = schema.get("allowed_schemes")
+        described = super().multi_host_url_schema(schema)
+        return {**described, **({"schemes": sorted(schemes)} if schemes else {})}
+
     def dict_schema(self, schema: core_schema.DictSchema) -> JsonSchemaValue:
+        """Return the values, and which names are refused."""
+        return self._with_names(super().dict_schema(schema), schema)
+
+    def frozendict_schema(self, schema: core_schema.FrozenDictSchema) -> JsonSchemaValue:
+        """Return the values, and which names are refused."""
+        return self._with_names(super().frozendict_schema(schema), schema)
+
+    def ordered_dict_schema(self, schema: core_schema.OrderedDictSchema) -> JsonSchemaValue:
+        """Return the values, and which names are refused."""
+        return self._with_names(super().ordered_dict_schema(schema), schema)
+
+    def counter_schema(self, schema: core_schema.CounterSchema) -> JsonSchemaValue:
+        """Return the values, and which names are refused."""
+        return self._with_names(super().counter_schema(schema), schema)
+
+    def _with_names(self, described: JsonSchemaValue, schema: Any) -> JsonSchemaValue:
         """Say which names are refused, also where the keys are not strings in Python."""
-        described = super().dict_schema(schema)
         if "patternProperties" in described:
             described["additionalProperties"] = False
         if "keys_schema" in schema and "propertyNames" not in described:

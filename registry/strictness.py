@@ -29,7 +29,7 @@ _DEPEND: Final = (
     "lax-or-strict",
 )
 _EXTRA: Final = {"ignore": "drops unknown fields", "allow": "takes unknown fields"}
-_OWN_RULES: Final = "reads times, decimals, UUIDs or enums by rules of its own"
+_OWN_RULES: Final = "reads times, decimals, UUIDs, addresses or enums by rules of its own"
 _HIDES_SECRETS: Final = "would be stored without its secrets"
 _STRICT: Final = "ConfigDict(strict=True, extra='forbid')"
 

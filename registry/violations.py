@@ -18,6 +18,7 @@ from pydantic_core import ErrorDetails, SchemaError, SchemaValidator
 
 from job_registry.errors import FaultBudget, Violation, shortened, shortened_text
 from job_registry.json_values import MAX_VIOLATIONS, json_document, pointer_of
+from job_registry.wire_text import MAPPINGS
 
 MAX_COLLECTED: Final = 2_000
 """Faults that Pydantic lists at once. 256 KiB of `{}` may have a million, which take 2 GB."""
@@ -30,8 +31,8 @@ MAX_COLLECTED_TEXT: Final = 20_000_000
 lists all of its values: 17,000 faults of an enum of 5,000 values took 40 seconds and 6 GB."""
 
 _MAX_LISTED: Final = 10
-_OBJECTS: Final = ("model-fields", "typed-dict", "dataclass-args", "dict")
-_ARRAYS: Final = ("list", "tuple", "set", "frozenset", "generator")
+_OBJECTS: Final = ("model-fields", "typed-dict", "dataclass-args", *MAPPINGS)
+_ARRAYS: Final = ("list", "tuple", "named-tuple", "set", "frozenset", "deque")
 _UNBOUNDED: Final = 1 << 62
 _MAX_COMPARED: Final = 1_000
 _ELLIPSIS: Final = "..."
@@ -124,7 +125,7 @@ class PayloadShape:
         name = str(place.path[-1]) if place.path else ""
         if kind == "missing":
             return _Fault(path, "required", place.unions, name=name)
-        if kind == "extra_forbidden":
+        if kind in ("extra_forbidden", "unexpected_keyword_argument"):
             return _Fault(path, "unknown_field", place.unions, name=name, near=place.names)
         if kind in ("union_tag_invalid", "union_tag_not_found"):
             return _tag_fault(kind, self._settled(place.schema), path, place.unions, sent)
@@ -171,7 +172,7 @@ class PayloadShape:
             if kind == "json":
                 # The further parts are inside the text of a string.
                 break
-            is_key = kind == "dict" and parts[1:2] == ["[key]"] and _may_refuse_keys(schema)
+            is_key = kind in MAPPINGS and parts[1:2] == ["[key]"] and _may_refuse_keys(schema)
             # Pydantic's label for a faulty key, unless an object below has this very key.
             if is_key and value_at(sent, [*path, *parts[:2]]) is _MISSING:
                 return _Place((*path, parts[0]), tuple(unions), None, key=str(parts[0]))
@@ -196,8 +197,12 @@ class PayloadShape:
                     if list(parts[: len(alias)]) == alias:
                         return (), field["schema"], len(alias)
             return tuple(names[:_MAX_COMPARED]), schema.get("extras_schema"), 1
-        if kind == "dict":
+        if kind in MAPPINGS:
             return (), schema.get("values_schema"), 1
+        if kind == "named-tuple":
+            fields = schema["fields"]
+            is_item = isinstance(parts[0], int) and parts[0] < len(fields)
+            return (), fields[parts[0]]["schema"] if is_item else None, 1
         if kind == "tuple":
             items, variadic = schema["items_schema"], schema.get("variadic_item_index")
             index = parts[0] if isinstance(parts[0], int) else 0
@@ -257,7 +262,7 @@ class PayloadShape:
         if isinstance(below[0], int):
             return int(kind in _ARRAYS)
         names, _, _ = self._below(schema, below)
-        return int(kind in _OBJECTS) * (2 if kind != "dict" and not names else 1)
+        return int(kind in _OBJECTS) * (2 if kind not in MAPPINGS and not names else 1)
 
     def _label(self, choice: Any) -> str:
         if isinstance(choice, tuple):
@@ -601,7 +606,8 @@ _EXPECTED: Final = {
 def _expected(kind: str, message: str, context: Mapping[str, Any]) -> tuple[str, ...]:
     """Return what was expected; nothing where only the message of a validator says it."""
     if kind in ("too_short", "too_long"):
-        is_object = str(context.get("field_type", "")).startswith("Dict")
+        kind_of_value = str(context.get("field_type", "")).lower()
+        is_object = "dict" in kind_of_value or kind_of_value == "counter"
         what, unit = ("an object", "fields") if is_object else ("an array", "items")
         bound = "at least" if kind == "too_short" else "at most"
         count = context.get("min_length" if kind == "too_short" else "max_length")

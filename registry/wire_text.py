@@ -49,6 +49,9 @@ _TAG: Final[dict[str, Any]] = {_TAGGED: True}
 reveals_secrets: Final = ContextVar("reveals_secrets", default=False)
 """Whether a payload is written to be stored. Otherwise Pydantic writes stars for a secret."""
 
+MAPPINGS: Final = ("dict", "frozendict", "ordered-dict", "counter")
+"""The kinds of core schemas that read an object with any names."""
+
 Reader = Callable[[Any, ValidationInfo], Any]
 """A validator that runs before Pydantic's own."""
 
@@ -72,7 +75,7 @@ def with_wire_text(part: dict[str, Any]) -> Any:
     kind = part.get("type", "")
     # What refers to this part then refers to it with its reader.
     ref, inner = part.get("ref"), {key: value for key, value in part.items() if key != "ref"}
-    if kind == "dict":
+    if kind in MAPPINGS:
         return _with_keys_as_text(part)
     if kind in ("literal", "enum"):
         return _with_numbers_apart(part)
@@ -94,6 +97,8 @@ def with_wire_text(part: dict[str, Any]) -> Any:
     read = _READERS.get(kind)
     if kind == "datetime" and part.get("tz_constraint") != "naive":
         read = _aware
+    if kind == "function-plain" and _reads_any_address(part["function"]):
+        read = _text_only
     if read is None:
         return part
     # Without its reader, an integer takes less than its schema says, and nothing more.
@@ -104,7 +109,7 @@ def with_wire_text(part: dict[str, Any]) -> Any:
 
 
 def _with_keys_as_text(part: dict[str, Any]) -> dict[str, Any]:
-    """Return a dict without the reader of whole numbers for its keys: JSON keys are strings."""
+    """Return a mapping without the reader of whole numbers for its keys: in JSON, they are text."""
     keys = part.get("keys_schema", {})
     if keys.get("type") == "function-before" and keys["function"]["function"] is _whole:
         return {**part, "keys_schema": keys["schema"]}
@@ -181,6 +186,15 @@ def _hides_secrets(function: object) -> bool:
     return getattr(function, "__module__", "") == "pydantic.types" and "_secret" in name
 
 
+def _reads_any_address(function: object) -> bool:
+    """Return whether this is Pydantic's validator of `IPvAnyAddress`, or of its kind."""
+    validate = function.get("function") if isinstance(function, dict) else None
+    return (
+        getattr(validate, "__module__", "") == "pydantic.networks"
+        and getattr(validate, "__qualname__", "").startswith("IPvAny")
+    )  # fmt: skip
+
+
 class _SecretWriter:
     """Writes a secret itself if the payload is stored, and what Pydantic writes otherwise."""
 
@@ -225,6 +239,13 @@ def _with_offset(text: str) -> datetime:
 def _whole(value: Any, info: ValidationInfo) -> Any:
     is_whole = type(value) is float and value.is_integer() and -_WHOLE <= value < _WHOLE
     return int(value) if info.mode == "json" and is_whole else value
+
+
+def _text_only(value: Any, info: ValidationInfo) -> Any:
+    """Leave text to Pydantic, which reads a number as an address too."""
+    if info.mode == "json" and not isinstance(value, str):
+        raise PydanticKnownError("string_type")
+    return value
 
 
 _aware: Final = _text_reader(_DATE_TIME, _with_offset, "datetime_parsing")

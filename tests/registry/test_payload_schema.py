@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import uuid
+from collections import Counter, OrderedDict
 from decimal import Decimal
 from typing import Annotated, Any, Literal
 
@@ -17,6 +18,7 @@ from pydantic import (
     HttpUrl,
     NaiveDatetime,
     PastDate,
+    PostgresDsn,
     StringConstraints,
     create_model,
 )
@@ -92,8 +94,22 @@ def example_of(annotation: Any) -> Any:
             {**TEXT, "format": "uri", "minLength": 1, "maxLength": 2083,
              "schemes": ["http", "https"]},
         ),
+        (
+            PostgresDsn,
+            {**TEXT, "format": "multi-host-uri", "minLength": 1,
+             "schemes": ["postgres", "postgresql", "postgresql+asyncpg", "postgresql+pg8000",
+                         "postgresql+psycopg", "postgresql+psycopg2", "postgresql+psycopg2cffi",
+                         "postgresql+py-postgresql", "postgresql+pygresql"]},
+        ),
         (dict[str, int], NUMBERS),
         (dict[Any, int], NUMBERS),
+        (OrderedDict[int, int], {**NUMBERS, "propertyNames": {"format": "integer"}}),
+        (Counter[int], {**NUMBERS, "propertyNames": {"format": "integer"}}),
+        (
+            OrderedDict[Annotated[str, Field(pattern="^a")], int],
+            {"type": "object", "patternProperties": {"^a": {"type": "integer"}},
+             "additionalProperties": False},
+        ),
         (dict[int, int], {**NUMBERS, "propertyNames": {"format": "integer"}}),
         (dict[bool, int], {**NUMBERS, "propertyNames": {"format": "boolean"}}),
         (dict[uuid.UUID, int], {**NUMBERS, "propertyNames": {"format": "uuid"}}),

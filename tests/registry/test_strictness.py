@@ -187,7 +187,7 @@ def job_type(annotation: Any, **options: Any) -> JobType[Any]:
 
 
 HIDDEN = "which would be stored without its secrets"
-OWN_RULES = "which reads times, decimals, UUIDs or enums by rules of its own"
+OWN_RULES = "which reads times, decimals, UUIDs, addresses or enums by rules of its own"
 ADDRESS = (
     "Address, which drops unknown fields and is not strict: derive Address from Payload, or set"
     " model_config = ConfigDict(strict=True, extra='forbid')"

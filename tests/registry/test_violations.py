@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections import OrderedDict, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from enum import Enum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import pytest
 from hypothesis import given, settings
@@ -437,6 +439,62 @@ def test_an_item_of_a_tuple_has_the_fields_of_its_own_model() -> None:
         'There is no field "citi". Did you mean city?',
         "Expected a value of at least 5; got 4.",
     ]
+
+
+@dataclass
+class Leg:
+    way: Card | int
+    slot: Slot | None = None
+
+
+class Stop(NamedTuple):
+    way: Card | int
+    slot: Slot
+
+
+PLACES: list[tuple[Any, Any, list[tuple[str, str]]]] = [
+    (
+        Stop,
+        [{"kind": "card", "token": 1}, {"date": "2030-01-31", "lists": [1]}],
+        [("/part/0/token", "wrong_type"), ("/part/1/lists", "unknown_field")],
+    ),
+    (Stop, ["x", {}], [("/part/0", "wrong_type"), ("/part/1/date", "required")]),
+    (
+        OrderedDict[str, Card | int],
+        {"a": {"kind": "card"}, "b": None},
+        [("/part/a/token", "required"), ("/part/b", "wrong_type")],
+    ),
+    (
+        OrderedDict[Annotated[str, Field(max_length=1)], int],
+        {"ab": 1, "c": "x"},
+        [("/part/ab", "too_long"), ("/part/c", "wrong_type")],
+    ),
+    (deque[Card | int], [{"kind": "card", "x": 1, "token": ""}], [("/part/0/x", "unknown_field")]),
+    (deque[int] | int, [1, "x"], [("/part/1", "wrong_type")]),
+    (Mapping[str, int | str] | int, {"a": None}, [("/part/a", "wrong_type")]),
+    (
+        Leg,
+        {"way": {"kind": "card", "token": 1}, "slots": None},
+        [("/part/slots", "unknown_field"), ("/part/way/token", "wrong_type")],
+    ),
+]
+
+
+@pytest.mark.parametrize(("annotation", "sent", "expected"), PLACES)
+def test_a_violation_points_into_every_kind_of_container(
+    annotation: Any, sent: Any, expected: list[tuple[str, str]]
+) -> None:
+    model = create_model("Parts", __base__=Payload, part=(annotation | None, None))
+    found = violations_of(model, {"part": sent})
+    assert [(each.path, each.code) for each in found] == expected
+
+
+@pytest.mark.parametrize("kind", [dict, OrderedDict, Mapping])
+def test_the_size_of_an_object_is_counted_in_fields(kind: Any) -> None:
+    annotation = Annotated[kind[str, int], Field(max_length=1)]
+    model = create_model("Sized", __base__=Payload, part=(annotation, {}))
+    (found,) = violations_of(model, {"part": {"a": 1, "b": 2}})
+    assert found.message == 'Expected an object of at most 1 field; got {"a": 1, "b": 2}.'
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import datetime as dt
 import re
-from collections.abc import Callable
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Callable, Mapping
 from decimal import Decimal
 from enum import IntEnum
 from typing import Annotated, Any, Literal
@@ -19,6 +20,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import (
     Field,
+    IPvAnyAddress,
+    IPvAnyInterface,
+    IPvAnyNetwork,
     Json,
     NaiveDatetime,
     PositiveInt,
@@ -258,14 +262,34 @@ def test_two_fields_have_two_names_in_json() -> None:
     assert Apart(line_1="a", line1="b").model_dump() == {"first": "a", "line1": "b"}
 
 
-def test_keys_of_an_object_are_still_read_as_numbers() -> None:
-    class Keyed(Payload):
-        by_number: dict[int, int]
-
-    keyed = JobRegistry([JobType(name="test.keyed", payload=Keyed, example={"byNumber": {}})])
-    parsed = keyed.admit("test.keyed", {"byNumber": {"5": 1.0}}).payload
-    assert isinstance(parsed, Keyed)
+@pytest.mark.parametrize("kind", [dict, Mapping, OrderedDict, defaultdict])
+def test_keys_of_an_object_are_still_read_as_numbers(kind: Any) -> None:
+    model = create_model("Keyed", __base__=Payload, by_number=(kind[int, int], ...))
+    keyed = JobRegistry([JobType(name="test.keyed", payload=model, example={"byNumber": {}})])
+    parsed: Any = keyed.admit("test.keyed", {"byNumber": {"5": 1.0}}).payload
     assert parsed.by_number == {5: 1}
+    with pytest.raises(PayloadInvalid):
+        keyed.admit("test.keyed", {"byNumber": {"x": 1}})
+
+
+def test_a_counter_reads_its_keys_as_numbers() -> None:
+    class Counted(Payload):
+        votes: Counter[int]
+
+    counted = JobRegistry([JobType(name="test.counted", payload=Counted, example={"votes": {}})])
+    assert counted.validate("test.counted", {"votes": {"5": 2}}) == Counted(votes=Counter({5: 2}))
+
+
+@pytest.mark.parametrize("kind", [IPvAnyAddress, IPvAnyNetwork, IPvAnyInterface])
+@pytest.mark.parametrize("value", [1, True, 2.0, None])
+def test_an_address_is_text(kind: Any, value: Any) -> None:
+    model = create_model("Host", __base__=Payload, at=(kind, ...))
+    hosts = JobRegistry([JobType(name="test.host", payload=model, example={"at": "10.0.0.1"})])
+    with pytest.raises(PayloadInvalid) as refused:
+        hosts.admit("test.host", {"at": value})
+    assert [(v.path, v.code) for v in refused.value.violations] == [("/at", "wrong_type")]
+    parsed = hosts.validate("test.host", {"at": "::1"})
+    assert hosts.validate("test.host", hosts.request(parsed).payload) == parsed
 
 
 @pytest.mark.parametrize(
