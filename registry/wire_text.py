@@ -52,6 +52,10 @@ reveals_secrets: Final = ContextVar("reveals_secrets", default=False)
 MAPPINGS: Final = ("dict", "frozendict", "ordered-dict", "counter")
 """The kinds of core schemas that read an object with any names."""
 
+_JSON_HAS_NONE: Final = ("tuple", "set", "frozenset", "deque", "ordered-dict", "bytes")
+"""Kinds that read JSON the same way, strict or not. But after a validator of the user's own that
+runs first, Pydantic has JSON as Python values, and a strict tuple refuses the list that it is."""
+
 Reader = Callable[[Any, ValidationInfo], Any]
 """A validator that runs before Pydantic's own."""
 
@@ -75,6 +79,8 @@ def with_wire_text(part: dict[str, Any]) -> Any:
     kind = part.get("type", "")
     # What refers to this part then refers to it with its reader.
     ref, inner = part.get("ref"), {key: value for key, value in part.items() if key != "ref"}
+    if kind in _JSON_HAS_NONE and "strict" not in part:
+        part = {**part, "strict": False}
     if kind in MAPPINGS:
         return _with_keys_as_text(part)
     if kind in ("literal", "enum"):
@@ -112,8 +118,10 @@ def _with_keys_as_text(part: dict[str, Any]) -> dict[str, Any]:
     """Return a mapping without the reader of whole numbers for its keys: in JSON, they are text."""
     keys = part.get("keys_schema", {})
     if keys.get("type") == "function-before" and keys["function"]["function"] is _whole:
-        return {**part, "keys_schema": keys["schema"]}
-    return part
+        keys = keys["schema"]
+    if keys.get("type") in ("int", "float", "bool") and "strict" not in keys:
+        keys = {**keys, "strict": False}  # As `_JSON_HAS_NONE`.
+    return {**part, "keys_schema": keys} if keys else part
 
 
 def _with_numbers_apart(part: dict[str, Any]) -> Any:

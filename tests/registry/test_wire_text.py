@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import datetime as dt
 import re
-from collections import Counter, OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Mapping
 from decimal import Decimal
 from enum import IntEnum
@@ -33,6 +33,8 @@ from pydantic import (
     ValidationError,
     computed_field,
     create_model,
+    field_validator,
+    model_validator,
 )
 
 from job_registry import JobRegistry, JobType, Payload, PayloadInvalid
@@ -350,6 +352,62 @@ def test_a_time_in_python_needs_its_offset_too(payload: Whole) -> None:
 def test_what_a_payload_in_python_is_written_as_is_admitted(payload: Whole) -> None:
     parsed = REGISTRY.admit("test.whole", REGISTRY.request(payload).payload).payload
     assert parsed == payload
+
+
+def unchanged(value: Any) -> Any:
+    return value
+
+
+def passed_on(value: Any, handler: Any) -> Any:
+    return handler(value)
+
+
+runs_before: Any = staticmethod(unchanged)
+runs_around: Any = staticmethod(passed_on)
+VALIDATORS: dict[str, Any] = {
+    "model before": model_validator(mode="before")(runs_before),
+    "model wrap": model_validator(mode="wrap")(runs_around),
+    "field before": field_validator("v", mode="before")(runs_before),
+    "field wrap": field_validator("v", mode="wrap")(runs_around),
+}
+
+
+@pytest.mark.parametrize("validator", VALIDATORS)
+@pytest.mark.parametrize(
+    ("annotation", "sent", "refused"),
+    [
+        (tuple[int, str], [1, "a"], [1, 2]),
+        (tuple[Item, ...], [{"at": "2030-01-31T12:00:00Z"}], [{"at": "2030"}]),
+        (set[str], ["a"], [1]),
+        (frozenset[dt.date], ["2030-01-31"], "2030-01-31"),
+        (deque[int], [1.0], ["1"]),
+        (bytes, "abc", 1),
+        (dict[int, set[int]], {"1": [1]}, {"1": ["1"]}),
+        (dict[bool, int], {"true": 1}, {"x": 1}),
+        (OrderedDict[int, Grade], {"1": 2}, {"1": True}),
+        (int | tuple[int, int], [1, 2], [1]),
+        (list[int] | set[int], [1], {"a": 1}),
+    ],
+)
+def test_a_validator_that_runs_first_does_not_change_how_json_is_read(
+    validator: str, annotation: Any, sent: Any, refused: Any
+) -> None:
+    plain = create_model("Plain", __base__=Payload, v=(annotation, ...))
+    checked = create_model(
+        "Checked",
+        __base__=Payload,
+        __validators__={"check": VALIDATORS[validator]},
+        v=(annotation, ...),
+    )
+    registry = JobRegistry(
+        JobType(name=name, payload=model, example={"v": sent})
+        for name, model in (("plain", plain), ("checked", checked))
+    )
+    read: Any = registry.validate("checked", {"v": sent})
+    like: Any = registry.validate("plain", {"v": sent})
+    assert repr(read.v) == repr(like.v)
+    with pytest.raises(PayloadInvalid):
+        registry.admit("checked", {"v": refused})
 
 
 class Amount(Payload):
