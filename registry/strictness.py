@@ -1,4 +1,4 @@
-"""Finds the parts of a payload model that would take JSON which a payload refuses.
+"""Finds the parts of a payload model that would take JSON which a payload refuses, or lose it.
 
 A class inside a payload has rules of its own. The core schema says which rules hold where, for
 every kind of class, alias and annotation.
@@ -6,7 +6,8 @@ every kind of class, alias and annotation.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from enum import Enum
 from typing import Any, Final, NamedTuple
 
 from pydantic import BaseModel, RootModel, TypeAdapter
@@ -31,6 +32,9 @@ _DEPEND: Final = (
 _EXTRA: Final = {"ignore": "drops unknown fields", "allow": "takes unknown fields"}
 _OWN_RULES: Final = "reads times, decimals, UUIDs, addresses or enums by rules of its own"
 _HIDES_SECRETS: Final = "would be stored without its secrets"
+_NO_MEMBER: Final[Any] = vars(Enum)["_missing_"].__func__
+"""What an enum does with other values, unless it has a `_missing_` of its own."""
+
 _STRICT: Final = "ConfigDict(strict=True, extra='forbid')"
 
 
@@ -84,6 +88,11 @@ class _Finder:
             extra = schema.get("extra_behavior") or config.get("extra_fields_behavior", "ignore")
             if extra != "forbid":
                 self._add(owner, _EXTRA[extra])
+        self._parts += (f"{path}{fault}" for fault in _faults_of_part(schema, config))
+        for name, field in _fields(schema):
+            if field.get("serialization_exclude"):
+                at = f"{path}.{name}".lstrip(".")
+                self._parts.append(f"{at} would not be stored: remove exclude=True")
         if reads_as_its_schema_says(schema) and _validates_itself(owner.cls):
             self._add(owner, _OWN_RULES)
         if is_secret(schema) and _validates_itself(owner.cls):
@@ -113,6 +122,36 @@ def _validates_itself(cls: type) -> bool:
     )
 
 
+def _faults_of_part(schema: Any, config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what is wrong with one part, whatever class it is in, to be read after its path."""
+    match schema["type"]:
+        case "generator":
+            yield " is read only when it is iterated: use a list, a tuple or a Sequence"
+        case "bytes":
+            written, read = (config.get(f"{way}_json_bytes", "utf8") for way in ("ser", "val"))
+            if written != read:
+                yield (
+                    " is stored in another way than it is read: give ser_json_bytes and"
+                    " val_json_bytes the same value"
+                )
+        case "literal":
+            yield from _unlike_json((each, each) for each in schema["expected"])
+        case "enum" if schema["cls"]._missing_.__func__ is _NO_MEMBER:
+            yield from _unlike_json((each, each.value) for each in schema["members"])
+
+
+def _unlike_json(members: Iterable[tuple[object, object]]) -> Iterator[str]:
+    """Yield a fault for the first member whose value is not equal to any JSON."""
+    for member, value in members:
+        if not isinstance(value, str | int | float | list | dict | None):
+            shown = member if isinstance(member, Enum) else repr(member)
+            yield (
+                f" takes {shown}, to which no JSON is equal: use strings or numbers, such as those"
+                " of a StrEnum"
+            )
+            return
+
+
 def _depends(schema: Any, config: Mapping[str, Any]) -> bool:
     """Return whether a value without further parts takes other JSON where it is not strict."""
     if schema["type"] == "str":
@@ -126,12 +165,9 @@ def _below(schema: Any) -> Iterator[tuple[str, Any]]:
     The keys of an object are left out: they are strings in any JSON.
     """
     match schema["type"]:
-        case "model-fields" | "typed-dict":
-            for name, field in schema["fields"].items():
+        case "model-fields" | "typed-dict" | "dataclass-args" | "named-tuple":
+            for name, field in _fields(schema):
                 yield f".{name}", field["schema"]
-        case "dataclass-args" | "named-tuple":
-            for field in schema["fields"]:
-                yield f".{field['name']}", field["schema"]
         case "arguments" | "arguments-v3":
             for field in schema["arguments_schema"]:
                 yield f".{field['name']}", field["schema"]
@@ -158,6 +194,15 @@ def _below(schema: Any) -> Iterator[tuple[str, Any]]:
                     yield "[]", schema[key]
             if "schema" in schema:
                 yield "", schema["schema"]
+
+
+def _fields(schema: Any) -> Iterable[tuple[str, Any]]:
+    """Return the fields of a class with their names."""
+    if schema["type"] in ("model-fields", "typed-dict"):
+        return list(schema["fields"].items())
+    if schema["type"] in ("dataclass-args", "named-tuple"):
+        return [(field["name"], field) for field in schema["fields"]]
+    return ()
 
 
 def _mend(cls: type, reasons: Sequence[str]) -> str:

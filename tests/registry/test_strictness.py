@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from datetime import datetime, timedelta
+from collections.abc import Callable, Iterable
+from datetime import date, datetime, timedelta
 from decimal import Decimal
-from enum import Enum, IntEnum
+from enum import Enum, IntEnum, StrEnum
 from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
 from uuid import UUID
 
@@ -14,7 +14,17 @@ import pydantic.dataclasses
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import BaseModel, ConfigDict, Field, Json, RootModel, SecretStr, Strict, create_model
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    IPvAnyAddress,
+    Json,
+    RootModel,
+    SecretStr,
+    Strict,
+    create_model,
+)
 from pydantic_core import CoreSchema, core_schema
 from typing_extensions import TypeAliasType, TypedDict
 
@@ -135,6 +145,12 @@ class Meeting(BaseModel):
     at: datetime
 
 
+class Reachable(BaseModel):
+    model_config = STRICT
+
+    at: IPvAnyAddress
+
+
 @pydantic.dataclasses.dataclass(config=STRICT)
 class DataMeeting:
     at: datetime
@@ -152,6 +168,45 @@ class Graded(BaseModel):
 
 class Moment(RootModel[datetime]):
     model_config = ConfigDict(strict=True)
+
+
+class Team(Enum):
+    RED = "red"
+
+
+class Holiday(Enum):
+    NEW_YEAR = date(2030, 1, 1)
+
+
+class Named(Enum):
+    """It finds its member itself."""
+
+    NEW_YEAR = date(2030, 1, 1)
+
+    @classmethod
+    def _missing_(cls, value: object) -> Named | None:
+        return cls.NEW_YEAR if value == "2030-01-01" else None
+
+
+class Secretive(Payload):
+    pin: int = Field(default=0, exclude=True)
+
+
+@dataclasses.dataclass
+class SecretiveData:
+    pin: Annotated[int, Field(exclude=True)] = 0
+
+
+class OtherBytes(Payload):
+    model_config = ConfigDict(ser_json_bytes="base64")
+
+    data: list[bytes] = Field(default=[])
+
+
+class SameBytes(Payload):
+    model_config = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64")
+
+    data: bytes = b""
 
 
 def deliver(address: Address) -> None:
@@ -192,6 +247,9 @@ ADDRESS = (
     "Address, which drops unknown fields and is not strict: derive Address from Payload, or set"
     " model_config = ConfigDict(strict=True, extra='forbid')"
 )
+
+
+UNLIKE_JSON = "to which no JSON is equal: use strings or numbers, such as those of a StrEnum"
 
 
 @pytest.mark.parametrize(
@@ -235,6 +293,20 @@ ADDRESS = (
         (Moment, f"part is Moment, {OWN_RULES}: use what is in Moment itself"),
         (Account, f"part is Account, {HIDDEN}: derive Account from Payload"),
         (Password, f"part is Password, {HIDDEN}: use what is in Password itself"),
+        (Reachable, f"part is Reachable, {OWN_RULES}: derive Reachable from Payload"),
+        (Iterable[int], "part is read only when it is iterated: use a list, a tuple or a Sequence"),
+        (list[Iterable[int]], "part[] is read only when it is iterated"),
+        (Secretive, "part.pin would not be stored: remove exclude=True"),
+        (SecretiveData | None, "part.pin would not be stored: remove exclude=True"),
+        (
+            list[OtherBytes],
+            "part[].data[] is stored in another way than it is read: give ser_json_bytes and"
+            " val_json_bytes the same value",
+        ),
+        (Literal[Team.RED], f"part takes Team.RED, {UNLIKE_JSON}"),
+        (Literal["blue", Team.RED] | None, f"part takes Team.RED, {UNLIKE_JSON}"),
+        (list[Holiday], f"part[] takes Holiday.NEW_YEAR, {UNLIKE_JSON}"),
+        (Literal[b"x"], f"part takes b'x', {UNLIKE_JSON}"),
     ],
 )
 def test_a_part_that_is_less_strict_is_refused_with_what_to_do(
@@ -280,6 +352,10 @@ class Size(IntEnum):
     SMALL = 1
 
 
+class Tone(StrEnum):
+    LOW = "low"
+
+
 class Color(Enum):
     RED = "red"
 
@@ -323,6 +399,10 @@ Alias = TypeAliasType("Alias", int)
         (timedelta, "PT1H", [1, True]),
         (Annotated[str, Strict(False)], "1", [1]),
         (Decimal, "1.50", [1.5, 1]),
+        (Literal[Size.SMALL, Tone.LOW, "x"], "low", ["1", "LOW", True]),
+        (Named, "2030-01-01", ["2030-01-02", 1]),
+        (SameBytes, {"data": "YQ=="}, [{"data": 1}]),
+        (Literal["a", 1, True, None], None, ["1", 2, False]),
     ],
 )
 def test_a_part_that_is_as_strict_is_accepted(annotation: Any, good: Any, bad: list[Any]) -> None:
