@@ -154,7 +154,8 @@ class AssetFiles:
 
     def discard(self, incoming: Incoming) -> None:
         """Close and remove a file that was received."""
-        incoming.file.close()
+        with contextlib.suppress(OSError):  # What is still to be written may not fit on the disk.
+            incoming.file.close()
         incoming.path.unlink(missing_ok=True)
 
     def keep(self, incoming: Incoming, extension: str) -> bool:

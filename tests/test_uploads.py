@@ -6,6 +6,8 @@ import asyncio
 import io
 import os
 import re
+import resource
+import tempfile
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -272,6 +274,24 @@ async def test_a_storage_that_fails_is_told_without_its_paths(visit: Visit, asse
     assert code_of(answer) == (503, "assets_unavailable")
     assert str(assets) not in answer.text
     assert "retry-after" in answer.headers
+
+
+@pytest.mark.parametrize("where", ["folder", "bucket"])
+async def test_a_picture_that_fills_the_disk_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, assets: Path, tmp_path: Path, where: str
+) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    place = str(assets) if where == "folder" else f"memory://bucket{os.urandom(4).hex()}"
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limit[1]))  # As a disk without room.
+    try:
+        with pytest.raises(AssetsUnavailable):
+            await Uploads(place, 1_000_000).store("a", "1", "image/png", pieces(PNG, 5_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert files_of(assets) == files_of(temporary) == []
 
 
 async def test_pictures_are_stored_in_a_bucket_too(visit: Visit) -> None:
