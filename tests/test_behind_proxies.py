@@ -26,6 +26,7 @@ from tests import ROOT
 from tests.docs.pages import blocks_of
 from tests.http_client import Visit, serving
 from tests.postgresql_server import free_port
+from tests.test_auth import AUTH
 
 pytestmark = pytest.mark.any_database
 
@@ -71,6 +72,20 @@ async def test_addresses_are_forwarded_by_the_proxies_that_are_named_only(
     assert await second_status() == 429  # Both come from the same address.
     assert await second_status(proxies="192.0.2.0/24") == 429
     assert await second_status(proxies="127.0.0.1/32") == 200
+
+
+async def test_a_proxy_is_known_by_its_ipv4_address_on_a_server_of_both_protocols(
+    database_url: str,
+) -> None:
+    named = {"proxies": "192.0.2.0/24,127.0.0.0/8", "rate_limit": "1/minute"}
+    async with serving(database_url, "--no-worker", "--host", "::", **named, **AUTH) as (at, _):
+        url = f"http://127.0.0.1:{at.rpartition(':')[2]}"
+        async with httpx.AsyncClient(base_url=url) as client:
+            answers = [
+                await client.get("/jobs", headers={"x-forwarded-for": address})
+                for address in ("203.0.113.1", "203.0.113.2", "203.0.113.1")
+            ]
+    assert [answer.status_code for answer in answers] == [401, 401, 429]
 
 
 async def test_a_forwarded_address_is_no_way_around_the_check_of_machines(

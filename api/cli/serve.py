@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from ipaddress import ip_network
 from socket import socket
 from typing import TYPE_CHECKING, Annotated
 
@@ -88,7 +89,7 @@ def serve(
         log_config=None,
         server_header=False,
         proxy_headers=bool(settings.proxies),
-        forwarded_allow_ips=list(settings.proxies),
+        forwarded_allow_ips=_names_of_proxies(settings.proxies),
         lifespan="on",
         # Requests and jobs have the same time to end, from the same signal.
         timeout_graceful_shutdown=max(1, int(settings.shutdown_seconds)),
@@ -108,6 +109,20 @@ def serve(
         sys.exit(REFUSED)
     if not server.started:
         sys.exit(REFUSED)
+
+
+def _names_of_proxies(proxies: Sequence[str]) -> list[str]:
+    """Return the networks of the proxies. One of IPv4 is also returned as a part of IPv6, as a
+    server that listens on :: sees it (RFC 4291, section 2.5.5.2)."""
+    networks = [ip_network(proxy) for proxy in proxies]
+    return [
+        *map(str, networks),
+        *(
+            f"::ffff:{each.network_address}/{96 + each.prefixlen}"
+            for each in networks
+            if each.version == 4
+        ),
+    ]
 
 
 def _server(
