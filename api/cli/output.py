@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from io import TextIOWrapper
 from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
@@ -39,11 +40,14 @@ class OutputFailed(Exception):
 class Output:
     """Standard output. A failure to write to it raises `OutputFailed`, and no other error does.
 
-    They end the command: Rich and Typer would take some of them for the end of a pipe.
+    They end the command: Rich and Typer would take some of them for the end of a pipe. A character
+    that the encoding of the stream lacks is escaped, as Python does on standard error.
     """
 
     def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
     def write(self, text: str) -> int:
         """Write a text."""
@@ -91,7 +95,9 @@ def say(text: str, console: Console = out) -> None:
 
 def print_json(content: Any, *, lines: bool = False) -> None:
     """Print a JSON text, on one line with `lines`."""
-    text = json.dumps(content, indent=None if lines else 2, ensure_ascii=False)
+    # An encoding that lacks a character would escape it in another way than JSON.
+    is_unicode = str(getattr(sys.stdout, "encoding", None) or "utf-8").lower().startswith("utf")
+    text = json.dumps(content, indent=None if lines else 2, ensure_ascii=not is_unicode)
     # Only strings contain other characters that do not print, and JSON escapes them in the same
     # way.
     sys.stdout.write("\n".join(escaped(line) for line in text.split("\n")) + "\n")

@@ -209,6 +209,25 @@ def test_a_command_runs_also_with_a_closed_standard_error(
     assert (result.stdout != "") == (code == 0)
 
 
+@pytest.mark.parametrize("arguments", lines("types --json", "types", "schema"))
+def test_a_character_that_the_encoding_of_the_output_lacks_is_escaped(
+    jobs: Shell, arguments: list[str]
+) -> None:
+    (jobs.folder / "mails.py").write_text(
+        "from job_registry import JobType, Payload\n\n\n"
+        'class Mail(Payload):\n    """Schöne 日本."""\n\n\n'
+        'mail = JobType(name="mail.send", payload=Mail)\n'
+    )
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    process = jobs.start(*arguments, JOBS_CATALOG="mails", **ascii_only)
+    printed, said = process.communicate()
+    assert (process.returncode, said) == (0, "")
+    if "--json" in arguments:
+        assert json.loads(printed)[0]["description"] == "Schöne 日本."
+    else:
+        assert r"Sch\xf6ne \u65e5\u672c." in printed
+
+
 def run_to(
     output: TextIO, jobs: Shell, arguments: list[str], buffered: bool
 ) -> subprocess.CompletedProcess[str]:
