@@ -247,6 +247,8 @@ class HTTPConnection(HttpToolsProtocol):
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         assert isinstance(config, ServerConfig)
+        self._application = cast(ASGIApp, self.app)
+        self.app = cast(Any, self._serve)
         self._open = config.open
         self._bounds = config.open.bounds
         self._place = Place.SERVED
@@ -268,7 +270,7 @@ class HTTPConnection(HttpToolsProtocol):
         self._deadline = self.loop.time() + self._bounds.header_seconds
         self._place = self._open.add(self)
         if self._place is Place.RESERVE:
-            self.app = cast(Any, _only_health(cast(ASGIApp, self.app)))
+            self._application = _only_health(self._application)
         elif self._place is Place.REFUSED:
             self.end()
 
@@ -442,6 +444,19 @@ class HTTPConnection(HttpToolsProtocol):
         """Whether nothing more is read from the client, or written to it."""
         return self._is_ending or self.transport.is_closing()
 
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request. One that has not ended when the server does is refused."""
+        try:
+            await self._application(scope, receive, send)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or not task.cancelling():
+                raise  # Not by uvicorn, which cancels what runs on once its time is over.
+            if self.cycle.response_complete:
+                self.close()
+            else:
+                self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, _STOPPING)
+
     def _wait_if_done(self) -> None:
         # The last request that was parsed; pipelined ones come before it.
         if (
@@ -465,8 +480,8 @@ class HTTPConnection(HttpToolsProtocol):
         self._refusal = status
         raise _RequestTooLarge
 
-    def _refuse(self, status: HTTPStatus) -> None:
-        """Answer the request that is being read, and close the connection."""
+    def _refuse(self, status: HTTPStatus, reason: tuple[str, str] | None = None) -> None:
+        """Answer the request that is being read, or served, and close the connection."""
         cycle = self.cycle
         if self.has_ended:
             return
@@ -480,7 +495,7 @@ class HTTPConnection(HttpToolsProtocol):
         elif cycle is not None and self._phase is _Phase.BODY:
             self.close()  # It has been answered.
             return
-        self.transport.write(_refusal(status))
+        self.transport.write(_refusal(status, reason))
         self.close()
 
 
@@ -547,9 +562,12 @@ class _ResponseTransport:
             self._connection.transport.write(head)
 
 
-def _refusal(status: HTTPStatus) -> bytes:
-    """Return the response that refuses a request which no application has seen."""
-    body = to_json(error_content(*_REFUSALS[status]))
+def _refusal(status: HTTPStatus, reason: tuple[str, str] | None = None) -> bytes:
+    """Return the response that refuses a request which no application answers.
+
+    `reason` is the code and the message, unless they are those of the status.
+    """
+    body = to_json(error_content(*(reason or _REFUSALS[status])))
     headers = {"content-type": "application/json", **GUARDING_HEADERS, **_RETRY.get(status, {})}
     lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     return (
@@ -562,6 +580,8 @@ _RETRY: Final = {
     HTTPStatus.SERVICE_UNAVAILABLE: {"retry-after": "5"},
     HTTPStatus.TOO_MANY_REQUESTS: {"retry-after": "1"},
 }
+
+_STOPPING: Final = ("stopping", "The server stopped before it had answered the request.")
 
 _REFUSALS: Final = {
     HTTPStatus.BAD_REQUEST: ("bad_request", "The request is not valid HTTP."),

