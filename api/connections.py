@@ -606,7 +606,7 @@ def _only_health(app: ASGIApp) -> ASGIApp:
     """Return an application that serves the health paths of `app`, and refuses everything else."""
 
     async def serve(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["path"] in HEALTH_PATHS:
+        if scope["path"].endswith(HEALTH_PATHS):  # A proxy may not have stripped its prefix.
             await app(scope, receive, send)
             return
         content = error_content(*_REFUSALS[HTTPStatus.SERVICE_UNAVAILABLE])

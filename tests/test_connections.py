@@ -61,11 +61,11 @@ async def all_of(reader: asyncio.StreamReader) -> bytes:
     return received
 
 
-async def is_alive(address: str, seconds: float = 1.0) -> bool:
-    """Whether `/healthz` answers on a new connection."""
+async def is_alive(address: str, below: bytes = b"") -> bool:
+    """Whether `/healthz` answers on a new connection, below this path."""
     try:
-        async with opened(address) as (reader, writer), asyncio.timeout(seconds):
-            writer.write(HEALTH)
+        async with opened(address) as (reader, writer), asyncio.timeout(1):
+            writer.write(HEALTH.replace(b"/", below + b"/", 1))
             return b"200" in await reader.readline()
     except (ConnectionError, TimeoutError):
         return False
@@ -380,7 +380,10 @@ async def test_when_every_connection_is_busy_only_health_is_served(database_url:
     lease = 'leaseJobs(input: {jobTypes: ["payout.execute"], workerId: "w", waitSeconds: 20})'
     poll = json.dumps({"query": f"mutation {{ {lease} {{ __typename }} }}"}).encode()
     async with (
-        serving(database_url, "--no-worker", max_connections="16") as (address, _),
+        serving(database_url, "--no-worker", max_connections="16", root_path="/queue") as (
+            address,
+            _,
+        ),
         AsyncExitStack() as stack,
     ):
         for _ in range(16):
@@ -390,6 +393,7 @@ async def test_when_every_connection_is_busy_only_health_is_served(database_url:
         for _ in range(20):
             await stack.enter_async_context(opened(address))
         assert await is_alive(address)
+        assert await is_alive(address, below=b"/queue")
         answer = await answer_to(address, b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n")
         assert answer.startswith("HTTP/1.1 503 ")
         assert "retry-after: 5" in answer
