@@ -12,8 +12,11 @@ def main() -> None:
     handled = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if handled:
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-    if sys.stderr is None:  # It was closed before the start, as in `2>&-`.
-        _discard_errors()
+    for number, stream in enumerate((sys.stdin, sys.stdout, sys.stderr)):
+        if stream is None:  # It was closed before the start, as in `2>&-`.
+            _take_number(number)
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     from job_registry_api.cli import command
 
     if handled:
@@ -21,8 +24,11 @@ def main() -> None:
     command.run()
 
 
-def _discard_errors() -> None:
-    # On its own number: else a database or a connection takes that, and gets what is written there.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    os.set_inheritable(2, True)
-    sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+def _take_number(number: int) -> None:
+    """Open nothing under the number of a standard stream.
+
+    Else a database or a connection takes it, and gets what is written there; and libuv aborts the
+    process when it closes a connection with such a number.
+    """
+    os.dup2(os.open(os.devnull, os.O_RDWR), number)
+    os.set_inheritable(number, True)

@@ -54,11 +54,12 @@ def run() -> None:
     """Run the command. Expected errors become a message and an exit code."""
     startup.collect_garbage_rarely()
     try:
-        with contextlib.redirect_stdout(cast(TextIO, Output(sys.stdout))):
+        output = Output(sys.stdout)
+        with contextlib.redirect_stdout(cast(TextIO, output)):
             try:
                 app()
             finally:
-                sys.stdout.flush()
+                output.flush()
     except OutputFailed as failure:
         fail_without_output(failure)
     except SettingsInvalid as invalid:

@@ -69,6 +69,7 @@ def serve(
 
         run_with_reload(settings)
         return
+    startup.leave_output_to_handlers()
     supervisor = supervisor_on(channel)
     registry = startup.read_registry(settings)
     if worker or settings.max_upload_bytes:

@@ -11,7 +11,7 @@ import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TextIO, cast
 
 import typer
 
@@ -33,6 +33,12 @@ CHANNEL: Final = typer.Option(
     "--channel", hidden=True, help="The descriptor of the channel to `serve --processes`."
 )
 """The option with which `serve --processes` starts its processes."""
+
+
+def leave_output_to_handlers() -> None:
+    """Let handlers and modules of job types print as in any program: to nowhere, if standard output
+    is closed. For a command that prints nothing there itself."""
+    sys.stdout = cast(TextIO, sys.__stdout__)
 
 
 def read_settings(*, log_events: bool = False, **overrides: Any) -> Settings:

@@ -57,6 +57,7 @@ def worker(
 
         run_with_reload(settings)
         return
+    startup.leave_output_to_handlers()
     supervisor = supervisor_on(channel)
     registry = startup.read_registry(settings)
     names = [name.strip() for name in (types or "").split(",") if name.strip()]

@@ -8,9 +8,11 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, TextIO
 
+import httpx
 import pytest
 import structlog
 
@@ -207,6 +209,49 @@ def test_a_command_runs_also_with_a_closed_standard_error(
     assert (result.returncode, result.stderr) == (code, "")
     assert "Traceback" not in result.stdout
     assert (result.stdout != "") == (code == 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("closed", "numbers"), [("<&-", {0}), (">&-", {1}), ("<&- >&-", {0, 1})])
+def test_a_server_runs_and_ends_also_with_closed_standard_streams(
+    jobs: Shell, closed: str, numbers: set[int]
+) -> None:
+    (jobs.folder / "loud.py").write_text(
+        "from job_registry import JobContext, JobType, Payload\n\n\n"
+        "class Empty(Payload):\n    pass\n\n\n"
+        'loud = JobType(name="loud", payload=Empty)\nprint("imported")\n\n\n'
+        "@loud.handler\n"
+        'def shout(job: JobContext, payload: Empty) -> None:\n    print("ran")\n'
+    )
+    server = subprocess.Popen(
+        ["bash", "-c", f"exec {sys.executable} -m job_registry_api.cli serve --port 0 {closed}"],
+        cwd=jobs.folder,
+        env=jobs.environment | {"JOBS_LOG_LEVEL": "warning", "JOBS_CATALOG": "loud"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert server.stderr is not None
+    try:
+        url = server.stderr.readline().split()[3].removesuffix("/graphql")
+        job = httpx.post(f"{url}/jobs", json={"type": "loud", "payload": {}}, timeout=20)
+        give_up = time.monotonic() + 20
+        status = ""
+        while status not in ("succeeded", "failed") and time.monotonic() < give_up:
+            time.sleep(0.1)
+            status = httpx.get(url + job.headers["location"], timeout=20).json()["status"]
+        files = {
+            number: str(Path(f"/proc/{server.pid}/fd/{number}").readlink()) for number in numbers
+        }
+    finally:
+        server.terminate()
+        printed, said = server.communicate(timeout=30)
+    assert status == "succeeded"
+    assert (server.returncode, said) == (0, "")
+    assert printed == ("" if 1 in numbers else "imported\nran\n")
+    # Nothing that the server opens has the number of a stream.
+    assert files == dict.fromkeys(numbers, "/dev/null")
 
 
 @pytest.mark.parametrize("arguments", lines("types --json", "types", "schema"))
