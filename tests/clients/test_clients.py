@@ -14,17 +14,24 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Final
+from uuid import UUID
 
 import httpx
 import jwt
 import pytest
 
-from job_registry_api.graphql.schema import SDL_FILE
-from tests.docs.pages import blocks
+from job_registry import JobRegistry, JobType, Payload
+from job_registry.catalog.payout import payout_execute
+from job_registry.catalog.thumbnail import thumbnail_create
+from job_registry_api.graphql.scalars import SCALARS
+from job_registry_api.graphql.schema import SDL_FILE, sdl
+from tests.docs.pages import REACT, WORKERS, blocks
 from tests.http_client import serving
-from tests.node_packages import build_project, skip_without_packages
+from tests.node_packages import build_project, copy_project, skip_without_packages
 from tests.postgresql_server import free_port
 from tests.test_own_jobs import ADA, BOB, SECRET
 
@@ -138,6 +145,38 @@ async def test_introspection_of_a_server_generates_the_same_types_as_its_schema_
     for name in ("graphql.ts", "possibleTypes.ts"):
         from_server = (tmp_path / "src" / "gen" / name).read_text("utf-8")
         assert from_server == (built.parent / "src" / "gen" / name).read_text("utf-8")
+
+
+class Everything(Payload):
+    """One field per scalar of the schema."""
+
+    moment: datetime
+    day: date
+    time_of_day: time
+    length: timedelta
+    amount: Decimal
+    id: UUID
+    count: int
+    anything: object = None
+
+
+@pytest.mark.parametrize("configuration", ["docs/clients.md", REACT, WORKERS / "typescript"])
+def test_types_are_generated_from_a_schema_with_every_scalar(
+    configuration: str | Path, tmp_path: Path
+) -> None:
+    skip_without_packages()
+    everything = JobType(name="demo.everything", payload=Everything)
+    schema = sdl(JobRegistry([everything, thumbnail_create, payout_execute]))
+    assert all(f"scalar {scalar.name}" in schema for scalar in SCALARS.values())
+    (tmp_path / SDL_FILE.name).write_text(schema, "utf-8")
+    if isinstance(configuration, Path):
+        copy_project(configuration, tmp_path)
+    else:
+        (tmp_path / "src").mkdir()
+        shutil.copy(HERE / "operations.graphql", tmp_path / "src")
+        text = _setups(8000)["codegen.yml"].replace("http://127.0.0.1:8000/graphql", SDL_FILE.name)
+        (tmp_path / "codegen.yml").write_text(text, "utf-8")
+    build_project(tmp_path, ["graphql-codegen"], SCHEMA=SDL_FILE.name)
 
 
 @pytest.mark.parametrize("name", PYTHON_PROGRAMS)
