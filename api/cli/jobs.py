@@ -278,8 +278,10 @@ async def _show(settings: Settings, registry: JobRegistry, job_id: str, as_json:
             say(f"{name:<16}{value}")
     for each in attempts:
         ends = f"to {_time(each.finished_at)} {each.outcome.value}" if each.outcome else "runs"
+        # Its place in the concurrency limit is taken, though no job is running.
+        place = ", and its handler still runs, in " if each.still_running else ", "
         why = f", {_error(each.error)}" if each.error else ""
-        say(f"attempt {each.attempt:<8}{_time(each.started_at)} {ends}, {each.worker_id}{why}")
+        say(f"attempt {each.attempt:<8}{_time(each.started_at)} {ends}{place}{each.worker_id}{why}")
     for each, line in lines:
         data = f" {_text(line.data)}" if line.data else ""
         say(

@@ -28,6 +28,7 @@ __all__ = ["jobs"]
 
 CATALOG = """
 import asyncio
+import time
 from job_registry import Backoff, JobContext, JobPolicy, JobType, Payload
 
 class Number(Payload):
@@ -38,6 +39,13 @@ fails = JobType(name="demo.fails", payload=Number, policy=once)
 waits = JobType(name="demo.waits", payload=Number, policy=once)
 later = JobPolicy(max_attempts=2, backoff=Backoff(base_seconds=3600, cap_seconds=3600))
 again = JobType(name="demo.again", payload=Number, policy=later)
+
+one = JobPolicy(max_attempts=1, timeout_seconds=1, concurrency_limit=1)
+stubborn = JobType(name="demo.stubborn", payload=Number, policy=one)
+
+@stubborn.handler
+def ignore_timeouts(job: JobContext, payload: Number) -> None:
+    time.sleep(20)
 
 @again.handler
 @fails.handler
@@ -204,6 +212,20 @@ def test_a_job_that_waits_for_its_next_attempt_does_not_run(demo: Shell) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_an_attempt_that_has_timed_out_and_still_runs_is_shown_as_what_others_wait_for(
+    demo: Shell,
+) -> None:
+    first, second = enqueued(demo, "demo.stubborn", numbers=2)
+    with worker(demo):
+        wait_for(demo, first, "failed")
+        assert "1 of its type run, and its limit is 1" in demo("list", "demo.stubborn").stdout
+        lines = demo("show", first).stdout.splitlines()
+        (attempt,) = (line for line in lines if line.startswith("attempt 1"))
+        assert " timed_out, and its handler still runs, in " in attempt
+    assert shown(demo, second)["status"] == "queued"
+
+
 def test_a_parked_job_names_the_faults_of_its_payload(demo: Shell) -> None:
     (parked,) = enqueued(demo, "demo.waits")
     renamed = CATALOG.replace("number: int", "size: int").replace("payload.number", "1")
