@@ -19,6 +19,7 @@ from sqlalchemy.orm import Session
 from job_registry import JobRegistry, JobType, Payload
 from job_registry.errors import near, shortened
 from job_registry_api import defaults
+from job_registry_api.logs import use_standard_logging
 from job_registry_api.queue.caller_transactions import publish_after_commit
 from job_registry_api.queue.errors import JobFailed
 from job_registry_api.queue.models import JobRecord, JobStatus
@@ -77,6 +78,7 @@ class TestQueue(JobQueue):
     ) -> None:
         if not isinstance(registry, JobRegistry):
             registry = JobRegistry(registry)
+        use_standard_logging()
         self.file = _file or QueueFile()
         """The database of the queue, and its clock."""
         self.assets = str(self.file.folder / "assets" if assets is None else assets)

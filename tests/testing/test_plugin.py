@@ -197,6 +197,29 @@ def test_a_failure_shows_the_lines_of_the_user(project: Path, run: Run) -> None:
     assert not [path for path in shown if "testing/queue.py" in path]
 
 
+def test_log_lines_go_to_the_loggers_that_they_have_outside_of_tests(
+    project: Path, run: Run
+) -> None:
+    write(
+        project,
+        "test_log.py",
+        """
+        import logging
+        from myjobs import MailSend
+
+        def test_a_line(job_queue, caplog, capsys):
+            caplog.set_level(logging.INFO)
+            job_queue.sync.enqueue(MailSend(to="ada"))
+            job_queue.sync.drain()
+            succeeded = caplog.messages[-1]
+            assert succeeded.startswith("job.succeeded job_id=")
+            assert caplog.records[-1].name == "job_registry.events"
+            assert capsys.readouterr().out == ""
+        """,
+    )
+    assert passed(run()) == 1
+
+
 def test_loading_it_imports_nothing_but_pytest() -> None:
     """pytest loads it in every project that has Job Registry installed."""
     code = f"""
