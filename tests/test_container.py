@@ -20,7 +20,8 @@ from tests import ROOT
 
 HADOLINT = shutil.which("hadolint", path=str(Path(sys.executable).parent))
 VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*)|:\?[^}]*)?\}")
-GIVEN = {"POSTGRES_PASSWORD": "secret", "JOBS_AUTH_HS256_SECRET": "s" * 32}
+# In a URL, each of the signs in this password would have to be escaped.
+GIVEN = {"POSTGRES_PASSWORD": "se/c@r?e%41t", "JOBS_AUTH_HS256_SECRET": "s" * 32}
 
 
 def instructions() -> list[str]:
@@ -117,7 +118,8 @@ def test_the_services_of_the_compose_file_have_valid_settings_and_commands() -> 
     for name in ("migrate", "server", "worker"):
         service = services[name]
         settings = load_settings(service["environment"])
-        assert settings.database_url.startswith("postgresql://jobs:secret@database/")
+        assert settings.database_url == "postgresql://jobs@database/jobs"
+        assert service["environment"]["PGPASSWORD"] == GIVEN["POSTGRES_PASSWORD"]
         assert settings.production
         grace = int(service["stop_grace_period"].removesuffix("s"))
         assert grace == settings.shutdown_seconds + 15
