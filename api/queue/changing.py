@@ -10,13 +10,20 @@ from job_registry import JobRegistry
 from job_registry_api.queue.errors import InputInvalid, JobNotFound, JobStateConflict
 from job_registry_api.queue.events import Events, JobEvent
 from job_registry_api.queue.filters import check_owner
-from job_registry_api.queue.models import JobRecord, Owner
+from job_registry_api.queue.models import JobRecord, JobStatus, Owner
 from job_registry_api.queue.opening import Opening
 from job_registry_api.queue.requests import parse_job_id, unknown_types
 from job_registry_api.queue.store import Store
 
 UNPARK_BATCH: Final = 500
 """Jobs per transaction. On SQLite, leases wait for it."""
+
+CHANGE_TRIES: Final = 3
+"""How often a change is tried on a job that others change between the statement and the look at why
+it changed nothing."""
+
+_ENDED: Final = (JobStatus.FAILED, JobStatus.CANCELLED)
+_NOT_ENDED: Final = (JobStatus.QUEUED, JobStatus.RUNNING)
 
 
 class Changing(Opening):
@@ -35,7 +42,7 @@ class Changing(Opening):
             JobNotFound: no job has this id, or another subject enqueued it.
             JobStateConflict: the job has ended.
         """
-        return await self._change(job_id, owner, self._store.cancel, "cancelled")
+        return await self._change(job_id, owner, self._store.cancel, "cancelled", _NOT_ENDED)
 
     async def retry(self, job_id: str | uuid.UUID, *, owner: Owner | None = None) -> JobRecord:
         """Queue a failed or cancelled job again, to run now, with at least one attempt left.
@@ -46,7 +53,7 @@ class Changing(Opening):
             JobNotFound: no job has this id, or another subject enqueued it.
             JobStateConflict: the job is neither failed nor cancelled.
         """
-        return await self._change(job_id, owner, self._store.retry, "retried")
+        return await self._change(job_id, owner, self._store.retry, "retried", _ENDED)
 
     async def unpark(self, job_types: Sequence[str] | None = None) -> int:
         """Make the parked jobs of these types due for every worker, and return how many there were.
@@ -82,14 +89,18 @@ class Changing(Opening):
         owner: Owner | None,
         change: Callable[[uuid.UUID, Owner | None], Awaitable[JobRecord | None]],
         operation: str,
+        changeable: Sequence[JobStatus],
     ) -> JobRecord:
         self.check_open()
         check_owner(owner)
-        job = await change(parse_job_id(job_id), owner)
-        if job is None:
-            found = await self._store.get(parse_job_id(job_id), owner)
+        wanted = parse_job_id(job_id)
+        tries = 0
+        while (job := await change(wanted, owner)) is None:
+            tries += 1
+            found = await self._store.get(wanted, owner)
             if found is None:
                 raise JobNotFound(str(job_id))
-            raise JobStateConflict(str(job_id), found.status, operation)
+            if found.status not in changeable or tries == CHANGE_TRIES:
+                raise JobStateConflict(str(job_id), found.status, operation)
         self.events.publish([JobEvent.of_change(job)])
         return job

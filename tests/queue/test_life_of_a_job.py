@@ -25,6 +25,7 @@ from job_registry_api.queue.reading import (
     NoWorkerSeen,
     ScheduledFor,
 )
+from job_registry_api.queue.store import Store
 from tests.conftest import advance, async_url
 
 BROKEN = JobError("broken", "It broke.")
@@ -302,6 +303,28 @@ async def test_a_job_that_was_done_before_its_cancellation_arrived_succeeded(
     lease = await lease_one(queue)
     await queue.cancel(job.id)
     assert (await queue.complete(lease.token)).status is JobStatus.SUCCEEDED
+
+
+async def test_a_change_that_another_has_just_made_possible_is_made(
+    queue: JobQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before, to cancel a queued job failed, because it was queued."""
+    job = await enqueue(queue)
+    await queue.cancel(job.id)
+    get, waiting = Store.get, [queue.retry, queue.cancel]
+
+    async def changed_meanwhile(store: Store, *arguments: Any) -> Any:
+        if waiting:
+            await waiting.pop(0)(job.id)
+        return await get(store, *arguments)
+
+    monkeypatch.setattr(Store, "get", changed_meanwhile)
+    assert (await queue.cancel(job.id)).status is JobStatus.CANCELLED
+    await queue.retry(job.id)
+    assert (await queue.retry(job.id)).status is JobStatus.QUEUED
+    with pytest.raises(JobStateConflict) as refused:
+        await queue.retry(job.id)
+    assert refused.value.status is JobStatus.QUEUED
 
 
 async def test_failed_and_cancelled_jobs_are_retried_with_an_attempt_left(
