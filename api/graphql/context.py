@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
@@ -39,6 +40,9 @@ JOBS_AT_ONCE: Final = 32
 JOBS_BYTES: Final = 1_000_000
 """The most that the jobs that are read at once weigh together."""
 
+JOBS_SECONDS: Final = 1.0
+"""For how long the jobs that were read at once are sent. A host may send events slowly."""
+
 
 class JobsOfEvents:
     """The jobs of events that are sent one after another, read some at a time.
@@ -50,6 +54,7 @@ class JobsOfEvents:
         self._queue = queue
         self._ids = list(dict.fromkeys(event.job_id for event in events))
         self._read: dict[UUID, JobRecord | None] = {}
+        self._read_until = 0.0
 
     async def get(self, job_id: str, owner: Owner | None) -> JobRecord:
         """Return the job of one of the events. `owner` is that of `JobQueue.get`.
@@ -58,6 +63,8 @@ class JobsOfEvents:
             JobNotFound: the job was deleted, or another subject enqueued it.
         """
         wanted = UUID(job_id)
+        if time.monotonic() > self._read_until:
+            self._read = {}
         if wanted not in self._read:
             place = self._ids.index(wanted)
             ids = self._ids[place : place + JOBS_AT_ONCE]
@@ -66,6 +73,7 @@ class JobsOfEvents:
                 # Without those that did not fit; those that are not found are None.
                 self._read = {} if page.stopped_early else dict.fromkeys(ids)
                 self._read |= {job.id: job for job in page.jobs}
+                self._read_until = time.monotonic() + JOBS_SECONDS
         if wanted not in self._read:
             return await self._queue.get(job_id, owner=owner)
         job = self._read[wanted]

@@ -155,11 +155,13 @@ class FollowedJobs:
                 yield current
             while True:
                 await self.wait(subscription)
-                for _, _, event in await self.visible(subscription.take_unread()):
+                found = await self.visible(subscription.take_unread())
+                jobs = self.jobs_of(found)
+                for _, _, event in found:
                     self.context.forget()
                     # Each event may be requested by another task, which resolves its fields.
                     hosted_operation.set(self.hosted)
-                    yield JobEvent.of(event)
+                    yield JobEvent.of(event, jobs)
 
     def subscribed(self, after: str | None = None) -> AbstractContextManager[events.Subscription]:
         """Subscribe to the events after the one with the id `after`, or from now on.

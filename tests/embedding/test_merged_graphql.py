@@ -19,7 +19,10 @@ from strawberry.tools import merge_types
 from job_registry import EnqueueRequest, JobRegistry, JobType, Payload
 from job_registry.discovery import load_registry
 from job_registry_api import Caller, GraphQLTypes, JobQueue, RequestLimits, graphql_types
+from job_registry_api.graphql import context as graphql_context
 from job_registry_api.graphql.schema import SDL_FILE, sdl
+from job_registry_api.queue.enqueueing import Enqueued
+from job_registry_api.queue.store import Store
 
 ALL = frozenset({"jobs:enqueue", "jobs:read", "jobs:work", "jobs:admin"})
 PAYOUT = {"type": "payout.execute", "payload": {"batchId": "b-1", "escrowId": "e-1"}}
@@ -288,6 +291,41 @@ async def test_subscriptions_get_events_whose_fields_resolve(queue: JobQueue) ->
     assert [each["name"] for each in found] == ["job.created", "job.created"]
     assert {each["job"]["createdBy"] for each in found} == {"ada"}
     assert found[0]["job"]["attempts"] == []
+
+
+async def test_a_subscription_reads_the_jobs_of_a_burst_together_and_not_long_before_they_are_sent(
+    queue: JobQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphql_context, "JOBS_SECONDS", 0.2)
+    schema = host_schema(graphql_types(queue, authenticate=caller_of))
+    statements = 0
+    for name in ("get", "list_many"):
+        read = getattr(Store, name)
+
+        async def counted(*arguments: Any, read: Any = read) -> Any:
+            nonlocal statements
+            statements += 1
+            return await read(*arguments)
+
+        monkeypatch.setattr(Store, name, counted)
+    document = "subscription { jobEvents { job { id status } } }"
+    async with aclosing(events_of(schema, document)) as events:
+        first = asyncio.ensure_future(anext(events))
+        while queue.events.subscribers == 0:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        payload = {"batchId": "b-1", "escrowId": "e-1"}
+        stored = await queue.enqueue_many([EnqueueRequest("payout.execute", payload)] * 100)
+        ids = [each.job.id for each in stored if isinstance(each, Enqueued)]
+        found = [await first]
+        for _ in range(49):
+            found.append(await anext(events))
+        assert statements < 10
+        await queue.cancel(ids[50])
+        await asyncio.sleep(0.3)
+        found += [await anext(events) for _ in range(50)]
+    jobs = [each.data["jobEvents"]["job"] for each in found]
+    assert [each["id"] for each in jobs] == [str(each) for each in ids]
+    assert [each["status"] for each in jobs].index("CANCELLED") == 50
 
 
 @pytest.mark.any_database
