@@ -268,7 +268,8 @@ class JobType(Generic[P]):
         """A hash of what the payload's schema demands: 64 hexadecimal digits of SHA-256.
 
         It is stored with each job. A job that was admitted in an older form has the hash of the
-        older model. Titles, descriptions and examples do not change it.
+        older model. Titles, descriptions and examples do not change it, nor does the order of
+        fields and values.
         """
         return self._model.fingerprint
 

@@ -10,7 +10,7 @@ from typing import Any, Final, cast
 
 from pydantic import BaseModel, JsonValue
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
-from pydantic_core import core_schema, to_jsonable_python
+from pydantic_core import core_schema, to_json, to_jsonable_python
 
 from job_registry.wire_text import reads_decimals_as_text
 
@@ -34,7 +34,7 @@ def json_schema_of(model: type[BaseModel], description: str) -> dict[str, Any]:
 def fingerprint_of(schema: Mapping[str, Any]) -> str:
     """Return a hash of what a schema demands: 64 hexadecimal digits of SHA-256.
 
-    Titles, descriptions and examples do not change it.
+    Titles, descriptions and examples do not change it, nor does the order of fields and values.
     """
     text = json.dumps(demands_of(schema), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
@@ -70,6 +70,10 @@ class _JsonSchema(GenerateJsonSchema):
             return super().generate_inner(schema)
         finally:
             self._class_config = outer
+
+    def get_default_value(self, schema: core_schema.WithDefaultSchema) -> Any:
+        """Return the default, with its sets in an order that all processes have."""
+        return _in_order(super().get_default_value(schema))
 
     def function_before_schema(
         self, schema: core_schema.BeforeValidatorFunctionSchema
@@ -164,6 +168,33 @@ def _names(keys: JsonSchemaValue) -> JsonSchemaValue:
     return names
 
 
+def _in_order(value: Any) -> Any:
+    """Return a value with its sets as sorted lists. The order of a set of enums, or of text inside
+    another value, is another one in each process."""
+    if isinstance(value, set | frozenset):
+        items = [_in_order(item) for item in value]
+        try:
+            return sorted(items)
+        except TypeError:
+            return sorted(items, key=to_json)
+    if type(value) in (list, tuple):
+        return [_in_order(item) for item in value]
+    if type(value) is dict:
+        return {key: _in_order(item) for key, item in value.items()}
+    if isinstance(value, BaseModel):
+        fields = value.model_dump(by_alias=True)
+        return _in_order(fields) if _has_set(fields) else value
+    return value
+
+
+def _has_set(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_has_set, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(_has_set, value))
+    return isinstance(value, set | frozenset)
+
+
 def _time_bounds(
     schema: core_schema.DateSchema
     | core_schema.DatetimeSchema
@@ -182,14 +213,21 @@ def _demands(schema: Any) -> Any:
     if not isinstance(schema, dict):
         return schema
     return {
-        key: (
-            {name: _demands(inner) for name, inner in value.items()}
-            if key in ("properties", "$defs") and isinstance(value, dict)
-            else _demands(value)
-        )
+        key: _demands_of_keyword(key, value)
         for key, value in schema.items()
         if key not in ("title", "description", "examples", "$schema")
     }
+
+
+def _demands_of_keyword(key: str, value: Any) -> Any:
+    if key in ("properties", "$defs") and isinstance(value, dict):
+        return {name: _demands(inner) for name, inner in value.items()}
+    if key in ("const", "default"):
+        return value  # A value, which may be an object with any names.
+    if key in ("required", "enum") and isinstance(value, list):
+        # In a model they have the order of its lines.
+        return sorted(value, key=to_json)
+    return _demands(value)
 
 
 def _example_of(schema: Any, definitions: Mapping[str, Any], references: int) -> JsonValue:

@@ -25,6 +25,8 @@ from job_registry import (
 )
 from job_registry.catalog.payout import payout_execute
 from job_registry.catalog.thumbnail import thumbnail_create
+from job_registry.evolution import changes_between
+from job_registry.lock import Lock, lock_text, released_types
 
 
 class Color(Enum):
@@ -368,6 +370,38 @@ def test_a_fingerprint_changes_with_the_demands_and_not_with_the_words() -> None
     assert fingerprint(description="Words.", examples=["x"]) == plain
     assert fingerprint(max_length=5) != plain
     assert len(plain) == 64
+
+
+@pytest.mark.parametrize("name", ["title", "description", "examples", "$schema", "x"])
+def test_a_fingerprint_changes_with_a_default_whatever_its_names(name: str) -> None:
+    def job_type(value: str) -> JobType[Any]:
+        model = create_model("Model", __base__=Payload, v=(dict[str, str], {name: value}))
+        return JobType(name="a", payload=model)
+
+    one, two = job_type("one"), job_type("two")
+    assert one.fingerprint != two.fingerprint
+    changes = changes_between(released_types([one]), released_types([two]))
+    assert [(change.kind, change.path) for change in changes] == [("default", "/v")]
+
+
+def test_a_fingerprint_does_not_change_with_the_order_of_fields_and_values() -> None:
+    class First(Payload):
+        """A payload."""
+
+        b: int
+        a: int
+        required: Literal["x", "y"] | None = None
+        enum: set[str] = Field(default={"x", "y"})
+
+    class Second(Payload):
+        enum: set[str] = Field(default={"y", "x"})
+        required: Literal["y", "x"] | None = None
+        a: int
+        b: int
+
+    first, second = JobType(name="a", payload=First), JobType(name="a", payload=Second)
+    assert first.fingerprint == second.fingerprint
+    assert lock_text(Lock(released_types([first]))) == lock_text(Lock(released_types([second])))
 
 
 def test_a_registry_finds_its_types_and_suggests_the_nearest() -> None:

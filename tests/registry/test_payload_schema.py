@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import enum
 import json
 import uuid
 from collections import Counter, OrderedDict
@@ -158,6 +159,44 @@ def test_a_schema_says_what_a_class_does_to_its_text() -> None:
     payload = {"item": " A ", "note": " B ", "address": {"city": " C "}, "tags": [" D "]}
     read = Order.model_validate_json(json.dumps(payload))
     assert (read.item, read.note, read.address.city, read.tags) == ("a", " b ", " C ", ["d"])
+
+
+class Letter(enum.Enum):
+    A = "a"
+    B = "b"
+    C = "c"
+    D = "d"
+    E = "e"
+    F = "f"
+
+
+LETTERS = list("abcdef")
+
+
+class Sorted(Payload):
+    letters: frozenset[Letter] = frozenset(Letter)
+
+
+@pytest.mark.parametrize(
+    ("default", "described"),
+    [
+        (set(Letter), LETTERS),
+        (set(LETTERS), LETTERS),
+        ({10, 9, 2}, [2, 9, 10]),
+        ({*LETTERS, 1, 2}, [*LETTERS, 1, 2]),
+        ([set(LETTERS)], [LETTERS]),
+        (frozenset({frozenset(LETTERS), frozenset("a")}), [["a"], LETTERS]),
+        ({"k": (frozenset(LETTERS), 1)}, {"k": [LETTERS, 1]}),
+        (Sorted(), {"letters": LETTERS}),
+        ([Sorted(letters=frozenset())], [{"letters": []}]),
+        ((Decimal("1.50"), datetime.date(2030, 1, 31)), ["1.50", "2030-01-31"]),
+    ],
+)
+def test_a_set_is_a_default_in_the_same_order_in_every_process(
+    default: Any, described: Any
+) -> None:
+    model = create_model("Some", __base__=Payload, v=(Any, default))
+    assert json_schema_of(model, "")["properties"]["v"]["default"] == described
 
 
 @pytest.mark.parametrize(
