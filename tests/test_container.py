@@ -123,6 +123,8 @@ def test_the_services_of_the_compose_file_have_valid_settings_and_commands() -> 
         assert settings.production
         grace = int(service["stop_grace_period"].removesuffix("s"))
         assert grace == settings.shutdown_seconds + 15
+        # Without one, nothing removes the processes that handlers leave behind.
+        assert service["init"] is True
         command, *options = service["command"]
         known = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output
         for option in options:
