@@ -12,7 +12,7 @@ from pydantic import BaseModel, JsonValue
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema, to_json, to_jsonable_python
 
-from job_registry.wire_text import reads_decimals_as_text
+from job_registry.wire_text import ordered, reads_decimals_as_text
 
 MAX_REFERENCES: Final = 10
 """How many models an example has inside each other."""
@@ -172,11 +172,7 @@ def _in_order(value: Any) -> Any:
     """Return a value with its sets as sorted lists. The order of a set of enums, or of text inside
     another value, is another one in each process."""
     if isinstance(value, set | frozenset):
-        items = [_in_order(item) for item in value]
-        try:
-            return sorted(items)
-        except TypeError:
-            return sorted(items, key=to_json)
+        return ordered(map(_in_order, value))
     if type(value) in (list, tuple):
         return [_in_order(item) for item in value]
     if type(value) is dict:

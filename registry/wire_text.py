@@ -2,12 +2,15 @@
 
 Pydantic accepts more: "2030" as a time in 1970, "1_000" as a decimal, "{...}" as a UUID, true as
 `Literal[1]`. It also refuses 1.0 as an integer, which JSON Schema (draft 2020-12) allows.
+
+It writes a set in the order of the hashes of its items, which differs from process to process.
+Here equal payloads are written alike, so that an idempotency key finds its job.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal, InvalidOperation
@@ -21,6 +24,7 @@ from pydantic_core import (
     PydanticKnownError,
     PydanticSerializationUnexpectedValue,
     core_schema,
+    to_json,
 )
 
 _DATE: Final = r"[0-9]{4}-[0-9]{2}-[0-9]{2}"
@@ -83,6 +87,9 @@ def with_wire_text(part: dict[str, Any]) -> Any:
         part = {**part, "strict": False}
     if kind in MAPPINGS:
         return _with_keys_as_text(part)
+    if kind in ("set", "frozenset"):
+        written = core_schema.wrap_serializer_function_ser_schema(_ordered_set, when_used="json")
+        return {"serialization": written, **part}
     if kind in ("literal", "enum"):
         return _with_numbers_apart(part)
     if kind == "decimal":
@@ -149,6 +156,15 @@ def _with_numbers_apart(part: dict[str, Any]) -> Any:
     )
 
 
+def ordered(items: Iterable[Any]) -> list[Any]:
+    """Return the items of a set in an order that depends on nothing else."""
+    listed = list(items)
+    try:
+        return sorted(listed)
+    except TypeError:
+        return sorted(listed, key=to_json)
+
+
 def reads_as_its_schema_says(schema: Any) -> bool:
     """Return whether this is a core schema of `with_wire_text` that takes less than Pydantic's."""
     return _TAGGED in (schema.get("metadata") or ())
@@ -179,6 +195,11 @@ def _decimal_text(value: object) -> object:
     if not isinstance(value, Decimal):
         raise PydanticKnownError("decimal_type")
     return value
+
+
+def _ordered_set(value: Any, write: Callable[[Any], Any]) -> Any:
+    written = write(value)
+    return ordered(written) if isinstance(value, set | frozenset) else written
 
 
 def _plain_decimal(value: object) -> str:

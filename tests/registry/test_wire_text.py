@@ -9,8 +9,9 @@ import datetime as dt
 import re
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar, copy_context
 from decimal import Decimal
-from enum import IntEnum
+from enum import Enum, IntEnum
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
@@ -38,6 +39,7 @@ from pydantic import (
 )
 
 from job_registry import JobRegistry, JobType, Payload, PayloadInvalid
+from job_registry.payload import document_of
 
 
 class Grade(IntEnum):
@@ -442,6 +444,57 @@ class Login(Payload):
     @computed_field
     def length(self) -> int:
         return len(self.password)
+
+
+class Channel(Enum):
+    """Hashed as in one process or, with other seeds for the hashes of text, in another."""
+
+    MAIL = "mail"
+    SMS = "sms"
+
+    def __hash__(self) -> int:
+        return (self is Channel.SMS) ^ in_another_process.get()
+
+
+in_another_process: ContextVar[bool] = ContextVar("in_another_process", default=False)
+
+
+class Reached(Payload):
+    channels: frozenset[Channel]
+    nested: dict[str, frozenset[Channel]]
+
+
+def _of_each_process(make: Callable[[], Any]) -> tuple[Any, Any]:
+    def make_in_another() -> Any:
+        in_another_process.set(True)
+        return make()
+
+    return copy_context().run(make), copy_context().run(make_in_another)
+
+
+def test_a_set_is_written_in_the_same_order_by_every_process() -> None:
+    def both() -> frozenset[Channel]:
+        return frozenset({Channel.MAIL, Channel.SMS})
+
+    assert [*both()] == [Channel.MAIL, Channel.SMS]
+
+    def made() -> Reached:
+        return Reached(channels=both(), nested={"a": both()})
+
+    here, there = _of_each_process(lambda: document_of(made()))
+    assert here == there == {"channels": ["mail", "sms"], "nested": {"a": ["mail", "sms"]}}
+    assert made().model_dump()["channels"] == both()
+
+
+def test_a_default_that_is_a_set_gives_the_same_fingerprint_in_every_process() -> None:
+    def fingerprint() -> str:
+        both = frozenset({Channel.MAIL, Channel.SMS})
+        model = create_model("Model", __base__=Payload, channels=(frozenset[Channel], both))
+        nested = create_model("Outer", __base__=model, per_user=(dict[str, Any], {"ada": both}))
+        return JobType(name="a", payload=nested).fingerprint
+
+    here, there = _of_each_process(fingerprint)
+    assert here == there
 
 
 def test_a_payload_in_python_is_stored_with_its_secrets_and_without_what_is_computed() -> None:
