@@ -10,9 +10,9 @@ from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, Final, Self
+from typing import Any, ClassVar, Final, NamedTuple, Self
 
-from pydantic import JsonValue
+from pydantic import JsonValue, ValidationError
 from pydantic_core import PydanticSerializationError, to_json, to_jsonable_python
 from sqlalchemy.orm import Session
 
@@ -253,8 +253,8 @@ class TestQueue(JobQueue):
             return self.file.jobs()
         if what is None:
             raise TypeError("fields need a job type, as the first argument")
-        names, wanted = self._wanted(what, fields)
-        return [job for job in self.file.jobs(names) if not self._differences(job, wanted)]
+        wanted = self._wanted(what, fields)
+        return [job for job in self.file.jobs(wanted.names) if not self._differences(job, wanted)]
 
     def assert_enqueued(self, what: What | Payload, /, **fields: Any) -> JobRecord:
         """Return the one job of a type whose payload has these fields. See `jobs`.
@@ -268,14 +268,14 @@ class TestQueue(JobQueue):
         found = self.jobs(what, **fields)
         if len(found) == 1:
             return found[0]
-        names, wanted = self._wanted(what, fields)
-        asked = _asked(names, wanted)
+        wanted = self._wanted(what, fields)
+        asked = _asked(wanted)
         if found:
             listed = "\n".join(f"  {_line(job)}" for job in found[:SHOWN])
             raise AssertionError(
                 f"Expected one job {asked}; found {len(found)}. `jobs` returns them all:\n{listed}"
             )
-        instead = self._what_there_is(names, wanted)
+        instead = self._what_there_is(wanted)
         raise AssertionError(f"Expected one job {asked}; found none.{instead}")
 
     def assert_not_enqueued(self, what: What | Payload, /, **fields: Any) -> None:
@@ -286,7 +286,7 @@ class TestQueue(JobQueue):
         """
         __tracebackhide__ = True
         if found := self.jobs(what, **fields):
-            asked = _asked(*self._wanted(what, fields))
+            asked = _asked(self._wanted(what, fields))
             listed = "\n".join(f"  {_line(job)}" for job in found[:SHOWN])
             raise AssertionError(f"Expected no job {asked}; found {len(found)}:\n{listed}")
 
@@ -305,34 +305,41 @@ class TestQueue(JobQueue):
             f"expected a job type, its name, or the class of its payload; got {shortened(what)}"
         )
 
-    def _wanted(
-        self, what: What | Payload, fields: dict[str, Any]
-    ) -> tuple[Sequence[str], dict[str, Any]]:
-        """Return the names of the job types that are meant, and the fields of their payloads."""
+    def _wanted(self, what: What | Payload, fields: dict[str, Any]) -> _Wanted:
+        """Return what is looked for."""
         if isinstance(what, Payload):
             if fields:
                 raise TypeError("a payload has its own fields; give the class for some of them")
-            return self._names(type(what))[0], dict(what)
+            return _Wanted(*self._names(type(what)), dict(what))
         names, payload = self._names(what)
         for name in fields:
             if name not in payload.model_fields:
                 hint = "".join(f" Did you mean {n}?" for n in near(name, payload.model_fields))
                 raise TypeError(f"{payload.__name__} has no field {name}.{hint}")
-        return names, fields
+        return _Wanted(names, payload, fields)
 
-    def _differences(self, job: JobRecord, wanted: dict[str, Any]) -> Sequence[str]:
+    def _differences(self, job: JobRecord, wanted: _Wanted) -> Sequence[str]:
         """Return how the payload of a job differs from the fields."""
-        if not wanted:
+        text = to_json(job.payload)
+        if wanted.payload is not self.registry.get_type(job.type).payload:
+            # An older class, which the job type still accepts.
+            try:
+                payload = wanted.payload.model_validate_json(text, by_alias=True, by_name=False)
+            except ValidationError:
+                return [f"the payload does not fit {wanted.payload.__name__}"]
+        elif wanted.fields:
+            payload = self.registry.read(job.type, text)
+        else:
             return []
-        payload = self.registry.read(job.type, to_json(job.payload))
         return [
             f"{name} is {_shown(getattr(payload, name))}, expected {_shown(value)}"
-            for name, value in wanted.items()
+            for name, value in wanted.fields.items()
             if getattr(payload, name) != value
         ]
 
-    def _what_there_is(self, names: Sequence[str], wanted: dict[str, Any]) -> str:
+    def _what_there_is(self, wanted: _Wanted) -> str:
         """Return the part of a message that says what was enqueued instead."""
+        names = wanted.names
         everything = self.file.jobs()
         lines = []
         for job in [job for job in everything if job.type in names][:SHOWN]:
@@ -405,10 +412,18 @@ class SyncTestQueue(SyncQueue):
         self._twin.end()
 
 
-def _asked(names: Sequence[str], wanted: Mapping[str, Any]) -> str:
+class _Wanted(NamedTuple):
+    """What is looked for: names of job types, the class that reads their payloads, and fields."""
+
+    names: Sequence[str]
+    payload: type[Payload]
+    fields: Mapping[str, Any]
+
+
+def _asked(wanted: _Wanted) -> str:
     """Return the words for what an assertion looks for."""
-    fields = ", ".join(f"{name} {_shown(value)}" for name, value in wanted.items())
-    return " or ".join(names) + (f" with {fields}" if fields else "")
+    fields = ", ".join(f"{name} {_shown(value)}" for name, value in wanted.fields.items())
+    return " or ".join(wanted.names) + (f" with {fields}" if fields else "")
 
 
 def _line(job: JobRecord) -> str:

@@ -16,7 +16,14 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engin
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import StaticPool
 
-from job_registry import DefinitionError, EnqueueRequest, JobTypeNotFound, PayloadInvalid
+from job_registry import (
+    DefinitionError,
+    EnqueueRequest,
+    JobType,
+    JobTypeNotFound,
+    Payload,
+    PayloadInvalid,
+)
 from job_registry.testing import DrainFailed, JobStatus, TestQueue
 from job_registry_api import (
     IdempotencyConflict,
@@ -196,6 +203,38 @@ async def test_assert_enqueued_returns_the_job_whose_fields_are_equal(job_queue:
         "replyTo": None,
         "sentOn": None,
     }
+
+
+class MailSendV1(Payload):
+    address: str
+
+
+class MailSendV2(Payload):
+    to: list[str]
+
+
+def test_jobs_of_an_older_payload_are_found_by_its_class() -> None:
+    mail = JobType(name="mail.send", payload=MailSendV2, accepts=[MailSendV1])
+
+    @mail.upgrade(MailSendV1)
+    def from_v1(older: MailSendV1) -> MailSendV2:
+        return MailSendV2(to=[older.address])
+
+    with TestQueue([mail]) as queue:
+        older = queue.sync.enqueue(MailSendV1(address="ada@example.com")).job
+        newer = queue.sync.enqueue(MailSendV2(to=["eve@example.com"])).job
+        assert queue.assert_enqueued(MailSendV1) == older
+        assert queue.assert_enqueued(MailSendV1, address="ada@example.com") == older
+        assert queue.assert_enqueued(MailSendV1(address="ada@example.com")) == older
+        queue.assert_not_enqueued(MailSendV1, address="eve@example.com")
+        # By the class of today, every job is one of today.
+        assert queue.jobs(MailSendV2) == [older, newer]
+        assert queue.assert_enqueued(MailSendV2, to=["ada@example.com"]) == older
+        with pytest.raises(AssertionError) as failed:
+            queue.assert_enqueued(MailSendV1, address="eve@example.com")
+    lines = str(failed.value).splitlines()
+    assert lines[1].endswith('address is "ada@example.com", expected "eve@example.com"')
+    assert lines[2].endswith("the payload does not fit MailSendV1")
 
 
 async def test_a_job_counts_as_enqueued_after_it_has_run(job_queue: TestQueue) -> None:
