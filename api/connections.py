@@ -277,8 +277,10 @@ class HTTPConnection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection."""
         self._open.remove(self)
+        # No cycle of references is left.
+        self.app = cast(Any, self._application)
         if self.cycle is not None:
-            self.cycle.transport = self.transport  # No cycle of references is left.
+            self.cycle.transport = self.transport
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from typing import cast
 
 import pytest
@@ -104,6 +106,23 @@ async def test_the_head_and_the_body_of_a_response_are_written_at_once(
     assert head.startswith(b"HTTP/1.1 200")
     assert body == b"hello"
     assert transport.is_closed is (request_bytes == CLOSING)
+
+
+async def test_a_connection_that_is_lost_is_freed_at_once() -> None:
+    """Garbage is collected rarely: see `job_registry_api.cli`."""
+    connection, transport = connected(answer)
+    connection.data_received(REQUEST)
+    await turns()
+    gc.collect()
+    gc.disable()
+    try:
+        connection.connection_lost(None)
+        await turns()
+        lost = weakref.ref(connection)
+        del connection, transport.protocol, transport
+        assert lost() is None
+    finally:
+        gc.enable()
 
 
 async def test_pipelined_responses_come_in_order() -> None:
