@@ -125,6 +125,23 @@ class _JsonSchema(GenerateJsonSchema):
         schemes = schema.get("allowed_schemes")
         return {**super().url_schema(schema), **({"schemes": sorted(schemes)} if schemes else {})}
 
+    def model_fields_schema(self, schema: core_schema.ModelFieldsSchema) -> JsonSchemaValue:
+        """Return every name that a field is read from. Pydantic describes only the first."""
+        described = super().model_fields_schema(schema)
+        properties, required = described["properties"], described.get("required", [])
+        for field in schema["fields"].values():
+            first, *others = _names_of(field) or [""]
+            if not others or first not in properties:
+                continue
+            for name in others:
+                inner = {key: value for key, value in properties[first].items() if key != "default"}
+                properties[name] = inner
+            if first in required:
+                required.remove(first)
+                one = {"anyOf": [{"required": [name]} for name in (first, *others)]}
+                described.setdefault("allOf", []).append(one)
+        return described
+
     def multi_host_url_schema(self, schema: core_schema.MultiHostUrlSchema) -> JsonSchemaValue:
         """Return the format, the length and the schemes."""
         schemes = schema.get("allowed_schemes")
@@ -156,6 +173,14 @@ class _JsonSchema(GenerateJsonSchema):
             if names:
                 described["propertyNames"] = names
         return described
+
+
+def _names_of(field: core_schema.ModelField) -> list[str]:
+    """Return the names in `AliasChoices` of a field, without paths, which a schema cannot say."""
+    aliases = field.get("validation_alias")
+    paths = aliases if isinstance(aliases, list) else []
+    found = (path[0] for path in paths if isinstance(path, list) and len(path) == 1)
+    return [name for name in found if isinstance(name, str)]
 
 
 def _names(keys: JsonSchemaValue) -> JsonSchemaValue:
@@ -243,11 +268,13 @@ def _example_of(schema: Any, definitions: Mapping[str, Any], references: int) ->
         if key in schema:
             return cast(JsonValue, schema[key])
     for key in ("anyOf", "oneOf", "allOf"):
-        if key in schema:
+        if key in schema and schema.get("type") != "object":
             return _example_of(schema[key][0], definitions, references)
     match schema.get("type"):
         case "object":
-            required = schema.get("required", ())
+            required = [*schema.get("required", ())]
+            for each in schema.get("allOf", ()):  # Fields that are read from several names.
+                required += each["anyOf"][0]["required"]
             return {
                 name: _example_of(inner, definitions, references)
                 for name, inner in schema.get("properties", {}).items()

@@ -11,7 +11,9 @@ from decimal import Decimal
 from typing import Annotated, Any, Literal
 
 import pytest
+from jsonschema import Draft202012Validator
 from pydantic import (
+    AliasChoices,
     AnyUrl,
     AwareDatetime,
     ConfigDict,
@@ -24,8 +26,10 @@ from pydantic import (
     create_model,
 )
 
-from job_registry import DefinitionError, JobType, Payload
+from job_registry import DefinitionError, JobRegistry, JobType, Payload, PayloadInvalid
+from job_registry.compatibility import narrowings
 from job_registry.payload_schema import MAX_REFERENCES, NAIVE, json_schema_of
+from job_registry_api.graphql.schema import sdl
 
 NEW_YEAR = datetime.datetime(2030, 1, 1, tzinfo=datetime.UTC)
 TEXT = {"type": "string"}
@@ -159,6 +163,61 @@ def test_a_schema_says_what_a_class_does_to_its_text() -> None:
     payload = {"item": " A ", "note": " B ", "address": {"city": " C "}, "tags": [" D "]}
     read = Order.model_validate_json(json.dumps(payload))
     assert (read.item, read.note, read.address.city, read.tags) == ("a", " b ", " C ", ["d"])
+
+
+class Renamed(Payload):
+    recipient: str = Field(validation_alias=AliasChoices("recipient", "to"))
+    reply_to: str = Field(default="", validation_alias=AliasChoices("replyTo", "from"))
+
+
+class Nested(Payload):
+    mails: list[Renamed]
+
+
+class Before(Payload):
+    to: str
+
+
+class After(Payload):
+    recipient: str
+    reply_to: str = ""
+
+
+@pytest.mark.parametrize(
+    "mail",
+    [
+        {"recipient": "a"},
+        {"to": "a"},
+        {"to": "a", "from": "b"},
+        {"recipient": "a", "replyTo": "b"},
+        {"to": 1},
+        {"from": "b"},
+        {},
+        {"to": "a", "reply_to": "b"},
+    ],
+)
+def test_a_schema_has_every_name_that_a_field_is_read_from(mail: dict[str, Any]) -> None:
+    job_type = JobType(name="a", payload=Nested)
+    registry = JobRegistry([job_type])
+    payload = {"mails": [mail]}
+    try:
+        is_admitted = bool(registry.admit("a", payload))
+    except PayloadInvalid:
+        is_admitted = False
+    assert is_admitted == Draft202012Validator(dict(job_type.payload_schema)).is_valid(payload)
+
+
+def test_a_field_with_a_second_name_is_compared_and_has_an_example() -> None:
+    before, renamed, after = (json_schema_of(model, "") for model in (Before, Renamed, After))
+    assert narrowings(before, renamed) == narrowings(after, renamed) == ()
+    assert [(each.path, each.is_certain) for each in narrowings(renamed, after)][:2] == [
+        ("/to", True),
+        ("/from", True),
+    ]
+    job_type = JobType(name="mail.send", payload=Renamed)
+    assert job_type.example_payload == {"recipient": "example", "replyTo": ""}
+    lines = [line.strip() for line in sdl(JobRegistry([job_type])).splitlines()]
+    assert {"recipient: String", "to: String", "replyTo: String", "from: String"} <= set(lines)
 
 
 class Letter(enum.Enum):
