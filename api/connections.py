@@ -386,6 +386,9 @@ class HTTPConnection(HttpToolsProtocol):
         if self._place is not Place.SERVED:
             self._refuse(HTTPStatus.SERVICE_UNAVAILABLE)
             return
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.end()  # The answer to an earlier request would be sent over the WebSocket.
+            return
         self._open.remove(self)
         super().handle_websocket_upgrade()
 

@@ -401,6 +401,26 @@ async def test_when_every_connection_is_busy_only_health_is_served(database_url:
             await stack.enter_async_context(connect(f"ws://{address}/graphql"))
 
 
+async def test_a_websocket_does_not_begin_before_the_answers_to_earlier_requests(
+    address: str,
+) -> None:
+    lease = 'leaseJobs(input: {jobTypes: ["payout.execute"], workerId: "w", waitSeconds: 1})'
+    poll = json.dumps({"query": f"mutation {{ {lease} {{ __typename }} }}"}).encode()
+    upgrade = (
+        b"GET /graphql HTTP/1.1\r\nhost: localhost\r\nconnection: upgrade\r\nupgrade: websocket\r\n"
+        b"sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+        b"sec-websocket-protocol: graphql-transport-ws\r\n\r\n"
+    )
+    request = POST + b"content-length: %d\r\n\r\n" % len(poll) + poll
+    assert "101 " not in await answer_to(address, request + upgrade)
+    assert "101 " not in await answer_to(address, request, upgrade, pause=0.2)
+    async with opened(address) as (reader, writer), asyncio.timeout(8):
+        writer.write(HEALTH)
+        await reader.readuntil(b'{"status":"ok"}')
+        writer.write(upgrade)
+        assert b" 101 " in await reader.readline()
+
+
 @pytest.mark.slow
 async def test_a_client_that_does_not_read_its_answer_is_disconnected(address: str) -> None:
     query = json.dumps({"query": "{ __schema { types { " + "description " * 1_500 + "} } }"})
