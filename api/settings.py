@@ -454,15 +454,17 @@ class Settings(BaseSettings):
         if not isinstance(value, str):
             return value
         # Imported only where there is a limit: each command reads the settings at its start.
-        from limits import parse
+        from limits import parse_many
 
         rates = _items(value)
         for rate in rates:
             try:
-                amount = parse(rate).amount
+                parsed = parse_many(rate)
             except ValueError:
-                amount = 0
-            if amount < 1:
+                parsed = []
+            if len(parsed) > 1:
+                raise ValueError("expected rates such as 600/minute, separated by commas")
+            if not parsed or parsed[0].amount < 1:
                 raise ValueError("expected a rate such as 600/minute or 20/second")
         return rates
 
@@ -538,11 +540,8 @@ class Settings(BaseSettings):
             return value
         if info.data.get("auth_hs256_secret") is not None:
             raise ValueError("JOBS_AUTH_HS256_SECRET is set too; set one of the two")
-        if re.match(r"[a-z]+://", value):
-            host = urlsplit(value).hostname or ""
-            if not value.startswith("https://") and not (
-                value.startswith("http://") and _is_loopback(host)
-            ):
+        if re.match(r"[A-Za-z]+://", value):
+            if not _is_url_of_keys(value):
                 raise ValueError("expected a file, or a URL with https:// (http:// for loopback)")
             return value
         try:
@@ -729,6 +728,16 @@ def _range(field: FieldInfo) -> str:
 
 def _items(value: str) -> tuple[str, ...]:
     return tuple(item.strip() for item in value.split(",") if item.strip())
+
+
+def _is_url_of_keys(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        host, is_whole = parts.hostname or "", bool(parts.hostname) and parts.port != 0
+    except ValueError:  # Of the host or of the port.
+        return False
+    is_safe = text.startswith("https://") or (text.startswith("http://") and _is_loopback(host))
+    return is_whole and is_safe and text.isascii() and text.isprintable() and " " not in text
 
 
 def _is_loopback(host: str) -> bool:
