@@ -248,6 +248,9 @@ class PayloadShape:
             pattern = re.compile(".*".join(map(re.escape, label.split(_ELLIPSIS))))
             numbers = [number for number, each in enumerate(labels) if pattern.fullmatch(each)]
         if not numbers:
+            bare = _bare(label)
+            numbers = [number for number, each in enumerate(labels) if _bare(each) == bare]
+        if not numbers:
             return -1, None
         choices = [c[0] if isinstance(c, tuple) else c for c in schema["choices"]]
         best = max(numbers, key=lambda number: self._admits(choices[number], below))
@@ -328,6 +331,17 @@ class _Fault:
         return shortened_text(
             f"Expected {_alternatives(self.expected)}; got {shortened(value)}.{hint}", 400
         )
+
+
+def _bare(label: str) -> str:
+    """Return a label without the readers of a `Payload`. Pydantic calls the parts of a class that
+    is not one as the class has compiled them for itself."""
+    while (bare := _READER.sub(r"\1", label)) != label:
+        label = bare
+    return label
+
+
+_READER: Final = re.compile(r"function-before\[\w+\(\), ([^\[\]]*)\]")
 
 
 def _may_refuse_keys(schema: Mapping[str, Any]) -> bool:

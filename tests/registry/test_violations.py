@@ -13,7 +13,16 @@ from typing import Annotated, Any, Literal, NamedTuple
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import AliasPath, AnyHttpUrl, Field, create_model, field_validator
+from pydantic import (
+    AliasPath,
+    AnyHttpUrl,
+    BaseModel,
+    ConfigDict,
+    Field,
+    RootModel,
+    create_model,
+    field_validator,
+)
 from pydantic import Json as JsonText
 from pydantic_core import PydanticCustomError
 
@@ -452,6 +461,26 @@ class Stop(NamedTuple):
     slot: Slot
 
 
+class Sizes(RootModel[list[int] | dict[str, int] | str]):
+    model_config = ConfigDict(strict=True)
+
+
+class Day(Payload):
+    day: list[date] | int
+
+
+class Days(RootModel[list[Day]]):
+    model_config = ConfigDict(strict=True)
+
+
+class Box(BaseModel):
+    """A strict model that is not a payload."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    sizes: list[int] | list[list[Annotated[int, Field(ge=1)]]]
+
+
 PLACES: list[tuple[Any, Any, list[tuple[str, str]]]] = [
     (
         Stop,
@@ -472,6 +501,17 @@ PLACES: list[tuple[Any, Any, list[tuple[str, str]]]] = [
     (deque[Card | int], [{"kind": "card", "x": 1, "token": ""}], [("/part/0/x", "unknown_field")]),
     (deque[int] | int, [1, "x"], [("/part/1", "wrong_type")]),
     (Mapping[str, int | str] | int, {"a": None}, [("/part/a", "wrong_type")]),
+    (Days, [{"day": ["2030-01-31", "x"]}], [("/part/0/day/1", "invalid_format")]),
+    (Sizes, [1, "x"], [("/part/1", "wrong_type")]),
+    (list[Sizes], [{"a": "x"}, 1], [("/part/0/a", "wrong_type"), ("/part/1", "wrong_type")]),
+    (
+        Box,
+        {"sizes": [[1], [0, "x"]]},
+        [
+            ("/part/sizes/1/0", "out_of_range"),
+            ("/part/sizes/1/1", "wrong_type"),
+        ],
+    ),
     (
         Leg,
         {"way": {"kind": "card", "token": 1}, "slots": None},
