@@ -17,7 +17,7 @@ from typing import Final
 
 from rich.console import Console
 
-from job_registry.asset_place import is_url
+from job_registry.asset_place import anchored, is_url
 from job_registry_api.cli import main as jobs
 from job_registry_api.cli.listening import listen
 from job_registry_api.settings import SettingsInvalid, load_settings
@@ -105,7 +105,7 @@ def main() -> None:
         # Not for a bucket, which is not ours to fill, nor for port 0, which is not known yet.
         if not is_url(settings.assets) and settings.port:
             try:
-                draw_sample(settings.assets)
+                draw_sample(anchored(settings.assets))
                 say(what_to_try(settings.host, settings.port, settings.assets))
             except OSError as error:
                 say(f"The sample picture cannot be drawn: {error.strerror}: {error.filename}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -11,5 +12,13 @@ def is_url(assets: str) -> bool:
 
 
 def anchored(assets: str) -> str:
-    """Return the same place as an absolute path: a handler may change the folder of its process."""
-    return assets if is_url(assets) else str(Path(assets).absolute())
+    """Return the same place as an absolute path: a handler may change the folder of its process.
+
+    As with fsspec, a path may begin with `~`.
+    """
+    if is_url(assets):
+        return assets
+    folder = Path(assets)
+    with suppress(RuntimeError):  # There is no such user.
+        folder = folder.expanduser()
+    return str(folder.absolute())

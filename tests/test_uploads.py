@@ -294,6 +294,16 @@ async def test_a_picture_that_fills_the_disk_leaves_nothing(
     assert files_of(assets) == files_of(temporary) == []
 
 
+async def test_the_assets_may_be_in_the_folder_of_the_user(
+    monkeypatch: pytest.MonkeyPatch, visit: Visit, assets: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir("/")
+    async with visit(assets="~/assets") as client:
+        assert (await post(client)).status_code == 201
+    assert files_of(assets) == ["a/1.png"]
+
+
 async def test_pictures_are_stored_in_a_bucket_too(visit: Visit) -> None:
     bucket = f"memory://bucket{os.urandom(4).hex()}"
     async with visit(assets=bucket) as client:

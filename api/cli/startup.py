@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, TextIO, cast
 import typer
 
 from job_registry import JobRegistry
+from job_registry.asset_place import anchored
 from job_registry.discovery import load_registry
 from job_registry_api.cli.output import REFUSED, fail
 from job_registry_api.settings import Settings, SettingsInvalid, load_settings
@@ -96,7 +97,7 @@ def _fault_of_scheme(scheme: str) -> str | None:
 
 def _fault_of_folder(folder: str) -> str | None:
     try:
-        os.scandir(folder).close()
+        os.scandir(anchored(folder)).close()
     except FileNotFoundError:
         return None  # The first upload creates it.
     except OSError as error:
