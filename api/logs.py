@@ -9,6 +9,7 @@ traceback, without its message, which may quote anything.
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import sys
 import threading
@@ -57,7 +58,7 @@ def configure_logs(
     render: structlog.typing.Processor
     render_text: structlog.typing.Processor
     if console:
-        render = render_text = _ConsoleRenderer(colors=stream.isatty())
+        render = render_text = _ConsoleRenderer(colors=_shows_colors(stream))
     else:
         render, render_text = _render_json, _render_json_text
         factory = structlog.BytesLoggerFactory(cast(BinaryIO, _Unfailing(stream.buffer)))
@@ -84,6 +85,13 @@ def configure_logs(
     logging.basicConfig(handlers=[handler], level=_LEVELS[level], force=True)
     for name in _QUIET:
         logging.getLogger(name).setLevel(max(_LEVELS[level], logging.WARNING))
+
+
+def _shows_colors(stream: TextIO) -> bool:
+    """Return whether lines have colors, by the conventions that Rich follows for other output
+    (https://no-color.org)."""
+    is_wanted = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return is_wanted and stream.isatty()
 
 
 def use_standard_logging() -> None:

@@ -52,6 +52,9 @@ def policy(type_name: TypeName, as_json: AsJson = False) -> None:
         return
     limit = "no limit" if found.concurrency_limit is None else found.concurrency_limit
     table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_column(overflow="fold")
     table.add_row("maxAttempts", str(found.max_attempts), "runs in total")
     table.add_row("timeoutSeconds", str(found.timeout_seconds), "for one attempt")
     table.add_row("concurrencyLimit", str(limit), "at once, over all workers")

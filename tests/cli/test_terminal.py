@@ -97,6 +97,43 @@ def test_control_characters_are_escaped_in_the_log_for_people() -> None:
     assert len(lines.splitlines()) >= 5  # The traceback keeps its lines.
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "has_colors"),
+    [
+        ("TERM", "xterm", True),
+        ("NO_COLOR", "1", False),
+        ("NO_COLOR", "", True),
+        ("TERM", "dumb", False),
+    ],
+)
+def test_the_log_for_people_has_colors_where_the_terminal_shows_them(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, has_colors: bool
+) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv(name, value)
+    terminal = Terminal()
+    configure_logs("info", "auto", terminal)
+    try:
+        structlog.get_logger("test").info("started")
+    finally:
+        configure_logs("error", "console")
+    assert "started" in terminal.getvalue()
+    assert ("\x1b[" in terminal.getvalue()) == has_colors
+
+
+@pytest.mark.slow
+def test_a_narrow_terminal_shows_the_whole_names_of_a_policy(jobs: Shell) -> None:
+    printed, _ = jobs.start("policy", "thumbnail.create", COLUMNS="40").communicate()
+    assert "concurrencyLimit" in printed
+    assert max(map(len, printed.splitlines())) <= 40
+
+
 def test_bytes_that_are_no_text_are_a_sentence(jobs: Shell) -> None:
     (jobs.folder / "latin").write_bytes(b'{"assetId": "caf\xe9"}')
     result = jobs("validate", "thumbnail.create", "latin")
