@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import random
 import re
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeVar
 
 import asyncpg
 import sqlalchemy.exc
+import structlog
 from sqlalchemy import Connection, inspect, text
 
 from job_registry_api import defaults
@@ -54,7 +56,17 @@ BUILDING_PAUSE_SECONDS: Final = 0.2
 
 MAX_BUILD_CONFLICTS: Final = 20
 
+log = structlog.get_logger("job_registry.migrations")
+
 INSUFFICIENT_PRIVILEGE: Final = "42501"
+LOCK_NOT_AVAILABLE: Final = "55P03"
+
+LOCK_SECONDS: Final = 1.0
+"""How long a migration on PostgreSQL waits for a table that others use. Whoever comes after it
+waits too, also to read."""
+
+LOCK_REST_SECONDS: Final = 3.0
+"""How long others may use the tables before it tries again."""
 
 
 class MigrationRefused(Exception):
@@ -142,6 +154,7 @@ def upgrade(
 
     On PostgreSQL the schema is created if it does not exist, and tables of the release without a
     schema are moved to it. A compatible database that a newer version has migrated is not changed.
+    While others use a table that a migration changes, such as a dump, it waits in turns with them.
 
     Raises:
         MigrationRefused: the database is too new or cannot store every character, the schema has a
@@ -150,6 +163,9 @@ def upgrade(
     """
 
     def run(connection: Connection, schema: str | None) -> Migrated:
+        if schema is not None:
+            limit = f"SET LOCAL lock_timeout = {round(LOCK_SECONDS * 1000)}"
+            connection.exec_driver_sql(limit)
         with _refusals():
             _enter(connection, schema)
         fit = _examine(connection, schema)
@@ -166,7 +182,16 @@ def upgrade(
     def opened() -> Database:
         return open_database(url, timeout_seconds=None, pooler=pooler, schema=schema, create=True)
 
-    migrated = _in_transaction(opened(), run)
+    migrated: Migrated | None = None
+    is_waiting = False
+    while migrated is None:
+        try:
+            migrated = _in_transaction(opened(), run)
+        except _Locked:
+            if not is_waiting:
+                log.warning("migration.waits", reason="other sessions use the tables")
+            is_waiting = True
+            time.sleep(LOCK_REST_SECONDS)
     if migrated.after == _revisions()[-1]:
         _build_indexes(opened())
     return migrated
@@ -564,13 +589,26 @@ ORDER BY part, name, statement
 quotes the names."""
 
 
+class _Locked(Exception):
+    """Others have used a table for longer than the transaction may wait. Nothing was changed."""
+
+
 def _in_transaction(database: Database, work: Callable[[Connection, str | None], T]) -> T:
-    """Run `work` in the only transaction that migrates at this time."""
+    """Run `work` in the only transaction that migrates at this time.
+
+    Raises:
+        _Locked: `work` limits its wait for locks, and did not get one.
+    """
 
     async def run() -> T:
         async with database.transaction() as connection:
             await database.lock_migrations(connection)
-            return await connection.run_sync(work, database.schema)
+            try:
+                return await connection.run_sync(work, database.schema)
+            except sqlalchemy.exc.DBAPIError as error:
+                if getattr(error.orig, "sqlstate", None) == LOCK_NOT_AVAILABLE:
+                    raise _Locked from error
+                raise
 
     return _run(database, run)
 
