@@ -126,7 +126,12 @@ def document_of(payload: Payload) -> JsonValue:
         # Without computed fields, and without warnings about fields of another type: the JSON is
         # validated again.
         document: JsonValue = payload.model_dump(
-            mode="json", by_alias=True, round_trip=True, warnings=False
+            mode="json",
+            by_alias=True,
+            round_trip=True,
+            # A field of a subclass is written, and then refused. Otherwise it would be left out.
+            polymorphic_serialization=True,
+            warnings=False,
         )
     except PydanticSerializationError as error:
         raise ValueError(shortened_text(str(error), 200)) from error

@@ -10,6 +10,7 @@ import re
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar, copy_context
+from dataclasses import dataclass
 from decimal import Decimal
 from enum import Enum, IntEnum
 from typing import Annotated, Any, Literal
@@ -431,6 +432,68 @@ def test_a_value_beside_a_decimal_in_a_union_is_written_as_what_it_is(payload: A
     registry = JobRegistry([JobType(name="amount", payload=Amount)])
     parsed = registry.validate("amount", registry.request(payload).payload)
     assert repr(parsed) == repr(payload).replace("1E+2", "100")
+
+
+class Labelled(Item):
+    """An item with a field more."""
+
+    label: str = ""
+
+
+class Counted(Item):
+    """An item with nothing more than a method."""
+
+    def twice(self) -> int:
+        return 2 * self.count
+
+
+@dataclass
+class Point:
+    x: int
+
+
+class Shipped(Payload):
+    item: Item | None = None
+    items: list[Item] = Field(default=[])
+    either: Item | Labelled | None = None
+    at: Point | None = None
+
+
+AT = dt.datetime(2030, 1, 31, 12, tzinfo=dt.UTC)
+
+
+@pytest.mark.parametrize(
+    ("payload", "path"),
+    [
+        (Shipped(item=Labelled(at=AT, label="a")), "/item/label"),
+        (Shipped(items=[Item(at=AT), Labelled(at=AT, label="a")]), "/items/1/label"),
+    ],
+)
+def test_a_field_of_a_subclass_is_refused_and_not_lost(payload: Shipped, path: str) -> None:
+    registry = JobRegistry([JobType(name="shipped", payload=Shipped)])
+    with pytest.raises(PayloadInvalid) as refused:
+        registry.admit("shipped", registry.request(payload).payload)
+    assert [(v.path, v.code) for v in refused.value.violations] == [(path, "unknown_field")]
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        Shipped(item=Item(at=AT, count=2), at=Point(1)),
+        Shipped(either=Labelled(at=AT, label="a")),
+        Shipped(either=Item(at=AT)),
+    ],
+)
+def test_a_class_that_a_field_names_is_stored_whole(payload: Shipped) -> None:
+    registry = JobRegistry([JobType(name="shipped", payload=Shipped)])
+    assert registry.validate("shipped", registry.request(payload).payload) == payload
+
+
+def test_a_subclass_without_fields_of_its_own_is_stored_as_its_base() -> None:
+    registry = JobRegistry([JobType(name="shipped", payload=Shipped)])
+    sent = Shipped(item=Counted(at=AT, count=2))
+    read = registry.validate("shipped", registry.request(sent).payload)
+    assert read == Shipped(item=Item(at=AT, count=2))
 
 
 class Login(Payload):
