@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import lru_cache
@@ -661,7 +661,9 @@ def _in_order(
     that of ids, if it is None.
 
     An index begins with the expressions and goes on with the column. Conditions of a range of the
-    column begin and end the search in it.
+    column begin and end the search in it. SQLite is given the index of statuses and that of types:
+    which one it chooses depends on its version and on the statistics, and another one has all jobs
+    of a status, or all there are.
     """
     last: Any = col(Job.id) if column is None else column
     order = last.asc() if from_end else last.desc()
@@ -669,7 +671,17 @@ def _in_order(
         (first, value), *others = equal
         query = query.where(first == _any_of(value), *(each == wanted for each, wanted in others))
         order = _order(first.asc() if from_end else first.desc(), order)
+        names = tuple(getattr(each, "key", None) for each, _ in equal)
+        if column is None and (index := _INDEXES.get(names)) is not None:
+            query = query.with_hint(METADATA.tables["job"], f"INDEXED BY {index}", "sqlite")
     return query.order_by(order)
+
+
+_INDEXES: Final[Mapping[tuple[str | None, ...], str]] = {
+    ("status",): "job_by_status",
+    ("type", "status"): "job_by_type_and_status",
+}
+"""The indexes that begin with these columns and go on with the id."""
 
 
 class _any_of(FunctionElement[str]):  # noqa: N801 - a function of SQL

@@ -15,7 +15,8 @@ from typing import Any, Final, Literal, NamedTuple, TypeVar
 from urllib.parse import quote, unquote
 
 import sqlalchemy.exc
-from sqlalchemy import event
+from sqlalchemy import FromClause, event
+from sqlalchemy.dialects.sqlite.base import SQLiteCompiler
 from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
@@ -111,6 +112,7 @@ class SQLiteDatabase(Database):
             json_deserializer=read_json,
             connect_args={"timeout": self._file.busy_seconds, "isolation_level": None},
         )
+        engine.dialect.statement_compiler = _Compiler
         event.listen(engine.sync_engine, "do_connect", self._file.check_access)
         event.listen(engine.sync_engine, "connect", self._file.prepare)
         event.listen(engine.sync_engine, "checkout", self._file.check_out)
@@ -268,6 +270,13 @@ class SQLiteDatabase(Database):
             # The error of SQLite says only that it cannot open the file.
             return missing
         return self._file.naming(super()._connecting_failed(error, seconds))
+
+
+class _Compiler(SQLiteCompiler):
+    """SQLAlchemy's compiler for SQLite, with hints: `INDEXED BY` after the name of a table."""
+
+    def get_from_hint_text(self, table: FromClause, text: str | None) -> str | None:
+        return text
 
 
 _OF_THE_FILE: Final = frozenset({"unreachable", "disk_full", "read_only"})

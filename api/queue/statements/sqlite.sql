@@ -355,9 +355,10 @@ SELECT payload FROM job WHERE id = :id
 
 -- name: newest
 -- Return the ids of the newest jobs of several types and statuses. The newest of each pair are read
--- from its index, and merged: no index has them in one order.
+-- from its index, and merged: no index has them in one order. The index is named, because SQLite 3.53
+-- reads that of statuses, which has the jobs of all types.
 SELECT job.id FROM json_each(:pairs) AS pair CROSS JOIN job ON job.id IN (
-    SELECT newest.id FROM job AS newest
+    SELECT newest.id FROM job AS newest INDEXED BY job_by_type_and_status
     WHERE newest.type = json_extract(pair.value, '$.type')
         AND newest.status = json_extract(pair.value, '$.status')
         AND newest.id < :older_than AND newest.id > :newer_than
@@ -368,7 +369,7 @@ ORDER BY job.id DESC LIMIT :most
 -- name: oldest
 -- The ids of the oldest jobs of several types and statuses, as `newest` reads the newest.
 SELECT job.id FROM json_each(:pairs) AS pair CROSS JOIN job ON job.id IN (
-    SELECT oldest.id FROM job AS oldest
+    SELECT oldest.id FROM job AS oldest INDEXED BY job_by_type_and_status
     WHERE oldest.type = json_extract(pair.value, '$.type')
         AND oldest.status = json_extract(pair.value, '$.status')
         AND oldest.id < :older_than AND oldest.id > :newer_than
