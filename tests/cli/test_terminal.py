@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -210,6 +211,66 @@ def test_a_command_whose_output_is_read_no_further_ends_silently(
     with open(writer, "w") as pipe:  # noqa: PTH123
         result = run_to(pipe, jobs, arguments, buffered)
     assert (result.returncode, result.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "code"),
+    [
+        ("policy nope", {}, 1),
+        pytest.param("types", {"JOBS_PORT": "http"}, 2, marks=pytest.mark.slow),
+        pytest.param("worker --types nope", {}, 2, marks=pytest.mark.slow),
+        pytest.param("migrate", {}, 0, marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("reader", ["full", "gone"])
+def test_a_command_ends_with_its_code_though_nothing_can_be_written_to_standard_error(
+    jobs: Shell, arguments: str, settings: dict[str, str], code: int, reader: str
+) -> None:
+    if reader == "full":
+        errors = os.open("/dev/full", os.O_WRONLY)
+    else:
+        read_end, errors = os.pipe()
+        os.close(read_end)
+    try:
+        result = subprocess.run(
+            [sys.executable, "-m", "job_registry_api.cli", *arguments.split()],
+            cwd=jobs.folder,
+            env=jobs.environment | settings,
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            check=False,
+        )
+    finally:
+        os.close(errors)
+    assert result.returncode == code
+
+
+@pytest.mark.slow
+def test_a_server_starts_though_its_log_cannot_be_written(jobs: Shell) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with Path("/dev/full").open("w") as full:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "job_registry_api.cli", "serve", "--port", str(port)],
+            cwd=jobs.folder,
+            env=jobs.environment,
+            stderr=full,
+        )
+    try:
+        give_up = time.monotonic() + 20
+        while True:
+            try:
+                status = httpx.get(f"http://127.0.0.1:{port}/readyz").status_code
+                break
+            except httpx.TransportError:
+                assert server.poll() is None
+                assert time.monotonic() < give_up
+                time.sleep(0.1)
+    finally:
+        server.terminate()
+        server.wait(30)
+    assert (status, server.returncode) == (200, 0)
 
 
 def test_a_closed_output_is_a_sentence(jobs: Shell) -> None:
