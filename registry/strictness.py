@@ -32,9 +32,6 @@ _DEPEND: Final = (
 _EXTRA: Final = {"ignore": "drops unknown fields", "allow": "takes unknown fields"}
 _OWN_RULES: Final = "reads times, decimals, UUIDs, addresses or enums by rules of its own"
 _HIDES_SECRETS: Final = "would be stored without its secrets"
-_NO_MEMBER: Final[Any] = vars(Enum)["_missing_"].__func__
-"""What an enum does with other values, unless it has a `_missing_` of its own."""
-
 _STRICT: Final = "ConfigDict(strict=True, extra='forbid')"
 
 
@@ -136,8 +133,13 @@ def _faults_of_part(schema: Any, config: Mapping[str, Any]) -> Iterator[str]:
                 )
         case "literal":
             yield from _unlike_json((each, each) for each in schema["expected"])
-        case "enum" if schema["cls"]._missing_.__func__ is _NO_MEMBER:
+        case "enum" if not _takes_other_values(schema["cls"]):
             yield from _unlike_json((each, each.value) for each in schema["members"])
+
+
+def _takes_other_values(cls: type[Enum]) -> bool:
+    """Return whether an enum may take values that none of its members has."""
+    return any("_missing_" in vars(each) for each in cls.mro() if each is not Enum)
 
 
 def _unlike_json(members: Iterable[tuple[object, object]]) -> Iterator[str]:

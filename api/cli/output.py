@@ -65,12 +65,20 @@ class Output:
 
     def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream
+        self._is_left = False
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+    def leave_to_handlers(self) -> None:
+        """Let handlers and modules of job types print to nowhere if standard output is closed, as
+        in any program. For a command that prints nothing here itself."""
+        self._is_left = True
 
     def write(self, text: str) -> int:
         """Write a text."""
         if self._stream is None:
+            if self._is_left:
+                return len(text)
             raise OutputFailed(None)
         try:
             return self._stream.write(text)

@@ -11,14 +11,14 @@ import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TextIO, cast
+from typing import TYPE_CHECKING, Any, Final
 
 import typer
 
 from job_registry import JobRegistry
 from job_registry.asset_place import anchored
 from job_registry.discovery import load_registry
-from job_registry_api.cli.output import REFUSED, fail
+from job_registry_api.cli.output import REFUSED, Output, fail
 from job_registry_api.settings import Settings, SettingsInvalid, load_settings
 from job_registry_api.tracing_settings import configured_tracing
 
@@ -37,9 +37,10 @@ CHANNEL: Final = typer.Option(
 
 
 def leave_output_to_handlers() -> None:
-    """Let handlers and modules of job types print as in any program: to nowhere, if standard output
-    is closed. For a command that prints nothing there itself."""
-    sys.stdout = cast(TextIO, sys.__stdout__)
+    """Let handlers and modules of job types print: see `Output.leave_to_handlers`."""
+    output: object = sys.stdout
+    if isinstance(output, Output):
+        output.leave_to_handlers()
 
 
 def read_settings(*, log_events: bool = False, **overrides: Any) -> Settings:

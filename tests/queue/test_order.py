@@ -38,6 +38,12 @@ DROP_INDEXES = """
             EXECUTE format('DROP INDEX job_registry.%I', name);
         END LOOP; END $$"""
 
+NAMED_INDEXES = (
+    "CREATE INDEX job_by_status ON job (status, payload)",
+    "CREATE INDEX job_by_type_and_status ON job (type, status, payload)",
+)
+"""On SQLite, statements name these. Here they have another order."""
+
 
 async def sql(url: str, *statements: str) -> list[Any]:
     return await asyncio.to_thread(run_sql, url, *statements)
@@ -53,7 +59,9 @@ async def unordered(
     if database_url.startswith("sqlite"):
         named = "SELECT name FROM sqlite_master WHERE type = 'index' AND sql LIKE 'CREATE INDEX%'"
         await sql(
-            database_url, *(f"DROP INDEX {name}" for (name,) in await sql(database_url, named))
+            database_url,
+            *(f"DROP INDEX {name}" for (name,) in await sql(database_url, named)),
+            *NAMED_INDEXES,
         )
     else:
         await sql(database_url, DROP_INDEXES)
