@@ -13,8 +13,9 @@ from typing import Any, Final, NamedTuple
 from pydantic import BaseModel, RootModel, TypeAdapter
 from pydantic.dataclasses import is_pydantic_dataclass
 
+from job_registry.embedding import embedded
 from job_registry.payload import Payload
-from job_registry.wire_text import is_secret, reads_as_its_schema_says
+from job_registry.wire_text import is_secret, reads_as_its_schema_says, with_wire_text
 
 # What these take from JSON depends on strictness. All other kinds take the same either way.
 _DEPEND: Final = (
@@ -54,7 +55,7 @@ class _Finder:
 
     def __init__(self) -> None:
         self._definitions: dict[str, Any] = {}
-        self._visited: set[tuple[str, bool]] = set()
+        self._visited: set[tuple[str, bool, bool]] = set()
         self._classes: dict[type, tuple[str, list[str]]] = {}
         self._parts: list[str] = []
 
@@ -66,17 +67,29 @@ class _Finder:
         ]
         return classes + self._parts
 
-    def visit(self, schema: Any, path: str, config: Mapping[str, Any], owner: _Owner) -> None:
-        """Collect what is lax in a schema. `config` is the one that holds here."""
+    def visit(
+        self,
+        schema: Any,
+        path: str,
+        config: Mapping[str, Any],
+        owner: _Owner,
+        *,
+        is_converted: bool = False,
+    ) -> None:
+        """Collect what is lax in a schema. `config` is the one that holds here.
+
+        `is_converted` if a validator of the user's own, which runs first, may replace the JSON.
+        """
         kind = schema["type"]
         if kind == "definitions":
             self._definitions |= {each["ref"]: each for each in schema["definitions"]}
-            return self.visit(schema["schema"], path, config, owner)
+            return self.visit(schema["schema"], path, config, owner, is_converted=is_converted)
         if kind == "definition-ref":
-            seen = (schema["schema_ref"], bool(config.get("strict")))
+            defined = self._definitions[schema["schema_ref"]]
+            seen = (schema["schema_ref"], bool(config.get("strict")), is_converted)
             if seen not in self._visited:
                 self._visited.add(seen)
-                self.visit(self._definitions[schema["schema_ref"]], path, config, owner)
+                self.visit(defined, path, config, owner, is_converted=is_converted)
             return None
         if kind in ("model", "dataclass", "typed-dict"):
             # Pydantic uses the configuration of the class itself, and none from outside.
@@ -85,7 +98,11 @@ class _Finder:
             extra = schema.get("extra_behavior") or config.get("extra_fields_behavior", "ignore")
             if extra != "forbid":
                 self._add(owner, _EXTRA[extra])
-        self._parts += (f"{path}{fault}" for fault in _faults_of_part(schema, config))
+        is_converted = is_converted or _may_convert(schema)
+        faults = [*_faults_of_part(schema, config)]
+        if not is_converted:
+            faults += _unlike_json(schema)
+        self._parts += (f"{path}{fault}" for fault in faults)
         for name, field in _fields(schema):
             if field.get("serialization_exclude"):
                 at = f"{path}.{name}".lstrip(".")
@@ -102,7 +119,8 @@ class _Finder:
                 self._add(owner, "is not strict")
         else:
             for step, below in _below(schema):
-                self.visit(below, f"{path}{step}".lstrip("."), config, owner)
+                where = f"{path}{step}".lstrip(".")
+                self.visit(below, where, config, owner, is_converted=is_converted)
         return None
 
     def _add(self, owner: _Owner, reason: str) -> None:
@@ -131,10 +149,14 @@ def _faults_of_part(schema: Any, config: Mapping[str, Any]) -> Iterator[str]:
                     " is stored in another way than it is read: give ser_json_bytes and"
                     " val_json_bytes the same value"
                 )
-        case "literal":
-            yield from _unlike_json((each, each) for each in schema["expected"])
-        case "enum" if not _takes_other_values(schema["cls"]):
-            yield from _unlike_json((each, each.value) for each in schema["members"])
+
+
+def _may_convert(schema: Any) -> bool:
+    """Return whether this is a validator of the user's own that runs before Pydantic's."""
+    if schema["type"] not in ("function-before", "function-wrap"):
+        return False
+    ours = (with_wire_text.__module__, embedded.__module__)
+    return getattr(schema["function"]["function"], "__module__", "") not in ours
 
 
 def _takes_other_values(cls: type[Enum]) -> bool:
@@ -142,8 +164,13 @@ def _takes_other_values(cls: type[Enum]) -> bool:
     return any("_missing_" in vars(each) for each in cls.mro() if each is not Enum)
 
 
-def _unlike_json(members: Iterable[tuple[object, object]]) -> Iterator[str]:
-    """Yield a fault for the first member whose value is not equal to any JSON."""
+def _unlike_json(schema: Any) -> Iterator[str]:
+    """Yield a fault if one of the values to choose from is not equal to any JSON."""
+    members: Iterable[tuple[object, object]] = ()
+    if schema["type"] == "literal":
+        members = ((each, each) for each in schema["expected"])
+    elif schema["type"] == "enum" and not _takes_other_values(schema["cls"]):
+        members = ((each, each.value) for each in schema["members"])
     for member, value in members:
         if not isinstance(value, str | int | float | list | dict | None):
             shown = member if isinstance(member, Enum) else repr(member)

@@ -16,19 +16,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     IPvAnyAddress,
     Json,
+    PlainSerializer,
     RootModel,
     SecretStr,
     Strict,
+    WrapValidator,
     create_model,
+    model_validator,
 )
 from pydantic_core import CoreSchema, core_schema
 from typing_extensions import TypeAliasType, TypedDict
 
 from job_registry import DefinitionError, JobRegistry, JobType, Payload, PayloadInvalid
+from job_registry.payload import document_of
 
 T = TypeVar("T")
 STRICT = ConfigDict(strict=True, extra="forbid")
@@ -330,6 +335,52 @@ def test_every_class_is_named_once() -> None:
             "part[3] is not strict: remove strict=False",
         ]
     )
+
+
+class Marked(Enum):
+    """It refuses other values by a static method."""
+
+    RED = "red"
+
+    @staticmethod
+    def _missing_(value: object) -> None:
+        return None
+
+
+def by_name(value: Any) -> Any:
+    return Holiday.__members__.get(value, value)
+
+
+AS_NAME = PlainSerializer(lambda member: member.name, return_type=str)
+
+
+class Feast(Payload):
+    day: Annotated[Holiday, AS_NAME]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, fields: Any) -> Any:
+        return {name: by_name(value) for name, value in fields.items()}
+
+
+@pytest.mark.parametrize(
+    ("annotation", "sent", "value"),
+    [
+        (Annotated[Holiday, BeforeValidator(by_name), AS_NAME], "NEW_YEAR", Holiday.NEW_YEAR),
+        (
+            Annotated[Holiday, WrapValidator(lambda value, _: by_name(value)), AS_NAME],
+            "NEW_YEAR",
+            Holiday.NEW_YEAR,
+        ),
+        (Feast, {"day": "NEW_YEAR"}, Feast(day=Holiday.NEW_YEAR)),
+        (Marked, "red", Marked.RED),
+    ],
+)
+def test_a_validator_may_find_the_member_of_an_enum(annotation: Any, sent: Any, value: Any) -> None:
+    found = job_type(annotation, example={"part": sent})
+    admitted = JobRegistry([found]).admit("order.send", {"part": sent})
+    assert admitted.payload == found.payload(part=value)
+    assert document_of(admitted.payload) == {"part": sent}
 
 
 class PartOfPayload(Payload):
