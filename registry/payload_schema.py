@@ -273,8 +273,10 @@ def _example_of(schema: Any, definitions: Mapping[str, Any], references: int) ->
     match schema.get("type"):
         case "object":
             required = [*schema.get("required", ())]
-            for each in schema.get("allOf", ()):  # Fields that are read from several names.
-                required += each["anyOf"][0]["required"]
+            for each in schema.get("allOf", ()):
+                match each:  # A field that is read from several names, or a rule of the user's own.
+                    case {"anyOf": [{"required": [name]}, *_]}:
+                        required.append(name)
             return {
                 name: _example_of(inner, definitions, references)
                 for name, inner in schema.get("properties", {}).items()

@@ -15,6 +15,7 @@ from contextvars import ContextVar
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal, InvalidOperation
 from enum import Enum
+from functools import partial
 from typing import Any, Final, cast
 from uuid import UUID
 
@@ -162,7 +163,8 @@ def ordered(items: Iterable[Any]) -> list[Any]:
     try:
         return sorted(listed)
     except TypeError:
-        return sorted(listed, key=to_json)
+        # An item that is not JSON cannot be in a payload. Whoever writes the list says so.
+        return sorted(listed, key=partial(to_json, fallback=str))
 
 
 def reads_as_its_schema_says(schema: Any) -> bool:

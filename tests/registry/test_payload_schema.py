@@ -25,6 +25,7 @@ from pydantic import (
     StringConstraints,
     create_model,
 )
+from pydantic.json_schema import PydanticJsonSchemaWarning
 
 from job_registry import DefinitionError, JobRegistry, JobType, Payload, PayloadInvalid
 from job_registry.compatibility import narrowings
@@ -220,6 +221,17 @@ def test_a_field_with_a_second_name_is_compared_and_has_an_example() -> None:
     assert {"recipient: String", "to: String", "replyTo: String", "from: String"} <= set(lines)
 
 
+def test_an_example_is_made_beside_rules_of_the_users_own() -> None:
+    rule: dict[str, Any] = {"if": {"required": ["copy"]}, "then": {"required": ["to"]}}
+
+    class Mail(Payload):
+        model_config = ConfigDict(json_schema_extra={"allOf": [rule, {"anyOf": [True, rule]}]})
+
+        to: str
+
+    assert JobType(name="mail.send", payload=Mail).example_payload == {"to": "example"}
+
+
 class Letter(enum.Enum):
     A = "a"
     B = "b"
@@ -256,6 +268,13 @@ def test_a_set_is_a_default_in_the_same_order_in_every_process(
 ) -> None:
     model = create_model("Some", __base__=Payload, v=(Any, default))
     assert json_schema_of(model, "")["properties"]["v"]["default"] == described
+
+
+def test_a_set_that_is_not_json_is_not_a_default_of_the_schema() -> None:
+    default = frozenset({object(), object()})
+    model = create_model("Some", __base__=Payload, v=(Any, default))
+    with pytest.warns(PydanticJsonSchemaWarning, match="not JSON serializable"):
+        assert "default" not in json_schema_of(model, "")["properties"]["v"]
 
 
 @pytest.mark.parametrize(
