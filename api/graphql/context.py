@@ -37,6 +37,9 @@ from job_registry_api.queue.reading import WaitingReason
 JOBS_AT_ONCE: Final = 32
 """How many jobs of events are read at once."""
 
+EVENTS_AHEAD: Final = 256
+"""Among how many events these jobs are looked for: a job may have many."""
+
 JOBS_BYTES: Final = 1_000_000
 """The most that the jobs that are read at once weigh together."""
 
@@ -52,7 +55,9 @@ class JobsOfEvents:
 
     def __init__(self, queue: JobQueue, events: Sequence[JobEvent]) -> None:
         self._queue = queue
-        self._ids = list(dict.fromkeys(event.job_id for event in events))
+        self._ids = [event.job_id for event in events]
+        self._place = 0
+        self._at_once = JOBS_AT_ONCE
         self._read: dict[UUID, JobRecord | None] = {}
         self._read_until = 0.0
 
@@ -66,20 +71,30 @@ class JobsOfEvents:
         if time.monotonic() > self._read_until:
             self._read = {}
         if wanted not in self._read:
-            place = self._ids.index(wanted)
-            ids = self._ids[place : place + JOBS_AT_ONCE]
+            ids = self._next(wanted)
             if len(ids) > 1:
                 page = await self._queue.get_many(ids, owner=owner, max_bytes=JOBS_BYTES)
                 # Without those that did not fit; those that are not found are None.
                 self._read = {} if page.stopped_early else dict.fromkeys(ids)
                 self._read |= {job.id: job for job in page.jobs}
                 self._read_until = time.monotonic() + JOBS_SECONDS
+                if page.stopped_early:  # Perhaps before the job that is wanted.
+                    self._at_once = len(page.jobs)
         if wanted not in self._read:
             return await self._queue.get(job_id, owner=owner)
         job = self._read[wanted]
         if job is None:
             raise JobNotFound(job_id)
         return job
+
+    def _next(self, wanted: UUID) -> list[UUID]:
+        """Return the ids of a job and of those whose events are sent next."""
+        try:
+            self._place = self._ids.index(wanted, self._place)
+        except ValueError:  # A host resolves an earlier event later.
+            self._place = self._ids.index(wanted)
+        ahead = self._ids[self._place : self._place + EVENTS_AHEAD]
+        return list(dict.fromkeys(ahead))[: self._at_once]
 
 
 @dataclass

@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, MutableMapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
+from uuid import UUID
 
 import httpx
 import jwt
@@ -281,6 +282,36 @@ async def test_the_jobs_of_a_burst_are_read_as_far_as_they_are_small_together(
         await stream.until(20)
     assert [each["job"]["id"] for each in stream.data] == stored
     assert [len(str(each["job"]["payload"])) > 30_000 for each in stream.data] == [False, True] * 10
+
+
+@pytest.mark.parametrize(("characters", "most_statements"), [(10, 10), (40_000, 190)])
+async def test_the_jobs_of_events_in_any_order_are_read_once(
+    visit: Visit, monkeypatch: pytest.MonkeyPatch, characters: int, most_statements: int
+) -> None:
+    """While jobs are enqueued, those of before end, and perhaps in another order."""
+    monkeypatch.setattr(context, "JOBS_BYTES", 100_000)
+    read: list[int] = []
+    for name in ("get", "list_many"):
+        method = getattr(Store, name)
+
+        async def counted(store: Store, ids: Any, *others: Any, method: Any = method) -> Any:
+            read.append(len(ids) if isinstance(ids, list) else 1)
+            return await method(store, ids, *others)
+
+        monkeypatch.setattr(Store, name, counted)
+    async with visit() as client:
+        queue = queue_of(client)
+        text = EnqueueRequest("test.ping", {"text": "x" * characters})
+        stored = [UUID(each) for each in await ids_of(queue, [text] * 120)]
+        first, others = stored[:60], stored[60:]
+        ids = first + [each for pair in zip(others, first[::-1], strict=True) for each in pair]
+        jobs = context.JobsOfEvents(
+            queue, [events.JobEvent("job.created", each, "test.ping", 0) for each in ids]
+        )
+        read.clear()
+        assert [(await jobs.get(str(each), None)).id for each in ids] == ids
+    assert len(read) < most_statements
+    assert sum(read) < 2 * len(ids)
 
 
 async def test_the_jobs_of_a_burst_that_are_deleted_meanwhile_are_null(
