@@ -61,9 +61,10 @@ log = structlog.get_logger("job_registry.migrations")
 INSUFFICIENT_PRIVILEGE: Final = "42501"
 LOCK_NOT_AVAILABLE: Final = "55P03"
 
-LOCK_SECONDS: Final = 1.0
-"""How long a migration on PostgreSQL waits for a table that others use. Whoever comes after it
-waits too, also to read."""
+LOCK_SECONDS: Final = 0.5
+"""How much longer than `deadlock_timeout`, a second by default, a migration on PostgreSQL waits for
+a table that others use. Whoever comes after it waits too, also to read. After that timeout,
+PostgreSQL ends an autovacuum that it waits for, which may take hours by itself."""
 
 LOCK_REST_SECONDS: Final = 3.0
 """How long others may use the tables before it tries again."""
@@ -164,8 +165,7 @@ def upgrade(
 
     def run(connection: Connection, schema: str | None) -> Migrated:
         if schema is not None:
-            limit = f"SET LOCAL lock_timeout = {round(LOCK_SECONDS * 1000)}"
-            connection.exec_driver_sql(limit)
+            connection.execute(_LIMIT_LOCKS, {"milliseconds": round(LOCK_SECONDS * 1000)})
         with _refusals():
             _enter(connection, schema)
         fit = _examine(connection, schema)
@@ -543,6 +543,11 @@ _SCHEMA_OF_VERSION_TABLE: Final = text(
     "SELECT nspname FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace"
     " WHERE pg_class.oid = to_regclass(:table)"
 )
+
+_LIMIT_LOCKS: Final = text("""
+SELECT set_config('lock_timeout', CAST(CAST(setting AS integer) + :milliseconds AS text), true)
+FROM pg_settings WHERE name = 'deadlock_timeout'
+""")
 
 _INDEXES: Final = text("""
 SELECT pg_class.relname AS name, pg_index.indisvalid AS is_valid,

@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,13 @@ from job_registry_api.queue.postgresql_database import MIGRATION_LOCK
 from job_registry_api.queue.queue import JobQueue
 from tests.conftest import run_sql, with_foreign_search_path
 from tests.http_client import serving
-from tests.postgresql_server import SEARCH_PATH, data_folder
+from tests.postgresql_server import (
+    SEARCH_PATH,
+    TEST_SETTINGS,
+    ServerMissing,
+    data_folder,
+    running_server,
+)
 
 ROOT = Path(__file__).parent.parent.parent
 PUBLIC = "options=-csearch_path%3Dpublic"
@@ -269,6 +275,45 @@ def test_a_migration_that_waits_for_a_reader_does_not_keep_others_waiting(
         migrated = asyncio.run(read_beside_the_dump(threads)).result(timeout=30)
     # and that it goes on when the dump has ended.
     assert migrated.steps[-1].revision == migrated.after == migrations._revisions()[-1]
+
+
+@pytest.mark.slow
+def test_a_migration_does_not_wait_for_an_autovacuum() -> None:
+    """PostgreSQL ends an autovacuum after `deadlock_timeout`, if somebody waits for its table."""
+    slowly = (
+        "autovacuum_vacuum_cost_delay = 100, autovacuum_vacuum_cost_limit = 1,"
+        " autovacuum_vacuum_threshold = 0, autovacuum_vacuum_scale_factor = 0"
+    )
+    vacuums = (
+        "SELECT pid FROM pg_stat_activity WHERE backend_type = 'autovacuum worker'"
+        " AND query LIKE '%job_registry.job'"
+    )
+    with ExitStack() as stack:
+        try:
+            settings = {**TEST_SETTINGS, "autovacuum_naptime": "1s"}
+            server = stack.enter_context(running_server(settings, in_memory=True))
+        except ServerMissing as missing:
+            pytest.skip(str(missing))
+        migrations.upgrade(server.url, "0012")
+        run_sql(
+            server.url,
+            f"ALTER TABLE job_registry.job SET ({slowly})",
+            "INSERT INTO job_registry.job (id, type, fingerprint, status, payload, priority,"
+            " attempt, max_attempts, timeout_seconds, backoff_base_seconds, backoff_cap_seconds,"
+            " created_at, next_run_at) SELECT gen_random_uuid(), 'test.ping', 'f', 'queued', '{}',"
+            " 50, 0, 3, 60, 1, 1, now(), now() FROM generate_series(1, 30000)",
+            "UPDATE job_registry.job SET priority = 60",
+        )
+        give_up = time.monotonic() + 30
+        while not run_sql(server.url, vacuums):
+            assert time.monotonic() < give_up
+            time.sleep(0.1)
+        with ThreadPoolExecutor(1) as threads:
+            migrating = threads.submit(migrations.upgrade, server.url)
+            try:
+                assert migrating.result(timeout=10).steps
+            finally:
+                server.stop()  # Otherwise a migration that waits would wait on.
 
 
 @pytest.mark.parametrize("name", ["job", "job_event_batch"])
