@@ -29,6 +29,7 @@ from job_registry_api.cli import (
 )
 from job_registry_api.cli.output import (
     WRONG_USAGE,
+    Errors,
     Output,
     OutputFailed,
     fail,
@@ -53,6 +54,12 @@ app = typer.Typer(
 def run() -> None:
     """Run the command. Expected errors become a message and an exit code."""
     startup.collect_garbage_rarely()
+    # Typer also writes there, for example what is wrong with the arguments.
+    with contextlib.redirect_stderr(cast(TextIO, Errors(sys.stderr))):
+        _run()
+
+
+def _run() -> None:
     try:
         output = Output(sys.stdout)
         with contextlib.redirect_stdout(cast(TextIO, output)):

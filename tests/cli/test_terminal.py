@@ -217,6 +217,7 @@ def test_a_command_whose_output_is_read_no_further_ends_silently(
     ("arguments", "settings", "code"),
     [
         ("policy nope", {}, 1),
+        ("policy --nope", {}, 2),
         pytest.param("types", {"JOBS_PORT": "http"}, 2, marks=pytest.mark.slow),
         pytest.param("worker --types nope", {}, 2, marks=pytest.mark.slow),
         pytest.param("migrate", {}, 0, marks=pytest.mark.slow),
