@@ -164,8 +164,6 @@ def upgrade(
     """
 
     def run(connection: Connection, schema: str | None) -> Migrated:
-        if schema is not None:
-            connection.execute(_LIMIT_LOCKS, {"milliseconds": round(LOCK_SECONDS * 1000)})
         with _refusals():
             _enter(connection, schema)
         fit = _examine(connection, schema)
@@ -182,16 +180,7 @@ def upgrade(
     def opened() -> Database:
         return open_database(url, timeout_seconds=None, pooler=pooler, schema=schema, create=True)
 
-    migrated: Migrated | None = None
-    is_waiting = False
-    while migrated is None:
-        try:
-            migrated = _in_transaction(opened(), run)
-        except _Locked:
-            if not is_waiting:
-                log.warning("migration.waits", reason="other sessions use the tables")
-            is_waiting = True
-            time.sleep(LOCK_REST_SECONDS)
+    migrated = _in_transaction(opened, run)
     if migrated.after == _revisions()[-1]:
         _build_indexes(opened())
     return migrated
@@ -232,6 +221,8 @@ def prepare(
 def downgrade(url: str, revision: str = "base", *, schema: str = defaults.SCHEMA) -> Migrated:
     """Undo the migrations down to `revision`. Undoing the first one deletes all jobs.
 
+    It waits for tables that others use as `upgrade` does.
+
     Raises:
         QueueUnavailable: the database does not answer, or cannot write.
     """
@@ -240,7 +231,7 @@ def downgrade(url: str, revision: str = "base", *, schema: str = defaults.SCHEMA
         _enter(connection, schema)
         return _migrate(connection, "downgrade", revision, schema)
 
-    return _in_transaction(open_database(url, timeout_seconds=None, schema=schema), run)
+    return _in_transaction(lambda: open_database(url, timeout_seconds=None, schema=schema), run)
 
 
 def examine(
@@ -598,16 +589,31 @@ class _Locked(Exception):
     """Others have used a table for longer than the transaction may wait. Nothing was changed."""
 
 
-def _in_transaction(database: Database, work: Callable[[Connection, str | None], T]) -> T:
+def _in_transaction(
+    opened: Callable[[], Database], work: Callable[[Connection, str | None], T]
+) -> T:
     """Run `work` in the only transaction that migrates at this time.
 
-    Raises:
-        _Locked: `work` limits its wait for locks, and did not get one.
+    While others use a table that it changes, it is undone, and tried again after a rest.
     """
+    is_waiting = False
+    while True:
+        try:
+            return _try_in_transaction(opened(), work)
+        except _Locked:
+            if not is_waiting:
+                log.warning("migration.waits", reason="other sessions use the tables")
+            is_waiting = True
+            time.sleep(LOCK_REST_SECONDS)
 
+
+def _try_in_transaction(database: Database, work: Callable[[Connection, str | None], T]) -> T:
     async def run() -> T:
         async with database.transaction() as connection:
             await database.lock_migrations(connection)
+            if database.schema is not None:
+                limit = {"milliseconds": round(LOCK_SECONDS * 1000)}
+                await connection.execute(_LIMIT_LOCKS, limit)
             try:
                 return await connection.run_sync(work, database.schema)
             except sqlalchemy.exc.DBAPIError as error:

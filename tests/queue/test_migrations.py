@@ -247,20 +247,28 @@ def test_a_migration_is_not_bounded_by_the_timeouts_of_its_database(postgresql_1
     run_sql(postgresql_18, f"DROP DATABASE {name} WITH (FORCE)")
 
 
+@pytest.mark.parametrize("direction", ["up", "down"])
 def test_a_migration_that_waits_for_a_reader_does_not_keep_others_waiting(
-    fresh_postgresql_url: str, monkeypatch: pytest.MonkeyPatch
+    fresh_postgresql_url: str, monkeypatch: pytest.MonkeyPatch, direction: str
 ) -> None:
     # Given a dump that reads the tables, when a migration has to change them,
     monkeypatch.setattr(migrations, "LOCK_SECONDS", 0.2)
     monkeypatch.setattr(migrations, "LOCK_REST_SECONDS", 0.2)
-    migrations.downgrade(fresh_postgresql_url, "0011")
+
+    def migrate() -> migrations.Migrated:
+        if direction == "up":
+            return migrations.upgrade(fresh_postgresql_url)
+        return migrations.downgrade(fresh_postgresql_url, "0011")
+
+    if direction == "up":
+        migrations.downgrade(fresh_postgresql_url, "0011")
 
     async def read_beside_the_dump(threads: ThreadPoolExecutor) -> Any:
         database = open_database(fresh_postgresql_url, timeout_seconds=None)
         try:
             async with database.transaction() as dump:
                 await dump.exec_driver_sql("SELECT count(*) FROM job_registry.job")
-                migrating = threads.submit(migrations.upgrade, fresh_postgresql_url)
+                migrating = threads.submit(migrate)
                 # I expect that others can use the tables while it waits,
                 for _ in range(3):
                     await asyncio.sleep(0.2)
@@ -274,7 +282,10 @@ def test_a_migration_that_waits_for_a_reader_does_not_keep_others_waiting(
     with ThreadPoolExecutor(1) as threads:
         migrated = asyncio.run(read_beside_the_dump(threads)).result(timeout=30)
     # and that it goes on when the dump has ended.
-    assert migrated.steps[-1].revision == migrated.after == migrations._revisions()[-1]
+    if direction == "up":
+        assert migrated.steps[-1].revision == migrated.after == migrations._revisions()[-1]
+    else:
+        assert migrated.after == "0011"
 
 
 @pytest.mark.slow
