@@ -15,13 +15,13 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
-from contextlib import suppress
 from typing import Any, BinaryIO, Final, Literal, TextIO, cast
 
 import structlog
 from pydantic_core import to_json
 
 from job_registry.errors import escaped
+from job_registry_api.unfailing import Unfailing
 
 _MAX_MEMBERS: Final = 5
 _MAX_CALLS: Final = 12
@@ -46,7 +46,7 @@ def configure_logs(
     global _configuration, _together
     _configuration = (level, style)
     stream = stream or sys.stderr
-    factory: Any = structlog.WriteLoggerFactory(cast(TextIO, _Unfailing(stream)))
+    factory: Any = structlog.WriteLoggerFactory(cast(TextIO, Unfailing(stream)))
     console = style == "console" or (style == "auto" and stream.isatty())
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
@@ -61,7 +61,7 @@ def configure_logs(
         render = render_text = _ConsoleRenderer(colors=_shows_colors(stream))
     else:
         render, render_text = _render_json, _render_json_text
-        factory = structlog.BytesLoggerFactory(cast(BinaryIO, _Unfailing(stream.buffer)))
+        factory = structlog.BytesLoggerFactory(cast(BinaryIO, Unfailing(stream.buffer)))
     _together = None if console else _Together(factory, shared, _LEVELS[level] <= logging.INFO)
     structlog.configure(
         processors=[*shared, render],
@@ -235,26 +235,6 @@ def _escaped(value: Any) -> Any:
 
 def _render_json_text(logger: Any, method: str, line: MutableMapping[str, Any]) -> str:
     return _render_json(logger, method, line).decode()
-
-
-class _Unfailing:
-    """A stream that drops lines it cannot write, because its reader is gone or the disk is full.
-
-    Lines are written after commits and while errors are handled. An exception from the stream would
-    be taken for a failure of the work. `logging` drops lines for the same reason.
-    """
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    def write(self, line: str | bytes) -> None:
-        # ValueError: the stream is closed.
-        with suppress(OSError, ValueError):
-            self._stream.write(line)
-
-    def flush(self) -> None:
-        with suppress(OSError, ValueError):
-            self._stream.flush()
 
 
 def _render_json(_logger: Any, _method: str, line: MutableMapping[str, Any]) -> bytes:

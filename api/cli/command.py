@@ -29,7 +29,6 @@ from job_registry_api.cli import (
 )
 from job_registry_api.cli.output import (
     WRONG_USAGE,
-    Errors,
     Output,
     OutputFailed,
     fail,
@@ -38,6 +37,7 @@ from job_registry_api.cli.output import (
     say,
 )
 from job_registry_api.settings import SettingsInvalid
+from job_registry_api.unfailing import Unfailing
 
 app = typer.Typer(
     name="job-registry",
@@ -55,7 +55,7 @@ def run() -> None:
     """Run the command. Expected errors become a message and an exit code."""
     startup.collect_garbage_rarely()
     # Typer also writes there, for example what is wrong with the arguments.
-    with contextlib.redirect_stderr(cast(TextIO, Errors(sys.stderr))):
+    with contextlib.redirect_stderr(cast(TextIO, Unfailing(sys.stderr))):
         _run()
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from io import TextIOWrapper
 from typing import Annotated, Any, NoReturn, TextIO
 
@@ -18,7 +17,6 @@ from job_registry.errors import escaped
 
 REFUSED = 1
 WRONG_USAGE = 2
-
 
 out = Console(highlight=False, soft_wrap=True, emoji=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
@@ -96,28 +94,6 @@ def fail_without_output(failure: OutputFailed, *unfinished: str) -> NoReturn:
         sys.exit(0)
     reason = str(failure) or "standard output is closed"
     fail(REFUSED, *unfinished, f"The output could not be written: {reason}.")
-
-
-class Errors:
-    """Standard error. What cannot be written, because its reader is gone or the disk is full, is
-    dropped, as lines of the log are: the command goes on, and ends with its exit code."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        """Write a text, if possible."""
-        with suppress(OSError):
-            return self._stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        """Write what is buffered, if possible."""
-        with suppress(OSError):
-            self._stream.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
 
 
 def say(text: str, console: Console = out) -> None:
