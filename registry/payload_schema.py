@@ -122,8 +122,11 @@ class _JsonSchema(GenerateJsonSchema):
 
     def url_schema(self, schema: core_schema.UrlSchema) -> JsonSchemaValue:
         """Return the format, the length and the schemes."""
-        schemes = schema.get("allowed_schemes")
-        return {**super().url_schema(schema), **({"schemes": sorted(schemes)} if schemes else {})}
+        return _with_schemes(super().url_schema(schema), schema)
+
+    def multi_host_url_schema(self, schema: core_schema.MultiHostUrlSchema) -> JsonSchemaValue:
+        """Return the format, the length and the schemes."""
+        return _with_schemes(super().multi_host_url_schema(schema), schema)
 
     def model_fields_schema(self, schema: core_schema.ModelFieldsSchema) -> JsonSchemaValue:
         """Return every name that a field is read from. Pydantic describes only the first."""
@@ -141,12 +144,6 @@ class _JsonSchema(GenerateJsonSchema):
                 one = {"anyOf": [{"required": [name]} for name in (first, *others)]}
                 described.setdefault("allOf", []).append(one)
         return described
-
-    def multi_host_url_schema(self, schema: core_schema.MultiHostUrlSchema) -> JsonSchemaValue:
-        """Return the format, the length and the schemes."""
-        schemes = schema.get("allowed_schemes")
-        described = super().multi_host_url_schema(schema)
-        return {**described, **({"schemes": sorted(schemes)} if schemes else {})}
 
     def dict_schema(self, schema: core_schema.DictSchema) -> JsonSchemaValue:
         """Return the values, and which names are refused."""
@@ -173,6 +170,12 @@ class _JsonSchema(GenerateJsonSchema):
             if names:
                 described["propertyNames"] = names
         return described
+
+
+def _with_schemes(described: JsonSchemaValue, schema: Any) -> JsonSchemaValue:
+    """Say which schemes a URL may have."""
+    schemes = schema.get("allowed_schemes")
+    return {**described, **({"schemes": sorted(schemes)} if schemes else {})}
 
 
 def _names_of(field: core_schema.ModelField) -> list[str]:
