@@ -15,6 +15,7 @@ import re
 import shutil
 import signal
 import uuid
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -109,6 +110,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             for item in items:
                 if item.get_closest_marker(marker):
                     item.add_marker(skip)
+    if hasattr(config, "workerinput"):
+        _spread(items, "tests/worker/")
+
+
+def _spread(items: list[pytest.Item], folder: str) -> None:
+    """Put the tests of a folder evenly among the others.
+
+    Those of the worker wait more than they compute, and were the last ones: cores were idle.
+    """
+    total = Counter(item.nodeid.startswith(folder) for item in items)
+    seen: Counter[bool] = Counter()
+    places = {}
+    for item in items:
+        inside = item.nodeid.startswith(folder)
+        seen[inside] += 1
+        places[item] = seen[inside] / total[inside]
+    items.sort(key=places.__getitem__)
 
 
 def pytest_collection_finish() -> None:

@@ -118,6 +118,12 @@ async def tracing_to(url: str, provider: TracerProvider) -> AsyncIterator[Traced
         yield Traced(queue, client, exporter, url)
 
 
+kinds = pytest.mark.parametrize(
+    "kind",
+    ["traced.loop", "traced.thread", pytest.param("traced.process", marks=pytest.mark.slow)],
+)
+
+
 @pytest.fixture
 async def traced(database_url: str) -> AsyncIterator[Traced]:
     async with tracing_to(database_url, TracerProvider()) as traced:
@@ -182,7 +188,7 @@ async def test_a_request_an_enqueue_and_each_attempt_are_one_trace(
     assert second.status.status_code is StatusCode.UNSET
 
 
-@pytest.mark.parametrize("kind", ["traced.loop", "traced.thread", "traced.process"])
+@kinds
 async def test_no_span_has_a_payload_or_the_message_of_an_exception(
     traced: Traced, kind: str
 ) -> None:
@@ -193,7 +199,7 @@ async def test_no_span_has_a_payload_or_the_message_of_an_exception(
     assert not [span.name for span in traced.spans if span.events]
 
 
-@pytest.mark.parametrize("kind", ["traced.loop", "traced.thread", "traced.process"])
+@kinds
 async def test_a_job_that_a_handler_enqueues_belongs_to_its_trace(
     traced: Traced, kind: str
 ) -> None:

@@ -287,8 +287,8 @@ def test_a_closed_output_is_a_sentence(jobs: Shell) -> None:
     ("closed", "arguments", "code"),
     [
         ("2>&-", "types --json", 0),
-        ("2>&-", "policy nope", 1),
-        ("2>&-", "enqueue payout.execute payout.json", 0),
+        pytest.param("2>&-", "policy nope", 1, marks=pytest.mark.slow),
+        pytest.param("2>&-", "enqueue payout.execute payout.json", 0, marks=pytest.mark.slow),
         ("<&- 2>&-", "enqueue payout.execute payout.json", 0),
         (">&- 2>&-", "types", 1),
     ],

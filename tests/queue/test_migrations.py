@@ -75,7 +75,9 @@ def _server(version: int) -> Iterator[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.fixture(params=["sqlite", "postgresql_16", "postgresql_18"])
+@pytest.fixture(
+    params=["sqlite", "postgresql_16", pytest.param("postgresql_18", marks=pytest.mark.slow)]
+)
 def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """An empty database."""
     if request.param == "sqlite":
@@ -225,6 +227,7 @@ def test_two_migrations_at_once_make_the_tables_once(empty_url: str) -> None:
     assert migrations.examine(empty_url).fits
 
 
+@pytest.mark.slow  # only PostgreSQL 17 and newer have `transaction_timeout`
 def test_a_migration_is_not_bounded_by_the_timeouts_of_its_database(postgresql_18: str) -> None:
     name = f"bounded_{uuid.uuid4().hex}"
     url = make_url(postgresql_18).set(database=name).render_as_string(hide_password=False)

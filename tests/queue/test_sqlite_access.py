@@ -70,11 +70,16 @@ def no_folder(folder: Path) -> None:
     ("prepare", "reason"),
     [
         (read_only_file, "this process may not write to jobs.db (mode 0400)"),
-        (read_only_folder, "this process may not create files beside it, in {folder}"),
-        (unsearchable_folder, "Permission denied"),
-        (folder_at_its_place, "Is a directory"),
         (other_file, "file is not a database"),
-        (no_folder, "there is no folder {folder}"),
+        *(
+            pytest.param(prepare, reason, marks=pytest.mark.slow)
+            for prepare, reason in (
+                (read_only_folder, "this process may not create files beside it, in {folder}"),
+                (unsearchable_folder, "Permission denied"),
+                (folder_at_its_place, "Is a directory"),
+                (no_folder, "there is no folder {folder}"),
+            )
+        ),
     ],
 )
 def test_a_file_that_cannot_be_used_is_named_with_the_reason(

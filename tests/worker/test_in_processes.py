@@ -130,14 +130,20 @@ async def test_a_process_is_warm_and_has_its_lifespan_middleware_and_context(hou
 @pytest.mark.parametrize(
     ("act", "status", "code", "message", "outcomes"),
     [
-        ("raise", "failed", "handler_failed", "ValueError: from a process", ["failed"] * 3),
+        pytest.param(
+            *("raise", "failed", "handler_failed", "ValueError: from a process", ["failed"] * 3),
+            marks=pytest.mark.slow,
+        ),
         ("fail", "failed", "failed", "for good", ["failed"]),
         pytest.param(
             *("sys.exit", "failed", "handler_failed", "the handler raised SystemExit"),
             ["failed"] * 3,
             marks=pytest.mark.slow,
         ),
-        ("large", "failed", "result_invalid", "at most 262,144 bytes", ["failed"]),
+        pytest.param(
+            *("large", "failed", "result_invalid", "at most 262,144 bytes", ["failed"]),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             *("generator", "failed", "result_invalid", "generator", ["failed"]),
             marks=pytest.mark.slow,

@@ -141,7 +141,10 @@ async def test_sigterm_does_not_wait_for_a_thread_longer_than_it_is_configured_t
     assert (back.status, back.attempt) == (JobStatus.QUEUED, 0)
 
 
-@pytest.mark.parametrize("command", [["worker"], ["serve", "--port", "0"]])
+@pytest.mark.any_database
+@pytest.mark.parametrize(
+    "command", [["worker"], pytest.param(["serve", "--port", "0"], marks=pytest.mark.slow)]
+)
 async def test_a_process_ends_as_soon_as_it_has_released_the_job_of_a_handler_that_runs_on(
     command: list[str], naps: JobQueue, database_url: str, catalog: Path
 ) -> None:
