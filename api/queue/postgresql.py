@@ -39,7 +39,7 @@ from job_registry_api.queue.store import (
     EVENTS_KEPT_SECONDS,
     LOST,
     RECOVERY_BATCH,
-    TIMED_OUT,
+    UNREPORTED_TIMEOUT,
     Claim,
     Claimed,
     ClaimedJob,
@@ -285,7 +285,7 @@ class PostgreSQLStore(Store):
         parameters = {
             "most": RECOVERY_BATCH,
             "lease": lease_seconds,
-            "timed_out": error_text(TIMED_OUT),
+            "timed_out": error_text(UNREPORTED_TIMEOUT),
             "lost": error_text(LOST),
         }
         return await self._recovered(await self._run("recover", parameters))
@@ -638,7 +638,7 @@ def _claimed_by(
         "worker": claim.worker_id,
         "lease": claim.lease_seconds,
         "look_back": look_back,
-        "timed_out": error_text(TIMED_OUT),
+        "timed_out": error_text(UNREPORTED_TIMEOUT),
         "lost": error_text(LOST),
         "process": claim.sender or process,
     }

@@ -48,6 +48,7 @@ from job_registry_api.queue.store import (
     EVENTS_KEPT_SECONDS,
     LOST,
     RECOVERY_BATCH,
+    UNREPORTED_TIMEOUT,
     WAITS_ENDED,
     Claim,
     Claimed,
@@ -70,7 +71,6 @@ from job_registry_api.queue.store import (
     refuses,
     statements,
     stored_before,
-    timed_out,
 )
 
 SQL: Final = statements("sqlite")
@@ -458,7 +458,7 @@ class _Transaction:
                 job_id=uuid.UUID(row["id"]),
                 token=row["lease_token"],
                 outcome=AttemptOutcome.TIMED_OUT if late else AttemptOutcome.LOST,
-                error=timed_out(row["timeout_seconds"]) if late else LOST,
+                error=UNREPORTED_TIMEOUT if late else LOST,
             )
             job = self.end(report, recovering=True)
             if job is not None:

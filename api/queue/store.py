@@ -79,7 +79,13 @@ Each is read whole, and its objects may take 24 times the memory of their text.
 """
 
 TIMED_OUT: Final = JobError("timed_out", "The attempt exceeded its timeoutSeconds.")
-"""The error of an attempt that PostgreSQL ends: one for all that a claim finds."""
+
+UNREPORTED_TIMEOUT: Final = JobError(
+    TIMED_OUT.code,
+    "The attempt exceeded its timeoutSeconds, and its worker did not report it: the worker stopped,"
+    " was blocked, or lost its connection to the queue.",
+)
+"""The error of an attempt that timed out and that a claim ends: one for all that it finds."""
 
 LOST: Final = JobError(
     "lost", "The lease was not renewed: the worker stopped, or lost its connection to the queue."

@@ -29,6 +29,7 @@ from job_registry_api.queue.errors import (
 from job_registry_api.queue.leasing import Renewal
 from job_registry_api.queue.models import JobError
 from job_registry_api.queue.queue import JobQueue
+from job_registry_api.queue.store import UNREPORTED_TIMEOUT
 from job_registry_api.worker.alarm import Alarm
 from job_registry_api.worker.follow_ups import REFUSED, FollowUps
 from job_registry_api.worker.job_log import JobLog, Tail
@@ -92,6 +93,10 @@ REPORT_SECONDS: Final = 10.0
 
 AFTER_CRASH: Final = ("lost", "process_died")
 """The error codes after which the next attempt runs in a separate process."""
+
+ISOLATED_SECONDS: Final = 5
+"""The shortest timeout at which an attempt runs in a separate process because the one before timed
+out unreported. The start of a process may take a second, and counts towards the timeout."""
 
 _UNFORESEEN: Final = ("error", "stopped")
 
@@ -407,7 +412,8 @@ class Attempt:
         """Return the address from which a process imports the handler; None to run it here.
 
         The attempt after a lost one runs in a separate process: the handler may have crashed the
-        worker, and would cost the jobs beside it another attempt.
+        worker, and would cost the jobs beside it another attempt. An attempt whose timeout comes
+        before the end of its lease is not lost, but times out unreported.
         """
         processes = self._equipment.processes
         if processes is None:
@@ -415,7 +421,12 @@ class Attempt:
         if registered.run_in == "process":
             return address_of(registered)
         error = self._job.error
-        if error is None or error.code not in AFTER_CRASH or self._job.attempt < 2:
+        if error is None or self._job.attempt < 2:
+            return None
+        if error == UNREPORTED_TIMEOUT:
+            if self._job.timeout_seconds < ISOLATED_SECONDS:
+                return None
+        elif error.code not in AFTER_CRASH:
             return None
         address = address_of(registered) if processes.can_start else None
         self._log.info("job.runs_isolated" if address else "job.cannot_be_isolated")

@@ -62,6 +62,7 @@ deaf = JobType(
 )
 gentle = JobType(name="gentle", payload=Act, policy=POLICY, run_in="process")
 poison = JobType(name="poison", payload=Act, policy=POLICY)
+hasty = JobType(name="hasty", payload=Act, policy=JobPolicy(3, 4, backoff=Backoff(0.05, 0.1)))
 neighbour = JobType(name="neighbour", payload=Act, policy=POLICY)
 
 
@@ -169,6 +170,7 @@ async def act_gently(job: JobContext, payload: Act) -> Any:
 
 
 @poison.handler
+@hasty.handler
 async def end_the_process(job: JobContext, payload: Act) -> Any:
     """End the worker, as a crash in a library would."""
     if payload.act == "once" and job.attempt > 1:

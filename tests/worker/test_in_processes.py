@@ -33,7 +33,7 @@ from job_registry_api.queue.models import JobRecord, JobStatus
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.worker import Worker, processes
 from job_registry_api.worker.watchdog import Watchdog
-from tests.conftest import run_sql
+from tests.conftest import advance, run_sql
 from tests.worker import crowd
 
 pytestmark = pytest.mark.any_database
@@ -66,12 +66,16 @@ class Crowd:
 
 
 @asynccontextmanager
-async def crowd_of(database_url: str, concurrency: int = 4) -> AsyncIterator[Crowd]:
+async def crowd_of(
+    database_url: str, concurrency: int = 4, takes: list[str] | None = None
+) -> AsyncIterator[Crowd]:
     database = open_database(database_url)
-    types = [crowd.crowd, crowd.deaf, crowd.gentle]
+    types = [crowd.crowd, crowd.deaf, crowd.gentle, crowd.poison, crowd.hasty]
     queue = JobQueue(JobRegistry(types, extensions=[crowd.extension]), database)
     async with queue.events.listening():
-        worker = Worker(queue, concurrency=concurrency, assets="assets", shutdown_seconds=2)
+        worker = Worker(
+            queue, types=takes, concurrency=concurrency, assets="assets", shutdown_seconds=2
+        )
         task = asyncio.create_task(worker.run())
         try:
             yield Crowd(queue, worker)
@@ -259,6 +263,32 @@ async def test_a_crash_costs_no_other_job_anything(house: Crowd, tmp_path: Path)
     await house.queue.cancel(waiting.id)
     await house.until(waiting, JobStatus.CANCELLED)
     assert await house.outcomes(waiting) == ["cancelled"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "is_reported", "is_isolated"),
+    [("poison", False, True), ("poison", True, False), ("hasty", False, False)],
+)
+async def test_an_attempt_that_its_worker_left_to_time_out_may_have_crashed_it(
+    database_url: str, kind: str, is_reported: bool, is_isolated: bool
+) -> None:
+    async with crowd_of(database_url, takes=["deaf"]) as house:
+        # Given an attempt whose timeout comes before the end of its lease
+        job = await house.enqueue("once", kind=kind)
+        (lease,) = await house.queue.lease([kind], "dead")
+        if is_reported:
+            await house.queue.time_out(lease.token)
+        else:
+            await advance(database_url, 30)
+            await house.queue.recover()
+        assert await house.outcomes(job) == ["timed_out"]
+    # When another worker runs the next one
+    async with crowd_of(database_url) as house:
+        done = await house.until(job, *ENDED)
+    # Then it runs in a process of its own, if there is time to start one
+    assert isinstance(done.result, dict)
+    assert (done.result["pid"] != os.getpid()) == is_isolated
 
 
 async def test_a_process_that_is_killed_while_it_waits_costs_no_attempt(house: Crowd) -> None:

@@ -31,7 +31,7 @@ INSERT INTO job_event_batch (message, created_at) VALUES (:message, :now)
 
 -- name: expired
 -- Return the attempts whose lease has expired.
-SELECT id, lease_token, timeout_seconds, deadline_at <= :now AS timed_out FROM job
+SELECT id, lease_token, deadline_at <= :now AS timed_out FROM job
 WHERE status = 'running' AND lease_expires_at <= :now ORDER BY lease_expires_at LIMIT :most
 
 -- name: ahead
