@@ -230,7 +230,7 @@ async def enqueue(request: _Request) -> _Answer:
     """
     caller, queue = request.caller, request.queue
     caller.need("jobs:enqueue", "jobs:own")
-    budget = queue.registry.fault_budget()
+    budget = queue.registry.fault_budget(FaultBudget(job_types=caller.job_types))
     given, faults = read_request(await request.json(), budget)
     if given is None:
         raise InputInvalid(faults)
@@ -253,7 +253,7 @@ async def enqueue_many(request: _Request) -> _Answer:
     """
     caller, queue = request.caller, request.queue
     caller.need("jobs:enqueue", "jobs:own")
-    budget = queue.registry.fault_budget()
+    budget = queue.registry.fault_budget(FaultBudget(job_types=caller.job_types))
     jobs, atomic = _bulk_of(await request.json(), request.limits.bulk_size)
     read = [read_request(job, budget) for job in jobs]
     caller.need_types(given.type for given, _ in read if given is not None)

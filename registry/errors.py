@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
@@ -167,6 +167,8 @@ class FaultBudget:
     characters: int = 1_000_000
     comparisons: int = 500
     """Names that faulty names are compared with. A comparison takes 0.03 to 0.2 milliseconds."""
+    job_types: Container[str] | None = None
+    """The job types that the caller may see: only these are suggested. None means all."""
 
     @property
     def is_spent(self) -> bool:
@@ -202,6 +204,11 @@ class FaultBudget:
             return ()
         self.comparisons -= len(names)
         return near(name, names, count=count)
+
+    def near_types(self, name: str, names: Collection[str]) -> tuple[str, ...]:
+        """Return up to three of these job types that are similar, and that the caller may see."""
+        visible = [each for each in names if self.job_types is None or each in self.job_types]
+        return self.near(name, visible, count=3)
 
     def suggestion(self, name: str, names: Collection[str]) -> str:
         """Return " Did you mean x?" for the most similar name, or an empty string."""

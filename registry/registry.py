@@ -139,7 +139,7 @@ class JobRegistry(Mapping[str, JobType[Any]]):
         found = self._job_types.get(self.current_name(job_type))
         if found is None:
             budget = self.fault_budget(budget)
-            raise JobTypeNotFound(job_type, budget.near(str(job_type), self._job_types, count=3))
+            raise JobTypeNotFound(job_type, budget.near_types(str(job_type), self._job_types))
         return found
 
     @property

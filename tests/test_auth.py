@@ -571,6 +571,38 @@ async def test_a_caller_may_be_limited_to_some_job_types(visit: Visit) -> None:
     assert none.json()["data"] == {"jobs": {"nodes": []}, "jobTypes": []}
 
 
+async def test_a_limited_caller_is_suggested_only_its_own_job_types(visit: Visit) -> None:
+    unknown = "test.pon"  # The server does not have this type; it has `test.pong`.
+    job = f'{{type: "{unknown}", payload: {{}}}}'
+    missing = "... on JobTypeNotFound { message suggestions }"
+    faulty = "... on InputInvalid { violations { message } }"
+    async with visit(**AUTH) as client:
+        limited = bearer(*ALL, **{"jobs:types": [unknown, "test.ping"]})
+        answers = [
+            await graphql(client, document, limited)
+            for document in (
+                f'{{ jobType(jobType: "{unknown}") {{ {missing} }} }}',
+                f'{{ jobPolicy(jobType: "{unknown}") {{ {missing} }} }}',
+                f"{{ validateJob(input: {job}) {{ {missing} }} }}",
+                f"mutation {{ enqueueJob(input: {job}) {{ {missing} }} }}",
+                f"mutation {{ enqueueJobs(inputs: [{job}]) {{ {missing} }} }}",
+                f'mutation {{ unparkJobs(jobTypes: ["{unknown}"]) {{ {faulty} }} }}',
+                f'mutation {{ leaseJobs(input: {{jobTypes: ["{unknown}"], workerId: "w"}})'
+                f" {{ {faulty} }} }}",
+            )
+        ]
+        following = f'subscription {{ jobEvents(jobTypes: ["{unknown}"]) {{ name }} }}'
+        events = limited | {"accept": "text/event-stream"}
+        answers.append(await graphql(client, following, events))
+        given = {"type": unknown, "payload": {}}
+        answers.append(await client.post("/jobs", json=given, headers=limited))
+        answers.append(await client.post("/jobs/bulk", json={"jobs": [given]}, headers=limited))
+        answers.append(await client.post("/jobs", json=given | {"priority": -1}, headers=limited))
+    for answer in answers:
+        assert "test.ping" in answer.text, answer.request.content
+        assert "test.pong" not in answer.text, answer.request.content
+
+
 # Subscriptions
 
 EVENTS = "subscription { jobEvents { name type } }"

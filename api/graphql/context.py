@@ -17,6 +17,7 @@ from graphql import DocumentNode, OperationDefinitionNode, ValueNode
 from starlette.types import Receive
 from strawberry.dataloader import DataLoader
 
+from job_registry.errors import FaultBudget
 from job_registry_api.auth import Caller, Unauthenticated
 from job_registry_api.budget import Budget, BudgetExceeded, RequestLimits, RequestSize
 from job_registry_api.graphql.selections import Selections
@@ -124,6 +125,13 @@ class Context:
     _waiting_reasons: DataLoader[JobRecord, WaitingReason | None] | None = field(
         default=None, init=False, repr=False
     )
+
+    @property
+    def faults(self) -> FaultBudget:
+        """How many more faults may be listed, and which job types they may suggest."""
+        faults = self.budget.faults
+        faults.job_types = self.caller.job_types
+        return faults
 
     async def counts(self) -> dict[str, JobCounts]:
         """Return the number of jobs per type and status, read once per request."""

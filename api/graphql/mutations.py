@@ -205,7 +205,7 @@ class Mutation:
             atomic=atomic,
             created_by=caller.subject,
             others=caller.others_jobs,
-            budget=budget.faults,
+            budget=context_of(info).faults,
             values=ExistingValues(
                 payload=of_each.payloads > 0,
                 others=of_each.progresses + of_each.results + of_each.errors > 0,
@@ -247,7 +247,8 @@ class Mutation:
         if job_types is None and caller.job_types is not None:
             job_types = sorted(caller.job_types & frozenset(queue.registry))
         caller.need_types(job_types or ())
-        return UnparkJobsSuccess(unparked=await queue.unpark(job_types))
+        unparked = await queue.unpark(job_types, budget=context_of(info).faults)
+        return UnparkJobsSuccess(unparked=unparked)
 
     @strawberry.mutation(
         extensions=[Requires("jobs:work")],
@@ -277,6 +278,7 @@ class Mutation:
                 wait_seconds=input.wait_seconds,
                 stop=gone,
                 readable=input.readable(),
+                budget=context_of(info).faults,
             )
             if gone.is_set():
                 # Nobody receives these leases, and their attempts would be spent.
@@ -479,7 +481,7 @@ def _enqueued(context: Context, request: EnqueueRequest) -> Awaitable[Enqueued]:
         request,
         created_by=caller.subject,
         others=caller.others_jobs,
-        budget=context.budget.faults,
+        budget=context.faults,
     )
 
 

@@ -115,7 +115,8 @@ class Query:
         job_type: Annotated[str, strawberry.argument(description="The name of the job type.")],
     ) -> JobTypeResult | None:
         context_of(info).caller.need_types([job_type])
-        return JobType.of(context_of(info).queue.registry.get_type(job_type))
+        context = context_of(info)
+        return JobType.of(context.queue.registry.get_type(job_type, context.faults))
 
     @strawberry.field(
         extensions=[Requires("jobs:read")],
@@ -139,7 +140,8 @@ class Query:
         job_type: Annotated[str, strawberry.argument(description="The name of the job type.")],
     ) -> JobPolicyResult | None:
         context_of(info).caller.need_types([job_type])
-        found = context_of(info).queue.registry.get_type(job_type)
+        context = context_of(info)
+        found = context.queue.registry.get_type(job_type, context.faults)
         return JobPolicy.of(found.name, found.policy)
 
     @strawberry.field(
@@ -160,7 +162,7 @@ class Query:
                 input.request(),
                 created_by=caller.subject,
                 others=caller.others_jobs,
-                budget=context_of(info).budget.faults,
+                budget=context_of(info).faults,
             )
             duplicate = valid.duplicate_of
             return JobValid(

@@ -110,7 +110,7 @@ class Subscription:
     ) -> AsyncGenerator[JobEvent, None]:
         queue, caller = context_of(info).queue, context_of(info).caller
         caller.need_types(job_types or ())
-        faults = unknown_types(queue.registry, job_types or ())
+        faults = unknown_types(queue.registry, job_types or (), context_of(info).faults)
         try:
             of_job = None if job_id is None else parse_job_id(job_id)
         except JobNotFound as unknown:

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 from job_registry import JobRegistry
+from job_registry.errors import FaultBudget
 from job_registry_api.queue.errors import InputInvalid, JobNotFound, JobStateConflict
 from job_registry_api.queue.events import Events, JobEvent
 from job_registry_api.queue.filters import check_owner
@@ -55,11 +56,14 @@ class Changing(Opening):
         """
         return await self._change(job_id, owner, self._store.retry, "retried", _ENDED)
 
-    async def unpark(self, job_types: Sequence[str] | None = None) -> int:
+    async def unpark(
+        self, job_types: Sequence[str] | None = None, *, budget: FaultBudget | None = None
+    ) -> int:
         """Make the parked jobs of these types due for every worker, and return how many there were.
 
         None means all types, also those that are not registered. What refused the jobs is
         forgotten. They are changed in batches; if it raises, some may have been changed.
+        Suggestions of names are charged to the `budget` of the caller's request.
 
         Raises:
             InputInvalid: a type is not registered.
@@ -68,7 +72,7 @@ class Changing(Opening):
         if job_types is None:
             stored = [name for name, of in (await self._store.counts()).items() if of.parked]
         else:
-            if faults := unknown_types(self.registry, job_types):
+            if faults := unknown_types(self.registry, job_types, budget):
                 raise InputInvalid(tuple(faults))
             found = dict.fromkeys(self.registry.get_type(name) for name in job_types)
             stored = [name for each in found for name in (each.name, *each.former_names)]

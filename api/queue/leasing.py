@@ -18,7 +18,7 @@ from pydantic import JsonValue
 from pydantic_core import from_json
 
 from job_registry import JobRegistry, Violation
-from job_registry.errors import shortened
+from job_registry.errors import FaultBudget, shortened
 from job_registry.json_values import json_document
 from job_registry_api.metrics import Metrics
 from job_registry_api.queue.claiming import BusyWorker, Claiming, Lease, Readable
@@ -117,6 +117,7 @@ class Leasing:
         wait_seconds: float = 0.0,
         stop: asyncio.Event | None = None,
         readable: Mapping[str, Collection[str]] | None = None,
+        budget: FaultBudget | None = None,
     ) -> list[Lease]:
         """Lease up to `limit` due jobs of these types; wait up to `wait_seconds` for the first.
 
@@ -131,13 +132,15 @@ class Leasing:
         Fewer jobs are leased once their payloads have a megabyte of JSON text together.
 
         Waiting holds no database connection. Attempts of any worker whose lease has expired are
-        ended first.
+        ended first. Suggestions of names are charged to the `budget` of the caller's request.
 
         Raises:
             InputInvalid: a type is not registered, `limit` is not 1 to 100, `wait_seconds` is not
                 0 to 30, or `worker_id` does not have 1 to 255 characters.
         """
-        check_lease(self.registry, job_types, worker_id, limit, wait_seconds, readable or {})
+        check_lease(
+            self.registry, job_types, worker_id, limit, wait_seconds, readable or {}, budget
+        )
         names = [self.registry.get_type(name).name for name in job_types]
         reads: Readable | None = None
         if readable is not None:

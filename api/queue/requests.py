@@ -162,13 +162,14 @@ def check_lease(
     limit: int,
     wait: float,
     readable: Mapping[str, Collection[str]],
+    budget: FaultBudget | None = None,
 ) -> None:
     """Check the arguments of a lease.
 
     Raises:
         InputInvalid: a value is out of range; lists every fault.
     """
-    faults = unknown_types(registry, job_types)
+    faults = unknown_types(registry, job_types, budget)
     if not faults and not job_types:
         message = "Expected an array of at least 1 job type; got none."
         faults.append(Violation("/jobTypes", "too_short", message))
@@ -215,12 +216,17 @@ def _worker_id_faults(worker_id: Any) -> list[Violation]:
     return [Violation("/workerId", "out_of_range", message)]
 
 
-def unknown_types(registry: JobRegistry, job_types: Iterable[str]) -> list[Violation]:
-    """Return a violation for each name without a job type, up to 100 and one for the rest."""
+def unknown_types(
+    registry: JobRegistry, job_types: Iterable[str], budget: FaultBudget | None = None
+) -> list[Violation]:
+    """Return a violation for each name without a job type, up to 100 and one for the rest.
+
+    Suggestions are charged to the budget of the request.
+    """
     if not is_list(job_types):
         message = f"Expected a list of names of job types; got {shortened(job_types)}."
         return [Violation("/jobTypes", "wrong_type", message)]
-    budget = registry.fault_budget()
+    budget = registry.fault_budget(budget)
     faults: list[Violation] = []
     more = 0
     for index, name in enumerate(cast("Iterable[Any]", job_types)):
@@ -232,7 +238,7 @@ def unknown_types(registry: JobRegistry, job_types: Iterable[str]) -> list[Viola
         if len(faults) == MAX_VIOLATIONS:
             more += 1
             continue
-        unknown = JobTypeNotFound(name, budget.near(name, registry, count=3))
+        unknown = JobTypeNotFound(name, budget.near_types(name, registry))
         faults.append(Violation(f"/jobTypes/{index}", unknown.code, str(unknown)))
     if more:
         faults.append(Violation("/jobTypes", "more", f"{more:,} more faults are not listed."))
