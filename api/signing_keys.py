@@ -240,7 +240,9 @@ def _usable_keys(body: bytes, *, refuse_short: bool = False) -> Iterator[Key]:
                 raise KeysInvalid(f"{named}; expected {MIN_RSA_BITS:,} or more")
             log.warning("keys.too_short", key=str(key.key_id)[:100], bits=key.key.key_size)
             continue
-        yield Key(key.key_id, name, key.key)
+        # Some sets have private keys, which PyJWT cannot check a signature of RSA with.
+        is_private = hasattr(key.key, "public_key")
+        yield Key(key.key_id, name, key.key.public_key() if is_private else key.key)
 
 
 async def _document(url: str, tls: ssl.SSLContext | None) -> bytes:

@@ -402,6 +402,20 @@ async def test_a_short_rsa_key_at_a_url_is_refused_and_the_others_are_used(
 # The cache of tokens
 
 
+@pytest.mark.parametrize("algorithm", ["RS256", "ES256"])
+async def test_a_file_with_a_private_key_checks_tokens_by_its_public_key(
+    visit: Visit, tmp_path: Path, algorithm: str
+) -> None:
+    key: Any = rsa.generate_private_key(65537, 2_048) if algorithm == "RS256" else KEYS["old"]
+    file = tmp_path / "keys.json"
+    private = json.loads(jwt.get_algorithm_by_name(algorithm).to_jwk(key))
+    file.write_text(json.dumps({"keys": [private]}))
+    good = jwt.encode(claims("jobs:read"), key, algorithm)
+    async with visit(auth_jwks=str(file), **CLAIMS) as client:
+        assert await status(client, {"authorization": f"Bearer {good}"}) == 200
+        assert await status(client, {"authorization": f"Bearer {good[:-9]}AAAAAAAAA"}) == 401
+
+
 def secret_verifier() -> TokenVerifier:
     keys = FixedKeys(SharedSecret(SECRET.encode()))
     return TokenVerifier(keys, issuer=ISSUER, audience="jobs", leeway_seconds=0.0)
