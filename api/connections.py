@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import resource
 from array import array
+from collections import deque
 from dataclasses import dataclass
 from enum import Enum, auto
 from http import HTTPStatus
@@ -20,7 +21,7 @@ from httptools import HttpParserUpgrade, HttpRequestParser
 from pydantic_core import to_json
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocketDisconnect
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from uvicorn.server import ServerState
 from websockets.frames import Frame
@@ -262,6 +263,8 @@ class HTTPConnection(HttpToolsProtocol):
         self._refusal: HTTPStatus | None = None
         self._is_ending = False
         self._ignored_bytes = 0
+        self._unanswered: deque[RequestResponseCycle] = deque()
+        """The request that is served, and those that wait for its answer."""
 
     # As narrow as in uvicorn.
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -281,6 +284,12 @@ class HTTPConnection(HttpToolsProtocol):
         self.app = cast(Any, self._application)
         if self.cycle is not None:
             self.cycle.transport = self.transport
+        # uvicorn tells only the last request that it has parsed.
+        for cycle in self._unanswered:
+            cycle.transport = self.transport
+            cycle.disconnected = True
+            cycle.message_event.set()
+        self._unanswered.clear()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -331,12 +340,13 @@ class HTTPConnection(HttpToolsProtocol):
         if self.ignores_upgrade:
             return  # The parser begins again, with the same head.
         super().on_headers_complete()
-        if self.cycle is not None:
+        if self.cycle is not None and self.cycle.scope is self.scope:  # Not of a WebSocket.
             # A response to HEAD has no body to wait for. After "100 Continue" the client sends its
             # body, so that must not wait either.
             head_waits = self.scope["method"] != "HEAD" and not self.expect_100_continue
             response = _ResponseTransport(self, head_waits=head_waits)
             self.cycle.transport = cast(asyncio.Transport, response)
+            self._unanswered.append(self.cycle)
         self._phase = _Phase.BODY
         self._deadline = self.loop.time() + self._bounds.body_seconds
         self._open.is_busy(self)
@@ -357,6 +367,8 @@ class HTTPConnection(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """Wait for the next request."""
+        if self._unanswered:
+            self._unanswered.popleft()
         if self._is_ending:
             return
         super().on_response_complete()
@@ -548,7 +560,7 @@ class _ResponseTransport:
     def write(self, data: bytes) -> None:
         if self._has_begun:
             head, self._head = self._head, b""
-            self._connection.transport.write(head + data)
+            self._write(head + data)
         else:
             self._has_begun = True
             self._head = data
@@ -563,8 +575,13 @@ class _ResponseTransport:
 
     def _flush(self) -> None:
         head, self._head = self._head, b""
-        if head and not self._connection.transport.is_closing():
-            self._connection.transport.write(head)
+        if head:
+            self._write(head)
+
+    def _write(self, data: bytes) -> None:
+        # The end of a connection is known before uvicorn is told; uvloop then raises.
+        if not self._connection.transport.is_closing():
+            self._connection.transport.write(data)
 
 
 def _refusal(status: HTTPStatus, reason: tuple[str, str] | None = None) -> bytes:

@@ -202,3 +202,42 @@ async def test_the_head_of_an_answer_whose_connection_was_lost_is_not_written() 
     assert transport.is_closed
     assert transport.writes == []
     connection.connection_lost(None)
+
+
+@pytest.mark.parametrize("requests", [1, 2])
+async def test_a_request_hears_that_its_connection_was_lost_though_others_wait_for_its_answer(
+    requests: int,
+) -> None:
+    served = []
+
+    async def wait_and_answer(_scope: Scope, receive: Receive, send: Send) -> None:
+        while (message := await receive())["type"] == "http.request":
+            pass
+        served.append(message["type"])
+        await respond(send, 200, b"too late", content_type=b"text/plain")
+
+    connection, transport = connected(cast(ASGIApp, wait_and_answer))
+    connection.data_received(REQUEST * requests)
+    await turns()
+    transport.abort()
+    connection.connection_lost(None)
+    await turns()
+    assert served == ["http.disconnect"]
+    assert transport.writes == []
+
+
+async def test_a_stream_writes_nothing_to_a_connection_that_is_ended(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def stream(_scope: Scope, _receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"first", "more_body": True})
+        connection.end()  # The connection is lost in the next turn of the event loop.
+        await send({"type": "http.response.body", "body": b"second"})
+
+    connection, transport = connected(cast(ASGIApp, stream))
+    connection.data_received(REQUEST)
+    await turns()
+    assert b"second" not in b"".join(transport.writes)
+    assert not caplog.records
+    connection.connection_lost(None)
