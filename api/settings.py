@@ -480,7 +480,7 @@ class Settings(BaseSettings):
                     "expected origins as browsers send them, https://app.example.com, in lower"
                     " case, without a path"
                 )
-        return origins
+        return tuple(map(_without_default_port, origins))
 
     @field_validator("cors_headers", mode="before")
     @classmethod
@@ -724,6 +724,11 @@ def _range(field: FieldInfo) -> str:
         if isinstance(each, Ge | Le)
     ]
     return " to ".join(bounds)
+
+
+def _without_default_port(origin: str) -> str:
+    """Return an origin as browsers send it (RFC 6454, section 6.2)."""
+    return origin.removesuffix(":443" if origin.startswith("https://") else ":80")
 
 
 def _items(value: str) -> tuple[str, ...]:

@@ -195,6 +195,17 @@ def test_lists_are_separated_by_commas() -> None:
     assert settings.cors_origins == ("https://a.example", "http://[::1]:3000")
 
 
+def test_an_origin_may_have_its_default_port_which_browsers_leave_out() -> None:
+    given = "https://a.example:443,http://a.example:80,https://a.example:80,http://[::1]:443"
+    origins = load_settings({"JOBS_CORS_ORIGINS": given}).cors_origins
+    assert origins == (
+        "https://a.example",
+        "http://a.example",
+        "https://a.example:80",
+        "http://[::1]:443",
+    )
+
+
 @pytest.mark.parametrize(
     "url",
     ["sqlite:///x.db", "sqlite:////tmp/x.db", "sqlite+aiosqlite:///x.db",
