@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 import signal
+import socket
 import statistics
 import subprocess
 import time
@@ -299,6 +300,15 @@ async def test_a_process_that_is_killed_while_it_waits_costs_no_attempt(house: C
     os.kill(pid, signal.SIGKILL)
     done = await house.run("describe")
     assert await house.outcomes(done) == ["succeeded"]
+
+
+async def test_a_default_timeout_of_sockets_does_not_reach_the_processes(house: Crowd) -> None:
+    socket.setdefaulttimeout(10)
+    try:
+        done = await house.run("describe")
+    finally:
+        socket.setdefaulttimeout(None)
+    assert done.status is JobStatus.SUCCEEDED, done.error
 
 
 @pytest.mark.slow
