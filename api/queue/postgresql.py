@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import lru_cache
 from operator import attrgetter
 from typing import Any, Final
 
@@ -22,7 +23,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from job_registry_api.queue.database import quoted, statement
 from job_registry_api.queue.driver_errors import GRANT
 from job_registry_api.queue.errors import QueueUnavailable
-from job_registry_api.queue.filters import Sample
+from job_registry_api.queue.filters import JSON_VALUES, Sample
 from job_registry_api.queue.models import (
     METADATA,
     AttemptOutcome,
@@ -73,6 +74,11 @@ LONGEST_FAST_SECONDS: Final = 2.0
 MAX_NOTIFIED: Final = 7_900
 """The most bytes of events in a notification, as in `job_announce`."""
 
+MAX_SENT_BYTES: Final = 65_536
+"""About how many bytes of documents a statement that locks jobs returns. A connection has buffers
+for these, and for the other columns of a hundred jobs. Otherwise the locks would be held until the
+answer is read, and a client that has frozen or gone does not read it."""
+
 
 class PostgreSQLStore(Store):
     """The operations on PostgreSQL."""
@@ -81,7 +87,7 @@ class PostgreSQLStore(Store):
 
     def __init__(self, database: PostgreSQLDatabase, process: str) -> None:
         self._database = database
-        self._sql = statements("postgresql", database.schema)
+        self._sql = _statements(database.schema)
         self.process = process
         self._heads = QueueHeads()
 
@@ -572,6 +578,38 @@ _MISSING_GRANTS: Final = text(
 
 
 _EARLIEST: Final = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+@lru_cache
+def _statements(schema: str) -> Mapping[str, str]:
+    """Return the statements of a schema by name, those that lock jobs with few documents."""
+    sql = statements("postgresql", schema)
+    bounded = {name: _with_few_documents(sql[name]) for name in _RETURN_JOBS}
+    bounded["succeed_and_claim"] = _with_few_documents(sql["succeed_and_claim"], "is_report")
+    return {**sql, **bounded}
+
+
+def _with_few_documents(sql: str, *others: str) -> str:
+    """Return a statement without the documents beyond `MAX_SENT_BYTES`. `_jobs` reads them then.
+
+    `job_small` has left out the large ones. A compressed value is larger when it is sent.
+    """
+    columns = [name for name in JobRecord._fields if name not in JSON_VALUES]
+    columns += ["lease_token", "lease_expires_at", "deadline_at", "traceparent", *others]
+    columns += [f"CASE WHEN bytes <= {MAX_SENT_BYTES} THEN {e} END AS {e}" for e in JSON_VALUES]
+    size = " + ".join(
+        f"CASE WHEN {each} IS NULL THEN 0 WHEN pg_column_compression({each}) IS NULL"
+        f" THEN pg_column_size({each}) ELSE 8192 END"
+        for each in JSON_VALUES
+    )
+    return (
+        f"SELECT {', '.join(columns)} FROM ("
+        f"SELECT *, sum({size}) OVER (ROWS UNBOUNDED PRECEDING) AS bytes FROM ({sql}) AS changed"
+        ") AS sized"
+    )
+
+
+_RETURN_JOBS: Final = ("claim", "recover", "end", "park", "unpark", "fail_parked")
 
 
 _KIND: Final = (

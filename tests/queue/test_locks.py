@@ -6,15 +6,17 @@ SQLite has one writer at a time and one lock for all, so these are about Postgre
 from __future__ import annotations
 
 import asyncio
+import json
 import secrets
 import time
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any
 
 import pytest
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
-from job_registry import EnqueueRequest, JobRegistry, JobType, Payload
+from job_registry import EnqueueRequest, JobPolicy, JobRegistry, JobType, Payload
 from job_registry_api.queue.claiming import BusyWorker, Lease
 from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.enqueueing import Enqueued
@@ -488,6 +490,29 @@ async def test_no_lock_is_held_while_a_large_document_is_sent_however_small_it_i
     (lease,) = await queue.lease(["race.text"], "w")
     assert lease.job.payload == payload
     await database.close()
+
+
+async def test_a_client_that_does_not_read_the_answer_to_its_claim_holds_no_lock(
+    fresh_postgresql_url: str,
+) -> None:
+    """Each document is small, and together they do not fit into the socket."""
+    limited = JobType(name="race.text", payload=Text, policy=JobPolicy(concurrency_limit=1_000))
+    payloads = [{"text": secrets.token_urlsafe(6_000)} for _ in range(105)]
+    async with queues(fresh_postgresql_url, 2, JobRegistry([limited])) as (frozen, other):
+        assert not await frozen.lease(["race.text"], "w", limit=100)  # The statement is prepared.
+        await other.enqueue_many([EnqueueRequest("race.text", each) for each in payloads])
+        assert isinstance(frozen._database, PostgreSQLDatabase)
+        (pooled,) = frozen._database._spare
+        connection: Any = pooled.driver_connection
+        connection._socket_transport.pause_reading()
+        claiming = asyncio.create_task(frozen.lease(["race.text"], "w", limit=100))
+        await asyncio.sleep(0.3)
+        async with asyncio.timeout(PROMPT_SECONDS):
+            assert len(await other.lease(["race.text"], "x", limit=100)) == 5
+        connection._socket_transport.resume_reading()
+        leases = await claiming
+        read = sorted(json.dumps(lease.job.payload) for lease in leases)
+        assert len(set(read) & set(map(json.dumps, payloads))) == 100
 
 
 @pytest.mark.parametrize("column", ["payload", "progress", "result", "error"])

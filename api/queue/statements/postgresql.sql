@@ -2,8 +2,9 @@
 -- queries in store.py.
 --
 -- Statements that change jobs call functions of the migrations, so that each is one statement
--- in autocommit and a client that freezes holds no lock. `:keep` stores the events of the
--- transaction instead of sending them in the notification.
+-- in autocommit and a client that freezes holds no lock. postgresql.py bounds the documents that
+-- they return, for the same reason. `:keep` stores the events of the transaction instead of sending
+-- them in the notification.
 
 -- name: insert
 -- Store new jobs. Leave out jobs whose key exists or is being inserted by another transaction.
