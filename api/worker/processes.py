@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final, cast
 
 import structlog
@@ -86,6 +87,8 @@ class HandlerProcesses:
             "max_bytes": max_bytes,
             "traced": traced,
         }
+        # A handler may change the folder of this process later.
+        self._folder = Path.cwd()
         self._watchdog = Watchdog()
         self._idle: list[_Process] = []
         self._all: set[_Process] = set()
@@ -152,7 +155,9 @@ class HandlerProcesses:
                 self.replace(process)
             else:
                 return process
-        process = _Process({**self._start, "logs": configuration()}, self._watchdog)
+        # The process finds modules where this one does, including the current folder.
+        path = [str(self._folder / each) for each in sys.path]
+        process = _Process({**self._start, "logs": configuration()}, path, self._watchdog)
         self._all.add(process)
         return process
 
@@ -336,9 +341,9 @@ class ProcessCall:
 
 
 class _Process:
-    """One process and the socket to it."""
+    """One process and the socket to it. It finds modules by `path`."""
 
-    def __init__(self, start: dict[str, Any], watchdog: Watchdog) -> None:
+    def __init__(self, start: dict[str, Any], path: Sequence[str], watchdog: Watchdog) -> None:
         self.is_ready = False
         self.is_begun = False
         self.was_used = False
@@ -349,8 +354,7 @@ class _Process:
         self._ours, theirs = socket.socketpair()
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         self._unsent = [{**start}]
-        # The child finds modules where this process does, including the current folder.
-        code = f"import sys; sys.path[:] = {json.dumps(sys.path)}\n" + _MAIN.format(theirs.fileno())
+        code = f"import sys; sys.path[:] = {json.dumps(path)}\n" + _MAIN.format(theirs.fileno())
         try:
             self._popen = subprocess.Popen(
                 [sys.executable, "-c", code],

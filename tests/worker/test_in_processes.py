@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import importlib
 import os
 import signal
 import socket
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -311,6 +313,33 @@ async def test_a_default_timeout_of_sockets_does_not_reach_the_processes(house: 
     assert done.status is JobStatus.SUCCEEDED, done.error
 
 
+async def test_a_handler_of_a_relative_path_is_found_from_any_folder(
+    database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A command finds modules in its folder by a relative path, as does Python with `-c`."""
+    (tmp_path / "nearby.py").write_text(
+        "from job_registry import JobType, Payload\n"
+        "class Empty(Payload):\n"
+        "    pass\n"
+        "here = JobType(name='here', payload=Empty, run_in='process')\n"
+        "@here.handler\n"
+        "def handle(job, payload):\n"
+        "    return 'found'\n",
+        "utf-8",
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend("")
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    nearby = importlib.import_module("nearby")
+    async with (
+        JobQueue.from_url(database_url, [nearby.here]) as queue,
+        Worker(queue).running(),
+    ):
+        monkeypatch.chdir("/")  # As a handler might.
+        job = (await queue.enqueue(nearby.Empty())).job
+        assert await queue.result(job.id, timeout=30) == "found"
+
+
 @pytest.mark.slow
 async def test_a_plain_function_may_run_an_event_loop_of_its_own(house: Crowd) -> None:
     """As it may in a thread: the next attempt after a crash runs in a process."""
@@ -360,6 +389,7 @@ def test_a_process_that_is_gone_may_be_talked_to_on_any_event_loop() -> None:
     async def talk() -> None:
         process = processes._Process(
             {"assets": "", "extensions": [], "max_bytes": 1_000, "traced": False, "logs": None},
+            sys.path,
             watchdog,
         )
         assert await process.receive() == {"ready": True}

@@ -9,7 +9,7 @@ import asyncio
 import errno
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -40,7 +40,7 @@ class StandIn:
 
     pid = 4242
 
-    def __init__(self, start: Message, watchdog: StandInWatchdog) -> None:
+    def __init__(self, start: Message, _path: Sequence[str], watchdog: StandInWatchdog) -> None:
         self.start = start
         self.is_ready = self.is_begun = self.was_used = False
         self.left_over = self.number = self.cancelled = self.received = 0
@@ -248,7 +248,7 @@ async def test_processes_leave_and_end_when_the_worker_ends(
     await asyncio.wait_for(closing, 1)
     assert [each.ended for each in started] == [True, True]
     # One that comes back later ends as well.
-    late = StandIn({}, StandInWatchdog())
+    late = StandIn({}, [], StandInWatchdog())
     all_of_them.give_back(late)
     await asyncio.wait_for(late.seeing_off or asyncio.sleep(0), 1)
     assert late.ended
@@ -407,7 +407,7 @@ async def test_a_stop_is_passed_on_while_the_handler_runs(started: list[StandIn]
 async def test_a_process_that_cannot_be_started_says_why(
     started: list[StandIn], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(_start: Message, _watchdog: StandInWatchdog) -> None:
+    def refuse(_start: Message, _path: Sequence[str], _watchdog: StandInWatchdog) -> None:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     monkeypatch.setattr(processes, "_Process", refuse)
