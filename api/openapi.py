@@ -10,7 +10,6 @@ from importlib.metadata import version
 from typing import Any, Final
 
 from job_registry import JobType
-from job_registry_api.defaults import MAX_BULK_SIZE, MAX_PAGE_SIZE
 from job_registry_api.queue.job_logs import LogLevel
 from job_registry_api.queue.models import AttemptOutcome, JobStatus
 from job_registry_api.queue.reading import PAGE_SIZE
@@ -22,11 +21,11 @@ Schema = dict[str, Any]
 
 def describe(
     job_types: Iterable[JobType[Any]],
-    prefix: str = "",
+    prefix: str,
     *,
-    uploads: bool = False,
-    max_page_size: int = MAX_PAGE_SIZE,
-    max_bulk_size: int = MAX_BULK_SIZE,
+    uploads: bool,
+    max_page_size: int,
+    max_bulk_size: int,
 ) -> dict[str, Any]:
     """Return the OpenAPI 3.1 document for these job types, as JSON in Python.
 

@@ -411,7 +411,7 @@ def test_references_of_a_payload_hold_in_the_description() -> None:
         payload=Pay,
         example={"method": {"kind": "card", "number": "1"}, "tree": {}},
     )
-    described = describe([pay])
+    described = describe([pay], "", uploads=False, max_page_size=200, max_bulk_size=1_000)
     validator = Draft202012Validator(
         {"$ref": "#/components/schemas/EnqueueRequest", "components": described["components"]}
     )

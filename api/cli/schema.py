@@ -28,9 +28,14 @@ def schema(
     if openapi:
         from job_registry_api.openapi import describe
 
-        print_json(
-            describe(registry.values(), settings.root_path, uploads=settings.max_upload_bytes > 0)
+        described = describe(
+            registry.values(),
+            settings.root_path,
+            uploads=settings.max_upload_bytes > 0,
+            max_page_size=settings.max_page_size,
+            max_bulk_size=settings.max_bulk_size,
         )
+        print_json(described)
         return
     from job_registry_api.graphql.schema import sdl, subgraph_sdl
 

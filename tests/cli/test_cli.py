@@ -317,9 +317,25 @@ def test_the_schema_is_printed_and_a_reader_that_stops_is_no_error(jobs: Shell) 
     assert result.stdout.splitlines()[-1] == "0"
     assert "Traceback" not in result.stderr
     assert "type Mutation" in jobs("schema").stdout
-    described = json.loads(jobs("schema", "--openapi", JOBS_ROOT_PATH="/queue").stdout)
+    described = json.loads(
+        jobs(
+            "schema",
+            "--openapi",
+            JOBS_ROOT_PATH="/queue",
+            JOBS_MAX_PAGE_SIZE="77",
+            JOBS_MAX_BULK_SIZE="1234",
+        ).stdout
+    )
     assert described["servers"] == [{"url": "/queue"}]
     assert "/jobs/{id}/cancel" in described["paths"]
+    (first,) = [
+        each["schema"]
+        for each in described["paths"]["/jobs"]["get"]["parameters"]
+        if each["name"] == "first"
+    ]
+    assert first["maximum"] == 77
+    bulk = described["components"]["schemas"]["BulkRequest"]
+    assert bulk["properties"]["jobs"]["maxItems"] == 1234
 
 
 @pytest.mark.slow
