@@ -115,6 +115,8 @@ class Context:
     """What the operation that is executed selects."""
     _gone: asyncio.Event | None = field(default=None, init=False, repr=False)
     _watching: asyncio.Task[None] | None = field(default=None, init=False, repr=False)
+    _waiting: int = field(default=0, init=False, repr=False)
+    """How many fields wait."""
     _counts: asyncio.Future[dict[str, JobCounts]] | None = field(
         default=None, init=False, repr=False
     )
@@ -147,15 +149,17 @@ class Context:
         """
         if self._gone is None:
             self._gone = asyncio.Event()
-        if self.receive is None or self._watching is not None:
-            yield self._gone
-            return
-        self._watching = asyncio.create_task(_watch(self.receive, self._gone))
+        if self.receive is not None and self._watching is None:
+            self._watching = asyncio.create_task(_watch(self.receive, self._gone))
+        self._waiting += 1
         try:
             yield self._gone
         finally:
-            self._watching.cancel()
-            self._watching = None
+            self._waiting -= 1
+            # Fields of a query wait at the same time.
+            if self._watching is not None and not self._waiting:
+                self._watching.cancel()
+                self._watching = None
 
     @property
     def attempts(self) -> DataLoader[UUID, list[AttemptRecord]]:

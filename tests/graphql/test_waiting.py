@@ -13,11 +13,11 @@ from job_registry import EnqueueRequest
 from job_registry_api.queue.models import JobStatus
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.store import Store
-from tests.http_client import Execute, queue_of, serving
+from tests.http_client import Execute, application_of, queue_of, serving
 
 LEASE = """mutation { leaseJobs(input: {
     jobTypes: ["payout.execute"], workerId: "gone", waitSeconds: 30
-}) { __typename ... on LeaseJobsSuccess { leases { token } } } }"""
+}) { __typename ... on LeaseJobsSuccess { leases { leaseToken } } } }"""
 
 
 @pytest.mark.any_database
@@ -52,6 +52,40 @@ async def test_a_long_poll_whose_client_has_hung_up_is_given_no_job(
     found = await queue.get(job.json()["jobId"])
     assert (found.status, found.attempt) == (JobStatus.QUEUED, 0)
     assert await queue.attempts([found.id]) == {found.id: []}
+
+
+@pytest.mark.any_database
+async def test_a_field_that_waits_longer_than_another_ends_when_its_client_hangs_up(
+    http: httpx.AsyncClient,
+) -> None:
+    queue = queue_of(http)
+    jobs = [(await queue.enqueue(EnqueueRequest("test.ping", {}))).job for _ in range(2)]
+    await queue.cancel(str(jobs[0].id))
+    first, second = (f'awaitJob(id: "{job.id}") {{ __typename }}' for job in jobs)
+    body = json.dumps({"query": f"{{ first: {first} second: {second} }}"}).encode()
+    messages = [{"type": "http.request", "body": body}]
+    hung_up = asyncio.Event()
+
+    async def receive() -> dict[str, Any]:
+        if messages:
+            return messages.pop()
+        await hung_up.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(_message: object) -> None: ...
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/graphql",
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json")],
+    }
+    answering = asyncio.create_task(application_of(http)(scope, receive, send))
+    await asyncio.sleep(0.3)
+    assert not answering.done()
+    hung_up.set()
+    await asyncio.wait_for(answering, 5)
 
 
 async def test_why_the_jobs_of_a_page_wait_is_one_query(
