@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import lru_cache
 from typing import Any, Final, TypeVar
-from urllib.parse import quote
+from urllib.parse import parse_qsl, quote
 
 from pydantic_core import to_json
 from starlette.datastructures import MutableHeaders
@@ -227,6 +227,20 @@ async def body_of(receive: Receive) -> AsyncIterator[bytes]:
             raise ClientGone
         more = message.get("more_body", False)
         yield message.get("body", b"")
+
+
+def query_parameters(query_string: bytes, most: int) -> list[tuple[str, str]]:
+    """Return the names and values of a query string.
+
+    Raises:
+        ValueError: it is not ASCII, or has more than `most` of them. The message is for clients.
+    """
+    try:
+        text = query_string.decode("ascii")
+        return parse_qsl(text, keep_blank_values=True, max_num_fields=most)
+    except ValueError:
+        message = f"Expected a percent-encoded query string of up to {most} parameters."
+        raise ValueError(message) from None
 
 
 async def wait_for_disconnect(receive: Receive) -> None:

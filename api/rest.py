@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Final, NamedTuple
-from urllib.parse import parse_qsl, urlencode
+from urllib.parse import urlencode
 
 from pydantic import JsonValue
 from pydantic.alias_generators import to_snake
@@ -35,6 +35,7 @@ from job_registry_api.http_messages import (
     error_content,
     header,
     prefix_of,
+    query_parameters,
     read_body,
     respond,
     respond_json,
@@ -492,12 +493,9 @@ def _wanted_page(query_string: bytes) -> _WantedPage:
     """
     faults: list[Violation] = []
     try:
-        given = parse_qsl(
-            query_string.decode("ascii"), keep_blank_values=True, max_num_fields=MAX_PARAMETERS
-        )
-    except ValueError:
-        message = f"Expected a query string with at most {MAX_PARAMETERS} parameters."
-        raise InputInvalid((Violation("", "invalid_format", message),)) from None
+        given = query_parameters(query_string, MAX_PARAMETERS)
+    except ValueError as error:
+        raise InputInvalid((Violation("", "invalid_format", str(error)),)) from None
     types: list[str] = []
     statuses: list[JobStatus] = []
     once: dict[str, Any] = {}

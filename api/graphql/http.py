@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from functools import partial
 from typing import Any, Final, NamedTuple
-from urllib.parse import parse_qs
 
 from pydantic_core import to_json
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -39,6 +38,7 @@ from job_registry_api.http_messages import (
     cached_if_short,
     check_media,
     header,
+    query_parameters,
     read_body,
     respond,
     respond_json,
@@ -46,6 +46,7 @@ from job_registry_api.http_messages import (
 
 GRAPHQL_RESPONSE: Final = b"application/graphql-response+json"
 JSON: Final = b"application/json"
+MAX_PARAMETERS: Final = 20
 
 
 class RequestRefused(Exception):
@@ -214,19 +215,14 @@ class GraphQLOverHTTP:
 
     def _of_query_string(self, query_string: bytes) -> dict[str, Any]:
         try:
-            text = query_string.decode("ascii")
-            given = parse_qs(text, keep_blank_values=True, max_num_fields=20)
-            content: dict[str, Any] = {name: values[-1] for name, values in given.items()}
+            content: dict[str, Any] = dict(query_parameters(query_string, MAX_PARAMETERS))
             for name in ("variables", "extensions"):
-                if content.get(name):
-                    content[name], _ = parse_request_json(content[name].encode(), self._limits)
-                else:
-                    content.pop(name, None)
+                if text := content.pop(name, None):
+                    content[name], _ = parse_request_json(text.encode(), self._limits, name)
         except BudgetExceeded as error:
             raise RequestRefused(413, [format_exception(error)]) from None
-        except ValueError:
-            message = "variables and extensions have to be JSON in the query string."
-            raise _refused(message) from None
+        except ValueError as error:
+            raise _refused(str(error)) from None
         if not content.get("operationName"):
             content.pop("operationName", None)
         return content

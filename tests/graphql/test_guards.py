@@ -233,6 +233,21 @@ async def test_the_limits_hold_on_every_way_in(database_url: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("parameters", "said"),
+    [
+        ("variables={", "variables is not valid JSON: the text ends too early at line 1, column 1"),
+        ("extensions=@", "extensions is not valid JSON: unexpected character at line 1, column 1"),
+        ("&".join(["a=1"] * 20), "Expected a percent-encoded query string of up to 20 parameters."),
+    ],
+)
+async def test_a_wrong_query_string_is_an_error_that_says_what_is_wrong(
+    http: httpx.AsyncClient, parameters: str, said: str
+) -> None:
+    response = await http.get(f"/graphql?query={{__typename}}&{parameters}")
+    assert (response.status_code, messages(response)) == (400, [said])
+
+
+@pytest.mark.parametrize(
     ("message", "code"),
     [
         ("{", 4400),
