@@ -102,7 +102,7 @@ def changes_between(
             changes.append(_renamed(name, found))
         now = max(running.get(name, 0), running.get(found, 0))
         changes += _changes_of(found, before, current[found], now)
-        changes += _former_names(name, before, found, names, current)
+        changes += _former_names(before, found, names, current)
     return sorted(
         changes, key=lambda change: (change.job_type, _ORDER.index(change.kind), change.path)
     )
@@ -142,11 +142,7 @@ def _renamed(name: str, found: str) -> Change:
 
 
 def _former_names(
-    name: str,
-    before: ReleasedType,
-    found: str,
-    names: Mapping[str, str],
-    current: ReleasedTypes,
+    before: ReleasedType, found: str, names: Mapping[str, str], current: ReleasedTypes
 ) -> Iterator[Change]:
     for former in before.former_names:
         if former not in names:

@@ -324,11 +324,6 @@ class JobType(Generic[P]):
                 f"{where}: upgrade({older.__name__}) is of the payload itself, expected an older"
                 " model"
             )
-        if older in self._upgrades:
-            raise DefinitionError(
-                f"{where}: there is an upgrade from {older.__name__} already,"
-                f" {named(self._upgrades[older].function)}"
-            )
         model = PayloadModel(older, "", f"{where}: older payload {older.__name__}")
 
         def register(function: Callable[[Old], New]) -> Callable[[Old], New]:

@@ -244,14 +244,12 @@ class JobRegistry(Mapping[str, JobType[Any]]):
             try:
                 parsed = found.payload.model_validate_json(text, by_alias=True, by_name=False)
             except ValidationError as error:
-                if not faults and (admitted := _admitted_older(found, text, payload)):
+                if not faults and (admitted := _admitted_older(found, text)):
                     return admitted
                 violations = found.payload_shape.violations(error, payload, faults, budget)
             else:
                 if not violations:
                     return AdmittedPayload(found, parsed, text, found.payload_fingerprint)
-                if not faults and (admitted := _admitted_older(found, text, payload)):
-                    return admitted
                 violations = list(budget.listed("The payload", violations))
         raise PayloadInvalid(found.name, violations)
 
@@ -283,9 +281,7 @@ def _renamed(job_types: Mapping[str, JobType[Any]]) -> dict[str, str]:
     return renamed
 
 
-def _admitted_older(
-    job_type: JobType[Any], text: bytes, document: object
-) -> AdmittedPayload | None:
+def _admitted_older(job_type: JobType[Any], text: bytes) -> AdmittedPayload | None:
     """Return the payload of a client that sent a form that the type accepts."""
     if not job_type.accepts:
         return None
