@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from pydantic import Field, JsonValue, ValidationError
-from pydantic.alias_generators import to_camel
 
 from job_registry.errors import escaped, shortened
 from job_registry.job_type import JobType
@@ -128,24 +127,14 @@ def _released(job_type: JobType[Any]) -> ReleasedType:
         )
         for model in job_type.older_payloads
     ]
-    policy = asdict(job_type.policy)
-    # As the GraphQL enum spells it.
-    policy["on_mismatch"] = policy["on_mismatch"].upper()
     return ReleasedType(
         fingerprint=job_type.fingerprint,
         has_handler=job_type.has_handler,
         payload_schema=demands_of(job_type.payload_schema),
-        policy=_in_camel_case(policy),
+        policy=job_type.policy.as_json(),
         former_names=sorted(job_type.former_names),
         older_forms=sorted(older, key=lambda form: form.model),
     )
-
-
-def _in_camel_case(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        to_camel(name): _in_camel_case(value) if isinstance(value, dict) else value
-        for name, value in values.items()
-    }
 
 
 def _sorted(value: Any) -> Any:

@@ -5,8 +5,10 @@ A field is one line with its default and its range, and a sentence below it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
+
+from pydantic.alias_generators import to_camel
 
 from job_registry.errors import DefinitionError, shortened
 
@@ -77,6 +79,17 @@ class JobPolicy:
             faults.append(f"on_mismatch is {shortened(self.on_mismatch)}, expected park or fail")
         if faults:
             raise DefinitionError(f"JobPolicy: {'; '.join(faults)}")
+
+    def as_json(self) -> dict[str, Any]:
+        """Return every field, with the names and the enum values that GraphQL has."""
+        return _in_camel_case({**asdict(self), "on_mismatch": self.on_mismatch.upper()})
+
+
+def _in_camel_case(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        to_camel(name): _in_camel_case(value) if isinstance(value, dict) else value
+        for name, value in values.items()
+    }
 
 
 def _range_faults(policy: JobPolicy | Backoff) -> list[str]:

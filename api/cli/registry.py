@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
-from pydantic.alias_generators import to_camel
 from rich.markup import escape
 from rich.table import Table
 
@@ -100,15 +98,5 @@ def _type_json(registry: JobRegistry, name: str) -> dict[str, Any]:
 
 
 def _policy_json(registry: JobRegistry, name: str) -> dict[str, Any]:
-    """Return every field of the policy, with the names that GraphQL has."""
     job_type = registry.get_type(name)
-    values = asdict(job_type.policy)
-    values["on_mismatch"] = job_type.policy.on_mismatch.upper()
-    return {"type": job_type.name, **_in_camel_case(values)}
-
-
-def _in_camel_case(values: dict[str, Any]) -> dict[str, Any]:
-    return {
-        to_camel(name): _in_camel_case(value) if isinstance(value, dict) else value
-        for name, value in values.items()
-    }
+    return {"type": job_type.name, **job_type.policy.as_json()}
