@@ -773,10 +773,11 @@ class Reading(Opening):
             and found.policy.concurrency_limit is not None
         ]
         # The jobs of all names of a type count for its limit.
-        counts = await self.counts() if renamed else {}
+        names = {name for job in renamed for name in self._stored_names(job.type)}
+        places = await self._store.used_places(names) if names else {}
         for job in renamed:
             if job.id in waiting:
-                running = max(waiting[job.id].running, counts[job.type].running)
+                running = sum(places[name] for name in self._stored_names(job.type))
                 waiting[job.id] = replace(waiting[job.id], running=running)
         for job_id, job in queued.items():
             reasons[job_id] = self._reason(job, waiting[job_id]) if job_id in waiting else None

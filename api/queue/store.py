@@ -976,6 +976,11 @@ class Store(ABC):
             for row in rows
         }
 
+    async def used_places(self, types: Iterable[str]) -> dict[str, int]:
+        """Return the used places of the concurrency limits of types, by their stored names."""
+        rows = await self._read("used_places", {"types": json_text([*types])}, in_order=True)
+        return {row["type"]: row["places"] for row in rows}
+
     async def unfinished(
         self, *, after: uuid.UUID, jobs: int, characters: int
     ) -> list[StoredPayload]:

@@ -86,6 +86,18 @@ async def test_the_limit_holds_over_both_names(queues: tuple[JobQueue, JobQueue]
     assert [*reasons] == [ConcurrencyLimitReached(2, 2)] * 2
 
 
+async def test_a_place_that_is_held_under_the_former_name_is_a_reason_to_wait(
+    queues: tuple[JobQueue, JobQueue],
+) -> None:
+    before, after = queues
+    await before.enqueue(job("memo"))
+    (overrun,) = await after.lease(["note"], "w")
+    await after.time_out(overrun.token, still_running=True)
+    waiting = [(await after.enqueue(job("note"))).job for _ in range(2)]
+    assert len(await after.lease(["note"], "w", limit=10)) == 1
+    assert await after.waiting_reason(waiting[1]) == ConcurrencyLimitReached(2, 2)
+
+
 async def test_an_idempotency_key_holds_over_both_names(
     queues: tuple[JobQueue, JobQueue],
 ) -> None:

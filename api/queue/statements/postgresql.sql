@@ -300,6 +300,12 @@ ORDER BY id DESC
 -- Return what queued jobs wait for.
 SELECT * FROM job_registry.job_waiting(CAST(:ids AS jsonb), CAST(:most AS integer))
 
+-- name: used_places
+-- Return the used places of the limits of some types: their running jobs, and their timed-out
+-- attempts whose handlers have not stopped.
+SELECT wanted.type, job_registry.job_running(wanted.type, clock_timestamp()) AS places
+FROM jsonb_array_elements_text(CAST(:types AS jsonb)) AS wanted (type)
+
 -- name: now
 -- Return the time of the database.
 SELECT clock_timestamp() AS now

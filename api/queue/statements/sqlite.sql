@@ -447,6 +447,16 @@ SELECT job.id,
     )) AS ahead
 FROM job WHERE status = 'queued' AND id IN (SELECT value FROM json_each(:ids))
 
+-- name: used_places
+-- Return the used places of the limits of some types: their running jobs, and their timed-out
+-- attempts whose handlers have not stopped.
+SELECT wanted.value AS type,
+    (SELECT count(*) FROM job WHERE job.status = 'running' AND job.type = wanted.value)
+        + (SELECT count(*) FROM job_attempt CROSS JOIN job AS held ON held.id = job_attempt.job_id
+           WHERE job_attempt.held_until > strftime('%Y-%m-%d %H:%M:%f', 'now', :shift) || '000'
+             AND job_attempt.finished_at IS NOT NULL AND held.type = wanted.value) AS places
+FROM json_each(:types) AS wanted
+
 -- name: unfinished
 -- Return a page of queued and running jobs in the order of their ids, with the texts of their
 -- payloads. The page ends with the payload that makes it `:characters` long.
