@@ -195,7 +195,8 @@ class JobLogLineInput:
 class JobErrorInput:
     message: str = strawberry.field(description="A sentence for people.")
     code: str = strawberry.field(
-        default="worker_failed", description="A stable code for programs, in snake_case."
+        default="worker_failed",
+        description="A stable code for programs, in snake_case: 1 to 255 characters.",
     )
     details: JsonValue | None = strawberry.field(
         default=None, description="More about the error, as any JSON."

@@ -36,6 +36,7 @@ from job_registry_api.queue.group_commit import GroupCommit
 from job_registry_api.queue.job_logs import LogLine, text_of_lines
 from job_registry_api.queue.models import AttemptOutcome, JobError, JobRecord, JobStatus
 from job_registry_api.queue.requests import (
+    check_error_code,
     check_lease,
     check_seconds,
     check_worker_id,
@@ -621,6 +622,7 @@ class Leasing:
         return text
 
     def _error(self, error: JobError) -> JobError:
+        check_error_code(error.code)
         self._document("error", {"code": error.code, "message": error.message})
         if error.details is not None:
             self._document("error/details", error.details)

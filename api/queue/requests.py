@@ -145,7 +145,10 @@ def input_faults(request: EnqueueRequest) -> Iterator[Violation]:
 
 
 def creator_faults(created_by: Any) -> Iterator[Violation]:
-    """Yield the faults of the subject that enqueues a job. SQLite would store a number."""
+    """Yield the faults of the subject that enqueues a job.
+
+    SQLite would store a number, and an index of PostgreSQL cannot have a long text.
+    """
     if created_by is None:
         return
     if not isinstance(created_by, str):
@@ -153,6 +156,9 @@ def creator_faults(created_by: Any) -> Iterator[Violation]:
         yield Violation("/createdBy", "wrong_type", message)
     elif fault := text_fault(created_by):
         yield Violation("/createdBy", "invalid_text", fault)
+    elif len(created_by) > 255:
+        message = f"Expected at most 255 characters; got {len(created_by):,}."
+        yield Violation("/createdBy", "out_of_range", message)
 
 
 def check_lease(
@@ -214,6 +220,24 @@ def _worker_id_faults(worker_id: Any) -> list[Violation]:
     if 1 <= len(worker_id) <= 255 and not text_fault(worker_id):
         return []
     return [Violation("/workerId", "out_of_range", message)]
+
+
+def check_error_code(code: Any) -> None:
+    """Check the code of the error of an attempt. On PostgreSQL an index cannot have a long one.
+
+    Raises:
+        InputInvalid: it does not have 1 to 255 characters.
+    """
+    message = "Expected a string of 1 to 255 characters"
+    if not isinstance(code, str):
+        fault = Violation("/error/code", "wrong_type", f"{message}; got {shortened(code)}.")
+    elif not 1 <= len(code) <= 255:
+        fault = Violation(
+            "/error/code", "out_of_range", f"{message}; got {len(code):,} characters."
+        )
+    else:
+        return
+    raise InputInvalid((fault,))
 
 
 def unknown_types(

@@ -722,9 +722,15 @@ async def test_an_option_of_another_type_is_refused(queue: JobQueue) -> None:
 
 @pytest.mark.any_database
 @pytest.mark.parametrize(
-    ("creator", "code"), [(7, "wrong_type"), (b"ada", "wrong_type"), ("a\0", "invalid_text")]
+    ("creator", "code"),
+    [
+        (7, "wrong_type"),
+        (b"ada", "wrong_type"),
+        ("a\0", "invalid_text"),
+        ("a" * 256, "out_of_range"),
+    ],
 )
-async def test_a_creator_that_is_not_a_text_is_refused(
+async def test_a_creator_that_is_not_a_short_text_is_refused(
     queue: JobQueue, creator: Any, code: str
 ) -> None:
     with pytest.raises(InputInvalid) as caught:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -17,6 +18,7 @@ from job_registry import EnqueueRequest, JobRegistry
 from job_registry.errors import MAX_DELAY_SECONDS
 from job_registry_api.queue.claiming import Lease
 from job_registry_api.queue.errors import InputInvalid, JobNotFound, JobStateConflict, LeaseLost
+from job_registry_api.queue.filters import JobFilter
 from job_registry_api.queue.models import AttemptOutcome, JobError, JobRecord, JobStatus
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.reading import (
@@ -627,6 +629,20 @@ async def test_what_cannot_be_stored_as_a_result_is_refused_and_the_lease_holds(
         with pytest.raises(InputInvalid):
             await queue.complete(lease.token, result)
     assert (await queue.complete(lease.token)).status is JobStatus.SUCCEEDED
+
+
+async def test_the_code_of_an_error_has_1_to_255_characters(queue: JobQueue) -> None:
+    await enqueue(queue)
+    lease = await lease_one(queue)
+    codes: list[Any] = ["", "c" * 256, secrets.token_hex(3_000), 7]
+    for code in codes:
+        with pytest.raises(InputInvalid) as refused:
+            await queue.fail(lease.token, JobError(code, "m"))
+        assert [v.path for v in refused.value.violations] == ["/error/code"]
+    failed = await queue.fail(lease.token, JobError("😀" * 255, "m"), retryable=False)
+    assert failed.error is not None
+    (listed,) = (await queue.list(JobFilter(error_code=failed.error.code))).jobs
+    assert listed.id == failed.id
 
 
 async def test_waiting_is_explained(queue: JobQueue, database_url: str) -> None:
