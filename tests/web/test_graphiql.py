@@ -89,6 +89,8 @@ async def test_graphiql_runs_its_ready_tabs_completes_documents_and_sends_the_to
     await expect(page).to_have_title("Job Registry")
     for name in ("Enqueue", "Policies", "Follow"):
         await expect(page.get_by_role("button", name=name, exact=True)).to_be_visible()
+    await expect(page.locator(".graphiql-query-editor .view-line").first).to_be_visible()
+    assert await page.evaluate("document.documentElement.scrollHeight - innerHeight") == 0
 
     # The policies.
     await open_tab(page, "Policies")
