@@ -246,7 +246,9 @@ class JobType:
         return list(self.registered.readable_fingerprints)
 
     @strawberry.field(
-        description="The versions of this type that jobs were admitted under, or that workers have."
+        extensions=[Requires("jobs:read")],
+        description="The versions of this type that jobs were admitted under, or that workers"
+        " have.",
     )
     async def versions(self, info: strawberry.Info[Context, None]) -> list[JobTypeVersion] | None:
         versions = await context_of(info).queue.versions(self.name)
