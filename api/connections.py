@@ -783,6 +783,9 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
     async def send(self, message: Any) -> None:
         """Send a message of the application."""
         await super().send(message)
+        if message["type"] == "websocket.http.response.body" and self.close_sent:
+            # The handshake was refused. For uvicorn it is not complete, which would be an error.
+            self.handshake_complete = True
         if self.close_sent:
             self._parse()  # The answer to the close frame.
 

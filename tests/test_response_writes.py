@@ -241,3 +241,22 @@ async def test_a_stream_writes_nothing_to_a_connection_that_is_ended(
     assert b"second" not in b"".join(transport.writes)
     assert not caplog.records
     connection.connection_lost(None)
+
+
+async def test_a_refused_handshake_of_a_websocket_is_not_an_error_in_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def refuse(_scope: Scope, _receive: Receive, send: Send) -> None:
+        await send({"type": "websocket.http.response.start", "status": 429, "headers": []})
+        await send({"type": "websocket.http.response.body", "body": b"later"})
+
+    connection, transport = connected(cast(ASGIApp, refuse))
+    connection.data_received(
+        b"GET / HTTP/1.1\r\nhost: localhost\r\nconnection: upgrade\r\nupgrade: websocket\r\n"
+        b"sec-websocket-version: 13\r\nsec-websocket-key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+    )
+    await turns()
+    assert transport.writes[0].startswith(b"HTTP/1.1 429")
+    assert transport.writes[0].endswith(b"later")
+    assert not caplog.records
+    transport.protocol.connection_lost(None)
