@@ -23,6 +23,7 @@ from job_registry.errors import shortened
 from job_registry_api import pages, rest
 from job_registry_api.application import (
     JobsApplication,
+    QueueNotOpen,
     ShortWay,
     StartedApplication,
     TracedEndpoint,
@@ -105,10 +106,7 @@ def create_app(
             elif queue.loop is asyncio.get_running_loop():
                 used = queue
             else:
-                raise RuntimeError(
-                    "the queue of the application is not open on this event loop; open it first:"
-                    " `async with queue, jobs.running():`"
-                )
+                raise QueueNotOpen
             app.state.queue = used
             working = None
             stop = asyncio.Event()

@@ -18,6 +18,7 @@ from job_registry import CodedError
 from job_registry_api.http_messages import deny, error_content, respond_json
 from job_registry_api.logs import log_unexpected
 from job_registry_api.queue.errors import QueueUnavailable
+from job_registry_api.queue.migrations import MigrationRefused
 
 if TYPE_CHECKING:
     from job_registry_api.tracing import Tracing
@@ -29,6 +30,16 @@ class NotRunning(CodedError):
     """Raised when a request comes before the application has started, or after it has ended."""
 
     code = "not_running"
+
+
+class QueueNotOpen(RuntimeError):
+    """Raised when the queue of an application is not open on the event loop of its start."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the queue of the application is not open on this event loop; open it first:"
+            " `async with queue, jobs.running():`"
+        )
 
 
 class _Start(NamedTuple):
@@ -210,6 +221,9 @@ def _described(error: Exception) -> CodedError:
             return error.for_clients()
         case NotRunning():
             return error
+        case MigrationRefused() | QueueNotOpen():
+            # Their words say what to do, and the line of an unexpected error has no words.
+            log.error("app.start_failed", reason=str(error))
     error_id = log_unexpected("start", error)
     return NotRunning(f"The application could not start. It is logged as {error_id}.")
 

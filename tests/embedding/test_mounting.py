@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+import structlog
 from fastapi import FastAPI
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -20,12 +21,15 @@ from starlette.types import Message
 from structlog.testing import capture_logs
 
 from job_registry import JobContext, JobRegistry, JobType, Payload, WorkerExtension
-from job_registry_api import JobQueue, JobsApplication, JobStatus, create_app
+from job_registry_api import JobQueue, JobsApplication, JobStatus, application, create_app
 from job_registry_api.settings import Settings, SettingsInvalid, load_settings
+from tests.conftest import run_sql
 
 PAYOUT = {"type": "payout.execute", "payload": {"batchId": "b-1", "escrowId": "e-1"}}
 ENQUEUE = """mutation ($input: EnqueueJobInput!) {
   enqueueJob(input: $input) { __typename ... on EnqueueJobSuccess { job { id status } } } }"""
+
+NEWER = "UPDATE job_registry_version SET version_num = '9001', compatible_from = '9001'"
 
 Host = Starlette | FastAPI
 MakeHost = Callable[..., Host]
@@ -270,6 +274,30 @@ async def test_a_worker_that_cannot_start_is_a_503_whose_reason_is_in_the_log(
     assert refused.json()["error"]["code"] == "not_running"
     assert "password" not in refused.text
     assert any(line.get("error_id", "?") in refused.text for line in logs)
+
+
+@pytest.mark.any_database
+async def test_the_log_says_why_an_application_could_not_start(
+    database_url: str, registry: JobRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The module's own may be cached, with the processors of an earlier test.
+    monkeypatch.setattr(application, "log", structlog.get_logger("job_registry.app"))
+    settings = settings_of(database_url)
+    await asyncio.to_thread(run_sql, database_url, NEWER)
+    of_another_version = create_app(settings, registry)
+    with_a_closed_queue = create_app(settings, queue=JobQueue.from_url(database_url, registry))
+    for jobs, reason in (
+        (of_another_version, "9001"),
+        (with_a_closed_queue, "async with queue, jobs.running()"),
+    ):
+        async with visiting(fastapi_host("/queue", jobs)) as client:
+            with capture_logs() as logs:
+                refused = await client.get("/queue/readyz")
+            await ended()
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "not_running")
+        (line,) = [line for line in logs if line["event"] == "app.start_failed"]
+        assert reason in line["reason"]
+        assert reason not in refused.text
 
 
 async def test_after_its_host_has_ended_it_no_request_starts_it_again(
