@@ -44,6 +44,7 @@ def discover(catalog: Sequence[str], *, entry_points: bool = True) -> list[JobTy
 
     They stand at the top level of a module. The same `JobType` seen twice counts once. Modules of
     a package whose names start with `_` are not searched: handlers may keep heavy imports there.
+    Nor are its folders without `__init__.py`: they may hold scripts, such as migrations.
 
     Raises:
         DefinitionError: a module cannot be imported, defines a job type wrongly, or holds none;
@@ -132,12 +133,19 @@ def _modules(name: str) -> Iterator[ModuleType]:
 def _in_module(name: str) -> list[JobType[Any]]:
     job_types = [job_type for each in _modules(name) for job_type in _of(each)]
     if not job_types:
-        # Another module of the same name may come first.
-        file = getattr(sys.modules[name], "__file__", None) or "built-in"
-        raise DefinitionError(
-            f"{name}: no JobType is defined at the top level of this module, {file}"
-        )
+        raise DefinitionError(f"{name}: no JobType is defined {_place_of(sys.modules[name])}")
     return job_types
+
+
+def _place_of(module: ModuleType) -> str:
+    """Return where job types were searched. Another module of the same name may come first."""
+    if hasattr(module, "__path__"):
+        folders = ", ".join(module.__path__)
+        return (
+            f"at the top level of the modules of this package, {folders}; folders in it without"
+            " __init__.py are not searched"
+        )
+    return f"at the top level of this module, {getattr(module, '__file__', None) or 'built-in'}"
 
 
 def _in_entry_point(entry: metadata.EntryPoint) -> list[JobType[Any]]:

@@ -99,6 +99,12 @@ def test_a_part_of_a_package_with_an_underscore_is_not_even_imported(folder: Pat
             ["empty"],
             r"empty: no JobType is defined at the top level of this module, {folder}/empty.py$",
         ),
+        (
+            {"space/deeper/mail": JOBS.format(name="mail")},
+            ["space"],
+            r"space: no JobType is defined at the top level of the modules of this package,"
+            r" {folder}/space; folders in it without __init__.py are not searched$",
+        ),
         # A module of the standard library hides the user's own.
         ({"sys": JOBS.format(name="mail")}, ["sys"], "no JobType is .* of this module, built-in$"),
         (
