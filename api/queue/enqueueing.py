@@ -12,11 +12,11 @@ from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import chain
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple, Unpack, cast, overload
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Unpack, cast, overload
 
 from pydantic import JsonValue
 from pydantic_core import from_json, to_json
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session
 
 from job_registry import (
@@ -181,7 +181,7 @@ class Enqueueing(Opening):
         job: Payload,
         *,
         created_by: str | None = None,
-        session: AsyncSession | None = None,
+        session: AsyncSession | async_scoped_session[Any] | None = None,
         **options: Unpack[EnqueueOptions],
     ) -> Enqueued: ...
 
@@ -192,7 +192,7 @@ class Enqueueing(Opening):
         *,
         created_by: str | None = None,
         others: OthersJobs = "described",
-        session: AsyncSession | None = None,
+        session: AsyncSession | async_scoped_session[Any] | None = None,
         budget: FaultBudget | None = None,
     ) -> Enqueued: ...
 
@@ -202,7 +202,7 @@ class Enqueueing(Opening):
         *,
         created_by: str | None = None,
         others: OthersJobs = "described",
-        session: AsyncSession | None = None,
+        session: AsyncSession | async_scoped_session[Any] | None = None,
         budget: FaultBudget | None = None,
         **options: Unpack[EnqueueOptions],
     ) -> Enqueued:
@@ -252,7 +252,7 @@ class Enqueueing(Opening):
         atomic: bool = False,
         created_by: str | None = None,
         others: OthersJobs = "described",
-        session: AsyncSession | None = None,
+        session: AsyncSession | async_scoped_session[Any] | None = None,
         budget: FaultBudget | None = None,
         values: ExistingValues = ExistingValues(),
     ) -> list[Enqueued | Refusal]:
@@ -735,7 +735,9 @@ def _deleted() -> QueueUnavailable:
     return QueueUnavailable("the job with this idempotency key was deleted in the meantime")
 
 
-def _async(session: AsyncSession) -> AsyncSession:
+def _async(session: AsyncSession | async_scoped_session[Any]) -> AsyncSession:
+    if isinstance(session, async_scoped_session):
+        session = session()
     if not isinstance(session, AsyncSession):
         raise TypeError(
             f"session: expected an AsyncSession of SQLAlchemy; got {type(session).__name__}."

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, Unpack
 
 from pydantic import JsonValue
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, scoped_session
 
 from job_registry import EnqueueRequest, Payload
 from job_registry.enqueue_request import EnqueueOptions
@@ -31,6 +31,11 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 Results = list[Enqueued | Refusal]
+
+_NO_THREAD: Final = (
+    "queue.sync needs a thread for its event loop, and gevent or eventlet has replaced threads;"
+    " pass a session to enqueue, or use workers with threads"
+)
 
 CLOSE_SECONDS: Final = 5.0
 """How long `close` waits for calls of other threads."""
@@ -68,7 +73,7 @@ class SyncQueue:
         job: Payload | EnqueueRequest,
         *,
         created_by: str | None = None,
-        session: Session | None = None,
+        session: Session | scoped_session[Any] | None = None,
         **options: Unpack[EnqueueOptions],
     ) -> Enqueued:
         """Store a job. With `session`, as part of its transaction."""
@@ -83,7 +88,7 @@ class SyncQueue:
         *,
         atomic: bool = False,
         created_by: str | None = None,
-        session: Session | None = None,
+        session: Session | scoped_session[Any] | None = None,
     ) -> Results:
         """Store jobs. With `session`, as part of its transaction."""
         if session is not None:
@@ -205,8 +210,14 @@ class SyncQueue:
         loop = asyncio.new_event_loop()
         failures: list[BaseException] = []
         is_open = threading.Event()
+        caller = threading.get_native_id()
 
         def run() -> None:
+            if threading.get_native_id() == caller:
+                loop.close()
+                failures.append(RuntimeError(_NO_THREAD))
+                is_open.set()
+                return
             with asyncio.Runner(loop_factory=lambda: loop) as runner:
                 try:
                     runner.run(self._queue.open())
@@ -235,7 +246,9 @@ class SyncQueue:
         return loop
 
 
-def _sync(session: Session) -> Session:
+def _sync(session: Session | scoped_session[Any]) -> Session:
+    if isinstance(session, scoped_session):  # Such as `db.session` of Flask-SQLAlchemy.
+        session = session()
     if not isinstance(session, Session):
         raise TypeError(
             f"session: expected a Session of SQLAlchemy; got {type(session).__name__}."

@@ -24,8 +24,13 @@ from typing import Any, cast
 import httpx
 import pytest
 from sqlalchemy import Engine, create_engine, event, make_url, text
-from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
-from sqlalchemy.orm import Session
+from sqlalchemy.ext.asyncio import (
+    AsyncSession,
+    async_scoped_session,
+    async_sessionmaker,
+    create_async_engine,
+)
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from job_registry import (
     DefinitionError,
@@ -663,6 +668,50 @@ def test_a_session_without_asyncio_stores_the_job_with_the_programs_rows(
         assert session.execute(text("SELECT count(*) FROM shop_order")).scalar_one() == 1
     stored = {each.id for each in closed.sync.list().jobs}
     assert stored == {job.id, *(each.job.id for each in many if isinstance(each, Enqueued))}
+
+
+@pytest.mark.any_database
+async def test_a_scoped_session_is_the_session_of_its_scope(
+    queue: JobQueue, engine: Engine, database_url: str
+) -> None:
+    """As `db.session` of Flask-SQLAlchemy is."""
+    session = scoped_session(sessionmaker(engine))
+    queue.sync.enqueue(MailSend(to="never"), session=session)
+    session.rollback()
+    queue.sync.enqueue(MailSend(to="ada"), session=session)
+    queue.sync.enqueue_many([MailSend(to="bob")], session=session)
+    session.commit()
+    session.remove()
+    async_engine = create_async_engine(async_url(database_url))
+    async_session = async_scoped_session(
+        async_sessionmaker(async_engine), scopefunc=asyncio.current_task
+    )
+    await queue.enqueue(MailSend(to="eve"), session=async_session)
+    await queue.enqueue_many([MailSend(to="zoe")], session=async_session)
+    await async_session.commit()
+    await async_session.remove()
+    await async_engine.dispose()
+    stored = [cast(Any, job.payload)["to"] for job in (await queue.list()).jobs]
+    assert stored == ["zoe", "eve", "bob", "ada"]
+
+
+@pytest.mark.any_database
+def test_threads_that_a_library_has_replaced_are_a_sentence(
+    closed: JobQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gevent and eventlet run all threads of a program in one."""
+
+    class Greenlet:
+        def __init__(self, target: Callable[[], None], **_options: Any) -> None:
+            self.start = target
+
+        def join(self) -> None: ...
+
+    with monkeypatch.context() as replaced:
+        replaced.setattr(threading, "Thread", Greenlet)
+        with pytest.raises(RuntimeError, match="gevent or eventlet has replaced threads"):
+            closed.sync.list()
+    assert closed.sync.list().jobs == []
 
 
 def test_a_key_is_unique_in_the_session_of_a_program_too(closed: JobQueue, engine: Engine) -> None:
