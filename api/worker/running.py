@@ -10,6 +10,8 @@ import asyncio
 import contextlib
 import contextvars
 import inspect
+import os
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Coroutine, Generator, Iterator, Sequence
@@ -93,9 +95,13 @@ class HandlerCall:
         return converted
 
     async def _on_the_loop(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        process = os.getpid()
         try:
-            answer = function(*arguments)
-            return await answer if inspect.isawaitable(answer) else answer
+            try:
+                answer = function(*arguments)
+                return await answer if inspect.isawaitable(answer) else answer
+            finally:
+                _end_fork_of(process)
         except (SystemExit, KeyboardInterrupt, GeneratorExit) as error:
             raise RuntimeError(f"the handler raised {type(error).__name__}") from error
 
@@ -135,6 +141,13 @@ async def in_thread(
     loop = asyncio.get_running_loop()
     future: asyncio.Future[Any] = loop.create_future()
     context = contextvars.copy_context()
+    process = os.getpid()
+
+    def call() -> Any:
+        try:
+            return function()
+        finally:
+            _end_fork_of(process)
 
     def deliver(result: Any, error: BaseException | None) -> None:
         with contextlib.suppress(RuntimeError):  # The loop is closed: no caller waits.
@@ -144,7 +157,7 @@ async def in_thread(
 
     def run() -> None:
         try:
-            result = context.run(function)
+            result = context.run(call)
         except (Exception, asyncio.CancelledError) as error:
             if isinstance(error, StopIteration):
                 deliver(None, RuntimeError("the handler raised StopIteration"))
@@ -164,6 +177,26 @@ async def in_thread(
             ended.set_result(None)
         raise
     return await future
+
+
+def _end_fork_of(process: int) -> None:
+    """End this process if it is a fork of `process`, as Python ends: with the code of `sys.exit`.
+
+    Otherwise it would go on as a copy of the worker, with the connections of the worker.
+    """
+    if os.getpid() == process:
+        return
+    error = sys.exception()
+    code = 0 if error is None else 1
+    try:
+        if isinstance(error, SystemExit) and isinstance(error.code, int | None):
+            code = error.code or 0
+        elif error is not None:
+            traceback.print_exception(error)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
 
 
 def _settle(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:

@@ -51,6 +51,9 @@ async def do(job: JobContext, payload: Act) -> Any:
             await asyncio.to_thread(time.sleep, 60)
         case "fork":
             return fork(payload)
+        case "sys.exit in a fork" | "return in a fork":
+            pid = fork_that_ends(payload.act)
+            return await asyncio.to_thread(exit_code, pid) if pid else "a fork"
     return os.getpid()
 
 
@@ -66,7 +69,24 @@ def do_in_thread(job: JobContext, payload: Act) -> Any:
             Path(payload.file).write_text(str(child.pid))
         case "fork":
             return fork(payload)
+        case "sys.exit in a fork" | "return in a fork":
+            pid = fork_that_ends(payload.act)
+            return exit_code(pid) if pid else "a fork"
     return os.getpid()
+
+
+def fork_that_ends(how: str) -> int:
+    """Return the id of a fork, and 0 in the fork, if that does not exit."""
+    pid = os.fork()
+    if pid == 0 and how == "sys.exit in a fork":
+        sys.exit(7)
+    return pid
+
+
+def exit_code(pid: int) -> str:
+    """Return how a fork ended."""
+    _, status = os.waitpid(pid, 0)
+    return f"ended with {os.waitstatus_to_exitcode(status)}"
 
 
 async def leave() -> None:

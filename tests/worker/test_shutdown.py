@@ -116,6 +116,20 @@ async def test_a_handler_may_fork_and_terminate_its_child(
         await until(queue, again, JobStatus.SUCCEEDED)
 
 
+@pytest.mark.any_database
+@pytest.mark.parametrize("kind", ["hang", "hang_in_thread"])
+async def test_a_fork_of_a_handler_ends_where_the_handler_ends(
+    database_url: str, queue: JobQueue, kind: str
+) -> None:
+    """It has a copy of the worker, whose connections it would use."""
+    with process("worker", database_url) as running:
+        for act, code in (("sys.exit in a fork", 7), ("return in a fork", 0)):
+            job = await enqueue(queue, act, kind=kind)
+            done = await until(queue, job, JobStatus.SUCCEEDED, JobStatus.FAILED)
+            assert done.result == f"ended with {code}"
+        assert running.poll() is None
+
+
 @commands
 async def test_sys_exit_in_a_task_of_a_handler_ends_only_that_task(
     database_url: str, queue: JobQueue, command: str
