@@ -371,6 +371,8 @@ class _File:
                 raise self._fault(os.strerror(errno.EISDIR), "unreachable")
             # Another process, the last one to close the file, may have deleted what is beside it.
             if not _may(path, right) and _may(path, os.F_OK):
+                if not reads and _is_mounted_read_only(path):
+                    raise self._fault("its file system is mounted read-only", "read_only")
                 reason = f"this process may not {what} {path.name} (mode {stat.S_IMODE(mode):04o})"
                 raise self._fault(reason, "permission_denied" if reads else "read_only")
         if creates and not _may(self._folder, os.W_OK | os.X_OK):
@@ -500,6 +502,13 @@ class _WriterThread:
 def _may(path: Path, mode: int) -> bool:
     """As `os.access`, but of the user as whom the process acts."""
     return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
+
+
+def _is_mounted_read_only(path: Path) -> bool:
+    try:
+        return bool(os.statvfs(path).f_flag & os.ST_RDONLY)
+    except OSError:  # Another process has just deleted it.
+        return False
 
 
 async def _awaited(connecting: AsyncConnection) -> AsyncConnection:

@@ -106,6 +106,40 @@ def test_a_file_that_cannot_be_used_is_named_with_the_reason(
     assert refused.returncode == 1
 
 
+SHELL = ["unshare", "--mount", "--map-root-user", "sh", "-ec"]
+"""A shell that may mount, where nobody else sees it."""
+
+
+@pytest.mark.skipif(
+    shutil.which("unshare") is None
+    or subprocess.run([*SHELL, "true"], check=False).returncode != 0,
+    reason="unshare is not installed, or not allowed",
+)
+def test_a_disk_that_is_mounted_read_only_is_the_reason(
+    tmp_path: Path, sqlite_template: Path
+) -> None:
+    shutil.copy(sqlite_template, tmp_path / "jobs.db")
+    mounts = 'mount --bind "$0" "$0"; mount -o remount,bind,ro "$0"; exec "$@"'
+    listing = (sys.executable, "-m", "job_registry_api.cli", "list")
+    refused = subprocess.run(
+        [*SHELL, mounts, str(tmp_path), *listing],
+        env={
+            **os.environ,
+            "PYTHONPATH": CODE,
+            "JOBS_DATABASE_URL": f"sqlite:///{tmp_path}/jobs.db",
+        },
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert refused.stderr == (
+        f"The database is not available: the database's file {tmp_path}/jobs.db:"
+        " its file system is mounted read-only\n"
+    )
+    assert refused.returncode == 1
+
+
 def test_a_check_of_the_schema_needs_to_read_and_not_to_write(
     tmp_path: Path, sqlite_template: Path
 ) -> None:
