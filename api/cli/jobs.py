@@ -249,12 +249,13 @@ async def _show(settings: Settings, registry: JobRegistry, job_id: str, as_json:
             refuse(refusal, as_json)
         waits = await queue.waiting_reason(job)
         attempts = (await queue.attempts([job.id]))[job.id]
-        texts, _ = await queue.log_texts([each.id for each in attempts], MAX_LOG_BYTES)
+        texts, is_all = await queue.log_texts([each.id for each in attempts], MAX_LOG_BYTES)
     lines = [(each, line) for each in attempts for line in lines_of(texts.get(each.id, ""))]
     if as_json:
         content = _json_of(job, waits)
         content["attempts"] = json_of_attempts(attempts)
         content["lines"] = [json_of_line(line, each) for each, line in lines]
+        content["allLines"] = is_all
         print_json(content)
         return
     shown = {
@@ -287,6 +288,8 @@ async def _show(settings: Settings, registry: JobRegistry, job_id: str, as_json:
         say(
             f"log of {each.attempt:<9}{line.seconds:.3f} s {line.level.value}: {line.message}{data}"
         )
+    if not is_all:
+        say("The log lines of earlier attempts are not shown: all together are too large.", err)
 
 
 def _change_all(

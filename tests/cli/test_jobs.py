@@ -171,6 +171,25 @@ def test_a_refusal_does_not_keep_other_jobs_from_being_changed(demo: Shell) -> N
     assert (job["jobId"], job["status"]) == (queued, "queued")
 
 
+@pytest.mark.slow
+def test_it_says_so_if_log_lines_are_too_large_to_show(demo: Shell) -> None:
+    (failed,) = enqueued(demo, "demo.fails")
+    with worker(demo):
+        wait_for(demo, failed, "failed")
+    long = json.dumps(["info", 0.1, "x" * 5_000_000, {}])
+    with closing(sqlite3.connect(demo.folder / "jobs.db")) as database, database:
+        columns = "job_id, attempt, worker_id, started_at, finished_at, outcome, logs"
+        database.execute("UPDATE job_attempt SET logs = ?", (long,))
+        database.execute(f"INSERT INTO job_attempt ({columns}) SELECT {columns} FROM job_attempt")
+    shown = demo("show", failed)
+    assert shown.stdout.count("\nlog of 1 ") == 1
+    assert shown.stderr == (
+        "The log lines of earlier attempts are not shown: all together are too large.\n"
+    )
+    as_json = json.loads(demo("show", failed, "--json").stdout)
+    assert (len(as_json["attempts"]), len(as_json["lines"]), as_json["allLines"]) == (2, 1, False)
+
+
 def test_a_failed_job_shows_its_attempts_its_error_and_its_log(demo: Shell) -> None:
     (failed,) = enqueued(demo, "demo.fails")
     with worker(demo):
@@ -191,6 +210,7 @@ def test_a_failed_job_shows_its_attempts_its_error_and_its_log(demo: Shell) -> N
     assert "why             " + code in text
     assert "attempt 1" in text
     assert 'warning: about to fail {"number":0}' in text
+    assert job["allLines"] is True
     # What a handler raised can neither move the cursor nor be read as markup, here or in a list.
     row = demo("list", "demo.fails").stdout.splitlines()[1]
     for shown_text in (text, row):
