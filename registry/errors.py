@@ -32,6 +32,12 @@ class Violation:
         """Return the violation as a JSON object."""
         return {"path": self.path, "code": self.code, "message": self.message}
 
+    def sentence(self, whole: str = "") -> str:
+        """Return the message after its path. `whole` is the name of the whole value, if it has one,
+        for a fault of it."""
+        place = self.path or whole
+        return f"{place}: {self.message}" if place else self.message
+
 
 class CodedError(Exception):
     """Base of the exceptions that clients see.
@@ -83,7 +89,7 @@ class PayloadInvalid(CodedError):
 
     def __str__(self) -> str:
         # Made when it is read: a bulk of faulty payloads answers with the violations alone.
-        faults = " ".join(f"{v.path or 'payload'}: {v.message}" for v in self.violations)
+        faults = " ".join(each.sentence("payload") for each in self.violations)
         return f"The payload of {self.job_type} is invalid: {faults}"
 
     def details(self) -> dict[str, JsonValue]:

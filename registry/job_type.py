@@ -437,7 +437,7 @@ class JobType(Generic[P]):
             except ValidationError as error:
                 violations = self.payload_shape.violations(error, example)
         if violations:
-            reason = "; ".join(f"{fault.path}: {fault.message}" for fault in violations)
+            reason = "; ".join(fault.sentence() for fault in violations)
             advice = (
                 ""
                 if self._example is not None

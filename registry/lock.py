@@ -114,7 +114,7 @@ def read_lock(text: str | bytes) -> Lock:
         lock = _LockFile.model_validate_json(text, by_alias=True, by_name=False)
     except ValidationError as error:
         faults = PayloadShape(_LockFile).violations(error, document)
-        raise LockInvalid(" ".join(f"{each.path}: {each.message}" for each in faults[:3])) from None
+        raise LockInvalid(" ".join(each.sentence() for each in faults[:3])) from None
     return Lock(lock.job_types, "\n".join(lock.graphql) + "\n" if lock.graphql else "")
 
 

@@ -378,7 +378,7 @@ def _reasons(job: JobRecord, waits: WaitingReason | None) -> Iterator[str]:
         case reading.BehindInQueue(ahead):
             yield f"waits: {ahead:,} of its type go first"
         case reading.PayloadMismatch(fingerprint, violations):
-            faults = " ".join(f"{each.path or 'payload'}: {each.message}" for each in violations)
+            faults = " ".join(each.sentence("payload") for each in violations)
             yield f"is parked: workers of version {fingerprint[:12]} cannot read it: {faults}"
     if job.status.value == Status.RUNNING:
         yield f"runs in {job.worker_id} since {_time(job.started_at)}"

@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn, TextIO
 import typer
 from rich.console import Console
 
-from job_registry import CodedError, Violation
+from job_registry import CodedError, PayloadInvalid, Violation
 from job_registry.errors import escaped
 
 REFUSED = 1
@@ -131,7 +131,8 @@ def sentences(refusal: CodedError) -> list[str]:
     violations: Sequence[Violation] = getattr(refusal, "violations", ())
     if not violations:
         return [str(refusal)]
-    return [f"{each.path or 'payload'}: {each.message}" for each in violations]
+    whole = "payload" if isinstance(refusal, PayloadInvalid) else ""
+    return [each.sentence(whole) for each in violations]
 
 
 def of_options(faults: Iterable[Violation]) -> Iterator[str]:

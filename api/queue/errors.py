@@ -31,7 +31,7 @@ class InputInvalid(QueueError):
 
     def __init__(self, violations: tuple[Violation, ...]) -> None:
         self.violations = violations
-        super().__init__(" ".join(f"{v.path}: {v.message}" for v in violations))
+        super().__init__(" ".join(each.sentence() for each in violations))
 
     def details(self) -> dict[str, JsonValue]:
         """Return the violations."""

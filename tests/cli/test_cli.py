@@ -240,9 +240,7 @@ def test_every_line_that_keeps_an_atomic_bulk_from_being_stored_is_named(jobs: S
     lines = "\n".join([GOOD, "nope", '{"x": 1}'])
     atomic = jobs("enqueue", "thumbnail.create", "-", "--atomic", stdin=lines)
     assert atomic.returncode == 1
-    assert "line 1: payload: Not stored: the call is atomic, and lines 2, 3 were refused." in (
-        atomic.stderr
-    )
+    assert "line 1: Not stored: the call is atomic, and lines 2, 3 were refused." in (atomic.stderr)
     assert "line 2: payload: This is not valid JSON: unexpected character" in atomic.stderr
     assert "line 3: /assetId" in atomic.stderr
     assert atomic.stdout == "0 stored, 0 deduplicated, 3 refused\n"

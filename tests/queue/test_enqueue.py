@@ -432,9 +432,8 @@ async def test_an_atomic_bulk_stores_all_or_none(queue: JobQueue) -> None:
     assert [type(result).__name__ for result in refused] == ["InputInvalid", "JobTypeNotFound"]
     assert isinstance(refused[0], InputInvalid)
     assert refused[0].violations[0].code == "not_stored"
-    assert refused[0].violations[0].message == (
-        "Not stored: the call is atomic, and the job at index 1 was refused."
-    )
+    reason = "Not stored: the call is atomic, and the job at index 1 was refused."
+    assert (refused[0].violations[0].message, str(refused[0])) == (reason, reason)
     assert len((await queue.list()).jobs) == 2
 
 
