@@ -87,8 +87,10 @@ class HandlerProcesses:
             "max_bytes": max_bytes,
             "traced": traced,
         }
-        # A handler may change the folder of this process later.
-        self._folder = Path.cwd()
+        self._folder = Path()
+        with contextlib.suppress(OSError):  # It was deleted.
+            # A handler may change the folder of this process later.
+            self._folder = Path.cwd()
         self._watchdog = Watchdog()
         self._idle: list[_Process] = []
         self._all: set[_Process] = set()

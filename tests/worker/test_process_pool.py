@@ -10,6 +10,7 @@ import errno
 import os
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -414,6 +415,14 @@ async def test_a_process_that_cannot_be_started_says_why(
     assert await Call(pool()).end() == NotStarted(
         "A process for the handler cannot be started: OSError: Too many open files."
     )
+
+
+async def test_processes_start_in_a_folder_that_was_deleted(
+    started: list[StandIn], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tmp_path.rmdir()
+    assert pool().take() is started[0]
 
 
 @pytest.mark.parametrize(("size", "near"), [(99, False), (100, True), (101, True), (None, False)])
