@@ -56,6 +56,7 @@ from job_registry_api.queue.filters import JobFilter
 from job_registry_api.queue.job_logs import LOG_WEIGHT, lines_of
 from job_registry_api.queue.models import JobRecord, JobStatus, Owner
 from job_registry_api.queue.queue import JobQueue
+from job_registry_api.queue.reading import PAGE_SIZE
 from job_registry_api.queue.requests import read_request
 from job_registry_api.uploads import (
     FORMATS,
@@ -499,7 +500,7 @@ def _wanted_page(query_string: bytes) -> _WantedPage:
     types: list[str] = []
     statuses: list[JobStatus] = []
     once: dict[str, Any] = {}
-    first, after = 50, None
+    first, after = PAGE_SIZE, None
     seen: set[str] = set()
     for name, value in given:
         if name in seen and name not in ("type", "status"):

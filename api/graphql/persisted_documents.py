@@ -62,8 +62,8 @@ class PersistedDocuments:
         """Return the document of a request: the members `query`, `extensions` and so on.
 
         Raises:
-            GraphQLError: the request has no document, it names one that is not there, its hash is
-                not that of its text, or it has one that is not trusted.
+            GraphQLError: the document that the request names is not there, its hash is not that of
+                its text, or it is not trusted.
         """
         text = request.get("query")
         name, is_hash = _name_of(request)
@@ -72,6 +72,7 @@ class PersistedDocuments:
         if name is not None and not self._automatic:
             raise coded("PERSISTED_QUERY_NOT_SUPPORTED", "PersistedQueryNotSupported")
         if text is None:
+            assert name is not None  # `request_faults` has refused a request with neither.
             return Named(self._kept_text(name))
         if name is None or not is_hash:
             return Named(text)
@@ -90,9 +91,7 @@ class PersistedDocuments:
             _, dropped = self._kept.popitem(last=False)
             self._bytes -= _size_of(dropped)
 
-    def _kept_text(self, name: str | None) -> str:
-        if name is None:
-            raise coded(BAD_REQUEST, "query has to be a string with a GraphQL document.")
+    def _kept_text(self, name: str) -> str:
         kept = self._kept.get(name)
         if kept is None:
             raise _not_found()

@@ -38,7 +38,6 @@ V1 = """
 
     mail_send = JobType(name="mail.send", payload=MailSend, policy=JobPolicy(concurrency_limit=5))
 """
-ADDED = V1 + "        cc: str | None = None\n"
 
 
 class Code(Shell):
