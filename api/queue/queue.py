@@ -6,6 +6,7 @@ Its operations are in `enqueueing.py`, `reading.py`, `leasing.py`, `changing.py`
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable
@@ -301,5 +302,5 @@ class JobQueue(Enqueueing, Reading, Leasing, Changing, Upkeep):
 
 def _need_positive(**arguments: float) -> None:
     for name, value in arguments.items():
-        if not value > 0:
-            raise ValueError(f"{name}: expected more than 0; got {value}")
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name}: expected a finite number above 0; got {value}")

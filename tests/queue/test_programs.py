@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -196,10 +197,12 @@ def test_a_wrong_url_is_a_sentence_without_the_password(url: str, expected: str)
     assert "secret" not in str(refused.value)
 
 
+@pytest.mark.parametrize("value", [0, math.inf, math.nan])
 @pytest.mark.parametrize("argument", ["lease_seconds", "timeout_seconds", "pool_size"])
-def test_an_argument_that_would_stop_the_queue_is_a_sentence(argument: str) -> None:
-    arguments: dict[str, Any] = {argument: 0}
-    with pytest.raises(ValueError, match=f"{argument}: expected more than 0; got 0"):
+def test_an_argument_that_would_stop_the_queue_is_a_sentence(argument: str, value: float) -> None:
+    arguments: dict[str, Any] = {argument: value}
+    refusal = f"{argument}: expected a finite number above 0; got {value}"
+    with pytest.raises(ValueError, match=refusal):
         JobQueue.from_url("sqlite:///jobs.db", [mail_send], **arguments)
 
 
