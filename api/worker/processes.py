@@ -157,11 +157,20 @@ class HandlerProcesses:
                 self.replace(process)
             else:
                 return process
-        # The process finds modules where this one does, including the current folder.
-        path = [str(self._folder / each) for each in sys.path]
-        process = _Process({**self._start, "logs": configuration()}, path, self._watchdog)
+        start = {**self._start, "logs": configuration()}
+        process = _Process(start, self._import_path(), self._watchdog)
         self._all.add(process)
         return process
+
+    def _import_path(self) -> list[str]:
+        """Return the entries with which a process finds modules where this one does.
+
+        Those in the first folder of this process are absolute. Some entries are not files: that of
+        an editable install has a name for its import hook.
+        """
+        places = [(str(each), str(self._folder / each)) for each in sys.path]
+        # `Path.exists` raises an error for a folder that this process may not search.
+        return [place if os.path.exists(place) else each for each, place in places]  # noqa: PTH110
 
     def give_back(self, process: _Process) -> None:
         """Keep a process for the next job."""

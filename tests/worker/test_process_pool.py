@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -41,8 +42,9 @@ class StandIn:
 
     pid = 4242
 
-    def __init__(self, start: Message, _path: Sequence[str], watchdog: StandInWatchdog) -> None:
+    def __init__(self, start: Message, path: Sequence[str], watchdog: StandInWatchdog) -> None:
         self.start = start
+        self.path = path
         self.is_ready = self.is_begun = self.was_used = False
         self.left_over = self.number = self.cancelled = self.received = 0
         self.alive = True
@@ -423,6 +425,21 @@ async def test_processes_start_in_a_folder_that_was_deleted(
     monkeypatch.chdir(tmp_path)
     tmp_path.rmdir()
     assert pool().take() is started[0]
+
+
+async def test_processes_find_modules_as_the_worker_does(
+    started: list[StandIn], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also those of an editable install, whose entry is the name of an import hook."""
+    (tmp_path / "lib").mkdir()
+    monkeypatch.chdir(tmp_path)
+    processes_of_a_worker = pool()
+    monkeypatch.chdir("/")
+    hook = "__editable__.acme.finder.__path_hook__"
+    monkeypatch.setattr(sys, "path", ["", "lib", hook, "/absent"])
+    processes_of_a_worker.take()
+    here = str(tmp_path)
+    assert [each.rstrip("/") for each in started[0].path] == [here, here + "/lib", hook, "/absent"]
 
 
 @pytest.mark.parametrize(("size", "near"), [(99, False), (100, True), (101, True), (None, False)])
