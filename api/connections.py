@@ -284,11 +284,9 @@ class HTTPConnection(HttpToolsProtocol):
         self.app = cast(Any, self._application)
         if self.cycle is not None:
             self.cycle.transport = self.transport
-        # uvicorn tells only the last request that it has parsed.
         for cycle in self._unanswered:
             cycle.transport = self.transport
-            cycle.disconnected = True
-            cycle.message_event.set()
+        self._disconnect_requests()
         self._unanswered.clear()
         super().connection_lost(exc)
 
@@ -497,6 +495,12 @@ class HTTPConnection(HttpToolsProtocol):
         self._refusal = status
         raise _RequestTooLarge
 
+    def _disconnect_requests(self) -> None:
+        """End the requests without an answer. uvicorn ends only the last one that it has parsed."""
+        for cycle in self._unanswered:
+            cycle.disconnected = True
+            cycle.message_event.set()
+
     def _refuse(self, status: HTTPStatus, reason: tuple[str, str] | None = None) -> None:
         """Answer the request that is being read, or served, and close the connection."""
         cycle = self.cycle
@@ -504,8 +508,7 @@ class HTTPConnection(HttpToolsProtocol):
             return
         if cycle is not None and not cycle.response_complete:
             # The application gets a disconnect instead of the rest of the body.
-            cycle.disconnected = True
-            cycle.message_event.set()
+            self._disconnect_requests()
             if cycle.response_started or self._phase is _Phase.HEAD or self.pipeline:
                 self.end()  # The response of an earlier request is not complete.
                 return

@@ -226,6 +226,24 @@ async def test_a_request_hears_that_its_connection_was_lost_though_others_wait_f
     assert transport.writes == []
 
 
+@pytest.mark.parametrize("requests", [1, 2])
+async def test_requests_of_one_connection_that_the_server_ends_are_not_an_error_in_the_log(
+    caplog: pytest.LogCaptureFixture, requests: int
+) -> None:
+    async def wait(_scope: Scope, _receive: Receive, _send: Send) -> None:
+        await asyncio.Event().wait()
+
+    connection, transport = connected(cast(ASGIApp, wait))
+    connection.data_received(REQUEST * requests)
+    await turns()
+    for task in list(connection.tasks):
+        task.cancel()  # As uvicorn does with requests that outlast its shutdown.
+    await turns()
+    assert transport.is_closed
+    assert not caplog.records
+    connection.connection_lost(None)
+
+
 async def test_a_stream_writes_nothing_to_a_connection_that_is_ended(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
