@@ -196,7 +196,7 @@ def _end_fork_of(process: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
     finally:
-        os._exit(code)
+        os._exit(code & 0xFF)  # It takes no number beyond those of C.
 
 
 def _settle(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
