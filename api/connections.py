@@ -582,7 +582,7 @@ class _ResponseTransport:
             self._write(head)
 
     def _write(self, data: bytes) -> None:
-        # The end of a connection is known before uvicorn is told; uvloop then raises.
+        # Between the end of a connection and `connection_lost`, uvloop raises an error.
         if not self._connection.transport.is_closing():
             self._connection.transport.write(data)
 

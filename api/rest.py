@@ -118,6 +118,10 @@ class _Request:
         """The id in the path."""
         return str(self.scope["path_params"]["id"])
 
+    def fault_budget(self) -> FaultBudget:
+        """Return how many faults the answer may list, and the job types that they may suggest."""
+        return self.queue.registry.fault_budget(FaultBudget(job_types=self.caller.job_types))
+
     async def json(self) -> JsonValue:
         """Return the JSON in the body.
 
@@ -232,7 +236,7 @@ async def enqueue(request: _Request) -> _Answer:
     """
     caller, queue = request.caller, request.queue
     caller.need("jobs:enqueue", "jobs:own")
-    budget = queue.registry.fault_budget(FaultBudget(job_types=caller.job_types))
+    budget = request.fault_budget()
     given, faults = read_request(await request.json(), budget)
     if given is None:
         raise InputInvalid(faults)
@@ -255,7 +259,7 @@ async def enqueue_many(request: _Request) -> _Answer:
     """
     caller, queue = request.caller, request.queue
     caller.need("jobs:enqueue", "jobs:own")
-    budget = queue.registry.fault_budget(FaultBudget(job_types=caller.job_types))
+    budget = request.fault_budget()
     jobs, atomic = _bulk_of(await request.json(), request.limits.bulk_size)
     read = [read_request(job, budget) for job in jobs]
     caller.need_types(given.type for given, _ in read if given is not None)

@@ -114,8 +114,8 @@ class Query:
         info: Info,
         job_type: Annotated[str, strawberry.argument(description="The name of the job type.")],
     ) -> JobTypeResult | None:
-        context_of(info).caller.need_types([job_type])
         context = context_of(info)
+        context.caller.need_types([job_type])
         return JobType.of(context.queue.registry.get_type(job_type, context.faults))
 
     @strawberry.field(
@@ -139,8 +139,8 @@ class Query:
         info: Info,
         job_type: Annotated[str, strawberry.argument(description="The name of the job type.")],
     ) -> JobPolicyResult | None:
-        context_of(info).caller.need_types([job_type])
         context = context_of(info)
+        context.caller.need_types([job_type])
         found = context.queue.registry.get_type(job_type, context.faults)
         return JobPolicy.of(found.name, found.policy)
 

@@ -131,17 +131,20 @@ def input_faults(request: EnqueueRequest) -> Iterator[Violation]:
             )
     key: Any = request.idempotency_key
     if key is not None:
-        if not isinstance(key, str):
-            message = f"Expected a string of 1 to 255 characters; got {shortened(key)}."
-            yield Violation("/idempotencyKey", "wrong_type", message)
-        elif not 1 <= len(key) <= 255:
-            yield Violation(
-                "/idempotencyKey",
-                "out_of_range",
-                f"Expected a string of 1 to 255 characters; got {len(key):,} characters.",
-            )
-        elif fault := text_fault(key):
-            yield Violation("/idempotencyKey", "invalid_text", fault)
+        if fault := _length_fault("/idempotencyKey", key):
+            yield fault
+        elif reason := text_fault(key):
+            yield Violation("/idempotencyKey", "invalid_text", reason)
+
+
+def _length_fault(path: str, value: Any) -> Violation | None:
+    """Return the fault of a value that is not a string of 1 to 255 characters."""
+    expected = "Expected a string of 1 to 255 characters"
+    if not isinstance(value, str):
+        return Violation(path, "wrong_type", f"{expected}; got {shortened(value)}.")
+    if not 1 <= len(value) <= 255:
+        return Violation(path, "out_of_range", f"{expected}; got {len(value):,} characters.")
+    return None
 
 
 def creator_faults(created_by: Any) -> Iterator[Violation]:
@@ -228,16 +231,8 @@ def check_error_code(code: Any) -> None:
     Raises:
         InputInvalid: it does not have 1 to 255 characters.
     """
-    message = "Expected a string of 1 to 255 characters"
-    if not isinstance(code, str):
-        fault = Violation("/error/code", "wrong_type", f"{message}; got {shortened(code)}.")
-    elif not 1 <= len(code) <= 255:
-        fault = Violation(
-            "/error/code", "out_of_range", f"{message}; got {len(code):,} characters."
-        )
-    else:
-        return
-    raise InputInvalid((fault,))
+    if fault := _length_fault("/error/code", code):
+        raise InputInvalid((fault,))
 
 
 def unknown_types(

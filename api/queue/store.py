@@ -79,6 +79,7 @@ Each is read whole, and its objects may take 24 times the memory of their text.
 """
 
 TIMED_OUT: Final = JobError("timed_out", "The attempt exceeded its timeoutSeconds.")
+"""The error of an attempt whose report does not say how long the timeout was."""
 
 UNREPORTED_TIMEOUT: Final = JobError(
     TIMED_OUT.code,

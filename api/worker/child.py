@@ -153,7 +153,7 @@ class _Link:
     """The socket to the worker. One thread reads it, any thread may write to it."""
 
     def __init__(self, to_worker: socket.socket) -> None:
-        # It is not, if the program of the worker has called `socket.setdefaulttimeout`.
+        # It is non-blocking if the program of the worker has called `socket.setdefaulttimeout`.
         to_worker.setblocking(True)
         self.socket = to_worker
         self._reader = to_worker.makefile("rb")
