@@ -14,7 +14,7 @@ from job_registry_api.queue.filters import check_owner
 from job_registry_api.queue.models import JobRecord, JobStatus, Owner
 from job_registry_api.queue.opening import Opening
 from job_registry_api.queue.requests import parse_job_id, unknown_types
-from job_registry_api.queue.store import Store
+from job_registry_api.queue.store import Ended, Store
 
 UNPARK_BATCH: Final = 500
 """Jobs per transaction. On SQLite, leases wait for it."""
@@ -91,7 +91,7 @@ class Changing(Opening):
         self,
         job_id: str | uuid.UUID,
         owner: Owner | None,
-        change: Callable[[uuid.UUID, Owner | None], Awaitable[JobRecord | None]],
+        change: Callable[[uuid.UUID, Owner | None], Awaitable[Ended | None]],
         operation: str,
         changeable: Sequence[JobStatus],
     ) -> JobRecord:
@@ -99,12 +99,15 @@ class Changing(Opening):
         check_owner(owner)
         wanted = parse_job_id(job_id)
         tries = 0
-        while (job := await change(wanted, owner)) is None:
+        while (changed := await change(wanted, owner)) is None:
             tries += 1
             found = await self._store.get(wanted, owner)
             if found is None:
                 raise JobNotFound(str(job_id))
             if found.status not in changeable or tries == CHANGE_TRIES:
                 raise JobStateConflict(str(job_id), found.status, operation)
-        self.events.publish([JobEvent.of_change(job)])
+        self.events.publish([JobEvent.of_change(changed)])
+        job = changed.job or await self._store.get(wanted)
+        if job is None:  # It was deleted in the meantime.
+            raise JobNotFound(str(job_id))
         return job

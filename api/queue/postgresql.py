@@ -362,13 +362,13 @@ class PostgreSQLStore(Store):
         ended = json_text([{"id": job_id.hex, "token": token} for job_id, token in leases])
         await self._run("settle", {"ended": ended})
 
-    async def cancel(self, job_id: uuid.UUID, owner: Owner | None = None) -> JobRecord | None:
-        rows = await self._run("cancel", {"id": job_id.hex, **owner_values(owner)})
-        return self.record(rows[0]) if rows else None
+    async def cancel(self, job_id: uuid.UUID, owner: Owner | None = None) -> Ended | None:
+        parameters = {"id": job_id.hex, **owner_values(owner)}
+        return (await self._ended_by("cancel", parameters)).get(job_id)
 
-    async def retry(self, job_id: uuid.UUID, owner: Owner | None = None) -> JobRecord | None:
-        rows = await self._run("retry", {"id": job_id.hex, **owner_values(owner)})
-        return self.record(rows[0]) if rows else None
+    async def retry(self, job_id: uuid.UUID, owner: Owner | None = None) -> Ended | None:
+        parameters = {"id": job_id.hex, **owner_values(owner)}
+        return (await self._ended_by("retry", parameters)).get(job_id)
 
     async def next_due(self, types: Sequence[str], limits: Mapping[str, int]) -> float | None:
         wanted = json_text([{"type": name, "limit": limits.get(name)} for name in types])

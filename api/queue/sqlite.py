@@ -241,13 +241,13 @@ class SQLiteStore(Store):
     async def settle(self, leases: Sequence[tuple[uuid.UUID, str]]) -> None:
         await self._write(lambda t: t.settle(leases))
 
-    async def cancel(self, job_id: uuid.UUID, owner: Owner | None = None) -> JobRecord | None:
+    async def cancel(self, job_id: uuid.UUID, owner: Owner | None = None) -> Ended | None:
         row = await self._write(lambda t: t.cancel(job_id, owner))
-        return self._job(row) if row else None
+        return Ended.of(self._job(row)) if row else None
 
-    async def retry(self, job_id: uuid.UUID, owner: Owner | None = None) -> JobRecord | None:
+    async def retry(self, job_id: uuid.UUID, owner: Owner | None = None) -> Ended | None:
         row = await self._write(lambda t: t.retry(job_id, owner))
-        return self._job(row) if row else None
+        return Ended.of(self._job(row)) if row else None
 
     async def next_due(self, types: Sequence[str], limits: Mapping[str, int]) -> float | None:
         # It only reads. Many small statements are fastest in the thread of the writer.

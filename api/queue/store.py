@@ -350,9 +350,9 @@ class Report(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """A job whose attempt was ended.
+    """A job whose attempt was ended, or that was cancelled or retried.
 
-    `job` is the whole of it, if the report reads it and the database could read it after the end.
+    `job` is the whole of it, if the report reads it and the database could read it after that.
     """
 
     id: uuid.UUID
@@ -572,14 +572,14 @@ class Store(ABC):
         """Free the places of timed-out attempts whose handlers have stopped."""
 
     @abstractmethod
-    async def cancel(self, job_id: uuid.UUID, owner: Owner | None = None) -> JobRecord | None:
+    async def cancel(self, job_id: uuid.UUID, owner: Owner | None = None) -> Ended | None:
         """Cancel a queued job, or record that the worker of a running job must stop.
 
         Return None if the job is neither, or does not exist, or is not the owner's.
         """
 
     @abstractmethod
-    async def retry(self, job_id: uuid.UUID, owner: Owner | None = None) -> JobRecord | None:
+    async def retry(self, job_id: uuid.UUID, owner: Owner | None = None) -> Ended | None:
         """Queue a failed or cancelled job. If no attempt is left, allow one more.
 
         Return None if the job is neither, or does not exist, or is not the owner's.

@@ -515,6 +515,41 @@ async def test_a_client_that_does_not_read_the_answer_to_its_claim_holds_no_lock
         assert len(set(read) & set(map(json.dumps, payloads))) == 100
 
 
+@pytest.mark.parametrize("how", ["cancel", "retry"])
+async def test_a_client_that_does_not_read_the_answer_to_its_change_holds_no_lock(
+    fresh_postgresql_url: str, how: str
+) -> None:
+    async def change(queue: JobQueue, job: JobRecord) -> JobRecord:
+        return await (queue.cancel(job.id) if how == "cancel" else queue.retry(job.id))
+
+    registry = JobRegistry([JobType(name="race.text", payload=Text)], max_payload_bytes=1_000_000)
+    # Stored compressed, and not; more than the buffers of a connection have room for
+    for text in ("a" * 900_000, secrets.token_urlsafe(600_000)):
+        async with queues(fresh_postgresql_url, 2, registry) as (frozen, other):
+            small, large = [
+                (await other.enqueue(EnqueueRequest("race.text", {"text": each}))).job
+                for each in ("a", text)
+            ]
+            if how == "retry":
+                await other.cancel(small.id)
+                await other.cancel(large.id)
+            await change(frozen, small)  # The statement is prepared.
+            assert isinstance(frozen._database, PostgreSQLDatabase)
+            (pooled,) = frozen._database._spare
+            connection: Any = pooled.driver_connection
+            connection._socket_transport.pause_reading()
+            with frozen.events.subscribe(job_id=large.id) as events:
+                changing = asyncio.create_task(change(frozen, large))
+                await asyncio.sleep(0.3)
+                lock = f"SELECT id FROM job WHERE id = '{large.id}' FOR UPDATE NOWAIT"
+                await asyncio.to_thread(run_sql, fresh_postgresql_url, lock)
+                connection._socket_transport.resume_reading()
+                changed = await changing
+                is_same = changed == await other.get(large.id)
+                assert is_same
+                assert (await anext(events)).job_id == large.id
+
+
 @pytest.mark.parametrize("column", ["payload", "progress", "result", "error"])
 async def test_statements_that_hold_locks_leave_out_documents_over_8_kb(
     fresh_postgresql_url: str, column: str

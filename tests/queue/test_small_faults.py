@@ -220,6 +220,10 @@ async def test_reports_are_answered_though_a_large_job_cannot_be_read_at_once(
     answers = await asyncio.gather(*(queue.fail(lease.token, BROKEN) for lease in leases))
     assert [each.error for each in answers] == [BROKEN, BROKEN]
     assert large in [each.payload for each in answers]
+    for lease in leases:
+        monkeypatch.setattr(queue._store, "get_many", unavailable)
+        cancelled = await queue.cancel(lease.job.id)
+        assert (cancelled.status, cancelled.payload) == (JobStatus.CANCELLED, lease.job.payload)
 
 
 async def test_a_renewal_is_answered_though_its_event_cannot_be_published_here(

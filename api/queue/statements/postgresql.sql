@@ -2,8 +2,8 @@
 -- queries in store.py.
 --
 -- Statements that change jobs call functions of the migrations, so that each is one statement
--- in autocommit and a client that freezes holds no lock. postgresql.py bounds the documents that
--- they return, for the same reason. `:keep` stores the events of the transaction instead of sending
+-- in autocommit and a client that freezes holds no lock. `job_small` and postgresql.py bound the
+-- documents that they return, for the same reason. `:keep` stores the events of the transaction instead of sending
 -- them in the notification.
 
 -- name: insert
@@ -107,14 +107,16 @@ SELECT job_registry.job_settle(CAST(:ended AS jsonb), CAST(:process AS text), CA
 -- name: cancel
 -- Cancel a queued job, or record that a running one must stop; if it is owned, one of this owner.
 -- The creator of a job never changes.
-SELECT changed.* FROM job_registry.job
+SELECT small.* FROM job_registry.job
 CROSS JOIN LATERAL job_registry.job_cancel(job.id, CAST(:process AS text), CAST(:keep AS boolean)) AS changed
+CROSS JOIN LATERAL job_registry.job_small(changed) AS small
 WHERE job.id = CAST(:id AS uuid) AND (NOT CAST(:owned AS boolean) OR job.created_by = CAST(:owner AS text))
 
 -- name: retry
 -- Queue a failed or cancelled job again; if it is owned, one of this owner.
-SELECT changed.* FROM job_registry.job
+SELECT small.* FROM job_registry.job
 CROSS JOIN LATERAL job_registry.job_retry(job.id, CAST(:process AS text), CAST(:keep AS boolean)) AS changed
+CROSS JOIN LATERAL job_registry.job_small(changed) AS small
 WHERE job.id = CAST(:id AS uuid) AND (NOT CAST(:owned AS boolean) OR job.created_by = CAST(:owner AS text))
 
 -- name: next_due
