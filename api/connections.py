@@ -345,6 +345,10 @@ class HTTPConnection(HttpToolsProtocol):
             response = _ResponseTransport(self, head_waits=head_waits)
             self.cycle.transport = cast(asyncio.Transport, response)
             self._unanswered.append(self.cycle)
+            if 1 < len(self._unanswered) < MAX_PIPELINED:
+                # uvicorn reads on for an application that waits for the end of the connection, but
+                # not past this request. The application then waits again.
+                self._unanswered[0].message_event.set()
         self._phase = _Phase.BODY
         self._deadline = self.loop.time() + self._bounds.body_seconds
         self._open.is_busy(self)

@@ -25,18 +25,20 @@ async def test_a_long_poll_whose_client_has_hung_up_is_given_no_job(
     queue: JobQueue, database_url: str
 ) -> None:
     async with serving(database_url, "--no-worker") as (address, _):
-        # Given ten clients that wait for a lease, and hang up
+        # Given ten clients that wait for a lease, and hang up, some with requests that they have
+        # sent in advance
         host, port = address.split(":")
         body = json.dumps({"query": LEASE}).encode()
         request = (
             b"POST /graphql HTTP/1.1\r\nHost: %b\r\nContent-Type: application/json\r\n"
             b"Content-Length: %d\r\n\r\n%b" % (address.encode(), len(body), body)
         )
-        for _ in range(10):
+        for number in range(10):
             _, writer = await asyncio.open_connection(host, int(port))
-            writer.write(request)
-            await writer.drain()
-            await asyncio.sleep(0.05)
+            for _ in range(number % 4 + 1):
+                writer.write(request)
+                await writer.drain()
+                await asyncio.sleep(0.05)
             writer.close()
         await asyncio.sleep(0.3)
 
