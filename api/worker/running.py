@@ -14,6 +14,7 @@ import os
 import sys
 import threading
 import traceback
+from collections import deque
 from collections.abc import Callable, Coroutine, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
@@ -21,7 +22,7 @@ from typing import Any, Final
 import structlog
 
 from job_registry import CallNext, JobContext
-from job_registry_api.logs import stack_of
+from job_registry_api.logs import log_unexpected, stack_of
 from job_registry_api.worker.extensions import around
 from job_registry_api.worker.outcomes import End, Returned, raised
 from job_registry_api.worker.results import is_small, result_of
@@ -32,8 +33,8 @@ _in_handler: contextvars.ContextVar[bool] = contextvars.ContextVar("in_handler",
 class HandlerCall:
     """One call of a handler with its middleware. `ended` is its task, whose result is the `End`.
 
-    With `in_thread` the handler runs in its own thread, otherwise on the event loop. If it returns
-    an awaitable, that is awaited on the loop.
+    With `in_thread` the handler runs in a thread, otherwise on the event loop. If it returns an
+    awaitable, that is awaited on the loop.
     """
 
     can_be_killed = False
@@ -131,12 +132,11 @@ async def in_thread(
     *,
     thread_name: str = "job",
 ) -> Any:
-    """Run a plain function in its own thread, with the context variables of this task.
+    """Run a plain function in a thread of its own, with the context variables of this task.
 
-    `ended` is set once the function has ended, even if this call was cancelled before.
-
-    Not in a pool: a thread cannot be stopped, and an abandoned one would keep its place there. The
-    thread is a daemon, so that it does not keep the process alive.
+    `ended` is set once the function has ended, even if this call was cancelled before. Only then
+    the thread is used again. There is no limit: a thread cannot be stopped, and an abandoned one
+    would keep the place of others.
     """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[Any] = loop.create_future()
@@ -148,8 +148,10 @@ async def in_thread(
             return function()
         finally:
             _end_fork_of(process)
+            _close_old_connections_of_django()
 
     def deliver(result: Any, error: BaseException | None) -> None:
+        _idle.append(thread)
         with contextlib.suppress(RuntimeError):  # The loop is closed: no caller waits.
             loop.call_soon_threadsafe(_settle, future, result, error)
             if ended is not None:
@@ -171,12 +173,77 @@ async def in_thread(
             deliver(result, None)
 
     try:
-        threading.Thread(target=run, name=thread_name, daemon=True).start()
+        thread = _idle_thread()
     except BaseException:
         if ended is not None:
             ended.set_result(None)
         raise
+    thread.run_next(thread_name, run)
     return await future
+
+
+class _Thread(threading.Thread):
+    """A thread that runs one function after another.
+
+    Libraries keep connections, sessions and clients per thread. In a new thread for each job they
+    would be made anew, and those that are in a reference cycle would stay open until the garbage
+    collector runs: soon a database has no connection left, or a pool. So there are as many as
+    handlers run at once. A daemon does not keep the process alive.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self._function: Callable[[], None] | None = None
+        self._has_function = threading.Lock()
+        self._has_function.acquire()
+
+    def run_next(self, name: str, function: Callable[[], None]) -> None:
+        """Run a function, which does not raise, under this name."""
+        self.name, self._function = name, function
+        self._has_function.release()
+
+    def run(self) -> None:
+        while True:
+            # Libraries raise timeouts from other threads, and too late they find none of their own.
+            with contextlib.suppress(BaseException):
+                self._has_function.acquire()
+            function, self._function = self._function, None
+            if function is not None:
+                function()
+            del function  # It refers to the handler and its payload.
+
+
+_idle: Final[deque[_Thread]] = deque()
+"""The threads that wait for a function."""
+
+# A fork has only the thread that has forked.
+os.register_at_fork(after_in_child=_idle.clear)
+
+
+def _idle_thread() -> _Thread:
+    """Return a thread that waits for a function, a new one if there is none."""
+    with contextlib.suppress(IndexError):
+        while not (thread := _idle.pop()).is_alive():
+            pass  # Such a timeout has ended it.
+        return thread
+    thread = _Thread()
+    thread.start()
+    return thread
+
+
+def _close_old_connections_of_django() -> None:
+    """Close the connections of Django's ORM in this thread that are too old, or have failed.
+
+    Django does so when a request ends, and the end of a job is no request. Without that, a handler
+    would fail forever in a thread whose connection was once lost.
+    """
+    database, conf = sys.modules.get("django.db"), sys.modules.get("django.conf")
+    if database is None or conf is None or not conf.settings.configured:
+        return
+    try:
+        database.close_old_connections()
+    except Exception as error:
+        log_unexpected("worker", error)
 
 
 def _end_fork_of(process: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import io
 import json
 import os
@@ -13,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from uuid import UUID
 
@@ -207,6 +209,68 @@ async def test_a_plain_function_runs_in_a_thread_of_its_own(house: House) -> Non
 
     done = await house.run()
     assert done.result == f"job {done.id}"
+
+
+async def test_what_a_plain_function_leaves_in_its_thread_is_there_for_the_next_jobs(
+    house: House,
+) -> None:
+    # A library keeps a connection per thread, which only the garbage collector would close.
+    local = threading.local()
+    connections: list[object] = []
+
+    @house.job_type.handler
+    def work(_job: JobContext, _payload: Text) -> None:
+        if not hasattr(local, "connection"):
+            local.connection = object()
+            connections.append(local.connection)
+
+    async with house.working(concurrency=3):
+        jobs = [await house.enqueue() for _ in range(40)]
+        for job in jobs:
+            await house.until(job, JobStatus.SUCCEEDED)
+    assert len(connections) <= 3
+
+
+@pytest.mark.any_database
+async def test_an_exception_from_outside_that_comes_after_a_handler_has_ended_is_none_of_the_next(
+    house: House,
+) -> None:
+    @house.job_type.handler
+    def work(_job: JobContext, _payload: Text) -> int:
+        return threading.get_ident()
+
+    async with house.working(concurrency=1):
+        for _ in range(3):
+            done = await house.until(await house.enqueue(), JobStatus.SUCCEEDED)
+            assert isinstance(done.result, int)
+            # As libraries raise a timeout in another thread
+            thread = ctypes.c_ulong(done.result)
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(TimeoutError))
+
+
+@pytest.mark.any_database
+@pytest.mark.parametrize("configured", [True, False])
+async def test_connections_of_django_are_closed_after_each_job(
+    house: House, monkeypatch: pytest.MonkeyPatch, configured: bool
+) -> None:
+    closed: list[str] = []
+
+    def close_old_connections() -> None:
+        closed.append(threading.current_thread().name)
+        raise ConnectionError
+
+    conf = SimpleNamespace(settings=SimpleNamespace(configured=configured))
+    database = SimpleNamespace(close_old_connections=close_old_connections)
+    monkeypatch.setitem(sys.modules, "django.conf", conf)
+    monkeypatch.setitem(sys.modules, "django.db", database)
+
+    @house.job_type.handler
+    def work(_job: JobContext, _payload: Text) -> None:
+        assert not closed
+
+    done = await house.run()
+    assert done.status is JobStatus.SUCCEEDED
+    assert closed == [f"job {done.id}"] * configured
 
 
 async def test_jobs_run_beside_each_other_up_to_the_concurrency(house: House) -> None:
