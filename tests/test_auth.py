@@ -460,6 +460,28 @@ async def test_rest_answers_403_without_the_scope(visit: Visit, scope: str) -> N
         assert needed in response.json()["error"]["message"]
 
 
+async def test_a_caller_ends_only_its_own_waits_for_leases_unless_it_is_an_admin(
+    visit: Visit,
+) -> None:
+    lease = """mutation { leaseJobs(input: {
+        jobTypes: ["test.pong"], workerId: "w", waitSeconds: 20}) {
+        ... on LeaseJobsSuccess { leases { leaseToken } } } }"""
+    stop = 'mutation { stopWaiting(workerId: "w") { __typename } }'
+    async with visit(**AUTH) as client:
+        for scope, subject, ends in (
+            ("jobs:work", "bob", False), ("jobs:work", "ada", True), ("jobs:admin", "bob", True),
+        ):  # fmt: skip
+            waiting = asyncio.create_task(graphql(client, lease, bearer("jobs:work")))
+            await asyncio.sleep(0.1)
+            answer = await graphql(client, stop, bearer(scope, sub=subject))
+            assert answer.json()["data"]["stopWaiting"]["__typename"] == "StopWaitingSuccess"
+            done, _ = await asyncio.wait([waiting], timeout=5 if ends else 0.2)
+            assert bool(done) == ends
+            if not ends:
+                await graphql(client, stop, bearer("jobs:admin"))
+            assert (await waiting).json()["data"]["leaseJobs"]["leases"] == []
+
+
 async def test_one_who_only_enqueues_does_not_see_what_others_jobs_hold(visit: Visit) -> None:
     keyed = """mutation ($input: EnqueueJobInput!) { enqueueJob(input: $input) { __typename
         ... on EnqueueJobSuccess { deduplicated job { payload createdBy } }

@@ -279,6 +279,7 @@ class Mutation:
                 stop=gone,
                 readable=input.readable(),
                 budget=context_of(info).faults,
+                subject=context_of(info).caller.subject,
             )
             if gone.is_set():
                 # Nobody receives these leases, and their attempts would be spent.
@@ -298,8 +299,9 @@ class Mutation:
     @strawberry.mutation(
         extensions=[Requires("jobs:work")],
         description="End the waits of a worker's `leaseJobs` requests, in every server process."
-        " Each is answered at once, with the leases that it has or with none. A worker that shuts"
-        " down sends it and reads the answer of its `leaseJobs`, so that no lease is lost.",
+        " Each is answered at once, with the leases that it has or with none. Without the scope"
+        " `jobs:admin`, these are the requests of the token's subject. A worker that shuts down"
+        " sends it and reads the answer of its `leaseJobs`, so that no lease is lost.",
     )
     async def stop_waiting(
         self,
@@ -308,7 +310,9 @@ class Mutation:
             str, strawberry.argument(description="The `workerId` of the `leaseJobs` requests.")
         ],
     ) -> StopWaitingResult | None:
-        await context_of(info).queue.stop_waiting(worker_id)
+        caller = context_of(info).caller
+        subject = None if caller.has("jobs:admin") else caller.subject
+        await context_of(info).queue.stop_waiting(worker_id, subject=subject)
         return StopWaitingSuccess(worker_id=worker_id)
 
     @strawberry.mutation(

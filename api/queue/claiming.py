@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from uuid import UUID
 
 import structlog
+from pydantic_core import to_json
 
 from job_registry import JobRegistry
 from job_registry_api.metrics import Metrics
@@ -151,17 +152,19 @@ class Claiming:
         wait_seconds: float,
         stop: asyncio.Event | None,
         readable: Readable | None = None,
+        subject: str | None = None,
     ) -> list[Lease]:
         """Lease up to `limit` due jobs of these types; wait up to `wait_seconds` for the first.
 
         The wait ends when `stop` is set. Jobs that are leased for a cancelled caller are
-        released. `readable` is that of `Leasing.lease`.
+        released. `readable` and `subject` are those of `Leasing.lease`.
         """
         if wait_seconds <= 0 or self.is_ending or (stop is not None and stop.is_set()):
             return await self.claim(types, worker_id, limit, readable)
         key = _line(types, readable)
         line = self._lines.setdefault(key, _WaitingLine(self, key, tuple(types), readable))
-        waiter = _Waiter(worker_id, limit, asyncio.get_running_loop().create_future())
+        waits = frozenset({waits_of(worker_id), waits_of(worker_id, subject)})
+        waiter = _Waiter(worker_id, limit, asyncio.get_running_loop().create_future(), waits)
         line.join(waiter)
         stopped = None if stop is None else asyncio.create_task(stop.wait())
         ends: set[asyncio.Future[Any]] = {waiter.leases}
@@ -415,6 +418,11 @@ class Claiming:
             await asyncio.wait(self._returning, timeout=self._lease_seconds)
 
 
+def waits_of(worker_id: str, subject: str | None = None) -> str:
+    """Return the name of a worker's waits that this subject called; None means any subject."""
+    return worker_id if subject is None else to_json([worker_id, subject]).decode()
+
+
 @dataclass(eq=False, slots=True)
 class _Waiter:
     """A caller in a waiting line."""
@@ -422,6 +430,8 @@ class _Waiter:
     worker_id: str
     limit: int
     leases: asyncio.Future[list[Lease]]
+    waits: frozenset[str]
+    """The names, as `waits_of`, by which its wait is ended."""
     is_served: bool = False
     is_leaving: bool = False
     is_gone: bool = False
@@ -469,13 +479,13 @@ class _WaitingLine:
         if not self._waiters:
             self._woken.set()
 
-    def end(self, worker_id: str | None = None) -> None:
-        """End all waits, or those of one worker, without a lease.
+    def end(self, waits: str | None = None) -> None:
+        """End all waits, or those of this name, without a lease.
 
         A wait whose claim is in progress ends with the leases of that.
         """
         for waiter in self._waiters:
-            if worker_id is not None and waiter.worker_id != worker_id:
+            if waits is not None and waits not in waiter.waits:
                 continue
             if waiter.is_served:
                 waiter.is_leaving = True

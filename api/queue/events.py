@@ -18,7 +18,7 @@ Names and types may also be listed once, and events then hold their indexes:
      "events": [[0, "01a20b59007a…", 0, 0]]}
 
 The event `worker.stopped_waiting` is of no job: its id is zero, and in the place of the type
-is the worker's id.
+is the worker's id, or a JSON list of it and the subject whose waits end.
 
 Events that do not fit into a notification are stored as a row of `job_event_batch`. The
 notification then holds the id of that row: `{"process": "5f0c…", "batch": 17}`. Readers skip
@@ -159,7 +159,7 @@ class JobEvent(NamedTuple):
 class Message(NamedTuple):
     """The message of a process: its events, or the id of the batch that holds them.
 
-    `stopped_waiting` are the ids of workers that wait for no more jobs.
+    `stopped_waiting` are the names of the waits that end, as `waits_of`.
     """
 
     process: str
@@ -604,7 +604,7 @@ class Events:
 
     @contextmanager
     def on_waits_ended(self, callback: Callable[[str], None]) -> Iterator[None]:
-        """Call `callback` with the id of each worker that waits for no more jobs."""
+        """Call `callback` with the name of waits that end, as `waits_of`."""
         registered = _Callback(callback, asyncio.get_running_loop())
         self._waits[registered] = None
         try:
@@ -612,10 +612,10 @@ class Events:
         finally:
             del self._waits[registered]
 
-    def end_waits(self, worker_id: str) -> None:
-        """End the waits of a worker in this process."""
+    def end_waits(self, waits: str) -> None:
+        """End the waits of this name in this process."""
         for callback in tuple(self._waits):
-            self._guard(callback, worker_id)
+            self._guard(callback, waits)
 
     @asynccontextmanager
     async def listening(self) -> AsyncIterator[None]:
@@ -678,8 +678,8 @@ class Events:
                 log.exception("events.unreadable")
             self._miss("a message could not be read")
             return
-        for worker_id in message.stopped_waiting:
-            self.end_waits(worker_id)
+        for waits in message.stopped_waiting:
+            self.end_waits(waits)
         own = message.process == self.process
         events = self._renamed_in(message)
         if own:

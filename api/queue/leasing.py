@@ -21,7 +21,7 @@ from job_registry import JobRegistry, Violation
 from job_registry.errors import FaultBudget, shortened
 from job_registry.json_values import json_document
 from job_registry_api.metrics import Metrics
-from job_registry_api.queue.claiming import BusyWorker, Claiming, Lease, Readable
+from job_registry_api.queue.claiming import BusyWorker, Claiming, Lease, Readable, waits_of
 from job_registry_api.queue.database import Database
 from job_registry_api.queue.enqueueing import created_events, held_under_former_names
 from job_registry_api.queue.errors import (
@@ -119,6 +119,7 @@ class Leasing:
         stop: asyncio.Event | None = None,
         readable: Mapping[str, Collection[str]] | None = None,
         budget: FaultBudget | None = None,
+        subject: str | None = None,
     ) -> list[Lease]:
         """Lease up to `limit` due jobs of these types; wait up to `wait_seconds` for the first.
 
@@ -134,6 +135,7 @@ class Leasing:
 
         Waiting holds no database connection. Attempts of any worker whose lease has expired are
         ended first. Suggestions of names are charged to the `budget` of the caller's request.
+        `subject` is whose call it is: see `stop_waiting`.
 
         Raises:
             InputInvalid: a type is not registered, `limit` is not 1 to 100, `wait_seconds` is not
@@ -156,6 +158,7 @@ class Leasing:
             wait_seconds=wait_seconds,
             stop=stop,
             readable=reads,
+            subject=subject,
         )
 
     def leasing_with_reports(self, worker: BusyWorker) -> AbstractContextManager[None]:
@@ -197,17 +200,19 @@ class Leasing:
         if released:
             log.warning("leases.unanswered", jobs=released, worker_id=worker_id)
 
-    async def stop_waiting(self, worker_id: str) -> None:
+    async def stop_waiting(self, worker_id: str, *, subject: str | None = None) -> None:
         """End the waits of a worker's `lease` calls, in every process. Later calls wait again.
 
-        A call whose claim is in progress returns the leases of that.
+        With `subject`, only those of its calls. A call whose claim is in progress returns the
+        leases of that.
 
         Raises:
             InputInvalid: `worker_id` does not have 1 to 255 characters.
         """
         check_worker_id(worker_id)
-        self.events.end_waits(worker_id)
-        await self._store.announce_waits_ended(worker_id)
+        waits = waits_of(worker_id, subject)
+        self.events.end_waits(waits)
+        await self._store.announce_waits_ended(waits)
 
     def give_back(self, leases: Sequence[Lease]) -> None:
         """Release leases whose caller is gone, in the background. Their attempts are not spent."""

@@ -399,8 +399,8 @@ class PostgreSQLStore(Store):
     async def prune_versions(self, *, keep_seconds: float) -> None:
         await self._run("prune_versions", {"keep_seconds": keep_seconds})
 
-    async def announce_waits_ended(self, worker_id: str) -> None:
-        await self._run("announce_waits_ended", {"worker": worker_id})
+    async def announce_waits_ended(self, waits: str) -> None:
+        await self._run("announce_waits_ended", {"waits": waits})
 
     async def prune(self, status: JobStatus, *, keep_seconds: float, jobs: int) -> int:
         parameters = {"status": str(status), "keep_seconds": keep_seconds, "jobs": jobs}

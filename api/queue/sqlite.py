@@ -274,8 +274,8 @@ class SQLiteStore(Store):
     def _job(self, row: Row) -> JobRecord:
         return self.record(_typed(row))
 
-    async def announce_waits_ended(self, worker_id: str) -> None:
-        await self._write(lambda t: t.announce_waits_ended(worker_id))
+    async def announce_waits_ended(self, waits: str) -> None:
+        await self._write(lambda t: t.announce_waits_ended(waits))
 
     async def prune(self, status: JobStatus, *, keep_seconds: float, jobs: int) -> int:
         return await self._write(
@@ -840,8 +840,8 @@ class _Transaction:
         for name, fingerprint in versions:
             self.change("see_version", type=name, fingerprint=fingerprint)
 
-    def announce_waits_ended(self, worker_id: str) -> None:
-        self._events.append((WAITS_ENDED, uuid.UUID(int=0).hex, worker_id, 0))
+    def announce_waits_ended(self, waits: str) -> None:
+        self._events.append((WAITS_ENDED, uuid.UUID(int=0).hex, waits, 0))
 
     def _add_event(self, name: str, row: Any) -> None:
         self._events.append((name, row["id"], row["type"], row["attempt"]))

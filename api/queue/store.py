@@ -618,8 +618,8 @@ class Store(ABC):
         """Delete the versions of types whose workers were last seen longer ago."""
 
     @abstractmethod
-    async def announce_waits_ended(self, worker_id: str) -> None:
-        """Announce to other processes that a worker waits for no more jobs."""
+    async def announce_waits_ended(self, waits: str) -> None:
+        """Announce to other processes that the waits of this name end."""
 
     @abstractmethod
     async def prune(self, status: JobStatus, *, keep_seconds: float, jobs: int) -> int:

@@ -202,11 +202,11 @@ FROM (
 GROUP BY counted.fingerprint
 
 -- name: announce_waits_ended
--- Announce that a worker waits for no more jobs. The event is of no job.
+-- Announce that waits end. The event is of no job.
 SELECT job_registry.job_announce(
     CAST(:process AS text),
     job_registry.job_event(
-        'worker.stopped_waiting', '00000000-0000-0000-0000-000000000000', CAST(:worker AS text), 0),
+        'worker.stopped_waiting', '00000000-0000-0000-0000-000000000000', CAST(:waits AS text), 0),
     CAST(:keep AS boolean))
 
 -- name: by_key
