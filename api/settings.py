@@ -28,10 +28,10 @@ PREFIX: Final = "JOBS_"
 
 
 class SettingsInvalid(Exception):
-    """Raised when variables are wrong.
+    """Raised when variables are wrong, or options of a command that override them.
 
-    `faults` has one sentence per variable: its name, its value, and what was expected. No sentence
-    contains the password of a database URL.
+    `faults` has one sentence per variable or option: its name, its value, and what was expected. No
+    sentence contains the password of a database URL.
     """
 
     def __init__(self, faults: list[str]) -> None:
@@ -584,12 +584,17 @@ class Settings(BaseSettings):
         return value
 
 
-def load_settings(environment: Mapping[str, str] | None = None) -> Settings:
+def load_settings(
+    environment: Mapping[str, str] | None = None, *, options: Mapping[str, str] | None = None
+) -> Settings:
     """Read the settings from the environment, by default that of the process.
+
+    `options` has the options of a command that settings were given by, which errors then name.
 
     Raises:
         SettingsInvalid: a `JOBS_` variable is wrong or unknown. It names all of them.
     """
+    options = options or {}
     environment = os.environ if environment is None else environment
     values: dict[str, Any] = {}
     faults: list[str] = []
@@ -612,7 +617,8 @@ def load_settings(environment: Mapping[str, str] | None = None) -> Settings:
             came = (
                 f"got {shortened(_shown(name, values[name]), 202)}" if name in values else "not set"
             )
-            faults.append(f"{PREFIX}{name.upper()}: {came}; {_expected(name, detail)}")
+            source = options.get(name, f"{PREFIX}{name.upper()}")
+            faults.append(f"{source}: {came}; {_expected(name, detail)}")
     if faults:
         raise SettingsInvalid(faults)
     return settings

@@ -36,6 +36,16 @@ CHANNEL: Final = typer.Option(
 """The option with which `serve --processes` starts its processes."""
 
 
+_OPTIONS: Final = {
+    "host": "--host",
+    "port": "--port",
+    "worker_concurrency": "--concurrency",
+    "serve_processes": "--processes",
+    "database_url": "--database",
+}
+"""The options that override settings."""
+
+
 def leave_output_to_handlers() -> None:
     """Let handlers and modules of job types print: see `Output.leave_to_handlers`."""
     output: object = sys.stdout
@@ -53,7 +63,7 @@ def read_settings(*, log_events: bool = False, **overrides: Any) -> Settings:
 
     given = {name: value for name, value in overrides.items() if value is not None}
     environment = {**os.environ, **{f"JOBS_{n.upper()}": str(v) for n, v in given.items()}}
-    settings = load_settings(environment)
+    settings = load_settings(environment, options={name: _OPTIONS[name] for name in given})
     quiet = not log_events and settings.log_level in ("debug", "info")
     logs.configure_logs("warning" if quiet else settings.log_level, settings.log_format)
     return settings

@@ -140,6 +140,22 @@ def test_wrong_usage_ends_with_2_and_a_sentence(jobs: Shell, arguments: list[str
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "serve --port 99999 --host nowhere --concurrency 0 --processes 0",
+        pytest.param("worker --concurrency 0", marks=pytest.mark.slow),
+        pytest.param("check --database nowhere", marks=pytest.mark.slow),
+    ],
+)
+def test_a_wrong_option_is_named_as_it_was_given(jobs: Shell, arguments: str) -> None:
+    command, *options = arguments.split()
+    result = jobs(command, *options, JOBS_LEASE_SECONDS="soon")
+    assert (result.returncode, result.stdout) == (2, "")
+    given = {line.split(":")[0].strip() for line in result.stderr.splitlines()[1:]}
+    assert given == {"JOBS_LEASE_SECONDS", *options[::2]}
+
+
 def test_wrong_settings_end_with_2_and_all_of_them(jobs: Shell) -> None:
     result = jobs("types", JOBS_PROT="1", JOBS_LEASE_SECONDS="soon", JOBS_HOST="0.0.0.0")
     assert result.returncode == 2
