@@ -309,7 +309,7 @@ def quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-def read_json(value: str) -> JsonValue:
+def read_json(value: str | bytes) -> JsonValue:
     """Parse the JSON text of a column into the value that the caller sent.
 
     JSONB of PostgreSQL returns 1e300 as a 1 with 300 zeros. The registry refuses integers over 64
@@ -337,10 +337,11 @@ def _floats(value: JsonValue) -> JsonValue:
     return value
 
 
-def _may_have_long_integer(value: str) -> bool:
+def _may_have_long_integer(value: str | bytes) -> bool:
     """Return whether a JSON text has 19 digits in a row. A regular expression takes longer than to
     parse the text."""
-    return _LONG_INTEGER in value.encode().translate(_DIGITS)
+    text = value if isinstance(value, bytes) else value.encode()
+    return _LONG_INTEGER in text.translate(_DIGITS)
 
 
 _DIGITS: Final = bytes.maketrans(b"123456789", b"000000000")

@@ -689,7 +689,7 @@ class _Transaction:
     def succeed(self, reports: Sequence[Report]) -> list[Row]:
         """End attempts whose lease is in force as succeeded, as `end` does, in two statements."""
         leases = [
-            {"id": report.job_id.hex, "token": report.token, "result": _text(report.result)}
+            {"id": report.job_id.hex, "token": report.token, "result": report.result}
             for report in reports
         ]
         rows: list[Row] = [_dict(row) for row in self.rows("succeed", leases=json_text(leases))]
@@ -873,8 +873,8 @@ def _time(value: str) -> datetime:
 
 
 def _document(value: Any) -> Any:
-    # SQLite returns a JSON text that is a number as a number.
-    return read_json(value) if isinstance(value, str) else value
+    # SQLite returns a JSON text that is a number as a number: see `_text`.
+    return read_json(value) if isinstance(value, str | bytes) else value
 
 
 CONVERSIONS: Final[Mapping[str, Callable[[Any], Any]]] = {
@@ -963,5 +963,15 @@ def _stored(job: NewJob, now: datetime) -> Stored:
     return Stored(now, job.next_run_at or now)
 
 
-def _text(document: bytes | None) -> str | None:
-    return None if document is None else document.decode()
+def _text(document: bytes | None) -> str | bytes | None:
+    """Return a document as SQLite stores it unchanged.
+
+    The type of the columns makes numbers of texts: an integer of 1.0, and fifteen exact digits of
+    others. Bytes stay as they are. The statement `succeed` does the same.
+    """
+    if document is None or _FLOAT.match(document):
+        return document
+    return document.decode()
+
+
+_FLOAT: Final = re.compile(rb"-?[0-9]+[.e]")

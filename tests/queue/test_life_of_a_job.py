@@ -90,6 +90,24 @@ async def test_a_success_of_a_worker_is_stored_as_a_completion_is(queue: JobQueu
     assert await outcomes(queue, succeeded) == ["succeeded"]
 
 
+NUMBERS = [1.0, 0.1, 0.550915140503695, 1.0315147803154315e-307, 1e300, 2**63 - 1, -(2**63), 0]
+"""SQLite stores a text that is a number as one: 1.0 as an integer, and others to fifteen digits."""
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+async def test_a_number_comes_back_as_it_went_in(queue: JobQueue, number: float) -> None:
+    job, _ = await enqueue(queue), await enqueue(queue)
+    for lease in await queue.lease(["test.ping"], "w", limit=2):
+        beat = await queue.heartbeat(lease.token, number)
+        read = [beat.job.progress, (await queue.get(lease.job.id)).progress]
+        if lease.job.id == job.id:
+            read.append((await queue.complete(lease.token, number)).result)
+        else:
+            await queue.succeed(lease.token, number)
+        read.append((await queue.get(lease.job.id)).result)
+        assert {repr(each) for each in read} == {repr(number)}
+
+
 async def test_a_success_is_refused_if_the_lease_is_lost(queue: JobQueue) -> None:
     job = await enqueue(queue)
     lost = await lease_one(queue)

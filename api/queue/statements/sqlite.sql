@@ -233,11 +233,12 @@ RETURNING *
 
 -- name: succeed
 -- End attempts whose lease is in force as succeeded. With `+`, the jobs are found by their ids and
--- not by their status.
+-- not by their status. For numbers, see `_text` in sqlite.py.
 UPDATE job SET
     status = 'succeeded', finished_at = :now, quick_returns = 0,
-    result = lease.result, error = NULL,
-    lease_expires_at = NULL, deadline_at = NULL, held_until = NULL
+    result = CASE WHEN lease.result GLOB '[-0-9]*[.e]*' THEN CAST(lease.result AS blob)
+        ELSE lease.result END,
+    error = NULL, lease_expires_at = NULL, deadline_at = NULL, held_until = NULL
 FROM (
     SELECT json_extract(value, '$.id') AS job_id, json_extract(value, '$.token') AS token,
         json_extract(value, '$.result') AS result
