@@ -280,14 +280,8 @@ class HTTPConnection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection."""
         self._open.remove(self)
-        # No cycle of references is left.
-        self.app = cast(Any, self._application)
-        if self.cycle is not None:
-            self.cycle.transport = self.transport
-        for cycle in self._unanswered:
-            cycle.transport = self.transport
         self._disconnect_requests()
-        self._unanswered.clear()
+        self._free()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -405,6 +399,7 @@ class HTTPConnection(HttpToolsProtocol):
             return
         self._open.remove(self)
         super().handle_websocket_upgrade()
+        self._free()
 
     def send_400_response(self, msg: str) -> None:
         """Refuse a request that does not parse, or that the parser was stopped at."""
@@ -498,6 +493,16 @@ class HTTPConnection(HttpToolsProtocol):
         """Stop the parser, which then refuses the request."""
         self._refusal = status
         raise _RequestTooLarge
+
+    def _free(self) -> None:
+        """Leave no cycle of references, so that the memory is free at once."""
+        self.app = cast(Any, self._application)
+        self.parser = cast(Any, None)
+        if self.cycle is not None:
+            self.cycle.transport = self.transport
+        for cycle in self._unanswered:
+            cycle.transport = self.transport
+        self._unanswered.clear()
 
     def _disconnect_requests(self) -> None:
         """End the requests without an answer. uvicorn ends only the last one that it has parsed."""

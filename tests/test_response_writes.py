@@ -18,6 +18,12 @@ REQUEST = b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n"
 CLOSING = b"GET / HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
 
 
+UPGRADE = (
+    b"GET / HTTP/1.1\r\nhost: localhost\r\nconnection: upgrade\r\nupgrade: websocket\r\n"
+    b"sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+)
+
+
 class Recorded(asyncio.Transport):
     """A transport that records what is written, and whether it was closed."""
 
@@ -121,6 +127,28 @@ async def test_a_connection_that_is_lost_is_freed_at_once() -> None:
         lost = weakref.ref(connection)
         del connection, transport.protocol, transport
         assert lost() is None
+    finally:
+        gc.enable()
+
+
+async def test_a_connection_that_becomes_a_websocket_is_freed_at_once() -> None:
+    async def accept(_scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        await send({"type": "websocket.accept"})
+        await receive()
+
+    connection, transport = connected(cast(ASGIApp, accept))
+    gc.collect()
+    gc.disable()
+    try:
+        connection.data_received(UPGRADE)
+        await turns()
+        assert transport.writes[0].startswith(b"HTTP/1.1 101")
+        became = weakref.ref(connection)
+        del connection
+        assert became() is None
+        transport.get_protocol().connection_lost(None)
+        await turns()
     finally:
         gc.enable()
 
