@@ -81,8 +81,12 @@ class HandlerCall:
         return end
 
     async def _end_of(self, call: CallNext, max_bytes: int) -> End:
+        process = os.getpid()
         try:
-            result = await call()
+            try:
+                result = await call()
+            finally:
+                _end_fork_of(process)  # Of middleware.
             self._returned = True
         except BaseException as error:
             end = raised(error)
@@ -247,7 +251,8 @@ def _close_old_connections_of_django() -> None:
 
 
 def _end_fork_of(process: int) -> None:
-    """End this process if it is a fork of `process`, as Python ends: with the code of `sys.exit`.
+    """End this process if it is a fork of `process`, as Python ends: with the code of `sys.exit`,
+    or with its text on standard error and 1.
 
     Otherwise it would go on as a copy of the worker, with the connections of the worker.
     """
@@ -256,10 +261,13 @@ def _end_fork_of(process: int) -> None:
     error = sys.exception()
     code = 0 if error is None else 1
     try:
-        if isinstance(error, SystemExit) and isinstance(error.code, int | None):
-            code = error.code or 0
-        elif error is not None:
-            traceback.print_exception(error)
+        match error:
+            case SystemExit(code=int() | None as given):
+                code = given or 0
+            case SystemExit():
+                sys.stderr.write(f"{error.code}\n")
+            case BaseException():
+                traceback.print_exception(error)
         sys.stdout.flush()
         sys.stderr.flush()
     finally:

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from job_registry import Backoff, JobContext, JobPolicy, JobType, Payload
+from job_registry import Backoff, CallNext, JobContext, JobPolicy, JobType, Payload, WorkerExtension
 
 POLICY = JobPolicy(max_attempts=3, timeout_seconds=60, backoff=Backoff(0.05, 0.1))
 
@@ -26,6 +26,20 @@ class Act(Payload):
 
 hang = JobType(name="hang", payload=Act, policy=POLICY)
 hang_in_thread = JobType(name="hang_in_thread", payload=Act, policy=POLICY)
+
+
+hang_in_middleware = JobType(name="hang_in_middleware", payload=Act, policy=POLICY)
+
+
+async def fork_instead(job: JobContext, call_next: CallNext) -> Any:
+    """Fork instead of calling the handler of `hang_in_middleware`."""
+    if job.type != "hang_in_middleware":
+        return await call_next()
+    pid = os.fork()
+    return await asyncio.to_thread(exit_code, pid) if pid else "a fork"
+
+
+extension = WorkerExtension(middleware=[fork_instead])
 
 
 @hang.handler
@@ -51,12 +65,13 @@ async def do(job: JobContext, payload: Act) -> Any:
             await asyncio.to_thread(time.sleep, 60)
         case "fork":
             return fork(payload)
-        case "sys.exit in a fork" | "return in a fork":
+        case "return in a fork" | "sys.exit in a fork" | "sys.exit with a text in a fork":
             pid = fork_that_ends(payload.act)
             return await asyncio.to_thread(exit_code, pid) if pid else "a fork"
     return os.getpid()
 
 
+@hang_in_middleware.handler
 @hang_in_thread.handler
 def do_in_thread(job: JobContext, payload: Act) -> Any:
     """Do what the payload says, in a thread."""
@@ -69,7 +84,7 @@ def do_in_thread(job: JobContext, payload: Act) -> Any:
             Path(payload.file).write_text(str(child.pid))
         case "fork":
             return fork(payload)
-        case "sys.exit in a fork" | "return in a fork":
+        case "return in a fork" | "sys.exit in a fork" | "sys.exit with a text in a fork":
             pid = fork_that_ends(payload.act)
             return exit_code(pid) if pid else "a fork"
     return os.getpid()
@@ -80,6 +95,8 @@ def fork_that_ends(how: str) -> int:
     pid = os.fork()
     if pid == 0 and how == "sys.exit in a fork":
         sys.exit(2**40 + 7)  # For Linux it is 7.
+    if pid == 0 and how == "sys.exit with a text in a fork":
+        sys.exit("The reason.")
     return pid
 
 

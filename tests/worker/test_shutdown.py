@@ -23,7 +23,7 @@ from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.models import JobRecord, JobStatus
 from job_registry_api.queue.queue import JobQueue
 from tests import CODE
-from tests.worker import crowd, hangs
+from tests.worker import crowd
 
 pytestmark = pytest.mark.slow
 
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 async def queue(database_url: str) -> AsyncIterator[JobQueue]:
     database = open_database(database_url)
-    types = [hangs.hang, hangs.hang_in_thread, *discover(["tests.worker.crowd"])]
+    types = discover(["tests.worker.hangs", "tests.worker.crowd"])
     queue = JobQueue(JobRegistry(types), database)
     yield queue
     await database.close()
@@ -75,7 +75,7 @@ async def enqueue(
     queue: JobQueue, act: str, file: Path | None = None, kind: str = "hang"
 ) -> JobRecord:
     payload = {"act": act, "file": str(file or "")}
-    if kind not in ("hang", "hang_in_thread"):
+    if not kind.startswith("hang"):
         payload = {"act": act, "argument": str(file or "")}
     return (await queue.enqueue(EnqueueRequest(kind, payload))).job
 
@@ -123,10 +123,31 @@ async def test_a_fork_of_a_handler_ends_where_the_handler_ends(
 ) -> None:
     """It has a copy of the worker, whose connections it would use."""
     with process("worker", database_url) as running:
-        for act, code in (("sys.exit in a fork", 7), ("return in a fork", 0)):
+        for act, code in (
+            ("sys.exit in a fork", 7),
+            ("return in a fork", 0),
+            ("sys.exit with a text in a fork", 1),
+        ):
             job = await enqueue(queue, act, kind=kind)
             done = await until(queue, job, JobStatus.SUCCEEDED, JobStatus.FAILED)
             assert done.result == f"ended with {code}"
+        assert running.poll() is None
+        running.terminate()
+        assert running.wait(20) == 0
+        assert running.stderr is not None
+        written = running.stderr.read()
+        assert "The reason." in written
+        assert "Traceback" not in written
+
+
+@pytest.mark.any_database
+async def test_a_fork_of_middleware_ends_where_the_middleware_ends(
+    database_url: str, queue: JobQueue
+) -> None:
+    with process("worker", database_url) as running:
+        job = await enqueue(queue, "nothing", kind="hang_in_middleware")
+        done = await until(queue, job, JobStatus.SUCCEEDED, JobStatus.FAILED)
+        assert done.result == "ended with 0"
         assert running.poll() is None
 
 
