@@ -7,10 +7,12 @@ import secrets
 import shutil
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import JSON
 
 from job_registry import EnqueueRequest, JobRegistry
 from job_registry_api.queue.databases import open_database
@@ -22,10 +24,10 @@ from job_registry_api.queue.errors import (
 )
 from job_registry_api.queue.event_stream import Gap, KeptBatches
 from job_registry_api.queue.events import Subscription
-from job_registry_api.queue.filters import JobFilter
+from job_registry_api.queue.filters import JSON_VALUES, JobFilter
 from job_registry_api.queue.job_logs import LogLevel, LogLine, line_as_text
 from job_registry_api.queue.leasing import Renewal
-from job_registry_api.queue.models import JobError, JobRecord, JobStatus
+from job_registry_api.queue.models import METADATA, JobError, JobRecord, JobStatus
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.reading import (
     BehindInQueue,
@@ -33,7 +35,7 @@ from job_registry_api.queue.reading import (
     NoWorkerSeen,
     ScheduledFor,
 )
-from job_registry_api.queue.store import Ended, LeaseState, Report
+from job_registry_api.queue.store import Ended, LeaseState, Report, statements
 from tests.conftest import advance, run_sql
 
 BROKEN = JobError("broken", "It broke.")
@@ -52,6 +54,18 @@ REPORTS: dict[str, Callable[[JobQueue, str], Awaitable[object]]] = {
 }
 
 every_report = pytest.mark.parametrize("report", REPORTS.values(), ids=REPORTS)
+
+
+@pytest.mark.parametrize("database", ["sqlite", "postgresql"])
+def test_no_statement_has_the_name_of_another(database: str) -> None:
+    folder = resources.files("job_registry_api.queue") / "statements"
+    text = (folder / f"{database}.sql").read_text("utf-8")
+    assert len(statements(database)) == text.count("\n-- name:")
+
+
+def test_every_json_value_of_a_job_is_bounded_where_jobs_are_locked() -> None:
+    columns = METADATA.tables["job"].columns
+    assert {column.name for column in columns if isinstance(column.type, JSON)} == set(JSON_VALUES)
 
 
 @every_report
