@@ -37,7 +37,7 @@ def describe(
     for job_type in job_types:
         # Names of job types begin with a small letter, and the other names with a capital.
         payload, request = f"{job_type.name}.payload", f"{job_type.name}.request"
-        schemas[payload] = _moved(job_type.payload_schema, payload)
+        schemas |= _payload_schemas(job_type.payload_schema, payload)
         schemas[request] = _request_of(job_type, payload)
         requests[job_type.name] = request
     return {
@@ -75,6 +75,20 @@ def _request_of(job_type: JobType[Any], payload: str) -> Schema:
     return {**request, "description": job_type.description} if job_type.description else request
 
 
+def _payload_schemas(schema: Mapping[str, Any], name: str) -> dict[str, Schema]:
+    """Return the schema of a payload and of each model inside it, by their names in the document.
+
+    Generators of clients do not look for schemas inside a schema, and some name a class by its
+    title, which models of several job types share. No job type has a `-` in its name.
+    """
+    models = {name: {key: value for key, value in schema.items() if key != "$defs"}}
+    models |= {f"{name}-{key}": model for key, model in schema.get("$defs", {}).items()}
+    return {
+        key: {word: value for word, value in _moved(model, name).items() if word != "title"}
+        for key, model in models.items()
+    }
+
+
 def _moved(schema: Mapping[str, Any], name: str) -> Schema:
     """Return the schema of a payload with its references adjusted to its place in the document."""
     moved = {
@@ -100,6 +114,8 @@ def _moved_value(key: str, value: Any, name: str) -> Any:
     if isinstance(value, list):
         return [_moved_value("", item, name) for item in value]
     if key == "$ref" and isinstance(value, str):
+        if value.startswith("#/$defs/"):
+            return f"#/components/schemas/{name}-{value.removeprefix('#/$defs/')}"
         return f"#/components/schemas/{name}{value[1:]}"
     return value
 
@@ -147,6 +163,10 @@ def _object(properties: Mapping[str, Schema], *, required: Iterable[str] | None 
 
 def _or_null(schema: Schema) -> Schema:
     return {**schema, "type": [schema["type"], "null"]}
+
+
+def _one_of(*numbers: int) -> Schema:
+    return {"type": "integer", "enum": list(numbers)}
 
 
 def _list_of(schema: Schema) -> Schema:
@@ -230,11 +250,12 @@ _ERROR: Final[dict[str, Schema]] = {
     "code": {"type": "string", "description": "A stable name for programs."},
     "message": {"type": "string", "description": "A sentence for people, which may change."},
     "details": {
-        "type": "array",
-        "items": {"type": "object"},
+        **_list_of(_ref("ErrorDetail")),
         "description": "One object per fault: its `path`, a JSON Pointer, `code` and `message`.",
     },
 }
+_ANY_OBJECT: Final[Schema] = {"type": "object", "additionalProperties": True}
+"""With the keyword, because for generators an object without properties has none."""
 _SCHEMAS: Final[dict[str, Schema]] = {
     "Job": _object(_JOB),
     "JobWithAttempts": _object(
@@ -268,9 +289,9 @@ _SCHEMAS: Final[dict[str, Schema]] = {
                     {
                         "attempt": _NUMBER,
                         "loggedAt": _TIME,
-                        "level": {"enum": [level.value for level in LogLevel]},
+                        "level": {"type": "string", "enum": [level.value for level in LogLevel]},
                         "message": _TEXT,
-                        "data": {"type": "object"},
+                        "data": _ANY_OBJECT,
                     }
                 )
             ),
@@ -305,13 +326,23 @@ _SCHEMAS: Final[dict[str, Schema]] = {
     ),
     "BulkResult": {
         "oneOf": [
-            _object({"status": {"enum": [200, 201]}, "job": _ref("JobSummary")}),
-            _object({"status": {"enum": [404, 409, 422]}, "error": _object(_ERROR)}),
+            _object({"status": _one_of(200, 201), "job": _ref("JobSummary")}),
+            _object({"status": _one_of(404, 409, 422), "error": _ref("ErrorContent")}),
         ]
     },
     "BulkResults": _object({"results": _list_of(_ref("BulkResult"))}),
     "Nothing": {"type": "object", "maxProperties": 0},
-    "Error": _object({"error": _object(_ERROR)}),
+    "Error": _object({"error": _ref("ErrorContent")}),
+    "ErrorContent": _object(_ERROR),
+    "ErrorDetail": {
+        **_ANY_OBJECT,
+        "properties": {
+            "path": {"type": "string", "description": "The place of a fault: a JSON Pointer."},
+            "code": {"type": "string", "description": "A stable name of the fault."},
+            "message": {"type": "string", "description": "A sentence for people."},
+            "suggestion": {"type": "string", "description": "A similar job type."},
+        },
+    },
 }
 
 _REFUSALS: Final = {
@@ -506,7 +537,7 @@ _UPLOAD: Final[dict[str, Any]] = {
                         _object(
                             {
                                 "uploadId": _TEXT,
-                                "method": {"const": "PUT"},
+                                "method": {"type": "string", "const": "PUT"},
                                 "url": _TEXT,
                                 "headers": {"type": "object", "additionalProperties": _TEXT},
                                 "expiresAt": _TIME,

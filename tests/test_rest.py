@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import re
 import uuid
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -419,10 +421,26 @@ def test_references_of_a_payload_hold_in_the_description() -> None:
     bad = {"method": {"kind": "bank", "default": {}}, "tree": {"children": [{"note": "##"}]}}
     assert validator.is_valid({"type": "pay", "payload": good})
     assert not validator.is_valid({"type": "pay", "payload": bad})
-    payload = described["components"]["schemas"]["pay.payload"]
-    mapping = payload["properties"]["method"]["discriminator"]["mapping"]
-    assert mapping["card"] == "#/components/schemas/pay.payload/$defs/Card"
-    assert payload["$defs"]["Tree"]["properties"]["note"]["enum"] == ["#", "#/$defs/Tree"]
+    schemas = described["components"]["schemas"]
+    method = schemas["pay.payload"]["properties"]["method"]
+    assert method["discriminator"]["mapping"]["card"] == "#/components/schemas/pay.payload-Card"
+    assert schemas["pay.payload-Tree"]["properties"]["note"]["enum"] == ["#", "#/$defs/Tree"]
+
+
+def test_every_schema_of_the_description_is_one_that_generators_of_clients_find() -> None:
+    """They do not follow references into a schema: openapi-typescript makes `$defs` a field of the
+    payload, and openapi-python-client drops the request. It also takes a title for a class."""
+    walk = JobType(name="walk", payload=Tree)
+    pay = JobType(
+        name="pay", payload=Pay, example={"method": {"kind": "card", "number": "1"}, "tree": {}}
+    )
+    described = describe([pay, walk], "", uploads=True, max_page_size=200, max_bulk_size=1_000)
+    text = json.dumps(described)
+    schemas = described["components"]["schemas"]
+    assert '"$defs"' not in text
+    assert not any("title" in schema for schema in schemas.values())
+    references = set(re.findall(r'"\$ref": "([^"]*)"', text))
+    assert references == {f"#/components/schemas/{name}" for name in schemas}
 
 
 async def test_the_server_does_as_its_description_says(database_url: str) -> None:
