@@ -145,6 +145,12 @@ class _JsonSchema(GenerateJsonSchema):
                 described.setdefault("allOf", []).append(one)
         return described
 
+    def tagged_union_schema(self, schema: core_schema.TaggedUnionSchema) -> JsonSchemaValue:
+        """Require the field that says which model it is. Its default in the model has no effect."""
+        described = super().tagged_union_schema(schema)
+        name = described.get("discriminator", {}).get("propertyName")
+        return {**described, "required": [name]} if name else described
+
     def dict_schema(self, schema: core_schema.DictSchema) -> JsonSchemaValue:
         """Return the values, and which names are refused."""
         return self._with_names(super().dict_schema(schema), schema)
@@ -236,10 +242,11 @@ def _demands(schema: Any) -> Any:
         return [_demands(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
+    unread = {"title", "description", "examples", "$schema"}
+    if isinstance(schema.get("discriminator"), dict):
+        unread.add("required")  # The discriminator demands it.
     return {
-        key: _demands_of_keyword(key, value)
-        for key, value in schema.items()
-        if key not in ("title", "description", "examples", "$schema")
+        key: _demands_of_keyword(key, value) for key, value in schema.items() if key not in unread
     }
 
 

@@ -29,7 +29,7 @@ from pydantic.json_schema import PydanticJsonSchemaWarning
 
 from job_registry import DefinitionError, JobRegistry, JobType, Payload, PayloadInvalid
 from job_registry.compatibility import narrowings
-from job_registry.payload_schema import MAX_REFERENCES, NAIVE, json_schema_of
+from job_registry.payload_schema import MAX_REFERENCES, NAIVE, fingerprint_of, json_schema_of
 from job_registry_api.graphql.schema import sdl
 
 NEW_YEAR = datetime.datetime(2030, 1, 1, tzinfo=datetime.UTC)
@@ -164,6 +164,45 @@ def test_a_schema_says_what_a_class_does_to_its_text() -> None:
     payload = {"item": " A ", "note": " B ", "address": {"city": " C "}, "tags": [" D "]}
     read = Order.model_validate_json(json.dumps(payload))
     assert (read.item, read.note, read.address.city, read.tags) == ("a", " b ", " C ", ["d"])
+
+
+class Card(Payload):
+    kind: Literal["card"] = "card"
+    number: int = 1
+
+
+class Iban(Payload):
+    kind: Literal["iban"] = "iban"
+
+
+class Paid(Payload):
+    by: Annotated[Card | Iban, Field(discriminator="kind")]
+    card: Card = Card()
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        {"by": {"kind": "card"}},
+        {"by": {"kind": "iban"}, "card": {"number": 2}},
+        {"by": {}},
+        {"by": {"number": 1}},
+        {"by": {"kind": "cash"}},
+    ],
+)
+def test_a_schema_requires_the_field_that_says_which_model_it_is(payload: dict[str, Any]) -> None:
+    job_type = JobType(name="a", payload=Paid, example={"by": {"kind": "card"}})
+    try:
+        is_admitted = bool(JobRegistry([job_type]).admit("a", payload))
+    except PayloadInvalid:
+        is_admitted = False
+    assert is_admitted == Draft202012Validator(dict(job_type.payload_schema)).is_valid(payload)
+
+
+def test_that_a_discriminator_is_required_does_not_change_a_fingerprint() -> None:
+    schema = json_schema_of(Paid, "")
+    assert schema["properties"]["by"].pop("required") == ["kind"]
+    assert fingerprint_of(schema) == fingerprint_of(json_schema_of(Paid, ""))
 
 
 class Renamed(Payload):
