@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from datetime import date, time
 from decimal import Decimal
 from enum import Enum, EnumMeta
-from typing import Any, ClassVar, Final, cast
+from typing import Any, ClassVar, Final, cast, get_args
 from uuid import UUID
 
 import strawberry
@@ -380,11 +380,20 @@ def _description(name: str, schema: Any, wanted: Any) -> str:
     sentences = [text, *_bounds(rest[0] if len(rest) == 1 else schema)]
     default = schema.get("default")
     if default is not None:
-        is_enum = isinstance(wanted, EnumMeta)
-        sentences.append(
-            f"Defaults to `{_enum_name(default) if is_enum else json.dumps(default)}`."
-        )
+        sentences.append(f"Defaults to `{_literal(default, wanted)}`.")
     return " ".join(sentences)
+
+
+def _literal(value: Any, wanted: Any) -> str:
+    """Return a default as it is sent: enums by name, also in a list."""
+    inner = get_args(wanted)
+    if isinstance(wanted, EnumMeta):
+        return _enum_name(value)
+    if isinstance(wanted, types.GenericAlias) and isinstance(value, list):
+        return f"[{', '.join(_literal(item, inner[0]) for item in value)}]"
+    if isinstance(wanted, types.UnionType) and value is not None:
+        return _literal(value, inner[0])
+    return json.dumps(value)
 
 
 def _enum_name(value: str) -> str:

@@ -74,6 +74,7 @@ class Everything(Payload):
     free: dict[str, int] = {}
     either: int | str = 0
     pair: tuple[int, str] = (1, "a")
+    modes: list[Literal["fast", "very-slow"] | None] = ["very-slow", None]
     matrix: list[list[float]] = [[0.5]]
     when: datetime | None = None
 
@@ -326,6 +327,7 @@ def test_a_payload_is_described_by_types_of_its_own(registry: JobRegistry) -> No
         "free": "JSON",
         "either": "JSON",
         "pair": "JSON",
+        "modes": "[TestEveryThingModes]",
         "matrix": "[[Float!]!]",
         "when": "DateTime",
     }
@@ -335,6 +337,7 @@ def test_a_payload_is_described_by_types_of_its_own(registry: JobRegistry) -> No
     assert descriptions["homes"] == "Other homes. Defaults to `[]`."
     assert descriptions["color"] == "Color. Defaults to `RED`."
     assert descriptions["pair"] == 'Pair. Exactly 2 items. Defaults to `[1, "a"]`.'
+    assert descriptions["modes"] == "Modes. Defaults to `[VERY_SLOW, null]`."
     color = types["Color"]
     assert isinstance(color, GraphQLEnumType)
     assert (list(color.values), color.description) == (
