@@ -173,7 +173,7 @@ async def test_the_page_keeps_its_jobs_over_a_restart_and_reads_them_again(
     async with AsyncExitStack() as stack:
         async with serving(url, *listening):
             address = await stack.enter_async_context(page_server(built, server))
-            page = await stack.enter_async_context(browsing(address, restarts=True))
+            page = await stack.enter_async_context(browsing(address, loses_connections=True))
             await page.goto(f"http://{address}/")
             rows, alert = page.locator("tbody tr"), page.get_by_role("alert")
             await expect(rows).to_have_count(1)

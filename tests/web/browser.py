@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -18,14 +19,19 @@ needs_browser: Final = pytest.mark.skipif(
 
 
 @asynccontextmanager
-async def browsing(address: str, *, restarts: bool = False) -> AsyncIterator[Page]:
+async def browsing(address: str, *, loses_connections: bool = False) -> AsyncIterator[Page]:
     """A page whose browser cannot reach, and does not even try to reach, another host.
 
-    It has no console errors and no uncaught exceptions. If the server `restarts`, failed
-    connections are none.
+    It has no console errors and no uncaught exceptions. If it `loses_connections` on purpose, those
+    are no errors.
     """
     faults: list[str] = []
     elsewhere: list[str] = []
+
+    def note(fault: str) -> None:
+        if not (loses_connections and re.search("net::ERR_|Socket", fault)):
+            faults.append(fault)
+
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(
             executable_path=BROWSER,
@@ -43,14 +49,9 @@ async def browsing(address: str, *, restarts: bool = False) -> AsyncIterator[Pag
         page = await browser.new_page(viewport={"width": 1400, "height": 900})
         page.on(
             "console",
-            lambda said: (
-                faults.append(said.text)
-                if said.type in ("error", "warning")
-                and not (restarts and ("net::ERR_" in said.text or "WebSocket" in said.text))
-                else None
-            ),
+            lambda said: note(said.text) if said.type in ("error", "warning") else None,
         )
-        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on("pageerror", lambda error: note(str(error)))
         page.on(
             "request",
             lambda request: (

@@ -45,7 +45,7 @@ async def test_an_event_source_gets_every_event_over_a_restart_of_the_server(
 
     async with AsyncExitStack() as stack:
         async with serving(url, *listening):
-            page = await stack.enter_async_context(browsing(address, restarts=True))
+            page = await stack.enter_async_context(browsing(address, loses_connections=True))
             await page.route("**/favicon.ico", lambda route: route.fulfill(status=204))
             await page.goto(f"http://{address}/healthz")
             await page.evaluate(FOLLOW, "subscription { jobEvents { jobId } }")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from starlette.routing import Mount
 from job_registry_api import create_app, load_settings, pages
 from job_registry_api.graphql.schema import SDL_FILE
 from tests.http_client import Visit, serving
+from tests.test_auth import AUTH, bearer, token
 from tests.web.browser import browsing, needs_browser
 
 ROOT = Path(__file__).parents[2]
@@ -169,6 +171,36 @@ async def test_a_narrow_page_has_room_for_the_tabs_and_the_token(page: Page, add
         button = page.get_by_role("button", name=name, exact=True)
         await expect(button).to_be_in_viewport(ratio=1)
     await expect(page.get_by_label("Bearer token")).to_be_in_viewport(ratio=1)
+
+
+@pytest.mark.slow
+@needs_page
+@needs_browser
+async def test_a_subscription_whose_token_expires_says_so_at_once_and_runs_with_the_next_one(
+    sqlite_template: Path, tmp_path: Path
+) -> None:
+    shutil.copy(sqlite_template, tmp_path / "jobs.db")
+    url = f"sqlite:///{tmp_path / 'jobs.db'}"
+    no_leeway = {"auth_leeway_seconds": "0"}
+    async with (
+        serving(url, "--no-worker", **AUTH, **no_leeway) as (address, _),
+        browsing(address, loses_connections=True) as page,
+    ):
+        brief = token("jobs:read", exp=int(time.time()) + 8)
+        await page.add_init_script(f"sessionStorage['job-registry.token'] ??= '{brief}'")
+        await page.goto(f"http://{address}/graphql")
+        await expect(page.locator(".graphiql-query-editor .view-line").first).to_be_visible()
+        await open_tab(page, "Follow")
+        await run(page)
+        await expect(response(page)).to_contain_text("The token has expired.", timeout=12_000)
+        await page.get_by_label("Bearer token").fill(token("jobs:own"))
+        await page.get_by_role("button", name="Use").click()
+        await run(page)
+        await asyncio.sleep(0.5)
+        async with httpx.AsyncClient(headers=bearer("jobs:own")) as client:
+            job = {"type": "payout.execute", "payload": {"batchId": "b", "escrowId": "e"}}
+            await client.post(f"http://{address}/jobs", json=job)
+        await expect(response(page)).to_contain_text('"name": "job.created"')
 
 
 @pytest.mark.slow

@@ -14,6 +14,9 @@ export const socket: Client = createClient({
   url: socketUrl.href,
   // A browser cannot send the header with a WebSocket's handshake.
   connectionParams: authorization,
+  // The token stays the same until a person changes it, so the server would refuse it again: the
+  // error would show only after all attempts, half a minute later.
+  shouldRetry: (fault) => (fault as { code?: number }).code !== 4403,
 });
 
 export const fetcher: Fetcher = createGraphiQLFetcher({
