@@ -9,7 +9,10 @@ from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from typing import Any, Final
 
+from pydantic import TypeAdapter
+
 from job_registry import JobType
+from job_registry.catalog.thumbnail import AssetId
 from job_registry_api.queue.job_logs import LogLevel
 from job_registry_api.queue.models import AttemptOutcome, JobStatus
 from job_registry_api.queue.reading import PAGE_SIZE
@@ -488,7 +491,12 @@ def _paths(max_page_size: int, max_bulk_size: int) -> dict[str, Any]:
 
 
 _PLACE: Final[list[dict[str, Any]]] = [
-    {"name": "assetId", "in": "path", "required": True, "schema": _TEXT},
+    {
+        "name": "assetId",
+        "in": "path",
+        "required": True,
+        "schema": TypeAdapter(AssetId).json_schema(),
+    },
     {
         "name": "versionNumber",
         "in": "path",

@@ -443,6 +443,15 @@ def test_every_schema_of_the_description_is_one_that_generators_of_clients_find(
     assert references == {f"#/components/schemas/{name}" for name in schemas}
 
 
+def test_the_description_says_which_ids_an_asset_may_have() -> None:
+    described = describe([], "", uploads=True, max_page_size=200, max_bulk_size=1_000)
+    for path in [path for path in described["paths"] if path.startswith("/assets/")]:
+        asset_id = described["paths"][path]["post"]["parameters"][0]["schema"]
+        assert [Draft202012Validator(asset_id).is_valid(text) for text in ("cat-1", ".cat", "")] == [
+            True, False, False
+        ]  # fmt: skip
+
+
 async def test_the_server_does_as_its_description_says(database_url: str) -> None:
     """Random requests, right and wrong, as schemathesis makes them; long: `TEST_REQUESTS=1000`."""
     async with serving(database_url, "--no-worker") as (address, _):
