@@ -447,9 +447,8 @@ def test_the_description_says_which_ids_an_asset_may_have() -> None:
     described = describe([], "", uploads=True, max_page_size=200, max_bulk_size=1_000)
     for path in [path for path in described["paths"] if path.startswith("/assets/")]:
         asset_id = described["paths"][path]["post"]["parameters"][0]["schema"]
-        assert [Draft202012Validator(asset_id).is_valid(text) for text in ("cat-1", ".cat", "")] == [
-            True, False, False
-        ]  # fmt: skip
+        validator = Draft202012Validator(asset_id)
+        assert [each for each in ("cat-1", ".cat", "") if validator.is_valid(each)] == ["cat-1"]
 
 
 async def test_the_server_does_as_its_description_says(database_url: str) -> None:
