@@ -304,7 +304,7 @@ def request_faults(request: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return an error for each member of a GraphQL request that is wrong."""
     faults = []
     query = request.get("query")
-    if query is None:
+    if query in (None, ""):  # The client of graphql-ws cannot leave it out.
         is_wrong = not names_document(request)
     else:
         is_wrong = not isinstance(query, str) or not query.strip()

@@ -4,8 +4,10 @@ A request names a document in one of three ways:
 
 - `extensions.persistedQuery`, with `version` 1 and `sha256Hash`, as in Apollo's protocol of
   automatic persisted queries (https://www.apollographql.com/docs/apollo-server/performance/apq).
-- `documentId`, as in the appendix of GraphQL over HTTP, with or without `sha256:` in front.
+- `documentId`, as in the appendix of GraphQL over HTTP.
 - `doc_id`, as in Relay's documentation.
+
+The hash may have `sha256:` in front, as GraphQL Code Generator writes it.
 """
 
 from __future__ import annotations
@@ -65,7 +67,7 @@ class PersistedDocuments:
             GraphQLError: the document that the request names is not there, its hash is not that of
                 its text, or it is not trusted.
         """
-        text = request.get("query")
+        text = request.get("query") or None
         name, is_hash = _name_of(request)
         if self._trusted is not None:
             return Named(self._trusted_text(text, name))
@@ -173,7 +175,7 @@ def _name_of(request: Mapping[str, Any]) -> tuple[str | None, bool]:
         name = persisted.get("sha256Hash")
         if not isinstance(name, str) or not 0 < len(name) <= MAX_ID_LENGTH:
             raise coded(BAD_REQUEST, "The sha256Hash of persistedQuery has to be a string.")
-        return name, True
+        return name.removeprefix(_SHA256), True
     for member in _MEMBERS:
         name = request.get(member)
         if name is None:

@@ -167,9 +167,13 @@ async def test_with_a_manifest_only_its_documents_are_executed(
     async with visit(trusted_documents=str(manifest)) as client:
         named: list[dict[str, Any]] = [
             {"extensions": {"persistedQuery": {"version": 1, "sha256Hash": key}}},
+            # As Apollo Client sends the `__meta__.hash` of GraphQL Code Generator.
+            {"extensions": {"persistedQuery": {"version": 1, "sha256Hash": f"sha256:{key}"}}},
             {"documentId": key},
             {"documentId": f"sha256:{key}"},
             {"doc_id": key},
+            # The client of graphql-ws sends nothing without a string as its query.
+            {"query": "", "documentId": key},
             {"query": QUERY},
         ]
         for body in named:
@@ -193,7 +197,7 @@ async def test_documents_are_named_over_websockets_too(database_url: str, tmp_pa
     ):
         await socket.send('{"type": "connection_init"}')
         await socket.recv()
-        asked = {"documentId": "policy", "variables": VARIABLES}
+        asked = {"query": "", "documentId": "policy", "variables": VARIABLES}
         await socket.send(json.dumps({"type": "subscribe", "id": "1", "payload": asked}))
         assert json.loads(await socket.recv())["payload"] == FOUND
         await socket.recv()
