@@ -19,7 +19,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -63,6 +63,9 @@ SPANS_SECONDS: Final = 0.5
 ENDED: Final = "the handler of this job has ended, so it cannot enqueue a job"
 
 _STANDARD_ERROR: Final = 2
+
+_MOST_DESCRIPTORS: Final = 4096
+"""Above this, descriptors are not looked for one by one. New ones get the lowest free numbers."""
 
 
 def frame(message: dict[str, Any]) -> bytes:
@@ -187,7 +190,7 @@ class _Descriptors:
         self._process = os.getpid()
         self._identities = {
             descriptor: identity
-            for descriptor in (int(path.name) for path in Path("/dev/fd").iterdir())
+            for descriptor in _numbers_of_open()
             if descriptor > _STANDARD_ERROR and (identity := _identity(descriptor)) is not None
         }
 
@@ -218,6 +221,14 @@ class _Descriptors:
             _identity(descriptor) != identity for descriptor, identity in self._identities.items()
         ):
             os._exit(CUT_OFF)
+
+
+def _numbers_of_open() -> Iterable[int]:
+    """Return the numbers of the open file descriptors, and of others on a system without /proc."""
+    try:
+        return [int(path.name) for path in Path("/dev/fd").iterdir()]
+    except OSError:
+        return range(_MOST_DESCRIPTORS)
 
 
 def _identity(descriptor: int) -> tuple[int, int] | None:

@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -70,9 +71,12 @@ def checked(handler: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Cal
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /dev/fd")
+@pytest.mark.parametrize("mounted", ["with /proc", "without /proc"])
 async def test_a_handler_that_closes_or_replaces_a_descriptor_ends_its_process(
-    monkeypatch: pytest.MonkeyPatch,
+    mounted: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if mounted == "without /proc":
+        monkeypatch.setattr(child, "Path", lambda path: Path(f"/nowhere{path}"))
     ours, theirs = socket.socketpair()
     null = os.open(os.devnull, os.O_RDONLY)
 
