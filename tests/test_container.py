@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -133,8 +135,35 @@ def test_the_services_of_the_compose_file_have_valid_settings_and_commands() -> 
 
 
 def test_the_health_check_asks_where_serve_and_the_workers_answer() -> None:
-    (check,) = (line for line in instructions() if line.startswith("HEALTHCHECK"))
-    assert "http://127.0.0.1:8000/readyz" in check
+    assert "8000" in health_check()
     worker = compose()["services"]["worker"]["command"]
     assert worker == ["worker", "--health-port", "8000"]
     assert load_settings({}).port == 8000
+
+
+@pytest.mark.parametrize(("status", "code"), [(200, 0), (503, 1)])
+def test_the_health_check_fails_unless_the_container_is_ready(status: int, code: int) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        check = subprocess.Popen(
+            [sys.executable, "-c", health_check().replace("8000", str(port))],
+            # Docker sets these, if its user has configured a proxy.
+            env=os.environ
+            | {"http_proxy": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"},
+            stderr=subprocess.PIPE,
+        )
+        server.settimeout(10)
+        connection, _ = server.accept()
+        with connection:
+            assert connection.recv(4096).startswith(b"GET /readyz HTTP/1.1\r\n")
+            connection.sendall(b"HTTP/1.1 %d -\r\ncontent-length: 0\r\n\r\n" % status)
+            check.communicate(timeout=10)
+    assert check.returncode == code
+
+
+def health_check() -> str:
+    """The program that the image runs to check its health."""
+    (line,) = (line for line in instructions() if line.startswith("HEALTHCHECK"))
+    command: list[str] = json.loads(line.partition(" CMD ")[2])
+    assert command[:2] == ["python", "-c"]
+    return command[2]
