@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import re
 import sqlite3
 import stat
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -355,7 +356,7 @@ class _File:
         of the process, then stay read-only when the file becomes writable.
 
         Raises:
-            QueueUnavailable: it may not.
+            QueueUnavailable: it may not, or the file is mounted without them.
         """
         reads = self._pragmas is _READING
         what, right = ("read", os.R_OK) if reads else ("write to", os.R_OK | os.W_OK)
@@ -375,6 +376,12 @@ class _File:
                     raise self._fault("its file system is mounted read-only", "read_only")
                 reason = f"this process may not {what} {path.name} (mode {stat.S_IMODE(mode):04o})"
                 raise self._fault(reason, "permission_denied" if reads else "read_only")
+        if not reads and _is_mounted_by_itself(target):
+            reason = (
+                "it is mounted by itself, so the log beside it, which has the latest jobs, is lost"
+                " with the container. Mount its folder instead"
+            )
+            raise self._fault(reason, "unreachable")
         if creates and not _may(self._folder, os.W_OK | os.X_OK):
             reason = f"this process may not create files beside it, in {self._folder}"
             raise self._fault(reason, "read_only")
@@ -509,6 +516,23 @@ def _is_mounted_read_only(path: Path) -> bool:
         return bool(os.statvfs(path).f_flag & os.ST_RDONLY)
     except OSError:  # Another process has just deleted it.
         return False
+
+
+def _is_mounted_by_itself(path: Path) -> bool:
+    """Whether this file is a mount point, as with `docker run --volume ./jobs.db:/srv/jobs.db`.
+
+    `os.path.ismount` does not see a bind mount of a file of the same disk.
+    """
+    try:
+        mounts = _MOUNTS.read_bytes().splitlines()
+    except OSError:  # Not Linux, or without /proc.
+        return False
+    # proc(5): the fifth field, with spaces and the like as octal numbers.
+    written = re.sub(rb"[\\ \t\n]", lambda found: b"\\%03o" % found[0][0], os.fsencode(path))
+    return any(line.split()[4] == written for line in mounts)
+
+
+_MOUNTS: Final = Path("/proc/self/mountinfo")
 
 
 async def _awaited(connecting: AsyncConnection) -> AsyncConnection:

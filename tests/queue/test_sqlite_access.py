@@ -115,18 +115,34 @@ SHELL = ["unshare", "--mount", "--map-root-user", "sh", "-ec"]
     or subprocess.run([*SHELL, "true"], check=False).returncode != 0,
     reason="unshare is not installed, or not allowed",
 )
-def test_a_disk_that_is_mounted_read_only_is_the_reason(
-    tmp_path: Path, sqlite_template: Path
+@pytest.mark.parametrize(
+    ("mounts", "reason"),
+    [
+        (
+            'mount --bind "$0" "$0"; mount -o remount,bind,ro "$0"',
+            "its file system is mounted read-only",
+        ),
+        (
+            'mount --bind "$0/jobs.db" "$0/jobs.db"',
+            "it is mounted by itself, so the log beside it, which has the latest jobs, is lost with"
+            " the container. Mount its folder instead",
+        ),
+    ],
+    ids=["read-only", "by itself"],
+)
+def test_a_mount_that_does_not_serve_is_the_reason(
+    mounts: str, reason: str, tmp_path: Path, sqlite_template: Path
 ) -> None:
-    shutil.copy(sqlite_template, tmp_path / "jobs.db")
-    mounts = 'mount --bind "$0" "$0"; mount -o remount,bind,ro "$0"; exec "$@"'
+    folder = tmp_path / "a disk"
+    folder.mkdir()
+    shutil.copy(sqlite_template, folder / "jobs.db")
     listing = (sys.executable, "-m", "job_registry_api.cli", "list")
     refused = subprocess.run(
-        [*SHELL, mounts, str(tmp_path), *listing],
+        [*SHELL, f'{mounts}; exec "$@"', str(folder), *listing],
         env={
             **os.environ,
             "PYTHONPATH": CODE,
-            "JOBS_DATABASE_URL": f"sqlite:///{tmp_path}/jobs.db",
+            "JOBS_DATABASE_URL": f"sqlite:///{folder}/jobs.db",
         },
         capture_output=True,
         text=True,
@@ -134,8 +150,7 @@ def test_a_disk_that_is_mounted_read_only_is_the_reason(
         check=False,
     )
     assert refused.stderr == (
-        f"The database is not available: the database's file {tmp_path}/jobs.db:"
-        " its file system is mounted read-only\n"
+        f"The database is not available: the database's file {folder}/jobs.db: {reason}\n"
     )
     assert refused.returncode == 1
 
