@@ -184,10 +184,10 @@ class SQLiteDatabase(Database):
                 # On the event loop on purpose: the pragma reads a counter in shared memory in a few
                 # microseconds, and a thread's round trip takes a hundred.
                 with closing(self._file.connect()) as connection, self._file.writes() as writes:
-                    identity = self._file.identity()
+                    opened = self._file.opened()
                     soon = 0.0
                     while True:
-                        self._file.check(identity)
+                        self._file.check(opened)
                         version = connection.execute("PRAGMA data_version").fetchone()
                         if version != last:
                             last, soon = version, 0.0
@@ -252,7 +252,7 @@ class SQLiteDatabase(Database):
                             with suppress(sqlite3.Error, ValueError):
                                 await driver.rollback()
                         raise
-                    self._file.check(raw.info["identity"])
+                    self._file.check(raw.info["opened"])
             finally:
                 self._writer.release()
 
@@ -291,8 +291,19 @@ class _Identity(NamedTuple):
     inode: int
 
 
+class _Opened(NamedTuple):
+    """The files that a connection has opened: the database, and its log and index by their paths.
+
+    As long as a connection is open, SQLite deletes neither the log nor the index.
+    """
+
+    file: _Identity
+    beside: tuple[tuple[Path, _Identity], ...]
+
+
 class _File:
-    """The file of a SQLite database, and the check that it was not deleted or replaced.
+    """The file of a SQLite database, and the check that it was not deleted or replaced, nor the log
+    and the index beside it.
 
     A deleted file stays writable for processes that have it open, and what they write is lost.
     """
@@ -302,6 +313,8 @@ class _File:
         # `rwc` is for migrations. Otherwise a missing file must not be created empty.
         self.uri = f"file:{quote(str(path))}?mode={mode}"
         self._pragmas = _READING if mode == "ro" else _PRAGMAS
+        self.written: _Opened | None = None
+        """The files of the writer, while it is open."""
         if mode == "rwc":
             # For its owner only, whatever the umask: it holds payloads. SQLite gives its log and
             # its index the mode of the file.
@@ -356,13 +369,17 @@ class _File:
         of the process, then stay read-only when the file becomes writable.
 
         Raises:
-            QueueUnavailable: it may not, or the file is mounted without them.
+            QueueUnavailable: it may not, the file is mounted without them, or the log of the writer
+                was deleted.
         """
+        if self.written is not None and self.identity() == self.written.file:
+            # A new connection would create another log.
+            self.check(self.written)
         reads = self._pragmas is _READING
         what, right = ("read", os.R_OK) if reads else ("write to", os.R_OK | os.W_OK)
         creates = False
         target = self._target
-        for path in (target.with_name(target.name + end) for end in ("", "-wal", "-shm")):
+        for path in (target, *_beside(target)):
             try:
                 mode = path.stat().st_mode
             except OSError:
@@ -412,26 +429,65 @@ class _File:
     def _folder(self) -> Path:
         return self._target.parent
 
-    def check(self, opened: _Identity) -> None:
-        """Check that the opened file is still the one at this path.
+    def opened(self, file: _Identity | None = None) -> _Opened:
+        """Return the files of a connection that was just opened, to `file` if that is known."""
+        identity = file or self.identity()
+        beside = ((path, _identity(path)) for path in _beside(self._target))
+        return _Opened(identity, tuple((path, found) for path, found in beside if found))
+
+    def check(self, opened: _Opened) -> None:
+        """Check that the opened files are still those at their paths.
+
+        Raises:
+            QueueUnavailable: one was deleted or replaced.
+        """
+        self.check_file(opened)
+        self.check_log(opened)
+
+    def check_file(self, opened: _Opened) -> None:
+        """Check that the opened database is still the file at this path.
 
         Raises:
             QueueUnavailable: it was deleted or replaced.
         """
-        if self.identity() != opened:
+        if self.identity() != opened.file:
             raise self._fault("it was replaced", "file_missing")
+
+    def check_log(self, opened: _Opened) -> None:
+        """Check that the opened log and its index are still those beside the file.
+
+        If not, connections have to stay open, because the last one to close stores the log in the
+        file. New ones would use another log, or other locks than those of other processes.
+
+        Raises:
+            QueueUnavailable: one was deleted or replaced.
+        """
+        for path, identity in opened.beside:
+            if _identity(path) != identity:
+                reason = (
+                    f"{path.name} was deleted or replaced while processes used it."
+                    " Nothing is stored until all processes have ended and are started again."
+                )
+                raise self._fault(reason, "file_missing")
 
     def prepare(self, dbapi_connection: Any, record: Any) -> None:
         """Set up a connection of the pool."""
-        record.info["identity"] = self.identity()
+        identity = self.identity()
         self._set_pragmas(dbapi_connection)
+        record.info["opened"] = self.opened(identity)
 
     def check_out(self, _dbapi_connection: Any, record: Any, _proxy: Any) -> None:
-        """Make the pool replace a connection whose file was deleted or replaced."""
+        """Make the pool replace a connection whose file was deleted or replaced.
+
+        Raises:
+            QueueUnavailable: only the log or its index was deleted or replaced.
+        """
+        opened = record.info["opened"]
         try:
-            self.check(record.info["identity"])
+            self.check_file(opened)
         except QueueUnavailable as error:
             raise sqlalchemy.exc.DisconnectionError from error
+        self.check_log(opened)
 
     def checkpoint(self) -> bool:
         """See `Database.checkpoint`."""
@@ -458,7 +514,7 @@ class _WriterThread:
     def __init__(self, file: _File) -> None:
         self._file = file
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="sqlite-writer")
-        self._opened: tuple[sqlite3.Connection, _Identity] | None = None
+        self._opened: tuple[sqlite3.Connection, _Opened] | None = None
 
     def run(self, work: Callable[[sqlite3.Connection], T], busy: int) -> asyncio.Future[T]:
         """Start a transaction of `work`. It waits up to `busy` milliseconds for other processes."""
@@ -471,7 +527,7 @@ class _WriterThread:
         self._executor.shutdown()
 
     def _commit(self, work: Callable[[sqlite3.Connection], T], busy: int) -> T:
-        connection, identity = self._connection()
+        connection, opened = self._connection()
         connection.execute(f"PRAGMA busy_timeout = {busy}")
         connection.execute("BEGIN IMMEDIATE")
         try:
@@ -481,29 +537,46 @@ class _WriterThread:
             with suppress(sqlite3.Error):
                 connection.execute("ROLLBACK")
             raise
-        # If the file was deleted in the meantime, the commit is lost.
-        self._file.check(identity)
+        # If the file, or its log, was deleted in the meantime, the commit is lost.
+        self._file.check(opened)
         return result
 
-    def _connection(self) -> tuple[sqlite3.Connection, _Identity]:
+    def _connection(self) -> tuple[sqlite3.Connection, _Opened]:
         if self._opened is not None:
             try:
-                self._file.check(self._opened[1])
+                self._file.check_file(self._opened[1])
             except QueueUnavailable:
                 self._close()
-        if self._opened is None:
+        if self._opened is not None:
+            self._file.check_log(self._opened[1])
+        else:
             identity = self._file.identity() if "mode=rwc" not in self._file.uri else None
             connection = self._file.connect()
             # The table has triggers, so SQLite keeps a journal of each statement, and writes it to
             # a temporary file otherwise.
             connection.execute("PRAGMA temp_store = MEMORY")
-            self._opened = connection, identity or self._file.identity()
+            self._file.written = self._file.opened(identity)
+            self._opened = connection, self._file.written
         return self._opened
 
     def _close(self) -> None:
         if self._opened is not None:
             self._opened[0].close()
-            self._opened = None
+            self._opened = self._file.written = None
+
+
+def _beside(target: Path) -> tuple[Path, Path]:
+    """Return the paths of the log of a database and of the index of the log."""
+    return target.with_name(f"{target.name}-wal"), target.with_name(f"{target.name}-shm")
+
+
+def _identity(path: Path) -> _Identity | None:
+    """Return the identity of a file, or None if there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return _Identity(found.st_dev, found.st_ino)
 
 
 def _may(path: Path, mode: int) -> bool:

@@ -291,6 +291,42 @@ async def test_a_file_deleted_during_a_write_is_not_answered_as_stored(
         await database.write(work)
 
 
+@pytest.mark.parametrize("end", ["-wal", "-shm"])
+async def test_nothing_is_stored_once_the_log_or_its_index_is_deleted(
+    path: Path, registry: JobRegistry, end: str
+) -> None:
+    database = SQLiteDatabase(f"sqlite:///{path}")
+    queue = JobQueue(registry, database)
+    job = (await queue.enqueue(PING)).job
+    assert (await queue.get(job.id)).id == job.id
+    beside = path.with_name(path.name + end)
+    beside.unlink()
+    for content in (None, b""):
+        if content is not None:
+            beside.write_bytes(content)  # As a process that starts now creates it.
+        for call in (queue.enqueue(PING), queue.get(job.id), queue.ping()):
+            with pytest.raises(QueueUnavailable) as refused:
+                await call
+            assert refused.value.kind == "file_missing"
+            assert f"jobs.db{end} was deleted or replaced" in refused.value.reason
+    beside.unlink()
+    # Once all processes have ended, the job is there: the last connection stores it in the file.
+    await database.close()
+    with closing(sqlite3.connect(path)) as other:
+        assert other.execute("SELECT id FROM job").fetchall() == [(job.id.hex,)]
+
+
+async def test_a_log_deleted_during_a_write_is_not_answered_as_stored(
+    path: Path, database: SQLiteDatabase
+) -> None:
+    def work(connection: sqlite3.Connection) -> None:
+        store("gone")(connection)
+        path.with_name(f"{path.name}-wal").unlink()
+
+    with pytest.raises(QueueUnavailable):
+        await database.write(work)
+
+
 async def test_a_missing_file_is_not_created(tmp_path: Path) -> None:
     database = SQLiteDatabase(f"sqlite:///{tmp_path / 'none.db'}")
     for call in (database.write(store("x")), stored(database)):
