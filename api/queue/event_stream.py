@@ -201,6 +201,8 @@ class KeptBatches:
         self._gapless = gapless
         self._clock = clock
         self._last: int | None = None
+        self._last_message: str | None = None
+        """The message of `_last`, which differs if the database was restored. None: not known."""
         self._late: dict[int, float] = {}
         """Ids before `_last` that have no batch yet, and when that was first seen."""
         self._read_at = clock()
@@ -218,22 +220,30 @@ class KeptBatches:
         # With the last one that was read: as long as it is there, nothing has been deleted since.
         batches = await self._store.events_after(self._last - 1, BATCHES_AT_ONCE + 1)
         last = batches.pop(self._last, None)
+        if last is not None and self._last_message not in (None, last):
+            return await self._begin_again(await self._store.last_event())
+        self._last_message = last
         if not batches and last is None:
             newest = await self._store.last_event()
             if 0 < newest < self._last:
-                await self._begin(newest)
-                return [Gap("the database was replaced by an older one")]
+                return await self._begin_again(newest)
             if newest > self._last:
                 # Committed between the two reads, or already deleted.
                 batches = await self._store.events_after(self._last, BATCHES_AT_ONCE)
                 deleted = not batches and self._gapless
                 self._last = newest if deleted else self._last
+        if batches:
+            self._last_message = batches[max(batches)]
         if self._gapless:
             return [Gap(DELETED)] if deleted else self._in_order(batches)
         return await self._with_late_ones(batches)
 
+    async def _begin_again(self, newest: int) -> list[str | Gap]:
+        await self._begin(newest)
+        return [Gap("the database was replaced by an older one")]
+
     async def _begin(self, newest: int) -> None:
-        self._last, self._late = newest, {}
+        self._last, self._last_message, self._late = newest, None, {}
         self._read_at = self._clock()
         if not self._gapless and newest:
             before = max(0, newest - BATCHES_BEFORE)

@@ -1013,6 +1013,24 @@ async def test_a_database_that_was_restored_is_reported_as_missed(gapless: bool)
     assert await batches.read() == ["c"]
 
 
+@pytest.mark.parametrize("gapless", [False, True])
+async def test_a_restored_database_is_noticed_although_it_has_as_many_events_again(
+    gapless: bool,
+) -> None:
+    table: Any = Table()
+    batches = KeptBatches(table, gapless=gapless)
+    table.rows = {6: "a"}
+    assert await batches.read() == []
+    table.rows |= {7: "b", 8: "c"}
+    assert await batches.read() == ["b", "c"]
+    # Restored from a copy of the time after "a". Others were faster with events than this reader.
+    table.rows = {6: "a", 7: "d", 8: "e", 9: "f"}
+    (gap,) = await batches.read()
+    assert isinstance(gap, Gap)
+    table.rows |= {10: "g"}
+    assert await batches.read() == ["g"]
+
+
 async def test_a_caller_waits_for_polled_jobs_no_longer_than_a_poll(
     polled: str, registry: JobRegistry
 ) -> None:
