@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from job_registry_api.application import ShortWay
-from job_registry_api.http_messages import CACHED_LENGTH, GuardedResponses, cached_if_short
+from job_registry_api.http_messages import (
+    CACHED_LENGTH,
+    BodyTooLarge,
+    GuardedResponses,
+    cached_if_short,
+    read_body,
+)
 
 
 async def nothing() -> Message:
@@ -89,3 +97,35 @@ async def test_the_short_way_is_for_one_path_alone(
         scope = {"type": kind, "path": path, "root_path": root_path}
         await short_way(scope, nothing, ignored)
     assert taken == ["endpoint" if is_short else "router", "router"]
+
+
+@pytest.mark.parametrize("size", [4, 5])
+@pytest.mark.parametrize("parts", [1, 2, 5])
+async def test_a_body_is_read_up_to_the_limit_in_however_many_parts_it_comes(
+    size: int, parts: int
+) -> None:
+    body = b"12345"[:size]
+    steps = [body[n * size // parts : (n + 1) * size // parts] for n in range(parts)]
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": steps.pop(0), "more_body": len(steps) > 0}
+
+    if size == 4:
+        assert await read_body({"headers": []}, receive, 4) == body
+    else:
+        with pytest.raises(BodyTooLarge):
+            await read_body({"headers": []}, receive, 4)
+
+
+@pytest.mark.parametrize(("length", "reads"), [(b"4", True), (b"5", False)])
+async def test_a_body_that_is_declared_as_too_large_is_not_read(length: bytes, reads: bool) -> None:
+    was_read = False
+
+    async def receive() -> Message:
+        nonlocal was_read
+        was_read = True
+        return {"type": "http.request", "body": b""}
+
+    with suppress(BodyTooLarge):
+        await read_body({"headers": [(b"content-length", length)]}, receive, 4)
+    assert was_read is reads

@@ -213,6 +213,23 @@ async def test_a_token_that_was_valid_is_checked_again_after_a_while(
     assert checked == 2
 
 
+async def test_the_token_that_was_used_longest_ago_is_forgotten_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    verifier = secret_verifier()
+    first, second, third = (f"Bearer {token(sub=name)}" for name in ("ada", "bob", "cyd"))
+    monkeypatch.setattr(auth, "MAX_KNOWN_TOKENS", 2)
+    for given in (first, second, first, third):
+        await verifier.verify(given)
+    assert [verifier.knows(given) for given in (first, second, third)] == [True, False, True]
+    # A token that is checked again takes no more room than before.
+    monkeypatch.setattr(auth, "KNOWN_SECONDS", 0.0)
+    monkeypatch.setattr(auth, "MAX_KNOWN_LENGTH", len(first + third))
+    for _ in range(3):
+        await verifier.verify(third)
+    assert verifier.knows(first)
+
+
 async def test_an_unknown_key_id_delays_nobody_else(
     issuer: Issuer, visit_with: Visit, let_30_seconds_pass: Callable[[], None]
 ) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
 import pytest
 
 from job_registry import EnqueueRequest, JobRegistry
+from job_registry_api.queue import claiming
+from job_registry_api.queue.claiming import Lease
 from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.errors import QueueUnavailable
 from job_registry_api.queue.models import JobStatus
@@ -153,6 +157,46 @@ async def test_cancelled_waits_leave_no_task_behind(queue: JobQueue) -> None:
             await asyncio.sleep(0.05)
 
 
+async def test_no_memory_is_kept_of_claims_that_have_ended(queue: JobQueue, claims: Claims) -> None:
+    for _ in range(5):
+        # One without a wait, and one that is cancelled while its claim is under way.
+        await queue.enqueue(PING)
+        (lease,) = await queue.lease(["test.ping"], "w")
+        await queue.complete(lease.token)
+        await queue.enqueue(PING)
+        claims.go_on.clear()
+        claims.entered.clear()
+        cancelled = asyncio.create_task(queue.lease(["test.ping"], "w"))
+        await claims.entered.wait()
+        await end([cancelled])
+        claims.go_on.set()
+        (lease,) = await queue.lease(["test.ping"], "w", wait_seconds=5)
+        await queue.complete(lease.token)
+    del lease, cancelled
+    gc.collect()
+    kept = [each for each in gc.get_objects() if isinstance(each, Lease | asyncio.Task)]
+    assert [each for each in kept if isinstance(each, Lease) or each.done()] == []
+
+
+async def test_that_a_worker_runs_a_type_is_stored_at_most_every_ten_seconds(
+    queue: JobQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored: list[Sequence[str]] = []
+    see_worker = queue._store.see_worker
+
+    async def counted(types: Sequence[str], versions: Sequence[tuple[str, str]]) -> None:
+        stored.append(types)
+        await see_worker(types, versions)
+
+    monkeypatch.setattr(queue._store, "see_worker", counted)
+    for types in (["test.ping"], ["test.ping"], ["test.ping", "test.pong"], ["test.pong"]):
+        await queue.lease(types, "w")
+    assert stored == [["test.ping"], ["test.pong"]]
+    monkeypatch.setattr(claiming, "WORKER_SEEN_SECONDS", 0.0)
+    await queue.lease(["test.ping"], "w")
+    assert stored[2:] == [["test.ping"]]
+
+
 async def polls_at_once(queue: JobQueue, count: int) -> list[asyncio.Task[Any]]:
     stop = asyncio.Event()
     waiting = [
@@ -234,6 +278,31 @@ async def test_the_end_of_the_process_ends_a_wait_whose_claim_is_under_way(
     claims.go_on.set()
     async with asyncio.timeout(5):
         assert await waiting == []
+
+
+async def test_a_worker_that_stops_waiting_ends_its_own_wait_alone_even_during_a_claim(
+    queue: JobQueue, claims: Claims
+) -> None:
+    claims.go_on.clear()
+    stopping, waiting = await polls(queue, 2)
+    async with asyncio.timeout(5):
+        await claims.entered.wait()
+        await queue.stop_waiting("w0")
+    claims.go_on.set()
+    async with asyncio.timeout(5):
+        assert await stopping == []
+    await queue.enqueue(PING)
+    async with asyncio.timeout(5):
+        assert len(await waiting) == 1
+
+
+async def test_a_wait_that_has_ended_takes_no_job_from_the_next_in_line(queue: JobQueue) -> None:
+    (short,) = await polls(queue, 1, wait_seconds=0.3)
+    (waiting,) = await polls(queue, 1)
+    assert await short == []
+    await queue.enqueue(PING)
+    async with asyncio.timeout(5):
+        assert len(await waiting) == 1
 
 
 async def test_what_a_claim_under_way_leases_at_the_end_is_given_back(

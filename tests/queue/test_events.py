@@ -36,6 +36,7 @@ from job_registry_api.queue.events import (
     Subscription,
     decode,
 )
+from job_registry_api.queue.leasing import Renewal
 from job_registry_api.queue.models import JobError, JobStatus
 from job_registry_api.queue.postgresql_database import PostgreSQLDatabase
 from job_registry_api.queue.queue import JobQueue
@@ -176,7 +177,25 @@ async def test_own_subscribers_get_own_events_where_nobody_listens(
     queue = JobQueue(registry, database)
     with queue.events.subscribe() as received:
         job = (await queue.enqueue(PING)).job
-        assert [event.job_id for event in await take(received, 1)] == [job.id]
+        (lease,) = await queue.lease(["test.ping"], "w")
+        await queue.heartbeat(lease.token, {"done": 1})
+        await queue.renew([Renewal(lease.token, b'{"done": 2}')])
+        await queue.park(lease.token, registry["test.ping"].fingerprint, BROKEN)
+        await queue.unpark()
+        await queue.cancel(job.id)
+        await queue.retry(job.id)
+        happened = await take(received, 8)
+    assert [event.name for event in happened] == [
+        "job.created",
+        "job.started",
+        "job.progressed",
+        "job.progressed",
+        "job.parked",
+        "job.unparked",
+        "job.cancelled",
+        "job.retrying",
+    ]
+    assert {event.job_id for event in happened} == {job.id}
     await database.close()
 
 

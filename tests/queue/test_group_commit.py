@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
@@ -113,21 +116,73 @@ async def test_a_call_ends_at_its_deadline_and_the_others_go_on() -> None:
     assert commits.groups == [[0, 1, 2, 3], [5]]
 
 
-async def test_many_calls_have_one_timer() -> None:
+async def test_a_call_has_a_deadline_also_when_no_other_call_is_left() -> None:
+    group = GroupCommit(Commits().commit)
+    async with asyncio.timeout(5):
+        for item in range(2):
+            with pytest.raises(TimeoutError):
+                await group.submit(item, until=after(0.02))
+
+
+async def test_many_calls_have_one_timer(timers: list[float]) -> None:
     commits = Commits()
     commits.may_end.set()
     group = GroupCommit(commits.commit)
-    timers = 0
+    for _ in range(5):
+        await asyncio.gather(*(group.submit(item, until=after(60)) for item in range(20)))
+    assert len(timers) == 1
+
+
+async def test_a_deadline_that_has_passed_sets_no_further_timer(timers: list[float]) -> None:
+    group = GroupCommit(Commits().commit)
+    calls = [asyncio.create_task(group.submit(0, until=after(seconds))) for seconds in (60, 0.02)]
+    await asyncio.sleep(0.1)
+    assert [call.done() for call in calls] == [False, True]
+    assert len(timers) <= 4  # Two for the calls, one for that which is left, and the sleep.
+    calls[0].cancel()
+    await asyncio.wait(calls)
+
+
+@pytest.fixture
+async def timers(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The times of the timers that are set."""
+    times: list[float] = []
     loop = asyncio.get_running_loop()
     call_at = loop.call_at
 
-    def counted(*arguments: object) -> asyncio.TimerHandle:
-        nonlocal timers
-        timers += 1
-        return call_at(*arguments)  # type: ignore[arg-type]
+    def counted(when: float, *arguments: Any, **options: Any) -> asyncio.TimerHandle:
+        times.append(when)
+        return call_at(when, *arguments, **options)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "call_at", counted)
-        for _ in range(5):
-            await asyncio.gather(*(group.submit(item, until=after(60)) for item in range(20)))
-    assert timers == 1
+    monkeypatch.setattr(loop, "call_at", counted)
+    return times
+
+
+async def test_nothing_is_kept_of_a_call_that_has_ended_before_its_deadline() -> None:
+    class Row:
+        """A result that can be referred to weakly."""
+
+    async def commit(items: Sequence[int]) -> list[Row]:
+        return [Row() for _ in items]
+
+    group = GroupCommit(commit)
+    ended = weakref.ref(await group.submit(0, until=after(60)))
+    await asyncio.sleep(0.01)
+    gc.collect()
+    assert ended() is None
+
+
+async def test_the_end_of_the_task_cancels_every_caller() -> None:
+    commits = Commits()
+    group = GroupCommit(commits.commit, max_items=1)
+    calls = [asyncio.create_task(group.submit(item)) for item in range(2)]
+    while not commits.groups:
+        await asyncio.sleep(0)
+    (task,) = (each for each in asyncio.all_tasks() if each.get_name() == "group-commit")
+    task.cancel()
+    await asyncio.wait([task, *calls], timeout=5)
+    assert [each.cancelled() for each in (task, *calls)] == [True, True, True]
+    # Calls that come later are committed, and only these.
+    commits.may_end.set()
+    assert await group.submit(2) == 20
+    assert commits.groups == [[0], [2]]

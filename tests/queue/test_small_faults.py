@@ -196,6 +196,25 @@ async def test_a_report_is_answered_though_the_repetition_of_another_fails(
     assert groups == [2, 1, 1]
 
 
+async def test_a_report_that_the_database_refuses_says_why_at_once(
+    queue: JobQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await queue.enqueue(PING)
+    (lease,) = await queue.lease(["test.ping"], "w")
+    for method, token in (("end", lease.token), ("lease_states", "0" * 64)):
+        with monkeypatch.context() as away:
+            away.setattr(queue._store, method, _unavailable)
+            with pytest.raises(QueueUnavailable) as caught:
+                await asyncio.wait_for(queue.fail(token, BROKEN), 5)
+            assert caught.value.reason == "it is away for a moment"
+    with pytest.raises(LeaseLost):
+        await queue.leased_type("0" * 64)
+
+
+async def _unavailable(_of: object) -> Any:
+    raise QueueUnavailable("it is away for a moment")
+
+
 async def test_reports_are_answered_though_a_later_statement_of_their_group_fails(
     fresh_postgresql_url: str, registry: JobRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -291,6 +291,10 @@ UNLIKE_JSON = "to which no JSON is equal: use strings or numbers, such as those 
         (LaxInt, "part is not strict: remove strict=False"),
         (Annotated[int | None, Field(strict=False)], "part is not strict: remove strict=False"),
         (Annotated[datetime, Field(strict=False)], "part is not strict: remove strict=False"),
+        (
+            Annotated[str, Field(strict=False, coerce_numbers_to_str=True)],
+            "part is not strict: remove strict=False",
+        ),
         (Money, f"part is Money, {OWN_RULES}: derive Money from Payload"),
         (Meeting, f"part is Meeting, {OWN_RULES}: derive Meeting from Payload"),
         (DataMeeting, f"part is DataMeeting, {OWN_RULES}: derive DataMeeting from Payload"),
