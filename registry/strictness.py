@@ -83,14 +83,13 @@ class _Finder:
         kind = schema["type"]
         if kind == "definitions":
             self._definitions |= {each["ref"]: each for each in schema["definitions"]}
-            return self.visit(schema["schema"], path, config, owner, is_converted=is_converted)
         if kind == "definition-ref":
             defined = self._definitions[schema["schema_ref"]]
             seen = (schema["schema_ref"], bool(config.get("strict")), is_converted)
             if seen not in self._visited:
                 self._visited.add(seen)
                 self.visit(defined, path, config, owner, is_converted=is_converted)
-            return None
+            return
         if kind in ("model", "dataclass", "typed-dict"):
             # Pydantic uses the configuration of the class itself, and none from outside.
             config, owner = schema.get("config") or {}, _Owner(schema["cls"], path)
@@ -121,7 +120,6 @@ class _Finder:
             for step, below in _below(schema):
                 where = f"{path}{step}".lstrip(".")
                 self.visit(below, where, config, owner, is_converted=is_converted)
-        return None
 
     def _add(self, owner: _Owner, reason: str) -> None:
         _, reasons = self._classes.setdefault(owner.cls, (owner.path, []))

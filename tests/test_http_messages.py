@@ -11,7 +11,9 @@ from job_registry_api.application import ShortWay
 from job_registry_api.http_messages import (
     CACHED_LENGTH,
     BodyTooLarge,
+    ClientGone,
     GuardedResponses,
+    body_of,
     cached_if_short,
     read_body,
 )
@@ -129,3 +131,30 @@ async def test_a_body_that_is_declared_as_too_large_is_not_read(length: bytes, r
     with suppress(BodyTooLarge):
         await read_body({"headers": [(b"content-length", length)]}, receive, 4)
     assert was_read is reads
+
+
+async def test_a_body_that_does_not_end_is_read_no_further_than_the_limit() -> None:
+    received = 0
+
+    async def receive() -> Message:
+        nonlocal received
+        received += 1
+        return {"type": "http.request", "body": b"12", "more_body": received < 100}
+
+    with pytest.raises(BodyTooLarge):
+        await read_body({"headers": []}, receive, 4)
+    assert received == 3
+
+
+@pytest.mark.parametrize("parts", [0, 1])
+async def test_half_a_body_is_none(parts: int) -> None:
+    messages: list[Message] = [{"type": "http.request", "body": b"1", "more_body": True}] * parts
+
+    async def receive() -> Message:
+        return messages.pop() if messages else {"type": "http.disconnect"}
+
+    with pytest.raises(ClientGone):
+        await read_body({"headers": []}, receive, 4)
+    messages += [{"type": "http.request", "body": b"1", "more_body": True}] * parts
+    with pytest.raises(ClientGone):
+        _ = [part async for part in body_of(receive)]

@@ -1,4 +1,5 @@
-"""The faults: Python's come from Cosmic Ray's operators, those of SQL from a mutator of our own."""
+"""The faults: Python's come from Cosmic Ray's operators, dropped statements and those of SQL from
+mutators of our own."""
 
 from __future__ import annotations
 
@@ -104,7 +105,7 @@ class Mutant:
 
 
 def python_mutants(path: Path, text: str) -> Iterator[Mutant]:
-    """The file with each of Cosmic Ray's faults."""
+    """The file with each of Cosmic Ray's faults, and without one statement each."""
     from cosmic_ray.ast import ast_nodes, get_ast
     from cosmic_ray.plugins import get_operator
 
@@ -125,6 +126,64 @@ def python_mutants(path: Path, text: str) -> Iterator[Mutant]:
             fault = f"{name.removeprefix('core/').removeprefix('Replace')} #{occurrence}"
             make = partial(_mutated_python, text, name, occurrence)
             yield Mutant(path, line, fault, _key(path, text, fault), make)
+    for number, node in enumerate(_droppable(ast.parse(text))):
+        if any(start <= (node.lineno, node.col_offset) < finish for start, finish in nobodys):
+            continue
+        start, end = _place(text, node)
+        told = f"statement dropped: {' '.join(text[start:end].split())[:80]}"
+        # As many lines as before, so that the numbers of the others stay.
+        mutated = text[:start] + "pass" + "\n" * text.count("\n", start, end) + text[end:]
+        key = _key(path, text, f"statement dropped #{number}")
+        yield Mutant(path, node.lineno, told, key, partial(str, mutated))
+
+
+def _droppable(tree: ast.Module) -> Iterator[ast.stmt]:
+    """Return the statements of functions without which the file is still valid: calls, raises,
+    assignments to what outlives the function, and returns under a condition."""
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    for statement, parent in _statements(tree, None):
+        match statement:
+            case ast.Expr(value=ast.Call() | ast.Await()):
+                found = True
+            case ast.Raise() | ast.Delete() | ast.AugAssign():
+                found = True
+            case ast.Assign(targets=[ast.Attribute() | ast.Subscript()]):
+                found = True
+            case ast.Return(value=ast.expr()):
+                found = not isinstance(parent, functions)
+            case _:
+                found = False
+        if found and parent is not None:
+            yield statement
+
+
+def _statements(node: ast.AST, parent: ast.AST | None) -> Iterator[tuple[ast.stmt, ast.AST | None]]:
+    """Return the statements below a node, each with its block; None for those of no function."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.stmt):
+            yield child, parent
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from _statements(child, child)
+        elif isinstance(child, ast.ClassDef):
+            yield from _statements(child, None)
+        else:
+            inside = isinstance(child, ast.stmt | ast.ExceptHandler | ast.match_case)
+            yield from _statements(child, child if inside and parent is not None else parent)
+
+
+def _place(text: str, node: ast.stmt | ast.expr) -> tuple[int, int]:
+    """Return where a node begins and ends in the text. Columns of the tree count bytes."""
+    assert node.end_lineno is not None
+    assert node.end_col_offset is not None
+    lines = text.splitlines(keepends=True)
+    places = []
+    for line, column in (
+        (node.lineno, node.col_offset),
+        (node.end_lineno, node.end_col_offset),
+    ):
+        inside = len(lines[line - 1].encode()[:column].decode())
+        places.append(sum(map(len, lines[: line - 1])) + inside)
+    return places[0], places[1]
 
 
 def _not_behaviour(text: str) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -81,6 +82,37 @@ def test_python_gets_the_faults_of_cosmic_ray() -> None:
     assert source not in mutated
 
 
+def test_statements_without_which_the_file_is_valid_are_dropped_in_their_place() -> None:
+    source = (
+        "count: int = 0\n"
+        "def run(self, é):\n"
+        '    """Run."""\n'
+        "    if é: é = 1; self.ended.append(\n"
+        "        é)\n"
+        "    elif self.ended: return 1\n"
+        "    for each in self.ended:\n"
+        "        self.last = each\n"
+        "        raise ValueError\n"
+        "    log.info('it ran')\n"
+        "    return 2\n"
+    )
+    dropped = {
+        mutant.fault.removeprefix("statement dropped: "): (mutant.line, mutant.make())
+        for mutant in python_mutants(Path("run.py"), source)
+        if mutant.fault.startswith("statement dropped")
+    }
+    assert {fault: line for fault, (line, _) in dropped.items()} == {
+        "self.ended.append( é)": 4,
+        "return 1": 6,
+        "self.last = each": 8,
+        "raise ValueError": 9,
+    }
+    expected = source.replace("self.ended.append(\n        é)", "pass\n")
+    assert dropped["self.ended.append( é)"] == (4, expected)
+    for _, mutated in dropped.values():
+        ast.parse(mutated or "")
+
+
 def test_log_lines_and_what_only_the_type_checker_reads_get_no_faults() -> None:
     source = """\
 @dataclass(frozen=True)
@@ -102,10 +134,11 @@ class Store:
         (mutant.line, mutant.fault.partition(" ")[0])
         for mutant in python_mutants(Path("store.py"), source)
     }
-    # What is left: the decorator of the class as a whole, the defaults, and the loops.
+    # What is left: the decorator of the class as a whole, the defaults, the loops, and the end.
     assert faults == {
         (1, "RemoveDecorator"), (7, "NumberReplacer"), (7, "FalseWithTrue"),
         (10, "ZeroIterationForLoop"), (12, "ZeroIterationForLoop"), (12, "FalseWithTrue"),
+        (14, "statement"),
     }  # fmt: skip
 
 

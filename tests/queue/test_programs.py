@@ -256,6 +256,7 @@ def operations(queue: JobQueue) -> list[Coroutine[Any, Any, object]]:
         queue.result(job_id),
         queue.cancel(job_id),
         queue.retry(job_id),
+        queue.unpark(),
         Worker(queue).run(),
     ]
 

@@ -15,6 +15,7 @@ import pytest
 from sqlalchemy import JSON
 
 from job_registry import EnqueueRequest, JobRegistry
+from job_registry_api.queue import claiming
 from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.errors import (
     EventsMissed,
@@ -429,7 +430,7 @@ async def test_waiting_for_room_is_reported_with_the_limit_and_what_runs(queue: 
 
 
 async def test_waiting_for_a_worker_says_how_long_ago_one_was_seen(
-    queue: JobQueue, database_url: str
+    queue: JobQueue, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = (await queue.enqueue(PING)).job
     assert await queue.waiting_reason(job) == NoWorkerSeen(None)
@@ -446,6 +447,9 @@ async def test_waiting_for_a_worker_says_how_long_ago_one_was_seen(
     assert isinstance(reason, NoWorkerSeen)
     assert reason.last_seen_seconds_ago is not None
     assert 69 <= reason.last_seen_seconds_ago < 80
+    monkeypatch.setattr(claiming, "WORKER_SEEN_SECONDS", 0.0)
+    await queue.show_worker(["test.ping"])
+    assert await queue.waiting_reason(job) == BehindInQueue(0)
 
 
 async def test_waiting_behind_others_counts_those_due_before_it(queue: JobQueue) -> None:
