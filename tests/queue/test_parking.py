@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -65,12 +66,12 @@ async def lease(queue: JobQueue, *types: str, limit: int = 100, **options: Any) 
     return await queue.lease(types or ["note"], "w", limit=limit, **options)
 
 
-async def park(queue: JobQueue, limit: int = 100) -> int:
+async def park(queue: JobQueue, limit: int = 100, error: JobError = REFUSED) -> int:
     """Lease what is due, and park it, as a worker does that cannot read it."""
     leases = await lease(queue, limit=limit)
     for each in leases:
         fingerprint = queue.registry["note"].fingerprint
-        await queue.park(each.token, fingerprint, REFUSED)
+        await queue.park(each.token, fingerprint, error)
     return len(leases)
 
 
@@ -258,15 +259,17 @@ async def test_a_refusal_by_another_version_starts_the_days_of_a_parked_job_anew
     deploys: Deploys, database_url: str
 ) -> None:
     old, new, newest = await deploys(of(Old)), await deploys(of(New)), await deploys(of(Newest))
-    await note(old)
+    job_id = await note(old)
     await park(new)
     await advance(database_url, 6 * 86_400)
-    await park(newest)
+    later = replace(REFUSED, message="The newest version does not read it either.")
+    await park(newest, error=later)
     assert await lease(new) == []  # The same version does not get it again.
     await advance(database_url, 6 * 86_400)
     assert await old.fail_parked(parked_days=7, jobs=10) == 0
     await advance(database_url, 2 * 86_400)
     assert await old.fail_parked(parked_days=7, jobs=10) == 1
+    assert (await old.get(job_id)).error == later
 
 
 async def test_the_last_sixteen_refusals_are_remembered(deploys: Deploys) -> None:
