@@ -15,7 +15,7 @@ import random
 import re
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -68,6 +68,9 @@ PostgreSQL ends an autovacuum that it waits for, which may take hours by itself.
 
 LOCK_REST_SECONDS: Final = 3.0
 """How long others may use the tables before it tries again."""
+
+WAIT_LOG_SECONDS: Final = 5.0
+"""How long a migration waits for others before the log says so."""
 
 
 class MigrationRefused(Exception):
@@ -447,10 +450,11 @@ def _build_indexes(database: Database) -> None:
             await asyncio.sleep(BUILDING_PAUSE_SECONDS)
             return True
         name = missing[0]
-        await database.execute_alone(f"DROP INDEX CONCURRENTLY IF EXISTS {home}.{name}")
-        await database.execute_alone(
-            f"CREATE INDEX CONCURRENTLY IF NOT EXISTS {name} ON {home}.{wanted[name]}"
-        )
+        with _saying_later(_INDEX_TAKES_LONG, index=name):
+            await database.execute_alone(f"DROP INDEX CONCURRENTLY IF EXISTS {home}.{name}")
+            await database.execute_alone(
+                f"CREATE INDEX CONCURRENTLY IF NOT EXISTS {name} ON {home}.{wanted[name]}"
+            )
         return True
 
     async def run() -> None:
@@ -608,9 +612,14 @@ def _in_transaction(
 
 
 def _try_in_transaction(database: Database, work: Callable[[Connection, str | None], T]) -> T:
+    of_file = database.schema is None
+    others = "another process writes to the file" if of_file else "another migration runs"
+
     async def run() -> T:
-        async with database.transaction() as connection:
-            await database.lock_migrations(connection)
+        async with AsyncExitStack() as stack:
+            with _saying_later(others):
+                connection = await stack.enter_async_context(database.transaction())
+                await database.lock_migrations(connection)
             if database.schema is not None:
                 limit = {"milliseconds": round(LOCK_SECONDS * 1000)}
                 await connection.execute(_LIMIT_LOCKS, limit)
@@ -622,6 +631,21 @@ def _try_in_transaction(database: Database, work: Callable[[Connection, str | No
                 raise
 
     return _run(database, run)
+
+
+@contextmanager
+def _saying_later(reason: str, **more: str) -> Iterator[None]:
+    """Log that the migration waits, once this context has been open for a while."""
+    waiting = asyncio.get_running_loop().call_later(
+        WAIT_LOG_SECONDS, lambda: log.warning("migration.waits", reason=reason, **more)
+    )
+    try:
+        yield
+    finally:
+        waiting.cancel()
+
+
+_INDEX_TAKES_LONG: Final = "transactions that began before have not ended, or the index is large"
 
 
 def _reading(database: Database, work: Callable[[Connection, str | None], T]) -> T:

