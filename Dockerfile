@@ -37,7 +37,7 @@ EXPOSE 8000
 # Of `serve`; a worker answers at its --health-port. Not by `urlopen`: it sends the request to the
 # proxy of `http_proxy`, which Docker can set in each container.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=20s \
-    CMD ["python", "-c", "from http.client import HTTPConnection as C; c = C('127.0.0.1', 8000); c.request('GET', '/readyz'); raise SystemExit(c.getresponse().status != 200)"]
+    CMD ["python", "-c", "from http.client import HTTPConnection as C; from os import environ; c = C('127.0.0.1', environ.get('JOBS_PORT', 8000)); c.request('GET', '/readyz'); raise SystemExit(c.getresponse().status != 200)"]
 ENTRYPOINT ["job-registry"]
 # A container is reached from outside, so `serve` demands authentication: set JOBS_AUTH_*.
 CMD ["serve", "--host", "0.0.0.0"]

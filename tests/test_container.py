@@ -146,9 +146,10 @@ def test_the_health_check_fails_unless_the_container_is_ready(status: int, code:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         check = subprocess.Popen(
-            [sys.executable, "-c", health_check().replace("8000", str(port))],
-            # Docker sets these, if its user has configured a proxy.
+            [sys.executable, "-c", health_check()],
+            # Docker sets the last two, if its user has configured a proxy.
             env=os.environ
+            | {"JOBS_PORT": str(port)}
             | {"http_proxy": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"},
             stderr=subprocess.PIPE,
         )
