@@ -53,6 +53,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 if folder := memory():
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(folder))
 
+# What is decided by statements. Elsewhere, tests run on PostgreSQL with the slow ones.
+ON_BOTH_DATABASES = ("tests/queue/", "tests/worker/")
+
 pytest_plugins = ["tests.http_client", "tests.proxy"]
 
 # The garbage collector visited the modules again and again, a fifth of the tests' CPU time.
@@ -98,9 +101,8 @@ def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.get_closest_marker("any_database") and "postgresql" in item.name:
-            item.add_marker(pytest.mark.slow)
+    for item in _further_cases(items):
+        item.add_marker(pytest.mark.slow)
     for marker, option, target in (
         ("soak", "--soak", "make soak"),
         ("slow", "--slow", "make test-slow"),
@@ -112,6 +114,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                     item.add_marker(skip)
     if hasattr(config, "workerinput"):
         _spread(items, "tests/worker/")
+
+
+def _further_cases(items: list[pytest.Item]) -> Iterator[pytest.Item]:
+    """Return the cases that only the slow tests run: see `How they are organised` in README.md."""
+    seen: Counter[tuple[str, bool]] = Counter()
+    for item in items:
+        if not isinstance(item, pytest.Function):
+            continue
+        on_postgresql = "database_url" in item.fixturenames and "postgresql" in item.name
+        above = not item.nodeid.startswith(ON_BOTH_DATABASES)
+        if on_postgresql and (above or item.get_closest_marker("any_database")):
+            yield item
+        elif cases := item.get_closest_marker("cases"):
+            rule = (item.nodeid.partition("[")[0], on_postgresql)
+            seen[rule] += 1
+            if seen[rule] > cases.args[0]:
+                yield item
 
 
 def _spread(items: list[pytest.Item], folder: str) -> None:

@@ -13,8 +13,6 @@ from hypothesis import strategies as st
 from job_registry_api.answer_text import PIECE_BYTES, json_in_pieces
 from job_registry_api.http_messages import respond
 
-pytestmark = pytest.mark.any_database
-
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),

@@ -41,8 +41,6 @@ from job_registry_api.settings import SettingsInvalid, load_settings
 from job_registry_api.signing_keys import FixedKeys, SharedSecret
 from tests.http_client import Visit, serving
 
-pytestmark = pytest.mark.any_database
-
 SECRET = "a secret of more than thirty-two bytes"
 ISSUER = "https://issuer.example"
 CLAIMS = {"auth_issuer": ISSUER, "auth_audience": "jobs"}
@@ -137,6 +135,7 @@ def none_algorithm(**changed: Any) -> str:
     return jwt.encode(claims("jobs:read", **changed), no_key, "none")
 
 
+@pytest.mark.cases(10)
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
@@ -425,6 +424,7 @@ def test_every_field_where_a_document_begins_is_in_the_table(registry: JobRegist
     assert fields == {document.split("{ ")[1].split("(")[0].split(" ")[0] for document in NEEDED}
 
 
+@pytest.mark.cases(8)
 @pytest.mark.parametrize("document", NEEDED)
 async def test_a_field_is_forbidden_without_one_of_its_scopes(visit: Visit, document: str) -> None:
     accept = "text/event-stream" if document.startswith("subscription") else "application/json"

@@ -28,8 +28,6 @@ from tests.http_client import Visit, serving
 from tests.postgresql_server import free_port
 from tests.test_auth import AUTH
 
-pytestmark = pytest.mark.any_database
-
 PAYOUT = {"type": "payout.execute", "payload": {"batchId": "b-1", "escrowId": "e-1"}}
 TYPES = {"query": "{ jobTypes { name description payloadSchema } }"}
 ORIGIN = "https://app.example.com"
@@ -207,6 +205,7 @@ async def test_events_are_not_held_back_by_compression(database_url: str) -> Non
                 break
 
 
+@pytest.mark.cases(6)
 @pytest.mark.parametrize("path", ["/graphql", "/jobs"])
 @pytest.mark.parametrize(
     ("headers", "status"),

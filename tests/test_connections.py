@@ -20,8 +20,6 @@ from websockets.typing import Subprotocol
 from tests.http_client import serving
 from tests.test_auth import AUTH, bearer
 
-pytestmark = pytest.mark.any_database
-
 Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 HEALTH = b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n"
@@ -123,6 +121,7 @@ async def test_a_connection_serves_one_request_after_the_other(address: str) -> 
             assert response.status_code == 200
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize(
     ("head", "status"),
     [
@@ -186,6 +185,7 @@ UPGRADES = {
 }
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("upgrade", UPGRADES.values(), ids=UPGRADES)
 @pytest.mark.parametrize("pause", [0.0, 0.1], ids=["at once", "later"])
 @pytest.mark.parametrize("is_chunked", [False, True], ids=["length", "chunks"])
@@ -232,6 +232,7 @@ HANDSHAKE = (
 CLOSING = POST + b"connection: close\r\n"
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize(
     ("request_", "status"),
     [

@@ -159,7 +159,6 @@ def test_a_collector_gets_one_trace_with_the_spans_of_the_handler(
 
 
 @pytest.mark.slow
-@pytest.mark.any_database
 def test_the_lines_of_a_process_of_handlers_name_the_span(
     database_url: str, collector: Collector
 ) -> None:
@@ -187,7 +186,6 @@ def test_every_process_of_serve_exports_its_spans(database_url: str, collector: 
 
 
 @pytest.mark.slow
-@pytest.mark.any_database
 def test_the_last_spans_are_sent_when_a_process_ends(
     database_url: str, collector: Collector
 ) -> None:
@@ -202,7 +200,6 @@ def test_the_last_spans_are_sent_when_a_process_ends(
 
 
 @pytest.mark.slow
-@pytest.mark.any_database
 def test_a_collector_that_never_answers_delays_no_request_no_job_and_no_shutdown(
     database_url: str, collector: Collector
 ) -> None:
@@ -226,7 +223,6 @@ def test_a_collector_that_never_answers_delays_no_request_no_job_and_no_shutdown
 
 
 @pytest.mark.slow
-@pytest.mark.any_database
 def test_an_outage_of_the_collector_is_logged_once_and_so_is_its_end(database_url: str) -> None:
     port = free_port()
     given = {
@@ -253,7 +249,6 @@ def test_an_outage_of_the_collector_is_logged_once_and_so_is_its_end(database_ur
 
 
 @pytest.mark.slow
-@pytest.mark.any_database
 def test_a_collector_that_refuses_spans_is_an_outage(
     database_url: str, collector: Collector
 ) -> None:
@@ -266,7 +261,6 @@ def test_a_collector_that_refuses_spans_is_an_outage(
 
 
 @pytest.mark.slow
-@pytest.mark.any_database
 def test_a_worker_by_itself_exports_its_spans(
     database_url: str, collector: Collector, tmp_path: Path
 ) -> None:
@@ -288,6 +282,7 @@ def test_a_worker_by_itself_exports_its_spans(
     assert collector.one("process traced.thread").parent == collector.one("send traced.thread").id
 
 
+@pytest.mark.slow
 def test_without_a_variable_nothing_of_opentelemetry_is_imported(sqlite_template: Path) -> None:
     program = """
 import asyncio, sys, httpx
@@ -378,6 +373,7 @@ def test_a_command_with_a_wrong_variable_does_not_start(
     assert message in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["serve", "worker"])
 def test_a_command_without_the_packages_names_the_extra(
     sqlite_template: Path, tmp_path: Path, command: str
@@ -405,7 +401,6 @@ def test_a_command_without_the_packages_names_the_extra(
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.any_database
 def test_requests_that_are_sent_at_once_on_a_connection_are_traces_of_their_own(
     database_url: str, collector: Collector
 ) -> None:
@@ -428,7 +423,6 @@ def test_requests_that_are_sent_at_once_on_a_connection_are_traces_of_their_own(
         assert [span.trace for span in collector.named(name)] == traces
 
 
-@pytest.mark.any_database
 def test_operations_over_a_websocket_are_exported(database_url: str, collector: Collector) -> None:
     query = """mutation { enqueueJob(input: {type: "traced.loop", payload: {}}) {
       __typename } }"""
@@ -463,7 +457,6 @@ def enqueue(url: str, folder: Path, variables: dict[str, str], lines: int = 1) -
     return done.stdout, done.stderr
 
 
-@pytest.mark.any_database
 def test_jobs_of_the_command_join_the_trace_of_its_environment(
     database_url: str, collector: Collector, tmp_path: Path
 ) -> None:
@@ -480,7 +473,6 @@ def test_jobs_of_the_command_join_the_trace_of_its_environment(
 
 
 @pytest.mark.slow
-@pytest.mark.any_database
 @pytest.mark.parametrize("value", [None, "", "not one"])
 def test_the_command_without_a_trace_in_its_environment_begins_one(
     database_url: str, collector: Collector, tmp_path: Path, value: str | None
@@ -494,7 +486,6 @@ def test_the_command_without_a_trace_in_its_environment_begins_one(
 
 
 @pytest.mark.slow
-@pytest.mark.any_database
 @pytest.mark.parametrize(
     "variables",
     [{"OTEL_TRACES_EXPORTER": "zipkin"}, {"OTEL_EXPORTER_OTLP_ENDPOINT": "localhost:4318"}],
@@ -512,7 +503,6 @@ def test_the_command_stores_jobs_where_tracing_cannot_be_configured(
 
 
 @pytest.mark.slow
-@pytest.mark.any_database
 def test_the_command_prints_its_spans_on_standard_error(database_url: str, tmp_path: Path) -> None:
     out, said = enqueue(database_url, tmp_path, {"OTEL_TRACES_EXPORTER": "console"})
     assert out.endswith(" queued\n")

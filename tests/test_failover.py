@@ -50,7 +50,6 @@ def listener(url: str) -> int | None:
     return None if found is None else int(found[0])
 
 
-@pytest.mark.any_database
 async def test_connections_to_a_server_that_takes_no_writes_are_replaced(
     fresh_postgresql_url: str, registry: JobRegistry
 ) -> None:
@@ -119,7 +118,6 @@ def replicated(url: str, job_id: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.any_database
 async def test_a_server_follows_the_primary_among_several_hosts(pair: Pair) -> None:
     async with (
         serving(pair.url) as (address, _),

@@ -106,7 +106,6 @@ def enqueue(url: str, job_type: str) -> None:
     asyncio.run(run())
 
 
-@pytest.mark.any_database
 def test_a_worker_shows_its_health_and_what_it_runs(database_url: str, tmp_path: Path) -> None:
     with worker(database_url, tmp_path) as (address, pid):
         assert eventually(address, "/healthz", 200).json() == {"status": "ok"}
@@ -122,7 +121,6 @@ def test_a_worker_shows_its_health_and_what_it_runs(database_url: str, tmp_path:
         assert httpx.get(address + "/healthz").status_code == 200
 
 
-@pytest.mark.any_database
 def test_attempts_that_outlive_their_timeout_in_a_thread_are_shown(
     database_url: str, tmp_path: Path
 ) -> None:

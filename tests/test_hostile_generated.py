@@ -26,6 +26,7 @@ async def server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Meas
         yield server
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("kind", REQUESTS)
 async def test_a_drawn_request_is_answered_within_the_bounds(
     server: MeasuredServer, kind: str
@@ -44,6 +45,7 @@ LONG_DOCUMENTS: Final = {
 }
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("length", [49_900, 190_000])
 @pytest.mark.parametrize("kind", LONG_DOCUMENTS)
 async def test_each_long_document_on_a_websocket_costs_little(

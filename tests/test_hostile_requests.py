@@ -215,6 +215,7 @@ async def measured(server: MeasuredServer, path: str, body: bytes) -> tuple[http
     return response, exceeded
 
 
+@pytest.mark.cases(13)
 @pytest.mark.parametrize("name", HOSTILE)
 async def test_a_hostile_request_is_answered_within_the_bounds(
     server: MeasuredServer, name: str
@@ -572,6 +573,7 @@ async def test_the_attempts_of_a_job_with_large_errors_stay_within_the_bounds(
     assert response.json()["errors"][0]["extensions"]["code"] == "budget_exceeded"
 
 
+@pytest.mark.slow
 async def test_documents_do_not_fill_the_memory(server: MeasuredServer) -> None:
     async with (
         httpx.AsyncClient(base_url=server.url, timeout=100) as client,

@@ -182,7 +182,6 @@ async def test_a_database_in_trouble_is_counted_and_the_scrape_answers(
         assert found.labels("status") == set()
 
 
-@pytest.mark.any_database
 async def test_the_metrics_are_of_one_application_and_in_no_global_registry(visit: Visit) -> None:
     async with visit() as one, visit() as other:
         await queue_of(one).enqueue(PING)
@@ -191,7 +190,6 @@ async def test_the_metrics_are_of_one_application_and_in_no_global_registry(visi
     assert "job_registry" not in prometheus_client.generate_latest().decode()
 
 
-@pytest.mark.any_database
 async def test_strangers_read_no_metrics(visit: Visit) -> None:
     async with visit(**AUTH) as client:
         for headers, status in (
@@ -210,7 +208,6 @@ async def test_strangers_read_no_metrics(visit: Visit) -> None:
         assert (await client.get("/readyz")).status_code == 200
 
 
-@pytest.mark.any_database
 async def test_without_authentication_only_this_machine_reads_metrics(
     visit: Visit, database_url: str
 ) -> None:

@@ -233,7 +233,6 @@ async def test_a_subscriber_gets_the_events_of_its_own_jobs_only(client: httpx.A
     ]
 
 
-@pytest.mark.any_database
 async def test_the_events_of_anothers_job_are_not_found(client: httpx.AsyncClient) -> None:
     theirs = await enqueue(client, ADA)
     answers = []

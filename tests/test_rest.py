@@ -23,8 +23,6 @@ from tests.http_client import Visit, queue_of, serving
 from tests.random_requests import send_for_each_operation
 from tests.test_auth import AUTH, bearer
 
-pytestmark = pytest.mark.any_database
-
 CASES = int(os.environ.get("TEST_REQUESTS", "10"))
 """How many requests for each operation of the description."""
 
@@ -364,7 +362,6 @@ async def test_it_is_not_described_where_introspection_is_off(visit: Visit) -> N
         assert (await client.get("/openapi.json")).status_code == 404
 
 
-@pytest.mark.any_database
 async def test_the_description_has_the_sizes_of_the_settings(visit: Visit) -> None:
     async with visit(max_page_size="77", max_bulk_size="1234") as client:
         described = (await client.get("/openapi.json")).json()

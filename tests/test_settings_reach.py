@@ -29,8 +29,6 @@ from tests.forks import Command
 from tests.http_client import Visit, serving
 from tests.test_auth import AUTH, CLAIMS, bearer
 
-pytestmark = pytest.mark.any_database
-
 Test = TypeVar("Test", bound=Callable[..., Any])
 TRIED: set[str] = set()
 

@@ -25,8 +25,6 @@ from job_registry_api.signing_keys import FixedKeys, SharedSecret
 from tests.http_client import Visit, application_of
 from tests.test_auth import AUTH, CLAIMS, ISSUER, SECRET, bearer, claims, graphql, token
 
-pytestmark = pytest.mark.any_database
-
 KEYS: dict[str, Any] = {name: ec.generate_private_key(ec.SECP256R1()) for name in ("old", "new")}
 
 
@@ -338,6 +336,7 @@ BAD_ANSWERS: dict[str, Callable[[Issuer], None]] = {
 }
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("kind", BAD_ANSWERS)
 async def test_an_answer_that_is_no_key_set_is_an_outage(
     issuer: Issuer, visit_with: Visit, kind: str, monkeypatch: pytest.MonkeyPatch
@@ -350,6 +349,7 @@ async def test_an_answer_that_is_no_key_set_is_an_outage(
     assert issuer.fetches == 1
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("kind", BAD_ANSWERS)
 async def test_known_keys_outlast_an_answer_that_is_no_key_set(
     issuer: Issuer,
@@ -491,6 +491,7 @@ async def test_a_token_from_the_future_is_not_valid_yet(visit: Visit) -> None:
             assert response.json()["errors"][0]["message"] == "The token is not valid yet."
 
 
+@pytest.mark.cases(5)
 @pytest.mark.parametrize(
     "types",
     [None, "test.ping", 7, True, {"test.ping": True}, [None], ["test.ping", 1], [["test.ping"]],
@@ -518,6 +519,7 @@ async def test_a_limit_to_job_types_may_name_none_unknown_ones_and_a_hundred(vis
     assert seen == [[], [], ["test.ping"]]
 
 
+@pytest.mark.cases(6)
 @pytest.mark.parametrize(
     ("changed", "expected"),
     [

@@ -31,8 +31,6 @@ from tests.test_tracing import (
 
 __all__ = ["traced"]
 
-pytestmark = pytest.mark.any_database
-
 OTHER = "4bf92f3577b34da6a3ce929d0e0e4736"
 THIRD = "11111111111111111111111111111111"
 SUBSCRIPTION = "subscription { jobEvents { name job { id } } }"
@@ -156,6 +154,7 @@ async def test_the_nearest_traceparent_counts(traced: Traced) -> None:
     assert [ids(span)[0] for span in traced.named("query")] == [TRACE, OTHER, THIRD]
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize("value", [*HOSTILE, None, 1, ["00"], {"a": 1}])
 async def test_a_traceparent_that_is_not_valid_is_ignored(traced: Traced, value: Any) -> None:
     given = {"traceparent": value}

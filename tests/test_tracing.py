@@ -130,6 +130,7 @@ async def traced(database_url: str) -> AsyncIterator[Traced]:
         yield traced
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("kind", ["traced.loop", "traced.thread", "traced.process"])
 async def test_a_request_an_enqueue_and_each_attempt_are_one_trace(
     traced: Traced, kind: str
@@ -415,7 +416,7 @@ HOSTILE = [
 ]
 
 
-@pytest.mark.any_database
+@pytest.mark.cases(4)
 @pytest.mark.parametrize("value", HOSTILE)
 async def test_a_traceparent_that_is_not_valid_is_ignored(traced: Traced, value: str) -> None:
     headers = [("traceparent", value.encode("latin-1"))]
@@ -428,21 +429,18 @@ async def test_a_traceparent_that_is_not_valid_is_ignored(traced: Traced, value:
     assert len(stored) == 55
 
 
-@pytest.mark.any_database
 async def test_several_traceparents_are_ignored(traced: Traced) -> None:
     headers = [("traceparent", TRACEPARENT), ("traceparent", TRACEPARENT)]
     await traced.enqueue("traced.plain", headers=headers)
     assert parent(traced.one("POST /graphql")) is None
 
 
-@pytest.mark.any_database
 async def test_a_newer_version_of_the_header_is_read(traced: Traced) -> None:
     newer = {"traceparent": f"01-{TRACE}-{SPAN}-01-more"}
     await traced.enqueue("traced.plain", headers=newer)
     assert parent(traced.one("POST /graphql")) == (TRACE, SPAN)
 
 
-@pytest.mark.any_database
 async def test_requests_of_rest_are_named_by_their_routes(traced: Traced) -> None:
     client = traced.client
     created = await client.post("/jobs", json={"type": "traced.plain", "payload": {}})
@@ -467,14 +465,12 @@ async def test_requests_of_rest_are_named_by_their_routes(traced: Traced) -> Non
     assert not [span for span in requests if "first=1" in span.to_json()]
 
 
-@pytest.mark.any_database
 async def test_health_and_metrics_have_no_spans(traced: Traced) -> None:
     for path in ("/healthz", "/readyz", "/metrics", "/nothing"):
         await traced.client.get(path)
     assert traced.spans == []
 
 
-@pytest.mark.any_database
 async def test_a_request_that_fails_is_an_error(
     traced: Traced, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -490,7 +486,6 @@ async def test_a_request_that_fails_is_an_error(
     assert SECRET not in request.to_json()
 
 
-@pytest.mark.any_database
 async def test_a_request_that_the_host_traces_has_no_second_span(traced: Traced) -> None:
     with TracerProvider().get_tracer("host").start_as_current_span("theirs") as theirs:
         await traced.enqueue("traced.plain")
@@ -498,7 +493,6 @@ async def test_a_request_that_the_host_traces_has_no_second_span(traced: Traced)
     assert ids(traced.spans[0])[0] == f"{theirs.get_span_context().trace_id:032x}"
 
 
-@pytest.mark.any_database
 async def test_requests_at_once_do_not_mix_their_traces(traced: Traced) -> None:
     async def send(number: int) -> tuple[str, str]:
         trace_id = f"{number:032x}"

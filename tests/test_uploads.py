@@ -24,8 +24,6 @@ from job_registry_api.uploads import AssetsUnavailable, Uploads
 from tests.http_client import Visit, serving
 from tests.test_auth import AUTH, bearer
 
-pytestmark = pytest.mark.any_database
-
 
 def picture(format_name: str = "PNG", colour: str = "red") -> bytes:
     file = io.BytesIO()

@@ -342,6 +342,7 @@ def test_without_a_lock_the_command_says_how_to_write_one(code: Code) -> None:
     )
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize(
     "content",
     [b"nope", b"\xff\xfe", b"{}", b'{"format": 7}', b'{"format": 1, "jobTypes": []}',
@@ -539,6 +540,7 @@ def server(status: int, body: bytes, *, headers: dict[str, str] | None = None) -
         thread.join()
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize(
     ("status", "body", "says"),
     [
@@ -579,6 +581,7 @@ def test_the_token_is_sent_and_never_printed(code: Code) -> None:
     assert bad.stderr == "The token has characters that a header cannot have.\n"
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize(
     "url",
     [
@@ -631,7 +634,6 @@ def enqueue(code: Code, url: str, *payloads: dict[str, Any], job_type: str = "ma
     assert stored.returncode == 0, stored.stderr
 
 
-@pytest.mark.any_database
 def test_every_stored_payload_is_read_and_those_that_are_refused_are_counted(
     code: Code, database_url: str
 ) -> None:
@@ -657,7 +659,6 @@ def test_every_stored_payload_is_read_and_those_that_are_refused_are_counted(
     assert run_sql(database_url, "SELECT status, count(*) FROM job GROUP BY status") == before
 
 
-@pytest.mark.any_database
 def test_the_payloads_of_the_queue_prove_what_the_schemas_do_not_tell(
     code: Code, database_url: str
 ) -> None:
@@ -683,7 +684,6 @@ def test_the_payloads_of_the_queue_prove_what_the_schemas_do_not_tell(
     assert (refused.returncode, *outcomes(change)) == (1, "unknown", "wait", "unknown")
 
 
-@pytest.mark.any_database
 def test_upgrades_and_former_names_are_used_for_what_is_stored(
     code: Code, database_url: str
 ) -> None:
@@ -715,7 +715,6 @@ def test_upgrades_and_former_names_are_used_for_what_is_stored(
     assert report["database"]["jobTypes"] == [{"jobType": "mail.send", "jobs": 2, "refused": 1}]
 
 
-@pytest.mark.any_database
 def test_types_that_the_code_does_not_know_are_named(code: Code, database_url: str) -> None:
     enqueue(code, database_url, {"to": "a"}, {"to": "b"})
     code.write(V1.replace("mail.send", "mail.other"))
@@ -730,7 +729,6 @@ def test_types_that_the_code_does_not_know_are_named(code: Code, database_url: s
     assert last == ("Unfinished jobs in the database: 2; 0 cannot be read, 2 have an unknown type.")
 
 
-@pytest.mark.any_database
 def test_running_jobs_are_read_too_and_compared_with_the_limit(
     code: Code, database_url: str
 ) -> None:

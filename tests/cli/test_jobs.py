@@ -246,6 +246,7 @@ def test_an_attempt_that_has_timed_out_and_still_runs_is_shown_as_what_others_wa
     assert shown(demo, second)["status"] == "queued"
 
 
+@pytest.mark.slow
 def test_a_parked_job_names_the_faults_of_its_payload(demo: Shell) -> None:
     (parked,) = enqueued(demo, "demo.waits")
     renamed = CATALOG.replace("number: int", "size: int").replace("payload.number", "1")
@@ -292,6 +293,7 @@ def test_jobs_of_a_type_that_is_not_registered_any_more_are_listed(demo: Shell) 
     assert "demo.longer" in unknown.stderr
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("command", ["list", "show x", "cancel x", "retry x", "versions", "unpark"])
 def test_a_command_for_operators_neither_creates_nor_migrates_a_database(
     jobs: Shell, command: str

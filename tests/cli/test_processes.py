@@ -29,7 +29,6 @@ from tests.test_shutdown import GRACE, PROCESSES, SOON, Process, catalog, runnin
 __all__ = ["catalog", "sqlite_url"]
 
 
-@pytest.mark.any_database
 def test_the_sockets_share_the_connections_of_one_address() -> None:
     with contextlib.ExitStack() as stack:
         sockets = [
@@ -61,7 +60,6 @@ def test_the_sockets_share_the_connections_of_one_address() -> None:
         assert min(counts) >= 8
 
 
-@pytest.mark.any_database
 def test_an_address_that_others_share_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
     for others in (listen_together("127.0.0.1", 0, 2, "-"), [listen("127.0.0.1", 0, "-")]):
         port = others[0].getsockname()[1]
@@ -76,7 +74,6 @@ def test_an_address_that_others_share_is_taken(capsys: pytest.CaptureFixture[str
             each.close()
 
 
-@pytest.mark.any_database
 def test_reload_is_refused(tmp_path: Path) -> None:
     jobs = Shell(tmp_path)
     for options, settings in (
@@ -90,7 +87,6 @@ def test_reload_is_refused(tmp_path: Path) -> None:
         )
 
 
-@pytest.mark.any_database
 def test_a_process_that_hangs_at_its_start_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,7 +111,6 @@ def test_a_process_that_hangs_at_its_start_is_killed(
     assert ended.value.code == FORCED
 
 
-@pytest.mark.any_database
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(
     "options", [pytest.param((), marks=pytest.mark.slow), ("--processes", "2")]
@@ -142,7 +137,6 @@ def test_a_signal_before_it_serves_ends_it_with_the_code_of_the_signal(
     assert (process.returncode, out, err) == (code, "", "")
 
 
-@pytest.mark.any_database
 def test_a_process_that_fails_at_its_start_ends_all_though_another_still_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

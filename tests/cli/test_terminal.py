@@ -38,6 +38,7 @@ def jobs(tmp_path: Path) -> Shell:
     return Shell(tmp_path)
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize(
     ("arguments", "stdin"),
     [

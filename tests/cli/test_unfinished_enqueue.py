@@ -71,6 +71,7 @@ def test_a_reader_that_ends_stops_it_and_is_told_of(jobs: Shell, many: str) -> N
     assert said == stopped_at(stored) + "The output could not be written: Broken pipe.\n"
 
 
+@pytest.mark.slow
 def test_a_reader_that_ends_before_the_last_results_is_no_failure(jobs: Shell) -> None:
     process = jobs.start("enqueue", "thumbnail.create", "-", "--json")
     assert process.stdout is not None

@@ -69,7 +69,6 @@ async def test_the_mounted_application_runs_jobs(example: Callable[[str], Any]) 
             await asyncio.sleep(0.05)
 
 
-@pytest.mark.any_database
 async def test_starlette_mounts_it_under_a_deeper_path(example: Callable[[str], Any]) -> None:
     async with visiting(example("mounted_starlette").app) as client:
         ready = await client.get("/internal/queue/readyz")

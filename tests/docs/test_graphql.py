@@ -19,7 +19,6 @@ from tests.http_client import serving
 CATALOG = ["job_registry.catalog", "myjobs", "shop_jobs", "reports", "extension"]
 
 
-@pytest.mark.any_database
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 async def test_the_documents_of_a_page_are_answered_as_shown(
     page: Path, database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -120,7 +120,6 @@ def test_the_first_test_takes_ten_lines() -> None:
     assert len([line for line in first.text.splitlines() if line.strip()]) <= 10
 
 
-@pytest.mark.any_database
 @pytest.mark.parametrize(
     ("module", "job_type", "payload", "result"),
     [

@@ -116,7 +116,6 @@ def test_its_own_tests_pass() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.any_database
 async def test_an_order_is_followed_to_its_end_after_a_restart(
     environment: dict[str, str],
 ) -> None:
@@ -179,7 +178,6 @@ async def test_a_worker_of_its_own_works_the_orders(environment: dict[str, str])
 
 @needs_browser
 @pytest.mark.slow
-@pytest.mark.any_database
 async def test_the_page_places_an_order_and_shows_its_jobs_until_they_end(
     environment: dict[str, str],
 ) -> None:

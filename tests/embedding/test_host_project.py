@@ -106,7 +106,6 @@ async def test_the_hosts_alembic_sees_its_own_tables_only(
     assert "No new upgrade operations detected" in alembic(project, environment, "check")
 
 
-@pytest.mark.any_database
 @pytest.mark.usefixtures("tables")
 async def test_the_hosts_transaction_stores_its_row_and_the_job_or_neither(
     project: Path, environment: dict[str, str]
@@ -125,7 +124,6 @@ async def test_the_hosts_transaction_stores_its_row_and_the_job_or_neither(
 
 
 @pytest.mark.slow
-@pytest.mark.any_database
 @pytest.mark.usefixtures("tables")
 async def test_subscriptions_are_served_under_the_prefix_by_sse_and_websocket(
     project: Path, environment: dict[str, str]
@@ -168,7 +166,6 @@ async def test_subscriptions_are_served_under_the_prefix_by_sse_and_websocket(
 
 
 @pytest.mark.slow
-@pytest.mark.any_database
 @pytest.mark.usefixtures("tables")
 async def test_sigterm_ends_the_host_the_worker_and_the_application(
     project: Path, environment: dict[str, str]
@@ -183,7 +180,6 @@ async def test_sigterm_ends_the_host_the_worker_and_the_application(
 
 
 @pytest.mark.slow
-@pytest.mark.any_database
 @pytest.mark.usefixtures("tables")
 async def test_behind_a_proxy_locations_have_the_whole_prefix(
     project: Path, environment: dict[str, str]

@@ -118,7 +118,6 @@ async def test_a_job_is_stored_for_the_hosts_user_and_faults_are_data(queue: Job
     assert data["enqueueJob"]["code"] == "job_type_not_found"
 
 
-@pytest.mark.any_database
 async def test_the_typed_door_is_there(queue: JobQueue) -> None:
     schema = host_schema(graphql_types(queue, authenticate=caller_of))
     document = """mutation ($job: TypedJobInput!, $options: EnqueueOptions) {
@@ -137,7 +136,6 @@ async def test_the_typed_door_is_there(queue: JobQueue) -> None:
     )
 
 
-@pytest.mark.any_database
 async def test_without_a_function_or_a_caller_nobody_has_access(queue: JobQueue) -> None:
     document = '{ now job(id: "1") { __typename } jobTypes { name } }'
     for jobs, context in (
@@ -151,7 +149,6 @@ async def test_without_a_function_or_a_caller_nobody_has_access(queue: JobQueue)
         assert {error["extensions"]["code"] for error in errors} == {"unauthenticated"}
 
 
-@pytest.mark.any_database
 async def test_the_scopes_and_job_types_of_the_hosts_caller_are_enforced(queue: JobQueue) -> None:
     schema = host_schema(graphql_types(queue, authenticate=caller_of))
     enqueuer = HostContext("bob", frozenset({"jobs:enqueue"}), frozenset({"payout.execute"}))
@@ -205,7 +202,6 @@ async def test_a_refused_field_does_not_hide_what_another_has_stored(queue: JobQ
     assert paths == [["cancelJob"], ["stored", "job", "attempts"]]
 
 
-@pytest.mark.any_database
 async def test_any_context_of_the_host_will_do_and_its_function_may_be_async(
     queue: JobQueue,
 ) -> None:
@@ -227,7 +223,6 @@ async def test_any_context_of_the_host_will_do_and_its_function_may_be_async(
     assert len(calls) == 4
 
 
-@pytest.mark.any_database
 async def test_operations_that_run_at_once_have_their_own_callers(queue: JobQueue) -> None:
     schema = host_schema(graphql_types(queue, authenticate=caller_of))
     answers = await asyncio.gather(
@@ -237,7 +232,6 @@ async def test_operations_that_run_at_once_have_their_own_callers(queue: JobQueu
     assert stored == [f"user-{n}" for n in range(20)]
 
 
-@pytest.mark.any_database
 async def test_the_budget_and_the_limits_of_arguments_hold_for_the_whole_operation(
     queue: JobQueue,
 ) -> None:
@@ -328,7 +322,6 @@ async def test_a_subscription_reads_the_jobs_of_a_burst_together_and_not_long_be
     assert [each["status"] for each in jobs].index("CANCELLED") == 50
 
 
-@pytest.mark.any_database
 async def test_subscriptions_need_their_scope_and_end_with_the_callers_token(
     queue: JobQueue,
 ) -> None:
@@ -342,7 +335,6 @@ async def test_subscriptions_need_their_scope_and_end_with_the_callers_token(
         assert error.extensions["code"] == code
 
 
-@pytest.mark.any_database
 async def test_the_hosts_own_operations_may_be_executed_synchronously(queue: JobQueue) -> None:
     schema = host_schema(graphql_types(queue, authenticate=caller_of))
     result = schema.execute_sync("{ now }", context_value=ADA)
@@ -375,13 +367,11 @@ class Careers:
         return HostError(reason="none")
 
 
-@pytest.mark.any_database
 async def test_a_host_with_types_of_the_same_names_learns_it_at_its_start(queue: JobQueue) -> None:
     with pytest.raises(Exception, match=r"(Job|Error) is defined multiple times in the schema"):
         host_schema(graphql_types(queue, authenticate=caller_of), Careers)
 
 
-@pytest.mark.any_database
 async def test_a_prefix_keeps_the_names_of_both_apart(queue: JobQueue) -> None:
     jobs = graphql_types(queue, authenticate=caller_of, prefix="Queue")
     schema = host_schema(jobs, Careers)
@@ -422,7 +412,6 @@ class Shift(Payload):
     person: uuid.UUID
 
 
-@pytest.mark.any_database
 async def test_the_hosts_scalars_are_shared_and_payloads_are_stored_as_json(
     database_url: str,
 ) -> None:
@@ -463,7 +452,6 @@ async def test_the_hosts_scalars_are_shared_and_payloads_are_stored_as_json(
     assert data["enqueue"]["job"]["payload"] == sent
 
 
-@pytest.mark.any_database
 async def test_without_the_extensions_the_error_says_what_is_missing(queue: JobQueue) -> None:
     jobs = graphql_types(queue, authenticate=caller_of)
     schema = strawberry.Schema(query=jobs.query, config=StrawberryConfig(scalar_map=jobs.scalars))
@@ -471,7 +459,6 @@ async def test_without_the_extensions_the_error_says_what_is_missing(queue: JobQ
     assert "extensions=[*jobs.extensions]" in errors[0]["message"]
 
 
-@pytest.mark.any_database
 async def test_the_schema_of_the_application_stays_as_it_is(queue: JobQueue) -> None:
     """Strawberry's fields are shared by all schemas that have them."""
     catalog = load_registry(["job_registry.catalog"])
@@ -479,7 +466,6 @@ async def test_the_schema_of_the_application_stays_as_it_is(queue: JobQueue) -> 
     assert sdl(catalog) == SDL_FILE.read_text("utf-8")
 
 
-@pytest.mark.any_database
 @pytest.mark.parametrize("inner", ["{ jobTypes { name } }", "{ now }"])
 async def test_an_operation_inside_another_leaves_it_its_caller(
     queue: JobQueue, inner: str
@@ -509,7 +495,6 @@ async def test_an_operation_inside_another_leaves_it_its_caller(
     assert [each["extensions"]["code"] for each in errors] == ["unauthenticated"]
 
 
-@pytest.mark.any_database
 async def test_a_schema_without_the_extensions_does_not_take_the_caller_of_an_event(
     queue: JobQueue,
 ) -> None:

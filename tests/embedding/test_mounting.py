@@ -107,7 +107,6 @@ async def ended() -> None:
             await asyncio.wait({task})
 
 
-@pytest.mark.any_database
 @both_hosts
 @pytest.mark.parametrize("joined", [True, False], ids=["joined", "not joined"])
 @pytest.mark.parametrize("prefix", ["/queue", "/internal/the queue"])
@@ -136,7 +135,6 @@ async def test_a_mounted_application_serves_graphql_rest_health_and_its_page(
     assert f"{encoded}/graphql" in unknown.json()["error"]["message"]
 
 
-@pytest.mark.any_database
 @both_hosts
 async def test_the_application_leaves_the_hosts_own_routes_alone(
     host: MakeHost, database_url: str, registry: JobRegistry
@@ -157,7 +155,6 @@ async def test_the_application_leaves_the_hosts_own_routes_alone(
     assert refused.headers["cache-control"] == "no-store"
 
 
-@pytest.mark.any_database
 @pytest.mark.parametrize("address", ["192.0.2.1", "2001:db8::1", "::ffff:192.0.2.1"])
 async def test_without_authentication_other_machines_are_refused(
     address: str, database_url: str, registry: JobRegistry
@@ -251,7 +248,6 @@ async def test_a_websocket_is_refused_while_the_application_cannot_start(
         assert [each["type"] for each in sent] == ["websocket.close"]
 
 
-@pytest.mark.any_database
 async def test_a_worker_that_cannot_start_is_a_503_whose_reason_is_in_the_log(
     database_url: str,
 ) -> None:
@@ -276,7 +272,6 @@ async def test_a_worker_that_cannot_start_is_a_503_whose_reason_is_in_the_log(
     assert any(line.get("error_id", "?") in refused.text for line in logs)
 
 
-@pytest.mark.any_database
 async def test_the_log_says_why_an_application_could_not_start(
     database_url: str, registry: JobRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -398,7 +393,6 @@ async def test_an_open_queue_of_the_host_is_used_and_left_open(
         assert (await queue.get(answer.json()["jobId"])).type == "payout.execute"
 
 
-@pytest.mark.any_database
 async def test_a_queue_that_is_not_open_is_named_when_the_host_joins(
     database_url: str, registry: JobRegistry
 ) -> None:
@@ -410,7 +404,6 @@ async def test_a_queue_that_is_not_open_is_named_when_the_host_joins(
     await queue.close()
 
 
-@pytest.mark.any_database
 async def test_a_queue_and_a_registry_or_suggestions_that_the_settings_forbid_are_refused(
     database_url: str, registry: JobRegistry
 ) -> None:

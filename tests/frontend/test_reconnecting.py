@@ -11,7 +11,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import httpx
-import pytest
 
 from tests.forks import Command
 from tests.frontend.test_frontend import HERE, pytestmark  # noqa: F401
@@ -39,7 +38,6 @@ async def enqueue(port: int) -> str:
     return str(response.json()["jobId"])
 
 
-@pytest.mark.any_database
 async def test_a_client_subscribes_again_by_itself_when_its_server_restarts(
     sqlite_template: Path, tmp_path: Path
 ) -> None:

@@ -71,7 +71,6 @@ async def test_an_unknown_type_is_refused(http: httpx.AsyncClient) -> None:
     assert response.json()["error"]["code"] == "job_type_not_found"
 
 
-@pytest.mark.any_database
 @pytest.mark.parametrize(
     ("job", "expected"),
     [
@@ -90,7 +89,6 @@ async def test_max_attempts_come_from_the_call_or_the_policy(
     assert await stored_max_attempts(http, response.json()["jobId"]) == expected
 
 
-@pytest.mark.any_database
 async def test_values_out_of_their_range_are_refused_together(http: httpx.AsyncClient) -> None:
     job = {"type": "thumbnail.create", "payload": GOOD, "maxAttempts": 0, "priority": 101}
     result = await by_graphql(http, job)
@@ -121,7 +119,6 @@ async def test_an_idempotency_key_is_safe_to_repeat_and_conflicts_otherwise(
     assert (response.status_code, response.json()["error"]["code"]) == (409, "idempotency_conflict")
 
 
-@pytest.mark.any_database
 @pytest.mark.parametrize(
     ("payload", "path", "code"),
     [

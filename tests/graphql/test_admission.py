@@ -15,8 +15,6 @@ from job_registry import JobRegistry, JobType, Payload
 from tests.http_client import Visit
 from tests.test_auth import AUTH, bearer
 
-pytestmark = pytest.mark.any_database
-
 SECRET = re.compile("[Pp]ayout|batchId|escrowId|isRetry|[Ss]ecret")
 ALL = ("jobs:enqueue", "jobs:read", "jobs:work", "jobs:admin")
 IN_AN_HOUR = int(time.time()) + 3_600  # The tests may have begun minutes ago.
@@ -71,6 +69,7 @@ QUESTIONS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("headers", [LIMITED, NO_TYPES, NO_SCOPE], ids=["some", "none", "no scope"])
 @pytest.mark.parametrize("production", ["false", "true"])
 async def test_no_answer_mentions_a_type_that_the_caller_may_not_see(

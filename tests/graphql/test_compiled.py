@@ -479,6 +479,7 @@ async def test_every_kind_of_value_is_answered_as_by_graphql_core() -> None:
     assert await same(EVERYTHING)
 
 
+@pytest.mark.cases(16)
 @pytest.mark.parametrize("fault", ["raise", "null", "odd", "error"])
 @pytest.mark.parametrize(
     "name",
@@ -606,6 +607,7 @@ TOLD = """query ($tree: Tree, $trees: [Tree!], $point: Point, $choice: Choice,
     factor: $factor, factors: $factors) }"""
 
 
+@pytest.mark.cases(20)
 @pytest.mark.parametrize(
     ("variables", "stays"),
     [

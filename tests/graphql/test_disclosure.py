@@ -14,8 +14,6 @@ from starlette.types import Receive, Scope, Send
 
 from tests.http_client import Visit, application_of
 
-pytestmark = pytest.mark.any_database
-
 CLOSE = {"type": "thumbnail.creat", "payload": {}}
 TYPED = {"type": "thumbnail.create", "payload": {"assetIdd": "a", "versionNumber": 1}}
 DOCUMENTS = [

@@ -51,7 +51,6 @@ async def test_a_job_that_the_caller_may_not_see_is_null(router: httpx.AsyncClie
     assert [each and each["id"] for each in found] == [None, own]
 
 
-@pytest.mark.any_database
 async def test_a_caller_without_the_scope_is_refused(router: httpx.AsyncClient) -> None:
     sent = {"query": ENTITIES, "variables": {"of": []}}
     worker = bearer("eve", "jobs:work")
@@ -59,7 +58,6 @@ async def test_a_caller_without_the_scope_is_refused(router: httpx.AsyncClient) 
     assert error["extensions"]["code"] == "forbidden"
 
 
-@pytest.mark.any_database
 @pytest.mark.parametrize(
     ("representations", "code", "path"),
     [
@@ -85,7 +83,6 @@ async def test_what_is_no_job_and_what_is_too_much_is_refused(
     assert [each["path"] for each in violations] == [path]
 
 
-@pytest.mark.any_database
 async def test_the_fields_of_entities_are_charged_to_the_answer(visit: Visit) -> None:
     async with visit(**AUTH, federation="true", max_answer_fields="1000") as router:
         job_id = await enqueue(router, ADA)
@@ -94,7 +91,6 @@ async def test_the_fields_of_entities_are_charged_to_the_answer(visit: Visit) ->
     assert error["extensions"]["setting"] == "JOBS_MAX_ANSWER_FIELDS"
 
 
-@pytest.mark.any_database
 async def test_the_server_serves_the_subgraph_that_the_command_prints(
     router: httpx.AsyncClient, registry: Any
 ) -> None:
@@ -105,7 +101,6 @@ async def test_the_server_serves_the_subgraph_that_the_command_prints(
     parse(text)
 
 
-@pytest.mark.any_database
 async def test_the_fields_of_a_subgraph_are_served_by_the_setting_alone(
     visit: Visit, registry: Any
 ) -> None:

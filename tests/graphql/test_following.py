@@ -7,7 +7,6 @@ import time
 from typing import Any
 
 import httpx
-import pytest
 
 from job_registry import EnqueueRequest
 from job_registry_api import GraphQLTypes, JobQueue, graphql_types
@@ -58,7 +57,6 @@ async def test_the_first_event_of_a_job_is_its_state_and_each_later_change_follo
     assert await follow(queue, job, 1, asyncio.sleep(0)) == [("job.current", "SUCCEEDED", 1)]
 
 
-@pytest.mark.any_database
 async def test_no_change_is_missed_between_the_state_and_the_events(queue: JobQueue) -> None:
     """Given a job that ends at any moment of its subscription, I expect its end or `SUCCEEDED`."""
     for step in range(12):
@@ -104,7 +102,6 @@ async def test_a_job_that_does_not_end_in_time_is_answered_as_it_is(queue: JobQu
     assert data["awaitJob"]["code"] == "job_not_found"
 
 
-@pytest.mark.any_database
 async def test_the_end_of_the_server_ends_the_wait_with_an_answer(database_url: str) -> None:
     job = {"type": "payout.execute", "payload": {"batchId": "b", "escrowId": "e"}}
     async with httpx.AsyncClient(timeout=20) as client:

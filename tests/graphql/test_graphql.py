@@ -109,7 +109,6 @@ async def test_a_bulk_answers_in_order_and_atomic_stores_all_or_none(execute: Ex
     assert len(jobs["jobs"]["nodes"]) == 2
 
 
-@pytest.mark.any_database
 async def test_a_bulk_of_more_than_a_thousand_is_an_error_of_the_request(
     http: httpx.AsyncClient,
 ) -> None:
@@ -139,7 +138,6 @@ async def test_every_job_is_on_exactly_one_page(execute: Execute) -> None:
     assert none["jobs"]["edges"] == []
 
 
-@pytest.mark.any_database
 @pytest.mark.parametrize("arguments", ['after: "junk"', "first: 0", "first: 201", 'after: "é"'])
 async def test_a_wrong_page_is_a_clear_error(http: httpx.AsyncClient, arguments: str) -> None:
     response = await http.post(
@@ -240,7 +238,6 @@ def break_queue(
         monkeypatch.setattr(queue_of(http), name, broken)
 
 
-@pytest.mark.any_database
 async def test_an_unforeseen_fault_is_reported_by_its_id_alone(
     http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -269,7 +266,6 @@ async def test_a_database_that_is_away_is_said_so(
     assert (await http.get("/healthz")).status_code == 200
 
 
-@pytest.mark.any_database
 @pytest.mark.parametrize(
     ("body", "status"),
     [
@@ -295,7 +291,6 @@ async def test_a_malformed_request_is_answered_with_its_status(
     assert response.headers["content-type"].startswith("application/json")
 
 
-@pytest.mark.any_database
 async def test_the_media_type_of_graphql_reports_faults_of_documents_by_status(
     http: httpx.AsyncClient,
 ) -> None:
@@ -314,7 +309,6 @@ async def test_the_media_type_of_graphql_reports_faults_of_documents_by_status(
     ).status_code == 406
 
 
-@pytest.mark.any_database
 async def test_queries_go_by_get_and_mutations_do_not(http: httpx.AsyncClient) -> None:
     query = "query ($n: Int) { jobs(first: $n) { nodes { id } } }"
     good = await http.get("/graphql", params={"query": query, "variables": '{"n": 1}'})
@@ -334,7 +328,6 @@ async def test_queries_go_by_get_and_mutations_do_not(http: httpx.AsyncClient) -
     assert (await http.post("/graphql", content=b"query={x}")).status_code == 415
 
 
-@pytest.mark.any_database
 @pytest.mark.parametrize(
     ("request_options", "status", "code"),
     [
@@ -356,7 +349,6 @@ async def test_rest_answers_what_is_wrong_with_its_status(
     assert response.json()["error"].keys() == {"code", "message", "details"}
 
 
-@pytest.mark.any_database
 async def test_rest_counts_the_faults(http: httpx.AsyncClient) -> None:
     one = await http.post("/jobs", json={**PING, "color": "red"})
     assert one.json()["error"]["message"] == "The request has 1 fault."
@@ -364,7 +356,6 @@ async def test_rest_counts_the_faults(http: httpx.AsyncClient) -> None:
     assert two.json()["error"]["message"] == "The request has 2 faults."
 
 
-@pytest.mark.any_database
 async def test_rest_has_no_such_job_and_no_such_method(http: httpx.AsyncClient) -> None:
     missing = await http.get("/jobs/nope")
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "job_not_found")

@@ -18,8 +18,6 @@ from job_registry_api.graphql.execution import Executor
 from job_registry_api.logs import configure_logs
 from tests.http_client import Visit, application_of, queue_of, serving
 
-pytestmark = pytest.mark.any_database
-
 
 async def ask(client: httpx.AsyncClient, query: str, **headers: str) -> httpx.Response:
     return await client.post("/graphql", json={"query": query}, headers=headers)
@@ -374,6 +372,7 @@ CIRCULAR = (
 )
 
 
+@pytest.mark.cases(5)
 @pytest.mark.parametrize(
     "query",
     [
@@ -499,6 +498,7 @@ async def test_only_the_pages_of_listed_origins_may_call(database_url: str, visi
             assert opened == opens, origin
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize(
     ("host", "served"),
     [

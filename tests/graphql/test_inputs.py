@@ -17,8 +17,6 @@ from job_registry_api.graphql.context import Context
 from job_registry_api.graphql.schema import build_schema
 from tests.http_client import Execute, queue_of
 
-pytestmark = pytest.mark.any_database
-
 NAMES = st.from_regex(r"[a-zA-Z_][a-zA-Z0-9_]{0,8}", fullmatch=True)
 JSON_VALUES = st.recursive(
     st.none()

@@ -16,8 +16,6 @@ from job_registry_api import JobQueue, graphql_types
 from tests.embedding.test_merged_graphql import ADA, HostMutation, HostQuery, caller_of
 from tests.http_client import Execute
 
-pytestmark = pytest.mark.any_database
-
 
 class Anything(Payload):
     """A payload that holds any JSON."""
@@ -72,6 +70,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any], Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize("case", CASES)
 async def test_what_a_variable_in_a_literal_was_sent_as_is_stored(
     execute: Execute, case: str

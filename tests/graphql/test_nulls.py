@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 from graphql import GraphQLInterfaceType, GraphQLNonNull, GraphQLObjectType, build_schema
 
 from job_registry_api.graphql.schema import SDL_FILE
@@ -15,7 +14,6 @@ OF_TYPE = """name description fingerprint hasHandler
 TYPES = " ".join(f"t{n}: jobTypes {{ {OF_TYPE} }}" for n in range(20))
 
 
-@pytest.mark.any_database
 async def test_a_mutation_that_fails_does_not_hide_the_job_that_another_stored(
     visit: Visit,
 ) -> None:
@@ -35,7 +33,6 @@ async def test_a_mutation_that_fails_does_not_hide_the_job_that_another_stored(
     ]
 
 
-@pytest.mark.any_database
 async def test_a_query_that_fails_does_not_hide_the_others(visit: Visit) -> None:
     async with visit(max_answer_fields="1000") as client:
         sent = {"query": '{ jobPolicy(jobType: "payout.execute") { __typename } ' + TYPES + " }"}

@@ -52,6 +52,7 @@ async def test_an_empty_list_of_types_or_statuses_lists_no_jobs(
         assert (ids(last), sides(last)) == ([], (False, False))
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize(
     "wanted",
     [
@@ -107,7 +108,6 @@ async def test_a_page_says_what_is_before_it_now(http: httpx.AsyncClient, execut
     assert (ids(page), sides(page)) == ([], (False, True))
 
 
-@pytest.mark.any_database
 @pytest.mark.parametrize(
     ("arguments", "path"),
     [
@@ -126,7 +126,6 @@ async def test_a_page_that_cannot_be_is_refused_with_the_argument(
     assert [each["path"] for each in error["extensions"]["violations"]] == [path]
 
 
-@pytest.mark.any_database
 async def test_a_page_from_the_end_keeps_the_jobs_at_the_cursor_if_it_stops_early(
     visit: Visit,
 ) -> None:
@@ -197,7 +196,6 @@ async def test_the_total_of_another_filter_is_exact_up_to_a_bound(
         assert 11 <= found["totalCount"] <= 24, wanted
 
 
-@pytest.mark.any_database
 async def test_the_total_is_counted_only_where_it_is_selected(
     http: httpx.AsyncClient, execute: Execute, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,7 +215,6 @@ async def test_the_total_is_counted_only_where_it_is_selected(
     assert len(counted) == 1
 
 
-@pytest.mark.any_database
 async def test_totals_are_charged_and_a_refused_one_leaves_the_page(visit: Visit) -> None:
     async with visit(max_answer_fields="2500") as client:
         (job_id,) = await enqueued(client, 1)

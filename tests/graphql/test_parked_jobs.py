@@ -165,7 +165,6 @@ async def test_a_remote_worker_names_what_it_can_read(
     assert await leased(today, older) == [{"text": "a"}]
 
 
-@pytest.mark.any_database
 @pytest.mark.parametrize(
     ("named", "code"),
     [
@@ -211,7 +210,6 @@ async def test_types_that_the_server_does_not_know_are_listed_to_who_may_see_the
         assert [each["name"] for each in found.json()["data"]["unregisteredTypes"]] == ["lost"]
 
 
-@pytest.mark.any_database
 async def test_the_command_line_shows_versions_and_unparks(
     database_url: str, tmp_path: Path, registry: JobRegistry
 ) -> None:
@@ -234,7 +232,6 @@ async def test_the_command_line_shows_versions_and_unparks(
     assert json.loads(jobs("unpark", "--json", **settings).stdout) == {"unparked": 0}
 
 
-@pytest.mark.any_database
 async def test_the_typed_input_takes_the_older_form_too(http: httpx.AsyncClient) -> None:
     document = """mutation { enqueue(job: {testPing: %s}) {
         __typename ... on EnqueueJobSuccess { job { payload } }

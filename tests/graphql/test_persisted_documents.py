@@ -23,8 +23,6 @@ from job_registry_api.settings import SettingsInvalid
 from tests.http_client import Visit, serving
 from tests.test_auth import AUTH, bearer
 
-pytestmark = pytest.mark.any_database
-
 QUERY = "query Policy($type: String!) { jobPolicy(jobType: $type) { __typename } }"
 OTHER = "{ jobTypes { name } }"
 VARIABLES = {"type": "payout.execute"}

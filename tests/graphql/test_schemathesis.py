@@ -9,7 +9,6 @@ import asyncio
 import os
 from typing import Any
 
-import pytest
 import schemathesis
 from graphql import parse_value
 from hypothesis import strategies as st
@@ -31,7 +30,6 @@ ANY_JSON = st.recursive(
 TIMES = st.datetimes(timezones=st.just(None) | st.timezones()).map(str) | st.text(max_size=8)
 
 
-@pytest.mark.any_database
 async def test_no_document_breaks_the_server_or_makes_it_tell_its_insides(
     database_url: str,
 ) -> None:

@@ -32,8 +32,6 @@ from job_registry_api.turns import Turns
 from tests.http_client import Visit, application_of, queue_of
 from tests.test_own_jobs import AUTH, NOWHERE, SECRET
 
-pytestmark = pytest.mark.any_database
-
 PING, PONG = EnqueueRequest("test.ping", {}), EnqueueRequest("test.pong", {})
 JOBS = "subscription ($types: [String!]) { jobEvents(jobTypes: $types) { name job { id } } }"
 IDS = "subscription { jobEvents { jobId } }"

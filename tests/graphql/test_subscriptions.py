@@ -132,7 +132,6 @@ async def test_who_hangs_up_gets_nothing_more_and_costs_nothing_more(visit: Visi
     assert len(received) == before
 
 
-@pytest.mark.any_database
 async def test_a_thousand_clients_that_hang_up_leave_nothing_behind(visit: Visit) -> None:
     async with visit() as client, asyncio.timeout(60):
         application = application_of(client)
@@ -208,7 +207,6 @@ async def test_a_wrong_subscription_is_a_clear_error(address: str) -> None:
     assert "text/event-stream" in plain.json()["errors"][0]["message"]
 
 
-@pytest.mark.any_database
 async def test_a_server_that_stops_ends_event_streams_without_complete(database_url: str) -> None:
     """A client of graphql-sse then connects again; after `complete` or an error it would not."""
     headers = {"accept": "text/event-stream"}
@@ -227,7 +225,6 @@ async def test_a_server_that_stops_ends_event_streams_without_complete(database_
     assert "events_missed" not in text
 
 
-@pytest.mark.any_database
 async def test_a_server_that_stops_closes_websockets_with_1001(database_url: str) -> None:
     async with serving(database_url, "--no-worker") as (address, _):
         socket = await connect(f"ws://{address}/graphql", subprotocols=[TRANSPORT])
@@ -242,7 +239,6 @@ async def test_a_server_that_stops_closes_websockets_with_1001(database_url: str
     assert socket.close_code == 1001
 
 
-@pytest.mark.any_database
 async def test_the_single_connection_mode_is_refused(address: str) -> None:
     async with httpx.AsyncClient() as client:
         response = await client.put(f"http://{address}/graphql")

@@ -25,8 +25,6 @@ from tests import forks
 from tests.graphql.test_inputs import literal
 from tests.http_client import Execute
 
-pytestmark = pytest.mark.any_database
-
 
 class Color(Enum):
     """The color of a thing."""

@@ -20,7 +20,6 @@ LEASE = """mutation { leaseJobs(input: {
 }) { __typename ... on LeaseJobsSuccess { leases { leaseToken } } } }"""
 
 
-@pytest.mark.any_database
 async def test_a_long_poll_whose_client_has_hung_up_is_given_no_job(
     queue: JobQueue, database_url: str
 ) -> None:
@@ -56,7 +55,6 @@ async def test_a_long_poll_whose_client_has_hung_up_is_given_no_job(
     assert await queue.attempts([found.id]) == {found.id: []}
 
 
-@pytest.mark.any_database
 async def test_a_field_that_waits_longer_than_another_ends_when_its_client_hangs_up(
     http: httpx.AsyncClient,
 ) -> None:

@@ -24,8 +24,6 @@ from job_registry_api.graphql import websocket
 from tests.http_client import serving
 from tests.measured_server import measured_server
 
-pytestmark = pytest.mark.any_database
-
 PROTOCOL = Subprotocol("graphql-transport-ws")
 INIT = {"type": "connection_init"}
 EVENTS = {
@@ -199,6 +197,7 @@ async def test_little_is_read_before_the_acknowledgement(socket: ClientConnectio
     assert sent < 200_000  # What the buffers of both sides hold.
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize(
     ("message", "code"),
     [

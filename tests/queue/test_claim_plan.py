@@ -108,6 +108,7 @@ async def steps_of(database: Database, name: str, values: dict[str, Any]) -> lis
         return [row[-1] for row in await connection.execute(query, values)]
 
 
+@pytest.mark.cases(6)
 @pytest.mark.parametrize("name", PARAMETERS)
 async def test_on_sqlite_a_statement_reads_an_index_and_sorts_no_more_than_a_page(
     filled_file: Database, name: str
@@ -169,6 +170,7 @@ LISTS = {
 }
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize("size", [{"first": 50}, {"last": 50}], ids=["first", "last"])
 @pytest.mark.parametrize("wanted", LISTS.values(), ids=LISTS.keys())
 async def test_on_sqlite_a_page_of_jobs_reads_indexes_and_sorts_no_more_than_pages(
@@ -283,6 +285,7 @@ async def test_on_postgresql_what_an_operation_reads_does_not_grow_with_the_queu
     assert not grown
 
 
+@pytest.mark.slow
 async def test_on_postgresql_a_filled_table_without_statistics_costs_no_more(
     fresh_postgresql_url: str, registry: JobRegistry
 ) -> None:
@@ -307,6 +310,7 @@ async def test_on_postgresql_a_filled_table_without_statistics_costs_no_more(
     assert max(read.values()) < FEW_BLOCKS, read
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("analyzed", [False, True], ids=["never", "when it was idle"])
 async def test_on_postgresql_a_burst_of_equal_jobs_is_read_by_the_index_of_claims(
     fresh_postgresql_url: str, analyzed: bool
@@ -370,6 +374,7 @@ async def long_snapshot(
     await database.close()
 
 
+@pytest.mark.slow
 async def test_on_postgresql_a_report_reads_nothing_of_the_jobs_done_since_a_long_snapshot_began(
     fresh_postgresql_url: str, registry: JobRegistry
 ) -> None:
@@ -432,6 +437,7 @@ async def test_on_postgresql_a_later_claim_of_several_priorities_reads_nothing_o
     assert read < FEW_ENTRIES
 
 
+@pytest.mark.slow
 async def test_on_postgresql_a_claim_does_not_read_what_runs(
     fresh_postgresql_url: str, registry: JobRegistry
 ) -> None:
@@ -583,6 +589,7 @@ async def fill_parked(database: Database, jobs: int, refused: str) -> None:
             await connection.exec_driver_sql("VACUUM job")
 
 
+@pytest.mark.slow
 async def test_on_postgresql_a_claim_reads_no_parked_jobs_of_its_own_and_few_of_others(
     fresh_postgresql_url: str, registry: JobRegistry
 ) -> None:

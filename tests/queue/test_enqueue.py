@@ -74,6 +74,7 @@ async def test_the_calls_max_attempts_override_the_policys(queue: JobQueue) -> N
     assert (await queue.get(job.id)).max_attempts == 10
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("hours", [-23, -16, 16, 19, 23])
 async def test_a_time_may_have_any_offset(queue: JobQueue, hours: int) -> None:
     later = datetime(2055, 5, 9, 5, tzinfo=timezone(timedelta(hours=hours, minutes=9)))
@@ -96,6 +97,7 @@ async def test_schedule_at_delays_the_first_run(queue: JobQueue) -> None:
     assert await queue.lease(["test.ping"], "w") == []
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize(
     ("options", "path"),
     [
@@ -120,6 +122,7 @@ async def test_a_value_out_of_its_range_is_refused_and_nothing_is_stored(
     assert (await queue.list()).jobs == []
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize(
     "options",
     [

@@ -288,6 +288,7 @@ async def test_a_queued_job_is_cancelled_at_once(queue: JobQueue) -> None:
     assert refused.value.status is JobStatus.CANCELLED
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("end", ["fail", "release", "snooze", "stop", "lost"])
 async def test_a_running_job_is_cancelled_when_its_worker_stops(
     queue: JobQueue, database_url: str, end: str
@@ -459,6 +460,7 @@ async def test_attempts_that_a_handler_cancels_are_kept_up_to_a_bound(queue: Job
     assert 32 <= len(await outcomes(queue, job)) <= 64
 
 
+@pytest.mark.slow
 async def test_a_success_leaves_a_bounded_number_of_released_attempts(
     queue: JobQueue, database_url: str
 ) -> None:
@@ -585,6 +587,7 @@ async def test_stopping_ends_a_wait(queue: JobQueue) -> None:
         assert await waiting == []
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize(
     ("arguments", "path"),
     [
@@ -631,6 +634,7 @@ async def test_a_delay_is_between_nothing_and_a_year(queue: JobQueue) -> None:
     assert isinstance(await queue.waiting_reason(await queue.get(job.id)), ScheduledFor)
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("token", ["", "nope", "0" * 64, "Z" * 64, "\0" * 64])
 async def test_a_token_that_is_none_is_a_lost_lease(queue: JobQueue, token: str) -> None:
     with pytest.raises(LeaseLost):

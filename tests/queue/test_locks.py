@@ -169,6 +169,7 @@ async def test_who_needs_a_key_of_a_bulk_that_waits_for_another_stops_nobody_els
             await bulk
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("how", ["complete", "succeed", "fail", "release", "snooze", "park"])
 async def test_a_locked_running_job_stops_nobody_elses_report(
     fresh_postgresql_url: str, how: str
@@ -283,6 +284,7 @@ async def test_leases_from_the_future_are_restarted_past_one_that_another_holds_
         assert {job.id for job in recovered} == {lease.job.id for lease in rest}
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("table", ["job", "job_parked"])
 @pytest.mark.parametrize("how", ["lease", "unpark", "fail"])
 async def test_parked_jobs_are_taken_past_one_that_another_holds_locked(

@@ -204,6 +204,7 @@ def test_a_job_row_that_contradicts_itself_is_refused_by_the_database(database_u
     run_sql(database_url, f"INSERT INTO job ({columns}) VALUES ({ident}, {fine})")
 
 
+@pytest.mark.slow
 def test_a_migration_says_what_it_did(empty_url: str) -> None:
     first = migrations.upgrade(empty_url)
     assert (first.before, first.after) == (None, first.steps[-1].revision)

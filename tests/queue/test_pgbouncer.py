@@ -193,6 +193,7 @@ async def test_a_listen_url_that_leads_through_it_is_logged(
     assert "unsupported startup parameter" in line["reason"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("leads", ["through the pool", "to another database"])
 async def test_a_listen_url_on_which_no_notification_arrives_is_logged(
     fresh_postgresql_url: str,

@@ -69,6 +69,7 @@ def test_every_json_value_of_a_job_is_bounded_where_jobs_are_locked() -> None:
     assert {column.name for column in columns if isinstance(column.type, JSON)} == set(JSON_VALUES)
 
 
+@pytest.mark.cases(3)
 @every_report
 async def test_a_token_with_another_secret_is_refused_and_changes_nothing(
     queue: JobQueue, database_url: str, report: Callable[[JobQueue, str], Awaitable[object]]
@@ -84,6 +85,7 @@ async def test_a_token_with_another_secret_is_refused_and_changes_nothing(
     assert (await queue.complete(lease.token)).status is JobStatus.SUCCEEDED
 
 
+@pytest.mark.cases(3)
 @every_report
 async def test_a_former_attempts_token_cannot_touch_the_attempt_that_runs_now(
     queue: JobQueue, database_url: str, report: Callable[[JobQueue, str], Awaitable[object]]

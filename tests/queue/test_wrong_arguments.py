@@ -25,6 +25,7 @@ def filtered(**values: Any) -> JobFilter:
     return JobFilter(**values)
 
 
+@pytest.mark.cases(12)
 @pytest.mark.parametrize(
     ("call", "path", "message"),
     [

@@ -54,7 +54,6 @@ END = """mutation ($token: String!) {{ {0}
   {{ __typename ... on JobChanged {{ job {{ status attempt nextRunAt }} }} }} }}"""
 
 
-@pytest.mark.any_database
 async def test_a_worker_uses_every_end_that_an_attempt_can_have(
     server: httpx.AsyncClient,
 ) -> None:
@@ -95,7 +94,6 @@ async def test_a_long_poll_is_answered_when_a_job_comes(server: httpx.AsyncClien
     )
 
 
-@pytest.mark.any_database
 async def test_a_worker_with_a_wrong_request_gets_its_faults(server: httpx.AsyncClient) -> None:
     refused = await graphql(server, LEASE, types=["nope"], limit=101, wait=31)
     assert refused["__typename"] == "InputInvalid"
@@ -114,7 +112,6 @@ BEAT = """mutation ($token: String!) { heartbeatJob(leaseToken: $token) {
   ... on HeartbeatJobSuccess { secondsToExpiry secondsLeft } } }"""
 
 
-@pytest.mark.any_database
 @pytest.mark.parametrize(("lease_seconds", "expected"), [("12", 12.0), ("90", 60.0)])
 async def test_a_worker_needs_no_clock(
     database_url: str, lease_seconds: str, expected: float
@@ -139,7 +136,6 @@ WAITED = """mutation ($wait: Int!) {
     ... on LeaseJobsSuccess { waitedSeconds leases { secondsToExpiry } } } }"""
 
 
-@pytest.mark.any_database
 async def test_a_worker_knows_when_its_leases_began(server: httpx.AsyncClient) -> None:
     waiting = asyncio.create_task(graphql(server, WAITED, wait=20))
     await asyncio.sleep(1.5)
@@ -157,7 +153,6 @@ STOP = """mutation ($worker: String!) { stopWaiting(workerId: $worker) {
   ... on StopWaitingSuccess { workerId } ... on InputInvalid { violations { path } } } }"""
 
 
-@pytest.mark.any_database
 async def test_a_worker_that_stops_waiting_gets_the_answer_of_its_long_poll(
     server: httpx.AsyncClient, database_url: str
 ) -> None:

@@ -231,7 +231,6 @@ def test_the_ready_documents_are_valid(name: str) -> None:
     assert validate(schema, parse((TABS / f"{name}.graphql").read_text("utf-8"))) == []
 
 
-@pytest.mark.any_database
 async def test_the_page_admits_no_foreign_script_and_no_frame(visit: Visit) -> None:
     async with visit() as client:
         page = await client.get("/graphql", headers={"accept": "text/html"})
@@ -247,7 +246,6 @@ async def test_the_page_admits_no_foreign_script_and_no_frame(visit: Visit) -> N
     assert page.headers["cache-control"] == "no-cache"
 
 
-@pytest.mark.any_database
 async def test_without_a_build_the_page_says_what_is_missing_until_it_is_built(
     visit: Visit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,7 +284,6 @@ async def test_without_a_build_the_page_says_what_is_missing_until_it_is_built(
         assert "immutable" in script.headers["cache-control"]
 
 
-@pytest.mark.any_database
 async def test_the_root_leads_to_graphiql_and_unknown_paths_are_answered_as_json(
     visit: Visit,
 ) -> None:
@@ -301,7 +298,6 @@ async def test_the_root_leads_to_graphiql_and_unknown_paths_are_answered_as_json
         assert (await client.get("/")).status_code == 404
 
 
-@pytest.mark.any_database
 async def test_without_graphiql_a_browser_is_treated_as_any_client(visit: Visit) -> None:
     async with visit(graphiql="false") as client:
         page = await client.get("/graphql", headers={"accept": "text/html,*/*"})
@@ -309,7 +305,6 @@ async def test_without_graphiql_a_browser_is_treated_as_any_client(visit: Visit)
     assert page.headers["content-type"].startswith("application/json")
 
 
-@pytest.mark.any_database
 @needs_page
 async def test_what_the_page_loads_is_kept_for_good_by_its_name(visit: Visit) -> None:
     script = next((pages.DIST / pages.ASSETS).glob("index-*.js")).name

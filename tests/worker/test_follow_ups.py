@@ -153,6 +153,7 @@ async def test_the_new_job_has_the_creator_of_the_job_that_enqueued_it(house: Ho
     assert follower.created_by == "ada"
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("error", [Fail("no"), Retry(after=100), Snooze(100), KeyError("x")])
 async def test_nothing_is_stored_when_the_attempt_ends_in_another_way(
     house: House, error: Exception

@@ -227,6 +227,7 @@ async def test_a_timeout_kills_the_process_with_what_it_started(
     assert house.worker.overdue == 0
 
 
+@pytest.mark.slow
 async def test_a_cancellation_kills_a_process_that_does_not_listen(
     house: Crowd, tmp_path: Path
 ) -> None:

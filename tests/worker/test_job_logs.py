@@ -587,6 +587,7 @@ async def test_a_remote_worker_sends_its_last_lines_with_heartbeats(house: House
     assert await house.queue.logs(job_id) == []
 
 
+@pytest.mark.cases(4)
 @pytest.mark.any_database
 @pytest.mark.parametrize(
     ("line", "path"),

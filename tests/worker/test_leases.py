@@ -117,6 +117,7 @@ def failures() -> list[Exception]:
     return [*raised, QueueUnavailable("away"), RuntimeError("a bug")]
 
 
+@pytest.mark.cases(1)
 @pytest.mark.any_database
 @short_lease
 @pytest.mark.parametrize("error", failures(), ids=lambda error: type(error).__name__)
@@ -147,6 +148,7 @@ async def test_an_error_of_a_renewal_does_not_end_the_renewals(
     assert done.progress == {"done": 0.5}
 
 
+@pytest.mark.cases(3)
 @pytest.mark.any_database
 @pytest.mark.parametrize("error", failures(), ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("report", ["succeed", "fail", "snooze"])
@@ -342,6 +344,7 @@ async def test_reports_that_wait_for_locked_rows_do_not_let_a_worker_lease_ever_
     assert 1 <= at_once <= 2
 
 
+@pytest.mark.slow
 @short_lease
 async def test_a_blocked_event_loop_loses_no_lease_and_the_log_names_the_job(
     house: House, lines: list[dict[str, Any]]
@@ -491,6 +494,7 @@ def without_end() -> list[Any]:
     return loop
 
 
+@pytest.mark.cases(3)
 @pytest.mark.any_database
 @pytest.mark.parametrize(
     ("make", "words"),

@@ -51,6 +51,7 @@ def fail(job: JobContext, payload: Text, held: Large) -> Any:
         raise ValueError(f"{kept} {here}") from kept
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("text", ["returns", "fails", "raises", "times out", "is cancelled"])
 @pytest.mark.parametrize("kind", ["async", "thread"])
 @pytest.mark.parametrize("timeout_seconds", [1])

@@ -221,6 +221,7 @@ async def test_a_handler_ends_before_its_job_runs_elsewhere_with_the_default_lea
     assert noted(catalog) == ["alone 1", "alone 2"]
 
 
+@pytest.mark.slow
 async def test_a_handler_ends_at_its_timeout_while_its_worker_is_stopped(
     queue: JobQueue, fresh_postgresql_url: str, catalog: Path
 ) -> None:

@@ -291,6 +291,7 @@ async def test_jobs_run_beside_each_other_up_to_the_concurrency(house: House) ->
     assert most == 4
 
 
+@pytest.mark.cases(6)
 @pytest.mark.any_database
 @pytest.mark.parametrize(
     ("raised", "status", "code", "outcomes"),
@@ -771,6 +772,7 @@ async def test_an_error_that_is_too_large_to_store_is_reported_with_its_first_wo
     assert "word word" in ended.error.message
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("result", [object(), float("nan"), "a\0", "x" * 300_000])
 async def test_a_result_that_cannot_be_stored_fails_the_job_for_good(
     house: House, result: object, lines: list[dict[str, Any]]
