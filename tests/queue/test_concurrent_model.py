@@ -32,6 +32,7 @@ DISAGREEING = """
     WHERE counted.jobs IS DISTINCT FROM there.jobs"""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seconds", [5, pytest.param(40, marks=pytest.mark.soak)])
 async def test_whatever_races_every_promise_holds(
     database_url: str, tmp_path: Path, seconds: int, record_property: Any

@@ -142,6 +142,7 @@ ENQUEUER = """
 """
 
 
+@pytest.mark.slow
 async def test_the_last_event_of_a_job_from_another_process_is_its_last(
     queue: JobQueue, database_url: str
 ) -> None:

@@ -417,6 +417,7 @@ async def test_a_job_that_is_released_again_and_again_waits_longer_each_time(
     assert (await lease_one(queue)).job.id == job.id
 
 
+@pytest.mark.slow
 async def test_attempts_that_were_released_are_kept_up_to_a_bound(
     queue: JobQueue, database_url: str
 ) -> None:

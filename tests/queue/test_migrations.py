@@ -148,6 +148,7 @@ def test_the_files_of_the_migrations_begin_with_their_revisions_in_order() -> No
     assert [name.partition("_")[0] for name in names] == [each.revision for each in scripts]
 
 
+@pytest.mark.slow
 def test_a_database_that_fits_is_prepared_without_alembic(sqlite_template: Path) -> None:
     program = (
         "import sys; from job_registry_api.queue import migrations;"
@@ -253,6 +254,7 @@ def test_a_migration_is_not_bounded_by_the_timeouts_of_its_database(postgresql_1
     run_sql(postgresql_18, f"DROP DATABASE {name} WITH (FORCE)")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["up", "down"])
 def test_a_migration_that_waits_for_a_reader_does_not_keep_others_waiting(
     fresh_postgresql_url: str, monkeypatch: pytest.MonkeyPatch, direction: str

@@ -150,6 +150,7 @@ TEXTS = {
 }
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("field", FORMS)
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())

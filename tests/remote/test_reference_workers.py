@@ -203,6 +203,7 @@ async def test_an_attempt_that_times_out_is_reported_in_time(
         assert (outcomes(job), job["error"]["code"]) == (["failed"], "timed_out")
 
 
+@pytest.mark.slow
 async def test_a_worker_that_ends_releases_its_job(url: str, start: Start) -> None:
     async with server_of(url) as server:
         job_id = await enqueue(server, "b-1")

@@ -175,6 +175,7 @@ async def test_a_stored_payload_that_no_longer_fits_is_a_failure(job_queue: Test
         await job_queue.drain()
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(
     ("kind", "what", "outcome"),
     [

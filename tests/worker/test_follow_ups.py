@@ -420,6 +420,7 @@ def test_a_context_outside_a_worker_says_where_to_get_one() -> None:
         job.enqueue(Next(step=1))
 
 
+@pytest.mark.slow
 async def test_a_worker_beside_another_one_stays_within_its_slots(house: House) -> None:
     # Given a type whose jobs enqueue others, and so are reported by themselves
     running = most = 0

@@ -65,6 +65,7 @@ async def opened(
         yield queue
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run_in", ["loop", "thread"])
 async def test_a_handler_ends_before_its_place_is_given_to_another(
     run_in: Literal["loop", "thread"], fresh_postgresql_url: str, proxied: Proxy
