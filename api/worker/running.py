@@ -155,6 +155,7 @@ async def in_thread(
             _close_old_connections_of_django()
 
     def deliver(result: Any, error: BaseException | None) -> None:
+        thread.name = _NO_JOB
         _idle.append(thread)
         with contextlib.suppress(RuntimeError):  # The loop is closed: no caller waits.
             loop.call_soon_threadsafe(_settle, future, result, error)
@@ -162,6 +163,7 @@ async def in_thread(
                 loop.call_soon_threadsafe(_settle, ended, None, None)
 
     def run() -> None:
+        thread.name = thread_name
         try:
             result = context.run(call)
         except (Exception, asyncio.CancelledError) as error:
@@ -182,7 +184,7 @@ async def in_thread(
         if ended is not None:
             ended.set_result(None)
         raise
-    thread.run_next(thread_name, run)
+    thread.run_next(run)
     return await future
 
 
@@ -196,14 +198,14 @@ class _Thread(threading.Thread):
     """
 
     def __init__(self) -> None:
-        super().__init__(daemon=True)
+        super().__init__(name=_NO_JOB, daemon=True)
         self._function: Callable[[], None] | None = None
         self._has_function = threading.Lock()
         self._has_function.acquire()
 
-    def run_next(self, name: str, function: Callable[[], None]) -> None:
-        """Run a function, which does not raise, under this name."""
-        self.name, self._function = name, function
+    def run_next(self, function: Callable[[], None]) -> None:
+        """Run a function, which does not raise."""
+        self._function = function
         self._has_function.release()
 
     def run(self) -> None:
@@ -216,6 +218,9 @@ class _Thread(threading.Thread):
                 function()
             del function  # It refers to the handler and its payload.
 
+
+_NO_JOB: Final = "no job"
+"""The name of a thread that waits for a function."""
 
 _idle: Final[deque[_Thread]] = deque()
 """The threads that wait for a function."""
@@ -241,11 +246,13 @@ def _close_old_connections_of_django() -> None:
     Django does so when a request ends, and the end of a job is no request. Without that, a handler
     would fail forever in a thread whose connection was once lost.
     """
-    database, conf = sys.modules.get("django.db"), sys.modules.get("django.conf")
-    if database is None or conf is None or not conf.settings.configured:
+    # A module that another thread imports at this moment does not have them yet.
+    settings = getattr(sys.modules.get("django.conf"), "settings", None)
+    close = getattr(sys.modules.get("django.db"), "close_old_connections", None)
+    if settings is None or close is None or not settings.configured:
         return
     try:
-        database.close_old_connections()
+        close()
     except Exception as error:
         log_unexpected("worker", error)
 
