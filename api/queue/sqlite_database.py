@@ -430,8 +430,14 @@ class _File:
         return self._target.parent
 
     def opened(self, file: _Identity | None = None) -> _Opened:
-        """Return the files of a connection that was just opened, to `file` if that is known."""
+        """Return the files of a connection that was just opened, to `file` if that is known.
+
+        One that only reads has not opened the log yet. The last process that writes may delete it
+        until then.
+        """
         identity = file or self.identity()
+        if self._pragmas is _READING:
+            return _Opened(identity, ())
         beside = ((path, _identity(path)) for path in _beside(self._target))
         return _Opened(identity, tuple((path, found) for path, found in beside if found))
 

@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import event, text
 
 from job_registry import EnqueueRequest, JobRegistry
 from job_registry_api.queue import sqlite_database
@@ -314,6 +314,25 @@ async def test_nothing_is_stored_once_the_log_or_its_index_is_deleted(
     await database.close()
     with closing(sqlite3.connect(path)) as other:
         assert other.execute("SELECT id FROM job").fetchall() == [(job.id.hex,)]
+
+
+async def test_a_log_that_others_delete_and_create_meanwhile_stops_no_reader(path: Path) -> None:
+    writer = sqlite3.connect(path)
+    writer.execute("SELECT count(*) FROM job").fetchall()
+    database = SQLiteDatabase(f"sqlite:///{path}", read_only=True)
+
+    def restart(_connection: Any, _record: Any) -> None:
+        nonlocal writer
+        writer.close()  # The last process that writes has ended, and another one begins.
+        path.with_name("another file").touch()  # It may have the number of the deleted log.
+        writer = sqlite3.connect(path)
+        writer.execute("SELECT count(*) FROM job").fetchall()
+
+    event.listen(database.engine.sync_engine, "connect", restart)
+    async with database.reading() as connection:
+        await connection.exec_driver_sql("SELECT count(*) FROM job")
+    await database.close()
+    writer.close()
 
 
 async def test_a_log_deleted_during_a_write_is_not_answered_as_stored(
