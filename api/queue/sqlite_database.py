@@ -603,12 +603,13 @@ def _is_mounted_by_itself(path: Path) -> bool:
     `os.path.ismount` does not see a bind mount of a file of the same disk.
     """
     try:
-        mounts = _MOUNTS.read_bytes().splitlines()
+        mounts = _MOUNTS.read_bytes().split(b"\n")
     except OSError:  # Not Linux, or without /proc.
         return False
-    # proc(5): the fifth field, with spaces and the like as octal numbers.
+    # proc(5): the fifth field, with spaces and the like as octal numbers. A carriage return stays,
+    # so not `splitlines`.
     written = re.sub(rb"[\\ \t\n]", lambda found: b"\\%03o" % found[0][0], os.fsencode(path))
-    return any(line.split()[4] == written for line in mounts)
+    return any(line.split(b" ")[4:5] == [written] for line in mounts)
 
 
 _MOUNTS: Final = Path("/proc/self/mountinfo")

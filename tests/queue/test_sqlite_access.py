@@ -123,7 +123,9 @@ SHELL = ["unshare", "--mount", "--map-root-user", "sh", "-ec"]
             "its file system is mounted read-only",
         ),
         (
-            'mount --bind "$0/jobs.db" "$0/jobs.db"',
+            # Beside one with a name in which Python's `splitlines` finds the end of a line
+            'other="$0/$(printf "a\\rb")"; mkdir "$other"; mount --bind "$other" "$other";'
+            ' mount --bind "$0/jobs.db" "$0/jobs.db"',
             "it is mounted by itself, so the log beside it, which has the latest jobs, is lost with"
             " the container. Mount its folder instead",
         ),
