@@ -53,7 +53,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 if folder := memory():
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(folder))
 
-# What is decided by statements. Elsewhere, tests run on PostgreSQL with the slow ones.
+# Tests of what statements decide. Tests elsewhere run on PostgreSQL only with the slow ones.
 ON_BOTH_DATABASES = ("tests/queue/", "tests/worker/")
 
 pytest_plugins = ["tests.http_client", "tests.proxy"]

@@ -126,14 +126,8 @@ def collector() -> Iterator[Collector]:
         yield collector
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "traced.loop",
-        pytest.param("traced.thread", marks=pytest.mark.slow),
-        pytest.param("traced.process", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.cases(1)
+@pytest.mark.parametrize("kind", ["traced.loop", "traced.thread", "traced.process"])
 def test_a_collector_gets_one_trace_with_the_spans_of_the_handler(
     database_url: str, collector: Collector, kind: str
 ) -> None:

@@ -598,7 +598,7 @@ def _is_mounted_read_only(path: Path) -> bool:
 
 
 def _is_mounted_by_itself(path: Path) -> bool:
-    """Whether this file is a mount point, as with `docker run --volume ./jobs.db:/srv/jobs.db`.
+    """Return whether this file is a mount point, as with `docker run --volume ./jobs.db:/jobs.db`.
 
     `os.path.ismount` does not see a bind mount of a file of the same disk.
     """

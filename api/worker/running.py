@@ -243,8 +243,8 @@ def _idle_thread() -> _Thread:
 def _close_old_connections_of_django() -> None:
     """Close the connections of Django's ORM in this thread that are too old, or have failed.
 
-    Django does so when a request ends, and the end of a job is no request. Without that, a handler
-    would fail forever in a thread whose connection was once lost.
+    Django does so when a request ends, but not when a job ends. Otherwise every later handler would
+    fail in a thread whose connection was once lost.
     """
     # A module that another thread imports at this moment does not have them yet.
     settings = getattr(sys.modules.get("django.conf"), "settings", None)

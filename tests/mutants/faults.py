@@ -176,14 +176,12 @@ def _place(text: str, node: ast.stmt | ast.expr) -> tuple[int, int]:
     assert node.end_lineno is not None
     assert node.end_col_offset is not None
     lines = text.splitlines(keepends=True)
-    places = []
-    for line, column in (
-        (node.lineno, node.col_offset),
-        (node.end_lineno, node.end_col_offset),
-    ):
-        inside = len(lines[line - 1].encode()[:column].decode())
-        places.append(sum(map(len, lines[: line - 1])) + inside)
-    return places[0], places[1]
+
+    def place(line: int, column: int) -> int:
+        before = len(lines[line - 1].encode()[:column].decode())
+        return sum(map(len, lines[: line - 1])) + before
+
+    return place(node.lineno, node.col_offset), place(node.end_lineno, node.end_col_offset)
 
 
 def _not_behaviour(text: str) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:

@@ -296,14 +296,8 @@ def test_a_migration_that_waits_for_a_reader_does_not_keep_others_waiting(
         assert migrated.after == "0011"
 
 
-@pytest.mark.parametrize(
-    "what",
-    [
-        "writer of SQLite",
-        pytest.param("migration", marks=pytest.mark.slow),
-        pytest.param("reader", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.cases(1)
+@pytest.mark.parametrize("what", ["writer of SQLite", "migration", "reader"])
 def test_a_migration_that_waits_says_for_what(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:

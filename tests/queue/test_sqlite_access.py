@@ -123,7 +123,7 @@ SHELL = ["unshare", "--mount", "--map-root-user", "sh", "-ec"]
             "its file system is mounted read-only",
         ),
         (
-            # Beside one with a name in which Python's `splitlines` finds the end of a line
+            # The name of another mount has a carriage return, at which `splitlines` splits.
             'other="$0/$(printf "a\\rb")"; mkdir "$other"; mount --bind "$other" "$other";'
             ' mount --bind "$0/jobs.db" "$0/jobs.db"',
             "it is mounted by itself, so the log beside it, which has the latest jobs, is lost with"

@@ -22,8 +22,8 @@ needs_browser: Final = pytest.mark.skipif(
 async def browsing(address: str, *, loses_connections: bool = False) -> AsyncIterator[Page]:
     """A page whose browser cannot reach, and does not even try to reach, another host.
 
-    It has no console errors and no uncaught exceptions. If it `loses_connections` on purpose, those
-    are no errors.
+    It has no console errors and no uncaught exceptions. If it `loses_connections` on purpose,
+    messages about them are ignored.
     """
     faults: list[str] = []
     elsewhere: list[str] = []
