@@ -6,8 +6,6 @@ Meanwhile `make` builds GraphiQL, unless it is up to date.
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,6 +21,12 @@ from job_registry_api.cli.listening import listen
 from job_registry_api.settings import SettingsInvalid, load_settings
 
 CHECKOUT: Final = Path(__file__).resolve().parent.parent
+BUILD: Final = """
+exec 3<&0 </dev/null
+(cat <&3; kill 0) &
+exec 3<&- nice -n 19 make --silent api/web/dist/index.html
+"""
+"""Runs `make`, and ends the process group when the pipe on the standard input closes."""
 
 
 def draw_sample(assets: str) -> None:
@@ -77,20 +81,20 @@ Or in a browser: http://{shown}:{port}/graphql
 
 @contextmanager
 def building_graphiql() -> Iterator[None]:
-    """Let `make` build GraphiQL beside the server, with the lowest priority."""
+    """Let `make` build GraphiQL beside the server, with the lowest priority.
+
+    The build ends with this process, however that ends: the server may leave without cleaning up.
+    """
     build = None
-    with suppress(OSError):  # Without `make` nothing is built.
+    with suppress(OSError):  # Without a shell nothing is built.
         build = subprocess.Popen(
-            ["nice", "-n", "19", "make", "--silent", "api/web/dist/index.html"],
-            cwd=CHECKOUT,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
+            ["sh", "-c", BUILD], cwd=CHECKOUT, stdin=subprocess.PIPE, start_new_session=True
         )
     try:
         yield
     finally:
-        if build is not None and build.poll() is None:
-            os.killpg(build.pid, signal.SIGTERM)
+        if build is not None and build.stdin is not None:
+            build.stdin.close()
             build.wait()
 
 

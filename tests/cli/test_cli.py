@@ -419,5 +419,40 @@ def test_a_port_that_is_taken_is_a_sentence(jobs: Shell) -> None:
     )
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_the_build_of_graphiql_ends_with_make_run(jobs: Shell, number: int) -> None:
+    tools, building = jobs.folder / "tools", jobs.folder / "building"
+    tools.mkdir()
+    make = tools / "make"
+    make.write_text(f"#!/bin/sh\necho > {building}\nsleep 60\nrm {building}\n")
+    make.chmod(0o700)
+    read, write = os.pipe()  # The build has its end of the pipe, until its last process has ended.
+    process = subprocess.Popen(
+        [sys.executable, "-m", "job_registry_api.first_minute"],
+        env={
+            **jobs.environment,
+            "JOBS_PORT": "0",
+            "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
+        },
+        cwd=jobs.folder,
+        stdout=write,
+        stderr=subprocess.DEVNULL,
+    )
+    os.close(write)
+    try:
+        until = time.monotonic() + 30
+        while not building.exists():
+            assert time.monotonic() < until
+            time.sleep(0.01)
+    finally:
+        process.send_signal(number)  # Before it serves: nothing catches it yet.
+        process.wait(30)
+    with os.fdopen(read) as stream:
+        started = time.monotonic()
+        stream.read()
+    assert time.monotonic() - started < 20
+
+
 def _answer(request: Any) -> Any:
     return urllib.request.urlopen(request, timeout=10)
