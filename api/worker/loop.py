@@ -89,12 +89,12 @@ class Worker:
         async with Worker(queue).running():
             ...
 
-    `types` are the job types to work; by default, all with a handler. `assets` is where jobs read
-    and write files. `worker_id` names the worker in attempts. After `stop`, running jobs have
-    `shutdown_seconds` to end. `extensions` default to those of the registry. Succeeded jobs are
-    deleted `keep_succeeded_days` after they ended, failed and cancelled jobs after
-    `keep_failed_days`. Jobs that no worker could read for `parked_days` fail. With each attempt its
-    last `keep_log_lines` log lines are kept, at most 1,000.
+    `types` are the job types to work; by default, all with a handler. An empty list is none of
+    them. `assets` is where jobs read and write files. `worker_id` names the worker in attempts.
+    After `stop`, running jobs have `shutdown_seconds` to end. `extensions` default to those of the
+    registry. Succeeded jobs are deleted `keep_succeeded_days` after they ended, failed and
+    cancelled jobs after `keep_failed_days`. Jobs that no worker could read for `parked_days` fail.
+    With each attempt its last `keep_log_lines` log lines are kept, at most 1,000.
 
     Raises:
         DefinitionError: a handler with `run_in="process"` cannot be imported by its process.
@@ -124,8 +124,9 @@ class Worker:
         if keep_log_lines < 0:
             raise ValueError(f"keep_log_lines: expected 0 or more; got {keep_log_lines}")
         registry = queue.registry
-        named = types or [name for name in registry if registry[name].has_handler]
-        self.types = tuple(dict.fromkeys(registry.get_type(name).name for name in named))
+        if types is None:
+            types = [name for name in registry if registry[name].has_handler]
+        self.types = tuple(dict.fromkeys(registry.get_type(name).name for name in types))
         self.worker_id = worker_id or _worker_id()
         self._has_own_name = worker_id is None
         """Whether no other worker has this name."""

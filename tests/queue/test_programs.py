@@ -309,6 +309,10 @@ async def test_a_worker_that_could_run_no_job_is_a_sentence(queue: JobQueue) -> 
         Worker(queue, concurrency=0)
 
 
+async def test_a_worker_of_no_types_works_none(queue: JobQueue) -> None:
+    assert Worker(queue, types=[]).types == ()
+
+
 async def test_a_queue_is_opened_once(queue: JobQueue) -> None:
     with pytest.raises(RuntimeError, match="open already"):
         await queue.open()
