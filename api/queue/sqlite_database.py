@@ -519,17 +519,33 @@ class _WriterThread:
 
     def __init__(self, file: _File) -> None:
         self._file = file
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="sqlite-writer")
+        self._executor = _one_thread()
         self._opened: tuple[sqlite3.Connection, _Opened] | None = None
+        self._closed = False
 
     def run(self, work: Callable[[sqlite3.Connection], T], busy: int) -> asyncio.Future[T]:
-        """Start a transaction of `work`. It waits up to `busy` milliseconds for other processes."""
+        """Start a transaction of `work`. It waits up to `busy` milliseconds for other processes.
+
+        Raises:
+            QueueUnavailable: the system starts no thread, because the process has its limit of them
+                or of memory.
+        """
         loop = asyncio.get_running_loop()
-        return loop.run_in_executor(self._executor, self._commit, work, busy)
+        try:
+            return loop.run_in_executor(self._executor, self._commit, work, busy)
+        except RuntimeError as error:
+            if self._closed:
+                raise
+            # The executor has kept the transaction, and would commit it once it has a thread, long
+            # after its caller got this error.
+            self._executor = _one_thread()
+            raise QueueUnavailable(f"no thread for its writes: {error}") from error
 
     async def close(self) -> None:
         """End the thread after the current transaction."""
-        await asyncio.get_running_loop().run_in_executor(self._executor, self._close)
+        self._closed = True
+        with suppress(RuntimeError):  # There is no thread, and so no connection.
+            await asyncio.get_running_loop().run_in_executor(self._executor, self._close)
         self._executor.shutdown()
 
     def _commit(self, work: Callable[[sqlite3.Connection], T], busy: int) -> T:
@@ -569,6 +585,10 @@ class _WriterThread:
         if self._opened is not None:
             self._opened[0].close()
             self._opened = self._file.written = None
+
+
+def _one_thread() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, thread_name_prefix="sqlite-writer")
 
 
 def _beside(target: Path) -> tuple[Path, Path]:

@@ -178,6 +178,23 @@ async def test_a_write_that_is_cancelled_before_its_turn_never_begins(
     assert await stored(database) == {"first"}
 
 
+async def test_a_write_without_a_thread_is_refused_and_not_made_later(
+    database: SQLiteDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as limited:
+        # As with a limit of processes (pids.max, RLIMIT_NPROC), which counts threads
+        def fail(_: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        limited.setattr(threading.Thread, "start", fail)
+        for _ in range(2):
+            with pytest.raises(QueueUnavailable) as refused:
+                await database.write(store("refused"))
+        assert refused.value.reason == "no thread for its writes: can't start new thread"
+    assert await database.write(store("stored")) == "stored"
+    assert await stored(database) == {"stored"}
+
+
 async def test_another_processs_write_is_waited_for_until_the_deadline(
     path: Path, database: SQLiteDatabase
 ) -> None:
