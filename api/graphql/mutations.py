@@ -383,7 +383,8 @@ class Mutation:
         retry_after_seconds: Annotated[
             int | None,
             strawberry.argument(
-                description="The wait before the next attempt. Defaults to the backoff of the type."
+                description="The wait before the next attempt, 0 to 31,536,000 seconds."
+                " Defaults to the job's backoff."
             ),
         ] = None,
     ) -> FailJobResult | None:
@@ -400,7 +401,9 @@ class Mutation:
 
     @strawberry.mutation(
         extensions=[Requires("jobs:work")],
-        description="Return the job to the queue, to run again at once. The attempt is not spent.",
+        description="Return the job to the queue, to run again at once. The attempt is not spent."
+        " A job that is returned again and again within seconds waits longer each time, up to a"
+        " minute.",
     )
     async def release_job(self, info: Info, lease_token: LeaseToken) -> ReleaseJobResult | None:
         await _check_lease(context_of(info), lease_token)

@@ -343,7 +343,7 @@ class JobAttempt:
         extensions=[Requires(*READERS)],
         description="What its handler logged by `job.log`, or a remote worker sent, oldest first."
         " Only the last lines are kept (`JOBS_KEEP_LOG_LINES`). While it runs, they appear after"
-        " about a second.",
+        " about two seconds.",
     )
     async def logs(
         self,
@@ -524,7 +524,8 @@ class Job(Node):
     @strawberry.field(
         metadata=OPEN,
         description="The current policy of its type. Null when the type is no longer registered."
-        " The job itself runs by its own `maxAttempts` and `timeoutSeconds`.",
+        " The job has its own `maxAttempts`, `timeoutSeconds` and backoff, from when it was"
+        " enqueued.",
     )
     def policy(self, info: strawberry.Info[Context, None]) -> JobPolicy | None:
         try:

@@ -11,11 +11,15 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from job_registry import JobPolicy
+from job_registry import CodedError, JobPolicy, PayloadInvalid
 from job_registry_api.cli.command import app
 from job_registry_api.graphql.schema import SDL_FILE
 from job_registry_api.queue.events import STATUS_AFTER
+from job_registry_api.queue.store import TIMED_OUT
 from job_registry_api.settings import Settings
+from job_registry_api.worker.attempt import AFTER_CRASH
+from job_registry_api.worker.follow_ups import REFUSED
+from job_registry_api.worker.outcomes import MEMORY_LIMIT_EXCEEDED
 from tests import ROOT
 from tests.docs.pages import MARKERS, PAGES, REACT, SHOP, WORKERS, Block, blocks, blocks_of
 
@@ -106,6 +110,21 @@ def test_a_workflow_as_shown_runs_commands_with_options_that_exist(block: Block)
         shown = CliRunner().invoke(app, [name, "--help"]).output
         assert set(options) <= set(re.findall(r"--[a-z]+", shown)), block
     assert {name for name in job["env"] if name.startswith("JOBS_")} <= {"JOBS_CATALOG"}
+
+
+def test_the_guides_name_every_code_of_an_error() -> None:
+    clients = (ROOT / "docs" / "clients.md").read_text("utf-8")
+    waiting, codes = [CodedError], set[str]()
+    while waiting:
+        waiting += (found := waiting.pop().__subclasses__())
+        codes |= {each.code for each in found if hasattr(each, "code")}
+    assert [code for code in sorted(codes) if f"`{code}`" not in clients] == []
+    # What a worker reports.
+    job_types = (ROOT / "docs" / "job-types.md").read_text("utf-8")
+    source = (ROOT / "api" / "worker" / "outcomes.py").read_text("utf-8")
+    of_attempts = {*re.findall(r'FailAttempt\(\s*"(\w+)"', source), *AFTER_CRASH, REFUSED}
+    of_attempts |= {MEMORY_LIMIT_EXCEEDED, TIMED_OUT.code, PayloadInvalid.code}
+    assert [code for code in sorted(of_attempts) if f"`{code}`" not in job_types] == []
 
 
 def test_the_guides_name_every_policy_field_mutation_and_event() -> None:
