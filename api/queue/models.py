@@ -30,6 +30,7 @@ from sqlalchemy import (
     MetaData,
     SmallInteger,
     Text,
+    TextClause,
     TypeDecorator,
     Uuid,
     text,
@@ -97,13 +98,22 @@ class UtcTime(TypeDecorator[datetime]):
         return value.replace(tzinfo=UTC) if value is not None and value.tzinfo is None else value
 
 
-def _time() -> Any:
-    return UtcTime()
-
-
 def _one_of(column: str, values: type[StrEnum]) -> str:
     listed = ", ".join(f"'{value}'" for value in values)
     return f"{column} IN ({listed})"
+
+
+def _partial_index(
+    name: str, *columns: str | ColumnElement[Any] | TextClause, where: str, unique: bool = False
+) -> Index:
+    condition = text(where)
+    return Index(name, *columns, unique=unique, sqlite_where=condition, postgresql_where=condition)
+
+
+def _serial() -> Column[int]:
+    # SQLite numbers rows only in a column of exactly this type.
+    numbers = BigInteger().with_variant(Integer, "sqlite")
+    return Column(numbers, primary_key=True, autoincrement=True)
 
 
 class _ErrorText(ColumnElement[str]):
@@ -164,63 +174,32 @@ class Job(Table, table=True):
             name="job_finished_has_time",
         ),
         # A claim reads this index in order; see `due` in `statements/sqlite.sql`.
-        Index(
+        _partial_index(
             "job_claim",
             "type",
             text("priority DESC"),
             "next_run_at",
             "id",
-            sqlite_where=text("status = 'queued'"),
-            postgresql_where=text("status = 'queued'"),
+            where="status = 'queued'",
         ),
         # The running jobs of a type with a limit are counted by the ends of their leases.
-        Index(
-            "job_lease_by_type",
-            "type",
-            "lease_expires_at",
-            sqlite_where=text("status = 'running'"),
-            postgresql_where=text("status = 'running'"),
-        ),
-        Index(
-            "job_lease_expiry",
-            "lease_expires_at",
-            sqlite_where=text("status = 'running'"),
-            postgresql_where=text("status = 'running'"),
-        ),
-        Index(
+        _partial_index("job_lease_by_type", "type", "lease_expires_at", where="status = 'running'"),
+        _partial_index("job_lease_expiry", "lease_expires_at", where="status = 'running'"),
+        _partial_index(
             "job_idempotency_key",
             "type",
             "idempotency_key",
             unique=True,
-            sqlite_where=text("idempotency_key IS NOT NULL"),
-            postgresql_where=text("idempotency_key IS NOT NULL"),
+            where="idempotency_key IS NOT NULL",
         ),
         Index("job_by_status", "status", "id"),
         Index("job_by_type_and_status", "type", "status", "id"),
         # Jobs of one creator: of a filter, and of the callers who see only their own.
-        Index(
-            "job_by_creator",
-            "created_by",
-            "id",
-            sqlite_where=text("created_by IS NOT NULL"),
-            postgresql_where=text("created_by IS NOT NULL"),
-        ),
+        _partial_index("job_by_creator", "created_by", "id", where="created_by IS NOT NULL"),
         # Only what failed at least once has an entry.
-        Index(
-            "job_by_error_code",
-            _ErrorText("code"),
-            "id",
-            sqlite_where=text("error IS NOT NULL"),
-            postgresql_where=text("error IS NOT NULL"),
-        ),
+        _partial_index("job_by_error_code", _ErrorText("code"), "id", where="error IS NOT NULL"),
         # Pruning reads the oldest finished jobs of a status.
-        Index(
-            "job_finished",
-            "status",
-            "finished_at",
-            sqlite_where=text("finished_at IS NOT NULL"),
-            postgresql_where=text("finished_at IS NOT NULL"),
-        ),
+        _partial_index("job_finished", "status", "finished_at", where="finished_at IS NOT NULL"),
     )
 
     id: uuid.UUID = Field(sa_column=Column(Uuid, primary_key=True))
@@ -237,18 +216,18 @@ class Job(Table, table=True):
     backoff_cap_seconds: float = Field(sa_column=Column(Double, nullable=False))
     idempotency_key: str | None = Field(sa_column=Column(Text))
     created_by: str | None = Field(sa_column=Column(Text))
-    created_at: datetime = Field(sa_column=Column(_time(), nullable=False))
-    next_run_at: datetime | None = Field(sa_column=Column(_time()))
-    started_at: datetime | None = Field(sa_column=Column(_time()))
-    finished_at: datetime | None = Field(sa_column=Column(_time()))
+    created_at: datetime = Field(sa_column=Column(UtcTime, nullable=False))
+    next_run_at: datetime | None = Field(sa_column=Column(UtcTime))
+    started_at: datetime | None = Field(sa_column=Column(UtcTime))
+    finished_at: datetime | None = Field(sa_column=Column(UtcTime))
     lease_token: str | None = Field(sa_column=Column(Text))
     # How long a lease lasts without a heartbeat, and until when its worker counts as alive.
     # Unlike `lease_expires_at`, it is not bounded by the attempt's deadline.
     lease_seconds: float | None = Field(sa_column=Column(Double))
-    held_until: datetime | None = Field(sa_column=Column(_time()))
-    lease_expires_at: datetime | None = Field(sa_column=Column(_time()))
-    deadline_at: datetime | None = Field(sa_column=Column(_time()))
-    cancel_requested_at: datetime | None = Field(sa_column=Column(_time()))
+    held_until: datetime | None = Field(sa_column=Column(UtcTime))
+    lease_expires_at: datetime | None = Field(sa_column=Column(UtcTime))
+    deadline_at: datetime | None = Field(sa_column=Column(UtcTime))
+    cancel_requested_at: datetime | None = Field(sa_column=Column(UtcTime))
     worker_id: str | None = Field(sa_column=Column(Text))
     progress: Any = Field(sa_column=Column(_json()))
     result: Any = Field(sa_column=Column(_json()))
@@ -273,39 +252,28 @@ class JobAttempt(Table, table=True):
         ),
         Index("job_attempt_of_job", "job_id", "id"),
         # Attempts that have timed out and may still run. There are few.
-        Index(
+        _partial_index(
             "job_attempt_held",
             "held_until",
-            sqlite_where=text("held_until IS NOT NULL AND finished_at IS NOT NULL"),
-            postgresql_where=text("held_until IS NOT NULL AND finished_at IS NOT NULL"),
+            where="held_until IS NOT NULL AND finished_at IS NOT NULL",
         ),
         # At most one lease of a job is in force.
-        Index(
-            "job_attempt_open",
-            "job_id",
-            unique=True,
-            sqlite_where=text("finished_at IS NULL"),
-            postgresql_where=text("finished_at IS NULL"),
-        ),
+        _partial_index("job_attempt_open", "job_id", unique=True, where="finished_at IS NULL"),
     )
 
-    id: int | None = Field(
-        sa_column=Column(
-            BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True
-        )
-    )
+    id: int | None = Field(sa_column=_serial())
     job_id: uuid.UUID = Field(
         sa_column=Column(Uuid, ForeignKey("job.id", ondelete="CASCADE"), nullable=False)
     )
     attempt: int = Field(sa_column=Column(Integer, nullable=False))
     worker_id: str = Field(sa_column=Column(Text, nullable=False))
-    started_at: datetime = Field(sa_column=Column(_time(), nullable=False))
-    finished_at: datetime | None = Field(sa_column=Column(_time()))
+    started_at: datetime = Field(sa_column=Column(UtcTime, nullable=False))
+    finished_at: datetime | None = Field(sa_column=Column(UtcTime))
     outcome: str | None = Field(sa_column=Column(Text))
     error: Any = Field(sa_column=Column(_json()))
     # Until when a timed-out attempt keeps its place in the type's concurrency limit, and the token
     # of its lease.
-    held_until: datetime | None = Field(sa_column=Column(_time()))
+    held_until: datetime | None = Field(sa_column=Column(UtcTime))
     lease_token: str | None = Field(sa_column=Column(Text))
     # Its last log lines, as `job_logs` writes them.
     logs: str | None = Field(sa_column=Column(Text))
@@ -320,22 +288,16 @@ class JobParked(Table, table=True):
 
     __tablename__: ClassVar[Any] = "job_parked"
     __table_args__ = (
-        Index(
+        _partial_index(
             "job_parked_claim",
             "type",
             "refused_by",
             text("priority DESC"),
             "due_at",
             "job_id",
-            sqlite_where=text("parked_at IS NOT NULL"),
-            postgresql_where=text("parked_at IS NOT NULL"),
+            where="parked_at IS NOT NULL",
         ),
-        Index(
-            "job_parked_since",
-            "parked_at",
-            sqlite_where=text("parked_at IS NOT NULL"),
-            postgresql_where=text("parked_at IS NOT NULL"),
-        ),
+        _partial_index("job_parked_since", "parked_at", where="parked_at IS NOT NULL"),
     )
 
     job_id: uuid.UUID = Field(
@@ -345,8 +307,8 @@ class JobParked(Table, table=True):
     type: str = Field(sa_column=Column(Text, nullable=False))
     priority: int = Field(sa_column=Column(SmallInteger, nullable=False))
     fingerprint: str = Field(sa_column=Column(Text, nullable=False))
-    due_at: datetime = Field(sa_column=Column(_time(), nullable=False))
-    parked_at: datetime | None = Field(sa_column=Column(_time()))
+    due_at: datetime = Field(sa_column=Column(UtcTime, nullable=False))
+    parked_at: datetime | None = Field(sa_column=Column(UtcTime))
     # The fingerprints of the workers that refused the job, the latest last, joined by commas.
     refused_by: str = Field(sa_column=Column(Text, nullable=False))
     error: Any = Field(sa_column=Column(_json()))
@@ -359,7 +321,7 @@ class JobTypeVersion(Table, table=True):
 
     type: str = Field(sa_column=Column(Text, primary_key=True))
     fingerprint: str = Field(sa_column=Column(Text, primary_key=True))
-    worker_seen_at: datetime = Field(sa_column=Column(_time(), nullable=False))
+    worker_seen_at: datetime = Field(sa_column=Column(UtcTime, nullable=False))
 
 
 class JobTypeState(Table, table=True):
@@ -368,7 +330,7 @@ class JobTypeState(Table, table=True):
     __tablename__: ClassVar[Any] = "job_type_state"
 
     type: str = Field(sa_column=Column(Text, primary_key=True))
-    worker_seen_at: datetime | None = Field(sa_column=Column(_time()))
+    worker_seen_at: datetime | None = Field(sa_column=Column(UtcTime))
 
 
 class JobCount(Table, table=True):
@@ -380,11 +342,7 @@ class JobCount(Table, table=True):
 
     __tablename__: ClassVar[Any] = "job_count"
 
-    id: int | None = Field(
-        sa_column=Column(
-            BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True
-        )
-    )
+    id: int | None = Field(sa_column=_serial())
     type: str = Field(sa_column=Column(Text, nullable=False))
     status: str = Field(sa_column=Column(Text, nullable=False))
     jobs: int = Field(sa_column=Column(BigInteger, nullable=False))
@@ -402,13 +360,9 @@ class JobEventBatch(Table, table=True):
         {"sqlite_autoincrement": True},
     )
 
-    id: int | None = Field(
-        sa_column=Column(
-            BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True
-        )
-    )
+    id: int | None = Field(sa_column=_serial())
     message: str = Field(sa_column=Column(Text, nullable=False))
-    created_at: datetime = Field(sa_column=Column(_time(), nullable=False))
+    created_at: datetime = Field(sa_column=Column(UtcTime, nullable=False))
 
 
 @dataclass(frozen=True, slots=True)
