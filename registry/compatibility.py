@@ -18,8 +18,8 @@ from fractions import Fraction
 from functools import cached_property
 from typing import Any, Final, NamedTuple, TypeGuard
 
-from job_registry.errors import shortened
-from job_registry.json_values import MAX_DEPTH, pointer
+from job_registry.errors import alternatives, shortened
+from job_registry.json_values import MAX_DEPTH, names_in, pointer
 
 MAX_DIFFERENCES: Final = 100
 """Differences that one comparison returns."""
@@ -140,7 +140,7 @@ class _Comparison:
         for view in views:
             for each in self._refused(view, after, depth):
                 if each.path == "" and each.before == view.words:
-                    each = replace(each, before=_alternatives_words(v.words for v in views))
+                    each = replace(each, before=alternatives(v.words for v in views))
                 found[each] = None
             if len(found) > MAX_DIFFERENCES:
                 break
@@ -354,7 +354,7 @@ class _Comparison:
                 return tuple(_below(tag, found))
         if not near:
             kinds = [_View(each).words for b in nodes for each in self._alternatives_after(b)]
-            now = _alternatives_words(dict.fromkeys(kinds))
+            now = alternatives(dict.fromkeys(kinds))
             reason = f"{_sentence(view.words)} is not among what is admitted."
             return (_difference(view, view.words, now, reason, not view.has_numeric_values),)
         best = min(near, key=len)
@@ -556,7 +556,6 @@ class _View:
 
     @cached_property
     def words(self) -> str:
-        """What is admitted, in short words."""
         if self.values is not None:
             return _values_words(self.values)
         words = _types_words(self.types)
@@ -568,11 +567,9 @@ class _View:
         return [node[key] for node in self.nodes if key in node]
 
     def numbers(self, key: str) -> list[float]:
-        """Return the numbers under a keyword."""
         return [value for value in self.all(key) if _is_number(value)]
 
     def any_true(self, key: str) -> bool:
-        """Return whether a keyword is true in a schema."""
         return any(value is True for value in self.all(key))
 
     @cached_property
@@ -599,7 +596,6 @@ class _View:
         )
 
     def field(self, name: str) -> _Nodes:
-        """Return the schemas of a field."""
         return _unique(
             demand for node in self.nodes for demand in _property_of(node, name, maybe=False)
         )
@@ -624,7 +620,6 @@ class _View:
         return [_unique(each) for each in found]
 
     def items(self, index: int) -> _Nodes:
-        """Return the schemas of an item."""
         return _unique(_item_of(node, index) for node in self.nodes)
 
     def excludes(self, other: _View) -> bool:
@@ -841,7 +836,6 @@ class _Bound(NamedTuple):
         return sign * value > sign * self.value or (value == self.value and not self.is_excluded)
 
     def words(self, sign: int) -> str:
-        """Return the bound in short words."""
         if self.is_excluded:
             return f"{'more' if sign == 1 else 'less'} than {self.written}"
         return f"at {'least' if sign == 1 else 'most'} {self.written}"
@@ -923,8 +917,7 @@ def _resolved(reference: Any, root: _Node) -> _Node | None:
     if not isinstance(reference, str) or not f"{reference}/".startswith("#/"):
         return None
     found: Any = root
-    for token in reference.split("/")[1:]:
-        name = token.replace("~1", "/").replace("~0", "~")
+    for name in names_in(reference):
         if isinstance(found, Mapping) and name in found:
             found = found[name]
         elif isinstance(found, list) and name.isdecimal() and int(name) < len(found):
@@ -1135,12 +1128,7 @@ def _types_words(types: frozenset[str]) -> str:
         names = (names - _NUMBERS) | {"number"}
     order = ("string", "integer", "fraction", "number", "boolean", "array", "object", "null")
     known = [name for name in order if name in names] + sorted(names - set(order))
-    return _alternatives_words("number with a fraction" if n == "fraction" else n for n in known)
-
-
-def _alternatives_words(words: Iterable[str]) -> str:
-    *first, last = list(words) or ["nothing"]
-    return f"{', '.join(first)} or {last}" if first else last
+    return alternatives("number with a fraction" if n == "fraction" else n for n in known)
 
 
 def _sentence(words: str) -> str:

@@ -20,7 +20,7 @@ from pydantic import (
 from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
 
 from job_registry.errors import Violation, shortened
-from job_registry.json_values import json_document
+from job_registry.json_values import json_document, names_in
 
 
 def embedded(model: type[BaseModel]) -> CoreSchema:
@@ -83,8 +83,7 @@ def _refused(model: type[BaseModel], faults: Iterable[Violation], sent: object) 
     for fault in faults:
         place: list[str | int] = []
         value: Any = sent
-        for token in fault.path.split("/")[1:]:
-            name = token.replace("~1", "/").replace("~0", "~")
+        for name in names_in(fault.path):
             place.append(int(name) if isinstance(value, list) else name)
             value = value[place[-1]]
         error = PydanticCustomError(fault.code, "{message}", {"message": fault.message})

@@ -278,6 +278,12 @@ def escaped(text: str) -> str:
     return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
 
 
+def alternatives(words: Iterable[str]) -> str:
+    """Return words as in `a, b or c`."""
+    *first, last = list(words) or ["nothing"]
+    return f"{', '.join(first)} or {last}" if first else last
+
+
 def shortened_text(text: str, limit: int = 300) -> str:
     """Truncate a sentence."""
     return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -107,6 +107,11 @@ def pointer(path: str, token: str | int) -> str:
     return f"{path}/{token}"
 
 
+def names_in(pointer: str) -> list[str]:
+    """Return the keys and indexes of a JSON Pointer (RFC 6901)."""
+    return [token.replace("~1", "/").replace("~0", "~") for token in pointer.split("/")[1:]]
+
+
 def pointer_of(path: Iterable[str | int]) -> str:
     """Return the JSON Pointer (RFC 6901) of these keys and indexes, up to 2,000 characters.
 

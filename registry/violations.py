@@ -16,7 +16,7 @@ from typing import Any, Final
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails, SchemaError, SchemaValidator
 
-from job_registry.errors import FaultBudget, Violation, shortened, shortened_text
+from job_registry.errors import FaultBudget, Violation, alternatives, shortened, shortened_text
 from job_registry.json_values import MAX_VIOLATIONS, json_document, pointer_of
 from job_registry.wire_text import MAPPINGS
 
@@ -329,7 +329,7 @@ class _Fault:
             found = budget.near(value, self.near)
             hint = "".join(f" Did you mean {shortened(each)}?" for each in found)
         return shortened_text(
-            f"Expected {_alternatives(self.expected)}; got {shortened(value)}.{hint}", 400
+            f"Expected {alternatives(self.expected)}; got {shortened(value)}.{hint}", 400
         )
 
 
@@ -494,13 +494,8 @@ def _longest_choice(schema: object) -> int:
 def _one_of(values: Sequence[Any], count: int) -> tuple[str, ...]:
     listed = tuple(shortened(value) for value in values[:_MAX_LISTED])
     if count > _MAX_LISTED:
-        return (f"one of {count:,} values, such as {_alternatives(listed)}",)
+        return (f"one of {count:,} values, such as {alternatives(listed)}",)
     return listed
-
-
-def _alternatives(words: Iterable[str]) -> str:
-    *first, last = list(words) or [""]
-    return f"{', '.join(first)} or {last}" if first else last
 
 
 _CODES: Final = {

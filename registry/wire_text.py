@@ -28,6 +28,8 @@ from pydantic_core import (
     to_json,
 )
 
+from job_registry.errors import alternatives
+
 _DATE: Final = r"[0-9]{4}-[0-9]{2}-[0-9]{2}"
 # `fromisoformat` takes an offset of +01:60.
 _HOUR_AND_MINUTE: Final = r"(?:[01][0-9]|2[0-3]):[0-5][0-9]"
@@ -141,7 +143,7 @@ def _with_numbers_apart(part: dict[str, Any]) -> Any:
         return part
     booleans = {value for value in numbers if isinstance(value, bool)}
     others = {value for value in numbers if not isinstance(value, bool)}
-    expected = " or ".join(filter(None, [", ".join(map(repr, values[:-1])), repr(values[-1])]))
+    expected = alternatives(map(repr, values))
     fault: Any = "literal_error" if part["type"] == "literal" else "enum"
 
     def read(value: Any, info: ValidationInfo) -> Any:
