@@ -102,7 +102,6 @@ class _JsonSchema(GenerateJsonSchema):
         return {**super().str_schema(schema), **({"normalized": changes} if changes else {})}
 
     def date_schema(self, schema: core_schema.DateSchema) -> JsonSchemaValue:
-        """Return the format and the bounds."""
         return {**super().date_schema(schema), **_time_bounds(schema)}
 
     def datetime_schema(self, schema: core_schema.DatetimeSchema) -> JsonSchemaValue:
@@ -113,19 +112,15 @@ class _JsonSchema(GenerateJsonSchema):
         return {**described, **_time_bounds(schema)}
 
     def time_schema(self, schema: core_schema.TimeSchema) -> JsonSchemaValue:
-        """Return the format and the bounds."""
         return {**super().time_schema(schema), **_time_bounds(schema)}
 
     def timedelta_schema(self, schema: core_schema.TimedeltaSchema) -> JsonSchemaValue:
-        """Return the format and the bounds."""
         return {**super().timedelta_schema(schema), **_time_bounds(schema)}
 
     def url_schema(self, schema: core_schema.UrlSchema) -> JsonSchemaValue:
-        """Return the format, the length and the schemes."""
         return _with_schemes(super().url_schema(schema), schema)
 
     def multi_host_url_schema(self, schema: core_schema.MultiHostUrlSchema) -> JsonSchemaValue:
-        """Return the format, the length and the schemes."""
         return _with_schemes(super().multi_host_url_schema(schema), schema)
 
     def model_fields_schema(self, schema: core_schema.ModelFieldsSchema) -> JsonSchemaValue:
@@ -152,19 +147,15 @@ class _JsonSchema(GenerateJsonSchema):
         return {**described, "required": [name]} if name else described
 
     def dict_schema(self, schema: core_schema.DictSchema) -> JsonSchemaValue:
-        """Return the values, and which names are refused."""
         return self._with_names(super().dict_schema(schema), schema)
 
     def frozendict_schema(self, schema: core_schema.FrozenDictSchema) -> JsonSchemaValue:
-        """Return the values, and which names are refused."""
         return self._with_names(super().frozendict_schema(schema), schema)
 
     def ordered_dict_schema(self, schema: core_schema.OrderedDictSchema) -> JsonSchemaValue:
-        """Return the values, and which names are refused."""
         return self._with_names(super().ordered_dict_schema(schema), schema)
 
     def counter_schema(self, schema: core_schema.CounterSchema) -> JsonSchemaValue:
-        """Return the values, and which names are refused."""
         return self._with_names(super().counter_schema(schema), schema)
 
     def _with_names(self, described: JsonSchemaValue, schema: Any) -> JsonSchemaValue:

@@ -60,7 +60,6 @@ class _Finder:
         self._parts: list[str] = []
 
     def sentences(self) -> list[str]:
-        """Return what was found."""
         classes = [
             f"{path} is {cls.__name__}, which {' and '.join(reasons)}: {_mend(cls, reasons)}"
             for cls, (path, reasons) in self._classes.items()
