@@ -123,7 +123,7 @@ class PostgreSQLStore(Store):
             {
                 "ids": _array(ids),
                 "payloads": [job.payload.decode() for job in jobs],
-                "times": _array(times),
+                "times": times,
                 "kinds": _array(kinds),
                 **{
                     name: values if name in _TEXTS else _array(values)
@@ -631,8 +631,8 @@ _kind_of: Callable[[NewJob], tuple[Any, ...]] = attrgetter(*_KIND)
 
 
 def _array(values: Iterable[object]) -> str:
-    """Return an array of PostgreSQL as text. No value has characters that need quotes."""
-    return "{" + ",".join(["NULL" if each is None else str(each) for each in values]) + "}"
+    """Return an array of PostgreSQL as text. No value is null or needs quotes."""
+    return "{" + ",".join(map(str, values)) + "}"
 
 
 def _new_jobs(jobs: Sequence[NewJob]) -> str:

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import JsonValue
+from sqlalchemy.engine import make_url
 
 from job_registry import (
     EnqueueRequest,
@@ -425,6 +426,19 @@ async def test_each_job_of_a_bulk_is_stored_with_what_it_has(queue: JobQueue) ->
         assert stored.next_run_at == (job.schedule_at or stored.created_at)
         assert result.job.next_run_at is not None
         assert result.job.next_run_at.utcoffset() == timedelta()
+
+
+async def test_jobs_are_stored_where_arrays_have_no_nulls(
+    fresh_postgresql_url: str, registry: JobRegistry
+) -> None:
+    name = make_url(fresh_postgresql_url).database
+    setting = f"ALTER DATABASE {name} SET array_nulls = off"
+    await asyncio.to_thread(run_sql, fresh_postgresql_url, setting)
+    later = datetime(2030, 1, 1, tzinfo=UTC)
+    async with JobQueue.from_url(fresh_postgresql_url, registry) as queue:
+        stored = await queue.enqueue(ping("now"))
+        assert stored.job.next_run_at == stored.job.created_at
+        assert (await queue.enqueue(ping("later", schedule_at=later))).job.next_run_at == later
 
 
 async def test_an_atomic_bulk_stores_all_or_none(queue: JobQueue) -> None:

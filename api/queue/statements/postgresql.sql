@@ -18,7 +18,8 @@ FROM job_registry.job_insert(
 -- the batch, as `job_announce` does. Most jobs of a bulk differ only in their ids and payloads, so
 -- what else they have is sent once for each `kind`. Arrays take less time on both sides than a JSON
 -- text, and hardly more than COPY, which would need a transaction. Those of other types than text
--- are sent as texts: the driver would query the catalog for each type on each connection.
+-- are sent as texts: the driver would query the catalog for each type on each connection. The times
+-- are an array of texts, because some are null: a text has no nulls where `array_nulls` is off.
 WITH common AS MATERIALIZED (
     SELECT clock_timestamp() AS now, CAST(:type AS text[]) AS type,
         CAST(:fingerprint AS text[]) AS fingerprint,
@@ -38,7 +39,7 @@ WITH common AS MATERIALIZED (
         common.traceparent[kind], common.now, coalesce(new.next_run_at, common.now)
     FROM common CROSS JOIN unnest(
         CAST(CAST(:ids AS text) AS uuid[]), CAST(:payloads AS text[]),
-        CAST(CAST(:times AS text) AS timestamptz[]), CAST(CAST(:kinds AS text) AS integer[])
+        CAST(CAST(:times AS text[]) AS timestamptz[]), CAST(CAST(:kinds AS text) AS integer[])
     ) AS new (id, payload, next_run_at, kind)
 ), batch AS (
     INSERT INTO job_registry.job_event_batch (message, created_at)
