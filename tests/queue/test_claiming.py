@@ -12,7 +12,7 @@ import pytest
 
 from job_registry import EnqueueRequest, JobRegistry
 from job_registry_api.queue import claiming
-from job_registry_api.queue.claiming import Lease
+from job_registry_api.queue.claiming import Lease, _WaitingLine
 from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.errors import QueueUnavailable
 from job_registry_api.queue.models import JobStatus
@@ -186,6 +186,7 @@ async def test_no_memory_is_kept_of_claims_that_have_ended(queue: JobQueue, clai
             for each in gc.get_objects()
             if (isinstance(each, asyncio.Task) and each.get_loop() is loop and each.done())
             or (isinstance(each, Lease) and each.job.id in ids)
+            or (isinstance(each, _WaitingLine) and each._claiming is queue._claiming)
         ]
 
     async with asyncio.timeout(5):

@@ -394,6 +394,10 @@ async def test_types_of_one_priority_take_turns(queue: JobQueue) -> None:
     assert singly in (["test.ping", "test.pong"] * 2, ["test.pong", "test.ping"] * 2)
     assert sorted(lease.job.type for lease in together) == ["test.ping"] * 5 + ["test.pong"]
 
+    # And no more jobs than were wanted, if that is not a multiple of the types
+    await queue.enqueue_many([EnqueueRequest("test.pong", {})] * 3)
+    assert len(await queue.lease(types, "w", limit=3)) == 3
+
 
 async def test_a_job_that_is_released_again_and_again_waits_longer_each_time(
     queue: JobQueue, database_url: str
@@ -499,13 +503,19 @@ async def test_attempts_of_a_job_that_fails_and_is_retried_are_kept_up_to_a_boun
 async def test_no_more_jobs_are_leased_once_their_payloads_have_a_megabyte(
     queue: JobQueue, text: str, counts: list[int]
 ) -> None:
-    payload = {"text": text}
+    payload, types = {"text": text}, ["test.ping", "test.pong"]
     jobs = [(await queue.enqueue(EnqueueRequest("test.ping", payload))).job for _ in range(10)]
-    together = [await queue.lease(["test.ping", "test.pong"], "w", limit=100) for _ in range(4)]
+    together = [await queue.lease(types, "w", limit=100) for _ in range(4)]
     assert [len(leases) for leases in together] == counts
     # In order, and the others were never leased
     assert [lease.job.id for leases in together for lease in leases] == [job.id for job in jobs]
     assert {len(await outcomes(queue, job)) for job in jobs} == {1}
+
+    # The same holds for several types together
+    await queue.enqueue_many([EnqueueRequest(name, payload) for name in types * 3])
+    both = await queue.lease(types, "w", limit=100)
+    assert len(both) == counts[0]
+    assert {lease.job.type for lease in both} == set(types)
 
 
 async def test_a_limit_is_never_passed_and_a_full_type_holds_up_no_other(

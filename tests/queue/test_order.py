@@ -187,7 +187,11 @@ async def test_no_more_parked_jobs_are_taken_than_are_wanted_and_the_oldest_of_t
     jobs = [await park(queue, await stored(queue, PING), ONE) for _ in range(5)]
     assert await leased(queue, limit=2) == jobs[:2]
     assert await leased(queue, limit=2, readable={"test.ping": []}) == []
-    assert set(await leased(queue, limit=9)) == set(jobs[2:])
+    # Nor if another type has taken some of them.
+    others = [await stored(queue, PONG) for _ in range(2)]
+    mixed = await leased(queue, "test.pong", "test.ping", limit=3)
+    assert mixed == [*others, jobs[2]]
+    assert set(await leased(queue, limit=9)) == set(jobs[3:])
 
 
 async def test_the_refusals_of_one_job_are_not_those_of_another(queue: JobQueue) -> None:
