@@ -161,13 +161,13 @@ class _Printed:
         self.as_json = as_json
         self._rows = [("id", "type", "status", "attempt", "created", "why")]
 
-    def add(self, job: JobRecord, waits: WaitingReason | None) -> None:
+    def add(self, job: JobRecord, waits: WaitingReason | None, expired_at: datetime | None) -> None:
         if self.only_ids:
             say(str(job.id))
         elif self.as_json:
             print_json(_json_of(job, waits), lines=True)
         else:
-            why = shortened_text("; ".join(_reasons(job, waits)), SHOWN_CHARACTERS)
+            why = shortened_text("; ".join(_reasons(job, waits, expired_at)), SHOWN_CHARACTERS)
             self._rows.append(
                 (
                     str(job.id),
@@ -214,8 +214,9 @@ async def _list(
                 fail(WRONG_USAGE, *of_options(invalid.violations))
             # A reason may take milliseconds: it counts the jobs that go first.
             reasons = {} if printed.only_ids else await queue.waiting_reasons(page.jobs)
+            expired = {} if printed.only_ids else await queue.expired_leases()
             for job in page.jobs:
-                printed.add(job, reasons.get(job.id))
+                printed.add(job, reasons.get(job.id), expired.get(job.id))
             listed += len(page.jobs)
             after = page.stopped_at or (page.jobs[-1].id if page.jobs else None)
             more = page.has_next_page and after is not None
@@ -248,6 +249,7 @@ async def _show(settings: Settings, registry: JobRegistry, job_id: str, as_json:
         except CodedError as refusal:
             refuse(refusal, as_json)
         waits = await queue.waiting_reason(job)
+        expired_at = (await queue.expired_leases()).get(job.id)
         attempts = (await queue.attempts([job.id]))[job.id]
         texts, is_all = await queue.log_texts([each.id for each in attempts], MAX_LOG_BYTES)
     lines = [(each, line) for each in attempts for line in lines_of(texts.get(each.id, ""))]
@@ -262,7 +264,7 @@ async def _show(settings: Settings, registry: JobRegistry, job_id: str, as_json:
         "id": str(job.id),
         "type": job.type,
         "status": job.status.value,
-        "why": "; ".join(_reasons(job, waits)),
+        "why": "; ".join(_reasons(job, waits, expired_at)),
         "attempt": f"{job.attempt} of {job.max_attempts}, each up to {job.timeout_seconds:,} s",
         "priority": str(job.priority),
         "created": _time(job.created_at) + (f" by {job.created_by}" if job.created_by else ""),
@@ -360,8 +362,13 @@ def _json_of(job: JobRecord, waits: WaitingReason | None) -> dict[str, Any]:
     return content
 
 
-def _reasons(job: JobRecord, waits: WaitingReason | None) -> Iterator[str]:
-    """Yield sentences that say why a job waits, where it runs, and what failed last."""
+def _reasons(
+    job: JobRecord, waits: WaitingReason | None, expired_at: datetime | None
+) -> Iterator[str]:
+    """Yield sentences that say why a job waits, where it runs, and what failed last.
+
+    `expired_at` is when the lease of a running job has expired, if it has.
+    """
     from job_registry_api.queue import reading
 
     match waits:
@@ -381,7 +388,10 @@ def _reasons(job: JobRecord, waits: WaitingReason | None) -> Iterator[str]:
             faults = " ".join(each.sentence("payload") for each in violations)
             yield f"is parked: workers of version {fingerprint[:12]} cannot read it: {faults}"
     if job.status.value == Status.RUNNING:
-        yield f"runs in {job.worker_id} since {_time(job.started_at)}"
+        if expired_at is None:
+            yield f"runs in {job.worker_id} since {_time(job.started_at)}"
+        else:
+            yield f"the lease of {job.worker_id} expired at {_time(expired_at)}"
         if job.cancel_requested_at is not None:
             yield f"was requested to stop at {_time(job.cancel_requested_at)}"
     if job.error is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -186,6 +187,11 @@ async def log_unregistered_types(queue: Reading) -> None:
                     queued=counts.queued,
                     running=counts.running,
                 )
+
+
+def _is_absent(waiting: Waiting) -> bool:
+    seen = waiting.worker_seen_seconds_ago
+    return seen is None or seen > WORKER_ABSENT_SECONDS
 
 
 def _mismatch(parked: Parked) -> PayloadMismatch:
@@ -779,6 +785,18 @@ class Reading(Opening):
             if job.id in waiting:
                 running = sum(places[name] for name in self._stored_names(job.type))
                 waiting[job.id] = replace(waiting[job.id], running=running)
+        unseen = [
+            job
+            for job in queued.values()
+            if job.id in waiting and waiting[job.id].running and _is_absent(waiting[job.id])
+        ]
+        if unseen:
+            # Claims end attempts whose lease has expired. Without a worker, nobody does.
+            lost = Counter(name for _, name, _ in await self._store.expired_leases())
+            for job in unseen:
+                ended = sum(lost[name] for name in self._stored_names(job.type))
+                running = max(0, waiting[job.id].running - ended)
+                waiting[job.id] = replace(waiting[job.id], running=running)
         for job_id, job in queued.items():
             reasons[job_id] = self._reason(job, waiting[job_id]) if job_id in waiting else None
         refusals = await self._store.parked(parked) if parked else {}
@@ -825,6 +843,14 @@ class Reading(Opening):
         """Return why a queued job waits. None: it is not queued."""
         return (await self.waiting_reasons([job])).get(job.id)
 
+    async def expired_leases(self) -> dict[uuid.UUID, datetime]:
+        """Return the running jobs whose lease has expired, and when it did.
+
+        Each claim ends their attempts, and so does the upkeep of a server or a worker. So these are
+        the jobs of workers that died when no other process was left.
+        """
+        return {job_id: at for job_id, _, at in await self._store.expired_leases()}
+
     def _reason(self, job: JobRecord, waiting: Waiting) -> WaitingReason | None:
         if waiting.due_in_seconds > 0 and job.next_run_at is not None:
             return ScheduledFor(job.next_run_at)
@@ -832,7 +858,6 @@ class Reading(Opening):
         limit = job_type.policy.concurrency_limit if job_type else None
         if limit is not None and waiting.running >= limit:
             return ConcurrencyLimitReached(limit, waiting.running)
-        seen = waiting.worker_seen_seconds_ago
-        if waiting.running == 0 and (seen is None or seen > WORKER_ABSENT_SECONDS):
-            return NoWorkerSeen(seen)
+        if waiting.running == 0 and _is_absent(waiting):
+            return NoWorkerSeen(waiting.worker_seen_seconds_ago)
         return BehindInQueue(waiting.ahead)

@@ -95,6 +95,9 @@ LOST: Final = JobError(
 AHEAD_LIMIT: Final = 1_000
 """How many jobs ahead are counted at most. Beyond that the exact number is not useful."""
 
+EXPIRED_LEASES: Final = 10_000
+"""How many expired leases are read at most."""
+
 COUNTED_JOBS: Final = 10_000
 """How many jobs of a type are counted at most for its versions."""
 
@@ -976,6 +979,11 @@ class Store(ABC):
             )
             for row in rows
         }
+
+    async def expired_leases(self) -> list[tuple[uuid.UUID, str, datetime]]:
+        """Return running jobs whose lease has expired: their ids, stored types, and when it did."""
+        rows = await self._read("expired_leases", {"most": EXPIRED_LEASES}, in_order=True)
+        return [(row["id"], row["type"], row["lease_expires_at"]) for row in rows]
 
     async def used_places(self, types: Iterable[str]) -> dict[str, int]:
         """Return the used places of the concurrency limits of types, by their stored names."""

@@ -272,6 +272,19 @@ def test_a_running_job_is_stopped_by_its_worker(demo: Shell) -> None:
 
 
 @pytest.mark.slow
+def test_a_job_whose_worker_has_died_is_not_said_to_run(demo: Shell) -> None:
+    demo.environment["JOBS_LEASE_SECONDS"] = "1"
+    (running,) = enqueued(demo, "demo.waits")
+    process = demo.start("worker")
+    job = wait_for(demo, running, "running")
+    process.kill()
+    process.communicate(timeout=30)
+    time.sleep(1.5)
+    assert f"the lease of {job['workerId']} expired at 20" in demo("list").stdout
+    assert f"the lease of {job['workerId']} expired at 20" in demo("show", running).stdout
+
+
+@pytest.mark.slow
 def test_a_list_has_many_pages_and_says_what_it_leaves_out(demo: Shell) -> None:
     ids = enqueued(demo, "demo.waits", numbers=120)[::-1]
     small = {"JOBS_MAX_PAGE_SIZE": "50"}

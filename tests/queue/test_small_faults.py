@@ -15,7 +15,7 @@ import pytest
 from sqlalchemy import JSON
 
 from job_registry import EnqueueRequest, JobRegistry
-from job_registry_api.queue import claiming
+from job_registry_api.queue import claiming, reading
 from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.errors import (
     EventsMissed,
@@ -452,6 +452,27 @@ async def test_waiting_for_a_worker_says_how_long_ago_one_was_seen(
     monkeypatch.setattr(claiming, "WORKER_SEEN_SECONDS", 0.0)
     await queue.show_worker(["test.ping"])
     assert await queue.waiting_reason(job) == BehindInQueue(0)
+
+
+@pytest.mark.parametrize("job_type", ["test.ping", "test.limited"])
+async def test_jobs_of_workers_that_died_do_not_count_as_running(
+    queue: JobQueue, database_url: str, job_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "WORKER_ABSENT_SECONDS", 30.0)
+    jobs = [(await queue.enqueue(EnqueueRequest(job_type, {}))).job for _ in range(3)]
+    leases = await queue.lease([job_type], "w", limit=2)
+    await advance(database_url, 25)
+    await queue.heartbeat(leases[0].token)
+    await advance(database_url, 20)
+    assert list(await queue.expired_leases()) == [leases[1].job.id]
+    # A worker that has no free slot requests no jobs, and renews its leases.
+    assert await queue.waiting_reason(jobs[2]) == BehindInQueue(0)
+    # Without a process that claims or does the upkeep, nobody ends their attempts.
+    await advance(database_url, 15)
+    assert isinstance(await queue.waiting_reason(jobs[2]), NoWorkerSeen)
+    assert set(await queue.expired_leases()) == {each.job.id for each in leases}
+    await queue.recover()
+    assert await queue.expired_leases() == {}
 
 
 async def test_waiting_behind_others_counts_those_due_before_it(queue: JobQueue) -> None:

@@ -303,6 +303,12 @@ ORDER BY id DESC
 -- Return what queued jobs wait for.
 SELECT * FROM job_registry.job_waiting(CAST(:ids AS jsonb), CAST(:most AS integer))
 
+-- name: expired_leases
+-- Return the running jobs whose lease has expired.
+SELECT id, type, lease_expires_at FROM job_registry.job
+WHERE status = 'running' AND lease_expires_at <= statement_timestamp()
+ORDER BY lease_expires_at LIMIT :most
+
 -- name: used_places
 -- Return the used places of the limits of some types: their running jobs, and their timed-out
 -- attempts whose handlers have not stopped.

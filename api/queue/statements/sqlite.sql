@@ -448,6 +448,13 @@ SELECT job.id,
     )) AS ahead
 FROM job WHERE status = 'queued' AND id IN (SELECT value FROM json_each(:ids))
 
+-- name: expired_leases
+-- Return the running jobs whose lease has expired.
+SELECT id, type, lease_expires_at FROM job
+WHERE status = 'running'
+  AND lease_expires_at <= strftime('%Y-%m-%d %H:%M:%f', 'now', :shift) || '000'
+ORDER BY lease_expires_at LIMIT :most
+
 -- name: used_places
 -- Return the used places of the limits of some types: their running jobs, and their timed-out
 -- attempts whose handlers have not stopped.
