@@ -336,7 +336,8 @@ class Attempt:
         assert self._equipment.processes is not None
         term = Term(at_most=self._deadline)
         self._equipment.keeper.limit(self._hold, term)
-        return self._equipment.processes.call(
+        return ProcessCall(
+            self._equipment.processes,
             address,
             registered,
             self._facts(),

@@ -96,48 +96,6 @@ class HandlerProcesses:
         self._all: set[_Process] = set()
         self._closed = False
 
-    def call(
-        self,
-        address: str,
-        job_type: JobType[Any],
-        job: Mapping[str, Any],
-        payload: Any,
-        *,
-        deadline: float,
-        on_progress: Callable[[bytes], None],
-        on_log_line: Callable[[bytes], None],
-        on_follow_up: Callable[[Mapping[str, Any]], None],
-        traceparent: str | None = None,
-        may_start: Callable[[], bool] = lambda: True,
-        term: Term | None = None,
-    ) -> ProcessCall:
-        """Run a job's handler in an idle process, or in a new one. It is killed after the `term`.
-
-        `traceparent` is the span that the handler belongs to, if attempts are traced.
-
-        `may_start` is called once the process is ready, which can take seconds. If it returns
-        False, the call ends as one whose handler was cancelled.
-        """
-        limit_mb = job_type.memory_limit_mb
-        run = {
-            "address": address,
-            "handler_module": getattr(job_type.run, "__module__", None),
-            "job": dict(job),
-            "payload": payload,
-            "traceparent": traceparent,
-        }
-        return ProcessCall(
-            self,
-            run,
-            limit_mb=limit_mb,
-            deadline=deadline,
-            on_progress=on_progress,
-            on_log_line=on_log_line,
-            on_follow_up=on_follow_up,
-            may_start=may_start,
-            term=term or Term(),
-        )
-
     def take(self, limit_mb: int | None = None) -> _Process:
         """Return an idle process; start one if there is none.
 
@@ -223,33 +181,47 @@ class HandlerProcesses:
 
 
 class ProcessCall:
-    """One call of a handler in a process. `ended` is a task whose result is the `End`."""
+    """One call of a handler, in an idle process or in a new one, which is killed after the `term`.
+
+    `ended` is a task whose result is the `End`. `traceparent` is the span that the handler belongs
+    to, if attempts are traced. `may_start` is called once the process is ready, which can take
+    seconds. If it returns False, the call ends as one whose handler was cancelled.
+    """
 
     can_be_killed = True
 
     def __init__(
         self,
         processes: HandlerProcesses,
-        run: dict[str, Any],
+        address: str,
+        job_type: JobType[Any],
+        job: Mapping[str, Any],
+        payload: Any,
         *,
-        limit_mb: int | None,
         deadline: float,
         on_progress: Callable[[bytes], None],
         on_log_line: Callable[[bytes], None],
         on_follow_up: Callable[[Mapping[str, Any]], None],
-        may_start: Callable[[], bool],
-        term: Term,
+        traceparent: str | None = None,
+        may_start: Callable[[], bool] = lambda: True,
+        term: Term | None = None,
     ) -> None:
         self._processes = processes
-        self._run = run
-        self._limit_mb = limit_mb
+        self._run = {
+            "address": address,
+            "handler_module": getattr(job_type.run, "__module__", None),
+            "job": dict(job),
+            "payload": payload,
+            "traceparent": traceparent,
+        }
+        self._limit_mb = job_type.memory_limit_mb
         self._near_limit = False
         self._deadline = deadline
         self._on_progress = on_progress
         self._on_log_line = on_log_line
         self._on_follow_up = on_follow_up
         self._may_start = may_start
-        self._term = term
+        self._term = term or Term()
         self._stop_requested = False
         self._killed = False
         self._process: _Process | None = None

@@ -148,7 +148,8 @@ class Call:
         job_type = JobType(
             name="a", payload=Empty, run_in="process", memory_limit_mb=memory_limit_mb
         )
-        self.call: ProcessCall = pool.call(
+        self.call = ProcessCall(
+            pool,
             "module:a",
             job_type,
             {"id": "1"},
