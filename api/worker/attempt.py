@@ -272,28 +272,12 @@ class Attempt:
         if registered.run is None:
             await self._report(Release())
             return
-        address = self._process_address(registered)
-        if address is not None:
-            call: HandlerCall | ProcessCall = self._start_in_process(registered, address)
-        else:
-            call = self._start_here(registered, payload)
-        end = await self._end_of(call)
-        if isinstance(end, NotStarted) and registered.run_in != "process":
-            self._log.warning("job.cannot_be_isolated")
-            call = self._start_here(registered, payload)
-            end = await self._end_of(call)
-        if isinstance(end, Died) and end.too_late:
-            self._notice_too_late()
+        call, end = await self._run(registered, payload)
         self._reporting = True
         self._ended_late = not self._now.timed_out and time.monotonic() >= self._deadline
         self._follow_ups.end()
-        stopping = self._stop.is_requested
-        if isinstance(end, Raised) and end.kind in _UNFORESEEN and not stopping:
-            self._log.warning("job.attempt_failed", exception=end.traceback)
-        elif isinstance(end, MemoryExceeded) and not stopping:
-            self._log.warning("job.memory_limit_exceeded", exception=end.traceback)
-        elif isinstance(end, Died) and not stopping:
-            self._log.warning("job.process_died", reason=how_it_died(end.exit_code))
+        if not self._stop.is_requested:
+            self._log_unforeseen(end)
         if self._hold.has_progress:
             await self._store_last_progress()
         self._lines = await self._equipment.keeper.logs.take(self._token)
@@ -323,6 +307,33 @@ class Attempt:
                 if self._span is not None:
                     self._span.end()
                 await self._outlive(call)
+
+    async def _run(
+        self, registered: JobType[Any], payload: Any
+    ) -> tuple[HandlerCall | ProcessCall, End]:
+        """Call the handler, where it can run, and wait for its end."""
+        address = self._process_address(registered)
+        if address is not None:
+            call: HandlerCall | ProcessCall = self._start_in_process(registered, address)
+        else:
+            call = self._start_here(registered, payload)
+        end = await self._end_of(call)
+        if isinstance(end, NotStarted) and registered.run_in != "process":
+            self._log.warning("job.cannot_be_isolated")
+            call = self._start_here(registered, payload)
+            end = await self._end_of(call)
+        if isinstance(end, Died) and end.too_late:
+            self._notice_too_late()
+        return call, end
+
+    def _log_unforeseen(self, end: End) -> None:
+        match end:
+            case Raised() if end.kind in _UNFORESEEN:
+                self._log.warning("job.attempt_failed", exception=end.traceback)
+            case MemoryExceeded():
+                self._log.warning("job.memory_limit_exceeded", exception=end.traceback)
+            case Died():
+                self._log.warning("job.process_died", reason=how_it_died(end.exit_code))
 
     def _log_timeout(self, *, still_running: bool) -> None:
         self._log.warning(
