@@ -20,6 +20,7 @@ from job_registry_api.worker.alarm import Alarm
 from job_registry_api.worker.attempt import Attempt, Equipment
 from job_registry_api.worker.extensions import lifespans
 from job_registry_api.worker.lease_keeper import LeaseKeeper
+from job_registry_api.worker.outcomes import chain_of
 from job_registry_api.worker.running import tasks_of_handlers_contained
 
 END_SECONDS: Final = 1.0
@@ -200,15 +201,7 @@ class _RaisedError:
     tracebacks: list[tuple[BaseException, TracebackType | None]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        waiting: list[BaseException | None] = [self.error]
-        while waiting:
-            each = waiting.pop()
-            if each is None or any(each is known for known, _ in self.tracebacks):
-                continue
-            self.tracebacks.append((each, each.__traceback__))
-            waiting += [each.__cause__, each.__context__]
-            if isinstance(each, BaseExceptionGroup):
-                waiting += each.exceptions
+        self.tracebacks = [(each, each.__traceback__) for each in chain_of(self.error)]
 
     def restored(self) -> Exception:
         """Return the exception with its tracebacks, in which only users' code is left."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
 
@@ -268,21 +268,30 @@ def raised(error: BaseException) -> Raised:
 
 def _is_out_of_memory(error: BaseException) -> bool:
     """Return whether an exception, or one of those that caused it, says that memory ran out."""
+    return any(
+        isinstance(each, MemoryError) or (isinstance(each, OSError) and each.errno == errno.ENOMEM)
+        for each in chain_of(error, hidden=False)
+    )
+
+
+def chain_of(error: BaseException, *, hidden: bool = True) -> Iterator[BaseException]:
+    """Yield an exception and, once each, those that caused it and the members of groups.
+
+    Those that `raise ... from` hides are left out unless `hidden`.
+    """
     waiting: list[BaseException | None] = [error]
     seen: set[int] = set()
     while waiting:
         each = waiting.pop()
         if each is None or id(each) in seen:
             continue
-        if isinstance(each, MemoryError):
-            return True
-        if isinstance(each, OSError) and each.errno == errno.ENOMEM:
-            return True
         seen.add(id(each))
-        waiting += [each.__cause__, None if each.__suppress_context__ else each.__context__]
+        yield each
+        waiting.append(each.__cause__)
+        if hidden or not each.__suppress_context__:
+            waiting.append(each.__context__)
         if isinstance(each, BaseExceptionGroup):
             waiting += each.exceptions
-    return False
 
 
 def end_of(ended: asyncio.Task[End]) -> End:

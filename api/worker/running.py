@@ -24,7 +24,7 @@ import structlog
 from job_registry import CallNext, JobContext
 from job_registry_api.logs import log_unexpected, stack_of
 from job_registry_api.worker.extensions import around
-from job_registry_api.worker.outcomes import End, Returned, raised
+from job_registry_api.worker.outcomes import End, Returned, chain_of, raised
 from job_registry_api.worker.results import is_small, result_of
 
 _in_handler: contextvars.ContextVar[bool] = contextvars.ContextVar("in_handler", default=False)
@@ -295,13 +295,7 @@ def _forget(error: BaseException) -> None:
     Their frames form reference cycles through the job, its task and the handler's variables, and
     cycles wait for the garbage collector, which runs rarely (see `job_registry_api.cli`).
     """
-    waiting: list[BaseException | None] = [error]
-    seen: set[int] = set()
-    while waiting:
-        each = waiting.pop()
-        if each is None or id(each) in seen:
-            continue
-        seen.add(id(each))
+    for each in chain_of(error):
         for frame, _ in traceback.walk_tb(each.__traceback__):
             # A coroutine may have caught this exception earlier, and go on: clearing its frame
             # would end it.
@@ -309,9 +303,6 @@ def _forget(error: BaseException) -> None:
                 with contextlib.suppress(RuntimeError):  # It is executing.
                     frame.clear()
         each.__traceback__ = None
-        waiting += [each.__cause__, each.__context__]
-        if isinstance(each, BaseExceptionGroup):
-            waiting += each.exceptions
 
 
 _CAN_GO_ON: Final = (
