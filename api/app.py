@@ -54,7 +54,8 @@ from job_registry_api.queue.reading import log_unregistered_types
 from job_registry_api.queue.upkeep import maintain
 from job_registry_api.settings import Settings, SettingsInvalid, load_settings
 from job_registry_api.uploads import Uploads
-from job_registry_api.worker import Worker, WorkerStartError
+from job_registry_api.worker import WorkerStartError
+from job_registry_api.worker.loop import worker_of
 
 if TYPE_CHECKING:
     from job_registry_api.tracing import Tracing
@@ -112,7 +113,7 @@ def create_app(
             stop = asyncio.Event()
             if worker:
                 try:
-                    working = await stack.enter_async_context(_worker(used, settings).running())
+                    working = await stack.enter_async_context(worker_of(settings, used).running())
                 except WorkerStartError as error:
                     log.error("worker.start_failed", reason=str(error))
                     raise
@@ -285,16 +286,3 @@ async def _until(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> AsyncI
     finally:
         stop.set()
         await task
-
-
-def _worker(queue: JobQueue, settings: Settings) -> Worker:
-    return Worker(
-        queue,
-        concurrency=settings.worker_concurrency,
-        assets=settings.assets,
-        shutdown_seconds=settings.shutdown_seconds,
-        keep_succeeded_days=settings.keep_succeeded_days,
-        keep_failed_days=settings.keep_failed_days,
-        keep_log_lines=settings.keep_log_lines,
-        parked_days=settings.parked_days,
-    )

@@ -98,21 +98,10 @@ async def _work(
 ) -> None:
     from job_registry_api.queue.queue import JobQueue
     from job_registry_api.shutdown import Shutdown
-    from job_registry_api.worker import Worker
-    from job_registry_api.worker.loop import CLOSE_SECONDS
+    from job_registry_api.worker.loop import CLOSE_SECONDS, worker_of
 
     async with JobQueue.from_settings(settings, registry, tracing=tracing, prepare=False) as queue:
-        worker = Worker(
-            queue,
-            types=types or None,
-            concurrency=settings.worker_concurrency,
-            assets=settings.assets,
-            shutdown_seconds=settings.shutdown_seconds,
-            keep_succeeded_days=settings.keep_succeeded_days,
-            keep_failed_days=settings.keep_failed_days,
-            keep_log_lines=settings.keep_log_lines,
-            parked_days=settings.parked_days,
-        )
+        worker = worker_of(settings, queue, types=types or None)
         async with contextlib.AsyncExitStack() as stack:
             shutdown = stack.enter_context(
                 Shutdown(

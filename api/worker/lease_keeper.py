@@ -261,7 +261,7 @@ class LeaseKeeper:
         ):
             while not self._ending:
                 due_in = max(self._due_in(), not_before - time.monotonic())
-                await _wait(self._wake, min(due_in, TICK_SECONDS))
+                await wait_at_most(self._wake, min(due_in, TICK_SECONDS))
                 self._wake.clear()
                 self._watch_loop()
                 if time.monotonic() < not_before or self._ending:
@@ -389,7 +389,7 @@ class LeaseKeeper:
                         hold.out_of_touch_reported = True
                         self._call_on_worker_loop(hold.on_out_of_touch)
                     next_at = min(next_at, stop_at)
-            await _wait(old_lease, max(0.01, next_at - now))
+            await wait_at_most(old_lease, max(0.01, next_at - now))
             old_lease.clear()
 
     def _landed(self, hold: Hold) -> None:
@@ -449,7 +449,8 @@ async def _beside(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
         await asyncio.wait({task})
 
 
-async def _wait(event: asyncio.Event, seconds: float) -> None:
+async def wait_at_most(event: asyncio.Event, seconds: float) -> None:
+    """Wait for an event, at most for this time."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(seconds):
             await event.wait()

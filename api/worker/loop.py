@@ -6,7 +6,6 @@ It holds no state that must survive: if it dies, its leases expire and the jobs 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import secrets
 import socket
@@ -32,10 +31,11 @@ from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.reading import log_unregistered_types
 from job_registry_api.queue.requests import MAX_LEASE, MAX_WAIT_SECONDS
 from job_registry_api.queue.upkeep import maintain
+from job_registry_api.settings import Settings
 from job_registry_api.worker.alarm import Alarm
 from job_registry_api.worker.attempt import RELEASE_SECONDS, Attempt, Equipment
 from job_registry_api.worker.extensions import lifespans
-from job_registry_api.worker.lease_keeper import END_SECONDS, LeaseKeeper
+from job_registry_api.worker.lease_keeper import END_SECONDS, LeaseKeeper, wait_at_most
 from job_registry_api.worker.memory_limit import address_space
 from job_registry_api.worker.processes import LEAVE_SECONDS, HandlerProcesses, address_of
 from job_registry_api.worker.running import tasks_of_handlers_contained
@@ -177,7 +177,7 @@ class Worker:
     @property
     def overdue(self) -> int:
         """How many handlers run on after their attempt has ended. Each keeps a slot."""
-        return sum(attempt.overdue for attempt in self._running.values())
+        return sum(attempt.overdue for attempt in list(self._running.values()))
 
     @property
     def health(self) -> WorkerHealth:
@@ -187,7 +187,7 @@ class Worker:
             loop_blocked_seconds=blocked,
             renewals_behind_seconds=self._keeper.seconds_behind,
             running=len(self._running),
-            overdue=sum(attempt.overdue for attempt in list(self._running.values())),
+            overdue=self.overdue,
         )
 
     def _claim_hangs_seconds(self) -> float:
@@ -323,7 +323,7 @@ class Worker:
     async def _lease_until_stop(self, equipment: Equipment) -> None:
         # On a slow network, a short lease would end before its first renewal.
         while not self._keeper.has_connected and not self._stopping.is_set():
-            await _wait(self._stopping, CONNECTING_SECONDS)
+            await wait_at_most(self._stopping, CONNECTING_SECONDS)
         pause = SHORTEST_PAUSE
         while self.types and not self._stopping.is_set():
             self._turned_at = time.monotonic()
@@ -336,12 +336,12 @@ class Worker:
                 pause = min(pause * 2, LONGEST_PAUSE)
             except Exception as error:
                 log_unexpected("worker", error)
-                await _wait(self._stopping, 1.0)
+                await wait_at_most(self._stopping, 1.0)
 
     async def _release_unanswered(self) -> None:
         """Release what claims have leased whose answers did not come."""
         while self._has_own_name and not self._stopping.is_set():
-            await _wait(self._stopping, UNANSWERED_SECONDS)
+            await wait_at_most(self._stopping, UNANSWERED_SECONDS)
             try:
                 await self._queue.release_unanswered(self.worker_id, self._runs)
             except QueueUnavailable:
@@ -355,7 +355,7 @@ class Worker:
     async def _pause(self, seconds: float) -> None:
         """Wait before the next claim. An event of a job ends the wait: the database is back."""
         with self._queue.events.waiting_for(self.types, ()) as news:
-            await _wait(self._stopping, SHORTEST_PAUSE)
+            await wait_at_most(self._stopping, SHORTEST_PAUSE)
             waits = [asyncio.create_task(each.wait()) for each in (self._stopping, news)]
             try:
                 await asyncio.wait(
@@ -374,10 +374,10 @@ class Worker:
             await self._queue.show_worker(self.types)
             self._ended.clear()
             if len(self._running) >= self._concurrency and not self._stopping.is_set():
-                await _wait(self._ended, 10)
+                await wait_at_most(self._ended, 10)
             # Short jobs end within a moment of each other: make one claim for all of them.
             if 2 * len(self._running) > self._concurrency:
-                await _wait(self._stopping, GATHER_SECONDS)
+                await wait_at_most(self._stopping, GATHER_SECONDS)
             return
         self._is_claiming = True
         try:
@@ -467,9 +467,19 @@ class Worker:
         return [task for task, attempt in self._running.items() if not attempt.overdue]
 
 
-async def _wait(event: asyncio.Event, seconds: float) -> None:
-    with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(event.wait(), seconds)
+def worker_of(settings: Settings, queue: JobQueue, types: Sequence[str] | None = None) -> Worker:
+    """Return a worker with these settings."""
+    return Worker(
+        queue,
+        types=types,
+        concurrency=settings.worker_concurrency,
+        assets=settings.assets,
+        shutdown_seconds=settings.shutdown_seconds,
+        keep_succeeded_days=settings.keep_succeeded_days,
+        keep_failed_days=settings.keep_failed_days,
+        keep_log_lines=settings.keep_log_lines,
+        parked_days=settings.parked_days,
+    )
 
 
 def _worker_id() -> str:

@@ -437,14 +437,14 @@ async def test_a_blocked_event_loop_is_measured_and_named(
 
 async def test_a_keeper_that_was_woken_waits_again(monkeypatch: pytest.MonkeyPatch) -> None:
     waits = 0
-    wait = lease_keeper._wait
+    wait = lease_keeper.wait_at_most
 
     async def counted(event: asyncio.Event, seconds: float) -> None:
         nonlocal waits
         waits += 1
         await wait(event, seconds)
 
-    monkeypatch.setattr(lease_keeper, "_wait", counted)
+    monkeypatch.setattr(lease_keeper, "wait_at_most", counted)
     queue = Answers()
     async with keeping(queue, Held("a")) as keeper:
         keeper.progress("a", b"1")
