@@ -97,8 +97,7 @@ class AssetFiles:
         """Open a file for a picture that is being received. `keep` or `discard` ends it."""
         if self._local:
             return Incoming(*self._begin_partial(f"{self._root}/{self._name}"), True)
-        file, path = tempfile.mkstemp()
-        return Incoming(os.fdopen(file, "w+b"), Path(path), False)
+        return _temporary()
 
     def _begin_partial(self, target: str) -> tuple[BinaryIO, Path]:
         """Create a file beside `target`, to be moved there once it is whole, and return its path.
@@ -136,10 +135,9 @@ class AssetFiles:
 
         Whatever the client writes to the URL from now on does not change the copy.
         """
-        file, path = tempfile.mkstemp()
-        incoming = Incoming(os.fdopen(file, "w+b"), Path(path), False)
+        incoming = _temporary()
         try:
-            self._files.get_file(self._uploaded(upload_id), path)
+            self._files.get_file(self._uploaded(upload_id), str(incoming.path))
         except BaseException:
             self.discard(incoming)
             raise
@@ -261,6 +259,11 @@ class AssetFiles:
         real, root = os.path.realpath(path), os.path.realpath(self._root)
         if os.path.commonpath([real, root]) != root:
             raise Fail(f"{self._name} is a link to a place outside the assets.")
+
+
+def _temporary() -> Incoming:
+    file, path = tempfile.mkstemp()
+    return Incoming(os.fdopen(file, "w+b"), Path(path), False)
 
 
 def _remove_abandoned(folder: Path) -> None:
