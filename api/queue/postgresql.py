@@ -35,6 +35,7 @@ from job_registry_api.queue.models import (
 )
 from job_registry_api.queue.postgresql_database import PostgreSQLDatabase
 from job_registry_api.queue.store import (
+    CLOCK_SLACK_SECONDS,
     COUNTS_FOLDED,
     EVENT_BATCHES_PRUNED,
     EVENTS_KEPT_SECONDS,
@@ -71,6 +72,9 @@ SECONDS_PER_JOB: Final = 0.002
 LOOK_SHARE: Final = 0.05
 LONGEST_FAST_SECONDS: Final = 2.0
 
+DUE_BATCH: Final = 1_000
+"""Jobs per transaction that are made due after the clock of the database has stepped back."""
+
 MAX_NOTIFIED: Final = 7_900
 """The most bytes of events in a notification, as in `job_announce`."""
 
@@ -90,6 +94,7 @@ class PostgreSQLStore(Store):
         self._sql = _statements(database.schema)
         self.process = process
         self._heads = QueueHeads()
+        self._clock = ClockWatch()
 
     @property
     def _sender(self) -> dict[str, Any]:
@@ -294,7 +299,24 @@ class PostgreSQLStore(Store):
             "timed_out": error_text(UNREPORTED_TIMEOUT),
             "lost": error_text(LOST),
         }
-        return await self._recovered(await self._run("recover", parameters))
+        recovered = await self._recovered(await self._run("recover", parameters))
+        # The leases are ended. If this fails, it is done the next time.
+        with suppress(QueueUnavailable):
+            await self._correct_for_clock()
+        return recovered
+
+    async def _correct_for_clock(self) -> None:
+        """Make jobs due that were due at once, if the clock of the database has stepped back.
+
+        Otherwise they would wait until the clock has caught up.
+        """
+        asked = time.monotonic()
+        now = await self.now()
+        self._clock.note(asked, time.monotonic(), now)
+        parameters = {"slack": CLOCK_SLACK_SECONDS, "jobs": DUE_BATCH}
+        while self._clock.has_stepped_back:
+            (row,) = await self._run("set_due", parameters, in_order=True)
+            self._clock.has_stepped_back = next(iter(row.values())) == DUE_BATCH
 
     async def _recovered(self, rows: Sequence[Mapping[str, Any]]) -> list[Recovered]:
         traceparents = {row["id"]: row["traceparent"] for row in rows}
@@ -529,6 +551,23 @@ class QueueHeads:
         self._slow_looks = self._slow_looks + 1 if slow else 0
         if self._slow_looks >= SLOW_LOOKS and rows < RECOVERY_BATCH:
             self._full_look_at = ended + min(LONGEST_FAST_SECONDS, took / LOOK_SHARE)
+
+
+class ClockWatch:
+    """Notices by the clock of this process that the clock of the database has stepped back, or that
+    another server with another clock has taken its place."""
+
+    def __init__(self) -> None:
+        self.has_stepped_back = False
+        self._least: float | None = None
+        """How far the clock of the database is ahead of this process's at least."""
+
+    def note(self, asked: float, answered: float, now: datetime) -> None:
+        """Note the time of the database at a moment between two times of this process's clock."""
+        most = now.timestamp() - asked
+        if self._least is not None and most < self._least - CLOCK_SLACK_SECONDS:
+            self.has_stepped_back = True
+        self._least = now.timestamp() - answered
 
 
 async def _insert_probe(connection: AsyncConnection) -> None:

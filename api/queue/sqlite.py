@@ -44,6 +44,7 @@ from job_registry_api.queue.requests import differing_paths
 from job_registry_api.queue.sqlite_database import SQLiteDatabase
 from job_registry_api.queue.store import (
     CLAIM_BYTES,
+    CLOCK_SLACK_SECONDS,
     EVENT_BATCHES_PRUNED,
     EVENTS_KEPT_SECONDS,
     LOST,
@@ -77,9 +78,6 @@ SQL: Final = statements("sqlite")
 
 T = TypeVar("T")
 Row = Mapping[str, Any]
-
-CLOCK_SLACK_SECONDS: Final = 1.0
-"""How far in the future a time may be. Beyond that, the clock is assumed to have stepped back."""
 
 LOGS_SECONDS: Final = 1.5
 """How long a write of log lines waits for other processes. Workers wait slightly longer for it."""

@@ -107,6 +107,9 @@ WAITS_ENDED: Final = "worker.stopped_waiting"
 EVENTS_KEPT_SECONDS: Final = 60
 """How long a batch of events is stored, for other processes to read."""
 
+CLOCK_SLACK_SECONDS: Final = 1.0
+"""How far in the future a time may be. Beyond that, the clock is assumed to have stepped back."""
+
 RECOVERY_BATCH: Final = 100
 """How many lost leases one claim recovers at most, so that claims stay fast after an outage."""
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from job_registry import EnqueueRequest, JobRegistry
-from job_registry_api.queue import sqlite
+from job_registry_api.queue import postgresql, sqlite
 from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.models import JobError, JobStatus
 from job_registry_api.queue.queue import JobQueue
@@ -103,6 +103,38 @@ async def test_jobs_that_were_due_at_once_are_due_when_the_clock_of_sqlite_has_s
     await queue.recover()
     assert (await queue.get(last.id)).next_run_at == last.created_at
     await database.close()
+
+
+async def test_jobs_that_were_due_at_once_are_due_when_the_clock_of_postgresql_has_stepped_back(
+    fresh_postgresql_url: str, registry: JobRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(postgresql, "DUE_BATCH", 2)
+    ping = EnqueueRequest("test.ping", {})
+    async with JobQueue.from_url(fresh_postgresql_url, registry) as queue:
+        await queue.recover()
+        due = {(await queue.enqueue(ping)).job.id for _ in range(5)}
+        later = datetime.now(UTC) + timedelta(hours=3)
+        await queue.enqueue(ping._replace(schedule_at=later))
+
+        # When the clock of the database, and of no other machine, steps back
+        await advance(fresh_postgresql_url, -HOUR)
+        assert isinstance(queue._store, postgresql.PostgreSQLStore)
+        queue._store._clock.note(0.0, 0.0, datetime.now(UTC) + timedelta(hours=1))
+        assert await queue.lease(["test.ping"], "w", limit=9) == []
+        await queue.recover()
+
+        # I expect those that were due taken, and no other
+        assert {each.job.id for each in await queue.lease(["test.ping"], "w", limit=9)} == due
+
+
+def test_a_clock_has_stepped_back_if_it_is_behind_by_more_than_an_answer_takes() -> None:
+    noon = datetime(2030, 1, 1, 12, tzinfo=UTC)
+    watch = postgresql.ClockWatch()
+    for asked, answered, seconds in ((100, 100, 0), (110, 118, 10.5), (128, 128, 27)):
+        watch.note(asked, answered, noon + timedelta(seconds=seconds))
+        assert not watch.has_stepped_back
+    watch.note(138, 138, noon + timedelta(seconds=35))
+    assert watch.has_stepped_back
 
 
 async def test_an_attempt_times_out_in_its_time_after_the_clock_has_stepped_back(

@@ -64,6 +64,18 @@ SELECT * FROM job_registry.job_recover(
     CAST(:process AS text), CAST(:keep AS boolean), CAST(:most AS integer), NULL,
     CAST(:lease AS double precision), CAST(:timed_out AS text), CAST(:lost AS text))
 
+-- name: set_due
+-- Make jobs due that were stored as due at a time that is now in the future, because the clock has
+-- stepped back. They are among the newest of the queued jobs.
+WITH changed AS (
+    UPDATE job_registry.job SET next_run_at = clock_timestamp() WHERE id = ANY (ARRAY(
+        SELECT id FROM job_registry.job
+        WHERE status = ANY (ARRAY['queued']) AND next_run_at = created_at AND created_at >
+            statement_timestamp() + make_interval(secs => CAST(:slack AS double precision))
+        ORDER BY status DESC, id DESC LIMIT :jobs FOR UPDATE SKIP LOCKED))
+    RETURNING id)
+SELECT count(*) FROM changed
+
 -- name: end
 -- End attempts as reported by their workers.
 SELECT * FROM job_registry.job_end(
