@@ -38,6 +38,8 @@ LAST_SECONDS: Final = 2.0
 AT_ONCE: Final = signal.SIGUSR1
 """The second signal of a process that has a supervisor."""
 
+_HANDLED: Final = (signal.SIGTERM, signal.SIGINT, AT_ONCE)
+
 log = structlog.get_logger("job_registry.shutdown")
 
 
@@ -79,7 +81,7 @@ class Shutdown:
         # Started now: a signal handler that starts a thread may interrupt the start of another one,
         # and wait for the lock that the other one holds.
         threading.Thread(target=self._watch, name="shutdown", daemon=True).start()
-        os.register_at_fork(after_in_child=_forget_signals)
+        default_signals_in_forks()
         for number in (signal.SIGTERM, signal.SIGINT, *([AT_ONCE] if self._supervised else ())):
             signal.signal(number, self._receive)
         return self
@@ -154,12 +156,26 @@ class Shutdown:
         abandoning.join()
 
 
-def _forget_signals() -> None:
-    """Reset the inherited signal handlers and the wakeup descriptor in a forked child."""
-    signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(AT_ONCE, signal.SIG_DFL)
+def default_signals_in_forks() -> None:
+    """Give forked children the default handling of signals, from their first moment."""
+    forking = threading.local()
+
+    def block() -> None:
+        # A child that is terminated at once, as by a `multiprocessing.Pool` whose user fails, would
+        # lose the signal to the inherited handler.
+        forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
+
+    def unblock() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, forking.mask)
+
+    def reset() -> None:
+        signal.set_wakeup_fd(-1)
+        for number in _HANDLED:
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        unblock()
+
+    os.register_at_fork(before=block, after_in_parent=unblock, after_in_child=reset)
 
 
 def _kill_children() -> None:

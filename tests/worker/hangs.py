@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import os
-import signal
 import sys
 import threading
 import time
@@ -113,11 +112,15 @@ async def leave() -> None:
 
 
 def fork(payload: Act) -> dict[str, Any]:
-    """Start a process by a fork, terminate it, and say how it ended."""
+    """Start processes by a fork, terminate each at once or later, and say how they ended."""
     context = multiprocessing.get_context("fork")
-    child = context.Process(target=time.sleep, args=(60,))
-    child.start()
-    time.sleep(0.2)
-    child.terminate()
-    child.join(10)
-    return {"child": child.exitcode, "is": -signal.SIGTERM}
+    codes = []
+    for pause in (0, 0, 0, 0, 0, 0.2):
+        child = context.Process(target=time.sleep, args=(60,))
+        child.start()
+        time.sleep(pause)
+        child.terminate()
+        child.join(2)
+        codes.append(child.exitcode)
+        child.kill()
+    return {"children": codes}
