@@ -34,6 +34,7 @@ from job_registry.discovery import import_from
 from job_registry.job_type import is_async
 from job_registry.payload import document_of
 from job_registry_api.logs import configure_logs, log_unexpected, use_standard_logging
+from job_registry_api.shutdown import default_signals_in_forks
 from job_registry_api.worker.extensions import WorkerStartError, lifespans
 from job_registry_api.worker.job_log import JobLog, Sender
 from job_registry_api.worker.memory_limit import MemoryLimit
@@ -79,6 +80,7 @@ def main(descriptor: int) -> None:
     link = _Link(socket.socket(fileno=descriptor))
     link.socket.set_inheritable(False)
     os.register_at_fork(after_in_child=lambda: _replace(descriptor))
+    default_signals_in_forks()
     start = link.receive()
     if start is None:
         return

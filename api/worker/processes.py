@@ -1,10 +1,10 @@
 """Starts, reuses and ends the processes in which handlers with `run_in="process"` run.
 
 Each is a fresh interpreter, not a fork, in its own session: a kill ends the processes that its
-handler has started as well, and Ctrl-C at a terminal does not reach it. It runs one job at a time,
-and ends after a minute without one. Written on `subprocess` and a socket, because Pebble's pool
-cannot pass progress and cancellations, sends SIGTERM to a single process first, and checks timeouts
-every 0.1 s.
+handler has started as well, and Ctrl-C at a terminal does not reach it. SIGTERM does not end it. It
+runs one job at a time, and ends after a minute without one. Written on `subprocess` and a socket,
+because Pebble's pool cannot pass progress and cancellations, sends SIGTERM to a single process
+first, and checks timeouts every 0.1 s.
 """
 
 from __future__ import annotations
@@ -436,4 +436,11 @@ class _Process:
         return -signal.SIGKILL if code is None else code
 
 
-_MAIN: Final = "from job_registry_api.worker.child import main\nmain({})"
+_MAIN: Final = """\
+import signal
+for each in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(each, lambda *_: None)
+from job_registry_api.worker.child import main
+main({})"""
+"""A process manager may send a signal to all processes of a service, as systemd does. The worker
+lets running jobs end, and ends the processes. Not `SIG_IGN`: programs of the handler inherit it."""

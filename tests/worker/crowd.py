@@ -97,6 +97,18 @@ def act(job: JobContext, payload: Act) -> Any:
             if child_pid == 0:
                 return "the forked child's"
             time.sleep(0.5)
+        case "terminate":
+            # As systemd sends them to all processes of a service.
+            for each in (signal.SIGTERM, signal.SIGINT):
+                os.kill(os.getpid(), each)
+            time.sleep(0.1)
+            program = subprocess.Popen(["sleep", "60"])
+            program.terminate()
+            forked = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+            forked.start()
+            forked.terminate()
+            forked.join(5)
+            return [program.wait(5), forked.exitcode]
         case "hold the interpreter's lock":
             Path(payload.argument).write_text(str(os.getpid()))
             re.match("(a+)+$", "a" * 60 + "b")

@@ -227,6 +227,12 @@ async def test_a_timeout_kills_the_process_with_what_it_started(
     assert house.worker.overdue == 0
 
 
+async def test_a_signal_to_all_processes_of_a_service_ends_no_handler(house: Crowd) -> None:
+    done = await house.run("terminate")
+    # It ends the programs and forks of the handler, as elsewhere.
+    assert done.result == [-signal.SIGTERM, -signal.SIGTERM]
+
+
 @pytest.mark.slow
 async def test_a_cancellation_kills_a_process_that_does_not_listen(
     house: Crowd, tmp_path: Path
