@@ -152,8 +152,6 @@ class Attempt:
         self._began = time.monotonic()
         self._deadline = self._began + lease.job.timeout_seconds - EARLY_SECONDS
         self._is_late = self._began > lease.requested_at + LATE_ANSWER_SECONDS
-        if lease.job.cancel_requested_at is not None:
-            self._now = Circumstances(cancel_requested=True)
         self._stop = StopRequest()
         self._follow_ups = FollowUps(self._queue, lease.job.created_by)
         self._hold = Hold(
@@ -449,8 +447,6 @@ class Attempt:
         self._call = call
         if self._stop.is_requested:
             call.request_stop()
-        elif self._now.cancel_requested:
-            self._request_stop(CANCEL_GRACE_SECONDS)
         ended = call.ended
         ended.add_done_callback(self._notice)
         while not ended.done():

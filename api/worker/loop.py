@@ -407,7 +407,7 @@ class Worker:
             return 0
         handlers = sum(not attempt.has_ended for attempt in self._running.values())
         own = sum(attempt.job_id in reported for attempt in self._running.values())
-        return min(own, self._concurrency - handlers, MAX_LEASE)
+        return min(own, self._concurrency - handlers)
 
     def _take(self, equipment: Equipment, leases: Sequence[Lease]) -> None:
         """Run jobs that were leased together with reports."""

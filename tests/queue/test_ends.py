@@ -13,6 +13,7 @@ from job_registry import EnqueueRequest, JobRegistry
 from job_registry_api.queue.claiming import Lease
 from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.errors import LeaseLost
+from job_registry_api.queue.job_logs import LogLevel, LogLine, text_of_lines
 from job_registry_api.queue.models import JobError, JobStatus
 from job_registry_api.queue.queue import JobQueue
 from tests.conftest import advance, run_sql
@@ -36,6 +37,39 @@ ENDS: dict[str, Callable[[JobQueue, str], Awaitable[object]]] = {
 
 async def sql(url: str, *statements: str) -> list[Any]:
     return await asyncio.to_thread(run_sql, url, *statements)
+
+
+def lines(message: str) -> tuple[LogLine, bytes]:
+    line = LogLine(LogLevel.INFO, message, 0.5, {})
+    return line, text_of_lines([line])[0]
+
+
+async def test_a_success_keeps_the_stored_log_lines_or_replaces_them(queue: JobQueue) -> None:
+    (old, old_text), (new, new_text) = lines("old"), lines("new")
+    for sent, kept in ((None, old), (new_text, new)):
+        job = (await queue.enqueue(PING)).job
+        (lease,) = await queue.lease(["test.ping"], "w")
+        await queue.store_logs([(lease.token, old_text)])
+        await queue.succeed(lease.token, logs=sent)
+        assert await queue.logs(job.id) == [kept]
+
+
+async def test_log_lines_of_an_attempt_that_has_ended_are_stored_and_not_announced(
+    queue: JobQueue,
+) -> None:
+    line, text = lines("late")
+    ended = (await queue.enqueue(PING)).job
+    (lease,) = await queue.lease(["test.ping"], "w")
+    await queue.complete(lease.token)
+    again = (await queue.enqueue(PING)).job
+    (former,) = await queue.lease(["test.ping"], "w")
+    await queue.release(former.token)
+    assert await queue.lease(["test.ping"], "w")
+    with queue.events.subscribe() as heard:
+        await queue.store_logs([(lease.token, text), (former.token, text)])
+        last = (await queue.enqueue(PING)).job
+        assert (await anext(heard)).job_id == last.id
+    assert await queue.logs(ended.id) == await queue.logs(again.id) == [line]
 
 
 async def test_a_job_that_does_not_run_has_no_lease(queue: JobQueue, database_url: str) -> None:

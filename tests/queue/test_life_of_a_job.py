@@ -418,6 +418,12 @@ async def test_a_job_that_is_released_again_and_again_waits_longer_each_time(
     await advance(database_url, 61)
     lease = await lease_one(queue)
     assert (await queue.release(lease.token)).next_run_at is not None
+    lease = await lease_one(queue)
+    assert lease.job.id == job.id
+
+    # And so does one that runs for longer than a few seconds
+    await advance(database_url, 11)
+    await queue.release(lease.token)
     assert (await lease_one(queue)).job.id == job.id
 
 

@@ -322,7 +322,7 @@ async def test_a_key_of_another_payload_fails_the_job_and_stores_nothing(house: 
 
     await house.queue.enqueue(Next(step=9), idempotency_key="taken")
     done = await house.run()
-    assert done.status is JobStatus.FAILED
+    assert (done.status, done.attempt) == (JobStatus.FAILED, 1)
     assert done.error is not None
     assert done.error.code == "follow_up_refused"
     assert "whose payload differs at /step" in done.error.message

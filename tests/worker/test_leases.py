@@ -22,6 +22,7 @@ import sqlalchemy.exc
 from pydantic import BaseModel, JsonValue, computed_field
 
 from job_registry import Cancel, JobContext
+from job_registry_api.queue.claiming import Lease
 from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.errors import LeaseLost, QueueUnavailable
 from job_registry_api.queue.leasing import Renewal
@@ -397,8 +398,10 @@ async def test_a_blocked_event_loop_loses_no_lease_and_the_log_names_the_job(
 
 
 @pytest.mark.parametrize("kind", ["async", "thread"])
-@pytest.mark.parametrize("caller", ["this process", "another process"])
-async def test_a_cancellation_is_noticed_at_once(house: House, kind: str, caller: str) -> None:
+@pytest.mark.parametrize("caller", ["this process", "another process", "during the claim"])
+async def test_a_cancellation_is_noticed_at_once(
+    house: House, kind: str, caller: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def work(_job: JobContext, _payload: Text) -> None:
         await asyncio.sleep(8)
 
@@ -407,13 +410,23 @@ async def test_a_cancellation_is_noticed_at_once(house: House, kind: str, caller
             time.sleep(0.01)
         raise Cancel
 
+    lease = house.queue.lease
+
+    async def lease_slowly(*arguments: Any, **options: Any) -> list[Lease]:
+        leases = await lease(*arguments, **options)
+        for each in leases:
+            await house.queue.cancel(each.job.id)
+        return leases
+
     house.job_type.handler(work if kind == "async" else work_in_thread)
+    if caller == "during the claim":
+        monkeypatch.setattr(house.queue, "lease", lease_slowly)
     async with house.working():
         job = await house.enqueue()
-        await house.until(job, JobStatus.RUNNING)
+        await house.until(job, JobStatus.RUNNING, JobStatus.CANCELLED)
         if caller == "this process":
             await house.queue.cancel(job.id)
-        else:
+        elif caller == "another process":
             database = open_database(house.database_url)
             await JobQueue(house.queue.registry, database).cancel(job.id)
             await database.close()

@@ -43,6 +43,7 @@ from job_registry_api.queue.errors import QueueUnavailable
 from job_registry_api.queue.models import JobRecord, JobStatus
 from job_registry_api.queue.queue import JobQueue
 from job_registry_api.queue.reading import PayloadMismatch
+from job_registry_api.queue.requests import MAX_LEASE
 from job_registry_api.queue.store import Claim, Claimed, Ended, Report
 from job_registry_api.worker import Worker
 from job_registry_api.worker.attempt import _warned
@@ -293,6 +294,9 @@ async def test_jobs_run_beside_each_other_up_to_the_concurrency(house: House) ->
         for job in jobs:
             await house.until(job, JobStatus.SUCCEEDED)
     assert most == 4
+    # A worker may have more slots than one claim can fill.
+    async with house.working(concurrency=MAX_LEASE + 1):
+        await house.until(await house.enqueue(), JobStatus.SUCCEEDED)
 
 
 @pytest.mark.cases(6)
@@ -1074,6 +1078,24 @@ async def test_types_without_a_handler_are_left_for_remote_workers(
     house.job_type.handler(lambda job, payload: None)
     worker = Worker(house.queue, concurrency=1, assets=str(tmp_path), shutdown_seconds=1)
     assert worker.types == ("work",)
+
+
+async def test_a_worker_with_a_given_name_releases_no_lease_that_it_does_not_know_of(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another worker may have that name."""
+    asked = []
+
+    async def ask(worker_id: str, _runs: Callable[[UUID], bool]) -> None:
+        asked.append(worker_id)
+
+    monkeypatch.setattr(house.queue, "release_unanswered", ask)
+    monkeypatch.setattr("job_registry_api.worker.loop.UNANSWERED_SECONDS", 0.01)
+    async with house.working(worker_id="mail"), house.working() as other:
+        async with asyncio.timeout(5):
+            while len(asked) < 3:
+                await asyncio.sleep(0.01)
+    assert set(asked) == {other.worker_id}
 
 
 async def test_a_worker_whose_start_is_cancelled_does_not_work(house: House) -> None:

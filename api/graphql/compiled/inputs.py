@@ -312,7 +312,7 @@ def _of_object(kind: GraphQLInputObjectType, coercions: Mapping[str, Coerce]) ->
                 if is_required:
                     raise Odd
                 del coerced[out_name]
-        if is_one_of and (len(value) != 1 or len(coerced) != 1 or None in coerced.values()):
+        if is_one_of and (len(value) != 1 or None in coerced.values()):
             raise Odd
         return out_type(coerced)
 
