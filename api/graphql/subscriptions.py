@@ -12,7 +12,6 @@ from typing import Annotated, Final, cast
 
 import strawberry
 
-from job_registry import Violation
 from job_registry_api.auth import Caller, Unauthenticated
 from job_registry_api.budget import Budget
 from job_registry_api.graphql.access_scopes import Requires
@@ -92,7 +91,8 @@ class Subscription:
         description="The events of jobs from now on, of every process, in the order of commits."
         " With `jobId`, the first event is `job.current`, with the current state of the job, so"
         " that no change is missed between reading and subscribing; so does a stream of server-sent"
-        " events that cannot be continued after its `Last-Event-ID`. With the scope `jobs:own`"
+        " events that cannot be continued after its `Last-Event-ID`. If there is no such job, the"
+        " error is `job_not_found`. With the scope `jobs:own`"
         " alone, these are the events of the caller's own jobs. A subscriber that falls 60 seconds"
         " or 50,000 events of the queue behind is dropped with the error `events_missed`. It must"
         " read the jobs and subscribe again.",
@@ -110,11 +110,8 @@ class Subscription:
     ) -> AsyncGenerator[JobEvent, None]:
         queue, caller = context_of(info).queue, context_of(info).caller
         caller.need_types(job_types or ())
+        of_job = None if job_id is None else parse_job_id(job_id)
         faults = unknown_types(queue.registry, job_types or (), context_of(info).faults)
-        try:
-            of_job = None if job_id is None else parse_job_id(job_id)
-        except JobNotFound as unknown:
-            faults.append(Violation("/jobId", "job_not_found", str(unknown)))
         if faults:
             raise InputInvalid(tuple(faults))
         types = job_types and [queue.registry.current_name(name) for name in job_types]

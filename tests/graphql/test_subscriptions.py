@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -202,6 +203,16 @@ async def test_a_wrong_subscription_is_a_clear_error(address: str) -> None:
             headers={"accept": "text/event-stream"},
         )
         plain = await client.post(f"http://{address}/graphql", json={"query": SUBSCRIPTION})
+        of_no_job = [
+            await client.post(
+                f"http://{address}/graphql",
+                json={"query": f'subscription {{ jobEvents(jobId: "{job_id}") {{ name }} }}'},
+                headers={"accept": "text/event-stream"},
+            )
+            for job_id in ("x", uuid.UUID(int=0))
+        ]
+    assert ["job_not_found" in each.text for each in of_no_job] == [True, True]
+    assert ["validation_error" in each.text for each in of_no_job] == [False, False]
     assert "validation_error" in response.text
     assert "/jobTypes/0" in response.text
     assert "text/event-stream" in plain.json()["errors"][0]["message"]
