@@ -186,6 +186,8 @@ def _reason(error: BaseException) -> str:
         case DefinitionError():
             reason = str(error)
         case ModuleNotFoundError() if not _lines_of(error):  # The catalog names it.
+            if error.name is not None and error.name.endswith(".py"):
+                return f"{error}. Name the module: {error.name.removesuffix('.py')}"
             return (
                 f"{error}. Python searches {Path(sys.path[0]).absolute()} first, then PYTHONPATH"
                 " and the installed packages"

@@ -23,7 +23,7 @@ from job_registry.errors import (
     Violation,
     shortened,
 )
-from job_registry.json_values import json_document
+from job_registry.json_values import json_document, pointer
 from job_registry.payload import Payload
 from job_registry.payload_schema import example_of
 from job_registry.policy import JobPolicy
@@ -437,16 +437,25 @@ class JobType(Generic[P]):
             except ValidationError as error:
                 violations = self.payload_shape.violations(error, example)
         if violations:
-            reason = "; ".join(fault.sentence() for fault in violations)
-            advice = (
-                ""
-                if self._example is not None
-                else "; give Field(examples=[...]) or JobType(example=...) a valid one"
-            )
+            reason = " ".join(fault.sentence() for fault in violations)
+            advice = "" if self._example is not None else self._advice(violations)
             raise DefinitionError(
                 f"job type {self.name}: its example payload {shortened(example, 200)} is invalid:"
                 f" {reason}{advice}"
             )
+
+    def _advice(self, violations: Sequence[Violation]) -> str:
+        """Return what to change if the example that was made from the schema is not valid."""
+        fields = self.payload_schema.get("properties", {})
+        places = {f"/{each.path[1:].partition('/')[0]}" for each in violations}
+        of_default = {
+            pointer("", name)
+            for name, field in fields.items()
+            if "default" in field and "examples" not in field
+        }
+        if places <= of_default:
+            return " That is the default: change it, or allow it in the annotation."
+        return " Give Field(examples=[...]) or JobType(example=...) a valid one."
 
 
 def is_type_name(text: str) -> bool:

@@ -72,7 +72,7 @@ def test_a_part_of_a_package_with_an_underscore_is_not_even_imported(folder: Pat
             r"not_there: No module named 'not_there'\. Python searches {folder} first, then"
             r" PYTHONPATH and the installed packages$",
         ),
-        ({"here": ""}, ["here.py"], r"here.py: No module .* 'here' is not a package\. Python se"),
+        ({"here": ""}, ["here.py"], r"here.py: No module .* package\. Name the module: here$"),
         (
             {"broken": "one = 1\none / 0"},
             ["broken"],

@@ -350,6 +350,15 @@ def test_an_example_that_is_given_has_to_be_valid() -> None:
         JobType(name="a", payload=Note, example={"text": 1})
 
 
+def test_a_default_that_its_annotation_does_not_allow_is_named() -> None:
+    class Due(Payload):
+        days: int = cast(int, None)
+
+    message = r"/days: Expected a whole number; got null\. That is the default: change it, or allow"
+    with pytest.raises(DefinitionError, match=message):
+        JobType(name="a", payload=Due)
+
+
 def test_where_no_example_can_be_made_one_is_required() -> None:
     class Coded(Payload):
         code: Annotated[str, Field(pattern=r"^[0-9]{4}$")]
