@@ -11,7 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
+from ipaddress import IPv6Address, IPv6Network, ip_address
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, get_args
 from urllib.parse import urlsplit
@@ -536,10 +536,17 @@ def _check_is_local(request: Scope) -> None:
 @cached_if_short
 def _is_elsewhere(host: str) -> bool:
     """Return whether a host is the address of another machine."""
-    return _is_address(host) and not _is_loopback(ip_address(host))
+    return _is_address(host) and not is_loopback(host)
 
 
-def _is_loopback(address: IPv4Address | IPv6Address) -> bool:
+def is_loopback(host: str) -> bool:
+    """Return whether a host is an address of this machine that only it can reach.
+
+    A server that listens on :: sees one of IPv4 as a part of IPv6 (RFC 4291, section 2.5.5.2).
+    """
+    if not _is_address(host):
+        return False
+    address = ip_address(host)
     mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
     return (address if mapped is None else mapped).is_loopback
 

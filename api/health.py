@@ -7,7 +7,6 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from ipaddress import ip_address
 from typing import Final, Protocol
 
 import structlog
@@ -17,7 +16,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from job_registry_api.auth import REFUSALS, STATUSES, Authenticator, Forbidden, headers_of
+from job_registry_api.auth import (
+    REFUSALS,
+    STATUSES,
+    Authenticator,
+    Forbidden,
+    headers_of,
+    is_loopback,
+)
 from job_registry_api.http_messages import (
     GuardedResponses,
     answer_method_not_allowed,
@@ -172,10 +178,7 @@ def _stalled(health: WorkerHealth) -> str | None:
 
 
 def _is_local(request: Request) -> bool:
-    try:
-        return request.client is not None and ip_address(request.client.host).is_loopback
-    except ValueError:
-        return False
+    return request.client is not None and is_loopback(request.client.host)
 
 
 def _unavailable(code: str, message: str, **details: str) -> Response:

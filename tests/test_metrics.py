@@ -213,7 +213,13 @@ async def test_without_authentication_only_this_machine_reads_metrics(
 ) -> None:
     async with visit() as client:
         application = application_of(client)
-        for address, status in (("10.0.0.7", 403), ("::1", 200), ("127.0.0.1", 200)):
+        for address, status in (
+            ("10.0.0.7", 403),
+            ("::ffff:10.0.0.7", 403),
+            ("::1", 200),
+            ("127.0.0.1", 200),
+            ("::ffff:127.0.0.1", 200),
+        ):
             transport = httpx.ASGITransport(application, client=(address, 4711))
             async with httpx.AsyncClient(
                 transport=transport, base_url="http://localhost"
