@@ -7,6 +7,7 @@ applications. Labels are bounded: a job type that is not registered counts as `o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Final, Protocol
 
 from prometheus_client import (
@@ -41,65 +42,50 @@ class Metrics:
         self._types = frozenset(job_types)
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
-        self._enqueued = Counter(
-            "job_registry_enqueued",
-            "Jobs stored by this process.",
-            ["type"],
-            registry=self._registry,
-        )
-        self._attempts = Counter(
+        counter = partial(Counter, registry=self._registry)
+        gauge = partial(Gauge, registry=self._registry)
+        self._enqueued = counter("job_registry_enqueued", "Jobs stored by this process.", ["type"])
+        self._attempts = counter(
             "job_registry_attempts",
             "Attempts whose end this process recorded, by outcome.",
             ["type", "outcome"],
-            registry=self._registry,
         )
-        self._parked = Counter(
+        self._parked = counter(
             "job_registry_parked",
             "Jobs that this process's worker has parked, because it could not read their payload.",
             ["type"],
-            registry=self._registry,
         )
-        self._parked_jobs = Gauge(
+        self._parked_jobs = gauge(
             "job_registry_parked_jobs",
             "Parked jobs in the database, the same in every process: use max, not sum.",
             ["type"],
-            registry=self._registry,
         )
-        self._running = Gauge(
-            "job_registry_running_attempts",
-            "Attempts that hold a slot of this process's worker.",
-            registry=self._registry,
+        self._running = gauge(
+            "job_registry_running_attempts", "Attempts that hold a slot of this process's worker."
         )
-        self._overdue = Gauge(
+        self._overdue = gauge(
             "job_registry_overdue_attempts",
             "Attempts that have ended, by timeout or with their lease, and whose thread runs on.",
-            registry=self._registry,
         )
-        self._jobs = Gauge(
+        self._jobs = gauge(
             "job_registry_jobs",
             "Jobs in the database, the same in every process: use max, not sum.",
             ["type", "status"],
-            registry=self._registry,
         )
-        self._database_up = Gauge(
+        self._database_up = gauge(
             "job_registry_database_up",
             "Whether the database answered when the jobs were last counted: 1 or 0.",
-            registry=self._registry,
         )
-        self._database_unavailable = Counter(
+        self._database_unavailable = counter(
             "job_registry_database_unavailable",
             "Operations that failed because the database did not answer or could not write.",
-            registry=self._registry,
         )
-        self._renewal_failures = Counter(
-            "job_registry_lease_renewal_failures",
-            "Renewals of leases that failed.",
-            registry=self._registry,
+        self._renewal_failures = counter(
+            "job_registry_lease_renewal_failures", "Renewals of leases that failed."
         )
-        self._publish_failures = Counter(
+        self._publish_failures = counter(
             "job_registry_event_publish_failures",
             "Committed events that could not be published in this process.",
-            registry=self._registry,
         )
 
     def enqueued(self, job_type: str, jobs: int) -> None:
