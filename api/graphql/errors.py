@@ -56,7 +56,7 @@ class PayloadInvalid(Error):
             code=error.code,
             message=error.summary,
             job_type=error.job_type,
-            violations=_violations(error.violations),
+            violations=list(map(Violation.of, error.violations)),
         )
 
 
@@ -74,7 +74,7 @@ class InputInvalid(Error):
         return cls(
             code=error.code,
             message=error.summary,
-            violations=_violations(error.violations),
+            violations=list(map(Violation.of, error.violations)),
         )
 
     @classmethod
@@ -160,7 +160,6 @@ class ErrorAsData(Generic[Raised, Returned]):
     def handle(
         self, exception: Raised, *, field: StrawberryField, info: strawberry.Info
     ) -> Returned:
-        """Return the error for the client."""
         return self.of(exception)
 
 
@@ -174,7 +173,3 @@ EXCEPTION_HANDLERS: Final = (
     ErrorAsData(queue.JobStateConflict, JobStateConflict, JobStateConflict.of),
     ErrorAsData(queue.LeaseLost, LeaseLost, LeaseLost.of),
 )
-
-
-def _violations(violations: tuple[job_registry.Violation, ...]) -> list[Violation]:
-    return [Violation(path=v.path, code=v.code, message=v.message) for v in violations]

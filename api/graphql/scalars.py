@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from datetime import UTC, date, datetime, time
+from datetime import date, datetime, time
 from decimal import Decimal
 from typing import Any, Final, NewType
 from uuid import UUID
@@ -23,6 +23,7 @@ from strawberry.types.scalar import ScalarDefinition
 
 from job_registry.wire_text import parse_date_time
 from job_registry_api.graphql.context import sent_variables
+from job_registry_api.job_json import json_of_time
 
 TimeText = NewType("TimeText", str)
 """A `DateTime` as a client wrote it. A `DateTime` of ours is a plain `datetime`."""
@@ -42,10 +43,6 @@ def _checked_time(value: object) -> str:
     text = _text(value)
     parse_date_time(text)
     return text
-
-
-def _format_time(value: datetime) -> str:
-    return value.astimezone(UTC).isoformat().replace("+00:00", "Z")
 
 
 def _text(value: object) -> str:
@@ -127,7 +124,7 @@ _DATE_TIME: Final = strawberry.scalar(
     description="A moment in RFC 3339. Responses have it in UTC, such as `2030-01-31T12:00:00Z`."
     " Inputs may have any offset, and must have one.",
     specified_by_url=_RFC_3339,
-    serialize=_format_time,
+    serialize=json_of_time,
     parse_value=_checked_time,
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Awaitable, Callable
+from dataclasses import asdict
 from datetime import datetime
 from enum import Enum
 from operator import attrgetter
@@ -17,6 +18,7 @@ from strawberry.types.base import get_object_definition
 from job_registry import JobPolicy as Policy
 from job_registry import JobType as RegisteredType
 from job_registry import JobTypeNotFound
+from job_registry import Violation as Fault
 from job_registry_api.auth import AccessScope
 from job_registry_api.graphql.access_scopes import OPEN, Requires, RequiresOrOwns
 from job_registry_api.graphql.answer_limits import Charged, selected
@@ -147,14 +149,7 @@ class JobCounts:
 
     @classmethod
     def of(cls, counts: models.JobCounts) -> JobCounts:
-        return cls(
-            queued=counts.queued,
-            running=counts.running,
-            succeeded=counts.succeeded,
-            failed=counts.failed,
-            cancelled=counts.cancelled,
-            parked=counts.parked,
-        )
+        return cls(**asdict(counts))
 
 
 @strawberry.type(
@@ -386,6 +381,10 @@ class Violation:
         extensions=[Charged()], description="What was expected, and what was received."
     )
 
+    @classmethod
+    def of(cls, fault: Fault) -> Violation:
+        return cls(path=fault.path, code=fault.code, message=fault.message)
+
 
 @strawberry.type(
     description="The job is parked: a worker could not read its stored payload. A worker with"
@@ -403,10 +402,7 @@ class PayloadMismatch:
     def of(cls, reason: reading.PayloadMismatch) -> PayloadMismatch:
         return cls(
             fingerprint=reason.fingerprint,
-            violations=[
-                Violation(path=each.path, code=each.code, message=each.message)
-                for each in reason.violations
-            ],
+            violations=list(map(Violation.of, reason.violations)),
         )
 
 
