@@ -56,7 +56,6 @@ class Output:
         self._is_left = True
 
     def write(self, text: str) -> int:
-        """Write a text."""
         if self._stream is None:
             if self._is_left:
                 return len(text)
@@ -99,6 +98,20 @@ def fail_without_output(failure: OutputFailed, *unfinished: str) -> NoReturn:
 def say(text: str, console: Console = out) -> None:
     """Print one line. Parts of it may come from a payload, a file or a database."""
     console.print(escaped(text), markup=False)
+
+
+def print_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table. In a file or a pipe, which have no width, each row is one line, for grep."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for title in titles:
+        table.add_column(title, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    if not out.is_terminal:
+        out.width = 1_000
+    out.print(table)
 
 
 def print_json(content: Any, *, lines: bool = False) -> None:

@@ -10,7 +10,7 @@ from rich.table import Table
 from job_registry import JobRegistry, JobTypeNotFound, PayloadInvalid
 from job_registry.errors import escaped
 from job_registry_api.cli import startup
-from job_registry_api.cli.output import AsJson, out, print_json, refuse, say
+from job_registry_api.cli.output import AsJson, out, print_json, print_table, refuse, say
 from job_registry_api.cli.payloads import File, TypeName, parse, read
 
 
@@ -20,22 +20,20 @@ def types(as_json: AsJson = False) -> None:
     if as_json:
         print_json([_type_json(registry, name) for name in registry])
         return
-    table = Table(box=None, pad_edge=False)
-    for title in ("type", "attempts", "timeout", "at once", "handler", "description"):
-        table.add_column(title, overflow="fold")
+    rows = []
     for name, job_type in registry.items():
-        policy = job_type.policy
-        table.add_row(
-            name,
-            str(policy.max_attempts),
-            f"{policy.timeout_seconds} s",
-            "no limit" if policy.concurrency_limit is None else str(policy.concurrency_limit),
-            "here" if job_type.has_handler else "remote",
-            escape(escaped(job_type.description.partition("\n")[0])),
+        limit = job_type.policy.concurrency_limit
+        rows.append(
+            (
+                name,
+                str(job_type.policy.max_attempts),
+                f"{job_type.policy.timeout_seconds} s",
+                "no limit" if limit is None else str(limit),
+                "here" if job_type.has_handler else "remote",
+                escape(escaped(job_type.description.partition("\n")[0])),
+            )
         )
-    if not out.is_terminal:
-        out.width = 1_000  # One line per type, for grep: a file or a pipe has no width.
-    out.print(table)
+    print_table(("type", "attempts", "timeout", "at once", "handler", "description"), rows)
 
 
 def policy(type_name: TypeName, as_json: AsJson = False) -> None:

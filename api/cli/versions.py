@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from job_registry import JobRegistry, JobTypeNotFound
 from job_registry_api.cli import startup
-from job_registry_api.cli.output import AsJson, out, print_json, refuse, say
+from job_registry_api.cli.output import AsJson, print_json, print_table, refuse, say
 from job_registry_api.settings import Settings
 
 if TYPE_CHECKING:
@@ -40,30 +40,10 @@ def versions(type_names: TypeNames = None, as_json: AsJson = False) -> None:
     if as_json:
         print_json(_as_json(registry, found, unregistered))
         return
-    table = Table(box=None, pad_edge=False)
-    for title in ("type", "fingerprint", "queued", "running", "parked", "refused", "last worker"):
-        table.add_column(title, overflow="fold")
-    for name, some in found.items():
-        for each in some:
-            mark = " (this)" if each.fingerprint == registry[name].fingerprint else ""
-            numbers = (each.queued, each.running, each.parked, each.refused)
-            table.add_row(
-                name,
-                each.fingerprint[:SHOWN_DIGITS] + mark,
-                *(f"{number:,}" for number in numbers),
-                f"{each.worker_seen_at:%Y-%m-%d %H:%M:%S}" if each.worker_seen_at else "never",
-            )
-    for name, counts in unregistered.items():
-        table.add_row(
-            name,
-            "not registered",
-            f"{counts.queued:,}",
-            f"{counts.running:,}",
-            f"{counts.parked:,}",
-        )
-    if not out.is_terminal:
-        out.width = 1_000  # One line per version, for grep.
-    out.print(table)
+    print_table(
+        ("type", "fingerprint", "queued", "running", "parked", "refused", "last worker"),
+        _rows(registry, found, unregistered),
+    )
 
 
 def unpark(type_names: TypeNames = None, as_json: AsJson = False) -> None:
@@ -106,6 +86,26 @@ async def _unpark(settings: Settings, registry: JobRegistry, names: list[str] | 
 
     async with JobQueue.from_settings(settings, registry, prepare=False) as queue:
         return await queue.unpark(names or None)
+
+
+def _rows(
+    registry: JobRegistry,
+    found: dict[str, list[TypeVersion]],
+    unregistered: dict[str, JobCounts],
+) -> Iterator[Sequence[str]]:
+    for name, some in found.items():
+        for each in some:
+            mark = " (this)" if each.fingerprint == registry[name].fingerprint else ""
+            numbers = (each.queued, each.running, each.parked, each.refused)
+            yield (
+                name,
+                each.fingerprint[:SHOWN_DIGITS] + mark,
+                *(f"{number:,}" for number in numbers),
+                f"{each.worker_seen_at:%Y-%m-%d %H:%M:%S}" if each.worker_seen_at else "never",
+            )
+    for name, counts in unregistered.items():
+        known = (counts.queued, counts.running, counts.parked)
+        yield name, "not registered", *(f"{number:,}" for number in known)
 
 
 def _as_json(
