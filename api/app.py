@@ -151,19 +151,7 @@ def create_app(
         answer_bytes=settings.max_answer_bytes,
         answer_fields=settings.max_answer_fields,
     )
-    executor = Executor(
-        Admission(registry, federation=settings.federation),
-        Limits(
-            tokens=settings.max_query_tokens,
-            depth=settings.max_query_depth,
-            aliases=settings.max_query_aliases,
-            directives=settings.max_query_directives,
-            introspection=settings.introspection,
-            suggestions=settings.suggestions,
-        ),
-        limits,
-        _persisted_documents(settings),
-    )
+    executor = _executor(settings, registry, limits)
     graphql_http: ASGIApp = GraphQLOverHTTP(
         executor,
         authenticator,
@@ -225,6 +213,22 @@ def _registry(
             ]
         )
     return queue.registry
+
+
+def _executor(settings: Settings, registry: JobRegistry, limits: RequestLimits) -> Executor:
+    return Executor(
+        Admission(registry, federation=settings.federation),
+        Limits(
+            tokens=settings.max_query_tokens,
+            depth=settings.max_query_depth,
+            aliases=settings.max_query_aliases,
+            directives=settings.max_query_directives,
+            introspection=settings.introspection,
+            suggestions=settings.suggestions,
+        ),
+        limits,
+        _persisted_documents(settings),
+    )
 
 
 def _uploads(settings: Settings) -> Uploads | None:

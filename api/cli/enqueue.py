@@ -36,6 +36,8 @@ from job_registry_api.cli.payloads import TypeName, parse_lines, read
 from job_registry_api.settings import Settings
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from job_registry_api.queue.enqueueing import Enqueued, Refusal
     from job_registry_api.queue.errors import QueueUnavailable
     from job_registry_api.queue.queue import JobQueue
@@ -157,37 +159,14 @@ async def _enqueue_all(
     as_json: bool,
 ) -> int:
     """Store the payloads, print the result of each, and return how many were refused."""
-    from rich.progress import (
-        MofNCompleteColumn,
-        Progress,
-        ProgressColumn,
-        Task,
-        TimeRemainingColumn,
-    )
-    from rich.text import Text
-
     from job_registry_api.queue.errors import QueueUnavailable
     from job_registry_api.queue.queue import JobQueue
-
-    class Rate(ProgressColumn):
-        def render(self, task: Task) -> Text:
-            speed = task.finished_speed or task.speed
-            return Text(f"{speed:,.0f} jobs/s" if speed else "")
 
     counts = {"stored": 0, "deduplicated": 0, "refused": 0}
     size = len(lines) if atomic else min(BULK, settings.max_bulk_size)
     listed = len(lines) if atomic else LISTED
     async with JobQueue.from_settings(settings, registry, tracing=tracing, prepare=False) as queue:
-        progress = Progress(
-            *Progress.get_default_columns()[:2],
-            MofNCompleteColumn(),
-            Rate(),
-            TimeRemainingColumn(),
-            console=err,
-            transient=True,
-            disable=len(lines) < 2 or not err.is_terminal,
-        )
-        with progress, _interruptible() as stopping:
+        with _progress(len(lines)) as progress, _interruptible() as stopping:
             bar = progress.add_task("enqueue", total=len(lines))
             batches = (lines[start : start + size] for start in range(0, len(lines), size))
             stored = _in_order(
@@ -225,6 +204,33 @@ async def _enqueue_all(
     if len(lines) > 1 and not as_json:
         say(_summary(counts))
     return counts["refused"]
+
+
+def _progress(jobs: int) -> Progress:
+    """Return a progress bar, which is shown on a terminal if there are several jobs."""
+    from rich.progress import (
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        Task,
+        TimeRemainingColumn,
+    )
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            speed = task.finished_speed or task.speed
+            return Text(f"{speed:,.0f} jobs/s" if speed else "")
+
+    return Progress(
+        *Progress.get_default_columns()[:2],
+        MofNCompleteColumn(),
+        Rate(),
+        TimeRemainingColumn(),
+        console=err,
+        transient=True,
+        disable=jobs < 2 or not err.is_terminal,
+    )
 
 
 @contextmanager
