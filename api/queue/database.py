@@ -65,7 +65,7 @@ class Database(ABC):
         opened_with: dict[str, Any],
     ) -> None:
         self.engine = engine
-        self.on_unavailable: Callable[[], None] = lambda: None
+        self.on_unavailable: Callable[[QueueUnavailable], None] = lambda error: None
         """Called when an operation raises `QueueUnavailable`."""
         self._timeout = timeout_seconds
         self._pool_size = pool_size
@@ -287,8 +287,8 @@ class Database(ABC):
     def _counting(self) -> Iterator[None]:
         try:
             yield
-        except QueueUnavailable:
-            self.on_unavailable()
+        except QueueUnavailable as error:
+            self.on_unavailable(error)
             raise
 
     def _deadline(self, timeout_seconds: float | None = None) -> float | None:

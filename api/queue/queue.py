@@ -80,6 +80,8 @@ class JobQueue(Enqueueing, Reading, Leasing, Changing, Upkeep):
         self._is_spent = False
         """Whether the connections were used by an event loop, and do not serve another one."""
         self.metrics = Metrics(registry) if metrics is None else metrics
+        self.on_unavailable: Callable[[QueueUnavailable], None] = lambda error: None
+        """Called when the database does not answer an operation, or cannot write."""
         self._new_id = new_id
         self.tracing = tracing
         self._use(database)
@@ -87,7 +89,7 @@ class JobQueue(Enqueueing, Reading, Leasing, Changing, Upkeep):
     def _use(self, database: Database) -> None:
         """Create what belongs to one event loop: the connections, and the work in progress."""
         self._database = database
-        database.on_unavailable = self.metrics.database_unavailable
+        database.on_unavailable = self._notice_unavailable
         self._store = store_of(database, new_process())
         self._store.renamed = self.registry.renamed
         self._readiness = Readiness(self._store)
@@ -298,6 +300,10 @@ class JobQueue(Enqueueing, Reading, Leasing, Changing, Upkeep):
         """End all waits for leases and all subscriptions, because the process shuts down."""
         self._claiming.end()
         self.events.drop_subscribers("the server shuts down")
+
+    def _notice_unavailable(self, error: QueueUnavailable) -> None:
+        self.metrics.database_unavailable()
+        self.on_unavailable(error)
 
 
 def _need_positive(**arguments: float) -> None:
