@@ -17,9 +17,11 @@ import os
 import signal
 import socket
 import struct
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -84,6 +86,9 @@ def main(descriptor: int) -> None:
     start = link.receive()
     if start is None:
         return
+    if isinstance(sys.stdout, TextIOWrapper):
+        # As in the worker: see `Output`.
+        sys.stdout.reconfigure(errors="backslashreplace")
     if start["logs"] is not None:
         configure_logs(*start["logs"])
     else:

@@ -114,6 +114,8 @@ def act(job: JobContext, payload: Act) -> Any:
             re.match("(a+)+$", "a" * 60 + "b")
         case "run a coroutine":
             return asyncio.run(asyncio.sleep(0, "done"))
+        case "print":
+            sys.stdout.write(f"{payload.argument}\n")
         case "raise":
             raise ValueError("from a process")
         case "fail":

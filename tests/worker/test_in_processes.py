@@ -206,6 +206,15 @@ async def test_a_handler_may_close_its_standard_streams(house: Crowd, descriptor
     assert (await house.run("describe")).status == "succeeded"
 
 
+@pytest.mark.any_database
+async def test_a_handler_may_print_what_the_encoding_of_the_output_lacks(
+    house: Crowd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a thread of `job-registry worker`."""
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    assert (await house.run("print", "naïve")).status == JobStatus.SUCCEEDED
+
+
 async def test_a_snooze_and_progress_work_in_a_process(house: Crowd, tmp_path: Path) -> None:
     snoozed = await house.run("snooze", str(tmp_path / "snoozed"))
     assert await house.outcomes(snoozed) == ["snoozed", "succeeded"]
