@@ -172,6 +172,13 @@ async def test_a_failed_attempt_is_tried_again_after_its_backoff_until_none_is_l
     assert await outcomes(queue, job) == ["failed"] * 3
 
 
+async def test_jobs_that_fail_together_are_tried_again_one_after_another(queue: JobQueue) -> None:
+    await queue.enqueue_many([EnqueueRequest("test.ping", {})] * 8)
+    leases = await queue.lease(["test.ping"], "w", limit=8)
+    failed = await asyncio.gather(*(queue.fail(lease.token, BROKEN) for lease in leases))
+    assert len({job.next_run_at for job in failed}) > 4
+
+
 async def test_what_is_not_retryable_fails_at_once(queue: JobQueue) -> None:
     await enqueue(queue)
     lease = await lease_one(queue)
@@ -194,7 +201,7 @@ async def test_retry_after_replaces_the_backoff(queue: JobQueue, database_url: s
 async def test_releases_and_snoozes_give_the_attempt_back(
     queue: JobQueue, database_url: str
 ) -> None:
-    job = await enqueue(queue)
+    job = await enqueue(queue, max_attempts=1)
     for _ in range(5):
         lease = await lease_one(queue)
         assert lease.job.attempt == 1
@@ -417,7 +424,7 @@ async def test_a_job_that_is_released_again_and_again_waits_longer_each_time(
     await queue.fail((await lease_one(queue)).token, BROKEN)
     await advance(database_url, 61)
     lease = await lease_one(queue)
-    assert (await queue.release(lease.token)).next_run_at is not None
+    assert (await queue.release(lease.token)).error == BROKEN
     lease = await lease_one(queue)
     assert lease.job.id == job.id
 

@@ -6,8 +6,9 @@ import secrets
 
 import pytest
 
-from job_registry import EnqueueRequest
+from job_registry import EnqueueRequest, JobRegistry
 from job_registry_api.queue.claiming import Lease
+from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.errors import LeaseLost
 from job_registry_api.queue.leasing import Renewal
 from job_registry_api.queue.models import JobStatus
@@ -58,6 +59,21 @@ async def test_its_worker_holds_the_place_for_as_long_as_it_renews(
     await queue.enqueue(LIMITED)
     await advance(database_url, 31)
     assert len(await lease(queue)) == 2
+
+
+async def test_its_place_is_taken_for_the_length_of_its_own_lease(
+    queue: JobQueue, database_url: str, registry: JobRegistry
+) -> None:
+    database = open_database(database_url)
+    longer = JobQueue(registry, database, lease_seconds=50)
+    await queue.enqueue_many([LIMITED] * 4)
+    (first,) = await lease(longer, 1)
+    await longer.time_out(first.token, still_running=True)
+    await advance(database_url, 40)
+    assert len(await lease(queue)) == 1
+    await advance(database_url, 11)
+    assert len(await lease(queue)) == 1
+    await database.close()
 
 
 async def test_a_renewal_takes_no_place_once_the_handler_has_ended(
