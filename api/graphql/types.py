@@ -444,7 +444,9 @@ class Node:
 class Job(Node):
     record: strawberry.Private[models.JobRecord]
     id: strawberry.ID = strawberry.field(
-        metadata=OPEN, description="A UUID of version 7: later jobs have greater ids."
+        metadata=OPEN,
+        description="A UUID of version 7: later jobs have greater ids, as far as the clocks of the"
+        " processes that stored them agree.",
     )
     type: str = strawberry.field(metadata=OPEN, description="The job type.")
     status: JobStatus = strawberry.field(metadata=OPEN, description="Its state.")

@@ -83,7 +83,7 @@ class IdempotencyKeyTaken(QueueError):
 
 
 class JobNotFound(QueueError):
-    """Raised when no job has this id. It never existed, or it was pruned."""
+    """Raised when no job has this id. It never existed, or it was deleted."""
 
     code = "job_not_found"
 
