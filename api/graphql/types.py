@@ -344,7 +344,10 @@ class JobAttempt:
         self,
         info: strawberry.Info[Context, None],
         last: Annotated[
-            int, strawberry.argument(description="How many lines to return at most, the last ones.")
+            int,
+            strawberry.argument(
+                description="How many lines to return at most, the last ones: 0 to 1,000."
+            ),
         ] = 100,
     ) -> list[JobLogLine] | None:
         check_log_lines(last)

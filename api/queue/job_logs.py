@@ -95,7 +95,7 @@ def _faults_of(line: LogLine, path: str) -> Iterator[Violation]:
         yield _fault(f"{path}/seconds", "out_of_range", wanted, str(line.seconds))
     if not 1 <= len(line.message) <= MAX_MESSAGE:
         length = f"{len(line.message):,}"
-        yield _fault(f"{path}/message", "too_long", f"1 to {MAX_MESSAGE:,} characters", length)
+        yield _fault(f"{path}/message", "out_of_range", f"1 to {MAX_MESSAGE:,} characters", length)
     match line.data:
         case None:
             return
@@ -114,7 +114,7 @@ def _faults_of(line: LogLine, path: str) -> Iterator[Violation]:
 
 
 def _fault(path: str, code: str, wanted: str, got: str) -> Violation:
-    return Violation(f"/logs{path}", code, f"expected {wanted}; got {got}")
+    return Violation(f"/logs{path}", code, f"Expected {wanted}; got {got}.")
 
 
 def check_log_lines(last: int) -> None:
@@ -124,7 +124,7 @@ def check_log_lines(last: int) -> None:
         InputInvalid: `last` is not 0 to `MAX_LINES`.
     """
     if not 0 <= last <= MAX_LINES:
-        message = f"expected 0 to {MAX_LINES:,}; got {last}"
+        message = f"Expected a whole number from 0 to {MAX_LINES:,}; got {last}."
         raise InputInvalid((Violation("/last", "out_of_range", message),))
 
 

@@ -19,6 +19,7 @@ from job_registry_api.queue import claiming, reading
 from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.errors import (
     EventsMissed,
+    InputInvalid,
     JobStateConflict,
     LeaseLost,
     QueueUnavailable,
@@ -26,7 +27,13 @@ from job_registry_api.queue.errors import (
 from job_registry_api.queue.event_stream import Gap, KeptBatches
 from job_registry_api.queue.events import Subscription
 from job_registry_api.queue.filters import JSON_VALUES, JobFilter
-from job_registry_api.queue.job_logs import LogLevel, LogLine, line_as_text
+from job_registry_api.queue.job_logs import (
+    LogLevel,
+    LogLine,
+    check_log_lines,
+    line_as_text,
+    text_of_lines,
+)
 from job_registry_api.queue.leasing import Renewal
 from job_registry_api.queue.models import METADATA, JobError, JobRecord, JobStatus
 from job_registry_api.queue.queue import JobQueue
@@ -591,3 +598,17 @@ async def test_the_lines_of_a_job_with_large_errors_are_read_up_to_a_size(
 async def test_a_wait_of_no_seconds_returns_the_job_as_it_is(queue: JobQueue) -> None:
     job = (await queue.enqueue(EnqueueRequest("test.ping", {}))).job
     assert (await queue.wait(job.id, seconds=0)).status is JobStatus.QUEUED
+
+
+def test_the_faults_of_log_lines_are_sentences() -> None:
+    _, faults = text_of_lines([LogLine(LogLevel.INFO, "", -1.0)])
+    assert [(each.path, each.code, each.message) for each in faults] == [
+        (
+            "/logs/0/seconds",
+            "out_of_range",
+            "Expected 0 to 10,000,000 seconds since the start of the attempt; got -1.0.",
+        ),
+        ("/logs/0/message", "out_of_range", "Expected 1 to 1,000 characters; got 0."),
+    ]
+    with pytest.raises(InputInvalid, match=r"/last: Expected a whole number from 0 to 1,000; got"):
+        check_log_lines(1_001)
