@@ -67,8 +67,8 @@ class AttemptOutcome(Enum):
     )
     RELEASED = strawberry.enum_value(
         "released",
-        description="The worker returned the job, usually because it shut down. The attempt is"
-        " not spent.",
+        description="The worker returned the job, because it shut down or could not read the"
+        " payload. The attempt is not spent.",
     )
     SNOOZED = strawberry.enum_value(
         "snoozed", description="The job was postponed. The attempt is not spent."
@@ -203,8 +203,8 @@ class JobType:
     )
     description: str = strawberry.field(description="What a job of this type does.")
     has_handler: bool = strawberry.field(
-        description="Whether this server's workers can run it. Otherwise remote workers run it,"
-        " with `leaseJobs`."
+        description="Whether the server's code has a handler for it, for the workers of"
+        " `job-registry`. Otherwise remote workers run it, with `leaseJobs`."
     )
 
     @strawberry.field(
