@@ -263,7 +263,7 @@ def widths(wanted: JobFilter, owner: Owner | None) -> Any:
     finished: Any = col(Job.finished_at)
     ranges = (
         _in_order(
-            sqlalchemy.select(finished).where(*_between(finished, wanted)),
+            sqlalchemy.select(finished).where(*_finished(finished, wanted)),
             [(col(Job.status), str(status))],
             finished,
         )
@@ -321,7 +321,7 @@ def walks(
         if lead.others.error_code is not None:
             compared.append(Job.error)
         return [Walk(lead.equal, lead.conditions, within, matching, compared)]
-    matching = [*_between(col(Job.finished_at), wanted), *_created(wanted)]
+    matching = [*_finished(col(Job.finished_at), wanted), *_created(wanted)]
     if wanted.types:
         matching.append(col(Job.type).in_(wanted.types))
     kind = [(col(Job.type), wanted.types[0])] if wanted.types and len(wanted.types) == 1 else []
@@ -481,7 +481,7 @@ def _ranges(wanted: JobFilter, owner: Owner | None, ahead: timedelta) -> list[_R
         return [_Range([], ids, col(Job.created_at), col(Job.id), matching)]
     # A range of each status: no index has the jobs of several in the order of their end.
     finished = col(Job.finished_at)
-    inside = _between(finished, wanted)
+    inside = _finished(finished, wanted)
     return [
         _Range([(col(Job.status), str(status))], inside, finished, finished, [*matching, *ids])
         for status in wanted.possible_statuses
@@ -552,11 +552,11 @@ def narrowed(part: Slice, wanted: JobFilter, ahead: timedelta) -> Slice:
     value that most values are more frequent than.
     """
     before, after = part.before or FIRST_ID, part.after or LAST_ID
-    lowest, end = _id_range(wanted, ahead)
-    if lowest is not None:
+    if wanted.created_after is not None:
+        lowest = _first_id(wanted.created_after - ID_SLACK - ahead)
         before = max(before, uuid.UUID(int=max(0, lowest.int - 1)))
-    if end is not None:
-        after = min(after, end)
+    if wanted.created_before is not None:
+        after = min(after, _first_id(wanted.created_before + ID_SLACK))
     return replace(part, before=before, after=after)
 
 
@@ -568,7 +568,7 @@ def _others(wanted: JobFilter, *, is_led: bool) -> list[Any]:
     # The index of finishing times begins with the status.
     statuses = wanted.possible_statuses
     if wanted.is_of_finished:
-        conditions += _between(_hidden(col(Job.finished_at), is_led), wanted)
+        conditions += _finished(_hidden(col(Job.finished_at), is_led), wanted)
         kind = _hidden(kind, True)
     if wanted.types:
         conditions.append(_hidden(kind, is_led).in_(wanted.types))
@@ -589,32 +589,22 @@ def _hidden(column: Any, hide: bool) -> Any:
     return func.coalesce(column, column, type_=column.type) if hide else column
 
 
-def _between(column: Any, wanted: JobFilter) -> list[Any]:
-    bounds = []
-    if wanted.finished_after is not None:
-        bounds.append(column >= wanted.finished_after)
-    if wanted.finished_before is not None:
-        bounds.append(column < wanted.finished_before)
-    return bounds
+def _finished(column: Any, wanted: JobFilter) -> list[Any]:
+    return _between(column, wanted.finished_after, wanted.finished_before)
 
 
 def _created(wanted: JobFilter) -> list[Any]:
     """Return the conditions of the time of creation. No index serves them: see `narrowed`."""
-    conditions: list[Any] = []
-    if wanted.created_after is not None:
-        conditions.append(col(Job.created_at) >= wanted.created_after)
-    if wanted.created_before is not None:
-        conditions.append(col(Job.created_at) < wanted.created_before)
+    return _between(col(Job.created_at), wanted.created_after, wanted.created_before)
+
+
+def _between(column: Any, after: datetime | None, before: datetime | None) -> list[Any]:
+    conditions = []
+    if after is not None:
+        conditions.append(column >= after)
+    if before is not None:
+        conditions.append(column < before)
     return conditions
-
-
-def _id_range(wanted: JobFilter, ahead: timedelta) -> tuple[uuid.UUID | None, uuid.UUID | None]:
-    """Return the lowest id that jobs created then can have, and the first one that is too high."""
-    after, before = wanted.created_after, wanted.created_before
-    return (
-        None if after is None else _first_id(after - ID_SLACK - ahead),
-        None if before is None else _first_id(before + ID_SLACK),
-    )
 
 
 def _first_id(time: datetime) -> uuid.UUID:
