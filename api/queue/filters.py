@@ -300,12 +300,7 @@ def is_sifted(wanted: JobFilter, owner: Owner | None) -> bool:
 
 
 def walks(
-    wanted: JobFilter,
-    owner: Owner | None,
-    part: Slice,
-    *,
-    by_error: bool = False,
-    ahead: timedelta = timedelta(),
+    wanted: JobFilter, owner: Owner | None, part: Slice, *, by_error: bool, ahead: timedelta
 ) -> list[Walk]:
     """Return where to look for jobs: among those of a creator or an error code or, for a range of
     the time of the end, among those of each status. `by_error` prefers the error code."""
@@ -360,13 +355,7 @@ def counted(
     return union_all(*(_counted(each, most) for each in ranges)) if ranges else None
 
 
-def sampled(
-    sample: Sample,
-    wanted: JobFilter,
-    ends: Sequence[Any],
-    *,
-    ahead: timedelta = timedelta(),
-) -> Any:
+def sampled(sample: Sample, wanted: JobFilter, ends: Sequence[Any], *, ahead: timedelta) -> Any:
     """Return the query that counts jobs of a sample: those `of_kind`, of the wanted types and
     statuses, and those of them that are `beyond` the ends of the ranges and match the filter.
 
@@ -393,13 +382,7 @@ def sampled(
 
 
 def sampled_own(
-    wanted: JobFilter,
-    owner: Owner,
-    end: Any,
-    *,
-    most: int,
-    each: int,
-    ahead: timedelta = timedelta(),
+    wanted: JobFilter, owner: Owner, end: Any, *, most: int, each: int, ahead: timedelta
 ) -> Any:
     """Return the query that counts the owner's jobs beyond the end of what `counted` has read: how
     many there are, `most` at most, how many of these are in a sample, and how many of those match.
