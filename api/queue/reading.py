@@ -260,7 +260,10 @@ def _faults_of(wanted: Any) -> Iterator[Violation]:
         message = f"Expected a JobFilter; got {shortened(wanted)}."
         yield Violation("/filter", "wrong_type", message)
         return
-    yield from _faults_of_lists(wanted.types, wanted.statuses)
+    if wanted.types is not None:
+        yield from _faults_of_types(wanted.types)
+    if wanted.statuses is not None:
+        yield from _faults_of_statuses(wanted.statuses)
     for name in ("created_by", "idempotency_key", "error_code", "search"):
         text, path = getattr(wanted, name), f"/filter/{to_camel(name)}"
         if text is None:
@@ -285,28 +288,30 @@ def _faults_of(wanted: Any) -> Iterator[Violation]:
             yield Violation(path, "out_of_range", message)
 
 
-def _faults_of_lists(types: Any, statuses: Any) -> Iterator[Violation]:
-    for path, values, what in (
-        ("/filter/types", types, "names of job types"),
-        ("/filter/statuses", statuses, "statuses"),
-    ):
-        if values is not None and not isinstance(values, tuple | list | set | frozenset):
-            message = f"Expected a tuple of {what}; got {shortened(values)}."
-            yield Violation(path, "wrong_type", message)
-        elif values is not None and path == "/filter/types":
-            if len(values) > MAX_FILTER_TYPES:
-                message = f"Expected at most {MAX_FILTER_TYPES} job types; got {len(values)}."
-                yield Violation(path, "too_long", message)
-            for index, name in enumerate(values):
-                yield from type_faults(f"{path}/{index}", name)
-        else:
-            for index, status in enumerate(values or ()):
-                if status not in _STATUSES:
-                    message = f"Expected one of {', '.join(JobStatus)}; got {shortened(status)}."
-                    yield Violation(f"{path}/{index}", "invalid_value", message)
+def _faults_of_types(types: Any) -> Iterator[Violation]:
+    if not isinstance(types, _LISTS):
+        message = f"Expected a tuple of names of job types; got {shortened(types)}."
+        yield Violation("/filter/types", "wrong_type", message)
+        return
+    if len(types) > MAX_FILTER_TYPES:
+        message = f"Expected at most {MAX_FILTER_TYPES} job types; got {len(types)}."
+        yield Violation("/filter/types", "too_long", message)
+    for index, name in enumerate(types):
+        yield from type_faults(f"/filter/types/{index}", name)
 
 
-_STATUSES: Final = tuple(JobStatus)
+def _faults_of_statuses(statuses: Any) -> Iterator[Violation]:
+    if not isinstance(statuses, _LISTS):
+        message = f"Expected a tuple of statuses; got {shortened(statuses)}."
+        yield Violation("/filter/statuses", "wrong_type", message)
+        return
+    for index, status in enumerate(statuses):
+        if status not in tuple(JobStatus):  # A set would refuse a value that has no hash.
+            message = f"Expected one of {', '.join(JobStatus)}; got {shortened(status)}."
+            yield Violation(f"/filter/statuses/{index}", "invalid_value", message)
+
+
+_LISTS: Final = (tuple, list, set, frozenset)
 
 
 def _faults_of_ends(*ends: object) -> Iterator[Violation]:
