@@ -41,7 +41,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from types import MappingProxyType
@@ -588,29 +588,17 @@ class Events:
         finally:
             del self._waiting[woken]
 
-    @contextmanager
-    def on_cancel_requested(self, callback: Callable[[UUID], None]) -> Iterator[None]:
+    def on_cancel_requested(self, callback: Callable[[UUID], None]) -> AbstractContextManager[None]:
         """Call `callback` with a running job's id when its cancellation is requested.
 
         The request may come from any process and concern any job. Missed requests are not
         repeated: the next heartbeat reports them.
         """
-        registered = _Callback(callback, asyncio.get_running_loop())
-        self._cancellations[registered] = None
-        try:
-            yield
-        finally:
-            del self._cancellations[registered]
+        return _called_within(self._cancellations, callback)
 
-    @contextmanager
-    def on_waits_ended(self, callback: Callable[[str], None]) -> Iterator[None]:
+    def on_waits_ended(self, callback: Callable[[str], None]) -> AbstractContextManager[None]:
         """Call `callback` with the name of waits that end, as `waits_of`."""
-        registered = _Callback(callback, asyncio.get_running_loop())
-        self._waits[registered] = None
-        try:
-            yield
-        finally:
-            del self._waits[registered]
+        return _called_within(self._waits, callback)
 
     def end_waits(self, waits: str) -> None:
         """End the waits of this name in this process."""
@@ -840,6 +828,18 @@ def _log(events: Sequence[JobEvent]) -> None:
         for name, job_id, job_type, attempt in events
     )
     log_together(log, lines)
+
+
+@contextmanager
+def _called_within(
+    callbacks: dict[_Callback, None], callback: Callable[..., None]
+) -> Iterator[None]:
+    registered = _Callback(callback, asyncio.get_running_loop())
+    callbacks[registered] = None
+    try:
+        yield
+    finally:
+        del callbacks[registered]
 
 
 def new_process() -> str:

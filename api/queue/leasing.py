@@ -445,11 +445,9 @@ class Leasing:
             LeaseLost: the lease is no longer in force.
             InputInvalid: the error is too large to store.
         """
-        job_id, secret = _parts(token)
         return await self._end_attempt(
             Report(
-                job_id,
-                secret,
+                *_parts(token),
                 AttemptOutcome.RELEASED,
                 error=self._error(error),
                 parked_for=fingerprint,
@@ -464,9 +462,8 @@ class Leasing:
         Raises:
             LeaseLost: the lease is no longer in force.
         """
-        job_id, secret = _parts(token)
         return await self._end_attempt(
-            Report(job_id, secret, AttemptOutcome.RELEASED, delay_seconds=0.0)
+            Report(*_parts(token), AttemptOutcome.RELEASED, delay_seconds=0.0)
         )
 
     async def snooze(self, token: str, seconds: float) -> JobRecord:
@@ -493,11 +490,9 @@ class Leasing:
         Raises:
             LeaseLost: the queue has already ended the attempt.
         """
-        job_id, secret = _parts(token)
         return await self._end_attempt(
             Report(
-                job_id,
-                secret,
+                *_parts(token),
                 AttemptOutcome.TIMED_OUT,
                 error=TIMED_OUT if timeout_seconds is None else timed_out(timeout_seconds),
                 still_running=still_running,
@@ -510,9 +505,8 @@ class Leasing:
         Raises:
             LeaseLost: the lease is no longer in force.
         """
-        job_id, secret = _parts(token)
         return await self._end_attempt(
-            Report(job_id, secret, AttemptOutcome.CANCELLED, error=self._error(error))
+            Report(*_parts(token), AttemptOutcome.CANCELLED, error=self._error(error))
         )
 
     async def _end_attempt(self, report: Report) -> JobRecord:
@@ -548,30 +542,12 @@ class Leasing:
                 ended |= dict.fromkeys(turn.values())
                 continue
             self.events.publish(map(JobEvent.of_change, jobs.values()), sender)
-            outcomes: Counter[tuple[str, str]] = Counter()
-            for report in these:
-                if (job := jobs.get(report.job_id)) is not None:
-                    cancelled = job.status is JobStatus.CANCELLED
-                    outcome = AttemptOutcome.CANCELLED if cancelled else report.outcome
-                    outcomes[job.type, outcome.value] += 1
-                    if job.is_parked:
-                        self.metrics.parked(job.type)
-            for (job_type, name), attempts in outcomes.items():
-                self.metrics.attempt_ended(job_type, name, attempts)
+            self._count_outcomes(these, jobs)
             missing = [report for report in these if report.job_id not in jobs]
             states: dict[uuid.UUID, LeaseState] | None = {}
             try:
                 states = await self._store.lease_states(missing) if missing else {}
-                repeated = [
-                    report.job_id
-                    for report in missing
-                    if report.outcome is AttemptOutcome.SUCCEEDED
-                    and (state := states.get(report.job_id)) is not None
-                    and state.succeeded
-                ]
-                if repeated:
-                    found = await self._store.get_many(repeated)
-                    jobs |= {job.id: Ended.of(job) for job in found.values()}
+                jobs |= await self._ended_before(missing, states)
             except QueueUnavailable:
                 # The other reports are committed and answered. These are tried again.
                 if not (jobs or ended):
@@ -587,6 +563,32 @@ class Leasing:
                 else:
                     ended[turn[report.job_id]] = LeaseLost()
         return [ended[index] for index in range(len(reports))]
+
+    def _count_outcomes(self, reports: Sequence[Report], jobs: Mapping[uuid.UUID, Ended]) -> None:
+        outcomes: Counter[tuple[str, str]] = Counter()
+        for report in reports:
+            if (job := jobs.get(report.job_id)) is not None:
+                cancelled = job.status is JobStatus.CANCELLED
+                outcome = AttemptOutcome.CANCELLED if cancelled else report.outcome
+                outcomes[job.type, outcome.value] += 1
+                if job.is_parked:
+                    self.metrics.parked(job.type)
+        for (job_type, name), attempts in outcomes.items():
+            self.metrics.attempt_ended(job_type, name, attempts)
+
+    async def _ended_before(
+        self, reports: Sequence[Report], states: Mapping[uuid.UUID, LeaseState]
+    ) -> dict[uuid.UUID, Ended]:
+        """Return the jobs that have succeeded by an earlier call with the same report."""
+        repeated = [
+            report.job_id
+            for report in reports
+            if report.outcome is AttemptOutcome.SUCCEEDED
+            and (state := states.get(report.job_id)) is not None
+            and state.succeeded
+        ]
+        found = await self._store.get_many(repeated) if repeated else {}
+        return {job.id: Ended.of(job) for job in found.values()}
 
     async def _end_and_lease(
         self, reports: Sequence[Report]
