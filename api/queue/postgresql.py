@@ -209,7 +209,7 @@ class PostgreSQLStore(Store):
         self, connection: Connection, jobs: Sequence[NewJob], wait: bool
     ) -> dict[uuid.UUID, Stored]:
         parameters = {"jobs": _new_jobs(jobs), "wait": wait, **self._sender}
-        return _stored(self._execute(connection, "insert", parameters))
+        return _stored(self._execute_within(connection, "insert", parameters))
 
     async def claim(self, claim: Claim) -> Claimed:
         claimed = await self._look(claim, *self._heads.known(time.monotonic()))
@@ -474,12 +474,7 @@ class PostgreSQLStore(Store):
         sql = self._sql[name]
         return await self._database.execute_at_once(sql, parameters, in_order=in_order)
 
-    def _read_within(
-        self, connection: Connection, name: str, parameters: Mapping[str, Any]
-    ) -> Sequence[Mapping[str, Any]]:
-        return self._execute(connection, name, parameters)
-
-    def _execute(
+    def _execute_within(
         self, connection: Connection, name: str, parameters: Mapping[str, Any]
     ) -> Sequence[Mapping[str, Any]]:
         result = connection.execute(statement(self._sql[name]), parameters)

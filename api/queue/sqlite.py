@@ -127,7 +127,8 @@ class SQLiteStore(Store):
         shift = {"shift": self._database.shift}
         now = str(connection.execute(statement(SQL["now"]), shift).scalar_one())
         for job in jobs:
-            if connection.execute(statement(SQL["insert"]), _named(job, now)).rowcount:
+            values = dict(zip(_INSERTED, _values(job, now), strict=True))
+            if connection.execute(statement(SQL["insert"]), values).rowcount:
                 stored[job.id] = _stored(job, _time(now))
                 created.append(("job.created", job.id.hex, job.type, 0))
             else:
@@ -350,7 +351,7 @@ class SQLiteStore(Store):
             result = await connection.execute(statement(SQL[name]), values)
             return [_typed(dict(row)) for row in result.mappings()]
 
-    def _read_within(
+    def _execute_within(
         self, connection: Connection, name: str, parameters: Mapping[str, Any]
     ) -> Sequence[Row]:
         values = {**parameters, "shift": self._database.shift}
@@ -916,11 +917,6 @@ _PROBE: Final = NewJob(
     created_by=None,
 )
 """The job that `check_writes` inserts and rolls back."""
-
-
-def _named(job: NewJob, now: str) -> dict[str, Any]:
-    """Return the values of `insert` by their names."""
-    return dict(zip(_INSERTED, _values(job, now), strict=True))
 
 
 def _values(job: NewJob, now: str) -> tuple[Any, ...]:

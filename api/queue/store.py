@@ -666,10 +666,10 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def _read_within(
+    def _execute_within(
         self, connection: Connection, name: str, parameters: Mapping[str, Any]
     ) -> Sequence[Mapping[str, Any]]:
-        """Do the same in a transaction that is open on this connection."""
+        """Run a statement in a transaction that is open on this connection."""
 
     async def _select(self, query: Executable, *, in_order: bool = False) -> list[dict[str, Any]]:
         """Run an ordinary query. For `in_order`, see `Database.reading`."""
@@ -755,7 +755,7 @@ class Store(ABC):
         self, connection: Connection, keys: Iterable[tuple[str, str]]
     ) -> dict[tuple[str, str], JobRecord]:
         """Return them as a transaction that is open on this connection sees them."""
-        return self._by_key(self._read_within(connection, "by_key", _wanted_keys(keys)))
+        return self._by_key(self._execute_within(connection, "by_key", _wanted_keys(keys)))
 
     def _listed_of(self, row: Mapping[str, Any]) -> Listed:
         return Listed(self.record(row), int(row["size"]), bool(row["is_partial"]))
