@@ -199,7 +199,6 @@ def create_app(
 def _registry(
     settings: Settings, registry: JobRegistry | None, queue: JobQueue | None
 ) -> JobRegistry:
-    """Return the job types of the application."""
     if queue is None:
         if registry is None:
             registry = load_registry(settings.catalog, max_payload_bytes=settings.max_payload_bytes)

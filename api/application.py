@@ -151,7 +151,6 @@ class StartedApplication:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection."""
         if scope["type"] != "lifespan":
             application: JobsApplication = scope["app"]
             try:
@@ -175,7 +174,6 @@ class ShortWay:
         self._endpoint = endpoint
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection."""
         is_here = scope["type"] == "http" and (
             scope["path"] == scope.get("root_path", "") + self._path
         )
@@ -197,7 +195,6 @@ class TracedEndpoint:
         self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one HTTP request."""
         if self._tracing.is_traced_by_host():
             await self._endpoint(scope, receive, send)
             return

@@ -35,7 +35,6 @@ class Compression:
         self._threads = ThreadPoolExecutor(os.cpu_count() or 1, "compression")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection."""
         encoding = None
         if scope["type"] == "http":
             encoding = preferred_encoding(

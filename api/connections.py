@@ -870,7 +870,6 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
             self._fail(1008, "Too many pings")
 
     def _fail(self, code: int, reason: str) -> None:
-        """Close the connection with a code."""
         if self.close_sent or self.transport.is_closing():
             self._held, self._has_failed = b"", True
             return

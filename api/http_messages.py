@@ -131,7 +131,6 @@ class GuardedResponses:
         self._guarding = whole.raw
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -175,7 +174,6 @@ class PublishedUnder:
         self._prefix = prefix
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection."""
         if scope["type"] in ("http", "websocket") and not scope.get("root_path"):
             path: str = scope["path"]
             if path != self._prefix and not path.startswith(f"{self._prefix}/"):
@@ -347,11 +345,9 @@ async def respond_json(
     status: int,
     content: Any,
     *,
-    content_type: bytes = JSON_TYPE,
     headers: tuple[tuple[bytes, bytes], ...] = (),
 ) -> None:
-    """Send a JSON response."""
-    await respond(send, status, to_json(content), content_type=content_type, headers=headers)
+    await respond(send, status, to_json(content), content_type=JSON_TYPE, headers=headers)
 
 
 async def respond(

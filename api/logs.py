@@ -187,7 +187,6 @@ class _Together:
         )
 
     def write(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Write the lines at once."""
         if not self._is_enabled:
             return
         common: Any = {}
@@ -221,7 +220,6 @@ class _ConsoleRenderer(structlog.dev.ConsoleRenderer):
     """Renders lines for people. Characters that a terminal could act on are escaped."""
 
     def __call__(self, logger: Any, name: str, event_dict: structlog.typing.EventDict) -> str:
-        """Render a line."""
         return super().__call__(
             logger, name, {escaped(key): _escaped(value) for key, value in event_dict.items()}
         )

@@ -129,7 +129,6 @@ class _Immutable(StaticFiles):
     """Files whose names change with their content."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
         if not self._is_built():
             raise HTTPException(404)
 

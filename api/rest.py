@@ -115,7 +115,6 @@ class _Request:
 
     @property
     def job_id(self) -> str:
-        """The id in the path."""
         return str(self.scope["path_params"]["id"])
 
     def fault_budget(self) -> FaultBudget:
@@ -206,7 +205,6 @@ class _Endpoint:
         self._uploads = uploads
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one HTTP request."""
         try:
             answering = self._methods.get(scope["method"])
             if answering is None:
@@ -632,7 +630,6 @@ def _summary(job: JobRecord) -> dict[str, Any]:
 
 
 def _result(result: Enqueued | Refusal) -> dict[str, Any]:
-    """Return one result of a bulk."""
     if isinstance(result, Enqueued):
         return {"status": _created(result), "job": _summary(result.job)}
     content = error_content(result.code, result.summary, _listed(result.details()))

@@ -117,11 +117,9 @@ class FixedKeys:
     keys: Keys
 
     async def current(self) -> Keys:
-        """Return the keys."""
         return self.keys
 
     async def newest(self) -> Keys:
-        """Return the keys."""
         return self.keys
 
 

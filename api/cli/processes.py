@@ -75,8 +75,6 @@ class _Role:
 
 
 class _Child:
-    """One process."""
-
     def __init__(
         self, process: asyncio.subprocess.Process, channel: socket.socket, role: _Role
     ) -> None:

@@ -97,12 +97,10 @@ class Prepared(NamedTuple):
 
     @property
     def is_mutation(self) -> bool:
-        """Whether the operation is a mutation."""
         return self.operation.operation is OperationType.MUTATION
 
     @property
     def is_subscription(self) -> bool:
-        """Whether the operation is a subscription."""
         return self.operation.operation is OperationType.SUBSCRIPTION
 
 
@@ -375,7 +373,6 @@ class _DocumentCache:
         self._bytes = 0
 
     def get(self, text: str, job_types: frozenset[str] | None) -> _Document | None:
-        """Return the document of a text, if it is kept."""
         document = self._documents.get((text, job_types))
         if document is not None:
             self._documents.move_to_end((text, job_types))

@@ -180,7 +180,6 @@ class _PrefixedNames(NameConverter):
         self._ours = {each for each in map(_class_of, definitions) if each is not None}
 
     def from_type(self, type_: Any) -> str:
-        """Return the name of a type."""
         name = super().from_type(type_)
         return f"{self._prefix}{name}" if self._is_ours(type_) else name
 

@@ -93,7 +93,6 @@ class GraphQLOverHTTP:
         self._page = page
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one HTTP request."""
         accept = header(scope, b"accept")
         if self._page is not None and _wants_page(scope, accept):
             await self._page(scope, receive, send)

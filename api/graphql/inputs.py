@@ -65,7 +65,6 @@ class EnqueueJobInput(EnqueueOptions):
     )
 
     def request(self) -> EnqueueRequest:
-        """Return the request to the queue."""
         return self.request_for(self.type, self.payload)
 
 
@@ -113,7 +112,6 @@ class JobFilterInput:
     )
 
     def filter(self) -> JobFilter:
-        """Return the filter of the queue."""
         statuses = self.statuses
         return JobFilter(
             types=None if self.types is None else tuple(self.types),

@@ -116,7 +116,6 @@ class PersistedDocuments:
 
 
 def names_document(request: Mapping[str, Any]) -> bool:
-    """Return whether a request names its document."""
     extensions = request.get("extensions")
     return any(request.get(member) is not None for member in _MEMBERS) or (
         isinstance(extensions, dict) and extensions.get("persistedQuery") is not None

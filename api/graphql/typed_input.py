@@ -150,7 +150,6 @@ class _Inputs:
         self._made: dict[str, _Made] = {}
 
     def payload_of(self, job_type: JobType[Any]) -> Any:
-        """Return the type of a job type's payload."""
         schema = dict(job_type.payload_schema)
         definitions = dict(schema.get("$defs", {}))
         if "$ref" in schema:  # A model that contains itself.

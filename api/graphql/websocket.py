@@ -77,7 +77,6 @@ class GraphQLOverWebSocket:
         self._allowed_origins = frozenset(allowed_origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection."""
         with suppress(WebSocketDisconnect):
             await self._serve(WebSocket(scope, receive, send))
 

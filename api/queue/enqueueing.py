@@ -105,7 +105,6 @@ class ExistingValues:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of the values."""
         return JSON_VALUES[not self.payload : None if self.others else 1]
 
 

@@ -281,7 +281,6 @@ class Subscription:
         self._woken.set()
 
     def includes(self, event: JobEvent) -> bool:
-        """Return whether the subscription includes this event."""
         return _is_followed(event, self.job_id, self.types)
 
     def skip(self, earlier: Mapping[JobEvent, int]) -> None:
@@ -311,7 +310,6 @@ class _Idle:
         self._waiting: dict[UUID | None, dict[frozenset[str] | None, set[Subscription]]] = {}
 
     def add(self, subscription: Subscription) -> None:
-        """Add a subscription."""
         of_job = self._waiting.setdefault(subscription.job_id, {})
         of_job.setdefault(subscription.types, set()).add(subscription)
 
@@ -327,7 +325,6 @@ class _Idle:
 
     @property
     def is_empty(self) -> bool:
-        """Whether no subscription waits."""
         return not self._waiting
 
     def take(self, event: JobEvent) -> list[Subscription]:
@@ -341,7 +338,6 @@ class _Idle:
         ]
 
     def take_all(self) -> list[Subscription]:
-        """Remove and return all subscriptions."""
         of_jobs, self._waiting = self._waiting, {}
         return [each for of_job in of_jobs.values() for some in of_job.values() for each in some]
 

@@ -510,7 +510,6 @@ class Leasing:
         )
 
     async def _end_attempt(self, report: Report) -> JobRecord:
-        """Report, and return the job."""
         ended = await self._report(report)
         job = ended.job or await self._store.get(ended.id)
         if job is None:  # It was deleted in the meantime.

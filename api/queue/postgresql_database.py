@@ -170,7 +170,6 @@ class PostgreSQLDatabase(Database):
 
     @property
     def keeps_events(self) -> bool:
-        """See `Database.keeps_events`."""
         return self._listen_url is None
 
     async def retrying(
@@ -229,11 +228,9 @@ class PostgreSQLDatabase(Database):
                 await driver.execute(sql)
 
     async def lock_migrations(self, connection: AsyncConnection) -> None:
-        """See `Database.lock_migrations`."""
         await connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({MIGRATION_LOCK})")
 
     async def listen(self, on_message: Listener, on_gap: Callable[[], None]) -> None:
-        """See `Database.listen`."""
         if self._listen_url is not None:
             await self._listen(self._listen_url, on_message, on_gap)
         log.warning(
@@ -246,7 +243,6 @@ class PostgreSQLDatabase(Database):
             await asyncio.sleep(POLL_SECONDS)
 
     async def close(self) -> None:
-        """See `Database.close`."""
         while self._spare:
             self._spare.pop().close()
         await super().close()

@@ -44,7 +44,6 @@ class Found:
     sample_ids: list[str] = field(default_factory=list)
 
     def add(self, job_id: uuid.UUID) -> None:
-        """Count a job."""
         self.jobs += 1
         if len(self.sample_ids) < SAMPLES:
             self.sample_ids.append(str(job_id))

@@ -126,7 +126,6 @@ class SQLiteDatabase(Database):
 
     @property
     def ahead_seconds(self) -> float:
-        """See `Database.ahead_seconds`."""
         return 0.0 if self._ahead is None else self._ahead()
 
     @property
@@ -168,7 +167,6 @@ class SQLiteDatabase(Database):
             future.exception()  # Mark it as retrieved: the caller may be gone.
 
     async def checkpoint(self) -> bool:
-        """See `Database.checkpoint`."""
         with self._file.unavailable():
             return await asyncio.to_thread(self._file.checkpoint)
 
@@ -176,7 +174,6 @@ class SQLiteDatabase(Database):
         """Do nothing: the transaction excludes every other writer."""
 
     async def listen(self, on_message: Listener, on_gap: Callable[[], None]) -> None:
-        """See `Database.listen`."""
         on_gap()
         last = None
         while True:
@@ -323,7 +320,6 @@ class _File:
         self.busy_seconds = 0.9 * min(seconds_of(timeout_seconds), HOUR_SECONDS)
 
     def connect(self) -> sqlite3.Connection:
-        """Open the file."""
         self.check_access()
         connection = sqlite3.connect(
             self.uri, uri=True, timeout=self.busy_seconds, isolation_level=None
@@ -496,7 +492,6 @@ class _File:
         self.check_log(opened)
 
     def checkpoint(self) -> bool:
-        """See `Database.checkpoint`."""
         with closing(self.connect()) as connection:
             connection.execute("PRAGMA busy_timeout = 0")
             # PASSIVE copies without locks. TRUNCATE, which locks, then has only the end of the log

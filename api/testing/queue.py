@@ -306,7 +306,6 @@ class TestQueue(JobQueue):
         )
 
     def _wanted(self, what: What | Payload, fields: dict[str, Any]) -> _Wanted:
-        """Return what is looked for."""
         if isinstance(what, Payload):
             if fields:
                 raise TypeError("a payload has its own fields; give the class for some of them")
@@ -407,7 +406,6 @@ class SyncTestQueue(SyncQueue):
         """Do nothing: the queue is closed at the end of the test."""
 
     def end(self) -> None:
-        """End the thread."""
         super().close()
         self._twin.end()
 

@@ -55,7 +55,6 @@ class QueueFile:
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 
     def database(self) -> Database:
-        """Return the file for a queue."""
         return open_database(self._url, ahead=lambda: self.ahead)
 
     def delete(self) -> None:

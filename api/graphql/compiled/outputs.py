@@ -234,7 +234,6 @@ class OutputCompiler:
         return is_abstract_type(named) and self._schema.is_sub_type(named, kind)
 
     def _field(self, parent: GraphQLObjectType, key: str, nodes: list[FieldNode]) -> _Field:
-        """Compile one field of an object type."""
         self.fields += 1
         if self.fields > self._max_fields:
             raise NotCompiled("too many fields")
