@@ -72,7 +72,6 @@ _MOST_DESCRIPTORS: Final = 4096
 
 
 def frame(message: dict[str, Any]) -> bytes:
-    """Encode a message."""
     body = to_json(message)
     return HEADER.pack(len(body)) + body
 
@@ -308,28 +307,7 @@ async def _run(
         link.send({"progress": run["number"], "text": text.decode()})
 
     lines = Sender(lambda line: link.send({"logged": run["number"], "line": line.decode()}))
-
-    ended = threading.Event()
-    enqueueing = threading.Lock()
-
-    def enqueue(payload: Payload, **options: Any) -> str:
-        if (at := options["schedule_at"]) is not None:
-            options["schedule_at"] = at.isoformat()
-        job_id = str(uuid7())
-        sent = {
-            "id": job_id,
-            "class": address_of_class(type(payload)),
-            "payload": document_of(payload),
-            "options": options,
-            "traceparent": None if tracing is None else tracing.current(),
-        }
-        # Before the message that the handler has ended, or not at all.
-        with enqueueing:
-            if ended.is_set():
-                raise RuntimeError(ENDED)
-            link.send({"follow_up": run["number"], "job": sent})
-        return job_id
-
+    follow_ups = _FollowUps(link, run["number"], tracing)
     progress = Progress(pass_on, lambda: log, max_bytes=start["max_bytes"])
     deadline = time.monotonic() + run["seconds_left"]
     began = deadline - job["timeout_seconds"]
@@ -339,7 +317,7 @@ async def _run(
         state=state,
         log=JobLog(lambda: log, lines, began),
         _report=progress.report,
-        _enqueue=enqueue,
+        _enqueue=follow_ups.enqueue,
         _cancelled=current.cancelled.is_set,
         _deadline=deadline,
     )
@@ -363,8 +341,7 @@ async def _run(
     if current.cancelled.is_set():
         call.request_stop()
     await asyncio.wait({call.ended})
-    with enqueueing:
-        ended.set()
+    follow_ups.end()
     lines.flush()
     current.request_stop = None
     memory.lift()
@@ -372,6 +349,39 @@ async def _run(
     if limit_mb is not None and isinstance(end, Raised) and end.kind == "error":
         return MemoryExceeded(limit_mb, end.traceback) if end.out_of_memory else end
     return end
+
+
+class _FollowUps:
+    """Sends the jobs that a handler enqueues to the worker, until the handler has ended."""
+
+    def __init__(self, link: _Link, number: int, tracing: Tracing | None) -> None:
+        self._link = link
+        self._number = number
+        self._tracing = tracing
+        self._lock = threading.Lock()
+        self._has_ended = False
+
+    def enqueue(self, payload: Payload, **options: Any) -> str:
+        if (at := options["schedule_at"]) is not None:
+            options["schedule_at"] = at.isoformat()
+        job_id = str(uuid7())
+        sent = {
+            "id": job_id,
+            "class": address_of_class(type(payload)),
+            "payload": document_of(payload),
+            "options": options,
+            "traceparent": None if self._tracing is None else self._tracing.current(),
+        }
+        # Before the message that the handler has ended, or not at all.
+        with self._lock:
+            if self._has_ended:
+                raise RuntimeError(ENDED)
+            self._link.send({"follow_up": self._number, "job": sent})
+        return job_id
+
+    def end(self) -> None:
+        with self._lock:
+            self._has_ended = True
 
 
 def _listen(
