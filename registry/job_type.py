@@ -185,32 +185,25 @@ class JobType(Generic[P]):
         where = f"job type {self.name}"
         if self._handler is not None:
             raise DefinitionError(f"{where}: it has a handler already, {named(self._handler)}")
+        where += f": the handler {named(function)}"
         try:
             inspect.signature(function).bind(None, None)
         except (TypeError, ValueError):
-            raise DefinitionError(
-                f"{where}: the handler {named(function)} must take (job, payload)"
-            ) from None
+            raise DefinitionError(f"{where} must take (job, payload)") from None
         if _is_generator(function):
             raise DefinitionError(
-                f"{where}: the handler {named(function)} yields, so its result would not be JSON;"
-                " return the result instead"
+                f"{where} yields, so its result would not be JSON; return the result instead"
             )
         if _has_swapped_arguments(function, self.payload):
-            raise DefinitionError(
-                f"{where}: the handler {named(function)} takes (payload, job), expected"
-                " (job, payload)"
-            )
+            raise DefinitionError(f"{where} takes (payload, job), expected (job, payload)")
         other = _payload_of(function)
         if other is not None and not _is_a(self.payload, other):
             raise DefinitionError(
-                f"{where}: the handler {named(function)} takes {other.__name__}, expected"
-                f" {self.payload.__name__}"
+                f"{where} takes {other.__name__}, expected {self.payload.__name__}"
             )
         if self.run_in == "thread" and is_async(function):
             raise DefinitionError(
-                f"{where}: the handler {named(function)} is async and cannot run in a thread;"
-                ' leave run_in out, or use "process"'
+                f'{where} is async and cannot run in a thread; leave run_in out, or use "process"'
             )
         object.__setattr__(self, "_handler", function)
         # Once: each attempt reads it, and to find out whether a function is async takes a while.
