@@ -39,6 +39,8 @@ def unavailable() -> Iterator[None]:
 def as_unavailable(error: BaseException | None) -> QueueUnavailable | None:
     """Return the `QueueUnavailable` for an error, or None if the statement is at fault, for example
     because it violates a constraint."""
+    if _is_ending(error):
+        return Transient("the server has ended the connection")
     match error:
         case QueueUnavailable():
             return error
@@ -162,6 +164,15 @@ def _is_raised_by(
     )
 
 
+def _is_ending(error: BaseException | None) -> bool:
+    """Return whether the driver has not sent a statement, because it has read that the server ends
+    the connection, and waits for the end. Its state is then 2."""
+    return any(
+        isinstance(each, asyncpg.InternalClientError) and "operation (2)" in str(each)
+        for each in _causes(error)
+    )
+
+
 def _is_lost(error: BaseException | None) -> bool:
     """Return whether the connection ended."""
     lost = (asyncpg.PostgresConnectionError, asyncpg.InterfaceError, asyncpg.InternalClientError)
@@ -243,4 +254,5 @@ def _first_line(error: BaseException | None) -> str:
 
 
 class Transient(QueueUnavailable):
-    """Raised when PostgreSQL aborts a transaction that may succeed when it runs again."""
+    """Raised when PostgreSQL aborts a transaction that may succeed when it runs again, or ends a
+    connection before a statement was sent."""

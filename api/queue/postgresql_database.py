@@ -530,12 +530,12 @@ class PostgreSQLDatabase(Database):
                     await self._watch(connection, lost)
                 finally:
                     connection.terminate()
-            except (QueueUnavailable, OSError, asyncpg.PostgresError,
-                    asyncpg.InterfaceError) as error:  # fmt: skip
+            except (QueueUnavailable, OSError, *_DRIVER_ERRORS) as error:
                 now = asyncio.get_running_loop().time()
                 if now >= logged_at + NOT_LISTENING_LOG_SECONDS:
                     logged_at = now
-                    log.warning("database.not_listening", reason=reason_of(error))
+                    reason = reason_of(as_unavailable(error) or error)
+                    log.warning("database.not_listening", reason=reason)
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(pause * 2, 5.0)
 

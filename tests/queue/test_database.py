@@ -11,6 +11,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, context
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 import sqlalchemy.exc
 from sqlalchemy import text
@@ -165,6 +166,29 @@ async def test_connections_that_the_server_closed_are_not_handed_out(proxied: Pr
         proxied.resume()
         await asyncio.sleep(0.1)
         await database.execute_at_once("SELECT 1", {})
+
+
+@pytest.mark.parametrize("turns", range(2, 5))
+async def test_a_statement_at_the_moment_at_which_the_server_ends_the_connection_runs_on_another(
+    fresh_postgresql_url: str, turns: int
+) -> None:
+    async def read(connection: AsyncConnection) -> None:
+        await connection.execute(text("SELECT 1"))
+
+    async with opened_postgresql(fresh_postgresql_url) as database:
+        uses = (lambda: database.execute_at_once("SELECT 1", {}), lambda: database.retrying(read))
+        for use in uses:
+            await use()
+            # The message and the end of the connection arrive together while the loop is busy, and
+            # are read in different turns of the loop.
+            with psycopg.connect(fresh_postgresql_url, autocommit=True) as other:
+                other.execute(
+                    "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
+                    " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+                )
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            await use()
 
 
 async def test_an_enqueue_through_a_black_hole_fails_and_later_ones_work(
