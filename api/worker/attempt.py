@@ -431,7 +431,7 @@ class Attempt:
         if registered.run_in == "process":
             return address_of(registered)
         error = self._job.error
-        if error is None or self._job.attempt < 2:
+        if error is None:
             return None
         if error == UNREPORTED_TIMEOUT:
             if self._job.timeout_seconds < ISOLATED_SECONDS:

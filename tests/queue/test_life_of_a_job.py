@@ -431,6 +431,13 @@ async def test_a_job_that_is_released_again_and_again_waits_longer_each_time(
     # And so does one that runs for longer than a few seconds
     await advance(database_url, 11)
     await queue.release(lease.token)
+    await queue.release((await lease_one(queue)).token)
+    await queue.release((await lease_one(queue)).token)
+
+    # And so does one that is cancelled and retried
+    await queue.cancel(job.id)
+    await queue.retry(job.id)
+    await queue.release((await lease_one(queue)).token)
     assert (await lease_one(queue)).job.id == job.id
 
 

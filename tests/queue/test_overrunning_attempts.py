@@ -61,13 +61,16 @@ async def test_its_worker_holds_the_place_for_as_long_as_it_renews(
     assert len(await lease(queue)) == 2
 
 
+@pytest.mark.parametrize("renewed", [False, True])
 async def test_its_place_is_taken_for_the_length_of_its_own_lease(
-    queue: JobQueue, database_url: str, registry: JobRegistry
+    queue: JobQueue, database_url: str, registry: JobRegistry, renewed: bool
 ) -> None:
     database = open_database(database_url)
     longer = JobQueue(registry, database, lease_seconds=50)
     await queue.enqueue_many([LIMITED] * 4)
-    (first,) = await lease(longer, 1)
+    (first,) = await lease(queue if renewed else longer, 1)
+    if renewed:
+        await longer.renew([Renewal(first.token)])
     await longer.time_out(first.token, still_running=True)
     await advance(database_url, 40)
     assert len(await lease(queue)) == 1

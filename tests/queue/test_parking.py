@@ -215,8 +215,13 @@ async def test_unparking_asks_every_worker_again(deploys: Deploys) -> None:
     await park(new)
     assert await new.unpark(["other"]) == 0
     assert await new.unpark(["note"]) == 3
-    assert len(await lease(new)) == 3
+    leases = await lease(new)
+    assert len(leases) == 3
     assert await new.unpark() == 0
+    # Who had refused them is forgotten.
+    for each in leases:
+        await new.park(each.token, "0" * 64, REFUSED)
+    assert [each.fingerprint for each in await new.versions("note") if each.refused] == ["0" * 64]
 
 
 async def test_unparking_ends_although_a_worker_parks_the_jobs_again(deploys: Deploys) -> None:
@@ -276,7 +281,7 @@ async def test_the_last_sixteen_refusals_are_remembered(deploys: Deploys) -> Non
     queue = await deploys(of(Old))
     await note(queue)
     fingerprints = [f"{n:064x}" for n in range(20)]
-    for fingerprint in fingerprints:
+    for fingerprint in [*fingerprints, fingerprints[-1]]:  # One refuses it twice.
         (leased,) = await lease(queue)
         await queue.park(leased.token, fingerprint, REFUSED)
     (version, *_) = [each for each in await queue.versions("note") if each.refused]
@@ -311,6 +316,8 @@ async def test_the_versions_of_a_type_are_counted(deploys: Deploys) -> None:
     await park(new, limit=2)
     await new.enqueue(EnqueueRequest("note", {"words": []}))
     await lease(new, "note", "other", limit=1)
+    # A worker elsewhere that reads none of the versions of this process is none of them.
+    assert await lease(old, readable={"note": ["0" * 64]}) == []
     versions = {each.fingerprint: each for each in await old.versions("note")}
     # `other`, of which a worker was seen too, has the fingerprint of the old `note`.
     assert old.registry["other"].fingerprint == old.registry["note"].fingerprint
