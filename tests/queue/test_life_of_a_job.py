@@ -7,6 +7,7 @@ import random
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -374,14 +375,15 @@ async def test_failed_and_cancelled_jobs_are_retried_with_an_attempt_left(
 
 async def test_due_jobs_go_by_priority_then_time_then_id(queue: JobQueue) -> None:
     low = await enqueue(queue, priority=10)
-    first = await enqueue(queue)
-    second = await enqueue(queue)
+    due = datetime.now(UTC)
+    jobs = [await enqueue(queue, schedule_at=due) for _ in range(5)]
     high = await enqueue(queue, priority=100)
+    earlier = await enqueue(queue, schedule_at=due - timedelta(seconds=1))
     order = []
-    for _ in range(4):
-        (lease,) = await queue.lease(["test.ping", "test.pong"], "w")
-        order.append(lease.job.id)
-    assert order == [high.id, first.id, second.id, low.id]
+    for limit in (1, 1, 1, 1, 9):
+        leases = await queue.lease(["test.ping", "test.pong"], "w", limit=limit)
+        order += [lease.job.id for lease in leases]
+    assert order == [high.id, earlier.id, *(job.id for job in jobs), low.id]
 
 
 async def test_types_of_one_priority_take_turns(queue: JobQueue) -> None:
