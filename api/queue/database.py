@@ -70,6 +70,7 @@ class Database(ABC):
         self._timeout = timeout_seconds
         self._pool_size = pool_size
         self._opened_with = opened_with | {"timeout_seconds": timeout_seconds}
+        self._is_closed = False
         self._background: set[asyncio.Task[None]] = set()
         """Connections that return to the pool while nobody waits for it."""
         self._places = asyncio.Semaphore(pool_size)
@@ -210,9 +211,9 @@ class Database(ABC):
 
     async def close(self) -> None:
         """End all connections, including those in use. Takes at most two seconds."""
+        self._is_closed = True
         with suppress(TimeoutError):
             async with asyncio.timeout(2):
-                # A connection that returns to the pool later would stay open.
                 if self._background:
                     await asyncio.wait(self._background, timeout=1)
                 await self.engine.dispose()
@@ -247,9 +248,15 @@ class Database(ABC):
                 yield connection
             finally:
                 # In a separate task, so that the connection of a cancelled caller is returned.
-                await asyncio.shield(self._in_background(connection.close()))
+                await asyncio.shield(self._in_background(self._give_back(connection)))
         finally:
             self._places.release()
+
+    async def _give_back(self, connection: AsyncConnection) -> None:
+        if self._is_closed:
+            # A pool that has ended would leave it open.
+            await connection.invalidate()
+        await connection.close()
 
     async def _take_place(self, deadline: float | None) -> None:
         """Wait until a connection may be taken."""

@@ -336,6 +336,8 @@ class PostgreSQLDatabase(Database):
                     raise reported from error
                 raise
             finally:
+                if self._is_closed:
+                    driver.terminate()
                 if driver.is_closed():
                     pooled.close()
                 else:

@@ -484,10 +484,14 @@ class Reading(Opening):
 
     async def _ended(self, job_id: uuid.UUID) -> JobRecord:
         while True:
-            with self.events.subscribe(job_id=job_id) as events, suppress(EventsMissed):
-                while (job := await self._get(job_id)).finished_at is None:
-                    await anext(events)
-                return job
+            try:
+                with self.events.subscribe(job_id=job_id) as events, suppress(EventsMissed):
+                    while (job := await self._get(job_id)).finished_at is None:
+                        await anext(events)
+                    return job
+            except QueueUnavailable:
+                if self.events.is_listening:
+                    raise
             if not self.events.is_listening:
                 raise QueueUnavailable("the queue was closed")
             await asyncio.sleep(MISSED_PAUSE_SECONDS)

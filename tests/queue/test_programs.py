@@ -419,13 +419,15 @@ async def test_a_wait_for_a_result_ends_at_its_timeout_and_the_job_goes_on(
 
 
 async def test_a_wait_for_a_result_ends_when_the_queue_is_closed(database_url: str) -> None:
-    async with JobQueue.from_url(database_url, [mail_send]) as queue:
-        job = (await queue.enqueue(MailSend(to="ada"))).job
-        waiting = asyncio.create_task(queue.result(job.id))
-        await asyncio.sleep(0.1)
-    with pytest.raises(QueueUnavailable) as closed:
-        await asyncio.wait_for(waiting, 2)
-    assert closed.value.reason == "the queue was closed"
+    # At first, the wait still reads the job.
+    for seconds in (0, 0.001, 0.002, 0.003, 0.004, 0.1):
+        async with JobQueue.from_url(database_url, [mail_send]) as queue:
+            job = (await queue.enqueue(MailSend(to="ada"))).job
+            waiting = asyncio.create_task(queue.result(job.id))
+            await asyncio.sleep(seconds)
+        with pytest.raises(QueueUnavailable) as closed:
+            await asyncio.wait_for(waiting, 2)
+        assert closed.value.reason == "the queue was closed"
     with pytest.raises(RuntimeError, match="the queue was closed"):
         await queue.result(job.id)
 
