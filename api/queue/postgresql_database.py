@@ -186,10 +186,11 @@ class PostgreSQLDatabase(Database):
         """
 
         async def once() -> T:
-            async with self.transaction(timeout_seconds=timeout_seconds) as connection:
+            async with self._begin(self._deadline(timeout_seconds)) as connection:
                 return await work(connection)
 
-        return await _again(once)
+        with self._counting():
+            return await _again(once)
 
     async def execute_at_once(
         self, sql: str, parameters: Mapping[str, Any], *, in_order: bool = False

@@ -472,9 +472,12 @@ async def test_deadlocks_are_run_again_and_never_reach_the_caller_raw(
 ) -> None:
     async with opened_postgresql(fresh_postgresql_url, timeout_seconds=10) as database:
         await database.execute_at_once("INSERT INTO job_type_state VALUES ('0'), ('1')", {})
+        failures: list[QueueUnavailable] = []
+        database.on_unavailable = failures.append
         results = await deadlock(database, retried=retried)
     if retried:
         assert results == ["done", "done"]
+        assert failures == []
     else:
         (victim,) = [result for result in results if result != "done"]
         assert isinstance(victim, QueueUnavailable)
