@@ -801,7 +801,8 @@ class Reading(Opening):
         ]
         if unseen:
             # Claims end attempts whose lease has expired. Without a worker, nobody does.
-            lost = Counter(name for _, name, _ in await self._store.expired_leases())
+            expired = await self._store.expired_leases()
+            lost = Counter(each.type for each in expired if each.is_counted)
             for job in unseen:
                 ended = sum(lost[name] for name in self._stored_names(job.type))
                 running = max(0, waiting[job.id].running - ended)
@@ -858,7 +859,7 @@ class Reading(Opening):
         Each claim ends their attempts, and so does the upkeep of a server or a worker. So these are
         the jobs of workers that died when no other process was left.
         """
-        return {job_id: at for job_id, _, at in await self._store.expired_leases()}
+        return {each.job_id: each.expired_at for each in await self._store.expired_leases()}
 
     def _reason(self, job: JobRecord, waiting: Waiting) -> WaitingReason | None:
         if waiting.due_in_seconds > 0 and job.next_run_at is not None:

@@ -382,6 +382,18 @@ class LeaseState:
     succeeded: bool
 
 
+class ExpiredLease(NamedTuple):
+    """A running job whose lease has expired, with its stored type.
+
+    `is_counted` is whether it is among the running jobs of `Waiting`.
+    """
+
+    job_id: uuid.UUID
+    type: str
+    expired_at: datetime
+    is_counted: bool
+
+
 class LeaseRenewal(NamedTuple):
     """A lease to renew. `progress` is JSON text, or None if it has not changed."""
 
@@ -983,10 +995,12 @@ class Store(ABC):
             for row in rows
         }
 
-    async def expired_leases(self) -> list[tuple[uuid.UUID, str, datetime]]:
-        """Return running jobs whose lease has expired: their ids, stored types, and when it did."""
+    async def expired_leases(self) -> list[ExpiredLease]:
         rows = await self._read("expired_leases", {"most": EXPIRED_LEASES}, in_order=True)
-        return [(row["id"], row["type"], row["lease_expires_at"]) for row in rows]
+        return [
+            ExpiredLease(row["id"], row["type"], row["lease_expires_at"], bool(row["is_counted"]))
+            for row in rows
+        ]
 
     async def used_places(self, types: Iterable[str]) -> dict[str, int]:
         """Return the used places of the concurrency limits of types, by their stored names."""

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from sqlalchemy import JSON
 
-from job_registry import EnqueueRequest, JobRegistry
+from job_registry import EnqueueRequest, JobPolicy, JobRegistry, JobType, Payload
 from job_registry_api.queue import claiming, reading
 from job_registry_api.queue.databases import open_database
 from job_registry_api.queue.errors import (
@@ -48,6 +48,11 @@ from tests.conftest import advance, run_sql
 
 BROKEN = JobError("broken", "It broke.")
 PING = EnqueueRequest("test.ping", {})
+
+
+class Nothing(Payload):
+    pass
+
 
 REPORTS: dict[str, Callable[[JobQueue, str], Awaitable[object]]] = {
     "heartbeat": lambda queue, token: queue.heartbeat(token, {"from": "an intruder"}),
@@ -480,6 +485,22 @@ async def test_jobs_of_workers_that_died_do_not_count_as_running(
     assert set(await queue.expired_leases()) == {each.job.id for each in leases}
     await queue.recover()
     assert await queue.expired_leases() == {}
+
+
+async def test_leases_that_expired_long_ago_do_not_hide_the_jobs_that_run(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "WORKER_ABSENT_SECONDS", 30.0)
+    policy = JobPolicy(timeout_seconds=600, concurrency_limit=2)
+    slow = JobType(name="test.slow", payload=Nothing, policy=policy)
+    async with JobQueue.from_url(database_url, [slow]) as queue:
+        jobs = [(await queue.enqueue(Nothing())).job for _ in range(3)]
+        running, _ = await queue.lease(["test.slow"], "w", limit=2)
+        for _ in range(4):
+            await advance(database_url, 25)
+            await queue.heartbeat(running.token)
+        assert len(await queue.expired_leases()) == 1
+        assert await queue.waiting_reason(jobs[2]) == BehindInQueue(0)
 
 
 async def test_waiting_behind_others_counts_those_due_before_it(queue: JobQueue) -> None:

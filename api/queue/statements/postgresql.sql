@@ -316,8 +316,10 @@ ORDER BY id DESC
 SELECT * FROM job_registry.job_waiting(CAST(:ids AS jsonb), CAST(:most AS integer))
 
 -- name: expired_leases
--- Return the running jobs whose lease has expired.
-SELECT id, type, lease_expires_at FROM job_registry.job
+-- Return the running jobs whose lease has expired, and whether `job_running` counts them.
+SELECT id, type, lease_expires_at,
+    lease_expires_at > statement_timestamp() - interval '1 minute' AS is_counted
+FROM job_registry.job
 WHERE status = 'running' AND lease_expires_at <= statement_timestamp()
 ORDER BY lease_expires_at LIMIT :most
 

@@ -449,8 +449,8 @@ SELECT job.id,
 FROM job WHERE status = 'queued' AND id IN (SELECT value FROM json_each(:ids))
 
 -- name: expired_leases
--- Return the running jobs whose lease has expired.
-SELECT id, type, lease_expires_at FROM job
+-- Return the running jobs whose lease has expired. `waiting` and `used_places` count all of them.
+SELECT id, type, lease_expires_at, 1 AS is_counted FROM job
 WHERE status = 'running'
   AND lease_expires_at <= strftime('%Y-%m-%d %H:%M:%f', 'now', :shift) || '000'
 ORDER BY lease_expires_at LIMIT :most
