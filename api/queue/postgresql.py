@@ -23,7 +23,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from job_registry_api.queue.database import quoted, statement
 from job_registry_api.queue.driver_errors import GRANT
 from job_registry_api.queue.errors import QueueUnavailable
-from job_registry_api.queue.filters import JSON_VALUES, Sample
+from job_registry_api.queue.filters import JSON_VALUES, LAST_ID, Sample
 from job_registry_api.queue.models import (
     METADATA,
     AttemptOutcome,
@@ -313,10 +313,15 @@ class PostgreSQLStore(Store):
         asked = time.monotonic()
         now = await self.now()
         self._clock.note(asked, time.monotonic(), now)
-        parameters = {"slack": CLOCK_SLACK_SECONDS, "jobs": DUE_BATCH}
+        parameters: dict[str, Any] = {
+            "slack": CLOCK_SLACK_SECONDS,
+            "jobs": DUE_BATCH,
+            "below": LAST_ID,
+        }
         while self._clock.has_stepped_back:
-            (row,) = await self._run("set_due", parameters, in_order=True)
-            self._clock.has_stepped_back = next(iter(row.values())) == DUE_BATCH
+            changed = await self._run("set_due", parameters, in_order=True)
+            self._clock.has_stepped_back = len(changed) == DUE_BATCH
+            parameters["below"] = min((row["id"] for row in changed), default=LAST_ID)
 
     async def _recovered(self, rows: Sequence[Mapping[str, Any]]) -> list[Recovered]:
         traceparents = {row["id"]: row["traceparent"] for row in rows}

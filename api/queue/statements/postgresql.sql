@@ -66,15 +66,15 @@ SELECT * FROM job_registry.job_recover(
 
 -- name: set_due
 -- Make jobs due that were stored as due at a time that is now in the future, because the clock has
--- stepped back. They are among the newest of the queued jobs.
-WITH changed AS (
-    UPDATE job_registry.job SET next_run_at = clock_timestamp() WHERE id = ANY (ARRAY(
-        SELECT id FROM job_registry.job
-        WHERE status = ANY (ARRAY['queued']) AND next_run_at = created_at AND created_at >
+-- stepped back, and return their ids. They are among the newest of the queued jobs. A call begins
+-- below the jobs of the one before: to read those again would take longer each time.
+UPDATE job_registry.job SET next_run_at = clock_timestamp() WHERE id = ANY (ARRAY(
+    SELECT id FROM job_registry.job
+    WHERE status = ANY (ARRAY['queued']) AND id < CAST(:below AS uuid)
+        AND next_run_at = created_at AND created_at >
             statement_timestamp() + make_interval(secs => CAST(:slack AS double precision))
-        ORDER BY status DESC, id DESC LIMIT :jobs FOR UPDATE SKIP LOCKED))
-    RETURNING id)
-SELECT count(*) FROM changed
+    ORDER BY status DESC, id DESC LIMIT :jobs FOR UPDATE SKIP LOCKED))
+RETURNING id
 
 -- name: end
 -- End attempts as reported by their workers.
