@@ -284,8 +284,10 @@ class Subscription:
         return _is_followed(event, self.job_id, self.types)
 
     def skip(self, earlier: Mapping[JobEvent, int]) -> None:
-        """Skip these events, each this many times, because they precede the subscription."""
-        self._skipped |= {e: count for e, count in earlier.items() if count and self.includes(e)}
+        """Skip these events, each this many times more, because they precede the subscription."""
+        for event, count in earlier.items():
+            if count and self.includes(event):
+                self._skipped[event] = self._skipped.get(event, 0) + count
 
     @property
     def skips(self) -> bool:

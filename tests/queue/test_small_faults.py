@@ -25,7 +25,7 @@ from job_registry_api.queue.errors import (
     QueueUnavailable,
 )
 from job_registry_api.queue.event_stream import Gap, KeptBatches
-from job_registry_api.queue.events import Subscription
+from job_registry_api.queue.events import JobEvent, Subscription
 from job_registry_api.queue.filters import JSON_VALUES, JobFilter
 from job_registry_api.queue.job_logs import (
     LogLevel,
@@ -545,6 +545,17 @@ async def _count(subscription: Subscription, wanted: int) -> int:
         if seen == wanted:
             break
     return seen
+
+
+async def test_equal_events_before_a_subscription_are_skipped_as_often_as_they_come(
+    queue: JobQueue,
+) -> None:
+    # A job that is released and leased again starts twice with the same attempt.
+    started = JobEvent("job.started", uuid.uuid4(), "test.ping", 1)
+    with queue.events.subscribe() as subscription:
+        for _ in range(2):
+            subscription.skip({started: 1})
+        assert [subscription.is_skipped(started) for _ in range(3)] == [True, True, False]
 
 
 async def test_events_of_another_process_that_were_deleted_unread_are_missed_and_said_so(
