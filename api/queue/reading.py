@@ -783,11 +783,9 @@ class Reading(Opening):
         renamed = [
             job
             for job in queued.values()
-            if (found := self.registry.get(job.type)) is not None
-            and found.former_names
-            and found.policy.concurrency_limit is not None
+            if (found := self.registry.get(job.type)) is not None and found.former_names
         ]
-        # The jobs of all names of a type count for its limit.
+        # The jobs of all names of a type count for its limit, and run in the same workers.
         names = {name for job in renamed for name in self._stored_names(job.type)}
         places = await self._store.used_places(names) if names else {}
         for job in renamed:

@@ -503,6 +503,28 @@ async def test_leases_that_expired_long_ago_do_not_hide_the_jobs_that_run(
         assert await queue.waiting_reason(jobs[2]) == BehindInQueue(0)
 
 
+async def test_a_lease_under_one_name_that_expired_does_not_hide_jobs_that_run_under_another(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "WORKER_ABSENT_SECONDS", 30.0)
+    memo = JobType(name="memo", payload=Nothing)
+    note = JobType(name="note", payload=Nothing, former_names=["memo"])
+    async with (
+        JobQueue.from_url(database_url, [memo]) as before,
+        JobQueue.from_url(database_url, [note]) as queue,
+    ):
+        job = (await before.enqueue(Nothing())).job
+        running = (await queue.lease(["note"], "w"))[0]
+        await queue.enqueue(Nothing())
+        (lost,) = await queue.lease(["note"], "w")
+        assert running.job.id == job.id != lost.job.id
+        last = (await before.enqueue(Nothing())).job
+        await advance(database_url, 25)
+        await queue.heartbeat(running.token)
+        await advance(database_url, 20)
+        assert await queue.waiting_reason(await queue.get(last.id)) == BehindInQueue(0)
+
+
 async def test_waiting_behind_others_counts_those_due_before_it(queue: JobQueue) -> None:
     first, second = (await queue.enqueue(PING)).job, (await queue.enqueue(PING)).job
     high = (await queue.enqueue(PING._replace(priority=90))).job
