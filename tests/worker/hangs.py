@@ -120,7 +120,7 @@ def fork(payload: Act) -> dict[str, Any]:
         child.start()
         time.sleep(pause)
         child.terminate()
-        child.join(2)
+        child.join(5)
         codes.append(child.exitcode)
         child.kill()
     return {"children": codes}
