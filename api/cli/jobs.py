@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import uuid
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from enum import StrEnum
@@ -214,7 +214,8 @@ async def _list(
                 fail(WRONG_USAGE, *of_options(invalid.violations))
             # A reason may take milliseconds: it counts the jobs that go first.
             reasons = {} if printed.only_ids else await queue.waiting_reasons(page.jobs)
-            expired = {} if printed.only_ids else await queue.expired_leases()
+            is_text = not (printed.only_ids or printed.as_json)
+            expired = await _expired_leases(queue, page.jobs) if is_text else {}
             for job in page.jobs:
                 printed.add(job, reasons.get(job.id), expired.get(job.id))
             listed += len(page.jobs)
@@ -249,7 +250,7 @@ async def _show(settings: Settings, registry: JobRegistry, job_id: str, as_json:
         except CodedError as refusal:
             refuse(refusal, as_json)
         waits = await queue.waiting_reason(job)
-        expired_at = (await queue.expired_leases()).get(job.id)
+        expired_at = (await _expired_leases(queue, [job])).get(job.id)
         attempts = (await queue.attempts([job.id]))[job.id]
         texts, is_all = await queue.log_texts([each.id for each in attempts], MAX_LOG_BYTES)
     lines = [(each, line) for each in attempts for line in lines_of(texts.get(each.id, ""))]
@@ -360,6 +361,12 @@ def _json_of(job: JobRecord, waits: WaitingReason | None) -> dict[str, Any]:
         None if waits is None else {"kind": type(waits).__name__, **json_of_fields(asdict(waits))}
     )
     return content
+
+
+async def _expired_leases(queue: JobQueue, jobs: Iterable[JobRecord]) -> dict[uuid.UUID, datetime]:
+    """Return the expired leases of the queue, if any of these jobs runs."""
+    runs = any(job.status.value == Status.RUNNING for job in jobs)
+    return await queue.expired_leases() if runs else {}
 
 
 def _reasons(

@@ -306,12 +306,14 @@ def _faults_of_statuses(statuses: Any) -> Iterator[Violation]:
         yield Violation("/filter/statuses", "wrong_type", message)
         return
     for index, status in enumerate(statuses):
-        if status not in tuple(JobStatus):  # A set would refuse a value that has no hash.
+        if status not in _STATUSES:
             message = f"Expected one of {', '.join(JobStatus)}; got {shortened(status)}."
             yield Violation(f"/filter/statuses/{index}", "invalid_value", message)
 
 
 _LISTS: Final = (tuple, list, set, frozenset)
+_STATUSES: Final = tuple(JobStatus)
+"""Not a set, which would refuse a value that has no hash."""
 
 
 def _faults_of_ends(*ends: object) -> Iterator[Violation]:
