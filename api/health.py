@@ -50,9 +50,10 @@ log = structlog.get_logger("job_registry.health")
 
 
 class OutageLog:
-    """Logs why operations fail: the first one of a kind at once, then a line per minute.
+    """Logs why operations on the database fail: at most one line per kind and minute.
 
-    Clients are sent the kind, but not the reason, which may name hosts and files.
+    The first failure of a kind is logged at once. Clients are sent the kind, but not the reason,
+    which may name hosts and files.
     """
 
     def __init__(self) -> None:

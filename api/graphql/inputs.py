@@ -28,8 +28,8 @@ class EnqueueOptions:
     )
     schedule_at: TimeText | None = strawberry.field(
         default=None,
-        description="The earliest time of the first run. Defaults to now. A time in the past"
-        " is due at once, before jobs that became due later.",
+        description="The earliest time of the first run. Defaults to now. With a time in the past"
+        " the job is due at once, and runs before jobs that became due later.",
     )
     max_attempts: int | None = strawberry.field(
         default=None,

@@ -91,7 +91,7 @@ class Subscription:
         description="The events of jobs from now on, of every process, in the order of commits."
         " With `jobId`, the first event is `job.current`, with the current state of the job, so"
         " that no change is missed between reading and subscribing; so does a stream of server-sent"
-        " events that cannot be continued after its `Last-Event-ID`. If there is no such job, the"
+        " events that cannot be continued after its `Last-Event-ID`. If no job has this id, the"
         " error is `job_not_found`. With the scope `jobs:own`"
         " alone, these are the events of the caller's own jobs. A subscriber that falls 60 seconds"
         " or 50,000 events of the queue behind is dropped with the error `events_missed`. It must"

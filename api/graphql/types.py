@@ -203,8 +203,8 @@ class JobType:
     )
     description: str = strawberry.field(description="What a job of this type does.")
     has_handler: bool = strawberry.field(
-        description="Whether the server's code has a handler for it, for the workers of"
-        " `job-registry`. Otherwise remote workers run it, with `leaseJobs`."
+        description="Whether the code of this server has a handler for it, which the workers of"
+        " `job-registry` run. Otherwise remote workers run it, with `leaseJobs`."
     )
 
     @strawberry.field(
@@ -346,7 +346,7 @@ class JobAttempt:
         last: Annotated[
             int,
             strawberry.argument(
-                description="How many lines to return at most, the last ones: 0 to 1,000."
+                description="How many of the last lines to return at most, 0 to 1,000."
             ),
         ] = 100,
     ) -> list[JobLogLine] | None:
@@ -448,7 +448,7 @@ class Job(Node):
     record: strawberry.Private[models.JobRecord]
     id: strawberry.ID = strawberry.field(
         metadata=OPEN,
-        description="A UUID of version 7: later jobs have greater ids, as far as the clocks of the"
+        description="A UUID of version 7. Later jobs have greater ids if the clocks of the"
         " processes that stored them agree.",
     )
     type: str = strawberry.field(metadata=OPEN, description="The job type.")
@@ -525,8 +525,7 @@ class Job(Node):
     @strawberry.field(
         metadata=OPEN,
         description="The current policy of its type. Null when the type is no longer registered."
-        " The job has its own `maxAttempts`, `timeoutSeconds` and backoff, from when it was"
-        " enqueued.",
+        " A job keeps the `maxAttempts`, `timeoutSeconds` and backoff that it was enqueued with.",
     )
     def policy(self, info: strawberry.Info[Context, None]) -> JobPolicy | None:
         try:

@@ -254,7 +254,7 @@ class Database(ABC):
 
     async def _give_back(self, connection: AsyncConnection) -> None:
         if self._is_closed:
-            # A pool that has ended would leave it open.
+            # The pool has been disposed of, and would leave it open.
             await connection.invalidate()
         await connection.close()
 

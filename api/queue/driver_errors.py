@@ -165,8 +165,8 @@ def _is_raised_by(
 
 
 def _is_ending(error: BaseException | None) -> bool:
-    """Return whether the driver has not sent a statement, because it has read that the server ends
-    the connection, and waits for the end. Its state is then 2."""
+    """Return whether the driver has not sent a statement, because the server has announced the end
+    of the connection. The driver is then in state 2."""
     return any(
         isinstance(each, asyncpg.InternalClientError) and "operation (2)" in str(each)
         for each in _causes(error)

@@ -554,13 +554,13 @@ class QueueHeads:
 
 
 class ClockWatch:
-    """Notices by the clock of this process that the clock of the database has stepped back, or that
-    another server with another clock has taken its place."""
+    """Detects, by the clock of this process, that the clock of the database has stepped back, or
+    that a server whose clock is behind has taken its place."""
 
     def __init__(self) -> None:
         self.has_stepped_back = False
         self._least: float | None = None
-        """How far the clock of the database is ahead of this process's at least."""
+        """The clock of the database is ahead of this process's by at least these seconds."""
 
     def note(self, asked: float, answered: float, now: datetime) -> None:
         """Note the time of the database at a moment between two times of this process's clock."""

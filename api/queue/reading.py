@@ -800,7 +800,7 @@ class Reading(Opening):
             if job.id in waiting and waiting[job.id].running and _is_absent(waiting[job.id])
         ]
         if unseen:
-            # Claims end attempts whose lease has expired. Without a worker, nobody does.
+            # Claims end attempts whose lease has expired. Without a worker, nothing does.
             expired = await self._store.expired_leases()
             lost = Counter(each.type for each in expired if each.is_counted)
             for job in unseen:
@@ -856,8 +856,8 @@ class Reading(Opening):
     async def expired_leases(self) -> dict[uuid.UUID, datetime]:
         """Return the running jobs whose lease has expired, and when it did.
 
-        Each claim ends their attempts, and so does the upkeep of a server or a worker. So these are
-        the jobs of workers that died when no other process was left.
+        Claims end their attempts, and so does the upkeep of servers and workers. So these are the
+        jobs of workers that have died while no other process ran.
         """
         return {each.job_id: each.expired_at for each in await self._store.expired_leases()}
 
